@@ -1,0 +1,44 @@
+# `make demo` and `make test` each work alone on a fresh machine with Python 3.11, gcc and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# a machine without an NVIDIA driver gets the CPU build of torch that constraints.txt pins
+GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
+PINS   := $(if $(GPU),,-c constraints.txt)
+WORKERS ?= 2
+
+.PHONY: demo test lint types env env-dev bench clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/hpc-neuro demo out=runs/demo $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	for tool in tools/bench_*.py; do echo "== $$tool"; $(BIN)/python $$tool || exit 1; done
+
+env: $(VENV)/.runtime
+env-dev: $(VENV)/.dev
+
+# torch first: a package resolved before it would pull a build of several GB; DeepSpeed must not compile its CUDA ops
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(PINS) torch
+	touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch setup.py
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check $(PINS) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime setup.py
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check $(PINS) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache

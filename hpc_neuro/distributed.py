@@ -1,0 +1,98 @@
+"""Rank, world size, device, scalar reductions, and the MPI communicator. The only importer of mpi4py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hpc_neuro.schema import ConfigError
+
+
+def rank() -> int:
+    """This process's index in the torch group, 0 when there is none."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes in the torch group, 1 when there is none."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes what is written once."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The accelerator of this process's local rank, else the CPU."""
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks; nothing to wait for when alone."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def reduced(value: float, how: str, on: torch.device) -> float:
+    """`value` reduced over all ranks by `sum`, `max`, `min` or `mean`; the same on every rank. float64."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    op = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how]
+    tensor = torch.tensor(value, dtype=torch.float64, device=on)
+    dist.all_reduce(tensor, op=op)
+    return float(tensor.item()) / (dist.get_world_size() if how == "mean" else 1)
+
+
+def mpi_comm() -> Any:
+    """The MPI world communicator when this process was started by an MPI launcher, else None.
+
+    Raises ConfigError when the launcher's process count and MPI's disagree (a wrong PMI gives N worlds of one process).
+    """
+    launched = next((os.environ[k] for k in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK") if k in os.environ), None)
+    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+    if launched is None and tasks == 1:
+        return None
+    from mpi4py import MPI  # importing starts MPI, which a process without a launcher must not do
+
+    size = MPI.COMM_WORLD.Get_size()
+    if tasks > 1 and size != tasks:
+        raise ConfigError(
+            f"Slurm started {tasks} tasks but MPI sees {size}: the PMI of srun and of the MPI library differ; "
+            "use `srun --mpi=pmix` for Open MPI or `srun --mpi=pmi2` for MPICH"
+        )
+    return MPI.COMM_WORLD if size > 1 else None
+
+
+def turns(count: int, comm: Any) -> Iterator[int]:
+    """Share the numbers 0 to count - 1 among the ranks of `comm` (None: alone): each takes the next one nobody has.
+
+    One counter in rank 0's memory, raised by one-sided access, so a rank that is done early takes more and none waits.
+    """
+    if comm is None:
+        yield from range(count)
+        return
+    import numpy as np
+    from mpi4py import MPI
+
+    window = MPI.Win.Allocate(8 if comm.Get_rank() == 0 else 0, 8, comm=comm)
+    if comm.Get_rank() == 0:
+        np.asarray(window.tomemory()).view(np.int64)[0] = 0
+    comm.Barrier()
+    one, mine = np.ones(1, np.int64), np.zeros(1, np.int64)
+    while True:
+        window.Lock(0)
+        window.Fetch_and_op(one, mine, 0)
+        window.Unlock(0)
+        if mine[0] >= count:
+            break
+        yield int(mine[0])
+    window.Free()  # collective: every rank has drawn its last number

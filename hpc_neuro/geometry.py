@@ -1,0 +1,129 @@
+"""Boxes, voxel sizes and tilings. Arrays are z y x, lengths micrometres; voxel (0, 0, 0)'s centre is at the origin."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Shape = tuple[int, int, int]
+VoxelSize = tuple[float, float, float]
+"""Micrometres per voxel along z, y, x."""
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """A half-open box of voxels, z y x: it holds p where start <= p < stop."""
+
+    start: Shape
+    stop: Shape
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", _triple(self.start))
+        object.__setattr__(self, "stop", _triple(self.stop))
+        if any(b < a for a, b in zip(self.start, self.stop, strict=True)):
+            raise ValueError(f"a box ends before it starts: {self.start} to {self.stop}")
+
+    @classmethod
+    def at(cls, start: Shape, shape: Shape) -> Box:
+        """The box of `shape` voxels that begins at `start`."""
+        return cls(start, _triple(a + n for a, n in zip(start, shape, strict=True)))
+
+    @classmethod
+    def whole(cls, shape: Shape) -> Box:
+        """The box of a whole array."""
+        return cls((0, 0, 0), shape)
+
+    @property
+    def shape(self) -> Shape:
+        """Voxels along z, y, x."""
+        return _triple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def size(self) -> int:
+        """Number of voxels."""
+        return math.prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        """Index of this box in an array."""
+        z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+        return z, y, x
+
+    def grown(self, halo: Shape) -> Box:
+        """The box with `halo` voxels more on both sides of each axis; may leave the volume."""
+        return Box(
+            _triple(a - h for a, h in zip(self.start, halo, strict=True)),
+            _triple(b + h for b, h in zip(self.stop, halo, strict=True)),
+        )
+
+    def clipped(self, other: Box) -> Box:
+        """The part of this box inside `other`; empty (zero size) when they do not meet."""
+        start = _triple(min(max(a, oa), ob) for a, oa, ob in zip(self.start, other.start, other.stop, strict=True))
+        stop = _triple(max(min(b, ob), s) for b, ob, s in zip(self.stop, other.stop, start, strict=True))
+        return Box(start, stop)
+
+    def shifted(self, by: Shape) -> Box:
+        """The box moved by `by` voxels."""
+        return Box.at(_triple(a + d for a, d in zip(self.start, by, strict=True)), self.shape)
+
+    def relative_to(self, origin: Shape) -> Box:
+        """The same box in the coordinates of an array that begins at `origin`."""
+        return self.shifted(_triple(-o for o in origin))
+
+    def contains(self, other: Box) -> bool:
+        """Whether `other` lies wholly inside."""
+        return all(
+            a <= oa and ob <= b for a, b, oa, ob in zip(self.start, self.stop, other.start, other.stop, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One tile of a volume: `write` is its own, `read` adds context around it, both inside the volume."""
+
+    index: Shape
+    write: Box
+    read: Box
+
+
+def blocks(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator[Block]:
+    """Tile `shape` with write boxes; each is read with `halo` voxels of context, clipped at the border.
+
+        |hhh|wwwwwwwwwwww|hhh|
+                     |hhh|wwwwwwwwwwww|hhh|      write boxes touch, read boxes overlap
+
+    Blocks come in z y x order. The last one of an axis may be shorter.
+    """
+    whole = Box.whole(shape)
+    counts = [math.ceil(n / w) for n, w in zip(shape, write, strict=True)]
+    for index in itertools.product(*(range(n) for n in counts)):
+        start = _triple(i * w for i, w in zip(index, write, strict=True))
+        box = Box.at(start, write).clipped(whole)
+        yield Block(_triple(index), box, box.grown(halo).clipped(whole))
+
+
+def zyx_from_xyz(points: NDArray[np.floating]) -> NDArray[np.float64]:
+    """[N, 3] x y z -> [N, 3] z y x, and back: the order is its own inverse."""
+    return np.ascontiguousarray(np.asarray(points, dtype=np.float64)[:, ::-1])
+
+
+def to_um(voxels: NDArray[np.floating], voxel_size: VoxelSize) -> NDArray[np.float64]:
+    """[N, 3] voxel coordinates (z y x) -> micrometres."""
+    um: NDArray[np.float64] = np.asarray(voxels, dtype=np.float64) * np.asarray(voxel_size)
+    return um
+
+
+def to_voxels(um: NDArray[np.floating], voxel_size: VoxelSize) -> NDArray[np.float64]:
+    """[N, 3] micrometres (z y x) -> voxel coordinates."""
+    voxels: NDArray[np.float64] = np.asarray(um, dtype=np.float64) / np.asarray(voxel_size)
+    return voxels
+
+
+def _triple(values: object) -> Shape:
+    z, y, x = (int(v) for v in values)  # type: ignore[attr-defined]
+    return z, y, x

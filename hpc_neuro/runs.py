@@ -1,0 +1,190 @@
+"""The run folder: resolved config, record of what ran, log, progress. Floor 0; every verb uses it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import functools
+import importlib.metadata
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from tqdm import tqdm
+
+from hpc_neuro import files, schema
+from hpc_neuro.distributed import is_main
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+_PACKAGES = ("torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "tensorstore")
+_SECONDS_PER_LINE = 10.0  # a log gets one progress line this often
+
+
+class Run:
+    """One verb at work in its folder."""
+
+    def __init__(self, out: Path, record: dict[str, Any], complete: bool) -> None:
+        self.out = out
+        self.record = record
+        self.complete = complete
+
+    def finish(self, summary: Mapping[str, Any] | None = None, failures: Sequence[str] = ()) -> None:
+        """Mark the run complete (or finished with `failures`, which a second start tries again)."""
+        self.record["summary"] = dict(summary or {})
+        self.record["failures"] = list(failures)
+        self.record["exit"] = 3 if failures else 0
+
+
+@contextlib.contextmanager
+def start(
+    verb: str,
+    cfg: Any,
+    out: Path,
+    inputs: Mapping[str, Path | str],
+    may_change: Sequence[str] = (),
+    main: bool | None = None,
+    whole: bool = True,
+) -> Iterator[Run]:
+    """Enter a run folder: write config.yaml, log to log.txt, and on the way out write run.json.
+
+    `inputs` are files (hashed) or ready digests. `may_change` lists dotted keys that may differ from the config already
+    in `out`. Raises ConfigError when `out` belongs to another config or its inputs changed. Only the main rank writes;
+    `main` says which that is where the ranks are MPI's. `whole=False` says that something is missing again from a run
+    that was once complete, which then starts once more.
+    """
+    main = is_main() if main is None else main
+    # what decides the result; `out` itself may move
+    resolved = {k: v for k, v in schema.plain(cfg).items() if k != "out"}
+    hashes = {k: _digest(v) for k, v in inputs.items()} if main else {}
+    old = _previous(verb, out, resolved, hashes, may_change)
+    if whole and old.get("exit") == 0 and not _differences(resolved, old["config"]):
+        log.info("%s: %s is already complete (%s)", verb, out, old["end"])
+        yield Run(out, old, complete=True)
+        return
+    record: dict[str, Any] = {
+        "verb": verb,
+        "code": code_version(),
+        "versions": versions(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "inputs": hashes,
+        "config": resolved,
+        "starts": [*old.get("starts", []), _now()],
+        "end": None,
+        "exit": None,
+    }
+    run = Run(out, record, complete=False)
+    if not main:
+        yield run
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    files.remove_parts(out)
+    files.write_text(out / "config.yaml", schema.dump(cfg))
+    files.write_json(out / "run.json", record)
+    handler = logging.FileHandler(out / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("hpc_neuro").addHandler(handler)
+    try:
+        yield run
+    except BaseException as error:
+        record["exit"] = getattr(error, "code", None) or f"{type(error).__name__}: {error}"
+        log.debug("stopped", exc_info=True)
+        raise
+    finally:
+        record["end"] = _now()
+        logging.getLogger("hpc_neuro").removeHandler(handler)
+        handler.close()
+        files.write_json(out / "run.json", record)
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Pass `items` through with a bar on a terminal, or a plain line each few seconds in a log. Main rank only."""
+    if not is_main():
+        yield from items
+    elif sys.stderr.isatty():
+        yield from tqdm(items, desc=label, total=total, unit=unit, dynamic_ncols=True, leave=False)
+    else:
+        total = len(items) if total is None and isinstance(items, Sized) else total
+        begun = said = time.monotonic()
+        for done, item in enumerate(items, start=1):
+            yield item
+            now = time.monotonic()
+            if now - said > _SECONDS_PER_LINE:
+                said, rate = now, done / (now - begun)
+                left = f", {(total - done) / rate:.0f} s left" if total else ""
+                log.info("%s: %d/%s %s, %.2f %s/s%s", label, done, total or "?", unit, rate, unit, left)
+
+
+@functools.cache
+def code_version() -> str:
+    """Package version, with the git commit (and `+changed`) when run from a checkout."""
+    version = importlib.metadata.version("hpc_neuro")
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return version
+    git = ["git", "-c", f"safe.directory={root}", "-C", str(root)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return f"{version} {commit.stdout.strip()}{'+changed' if changed.stdout.strip() else ''}"
+    return version
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _previous(
+    verb: str, out: Path, resolved: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]
+) -> dict[str, Any]:
+    """The record already in `out`, checked to be of the same run; {} for a fresh folder."""
+    path = out / "run.json"
+    if not path.exists():
+        return {}
+    old: dict[str, Any] = files.read_json(path, f"remove {out} to start again")
+    if old.get("verb") != verb:
+        raise schema.ConfigError(f"{out} holds a `{old.get('verb')}` run; give `{verb}` another `out`")
+    other = [d for d in _differences(resolved, old["config"]) if not any(d.startswith(k) for k in may_change)]
+    if other:
+        raise schema.ConfigError(
+            f"{out} was made with another config; choose another `out`, or remove it. Different:\n  "
+            + "\n  ".join(other)
+        )
+    changed = [k for k, v in hashes.items() if old.get("inputs", {}).get(k, v) != v]
+    if changed:
+        raise schema.ConfigError(f"the input {', '.join(changed)} changed since {out} was made; choose another `out`")
+    return old
+
+
+def _differences(new: Any, old: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, as `key: old -> new`."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        keys = list(dict.fromkeys([*new, *old]))
+        return [d for k in keys for d in _differences(new.get(k), old.get(k), f"{prefix}{k}.")]
+    return [] if new == old else [f"{prefix.rstrip('.')}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(yaml.safe_dump(value, default_flow_style=True)).replace("\n...", "").split())
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _digest(source: Path | str) -> str:
+    return files.sha256(source) if isinstance(source, Path) else source
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")

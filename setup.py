@@ -1,0 +1,70 @@
+"""Packaging of hpc_neuro: metadata, dependencies and extras live here and nowhere else.
+
+Exact versions that were tested together on the CPU build are in constraints.txt.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "torch>=2.6",
+    "deepspeed>=0.16",
+    "timm>=1.0.15",
+    "h5py>=3.11",
+    "mpi4py>=4.0",
+    "mpich>=5.0; sys_platform == 'linux'",  # the wheel that gives mpiexec where the site has no MPI module
+    "numpy>=1.26",
+    "wandb>=0.19,<0.32",
+    "submitit>=1.5.2",
+    "pydantic>=2.9",
+    "PyYAML>=6",
+    "safetensors>=0.4",
+    "tensorstore>=0.1.70",
+    "tifffile>=2024.8.10",
+    "imagecodecs>=2024.6.1",
+    "nibabel>=5.2",
+    "pynrrd>=1.0",
+    "connected-components-3d>=3.18",
+    "edt>=3.0",
+    "scikit-image>=0.24",
+    "scipy>=1.12",
+    "matplotlib>=3.8",
+    "tqdm>=4.66",
+]
+
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "monai>=1.4",
+    "morphio>=3.3.9",
+    "neurom>=4.0",
+    "swcgeom>=0.19",
+    "ome-zarr-models>=1.0",
+    "zarr>=3.0",
+    "triton>=3.0; platform_machine == 'x86_64' and sys_platform == 'linux'",  # its interpreter runs on a CPU
+]
+
+LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "scipy-stubs"]
+
+setup(
+    name="hpc_neuro",
+    version="0.1.0",
+    description="2D vision-transformer knowledge for 3D neuron reconstruction, trained and run on Slurm clusters",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hpc_neuro", "hpc_neuro.*", "launch", "launch.*"]),
+    package_data={"hpc_neuro": ["py.typed", "assets/*"]},
+    install_requires=RUNTIME,
+    extras_require={
+        "test": TEST,
+        "lint": LINT,
+        "dev": TEST + LINT,
+        "compare": ["kimimaro>=5.8", "navis>=1.10"],  # GPL-3 comparisons, never imported by the core
+    },
+    entry_points={"console_scripts": ["hpc-neuro=hpc_neuro.__main__:main"]},
+)

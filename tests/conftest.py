@@ -1,0 +1,25 @@
+"""Fixtures all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real neurons (HPC_NEURO_DATA, else shared/data beside the checkout); skips where there is none."""
+    folder = Path(os.environ.get("HPC_NEURO_DATA", REPO.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real neurons at {folder}; set HPC_NEURO_DATA to run this test")
+    return folder

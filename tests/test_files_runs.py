@@ -1,0 +1,102 @@
+"""Atomic files and the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro import files, runs
+from hpc_neuro.schema import ConfigError, InputError, config
+
+
+@config
+class Cfg:
+    """A config for tests."""
+
+    out: Path
+    steps: int = 1
+    data: str = "a"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "f.txt"
+    files.write_text(target, "old")
+    with pytest.raises(RuntimeError), files.atomic(target) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "d"
+    for content in ("one", "two"):
+        with files.atomic(target) as part:
+            part.mkdir()
+            (part / content).write_text(content)
+    assert [p.name for p in target.iterdir()] == ["two"]
+
+
+def test_space_that_is_not_there_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="are free there; make room"):
+        files.require_space(tmp_path / "new", 10**18, "the store")
+    assert not (tmp_path / "new").exists()
+
+
+def test_folder_hash_depends_on_names_and_content(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    first = files.sha256(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    second = files.sha256(tmp_path)
+    (tmp_path / "b").write_text("2")
+    assert len({first, second, files.sha256(tmp_path)}) == 3
+
+
+def test_a_run_is_recorded_resumed_and_then_complete(tmp_path: Path) -> None:
+    out, source = tmp_path / "out", tmp_path / "in.txt"
+    source.write_text("x")
+    with pytest.raises(KeyError), runs.start("train", Cfg(out=out), out, {"in": source}) as run:
+        logging.getLogger("hpc_neuro").warning("hello")
+        raise KeyError("boom")
+    record = json.loads((out / "run.json").read_text())
+    assert record["exit"] == "KeyError: 'boom'"
+    assert "hello" in (out / "log.txt").read_text()
+    with runs.start("train", Cfg(out=out), out, {"in": source}) as run:
+        assert not run.complete
+        run.finish({"dice": 1})
+    record = json.loads((out / "run.json").read_text())
+    assert (record["exit"], len(record["starts"]), record["summary"]) == (0, 2, {"dice": 1})
+    with runs.start("train", Cfg(out=out), out, {"in": source}) as run:
+        assert run.complete
+    with runs.start("train", Cfg(out=out), out, {"in": source}, whole=False) as run:
+        assert not run.complete
+
+
+def test_another_config_or_input_or_verb_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with runs.start("train", Cfg(out=out), out, {"in": "digest"}) as run:
+        run.finish()
+    with pytest.raises(ConfigError, match="data: a -> b"), runs.start("train", Cfg(out=out, data="b"), out, {}):
+        pass
+    with pytest.raises(ConfigError, match="the input in changed"), runs.start("train", Cfg(out=out), out, {"in": "x"}):
+        pass
+    with pytest.raises(ConfigError, match="holds a `train` run"), runs.start("infer", Cfg(out=out), out, {}):
+        pass
+    grown = Cfg(out=out, steps=9)
+    with runs.start("train", grown, out, {"in": "digest"}, may_change=["steps"]) as run:
+        assert not run.complete
+
+
+def test_a_moved_folder_is_still_the_same_run(tmp_path: Path) -> None:
+    with runs.start("train", Cfg(out=tmp_path / "a"), tmp_path / "a", {}) as run:
+        run.finish()
+    (tmp_path / "a").rename(tmp_path / "b")
+    with runs.start("train", Cfg(out=tmp_path / "b"), tmp_path / "b", {}) as run:
+        assert run.complete
+
+
+def test_progress_passes_everything_through() -> None:
+    assert list(runs.progress(range(5), "x")) == [0, 1, 2, 3, 4]
