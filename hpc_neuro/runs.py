@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import logging
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -120,6 +121,11 @@ def progress(items: Iterable[T], label: str, total: int | None = None, unit: str
                 said, rate = now, done / (now - begun)
                 left = f", {(total - done) / rate:.0f} s left" if total else ""
                 log.info("%s: %d/%s %s, %.2f %s/s%s", label, done, total or "?", unit, rate, unit, left)
+
+
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sort key under which OP_2 stands before OP_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 @functools.cache

@@ -10,8 +10,11 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from hypothesis import settings
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # several workers share the cores
+settings.register_profile("here", deadline=None, derandomize=True)  # first calls into torch are slow
+settings.load_profile("here")
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,178 @@
+"""The verb `demo`: the whole pipeline on synthetic neurons, or on a folder of your own image + SWC pairs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from hpc_neuro import evaluate, files, infer, precompute, prepare, runs, train
+from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
+from hpc_neuro.schema import ConfigError, InputError, config, load
+
+log = logging.getLogger(__name__)
+SHOWN = {
+    "dice": "Dice of the foreground",
+    "f1_4vox": "F1 of the tree at 4 voxels",
+    "esa": "ESA, voxels (lower is better)",
+    "hd95_um": "HD95, micrometres (lower is better)",
+}
+SYNTHETIC_STEPS = 200
+REAL_STEPS = 1500
+STAGES = ("synthetic", "prepare", "precompute", "train", "infer", "evaluate")
+
+
+@config
+class DemoConfig:
+    """What the demo runs on and for how long."""
+
+    out: Path = Path("runs/demo")
+    """Folder for everything; each stage has a folder of its own inside."""
+    data: Path | None = None
+    """Folder of image + SWC pairs of the same stem (and meta.json, if any); none: synthetic neurons are made."""
+    test: list[str] = Field(default_factory=list)
+    """Neurons held out of training; empty: every fifth in order, the fourth first (of three or fewer, the last)."""
+    steps: int | None = Field(default=None, ge=1)
+    """Training steps; none: as many as two cores do in the time that the README promises."""
+    teacher: str = "bundled"
+    """Teacher model: `bundled`, `random`, or a timm name whose weights are at hand."""
+    synthetic: SyntheticConfig = Field(default_factory=SyntheticConfig)
+    """The neurons that are made when there is no `data`."""
+    prepare: list[str] = Field(default_factory=list)
+    """More `key=value` for the stage of this name; so for the next four."""
+    precompute: list[str] = Field(default_factory=list)
+    train: list[str] = Field(default_factory=list)
+    infer: list[str] = Field(default_factory=list)
+    evaluate: list[str] = Field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.data is None and self.test:
+            raise ValueError("test: synthetic neurons are held out by themselves; give `data` to choose")
+
+
+def forecast(cfg: DemoConfig) -> list[str]:
+    """Check the data of the first stages; later stages check what they read when it is there."""
+    if cfg.data is None:
+        return [f"synthetic neurons, then {', '.join(STAGES[1:])}, all under {cfg.out}"]
+    held = _held_out(cfg, cfg.data)
+    lines = prepare.forecast(_prepare_config(cfg, cfg.data, held))
+    return [f"held out: {', '.join(held)}; every other neuron is trained on", *lines]
+
+
+def run(cfg: DemoConfig) -> int:
+    """Walk through all stages; a stage that is complete is passed over, so a killed demo goes on where it was."""
+    forecast(cfg)
+    begun = time.monotonic()
+    inputs = {"data": str(cfg.data.resolve()) if cfg.data else "synthetic"}
+    with runs.start("demo", cfg, cfg.out, inputs, whole=(cfg.out / "report.html").exists()) as this:
+        if this.complete:
+            _say_result(cfg.out)
+            return 0
+        data = cfg.data or _stage("synthetic", lambda: _synthetic(cfg))
+        held = _held_out(cfg, data)
+        steps: dict[str, Callable[[], int]] = {
+            "prepare": lambda: prepare.run(_prepare_config(cfg, data, held)),
+            "precompute": lambda: precompute.run(_precompute_config(cfg)),
+            "train": lambda: train.run(_train_config(cfg)),
+            "infer": lambda: infer.run(_infer_config(cfg)),
+            "evaluate": lambda: evaluate.run(_evaluate_config(cfg)),
+        }
+        for name, step in steps.items():
+            code = _stage(name, step)
+            if code:
+                log.error("demo: %s ended with exit code %d; the same command goes on from there", name, code)
+                return code
+        summary = _publish(cfg, held)
+        this.finish({**summary, "seconds": round(time.monotonic() - begun)})
+    _say_result(cfg.out)
+    return 0
+
+
+def _stage(name: str, step: Callable[[], Any]) -> Any:
+    place = f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}"
+    log.info("%s ...", place)
+    begun = time.monotonic()
+    result = step()
+    log.info("%s done in %.0f s", place, time.monotonic() - begun)
+    return result
+
+
+def _synthetic(cfg: DemoConfig) -> Path:
+    folder = cfg.out / "raw"
+    if not folder.exists():
+        with files.atomic(folder) as part:
+            part.mkdir()
+            write_dataset(part, cfg.synthetic)
+    return folder
+
+
+def _held_out(cfg: DemoConfig, data: Path) -> list[str]:
+    """The neurons to test on, by the rule `test` states. Raises InputError when there is nothing to train on."""
+    trees = sorted((p.stem for p in data.glob("*.swc")), key=runs.natural) if data.is_dir() else []
+    if unknown := [t for t in cfg.test if t not in trees]:
+        raise ConfigError(
+            f"test: {data} has no {', '.join(unknown)}.swc; it has {', '.join(trees) or 'no trees at all'}"
+        )
+    held = cfg.test or (trees[3::5] if len(trees) > 3 else trees[-1:])
+    if len(trees) - len(held) < 1:
+        raise InputError(
+            f"{data} has {len(trees)} SWC trees, and {len(held)} of them are held out; "
+            "at least one more image + SWC pair of the same stem is wanted to train on"
+        )
+    return held
+
+
+def _prepare_config(cfg: DemoConfig, data: Path, held: list[str]) -> prepare.PrepareConfig:
+    keys = [f"images={data}", f"out={cfg.out / 'store'}", f"split.test={json.dumps(held)}"]
+    return load(prepare.PrepareConfig, None, [*keys, *cfg.prepare])
+
+
+def _precompute_config(cfg: DemoConfig) -> precompute.PrecomputeConfig:
+    keys = [f"store={cfg.out / 'store'}", f"out={cfg.out / 'cache'}", f"teacher.model={cfg.teacher}"]
+    return load(precompute.PrecomputeConfig, None, [*keys, *cfg.precompute])
+
+
+def _train_config(cfg: DemoConfig) -> train.TrainConfig:
+    steps = cfg.steps or (SYNTHETIC_STEPS if cfg.data is None else REAL_STEPS)
+    keys = [f"store={cfg.out / 'store'}", f"cache={cfg.out / 'cache'}", f"out={cfg.out / 'train'}"]
+    keys += [f"teacher.model={cfg.teacher}", f"optim.steps={steps}"]
+    return load(train.TrainConfig, None, [*keys, *cfg.train])
+
+
+def _infer_config(cfg: DemoConfig) -> infer.InferConfig:
+    keys = [f"model={cfg.out / 'train'}", f"store={cfg.out / 'store'}", f"out={cfg.out / 'infer'}"]
+    return load(infer.InferConfig, None, [*keys, *cfg.infer])
+
+
+def _evaluate_config(cfg: DemoConfig) -> evaluate.EvaluateConfig:
+    keys = [f"store={cfg.out / 'store'}", f"predictions={cfg.out / 'infer'}", f"out={cfg.out / 'evaluate'}"]
+    return load(evaluate.EvaluateConfig, None, [*keys, f"train={cfg.out / 'train'}", *cfg.evaluate])
+
+
+def _publish(cfg: DemoConfig, held: list[str]) -> dict[str, Any]:
+    """Put what people look for at the top of `out`: metrics, report, trees (copies) and probabilities (links)."""
+    for name in ("metrics.json", "metrics.csv", "report.html"):
+        with files.atomic(cfg.out / name) as part:
+            shutil.copyfile(cfg.out / "evaluate" / name, part)
+    with files.atomic(cfg.out / "swc") as part:
+        shutil.copytree(cfg.out / "infer" / "swc", part)
+    for volume in held:
+        link = cfg.out / f"{volume}.ome.zarr"
+        if not link.exists():
+            link.symlink_to(Path("infer") / link.name)
+    mean: dict[str, Any] = files.read_json(cfg.out / "metrics.json", "run the demo again")["mean"]
+    return {who: {k: mean[who][k] for k in SHOWN} for who in ("model", "otsu")}
+
+
+def _say_result(out: Path) -> None:
+    mean = files.read_json(out / "metrics.json", "run the demo again")["mean"]
+    log.info("\n%-38s %8s %8s", "held-out neurons, mean", "model", "Otsu")
+    for key, text in SHOWN.items():
+        log.info("%-38s %8.3f %8.3f", text, mean["model"][key], mean["otsu"][key])
+    log.info("report: %s", (out / "report.html").resolve())

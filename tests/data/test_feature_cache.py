@@ -1,0 +1,176 @@
+"""The feature cache: area resampling against brute force, sound shards, processes, refusals."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_neuro.data import feature_cache as fc
+from hpc_neuro.geometry import Box
+from hpc_neuro.schema import InputError
+
+SHAPE = (12, 32, 40)
+TEACHER = {"name": "t", "sha256": "0"}
+
+
+def build(folder: Path, cell: tuple[float, float] = (8, 8), stride: int = 4, slab: int = 2) -> dict[str, np.ndarray]:
+    """A cache of one volume `v`, two layers, three channels, random features; returns them as [S, L, h, w, D]."""
+    rng = np.random.default_rng(0)
+    whole, records = {}, []
+    for view in ("z", "y", "x"):
+        across, down, right = fc.PLANE[view]
+        count = -(-SHAPE[across] // stride)
+        rows, columns = (int(np.ceil(SHAPE[a] / c)) for a, c in zip((down, right), cell, strict=True))
+        whole[view] = rng.normal(size=(count, 2, rows, columns, 3)).astype(np.float16)
+        for first in range(0, count, slab):
+            n = min(slab, count - first)
+            unit = fc.Unit("v", view, first * stride, stride, n, rows, columns, cell)
+            writer = fc.ShardWriter(folder / unit.name, unit, 2, 3, "key")
+            for i in range(n):
+                writer.write(slice(i, i + 1), slice(0, rows), slice(0, columns), whole[view][first + i : first + i + 1])
+            writer.close()
+            records.append(fc.shard_record(folder / unit.name, unit))
+    facts = {"teacher": TEACHER, "layers": [0, 1], "views": ["z", "y", "x"], "dim": 3, "volumes": {"v": "digest"}}
+    fc.write_manifest(folder, facts, records)
+    return whole
+
+
+def brute_force(
+    values: np.ndarray, view: str, cell: tuple[float, float], stride: int, box: Box, patch: int
+) -> np.ndarray:
+    """Spread every cell over quarter voxels, average them under each target. Only where the box lies inside."""
+    across, down, right = fc.PLANE[view]
+    sizes = {across: stride, down: cell[0], right: cell[1]}
+    dense = np.moveaxis(values.astype(np.float64), (1, 4), (0, 1))  # [L, D, S, h, w]
+    for place, axis in enumerate((across, down, right)):
+        cells = (np.arange(SHAPE[axis] * 4) + 0.5) / 4 / sizes[axis]
+        dense = dense.take(cells.astype(int), 2 + place)
+    dense = np.moveaxis(dense, (2, 3, 4), (2 + across, 2 + down, 2 + right))
+    dense = dense[(slice(None), slice(None), *(slice(a * 4, b * 4) for a, b in zip(box.start, box.stop, strict=True)))]
+    grid = [n // patch for n in box.shape]
+    split = dense.reshape(2, 3, grid[0], patch * 4, grid[1], patch * 4, grid[2], patch * 4)
+    return split.mean(axis=(3, 5, 7))
+
+
+@pytest.mark.parametrize(("cell", "stride"), [((8, 8), 4), ((4, 4), 1), ((2.5, 16), 3), ((8, 8), 16)])
+def test_a_crop_is_the_area_average_of_its_cells(tmp_path: Path, cell: tuple[float, float], stride: int) -> None:
+    whole = build(tmp_path, cell, stride)
+    box = Box((4, 8, 0), (12, 24, 40))
+    crop = fc.FeatureCache(tmp_path).crop("v", box, (4, 4, 4))
+    for view, values in whole.items():
+        wanted = brute_force(values, view, cell, stride, box, 4)
+        assert crop[view].shape == wanted.shape
+        np.testing.assert_allclose(crop[view].float().numpy(), wanted, atol=2e-3)
+
+
+def test_the_students_own_grid_passes_through_unchanged(tmp_path: Path) -> None:
+    whole = build(tmp_path, (4, 4), 4)
+    crop = fc.FeatureCache(tmp_path).crop("v", Box((4, 8, 16), (12, 16, 32)), (4, 4, 4))["z"]
+    wanted = torch.from_numpy(whole["z"][1:3, :, 2:4, 4:8]).permute(1, 4, 0, 2, 3)
+    assert torch.equal(crop, wanted)
+
+
+def test_past_the_end_the_last_cell_goes_on(tmp_path: Path) -> None:
+    build(tmp_path, (4, 4), 4)
+    crop = fc.FeatureCache(tmp_path).crop("v", Box((8, 28, 36), (16, 36, 44)), (4, 4, 4))
+    for values in crop.values():
+        assert torch.equal(values[..., 1, :, :], values[..., 0, :, :])
+        assert torch.equal(values[..., 1, :], values[..., 0, :])
+        assert torch.isfinite(values).all()
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 5), st.floats(0.7, 20), st.integers(1, 40))
+def test_weights_are_shares(start: int, tokens: int, patch: int, cell: float, count: int) -> None:
+    box = Box((start * patch, 0, 0), ((start + tokens) * patch, 1, 1))
+    picked, weights = fc._cells(box, (patch, 1, 1), 0, cell, count)
+    assert 0 <= picked.start < picked.stop <= count
+    assert weights.shape == (tokens, picked.stop - picked.start)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(tokens))
+
+
+def test_statistics_are_those_of_all_tokens(tmp_path: Path) -> None:
+    whole = build(tmp_path)
+    cache = fc.FeatureCache(tmp_path)
+    for view, values in whole.items():
+        flat = values.astype(np.float64).transpose(1, 4, 0, 2, 3).reshape(2, 3, -1)
+        np.testing.assert_allclose(cache.mean[view], flat.mean(2), atol=1e-6)
+        np.testing.assert_allclose(cache.std[view], flat.std(2), atol=1e-6)
+
+
+def test_off_the_token_grid_is_refused(tmp_path: Path) -> None:
+    build(tmp_path)
+    with pytest.raises(InputError, match="does not lie on the token grid"):
+        fc.FeatureCache(tmp_path).crop("v", Box((1, 0, 0), (5, 4, 4)), (4, 4, 4))
+
+
+def test_a_missing_or_short_shard_and_a_missing_manifest_are_named(tmp_path: Path) -> None:
+    build(tmp_path)
+    shard = next(tmp_path.glob("v.y.*.h5"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=shard.name):
+        fc.FeatureCache(tmp_path)
+    shard.unlink()
+    with pytest.raises(InputError, match="lacks 1 of its"):
+        fc.FeatureCache(tmp_path)
+    (tmp_path / fc.MANIFEST).unlink()
+    with pytest.raises(InputError, match="hpc-neuro precompute"):
+        fc.FeatureCache(tmp_path)
+
+
+def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
+    build(tmp_path)
+    shard = next(tmp_path.glob("v.z.*.h5"))
+    assert fc.shard_is_sound(shard)
+    content = bytearray(shard.read_bytes())
+    place = content.find(build_bytes(tmp_path))
+    content[place] ^= 1
+    shard.write_bytes(content)
+    assert not fc.shard_is_sound(shard)
+    assert fc.shard_key(tmp_path / "nothing.h5") is None
+
+
+def build_bytes(folder: Path) -> bytes:
+    """Some feature bytes as they stand in the first shard of view z."""
+    import h5py
+
+    with h5py.File(next(folder.glob("v.z.*.h5"))) as file:
+        return bytes(file["features"][0, 0, 0, 0].tobytes())
+
+
+def test_another_teacher_volume_view_or_image_is_refused(tmp_path: Path) -> None:
+    build(tmp_path)
+    cache = fc.FeatureCache(tmp_path)
+    cache.check({"v": "digest"}, TEACHER, ["z"])
+    with pytest.raises(fc.CacheMismatch, match="teacher.model=t"):
+        cache.check({"v": "digest"}, {"name": "other"}, ["z"])
+    with pytest.raises(fc.CacheMismatch, match="no features of w"):
+        cache.check({"w": "digest"}, TEACHER, ["z"])
+    with pytest.raises(fc.CacheMismatch, match="other images of v"):
+        cache.check({"v": "changed"}, TEACHER, ["z"])
+    cache.views = ("z",)
+    with pytest.raises(fc.CacheMismatch, match="no view x"):
+        cache.check({"v": "digest"}, TEACHER, ["z", "x"])
+
+
+def read(cache: fc.FeatureCache) -> float:
+    return float(cache.crop("v", Box((0, 0, 0), (4, 8, 8)), (4, 8, 8))["x"].float().sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_an_open_cache_goes_to_other_processes(tmp_path: Path, method: str) -> None:
+    build(tmp_path)
+    cache = fc.FeatureCache(tmp_path)
+    here = read(cache)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(read, [cache] * 4) == [here] * 4
+    assert read(cache) == here
