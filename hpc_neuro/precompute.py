@@ -43,11 +43,11 @@ class PrecomputeConfig:
     """Folder of the feature cache."""
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     """The frozen 2D network."""
-    splits: list[Literal["train", "val", "test"]] = Field(default_factory=lambda: ["train"])
+    splits: tuple[Literal["train", "val", "test"], ...] = ("train",)
     """Splits whose volumes get features; training reads those of `train`."""
-    views: list[View] = Field(default_factory=lambda: ["z", "y", "x"], min_length=1)
+    views: tuple[View, ...] = Field(default=("z", "y", "x"), min_length=1)
     """Axes that slices stand orthogonal to."""
-    layers: list[int] = Field(default_factory=lambda: [-1], min_length=1)
+    layers: tuple[int, ...] = Field(default=(-1,), min_length=1)
     """Teacher blocks whose output is kept; negative ones count from the end."""
     stride_v: int = Field(default=8, ge=1)
     """[voxel] Every how many slices one is kept; features change slowly across slices."""
@@ -255,8 +255,8 @@ def _forecast(cfg: PrecomputeConfig, store: Store, teacher: Teacher, units: list
     teacher_features(teacher, probe, [teacher.depth - 1])
     seconds = (time.monotonic() - begun) * tokens * teacher.patch**2 / probe.size
     return [
-        f"teacher {teacher.identity}, {teacher.depth} blocks, {teacher.dim} channels, patch {teacher.patch}",
-        f"{len(digests)} volumes, views {' '.join(cfg.views)}, layers {cfg.layers}: {len(units)} shards, "
+        f"teacher {teacher.identity['name']} (sha256 {teacher.identity['sha256'][:12]}), {teacher.depth} blocks, {teacher.dim} channels, patch {teacher.patch}",
+        f"{len(digests)} volumes, views {' '.join(cfg.views)}, layers {list(cfg.layers)}: {len(units)} shards, "
         f"{files.human(size)} float16 in {cfg.out}",
         f"{len(todo)} shards to make, {tokens} tokens, about {seconds:.0f} s on one process",
     ]

@@ -1,0 +1,95 @@
+"""The command line as its user meets it."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro import __main__ as cli
+from hpc_neuro.schema import ConfigError
+
+CONFIGURED = [name for name, verb in cli.VERBS.items() if verb.config]
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_help_lists_every_key_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert cli.VERBS[name].text in text
+    assert "  out " in text
+    undocumented = [line for line in text.splitlines()[2:] if not line.strip()]
+    assert not undocumented
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_every_fault_is_named_at_once_and_nothing_is_written(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([name, "nosuchkey=1", "out=[1,2]"]) == 2
+    text = capsys.readouterr().err
+    assert "nosuchkey: Unexpected keyword argument" in text
+    assert "out: " in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.VERBS)
+    assert cli.main([]) == 2
+
+
+def test_an_unknown_verb_and_an_unknown_flag_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert "'trian' is not one of the verbs prepare" in capsys.readouterr().err
+    assert cli.main(["precompute", "--dryrun"]) == 2
+    assert "--dryrun is not a flag" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "store/OP_1.h5")
+
+    monkeypatch.setattr(cli, "_call", full)
+    assert cli.main(["prepare"]) == 2
+    assert "no space left on the disk (store/OP_1.h5)" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(cli, "_call", broken)
+    with pytest.raises(OSError, match="I/O error"):
+        cli.main(["prepare"])
+
+
+def test_an_interrupt_says_that_the_same_command_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_call", interrupted)
+    assert cli.main(["train"]) == 75
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_config_errors_reach_the_user(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(*_: object) -> int:
+        raise ConfigError("a: b")
+
+    monkeypatch.setattr(cli, "_call", bad)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "hpc-neuro train: a: b\n"
+
+
+def test_doctor_reports_and_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["doctor"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("torch", "MPI", "HDF5", "Slurm", "disk", "GPU"))
+    assert (code == 3) == ("MISSING" in text)
+    assert cli.main(["doctor", "x"]) == 2

@@ -1,0 +1,29 @@
+"""Every YAML file that is shipped is a usable config of its verb."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro import __main__ as cli
+from hpc_neuro import schema
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_a_shipped_config_loads_and_survives_a_round_trip(file: Path, tmp_path: Path) -> None:
+    verb = cli.VERBS[file.relative_to(CONFIGS).parts[0]]
+    cls = getattr(importlib.import_module(verb.module), str(verb.config))
+    cfg = schema.load(cls, file)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(schema.dump(cfg))
+    assert schema.load(cls, copy) == cfg
+
+
+def test_each_verb_that_needs_a_config_has_one_to_start_from() -> None:
+    shipped = {f.relative_to(CONFIGS).parts[0] for f in FILES}
+    assert {"prepare", "precompute", "train", "infer", "evaluate"} <= shipped
