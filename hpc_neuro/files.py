@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -92,6 +93,36 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {human(needed)} in {folder}, but only {human(free)} are free there; "
             "make room or choose another `out`"
         )
+
+
+def reserve(folder: Path, needed: int) -> None:
+    """Raise OSError (disk or quota full) now when `needed` bytes cannot be had in `folder`.
+
+    For writers that must not fail in the middle of a write: HDF5 ends the process with a segmentation fault then.
+    """
+    if needed <= 0:
+        return
+    probe = folder / f".reserve.{uuid.uuid4().hex[:8]}.part"
+    handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o600)
+    try:
+        os.posix_fallocate(handle, 0, needed)
+    finally:
+        os.close(handle)
+        probe.unlink()
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: Path, what: str) -> Iterator[None]:
+    """Turn an error of a full disk or quota into one InputError sentence; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+            raise
+        raise InputError(
+            f"the disk or quota of {folder} is full, {what} was not written; make room or choose another `out`, then "
+            "give the same command again (what is finished is kept)"
+        ) from error
 
 
 def human(count: float) -> str:

@@ -75,15 +75,17 @@ def parents_first(parents: NDArray[np.int64]) -> NDArray[np.int64]:
     n = len(parents)
     if np.all(parents < np.arange(n)):
         return np.arange(n)
-    depth = np.where(parents < 0, 0, -1)
-    pending = np.flatnonzero(depth < 0)
-    while len(pending):
-        above = depth[parents[pending]]
-        known = above >= 0
-        if not known.any():
-            raise ValueError(f"{len(pending)} nodes hang on a cycle, the first is node {int(pending[0])}")
-        depth[pending[known]] = above[known] + 1
-        pending = pending[~known]
+    # pointer doubling: after k rounds `up` is the ancestor 2^k steps away (or the root), `depth` the steps taken
+    depth = (parents >= 0).astype(np.int64)
+    up = np.where(parents >= 0, parents, np.arange(n))
+    for _ in range(n.bit_length()):
+        if np.all(parents[up] < 0):
+            return np.argsort(depth, kind="stable")
+        depth += depth[up]
+        up = up[up]
+    stuck = np.flatnonzero(parents[up] >= 0)
+    if len(stuck):
+        raise ValueError(f"{len(stuck)} nodes hang on a cycle, the first is node {int(stuck[0])}")
     return np.argsort(depth, kind="stable")
 
 
@@ -117,9 +119,12 @@ def length(tree: Tree) -> float:
 
 
 def scaled(tree: Tree, factor: tuple[float, float, float]) -> Tree:
-    """Coordinates times `factor` (z y x); radii by its geometric mean over the two finest axes, where they are seen."""
-    fine = sorted(factor)[:2]
-    return replace(tree, points=tree.points * np.asarray(factor), radii=tree.radii * float(np.sqrt(fine[0] * fine[1])))
+    """Coordinates times `factor` (z y x); radii by the geometric mean of y and x, the plane they are seen in.
+
+    The inverse factor undoes it.
+    """
+    across = float(np.sqrt(factor[1] * factor[2]))
+    return replace(tree, points=tree.points * np.asarray(factor), radii=tree.radii * across)
 
 
 def subset(tree: Tree, keep: NDArray[np.bool_]) -> Tree:

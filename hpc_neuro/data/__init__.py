@@ -1,0 +1,1 @@
+"""Data in: volumes, trees, targets, the training store."""

@@ -1,0 +1,109 @@
+"""Does a tree lie on the neuron? Intensity percentile along it, against flips, axis swaps and the other unit."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_neuro import morphology
+from hpc_neuro.data.intensity import Histogram, Read, slabs
+from hpc_neuro.geometry import Shape, VoxelSize
+from hpc_neuro.morphology import Tree
+
+_POINTS = 4000
+_OUTSIDE = 0.05  # a change that moves more than this share of the cable out of the image is no candidate
+_MARGIN = 0.10  # by how much another orientation must fit better, in mean percentile
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a tree lies on bright voxels as given, and the best of its other orientations."""
+
+    given: float  # mean intensity percentile along the cable, 0 to 1; outside the image counts 0
+    best: float
+    change: str  # words for the best other orientation, such as "y flipped"
+
+    @property
+    def misaligned(self) -> bool:
+        """Whether another orientation fits clearly better."""
+        return self.best > self.given + _MARGIN
+
+
+def outside(tree: Tree, shape: Shape) -> float:
+    """The share of the nodes of a tree (voxels) that lie more than half a voxel beyond the image."""
+    if not len(tree):
+        return 0.0
+    return float(np.mean(~_inside(tree.points, shape)))
+
+
+def alignment(tree: Tree, read: Read, shape: Shape, counts: Histogram, size: VoxelSize, unit: str) -> Fit:
+    """Compare `tree` (voxels, taken to be given in `unit`, "voxel" or "um") with its alternatives in one pass.
+
+    Percentiles are mid-ranks of the whole image's intensities, so half of an all-black background scores 0.5.
+    """
+    points = _cable(tree)
+    candidates = {"": points, **_alternatives(points, shape, size, unit)}
+    place = np.concatenate(list(candidates.values()))
+    ranks = np.zeros(len(place))
+    here = _inside(place, shape)
+    ranks[here] = counts.below(values_at(np.rint(place[here]).astype(np.int64), read, shape, counts))
+    scores = {name: float(part.mean()) for name, part in zip(candidates, np.split(ranks, len(candidates)), strict=True)}
+    given = scores.pop("")
+    change = max(scores, key=lambda name: scores[name])
+    return Fit(given, scores[change], change)
+
+
+def values_at(voxels: NDArray[np.int64], read: Read, shape: Shape, counts: Histogram) -> NDArray[np.generic]:
+    """[N, 3] voxels inside the image -> [N] their values, in one streamed pass."""
+    voxels = np.clip(voxels, 0, np.asarray(shape) - 1)
+    values = np.zeros(len(voxels), dtype=counts.dtype)
+    for box in slabs(shape, counts.dtype.itemsize):
+        here = np.flatnonzero(np.all((voxels >= box.start) & (voxels < box.stop), axis=1))
+        if len(here):
+            z, y, x = (voxels[here] - np.asarray(box.start)).T
+            values[here] = read(box)[z, y, x]
+    return values
+
+
+def _cable(tree: Tree) -> NDArray[np.float64]:
+    """Points evenly along the cable, at most some thousands."""
+    step = max(1.0, morphology.length(tree) / _POINTS)
+    return morphology.resampled(tree, step).points
+
+
+def _alternatives(
+    points: NDArray[np.float64], shape: Shape, size: VoxelSize, unit: str
+) -> dict[str, NDArray[np.float64]]:
+    """The cable flipped, axis-swapped, both, and read in the other unit; those that stay in the image."""
+    last = np.asarray(shape) - 1
+    other = "um" if unit == "voxel" else "voxel"
+    converted = points / np.asarray(size) if unit == "voxel" else points * np.asarray(size)
+    found = {f"swc_unit={other}": converted}
+    for order in itertools.permutations(range(3)):
+        swapped = points[:, order]
+        for flips in itertools.product((False, True), repeat=3):
+            moved = np.where(flips, last - swapped, swapped)
+            words = _words(order, flips)
+            if words:
+                found[words] = moved
+    kept = {name: p for name, p in found.items() if np.mean(~_inside(p, shape)) <= _OUTSIDE}
+    return kept or {"none": np.full_like(points, -10.0)}
+
+
+def _words(order: tuple[int, ...], flips: tuple[bool, ...]) -> str:
+    """Such as "axes z and y swapped, then x flipped"; "" for the identity."""
+    names = "zyx"
+    moved = [names[i] for i in range(3) if order[i] != i]
+    swap = f"axes {' and '.join(moved)} swapped" if len(moved) == 2 else ""
+    if len(moved) == 3:
+        swap = f"axes z y x read as {' '.join(names[i] for i in order)}"
+    flipped = [names[i] for i in range(3) if flips[i]]
+    return ", then ".join(part for part in (swap, f"{' and '.join(flipped)} flipped" if flipped else "") if part)
+
+
+def _inside(points: NDArray[np.float64], shape: Shape) -> NDArray[np.bool_]:
+    inside: NDArray[np.bool_] = np.all((points >= -0.5) & (points <= np.asarray(shape) - 0.5), axis=1)
+    return inside

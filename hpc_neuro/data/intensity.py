@@ -1,0 +1,166 @@
+"""The intensity range of a volume, streamed, and the one normalisation everything uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_neuro.geometry import Box, Shape, blocks
+from hpc_neuro.schema import InputError
+from hpc_neuro.types import Array
+
+Read = Callable[[Box], Array]
+"""Reads one box of a volume as [Z, Y, X] in its own dtype."""
+
+_PASS_BYTES = 64 << 20  # a streamed pass holds about this much at a time
+_LOW = 0.01  # background: the 1st percentile of all voxels
+_TOP = 0.005  # neurites are rarely more than this share of a stack
+_HIGH = 0.95  # among those, the brightest 5 % are soma and saturation
+_HALF = 1 << 16
+
+
+def slabs(shape: Shape, itemsize: int, depth: int = 1) -> Iterator[Box]:
+    """Tile a volume for one streamed pass: whole z slices where they fit in about 64 MiB, else parts of slices.
+
+    `depth`: slabs begin at multiples of this many slices. Files are laid out by slice, so each is read once.
+    """
+    z, y, x = shape
+    deep = max(1, _PASS_BYTES // max(1, y * x * itemsize * depth)) * depth
+    rows = min(y, max(64, _PASS_BYTES // max(1, x * itemsize * depth) // 64 * 64))
+    columns = min(x, max(64, _PASS_BYTES // max(1, rows * itemsize * depth) // 64 * 64))
+    for block in blocks(shape, (min(z, deep), rows, columns)):
+        yield block.write
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Exact order statistics of a volume in bounded memory (a two-level radix histogram of ordered 32-bit keys)."""
+
+    dtype: np.dtype[np.generic]
+    upper: NDArray[np.int64]  # [65536] voxels by the upper half of their key
+    lower: dict[int, NDArray[np.int64]]  # upper half -> [65536] voxels by the lower half; empty for 8 and 16 bit
+
+    @property
+    def count(self) -> int:
+        """Number of voxels."""
+        return int(self.upper.sum())
+
+    def below(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
+        """Percentile rank in [0, 1] of each value: the share of darker voxels plus half the share of equal ones.
+
+        Exact for 8 and 16 bit; for others a bin is 1/128 of the value wide, enough for ranks.
+        """
+        total = np.concatenate([[0], np.cumsum(self.upper)])
+        upper = (_keys(np.asarray(values)) >> (0 if _narrow(self.dtype) else 16)).astype(np.int64)
+        ranks: NDArray[np.float64] = (total[upper] + total[upper + 1]) / (2 * self.count)
+        return ranks
+
+
+def histogram(read: Read, shape: Shape) -> Histogram:
+    """One streamed pass over a volume. Raises InputError for NaN or infinite voxels."""
+    upper = np.zeros(_HALF, dtype=np.int64)
+    dtype = read(Box((0, 0, 0), (1, 1, 1))).dtype
+    for box in slabs(shape, dtype.itemsize):
+        block = read(box)
+        _require_finite(block, box)
+        keys = _keys(block)
+        upper += np.bincount((keys if _narrow(dtype) else keys >> 16).ravel(), minlength=_HALF)
+    return Histogram(dtype, upper, {})
+
+
+def intensity_range(read: Read, shape: Shape, counts: Histogram | None = None) -> tuple[float, float]:
+    """(low, high) that `normalise` maps to 0 and 1; streamed, memory does not grow with the volume.
+
+    low is the 1st percentile of all voxels; high is the 95th percentile of those of the brightest 0.5 % that exceed the
+    minimum, so that an image whose background is 99.9 % zeros still has its neurites near 1. Both are voxel values
+    (order statistics), exact for integers to 32 bit and float32; 64-bit values are rounded to float32 first.
+    Raises InputError for an image that is constant, almost constant, or holds NaN.
+    """
+    counts = counts or histogram(read, shape)
+    total = counts.count
+    darkest = int(np.flatnonzero(counts.upper)[0])
+    brighter = total - int(counts.upper[darkest])
+    if not _narrow(counts.dtype):  # the darkest bin may hold several values
+        counts = _refined(counts, read, shape, [0])
+        brighter = total - int(counts.lower[darkest][np.flatnonzero(counts.lower[darkest])[0]])
+    if brighter == 0:
+        value = _value(counts, 0)
+        raise InputError(f"every voxel is {value:g}, an image with contrast is wanted; check the file and its channel")
+    top = min(brighter, max(1, round(_TOP * total)))
+    ranks = [math.floor(_LOW * (total - 1)), total - 1 - math.floor((1 - _HIGH) * (top - 1))]
+    if not _narrow(counts.dtype):
+        counts = _refined(counts, read, shape, ranks)
+    low, high = (_value(counts, rank) for rank in ranks)
+    if not high > low:
+        raise InputError(
+            f"all but a few voxels are {low:g} and the rest darker, a bright neuron on a dark background is wanted; "
+            "invert the image or check its channel"
+        )
+    return low, high
+
+
+def normalise(array: Array, low: float, high: float) -> NDArray[np.float32]:
+    """clip((array - low) / (high - low), 0, 1) as float32, any shape."""
+    scaled = (np.asarray(array, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    return cast(NDArray[np.float32], np.clip(scaled, 0, 1, out=scaled))
+
+
+def _narrow(dtype: np.dtype[np.generic]) -> bool:
+    return dtype.kind in "bui" and dtype.itemsize <= 2
+
+
+def _keys(block: Array) -> NDArray[np.uint32]:
+    """Unsigned keys in the order of the values: IEEE floats sort as integers once the negative ones are mirrored."""
+    if block.dtype.kind in "bu" and block.dtype.itemsize <= 4:
+        return block.astype(np.uint32)
+    if block.dtype.kind == "i" and block.dtype.itemsize <= 4:
+        shift = 1 << (8 * block.dtype.itemsize - 1)
+        return (block.astype(np.int64) + shift).astype(np.uint32)
+    bits = (block.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0 turns -0 into 0
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint32)
+
+
+def _from_key(key: int, dtype: np.dtype[np.generic]) -> float:
+    if dtype.kind in "bu" and dtype.itemsize <= 4:
+        return float(key)
+    if dtype.kind == "i" and dtype.itemsize <= 4:
+        return float(key - (1 << (8 * dtype.itemsize - 1)))
+    bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF
+    return float(np.uint32(bits).view(np.float32))
+
+
+def _refined(counts: Histogram, read: Read, shape: Shape, ranks: list[int]) -> Histogram:
+    """A second pass that resolves the bins in which `ranks` fall down to single values."""
+    ends = np.cumsum(counts.upper)
+    wanted = {int(np.searchsorted(ends, rank, side="right")) for rank in ranks} - set(counts.lower)
+    lower = {bin_: np.zeros(_HALF, dtype=np.int64) for bin_ in wanted}
+    for box in slabs(shape, counts.dtype.itemsize) if wanted else ():
+        keys = _keys(read(box)).ravel()
+        for bin_, into in lower.items():
+            into += np.bincount(keys[keys >> 16 == bin_] & (_HALF - 1), minlength=_HALF)
+    return Histogram(counts.dtype, counts.upper, counts.lower | lower)
+
+
+def _value(counts: Histogram, rank: int) -> float:
+    """The value of the voxel at `rank` in ascending order."""
+    ends = np.cumsum(counts.upper)
+    upper = int(np.searchsorted(ends, rank, side="right"))
+    if _narrow(counts.dtype):
+        return _from_key(upper, counts.dtype)
+    inner = rank - (int(ends[upper - 1]) if upper else 0)
+    lower = int(np.searchsorted(np.cumsum(counts.lower[upper]), inner, side="right"))
+    return _from_key((upper << 16) | lower, counts.dtype)
+
+
+def _require_finite(block: Array, box: Box) -> None:
+    if block.dtype.kind == "f" and not np.isfinite(block).all():
+        z, y, x = (int(v[0]) + a for v, a in zip(np.nonzero(~np.isfinite(block)), box.start, strict=True))
+        raise InputError(
+            f"voxel z={z} y={y} x={x} is NaN or infinite, finite intensities are wanted; "
+            "replace such voxels (e.g. by the background's value)"
+        )

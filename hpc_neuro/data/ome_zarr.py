@@ -1,0 +1,168 @@
+"""OME-Zarr 0.5 images and label images, sharded, written block by block through tensorstore.
+
+    ID.ome.zarr/            the image: levels 0, 1, ... (multiscale, uint8)
+    ID.ome.zarr/labels/NAME a label image of the same levels
+
+One block is one shard, so two writers never touch one file. Levels above 0 are made from the one below, block by block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tensorstore as ts
+
+from hpc_neuro import files
+from hpc_neuro.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.schema import InputError
+from hpc_neuro.types import Array
+
+_SMALL = 256  # voxels along the longest axis of the coarsest level
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution: its shape and how many voxels of level 0 one of its voxels spans."""
+
+    shape: Shape
+    factor: Shape
+
+
+def levels(shape: Shape, voxel_size: VoxelSize) -> list[Level]:
+    """A pyramid down to `_SMALL` voxels: each level halves the axes that are not yet coarser than the others."""
+    found = [Level(shape, (1, 1, 1))]
+    while max(found[-1].shape) > _SMALL:
+        last = found[-1]
+        spacing = [v * f for v, f in zip(voxel_size, last.factor, strict=True)]
+        halved = [2 if s < 2 * min(spacing) and n > 1 else 1 for s, n in zip(spacing, last.shape, strict=True)]
+        z, y, x = (f * h for f, h in zip(last.factor, halved, strict=True))
+        dz, dy, dx = (math.ceil(n / h) for n, h in zip(last.shape, halved, strict=True))
+        found.append(Level((dz, dy, dx), (z, y, x)))
+    return found
+
+
+def create(
+    folder: Path, name: str, shape: Shape, voxel_size: VoxelSize, shard: Shape, chunk: Shape, label: str, record: Any
+) -> None:
+    """Make an empty uint8 image `name` and its label image `label`; the folder appears whole or not at all.
+
+    voxel_size in um. `record` (plain data) is kept in the group's attributes, to tell later what the folder belongs to.
+    Raises InputError when `shard` is no multiple of `chunk`.
+    """
+    if any(s % c for s, c in zip(shard, chunk, strict=True)):
+        raise InputError(f"the block {shard} is no multiple of the chunk {chunk}; choose a block that is")
+    pyramid = levels(shape, voxel_size)
+    with files.atomic(folder) as part:
+        _group(part, {"ome": _image(name, pyramid, voxel_size), "hpc_neuro": record})
+        _group(part / "labels", {"ome": {"version": "0.5", "labels": [label]}})
+        about = {**_image(label, pyramid, voxel_size), "image-label": {"source": {"image": "../../"}}}
+        _group(part / "labels" / label, {"ome": about})
+        for base in (part, part / "labels" / label):
+            for number, level in enumerate(pyramid):
+                _array(base / str(number), level.shape, shard, chunk)
+
+
+def record(folder: Path) -> Any:
+    """What `create` was given to keep; None when there is no such folder."""
+    if not (folder / "zarr.json").exists():
+        return None
+    return files.read_json(folder / "zarr.json", "remove the folder")["attributes"].get("hpc_neuro")
+
+
+def open_level(folder: Path, number: int = 0, label: str | None = None) -> Any:
+    """A level for reading and writing by index, `array[slices].read().result()`, `array[slices].write(x).result()`."""
+    base = folder / "labels" / label if label else folder
+    return ts.open(_spec(base / str(number)), open=True).result()
+
+
+def read(array: Any, box: Box) -> Array:
+    """The voxels of a box of an open level."""
+    values: Array = array[box.slices].read().result()
+    return values
+
+
+def write(array: Any, box: Box, values: Array) -> None:
+    """Write a box that is one whole shard (or what the volume's end leaves of it)."""
+    array[box.slices].write(np.ascontiguousarray(values)).result()
+
+
+def build_pyramid(folder: Path, shape: Shape, voxel_size: VoxelSize, shard: Shape, label: str) -> Iterator[str]:
+    """Make the levels above 0; yields a word for each block done. The image is averaged, the label keeps any voxel.
+
+    Memory: one block of the finer level (up to eight shards).
+    """
+    pyramid = levels(shape, voxel_size)
+    ways: tuple[tuple[str | None, Literal["mean", "max"]], ...] = ((None, "mean"), (label, "max"))
+    for number in range(1, len(pyramid)):
+        fine, coarse = pyramid[number - 1], pyramid[number]
+        step = tuple(c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
+        for name, how in ways:
+            source, target = open_level(folder, number - 1, name), open_level(folder, number, name)
+            for block in blocks(coarse.shape, shard):
+                below = Box(_times(block.write.start, step), _times(block.write.stop, step))
+                below = below.clipped(Box.whole(fine.shape))
+                write(target, block.write, _pooled(read(source, below), step, how))
+                yield f"level {number}"
+
+
+def _times(corner: Shape, step: tuple[int, ...]) -> Shape:
+    z, y, x = (c * s for c, s in zip(corner, step, strict=True))
+    return z, y, x
+
+
+def _pooled(values: Array, step: tuple[int, ...], how: Literal["mean", "max"]) -> Array:
+    """Pool by `step`; an odd end repeats its last voxel."""
+    padded = np.pad(values, [(0, -n % s) for n, s in zip(values.shape, step, strict=True)], mode="edge")
+    z, y, x = padded.shape
+    cells = padded.reshape(z // step[0], step[0], y // step[1], step[1], x // step[2], step[2])
+    pooled: Array = cells.max((1, 3, 5)) if how == "max" else np.rint(cells.mean((1, 3, 5))).astype(values.dtype)
+    return pooled
+
+
+def _image(name: str, pyramid: list[Level], voxel_size: VoxelSize) -> dict[str, Any]:
+    """OME-NGFF 0.5 `multiscales` metadata: a coarse voxel's centre is the centre of the voxels it stands for."""
+    datasets = []
+    for number, level in enumerate(pyramid):
+        scale = [v * f for v, f in zip(voxel_size, level.factor, strict=True)]
+        shift = [v * (f - 1) / 2 for v, f in zip(voxel_size, level.factor, strict=True)]
+        moves = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": shift}]
+        datasets.append({"path": str(number), "coordinateTransformations": moves})
+    axes = [{"name": n, "type": "space", "unit": "micrometer"} for n in "zyx"]
+    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
+
+
+def _group(folder: Path, attributes: dict[str, Any]) -> None:
+    files.write_json(folder / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def _array(folder: Path, shape: Shape, shard: Shape, chunk: Shape) -> None:
+    codec = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": list(chunk),
+            "codecs": [
+                {"name": "bytes"},
+                {"name": "zstd", "configuration": {"level": 3, "checksum": False}},
+            ],
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        },
+    }
+    metadata = {
+        "shape": list(shape),
+        "data_type": "uint8",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": [codec],
+        "dimension_names": ["z", "y", "x"],
+    }
+    ts.open({**_spec(folder), "metadata": metadata, "create": True}).result()
+
+
+def _spec(folder: Path) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder.resolve()) + "/"}}

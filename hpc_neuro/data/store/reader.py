@@ -1,0 +1,159 @@
+"""Reading a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_neuro import files
+from hpc_neuro.data.intensity import normalise
+from hpc_neuro.data.store.layout import FORMAT, INDEX, REMAKE, Volume, open_file
+from hpc_neuro.geometry import Box, Shape, VoxelSize
+from hpc_neuro.morphology import Tree
+from hpc_neuro.schema import InputError
+from hpc_neuro.types import Array
+
+Kind = Literal["skeleton", "branch", "tip"]
+
+
+class Store:
+    """A finished store, read by id. Handles open on first use in each process and are left behind on pickling."""
+
+    def __init__(self, path: Path) -> None:
+        """Read `path`/dataset.json; raises InputError when it or a volume's file is missing or of another format."""
+        self.path = Path(path)
+        index = files.read_json(self.path / INDEX, REMAKE)
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
+            raise InputError(f"{self.path / INDEX} is not a store of format {FORMAT}; {REMAKE}")
+        self._volumes = {id_: _from_index(self, id_, entry) for id_, entry in index["volumes"].items()}
+        missing = [id_ for id_ in self._volumes if not self.file(id_).exists()]
+        if missing:
+            raise InputError(f"{self.path} lacks the files of {', '.join(missing)}; {REMAKE}")
+        self._forget()
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All volumes, in the order they were given."""
+        return tuple(self._volumes)
+
+    def split(self, name: str) -> tuple[str, ...]:
+        """The ids of "train", "val" or "test"."""
+        return tuple(id_ for id_, volume in self._volumes.items() if volume.split == name)
+
+    def __getitem__(self, id_: str) -> StoredVolume:
+        if id_ not in self._volumes:
+            raise InputError(f"{self.path} holds no volume {id_!r}; it holds {', '.join(self._volumes)}")
+        return self._volumes[id_]
+
+    def __iter__(self) -> Iterator[StoredVolume]:
+        return iter(self._volumes.values())
+
+    def __len__(self) -> int:
+        return len(self._volumes)
+
+    def file(self, id_: str) -> Path:
+        """The HDF5 file of a volume."""
+        return self.path / f"{id_}.h5"
+
+    def handle(self, id_: str) -> Any:
+        """This process's open HDF5 file of a volume."""
+        if self._pid != os.getpid():  # after a fork the parent's handles are not ours
+            self._forget()
+        if id_ not in self._handles:
+            handle = open_file(self.file(id_))
+            if handle.attrs.get("digest") != self[id_].digest:
+                handle.close()
+                raise InputError(f"{self.file(id_)} is not the file that {INDEX} describes; {REMAKE} again")
+            self._handles[id_] = handle
+        return self._handles[id_]
+
+    def close(self) -> None:
+        """Close this process's handles; the store stays usable."""
+        if self._pid == os.getpid():
+            for handle in self._handles.values():
+                handle.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._handles: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": {}, "_pid": -1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredVolume(Volume):
+    """One volume of a store. A box must lie inside the volume (else InputError); arrays are the caller's own."""
+
+    store: Store = field(repr=False, compare=False)
+
+    def image(self, box: Box) -> Array:
+        """[Z, Y, X] in the stack's own dtype."""
+        return self._read("image", box)
+
+    def normalised(self, box: Box) -> NDArray[np.float32]:
+        """[Z, Y, X] float32 in [0, 1], by the range of the whole volume."""
+        return normalise(self._read("image", box), self.low, self.high)
+
+    def mask(self, box: Box) -> NDArray[np.uint8]:
+        """[Z, Y, X] 1 on neurite, 255 where unlabelled, 0 elsewhere."""
+        return cast(NDArray[np.uint8], self._read("mask", box))
+
+    def skeleton(self, box: Box) -> NDArray[np.uint8]:
+        """[Z, Y, X] 1 in the tube around the centreline."""
+        return cast(NDArray[np.uint8], self._read("skeleton", box))
+
+    def distance(self, box: Box) -> NDArray[np.float32]:
+        """[Z, Y, X] float32, fine voxels to the centreline, at most the cap."""
+        return self._read("distance", box).astype(np.float32)
+
+    def tangent(self, box: Box) -> NDArray[np.float32]:
+        """[3, Z, Y, X] float32, unit direction (z y x) of the nearest edge; zero beyond the cap."""
+        return self._read("tangent", box).astype(np.float32) / np.float32(127)
+
+    def tree(self) -> Tree:
+        """The given tree, in voxels."""
+        return _read_tree(self.store.handle(self.id)["tree"])
+
+    def fitted(self) -> Tree:
+        """The tree that mask, skeleton, distance and tangent were drawn from, in voxels (radii in fine voxels)."""
+        return _read_tree(self.store.handle(self.id)["fitted"])
+
+    def points(self, kind: Kind) -> NDArray[np.int64]:
+        """[N, 3] voxels z y x inside the volume: the centreline's, the branch points, or the tips."""
+        points: NDArray[np.int64] = self.store.handle(self.id)["points"][kind][()].astype(np.int64)
+        return points
+
+    def _read(self, name: str, box: Box) -> Array:
+        if not Box.whole(self.shape).contains(box):
+            raise InputError(f"box {box.start} to {box.stop} leaves volume {self.id}, which is {self.shape} voxels")
+        array: Array = self.store.handle(self.id)[name][(..., *box.slices)]
+        return array
+
+
+def _read_tree(group: Any) -> Tree:
+    return Tree(*(group[part][()] for part in ("points", "radii", "parents", "types")))
+
+
+def _from_index(store: Store, id_: str, entry: Mapping[str, Any]) -> StoredVolume:
+    root = entry["root_voxel"]
+    return StoredVolume(
+        id=id_,
+        shape=cast(Shape, tuple(entry["shape"])),
+        voxel_size=cast(VoxelSize, tuple(entry["voxel_size_um"])),
+        dtype=np.dtype(entry["dtype"]),
+        low=entry["low"],
+        high=entry["high"],
+        root=None if root is None else cast(tuple[float, float, float], tuple(root)),
+        split=entry["split"],
+        digest=entry["digest"],
+        sources=entry["sha256"],
+        store=store,
+    )

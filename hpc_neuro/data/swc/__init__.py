@@ -1,0 +1,62 @@
+"""SWC trees: `read`, `write`, `check`, `fix`, `convert`. Files hold x y z; everything else here is z y x."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpc_neuro.data.swc.convert import Transform, convert, transformed
+from hpc_neuro.data.swc.repair import Fixed, components, fix
+from hpc_neuro.data.swc.structure import link, tree
+from hpc_neuro.data.swc.table import Finding, parse
+from hpc_neuro.data.swc.writer import Header, read_header, undo_added, write
+from hpc_neuro.morphology import Tree
+from hpc_neuro.schema import InputError
+
+__all__ = [
+    "Finding",
+    "Fixed",
+    "Header",
+    "Transform",
+    "check",
+    "components",
+    "convert",
+    "fix",
+    "header",
+    "read",
+    "transformed",
+    "write",
+]
+
+_MOST_SHOWN = 8
+
+
+def read(path: Path | str) -> Tree:
+    """The tree of an SWC file, z y x in the file's own unit, parents first; several roots stay several.
+
+    Takes what has one meaning: Windows lines, byte-order marks, commas between columns, ids like `1.0`, more columns,
+    any order of nodes, repeated lines. A radius that is not finite and positive becomes its parent's (a root's: the
+    median; 1 where no radius is good), so that every radius is above 0. Nodes that `write` added for other readers are
+    taken out again. Raises InputError listing by line what has no single meaning.
+    """
+    path = Path(path)
+    linked = link(parse(path))
+    if linked.fatal:
+        shown = [f"  {f}" for f in linked.fatal[:_MOST_SHOWN]]
+        if len(linked.fatal) > _MOST_SHOWN:
+            shown.append(f"  and {len(linked.fatal) - _MOST_SHOWN} more")
+        found = "\n".join(shown)
+        raise InputError(f"{path} is not a usable SWC file:\n{found}\nRepair it with:  hpc-neuro swc fix {path}")
+    return undo_added(tree(linked), linked.table.comments)
+
+
+def check(path: Path | str) -> list[Finding]:
+    """Everything in an SWC file that breaks the convention or that other readers refuse, by line; [] when clean.
+
+    Raises InputError for a file that is missing or no SWC text at all.
+    """
+    return link(parse(Path(path))).findings
+
+
+def header(path: Path | str) -> Header:
+    """Unit and voxel size as a file written here states them; None where it is silent."""
+    return read_header(parse(Path(path)).comments)

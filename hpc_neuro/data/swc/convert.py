@@ -1,0 +1,64 @@
+"""Trees between voxels and micrometres, and onto images that lie flipped, shifted or scaled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from hpc_neuro import morphology
+from hpc_neuro.data.swc.writer import Unit, write
+from hpc_neuro.geometry import Shape, VoxelSize
+from hpc_neuro.morphology import Tree
+from hpc_neuro.schema import InputError
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What to do to a tree's coordinates, z y x, in this order: flip, scale, shift."""
+
+    flip: str = ""
+    """Axes to mirror, any of z y x; needs the image's `shape`."""
+    shape: Shape | None = None
+    """Voxels of the image along z y x."""
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __str__(self) -> str:
+        parts = [f"flip {self.flip} within {self.shape}"] if self.flip else []
+        parts += [f"scale {self.scale}"] if self.scale != (1.0, 1.0, 1.0) else []
+        parts += [f"shift {self.shift}"] if self.shift != (0.0, 0.0, 0.0) else []
+        return ", ".join(parts) + " (z y x)" if parts else "none"
+
+
+def transformed(tree: Tree, by: Transform) -> Tree:
+    """The tree after flip, scale and shift; radii take the geometric mean of the scales along y and x.
+
+    A flip maps voxel centres onto voxel centres: v becomes n - 1 - v. Raises InputError for a flip without a shape.
+    """
+    points = tree.points.copy()
+    for axis in by.flip:
+        i = "zyx".find(axis)
+        if i < 0 or by.shape is None:
+            raise InputError(
+                f"flip={by.flip} needs axes out of z y x and the image's shape=Z,Y,X; found shape {by.shape}"
+            )
+        points[:, i] = by.shape[i] - 1 - points[:, i]
+    if min(by.scale) <= 0:
+        raise InputError(f"scale={by.scale} must be above 0 along every axis; mirror with flip=")
+    scaled = morphology.scaled(replace(tree, points=points), by.scale)
+    return replace(scaled, points=scaled.points + np.asarray(by.shift))
+
+
+def convert(tree: Tree, target: Path | str, *, to: Unit, voxel_size: VoxelSize, stated: Unit | None = None) -> Tree:
+    """Write a tree in the other unit: voxels to micrometres (`to="um"`) or back, and return it as written.
+
+    `stated` is the unit its file states, if any. Raises InputError when that is `to` already.
+    """
+    if stated == to:
+        raise InputError(f"the tree is in {to} already, by its header; nothing to convert for {target}")
+    factor = voxel_size if to == "um" else (1 / voxel_size[0], 1 / voxel_size[1], 1 / voxel_size[2])
+    made = morphology.scaled(tree, factor)
+    write(target, made, unit=to, voxel_size=voxel_size)
+    return made

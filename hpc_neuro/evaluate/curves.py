@@ -1,0 +1,51 @@
+"""The learning curves of a training run, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc_neuro.report import charts
+from hpc_neuro.schema import InputError
+
+_TRAIN_FACTS = {"step", "kind", "lr", "grad_norm", "crops_per_s", "data_wait_share", "memory_bytes", "eta_s"}
+_VALIDATION = ("dice", "dice_best", "precision", "recall")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `folder`/metrics.jsonl. Raises InputError for a missing file or a broken line other than the last."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give the `out` of a `train` run as `train`, or leave it out")
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):  # a training run at work, or killed, may have torn the last line
+                raise InputError(f"line {number} of {path} is no JSON ({error}); the file is damaged") from None
+    return rows
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Charts: the loss and its terms, validation, learning rate."""
+    train = [r for r in rows if r.get("kind") == "train"]
+    val = [r for r in rows if r.get("kind") == "val"]
+    terms = list(dict.fromkeys(k for r in train for k, v in r.items() if k not in _TRAIN_FACTS and _is_number(v)))
+    return [
+        charts.lines("Training loss and its terms", [_series(train, k) for k in terms], "step", "loss", log_y=True),
+        charts.lines("Validation on fixed crops", [_series(val, k) for k in _VALIDATION], "step", "share"),
+        charts.lines("Learning rate", [_series(train, "lr")], "step", "learning rate"),
+    ]
+
+
+def _series(rows: Sequence[dict[str, Any]], key: str) -> charts.Series:
+    found = [(r["step"], r[key]) for r in rows if _is_number(r.get(key))]
+    return charts.Series(key.replace("_", " "), [x for x, _ in found], [y for _, y in found])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,170 @@
+"""Score every volume, then write what people and programs read."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_neuro import files, runs
+from hpc_neuro.data.store import Store, StoredVolume
+from hpc_neuro.evaluate import curves, page, record
+from hpc_neuro.evaluate.config import EvaluateConfig
+from hpc_neuro.evaluate.inputs import INDEX, Method, Prediction, methods, wanted
+from hpc_neuro.evaluate.otsu import OtsuMask
+from hpc_neuro.evaluate.pictures import picture
+from hpc_neuro.evaluate.rows import key
+from hpc_neuro.evaluate.score import facts, score
+from hpc_neuro.evaluate.summary import Results, Scores, as_csv, as_json, as_latex
+from hpc_neuro.morphology import Tree, empty, make
+from hpc_neuro.schema import InputError
+from hpc_neuro.tracing import TraceConfig, trace_read
+
+log = logging.getLogger(__name__)
+_PRODUCTS = ("metrics.json", "metrics.csv", "metrics.tex", "report.html")
+_BYTES_PER_VOXEL = 12  # two masks, their surfaces and skeletons
+
+
+def forecast(cfg: EvaluateConfig) -> list[str]:
+    """Check that every prediction of the split is there; say what will be compared."""
+    store = Store(cfg.store)
+    ids = wanted(cfg, store)
+    found = methods(cfg, ids)
+    if cfg.train is not None:
+        curves.read(cfg.train)
+    biggest = max(int(np.prod(store[i].shape)) for i in ids)
+    lines = [f"{len(ids)} neurons of the {cfg.split} split of {cfg.store}: {', '.join(ids)}"]
+    for m in found:
+        text = ", ".join(str(p.path) for p in m.seeds) or "threshold of the raw image, traced from the same root"
+        lines.append(f"{m.name}: {text}")
+    memory = files.human(min(biggest, cfg.whole) * _BYTES_PER_VOXEL)
+    lines.append(f"largest volume {biggest:,} voxels, about {memory} of memory")
+    return lines
+
+
+def run(cfg: EvaluateConfig) -> int:
+    """Score what is not scored yet, then write metrics, pictures and the report. 0 when done."""
+    lines = forecast(cfg)
+    inputs: dict[str, Path | str] = {"store": cfg.store / "dataset.json", "predictions": cfg.predictions / INDEX}
+    for name, folders in cfg.compare.items():
+        inputs |= {f"{name}.{i}": folder / INDEX for i, folder in enumerate(folders)}
+    whole = all((cfg.out / name).exists() for name in _PRODUCTS)
+    with runs.start("evaluate", cfg, cfg.out, inputs, whole=whole) as this:
+        if this.complete:
+            return 0
+        for line in lines:
+            log.info("%s", line)
+        store = Store(cfg.store)
+        compared = methods(cfg, wanted(cfg, store))
+        results = _scores(cfg, store, compared)
+        shown = _pictures(cfg, store, compared, results)
+        _write(cfg, results, shown, this.record)
+        mean = as_json(results, cfg)["mean"]
+        this.finish({"volumes": len(results.ids), "mean": mean})
+        log.info("report: %s", cfg.out / "report.html")
+    return 0
+
+
+def _scores(cfg: EvaluateConfig, store: Store, compared: list[Method]) -> Results:
+    """Scores of all volumes; each is kept in OUT/scores, so that a killed run goes on with the next."""
+    ids = wanted(cfg, store)
+    seeds: dict[str, list[dict[str, Scores]]] = {m.name: [{} for _ in m.seeds or (None,)] for m in compared}
+    jobs = [(i, m, k) for i in ids for m in compared for k in range(len(seeds[m.name]))]
+    for volume_id, method, number in runs.progress(jobs, "evaluate", unit="score"):
+        path = cfg.out / "scores" / f"{method.name}.{number}" / f"{volume_id}.json"
+        if not path.exists():
+            files.write_json(path, _score_one(cfg, store[volume_id], method, number, compared))
+        seeds[method.name][number][volume_id] = files.read_json(path, f"remove {path} and run again")
+        f1 = seeds[method.name][number][volume_id][key("f1", cfg.tolerance_vox, "vox")]
+        log.info(
+            "%s, %s: Dice %.3f, F1 %.3f", volume_id, method.name, seeds[method.name][number][volume_id]["dice"], f1
+        )
+    return Results(
+        ids=ids,
+        methods=tuple(m.name for m in compared),
+        seeds=seeds,
+        gold={i: facts(store[i].tree(), store[i]) for i in ids},
+        facts={i: _volume_facts(store[i]) for i in ids},
+    )
+
+
+def _score_one(
+    cfg: EvaluateConfig, volume: StoredVolume, method: Method, number: int, compared: list[Method]
+) -> Scores:
+    if method.seeds:
+        prediction = method.seeds[number].read(volume.id, volume.shape)
+        return score(volume, prediction.mask, prediction.tree, cfg)
+    baseline = OtsuMask(volume)
+    return score(volume, baseline.mask, otsu_tree(volume, baseline, _tracer(cfg, compared)), cfg)
+
+
+def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
+    """The tree (voxels) of Otsu's mask, from the volume's root; empty, and said so, when nothing can be traced."""
+    try:
+        return _forest(trace_read(baseline.probability, volume.shape, volume.voxel_size, root=volume.root, cfg=cfg))
+    except InputError as error:
+        log.warning("%s: Otsu's mask gives no tree and counts as a miss: %s", volume.id, error)
+        return empty()
+
+
+def _tracer(cfg: EvaluateConfig, compared: list[Method]) -> TraceConfig:
+    recorded = compared[0].seeds[0].trace_config()
+    return cfg.trace or recorded or TraceConfig()
+
+
+def _forest(trees: list[Tree]) -> Tree:
+    """Several trees as one with several roots."""
+    if len(trees) < 2:
+        return trees[0] if trees else empty()
+    starts = np.cumsum([0, *(len(t) for t in trees[:-1])])
+    parents = [np.where(t.parents >= 0, t.parents + s, -1) for t, s in zip(trees, starts, strict=True)]
+    points, radii, types = (np.concatenate([getattr(t, a) for t in trees]) for a in ("points", "radii", "types"))
+    return make(points, np.concatenate(parents), radii, types)
+
+
+def _pictures(cfg: EvaluateConfig, store: Store, compared: list[Method], results: Results) -> list[tuple[str, Path]]:
+    """Pictures of the worst volumes, in OUT/pictures; those that are there are kept."""
+    shown = []
+    for volume_id in runs.progress(results.worst_first(cfg)[: cfg.pictures], "pictures", unit="picture"):
+        path = cfg.out / "pictures" / f"{volume_id}.jpg"
+        if not path.exists():
+            volume = store[volume_id]
+            prediction = compared[0].seeds[0].read(volume_id, volume.shape)
+            with files.atomic(path) as part:
+                part.write_bytes(_picture(cfg, volume, prediction, compared))
+        shown.append((volume_id, path))
+    return shown
+
+
+def _picture(cfg: EvaluateConfig, volume: StoredVolume, prediction: Prediction, compared: list[Method]) -> bytes:
+    trees = {"model": prediction.tree}
+    if cfg.otsu:
+        trees["Otsu"] = otsu_tree(volume, OtsuMask(volume), _tracer(cfg, compared))
+    return picture(volume, prediction, trees, cfg.tolerance_vox, f"{volume.id}: image")
+
+
+def _write(cfg: EvaluateConfig, results: Results, shown: list[tuple[str, Path]], this: dict[str, Any]) -> None:
+    links = record.chain(
+        {"infer": cfg.predictions, "prepare": cfg.store, **({"train": cfg.train} if cfg.train else {})}
+    )
+    train = cfg.train or next(
+        (k.path for k in links if k.name == "train" and (k.path / "metrics.jsonl").exists()), None
+    )
+    rows = curves.read(train) if train else None
+    links.append(record.Link("evaluate", cfg.out, {**this, "end": "this report"}))
+    files.write_json(cfg.out / "metrics.json", as_json(results, cfg))
+    files.write_text(cfg.out / "metrics.csv", as_csv(results, cfg))
+    files.write_text(cfg.out / "metrics.tex", as_latex(results, cfg))
+    files.write_text(cfg.out / "report.html", page.build(results, cfg, shown, rows, links, str(this["code"])))
+
+
+def _volume_facts(volume: StoredVolume) -> dict[str, object]:
+    return {
+        "Shape (z y x)": " x ".join(str(n) for n in volume.shape),
+        "Voxel size [µm]": " x ".join(f"{s:g}" for s in volume.voxel_size),
+        "Type": str(volume.dtype),
+        "Root (z y x)": "none" if volume.root is None else ", ".join(f"{c:.1f}" for c in volume.root),
+        "Digest": volume.digest[:12],
+    }

@@ -1,0 +1,77 @@
+"""The knobs of `infer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from hpc_neuro.geometry import Shape, VoxelSize
+from hpc_neuro.schema import config
+from hpc_neuro.tracing import TraceConfig
+
+
+@config
+class VolumeConfig:
+    """One volume that is not in a store."""
+
+    image: Path
+    """File or folder that `hpc-neuro info` can open."""
+    id: str | None = None
+    """Name of its results; none: the file's name without its ending."""
+    voxel_size: VoxelSize | None = None
+    """[um] z, y, x; none: as the file says."""
+    root: tuple[float, float, float] | None = None
+    """[voxel] z, y, x where the neuron begins; none: every piece that is long enough becomes a tree."""
+    channel: int | None = None
+    """Channel of an image that has several."""
+    axes: str | None = None
+    """Order of the stored axes, such as ZCYX, where the file does not say."""
+    dataset: str | None = None
+    """Array inside the file, where there are several."""
+
+
+@config
+class InferConfig:
+    """Which volumes a student looks at, and how its probability becomes trees."""
+
+    model: Path
+    """The folder that `train` wrote, or one of its weights folders."""
+    out: Path
+    """Run folder: ID.ome.zarr, swc/ID.swc (um), swc/ID.voxel.swc, predictions.json."""
+    store: Path | None = None
+    """Take the volumes of this store's `split` ..."""
+    split: Literal["train", "val", "test"] = "test"
+    """... this one."""
+    inputs: tuple[VolumeConfig, ...] = ()
+    """Volumes that are in no store; `inputs=[{image: brain.tif, root: [3, 40, 20]}]`."""
+    weights: Literal["best", "last"] = "best"
+    """Which of a train folder's weights."""
+    block: Shape = (128, 512, 512)
+    """[voxel] What is written at once, one shard of the output; rounded up to whole window steps."""
+    chunk: Shape = (32, 64, 64)
+    """[voxel] What a viewer reads at once; the block is a multiple of it."""
+    window: Shape | None = None
+    """[voxel] What the student sees at once; none: the crop it was trained on."""
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    """Share of a window that the next one covers again."""
+    batch: int = Field(default=1, ge=1)
+    """Windows at once; halved by itself when the memory is too small."""
+    threshold: float | None = Field(default=None, gt=0, lt=1)
+    """Probability from which a voxel is neurite; none: the one that training found best."""
+    tries: int = Field(default=2, ge=1)
+    """How often a block that fails is tried before it is left out and listed."""
+    trees: bool = True
+    """Whether to trace."""
+    trace: TraceConfig = TraceConfig()
+    """How the probability becomes trees."""
+
+    def __post_init__(self) -> None:
+        if (self.store is None) == (not self.inputs):
+            raise ValueError("give either store=FOLDER or inputs=[{image: FILE}]")
+        if min(*self.block, *self.chunk) < 1:
+            raise ValueError(f"block {list(self.block)} and chunk {list(self.chunk)} must be at least 1 voxel")
+        names = [v.id or v.image.name.partition(".")[0] for v in self.inputs]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"inputs: {', '.join(twice)} would be written twice; give each volume an `id` of its own")

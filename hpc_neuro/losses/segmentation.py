@@ -1,0 +1,187 @@
+"""Segmentation losses. Foreground only, float32 sums, one value per sample; voxels without a label carry no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from hpc_neuro.schema import InputError, config
+from hpc_neuro.types import Batch, Prediction
+
+UNLABELLED = 255
+"""Mask value of a voxel that nobody labelled."""
+
+
+@config
+class CrossEntropy:
+    """Binary cross entropy, mean over the labelled voxels of the batch."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of this loss in the total."""
+    foreground: float = Field(default=1.0, gt=0)
+    """Weight of a neurite voxel relative to a background voxel; 1 leaves the rare neurites to Dice."""
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """logits [B, 1, Z, Y, X] -> scalar >= 0."""
+        truth, labelled = _targets(logits, batch.mask)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
+        weight = labelled * (1 + (self.foreground - 1) * truth)
+        return (loss * weight).sum() / weight.sum().clamp(min=1)
+
+
+@config
+class Dice:
+    """One minus soft Dice, per sample so that a thin neurite weighs as much as a thick one."""
+
+    kind: Literal["dice"] = "dice"
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of this loss in the total."""
+    smooth: float = Field(default=1.0, gt=0)
+    """[voxel] Added to both sides of the ratio; an empty crop predicted empty then scores zero loss."""
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
+        truth, labelled = _targets(logits, batch.mask)
+        prob = logits.float().sigmoid() * labelled
+        overlap = 2 * _sum(prob * truth) + self.smooth  # [B]
+        return (1 - overlap / (_sum(prob) + _sum(truth) + self.smooth)).mean()
+
+
+@config
+class Focal:
+    """Cross entropy times (1 - probability of the true class)^gamma (Lin et al., ICCV 2017, eq. 4 and 5)."""
+
+    kind: Literal["focal"] = "focal"
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of this loss in the total."""
+    gamma: float = Field(default=2.0, ge=0)
+    """How fast easy voxels lose weight; 0 is cross entropy."""
+    alpha: float | None = Field(default=None, gt=0, lt=1)
+    """Weight of neurite voxels, background gets 1 - alpha; none: both count 1."""
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """logits [B, 1, Z, Y, X] -> scalar >= 0, mean over the labelled voxels of the batch."""
+        truth, labelled = _targets(logits, batch.mask)
+        signed = logits.float() * (2 * truth - 1)  # positive where the class is right
+        # (1 - p)^gamma = exp(gamma * log sigmoid(-signed)): finite gradients where 1 - p underflows
+        loss = -F.logsigmoid(signed) * torch.exp(self.gamma * F.logsigmoid(-signed))
+        if self.alpha is not None:
+            loss = loss * (truth * self.alpha + (1 - truth) * (1 - self.alpha))
+        return (loss * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+@config
+class ClDice:
+    """One minus centreline Dice of soft skeletons (Shit et al., CVPR 2021, algorithms 1 and 2), per sample."""
+
+    kind: Literal["cldice"] = "cldice"
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of this loss in the total."""
+    iterations: int = Field(default=5, ge=1)
+    """[voxel] Erosions until only the centreline is left: at least the largest neurite radius in a crop."""
+    smooth: float = Field(default=1.0, gt=0)
+    """[voxel] Added to both sides of both ratios."""
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
+        truth, labelled = _targets(logits, batch.mask)
+        # Unlabelled voxels become background before anything is skeletonised, so that no gradient reaches them.
+        prob = logits.float().sigmoid() * labelled
+        with torch.no_grad():
+            true_line = soft_skeleton(truth, self.iterations)
+        line = soft_skeleton(prob, self.iterations)
+        precision = (_sum(line * truth) + self.smooth) / (_sum(line) + self.smooth)  # [B]
+        recall = (_sum(true_line * prob) + self.smooth) / (_sum(true_line) + self.smooth)  # [B]
+        return (1 - 2 * precision * recall / (precision + recall)).mean()
+
+
+@config
+class SkeletonRecall:
+    """One minus the soft recall of the tubed true centreline (Kirchhoff et al., ECCV 2024), per sample.
+
+    The centreline comes with the batch; nothing is skeletonised here.
+    """
+
+    kind: Literal["skeleton_recall"] = "skeleton_recall"
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of this loss in the total."""
+    smooth: float = Field(default=1.0, gt=0)
+    """[voxel] Added to both sides of the ratio; a crop without a centreline scores zero loss."""
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
+        _, labelled = _targets(logits, batch.mask)
+        if batch.skeleton.shape != logits.shape:
+            raise InputError(
+                f"the skeleton is {tuple(batch.skeleton.shape)}, the logits are {tuple(logits.shape)}; want one shape"
+            )
+        line = (batch.skeleton > 0) * labelled
+        hit = _sum(logits.float().sigmoid() * line)
+        return (1 - (hit + self.smooth) / (_sum(line) + self.smooth)).mean()
+
+
+Loss = Annotated[CrossEntropy | Dice | Focal | ClDice | SkeletonRecall, Field(discriminator="kind")]
+"""Any segmentation loss, told apart by `kind`."""
+
+
+def weighted_sum(losses: Sequence[Loss], prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of weight times loss, float32, and each loss by its kind (unweighted, detached).
+
+    A second loss of one kind is named `dice_2`. Without losses the total is a zero that still reaches every parameter
+    behind the logits, so that a run that only distils is a valid distributed run.
+    """
+    total = prediction.logits.float().sum() * 0
+    terms: dict[str, Tensor] = {}
+    for loss in losses:
+        value = loss(prediction.logits, batch)
+        total = total + loss.weight * value
+        count = sum(name == loss.kind or name.startswith(f"{loss.kind}_") for name in terms)
+        terms[loss.kind if count == 0 else f"{loss.kind}_{count + 1}"] = value.detach()
+    return total, terms
+
+
+def soft_skeleton(image: Tensor, iterations: int) -> Tensor:
+    """The differentiable skeleton of [B, 1, Z, Y, X] in [0, 1], by erosions and openings (clDice, algorithm 1)."""
+    line = F.relu(image - _opened(image))
+    for _ in range(iterations):
+        image = _eroded(image)
+        line = line + F.relu((1 - line) * F.relu(image - _opened(image)))
+    return line
+
+
+def _eroded(image: Tensor) -> Tensor:
+    """The minimum over a voxel and its six face neighbours."""
+    z, y, x = (-F.max_pool3d(-image, size, 1, pad) for size, pad in _LINES)
+    return torch.minimum(torch.minimum(z, y), x)
+
+
+def _opened(image: Tensor) -> Tensor:
+    """Erosion, then the maximum over the 26 neighbours, taken one axis at a time."""
+    image = _eroded(image)
+    for size, pad in _LINES:
+        image = F.max_pool3d(image, size, 1, pad)
+    return image
+
+
+_LINES = [((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))]
+
+
+def _targets(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Truth (1 on neurite) and labelled (1 where somebody said), both float32 [B, 1, Z, Y, X]."""
+    if logits.shape != mask.shape:
+        raise InputError(
+            f"the mask is {tuple(mask.shape)}, the logits are {tuple(logits.shape)}; want one shape [B, 1, Z, Y, X]"
+        )
+    labelled = mask != UNLABELLED
+    return ((mask > 0) & labelled).float(), labelled.float()
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Per-sample float32 sum, [B]."""
+    return values.float().flatten(1).sum(1)

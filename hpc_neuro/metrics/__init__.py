@@ -1,0 +1,1 @@
+"""How well masks and trees agree with the truth, by named definitions."""

@@ -1,0 +1,1 @@
+"""Teacher, transfer, tube operator, tokenizers, 3D vision transformer, decoders, sliding window."""

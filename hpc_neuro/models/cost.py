@@ -1,0 +1,147 @@
+"""What a student costs before it is built: parameters, operations and memory of a training step, by part.
+
+Operations are multiplications and additions of matrix products and convolutions, two per product, as papers count
+them. Memory is what backward keeps. Shapes of the convolutional path come from a run on the meta device, which computes
+nothing; the transformer and tubes are counted by formula.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpc_neuro.files import human
+from hpc_neuro.geometry import Shape
+from hpc_neuro.models.stem import FirstConv
+from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, build_student
+
+_STATE_BYTES = 16  # per parameter: float32 weight and gradient, two Adam moments
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One part of the student at a crop and batch."""
+
+    part: str
+    parameters: int
+    forward: float  # operations
+    step: float  # operations of forward and backward, recomputation included
+    kept: int  # bytes held from forward to backward
+
+
+def costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int = 4) -> list[Cost]:
+    """Cost per part. `crop` in voxels, a multiple of the patch; `value_bytes` 4 for float32, 2 for bf16."""
+    with torch.device("meta"):
+        student = build_student(cfg).train()
+        image = torch.empty(batch, 1, *crop)
+        grid = [n // p for n, p in zip(crop, cfg.patch, strict=True)]
+        tokens = torch.empty(batch, student.vit.dim, *grid, requires_grad=True)
+        trace = _Trace(student)
+        skips = trace.run(student.stem, image)
+        stem = trace.taken()
+        trace.run(student.decoder, skips, dict.fromkeys(student.decoder.layers, tokens))
+        decoder = trace.taken()
+    first = 2 * student.stem.first.weight.numel() * image.numel()  # the image itself needs no gradient
+    scale = value_bytes / 4
+    return [
+        _tokenizer(student, cfg, math.prod(grid) * batch, image.numel(), value_bytes),
+        _transformer(student, cfg, math.prod(grid), batch, value_bytes),
+        Cost("stem", _count(student.stem), stem[0], 3 * stem[0] - first, round(stem[1] * scale)),
+        Cost("decoder", _count(student.decoder), decoder[0], 3 * decoder[0], round(decoder[1] * scale)),
+    ]
+
+
+def summary(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int = 4) -> list[str]:
+    """`costs` as a table for people, with the total and what weights, gradients and optimizer need."""
+    parts = costs(cfg, crop, batch, value_bytes)
+    sums = [sum(getattr(p, f) for p in parts) for f in ("parameters", "forward", "step", "kept")]
+    rows = [*parts, Cost("total", int(sums[0]), sums[1], sums[2], int(sums[3]))]
+    grid = " x ".join(str(n // p) for n, p in zip(crop, cfg.patch, strict=True))
+    size = f"student {cfg.size}, crop {' x '.join(map(str, crop))}, batch {batch}: {grid} tokens"
+    lines = [size, f"{'part':<12}{'parameters':>12}{'GFLOP forward':>15}{'GFLOP step':>12}{'kept for backward':>19}"]
+    for row in rows:
+        numbers = f"{row.forward / 1e9:>15.2f}{row.step / 1e9:>12.2f}{human(row.kept):>19}"
+        lines.append(f"{row.part:<12}{row.parameters / 1e6:>10.2f} M{numbers}")
+    lines.append(f"weights, gradients and Adam in float32: {human(_STATE_BYTES * rows[-1].parameters)} over all ranks")
+    return lines
+
+
+def _tokenizer(student: Student, cfg: StudentConfig, count: int, voxels: int, value_bytes: int) -> Cost:
+    """A block convolution reads each voxel once per channel; a tube K taps per axis; both need no image gradient."""
+    dim, forward = student.vit.dim, 0.0
+    kept = voxels * value_bytes
+    if not isinstance(cfg.tokenizer, TubularTokens) or cfg.tokenizer.keep_block:
+        forward += 2 * dim * voxels
+    step = 2 * forward
+    if isinstance(cfg.tokenizer, TubularTokens):
+        tubes = 2 * 3 * cfg.tokenizer.taps * dim * count
+        fuse = 2 * 3 * dim * dim * count if cfg.tokenizer.fuse == "concat" else 0
+        offsets = getattr(student.tokenizer, "offsets", None)
+        bend = 2 * count * sum(p.numel() for p in offsets.parameters() if p.ndim > 1) if offsets is not None else 0
+        forward += tubes + fuse + bend
+        step += 2 * tubes + 3 * fuse + 2 * bend + (tubes if bend else 0)  # bends need the taps' gradient as well
+        kept += round((3 * dim * count * (fuse > 0) + 6 * (cfg.tokenizer.taps - 1) * count * (bend > 0)) * value_bytes)
+    return Cost("tokenizer", _count(student.tokenizer), forward, step, kept)
+
+
+def _transformer(student: Student, cfg: StudentConfig, tokens: int, batch: int, value_bytes: int) -> Cost:
+    """Per block and token 12 C^2 products in the linear layers and 2 n C in attention (scores, and values)."""
+    vit = student.vit
+    n, c = tokens + vit.prefix, vit.dim
+    block = batch * n * (2 * 12 * c * c + 4 * n * c)
+    forward = float(vit.depth * block)
+    # kept per token: both norms' inputs and outputs (4 C), q k v (3 C), attention's output and its copy (2 C), GELU's
+    # input and output (8 C); with layer scale both branches' ends (2 C)
+    inside = batch * n * c * (17 + 2 * cfg.layer_scale) * value_bytes
+    kept = vit.depth * inside
+    if cfg.checkpointing:
+        kept = vit.depth * batch * n * c * value_bytes + inside  # each block's input, and one block at a time
+    again = forward if cfg.checkpointing else 0.0
+    if again and not cfg.layer_scale:  # a block's recomputation stops at the last tensor wanted, before its last matrix
+        again -= vit.depth * batch * n * 2 * 4 * c * c
+    return Cost("transformer", _count(vit), forward, 3 * forward + again, kept)
+
+
+class _Trace:
+    """Operations of forward runs, and the float32 bytes they keep for backward, parameters not counted."""
+
+    def __init__(self, student: Student) -> None:
+        self._own = {p.untyped_storage()._cdata for p in student.parameters()}
+        self._kept: dict[int, Tensor] = {}  # by storage; held, for a freed storage's address would be given out again
+        self._operations, self._bytes = 0.0, 0
+
+    def run(self, module: nn.Module, *inputs: Any) -> Any:
+        """`module`'s output."""
+        layers = [m for m in module.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d, nn.Linear, FirstConv))]
+        handles = [layer.register_forward_hook(self._count) for layer in layers]
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            output = module(*inputs)
+        for handle in handles:
+            handle.remove()
+        return output
+
+    def taken(self) -> tuple[float, int]:
+        """Operations and bytes since the last call; a tensor kept before is not counted again."""
+        found = self._operations, self._bytes
+        self._operations, self._bytes = 0.0, 0
+        return found
+
+    def _count(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        positions = inputs[0] if isinstance(layer, nn.ConvTranspose3d) else output
+        channels = positions.shape[-1 if isinstance(layer, nn.Linear) else 1]
+        self._operations += 2 * layer.weight.numel() * positions.numel() / channels
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own and storage._cdata not in self._kept:
+            self._kept[storage._cdata] = tensor
+            self._bytes += storage.nbytes()
+        return tensor
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,131 @@
+"""Whole-volume prediction by fixed, overlapping windows blended with a Gaussian.
+
+Attention sees one window, so a voxel's probability depends on where the windows lie. They lie on a fixed lattice that
+starts at the array's first voxel: window k begins at k * step, and the last one may reach over the end, where the image
+is mirrored. A block of a volume whose start is a multiple of `step` and which is read with `halo` voxels of context is
+cut by the same lattice, and predicts the same numbers as the whole volume.
+
+    |<-------- window -------->|
+    |<-- step -->|<-------- window -------->|
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hpc_neuro.geometry import Box, Shape
+from hpc_neuro.schema import InputError
+from hpc_neuro.types import Prediction
+
+_SIGMA = 0.125  # of the window, as nnU-Net and MONAI have it
+_FLOOR = 1e-3  # of the centre's weight, so that a corner seen by one window only is still divided by something
+
+
+def step(window: Shape, overlap: float, patch: Shape) -> Shape:
+    """Voxels between windows: `window * (1 - overlap)` rounded to whole patches, at least one patch."""
+    z, y, x = (max(round(w * (1 - overlap) / p), 1) * p for w, p in zip(window, patch, strict=True))
+    return z, y, x
+
+
+def halo(window: Shape, overlap: float, patch: Shape) -> Shape:
+    """Context with which a block (start a multiple of `step`) must be read to predict as the whole volume does.
+
+    A multiple of `step` itself, so that the read box starts on the lattice too.
+    """
+    pairs = zip(window, step(window, overlap, patch), strict=True)
+    z, y, x = (max(math.ceil(w / s) - 1, 1) * s for w, s in pairs)
+    return z, y, x
+
+
+@torch.inference_mode()
+def predict(
+    student: nn.Module,
+    image: NDArray[np.floating] | Tensor,
+    window: Shape,
+    overlap: float = 0.5,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+) -> NDArray[np.float32]:
+    """Probability of neurite, float32 [Z, Y, X], of a normalised image [Z, Y, X] of any size.
+
+    `student` lies on `device`, has `.patch` and gives a Prediction. `batch` windows run at once; when the device's
+    memory is too small the batch is halved and the windows run again. Raises InputError for a window that is no
+    multiple of the patch, an overlap outside [0, 1), an image that is not 3D, and a window too large for the memory.
+    """
+    patch: Shape = student.patch  # type: ignore[assignment]
+    if any(w % p or w == 0 for w, p in zip(window, patch, strict=True)):
+        raise InputError(f"window {window} must be a multiple of the student's patch {patch}; round it")
+    if not 0 <= overlap < 1 or batch < 1:
+        raise InputError(f"overlap {overlap} must be in [0, 1) and batch {batch} at least 1")
+    array = np.asarray(image.cpu() if isinstance(image, Tensor) else image, dtype=np.float32)
+    if array.ndim != 3 or 0 in array.shape:
+        raise InputError(f"the image is {array.shape}, want a volume [Z, Y, X] with voxels in it")
+    student.eval()
+    steps = step(window, overlap, patch)
+    starts = [_starts(n, w, s) for n, w, s in zip(array.shape, window, steps, strict=True)]
+    reach = [s[-1] + w for s, w in zip(starts, window, strict=True)]
+    array = np.pad(array, [(0, r - n) for r, n in zip(reach, array.shape, strict=True)], mode="reflect")
+    profiles = [_gaussian(w) for w in window]
+    weight = torch.from_numpy(np.einsum("z,y,x->zyx", *profiles)).to(device)
+    total = np.zeros(array.shape, dtype=np.float32)
+    boxes = [Box.at((z, y, x), window) for z, y, x in itertools.product(*starts)]
+    for box, probability in _run(student, array, boxes, batch, torch.device(device)):
+        total[box.slices] += (probability * weight).cpu().numpy()
+    for axis, (profile, first) in enumerate(zip(profiles, starts, strict=True)):
+        summed = np.zeros(
+            reach[axis], dtype=np.float32
+        )  # the windows form a lattice, so their summed weight factorises
+        for start in first:
+            summed[start : start + len(profile)] += profile
+        total /= summed.reshape([-1 if a == axis else 1 for a in range(3)])
+    z, y, x = np.shape(image)
+    return np.ascontiguousarray(np.clip(total[:z, :y, :x], 0, 1))
+
+
+def _starts(size: int, window: int, step: int) -> list[int]:
+    """First voxels of the windows along one axis: as few as cover it."""
+    return [k * step for k in range(max(math.ceil((size - window) / step), 0) + 1)]
+
+
+def _gaussian(size: int) -> NDArray[np.float32]:
+    distance = (np.arange(size) - (size - 1) / 2) / (_SIGMA * size)
+    profile: NDArray[np.float32] = np.maximum(np.exp(-0.5 * distance**2), _FLOOR).astype(np.float32)
+    return profile
+
+
+def _run(
+    student: nn.Module, array: NDArray[np.float32], boxes: list[Box], batch: int, device: torch.device
+) -> Iterator[tuple[Box, Tensor]]:
+    """Each box with its probability [z, y, x] on `device`, float32."""
+    done = 0
+    while done < len(boxes):
+        some = boxes[done : done + batch]
+        images = torch.from_numpy(np.stack([array[b.slices] for b in some])[:, None])
+        try:
+            prediction: Prediction = student(images.to(device))
+            probability = prediction.logits[:, 0].float().sigmoid()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            if batch == 1:
+                raise InputError(
+                    f"one window of {some[0].shape} voxels does not fit in the memory of {device}; use a smaller window"
+                ) from None
+            batch = max(batch // 2, 1)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        yield from zip(some, probability, strict=True)
+        done += len(some)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether a failed step ran out of memory; on the CPU torch says so only in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

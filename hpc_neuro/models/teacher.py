@@ -1,0 +1,285 @@
+"""The frozen 2D teacher: any timm ViT, from the package, a local file or the hub. The only importer of timm."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import pickle
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants as hub
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hpc_neuro import files
+from hpc_neuro.schema import InputError, config
+
+_schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object, so it lives as long as we do
+
+
+def _import_timm() -> Any:
+    """timm, also where torchvision is a CUDA build whose compiled operators cannot load beside a CPU torch.
+
+    There `import torchvision` dies on the missing schema of `nms`. Declaring the schemas is enough, for no ViT calls
+    them. A working torchvision is left untouched: the schemas are declared only after the import failed so.
+    """
+    try:
+        import timm
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _schemas.append(library)
+        for module in [m for m in sys.modules if m.split(".")[0] in ("torchvision", "timm")]:
+            del sys.modules[module]  # half imported
+        import timm
+    return timm
+
+
+timm = _import_timm()
+from timm.models import eva, vision_transformer  # noqa: E402  (only after the guard)
+
+ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
+BUNDLED = "teacher_vit_tiny_patch16"
+_FILES = ("model.safetensors", "pytorch_model.bin")  # how hub repositories name their weights
+_SECONDS = 5.0  # a hub that does not answer a connection in this time counts as unreachable
+_NO_HUB = "give the file as teacher.weights=FILE, or use teacher.model=bundled"
+
+
+@config
+class TeacherConfig:
+    """Which frozen 2D vision transformer gives its weights and features."""
+
+    model: str = "bundled"
+    """`bundled` (in the package), `random` (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
+    weights: Path | None = None
+    """Local weights file of `model` (.safetensors, .pth, .bin); none: timm's hub or its cache."""
+    sha256: str | None = None
+    """Hex digest the weights file must have."""
+    arch: str = "vit_tiny_patch16_224"
+    """timm architecture of `model: random`."""
+    seed: int = 0
+    """Seed of the weights of `model: random`."""
+
+    def __post_init__(self) -> None:
+        if self.weights and self.model in ("bundled", "random"):
+            raise ValueError(f"`weights` needs `model` to name the timm architecture in the file, not `{self.model}`")
+        if self.sha256 and self.model == "random":
+            raise ValueError("`sha256` has no file to check with `model: random`")
+
+
+class Teacher(nn.Module):
+    """A frozen ViT in eval mode that maps grey slices to token maps."""
+
+    def __init__(self, backbone: Any, identity: dict[str, str], mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.identity = identity  # {"name", "sha256"}: what a feature cache must have been made with
+        self.random = identity["name"].startswith("random")
+        self.mean = tuple(float(v) for v in mean)  # per RGB channel, for images in [0, 1]
+        self.std = tuple(float(v) for v in std)
+        self.dim = int(backbone.embed_dim)
+        self.depth = len(backbone.blocks)
+        self.heads = int(backbone.blocks[0].attn.num_heads)
+        self.patch = int(backbone.patch_embed.patch_size[0])
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode whatever the caller's mode: a teacher has no dropout."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def features(self, grey: Tensor, layers: Sequence[int]) -> Tensor:
+        """Token maps of `layers` (block indices from 0, in the order given) after the final norm.
+
+        grey [N, H, W] in [0, 1], H and W multiples of the patch; repeated to RGB and normalised with the teacher's own
+        mean and std -> [L, N, H/patch, W/patch, dim] in the dtype of the teacher's weights. Raises InputError.
+        """
+        if grey.ndim != 3 or any(n % self.patch or n == 0 for n in grey.shape[1:]):
+            raise InputError(
+                f"teacher images are {tuple(grey.shape)}, want [N, H, W] with H, W multiples of {self.patch}; pad them"
+            )
+        wrong = [i for i in layers if not 0 <= i < self.depth]
+        if wrong or not layers:
+            raise InputError(f"layers {list(layers)}: want one or more block indices 0 to {self.depth - 1}")
+        dtype = next(self.backbone.parameters()).dtype
+        mean, std = (torch.tensor(v, device=grey.device, dtype=dtype).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        rgb = (grey.to(dtype)[:, None] - mean) / std  # [N, 3, H, W]
+        order = sorted(set(layers))  # timm gives maps in the order of depth, once each
+        maps = self.backbone.forward_intermediates(rgb, indices=order, norm=True, intermediates_only=True)
+        return torch.stack([maps[order.index(i)].permute(0, 2, 3, 1) for i in layers])
+
+
+def load_teacher(cfg: TeacherConfig) -> Teacher:
+    """Build the teacher `cfg` names, on the CPU in float32.
+
+    Raises InputError for an unknown model, an unsupported family, a missing, broken or changed weights file, and for
+    hub weights that are neither cached nor reachable (found out within seconds; HF_HUB_OFFLINE is honoured).
+    """
+    if cfg.model == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            vit = _create(cfg.arch)
+        mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
+        digest = _tensor_digest(vit.state_dict())
+        return Teacher(vit, {"name": f"random {cfg.arch} seed {cfg.seed}", "sha256": digest}, mean, std)
+    if cfg.model == "bundled":
+        return _bundled(cfg)
+    vit = _create(cfg.model)
+    path = cfg.weights or _hub_file(cfg.model, vit.pretrained_cfg)
+    digest = _checked_digest(path, cfg.sha256)
+    _fill(vit, path)
+    return Teacher(vit, {"name": cfg.model, "sha256": digest}, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+
+
+def _bundled(cfg: TeacherConfig) -> Teacher:
+    """The teacher inside the package; its card says how it was made and what its file's digest must be."""
+    path, card_path = ASSETS / f"{BUNDLED}.safetensors", ASSETS / f"{BUNDLED}.json"
+    if not path.exists() or not card_path.exists():
+        raise InputError(
+            f"this installation has no bundled teacher ({path} is missing); "
+            "use teacher.model=random or a timm name such as vit_small_patch16_224.dino"
+        )
+    card = files.read_json(card_path, "reinstall the package, or use teacher.model=random")
+    digest = _checked_digest(path, card["sha256"])
+    _checked_digest(path, cfg.sha256, digest)
+    patch = int(card["patch"])
+    vit = _create(card["arch"], patch_size=patch, img_size=int(card["input"]["size"]))
+    _fill(vit, path)
+    return Teacher(vit, {"name": "bundled", "sha256": digest}, card["input"]["mean"], card["input"]["std"])
+
+
+def _create(name: str, **overrides: int) -> Any:
+    """An untrained timm ViT without a head that takes any image size in multiples of its patch."""
+    if "/" in name or ":" in name or not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3, cutoff=0.1)
+        raise InputError(f"timm {timm.__version__} has no model {name!r}; close to it are {', '.join(near)}")
+    known = (vision_transformer.__name__, eva.__name__)
+    if timm.model_entrypoint(name.partition(".")[0]).__module__ not in known:
+        raise InputError(
+            f"{name} is not a plain ViT; want one of timm's VisionTransformer or Eva classes "
+            "(supervised, DINO, DINOv2, DINOv3, MAE), e.g. vit_small_patch16_224.dino"
+        )
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **overrides)
+    except (RuntimeError, ValueError) as error:  # an unknown tag after the dot
+        raise InputError(f"timm cannot build {name!r}: {error}") from None
+
+
+def _fill(vit: Any, path: Path) -> None:
+    """Load a weights file into `vit`, strictly. timm's own filter converts foreign names and resizes positions."""
+    family = eva if isinstance(vit, eva.Eva) else vision_transformer
+    state = family.checkpoint_filter_fn(_read(path), vit)
+    state = {k: v.float() for k, v in state.items() if not k.startswith("head.") and k != "mask_token"}
+    wanted = vit.state_dict()
+    missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    other = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if _differs(state, k, v)]
+    if missing or left or other:
+        raise InputError(
+            f"{path} does not hold the weights of {vit.pretrained_cfg['architecture']}: missing {_names(missing)}; "
+            f"left over {_names(left)}; of another shape {_names(other)}; set teacher.model to the file's architecture"
+        )
+    vit.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch file, unwrapped from the containers training programs save them in."""
+    try:
+        plain = path.suffix == ".safetensors"
+        state: Any = load_file(path) if plain else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is not a plain file of tensors ({_line(error)}); save only its state dict") from None
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        raise InputError(
+            f"{path} cannot be read as weights ({_line(error)}); want .safetensors or a torch file"
+        ) from None
+    for key in ("teacher", "state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no state dict; save only the model's tensors by name")
+    return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
+
+
+def _hub_file(name: str, card: Mapping[str, Any]) -> Path:
+    """The path of a hub model's weights in the local cache, downloaded first if need be and possible."""
+    repository, _, revision = str(card.get("hf_hub_id") or "").partition("@")
+    if not repository:
+        raise InputError(f"timm knows no hub weights for {name}; {_NO_HUB}")
+    names = (card["hf_hub_filename"],) if card.get("hf_hub_filename") else _FILES
+    for file in names:
+        cached = try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(cached, str):
+            return Path(cached)
+    reason = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else _unreachable()
+    if reason:
+        raise InputError(f"the weights of {name} are not in the cache {hub.HF_HUB_CACHE} and {reason}; {_NO_HUB}")
+    for file in names:
+        try:
+            return Path(hf_hub_download(repository, file, revision=revision or None))
+        except (OSError, RuntimeError, ValueError) as error:  # the hub's errors derive from these
+            reason = _line(error)
+    raise InputError(f"the weights of {name} cannot be downloaded from {repository} ({reason}); {_NO_HUB}")
+
+
+def _unreachable() -> str:
+    """Why the hub cannot be reached, or ''. The hub's own client retries for minutes; behind a proxy it must try."""
+    if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return ""
+    host = hub.ENDPOINT.partition("//")[2].partition("/")[0].partition(":")[0]
+    port = 443 if hub.ENDPOINT.startswith("https") else 80
+    found = [f"{host} did not answer within {_SECONDS:.0f} s"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=_SECONDS).close()
+            found[0] = ""
+        except OSError as error:
+            found[0] = f"{host} cannot be reached ({_line(error)})"
+
+    thread = threading.Thread(target=connect, daemon=True)  # resolving a name knows no timeout
+    thread.start()
+    thread.join(_SECONDS)
+    return found[0]
+
+
+def _checked_digest(path: Path, wanted: str | None, digest: str | None = None) -> str:
+    if not path.is_file():
+        raise InputError(f"the teacher's weights file {path} does not exist; {_NO_HUB}")
+    digest = digest or files.sha256(path)
+    if wanted and digest != wanted.lower():
+        raise InputError(
+            f"{path} has sha256 {digest}, but {wanted.lower()} is wanted; "
+            "fetch the file again, or set teacher.sha256 to what it has"
+        )
+    return digest
+
+
+def _tensor_digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _differs(state: Mapping[str, Tensor], name: str, wanted: Tensor) -> bool:
+    return name in state and state[name].shape != wanted.shape
+
+
+def _names(names: Sequence[str]) -> str:
+    return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "nothing"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,161 @@
+"""Everything that can be wrong with a pair, found before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hpc_neuro import files, morphology, schema
+from hpc_neuro.data import swc
+from hpc_neuro.data.alignment import Fit, alignment, outside
+from hpc_neuro.data.intensity import histogram, intensity_range
+from hpc_neuro.data.rasterize import fine_voxel
+from hpc_neuro.data.store import FORMAT, Volume, forecast_bytes
+from hpc_neuro.data.volume import Volume as ImageVolume
+from hpc_neuro.data.volume import open_volume
+from hpc_neuro.geometry import Shape, VoxelSize, to_um, to_voxels
+from hpc_neuro.morphology import Tree
+from hpc_neuro.prepare.config import PrepareConfig
+from hpc_neuro.prepare.pairs import Pair
+from hpc_neuro.schema import InputError
+
+log = logging.getLogger(__name__)
+
+_OUTSIDE = 0.10  # more of the tree beyond the image than this is another image's tree
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pair whose files open and fit together by their shapes; no voxel read yet."""
+
+    pair: Pair
+    image: ImageVolume
+    size: VoxelSize  # um, z y x
+    unit: str  # of the SWC file: "voxel" or "um"
+    tree: Tree  # voxels; radii in fine voxels
+    sources: dict[str, str]  # SHA-256 of image and SWC
+    digest: str
+
+    @property
+    def root(self) -> tuple[float, float, float] | None:
+        """The root to trace from, z y x voxel: the given one, else the tree's own when it has just one."""
+        if self.pair.root or len(self.tree.roots) != 1:
+            return self.pair.root
+        z, y, x = (float(v) for v in self.tree.points[self.tree.roots[0]])
+        return z, y, x
+
+    def bytes(self, cap: float) -> int:
+        """About the most bytes of the volume's file."""
+        return forecast_bytes(self.tree, self.image.shape, self.image.dtype.itemsize, self.size, cap)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass over the voxels gave."""
+
+    low: float
+    high: float
+    fit: Fit
+
+
+def open_pair(pair: Pair, cfg: PrepareConfig) -> Opened:
+    """Open both files of a pair and check what needs no voxels; InputError names the volume and the file."""
+    image = open_volume(pair.image, channel=pair.channel, axes=pair.axes)
+    if min(image.shape) < 2:
+        z, y, x = image.shape
+        raise InputError(f"{pair.image} is {z} x {y} x {x} voxels (z y x), a 2D image; a 3D stack is wanted")
+    size = pair.voxel_size or image.voxel_size
+    if size is None:
+        raise InputError(f"{pair.image} does not say its voxel size; give voxel_size=[z,y,x] in um")
+    unit = pair.swc_unit or swc.header(pair.swc).unit or "voxel"
+    tree = in_voxels(swc.read(pair.swc), unit, size)
+    if not len(tree):
+        raise InputError(f"{pair.swc} holds no points; a traced tree is wanted")
+    _require_inside(pair, unit, tree, image.shape, size)
+    if pair.root and outside(morphology.make(np.asarray([pair.root]), np.asarray([-1])), image.shape):
+        raise InputError(
+            f"the root of {pair.id}, {pair.root} (z y x voxel), lies outside the image of shape {image.shape}"
+        )
+    sources = {"image": files.sha256(pair.image), "swc": files.sha256(pair.swc)}
+    return Opened(pair, image, size, unit, tree, sources, _digest(pair, unit, size, sources, cfg))
+
+
+def in_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:
+    """A tree in `unit` ("voxel" or "um") as voxels, radii in fine voxels."""
+    if unit == "voxel":
+        return tree
+    return replace(tree, points=to_voxels(tree.points, size), radii=tree.radii / fine_voxel(size))
+
+
+def measure(opened: Opened, misaligned: str) -> Measured:
+    """One or two passes over the voxels: NaN, contrast, range, and whether the tree lies on the neuron."""
+    pair, image = opened.pair, opened.image
+    try:
+        counts = histogram(image.__getitem__, image.shape)
+        low, high = intensity_range(image.__getitem__, image.shape, counts)
+    except InputError as error:
+        raise InputError(f"{pair.image}: {error}") from None
+    fit = alignment(opened.tree, image.__getitem__, image.shape, counts, opened.size, opened.unit)
+    if fit.misaligned:
+        sentence = (
+            f"{pair.swc} fits {pair.image.name} better with {fit.change}: mean intensity percentile along the tree "
+            f"{100 * fit.best:.1f} against {100 * fit.given:.1f} as given; correct the SWC (`hpc-neuro swc transform`) "
+            "or set swc_unit, or take it as it is with misaligned=warn"
+        )
+        if misaligned == "error":
+            raise InputError(sentence)
+        log.warning("%s", sentence)
+    return Measured(low, high, fit)
+
+
+def entry(opened: Opened, measured: Measured) -> Volume:
+    """The volume as the store's index describes it."""
+    return Volume(
+        id=opened.pair.id,
+        shape=opened.image.shape,
+        voxel_size=opened.size,
+        dtype=opened.image.dtype,
+        low=measured.low,
+        high=measured.high,
+        root=opened.root,
+        split=opened.pair.split,
+        digest=opened.digest,
+        sources=opened.sources,
+    )
+
+
+def _require_inside(pair: Pair, unit: str, tree: Tree, shape: Shape, size: VoxelSize) -> None:
+    share = outside(tree, shape)
+    if share > _OUTSIDE:
+        other = "um" if unit == "voxel" else "voxel"
+        points = to_voxels(tree.points, size) if other == "um" else to_um(tree.points, size)
+        helps = outside(replace(tree, points=points), shape) <= _OUTSIDE
+        low, high = (", ".join(f"{v:.0f}" for v in f(tree.points, axis=0)) for f in (np.min, np.max))
+        raise InputError(
+            f"{100 * share:.0f} % of {pair.swc} lie outside {pair.image.name}: the tree spans ({low}) to ({high}) "
+            f"voxels, the image is {shape} (z y x); "
+            + (
+                f"it fits inside with swc_unit={other}"
+                if helps
+                else "check unit, offset and that both are of one neuron"
+            )
+        )
+    if share:
+        log.warning("%s: %.1f %% of the nodes lie outside the image and are not drawn", pair.id, 100 * share)
+
+
+def _digest(pair: Pair, unit: str, size: VoxelSize, sources: dict[str, str], cfg: PrepareConfig) -> str:
+    """Changes with whatever changes the volume's file."""
+    decides = {
+        "format": FORMAT,
+        "sources": sources,
+        "pair": [pair.id, unit, pair.root, pair.channel, pair.axes, size],
+        "targets": schema.plain(
+            [cfg.radius, cfg.stretch, cfg.tube, cfg.distance_cap, cfg.ignore_margin, cfg.beyond_root]
+        ),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,84 @@
+"""The knobs of prepare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from hpc_neuro.data.radius import ImageRadius, Radius
+from hpc_neuro.geometry import VoxelSize
+from hpc_neuro.schema import config
+
+
+@config
+class Splits:
+    """Which neurons are held out. Whole neurons, never crops: a crop's neighbour must not be in another split."""
+
+    test: tuple[str, ...] = ()
+    """Ids (or neurons) of the test split."""
+    val: tuple[str, ...] = ()
+    """Ids (or neurons) of the validation split."""
+    test_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the neurons not named anywhere that is drawn for test (at least one when above 0)."""
+    val_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the neurons not named anywhere that is drawn for validation (at least one when above 0)."""
+    seed: int = 0
+    """Decides the draw."""
+
+    def __post_init__(self) -> None:
+        both = sorted(set(self.test) & set(self.val))
+        if both:
+            raise ValueError(f"{', '.join(both)} stand in both test and val")
+        if self.test_fraction + self.val_fraction >= 1:
+            raise ValueError("test_fraction and val_fraction leave nothing to train on")
+
+
+@config
+class PrepareConfig:
+    """Pairs of an image and an SWC -> a training store."""
+
+    out: Path
+    """Folder of the store."""
+    images: Path | None = None
+    """Folder of pairs with the same stem, ID.tif and ID.swc; an optional meta.json {ID: {root_xyz: [voxel],
+    voxel_size_um_xyz: [um], swc_unit: voxel or um}} beside them is used."""
+    manifest: Path | None = None
+    """Instead of `images`: a CSV or YAML list with id, image, swc and, where wanted, voxel_size (z y x um), root (z y x
+    voxel), split, neuron, swc_unit, channel, axes; relative paths start at the manifest's folder."""
+    voxel_size: VoxelSize | None = None
+    """[um] z, y, x of all volumes; overrules meta.json, manifest and files."""
+    swc_unit: Literal["voxel", "um"] | None = None
+    """Unit of the SWC coordinates where meta.json or the manifest does not say; none: what the file's header says, else
+    voxel."""
+    channel: int | None = None
+    """Channel of images with several, where the manifest does not say."""
+    axes: str | None = None
+    """Order of the stored axes, such as ZCYX, for files that do not say, where the manifest does not either."""
+    radius: Radius = ImageRadius()
+    """Where the mask's radius comes from."""
+    stretch: float | None = Field(default=None, ge=1)
+    """Length of the mask along the coarsest axis over its width across; none: as the image shows it where `radius` is
+    measured in the image, else 1 (round in space)."""
+    tube: float = Field(default=1.5, gt=0)
+    """[fine voxel] Radius of the tube around the centreline."""
+    distance_cap: float = Field(default=8.0, gt=0, le=1000)
+    """[fine voxel] Distances to the centreline end here, and so does the tangent."""
+    ignore_margin: float = Field(default=0.0, ge=0)
+    """[fine voxel] Shell around the mask that is marked unlabelled (255), for boundaries nobody can draw."""
+    beyond_root: Literal["unlabelled", "background"] = "unlabelled"
+    """A bright neurite that meets the root from outside the tree: annotators often start at the arbour and leave out
+    the axon that leads to it. Unlabelled (255) it neither teaches nor counts."""
+    split: Splits = Splits()
+    """Which neurons are held out."""
+    misaligned: Literal["error", "warn"] = "error"
+    """What to do with a tree that fits better flipped, axis-swapped or in the other unit."""
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.manifest is None):
+            raise ValueError("give either images=FOLDER or manifest=FILE")
+        if self.voxel_size is not None and min(self.voxel_size) <= 0:
+            raise ValueError(f"voxel_size {self.voxel_size} must be above 0 um")
+        if self.tube > self.distance_cap:
+            raise ValueError(f"tube {self.tube} reaches beyond distance_cap {self.distance_cap}")

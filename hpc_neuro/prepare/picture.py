@@ -1,0 +1,101 @@
+"""A picture per volume: three projections, the tree over the image, so that a misaligned tree is seen at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from hpc_neuro import files
+from hpc_neuro.data.intensity import normalise, slabs
+from hpc_neuro.data.store import StoredVolume
+from hpc_neuro.geometry import to_um
+
+_GAMMA = 0.5  # faint neurites must show
+_LARGEST = 1500  # pixels along a projection's longest side
+_VIEWS = ((0, 1, 2), (2, 1, 0), (1, 0, 2))  # (projected axis, axis down, axis across): z, beside it x, below it y
+
+
+class _Projections(NamedTuple):
+    """Each a picture per axis z, y, x; rows and columns are the other two in z y x order."""
+
+    images: list[NDArray[np.float32]]
+    masks: list[NDArray[np.bool_]]
+    blanks: list[NDArray[np.bool_]]  # unlabelled
+
+
+def draw(volume: StoredVolume, path: Path, title: str) -> None:
+    """Write a PNG: maximum along z, beside it along x, below it along y; and the same with tree and mask over it."""
+    seen = _project(volume)
+    z, y, x = (n * s for n, s in zip(volume.shape, volume.voxel_size, strict=True))  # um
+    z = max(z, 0.15 * max(y, x))  # thin stacks stay legible
+    scale = 7.5 / max(x + z, y + z)
+    figure = Figure(figsize=(2 * scale * (x + z) + 1.5, scale * (y + z) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, 4, width_ratios=[x, z, x, z], height_ratios=[y, z])
+    for right in (0, 2):
+        grid[1, right + 1].axis("off")
+        for axes, view in zip((grid[0, right], grid[0, right + 1], grid[1, right]), _VIEWS, strict=True):
+            _show(axes, volume, seen, view, overlay=right > 0)
+    figure.suptitle(title, wrap=True)
+    with files.atomic(path) as part:
+        figure.savefig(part, format="png", dpi=90, metadata={"Software": None})  # the same bytes each time
+
+
+def _show(axes: Any, volume: StoredVolume, seen: _Projections, view: tuple[int, int, int], *, overlay: bool) -> None:
+    along, down, across = view
+    size = np.asarray(volume.voxel_size)
+    turned = down > across
+    edge = (np.asarray(volume.shape) - 0.5) * size
+    extent = (-0.5 * size[across], edge[across], edge[down], -0.5 * size[down])
+    image = seen.images[along].T if turned else seen.images[along]
+    axes.imshow(image**_GAMMA, cmap="gray", extent=extent, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_xlabel(f"{'zyx'[across]} [um]")
+    axes.set_ylabel(f"{'zyx'[down]} [um]")
+    if not overlay:
+        return
+    for pictures, colour in ((seen.masks, "tab:cyan"), (seen.blanks, "yellow")):
+        mask = pictures[along].T if turned else pictures[along]
+        if mask.any() and not mask.all():
+            axes.contour(mask, levels=[0.5], extent=extent, origin="upper", colors=colour, linewidths=0.5)
+    tree = volume.tree()
+    lines = to_um(tree.points, volume.voxel_size)[tree.edges][:, :, [across, down]]
+    axes.add_collection(LineCollection(list(lines), colors="red", linewidths=0.6))
+    if volume.root is not None:
+        place = np.asarray(volume.root) * size
+        axes.plot(place[across], place[down], "o", markersize=7, markerfacecolor="none", markeredgecolor="yellow")
+    axes.set_xlim(extent[0], extent[1])
+    axes.set_ylim(extent[2], extent[3])
+
+
+def _project(volume: StoredVolume) -> _Projections:
+    """Maxima of normalised image, mask and unlabelled voxels; streamed, thinned to 1500 pixels a side."""
+    planes = [tuple(n for a, n in enumerate(volume.shape) if a != k) for k in range(3)]
+    images = [np.zeros(plane, dtype=np.float32) for plane in planes]
+    masks = [np.zeros(plane, dtype=bool) for plane in planes]
+    blanks = [np.zeros(plane, dtype=bool) for plane in planes]
+    for box in slabs(volume.shape, max(4, volume.dtype.itemsize)):
+        image = normalise(volume.image(box), volume.low, volume.high)
+        mask = volume.mask(box)
+        for k in range(3):
+            where = tuple(s for a, s in enumerate(box.slices) if a != k)
+            np.maximum(images[k][where], image.max(axis=k), out=images[k][where])
+            masks[k][where] |= (mask == 1).any(axis=k)
+            blanks[k][where] |= (mask == 255).any(axis=k)
+    return _Projections([_thinned(i) for i in images], [_thinned(m) for m in masks], [_thinned(b) for b in blanks])
+
+
+def _thinned(image: NDArray[Any]) -> NDArray[Any]:
+    """Maxima over whole tiles, so that thin neurites stay."""
+    factor = -(-max(image.shape) // _LARGEST)
+    if factor == 1:
+        return image
+    padded = np.pad(image, [(0, -n % factor) for n in image.shape])
+    rows, columns = (n // factor for n in padded.shape)
+    thinned: NDArray[Any] = padded.reshape(rows, factor, columns, factor).max(axis=(1, 3))
+    return thinned

@@ -1,0 +1,131 @@
+"""The verb: check all pairs, then write one volume after the other, then the index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from hpc_neuro import files, runs, schema
+from hpc_neuro.data.beyond_root import beyond_root
+from hpc_neuro.data.radius import fitted
+from hpc_neuro.data.rasterize import Drawing
+from hpc_neuro.data.store import Store, Volume, is_written, write_index, write_volume
+from hpc_neuro.prepare.check import Measured, Opened, entry, measure, open_pair
+from hpc_neuro.prepare.config import PrepareConfig
+from hpc_neuro.prepare.pairs import find_pairs
+from hpc_neuro.prepare.picture import draw
+
+log = logging.getLogger(__name__)
+
+
+def forecast(cfg: PrepareConfig) -> list[str]:
+    """Check every pair down to its voxels; lines with volumes, voxels, bytes and splits. Raises like `run`."""
+    opened = _opened(cfg)
+    measured = [measure(o, cfg.misaligned) for o in opened]
+    return _lines(opened, measured, cfg)
+
+
+def run(cfg: PrepareConfig) -> int:
+    """Write the store. All pairs are checked before anything is written; finished volumes are skipped. Returns 0.
+
+    Raises InputError for unusable data or a full disk, ConfigError when `out` belongs to another config.
+    """
+    opened = _opened(cfg)
+    begun = (cfg.out / "run.json").exists()  # an earlier start measured the same inputs, or runs.start refuses below
+    measured = {} if begun else {o.pair.id: measure(o, cfg.misaligned) for o in opened}
+    whole = all(path.exists() for path in _outputs(cfg.out, opened))
+    with runs.start("prepare", cfg, cfg.out, inputs=_inputs(opened), whole=whole) as record:
+        if record.complete:
+            return 0
+        if measured:
+            for line in _lines(opened, list(measured.values()), cfg):
+                log.info("%s", line)
+        volumes = []
+        for one in runs.progress(opened, "prepare", unit="volume"):
+            found = measured.get(one.pair.id) or measure(one, cfg.misaligned)
+            volume = entry(one, found)
+            _write(cfg.out / f"{volume.id}.h5", one, volume, cfg)
+            volumes.append((volume, found))
+        write_index(cfg.out, [volume for volume, _ in volumes])
+        _pictures(cfg.out, volumes)
+        record.finish({"volumes": len(volumes), "voxels": sum(int(np.prod(v.shape)) for v, _ in volumes)})
+    return 0
+
+
+def _opened(cfg: PrepareConfig) -> list[Opened]:
+    opened = [open_pair(pair, cfg) for pair in find_pairs(cfg)]
+    written = sum(o.bytes(cfg.distance_cap) for o in opened if not is_written(cfg.out / f"{o.pair.id}.h5", o.digest))
+    files.require_space(cfg.out, written, "the store")
+    return opened
+
+
+def _outputs(out: Path, opened: list[Opened]) -> list[Path]:
+    ids = [o.pair.id for o in opened]
+    return [out / "dataset.json", *(out / f"{i}.h5" for i in ids), *(out / "pictures" / f"{i}.png" for i in ids)]
+
+
+def _write(path: Path, one: Opened, volume: Volume, cfg: PrepareConfig) -> None:
+    if is_written(path, volume.digest):
+        log.info("%s: already written", volume.id)
+        return
+    read = one.image.__getitem__
+    drawn = fitted(one.tree, cfg.radius, read, volume.shape, volume.voxel_size)
+    drawing = Drawing(cfg.tube, cfg.distance_cap, cfg.ignore_margin, cfg.stretch or drawn.stretch)
+    region = None
+    if cfg.beyond_root == "unlabelled":
+        region = beyond_root(drawn.tree, drawing.stretch, read, volume.shape, volume.voxel_size)
+    write_volume(path, volume, read, one.tree, drawn.tree, drawing, region.within if region else None)
+    if region:
+        log.info("%s: a neurite before the root, %d voxels, is marked unlabelled", volume.id, int(region.inside.sum()))
+    log.info(
+        "%s: written, %s; median radius %.2f fine voxels (%.2f to %.2f), %.2f times that along the coarsest axis",
+        volume.id,
+        files.human(path.stat().st_size),
+        *np.percentile(drawn.tree.radii, [50, 5, 95]),
+        drawing.stretch,
+    )
+
+
+def _pictures(out: Path, volumes: list[tuple[Volume, Measured]]) -> None:
+    store = Store(out)
+    for volume, found in volumes:
+        path = out / "pictures" / f"{volume.id}.png"
+        if not path.exists():
+            size = " x ".join(f"{v:.4g}" for v in volume.voxel_size)
+            title = (
+                f"{volume.id} ({volume.split}): {' x '.join(map(str, volume.shape))} voxels of {size} um (z y x), "
+                f"{volume.dtype}\nred: the tree, circle: its root, cyan: the mask, yellow: unlabelled; "
+                f"mean intensity percentile along the tree {100 * found.fit.given:.1f}"
+            )
+            draw(store[volume.id], path, title)
+    store.close()
+
+
+def _inputs(opened: list[Opened]) -> dict[str, Path | str]:
+    """Digests by name; `pairs` holds what meta.json or the manifest said."""
+    said = [[o.pair.id, o.pair.split, o.digest] for o in opened]
+    hashes: dict[str, Path | str] = {f"{o.pair.id}.{k}": v for o in opened for k, v in o.sources.items()}
+    return hashes | {"pairs": hashlib.sha256(json.dumps(said).encode()).hexdigest()}
+
+
+def _lines(opened: list[Opened], measured: list[Measured], cfg: PrepareConfig) -> list[str]:
+    voxels = sum(int(np.prod(o.image.shape, dtype=np.int64)) for o in opened)
+    needed = sum(o.bytes(cfg.distance_cap) for o in opened)
+    lines = [f"{len(opened)} volumes, {voxels:,} voxels, at most about {files.human(needed)} in {cfg.out}"]
+    for split in ("train", "val", "test"):
+        ids = [o.pair.id for o in opened if o.pair.split == split]
+        lines.append(f"{split}: {len(ids)} ({', '.join(ids)})" if ids else f"{split}: none")
+    for o, m in zip(opened, measured, strict=True):
+        z, y, x = o.image.shape
+        size = " x ".join(f"{v:.4g}" for v in o.size)
+        lines.append(
+            f"{o.pair.id}: {z} x {y} x {x} of {size} um, {o.image.dtype}, range {m.low:g} to {m.high:g}, "
+            f"{len(o.tree)} nodes, percentile along the tree {100 * m.fit.given:.1f} "
+            f"(best other {100 * m.fit.best:.1f}: {m.fit.change})"
+        )
+    lines.append(f"radius: {schema.plain(cfg.radius)}")
+    return lines

@@ -1,0 +1,171 @@
+"""`hpc-neuro swc check|fix|convert|transform FILE... [key=value ...]`: look at, repair and move SWC trees."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import yaml
+
+from hpc_neuro import morphology
+from hpc_neuro.data import swc
+from hpc_neuro.data.swc.repair import Roots
+from hpc_neuro.data.swc.writer import Unit
+from hpc_neuro.morphology import Tree
+from hpc_neuro.schema import ConfigError, InputError
+
+DONE, UNREADABLE, FINDINGS = 0, 2, 3
+HELP = """usage: hpc-neuro swc check|fix|convert|transform FILE... [key=value ...]
+
+check      list by line what breaks the SWC convention or what other readers refuse
+             strict=false   leave out what any reader takes: order, line ends, types, several roots
+fix        write FILE.fixed.swc, one tree that NeuroM, MorphIO, navis and swcgeom open in silence; say what changed
+             roots=join     what to do with several roots: join | keep | largest | split (one file per tree)
+convert    write FILE.um.swc or FILE.voxel.swc
+             to=um          um | voxel
+             voxel_size=    [um] along z,y,x; read from the header where it is stated there
+transform  write FILE.moved.swc: flip, then scale, then shift
+             flip=          axes to mirror, such as y or zy; needs shape=
+             shape=         [voxel] of the image along z,y,x
+             scale=1,1,1    factors along z,y,x
+             shift=0,0,0    added along z,y,x, in the tree's unit
+All that write: out=FOLDER puts the results there instead of beside FILE; unit=um|voxel states the unit of a file that
+does not state it (fix and transform; voxel if left out). FILE itself is never changed.
+Exit code: 0 done (check: clean), 2 a file that cannot be read, 3 check found something."""
+
+_MILD = {"unsorted", "line ends", "BOM", "type", "type change", "several roots", "repeated line", "extra columns"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one `swc` command on its files; every file is tried, the worst exit code counts.
+
+    Raises ConfigError for an unknown command or key.
+    """
+    words = [a for a in argv if "=" not in a or Path(a).exists()]
+    if not words or {"-h", "--help"} & set(argv):
+        _say(HELP)
+        return DONE if argv else UNREADABLE
+    command, names = words[0], words[1:]
+    if command not in _COMMANDS:
+        raise ConfigError(f"swc {command} is not one of: swc {', swc '.join(_COMMANDS)}")
+    run, known = _COMMANDS[command]
+    options = _options([a for a in argv if a not in words], known, command)
+    if not names:
+        raise ConfigError(f"swc {command} wants one SWC file or more:  hpc-neuro swc {command} FILE...")
+    codes = []
+    for name in names:
+        try:
+            codes.append(run(Path(name), options))
+        except InputError as error:
+            _say(str(error))
+            codes.append(UNREADABLE)
+    return UNREADABLE if UNREADABLE in codes else max(codes)
+
+
+def _check(path: Path, options: dict[str, object]) -> int:
+    findings = swc.check(path)
+    if options.get("strict", True) is False:
+        findings = [f for f in findings if f.fatal or f.kind not in _MILD]
+    for finding in findings:
+        where = f"{path}:{finding.line}" if finding.line else str(path)
+        _say(f"{where}: {finding.text}" + ("" if not finding.fatal else "  [not readable before `swc fix`]"))
+    if not findings:
+        tree = swc.read(path)
+        _say(f"{path}: clean, {len(tree)} nodes, length {morphology.length(tree):.6g}")
+    return FINDINGS if findings else DONE
+
+
+def _fix(path: Path, options: dict[str, object]) -> int:
+    roots = str(options.get("roots", "join"))
+    if roots not in (*get_args(Roots), "split"):
+        raise ConfigError(f"roots={roots} is not one of {', '.join(get_args(Roots))}, split")
+    fixed = swc.fix(path, "keep" if roots == "split" else roots)  # type: ignore[arg-type]
+    trees = swc.components(fixed.tree) if roots == "split" else [fixed.tree]
+    for change in fixed.changes:
+        _say(f"{path}: {change}")
+    for number, tree in enumerate(trees, start=1):
+        target = _target(path, f"fixed.{number}" if len(trees) > 1 else "fixed", options)
+        _write(path, target, tree, [f"repaired from {path.name}", *fixed.changes], options)
+    if not fixed.changes:
+        _say(f"{path}: nothing to repair")
+    return DONE
+
+
+def _convert(path: Path, options: dict[str, object]) -> int:
+    to = str(options.get("to", "um"))
+    if to not in get_args(Unit):
+        raise ConfigError(f"to={to} is not one of {', '.join(get_args(Unit))}")
+    header = swc.header(path)
+    size = _three(options, "voxel_size") if "voxel_size" in options else header.voxel_size
+    if size is None or min(size) <= 0:
+        raise InputError(f"{path} does not state its voxel size; give it in um as voxel_size=Z,Y,X, each above 0")
+    target = _target(path, to, options)
+    tree = swc.convert(swc.read(path), target, to=to, voxel_size=size, stated=header.unit)  # type: ignore[arg-type]
+    _say(f"{target}: {len(tree)} nodes in {to}, length {morphology.length(tree):.6g}")
+    return DONE
+
+
+def _transform(path: Path, options: dict[str, object]) -> int:
+    shape = _three(options, "shape") if "shape" in options else None
+    move = swc.Transform(
+        flip=str(options.get("flip", "")),
+        shape=None if shape is None else (int(shape[0]), int(shape[1]), int(shape[2])),
+        scale=_three(options, "scale") if "scale" in options else (1.0, 1.0, 1.0),
+        shift=_three(options, "shift") if "shift" in options else (0.0, 0.0, 0.0),
+    )
+    tree = swc.transformed(swc.read(path), move)
+    _write(path, _target(path, "moved", options), tree, [f"moved from {path.name}: {move}"], options)
+    return DONE
+
+
+_WRITES = {"out", "unit"}
+_COMMANDS: dict[str, tuple[Callable[[Path, dict[str, object]], int], set[str]]] = {
+    "check": (_check, {"strict"}),
+    "fix": (_fix, {"roots", *_WRITES}),
+    "convert": (_convert, {"to", "voxel_size", "out"}),
+    "transform": (_transform, {"flip", "shape", "scale", "shift", *_WRITES}),
+}
+
+
+def _write(path: Path, target: Path, tree: Tree, comments: list[str], options: dict[str, object]) -> None:
+    header = swc.header(path)
+    unit = str(options.get("unit", header.unit or "voxel"))
+    if unit not in get_args(Unit):
+        raise ConfigError(f"unit={unit} is not one of {', '.join(get_args(Unit))}")
+    swc.write(target, tree, unit=unit, voxel_size=header.voxel_size, comments=comments)  # type: ignore[arg-type]
+    _say(f"{target}: {len(tree)} nodes, {len(tree.roots)} root, length {morphology.length(tree):.6g}")
+
+
+def _target(path: Path, mark: str, options: dict[str, object]) -> Path:
+    folder = Path(str(options["out"])) if "out" in options else path.parent
+    return folder / f"{path.stem}.{mark}.swc"
+
+
+def _options(texts: list[str], known: set[str], command: str) -> dict[str, object]:
+    options: dict[str, object] = {}
+    faults = []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            faults.append(f"  {text}: swc {command} knows {', '.join(f'{k}=' for k in sorted(known))}")
+        options[key] = value if key in ("flip", "out") else yaml.safe_load(value)
+    if faults:
+        raise ConfigError(f"swc {command} cannot be run so:\n" + "\n".join(faults))
+    return options
+
+
+def _three(options: dict[str, object], key: str) -> tuple[float, float, float]:
+    """`1,0.33,0.33` or `[1, 0.33, 0.33]` as z y x."""
+    value = options[key]
+    parts = value if isinstance(value, list) else str(value).split(",")
+    try:
+        z, y, x = (float(str(p)) for p in parts)
+    except ValueError:
+        raise ConfigError(f"{key}={value} is not three numbers Z,Y,X") from None
+    return z, y, x
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,207 @@
+"""Bridges over breaks: an end that points at another piece is joined to it by a straight line of limited length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from hpc_neuro.geometry import Box
+from hpc_neuro.tracing.config import TraceConfig
+from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, Read, as_probability
+from hpc_neuro.tracing.paths import Skeleton
+from hpc_neuro.tracing.wires import Wires, wires
+
+Bridge = tuple[int, int]
+_BASE = 8.0  # [voxel] shortest stretch behind an end that gives its direction
+_SLENDER = 3.0  # an end is a tube's, and has a direction, when that stretch is this many radii long
+_WORTH = 1.0  # a bridge may cost this many times the cable of the smaller piece it joins: specks are not worth a leap
+_ROUNDS = 20  # a string of beads gets its direction bead by bead
+
+
+@dataclass(frozen=True)
+class _Ends:
+    anchor: Ints  # [E] node near the end
+    direction: Floats  # [E, 3] unit vector out of the piece; zero where the end is a blob's, not a tube's
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    price: float
+    end: int
+    target: int
+
+
+def bridges(found: Foreground, traced: Skeleton, read: Read, cfg: TraceConfig) -> list[Bridge]:
+    """Pairs (end voxel, target voxel) that join pieces, without a cycle.
+
+    A bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to half of
+    that where the probability between is almost `low`; it may cost `cfg.gap`. So the stated limit holds for straight
+    continuations and shrinks for bends. Two blobs without direction join over a third of it. Cheap ones come first, and
+    what they join has new ends in the next round.
+    """
+    chosen: list[Bridge] = []
+    for _ in range(_ROUNDS if cfg.gap > 0 else 0):
+        net = wires(found, traced, chosen)
+        piece, cable = _pieces(found, net)
+        if len(cable) < 2:
+            break
+        options = _candidates(found, net, piece, cable, read, cfg)
+        fresh = _spanning(options, piece, len(cable), {end for end, _ in chosen})
+        if not fresh:
+            break
+        chosen += fresh
+    return chosen
+
+
+def _pieces(found: Foreground, net: Wires) -> tuple[NDArray[np.int32], Floats]:
+    """[N] piece of each foreground voxel (components joined by bridges), and [P] cable of each piece."""
+    n = len(net.points)
+    graph = csr_array((np.ones(len(net.edges)), (net.edges[:, 0], net.edges[:, 1])), shape=(n, n))
+    count, label = connected_components(graph, directed=False)
+    real = net.voxels >= 0
+    of_component = np.zeros(found.components, dtype=np.int32)
+    of_component[found.component[net.voxels[real]]] = label[real]
+    step = np.linalg.norm(net.points[net.edges[:, 0]] - net.points[net.edges[:, 1]], axis=1)
+    return of_component[found.component], np.bincount(label[net.edges[:, 0]], weights=step, minlength=count)
+
+
+def _ends(net: Wires) -> _Ends:
+    """Every node with one neighbour, looked at from a place a radius or so inside, where the path runs in the middle.
+
+    The direction is taken from there back along the way that holds most cable.
+    """
+    around = net.neighbours()
+    behind = _cable_behind(net, around)
+    anchors, directions = [], []
+    for end, beside in enumerate(around):
+        if len(beside) <= 1:
+            anchor, direction = _look(net, around, behind, end)
+            anchors.append(anchor)
+            directions.append(direction)
+    return _Ends(np.array(anchors, dtype=np.int64), np.array(directions).reshape(-1, 3))
+
+
+def _cable_behind(net: Wires, around: Sequence[Sequence[int]]) -> dict[tuple[int, int], float]:
+    """For each step from a node to a neighbour, the cable that lies that way."""
+    parent = np.full(len(around), -2)
+    order: list[int] = []
+    for start in range(len(around)):
+        stack = [start] if parent[start] == -2 else []
+        if stack:
+            parent[start] = -1
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            for other in around[node]:
+                if parent[other] == -2:
+                    parent[other] = node
+                    stack.append(other)
+    below = np.zeros(len(around))
+    for node in reversed(order):
+        if parent[node] >= 0:
+            below[parent[node]] += below[node] + np.linalg.norm(net.points[node] - net.points[parent[node]])
+    total = below.copy()
+    for node in order:
+        if parent[node] >= 0:
+            total[node] = total[parent[node]]
+    found = {}
+    for node, above in enumerate(parent.tolist()):
+        if above >= 0:
+            found[above, node] = float(below[node])
+            found[node, above] = float(total[node] - below[node])
+    return found
+
+
+def _look(
+    net: Wires, around: Sequence[Sequence[int]], behind: dict[tuple[int, int], float], end: int
+) -> tuple[int, Floats]:
+    """A node near the end from which it is looked at, and the unit vector that leads out; zero when nothing is slender."""
+    before, here, anchor = -1, end, end
+    thick = net.radii[end]
+    while True:
+        if np.linalg.norm(net.points[here] - net.points[end]) <= 1.5 * net.radii[here] and net.voxels[here] >= 0:
+            anchor = here
+        away = float(np.linalg.norm(net.points[anchor] - net.points[here]))
+        if away >= max(_BASE, _SLENDER * thick):
+            break
+        onward = [node for node in around[here] if node != before]
+        if not onward:
+            break
+        ahead = max(onward, key=lambda node: behind[here, node])  # noqa: B023
+        before, here = here, ahead
+        thick = max(thick, net.radii[here])
+    if away < max(_BASE / 2, _SLENDER * thick):
+        return anchor, np.zeros(3)
+    return anchor, np.asarray((net.points[anchor] - net.points[here]) / away)
+
+
+def _candidates(
+    found: Foreground,
+    net: Wires,
+    piece: NDArray[np.int32],
+    cable: Floats,
+    read: Read,
+    cfg: TraceConfig,
+) -> list[_Candidate]:
+    points, ends = found.points, _ends(net)
+    anchors = net.voxels[ends.anchor]
+    steepest = np.cos(np.radians(cfg.gap_angle))
+    blob = np.ones(len(cable), dtype=bool)
+    blob[piece[anchors[ends.direction.any(axis=1)]]] = False
+    inside = net.radii[ends.anchor] + 0.5
+    options = []
+    balls = found.near.query_ball_point(points[anchors], cfg.gap + inside)
+    for anchor, direction, depth, ball in zip(anchors, ends.direction, inside, balls, strict=True):
+        others = np.array(ball, dtype=np.int64)
+        others = others[piece[others] != piece[anchor]]
+        if not direction.any():
+            others = others[blob[piece[others]]]
+        if not len(others):
+            continue
+        out = points[others] - points[anchor]
+        away = np.linalg.norm(out, axis=1)
+        cosine = out @ direction / away
+        price = np.maximum(away - depth, 1) * (3 - 2 * cosine)
+        allowed = (cosine >= steepest) | (not direction.any())
+        for other in np.unique(piece[others[allowed]]):
+            mine = np.flatnonzero(allowed & (piece[others] == other))
+            best = mine[price[mine].argmin()]
+            hint = _between(read, found, int(anchor), int(others[best])) / cfg.low
+            total = float(price[best]) * (1 - 0.5 * min(1.0, hint))
+            if total <= min(cfg.gap, _WORTH * min(cable[other], cable[piece[anchor]])):
+                options.append(_Candidate(total, int(anchor), int(others[best])))
+    return options
+
+
+def _spanning(options: list[_Candidate], piece: NDArray[np.int32], pieces: int, used: set[int]) -> list[Bridge]:
+    """The cheapest of the options that join pieces without a cycle, each end used once."""
+    joined = np.arange(pieces)
+    chosen = []
+    for option in sorted(options, key=lambda c: (c.price, c.end, c.target)):
+        a, b = (int(joined[piece[v]]) for v in (option.end, option.target))
+        if a != b and option.end not in used:
+            joined[joined == b] = a
+            used.add(option.end)
+            chosen.append((option.end, option.target))
+    return chosen
+
+
+def _between(read: Read, found: Foreground, a: int, b: int) -> float:
+    """Mean probability below `low` at the voxels between two voxels, on the straight line; the foreground is left out."""
+    ends = found.voxels[[a, b]].astype(np.int64)
+    count = int(np.abs(ends[1] - ends[0]).max()) - 1
+    if count < 1:
+        return 1.0
+    share = (np.arange(count) + 1)[:, None] / (count + 1)
+    line = np.rint(ends[0] * (1 - share) + ends[1] * share).astype(np.int64)
+    (z0, y0, x0), (z1, y1, x1) = ends.min(axis=0), ends.max(axis=0) + 1
+    box = Box((z0, y0, x0), (z1, y1, x1))
+    values = as_probability(read(box), box)
+    inside: NDArray[np.float32] = values[tuple((line - box.start).T)]
+    dark = inside[found.at(line) == 0]
+    return float(dark.mean()) if len(dark) else 1.0

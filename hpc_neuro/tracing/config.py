@@ -1,0 +1,63 @@
+"""The knobs of tracing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_neuro.geometry import VoxelSize
+from hpc_neuro.schema import config
+
+
+@config
+class TraceConfig:
+    """How a probability becomes trees. Lengths are in voxels of the chosen metric."""
+
+    threshold: float = 0.5
+    """A branch needs a stretch of at least this probability (0 to 1) to exist."""
+    low: float = 0.3
+    """Voxels down to this probability (0 to 1) belong to a branch that is above `threshold` elsewhere (hysteresis)."""
+    metric: Literal["voxel", "um"] = "voxel"
+    """`voxel`: lengths count voxels alike along z, y, x, which suits optics whose blur grows with the z step;
+    `um`: lengths are physical, in units of the finest voxel edge, which suits labels without optical blur."""
+    min_voxels: int = 12
+    """[voxel] Connected pieces of fewer voxels are noise."""
+    min_branch: float = 5.0
+    """[voxel] A side branch must reach this far out of the surface of the branch it leaves."""
+    cover_scale: float = 1.5
+    """Around a traced path everything within `cover_scale` times the local radius + `cover_margin` belongs to it."""
+    cover_margin: float = 2.0
+    """[voxel] See `cover_scale`."""
+    gap: float = 20.0
+    """[voxel] Widest break that is bridged, when the ends point straight at each other; 0 bridges none."""
+    gap_angle: float = 60.0
+    """[degree] Largest angle between the direction of an end and the bridge that leaves it."""
+    root_snap: float = 10.0
+    """[voxel] A given root may lie this far off the foreground."""
+    root_is_end: bool = False
+    """A given root is where the neuron begins: what continues on its far side (an axon that enters the view, say) is
+    left out. Off: the tree grows from the root in every direction."""
+    min_cable: float = 30.0
+    """[voxel] Without a given root, trees of less cable are dropped."""
+    smooth: float = 2.0
+    """[voxel] Standard deviation of the Gaussian that smooths paths along their length; 0 keeps voxel steps."""
+    step: float = 1.5
+    """[voxel] Nodes closer than this to their parent are merged into the path; branch points and ends stay."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low <= self.threshold <= 1:
+            raise ValueError(
+                f"low ({self.low}) and threshold ({self.threshold}) must satisfy 0 < low <= threshold <= 1"
+            )
+        for name in ("min_branch", "cover_scale", "cover_margin", "gap", "root_snap", "min_cable", "smooth", "step"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
+        if not 0 <= self.gap_angle <= 90:
+            raise ValueError(f"gap_angle ({self.gap_angle}) must lie between 0 and 90 degrees")
+
+    def spacing(self, voxel_size: VoxelSize) -> NDArray[np.float64]:
+        """[3] length of one voxel along z, y, x in the metric's unit (its finest edge is 1)."""
+        size = np.asarray(voxel_size, dtype=np.float64)
+        return size / size.min() if self.metric == "um" else np.ones(3)

@@ -1,0 +1,90 @@
+"""Whether a path is a branch of its own, or only a bump, a slope or a flank of the branch it springs from."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from hpc_neuro.tracing.config import TraceConfig
+from hpc_neuro.tracing.foreground import Floats, Foreground, Ints
+
+_RAYS = 8  # directions round a path, in opposite pairs
+_DROP = 0.3  # a probability this share lower beside the path than on it makes the path a ridge
+_STRETCH = 4  # [nodes] to either side, for a path's direction
+
+
+class Traced:
+    """The paths accepted so far, searchable by position."""
+
+    def __init__(self, components: int) -> None:
+        self._trees: list[list[cKDTree]] = [[] for _ in range(components)]
+        self._nodes: list[list[Ints]] = [[] for _ in range(components)]
+
+    def add(self, component: int, points: Floats, nodes: Ints) -> None:
+        """Remember a path of a component: positions [n, 3] and voxel indices [n]."""
+        self._trees[component].append(cKDTree(points))
+        self._nodes[component].append(nodes)
+
+    def nearest(self, component: int, points: Floats) -> tuple[Floats, Ints]:
+        """Distance to, and voxel index of, the nearest path voxel of a component for each of [n, 3] points."""
+        best, index = np.full(len(points), np.inf), np.zeros(len(points), dtype=np.int64)
+        low, high = points.min(axis=0), points.max(axis=0)
+        for tree, nodes in zip(self._trees[component], self._nodes[component], strict=True):
+            apart = np.linalg.norm(np.maximum(0, np.maximum(tree.mins - high, low - tree.maxes)))
+            if apart < best.max():
+                away, at = tree.query(points)
+                closer = away < best
+                best[closer], index[closer] = away[closer], nodes[at[closer]]
+        return best, index
+
+
+def strength(found: Foreground, traced: Traced, path: Ints, outside: NDArray[np.bool_], cfg: TraceConfig) -> float:
+    """Length of a path (tip first, joint last) that speaks for a branch of its own, in the metric's unit.
+
+    Each step counts its length times
+    - its probability, from 0 at `low` to 1 at `threshold`;
+    - how much of a ridge it is: in every direction across the path, the probability must fall off on one side at least.
+      The slope beside a thick branch fails, for it is level along that branch;
+    - 1 where darker voxels lie between it and the nearest traced path, else only by how much it leads away from it: a
+      second path along the same thick branch fails.
+    """
+    points = found.points[path]
+    away, nearest = traced.nearest(int(found.component[path[0]]), points)
+    step = np.linalg.norm(np.diff(points, axis=0), axis=1)
+    growth = np.clip(away[:-1] - away[1:], 0, None)
+    apart = _gap_between(found, path, nearest)[:-1]
+    certain = np.clip((found.probability[path[:-1]] - cfg.low) / max(cfg.threshold - cfg.low, 1e-6), 0, 1)
+    ridge = _ridge(found, path)[:-1]
+    return float((np.where(apart, step, np.minimum(growth, step)) * certain * ridge)[outside[:-1]].sum())
+
+
+def _gap_between(found: Foreground, path: Ints, nearest: Ints) -> NDArray[np.bool_]:
+    """[n] whether the straight line from a path voxel to the traced voxel nearest to it dips."""
+    share = np.linspace(0, 1, 12)[1:-1, None]
+    a, b = found.voxels[path].astype(np.float64), found.voxels[nearest].astype(np.float64)
+    line = a[:, None] * (1 - share) + b[:, None] * share  # [n, 10, 3]
+    values = found.at(line.reshape(-1, 3)).reshape(len(path), -1)
+    ends = np.minimum(found.probability[path], found.probability[nearest])
+    return np.asarray(values.min(axis=1) < (1 - _DROP) * ends)
+
+
+def _ridge(found: Foreground, path: Ints) -> Floats:
+    """[n] 0 to 1: fall-off of the probability across the path, in the direction where it falls off least."""
+    points = found.points[path]
+    n = len(path)
+    ahead = points[np.minimum(np.arange(n) + _STRETCH, n - 1)]
+    along = ahead - points[np.maximum(np.arange(n) - _STRETCH, 0)]
+    along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-9)
+    other = np.eye(3)[np.abs(along).argmin(axis=1)]
+    first = np.cross(along, other)
+    first /= np.maximum(np.linalg.norm(first, axis=1, keepdims=True), 1e-9)
+    second = np.cross(along, first)
+    angle = 2 * np.pi * np.arange(_RAYS) / _RAYS
+    rays = first[:, None] * np.cos(angle)[:, None] + second[:, None] * np.sin(angle)[:, None]  # [n, rays, 3]
+    reach = 1.5 * found.distance[path] + 1.5
+    share = np.linspace(0.25, 1, 5)
+    at = points[:, None, None] + rays[:, :, None] * (reach[:, None, None] * share[:, None])[:, None]  # [n, rays, 5, 3]
+    beside = found.at((at / found.spacing).reshape(-1, 3)).reshape(n, _RAYS, -1).min(axis=2)
+    lower = np.minimum(beside[:, : _RAYS // 2], beside[:, _RAYS // 2 :]).max(axis=1)
+    return np.asarray(np.clip((1 - lower / found.probability[path]) / _DROP, 0, 1))

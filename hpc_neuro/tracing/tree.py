@@ -1,0 +1,170 @@
+"""From paths and bridges to rooted, pruned, smooth trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, connected_components
+
+from hpc_neuro.morphology import Tree, child_counts, edge_lengths, subset, tips
+from hpc_neuro.tracing.config import TraceConfig
+from hpc_neuro.tracing.foreground import Floats, Ints
+from hpc_neuro.tracing.paths import accumulated
+from hpc_neuro.tracing.wires import Wires
+
+_SOMA = 3.0  # a node this many times thicker than the median, and
+_SOMA_RADIUS = 4.0  # [voxel] at least this thick, is a soma
+
+
+def rooted(net: Wires, root: int | None) -> Iterator[Tree]:
+    """The tree of `root`'s piece, or the trees of all pieces when it is None."""
+    n = len(net.points)
+    graph = csr_array((np.ones(len(net.edges)), (net.edges[:, 0], net.edges[:, 1])), shape=(n, n))
+    roots = [root] if root is not None else _roots(net, *connected_components(graph, directed=False))
+    graph = graph + graph.T
+    for start in roots:
+        order, above = breadth_first_order(graph, start, directed=False, return_predecessors=True)
+        rank = np.empty(n, dtype=np.int64)
+        rank[order] = np.arange(len(order))
+        parents = np.concatenate([[-1], rank[above[order[1:]]]]).astype(np.int64)
+        yield Tree(net.points[order], net.radii[order], parents, np.zeros(len(order), dtype=np.int64))
+
+
+def _roots(net: Wires, count: int, label: NDArray[np.int32]) -> list[int]:
+    """Where each piece begins: its soma if it has one (far thicker than the rest), else its thickest end."""
+    degree = np.bincount(net.edges.ravel(), minlength=len(net.points))
+    order = np.argsort(label, kind="stable")
+    found = []
+    for piece in np.split(order, np.searchsorted(label[order], np.arange(1, count))):
+        radii = net.radii[piece]
+        if radii.max() >= max(_SOMA * np.median(radii), _SOMA_RADIUS):
+            found.append(int(piece[radii.argmax()]))
+            continue
+        ends = piece[degree[piece] <= 1]
+        thick = [
+            float(net.radii[piece][np.linalg.norm(net.points[piece] - net.points[e], axis=1) < 10].mean()) for e in ends
+        ]
+        found.append(int(ends[int(np.argmax(thick))]))
+    return found
+
+
+def pruned(tree: Tree, min_branch: float) -> Tree:
+    """Without end branches that hardly leave the surface of the branch they spring from, shortest first."""
+    while True:
+        counts = child_counts(tree)
+        fork = counts >= 2
+        joint, away = _up_to_fork(tree, fork)
+        ends = tips(tree)
+        ends = ends[fork[joint[ends]]]
+        short = ends[away[ends] - tree.radii[joint[ends]] < min_branch]
+        if not len(short):
+            return tree
+        short = short[np.argsort(away[short], kind="stable")]
+        _, first = np.unique(joint[short], return_index=True)  # the shortest of each fork; its twin may go on
+        drop = np.zeros(len(tree), dtype=bool)
+        drop[short[first]] = True
+        inner = np.flatnonzero(~fork & (tree.parents >= 0))
+        for node in inner[::-1]:  # children stand after their parents, so a dropped tip takes its whole branch
+            if drop[node] and not fork[tree.parents[node]] and tree.parents[tree.parents[node]] >= 0:
+                drop[tree.parents[node]] = True
+        tree = subset(tree, ~drop)
+
+
+def _up_to_fork(tree: Tree, fork: NDArray[np.bool_]) -> tuple[Ints, Floats]:
+    """For each node the nearest fork above it (the root where there is none) and the way's length."""
+    step = edge_lengths(tree)
+    joint, away = np.arange(len(tree)), np.zeros(len(tree))
+    for node in range(len(tree)):
+        parent = tree.parents[node]
+        if parent >= 0:
+            at_fork = fork[parent]
+            joint[node] = parent if at_fork else joint[parent]
+            away[node] = step[node] + (0.0 if at_fork else away[parent])
+    return joint, away
+
+
+def main_side(tree: Tree) -> Tree:
+    """The part of the tree on the side of its root that holds most cable.
+
+    What leaves a ball of three radii round the root is judged by its direction: less than a right angle from that of the
+    branch with most cable stays, the rest is dropped.
+    """
+    step = edge_lengths(tree)
+    home = accumulated(step, np.maximum(tree.parents, 0))
+    ball = home <= 3 * tree.radii[0] + 2
+    leaving = np.flatnonzero(~ball & ball[tree.parents])
+    if len(leaving) < 2:
+        return tree
+    below = step.copy()
+    for node in range(len(tree) - 1, 0, -1):
+        below[tree.parents[node]] += below[node]
+    out = tree.points[leaving] - tree.points[0]
+    stays = leaving[out @ out[below[leaving].argmax()] > 0]
+    keep = np.zeros(len(tree), dtype=bool)
+    keep[stays] = True
+    for node in range(1, len(tree)):  # what hangs below
+        keep[node] |= keep[tree.parents[node]]
+    for node in range(len(tree) - 1, 0, -1):  # and what leads there
+        keep[tree.parents[node]] |= keep[node]
+    return subset(tree, keep)
+
+
+def runs(tree: Tree) -> list[Ints]:
+    """The tree as unbranched runs, each from its joint on an earlier run (or the root) to a tip, longest way first."""
+    n = len(tree)
+    step = edge_lengths(tree)
+    far, heir = np.zeros(n), np.full(n, -1, dtype=np.int64)
+    for node in range(n - 1, 0, -1):
+        parent = tree.parents[node]
+        if heir[parent] < 0 or far[node] + step[node] > far[parent]:
+            far[parent], heir[parent] = far[node] + step[node], node
+    found = []
+    starts = [node for node in range(n) if tree.parents[node] < 0 or heir[tree.parents[node]] != node]
+    for start in starts:
+        run = [start] if tree.parents[start] < 0 else [int(tree.parents[start]), start]
+        while heir[run[-1]] >= 0:
+            run.append(int(heir[run[-1]]))
+        found.append(np.array(run))
+    return found
+
+
+def smoothed(tree: Tree, sigma: float) -> Tree:
+    """Nodes moved along their runs by a Gaussian of `sigma` nodes; root, tips and the hold on the parent run stay."""
+    if sigma == 0:
+        return tree
+    width = int(np.ceil(3 * sigma))
+    kernel = np.exp(-0.5 * (np.arange(-width, width + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    points, radii = tree.points.copy(), tree.radii.copy()
+    for run in runs(tree):  # an earlier run is final when a later one takes its joint from it
+        line = np.column_stack([points[run], radii[run]])
+        pad = min(width, len(run) - 1)
+        if pad < 1:
+            continue
+        # point reflection at both ends keeps them where they are
+        before, after = 2 * line[0] - line[pad:0:-1], 2 * line[-1] - line[-2 : -pad - 2 : -1]
+        full = np.concatenate([before, line, after])
+        small = kernel[width - pad : width + pad + 1]
+        small = small / small.sum()
+        line = np.stack([np.convolve(column, small, mode="valid") for column in full.T], axis=1)
+        points[run[1:]], radii[run[1:]] = line[1:, :3], np.maximum(line[1:, 3], 0.5)
+    return replace(tree, points=points, radii=radii)
+
+
+def thinned(tree: Tree, step: float) -> Tree:
+    """Without path nodes closer than `step` to the last kept node above; root, forks and tips stay."""
+    counts = child_counts(tree)
+    lengths = edge_lengths(tree)
+    keep = np.ones(len(tree), dtype=bool)
+    since = np.zeros(len(tree))
+    for node in range(1, len(tree)):
+        since[node] = lengths[node] + since[tree.parents[node]]
+        if counts[node] == 1 and since[node] < step:
+            keep[node] = False
+        else:
+            since[node] = 0.0
+    return subset(tree, keep)

@@ -1,0 +1,166 @@
+"""From a config to the parts of a run, everything checked; and what a run will need, in lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hpc_neuro import distributed, files
+from hpc_neuro.data.dataset import Crops, places
+from hpc_neuro.data.feature_cache import FeatureCache
+from hpc_neuro.data.sampling import Sampler, spread_boxes
+from hpc_neuro.data.store import Store
+from hpc_neuro.geometry import Box
+from hpc_neuro.losses import Distiller
+from hpc_neuro.models import cost, inflate
+from hpc_neuro.models.student import Student, build_student
+from hpc_neuro.models.teacher import Teacher, load_teacher
+from hpc_neuro.models.tubular import tube_sum
+from hpc_neuro.schema import InputError
+from hpc_neuro.train import checkpoint, engine
+from hpc_neuro.train.config import TrainConfig
+from hpc_neuro.types import Batch, Prediction
+
+
+class TrainModule(nn.Module):
+    """Student and distiller as one module, so that all their parameters are sharded alike."""
+
+    def __init__(self, student: Student, distiller: Distiller | None) -> None:
+        super().__init__()
+        self.student, self.distiller = student, distiller
+
+    def forward(self, batch: Batch) -> tuple[Prediction, Tensor | None, dict[str, Tensor]]:
+        """The prediction, the distillation loss (mean over the distilled samples; None without), and its terms."""
+        layers = () if self.distiller is None else self.distiller.student_layers
+        dtype = next(self.student.parameters()).dtype
+        prediction: Prediction = self.student(batch.image.to(dtype), layers)
+        if self.distiller is None:
+            return prediction, None, {}
+        loss, terms = self.distiller(prediction.features, batch)
+        return prediction, loss, terms
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of. Nothing here has been written or moved to a device."""
+
+    module: TrainModule
+    depth: int  # transformer blocks
+    transferred: bool
+    transfer_lines: tuple[str, ...]
+    crops: Crops
+    store: Store
+    boxes: list[tuple[str, Box]]  # of validation
+    validates_on: str  # "val" or "train"
+    dtype: torch.dtype
+    micro: int  # crops per rank and pass
+    passes: int  # per step
+    inputs: dict[str, str]  # digests
+
+
+def assemble(cfg: TrainConfig) -> Parts:
+    """Open, check and build everything. Raises ConfigError or InputError; writes nothing."""
+    dtype, micro, passes = engine.check(cfg.engine, cfg.optim.batch, distributed.world_size())
+    _check_resume(cfg, dtype)
+    store = Store(cfg.store)
+    train = store.split("train")
+    if not train:
+        raise InputError(f"{cfg.store} has no volume in its `train` split; prepare it again with some")
+    teacher = load_teacher(cfg.teacher) if cfg.distill or cfg.transfer.rule != "scratch" else None
+    cache = _cache(cfg, store, train, teacher)
+    torch.manual_seed(cfg.seed)
+    student = build_student(cfg.student)
+    lines: tuple[str, ...] = ("transfer: none, the student starts from random weights",)
+    if teacher is not None and cfg.transfer.rule != "scratch":
+        lines = tuple(str(inflate.transfer(teacher, student, cfg.transfer)).splitlines())
+    depth = len(student.vit.blocks)
+    distiller = None
+    if cfg.distill is not None and cache is not None:
+        distiller = cfg.distill.build(
+            student_dim=student.vit.norm.weight.numel(),
+            student_depth=depth,
+            teacher_layers=cache.layers,
+            mean=cache.mean,
+            std=cache.std,
+            tube_sum=tube_sum,
+        )
+    patch = cfg.student.patch
+    fraction = cfg.distill_fraction if distiller is not None else 0.0
+    sampler = Sampler(cfg.crop, places(store, train), cfg.seed, patch, fraction)
+    views = () if distiller is None else distiller.views
+    split = "val" if store.split("val") else "train"
+    boxes = spread_boxes(places(store, store.split(split)), cfg.crop, patch, cfg.validate.crops, cfg.seed)
+    store.close()
+    return Parts(
+        module=TrainModule(student, distiller),
+        depth=depth,
+        transferred=cfg.transfer.rule != "scratch" and cfg.transfer.blocks,
+        transfer_lines=lines,
+        crops=Crops(store, sampler, patch, cache, views),
+        store=store,
+        boxes=boxes,
+        validates_on=split,
+        dtype=dtype,
+        micro=micro,
+        passes=passes,
+        inputs=_inputs(cfg, store, teacher),
+    )
+
+
+def _check_resume(cfg: TrainConfig, dtype: torch.dtype) -> None:
+    held = checkpoint.newest(cfg.out / "checkpoints")
+    if held is not None:
+        checkpoint.require_same_ranks(held, distributed.world_size(), cfg.engine.stage, str(dtype))
+
+
+def _cache(cfg: TrainConfig, store: Store, train: tuple[str, ...], teacher: Teacher | None) -> FeatureCache | None:
+    """The feature cache, checked to be of these volumes and this teacher; None when nothing is distilled."""
+    if cfg.distill is None or cfg.cache is None or teacher is None:
+        return None
+    cache = FeatureCache(cfg.cache)
+    cache.check({i: store[i].digest for i in train}, teacher.identity, cfg.distill.views)
+    return cache
+
+
+def _inputs(cfg: TrainConfig, store: Store, teacher: Teacher | None) -> dict[str, str]:
+    """Digests of all that decides the result besides the config."""
+    found = {i: store[i].digest for i in store.ids if store[i].split in ("train", "val")}
+    if teacher is not None:
+        found["teacher"] = str(teacher.identity["sha256"])
+    if cfg.distill is not None and cfg.cache is not None:
+        found["cache"] = files.sha256(cfg.cache / "manifest.json")
+    return found
+
+
+def lines(cfg: TrainConfig, parts: Parts) -> Iterator[str]:
+    """What the run needs and does. Raises InputError when its files will not fit on the disk."""
+    ranks = distributed.world_size()
+    student = sum(p.numel() for p in parts.module.student.parameters())
+    every = sum(p.numel() for p in parts.module.parameters())
+    train, held = parts.store.split("train"), parts.store.split("val")
+    points = sum(len(p.points["skeleton"]) for p in parts.crops.sampler.places)
+    yield (
+        f"train on {len(train)} volumes ({points} centreline voxels), validate on {len(parts.boxes)} fixed crops of "
+        + (
+            f"{len(held)} other volumes"
+            if parts.validates_on == "val"
+            else "the same volumes, as `val` is empty: optimistic"
+        )
+    )
+    yield from parts.transfer_lines
+    heads = f", {(every - student) / 1e6:.2f} M for distillation" if every > student else ", no distillation"
+    yield f"student: {student / 1e6:.2f} M parameters{heads}; ZeRO stage {cfg.engine.stage}, {parts.dtype}"
+    tokens = [n // p for n, p in zip(cfg.crop.size, cfg.student.patch, strict=True)]
+    yield (
+        f"{cfg.optim.steps} steps of {cfg.optim.batch} crops of {list(cfg.crop.size)} voxels ({tokens} tokens): "
+        f"{ranks} rank(s) x {parts.micro} crops x {parts.passes} pass(es)"
+    )
+    yield from cost.summary(cfg.student, cfg.crop.size, parts.micro, parts.dtype.itemsize)
+    # weights, master copy and two Adam moments; the average
+    state = 4 * every * (3 + (parts.dtype != torch.float32) + (cfg.ema.window > 0))
+    needed = state * (cfg.checkpoint.keep + 2) + 2 * 4 * student
+    files.require_space(cfg.out, needed, "training")
+    yield f"disk: {files.human(needed)} at most ({files.human(state)} per checkpoint)"

@@ -1,0 +1,236 @@
+"""DeepSpeed, behind one config section and one class. The only importer of deepspeed."""
+
+from __future__ import annotations
+
+import atexit
+import datetime as dt
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from hpc_neuro.schema import ConfigError, config
+from hpc_neuro.train.schedule import Group, OptimConfig
+
+log = logging.getLogger(__name__)
+_TAG = "state"  # folder of DeepSpeed's files inside a checkpoint
+_BUCKET = 1 << 26  # elements reduced or gathered at once, at most
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@config
+class EngineConfig:
+    """How the work is spread and in which precision it runs."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO: 0 nothing sharded over ranks, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of activations and weights in use; master weights are float32. auto: bf16 on a GPU that has it, else fp32."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Crops per rank and pass; none: optim.batch / ranks. Smaller ones are accumulated to optim.batch."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and its step in host memory; needs a GPU and stage 1 to 3."""
+    timeout: float = Field(default=600.0, gt=0)
+    """[s] A rank that does not answer for this long ends the run."""
+
+
+def check(cfg: EngineConfig, batch: int, world: int) -> tuple[torch.dtype, int, int]:
+    """(dtype, crops per rank and pass, passes per step) here. Raises ConfigError with every reason at once."""
+    cuda = torch.cuda.is_available()
+    auto = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    name = auto if cfg.dtype == "auto" else cfg.dtype
+    faults = []
+    if name == "fp16" and not cuda:
+        faults.append("engine.dtype: fp16 needs a GPU; take fp32 (or auto) on a CPU")
+    if cfg.offload_optimizer and not cuda:
+        faults.append("engine.offload_optimizer: there is no GPU whose memory it could spare; take false")
+    if cfg.offload_optimizer and cfg.stage == 0:
+        faults.append("engine.offload_optimizer: stage 0 keeps the whole optimizer on each rank; take stage 1, 2 or 3")
+    micro = cfg.micro_batch or max(1, batch // world)
+    if batch % (micro * world):
+        faults.append(
+            f"optim.batch: {batch} crops cannot be cut into passes of {micro} on {world} ranks; take a multiple of "
+            f"{micro * world}, or another engine.micro_batch"
+        )
+    if faults:
+        raise ConfigError("the engine cannot run as configured:\n  " + "\n  ".join(faults))
+    return _DTYPES[name], micro, batch // (micro * world)
+
+
+def join_group(cfg: EngineConfig) -> None:
+    """Join the torch process group of the launcher (torchrun, srun), or make a group of one when there is none.
+
+    It lives as long as the process: DeepSpeed keeps groups made from it for the next engine.
+    """
+    if dist.is_initialized():
+        return
+    # gloo beside nccl: agreements about stopping and saving go over the host and do not wait for the GPU
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = dt.timedelta(seconds=cfg.timeout)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # in memory: no port, hence none that is taken
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def deepspeed_json(
+    cfg: EngineConfig, optim: OptimConfig, dtype: torch.dtype, micro: int, passes: int, parameters: int
+) -> dict[str, Any]:
+    """What DeepSpeed is told. `parameters`: how many are trained."""
+    # DeepSpeed allocates whole buckets, by default of 2 GB, whatever the size of the model
+    bucket = min(-(-parameters // 1024) * 1024, _BUCKET)  # it wants them aligned
+    zero: dict[str, Any] = {"stage": cfg.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if cfg.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay}
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": passes,
+        "gradient_clipping": optim.clip,
+        # torch's own; the fused ones would be compiled when training starts
+        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True}},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW does for offloaded state, too
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """A module under DeepSpeed: backward, step, save, load, and the whole weights."""
+
+    def __init__(
+        self, module: nn.Module, groups: Sequence[Group], settings: dict[str, Any], dtype: torch.dtype
+    ) -> None:
+        deepspeed = _quiet_deepspeed()
+        self.dtype, self.stage = dtype, int(settings["zero_optimization"]["stage"])
+        self._groups = list(groups)
+        wanted = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, model_parameters=wanted, config=settings, dist_init_required=False
+            )
+        self._files = _recording_files()
+        self._engine.checkpoint_engine = self._files
+        # its helper scripts would be one more thing that a full disk can break; weights are exported by us
+        self._engine._copy_recovery_script = lambda save_path: None
+        self.module: nn.Module = self._engine.module
+        self.device = torch.device(self._engine.device)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Forward through the module."""
+        return self._engine(*inputs)
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the coming step; every group has its own scale."""
+        for held, group in zip(self._optimizer.param_groups, self._groups, strict=True):
+            held["lr"] = lr * group.lr_scale
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one pass; DeepSpeed divides by the passes per step and averages over ranks."""
+        self._engine.backward(loss)
+
+    def step(self) -> Tensor | float:
+        """End one pass; after the last of a step, update the weights. Returns the gradient's norm before clipping."""
+        plain = self.stage == 0 and self.dtype == torch.float32  # the one case in which DeepSpeed keeps no norm
+        norm: Tensor | float = float("nan")
+        if plain and self._engine.is_gradient_accumulation_boundary():
+            norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self._engine.step()
+        held = None if plain else self._engine.get_global_grad_norm()
+        return norm if held is None else held
+
+    def save(self, folder: Path, state: dict[str, Any]) -> list[str]:
+        """Write all that a resume needs, every rank its part; returns what this rank failed to write, raising none."""
+        self._files.failures.clear()
+        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"hpc_neuro": state}, save_latest=False)
+        return list(self._files.failures)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Take over what `save` wrote; returns its `state`. Raises when a file or a parameter is missing."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path, held = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise RuntimeError(f"{folder} holds no readable state of this model")
+        state: dict[str, Any] = held["hpc_neuro"]
+        return state
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """Whole float32 weights and buffers of a part of the module, on the CPU. All ranks call this."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        sharded = self.stage == 3 or self.dtype != torch.float32
+        whole = {k: v.detach() for k, v in module.state_dict().items()}
+        for name, parameter in module.named_parameters():
+            held = safe_get_full_fp32_param(parameter) if sharded else None
+            whole[name] = parameter.detach() if held is None else held
+        return {k: v.to("cpu", torch.float32 if v.is_floating_point() else v.dtype) for k, v in whole.items()}
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+
+def _quiet_deepspeed() -> Any:
+    """DeepSpeed, imported once it is needed, without its chatter and without anything compiled at run time."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # its ZeRO-3 calls collectives by names that torch is about to rename
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+    if not torch.cuda.is_available():
+        # Every CPU start would compile this for a minute; only inference uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _recording_files() -> Any:
+    """DeepSpeed's reader and writer of checkpoint files, fsynced; a failed write is remembered, not raised.
+
+    DeepSpeed meets at barriers while it saves: a rank that raised in between would leave the others waiting.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class RecordingFiles(TorchCheckpointEngine):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.failures: list[str] = []
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            try:
+                os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103
+            except OSError as error:
+                self.failures.append(str(error))
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                with Path(path).open("wb") as handle:
+                    torch.save(state_dict, handle)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+            except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+                self.failures.append(f"{path}: {' '.join(str(error).split())[:200]}")
+
+    return RecordingFiles()

@@ -1,0 +1,132 @@
+"""The verb `train` and its loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_neuro import distributed, runs
+from hpc_neuro.data.augment import augment
+from hpc_neuro.data.dataset import batches
+from hpc_neuro.losses import weighted_sum
+from hpc_neuro.train.assemble import assemble, lines
+from hpc_neuro.train.config import TrainConfig
+from hpc_neuro.train.ema import decay_at
+from hpc_neuro.train.engine import join_group
+from hpc_neuro.train.preempt import EXIT_CODE, Preemption
+from hpc_neuro.train.schedule import lr_at
+from hpc_neuro.train.state import Training
+from hpc_neuro.types import Batch
+
+log = logging.getLogger(__name__)
+_MAY_CHANGE = (
+    *("optim.steps", "store", "cache", "workers", "ahead", "tracker", "checkpoint"),
+    *("engine.timeout", "engine.micro_batch"),
+)
+
+
+def forecast(cfg: TrainConfig) -> list[str]:
+    """Check all that the run needs; what it will do and take, in lines. Writes nothing."""
+    return list(lines(cfg, assemble(cfg)))
+
+
+def run(cfg: TrainConfig) -> int:
+    """Train, or go on training. 0: done; 75: stopped by a signal or the clock, saved, the same command goes on."""
+    parts = assemble(cfg)
+    needs = list(lines(cfg, parts))
+    with runs.start("train", cfg, cfg.out, parts.inputs, may_change=_MAY_CHANGE) as this:
+        if this.complete:
+            return 0
+        for line in needs:
+            log.info("train: %s", line)
+        with Preemption(cfg.checkpoint.margin) as preemption:
+            join_group(cfg.engine)
+            state = Training(cfg, parts)
+            with contextlib.closing(state):
+                if train(state, preemption):
+                    why = preemption.reason or "another rank"
+                    log.warning("train: stopped by %s after step %d; the same command goes on", why, state.step)
+                    this.record["exit"] = EXIT_CODE
+                    return EXIT_CODE
+                this.finish(state.finish())
+    return 0
+
+
+def train(state: Training, preemption: Preemption) -> bool:
+    """All steps that are left; True when stopped before the last, with everything saved."""
+    cfg, steps = state.cfg, state.cfg.optim.steps
+    chunks = rank_chunks(state.step, steps, cfg.optim.batch, state.parts.micro)
+    gpu = state.device.type == "cuda"
+    workers = cfg.workers if cfg.workers is not None else 4 * gpu
+    with batches(state.parts.crops, chunks, workers, cfg.ahead, pin=gpu) as ready:
+        with state.meter.paused():
+            if state.step == 0:
+                state.validate()
+        while state.step < steps:
+            one_step(state, ready)
+            last = state.step == steps
+            overdue = 0 < cfg.checkpoint.minutes < (time.monotonic() - state.saved) / 60
+            stop, save = preemption.agreed(overdue)
+            save = save or stop or last or (cfg.checkpoint.every > 0 and state.step % cfg.checkpoint.every == 0)
+            if save or state.step % cfg.tracker.every == 0:
+                state.flush()  # raises when the loss is not finite, before that is saved
+            with state.meter.paused():
+                if last or (state.step % cfg.validate.every == 0 and not stop):
+                    state.validate()
+                if save:
+                    state.save()
+            if stop and not last:
+                return True
+    return False
+
+
+def one_step(state: Training, ready: Iterator[Batch]) -> None:
+    """One optimizer step of all ranks."""
+    cfg, parts, engine = state.cfg, state.parts, state.engine
+    lr = cfg.optim.lr * lr_at(state.step, cfg.optim)
+    engine.set_lr(lr)
+    # drop path draws from torch's own generator: seeded by the step, so that a resumed run draws the same
+    torch.manual_seed(_seed(cfg.seed, state.step, distributed.rank()))
+    engine.module.train()
+    state.meter.new_step()
+    norm: Tensor | float = math.nan
+    for _ in range(parts.passes):
+        with state.meter.waiting():
+            read = next(ready)
+        # what the host decides by stays on the host: asking the device would wait for it
+        batch = dataclasses.replace(read.to(state.device), index=read.index, distilled=read.distilled)
+        batch = augment(batch, cfg.augment, cfg.seed)
+        prediction, distillation, distilled_terms = engine(batch)
+        loss, terms = weighted_sum(cfg.losses, prediction, batch)
+        count, chosen = len(read.index), int(read.distilled.sum())
+        if distillation is not None:
+            # a mean over the distilled samples of the whole step, however ranks and passes share them out
+            loss = loss + distillation * (chosen / (count * cfg.distill_fraction))
+        engine.backward(loss)
+        norm = engine.step()
+        weights = dict.fromkeys(["loss", *terms], float(count)) | dict.fromkeys(distilled_terms, float(chosen))
+        state.meter.add({"loss": loss, **terms, **distilled_terms}, weights)
+    if state.ema is not None:
+        state.ema.update(decay_at(state.step, cfg.optim.steps, cfg.ema.window))
+    state.step += 1
+    state.meter.end_step(norm, {"step": state.step, "kind": "train", "lr": lr})
+
+
+def rank_chunks(first: int, steps: int, batch: int, micro: int) -> Iterator[list[int]]:
+    """Global sample indices of this rank's passes from step `first` on; step s holds samples s * batch and the next."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    for step in range(first, steps):
+        for start in range(step * batch + rank * micro, (step + 1) * batch, ranks * micro):
+            yield list(range(start, start + micro))
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])

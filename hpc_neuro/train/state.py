@@ -1,0 +1,193 @@
+"""A training run in progress: what lives from step to step, and how it is said, scored, saved and exported."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from hpc_neuro import distributed, files, schema
+from hpc_neuro.models.student import save_student
+from hpc_neuro.schema import InputError
+from hpc_neuro.train import checkpoint
+from hpc_neuro.train.assemble import Parts
+from hpc_neuro.train.config import TrainConfig
+from hpc_neuro.train.ema import Ema
+from hpc_neuro.train.engine import Engine, deepspeed_json
+from hpc_neuro.train.meter import Meter
+from hpc_neuro.train.schedule import groups
+from hpc_neuro.train.tracker import METRICS, Metrics, Wandb
+from hpc_neuro.train.validate import Score, Validator
+
+log = logging.getLogger(__name__)
+
+
+class Training:
+    """The engine, the average, what was said and what was best."""
+
+    def __init__(self, cfg: TrainConfig, parts: Parts) -> None:
+        self.cfg, self.parts, self.main = cfg, parts, distributed.is_main()
+        trained = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
+        settings = deepspeed_json(cfg.engine, cfg.optim, parts.dtype, parts.micro, parts.passes, trained)
+        if self.main:
+            files.write_json(cfg.out / "deepspeed.json", settings)
+        named = parts.module.named_parameters()
+        wanted = groups(named, cfg.optim, parts.depth, parts.transferred)
+        self.engine = Engine(parts.module, wanted, settings, parts.dtype)
+        self.device = self.engine.device
+        self.student: Any = parts.module.student
+        self.ema = Ema(self.student) if cfg.ema.window > 0 else None
+        self.step, self.seconds, self.begun = 0, 0.0, time.monotonic()
+        self.best: dict[str, Any] = {"dice": -1.0, "step": -1}
+        self.score: Score | None = None  # of the latest validation,
+        self.scored = -1  # after this step
+        held = checkpoint.newest(cfg.out / "checkpoints")
+        if held is not None:
+            self._resume(held)
+        self.saved = time.monotonic()
+        self.validator = Validator(parts.store, parts.boxes)
+        self.meter = Meter(self.device)
+        self.metrics = Metrics(cfg.out / METRICS)
+        if self.main:
+            files.remove_parts(cfg.out / "checkpoints")
+            self.metrics.resume(self.step if held is not None else -1)
+        off = dataclasses.replace(cfg.tracker, wandb="disabled")
+        self.wandb = Wandb(cfg.tracker if self.main else off, cfg.out, schema.plain(cfg))
+
+    def flush(self) -> None:
+        """Write the rows since the last time, and say a line. Raises Diverged before anything bad is saved."""
+        left = self.cfg.optim.steps - self.step
+        rows = self.meter.rows(self.cfg.optim.batch, left, check_norm=self.parts.dtype != torch.float16)
+        self._write(rows)
+        if rows:
+            log.info("train: %s", said(rows[-1], self.cfg.optim.steps))
+
+    def validate(self) -> None:
+        """Score the averaged weights on the fixed crops; export them when they are the best so far."""
+        self.engine.module.eval()
+        with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
+            score = self.score = self.validator(lambda batch: self.student(batch.image).logits, self.device)
+        self.scored = self.step
+        row = {"step": self.step, "kind": "val", **asdict(score), "split": self.parts.validates_on}
+        self._write([row | {"collapsed": score.collapsed}])
+        log.info(
+            "train: step %d: validation Dice %.4f (%.4f at threshold %.3f), precision %.3f, recall %.3f",
+            *(self.step, score.dice, score.dice_best, score.threshold, score.precision, score.recall),
+        )
+        if score.collapsed and self.step > self.cfg.validate.alarm * self.cfg.optim.steps:
+            log.warning(
+                "train: ALARM at step %d: next to no foreground is predicted (%.2g of the true amount); "
+                "lower optim.lr or raise the weight of Dice",
+                *(self.step, score.foreground),
+            )
+        if self.step > 0 and score.dice_best > self.best["dice"] and self._export("best", score):
+            self.best = {"dice": score.dice_best, "step": self.step}
+
+    def save(self) -> None:
+        """A checkpoint of this step, on all ranks."""
+        marker = checkpoint.Marker(
+            step=self.step,
+            world_size=distributed.world_size(),
+            stage=self.cfg.engine.stage,
+            dtype=str(self.parts.dtype),
+            val_dice=self.score.dice_best if self.score is not None and self.scored == self.step else None,
+        )
+        state = {
+            "step": self.step,
+            "seconds": self.seconds + time.monotonic() - self.begun,
+            "best": self.best,
+            "score": None if self.score is None else asdict(self.score),
+            "scored": self.scored,
+            "ema": None if self.ema is None else self.ema.average,
+        }
+        checkpoint.save(self.cfg.out / "checkpoints", marker, self.engine.save, state, self.cfg.checkpoint.keep)
+        self.saved = time.monotonic()
+
+    def finish(self) -> dict[str, Any]:
+        """Export the last weights; what the run came to."""
+        if self.score is None or self.scored != self.step:
+            self.validate()
+        if self.score is None or not self._export("last", self.score):
+            raise InputError(
+                f"the trained weights could not be written to {self.cfg.out / 'weights'}; "
+                "make room, then give the same command again"
+            )
+        if self.best["step"] < 0 and self._export("best", self.score):
+            self.best = {"dice": self.score.dice_best, "step": self.step}
+        seconds = self.seconds + time.monotonic() - self.begun
+        return {
+            "steps": self.step,
+            "best_val_dice": self.best["dice"],
+            "best_step": self.best["step"],
+            "last_val_dice": self.score.dice_best,
+            "validated_on": self.parts.validates_on,
+            "seconds": round(seconds, 1),
+            "crops_per_s": round(self.step * self.cfg.optim.batch / seconds, 3),
+        }
+
+    def close(self) -> None:
+        """Let go of the tracker and the engine."""
+        self.wandb.close()
+        self.engine.close()
+
+    def _resume(self, held: Path) -> None:
+        state = self.engine.load(held)
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.score, self.scored = None if state["score"] is None else Score(**state["score"]), state["scored"]
+        if self.ema is not None:
+            self.ema.load(state["ema"])
+        log.info("train: going on after step %d of %s", self.step, held)
+
+    def _export(self, name: str, score: Score) -> bool:
+        """Write OUT/weights/`name` in plain float32; all ranks call this. False, and said, where it cannot be."""
+        whole = self.ema is None
+        state = self.engine.weights(self.student) if whole else {**self.student.state_dict(), **self._average()}
+        extra = {
+            "window": list(self.cfg.crop.size),
+            "threshold": score.threshold,
+            "step": self.step,
+            "val_dice": score.dice_best,
+        }
+        failed = False
+        if self.main:
+            try:
+                save_student(self.cfg.out / "weights" / name, self.cfg.student, state, extra)
+            except (OSError, SafetensorError) as error:
+                failed = True
+                log.warning(
+                    "train: weights/%s of step %d could not be written (%s); training goes on", name, self.step, error
+                )
+        return distributed.reduced(float(failed), "max", torch.device("cpu")) == 0
+
+    def _average(self) -> dict[str, torch.Tensor]:
+        return {} if self.ema is None else self.ema.average
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if self.main:
+            self.metrics.write(rows)
+            self.wandb.write(rows)
+
+
+def said(row: dict[str, Any], steps: int) -> str:
+    """The console line of a row."""
+    fixed = {"step", "kind", "lr", "loss", "grad_norm", "crops_per_s", "data_wait_share", "memory_bytes", "eta_s"}
+    terms = ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k not in fixed and math.isfinite(v))
+    parts = [
+        f"step {row['step']}/{steps}",
+        f"loss {row['loss']:.4f} ({terms})",
+        f"lr {row['lr']:.2e}",
+        f"gradient {row['grad_norm']:.2f}",
+        f"{row['crops_per_s']:.2f} crops/s",
+        f"data wait {row['data_wait_share']:.0%}",
+        files.human(row["memory_bytes"]),
+        f"{row['eta_s'] / 60:.1f} min left",
+    ]
+    return "  ".join(parts)

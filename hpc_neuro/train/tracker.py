@@ -1,0 +1,148 @@
+"""What a run says: metrics.jsonl is the truth; Weights & Biases gets a copy that never blocks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import queue
+import threading
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from hpc_neuro import files
+from hpc_neuro.schema import config
+
+log = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
+_WAITING_ROWS = 10_000  # rows that may wait for W&B; more are dropped, they are in metrics.jsonl anyway
+
+
+@config
+class TrackerConfig:
+    """Where numbers go."""
+
+    every: int = Field(default=10, ge=1)
+    """[step] How often rows are written and a line is said; each step has a row of its own."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases: offline files in OUT/wandb (`wandb sync` them from a login node), online, or not at all."""
+    project: str = "hpc_neuro"
+    """Weights & Biases project."""
+    name: str | None = None
+    """Weights & Biases run name; none: the name of the output folder."""
+    patience: float = Field(default=30.0, ge=0)
+    """[s] How long the end of a run waits for Weights & Biases to take the last rows."""
+
+
+class Metrics:
+    """OUT/metrics.jsonl: one JSON object per line, in step order. A full disk holds rows back, no more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[str] = []
+
+    def resume(self, step: int) -> None:
+        """Drop rows of steps after `step` and a line torn by a kill: they are about to be made again."""
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+        files.write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows; numbers that are not finite become null."""
+        self._waiting += [json.dumps(finite(row), allow_nan=False) for row in rows]
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as handle:
+                handle.write("".join(f"{line}\n" for line in self._waiting))
+        except OSError as error:
+            log.warning("%s: %d rows wait to be written (%s)", self.path, len(self._waiting), error)
+            if self.path.exists():
+                os.truncate(self.path, size)
+            return
+        self._waiting = []
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with NaN and infinities as None, as JSON has no word for them."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+class Wandb:
+    """A copy of the rows to Weights & Biases, from a thread of its own; trouble there is said and ends the copying."""
+
+    def __init__(self, cfg: TrackerConfig, out: Path, run_config: Mapping[str, Any]) -> None:
+        self.cfg, self.out = cfg, out
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=_WAITING_ROWS)
+        self._thread: threading.Thread | None = None
+        if cfg.wandb != "disabled":
+            self._thread = threading.Thread(target=self._work, args=(dict(run_config),), name="wandb", daemon=True)
+            self._thread.start()
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Hand rows over; never waits."""
+        if self._thread is None or not self._thread.is_alive():
+            return
+        for row in rows:
+            try:
+                self._rows.put_nowait(row)
+            except queue.Full:
+                log.warning("Weights & Biases lags %d rows behind; rows are dropped there", _WAITING_ROWS)
+                return
+
+    def close(self) -> None:
+        """Let the thread finish, at most `patience` seconds."""
+        if self._thread is None:
+            return
+        try:
+            self._rows.put_nowait(None)
+        except queue.Full:
+            return
+        self._thread.join(self.cfg.patience)
+        if self._thread.is_alive():
+            log.warning("Weights & Biases did not finish within %g s and is left behind", self.cfg.patience)
+
+    def _work(self, run_config: dict[str, Any]) -> None:
+        try:
+            import wandb  # 1 s of import that only this thread waits for
+
+            run = wandb.init(
+                id=run_id(self.out),
+                project=self.cfg.project,
+                name=self.cfg.name or self.out.resolve().name,
+                dir=str(self.out),
+                mode=self.cfg.wandb,
+                resume="allow" if self.cfg.wandb == "online" else None,
+                config=run_config,
+                settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+            )
+            for kind in ("train", "val"):
+                run.define_metric(f"{kind}/*", step_metric="step")
+            while (row := self._rows.get()) is not None:
+                named = {f"{row['kind']}/{k}": v for k, v in row.items() if k not in ("kind", "step") and v is not None}
+                run.log({"step": row["step"], **named})
+            run.finish()
+        except Exception as error:
+            # No failure of a copy may stop the training: whatever it is, it is said, and this thread ends.
+            log.warning("Weights & Biases stopped (%s: %s); %s goes on", type(error).__name__, error, METRICS)
+
+
+def run_id(out: Path) -> str:
+    """The Weights & Biases run id of a folder: made once, so that a requeue continues the same run."""
+    path = out / "wandb_id"
+    if not path.exists():
+        files.write_text(path, uuid.uuid4().hex[:8] + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _step(line: str) -> float:
+    """The step of a row; infinity for a torn one, which is then dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,105 @@
+"""A tree in the wrong place is found, and the way to right it is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_neuro import morphology
+from hpc_neuro.data import swc
+from hpc_neuro.data.alignment import Fit, alignment, outside
+from hpc_neuro.data.intensity import histogram
+from hpc_neuro.data.rasterize import rasterize
+from hpc_neuro.data.volume import open_volume
+from hpc_neuro.geometry import Box, Shape, VoxelSize
+from hpc_neuro.morphology import Tree
+from hpc_neuro.types import Array
+
+SHAPE = (30, 60, 60)
+SIZE = (1.0, 0.5, 0.5)
+
+
+def scene(clean: bool = False) -> tuple[Tree, Array]:
+    points = np.array([[3, 5, 8], [8, 12, 30], [12, 10, 50], [20, 25, 40], [9, 40, 20.0]])
+    tree = morphology.make(points, np.array([-1, 0, 1, 1, 1]), 1.5)
+    body = rasterize(tree, Box.whole(SHAPE), SIZE).mask
+    noise = np.zeros(SHAPE) if clean else np.random.default_rng(0).normal(10, 3, SHAPE)
+    return tree, (noise + 90 * body).clip(0).astype(np.uint8)
+
+
+def fit(tree: Tree, image: Array, unit: str = "voxel", size: VoxelSize = SIZE) -> Fit:
+    def read(box: Box) -> Array:
+        return image[box.slices]
+
+    shape: Shape = (image.shape[0], image.shape[1], image.shape[2])
+    return alignment(tree, read, shape, histogram(read, shape), size, unit)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_good_tree_fits_best_as_it_is(clean: bool) -> None:
+    tree, image = scene(clean)
+    found = fit(tree, image)
+    assert found.given > 0.98
+    assert not found.misaligned
+
+
+MOVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "y flipped": lambda p: p * [1, -1, 1] + [0, 59, 0],
+    "x flipped": lambda p: p * [1, 1, -1] + [0, 0, 59],
+    "z and y flipped": lambda p: p * [-1, -1, 1] + [29, 59, 0],
+    "axes y and x swapped": lambda p: p[:, [0, 2, 1]],
+    "axes y and x swapped, then y flipped": lambda p: (p * [1, -1, 1] + [0, 59, 0])[:, [0, 2, 1]],
+    "swc_unit=um": lambda p: p * SIZE,
+}
+
+
+@pytest.mark.parametrize("words", list(MOVES))
+@pytest.mark.parametrize("clean", [False, True])
+def test_each_change_is_named_by_what_undoes_it(words: str, clean: bool) -> None:
+    tree, image = scene(clean)
+    found = fit(replace(tree, points=MOVES[words](tree.points)), image)
+    assert found.misaligned
+    assert found.best > 0.98
+    assert found.change == words
+
+
+def test_a_tree_said_to_be_in_um_that_is_in_voxels_is_told_so() -> None:
+    tree, image = scene()
+    small = (slice(None), slice(0, 60), slice(0, 60))
+    wrong = replace(tree, points=tree.points / SIZE * [1, 0.5, 0.5])  # 0.5 um voxels taken for 1 um
+    found = fit(replace(wrong, points=tree.points / np.array(SIZE) * 0.5), image[small], "um", (2.0, 2.0, 2.0))
+    assert found.given < found.best or not found.misaligned
+    right = fit(replace(tree, points=tree.points / 2.0), image, "um", (2.0, 2.0, 2.0))
+    assert right.misaligned
+    assert right.change == "swc_unit=voxel"
+
+
+def test_a_tree_on_nothing_has_no_better_place() -> None:
+    rng = np.random.default_rng(0)
+    tree, _ = scene()
+    assert not fit(tree, rng.integers(0, 50, SHAPE).astype(np.uint8)).misaligned
+
+
+def test_the_share_outside_the_image() -> None:
+    tree, _ = scene()
+    assert outside(tree, SHAPE) == 0
+    assert outside(replace(tree, points=tree.points + np.array([0, 0, 25])), SHAPE) == pytest.approx(2 / 5)
+    assert outside(morphology.empty(), SHAPE) == 0
+
+
+@pytest.mark.parametrize("name", ["OP_1", "OP_7"])
+def test_a_real_tree_is_right_as_given_and_its_flip_is_named(real_data: Path, name: str) -> None:
+    image = open_volume(real_data / "diadem_op" / f"{name}.tif")
+    tree = swc.read(real_data / "diadem_op" / f"{name}.swc")
+    voxels = image[Box.whole(image.shape)]
+    size = (0.9988, 0.32965, 0.32965)
+    found = fit(tree, voxels, size=size)
+    assert found.given > 0.95
+    assert found.best < 0.75
+    flipped = fit(replace(tree, points=tree.points * [1, -1, 1] + [0, 511, 0]), voxels, size=size)
+    assert flipped.misaligned
+    assert flipped.change == "y flipped"

@@ -1,0 +1,60 @@
+"""Every real SWC reads or is refused with a reason; after repair MorphIO, NeuroM and swcgeom take it and agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro.data import swc
+from hpc_neuro.schema import InputError
+
+from tests.data.swc_oracles import assert_all_agree, same
+
+COUNTS = {  # folder -> files that read, files refused until fixed, files that are no SWC
+    "swc_auto_bigneuron": (90, 0, 0),
+    "swc_diverse": (52, 7, 0),
+    "swc_gold_bigneuron": (72, 0, 0),
+    "swc_wild": (94, 2, 2),
+}
+LIBRARIES = ("morphio", "neurom", "swcgeom")
+NO_SWC = {"fitted.traces", "SequentiallyBranchingTrace.traces"}
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix in (".swc", ".traces"))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_reads_or_is_refused_with_a_reason(real_data: Path, name: str) -> None:
+    read, refused, foreign = [], [], []
+    for path in files(real_data / name):
+        try:
+            swc.read(path)
+            read.append(path.name)
+        except InputError as error:
+            if "swc fix" in str(error):
+                assert "line " in str(error)
+                refused.append(path.name)
+            else:
+                assert "gzip-compressed" in str(error)
+                foreign.append(path.name)
+    assert (len(read), len(refused), len(foreign)) == COUNTS[name], refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_after_repair_all_readers_agree(real_data: Path, tmp_path: Path, name: str) -> None:
+    taken = 0
+    for path in files(real_data / name):
+        if path.name in NO_SWC:
+            continue
+        fixed = swc.fix(path)
+        swc.write(tmp_path / "fixed.swc", fixed.tree, unit="voxel")
+        assert not [f for f in swc.check(tmp_path / "fixed.swc") if f.kind != "single point"], path
+        assert same(swc.read(tmp_path / "fixed.swc"), fixed.tree), path
+        # MorphIO opens them all; the others, which are slow, the small files and some of the large
+        every = len(fixed.tree) < 100 or taken % 12 == 0
+        assert_all_agree(tmp_path / "fixed.swc", fixed.tree, LIBRARIES if every else LIBRARIES[:1])
+        taken += 1
+    assert taken == COUNTS[name][0] + COUNTS[name][1]

@@ -1,0 +1,283 @@
+"""Truncated, lying and fuzzed files: one InputError, no crash, no hang, no zeros, no allocation for a header that lies."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import nibabel
+import nrrd
+import numpy as np
+import pytest
+import tensorstore as ts
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hpc_neuro.data.volume import open_volume
+from hpc_neuro.geometry import Box
+from hpc_neuro.schema import InputError
+
+SHAPE = (6, 20, 24)
+DATA = (np.random.default_rng(0).integers(1, 200, SHAPE)).astype("uint16")
+
+
+def make_tiff(**options: object) -> Callable[[Path], None]:
+    return lambda path: tifffile.imwrite(path, DATA, **options)
+
+
+def make_v3draw(path: Path) -> None:
+    path.write_bytes(b"raw_image_stack_by_hpengL" + struct.pack("<h4i", 2, *SHAPE[::-1], 1) + DATA.tobytes())
+
+
+def make_v3dpbd(path: Path) -> None:
+    flat = DATA.ravel()
+    coded = b"".join(bytes([len(p) - 1]) + p.tobytes() for p in (flat[i : i + 32] for i in range(0, flat.size, 32)))
+    path.write_bytes(b"v3d_volume_pkbitdf_encodL" + struct.pack("<h4i", 2, *SHAPE[::-1], 1) + coded)
+
+
+def make_nrrd(encoding: str) -> Callable[[Path], None]:
+    return lambda path: nrrd.write(str(path), DATA.T, {"encoding": encoding}, index_order="F")
+
+
+def make_nifti(path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(DATA.T, np.eye(4)), path)
+
+
+def make_hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("image", data=DATA, chunks=(2, 10, 12), compression="gzip")
+
+
+def make_amira(path: Path) -> None:
+    z, y, x = SHAPE
+    head = f"# AmiraMesh BINARY-LITTLE-ENDIAN 2.1\ndefine Lattice {x} {y} {z}\nParameters {{\n  BoundingBox 0 1 0 1 0 1\n}}\n"
+    path.write_bytes(f"{head}Lattice {{ ushort Data }} @1\n\n@1\n".encode() + DATA.tobytes())
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "plain.tif": make_tiff(photometric="minisblack", metadata=None),
+    "shaped.tif": make_tiff(photometric="minisblack"),
+    "imagej.tif": make_tiff(imagej=True, metadata={"axes": "ZYX", "spacing": 1.0, "unit": "um"}),
+    "ome.tif": make_tiff(ome=True, metadata={"axes": "ZYX"}),
+    "deflate.tif": make_tiff(photometric="minisblack", compression="zlib", metadata=None),
+    "tiles.tif": make_tiff(photometric="minisblack", compression="lzw", tile=(16, 16), bigtiff=True),
+    "a.v3draw": make_v3draw,
+    "a.v3dpbd": make_v3dpbd,
+    "raw.nrrd": make_nrrd("raw"),
+    "gzip.nrrd": make_nrrd("gzip"),
+    "bzip2.nrrd": make_nrrd("bzip2"),
+    "a.nii": make_nifti,
+    "a.nii.gz": make_nifti,
+    "a.h5": make_hdf5,
+    "a.am": make_amira,
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Libraries may grumble about damaged files as they like."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(level)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("good")
+    for name, make in MAKERS.items():
+        make(folder / name)
+        volume = open_volume(folder / name)
+        np.testing.assert_array_equal(volume[Box.whole(SHAPE)], DATA)
+    return {name: (folder / name).read_bytes() for name in MAKERS}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.02, 0.3, 0.6, 0.9, 0.97, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, good: dict[str, bytes], name: str, share: float) -> None:
+    whole = good[name]
+    tail = len(whole) - 8 if name.endswith((".nrrd", ".gz", ".am", ".v3dpbd", ".v3draw", ".nii")) else len(whole) - 1
+    path = tmp_path / name
+    path.write_bytes(whole[: min(int(share * len(whole)), tail)])
+    try:
+        data = open_volume(path)[Box.whole(SHAPE)]
+    except InputError as error:
+        assert name in str(error)
+        return
+    # what was cut off was no voxel (a name at the end of a TIFF, say): then not one may be wrong
+    np.testing.assert_array_equal(data, DATA)
+
+
+def read_corner(path: Path) -> None:
+    """Open and read at most 4096 voxels, under watch; anything but success or InputError fails."""
+    began = time.monotonic()
+    tracemalloc.start()
+    try:
+        volume = open_volume(path)
+        start = tuple(max(0, n // 2 - 8) for n in volume.shape)
+        stop = tuple(min(n, a + 16) for n, a in zip(volume.shape, start, strict=True))
+        assert volume[Box(start, stop)].shape == tuple(b - a for a, b in zip(start, stop, strict=True))
+    except InputError as error:
+        assert len(str(error)) < 2000
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 300 << 20, f"{peak >> 20} MB for a file of {path.stat().st_size} bytes"
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_fuzzed_headers(
+    tmp_path_factory: pytest.TempPathFactory, good: dict[str, bytes], name: str, data: st.DataObject
+) -> None:
+    whole = bytearray(good[name])
+    header = len(whole) if name.endswith((".h5", ".gz", ".tif")) else min(400, len(whole))
+    for _ in range(data.draw(st.integers(1, 6))):
+        # near the beginning as a rule: there the header is
+        place = data.draw(st.one_of(st.integers(0, min(header, 400) - 1), st.integers(0, header - 1)))
+        width = data.draw(st.sampled_from([1, 2, 4, 8]))
+        value = data.draw(
+            st.one_of(
+                st.binary(min_size=width, max_size=width),
+                st.sampled_from([b"\xff" * width, b"\0" * width, b"\x7f" + b"\xff" * (width - 1), b"9" * width]),
+            )
+        )
+        whole[place : place + width] = value[: len(whole) - place]
+    if data.draw(st.booleans()):
+        del whole[data.draw(st.integers(1, len(whole))) :]
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(bytes(whole))
+    read_corner(path)
+
+
+def lying(name: str, old: bytes, new: bytes) -> tuple[str, bytes, bytes]:
+    return name, old, new
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        lying("a.v3draw", struct.pack("<4i", *SHAPE[::-1], 1), struct.pack("<4i", 2**30, 2**30, 2**30, 1)),
+        lying("a.v3draw", struct.pack("<4i", *SHAPE[::-1], 1), struct.pack("<4i", 40000, 40000, 1000, 1)),
+        lying("a.v3draw", struct.pack("<4i", *SHAPE[::-1], 1), struct.pack("<4i", 24, 20, 5, 1)),
+        lying("a.v3draw", struct.pack("<4i", *SHAPE[::-1], 1), struct.pack("<4i", 24, -20, 6, 1)),
+        lying("a.v3dpbd", struct.pack("<4i", *SHAPE[::-1], 1), struct.pack("<4i", 40000, 40000, 1000, 1)),
+        lying("a.v3dpbd", struct.pack("<4i", *SHAPE[::-1], 1), struct.pack("<4i", 24, 20, 7, 1)),
+        lying("a.v3dpbd", struct.pack("<4i", *SHAPE[::-1], 1), struct.pack("<4i", 24, 20, 5, 1)),
+        lying("raw.nrrd", b"sizes: 24 20 6", b"sizes: 24 20 60000"),
+        lying("gzip.nrrd", b"sizes: 24 20 6", b"sizes: 24 20 600000"),
+        lying("gzip.nrrd", b"sizes: 24 20 6", b"sizes: 24 20 5"),
+        lying("bzip2.nrrd", b"sizes: 24 20 6", b"sizes: 99999 99999 99999"),
+        lying("a.nii", struct.pack("<4h", 3, *SHAPE[::-1]), struct.pack("<4h", 3, 24, 20000, 6000)),
+        lying("a.am", b"Lattice 24 20 6", b"Lattice 24000 20000 6000"),
+    ],
+)
+def test_lying_headers_are_refused(tmp_path: Path, good: dict[str, bytes], name: str, old: bytes, new: bytes) -> None:
+    assert old in good[name]
+    path = tmp_path / name
+    path.write_bytes(good[name].replace(old, new, 1))
+    with pytest.raises(InputError, match=r"incomplete|damaged|needs .* free|no disk can hold|at least one voxel"):
+        volume = open_volume(path)
+        volume[Box((0, 0, 0), (1, 1, 1))]
+    read_corner(path)
+
+
+def test_a_lying_tiff_strip_is_refused(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", DATA, photometric="minisblack", compression="zlib", metadata=None)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as tif:
+        for page in tif.pages:
+            for tag in ("ImageWidth", "ImageLength", "RowsPerStrip"):
+                page.tags[tag].overwrite(60000)
+    with pytest.raises(InputError, match="claims .* bytes from"):
+        open_volume(tmp_path / "a.tif")
+
+
+def test_missing_empty_and_strange(tmp_path: Path) -> None:
+    for name, content, says in (
+        ("a.tif", b"", "is empty"),
+        ("a.xyz", b"hello world", "no known image format .*TIFF, HDF5, v3draw"),
+        ("b.tif", b"\x89PNG\r\n\x1a\n1234", "named as TIFF, but does not begin as one"),
+        ("c.tif", b"II*\0", "ends inside its TIFF header"),
+        ("d.tif", b"II*\0\x08\0\0\0", "leaves the file"),
+        ("e.tif", b"II*\0\x08\0\0\0\0\0\x08\0\0\0", "turns back on itself"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=says):
+            open_volume(tmp_path / name)
+    with pytest.raises(InputError, match="does not exist"):
+        open_volume(tmp_path / "none.tif")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="a folder that holds no image; wanted an OME-Zarr"):
+        open_volume(tmp_path / "folder")
+
+
+def test_slices_that_do_not_fit_together(tmp_path: Path) -> None:
+    for i in (1, 2, 3, 5):
+        tifffile.imwrite(tmp_path / f"{i}.tif", DATA[0])
+    with pytest.raises(InputError, match=r"gap in its slices between 3.tif and 5.tif"):
+        open_volume(tmp_path)
+    tifffile.imwrite(tmp_path / "4.tif", DATA[0][:10])
+    volume = open_volume(tmp_path)
+    with pytest.raises(InputError, match=r"4.tif is \(10, 24\) uint16, but the first slice 1.tif is \(20, 24\)"):
+        volume[Box((3, 0, 0), (4, 5, 5))]
+    tifffile.imwrite(tmp_path / "04.tif", DATA[0])
+    with pytest.raises(InputError, match="have the same number"):
+        open_volume(tmp_path)
+    tifffile.imwrite(tmp_path / "other_1.tif", DATA[0])
+    with pytest.raises(InputError, match="different names .*dataset='PATTERN'"):
+        open_volume(tmp_path)
+
+
+def test_a_folder_of_stacks_is_no_stack(tmp_path: Path) -> None:
+    for i in range(3):
+        tifffile.imwrite(tmp_path / f"neuron_{i}.tif", DATA, photometric="minisblack")
+    with pytest.raises(InputError, match="folder of 3 stacks"):
+        open_volume(tmp_path)
+
+
+def test_a_zarr_without_its_chunks_is_refused(tmp_path: Path) -> None:
+    for driver, fault in (("zarr", "chunk"), ("zarr3", "chunk"), ("n5", "chunk")):
+        path = tmp_path / driver
+        spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/"}}
+        ts.open(spec, create=True, dtype=ts.uint16, shape=SHAPE).result()
+        with pytest.raises(InputError, match=fault):
+            open_volume(path)
+
+
+@pytest.mark.parametrize("driver", ["zarr", "zarr3", "n5"])
+def test_a_damaged_chunk_or_description_is_refused(tmp_path: Path, driver: str) -> None:
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{tmp_path}/a/"}}
+    ts.open(spec, create=True, dtype=ts.uint16, shape=SHAPE).result().write(DATA).result()
+    metadata = {"zarr": ".zarray", "zarr3": "zarr.json", "n5": "attributes.json"}[driver]
+    chunk = next(p for p in (tmp_path / "a").rglob("*") if p.is_file() and p.name != metadata)
+    chunk.write_bytes(chunk.read_bytes()[:-5])
+    volume = open_volume(tmp_path / "a")
+    with pytest.raises(InputError, match="cannot be read as"):
+        volume[Box.whole(volume.shape)]
+    (tmp_path / "a" / metadata).write_text('{"broken')
+    with pytest.raises(InputError, match="not readable JSON"):
+        open_volume(tmp_path / "a")
+
+
+def test_a_terafly_folder_that_lacks_a_tile(tmp_path: Path) -> None:
+    for y in (0, 100):
+        for x in (0, 120):
+            leaf = tmp_path / "RES(20x24x6)" / f"{y}" / f"{y}_{x}"
+            leaf.mkdir(parents=True)
+            part = DATA[:, y // 10 : y // 10 + 10, x // 10 : x // 10 + 12]
+            tifffile.imwrite(leaf / f"{y}_{x}_0.tif", part, photometric="minisblack")
+    np.testing.assert_array_equal(open_volume(tmp_path)[Box.whole(SHAPE)], DATA)
+    tifffile.imwrite(leaf / "100_120_0.tif", DATA[:, :9, :12], photometric="minisblack")
+    with pytest.raises(InputError, match=r"100_120_0.tif is .* the tile is damaged"):
+        open_volume(tmp_path)[Box.whole(SHAPE)]
+    (leaf / "100_120_0.tif").unlink()
+    with pytest.raises(InputError, match="lacks the tile"):
+        open_volume(tmp_path)

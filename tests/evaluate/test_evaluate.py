@@ -1,0 +1,226 @@
+"""evaluate on predictions whose scores are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from skimage.filters import threshold_otsu
+
+from hpc_neuro import evaluate, morphology
+from hpc_neuro.__main__ import main
+from hpc_neuro.data.store import Store
+from hpc_neuro.evaluate.otsu import OtsuMask
+from hpc_neuro.evaluate.rows import rows
+from hpc_neuro.geometry import Box
+from hpc_neuro.metrics import tree as tree_metrics
+from hpc_neuro.metrics import voxel
+from hpc_neuro.schema import InputError
+from tests.evaluate.conftest import write_predictions
+
+REQUIRED = {
+    *("dice", "cldice", "hd95_um", "precision_4vox", "recall_4vox", "f1_4vox", "esa", "dsa", "pds"),
+    *("length_um", "tips", "branch_points"),
+}  # architecture 4b
+
+
+@pytest.fixture(scope="module")
+def done(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything: two seeds of the model, another model, a training run, a tolerance in um."""
+    folder = tmp_path_factory.mktemp("done")
+    exact = write_predictions(folder / "exact", store)
+    near = write_predictions(folder / "near", store, shift=1.0)
+    far = write_predictions(folder / "far", store, shift=6.0, nothing=("b",))
+    train = folder / "train"
+    train.mkdir()
+    steps = [{"step": i, "kind": "train", "lr": 1e-3, "loss": 1 / (i + 1), "dice": None} for i in range(5)]
+    (train / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*steps, {"step": 5, "kind": "val", "dice": 0.5}])))
+    cfg = evaluate.EvaluateConfig(
+        store=store,
+        predictions=exact,
+        out=folder / "out",
+        compare={"model": [near], "far": [far]},
+        tolerance_um=2.5,
+        train=train,
+        draws=200,
+        pictures=1,
+    )
+    assert evaluate.run(cfg) == 0
+    return cfg.out
+
+
+def test_metrics_json_has_what_programs_read(done: Path) -> None:
+    found = json.loads((done / "metrics.json").read_text())
+    assert set(found["volumes"]) == {"a", "b"}
+    for scores in (*found["volumes"].values(), found["mean"]):
+        assert set(scores) == {"model", "far", "otsu"}
+        for one in scores.values():
+            assert set(one) >= REQUIRED
+            assert all(math.isfinite(v) for v in one.values())
+    assert found["mean"]["model"]["dice"] == pytest.approx(
+        np.mean([found["volumes"][i]["model"]["dice"] for i in ("a", "b")])
+    )
+    assert set(found["gold"]["a"]) == {"length_um", "tips", "branch_points"}
+    assert set(found["definitions"]) == set(found["mean"]["model"])
+    low, high = found["interval_95"]["model"]["dice"]
+    assert low <= found["mean"]["model"]["dice"] <= high
+    paired = found["difference"]["model - otsu"]["dice"]
+    assert paired["mean"] == pytest.approx(found["mean"]["model"]["dice"] - found["mean"]["otsu"]["dice"])
+    assert paired["n"] == 2
+
+
+def test_scores_equal_the_metrics_on_the_same_data(done: Path, store: Path) -> None:
+    found = json.loads((done / "metrics.json").read_text())
+    volume = Store(store)["a"]
+    mask, gold = volume.mask(Box.whole(volume.shape)) == 1, volume.tree()
+    exact, near = found["seeds"]["model"][0]["a"], found["seeds"]["model"][1]["a"]
+    assert (exact["dice"], exact["cldice"], exact["hd95_um"], exact["f1_4vox"]) == pytest.approx((1, 1, 0, 1))
+    assert exact["esa"] == pytest.approx(0, abs=1e-5)  # the SWC file has six decimals
+    assert (exact["splits"], exact["merges"], exact["mask_missed"], exact["tree_missed"]) == (0, 0, 0, 0)
+    moved = np.roll(mask, 1, axis=1)
+    assert near["dice"] == pytest.approx(voxel.dice(moved, mask))
+    assert near["hd95_um"] == pytest.approx(voxel.hd95(moved, mask, volume.voxel_size))
+    shifted = morphology.Tree(gold.points + np.array([0, 1.0, 0]), gold.radii, gold.parents, gold.types)
+    assert near["esa"] == pytest.approx(tree_metrics.distances(shifted, gold)["esa"], abs=1e-5)
+    assert near["length_um"] == pytest.approx(found["gold"]["a"]["length_um"], rel=1e-6)
+    assert found["volumes"]["a"]["model"]["dice"] == pytest.approx((exact["dice"] + near["dice"]) / 2)
+    assert near["f1_2.5um"] == pytest.approx(1.0)
+
+
+def test_a_miss_stays_in_the_mean(done: Path, store: Path) -> None:
+    found = json.loads((done / "metrics.json").read_text())
+    miss = found["volumes"]["b"]["far"]
+    diagonal = math.dist((0, 0, 0), Store(store)["b"].shape)
+    assert (miss["dice"], miss["f1_4vox"], miss["pds"]) == (0, 0, 1)
+    assert (miss["mask_missed"], miss["tree_missed"]) == (1, 1)
+    assert (miss["hd95_um"], miss["esa"], miss["dsa"]) == pytest.approx((diagonal,) * 3)
+    assert found["mean"]["far"]["esa"] > diagonal / 2
+
+
+def test_tables(done: Path) -> None:
+    lines = list(csv.DictReader((done / "metrics.csv").open()))
+    assert [(x["volume"], x["method"], x["seed"]) for x in lines[:5]] == [
+        ("a", "model", "0"),
+        ("a", "model", "1"),
+        ("a", "far", "0"),
+        ("a", "otsu", "0"),
+        ("a", "gold", "0"),
+    ]
+    assert float(lines[0]["dice"]) == 1.0
+    assert lines[4]["dice"] == ""
+    latex = (done / "metrics.tex").read_text()
+    assert latex.count(r"\\") == 4
+    assert r"\textbf{" in latex
+
+
+def test_the_report_stands_alone(done: Path) -> None:
+    page = (done / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "http" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)
+    for heading in ("Result", "Differences", "Neurons", "Pictures", "Learning curves", "Definitions", "Provenance"):
+        assert f"<h2>{heading}</h2>" in page
+    assert page.count("data:image/jpeg") == 1
+    assert (done / "pictures" / "b.jpg").exists() or (done / "pictures" / "a.jpg").exists()
+
+
+def test_every_number_has_a_definition(done: Path, store: Path) -> None:
+    cfg = evaluate.EvaluateConfig(store=store, predictions=store, out=done, tolerance_um=2.5)
+    found = json.loads((done / "metrics.json").read_text())
+    assert {r.key for r in rows(cfg)} == set(found["volumes"]["a"]["model"])
+    assert all(r.definition and "{" not in r.definition + r.title + r.key for r in rows(cfg))
+
+
+def test_again_is_already_complete_and_killed_goes_on(
+    done: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hpc_neuro.schema import load
+
+    cfg = load(evaluate.EvaluateConfig, done / "config.yaml")
+    before = (done / "metrics.json").read_bytes()
+    score = done / "scores" / "model.0" / "a.json"
+    stamp = score.stat().st_mtime_ns
+    (done / "report.html").unlink()
+    assert evaluate.run(cfg) == 0
+    assert score.stat().st_mtime_ns == stamp
+    assert (done / "report.html").exists()
+    assert (done / "metrics.json").read_bytes() == before
+    with caplog.at_level("INFO", "hpc_neuro"):
+        assert evaluate.run(cfg) == 0
+    assert "already complete" in caplog.text
+
+
+def test_streamed_scores_equal_whole_ones(done: Path, store: Path, tmp_path: Path) -> None:
+    predictions = write_predictions(tmp_path / "p", store, shift=2.0)
+    scores = []
+    for whole in (1, 1 << 30):
+        cfg = evaluate.EvaluateConfig(
+            store=store,
+            predictions=predictions,
+            out=tmp_path / f"{whole}",
+            whole=whole,
+            otsu=False,
+            pictures=0,
+            draws=100,
+        )
+        assert evaluate.run(cfg) == 0
+        scores.append(json.loads((cfg.out / "metrics.json").read_text())["volumes"])
+    for volume in ("a", "b"):
+        assert scores[0][volume]["model"] == pytest.approx(scores[1][volume]["model"])
+
+
+def test_otsu_is_that_of_scikit_image(store: Path) -> None:
+    volume = Store(store)["a"]
+    image = volume.image(Box.whole(volume.shape))
+    baseline = OtsuMask(volume)
+    assert baseline.threshold == threshold_otsu(image)
+    assert np.array_equal(baseline.mask(Box.whole(volume.shape)), image > threshold_otsu(image))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda p: (p / "predictions.json").unlink(), "predictions.json does not exist; make the predictions"),
+        (lambda p: (p / "predictions.json").write_text("{}"), "holds no prediction of a, b"),
+        (lambda p: (p / "b.tif").unlink(), "b.tif, which does not exist"),
+        (lambda p: (p / "predictions.json").write_text("{"), "is not readable JSON"),
+    ],
+)
+def test_bad_predictions_are_refused_before_anything_is_written(
+    spoil, sentence: str, store: Path, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    folder = write_predictions(tmp_path / "p", store)
+    spoil(folder)
+    cfg = evaluate.EvaluateConfig(store=store, predictions=folder, out=tmp_path / "out")
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        evaluate.run(cfg)
+    assert not cfg.out.exists()
+
+
+def test_other_bad_input(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_predictions(tmp_path / "p", store)
+    args = ["evaluate", f"store={store}", f"predictions={folder}", f"out={tmp_path / 'out'}"]
+    assert main([*args, "split=val"]) == 2
+    assert "the val split" in capsys.readouterr().err
+    assert main([*args, "compare={otsu: [x]}"]) == 2
+    assert "this name is taken" in capsys.readouterr().err
+    assert main([*args, f"train={tmp_path}"]) == 2
+    assert "metrics.jsonl does not exist" in capsys.readouterr().err
+    assert main([*args, "--dry-run"]) == 0
+    assert "2 neurons of the test split" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_of_another_shape_are_refused(store: Path, tmp_path: Path) -> None:
+    import tifffile
+
+    folder = write_predictions(tmp_path / "p", store)
+    tifffile.imwrite(folder / "a.tif", np.zeros((20, 52, 60), np.uint8), metadata={"axes": "ZYX"})
+    cfg = evaluate.EvaluateConfig(store=store, predictions=folder, out=tmp_path / "out")
+    with pytest.raises(InputError, match="has shape"):
+        evaluate.run(cfg)
+    assert not (cfg.out / "metrics.json").exists()

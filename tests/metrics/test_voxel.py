@@ -1,0 +1,187 @@
+"""Voxel metrics against MONAI, against medpy's definition written out with scipy, and on cases known by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from hpc_neuro.geometry import Box
+from hpc_neuro.metrics import surface, voxel
+
+SPACINGS = [(1.0, 1.0, 1.0), (1.0, 0.3296, 0.3296), (0.35, 2.0, 0.7)]
+
+
+def blob(shape: tuple[int, int, int], seed: int, share: float, sigma: float = 2.0) -> np.ndarray:
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), sigma)
+    return field > np.quantile(field, 1 - share)
+
+
+def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
+    shape = (18, 40, 37)
+    a = blob(shape, 0, 0.1)
+    dot, far = np.zeros(shape, bool), np.zeros(shape, bool)
+    dot[0, 0, 0] = far[-1, -1, -1] = True
+    return [(a, blob(shape, 1, 0.1)), (a, np.roll(a, 2, axis=2)), (blob(shape, 2, 0.6), a), (dot, a), (dot, far)]
+
+
+def medpy_distances(a: np.ndarray, b: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+    """medpy's surface distances, by its published definition."""
+    cross = ndimage.generate_binary_structure(3, 1)
+    edge_a, edge_b = (m ^ ndimage.binary_erosion(m, cross) for m in (a, b))
+    return ndimage.distance_transform_edt(~edge_b, sampling=spacing)[edge_a]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("case", range(5))
+def test_surface_metrics_equal_medpys_definition(case: int, spacing: tuple[float, float, float]) -> None:
+    a, b = pairs()[case]
+    forth, back = medpy_distances(a, b, spacing), medpy_distances(b, a, spacing)
+    found = voxel.surface_metrics(a, b, spacing)
+    assert found.hd95_pooled == pytest.approx(np.percentile(np.hstack([forth, back]), 95), abs=1e-9)
+    assert found.assd == pytest.approx((forth.mean() + back.mean()) / 2, abs=1e-9)
+    assert found.hd95 == pytest.approx(max(np.percentile(forth, 95), np.percentile(back, 95)), abs=1e-9)
+    assert voxel.hd95(a, b, spacing) == pytest.approx(found.hd95, abs=1e-12)
+    assert voxel.hd95_pooled(a, b, spacing) == found.hd95_pooled
+    assert not found.missed
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_equal_to_monai() -> None:
+    monai = pytest.importorskip("monai.metrics", reason="MONAI is the oracle here")
+    import torch
+
+    for a, b in pairs():
+        for spacing in SPACINGS:
+            ta, tb = torch.from_numpy(a)[None, None], torch.from_numpy(b)[None, None]
+            hausdorff = monai.compute_hausdorff_distance(ta, tb, True, percentile=95, spacing=spacing)
+            assert voxel.hd95(a, b, spacing) == pytest.approx(float(hausdorff), rel=1e-6)
+            assert voxel.dice(a, b) == pytest.approx(float(monai.compute_dice(ta, tb, True)), rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
+    st.integers(0, 2**32 - 1),
+    st.floats(0.01, 0.9),
+    st.sampled_from(SPACINGS),
+)
+def test_any_small_masks_equal_the_definition(shape: tuple[int, int, int], seed: int, share: float, spacing) -> None:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(seed)
+    a, b = rng.random(shape) < share, rng.random(shape) < share
+    if a.any() and b.any():
+        forth, back = medpy_distances(a, b, spacing), medpy_distances(b, a, spacing)
+        wanted = max(np.percentile(forth, 95), np.percentile(back, 95))
+        assert voxel.hd95(a, b, spacing) == pytest.approx(wanted, abs=1e-9)
+        assert voxel.surface_metrics(a, b, spacing).hd95 == pytest.approx(wanted, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.permutations([0, 1, 2]), st.sets(st.integers(0, 2)))
+def test_invariant_under_axis_order_and_flips(seed: int, order: list[int], flipped: set[int]) -> None:
+    shape, spacing = (8, 11, 13), (1.0, 0.5, 0.25)
+    a, b = blob(shape, seed, 0.2), blob(shape, seed ^ 1, 0.2)
+
+    def moved(m: np.ndarray) -> np.ndarray:
+        return np.flip(m.transpose(order), axis=tuple(flipped))
+
+    one = voxel.surface_metrics(a, b, spacing)
+    two = voxel.surface_metrics(moved(a), moved(b), tuple(spacing[i] for i in order))  # type: ignore[arg-type]
+    assert (two.hd95, two.hd95_pooled, two.assd) == pytest.approx((one.hd95, one.hd95_pooled, one.assd))
+    assert voxel.counts(moved(a), moved(b)) == voxel.counts(a, b)
+    assert voxel.hd95(b, a, spacing) == pytest.approx(voxel.hd95(a, b, spacing))
+
+
+@pytest.mark.parametrize("gap", [1, 3, 20, 250, 300])
+def test_far_surfaces_along_every_axis(gap: int) -> None:
+    """Beyond the reach of the search close by, and beyond what one byte per column can hold."""
+    for axis in range(3):
+        shape = [9, 9, 9]
+        shape[axis] = 330
+        a, b = np.zeros(shape, bool), np.zeros(shape, bool)
+        np.moveaxis(a, axis, 0)[4:7, 2:6, 2:6] = True
+        np.moveaxis(b, axis, 0)[4 + gap : 7 + gap, 2:6, 2:6] = True
+        forth = medpy_distances(a, b, (1, 2, 3))
+        np.testing.assert_allclose(surface.SurfacePair(a, b, (1, 2, 3)).distances()[0], forth)
+        assert voxel.hd95(a, b, (1, 2, 3)) == pytest.approx(np.percentile(forth, 95))
+
+
+def test_percentile_of_a_large_surface_with_a_far_part() -> None:
+    a = np.zeros((40, 150, 150), bool)
+    a[10:30, 10:80, 10:140] = True
+    b = a.copy()
+    b[:, 60:] = False
+    b[15:20, 120:125, 20:120] = True
+    full = surface.SurfacePair(a, b, (1.0, 0.5, 0.5)).distances()
+    for percent in (50.0, 90.0, 95.0, 99.0):
+        wanted = [np.percentile(d, percent) for d in full]
+        assert surface.SurfacePair(a, b, (1.0, 0.5, 0.5)).percentiles(percent) == pytest.approx(wanted)
+
+
+def test_rules_for_empty_masks() -> None:
+    empty, full = np.zeros((3, 4, 12), bool), np.ones((3, 4, 12), bool)
+    assert voxel.diagonal(empty.shape, (1, 1, 1)) == 13.0
+    both = voxel.surface_metrics(empty, empty, (1, 1, 1))
+    assert (both.hd95, both.hd95_pooled, both.assd, both.missed) == (0, 0, 0, False)
+    for p, g in ((empty, full), (full, empty)):
+        one = voxel.surface_metrics(p, g, (1, 1, 1))
+        assert (one.hd95, one.hd95_pooled, one.assd, one.missed) == (13, 13, 13, True)
+        assert voxel.hd95(p, g) == voxel.hd95_pooled(p, g) == 13
+        assert (voxel.dice(p, g), voxel.cldice(p, g), voxel.precision(p, g), voxel.recall(p, g)) == (0, 0, 0, 0)
+        assert voxel.counts(p, g).missed
+    assert (voxel.dice(empty, empty), voxel.cldice(empty, empty)) == (1, 1)
+    assert (voxel.precision(empty, empty), voxel.recall(empty, empty)) == (1, 1)
+    with pytest.raises(ValueError, match="empty mask"):
+        surface.SurfacePair(empty, full, (1, 1, 1))
+
+
+def test_overlap_by_hand_and_unlabelled_voxels() -> None:
+    gold = np.array([[[1, 1, 1, 0, 0, 255, 255]]], dtype=np.uint8)
+    predicted = np.array([[[1, 1, 0, 1, 0, 1, 0]]], dtype=np.uint8)
+    found = voxel.counts(predicted, gold)
+    assert found == voxel.Counts(both=2, predicted_only=1, gold_only=1)
+    assert (found.dice, found.precision, found.recall) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    elsewhere = predicted.copy()
+    elsewhere[..., 5:] = [[0, 1]]
+    assert voxel.counts(elsewhere, gold) == found
+    assert voxel.surface_metrics(elsewhere, gold, (1, 1, 1)) == voxel.surface_metrics(predicted, gold, (1, 1, 1))
+    with pytest.raises(ValueError, match="shape"):
+        voxel.counts(predicted, gold[..., 1:])
+
+
+def test_cldice_of_lines() -> None:
+    gold, half, thick = (np.zeros((20, 30, 40), bool) for _ in range(3))
+    gold[10, 15, 5:35] = half[10, 15, 5:20] = True
+    thick[9:12, 14:17, 5:35] = True
+    assert voxel.cldice(gold, gold) == 1.0
+    assert voxel.cldice(half, gold) == pytest.approx(2 * 1.0 * 0.5 / 1.5)
+    assert voxel.cldice(thick, gold) == 1.0  # thickness does not matter, the centreline does
+    assert voxel.dice(thick, gold) < 0.25
+
+
+def test_streamed_equals_whole() -> None:
+    a, b = blob((30, 45, 50), 3, 0.1), blob((30, 45, 50), 4, 0.1).astype(np.uint8)
+    b[:5, :20] = 255
+    block = (16, 16, 16)
+    read_a, read_b = (lambda box: a[box.slices]), (lambda box: b[box.slices])
+    assert voxel.counts_streamed(read_a, read_b, a.shape, block) == voxel.counts(a, b)
+    assert voxel.cldice_streamed(read_a, read_b, a.shape, block, halo=(30, 30, 30)) == pytest.approx(voxel.cldice(a, b))
+    assert voxel.cldice_streamed(lambda box: a[box.slices] & False, read_b, a.shape, block) == 0.0
+    whole = voxel.surface_metrics(a, b, (1.0, 0.4, 0.4))
+    parts = voxel.surface_metrics_streamed(read_a, read_b, a.shape, (1.0, 0.4, 0.4), block)
+    assert (parts.hd95, parts.hd95_pooled, parts.assd) == pytest.approx((whole.hd95, whole.hd95_pooled, whole.assd))
+    nothing = voxel.surface_metrics_streamed(lambda box: a[box.slices] & False, read_b, a.shape, (1, 1, 1), block)
+    assert nothing.missed
+    assert nothing.hd95 == pytest.approx(math.sqrt(30**2 + 45**2 + 50**2))
+
+
+def test_extent() -> None:
+    mask = np.zeros((5, 6, 7), bool)
+    assert surface.extent(mask).size == 0
+    mask[1:3, 2, 4:6] = True
+    assert surface.extent(mask) == Box((1, 2, 4), (3, 3, 6))

@@ -1,0 +1,97 @@
+"""models/cost.py: against torch's operation counter and what autograd really keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpc_neuro.models.cost import costs, summary
+from hpc_neuro.models.decoder import LinearConfig, UnetrConfig
+from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, build_student
+
+CROP = (16, 64, 64)
+CASES = [
+    StudentConfig(depth=4),
+    StudentConfig(depth=4, decoder=UnetrConfig(), layer_scale=True, registers=4),
+    StudentConfig(depth=4, decoder=LinearConfig(), patch=(16, 16, 16)),
+    StudentConfig(depth=4, checkpointing=True, patch=(8, 8, 8)),
+    StudentConfig(depth=2, tokenizer=TubularTokens(taps=9)),
+    StudentConfig(depth=2, tokenizer=TubularTokens(taps=9, deformable=False, fuse="concat", keep_block=False)),
+]
+
+
+@pytest.mark.parametrize("cfg", CASES, ids=lambda c: f"{c.decoder.kind} {c.tokenizer.kind} {c.patch[0]}")
+def test_operations_are_torchs(cfg: StudentConfig) -> None:
+    found, student = costs(cfg, CROP, 2), build_student(cfg).train()
+    # torch's counter does not know the CPU's fused attention; the plain one is two products it counts
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = student(torch.rand(2, 1, *CROP)).logits
+        forward = counter.get_total_flops()
+        logits.sum().backward()
+    assert sum(c.parameters for c in found) == sum(p.numel() for p in student.parameters())
+    assert sum(c.forward for c in found) == pytest.approx(forward, rel=0.01)
+    assert sum(c.step for c in found) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def kept_bytes(student: Student, image: Tensor) -> int:
+    """Bytes of the distinct storages autograd holds after a forward, parameters and the image's own not counted."""
+    own = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    found: dict[int, int] = {}
+    held = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        student(image)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("cfg", CASES[:3], ids=lambda c: c.decoder.kind)
+def test_kept_memory_is_autograds(cfg: StudentConfig) -> None:
+    found = sum(c.kept for c in costs(cfg, CROP, 2))
+    assert found == pytest.approx(kept_bytes(build_student(cfg).train(), torch.rand(2, 1, *CROP)), rel=0.05)
+
+
+def test_checkpointing_saves_the_transformers_memory_for_operations() -> None:
+    plain, saving = (costs(StudentConfig(checkpointing=c), CROP, 1)[1] for c in (False, True))
+    assert saving.kept < plain.kept / 5
+    assert plain.step * 1.2 < saving.step < plain.step * 4 / 3
+
+
+def test_costs_grow_as_they_should() -> None:
+    one, four = (costs(StudentConfig(), CROP, b) for b in (1, 4))
+    half = costs(StudentConfig(), CROP, 4, value_bytes=2)
+    for a, b, c in zip(one, four, half, strict=True):
+        assert (b.parameters, b.forward, b.kept) == (a.parameters, 4 * a.forward, pytest.approx(4 * a.kept))
+        assert c.kept == pytest.approx(b.kept / 2)
+
+
+def test_tubes_cost_their_taps() -> None:
+    cheap, dear = (costs(StudentConfig(tokenizer=TubularTokens(taps=k)), CROP, 1)[0] for k in (3, 9))
+    tokens = 2 * 4 * 4
+    assert dear.forward - cheap.forward >= 2 * 3 * 6 * 192 * tokens
+    assert dear.parameters > cheap.parameters
+
+
+def test_the_table_is_for_people() -> None:
+    lines = summary(StudentConfig(size="base"), (32, 128, 128), 2)
+    assert lines[0] == "student base, crop 32 x 128 x 128, batch 2: 4 x 8 x 8 tokens"
+    assert [line.split()[0] for line in lines[1:]] == [
+        "part",
+        "tokenizer",
+        "transformer",
+        "stem",
+        "decoder",
+        "total",
+        "weights,",
+    ]
+    total = float(lines[-2].split()[1])
+    assert total == pytest.approx(sum(float(line.split()[1]) for line in lines[2:-2]), abs=0.03)

@@ -1,0 +1,189 @@
+"""models/student.py: shapes, features, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from hpc_neuro import schema
+from hpc_neuro.models.decoder import LinearConfig, UnetrConfig
+from hpc_neuro.models.student import (
+    SIZES,
+    BlockTokens,
+    StudentConfig,
+    TubularTokens,
+    build_student,
+    load_student,
+    save_student,
+)
+from hpc_neuro.models.teacher import timm
+from hpc_neuro.schema import ConfigError, InputError
+
+SMALL = StudentConfig(depth=2, patch=(4, 8, 8), stem_channels=(4, 6, 8), grid=(2, 4, 4))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_are_timms(size: str) -> None:
+    dim, depth, heads = SIZES[size]
+    with torch.device("meta"):
+        vit = timm.create_model(f"vit_{size}_patch16_224", num_classes=0)
+        ours = build_student(StudentConfig(size=size)).vit
+    assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (dim, depth, heads)
+    theirs = {k: v.shape for k, v in vit.blocks.state_dict().items()}
+    assert {k: v.shape for k, v in ours.blocks.state_dict().items()} == theirs
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 2), st.tuples(*[st.integers(1, 3)] * 3), st.sets(st.integers(0, 1)))
+def test_any_multiple_of_the_patch_works(batch: int, grid: tuple[int, int, int], layers: set[int]) -> None:
+    student = build_student(SMALL)
+    shape = tuple(n * p for n, p in zip(grid, SMALL.patch, strict=True))
+    prediction = student(torch.rand(batch, 1, *shape), tuple(layers))
+    assert prediction.logits.shape == (batch, 1, *shape)
+    assert {k: tuple(v.shape) for k, v in prediction.features.items()} == dict.fromkeys(layers, (batch, 192, *grid))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 8, 9), (1, 2, 4, 8, 8), (1, 4, 8, 8)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="patch"):
+        build_student(SMALL)(torch.rand(shape))
+
+
+def test_layers_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(InputError, match="0 to 1"):
+        build_student(SMALL)(torch.rand(1, 1, 4, 8, 8), (2,))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"decoder": UnetrConfig(), "depth": 4},
+        {"decoder": LinearConfig(), "positions": "rotary", "registers": 2},
+        {"layer_scale": True, "class_token": False, "checkpointing": True},
+        {"tokenizer": TubularTokens(taps=5, keep_block=True)},
+        {"tokenizer": TubularTokens(taps=5, deformable=False, fuse="concat", keep_block=False)},
+    ],
+    ids=str,
+)
+def test_every_parameter_gets_a_gradient(changes: dict[str, object]) -> None:
+    """A parameter without one breaks distributed training, and is a knob that does nothing."""
+    torch.manual_seed(0)
+    student = build_student(StudentConfig(**{"patch": (4, 8, 8), "depth": 2, **changes})).train()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    student(torch.rand(2, 1, 8, 16, 16)).logits.square().sum().backward()
+    assert not [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_all_parts_of_a_crop_are_seen() -> None:
+    """A voxel of the far corner acts on the logits of the near one: attention spans the window."""
+    student = build_student(SMALL).eval()
+    image = torch.rand(1, 1, 8, 24, 24, requires_grad=True)
+    student(image).logits[0, 0, 0, 0, 0].backward()
+    assert image.grad is not None
+    assert image.grad[0, 0, -1, -8:, -8:].any()
+
+
+def test_halo_is_the_reach_of_the_convolutions() -> None:
+    """With the tokens silenced, voxels farther than the halo do not act."""
+    student = build_student(StudentConfig(depth=1, patch=(2, 4, 4), stem_channels=(4, 6, 8)))
+    with torch.no_grad():
+        student.decoder.unfold.weight.zero_()
+    image = torch.rand(1, 1, 32, 64, 64, requires_grad=True)
+    student(image).logits[0, 0, 16, 32, 32].backward()
+    assert image.grad is not None
+    for axis, (reach, at) in enumerate(zip(student.halo, (16, 32, 32), strict=True)):
+        acting = image.grad[0, 0].movedim(axis, 0).flatten(1).any(1).nonzero()
+        assert at - reach <= acting.min() < at < acting.max() <= at + reach
+
+
+def test_half_precision_runs() -> None:
+    student = build_student(SMALL).to(torch.bfloat16)
+    prediction = student(torch.rand(1, 1, 4, 8, 8), (0,))
+    assert prediction.logits.dtype == prediction.features[0].dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+def test_a_student_learns_a_thin_line() -> None:
+    torch.manual_seed(0)
+    student = build_student(SMALL)
+    mask = torch.zeros(1, 1, 8, 32, 32)
+    mask[..., 3, torch.arange(32), torch.arange(32)] = 1
+    image = 0.3 * torch.rand_like(mask) + 0.7 * mask
+    image[..., 5:, 20:, 3:8] = 1.0  # a bright blob that is no neurite
+    optimiser = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    for _ in range(60):
+        logits = student(image).logits
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, mask, pos_weight=torch.tensor(20.0))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    predicted = logits > 0
+    dice = 2 * (predicted & (mask > 0)).sum() / (predicted.sum() + mask.sum())
+    assert dice > 0.9
+
+
+def test_saved_students_come_back_exactly(tmp_path: Path) -> None:
+    student = build_student(SMALL)
+    save_student(tmp_path / "best", SMALL, student.to(torch.bfloat16).state_dict(), {"window": [8, 16, 16], "step": 7})
+    found, meta = load_student(tmp_path / "best")
+    assert (meta["window"], meta["step"]) == ([8, 16, 16], 7)
+    assert meta["code"]
+    assert not found.training
+    assert found.cfg == SMALL
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor.float(), rtol=0, atol=0)
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["model.safetensors", "student.yaml"]
+    assert {t.dtype for t in load_file(tmp_path / "best" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_saving_again_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    student = build_student(SMALL)
+    for step in (1, 2):
+        save_student(tmp_path / "last", SMALL, student.state_dict(), {"step": step})
+    assert load_student(tmp_path / "last")[1]["step"] == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def test_a_failed_save_keeps_the_old_one(tmp_path: Path) -> None:
+    student = build_student(SMALL)
+    save_student(tmp_path / "last", SMALL, student.state_dict(), {"step": 1})
+    with pytest.raises(yaml.YAMLError):
+        save_student(tmp_path / "last", SMALL, student.state_dict(), {"step": object()})
+    assert load_student(tmp_path / "last")[1]["step"] == 1
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    student = build_student(SMALL)
+    with pytest.raises(InputError, match="holds no trained student"):
+        load_student(tmp_path)
+    save_student(tmp_path, SMALL, student.state_dict(), {})
+    path = tmp_path / "model.safetensors"
+    state = load_file(path)
+    bias = state.pop("vit.norm.bias")
+    save_file({**state, "extra": bias, "vit.norm.weight": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match=r"extra is left over, vit.norm.bias is missing, vit.norm.weight is \(3,\)"):
+        load_student(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_student(tmp_path)
+    (tmp_path / "student.yaml").write_text("student: {sise: tiny}\ncode: x\n")
+    with pytest.raises(ConfigError, match="sise"):
+        load_student(tmp_path)
+
+
+def test_configs_come_back_from_yaml(tmp_path: Path) -> None:
+    for cfg in (SMALL, StudentConfig(tokenizer=TubularTokens(fuse="mean"), decoder=UnetrConfig(width=9), size="large")):
+        (tmp_path / "c.yaml").write_text(schema.dump(cfg))
+        assert schema.load(StudentConfig, tmp_path / "c.yaml") == cfg
+    assert schema.load(StudentConfig, None, ["tokenizer.kind=block"]).tokenizer == BlockTokens()
+    with pytest.raises(ConfigError, match="drop_path"):
+        schema.load(StudentConfig, None, ["drop_path=1"])

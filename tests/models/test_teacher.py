@@ -1,0 +1,256 @@
+"""models/teacher.py: equal to timm, frozen, and clear when weights are missing, wrong or out of reach."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hpc_neuro.models import teacher as module
+from hpc_neuro.models.teacher import Teacher, TeacherConfig, load_teacher, timm
+from hpc_neuro.schema import ConfigError, InputError, load
+
+ARCH = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Teacher:
+    return load_teacher(TeacherConfig(model="random"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "patch"), [(ARCH, 16), ("vit_small_patch14_reg4_dinov2", 14), ("vit_tiny_patch16_dinov3_qkvb", 16)]
+)
+def test_features_are_timms_for_the_normalised_rgb_image(arch: str, patch: int) -> None:
+    teacher = load_teacher(TeacherConfig(model="random", arch=arch))
+    grey = torch.rand(2, 2 * patch, 3 * patch)
+    got = teacher.features(grey, [11, 2, 11])
+    rgb = torch.stack([(grey - m) / s for m, s in zip(teacher.mean, teacher.std, strict=True)], dim=1)
+    with torch.no_grad():
+        last = teacher.backbone.forward_features(rgb)[:, teacher.backbone.num_prefix_tokens :]
+        third = teacher.backbone.forward_intermediates(rgb, indices=[2], norm=True, intermediates_only=True)[0]
+    assert got.shape == (3, 2, 2, 3, teacher.dim)
+    torch.testing.assert_close(got[0], last.view(2, 2, 3, -1))
+    torch.testing.assert_close(got[2], got[0])
+    torch.testing.assert_close(got[1], third.permute(0, 2, 3, 1))
+
+
+def test_facts_are_the_backbones(untrained: Teacher) -> None:
+    assert (untrained.dim, untrained.depth, untrained.heads, untrained.patch) == (192, 12, 3, 16)
+    assert untrained.random
+    assert untrained.mean == timm.create_model(ARCH).pretrained_cfg["mean"]
+
+
+def test_teacher_stays_frozen_and_in_eval_mode(untrained: Teacher) -> None:
+    torch.nn.Sequential(untrained).train()
+    assert not any(m.training for m in untrained.modules())
+    assert not any(p.requires_grad for p in untrained.parameters())
+    assert not untrained.features(torch.rand(1, 16, 16, requires_grad=True), [0]).requires_grad
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone(untrained: Teacher) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    again = load_teacher(TeacherConfig(model="random"))
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+    other = load_teacher(TeacherConfig(model="random", seed=1))
+    assert again.identity == untrained.identity
+    assert other.identity["sha256"] != untrained.identity["sha256"]
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (1, 16, 17), (1, 0, 16), (1, 1, 16, 16)])
+def test_images_of_another_shape_are_refused(untrained: Teacher, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="multiples of 16; pad"):
+        untrained.features(torch.rand(shape), [0])
+
+
+@pytest.mark.parametrize("layers", [[12], [-1], []])
+def test_layers_that_do_not_exist_are_refused(untrained: Teacher, layers: list[int]) -> None:
+    with pytest.raises(InputError, match="0 to 11"):
+        untrained.features(torch.rand(1, 16, 16), layers)
+
+
+def _local(path: Path, **fields: str) -> TeacherConfig:
+    return TeacherConfig(model=ARCH, weights=path, **fields)
+
+
+def test_a_local_file_gives_its_weights_and_digest(untrained: Teacher, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    state = untrained.backbone.state_dict()
+    save_file({**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = load_teacher(_local(path, sha256=digest.upper()))
+    assert found.identity == {"name": ARCH, "sha256": digest}
+    assert not found.random
+    for name, tensor in found.backbone.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
+
+
+def test_a_training_checkpoint_is_unwrapped(untrained: Teacher, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    state = {f"module.backbone.{k}": v.half() for k, v in untrained.backbone.state_dict().items()}
+    torch.save({"teacher": {**state, "module.head.mlp.0.weight": torch.zeros(3)}}, path)
+    found = load_teacher(_local(path)).backbone.state_dict()
+    wanted = untrained.backbone.state_dict()
+    assert all(t.dtype == torch.float32 for t in found.values())
+    torch.testing.assert_close(found["norm.weight"], wanted["norm.weight"].half().float())
+
+
+def test_a_wrong_hash_names_both(untrained: Teacher, tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(untrained.backbone.state_dict(), path)
+    with pytest.raises(InputError) as caught:
+        load_teacher(_local(path, sha256="ab" * 32))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in str(caught.value)
+    assert "ab" * 32 in str(caught.value)
+
+
+def test_a_file_of_another_architecture_says_which_tensors_differ(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(timm.create_model(ARCH, num_classes=0, depth=11, embed_dim=384, num_heads=6).state_dict(), path)
+    with pytest.raises(InputError, match=r"missing blocks\.11.* of another shape cls_token.*teacher\.model"):
+        load_teacher(_local(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("w.safetensors", b"nonsense", "cannot be read as weights"),
+        ("w.pth", b"nonsense", "not a plain file of tensors"),
+        ("w.pth", b"", "cannot be read as weights"),
+    ],
+)
+def test_a_broken_file_is_one_sentence(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=says):
+        load_teacher(_local(path))
+
+
+def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match="holds no state dict"):
+        load_teacher(_local(path))
+    torch.save({"model": Path("x")}, path)
+    with pytest.raises(InputError, match="not a plain file of tensors"):
+        load_teacher(_local(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("vit_tiny_patch16_22", "no model 'vit_tiny_patch16_22'; close to it are vit_tiny_patch16_224"),
+        ("resnet18", "not a plain ViT"),
+        ("vit_tiny_patch16_224.nosuchtag", "nosuchtag"),
+        ("someone/vit", "no model"),
+    ],
+)
+def test_unknown_names_are_refused(name: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load_teacher(TeacherConfig(model=name))
+
+
+def test_offline_hub_weights_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: None)
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set; .*teacher\.weights=FILE.*bundled"):
+        load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_an_unreachable_hub_does_not_hang(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
+    def connect(*_: object, **__: object) -> None:
+        if hangs:
+            time.sleep(30)
+        raise OSError("no route")
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(module, "_SECONDS", 0.2)
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: None)
+    monkeypatch.setattr(module.socket, "create_connection", connect)
+    begun = time.monotonic()
+    with pytest.raises(InputError, match="did not answer" if hangs else "no route"):
+        load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
+    assert time.monotonic() - begun < 10
+
+
+def test_cached_hub_weights_need_no_network(
+    untrained: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = tmp_path / "model.safetensors", []
+    save_file(untrained.backbone.state_dict(), path)
+
+    def cached(repository: str, file: str, revision: str | None) -> str:
+        asked.append((repository, file))
+        return str(path)
+
+    monkeypatch.setattr(module, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(module, "_unreachable", lambda: pytest.fail("the network was tried"))
+    found = load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
+    assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k", "model.safetensors")]
+    torch.testing.assert_close(found.backbone.norm.weight, untrained.backbone.norm.weight)
+
+
+def _assets(folder: Path, untrained: Teacher, **changes: object) -> None:
+    path = folder / f"{module.BUNDLED}.safetensors"
+    save_file({k: v.half() for k, v in untrained.backbone.state_dict().items()}, path)
+    card = {
+        "arch": ARCH,
+        "patch": 16,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "input": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": 224},
+        **changes,
+    }
+    path.with_suffix(".json").write_text(json.dumps(card))
+
+
+def test_the_bundled_teacher_is_its_cards(untrained: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASSETS", tmp_path)
+    _assets(tmp_path, untrained)
+    found = load_teacher(TeacherConfig())
+    assert (found.identity["name"], found.random) == ("bundled", False)
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert next(found.parameters()).dtype == torch.float32
+    with pytest.raises(InputError, match="cd" * 32):
+        load_teacher(TeacherConfig(sha256="cd" * 32))
+    _assets(tmp_path, untrained, sha256="ef" * 32)
+    with pytest.raises(InputError, match="ef" * 32):
+        load_teacher(TeacherConfig())
+
+
+def test_a_missing_bundled_teacher_says_what_to_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASSETS", tmp_path)
+    with pytest.raises(InputError, match=r"teacher\.model=random or a timm name"):
+        load_teacher(TeacherConfig())
+
+
+def test_the_shipped_teacher_loads() -> None:
+    if not (module.ASSETS / f"{module.BUNDLED}.safetensors").exists():
+        pytest.skip("this checkout has no bundled teacher")
+    teacher = load_teacher(TeacherConfig())
+    maps = teacher.features(torch.rand(1, 64, 48), [teacher.depth - 1])
+    assert maps.shape == (1, 1, 64 // teacher.patch, 48 // teacher.patch, teacher.dim)
+    assert torch.isfinite(maps).all()
+
+
+@pytest.mark.parametrize("fields", [["weights=x.pth"], ["model=random", "sha256=ab"]])
+def test_contradictory_configs_are_refused(fields: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        load(TeacherConfig, None, fields)
+
+
+def test_an_unrelated_import_failure_is_not_swallowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "timm.py").write_text("raise RuntimeError('broken for another reason')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(module.sys.modules, "timm")
+    with pytest.raises(RuntimeError, match="another reason"):
+        module._import_timm()

@@ -1,0 +1,283 @@
+"""The verb in one process: what it writes, that it learns, resumes exactly, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hpc_neuro import schema, train
+from hpc_neuro.data.dataset import read
+from hpc_neuro.data.store import Store
+from hpc_neuro.geometry import Box
+from hpc_neuro.models.student import load_student
+from hpc_neuro.models.teacher import TeacherConfig, load_teacher
+from hpc_neuro.schema import ConfigError, InputError
+from hpc_neuro.train import loop
+from tests.tiny_store import write_cache, write_store
+from tests.train.conftest import rows
+
+
+@pytest.fixture(scope="module")
+def whole(store, tmp_path_factory):
+    """An uninterrupted run of six steps."""
+    from tests.train.conftest import TINY
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    cfg = schema.load(train.TrainConfig, None, [f"store={store}", f"out={out}", *TINY])
+    assert train.run(cfg) == 0
+    return out
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = (load_file(out / "weights/last/model.safetensors") for out in (a, b))
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[k], second[k]) for k in first)
+
+
+def same_rows(a: Path, b: Path) -> bool:
+    """Equal but for what depends on the clock."""
+    clock = {"crops_per_s", "data_wait_share", "memory_bytes", "eta_s"}
+    first, second = ([{k: v for k, v in r.items() if k not in clock} for r in rows(out)] for out in (a, b))
+    return first == second and rows(a, "val") == rows(b, "val")
+
+
+def test_a_run_leaves_what_machines_read(whole):
+    assert [r["step"] for r in rows(whole)] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in rows(whole, "val")] == [0, 3, 6]
+    assert {r["split"] for r in rows(whole, "val")} == {"val"}
+    last = rows(whole)[-1]
+    assert {
+        "loss",
+        "dice",
+        "cross_entropy",
+        "lr",
+        "grad_norm",
+        "crops_per_s",
+        "data_wait_share",
+        "eta_s",
+    } <= last.keys()
+    assert json.loads((whole / "deepspeed.json").read_text())["zero_optimization"]["stage"] == 2
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir())[-2:] == ["step_00000004", "step_00000006"]
+    record = json.loads((whole / "run.json").read_text())
+    assert record["exit"] == 0
+    assert record["summary"]["steps"] == 6
+    assert record["summary"]["best_val_dice"] == max(r["dice_best"] for r in rows(whole, "val") if r["step"])
+    assert schema.load(train.TrainConfig, whole / "config.yaml").optim.steps == 6
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_exported_weights_load_in_plain_torch_and_score_as_logged(whole, store, name):
+    student, meta = load_student(whole / "weights" / name)
+    assert meta["window"] == [16, 32, 32]
+    logged = {r["step"]: r for r in rows(whole, "val")}[meta["step"]]
+    assert (meta["threshold"], meta["val_dice"]) == (logged["threshold"], logged["dice_best"])
+    with torch.no_grad():
+        logits = student(read(Store(store), "c", Box((0, 0, 0), (16, 32, 32))).image[None]).logits
+    assert logits.shape == (1, 1, 16, 32, 32)
+    assert torch.isfinite(logits).all()
+
+
+def test_the_same_command_again_says_complete(whole, tiny, caplog):
+    before = (whole / "metrics.jsonl").read_bytes()
+    with caplog.at_level(logging.INFO):
+        assert train.run(tiny(whole)) == 0
+    assert "already complete" in caplog.text
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_crash_and_a_signal_end_with_the_same_bits(whole, tiny, tmp_path, monkeypatch):
+    """Crash after step 3 (saved: 2), then SIGTERM during step 4, then to the end: weights and rows as uninterrupted."""
+    step, out = loop.one_step, tmp_path / "run"
+
+    def crash(state, ready):
+        step(state, ready)
+        if state.step == 3:
+            raise RuntimeError("power cut")
+
+    def terminate(state, ready):
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(state, ready)
+
+    monkeypatch.setattr(loop, "one_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.run(tiny(out))
+    monkeypatch.setattr(loop, "one_step", terminate)
+    assert train.run(tiny(out)) == 75
+    assert json.loads((out / "run.json").read_text())["exit"] == 75
+    assert rows(out)[-1]["step"] == 4
+    monkeypatch.setattr(loop, "one_step", step)
+    assert train.run(tiny(out)) == 0
+    assert same_weights(whole, out)
+    assert same_rows(whole, out)
+
+
+def test_steps_may_grow_and_the_run_goes_on(tiny, tmp_path, caplog):
+    out = tmp_path / "run"
+    assert train.run(tiny(out, "optim.steps=2")) == 0
+    with caplog.at_level(logging.INFO):
+        assert train.run(tiny(out, "optim.steps=4")) == 0
+    assert "going on after step 2" in caplog.text
+    assert [r["step"] for r in rows(out)] == [1, 2, 3, 4]
+    assert rows(out)[2]["lr"] == pytest.approx(1e-3 * loop.lr_at(2, tiny(out, "optim.steps=4").optim))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_stages_give_the_losses_of_stage_2(whole, tiny, tmp_path, stage):
+    out = tmp_path / "run"
+    assert train.run(tiny(out, f"engine.stage={stage}", "optim.steps=6", "ema.window=0")) == 0
+    for mine, other in zip(rows(out), rows(whole), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    exported = load_file(out / "weights/last/model.safetensors")
+    assert all(torch.isfinite(v).all() and v.numel() for v in exported.values())
+
+
+def test_passes_add_up_to_the_batch(tiny, tmp_path):
+    runs = {}
+    for micro in (4, 1):
+        out = tmp_path / str(micro)
+        keys = ["optim.batch=4", f"engine.micro_batch={micro}", "optim.steps=3", "augment.warp=0"]
+        assert train.run(tiny(out, *keys)) == 0
+        runs[micro] = rows(out)
+    for one, four in zip(runs[4], runs[1], strict=True):
+        assert one["loss"] == pytest.approx(four["loss"], abs=1e-4)
+        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-2)
+
+
+def test_it_learns(tiny, tmp_path):
+    out = tmp_path / "run"
+    keys = ["optim.steps=40", "optim.lr=3e-3", "validate.every=40", "checkpoint.every=0"]
+    assert train.run(tiny(out, *keys)) == 0
+    first, last = rows(out, "val")
+    assert last["dice_best"] > max(0.5, first["dice_best"] + 0.2)
+
+
+@pytest.fixture(scope="module")
+def cache(store, tmp_path_factory):
+    identity = load_teacher(TeacherConfig(model="random")).identity
+    return write_cache(tmp_path_factory.mktemp("caches") / "cache", store, identity)
+
+
+def test_transfer_and_distillation(tiny, cache, tmp_path, caplog):
+    distil = [f"cache={cache}", "distill.axes=deformable", "teacher.model=random", "transfer.rule=average"]
+    out = tmp_path / "run"
+    with caplog.at_level(logging.INFO):
+        assert train.run(tiny(out, *distil, "optim.batch=4", "optim.steps=5")) == 0
+    assert "of the student's weights come from random" in caplog.text
+    terms = [r["distill"] for r in rows(out)]
+    assert all(t is None or 0 < t < 5 for t in terms)
+    assert any(t is not None for t in terms)
+    assert not any("distiller" in k for k in load_file(out / "weights/last/model.safetensors"))
+
+
+def test_distillation_weighs_each_sample_alike_however_it_is_cut(tiny, cache, tmp_path):
+    distil = [
+        f"cache={cache}",
+        "distill.axes=none",
+        "teacher.model=random",
+        "losses=[]",
+        "optim.batch=4",
+        "optim.steps=2",
+    ]
+    found = []
+    for micro in (4, 1):
+        out = tmp_path / str(micro)
+        assert train.run(tiny(out, *distil, f"engine.micro_batch={micro}")) == 0
+        found.append(rows(out))
+    for one, four in zip(*found, strict=True):
+        assert one["distill"] == pytest.approx(four["distill"], abs=1e-4)
+        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-3)
+
+
+def test_validation_on_training_volumes_is_said(tiny, tmp_path, caplog):
+    only = write_store(tmp_path / "store", {"a": "train"})
+    cfg = tiny(tmp_path / "run", f"store={only}", "optim.steps=1")
+    assert any("`val` is empty" in line for line in train.forecast(cfg))
+    assert not (tmp_path / "run").exists()
+    assert train.run(cfg) == 0
+    assert {r["split"] for r in rows(tmp_path / "run", "val")} == {"train"}
+
+
+def test_a_collapsed_model_raises_an_alarm(tiny, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        train.run(tiny(tmp_path / "run", "optim.steps=4", "optim.lr=1e-9", "validate.alarm=0.5"))
+    assert "ALARM at step 4: next to no foreground" in caplog.text
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_bad(tiny, tmp_path, monkeypatch):
+    step = loop.one_step
+
+    def poison(state, ready):
+        if state.step == 3:
+            with torch.no_grad():
+                next(state.parts.module.parameters()).fill_(float("nan"))
+        step(state, ready)
+
+    monkeypatch.setattr(loop, "one_step", poison)
+    with pytest.raises(ConfigError, match=r"step 4: the loss is nan .* optim\.lr"):
+        train.run(tiny(tmp_path / "run"))
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_00000002"]
+
+
+@pytest.mark.slow
+def test_bfloat16_trains(tiny, tmp_path):
+    out = tmp_path / "run"
+    assert train.run(tiny(out, "engine.dtype=bf16", "optim.steps=2")) == 0
+    assert all(v.dtype == torch.float32 for v in load_file(out / "weights/last/model.safetensors").values())
+    assert all(r["loss"] < 3 for r in rows(out))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["crop.size=[16,32,40]"], r"crop\.size .* multiple of student\.patch"),
+        (["distill={}"], "give `cache`"),
+        (["losses=[]"], "nothing to learn"),
+        (["engine.stage=3"], r"ema\.window=0"),
+        (["optim.stepps=3"], "stepps"),
+        (["losses=[{kind: dicee}]"], "dicee"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_with_its_key(tiny, tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(tmp_path / "run", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.batch=3", "engine.micro_batch=2"], "optim.batch: 3 crops cannot be cut into passes of 2 on 1 ranks"),
+        (["engine.dtype=fp16"], "fp16 needs a GPU"),
+        (["engine.offload_optimizer=true"], "there is no GPU"),
+        (["store=/nowhere"], "prepare"),
+    ],
+)
+def test_a_run_that_cannot_work_here_is_refused_before_anything_is_written(tiny, tmp_path, overrides, message):
+    for verb in (train.forecast, train.run):
+        with pytest.raises((ConfigError, InputError), match=message):
+            verb(tiny(tmp_path / "run", *overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_another_teacher_is_refused(tiny, cache, tmp_path):
+    keys = [f"cache={cache}", "distill={}", "teacher.model=random", "teacher.seed=1"]
+    with pytest.raises(ConfigError, match="holds features of the teacher"):
+        train.forecast(tiny(tmp_path / "run", *keys))
+
+
+def test_another_config_in_the_same_folder_is_refused(whole, tiny):
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        train.run(tiny(whole, "optim.lr=1e-5"))
+
+
+def test_another_stage_cannot_continue_a_checkpoint(whole, tiny):
+    with pytest.raises(ConfigError, match=r"engine\.stage: saved with 2, started with 1"):
+        train.run(tiny(whole, "engine.stage=1", "optim.steps=8"))

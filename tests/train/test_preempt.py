@@ -1,0 +1,61 @@
+"""The handler only remembers; a second Ctrl-C ends the process; the clock of a Slurm job counts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from hpc_neuro.train.preempt import Preemption
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_is_remembered_and_handlers_are_put_back(number):
+    before = signal.getsignal(number)
+    with Preemption(60) as preemption:
+        assert preemption.agreed() == (False, False)
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert preemption.agreed() == (True, False)
+        assert preemption.reason == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_the_process():
+    code = (
+        "import os, signal, time; from hpc_neuro.train.preempt import Preemption\n"
+        "with Preemption(0):\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
+        "    print('survived')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert "survived" not in done.stdout
+
+
+def test_the_end_of_a_slurm_job_stops_in_time(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
+    assert Preemption(margin=60).agreed() == (False, False)
+    late = Preemption(margin=120)
+    assert late.agreed() == (True, False)
+    assert "time limit" in late.reason
+
+
+def test_outside_the_main_thread_no_handler_is_installed():
+    found = []
+
+    def work() -> None:
+        with Preemption(0) as preemption:
+            found.append(preemption.agreed(also=True))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(False, True)]
+    assert signal.getsignal(signal.SIGTERM) is before

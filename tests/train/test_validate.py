@@ -1,0 +1,98 @@
+"""Validation scores against a direct count, and against ranks that share the crops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_neuro import distributed
+from hpc_neuro.data.dataset import places
+from hpc_neuro.data.sampling import CropConfig, spread_boxes
+from hpc_neuro.data.store import Store
+from hpc_neuro.train.validate import Validator, score
+from tests.tiny_store import write_store
+
+CPU = torch.device("cpu")
+
+
+def histogram(probability: np.ndarray, truth: np.ndarray) -> torch.Tensor:
+    bins = (torch.from_numpy(probability).float() * 1000).long()
+    return torch.stack([torch.bincount(bins[torch.from_numpy(truth == t)], minlength=1001) for t in (0, 1)])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.floats(0, 1))
+def test_scores_equal_a_direct_count(seed, share):
+    draw = np.random.default_rng(seed)
+    truth = (draw.random(500) < share).astype(np.uint8)
+    probability = np.clip(0.4 * truth + draw.normal(0.3, 0.2, 500), 0, 1).astype(np.float32)
+    found = score(histogram(probability, truth))
+
+    def dice(threshold: float) -> float:
+        seen = (torch.from_numpy(probability) * 1000).long().numpy() >= round(threshold * 1000)
+        total = seen.sum() + truth.sum()
+        return 2 * (seen & (truth == 1)).sum() / total if total else 1.0
+
+    assert found.dice == pytest.approx(dice(0.5))
+    grid = [i / 1000 for i in range(100, 901, 25)]
+    assert found.dice_best == pytest.approx(max(dice(t) for t in grid))
+    assert found.dice_best == pytest.approx(dice(found.threshold))
+    seen = probability >= 0.5
+    if seen.any() and truth.any():
+        assert found.precision == pytest.approx(truth[seen].mean(), abs=0.02)
+        assert found.recall == pytest.approx(seen[truth == 1].mean(), abs=0.02)
+
+
+def test_nothing_predicted_where_there_is_something_is_a_collapse():
+    truth = np.array([1] * 100 + [0] * 900, dtype=np.uint8)
+    assert score(histogram(np.zeros(1000, np.float32), truth)).collapsed
+    assert not score(histogram(truth.astype(np.float32), truth)).collapsed
+    assert score(histogram(truth.astype(np.float32), truth)).dice == 1.0
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(write_store(tmp_path_factory.mktemp("data") / "store", {"a": "val", "b": "val"}))
+
+
+def boxes(store: Store, count: int) -> list:
+    return spread_boxes(places(store, store.ids), CropConfig(size=(16, 32, 32)), (8, 16, 16), count, 0)
+
+
+def test_a_perfect_guess_scores_one_and_unlabelled_voxels_do_not_count(store):
+    found = Validator(store, boxes(store, 4))(lambda b: torch.where(b.mask == 1, 20.0, -20.0), CPU)
+    assert (found.dice, found.precision, found.recall) == (1.0, 1.0, 1.0)
+    padded = [("a", b.shifted((10, 30, 30))) for _, b in boxes(store, 4)]
+    found = Validator(store, padded)(lambda b: torch.where(b.mask == 0, -20.0, 20.0), CPU)
+    assert found.dice == 1.0
+
+
+def test_ranks_share_the_crops_and_find_the_same(store, monkeypatch):
+    all_boxes = boxes(store, 5)
+    guess = lambda b: 8 * b.image - 3  # noqa: E731
+    whole = Validator(store, all_boxes)(guess, CPU)
+    counts, passes = [], []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 3)
+        calls: list[int] = []
+        kept: list[torch.Tensor] = []
+        monkeypatch.setattr("hpc_neuro.train.validate.score", lambda c, kept=kept: kept.append(c))
+        Validator(store, all_boxes)(lambda b, calls=calls: calls.append(int(b.index)) or guess(b), CPU)
+        counts.append(kept[0])
+        passes.append(len(calls))
+    assert passes == [2, 2, 2]  # a rank that ran fewer would leave the others waiting in ZeRO-3
+    assert score(sum(counts)) == whole
+
+
+def test_the_folder_of_a_store_may_go_after_the_crops_are_read(tmp_path: Path):
+    store = Store(write_store(tmp_path / "store", {"a": "val"}))
+    validator = Validator(store, boxes(store, 2))
+    store.close()
+    (tmp_path / "store" / "a.h5").unlink()
+    assert 0 <= validator(lambda b: b.image - 0.5, CPU).dice <= 1

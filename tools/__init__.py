@@ -1,0 +1,1 @@
+"""Small programs people run by hand, from the repository: `python -m tools.NAME`."""
