@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import Field
 
-from hpc_neuro import evaluate, files, infer, precompute, prepare, runs, train
+from hpc_neuro import evaluate, files, infer, morphology, precompute, prepare, runs, train
+from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.schema import ConfigError, InputError, config, load
 
@@ -84,7 +85,7 @@ def run(cfg: DemoConfig) -> int:
             "evaluate": lambda: evaluate.run(_evaluate_config(cfg)),
         }
         for name, step in steps.items():
-            code = _stage(name, step)
+            code: int = _stage(name, step)
             if code:
                 log.error("demo: %s ended with exit code %d; the same command goes on from there", name, code)
                 return code
@@ -147,7 +148,14 @@ def _train_config(cfg: DemoConfig) -> train.TrainConfig:
 
 def _infer_config(cfg: DemoConfig) -> infer.InferConfig:
     keys = [f"model={cfg.out / 'train'}", f"store={cfg.out / 'store'}", f"out={cfg.out / 'infer'}"]
+    keys.append(f"trace.root_is_end={json.dumps(_roots_are_ends(Store(cfg.out / 'store')))}")
     return load(infer.InferConfig, None, [*keys, *cfg.infer])
+
+
+def _roots_are_ends(store: Store) -> bool:
+    """Whether all trees of the training split start at an end of the cable (an axon enters there), not at a soma."""
+    trees = [store[v].tree() for v in store.split("train")]
+    return all(morphology.child_counts(t)[t.roots].max() < 2 for t in trees)
 
 
 def _evaluate_config(cfg: DemoConfig) -> evaluate.EvaluateConfig:

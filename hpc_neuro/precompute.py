@@ -255,7 +255,8 @@ def _forecast(cfg: PrecomputeConfig, store: Store, teacher: Teacher, units: list
     teacher_features(teacher, probe, [teacher.depth - 1])
     seconds = (time.monotonic() - begun) * tokens * teacher.patch**2 / probe.size
     return [
-        f"teacher {teacher.identity['name']} (sha256 {teacher.identity['sha256'][:12]}), {teacher.depth} blocks, {teacher.dim} channels, patch {teacher.patch}",
+        f"teacher {teacher.identity['name']} (sha256 {teacher.identity['sha256'][:12]}), {teacher.depth} blocks, "
+        f"{teacher.dim} channels, patch {teacher.patch}",
         f"{len(digests)} volumes, views {' '.join(cfg.views)}, layers {list(cfg.layers)}: {len(units)} shards, "
         f"{files.human(size)} float16 in {cfg.out}",
         f"{len(todo)} shards to make, {tokens} tokens, about {seconds:.0f} s on one process",

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             codes.append(run(Path(name), options))
         except InputError as error:
-            _say(str(error))
+            sys.stderr.write(f"hpc-neuro swc {command}: {error}\n")
             codes.append(UNREADABLE)
     return UNREADABLE if UNREADABLE in codes else max(codes)
 

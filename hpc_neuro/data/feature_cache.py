@@ -177,7 +177,8 @@ class FeatureCache:
         if dict(held) != dict(teacher):
             raise CacheMismatch(
                 f"{self.path} holds features of the teacher {held}, but the config asks for {dict(teacher)}; build "
-                f"them in another folder with `{command}` and that teacher, or train with teacher.model={held.get('name')}"
+                f"them in another folder with `{command}` and that teacher, or train with "
+                f"teacher.model={held.get('name')}"
             )
         if lacking := [v for v in views if v not in self.views]:
             raise CacheMismatch(f"{self.path} has no view {', '.join(lacking)}; rebuild it with views={list(views)}")

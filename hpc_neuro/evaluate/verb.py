@@ -153,6 +153,8 @@ def _write(cfg: EvaluateConfig, results: Results, shown: list[tuple[str, Path]],
         (k.path for k in links if k.name == "train" and (k.path / "metrics.jsonl").exists()), None
     )
     rows = curves.read(train) if train else None
+    if record.teacher_is_random(links):
+        log.warning("the teacher had random weights: these numbers measure the pipeline, not the transfer of knowledge")
     links.append(record.Link("evaluate", cfg.out, {**this, "end": "this report"}))
     files.write_json(cfg.out / "metrics.json", as_json(results, cfg))
     files.write_text(cfg.out / "metrics.csv", as_csv(results, cfg))

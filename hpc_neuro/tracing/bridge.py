@@ -67,7 +67,8 @@ def _pieces(found: Foreground, net: Wires) -> tuple[NDArray[np.int32], Floats]:
     of_component = np.zeros(found.components, dtype=np.int32)
     of_component[found.component[net.voxels[real]]] = label[real]
     step = np.linalg.norm(net.points[net.edges[:, 0]] - net.points[net.edges[:, 1]], axis=1)
-    return of_component[found.component], np.bincount(label[net.edges[:, 0]], weights=step, minlength=count)
+    cable = np.bincount(label[net.edges[:, 0]], weights=step, minlength=count).astype(np.float64)
+    return of_component[found.component], cable
 
 
 def _ends(net: Wires) -> _Ends:
@@ -120,7 +121,7 @@ def _cable_behind(net: Wires, around: Sequence[Sequence[int]]) -> dict[tuple[int
 def _look(
     net: Wires, around: Sequence[Sequence[int]], behind: dict[tuple[int, int], float], end: int
 ) -> tuple[int, Floats]:
-    """A node near the end from which it is looked at, and the unit vector that leads out; zero when nothing is slender."""
+    """A node near the end from which it is looked at, and the unit vector that leads out (zero: nothing is slender)."""
     before, here, anchor = -1, end, end
     thick = net.radii[end]
     while True:
@@ -132,7 +133,7 @@ def _look(
         onward = [node for node in around[here] if node != before]
         if not onward:
             break
-        ahead = max(onward, key=lambda node: behind[here, node])  # noqa: B023
+        ahead = max(onward, key=lambda node: behind[here, node])
         before, here = here, ahead
         thick = max(thick, net.radii[here])
     if away < max(_BASE / 2, _SLENDER * thick):
@@ -192,7 +193,7 @@ def _spanning(options: list[_Candidate], piece: NDArray[np.int32], pieces: int, 
 
 
 def _between(read: Read, found: Foreground, a: int, b: int) -> float:
-    """Mean probability below `low` at the voxels between two voxels, on the straight line; the foreground is left out."""
+    """Mean probability on the straight line between two voxels, where there is no foreground."""
     ends = found.voxels[[a, b]].astype(np.int64)
     count = int(np.abs(ends[1] - ends[0]).max()) - 1
     if count < 1:

@@ -17,8 +17,8 @@ class TraceConfig:
 
     threshold: float = 0.5
     """A branch needs a stretch of at least this probability (0 to 1) to exist."""
-    low: float = 0.3
-    """Voxels down to this probability (0 to 1) belong to a branch that is above `threshold` elsewhere (hysteresis)."""
+    low_share: float = 0.6
+    """Voxels down to this share of `threshold` belong to a branch that is above it elsewhere (hysteresis)."""
     metric: Literal["voxel", "um"] = "voxel"
     """`voxel`: lengths count voxels alike along z, y, x, which suits optics whose blur grows with the z step;
     `um`: lengths are physical, in units of the finest voxel edge, which suits labels without optical blur."""
@@ -31,7 +31,8 @@ class TraceConfig:
     cover_margin: float = 2.0
     """[voxel] See `cover_scale`."""
     gap: float = 20.0
-    """[voxel] Widest break that is bridged, when the ends point straight at each other; 0 bridges none."""
+    """[voxel] Widest break that is bridged, and only straight ahead; 0 bridges none. Bends, and pieces shorter than the
+    break, bring it down (see tracing/bridge.py)."""
     gap_angle: float = 60.0
     """[degree] Largest angle between the direction of an end and the bridge that leaves it."""
     root_snap: float = 10.0
@@ -42,20 +43,23 @@ class TraceConfig:
     min_cable: float = 30.0
     """[voxel] Without a given root, trees of less cable are dropped."""
     smooth: float = 2.0
-    """[voxel] Standard deviation of the Gaussian that smooths paths along their length; 0 keeps voxel steps."""
+    """[voxel steps] Standard deviation of the Gaussian that smooths paths along their length; 0 keeps the staircase."""
     step: float = 1.5
     """[voxel] Nodes closer than this to their parent are merged into the path; branch points and ends stay."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.low <= self.threshold <= 1:
-            raise ValueError(
-                f"low ({self.low}) and threshold ({self.threshold}) must satisfy 0 < low <= threshold <= 1"
-            )
+        if not (0 < self.threshold <= 1 and 0 < self.low_share <= 1):
+            raise ValueError(f"threshold ({self.threshold}) and low_share ({self.low_share}) must lie above 0, up to 1")
         for name in ("min_branch", "cover_scale", "cover_margin", "gap", "root_snap", "min_cable", "smooth", "step"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
         if not 0 <= self.gap_angle <= 90:
             raise ValueError(f"gap_angle ({self.gap_angle}) must lie between 0 and 90 degrees")
+
+    @property
+    def low(self) -> float:
+        """The lower threshold of the hysteresis."""
+        return self.threshold * self.low_share
 
     def spacing(self, voxel_size: VoxelSize) -> NDArray[np.float64]:
         """[3] length of one voxel along z, y, x in the metric's unit (its finest edge is 1)."""

@@ -33,9 +33,9 @@ class Traced:
         for tree, nodes in zip(self._trees[component], self._nodes[component], strict=True):
             apart = np.linalg.norm(np.maximum(0, np.maximum(tree.mins - high, low - tree.maxes)))
             if apart < best.max():
-                away, at = tree.query(points)
-                closer = away < best
-                best[closer], index[closer] = away[closer], nodes[at[closer]]
+                found, at = (np.atleast_1d(v) for v in tree.query(points))
+                closer = found < best
+                best[closer], index[closer] = found[closer], nodes[at[closer]]
         return best, index
 
 

@@ -134,7 +134,8 @@ def as_probability(array: NDArray[np.generic], box: Box) -> NDArray[np.float32]:
 def _keys(voxels: NDArray[np.integer], shape: Shape) -> Ints:
     """One integer per voxel in raster order; a border of one voxel keeps neighbours from wrapping to the next line."""
     z, y, x = voxels.astype(np.int64).T
-    return ((z + 1) * (shape[1] + 2) + (y + 1)) * (shape[2] + 2) + (x + 1)
+    keys: Ints = ((z + 1) * (shape[1] + 2) + (y + 1)) * (shape[2] + 2) + (x + 1)
+    return keys
 
 
 def _neighbours(voxels: NDArray[np.int32], shape: Shape, spacing: Floats) -> tuple[NDArray[np.int32], Floats]:

@@ -1,8 +1,8 @@
 """Centred paths through a foreground, longest first (in the manner of TEASAR, Sato et al. 2000).
 
-One run of Dijkstra's algorithm from a source in every component gives each voxel its way home. The way is cheap where the
-probability is high and the border far, so it runs along the middle. The farthest voxel that no path explains yet is the
-next tip; its way home, up to the tree so far, is the next path.
+One run of Dijkstra's algorithm from a source in every component gives each voxel its way home. The way is cheap where
+the probability is high and the border far, so it runs along the middle. The farthest voxel that no path explains yet is
+the next tip; its way home, up to the tree so far, is the next path.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def ways(found: Foreground, sources: Ints, price: Floats) -> tuple[Ints, Floats]
     """[N] next voxel on the cheapest way to a source, and [N] the way's length (not its price)."""
     a, b = found.pairs.T
     graph = found.graph(found.step * (price[a] + price[b]) / 2)
-    _, way, _ = dijkstra(graph, directed=False, indices=sources, min_only=True, return_predecessors=True)
-    way = way.astype(np.int64)
+    _, before, _ = dijkstra(graph, directed=False, indices=sources, min_only=True, return_predecessors=True)
+    way: Ints = np.asarray(before, dtype=np.int64)
     way[sources] = sources
     return way, accumulated(np.linalg.norm(found.points - found.points[way], axis=1), way)
 
 
 def accumulated(step: Floats, parent: Ints) -> Floats:
-    """[N] sum of `step` from each node up to its root (a root is its own parent, its step is 0), by pointer doubling."""
+    """[N] sum of `step` from each node up to its root (its own parent, with step 0), by pointer doubling."""
     total, up = step.copy(), parent
     while True:
         total += total[up]

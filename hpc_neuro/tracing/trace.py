@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.geometry import Box, Shape, VoxelSize
+from hpc_neuro.geometry import Shape, VoxelSize
 from hpc_neuro.morphology import Tree, length
 from hpc_neuro.schema import InputError
 from hpc_neuro.tracing.bridge import bridges

@@ -11,7 +11,6 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from hpc_neuro.morphology import Tree, child_counts, edge_lengths, subset, tips
-from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.foreground import Floats, Ints
 from hpc_neuro.tracing.paths import accumulated
 from hpc_neuro.tracing.wires import Wires
@@ -90,8 +89,8 @@ def _up_to_fork(tree: Tree, fork: NDArray[np.bool_]) -> tuple[Ints, Floats]:
 def main_side(tree: Tree) -> Tree:
     """The part of the tree on the side of its root that holds most cable.
 
-    What leaves a ball of three radii round the root is judged by its direction: less than a right angle from that of the
-    branch with most cable stays, the rest is dropped.
+    What leaves a ball of three radii round the root is judged by its direction: less than a right angle from that of
+    the branch with most cable stays, the rest is dropped.
     """
     step = edge_lengths(tree)
     home = accumulated(step, np.maximum(tree.parents, 0))

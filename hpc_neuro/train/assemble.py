@@ -159,8 +159,9 @@ def lines(cfg: TrainConfig, parts: Parts) -> Iterator[str]:
         f"{ranks} rank(s) x {parts.micro} crops x {parts.passes} pass(es)"
     )
     yield from cost.summary(cfg.student, cfg.crop.size, parts.micro, parts.dtype.itemsize)
-    # weights, master copy and two Adam moments; the average
-    state = 4 * every * (3 + (parts.dtype != torch.float32) + (cfg.ema.window > 0))
+    # weights, two Adam moments, DeepSpeed's float32 copy (even of float32 weights once it shards); the average
+    copied = cfg.engine.stage > 0 or parts.dtype != torch.float32
+    state = every * (parts.dtype.itemsize + 8 + 4 * copied) + 4 * student * (cfg.ema.window > 0)
     needed = state * (cfg.checkpoint.keep + 2) + 2 * 4 * student
     files.require_space(cfg.out, needed, "training")
     yield f"disk: {files.human(needed)} at most ({files.human(state)} per checkpoint)"

@@ -35,7 +35,9 @@ def same(a: Tree, b: Tree, atol: float = 1e-6) -> bool:
     )
 
 
-def others(path: Path, libraries: Sequence[str] = ("morphio", "neurom", "swcgeom")) -> dict[str, tuple[float, int, int]]:
+def others(
+    path: Path, libraries: Sequence[str] = ("morphio", "neurom", "swcgeom")
+) -> dict[str, tuple[float, int, int]]:
     """Cable length, tips and forks (off the root) as three other libraries measure them; any warning fails."""
     handler = morphio.WarningHandlerCollector()
     cell = morphio.Morphology(str(path), warning_handler=handler)
@@ -71,9 +73,7 @@ def ours(tree: Tree) -> tuple[float, int, int]:
     return morphology.length(tree), len(morphology.tips(tree)), len(forks)
 
 
-def assert_all_agree(
-    path: Path, tree: Tree, libraries: Sequence[str] = ("morphio", "neurom", "swcgeom")
-) -> None:
+def assert_all_agree(path: Path, tree: Tree, libraries: Sequence[str] = ("morphio", "neurom", "swcgeom")) -> None:
     """The libraries open the file in silence and measure what we do; what a lone point's tips are is left to them."""
     length, tips, forks = ours(tree)
     for name, (a, b, c) in others(path, libraries).items():

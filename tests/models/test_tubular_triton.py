@@ -31,10 +31,11 @@ def test_interpreted_kernels_equal_plain_torch() -> None:
 
 def compiled(kernel: Any, values: str, constants: dict[str, object]) -> Any:
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile as build
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as build
 
-    pointers = {name: f"*{values}" for name in ("rows", "matrix", "grad", "out", "weight")}
-    pointers |= {name: "*fp32" for name in ("path", "window", "grad_rows", "grad_path", "grad_window", "grad_matrix")}
+    pointers = dict.fromkeys(("rows", "matrix", "grad", "out", "weight"), f"*{values}")
+    pointers |= dict.fromkeys(("path", "window", "grad_rows", "grad_path", "grad_window", "grad_matrix"), "*fp32")
     pointers |= {"centres": "*i32", "box": ("i32",) * 7, **dict.fromkeys(constants, "constexpr")}
     signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
     return build(ASTSource(kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -195,6 +196,16 @@ def test_distillation_weighs_each_sample_alike_however_it_is_cut(tiny, cache, tm
     for one, four in zip(*found, strict=True):
         assert one["distill"] == pytest.approx(four["distill"], abs=1e-4)
         assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-3)
+
+
+def test_the_forecast_knows_the_parameters_and_the_size_of_a_checkpoint(whole, tiny, tmp_path):
+    lines = "\n".join(train.forecast(tiny(tmp_path / "run")))
+    parameters = sum(v.numel() for v in load_file(whole / "weights/last/model.safetensors").values())
+    assert f"student: {parameters / 1e6:.2f} M parameters" in lines
+    assert "6 steps of 2 crops of [16, 32, 32] voxels ([2, 2, 2] tokens)" in lines
+    size = sum(p.stat().st_size for p in (whole / "checkpoints/step_00000006").rglob("*") if p.is_file())
+    told = float(re.search(r"([\d.]+) MB per checkpoint", lines)[1]) * 1e6
+    assert told == pytest.approx(size, rel=0.05)
 
 
 def test_validation_on_training_volumes_is_said(tiny, tmp_path, caplog):

@@ -1,0 +1,176 @@
+"""The whole pipeline on synthetic neurons, killed on the way, and on folders that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from hpc_neuro import demo
+from hpc_neuro.data import swc
+from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
+from hpc_neuro.schema import ConfigError, InputError, load
+
+SMALL = [
+    "teacher=random",
+    "steps=3",
+    "synthetic.volumes=3",
+    "synthetic.shape=[16,64,64]",
+    "train=[student.depth=1,'crop.size=[8,32,32]',optim.batch=1,validate.crops=2,tracker.wandb=disabled]",
+    "infer=[trace.threshold=0.02,trace.low=0.01,trace.root_snap=100,'block=[16,64,64]']",
+    "evaluate=[draws=100]",
+]
+PUBLISHED = ("metrics.json", "metrics.csv", "report.html")
+
+
+def command(out: Path, *keys: str) -> list[str]:
+    return [sys.executable, "-m", "hpc_neuro", "demo", f"out={out}", *SMALL, *keys]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    done = subprocess.run(command(out), capture_output=True, text=True, timeout=280, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in demo.STAGES:
+        assert f"{stage} done in" in done.stderr
+    assert "report: " in done.stderr
+    assert "Dice of the foreground" in done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_everything_is_where_people_look_for_it(undisturbed: Path) -> None:
+    (held,) = json.loads((undisturbed / "store" / "dataset.json").read_text())["splits"]["test"]
+    metrics = json.loads((undisturbed / "metrics.json").read_text())
+    keys = {"dice", "cldice", "hd95_um", "precision_4vox", "recall_4vox", "f1_4vox", "esa", "dsa", "pds"}
+    keys |= {"length_um", "tips", "branch_points"}
+    for who in ("model", "otsu"):
+        assert keys <= metrics["volumes"][held][who].keys()
+        assert keys <= metrics["mean"][who].keys()
+    assert len(swc.read(undisturbed / "swc" / f"{held}.swc"))
+    assert len(swc.read(undisturbed / "swc" / f"{held}.voxel.swc"))
+    assert (undisturbed / f"{held}.ome.zarr" / "zarr.json").exists()
+    assert "random weights" in (undisturbed / "report.html").read_text()
+    for stage in ("store", "cache", "train", "infer", "evaluate"):
+        record = json.loads((undisturbed / stage / "run.json").read_text())
+        assert record["exit"] == 0
+        assert (undisturbed / stage / "config.yaml").exists()
+        assert (undisturbed / stage / "log.txt").stat().st_size
+
+
+@pytest.mark.slow
+def test_a_second_call_says_complete_and_changes_nothing(undisturbed: Path) -> None:
+    stamps = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
+    done = subprocess.run(command(undisturbed), capture_output=True, text=True, env=environment(), check=True)
+    assert "already complete" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()} == stamps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_in_every_stage_it_ends_with_the_same_result(undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL at a random moment of each stage; the same command goes on."""
+    rng, out = random.Random(1), tmp_path / "out"
+    for stage in ("store", "cache", "train", "infer", "evaluate"):
+        process = subprocess.Popen(command(out), stderr=subprocess.DEVNULL, env=environment())
+        while not (out / stage / "run.json").exists() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(out), check=True, capture_output=True, timeout=280, env=environment())
+    for name in ("metrics.csv",):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
+    for tree in (undisturbed / "swc").rglob("*.voxel.swc"):
+        ours, theirs = (swc.read(p) for p in (out / tree.relative_to(undisturbed), tree))
+        assert np.array_equal(ours.points, theirs.points)
+    for file in ("store/syn_1.h5", "train/weights/last/model.safetensors"):
+        assert (out / file).read_bytes() == (undisturbed / file).read_bytes()
+    assert not list(out.rglob(".*.part"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "raw"
+    write_dataset(folder, SyntheticConfig(volumes=2, shape=(16, 48, 48)))
+    return folder
+
+
+def missing_image(folder: Path) -> None:
+    (folder / "syn_1.tif").unlink()
+
+
+def missing_swc(folder: Path) -> None:
+    (folder / "syn_1.swc").unlink()
+
+
+def nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def flat(folder: Path) -> None:
+    tifffile.imwrite(folder / "syn_1.tif", np.arange(48 * 48, dtype=np.uint8).reshape(48, 48))
+
+
+def constant(folder: Path) -> None:
+    tifffile.imwrite(folder / "syn_1.tif", np.full((16, 48, 48), 7, np.uint8), photometric="minisblack")
+
+
+def nan(folder: Path) -> None:
+    image = np.random.default_rng(0).random((16, 48, 48), dtype=np.float32)
+    image[3, 4, 5] = np.nan
+    tifffile.imwrite(folder / "syn_1.tif", image, photometric="minisblack")
+
+
+def outside(folder: Path) -> None:
+    (folder / "syn_1.swc").write_text("1 2 400 400 4 1 -1\n2 2 410 400 4 1 1\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (missing_image, "syn_1"),
+        (missing_swc, "syn_1"),
+        (nothing, "raw"),
+        (flat, "3D"),
+        (constant, "every voxel is 7"),
+        (nan, "NaN"),
+        (outside, "outside"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(pairs: Path, tmp_path: Path, spoil, word: str) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "raw"
+    shutil.copytree(pairs, folder)
+    spoil(folder)
+    cfg = load(demo.DemoConfig, None, [f"data={folder}", f"out={tmp_path / 'out'}", *SMALL])
+    with pytest.raises((InputError, ConfigError), match=word):
+        demo.run(cfg)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_held_out_neurons_are_chosen_as_documented(tmp_path: Path) -> None:
+    for number in (1, 2, 3, 6, 7, 9, 10):
+        (tmp_path / f"OP_{number}.swc").touch()
+    cfg = load(demo.DemoConfig, None, [f"data={tmp_path}"])
+    assert demo._held_out(cfg, tmp_path) == ["OP_6"]
+    for number in (9, 10):
+        (tmp_path / f"OP_{number}.swc").unlink()
+    assert demo._held_out(load(demo.DemoConfig, None, [f"data={tmp_path}", "test=[OP_3]"]), tmp_path) == ["OP_3"]
+    with pytest.raises(ConfigError, match=r"has no OP_8.swc"):
+        demo._held_out(load(demo.DemoConfig, None, [f"data={tmp_path}", "test=[OP_8]"]), tmp_path)

@@ -1,0 +1,100 @@
+"""Volumes with known neurites."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_neuro import morphology
+from hpc_neuro.geometry import Shape
+from hpc_neuro.morphology import Tree
+
+Floats = NDArray[np.float64]
+
+
+def paint(volume: NDArray[np.float32], points: Floats, radius: float, value: float = 1.0) -> None:
+    """Raise `volume` to `value` within `radius` of each of the points (z y x voxels)."""
+    reach = int(np.ceil(radius))
+    steps = np.array(list(itertools.product(range(-reach, reach + 1), repeat=3)))
+    for point in points:
+        near = np.rint(point).astype(int) + steps
+        near = near[np.linalg.norm(near - point, axis=1) <= radius]
+        near = near[np.all((near >= 0) & (near < volume.shape), axis=1)]
+        index = tuple(near.T)
+        volume[index] = np.maximum(volume[index], value)
+
+
+def line(*corners: tuple[float, float, float], step: float = 0.5) -> Floats:
+    """Points along straight pieces."""
+    parts = []
+    for a, b in itertools.pairwise(np.array(corners, dtype=float)):
+        count = int(np.ceil(np.linalg.norm(b - a) / step))
+        parts.append(a + (b - a) * (np.arange(count + 1) / count)[:, None])
+    return np.concatenate(parts)
+
+
+def volume_of(tree: Tree, shape: Shape, radius: float = 2.0) -> NDArray[np.float32]:
+    """The tree painted with one radius, as 0 and 1."""
+    volume = np.zeros(shape, dtype=np.float32)
+    paint(volume, morphology.resampled(tree, 0.5).points, radius)
+    return volume
+
+
+def crooked_tree(seed: int, shape: Shape, branches: int) -> Tree:
+    """A random tree of smooth branches that keep clear of one another and of the border."""
+    rng = np.random.default_rng(seed)
+    size = np.array(shape)
+    points = [np.array([size[0] / 2, size[1] / 2, 6.0])]
+    parents = [-1]
+    _grow(rng, points, parents, 0, np.array([0.0, 0.0, 1.0]), size[2] - 14, size)
+    trunk = len(points)
+    for _ in range(40 * branches):
+        if branches == 0:
+            break
+        start = int(rng.integers(6, trunk - 6))
+        away = rng.normal(size=3)
+        away[2] *= 0.3
+        made: list[Floats] = list(points)
+        above = list(parents)
+        _grow(rng, made, above, start, away / np.linalg.norm(away), int(rng.integers(18, 40)), size)
+        fresh, old = np.array(made[len(points) :]), np.array(points)
+        if len(fresh) < 9:
+            continue
+        far = np.linalg.norm(fresh[:, None] - old, axis=2)
+        if (
+            far[4:].min() < 7
+            or np.linalg.norm(fresh[0] - np.array([points[i] for i in _forks(parents)] or [[1e9] * 3]), axis=1).min()
+            < 14
+        ):
+            continue
+        points, parents, branches = made, above, branches - 1
+    assert branches == 0, "the volume is too small for so many branches"
+    return morphology.make(np.array(points), np.array(parents))
+
+
+def _forks(parents: list[int]) -> list[int]:
+    return [i for i in set(parents) if i >= 0 and parents.count(i) > 1]
+
+
+def _grow(
+    rng: np.random.Generator,
+    points: list[Floats],
+    parents: list[int],
+    start: int,
+    direction: Floats,
+    length: int,
+    size: NDArray[np.int64],
+) -> None:
+    """Append a smooth branch in steps of two voxels; it ends early at the border."""
+    above = start
+    for _ in range(length // 2):
+        direction = direction + rng.normal(size=3) * 0.12
+        direction /= np.linalg.norm(direction)
+        point = points[above] + 2 * direction
+        if np.any(point < 5) or np.any(point > size - 6):
+            return
+        points.append(point)
+        parents.append(above)
+        above = len(points) - 1

@@ -1,0 +1,272 @@
+"""Tracing against neurites whose course is known."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from hpc_neuro import morphology
+from hpc_neuro.geometry import Box
+from hpc_neuro.morphology import Tree, branch_points, length, tips
+from hpc_neuro.schema import ConfigError, InputError, load
+from hpc_neuro.tracing import TraceConfig, trace, trace_read
+from tests.tracing.shapes import crooked_tree, line, paint, volume_of
+
+ISO = (1.0, 1.0, 1.0)
+
+
+def f1(found: Tree, gold: Tree, tolerance: float = 2.0) -> float:
+    a, b = (morphology.resampled(t, 1.0).points for t in (found, gold))
+    precision = float((cKDTree(b).query(a)[0] <= tolerance).mean())
+    recall = float((cKDTree(a).query(b)[0] <= tolerance).mean())
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def noisy(mask: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+    """A blurred mask with smooth noise, as a model gives it."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=mask.shape), 1.0)
+    blurred = 1.2 * ndimage.gaussian_filter(mask, 0.8)
+    return np.clip(blurred + 0.05 * noise / noise.std(), 0, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("corners", "radius"),
+    [
+        ([(20, 20, 8), (20, 20, 90)], 2.0),
+        ([(8, 8, 8), (32, 50, 92)], 2.0),
+        ([(8, 8, 8), (32, 50, 92)], 4.5),
+        ([(20, 8, 8), (20, 50, 50), (20, 8, 92)], 3.0),
+    ],
+)
+def test_a_tube_becomes_its_centre_line(corners: list[tuple[float, float, float]], radius: float) -> None:
+    course = line(*corners)
+    mask = np.zeros((40, 60, 100), dtype=np.float32)
+    paint(mask, course, radius)
+    (tree,) = trace(mask, ISO, root=corners[0])
+    off = cKDTree(course).query(morphology.resampled(tree, 1.0).points)[0]
+    assert tuple(tree.points[0]) == corners[0]
+    assert len(tips(tree)) == 1
+    assert np.quantile(off, 0.9) < 0.8
+    true = np.linalg.norm(np.diff(np.array(corners, dtype=float), axis=0), axis=1).sum()
+    assert length(tree) == pytest.approx(true + radius, rel=0.03), "a staircase would be up to 1.7 times as long"
+    assert np.median(tree.radii) == pytest.approx(radius, abs=0.6)
+
+
+def test_a_helix_keeps_its_length() -> None:
+    turn = np.linspace(0, 4 * np.pi, 600)
+    course = np.stack([10 + 5 * turn, 32 + 16 * np.sin(turn), 32 + 16 * np.cos(turn)], axis=1)
+    mask = np.zeros((84, 64, 64), dtype=np.float32)
+    paint(mask, course, 2.2)
+    (tree,) = trace(mask, ISO, root=tuple(course[0]))
+    true = np.linalg.norm(np.diff(course, axis=0), axis=1).sum()
+    assert length(tree) == pytest.approx(true, rel=0.04)
+    assert len(tips(tree)) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_branched_tree_comes_back_without_spurs(seed: int) -> None:
+    gold = crooked_tree(seed, (48, 96, 160), branches=6)
+    mask = volume_of(gold, (48, 96, 160))
+    for probability in (mask, noisy(mask, seed)):
+        (tree,) = trace(probability, ISO, root=tuple(gold.points[0]))
+        assert len(tips(tree)) == len(tips(gold)) == 7
+        assert len(branch_points(tree)) == len(branch_points(gold))
+        assert f1(tree, gold) > 0.99
+        assert length(tree) == pytest.approx(length(gold), rel=0.06)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), flips=st.tuples(st.booleans(), st.booleans(), st.booleans()))
+def test_a_mirrored_volume_gives_the_mirrored_tree(seed: int, flips: tuple[bool, bool, bool]) -> None:
+    gold = crooked_tree(seed, (40, 64, 96), branches=2)
+    mask = volume_of(gold, (40, 64, 96))
+    axes = [axis for axis, flip in enumerate(flips) if flip]
+    mirror = np.array([n - 1 if flip else 0 for n, flip in zip(mask.shape, flips, strict=True)])
+    sign = np.where(flips, -1, 1)
+    (tree,) = trace(mask, ISO, root=tuple(gold.points[0]))
+    (other,) = trace(np.flip(mask, axes), ISO, root=tuple(mirror + sign * gold.points[0]))
+    back = Tree(mirror + sign * other.points, other.radii, other.parents, other.types)
+    assert f1(back, tree, tolerance=1.5) > 0.98
+    assert length(back) == pytest.approx(length(tree), rel=0.03)
+    assert len(tips(back)) == len(tips(tree))
+
+
+def test_the_same_tree_from_bool_uint8_float_and_from_boxes() -> None:
+    gold = crooked_tree(1, (40, 64, 300), branches=3)
+    mask = volume_of(gold, (40, 64, 300))
+    root = tuple(gold.points[0])
+    trees = [trace(m, ISO, root=root)[0] for m in (mask, mask.astype(bool), (mask * 255).astype(np.uint8))]
+    trees += trace_read(lambda box: mask[box.slices], mask.shape, ISO, root=root)
+    for tree in trees[1:]:
+        np.testing.assert_array_equal(tree.points, trees[0].points)
+        np.testing.assert_array_equal(tree.parents, trees[0].parents)
+
+
+def broken(gap: float, sideways: float = 0.0, size: float = 60.0) -> tuple[NDArray[np.float32], float]:
+    """A tube of 40 voxels, a break, and its continuation shifted sideways; the x where the continuation ends."""
+    mask = np.zeros((32, 96, 160), dtype=np.float32)
+    paint(mask, line((16, 40, 8), (16, 40, 48)), 2.0)
+    begin = 48 + 4 + gap  # both ends are round
+    paint(mask, line((16, 40 + sideways, begin), (16, 40 + sideways, begin + size)), 2.0)
+    return mask, begin + size
+
+
+@pytest.mark.parametrize(
+    ("gap", "sideways", "bridged"), [(5, 0, True), (16, 0, True), (6, 4, True), (24, 0, False), (4, 16, False)]
+)
+def test_breaks_are_bridged_straight_ahead_up_to_the_limit(gap: float, sideways: float, bridged: bool) -> None:
+    mask, end = broken(gap, sideways)
+    (tree,) = trace(mask, ISO, root=(16, 40, 8))
+    assert (tree.points[:, 2].max() > end - 3) == bridged
+    assert len(tips(tree)) == 1
+    (alone,) = trace(mask, ISO, root=(16, 40, 8), cfg=TraceConfig(gap=0))
+    assert alone.points[:, 2].max() < 52
+    assert len(trace(mask, ISO)) == (1 if bridged else 2)
+
+
+def test_a_string_of_beads_is_one_neurite() -> None:
+    mask = np.zeros((32, 64, 160), dtype=np.float32)
+    for x in range(8, 150, 9):
+        paint(mask, line((16, 32, x), (16, 32, x + 3)), 2.5)
+    (tree,) = trace(mask, ISO, root=(16, 32, 8))
+    assert tree.points[:, 2].max() > 140
+    assert len(tips(tree)) == 1
+
+
+def test_bright_junk_beside_a_neurite_is_left_alone() -> None:
+    mask, _ = broken(gap=-4)
+    for place in ((16, 50, 20), (16, 30, 60), (26, 40, 80), (16, 60, 100), (5, 70, 30)):
+        paint(mask, np.array([place], dtype=float), 4.0)
+    (tree,) = trace(mask, ISO, root=(16, 40, 8))
+    assert np.abs(tree.points[:, 1] - 40).max() < 2
+    assert len(tips(tree)) == 1
+
+
+def test_a_thick_flat_process_is_one_path_not_a_comb() -> None:
+    mask = np.zeros((40, 40, 120), dtype=np.float32)
+    for z in np.linspace(12, 28, 33):
+        paint(mask, line((z, 20, 10), (z, 20, 110)), 2.0)
+    (tree,) = trace(noisy(mask, 3), ISO, root=(20, 20, 10))
+    assert length(tree) < 140
+    assert len(tips(tree)) <= 3
+
+
+def test_a_root_off_the_mask_snaps_and_one_too_far_is_refused() -> None:
+    mask = np.zeros((32, 64, 100), dtype=np.float32)
+    paint(mask, line((16, 20, 8), (16, 20, 90)), 2.0)
+    (tree,) = trace(mask, ISO, root=(16, 28, 10))
+    assert tuple(tree.points[0]) == (16, 28, 10)
+    assert tree.points[1:, 1].max() < 28
+    with pytest.raises(InputError, match=r"lies 23\.0 voxels off .* raise trace\.root_snap"):
+        trace(mask, ISO, root=(16, 45, 10))
+    with pytest.raises(InputError, match="outside the volume"):
+        trace(mask, ISO, root=(16, 20, 120))
+    with pytest.raises(InputError, match=r"reaches the probability 0\.5"):
+        trace(mask * 0.4, ISO, root=(16, 20, 10))
+
+
+def test_a_speck_at_the_root_does_not_win_over_the_neurite_beside_it() -> None:
+    mask = np.zeros((32, 64, 100), dtype=np.float32)
+    paint(mask, line((16, 20, 8), (16, 20, 90)), 2.0)
+    paint(mask, np.array([[16.0, 27.0, 40.0]]), 2.0)
+    (tree,) = trace(mask, ISO, root=(16, 25, 40), cfg=TraceConfig(gap=0))
+    assert length(tree) > 80
+
+
+def test_without_a_root_each_neuron_is_a_tree_from_its_soma_or_thick_end() -> None:
+    mask = np.zeros((48, 96, 160), dtype=np.float32)
+    paint(mask, line((12, 20, 20), (12, 20, 150)), 2.0)
+    paint(mask, np.array([[12.0, 20.0, 60.0]]), 9.0)  # a soma in the middle
+    paint(mask, line((36, 70, 10), (36, 70, 60)), 1.6)
+    paint(mask, line((36, 70, 60), (36, 70, 100)), 3.0)
+    paint(mask, line((36, 20, 10), (36, 20, 25)), 2.0)  # too short to be told
+    trees = trace(mask, ISO)
+    assert len(trees) == 2
+    soma, thick = trees
+    np.testing.assert_allclose(soma.points[0], (12, 20, 60), atol=2.5)
+    assert soma.types.tolist() == [1] + [0] * (len(soma) - 1)
+    assert soma.radii[0] == pytest.approx(9, abs=1)
+    np.testing.assert_allclose(thick.points[0], (36, 70, 102), atol=2.5)
+    assert trace(np.zeros((8, 8, 8), dtype=np.float32), ISO) == []
+
+
+def test_a_root_can_be_where_the_neuron_begins() -> None:
+    mask = np.zeros((32, 64, 160), dtype=np.float32)
+    paint(mask, line((16, 32, 5), (16, 32, 150)), 2.0)
+    paint(mask, line((16, 32, 100), (16, 55, 120)), 2.0)
+    (both,) = trace(mask, ISO, root=(16, 32, 50))
+    (ahead,) = trace(mask, ISO, root=(16, 32, 50), cfg=TraceConfig(root_is_end=True))
+    assert both.points[:, 2].min() < 6
+    assert ahead.points[:, 2].min() > 49
+    assert len(tips(ahead)) == len(tips(both)) - 1 == 2
+
+
+def test_physical_lengths_undo_a_coarse_z_step() -> None:
+    mask = np.zeros((24, 80, 160), dtype=bool)
+    z, y, x = np.indices(mask.shape)
+    mask |= (3.0 * (z - 12)) ** 2 + (y - 40) ** 2 <= 36  # 13 voxels wide, 5 high
+    mask &= (x > 10) & (x < 150)
+    (tree,) = trace(mask, (3.0, 1.0, 1.0), root=(12, 40, 14), cfg=TraceConfig(metric="um"))
+    assert np.median(tree.radii) == pytest.approx(6, abs=0.8)
+    assert len(tips(tree)) <= 2
+    assert length(tree) < 150
+
+
+@pytest.mark.parametrize(
+    ("probability", "message"),
+    [
+        (np.zeros((8, 8), dtype=np.float32), "three axes"),
+        (np.full((8, 8, 8), 2.0, dtype=np.float32), "ranges from 2"),
+        (np.full((8, 8, 8), np.nan, dtype=np.float32), "ranges from nan"),
+        (np.zeros((8, 8, 8), dtype=np.int16), "int16"),
+    ],
+)
+def test_what_is_no_probability_is_refused(probability: NDArray[np.generic], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trace(probability, ISO)
+
+
+@pytest.mark.parametrize("bad", ["threshold=0", "low_share=1.5", "gap=-1", "gap_angle=120"])
+def test_senseless_settings_are_refused(bad: str) -> None:
+    with pytest.raises(ConfigError, match=bad.split("=")[0]):
+        load(TraceConfig, None, [bad])
+
+
+def test_memory_follows_the_foreground_not_the_volume() -> None:
+    def peak(depth: int) -> int:
+        def read(box: Box) -> NDArray[np.uint8]:
+            block = np.zeros(box.shape, dtype=np.uint8)
+            z, y, x = np.ogrid[box.slices]
+            block[((z - 20) ** 2 + (y - 30) ** 2 < 6) & (x < 200)] = 255
+            return block
+
+        tracemalloc.start()
+        (tree,) = trace_read(read, (depth, 256, 256), ISO, root=(20, 30, 0))
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert length(tree) == pytest.approx(200, abs=3)
+        return top
+
+    assert peak(512) < 1.1 * peak(64)
+
+
+@pytest.mark.slow
+def test_a_block_with_many_neurites_takes_seconds() -> None:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((256, 256, 256), dtype=np.float32)
+    for _ in range(25):
+        a, b = rng.uniform(5, 250, size=(2, 3))
+        a[0], b[0] = 4, 251
+        paint(mask, line(tuple(a), tuple(b), step=1.0), 2.2)
+    begin = time.process_time()
+    trees = trace(mask, ISO)
+    assert sum(length(t) for t in trees) > 25 * 240
+    assert time.process_time() - begin < 15
