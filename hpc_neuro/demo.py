@@ -25,7 +25,7 @@ SHOWN = {
     "hd95_um": "HD95, micrometres (lower is better)",
 }
 SYNTHETIC_STEPS = 200
-REAL_STEPS = 1500
+REAL_STEPS = 700
 STAGES = ("synthetic", "prepare", "precompute", "train", "infer", "evaluate")
 
 
@@ -142,7 +142,7 @@ def _precompute_config(cfg: DemoConfig) -> precompute.PrecomputeConfig:
 def _train_config(cfg: DemoConfig) -> train.TrainConfig:
     steps = cfg.steps or (SYNTHETIC_STEPS if cfg.data is None else REAL_STEPS)
     keys = [f"store={cfg.out / 'store'}", f"cache={cfg.out / 'cache'}", f"out={cfg.out / 'train'}"]
-    keys += [f"teacher.model={cfg.teacher}", f"optim.steps={steps}"]
+    keys += [f"teacher.model={cfg.teacher}", f"optim.steps={steps}", "optim.batch=2"]
     return load(train.TrainConfig, None, [*keys, *cfg.train])
 
 

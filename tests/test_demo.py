@@ -27,7 +27,7 @@ SMALL = [
     "synthetic.volumes=3",
     "synthetic.shape=[16,64,64]",
     "train=[student.depth=1,'crop.size=[8,32,32]',optim.batch=1,validate.crops=2,tracker.wandb=disabled]",
-    "infer=[trace.threshold=0.02,trace.low=0.01,trace.root_snap=100,'block=[16,64,64]']",
+    "infer=[trace.threshold=0.02,trace.root_snap=100,'block=[16,64,64]']",
     "evaluate=[draws=100]",
 ]
 PUBLISHED = ("metrics.json", "metrics.csv", "report.html")

@@ -12,6 +12,7 @@ share of its matrix speed that the student's operations reach is printed too. Th
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import multiprocessing
@@ -85,10 +86,13 @@ def timed(step: Callable[[], None]) -> tuple[float, float]:
 def peak(way: str, args: argparse.Namespace) -> int:
     """Most bytes held while a network is built and trained two steps, above those held before. For a fresh process."""
     torch.set_num_threads(args.threads)
+    run_twice(way, argparse.Namespace(**{**vars(args), "crop": list(PATCH)}))  # loads libraries, kernels, thread pools
+    gc.collect()
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
         run_twice(way, args)
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - held
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     held = _high_water()
     run_twice(way, args)

@@ -84,19 +84,24 @@ def workers(device: torch.device, threads: int) -> Iterator[ThreadPoolExecutor]:
     Torch's own threads wait for one another in every operation, so a core that others use slows all of them; workers
     that take the next part when they are done do not wait. Parts are summed in order: the result is the same.
     """
-    if device.type == "cpu":
-        threads = threads or torch.get_num_threads()
-        torch.set_num_threads(1)
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    before = torch.get_num_threads()
+    count = (threads or before) if device.type == "cpu" else 1
+    torch.set_num_threads(1)  # in this thread too: its sums must not depend on the number of cores either
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
-        torch.set_num_threads(threads)
-    else:
-        with ThreadPoolExecutor(1) as pool:
-            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def train(
-    recipe: Recipe, pictures: photos.Photos, out: Path, device: torch.device, every: float, log: int, threads: int
+    recipe: Recipe,
+    pictures: photos.Photos,
+    out: Path,
+    device: torch.device,
+    every: float,
+    log: int,
+    pool: ThreadPoolExecutor,
 ) -> Progress:
     """Train to the end of the budget, with a line each `log` steps and a checkpoint each `every` seconds."""
     network = build(recipe, pictures, device)
@@ -105,7 +110,7 @@ def train(
     started, before = time.monotonic(), at.seconds
     saved = logged = started
     first, losses = at.step, []
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics, workers(device, threads) as pool:
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
 
         def batch(step: int) -> photos.Batch:
             return photos.batch(pictures, step, recipe.seed, recipe.batch, recipe.crop, recipe.patch, device)
@@ -163,12 +168,8 @@ def report(recipe: Recipe, at: Progress, speed: float, metrics: Any) -> None:
 
 def save(recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer, at: Progress, out: Path) -> None:
     """Write the checkpoint, whole or not at all."""
-    state = {
-        "recipe": asdict(recipe),
-        "at": asdict(at),
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
+    tensors = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    state = {"recipe": asdict(recipe), "at": asdict(at), **tensors}
     with files.atomic(out / "checkpoint.pt") as part:
         torch.save(state, part)
 
@@ -262,12 +263,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
         parser.error("give either --steps N or --minutes N")
     if recipe.crop % recipe.patch or 224 % recipe.patch or not recipe.patch <= recipe.crop <= 224:
         parser.error(
-            f"--crop {recipe.crop} must be a multiple of --patch {recipe.patch}, at most 224, which the patch divides"
+            f"--crop {recipe.crop} must be a multiple of --patch {recipe.patch}, which divides 224, at most 224"
         )
     if recipe.patch < 8 or not 0 < recipe.mask < 1 or recipe.held < 4 or recipe.width % 32:
-        parser.error(
-            "--patch is at least 8, --mask lies between 0 and 1, --held is at least 4, --width a multiple of 32"
-        )
+        parser.error("wanted: --patch 8 or more, 0 < --mask < 1, --held 4 or more, --width a multiple of 32")
     if not found.photos.is_dir():
         parser.error(f"{found.photos} is not a folder; give the folder of photographs")
     return found, recipe
@@ -283,7 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
     files.remove_parts(found.out)
     try:
         pictures = photos.load(found.photos, found.out / "cache", recipe.side, recipe.held)
-        at = train(recipe, pictures, found.out, device, found.every, found.log, found.threads)
+        with workers(device, found.threads) as pool:
+            at = train(recipe, pictures, found.out, device, found.every, found.log, pool)
     except BadInput as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

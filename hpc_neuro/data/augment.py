@@ -42,15 +42,17 @@ class AugmentConfig:
     """Most change of gamma, as a logarithm: exp(0.6) = 1.8."""
     contrast: float = Field(default=0.3, ge=0, lt=1)
     """Most relative change of contrast."""
-    uneven: float = Field(default=0.3, ge=0, le=1)
+    uneven: float = Field(default=0.5, ge=0, le=1)
     """Share of crops whose signal fades and brightens smoothly from place to place."""
+    fading: float = Field(default=0.6, ge=0)
+    """Strength of that, as the standard deviation of the logarithm of the brightness; half of it darker on average."""
     background: float = Field(default=0.6, ge=0, le=1)
     """Share of crops that get a smooth background, as stacks have whose background was not masked away."""
-    background_level: float = Field(default=0.2, ge=0, le=1)
+    background_level: float = Field(default=0.1, ge=0, le=1)
     """Most background, as a share of the intensity range; small values are more frequent."""
     noise: float = Field(default=0.7, ge=0, le=1)
     """Share of crops with read noise (the same everywhere) and shot noise (variance grows with intensity)."""
-    read_noise: float = Field(default=0.08, ge=0)
+    read_noise: float = Field(default=0.05, ge=0)
     """Largest standard deviation of the read noise, as a share of the intensity range."""
     shot_noise: float = Field(default=0.15, ge=0)
     """Largest standard deviation of the shot noise at full intensity."""
@@ -186,7 +188,7 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[_Draws]) -> Tensor:
         return x.clamp(min=1e-6) ** each(ds, lambda d: math.exp(d.between("gamma", -cfg.gamma, cfg.gamma)))
 
     def uneven(x: Tensor, ds: list[_Draws]) -> Tensor:
-        return x * torch.exp(0.4 * torch.stack([d.field("uneven", shape, device) for d in ds]))
+        return x * torch.exp(cfg.fading * (torch.stack([d.field("uneven", shape, device) for d in ds]) - 0.5))
 
     def specks(x: Tensor, ds: list[_Draws]) -> Tensor:
         return torch.maximum(x, torch.stack([_specks(d, shape).to(device) for d in ds]))

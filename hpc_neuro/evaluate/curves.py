@@ -31,12 +31,21 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Charts: the loss and its terms, validation, learning rate."""
+    """Charts: the loss and its terms, those of the distillation, validation, learning rate."""
     train = [r for r in rows if r.get("kind") == "train"]
     val = [r for r in rows if r.get("kind") == "val"]
     terms = list(dict.fromkeys(k for r in train for k, v in r.items() if k not in _TRAIN_FACTS and _is_number(v)))
+    parts = [t for t in terms if t.startswith("distill_")]
+    figures = [
+        charts.lines(title, [_series(train, k) for k in chosen], "step", "loss", log_y=True)
+        for title, chosen in (
+            ("Training loss and its terms", [t for t in terms if t not in parts]),
+            ("Terms of the distillation", parts),
+        )
+        if chosen
+    ]
     return [
-        charts.lines("Training loss and its terms", [_series(train, k) for k in terms], "step", "loss", log_y=True),
+        *figures,
         charts.lines("Validation on fixed crops", [_series(val, k) for k in _VALIDATION], "step", "share"),
         charts.lines("Learning rate", [_series(train, "lr")], "step", "learning rate"),
     ]

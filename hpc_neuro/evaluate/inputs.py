@@ -89,9 +89,10 @@ class Predictions:
         try:
             return TypeAdapter(TraceConfig).validate_python(self.config["trace"])
         except ValidationError as error:
+            first = error.errors()[0]
             raise InputError(
-                f"{self.path / 'run.json'} holds settings of the tracer that this version does not know "
-                f"({error.errors()[0]['msg']}); give `trace` in the config"
+                f"{self.path / 'run.json'} holds settings of the tracer that this version does not take "
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give `trace={{}}` or settings in the config"
             ) from None
 
     def _files(self, volume_id: str) -> list[Path]:

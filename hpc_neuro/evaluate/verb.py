@@ -34,6 +34,8 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     found = methods(cfg, ids)
     if cfg.train is not None:
         curves.read(cfg.train)
+    if cfg.otsu:
+        _tracer(cfg, found)
     biggest = max(int(np.prod(store[i].shape)) for i in ids)
     lines = [f"{len(ids)} neurons of the {cfg.split} split of {cfg.store}: {', '.join(ids)}"]
     for m in found:
@@ -110,8 +112,8 @@ def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tre
 
 
 def _tracer(cfg: EvaluateConfig, compared: list[Method]) -> TraceConfig:
-    recorded = compared[0].seeds[0].trace_config()
-    return cfg.trace or recorded or TraceConfig()
+    """The config's settings of the tracer, else those that `infer` recorded, else the defaults."""
+    return cfg.trace or compared[0].seeds[0].trace_config() or TraceConfig()
 
 
 def _forest(trees: list[Tree]) -> Tree:

@@ -273,4 +273,4 @@ def _roughness(offsets: Tensor) -> Tensor:
     steps = torch.stack(offsets.chunk(2, 1), 1)  # [b, 2, K-1, z, y, x]
     half = steps.shape[2] // 2
     along = torch.cat([-steps[:, :, :half], steps[:, :, half:]], 2)
-    return along.diff(dim=2).square().mean()
+    return along.diff(dim=2).square().sum(1).mean()

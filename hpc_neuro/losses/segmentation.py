@@ -136,7 +136,7 @@ def weighted_sum(losses: Sequence[Loss], prediction: Prediction, batch: Batch) -
     A second loss of one kind is named `dice_2`. Without losses the total is a zero that still reaches every parameter
     behind the logits, so that a run that only distils is a valid distributed run.
     """
-    total = prediction.logits.float().sum() * 0
+    total = prediction.logits.new_zeros((), dtype=torch.float32) if losses else prediction.logits.float().sum() * 0
     terms: dict[str, Tensor] = {}
     for loss in losses:
         value = loss(prediction.logits, batch)
@@ -148,10 +148,12 @@ def weighted_sum(losses: Sequence[Loss], prediction: Prediction, batch: Batch) -
 
 def soft_skeleton(image: Tensor, iterations: int) -> Tensor:
     """The differentiable skeleton of [B, 1, Z, Y, X] in [0, 1], by erosions and openings (clDice, algorithm 1)."""
-    line = F.relu(image - _opened(image))
+    eroded = _eroded(image)
+    line = F.relu(image - _dilated(eroded))
     for _ in range(iterations):
-        image = _eroded(image)
-        line = line + F.relu((1 - line) * F.relu(image - _opened(image)))
+        image, eroded = eroded, _eroded(eroded)
+        rest = F.relu(image - _dilated(eroded))  # what an opening removes
+        line = line + F.relu(rest - line * rest)
     return line
 
 
@@ -161,9 +163,8 @@ def _eroded(image: Tensor) -> Tensor:
     return torch.minimum(torch.minimum(z, y), x)
 
 
-def _opened(image: Tensor) -> Tensor:
-    """Erosion, then the maximum over the 26 neighbours, taken one axis at a time."""
-    image = _eroded(image)
+def _dilated(image: Tensor) -> Tensor:
+    """The maximum over a voxel and its 26 neighbours, taken one axis at a time."""
     for size, pad in _LINES:
         image = F.max_pool3d(image, size, 1, pad)
     return image

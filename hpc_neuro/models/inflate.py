@@ -227,7 +227,7 @@ def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) 
 def _refuse_leftovers(
     teacher: Teacher, own: Mapping[str, Tensor], values: Mapping[str, Tensor], left: list[str]
 ) -> None:
-    faults = [f"the teacher's {n} has no place in the student" for n in values.keys() - own.keys()]
+    faults = [f"the teacher's {n.removeprefix('vit.')} has no place in the student" for n in values.keys() - own.keys()]
     faults += [f"the student's {n} has no source in the teacher" for n in left]
     for name in values.keys() & own.keys():
         if values[name].shape != own[name].shape:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +22,6 @@ from hpc_neuro.prepare.config import PrepareConfig
 from hpc_neuro.prepare.pairs import Pair
 from hpc_neuro.schema import InputError
 
-log = logging.getLogger(__name__)
-
 _OUTSIDE = 0.10  # more of the tree beyond the image than this is another image's tree
 
 
@@ -39,6 +36,7 @@ class Opened:
     tree: Tree  # voxels; radii in fine voxels
     sources: dict[str, str]  # SHA-256 of image and SWC
     digest: str
+    remarks: tuple[str, ...]  # what a person should know, though it stops nothing
 
     @property
     def root(self) -> tuple[float, float, float] | None:
@@ -60,6 +58,7 @@ class Measured:
     low: float
     high: float
     fit: Fit
+    remarks: tuple[str, ...]
 
 
 def open_pair(pair: Pair, cfg: PrepareConfig) -> Opened:
@@ -75,13 +74,13 @@ def open_pair(pair: Pair, cfg: PrepareConfig) -> Opened:
     tree = in_voxels(swc.read(pair.swc), unit, size)
     if not len(tree):
         raise InputError(f"{pair.swc} holds no points; a traced tree is wanted")
-    _require_inside(pair, unit, tree, image.shape, size)
+    remarks = _require_inside(pair, unit, tree, image.shape, size)
     if pair.root and outside(morphology.make(np.asarray([pair.root]), np.asarray([-1])), image.shape):
         raise InputError(
             f"the root of {pair.id}, {pair.root} (z y x voxel), lies outside the image of shape {image.shape}"
         )
     sources = {"image": files.sha256(pair.image), "swc": files.sha256(pair.swc)}
-    return Opened(pair, image, size, unit, tree, sources, _digest(pair, unit, size, sources, cfg))
+    return Opened(pair, image, size, unit, tree, sources, _digest(pair, unit, size, sources, cfg), remarks)
 
 
 def in_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:
@@ -108,8 +107,8 @@ def measure(opened: Opened, misaligned: str) -> Measured:
         )
         if misaligned == "error":
             raise InputError(sentence)
-        log.warning("%s", sentence)
-    return Measured(low, high, fit)
+        return Measured(low, high, fit, (sentence,))
+    return Measured(low, high, fit, ())
 
 
 def entry(opened: Opened, measured: Measured) -> Volume:
@@ -128,7 +127,7 @@ def entry(opened: Opened, measured: Measured) -> Volume:
     )
 
 
-def _require_inside(pair: Pair, unit: str, tree: Tree, shape: Shape, size: VoxelSize) -> None:
+def _require_inside(pair: Pair, unit: str, tree: Tree, shape: Shape, size: VoxelSize) -> tuple[str, ...]:
     share = outside(tree, shape)
     if share > _OUTSIDE:
         other = "um" if unit == "voxel" else "voxel"
@@ -144,8 +143,7 @@ def _require_inside(pair: Pair, unit: str, tree: Tree, shape: Shape, size: Voxel
                 else "check unit, offset and that both are of one neuron"
             )
         )
-    if share:
-        log.warning("%s: %.1f %% of the nodes lie outside the image and are not drawn", pair.id, 100 * share)
+    return (f"{pair.id}: {100 * share:.1f} % of the nodes lie outside the image and are not drawn",) if share else ()
 
 
 def _digest(pair: Pair, unit: str, size: VoxelSize, sources: dict[str, str], cfg: PrepareConfig) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from hpc_neuro import files
+from hpc_neuro.data.store import SPLITS
 from hpc_neuro.data.volume import FOLDER_READERS, READERS
 from hpc_neuro.prepare.config import PrepareConfig, Splits
 from hpc_neuro.schema import InputError
@@ -20,7 +21,6 @@ from hpc_neuro.schema import InputError
 log = logging.getLogger(__name__)
 
 Triple = tuple[float, float, float]
-_SPLITS = ("train", "val", "test")
 _COLUMNS = ("id", "image", "swc", "voxel_size", "root", "split", "neuron", "swc_unit", "channel", "axes")
 
 
@@ -153,7 +153,7 @@ def _pair(entry: dict[str, Any], source: Path, folder: Path, cfg: PrepareConfig)
     if unit not in ("voxel", "um", None):
         raise InputError(f"{source}: swc_unit of {id_} is {unit!r}; voxel or um is wanted")
     split = str(entry.get("split", ""))
-    if split and split not in _SPLITS:
+    if split and split not in SPLITS:
         raise InputError(f"{source}: split of {id_} is {split!r}; train, val or test is wanted")
     size = _triple(entry.get("voxel_size"), f"{source}: voxel_size of {id_}")
     if size and min(size) <= 0:

@@ -18,6 +18,7 @@ from hpc_neuro.geometry import to_um
 
 _GAMMA = 0.5  # faint neurites must show
 _LARGEST = 1500  # pixels along a projection's longest side
+_EDGE, _GAP = 0.6, 0.5  # inches around and between the views
 _VIEWS = ((0, 1, 2), (2, 1, 0), (1, 0, 2))  # (projected axis, axis down, axis across): z, beside it x, below it y
 
 
@@ -34,15 +35,22 @@ def draw(volume: StoredVolume, path: Path, title: str) -> None:
     seen = _project(volume)
     z, y, x = (n * s for n, s in zip(volume.shape, volume.voxel_size, strict=True))  # um
     z = max(z, 0.15 * max(y, x))  # thin stacks stay legible
-    scale = 7.5 / max(x + z, y + z)
-    figure = Figure(figsize=(2 * scale * (x + z) + 1.5, scale * (y + z) + 1.2), layout="constrained")
+    scale = 7.5 / max(x + z, y + z)  # inches per um
+    wide, high, thick = scale * x, scale * y, scale * z
+    total = (2 * (wide + thick + _GAP) + 2 * _EDGE, high + thick + _GAP + _EDGE + 0.9)
+    figure = Figure(figsize=total)
     FigureCanvasAgg(figure)
-    grid = figure.subplots(2, 4, width_ratios=[x, z, x, z], height_ratios=[y, z])
-    for right in (0, 2):
-        grid[1, right + 1].axis("off")
-        for axes, view in zip((grid[0, right], grid[0, right + 1], grid[1, right]), _VIEWS, strict=True):
-            _show(axes, volume, seen, view, overlay=right > 0)
-    figure.suptitle(title, wrap=True)
+    for overlay in (False, True):
+        left = _EDGE + overlay * (wide + thick + _GAP + _EDGE / 2)
+        boxes = (
+            (left, _EDGE + thick + _GAP, wide, high),
+            (left + wide + _GAP, _EDGE + thick + _GAP, thick, high),
+            (left, _EDGE, wide, thick),
+        )
+        for (a, b, w, h), view in zip(boxes, _VIEWS, strict=True):
+            axes = figure.add_axes((a / total[0], b / total[1], w / total[0], h / total[1]))
+            _show(axes, volume, seen, view, overlay=overlay)
+    figure.suptitle(title, fontsize=10)
     with files.atomic(path) as part:
         figure.savefig(part, format="png", dpi=90, metadata={"Software": None})  # the same bytes each time
 
@@ -55,10 +63,13 @@ def _show(axes: Any, volume: StoredVolume, seen: _Projections, view: tuple[int, 
     extent = (-0.5 * size[across], edge[across], edge[down], -0.5 * size[down])
     image = seen.images[along].T if turned else seen.images[along]
     axes.imshow(image**_GAMMA, cmap="gray", extent=extent, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    axes.set_xlabel(f"{'zyx'[across]} [um]")
-    axes.set_ylabel(f"{'zyx'[down]} [um]")
     if not overlay:
+        axes.set_xlabel(f"{'zyx'[across]} [um]", labelpad=1)
+        axes.set_ylabel(f"{'zyx'[down]} [um]", labelpad=1)
+        axes.tick_params(labelsize=8)
         return
+    axes.set_xticks([])
+    axes.set_yticks([])
     for pictures, colour in ((seen.masks, "tab:cyan"), (seen.blanks, "yellow")):
         mask = pictures[along].T if turned else pictures[along]
         if mask.any() and not mask.all():

@@ -13,7 +13,7 @@ from hpc_neuro import files, runs, schema
 from hpc_neuro.data.beyond_root import beyond_root
 from hpc_neuro.data.radius import fitted
 from hpc_neuro.data.rasterize import Drawing
-from hpc_neuro.data.store import Store, Volume, is_written, write_index, write_volume
+from hpc_neuro.data.store import SPLITS, Store, Volume, is_written, write_index, write_volume
 from hpc_neuro.prepare.check import Measured, Opened, entry, measure, open_pair
 from hpc_neuro.prepare.config import PrepareConfig
 from hpc_neuro.prepare.pairs import find_pairs
@@ -116,7 +116,7 @@ def _lines(opened: list[Opened], measured: list[Measured], cfg: PrepareConfig) -
     voxels = sum(int(np.prod(o.image.shape, dtype=np.int64)) for o in opened)
     needed = sum(o.bytes(cfg.distance_cap) for o in opened)
     lines = [f"{len(opened)} volumes, {voxels:,} voxels, at most about {files.human(needed)} in {cfg.out}"]
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         ids = [o.pair.id for o in opened if o.pair.split == split]
         lines.append(f"{split}: {len(ids)} ({', '.join(ids)})" if ids else f"{split}: none")
     for o, m in zip(opened, measured, strict=True):
@@ -127,5 +127,6 @@ def _lines(opened: list[Opened], measured: list[Measured], cfg: PrepareConfig) -
             f"{len(o.tree)} nodes, percentile along the tree {100 * m.fit.given:.1f} "
             f"(best other {100 * m.fit.best:.1f}: {m.fit.change})"
         )
+        lines += [*o.remarks, *m.remarks]
     lines.append(f"radius: {schema.plain(cfg.radius)}")
     return lines

@@ -14,7 +14,8 @@ from hpc_neuro.geometry import Box
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, Read, as_probability
 from hpc_neuro.tracing.paths import Skeleton
-from hpc_neuro.tracing.wires import Wires, wires
+from hpc_neuro.tracing.signal import links
+from hpc_neuro.tracing.wires import Join, Wires, straight, wires
 
 Bridge = tuple[int, int]
 _BASE = 8.0  # [voxel] shortest stretch behind an end that gives its direction
@@ -36,25 +37,44 @@ class _Candidate:
     target: int
 
 
-def bridges(found: Foreground, traced: Skeleton, read: Read, cfg: TraceConfig) -> list[Bridge]:
-    """Pairs (end voxel, target voxel) that join pieces, without a cycle.
+def bridges(found: Foreground, traced: Skeleton, read: Read, cfg: TraceConfig, image: Read | None = None) -> list[Join]:
+    """What joins pieces, without a cycle: links along signal in the image, where one is given, then blind bridges.
 
     A bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to half of
-    that where the probability between is almost `low`; it may cost `cfg.gap`. So the stated limit holds for straight
+    that where the probability between is almost `floor`; it may cost `cfg.gap`. So the stated limit holds for straight
     continuations and shrinks for bends. Two blobs without direction join over a third of it. Cheap ones come first, and
     what they join has new ends in the next round.
     """
-    chosen: list[Bridge] = []
+    chosen = [] if image is None else _visible(found, traced, image, cfg)
+    used: set[int] = set()
     for _ in range(_ROUNDS if cfg.gap > 0 else 0):
         net = wires(found, traced, chosen)
         piece, cable = _pieces(found, net)
         if len(cable) < 2:
             break
         options = _candidates(found, net, piece, cable, read, cfg)
-        fresh = _spanning(options, piece, len(cable), {end for end, _ in chosen})
+        fresh = _spanning(options, piece, len(cable), used)
         if not fresh:
             break
-        chosen += fresh
+        used |= {end for end, _ in fresh}
+        chosen += [straight(found, end, target) for end, target in fresh]
+    return chosen
+
+
+def _visible(found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig) -> list[Join]:
+    """Links along signal in the image, cheapest first, without a cycle."""
+    net = wires(found, traced, [])
+    piece, cable = _pieces(found, net)
+    if cfg.signal_gap == 0 or len(cable) < 2:
+        return []
+    options = links(found, np.unique(net.voxels[_ends(net).anchor]), piece, image, cfg)
+    joined = np.arange(len(cable))
+    chosen = []
+    for option in sorted(options, key=lambda o: (o.price, o.join.end, o.join.target)):
+        a, b = (int(joined[piece[v]]) for v in (option.join.end, option.join.target))
+        if a != b:
+            joined[joined == b] = a
+            chosen.append(option.join)
     return chosen
 
 
@@ -172,7 +192,7 @@ def _candidates(
         for other in np.unique(piece[others[allowed]]):
             mine = np.flatnonzero(allowed & (piece[others] == other))
             best = mine[price[mine].argmin()]
-            hint = _between(read, found, int(anchor), int(others[best])) / cfg.low
+            hint = _between(read, found, int(anchor), int(others[best])) / cfg.floor
             total = float(price[best]) * (1 - 0.5 * min(1.0, hint))
             if total <= min(cfg.gap, _WORTH * min(cable[other], cable[piece[anchor]])):
                 options.append(_Candidate(total, int(anchor), int(others[best])))

@@ -17,8 +17,9 @@ class TraceConfig:
 
     threshold: float = 0.5
     """A branch needs a stretch of at least this probability (0 to 1) to exist."""
-    low_share: float = 0.6
-    """Voxels down to this share of `threshold` belong to a branch that is above it elsewhere (hysteresis)."""
+    low: float | None = None
+    """Voxels down to this probability (0 to 1) belong to a branch that is above `threshold` elsewhere (hysteresis);
+    none: 0.6 of `threshold`."""
     metric: Literal["voxel", "um"] = "voxel"
     """`voxel`: lengths count voxels alike along z, y, x, which suits optics whose blur grows with the z step;
     `um`: lengths are physical, in units of the finest voxel edge, which suits labels without optical blur."""
@@ -33,6 +34,11 @@ class TraceConfig:
     gap: float = 20.0
     """[voxel] Widest break that is bridged, and only straight ahead; 0 bridges none. Bends, and pieces shorter than the
     break, bring it down (see tracing/bridge.py)."""
+    signal_gap: float = 25.0
+    """[voxel] Longest break that is bridged along signal that the image shows (where an image is given); 0 bridges
+    none."""
+    signal: float = 0.25
+    """That signal is at least this share of the dimmer neurite's, above the local background."""
     gap_angle: float = 60.0
     """[degree] Largest angle between the direction of an end and the bridge that leaves it."""
     root_snap: float = 10.0
@@ -48,18 +54,32 @@ class TraceConfig:
     """[voxel] Nodes closer than this to their parent are merged into the path; branch points and ends stay."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.threshold <= 1 and 0 < self.low_share <= 1):
-            raise ValueError(f"threshold ({self.threshold}) and low_share ({self.low_share}) must lie above 0, up to 1")
-        for name in ("min_branch", "cover_scale", "cover_margin", "gap", "root_snap", "min_cable", "smooth", "step"):
+        if not 0 < self.floor <= self.threshold <= 1:
+            raise ValueError(
+                f"low ({self.low}) and threshold ({self.threshold}) must satisfy 0 < low <= threshold <= 1"
+            )
+        for name in (
+            "min_branch",
+            "cover_scale",
+            "cover_margin",
+            "gap",
+            "signal_gap",
+            "root_snap",
+            "min_cable",
+            "smooth",
+            "step",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
+        if not 0 < self.signal < 1:
+            raise ValueError(f"signal ({self.signal}) must lie between 0 and 1")
         if not 0 <= self.gap_angle <= 90:
             raise ValueError(f"gap_angle ({self.gap_angle}) must lie between 0 and 90 degrees")
 
     @property
-    def low(self) -> float:
+    def floor(self) -> float:
         """The lower threshold of the hysteresis."""
-        return self.threshold * self.low_share
+        return 0.6 * self.threshold if self.low is None else self.low
 
     def spacing(self, voxel_size: VoxelSize) -> NDArray[np.float64]:
         """[3] length of one voxel along z, y, x in the metric's unit (its finest edge is 1)."""

@@ -71,7 +71,7 @@ def foreground(
     voxels, probability = _gather(read, shape, low)
     if not len(voxels):
         return None
-    pairs, step = _neighbours(voxels, shape, spacing)
+    pairs, step = neighbours(voxels, shape, spacing)
     n = len(voxels)
     half = csr_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
     count, label = connected_components(half, directed=False)
@@ -138,7 +138,7 @@ def _keys(voxels: NDArray[np.integer], shape: Shape) -> Ints:
     return keys
 
 
-def _neighbours(voxels: NDArray[np.int32], shape: Shape, spacing: Floats) -> tuple[NDArray[np.int32], Floats]:
+def neighbours(voxels: NDArray[np.int32], shape: Shape, spacing: Floats) -> tuple[NDArray[np.int32], Floats]:
     """All pairs of 26-neighbours, each once, with their distances.
 
     The three x neighbours of a line stand next to one another in the sorted keys, so one search finds all three.

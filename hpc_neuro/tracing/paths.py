@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse.csgraph import dijkstra
 
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.evidence import Traced, strength
+from hpc_neuro.tracing.evidence import Traced, flanks, strength
 from hpc_neuro.tracing.foreground import Floats, Foreground, Ints
 
 _CHUNK = 4096
@@ -105,6 +105,8 @@ def _cover(covered: NDArray[np.bool_], found: Foreground, path: Ints, length: Fl
     step = np.diff(length[path], prepend=length[path[0]])
     balls = np.floor(np.cumsum(np.abs(step) / (reach[path] / 3)))
     chosen = path[np.append(np.flatnonzero(np.diff(balls, prepend=-1)), len(path) - 1)]
-    for ball in found.near.query_ball_point(found.points[chosen], reach[chosen], return_sorted=False):
+    beside, wide = flanks(found, path, reach)
+    centres, radii = np.concatenate([found.points[chosen], beside]), np.concatenate([reach[chosen], wide])
+    for ball in found.near.query_ball_point(centres, radii, return_sorted=False):
         covered[ball] = True
     covered[path] = True

@@ -33,20 +33,27 @@ def trace(
     *,
     root: Point | None = None,
     cfg: TraceConfig | None = None,
+    image: NDArray[np.generic] | None = None,
 ) -> list[Tree]:
     """Trees in voxels (z y x) from a probability [Z, Y, X]: float in [0, 1], uint8 (255 is 1), or a bool mask.
 
     With `root` (z y x voxels): exactly one tree; its first node is the root. The root may lie up to `cfg.root_snap` off
     the foreground. Without: a tree for each piece with at least `cfg.min_cable` of cable, longest first, rooted in its
     soma (where it is far thicker than elsewhere), else at its thickest end.
+    With `image` [Z, Y, X] (any intensity scale), breaks are also bridged along signal that shows in it.
     Types are 0 (undefined), 1 at a root that is a soma; radii are distances to the border, in (finest) voxels.
     Raises InputError for values outside [0, 1], NaN, other dtypes or axes, a root outside the volume or too far from
     any foreground, and a root where there is no foreground at all.
     """
     if probability.ndim != 3:
         raise InputError(f"a probability has three axes z y x, found shape {probability.shape}; drop the others")
+    if image is not None and image.shape != probability.shape:
+        raise InputError(
+            f"the image is {image.shape} and the probability {probability.shape} voxels, they must be equal"
+        )
     z, y, x = probability.shape
-    return trace_read(lambda box: probability[box.slices], (z, y, x), voxel_size, root=root, cfg=cfg)
+    look = None if image is None else (lambda box: image[box.slices])
+    return trace_read(lambda box: probability[box.slices], (z, y, x), voxel_size, root=root, cfg=cfg, image=look)
 
 
 def trace_read(
@@ -56,13 +63,14 @@ def trace_read(
     *,
     root: Point | None = None,
     cfg: TraceConfig | None = None,
+    image: Read | None = None,
 ) -> list[Tree]:
     """As `trace`, for a volume that is read box by box: memory follows the foreground, not the volume."""
     cfg = cfg or TraceConfig()
     if root is not None and not all(-0.5 <= r <= n - 0.5 for r, n in zip(root, shape, strict=True)):
         raise InputError(f"the root {_text(root)} (z y x voxels) lies outside the volume of {shape} voxels; move it")
     spacing = cfg.spacing(voxel_size)
-    found = foreground(read, shape, cfg.low, cfg.threshold, spacing, cfg.min_voxels)
+    found = foreground(read, shape, cfg.floor, cfg.threshold, spacing, cfg.min_voxels)
     if found is None:
         if root is None:
             return []
@@ -75,7 +83,7 @@ def trace_read(
     if start is not None:
         sources[found.component[start]] = start
     traced = skeleton(found, sources, cfg)
-    net = wires(found, traced, bridges(found, traced, read, cfg))
+    net = wires(found, traced, bridges(found, traced, read, cfg, image))
     trees = []
     for raw in rooted(net, None if start is None else int(np.flatnonzero(net.voxels == start)[0])):
         tree = pruned(raw, cfg.min_branch)

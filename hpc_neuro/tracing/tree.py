@@ -15,7 +15,8 @@ from hpc_neuro.tracing.foreground import Floats, Ints
 from hpc_neuro.tracing.paths import accumulated
 from hpc_neuro.tracing.wires import Wires
 
-_SOMA = 3.0  # a node this many times thicker than the median, and
+_UNDEFINED, _SOMA = 0, 1  # SWC types
+_SOMA_RATIO = 3.0  # a node this many times thicker than the median, and
 _SOMA_RADIUS = 4.0  # [voxel] at least this thick, is a soma
 
 
@@ -23,31 +24,34 @@ def rooted(net: Wires, root: int | None) -> Iterator[Tree]:
     """The tree of `root`'s piece, or the trees of all pieces when it is None."""
     n = len(net.points)
     graph = csr_array((np.ones(len(net.edges)), (net.edges[:, 0], net.edges[:, 1])), shape=(n, n))
-    roots = [root] if root is not None else _roots(net, *connected_components(graph, directed=False))
+    roots = [(root, _UNDEFINED)] if root is not None else _roots(net, *connected_components(graph, directed=False))
     graph = graph + graph.T
-    for start in roots:
+    for start, kind in roots:
         order, above = breadth_first_order(graph, start, directed=False, return_predecessors=True)
         rank = np.empty(n, dtype=np.int64)
         rank[order] = np.arange(len(order))
         parents = np.concatenate([[-1], rank[above[order[1:]]]]).astype(np.int64)
-        yield Tree(net.points[order], net.radii[order], parents, np.zeros(len(order), dtype=np.int64))
+        types = np.full(len(order), _UNDEFINED, dtype=np.int64)
+        types[0] = kind
+        yield Tree(net.points[order], net.radii[order], parents, types)
 
 
-def _roots(net: Wires, count: int, label: NDArray[np.int32]) -> list[int]:
-    """Where each piece begins: its soma if it has one (far thicker than the rest), else its thickest end."""
+def _roots(net: Wires, count: int, label: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """Where each piece begins, and that node's type: the soma if one place is far thicker than the rest, else the
+    thickest end."""
     degree = np.bincount(net.edges.ravel(), minlength=len(net.points))
     order = np.argsort(label, kind="stable")
     found = []
     for piece in np.split(order, np.searchsorted(label[order], np.arange(1, count))):
         radii = net.radii[piece]
-        if radii.max() >= max(_SOMA * np.median(radii), _SOMA_RADIUS):
-            found.append(int(piece[radii.argmax()]))
+        if radii.max() >= max(_SOMA_RATIO * np.median(radii), _SOMA_RADIUS):
+            found.append((int(piece[radii.argmax()]), _SOMA))
             continue
         ends = piece[degree[piece] <= 1]
         thick = [
             float(net.radii[piece][np.linalg.norm(net.points[piece] - net.points[e], axis=1) < 10].mean()) for e in ends
         ]
-        found.append(int(ends[int(np.argmax(thick))]))
+        found.append((int(ends[int(np.argmax(thick))]), _UNDEFINED))
     return found
 
 

@@ -12,6 +12,15 @@ from hpc_neuro.tracing.paths import Skeleton
 
 
 @dataclass(frozen=True)
+class Join:
+    """Two foreground voxels of different pieces to be joined, and the points between them."""
+
+    end: int
+    target: int
+    via: Floats  # [k, 3] from end to target, both excluded, in the metric's unit
+
+
+@dataclass(frozen=True)
 class Wires:
     """K nodes in the metric's unit."""
 
@@ -29,30 +38,36 @@ class Wires:
         return around
 
 
-def wires(found: Foreground, traced: Skeleton, joins: Sequence[tuple[int, int]]) -> Wires:
-    """All paths and bridges as one forest. A bridge runs straight to its target voxel, then that voxel's way home."""
+def wires(found: Foreground, traced: Skeleton, joins: Sequence[Join]) -> Wires:
+    """All paths and joins as one forest. A join goes on from its end and its target by these voxels' ways home."""
     on_tree = traced.on_tree.copy()
-    for _, target in joins:
-        voxel = target
-        while not on_tree[voxel]:
-            on_tree[voxel] = True
-            voxel = int(traced.way[voxel])
+    for join in joins:
+        for voxel in (join.end, join.target):
+            while not on_tree[voxel]:
+                on_tree[voxel] = True
+                voxel = int(traced.way[voxel])
     voxels = np.flatnonzero(on_tree)
     index = np.full(len(on_tree), -1, dtype=np.int64)
     index[voxels] = np.arange(len(voxels))
     inner = voxels[traced.way[voxels] != voxels]
-    places = found.voxels[voxels] * found.spacing
-    thickness = np.maximum(found.distance[voxels] - 0.5, 0.5)  # the border runs between two voxel centres
-    points, radii, count = [places], [thickness], len(voxels)
+    # the border runs half a voxel before the background voxel, but the nearest of many is nearer than most
+    thickness = np.maximum(found.distance[voxels] - 0.25, 0.5)
+    points, radii, count = [found.points[voxels]], [thickness], len(voxels)
     edges = [np.stack([index[inner], index[traced.way[inner]]], axis=1)]
-    for end, target in joins:
-        a, b = places[index[end]], places[index[target]]
-        between = max(int(np.ceil(np.linalg.norm(b - a))) - 1, 0)
-        share = (np.arange(1, between + 1) / (between + 1))[:, None]
-        chain = np.concatenate([[index[end]], np.arange(count, count + between), [index[target]]])
-        points.append(a * (1 - share) + b * share)
-        radii.append(np.full(between, min(thickness[index[end]], thickness[index[target]])))
+    for join in joins:
+        a, b, between = index[join.end], index[join.target], len(join.via)
+        chain = np.concatenate([[a], np.arange(count, count + between), [b]])
+        points.append(join.via)
+        radii.append(np.full(between, min(thickness[a], thickness[b])))
         edges.append(np.stack([chain[:-1], chain[1:]], axis=1))
         count += between
     origin = np.concatenate([voxels, np.full(count - len(voxels), -1)])
     return Wires(np.concatenate(points), np.concatenate(radii), np.concatenate(edges).astype(np.int64), origin)
+
+
+def straight(found: Foreground, end: int, target: int) -> Join:
+    """A join in a straight line, with a point about every voxel."""
+    a, b = found.points[end], found.points[target]
+    between = max(int(np.ceil(np.linalg.norm(b - a))) - 1, 0)
+    share = (np.arange(1, between + 1) / (between + 1))[:, None]
+    return Join(end, target, a * (1 - share) + b * share)

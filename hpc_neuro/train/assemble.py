@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +24,36 @@ from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.schema import InputError
 from hpc_neuro.train import checkpoint, engine
 from hpc_neuro.train.config import TrainConfig
-from hpc_neuro.types import Batch, Prediction
+from hpc_neuro.types import Batch
 
 
 class TrainModule(nn.Module):
-    """Student and distiller as one module, so that all their parameters are sharded alike."""
+    """Student and distiller as one module, so that all their parameters are sharded alike.
 
-    def __init__(self, student: Student, distiller: Distiller | None) -> None:
+    What goes in and out is plain tensors and dicts, and the two are entered by `forward` rather than called: ZeRO-3
+    finds the tensors it watches in nothing else.
+    """
+
+    def __init__(self, student: Student, distiller: Distiller | None, sharded: bool) -> None:
+        """sharded: parameters are gathered by all ranks together (ZeRO-3), so all must pass the same layers."""
         super().__init__()
-        self.student, self.distiller = student, distiller
+        self.student, self.distiller, self.sharded = student, distiller, sharded
 
-    def forward(self, batch: Batch) -> tuple[Prediction, Tensor | None, dict[str, Tensor]]:
-        """The prediction, the distillation loss (mean over the distilled samples; None without), and its terms."""
+    def forward(self, fields: dict[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Fields of a Batch -> logits, distillation loss (mean over the distilled samples; None without), its terms.
+
+        The loss of a batch without distilled samples is to be given no weight.
+        """
+        batch = Batch(**fields)
         layers = () if self.distiller is None else self.distiller.student_layers
-        dtype = next(self.student.parameters()).dtype
-        prediction: Prediction = self.student(batch.image.to(dtype), layers)
+        prediction = self.student.forward(batch.image, layers)
         if self.distiller is None:
-            return prediction, None, {}
-        loss, terms = self.distiller(prediction.features, batch)
-        return prediction, loss, terms
+            return prediction.logits, None, {}
+        if self.sharded and not bool(batch.distilled.any()):
+            first = torch.zeros_like(batch.distilled).index_fill(0, torch.tensor([0]), True)
+            batch = dataclasses.replace(batch, distilled=first)
+        loss, terms = self.distiller.forward(prediction.features, batch)
+        return prediction.logits, loss, terms
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def assemble(cfg: TrainConfig) -> Parts:
     boxes = spread_boxes(places(store, store.split(split)), cfg.crop, patch, cfg.validate.crops, cfg.seed)
     store.close()
     return Parts(
-        module=TrainModule(student, distiller),
+        module=TrainModule(student, distiller, sharded=cfg.engine.stage == 3),
         depth=depth,
         transferred=cfg.transfer.rule != "scratch" and cfg.transfer.blocks,
         transfer_lines=lines,

@@ -24,7 +24,7 @@ from hpc_neuro.train.engine import join_group
 from hpc_neuro.train.preempt import EXIT_CODE, Preemption
 from hpc_neuro.train.schedule import lr_at
 from hpc_neuro.train.state import Training
-from hpc_neuro.types import Batch
+from hpc_neuro.types import Batch, Prediction
 
 log = logging.getLogger(__name__)
 _MAY_CHANGE = (
@@ -104,8 +104,8 @@ def one_step(state: Training, ready: Iterator[Batch]) -> None:
         # what the host decides by stays on the host: asking the device would wait for it
         batch = dataclasses.replace(read.to(state.device), index=read.index, distilled=read.distilled)
         batch = augment(batch, cfg.augment, cfg.seed)
-        prediction, distillation, distilled_terms = engine(batch)
-        loss, terms = weighted_sum(cfg.losses, prediction, batch)
+        logits, distillation, distilled_terms = engine(dict(vars(batch)))
+        loss, terms = weighted_sum(cfg.losses, Prediction(logits, {}), batch)
         count, chosen = len(read.index), int(read.distilled.sum())
         if distillation is not None:
             # a mean over the distilled samples of the whole step, however ranks and passes share them out

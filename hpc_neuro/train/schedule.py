@@ -23,7 +23,7 @@ class OptimConfig:
     """Optimizer steps in all; may be raised to continue a finished run."""
     batch: int = Field(default=4, ge=1)
     """Crops per step over all ranks; smaller passes are accumulated (engine.micro_batch)."""
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=2e-3, gt=0)
     """Highest learning rate: that of the convolutional path, the decoder and the heads."""
     vit_lr: float = Field(default=0.3, gt=0)
     """Learning rate of the last transformer block when its weights were transferred, relative to `lr`."""

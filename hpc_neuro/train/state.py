@@ -74,7 +74,7 @@ class Training:
         """Score the averaged weights on the fixed crops; export them when they are the best so far."""
         self.engine.module.eval()
         with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
-            score = self.score = self.validator(lambda batch: self.student(batch.image).logits, self.device)
+            score = self.score = self.validator(lambda batch: self.student.forward(batch.image).logits, self.device)
         self.scored = self.step
         row = {"step": self.step, "kind": "val", **asdict(score), "split": self.parts.validates_on}
         self._write([row | {"collapsed": score.collapsed}])

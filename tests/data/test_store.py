@@ -110,6 +110,8 @@ def test_splits_order_and_unknown_ids(tmp_path: Path) -> None:
     assert store.split("train") == ("b", "c")
     assert store.split("test") == ("a",)
     assert store.split("val") == ()
+    with pytest.raises(InputError, match="'valid' is not a split; train, val, test are"):
+        store.split("valid")
     assert [v.id for v in store] == ["b", "a", "c"]
     index = json.loads((tmp_path / "dataset.json").read_text())
     assert index["splits"] == {"train": ["b", "c"], "val": [], "test": ["a"]}

@@ -8,7 +8,6 @@ import pytest
 
 from hpc_neuro.data import swc
 from hpc_neuro.schema import InputError
-
 from tests.data.swc_oracles import assert_all_agree, same
 
 COUNTS = {  # folder -> files that read, files refused until fixed, files that are no SWC
@@ -34,10 +33,10 @@ def test_reads_or_is_refused_with_a_reason(real_data: Path, name: str) -> None:
             read.append(path.name)
         except InputError as error:
             if "swc fix" in str(error):
-                assert "line " in str(error)
+                assert "line " in str(error)  # noqa: PT017
                 refused.append(path.name)
             else:
-                assert "gzip-compressed" in str(error)
+                assert "gzip-compressed" in str(error)  # noqa: PT017
                 foreign.append(path.name)
     assert (len(read), len(refused), len(foreign)) == COUNTS[name], refused
 

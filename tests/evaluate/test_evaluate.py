@@ -188,6 +188,10 @@ def test_otsu_is_that_of_scikit_image(store: Path) -> None:
         (lambda p: (p / "predictions.json").write_text("{}"), "holds no prediction of a, b"),
         (lambda p: (p / "b.tif").unlink(), "b.tif, which does not exist"),
         (lambda p: (p / "predictions.json").write_text("{"), "is not readable JSON"),
+        (
+            lambda p: (p / "run.json").write_text('{"config": {"trace": {"old": 1}}}'),
+            "settings of the tracer that this version does not take (old:",
+        ),
     ],
 )
 def test_bad_predictions_are_refused_before_anything_is_written(

@@ -94,7 +94,7 @@ def test_empty_trees() -> None:
     assert topology(y_shape(), morphology.empty(), TOLERANCE) == Topology(0, 0, 0.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12))
 def test_any_tree_agrees_with_itself_and_roles_swap(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)

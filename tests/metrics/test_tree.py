@@ -69,7 +69,7 @@ def test_distances_equal_the_double_loop_and_are_symmetric(a: Tree, b: Tree) -> 
     assert metric.distances(b, a) == pytest.approx(wanted, abs=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(trees(), trees(), st.permutations([0, 1, 2]), st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3))
 def test_distances_do_not_depend_on_axis_order_or_flips(
     a: Tree, b: Tree, order: list[int], sign: tuple[float, float, float]
@@ -84,7 +84,7 @@ def test_distances_do_not_depend_on_axis_order_or_flips(
     assert m_moved.f1 == pytest.approx(m.f1, abs=0.2)  # a piece exactly at the tolerance may fall on either side
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(trees(1), trees(1), trees(1))
 def test_directed_distance_obeys_the_triangle(a: Tree, b: Tree, c: Tree) -> None:
     """d(p, C) <= d(p, B) + max over B of d(., C), for every point p."""
@@ -217,5 +217,5 @@ def test_a_real_neuron_against_its_noisy_copy(real_data: Path) -> None:
     assert metric.distances(tree, tree) == pytest.approx({"esa": 0.0, "dsa": 0.0, "pds": 0.0}, abs=1e-12)
     assert 0 < metric.distances(tree, moved)["esa"] <= 1.0
     assert metric.match(moved, tree, 4.0).f1 == 1.0
-    few = morphology.subset(tree, np.arange(len(tree)) < 40)
-    assert metric.distances(few, moved) == pytest.approx(plain_distances(few, moved))
+    few, other = (morphology.subset(t, np.arange(len(t)) < 25) for t in (tree, moved))
+    assert metric.distances(few, other) == pytest.approx(plain_distances(few, other))

@@ -61,8 +61,8 @@ def test_two_images_of_one_stem_are_refused(tmp_path: Path) -> None:
 def test_a_manifest_gives_everything(tmp_path: Path, suffix: str) -> None:
     folder(tmp_path / "raw", "one", "two")
     rows = [
-        {"id": "n1", "image": "raw/one.tif", "swc": "raw/two.swc", "voxel_size": "1.0 0.3 0.4", "root": "3;4;5", "split": "test",
-         "swc_unit": "um", "channel": 1, "axes": "CZYX"},
+        {"id": "n1", "image": "raw/one.tif", "swc": "raw/two.swc", "voxel_size": "1.0 0.3 0.4", "root": "3;4;5",
+         "split": "test", "swc_unit": "um", "channel": 1, "axes": "CZYX"},
         {"id": "n2", "image": "raw/two.tif", "swc": "raw/one.swc"},
     ]  # fmt: skip
     a, b = find(f"manifest={manifest(tmp_path / f'list.{suffix}', rows)}")

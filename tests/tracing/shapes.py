@@ -48,9 +48,9 @@ def crooked_tree(seed: int, shape: Shape, branches: int) -> Tree:
     size = np.array(shape)
     points = [np.array([size[0] / 2, size[1] / 2, 6.0])]
     parents = [-1]
-    _grow(rng, points, parents, 0, np.array([0.0, 0.0, 1.0]), size[2] - 14, size)
+    _grow(rng, points, parents, 0, np.array([0.0, 0.0, 1.0]), size[2] - 14, size, 0.03)
     trunk = len(points)
-    for _ in range(40 * branches):
+    for _ in range(200 * branches):
         if branches == 0:
             break
         start = int(rng.integers(6, trunk - 6))
@@ -58,24 +58,17 @@ def crooked_tree(seed: int, shape: Shape, branches: int) -> Tree:
         away[2] *= 0.3
         made: list[Floats] = list(points)
         above = list(parents)
-        _grow(rng, made, above, start, away / np.linalg.norm(away), int(rng.integers(18, 40)), size)
+        _grow(rng, made, above, start, away / np.linalg.norm(away), int(rng.integers(18, 40)), size, 0.1)
         fresh, old = np.array(made[len(points) :]), np.array(points)
         if len(fresh) < 9:
             continue
         far = np.linalg.norm(fresh[:, None] - old, axis=2)
-        if (
-            far[4:].min() < 7
-            or np.linalg.norm(fresh[0] - np.array([points[i] for i in _forks(parents)] or [[1e9] * 3]), axis=1).min()
-            < 14
-        ):
+        fork = np.array([old[i] for i in set(parents[trunk:]) & set(range(trunk))] or [[1e9] * 3])
+        if far[5:].min() < 7 or np.linalg.norm(fork - old[start], axis=1).min() < 12:
             continue
         points, parents, branches = made, above, branches - 1
     assert branches == 0, "the volume is too small for so many branches"
     return morphology.make(np.array(points), np.array(parents))
-
-
-def _forks(parents: list[int]) -> list[int]:
-    return [i for i in set(parents) if i >= 0 and parents.count(i) > 1]
 
 
 def _grow(
@@ -86,11 +79,12 @@ def _grow(
     direction: Floats,
     length: int,
     size: NDArray[np.int64],
+    bend: float,
 ) -> None:
     """Append a smooth branch in steps of two voxels; it ends early at the border."""
     above = start
     for _ in range(length // 2):
-        direction = direction + rng.normal(size=3) * 0.12
+        direction = direction + rng.normal(size=3) * bend
         direction /= np.linalg.norm(direction)
         point = points[above] + 2 * direction
         if np.any(point < 5) or np.any(point > size - 6):

@@ -127,7 +127,7 @@ def test_steps_may_grow_and_the_run_goes_on(tiny, tmp_path, caplog):
         assert train.run(tiny(out, "optim.steps=4")) == 0
     assert "going on after step 2" in caplog.text
     assert [r["step"] for r in rows(out)] == [1, 2, 3, 4]
-    assert rows(out)[2]["lr"] == pytest.approx(1e-3 * loop.lr_at(2, tiny(out, "optim.steps=4").optim))
+    assert rows(out)[2]["lr"] == pytest.approx(2e-3 * loop.lr_at(2, tiny(out, "optim.steps=4").optim))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
@@ -177,6 +177,23 @@ def test_transfer_and_distillation(tiny, cache, tmp_path, caplog):
     assert all(t is None or 0 < t < 5 for t in terms)
     assert any(t is not None for t in terms)
     assert not any("distiller" in k for k in load_file(out / "weights/last/model.safetensors"))
+
+
+def test_a_sharded_distiller_with_nothing_to_distil_in_a_pass(tiny, cache, tmp_path):
+    """With one crop per pass some passes hold none to distil; stage 3 must go the same way and weigh it nothing."""
+    distil = [f"cache={cache}", "distill.axes=deformable", "teacher.model=random", "optim.steps=3", "ema.window=0"]
+    found = []
+    for stage in (2, 3):
+        out = tmp_path / str(stage)
+        assert (
+            train.run(tiny(out, *distil, "engine.micro_batch=1", f"engine.stage={stage}", "distill_fraction=0.2")) == 0
+        )
+        found.append(rows(out))
+    assert any(r["distill"] is None for r in found[0])
+    for two, three in zip(*found, strict=True):
+        assert three["distill"] == pytest.approx(two["distill"], abs=1e-5)
+        assert three["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert three["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
 
 
 def test_distillation_weighs_each_sample_alike_however_it_is_cut(tiny, cache, tmp_path):

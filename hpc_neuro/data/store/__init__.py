@@ -13,12 +13,13 @@ Chunks that hold nothing are never allocated, so a masked stack of many gigabyte
 locks, one handle per process and file; a store can be pickled and used after fork, spawn and forkserver.
 """
 
-from hpc_neuro.data.store.layout import FORMAT, Volume
+from hpc_neuro.data.store.layout import FORMAT, SPLITS, Volume
 from hpc_neuro.data.store.reader import Kind, Store, StoredVolume
 from hpc_neuro.data.store.writer import forecast_bytes, is_written, write_index, write_volume
 
 __all__ = [
     "FORMAT",
+    "SPLITS",
     "Kind",
     "Store",
     "StoredVolume",

@@ -16,6 +16,7 @@ from hpc_neuro.schema import InputError
 FORMAT = 1
 """Raised when files written by an older version can no longer be read or would hold other targets."""
 
+SPLITS = ("train", "val", "test")
 CHUNK: Shape = (32, 64, 64)
 INDEX = "dataset.json"
 REMAKE = "make the store with `hpc-neuro prepare`"

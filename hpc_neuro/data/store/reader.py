@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro import files
 from hpc_neuro.data.intensity import normalise
-from hpc_neuro.data.store.layout import FORMAT, INDEX, REMAKE, Volume, open_file
+from hpc_neuro.data.store.layout import FORMAT, INDEX, REMAKE, SPLITS, Volume, open_file
 from hpc_neuro.geometry import Box, Shape, VoxelSize
 from hpc_neuro.morphology import Tree
 from hpc_neuro.schema import InputError
@@ -43,7 +43,9 @@ class Store:
         return tuple(self._volumes)
 
     def split(self, name: str) -> tuple[str, ...]:
-        """The ids of "train", "val" or "test"."""
+        """The ids of "train", "val" or "test"; InputError for any other name."""
+        if name not in SPLITS:
+            raise InputError(f"{name!r} is not a split; {', '.join(SPLITS)} are")
         return tuple(id_ for id_, volume in self._volumes.items() if volume.split == name)
 
     def __getitem__(self, id_: str) -> StoredVolume:

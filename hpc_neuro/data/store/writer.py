@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hpc_neuro import files, morphology, runs
 from hpc_neuro.data.intensity import Read, slabs
 from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, fine_voxel, prepared
-from hpc_neuro.data.store.layout import CHUNK, FORMAT, INDEX, Volume, open_file
+from hpc_neuro.data.store.layout import CHUNK, FORMAT, INDEX, SPLITS, Volume, open_file
 from hpc_neuro.geometry import Box, Shape, VoxelSize, blocks
 from hpc_neuro.morphology import Tree
 
@@ -87,7 +87,7 @@ def write_index(out: Path, volumes: list[Volume]) -> None:
             }
             for v in volumes
         },
-        "splits": {s: [v.id for v in volumes if v.split == s] for s in ("train", "val", "test")},
+        "splits": {s: [v.id for v in volumes if v.split == s] for s in SPLITS},
         "totals": {
             "volumes": len(volumes),
             "voxels": int(sum(np.prod(v.shape, dtype=np.int64) for v in volumes)),

@@ -55,6 +55,9 @@ FOLDER_READERS = (
 )
 
 
+_PACKED = (("gzip", b"\x1f\x8b"), ("zip", b"PK\x03\x04"), ("bzip2", b"BZh"), ("xz", b"\xfd7zXZ"), ("7z", b"7z\xbc\xaf"))
+
+
 def open_volume(
     path: Path | str, *, channel: int | None = None, axes: str | None = None, dataset: str | None = None
 ) -> Volume:
@@ -108,6 +111,9 @@ def _reader(path: Path) -> tuple[str, Callable[[Path, str | None], Source]]:
     for reader in READERS:
         if reader.claims(path, head):
             return reader.name, reader.open
+    for kind, magic in _PACKED:
+        if head.startswith(magic):
+            raise InputError(f"{path} is a {kind} archive; unpack it and give what was in it")
     name = path.name.lower()
     for reader in READERS:
         if name.endswith(reader.suffixes):

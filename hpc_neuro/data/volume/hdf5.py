@@ -36,6 +36,8 @@ def open_source(path: Path, dataset: str | None) -> Source:
         return _imaris(path, file)
     found = _dataset(path, file, dataset)
     shape = check_shape(path, found.shape)
+    if not found.id.get_storage_size():
+        raise InputError(f"{path} describes {found.name} {shape} but holds none of its voxels; copy or export it again")
     axes, spacing, notes = _labels(found, shape)
     notes += (f"dataset {found.name}",)
     dtype = check_dtype(path, found.dtype)

@@ -17,7 +17,7 @@ from hpc_neuro.data.volume.index import Array, Index
 from hpc_neuro.data.volume.source import Source, reading
 from hpc_neuro.schema import InputError
 
-_OPEN = 64  # slices kept open, each with its decoded strips dropped on leaving
+_OPEN = 64  # slices kept open; they share what one file may keep decoded
 
 
 def claims(path: Path) -> bool:
@@ -101,7 +101,7 @@ class _Stack:
 
     def _slice(self, number: int) -> Source:
         path = self.path / self.names[number]
-        found = tiff.open_source(path, None)
+        found = tiff.open_source(path, None, tiff.CACHE_BYTES // _OPEN)
         if (found.shape, found.dtype) != (self.first.shape, self.first.dtype):
             raise InputError(
                 f"{path} is {found.shape} {found.dtype}, but the first slice {self.names[0]} is {self.first.shape} "

@@ -24,7 +24,7 @@ from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.schema import InputError
 
 _RES = re.compile(r"RES\((\d+)x(\d+)x(\d+)\)$")
-_OPEN = 32  # tiles kept open
+_OPEN = 32  # tiles kept open; they share what one file may keep decoded
 _TILES = (".tif", ".tiff", ".v3draw", ".raw")
 
 
@@ -122,7 +122,7 @@ def _open(path: Path) -> Source:
     with reading(path, "a TeraFly tile"):
         if path.suffix.lower() in (".v3draw", ".raw"):
             return v3d.open_raw(path, None)
-        found = tiff.open_source(path, None)
+        found = tiff.open_source(path, None, tiff.CACHE_BYTES // _OPEN)
     if found.axes not in ("YX", "ZYX", "CZYX"):
         raise InputError(f"{path} has the axes {found.axes}; a tile holds one grey stack, export the volume again")
     missing = 4 - len(found.shape)

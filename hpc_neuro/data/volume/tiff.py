@@ -20,7 +20,7 @@ from hpc_neuro.schema import InputError
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_CACHE_BYTES = 128 << 20  # decoded segments kept: neighbouring boxes of one slab meet the same strips
+CACHE_BYTES = 128 << 20  # decoded segments kept: neighbouring boxes of one slab meet the same strips
 _MOST_EXPANSION = 100_000  # no codec in use packs tighter; a segment that claims more is a lying header
 
 
@@ -29,7 +29,7 @@ def claims(path: Path, head: bytes) -> bool:
     return head[:4] in MAGIC
 
 
-def open_source(path: Path, dataset: str | None) -> Source:
+def open_source(path: Path, dataset: str | None, cache_bytes: int = CACHE_BYTES) -> Source:
     """The stack in a TIFF; `dataset` is the number of the series where a file holds several.
 
     Raises InputError for a chain of pages that leaves the file, for pages that are missing and for samples that no
@@ -54,7 +54,7 @@ def open_source(path: Path, dataset: str | None) -> Source:
         read = mapped(path, np.dtype(tif.byteorder + dtype.char), shape, series.dataoffset)
         tif.close()
         return Source("TIFF", shape, axes, dtype, read, spacing, notes=notes)
-    pages = _Pages(path, tif, series, shape, table)
+    pages = _Pages(path, tif, series, shape, table, cache_bytes)
     return Source("TIFF", shape, axes, dtype if table is None else table.dtype, pages, spacing, notes=notes)
 
 
@@ -62,9 +62,16 @@ class _Pages:
     """Reads boxes of a series whose pages are compressed or scattered, segment by segment."""
 
     def __init__(
-        self, path: Path, tif: tifffile.TiffFile, series: Any, shape: tuple[int, ...], table: Array | None
+        self,
+        path: Path,
+        tif: tifffile.TiffFile,
+        series: Any,
+        shape: tuple[int, ...],
+        table: Array | None,
+        cache_bytes: int,
     ) -> None:
         self.path, self.tif, self.series, self.table = path, tif, series, table
+        self.cache_bytes = cache_bytes
         frame = series.keyframe
         if frame.imagedepth != 1:
             raise InputError(f"{path} keeps several slices in one TIFF page; save it with one page per slice")
@@ -176,7 +183,7 @@ class _Pages:
         segment = segment if self.table is None else self.table[segment]
         self.kept[number, i] = segment
         self.kept_bytes += segment.nbytes
-        while self.kept_bytes > _CACHE_BYTES and len(self.kept) > 1:
+        while self.kept_bytes > self.cache_bytes:
             self.kept_bytes -= self.kept.popitem(last=False)[1].nbytes
         return segment
 

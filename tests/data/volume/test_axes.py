@@ -49,7 +49,7 @@ def test_short_stacks(tmp_path: Path, how: str, count: int) -> None:
 def test_the_writer_trap_of_tifffile(tmp_path: Path) -> None:
     """A stack of three slices written without a word on photometric becomes RGB in the file."""
     data = np.random.default_rng(0).integers(0, 255, (3, 32, 40)).astype("uint8")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="RGB"):
         tifffile.imwrite(tmp_path / "a.tif", data)
     with pytest.raises(InputError, match="a stack of 3 slices that a writer took for one.*axes=ZYX"):
         open_volume(tmp_path / "a.tif")

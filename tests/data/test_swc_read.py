@@ -1,0 +1,110 @@
+"""SWC files: what is read, what is refused and why."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hpc_neuro import morphology
+from hpc_neuro.data import swc
+from hpc_neuro.schema import InputError
+from tests.data.swc_cases import GOOD, REFUSED, TOLERATED, Put
+from tests.data.swc_oracles import ours, random_tree, same
+
+
+def test_x_y_z_become_z_y_x(file: Put) -> None:
+    tree = swc.read(file("1 2 10 20 30 4 -1\n2 3 11 21 31 5 1\n"))
+    np.testing.assert_array_equal(tree.points, [[30, 20, 10], [31, 21, 11]])
+    assert tree.radii.tolist() == [4, 5]
+    assert tree.types.tolist() == [2, 3]
+    assert tree.parents.tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize("kind", TOLERATED)
+def test_what_has_one_meaning_is_read(file: Put, kind: str) -> None:
+    expected = swc.read(file(GOOD, "good.swc"))
+    found = swc.read(file(TOLERATED[kind]))
+    order = np.lexsort(found.points.T)
+    np.testing.assert_array_equal(found.points[order], expected.points[np.lexsort(expected.points.T)])
+    assert ours(found) == pytest.approx(ours(expected))
+    assert np.array_equal(np.sort(found.radii), np.sort(expected.radii))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_open_is_refused_by_line(file: Put, kind: str) -> None:
+    content, says = REFUSED[kind]
+    with pytest.raises(InputError, match=says) as caught:
+        swc.read(file(content))
+    assert "hpc-neuro swc fix" in str(caught.value)
+    assert any(f.fatal for f in swc.check(file(content)))
+
+
+def test_what_is_no_swc_is_refused(file: Put, tmp_path: Path) -> None:
+    for content, says in (
+        (b"\x1f\x8b\x08\0abc", "gzip-compressed"),
+        (b"<?xml version='1.0'?><tracings/>", "is XML"),
+        (b"II*\0\0\0\0\0", "binary file"),
+    ):
+        with pytest.raises(InputError, match=says):
+            swc.read(file(content))
+    with pytest.raises(InputError, match="does not exist"):
+        swc.read(tmp_path / "none.swc")
+    with pytest.raises(InputError, match="is a folder"):
+        swc.read(tmp_path)
+
+
+def test_a_long_list_is_cut(file: Put) -> None:
+    with pytest.raises(InputError, match=r"and \d+ more") as caught:
+        swc.read(file("".join(f"{i} 3 nan 0 0 1 {i + 1000}\n" for i in range(1, 200))))
+    assert len(str(caught.value)) < 2000
+
+
+def test_radii_are_always_usable(file: Put) -> None:
+    rows = "1 3 0 0 0 0 -1\n2 3 1 0 0 4 1\n3 3 2 0 0 nan 2\n4 3 3 0 0 -1 3\n5 3 1 1 0 2 1\n"
+    assert swc.read(file(rows)).radii.tolist() == [3, 4, 4, 4, 2]
+    assert [f.line for f in swc.check(file(rows)) if f.kind == "radius"] == [1, 3, 4]
+    assert swc.read(file("1 3 0 0 0 0 -1\n2 3 1 0 0 0 1\n")).radii.tolist() == [1, 1]
+
+
+def test_a_hundred_thousand_nodes_in_a_second(tmp_path: Path) -> None:
+    tree = random_tree(0, 100_000)
+    swc.write(tmp_path / "a.swc", tree)
+    began = time.process_time()
+    found = swc.read(tmp_path / "a.swc")
+    assert time.process_time() - began < 1.0
+    assert same(found, tree)
+    # and a chain written tip first, the worst case for sorting
+    n = 100_000
+    rows = "".join(f"{i} 3 {i} 0 0 1 {i - 1 if i > 1 else -1}\n" for i in range(n, 0, -1))
+    (tmp_path / "b.swc").write_text(rows)
+    began = time.process_time()
+    assert morphology.length(swc.read(tmp_path / "b.swc")) == n - 1
+    assert time.process_time() - began < 1.5
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.data())
+def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Lines of a good file, damaged at random: no other error than InputError, from read, check and fix."""
+    rows = GOOD.strip().split("\n") * 2
+    token = st.sampled_from(
+        ["nan", "inf", "-1", "0", "2", "1e400", "9" * 25, "1.5", "x", "", "1,5", "#", "-0", "\t", "\0"]
+    )
+    for _ in range(data.draw(st.integers(1, 8))):
+        line = data.draw(st.integers(0, len(rows) - 1))
+        parts = rows[line].split(" ")
+        place = data.draw(st.integers(0, len(parts) - 1))
+        parts[place] = data.draw(st.one_of(token, st.text(max_size=4)))
+        rows[line] = " ".join(parts)
+    path = tmp_path_factory.mktemp("fuzz") / "a.swc"
+    path.write_bytes("\n".join(rows).encode("utf-8", "surrogatepass"))
+    for act in (swc.read, swc.check, swc.fix):
+        try:
+            act(path)
+        except InputError as error:
+            assert str(path) in str(error)  # noqa: PT017

@@ -1,0 +1,125 @@
+"""SWC files: what is found, what is repaired and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_neuro import morphology
+from hpc_neuro.data import swc
+from hpc_neuro.data.swc.standard import standard
+from hpc_neuro.morphology import Tree
+from hpc_neuro.schema import InputError
+from tests.data.swc_cases import GOOD, REFUSED, TOLERATED, Put
+from tests.data.swc_oracles import assert_all_agree
+
+MILD = {
+    "type": "1 12 0 0 0 1 -1\n2 12 1 0 0 1 1\n",
+    "unsorted": "2 3 1 0 0 1 1\n1 3 0 0 0 1 -1\n",
+    "several roots": "1 3 0 0 0 1 -1\n2 3 1 0 0 1 1\n3 3 9 0 0 1 -1\n4 3 8 0 0 1 3\n",
+    "soma": "1 3 0 0 0 1 -1\n2 3 1 0 0 1 1\n3 1 2 0 0 5 2\n4 3 9 0 0 1 3\n",
+    "type change": "1 1 0 0 0 1 -1\n2 3 1 0 0 1 1\n3 2 2 0 0 1 2\n4 2 3 0 0 1 3\n",
+    "single point": "1 1 0 0 0 5 -1\n",
+    "root mark": "1 3 0 0 0 1 -7\n2 3 1 0 0 1 1\n",
+    "negative id": "-5 3 0 0 0 1 -1\n2 3 1 0 0 1 -5\n",
+    "line ends": GOOD.replace("\n", "\r\n"),
+    "BOM": "\ufeff" + GOOD,
+    "commas": GOOD.replace(" ", ","),
+    "float ids": TOLERATED["float ids"],
+    "extra columns": TOLERATED["extra columns"],
+    "header": TOLERATED["header without #"],
+    "repeated line": TOLERATED["repeated line"],
+}
+
+
+@pytest.mark.parametrize("kind", MILD)
+def test_findings_and_that_fix_settles_them(file: Put, tmp_path: Path, kind: str) -> None:
+    path = file(MILD[kind])
+    assert kind in {f.kind for f in swc.check(path)}
+    fixed = swc.fix(path)
+    swc.write(tmp_path / "fixed.swc", fixed.tree)
+    left = {f.kind for f in swc.check(tmp_path / "fixed.swc")}
+    assert left == ({"single point"} if kind == "single point" else set())
+    assert_all_agree(tmp_path / "fixed.swc", fixed.tree)
+    if kind not in ("single point", "root mark", "negative id", "repeated line"):
+        assert fixed.changes
+
+
+def test_a_clean_file_is_clean(file: Put) -> None:
+    assert swc.check(file(GOOD)) == []
+    assert swc.fix(file(GOOD)).changes == ()
+
+
+@pytest.mark.parametrize("kind", [k for k in REFUSED if k not in ("empty", "comments only", "half an id", "NaN id")])
+def test_fix_makes_one_readable_tree(file: Put, tmp_path: Path, kind: str) -> None:
+    if kind == "infinite":
+        with pytest.raises(InputError, match="no node"):
+            swc.fix(file(REFUSED[kind][0]))
+        return
+    fixed = swc.fix(file(REFUSED[kind][0]))
+    assert fixed.changes
+    assert len(fixed.tree.roots) == 1
+    swc.write(tmp_path / "fixed.swc", fixed.tree)
+    assert not [f for f in swc.check(tmp_path / "fixed.swc") if f.kind != "single point"]
+    assert_all_agree(tmp_path / "fixed.swc", fixed.tree)
+
+
+def test_what_fix_does_is_what_it_says(file: Put) -> None:
+    cut = swc.fix(file("1 3 0 0 0 1 -1\n2 3 1 0 0 1 3\n3 3 2 0 0 1 2\n"))
+    assert any("line 2: node 2 was its own ancestor, now a root" in c for c in cut.changes)
+    assert morphology.length(cut.tree) == 2  # 2-3 kept, hung on 1 by the shortest edge
+    gone = swc.fix(file("1 3 0 0 0 1 -1\n2 3 nan 0 0 1 1\n3 3 2 0 0 1 2\n"))
+    assert len(gone.tree) == 2
+    assert morphology.length(gone.tree) == 2
+    again = swc.fix(file("1 3 0 0 0 1 -1\n2 3 1 0 0 1 1\n2 3 0 5 0 1 1\n3 3 0 6 0 1 2\n"))
+    assert morphology.length(again.tree) == 1 + 5 + 1  # node 3 hangs on the nearer row above it
+    comma = swc.fix(file("1 3 0,5 1,5 0 1 -1\n2 3 0,5 3,5 0 1 1\n"))
+    assert morphology.length(comma.tree) == 2
+
+
+def test_roots_are_joined_kept_or_dropped(file: Put) -> None:
+    rows = "1 3 0 0 0 1 -1\n2 3 10 0 0 1 1\n3 3 10 2 0 1 -1\n4 3 10 9 0 1 3\n5 3 10 30 0 1 4\n6 3 50 30 0 1 -1\n"
+    path = file(rows)
+    assert morphology.length(swc.fix(path, "keep").tree) == 10 + 28
+    assert len(swc.fix(path, "keep").tree.roots) == 3
+    assert morphology.length(swc.fix(path, "largest").tree) == 28
+    joined = swc.fix(path)
+    assert len(joined.tree.roots) == 1
+    assert morphology.length(joined.tree) == 10 + 28 + 2 + 40
+    assert sum("joined by an edge" in c for c in joined.changes) == 2
+    parts = swc.components(swc.read(path))
+    assert [round(morphology.length(p)) for p in parts] == [28, 10, 0]
+
+
+def test_joining_turns_a_tree_that_is_nearest_in_its_middle(file: Put) -> None:
+    rows = "1 3 0 0 0 1 -1\n2 3 10 0 0 1 1\n3 3 12 -20 0 1 -1\n4 3 12 0 0 1 3\n5 3 12 20 0 1 4\n"
+    tree = swc.fix(file(rows)).tree
+    assert morphology.length(tree) == 10 + 40 + 2
+    assert len(morphology.tips(tree)) == 2
+    assert len(morphology.branch_points(tree)) == 1
+
+
+def test_a_soma_becomes_the_root(file: Put) -> None:
+    fixed = swc.fix(file(MILD["soma"]))
+    assert fixed.tree.types.tolist()[0] == 1
+    assert fixed.tree.points[0].tolist() == [0, 0, 2]
+    assert morphology.length(fixed.tree) == 9
+
+
+def test_somas_of_several_points() -> None:
+    three = Tree(
+        np.array([[0, 0, 0], [0, -5, 0], [0, 5, 0], [0, 0, 9], [0, 0, 12.0]]),
+        np.array([5.0, 5, 5, 1, 1]),
+        np.array([-1, 0, 0, 0, 3]),
+        np.array([1, 1, 1, 3, 3]),
+    )
+    tree, changes = standard(three)
+    assert len(tree) == 3
+    assert changes == ["a soma of 3 points, now its first point alone"]
+    chain = Tree(np.arange(30.0).reshape(10, 3), np.full(10, 0.5), np.arange(-1, 9), np.full(10, 1))
+    kept, changes = standard(chain)
+    assert morphology.length(kept) == pytest.approx(morphology.length(chain))  # no cable is lost to a wrong type
+    assert set(kept.types) == {0}
+    assert "all 10 nodes were soma" in changes[0]

@@ -1,0 +1,230 @@
+"""Inference by block: the blocks do not show, nothing is lost when killed, and what is written opens elsewhere."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import ome_zarr_models
+import pytest
+import tifffile
+import torch
+import zarr
+
+from hpc_neuro import infer
+from hpc_neuro.data import ome_zarr
+from hpc_neuro.data.store import Store
+from hpc_neuro.data.volume import open_volume
+from hpc_neuro.geometry import Box, Shape
+from hpc_neuro.infer.blocks import Plan, predict_volume
+from hpc_neuro.infer.sources import Source
+from hpc_neuro.models import sliding_window
+from hpc_neuro.models.student import StudentConfig, build_student, save_student
+from hpc_neuro.schema import ConfigError, InputError, load
+from tests.tiny_store import write_store
+
+WINDOW = (8, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A train folder whose student has random weights, biased so that bright voxels are foreground."""
+    folder = tmp_path_factory.mktemp("train")
+    torch.manual_seed(0)
+    cfg = StudentConfig(depth=1, patch=(4, 16, 16))
+    student = build_student(cfg)
+    extra = {"window": list(WINDOW), "threshold": 0.45}
+    save_student(folder / "weights" / "best", cfg, student.state_dict(), extra)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_store(tmp_path_factory.mktemp("data") / "store", {"a": "test", "b": "test"})
+
+
+def configure(model: Path, out: Path, *keys: str) -> infer.InferConfig:
+    fixed = ["block=[8,32,32]", "chunk=[4,16,16]", "trees=false"]
+    return load(infer.InferConfig, None, [f"model={model}", f"out={out}", *fixed, *keys])
+
+
+def command(model: Path, store: Path, out: Path) -> list[str]:
+    keys = ["block=[8,32,32]", "chunk=[4,16,16]", "trees=false"]
+    return [sys.executable, "-m", "hpc_neuro", "infer", f"model={model}", f"store={store}", f"out={out}", *keys]
+
+
+@pytest.fixture(scope="module")
+def done(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("infer") / "out"
+    assert infer.run(configure(model, out, f"store={store}")) == 0
+    return out
+
+
+def probability(out: Path, name: str) -> np.ndarray:
+    return np.asarray(ome_zarr.open_level(out / f"{name}.ome.zarr").read().result())
+
+
+@pytest.mark.parametrize("block", [(8, 32, 32), (8, 64, 32), (64, 64, 64)])
+def test_blocks_do_not_show(model: Path, store: Path, block: Shape) -> None:
+    """The blocked float probability is the whole volume's."""
+    from hpc_neuro.models.student import load_student
+
+    student, _ = load_student(model / "weights" / "best")
+    volume = Store(store)["a"]
+    plan = Plan(WINDOW, 0.5, student.patch, block, (4, 16, 16))
+    image = volume.normalised(Box.whole(volume.shape))
+    whole = sliding_window.predict(student, image, WINDOW)
+    parts = np.zeros_like(whole)
+    for b in plan.blocks(volume.shape):
+        inner = b.write.relative_to(b.read.start).slices
+        parts[b.write.slices] = sliding_window.predict(student, image[b.read.slices], WINDOW)[inner]
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
+    assert whole.std() > 1e-4  # not a constant
+
+
+def test_the_mask_is_the_probability_above_the_threshold(done: Path) -> None:
+    mask = np.asarray(ome_zarr.open_level(done / "a.ome.zarr", label="mask").read().result())
+    assert np.array_equal(mask, probability(done, "a") >= np.ceil(0.45 * 255))
+    index = json.loads((done / "predictions.json").read_text())
+    assert index["a"]["foreground_voxels"] == int(mask.sum())
+    assert index["a"]["threshold"] == 0.45
+
+
+def test_other_libraries_open_it(done: Path, store: Path) -> None:
+    folder = done / "a.ome.zarr"
+    image = ome_zarr_models.open_ome_zarr(zarr.open_group(folder, mode="r"))
+    assert type(image).__name__ == "Image"
+    group = zarr.open_group(folder, mode="r")
+    assert np.array_equal(group["0"][:], probability(done, "a"))
+    assert group["0"].shards == (8, 32, 32)
+    volume = open_volume(folder)
+    assert volume.shape == Store(store)["a"].shape
+    assert volume.voxel_size == pytest.approx(Store(store)["a"].voxel_size)
+
+
+def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
+    """The centre of mass of a blob, in micrometres, is the same on every level."""
+    shape, size = (40, 600, 500), (1.0, 0.3, 0.3)
+    ome_zarr.create(tmp_path / "v", "p", shape, size, (64, 256, 256), (32, 64, 64), "mask", {})
+    blob = np.zeros(shape, np.uint8)
+    blob[10:18, 200:216, 320:344] = 200
+    ome_zarr.write(ome_zarr.open_level(tmp_path / "v"), Box.whole(shape), blob)
+    list(ome_zarr.build_pyramid(tmp_path / "v", shape, size, (64, 256, 256), "mask"))
+    levels = ome_zarr.levels(shape, size)
+    assert len(levels) > 1
+    for number in range(len(levels)):
+        volume = open_volume(tmp_path / "v", dataset=str(number))
+        values = volume[Box.whole(volume.shape)].astype(float)
+        centre = [np.average(i, weights=values.ravel()) for i in np.unravel_index(np.arange(values.size), values.shape)]
+        assert volume.affine is not None
+        um = (volume.affine @ [*centre, 1.0])[:3]
+        np.testing.assert_allclose(um, [13.5 * 1.0, 207.5 * 0.3, 331.5 * 0.3], atol=0.3)
+
+
+def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Path, tmp_path: Path) -> None:
+    """A lost mark means that its block is made again, whatever the shard holds; the rest is left alone."""
+    cfg = configure(model, tmp_path / "o", f"store={store}")
+    infer.run(cfg)
+    image = ome_zarr.open_level(cfg.out / "a.ome.zarr")
+    ome_zarr.write(image, Box((0, 0, 0), (8, 32, 32)), np.full((8, 32, 32), 9, np.uint8))
+    (cfg.out / "blocks" / "a" / "0_0_0.json").unlink()
+    (cfg.out / "predictions.json").unlink()
+    assert infer.run(cfg) == 0
+    assert np.array_equal(probability(cfg.out, "a"), probability(done, "a"))
+
+
+def test_a_block_that_always_fails_is_listed_and_tried_again(model: Path, store: Path, tmp_path: Path) -> None:
+    from hpc_neuro.models.student import load_student
+
+    student, _ = load_student(model / "weights" / "best")
+    volume = Store(store)["a"]
+    plan = Plan(WINDOW, 0.5, student.patch, (8, 32, 32), (4, 16, 16))
+    poison, calls = True, 0
+
+    def read(box: Box) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if poison and box.start == (0, 0, 0):
+            raise OSError("bad sector")
+        return volume.normalised(box)
+
+    source = Source("a", "a", volume.shape, volume.voxel_size, None, "d", read)
+
+    def predict(image: np.ndarray) -> np.ndarray:
+        return sliding_window.predict(student, image, WINDOW)
+
+    failures = predict_volume(source, plan, predict, 0.5, "key", tmp_path, tries=2)
+    assert failures
+    assert all("bad sector" in f for f in failures)
+    before, poison = calls, False
+    assert not predict_volume(source, plan, predict, 0.5, "key", tmp_path, tries=2)
+    assert calls - before == len(failures)  # only the failed ones ran again
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_with_the_same_voxels(
+    model: Path, store: Path, done: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "o"
+    process = subprocess.Popen(command(model, store, out), stderr=subprocess.DEVNULL)
+    while len(list(out.glob("blocks/a/*.json"))) < 2 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "predictions.json").exists()
+    subprocess.run(command(model, store, out), check=True, capture_output=True, timeout=200)
+    for name in ("a", "b"):
+        assert np.array_equal(probability(out, name), probability(done, name))
+
+
+def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 20, (16, 48, 48), dtype=np.uint8)
+    image[8, 24, 4:44] = 250
+    tifffile.imwrite(tmp_path / "cell.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    inputs = f"inputs=[{{image: {tmp_path / 'cell.tif'}, voxel_size: [1, 0.5, 0.5], root: [8, 24, 4]}}]"
+    keys = ["trees=true", "trace.threshold=0.01", "trace.root_snap=100"]
+    cfg = configure(model, tmp_path / "o", inputs, *keys)
+    assert infer.run(cfg) == 0
+    entry = json.loads((cfg.out / "predictions.json").read_text())["cell"]
+    assert entry["trees"] == 1
+    assert (cfg.out / entry["swc"]).exists()
+    assert (cfg.out / entry["swc_voxel"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (["inputs=[{image: /nowhere.tif}]"], "nowhere"),
+        (["store=/nowhere"], "does not exist"),
+        (["split=val"], "no volume in the split val"),
+        (["window=[8,30,32]"], "multiple of the student's patch"),
+        (["model=/nowhere"], "holds no weights"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    model: Path, store: Path, tmp_path: Path, keys: list[str], sentence: str
+) -> None:
+    source = [] if any(k.startswith(("inputs", "store")) for k in keys) else [f"store={store}"]
+    with pytest.raises((ConfigError, InputError), match=sentence):
+        infer.run(configure(model, tmp_path / "o", *source, *keys))
+    assert not (tmp_path / "o").exists()
+
+
+def test_config_faults_are_said(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give either store=FOLDER or inputs"):
+        configure(model, tmp_path)
+    with pytest.raises(ConfigError, match="would be written twice"):
+        configure(model, tmp_path, "inputs=[{image: a/x.tif}, {image: b/x.tif}]")
+
+
+def test_the_forecast_counts_blocks_and_windows(model: Path, store: Path, tmp_path: Path) -> None:
+    text = "\n".join(infer.forecast(configure(model, tmp_path / "o", f"store={store}")))
+    assert "2 volumes" in text
+    plan = Plan(WINDOW, 0.5, (4, 16, 16), (8, 32, 32), (4, 16, 16))
+    assert f"{2 * len(plan.blocks(Store(store)['a'].shape))} blocks" in text

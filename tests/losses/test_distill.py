@@ -1,0 +1,366 @@
+"""The distillation loss: the formula, its gradients, and what it does to tubes and to a small student."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from hpc_neuro.data.volume import open_volume
+from hpc_neuro.geometry import Box
+from hpc_neuro.losses import Distill, Distiller
+from hpc_neuro.models.teacher import Teacher, TeacherConfig, load_teacher
+from hpc_neuro.models.tubular import gather, tube_sum
+from hpc_neuro.schema import ConfigError, InputError
+from hpc_neuro.types import Batch
+
+GRID = (3, 4, 5)
+C, D = 6, 7
+
+
+def statistics(seed: int = 0, layers: int = 2, dim: int = D) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    mean = {v: torch.randn(layers, dim, generator=g) for v in "zyx"}
+    return mean, {v: torch.rand(layers, dim, generator=g) + 0.5 for v in "zyx"}
+
+
+def build(dim: int = D, student_dim: int = C, plain: bool = False, **changes: Any) -> Distiller:
+    torch.manual_seed(0)
+    mean, std = statistics(dim=dim)
+    if plain:
+        mean, std = ({v: torch.full_like(s, float(n)) for v, s in mean.items()} for n in (0, 1))
+    cfg = Distill(**changes)
+    return cfg.build(
+        student_dim=student_dim, student_depth=4, teacher_layers=[5, 11], mean=mean, std=std, tube_sum=tube_sum
+    )
+
+
+def features(seed: int = 1, batch: int = 3, blocks: tuple[int, ...] = (1, 3)) -> dict[int, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {b: torch.randn(batch, C, *GRID, generator=g).requires_grad_() for b in blocks}
+
+
+def batch(distilled: tuple[bool, ...] = (True, False, True), dim: int = D, seed: int = 2) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    voxels = (len(distilled), 1, 6, 12, 20)  # blocks of 2, 3, 4 voxels
+    mask = (torch.rand(voxels, generator=g) < 0.2).to(torch.uint8)
+    mask[..., :2] = 255
+    maps = {v: torch.randn(len(distilled), 2, dim, *GRID, generator=g).half() for v in "zyx"}
+    return Batch(torch.zeros(voxels), mask, mask, maps, torch.tensor(distilled), torch.arange(len(distilled)))
+
+
+def by_the_book(distiller: Distiller, student: dict[int, Tensor], given: Batch, bends: list[Tensor]) -> Tensor:
+    """The loss of method section 4 (before smoothness), token by token."""
+    cfg, total, count = distiller.cfg, torch.zeros((), dtype=torch.float64), 0
+    half = cfg.taps // 2
+    window = torch.tensor([1.0 + half - abs(k) if cfg.window == "triangular" else 1.0 for k in range(-half, half + 1)])
+    window = (window / window.sum()).double()
+    for b in given.distilled.nonzero().flatten().tolist():
+        for z, y, x in torch.cartesian_prod(*(torch.arange(n) for n in GRID)).tolist():
+            block = given.mask[b, 0, 2 * z : 2 * z + 2, 3 * y : 3 * y + 3, 4 * x : 4 * x + 4]
+            labelled = block[block != 255]
+            share = float((labelled == 1).double().mean()) if len(labelled) else 0.0
+            weight = cfg.floor + (1 - cfg.floor) * share
+            for i, (s, t) in enumerate(distiller.pairs):
+                for axis in range(1 if cfg.axes == "none" else 3):
+                    for v in cfg.views:
+                        index = "zyx".index(v)
+                        mean, std = (part[v][t].double() for part in statistics())
+                        goal_map = (given.features[v][b, t].double() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+                        source = student[s][b].double()
+                        if cfg.axes == "none":
+                            line, goal = source[:, z, y, x], goal_map[:, z, y, x]
+                        else:
+                            d = bends[axis][b : b + 1].double()
+                            line = gather(source[None], d, axis)[0, :, :, z, y, x] @ window
+                            goal = gather(goal_map[None], d, axis)[0, :, :, z, y, x] @ window
+                        head = distiller.heads[f"{v}_{i}"]
+                        guess = head.weight.double() @ line + head.bias.double()
+                        term = cfg.cosine * (1 - F.cosine_similarity(guess, goal, dim=0))
+                        term = term + (1 - cfg.cosine) * F.smooth_l1_loss(guess, goal)
+                        total, count = total + weight * term, count + 1
+                        del index
+    return total / count
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"axes": "none", "views": ("x",), "cosine": 0.6, "floor": 0.3},
+        {"axes": "straight", "views": ("z", "y"), "window": "uniform", "taps": 3},
+        {"axes": "deformable", "views": ("y",), "layers": ((1, 5), (-1, -1)), "floor": 0.0},
+    ],
+    ids=lambda c: c["axes"],
+)
+def test_the_loss_is_the_formula(changes: dict[str, Any]) -> None:
+    distiller, student, given = build(smoothness=0.0, weight=3.0, **changes), features(), batch()
+    bends = [torch.zeros(3, 2 * (distiller.cfg.taps - 1), *GRID)] * 3
+    if changes["axes"] == "deformable":  # offsets from a bias alone, so that the book can know them
+        assert len(distiller.offsets) == 2
+        raw = torch.linspace(-1, 1, 3 * 8)
+        for conv in distiller.offsets:
+            with torch.no_grad():
+                conv.bias.copy_(raw)
+        bends = [b.view(1, 8, 1, 1, 1).expand(3, -1, *GRID) for b in torch.tanh(raw).chunk(3)]
+    loss, terms = distiller(student, given)
+    want = by_the_book(distiller, student, given, bends)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), 3 * want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms["distill"].double(), want.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", ["none", "straight", "deformable"])
+def test_the_loss_is_zero_when_the_student_is_the_teacher(axes: str) -> None:
+    distiller = build(dim=C, axes=axes, layers=((3, 11),), plain=True)
+    for head in distiller.heads.values():
+        with torch.no_grad():
+            head.weight.copy_(torch.eye(C))
+            head.bias.zero_()
+    for conv in distiller.offsets:
+        nn.init.normal_(conv.weight, std=0.3)
+    given = batch(dim=C)
+    same = given.features["z"]
+    given.features.update({"y": same, "x": same})
+    loss, terms = distiller({3: same[:, 1].float()}, given)
+    rough = float(loss.detach()) / distiller.cfg.weight
+    if axes == "deformable":  # only the price of bending is left
+        assert float(terms["distill_bend"]) > 0.1
+        straightened = build(dim=C, axes=axes, layers=((3, 11),), plain=True, smoothness=0.0)
+        straightened.load_state_dict(distiller.state_dict())
+        rough = float(straightened({3: same[:, 1].float()}, given)[0].detach())
+    assert rough == pytest.approx(0, abs=1e-6)
+    for v in "zyx":
+        assert float(terms[f"distill_cosine_{v}"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_tubes_are_straight_at_the_start_and_bend_at_most_the_extent() -> None:
+    distiller, student = build(axes="deformable", extent=0.5), features(blocks=(3,))[3]
+    start = distiller._bends(0, student.detach())
+    assert start is not None
+    assert not any(d.any() for d in start)
+    straight = build(axes="straight", smoothness=0.0)
+    straight.heads.load_state_dict(distiller.heads.state_dict())
+    loss = distiller({3: student}, batch())[0]
+    torch.testing.assert_close(loss, straight({3: student}, batch())[0])
+    nn.init.normal_(distiller.offsets[0].weight, std=5.0)
+    bent = distiller._bends(0, student.detach())
+    assert bent is not None
+    assert 0.4 < float(torch.stack(bent).detach().abs().max()) <= 0.5
+
+
+def test_offsets_learn_from_the_student_side_only() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def spy(x: Tensor, offsets: Tensor, window: Tensor, axis: int) -> Tensor:
+        seen.append((x.requires_grad, offsets.requires_grad))
+        return tube_sum(x, offsets, window, axis)
+
+    mean, std = statistics()
+    cfg = Distill(axes="deformable")
+    distiller = cfg.build(student_dim=C, student_depth=4, teacher_layers=[5, 11], mean=mean, std=std, tube_sum=spy)
+    distiller(features(blocks=(3,)), batch())[0].backward()
+    assert seen == [(True, True), (False, False)] * 3  # student, teacher, for each axis
+    assert distiller.offsets[0].weight.grad.any()
+
+
+def test_smoothness_prices_changes_of_direction_only() -> None:
+    """A straight but slanted tube is free; a zigzag costs."""
+    distiller = build(axes="deformable", smoothness=2.0, weight=1.0)
+    free = build(axes="deformable", smoothness=0.0, weight=1.0)
+    slanted = torch.tensor([-1.0, -1, 1, 1]).repeat(2)  # steps point away from the centre
+    zigzag = torch.tensor([-1.0, 1, 1, -1]).repeat(2)
+    for raw, price in ((slanted, 0.0), (zigzag, 2.0 * 2 * (2 * math.tanh(1)) ** 2)):
+        for d in (distiller, free):
+            with torch.no_grad():
+                d.offsets[0].bias.copy_(raw.repeat(3))
+        cost = distiller(features(blocks=(3,)), batch())[0] - free(features(blocks=(3,)), batch())[0]
+        assert float(cost.detach()) == pytest.approx(price, abs=1e-4)
+
+
+def test_samples_that_are_not_distilled_do_not_count() -> None:
+    distiller, student, given = build(), features(blocks=(3,)), batch()
+    loss = distiller(student, given)[0]
+    loss.backward()
+    gradient = student[3].grad
+    assert gradient is not None
+    assert not gradient[1].any()
+    assert gradient[0].any()
+    given.features["z"][1] = 100
+    student[3].data[1] = -100
+    torch.testing.assert_close(distiller(student, given)[0], loss)
+
+
+@pytest.mark.parametrize("axes", ["none", "straight", "deformable"])
+@pytest.mark.parametrize("empty", [True, False])
+def test_every_parameter_gets_a_gradient_also_when_nothing_is_distilled(axes: str, empty: bool) -> None:
+    """A rank that skips a parameter would let the others wait for ever."""
+    distiller = build(axes=axes, layers=((1, 5), (3, 11)))
+    given = batch((False, False, False) if empty else (True, True, False))
+    if empty:
+        given.features.clear()
+    loss, terms = distiller(features(), given)
+    loss.backward()
+    grads = {name: p.grad for name, p in distiller.named_parameters()}
+    assert [name for name, g in grads.items() if g is None] == []
+    assert all(bool(g.any()) != empty for g in grads.values() if g is not None)
+    assert set(terms) == {"distill", "distill_bend", *(f"distill_cosine_{v}" for v in "zyx")}
+    assert all(math.isnan(float(t)) == empty and not t.requires_grad for t in terms.values())
+    if empty:
+        assert float(loss.detach()) == 0
+
+
+def test_half_precision_modules_and_features_sum_in_float32() -> None:
+    exact, rounded = build(), build().bfloat16()
+    given, student = batch(), features(blocks=(3,))
+    low = {3: student[3].detach().bfloat16()}
+    loss, terms = rounded(low, given)
+    assert loss.dtype == torch.float32
+    assert all(t.dtype == torch.float32 for t in terms.values())
+    torch.testing.assert_close(loss, exact({3: low[3].float()}, given)[0], rtol=0.02, atol=0.01)
+
+
+def test_the_share_of_neurite_ignores_unlabelled_voxels() -> None:
+    distiller, given = build(), batch()
+    given.mask.fill_(0)
+    given.mask[0, 0, :2, :3, :4] = 255
+    given.mask[0, 0, 0, 0, :2] = 1
+    given.mask[0, 0, 1, 0, :2] = 0
+    share = distiller._neurite_share(features(blocks=(3,)), given)
+    assert share[0, 0, 0, 0] == 0.5
+    given.mask[0, 0, :2, :3, :4] = 255
+    assert not distiller._neurite_share(features(blocks=(3,)), given).any()
+
+
+def test_pairs_of_layers_are_counted_from_either_end() -> None:
+    assert build().pairs == ((3, 1),)
+    distiller = build(layers=((1, 5), (-2, 11), (0, -2)))
+    assert distiller.pairs == ((1, 0), (2, 1), (0, 0))
+    assert distiller.student_layers == (0, 1, 2)
+    assert distiller.views == ("z", "y", "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"taps": 4}, "taps is 4"),
+        ({"views": ()}, "views is"),
+        ({"views": ("z", "z")}, "views is"),
+        ({"views": ("w",)}, "views"),
+        ({"layers": ()}, "layers is"),
+        ({"axes": "bent"}, "axes"),
+        ({"floor": 1.5}, "floor"),
+    ],
+)
+def test_impossible_configs_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Distill(**changes)
+
+
+def test_what_the_cache_or_the_student_lacks_is_named_all_at_once() -> None:
+    mean, std = statistics()
+    del mean["x"]
+    cfg = Distill(layers=((9, 5), (0, 7)))
+    with pytest.raises(ConfigError) as caught:
+        cfg.build(student_dim=C, student_depth=4, teacher_layers=[5, 11], mean=mean, std=std, tube_sum=tube_sum)
+    text = str(caught.value)
+    assert "distill.views: the cache holds the views ['y', 'z'], not 'x'" in text
+    assert "the student has blocks 0 to 3, not 9" in text
+    assert "the cache holds layers [5, 11], not 7" in text
+
+
+def test_missing_features_and_other_grids_are_named() -> None:
+    distiller, given = build(), batch()
+    with pytest.raises(InputError, match=r"lacks student blocks \[3\]"):
+        distiller(features(blocks=(1,)), given)
+    with pytest.raises(InputError, match="different grids"):
+        distiller({3: torch.zeros(3, C, 3, 4, 4)}, given)
+    del given.features["y"]
+    with pytest.raises(InputError, match=r"teacher views \['y'\]"):
+        distiller(features(blocks=(3,)), given)
+
+
+def test_broken_statistics_are_named() -> None:
+    mean, std = statistics()
+    std["y"][0, 0] = 0
+    with pytest.raises(InputError, match="std above 0"):
+        Distill().build(student_dim=C, student_depth=4, teacher_layers=[5, 11], mean=mean, std=std, tube_sum=tube_sum)
+
+
+def bent_neurite(shape: tuple[int, int, int], phase: float, amplitude: float) -> tuple[Tensor, Tensor]:
+    """A sine in the plane y x: its centreline [N, 3] and the distance of every token to it, [z, y, x]."""
+    x = torch.linspace(-2, shape[2] + 1, 400)
+    y = shape[1] / 2 + amplitude * torch.sin(2 * math.pi * x / shape[2] + phase)
+    line = torch.stack([torch.full_like(x, shape[0] // 2), y, x], 1)
+    points = torch.cartesian_prod(*(torch.arange(float(n)) for n in shape))
+    return line, torch.cdist(points, line).min(1).values.view(shape)
+
+
+def tap_distance(offsets: Tensor, line: Tensor, distance: Tensor) -> float:
+    """Mean distance to the centreline of the taps of the tubes along x whose token lies on it."""
+    shape = distance.shape
+    grid = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in shape), indexing="ij"))[None]
+    taps = gather(grid, offsets, 2)[0]  # [3, K, z, y, x]: positions
+    inside = distance < 0.5
+    inside[..., :3] = inside[..., -3:] = False  # there straight tubes end at the face
+    at = taps[:, :, inside].flatten(1).T
+    return float(torch.cdist(at, line).min(1).values.mean())
+
+
+@pytest.mark.slow
+def test_tubes_learn_to_follow_a_bent_neurite() -> None:
+    """On the neurite both sides tell what it is, a phase that differs from crop to crop; beside it each is noise.
+
+    So a tube learns most where it stays on the neurite; the student also feels which way the neurite lies.
+    """
+    torch.manual_seed(0)
+    shape, dim = (5, 18, 24), 6
+    says, mixing = torch.randn(2, dim), torch.randn(5, 8)
+
+    def sample(phase: float) -> tuple[Batch, Tensor, Tensor, Tensor]:
+        line, distance = bent_neurite(shape, phase, 3.0)
+        profile = torch.exp(-(distance**2) / 2)
+        wide = torch.exp(-(distance**2) / 8)
+        turn = 2 * math.pi * torch.rand(())
+        code = torch.stack([turn.cos(), turn.sin()])
+        slope = torch.stack(torch.gradient(wide, dim=(1, 2)))
+        known = torch.cat([code.view(2, 1, 1, 1) * profile, wide[None], 4 * slope])  # [5, z, y, x]
+        noise = (1 - profile) * torch.randn(8 + dim, *shape)
+        student = torch.einsum("izyx,ij->jzyx", known, mixing) + noise[:8]
+        teacher = (code @ says).view(-1, 1, 1, 1) * profile + noise[8:]
+        mask = (distance < 0.8).to(torch.uint8)[None, None]
+        maps = {"z": teacher[None, None]}
+        return (
+            Batch(mask.float(), mask, mask, maps, torch.ones(1, dtype=torch.bool), torch.arange(1)),
+            student[None],
+            line,
+            distance,
+        )
+
+    stats = ({"z": torch.zeros(1, dim)}, {"z": torch.ones(1, dim)})
+    cfg = Distill(views=("z",), taps=5, smoothness=0.001, floor=0.0)
+    distiller = cfg.build(
+        student_dim=8, student_depth=1, teacher_layers=[0], mean=stats[0], std=stats[1], tube_sum=tube_sum
+    )
+    optimiser = torch.optim.Adam(distiller.parameters(), lr=1e-2)
+    losses = []
+    for step in range(120):
+        given, student, _, _ = sample(2 * math.pi * step * 0.381966)
+        loss = distiller({0: student}, given)[0]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-20:]) < sum(losses[:20])
+    for phase in (0.3, 2.0, 4.4):  # not seen in training
+        _, student, line, distance = sample(phase)
+        with torch.no_grad():
+            bends = distiller._bends(0, student)
+        assert bends is not None
+        straight, bent = (tap_distance(d, line, distance) for d in (torch.zeros_like(bends[2]), bends[2]))
+        assert bent < 0.8 * straight, (bent, straight)

@@ -1,0 +1,58 @@
+"""Real neurons: the gold tree painted as a mask, and Otsu's mask of the raw stack, traced and compared with gold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from skimage.filters import threshold_otsu
+
+from hpc_neuro import morphology
+from hpc_neuro.data import swc
+from hpc_neuro.metrics.tree import distances, match, without_stub
+from hpc_neuro.morphology import Tree
+from hpc_neuro.tracing import trace
+from tests.tracing.shapes import volume_of
+
+VOXEL = (0.9988, 0.32965, 0.32965)
+
+
+def gold_of(folder: Path, name: str) -> tuple[Tree, tuple[float, float, float]]:
+    x, y, z = json.loads((folder / "meta.json").read_text())[name]["root_xyz"]
+    return swc.read(folder / f"{name}.swc"), (z, y, x)
+
+
+@pytest.mark.parametrize("name", ["OP_1", "OP_6", "OP_7"])
+def test_a_perfect_mask_gives_the_gold_tree(real_data: Path, name: str) -> None:
+    folder = real_data / "diadem_op"
+    gold, root = gold_of(folder, name)
+    with tifffile.TiffFile(folder / f"{name}.tif") as tif:
+        shape = (len(tif.pages), 512, 512)
+    (tree,) = trace(volume_of(gold, shape, 2.3), VOXEL, root=root)
+    assert match(tree, gold, 4.0).f1 > 0.99
+    assert distances(tree, gold)["esa"] < 0.6
+    assert morphology.length(tree) == pytest.approx(morphology.length(gold), rel=0.06)
+
+
+@pytest.mark.parametrize(("name", "least"), [("OP_1", 0.96), ("OP_7", 0.90)])
+def test_otsu_on_the_raw_stack_follows_the_neuron(real_data: Path, name: str, least: float) -> None:
+    folder = real_data / "diadem_op"
+    gold, root = gold_of(folder, name)
+    image = tifffile.imread(folder / f"{name}.tif")
+    (tree,) = trace(image > threshold_otsu(image), VOXEL, root=root)
+    tree = without_stub(tree, gold, 4.0)
+    assert match(tree, gold, 4.0).f1 > least
+    assert len(morphology.tips(tree)) < 1.5 * len(morphology.tips(gold))
+
+
+def test_unrelated_neurites_are_not_followed_from_the_root(real_data: Path) -> None:
+    gold, root = gold_of(real_data / "diadem_op", "OP_9")
+    image = tifffile.imread(real_data / "diadem_op" / "OP_9.tif")
+    mask = image > threshold_otsu(image)
+    (tree,) = trace(mask, VOXEL, root=root)
+    away = np.linalg.norm(tree.points - gold.points.mean(axis=0), axis=1).max()
+    assert away < np.linalg.norm(gold.points - gold.points.mean(axis=0), axis=1).max() + 25
+    assert match(tree, gold, 4.0).precision > 0.85
