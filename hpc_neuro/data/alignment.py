@@ -39,13 +39,19 @@ def outside(tree: Tree, shape: Shape) -> float:
     return float(np.mean(~_inside(tree.points, shape)))
 
 
+def inside_with(tree: Tree, shape: Shape, size: VoxelSize, unit: str) -> list[str]:
+    """The changes (other unit, axes swapped) under which a tree that lies outside the image would lie inside."""
+    return [name for name in _alternatives(tree.points, shape, size, unit) if name and "flipped" not in name]
+
+
 def alignment(tree: Tree, read: Read, shape: Shape, counts: Histogram, size: VoxelSize, unit: str) -> Fit:
     """Compare `tree` (voxels, taken to be given in `unit`, "voxel" or "um") with its alternatives in one pass.
 
     Percentiles are mid-ranks of the whole image's intensities, so half of an all-black background scores 0.5.
     """
     points = _cable(tree)
-    candidates = {"": points, **_alternatives(points, shape, size, unit)}
+    others = _alternatives(points, shape, size, unit) or {"none": np.full_like(points, -10.0)}
+    candidates = {"": points, **others}
     place = np.concatenate(list(candidates.values()))
     ranks = np.zeros(len(place))
     here = _inside(place, shape)
@@ -89,8 +95,7 @@ def _alternatives(
             words = _words(order, flips)
             if words:
                 found[words] = moved
-    kept = {name: p for name, p in found.items() if np.mean(~_inside(p, shape)) <= _OUTSIDE}
-    return kept or {"none": np.full_like(points, -10.0)}
+    return {name: p for name, p in found.items() if np.mean(~_inside(p, shape)) <= _OUTSIDE}
 
 
 def _words(order: tuple[int, ...], flips: tuple[bool, ...]) -> str:

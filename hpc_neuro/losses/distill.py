@@ -9,6 +9,7 @@ the tube P^a(p) along axis a through token p, window w, head g_v and the teacher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -201,7 +202,9 @@ class Distiller(nn.Module):
             return [student.new_zeros(len(student), steps, *student.shape[2:])] * 3
         # Tokens of deep blocks differ in scale by orders of magnitude; the tubes should not.
         normed = F.layer_norm(student.movedim(1, -1), student.shape[1:2]).movedim(-1, 1)
-        raw = _applied(self.offsets[pair], normed)
+        # Adam moves every weight by its rate, so a sum over a whole neighbourhood would throw the tubes to their extent
+        # within a few steps and leave them there, where tanh has no slope.
+        raw = _applied(self.offsets[pair], normed) / math.sqrt(27 * student.shape[1])
         return list((self.cfg.extent * torch.tanh(raw)).chunk(3, 1))
 
     def _teacher(self, batch: Batch, view: int, layer: int) -> Tensor:

@@ -10,13 +10,13 @@ import numpy as np
 
 from hpc_neuro import files, morphology, schema
 from hpc_neuro.data import swc
-from hpc_neuro.data.alignment import Fit, alignment, outside
+from hpc_neuro.data.alignment import Fit, alignment, inside_with, outside
 from hpc_neuro.data.intensity import histogram, intensity_range
 from hpc_neuro.data.rasterize import fine_voxel
 from hpc_neuro.data.store import FORMAT, Volume, forecast_bytes
 from hpc_neuro.data.volume import Volume as ImageVolume
 from hpc_neuro.data.volume import open_volume
-from hpc_neuro.geometry import Shape, VoxelSize, to_um, to_voxels
+from hpc_neuro.geometry import Shape, VoxelSize, to_voxels
 from hpc_neuro.morphology import Tree
 from hpc_neuro.prepare.config import PrepareConfig
 from hpc_neuro.prepare.pairs import Pair
@@ -130,18 +130,13 @@ def entry(opened: Opened, measured: Measured) -> Volume:
 def _require_inside(pair: Pair, unit: str, tree: Tree, shape: Shape, size: VoxelSize) -> tuple[str, ...]:
     share = outside(tree, shape)
     if share > _OUTSIDE:
-        other = "um" if unit == "voxel" else "voxel"
-        points = to_voxels(tree.points, size) if other == "um" else to_um(tree.points, size)
-        helps = outside(replace(tree, points=points), shape) <= _OUTSIDE
+        helps = inside_with(tree, shape, size, unit)
         low, high = (", ".join(f"{v:.0f}" for v in f(tree.points, axis=0)) for f in (np.min, np.max))
+        fits = f"it fits inside with {' or '.join(helps)}"
         raise InputError(
             f"{100 * share:.0f} % of {pair.swc} lie outside {pair.image.name}: the tree spans ({low}) to ({high}) "
             f"voxels, the image is {shape} (z y x); "
-            + (
-                f"it fits inside with swc_unit={other}"
-                if helps
-                else "check unit, offset and that both are of one neuron"
-            )
+            + (fits if helps else "check unit, offset and that both are of one neuron")
         )
     return (f"{pair.id}: {100 * share:.1f} % of the nodes lie outside the image and are not drawn",) if share else ()
 

@@ -319,7 +319,9 @@ def test_an_swc_outside_the_image_is_named_with_both_extents(tmp_path: Path) -> 
     blown = replace(tree, points=tree.points / np.asarray(SIZE) * 1.5)
     write_pair(tmp_path / "in", "a", 1, tree=blown)
     (tmp_path / "in" / "a.swc").write_text((tmp_path / "in" / "a.swc").read_text().replace("# unit: voxel", "# none"))
-    refused(config("swc_unit=voxel", images=tmp_path / "in", out=tmp_path / "out"), "lie outside")
+    refused(config("swc_unit=um", images=tmp_path / "in", out=tmp_path / "out"), "lie outside")
+    write_pair(tmp_path / "in", "a", 1, tree=replace(tree, points=tree.points[:, ::-1]))
+    refused(config(images=tmp_path / "in", out=tmp_path / "out"), "it fits inside with axes z and x swapped")
 
 
 def test_a_volume_without_voxel_size_asks_for_it(tmp_path: Path) -> None:

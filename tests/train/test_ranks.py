@@ -38,7 +38,7 @@ def ranks(store, tmp_path_factory):
         text=True,
         timeout=280,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:6000]
     return folder
 
 
