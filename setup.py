@@ -11,6 +11,7 @@ RUNTIME = [
     "torch>=2.6",
     "deepspeed>=0.16",
     "timm>=1.0.15",
+    "huggingface_hub>=0.25",
     "h5py>=3.11",
     "mpi4py>=4.0",
     "mpich>=5.0; sys_platform == 'linux'",  # the wheel that gives mpiexec where the site has no MPI module

@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (schema.ConfigError, schema.InputError) as error:
         sys.stderr.write(f"hpc-neuro {name}: {error}\n")
         return 2
+    except BrokenPipeError:  # `hpc-neuro info FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -72,9 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"hpc-neuro {name}: stopped; the same command goes on from here\n")
         return 75
-    except BrokenPipeError:  # `hpc-neuro info FILE | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def usage() -> str:

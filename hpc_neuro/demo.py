@@ -24,8 +24,8 @@ SHOWN = {
     "esa": "ESA, voxels (lower is better)",
     "hd95_um": "HD95, micrometres (lower is better)",
 }
-SYNTHETIC_STEPS = 200
-REAL_STEPS = 700
+SYNTHETIC_STEPS, SYNTHETIC_CROP = 250, [16, 96, 96]
+REAL_STEPS, REAL_CROP = 700, [32, 128, 128]
 STAGES = ("synthetic", "prepare", "precompute", "train", "infer", "evaluate")
 
 
@@ -140,9 +140,10 @@ def _precompute_config(cfg: DemoConfig) -> precompute.PrecomputeConfig:
 
 
 def _train_config(cfg: DemoConfig) -> train.TrainConfig:
-    steps = cfg.steps or (SYNTHETIC_STEPS if cfg.data is None else REAL_STEPS)
+    steps, crop = (SYNTHETIC_STEPS, SYNTHETIC_CROP) if cfg.data is None else (REAL_STEPS, REAL_CROP)
     keys = [f"store={cfg.out / 'store'}", f"cache={cfg.out / 'cache'}", f"out={cfg.out / 'train'}"]
-    keys += [f"teacher.model={cfg.teacher}", f"optim.steps={steps}", "optim.batch=2"]
+    keys += [f"teacher.model={cfg.teacher}", f"optim.steps={cfg.steps or steps}"]
+    keys += ["optim.batch=2", f"crop.size={crop}"]
     return load(train.TrainConfig, None, [*keys, *cfg.train])
 
 

@@ -107,7 +107,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_result(undisturbed: Path, t
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "raw"
-    write_dataset(folder, SyntheticConfig(volumes=2, shape=(16, 48, 48)))
+    write_dataset(folder, SyntheticConfig(volumes=3, shape=(16, 48, 48)))
     return folder
 
 

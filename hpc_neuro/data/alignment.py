@@ -87,7 +87,7 @@ def _alternatives(
     last = np.asarray(shape) - 1
     other = "um" if unit == "voxel" else "voxel"
     converted = points / np.asarray(size) if unit == "voxel" else points * np.asarray(size)
-    found = {f"swc_unit={other}": converted}
+    found = {} if np.allclose(converted, points) else {f"swc_unit={other}": converted}
     for order in itertools.permutations(range(3)):
         swapped = points[:, order]
         for flips in itertools.product((False, True), repeat=3):

@@ -34,10 +34,10 @@ class TraceConfig:
     gap: float = 20.0
     """[voxel] Widest break that is bridged, and only straight ahead; 0 bridges none. Bends, and pieces shorter than the
     break, bring it down (see tracing/bridge.py)."""
-    signal_gap: float = 25.0
+    signal_gap: float = 35.0
     """[voxel] Longest break that is bridged along signal that the image shows (where an image is given); 0 bridges
     none."""
-    signal: float = 0.25
+    signal: float = 0.15
     """That signal is at least this share of the dimmer neurite's, above the local background."""
     gap_angle: float = 60.0
     """[degree] Largest angle between the direction of an end and the bridge that leaves it."""

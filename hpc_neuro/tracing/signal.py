@@ -39,80 +39,74 @@ class _Surroundings:
     start: Ints  # [3] its first voxel
     signal: Floats  # [Z, Y, X] smoothed image above the background
     noise: float
-    inside: Ints  # [M] foreground voxels in it
+    inside: Ints  # [M] foreground voxels in the box
+    places: tuple[Ints, Ints, Ints]  # where they are in it
+    of_piece: NDArray[np.int32]  # [M]
 
 
 def links(found: Foreground, ends: Ints, piece: NDArray[np.int32], image: Read, cfg: TraceConfig) -> list[Link]:
     """Links from the pieces of `ends` (foreground voxels) to other pieces within `cfg.signal_gap`."""
     options = []
-    spread = cfg.signal_gap / found.spacing
     balls = found.near.query_ball_point(found.points[ends], cfg.signal_gap)
     for end, ball in zip(ends.tolist(), balls, strict=True):
         others = np.unique(piece[np.array(ball, dtype=np.int64)])
         others = others[others != piece[end]]
         if len(others):
-            around = _surroundings(found, end, spread, image)
-            for other in others:
-                link = _brightest(found, around, piece, int(piece[end]), int(other), cfg)
-                if link is not None:
-                    options.append(link)
+            around = _surroundings(found, end, piece, image, cfg)
+            ways = (_brightest(found, around, int(piece[end]), int(other), cfg) for other in others)
+            options += [link for link in ways if link is not None]
     return options
 
 
-def _surroundings(found: Foreground, end: int, spread: Floats, image: Read) -> _Surroundings:
+def _surroundings(
+    found: Foreground, end: int, piece: NDArray[np.int32], image: Read, cfg: TraceConfig
+) -> _Surroundings:
     whole = Box.whole(found.shape)
-    centre = found.voxels[end].astype(np.int64)
-    low, high = np.floor(centre - spread).astype(int), np.ceil(centre + spread).astype(int) + 1
+    reach = np.ceil(cfg.signal_gap / found.spacing).astype(int)
+    low, high = found.voxels[end] - reach, found.voxels[end] + reach + 1
     box = Box((low[0], low[1], low[2]), (high[0], high[1], high[2])).clipped(whole)
     grown = box.grown((_MARGIN,) * 3).clipped(whole)
-    smooth = gaussian_filter(np.asarray(image(grown), dtype=np.float64), _BLUR)
-    smooth = smooth[box.relative_to(grown.start).slices]
+    smooth = gaussian_filter(np.asarray(image(grown), dtype=np.float32), _BLUR)
+    smooth = smooth[box.relative_to(grown.start).slices].astype(np.float64)
     inside = np.flatnonzero(np.all((found.voxels >= box.start) & (found.voxels < box.stop), axis=1))
-    start = np.array(box.start)
+    z, y, x = (found.voxels[inside].astype(np.int64) - box.start).T
     dark = np.ones(box.shape, dtype=bool)
-    dark[tuple((found.voxels[inside] - start).T)] = False
+    dark[z, y, x] = False
     values = smooth[dark] if dark.any() else smooth.ravel()
     background = float(np.median(values))
-    noise = 1.4826 * float(np.median(np.abs(values - background)))
-    return _Surroundings(start, smooth - background, noise, inside)
+    noise = 1.4826 * float(np.median(np.abs(values - background)))  # the median absolute deviation of a Gaussian
+    return _Surroundings(np.array(box.start), smooth - background, noise, inside, (z, y, x), piece[inside])
 
 
-def _brightest(
-    found: Foreground, around: _Surroundings, piece: NDArray[np.int32], own: int, other: int, cfg: TraceConfig
-) -> Link | None:
+def _brightest(found: Foreground, around: _Surroundings, own: int, other: int, cfg: TraceConfig) -> Link | None:
     """The best way between two pieces, None when they do not hang together above the level."""
-    label = np.full(around.signal.shape, -1, dtype=np.int64)  # foreground voxel at each place of the box
-    label[tuple((found.voxels[around.inside] - around.start).T)] = around.inside
-    mine, theirs = (around.inside[piece[around.inside] == p] for p in (own, other))
-    if not len(theirs):
-        return None
-    dimmer = min(float(np.median(around.signal[np.isin(label, v)])) for v in (mine, theirs))
+    bright = around.signal[around.places]
+    mine, theirs = around.of_piece == own, around.of_piece == other
+    dimmer = min(float(np.median(bright[mine])), float(np.median(bright[theirs])))
     level = max(cfg.signal * dimmer, _NOISE * around.noise)
     if dimmer <= level:
         return None
-    free = (label < 0) & (around.signal >= level)
-    usable = free | np.isin(label, mine) | np.isin(label, theirs)
-    voxels = np.argwhere(usable).astype(np.int32)
-    pairs, step = neighbours(voxels, around.signal.shape, found.spacing)
-    price = (dimmer / np.maximum(around.signal[usable], level)) ** 2
+    label = np.full(around.signal.shape, -1, dtype=np.int64)  # foreground voxel at each place, -2 for a third piece
+    label[around.places] = np.where(mine | theirs, around.inside, -2)
+    usable = (label >= 0) | ((label == -1) & (around.signal >= level))
+    voxels, at = np.argwhere(usable).astype(np.int32), label[usable]
+    z, y, x = usable.shape
+    pairs, step = neighbours(voxels, (z, y, x), found.spacing)
+    price = (dimmer / np.clip(around.signal[usable], level, dimmer)) ** 2
     weight = step * (price[pairs[:, 0]] + price[pairs[:, 1]]) / 2
     graph = csr_array((weight, (pairs[:, 0], pairs[:, 1])), shape=(len(voxels), len(voxels)))
-    at = label[usable]
-    total, before, _ = dijkstra(
-        graph, directed=False, indices=np.flatnonzero(np.isin(at, mine)), min_only=True, return_predecessors=True
-    )
-    goals = np.flatnonzero(np.isin(at, theirs))
+    begins, goals = np.flatnonzero(np.isin(at, around.inside[mine])), np.flatnonzero(np.isin(at, around.inside[theirs]))
+    total, before, _ = dijkstra(graph, directed=False, indices=begins, min_only=True, return_predecessors=True)
     goal = int(goals[total[goals].argmin()])
     if not np.isfinite(total[goal]):
         return None
     way = [goal]
     while before[way[-1]] >= 0:
         way.append(int(before[way[-1]]))
-    between = way[1:-1][::-1]
-    via = (voxels[between] + around.start) * found.spacing
-    line = np.concatenate([found.points[[at[way[-1]]]], via, found.points[[at[goal]]]])
+    between = way[-2:0:-1]
+    line = (voxels[way[::-1]] + around.start) * found.spacing
     length = float(np.linalg.norm(np.diff(line, axis=0), axis=1).sum())
     if length > cfg.signal_gap:
         return None
-    darkest = float(np.minimum(around.signal[usable][between], dimmer).min() / dimmer) if between else 1.0
-    return Link(length / darkest, Join(int(at[way[-1]]), int(at[goal]), via))
+    darkest = float(np.min(around.signal[usable][between], initial=dimmer)) / dimmer
+    return Link(length / darkest, Join(int(at[way[-1]]), int(at[goal]), line[1:-1]))

@@ -107,10 +107,10 @@ def test_a_server_that_does_not_answer_blocks_nothing(tmp_path, monkeypatch, cap
     tracker = Wandb(TrackerConfig(wandb="online", patience=0.2), tmp_path, {})
     begun = time.monotonic()
     tracker.write([row(s) for s in range(1, 100)])
-    assert time.monotonic() - begun < 0.1
+    assert time.monotonic() - begun < 5  # init would hold it for 60
     with caplog.at_level(logging.WARNING):
         tracker.close()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 30
     assert "left behind" in caplog.text
     release.set()
 

@@ -74,6 +74,8 @@ def _plain(text: str, findings: list[Finding]) -> Table | None:
             comments.append(text[begin:end].lstrip("#").strip())
         begin, number = end + 1, number + 1
     body = text[begin:].rstrip().split("\n")
+    if body == [""]:
+        return None
     try:
         rows = np.loadtxt(body, dtype=_DTYPE, comments=None, ndmin=1)
     except ValueError:

@@ -72,9 +72,7 @@ def render(
     """
     cfg = cfg or MicroscopeConfig()
     rng = np.random.default_rng(seed)
-    light = _light(tree, shape, voxel_size, cfg, rng)
-    for _ in range(0 if clean_background else cfg.fragments):
-        np.maximum(light, _fragment(shape, voxel_size, cfg, rng), out=light)
+    light = _light(tree, shape, voxel_size, cfg, rng, 0 if clean_background else cfg.fragments)
     light += _specks(shape, cfg, rng)
     light += _background(shape, cfg, rng)
     seen = rng.poisson(np.maximum(light, 0) * cfg.photons) / cfg.photons + cfg.read_noise * rng.normal(size=shape)
@@ -86,18 +84,16 @@ def render(
     return image.astype(np.uint8 if cfg.bits == 8 else np.uint16)
 
 
-def _light(tree: Tree, shape: Shape, size: VoxelSize, cfg: MicroscopeConfig, rng: np.random.Generator) -> Image:
+def _light(
+    tree: Tree, shape: Shape, size: VoxelSize, cfg: MicroscopeConfig, rng: np.random.Generator, fragments: int
+) -> Image:
     """The neurites' light after the blur, painted with z as fine as the plane so that none slips between slices."""
-    fine = fine_voxel(size)
-    times = max(1, round(size[0] / fine))
-    um = morphology.resampled(replace(tree, points=to_um(tree.points, size), radii=tree.radii * fine), 2 * fine)
-    swelling, glow = _life(um, cfg, rng)
-    voxels = replace(um, points=um.points / np.asarray(size), radii=um.radii * swelling / fine)
-    voxels = replace(voxels, points=voxels.points * [times, 1, 1] + [(times - 1) / 2, 0, 0])
+    times = max(1, round(size[0] / fine_voxel(size)))
     grid = (size[0] / times, size[1], size[2])
-    unit = fine_voxel(grid)
-    voxels = replace(voxels, radii=voxels.radii * fine / unit)
-    drawn = paint(voxels, glow, Box.whole((shape[0] * times, shape[1], shape[2])), grid)
+    drawn = _painted(tree, shape, size, times, cfg, rng)
+    for _ in range(fragments):
+        dim = np.float32(rng.uniform(0.1, 0.35))
+        np.maximum(drawn, dim * _painted(_fragment(shape, size, rng), shape, size, times, cfg, rng), out=drawn)
     sharp = [cfg.psf[0] / grid[0], cfg.psf[1] / grid[1], cfg.psf[1] / grid[2]]
     light = _merged(ndimage.gaussian_filter(drawn, sharp, mode="nearest", truncate=3.0), times)
     if cfg.halo:  # wide enough to be computed on the coarse grid
@@ -108,6 +104,19 @@ def _light(tree: Tree, shape: Shape, size: VoxelSize, cfg: MicroscopeConfig, rng
     median = float(np.median(light[tuple(here.T)]))  # the blur dims thin neurites: set the level after it
     light *= cfg.brightness / max(median, 1e-6)
     return light
+
+
+def _painted(
+    tree: Tree, shape: Shape, size: VoxelSize, times: int, cfg: MicroscopeConfig, rng: np.random.Generator
+) -> Image:
+    """[Z * times, Y, X] a living tree before the blur."""
+    grid = (size[0] / times, size[1], size[2])
+    fine, unit = fine_voxel(size), fine_voxel(grid)
+    um = morphology.resampled(replace(tree, points=to_um(tree.points, size), radii=tree.radii * fine), 2 * fine)
+    swelling, glow = _life(um, cfg, rng)
+    points = um.points / np.asarray(grid) + [(times - 1) / 2, 0, 0]  # the first fine slice lies before the coarse one
+    voxels = replace(um, points=points, radii=um.radii * swelling / unit)
+    return paint(voxels, glow, Box.whole((shape[0] * times, shape[1], shape[2])), grid)
 
 
 def _merged(fine: Image, times: int) -> Image:
@@ -145,12 +154,12 @@ def _bump(um: Tree, node: int, width: float) -> NDArray[np.float64]:
     return bump
 
 
-def _fragment(shape: Shape, size: VoxelSize, cfg: MicroscopeConfig, rng: np.random.Generator) -> Image:
+def _fragment(shape: Shape, size: VoxelSize, rng: np.random.Generator) -> Tree:
+    """A stretch of a thin neurite that passes through."""
     thin = TreeConfig(trunk_radius=0.35, tip_radius=0.25, orders=0, soma=0.0)
     tree = random_tree(int(rng.integers(1 << 31)), shape, size, thin)
     keep = np.arange(len(tree)) < max(8, int(rng.integers(len(tree) + 1)))
-    tree = Tree(tree.points[keep], tree.radii[keep], tree.parents[keep], tree.types[keep])
-    return _light(tree, shape, size, replace(cfg, brightness=cfg.brightness * rng.uniform(0.05, 0.2)), rng)
+    return Tree(tree.points[keep], tree.radii[keep], tree.parents[keep], tree.types[keep])
 
 
 def _specks(shape: Shape, cfg: MicroscopeConfig, rng: np.random.Generator) -> Image:
