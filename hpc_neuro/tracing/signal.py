@@ -67,7 +67,7 @@ def _surroundings(
     box = Box((low[0], low[1], low[2]), (high[0], high[1], high[2])).clipped(whole)
     grown = box.grown((_MARGIN,) * 3).clipped(whole)
     smooth = gaussian_filter(np.asarray(image(grown), dtype=np.float32), _BLUR)
-    smooth = smooth[box.relative_to(grown.start).slices].astype(np.float64)
+    smooth = np.asarray(smooth[box.relative_to(grown.start).slices], dtype=np.float64)
     inside = np.flatnonzero(np.all((found.voxels >= box.start) & (found.voxels < box.stop), axis=1))
     z, y, x = (found.voxels[inside].astype(np.int64) - box.start).T
     dark = np.ones(box.shape, dtype=bool)
@@ -75,7 +75,7 @@ def _surroundings(
     values = smooth[dark] if dark.any() else smooth.ravel()
     background = float(np.median(values))
     noise = 1.4826 * float(np.median(np.abs(values - background)))  # the median absolute deviation of a Gaussian
-    return _Surroundings(np.array(box.start), smooth - background, noise, inside, (z, y, x), piece[inside])
+    return _Surroundings(np.array(box.start), np.asarray(smooth - background), noise, inside, (z, y, x), piece[inside])
 
 
 def _brightest(found: Foreground, around: _Surroundings, own: int, other: int, cfg: TraceConfig) -> Link | None:
