@@ -13,8 +13,8 @@ from scipy.sparse.csgraph import connected_components
 from hpc_neuro.geometry import Box
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, Read, as_probability
+from hpc_neuro.tracing.links import links
 from hpc_neuro.tracing.paths import Skeleton
-from hpc_neuro.tracing.signal import links
 from hpc_neuro.tracing.wires import Join, Wires, straight, wires
 
 Bridge = tuple[int, int]

@@ -47,15 +47,29 @@ class _Surroundings:
 def links(found: Foreground, ends: Ints, piece: NDArray[np.int32], image: Read, cfg: TraceConfig) -> list[Link]:
     """Links from the pieces of `ends` (foreground voxels) to other pieces within `cfg.signal_gap`."""
     options = []
-    balls = found.near.query_ball_point(found.points[ends], cfg.signal_gap)
-    for end, ball in zip(ends.tolist(), balls, strict=True):
-        others = np.unique(piece[np.array(ball, dtype=np.int64)])
-        others = others[others != piece[end]]
-        if len(others):
-            around = _surroundings(found, end, piece, image, cfg)
-            ways = (_brightest(found, around, int(piece[end]), int(other), cfg) for other in others)
-            options += [link for link in ways if link is not None]
+    for end, others in _nearest_ends(found, ends, piece, cfg.signal_gap).items():
+        around = _surroundings(found, end, piece, image, cfg)
+        ways = (_brightest(found, around, int(piece[end]), other, cfg) for other in others)
+        options += [link for link in ways if link is not None]
     return options
+
+
+def _nearest_ends(found: Foreground, ends: Ints, piece: NDArray[np.int32], reach: float) -> dict[int, list[int]]:
+    """The pieces to look for from each end: of a piece's ends the one nearest to the other piece, within reach."""
+    best: dict[tuple[int, int], tuple[float, int]] = {}
+    for end, ball in zip(ends.tolist(), found.near.query_ball_point(found.points[ends], reach), strict=True):
+        near = np.array(ball, dtype=np.int64)
+        near = near[piece[near] != piece[end]]
+        away = np.linalg.norm(found.points[near] - found.points[end], axis=1)
+        order = np.argsort(away, kind="stable")
+        others, first = np.unique(piece[near[order]], return_index=True)
+        for other, distance in zip(others.tolist(), away[order[first]].tolist(), strict=True):
+            pair = (int(piece[end]), other)
+            best[pair] = min(best.get(pair, (np.inf, -1)), (distance, end))
+    found_ends: dict[int, list[int]] = {}
+    for (_, other), (_, end) in best.items():
+        found_ends.setdefault(end, []).append(other)
+    return found_ends
 
 
 def _surroundings(

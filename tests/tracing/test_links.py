@@ -1,0 +1,82 @@
+"""Breaks bridged along signal that shows in the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from hpc_neuro.morphology import branch_points, tips
+from hpc_neuro.schema import ConfigError, InputError, load
+from hpc_neuro.tracing import TraceConfig, trace
+from tests.tracing.shapes import line, paint
+
+ISO = (1.0, 1.0, 1.0)
+ROOT = (16.0, 32.0, 8.0)
+STALK = [(16, 34, 60), (18, 42, 66), (20, 54, 62)]  # bends, and leaves the trunk sideways
+
+
+def scene(stalk: float, noise: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(probability, image): a trunk, a bouton at the end of a thin stalk of this brightness that the mask misses."""
+    mask = np.zeros((36, 80, 110), dtype=np.float32)
+    paint(mask, line(ROOT, (16, 32, 100)), 2.0)
+    paint(mask, np.array([[20.0, 58.0, 62.0]]), 4.0)
+    bright = mask.copy()
+    paint(bright, line(*STALK), 1.0, stalk)
+    image = ndimage.gaussian_filter(100 * bright, 0.7) + 20
+    return mask, (image + np.random.default_rng(0).normal(size=image.shape) * noise).astype(np.float32)
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_a_stalk_that_shows_in_the_image_joins_its_bouton(noise: float) -> None:
+    mask, image = scene(stalk=0.6, noise=noise)
+    (blind,) = trace(mask, ISO, root=ROOT)
+    assert blind.points[:, 1].max() < 36
+    (tree,) = trace(mask, ISO, root=ROOT, image=image)
+    assert tree.points[:, 1].max() > 56
+    assert len(tips(tree)) == 2
+    assert len(branch_points(tree)) == 1
+    bend = np.linalg.norm(tree.points - np.array(STALK[1]), axis=1).min()
+    assert bend < 3, "the link follows the stalk, not the straight line"
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0, 12.0])
+def test_a_bouton_without_a_stalk_is_left_alone(noise: float) -> None:
+    mask, image = scene(stalk=0.0, noise=noise)
+    (tree,) = trace(mask, ISO, root=ROOT, image=image)
+    assert tree.points[:, 1].max() < 36
+    assert len(tips(tree)) == 1
+
+
+def test_the_limit_holds_and_the_scale_of_the_image_does_not_matter() -> None:
+    mask, image = scene(stalk=0.6)
+    (short,) = trace(mask, ISO, root=ROOT, image=image, cfg=TraceConfig(signal_gap=12))
+    assert short.points[:, 1].max() < 36
+    (off,) = trace(mask, ISO, root=ROOT, image=image, cfg=TraceConfig(signal_gap=0))
+    assert off.points[:, 1].max() < 36
+    trees = [trace(mask, ISO, root=ROOT, image=scale)[0] for scale in (image, image * 40 + 1000)]
+    np.testing.assert_allclose(trees[0].points, trees[1].points, atol=1e-6)
+
+
+def test_pieces_linked_in_a_chain_are_one_tree_without_a_cycle() -> None:
+    mask = np.zeros((32, 64, 160), dtype=np.float32)
+    image = np.zeros_like(mask)
+    course = line((16, 32, 8), (16, 32, 150))
+    paint(image, course, 1.5, 0.5)
+    for x in range(8, 150, 24):
+        paint(mask, line((16, 32, x), (16, 32, x + 3)), 2.5)
+    paint(image, course[mask[tuple(np.rint(course).astype(int).T)] > 0], 2.0)
+    (tree,) = trace(mask, ISO, root=(16, 32, 8), image=image)
+    assert tree.points[:, 2].max() > 125
+    assert len(tips(tree)) == 1
+    assert len(trace(mask, ISO, image=image)) == 1
+    assert np.abs(tree.points[:, 1] - 32).max() < 1.5
+
+
+def test_an_image_of_another_shape_is_refused() -> None:
+    mask, image = scene(stalk=0.6)
+    with pytest.raises(InputError, match="must be equal"):
+        trace(mask, ISO, root=ROOT, image=image[1:])
+    with pytest.raises(ConfigError, match="signal"):
+        load(TraceConfig, None, ["signal=1.5"])
