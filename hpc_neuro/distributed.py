@@ -72,6 +72,19 @@ def mpi_comm() -> Any:
     return MPI.COMM_WORLD if size > 1 else None
 
 
+def agree(failed: Exception | None, comm: Any) -> None:
+    """Let all ranks of `comm` (None: alone) fail together: collective, so that none waits for one that has stopped.
+
+    The lowest rank that failed raises its error, which is then said once; the others raise SystemExit(2).
+    """
+    ranks = [failed is not None] if comm is None else comm.allgather(failed is not None)
+    if not any(ranks):
+        return
+    if failed is not None and (comm is None or ranks.index(True) == comm.Get_rank()):
+        raise failed
+    raise SystemExit(2)
+
+
 def turns(count: int, comm: Any) -> Iterator[int]:
     """Share the numbers 0 to count - 1 among the ranks of `comm` (None: alone): each takes the next one nobody has.
 

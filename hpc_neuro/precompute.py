@@ -6,6 +6,7 @@ one shared counter, and each slab is one file, so the result does not depend on 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -93,10 +94,14 @@ def run(cfg: PrecomputeConfig) -> int:
             comm.Barrier()  # the folder is there, and nobody writes before it was cleaned
         begun = time.monotonic()
         turns = distributed.turns(len(todo), comm)
+        failed: Exception | None = None
         for i in runs.progress(turns, "teacher features", total=len(todo), unit="slab") if main else turns:
-            _build(cfg, store[todo[i].volume], teacher, todo[i], _key(cfg, todo[i], digests, teacher))
-        if comm is not None:
-            comm.Barrier()
+            if failed is None:  # after a failure the rest is drawn unbuilt, so that the other ranks stop soon
+                try:
+                    _build(cfg, store[todo[i].volume], teacher, todo[i], _key(cfg, todo[i], digests, teacher))
+                except Exception as error:  # raised again below, when no rank waits for this one any more
+                    failed = error
+        distributed.agree(failed, comm)
         if main:
             _finish(cfg, teacher, units, digests)
             this.finish({"shards": len(units), "seconds": round(time.monotonic() - begun, 1)})
@@ -157,8 +162,13 @@ def _missing(
 def _build(cfg: PrecomputeConfig, volume: StoredVolume, teacher: Teacher, unit: cache.Unit, key: str) -> None:
     """One shard: read, forward and write overlap, each a tile of slices at a time, so memory does not grow."""
     layers = [n % teacher.depth for n in cfg.layers]
-    with files.atomic(cfg.out / unit.name) as part, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        shard = cache.ShardWriter(part, unit, len(layers), teacher.dim, key)
+    with (
+        files.full_disk_named(cfg.out, unit.name),
+        files.atomic(cfg.out / unit.name) as part,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(1) as writer,
+        contextlib.closing(cache.ShardWriter(part, unit, len(layers), teacher.dim, key)) as shard,
+    ):
         jobs = list(_tiles(cfg, unit, teacher.patch))
         ahead: Future[NDArray[np.float32]] = reader.submit(_pixels, volume, unit, jobs[0])
         behind: Future[None] | None = None
@@ -172,7 +182,7 @@ def _build(cfg: PrecomputeConfig, volume: StoredVolume, teacher: Teacher, unit: 
             behind = writer.submit(shard.write, job["slices"], job["rows"], job["columns"], inner)
         if behind is not None:
             behind.result()
-        shard.close()
+        shard.finish()
 
 
 def teacher_features(teacher: Teacher, pixels: NDArray[np.float32], layers: list[int]) -> NDArray[np.float16]:

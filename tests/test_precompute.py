@@ -142,3 +142,50 @@ def test_killed_and_started_again_it_ends_with_the_same_files(store: Path, built
     subprocess.run(command(store, out), check=True, capture_output=True, timeout=200)
     assert contents(out) == contents(built)
     assert not list(out.glob(".*"))
+
+
+FILLED = """
+import os, pathlib, shutil, sys
+from hpc_neuro import precompute
+from hpc_neuro.__main__ import main
+
+out, forecast = pathlib.Path(sys.argv.pop(1)), precompute._forecast
+def and_then_another_program_fills_the_disk(*given):
+    lines = forecast(*given)
+    with open(out / "other", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(out).free - 400_000)
+    return lines
+precompute._forecast = and_then_another_program_fills_the_disk
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_is_one_sentence_and_leaves_no_part_file(store: Path, tmp_path: Path, ranks: int) -> None:
+    """HDF5 itself ends with a segmentation fault when a write finds the disk full."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tiny tmpfs needs root")
+    out = tmp_path / "small"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(out)], check=False).returncode:
+        pytest.skip("this machine does not let tests mount a tmpfs")
+    try:
+        verb = [*command(store, out)[3:], "scale=2"]  # 1 MB of features
+        start = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(ranks)] if ranks > 1 else []
+        run = [*start, sys.executable, "-c", FILLED, str(out), *verb]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(run, timeout=200, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.count("is full") == 1
+        assert "give the same command again" in ended.stderr
+        assert not [p.name for p in out.iterdir() if p.name.endswith(".part")]
+        finished = contents(out)
+        assert finished
+        (out / "other").unlink()
+        subprocess.run([*command(store, out), "scale=2"], check=True, capture_output=True, timeout=200)
+        assert finished.items() < contents(out).items()
+        assert (out / MANIFEST).exists()
+    finally:
+        subprocess.run(["umount", str(out)], check=True)

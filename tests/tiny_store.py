@@ -76,7 +76,7 @@ def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 
             values = np.random.default_rng(number).normal(size=(slices, 1, rows, columns, dim)).astype(np.float16)
             writer = feature_cache.ShardWriter(folder / unit.name, unit, 1, dim, "key")
             writer.write(slice(None), slice(None), slice(None), values)
-            writer.close()
+            writer.finish()
             records.append(feature_cache.shard_record(folder / unit.name, unit))
     digests = {name: held[name].digest for name in train}
     facts = {"layers": [11], "views": list(feature_cache.PLANE), "dim": dim, "teacher": identity, "volumes": digests}

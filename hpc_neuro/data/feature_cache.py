@@ -8,6 +8,7 @@ grid that is the student's own passes through unchanged.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ MANIFEST = "manifest.json"
 PLANE = {"z": (0, 1, 2), "y": (1, 0, 2), "x": (2, 0, 1)}
 """View -> array axes of (slices, token rows, token columns)."""
 _OPEN_FILES = 64
+_SPARE = 1 << 16
+_NO_DIGEST = np.bytes_(64 * b"0")
 
 
 class CacheMismatch(ConfigError):
@@ -55,20 +58,38 @@ class Unit:
 
 
 class ShardWriter:
-    """Fills one shard tile by tile; the file appears on `close()`."""
+    """Fills one shard tile by tile; `finish()` makes it whole.
+
+    The disk space of the whole shard is taken before the first write, for HDF5 ends the process with a segmentation
+    fault when a write finds the disk full: the constructor raises OSError (ENOSPC, EDQUOT) instead.
+    """
 
     def __init__(self, path: Path, unit: Unit, layers: int, dim: int, key: str) -> None:
         shape = (unit.count, layers, unit.rows, unit.columns, dim)
         chunk = (1, layers, min(8, unit.rows), min(8, unit.columns), dim)
+        chunks = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
+        files.reserve(path.parent, _SPARE + 40 * layers * dim + 16 * chunks)  # what HDF5 writes besides the features
+        how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        how.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         self._file = h5py.File(path, "w", libver="latest")
-        self._file.attrs["key"] = key
-        self._data = self._file.create_dataset("features", shape, np.float16, chunks=chunk, track_times=False)
+        try:
+            self._data = self._file.create_dataset(
+                "features", shape, np.float16, chunks=chunk, track_times=False, fill_time="never", dcpl=how
+            )
+            blank = np.zeros((layers, dim))  # attributes, too, get their place now and their values on closing
+            self._file.attrs.update(key=key, sha256=_NO_DIGEST, sum=blank, squares=blank)
+            self._file.flush()
+            # the blocks of this very file, so that no other writer can take them
+            os.posix_fallocate(self._file.id.get_vfd_handle(), 0, path.stat().st_size)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, slices: slice, rows: slice, columns: slice, values: NDArray[np.float16]) -> None:
         """Put values [s, L, r, c, D] in their place."""
         self._data[slices, :, rows, columns] = values
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Sum up the channels for normalisation, checksum the data, close the file."""
         total, squares, digest = 0.0, 0.0, hashlib.sha256()
         for values in _by_slice(self._data):
@@ -76,15 +97,21 @@ class ShardWriter:
             flat = values.astype(np.float64)
             total = total + flat.sum(axis=(1, 2))  # [L, D]
             squares = squares + (flat**2).sum(axis=(1, 2))
-        self._file.attrs.update(sha256=digest.hexdigest(), sum=total, squares=squares)
+        for name, value in {"sha256": digest.hexdigest().encode(), "sum": total, "squares": squares}.items():
+            self._file.attrs.modify(name, value)
+        self._file.close()
+
+    def close(self) -> None:
+        """Close the file as it is; does nothing after `finish()`."""
         self._file.close()
 
 
 def shard_record(path: Path, unit: Unit) -> dict[str, Any]:
     """What the manifest keeps of a finished shard; `sum` and `squares` [L, D] are for the normalisation."""
     with h5py.File(path, "r", locking=False) as file:
-        attrs = {k: file.attrs[k] for k in ("sha256", "sum", "squares")}
-    return {"unit": asdict(unit), "bytes": path.stat().st_size, **attrs}
+        attrs = {k: file.attrs[k] for k in ("sum", "squares")}
+        digest = file.attrs["sha256"].decode()
+    return {"unit": asdict(unit), "bytes": path.stat().st_size, "sha256": digest, **attrs}
 
 
 def shard_key(path: Path) -> str | None:
@@ -103,7 +130,7 @@ def shard_is_sound(path: Path) -> bool:
             digest = hashlib.sha256()
             for values in _by_slice(file["features"]):
                 digest.update(values.tobytes())
-            return bool(digest.hexdigest() == file.attrs["sha256"])
+            return bool(digest.hexdigest().encode() == file.attrs["sha256"])
     except (OSError, KeyError):
         return False
 

@@ -34,7 +34,7 @@ def build(folder: Path, cell: tuple[float, float] = (8, 8), stride: int = 4, sla
             writer = fc.ShardWriter(folder / unit.name, unit, 2, 3, "key")
             for i in range(n):
                 writer.write(slice(i, i + 1), slice(0, rows), slice(0, columns), whole[view][first + i : first + i + 1])
-            writer.close()
+            writer.finish()
             records.append(fc.shard_record(folder / unit.name, unit))
     facts = {"teacher": TEACHER, "layers": [0, 1], "views": ["z", "y", "x"], "dim": 3, "volumes": {"v": "digest"}}
     fc.write_manifest(folder, facts, records)
