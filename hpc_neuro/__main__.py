@@ -37,6 +37,7 @@ VERBS = {
     "doctor": Verb("hpc_neuro.doctor", None, "what this machine has, what is missing and how to get it"),
     "info": Verb("hpc_neuro.info", None, "what a volume file holds"),
     "swc": Verb("hpc_neuro.swc_tool", None, "check, fix, convert or transform SWC files"),
+    "history": Verb("hpc_neuro.history", None, "the chain behind a result, and whether it is whole"),
 }
 
 

@@ -104,7 +104,8 @@ def run(cfg: PrecomputeConfig) -> int:
         distributed.agree(failed, comm)
         if main:
             _finish(cfg, teacher, units, digests)
-            this.finish({"shards": len(units), "seconds": round(time.monotonic() - begun, 1)})
+            summary = {"shards": len(units), "seconds": round(time.monotonic() - begun, 1)}
+            this.finish(summary, outputs=[cfg.out / cache.MANIFEST])
             log.info("wrote %d shards, %s, to %s", len(units), files.human(_bytes(cfg, units, teacher)), cfg.out)
         if comm is not None:
             comm.Barrier()

@@ -7,6 +7,7 @@ import datetime as dt
 import functools
 import importlib.metadata
 import logging
+import os
 import platform
 import re
 import subprocess
@@ -25,6 +26,7 @@ from hpc_neuro.distributed import is_main
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "tensorstore")
+VERSION_FILE = "CODE_VERSION"  # says, in a copy of the code without git, what it is a copy of
 _SECONDS_PER_LINE = 10.0  # a log gets one progress line this often
 
 
@@ -36,9 +38,15 @@ class Run:
         self.record = record
         self.complete = complete
 
-    def finish(self, summary: Mapping[str, Any] | None = None, failures: Sequence[str] = ()) -> None:
-        """Mark the run complete (or finished with `failures`, which a second start tries again)."""
+    def finish(
+        self, summary: Mapping[str, Any] | None = None, failures: Sequence[str] = (), outputs: Iterable[Path] = ()
+    ) -> None:
+        """Mark the run complete (or finished with `failures`, which a second start tries again).
+
+        `outputs` are the files in the folder that others build on; `hpc-neuro history` checks them by their SHA-256.
+        """
         self.record["summary"] = dict(summary or {})
+        self.record["outputs"] = {p.relative_to(self.out).as_posix(): files.sha256(p) for p in outputs}
         self.record["failures"] = list(failures)
         self.record["exit"] = 3 if failures else 0
 
@@ -52,18 +60,20 @@ def start(
     may_change: Sequence[str] = (),
     main: bool | None = None,
     whole: bool = True,
+    sources: Mapping[str, Path] | None = None,
 ) -> Iterator[Run]:
     """Enter a run folder: write config.yaml, log to log.txt, and on the way out write run.json.
 
-    `inputs` are files (hashed) or ready digests. `may_change` lists dotted keys that may differ from the config already
-    in `out`. Raises ConfigError when `out` belongs to another config or its inputs changed. Only the main rank writes;
-    `main` says which that is where the ranks are MPI's. `whole=False` says that something is missing again from a run
-    that was once complete, which then starts once more.
+    `inputs` are files (hashed) or ready digests; `sources` says of which file a ready digest is. `may_change` lists
+    dotted keys that may differ from the config already in `out`. Raises ConfigError when `out` belongs to another
+    config or its inputs changed. Only the main rank writes; `main` says which that is where the ranks are MPI's.
+    `whole=False` says that something is missing again from a run that was once complete, which then starts once more.
     """
     main = is_main() if main is None else main
     # what decides the result; `out` itself may move
     resolved = {k: v for k, v in schema.plain(cfg).items() if k != "out"}
     hashes = {k: _digest(v) for k, v in inputs.items()} if main else {}
+    behind = {k: v for k, v in inputs.items() if isinstance(v, Path)} | dict(sources or {})
     old = _previous(verb, out, resolved, hashes, may_change)
     if whole and old.get("exit") == 0 and not _differences(resolved, old["config"]):
         log.info("%s: %s is already complete (%s)", verb, out, old["end"])
@@ -75,9 +85,14 @@ def start(
         "versions": versions(),
         "host": platform.node(),
         "command": sys.argv,
+        "folder": str(out.resolve()),
+        "cwd": str(Path.cwd()),
         "inputs": hashes,
+        "sources": {k: str(v.resolve()) for k, v in behind.items()},
         "config": resolved,
         "starts": [*old.get("starts", []), _now()],
+        "jobs": [*old.get("jobs", []), _job()],
+        "ends": old.get("ends", []),  # why each Slurm job before this start ended; written by launch
         "end": None,
         "exit": None,
     }
@@ -133,6 +148,8 @@ def code_version() -> str:
     """Package version, with the git commit (and `+changed`) when run from a checkout."""
     version = importlib.metadata.version("hpc_neuro")
     root = Path(__file__).resolve().parent.parent
+    if (root / VERSION_FILE).exists():
+        return (root / VERSION_FILE).read_text(encoding="utf-8").strip()
     if not (root / ".git").exists():
         return version
     git = ["git", "-c", f"safe.directory={root}", "-C", str(root)]
@@ -186,6 +203,13 @@ def _differences(new: Any, old: Any, prefix: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = " ".join(str(yaml.safe_dump(value, default_flow_style=True)).replace("\n...", "").split())
     return text if len(text) < 80 else text[:77] + "..."
+
+
+def _job() -> str:
+    """Where this start runs, for people: the host, and the Slurm job if it is one."""
+    names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    job = "_".join(os.environ[n] for n in names) if all(n in os.environ for n in names) else os.getenv("SLURM_JOB_ID")
+    return f"Slurm job {job} on {platform.node()}" if job else platform.node()
 
 
 def _digest(source: Path | str) -> str:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "hpc_neuro"
 FLOOR_0 = {"schema", "types", "geometry", "morphology", "distributed", "files", "runs"}
 FLOOR_1 = {"data", "models", "losses", "tracing", "metrics", "report"}
-FLOOR_2 = {"prepare", "precompute", "train", "infer", "evaluate", "search", "doctor", "info", "swc_tool"}
+FLOOR_2 = {"prepare", "precompute", "train", "infer", "evaluate", "search", "doctor", "info", "swc_tool", "history"}
 FLOOR_3 = {"demo", "__main__"}  # the demo walks through the other verbs
 HOMES = {
     "deepspeed": {"train/engine.py"},

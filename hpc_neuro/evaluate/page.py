@@ -10,12 +10,12 @@ from typing import Any
 from hpc_neuro.evaluate import curves
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.pictures import CAPTION
-from hpc_neuro.evaluate.record import Link, teacher_is_random
 from hpc_neuro.evaluate.rows import GOLD_KEYS, Metric, rows
 from hpc_neuro.evaluate.summary import Results, difference, interval
 from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column
+from hpc_neuro.report.record import Link, teacher_is_random
 
 _SHOWN_PAIRS = ("dice", "f1", "hd95_um", "esa")  # metrics drawn neuron by neuron
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpc_neuro import files, runs
 from hpc_neuro.data.store import Store, StoredVolume
-from hpc_neuro.evaluate import curves, page, record
+from hpc_neuro.evaluate import curves, page
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.inputs import INDEX, Method, Prediction, methods, wanted
 from hpc_neuro.evaluate.otsu import OtsuMask
@@ -19,6 +19,7 @@ from hpc_neuro.evaluate.rows import key
 from hpc_neuro.evaluate.score import facts, score
 from hpc_neuro.evaluate.summary import Results, Scores, as_csv, as_json, as_latex
 from hpc_neuro.morphology import Tree, empty, make
+from hpc_neuro.report import record
 from hpc_neuro.schema import InputError
 from hpc_neuro.tracing import TraceConfig, trace_read
 
@@ -64,7 +65,7 @@ def run(cfg: EvaluateConfig) -> int:
         shown = _pictures(cfg, store, compared, results)
         _write(cfg, results, shown, this.record)
         mean = as_json(results, cfg)["mean"]
-        this.finish({"volumes": len(results.ids), "mean": mean})
+        this.finish({"volumes": len(results.ids), "mean": mean}, outputs=[cfg.out / name for name in _PRODUCTS])
         log.info("report: %s", cfg.out / "report.html")
     return 0
 

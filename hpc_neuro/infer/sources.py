@@ -31,6 +31,10 @@ class Source:
     digest: str  # of what the result depends on
     read: Callable[[Box], NDArray[np.float32]]
     """Normalised voxels of a box inside the volume, float32 [Z, Y, X]."""
+    file: Path | None = None
+    """The image file, when it is one that is in no store ..."""
+    content: str = ""
+    """... and the SHA-256 of its bytes."""
 
 
 def sources(cfg: InferConfig) -> Iterator[Source]:
@@ -58,7 +62,14 @@ def _from_file(item: VolumeConfig) -> Source:
     low, high = intensity_range(lambda box: volume[box], volume.shape)
     content = files.sha256(item.image) if item.image.is_file() else str(item.image.resolve())
     digest = hashlib.sha256(f"{content} {item.channel} {item.axes} {item.dataset} {low} {high}".encode()).hexdigest()
-    name = item.id or Path(item.image).name.partition(".")[0]
     return Source(
-        name, str(item.image), volume.shape, size, item.root, digest, lambda box: normalise(volume[box], low, high)
+        id=item.id or Path(item.image).name.partition(".")[0],
+        image=str(item.image),
+        shape=volume.shape,
+        voxel_size=size,
+        root=item.root,
+        digest=digest,
+        read=lambda box: normalise(volume[box], low, high),
+        file=item.image if item.image.is_file() else None,
+        content=content,
     )

@@ -79,7 +79,10 @@ def run(cfg: InferConfig) -> int:
     """Predict and trace every volume. Exit code 3 when blocks failed; the same command tries those again."""
     job, volumes = Job(cfg), list(sources(cfg))
     inputs = {"weights": job.digest, **{f"volume {v.id}": v.digest for v in volumes}}
-    with runs.start("infer", cfg, cfg.out, inputs, whole=(cfg.out / INDEX).exists()) as this:
+    inputs |= {f"image {v.id}": v.content for v in volumes if v.file}
+    behind = {"weights": weights_folder(cfg) / "model.safetensors"}
+    behind |= {f"image {v.id}": v.file for v in volumes if v.file}
+    with runs.start("infer", cfg, cfg.out, inputs, whole=(cfg.out / INDEX).exists(), sources=behind) as this:
         if this.complete:
             return 0
         log.info("\n".join(_forecast(cfg, job, volumes)))
@@ -94,7 +97,8 @@ def run(cfg: InferConfig) -> int:
         files.write_json(cfg.out / INDEX, index)
         for line in failures:
             log.error("failed: %s", line)
-        this.finish({"volumes": len(index), "seconds": round(time.monotonic() - begun, 1)}, failures)
+        summary = {"volumes": len(index), "seconds": round(time.monotonic() - begun, 1)}
+        this.finish(summary, failures, outputs=[cfg.out / INDEX])
         log.info("wrote %d volumes and their trees to %s", len(index), cfg.out)
     return 3 if failures else 0
 
@@ -129,6 +133,7 @@ def _finish(cfg: InferConfig, job: Job, source: Source) -> tuple[dict[str, Any],
         about = [f"traced by hpc_neuro {runs.code_version()} from {source.image}"]
         entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
         _write(cfg.out / "swc", source.id, _together(found), source, about)
+        entry["sha256"] = {name: files.sha256(cfg.out / entry[name]) for name in ("swc", "swc_voxel")}
         for number, tree in enumerate(found if len(found) > 1 else [], start=1):
             _write(cfg.out / "swc" / source.id, f"{number:04d}", tree, source, about)
     nodes = sum(map(len, found))

@@ -38,7 +38,8 @@ def run(cfg: PrepareConfig) -> int:
     begun = (cfg.out / "run.json").exists()  # an earlier start measured the same inputs, or runs.start refuses below
     measured = {} if begun else {o.pair.id: measure(o, cfg.misaligned) for o in opened}
     whole = all(path.exists() for path in _outputs(cfg.out, opened))
-    with runs.start("prepare", cfg, cfg.out, inputs=_inputs(opened), whole=whole) as record:
+    raw = {f"{o.pair.id}.{k}": p for o in opened for k, p in (("image", o.pair.image), ("swc", o.pair.swc))}
+    with runs.start("prepare", cfg, cfg.out, inputs=_inputs(opened), whole=whole, sources=raw) as record:
         if record.complete:
             return 0
         if measured:
@@ -52,7 +53,8 @@ def run(cfg: PrepareConfig) -> int:
             volumes.append((volume, found))
         write_index(cfg.out, [volume for volume, _ in volumes])
         _pictures(cfg.out, volumes)
-        record.finish({"volumes": len(volumes), "voxels": sum(int(np.prod(v.shape)) for v, _ in volumes)})
+        voxels = sum(int(np.prod(v.shape)) for v, _ in volumes)
+        record.finish({"volumes": len(volumes), "voxels": voxels}, outputs=[cfg.out / "dataset.json"])
     return 0
 
 

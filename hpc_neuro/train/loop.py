@@ -56,7 +56,7 @@ def run(cfg: TrainConfig) -> int:
                     log.warning("train: stopped by %s after step %d; the same command goes on", why, state.step)
                     this.record["exit"] = EXIT_CODE
                     return EXIT_CODE
-                this.finish(state.finish())
+                this.finish(state.finish(), outputs=sorted((cfg.out / "weights").glob("*/*.*")))
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro import evaluate
-from hpc_neuro.evaluate import record
+from hpc_neuro.report import record
 from tests.evaluate.conftest import write_predictions
 
 
@@ -25,7 +25,7 @@ def test_chain_follows_configs_and_names_what_is_gone(tmp_path: Path) -> None:
     links = record.chain({"infer": infer, "prepare": store})
     assert [(k.name, k.path, k.record is None) for k in links] == [
         ("prepare", store, False),
-        ("cache", tmp_path / "cache", True),
+        ("precompute", tmp_path / "cache", True),
         ("train", train, False),
         ("infer", infer, False),
     ]

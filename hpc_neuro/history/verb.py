@@ -1,0 +1,64 @@
+"""`hpc-neuro history OUT`: from the raw files to the metrics, on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_neuro.history.checks import examine, recorded
+from hpc_neuro.history.stage import Stage, raw_files
+from hpc_neuro.report import record
+from hpc_neuro.schema import ConfigError, InputError
+
+HELP = """hpc-neuro history OUT [quick=true]
+
+The chain of one result: raw files, store, teacher, cache, config, code version, jobs, checkpoint, blocks, SWC, metrics.
+OUT is the folder of any run, or a file in it, such as OUT/report.html or OUT/swc/NEURON.swc. All that was recorded is
+compared with what is there now: a changed, missing or unfinished piece is named as BROKEN, and the exit code is 3.
+  quick=true   compare names, sizes and small files only; raw images, cache shards and probabilities are not read"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the chain. 0: whole; 3: a link is broken. Raises InputError where there is no run, ConfigError for keys."""
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(HELP + "\n")
+        return 0
+    paths = [Path(a) for a in argv if "=" not in a or Path(a).exists()]
+    options = {a for a in argv if "=" in a and not Path(a).exists()}
+    if len(paths) != 1 or options - {"quick=true", "quick=false"}:
+        raise ConfigError(f"history takes one path and quick=true|false, not {' '.join(argv) or 'nothing'}\n{HELP}")
+    path = paths[0].absolute()
+    if not path.exists():
+        raise InputError(f"{paths[0]} does not exist; give the folder of a run, or a file in it")
+    folder = record.run_folder(path)
+    if folder is None:
+        raise InputError(f"{paths[0]} lies in no run's folder: there is no run.json beside or above it")
+    links, quick = record.chain({"": folder}), "quick=true" in options
+    stages = [s for link in links for s in (raw_files(link, quick), examine(link, quick)) if s is not None]
+    if path.is_file():
+        stages.append(_file(path, folder, links[-1]))
+    for number, stage in enumerate(stages, start=1):
+        sys.stdout.write("\n".join([f"{number} {stage.title}", *(f"    {line}" for line in stage.lines)]) + "\n")
+    broken = [f"{stage.title}: {text}" for stage in stages for text in stage.broken]
+    sys.stdout.write(_verdict(broken, sum(s.held for s in stages), sum(s.unknown for s in stages)) + "\n")
+    return 3 if broken else 0
+
+
+def _verdict(broken: list[str], held: int, unknown: int) -> str:
+    hold = f"{held} links hold" + (f", {unknown} were not compared" if unknown else "")
+    if not broken:
+        return f"the chain is whole: {hold}"
+    return f"{len(broken)} broken link{'s' * (len(broken) > 1)}, {hold}:\n" + "\n".join(f"    {b}" for b in broken)
+
+
+def _file(path: Path, folder: Path, link: record.Link) -> Stage:
+    """The file that was asked for, among those its run is known to have written."""
+    name = path.relative_to(folder).as_posix()
+    stage = Stage(f"asked for: {path}")
+    known = recorded(link)
+    if name in known:
+        stage.compare(path, known[name], name)
+    else:
+        stage.unsure(f"{link.name} recorded no hash of {name}; only the run around it can be checked", "files")
+    return stage
