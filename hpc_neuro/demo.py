@@ -24,8 +24,9 @@ SHOWN = {
     "esa": "ESA, voxels (lower is better)",
     "hd95_um": "HD95, micrometres (lower is better)",
 }
-SYNTHETIC_STEPS, SYNTHETIC_CROP = 250, [16, 96, 96]
-REAL_STEPS, REAL_CROP = 700, [32, 128, 128]
+CROP = [16, 96, 96]
+SYNTHETIC_STEPS, SYNTHETIC_BATCH = 250, 2
+REAL_STEPS, REAL_BATCH = 1500, 4
 STAGES = ("synthetic", "prepare", "precompute", "train", "infer", "evaluate")
 
 
@@ -140,10 +141,10 @@ def _precompute_config(cfg: DemoConfig) -> precompute.PrecomputeConfig:
 
 
 def _train_config(cfg: DemoConfig) -> train.TrainConfig:
-    steps, crop = (SYNTHETIC_STEPS, SYNTHETIC_CROP) if cfg.data is None else (REAL_STEPS, REAL_CROP)
+    steps, batch = (SYNTHETIC_STEPS, SYNTHETIC_BATCH) if cfg.data is None else (REAL_STEPS, REAL_BATCH)
     keys = [f"store={cfg.out / 'store'}", f"cache={cfg.out / 'cache'}", f"out={cfg.out / 'train'}"]
     keys += [f"teacher.model={cfg.teacher}", f"optim.steps={cfg.steps or steps}"]
-    keys += ["optim.batch=2", f"crop.size={crop}"]
+    keys += [f"optim.batch={batch}", f"crop.size={CROP}"]
     return load(train.TrainConfig, None, [*keys, *cfg.train])
 
 
