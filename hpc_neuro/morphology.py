@@ -119,12 +119,17 @@ def length(tree: Tree) -> float:
 
 
 def scaled(tree: Tree, factor: tuple[float, float, float]) -> Tree:
-    """Coordinates times `factor` (z y x); radii by the geometric mean of y and x, the plane they are seen in.
+    """Coordinates times `factor` (z y x); radii times `radius_factor`. The inverse factor undoes it."""
+    return replace(tree, points=tree.points * np.asarray(factor), radii=tree.radii * radius_factor(factor))
 
-    The inverse factor undoes it.
+
+def radius_factor(factor: tuple[float, float, float]) -> float:
+    """What radii are multiplied by where axes are scaled unequally: the middle one of the three factors.
+
+    An SWC radius is one number, so no factor is right for all directions. The middle one is that of the two axes which
+    microscopes sample alike, whichever axis is the coarse one, and its inverse is that of the inverse scaling.
     """
-    across = float(np.sqrt(factor[1] * factor[2]))
-    return replace(tree, points=tree.points * np.asarray(factor), radii=tree.radii * across)
+    return float(sorted(factor)[1])
 
 
 def subset(tree: Tree, keep: NDArray[np.bool_]) -> Tree:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_neuro import morphology
-from hpc_neuro.morphology import Tree
+from hpc_neuro.morphology import Tree, make
 
 
 @st.composite
@@ -85,3 +85,19 @@ def test_empty_tree() -> None:
     assert morphology.length(tree) == 0
     assert len(morphology.resampled(tree, 1.0)) == 0
     assert len(morphology.subset(tree, np.zeros(0, bool))) == 0
+
+
+@given(st.tuples(*[st.floats(0.05, 20)] * 3))
+def test_scaling_is_undone_by_its_inverse_and_knows_no_axis(factor: tuple[float, float, float]) -> None:
+    tree = make(np.array([[0.0, 0, 0], [1, 2, 3]]), np.array([-1, 0]), radii=[1.0, 2.0])
+    there = morphology.scaled(tree, factor)
+    back = morphology.scaled(there, tuple(1 / f for f in factor))
+    np.testing.assert_allclose(back.points, tree.points, rtol=1e-12)
+    np.testing.assert_allclose(back.radii, tree.radii, rtol=1e-12)
+    turned = morphology.scaled(tree, factor[::-1])
+    np.testing.assert_array_equal(turned.radii, there.radii)
+
+
+def test_radii_follow_the_two_axes_sampled_alike() -> None:
+    for size in ((1.0, 0.33, 0.33), (0.33, 1.0, 0.33), (0.33, 0.33, 1.0)):
+        assert morphology.radius_factor(size) == 0.33

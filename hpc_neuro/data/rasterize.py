@@ -74,9 +74,8 @@ class Prepared:
 
 
 def fine_voxel(voxel_size: VoxelSize) -> float:
-    """Micrometres per fine voxel (geometric mean of the two finest axes): the unit of radii and distances in voxels."""
-    a, b = sorted(voxel_size)[:2]
-    return float(np.sqrt(a * b))
+    """Micrometres per fine voxel (the middle one of the three sizes): the unit of radii and distances in voxels."""
+    return morphology.radius_factor(voxel_size)
 
 
 def prepared(tree: Tree, voxel_size: VoxelSize, drawing: Drawing) -> Prepared:

@@ -105,10 +105,10 @@ class _Surface:
         self.shape = inside.shape
         self.voxel_size = voxel_size
         flat = inside.ravel()
-        self.at = np.flatnonzero(flat)
-        if len(self.at) > _SPARSE * flat.size:
+        if np.count_nonzero(flat) > _SPARSE * flat.size:
             self.at = np.flatnonzero(surface(inside))
         else:
+            self.at = np.flatnonzero(flat)
             inner = np.ones(len(self.at), dtype=bool)
             for step in (self.shape[1] * self.shape[2], self.shape[2], 1):
                 inner &= flat.take(self.at - step) & flat.take(self.at + step)
@@ -199,10 +199,13 @@ def _close(at: NDArray[np.int64], other: _Surface, enough: float = 0.0) -> tuple
     best = np.full(len(at), np.inf)  # um^2, of the pending voxels, as `at`
     rings = _rings(sy, sx)
     limit = 0.0
+    lowest = -_REACH * (width + 1)  # a shifted view takes no sum of indices; the margin is this wide
+    at = at + lowest
     for number, (lateral, offsets) in enumerate(rings):
-        nearest = other.column.take(at + int(offsets[0, 0] * width + offsets[0, 1]))
-        for dy, dx in offsets[1:]:
-            np.minimum(nearest, other.column.take(at + int(dy * width + dx)), out=nearest)
+        steps = (offsets @ (width, 1) - lowest).tolist()
+        nearest = other.column[steps[0] :].take(at)
+        for step in steps[1:]:
+            np.minimum(nearest, other.column[step:].take(at), out=nearest)
         np.minimum(best, rise.take(nearest) + lateral, out=best)
         if number % _RINGS_PER_CHECK and number < len(rings) - 1:
             continue

@@ -57,8 +57,7 @@ class PrepareConfig:
     axes: str | None = None
     """Order of the stored axes, such as ZCYX, for files that do not say, where the manifest does not either."""
     radius: Radius = ImageRadius()
-    """Where the mask's radius comes from. A fine voxel is as long as the (geometric mean of the) two finest sides of a
-    voxel."""
+    """Where the mask's radius comes from. A fine voxel is as long as the middle one of a voxel's three sides."""
     stretch: float | None = Field(default=None, ge=1)
     """Length of the mask along the coarsest axis over its width across; none: as the image shows it where `radius` is
     measured in the image, else 1 (round in space)."""

@@ -33,7 +33,7 @@ class Transform:
 
 
 def transformed(tree: Tree, by: Transform) -> Tree:
-    """The tree after flip, scale and shift; radii take the geometric mean of the scales along y and x.
+    """The tree after flip, scale and shift; radii take the middle one of the three scales.
 
     A flip maps voxel centres onto voxel centres: v becomes n - 1 - v. Raises InputError for a flip without a shape.
     """
