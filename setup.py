@@ -48,6 +48,8 @@ TEST = [
     "triton>=3.0; platform_machine == 'x86_64' and sys_platform == 'linux'",  # its interpreter runs on a CPU
 ]
 
+SEARCH = ["optuna>=4.4"]
+TEST += SEARCH
 LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "scipy-stubs"]
 
 setup(
@@ -64,6 +66,7 @@ setup(
     extras_require={
         "test": TEST,
         "lint": LINT,
+        "search": SEARCH,
         "dev": TEST + LINT,
         "compare": ["kimimaro>=5.8", "navis>=1.10"],  # GPL-3 comparisons, never imported by the core
     },

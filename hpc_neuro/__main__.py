@@ -33,6 +33,7 @@ VERBS = {
     "train": Verb("hpc_neuro.train", "TrainConfig", "store + cache -> 3D student"),
     "infer": Verb("hpc_neuro.infer", "InferConfig", "student + volumes -> probabilities and SWC trees"),
     "evaluate": Verb("hpc_neuro.evaluate", "EvaluateConfig", "predictions + truth -> metrics and report"),
+    "search": Verb("hpc_neuro.search", "SearchConfig", "a study's trials -> table, figures, best config"),
     "demo": Verb("hpc_neuro.demo", "DemoConfig", "all of the above on a small data set"),
     "doctor": Verb("hpc_neuro.doctor", None, "what this machine has, what is missing and how to get it"),
     "info": Verb("hpc_neuro.info", None, "what a volume file holds"),

@@ -18,9 +18,9 @@ HOMES = {
     "wandb": {"train/tracker.py"},
     "timm": {"models/teacher.py"},
     "mpi4py": {"distributed.py"},
-    "h5py": {"data/store", "data/feature_cache.py", "data/volume", "doctor.py"},
+    "h5py": {"data/store", "data/feature_cache", "data/volume", "doctor.py"},
     "tensorstore": {"data/volume", "data/ome_zarr.py"},
-    "optuna": {"search.py"},
+    "optuna": {"search/study.py"},
     "submitit": set(),
     "monai": set(),
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 _AT_ONCE = 1 << 22  # drawn indices held at a time
 
@@ -48,3 +49,24 @@ def paired_difference(
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} values cannot be paired with {len(theirs)}")
     return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)], draws, seed, level)
+
+
+def crossed_interval(values: NDArray[np.float64], draws: int = 10_000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Mean of [seeds, neurons] and its interval when seeds and neurons are each drawn anew, independently.
+
+    Every seed has scored every neuron, so the two are crossed: a draw takes rows and columns with replacement. With
+    one seed this is `mean_interval` over neurons. No interval is given below two neurons. Source: Owen 2007, the
+    pigeonhole bootstrap. Raises ValueError without values, and for values that are not finite.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 2 or not data.size or not np.isfinite(data).all():
+        raise ValueError(f"an array [seeds, neurons] of finite values is wanted, found {data.shape}")
+    rows, columns = data.shape
+    if columns < 2:
+        return Interval(float(data.mean()), None, None, columns)
+    rng = np.random.default_rng(seed)
+    row_counts = rng.multinomial(rows, np.full(rows, 1 / rows), draws)  # [draws, seeds]
+    column_counts = rng.multinomial(columns, np.full(columns, 1 / columns), draws)  # [draws, neurons]
+    means = np.einsum("dr,rc,dc->d", row_counts, data, column_counts, optimize=True) / data.size
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(data.mean()), float(low), float(high), columns)

@@ -35,6 +35,8 @@ class TrackerConfig:
     """Weights & Biases project."""
     name: str | None = None
     """Weights & Biases run name; none: the name of the output folder."""
+    group: str | None = None
+    """Weights & Biases group: runs of one study or one chain; none: no group."""
     patience: float = Field(default=30.0, ge=0)
     """[s] How long the end of a run waits for Weights & Biases to take the last rows."""
 

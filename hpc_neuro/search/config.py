@@ -1,0 +1,144 @@
+"""The root config of `search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hpc_neuro.schema import config
+from hpc_neuro.search import space as spaces
+from hpc_neuro.search.asha import AshaConfig, Goal
+from hpc_neuro.search.space import Space
+
+Verb = Literal["train", "infer", "evaluate"]
+
+
+@config
+class GridSampler:
+    """Every point of the space once, in order."""
+
+    kind: Literal["grid"] = "grid"
+
+
+@config
+class RandomSampler:
+    """Points drawn independently."""
+
+    kind: Literal["random"] = "random"
+    seed: int = Field(default=0, ge=0)
+    """Of the draws; trial n draws the same whatever happened before."""
+
+
+@config
+class TpeSampler:
+    """Tree-structured Parzen estimator (Bergstra et al. 2011), of all dimensions together, knowing what is running."""
+
+    kind: Literal["tpe"] = "tpe"
+    seed: int = Field(default=0, ge=0)
+    """Of the draws."""
+    startup: int = Field(default=10, ge=1)
+    """Trials drawn at random before the estimator decides."""
+
+
+Sampler = Annotated[GridSampler | RandomSampler | TpeSampler, Field(discriminator="kind")]
+
+
+@config
+class StageConfig:
+    """The config of one verb of a trial, but for what the search fills in."""
+
+    config: Path | None = None
+    """A YAML file of this verb; none: its defaults."""
+    keys: tuple[str, ...] = ()
+    """More `key=value`. What links the stages (out, store, model, predictions) is filled in."""
+
+
+@config
+class Objective:
+    """What a trial is worth."""
+
+    key: str = "val.dice_best"
+    """`val.KEY` or `train.KEY` of the train run's metrics.jsonl, or `evaluate.KEY`: the mean in evaluate's
+    metrics.json."""
+    goal: Goal = "maximize"
+    """Which way is better."""
+    take: Literal["best", "last"] = "best"
+    """Of the rows of a training run: the best value (as weights/best holds it), or the last."""
+
+    def __post_init__(self) -> None:
+        source, dot, name = self.key.partition(".")
+        if source not in ("train", "val", "evaluate") or not dot or not name:
+            raise ValueError(f"key {self.key!r} must begin with `val.`, `train.` or `evaluate.`")
+
+
+@config
+class TableMetric:
+    """A column of the comparison, from evaluate's metrics.json."""
+
+    key: str
+    """Key there."""
+    title: str
+    """Heading."""
+    goal: Goal = "maximize"
+    """Which way is better."""
+    digits: int = Field(default=3, ge=0)
+    """Digits after the point."""
+
+
+_TABLE = (
+    TableMetric(key="dice", title="Dice"),
+    TableMetric(key="hd95_um", title="HD95 [µm]", goal="minimize", digits=2),
+    TableMetric(key="esa", title="ESA [voxel]", goal="minimize", digits=2),
+    TableMetric(key="f1_4vox", title="F1 @ 4 voxels"),
+)
+
+
+@config
+class SearchConfig:
+    """A study: many trainings, each with values of its own. `python -m launch sweep` runs it."""
+
+    out: Path
+    """Study folder: journal.log, trials/NNNN, report.html, trials.csv, best.yaml."""
+    space: Space = Field(min_length=1)
+    """Dotted key of the train config (or the name of a bundle) -> values. The key `seed` repeats settings."""
+    recipe: tuple[Verb, ...] = ("train",)
+    """The verbs of a trial, in order: [train] or [train, infer, evaluate]."""
+    train: StageConfig = StageConfig()
+    """Config that the values are put into."""
+    infer: StageConfig = StageConfig()
+    """Of a recipe with infer."""
+    evaluate: StageConfig = StageConfig()
+    """Of a recipe with evaluate."""
+    sampler: Sampler = TpeSampler()
+    """How values are chosen."""
+    trials: int | None = Field(default=None, ge=1)
+    """How many; none: the whole grid."""
+    objective: Objective = Objective()
+    """What a trial is worth."""
+    asha: AshaConfig | None = None
+    """Early stopping; null: every trial runs to its end."""
+    concurrent: int = Field(default=4, ge=1)
+    """Trials in the queue or at work at any time."""
+    requeue: int = Field(default=3, ge=0)
+    """How often a trial that was killed, timed out or was preempted is sent again; it goes on from its checkpoint."""
+    poll: float = Field(default=10.0, gt=0)
+    """[s] How often jobs and metrics are looked at; up to 6 times longer while nothing happens."""
+    table: tuple[TableMetric, ...] = _TABLE
+    """Columns of the comparison that a recipe with evaluate ends with."""
+    draws: int = Field(default=10_000, ge=100)
+    """Draws of its bootstrap."""
+
+    def __post_init__(self) -> None:
+        faults = spaces.structure_faults(self.space)
+        if self.recipe not in (("train",), ("train", "infer", "evaluate")):
+            faults.append(f"recipe {list(self.recipe)} must be [train] or [train, infer, evaluate]")
+        if self.objective.key.startswith("evaluate.") and "evaluate" not in self.recipe:
+            faults.append(f"objective.key {self.objective.key} needs recipe [train, infer, evaluate]")
+        if self.trials is None and self.sampler.kind != "grid":
+            faults.append(f"trials: the sampler {self.sampler.kind} never ends; say how many")
+        if self.asha and (self.asha.key or self.objective.key).startswith("evaluate."):
+            faults.append("asha.key: early stopping judges training; give a key such as val.dice_best")
+        if faults:
+            raise ValueError("; ".join(faults))

@@ -1,0 +1,93 @@
+"""Jobs as processes: they outlive who started them, say how they ended, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro.schema import InputError
+from launch.executors import JobState
+from launch.executors.local import Local
+
+
+def wait(executor: Local, job: str, base: Path, until: Callable[[JobState], bool] | None = None) -> JobState:
+    for _ in range(400):
+        state = executor.poll({job: base})[job]
+        if (until or (lambda s: s.kind == "ended"))(state):
+            return state
+        time.sleep(0.025)
+    raise AssertionError(f"still {state}")
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_the_exit_code_arrives_also_at_a_later_driver(tmp_path, code):
+    first = Local()
+    job = first.submit(["sh", "-c", f"echo said; exit {code}"], tmp_path, "attempt_1")
+    assert wait(first, job, tmp_path / "attempt_1") == JobState("ended", code)
+    assert Local().poll({job: tmp_path / "attempt_1"})[job] == JobState("ended", code)
+    assert (tmp_path / "attempt_1.log").read_text() == "said\n"
+
+
+def test_a_job_outlives_its_submitter_and_is_found(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from launch.executors.local import Local\n"
+        "print(Local().submit(['sleep', '1'], Path(sys.argv[1]), 'attempt_1'))"
+    )
+    said = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    executor, job = Local(), said.stdout.strip()
+    assert executor.find(tmp_path, "attempt_1") == job
+    assert executor.poll({job: tmp_path / "attempt_1"})[job].kind == "running"
+    assert wait(executor, job, tmp_path / "attempt_1") == JobState("ended", 0)
+    assert executor.find(tmp_path, "attempt_2") is None
+
+
+def test_a_command_that_is_killed_ends_as_a_signal(tmp_path):
+    executor = Local()
+    job = executor.submit(["sh", "-c", "kill -9 $$"], tmp_path, "a")
+    assert wait(executor, job, tmp_path / "a") == JobState("ended", 128 + 9)
+
+
+def test_a_killed_shell_takes_its_command_along(tmp_path):
+    executor = Local()
+    job = executor.submit(["sh", "-c", f"echo $$ > {tmp_path}/child; exec sleep 60"], tmp_path, "a")
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        time.sleep(0.02)
+    child = int((tmp_path / "child").read_text())
+    os.kill(int(job.split(":")[1]), signal.SIGKILL)
+    assert wait(executor, job, tmp_path / "a") == JobState("ended", None)
+    for _ in range(100):
+        status = Path(f"/proc/{child}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("the command of a killed job still runs")
+
+
+def test_cancelling_asks_first_and_kills_after_the_grace(tmp_path):
+    executor = Local(grace=0.3)
+    polite = executor.submit(["sh", "-c", "trap 'exit 75' TERM; while :; do sleep 0.05; done"], tmp_path, "polite")
+    deaf = executor.submit(["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"], tmp_path, "deaf")
+    time.sleep(0.3)
+    executor.cancel([polite, deaf])
+    assert wait(executor, polite, tmp_path / "polite") == JobState("ended", 75)
+    assert wait(executor, deaf, tmp_path / "deaf").code in (None, 128 + 9)
+
+
+def test_a_job_of_another_machine_is_refused(tmp_path):
+    with pytest.raises(InputError, match="runs on elsewhere; go on with this sweep there"):
+        Local().poll({"elsewhere:1:1": tmp_path / "a"})
+
+
+def test_a_recycled_process_id_is_not_taken_for_the_job(tmp_path):
+    executor = Local()
+    host = os.uname().nodename
+    stranger = f"{host}:{os.getpid()}:1"  # this very process, but with another start
+    assert executor.poll({stranger: tmp_path / "a"})[stranger] == JobState("ended", None)
+    executor.cancel([stranger])
