@@ -7,13 +7,13 @@ GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/
 PINS   := $(if $(GPU),,-c constraints.txt)
 WORKERS ?= 2
 
-.PHONY: demo test lint types env env-dev bench clean
+.PHONY: demo test lint types env env-dev bench slurm-up slurm-down clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/hpc-neuro demo out=runs/demo $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 slurm/dev_cluster/with.sh $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -22,6 +22,12 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	for tool in tools/bench_*.py; do echo "== $$tool"; $(BIN)/python $$tool || exit 1; done
+
+# a real one-machine Slurm for the tests marked `slurm`; `make test` brings it up and ends it by itself
+slurm-up:
+	slurm/dev_cluster/up.sh
+slurm-down:
+	slurm/dev_cluster/down.sh
 
 env: $(VENV)/.runtime
 env-dev: $(VENV)/.dev

@@ -1,0 +1,178 @@
+"""Everything that can be known to fail is said before the queue: config, files, space, memory, time, limits, network.
+
+Takes seconds on a login node and writes nothing. A fault refuses the submission; all faults are said at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from hpc_neuro.schema import ConfigError, InputError
+from launch import array, forecast, jobs, slurm
+from launch.site import Resources, Site
+
+_START_SECONDS = 60  # [s] what a job needs before its first step: Python, torch, opening the store
+
+
+def check(
+    stages: Sequence[tuple[str, Any]],
+    site: Site,
+    on: Literal["slurm", "local"],
+    count: int = 1,
+    after: Sequence[str] = (),
+) -> list[str]:
+    """Lines for people about what will run. Raises ConfigError with every fault found.
+
+    stages: (verb, config), of which later ones may read what earlier ones will write. count: shares of an array.
+    """
+    faults: list[str] = []
+    lines: list[str] = []
+    made: set[Path] = set()
+    for verb, cfg in stages:
+        try:
+            jobs.refuse_twice(cfg.out)
+            if count > 1:
+                array.refuse(verb, on)
+        except (ConfigError, InputError) as error:
+            faults.append(str(error))
+        asked = site.resources(verb)
+        found, said = forecast.of(verb, cfg, asked, site, made)
+        faults += [f"{verb}: {f}" for f in found]
+        lines += [f"{verb}: {line}" for line in said]
+        made.add(cfg.out.resolve())
+        if on == "slurm":
+            faults += [f"{verb}: {f}" for f in times(cfg, asked, site)]
+    if on == "slurm":
+        try:
+            faults += [f for verb, _ in stages for f in limits(verb, site.resources(verb), site)]
+            faults += _queue(stages, site, count, after)
+            lines += [line for verb, _ in stages for line in signals(site.resources(verb))]
+        except InputError as error:
+            faults.append(str(error))
+    if site.interface and site.interface_on_login and not (Path("/sys/class/net") / site.interface).exists():
+        there = ", ".join(sorted(p.name for p in Path("/sys/class/net").iterdir()))
+        faults.append(
+            f"cluster.interface: there is no {site.interface} here, only {there}; correct it, or say "
+            "interface_on_login: false where only the nodes have it"
+        )
+    if faults:
+        raise ConfigError("not submitted:\n" + "\n".join(f"  {f}" for f in dict.fromkeys(faults)))
+    return list(dict.fromkeys(lines))
+
+
+def times(cfg: Any, asked: Resources, site: Site) -> list[str]:
+    """Faults of the time limit against what stopping takes."""
+    limit, faults = 60 * asked.minutes, []
+    margin = max(site.signal_seconds, getattr(getattr(cfg, "checkpoint", None), "margin", 0.0))
+    if limit < margin + _START_SECONDS:
+        faults.append(
+            f"minutes: {asked.minutes} min leave no time to work: a start takes {_START_SECONDS} s, stopping begins "
+            f"{margin:.0f} s before the end; give more minutes, or less cluster.signal_seconds (and checkpoint.margin)"
+        )
+    return faults
+
+
+def limits(verb: str, asked: Resources, site: Site) -> list[str]:
+    """Faults of what is asked for against the partition, by scontrol and sinfo."""
+    partitions = {
+        f["PartitionName"]: f for f in map(slurm.fields, slurm.ask("scontrol", "show", "partition", "-o").splitlines())
+    }
+    name = asked.partition or next((n for n, f in partitions.items() if f.get("Default") == "YES"), None)
+    if name not in partitions:
+        what = f"there is no partition {name}" if name else "the cluster has no default partition"
+        return [f"{verb}: {what}; set cluster.partition to one of {', '.join(partitions)}"]
+    facts = partitions[name]
+    faults = []
+    if facts.get("State") != "UP":
+        faults.append(f"partition {name} is {facts.get('State')}; choose another with cluster.partition")
+    longest = minutes(facts.get("MaxTime", "UNLIMITED"))
+    if longest is not None and asked.minutes > longest:
+        faults.append(
+            f"minutes: {asked.minutes} is above {name}'s limit of {longest}; give less, a job is put back until done"
+        )
+    most = facts.get("MaxNodes", "UNLIMITED")
+    nodes = min(int(facts.get("TotalNodes", "0")), int(most) if most.isdigit() else 1 << 30)
+    if asked.nodes > nodes:
+        faults.append(f"nodes: {asked.nodes} asked for, {name} gives at most {nodes}")
+    faults += _per_node(name, asked, site)
+    if asked.mpi != "none" and asked.mpi not in (kinds := slurm.ask("srun", "--mpi=list").split()):
+        faults.append(f"mpi: this srun does not know {asked.mpi}; it knows {', '.join(kinds[4:])}")
+    return [f"{verb}: {f}" for f in faults]
+
+
+def _per_node(name: str, asked: Resources, site: Site) -> list[str]:
+    """Faults of what each node must have; one node that has it all is enough."""
+    rows = [row.split("|") for row in slurm.ask("sinfo", "-h", "-e", "-p", name, "-o", "%c|%m|%G|%f").splitlines()]
+    cores = asked.tasks_per_node * asked.cpus_per_task
+    gpus = asked.tasks_per_node * asked.gpus_per_task
+    faults = []
+    if cores > (most := max(int(r[0].rstrip("+")) for r in rows)):
+        faults.append(
+            f"{asked.tasks_per_node} tasks of {asked.cpus_per_task} cores want {cores} per node, {name} has {most}"
+        )
+    if (asked.memory_gb or 0) * 1024 > (memory := max(int(r[1].rstrip("+")) for r in rows)):
+        faults.append(f"memory_gb: {asked.memory_gb:g} asked for, {name} has nodes of {memory / 1024:.0f} GB")
+    if gpus > (held := max(_gpus(r[2]) for r in rows)):
+        faults.append(
+            f"{asked.tasks_per_node} tasks of {asked.gpus_per_task} GPUs want {gpus} per node, {name} has {held}"
+        )
+    wanted = set(filter(None, (site.constraint or "").replace("|", "&").split("&")))
+    if unknown := wanted - {f for r in rows for f in r[3].split(",")}:
+        faults.append(f"cluster.constraint: no node of {name} has {', '.join(sorted(unknown))}")
+    return faults
+
+
+def _gpus(gres: str) -> int:
+    """Number of GPUs in sinfo's `gpu:a100:4(S:0-1),shard:8`."""
+    parts = [part.partition("(")[0].split(":") for part in gres.split(",")]
+    return sum(int(p[-1]) for p in parts if p[0] == "gpu" and p[-1].isdigit())
+
+
+def minutes(text: str) -> int | None:
+    """Slurm's `1-02:30:00` in minutes; None for UNLIMITED."""
+    if not text[0].isdigit():
+        return None
+    days, _, clock = text.rpartition("-")
+    hours, mins, _ = (int(n) for n in clock.split(":"))
+    return int(days or 0) * 1440 + hours * 60 + mins
+
+
+def _queue(stages: Sequence[tuple[str, Any]], site: Site, count: int, after: Sequence[str]) -> list[str]:
+    """Faults of how many jobs there will be, and of jobs to wait for."""
+    held, faults = slurm.states(), []
+    waiting = sum(slurm.active(s) for s in held.values())
+    new = sum(len(array.missing(cfg.out, count)) + 1 if count > 1 else 1 for _, cfg in stages)
+    for limit, name in (
+        (site.max_jobs, "cluster.max_jobs"),
+        (int(slurm.configuration()["MaxJobCount"]), "Slurm's MaxJobCount"),
+    ):
+        if limit is not None and waiting + new > limit:
+            faults.append(
+                f"{new} new jobs beside {waiting} that are queued exceed {name}, {limit}; give a smaller --array"
+            )
+    faults += [f"--after {job}: Slurm knows no such job" for job in after if job not in held]
+    return faults
+
+
+def signals(asked: Resources) -> list[str]:
+    """Remarks on how jobs of this partition are told to stop."""
+    words = ["scontrol", "show", "partition", "-o", *([asked.partition] if asked.partition else [])]
+    facts = slurm.fields(slurm.ask(*words).splitlines()[0])
+    mode, name = facts.get("PreemptMode", "OFF"), facts["PartitionName"]
+    if mode == "OFF":
+        return []
+    grace = facts.get("GraceTime", "0")
+    told = "preempt_send_user_signal" in slurm.configuration().get("SlurmctldParameters", "")
+    if mode != "REQUEUE":
+        return [
+            f"partition {name}: Slurm does not put preempted jobs back here (PreemptMode={mode}); a job told in "
+            "time does it by itself"
+        ]
+    if grace == "0":
+        return [
+            f"partition {name}: preemption comes without warning (GraceTime=0); a job goes on from its last checkpoint"
+        ]
+    how = "the stop signal" if told else "SIGTERM, as preempt_send_user_signal is not set"
+    return [f"partition {name}: a preempted job is told by {how} and has {grace} s to save"]

@@ -1,0 +1,127 @@
+"""What a verb's own forecast says of a config, within seconds; and for training, memory and time against the site."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from hpc_neuro import __main__ as cli
+from hpc_neuro.files import human
+from hpc_neuro.schema import ConfigError, InputError
+from launch.site import Resources, Site
+
+PATIENCE = 6.0  # [s] a forecast that takes longer is left to the job
+_INPUTS = ("store", "cache", "model", "predictions", "train", "images", "manifest")
+
+
+def of(verb: str, cfg: Any, asked: Resources, site: Site, made: Iterable[Path] = ()) -> tuple[list[str], list[str]]:
+    """(faults, lines) of a verb. Inputs in `made` will be written by jobs before it and are not opened."""
+    faults: list[str] = []
+    lines: list[str] = []
+    if verb == "train":
+        faults, lines = _training(cfg, asked, site)
+    later = [name for name in _INPUTS if (path := getattr(cfg, name, None)) and Path(path).resolve() in set(made)]
+    if later:
+        return faults, [*lines, f"{', '.join(later)} will be there when it starts"]
+    cfg = _as_on_the_nodes(verb, cfg, asked)
+    found, said = within(
+        PATIENCE, lambda: list(importlib.import_module(cli.VERBS[verb].module).forecast(cfg)), asked.tasks
+    )
+    return faults + found, lines + said
+
+
+def within(seconds: float, work: Callable[[], list[str]], ranks: int) -> tuple[list[str], list[str]]:
+    """(faults, lines) of `work`, done in a process of its own that is ended when it takes too long."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(theirs, work, ranks))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds):
+            return [], [f"the whole check takes longer than {seconds:.0f} s and is left to the job"]
+        answer: tuple[list[str], list[str]] = ours.recv()
+        return answer
+    except EOFError:
+        return ["its check ended without an answer; try the verb itself with --dry-run"], []
+    finally:
+        process.kill()
+        process.join()
+
+
+def _work(pipe: Connection, work: Callable[[], list[str]], ranks: int) -> None:
+    os.environ["WORLD_SIZE"] = str(ranks)
+    try:
+        pipe.send(([], work()))
+    except (ConfigError, InputError, OSError) as error:
+        pipe.send(([str(error)], []))
+
+
+def _as_on_the_nodes(verb: str, cfg: Any, asked: Resources) -> Any:
+    """The config without what only a GPU can do, where this machine has none but the job will."""
+    if verb != "train" or not asked.gpus_per_task:
+        return cfg
+    engine = dataclasses.replace(cfg.engine, dtype="auto", offload_optimizer=False)
+    return dataclasses.replace(cfg, engine=engine)
+
+
+def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[str]]:
+    """Batch, memory and time of a training. Raises nothing."""
+    from hpc_neuro.models import cost
+
+    ranks, batch = asked.tasks, cfg.optim.batch
+    micro = cfg.engine.micro_batch or max(1, batch // ranks)
+    if batch % (micro * ranks):
+        return [
+            f"optim.batch: {batch} crops cannot be cut into passes of {micro} on {ranks} ranks; take a multiple of "
+            f"{micro * ranks}, or other nodes and tasks_per_node"
+        ], []
+    half = asked.gpus_per_task > 0 and cfg.engine.dtype != "fp32"
+    parts = cost.costs(cfg.student, cfg.crop.size, micro, 2 if half else 4)
+    kept, parameters = sum(p.kept for p in parts), sum(p.parameters for p in parts)
+    spread = [1.0, 1.0, 1.0] if cfg.engine.stage == 0 else [1.0, 1.0, 1 / ranks]
+    spread[1] = 1 / ranks if cfg.engine.stage >= 2 else 1.0
+    spread[0] = 1 / ranks if cfg.engine.stage == 3 else 1.0
+    size = 2 if half else 4
+    state = parameters * (size * spread[0] + size * spread[1] + 12 * spread[2])  # weights, gradients; copy and moments
+    faults = []
+    need = kept + state
+    line = f"about {human(need)} per rank ({human(kept)} kept for backward, {human(state)} of weights and optimizer)"
+    if asked.gpus_per_task and site.gpu_memory_gb and need > 0.9e9 * site.gpu_memory_gb:
+        faults.append(
+            f"memory: {line}, and a GPU here has {site.gpu_memory_gb:g} GB; take a smaller crop.size or "
+            "engine.micro_batch, student.checkpointing=true, or a higher engine.stage"
+        )
+    if not asked.gpus_per_task and asked.memory_gb and asked.tasks_per_node * (need + 0.7e9) > 1e9 * asked.memory_gb:
+        faults.append(f"memory: {line}, for {asked.tasks_per_node} ranks on a node of memory_gb {asked.memory_gb:g}")
+    seconds = _seconds(cfg, site, sum(p.step for p in parts) * (batch // (micro * ranks)))
+    if seconds is None:
+        return faults, [line]
+    whole = seconds * cfg.optim.steps / 60
+    starts = 1 + site.max_requeue
+    if whole > asked.minutes * starts:
+        faults.append(
+            f"time: {cfg.optim.steps} steps of {seconds:.2f} s take {whole:.0f} min, but {starts} starts of "
+            f"{asked.minutes} min are all it gets; give more minutes, nodes or cluster.max_requeue"
+        )
+    return faults, [
+        line,
+        f"about {seconds:.2f} s per step, {whole:.0f} min in all, {-(-whole // asked.minutes):.0f} start(s)",
+    ]
+
+
+def _seconds(cfg: Any, site: Site, operations: float) -> float | None:
+    """Seconds per step: as this run folder measured, else by the site's `teraflops`, else unknown."""
+    path = cfg.out / "metrics.jsonl"
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    speeds = [s for row in rows[-20:] if row.endswith("}") and (s := json.loads(row).get("crops_per_s"))]
+    if speeds:
+        return float(cfg.optim.batch / speeds[-1])
+    return operations / (1e12 * site.teraflops) if site.teraflops else None

@@ -1,0 +1,146 @@
+"""Sites, chains, shares, and how Slurm's words are read; nothing here submits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_neuro import files, runs
+from hpc_neuro.schema import ConfigError, InputError
+from launch import array, chain, checks, ending, jobs, slurm
+from launch.__main__ import main
+from launch.site import SHIPPED, Site, load_site
+from launch.snapshot import snapshot
+
+PIPELINE = ["prepare", "precompute", "train", "infer", "evaluate"]
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+def test_shipped_sites_load(name: str):
+    site = load_site(name, [])
+    assert all(site.resources(verb).tasks >= 1 for verb in PIPELINE)
+
+
+def test_a_site_is_changed_by_keys_and_an_unknown_one_names_the_others():
+    site = load_site("dev", ["train.nodes=3", "partition=low"])
+    assert site.resources("train").nodes == 3
+    assert site.resources("train").partition == "low"
+    assert site.resources("precompute").tasks == 2  # as in the file
+    with pytest.raises(ConfigError, match="cpu, dev, gpu"):
+        load_site("nowhere", [])
+    with pytest.raises(ConfigError, match="nodess"):
+        load_site("dev", ["train.nodess=3"])
+
+
+def test_a_chain_fills_in_the_folders_it_hands_on(tmp_path: Path):
+    keys = [f"out={tmp_path}", f"prepare.images={tmp_path}", "train.optim.steps=7"]
+    stages = dict(chain.plan(PIPELINE, None, keys))
+    assert list(stages) == PIPELINE
+    assert stages["train"].store == stages["prepare"].out == tmp_path / "store"
+    assert stages["train"].cache == stages["precompute"].out
+    assert stages["infer"].model == stages["train"].out
+    assert stages["evaluate"].predictions == stages["infer"].out
+    assert stages["train"].optim.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("verbs", "keys", "said"),
+    [
+        (["train", "prepare"], ["out=x"], "order of the pipeline"),
+        (["prepare", "fly"], ["out=x"], "fly cannot stand in a chain"),
+        (["prepare"], [], "wants out=FOLDER"),
+        (["prepare"], ["out=x", "train.seed=1"], "of no verb of the chain"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(verbs, keys, said):
+    with pytest.raises(ConfigError, match=said):
+        chain.plan(verbs, None, keys)
+
+
+@given(st.integers(0, 3000), st.integers(1, 1001))
+def test_chunks_keep_every_share_once_and_fit(count: int, size: int):
+    parts = [(i, count) for i in range(count)]
+    cut = array.chunks(parts, size)
+    assert [p for chunk in cut for p in chunk] == parts
+    assert all(0 < len(chunk) <= size for chunk in cut)
+    assert len(cut) == -(-count // size)
+
+
+def test_only_shares_that_did_not_end_well_are_missing(tmp_path: Path):
+    for index, code in ((0, 0), (1, 1), (3, 0)):
+        files.write_json(tmp_path / "launch" / jobs.share_name(index, 5) / ending.ENDS, [{"exit": 1}, {"exit": code}])
+    assert [i for i, _ in array.missing(tmp_path, 5)] == [1, 2, 4]
+
+
+def test_training_is_no_array():
+    with pytest.raises(ConfigError, match="one piece of work"):
+        array.refuse("train", "slurm")
+
+
+def test_array_ids_are_expanded():
+    assert slurm.expand("12_[0-2,5%4]") == ["12_0", "12_1", "12_2", "12_5"]
+    assert slurm.expand("12_7") == ["12_7"]
+    assert slurm.expand("12") == ["12"]
+
+
+def test_the_poller_backs_off_while_nothing_changes_and_outlives_a_silent_controller():
+    slept: list[float] = []
+    answers: list[dict[str, str] | None] = [{"1": "PENDING"}] * 4 + [None, {"1": "RUNNING", "2": "RUNNING"}]
+
+    def read() -> dict[str, str]:
+        answer = answers.pop(0)
+        if answer is None:
+            raise InputError("no answer")
+        return answer
+
+    poller = slurm.Poller(1.0, 3.0, read, slept.append)
+    seen = [poller.states(["1"]) for _ in range(6)]
+    assert seen[3] == seen[4] == {"1": "PENDING"}  # the last known, while the controller is silent
+    assert seen[5] == {"1": "RUNNING"}
+    assert slept == [1.0, 1.5, 2.25, 3.0, 3.0]
+    assert poller.pause == 1.0
+    silent = slurm.Poller(1.0, 3.0, lambda: slurm.ask("false"), slept.append)
+    with pytest.raises(InputError):
+        [silent.states(["1"]) for _ in range(9)]
+    assert silent.failures == 6
+
+
+@pytest.mark.parametrize(("text", "found"), [("01:00:00", 60), ("1-02:30:00", 1590), ("UNLIMITED", None)])
+def test_time_limits_of_slurm(text, found):
+    assert checks.minutes(text) == found
+
+
+def test_gpus_of_a_node():
+    assert checks._gpus("gpu:a100:4(S:0-1),shard:8") == 4
+    assert checks._gpus("gpu:2") == 2
+    assert checks._gpus("(null)") == 0
+
+
+def test_a_time_limit_that_leaves_no_time_is_a_fault(tmp_path: Path):
+    site = Site(signal_seconds=120)
+    cfg = jobs.load("evaluate", None, ["store=x", "predictions=y", f"out={tmp_path}"])
+    asked = load_site(None, ["evaluate.minutes=2"]).evaluate
+    (fault,) = checks.times(cfg, asked, site)
+    assert "leave no time to work" in fault
+    assert checks.times(cfg, load_site(None, ["evaluate.minutes=4"]).evaluate, site) == []
+
+
+def test_the_snapshot_says_what_it_is_a_copy_of(tmp_path: Path):
+    copy = snapshot(tmp_path / "code")
+    assert (copy / "hpc_neuro" / "runs.py").read_bytes() == Path(runs.__file__).read_bytes()
+    assert (copy / "CODE_VERSION").read_text().strip()
+    marker = copy / "launch" / "marker"
+    marker.touch()
+    assert snapshot(tmp_path / "code") == copy
+    assert marker.exists()  # what a queued job will run is never touched again
+
+
+def test_errors_are_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["fly", "out=x", "--on", "local"]) == 2
+    assert "fly" in capsys.readouterr().err
+    assert main(["status", str(tmp_path)]) == 2
+    assert "nothing was launched" in capsys.readouterr().err
+    assert main([]) == 2
