@@ -18,12 +18,14 @@ class Axis:
     title: str
     labels: Sequence[str] = ()
     log: bool = False
+    absent: bool = False
+    """Whether a run without a value here passes below the scale; else its line ends before."""
 
 
 def parallel(
     title: str, axes: Sequence[Axis], rows: Sequence[Sequence[float | None]], shade: Sequence[float | None]
 ) -> str:
-    """One line per run across the axes; None on an axis breaks it. `axes[i].labels` are addressed by their index.
+    """One line per run across the axes, from value to value. `axes[i].labels` are addressed by their index.
 
     shade: 0 to 1 per run, 1 drawn strongest and last; None: a thin quiet line.
     """
@@ -39,12 +41,18 @@ def parallel(
             else f'class="line {"s1" if strength == 1 else "s0"}" '
             f'style="opacity:{0.25 + 0.75 * strength**3:.2f};stroke-width:{3 if strength == 1 else 1.4}"'
         )
-        for part in _unbroken([(x, s.at(v)) for x, s, v in zip(xs, scales, rows[index], strict=True)]):
+        places = [
+            height - _BOTTOM if v is None and axis.absent else scale.at(v)
+            for axis, scale, v in zip(axes, scales, rows[index], strict=True)
+        ]
+        for part in _unbroken(list(zip(xs, places, strict=True))):
             body.append(f'<polyline {style} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in part)}"/>')
     for i, (x, axis, scale) in enumerate(zip(xs, axes, scales, strict=True)):
         body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
         body.append(_text("axis", x, _TOP - 10 if i % 2 == 0 else height - 10, axis.title))
         body += [_text("tick", x + 6, y + 4, label, "start") for y, label in scale.ticks]
+        if axis.absent:
+            body.append(_text("tick", x + 6, height - _BOTTOM + 4, "\N{EN DASH}", "start"))
     return _frame(title, "".join(body), height)
 
 
@@ -137,17 +145,22 @@ def _scale(axis: Axis, values: Sequence[float | None], height: int) -> _Scale:
 
 
 def _numbers(values: Sequence[float], log: bool, bottom: float, top: float) -> _Scale:
-    """A scale from the lowest to the highest value, widened a little where they are the same."""
+    """A scale over all values: round ends and ticks, or, of a logarithm, from the lowest to the highest value."""
     used = [math.log10(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.0]
     low, high = min(used), max(used)
     if low == high:
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
-    pad = 0.0 if log else 0.04 * (high - low)
-    low, high = low - pad, high + pad
+    if log:
+        marks = [10 ** (low + (high - low) * i / 4) for i in range(5)]
+    else:
+        rough = (high - low) / 5
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = unit * next(m for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * (1 - 1e-9))
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        marks = [k * step for k in range(first, last + 1)]
+        low, high = marks[0], marks[-1]
     bare = _Scale(low, high, bottom, top, log, [])
-    marks = [low + (high - low) * i / 4 for i in range(5)]
-    shown = [10**m if log else m for m in marks]
-    return _Scale(low, high, bottom, top, log, [(bare.at(v) or 0.0, f"{v:.3g}") for v in shown])
+    return _Scale(low, high, bottom, top, log, [(bare.at(v) or 0.0, f"{v:.3g}") for v in marks])
 
 
 def _unbroken(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:

@@ -70,7 +70,7 @@ def _result(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) ->
     lines.append("best.yaml, beside this page, trains it again: hpc-neuro train best.yaml")
     best = _best_so_far(cfg, trials)
     curve = charts.lines("Best value after each finished trial", [best], "finished trials", cfg.objective.key)
-    return "".join(html.paragraph(line) for line in lines) + html.row([curve])
+    return "".join(html.paragraph(line) for line in lines) + html.row([curve, ""])
 
 
 def _best_so_far(cfg: SearchConfig, trials: Sequence[Trial]) -> charts.Series:
@@ -86,11 +86,11 @@ def _parallel(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) 
     axes, columns = [], []
     for name, dimension in cfg.space.items():
         if isinstance(dimension, (Range, Log, Integer)):
-            axes.append(Axis(name, log=isinstance(dimension, Log)))
+            axes.append(Axis(name, log=isinstance(dimension, Log), absent=bool(dimension.when)))
             columns.append([None if name not in t.values else float(t.values[name]) for t in trials])
         else:
             labels = [text(v) for v in options(dimension) or []]
-            axes.append(Axis(name, labels=labels))
+            axes.append(Axis(name, labels=labels, absent=bool(dimension.when)))
             columns.append([None if name not in t.values else labels.index(text(t.values[name])) for t in trials])
     axes.append(Axis(cfg.objective.key))
     columns.append([t.value for t in trials])
@@ -99,7 +99,7 @@ def _parallel(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) 
     for t in trials:
         rank = None if t.value is None else done.index(t.value) / max(1, len(done) - 1)
         shade.append(1.0 if t is winner else None if rank is None else min(rank, 0.98))
-    note = "One line per trial: the best in colour and bold, the better the stronger; stopped and failed ones are thin."
+    note = "One line per trial: the best in colour and bold, the better the stronger; stopped and failed ones are thin and end early."
     rows = [list(row) for row in zip(*columns, strict=True)]
     return html.paragraph(note, "small") + sweep_charts.parallel("Values and what they led to", axes, rows, shade)
 
@@ -143,7 +143,8 @@ def _comparison(cfg: SearchConfig, found: Comparison) -> str:
         cells = [Cell(setting[0]), *([Cell(setting[1])] if rest else [])]
         for m in cfg.table:
             at = means[m.key][setting]
-            best = (max if m.goal == "maximize" else min)(i.mean for i in means[m.key].values())
+            every = {i.mean for i in means[m.key].values()}
+            best = None if len(every) < 2 else (max if m.goal == "maximize" else min)(every)
             small = "" if at.low is None else f"{html.number(at.low, m.digits)} … {html.number(at.high, m.digits)}"
             cells.append(Cell(html.number(at.mean, m.digits), at.mean, at.mean == best, small))
         rows.append([*cells, Cell(str(len(per_seed)), len(per_seed))])
