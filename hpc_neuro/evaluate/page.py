@@ -31,7 +31,7 @@ def build(
     """The page as text. `pictures` are (volume, JPEG) in the order shown; `training` the rows of a training run."""
     n = len(results.ids)
     sections = [("Result", _result(results, cfg, links))]
-    if n > 1:
+    if n > 1 and len(results.methods) > 1:
         sections.append(("Differences", _differences(results, cfg)))
     sections.append(("Neurons", _neurons(results, cfg)))
     if pictures:
@@ -49,7 +49,6 @@ def build(
 def _result(results: Results, cfg: EvaluateConfig, links: list[Link]) -> str:
     metrics = [r for r in rows(cfg) if r.main]
     columns = [Column("Metric", numeric=False), *(Column(_name(m)) for m in results.methods)]
-    columns += [Column(_minus(m), "mean of the differences, neuron by neuron") for m in results.methods[1:]]
     columns.append(Column("Gold"))
     table = []
     for r in metrics:
@@ -57,10 +56,6 @@ def _result(results: Results, cfg: EvaluateConfig, links: list[Link]) -> str:
         best = _best(r, [f.mean for f in found.values()])
         cells = [Cell(_titled(r))]
         cells += [_interval_cell(f, r.digits, f.mean == best) for f in found.values()]
-        cells += [
-            _interval_cell(difference(results, "model", m, r.key, cfg), r.digits, sign=True)
-            for m in results.methods[1:]
-        ]
         gold = sum(results.gold[i][r.key] for i in results.ids) / len(results.ids) if r.key in GOLD_KEYS else None
         cells.append(Cell("" if gold is None else html.number(gold, r.digits), gold))
         table.append(cells)
@@ -108,8 +103,26 @@ def _differences(results: Results, cfg: EvaluateConfig) -> str:
                 "right of zero the model is better",
             )
         )
-    note = "One thin line per neuron; the bar is the mean. Arrows say which way is better."
-    return html.paragraph(note, "small") + html.row(figures)
+    note = "Below, one thin line per neuron; the bar is the mean. Arrows say which way is better."
+    return _difference_table(results, cfg) + html.paragraph(note, "small") + html.row(figures)
+
+
+def _difference_table(results: Results, cfg: EvaluateConfig) -> str:
+    columns = [Column("Metric", numeric=False)]
+    columns += [Column(_minus(m), "mean of the differences, neuron by neuron") for m in results.methods[1:]]
+    table = [
+        [
+            Cell(_titled(r)),
+            *(
+                _interval_cell(difference(results, "model", m, r.key, cfg), r.digits, sign=True)
+                for m in results.methods[1:]
+            ),
+        ]
+        for r in rows(cfg)
+        if r.main
+    ]
+    note = "Means of the differences neuron by neuron, with their 95 % interval: one that holds zero shows nothing."
+    return html.paragraph(note, "small") + html.table(columns, table, sortable=False)
 
 
 def _neurons(results: Results, cfg: EvaluateConfig) -> str:
@@ -186,7 +199,7 @@ def _provenance(links: list[Link]) -> str:
 
 def _interval_cell(found: Interval, digits: int, best: bool = False, sign: bool = False) -> Cell:
     text = html.number(found.mean, digits)
-    if sign and found.mean > 0:
+    if sign and round(found.mean, digits) > 0:
         text = "+" + text
     note = ""
     if found.low is not None and found.high is not None:

@@ -21,7 +21,7 @@ _MARGIN = (1, _REACH, _REACH)  # background around the masks, so that no neighbo
 _SPARSE = 0.05  # below this share of foreground, surface voxels are found one by one
 _RINGS_PER_CHECK = 3  # rings of columns between two looks at which points are settled
 _FEW, _WORTH = 0.01, 0.1  # of more than a few points left, fewer than this share has anything in reach: give up
-_FAR = 255  # a column's distance along z is held in one byte; this value means "farther, or nothing"
+_FAR = 254  # a column's distance along z is held in one byte; this value means "as far, farther, or nothing"
 _EVERY = 16  # every so many points are measured first when only a percentile is wanted
 _ROUNDING = 1e-9  # relative margin that keeps a tie from being cut by rounding
 
@@ -120,14 +120,13 @@ class _Surface:
 
     @functools.cached_property
     def column(self) -> NDArray[np.uint8]:
-        """Voxels along z from any voxel to the nearest surface voxel of the same column, at most _FAR, flat."""
+        """Voxels along z from any voxel to the nearest surface voxel of the same column, at most _FAR; flat uint8."""
         grown = np.full(self.shape, _FAR, dtype=np.uint8)
         grown.ravel()[self.at] = 0
         step = np.empty_like(grown[0])
         for order in (range(1, len(grown)), range(len(grown) - 2, -1, -1)):
             for z in order:
-                np.minimum(grown[z - order.step], _FAR - 1, out=step)
-                step += 1
+                np.add(grown[z - order.step], 1, out=step)  # at most _FAR + 1, which a byte still holds
                 np.minimum(grown[z], step, out=grown[z])
         return grown.ravel()
 
@@ -206,7 +205,7 @@ def _close(at: NDArray[np.int64], other: _Surface, enough: float = 0.0) -> tuple
         nearest = other.column[steps[0] :].take(at)
         for step in steps[1:]:
             np.minimum(nearest, other.column[step:].take(at), out=nearest)
-        np.minimum(best, rise.take(nearest) + lateral, out=best)
+        np.minimum(best, (rise + lateral).take(nearest), out=best)
         if number % _RINGS_PER_CHECK and number < len(rings) - 1:
             continue
         limit = min(rings[number + 1][0] if number + 1 < len(rings) else lateral, beyond)
