@@ -146,16 +146,16 @@ def test_killed_and_started_again_it_ends_with_the_same_files(store: Path, built
 
 FILLED = """
 import os, pathlib, shutil, sys
-from hpc_neuro import precompute
 from hpc_neuro.__main__ import main
+from hpc_neuro.precompute import estimate
 
-out, forecast = pathlib.Path(sys.argv.pop(1)), precompute._forecast
+out, lines_of = pathlib.Path(sys.argv.pop(1)), estimate.lines
 def and_then_another_program_fills_the_disk(*given):
-    lines = forecast(*given)
+    lines = lines_of(*given)
     with open(out / "other", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(out).free - 400_000)
     return lines
-precompute._forecast = and_then_another_program_fills_the_disk
+estimate.lines = and_then_another_program_fills_the_disk
 sys.exit(main(sys.argv[1:]))
 """
 

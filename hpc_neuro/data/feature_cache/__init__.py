@@ -1,0 +1,38 @@
+"""Teacher features on disk: one HDF5 shard per slab of slices, a manifest written last, and the reader training uses.
+
+A shard holds `features` [S, L, h, w, D]: S slices orthogonal to the view's axis, L teacher layers, an h x w token map,
+D channels (fewer with `pca`). A token is a cell of voxels; cells of any size are brought to the student's token grid by
+area weights, so a grid that is the student's own passes through unchanged.
+"""
+
+from hpc_neuro.data.feature_cache.coding import RAW, Coding
+from hpc_neuro.data.feature_cache.layout import CODING, MANIFEST, PLANE, CacheMismatch, Unit
+from hpc_neuro.data.feature_cache.reader import FeatureCache
+from hpc_neuro.data.feature_cache.shard import (
+    ShardWriter,
+    shard_is_sound,
+    shard_key,
+    shard_record,
+    shard_values,
+    write_manifest,
+)
+from hpc_neuro.data.feature_cache.uses import record_use, uses
+
+__all__ = [
+    "CODING",
+    "MANIFEST",
+    "PLANE",
+    "RAW",
+    "CacheMismatch",
+    "Coding",
+    "FeatureCache",
+    "ShardWriter",
+    "Unit",
+    "record_use",
+    "shard_is_sound",
+    "shard_key",
+    "shard_record",
+    "shard_values",
+    "uses",
+    "write_manifest",
+]

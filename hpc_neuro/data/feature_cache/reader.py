@@ -1,0 +1,207 @@
+"""Crops of features for training: from shards of any cell size to the student's token grid."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_neuro import files
+from hpc_neuro.data.feature_cache import coding as codings
+from hpc_neuro.data.feature_cache.layout import CODING, MANIFEST, CacheMismatch, Unit
+from hpc_neuro.data.orientation import IDENTITY, PLANE, Orientation, all_of, parse
+from hpc_neuro.geometry import Box, Shape
+from hpc_neuro.schema import InputError
+
+_OPEN_FILES = 64
+
+
+class FeatureCache:
+    """Reads crops of features. Files are opened lazily per process and dropped on pickling; nothing is locked."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError when the cache is missing, unfinished, or a shard is gone or cut short."""
+        self.path = Path(path)
+        hint = "build the cache with `hpc-neuro precompute`; an interrupted build goes on with the same command"
+        self.manifest: dict[str, Any] = files.read_json(self.path / MANIFEST, hint)
+        self.layers: tuple[int, ...] = tuple(self.manifest["layers"])
+        self.views: tuple[str, ...] = tuple(self.manifest["views"])
+        self.dim = int(self.manifest["dim"])
+        kinds = self.manifest["statistics"]
+        self.mean = {v: torch.tensor(kinds[v]["mean"], dtype=torch.float32) for v in self.views}  # [L, D]
+        self.std = {v: torch.tensor(kinds[v]["std"], dtype=torch.float32) for v in self.views}  # [L, D]
+        self.orientations: tuple[Orientation, ...] = all_of(self.manifest.get("augment_views", ()))
+        self._codings = self._read_codings()
+        self._units: dict[tuple[str, str, str], list[Unit]] = {}
+        damaged = []
+        for shard in self.manifest["shards"]:
+            unit = Unit.read(shard["unit"])
+            self._units.setdefault((unit.volume, unit.view, unit.how), []).append(unit)
+            file = self.path / shard["file"]
+            if not file.exists() or file.stat().st_size != shard["bytes"]:
+                damaged.append(shard["file"])
+        if damaged:
+            raise InputError(
+                f"{self.path} lacks {len(damaged)} of its {len(self.manifest['shards'])} shards, or they were cut "
+                f"short ({', '.join(damaged[:3])}); `hpc-neuro precompute` with the same config, or "
+                f"`hpc-neuro cache verify {self.path}`, rebuilds just those"
+            )
+        self._forget()
+
+    def _read_codings(self) -> dict[str, codings.Coding]:
+        """How the features were compressed, by view."""
+        wanted = self.manifest.get("coding")
+        if wanted is None:
+            return dict.fromkeys(self.views, codings.RAW)
+        path = self.path / CODING
+        if not path.exists() or files.sha256(path) != wanted:
+            raise InputError(
+                f"{path}, without which the features cannot be decoded, is missing or not the one they were made with; "
+                "`hpc-neuro precompute` with the same config builds the cache again"
+            )
+        return codings.load(path)
+
+    def _forget(self) -> None:
+        self._open: OrderedDict[str, h5py.File] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_open"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def volumes(self) -> tuple[str, ...]:
+        """Identifiers of the volumes held."""
+        return tuple(dict.fromkeys(volume for volume, _, _ in self._units))
+
+    def check(
+        self,
+        digests: Mapping[str, str],
+        teacher: Mapping[str, Any],
+        views: Sequence[str],
+        orientations: Sequence[str] = (),
+    ) -> None:
+        """Raise CacheMismatch unless the cache holds `views` of all the volumes, of this content, by this teacher.
+
+        digests: volume -> content digest as the store gives it; teacher: Teacher.identity; orientations: names of the
+        mirrors and turns that distilled crops are to get.
+        """
+        command = f"hpc-neuro precompute store=... out={self.path}"
+        held = self.manifest["teacher"]
+        if dict(held) != dict(teacher):
+            raise CacheMismatch(
+                f"{self.path} holds features of the teacher {held}, but the config asks for {dict(teacher)}; build "
+                f"them in another folder with `{command}` and that teacher, or train with "
+                f"teacher.model={held.get('name')}"
+            )
+        if lacking := [v for v in views if v not in self.views]:
+            raise CacheMismatch(f"{self.path} has no view {', '.join(lacking)}; rebuild it with views={list(views)}")
+        if more := [name for name in orientations if parse(name) not in self.orientations]:
+            held_views = [*self.manifest.get("augment_views", []), *more]
+            raise CacheMismatch(
+                f"{self.path} has no features of slices that are {', '.join(more)}, and those of a mirrored or turned "
+                f"slice cannot be had from the slice itself; build them in another folder with `{command} "
+                f"augment_views=[{','.join(held_views)}]`, or leave {', '.join(more)} out of augment.distilled"
+            )
+        if absent := [v for v in digests if (v, self.views[0], "") not in self._units]:
+            raise CacheMismatch(
+                f"{self.path} has no features of {', '.join(absent[:5])}; add their split to `splits` of "
+                f"`{command}`, in another folder"
+            )
+        if changed := [v for v, digest in digests.items() if self.manifest["volumes"][v] != digest]:
+            raise CacheMismatch(
+                f"{self.path} was made from other images of {', '.join(changed[:5])} than the store holds now; "
+                f"build it again in another folder with `{command}`"
+            )
+
+    def crop(
+        self,
+        volume: str,
+        box: Box,
+        patch: Shape,
+        orientation: Orientation = IDENTITY,
+        views: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Features of a crop on the student's token grid: view -> [L, D, z, y, x] float16, grid = box.shape / patch.
+
+        With an orientation, what the teacher makes of the turned crop: the views are those of the turned volume, and so
+        are z, y, x. The box may reach past the volume's end; cells out there repeat the last one. `views`: all held, if
+        left out. Raises InputError when the box does not lie on the token grid, where resampling would blur the
+        features, and when the orientation is not held.
+        """
+        if any(a % p or n % p for a, n, p in zip(box.start, box.shape, patch, strict=True)):
+            raise InputError(f"the crop {box.start} to {box.stop} does not lie on the token grid of {patch} voxels")
+        found = {}
+        for view in self.views if views is None else views:
+            held, how = orientation.slices(view)
+            if (volume, held, how) not in self._units:
+                raise InputError(
+                    f"{self.path} has no slices of {volume} along {held}{f' laid {how}' if how else ''}; "
+                    "build them with `hpc-neuro precompute` and augment_views"
+                )
+            found[view] = orientation.turned(self._view(volume, held, how, box, patch)).half().contiguous()
+        return found
+
+    def _view(self, volume: str, view: str, how: str, box: Box, patch: Shape) -> Tensor:
+        """[L, D, z, y, x] float32 as the volume stands."""
+        units, (across, down, right) = self._units[volume, view, how], PLANE[view]
+        stride, (height, width) = units[0].stride, units[0].cell
+        last = units[-1]
+        slices = (last.first - units[0].first) // stride + last.count
+        rows, wr = _cells(box, patch, down, height, last.rows)
+        columns, wc = _cells(box, patch, right, width, last.columns)
+        picked, ws = _cells(box, patch, across, stride, slices)
+        parts = []
+        for unit in units:
+            offset = (unit.first - units[0].first) // stride
+            a, b = max(picked.start, offset) - offset, min(picked.stop, offset + unit.count) - offset
+            if a < b:
+                parts.append(self._file(unit)["features"][a:b, :, rows, columns])
+        values = torch.from_numpy(np.concatenate(parts)).float()  # [s, L, r, c, D]
+        grid = torch.einsum("slrcd,is,jr,kc->lijkd", values, ws, wr, wc)  # slices, rows, columns of the target
+        grid = self._codings[view].decode(grid)
+        return grid.permute(0, 4, *(1 + (across, down, right).index(axis) for axis in (0, 1, 2)))
+
+    def _file(self, unit: Unit) -> h5py.File:
+        if self._pid != os.getpid():
+            self._forget()  # an HDF5 handle must not be shared over a fork
+        file = self._open.pop(unit.name, None)
+        if file is None:
+            while len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            try:
+                file = h5py.File(self.path / unit.name, "r", locking=False)
+            except OSError as error:
+                raise InputError(
+                    f"the shard {self.path / unit.name} cannot be read ({error}); "
+                    f"`hpc-neuro cache verify {self.path}` finds and rebuilds what is damaged"
+                ) from error
+        self._open[unit.name] = file
+        return file
+
+
+def _cells(box: Box, patch: Shape, axis: int, cell: float, count: int) -> tuple[slice, Tensor]:
+    """Source cells under a box along one axis, and area weights [targets, cells] that bring them to its tokens.
+
+    Source cell i covers voxels [i * cell, (i + 1) * cell), i < count; target t covers patch[axis] voxels.
+    """
+    edges = np.arange(box.start[axis], box.stop[axis] + 1, patch[axis], dtype=np.float64)
+    low = np.minimum(edges[:-1], (count - 0.5) * cell)  # a target wholly past the end takes the last cell
+    high = np.maximum(np.minimum(edges[1:], count * cell), low + 1e-6 * cell)
+    first = int(low[0] // cell)
+    stop = min(count, max(first + 1, int(np.ceil(high[-1] / cell - 1e-9))))
+    starts = np.arange(first, stop) * cell
+    overlap = np.minimum(high[:, None], starts + cell) - np.maximum(low[:, None], starts)
+    weights = np.clip(overlap, 0.0, None)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return slice(first, stop), torch.from_numpy(weights).float()

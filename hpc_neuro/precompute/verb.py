@@ -1,0 +1,178 @@
+"""`precompute` itself: what is missing is shared among the ranks, made, and listed in the manifest last."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from hpc_neuro import distributed, files, runs
+from hpc_neuro.data import feature_cache as cache
+from hpc_neuro.data.feature_cache import coding
+from hpc_neuro.data.store import Store
+from hpc_neuro.models.teacher import Teacher, load_teacher
+from hpc_neuro.precompute import compress, estimate
+from hpc_neuro.precompute.build import build
+from hpc_neuro.precompute.config import PrecomputeConfig
+from hpc_neuro.schema import ConfigError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_MAY_CHANGE = ("store", "batch", "teacher.weights")  # where things lie and how fast; contents are held by digests
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a build is made from."""
+
+    store: Store
+    teacher: Teacher
+    units: list[cache.Unit]
+    digests: dict[str, str]  # of the volumes
+
+    def key(self, cfg: PrecomputeConfig, unit: cache.Unit, coded: str) -> str:
+        """Everything a shard's content depends on, hashed: a file with this key need not be made again."""
+        facts = [asdict(unit), self.digests[unit.volume], self.teacher.identity, cfg.layers, cfg.tile, cfg.halo, coded]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def missing(self, cfg: PrecomputeConfig) -> list[cache.Unit]:
+        """The shards that are not there, or belong to something else."""
+        coded, _ = compress.existing(cfg, self.store, self.teacher)
+        if cfg.coded and not coded:
+            return self.units
+        return [u for u in self.units if cache.shard_key(cfg.out / u.name) != self.key(cfg, u, coded)]
+
+
+def forecast(cfg: PrecomputeConfig) -> list[str]:
+    """Check the store, the teacher and the space; say how many slices, shards and bytes, and the time of a probe."""
+    work = open_all(cfg)
+    return estimate.lines(cfg, work.store, work.teacher, work.units, work.missing(cfg), 1)
+
+
+def run(cfg: PrecomputeConfig) -> int:
+    """Build the cache, or what is missing of it. All MPI ranks call this; they succeed or fail together."""
+    comm = distributed.mpi_comm()
+    main = comm is None or comm.Get_rank() == 0
+    if not main:
+        logging.getLogger("hpc_neuro").setLevel(logging.WARNING)
+    if comm is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.Get_size()))
+    work = _together(lambda: open_all(cfg), comm)
+    todo = work.missing(cfg)
+    if comm is not None:
+        todo = comm.bcast(todo)  # ranks that start late would miss what the early ones already made
+    inputs = {f"volume {k}": d for k, d in work.digests.items()}
+    with contextlib.ExitStack() as stack:
+        start = runs.start("precompute", cfg, cfg.out, inputs, may_change=_MAY_CHANGE, main=main, whole=not todo)
+        this = _together(lambda: stack.enter_context(start), comm)
+        if this.complete:
+            return 0
+        begun = time.monotonic()
+        _together(lambda: _prepare(cfg, work, todo, comm) if main else None, comm)
+        coded = _together(lambda: _coding(cfg), comm)
+        _together(lambda: _share(cfg, work, todo, comm, main, *coded), comm)
+        _together(lambda: _finish(cfg, work) if main else None, comm)
+        if main:
+            summary = {"shards": len(work.units), "seconds": round(time.monotonic() - begun, 1)}
+            this.finish(summary, outputs=[cfg.out / cache.MANIFEST])
+            size = sum((cfg.out / u.name).stat().st_size for u in work.units)
+            log.info("wrote %d shards, %s, to %s", len(work.units), files.human(size), cfg.out)
+    return 0
+
+
+def open_all(cfg: PrecomputeConfig) -> Work:
+    """Store, teacher and plan, checked. Raises ConfigError or InputError."""
+    store = Store(cfg.store)
+    for split in cfg.splits:
+        store.split(split)
+    teacher = load_teacher(cfg.teacher).to(distributed.device())
+    if bad := [n for n in cfg.layers if not -teacher.depth <= n < teacher.depth]:
+        raise ConfigError(f"layers: the teacher has blocks 0 to {teacher.depth - 1}, not {bad}")
+    if cfg.tile % teacher.patch or cfg.halo % teacher.patch:
+        raise ConfigError(f"tile and halo: multiples of the teacher's patch, {teacher.patch}, are wanted")
+    if cfg.pca is not None and cfg.pca > teacher.dim:
+        raise ConfigError(f"pca: the teacher has {teacher.dim} channels, {cfg.pca} components are more")
+    units = estimate.planned(cfg, store, teacher.patch)
+    return Work(store, teacher, units, {v: store[v].digest for v in sorted({u.volume for u in units})})
+
+
+def _together(step: Callable[[], T], comm: Any) -> T:
+    """What `step` returns on this rank; when it fails on one, all stop, and one of them says why."""
+    done: list[T] = []
+    failed: Exception | None = None
+    try:
+        done.append(step())
+    except Exception as error:  # raised again by `agree`, when no rank waits for this one any more
+        failed = error
+    distributed.agree(failed, comm)
+    return done[0]
+
+
+def _prepare(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], comm: Any) -> None:
+    """Say what it will take and fit the coding, before anything is made. Only the first rank does."""
+    ranks = 1 if comm is None else comm.Get_size()
+    log.info("\n".join(estimate.lines(cfg, work.store, work.teacher, work.units, todo, ranks)))
+    if cfg.coded and not compress.existing(cfg, work.store, work.teacher)[0]:
+        compress.fitted(cfg, work.store, work.teacher, work.units)
+
+
+def _coding(cfg: PrecomputeConfig) -> tuple[str, dict[str, cache.Coding]]:
+    """Digest and codings by view of the file that the first rank made; nothing for plain float16."""
+    path = cfg.out / cache.CODING
+    return (files.sha256(path), coding.load(path)) if cfg.coded else ("", {})
+
+
+def _share(
+    cfg: PrecomputeConfig,
+    work: Work,
+    todo: list[cache.Unit],
+    comm: Any,
+    main: bool,
+    coded: str,
+    codings: dict[str, cache.Coding],
+) -> None:
+    """This rank's share of the shards: it takes the next one that nobody has."""
+    turns = distributed.turns(len(todo), comm)
+    shown = runs.progress(turns, "teacher features", total=len(todo), unit="slab") if main else turns
+    try:
+        units = (todo[i] for i in shown)
+        build(cfg, work.store, work.teacher, units, lambda unit: work.key(cfg, unit, coded), codings)
+    finally:
+        for _ in turns:  # after a failure: drawn unbuilt, so that the other ranks stop soon
+            pass
+
+
+def _finish(cfg: PrecomputeConfig, work: Work) -> None:
+    teacher, ordered = work.teacher, sorted(work.units, key=lambda u: u.name)
+    coded, quality = compress.existing(cfg, work.store, teacher)
+    facts = {
+        "teacher": teacher.identity,
+        "random_teacher": teacher.random,
+        "dim": teacher.dim,
+        "patch": teacher.patch,
+        "layers": [n % teacher.depth for n in cfg.layers],
+        "views": list(cfg.views),
+        "stride_v": cfg.stride_v,
+        "scale": cfg.scale,
+        "isotropic": cfg.isotropic,
+        "augment_views": list(cfg.augment_views),
+        "dtype": cfg.dtype,
+        "pca": cfg.pca,
+        "coding": coded or None,
+        "coding_quality": quality,
+        "volumes": work.digests,
+        "store": str(cfg.store),
+        "code": runs.code_version(),
+    }
+    records = [cache.shard_record(cfg.out / u.name, u) for u in ordered]
+    cache.write_manifest(cfg.out, facts, records)
+    if clipped := sum(r["clipped"] for r in records):
+        values = sum(u.tokens for u in ordered) * len(cfg.layers) * (cfg.pca or teacher.dim)
+        log.warning("int8: %d of %d values were beyond its range and were clipped", clipped, values)

@@ -1,0 +1,133 @@
+"""`cache verify` finds what is wrong and mends it; `cache info` says what is there and who used it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hpc_neuro.data.feature_cache import MANIFEST, FeatureCache, record_use
+from hpc_neuro.precompute import cache_tool
+from hpc_neuro.schema import ConfigError, InputError
+
+
+@pytest.fixture
+def cache(built: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(built, tmp_path / "cache")
+
+
+def said(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("hpc_neuro"), "propagate", True)  # the command line turns it off
+    caplog.set_level(logging.INFO, logger="hpc_neuro")
+
+
+def damage(shard: Path) -> None:
+    """Change one feature, not the checksum."""
+    with h5py.File(shard, "r+") as file:
+        file["features"][0, 0, 0, 0, 0] += np.float16(1)
+
+
+def test_a_sound_cache_passes(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}
+    assert cache_tool.main(["verify", str(cache)]) == 0
+    assert "20 of 20 shards are there and have their checksums" in said(caplog)
+    assert "lowest cosine of a token to the live teacher 1.0000" in said(caplog)
+    assert {p.name: p.stat().st_mtime_ns for p in cache.iterdir()} == before
+
+
+def test_damaged_and_missing_shards_are_listed_and_built_again(
+    built: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(cache / "a.z.000000.h5")
+    (cache / "b.y.000016.h5").unlink()
+    (cache / "b.x.000000.h5").write_bytes(b"not HDF5")
+    assert cache_tool.main(["verify", str(cache), "rebuild=false", "slices=2"]) == 3
+    text = said(caplog)
+    assert "a.z.000000.h5: its features do not have the checksum" in text
+    assert "b.y.000016.h5: missing" in text
+    assert "b.x.000000.h5: of another teacher, image or config, or not readable" in text
+    assert cache_tool.main(["verify", str(cache), "slices=2"]) == 0
+    assert "3 shards were built again, 0 are bad now" in said(caplog)
+    for shard in built.glob("*.h5"):
+        assert (cache / shard.name).read_bytes() == shard.read_bytes()
+    assert [s["sha256"] for s in FeatureCache(cache).manifest["shards"]] == [
+        s["sha256"] for s in FeatureCache(built).manifest["shards"]
+    ]
+
+
+def test_wrong_features_with_a_right_checksum_are_found_by_the_teacher(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a bug in the writer would leave them: checksum and manifest agree, the content is of other slices."""
+    from hpc_neuro import files
+    from hpc_neuro.data.feature_cache import shard_record
+    from hpc_neuro.data.feature_cache.layout import Unit
+
+    manifest = files.read_json(cache / MANIFEST, "")
+    shards = {s["file"]: s for s in manifest["shards"]}
+    path, other = cache / "a.z.000000.h5", cache / "b.z.000000.h5"
+    with h5py.File(path, "r+") as file, h5py.File(other) as theirs:
+        file["features"][...] = theirs["features"][...]
+        file.attrs.modify("sha256", theirs.attrs["sha256"])
+    shards[path.name]["sha256"] = shard_record(path, Unit.read(shards[path.name]["unit"]))["sha256"]
+    files.write_json(cache / MANIFEST, manifest)
+    assert cache_tool.main(["verify", str(cache), "slices=1000", "rebuild=false"]) == 3
+    assert "a.z.000000.h5: cosine" in said(caplog)
+
+
+def test_a_store_that_moved_is_given_anew(
+    store: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = shutil.copytree(store, tmp_path / "moved")
+    (cache / "b.y.000016.h5").unlink()
+    assert cache_tool.main(["verify", str(cache), f"store={moved}", "slices=1"]) == 0
+    assert "1 shards were built again" in said(caplog)
+
+
+def test_info_says_what_is_held_and_by_whom_it_is_used(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cache_tool.main(["info", str(cache)]) == 0
+    text = capsys.readouterr().out
+    assert "teacher random vit_tiny_patch16_224 seed 0, RANDOM WEIGHTS" in text
+    assert "layers [3, 11], views z y x, augment_views none" in text
+    assert "20 shards" in text
+    assert "used by no training yet" in text
+    for _ in range(2):  # a training that was started twice is one training
+        record_use(cache, tmp_path / "run_1")
+    record_use(cache, tmp_path / "run_2")
+    (cache / "b.y.000016.h5").unlink()
+    cache_tool.main(["info", str(cache)])
+    text = capsys.readouterr().out
+    assert text.count("used by") == 2
+    assert f"used by {tmp_path / 'run_1'} on " in text
+    assert "MISSING b.y.000016.h5" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["verify", "{}", "slices=0"], "slices=0: want a int"),
+        (["verify", "{}", "slize=3"], "slize"),
+        (["mend", "{}"], "want `cache verify OUT` or `cache info OUT`"),
+        (["info", "{}", "x=1"], "cache info knows no x=1"),
+    ],
+)
+def test_bad_words_are_refused(built: Path, words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        cache_tool.main([w.format(built) for w in words])
+
+
+def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
+    for command in ("verify", "info"):
+        with pytest.raises(InputError, match=r"manifest.json does not exist; .*hpc-neuro precompute"):
+            cache_tool.main([command, str(tmp_path)])
