@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
     options = _options([a for a in argv if a not in words], known, command)
     if not names:
         raise ConfigError(f"swc {command} wants one SWC file or more:  hpc-neuro swc {command} FILE...")
+    if "out" in options:
+        _no_two_into_one(names, str(options["out"]))
     codes = []
     for name in names:
         try:
@@ -62,6 +64,18 @@ def main(argv: Sequence[str]) -> int:
             sys.stderr.write(f"hpc-neuro swc {command}: {error}\n")
             codes.append(UNREADABLE)
     return UNREADABLE if UNREADABLE in codes else max(codes)
+
+
+def _no_two_into_one(names: Sequence[str], folder: str) -> None:
+    """Raise ConfigError when two files of one name would be written over each other in `out`."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(Path(name).stem, name)
+        if Path(other) != Path(name):
+            raise ConfigError(
+                f"{other} and {name} have the same name, and in out={folder} the result of one would replace the "
+                "other's; give them in two calls with a folder each, or leave `out` away"
+            )
 
 
 def _check(path: Path, options: dict[str, object]) -> int:

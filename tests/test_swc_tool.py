@@ -64,6 +64,16 @@ def test_fix_writes_beside_or_into_a_folder(folder: Path, capsys: pytest.Capture
     assert not (folder / "empty.fixed.swc").exists()
 
 
+def test_files_of_one_name_are_not_written_over_each_other(folder: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "other" / "good.swc"
+    twin.parent.mkdir()
+    twin.write_bytes((folder / "good.swc").read_bytes())
+    with pytest.raises(ConfigError, match="same name"):
+        main(["fix", str(folder / "good.swc"), str(twin), f"out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+    assert main(["fix", str(folder / "good.swc"), str(twin)]) == 0
+
+
 def test_fix_splits(folder: Path) -> None:
     (folder / "two.swc").write_text(GOOD + "7 3 50 0 0 1 -1\n8 3 70 0 0 1 7\n")
     assert main(["fix", str(folder / "two.swc"), "roots=split"]) == 0
