@@ -138,6 +138,21 @@ def progress(items: Iterable[T], label: str, total: int | None = None, unit: str
                 log.info("%s: %d/%s %s, %.2f %s/s%s", label, done, total or "?", unit, rate, unit, left)
 
 
+def share_of(items: Sequence[T], share: tuple[int, int] | None) -> list[T]:
+    """Every n-th item from the i-th of `share` (i, n); all of them for None. Raises ConfigError unless 0 <= i < n."""
+    if share is None:
+        return list(items)
+    index, count = share
+    if not 0 <= index < count:
+        raise schema.ConfigError(f"share: [{index}, {count}] is none of 0 to {count - 1} of {count}")
+    return list(items[index::count])
+
+
+def share_folder(out: Path, share: tuple[int, int] | None) -> Path:
+    """Where the record of one share is kept; `out` itself for None."""
+    return out if share is None else out / "shares" / f"{share[0]:04d}_of_{share[1]:04d}"
+
+
 def natural(text: str) -> list[tuple[int, str]]:
     """Sort key under which OP_2 stands before OP_10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]

@@ -1,6 +1,6 @@
 """Volumes shared out among the tasks of job arrays, and a last job that gathers what they made.
 
-Each share (i, n) takes every n-th volume (for precompute: slab) from the i-th and keeps its own record in
+Each share (i, n) takes every n-th volume from the i-th and keeps its own record in
 OUT/shares/NAME; pieces go straight into OUT, where the last job, the same verb without a share, finds them finished.
 Shares that ended well are not sent again.
 """
@@ -17,7 +17,7 @@ from hpc_neuro.schema import ConfigError
 from launch import ending, jobs, slurm
 from launch.site import Site
 
-VERBS = ("prepare", "precompute", "infer", "evaluate")
+VERBS = ("prepare", "infer", "evaluate")  # precompute shares its slabs among MPI ranks
 
 
 def submit(

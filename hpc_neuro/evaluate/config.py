@@ -44,6 +44,9 @@ class EvaluateConfig:
     """How many neurons are shown in pictures, the worst ones first."""
     whole: int = Field(default=1 << 30, ge=1)
     """[voxel] Masks of larger volumes are compared block by block: memory then does not grow with the volume."""
+    share: tuple[int, int] | None = None
+    """[i, n]: do every n-th volume from the i-th and no more, with a record in OUT/shares; for tasks of job arrays. The
+    same command without it afterwards gathers what they made."""
     train: Path | None = None
     """The folder that `train` wrote, for its learning curves; none: the one that `infer` recorded, if it is there."""
 

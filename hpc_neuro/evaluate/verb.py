@@ -53,8 +53,8 @@ def run(cfg: EvaluateConfig) -> int:
     inputs: dict[str, Path | str] = {"store": cfg.store / "dataset.json", "predictions": cfg.predictions / INDEX}
     for name, folders in cfg.compare.items():
         inputs |= {f"{name}.{i}": folder / INDEX for i, folder in enumerate(folders)}
-    whole = all((cfg.out / name).exists() for name in _PRODUCTS)
-    with runs.start("evaluate", cfg, cfg.out, inputs, whole=whole) as this:
+    whole = cfg.share is not None or all((cfg.out / name).exists() for name in _PRODUCTS)
+    with runs.start("evaluate", cfg, runs.share_folder(cfg.out, cfg.share), inputs, whole=whole) as this:
         if this.complete:
             return 0
         for line in lines:
@@ -62,6 +62,9 @@ def run(cfg: EvaluateConfig) -> int:
         store = Store(cfg.store)
         compared = methods(cfg, wanted(cfg, store))
         results = _scores(cfg, store, compared)
+        if cfg.share is not None:
+            this.finish({"volumes": len(results.ids)})
+            return 0
         shown = _pictures(cfg, store, compared, results)
         _write(cfg, results, shown, this.record)
         mean = as_json(results, cfg)["mean"]
@@ -72,7 +75,7 @@ def run(cfg: EvaluateConfig) -> int:
 
 def _scores(cfg: EvaluateConfig, store: Store, compared: list[Method]) -> Results:
     """Scores of all volumes; each is kept in OUT/scores, so that a killed run goes on with the next."""
-    ids = wanted(cfg, store)
+    ids = tuple(runs.share_of(wanted(cfg, store), cfg.share))
     seeds: dict[str, list[dict[str, Scores]]] = {m.name: [{} for _ in m.seeds or (None,)] for m in compared}
     jobs = [(i, m, k) for i in ids for m in compared for k in range(len(seeds[m.name]))]
     for volume_id, method, number in runs.progress(jobs, "evaluate", unit="score"):

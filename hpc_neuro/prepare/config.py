@@ -72,6 +72,9 @@ class PrepareConfig:
     the axon that leads to it. Unlabelled (255) it neither teaches nor counts."""
     split: Splits = Splits()
     """Which neurons are held out."""
+    share: tuple[int, int] | None = None
+    """[i, n]: do every n-th volume from the i-th and no more, with a record in OUT/shares; for tasks of job arrays. The
+    same command without it afterwards gathers what they made."""
     misaligned: Literal["error", "warn"] = "error"
     """What to do with a tree that fits better flipped, axis-swapped or in the other unit."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from hpc_neuro import files, runs, schema
+from hpc_neuro.data.alignment import Fit
 from hpc_neuro.data.beyond_root import beyond_root
 from hpc_neuro.data.radius import fitted
 from hpc_neuro.data.rasterize import Drawing
@@ -35,11 +37,12 @@ def run(cfg: PrepareConfig) -> int:
     Raises InputError for unusable data or a full disk, ConfigError when `out` belongs to another config.
     """
     opened = _opened(cfg)
-    begun = (cfg.out / "run.json").exists()  # an earlier start measured the same inputs, or runs.start refuses below
-    measured = {} if begun else {o.pair.id: measure(o, cfg.misaligned) for o in opened}
-    whole = all(path.exists() for path in _outputs(cfg.out, opened))
+    folder = runs.share_folder(cfg.out, cfg.share)
+    begun = (folder / "run.json").exists()  # an earlier start measured the same inputs, or runs.start refuses below
+    measured = {} if begun else {o.pair.id: _measured(o, cfg) for o in opened}
+    whole = cfg.share is not None or all(path.exists() for path in _outputs(cfg.out, opened))
     raw = {f"{o.pair.id}.{k}": p for o in opened for k, p in (("image", o.pair.image), ("swc", o.pair.swc))}
-    with runs.start("prepare", cfg, cfg.out, inputs=_inputs(opened), whole=whole, sources=raw) as record:
+    with runs.start("prepare", cfg, folder, inputs=_inputs(opened), whole=whole, sources=raw) as record:
         if record.complete:
             return 0
         if measured:
@@ -47,19 +50,40 @@ def run(cfg: PrepareConfig) -> int:
                 log.info("%s", line)
         volumes = []
         for one in runs.progress(opened, "prepare", unit="volume"):
-            found = measured.get(one.pair.id) or measure(one, cfg.misaligned)
+            found = measured.get(one.pair.id) or _measured(one, cfg)
+            if cfg.share is not None:
+                files.write_json(_kept(one, cfg), {"digest": one.digest, **asdict(found)})
             volume = entry(one, found)
             _write(cfg.out / f"{volume.id}.h5", one, volume, cfg)
             volumes.append((volume, found))
-        write_index(cfg.out, [volume for volume, _ in volumes])
-        _pictures(cfg.out, volumes)
+        if cfg.share is None:
+            write_index(cfg.out, [volume for volume, _ in volumes])
+            _pictures(cfg.out, volumes)
         voxels = sum(int(np.prod(v.shape)) for v, _ in volumes)
-        record.finish({"volumes": len(volumes), "voxels": voxels}, outputs=[cfg.out / "dataset.json"])
+        record.finish(
+            {"volumes": len(volumes), "voxels": voxels}, outputs=[cfg.out / "dataset.json"] * (cfg.share is None)
+        )
     return 0
 
 
+def _measured(one: Opened, cfg: PrepareConfig) -> Measured:
+    """What a pass over the voxels gives, or gave to a share of this run."""
+    path = _kept(one, cfg)
+    if path.exists():
+        held = files.read_json(path, f"remove {path}")
+        if held.pop("digest") == one.digest:
+            found = Measured(held["low"], held["high"], Fit(**held["fit"]), tuple(held["remarks"]))
+            if not (found.fit.misaligned and cfg.misaligned == "error"):
+                return found
+    return measure(one, cfg.misaligned)
+
+
+def _kept(one: Opened, cfg: PrepareConfig) -> Path:
+    return cfg.out / "measured" / f"{one.pair.id}.json"
+
+
 def _opened(cfg: PrepareConfig) -> list[Opened]:
-    opened = [open_pair(pair, cfg) for pair in find_pairs(cfg)]
+    opened = [open_pair(pair, cfg) for pair in runs.share_of(find_pairs(cfg), cfg.share)]
     written = sum(o.bytes(cfg.distance_cap) for o in opened if not is_written(cfg.out / f"{o.pair.id}.h5", o.digest))
     files.require_space(cfg.out, written, "the store")
     return opened

@@ -1,0 +1,89 @@
+"""The development cluster for tests, one test at a time, and a training small enough for it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro import train
+from hpc_neuro.schema import load
+from launch import jobs, slurm
+from launch.site import Site, load_site
+from tests.tiny_store import write_store
+from tests.train.conftest import TINY
+
+CLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "dev_cluster"
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """slurm/dev_cluster, up and nobody else's until the test ends; skips, saying why, where it is not up."""
+    if reason := os.environ.get("HPC_NEURO_NO_SLURM"):
+        pytest.skip(f"no Slurm here: {reason}")
+    folder = Path(os.environ.get("HPC_NEURO_SLURM_DIR", "/run/hpc_neuro_slurm"))
+    if not (folder / "pids").exists():
+        pytest.skip("the development cluster is not up; `make slurm-up` brings it up (as root, on Debian)")
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    slurm.configuration.cache_clear()
+    with (folder / "test.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield CLUSTER
+        subprocess.run(["scancel", "--quiet", "--user", "root"], check=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training volumes and one for validation."""
+    return write_store(tmp_path_factory.mktemp("slurm") / "store", {"a": "train", "b": "train", "c": "val"})
+
+
+@pytest.fixture
+def tiny_train(tiny_store: Path) -> Callable[..., train.TrainConfig]:
+    """tiny_train(out, *keys) -> TrainConfig."""
+
+    def make(out: Path, *keys: str) -> train.TrainConfig:
+        return load(train.TrainConfig, None, [f"store={tiny_store}", f"out={out}", *TINY, *keys])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def site() -> Site:
+    """configs/cluster/dev.yaml."""
+    return load_site("dev", [])
+
+
+def steps(out: Path) -> int:
+    """Rows of training steps written so far."""
+    with contextlib.suppress(FileNotFoundError):
+        return (out / "metrics.jsonl").read_text().count('"train"')
+    return 0
+
+
+def wait(what: str, holds: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Until `holds` does; fails the test when that takes too long."""
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > until:
+            pytest.fail(f"waited {seconds:.0f} s for {what}; squeue says:\n{subprocess.getoutput('squeue')}")
+        time.sleep(0.2)
+
+
+def wait_all(sent: list[jobs.Job], seconds: float = 200.0) -> dict[str, str]:
+    """Until all jobs are over; their states."""
+    poller, states = slurm.Poller(0.3, 1.0), dict[str, str]()
+
+    def over() -> bool:
+        states.update(jobs.poll(sent, poller))
+        return all(s not in ("queued", "running") for s in states.values())
+
+    wait("the jobs to end", over, seconds)
+    return states

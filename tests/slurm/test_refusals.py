@@ -1,0 +1,83 @@
+"""Submissions that would fail are refused before the queue, each with its reason, within ten seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_neuro.schema import ConfigError
+from hpc_neuro.train import TrainConfig
+from launch import checks, jobs, slurm
+from launch.site import load_site
+
+pytestmark = pytest.mark.slurm
+
+# what is wrong, keys of train, keys of the site, part of the answer
+CASES = [
+    ("batch", ["optim.batch=3"], [], "3 crops cannot be cut"),
+    ("store", ["store=/nowhere/store"], [], "/nowhere/store"),
+    ("space", ["checkpoint.keep=1000000000"], [], "free there"),
+    ("cache", ["distill={}", "cache=/nowhere/cache"], [], "/nowhere/cache"),
+    ("partition", [], ["partition=gpus"], "no partition gpus; set cluster.partition to one of main, low"),
+    ("time limit", [], ["train.minutes=6000"], "above main's limit of 60"),
+    ("no time", ["checkpoint.margin=300"], ["train.minutes=5"], "leave no time to work"),
+    ("total time", ["optim.steps=100000000"], ["teraflops=0.001"], "are all it gets"),
+    ("nodes", ["optim.batch=6"], ["train.nodes=3"], "gives at most 2"),
+    ("cores", [], ["train.cpus_per_task=64"], "want 64 per node, main has 4"),
+    ("GPUs", [], ["train.gpus_per_task=9"], "want 9 per node, main has 2"),
+    ("memory of a node", [], ["train.memory_gb=100000"], "main has nodes of"),
+    ("memory of a GPU", [], ["train.gpus_per_task=1", "gpu_memory_gb=0.001"], "a GPU here has 0.001 GB"),
+    ("feature", [], ["constraint=a100"], "no node of main has a100"),
+    ("interface", [], ["interface=ib9"], "there is no ib9 here"),
+    ("limit of jobs", [], ["max_jobs=0"], "max_jobs"),
+]
+
+
+@pytest.mark.parametrize(("name", "keys", "site_keys", "said"), CASES, ids=[c[0] for c in CASES])
+def test_a_bad_submission_is_refused(
+    name: str,
+    keys: list[str],
+    site_keys: list[str],
+    said: str,
+    cluster: Path,
+    tiny_train: Callable[..., TrainConfig],
+    tmp_path: Path,
+) -> None:
+    before = set(slurm.states())
+    begun = time.monotonic()
+    with pytest.raises(ConfigError) as refused:
+        stages: list[tuple[str, Any]] = [("train", tiny_train(tmp_path / "out", *keys))]
+        checks.check(stages, load_site("dev", site_keys), "slurm")
+    assert said in str(refused.value)
+    assert time.monotonic() - begun < 10
+    assert set(slurm.states()) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_job_to_wait_for_must_be_known_and_train_is_no_array(
+    cluster: Path, tiny_train: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    stages: list[tuple[str, Any]] = [("train", tiny_train(tmp_path / "out"))]
+    with pytest.raises(ConfigError) as refused:
+        checks.check(stages, load_site("dev", []), "slurm", count=4, after=["999999"])
+    assert "knows no such job" in str(refused.value)
+    assert "one piece of work" in str(refused.value)
+
+
+def test_a_good_submission_is_told_what_it_needs_and_how_it_will_be_stopped(
+    cluster: Path, tiny_train: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    cfg = tiny_train(tmp_path / "out")
+    lines = checks.check([("train", cfg)], load_site("dev", ["partition=low", "teraflops=0.01"]), "slurm")
+    text = "\n".join(lines)
+    assert "per rank" in text
+    assert "start(s)" in text
+    assert "6 steps of 2 crops" in text
+    assert "told by the stop signal and has 30 s" in text
+    assert not cfg.out.exists()
+    with pytest.raises(jobs.InputError, match="nothing was launched"):
+        jobs.read(cfg.out)
