@@ -99,7 +99,9 @@ def _parallel(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) 
     for t in trials:
         rank = None if t.value is None else done.index(t.value) / max(1, len(done) - 1)
         shade.append(1.0 if t is winner else None if rank is None else min(rank, 0.98))
-    note = "One line per trial: the best in colour and bold, the better the stronger; stopped and failed ones are thin and end early."
+    note = (
+        "One line per trial, the better the stronger and the best in bold; stopped and failed ones are thin, end early."
+    )
     rows = [list(row) for row in zip(*columns, strict=True)]
     return html.paragraph(note, "small") + sweep_charts.parallel("Values and what they led to", axes, rows, shade)
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
 import math
 import os
 import queue
+import signal
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
-from hpc_neuro import files
+from hpc_neuro import files, runs
 from hpc_neuro.schema import config
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
+_CAPTION = "image, truth, probability: maximum along z, below along y"
 _WAITING_ROWS = 10_000  # rows that may wait for W&B; more are dropped, they are in metrics.jsonl anyway
 
 
@@ -37,6 +43,8 @@ class TrackerConfig:
     """Weights & Biases run name; none: the name of the output folder."""
     group: str | None = None
     """Weights & Biases group: runs of one study or one chain; none: no group."""
+    pictures: int = Field(default=2, ge=0)
+    """How many of the fixed validation crops are shown in Weights & Biases: image, truth and probability."""
     patience: float = Field(default=30.0, ge=0)
     """[s] How long the end of a run waits for Weights & Biases to take the last rows."""
 
@@ -78,13 +86,32 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
 class Wandb:
     """A copy of the rows to Weights & Biases, from a thread of its own; trouble there is said and ends the copying."""
 
-    def __init__(self, cfg: TrackerConfig, out: Path, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        cfg: TrackerConfig,
+        out: Path,
+        run_config: Mapping[str, Any],
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
+        """run_config: the config of the run; inputs: digests of what it is made from, as the feature cache."""
         self.cfg, self.out = cfg, out
+        self._inputs = dict(inputs or {})
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=_WAITING_ROWS)
         self._thread: threading.Thread | None = None
+        self._whole = False  # everything has been taken
         if cfg.wandb != "disabled":
             self._thread = threading.Thread(target=self._work, args=(dict(run_config),), name="wandb", daemon=True)
             self._thread.start()
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures are wanted at a validation."""
+        return self.cfg.pictures if self._thread is not None and self._thread.is_alive() else 0
+
+    def show(self, step: int, pictures: Sequence[NDArray[np.uint8]]) -> None:
+        """Hand over pictures [H, W] of validation crops; never waits."""
+        if pictures:
+            self.write([{"step": step, "kind": "val", "pictures": list(pictures)}])
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Hand rows over; never waits."""
@@ -101,13 +128,18 @@ class Wandb:
         """Let the thread finish, at most `patience` seconds."""
         if self._thread is None:
             return
-        try:
+        with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
-        except queue.Full:
+            self._thread.join(self.cfg.patience)
+        if self._whole:
             return
-        self._thread.join(self.cfg.patience)
+        atexit.register(_end_service)  # runs before the hook that Weights & Biases registered when it started
         if self._thread.is_alive():
-            log.warning("Weights & Biases did not finish within %g s and is left behind", self.cfg.patience)
+            log.warning(
+                "Weights & Biases did not finish within %g s and is left behind; what it has not sent is in %s, "
+                "tools/sync_wandb.py sends it later",
+                *(self.cfg.patience, self.out / "wandb"),
+            )
 
     def _work(self, run_config: dict[str, Any]) -> None:
         try:
@@ -117,21 +149,43 @@ class Wandb:
                 id=run_id(self.out),
                 project=self.cfg.project,
                 name=self.cfg.name or self.out.resolve().name,
+                group=self.cfg.group,
                 dir=str(self.out),
                 mode=self.cfg.wandb,
                 resume="allow" if self.cfg.wandb == "online" else None,
-                config=run_config,
                 settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
             )
+            # later jobs of the same run say more than the first one did
+            run.config.update({**run_config, **facts(self.out, self._inputs)}, allow_val_change=True)
             for kind in ("train", "val"):
                 run.define_metric(f"{kind}/*", step_metric="step")
             while (row := self._rows.get()) is not None:
+                shown = row.pop("pictures", ())
                 named = {f"{row['kind']}/{k}": v for k, v in row.items() if k not in ("kind", "step") and v is not None}
+                named |= {f"val/crop_{i}": wandb.Image(p, caption=_CAPTION) for i, p in enumerate(shown)}
                 run.log({"step": row["step"], **named})
             run.finish()
+            self._whole = True
         except Exception as error:
             # No failure of a copy may stop the training: whatever it is, it is said, and this thread ends.
             log.warning("Weights & Biases stopped (%s: %s); %s goes on", type(error).__name__, error, METRICS)
+
+
+def _end_service() -> None:
+    """Kill the helper process that Weights & Biases started here: at exit Python would wait for it without limit."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile
+            parent = int((path / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"wandb-core" in (path / "cmdline").read_bytes():
+                os.kill(int(path.name), signal.SIGKILL)
+
+
+def facts(out: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What a run is known by besides its config: code, versions, inputs, and the jobs it has had so far."""
+    record = out / "run.json"
+    jobs = files.read_json(record, "made by every run").get("jobs", []) if record.exists() else []
+    found = {"code": runs.code_version(), "versions": runs.versions(), "inputs": dict(inputs), "jobs": jobs}
+    return {"run": found}
 
 
 def run_id(out: Path) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import resource
+import subprocess
 import sys
 import threading
 import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from hpc_neuro.train.pictures import panel
 from hpc_neuro.train.tracker import Metrics, TrackerConfig, Wandb, run_id
 
 
@@ -72,18 +78,30 @@ def test_the_run_id_is_kept(tmp_path):
 
 def fake(monkeypatch: pytest.MonkeyPatch, init) -> None:
     """A wandb whose `init` is ours."""
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **kw: kw))
+    image = lambda pixels, caption: (pixels.shape, caption)  # noqa: E731
+    module = types.SimpleNamespace(init=init, Settings=lambda **kw: kw, Image=image)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+class Config(dict):
+    def update(self, values: dict, allow_val_change: bool = False) -> None:  # type: ignore[override]
+        super().update(values)
 
 
 class Recorder:
-    def __init__(self) -> None:
+    """A run as `wandb.init` gives it, which keeps what it is told."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
         self.logged: list[dict] = []
         self.finished = False
+        self.seconds = seconds
+        self.config: dict = Config()
 
     def define_metric(self, *args: str, **kwargs: str) -> None:
         pass
 
     def log(self, values: dict) -> None:
+        time.sleep(self.seconds)
         self.logged.append(values)
 
     def finish(self) -> None:
@@ -98,7 +116,8 @@ def test_rows_arrive_under_their_kind_with_the_run_id_kept(tmp_path, monkeypatch
     tracker.close()
     assert recorder.logged == [{"step": 1, "train/loss": 1.0}, {"step": 1, "val/dice": 0.5}]
     assert recorder.finished
-    assert (asked["mode"], asked["id"], asked["config"]) == ("offline", run_id(tmp_path), {"a": 1})
+    assert (asked["mode"], asked["id"], asked["group"]) == ("offline", run_id(tmp_path), None)
+    assert recorder.config["a"] == 1
 
 
 def test_a_server_that_does_not_answer_blocks_nothing(tmp_path, monkeypatch, caplog):
@@ -142,3 +161,108 @@ def test_the_real_thing_writes_offline_files(tmp_path):
     tracker.write([row(s) for s in range(1, 5)])
     tracker.close()
     assert list(tmp_path.glob(f"wandb/offline-run-*-{run_id(tmp_path)}/*.wandb"))
+
+
+def test_a_run_is_known_by_group_code_cache_and_all_its_jobs(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text(json.dumps({"jobs": ["Slurm job 7 on n1", "Slurm job 9 on n2"]}))
+    recorder, asked = Recorder(), {}
+    fake(monkeypatch, lambda **kw: asked.update(kw) or recorder)
+    cfg = TrackerConfig(group="study", name="study-0003")
+    Wandb(cfg, tmp_path, {"seed": 1}, {"cache": "abc"}).close()
+    assert (asked["group"], asked["name"]) == ("study", "study-0003")
+    about = recorder.config["run"]
+    assert about["inputs"] == {"cache": "abc"}
+    assert about["jobs"] == ["Slurm job 7 on n1", "Slurm job 9 on n2"]
+    assert about["code"].startswith("0.")
+    assert "torch" in about["versions"]
+
+
+def test_pictures_of_the_crops_stand_at_their_step(tmp_path, monkeypatch):
+    recorder = Recorder()
+    fake(monkeypatch, lambda **kw: recorder)
+    tracker = Wandb(TrackerConfig(pictures=3), tmp_path, {})
+    assert tracker.pictures == 3
+    tracker.show(40, [np.zeros((5, 7), np.uint8), np.zeros((5, 8), np.uint8)])
+    tracker.show(50, [])
+    tracker.close()
+    assert [r["step"] for r in recorder.logged] == [40]
+    assert [recorder.logged[0][f"val/crop_{i}"][0] for i in (0, 1)] == [(5, 7), (5, 8)]
+    assert Wandb(TrackerConfig(wandb="disabled"), tmp_path, {}).pictures == 0
+
+
+def test_a_picture_shows_image_truth_and_probability_along_two_axes():
+    image, mask = torch.zeros(1, 1, 4, 6, 8), torch.zeros(1, 1, 4, 6, 8, dtype=torch.uint8)
+    image[0, 0, 1, 2, 3], mask[0, 0, 1, 2, 4], mask[0, 0, 3, 5, 7] = 1.0, 1, 255
+    logits = torch.full((1, 1, 4, 6, 8), -100.0)
+    logits[0, 0, 1, 2, 5] = 100.0
+    found = panel(image, mask, logits)
+    assert found.shape == (6 + 2 + 4, 3 * 8 + 2 * 2)
+    bright = {tuple(map(int, p)) for p in np.argwhere(found == 255)}
+    columns = [0, 10, 20]
+    for column, x in zip(columns, (3, 4, 5), strict=True):
+        assert {(2, column + x), (6 + 2 + 1, column + x)} <= bright
+    assert found[5, 10 + 7] == round(0.3 * 255)  # unlabelled
+    assert (found == 255).sum() == 6 + 2 * 24 + 2 * 2 * 12  # six points and the white gaps
+
+
+def test_a_slow_backend_slows_nothing(tmp_path, monkeypatch, caplog):
+    """The slowness is injected: each row takes the backend 50 ms."""
+    recorder = Recorder(seconds=0.05)
+    fake(monkeypatch, lambda **kw: recorder)
+    tracker = Wandb(TrackerConfig(patience=0.3), tmp_path, {})
+    begun = time.monotonic()
+    tracker.write([row(s) for s in range(1000)])
+    assert time.monotonic() - begun < 1
+    tracker.close()
+    assert time.monotonic() - begun < 20
+    assert len(recorder.logged) < 1000
+
+
+def test_a_full_disk_under_the_backend_ends_nothing(tmp_path, monkeypatch, caplog):
+    """The full disk is injected at the first row."""
+
+    class Full(Recorder):
+        def log(self, values: dict) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    fake(monkeypatch, lambda **kw: Full())
+    with caplog.at_level(logging.WARNING):
+        tracker = Wandb(TrackerConfig(), tmp_path, {})
+        tracker.write([row(1)])
+        tracker.close()
+    assert "No space left on device" in caplog.text
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from hpc_neuro.train.tracker import TrackerConfig, Wandb
+tracker = Wandb(TrackerConfig(wandb="online", patience=2.0), Path(sys.argv[1]), {"a": 1})
+tracker.write([{"step": 1, "kind": "train", "loss": 1.0}])
+tracker.close()
+"""
+
+
+@pytest.mark.slow
+def test_an_unreachable_server_holds_up_neither_the_run_nor_its_end(tmp_path):
+    """The real package, told to be online, with nobody at the server's address: left alone it retries for hours."""
+    env = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
+    env |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
+    command = [sys.executable, "-c", ALONE, str(tmp_path)]
+    done = subprocess.run(command, env=env, timeout=200, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_requeues_of_an_offline_run_are_one_run_in_several_files(tmp_path):
+    for step in (1, 2):
+        tracker = Wandb(TrackerConfig(group="study"), tmp_path, {"a": 1})
+        tracker.write([row(step)])
+        tracker.show(step, [np.full((9, 12), 40 * step, np.uint8)])
+        tracker.close()
+        time.sleep(1.1)  # folders are named by the second
+    found = sorted(tmp_path.glob(f"wandb/offline-run-*-{run_id(tmp_path)}"))
+    assert len(found) == 2
+    for folder in found:
+        assert list(folder.glob("*.wandb"))
+        assert list(folder.glob("files/media/images/val/crop_0_*.png"))
