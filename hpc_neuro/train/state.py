@@ -23,6 +23,7 @@ from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.ema import Ema
 from hpc_neuro.train.engine import Engine, deepspeed_json
 from hpc_neuro.train.meter import Meter
+from hpc_neuro.train.pictures import Shown
 from hpc_neuro.train.schedule import groups
 from hpc_neuro.train.tracker import METRICS, Metrics, Wandb
 from hpc_neuro.train.validate import Score, Validator
@@ -60,7 +61,7 @@ class Training:
             files.remove_parts(cfg.out / "checkpoints")
             self.metrics.resume(self.step if held is not None else -1)
         off = dataclasses.replace(cfg.tracker, wandb="disabled")
-        self.wandb = Wandb(cfg.tracker if self.main else off, cfg.out, schema.plain(cfg))
+        self.wandb = Wandb(cfg.tracker if self.main else off, cfg.out, schema.plain(cfg), parts.inputs)
 
     def flush(self) -> None:
         """Write the rows since the last time, and say a line. Raises Diverged before anything bad is saved."""
@@ -73,8 +74,11 @@ class Training:
     def validate(self) -> None:
         """Score the averaged weights on the fixed crops; export them when they are the best so far."""
         self.engine.module.eval()
+        shown = Shown(self.wandb.pictures)
+        predict = shown.watching(lambda batch: self.student.forward(batch.image).logits)
         with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
-            score = self.score = self.validator(lambda batch: self.student.forward(batch.image).logits, self.device)
+            score = self.score = self.validator(predict, self.device)
+        self.wandb.show(self.step, shown.pictures)
         self.scored = self.step
         row = {"step": self.step, "kind": "val", **asdict(score), "split": self.parts.validates_on}
         self._write([row | {"collapsed": score.collapsed}])
