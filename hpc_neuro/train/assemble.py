@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hpc_neuro import distributed, files
 from hpc_neuro.data.dataset import Crops, places
 from hpc_neuro.data.feature_cache import FeatureCache
+from hpc_neuro.data.orientation import IDENTITY
 from hpc_neuro.data.sampling import Sampler, spread_boxes
 from hpc_neuro.data.store import Store
 from hpc_neuro.geometry import Box
@@ -22,7 +23,7 @@ from hpc_neuro.models.student import Student, build_student
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.schema import InputError
-from hpc_neuro.train import checkpoint, engine
+from hpc_neuro.train import engine
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.types import Batch
 
@@ -77,7 +78,6 @@ class Parts:
 def assemble(cfg: TrainConfig) -> Parts:
     """Open, check and build everything. Raises ConfigError or InputError; writes nothing."""
     dtype, micro, passes = engine.check(cfg.engine, cfg.optim.batch, distributed.world_size())
-    _check_resume(cfg, dtype)
     store = Store(cfg.store)
     train = store.split("train")
     if not train:
@@ -102,7 +102,8 @@ def assemble(cfg: TrainConfig) -> Parts:
         )
     patch = cfg.student.patch
     fraction = cfg.distill_fraction if distiller is not None else 0.0
-    sampler = Sampler(cfg.crop, places(store, train), cfg.seed, patch, fraction)
+    turns = (IDENTITY,) if cache is None else cache.oriented(cfg.augment.distilled)
+    sampler = Sampler(cfg.crop, places(store, train), cfg.seed, patch, fraction, turns)
     views = () if distiller is None else distiller.views
     split = "val" if store.split("val") else "train"
     boxes = spread_boxes(places(store, store.split(split)), cfg.crop, patch, cfg.validate.crops, cfg.seed)
@@ -121,12 +122,6 @@ def assemble(cfg: TrainConfig) -> Parts:
         passes=passes,
         inputs=_inputs(cfg, store, teacher),
     )
-
-
-def _check_resume(cfg: TrainConfig, dtype: torch.dtype) -> None:
-    held = checkpoint.newest(cfg.out / "checkpoints")
-    if held is not None:
-        checkpoint.require_same_ranks(held, distributed.world_size(), cfg.engine.stage, str(dtype))
 
 
 def _cache(cfg: TrainConfig, store: Store, train: tuple[str, ...], teacher: Teacher | None) -> FeatureCache | None:
@@ -172,9 +167,8 @@ def lines(cfg: TrainConfig, parts: Parts) -> Iterator[str]:
         f"{ranks} rank(s) x {parts.micro} crops x {parts.passes} pass(es)"
     )
     yield from cost.summary(cfg.student, cfg.crop.size, parts.micro, parts.dtype.itemsize)
-    # weights, two Adam moments, DeepSpeed's float32 copy (even of float32 weights once it shards); the average
-    copied = cfg.engine.stage > 0 or parts.dtype != torch.float32
-    state = every * (parts.dtype.itemsize + 8 + 4 * copied) + 4 * student * (cfg.ema.window > 0)
+    # master weights, two Adam moments, the average; the same for every stage and number of ranks
+    state = 4 * (3 * every + student * (cfg.ema.window > 0))
     needed = state * (cfg.checkpoint.keep + 2) + 2 * 4 * student
     files.require_space(cfg.out, needed, "training")
     yield f"disk: {files.human(needed)} at most ({files.human(state)} per checkpoint)"

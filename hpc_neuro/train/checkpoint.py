@@ -8,31 +8,39 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from hpc_neuro import distributed, files, runs
-from hpc_neuro.schema import ConfigError, config
+from hpc_neuro.schema import config
 
 log = logging.getLogger(__name__)
 MARKER = "checkpoint.json"
+TRAINING = "training.json"  # what is no tensor
 _CPU = torch.device("cpu")
 
 
 @config
 class CheckpointConfig:
-    """When training is saved, and how much is kept."""
+    """When training is saved, and what is kept."""
 
     every: int = Field(default=500, ge=0)
     """[step] Save every so many steps; 0: only by the clock, on a signal and at the end."""
     minutes: float = Field(default=10.0, ge=0)
     """[min] Save when this long has passed since the last; 0: only by steps."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept, besides the best validated one."""
+    """Newest checkpoints kept, besides the best validated one and the milestones."""
+    milestone: int = Field(default=0, ge=0)
+    """[step] Checkpoints at multiples of this are kept for good; 0: none."""
+    metric: Literal["dice_best", "dice", "precision", "recall"] = "dice_best"
+    """What makes a validation the best: its checkpoint is kept, its weights are weights/best. dice_best is the Dice at
+    the best threshold."""
     margin: float = Field(default=120.0, ge=0)
-    """[s] Stop and save this long before the end of a Slurm job's time limit (SLURM_JOB_END_TIME)."""
+    """[s] Stop and save this long before the time is up: that of a Slurm job (SLURM_JOB_END_TIME) or `walltime`."""
+    walltime: float = Field(default=0.0, ge=0)
+    """[min] Time that one start of the run may take where Slurm does not say; 0: any."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Marker:
     world_size: int
     stage: int
     dtype: str
-    val_dice: float | None  # of the validation at this very step
+    score: float | None  # checkpoint.metric of the validation at this very step
     code: str = ""
 
 
@@ -58,47 +66,22 @@ def read_marker(path: Path) -> Marker:
     return Marker(**files.read_json(path / MARKER, f"remove {path}; the one before it is then taken"))
 
 
-def require_same_ranks(path: Path, world_size: int, stage: int, dtype: str) -> None:
-    """Raise ConfigError when a checkpoint was saved by another number of ranks, ZeRO stage or precision."""
-    held = read_marker(path)
-    pairs = {
-        "ranks": (held.world_size, world_size),
-        "engine.stage": (held.stage, stage),
-        "precision": (held.dtype, dtype),
-    }
-    faults = [f"{name}: saved with {a}, started with {b}" for name, (a, b) in pairs.items() if a != b]
-    if faults:
-        raise ConfigError(
-            f"{path} cannot be continued with another layout ({'; '.join(faults)}); start it as it was saved, or train "
-            "in another `out`"
-        )
-
-
-def save(
-    folder: Path, marker: Marker, write: Callable[[Path, dict[str, Any]], list[str]], state: dict[str, Any], keep: int
-) -> bool:
+def save(folder: Path, marker: Marker, write: Callable[[Path], None], cfg: CheckpointConfig) -> bool:
     """Save one checkpoint as `folder`/step_N. All ranks call this; the same answer on all: whether it is there.
 
-    write(part, state) is `Engine.save`. When a rank cannot write (disk full, quota), what was there stays; it is said.
+    `write(part)` writes a rank's share into a folder. When it raises OSError on any rank (disk full, quota), what was
+    there stays and it is said. No rank waits for another inside `write`, so that none waits for one that failed.
     """
     target = folder / f"step_{marker.step:08d}"
     part = folder / f".{target.name}.part"  # no random name: all ranks must know it
     failures: list[str] = []
     if distributed.is_main():
         shutil.rmtree(part, ignore_errors=True)
-    distributed.barrier()
-    failures += write(part, state)
+        _attempt(failures, lambda: part.mkdir(parents=True))
+    if not _anywhere(failures):  # it is also what the others wait for before they write
+        _attempt(failures, lambda: write(part))
     if not _anywhere(failures) and distributed.is_main():
-        try:
-            files.write_json(part / MARKER, asdict(marker) | {"code": runs.code_version()})
-            for folder_written in (part, *(p for p in part.iterdir() if p.is_dir())):
-                _fsync(folder_written)
-            if target.exists():
-                _remove(target)
-            part.replace(target)
-            _fsync(folder)
-        except OSError as error:
-            failures.append(str(error))
+        _attempt(failures, lambda: _complete(part, target, marker))
     if _anywhere(failures):
         if distributed.is_main():
             shutil.rmtree(part, ignore_errors=True)
@@ -111,17 +94,36 @@ def save(
             )
         return False
     if distributed.is_main():
-        _prune(folder, keep)
+        _prune(folder, cfg)
     return True
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Keep the newest `keep` and the best validated one."""
+def _attempt(failures: list[str], work: Callable[[], None]) -> None:
+    """Note an error of the file system instead of raising it: the ranks then agree on it."""
+    try:
+        work()
+    except OSError as error:
+        failures.append(str(error))
+
+
+def _complete(part: Path, target: Path, marker: Marker) -> None:
+    """Mark what all ranks wrote as complete and put it in its place."""
+    files.write_json(part / MARKER, asdict(marker) | {"code": runs.code_version()})
+    _fsync(part)
+    if target.exists():
+        _remove(target)
+    part.replace(target)
+    _fsync(target.parent)
+
+
+def _prune(folder: Path, cfg: CheckpointConfig) -> None:
+    """Keep the newest ones, the best validated one and the milestones."""
     held = sorted(p for p in folder.glob("step_*") if (p / MARKER).exists())
-    scored = [(m.val_dice, p) for p in held if (m := read_marker(p)).val_dice is not None]
+    markers = {p: read_marker(p) for p in held}
+    scored = [(m.score, p) for p, m in markers.items() if m.score is not None]
     best = max(scored)[1] if scored else None
-    for path in held[:-keep]:
-        if path != best:
+    for path in held[: -cfg.keep]:
+        if path != best and not (cfg.milestone and markers[path].step % cfg.milestone == 0):
             _remove(path)
 
 

@@ -78,7 +78,5 @@ class TrainConfig:
             )
         if self.distill is None and not self.losses:
             faults.append("losses is empty and distill is null: there is nothing to learn; give at least one of them")
-        if self.engine.stage == 3 and self.ema.window > 0:
-            faults.append("ema.window: engine.stage 3 leaves no rank the whole weights to average; set ema.window=0")
         if faults:
             raise ValueError("; ".join(faults))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpc_neuro.schema import config
 
@@ -27,34 +27,32 @@ def decay_at(step: int, steps: int, window: float) -> float:
 
 
 class Ema:
-    """The averaged parameters of a module whose parameters are whole on every rank (ZeRO stages 0 to 2)."""
+    """The average of this rank's share of the master weights: as much of it as ZeRO leaves here."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._live = dict(module.named_parameters())
-        self.average = {k: p.detach().clone().float() for k, p in self._live.items()}
+    def __init__(self, weights: Mapping[int, Tensor], refresh: Callable[[], None]) -> None:
+        """weights: float32, changed in place by the optimizer; refresh: brings them into use (Shards.refresh)."""
+        self._live, self._refresh = dict(weights), refresh
+        self.average = {k: w.detach().clone() for k, w in self._live.items()}
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """Move the average towards the parameters by 1 - decay."""
-        live = [self._live[k].detach().float() for k in self.average]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+        """Move the average towards the weights by 1 - decay."""
+        if self.average:
+            torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module computes with the average inside, with its own weights again after; both bit for bit."""
-        kept = {k: p.detach().clone() for k, p in self._live.items()}
+        """The average is in use inside, the weights themselves again after, bit for bit. All ranks enter together.
+
+        After an error they are not: the ranks could not meet to renew what they use, and the run is over.
+        """
+        kept = {k: w.detach().clone() for k, w in self._live.items()}
         self._fill(self.average)
-        try:
-            yield
-        finally:
-            self._fill(kept)
+        yield
+        self._fill(kept)
 
     @torch.no_grad()
-    def _fill(self, values: dict[str, Tensor]) -> None:
-        for name, parameter in self._live.items():
-            parameter.copy_(values[name])
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved `average`."""
-        for name, value in self.average.items():
-            value.copy_(state[name])
+    def _fill(self, values: Mapping[int, Tensor]) -> None:
+        for key, weight in self._live.items():
+            weight.copy_(values[key])
+        self._refresh()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import datetime as dt
 import logging
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
+from hpc_neuro import distributed
 from hpc_neuro.schema import ConfigError, config
 from hpc_neuro.train.schedule import Group, OptimConfig
+from hpc_neuro.train.shard_files import file_of, read_ranges, write_ranges
+from hpc_neuro.train.shards import Shards
 
 log = logging.getLogger(__name__)
-_TAG = "state"  # folder of DeepSpeed's files inside a checkpoint
 _BUCKET = 1 << 26  # elements reduced or gathered at once, at most
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -34,7 +37,8 @@ class EngineConfig:
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of activations and weights in use; master weights are float32. auto: bf16 on a GPU that has it, else fp32."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Crops per rank and pass; none: optim.batch / ranks. Smaller ones are accumulated to optim.batch."""
+    """Crops per rank and pass, at most; none: optim.batch / ranks. Passes are accumulated to optim.batch crops, on any
+    number of ranks."""
     offload_optimizer: bool = False
     """Keep optimizer state and its step in host memory; needs a GPU and stage 1 to 3."""
     timeout: float = Field(default=600.0, gt=0)
@@ -53,15 +57,13 @@ def check(cfg: EngineConfig, batch: int, world: int) -> tuple[torch.dtype, int, 
         faults.append("engine.offload_optimizer: there is no GPU whose memory it could spare; take false")
     if cfg.offload_optimizer and cfg.stage == 0:
         faults.append("engine.offload_optimizer: stage 0 keeps the whole optimizer on each rank; take stage 1, 2 or 3")
-    micro = cfg.micro_batch or max(1, batch // world)
-    if batch % (micro * world):
-        faults.append(
-            f"optim.batch: {batch} crops cannot be cut into passes of {micro} on {world} ranks; take a multiple of "
-            f"{micro * world}, or another engine.micro_batch"
-        )
+    if world > batch:
+        faults.append(f"optim.batch: {batch} crops leave some of the {world} ranks without any; start {batch} at most")
     if faults:
         raise ConfigError("the engine cannot run as configured:\n  " + "\n  ".join(faults))
-    return _DTYPES[name], micro, batch // (micro * world)
+    each = -(-batch // world)
+    micro = min(cfg.micro_batch or each, each)
+    return _DTYPES[name], micro, -(-batch // (micro * world))
 
 
 def join_group(cfg: EngineConfig) -> None:
@@ -122,17 +124,21 @@ class Engine:
         self.dtype, self.stage = dtype, int(settings["zero_optimization"]["stage"])
         self._groups = list(groups)
         wanted = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        names = {id(p): name for name, p in named}
+        self.shapes = {name: tuple(p.shape) for name, p in named}
+        # DeepSpeed rounds weights to half precision before it copies them: the master weights would start rounded
+        exact = {n: p.detach().float().clone() for n, p in named} if dtype != torch.float32 else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module, model_parameters=wanted, config=settings, dist_init_required=False
             )
-        self._files = _recording_files()
-        self._engine.checkpoint_engine = self._files
-        # its helper scripts would be one more thing that a full disk can break; weights are exported by us
-        self._engine._copy_recovery_script = lambda save_path: None
         self.module: nn.Module = self._engine.module
         self.device = torch.device(self._engine.device)
+        self.shards = Shards(self._optimizer, self.stage, names, distributed.rank())
+        if exact:
+            self.shards.fill(exact)
 
     def __call__(self, *inputs: Any) -> Any:
         """Forward through the module."""
@@ -157,32 +163,44 @@ class Engine:
         held = None if plain else self._engine.get_global_grad_norm()
         return norm if held is None else held
 
-    def save(self, folder: Path, state: dict[str, Any]) -> list[str]:
-        """Write all that a resume needs, every rank its part; returns what this rank failed to write, raising none."""
-        self._files.failures.clear()
-        self._engine.save_checkpoint(str(folder), tag=_TAG, client_state={"hpc_neuro": state}, save_latest=False)
-        return list(self._files.failures)
+    def save(self, folder: Path, also: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Any]:
+        """Write this rank's ranges of the master weights, Adam's moments and `also` (see Shards.ranges) to `folder`.
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Take over what `save` wrote; returns its `state`. Raises when a file or a parameter is missing."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            path, held = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise RuntimeError(f"{folder} holds no readable state of this model")
-        state: dict[str, Any] = held["hpc_neuro"]
-        return state
+        Returns what `load` needs besides. Raises OSError.
+        """
+        if self.shards.owns:
+            write_ranges(file_of(folder, distributed.rank()), self.shards.ranges(also))
+        return {"updates": self.shards.step(), "scaler": self.shards.scaler()}
 
-    def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """Whole float32 weights and buffers of a part of the module, on the CPU. All ranks call this."""
-        from deepspeed.utils import safe_get_full_fp32_param
+    def load(self, folder: Path, state: Mapping[str, Any], also: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Take over what any number of ranks saved at any stage. Raises InputError when something is missing."""
+        read_ranges(folder, self.shards.ranges(also), first=distributed.rank())
+        self.shards.set_step(int(state["updates"]))
+        self.shards.set_scaler(state["scaler"])
+        self.shards.refresh()
 
-        sharded = self.stage == 3 or self.dtype != torch.float32
-        whole = {k: v.detach() for k, v in module.state_dict().items()}
-        for name, parameter in module.named_parameters():
-            held = safe_get_full_fp32_param(parameter) if sharded else None
-            whole[name] = parameter.detach() if held is None else held
-        return {k: v.to("cpu", torch.float32 if v.is_floating_point() else v.dtype) for k, v in whole.items()}
+    def whole(self, prefix: str, instead: Mapping[int, Tensor] | None = None) -> dict[str, Tensor]:
+        """Whole float32 master weights whose names begin with `prefix`, on the CPU of rank 0; {} on the others.
+
+        instead: index of a shard -> values to take in place of its weight. All ranks call this.
+        """
+        alone = self.stage == 0 or distributed.world_size() == 1
+        held: dict[str, list[tuple[int, Tensor]]] = {}
+        for index, shard in enumerate(self.shards.items):
+            values = shard.weight if instead is None else instead.get(index, shard.weight)
+            held.setdefault(shard.name, []).append((shard.start, values))
+        found = {}
+        for name, shape in self.shapes.items():
+            if not name.startswith(prefix) or (alone and not distributed.is_main()):
+                continue
+            buffer = torch.zeros(math.prod(shape), device=self.device)
+            for start, values in held.get(name, ()):
+                buffer[start : start + values.numel()] = values
+            if not alone:
+                dist.reduce(buffer, 0)
+            if distributed.is_main():
+                found[name.removeprefix(prefix)] = buffer.cpu().reshape(shape)
+        return found
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""
@@ -204,33 +222,3 @@ def _quiet_deepspeed() -> Any:
         # Every CPU start would compile this for a minute; only inference uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _recording_files() -> Any:
-    """DeepSpeed's reader and writer of checkpoint files, fsynced; a failed write is remembered, not raised.
-
-    DeepSpeed meets at barriers while it saves: a rank that raised in between would leave the others waiting.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
-    class RecordingFiles(TorchCheckpointEngine):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__(None)
-            self.failures: list[str] = []
-
-        def makedirs(self, path: str, exist_ok: bool = False) -> None:
-            try:
-                os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103
-            except OSError as error:
-                self.failures.append(str(error))
-
-        def save(self, state_dict: Any, path: str) -> None:
-            try:
-                with Path(path).open("wb") as handle:
-                    torch.save(state_dict, handle)
-                    handle.flush()
-                    os.fsync(handle.fileno())
-            except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-                self.failures.append(f"{path}: {' '.join(str(error).split())[:200]}")
-
-    return RecordingFiles()

@@ -16,6 +16,7 @@ from torch import Tensor
 from hpc_neuro import distributed, runs
 from hpc_neuro.data.augment import augment
 from hpc_neuro.data.dataset import batches
+from hpc_neuro.data.feature_cache import record_use
 from hpc_neuro.losses import weighted_sum
 from hpc_neuro.train.assemble import assemble, lines
 from hpc_neuro.train.config import TrainConfig
@@ -29,7 +30,7 @@ from hpc_neuro.types import Batch, Prediction
 log = logging.getLogger(__name__)
 _MAY_CHANGE = (
     *("optim.steps", "store", "cache", "workers", "ahead", "tracker", "checkpoint"),
-    *("engine.timeout", "engine.micro_batch"),
+    "engine",  # how the work is spread does not decide the result
 )
 
 
@@ -47,6 +48,8 @@ def run(cfg: TrainConfig) -> int:
             return 0
         for line in needs:
             log.info("train: %s", line)
+        if parts.crops.cache is not None and distributed.is_main():
+            record_use(parts.crops.cache.path, cfg.out)
         with Preemption(cfg.checkpoint.margin) as preemption:
             join_group(cfg.engine)
             state = Training(cfg, parts)
@@ -93,25 +96,27 @@ def one_step(state: Training, ready: Iterator[Batch]) -> None:
     cfg, parts, engine = state.cfg, state.parts, state.engine
     lr = cfg.optim.lr * lr_at(state.step, cfg.optim)
     engine.set_lr(lr)
-    # drop path draws from torch's own generator: seeded by the step, so that a resumed run draws the same
-    torch.manual_seed(_seed(cfg.seed, state.step, distributed.rank()))
     engine.module.train()
     state.meter.new_step()
     norm: Tensor | float = math.nan
-    for _ in range(parts.passes):
+    for first, stop in shares(cfg.optim.batch, parts.micro):
         with state.meter.waiting():
             read = next(ready)
         # what the host decides by stays on the host: asking the device would wait for it
         batch = dataclasses.replace(read.to(state.device), index=read.index, distilled=read.distilled)
         batch = augment(batch, cfg.augment, cfg.seed)
+        # drop path draws from torch's own generator: seeded by what is in the pass, not by who does it and when
+        torch.manual_seed(_seed(cfg.seed, state.step, first))
         logits, distillation, distilled_terms = engine(dict(vars(batch)))
         loss, terms = weighted_sum(cfg.losses, Prediction(logits, {}), batch)
-        count, chosen = len(read.index), int(read.distilled.sum())
+        count, chosen = stop - first, int(read.distilled.sum())
         if distillation is not None:
             # a mean over the distilled samples of the whole step, however ranks and passes share them out
-            loss = loss + distillation * (chosen / (count * cfg.distill_fraction))
-        engine.backward(loss)
+            loss = loss + distillation * (chosen / (len(read.index) * cfg.distill_fraction))
+        # DeepSpeed takes the mean over ranks and passes: each counts by its crops, one that repeats a crop not at all
+        engine.backward(loss * (count * distributed.world_size() * parts.passes / cfg.optim.batch))
         norm = engine.step()
+        chosen = chosen if count else 0
         weights = dict.fromkeys(["loss", *terms], float(count)) | dict.fromkeys(distilled_terms, float(chosen))
         state.meter.add({"loss": loss, **terms, **distilled_terms}, weights)
     if state.ema is not None:
@@ -120,13 +125,25 @@ def one_step(state: Training, ready: Iterator[Batch]) -> None:
     state.meter.end_step(norm, {"step": state.step, "kind": "train", "lr": lr})
 
 
-def rank_chunks(first: int, steps: int, batch: int, micro: int) -> Iterator[list[int]]:
-    """Global sample indices of this rank's passes from step `first` on; step s holds samples s * batch and the next."""
+def shares(batch: int, micro: int) -> list[tuple[int, int]]:
+    """[first, stop) of a step's samples in each of this rank's passes; empty where the others have the rest.
+
+    All ranks have the same number of passes, as they meet in each of them.
+    """
     ranks, rank = distributed.world_size(), distributed.rank()
-    for step in range(first, steps):
-        for start in range(step * batch + rank * micro, (step + 1) * batch, ranks * micro):
-            yield list(range(start, start + micro))
+    first = [start + rank * micro for start in range(0, batch, ranks * micro)]
+    return [(min(start, batch), min(start + micro, batch)) for start in first]
 
 
-def _seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+def rank_chunks(first: int, steps: int, batch: int, micro: int) -> Iterator[list[int]]:
+    """Global sample indices of this rank's passes from step `first` on; step s holds samples s * batch and the next.
+
+    A pass without a share reads the step's first sample, which then counts for nothing.
+    """
+    for step in range(first * batch, steps * batch, batch):
+        for start, stop in shares(batch, micro):
+            yield list(range(step + start, step + stop)) or [step]
+
+
+def _seed(seed: int, step: int, first: int) -> int:
+    return int(np.random.SeedSequence([seed, step, first]).generate_state(1, np.uint64)[0])

@@ -29,6 +29,7 @@ from hpc_neuro.train.tracker import METRICS, Metrics, Wandb
 from hpc_neuro.train.validate import Score, Validator
 
 log = logging.getLogger(__name__)
+_STUDENT = "student."  # what the names of the student's parameters begin with in TrainModule
 
 
 class Training:
@@ -45,9 +46,11 @@ class Training:
         self.engine = Engine(parts.module, wanted, settings, parts.dtype)
         self.device = self.engine.device
         self.student: Any = parts.module.student
-        self.ema = Ema(self.student) if cfg.ema.window > 0 else None
+        shards = self.engine.shards
+        averaged = {i: s.weight for i, s in enumerate(shards.items) if s.name.startswith(_STUDENT)}
+        self.ema = Ema(averaged, shards.refresh) if cfg.ema.window > 0 else None
         self.step, self.seconds, self.begun = 0, 0.0, time.monotonic()
-        self.best: dict[str, Any] = {"dice": -1.0, "step": -1}
+        self.best: dict[str, Any] = {"score": -1.0, "step": -1}
         self.score: Score | None = None  # of the latest validation,
         self.scored = -1  # after this step
         held = checkpoint.newest(cfg.out / "checkpoints")
@@ -92,8 +95,8 @@ class Training:
                 "lower optim.lr or raise the weight of Dice",
                 *(self.step, score.foreground),
             )
-        if self.step > 0 and score.dice_best > self.best["dice"] and self._export("best", score):
-            self.best = {"dice": score.dice_best, "step": self.step}
+        if self.step > 0 and self._value(score) > self.best["score"] and self._export("best", score):
+            self.best = {"score": self._value(score), "step": self.step}
 
     def save(self) -> None:
         """A checkpoint of this step, on all ranks."""
@@ -102,7 +105,7 @@ class Training:
             world_size=distributed.world_size(),
             stage=self.cfg.engine.stage,
             dtype=str(self.parts.dtype),
-            val_dice=self.score.dice_best if self.score is not None and self.scored == self.step else None,
+            score=self._value(self.score) if self.score is not None and self.scored == self.step else None,
         )
         state = {
             "step": self.step,
@@ -110,9 +113,18 @@ class Training:
             "best": self.best,
             "score": None if self.score is None else asdict(self.score),
             "scored": self.scored,
-            "ema": None if self.ema is None else self.ema.average,
+            # for tools/export_weights.py, which needs nothing but the folder of a checkpoint
+            "student": schema.plain(self.cfg.student),
+            "window": list(self.cfg.crop.size),
+            "shapes": self.engine.shapes,
         }
-        checkpoint.save(self.cfg.out / "checkpoints", marker, self.engine.save, state, self.cfg.checkpoint.keep)
+
+        def write(part: Path) -> None:
+            held = self.engine.save(part, self._averages())
+            if self.main:
+                files.write_json(part / checkpoint.TRAINING, {**state, "engine": held})
+
+        checkpoint.save(self.cfg.out / "checkpoints", marker, write, self.cfg.checkpoint)
         self.saved = time.monotonic()
 
     def finish(self) -> dict[str, Any]:
@@ -125,11 +137,12 @@ class Training:
                 "make room, then give the same command again"
             )
         if self.best["step"] < 0 and self._export("best", self.score):
-            self.best = {"dice": self.score.dice_best, "step": self.step}
+            self.best = {"score": self._value(self.score), "step": self.step}
         seconds = self.seconds + time.monotonic() - self.begun
         return {
             "steps": self.step,
-            "best_val_dice": self.best["dice"],
+            "best_metric": self.cfg.checkpoint.metric,
+            "best_score": self.best["score"],
             "best_step": self.best["step"],
             "last_val_dice": self.score.dice_best,
             "validated_on": self.parts.validates_on,
@@ -143,17 +156,28 @@ class Training:
         self.engine.close()
 
     def _resume(self, held: Path) -> None:
-        state = self.engine.load(held)
+        state = files.read_json(held / checkpoint.TRAINING, f"remove {held}; the one before it is then taken")
+        self.engine.load(held, state["engine"], self._averages())
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.score, self.scored = None if state["score"] is None else Score(**state["score"]), state["scored"]
-        if self.ema is not None:
-            self.ema.load(state["ema"])
-        log.info("train: going on after step %d of %s", self.step, held)
+        log.info("train: going on after step %d of %s%s", self.step, held, self._layout(checkpoint.read_marker(held)))
+
+    def _layout(self, then: checkpoint.Marker) -> str:
+        """How the work is spread now, where the checkpoint was saved by a run spread otherwise."""
+        before = (f"{then.world_size} rank(s)", f"ZeRO stage {then.stage}", then.dtype)
+        now = (f"{distributed.world_size()} rank(s)", f"ZeRO stage {self.cfg.engine.stage}", str(self.parts.dtype))
+        other = [f"{a} -> {b}" for a, b in zip(before, now, strict=True) if a != b]
+        return f" ({', '.join(other)})" if other else ""
+
+    def _averages(self) -> dict[str, dict[int, torch.Tensor]]:
+        return {} if self.ema is None else {"average": self.ema.average}
+
+    def _value(self, score: Score) -> float:
+        return float(getattr(score, self.cfg.checkpoint.metric))
 
     def _export(self, name: str, score: Score) -> bool:
         """Write OUT/weights/`name` in plain float32; all ranks call this. False, and said, where it cannot be."""
-        whole = self.ema is None
-        state = self.engine.weights(self.student) if whole else {**self.student.state_dict(), **self._average()}
+        state = self.engine.whole(_STUDENT, None if self.ema is None else self.ema.average)
         extra = {
             "window": list(self.cfg.crop.size),
             "threshold": score.threshold,
@@ -170,9 +194,6 @@ class Training:
                     "train: weights/%s of step %d could not be written (%s); training goes on", name, self.step, error
                 )
         return distributed.reduced(float(failed), "max", torch.device("cpu")) == 0
-
-    def _average(self) -> dict[str, torch.Tensor]:
-        return {} if self.ema is None else self.ema.average
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self.main:

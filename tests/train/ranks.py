@@ -1,7 +1,8 @@
-"""What test_ranks.py runs on two ranks: `torchrun --nproc-per-node 2 ranks.py STORE FOLDER`."""
+"""What test_ranks.py runs on two ranks: `ranks.py STORE FOLDER`, started by launching.py."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,13 +19,34 @@ from tests.train.conftest import TINY
 torch.set_num_threads(1)
 STORE, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 KEYS = ["augment.warp=0", "optim.batch=4"]  # warps leave unlabelled voxels behind, over which cross entropy averages
-step = loop.one_step
-codes = {}
+SHORT = ["optim.steps=2", "validate.crops=1", "checkpoint.every=0"]
+step, shares, augment = loop.one_step, loop.shares, loop.augment
+codes: dict[str, list[object]] = {}
+counted: dict[str, list[tuple[int, int]]] = {}  # run -> (step, sample) that this rank learnt from
 
 
 def run(name: str, *overrides: str) -> None:
     cfg = load(train.TrainConfig, None, [f"store={STORE}", f"out={FOLDER / name}", *TINY, *KEYS, *overrides])
-    codes.setdefault(name, []).append(train.run(cfg))
+    seen: list[list[int]] = []
+
+    def note(batch, *rest):
+        seen.append(batch.index.tolist())
+        return augment(batch, *rest)
+
+    at = loop.one_step
+
+    def watched(state, ready):
+        seen.clear()
+        begun = state.step
+        at(state, ready)
+        for (first, stop), indices in zip(shares(cfg.optim.batch, state.parts.micro), seen, strict=True):
+            counted.setdefault(name, []).extend((begun, i) for i in indices if stop > first)
+
+    loop.one_step, loop.augment = watched, note
+    try:
+        codes.setdefault(name, []).append(train.run(cfg))
+    finally:
+        loop.one_step, loop.augment = at, augment
 
 
 def power_cut(state, ready):
@@ -47,8 +69,14 @@ except InterruptedError:
     codes["broken"] = ["cut"]
 loop.one_step = signal_to_one_rank
 run("broken")
+run("down", "engine.stage=1")  # saved by two ranks, goes on with one
 loop.one_step = step
 run("broken")
-run("stage3", "engine.stage=3", "ema.window=0", "engine.micro_batch=1")
+run("up", "engine.stage=2", "optim.batch=3")  # saved by one rank, three crops for two ranks
+run("stage3", "engine.stage=3", "engine.micro_batch=1")
 run("stage0", "engine.stage=0")
+for stage, dtype, micro in itertools.product(range(4), ("fp32", "bf16"), (2, 1)):
+    keys = [f"engine.stage={stage}", f"engine.dtype={dtype}", f"engine.micro_batch={micro}"]
+    run(f"matrix/{stage}_{dtype}_{micro}", *SHORT, *keys)
 (FOLDER / f"codes{distributed.rank()}.json").write_text(json.dumps(codes))
+(FOLDER / f"counted{distributed.rank()}.json").write_text(json.dumps(counted))

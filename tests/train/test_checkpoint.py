@@ -17,24 +17,23 @@ from safetensors.torch import load_file
 
 from hpc_neuro import train
 from hpc_neuro.train import checkpoint
-from hpc_neuro.train.checkpoint import Marker, newest, save
+from hpc_neuro.train.checkpoint import CheckpointConfig, Marker, newest, save
 from tests.train.conftest import TINY, rows
 
-
-def marker(step: int, dice: float | None = None) -> Marker:
-    return Marker(step=step, world_size=1, stage=2, dtype="torch.float32", val_dice=dice)
+CFG = CheckpointConfig(keep=2)
 
 
-def write(part: Path, state: dict) -> list[str]:
-    (part / "state").mkdir(parents=True)
-    (part / "state" / "weights").write_text(str(state))
-    return []
+def marker(step: int, score: float | None = None) -> Marker:
+    return Marker(step=step, world_size=1, stage=2, dtype="torch.float32", score=score)
 
 
-def refuse(part: Path, state: dict) -> list[str]:
-    (part / "state").mkdir(parents=True)
-    (part / "state" / "weights").write_text("half")
-    return ["no space left on device"]
+def write(part: Path) -> None:
+    (part / "rank_00000.safetensors").write_text("whole")
+
+
+def refuse(part: Path) -> None:
+    (part / "rank_00000.safetensors").write_text("half")
+    raise OSError("no space left on device")
 
 
 def names(folder: Path) -> list[str]:
@@ -43,33 +42,39 @@ def names(folder: Path) -> list[str]:
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, dice in ((1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.4)):
-        assert save(tmp_path, marker(step, dice), write, {}, keep=2)
+        assert save(tmp_path, marker(step, dice), write, CFG)
     assert names(tmp_path) == ["step_00000002", "step_00000005", "step_00000006"]
     assert newest(tmp_path) == tmp_path / "step_00000006"
-    assert checkpoint.read_marker(tmp_path / "step_00000002").val_dice == 0.9
+    assert checkpoint.read_marker(tmp_path / "step_00000002").score == 0.9
+
+
+def test_milestones_stay_for_good(tmp_path):
+    for step in range(1, 8):
+        assert save(tmp_path, marker(step), write, CheckpointConfig(keep=1, milestone=3))
+    assert names(tmp_path) == ["step_00000003", "step_00000006", "step_00000007"]
 
 
 def test_a_failed_save_leaves_the_last_good_one_and_says_so(tmp_path, caplog):
-    assert save(tmp_path, marker(1), write, {}, keep=2)
+    assert save(tmp_path, marker(1), write, CFG)
     with caplog.at_level(logging.WARNING):
-        assert not save(tmp_path, marker(2), refuse, {}, keep=2)
+        assert not save(tmp_path, marker(2), refuse, CFG)
     assert names(tmp_path) == ["step_00000001"]
     assert "no space left" in caplog.text
     assert "step_00000001 is the last good one" in caplog.text
 
 
 def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path):
-    save(tmp_path, marker(1), write, {}, keep=2)
-    (tmp_path / "step_00000009" / "state").mkdir(parents=True)
+    save(tmp_path, marker(1), write, CFG)
+    (tmp_path / "step_00000009").mkdir(parents=True)
     assert newest(tmp_path) == tmp_path / "step_00000001"
     assert newest(tmp_path / "nowhere") is None
 
 
 def test_the_rest_of_a_killed_save_is_written_over(tmp_path):
-    (tmp_path / ".step_00000001.part" / "state").mkdir(parents=True)
-    (tmp_path / ".step_00000001.part" / "state" / "old").write_text("old")
-    assert save(tmp_path, marker(1), write, {}, keep=2)
-    assert names(tmp_path / "step_00000001" / "state") == ["weights"]
+    (tmp_path / ".step_00000001.part").mkdir(parents=True)
+    (tmp_path / ".step_00000001.part" / "rank_00007.safetensors").write_text("old")
+    assert save(tmp_path, marker(1), write, CFG)
+    assert names(tmp_path / "step_00000001") == ["checkpoint.json", "rank_00000.safetensors"]
     assert names(tmp_path) == ["step_00000001"]
 
 

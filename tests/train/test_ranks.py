@@ -1,23 +1,22 @@
-"""Two real ranks: the losses of one process, exact resume, agreement on a signal that only one of them got."""
+"""Two real ranks: the losses of one process, exact resume, other numbers of ranks, a signal that only one got."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hpc_neuro import train
-from hpc_neuro.schema import ConfigError
-from tests.train.conftest import rows
+from hpc_neuro.schema import load
+from hpc_neuro.train import loop
+from tests.train.conftest import TINY, rows
+from tests.train.launching import launch
 
-HERE = Path(__file__).resolve().parent
 KEYS = ["augment.warp=0", "optim.batch=4"]
 pytestmark = pytest.mark.slow
 
@@ -26,24 +25,42 @@ pytestmark = pytest.mark.slow
 def ranks(store, tmp_path_factory):
     """The folder of all runs that ranks.py does."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    env = os.environ | {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(HERE / "ranks.py"), str(store), str(folder)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    one_step = loop.one_step
+
+    def stopped(state, ready):
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        one_step(state, ready)
+
+    keys = [f"store={store}", f"out={folder / 'up'}", *TINY, *KEYS, "engine.stage=3", "optim.batch=3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "one_step", stopped)
+        assert train.run(load(train.TrainConfig, None, keys)) == 75
+    done = launch("ranks.py", 2, store, folder)
     assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:6000]
     return folder
 
 
+def weights(run):
+    return load_file(run / "weights/last/model.safetensors")
+
+
+def check_alike(run, other, loss=1e-5):
+    for mine, reference in zip(rows(run), rows(other), strict=True):
+        assert mine["step"] == reference["step"]
+        assert mine["loss"] == pytest.approx(reference["loss"], abs=loss), run
+        assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=100 * loss), run
+
+
+@pytest.fixture(scope="module")
+def alone(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert train.run(load(train.TrainConfig, None, [f"store={store}", f"out={out}", *TINY, *KEYS])) == 0
+    return out
+
+
 def test_interrupted_runs_end_with_the_same_bits(ranks):
-    first, second = (load_file(ranks / name / "weights/last/model.safetensors") for name in ("whole", "broken"))
+    first, second = weights(ranks / "whole"), weights(ranks / "broken")
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert [r["loss"] for r in rows(ranks / "whole")] == [r["loss"] for r in rows(ranks / "broken")]
     assert [r["step"] for r in rows(ranks / "broken")] == [1, 2, 3, 4, 5, 6]
@@ -55,17 +72,43 @@ def test_all_ranks_stop_when_one_is_asked_to(ranks):
     assert codes[0]["broken"] == ["cut", 75, 0]
 
 
-def test_two_ranks_and_every_stage_have_the_losses_of_one_process(ranks, tiny, tmp_path):
-    alone = tmp_path / "alone"
-    assert train.run(tiny(alone, *KEYS)) == 0
+def test_two_ranks_and_every_stage_have_the_losses_of_one_process(ranks, alone):
     for name in ("whole", "stage0", "stage3"):
-        for mine, other in zip(rows(ranks / name), rows(alone), strict=True):
-            assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5), name
-            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3), name
-    for mine, other in zip(rows(ranks / "whole", "val"), rows(alone, "val"), strict=True):
-        assert mine["dice_best"] == pytest.approx(other["dice_best"], abs=1e-3)
+        check_alike(ranks / name, alone)
+        for mine, other in zip(rows(ranks / name, "val"), rows(alone, "val"), strict=True):
+            assert mine["dice_best"] == pytest.approx(other["dice_best"], abs=1e-3)
 
 
-def test_a_checkpoint_of_two_ranks_is_refused_by_one_with_both_numbers(ranks, tiny):
-    with pytest.raises(ConfigError, match="ranks: saved with 2, started with 1"):
-        train.run(tiny(ranks / "whole", *KEYS, "optim.steps=8"))
+def test_two_ranks_at_stage_1_then_one_at_stage_3_end_as_one_did(ranks, alone, tiny, caplog):
+    with caplog.at_level("INFO"):
+        assert train.run(tiny(ranks / "down", *KEYS, "engine.stage=3")) == 0
+    assert "going on after step 5" in caplog.text
+    assert "2 rank(s) -> 1 rank(s), ZeRO stage 1 -> ZeRO stage 3" in caplog.text
+    check_alike(ranks / "down", alone)
+    for name, values in weights(ranks / "down").items():
+        assert torch.allclose(values, weights(alone)[name], atol=1e-4), name  # Adam's steps are 2e-3 each
+
+
+def test_one_rank_at_stage_3_then_two_at_stage_2_share_three_crops_and_end_as_one_did(ranks, tiny, tmp_path):
+    alone = tmp_path / "run"
+    assert train.run(tiny(alone, *KEYS, "optim.batch=3")) == 0
+    check_alike(ranks / "up", alone)
+    for name, values in weights(ranks / "up").items():
+        assert torch.allclose(values, weights(alone)[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize(("name", "batch", "first"), [("whole", 4, 0), ("stage3", 4, 0), ("up", 3, 3)])
+def test_every_sample_is_learnt_from_once(ranks, name, batch, first):
+    counted = [json.loads((ranks / f"counted{rank}.json").read_text())[name] for rank in (0, 1)]
+    found = sorted(map(tuple, itertools.chain(*counted)))
+    assert found == [(step, step * batch + i) for step in range(first, 6) for i in range(batch)]
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("micro", [2, 1])
+def test_stages_precisions_and_passes_agree_with_one_process(ranks, tiny, tmp_path, stage, micro):
+    alone = ranks / "matrix" / "alone"
+    if not alone.exists():
+        assert train.run(tiny(alone, *KEYS, "optim.steps=2", "validate.crops=1", "engine.stage=0")) == 0
+    check_alike(ranks / f"matrix/{stage}_fp32_{micro}", alone)
+    check_alike(ranks / f"matrix/{stage}_bf16_{micro}", alone, loss=2e-2)

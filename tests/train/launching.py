@@ -1,0 +1,42 @@
+"""Real ranks for tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def launch(script: str, ranks: int, *arguments: object, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """Run tests/train/`script` on `ranks` processes that meet at a free port; each has one thread."""
+    procs = start(script, ranks, *arguments)
+    try:
+        out = [p.communicate(timeout=timeout)[0] for p in procs]
+    finally:
+        for p in procs:
+            p.kill()
+    code = next((p.returncode for p in procs if p.returncode not in (0, 75)), procs[0].returncode)
+    return subprocess.CompletedProcess(procs[0].args, code, "", "\n".join(out))
+
+
+def start(script: str, ranks: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """The processes of `launch`, as srun would start them: without an agent that ends the others when one dies."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    env = os.environ | common | {"PYTHONPATH": str(HERE.parent.parent)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(HERE / script), *map(str, arguments)],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
