@@ -141,8 +141,7 @@ class Training:
         seconds = self.seconds + time.monotonic() - self.begun
         return {
             "steps": self.step,
-            "best_metric": self.cfg.checkpoint.metric,
-            "best_score": self.best["score"],
+            f"best_val_{self.cfg.checkpoint.metric.removesuffix('_best')}": self.best["score"],
             "best_step": self.best["step"],
             "last_val_dice": self.score.dice_best,
             "validated_on": self.parts.validates_on,

@@ -69,7 +69,7 @@ def test_a_run_leaves_what_machines_read(whole):
     record = json.loads((whole / "run.json").read_text())
     assert record["exit"] == 0
     assert record["summary"]["steps"] == 6
-    assert record["summary"]["best_score"] == max(r["dice_best"] for r in rows(whole, "val") if r["step"])
+    assert record["summary"]["best_val_dice"] == max(r["dice_best"] for r in rows(whole, "val") if r["step"])
     assert schema.load(train.TrainConfig, whole / "config.yaml").optim.steps == 6
 
 
