@@ -25,7 +25,7 @@ class Sample:
     mask: Tensor  # [1, Z, Y, X] uint8, 1 on neurite, 255 where unlabelled
     skeleton: Tensor  # [1, Z, Y, X] uint8, tubed centreline
     features: dict[str, Tensor] = field(default_factory=dict)  # view -> [L, D, z, y, x] float16 on the token grid
-    distilled: bool = False  # features are there and the geometry is untouched
+    distilled: bool = False  # features are there, of the crop as it is here; its geometry stays
 
 
 @dataclass(frozen=True)

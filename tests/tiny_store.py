@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from hpc_neuro.data import feature_cache
 from hpc_neuro.data.rasterize import Drawing
 from hpc_neuro.data.store import Store, Volume, write_index, write_volume
+from hpc_neuro.geometry import Box
 from hpc_neuro.morphology import Tree
 
 SHAPE = (20, 52, 56)  # no multiple of the patch, larger than the crops of the tests
@@ -36,10 +39,14 @@ def write_store(folder: Path, splits: dict[str, str], shape: tuple[int, int, int
             sources={"image": "0", "swc": "0"},
         )
         drawing = Drawing()
-        write_volume(folder / f"{name}.h5", volume, lambda box, image=image: image[box.slices], tree, tree, drawing)
+        write_volume(folder / f"{name}.h5", volume, functools.partial(_cut, image), tree, tree, drawing)
         volumes.append(volume)
     write_index(folder, volumes)
     return folder
+
+
+def _cut(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
+    return image[box.slices]
 
 
 def _tree(draw: np.random.Generator, shape: tuple[int, int, int]) -> Tree:

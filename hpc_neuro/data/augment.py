@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from hpc_neuro.data.orientation import parse
 from hpc_neuro.data.sampling import rng
 from hpc_neuro.geometry import Shape
 from hpc_neuro.schema import config
@@ -30,6 +31,9 @@ class AugmentConfig:
     """Mirror along each axis, by a coin each."""
     rotate90: bool = True
     """Quarter turns in the slice plane; crops whose y and x differ get half turns only."""
+    distilled: tuple[str, ...] | None = None
+    """Mirrors and turns of distilled crops, such as [flip_y, rot90], out of those that the cache holds (its
+    augment_views); none: all it holds."""
     warp: float = Field(default=0.3, ge=0, le=1)
     """Share of crops turned, scaled and bent freely."""
     angle: float = Field(default=20.0, ge=0, le=180)
@@ -67,12 +71,17 @@ class AugmentConfig:
     stripes: float = Field(default=0.1, ge=0, le=1)
     """Share of crops with line-to-line brightness differences, as laser scanning makes them."""
 
+    def __post_init__(self) -> None:
+        for name in self.distilled or ():
+            parse(name)
+
 
 def augment(batch: Batch, cfg: AugmentConfig, seed: int) -> Batch:
     """A batch, its geometry changed together for image, mask and skeleton, then the image degraded.
 
-    Samples that are distilled keep their geometry: a mirrored feature map is not the map of the mirrored image. What a
-    sample becomes depends on (seed, its index) only, never on the rest of the batch. The image stays within [0, 1].
+    Samples that are distilled keep the geometry they were read in: a mirrored feature map is not the map of the
+    mirrored image. What a sample becomes depends on (seed, its index) only, never on the rest of the batch. The image
+    stays within [0, 1].
     """
     draws = [_Draws(seed, int(i)) for i in batch.index.tolist()]
     free = [i for i, fixed in enumerate(batch.distilled.tolist()) if not fixed]

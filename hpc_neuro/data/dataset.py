@@ -47,9 +47,9 @@ class Crops(Dataset[tuple[int, Sample]]):
         sample = read(self.store, draw.volume, draw.box)
         if self.cache is None or not draw.distilled:
             return index, sample
-        held = self.cache.crop(draw.volume, draw.box, self.patch)
-        features = {v: held[v] for v in self.views}
-        return index, Sample(**{**vars(sample), "features": features, "distilled": True})
+        features = self.cache.crop(draw.volume, draw.box, self.patch, draw.orientation, self.views)
+        turned = {k: draw.orientation.turned(getattr(sample, k)).contiguous() for k in ("image", "mask", "skeleton")}
+        return index, Sample(**{**vars(sample), **turned, "features": features, "distilled": True})
 
     def collate(self, items: Sequence[tuple[int, Sample]]) -> Batch:
         """Stack samples; those without features get zeros, so that shapes do not depend on the draw."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from hpc_neuro.data.orientation import IDENTITY, Orientation
 from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.schema import ConfigError, config
 
@@ -57,16 +58,27 @@ class Draw:
 
     volume: str
     box: Box
-    distilled: bool  # on the token grid, geometry stays as it is
+    distilled: bool  # on the token grid, geometry stays as it is but for the orientation
+    orientation: Orientation = IDENTITY  # how the crop is mirrored and turned after reading
 
 
 class Sampler:
     """`sampler(index)` is the crop of a global sample index; nothing is remembered between calls."""
 
     def __init__(
-        self, cfg: CropConfig, places: Sequence[Place], seed: int, grid: Shape, distill_fraction: float = 0.0
+        self,
+        cfg: CropConfig,
+        places: Sequence[Place],
+        seed: int,
+        grid: Shape,
+        distill_fraction: float = 0.0,
+        orientations: Sequence[Orientation] = (IDENTITY,),
     ) -> None:
-        """grid: the student's patch; distill_fraction: share of crops on it. Raises ConfigError without volumes."""
+        """grid: the student's patch; distill_fraction: share of crops on it; orientations: of those crops.
+
+        They are drawn equally often; quarter turns of crops or patches whose y and x differ are left out. Raises
+        ConfigError without volumes.
+        """
         if not places:
             raise ConfigError("the split has no volume to draw crops from; prepare the store with some in `train`")
         self.cfg, self.places, self.seed, self.grid, self.distill_fraction = (
@@ -76,6 +88,8 @@ class Sampler:
             grid,
             distill_fraction,
         )
+        square = cfg.size[1] == cfg.size[2] and grid[1] == grid[2]
+        self.orientations = tuple(o for o in orientations if square or not o.swap)
         weight = {"equal": lambda p: 1.0, "length": lambda p: float(len(p.points["skeleton"])), "size": _voxels}
         self._volumes = _cumulative([weight[cfg.volumes](p) for p in self.places])
         self._kinds = [_cumulative(_shares(cfg, p)) for p in self.places]
@@ -101,7 +115,10 @@ class Sampler:
         spread = draw.random(3)
         step = self.grid if distilled else (1, 1, 1)
         first = [_start(*values) for values in zip(start, place.shape, self.cfg.size, step, spread, strict=True)]
-        return Draw(place.volume, Box.at((first[0], first[1], first[2]), self.cfg.size), distilled)
+        box = Box.at((first[0], first[1], first[2]), self.cfg.size)
+        many = len(self.orientations) if distilled else 0
+        turn = int(rng(self.seed, "orient", index).integers(many)) if many > 1 else 0
+        return Draw(place.volume, box, distilled, self.orientations[turn] if distilled else IDENTITY)
 
 
 def rng(seed: int, stream: str, index: int) -> np.random.Generator:

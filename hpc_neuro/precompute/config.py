@@ -55,8 +55,11 @@ class PrecomputeConfig:
     """Slices per shard file."""
 
     def __post_init__(self) -> None:
-        for name in self.augment_views:
-            parse(name)
+        if any(parse(name).swap for name in self.augment_views) and ("y" in self.views) != ("x" in self.views):
+            raise ValueError(
+                f"augment_views has quarter turns, which make y slices of x slices, but views is {list(self.views)}; "
+                "give both y and x, or leave the turns out"
+            )
         for names in (self.views, self.layers, self.augment_views):
             if len(set(names)) < len(names):
                 raise ValueError(f"{list(names)} names something twice; give each view, layer and orientation once")

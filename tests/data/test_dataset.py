@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hpc_neuro.data.dataset import Crops, batches, places, read
+from hpc_neuro.data.orientation import Orientation
 from hpc_neuro.data.sampling import CropConfig, Sampler
 from hpc_neuro.data.store import Store
 from hpc_neuro.geometry import Box
@@ -28,7 +29,9 @@ class FakeCache:
 
     layers, dim, views = (11,), 3, ("z", "y")
 
-    def crop(self, volume: str, box: Box, patch: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    def crop(
+        self, volume: str, box: Box, patch: tuple[int, int, int], orientation: Orientation, views: tuple[str, ...]
+    ) -> dict[str, torch.Tensor]:
         lines = [torch.arange(a // p, b // p) for a, b, p in zip(box.start, box.stop, patch, strict=True)]
         where = torch.stack(torch.meshgrid(*lines, indexing="ij")).half()[None]
         return {"z": where, "y": where + 1}

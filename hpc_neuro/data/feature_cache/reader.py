@@ -89,12 +89,10 @@ class FeatureCache:
         digests: Mapping[str, str],
         teacher: Mapping[str, Any],
         views: Sequence[str],
-        orientations: Sequence[str] = (),
     ) -> None:
         """Raise CacheMismatch unless the cache holds `views` of all the volumes, of this content, by this teacher.
 
-        digests: volume -> content digest as the store gives it; teacher: Teacher.identity; orientations: names of the
-        mirrors and turns that distilled crops are to get.
+        digests: volume -> content digest as the store gives it; teacher: Teacher.identity.
         """
         command = f"hpc-neuro precompute store=... out={self.path}"
         held = self.manifest["teacher"]
@@ -106,13 +104,6 @@ class FeatureCache:
             )
         if lacking := [v for v in views if v not in self.views]:
             raise CacheMismatch(f"{self.path} has no view {', '.join(lacking)}; rebuild it with views={list(views)}")
-        if more := [name for name in orientations if parse(name) not in self.orientations]:
-            held_views = [*self.manifest.get("augment_views", []), *more]
-            raise CacheMismatch(
-                f"{self.path} has no features of slices that are {', '.join(more)}, and those of a mirrored or turned "
-                f"slice cannot be had from the slice itself; build them in another folder with `{command} "
-                f"augment_views=[{','.join(held_views)}]`, or leave {', '.join(more)} out of augment.distilled"
-            )
         if absent := [v for v in digests if (v, self.views[0], "") not in self._units]:
             raise CacheMismatch(
                 f"{self.path} has no features of {', '.join(absent[:5])}; add their split to `splits` of "
@@ -123,6 +114,19 @@ class FeatureCache:
                 f"{self.path} was made from other images of {', '.join(changed[:5])} than the store holds now; "
                 f"build it again in another folder with `{command}`"
             )
+
+    def oriented(self, names: Sequence[str] | None) -> tuple[Orientation, ...]:
+        """The volume as it stands and the named mirrors and turns (None: all held). Raises CacheMismatch for others."""
+        if names is None:
+            return self.orientations
+        if more := [name for name in names if parse(name) not in self.orientations]:
+            every = ",".join([*self.manifest.get("augment_views", []), *more])
+            raise CacheMismatch(
+                f"augment.distilled asks for {', '.join(more)}, but {self.path} has no features of slices laid so, and "
+                "they cannot be had from the slices as they stand; build them in another folder with `hpc-neuro "
+                f"precompute store=... out=... augment_views=[{every}]`, or leave {', '.join(more)} out"
+            )
+        return all_of(names)
 
     def crop(
         self,
