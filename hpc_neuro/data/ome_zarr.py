@@ -8,8 +8,10 @@ One block is one shard, so two writers never touch one file. Levels above 0 are 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from hpc_neuro import files
-from hpc_neuro.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.geometry import Block, Box, Shape, VoxelSize, blocks
 from hpc_neuro.schema import InputError
 from hpc_neuro.types import Array
 
@@ -51,13 +53,15 @@ def create(
 ) -> None:
     """Make an empty uint8 image `name` and its label image `label`; the folder appears whole or not at all.
 
-    voxel_size in um. `record` (plain data) is kept in the group's attributes, to tell later what the folder belongs to.
+    Of several processes that do so at once one wins, and a folder that is there already stays as it is. voxel_size in
+    um. `record` (plain data) is kept in the group's attributes, to tell later what the folder belongs to.
     Raises InputError when `shard` is no multiple of `chunk`.
     """
     if any(s % c for s, c in zip(shard, chunk, strict=True)):
         raise InputError(f"the block {shard} is no multiple of the chunk {chunk}; choose a block that is")
     pyramid = levels(shape, voxel_size)
-    with files.atomic(folder) as part:
+    made = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
+    with files.atomic(made) as part:
         _group(part, {"ome": _image(name, pyramid, voxel_size), "hpc_neuro": record})
         _group(part / "labels", {"ome": {"version": "0.5", "labels": [label]}})
         about = {**_image(label, pyramid, voxel_size), "image-label": {"source": {"image": "../../"}}}
@@ -65,6 +69,19 @@ def create(
         for base in (part, part / "labels" / label):
             for number, level in enumerate(pyramid):
                 _array(base / str(number), level.shape, shard, chunk)
+    try:
+        made.rename(folder)  # which cannot replace a folder that holds something
+    except OSError:
+        if not (folder / "zarr.json").exists():
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove an image; a kill in the middle leaves nothing that passes for one."""
+    (folder / "zarr.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def record(folder: Path) -> Any:
@@ -91,23 +108,60 @@ def write(array: Any, box: Box, values: Array) -> None:
     array[box.slices].write(np.ascontiguousarray(values)).result()
 
 
-def build_pyramid(folder: Path, shape: Shape, voxel_size: VoxelSize, shard: Shape, label: str) -> Iterator[str]:
-    """Make the levels above 0; yields a word for each block done. The image is averaged, the label keeps any voxel.
+@dataclass(frozen=True)
+class Piece:
+    """One shard of one level above 0, of the image (label None) or of a label image."""
+
+    level: int
+    label: str | None
+    block: Block
+
+    @property
+    def path(self) -> str:
+        """Its file below the image's folder."""
+        return shard_path(self.block.index, self.level, self.label)
+
+
+def shard_path(index: Shape, level: int = 0, label: str | None = None) -> str:
+    """The file of a shard, relative to the image's folder; a shard of zeros has none."""
+    base = f"labels/{label}/{level}" if label else str(level)
+    return f"{base}/c/{'/'.join(map(str, index))}"
+
+
+def pieces(shape: Shape, voxel_size: VoxelSize, shard: Shape, label: str) -> list[list[Piece]]:
+    """What has to be made above level 0, level by level; the pieces of one level do not depend on one another."""
+    return [
+        [Piece(number, name, block) for name in (None, label) for block in blocks(level.shape, shard)]
+        for number, level in enumerate(levels(shape, voxel_size))
+        if number
+    ]
+
+
+def build_piece(folder: Path, shape: Shape, voxel_size: VoxelSize, piece: Piece) -> None:
+    """Make one shard from the level below. The image is averaged, the label keeps any voxel.
 
     Memory: one block of the finer level (up to eight shards).
     """
     pyramid = levels(shape, voxel_size)
-    ways: tuple[tuple[str | None, Literal["mean", "max"]], ...] = ((None, "mean"), (label, "max"))
-    for number in range(1, len(pyramid)):
-        fine, coarse = pyramid[number - 1], pyramid[number]
-        step = tuple(c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
-        for name, how in ways:
-            source, target = open_level(folder, number - 1, name), open_level(folder, number, name)
-            for block in blocks(coarse.shape, shard):
-                below = Box(_times(block.write.start, step), _times(block.write.stop, step))
-                below = below.clipped(Box.whole(fine.shape))
-                write(target, block.write, _pooled(read(source, below), step, how))
-                yield f"level {number}"
+    fine, coarse = pyramid[piece.level - 1], pyramid[piece.level]
+    step = tuple(c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
+    source = open_level(folder, piece.level - 1, piece.label)
+    target = open_level(folder, piece.level, piece.label)
+    own = piece.block.write
+    below = Box(_times(own.start, step), _times(own.stop, step)).clipped(Box.whole(fine.shape))
+    (folder / piece.path).unlink(missing_ok=True)  # a torn one is not read
+    if not _holds_any(folder, piece, below):
+        return
+    write(target, own, _pooled(read(source, below), step, "max" if piece.label else "mean"))
+
+
+def _holds_any(folder: Path, piece: Piece, box: Box) -> bool:
+    """Whether any shard of the level below has a file in `box`; where none has, all is zero."""
+    shard = open_level(folder, piece.level - 1, piece.label).chunk_layout.write_chunk.shape
+    firsts = [a // s for a, s in zip(box.start, shard, strict=True)]
+    lasts = [-(-b // s) for b, s in zip(box.stop, shard, strict=True)]
+    near = itertools.product(*(range(a, b) for a, b in zip(firsts, lasts, strict=True)))
+    return any((folder / shard_path((z, y, x), piece.level - 1, piece.label)).exists() for z, y, x in near)
 
 
 def _times(corner: Shape, step: tuple[int, ...]) -> Shape:

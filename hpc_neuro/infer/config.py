@@ -30,6 +30,25 @@ class VolumeConfig:
     """Order of the stored axes, such as ZCYX, where the file does not say."""
     dataset: str | None = None
     """Array inside the file, where there are several."""
+    range: tuple[float, float] | None = None
+    """Brightness that becomes 0 and 1; none: measured, which reads all voxels once. Give it for a whole brain in an
+    array job, where every task would measure."""
+    overview: str | None = None
+    """Array inside the file that is a coarser level of `dataset`; empty blocks are then found without reading them."""
+
+
+@config
+class EmptyConfig:
+    """Which blocks the student need not see. They are recorded as skipped, with the rule."""
+
+    level: float | None = Field(default=0.0, ge=0, lt=1)
+    """Normalised brightness. A block is skipped when no cell of it and its surroundings is above it; 0: only what is
+    black throughout; none: nothing is skipped."""
+    cell: Shape = (2, 4, 4)
+    """[voxel] Means over cells are compared: noise does not reach far there, and a thin neurite does."""
+    prove: float = Field(default=0.02, ge=0, le=1)
+    """Share of the skipped blocks, drawn at random, that are predicted nevertheless; any voxel above the threshold in
+    one is listed as a failure. Black blocks need no proof: the student is shown one before."""
 
 
 @config
@@ -60,9 +79,12 @@ class InferConfig:
     """Windows at once; halved by itself when the memory is too small."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Probability from which a voxel is neurite; none: the one that training found best."""
+    empty: EmptyConfig = EmptyConfig()
+    """What is skipped."""
     share: tuple[int, int] | None = None
-    """[i, n]: do every n-th volume from the i-th and no more, with a record in OUT/shares; for tasks of job arrays. The
-    same command without it afterwards gathers what they made."""
+    """[i, n]: do every n-th volume from the i-th and no more, with a record in OUT/shares; for tasks of job arrays. Of
+    fewer than n volumes, a share does its part of the blocks of one. The same command without it gathers what they
+    made, and does what is missing."""
     tries: int = Field(default=2, ge=1)
     """How often a block that fails is tried before it is left out and listed."""
     trees: bool = True
@@ -73,8 +95,11 @@ class InferConfig:
     def __post_init__(self) -> None:
         if (self.store is None) == (not self.inputs):
             raise ValueError("give either store=FOLDER or inputs=[{image: FILE}]")
-        if min(*self.block, *self.chunk) < 1:
-            raise ValueError(f"block {list(self.block)} and chunk {list(self.chunk)} must be at least 1 voxel")
+        if min(*self.block, *self.chunk, *self.empty.cell) < 1:
+            raise ValueError(
+                f"block {list(self.block)}, chunk {list(self.chunk)} and empty.cell {list(self.empty.cell)} must be at "
+                "least 1 voxel"
+            )
         names = [v.id or v.image.name.partition(".")[0] for v in self.inputs]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"inputs: {', '.join(twice)} would be written twice; give each volume an `id` of its own")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 from hpc_neuro import files, runs
 from hpc_neuro.data.intensity import intensity_range, normalise
 from hpc_neuro.data.store import Store
-from hpc_neuro.data.volume import open_volume
+from hpc_neuro.data.volume import Volume, open_volume
 from hpc_neuro.geometry import Box, Shape, VoxelSize
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
 from hpc_neuro.schema import InputError
+
+T = TypeVar("T")
+Share = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -35,22 +39,63 @@ class Source:
     """The image file, when it is one that is in no store ..."""
     content: str = ""
     """... and the SHA-256 of its bytes."""
+    part: Share | None = None
+    """Only this share of its blocks is asked for."""
+    overview: Callable[[Box], float] | None = None
+    """Brightest normalised voxel of a coarser level inside a box (of this level's voxels)."""
+    range: tuple[float, float] = (0.0, 1.0)
+    """The brightness that becomes 0 and 1."""
 
 
-def sources(cfg: InferConfig) -> Iterator[Source]:
-    """All volumes, opened lazily. Raises InputError for what cannot be read or has no voxel size."""
+@dataclass(frozen=True)
+class Known:
+    """What one rank found out by reading all of a file."""
+
+    range: tuple[float, float]
+    content: str
+
+
+def sources(cfg: InferConfig, known: Mapping[str, Known] | None = None) -> Iterator[Source]:
+    """All volumes of this share, opened lazily. Raises InputError for what cannot be read or has no voxel size.
+
+    `known` by id spares the reading of whole files.
+    """
     if cfg.store is not None:
         store = Store(cfg.store)
         if not store.split(cfg.split):
             raise InputError(f"{cfg.store} has no volume in the split {cfg.split}; choose another with split=NAME")
-        for name in runs.share_of(store.split(cfg.split), cfg.share):
+        for name, part in _share(store.split(cfg.split), cfg.share):
             v = store[name]
-            yield Source(name, f"{cfg.store}:{name}", v.shape, v.voxel_size, v.root, v.digest, v.normalised)
-    for item in runs.share_of(cfg.inputs, cfg.share):
-        yield _from_file(item)
+            image = f"{cfg.store}:{name}"
+            yield Source(name, image, v.shape, v.voxel_size, v.root, v.digest, v.normalised, part=part)
+    for item, part in _share(cfg.inputs, cfg.share):
+        yield _from_file(item, part, (known or {}).get(_name(item)))
 
 
-def _from_file(item: VolumeConfig) -> Source:
+def known(found: list[Source]) -> dict[str, Known]:
+    """What other ranks need not read again."""
+    return {v.id: Known(v.range, v.content) for v in found if v.content}
+
+
+def _share(items: tuple[T, ...], share: Share | None) -> Iterator[tuple[T, Share | None]]:
+    """The items of a share, each with the share of its own blocks where there are more shares than items."""
+    if not items:
+        return
+    if share is None or share[1] <= len(items):
+        yield from ((item, None) for item in runs.share_of(items, share))
+        return
+    runs.share_of(items, share)  # refuses an index that does not exist
+    index, count = share
+    which = index % len(items)
+    sharers = len(range(which, count, len(items)))
+    yield items[which], (index // len(items), sharers) if sharers > 1 else None
+
+
+def _name(item: VolumeConfig) -> str:
+    return item.id or Path(item.image).name.partition(".")[0]
+
+
+def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> Source:
     volume = open_volume(item.image, channel=item.channel, axes=item.axes, dataset=item.dataset)
     size = item.voxel_size or volume.voxel_size
     if size is None:
@@ -59,17 +104,46 @@ def _from_file(item: VolumeConfig) -> Source:
         )
     if item.root is not None and any(not -0.5 <= r < n for r, n in zip(item.root, volume.shape, strict=True)):
         raise InputError(f"the root {item.root} lies outside {item.image}, whose shape is {volume.shape} (z y x)")
-    low, high = intensity_range(lambda box: volume[box], volume.shape)
-    content = files.sha256(item.image) if item.image.is_file() else str(item.image.resolve())
-    digest = hashlib.sha256(f"{content} {item.channel} {item.axes} {item.dataset} {low} {high}".encode()).hexdigest()
+    if item.range is not None and not item.range[0] < item.range[1]:
+        raise InputError(f"{item.image}: range {list(item.range)} must rise; give [darkest, brightest]")
+    if known is None:
+        low, high = item.range or intensity_range(lambda box: volume[box], volume.shape)
+        content = files.sha256(item.image) if item.image.is_file() else str(item.image.resolve())
+    else:
+        (low, high), content = known.range, known.content
+    overview = None if item.overview is None else _overview(item, volume, low, high)
+    facts = f"{content} {item.channel} {item.axes} {item.dataset} {low} {high}"
     return Source(
-        id=item.id or Path(item.image).name.partition(".")[0],
+        id=_name(item),
         image=str(item.image),
         shape=volume.shape,
         voxel_size=size,
         root=item.root,
-        digest=digest,
+        digest=hashlib.sha256(facts.encode()).hexdigest(),
         read=lambda box: normalise(volume[box], low, high),
         file=item.image if item.image.is_file() else None,
         content=content,
+        part=part,
+        overview=overview,
+        range=(low, high),
     )
+
+
+def _overview(item: VolumeConfig, fine: Volume, low: float, high: float) -> Callable[[Box], float]:
+    """Looks at a coarser level of the same image, read by box."""
+    coarse = open_volume(item.image, channel=item.channel, axes=item.axes, dataset=item.overview)
+    factor = [a / b for a, b in zip(fine.shape, coarse.shape, strict=True)]
+    if any(f < 1 for f in factor):
+        raise InputError(
+            f"{item.image}: overview {item.overview} is {coarse.shape} voxels and the image {fine.shape}; it must be a "
+            "coarser level of it"
+        )
+
+    def brightest(box: Box) -> float:
+        start = [int(a / f) for a, f in zip(box.start, factor, strict=True)]
+        stop = [int(np.ceil(b / f)) for b, f in zip(box.stop, factor, strict=True)]
+        # one voxel more to each side, for levels that are not cut at the same places
+        grown = Box((start[0] - 1, start[1] - 1, start[2] - 1), (stop[0] + 1, stop[1] + 1, stop[2] + 1))
+        return float(normalise(coarse[grown.clipped(Box.whole(coarse.shape))], low, high).max())
+
+    return brightest

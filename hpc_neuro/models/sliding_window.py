@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,6 +27,13 @@ from hpc_neuro.types import Prediction
 
 _SIGMA = 0.125  # of the window, as nnU-Net and MONAI have it
 _FLOOR = 1e-3  # of the centre's weight, so that a corner seen by one window only is still divided by something
+
+
+@dataclass
+class BatchSize:
+    """Windows per forward; halved for good when the device's memory does not suffice."""
+
+    windows: int
 
 
 def step(window: Shape, overlap: float, patch: Shape) -> Shape:
@@ -50,20 +58,23 @@ def predict(
     image: NDArray[np.floating] | Tensor,
     window: Shape,
     overlap: float = 0.5,
-    batch: int = 1,
+    batch: int | BatchSize = 1,
     device: torch.device | str = "cpu",
+    seen: Callable[[int], None] | None = None,
 ) -> NDArray[np.float32]:
     """Probability of neurite, float32 [Z, Y, X], of a normalised image [Z, Y, X] of any size.
 
     `student` lies on `device`, has `.patch` and gives a Prediction. `batch` windows run at once; when the device's
-    memory is too small the batch is halved and the windows run again. Raises InputError for a window that is no
+    memory is too small the batch is halved and the windows run again; a BatchSize keeps the smaller number for the next
+    call. `seen` is told after each forward how many windows it was. Raises InputError for a window that is no
     multiple of the patch, an overlap outside [0, 1), an image that is not 3D, and a window too large for the memory.
     """
     patch: Shape = student.patch  # type: ignore[assignment]
     if any(w % p or w == 0 for w, p in zip(window, patch, strict=True)):
         raise InputError(f"window {window} must be a multiple of the student's patch {patch}; round it")
-    if not 0 <= overlap < 1 or batch < 1:
-        raise InputError(f"overlap {overlap} must be in [0, 1) and batch {batch} at least 1")
+    size = batch if isinstance(batch, BatchSize) else BatchSize(batch)
+    if not 0 <= overlap < 1 or size.windows < 1:
+        raise InputError(f"overlap {overlap} must be in [0, 1) and batch {size.windows} at least 1")
     array = np.asarray(image.cpu() if isinstance(image, Tensor) else image, dtype=np.float32)
     if array.ndim != 3 or 0 in array.shape:
         raise InputError(f"the image is {array.shape}, want a volume [Z, Y, X] with voxels in it")
@@ -76,7 +87,7 @@ def predict(
     weight = torch.from_numpy(np.einsum("z,y,x->zyx", *profiles)).to(device)
     total = np.zeros(array.shape, dtype=np.float32)
     boxes = [Box.at((z, y, x), window) for z, y, x in itertools.product(*starts)]
-    for box, probability in _run(student, array, boxes, batch, torch.device(device)):
+    for box, probability in _run(student, array, boxes, size, torch.device(device), seen):
         total[box.slices] += (probability * weight).cpu().numpy()
     for axis, (profile, first) in enumerate(zip(profiles, starts, strict=True)):
         summed = np.zeros(
@@ -101,12 +112,17 @@ def _gaussian(size: int) -> NDArray[np.float32]:
 
 
 def _run(
-    student: nn.Module, array: NDArray[np.float32], boxes: list[Box], batch: int, device: torch.device
+    student: nn.Module,
+    array: NDArray[np.float32],
+    boxes: list[Box],
+    batch: BatchSize,
+    device: torch.device,
+    seen: Callable[[int], None] | None,
 ) -> Iterator[tuple[Box, Tensor]]:
     """Each box with its probability [z, y, x] on `device`, float32."""
     done = 0
     while done < len(boxes):
-        some = boxes[done : done + batch]
+        some = boxes[done : done + batch.windows]
         images = torch.from_numpy(np.stack([array[b.slices] for b in some])[:, None])
         try:
             prediction: Prediction = student(images.to(device))
@@ -114,16 +130,18 @@ def _run(
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            if batch == 1:
+            if batch.windows == 1:
                 raise InputError(
                     f"one window of {some[0].shape} voxels does not fit in the memory of {device}; use a smaller window"
                 ) from None
-            batch = max(batch // 2, 1)
+            batch.windows = max(batch.windows // 2, 1)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
         yield from zip(some, probability, strict=True)
         done += len(some)
+        if seen is not None:
+            seen(len(some))
 
 
 def _out_of_memory(error: BaseException) -> bool:

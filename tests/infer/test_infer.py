@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import numpy as np
 import ome_zarr_models
 import pytest
 import tifffile
-import torch
 import zarr
 
 from hpc_neuro import infer
@@ -21,59 +19,16 @@ from hpc_neuro.data import ome_zarr
 from hpc_neuro.data.store import Store
 from hpc_neuro.data.volume import open_volume
 from hpc_neuro.geometry import Box, Shape
-from hpc_neuro.infer.blocks import Plan, predict_volume
-from hpc_neuro.infer.sources import Source
+from hpc_neuro.infer.blocks import Plan
 from hpc_neuro.models import sliding_window
-from hpc_neuro.models.student import StudentConfig, build_student, save_student
-from hpc_neuro.schema import ConfigError, InputError, load
-from tests.tiny_store import write_store
-
-WINDOW = (8, 32, 32)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A train folder whose student has random weights, biased so that bright voxels are foreground."""
-    folder = tmp_path_factory.mktemp("train")
-    torch.manual_seed(0)
-    cfg = StudentConfig(depth=1, patch=(4, 16, 16))
-    student = build_student(cfg)
-    extra = {"window": list(WINDOW), "threshold": 0.45}
-    save_student(folder / "weights" / "best", cfg, student.state_dict(), extra)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("data") / "store", {"a": "test", "b": "test"})
-
-
-def configure(model: Path, out: Path, *keys: str) -> infer.InferConfig:
-    fixed = ["block=[8,32,32]", "chunk=[4,16,16]", "trees=false"]
-    return load(infer.InferConfig, None, [f"model={model}", f"out={out}", *fixed, *keys])
-
-
-def command(model: Path, store: Path, out: Path) -> list[str]:
-    keys = ["block=[8,32,32]", "chunk=[4,16,16]", "trees=false"]
-    return [sys.executable, "-m", "hpc_neuro", "infer", f"model={model}", f"store={store}", f"out={out}", *keys]
-
-
-@pytest.fixture(scope="module")
-def done(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("infer") / "out"
-    assert infer.run(configure(model, out, f"store={store}")) == 0
-    return out
-
-
-def probability(out: Path, name: str) -> np.ndarray:
-    return np.asarray(ome_zarr.open_level(out / f"{name}.ome.zarr").read().result())
+from hpc_neuro.models.student import load_student
+from hpc_neuro.schema import ConfigError, InputError
+from tests.infer.small import WINDOW, command, configure, probability
 
 
 @pytest.mark.parametrize("block", [(8, 32, 32), (8, 64, 32), (64, 64, 64)])
 def test_blocks_do_not_show(model: Path, store: Path, block: Shape) -> None:
     """The blocked float probability is the whole volume's."""
-    from hpc_neuro.models.student import load_student
-
     student, _ = load_student(model / "weights" / "best")
     volume = Store(store)["a"]
     plan = Plan(WINDOW, 0.5, student.patch, block, (4, 16, 16))
@@ -114,7 +69,9 @@ def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
     blob = np.zeros(shape, np.uint8)
     blob[10:18, 200:216, 320:344] = 200
     ome_zarr.write(ome_zarr.open_level(tmp_path / "v"), Box.whole(shape), blob)
-    list(ome_zarr.build_pyramid(tmp_path / "v", shape, size, (64, 256, 256), "mask"))
+    for level in ome_zarr.pieces(shape, size, (64, 256, 256), "mask"):
+        for piece in level:
+            ome_zarr.build_piece(tmp_path / "v", shape, size, piece)
     levels = ome_zarr.levels(shape, size)
     assert len(levels) > 1
     for number in range(len(levels)):
@@ -136,34 +93,6 @@ def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Pa
     (cfg.out / "predictions.json").unlink()
     assert infer.run(cfg) == 0
     assert np.array_equal(probability(cfg.out, "a"), probability(done, "a"))
-
-
-def test_a_block_that_always_fails_is_listed_and_tried_again(model: Path, store: Path, tmp_path: Path) -> None:
-    from hpc_neuro.models.student import load_student
-
-    student, _ = load_student(model / "weights" / "best")
-    volume = Store(store)["a"]
-    plan = Plan(WINDOW, 0.5, student.patch, (8, 32, 32), (4, 16, 16))
-    poison, calls = True, 0
-
-    def read(box: Box) -> np.ndarray:
-        nonlocal calls
-        calls += 1
-        if poison and box.start == (0, 0, 0):
-            raise OSError("bad sector")
-        return volume.normalised(box)
-
-    source = Source("a", "a", volume.shape, volume.voxel_size, None, "d", read)
-
-    def predict(image: np.ndarray) -> np.ndarray:
-        return sliding_window.predict(student, image, WINDOW)
-
-    failures = predict_volume(source, plan, predict, 0.5, "key", tmp_path, tries=2)
-    assert failures
-    assert all("bad sector" in f for f in failures)
-    before, poison = calls, False
-    assert not predict_volume(source, plan, predict, 0.5, "key", tmp_path, tries=2)
-    assert calls - before == len(failures)  # only the failed ones ran again
 
 
 @pytest.mark.slow

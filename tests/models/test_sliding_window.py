@@ -147,3 +147,13 @@ def test_bad_arguments_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=says):
         sliding_window.predict(Fake(), np.zeros(shape, np.float32), window, overlap)
+
+
+def test_a_halved_batch_is_remembered_and_windows_are_counted() -> None:
+    image, student, size, seen = _image((4, 8, 100)), Fake(limit=3), sliding_window.BatchSize(16), list[int]()
+    sliding_window.predict(student, image, WINDOW, 0.5, batch=size, seen=seen.append)
+    assert size.windows == 2
+    assert sum(seen) == sum(n for n in student.batches if n <= 3) == 24
+    before = len(student.batches)
+    sliding_window.predict(student, image, WINDOW, 0.5, batch=size)
+    assert set(student.batches[before:]) == {2}

@@ -1,0 +1,118 @@
+"""A finished probability becomes trees: SWC in micrometres and in voxels, and an entry in predictions.json."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_neuro import files, morphology, runs, schema
+from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.geometry import Box
+from hpc_neuro.infer.config import InferConfig
+from hpc_neuro.infer.engine import Work
+from hpc_neuro.infer.sources import Source
+from hpc_neuro.morphology import Tree
+from hpc_neuro.schema import InputError
+from hpc_neuro.tracing import trace_read
+
+log = logging.getLogger(__name__)
+Entry = dict[str, Any]
+
+
+def entry_path(out: Path, name: str) -> Path:
+    """Where a volume's entry waits for the others."""
+    return out / "entries" / f"{name}.json"
+
+
+def finished(cfg: InferConfig, work: Work) -> tuple[Entry, list[str]]:
+    """A volume's entry in predictions.json (paths relative to `out`), and why there is no tree, if so.
+
+    Not traced again when an earlier run or a share of this one traced the same probability with the same settings.
+    """
+    source, path = work.source, entry_path(cfg.out, work.source.id)
+    facts = f"{work.marks.key} {cfg.trees} {schema.dump(cfg.trace)} {source.root} {source.voxel_size}"
+    key = hashlib.sha256(facts.encode()).hexdigest()
+    if path.exists():
+        held = files.read_json(path, f"remove {path}")
+        trees = [held["entry"][name] for name in ("swc", "swc_voxel") if held["entry"][name]]
+        if held["key"] == key and all((cfg.out / tree).exists() for tree in trees):
+            return held["entry"], []
+    entry = _entry(work)
+    problems = _trace(cfg, work, entry) if cfg.trees else []
+    if not problems:
+        files.write_json(path, {"key": key, "entry": entry})
+    return entry, problems
+
+
+def reader(folder: Path) -> Callable[[Box], NDArray[np.float32]]:
+    """Reads boxes of a finished probability, float32 in [0, 1]."""
+    array = ome_zarr.open_level(folder)
+    return lambda box: np.asarray(ome_zarr.read(array, box), dtype=np.float32) / np.float32(255)
+
+
+def _entry(work: Work) -> Entry:
+    source, marks = work.source, list(work.marks.all(work.plan.blocks(work.source.shape)))
+    skipped = [m for m in marks if m.skipped is not None]
+    return {
+        "image": source.image,
+        "voxel_size": source.voxel_size,
+        "root": source.root,
+        "threshold": work.threshold,
+        "probability": work.folder.name,
+        "foreground_voxels": sum(m.foreground for m in marks),
+        "blocks": {
+            "all": len(marks),
+            "skipped": len(skipped),
+            "skipped_above_black": sum(m.skipped.brightest > 0 for m in skipped if m.skipped),
+            "proved": sum(m.proof is not None for m in marks),
+        },
+        "trees": 0,
+        "swc": None,
+        "swc_voxel": None,
+    }
+
+
+def _trace(cfg: InferConfig, work: Work, entry: Entry) -> list[str]:
+    source, begun = work.source, time.monotonic()
+    try:
+        read = reader(work.folder)
+        found = trace_read(read, source.shape, source.voxel_size, root=source.root, cfg=cfg.trace)
+    except InputError as error:  # a root off the foreground; the other volumes still count
+        return [f"{source.id}: not traced, {error}"]
+    entry["trees"] = len(found)
+    if found:
+        about = [f"traced by hpc_neuro {runs.code_version()} from {source.image}"]
+        entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
+        _write(cfg.out / "swc", source.id, together(found), source, about)
+        entry["sha256"] = {name: files.sha256(cfg.out / entry[name]) for name in ("swc", "swc_voxel")}
+        for number, tree in enumerate(found if len(found) > 1 else [], start=1):
+            _write(cfg.out / "swc" / source.id, f"{number:04d}", tree, source, about)
+    nodes = sum(map(len, found))
+    log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(found), nodes, time.monotonic() - begun)
+    return []
+
+
+def _write(folder: Path, name: str, tree: Tree, source: Source, about: list[str]) -> None:
+    """NAME.swc in micrometres and NAME.voxel.swc in voxels."""
+    um = morphology.scaled(tree, source.voxel_size)
+    swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=about)
+    swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=about)
+
+
+def together(trees: list[Tree]) -> Tree:
+    """Several trees as one forest."""
+    starts = np.cumsum([0, *map(len, trees)])
+    parents = [np.where(t.parents >= 0, t.parents + s, -1) for t, s in zip(trees, starts, strict=False)]
+    return Tree(
+        np.concatenate([t.points for t in trees]),
+        np.concatenate([t.radii for t in trees]),
+        np.concatenate(parents).astype(np.int64),
+        np.concatenate([t.types for t in trees]),
+    )
