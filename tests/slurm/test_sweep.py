@@ -1,0 +1,72 @@
+"""A sweep on the real cluster, with stand-in trials as Slurm jobs: early stopping, kills, and a new driver."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from hpc_neuro.search import trial
+from launch import slurm
+from launch.driver import Driver
+from launch.executors.slurm import Slurm
+from launch.site import Site, load_site
+from launch.snapshot import ROOT
+from tests.launch.sweeping import STEPS, command, search, spans, step_until
+from tests.slurm.conftest import wait
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+@pytest.fixture
+def small() -> Site:
+    """configs/cluster/dev.yaml with one task per trial."""
+    return load_site("dev", ["train.nodes=1"])
+
+
+def make(cfg, site: Site, seconds: float) -> Driver:
+    def write(folder, number, point) -> None:
+        keys = {"lr": 1e-3, "steps": STEPS, "every": 2, "seconds": seconds, **point}
+        (folder / "train.yaml").write_text(yaml.safe_dump(keys))
+
+    return Driver(cfg, STEPS, write, Slurm(site, ROOT), command)
+
+
+def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(cluster, small, tmp_path):
+    cfg = search(
+        tmp_path / "study",
+        space={"lr": {"choice": [1e-3, 1e-5]}, "seed": {"choice": [0, 1]}},
+        sampler={"kind": "grid"},
+        trials=None,
+        asha={"first": 4, "factor": 2},
+        concurrent=2,
+        poll=0.3,
+    )
+    first = make(cfg, small, 8)
+    first.step()
+    assert len(slurm.states()) >= 2
+    victim = first.trials[0]
+    step_until(first, lambda: victim.step >= 2)
+    subprocess.run(["scancel", "--signal=KILL", "--full", str(victim.job)], check=True)
+    lost = first.trials[1].job
+    first.trials[1].attempts[-1].job = None  # the driver is killed between submission and note
+    first.trials[1].save()
+    second = make(cfg, small, 8)
+    assert second.trials[1].job == lost
+    assert second.run()
+    ended = trial.load_all(cfg.out)
+    assert {t.state for t in ended if t.values["lr"] == 1e-3} == {"done"}
+    assert {t.state for t in ended if t.values["lr"] == 1e-5} == {"pruned"}
+    assert len(ended[0].attempts) == 2
+    assert spans(cfg) == {f"{n:04d}": ["begins"] * (2 if n == 0 else 1) for n in range(4)}
+    jobs = [a.job for t in ended for a in t.attempts]
+    assert len(set(jobs)) == 5
+    wait("all jobs to be gone", lambda: not any(slurm.active(s) for j, s in slurm.states().items() if j in jobs), 60)
+
+
+def test_a_refused_submission_names_what_slurm_said(cluster, tmp_path):
+    executor = Slurm(load_site("dev", ["train.nodes=1", "partition=nowhere"]), ROOT)
+    with pytest.raises(slurm.InputError, match="partition"):
+        executor.submit([sys.executable, "-c", "pass"], tmp_path, "attempt_1")
