@@ -35,8 +35,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     slurm.configuration.cache_clear()
     with (folder / "test.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        before = set(slurm.states())
         yield CLUSTER
-        subprocess.run(["scancel", "--quiet", "--user", "root"], check=False)
+        if left := [job for job, state in slurm.states().items() if job not in before and slurm.active(state)]:
+            slurm.ask("scancel", "--quiet", *left)
 
 
 @pytest.fixture(scope="session")
