@@ -35,6 +35,7 @@ VERBS = {
     "evaluate": Verb("hpc_neuro.evaluate", "EvaluateConfig", "predictions + truth -> metrics and report"),
     "search": Verb("hpc_neuro.search", "SearchConfig", "a study's trials -> table, figures, best config"),
     "demo": Verb("hpc_neuro.demo", "DemoConfig", "all of the above on a small data set"),
+    "fetch-teacher": Verb("hpc_neuro.fetch_teacher", None, "a teacher's weights into a folder, for offline nodes"),
     "cache": Verb("hpc_neuro.precompute.cache_tool", None, "verify and repair a feature cache, or say what it holds"),
     "doctor": Verb("hpc_neuro.doctor", None, "what this machine has, what is missing and how to get it"),
     "info": Verb("hpc_neuro.info", None, "what a volume file holds"),

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hpc_neuro"
 FLOOR_0 = {"schema", "types", "geometry", "morphology", "distributed", "files", "runs"}
 FLOOR_1 = {"data", "models", "losses", "tracing", "metrics", "report"}
 FLOOR_2 = {"prepare", "precompute", "train", "infer", "evaluate", "search", "doctor", "info", "swc_tool", "history"}
+FLOOR_2 |= {"fetch_teacher"}
 FLOOR_3 = {"demo", "__main__"}  # the demo walks through the other verbs
 HOMES = {
     "deepspeed": {"train/engine.py"},

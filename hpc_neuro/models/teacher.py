@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub import constants as hub
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpc_neuro import files
+from hpc_neuro.models import fetched
 from hpc_neuro.schema import InputError, config
 
 _schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object, so it lives as long as we do
@@ -55,7 +57,6 @@ ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
 BUNDLED = "teacher_vit_tiny_patch16"
 _FILES = ("model.safetensors", "pytorch_model.bin")  # how hub repositories name their weights
 _SECONDS = 5.0  # a hub that does not answer a connection in this time counts as unreachable
-_NO_HUB = "give the file as teacher.weights=FILE, or use teacher.model=bundled"
 
 
 @config
@@ -65,7 +66,7 @@ class TeacherConfig:
     model: str = "bundled"
     """`bundled` (in the package), `random` (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
     weights: Path | None = None
-    """Local weights file of `model` (.safetensors, .pth, .bin); none: timm's hub or its cache."""
+    """Weights of `model`: a file (.safetensors, .pth, .bin) or the folder fetch-teacher wrote; none: timm's hub."""
     sha256: str | None = None
     """Hex digest the weights file must have."""
     arch: str = "vit_tiny_patch16_224"
@@ -137,10 +138,19 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
     if cfg.model == "bundled":
         return _bundled(cfg)
     vit = _create(cfg.model)
-    path = cfg.weights or _hub_file(cfg.model, vit.pretrained_cfg)
-    digest = _checked_digest(path, cfg.sha256)
+    path, pinned = fetched.weights_of(cfg.weights or _hub_file(cfg.model, vit.pretrained_cfg), cfg.model)
+    digest = _checked_digest(path, cfg.sha256, advice=fetched.advice(cfg.model))
+    _checked_digest(path, pinned, digest)
     _fill(vit, path)
     return Teacher(vit, {"name": cfg.model, "sha256": digest}, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+
+
+def fetch(name: str, out: Path) -> list[str]:
+    """Put the weights of a timm ViT, tried on the model, into the folder `out`; lines for people. Raises InputError."""
+    vit = _create(name)
+    path = _hub_file(name, vit.pretrained_cfg)
+    _fill(vit, path)
+    return fetched.keep(out, name, path, vit.pretrained_cfg)
 
 
 def _bundled(cfg: TeacherConfig) -> Teacher:
@@ -216,7 +226,7 @@ def _hub_file(name: str, card: Mapping[str, Any]) -> Path:
     """The path of a hub model's weights in the local cache, downloaded first if need be and possible."""
     repository, _, revision = str(card.get("hf_hub_id") or "").partition("@")
     if not repository:
-        raise InputError(f"timm knows no hub weights for {name}; {_NO_HUB}")
+        raise InputError(f"timm knows no hub weights for {name}; {fetched.advice(name)}")
     names = (card["hf_hub_filename"],) if card.get("hf_hub_filename") else _FILES
     for file in names:
         cached = try_to_load_from_cache(repository, file, revision=revision or None)
@@ -224,21 +234,23 @@ def _hub_file(name: str, card: Mapping[str, Any]) -> Path:
             return Path(cached)
     reason = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else _unreachable()
     if reason:
-        raise InputError(f"the weights of {name} are not in the cache {hub.HF_HUB_CACHE} and {reason}; {_NO_HUB}")
+        raise InputError(
+            f"the weights of {name} are not in the cache {hub.HF_HUB_CACHE} and {reason}; {fetched.advice(name)}"
+        )
     for file in names:
         try:
             return Path(hf_hub_download(repository, file, revision=revision or None))
         except (OSError, RuntimeError, ValueError) as error:  # the hub's errors derive from these
             reason = _line(error)
-    raise InputError(f"the weights of {name} cannot be downloaded from {repository} ({reason}); {_NO_HUB}")
+    raise InputError(f"the weights of {name} cannot be downloaded from {repository} ({reason}); {fetched.advice(name)}")
 
 
 def _unreachable() -> str:
     """Why the hub cannot be reached, or ''. The hub's own client retries for minutes; behind a proxy it must try."""
     if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return ""
-    host = hub.ENDPOINT.partition("//")[2].partition("/")[0].partition(":")[0]
-    port = 443 if hub.ENDPOINT.startswith("https") else 80
+    url = urlsplit(hub.ENDPOINT)
+    host, port = str(url.hostname), url.port or (443 if url.scheme == "https" else 80)
     found = [f"{host} did not answer within {_SECONDS:.0f} s"]
 
     def connect() -> None:
@@ -254,9 +266,9 @@ def _unreachable() -> str:
     return found[0]
 
 
-def _checked_digest(path: Path, wanted: str | None, digest: str | None = None) -> str:
+def _checked_digest(path: Path, wanted: str | None, digest: str | None = None, advice: str = "reinstall") -> str:
     if not path.is_file():
-        raise InputError(f"the teacher's weights file {path} does not exist; {_NO_HUB}")
+        raise InputError(f"the teacher's weights file {path} does not exist; {advice}")
     digest = digest or files.sha256(path)
     if wanted and digest != wanted.lower():
         raise InputError(

@@ -160,8 +160,10 @@ def test_unknown_names_are_refused(name: str, says: str) -> None:
 def test_offline_hub_weights_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: None)
-    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set; .*teacher\.weights=FILE.*bundled"):
-        load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
+    name = "vit_tiny_patch16_224.augreg_in21k"
+    command = f"hpc-neuro fetch-teacher {name} out=FOLDER"
+    with pytest.raises(InputError, match=f"HF_HUB_OFFLINE is set; .*{command}.*bundled"):
+        load_teacher(TeacherConfig(model=name))
 
 
 @pytest.mark.parametrize("hangs", [True, False])

@@ -1,0 +1,157 @@
+"""fetch-teacher: a folder of weights that nodes without internet read.
+
+The tests have no internet: the hub is a small server on this machine that answers as the hub does, with random weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hpc_neuro.models import teacher as module
+from hpc_neuro.models.teacher import TeacherConfig, fetch, load_teacher
+from hpc_neuro.schema import InputError
+
+NAME = "vit_tiny_patch16_224.augreg_in21k"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(load_teacher(TeacherConfig(model="random")).backbone.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def cached(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client finds the weights in its cache."""
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: str(weights))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: pytest.fail("the hub's cache was asked"))
+    monkeypatch.setattr(module, "hf_hub_download", lambda *a, **k: pytest.fail("the network was tried"))
+
+
+def test_a_fetched_folder_is_loaded_without_the_hub(
+    weights: Path, cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = fetch(NAME, tmp_path / "t")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert digest in lines[0]
+    assert f"teacher.model={NAME} teacher.weights={tmp_path / 't'}" in lines[1]
+    note = json.loads((tmp_path / "t" / "teacher.json").read_text())
+    assert (note["name"], note["sha256"], note["origin"]) == (NAME, digest, f"timm/{NAME}")
+    assert "apache-2.0" in (tmp_path / "t" / "LICENCE.txt").read_text()
+    monkeypatch.setattr(module, "_hub_file", lambda *a: pytest.fail("the hub was asked"))
+    teacher = load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
+    assert teacher.identity == {"name": NAME, "sha256": digest}
+
+
+def test_fetching_again_changes_nothing_and_mends_a_changed_file(cached: None, tmp_path: Path) -> None:
+    fetch(NAME, tmp_path / "t")
+    file = tmp_path / "t" / "model.safetensors"
+    stamp = file.stat().st_mtime_ns
+    assert "already holds" in fetch(NAME, tmp_path / "t")[0]
+    assert file.stat().st_mtime_ns == stamp
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="has sha256"):
+        load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
+    fetch(NAME, tmp_path / "t")
+    load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
+
+
+def test_wrong_folders_are_named(cached: None, tmp_path: Path) -> None:
+    command = f"hpc-neuro fetch-teacher {NAME} out=FOLDER"
+    with pytest.raises(InputError, match=rf"t does not exist; .*{command}"):
+        load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
+    (tmp_path / "t").mkdir()
+    with pytest.raises(InputError, match=rf"teacher.json does not exist; .*{command}"):
+        load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
+    with pytest.raises(InputError, match="holds no fetched teacher"):
+        fetch(NAME, tmp_path / "t")
+    fetch(NAME, tmp_path / "u")
+    with pytest.raises(InputError, match=f"holds the teacher {NAME}, but teacher.model is vit_small_patch16_224.dino"):
+        load_teacher(TeacherConfig(model="vit_small_patch16_224.dino", weights=tmp_path / "u"))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers for one file as the hub does."""
+
+    content = b""
+    gets: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self._head()
+
+    def do_GET(self) -> None:
+        self.gets.append(self.path)
+        self._head()
+        self.wfile.write(self.content)
+
+    def _head(self) -> None:
+        self.send_response(200 if self.path.endswith("/model.safetensors") else 404)
+        self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", 40 * "0")
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the console."""
+
+
+@pytest.fixture
+def hub(weights: Path) -> Iterator[str]:
+    Hub.content = weights.read_bytes()
+    Hub.gets.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.slow
+def test_many_processes_download_once_and_offline_is_honoured(hub: str, tmp_path: Path) -> None:
+    inherited = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    environment = {**inherited, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    load = (
+        "from hpc_neuro.models.teacher import TeacherConfig as C, load_teacher as l; "
+        f"print(l(C(model='{NAME}')).identity['sha256'])"
+    )
+    command = [sys.executable, "-c", load]
+    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    digests = {rank.communicate(timeout=200)[0].strip() for rank in ranks}
+    assert digests == {hashlib.sha256(Hub.content).hexdigest()}
+    assert len([path for path in Hub.gets if path.endswith(".safetensors")]) == 1
+    fetch_it = [sys.executable, "-m", "hpc_neuro", "fetch-teacher"]
+    offline = {**environment, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*fetch_it, NAME, f"out={tmp_path / 't'}"], env=offline, check=True, timeout=100)
+    bare = {**offline, "HF_HOME": str(tmp_path / "none")}
+    ended = subprocess.run(
+        [*fetch_it, NAME, f"out={tmp_path / 'u'}"], env=bare, check=False, timeout=100, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert "HF_HUB_OFFLINE is set" in ended.stderr
+    assert not (tmp_path / "u").exists()
+
+
+def test_the_model_is_the_weights(weights: Path, cached: None, tmp_path: Path) -> None:
+    fetch(NAME, tmp_path / "t")
+    ours = load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t")).backbone.state_dict()
+    theirs = load_teacher(TeacherConfig(model=NAME, weights=weights)).backbone.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
