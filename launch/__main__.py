@@ -74,7 +74,8 @@ def _launch(args: Any) -> int:
     submitted: list[jobs.Job] = []
     after, code = list(args.after), stages[0][1].out / "launch" / "code"
     for name, cfg in stages:
-        new = array.submit(name, cfg, site, args.on, after, code, args.array)
+        count = array.shares(name, args.array, len(stages) == 1)
+        new = array.submit(name, cfg, site, args.on, after, code, count)
         submitted += new
         after = array.last(new)
         sys.stdout.write(f"{name}: {array.text(new)} into {cfg.out}\n")

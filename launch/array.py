@@ -48,6 +48,11 @@ def submit(
     return sent + jobs.submit(verb, cfg, site, after=waits, code=code, beside=True)
 
 
+def shares(verb: str, count: int, alone: bool) -> int:
+    """How many shares a verb is cut into: in a chain, those that cannot be shared out stay whole."""
+    return count if alone or verb in VERBS else 1
+
+
 def refuse(verb: str, on: str) -> None:
     """Raise ConfigError where there can be no array."""
     if verb not in VERBS:

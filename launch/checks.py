@@ -33,7 +33,7 @@ def check(
     for verb, cfg in stages:
         try:
             jobs.refuse_twice(cfg.out)
-            if count > 1:
+            if array.shares(verb, count, len(stages) == 1) > 1:
                 array.refuse(verb, on)
         except (ConfigError, InputError) as error:
             faults.append(str(error))
@@ -143,7 +143,8 @@ def _queue(stages: Sequence[tuple[str, Any]], site: Site, count: int, after: Seq
     """Faults of how many jobs there will be, and of jobs to wait for."""
     held, faults = slurm.states(), []
     waiting = sum(slurm.active(s) for s in held.values())
-    new = sum(len(array.missing(cfg.out, count)) + 1 if count > 1 else 1 for _, cfg in stages)
+    cut = [(cfg.out, array.shares(verb, count, len(stages) == 1)) for verb, cfg in stages]
+    new = sum(len(array.missing(out, n)) + 1 if n > 1 else 1 for out, n in cut)
     for limit, name in (
         (site.max_jobs, "cluster.max_jobs"),
         (int(slurm.configuration()["MaxJobCount"]), "Slurm's MaxJobCount"),
