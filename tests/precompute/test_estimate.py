@@ -1,0 +1,84 @@
+"""The forecast: bytes as they come to be, and what would fit where there is too little room."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from hpc_neuro import precompute
+from hpc_neuro.data.store import Store
+from hpc_neuro.precompute import estimate
+from hpc_neuro.schema import InputError, load
+from tests.precompute.conftest import Configure
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_the_bytes_are_those_that_are_written(configure: Configure, store: Path, built: Path) -> None:
+    cfg = configure(built)
+    planned = estimate.needed(cfg, estimate.planned(cfg, Store(store), 16), 192)
+    written = sum(p.stat().st_size for p in built.glob("*.h5"))
+    assert written <= planned < 1.15 * written + 1e5
+
+
+def test_the_lines_say_shapes_bytes_files_space_and_time(configure: Configure, tmp_path: Path) -> None:
+    text = "\n".join(precompute.forecast(configure(tmp_path / "c", "augment_views=[flip_y]")))
+    assert "those of flip_y" in text
+    assert "shards of at most [2, 2, 4, 4] slices, layers, token rows, columns" in text
+    assert "are free" in text
+    assert "s on each of 1 rank(s), by a timed probe" in text
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_refused_says_for_every_knob_what_would_fit(
+    configure: Configure, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = configure(tmp_path / "c", "augment_views=[flip_y,flip_x]")
+    size = estimate.needed(cfg, estimate.planned(cfg, Store(store), 16), 192)
+    free = int(size * 0.75)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(size, size - free, free))
+    with pytest.raises(InputError, match=r"needs .* but only .* are free there; make room") as refusal:
+        precompute.run(cfg)
+    assert not (tmp_path / "c").exists() or not list((tmp_path / "c").glob("*.h5"))
+    text = str(refusal.value)
+    proposals = [line.split()[0] for line in text.splitlines() if "would fit" in line]
+    assert {p.partition("=")[0] for p in proposals} >= {"views", "augment_views", "stride_v", "pca"}
+    for proposal in proposals:  # each is a key as it is typed, and does fit
+        key, value = proposal.split("=", 1)
+        less = load(precompute.PrecomputeConfig, None, _typed(cfg, key, value))
+        assert estimate.needed(less, estimate.planned(less, Store(store), 16), 192) <= 0.99 * free
+    assert "layers alone would not do" in text or "layers=[-1] would fit" in text
+
+
+def _typed(cfg: precompute.PrecomputeConfig, key: str, value: str) -> list[str]:
+    keys = {"store": cfg.store, "out": cfg.out, "teacher.model": "random", "stride_v": 8, "slab": 2, "layers": "[3,-1]"}
+    return [f"{k}={v}" for k, v in {**keys, "augment_views": "[flip_y,flip_x]", key: value}.items()]
+
+
+def test_a_quota_is_asked_too(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No quota is set where tests run: the answer of the file system is replaced."""
+    monkeypatch.setattr(estimate, "_granted", lambda folder, size: False)
+    with pytest.raises(InputError, match="your quota does not allow it"):
+        precompute.forecast(configure(tmp_path / "c"))
+
+
+def test_a_reservation_is_given_back(tmp_path: Path) -> None:
+    assert estimate._granted(tmp_path, 10 << 20) in (True, None)
+    assert estimate._granted(tmp_path, 1 << 60) in (False, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_knobs_do_not_touch_one_another(configure: Configure, tmp_path: Path) -> None:
+    cfg = configure(tmp_path)
+    for knob, settings in estimate._milder(cfg, 192):
+        for setting in settings:
+            changed = dataclasses.replace(cfg, **{knob: setting})
+            assert dataclasses.replace(changed, **{knob: getattr(cfg, knob)}) == cfg
