@@ -90,7 +90,7 @@ class Poller:
     ) -> None:
         """first, longest: [s] pauses."""
         self.first, self.longest, self.pause = first, longest, 0.0
-        self._read, self._sleep, self._last = read, sleep, dict[str, str]()
+        self.sleep, self._read, self._last = sleep, read, dict[str, str]()
         self.failures = 0
 
     def states(self, wanted: Sequence[str]) -> dict[str, str]:
@@ -99,7 +99,7 @@ class Poller:
         Raises InputError after six calls in a row that Slurm did not answer.
         """
         if self.pause:
-            self._sleep(self.pause)
+            self.sleep(self.pause)
         try:
             found = self._read()
         except InputError:

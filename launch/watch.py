@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,13 +16,25 @@ _OVER = ("done", "failed", "cancelled", "lost")
 
 def follow(jobs: Sequence[Job], poller: slurm.Poller, say: Callable[[str], object] = sys.stdout.write) -> int:
     """Say new lines of all ranks' logs and each change of state until all jobs are over. 0 when all are done."""
-    tails = {job.id: Tails(job) for job in jobs}
+    tails = [Tails(job) for job in jobs]
+
+    def lines(seconds: float) -> None:
+        """New lines, also while the next question to Slurm is far off."""
+        until = time.monotonic() + seconds
+        while True:
+            for tail in tails:
+                for line in tail.new():
+                    say(line + "\n")
+            if (left := until - time.monotonic()) <= 0:
+                return
+            time.sleep(min(1.0, left))
+
+    poller.sleep = lines
     last: dict[str, State] = {}
     while True:
         now = poll(jobs, poller)
+        lines(0)
         for job in jobs:
-            for line in tails[job.id].new():
-                say(line + "\n")
             if last.get(job.id) != now[job.id]:
                 say(f"[{job.verb}{job.share and ' ' + job.share}] {line_of(job, now[job.id])}\n")
         last = now
