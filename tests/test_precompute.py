@@ -120,10 +120,11 @@ def command(store: Path, out: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.mpi
-def test_two_mpi_ranks_make_the_same_files(store: Path, built: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", ["2", "4"])
+def test_however_many_mpi_ranks_make_the_same_files(store: Path, built: Path, tmp_path: Path, ranks: str) -> None:
     mpiexec = Path(sys.executable).with_name("mpiexec")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = [str(mpiexec), "-n", "2", *command(store, tmp_path / "c")]
+    run = [str(mpiexec), "-n", ranks, *command(store, tmp_path / "c")]
     subprocess.run(run, check=True, timeout=200, env=environment, capture_output=True)
     assert contents(tmp_path / "c") == contents(built)
     ours, theirs = (FeatureCache(p).manifest for p in (tmp_path / "c", built))
