@@ -42,7 +42,10 @@ class EngineConfig:
     offload_optimizer: bool = False
     """Keep optimizer state and its step in host memory; needs a GPU and stage 1 to 3."""
     timeout: float = Field(default=600.0, gt=0)
-    """[s] A rank that does not answer for this long ends the run."""
+    """[s] A collective operation that takes this long ends the run: a rank lives but does not come."""
+    silence: float = Field(default=30.0, ge=1)
+    """[s] A rank whose process gives no sign of life for this long is lost: the others name it and have ended 1.6 times
+    as long after its last sign."""
 
 
 def check(cfg: EngineConfig, batch: int, world: int) -> tuple[torch.dtype, int, int]:

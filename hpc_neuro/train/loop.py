@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from hpc_neuro.train.engine import join_group
 from hpc_neuro.train.preempt import EXIT_CODE, Preemption
 from hpc_neuro.train.schedule import lr_at
 from hpc_neuro.train.state import Training
+from hpc_neuro.train.watch import Watch
 from hpc_neuro.types import Batch, Prediction
 
 log = logging.getLogger(__name__)
@@ -40,40 +44,50 @@ def forecast(cfg: TrainConfig) -> list[str]:
 
 
 def run(cfg: TrainConfig) -> int:
-    """Train, or go on training. 0: done; 75: stopped by a signal or the clock, saved, the same command goes on."""
-    parts = assemble(cfg)
-    needs = list(lines(cfg, parts))
-    with runs.start("train", cfg, cfg.out, parts.inputs, may_change=_MAY_CHANGE) as this:
-        if this.complete:
-            return 0
-        for line in needs:
-            log.info("train: %s", line)
-        if parts.crops.cache is not None and distributed.is_main():
-            record_use(parts.crops.cache.path, cfg.out)
-        with Preemption(cfg.checkpoint.margin) as preemption:
+    """Train, or go on training. 0: done; 75: stopped by a signal or the clock, saved, the same command goes on.
+
+    When a rank is lost the others say which and raise SystemExit(1); what the last checkpoint holds is kept.
+    """
+    with Preemption(cfg.checkpoint.margin, cfg.checkpoint.walltime) as preemption:
+        parts = assemble(cfg)
+        needs = list(lines(cfg, parts))
+        with runs.start("train", cfg, cfg.out, parts.inputs, may_change=_MAY_CHANGE) as this:
+            if this.complete:
+                return 0
+            for line in needs:
+                log.info("train: %s", line)
+            if parts.crops.cache is not None and distributed.is_main():
+                record_use(parts.crops.cache.path, cfg.out)
             join_group(cfg.engine)
-            state = Training(cfg, parts)
-            with contextlib.closing(state):
-                if train(state, preemption):
-                    why = preemption.reason or "another rank"
-                    log.warning("train: stopped by %s after step %d; the same command goes on", why, state.step)
-                    this.record["exit"] = EXIT_CODE
-                    return EXIT_CODE
-                this.finish(state.finish(), outputs=sorted((cfg.out / "weights").glob("*/*.*")))
+            with Watch(cfg.engine.silence) as watch:
+                try:
+                    state = Training(cfg, parts)
+                    with contextlib.closing(state):
+                        if train(state, preemption, watch):
+                            why = preemption.reason or "another rank"
+                            log.warning("train: stopped by %s after step %d; the same command goes on", why, state.step)
+                            this.record["exit"] = EXIT_CODE
+                            return EXIT_CODE
+                        this.finish(state.finish(), outputs=sorted((cfg.out / "weights").glob("*/*.*")))
+                except RuntimeError as error:
+                    if lost := watch.explain(error):
+                        log.error("train: %s; the others stop. The same command goes on from the last checkpoint", lost)
+                        raise SystemExit(1) from error
+                    raise
     return 0
 
 
-def train(state: Training, preemption: Preemption) -> bool:
+def train(state: Training, preemption: Preemption, watch: Watch) -> bool:
     """All steps that are left; True when stopped before the last, with everything saved."""
     cfg, steps = state.cfg, state.cfg.optim.steps
-    chunks = rank_chunks(state.step, steps, cfg.optim.batch, state.parts.micro)
-    gpu = state.device.type == "cuda"
-    workers = cfg.workers if cfg.workers is not None else 4 * gpu
-    with batches(state.parts.crops, chunks, workers, cfg.ahead, pin=gpu) as ready:
+    if preemption.agreed()[0]:
+        return state.step < steps
+    with contextlib.closing(reading(state)) as ready:
         with state.meter.paused():
             if state.step == 0:
                 state.validate()
         while state.step < steps:
+            watch.doing = f"step {state.step + 1}"
             one_step(state, ready)
             last = state.step == steps
             overdue = 0 < cfg.checkpoint.minutes < (time.monotonic() - state.saved) / 60
@@ -83,12 +97,39 @@ def train(state: Training, preemption: Preemption) -> bool:
                 state.flush()  # raises when the loss is not finite, before that is saved
             with state.meter.paused():
                 if last or (state.step % cfg.validate.every == 0 and not stop):
+                    watch.doing = f"the validation of step {state.step}"
                     state.validate()
                 if save:
+                    watch.doing = f"the checkpoint of step {state.step}"
                     state.save()
             if stop and not last:
                 return True
     return False
+
+
+def reading(state: Training) -> Generator[Batch, None, None]:
+    """This rank's batches from the present step on. A reading process that is killed is replaced, and nothing lost."""
+    cfg, gpu = state.cfg, state.device.type == "cuda"
+    workers = cfg.workers if cfg.workers is not None else 4 * gpu
+    first, taken, failed = state.step, 0, -1
+    while True:
+        chunks = rank_chunks(first, cfg.optim.steps, cfg.optim.batch, state.parts.micro)
+        rest = itertools.islice(chunks, taken, None)
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            with batches(state.parts.crops, rest, workers, cfg.ahead, pin=gpu) as ready:
+                if threading.current_thread() is threading.main_thread():
+                    # torch's handler would raise wherever the step is; a death is noticed at the next batch as well
+                    signal.signal(signal.SIGCHLD, handler)
+                for batch in ready:
+                    taken += 1
+                    yield batch
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or failed == taken:  # twice at the same batch: it is the batch
+                raise
+            failed = taken
+            log.warning("train: a process that reads crops was killed (%s); others take its place", error)
 
 
 def one_step(state: Training, ready: Iterator[Batch]) -> None:

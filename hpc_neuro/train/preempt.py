@@ -19,17 +19,22 @@ _WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Preemption:
-    """Watches for a request to stop while it is entered: SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C, or the end of Slurm's time.
+    """Watches for a request to stop while it is entered: SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C, or the time that is up.
 
     A second Ctrl-C ends the process at once. Outside the main thread Python takes no signals: only the clock counts.
     """
 
-    def __init__(self, margin: float) -> None:
-        """margin: [s] how long before the end of a Slurm job's time limit to stop (SLURM_JOB_END_TIME)."""
+    def __init__(self, margin: float, walltime: float = 0.0) -> None:
+        """margin: [s] how long before the end to stop: a Slurm job's (SLURM_JOB_END_TIME) or in `walltime` [min].
+
+        The earlier end counts; walltime 0: only Slurm's.
+        """
         self.reason = ""
         self._old: dict[int, Any] = {}
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self._deadline = float(end) - margin if end.isdigit() else float("inf")
+        slurm = os.environ.get("SLURM_JOB_END_TIME", "")
+        ends = [float(slurm)] if slurm.isdigit() else []
+        ends += [time.time() + 60 * walltime] if walltime else []
+        self._deadline = min(ends, default=float("inf")) - margin
 
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
@@ -51,7 +56,7 @@ class Preemption:
     def agreed(self, also: bool = False) -> tuple[bool, bool]:
         """(any rank was asked to stop, `also` holds on any rank), the same on all ranks; all call this each step."""
         if not self.reason and time.time() > self._deadline:
-            self.reason = "the end of the job's time limit"
+            self.reason = "the end of the time limit"
         flags = torch.tensor([int(bool(self.reason)), int(also)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # on the CPU: the accelerator's queue is not waited for

@@ -18,7 +18,12 @@ from tests.train.conftest import TINY
 
 torch.set_num_threads(1)
 STORE, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
-KEYS = ["augment.warp=0", "optim.batch=4"]  # warps leave unlabelled voxels behind, over which cross entropy averages
+# a crash is played in a process that lives on, so nobody may take it for lost
+KEYS = [
+    "augment.warp=0",
+    "optim.batch=4",
+    "engine.silence=600",
+]  # warps leave unlabelled voxels behind, over which cross entropy averages
 SHORT = ["optim.steps=2", "validate.crops=1", "checkpoint.every=0"]
 step, shares, augment = loop.one_step, loop.shares, loop.augment
 codes: dict[str, list[object]] = {}

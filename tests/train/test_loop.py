@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -116,6 +117,24 @@ def test_a_crash_and_a_signal_end_with_the_same_bits(whole, tiny, tmp_path, monk
     assert rows(out)[-1]["step"] == 4
     monkeypatch.setattr(loop, "one_step", step)
     assert train.run(tiny(out)) == 0
+    assert same_weights(whole, out)
+    assert same_rows(whole, out)
+
+
+@pytest.mark.slow
+def test_reading_processes_that_get_signals_or_are_killed_cost_nothing(whole, tiny, tmp_path, monkeypatch, caplog):
+    """One shrugs off SIGTERM and SIGUSR1, and is replaced after SIGKILL: weights and rows as without."""
+    step, out = loop.one_step, tmp_path / "run"
+
+    def harm(state, ready):
+        step(state, ready)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, {1: signal.SIGTERM, 2: signal.SIGUSR1, 3: signal.SIGKILL}.get(state.step, 0))
+
+    monkeypatch.setattr(loop, "one_step", harm)
+    with caplog.at_level(logging.WARNING):
+        assert train.run(tiny(out, "workers=1", "ahead=1")) == 0
+    assert caplog.text.count("a process that reads crops was killed") == 1
     assert same_weights(whole, out)
     assert same_rows(whole, out)
 

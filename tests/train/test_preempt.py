@@ -46,6 +46,12 @@ def test_the_end_of_a_slurm_job_stops_in_time(monkeypatch):
     assert "time limit" in late.reason
 
 
+def test_the_walltime_of_the_config_counts_where_slurm_says_nothing(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert Preemption(margin=120, walltime=3).agreed() == (False, False)
+    assert Preemption(margin=120, walltime=1).agreed() == (True, False)
+
+
 def test_outside_the_main_thread_no_handler_is_installed():
     found = []
 
