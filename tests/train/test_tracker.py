@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from hpc_neuro import train
 from hpc_neuro.train.pictures import panel
 from hpc_neuro.train.tracker import Metrics, TrackerConfig, Wandb, run_id
 
@@ -266,3 +268,13 @@ def test_requeues_of_an_offline_run_are_one_run_in_several_files(tmp_path):
     for folder in found:
         assert list(folder.glob("*.wandb"))
         assert list(folder.glob("files/media/images/val/crop_0_*.png"))
+
+
+@pytest.mark.slow
+def test_a_training_shows_its_validation_crops(tiny, tmp_path):
+    cfg = tiny(tmp_path / "run", "tracker.wandb=offline", "tracker.pictures=2", "tracker.patience=60")
+    assert train.run(cfg) == 0
+    found = sorted((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/val/crop_*.png"))
+    assert len(found) == 2 * 3  # two crops at steps 0, 3 and 6
+    with Image.open(found[0]) as picture:
+        assert picture.size == (3 * 32 + 2 * 2, 32 + 2 + 16)
