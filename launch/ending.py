@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RESUMABLE = 75
 ENDS = "ends.json"
+_KILLED = (9, 137)  # exit codes of srun after SIGKILL
 _SILENT = 10.0  # [s] a rank that beat this long after another broke was alive then
 _NAMES = {
     2: "bad input or config",
@@ -85,6 +86,9 @@ def judge(
     if len(notes) == ranks:
         return Verdict("finished", 0)
     missing = sorted(set(range(ranks)) - set(notes))
+    if code in _KILLED and job.get("NumNodes", "1") != "1" and job.get("JobState") != "OUT_OF_MEMORY":
+        # a bug's end would have been noted: srun loses a node, and kills what is left of the step at once
+        return Verdict("node failure or a kill from outside", RESUMABLE, True)
     return Verdict(f"rank {', '.join(map(str, missing))} ended without a word (exit code {code} of srun)", code or 1)
 
 

@@ -177,7 +177,8 @@ def _task(
     if share:
         words.append(f"share=[{share[0]},{share[1]}]")
     if on == "local" and asked.mpi != "none" and asked.tasks > 1:
-        words = ["mpiexec", "-n", str(asked.tasks), *words]
+        ours = Path(sys.executable).with_name("mpiexec")  # of the wheel; a site's own is found by its name
+        words = [str(ours) if ours.exists() else "mpiexec", "-n", str(asked.tasks), *words]
     scratch = {"TMPDIR": str(site.scratch)} if site.scratch else {}
     threads = {"OMP_NUM_THREADS": str(asked.cpus_per_task)}
     return Task(

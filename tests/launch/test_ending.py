@@ -43,11 +43,14 @@ def soon(seconds: float) -> str:
         ({0: {"code": -15, "words": ["SIGTERM"]}}, [], {}, "signal SIGTERM", RESUMABLE, True),
         ({0: SAVED, 1: BROKE}, [], {}, "crash", 1, False),
         ({}, [], {}, "ended without a word", 7, False),
+        ({0: FINE}, [1], {"code": 137, "NumNodes": "2"}, "kill from outside", RESUMABLE, True),
+        ({0: FINE}, [1], {"code": 137, "NumNodes": "1"}, "ended without a word", 137, False),
+        ({}, [], {"code": 137, "NumNodes": "2", "JobState": "OUT_OF_MEMORY"}, "without a word", 137, False),
     ],
 )  # fmt: skip
 def test_verdicts(notes, silent, facts, reason, code, resumable):
     ranks = max([*notes, *silent, 0]) + 1
-    verdict = judge(notes, silent, ranks, 7, RUNNING | facts)
+    verdict = judge(notes, silent, ranks, facts.get("code", 7), RUNNING | facts)
     assert reason in verdict.reason
     assert (verdict.exit, verdict.resumable) == (code, resumable)
 

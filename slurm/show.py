@@ -1,0 +1,145 @@
+"""The cluster part at work on the development cluster: `python slurm/show.py OUT [chain|interrupted|array]...`.
+
+    chain         prepare -> precompute (2 MPI ranks) -> train (2 nodes, ZeRO-2) -> infer (array) -> evaluate
+    interrupted   a training that meets scontrol requeue, a killed node and time limits, against an undisturbed one
+    array         a thousand tasks, cut to a small MaxArraySize, some of which fail; then only those again
+
+Prints what it measured. Needs `make slurm-up`; takes about 3, 8 and 15 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
+from hpc_neuro.schema import load
+from launch import array, jobs, slurm
+from launch.__main__ import main as launch
+from launch.site import load_site
+
+HERE = Path(__file__).resolve().parent
+MODEL = ["student.depth=1", "student.stem_channels=[4,4,8]", "crop.size=[8,32,32]", "optim.batch=2"]
+QUIET = ["validate.crops=2", "tracker.wandb=offline", "tracker.every=5"]
+FRESH = ["transfer.rule=scratch", "distill=null", "augment.warp=0"]
+
+
+def say(text: str) -> None:
+    """One line, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def until(what: str, holds: Callable[[], bool], seconds: float = 600) -> None:
+    """Wait; raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {seconds:.0f} s for {what}\n{subprocess.getoutput('squeue')}")
+        time.sleep(0.3)
+
+
+def over(sent: list[jobs.Job], seconds: float = 3600) -> dict[str, jobs.State]:
+    """Wait for jobs; their states."""
+    poller, states = slurm.Poller(0.5, 10), dict[str, jobs.State]()
+
+    def ended() -> bool:
+        states.update(jobs.poll(sent, poller))
+        return all(s not in ("queued", "running") for s in states.values())
+
+    until("jobs", ended, seconds)
+    return states
+
+
+def raw(out: Path) -> Path:
+    """Four synthetic neurons."""
+    if not (out / "raw").exists():
+        write_dataset(out / "raw", SyntheticConfig(volumes=4, shape=(16, 64, 64)))
+    return out / "raw"
+
+
+def chain(out: Path) -> None:
+    """The whole pipeline with one command."""
+    begun = time.monotonic()
+    train = [f"train.{key}" for key in [*MODEL, *QUIET, "optim.steps=20", "teacher.model=random"]]
+    keys = [f"out={out / 'chain'}", f"prepare.images={raw(out)}", "prepare.split.test=[syn_3,syn_4]"]
+    keys += ["precompute.teacher.model=random", *train, "infer.trace.threshold=0.02", "infer.trace.root_snap=100"]
+    keys += ["infer.block=[16,64,64]", "evaluate.draws=100", "cluster.infer.minutes=10"]
+    options = ["--cluster", "dev", "--array", "2", "--watch"]
+    verbs = "prepare,precompute,train,infer,evaluate"
+    code = launch(["--chain", verbs, *keys, *options])
+    report = out / "chain" / "evaluate" / "report.html"
+    there = "is there" if report.exists() else "IS MISSING"
+    say(f"chain: exit code {code}, {report} {there}, {time.monotonic() - begun:.0f} s")
+
+
+def interrupted(out: Path) -> None:
+    """Five interruptions against none."""
+    site = load_site("dev", ["max_requeue=10", "train.minutes=1", "signal_seconds=15"])
+    store = out / "interrupted" / "store"
+    launch(["prepare", f"images={raw(out)}", f"out={store}", "--cluster", "dev", "--watch"])
+    keys = [*MODEL, *QUIET, *FRESH, f"store={store}", "optim.steps=500", "validate.every=500", "checkpoint.every=25"]
+    keys += ["checkpoint.margin=0"]
+    calm = jobs.submit("train", jobs.load("train", None, [*keys, f"out={store.parent / 'calm'}"]), load_site("dev", []))
+    say("undisturbed: " + str(over(calm)))
+    (hit,) = jobs.submit("train", jobs.load("train", None, [*keys, f"out={store.parent / 'hit'}"]), site)
+    ends = hit.folder / "ends.json"
+
+    def count() -> int:
+        return len(json.loads(ends.read_text())) if ends.exists() else 0
+
+    def steps() -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return (hit.out / "metrics.jsonl").read_text().count('"train"')
+        return 0
+
+    until("40 steps", lambda: steps() > 40)
+    subprocess.run(["scontrol", "requeue", hit.id], check=True)
+    until("the first end", lambda: count() == 1)
+    until("100 steps", lambda: steps() > 100)
+    subprocess.run([HERE / "dev_cluster" / "node.sh", "kill", "node2"], check=True)
+    until("the job to leave", lambda: slurm.states().get(hit.id) != "RUNNING")
+    subprocess.run([HERE / "dev_cluster" / "node.sh", "start", "node2"], check=True)
+    say("interrupted: " + str(over([hit])))
+    for end in json.loads((hit.out / "run.json").read_text())["ends"]:
+        say(f"  start {end['start']}: {end['reason']}{', put back' if end['put_back'] else ''}")
+    both = [(p / "weights" / "last" / "model.safetensors").read_bytes() for p in (calm[0].out, hit.out)]
+    numbers = [
+        json.loads(line)["step"] for line in (hit.out / "metrics.jsonl").read_text().splitlines() if '"train"' in line
+    ]
+    say(f"  the same weights: {both[0] == both[1]}; each step once: {numbers == list(range(1, 501))}")
+    ids = {p.name.rpartition("-")[2] for p in (hit.out / "wandb").glob("offline-run-*")}
+    say(f"  Weights & Biases: {len(list((hit.out / 'wandb').glob('offline-run-*')))} folders of run {', '.join(ids)}")
+
+
+def array_of_a_thousand(out: Path, count: int = 1000) -> None:
+    """Tasks that write a line; every tenth fails the first time."""
+    site = load_site("dev", ["at_once=8"])
+    folder, gate = out / "array", out / "array_gate"
+    cfg = load(
+        jobs.importlib.import_module("hpc_neuro.infer").InferConfig, None, ["model=x", "store=y", f"out={folder}"]
+    )
+    script = f'echo "$1" >> {out}/array_ran; case "$1" in *7,*) test -e {gate};; esac'
+    for name in ("first", "second"):
+        begun = time.monotonic()
+        sent = array.submit("infer", cfg, site, "slurm", [], None, count, ["sh", "-c", script, "share"])
+        states = Counter(over(sent).values())
+        arrays, most = len({job.id.partition("_")[0] for job in sent}), slurm.configuration()["MaxArraySize"]
+        say(f"array, {name} time: {len(sent)} tasks in {arrays} arrays of at most {most}:")
+        say(f"  {dict(states)}, {time.monotonic() - begun:.0f} s")
+        gate.touch()
+
+
+SHOWN = {"chain": chain, "interrupted": interrupted, "array": array_of_a_thousand}
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1]).resolve()
+    where.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[2:] or SHOWN:
+        SHOWN[name](where)
