@@ -119,8 +119,7 @@ def settle(folder: Path, out: Path, key: str, ranks: int, code: int, max_requeue
     start = folder / "starts" / key
     job, _, restarts = key.rpartition(".")
     on_slurm = not job.startswith("local-")
-    if not on_slurm:
-        _await_ranks(start, ranks)
+    _await_ranks(start, ranks, 60.0 if not on_slurm else 3.0)
     notes = _notes(start, ranks)
     facts = {**show(job), "signal_seconds": str(signal_seconds)} if on_slurm else {}
     verdict = judge(notes, _silent(start, ranks, notes), ranks, code, facts)
@@ -194,9 +193,9 @@ def _silent(start: Path, ranks: int, notes: Mapping[int, Mapping[str, Any]]) -> 
     return [r for r, p in beats.items() if not p.exists() or p.stat().st_mtime < min(broke) + _SILENT]
 
 
-def _await_ranks(start: Path, ranks: int) -> None:
-    """Without Slurm nobody else waits for the other ranks: give them a minute."""
-    until = time.monotonic() + 60
+def _await_ranks(start: Path, ranks: int, seconds: float) -> None:
+    """Give the other ranks time to leave their notes; without Slurm nobody else waits for them."""
+    until = time.monotonic() + seconds
     while time.monotonic() < until and len(list(start.glob("rank_*.json"))) < ranks:
         time.sleep(0.1)
 

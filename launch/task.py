@@ -92,7 +92,8 @@ class Task:
             code = self._wait(child, place, watch)
         words = [*watch.seen, *(["killed, as it did not stop in time"] if watch.late else [])]
         ending.note_rank(start, place, code, words)
-        if place.job.startswith("local-") and place.rank == 0:
+        # Without Slurm there is no batch script to do this; and one that waits for a lost node would not in time.
+        if place.rank == 0 and (watch.late or place.job.startswith("local-")):
             code = ending.settle(self.folder, self.out, place.key, place.size, 0, self.max_requeue, self.signal_seconds)
         if code:
             sys.exit(code if code > 0 else 128 - code)
