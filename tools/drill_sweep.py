@@ -140,9 +140,7 @@ def fire(asked: argparse.Namespace, cfg: SearchConfig) -> int:
 def account(cfg: SearchConfig, asked: argparse.Namespace, killed: set[int], deaths: int, wall: float, code: int) -> int:
     """Print where every trial is; the exit code of the drill."""
     trials = _read(cfg.out)
-    told = [t.state.name for t in Study(cfg)._study.get_trials()]
-    names = {"done": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}
-    agree = told == [names.get(t.state, "?") for t in trials]
+    agree = Study(cfg).told() == [t.state for t in trials]
     counts: dict[str, int] = {s: sum(t.state == s for t in trials) for s in FINAL}
     steps = sum(t.step for t in trials)
     doubles = sum(_doubles(t) for t in trials)

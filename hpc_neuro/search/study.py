@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 JOURNAL = "journal.log"
 LOCK = "driver.lock"
 _VALUES = "values"  # the user attribute that says a trial has been asked for wholly
-_STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+_STATES: dict[State, TrialState] = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 
 
 @contextlib.contextmanager
@@ -83,6 +83,11 @@ class Study:
         """The points that have been asked for, by trial number."""
         found = self._study.get_trials(deepcopy=False)
         return {t.number: yaml.safe_load(t.user_attrs[_VALUES]) for t in found if _VALUES in t.user_attrs}
+
+    def told(self) -> list[State | None]:
+        """How each trial that was asked for ended, as the journal has it; None: not told yet."""
+        names = {after: before for before, after in _STATES.items()}
+        return [names.get(t.state) for t in self._study.get_trials(deepcopy=False)]
 
     def ask(self) -> tuple[int, Point] | None:
         """The next trial, None when all have been asked for. What a kill interrupted is asked to its end first."""

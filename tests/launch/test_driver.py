@@ -105,7 +105,7 @@ def test_losers_are_cancelled_at_a_rung_and_counted_as_pruned(tmp_path):
     assert {t.state for t in losers} == {"pruned"}
     assert all(t.step < 12 and t.value is None and set(t.rungs) == {4} for t in losers)
     assert "is not among the best of" in losers[0].note
-    assert make(cfg).study._study.get_trials()[losers[0].number].state.name == "PRUNED"
+    assert make(cfg).study.told()[losers[0].number] == "pruned"
 
 
 def test_a_killed_trial_goes_on_where_it_was_until_it_was_killed_too_often(tmp_path):
@@ -125,7 +125,7 @@ def test_a_killed_trial_goes_on_where_it_was_until_it_was_killed_too_often(tmp_p
     assert "killed" in unlucky.note
     steps = [json.loads(r)["step"] for r in (lucky.folder / "train" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)), "it began anew"
-    assert make(cfg).study._study.get_trials()[1].state.name == "FAIL"
+    assert make(cfg).study.told()[1] == "failed"
 
 
 @pytest.mark.parametrize(("code", "attempts"), [(1, 1), (2, 1), (75, 3)])
