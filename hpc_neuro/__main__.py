@@ -31,7 +31,7 @@ VERBS = {
     "prepare": Verb("hpc_neuro.prepare", "PrepareConfig", "images + SWC trees -> training store"),
     "precompute": Verb("hpc_neuro.precompute", "PrecomputeConfig", "training store -> teacher feature cache"),
     "train": Verb("hpc_neuro.train", "TrainConfig", "store + cache -> 3D student"),
-    "infer": Verb("hpc_neuro.infer", "InferConfig", "student + volumes -> probabilities and SWC trees"),
+    "infer": Verb("hpc_neuro.infer", "InferConfig", "student + volumes -> probabilities and SWC trees; verify OUT"),
     "evaluate": Verb("hpc_neuro.evaluate", "EvaluateConfig", "predictions + truth -> metrics and report"),
     "search": Verb("hpc_neuro.search", "SearchConfig", "a study's trials -> table, figures, best config"),
     "demo": Verb("hpc_neuro.demo", "DemoConfig", "all of the above on a small data set"),
@@ -97,6 +97,8 @@ def _call(verb: Verb, name: str, rest: Sequence[str]) -> int:
     module = importlib.import_module(verb.module)
     if verb.config is None:
         return int(module.main(rest))
+    if rest and rest[0] in (commands := getattr(module, "COMMANDS", {})):
+        return int(commands[rest[0]](rest[1:]))
     cls = getattr(module, verb.config)
     flags = [a for a in rest if a.startswith("-")]
     if "--help" in flags or "-h" in flags:

@@ -1,0 +1,120 @@
+"""`infer verify` names what is broken and repairs just that."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_neuro import __main__ as cli
+from hpc_neuro.infer import verify
+from tests.infer.small import probability
+
+SHARD = "0/c/1/0/1"
+
+
+@pytest.fixture
+def copy(done: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(done, tmp_path / "out"))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    kinds = ("*.ome.zarr/**/*", "swc/*", "predictions.json")
+    return {p.relative_to(out).as_posix(): p.read_bytes() for k in kinds for p in out.glob(k) if p.is_file()}
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def stray(path: Path) -> None:
+    path.write_bytes(b"what is this")
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "said"),
+    [
+        (f"a.ome.zarr/{SHARD}", delete, "a block (1, 0, 1): the shard 0/c/1/0/1 is missing"),
+        (f"a.ome.zarr/{SHARD}", flip, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
+        (f"a.ome.zarr/{SHARD}", cut, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
+        ("*.ome.zarr/labels/mask/0/c/*/*/*", flip, "the shard labels/mask/0/c/"),
+        ("blocks/a/1_0_1.json", cut, "a block (1, 0, 1): its done marker 1_0_1.json cannot be read"),
+        ("blocks/a/1_0_1.json", delete, "a block (1, 0, 1): its done marker 1_0_1.json is missing"),
+        ("a.ome.zarr/0/zarr.json", cut, "a: the metadata 0/zarr.json is other than written"),
+        ("a.ome.zarr/zarr.json", delete, "a: "),
+        ("a.ome.zarr/0/c/9", stray, "a: nobody wrote 0/c/9"),
+        ("predictions.json", cut, "predictions.json is not readable JSON"),
+    ],
+)
+def test_each_harm_is_named_and_repaired(copy: Path, file: str, harm: Callable[[Path], None], said: str) -> None:
+    before = contents(copy)
+    assert verify.check(copy) == []
+    harm(next(iter(copy.glob(file)), copy / file))
+    marks = {p: p.stat().st_mtime_ns for p in copy.glob("blocks/*/*.json")}
+    assert [p.text for p in verify.check(copy) if said in p.text]
+    assert cli.main(["infer", "verify", str(copy), "--check"]) == 3
+    assert contents(copy) != before or "blocks" in file
+    assert cli.main(["infer", "verify", str(copy)]) == 0
+    assert contents(copy) == before
+    again = [p for p, at in marks.items() if p.stat().st_mtime_ns != at]
+    whole_volume = file == "a.ome.zarr/zarr.json"
+    assert whole_volume or len(again) <= 1  # only what was broken is made again
+    assert cli.main(["infer", "verify", str(copy)]) == 0
+
+
+def test_several_harms_at_once(copy: Path) -> None:
+    before = contents(copy)
+    delete(copy / "a.ome.zarr/0/c/0/0/0")
+    flip(copy / f"a.ome.zarr/{SHARD}")
+    cut(copy / "blocks/b/0_0_0.json")
+    assert len(verify.check(copy)) == 3
+    assert verify.main([str(copy)]) == 0
+    assert contents(copy) == before
+    assert probability(copy, "a").any()
+
+
+def test_what_cannot_be_repaired_is_told(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = (copy / "config.yaml").read_text()
+    model = next(line.partition(": ")[2] for line in config.splitlines() if line.startswith("model"))
+    (copy / "config.yaml").write_text(config.replace(model, str(tmp_path / "gone")))
+    delete(copy / f"a.ome.zarr/{SHARD}")
+    assert cli.main(["infer", "verify", str(copy)]) == 2
+    assert "holds no weights" in capsys.readouterr().err
+    assert cli.main(["infer", "verify", str(tmp_path)]) == 2
+    assert "run.json does not exist" in capsys.readouterr().err
+    assert cli.main(["infer", "verify"]) == 2
+
+
+def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:
+    """Level by level: the engine's markers hold a checksum of each shard above level 0."""
+    from hpc_neuro.data import ome_zarr
+    from hpc_neuro.geometry import Box
+    from hpc_neuro.infer.marks import Marks
+
+    marks = Marks(tmp_path, "a", "k")
+    marks.write_level(1, {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""})
+    assert marks.level(1) == {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""}
+    flip(tmp_path / "blocks/a/level_1.json")
+    assert marks.level(2) is None
+    shape, shard = (8, 600, 64), (8, 64, 64)
+    ome_zarr.create(tmp_path / "v", "p", shape, (1.0, 1.0, 1.0), shard, (8, 32, 32), "mask", {})
+    spot = Box((0, 64, 0), (8, 128, 64))
+    ome_zarr.write(ome_zarr.open_level(tmp_path / "v"), spot, np.full((8, 64, 64), 7, np.uint8))
+    for level in ome_zarr.pieces(shape, (1.0, 1.0, 1.0), shard, "mask"):
+        for piece in level:
+            ome_zarr.build_piece(tmp_path / "v", shape, (1.0, 1.0, 1.0), piece)
+    written = sorted(p.relative_to(tmp_path / "v").as_posix() for p in tmp_path.glob("v/[1-9]/c/**/0"))
+    assert [w for w in written if Path(tmp_path / "v" / w).is_file()] == ["1/c/0/0/0", "2/c/0/0/0"]
