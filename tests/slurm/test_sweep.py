@@ -59,10 +59,10 @@ def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(clust
     ended = trial.load_all(cfg.out)
     assert {t.state for t in ended if t.values["lr"] == 1e-3} == {"done"}
     assert {t.state for t in ended if t.values["lr"] == 1e-5} == {"pruned"}
-    assert len(ended[0].attempts) == 2
-    assert spans(cfg) == {f"{n:04d}": ["begins"] * (2 if n == 0 else 1) for n in range(4)}
+    assert len(ended[0].attempts) >= 2
+    assert all(set(said) == {"begins"} for said in spans(cfg).values()), "two were at work in one folder"
     jobs = [a.job for t in ended for a in t.attempts]
-    assert len(set(jobs)) == 5
+    assert len(set(jobs)) == len(jobs) >= 5, "a job was counted twice"
     wait("all jobs to be gone", lambda: not any(slurm.active(s) for j, s in slurm.states().items() if j in jobs), 60)
 
 
