@@ -23,7 +23,7 @@ from hpc_neuro.models.student import Student, build_student
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.schema import InputError
-from hpc_neuro.train import engine
+from hpc_neuro.train import engine, plan
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.types import Batch
 
@@ -75,9 +75,11 @@ class Parts:
     inputs: dict[str, str]  # digests
 
 
-def assemble(cfg: TrainConfig) -> Parts:
-    """Open, check and build everything. Raises ConfigError or InputError; writes nothing."""
-    dtype, micro, passes = engine.check(cfg.engine, cfg.optim.batch, distributed.world_size())
+def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
+    """Open, check and build everything, for `ranks` (none: those there are). Raises ConfigError or InputError."""
+    dtype, micro, passes = engine.check(cfg.engine, cfg.optim.batch, ranks or distributed.world_size())
+    if ranks is not None and cfg.engine.dtype == "auto":
+        dtype = torch.bfloat16  # the machine that is planned for has GPUs
     store = Store(cfg.store)
     train = store.split("train")
     if not train:
@@ -143,9 +145,9 @@ def _inputs(cfg: TrainConfig, store: Store, teacher: Teacher | None) -> dict[str
     return found
 
 
-def lines(cfg: TrainConfig, parts: Parts) -> Iterator[str]:
-    """What the run needs and does. Raises InputError when its files will not fit on the disk."""
-    ranks = distributed.world_size()
+def lines(cfg: TrainConfig, parts: Parts, planned: int | None = None) -> Iterator[str]:
+    """What the run needs and does, on `planned` ranks or those there are. Raises InputError when the disk is full."""
+    ranks = planned or distributed.world_size()
     student = sum(p.numel() for p in parts.module.student.parameters())
     every = sum(p.numel() for p in parts.module.parameters())
     train, held = parts.store.split("train"), parts.store.split("val")
@@ -167,6 +169,16 @@ def lines(cfg: TrainConfig, parts: Parts) -> Iterator[str]:
         f"{ranks} rank(s) x {parts.micro} crops x {parts.passes} pass(es)"
     )
     yield from cost.summary(cfg.student, cfg.crop.size, parts.micro, parts.dtype.itemsize)
+    kept = sum(part.kept for part in cost.costs(cfg.student, cfg.crop.size, parts.micro, parts.dtype.itemsize))
+    per_crop, crop_operations = plan.operations(cfg.student, cfg.crop.size)
+    yield (
+        f"a step: {per_crop * cfg.optim.batch} tokens, {crop_operations * cfg.optim.batch / 1e12:.3g} TFLOP of the "
+        f"student over {ranks} rank(s), recomputation not counted"
+    )
+    averaged = student if cfg.ema.window > 0 else 0
+    bucket = engine.bucket(every)
+    memory = plan.stages(every, averaged, ranks, parts.dtype.itemsize, kept, bucket, cfg.engine.offload_optimizer)
+    yield from plan.lines(memory, 1e9 * cfg.plan.memory if planned else None)
     # master weights, two Adam moments, the average; the same for every stage and number of ranks
     state = 4 * (3 * every + student * (cfg.ema.window > 0))
     needed = state * (cfg.checkpoint.keep + 2) + 2 * 4 * student

@@ -16,6 +16,7 @@ from hpc_neuro.schema import config
 from hpc_neuro.train.checkpoint import CheckpointConfig
 from hpc_neuro.train.ema import EmaConfig
 from hpc_neuro.train.engine import EngineConfig
+from hpc_neuro.train.plan import PlanConfig
 from hpc_neuro.train.schedule import OptimConfig
 from hpc_neuro.train.tracker import TrackerConfig
 from hpc_neuro.train.validate import ValidateConfig
@@ -59,6 +60,8 @@ class TrainConfig:
     """Saving."""
     tracker: TrackerConfig = Field(default_factory=TrackerConfig)
     """Logging."""
+    plan: PlanConfig = Field(default_factory=PlanConfig)
+    """The machine that --dry-run plans for."""
     workers: int | None = Field(default=None, ge=0)
     """Processes per rank that read crops; 0: a thread; none: a thread on a CPU, 4 processes beside a GPU."""
     ahead: int = Field(default=4, ge=1)

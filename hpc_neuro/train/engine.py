@@ -93,13 +93,25 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
+def bucket(parameters: int) -> int:
+    """Elements that are reduced or gathered at once."""
+    return min(-(-parameters // 1024) * 1024, _BUCKET)  # DeepSpeed wants them aligned
+
+
 def deepspeed_json(
     cfg: EngineConfig, optim: OptimConfig, dtype: torch.dtype, micro: int, passes: int, parameters: int
 ) -> dict[str, Any]:
     """What DeepSpeed is told. `parameters`: how many are trained."""
     # DeepSpeed allocates whole buckets, by default of 2 GB, whatever the size of the model
-    bucket = min(-(-parameters // 1024) * 1024, _BUCKET)  # it wants them aligned
-    zero: dict[str, Any] = {"stage": cfg.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    size = bucket(parameters)
+    zero: dict[str, Any] = {"stage": cfg.stage, "reduce_bucket_size": size, "allgather_bucket_size": size}
+    if cfg.stage == 3:
+        # By default tensors of up to 100,000 elements stay whole on each rank, and all is kept gathered that is used
+        # again within 1,000 million: small models would not be sharded at all.
+        live = max(parameters // 4, 1 << 20)
+        zero["stage3_param_persistence_threshold"] = min(max(parameters // 10_000, 1024), 100_000)
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
+        zero["stage3_prefetch_bucket_size"] = live // 4
     if cfg.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay}
@@ -134,12 +146,12 @@ class Engine:
         exact = {n: p.detach().float().clone() for n, p in named} if dtype != torch.float32 else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            self._engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, model_parameters=wanted, config=settings, dist_init_required=False
             )
         self.module: nn.Module = self._engine.module
         self.device = torch.device(self._engine.device)
-        self.shards = Shards(self._optimizer, self.stage, names, distributed.rank())
+        self.shards = Shards(self.optimizer, self.stage, names, distributed.rank())
         if exact:
             self.shards.fill(exact)
 
@@ -149,7 +161,7 @@ class Engine:
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the coming step; every group has its own scale."""
-        for held, group in zip(self._optimizer.param_groups, self._groups, strict=True):
+        for held, group in zip(self.optimizer.param_groups, self._groups, strict=True):
             held["lr"] = lr * group.lr_scale
 
     def backward(self, loss: Tensor) -> None:

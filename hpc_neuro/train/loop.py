@@ -33,14 +33,14 @@ from hpc_neuro.types import Batch, Prediction
 
 log = logging.getLogger(__name__)
 _MAY_CHANGE = (
-    *("optim.steps", "store", "cache", "workers", "ahead", "tracker", "checkpoint"),
+    *("optim.steps", "store", "cache", "workers", "ahead", "tracker", "checkpoint", "plan"),
     "engine",  # how the work is spread does not decide the result
 )
 
 
 def forecast(cfg: TrainConfig) -> list[str]:
     """Check all that the run needs; what it will do and take, in lines. Writes nothing."""
-    return list(lines(cfg, assemble(cfg)))
+    return list(lines(cfg, assemble(cfg, cfg.plan.ranks), cfg.plan.ranks))
 
 
 def run(cfg: TrainConfig) -> int:

@@ -92,11 +92,12 @@ class Meter:
                 )
             result.append({**facts, **terms, "grad_norm": norm})
         seconds = max(time.monotonic() - self._since, 1e-9)
-        steps = len(result)
+        steps, memory = len(result), _by_rank(int(_memory_peak(self._device)))
         result[-1] |= {
             "crops_per_s": crops_per_step * steps / seconds,
             "data_wait_share": distributed.reduced(self._waited / seconds, "max", torch.device("cpu")),
-            "memory_bytes": int(distributed.reduced(_memory_peak(self._device), "max", torch.device("cpu"))),
+            "memory_bytes": max(memory),
+            "memory_bytes_by_rank": memory,
             "eta_s": seconds / steps * steps_left,
         }
         self._begin()
@@ -110,6 +111,15 @@ class Meter:
             yield
         finally:
             self._since += time.monotonic() - begun
+
+
+def _by_rank(value: int) -> list[int]:
+    """A number of every rank."""
+    values = torch.zeros(distributed.world_size(), dtype=torch.int64)
+    values[distributed.rank()] = value
+    if len(values) > 1:
+        dist.all_reduce(values)
+    return [int(v) for v in values]
 
 
 def _memory_peak(device: torch.device) -> float:

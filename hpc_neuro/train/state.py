@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from hpc_neuro import distributed, files, schema
 from hpc_neuro.models.student import save_student
 from hpc_neuro.schema import InputError
-from hpc_neuro.train import checkpoint
+from hpc_neuro.train import checkpoint, plan
 from hpc_neuro.train.assemble import Parts
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.ema import Ema
@@ -49,6 +49,10 @@ class Training:
         shards = self.engine.shards
         averaged = {i: s.weight for i, s in enumerate(shards.items) if s.name.startswith(_STUDENT)}
         self.ema = Ema(averaged, shards.refresh) if cfg.ema.window > 0 else None
+        self._tokens, self._operations = plan.operations(cfg.student, cfg.crop.size)  # per crop
+        self._peak = plan.peak(self.device)
+        if self._peak is None:
+            log.info("train: model FLOPs utilisation is not logged: the peak of this device is not known")
         self.step, self.seconds, self.begun = 0, 0.0, time.monotonic()
         self.best: dict[str, Any] = {"score": -1.0, "step": -1}
         self.score: Score | None = None  # of the latest validation,
@@ -70,6 +74,12 @@ class Training:
         """Write the rows since the last time, and say a line. Raises Diverged before anything bad is saved."""
         left = self.cfg.optim.steps - self.step
         rows = self.meter.rows(self.cfg.optim.batch, left, check_norm=self.parts.dtype != torch.float16)
+        if rows:
+            # utilisation: what the student must compute, without recomputation and distiller, of what the GPU could
+            rate = rows[-1]["crops_per_s"] / distributed.world_size()
+            rows[-1]["tokens_per_s"] = rows[-1]["crops_per_s"] * self._tokens
+            if self._peak is not None:
+                rows[-1]["mfu"] = rate * self._operations / self._peak
         self._write(rows)
         if rows:
             log.info("train: %s", said(rows[-1], self.cfg.optim.steps))
@@ -202,14 +212,16 @@ class Training:
 
 def said(row: dict[str, Any], steps: int) -> str:
     """The console line of a row."""
-    fixed = {"step", "kind", "lr", "loss", "grad_norm", "crops_per_s", "data_wait_share", "memory_bytes", "eta_s"}
+    fixed = {"step", "kind", "lr", "loss", "grad_norm", "crops_per_s", "tokens_per_s", "mfu", "data_wait_share"}
+    fixed |= {"memory_bytes", "memory_bytes_by_rank", "eta_s"}
     terms = ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k not in fixed and math.isfinite(v))
+    used = f", {row['mfu']:.1%} of the GPU's peak" if "mfu" in row else ""
     parts = [
         f"step {row['step']}/{steps}",
         f"loss {row['loss']:.4f} ({terms})",
         f"lr {row['lr']:.2e}",
         f"gradient {row['grad_norm']:.2f}",
-        f"{row['crops_per_s']:.2f} crops/s",
+        f"{row['crops_per_s']:.2f} crops/s ({row['tokens_per_s']:.0f} tokens/s{used})",
         f"data wait {row['data_wait_share']:.0%}",
         files.human(row["memory_bytes"]),
         f"{row['eta_s'] / 60:.1f} min left",

@@ -45,7 +45,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def same_rows(a: Path, b: Path) -> bool:
     """Equal but for what depends on the clock."""
-    clock = {"crops_per_s", "data_wait_share", "memory_bytes", "eta_s"}
+    clock = {"crops_per_s", "tokens_per_s", "data_wait_share", "memory_bytes", "memory_bytes_by_rank", "eta_s"}
     first, second = ([{k: v for k, v in r.items() if k not in clock} for r in rows(out)] for out in (a, b))
     return first == second and rows(a, "val") == rows(b, "val")
 
@@ -55,6 +55,8 @@ def test_a_run_leaves_what_machines_read(whole):
     assert [r["step"] for r in rows(whole, "val")] == [0, 3, 6]
     assert {r["split"] for r in rows(whole, "val")} == {"val"}
     last = rows(whole)[-1]
+    assert last["tokens_per_s"] == pytest.approx(8 * last["crops_per_s"])
+    assert last["memory_bytes_by_rank"] == [last["memory_bytes"]]
     assert {
         "loss",
         "dice",
@@ -242,6 +244,16 @@ def test_the_forecast_knows_the_parameters_and_the_size_of_a_checkpoint(whole, t
     size = sum(p.stat().st_size for p in (whole / "checkpoints/step_00000006").rglob("*") if p.is_file())
     told = float(re.search(r"([\d.]+) MB per checkpoint", lines)[1]) * 1e6
     assert told == pytest.approx(size, rel=0.05)
+
+
+def test_a_planned_machine_gets_its_own_table(tiny, tmp_path):
+    keys = ["plan.nodes=2", "plan.gpus=4", "plan.memory=0.02", "optim.batch=16", "ema.window=0"]
+    lines = "\n".join(train.forecast(tiny(tmp_path / "run", *keys)))
+    assert "8 rank(s) x 2 crops x 1 pass(es)" in lines
+    assert "a step: 128 tokens" in lines
+    assert "torch.bfloat16" in lines
+    assert re.search(r"ZeRO stage 0 .* does not fit\n", lines)
+    assert re.search(r"ZeRO stage 3 .* fits\n", lines) or "no stage fits" in lines
 
 
 def test_validation_on_training_volumes_is_said(tiny, tmp_path, caplog):
