@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -252,13 +251,3 @@ def _ordered(bounds: tuple[float, float]) -> None:
     low, high = bounds
     if not low < high:
         raise ValueError(f"[{low:g}, {high:g}] must go from a lower to a higher value")
-
-
-def without_seed(space: Space, point: Point) -> tuple[tuple[str, str], ...]:
-    """What a point is a repetition of: its values but the seed, as text."""
-    return tuple((n, text(point[n])) for n in space if n != SEED and n in point)
-
-
-def settings(points: Sequence[Point], space: Space) -> list[tuple[tuple[str, str], ...]]:
-    """The different settings among points, in order."""
-    return list(dict.fromkeys(itertools.chain(without_seed(space, p) for p in points)))

@@ -172,7 +172,7 @@ class Wandb:
 
 
 def _end_service() -> None:
-    """Kill the helper process that Weights & Biases started here: at exit Python would wait for it without limit."""
+    """Kill the service process that Weights & Biases started here: at exit Python would wait for it without limit."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # a process that has ended meanwhile
             parent = int((path / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])

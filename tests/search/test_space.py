@@ -145,13 +145,6 @@ def test_a_grid_of_a_range_is_refused():
         spaces.grid(search({"share": {"range": [0, 1]}}).space)
 
 
-def test_seeds_repeat_settings():
-    cfg = search({"seed": {"choice": [0, 1]}, "rule": {"choice": ["scratch", "average"]}})
-    points = spaces.grid(cfg.space)
-    assert len(points) == 4
-    assert spaces.settings(points, cfg.space) == [(("rule", "scratch"),), (("rule", "average"),)]
-
-
 def test_a_config_survives_the_round_trip(tmp_path: Path):
     cfg = search({"optim.lr": {"log": [1e-4, 1e-2]}, "size": {"choice": [[1, 2], [3, 4]]}})
     (tmp_path / "copy.yaml").write_text(schema.dump(cfg))
