@@ -96,6 +96,15 @@ def read_ranges(folder: Path, wanted: Sequence[Range], first: int = 0) -> None:
         raise InputError(f"{folder} lacks {left} numbers that this model has; remove it, the one before is then taken")
 
 
+def kinds(folder: Path) -> set[str]:
+    """The kinds that a checkpoint holds. Raises InputError when a file cannot be read."""
+    found = set()
+    for path in folder.glob(PATTERN):
+        with _opened(path) as file:
+            found |= {kind for kind, *_ in _keys(file)}
+    return found
+
+
 def stream(folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
     """Whole float32 tensors of one kind in the order of `shapes`, one at a time. Raises InputError."""
     paths = sorted(folder.glob(PATTERN))
