@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from hpc_neuro.schema import ConfigError
 
+# as torchrun, Open MPI, MPICH and Slurm say it
+_LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
 
 def rank() -> int:
     """This process's index in the torch group, 0 when there is none."""
@@ -30,7 +33,8 @@ def is_main() -> bool:
 def device() -> torch.device:
     """The accelerator of this process's local rank, else the CPU."""
     if torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        local = next((os.environ[k] for k in _LOCAL_RANK if k in os.environ), "0")
+        index = int(local) % torch.cuda.device_count()
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device("cpu")

@@ -1,0 +1,19 @@
+"""Ranks of an inference are killed at random; the output is that of a quiet run on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.kill_infer import drill
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_killed_ranks_leave_the_bytes_of_a_quiet_run(tmp_path: Path) -> None:
+    facts = drill(tmp_path, kills=1, ranks=2)
+    assert facts["kills"] == 1
+    assert facts["equal"]
+    assert facts["verified"]
+    assert len(list(tmp_path.glob("killed/*.ome.zarr"))) == 2

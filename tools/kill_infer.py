@@ -1,0 +1,159 @@
+"""Random SIGKILLs of the ranks and the launcher of an inference, until it ends; is the output that of a quiet run?
+
+    python -m tools.kill_infer [--kills 100] [--ranks 4] [--folder FOLDER]
+
+A tiny student with random weights over two random volumes of 54 blocks in all. Each start is killed after a random time
+(one rank, or mpiexec with all of them) until the wanted number of kills has struck; then it is left alone. Last line:
+JSON with the number of kills, of starts, of blocks done when each struck, and whether all files are equal byte for byte
+and `infer verify` finds nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+
+from hpc_neuro.infer import verify
+from hpc_neuro.models.student import StudentConfig, build_student, save_student
+
+_SHAPE = (24, 160, 170)
+_WINDOW = (8, 32, 32)
+
+
+def main() -> int:
+    """Run the drill; exit code 1 when anything differs."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--kills", type=int, default=100)
+    ask.add_argument("--ranks", type=int, default=4)
+    ask.add_argument("--seconds", type=float, default=1e9, help="stop killing after this long")
+    ask.add_argument("--folder", type=Path, default=None)
+    args = ask.parse_args()
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        facts = drill(folder, args.kills, args.ranks, args.seconds)
+    print(json.dumps(facts))
+    return 0 if facts["equal"] and facts["verified"] else 1
+
+
+def drill(folder: Path, kills: int, ranks: int, seconds: float = 1e9, seed: int = 0) -> dict[str, object]:
+    """Kill until `kills` have struck, then finish; compare with one undisturbed run."""
+    keys = _inputs(folder)
+    quiet, killed = folder / "quiet", folder / "killed"
+    subprocess.run(command(quiet, keys, 1), check=True, capture_output=True)
+    draw, struck, starts, begun = random.Random(seed), 0, 0, time.monotonic()
+    when: list[int] = []
+    while struck < kills and time.monotonic() - begun < seconds:
+        process = subprocess.Popen(
+            command(killed, keys, ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        starts += 1
+        before = _marks(killed)
+        target = before + draw.randrange(3)  # after so many more blocks, so that every state is met
+        while process.poll() is None and _marks(killed) < target:
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.3)
+        victims = _ranks(process.pid)
+        if process.poll() is None and victims:
+            whole = draw.random() < 0.3
+            for pid in [process.pid] if whole else [draw.choice(victims)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    struck += 1
+            when.append(_marks(killed))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        with contextlib.suppress(ProcessLookupError):  # ranks that a killed launcher left behind
+            os.killpg(process.pid, signal.SIGKILL)
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        if process.returncode == 0:  # done before it was struck: begin again with what is there but some blocks
+            _forget_some(killed, draw)
+    subprocess.run(command(killed, keys, ranks), check=True, capture_output=True)
+    found = verify.check(killed)
+    return {
+        "kills": struck,
+        "starts": starts,
+        "ranks": ranks,
+        "blocks_done_at_kills": when,
+        "equal": contents(quiet) == contents(killed),
+        "verified": not found,
+        "seconds": round(time.monotonic() - begun),
+    }
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every byte of the results."""
+    kinds = ("*.ome.zarr/**/*", "swc/**/*", "predictions.json")
+    return {p.relative_to(out).as_posix(): p.read_bytes() for k in kinds for p in out.glob(k) if p.is_file()}
+
+
+def command(out: Path, keys: list[str], ranks: int) -> list[str]:
+    """The inference, on so many MPI ranks."""
+    launcher = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(ranks)] if ranks > 1 else []
+    return [*launcher, sys.executable, "-m", "hpc_neuro", "infer", f"out={out}", *keys]
+
+
+def _inputs(folder: Path) -> list[str]:
+    torch.manual_seed(0)
+    cfg = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
+    extra = {"window": list(_WINDOW), "threshold": 0.5}
+    save_student(folder / "model", cfg, build_student(cfg).state_dict(), extra)
+    draw, names = np.random.default_rng(0), ("a", "b")
+    for name in names:
+        image = draw.integers(0, 200, _SHAPE, dtype=np.uint8)
+        tifffile.imwrite(folder / f"{name}.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    volumes = ", ".join(f"{{image: {folder / name}.tif, voxel_size: [1, 1, 1]}}" for name in names)
+    return [f"model={folder / 'model'}", f"inputs=[{volumes}]", "block=[8,64,64]", "chunk=[8,32,32]"]
+
+
+def _marks(out: Path) -> int:
+    return sum(1 for _ in out.glob("blocks/*/[0-9]*.json"))
+
+
+def _ranks(launcher: int) -> list[int]:
+    """The processes below mpiexec that run Python, found by their parents."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            head, _, rest = stat.read_text().rpartition(")")
+            parents[int(head.split()[0])] = int(rest.split()[1])
+    below = {launcher}
+    while more := {p for p, above in parents.items() if above in below} - below:
+        below |= more
+    found = []
+    for pid in sorted(below - {launcher}):
+        with contextlib.suppress(OSError):
+            if b"hpc_neuro" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
+
+
+def _forget_some(out: Path, draw: random.Random) -> None:
+    """Undo a finished run in part, so that there is something to be killed in again."""
+    marks = sorted(out.glob("blocks/*/[0-9]*.json"))
+    for mark in draw.sample(marks, len(marks) * 3 // 4):
+        mark.unlink()
+    for level in out.glob("blocks/*/level_*.json"):
+        level.unlink()
+    (out / "predictions.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "entries", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
