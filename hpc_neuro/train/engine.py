@@ -41,6 +41,10 @@ class EngineConfig:
     number of ranks."""
     offload_optimizer: bool = False
     """Keep optimizer state and its step in host memory; needs a GPU and stage 1 to 3."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters wait between passes at stage 3: in GPU memory, in host memory, or as files in `nvme`."""
+    nvme: Path | None = None
+    """Folder on a local fast disk for offload_parameters=nvme; needs a GPU, libaio and a C++ compiler at the start."""
     timeout: float = Field(default=600.0, gt=0)
     """[s] A collective operation that takes this long ends the run: a rank lives but does not come."""
     silence: float = Field(default=30.0, ge=1)
@@ -60,6 +64,18 @@ def check(cfg: EngineConfig, batch: int, world: int) -> tuple[torch.dtype, int, 
         faults.append("engine.offload_optimizer: there is no GPU whose memory it could spare; take false")
     if cfg.offload_optimizer and cfg.stage == 0:
         faults.append("engine.offload_optimizer: stage 0 keeps the whole optimizer on each rank; take stage 1, 2 or 3")
+    if cfg.offload_parameters != "none":
+        where = f"engine.offload_parameters={cfg.offload_parameters}"
+        if cfg.stage != 3:
+            faults.append(f"{where}: parameters are whole on each rank at stage {cfg.stage}; take engine.stage=3")
+        if not cuda:
+            faults.append(f"{where}: there is no GPU whose memory it could spare; take none")
+    if (cfg.offload_parameters == "nvme") != (cfg.nvme is not None):
+        faults.append("engine.nvme: the folder and offload_parameters=nvme go together; give both or neither")
+    elif cfg.nvme is not None and not cfg.nvme.is_dir():
+        faults.append(f"engine.nvme: {cfg.nvme} is no folder on this node; make it, or give another")
+    elif cfg.nvme is not None and not _asynchronous_files():
+        faults.append("engine.nvme: DeepSpeed cannot build async_io here; install libaio-dev and a C++ compiler")
     if world > batch:
         faults.append(f"optim.batch: {batch} crops leave some of the {world} ranks without any; start {batch} at most")
     if faults:
@@ -114,6 +130,10 @@ def deepspeed_json(
         zero["stage3_prefetch_bucket_size"] = live // 4
     if cfg.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if cfg.offload_parameters != "none":
+        zero["offload_param"] = {"device": cfg.offload_parameters, "pin_memory": True}
+        if cfg.nvme is not None:
+            zero["offload_param"]["nvme_path"] = str(cfg.nvme)
     adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay}
     return {
         "train_micro_batch_size_per_gpu": micro,
@@ -220,6 +240,13 @@ class Engine:
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+def _asynchronous_files() -> bool:
+    """Whether DeepSpeed's reader and writer for NVMe can be had."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
 def _quiet_deepspeed() -> Any:

@@ -314,6 +314,9 @@ def test_a_config_that_cannot_work_is_refused_with_its_key(tiny, tmp_path, overr
     [
         (["engine.dtype=fp16"], "fp16 needs a GPU"),
         (["engine.offload_optimizer=true"], "there is no GPU"),
+        (["engine.offload_parameters=cpu"], "offload_parameters=cpu: parameters are whole on each rank at stage 2"),
+        (["engine.offload_parameters=nvme"], "engine.nvme: the folder and offload_parameters=nvme go together"),
+        (["engine.offload_parameters=nvme", "engine.nvme=/nowhere"], "/nowhere is no folder"),
         (["store=/nowhere"], "prepare"),
     ],
 )
