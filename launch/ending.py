@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RESUMABLE = 75
 ENDS = "ends.json"
+WARNING = "SIGUSR2"  # what Slurm is asked to send `signal_seconds` before the end
 _KILLED = (9, 137)  # exit codes of srun after SIGKILL
 _SILENT = 10.0  # [s] a rank that beat this long after another broke was alive then
 _NAMES = {
@@ -82,7 +83,8 @@ def judge(
         name = _NAMES.get(broke[rank], f"crash (exit code {broke[rank]})")
         return Verdict(f"{name}, rank {rank}" if ranks > 1 else name, broke[rank])
     if any(n["code"] for n in notes.values()):
-        return Verdict(_why_stopped(words, job), RESUMABLE, True)
+        first = {str(note["words"][0]) for note in notes.values() if note["words"]}
+        return Verdict(_why_stopped(first, job), RESUMABLE, True)
     if len(notes) == ranks:
         return Verdict("finished", 0)
     missing = sorted(set(range(ranks)) - set(notes))
@@ -92,18 +94,25 @@ def judge(
     return Verdict(f"rank {', '.join(map(str, missing))} ended without a word (exit code {code} of srun)", code or 1)
 
 
-def _why_stopped(words: set[str], job: Mapping[str, str]) -> str:
-    """Of a job that saved and stopped; scontrol knows whether that was a preemption."""
+def _why_stopped(first: set[str], job: Mapping[str, str]) -> str:
+    """Of a job that saved and stopped; `first`: what each rank was sent first, job: what scontrol says of it."""
     if job.get("PreemptTime", "None") not in ("None", "Unknown", ""):
         return "preemption"
     if job.get("JobState") in ("PENDING", "REQUEUED", "REQUEUE_HOLD") or "COMPLETING" in job.get("JobState", ""):
-        return "put back by an administrator or by preemption"
-    if not words:
+        return _why_put_back(first)
+    if not first:
         return "time limit"  # the verb's own clock
     left = _seconds_left(job)
     if left is not None and left < float(job.get("signal_seconds", 0)) + 30:
         return "time limit"
-    return "signal " + ", ".join(sorted(w for w in words if w.startswith("SIG")))
+    return "signal " + ", ".join(sorted(w for w in first if w.startswith("SIG")))
+
+
+def _why_put_back(first: set[str]) -> str:
+    """Of a job that is in the queue again, when scontrol has forgotten why: a requeue by hand comes without warning."""
+    if WARNING in first:
+        return "time limit, or preemption after a warning"
+    return "put back by an administrator or by preemption"
 
 
 def _seconds_left(job: Mapping[str, str]) -> float | None:
@@ -141,13 +150,9 @@ def close_earlier(folder: Path, out: Path, key: str) -> bool:
     begun = sorted((folder / "starts").glob("*/start.json"), key=lambda p: p.stat().st_mtime)
     unfinished = [p for p in begun if p.parent.name not in known and p.parent.name != key]
     for path in unfinished:
-        said = {
-            w for file in path.parent.glob("rank_*.json") for w in files.read_json(file, "written by a rank")["words"]
-        }
-        stopped = "SIGTERM" in said
-        reason = (
-            "put back by an administrator or by preemption" if stopped else "node failure or kill: no word was left"
-        )
+        notes = [files.read_json(file, "written by a rank") for file in path.parent.glob("rank_*.json")]
+        said = {str(note["words"][0]) for note in notes if note["words"]}
+        reason = _why_put_back(said) if said & {WARNING, "SIGTERM"} else "node failure or kill: no word was left"
         _record(folder, out, path.parent.name, reason, RESUMABLE, True)
     return bool(unfinished)
 

@@ -96,7 +96,7 @@ def interrupted(out: Path) -> None:
 
     def steps() -> int:
         with contextlib.suppress(FileNotFoundError):
-            return (hit.out / "metrics.jsonl").read_text().count('"train"')
+            return (hit.out / "metrics.jsonl").read_text().count('"kind": "train"')
         return 0
 
     until("40 steps", lambda: steps() > 40)
@@ -111,7 +111,9 @@ def interrupted(out: Path) -> None:
         say(f"  start {end['start']}: {end['reason']}{', put back' if end['put_back'] else ''}")
     both = [(p / "weights" / "last" / "model.safetensors").read_bytes() for p in (calm[0].out, hit.out)]
     numbers = [
-        json.loads(line)["step"] for line in (hit.out / "metrics.jsonl").read_text().splitlines() if '"train"' in line
+        json.loads(line)["step"]
+        for line in (hit.out / "metrics.jsonl").read_text().splitlines()
+        if '"kind": "train"' in line
     ]
     say(f"  the same weights: {both[0] == both[1]}; each step once: {numbers == list(range(1, 501))}")
     ids = {p.name.rpartition("-")[2] for p in (hit.out / "wandb").glob("offline-run-*")}

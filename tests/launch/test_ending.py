@@ -17,6 +17,7 @@ from launch.task import Place
 FINE = {"code": 0, "words": []}
 BROKE = {"code": 1, "words": []}
 SAVED = {"code": RESUMABLE, "words": ["SIGUSR2"]}
+TERMED = {"code": RESUMABLE, "words": ["SIGTERM", "SIGUSR2"]}
 RUNNING = {"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "2999-01-01T00:00:00", "signal_seconds": "20"}
 
 
@@ -38,7 +39,8 @@ def soon(seconds: float) -> str:
         ({0: SAVED, 1: SAVED}, [], {"EndTime": soon(15)}, "time limit", RESUMABLE, True),
         ({0: {"code": RESUMABLE, "words": []}}, [], {}, "time limit", RESUMABLE, True),
         ({0: SAVED}, [], {"PreemptTime": "2026-01-01T00:00:00"}, "preemption", RESUMABLE, True),
-        ({0: SAVED}, [], {"JobState": "PENDING"}, "put back by an administrator", RESUMABLE, True),
+        ({0: SAVED}, [], {"JobState": "PENDING"}, "time limit, or preemption", RESUMABLE, True),
+        ({0: TERMED}, [], {"JobState": "PENDING"}, "put back by an administrator", RESUMABLE, True),
         ({0: SAVED}, [], {"JobState": "CANCELLED"}, "cancelled", 143, False),
         ({0: {"code": -15, "words": ["SIGTERM"]}}, [], {}, "signal SIGTERM", RESUMABLE, True),
         ({0: SAVED, 1: BROKE}, [], {}, "crash", 1, False),
@@ -93,6 +95,22 @@ def test_a_start_that_left_no_word_is_recorded_by_the_next(tmp_path: Path):
     assert end["start"] == "9.0"
     assert "node failure" in end["reason"]
     assert ending.close_earlier(tmp_path, tmp_path / "out", "9.1") is False  # known by now
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["SIGUSR2", "SIGTERM"], "time limit"),
+        (["SIGTERM"], "administrator"),
+        (["superseded by a later start"], "node failure"),
+    ],
+)
+def test_the_next_start_reads_why_the_last_one_stopped(tmp_path: Path, words: list[str], reason: str):
+    files.write_json(tmp_path / "starts" / "local-5.0" / "start.json", {})
+    ending.note_rank(tmp_path / "starts" / "local-5.0", place(0), 75, words)
+    assert ending.close_earlier(tmp_path, tmp_path / "out", "local-5.1")
+    (end,) = files.read_json(tmp_path / ending.ENDS, "")
+    assert reason in end["reason"]
 
 
 def test_places_of_srun_and_of_the_local_controller():
