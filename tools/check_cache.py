@@ -27,6 +27,7 @@ from hpc_neuro.data.feature_cache import MANIFEST
 from tests.tiny_store import write_store
 
 KEYS = ["teacher.model=random", "stride_v=2", "slab=1", "batch=2", "layers=[-1]"]
+_STUCK = 180.0  # [s] a start that made no shard by then has stopped making progress
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,6 +56,9 @@ def kills(folder: Path, count: int = 50, ranks: int = 2, seed: int = 0) -> tuple
         if draw.random() < 0.8:  # in the midst of the work, of which starting takes most of the time otherwise
             held = len(_names(out))
             while process.poll() is None and len(_names(out)) == held:
+                if time.monotonic() - start > _STUCK:
+                    _kill(process, draw)
+                    raise SystemExit(f"no new shard in {_STUCK:.0f} s: the build is stuck")
                 time.sleep(0.01)
             patience = draw.uniform(0, 1.5)
         else:
