@@ -74,7 +74,8 @@ def monai(args: argparse.Namespace) -> dict[str, Any]:
     def theirs() -> NDArray[np.float32]:
         with torch.inference_mode():
             found = inferer(torch.from_numpy(image)[None, None], lambda patch: student(patch).logits.sigmoid())
-        return np.asarray(found, dtype=np.float32)[0, 0]
+        whole: NDArray[np.float32] = np.asarray(found, dtype=np.float32)
+        return whole.reshape(image.shape)
 
     def ours() -> NDArray[np.float32]:
         return sliding_window.predict(student, image, window, args.overlap)

@@ -49,12 +49,14 @@ def main() -> int:
     return 0 if facts["equal"] and facts["verified"] else 1
 
 
-def drill(folder: Path, kills: int, ranks: int, seconds: float = 1e9, seed: int = 0) -> dict[str, object]:
+def drill(
+    folder: Path, kills: int, ranks: int, seconds: float = 1e9, shape: tuple[int, int, int] = _SHAPE
+) -> dict[str, object]:
     """Kill until `kills` have struck, then finish; compare with one undisturbed run."""
-    keys = _inputs(folder)
+    keys = _inputs(folder, shape)
     quiet, killed = folder / "quiet", folder / "killed"
     subprocess.run(command(quiet, keys, 1), check=True, capture_output=True)
-    draw, struck, starts, begun = random.Random(seed), 0, 0, time.monotonic()
+    draw, struck, starts, begun = random.Random(0), 0, 0, time.monotonic()
     when: list[int] = []
     while struck < kills and time.monotonic() - begun < seconds:
         process = subprocess.Popen(
@@ -109,14 +111,14 @@ def command(out: Path, keys: list[str], ranks: int) -> list[str]:
     return [*launcher, sys.executable, "-m", "hpc_neuro", "infer", f"out={out}", *keys]
 
 
-def _inputs(folder: Path) -> list[str]:
+def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
     torch.manual_seed(0)
     cfg = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
     extra = {"window": list(_WINDOW), "threshold": 0.5}
     save_student(folder / "model", cfg, build_student(cfg).state_dict(), extra)
     draw, names = np.random.default_rng(0), ("a", "b")
     for name in names:
-        image = draw.integers(0, 200, _SHAPE, dtype=np.uint8)
+        image = draw.integers(0, 200, shape, dtype=np.uint8)
         tifffile.imwrite(folder / f"{name}.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
     volumes = ", ".join(f"{{image: {folder / name}.tif, voxel_size: [1, 1, 1]}}" for name in names)
     return [f"model={folder / 'model'}", f"inputs=[{volumes}]", "block=[8,64,64]", "chunk=[8,32,32]"]

@@ -89,6 +89,8 @@ class InferConfig:
     """How often a block that fails is tried before it is left out and listed."""
     trees: bool = True
     """Whether to trace."""
+    page: bool = True
+    """Whether to write infer.html: the block map, the volumes with their trees, what to look at first."""
     trace: TraceConfig = TraceConfig()
     """How the probability becomes trees."""
 

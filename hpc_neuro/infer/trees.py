@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from hpc_neuro import files, morphology, runs, schema
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.geometry import Box
+from hpc_neuro.infer import proofread
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.engine import Work
 from hpc_neuro.infer.sources import Source
 from hpc_neuro.morphology import Tree
 from hpc_neuro.schema import InputError
-from hpc_neuro.tracing import trace_read
+from hpc_neuro.tracing import confidence, trace_read
 
 log = logging.getLogger(__name__)
 Entry = dict[str, Any]
@@ -88,15 +89,27 @@ def _trace(cfg: InferConfig, work: Work, entry: Entry) -> list[str]:
         return [f"{source.id}: not traced, {error}"]
     entry["trees"] = len(found)
     if found:
+        tree = together(found)
+        sure = confidence(tree, read, source.shape)
+        floor, threshold = cfg.trace.floor, cfg.trace.threshold
+        doubts, scores = proofread.write(
+            cfg.out, source.id, tree, sure, floor, threshold, source.shape, source.voxel_size
+        )
+        entry["proofread"] = {"places": len(doubts), "sure_share": _mean(scores)}
         about = [f"traced by hpc_neuro {runs.code_version()} from {source.image}"]
         entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
-        _write(cfg.out / "swc", source.id, together(found), source, about)
+        _write(cfg.out / "swc", source.id, tree, source, about)
         entry["sha256"] = {name: files.sha256(cfg.out / entry[name]) for name in ("swc", "swc_voxel")}
         for number, tree in enumerate(found if len(found) > 1 else [], start=1):
             _write(cfg.out / "swc" / source.id, f"{number:04d}", tree, source, about)
     nodes = sum(map(len, found))
     log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(found), nodes, time.monotonic() - begun)
     return []
+
+
+def _mean(scores: list[proofread.Neuron]) -> float:
+    """Share of all cable that is as sure as the threshold."""
+    return round(sum(n.score * n.cable_um for n in scores) / max(sum(n.cable_um for n in scores), 1e-9), 4)
 
 
 def _write(folder: Path, name: str, tree: Tree, source: Source, about: list[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from hpc_neuro import distributed, files, runs
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.geometry import Block
+from hpc_neuro.infer import page
 from hpc_neuro.infer.blocks import MASK
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.engine import Work, predict_blocks
@@ -26,6 +27,7 @@ from hpc_neuro.schema import ConfigError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 INDEX = "predictions.json"
+_MAY_CHANGE = ("page", "tries", "batch")  # which no result depends on
 
 
 def forecast(cfg: InferConfig) -> list[str]:
@@ -52,7 +54,7 @@ def run(cfg: InferConfig) -> int:
     behind |= {f"image {v.id}": v.file for v in volumes if v.file}
     folder, whole = runs.share_folder(cfg.out, cfg.share), cfg.share is not None or (cfg.out / INDEX).exists()
     with contextlib.ExitStack() as stack:
-        start = runs.start("infer", cfg, folder, inputs, main=main, whole=whole, sources=behind)
+        start = runs.start("infer", cfg, folder, inputs, _MAY_CHANGE, main=main, whole=whole, sources=behind)
         this = _together(lambda: stack.enter_context(start), comm)
         if this.complete:
             return 0
@@ -72,6 +74,8 @@ def run(cfg: InferConfig) -> int:
         if main:
             if cfg.share is None:
                 files.write_json(cfg.out / INDEX, index)
+                if cfg.page:
+                    page.write(cfg.out, works)
             for line in failures:
                 log.error("failed: %s", line)
             summary = {"volumes": len(index), "seconds": round(time.monotonic() - begun, 1)}

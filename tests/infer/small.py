@@ -22,7 +22,7 @@ from hpc_neuro.models.student import load_student
 from hpc_neuro.schema import load
 
 WINDOW = (8, 32, 32)
-KEYS = ["block=[8,32,32]", "chunk=[4,16,16]", "trees=false"]
+KEYS = ["block=[8,32,32]", "chunk=[4,16,16]", "trees=false", "page=false"]
 
 
 def configure(model: Path, out: Path, *keys: str) -> infer.InferConfig:

@@ -117,13 +117,18 @@ def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:
     image[8, 24, 4:44] = 250
     tifffile.imwrite(tmp_path / "cell.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
     inputs = f"inputs=[{{image: {tmp_path / 'cell.tif'}, voxel_size: [1, 0.5, 0.5], root: [8, 24, 4]}}]"
-    keys = ["trees=true", "trace.threshold=0.01", "trace.root_snap=100"]
+    keys = ["trees=true", "page=true", "trace.threshold=0.01", "trace.root_snap=100"]
     cfg = configure(model, tmp_path / "o", inputs, *keys)
     assert infer.run(cfg) == 0
     entry = json.loads((cfg.out / "predictions.json").read_text())["cell"]
     assert entry["trees"] == 1
     assert (cfg.out / entry["swc"]).exists()
     assert (cfg.out / entry["swc_voxel"]).exists()
+    page = (cfg.out / "infer.html").read_text()
+    assert page.count("<rect ") == entry["blocks"]["all"]
+    assert "data:image/jpeg" in page
+    assert "1 trees, the least sure first" in page
+    assert (cfg.out / "proofread" / "cell.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Doubtful places: found where they are, the worst first, in files that others open."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+from hpc_neuro.data import swc
+from hpc_neuro.infer import proofread
+from hpc_neuro.morphology import make
+
+SHAPE, SIZE = (40, 60, 120), (2.0, 0.5, 0.5)
+
+
+def _cell() -> tuple[object, np.ndarray]:
+    """A trunk along x with a gap at 40, a faint stretch near its end, and a branch that turns back; then a speck."""
+    trunk = [(20.0, 30.0, float(x)) for x in range(10, 100)]
+    branch = [(20.0, 30.0 + i, 70.0) for i in range(1, 15)] + [(20.0, 44.0, 70.0 + i) for i in range(1, 15)]
+    other = [(5.0, 5.0, float(x)) for x in range(1, 30)]
+    parents = [*range(-1, 89), 60, *range(90, 90 + 27), -1, *range(118, 118 + 28)]
+    points = np.array(trunk + branch + other)
+    sure = np.full(len(points), 0.95)
+    sure[30:36] = 0.1  # x 40 to 45
+    sure[80:83] = 0.4
+    return make(points, np.array(parents)), sure
+
+
+def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:
+    tree, sure = _cell()
+    found = proofread.places(tree, sure, 0.3, 0.5, SHAPE, SIZE)
+    assert [p.rank for p in found] == list(range(1, len(found) + 1))
+    first = found[0]
+    assert (first.kind, first.neuron, first.doubt) == ("gap", 1, 0.9)
+    assert 40 <= first.x <= 45
+    assert abs(first.cable_um - (99 - first.x + 28) * 0.5) < 1.1
+    kinds = {p.kind: p for p in found}
+    assert 89 <= kinds["faint"].x <= 93
+    assert abs(kinds["turn"].y - 44) <= 6
+    assert abs(kinds["turn"].x - 70) <= 6
+    ends = [p for p in found if p.kind == "end"]
+    assert sorted(round(p.x) for p in ends) == [29, 84, 99]
+
+
+def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
+    tree, sure = _cell()
+    a, b = proofread.neurons(tree, sure, 0.3, 0.5, SIZE)
+    assert (a.neuron, b.neuron, b.score, b.gaps) == (1, 2, 1.0, 0)
+    assert (a.gaps, a.gap_um) == (1, 3.0)
+    assert a.cable_um == (89 + 28) * 0.5
+    assert abs(a.score - (1 - 9 / 117)) < 1e-3
+
+
+def test_files_open_and_agree(tmp_path: Path) -> None:
+    tree, sure = _cell()
+    found, _ = proofread.write(tmp_path, "cell", tree, sure, 0.3, 0.5, SHAPE, SIZE)
+    folder = tmp_path / "proofread"
+    rows = list(csv.DictReader((folder / "cell.csv").open()))
+    assert [int(r["rank"]) for r in rows] == [p.rank for p in found]
+    back = swc.read(folder / "cell.swc")
+    assert set(np.flatnonzero(back.types == proofread.DOUBTFUL)) == set(range(90))  # the trunk's two sections
+    node = back.points[int(rows[0]["node"]) - 1]
+    np.testing.assert_allclose(node, np.array([found[0].z, found[0].y, found[0].x]) * SIZE, atol=0.02)
+    state = json.loads((folder / "cell.neuroglancer.json").read_text())
+    assert list(state["dimensions"]) == ["z", "y", "x"]
+    assert state["layers"][2]["annotations"][0]["point"] == [found[0].z, found[0].y, found[0].x]
+    assert len(list(csv.DictReader((folder / "cell.confidence.csv").open()))) == len(sure)
