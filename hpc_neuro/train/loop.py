@@ -115,12 +115,9 @@ def reading(state: Training) -> Generator[Batch, None, None]:
     while True:
         chunks = rank_chunks(first, cfg.optim.steps, cfg.optim.batch, state.parts.micro)
         rest = itertools.islice(chunks, taken, None)
-        handler = signal.getsignal(signal.SIGCHLD)
         try:
             with batches(state.parts.crops, rest, workers, cfg.ahead, pin=gpu) as ready:
-                if threading.current_thread() is threading.main_thread():
-                    # torch's handler would raise wherever the step is; a death is noticed at the next batch as well
-                    signal.signal(signal.SIGCHLD, handler)
+                _deaf_to_readers()
                 for batch in ready:
                     taken += 1
                     yield batch
@@ -130,6 +127,14 @@ def reading(state: Training) -> Generator[Batch, None, None]:
                 raise
             failed = taken
             log.warning("train: a process that reads crops was killed (%s); others take its place", error)
+
+
+def _deaf_to_readers() -> None:
+    """Take torch's handler of SIGCHLD off, which raises wherever the step is; the next batch notices a death as well."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    of_torch = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+    if of_torch and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def one_step(state: Training, ready: Iterator[Batch]) -> None:
