@@ -130,7 +130,7 @@ def reading(state: Training) -> Generator[Batch, None, None]:
 
 
 def _deaf_to_readers() -> None:
-    """Take torch's handler of SIGCHLD off, which raises wherever the step is; the next batch notices a death as well."""
+    """Take off torch's handler of SIGCHLD, which raises wherever the step is; the next batch notices a death, too."""
     handler = signal.getsignal(signal.SIGCHLD)
     of_torch = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
     if of_torch and threading.current_thread() is threading.main_thread():

@@ -111,7 +111,6 @@ def test_a_volume_of_one_block_shows_progress(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(meters, "_SECONDS_PER_LINE", 0.0)
-    monkeypatch.setattr(logging.getLogger("hpc_neuro"), "propagate", True)
     image = np.random.default_rng(0).random((8, 32, 64)).astype(np.float32)
     with caplog.at_level(logging.INFO, logger="hpc_neuro"):
         meter = make_all(work_on(model, Plain(image[:, :, :32]), tmp_path))

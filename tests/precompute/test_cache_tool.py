@@ -25,8 +25,7 @@ def said(caplog: pytest.LogCaptureFixture) -> str:
 
 
 @pytest.fixture(autouse=True)
-def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("hpc_neuro"), "propagate", True)  # the command line turns it off
+def heard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="hpc_neuro")
 
 
