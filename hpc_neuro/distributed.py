@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from hpc_neuro.schema import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 # as torchrun, Open MPI, MPICH and Slurm say it
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
+def _group() -> Any:
+    """torch.distributed when this process has joined a group, else None.
+
+    Who has not imported torch is in no group, and need not import it (2 s) to learn that: `--help`, a login node.
+    """
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() else None
+
+
 def rank() -> int:
-    """This process's index in the torch group, 0 when there is none."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    """This process's index in the torch group; without one, as the launcher says, 0 when alone."""
+    group = _group()
+    return int(group.get_rank()) if group else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes in the torch group, 1 when there is none."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes in the torch group; without one, as the launcher says, 1 when alone."""
+    group = _group()
+    return int(group.get_world_size()) if group else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
@@ -32,6 +44,8 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The accelerator of this process's local rank, else the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         local = next((os.environ[k] for k in _LOCAL_RANK if k in os.environ), "0")
         index = int(local) % torch.cuda.device_count()
@@ -42,14 +56,17 @@ def device() -> torch.device:
 
 def barrier() -> None:
     """Wait for all ranks; nothing to wait for when alone."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+    if (group := _group()) and group.get_world_size() > 1:
+        group.barrier()
 
 
 def reduced(value: float, how: str, on: torch.device) -> float:
     """`value` reduced over all ranks by `sum`, `max`, `min` or `mean`; the same on every rank. float64."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    dist = _group()
+    if dist is None or dist.get_world_size() == 1:
         return value
+    import torch
+
     op = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how]
     tensor = torch.tensor(value, dtype=torch.float64, device=on)
     dist.all_reduce(tensor, op=op)

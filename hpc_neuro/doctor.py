@@ -54,7 +54,7 @@ def packages() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding(name, False, f"`pip install -c constraints.txt {name}`")
     try:
-        importlib.import_module("hpc_neuro.models.teacher")
+        importlib.import_module("hpc_neuro.models.teacher").timm()
         yield Finding("timm beside torch", True, "imports")
     except (ImportError, RuntimeError) as error:
         yield Finding("timm beside torch", False, f"{error}; install a torchvision built for torch {torch.__version__}")

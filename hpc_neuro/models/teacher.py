@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import os
 import pickle
@@ -27,13 +28,18 @@ from hpc_neuro.models import fetched
 from hpc_neuro.schema import InputError, config
 
 _schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object, so it lives as long as we do
+ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
+BUNDLED = "teacher_vit_tiny_patch16"
+_FILES = ("model.safetensors", "pytorch_model.bin")  # how hub repositories name their weights
+_SECONDS = 5.0  # a hub that does not answer a connection in this time counts as unreachable
 
 
-def _import_timm() -> Any:
-    """timm, also where torchvision is a CUDA build whose compiled operators cannot load beside a CPU torch.
+@functools.cache
+def timm() -> Any:
+    """timm, imported at the first call as that takes seconds, also where torchvision's operators cannot load.
 
-    There `import torchvision` dies on the missing schema of `nms`. Declaring the schemas is enough, for no ViT calls
-    them. A working torchvision is left untouched: the schemas are declared only after the import failed so.
+    Beside a CPU torch a CUDA build of torchvision dies on the missing schema of `nms`. Declaring the schemas is enough,
+    for no ViT calls them. A working torchvision is left untouched: they are declared only after the import failed so.
     """
     try:
         import timm
@@ -48,15 +54,6 @@ def _import_timm() -> Any:
             del sys.modules[module]  # half imported
         import timm
     return timm
-
-
-timm = _import_timm()
-from timm.models import eva, vision_transformer  # noqa: E402  (only after the guard)
-
-ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
-BUNDLED = "teacher_vit_tiny_patch16"
-_FILES = ("model.safetensors", "pytorch_model.bin")  # how hub repositories name their weights
-_SECONDS = 5.0  # a hub that does not answer a connection in this time counts as unreachable
 
 
 @config
@@ -172,24 +169,26 @@ def _bundled(cfg: TeacherConfig) -> Teacher:
 
 def _create(name: str, **overrides: int) -> Any:
     """An untrained timm ViT without a head that takes any image size in multiples of its patch."""
-    if "/" in name or ":" in name or not timm.is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3, cutoff=0.1)
-        raise InputError(f"timm {timm.__version__} has no model {name!r}; close to it are {', '.join(near)}")
-    known = (vision_transformer.__name__, eva.__name__)
-    if timm.model_entrypoint(name.partition(".")[0]).__module__ not in known:
+    if "/" in name or ":" in name or not timm().is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, timm().list_models("vit_*"), n=3, cutoff=0.1)
+        raise InputError(f"timm {timm().__version__} has no model {name!r}; close to it are {', '.join(near)}")
+    families = timm().models
+    known = (families.vision_transformer.__name__, families.eva.__name__)
+    if timm().model_entrypoint(name.partition(".")[0]).__module__ not in known:
         raise InputError(
             f"{name} is not a plain ViT; want one of timm's VisionTransformer or Eva classes "
             "(supervised, DINO, DINOv2, DINOv3, MAE), e.g. vit_small_patch16_224.dino"
         )
     try:
-        return timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **overrides)
+        return timm().create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **overrides)
     except (RuntimeError, ValueError) as error:  # an unknown tag after the dot
         raise InputError(f"timm cannot build {name!r}: {error}") from None
 
 
 def _fill(vit: Any, path: Path) -> None:
     """Load a weights file into `vit`, strictly. timm's own filter converts foreign names and resizes positions."""
-    family = eva if isinstance(vit, eva.Eva) else vision_transformer
+    families = timm().models
+    family = families.eva if isinstance(vit, families.eva.Eva) else families.vision_transformer
     state = family.checkpoint_filter_fn(_read(path), vit)
     state = {k: v.float() for k, v in state.items() if not k.startswith("head.") and k != "mask_token"}
     wanted = vit.state_dict()

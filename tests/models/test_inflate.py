@@ -70,7 +70,7 @@ def test_grey_fold_is_exact_for_any_normalisation(mean: list[float], std: list[f
 @pytest.mark.parametrize("size", [(8, 8), (14, 14), (32, 32), (8, 16), (16, 16)])
 def test_kernel_resize_is_timms(size: tuple[int, int]) -> None:
     weight = torch.randn(4, 16, 16)
-    expected = timm.layers.resample_patch_embed(weight[:, None], list(size))[:, 0]
+    expected = timm().layers.resample_patch_embed(weight[:, None], list(size))[:, 0]
     torch.testing.assert_close(inflate.resize_kernel(weight, size), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -32,7 +32,7 @@ SMALL = StudentConfig(depth=2, patch=(4, 8, 8), stem_channels=(4, 6, 8), grid=(2
 def test_sizes_are_timms(size: str) -> None:
     dim, depth, heads = SIZES[size]
     with torch.device("meta"):
-        vit = timm.create_model(f"vit_{size}_patch16_224", num_classes=0)
+        vit = timm().create_model(f"vit_{size}_patch16_224", num_classes=0)
         ours = build_student(StudentConfig(size=size)).vit
     assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (dim, depth, heads)
     theirs = {k: v.shape for k, v in vit.blocks.state_dict().items()}

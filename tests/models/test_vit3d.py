@@ -23,7 +23,7 @@ def _noisy(vit: ViT3D) -> ViT3D:
 @pytest.mark.parametrize("size", [(14, 14), (8, 8), (3, 20)])
 def test_plane_positions_are_resampled_as_timm_does(size: tuple[int, int]) -> None:
     plane = torch.randn(1, 14, 14, 8)
-    expected = timm.layers.resample_abs_pos_embed(plane.flatten(1, 2), list(size), num_prefix_tokens=0)
+    expected = timm().layers.resample_abs_pos_embed(plane.flatten(1, 2), list(size), num_prefix_tokens=0)
     torch.testing.assert_close(resample_plane(plane, size).flatten(1, 2), expected.view(1, size[0] * size[1], 8))
 
 
@@ -36,11 +36,11 @@ def test_positions_are_shared_over_depth_and_depth_shifts_a_whole_slice() -> Non
 
 @pytest.mark.parametrize("grid", [(8, 8), (3, 7)])
 def test_rotary_on_one_slice_is_dinov3s(grid: tuple[int, int]) -> None:
-    rope = timm.create_model("vit_small_patch16_dinov3", num_classes=0, depth=1).rope
+    rope = timm().create_model("vit_small_patch16_dinov3", num_classes=0, depth=1).rope
     sine, cosine = rope.get_embed(list(grid)).chunk(2, dim=-1)
     torch.testing.assert_close(rotary((1, *grid), 64), torch.stack([sine, cosine]))
     x = torch.randn(2, 3, grid[0] * grid[1] + 2, 64)
-    expected = timm.layers.apply_rot_embed_cat(x[:, :, 2:], torch.cat([sine, cosine], -1), half=True)
+    expected = timm().layers.apply_rot_embed_cat(x[:, :, 2:], torch.cat([sine, cosine], -1), half=True)
     torch.testing.assert_close(rotate(x, rotary((1, *grid), 64)), torch.cat([x[:, :, :2], expected], dim=2))
 
 
