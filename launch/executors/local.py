@@ -72,7 +72,7 @@ class Local:
             return JobState("running")
         code = exit_code(base)  # looked for after the shell was seen to be gone, hence final
         if code is None:
-            _end_session(_pid(job))
+            _end_session(job)
         return JobState("ended", KILLED if code is None else code)
 
     def _alive(self, job: str) -> bool:
@@ -106,9 +106,13 @@ def _kill(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _end_session(leader: int) -> None:
-    """Kill what is left of a session whose leader is gone; its number cannot have been given away while any is left."""
-    if _stat(leader):
+def _end_session(job: str) -> None:
+    """Kill what is left of a session whose leader is gone; its number cannot have been given away while any is left.
+
+    A killed leader stays in /proc until its parent takes note: only a living process of that number is a stranger.
+    """
+    leader = _pid(job)
+    if _id(leader):
         return
     for path in Path("/proc").glob("[0-9]*"):
         fields = _stat(int(path.name))

@@ -54,20 +54,36 @@ def test_a_command_that_is_killed_ends_as_a_signal(tmp_path):
     assert wait(executor, job, tmp_path / "a") == JobState("ended", 128 + 9)
 
 
-def test_a_killed_shell_takes_its_command_along(tmp_path):
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_killed_shell_takes_its_command_along(tmp_path, reaped):
+    """Also while the shell is still in /proc, dead, because its parent has not taken note yet."""
     executor = Local()
     job = executor.submit(["sh", "-c", f"echo $$ > {tmp_path}/child; exec sleep 60"], tmp_path, "a")
     while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
         time.sleep(0.02)
-    child = int((tmp_path / "child").read_text())
-    os.kill(int(job.split(":")[1]), signal.SIGKILL)
+    child, shell = int((tmp_path / "child").read_text()), int(job.split(":")[1])
+    os.kill(shell, signal.SIGKILL)
+    if reaped:
+        os.waitpid(shell, 0)
+    else:
+        parent = executor._ours.pop(job)  # held, so that nobody reaps the shell before the poll
     assert wait(executor, job, tmp_path / "a") == JobState("ended", None)
-    for _ in range(100):
-        status = Path(f"/proc/{child}/stat")
-        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+    if not reaped:
+        assert gone(shell, "Z"), "the shell was not what this case is about"
+        parent.wait()
+    for _ in range(500):
+        if gone(child, "Z"):
             return
         time.sleep(0.02)
     raise AssertionError("the command of a killed job still runs")
+
+
+def gone(pid: int, state: str) -> bool:
+    """No such process, or one in this state of /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == state
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_cancelling_asks_first_and_kills_after_the_grace(tmp_path):
