@@ -103,8 +103,10 @@ class Student(nn.Module):
         strides = level_strides(cfg.patch)
         channels = cfg.stem_channels[: len(strides)]
         self.cfg, self.patch = cfg, cfg.patch
+        # The tokenizer comes last, for tokenizers draw different numbers of random values: with one seed, students
+        # that differ in it alone start alike in everything else.
         self.stem = Stem(strides, channels)
-        self.tokenizer = _tokenizer(cfg, dim)
+        self.decoder = cfg.decoder.build(dim, depth, cfg.patch, strides, channels)
         self.vit = ViT3D(
             dim,
             depth,
@@ -118,7 +120,7 @@ class Student(nn.Module):
             norm_eps=cfg.norm_eps,
             checkpointing=cfg.checkpointing,
         )
-        self.decoder = cfg.decoder.build(dim, depth, cfg.patch, strides, channels)
+        self.tokenizer = _tokenizer(cfg, dim)
 
     def forward(self, image: Tensor, layers: Sequence[int] = ()) -> Prediction:
         """image [B, 1, Z, Y, X] in [0, 1], Z Y X multiples of the patch -> logits [B, 1, Z, Y, X], features as asked.

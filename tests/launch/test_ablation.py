@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from hpc_neuro import schema, search
+from hpc_neuro.losses import weighted_sum
 from hpc_neuro.models.teacher import TeacherConfig, load_teacher
 from hpc_neuro.schema import ConfigError
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import SearchConfig
-from hpc_neuro.search.space import grid
-from hpc_neuro.train import TrainConfig
+from hpc_neuro.search.space import grid, keys
+from hpc_neuro.train import TrainConfig, assemble
+from hpc_neuro.types import Prediction
 from launch import trial as runner
 from launch.driver import Driver
 from launch.executors import JobState
@@ -140,6 +145,55 @@ def test_the_shipped_ablation_is_five_rules_by_four_modes_by_three_seeds(monkeyp
     points = grid(cfg.space)
     assert len(points) == 60
     assert [p["seed"] for p in points] == sorted(p["seed"] for p in points)
+
+
+@pytest.mark.slow
+def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
+    """With one seed and one batch: alike at the start, to the bit, wherever the settings agree; all apart after it."""
+    store = write_store(tmp_path / "store", {"a": "train"})
+    monkeypatch.setattr(assemble, "load_teacher", functools.cache(load_teacher))
+    cache = write_cache(tmp_path / "cache", store, assemble.load_teacher(TeacherConfig(model="random")).identity)
+    cfg = schema.load(SearchConfig, REPO / "configs" / "search" / "ablation.yaml")
+    given = [f"store={store}", f"cache={cache}", f"out={tmp_path / 'run'}", "teacher.model=random", *SMALL]
+
+    def made(point):
+        return schema.load(TrainConfig, None, [*given, "distill_fraction=1.0", *keys(cfg.space, point)])
+
+    points = [p for p in grid(cfg.space) if p["seed"] == 0]
+    crops = assemble.assemble(made(next(p for p in points if p["distillation"] == "point"))).crops
+    batch = crops.collate([crops[0], crops[1]])
+    first, heads, rest, later = {}, {}, {}, {}
+    for point in points:
+        setting = point["transfer"], point["distillation"]
+        module = assemble.assemble(made(point)).module.train()
+        rest[setting] = [p.detach().clone() for n, p in module.student.named_parameters() if n.startswith("stem.")]
+        rest[setting] += [p.detach().clone() for n, p in module.student.named_parameters() if n.startswith("decoder.")]
+        optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        for step in range(2):
+            logits, distillation, _ = module(dict(vars(batch)))
+            if step == 0:
+                first[setting] = logits.detach()
+                heads[setting] = None if distillation is None else float(distillation.detach())
+            loss = weighted_sum(made(point).losses, Prediction(logits, {}), batch)[0]
+            optimiser.zero_grad()
+            (loss if distillation is None else loss + distillation).backward()
+            optimiser.step()
+        with torch.no_grad():
+            later[setting] = module.student(batch.image).logits
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    rules, modes = (list(cfg.space[name].bundle) for name in ("transfer", "distillation"))
+    assert all(same(parts, rest["scratch", "none"]) for parts in rest.values())
+    for rule in rules:
+        assert all(torch.equal(first[rule, mode], first[rule, "none"]) for mode in modes)
+        assert heads[rule, "none"] is None
+        assert heads[rule, "straight"] == heads[rule, "deformable"] != heads[rule, "point"]
+    for one, other in itertools.combinations(rules, 2):
+        straight_yet = {one, other} == {"tubular", "deformable_tubular"}  # tubes bend only once they have learnt to
+        assert torch.equal(first[one, "none"], first[other, "none"]) == straight_yet
+    assert not [pair for pair in itertools.combinations(later, 2) if torch.equal(later[pair[0]], later[pair[1]])]
 
 
 def test_the_shipped_search_is_usable(monkeypatch):
