@@ -94,6 +94,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     depth = len(student.vit.blocks)
     distiller = None
     if cfg.distill is not None and cache is not None:
+        torch.manual_seed(cfg.seed + 1)  # heads start alike whatever student was drawn before them
         distiller = cfg.distill.build(
             student_dim=student.vit.norm.weight.numel(),
             student_depth=depth,
