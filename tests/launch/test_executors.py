@@ -38,12 +38,14 @@ def test_the_exit_code_arrives_also_at_a_later_driver(tmp_path, code):
 def test_a_job_outlives_its_submitter_and_is_found(tmp_path):
     script = (
         "import sys; from pathlib import Path; from launch.executors.local import Local\n"
-        "print(Local().submit(['sleep', '1'], Path(sys.argv[1]), 'attempt_1'))"
+        "work = ['sh', '-c', 'until [ -e enough ]; do sleep 0.05; done']\n"
+        "print(Local().submit(work, Path(sys.argv[1]), 'attempt_1'))"
     )
     said = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     executor, job = Local(), said.stdout.strip()
     assert executor.find(tmp_path, "attempt_1") == job
     assert executor.poll({job: tmp_path / "attempt_1"})[job].kind == "running"
+    (tmp_path / "enough").touch()
     assert wait(executor, job, tmp_path / "attempt_1") == JobState("ended", 0)
     assert executor.find(tmp_path, "attempt_2") is None
 
