@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from hpc_neuro.models import inflate, teacher
 from hpc_neuro.models.inflate import RULES, TransferConfig, transfer
-from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, build_student
+from hpc_neuro.models.student import BlockTokens, Student, StudentConfig, TubularTokens, build_student
 from hpc_neuro.models.teacher import Teacher, timm
 from hpc_neuro.models.translate import fit_config
 from hpc_neuro.schema import InputError
@@ -23,7 +24,7 @@ FAMILIES = {
     "vit_small_patch8_224.dino": "DINO",
     "vit_base_patch16_224.mae": "MAE",
     "vit_small_patch14_dinov2": "DINOv2",
-    "vit_small_patch14_reg4_dinov2": "DINOv2 with registers",
+    "vit_large_patch14_reg4_dinov2": "DINOv2 with registers",
     "vit_small_patch16_dinov3": "DINOv3",
     "vit_tiny_patch16_dinov3_qkvb": "DINOv3 with biases",
 }
@@ -40,9 +41,12 @@ def make(arch: str = "vit_tiny_patch16_224", **overrides: object) -> Teacher:
     return Teacher(vit, {"name": arch, "sha256": "0"}, card["mean"], card["std"])
 
 
+family = functools.cache(make)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> Teacher:
-    return make()
+    return family("vit_tiny_patch16_224")
 
 
 def student_for(guide: Teacher, **changes: object) -> Student:
@@ -187,9 +191,53 @@ def test_a_block_beside_the_tubes_adds_its_own_embedding(tiny: Teacher) -> None:
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
+def test_every_rule_is_exact_for_every_family(arch: str) -> None:
+    """Width, patch size and normalisation differ; a block, its centre slice or a line holds the teacher's patch."""
+    guide = family(arch)
+    p = guide.patch
+    grey = torch.rand(p, p)
+    want = embedding(guide, grey[None])[0]
+    any_block = torch.rand(4, p, p)
+    any_block[2] = grey
+    line = torch.full((4, p, p * (p + 2)), 0.5)  # p + 2 blocks along x; the line fills the middle p of them
+    centre = p * ((p + 2) // 2) + p // 2
+    line[2, p // 2, centre - p * p // 2 : centre - p * p // 2 + p * p] = grey.flatten()
+    block, straight, bending = (
+        student_for(guide, depth=1, tokenizer=tokens)
+        for tokens in (BlockTokens(), *(TubularTokens(taps=p * p, deformable=d, keep_block=False) for d in (0, 1)))
+    )
+    for rule, student, volume in (
+        ("average", block, grey.expand(4, p, p)),
+        ("center", block, any_block),
+        ("tubular", straight, line),
+        ("deformable_tubular", bending, line),
+    ):
+        transfer(guide, student, TransferConfig(rule=rule, flatten="raster", blocks=False))
+        if volume is line:
+            with torch.no_grad():
+                student.tokenizer.line_weight[:2] = 0  # the other two lines cross this one
+        found = student.tokenizer(volume[None, None])[0, :, 0, 0]
+        torch.testing.assert_close(found[:, found.shape[1] // 2], want, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("patch", [(4, 16, 16), (2, 8, 12)])
+def test_a_teacher_of_another_patch_size_is_resized_as_timm_does(patch: tuple[int, int, int]) -> None:
+    guide = family("vit_small_patch14_dinov2")
+    proj = guide.backbone.patch_embed.proj
+    kernel, bias = inflate.grey_kernel(proj.weight, proj.bias, guide.mean, guide.std)
+    small = timm().layers.resample_patch_embed(kernel[:, None], list(patch[1:]))
+    image = torch.rand(2, 1, *patch[1:])
+    student = build_student(fit_config(StudentConfig(patch=patch, depth=1), guide))
+    report = transfer(guide, student, TransferConfig(rule="average", blocks=False))
+    assert "proj.weight" in str(report)
+    found = student.tokenizer(image[:, :, None].expand(-1, -1, patch[0], -1, -1))[:, :, 0, 0, 0]
+    torch.testing.assert_close(found, F.conv2d(image, small, bias)[:, :, 0, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_a_volume_one_token_deep_gives_the_teachers_own_features(arch: str) -> None:
     """Grey fold, positions, prefix tokens, every block and norm at once: exact for each family."""
-    guide = make(arch)
+    guide = family(arch)
     student = student_for(guide)
     report = transfer(guide, student, TransferConfig(rule="center"))
     p = guide.patch
