@@ -82,6 +82,8 @@ def _known(path: Path, found: str, has: str, shape: Sequence[int]) -> str:
     letters = _only_once(letters, shape)
     if letters.count("Q") or any(a not in _NAMES for a in letters):
         choice = "CZYX, ZCYX or TZYX" if len(shape) == 4 else "ZYX, YXC or CYX" if len(shape) == 3 else "TCZYX"
+        if letters.count("Q") == 1 and "Z" not in letters:
+            choice = "".join(letters).replace("Q", "Z")
         raise InputError(f"{path} holds {has} and does not name its axes; say which they are, such as axes={choice}")
     text = "".join(letters)
     if "S" in letters and "Z" not in letters and 1 < shape[text.index("S")] <= _FEW:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,14 @@ import numpy as np
 import tensorstore as ts
 
 from hpc_neuro.data.volume import axes as axis
+from hpc_neuro.data.volume import chunks
 from hpc_neuro.data.volume.index import Array, Index
 from hpc_neuro.data.volume.source import Source, check_dtype, check_shape
 from hpc_neuro.data.volume.units import um_per
 from hpc_neuro.schema import InputError
 
-_ZARR = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 _CACHE_BYTES = 128 << 20  # chunks kept decoded: neighbouring boxes meet the same ones
+_MOST_CHUNK = 1 << 31  # bytes of one decoded chunk; no codec in use packs larger ones, so a larger one is a lie
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class _Level:
 
 def claims_zarr(path: Path) -> bool:
     """Whether the folder is a zarr group or array."""
-    return any((path / name).is_file() for name in _ZARR)
+    return any((path / name).is_file() for name in chunks.ZARR)
 
 
 def claims_n5(path: Path) -> bool:
-    """Whether the folder is an N5 group or array."""
-    return (path / "attributes.json").is_file()
+    """Whether the folder is an N5 group or array; the root of a group need not have attributes."""
+    return (path / "attributes.json").is_file() or any(path.glob("*/attributes.json"))
 
 
 def claims_precomputed(path: Path) -> bool:
@@ -60,13 +60,20 @@ def open_zarr(path: Path, dataset: str | None) -> Source:
     store = _open(level.path, "zarr3" if v3 else "zarr")
     names = meta.get("dimension_names") if v3 else _attributes(level.path).get("_ARRAY_DIMENSIONS")
     axes = level.axes or _named(names, store.shape)
-    return _source("OME-Zarr" if level.axes else "zarr", level, axes, store, ())
+    if v3:
+        encoding = meta.get("chunk_key_encoding", {})
+        plain = encoding.get("name") == "v2"
+        between = encoding.get("configuration", {}).get("separator", "." if plain else "/")
+    else:
+        plain, between = True, meta.get("dimension_separator", ".")
+    key = between.join([*([] if plain else "c"), *"0" * len(store.shape)])
+    return _source("OME-Zarr" if level.axes else "zarr", level, axes, store, key)
 
 
 def open_n5(path: Path, dataset: str | None) -> Source:
     """An N5 array (dimensions x y z ...), or its full resolution `s0`, or what `dataset` names."""
     folder = path / dataset if dataset else path
-    if dataset is None and "dimensions" not in _json(path / "attributes.json"):
+    if dataset is None and "dimensions" not in _optional(path / "attributes.json"):
         found = sorted(p.parent.relative_to(path) for p in path.rglob("attributes.json") if "dimensions" in _json(p))
         folder = path / "s0" if Path("s0") in found else path / found[0] if len(found) == 1 else path
         if folder == path:
@@ -76,11 +83,11 @@ def open_n5(path: Path, dataset: str | None) -> Source:
     meta = _json(folder / "attributes.json")
     store = _open(folder, "n5")
     count = len(store.shape)
-    above = _json(folder.parent / "attributes.json") if (folder.parent / "attributes.json").is_file() else {}
+    above = _optional(folder.parent / "attributes.json")
     axes = _named(meta.get("axes", above.get("axes")), store.shape) if "axes" in {**meta, **above} else ""
     axes = axes or {2: "XY", 3: "XYZ"}.get(count, "Q" * count)  # N5 counts dimensions fastest first
     step, notes = _n5_steps(meta, above, count)
-    return _source("N5", _Level(folder, axes, step, None, notes), axes, store, ())
+    return _source("N5", _Level(folder, axes, step, None, notes), axes, store, "/".join("0" * count))
 
 
 def open_precomputed(path: Path, dataset: str | None) -> Source:
@@ -102,28 +109,28 @@ def open_precomputed(path: Path, dataset: str | None) -> Source:
     origin = store.domain.origin
     begin = (*(o * s for o, s in zip(origin[:3], step[:3], strict=True)), 0.0)
     notes = (f"scale {keys[number]}, {encoding}, voxel offset {tuple(int(o) for o in origin[:3])} (x y z)",)
-    return _source("Neuroglancer precomputed", _Level(path, "XYZC", step, begin, notes), "XYZC", store, origin)
+    level = _Level(path / keys[number], "XYZC", step, begin, notes)
+    key = "0.shard" if "sharding" in scale else "0-64_0-64_0-64"
+    return _source("Neuroglancer precomputed", level, "XYZC", store, key)
 
 
-def _require_chunks(folder: Path) -> None:
-    """An array without a single chunk reads as zeros; it is a copy that lost its data."""
-    metadata = {*_ZARR, "attributes.json", "info", ".zmetadata"}
-    if not any(name not in metadata for _, _, names in os.walk(folder) for name in names):
-        raise InputError(f"{folder} describes an array but holds none of its chunks; copy it again")
-
-
-def _source(kind: str, level: _Level, axes: str, store: Any, origin: Sequence[int]) -> Source:
-    _require_chunks(level.path)
+def _source(kind: str, level: _Level, axes: str, store: Any, key: str) -> Source:
+    chunks.require(level.path, key)
     shape = check_shape(level.path, store.shape)
     dtype = check_dtype(level.path, np.dtype(store.dtype.numpy_dtype))
-    shift = tuple(int(o) for o in origin) or (0,) * len(shape)
+    if (size := math.prod(store.chunk_layout.read_chunk.shape) * dtype.itemsize) > _MOST_CHUNK:
+        raise InputError(f"{level.path} declares chunks of {size} bytes; its description is damaged, copy it again")
+    shift = tuple(int(o) for o in store.domain.origin)
     world = None
     if level.step is not None and level.begin is not None and all(a in axes for a in "ZYX"):
         world = np.zeros((3, len(axes) + 1))
         for row, a in enumerate("ZYX"):
             i = axes.index(a)
             world[row, i], world[row, -1] = level.step[i], level.begin[i]
-    return Source(kind, shape, axes, dtype, functools.partial(_part, store, shift), level.step, world, level.notes)
+    count = math.prod(-(-n // c) for n, c in zip(shape, store.chunk_layout.write_chunk.shape, strict=True))
+    absent = None if "shard" in key else functools.partial(chunks.absent, level.path, key, count)
+    read = functools.partial(_part, store, shift)
+    return Source(kind, shape, axes, dtype, read, level.step, world, level.notes, absent)
 
 
 def _part(store: Any, shift: tuple[int, ...], index: Index) -> Array:
@@ -136,7 +143,14 @@ def _part(store: Any, shift: tuple[int, ...], index: Index) -> Array:
 def _open(path: Path, driver: str, **more: Any) -> Any:
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path.resolve()}/"}, **more}
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-    return ts.open(spec, open=True, read=True, context=context).result()
+    try:
+        return ts.open(spec, open=True, read=True, context=context).result()
+    except ValueError as error:  # the reason, without the specification that tensorstore repeats after it
+        reason = str(error).partition(" [tensorstore_spec")[0].rpartition(f"{path.resolve()}/")[2].replace('"', "")
+        raise InputError(
+            f"{path} cannot be opened by tensorstore: {reason}. If it names a codec or filter, write the array again "
+            "with blosc, zstd or gzip; otherwise its description is damaged, copy it again"
+        ) from None
 
 
 def _zarr_level(path: Path, dataset: str | None) -> _Level:
@@ -172,14 +186,20 @@ def _zarr_level(path: Path, dataset: str | None) -> _Level:
 
 
 def _plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) -> _Level:
-    """A zarr without image metadata: the array itself, the named one, or the only one in the group."""
+    """A zarr without image metadata: the array itself, the named one, or the only one in the group. An array that the
+    image metadata of the group above it lists is that image's level."""
     if dataset is not None:
         if not claims_zarr(path / dataset):
             raise InputError(f"{path} has no zarr array or group {dataset!r}")
         return _zarr_level(path / dataset, None)
     if _is_array(path):
-        return _Level(path)
+        group = path.resolve().parent
+        above = _attributes(group)
+        images = above.get("ome", above).get("multiscales") or [{"datasets": []}]
+        listed = [str(d["path"]) for d in images[0]["datasets"]]
+        return _zarr_level(group, path.name) if path.name in listed else _Level(path)
     inside = sorted({p.parent for name in ("zarr.json", ".zarray", ".zgroup") for p in path.glob(f"*/{name}")})
+    inside = [p for p in inside if p.name != "OME"]  # bioformats2raw keeps its XML there
     if len(inside) == 1:
         return _zarr_level(inside[0], None)
     what = "a plate or bioformats2raw collection" if {"plate", "bioformats2raw.layout"} & set(ome) else "a zarr group"
@@ -199,7 +219,7 @@ def _attributes(path: Path) -> dict[str, Any]:
     if (path / "zarr.json").is_file():
         found = _json(path / "zarr.json").get("attributes", {})
         return found if isinstance(found, dict) else {}
-    return _json(path / ".zattrs") if (path / ".zattrs").is_file() else {}
+    return _optional(path / ".zattrs")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -210,6 +230,10 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__} where JSON keys are wanted; the folder is damaged")
     return value
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return _json(path) if path.is_file() else {}
 
 
 def _named(names: Any, shape: Sequence[int]) -> str:

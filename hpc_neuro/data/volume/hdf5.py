@@ -36,12 +36,31 @@ def open_source(path: Path, dataset: str | None) -> Source:
         return _imaris(path, file)
     found = _dataset(path, file, dataset)
     shape = check_shape(path, found.shape)
-    if not found.id.get_storage_size():
+    if found.is_virtual:
+        _check_sources(path, found)
+    elif not found.id.get_storage_size():
         raise InputError(f"{path} describes {found.name} {shape} but holds none of its voxels; copy or export it again")
     axes, spacing, notes = _labels(found, shape)
     notes += (f"dataset {found.name}",)
     dtype = check_dtype(path, found.dtype)
     return Source("HDF5", shape, axes, dtype, functools.partial(_part, path, found), spacing, notes=notes)
+
+
+def _check_sources(path: Path, found: Any) -> None:
+    """What a virtual dataset is made of must be there: HDF5 reads a lost source as the fill value, without a word."""
+    for source in sorted({(s.file_name, s.dset_name) for s in found.virtual_sources()}):
+        name, inside = source
+        file = found.file.filename if name == "." else path.parent / name  # an absolute name stays as it is
+        try:
+            with h5py.File(file, "r", locking=False) as opened:
+                there = inside in opened
+        except OSError:
+            there = False
+        if not there:
+            raise InputError(
+                f"{path} gathers {found.name} from other files, of which {name} with {inside} cannot be opened; "
+                "put it there, or copy the volume into one file"
+            )
 
 
 def _part(path: Path, dataset: Any, index: Index) -> Array:

@@ -47,6 +47,8 @@ def open_source(path: Path, dataset: str | None) -> Source:
             stream.read(1)  # a damaged archive speaks here
     image: Any = nibabel.load(path.with_suffix(".hdr") if path.suffix.lower() == ".img" else path)
     header = image.header
+    if not isinstance(header, nibabel.Nifti1Header):  # NIfTI-2's is one too
+        raise InputError(f"{path} is ANALYZE 7.5, which names neither unit nor orientation surely; save it as NIfTI")
     shape = check_shape(path, image.shape)
     dtype = check_dtype(path, np.dtype(header.get_data_dtype()))
     data = Path(image.file_map["image"].filename or path)
@@ -73,8 +75,13 @@ def open_source(path: Path, dataset: str | None) -> Source:
         shown = " x ".join(f"{z:.6g}" for z in zooms[:3][::-1])
         notes: tuple[str, ...] = (f"steps {shown} (z y x) without a unit; give the voxel size in um",)
         return Source("NIfTI", stored, axes, given, read, notes=notes)
-    spacing = tuple((z * per if i < 3 else math.nan) for i, z in enumerate(zooms))[::-1]
     affine = np.asarray(image.affine, dtype=np.float64) * per  # [world x y z 1, i j k 1]
+    steps = np.linalg.norm(affine[:3, :3], axis=0)[: len(zooms)]
+    if not np.allclose(steps, np.abs(zooms[:3]) * per, rtol=0.01):
+        shown = " and ".join(" x ".join(f"{v:.6g}" for v in both[::-1]) for both in (np.abs(zooms[:3]) * per, steps))
+        note = f"pixdim and the affine matrix disagree about the voxel size ({shown} um z y x); give the right one"
+        return Source("NIfTI", stored, axes, given, read, notes=(note,))
+    spacing = tuple((z * per if i < 3 else math.nan) for i, z in enumerate(zooms))[::-1]
     world = np.zeros((3, len(shape) + 1))
     world[:, -1] = affine[2::-1, 3]
     for i in range(min(3, len(shape))):

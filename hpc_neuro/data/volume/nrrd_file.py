@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.data.volume.source import Source, check_shape, mapped
 from hpc_neuro.data.volume.units import um_per
-from hpc_neuro.data.volume.unpack import Unpacked, bzip2_stream, gzip_stream
+from hpc_neuro.data.volume.unpack import Unpacked, bzip2_stream, gzip_stream, raw_chunks
 from hpc_neuro.schema import InputError
 
 SUFFIXES = (".nrrd", ".nhdr")
@@ -54,8 +54,11 @@ def open_source(path: Path, dataset: str | None) -> Source:
         )
     if "sizes" not in header:
         raise InputError(f"{path} has a NRRD header without `sizes`; it is damaged")
-    order = ">" if str(header.get("endian", "little")) == "big" else "<"
-    dtype = np.dtype(order + _CODE[kind])
+    dtype = np.dtype(_CODE[kind])
+    if dtype.itemsize > 1 and not encoding.startswith(("ascii", "text", "txt")):
+        if (order := str(header.get("endian")).lower()) not in ("little", "big"):
+            raise InputError(f"{path} does not say its byte order; add `endian: little` (or big) to its NRRD header")
+        dtype = dtype.newbyteorder(">" if order == "big" else "<")
     shape = check_shape(path, [int(n) for n in header["sizes"]][::-1])
     named = _field(header, "data file", "datafile")
     lines, skip = int(_field(header, "line skip", "lineskip") or 0), int(_field(header, "byte skip", "byteskip") or 0)
@@ -68,7 +71,9 @@ def open_source(path: Path, dataset: str | None) -> Source:
             raise InputError(f"{file} is shorter than the array of shape {shape} that {path} declares; copy it again")
         read: Any = mapped(file, dtype, shape, at)
     else:
-        read = Unpacked(path, dtype, shape, functools.partial(_stream, sources, encoding, skip, dtype, path))
+        each = math.prod(shape) * dtype.itemsize // len(sources)
+        parts = functools.partial(_stream, sources, encoding, skip, dtype, each, path)
+        read = Unpacked(path, dtype, shape, parts)
     axes = _axes(header, len(shape))
     spacing, world, notes = _place(header, len(shape))
     return Source("NRRD", shape, axes, dtype, read, spacing, world, notes)
@@ -129,23 +134,41 @@ def _after_lines(path: Path, begin: int, lines: int) -> int:
 
 
 def _stream(
-    sources: list[tuple[Path, int]], encoding: str, skip: int, dtype: np.dtype[Any], header: Path
+    sources: list[tuple[Path, int]], encoding: str, skip: int, dtype: np.dtype[Any], each: int, header: Path
 ) -> Iterator[bytes]:
-    if skip < 0:
-        raise InputError(
-            f"{header} asks for byte skip {skip}, which only one raw data file can have; save it in one file"
-        )
+    """The bytes of all data files in order, of which every one must hold `each`: what one lacks, another may not give.
+
+    With byte skip -1 the data is what stands last in a raw file.
+    """
+    if skip < -1 or (skip == -1 and encoding != "raw"):
+        raise InputError(f"{header} asks for byte skip {skip}, which only raw data can have (-1); save it anew")
     for file, begin in sources:
-        if encoding == "raw":
-            yield file.read_bytes()[begin + skip :]
-        elif encoding in ("gzip", "gz"):
-            yield from gzip_stream(file, begin, skip)
-        elif encoding in ("bzip2", "bz2"):
-            yield from bzip2_stream(file, begin, skip)
-        elif encoding in ("ascii", "txt", "text"):
-            yield np.array(file.read_bytes()[begin + skip :].split(), dtype=np.float64).astype(dtype).tobytes()
-        else:
-            raise InputError(f"{header} has the encoding {encoding!r}; wanted raw, gzip, bzip2 or ascii: convert it")
+        count = 0
+        for part in _decoded(file, begin, encoding, skip, dtype, each, header):
+            count += len(part)
+            yield part
+        if count != each and len(sources) > 1:
+            raise InputError(
+                f"{file} holds {count} bytes of voxels, where {header} wants {each} from each of its {len(sources)} "
+                "data files; copy it again"
+            )
+
+
+def _decoded(
+    file: Path, begin: int, encoding: str, skip: int, dtype: np.dtype[Any], each: int, header: Path
+) -> Iterator[bytes]:
+    if encoding == "raw":
+        size = file.stat().st_size
+        at = max(0, size - each) if skip == -1 else begin + skip
+        yield from raw_chunks(file, at, size - at)
+    elif encoding in ("gzip", "gz"):
+        yield from gzip_stream(file, begin, skip)
+    elif encoding in ("bzip2", "bz2"):
+        yield from bzip2_stream(file, begin, skip)
+    elif encoding in ("ascii", "txt", "text"):
+        yield np.array(file.read_bytes()[begin + skip :].split(), dtype=np.float64).astype(dtype).tobytes()
+    else:
+        raise InputError(f"{header} has the encoding {encoding!r}; wanted raw, gzip, bzip2 or ascii: convert it")
 
 
 def _axes(header: Mapping[str, Any], count: int) -> str:

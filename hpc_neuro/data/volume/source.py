@@ -37,6 +37,8 @@ class Source:
     """[3, len(axes) + 1] micrometres z y x of an index, last column the place of index zero; None: spacing alone."""
     notes: tuple[str, ...] = ()
     """Remarks for people: what was assumed, what the file leaves open."""
+    absent: Callable[[], str | None] | None = None
+    """Where the format reads what is not stored as a fill value: a sentence on how much that is, for people."""
 
 
 class Volume:
@@ -52,11 +54,11 @@ class Volume:
         self.shape: Shape = (source.shape[z], source.shape[y], source.shape[x])
         """Voxels along z, y, x."""
         self.channel = layout.channel
-        self.notes = (*source.notes, *layout.notes)
         self.voxel_size: VoxelSize | None = _voxel_size(source, layout.order)
         """Micrometres along z, y, x; None where the file does not say."""
         self.affine: NDArray[np.float64] | None = _affine(source, layout.order, self.voxel_size)
         """[4, 4] voxel (z, y, x, 1) -> micrometres (z, y, x, 1); None where the voxel size is unknown."""
+        self.notes = (*source.notes, *layout.notes, *_turned(self.axes, self.affine))
         self._source, self._layout, self._reopen = source, layout, reopen
 
     def __getitem__(self, box: Box) -> Array:
@@ -91,7 +93,8 @@ class Volume:
         if self.affine is not None and not np.array_equal(self.affine, np.diag([*(self.voxel_size or ()), 1.0])):
             rows = "; ".join(" ".join(f"{v:.6g}" for v in row) for row in self.affine[:3])
             lines.append(f"affine to um (z y x 1): {rows}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        absent = self._source.absent() if self._source.absent else None
+        return "\n".join([*lines, *(f"note: {note}" for note in (*self.notes, *([absent] if absent else [])))])
 
 
 @contextlib.contextmanager
@@ -162,3 +165,14 @@ def _affine(source: Source, order: tuple[int, int, int], voxel_size: VoxelSize |
     if source.world is not None:
         affine[:3] = source.world[:, [*order, -1]]
     return affine
+
+
+def _turned(axes: str, affine: NDArray[np.float64] | None) -> tuple[str, ...]:
+    """A remark where the file places an axis along another one of its world: it is read as stored."""
+    if affine is None:
+        return ()
+    along = "".join("ZYX"[int(i)] for i in np.abs(affine[:3, :3]).argmax(axis=0))
+    if along == "ZYX" or len(set(along)) < 3:
+        return ()
+    turned = axes.translate(str.maketrans("ZYX", along))
+    return (f"by its affine matrix, z y x as read run along {' '.join(along.lower())}; axes={turned} turns them so",)

@@ -36,8 +36,7 @@ def open_source(path: Path, dataset: str | None, cache_bytes: int = CACHE_BYTES)
     reader could mean as intensity (a colour palette).
     """
     _check_chain(path)
-    tif = tifffile.TiffFile(path)
-    series = _series(path, tif, dataset)
+    tif, series = _series(path, dataset)
     shape = check_shape(path, series.shape)
     dtype = check_dtype(path, np.dtype(series.dtype))
     axes, notes = _axes(series.axes, series.kind, shape)
@@ -188,28 +187,35 @@ class _Pages:
         return segment
 
 
-def _series(path: Path, tif: tifffile.TiffFile, dataset: str | None) -> Any:
-    """The asked series, or the only one that is a stack."""
+def _series(path: Path, dataset: str | None) -> tuple[tifffile.TiffFile, Any]:
+    """The open file and the asked series in it, or the only one that is a stack."""
+    tif = tifffile.TiffFile(path)
     found = list(tif.series)
     if not found:
         raise InputError(f"{path} is a TIFF without images; export it again")
     if dataset is not None:
         if not dataset.isdigit() or int(dataset) >= len(found):
             raise InputError(f"{path} has {len(found)} TIFF series; dataset={dataset} must be 0 to {len(found) - 1}")
-        return found[int(dataset)]
+        return tif, found[int(dataset)]
     stacks = [s for s in found if len(s.shape) > 2]
     if len(found) == 1 or len(stacks) == 1:
-        return (stacks or found)[0]
+        return tif, (stacks or found)[0]
+    if not stacks and tif.is_shaped:  # tifffile wrote a stack slice by slice, each as an array of its own
+        loose = tifffile.TiffFile(path, is_shaped=False)
+        if len(loose.series) == 1:
+            tif.close()
+            return loose, loose.series[0]
+        loose.close()
     kinds = collections.Counter(f"{s.shape} {s.dtype}" for s in found)
     shown = ", ".join(f"{count} of shape {kind}" for kind, count in kinds.most_common(4))
     raise InputError(f"{path} holds {len(found)} images ({shown}); choose one with dataset=0 to {len(found) - 1}")
 
 
 def _axes(found: str, kind: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
-    """tifffile's axes in our letters. Pages without any name are slices: grey stacks are kept as separate pages."""
+    """tifffile's axes in our letters. Pages without any name are slices: stacks are kept as separate pages."""
     known = "".join(a if a in "ZYXCTS" else "Q" for a in found)
-    if known.startswith("Q") and known.count("Q") == 1 and known[1:] == "YX":
-        return "ZYX", (f"{shape[0]} pages without axis names, taken as slices",)
+    if known in ("QYX", "QYXS", "QSYX"):
+        return "Z" + known[1:], (f"{shape[0]} pages without axis names, taken as slices",)
     return known, ()
 
 

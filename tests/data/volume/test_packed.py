@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hpc_neuro.data.volume import open_volume
+from hpc_neuro.geometry import Box
 from hpc_neuro.schema import InputError
 from tests.data.volume.checks import SHAPE, UM, assert_reads, image
 
@@ -147,8 +148,30 @@ def test_nrrd_in_several_data_files(tmp_path: Path) -> None:
     listed = "byte skip: 2\ndata file: LIST\n" + "".join(f"s{i:02d}.raw\n" for i in range(5))
     (tmp_path / "list.nhdr").write_text(text + listed)
     assert_reads(tmp_path / "list.nhdr", data)
-    (tmp_path / "series.nhdr").write_text(text + "byte skip: 2\ndata file: s%02d.raw 0 4 1\n")
-    assert_reads(tmp_path / "series.nhdr", data)
+    for skip in (2, -1):
+        (tmp_path / "series.nhdr").write_text(text + f"byte skip: {skip}\ndata file: s%02d.raw 0 4 1\n")
+        assert_reads(tmp_path / "series.nhdr", data)
+    (tmp_path / "s01.raw").write_bytes(b"12" + data[1].tobytes()[:-9])
+    (tmp_path / "s02.raw").write_bytes(b"12" + data[2].tobytes() + bytes(9))  # the sum is right again
+    with pytest.raises(InputError, match=r"s01.raw holds 54 bytes of voxels, where .* wants 63 from each of its 5"):
+        open_volume(tmp_path / "list.nhdr")[Box.whole(SHAPE)]
+
+
+def test_nrrd_without_byte_order_is_refused(tmp_path: Path) -> None:
+    head = b"NRRD0004\ntype: ushort\ndimension: 3\nsizes: 9 7 5\nencoding: raw\n"
+    (tmp_path / "a.nrrd").write_bytes(head + b"\n" + image().tobytes())
+    with pytest.raises(InputError, match="does not say its byte order; add `endian: little`"):
+        open_volume(tmp_path / "a.nrrd")
+
+
+def test_axes_that_run_along_others_of_the_world_are_told(tmp_path: Path) -> None:
+    header = {"space dimension": 3, "space units": ["um"] * 3, "space directions": np.diag(UM[::-1])[[2, 0, 1]]}
+    nrrd.write(str(tmp_path / "a.nrrd"), image().T, header, index_order="F")
+    volume = open_volume(tmp_path / "a.nrrd")
+    assert "z y x as read run along y x z; axes=YXZ turns them so" in volume.describe()
+    turned = open_volume(tmp_path / "a.nrrd", axes="YXZ")
+    np.testing.assert_allclose(turned.affine[:3, :3], np.diag(UM))
+    assert "turns them" not in turned.describe()
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.img", "a2.nii"])
@@ -175,6 +198,21 @@ def test_nifti_in_millimetres_scaled_or_without_unit(tmp_path: Path) -> None:
     nibabel.save(made, tmp_path / "b.nii")
     assert open_volume(tmp_path / "b.nii").voxel_size is None
     assert "without a unit" in open_volume(tmp_path / "b.nii").describe()
+
+
+def test_nifti_that_gives_two_sizes_gives_none(tmp_path: Path) -> None:
+    made = nibabel.Nifti1Image(image().T, np.diag([*UM[::-1], 1.0]))
+    made.header.set_xyzt_units("micron")
+    nibabel.save(made, tmp_path / "a.nii")
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[80:92] = struct.pack("<3f", 1, 1, 1)  # pixdim of x y z
+    (tmp_path / "a.nii").write_bytes(raw)
+    volume = open_volume(tmp_path / "a.nii")
+    assert volume.voxel_size is None
+    assert "disagree about the voxel size (1 x 1 x 1 and 1 x 0.33 x 0.25 um z y x)" in volume.describe()
+    nibabel.save(nibabel.AnalyzeImage(image("int16").T, np.eye(4)), tmp_path / "b.img")
+    with pytest.raises(InputError, match="ANALYZE 7.5"):
+        open_volume(tmp_path / "b.img")
 
 
 def amira(path: Path, data: np.ndarray, body: bytes, field: str, unit: str = '"um"') -> None:

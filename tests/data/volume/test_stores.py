@@ -31,6 +31,20 @@ def test_hdf5(tmp_path: Path) -> None:
     assert_reads(tmp_path / "a.h5", image("uint8"), dataset="mask")
 
 
+def test_hdf5_gathered_from_other_files(tmp_path: Path) -> None:
+    layout = h5py.VirtualLayout(SHAPE, "uint16")
+    for z, plane in enumerate(image()):
+        with h5py.File(tmp_path / f"{z}.h5", "w") as file:
+            file["plane"] = plane
+        layout[z] = h5py.VirtualSource(f"{z}.h5", "plane", plane.shape)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_virtual_dataset("image", layout)
+    assert_reads(tmp_path / "a.h5", image())
+    (tmp_path / "2.h5").unlink()
+    with pytest.raises(InputError, match="gathers /image from other files, of which 2.h5 with plane cannot be opened"):
+        open_volume(tmp_path / "a.h5")
+
+
 def test_hdf5_axis_labels(tmp_path: Path) -> None:
     data = image("uint8", (9, 7, 5, 2))
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -104,9 +118,58 @@ def test_ome_zarr(tmp_path: Path, driver: str) -> None:
     assert_reads(tmp_path / "a.zarr", data[1], UM, channel=1)
     assert_reads(tmp_path / "a.zarr", data[1, :, ::2, ::2], (1.0, 0.66, 0.5), channel=1, dataset="1")
     np.testing.assert_allclose(open_volume(tmp_path / "a.zarr", channel=0).affine[:3, 3], [5, 6, 7])
-    assert_reads(tmp_path / "a.zarr" / "0", data[0], axes="CZYX", channel=0)
+    assert_reads(tmp_path / "a.zarr" / "1", data[0, :, ::2, ::2], (1.0, 0.66, 0.5), channel=0)  # by its group's word
     with pytest.raises(InputError, match="no resolution level 'x'; it has 0, 1"):
         open_volume(tmp_path / "a.zarr", dataset="x")
+
+
+def test_chunks_of_other_names_are_not_read_as_zeros(tmp_path: Path) -> None:
+    """Nested chunks of a zarr that does not say so, and chunks that CloudVolume packed: both would read as nothing."""
+    store(tmp_path / "a.zarr", "zarr", image(), metadata={"chunks": [2, 7, 9], "dimension_separator": "/"})
+    assert_reads(tmp_path / "a.zarr", image())
+    described = json.loads((tmp_path / "a.zarr" / ".zarray").read_text())
+    del described["dimension_separator"]
+    (tmp_path / "a.zarr" / ".zarray").write_text(json.dumps(described))
+    with pytest.raises(InputError, match=r"no chunk with a name like 0.0.0; write \"dimension_separator\": \"/\""):
+        open_volume(tmp_path / "a.zarr")
+    precomputed(tmp_path / "b")
+    for chunk in (tmp_path / "b").glob("250_330_1000/*"):
+        chunk.rename(f"{chunk}.gz")
+    with pytest.raises(InputError, match=r"no chunk with a name like 0-64_0-64_0-64; CloudVolume .* gunzip -r"):
+        open_volume(tmp_path / "b")
+
+
+def test_chunks_that_are_not_stored_are_told(tmp_path: Path) -> None:
+    store(tmp_path / "a.zarr", "zarr3", image(), metadata={"chunk_grid": grid([2, 7, 9])})
+    assert "not stored" not in open_volume(tmp_path / "a.zarr").describe()
+    (tmp_path / "a.zarr" / "c" / "1" / "0" / "0").unlink()
+    assert "1 of 3 chunks are not stored and read as the fill value" in open_volume(tmp_path / "a.zarr").describe()
+
+
+def grid(chunks: list[int]) -> dict[str, object]:
+    return {"name": "regular", "configuration": {"chunk_shape": chunks}}
+
+
+def test_a_chunk_beyond_any_codec_or_of_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    store(tmp_path / "a.zarr", "zarr3", image())
+    described = json.loads((tmp_path / "a.zarr" / "zarr.json").read_text())
+    lie = described | {"shape": [1 << 13] * 3, "chunk_grid": grid([1 << 12] * 3)}
+    (tmp_path / "a.zarr" / "zarr.json").write_text(json.dumps(lie))
+    with pytest.raises(InputError, match="declares chunks of 137438953472 bytes"):
+        open_volume(tmp_path / "a.zarr")
+    other = described | {"codecs": [{"name": "newest"}]}
+    (tmp_path / "a.zarr" / "zarr.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r"cannot be opened by tensorstore: .*newest is not registered\. If it names"):
+        open_volume(tmp_path / "a.zarr")
+
+
+def test_the_one_image_of_a_bioformats2raw_folder(tmp_path: Path) -> None:
+    for name, attributes in (("", {"bioformats2raw.layout": 3}), ("OME", {"series": ["0"]})):
+        (tmp_path / "a.zarr" / name).mkdir()
+        (tmp_path / "a.zarr" / name / ".zgroup").write_text('{"zarr_format": 2}')
+        (tmp_path / "a.zarr" / name / ".zattrs").write_text(json.dumps(attributes))
+    store(tmp_path / "a.zarr" / "0", "zarr", image())
+    assert_reads(tmp_path / "a.zarr", image())
 
 
 def test_zarr_with_dimension_names(tmp_path: Path) -> None:
@@ -123,17 +186,23 @@ def test_n5(tmp_path: Path) -> None:
     (tmp_path / "a.n5" / "attributes.json").write_text('{"n5": "2.0.0"}')
     assert_reads(tmp_path / "a.n5", image(), UM)
     assert_reads(tmp_path / "a.n5" / "s0", image(), UM)
+    (tmp_path / "a.n5" / "attributes.json").unlink()
+    assert_reads(tmp_path / "a.n5", image(), UM)
 
 
-def test_precomputed(tmp_path: Path) -> None:
+def precomputed(folder: Path) -> None:
     scale = {"size": SHAPE[::-1], "encoding": "raw", "chunk_size": [4, 4, 4], "resolution": [250, 330, 1000]}
     spec = {
         "driver": "neuroglancer_precomputed",
-        "kvstore": {"driver": "file", "path": f"{tmp_path}/a/"},
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
         "multiscale_metadata": {"type": "image", "data_type": "uint16", "num_channels": 1},
         "scale_metadata": {**scale, "voxel_offset": [10, 20, 30]},
     }
     ts.open(spec, create=True).result()[..., 0].write(image().T).result()
+
+
+def test_precomputed(tmp_path: Path) -> None:
+    precomputed(tmp_path / "a")
     assert_reads(tmp_path / "a", image(), UM)
     np.testing.assert_allclose(open_volume(tmp_path / "a").affine[:3, 3], [30, 6.6, 2.5])
 

@@ -122,6 +122,16 @@ def test_colour_samples_are_channels(tmp_path: Path) -> None:
         assert_reads(tmp_path / "a.tif", data[..., 2], channel=2, axes="ZYXC" if planar == "CONTIG" else "ZCYX")
 
 
+def test_a_stack_written_slice_by_slice(tmp_path: Path) -> None:
+    """`imwrite(append=True)` in a loop makes each slice an array of its own; a stack of colours is slices too."""
+    for plane in image():
+        tiff(tmp_path / "a.tif", plane, append=True, photometric="minisblack")
+    assert_reads(tmp_path / "a.tif", image())
+    colours = np.stack([image(), image() + 1, image() + 2], axis=-1)
+    tiff(tmp_path / "b.tif", colours, photometric="rgb")
+    assert_reads(tmp_path / "b.tif", colours[..., 2], channel=2)
+
+
 def test_slices_in_natural_order(tmp_path: Path) -> None:
     data = image("uint16", (12, 7, 9))
     for i, plane in enumerate(data, start=1):
