@@ -63,7 +63,7 @@ class Parts:
 
     module: TrainModule
     depth: int  # transformer blocks
-    transferred: bool
+    transferred: frozenset[str]  # parameters of the module that have a teacher's weights to keep
     transfer_lines: tuple[str, ...]
     crops: Crops
     store: Store
@@ -89,8 +89,11 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     torch.manual_seed(cfg.seed)
     student = build_student(cfg.student)
     lines: tuple[str, ...] = ("transfer: none, the student starts from random weights",)
+    kept = frozenset[str]()
     if teacher is not None and cfg.transfer.rule != "scratch":
-        lines = tuple(str(inflate.transfer(teacher, student, cfg.transfer)).splitlines())
+        report = inflate.transfer(teacher, student, cfg.transfer)
+        lines = tuple(str(report).splitlines())
+        kept = report.kept if cfg.transfer.blocks else kept
     depth = len(student.vit.blocks)
     distiller = None
     if cfg.distill is not None and cache is not None:
@@ -114,7 +117,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     return Parts(
         module=TrainModule(student, distiller, sharded=cfg.engine.stage == 3),
         depth=depth,
-        transferred=cfg.transfer.rule != "scratch" and cfg.transfer.blocks,
+        transferred=frozenset(f"student.{name}" for name in kept),
         transfer_lines=lines,
         crops=Crops(store, sampler, patch, cache, views),
         store=store,

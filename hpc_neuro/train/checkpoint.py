@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,6 +40,8 @@ class CheckpointConfig:
     the best threshold."""
     margin: float = Field(default=120.0, ge=0)
     """[s] Stop and save this long before the time is up: that of a Slurm job (SLURM_JOB_END_TIME) or `walltime`."""
+    background: bool = True
+    """Train on while a checkpoint is written, from a copy in host memory; what ends a run is always waited for."""
     walltime: float = Field(default=0.0, ge=0)
     """[min] Time that one start of the run may take where Slurm does not say; 0: any."""
 
@@ -66,36 +69,74 @@ def read_marker(path: Path) -> Marker:
     return Marker(**files.read_json(path / MARKER, f"remove {path}; the one before it is then taken"))
 
 
-def save(folder: Path, marker: Marker, write: Callable[[Path], None], cfg: CheckpointConfig) -> bool:
-    """Save one checkpoint as `folder`/step_N. All ranks call this; the same answer on all: whether it is there.
+class Saver:
+    """The checkpoints of one run, one after the other; all ranks call `begin` and `complete` together.
 
-    `write(part)` writes a rank's share into a folder. When it raises OSError on any rank (disk full, quota), what was
-    there stays and it is said. No rank waits for another inside `write`, so that none waits for one that failed.
+    A rank's share is written by a thread. No rank waits for another while it writes, so none waits for one that failed:
+    when it raises OSError on any rank (disk full, quota), what was there stays and it is said.
     """
-    target = folder / f"step_{marker.step:08d}"
-    part = folder / f".{target.name}.part"  # no random name: all ranks must know it
-    failures: list[str] = []
-    if distributed.is_main():
-        shutil.rmtree(part, ignore_errors=True)
-        _attempt(failures, lambda: part.mkdir(parents=True))
-    if not _anywhere(failures):  # it is also what the others wait for before they write
-        _attempt(failures, lambda: write(part))
-    if not _anywhere(failures) and distributed.is_main():
-        _attempt(failures, lambda: _complete(part, target, marker))
-    if _anywhere(failures):
+
+    def __init__(self, folder: Path, cfg: CheckpointConfig) -> None:
+        self._folder, self._cfg = folder, cfg
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._marker: Marker | None = None  # of the checkpoint that is being written
+        self._writing: Future[None] | None = None
+        self._failures: list[str] = []
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._writing is None or self._writing.done()
+
+    def begin(self, marker: Marker, write: Callable[[Path], None]) -> None:
+        """Start to save `folder`/step_N, after what was begun before is complete.
+
+        `write(part)` writes a rank's share into a folder, in a thread: what it writes must not change meanwhile.
+        """
+        self.complete()
+        self._marker, self._failures = marker, []
+        part = self._part(marker)
         if distributed.is_main():
             shutil.rmtree(part, ignore_errors=True)
-            held = newest(folder)
-            log.warning(
-                "the checkpoint of step %d could not be written (%s); training goes on, %s",
-                marker.step,
-                failures[0] if failures else "on another rank",
-                f"{held.name} is the last good one" if held else "and there is none yet: make room",
-            )
-        return False
-    if distributed.is_main():
-        _prune(folder, cfg)
-    return True
+            _attempt(self._failures, lambda: part.mkdir(parents=True))
+        if not _anywhere(self._failures):  # it is also what the others wait for before they write
+            self._writing = self._pool.submit(_attempt, self._failures, lambda: write(part))
+
+    def complete(self) -> bool:
+        """Wait until what was begun is written by all, and put it in its place; nothing to do when nothing was begun.
+
+        False on all ranks, and said, where any failed.
+        """
+        if self._marker is None:
+            return True
+        marker, self._marker = self._marker, None
+        part, target = self._part(marker), self._folder / f"step_{marker.step:08d}"
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+        if not _anywhere(self._failures) and distributed.is_main():
+            _attempt(self._failures, lambda: _complete(part, target, marker))
+        if _anywhere(self._failures):
+            if distributed.is_main():
+                shutil.rmtree(part, ignore_errors=True)
+                held = newest(self._folder)
+                log.warning(
+                    "the checkpoint of step %d could not be written (%s); training goes on, %s",
+                    marker.step,
+                    self._failures[0] if self._failures else "on another rank",
+                    f"{held.name} is the last good one" if held else "and there is none yet: make room",
+                )
+            return False
+        if distributed.is_main():
+            _prune(self._folder, self._cfg)
+        return True
+
+    def close(self) -> None:
+        """Wait for the thread; what was begun and not completed is no checkpoint."""
+        self._pool.shutdown()
+
+    def _part(self, marker: Marker) -> Path:
+        return self._folder / f".step_{marker.step:08d}.part"  # no random name: all ranks must know it
 
 
 def _attempt(failures: list[str], work: Callable[[], None]) -> None:

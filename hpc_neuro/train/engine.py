@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,14 +199,24 @@ class Engine:
         held = None if plain else self._engine.get_global_grad_norm()
         return norm if held is None else held
 
-    def save(self, folder: Path, also: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Any]:
-        """Write this rank's ranges of the master weights, Adam's moments and `also` (see Shards.ranges) to `folder`.
+    def saving(
+        self, also: Mapping[str, Mapping[int, Tensor]], copied: bool
+    ) -> tuple[Callable[[Path], None], dict[str, Any]]:
+        """(write, what `load` needs besides) of this rank's master weights, Adam's moments and `also` (Shards.ranges).
 
-        Returns what `load` needs besides. Raises OSError.
+        `write(folder)` raises OSError. copied: it writes the numbers of now, from a copy in host memory; else those of
+        when it is called.
         """
-        if self.shards.owns:
-            write_ranges(file_of(folder, distributed.rank()), self.shards.ranges(also))
-        return {"updates": self.shards.step(), "scaler": self.shards.scaler()}
+        ranges = self.shards.ranges(also) if self.shards.owns else []
+        if copied:
+            ranges = [replace(r, values=r.values.detach().to("cpu", copy=True)) for r in ranges]
+        rank = distributed.rank()
+
+        def write(folder: Path) -> None:
+            if ranges:
+                write_ranges(file_of(folder, rank), ranges)
+
+        return write, {"updates": self.shards.step(), "scaler": self.shards.scaler()}
 
     def load(self, folder: Path, state: Mapping[str, Any], also: Mapping[str, Mapping[int, Tensor]]) -> None:
         """Take over what any number of ranks saved at any stage. Raises InputError when something is missing."""

@@ -91,8 +91,8 @@ def train(state: Training, preemption: Preemption, watch: Watch) -> bool:
             one_step(state, ready)
             last = state.step == steps
             overdue = 0 < cfg.checkpoint.minutes < (time.monotonic() - state.saved) / 60
-            stop, save = preemption.agreed(overdue)
-            save = save or stop or last or (cfg.checkpoint.every > 0 and state.step % cfg.checkpoint.every == 0)
+            stop, overdue, writing = preemption.agreed(overdue, not state.saver.written)
+            save = overdue or stop or last or (cfg.checkpoint.every > 0 and state.step % cfg.checkpoint.every == 0)
             if save or state.step % cfg.tracker.every == 0:
                 state.flush()  # raises when the loss is not finite, before that is saved
             with state.meter.paused():
@@ -101,7 +101,9 @@ def train(state: Training, preemption: Preemption, watch: Watch) -> bool:
                     state.validate()
                 if save:
                     watch.doing = f"the checkpoint of step {state.step}"
-                    state.save()
+                    state.save(wait=stop or last)
+                elif not writing:
+                    state.saver.complete()
             if stop and not last:
                 return True
     return False

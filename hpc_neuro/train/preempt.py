@@ -53,11 +53,11 @@ class Preemption:
             signal.raise_signal(number)
         self.reason = signal.Signals(number).name
 
-    def agreed(self, also: bool = False) -> tuple[bool, bool]:
-        """(any rank was asked to stop, `also` holds on any rank), the same on all ranks; all call this each step."""
+    def agreed(self, *also: bool) -> list[bool]:
+        """[any rank was asked to stop, each of `also` holds on any rank]: the same on all; all call this each step."""
         if not self.reason and time.time() > self._deadline:
             self.reason = "the end of the time limit"
-        flags = torch.tensor([int(bool(self.reason)), int(also)])
+        flags = torch.tensor([bool(self.reason), *also], dtype=torch.int64)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # on the CPU: the accelerator's queue is not waited for
-        return bool(flags[0]), bool(flags[1])
+        return [bool(flag) for flag in flags]

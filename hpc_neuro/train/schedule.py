@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from pydantic import Field
@@ -60,16 +60,18 @@ class Group:
     parameters: list[nn.Parameter] = field(default_factory=list)
 
 
-def groups(named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig, depth: int, transferred: bool) -> list[Group]:
+def groups(
+    named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig, depth: int, transferred: Collection[str]
+) -> list[Group]:
     """Trainable parameters by learning rate and weight decay, in a fixed order.
 
-    depth: number of transformer blocks; transferred: whether the transformer has a teacher's weights to keep.
+    depth: number of transformer blocks; transferred: names of the parameters that have a teacher's weights to keep.
     """
     found: dict[tuple[float, float], Group] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        scale = lr_scale(name, cfg, depth) if transferred else 1.0
+        scale = lr_scale(name, cfg, depth) if name in transferred else 1.0
         plain = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in ("pos_embed", "depth_embed", "cls_token", "reg_token")
         key = (scale, 0.0 if plain else cfg.weight_decay)
         group = found.setdefault(key, Group(*key))
@@ -79,9 +81,7 @@ def groups(named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig, depth: i
 
 
 def lr_scale(name: str, cfg: OptimConfig, depth: int) -> float:
-    """Relative learning rate of a parameter of a transferred student, by its name."""
-    if ".vit." not in f".{name}" and ".tokenizer." not in f".{name}":
-        return 1.0
+    """Relative learning rate of a transferred parameter of tokenizer or transformer, by its name."""
     block = _BLOCK.search(f".{name}")
     outside = 0 if ".vit.norm." in f".{name}" else depth  # what comes before the blocks learns slowest
     below = depth - 1 - int(block.group(1)) if block else outside

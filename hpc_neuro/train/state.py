@@ -22,7 +22,7 @@ from hpc_neuro.train.assemble import Parts
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.ema import Ema
 from hpc_neuro.train.engine import Engine, deepspeed_json
-from hpc_neuro.train.meter import Meter
+from hpc_neuro.train.meter import Diverged, Meter
 from hpc_neuro.train.pictures import Shown
 from hpc_neuro.train.schedule import groups
 from hpc_neuro.train.tracker import METRICS, Metrics, Wandb
@@ -61,6 +61,7 @@ class Training:
         if held is not None:
             self._resume(held)
         self.saved = time.monotonic()
+        self.saver = checkpoint.Saver(cfg.out / "checkpoints", cfg.checkpoint)
         self.validator = Validator(parts.store, parts.boxes)
         self.meter = Meter(self.device)
         self.metrics = Metrics(cfg.out / METRICS)
@@ -73,7 +74,11 @@ class Training:
     def flush(self) -> None:
         """Write the rows since the last time, and say a line. Raises Diverged before anything bad is saved."""
         left = self.cfg.optim.steps - self.step
-        rows = self.meter.rows(self.cfg.optim.batch, left, check_norm=self.parts.dtype != torch.float16)
+        try:
+            rows = self.meter.rows(self.cfg.optim.batch, left, check_norm=self.parts.dtype != torch.float16)
+        except Diverged:  # on all ranks
+            self.saver.complete()
+            raise
         if rows:
             # utilisation: what the student must compute, without recomputation and distiller, of what the GPU could
             rate = rows[-1]["crops_per_s"] / distributed.world_size()
@@ -108,8 +113,8 @@ class Training:
         if self.step > 0 and self._value(score) > self.best["score"] and self._export("best", score):
             self.best = {"score": self._value(score), "step": self.step}
 
-    def save(self) -> None:
-        """A checkpoint of this step, on all ranks."""
+    def save(self, wait: bool) -> None:
+        """Begin a checkpoint of this step, on all ranks; wait: until it is there."""
         marker = checkpoint.Marker(
             step=self.step,
             world_size=distributed.world_size(),
@@ -129,12 +134,17 @@ class Training:
             "shapes": self.engine.shapes,
         }
 
+        wait = wait or not self.cfg.checkpoint.background
+        write_tensors, held = self.engine.saving(self._averages(), copied=not wait)
+
         def write(part: Path) -> None:
-            held = self.engine.save(part, self._averages())
+            write_tensors(part)
             if self.main:
                 files.write_json(part / checkpoint.TRAINING, {**state, "engine": held})
 
-        checkpoint.save(self.cfg.out / "checkpoints", marker, write, self.cfg.checkpoint)
+        self.saver.begin(marker, write)
+        if wait:
+            self.saver.complete()
         self.saved = time.monotonic()
 
     def finish(self) -> dict[str, Any]:
@@ -161,6 +171,7 @@ class Training:
 
     def close(self) -> None:
         """Let go of the tracker and the engine."""
+        self.saver.close()
         self.wandb.close()
         self.engine.close()
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from hpc_neuro import train
-from hpc_neuro.train import checkpoint
-from hpc_neuro.train.checkpoint import CheckpointConfig, Marker, newest, save
+from hpc_neuro.train import checkpoint, engine, loop
+from hpc_neuro.train.checkpoint import CheckpointConfig, Marker, Saver, newest
 from tests.train.conftest import TINY, rows
 
 CFG = CheckpointConfig(keep=2)
@@ -34,6 +35,12 @@ def write(part: Path) -> None:
 def refuse(part: Path) -> None:
     (part / "rank_00000.safetensors").write_text("half")
     raise OSError("no space left on device")
+
+
+def save(folder: Path, marker: Marker, write, cfg: CheckpointConfig) -> bool:
+    saver = Saver(folder, cfg)
+    saver.begin(marker, write)
+    return saver.complete()
 
 
 def names(folder: Path) -> list[str]:
@@ -61,6 +68,54 @@ def test_a_failed_save_leaves_the_last_good_one_and_says_so(tmp_path, caplog):
     assert names(tmp_path) == ["step_00000001"]
     assert "no space left" in caplog.text
     assert "step_00000001 is the last good one" in caplog.text
+
+
+def test_it_is_absent_while_it_is_written_and_the_next_one_waits(tmp_path, caplog):
+    """The caller goes on meanwhile; what a thread fails to write is said when the next save begins."""
+    go, saver = threading.Event(), Saver(tmp_path, CFG)
+
+    def slow(part: Path) -> None:
+        assert go.wait(60)
+        write(part)
+
+    saver.begin(marker(1), slow)
+    assert not saver.written
+    assert newest(tmp_path) is None
+    threading.Timer(0.05, go.set).start()
+    saver.begin(marker(2), refuse)
+    assert newest(tmp_path) == tmp_path / "step_00000001"
+    with caplog.at_level(logging.WARNING):
+        saver.begin(marker(3), write)
+    assert "the checkpoint of step 2 could not be written (no space left" in caplog.text
+    assert saver.complete()
+    assert names(tmp_path) == ["step_00000001", "step_00000003"]
+    saver.close()
+
+
+def test_what_a_run_does_meanwhile_is_not_in_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """Saved in the background or not, the files of a step hold the same numbers."""
+    stepped, one_step, write_ranges = threading.Event(), loop.one_step, engine.write_ranges
+    late = []
+
+    def step(state, ready):
+        one_step(state, ready)
+        if state.step == 3:
+            stepped.set()
+
+    def wait_for_step_3(path, ranges):
+        late.append(stepped.wait(60))
+        write_ranges(path, ranges)
+
+    held = []
+    for name, keys in (("front", ["checkpoint.background=false"]), ("back", [])):
+        if name == "back":
+            monkeypatch.setattr(loop, "one_step", step)
+            monkeypatch.setattr(engine, "write_ranges", wait_for_step_3)
+        assert train.run(tiny(tmp_path / name, *keys, "optim.steps=4", "checkpoint.keep=3")) == 0
+        held.append(load_file(tmp_path / name / "checkpoints/step_00000002/rank_00000.safetensors"))
+    assert late == [True, True]  # of steps 2 and 4
+    assert held[0].keys() == held[1].keys()
+    assert all(torch.equal(held[0][k], held[1][k]) for k in held[0])
 
 
 def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path):
@@ -93,7 +148,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bits(tiny, sto
     job.wait()
     saved = newest(out / "checkpoints")
     assert saved is not None
-    assert 2 <= checkpoint.read_marker(saved).step < 10
+    assert 1 <= checkpoint.read_marker(saved).step < 10
     assert train.run(tiny(out, *keys)) == 0
     first, second = (load_file(d / "weights/last/model.safetensors") for d in (tmp_path / "whole", out))
     assert all(torch.equal(first[k], second[k]) for k in first)

@@ -175,8 +175,10 @@ def test_passes_add_up_to_the_batch(tiny, tmp_path):
 
 
 def test_it_learns(tiny, tmp_path):
+    """From clean stacks, quickly: seeds 0 to 3 reach 0.75, 0.69, 0.80, 0.54."""
     out = tmp_path / "run"
-    keys = ["optim.steps=40", "optim.lr=3e-3", "validate.every=40", "checkpoint.every=0"]
+    keys = ["optim.steps=40", "optim.lr=1e-2", "validate.every=40", "checkpoint.every=0"]
+    keys += [f"augment.{k}=0" for k in ("uneven", "background", "noise", "specks", "gamma", "contrast", "blur")]
     assert train.run(tiny(out, *keys)) == 0
     first, last = rows(out, "val")
     assert last["dice_best"] > max(0.5, first["dice_best"] + 0.2)

@@ -18,10 +18,10 @@ from hpc_neuro.train.preempt import Preemption
 def test_a_signal_is_remembered_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
     with Preemption(60) as preemption:
-        assert preemption.agreed() == (False, False)
+        assert preemption.agreed() == [False]
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert preemption.agreed() == (True, False)
+        assert preemption.agreed() == [True]
         assert preemption.reason == signal.Signals(number).name
     assert signal.getsignal(number) is before
 
@@ -40,16 +40,16 @@ def test_a_second_ctrl_c_ends_the_process():
 
 def test_the_end_of_a_slurm_job_stops_in_time(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
-    assert Preemption(margin=60).agreed() == (False, False)
+    assert Preemption(margin=60).agreed() == [False]
     late = Preemption(margin=120)
-    assert late.agreed() == (True, False)
+    assert late.agreed() == [True]
     assert "time limit" in late.reason
 
 
 def test_the_walltime_of_the_config_counts_where_slurm_says_nothing(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    assert Preemption(margin=120, walltime=3).agreed() == (False, False)
-    assert Preemption(margin=120, walltime=1).agreed() == (True, False)
+    assert Preemption(margin=120, walltime=3).agreed() == [False]
+    assert Preemption(margin=120, walltime=1).agreed() == [True]
 
 
 def test_outside_the_main_thread_no_handler_is_installed():
@@ -57,11 +57,11 @@ def test_outside_the_main_thread_no_handler_is_installed():
 
     def work() -> None:
         with Preemption(0) as preemption:
-            found.append(preemption.agreed(also=True))
+            found.append(preemption.agreed(True, False))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [(False, True)]
+    assert found == [[False, True, False]]
     assert signal.getsignal(signal.SIGTERM) is before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -39,17 +40,18 @@ def test_transferred_blocks_learn_slower_the_deeper_they_lie():
         "student.vit.blocks.0.norm1.weight": 0.5 * 0.8**11,
         "student.vit.cls_token": 0.5 * 0.8**12,
         "student.tokenizer.proj.weight": 0.5 * 0.8**12,
-        "student.stem.first.weight": 1.0,
-        "student.decoder.head.weight": 1.0,
-        "distiller.heads.z_0.weight": 1.0,
     }
     assert {n: lr_scale(n, cfg, 12) for n in names} == pytest.approx(names)
+    fresh = ["student.stem.first.weight", "student.tokenizer.offsets.0.weight", "distiller.heads.z_0.weight"]
+    named = [(n, nn.Parameter(torch.zeros(1))) for n in (*names, *fresh)]
+    found = {n: g.lr_scale for g in groups(named, cfg, depth=12, transferred=set(names)) for n in g.names}
+    assert found == pytest.approx({**names, **dict.fromkeys(fresh, 1.0)})
 
 
 def test_every_trainable_parameter_is_in_one_group_and_vectors_do_not_decay():
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
     module[2].bias.requires_grad_(False)
-    found = groups(module.named_parameters(), OptimConfig(weight_decay=0.1), depth=2, transferred=False)
+    found = groups(module.named_parameters(), OptimConfig(weight_decay=0.1), depth=2, transferred=())
     assert sorted(n for g in found for n in g.names) == ["0.bias", "0.weight", "1.bias", "1.weight", "2.weight"]
     assert {n: g.weight_decay for g in found for n in g.names} == {
         **dict.fromkeys(["0.weight", "2.weight"], 0.1),
