@@ -34,7 +34,7 @@ class TransferConfig:
     flatten: Order = "boustrophedon"
     """Order in which the tubular rules flatten the patch; boustrophedon keeps neighbouring taps neighbours."""
     block: Literal["zero", "average", "center"] = "zero"
-    """Start of the block kernel that a tubular tokenizer may keep beside its tubes."""
+    """Start of the block kernel that a tubular tokenizer may keep beside its tubes; zero: with the tubes alone."""
     blocks: bool = True
     """Also take transformer blocks, norms, tokens and positions; false: the patch kernel alone."""
 
@@ -49,6 +49,14 @@ class TransferReport:
     resampled: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)  # -> elements, what was done
     initial: dict[str, int] = dataclasses.field(default_factory=dict)  # left at its start -> elements
     unused: dict[str, str] = dataclasses.field(default_factory=dict)  # teacher tensor -> why the student has no place
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """The student's tensors that hold the teacher's knowledge, or lie inside its transformer.
+
+        The depth positions are added to the teacher's own, so that they belong here; a bending tube's offsets do not.
+        """
+        return frozenset({*self.copied, *self.resampled, *(name for name in self.initial if name.startswith("vit."))})
 
     def __str__(self) -> str:
         changed = sum(n for n, _ in self.resampled.values())
@@ -151,11 +159,10 @@ def _tube_tensors(kernel: Tensor, bias: Tensor, student: Student, cfg: TransferC
     eye = torch.eye(len(kernel))
     if tokens.fuse == "concat":
         found["fuse.weight"] = torch.cat([eye, eye, eye], dim=1)[:, :, None, None, None]  # starts as the sum
-    if tokens.keep_block:
+    if tokens.keep_block and cfg.block != "zero":
         depth, *plane = student.patch
-        small = resize_kernel(kernel, (plane[0], plane[1]))
         lay = center if cfg.block == "center" else average
-        found["block.weight"] = lay(small if cfg.block != "zero" else torch.zeros_like(small), depth)
+        found["block.weight"] = lay(resize_kernel(kernel, (plane[0], plane[1])), depth)
     return found
 
 
@@ -172,8 +179,8 @@ def transfer(teacher: Teacher, student: Student, cfg: TransferConfig) -> Transfe
     """Write the teacher's weights into `student` in place and say what went where.
 
     Raises InputError, with the student untouched, when rule and tokenizer or student and teacher do not fit (naming the
-    keys to set), and when a tensor is left over on either side (naming it). The stem, the decoder, tube offsets and the
-    depth positions have nothing to come from and keep their start.
+    keys to set), and when a tensor is left over on either side (naming it). The stem, the decoder, tube offsets, a zero
+    block kernel and the depth positions have nothing to come from and keep their start.
     """
     report = TransferReport(cfg.rule, teacher.identity)
     own = student.state_dict()
@@ -193,8 +200,9 @@ def transfer(teacher: Teacher, student: Student, cfg: TransferConfig) -> Transfe
     else:
         rest = [k for k in teacher.backbone.state_dict() if not k.startswith("patch_embed.proj.")]
         report.unused = dict.fromkeys(rest, "transfer.blocks=false")
-    free = ("stem.", "decoder.", "tokenizer.offsets", "vit.depth_embed", *(() if cfg.blocks else ("vit.",)))
-    left = [name for name in own if name not in values and not name.startswith(free)]
+    free = ["stem.", "decoder.", "tokenizer.offsets", "vit.depth_embed"]
+    free += ["tokenizer.block"] * (cfg.block == "zero") + ["vit."] * (not cfg.blocks)
+    left = [name for name in own if name not in values and not name.startswith(tuple(free))]
     _refuse_leftovers(teacher, own, values, left)
     student.load_state_dict({**own, **values})
     report.initial = {name: own[name].numel() for name in own if name not in values}

@@ -38,7 +38,7 @@ class TubularTokenizer(nn.Module):
 
     `deformable`: a small network sees the image and bends the tubes sideways, at most `extent` voxels per step; its
     last layer starts at zero, so that training starts from straight tubes. `keep_block` adds a strided convolution of
-    the whole block. An even K has one tap more before the centre than after it.
+    the whole block, which starts at zero, too. An even K has one tap more before the centre than after it.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class TubularTokenizer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         nn.init.trunc_normal_(self.line_weight, std=0.02)
         self.block = nn.Conv3d(1, dim, patch, patch, bias=False) if keep_block else None
+        if self.block is not None:
+            nn.init.zeros_(self.block.weight)
         self.fuse = nn.Conv3d(3 * dim, dim, 1, bias=False) if fuse == "concat" else None
         self.offsets = _offset_net(patch, taps) if deformable and taps > 1 else None
         if self.fuse is not None:  # starts as the sum

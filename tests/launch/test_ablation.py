@@ -72,7 +72,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
     (folder / "ablation.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     cfg = schema.load(SearchConfig, folder / "ablation.yaml")
     recipe = Recipe(cfg)
-    assert any("student" in line for line in recipe.forecast())
+    assert [c.transfer.rule for c in recipe.trainings()] == ["scratch", "deformable_tubular"]
     driver = Driver(cfg, recipe.steps, recipe.write, InThisProcess())
     assert driver.run(sleep=lambda seconds: None)
     assert search.run(cfg) == 0
@@ -165,9 +165,14 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
     first, heads, rest, later = {}, {}, {}, {}
     for point in points:
         setting = point["transfer"], point["distillation"]
-        module = assemble.assemble(made(point)).module.train()
-        rest[setting] = [p.detach().clone() for n, p in module.student.named_parameters() if n.startswith("stem.")]
-        rest[setting] += [p.detach().clone() for n, p in module.student.named_parameters() if n.startswith("decoder.")]
+        parts = assemble.assemble(made(point))
+        module = parts.module.train()
+        named = dict(module.named_parameters())
+        assert parts.transferred <= named.keys()
+        assert bool(parts.transferred) == (point["transfer"] != "scratch")
+        rest[setting] = [
+            p.detach().clone() for n, p in named.items() if n.startswith(("student.stem.", "student.decoder."))
+        ]
         optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
         for step in range(2):
             logits, distillation, _ = module(dict(vars(batch)))

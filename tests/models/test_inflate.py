@@ -182,8 +182,13 @@ def test_a_block_beside_the_tubes_adds_its_own_embedding(tiny: Teacher) -> None:
     image, found = torch.rand(1, 1, 8, 32, 32), {}
     for block in ("zero", "center"):
         student = student_for(tiny, tokenizer=TubularTokens(taps=9))
-        transfer(tiny, student, TransferConfig(rule="deformable_tubular", block=block))
+        report = transfer(tiny, student, TransferConfig(rule="deformable_tubular", block=block))
         found[block] = student.tokenizer(image)
+        own = {n for n in student.state_dict() if n.startswith("tokenizer.")}
+        fresh = {n for n in own if "offsets" in n} | ({"tokenizer.block.weight"} if block == "zero" else set())
+        assert own - report.kept == fresh == own & report.initial.keys()
+        assert "vit.depth_embed" in report.kept
+        assert not {n for n in report.kept if n.startswith(("stem.", "decoder."))}
     plain = student_for(tiny)
     transfer(tiny, plain, TransferConfig(rule="center"))
     centre = plain.tokenizer(image) - plain.tokenizer.proj.bias.view(1, -1, 1, 1, 1)
