@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def plan(verbs: Sequence[str], configs: Path | None, keys: Sequence[str]) -> lis
 
     verbs: in the order of the pipeline. configs: a folder with VERB.yaml or VERB/default.yaml; none: defaults. keys:
     `out=ROOT`, under which each verb has a folder, and `VERB.key=value`. A verb's inputs are the folders of the others
-    under ROOT, whether they are in this chain or were made before. Raises ConfigError.
+    under ROOT, whether they are in this chain or were made before. ROOT's name is the tracker's group. Raises
+    ConfigError.
     """
     if unknown := [v for v in verbs if v not in FOLDERS]:
         raise ConfigError(f"--chain: {', '.join(unknown)} cannot stand in a chain; choose from {','.join(FOLDERS)}")
@@ -37,7 +39,16 @@ def plan(verbs: Sequence[str], configs: Path | None, keys: Sequence[str]) -> lis
     stray = [k for k in keys if not k.startswith("out=") and k.partition(".")[0] not in verbs]
     if stray:
         raise ConfigError(f"--chain: {stray[0]} is of no verb of the chain; write VERB.key=value")
-    return [(v, jobs.load(v, _config(configs, v), _keys(v, verbs, Path(roots[0]), keys))) for v in verbs]
+    root = Path(roots[0])
+    stages = [(v, jobs.load(v, _config(configs, v), _keys(v, verbs, root, keys))) for v in verbs]
+    return [(v, _grouped(cfg, root.resolve().name) if v == "train" else cfg) for v, cfg in stages]
+
+
+def _grouped(cfg: Any, name: str) -> Any:
+    """A training in the tracker's group of the chain, unless its config names another."""
+    if cfg.tracker.group is not None:
+        return cfg
+    return dataclasses.replace(cfg, tracker=dataclasses.replace(cfg.tracker, group=name))
 
 
 def _config(configs: Path | None, verb: str) -> Path | None:

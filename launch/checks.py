@@ -5,14 +5,16 @@ Takes seconds on a login node and writes nothing. A fault refuses the submission
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from hpc_neuro.schema import ConfigError, InputError
-from launch import array, forecast, jobs, slurm
+from launch import accounts, array, forecast, jobs, slurm
 from launch.site import Resources, Site
 
+_UP = ("idle", "mixed", "allocated", "completing", "reserved", "planned")  # sinfo's states of nodes that take jobs
 _START_SECONDS = 60  # [s] what a job needs before its first step: Python, torch, opening the store
 
 
@@ -47,10 +49,11 @@ def check(
     if on == "slurm":
         try:
             faults += [f for verb, _ in stages for f in limits(verb, site.resources(verb), site)]
-            faults += _queue(stages, site, count, after)
-            lines += [line for verb, _ in stages for line in signals(site.resources(verb))]
+            faults += [*accounts.faults(site), *_queue(stages, site, count, after)]
+            lines += [line for verb, _ in stages for line in remarks(site.resources(verb))]
         except InputError as error:
             faults.append(str(error))
+    faults += _container(site)
     if site.interface and site.interface_on_login and not (Path("/sys/class/net") / site.interface).exists():
         there = ", ".join(sorted(p.name for p in Path("/sys/class/net").iterdir()))
         faults.append(
@@ -60,6 +63,12 @@ def check(
     if faults:
         raise ConfigError("not submitted:\n" + "\n".join(f"  {f}" for f in dict.fromkeys(faults)))
     return list(dict.fromkeys(lines))
+
+
+def _container(site: Site) -> list[str]:
+    """Faults of the image that the container's words name; what is not a path is of no concern here."""
+    images = [w for w in shlex.split(site.container) if w.endswith((".sif", ".sqsh", ".img"))]
+    return [f"cluster.container: {w} does not exist; give the image's path" for w in images if not Path(w).exists()]
 
 
 def times(cfg: Any, asked: Resources, site: Site) -> list[str]:
@@ -87,6 +96,9 @@ def limits(verb: str, asked: Resources, site: Site) -> list[str]:
     faults = []
     if facts.get("State") != "UP":
         faults.append(f"partition {name} is {facts.get('State')}; choose another with cluster.partition")
+    allowed = facts.get("AllowAccounts", "ALL")
+    if site.account and allowed != "ALL" and site.account not in allowed.split(","):
+        faults.append(f"cluster.account: {name} takes no jobs of {site.account}, only of {allowed}")
     longest = minutes(facts.get("MaxTime", "UNLIMITED"))
     if longest is not None and asked.minutes > longest:
         faults.append(
@@ -114,9 +126,16 @@ def _per_node(name: str, asked: Resources, site: Site) -> list[str]:
         )
     if (asked.memory_gb or 0) * 1024 > (memory := max(int(r[1].rstrip("+")) for r in rows)):
         faults.append(f"memory_gb: {asked.memory_gb:g} asked for, {name} has nodes of {memory / 1024:.0f} GB")
-    if gpus > (held := max(_gpus(r[2]) for r in rows)):
+    kind, given = _kind(str(site.gpus(asked).get("gres", f"gpu:{gpus}")))
+    if given != gpus:
         faults.append(
-            f"{asked.tasks_per_node} tasks of {asked.gpus_per_task} GPUs want {gpus} per node, {name} has {held}"
+            f"cluster.gres: {site.gres} asks for {given} GPUs per node, but {asked.tasks_per_node} tasks of "
+            f"{asked.gpus_per_task} want {gpus}; leave the number out of it, or change gpus_per_task"
+        )
+    if gpus > (held := max(_gpus(r[2], kind) for r in rows)):
+        what = f"GPUs of type {kind}" if kind else "GPUs"
+        faults.append(
+            f"{asked.tasks_per_node} tasks of {asked.gpus_per_task} {what} want {gpus} per node, {name} has {held}"
         )
     wanted = set(filter(None, (site.constraint or "").replace("|", "&").split("&")))
     if unknown := wanted - {f for r in rows for f in r[3].split(",")}:
@@ -124,10 +143,17 @@ def _per_node(name: str, asked: Resources, site: Site) -> list[str]:
     return faults
 
 
-def _gpus(gres: str) -> int:
-    """Number of GPUs in sinfo's `gpu:a100:4(S:0-1),shard:8`."""
-    parts = [part.partition("(")[0].split(":") for part in gres.split(",")]
-    return sum(int(p[-1]) for p in parts if p[0] == "gpu" and p[-1].isdigit())
+def _kind(gres: str) -> tuple[str, int]:
+    """(type, number) of `gpu:a100:4`, `gpu:4` or `gpu:a100`; "" for any type."""
+    _, *words = gres.split(":")
+    number = int(words.pop()) if words and words[-1].isdigit() else 1
+    return (words[0] if words else "", number)
+
+
+def _gpus(gres: str, kind: str = "") -> int:
+    """Number of GPUs, of one type or any, in sinfo's `gpu:a100:4(S:0-1),shard:8`."""
+    held = [_kind(part.partition("(")[0]) for part in gres.split(",") if part.startswith("gpu:")]
+    return sum(number for name, number in held if kind in ("", name))
 
 
 def minutes(text: str) -> int | None:
@@ -145,35 +171,48 @@ def _queue(stages: Sequence[tuple[str, Any]], site: Site, count: int, after: Seq
     waiting = sum(slurm.active(s) for s in held.values())
     cut = [(cfg.out, array.shares(verb, count, len(stages) == 1)) for verb, cfg in stages]
     new = sum(len(array.missing(out, n)) + 1 if n > 1 else 1 for out, n in cut)
+    known = slurm.configuration()
+    if any(n > 1 for _, n in cut) and known["MaxArraySize"] == "0":
+        faults.append("--array: this Slurm has no job arrays (MaxArraySize=0); leave it out")
     for limit, name in (
         (site.max_jobs, "cluster.max_jobs"),
-        (int(slurm.configuration()["MaxJobCount"]), "Slurm's MaxJobCount"),
+        (accounts.most_jobs(site), "your account's MaxSubmitJobs"),
+        (int(known["MaxJobCount"]), "Slurm's MaxJobCount"),
     ):
         if limit is not None and waiting + new > limit:
             faults.append(
                 f"{new} new jobs beside {waiting} that are queued exceed {name}, {limit}; give a smaller --array"
             )
-    faults += [f"--after {job}: Slurm knows no such job" for job in after if job not in held]
+    for job in after:
+        states = {s for name, s in held.items() if name == job or name.startswith(f"{job}_")}
+        if not states:
+            faults.append(f"--after {job}: Slurm knows no such job")
+        elif bad := [s for s in sorted(states) if not slurm.active(s) and s != "COMPLETED"]:
+            faults.append(f"--after {job}: it ended as {bad[0]}, so a job that waits for it would never start")
     return faults
 
 
-def signals(asked: Resources) -> list[str]:
-    """Remarks on how jobs of this partition are told to stop."""
+def remarks(asked: Resources) -> list[str]:
+    """How many nodes of the partition are at work, if too few, and how its jobs are told to stop."""
     words = ["scontrol", "show", "partition", "-o", *([asked.partition] if asked.partition else [])]
-    facts = slurm.fields(slurm.ask(*words).splitlines()[0])
-    mode, name = facts.get("PreemptMode", "OFF"), facts["PartitionName"]
+    found = [slurm.fields(line) for line in slurm.ask(*words).splitlines()]
+    facts = next((f for f in found if asked.partition or f.get("Default") == "YES"), found[0])
+    name, mode = facts["PartitionName"], facts.get("PreemptMode", "OFF")
+    nodes = dict(line.split() for line in slurm.ask("sinfo", "-h", "-N", "-p", name, "-o", "%N %T").splitlines())
+    up = [n for n, state in nodes.items() if state in _UP]
+    lines = []
+    if len(up) < asked.nodes:
+        down = ", ".join(f"{n} is {state}" for n, state in nodes.items() if n not in up)
+        lines.append(f"partition {name}: {len(up)} of {len(nodes)} nodes are up now ({down}); the job waits for them")
     if mode == "OFF":
-        return []
+        return lines
     grace = facts.get("GraceTime", "0")
     told = "preempt_send_user_signal" in slurm.configuration().get("SlurmctldParameters", "")
-    if mode != "REQUEUE":
-        return [
-            f"partition {name}: Slurm does not put preempted jobs back here (PreemptMode={mode}); a job told in "
-            "time does it by itself"
-        ]
-    if grace == "0":
-        return [
-            f"partition {name}: preemption comes without warning (GraceTime=0); a job goes on from its last checkpoint"
-        ]
     how = "the stop signal" if told else "SIGTERM, as preempt_send_user_signal is not set"
-    return [f"partition {name}: a preempted job is told by {how} and has {grace} s to save"]
+    if mode != "REQUEUE":
+        said = f"Slurm does not put preempted jobs back here (PreemptMode={mode}); a job told in time does it by itself"
+    elif grace == "0":
+        said = "preemption comes without warning (GraceTime=0); a job goes on from its last checkpoint"
+    else:
+        said = f"a preempted job is told by {how} and has {grace} s to save"
+    return [*lines, f"partition {name}: {said}"]

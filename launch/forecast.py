@@ -29,8 +29,10 @@ def of(verb: str, cfg: Any, asked: Resources, site: Site, made: Iterable[Path] =
         faults, lines = _training(cfg, asked, site)
     later = [name for name in _INPUTS if (path := getattr(cfg, name, None)) and Path(path).resolve() in set(made)]
     if later:
+        if verb == "train" and asked.tasks > cfg.optim.batch:
+            faults.append(f"optim.batch: {cfg.optim.batch} crops leave some of the {asked.tasks} ranks without any")
         return faults, [*lines, f"{', '.join(later)} will be there when it starts"]
-    cfg = _as_on_the_nodes(verb, cfg, asked)
+    cfg = _as_on_the_nodes(verb, cfg, asked, site)
     found, said = within(
         PATIENCE, lambda: list(importlib.import_module(cli.VERBS[verb].module).forecast(cfg)), asked.tasks
     )
@@ -64,36 +66,35 @@ def _work(pipe: Connection, work: Callable[[], list[str]], ranks: int) -> None:
         pipe.send(([str(error)], []))
 
 
-def _as_on_the_nodes(verb: str, cfg: Any, asked: Resources) -> Any:
-    """The config without what only a GPU can do, where this machine has none but the job will."""
+def _as_on_the_nodes(verb: str, cfg: Any, asked: Resources, site: Site) -> Any:
+    """The config without what only a GPU can do, where this machine has none; training is planned for the site's."""
     if verb != "train" or not asked.gpus_per_task:
         return cfg
-    engine = dataclasses.replace(cfg.engine, dtype="auto", offload_optimizer=False)
-    return dataclasses.replace(cfg, engine=engine)
+    engine = dataclasses.replace(
+        cfg.engine, dtype="auto", offload_optimizer=False, offload_parameters="none", nvme=None
+    )
+    plan = cfg.plan
+    if site.gpu_memory_gb:
+        plan = dataclasses.replace(plan, nodes=asked.nodes, gpus=asked.tasks_per_node, memory=site.gpu_memory_gb)
+    return dataclasses.replace(cfg, engine=engine, plan=plan)
 
 
 def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[str]]:
-    """Batch, memory and time of a training. Raises nothing."""
+    """Memory and time of a training. Raises nothing."""
     from hpc_neuro.models import cost
+    from hpc_neuro.train import engine, plan
 
-    ranks, batch = asked.tasks, cfg.optim.batch
-    micro = cfg.engine.micro_batch or max(1, batch // ranks)
-    if batch % (micro * ranks):
-        return [
-            f"optim.batch: {batch} crops cannot be cut into passes of {micro} on {ranks} ranks; take a multiple of "
-            f"{micro * ranks}, or other nodes and tasks_per_node"
-        ], []
+    ranks = asked.tasks
+    each = -(-cfg.optim.batch // ranks)
+    micro = min(cfg.engine.micro_batch or each, each)
     half = asked.gpus_per_task > 0 and cfg.engine.dtype != "fp32"
     parts = cost.costs(cfg.student, cfg.crop.size, micro, 2 if half else 4)
     kept, parameters = sum(p.kept for p in parts), sum(p.parameters for p in parts)
-    spread = [1.0, 1.0, 1.0] if cfg.engine.stage == 0 else [1.0, 1.0, 1 / ranks]
-    spread[1] = 1 / ranks if cfg.engine.stage >= 2 else 1.0
-    spread[0] = 1 / ranks if cfg.engine.stage == 3 else 1.0
-    size = 2 if half else 4
-    state = parameters * (size * spread[0] + size * spread[1] + 12 * spread[2])  # weights, gradients; copy and moments
+    averaged, bucket = parameters if cfg.ema.window > 0 else 0, engine.bucket(parameters)
+    stages = plan.stages(parameters, averaged, ranks, 2 if half else 4, kept, bucket, cfg.engine.offload_optimizer)
+    need = stages[cfg.engine.stage].total
     faults = []
-    need = kept + state
-    line = f"about {human(need)} per rank ({human(kept)} kept for backward, {human(state)} of weights and optimizer)"
+    line = f"about {human(need)} per rank ({human(kept)} kept for backward, {human(need - kept)} of weights, optimizer)"
     if asked.gpus_per_task and site.gpu_memory_gb and need > 0.9e9 * site.gpu_memory_gb:
         faults.append(
             f"memory: {line}, and a GPU here has {site.gpu_memory_gb:g} GB; take a smaller crop.size or "
@@ -101,7 +102,7 @@ def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[s
         )
     if not asked.gpus_per_task and asked.memory_gb and asked.tasks_per_node * (need + 0.7e9) > 1e9 * asked.memory_gb:
         faults.append(f"memory: {line}, for {asked.tasks_per_node} ranks on a node of memory_gb {asked.memory_gb:g}")
-    seconds = _seconds(cfg, site, sum(p.step for p in parts) * (batch // (micro * ranks)))
+    seconds = _seconds(cfg, site, sum(p.step for p in parts) * -(-each // micro))
     if seconds is None:
         return faults, [line]
     whole = seconds * cfg.optim.steps / 60

@@ -49,18 +49,11 @@ class Recipe:
         """Points that show every value once."""
         return spaces.covering(self.cfg.space)
 
-    def forecast(self) -> list[str]:
-        """Assemble the training of every value once (files, cache, teacher, memory, space); what a trial needs."""
-        lines: list[str] = []
-        seen: set[str] = set()
-        for point in self.samples():
-            point = {k: v for k, v in point.items() if k != SEED}
-            keys = spaces.keys(self.cfg.space, point)
-            if str(keys) not in seen:
-                seen.add(str(keys))
-                said = train.forecast(self._load(self.cfg.out / "trials" / "check", keys)["train"])
-                lines = lines or said
-        return lines
+    def trainings(self) -> list[train.TrainConfig]:
+        """Train configs that show every value once, those that differ in the seed alone left out."""
+        points = [{k: v for k, v in point.items() if k != SEED} for point in self.samples()]
+        distinct = {str(keys): keys for keys in (spaces.keys(self.cfg.space, point) for point in points)}
+        return [self._load(self.cfg.out / "trials" / "check", keys)["train"] for keys in distinct.values()]
 
     @property
     def digest(self) -> str:

@@ -52,7 +52,7 @@ class Site:
     qos: str | None = None
     """Quality of service."""
     gres: str | None = None
-    """Generic resources per node, where GPUs must be asked for by type (`gpu:a100:4`); none: as gpus_per_task says."""
+    """`gpu:a100` where GPUs must be asked for by type; their number is added, if there is none, from gpus_per_task."""
     constraint: str | None = None
     """Features that nodes must have."""
     exclusive: bool = False
@@ -90,6 +90,13 @@ class Site:
     infer: Resources = Field(default_factory=Resources)
     evaluate: Resources = Field(default_factory=Resources)
     demo: Resources = Field(default_factory=Resources)
+
+    def gpus(self, asked: Resources) -> dict[str, str | int]:
+        """How sbatch is asked for the GPUs of a node, `gres` or `gpus_per_node`; {} for none."""
+        count = asked.tasks_per_node * asked.gpus_per_task
+        if self.gres is None or not count:
+            return {"gpus_per_node": count} if count else {}
+        return {"gres": self.gres if self.gres.rpartition(":")[2].isdigit() else f"{self.gres}:{count}"}
 
     def resources(self, verb: str) -> Resources:
         """What a verb asks for, its partition filled in."""

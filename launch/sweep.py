@@ -13,17 +13,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hpc_neuro import runs, schema, search
+from hpc_neuro import runs, schema, search, train
 from hpc_neuro.schema import ConfigError, InputError
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.study import only_driver
+from launch import checks
 from launch.driver import RESUMABLE, Driver
 from launch.executors import Executor
 from launch.executors.local import Local
 from launch.executors.slurm import Slurm
 from launch.recipe import Recipe
-from launch.site import load_site
+from launch.site import Site, load_site
 from launch.snapshot import snapshot
 
 log = logging.getLogger("hpc_neuro.sweep")
@@ -61,7 +62,7 @@ def sweep(asked: argparse.Namespace) -> int:
         with only_driver(cfg.out):
             log.info("sweep: %d jobs asked to end", Driver(cfg, recipe.steps, recipe.write, executor).cancel_all())
         return 0
-    lines = [*search.forecast(cfg), *recipe.forecast()]
+    lines = [*search.forecast(cfg), *_check(recipe, asked)]
     if executor is None:
         sys.stdout.write("\n".join(lines) + "\n")
         return 0
@@ -90,12 +91,28 @@ def drive(cfg: SearchConfig, driver: Driver, this: runs.Run) -> int:
     return code
 
 
+def _check(recipe: Recipe, asked: argparse.Namespace) -> list[str]:
+    """Assemble the training of every value once, and hold it against the cluster; what the first one needs.
+
+    Raises ConfigError or InputError.
+    """
+    if asked.on == "local":
+        first, *_ = [train.forecast(cfg) for cfg in recipe.trainings()]
+    else:
+        first, *_ = [checks.check([("train", cfg)], _site(asked), "slurm") for cfg in recipe.trainings()]
+    return first
+
+
+def _site(asked: argparse.Namespace) -> Site:
+    return load_site(asked.cluster, [w.removeprefix("cluster.") for w in asked.site])
+
+
 def _executor(asked: argparse.Namespace, cfg: SearchConfig) -> Executor:
     """Trials run a copy of the code, which later edits do not change."""
     code = snapshot(cfg.out / "code")
     if asked.on == "local":
         return Local(code=code)
-    return Slurm(load_site(asked.cluster, [w.removeprefix("cluster.") for w in asked.site]), code)
+    return Slurm(_site(asked), code)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,33 @@ class Place:
         """Name of this start of the job."""
         return f"{self.job}.{self.restarts}"
 
+    def meet(self, path: Path, patience: float = 120.0) -> dict[str, str]:
+        """What torch.distributed asks for in the environment; rank 0 takes a port that is free and says so in `path`.
+
+        Raises TimeoutError when rank 0 says nothing for `patience` seconds.
+        """
+        if self.rank == 0:
+            with socket.socket() as probe:
+                probe.bind(("", 0))
+                port = str(probe.getsockname()[1])
+            nodes = os.environ.get("SLURM_JOB_NODELIST", self.host)
+            files.write_json(path, {"host": self.host, "port": port, "nodes": nodes})
+        until = time.monotonic() + patience
+        while not path.exists():
+            if time.monotonic() > until:
+                raise TimeoutError(
+                    f"rank 0 did not write {path} in {patience:.0f} s; is the run folder shared by all nodes?"
+                )
+            time.sleep(0.1)
+        found = files.read_json(path, "rank 0 writes it")
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": found["host"],
+            "MASTER_PORT": found["port"],
+        }
+
     @classmethod
     def here(cls, env: Mapping[str, str] = os.environ) -> Place:
         """From the variables of srun, or of submitit's local controller."""
@@ -78,7 +105,9 @@ class Task:
         place = Place.here()
         start = self.folder / "starts" / place.key
         watch = _Watch(self.signal_seconds)
-        address = self._begin(start, place) if place.rank == 0 else self._meet(start)
+        if place.rank == 0:
+            self._begin(place)
+        meeting = place.meet(start / "start.json")
         if place.restarts > self.max_requeue:  # Slurm puts jobs back by itself when a node fails, and does not count
             ending.note_rank(start, place, ending.RESUMABLE, ["requeue limit"])
             sys.exit(ending.RESUMABLE)
@@ -86,7 +115,7 @@ class Task:
             ending.note_rank(start, place, ending.RESUMABLE, watch.seen)
             sys.exit(ending.RESUMABLE)
         with subprocess.Popen(
-            self.command, cwd=self.cwd, env=self._environment(place, address), close_fds=False
+            self.command, cwd=self.cwd, env=self._environment(place, meeting), close_fds=False
         ) as child:  # PMI2 hands its connection down as an open file
             watch.child = child
             code = self._wait(child, place, watch)
@@ -99,41 +128,16 @@ class Task:
             sys.exit(code if code > 0 else 128 - code)
         return 0
 
-    def _begin(self, start: Path, place: Place) -> dict[str, str]:
-        """Rank 0: say why the last start ended if it could not, take the folder over, choose where ranks meet."""
+    def _begin(self, place: Place) -> None:
+        """Rank 0: say why the last start ended if it could not, and take the folder over."""
         unfinished = ending.close_earlier(self.folder, self.out, place.key)
         files.write_text(self.folder / "owner", place.key)
         if unfinished:
             time.sleep(_FENCE)  # a node that lost touch with Slurm may still be computing here
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        address = {"host": place.host, "port": str(port)}
-        files.write_json(start / "start.json", {**address, "nodes": os.environ.get("SLURM_JOB_NODELIST", place.host)})
-        return address
 
-    def _meet(self, start: Path) -> dict[str, str]:
-        """Other ranks: where rank 0 says to meet."""
-        until = time.monotonic() + 120
-        while not (start / "start.json").exists():
-            if time.monotonic() > until:
-                raise TimeoutError(
-                    f"rank 0 did not write {start / 'start.json'} in 120 s; is the run folder shared by all nodes?"
-                )
-            time.sleep(0.1)
-        found: dict[str, str] = files.read_json(start / "start.json", "rank 0 writes it")
-        return found
-
-    def _environment(self, place: Place, address: Mapping[str, str]) -> dict[str, str]:
-        env = {**os.environ, **self.environment}
+    def _environment(self, place: Place, meeting: Mapping[str, str]) -> dict[str, str]:
+        env = {**os.environ, **self.environment, **meeting}
         env["PYTHONPATH"] = os.pathsep.join([str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env |= {
-            "RANK": str(place.rank),
-            "WORLD_SIZE": str(place.size),
-            "LOCAL_RANK": str(place.local_rank),
-            "MASTER_ADDR": address["host"],
-            "MASTER_PORT": address["port"],
-        }
         if self.interface:
             env |= {"NCCL_SOCKET_IFNAME": self.interface, "GLOO_SOCKET_IFNAME": self.interface}
         if env.get("CUDA_VISIBLE_DEVICES") == "":

@@ -1,24 +1,23 @@
 """A trial at work: `python -m launch.trial FOLDER` runs the verbs of its recipe, one after the other, in one process.
 
-Every rank of a trial runs this and reads the same files, so all have the same values. Verbs that are complete pass at
-once, so a trial that is sent again goes on where it was. Exit codes as of the verbs; 75 also when the folder is taken.
+Every rank of a trial runs this and reads the same files, so all have the same values. Several ranks train and end; the
+job then runs this again in one task, for the verbs that follow. Verbs that are complete pass at once, so a trial that
+is sent again goes on where it was. Exit codes as of the verbs; 75 also when the folder is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hpc_neuro import __main__ as cli
+from launch.task import Place
 
-log = logging.getLogger("hpc_neuro.trial")
 VERBS = ("train", "infer", "evaluate")
 _PATIENCE = 60.0  # [s] an earlier job that was killed may take this long to let go of the folder
 _BUSY = 75
@@ -32,13 +31,12 @@ def main(words: Sequence[str]) -> int:
         )
         return 2
     folder = Path(words[0])
-    join_ranks()
-    main_rank = os.environ.get("RANK", "0") == "0"
-    with only_one(folder) if main_rank else contextlib.nullcontext(True) as ours:
+    ranks = join_ranks(folder)
+    with only_one(folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext(True) as ours:
         if not ours:
             sys.stderr.write(f"{folder} is at work in another process\n")
             return _BUSY
-        for verb in VERBS if main_rank else VERBS[:1]:
+        for verb in VERBS if ranks == 1 else VERBS[:1]:
             config = folder / f"{verb}.yaml"
             if config.exists() and (code := cli.main([verb, str(config)])):
                 return code
@@ -62,17 +60,13 @@ def only_one(folder: Path, patience: float = _PATIENCE) -> Iterator[bool]:
         yield True
 
 
-def join_ranks() -> None:
-    """Under srun with several tasks: rank, world size and meeting point from Slurm's variables."""
+def join_ranks(folder: Path) -> int:
+    """Under srun with several tasks: tell torch.distributed who this is and where ranks meet; their number."""
     env = os.environ
-    if "WORLD_SIZE" in env or int(env.get("SLURM_NTASKS", "1")) == 1 or "SLURM_PROCID" not in env:
-        return
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-    )
-    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (env[f"SLURM_{k}"] for k in ("PROCID", "NTASKS", "LOCALID"))
-    env["MASTER_ADDR"] = nodes.stdout.split()[0]
-    env["MASTER_PORT"] = str(20000 + int(env["SLURM_JOB_ID"]) % 20000)
+    if "WORLD_SIZE" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        place = Place.here()
+        env.update(place.meet(folder / f"ranks_{place.key}.json"))
+    return int(env.get("WORLD_SIZE", "1"))
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ def parallel(
     for i, (x, axis, scale) in enumerate(zip(xs, axes, scales, strict=True)):
         body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
         body.append(_text("axis", x, _TOP - 10 if i % 2 == 0 else height - 10, axis.title))
-        body += [_text("tick", x + 6, y + 4, label, "start") for y, label in scale.ticks]
+        body += [_text("tick over", x + 6, y + 4, label, "start") for y, label in scale.ticks]
         if axis.absent:
-            body.append(_text("tick", x + 6, height - _BOTTOM + 4, "\N{EN DASH}", "start"))
+            body.append(_text("tick over", x + 6, height - _BOTTOM + 4, "none", "start"))
     return _frame(title, "".join(body), height)
 
 
@@ -135,7 +135,7 @@ class _Scale:
 
 
 def _scale(axis: Axis, values: Sequence[float | None], height: int) -> _Scale:
-    bottom, top = height - _BOTTOM - 12, _TOP + 12
+    bottom, top = height - _BOTTOM - (24 if axis.absent else 12), _TOP + 12
     if axis.labels:
         scale = _Scale(0, len(axis.labels) - 1, bottom, top, False, [])
         return _Scale(
@@ -145,13 +145,13 @@ def _scale(axis: Axis, values: Sequence[float | None], height: int) -> _Scale:
 
 
 def _numbers(values: Sequence[float], log: bool, bottom: float, top: float) -> _Scale:
-    """A scale over all values: round ends and ticks, or, of a logarithm, from the lowest to the highest value."""
+    """A scale over all values with round ticks; its ends are round, too, or, of a logarithm, the extreme values."""
     used = [math.log10(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.0]
     low, high = min(used), max(used)
     if low == high:
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
     if log:
-        marks = [10 ** (low + (high - low) * i / 4) for i in range(5)]
+        marks = _log_marks(10**low, 10**high)
     else:
         rough = (high - low) / 5
         unit = 10.0 ** math.floor(math.log10(rough))
@@ -161,6 +161,16 @@ def _numbers(values: Sequence[float], log: bool, bottom: float, top: float) -> _
         low, high = marks[0], marks[-1]
     bare = _Scale(low, high, bottom, top, log, [])
     return _Scale(low, high, bottom, top, log, [(bare.at(v) or 0.0, f"{v:.3g}") for v in marks])
+
+
+def _log_marks(low: float, high: float) -> list[float]:
+    """At most seven round values between two, as many as can be; the two themselves where fewer than two are round."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        marks = [m * 10.0**k for k in decades for m in digits if low * (1 - 1e-9) <= m * 10.0**k <= high * (1 + 1e-9)]
+        if len(marks) <= 7:
+            return marks if len(marks) > 1 else [low, high]
+    return marks[:: -(-len(marks) // 7)]
 
 
 def _unbroken(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:

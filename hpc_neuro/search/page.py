@@ -65,12 +65,17 @@ def _result(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) ->
     lines = [f"{len(trials)} trials: {', '.join(words)}; {again} restarts."]
     if winner is None:
         return html.paragraph(lines[0]) + html.paragraph("No trial has finished.", "notice")
-    values = ", ".join(f"{k} = {text(v)}" for k, v in winner.values.items())
+    values = ", ".join(f"{k} = {_short(v)}" for k, v in winner.values.items())
     lines.append(f"Best: trial {winner.number}, {cfg.objective.key} {winner.value:.4g}, with {values}.")
     lines.append("best.yaml, beside this page, trains it again: hpc-neuro train best.yaml")
     best = _best_so_far(cfg, trials)
     curve = charts.lines("Best value after each finished trial", [best], "finished trials", cfg.objective.key)
     return "".join(html.paragraph(line) for line in lines) + html.row([curve, ""])
+
+
+def _short(value: object) -> str:
+    """A value for people; best.yaml and trials.csv have all digits."""
+    return f"{value:.4g}" if isinstance(value, float) else text(value)
 
 
 def _best_so_far(cfg: SearchConfig, trials: Sequence[Trial]) -> charts.Series:
@@ -118,7 +123,7 @@ def _table(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) -> 
         for name in cfg.space:
             held = t.values.get(name)
             number = float(held) if isinstance(held, (int, float)) and not isinstance(held, bool) else None
-            shown = "" if name not in t.values else f"{held:.4g}" if isinstance(held, float) else text(held)
+            shown = "" if name not in t.values else _short(held)
             cells.append(Cell(shown, number))
         seconds = round(t.seconds)
         cells += [Cell(str(t.step), t.step), Cell(str(len(t.attempts)), len(t.attempts)), Cell(str(seconds), seconds)]

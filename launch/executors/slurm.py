@@ -76,12 +76,15 @@ class Slurm:
             "qos": self.site.qos,
             "constraint": self.site.constraint,
             "mem": f"{int(asked.memory_gb * 1024)}M" if asked.memory_gb else None,
-            "gres": self.site.gres if asked.gpus_per_task else None,
-            "gpus-per-node": asked.tasks_per_node * asked.gpus_per_task or None if self.site.gres is None else None,
+            **{k.replace("_", "-"): v for k, v in self.site.gpus(asked).items()},
             "signal": f"TERM@{self.site.signal_seconds}",
         }
         lines = [f"#SBATCH --{k}={shlex.quote(str(v))}" for k, v in options.items() if v is not None]
         quoted = shlex.quote(str(base))
+        words = shlex.join([*shlex.split(self.site.container), *command])
+        runs = f"srun --kill-on-bad-exit=0 --wait={max(60, self.site.signal_seconds)} {words}"
+        if asked.tasks > 1:  # all ranks train; what follows wants one
+            runs += f" && srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {words}"
         return "\n".join(
             [
                 "#!/bin/bash",
@@ -92,7 +95,7 @@ class Slurm:
                 f"echo $SLURM_JOB_ID > {quoted}.job",
                 *self._setup(),
                 f"cd {shlex.quote(str(base.parent))}",
-                f"srun --kill-on-bad-exit=1 {shlex.join([*shlex.split(self.site.container), *command])}",
+                runs,
                 f"code=$?; echo $code > {quoted}.exit.part && mv {quoted}.exit.part {quoted}.exit",
                 "",
             ]

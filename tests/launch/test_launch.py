@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +14,11 @@ from hypothesis import strategies as st
 
 from hpc_neuro import files, runs
 from hpc_neuro.schema import ConfigError, InputError
-from launch import array, chain, checks, ending, jobs, slurm
+from launch import accounts, array, chain, checks, ending, jobs, slurm
 from launch.__main__ import main
-from launch.site import SHIPPED, Site, load_site
-from launch.snapshot import snapshot
+from launch.executors.slurm import Slurm
+from launch.site import SHIPPED, Resources, Site, load_site
+from launch.snapshot import ROOT, snapshot
 
 PIPELINE = ["prepare", "precompute", "train", "infer", "evaluate"]
 
@@ -44,6 +49,9 @@ def test_a_chain_fills_in_the_folders_it_hands_on(tmp_path: Path):
     assert stages["infer"].model == stages["train"].out
     assert stages["evaluate"].predictions == stages["infer"].out
     assert stages["train"].optim.steps == 7
+    assert stages["train"].tracker.group == tmp_path.name
+    mine = dict(chain.plan(PIPELINE, None, [*keys, "train.tracker.group=mine"]))
+    assert mine["train"].tracker.group == "mine"
 
 
 @pytest.mark.parametrize(
@@ -115,8 +123,83 @@ def test_time_limits_of_slurm(text, found):
 
 def test_gpus_of_a_node():
     assert checks._gpus("gpu:a100:4(S:0-1),shard:8") == 4
+    assert checks._gpus("gpu:a100:4,gpu:v100:2(IDX:0)") == 6
+    assert checks._gpus("gpu:a100:4,gpu:v100:2", "v100") == 2
     assert checks._gpus("gpu:2") == 2
     assert checks._gpus("(null)") == 0
+
+
+@pytest.mark.parametrize(
+    ("gres", "asked"),
+    [(None, {"gpus_per_node": 4}), ("gpu:a100", {"gres": "gpu:a100:4"}), ("gpu:a100:8", {"gres": "gpu:a100:8"})],
+)
+def test_gpus_are_asked_for_by_number_or_by_type(gres, asked):
+    site = Site(gres=gres)
+    assert site.gpus(Resources(tasks_per_node=2, gpus_per_task=2)) == asked
+    assert site.gpus(Resources(tasks_per_node=2)) == {}
+
+
+def test_a_container_stands_before_every_command(tmp_path: Path):
+    site = load_site("dev", ["container=apptainer exec --nv '/shared/my image.sif'"])
+    words = ("apptainer", "exec", "--nv", "/shared/my image.sif")
+    cfg = jobs.load("evaluate", None, ["store=x", "predictions=y", f"out={tmp_path}"])
+    task = jobs._task("evaluate", cfg, site, site.evaluate, tmp_path, "slurm", None, ())
+    assert task.command[:6] == (*words, sys.executable, "-m")
+    script = Slurm(site, tmp_path).script(["python", "trial"], tmp_path / "0000" / "attempt_1")
+    srun = [line for line in script.splitlines() if line.startswith("srun")]
+    assert [shlex.join([*words, "python", "trial"]) in part for part in srun[0].split("&&")] == [True, True]
+    (fault,) = checks._container(site)
+    assert "/shared/my image.sif does not exist" in fault
+
+
+ASSOCIATIONS = "lab|normal,long|\nother|normal|20\n"  # as `sacctmgr -nP show assoc` of Slurm 22.05 writes it
+
+
+@pytest.mark.parametrize(
+    ("site", "fault", "most"),
+    [
+        (Site(), "", None),
+        (Site(account="lab", qos="long"), "", None),
+        (Site(account="other", qos="normal"), "", 20),
+        (Site(account="theirs"), "no account theirs; yours are lab, other", None),
+        (Site(account="other", qos="long"), "long is not open to account other; open are normal", 20),
+        (Site(qos="debug"), "debug is not open to you; open are normal, long", None),
+    ],
+)
+def test_accounts_are_checked_where_slurm_asks_for_them(monkeypatch, site, fault, most):
+    enforced = {"AccountingStorageEnforce": "associations,limits"}
+    monkeypatch.setattr(slurm, "configuration", lambda: enforced)
+    monkeypatch.setattr(slurm, "ask", lambda *words: ASSOCIATIONS)  # the answer of a service
+    found = accounts.faults(site)
+    assert len(found) == bool(fault)
+    assert fault in "".join(found)
+    assert accounts.most_jobs(site) == most
+    enforced["AccountingStorageEnforce"] = "none"
+    assert accounts.faults(site) == []
+
+
+def test_ranks_of_a_trial_meet_and_only_train_together(tmp_path: Path):
+    """Two processes as srun starts them, then the one that does the rest; the verbs only say who they are."""
+    for verb in ("train", "infer"):
+        (tmp_path / f"{verb}.yaml").touch()
+    script = (
+        "import os, sys\nfrom hpc_neuro import __main__ as cli\nfrom launch import trial\n"
+        "def main(words):\n    print(words[0], *(os.environ.get(k) for k in ('RANK', 'WORLD_SIZE', 'MASTER_PORT')))\n"
+        "cli.main = main\nsys.exit(trial.main(sys.argv[1:]))"
+    )
+
+    def start(rank: int, size: int) -> subprocess.Popen[str]:
+        place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NTASKS": size, "SLURM_JOB_ID": 7}
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SUBMITIT_EXECUTOR")}
+        env |= {k: str(v) for k, v in place.items()} | {"PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-c", script, str(tmp_path)]
+        return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
+
+    second, first = start(1, 2), start(0, 2)
+    said = [child.communicate(timeout=60)[0].split() for child in (first, second)]
+    port = said[0][-1]
+    assert said == [["train", "0", "2", port], ["train", "1", "2", port]]
+    assert start(0, 1).communicate(timeout=60)[0].split() == ["train", *["None"] * 3, "infer", *["None"] * 3]
 
 
 def test_a_time_limit_that_leaves_no_time_is_a_fault(tmp_path: Path):

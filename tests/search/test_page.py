@@ -127,6 +127,19 @@ def test_a_study_without_trials_says_how_to_start_them(tmp_path):
         search.run(TypeAdapter(SearchConfig).validate_python(tree))
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [
+        (1.3e-4, 8.9e-3, ["0.0002", "0.0005", "0.001", "0.002", "0.005"]),
+        (1e-5, 1e-1, ["1e-05", "0.0001", "0.001", "0.01", "0.1"]),
+        (3.1e-4, 3.2e-4, ["0.00031", "0.00032"]),
+        (1.0, 1e20, [f"{10.0**k:g}" for k in range(0, 21, 3)]),
+    ],
+)
+def test_logarithmic_axes_have_round_ticks(low, high, marks):
+    assert [f"{m:g}" for m in sweep_charts._log_marks(low, high)] == marks
+
+
 def test_a_line_of_parallel_coordinates_breaks_where_a_value_is_missing():
     axes = [sweep_charts.Axis("a"), sweep_charts.Axis("b", labels=("u", "v")), sweep_charts.Axis("c", log=True)]
     whole = sweep_charts.parallel("t", axes, [[1, 0, 10.0], [2, 1, 100.0]], [1.0, 0.5])
