@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -46,7 +48,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     try:
         value = TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
-        faults += [_sentence(item) for item in error.errors()]
+        faults += [_sentence(cls, item) for item in error.errors()]
     if faults:
         kinds = f" {cls.__name__}"
         raise ConfigError(f"{name} is not a usable{kinds}:\n" + "\n".join(f"  {fault}" for fault in faults))
@@ -215,12 +217,22 @@ def _default_tree(owner: Any, key: str) -> Any:
     return {}
 
 
-def _sentence(item: Any) -> str:
-    """One pydantic fault as `dotted.key: what is wrong`."""
+def _sentence(cls: Any, item: Any) -> str:
+    """One pydantic fault as `dotted.key: what is wrong`; for an unknown key, the one that may have been meant."""
     path = ".".join(str(p) for p in item["loc"] if not str(p).startswith(("function-", "tagged-")))
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "union_tag_invalid":
         message = f"{item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
-    elif item["type"] not in ("missing", "unexpected_keyword_argument", "value_error"):
+    elif item["type"] == "unexpected_keyword_argument":
+        message += _meant(cls, path)
+    elif item["type"] not in ("missing", "value_error"):
         message += f", found {item['input']!r}"
     return f"{path}: {message}" if path else message
+
+
+def _meant(cls: Any, path: str) -> str:
+    """`; did you mean KEY?` for the nearest key, or for one of the same last name in another section; else nothing."""
+    keys = [re.sub(r"\[[^]]*\]", "", f.key) for f in describe(cls)]
+    last = path.rpartition(".")[2]
+    near = [k for k in keys if k.endswith(f".{last}")] or difflib.get_close_matches(path, keys, n=1, cutoff=0.75)
+    return f"; did you mean {' or '.join(dict.fromkeys(near))}?" if 0 < len(set(near)) < 4 else ""

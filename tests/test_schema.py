@@ -94,6 +94,17 @@ def test_all_faults_come_at_once_by_dotted_key() -> None:
     assert text.startswith("the command line is not a usable Root:")
 
 
+@pytest.mark.parametrize(
+    ("given_", "meant"),
+    [("section.stepps", "section.steps"), ("steps", "section.steps"), ("sid", ""), ("things.0.radios", "")],
+)
+def test_an_unknown_key_comes_with_the_one_that_may_have_been_meant(given_: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(f"{given_}=1")
+    (fault,) = str(caught.value).splitlines()[1:]
+    assert fault.endswith(f"Unexpected keyword argument; did you mean {meant}?" if meant else "keyword argument")
+
+
 def test_a_cross_field_check_is_a_fault_like_any_other() -> None:
     with pytest.raises(ConfigError, match="13 is not allowed; choose another"):
         load("maybe=13")
