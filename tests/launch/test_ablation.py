@@ -138,11 +138,14 @@ def test_going_on_with_a_finished_study_starts_nothing(study):
     assert {p: p.stat().st_mtime_ns for p in (study.out / "trials").rglob("run.json")} == before
 
 
-def test_the_shipped_ablation_is_five_rules_by_four_modes_by_three_seeds(monkeypatch):
+@pytest.mark.parametrize("name", ["ablation", "ablation_cpu"])
+def test_the_shipped_ablations_are_five_rules_by_four_modes_by_three_seeds(monkeypatch, name):
     monkeypatch.chdir(REPO)
-    cfg = schema.load(SearchConfig, REPO / "configs" / "search" / "ablation.yaml")
+    cfg, whole = (schema.load(SearchConfig, REPO / "configs" / "search" / f"{n}.yaml") for n in (name, "ablation"))
     Recipe(cfg)  # TrainConfig takes every point
     points = grid(cfg.space)
+    assert points == grid(whole.space)
+    assert cfg.space == whole.space
     assert len(points) == 60
     assert [p["seed"] for p in points] == sorted(p["seed"] for p in points)
 
