@@ -164,16 +164,17 @@ def test_offsets_learn_from_the_student_side_only() -> None:
 
 def test_smoothness_prices_changes_of_direction_only() -> None:
     """A straight but slanted tube is free; a zigzag costs."""
-    distiller = build(axes="deformable", smoothness=2.0, weight=1.0)
-    free = build(axes="deformable", smoothness=0.0, weight=1.0)
+    both = {"axes": "deformable", "weight": 1.0, "layers": ((1, 5), (3, 11))}
+    distiller, free = build(smoothness=2.0, **both), build(smoothness=0.0, **both)
     slanted = torch.tensor([-1.0, -1, 1, 1]).repeat(2)  # steps point away from the centre
     zigzag = torch.tensor([-1.0, 1, 1, -1]).repeat(2)
     for raw, price in ((slanted, 0.0), (zigzag, 2.0 * 2 * (2 * math.tanh(1)) ** 2)):
-        for d in (distiller, free):
+        for conv in (*distiller.offsets, *free.offsets):
             with torch.no_grad():
-                d.offsets[0].bias.copy_(raw.repeat(3) * FAN_IN)
-        cost = distiller(features(blocks=(3,)), batch())[0] - free(features(blocks=(3,)), batch())[0]
-        assert float(cost.detach()) == pytest.approx(price, abs=1e-4)
+                conv.bias.copy_(raw.repeat(3) * FAN_IN)
+        (loss, terms), (without, _) = distiller(features(), batch()), free(features(), batch())
+        assert float((loss - without).detach()) == pytest.approx(price, abs=1e-4)
+        assert float(terms["distill_bend"]) == pytest.approx(math.tanh(1), abs=1e-5)
 
 
 def test_samples_that_are_not_distilled_do_not_count() -> None:
@@ -215,7 +216,9 @@ def test_half_precision_modules_and_features_sum_in_float32() -> None:
     loss, terms = rounded(low, given)
     assert loss.dtype == torch.float32
     assert all(t.dtype == torch.float32 for t in terms.values())
-    torch.testing.assert_close(loss, exact({3: low[3].float()}, given)[0], rtol=0.02, atol=0.01)
+    wide = exact({3: low[3].float()}, given)[0]
+    torch.testing.assert_close(loss, wide, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(exact(low, given)[0], wide, rtol=0, atol=0)
 
 
 def test_the_share_of_neurite_ignores_unlabelled_voxels() -> None:

@@ -101,6 +101,14 @@ def test_skeleton_recall_asks_only_for_the_centreline() -> None:
     assert float(loss(half, batch(tube(), line))) == pytest.approx(0.5, abs=1e-5)
 
 
+@pytest.mark.parametrize("loss", [Dice(), ClDice(iterations=2), SkeletonRecall()], ids=lambda v: v.kind)
+def test_a_thin_sample_weighs_as_much_as_a_thick_one(loss: Any) -> None:
+    mask = torch.cat([tube(radius=0.5)[:1], tube()[1:]])
+    given = logits() + 4 * mask
+    each = [loss(given[i : i + 1], batch(mask[i : i + 1])) for i in (0, 1)]
+    torch.testing.assert_close(loss(given, batch(mask)), (each[0] + each[1]) / 2)
+
+
 @pytest.mark.parametrize("loss", [Dice(), ClDice(iterations=4), SkeletonRecall()], ids=lambda v: v.kind)
 def test_overlap_losses_run_from_zero_for_right_to_one_for_wrong(loss: Any) -> None:
     truth = tube()

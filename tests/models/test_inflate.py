@@ -225,6 +225,13 @@ def test_every_rule_is_exact_for_every_family(arch: str) -> None:
         torch.testing.assert_close(found[:, found.shape[1] // 2], want, atol=2e-4, rtol=2e-4)
 
 
+def test_a_student_is_fitted_to_what_no_tensor_shows() -> None:
+    fitted = fit_config(StudentConfig(depth=1), family("vit_small_patch16_dinov3"))
+    assert (fitted.size, fitted.depth, fitted.positions, fitted.norm_eps) == ("small", 1, "rotary", 1e-5)
+    assert (fitted.registers, fitted.layer_scale, fitted.class_token) == (4, True, True)
+    assert fit_config(StudentConfig(), family("vit_small_patch8_224.dino")).grid == (8, 28, 28)
+
+
 @pytest.mark.parametrize("patch", [(4, 16, 16), (2, 8, 12)])
 def test_a_teacher_of_another_patch_size_is_resized_as_timm_does(patch: tuple[int, int, int]) -> None:
     guide = family("vit_small_patch14_dinov2")
@@ -304,6 +311,12 @@ def test_a_rule_and_a_tokenizer_that_do_not_fit_name_the_keys(tiny: Teacher, rul
         ("vit_tiny_patch16_224", {}, {"size": "small"}, r"student\.size=tiny"),
         ("vit_tiny_patch16_224", {}, {"depth": 3}, r"student\.depth=2"),
         ("vit_tiny_patch16_224", {}, {"registers": 1}, r"student\.registers=0"),
+        (
+            "vit_tiny_patch16_224",
+            {},
+            {"class_token": False, "norm_eps": 0.1},
+            r"class_token=True student\.norm_eps=1e-06",
+        ),
         ("vit_small_patch14_reg4_dinov2", {}, {"layer_scale": False}, r"student\.layer_scale=True"),
         ("vit_small_patch16_dinov3", {}, {"positions": "grid"}, r"student\.positions=rotary"),
         ("vit_tiny_patch16_224", {"embed_dim": 200, "num_heads": 4}, {}, "200 wide with 4 heads"),

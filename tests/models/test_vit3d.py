@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpc_neuro.models.teacher import timm
-from hpc_neuro.models.vit3d import DropPath, ViT3D, grid_positions, resample_plane, rotary, rotate
+from hpc_neuro.models.vit3d import DropPath, TransformerBlock, ViT3D, grid_positions, resample_plane, rotary, rotate
 
 
 def _noisy(vit: ViT3D) -> ViT3D:
@@ -61,6 +61,16 @@ def test_rotated_products_depend_on_the_displacement_alone(shape: tuple[int, int
     stop = tuple(slice(d, n) for n, d in zip(shape, by, strict=True))
     products = (q[start] * k[stop]).sum(-1)
     torch.testing.assert_close(products, products.flatten()[0].expand_as(products), atol=1e-4, rtol=0)
+
+
+def test_a_step_in_depth_turns_as_one_in_the_plane_however_deep_the_grid() -> None:
+    (shallow, deep), phases = (rotary((z, 6, 5), 32) for z in (2, 4)), slice(0, 16)
+    turn = [torch.atan2(r[0, 30:, phases], r[1, 30:, phases]) - torch.atan2(r[0, :-30, phases], r[1, :-30, phases])
+            for r in (shallow, deep)]  # fmt: skip
+    torch.testing.assert_close(turn[0][:1].cos().expand(90, -1), turn[1].cos(), atol=1e-5, rtol=0)
+    row = rotary((1, 6, 5), 32)  # y, the longer axis: the same angle a step, half of the pairs
+    step = torch.atan2(row[0, 5, :8], row[1, 5, :8]) - torch.atan2(row[0, 0, :8], row[1, 0, :8])
+    torch.testing.assert_close(turn[0][0, :8].cos(), step.cos(), atol=1e-5, rtol=0)
 
 
 def test_no_two_displacements_look_alike() -> None:
@@ -117,4 +127,7 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
     assert (kept == kept[:, :1]).all()
     assert kept.mean().item() == pytest.approx(1, abs=0.05)
     assert drop.eval()(torch.ones(2, 3)).eq(1).all()
+    block, x = TransformerBlock(8, 2, 1e-6, False, 0.5), torch.randn(64, 3, 8)
+    unchanged = (block(x, None) == x).flatten(1).all(1)
+    assert 4 < unchanged.sum() < 32  # one in four drops both branches
     assert [b.drop_path.rate for b in ViT3D(32, 3, 2, drop_path=0.2).blocks] == pytest.approx([0, 0.1, 0.2])
