@@ -81,8 +81,8 @@ def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 
             cell = (float(patch[down]), float(patch[right]))
             unit = feature_cache.Unit(name, view, 0, patch[across], slices, rows, columns, cell)
             values = np.random.default_rng(number).normal(size=(slices, 1, rows, columns, dim)).astype(np.float16)
-            writer = feature_cache.ShardWriter(folder / unit.name, unit, 1, dim, "key")
-            writer.write(slice(None), slice(None), slice(None), values)
+            writer = feature_cache.ShardWriter(folder / unit.name, unit, 1, dim, "key", tile=32)
+            writer.write(slice(0, slices), slice(0, rows), slice(0, columns), values)
             writer.finish()
             records.append(feature_cache.shard_record(folder / unit.name, unit))
     digests = {name: held[name].digest for name in train}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.precompute.config import PrecomputeConfig
 from hpc_neuro.precompute.slices import Job, jobs, pixels
 
+_AHEAD = 2  # batches that are being read and normalised
 _BEHIND = 2  # batches that wait for the disk at most: memory does not grow when it is slow
 _MOST = 256  # slices per forward
 Values = Callable[[], NDArray[np.float16]]
@@ -36,19 +38,23 @@ def build(
 ) -> None:
     """Make the shards of `units`, drawn as they come. Raises InputError when the disk is full; no part file is left."""
     layers = [n % teacher.depth for n in cfg.layers]
-    shards = _Shards(cfg.out, len(layers), teacher.dim, key, codings)
-    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+    shards = _Shards(cfg.out, len(layers), teacher.dim, cfg.tile // teacher.patch, key, codings)
+    with ThreadPoolExecutor(_AHEAD, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+        steps = _steps(cfg, teacher, units)
+        ahead: deque[tuple[cache.Unit, Job, bool, Future[NDArray[np.float32]]]] = deque()
         behind: deque[Future[None]] = deque()
+
+        def read(count: int) -> None:
+            for unit, job, last in itertools.islice(steps, count):
+                ahead.append((unit, job, last, reader.submit(pixels, store[unit.volume], unit, job)))
+
         try:
-            steps = _steps(cfg, teacher, units)
-            step = next(steps, None)
-            ahead = None if step is None else reader.submit(pixels, store[step[0].volume], *step[:2])
-            while step is not None and ahead is not None:
-                (unit, job, last), step = step, next(steps, None)
-                seen = ahead.result()
-                if step is not None:
-                    ahead = reader.submit(pixels, store[step[0].volume], *step[:2])
-                behind.append(writer.submit(shards.put, unit, job, look(teacher, seen, layers, unit.how), last))
+            read(_AHEAD)
+            while ahead:
+                unit, job, last, seen = ahead.popleft()
+                images = seen.result()
+                read(1)
+                behind.append(writer.submit(shards.put, unit, job, look(teacher, images, layers, unit.how), last))
                 if len(behind) > _BEHIND:
                     behind.popleft().result()
             for future in behind:
@@ -126,10 +132,11 @@ class _Shards:
         out: Path,
         layers: int,
         dim: int,
+        tile: int,
         key: Callable[[cache.Unit], str],
         codings: Mapping[str, cache.Coding],
     ) -> None:
-        self.out, self.layers, self.dim, self.key, self.codings = out, layers, dim, key, codings
+        self.out, self.layers, self.dim, self.tile, self.key, self.codings = out, layers, dim, tile, key, codings
         self._open: tuple[contextlib.ExitStack, cache.ShardWriter] | None = None
 
     def put(self, unit: cache.Unit, job: Job, values: Values, last: bool) -> None:
@@ -152,7 +159,7 @@ class _Shards:
         with contextlib.ExitStack() as stack:
             part = stack.enter_context(files.atomic(self.out / unit.name))
             coding = self.codings.get(unit.view, cache.RAW)
-            shard = cache.ShardWriter(part, unit, self.layers, self.dim, self.key(unit), coding)
+            shard = cache.ShardWriter(part, unit, self.layers, self.dim, self.key(unit), self.tile, coding)
             stack.enter_context(contextlib.closing(shard))
             self._open = stack.pop_all(), shard
         return self._open

@@ -53,6 +53,8 @@ class PrecomputeConfig:
     """Slices per teacher forward; none: 8 on a CPU, on a GPU as many as fill half of its free memory."""
     slab: int = Field(default=64, ge=1)
     """Slices per shard file."""
+    silence: float = Field(default=120.0, gt=0)
+    """[s] An MPI rank that gives no sign of life for so long is lost: the others say so and stop."""
 
     def __post_init__(self) -> None:
         if any(parse(name).swap for name in self.augment_views) and ("y" in self.views) != ("x" in self.views):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro import files
+from hpc_neuro import distributed, files
 from hpc_neuro.data import feature_cache as cache
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher
@@ -51,19 +51,19 @@ def needed(cfg: PrecomputeConfig, units: Sequence[cache.Unit], dim: int) -> int:
 
 def lines(
     cfg: PrecomputeConfig,
-    store: Store,
     teacher: Teacher,
     units: Sequence[cache.Unit],
     todo: Sequence[cache.Unit],
-    ranks: int,
+    space: str,
+    seconds: Sequence[float],
 ) -> list[str]:
-    """Check the space and probe the time; what for people. Raises InputError when it will not fit."""
-    size, rest = needed(cfg, units, teacher.dim), needed(cfg, todo, teacher.dim)
-    space = _space(cfg, store, teacher, rest)
+    """What for people; space: what `space` says of `todo`, seconds: what `probe` says of `todo` on each rank."""
+    size, rest = (needed(cfg, some, teacher.dim) for some in (units, todo))
     kept = "all channels" if cfg.pca is None else f"{cfg.pca} of {teacher.dim} components"
     volumes = len({u.volume for u in units})
     turned = f" and those of {', '.join(cfg.augment_views)}" if cfg.augment_views else ""
     largest = units[0]
+    each = 1 / sum(1 / max(s, 1e-9) for s in seconds)  # a slower rank takes fewer slabs
     return [
         f"teacher {teacher.identity['name']} (sha256 {teacher.identity['sha256'][:12]}), {teacher.depth} blocks, "
         f"{teacher.dim} channels, patch {teacher.patch}",
@@ -71,30 +71,40 @@ def lines(
         f"shards of at most {[largest.count, len(cfg.layers), largest.rows, largest.columns]} slices, layers, token "
         f"rows, columns; {files.human(size)} {cfg.dtype} in {cfg.out}",
         f"{len(todo)} shards to make, {files.human(rest)}; {space}",
-        f"about {_seconds(cfg, store, teacher, todo) / ranks:.0f} s on each of {ranks} rank(s), by a timed probe",
+        f"about {each:.0f} s on each of {len(seconds)} rank(s), by a timed probe",
     ]
 
 
-def _seconds(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: Sequence[cache.Unit]) -> float:
-    """Reading and the teacher's forward of all, from a timed probe of two slices of each view's largest shard."""
-    total = 0.0
+def probe(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: Sequence[cache.Unit]) -> float:
+    """Seconds of reading and of the teacher's forward of all, were this rank alone to do it; from a few slices.
+
+    The largest shard of each view gives some: a whole batch on a GPU, which is not filled by less, two on a CPU. Ranks
+    that will work at the same time probe at the same time, for they share a machine.
+    """
+    layers, total = [n % teacher.depth for n in cfg.layers], 0.0
+    forward: dict[tuple[int, ...], float] = {}  # seconds by shape of the images: two views often have the same
     for view in cfg.views:
         mine = [u for u in todo if u.view == view]
         if not mine:
             continue
-        job = next(jobs(cfg, mine[0], teacher.patch, min(2, batch_size(cfg, teacher, mine[0]))))
-        layers = [n % teacher.depth for n in cfg.layers]
-        look(teacher, pixels(store[mine[0].volume], mine[0], job), layers)()  # the first call pays for set-up
+        batch = batch_size(cfg, teacher, mine[0])
+        job = next(jobs(cfg, mine[0], teacher.patch, batch if distributed.device().type == "cuda" else min(2, batch)))
         begun = time.monotonic()
-        values = look(teacher, pixels(store[mine[0].volume], mine[0], job), layers)()
-        rows, columns = (s.stop - s.start for s in (job.rows, job.columns))
-        total += (time.monotonic() - begun) / (len(values) * rows * columns) * sum(u.tokens for u in mine)
+        seen = pixels(store[mine[0].volume], mine[0], job)
+        reading = time.monotonic() - begun
+        if seen.shape not in forward:
+            look(teacher, seen[:1], layers)()  # the first call pays for set-up
+            begun = time.monotonic()
+            look(teacher, seen, layers)()
+            forward[seen.shape] = time.monotonic() - begun
+        tokens = len(seen) * (job.rows.stop - job.rows.start) * (job.columns.stop - job.columns.start)
+        total += max(reading, forward[seen.shape]) / tokens * sum(u.tokens for u in mine)  # they overlap
     return total
 
 
-def _space(cfg: PrecomputeConfig, store: Store, teacher: Teacher, rest: int) -> str:
-    """What is free, and whether quotas leave it to us."""
-    folder = cfg.out
+def space(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: Sequence[cache.Unit]) -> str:
+    """What is free, and whether quotas leave it to us. Raises InputError when `todo` will not fit: what would."""
+    rest, folder = needed(cfg, todo, teacher.dim), cfg.out
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -49,19 +49,17 @@ def plan(cfg: PrecomputeConfig, volume: StoredVolume, view: View, patch: int) ->
 
 def jobs(cfg: PrecomputeConfig, unit: cache.Unit, patch: int, batch: int) -> Iterator[Job]:
     """Batches of slices, tile by tile."""
-    size, halo = cfg.tile // patch, cfg.halo // patch
-    for r in range(0, unit.rows, size):
-        for c in range(0, unit.columns, size):
-            rows, columns = slice(r, min(r + size, unit.rows)), slice(c, min(c + size, unit.columns))
-            grown = [
-                slice(max(0, s.start - halo), min(n, s.stop + halo))
-                for s, n in ((rows, unit.rows), (columns, unit.columns))
-            ]
-            inner = [slice(s.start - g.start, s.stop - g.start) for s, g in zip((rows, columns), grown, strict=True)]
-            pixels = [_middles(g, cell, patch) for g, cell in zip(grown, unit.cell, strict=True)]
-            for i in range(0, unit.count, batch):
-                slices = slice(i, min(i + batch, unit.count))
-                yield Job(slices, rows, columns, inner[0], inner[1], pixels[0], pixels[1])
+    halo = cfg.halo // patch
+    for rows, columns in cache.tiles(unit.rows, unit.columns, cfg.tile // patch):
+        grown = [
+            slice(max(0, s.start - halo), min(n, s.stop + halo))
+            for s, n in ((rows, unit.rows), (columns, unit.columns))
+        ]
+        inner = [slice(s.start - g.start, s.stop - g.start) for s, g in zip((rows, columns), grown, strict=True)]
+        pixels = [_middles(g, cell, patch) for g, cell in zip(grown, unit.cell, strict=True)]
+        for i in range(0, unit.count, batch):
+            slices = slice(i, min(i + batch, unit.count))
+            yield Job(slices, rows, columns, inner[0], inner[1], pixels[0], pixels[1])
 
 
 def pixels(volume: StoredVolume, unit: cache.Unit, job: Job) -> NDArray[np.float32]:
@@ -90,10 +88,14 @@ def pixels(volume: StoredVolume, unit: cache.Unit, job: Job) -> NDArray[np.float
         picked.append(np.moveaxis(block, across, 0)[near - near[0]])  # rows and columns keep their order
     result: NDArray[np.float32] = normalise(np.concatenate(picked), volume.low, volume.high)
     for place, (low, high, share) in enumerate(taps, start=1):
-        offset = int(low.min())
-        weight = share[:, None] if place == 1 else share
-        result = result.take(low - offset, place) * (1 - weight) + result.take(high - offset, place) * weight
-    return result.astype(np.float32, copy=False)
+        first = int(low.min())
+        near = result.take(low - first, place)
+        if share.any():  # where pixels are voxels there is nothing to blend
+            weight = share[:, None] if place == 1 else share
+            near *= 1 - weight
+            near += result.take(high - first, place) * weight
+        result = near
+    return result
 
 
 def _middles(tokens: slice, cell: float, patch: int) -> NDArray[np.float64]:

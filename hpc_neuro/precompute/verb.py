@@ -17,6 +17,7 @@ from hpc_neuro import distributed, files, runs
 from hpc_neuro.data import feature_cache as cache
 from hpc_neuro.data.feature_cache import coding
 from hpc_neuro.data.store import Store
+from hpc_neuro.heartbeat import Heartbeat
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.precompute import compress, estimate
 from hpc_neuro.precompute.build import build
@@ -25,7 +26,12 @@ from hpc_neuro.schema import ConfigError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_MAY_CHANGE = ("store", "batch", "teacher.weights")  # where things lie and how fast; contents are held by digests
+_MAY_CHANGE = (
+    "store",
+    "batch",
+    "silence",
+    "teacher.weights",
+)  # where things lie and how fast; contents are held by digests
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Work:
 
     def key(self, cfg: PrecomputeConfig, unit: cache.Unit, coded: str) -> str:
         """Everything a shard's content depends on, hashed: a file with this key need not be made again."""
-        facts = [asdict(unit), self.digests[unit.volume], self.teacher.identity, cfg.layers, cfg.tile, cfg.halo, coded]
+        knobs = [cache.FORMAT, cfg.layers, cfg.tile, cfg.halo, coded]
+        facts = [asdict(unit), self.digests[unit.volume], self.teacher.identity, *knobs]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def missing(self, cfg: PrecomputeConfig) -> list[cache.Unit]:
@@ -53,7 +60,10 @@ class Work:
 def forecast(cfg: PrecomputeConfig) -> list[str]:
     """Check the store, the teacher and the space; say how many slices, shards and bytes, and the time of a probe."""
     work = open_all(cfg)
-    return estimate.lines(cfg, work.store, work.teacher, work.units, work.missing(cfg), 1)
+    todo = work.missing(cfg)
+    space = estimate.space(cfg, work.store, work.teacher, todo)
+    seconds = estimate.probe(cfg, work.store, work.teacher, todo)
+    return estimate.lines(cfg, work.teacher, work.units, todo, space, [seconds])
 
 
 def run(cfg: PrecomputeConfig) -> int:
@@ -74,8 +84,12 @@ def run(cfg: PrecomputeConfig) -> int:
         this = _together(lambda: stack.enter_context(start), comm)
         if this.complete:
             return 0
+        stack.enter_context(Heartbeat(cfg.out / ".ranks.part", comm, cfg.silence))
         begun = time.monotonic()
-        _together(lambda: _prepare(cfg, work, todo, comm) if main else None, comm)
+        space = _together(lambda: estimate.space(cfg, work.store, work.teacher, todo) if main else "", comm)
+        mine = _together(lambda: estimate.probe(cfg, work.store, work.teacher, todo), comm)
+        seconds = [mine] if comm is None else comm.allgather(mine)
+        _together(lambda: _prepare(cfg, work, todo, space, seconds) if main else None, comm)
         coded = _together(lambda: _coding(cfg), comm)
         _together(lambda: _share(cfg, work, todo, comm, main, *coded), comm)
         _together(lambda: _finish(cfg, work) if main else None, comm)
@@ -115,10 +129,9 @@ def _together(step: Callable[[], T], comm: Any) -> T:
     return done[0]
 
 
-def _prepare(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], comm: Any) -> None:
+def _prepare(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], space: str, seconds: list[float]) -> None:
     """Say what it will take and fit the coding, before anything is made. Only the first rank does."""
-    ranks = 1 if comm is None else comm.Get_size()
-    log.info("\n".join(estimate.lines(cfg, work.store, work.teacher, work.units, todo, ranks)))
+    log.info("\n".join(estimate.lines(cfg, work.teacher, work.units, todo, space, seconds)))
     if cfg.coded and not compress.existing(cfg, work.store, work.teacher)[0]:
         compress.fitted(cfg, work.store, work.teacher, work.units)
 

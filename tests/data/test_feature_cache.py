@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def build(folder: Path, cell: tuple[float, float] = (8, 8), stride: int = 4, sla
         for first in range(0, count, slab):
             n = min(slab, count - first)
             unit = fc.Unit("v", view, first * stride, stride, n, rows, columns, cell)
-            writer = fc.ShardWriter(folder / unit.name, unit, 2, 3, "key")
+            writer = fc.ShardWriter(folder / unit.name, unit, 2, 3, "key", tile=32)
             for i in range(n):
                 writer.write(slice(i, i + 1), slice(0, rows), slice(0, columns), whole[view][first + i : first + i + 1])
             writer.finish()
@@ -137,6 +138,36 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     shard.write_bytes(content)
     assert not fc.shard_is_sound(shard)
     assert fc.shard_key(tmp_path / "nothing.h5") is None
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_tiles_are_hashed_as_they_come_however_many_slices_at_once(tmp_path: Path, batch: int) -> None:
+    unit = fc.Unit("v", "z", 0, 1, 5, 10, 7, (4.0, 4.0))
+    values = np.random.default_rng(0).normal(size=(5, 2, 10, 7, 3)).astype(np.float16)
+    writer = fc.ShardWriter(tmp_path / "v.h5", unit, 2, 3, "key", tile=4)
+    digest = hashlib.sha256()
+    for rows, columns in fc.tiles(10, 7, 4):
+        for first in range(0, 5, batch):
+            slices = slice(first, min(first + batch, 5))
+            piece = values[slices, :, rows, columns]
+            digest.update(piece.tobytes())
+            writer.write(slices, rows, columns, piece)
+    writer.finish()
+    np.testing.assert_array_equal(fc.shard_values(tmp_path / "v.h5", (slice(0, 5), slice(0, 10), slice(0, 7))), values)
+    assert fc.shard_is_sound(tmp_path / "v.h5")
+    assert fc.shard_record(tmp_path / "v.h5", unit)["sha256"] == digest.hexdigest()
+
+
+def test_features_out_of_turn_and_a_shard_that_lacks_some_are_errors(tmp_path: Path) -> None:
+    unit, values = fc.Unit("v", "z", 0, 1, 2, 4, 8, (4.0, 4.0)), np.zeros((1, 2, 4, 4, 3), np.float16)
+    writer = fc.ShardWriter(tmp_path / "v.h5", unit, 2, 3, "key", tile=4)
+    writer.write(slice(0, 1), slice(0, 4), slice(0, 4), values)
+    with pytest.raises(ValueError, match="is to be finished without"):
+        writer.finish()
+    with pytest.raises(ValueError, match="were to come"):
+        writer.write(slice(1, 2), slice(0, 4), slice(4, 8), values)
+    writer.close()
+    assert not fc.shard_is_sound(tmp_path / "v.h5")
 
 
 def build_bytes(folder: Path) -> bytes:

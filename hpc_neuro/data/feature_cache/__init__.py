@@ -6,7 +6,7 @@ area weights, so a grid that is the student's own passes through unchanged.
 """
 
 from hpc_neuro.data.feature_cache.coding import RAW, Coding
-from hpc_neuro.data.feature_cache.layout import CODING, MANIFEST, PLANE, CacheMismatch, Unit
+from hpc_neuro.data.feature_cache.layout import CODING, FORMAT, MANIFEST, PLANE, CacheMismatch, Unit, tiles
 from hpc_neuro.data.feature_cache.reader import FeatureCache
 from hpc_neuro.data.feature_cache.shard import (
     ShardWriter,
@@ -20,6 +20,7 @@ from hpc_neuro.data.feature_cache.uses import record_use, uses
 
 __all__ = [
     "CODING",
+    "FORMAT",
     "MANIFEST",
     "PLANE",
     "RAW",
@@ -33,6 +34,7 @@ __all__ = [
     "shard_key",
     "shard_record",
     "shard_values",
+    "tiles",
     "uses",
     "write_manifest",
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from hpc_neuro.data.orientation import PLANE
 from hpc_neuro.schema import ConfigError
 
+FORMAT = 2
+"""Raised when shards of an older version would be read wrongly; they are then built again."""
 MANIFEST = "manifest.json"
 CODING = "coding.npz"
 USES = "uses"
-__all__ = ["CODING", "MANIFEST", "PLANE", "USES", "CacheMismatch", "Unit"]
+__all__ = ["CODING", "FORMAT", "MANIFEST", "PLANE", "USES", "CacheMismatch", "Unit", "tiles"]
 
 
 class CacheMismatch(ConfigError):
@@ -47,3 +49,10 @@ class Unit:
     def read(entry: Mapping[str, Any]) -> Unit:
         """A unit from its entry in the manifest."""
         return Unit(**{**entry, "cell": tuple(entry["cell"])})
+
+
+def tiles(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a map of tokens into tiles of at most size x size: (rows, columns) of each, row by row."""
+    for r in range(0, rows, size):
+        for c in range(0, columns, size):
+            yield slice(r, min(r + size, rows)), slice(c, min(c + size, columns))

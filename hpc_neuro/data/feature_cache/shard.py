@@ -1,4 +1,8 @@
-"""One shard: `features` [S, L, h, w, D], written tile by tile, with its checksum and its sums for normalisation."""
+"""One shard: `features` [S, L, h, w, D], written tile by tile, with its checksum and its sums for normalisation.
+
+The checksum runs over the features in the order they are written, every slice of the first tile, then of the next:
+nothing is read again for it, and memory holds one tile of some slices however large a slice is.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +22,26 @@ from torch import Tensor
 
 from hpc_neuro import files
 from hpc_neuro.data.feature_cache.coding import RAW, Coding
-from hpc_neuro.data.feature_cache.layout import MANIFEST, Unit
+from hpc_neuro.data.feature_cache.layout import MANIFEST, Unit, tiles
 
 _SPARE = 1 << 16
 _NO_DIGEST = np.bytes_(64 * b"0")
 
 
 class ShardWriter:
-    """Fills one shard tile by tile; `finish()` makes it whole.
+    """Fills one shard tile by tile, each from its first slice to its last; `finish()` makes it whole.
 
-    The disk space of the whole shard is taken before the first write, for HDF5 ends the process with a segmentation
-    fault when a write finds the disk full: the constructor raises OSError (ENOSPC, EDQUOT) instead.
+    tile: side of a tile in tokens. The disk space of the whole shard is taken before the first write, for HDF5 ends the
+    process with a segmentation fault when a write finds the disk full: the constructor raises OSError (ENOSPC, EDQUOT)
+    instead.
     """
 
-    def __init__(self, path: Path, unit: Unit, layers: int, dim: int, key: str, coding: Coding = RAW) -> None:
+    def __init__(
+        self, path: Path, unit: Unit, layers: int, dim: int, key: str, tile: int, coding: Coding = RAW
+    ) -> None:
         self._coding, self._clipped, width = coding, 0, coding.width(dim)
+        self._digest, self._due = hashlib.sha256(), _pieces(unit.count, unit.rows, unit.columns, tile)
+        self._sum, self._squares = (torch.zeros(layers, dim, dtype=torch.float64) for _ in range(2))
         shape = (unit.count, layers, unit.rows, unit.columns, width)
         chunk = (1, layers, min(8, unit.rows), min(8, unit.columns), width)
         chunks = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
@@ -45,7 +54,7 @@ class ShardWriter:
                 "features", shape, coding.dtype, chunks=chunk, track_times=False, fill_time="never", dcpl=how
             )
             blank = np.zeros((layers, dim))  # attributes, too, get their place now and their values on closing
-            self._file.attrs.update(key=key, sha256=_NO_DIGEST, sum=blank, squares=blank, clipped=0)
+            self._file.attrs.update(key=key, tile=tile, sha256=_NO_DIGEST, sum=blank, squares=blank, clipped=0)
             self._file.flush()
             # the blocks of this very file, so that no other writer can take them
             os.posix_fallocate(self._file.id.get_vfd_handle(), 0, path.stat().st_size)
@@ -54,20 +63,25 @@ class ShardWriter:
             raise
 
     def write(self, slices: slice, rows: slice, columns: slice, values: NDArray[np.floating[Any]]) -> None:
-        """Put features [s, L, r, c, D] in their place, encoded."""
+        """Put features [s, L, r, c, D] in their place, encoded. Raises ValueError when it is not their turn."""
+        for i in range(slices.start, slices.stop):
+            if (due := next(self._due, None)) != (i, rows, columns):
+                raise ValueError(f"slice {i}, rows {rows}, columns {columns} were given, {due} were to come")
         kept, clipped = self._coding.encode(torch.from_numpy(values).transpose(0, 1))  # [L, s, r, c, n]
         self._clipped += clipped
-        self._data[slices, :, rows, columns] = kept.transpose(0, 1).numpy()
+        ready = kept.transpose(0, 1).contiguous()  # [s, L, r, c, n]
+        for one in ready:
+            self._digest.update(one.numpy())
+            flat = self._coding.decode(one).flatten(1, -2)  # [L, r*c, D]
+            self._sum += flat.sum(1, dtype=torch.float64)
+            self._squares += flat.square().sum(1, dtype=torch.float64)
+        self._data[slices, :, rows, columns] = ready.numpy()
 
     def finish(self) -> None:
-        """Sum up the decoded channels for normalisation, checksum the data, close the file."""
-        total = squares = torch.zeros(1, 1, dtype=torch.float64)
-        digest = hashlib.sha256()
-        for values in _by_slice(self._data):
-            digest.update(values.tobytes())
-            flat = self._coding.decode(torch.from_numpy(values)).flatten(1, -2).double()  # [L, h*w, D]
-            total, squares = total + flat.sum(1), squares + flat.square().sum(1)
-        ends = {"sha256": digest.hexdigest().encode(), "sum": total.numpy(), "squares": squares.numpy()}
+        """Note the sums of the decoded channels and the checksum, close the file. ValueError when features lack."""
+        if (due := next(self._due, None)) is not None:
+            raise ValueError(f"a shard is to be finished without slice, rows, columns {due}")
+        ends = {"sha256": self._digest.hexdigest().encode(), "sum": self._sum.numpy(), "squares": self._squares.numpy()}
         for name, value in {**ends, "clipped": self._clipped}.items():
             self._file.attrs.modify(name, value)
         self._file.close()
@@ -109,9 +123,10 @@ def shard_is_sound(path: Path) -> bool:
     """Whether a shard's data still has the checksum taken when it was written."""
     try:
         with h5py.File(path, "r", locking=False) as file:
-            digest = hashlib.sha256()
-            for values in _by_slice(file["features"]):
-                digest.update(values.tobytes())
+            data, digest = file["features"], hashlib.sha256()
+            count, _, rows, columns, _ = data.shape
+            for i, r, c in _pieces(count, rows, columns, int(file.attrs["tile"])):
+                digest.update(data[i, :, r, c].tobytes())
             return bool(digest.hexdigest().encode() == file.attrs["sha256"])
     except (OSError, KeyError):
         return False
@@ -135,6 +150,6 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], records: Sequence[Map
     files.write_json(folder / MANIFEST, {**facts, "statistics": statistics, "shards": shards})
 
 
-def _by_slice(data: Any) -> Iterator[NDArray[Any]]:
-    for i in range(data.shape[0]):
-        yield data[i]  # [L, h, w, D]
+def _pieces(count: int, rows: int, columns: int, tile: int) -> Iterator[tuple[int, slice, slice]]:
+    """(slice, token rows, token columns) in the order they are written."""
+    return ((i, r, c) for r, c in tiles(rows, columns, tile) for i in range(count))
