@@ -1,8 +1,6 @@
-"""Drawing trees: analytic volumes, a plain oracle, boxes against the whole, connectedness, speed."""
+"""Drawing trees: analytic volumes, a plain oracle, boxes against the whole, connectedness."""
 
 from __future__ import annotations
-
-import time
 
 import cc3d
 import numpy as np
@@ -12,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hpc_neuro import morphology
-from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, fine_voxel, paint, prepared, rasterize
-from hpc_neuro.geometry import Box, VoxelSize, blocks
+from hpc_neuro.data.rasterize import Drawing, centreline_voxels, fine_voxel, paint, rasterize
+from hpc_neuro.geometry import Box, VoxelSize
 from hpc_neuro.morphology import Tree
 
 
@@ -47,16 +45,15 @@ def plain(tree: Tree, shape: tuple[int, int, int], size: VoxelSize) -> tuple[NDA
     return distance, inside
 
 
-def swept(tree: Tree, shape: tuple[int, int, int], size: VoxelSize) -> NDArray[np.bool_]:
-    """What a sphere covers that runs along every edge and takes its radius on the way."""
+def swept(tree: Tree, voxels: NDArray[np.int64], size: VoxelSize) -> NDArray[np.bool_]:
+    """[N] which of `voxels` [N, 3] a sphere covers that runs along every edge and takes its radius on the way."""
     unit = fine_voxel(size)
-    grid = np.stack(np.meshgrid(*(np.arange(n) * s for n, s in zip(shape, size, strict=True)), indexing="ij"), axis=-1)
-    covered = np.zeros(shape, dtype=bool)
+    covered = np.zeros(len(voxels), dtype=bool)
     for child, parent in tree.edges:
         a, b = tree.points[parent] * size, tree.points[child] * size
         for share in np.linspace(0, 1, 65):
             radius = unit * (tree.radii[parent] + share * (tree.radii[child] - tree.radii[parent]))
-            covered |= ((grid - a - share * (b - a)) ** 2).sum(axis=-1) <= radius**2 + 1e-3 * unit**2
+            covered |= ((voxels * size - a - share * (b - a)) ** 2).sum(axis=-1) <= radius**2 + 1e-3 * unit**2
     return covered
 
 
@@ -97,7 +94,7 @@ def test_mask_and_distance_are_the_definition(seed: int, size: VoxelSize) -> Non
     drawn_in, must = drawn.mask == 1, inside | on_line
     assert (must & ~drawn_in).mean() < 1e-4  # voxels on the surface to within rounding
     # a long tapering edge is drawn in pieces, whose round joints may stand out of the plain cone, not of its spheres
-    assert (drawn_in & ~must & ~swept(tree, shape, size)).mean() < 1e-4
+    assert (~swept(tree, np.argwhere(drawn_in & ~must), size)).sum() < 1e-4 * must.size
 
 
 @settings(deadline=None, max_examples=15)
@@ -142,16 +139,13 @@ def test_the_tube_stays_in_the_mask_and_around_the_line() -> None:
     assert tube.sum() < (drawn.mask == 1).sum()
 
 
-def test_tangents_are_unit_vectors_along_the_edge_and_zero_beyond_the_cap() -> None:
+def test_tangents_run_along_the_edge_and_are_zero_beyond_the_cap() -> None:
     size = (2.0, 1.0, 1.0)
     drawn = rasterize(line([5.0, 10.0, 5.0], [10.0, 10.0, 25.0], 1, 1), Box.whole((16, 40, 32)), size, Drawing(cap=4))
-    length = np.linalg.norm(drawn.tangent, axis=0)
-    np.testing.assert_allclose(length[drawn.distance < 4], 1, atol=1e-6)
-    assert np.all(length[drawn.distance >= 4] == 0)
-    direction = np.array([10, 0, 20]) / np.sqrt(500)  # in space, not in voxels
-    np.testing.assert_allclose(
-        drawn.tangent[:, drawn.distance < 4].T, np.tile(direction, (int((length > 0).sum()), 1)), atol=1e-6
-    )
+    assert np.all(drawn.tangent[:, drawn.distance >= 4] == 0)
+    along = np.rint(127 * np.array([10, 0, 20]) / np.sqrt(500))  # in space, not in voxels
+    near = drawn.tangent[:, drawn.distance < 4].T
+    np.testing.assert_array_equal(near, np.tile(along, (len(near), 1)))
 
 
 def test_the_ignored_margin_is_a_shell_around_the_mask() -> None:
@@ -204,15 +198,3 @@ def test_paint_is_bright_inside_soft_at_the_edge_and_keeps_the_brighter() -> Non
     assert image[10, 11, 16] == pytest.approx(9)
     assert 0 < image[13, 10, 5] < image[12, 10, 5]
     assert image[14, 10, 5] == 0
-
-
-@pytest.mark.slow
-def test_ten_thousand_nodes_into_512_cubed_take_seconds() -> None:
-    rng = np.random.default_rng(0)
-    points = np.clip(np.cumsum(rng.normal(0, 2.0, (10_000, 3)), axis=0) + 256, 3, 508)
-    tree = morphology.make(points, np.arange(-1, 9_999), rng.uniform(1, 3, 10_000))
-    begun = time.process_time()
-    ready = prepared(tree, (1.0, 1.0, 1.0), Drawing(cap=4))
-    voxels = sum(int((draw(ready, b.write).mask == 1).sum()) for b in blocks((512, 512, 512), (64, 256, 256)))
-    assert time.process_time() - begun < 20
-    assert voxels > 200_000

@@ -162,13 +162,12 @@ def _write_targets(
         _reserve(file, _padded(block.write.shape) * _TARGET_BYTES)
         if blank is not None:
             drawn.mask[blank & (drawn.mask == 0)] = 255
-        tangents = np.rint(127 * drawn.tangent).astype(np.int8)
         for chunk in blocks(block.write.shape, CHUNK):
             here, there = chunk.write.slices, chunk.write.shifted(block.write.start).slices
             if (drawn.distance[here] < drawing.cap).any() or drawn.mask[here].any():
                 mask[there], skeleton[there] = drawn.mask[here], drawn.skeleton[here]
                 distance[there] = drawn.distance[here]
-                tangent[(slice(None), *there)] = tangents[(slice(None), *here)]
+                tangent[(slice(None), *there)] = drawn.tangent[(slice(None), *here)]
 
 
 def _reserve(file: Any, needed: int) -> None:

