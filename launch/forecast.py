@@ -82,7 +82,7 @@ def _as_on_the_nodes(verb: str, cfg: Any, asked: Resources, site: Site) -> Any:
 def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[str]]:
     """Memory and time of a training. Raises nothing."""
     from hpc_neuro.models import cost
-    from hpc_neuro.train import engine, plan
+    from hpc_neuro.train import engine_config, plan
 
     ranks = asked.tasks
     each = -(-cfg.optim.batch // ranks)
@@ -90,7 +90,7 @@ def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[s
     half = asked.gpus_per_task > 0 and cfg.engine.dtype != "fp32"
     parts = cost.costs(cfg.student, cfg.crop.size, micro, 2 if half else 4)
     kept, parameters = sum(p.kept for p in parts), sum(p.parameters for p in parts)
-    averaged, bucket = parameters if cfg.ema.window > 0 else 0, engine.bucket(parameters)
+    averaged, bucket = parameters if cfg.ema.window > 0 else 0, engine_config.bucket(parameters)
     stages = plan.stages(parameters, averaged, ranks, 2 if half else 4, kept, bucket, cfg.engine.offload_optimizer)
     need = stages[cfg.engine.stage].total
     faults = []

@@ -32,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from hpc_neuro import distributed
 from hpc_neuro.models.student import SIZES, StudentConfig, build_student
 from hpc_neuro.train.assemble import TrainModule
-from hpc_neuro.train.engine import Engine, EngineConfig, deepspeed_json, join_group
+from hpc_neuro.train.engine import Engine, join_group
+from hpc_neuro.train.engine_config import EngineConfig, deepspeed_json
 from hpc_neuro.train.schedule import OptimConfig, groups
 
 WAYS = ("ddp", "fsdp2", "stage 0", "stage 1", "stage 2", "stage 3")
@@ -44,26 +45,34 @@ def build(
     way: str, size: Any, dtype: torch.dtype
 ) -> tuple[Callable[[Any], Tensor], Callable[[Tensor], None], Any, Any]:
     """(forward: batch -> logits, backward, step, close) of a fresh network."""
-    torch.manual_seed(0)
-    student = build_student(StudentConfig(size=size))
     stage: Any = int(way[-1]) if way.startswith("stage") else 0
-    module = TrainModule(student, None, sharded=stage == 3)
-    wanted = groups(module.named_parameters(), OPTIM, len(student.vit.blocks), False)
+
+    def make() -> TrainModule:
+        torch.manual_seed(0)
+        return TrainModule(build_student(StudentConfig(size=size)), None, sharded=stage == 3)
+
+    with torch.device("meta"):
+        blank = make()
+    depth = blank.student.vit.depth
     if way.startswith("stage"):
-        count = sum(p.numel() for p in module.parameters())
-        engine = Engine(module, wanted, deepspeed_json(EngineConfig(stage=stage), OPTIM, dtype, 1, 1, count), dtype)
+        wanted = groups(blank.named_parameters(), OPTIM, depth, ())
+        count = sum(p.numel() for p in blank.parameters())
+        engine = Engine(make, {}, wanted, deepspeed_json(EngineConfig(stage=stage), OPTIM, dtype, 1, 1, count), dtype)
         engine.set_lr(OPTIM.lr)
         return lambda batch: engine(batch)[0], engine.backward, engine.step, engine.close
     device = distributed.device()
-    net: Any = module.to(device)
+    net: Any = make().to(device)
     if way == "ddp":
         net = DistributedDataParallel(net)
     else:
-        for block in student.vit.blocks:
+        for block in net.student.vit.blocks:
             fully_shard(block)
         fully_shard(net)
-        wanted = groups(net.named_parameters(), OPTIM, len(student.vit.blocks), False)
-    sets = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in wanted]
+    named = {name.removeprefix("module."): p for name, p in net.named_parameters()}  # which DDP puts before them
+    sets = [
+        {"params": [named[n] for n in g.names], "weight_decay": g.weight_decay}
+        for g in groups(named.items(), OPTIM, depth, ())
+    ]
     optimizer = torch.optim.AdamW(sets, lr=OPTIM.lr, betas=OPTIM.betas)
 
     def forward(batch: Any) -> Tensor:

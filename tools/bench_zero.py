@@ -25,7 +25,8 @@ from hpc_neuro import distributed
 from hpc_neuro.files import human
 from hpc_neuro.models.student import SIZES, StudentConfig, build_student
 from hpc_neuro.train.assemble import TrainModule
-from hpc_neuro.train.engine import Engine, EngineConfig, deepspeed_json, join_group
+from hpc_neuro.train.engine import Engine, join_group
+from hpc_neuro.train.engine_config import EngineConfig, deepspeed_json
 from hpc_neuro.train.ledger import found, ideal
 from hpc_neuro.train.schedule import OptimConfig, groups
 
@@ -35,14 +36,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def measure(size: Any, stage: Any, dtype: torch.dtype) -> dict[str, Any]:
     """The most that any rank holds after any backward of two steps at one stage, and what the even share is."""
-    torch.manual_seed(0)
-    student = build_student(StudentConfig(size=size))
-    parameters = sum(p.numel() for p in student.parameters())
+    with torch.device("meta"):
+        blank = TrainModule(build_student(StudentConfig(size=size)), None, sharded=False)
+    parameters = sum(p.numel() for p in blank.parameters())
     optim = OptimConfig(batch=PASSES * distributed.world_size())
     settings = deepspeed_json(EngineConfig(stage=stage), optim, dtype, 1, PASSES, parameters)
-    depth = len(student.vit.blocks)
-    module = TrainModule(student, None, sharded=stage == 3)
-    engine = Engine(module, groups(module.named_parameters(), optim, depth, False), settings, dtype)
+    wanted = groups(blank.named_parameters(), optim, blank.student.vit.depth, ())
+
+    def make() -> TrainModule:
+        torch.manual_seed(0)
+        return TrainModule(build_student(StudentConfig(size=size)), None, sharded=stage == 3)
+
+    engine = Engine(make, {}, wanted, settings, dtype)
     image = torch.rand(1, 1, *(2 * p for p in StudentConfig().patch), device=engine.device, dtype=dtype)
     none = torch.zeros_like(image, dtype=torch.uint8)
     index = torch.zeros(1, dtype=torch.int64)

@@ -1,20 +1,28 @@
 """Drills of a training run on real ranks: it is stopped, killed and spread otherwise, and must come out the same.
 
-    python -m tools.drill_train signals CONFIG.yaml out=FOLDER [key=value ...] [--signals 100] [--ranks 2]
+    python -m tools.drill_train signals CONFIG.yaml out=FOLDER [key=value ...] [--signals 100] [--ranks 2] [--seed 0]
     python -m tools.drill_train elastic CONFIG.yaml out=FOLDER [key=value ...] [--chain 4:1 2:3 3:2 1:0]
 
-`signals` trains once undisturbed, then again and again sends a signal to a random rank at a random moment and starts
-the run anew, until that many are sent: SIGTERM, SIGUSR1 or SIGUSR2, each fifth time SIGKILL. After each stop the newest
-checkpoint must be whole, and a signal that was caught must have cost at most one step. `elastic` gives a run the ranks
-and ZeRO stages of the chain in turn (RANKS:STAGE), an equal share of the steps each. Both compare the final weights
-with the undisturbed run's. CONFIG should be of a small run that takes some minutes. The last line is one JSON object;
-exit code 1 when something is not as it must be.
+`signals` trains once undisturbed, then again and again sends a signal at a random moment and starts the run anew, until
+that many are sent; a run that has come to its end is compared and begun from nothing. A start is one of
+
+    ask       SIGTERM, SIGUSR1 or SIGUSR2 to a random rank: all must save and exit with 75, at most one step lost
+    kill      SIGKILL to a random rank: the others must end by themselves
+    saving    SIGKILL to a random rank, a few milliseconds after a checkpoint began to be written
+    reader    any of these to a random process that reads crops: the run goes on; then as `ask`
+
+and after each one every checkpoint must be complete and finite to the last number, and every row of metrics.jsonl
+whole. Starts are forked from this process, which has imported everything, so that signals meet the run and not its
+imports; every `--fresh`-th is the command itself. `elastic` gives a run the ranks and ZeRO stages of the chain in turn
+(RANKS:STAGE), an equal share of the steps each. Both compare final weights with an undisturbed run's. CONFIG should be
+of a small run. The last line is one JSON object; exit code 1 when something is not as it must be.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -22,120 +30,213 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from hpc_neuro import __main__ as command
 from hpc_neuro.train import checkpoint
-from hpc_neuro.train.shard_files import kinds
+from hpc_neuro.train.shard_files import kinds, stream
 
-KEYS = ("tracker.every=1", "tracker.wandb=disabled", "engine.silence=6")
-_CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+KEYS = ("tracker.every=1", "tracker.wandb=disabled", "engine.silence=5")
+ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+WAYS = ("ask", "ask", "kill", "saving", "reader")
+PATIENCE = 15.0  # [s] that ranks may outlive one that was killed before it joined them
 
 
-def start(words: list[str], ranks: int, log: Path) -> list[subprocess.Popen[bytes]]:
+class Rank:
+    """One process of a run, forked from this one or started as a command."""
+
+    def __init__(self, words: list[str], env: dict[str, str], log: Path, fresh: bool) -> None:
+        self._process: Any
+        if fresh:
+            with log.open("ab") as said:
+                line = [sys.executable, "-m", "hpc_neuro", "train", *words]
+                self._process = subprocess.Popen(line, env=os.environ | env, stdout=said, stderr=said)
+        else:
+            context = multiprocessing.get_context("fork")
+            self._process = context.Process(target=_forked, args=(words, env, log))
+            self._process.start()
+        self.pid = int(self._process.pid)
+
+    def code(self) -> int | None:
+        """The exit code; None while it lives."""
+        found: int | None = (
+            self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+        )
+        return found
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.code() is None:
+            os.kill(self.pid, number)
+
+    def readers(self) -> list[int]:
+        """The processes of it that read crops."""
+        try:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+            return [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        except OSError:  # it has ended
+            return []
+
+
+def _forked(words: list[str], env: dict[str, str], log: Path) -> None:
+    os.environ.update(env)
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    code = command.main(["train", *words])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def start(words: list[str], ranks: int, log: Path, fresh: bool = False) -> list[Rank]:
     """The ranks of one start of the run, as srun would start them; what they say is appended to `log`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "-m", "hpc_neuro", "train", *words, *KEYS]
-    with log.open("ab") as said:
-        return [
-            subprocess.Popen(command, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}, stdout=said, stderr=said)
-            for i in range(ranks)
-        ]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    return [Rank([*words, *KEYS], env | {"RANK": str(i), "LOCAL_RANK": str(i)}, log, fresh) for i in range(ranks)]
+
+
+def wait(ranks: list[Rank], limit: float = 600) -> tuple[list[int], bool]:
+    """Exit codes, and whether ranks had to be killed that outlived one by PATIENCE.
+
+    They wait for one that died before it joined them: a launcher's business (srun --kill-on-bad-exit), played here.
+    """
+    end, last, killed = time.monotonic() + limit, float("inf"), False
+    while any(p.code() is None for p in ranks):
+        time.sleep(0.02)
+        if last == float("inf") and any(p.code() not in (None, 0, 75) for p in ranks):
+            last = time.monotonic() + PATIENCE
+        if time.monotonic() > min(end, last):
+            killed = True
+            for process in ranks:
+                process.send(signal.SIGKILL)
+    if time.monotonic() > end:
+        raise SystemExit("a rank hangs")
+    return [int(p.code() or 0) for p in ranks], killed
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """What is written down of the steps, all of it whole but a last line that a kill may have torn."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == "train"]
 
 
 def step_of(out: Path) -> int:
     """The last step that is written down."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((row["step"] for row in map(json.loads, lines) if row["kind"] == "train"), default=0)
+    return max((row["step"] for row in rows(out)), default=0)
 
 
 def saved(out: Path) -> int:
-    """Step of the newest checkpoint, whose files must be readable; 0 without one."""
-    held = checkpoint.newest(out / "checkpoints")
-    if held is None:
-        return 0
-    if not {"weight", "exp_avg", "exp_avg_sq"} <= kinds(held):
-        raise SystemExit(f"{held} is broken")
-    return checkpoint.read_marker(held).step
+    """Step of the newest checkpoint, after all of them were read to the last number; 0 without one."""
+    held = [p for p in (out / "checkpoints").glob("step_*") if (p / checkpoint.MARKER).exists()]
+    for path in held:
+        shapes = json.loads((path / checkpoint.TRAINING).read_text())["shapes"]
+        for kind in kinds(path) - {"average"}:  # which the student alone has; `weight` stands for it
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in stream(path, kind, shapes)):
+                raise SystemExit(f"{path} is broken")
+    return max((checkpoint.read_marker(p).step for p in held), default=0)
 
 
-def wait(ranks: list[subprocess.Popen[bytes]], limit: float = 600) -> tuple[list[int], bool]:
-    """Exit codes, and whether ranks had to be killed that outlived one by 30 s.
-
-    They wait for one that died before it joined them: a launcher's business (srun --kill-on-bad-exit), played here.
-    """
-    end, patience, killed = time.monotonic() + limit, float("inf"), False
-    while any(p.poll() is None for p in ranks):
-        time.sleep(0.05)
-        if patience == float("inf") and any(p.poll() not in (None, 0, 75) for p in ranks):
-            patience = time.monotonic() + 30
-        if time.monotonic() > min(end, patience):
-            killed = True
-            for process in ranks:
-                process.kill()
-    if time.monotonic() > end:
-        raise SystemExit("a rank hangs")
-    return [process.wait() for process in ranks], killed
+def until(ranks: list[Rank], seconds: float, reached: Callable[[], bool]) -> bool:
+    """Wait for something as long as all ranks live, at most so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and all(p.code() is None for p in ranks):
+        if reached():
+            return True
+        time.sleep(0.001)
+    return False
 
 
-def signals(words: list[str], out: Path, args: argparse.Namespace) -> dict[str, Any]:
+def hit(way: str, ranks: list[Rank], out: Path, draw: random.Random, moment: float) -> list[str]:
+    """Send what a way asks for, at its moment; the names of what was sent, in order."""
+    sent: list[str] = []
+
+    def send(pid: int, number: int, whose: str) -> None:
+        os.kill(pid, number)
+        sent.append(f"{signal.Signals(number).name} {whose}")
+
+    target = draw.choice(ranks)
+    if way == "saving":
+        until(ranks, 60, lambda: any((out / "checkpoints").glob(".step_*[0-9].part")))
+        time.sleep(draw.uniform(0, 0.02))
+    elif way == "reader":
+        until(ranks, 60, lambda: bool(target.readers()))
+        for _ in range(2):
+            time.sleep(draw.uniform(0, moment / 2))
+            if readers := target.readers():
+                send(draw.choice(readers), draw.choice([*ASKED, signal.SIGKILL]), "reader")
+        time.sleep(draw.uniform(0, moment / 2))
+    else:
+        until(ranks, draw.uniform(0, moment), lambda: False)
+    if target.code() is None:
+        send(target.pid, signal.SIGKILL if way in ("kill", "saving") else draw.choice(ASKED), "rank")
+    return sent
+
+
+def signals(words: list[str], out: Path, alone: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Signals at random moments until enough are sent, then to the end."""
-    draw = random.Random(args.seed)
-    counts: dict[str, int] = {}
-    worst, starts, sent, slowest, unjoined = 0, 0, 0, 0.0, 0
-    while sent < args.signals:
-        ranks, begun = start(words, args.ranks, out.with_suffix(".log")), time.monotonic()
-        starts += 1
-        moment = draw.uniform(0, args.moment)
-        while time.monotonic() - begun < moment and all(p.poll() is None for p in ranks):
-            time.sleep(0.05)
-        number = signal.SIGKILL if sent % 5 == 4 else draw.choice(_CAUGHT)
-        target = draw.choice(ranks)
+    draw, counts = random.Random(args.seed), Counter[str]()
+    found = {"starts": 0, "runs": 0, "most_steps_lost": 0, "in_mid_save": 0, "before_joining": 0, "differ_by": 0.0}
+    log = out.with_suffix(".log")
+    while True:
+        done = counts.total() >= args.signals
+        way = draw.choice(WAYS)
+        keys = ["workers=1"] if way == "reader" else []
+        ranks = start([*words, *keys], args.ranks, log, fresh=found["starts"] % args.fresh == args.fresh - 1)
+        found["starts"] += 1
+        sent = [] if done else hit(way, ranks, out, draw, args.moment)
         before = step_of(out)
-        alive = target.poll() is None
-        if alive:
-            target.send_signal(number)
-            sent += 1
-            counts[number.name] = counts.get(number.name, 0) + 1
-        hit = time.monotonic()
+        counts.update(sent)
         codes, killed = wait(ranks)
-        unjoined += killed
-        if alive and number == signal.SIGKILL and not killed:
-            slowest = max(slowest, time.monotonic() - hit)
-        elif alive and 75 in codes:
-            worst = max(worst, before - saved(out))
-        saved(out)
+        found["before_joining"] += killed
+        found["in_mid_save"] += way == "saving" and any((out / "checkpoints").glob(".step_*[0-9].part"))
+        newest = saved(out)
+        if 75 in codes:
+            found["most_steps_lost"] = max(found["most_steps_lost"], before - newest)
+        if not set(codes) <= {0, 1, 75, -signal.SIGKILL} | {-number for number in ASKED}:
+            raise SystemExit(f"{way}: exit codes {codes} after {sent}; see {log}")
         if all(code == 0 for code in codes):  # came to its end: once more from the beginning
-            finished = out.with_name(f"{out.name}_finished_{starts}")
-            out.rename(finished)
-    codes, _ = wait(start(words, args.ranks, out.with_suffix(".log")), 3600)
-    if any(codes):
-        raise SystemExit(f"the run does not come to its end: exit codes {codes}")
-    found = {"signals": counts, "starts": starts, "most_steps_lost": worst, "before_joining": unjoined}
-    return found | {"seconds_to_stop_after_kill": round(slowest, 1)}
+            found["runs"] += 1
+            found["differ_by"] = max(found["differ_by"], distance(out, alone))
+            check_steps(out)
+            if done:
+                return found | {"signals": dict(counts), "sent": counts.total()}
+            out.rename(out.with_name(f"{out.name}_finished_{found['runs']}"))
+        print(f"{counts.total()} signals, {way}: {sent}, codes {codes}, step {before}, saved {newest}", flush=True)
 
 
-def elastic(words: list[str], out: Path, args: argparse.Namespace) -> dict[str, Any]:
+def elastic(words: list[str], out: Path, alone: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One link of the chain after the other; a rank is asked to stop when its share of the steps is done."""
     found = []
-    total = step_of(out.with_name(f"{out.name}_undisturbed"))
+    total = step_of(alone)
     for index, link in enumerate(args.chain):
         ranks, stage = map(int, link.split(":"))
         processes = start([*words, f"engine.stage={stage}"], ranks, out.with_suffix(".log"))
-        until = total * (index + 1) // len(args.chain)
-        while index + 1 < len(args.chain) and step_of(out) < until and all(p.poll() is None for p in processes):
-            time.sleep(0.02)
         if index + 1 < len(args.chain):
-            processes[-1].send_signal(signal.SIGUSR1)
+            share = total * (index + 1) // len(args.chain)
+            until(processes, 3600, lambda share=share: step_of(out) >= share)  # type: ignore[misc]
+            processes[-1].send(signal.SIGUSR1)
         codes, _ = wait(processes, 3600)
         found.append({"ranks": ranks, "stage": stage, "codes": codes, "saved": saved(out)})
-    return {"chain": found}
+    check_steps(out)
+    return {"chain": found, "differ_by": distance(out, alone)}
+
+
+def check_steps(out: Path) -> None:
+    """Every step was done once."""
+    done = [row["step"] for row in rows(out)]
+    if done != list(range(1, len(done) + 1)):
+        raise SystemExit(f"{out} has the steps {done}")
 
 
 def distance(first: Path, second: Path) -> float:
@@ -151,13 +252,15 @@ def main() -> int:
     parser.add_argument("words", nargs="+", help="as for hpc-neuro train, `out=FOLDER` among them")
     parser.add_argument("--signals", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--moment", type=float, default=15.0, help="[s] signals come this long after a start at most")
+    parser.add_argument("--moment", type=float, default=6.0, help="[s] signals come this long after a start at most")
+    parser.add_argument("--fresh", type=int, default=10, help="each how many-th start is not forked")
     parser.add_argument("--chain", nargs="+", default=["4:1", "2:3", "3:2", "1:0"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     out = next((Path(w.removeprefix("out=")) for w in args.words if w.startswith("out=")), None)
     if out is None or out.exists():
         parser.error("give out=FOLDER, one that is not there yet")
+    torch.set_num_threads(1)
     out.parent.mkdir(parents=True, exist_ok=True)
     words = [w for w in args.words if not w.startswith("out=")]
     alone = out.with_name(f"{out.name}_undisturbed")
@@ -166,17 +269,13 @@ def main() -> int:
         codes, _ = wait(start([*words, f"out={alone}"], ranks, out.with_suffix(".log")), 3600)
         if any(codes):
             raise SystemExit(f"the undisturbed run failed with {codes}; see {out.with_suffix('.log')}")
-    found = (signals if args.drill == "signals" else elastic)([*words, f"out={out}"], out, args)
-    found["weights_differ_by"] = distance(out, alone)
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    done = [row["step"] for row in steps if row["kind"] == "train"]
-    found["every_step_once"] = done == list(range(1, len(done) + 1))
+    found = (signals if args.drill == "signals" else elastic)([*words, f"out={out}"], out, alone, args)
     print(json.dumps(found))
     exact = 0.0 if args.drill == "signals" else 1e-3
-    return int(
-        found["weights_differ_by"] > exact or not found["every_step_once"] or found.get("most_steps_lost", 0) > 1
-    )
+    return int(found["differ_by"] > exact or found.get("most_steps_lost", 0) > 1)
 
 
 if __name__ == "__main__":
+    import deepspeed  # noqa: F401  # for all the forks
+
     sys.exit(main())

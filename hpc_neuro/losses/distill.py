@@ -261,10 +261,13 @@ def _window(kind: str, taps: int) -> Tensor:
 def _offset_conv(dim: int, taps: int) -> nn.Conv3d:
     """Raw steps of the tubes along z, y and x; zero at first, so that training starts from straight tubes."""
     conv = nn.Conv3d(dim, 3 * 2 * (taps - 1), 3, padding=1)
-    nn.init.zeros_(conv.weight)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
+    conv.apply(_zero)
     return conv
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _roughness(offsets: Tensor) -> Tensor:

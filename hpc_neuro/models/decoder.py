@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpc_neuro.geometry import Shape
 from hpc_neuro.models.stem import LAYOUT, ConvBlock, VoxelNorm, level_kernels, level_steps, over, times
+from hpc_neuro.models.vit3d import drawn
 from hpc_neuro.schema import config
 
 _PRIOR = 0.01  # share of neurite the untrained student predicts: a rare class starts as rare (RetinaNet, ICCV 2017)
@@ -60,8 +61,7 @@ class Head(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, 1)
-        nn.init.normal_(self.linear.weight, std=0.1)
-        nn.init.constant_(self.linear.bias, math.log(_PRIOR / (1 - _PRIOR)))
+        self.linear.apply(_rare)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, Z, Y, X] -> [B, 1, Z, Y, X]."""
@@ -139,6 +139,14 @@ class Linear(nn.Module):
         for skip, x in zip(self.skips, stem[1:], strict=True):
             logits = logits + skip(x)
         return logits
+
+
+def _rare(layer: nn.Module) -> None:
+    for name, parameter in layer.named_parameters():
+        if name == "bias":
+            nn.init.constant_(parameter, math.log(_PRIOR / (1 - _PRIOR)))
+        else:
+            drawn(parameter, nn.init.normal_, std=0.1)
 
 
 def _unfold(channels: int, out: int, step: Shape) -> nn.ConvTranspose3d:

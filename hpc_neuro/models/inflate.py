@@ -176,18 +176,25 @@ RULES: dict[str, tuple[str, Callable[[Tensor, Tensor, Student, TransferConfig], 
 
 
 def transfer(teacher: Teacher, student: Student, cfg: TransferConfig) -> TransferReport:
-    """Write the teacher's weights into `student` in place and say what went where.
+    """Write the teacher's weights into `student` in place and say what went where; errors as `transferred`'s."""
+    values, report = transferred(teacher, student, cfg)
+    student.load_state_dict({**student.state_dict(), **values})
+    return report
 
-    Raises InputError, with the student untouched, when rule and tokenizer or student and teacher do not fit (naming the
-    keys to set), and when a tensor is left over on either side (naming it). The stem, the decoder, tube offsets, a zero
-    block kernel and the depth positions have nothing to come from and keep their start.
+
+def transferred(teacher: Teacher, student: Student, cfg: TransferConfig) -> tuple[dict[str, Tensor], TransferReport]:
+    """What the teacher gives to the student's tensors, by name; of `student`, which may be on meta, only shapes count.
+
+    Raises InputError when rule and tokenizer or student and teacher do not fit (naming the keys to set), and when a
+    tensor is left over on either side (naming it). The stem, the decoder, tube offsets, a zero block kernel and the
+    depth positions have nothing to come from and keep their start.
     """
     report = TransferReport(cfg.rule, teacher.identity)
     own = student.state_dict()
     if cfg.rule == "scratch":
         report.initial = {name: tensor.numel() for name, tensor in own.items()}
         report.unused = dict.fromkeys(teacher.backbone.state_dict(), "rule scratch")
-        return report
+        return {}, report
     found = translate(teacher, student) if cfg.blocks else None  # first, for its errors name the keys to set
     values = {f"tokenizer.{k}": v for k, v in _tokenizer_tensors(teacher, student, cfg).items()}
     report.resampled = {k: (v.numel(), f"from the teacher's patch kernel, rule {cfg.rule}") for k, v in values.items()}
@@ -204,9 +211,8 @@ def transfer(teacher: Teacher, student: Student, cfg: TransferConfig) -> Transfe
     free += ["tokenizer.block"] * (cfg.block == "zero") + ["vit."] * (not cfg.blocks)
     left = [name for name in own if name not in values and not name.startswith(tuple(free))]
     _refuse_leftovers(teacher, own, values, left)
-    student.load_state_dict({**own, **values})
     report.initial = {name: own[name].numel() for name in own if name not in values}
-    return report
+    return values, report
 
 
 def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) -> dict[str, Tensor]:

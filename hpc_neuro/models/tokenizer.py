@@ -99,11 +99,14 @@ class TubularTokenizer(nn.Module):
 def _offset_net(patch: Shape, taps: int) -> nn.Sequential:
     """Image -> raw steps of three tubes per block, [B, 3*2*(K-1), z, y, x]; sees a block and its neighbours."""
     last = nn.Conv3d(_HIDDEN, 3 * 2 * (taps - 1), 1)
-    nn.init.zeros_(last.weight)
-    if last.bias is not None:
-        nn.init.zeros_(last.bias)
+    last.apply(_zero)
     first, middle = nn.Conv3d(1, _HIDDEN, patch, patch), nn.Conv3d(_HIDDEN, _HIDDEN, 3, padding=1)
     return nn.Sequential(first, nn.GELU(), middle, nn.GELU(), last)
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _check(image: Tensor, patch: Shape) -> None:

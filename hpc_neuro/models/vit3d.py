@@ -7,7 +7,7 @@ Huang et al., ECCV 2016; rotary positions: Simeoni et al. (DINOv3), arXiv 2508.1
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -134,16 +134,7 @@ class ViT3D(nn.Module):
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, norm_eps, layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        for token in (self.cls_token, self.reg_token, self.pos_embed):
-            if token is not None:
-                nn.init.trunc_normal_(token, std=0.02)
+        self.apply(_start)
 
     def forward(self, tokens: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """tokens [B, C, z, y, x] -> (last block's map, {layer: map}), maps after the final norm, [B, C, z, y, x]."""
@@ -164,6 +155,26 @@ class ViT3D(nn.Module):
             if index in layers or index == self.depth - 1:
                 found[index] = self.norm(x)[:, self.prefix :].transpose(1, 2).reshape(b, c, *shape)
         return found[self.depth - 1], {i: found[i] for i in layers}
+
+
+def _start(module: nn.Module) -> None:
+    """The start of a linear layer and of the transformer's tokens, which its layers' constructors do not know."""
+    if isinstance(module, nn.Linear):
+        drawn(module.weight, nn.init.trunc_normal_, std=0.02)
+        nn.init.zeros_(module.bias)
+    if isinstance(module, ViT3D):
+        for token in (module.cls_token, module.reg_token, module.pos_embed):
+            if token is not None:
+                drawn(token, nn.init.trunc_normal_, std=0.02)
+
+
+@torch.no_grad()
+def drawn(parameter: Tensor, how: Callable[..., Tensor], **knobs: float) -> None:
+    """Fill a parameter by one of `nn.init`, with numbers that do not depend on the device it lies on.
+
+    To be called by `Module.apply`, around which ZeRO-3 gathers a layer's parameters that it has shared out already.
+    """
+    parameter.copy_(how(torch.empty(parameter.shape), **knobs))
 
 
 def resample_plane(plane: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from hpc_neuro.models.student import Student, build_student
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.schema import InputError
-from hpc_neuro.train import engine, plan
+from hpc_neuro.train import engine, engine_config, plan
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.types import Batch
 
@@ -61,7 +62,9 @@ class TrainModule(nn.Module):
 class Parts:
     """What a run is made of. Nothing here has been written or moved to a device."""
 
-    module: TrainModule
+    blank: TrainModule  # its student on meta: shapes, no numbers
+    make: Callable[[], TrainModule]  # in float32, alike on all ranks
+    values: dict[str, Tensor]  # of the module's parameters, the teacher's instead of those that `make` draws
     depth: int  # transformer blocks
     transferred: frozenset[str]  # parameters of the module that have a teacher's weights to keep
     transfer_lines: tuple[str, ...]
@@ -86,26 +89,16 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
         raise InputError(f"{cfg.store} has no volume in its `train` split; prepare it again with some")
     teacher = load_teacher(cfg.teacher) if cfg.distill or cfg.transfer.rule != "scratch" else None
     cache = _cache(cfg, store, train, teacher)
-    torch.manual_seed(cfg.seed)
-    student = build_student(cfg.student)
+    with torch.device("meta"):
+        blank = build_student(cfg.student)
     lines: tuple[str, ...] = ("transfer: none, the student starts from random weights",)
+    values: dict[str, Tensor] = {}
     kept = frozenset[str]()
     if teacher is not None and cfg.transfer.rule != "scratch":
-        report = inflate.transfer(teacher, student, cfg.transfer)
+        values, report = inflate.transferred(teacher, blank, cfg.transfer)
         lines = tuple(str(report).splitlines())
         kept = report.kept if cfg.transfer.blocks else kept
-    depth = len(student.vit.blocks)
-    distiller = None
-    if cfg.distill is not None and cache is not None:
-        torch.manual_seed(cfg.seed + 1)  # heads start alike whatever student was drawn before them
-        distiller = cfg.distill.build(
-            student_dim=student.vit.norm.weight.numel(),
-            student_depth=depth,
-            teacher_layers=cache.layers,
-            mean=cache.mean,
-            std=cache.std,
-            tube_sum=tube_sum,
-        )
+    distiller = _distiller(cfg, blank, cache)
     patch = cfg.student.patch
     fraction = cfg.distill_fraction if distiller is not None else 0.0
     turns = (IDENTITY,) if cache is None else cache.oriented(cfg.augment.distilled)
@@ -115,8 +108,10 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     boxes = spread_boxes(places(store, store.split(split)), cfg.crop, patch, cfg.validate.crops, cfg.seed)
     store.close()
     return Parts(
-        module=TrainModule(student, distiller, sharded=cfg.engine.stage == 3),
-        depth=depth,
+        blank=TrainModule(blank, distiller, sharded=cfg.engine.stage == 3),
+        make=functools.partial(_module, cfg, cache),
+        values={f"student.{name}": value for name, value in values.items()},
+        depth=blank.vit.depth,
         transferred=frozenset(f"student.{name}" for name in kept),
         transfer_lines=lines,
         crops=Crops(store, sampler, patch, cache, views),
@@ -127,6 +122,26 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
         micro=micro,
         passes=passes,
         inputs=_inputs(cfg, store, teacher),
+    )
+
+
+def _module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:
+    torch.manual_seed(cfg.seed)
+    student = build_student(cfg.student)
+    return TrainModule(student, _distiller(cfg, student, cache), sharded=cfg.engine.stage == 3)
+
+
+def _distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | None) -> Distiller | None:
+    if cfg.distill is None or cache is None:
+        return None
+    torch.manual_seed(cfg.seed + 1)  # heads start alike whatever student was drawn before them
+    return cfg.distill.build(
+        student_dim=student.vit.dim,
+        student_depth=student.vit.depth,
+        teacher_layers=cache.layers,
+        mean=cache.mean,
+        std=cache.std,
+        tube_sum=tube_sum,
     )
 
 
@@ -152,8 +167,8 @@ def _inputs(cfg: TrainConfig, store: Store, teacher: Teacher | None) -> dict[str
 def lines(cfg: TrainConfig, parts: Parts, planned: int | None = None) -> Iterator[str]:
     """What the run needs and does, on `planned` ranks or those there are. Raises InputError when the disk is full."""
     ranks = planned or distributed.world_size()
-    student = sum(p.numel() for p in parts.module.student.parameters())
-    every = sum(p.numel() for p in parts.module.parameters())
+    student = sum(p.numel() for p in parts.blank.student.parameters())
+    every = sum(p.numel() for p in parts.blank.parameters())
     train, held = parts.store.split("train"), parts.store.split("val")
     points = sum(len(p.points["skeleton"]) for p in parts.crops.sampler.places)
     yield (
@@ -180,7 +195,7 @@ def lines(cfg: TrainConfig, parts: Parts, planned: int | None = None) -> Iterato
         f"student over {ranks} rank(s), recomputation not counted"
     )
     averaged = student if cfg.ema.window > 0 else 0
-    bucket = engine.bucket(every)
+    bucket = engine_config.bucket(every)
     memory = plan.stages(every, averaged, ranks, parts.dtype.itemsize, kept, bucket, cfg.engine.offload_optimizer)
     yield from plan.lines(memory, 1e9 * cfg.plan.memory if planned else None)
     # master weights, two Adam moments, the average; the same for every stage and number of ranks

@@ -15,7 +15,7 @@ from hpc_neuro.models.teacher import TeacherConfig
 from hpc_neuro.schema import config
 from hpc_neuro.train.checkpoint import CheckpointConfig
 from hpc_neuro.train.ema import EmaConfig
-from hpc_neuro.train.engine import EngineConfig
+from hpc_neuro.train.engine_config import EngineConfig
 from hpc_neuro.train.plan import PlanConfig
 from hpc_neuro.train.schedule import OptimConfig
 from hpc_neuro.train.tracker import TrackerConfig

@@ -11,46 +11,21 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 
 from hpc_neuro import distributed
-from hpc_neuro.schema import ConfigError, config
-from hpc_neuro.train.schedule import Group, OptimConfig
+from hpc_neuro.schema import ConfigError
+from hpc_neuro.train.engine_config import EngineConfig
+from hpc_neuro.train.schedule import Group
 from hpc_neuro.train.shard_files import file_of, read_ranges, write_ranges
 from hpc_neuro.train.shards import Shards
 
 log = logging.getLogger(__name__)
-_BUCKET = 1 << 26  # elements reduced or gathered at once, at most
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@config
-class EngineConfig:
-    """How the work is spread and in which precision it runs."""
-
-    stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO: 0 nothing sharded over ranks, 1 optimizer state, 2 and gradients, 3 and parameters."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of activations and weights in use; master weights are float32. auto: bf16 on a GPU that has it, else fp32."""
-    micro_batch: int | None = Field(default=None, ge=1)
-    """Crops per rank and pass, at most; none: optim.batch / ranks. Passes are accumulated to optim.batch crops, on any
-    number of ranks."""
-    offload_optimizer: bool = False
-    """Keep optimizer state and its step in host memory; needs a GPU and stage 1 to 3."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where parameters wait between passes at stage 3: in GPU memory, in host memory, or as files in `nvme`."""
-    nvme: Path | None = None
-    """Folder on a local fast disk for offload_parameters=nvme; needs a GPU, libaio and a C++ compiler at the start."""
-    timeout: float = Field(default=600.0, gt=0)
-    """[s] A collective operation that takes this long ends the run: a rank lives but does not come."""
-    silence: float = Field(default=30.0, ge=1)
-    """[s] A rank whose process gives no sign of life for this long is lost: the others name it and have ended 1.6 times
-    as long after its last sign."""
 
 
 def check(cfg: EngineConfig, batch: int, world: int) -> tuple[torch.dtype, int, int]:
@@ -110,61 +85,34 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
-def bucket(parameters: int) -> int:
-    """Elements that are reduced or gathered at once."""
-    return min(-(-parameters // 1024) * 1024, _BUCKET)  # DeepSpeed wants them aligned
-
-
-def deepspeed_json(
-    cfg: EngineConfig, optim: OptimConfig, dtype: torch.dtype, micro: int, passes: int, parameters: int
-) -> dict[str, Any]:
-    """What DeepSpeed is told. `parameters`: how many are trained."""
-    # DeepSpeed allocates whole buckets, by default of 2 GB, whatever the size of the model
-    size = bucket(parameters)
-    zero: dict[str, Any] = {"stage": cfg.stage, "reduce_bucket_size": size, "allgather_bucket_size": size}
-    if cfg.stage == 3:
-        # By default tensors of up to 100,000 elements stay whole on each rank, and all is kept gathered that is used
-        # again within 1,000 million: small models would not be sharded at all.
-        live = max(parameters // 4, 1 << 20)
-        zero["stage3_param_persistence_threshold"] = min(max(parameters // 10_000, 1024), 100_000)
-        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
-        zero["stage3_prefetch_bucket_size"] = live // 4
-    if cfg.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if cfg.offload_parameters != "none":
-        zero["offload_param"] = {"device": cfg.offload_parameters, "pin_memory": True}
-        if cfg.nvme is not None:
-            zero["offload_param"]["nvme_path"] = str(cfg.nvme)
-    adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay}
-    return {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": passes,
-        "gradient_clipping": optim.clip,
-        # torch's own; the fused ones would be compiled when training starts
-        "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True}},
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW does for offloaded state, too
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        "wall_clock_breakdown": False,
-    }
-
-
 class Engine:
     """A module under DeepSpeed: backward, step, save, load, and the whole weights."""
 
     def __init__(
-        self, module: nn.Module, groups: Sequence[Group], settings: dict[str, Any], dtype: torch.dtype
+        self,
+        make: Callable[[], nn.Module],
+        values: Mapping[str, Tensor],
+        groups: Sequence[Group],
+        settings: dict[str, Any],
+        dtype: torch.dtype,
     ) -> None:
+        """make: builds the module in float32 on the CPU, alike on all ranks; values: what parameters hold instead.
+
+        At stage 3 a layer's parameters are shared out as soon as it is made: no rank ever holds the whole of them.
+        """
         deepspeed = _quiet_deepspeed()
         self.dtype, self.stage = dtype, int(settings["zero_optimization"]["stage"])
         self._groups = list(groups)
-        wanted = [{"params": g.parameters, "weight_decay": g.weight_decay} for g in groups]
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        names = {id(p): name for name, p in named}
-        self.shapes = {name: tuple(p.shape) for name, p in named}
+        # DeepSpeed's way to files takes no other numbers than those that are trained on: it then shares out by itself
+        early = self.stage == 3 and "nvme_path" not in settings["zero_optimization"].get("offload_param", {})
+        module, exact = _built_sharded(make, values, settings, dtype) if early else (built(make, values), {})
+        named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        names = {id(p): name for name, p in named.items()}
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         # DeepSpeed rounds weights to half precision before it copies them: the master weights would start rounded
-        exact = {n: p.detach().float().clone() for n, p in named} if dtype != torch.float32 else {}
+        if dtype != torch.float32 and not early:
+            exact = {n: (0, p.detach().float().reshape(-1).clone()) for n, p in named.items()}
+        wanted = [{"params": [named[n] for n in g.names], "weight_decay": g.weight_decay} for g in groups]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -251,6 +199,42 @@ class Engine:
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+@torch.no_grad()
+def built(make: Callable[[], nn.Module], values: Mapping[str, Tensor]) -> nn.Module:
+    """A module in plain torch, with `values` in the parameters of these names."""
+    module = make()
+    for name, parameter in module.named_parameters():
+        if name in values:
+            parameter.copy_(values[name])
+    return module
+
+
+@torch.no_grad()
+def _built_sharded(
+    make: Callable[[], nn.Module], values: Mapping[str, Tensor], settings: dict[str, Any], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, tuple[int, Tensor]]]:
+    """The module of `built` to the bit, each rank with its part of every parameter; and these parts before rounding.
+
+    DeepSpeed takes a layer's parameters away when its constructor returns. Without its overrides constructors work on
+    the CPU in float32, as they do for the other stages.
+    """
+    deepspeed = _quiet_deepspeed()
+    exact: dict[str, tuple[int, Tensor]] = {}
+    with deepspeed.zero.Init(config_dict_or_path=settings, tensor_overrides=set()):
+        module = make()
+    for name, parameter in module.named_parameters():
+        if name in values:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(values[name])
+        part = parameter.ds_tensor
+        if dtype != torch.float32:
+            exact[name] = (distributed.rank() * part.numel(), part.detach().clone())
+            rounded = part.to(dtype)
+            part.data = rounded.pin_memory() if part.is_pinned() else rounded
+            parameter.data = parameter.to(dtype)
+    return module, exact
 
 
 def _asynchronous_files() -> bool:

@@ -56,8 +56,7 @@ class Group:
 
     lr_scale: float
     weight_decay: float
-    names: list[str] = field(default_factory=list)
-    parameters: list[nn.Parameter] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of parameters
 
 
 def groups(
@@ -76,7 +75,6 @@ def groups(
         key = (scale, 0.0 if plain else cfg.weight_decay)
         group = found.setdefault(key, Group(*key))
         group.names.append(name)
-        group.parameters.append(parameter)
     return [found[key] for key in sorted(found)]
 
 

@@ -146,9 +146,9 @@ class Shards:
                     parameter.copy_(master)
 
     @torch.no_grad()
-    def fill(self, values: Mapping[str, Tensor]) -> None:
-        """Master weights from whole tensors by name, then `refresh`."""
+    def fill(self, values: Mapping[str, tuple[int, Tensor]]) -> None:
+        """Master weights by name, from a range (first element, numbers) that holds this rank's; then `refresh`."""
         for shard in self.items:
-            whole = values[shard.name].reshape(-1)
-            shard.weight.copy_(whole.narrow(0, shard.start, shard.weight.numel()))
+            first, numbers = values[shard.name]
+            shard.weight.copy_(numbers.narrow(0, shard.start - first, shard.weight.numel()))
         self.refresh()

@@ -21,7 +21,8 @@ from hpc_neuro.train import checkpoint, plan
 from hpc_neuro.train.assemble import Parts
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.ema import Ema
-from hpc_neuro.train.engine import Engine, deepspeed_json
+from hpc_neuro.train.engine import Engine
+from hpc_neuro.train.engine_config import deepspeed_json
 from hpc_neuro.train.meter import Diverged, Meter
 from hpc_neuro.train.pictures import Shown
 from hpc_neuro.train.schedule import groups
@@ -37,15 +38,15 @@ class Training:
 
     def __init__(self, cfg: TrainConfig, parts: Parts) -> None:
         self.cfg, self.parts, self.main = cfg, parts, distributed.is_main()
-        trained = sum(p.numel() for p in parts.module.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in parts.blank.parameters() if p.requires_grad)
         settings = deepspeed_json(cfg.engine, cfg.optim, parts.dtype, parts.micro, parts.passes, trained)
         if self.main:
             files.write_json(cfg.out / "deepspeed.json", settings)
-        named = parts.module.named_parameters()
-        wanted = groups(named, cfg.optim, parts.depth, parts.transferred)
-        self.engine = Engine(parts.module, wanted, settings, parts.dtype)
+        wanted = groups(parts.blank.named_parameters(), cfg.optim, parts.depth, parts.transferred)
+        self.engine = Engine(parts.make, parts.values, wanted, settings, parts.dtype)
+        parts.values.clear()  # the teacher's memory
         self.device = self.engine.device
-        self.student: Any = parts.module.student
+        self.student: Any = self.engine.module.student
         shards = self.engine.shards
         averaged = {i: s.weight for i, s in enumerate(shards.items) if s.name.startswith(_STUDENT)}
         self.ema = Ema(averaged, shards.refresh) if cfg.ema.window > 0 else None

@@ -22,6 +22,7 @@ from hpc_neuro.search import trial
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import grid, keys
 from hpc_neuro.train import TrainConfig, assemble
+from hpc_neuro.train.engine import built
 from hpc_neuro.types import Prediction
 from launch import trial as runner
 from launch.driver import Driver
@@ -169,7 +170,7 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
     for point in points:
         setting = point["transfer"], point["distillation"]
         parts = assemble.assemble(made(point))
-        module = parts.module.train()
+        module = built(parts.make, parts.values).train()
         named = dict(module.named_parameters())
         assert parts.transferred <= named.keys()
         assert bool(parts.transferred) == (point["transfer"] != "scratch")

@@ -11,7 +11,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from hpc_neuro.train.engine import EngineConfig, join_group
+from hpc_neuro.train.engine import join_group
+from hpc_neuro.train.engine_config import EngineConfig
 from hpc_neuro.train.watch import Watch
 
 HOW, WHO = sys.argv[1], int(sys.argv[2])

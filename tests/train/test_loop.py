@@ -279,7 +279,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_bad(tiny, tmp_path, monkeyp
     def poison(state, ready):
         if state.step == 3:
             with torch.no_grad():
-                next(state.parts.module.parameters()).fill_(float("nan"))
+                next(state.engine.module.parameters()).fill_(float("nan"))
         step(state, ready)
 
     monkeypatch.setattr(loop, "one_step", poison)
