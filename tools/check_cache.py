@@ -1,10 +1,13 @@
 """Proofs about building feature caches that take too long for a test run.
 
     python -m tools.check_cache kills [count=50] [ranks=2] [seed=0]
-        a build on several MPI ranks is killed at random moments, with SIGKILL, all ranks or one; whenever it comes to
-        its end, the cache must pass `cache verify` and equal an undisturbed one, byte for byte
-    python -m tools.check_cache memory [factor=8]
-        the peak memory of a build on one small volume, and on one `factor` times as large
+        a build on several MPI ranks is killed in its midst, at a random share of the time that an undisturbed one takes
+        for what is still to make (one kill of ten: while it starts), with SIGKILL, all processes or one rank; whenever
+        one comes to its end, the cache must pass `cache verify` and equal an undisturbed one, byte for byte
+    python -m tools.check_cache silent [ranks=2] [silence=5]
+        one rank is suspended in the midst of a build, which no launcher notices: the others must name it and end
+    python -m tools.check_cache memory [factor=2]
+        the peak memory of a build on a small volume, and on one `factor` times as large along each axis
 
 The last line is one JSON object; exit code 1 when the proof fails.
 """
@@ -20,79 +23,118 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hpc_neuro.data.feature_cache import MANIFEST
-from tests.tiny_store import write_store
+from tools.random_store import write_store
 
-KEYS = ["teacher.model=random", "stride_v=2", "slab=1", "batch=2", "layers=[-1]"]
+KEYS = ["teacher.model=random", "stride_v=2", "slab=4", "batch=1"]  # a file is open during several forwards
 _STUCK = 180.0  # [s] a start that made no shard by then has stopped making progress
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one proof."""
-    if not argv or argv[0] not in ("kills", "memory"):
+    proofs: dict[str, Callable[..., tuple[bool, dict[str, object]]]] = {
+        "kills": kills,
+        "silent": silent,
+        "memory": memory,
+    }
+    if not argv or argv[0] not in proofs:
         sys.stdout.write(__doc__ or "")
         return 2
     given = {k: int(v) for k, _, v in (a.partition("=") for a in argv[1:])}
     with tempfile.TemporaryDirectory() as folder:
-        passed, result = kills(Path(folder), **given) if argv[0] == "kills" else memory(Path(folder), **given)
+        passed, result = proofs[argv[0]](Path(folder), **given)
     sys.stdout.write(json.dumps(result) + "\n")
     return 0 if passed else 1
 
 
+@dataclass
+class Tally:
+    """What the kills struck, and what came of it."""
+
+    kills: int = 0
+    in_mid_build: int = 0  # after this start had made a shard or begun one, before the manifest
+    that_left_half_a_shard: int = 0
+    of_one_rank: int = 0
+    launcher_seconds: list[float] = field(default_factory=list)  # from the death of one rank to the end of all
+    launcher_stuck: int = 0
+    finished: int = 0
+
+    def count(self, out: Path, started_with: set[str]) -> None:
+        """Look at what a kill left."""
+        self.kills += 1
+        halves = [p for p in out.glob(".*.part") if ".h5." in p.name]
+        self.that_left_half_a_shard += bool(halves)
+        self.in_mid_build += bool(halves or _names(out) - started_with) and not (out / MANIFEST).exists()
+
+    def told(self) -> dict[str, Any]:
+        """For the last line."""
+        seconds = self.launcher_seconds
+        rest = {k: v for k, v in vars(self).items() if k != "launcher_seconds"}
+        return rest | {"slowest_end_after_one_rank_died_s": round(max(seconds, default=0.0), 2)}
+
+
 def kills(folder: Path, count: int = 50, ranks: int = 2, seed: int = 0) -> tuple[bool, dict[str, object]]:
     """Kill a build `count` times; see the module."""
-    store = write_store(folder / "store", {"a": "train", "b": "train"}, (40, 72, 88))
-    _run(_verb(store, folder / "whole"))
-    wanted, out = _shards(folder / "whole"), folder / "killed"
-    draw, killed, finished, begun, partial = random.Random(seed), 0, 0, time.monotonic(), 0
-    mean = 8.0  # [s] about how long a start takes to reach its end; corrected as starts come to it
-    while killed < count:
-        start = time.monotonic()
-        command = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(ranks), *_verb(store, out)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment())
-        if draw.random() < 0.8:  # in the midst of the work, of which starting takes most of the time otherwise
-            held = len(_names(out))
-            while process.poll() is None and len(_names(out)) == held:
-                if time.monotonic() - start > _STUCK:
-                    _kill(process, draw)
-                    raise SystemExit(f"no new shard in {_STUCK:.0f} s: the build is stuck")
-                time.sleep(0.01)
-            patience = draw.uniform(0, 1.5)
-        else:
-            patience = draw.uniform(0, 1.1) * mean
+    store = write_store(folder / "store", ["a", "b"], (48, 160, 160))
+    begun, out, draw, tally = time.monotonic(), folder / "killed", random.Random(seed), Tally()
+    start_seconds, seconds = _timed(_start(store, folder / "whole", ranks), folder / "whole")
+    wanted = _shards(folder / "whole")
+    equal = True
+    while equal and tally.kills < count:
+        before, start = _names(out), time.monotonic()
+        process = _start(store, out, ranks)
+        patience = draw.uniform(0, start_seconds)
+        if draw.random() < 0.9:
+            _first_shard(process, out, before)
+            patience = draw.uniform(0, seconds) * (1 - len(before) / len(wanted))
+            start = time.monotonic()
         try:
-            process.wait(patience)
+            process.wait(max(0.0, patience - (time.monotonic() - start)))
         except subprocess.TimeoutExpired:
-            _kill(process, draw)
-            killed += 1
-            partial += bool(_names(out)) and not (out / MANIFEST).exists()
+            _kill(process, draw, tally)
+            tally.count(out, before)
             continue
-        if process.returncode != 0:
-            raise SystemExit(f"the build ended with {process.returncode} and was not killed")
-        mean = 0.5 * (mean + time.monotonic() - start)
-        finished += 1
-        if not _sound(out, wanted):
-            return False, {"kills": killed, "finished": finished, "equal": False}
+        equal = _ended_well(process) and _sound(out, wanted)
+        tally.finished += 1
         shutil.rmtree(out)
-    _run(_verb(store, out))
-    equal = _sound(out, wanted)
-    seconds = round(time.monotonic() - begun)
-    return equal, {
-        "kills": killed, "kills_in_mid_build": partial, "builds_that_came_to_their_end": finished + 1, "ranks": ranks,
-        "shards": len(wanted), "equal_to_an_undisturbed_build": equal, "seconds": seconds,
-    }  # fmt: skip
+    if equal:
+        equal = _ended_well(_start(store, out, ranks)) and _sound(out, wanted)
+        tally.finished += 1
+    figures = {"ranks": ranks, "shards": len(wanted), "build_s": round(seconds, 1), "start_s": round(start_seconds, 1)}
+    passed = equal and tally.in_mid_build > 0 and not tally.launcher_stuck
+    took = {"seconds": round(time.monotonic() - begun)}
+    return passed, {**tally.told(), "equal_to_an_undisturbed_build": equal, **figures, **took}
 
 
-def memory(folder: Path, factor: int = 8) -> tuple[bool, dict[str, object]]:
-    """Peak memory of two builds, each in a process of its own."""
+def silent(folder: Path, ranks: int = 2, silence: int = 5) -> tuple[bool, dict[str, object]]:
+    """Suspend one rank; see the module."""
+    store, out = write_store(folder / "store", ["a", "b"], (48, 160, 160)), folder / "out"
+    with (folder / "said").open("w+", encoding="utf-8") as said:
+        process = _start(store, out, ranks, f"silence={silence}", said=said)
+        _first_shard(process, out, set())
+        victim = _ranks(_descendants(process.pid))[-1]
+        os.kill(victim, signal.SIGSTOP)
+        begun = time.monotonic()
+        code = process.wait(_STUCK)
+        seconds = time.monotonic() - begun
+        said.seek(0)
+        verdict = [line.strip() for line in said if f"process {victim}) has been silent" in line]
+    again = _ended_well(_start(store, out, ranks))
+    passed = code != 0 and len(verdict) == 1 and again
+    return passed, {"silence_s": silence, "ended_after_s": round(seconds, 1), "said": verdict, "went_on": again}
+
+
+def memory(folder: Path, factor: int = 2) -> tuple[bool, dict[str, object]]:
+    """Peak memory of two builds, each in a process of its own; both volumes are larger than a tile on every side."""
     peaks = {}
-    for name, scale in (("small", 1), ("large", factor)):
-        shape = (64 * scale, 256, 256)
-        store = write_store(folder / f"{name}_store", {"a": "train"}, shape)
-        keys = [*_verb(store, folder / name)[3:], "stride_v=8", "slab=16", "batch=4", "views=[z,y]"]
+    for name, side in (("small", 384), ("large", 384 * factor)):
+        store = write_store(folder / f"{name}_store", ["a"], (side, side, side))
+        keys = [*_verb(store, folder / name)[3:], "stride_v=96", "slab=4", "batch=4", "tile=256", "halo=64"]
         script = (
             "import sys; from hpc_neuro.__main__ import main; code = main(sys.argv[1:]); "
             # not getrusage, which starts from the peak of the process that started this one
@@ -103,31 +145,57 @@ def memory(folder: Path, factor: int = 8) -> tuple[bool, dict[str, object]]:
         )
         peaks[name] = int(ended.stdout.split()[-1]) / 1000
     ratio = peaks["large"] / peaks["small"]
-    return ratio <= 1.1, {"factor": factor, "peak_mb": peaks, "ratio": round(ratio, 3)}
+    return ratio <= 1.1, {"times_as_large": factor**3, "peak_mb": peaks, "ratio": round(ratio, 3)}
 
 
-def _verb(store: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "hpc_neuro", "precompute", f"store={store}", f"out={out}", *KEYS]
+def _verb(store: Path, out: Path, *keys: str) -> list[str]:
+    return [sys.executable, "-m", "hpc_neuro", "precompute", f"store={store}", f"out={out}", *KEYS, *keys]
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def _run(command: Sequence[str]) -> None:
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=_environment())
+def _start(store: Path, out: Path, ranks: int, *keys: str, said: Any = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    command = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(ranks), *_verb(store, out, *keys)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env=_environment())
 
 
-def _kill(process: subprocess.Popen[bytes], draw: random.Random) -> None:
+def _timed(process: subprocess.Popen[bytes], out: Path) -> tuple[float, float]:
+    """Seconds until the first shard of an undisturbed build, and from there to its end."""
+    begun = time.monotonic()
+    _first_shard(process, out, set())
+    first = time.monotonic()
+    if not _ended_well(process):
+        raise SystemExit(f"the build ended with {process.returncode} and was not killed")
+    return first - begun, time.monotonic() - first
+
+
+def _first_shard(process: subprocess.Popen[bytes], out: Path, before: set[str]) -> None:
+    """Wait until a start has made its first shard, or ended."""
+    latest = time.monotonic() + _STUCK
+    while process.poll() is None and _names(out) == before:
+        if time.monotonic() > latest:
+            for pid in _descendants(process.pid):
+                _signal(pid)
+            raise SystemExit(f"no new shard in {_STUCK:.0f} s: the build is stuck")
+        time.sleep(0.01)
+
+
+def _kill(process: subprocess.Popen[bytes], draw: random.Random, tally: Tally) -> None:
     """All at once, as a node that goes down, or one rank, after which the launcher ends the others."""
     group = _descendants(process.pid)  # the launcher gives every rank a session of its own
-    ranks = [pid for pid in group if b"precompute" in _words(pid) and b"mpiexec" not in _words(pid)]
-    victims = [draw.choice(ranks)] if ranks and draw.random() < 0.5 else group
-    for pid in victims:
+    ranks, one = _ranks(group), draw.random() < 0.5
+    begun, single = time.monotonic(), bool(ranks) and one
+    for pid in [draw.choice(ranks)] if single else group:
         _signal(pid)
     try:
         process.wait(20)
+        if single:
+            tally.of_one_rank += 1
+            tally.launcher_seconds.append(time.monotonic() - begun)
     except subprocess.TimeoutExpired:
+        tally.launcher_stuck += 1
         _signal(process.pid)
         process.wait()
     for pid in group:  # nothing of this start may write into the next
@@ -141,6 +209,11 @@ def _signal(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
+
+
+def _ranks(group: Sequence[int]) -> list[int]:
+    """The processes of a start that compute."""
+    return [pid for pid in group if b"precompute" in _words(pid) and b"mpiexec" not in _words(pid).split(b"\0")[0]]
 
 
 def _descendants(root: int) -> list[int]:
@@ -173,6 +246,10 @@ def _words(pid: int) -> bytes:
         return b""
 
 
+def _ended_well(process: subprocess.Popen[bytes]) -> bool:
+    return process.wait(10 * _STUCK) == 0
+
+
 def _sound(out: Path, wanted: dict[str, bytes]) -> bool:
     """Whether the cache passes `verify` and has the wanted bytes, and nothing half-written lies about."""
     verify = [sys.executable, "-m", "hpc_neuro", "cache", "verify", str(out), "rebuild=false", "slices=8"]
@@ -180,8 +257,8 @@ def _sound(out: Path, wanted: dict[str, bytes]) -> bool:
     return passed and _shards(out) == wanted and not list(out.glob(".*"))
 
 
-def _names(folder: Path) -> list[str]:
-    return [p.name for p in folder.glob("*.h5")]
+def _names(folder: Path) -> set[str]:
+    return {p.name for p in folder.glob("*.h5")}
 
 
 def _shards(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_neuro.data import feature_cache as fc
-from hpc_neuro.data.feature_cache import reader
+from hpc_neuro.data.feature_cache import resample
 from hpc_neuro.geometry import Box
 from hpc_neuro.schema import InputError
 
@@ -91,7 +91,7 @@ def test_past_the_end_the_last_cell_goes_on(tmp_path: Path) -> None:
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 5), st.floats(0.7, 20), st.integers(1, 40))
 def test_weights_are_shares(start: int, tokens: int, patch: int, cell: float, count: int) -> None:
     box = Box((start * patch, 0, 0), ((start + tokens) * patch, 1, 1))
-    picked, weights = reader._cells(box, (patch, 1, 1), 0, cell, count)
+    picked, weights = resample.cells_along(box, (patch, 1, 1), 0, cell, count)
     assert 0 <= picked.start < picked.stop <= count
     assert weights.shape == (tokens, picked.stop - picked.start)
     assert (weights >= 0).all()

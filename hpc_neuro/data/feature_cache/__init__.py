@@ -8,6 +8,7 @@ area weights, so a grid that is the student's own passes through unchanged.
 from hpc_neuro.data.feature_cache.coding import RAW, Coding
 from hpc_neuro.data.feature_cache.layout import CODING, FORMAT, MANIFEST, PLANE, CacheMismatch, Unit, tiles
 from hpc_neuro.data.feature_cache.reader import FeatureCache
+from hpc_neuro.data.feature_cache.resample import Cells
 from hpc_neuro.data.feature_cache.shard import (
     ShardWriter,
     shard_is_sound,
@@ -25,6 +26,7 @@ __all__ = [
     "PLANE",
     "RAW",
     "CacheMismatch",
+    "Cells",
     "Coding",
     "FeatureCache",
     "ShardWriter",

@@ -16,9 +16,11 @@ from torch import Tensor
 from hpc_neuro import files
 from hpc_neuro.data.feature_cache import coding as codings
 from hpc_neuro.data.feature_cache.layout import CODING, MANIFEST, CacheMismatch, Unit
-from hpc_neuro.data.orientation import IDENTITY, PLANE, Orientation, all_of, parse
+from hpc_neuro.data.feature_cache.resample import Cells
+from hpc_neuro.data.orientation import IDENTITY, Orientation, all_of, parse
 from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.schema import InputError
+from hpc_neuro.types import Array
 
 _OPEN_FILES = 64
 
@@ -69,7 +71,7 @@ class FeatureCache:
         return codings.load(path)
 
     def _forget(self) -> None:
-        self._open: OrderedDict[str, h5py.File] = OrderedDict()
+        self._open: OrderedDict[str, Any] = OrderedDict()  # shard -> its dataset
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,54 +160,36 @@ class FeatureCache:
 
     def _view(self, volume: str, view: str, how: str, box: Box, patch: Shape) -> Tensor:
         """[L, D, z, y, x] float32 as the volume stands."""
-        units, (across, down, right) = self._units[volume, view, how], PLANE[view]
-        stride, (height, width) = units[0].stride, units[0].cell
-        last = units[-1]
-        slices = (last.first - units[0].first) // stride + last.count
-        rows, wr = _cells(box, patch, down, height, last.rows)
-        columns, wc = _cells(box, patch, right, width, last.columns)
-        picked, ws = _cells(box, patch, across, stride, slices)
-        parts = []
+        units = self._units[volume, view, how]
+        cells, parts = Cells.under(box, patch, units), []
         for unit in units:
-            offset = (unit.first - units[0].first) // stride
-            a, b = max(picked.start, offset) - offset, min(picked.stop, offset + unit.count) - offset
+            offset = (unit.first - units[0].first) // unit.stride
+            a, b = max(cells.slices.start, offset) - offset, min(cells.slices.stop, offset + unit.count) - offset
             if a < b:
-                parts.append(self._file(unit)["features"][a:b, :, rows, columns])
-        values = torch.from_numpy(np.concatenate(parts)).float()  # [s, L, r, c, D]
-        grid = torch.einsum("slrcd,is,jr,kc->lijkd", values, ws, wr, wc)  # slices, rows, columns of the target
-        grid = self._codings[view].decode(grid)
-        return grid.permute(0, 4, *(1 + (across, down, right).index(axis) for axis in (0, 1, 2)))
+                parts.append(self._read(unit, (slice(a, b), slice(None), cells.rows, cells.columns)))
+        values = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])  # [s, L, r, c, n]
+        kept = cells.on_tokens(values).movedim(1, -1)  # [L, z, y, x, n]
+        return self._codings[view].decode(kept).movedim(-1, 1)
 
-    def _file(self, unit: Unit) -> h5py.File:
+    def _read(self, unit: Unit, place: tuple[slice, ...]) -> Array:
+        """Values [s, L, r, c, n] of a shard, as they are kept."""
+        try:
+            values: Array = self._features(unit)[place]
+        except (OSError, KeyError) as error:
+            raise InputError(
+                f"the shard {self.path / unit.name} cannot be read ({error}); "
+                f"`hpc-neuro cache verify {self.path}` finds and rebuilds what is damaged"
+            ) from error
+        return values
+
+    def _features(self, unit: Unit) -> Any:
+        """The open dataset of a shard."""
         if self._pid != os.getpid():
             self._forget()  # an HDF5 handle must not be shared over a fork
-        file = self._open.pop(unit.name, None)
-        if file is None:
+        data = self._open.pop(unit.name, None)
+        if data is None:
             while len(self._open) >= _OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            try:
-                file = h5py.File(self.path / unit.name, "r", locking=False)
-            except OSError as error:
-                raise InputError(
-                    f"the shard {self.path / unit.name} cannot be read ({error}); "
-                    f"`hpc-neuro cache verify {self.path}` finds and rebuilds what is damaged"
-                ) from error
-        self._open[unit.name] = file
-        return file
-
-
-def _cells(box: Box, patch: Shape, axis: int, cell: float, count: int) -> tuple[slice, Tensor]:
-    """Source cells under a box along one axis, and area weights [targets, cells] that bring them to its tokens.
-
-    Source cell i covers voxels [i * cell, (i + 1) * cell), i < count; target t covers patch[axis] voxels.
-    """
-    edges = np.arange(box.start[axis], box.stop[axis] + 1, patch[axis], dtype=np.float64)
-    low = np.minimum(edges[:-1], (count - 0.5) * cell)  # a target wholly past the end takes the last cell
-    high = np.maximum(np.minimum(edges[1:], count * cell), low + 1e-6 * cell)
-    first = int(low[0] // cell)
-    stop = min(count, max(first + 1, int(np.ceil(high[-1] / cell - 1e-9))))
-    starts = np.arange(first, stop) * cell
-    overlap = np.minimum(high[:, None], starts + cell) - np.maximum(low[:, None], starts)
-    weights = np.clip(overlap, 0.0, None)
-    weights /= weights.sum(axis=1, keepdims=True)
-    return slice(first, stop), torch.from_numpy(weights).float()
+                self._open.popitem(last=False)[1].file.close()
+            data = h5py.File(self.path / unit.name, "r", locking=False)["features"]
+        self._open[unit.name] = data
+        return data
