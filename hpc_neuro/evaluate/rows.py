@@ -35,7 +35,8 @@ METRICS = (
         "high",
         3,
         "Centreline Dice (Shit et al. 2021): harmonic mean of the share of the predicted skeleton inside the gold mask "
-        "and of the gold skeleton inside the predicted mask; skeletons by thinning (Lee et al. 1994).",
+        "and of the gold skeleton inside the predicted mask; skeletons by thinning (Lee et al. 1994), of which every "
+        "connected part keeps a line.",
         main=True,
     ),
     Metric(

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from skimage.morphology import skeletonize
 
 from hpc_neuro.geometry import Box, Shape, VoxelSize, blocks
-from hpc_neuro.metrics.surface import Mask, SurfacePair, extent, point_distances, surface_points
+from hpc_neuro.metrics.skeleton import skeleton
+from hpc_neuro.metrics.surface import Mask, SurfacePair, point_distances, surface_points
 from hpc_neuro.types import Array
 
 UNLABELLED = 255
@@ -105,7 +105,7 @@ def recall(predicted: Array, gold: Array) -> float:
 
 def cldice(predicted: Array, gold: Array) -> float:
     """Centreline Dice: the harmonic mean of the share of the predicted skeleton inside gold and of the gold skeleton
-    inside the prediction. Skeletons by thinning (Lee, Kashyap and Chu 1994, as in scikit-image).
+    inside the prediction.
 
     Source: Shit et al., CVPR 2021, with hard masks.
     """
@@ -141,15 +141,6 @@ def cldice_streamed(
     if not any_p or not any_g:
         return float(any_p == any_g)
     return _harmonic(_share(inside, thin_p, 0.0), _share(found, thin_g, 0.0))
-
-
-def skeleton(mask: Mask) -> Mask:
-    """One voxel thin centreline of a mask [Z, Y, X], by thinning of its extent."""
-    thin = np.zeros_like(mask)
-    box = extent(mask)
-    if box.size:
-        thin[box.slices] = skeletonize(np.ascontiguousarray(mask[box.slices])).astype(bool)
-    return thin
 
 
 @dataclass(frozen=True)

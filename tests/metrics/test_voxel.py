@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from hpc_neuro.geometry import Box
 from hpc_neuro.metrics import surface, voxel
+from hpc_neuro.metrics.skeleton import skeleton
 
 SPACINGS = [(1.0, 1.0, 1.0), (1.0, 0.3296, 0.3296), (0.35, 2.0, 0.7)]
 
@@ -162,6 +163,23 @@ def test_cldice_of_lines() -> None:
     assert voxel.cldice(half, gold) == pytest.approx(2 * 1.0 * 0.5 / 1.5)
     assert voxel.cldice(thick, gold) == 1.0  # thickness does not matter, the centreline does
     assert voxel.dice(thick, gold) < 0.25
+
+
+PARTS = {(2, 2, 20): 19, (20, 2, 2): 19, (4, 4, 20): 17, (3, 8, 8): 1, (2, 2, 2): 1, (6, 6, 6): 1, (1, 2, 2): 1}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_part_is_thinned_away(part: tuple[int, int, int]) -> None:
+    """Plain thinning removes each of these whole: a perfect prediction then had clDice 0, a false one counted not."""
+    mask = np.zeros((30, 30, 30), dtype=bool)
+    mask[tuple(slice(5, 5 + n) for n in part)] = True
+    thin = skeleton(mask)
+    assert PARTS[part] <= thin.sum() <= max(part)
+    assert not (thin & ~mask).any()
+    assert voxel.cldice(mask, mask) == 1.0
+    other = mask.copy()
+    other[5:8, 20, 2:12] = other[28, 28, 27:] = True  # a cable that survives thinning, and a speck
+    assert voxel.cldice(mask, other) < 1.0
 
 
 def test_streamed_equals_whole() -> None:
