@@ -109,7 +109,15 @@ def _score_one(
 def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
     """The tree (voxels) of Otsu's mask, from the volume's root; empty, and said so, when nothing can be traced."""
     try:
-        return _forest(trace_read(baseline.probability, volume.shape, volume.voxel_size, root=volume.root, cfg=cfg))
+        return _forest(
+            trace_read(
+                baseline.probability,
+                volume.shape,
+                volume.voxel_size,
+                roots=() if volume.root is None else (volume.root,),
+                cfg=cfg,
+            )
+        )
     except InputError as error:
         log.warning("%s: Otsu's mask gives no tree and counts as a miss: %s", volume.id, error)
         return empty()

@@ -84,7 +84,8 @@ def _trace(cfg: InferConfig, work: Work, entry: Entry) -> list[str]:
     source, begun = work.source, time.monotonic()
     try:
         read = reader(work.folder)
-        found = trace_read(read, source.shape, source.voxel_size, root=source.root, cfg=cfg.trace)
+        roots = () if source.root is None else (source.root,)
+        found = trace_read(read, source.shape, source.voxel_size, roots=roots, cfg=cfg.trace)
     except InputError as error:  # a root off the foreground; the other volumes still count
         return [f"{source.id}: not traced, {error}"]
     entry["trees"] = len(found)

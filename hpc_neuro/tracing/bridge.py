@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
-from hpc_neuro.geometry import Box
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, Read, as_probability
+from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, Read
 from hpc_neuro.tracing.links import links
 from hpc_neuro.tracing.paths import Skeleton
 from hpc_neuro.tracing.wires import Join, Wires, straight, wires
@@ -37,7 +37,7 @@ class _Candidate:
     target: int
 
 
-def bridges(found: Foreground, traced: Skeleton, read: Read, cfg: TraceConfig, image: Read | None = None) -> list[Join]:
+def bridges(found: Foreground, traced: Skeleton, cfg: TraceConfig, image: Read | None = None) -> list[Join]:
     """What joins pieces, without a cycle: links along signal in the image, where one is given, then blind bridges.
 
     A bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to half of
@@ -47,18 +47,28 @@ def bridges(found: Foreground, traced: Skeleton, read: Read, cfg: TraceConfig, i
     """
     chosen = [] if image is None else _visible(found, traced, image, cfg)
     used: set[int] = set()
+    lines = np.flatnonzero(traced.on_tree)
+    near = cKDTree(found.points[lines])
     for _ in range(_ROUNDS if cfg.gap > 0 else 0):
         net = wires(found, traced, chosen)
         piece, cable = _pieces(found, net)
         if len(cable) < 2:
             break
-        options = _candidates(found, net, piece, cable, read, cfg)
+        options = _candidates(found, net, piece, cable, cfg)
         fresh = _spanning(options, piece, len(cable), used)
         if not fresh:
             break
         used |= {end for end, _ in fresh}
-        chosen += [straight(found, end, target) for end, target in fresh]
+        chosen += [straight(found, end, _centred(found, lines, near, target)) for end, target in fresh]
     return chosen
+
+
+def _centred(found: Foreground, lines: Ints, near: cKDTree, target: int) -> int:
+    """The voxel of the centre lines (`lines`, searched by `near`) on whose flank a voxel is; itself where on none's."""
+    away, at = near.query(found.points[target])
+    line = int(lines[int(at)])
+    mine = found.component[line] == found.component[target]
+    return line if mine and away <= found.thickness[line] + 1 else target
 
 
 def _visible(found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig) -> list[Join]:
@@ -166,7 +176,6 @@ def _candidates(
     net: Wires,
     piece: NDArray[np.int32],
     cable: Floats,
-    read: Read,
     cfg: TraceConfig,
 ) -> list[_Candidate]:
     points, ends = found.points, _ends(net)
@@ -176,7 +185,8 @@ def _candidates(
     blob[piece[anchors[ends.direction.any(axis=1)]]] = False
     inside = net.radii[ends.anchor] + 0.5
     options = []
-    balls = found.near.query_ball_point(points[anchors], cfg.gap + inside)
+    thick = found.thickness
+    balls = found.near.query_ball_point(points[anchors], cfg.gap + inside + thick.max())
     for anchor, direction, depth, ball in zip(anchors, ends.direction, inside, balls, strict=True):
         others = np.array(ball, dtype=np.int64)
         others = others[piece[others] != piece[anchor]]
@@ -187,12 +197,12 @@ def _candidates(
         out = points[others] - points[anchor]
         away = np.linalg.norm(out, axis=1)
         cosine = out @ direction / away
-        price = np.maximum(away - depth, 1) * (3 - 2 * cosine)
+        price = np.maximum(away - depth - thick[others], 1) * (3 - 2 * cosine)  # from surface to surface
         allowed = (cosine >= steepest) | (not direction.any())
         for other in np.unique(piece[others[allowed]]):
             mine = np.flatnonzero(allowed & (piece[others] == other))
             best = mine[price[mine].argmin()]
-            hint = _between(read, found, int(anchor), int(others[best])) / cfg.floor
+            hint = _between(found, cfg.floor, int(anchor), int(others[best])) / cfg.floor
             total = float(price[best]) * (1 - 0.5 * min(1.0, hint))
             if total <= min(cfg.gap, _WORTH * min(cable[other], cable[piece[anchor]])):
                 options.append(_Candidate(total, int(anchor), int(others[best])))
@@ -212,17 +222,13 @@ def _spanning(options: list[_Candidate], piece: NDArray[np.int32], pieces: int, 
     return chosen
 
 
-def _between(read: Read, found: Foreground, a: int, b: int) -> float:
+def _between(found: Foreground, floor: float, a: int, b: int) -> float:
     """Mean probability on the straight line between two voxels, where there is no foreground."""
     ends = found.voxels[[a, b]].astype(np.int64)
     count = int(np.abs(ends[1] - ends[0]).max()) - 1
     if count < 1:
         return 1.0
     share = (np.arange(count) + 1)[:, None] / (count + 1)
-    line = np.rint(ends[0] * (1 - share) + ends[1] * share).astype(np.int64)
-    (z0, y0, x0), (z1, y1, x1) = ends.min(axis=0), ends.max(axis=0) + 1
-    box = Box((z0, y0, x0), (z1, y1, x1))
-    values = as_probability(read(box), box)
-    inside: NDArray[np.float32] = values[tuple((line - box.start).T)]
-    dark = inside[found.at(line) == 0]
+    values = found.at.plain(ends[0] * (1 - share) + ends[1] * share)
+    dark = values[values < floor]
     return float(dark.mean()) if len(dark) else 1.0

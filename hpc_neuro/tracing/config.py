@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.geometry import VoxelSize
+from hpc_neuro.geometry import Shape, VoxelSize
 from hpc_neuro.schema import config
 
 
@@ -23,6 +23,9 @@ class TraceConfig:
     metric: Literal["voxel", "um"] = "voxel"
     """`voxel`: lengths count voxels alike along z, y, x, which suits optics whose blur grows with the z step;
     `um`: lengths are physical, in units of the finest voxel edge, which suits labels without optical blur."""
+    block: Shape = (128, 256, 256)
+    """[voxel] What is looked at at once, besides 32 voxels around; memory follows it, and the trees hardly depend on it
+    (see tracing/strands.py)."""
     min_voxels: int = 12
     """[voxel] Connected pieces of fewer voxels are noise."""
     min_branch: float = 5.0
@@ -58,6 +61,8 @@ class TraceConfig:
             raise ValueError(
                 f"low ({self.low}) and threshold ({self.threshold}) must satisfy 0 < low <= threshold <= 1"
             )
+        if min(self.block) < 8:
+            raise ValueError(f"block {list(self.block)} must be at least 8 voxels along each axis")
         for name in (
             "min_branch",
             "cover_scale",

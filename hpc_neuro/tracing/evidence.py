@@ -14,6 +14,7 @@ _RAYS = 8  # directions round a path, in opposite pairs
 _DROP = 0.3  # a probability this share lower beside the path than on it makes the path a ridge
 _STRETCH = 4  # [nodes] to either side, for a path's direction
 _WIDEST = 4  # a flat cross section is followed to this many times the reach
+_AT_ONCE = 256  # nodes of a path that are looked at together, so that memory does not follow its length
 _WINDOW = 21  # [nodes] more than a side branch is wide
 
 
@@ -118,5 +119,8 @@ def _across(points: Floats) -> Floats:
 
 def _along_rays(found: Foreground, path: Ints, rays: Floats, distances: Floats) -> NDArray[np.float32]:
     """[n, rays, steps] probability at `distances` [n, steps] from the path's voxels."""
-    at = found.points[path][:, None, None] + rays[:, :, None] * distances[:, None, :, None]
-    return found.at((at / found.spacing).reshape(-1, 3)).reshape(at.shape[:3])
+    points, values = found.points[path], np.empty((*rays.shape[:2], distances.shape[1]), dtype=np.float32)
+    for some in (slice(i, i + _AT_ONCE) for i in range(0, len(path), _AT_ONCE)):
+        at = points[some][:, None, None] + rays[some, :, None] * distances[some, None, :, None]
+        values[some] = found.at((at / found.spacing).reshape(-1, 3)).reshape(at.shape[:3])
+    return values

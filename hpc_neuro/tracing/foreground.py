@@ -1,10 +1,11 @@
-"""Foreground voxels as a sparse graph, so that time and memory follow the neurites and not the volume around them."""
+"""What is traced: the strands of all blocks as one sparse graph, and the probability around them, read on demand."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,21 +13,64 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from hpc_neuro.geometry import Box, Shape, blocks
+from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.schema import InputError
 
 Read = Callable[[Box], NDArray[np.generic]]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-_BLOCK: Shape = (64, 256, 256)  # 4 million voxels: what is dense at any time
+Bools = NDArray[np.bool_]
+_CELL: Shape = (32, 64, 64)  # [voxel] what is read at once where single voxels are asked for: a usual chunk
+_CELLS = 256  # that are kept
+
+
+class Look:
+    """The probability at single voxels of a volume of any size, read cell by cell."""
+
+    def __init__(self, read: Read, shape: Shape, floor: float) -> None:
+        self._read, self._shape, self._floor = read, shape, floor
+        self._cells: OrderedDict[int, NDArray[np.generic]] = OrderedDict()  # as they are stored, which is smaller
+        z, y, x = (-(-n // c) for n, c in zip(shape, _CELL, strict=True))
+        self._grid: Shape = (z, y, x)
+
+    def __call__(self, voxels: Floats) -> NDArray[np.float32]:
+        """[M] probability at the voxels nearest to [M, 3] voxel positions; 0 below `floor` and outside the volume."""
+        found = self.plain(voxels)
+        return np.where(found >= self._floor, found, np.float32(0))
+
+    def plain(self, voxels: Floats) -> NDArray[np.float32]:
+        """[M] the same, but as it is where it is below `floor`."""
+        places = np.rint(voxels).astype(np.int64)
+        inside = np.flatnonzero(np.all((places >= 0) & (places < self._shape), axis=1))
+        found = np.zeros(len(places), dtype=np.float32)
+        cells = places[inside] // _CELL
+        keys = np.ravel_multi_index(tuple(cells.T), self._grid) if len(inside) else np.zeros(0, dtype=np.int64)
+        order = np.argsort(keys, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            if len(group):
+                corner = cells[group[0]] * _CELL
+                box = Box.at((int(corner[0]), int(corner[1]), int(corner[2])), _CELL).clipped(Box.whole(self._shape))
+                values = self._cell(int(keys[group[0]]), box)[tuple((places[inside[group]] - corner).T)]
+                found[inside[group]] = as_probability(values, box)
+        return found
+
+    def _cell(self, key: int, box: Box) -> NDArray[np.generic]:
+        if key in self._cells:
+            self._cells.move_to_end(key)
+        else:
+            self._cells[key] = np.array(self._read(box))  # not a view that holds more than the cell
+            if len(self._cells) > _CELLS:
+                self._cells.popitem(last=False)
+        return self._cells[key]
 
 
 @dataclass(frozen=True)
 class Foreground:
-    """N voxels in raster order and their 26-neighbourhood."""
+    """N voxels in raster order, strands of the foreground, and their 26-neighbourhood."""
 
     shape: Shape
     spacing: Floats  # [3] length of a voxel along z, y, x
+    at: Look  # the probability anywhere
     voxels: NDArray[np.int32]  # [N, 3]
     probability: NDArray[np.float32]  # [N] in (0, 1]
     distance: Floats  # [N] to the nearest background voxel; what lies outside the volume is not background
@@ -45,18 +89,11 @@ class Foreground:
         """Search by position."""
         return cKDTree(self.points)
 
-    def at(self, voxels: Floats) -> NDArray[np.float32]:
-        """[M] probability at the voxels nearest to [M, 3] voxel positions; 0 where there is no foreground."""
-        places = np.rint(voxels).astype(np.int64)
-        places = np.clip(places, -1, np.array(self.shape))
-        wanted = _keys(places, self.shape)
-        index = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        return np.where(self.keys[index] == wanted, self.probability[index], np.float32(0))
-
     @functools.cached_property
-    def keys(self) -> Ints:
-        """[N] position of each voxel in raster order."""
-        return _keys(self.voxels, self.shape)
+    def thickness(self) -> Floats:
+        """[N] radius: the border runs half a voxel before the background voxel, but the nearest of many is nearer than
+        most."""
+        return np.maximum(self.distance - 0.25, 0.5)
 
     def graph(self, weight: Floats) -> csr_array:
         """[N, N] upper half of the symmetric graph with a weight per pair; give `directed=False` to csgraph."""
@@ -64,53 +101,76 @@ class Foreground:
         return csr_array((weight, (self.pairs[:, 0], self.pairs[:, 1])), shape=(n, n))
 
 
+@dataclass(frozen=True)
+class Strands:
+    """N voxels of a block through which centre lines may run, in C components of its foreground (see strands.py)."""
+
+    voxels: NDArray[np.int32]  # [N, 3]
+    probability: NDArray[np.float32]  # [N]
+    distance: NDArray[np.float32]  # [N] to the nearest voxel below the threshold; 0.5 where it is below itself
+    component: NDArray[np.int32]  # [N]
+    count: Ints  # [C] voxels of the whole component that belong to this block
+    strong: Bools  # [C] whether any of them reaches the threshold
+
+
 def foreground(
-    read: Read, shape: Shape, low: float, threshold: float, spacing: Floats, min_voxels: int
+    parts: Sequence[Strands], read: Read, shape: Shape, spacing: Floats, floor: float, min_voxels: int
 ) -> Foreground | None:
-    """Voxels of at least `low`, in pieces that reach `threshold` and hold `min_voxels`; None when there are none."""
-    voxels, probability = _gather(read, shape, low)
-    if not len(voxels):
+    """The strands of all blocks, in components that reach the threshold and hold `min_voxels`; None without any."""
+    if not parts:
         return None
+    firsts = np.cumsum([0, *(len(part.count) for part in parts)])
+    part_of = np.concatenate([part.component + first for part, first in zip(parts, firsts, strict=False)])
+    everything = np.concatenate([part.voxels for part in parts])
+    keys, once, again = np.unique(_keys(everything, shape), return_index=True, return_inverse=True)
+    voxels, n = everything[once], len(keys)
     pairs, step = neighbours(voxels, shape, spacing)
-    n = len(voxels)
     half = csr_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    count, label = connected_components(half, directed=False)
-    strong = np.bincount(label[probability >= threshold], minlength=count) > 0
-    good = strong & (np.bincount(label, minlength=count) >= min_voxels)
+    components, label = connected_components(half, directed=False)
+    whole = np.zeros(firsts[-1], dtype=np.int64)  # the component of each block's component
+    whole[part_of] = label[again]
+    count = np.bincount(whole, weights=np.concatenate([part.count for part in parts]), minlength=components)
+    strong = np.bincount(whole[np.concatenate([part.strong for part in parts])], minlength=components) > 0
+    good = strong & (count >= min_voxels)
     keep = good[label]
     if not keep.any():
         return None
     index = (np.cumsum(keep) - 1).astype(np.int32)
     inside = keep[pairs[:, 0]]  # both ends of a pair are in one piece
-    found = Foreground(
+    return Foreground(
         shape,
         spacing,
+        Look(read, shape, floor),
         voxels[keep],
-        probability[keep],
-        np.zeros(0),
+        np.concatenate([part.probability for part in parts])[once][keep],
+        np.concatenate([part.distance for part in parts])[once][keep].astype(np.float64),
         index[pairs[inside]],
         step[inside],
         (np.cumsum(good) - 1)[label[keep]].astype(np.int32),
         int(good.sum()),
     )
-    core = found.probability >= threshold
-    distance = np.full(len(found.voxels), 0.5)
-    distance[core] = _distance(found.voxels[core], shape, spacing)
-    return replace(found, distance=distance)
 
 
-def _gather(read: Read, shape: Shape, low: float) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Voxels of at least `low` in raster order, read block by block, and their probabilities."""
-    voxels, values = [], []
-    for block in blocks(shape, _BLOCK):
-        array = read(block.write)
-        probability = as_probability(array, block.write)
-        where = np.nonzero(probability >= low)
-        voxels.append((np.stack(where, axis=1) + block.write.start).astype(np.int32))
-        values.append(probability[where])
-    points, found = np.concatenate(voxels), np.concatenate(values)
-    order = np.lexsort((points[:, 2], points[:, 1], points[:, 0]))
-    return points[order], found[order]
+def cost(distance: NDArray[np.floating], probability: NDArray[np.floating]) -> Floats:
+    """[N] price of one unit of length at each voxel.
+
+    The inverse square of the border distance keeps the path in the middle of thick and thin branches alike (a price
+    normalised by the thickest place, as TEASAR has, does not act in thin ones); probability acts where the border is
+    blurred or two branches touch.
+    """
+    value: Floats = 1.0 / (distance.astype(np.float64) * probability.astype(np.float64)) ** 2
+    return value
+
+
+def accumulated(step: Floats, parent: Ints) -> Floats:
+    """[N] sum of `step` from each node up to its root (its own parent, with step 0), by pointer doubling."""
+    total, up = step.copy(), parent
+    while True:
+        total += total[up]
+        above = up[up]
+        if np.array_equal(above, up):
+            return total
+        up = above
 
 
 def as_probability(array: NDArray[np.generic], box: Box) -> NDArray[np.float32]:
@@ -164,25 +224,3 @@ def neighbours(voxels: NDArray[np.int32], shape: Shape, spacing: Floats) -> tupl
             take(match, at, (dz, dy, dx))
             at = at + match
     return np.stack([np.concatenate(firsts), np.concatenate(seconds)], axis=1), np.concatenate(steps)
-
-
-def _distance(voxels: NDArray[np.int32], shape: Shape, spacing: Floats) -> Floats:
-    """[N] exact distance of each voxel to the nearest background voxel of the volume.
-
-    That voxel is always a face neighbour of some foreground voxel, so a search among those is exact and sparse.
-    """
-    keys = _keys(voxels, shape)
-    shell = []
-    for axis in range(3):
-        for side in (-1, 1):
-            beside = voxels.copy()
-            beside[:, axis] += side
-            beside = beside[(beside[:, axis] >= 0) & (beside[:, axis] < shape[axis])]
-            wanted = _keys(beside, shape)
-            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            shell.append(beside[keys[at] != wanted])
-    outside = np.concatenate(shell)
-    if not len(outside):
-        return np.full(len(voxels), float(max(shape)))
-    _, first = np.unique(_keys(outside, shape), return_index=True)
-    return np.asarray(cKDTree(outside[first] * spacing).query(voxels * spacing)[0], dtype=np.float64)

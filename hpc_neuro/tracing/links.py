@@ -22,6 +22,7 @@ from hpc_neuro.tracing.wires import Join
 _BLUR = 1.0  # [voxel] of the image, against noise
 _NOISE = 4.0  # [standard deviations] above the background
 _MARGIN = 3  # [voxel] read besides, for the blur
+_FLANK = 2.0  # [voxel] farther out than its radius a strand's own foreground may reach
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class _Surroundings:
     start: Ints  # [3] its first voxel
     signal: Floats  # [Z, Y, X] smoothed image above the background
     noise: float
-    inside: Ints  # [M] foreground voxels in the box
-    places: tuple[Ints, Ints, Ints]  # where they are in it
+    places: tuple[Ints, Ints, Ints]  # where foreground is in it
+    nearest: Ints  # [M] strand voxel nearest to each of these places
     of_piece: NDArray[np.int32]  # [M]
 
 
@@ -82,14 +83,20 @@ def _surroundings(
     grown = box.grown((_MARGIN,) * 3).clipped(whole)
     smooth = gaussian_filter(np.asarray(image(grown), dtype=np.float32), _BLUR)
     smooth = np.asarray(smooth[box.relative_to(grown.start).slices], dtype=np.float64)
-    inside = np.flatnonzero(np.all((found.voxels >= box.start) & (found.voxels < box.stop), axis=1))
-    z, y, x = (found.voxels[inside].astype(np.int64) - box.start).T
+    grid = np.argwhere(np.ones(box.shape, dtype=bool)) + box.start
+    lit = grid[found.at(grid.astype(np.float64)) > 0]
+    away, nearest = (np.asarray(v) for v in found.near.query(lit * found.spacing))
+    own = away <= found.thickness[nearest] + _FLANK  # the rest is noise, of no piece
+    nearest = nearest[own]
+    z, y, x = (lit[own] - box.start).T
     dark = np.ones(box.shape, dtype=bool)
     dark[z, y, x] = False
     values = smooth[dark] if dark.any() else smooth.ravel()
     background = float(np.median(values))
     noise = 1.4826 * float(np.median(np.abs(values - background)))  # the median absolute deviation of a Gaussian
-    return _Surroundings(np.array(box.start), np.asarray(smooth - background), noise, inside, (z, y, x), piece[inside])
+    return _Surroundings(
+        np.array(box.start), np.asarray(smooth - background), noise, (z, y, x), nearest, piece[nearest]
+    )
 
 
 def _brightest(found: Foreground, around: _Surroundings, own: int, other: int, cfg: TraceConfig) -> Link | None:
@@ -100,8 +107,8 @@ def _brightest(found: Foreground, around: _Surroundings, own: int, other: int, c
     level = max(cfg.signal * dimmer, _NOISE * around.noise)
     if dimmer <= level:
         return None
-    label = np.full(around.signal.shape, -1, dtype=np.int64)  # foreground voxel at each place, -2 for a third piece
-    label[around.places] = np.where(mine | theirs, around.inside, -2)
+    label = np.full(around.signal.shape, -1, dtype=np.int64)  # strand voxel of each place, -2 for a third piece
+    label[around.places] = np.where(mine | theirs, around.nearest, -2)
     usable = (label >= 0) | ((label == -1) & (around.signal >= level))
     voxels, at = np.argwhere(usable).astype(np.int32), label[usable]
     z, y, x = usable.shape
@@ -109,7 +116,10 @@ def _brightest(found: Foreground, around: _Surroundings, own: int, other: int, c
     price = (dimmer / np.clip(around.signal[usable], level, dimmer)) ** 2
     weight = step * (price[pairs[:, 0]] + price[pairs[:, 1]]) / 2
     graph = csr_array((weight, (pairs[:, 0], pairs[:, 1])), shape=(len(voxels), len(voxels)))
-    begins, goals = np.flatnonzero(np.isin(at, around.inside[mine])), np.flatnonzero(np.isin(at, around.inside[theirs]))
+    begins, goals = (
+        np.flatnonzero(np.isin(at, around.nearest[mine])),
+        np.flatnonzero(np.isin(at, around.nearest[theirs])),
+    )
     total, before, _ = dijkstra(graph, directed=False, indices=begins, min_only=True, return_predecessors=True)
     goal = int(goals[total[goals].argmin()])
     if not np.isfinite(total[goal]):

@@ -7,6 +7,7 @@ the next tip; its way home, up to the tree so far, is the next path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.sparse.csgraph import dijkstra
 
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.evidence import Traced, flanks, strength
-from hpc_neuro.tracing.foreground import Floats, Foreground, Ints
+from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, accumulated, cost
 
 _CHUNK = 4096
 
@@ -28,15 +29,22 @@ class Skeleton:
     on_tree: NDArray[np.bool_]  # [N] voxels that lie on a path
 
 
-def skeleton(found: Foreground, sources: Ints, cfg: TraceConfig) -> Skeleton:
-    """Paths from `sources` (one voxel per component) to all tips. A component has one path at least."""
-    way, length = ways(found, sources, cost(found))
+def skeleton(found: Foreground, sources: Ints, cfg: TraceConfig, must: Sequence[int] = ()) -> Skeleton:
+    """Paths from `sources` (one voxel per component) to all tips and to `must`. A component has one path at least."""
+    way, length = ways(found, sources, cost(found.distance, found.probability))
     covered = np.zeros(len(way), dtype=bool)
     on_tree = np.zeros(len(way), dtype=bool)
     on_tree[sources] = True
     empty = np.ones(found.components, dtype=bool)
     reach = cfg.cover_scale * found.distance + cfg.cover_margin
     traced = Traced(found.components)
+    for tip in must:
+        path = _to_tree(tip, way, on_tree)
+        if len(path) > 1:
+            empty[found.component[tip]] = False
+            on_tree[path] = True
+            traced.add(int(found.component[tip]), found.points[path], path)
+            _cover(covered, found, path, length, reach)
     order = np.argsort(-length, kind="stable")
     for begin in range(0, len(order), _CHUNK):
         chunk = order[begin : begin + _CHUNK]
@@ -61,17 +69,6 @@ def far_ends(found: Foreground) -> tuple[Ints, Floats]:
     return ends, length[ends]
 
 
-def cost(found: Foreground) -> Floats:
-    """[N] price of one unit of length at each voxel.
-
-    The inverse square of the border distance keeps the path in the middle of thick and thin branches alike (a price
-    normalised by the thickest place, as TEASAR has, does not act in thin ones); probability acts where the border is
-    blurred or two branches touch.
-    """
-    value: Floats = 1.0 / (found.distance * found.probability.astype(np.float64)) ** 2
-    return value
-
-
 def ways(found: Foreground, sources: Ints, price: Floats) -> tuple[Ints, Floats]:
     """[N] next voxel on the cheapest way to a source, and [N] the way's length (not its price)."""
     a, b = found.pairs.T
@@ -80,17 +77,6 @@ def ways(found: Foreground, sources: Ints, price: Floats) -> tuple[Ints, Floats]
     way: Ints = np.asarray(before, dtype=np.int64)
     way[sources] = sources
     return way, accumulated(np.linalg.norm(found.points - found.points[way], axis=1), way)
-
-
-def accumulated(step: Floats, parent: Ints) -> Floats:
-    """[N] sum of `step` from each node up to its root (its own parent, with step 0), by pointer doubling."""
-    total, up = step.copy(), parent
-    while True:
-        total += total[up]
-        above = up[up]
-        if np.array_equal(above, up):
-            return total
-        up = above
 
 
 def _to_tree(tip: int, way: Ints, on_tree: NDArray[np.bool_]) -> Ints:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +11,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from hpc_neuro.morphology import Tree, child_counts, edge_lengths, subset, tips
-from hpc_neuro.tracing.foreground import Floats, Ints
-from hpc_neuro.tracing.paths import accumulated
+from hpc_neuro.tracing.foreground import Floats, Ints, accumulated
 from hpc_neuro.tracing.wires import Wires
 
 _UNDEFINED, _SOMA = 0, 1  # SWC types
@@ -20,11 +19,13 @@ _SOMA_RATIO = 3.0  # a node this many times thicker than the median, and
 _SOMA_RADIUS = 4.0  # [voxel] at least this thick, is a soma
 
 
-def rooted(net: Wires, root: int | None) -> Iterator[Tree]:
-    """The tree of `root`'s piece, or the trees of all pieces when it is None."""
+def rooted(net: Wires, given: Sequence[int], min_branch: float) -> Iterator[Tree]:
+    """The trees of the pieces of the `given` roots, in their order, or those of all pieces when none is given."""
     n = len(net.points)
     graph = csr_array((np.ones(len(net.edges)), (net.edges[:, 0], net.edges[:, 1])), shape=(n, n))
-    roots = [(root, _UNDEFINED)] if root is not None else _roots(net, *connected_components(graph, directed=False))
+    roots = [(root, _UNDEFINED) for root in given] or _roots(
+        net, min_branch, *connected_components(graph, directed=False)
+    )
     graph = graph + graph.T
     for start, kind in roots:
         order, above = breadth_first_order(graph, start, directed=False, return_predecessors=True)
@@ -36,9 +37,10 @@ def rooted(net: Wires, root: int | None) -> Iterator[Tree]:
         yield Tree(net.points[order], net.radii[order], parents, types)
 
 
-def _roots(net: Wires, count: int, label: NDArray[np.int32]) -> list[tuple[int, int]]:
+def _roots(net: Wires, min_branch: float, count: int, label: NDArray[np.int32]) -> list[tuple[int, int]]:
     """Where each piece begins, and that node's type: the soma if one place is far thicker than the rest, else the
-    thickest end."""
+    thickest end. What is left of an end at which a bridge begins is none (see pruned)."""
+    around = net.neighbours()
     degree = np.bincount(net.edges.ravel(), minlength=len(net.points))
     order = np.argsort(label, kind="stable")
     found = []
@@ -48,11 +50,25 @@ def _roots(net: Wires, count: int, label: NDArray[np.int32]) -> list[tuple[int, 
             found.append((int(piece[radii.argmax()]), _SOMA))
             continue
         ends = piece[degree[piece] <= 1]
+        stub = np.array([_is_stub(net, around, end, min_branch) for end in ends.tolist()])
+        ends = ends if stub.all() else ends[~stub]
         thick = [
             float(net.radii[piece][np.linalg.norm(net.points[piece] - net.points[e], axis=1) < 10].mean()) for e in ends
         ]
         found.append((int(ends[int(np.argmax(thick))]), _UNDEFINED))
     return found
+
+
+def _is_stub(net: Wires, around: Sequence[Sequence[int]], end: int, min_branch: float) -> bool:
+    """Whether an end hardly leaves the surface of the line that it springs from."""
+    before, here, gone = -1, end, 0.0
+    while len(around[here]) <= 2:
+        onward = [node for node in around[here] if node != before]
+        if not onward:
+            return False
+        before, here = here, onward[0]
+        gone += float(np.linalg.norm(net.points[here] - net.points[before]))
+    return bool(gone - net.radii[here] < min_branch)
 
 
 def pruned(tree: Tree, min_branch: float) -> Tree:

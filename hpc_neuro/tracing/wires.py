@@ -50,8 +50,7 @@ def wires(found: Foreground, traced: Skeleton, joins: Sequence[Join]) -> Wires:
     index = np.full(len(on_tree), -1, dtype=np.int64)
     index[voxels] = np.arange(len(voxels))
     inner = voxels[traced.way[voxels] != voxels]
-    # the border runs half a voxel before the background voxel, but the nearest of many is nearer than most
-    thickness = np.maximum(found.distance[voxels] - 0.25, 0.5)
+    thickness = found.thickness[voxels]
     points, radii, count = [found.points[voxels]], [thickness], len(voxels)
     edges = [np.stack([index[inner], index[traced.way[inner]]], axis=1)]
     for join in joins:

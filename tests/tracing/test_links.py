@@ -31,9 +31,9 @@ def scene(stalk: float, noise: float = 0.0) -> tuple[NDArray[np.float32], NDArra
 @pytest.mark.parametrize("noise", [0.0, 3.0])
 def test_a_stalk_that_shows_in_the_image_joins_its_bouton(noise: float) -> None:
     mask, image = scene(stalk=0.6, noise=noise)
-    (blind,) = trace(mask, ISO, root=ROOT)
+    (blind,) = trace(mask, ISO, roots=[ROOT])
     assert blind.points[:, 1].max() < 36
-    (tree,) = trace(mask, ISO, root=ROOT, image=image)
+    (tree,) = trace(mask, ISO, roots=[ROOT], image=image)
     assert tree.points[:, 1].max() > 56
     assert len(tips(tree)) == 2
     assert len(branch_points(tree)) == 1
@@ -44,18 +44,18 @@ def test_a_stalk_that_shows_in_the_image_joins_its_bouton(noise: float) -> None:
 @pytest.mark.parametrize("noise", [0.0, 3.0, 12.0])
 def test_a_bouton_without_a_stalk_is_left_alone(noise: float) -> None:
     mask, image = scene(stalk=0.0, noise=noise)
-    (tree,) = trace(mask, ISO, root=ROOT, image=image)
+    (tree,) = trace(mask, ISO, roots=[ROOT], image=image)
     assert tree.points[:, 1].max() < 36
     assert len(tips(tree)) == 1
 
 
 def test_the_limit_holds_and_the_scale_of_the_image_does_not_matter() -> None:
     mask, image = scene(stalk=0.6)
-    (short,) = trace(mask, ISO, root=ROOT, image=image, cfg=TraceConfig(signal_gap=12))
+    (short,) = trace(mask, ISO, roots=[ROOT], image=image, cfg=TraceConfig(signal_gap=12))
     assert short.points[:, 1].max() < 36
-    (off,) = trace(mask, ISO, root=ROOT, image=image, cfg=TraceConfig(signal_gap=0))
+    (off,) = trace(mask, ISO, roots=[ROOT], image=image, cfg=TraceConfig(signal_gap=0))
     assert off.points[:, 1].max() < 36
-    trees = [trace(mask, ISO, root=ROOT, image=scale)[0] for scale in (image, image * 40 + 1000)]
+    trees = [trace(mask, ISO, roots=[ROOT], image=scale)[0] for scale in (image, image * 40 + 1000)]
     np.testing.assert_allclose(trees[0].points, trees[1].points, atol=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_pieces_linked_in_a_chain_are_one_tree_without_a_cycle() -> None:
     for x in range(8, 150, 24):
         paint(mask, line((16, 32, x), (16, 32, x + 3)), 2.5)
     paint(image, course[mask[tuple(np.rint(course).astype(int).T)] > 0], 2.0)
-    (tree,) = trace(mask, ISO, root=(16, 32, 8), image=image)
+    (tree,) = trace(mask, ISO, roots=[(16, 32, 8)], image=image)
     assert tree.points[:, 2].max() > 125
     assert len(tips(tree)) == 1
     assert len(trace(mask, ISO, image=image)) == 1
@@ -77,6 +77,6 @@ def test_pieces_linked_in_a_chain_are_one_tree_without_a_cycle() -> None:
 def test_an_image_of_another_shape_is_refused() -> None:
     mask, image = scene(stalk=0.6)
     with pytest.raises(InputError, match="must be equal"):
-        trace(mask, ISO, root=ROOT, image=image[1:])
+        trace(mask, ISO, roots=[ROOT], image=image[1:])
     with pytest.raises(ConfigError, match="signal"):
         load(TraceConfig, None, ["signal=1.5"])
