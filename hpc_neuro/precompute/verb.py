@@ -181,7 +181,7 @@ def _finish(cfg: PrecomputeConfig, work: Work) -> None:
         "coding": coded or None,
         "coding_quality": quality,
         "volumes": work.digests,
-        "store": str(cfg.store),
+        "store": str(cfg.store.resolve()),
         "code": runs.code_version(),
     }
     records = [cache.shard_record(cfg.out / u.name, u) for u in ordered]

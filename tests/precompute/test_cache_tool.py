@@ -9,10 +9,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
+from hpc_neuro import precompute
 from hpc_neuro.data.feature_cache import MANIFEST, FeatureCache, record_use
+from hpc_neuro.data.store import Store
+from hpc_neuro.geometry import Box
+from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute import cache_tool
 from hpc_neuro.schema import ConfigError, InputError
+from tests.precompute.conftest import Configure
+from tools import live_teacher as live
 
 
 @pytest.fixture
@@ -41,6 +48,27 @@ def test_a_sound_cache_passes(cache: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "20 of 20 shards are there and have their checksums" in said(caplog)
     assert "lowest cosine of a token to the live teacher 1.0000" in said(caplog)
     assert {p.name: p.stat().st_mtime_ns for p in cache.iterdir()} == before
+
+
+@pytest.mark.parametrize("tile", ["512", "32"])
+def test_a_live_teacher_needs_whole_tiles_for_what_the_cache_gives(
+    configure: Configure, tmp_path: Path, tile: str
+) -> None:
+    """What the benchmark's step without a cache computes is the same; a teacher that sees the crop alone is not."""
+    cfg = configure(tmp_path / "c", f"tile={tile}", "halo=16", "splits=[test]")
+    assert precompute.run(cfg) == 0
+    volume, teacher, box, patch = (
+        Store(cfg.store)["c"],
+        load_teacher(cfg.teacher),
+        Box((8, 16, 16), (16, 48, 48)),
+        (8, 16, 16),
+    )
+    held = FeatureCache(cfg.out).crop("c", box, patch)
+    same, alone = (ask(cfg, volume, teacher, box, patch) for ask in (live.same_as_cache, live.crop_alone))
+    for view, features in held.items():
+        torch.testing.assert_close(same[view], features, atol=2e-3, rtol=2e-3)
+        assert alone[view].shape == features.shape
+        assert torch.cosine_similarity(alone[view].float(), features.float(), dim=1).min() < 0.999
 
 
 def test_damaged_and_missing_shards_are_listed_and_built_again(
