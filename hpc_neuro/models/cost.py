@@ -1,8 +1,8 @@
 """What a student costs before it is built: parameters, operations and memory of a training step, by part.
 
 Operations are multiplications and additions of matrix products and convolutions, two per product, as papers count
-them. Memory is what backward keeps. Shapes of the convolutional path come from a run on the meta device, which computes
-nothing; the transformer and tubes are counted by formula.
+them. Memory is what backward keeps. The convolutional path is run on a single patch, and what it did and kept there is
+the same for every other; the transformer and tubes are counted by formula.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hpc_neuro.files import human
 from hpc_neuro.geometry import Shape
 from hpc_neuro.models.stem import FirstConv
-from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, build_student
+from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, blank_student
 
 _STATE_BYTES = 16  # per parameter: float32 weight and gradient, two Adam moments
 
@@ -35,23 +35,23 @@ class Cost:
 
 def costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int = 4) -> list[Cost]:
     """Cost per part. `crop` in voxels, a multiple of the patch; `value_bytes` 4 for float32, 2 for bf16."""
-    with torch.device("meta"):
-        student = build_student(cfg).train()
-        image = torch.empty(batch, 1, *crop)
-        grid = [n // p for n, p in zip(crop, cfg.patch, strict=True)]
-        tokens = torch.empty(batch, student.vit.dim, *grid, requires_grad=True)
-        trace = _Trace(student)
-        skips = trace.run(student.stem, image)
-        stem = trace.taken()
-        trace.run(student.decoder, skips, dict.fromkeys(student.decoder.layers, tokens))
-        decoder = trace.taken()
-    first = 2 * student.stem.first.weight.numel() * image.numel()  # the image itself needs no gradient
-    scale = value_bytes / 4
+    student = blank_student(cfg).train()
+    stem, decoder = student.stem.to_empty(device="cpu"), student.decoder.to_empty(device="cpu")
+    grid = math.prod(n // p for n, p in zip(crop, cfg.patch, strict=True))
+    trace = _Trace(student)
+    skips = trace.run(stem, torch.zeros(1, 1, *cfg.patch))
+    (stem_operations, stem_bytes), tokens = trace.taken(), torch.zeros(1, student.vit.dim, 1, 1, 1, requires_grad=True)
+    trace.run(decoder, skips, dict.fromkeys(decoder.layers, tokens))
+    decoder_operations, decoder_bytes = trace.taken()
+    voxels, patches = math.prod(crop) * batch, grid * batch
+    first = 2 * stem.first.weight.numel() * voxels  # the image itself needs no gradient
+    scale = patches * value_bytes / 4
+    work = (stem_operations * patches, decoder_operations * patches)
     return [
-        _tokenizer(student, cfg, math.prod(grid) * batch, image.numel(), value_bytes),
-        _transformer(student, cfg, math.prod(grid), batch, value_bytes),
-        Cost("stem", _count(student.stem), stem[0], 3 * stem[0] - first, round(stem[1] * scale)),
-        Cost("decoder", _count(student.decoder), decoder[0], 3 * decoder[0], round(decoder[1] * scale)),
+        _tokenizer(student, cfg, patches, voxels, value_bytes),
+        _transformer(student, cfg, grid, batch, value_bytes),
+        Cost("stem", _count(stem), work[0], 3 * work[0] - first, round(stem_bytes * scale)),
+        Cost("decoder", _count(decoder), work[1], 3 * work[1], round(decoder_bytes * scale)),
     ]
 
 

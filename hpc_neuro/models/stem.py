@@ -95,7 +95,8 @@ class FirstConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 3, 3, 3))  # [C, z, y, x]
         self.bias = nn.Parameter(torch.zeros(channels))
-        nn.init.kaiming_normal_(self.weight, nonlinearity="leaky_relu")
+        if not self.weight.is_meta:  # as in vit3d.drawn
+            nn.init.kaiming_normal_(self.weight, nonlinearity="leaky_relu")
 
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 1, Z, Y, X] -> [B, C, Z, Y, X]."""

@@ -152,6 +152,12 @@ def build_student(cfg: StudentConfig) -> Student:
     return Student(cfg)
 
 
+def blank_student(cfg: StudentConfig) -> Student:
+    """A student of shapes alone, on the meta device: what it costs and which tensors it has."""
+    with torch.device("meta"):
+        return Student(cfg)
+
+
 def _tokenizer(cfg: StudentConfig, dim: int) -> nn.Module:
     if isinstance(cfg.tokenizer, BlockTokens):
         return tokenizer.BlockTokenizer(cfg.patch, dim)

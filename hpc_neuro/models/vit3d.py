@@ -174,6 +174,8 @@ def drawn(parameter: Tensor, how: Callable[..., Tensor], **knobs: float) -> None
 
     To be called by `Module.apply`, around which ZeRO-3 gathers a layer's parameters that it has shared out already.
     """
+    if parameter.is_meta:  # nothing to fill, and torch's way to do so would import its compiler (1.4 s)
+        return
     parameter.copy_(how(torch.empty(parameter.shape), **knobs))
 
 

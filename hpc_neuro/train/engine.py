@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime as dt
+import importlib
 import logging
 import math
 import os
@@ -251,7 +252,14 @@ def _quiet_deepspeed() -> Any:
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import compiler
 
+    # To ask whether AdamW can be sharded it imports another optimizer, whose decorators load torch's compiler (1 s).
+    compiling, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiling
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # its ZeRO-3 calls collectives by names that torch is about to rename
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
