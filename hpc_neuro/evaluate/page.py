@@ -48,17 +48,16 @@ def build(
 
 def _result(results: Results, cfg: EvaluateConfig, links: list[Link]) -> str:
     metrics = [r for r in rows(cfg) if r.main]
-    columns = [Column("Metric", numeric=False), *(Column(_name(m)) for m in results.methods)]
-    columns.append(Column("Gold"))
-    table = []
+    table = [[Cell(_name(m))] for m in results.methods]
+    gold = [Cell("Gold")]
     for r in metrics:
-        found = {m: interval(results, m, r.key, cfg) for m in results.methods}
-        best = _best(r, [f.mean for f in found.values()])
-        cells = [Cell(_titled(r))]
-        cells += [_interval_cell(f, r.digits, f.mean == best) for f in found.values()]
-        gold = sum(results.gold[i][r.key] for i in results.ids) / len(results.ids) if r.key in GOLD_KEYS else None
-        cells.append(Cell("" if gold is None else html.number(gold, r.digits), gold))
-        table.append(cells)
+        found = [interval(results, m, r.key, cfg) for m in results.methods]
+        best = r.best([f.mean for f in found])
+        for cells, f in zip(table, found, strict=True):
+            cells.append(_interval_cell(f, r.digits, f.mean == best))
+        own = sum(results.gold[i][r.key] for i in results.ids) / len(results.ids) if r.key in GOLD_KEYS else None
+        gold.append(Cell("" if own is None else html.number(own, r.digits), own))
+    table.append(gold)
     text = []
     if teacher_is_random(links):
         text.append(
@@ -72,13 +71,13 @@ def _result(results: Results, cfg: EvaluateConfig, links: list[Link]) -> str:
         text.append(
             html.paragraph(
                 f"Means over {len(results.ids)} neurons; in small type the 95 % bootstrap interval over neurons "
-                f"({cfg.draws:,} draws). The best mean of a row is bold.",
+                f"({cfg.draws:,} draws). The best mean of a column is bold.",
                 "small",
             )
         )
     else:
-        text.append(html.paragraph("One neuron: no interval can be given. The best of a row is bold.", "small"))
-    return "".join(text) + html.table(columns, table, sortable=False)
+        text.append(html.paragraph("One neuron: no interval can be given. The best of a column is bold.", "small"))
+    return "".join(text) + html.table(_columns("Method", metrics), table)
 
 
 def _differences(results: Results, cfg: EvaluateConfig) -> str:
@@ -93,36 +92,35 @@ def _differences(results: Results, cfg: EvaluateConfig) -> str:
         )
         for r in shown
     ]
-    for m in results.methods[1:]:
-        scores = [r for r in by_key.values() if r.main and r.better == "high"]
-        found = [(r.title, difference(results, "model", m, r.key, cfg)) for r in scores]
+    for r in (r for r in by_key.values() if r.main and r.better):
+        found = [(_name(m), difference(results, "model", m, r.key, cfg)) for m in results.methods[1:]]
+        side = "right" if r.better == "high" else "left"
         figures.append(
             charts.differences(
-                f"{_minus(m)}: mean difference and 95 % interval",
-                [(title, f.mean, f.low, f.high) for title, f in found],
-                "right of zero the model is better",
+                f"{r.title}: model less each other, mean and 95 % interval",
+                [(name, f.mean, f.low, f.high) for name, f in found],
+                f"{side} of zero the model is better",
             )
         )
-    note = "Below, one thin line per neuron; the bar is the mean. Arrows say which way is better."
+    note = "In the first charts, one thin line per neuron; the bar is the mean. Arrows say which way is better."
     return _difference_table(results, cfg) + html.paragraph(note, "small") + html.row(figures)
 
 
 def _difference_table(results: Results, cfg: EvaluateConfig) -> str:
-    columns = [Column("Metric", numeric=False)]
-    columns += [Column(_minus(m), "mean of the differences, neuron by neuron") for m in results.methods[1:]]
+    metrics = [r for r in rows(cfg) if r.main]
     table = [
         [
-            Cell(_titled(r)),
-            *(
-                _interval_cell(difference(results, "model", m, r.key, cfg), r.digits, sign=True)
-                for m in results.methods[1:]
-            ),
+            Cell(_name(m)),
+            *(_interval_cell(difference(results, "model", m, r.key, cfg), r.digits, sign=True) for r in metrics),
         ]
-        for r in rows(cfg)
-        if r.main
+        for m in results.methods[1:]
     ]
     note = "Means of the differences neuron by neuron, with their 95 % interval: one that holds zero shows nothing."
-    return html.paragraph(note, "small") + html.table(columns, table, sortable=False)
+    return html.paragraph(note, "small") + html.table(_columns("Model \N{MINUS SIGN}", metrics), table)
+
+
+def _columns(first: str, metrics: Sequence[Metric]) -> list[Column]:
+    return [Column(first, numeric=False), *(Column(_titled(r), r.definition) for r in metrics)]
 
 
 def _neurons(results: Results, cfg: EvaluateConfig) -> str:
@@ -131,7 +129,7 @@ def _neurons(results: Results, cfg: EvaluateConfig) -> str:
     columns += [Column(_titled(r), r.definition) for r in metrics]
     table = []
     for volume in results.worst_first(cfg):
-        best = {r.key: _best(r, [results.of(m, volume)[r.key] for m in results.methods]) for r in metrics}
+        best = {r.key: r.best([results.of(m, volume)[r.key] for m in results.methods]) for r in metrics}
         for m in results.methods:
             scores = results.of(m, volume)
             cells = [Cell(volume), Cell(_name(m))]
@@ -207,19 +205,8 @@ def _interval_cell(found: Interval, digits: int, best: bool = False, sign: bool 
     return Cell(text, found.mean, best, note)
 
 
-def _best(metric: Metric, values: Sequence[float]) -> float | None:
-    """The best of several values; None where none is better than another."""
-    if not metric.better or len(set(values)) < 2:
-        return None
-    return max(values) if metric.better == "high" else min(values)
-
-
 def _titled(metric: Metric) -> str:
     return metric.title + {"high": " ↑", "low": " ↓", "": ""}[metric.better]
-
-
-def _minus(method: str) -> str:
-    return f"Model \N{MINUS SIGN} {_name(method)}"
 
 
 def _name(method: str) -> str:

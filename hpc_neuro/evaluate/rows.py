@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,12 @@ class Metric:
     digits: int
     definition: str
     main: bool = False  # in the report's first table
+
+    def best(self, values: Sequence[float]) -> float | None:
+        """The best of several values; None where none is better than another."""
+        if not self.better or len(set(values)) < 2:
+            return None
+        return max(values) if self.better == "high" else min(values)
 
 
 METRICS = (

@@ -89,19 +89,17 @@ def as_latex(results: Results, cfg: EvaluateConfig) -> str:
     """The main table: methods down, metrics across, mean and 95 % interval; the best mean is bold. Needs booktabs."""
     metrics = [r for r in rows(cfg) if r.main and r.better]
     head = " & ".join(["Method", *(f"{_tex(r.title)} ${_arrow(r)}$" for r in metrics)])
-    lines = []
-    for method in results.methods:
-        cells = [_tex(method)]
-        for r in metrics:
-            found = interval(results, method, r.key, cfg)
-            means = [interval(results, m, r.key, cfg).mean for m in results.methods]
-            text = f"{found.mean:.{r.digits}f}"
-            if found.mean == (max if r.better == "high" else min)(means):
-                text = rf"\textbf{{{text}}}"
-            if found.low is not None and found.high is not None:
-                text += rf" \tiny [{found.low:.{r.digits}f}, {found.high:.{r.digits}f}]"
-            cells.append(text)
-        lines.append(" & ".join(cells) + r" \\")
+    cells = {m: [f"{{{_tex(m)}}}"] for m in results.methods}  # in braces: a row end reads brackets that follow it
+    for r in metrics:
+        found = {m: interval(results, m, r.key, cfg) for m in results.methods}
+        best = r.best([f.mean for f in found.values()])
+        for m, f in found.items():
+            text = f"{f.mean:.{r.digits}f}"
+            text = rf"\textbf{{{text}}}" if f.mean == best else text
+            if f.low is not None and f.high is not None:
+                text += rf" {{\tiny [{f.low:.{r.digits}f}, {f.high:.{r.digits}f}]}}"
+            cells[m].append(text)
+    lines = [" & ".join(row) + r" \\" for row in cells.values()]
     n = len(results.ids)
     return "\n".join(
         [
@@ -130,7 +128,9 @@ def _arrow(metric: Metric) -> str:
     return r"\uparrow" if metric.better == "high" else r"\downarrow"
 
 
+_TEX = {c: "\\" + c for c in "_&%$#{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+_TEX |= {"^": r"\textasciicircum{}", "µ": r"\textmu{}"}
+
+
 def _tex(text: str) -> str:
-    for plain, escaped in (("\\", r"\textbackslash "), ("_", r"\_"), ("&", r"\&"), ("%", r"\%"), ("µ", r"\textmu ")):
-        text = text.replace(plain, escaped)
-    return text
+    return "".join(_TEX.get(c, c) for c in text)

@@ -10,6 +10,7 @@ from html import escape
 _WIDTH, _HEIGHT = 520, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 30, 40
 _COLOURS = 6  # classes s0 .. s5 of the page's style
+_ROW, _LETTER, _LONGEST = 26, 6.2, 34  # height of a row; width of a letter; letters of a name that are shown
 _MOST_POINTS = 400  # per line; more are thinned, by the middle of each stretch
 
 
@@ -43,44 +44,59 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, log_
 
 def differences(title: str, rows: Sequence[tuple[str, float, float | None, float | None]], x_label: str) -> str:
     """Means with intervals about zero, one row each: (name, mean, low, high); without an interval, the mean alone."""
-    height = _TOP + _BOTTOM + 26 * len(rows)
+    names = [r[0] for r in rows]
     ends = [v for _, mean, low, high in rows for v in (mean, low, high) if v is not None]
-    left = 150
-    axis = _Axis.over([*ends, 0.0], left, _WIDTH - _RIGHT)
-    body = [
-        f'<line class="grid" x1="{axis.at(t):.1f}" x2="{axis.at(t):.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>'
-        + _text("tick", axis.at(t), height - _BOTTOM + 16, _number(t))
-        for t in axis.ticks
-    ]
+    axis = _Axis.over([*ends, 0.0], _beside(names), _WIDTH - _RIGHT)
+    height, body = _rows(names, axis)
     zero = axis.at(0.0)
     body.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
-    for i, (name, mean, low, high) in enumerate(rows):
-        y = _TOP + 26 * i + 15
-        body.append(_text("tick", left - 10, y + 4, name, "end"))
+    for i, (_, mean, low, high) in enumerate(rows):
+        y = _row(i)
         if low is not None and high is not None:
             body.append(f'<line class="bar s0" x1="{axis.at(low):.1f}" x2="{axis.at(high):.1f}" y1="{y}" y2="{y}"/>')
         body.append(f'<circle class="dot s0" cx="{axis.at(mean):.1f}" cy="{y}" r="4"/>')
     return _frame(title, "".join(body), x_label, "", "", height)
 
 
-def pairs(title: str, names: Sequence[str], values: Sequence[Sequence[float]], y_label: str) -> str:
-    """One thin line per neuron across methods: `values[n][m]` is neuron n under method `names[m]`; the mean is bold."""
-    y_axis = _Axis.over([v for row in values for v in row], _HEIGHT - _BOTTOM, _TOP)
-    span = _WIDTH - _RIGHT - _LEFT
-    xs = [_LEFT + span * (i + 0.5) / len(names) for i in range(len(names))]
-    body = [_grid(None, y_axis)]
+def pairs(title: str, names: Sequence[str], values: Sequence[Sequence[float]], x_label: str) -> str:
+    """One row per method, one thin line per neuron from row to row: `values[n][m]` is neuron n under `names[m]`; a bar
+    across each row is its mean."""
+    axis = _Axis.over([v for row in values for v in row], _beside(names), _WIDTH - _RIGHT)
+    height, body = _rows(names, axis)
     for row in values:
-        path = " ".join(f"{x:.1f},{y_axis.at(v):.1f}" for x, v in zip(xs, row, strict=True))
+        path = " ".join(f"{axis.at(v):.1f},{_row(i)}" for i, v in enumerate(row))
         body.append(f'<polyline class="thin" points="{path}"/>')
-    for i, (x, name) in enumerate(zip(xs, names, strict=True)):
+    for i in range(len(names)):
         column = [row[i] for row in values]
-        body += [f'<circle class="dot s{i % _COLOURS}" cx="{x:.1f}" cy="{y_axis.at(v):.1f}" r="3"/>' for v in column]
-        mean = y_axis.at(sum(column) / len(column))
-        body.append(
-            f'<line class="bar s{i % _COLOURS}" x1="{x - 16:.1f}" x2="{x + 16:.1f}" y1="{mean:.1f}" y2="{mean:.1f}"/>'
-        )
-        body.append(_text("tick", x, _HEIGHT - _BOTTOM + 16, name))
-    return _frame(title, "".join(body), "", y_label, "")
+        kind, y = f"s{i % _COLOURS}", _row(i)
+        body += [f'<circle class="dot {kind}" cx="{axis.at(v):.1f}" cy="{y}" r="3"/>' for v in column]
+        mean = axis.at(sum(column) / len(column))
+        body.append(f'<line class="bar {kind}" x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 9}" y2="{y + 9}"/>')
+    return _frame(title, "".join(body), x_label, "", "", height)
+
+
+def _rows(names: Sequence[str], axis: _Axis) -> tuple[int, list[str]]:
+    """The height of a chart of named rows, its grid and its names."""
+    height = _TOP + _BOTTOM + _ROW * len(names)
+    body = [
+        f'<line class="grid" x1="{axis.at(t):.1f}" x2="{axis.at(t):.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>'
+        + _text("tick", axis.at(t), height - _BOTTOM + 16, _number(t))
+        for t in axis.ticks
+    ]
+    for i, name in enumerate(names):
+        shown = name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}"
+        body.append(_text("tick", axis.start - 10, _row(i) + 4, shown, "end"))
+    return height, body
+
+
+def _row(i: int) -> int:
+    """The middle of row `i`."""
+    return _TOP + _ROW * i + 15
+
+
+def _beside(names: Sequence[str]) -> int:
+    """Where the axis begins, so that the names fit beside it."""
+    return max(_LEFT, 18 + round(_LETTER * min(_LONGEST, max(map(len, names)))))
 
 
 @dataclass(frozen=True)
@@ -130,13 +146,13 @@ def _parts(items: list[tuple[float, float]], size: int) -> list[list[tuple[float
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _grid(x_axis: _Axis | None, y_axis: _Axis) -> str:
+def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
     rows = [
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y_axis.at(t):.1f}" y2="{y_axis.at(t):.1f}"/>'
         + _text("tick", _LEFT - 6, y_axis.at(t) + 4, _number(t), "end")
         for t in y_axis.ticks
     ]
-    columns = [_text("tick", x_axis.at(t), _HEIGHT - _BOTTOM + 16, _number(t)) for t in x_axis.ticks] if x_axis else []
+    columns = [_text("tick", x_axis.at(t), _HEIGHT - _BOTTOM + 16, _number(t)) for t in x_axis.ticks]
     return "".join(rows + columns)
 
 
@@ -145,7 +161,7 @@ def _frame(title: str, body: str, x_label: str, y_label: str, note: str, height:
     turned = f'<g transform="translate(13 {middle}) rotate(-90)">{_text("axis", 0, 0, y_label)}</g>'
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-        f"{_text('title', _LEFT, 16, title, 'start')}{body}{turned}"
+        f"{_text('title', 8, 16, title, 'start')}{body}{turned}"
         f"{_text('axis', (_LEFT + _WIDTH - _RIGHT) / 2, height - 4, x_label)}"
         f"{_text('axis', _WIDTH / 2, middle, note)}</svg>"
     )

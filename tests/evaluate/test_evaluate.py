@@ -17,6 +17,7 @@ from hpc_neuro.__main__ import main
 from hpc_neuro.data.store import Store
 from hpc_neuro.evaluate.otsu import OtsuMask
 from hpc_neuro.evaluate.rows import rows
+from hpc_neuro.evaluate.summary import _tex
 from hpc_neuro.geometry import Box
 from hpc_neuro.metrics import tree as tree_metrics
 from hpc_neuro.metrics import voxel
@@ -116,6 +117,9 @@ def test_tables(done: Path) -> None:
     latex = (done / "metrics.tex").read_text()
     assert latex.count(r"\\") == 4
     assert r"\textbf{" in latex
+    assert _tex(r"a_1 & 50 % [#1] {$x^2$} ~\ µm") == (
+        r"a\_1 \& 50 \% [\#1] \{\$x\textasciicircum{}2\$\} \textasciitilde{}\textbackslash{} \textmu{}m"
+    )
 
 
 def test_the_report_stands_alone(done: Path) -> None:

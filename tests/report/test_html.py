@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -71,11 +72,30 @@ def test_charts_of_nothing_little_and_much() -> None:
     assert 200 <= len(many) <= 400
 
 
+def test_many_methods_with_long_names_stay_apart() -> None:
+    """A row each, names beside the axis and cut where they are long: a study of many models stays readable."""
+    names = [f"m{i}_{'x' * 60}_end{i}" for i in range(12)]
+    for svg in (
+        charts.pairs("t", names, [list(range(12)), list(range(12))], ""),
+        charts.differences("t", [(n, 1.0, 0.5, 2.0) for n in names], ""),
+    ):
+        places = [
+            (float(x), float(y), t) for x, y, t in re.findall(FOUND, svg)]#'x="([\d.]+)" y="([\d.]+)"[^>]*>(m\d+_[^<]+)', svg)
+        ]
+        assert [t[:3] for _, _, t in places] == [n[:3] for n in names]
+        assert all(len(t) <= 34 and t.endswith(n[-4:]) for (_, _, t), n in zip(places, names, strict=True))
+        assert all(b[1] - a[1] >= 20 for a, b in itertools.pairwise(places))
+        dots = [float(x) for x in re.findall(r'<circle[^>]*cx="([\d.]+)"', svg)]
+        assert min(dots) > max(x for x, _, _ in places)
+
+
 def page() -> str:
     rows = [[Cell(n, None), Cell(str(v), v)] for n, v in (("n2", 2.0), ("n10", 10.0), ("n1", 1.0))]
     rows.append([Cell("none"), Cell("", None)])
     table = html.table([Column("Name", numeric=False), Column("Value")], rows)
-    return html.page("Title", "under it", [("One", table), ("Two", html.row([charts.pairs("p", ["a"], [[1.0]], "")]))])
+    wide = html.table([Column(f"Column {i}") for i in range(30)], [[Cell("1.234 and more")] * 30])
+    figure = html.row([charts.pairs("p", ["a"], [[1.0]], "")])
+    return html.page("Title", "under it", [("One", table), ("Two", figure), ("Three", wide)])
 
 
 def test_the_page_needs_nothing_else() -> None:
@@ -85,21 +105,23 @@ def test_the_page_needs_nothing_else() -> None:
 
 
 @pytest.mark.slow
-def test_sorting_in_a_browser(tmp_path: Path) -> None:
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here; install it (apt-get install chromium) to run this test")
     probe = """<script>
-      const order = () => [...document.querySelectorAll("tbody tr")].map((r) => r.cells[0].textContent).join(" ");
+      const order = () => [...document.querySelector("tbody").rows].map((r) => r.cells[0].textContent).join(" ");
       const click = (i) => document.querySelectorAll("th button")[i].click();
       const seen = [order()];
       for (const i of [1, 1, 0, 0]) { click(i); seen.push(order()); }
       document.body.dataset.seen = seen.join("; ");
+      document.body.dataset.over = document.documentElement.scrollWidth - innerWidth;
       document.body.dataset.sort = document.querySelector("th").getAttribute("aria-sort");
     </script></body>"""
     file = tmp_path / "page.html"
     file.write_text(page().replace("</body>", probe))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    flags.append("--window-size=500,900")
     with tempfile.TemporaryDirectory() as profile:
         run = subprocess.run(
             [browser, *flags, f"--user-data-dir={profile}", file.as_uri()], capture_output=True, text=True, timeout=120
@@ -114,3 +136,6 @@ def test_sorting_in_a_browser(tmp_path: Path) -> None:
         "none n10 n2 n1",
     ]
     assert 'data-sort="descending"' in run.stdout
+    over = re.search(r'data-over="(-?\d+)"', run.stdout)
+    assert over
+    assert int(over[1]) <= 0  # a wide table scrolls within the page, on a phone too
