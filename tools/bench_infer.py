@@ -228,7 +228,7 @@ def _work(
     occupied: Callable[[Block], bool],
 ) -> Work:
     boxes = {block.read: float(occupied(block)) for block in plan.blocks(shape)}
-    source = Source("v", "made up", shape, (1.0, 1.0, 1.0), None, "", read, overview=boxes.__getitem__)
+    source = Source("v", "made up", shape, (1.0, 1.0, 1.0), (), "", read, overview=boxes.__getitem__)
     work = Work.open(source, plan, predict, 0.5, "", folder, EmptyConfig(prove=0))
     work.create()
     return work

@@ -121,7 +121,7 @@ def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
         image = draw.integers(0, 200, shape, dtype=np.uint8)
         tifffile.imwrite(folder / f"{name}.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
     volumes = ", ".join(f"{{image: {folder / name}.tif, voxel_size: [1, 1, 1]}}" for name in names)
-    return [f"model={folder / 'model'}", f"inputs=[{volumes}]", "block=[8,64,64]", "chunk=[8,32,32]"]
+    return [f"model={folder / 'model'}", f"inputs=[{volumes}]", "block=[8,64,64]", "chunk=[8,32,32]", "deaths=1000"]
 
 
 def _marks(out: Path) -> int:

@@ -150,18 +150,18 @@ def build_piece(folder: Path, shape: Shape, voxel_size: VoxelSize, piece: Piece)
     own = piece.block.write
     below = Box(_times(own.start, step), _times(own.stop, step)).clipped(Box.whole(fine.shape))
     (folder / piece.path).unlink(missing_ok=True)  # a torn one is not read
-    if not _holds_any(folder, piece, below):
+    if not holds_any(folder, below, piece.level - 1, piece.label):
         return
     write(target, own, _pooled(read(source, below), step, "max" if piece.label else "mean"))
 
 
-def _holds_any(folder: Path, piece: Piece, box: Box) -> bool:
-    """Whether any shard of the level below has a file in `box`; where none has, all is zero."""
-    shard = open_level(folder, piece.level - 1, piece.label).chunk_layout.write_chunk.shape
+def holds_any(folder: Path, box: Box, number: int = 0, label: str | None = None) -> bool:
+    """Whether any shard of a level has a file in `box`; where none has, all is zero."""
+    shard = open_level(folder, number, label).chunk_layout.write_chunk.shape
     firsts = [a // s for a, s in zip(box.start, shard, strict=True)]
     lasts = [-(-b // s) for b, s in zip(box.stop, shard, strict=True)]
     near = itertools.product(*(range(a, b) for a, b in zip(firsts, lasts, strict=True)))
-    return any((folder / shard_path((z, y, x), piece.level - 1, piece.label)).exists() for z, y, x in near)
+    return any((folder / shard_path((z, y, x), number, label)).exists() for z, y, x in near)
 
 
 def _times(corner: Shape, step: tuple[int, ...]) -> Shape:

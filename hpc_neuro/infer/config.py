@@ -24,6 +24,8 @@ class VolumeConfig:
     """[um] z, y, x; none: as the file says."""
     root: tuple[float, float, float] | None = None
     """[voxel] z, y, x where the neuron begins; none: every piece that is long enough becomes a tree."""
+    roots: tuple[tuple[float, float, float], ...] = ()
+    """[voxel] Where several neurons begin: each becomes one tree; what they hang together in is cut between them."""
     channel: int | None = None
     """Channel of an image that has several."""
     axes: str | None = None
@@ -35,6 +37,10 @@ class VolumeConfig:
     array job, where every task would measure."""
     overview: str | None = None
     """Array inside the file that is a coarser level of `dataset`; empty blocks are then found without reading them."""
+
+    def __post_init__(self) -> None:
+        if self.root is not None and self.roots:
+            raise ValueError("give either root=[z, y, x] or roots=[[z, y, x], ...], not both")
 
 
 @config
@@ -87,6 +93,8 @@ class InferConfig:
     made, and does what is missing."""
     tries: int = Field(default=2, ge=1)
     """How often a block that fails is tried before it is left out and listed."""
+    deaths: int = Field(default=3, ge=1)
+    """How often a process may be killed while it is at a block before that block is left out and listed."""
     trees: bool = True
     """Whether to trace."""
     page: bool = True

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro import files
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.geometry import Block
+from hpc_neuro.geometry import Block, Shape
 from hpc_neuro.infer.blocks import MASK, Plan, least, quantised
 from hpc_neuro.infer.config import EmptyConfig
 from hpc_neuro.infer.empty import brightest, chosen
@@ -49,6 +49,7 @@ class Work:
     threshold: float
     empty: EmptyConfig
     tries: int
+    deaths: int
     folder: Path
     marks: Marks
 
@@ -63,10 +64,11 @@ class Work:
         out: Path,
         empty: EmptyConfig | None = None,
         tries: int = 1,
+        deaths: int = 3,
     ) -> Work:
         """Work that writes OUT/ID.ome.zarr, and marks under OUT/blocks/ID what belongs to `key`."""
         folder, marks = out / f"{source.id}.ome.zarr", Marks(out, source.id, key)
-        return cls(source, plan, predict, threshold, empty or EmptyConfig(), tries, folder, marks)
+        return cls(source, plan, predict, threshold, empty or EmptyConfig(), tries, deaths, folder, marks)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -97,11 +99,20 @@ class _Failure:
     error: BaseException
 
 
-def predict_blocks(work: Work, todo: Iterable[Block], meter: Meter) -> None:
-    """Make blocks; the ones that fail `work.tries` times are parked (see Marks)."""
-    failed = _pass(work, todo, meter, 1)
+def predict_blocks(work: Work, todo: Iterable[Block], meter: Meter, alone: bool = False) -> None:
+    """Make blocks; the ones that fail `work.tries` times are parked (see Marks).
+
+    `alone`: only one block is in hand at any time, so that if the process is killed it is known at which.
+    """
+
+    def once(some: Iterable[Block], attempt: int) -> list[_Failure]:
+        if alone:
+            return [failure for block in some for failure in _pass(work, [block], meter, attempt)]
+        return _pass(work, some, meter, attempt)
+
+    failed = once(todo, 1)
     for attempt in range(2, work.tries + 1):
-        failed = _pass(work, [f.block for f in failed], meter, attempt)
+        failed = once([f.block for f in failed], attempt)
     for failure in failed:
         trace = "".join(traceback.format_exception(failure.error))
         work.marks.park(failure.block.index, failure.block.write, str(failure.error), trace, work.tries)
@@ -117,6 +128,18 @@ def _pass(work: Work, todo: Iterable[Block], meter: Meter, attempt: int) -> list
         tries = f"try {attempt} of {work.tries}"
         log.warning("%s: block %s failed (%s): %s", work.source.id, block.index, tries, error)
         failed.append(_Failure(block, error))
+        release(block)
+
+    in_hand: dict[Shape, Block] = {}
+
+    def begin(block: Block) -> Future[tuple[Image | None, Empty | None]]:
+        in_hand[block.index] = block
+        work.marks.begin(block.index)  # counted before, for a killed process cannot say so afterwards
+        return reader.submit(_read, work, block)
+
+    def release(block: Block) -> None:
+        del in_hand[block.index]
+        work.marks.end(block.index)
 
     arrays = ome_zarr.open_level(work.folder), ome_zarr.open_level(work.folder, label=MASK)
     remaining = iter(todo)
@@ -128,24 +151,25 @@ def _pass(work: Work, todo: Iterable[Block], meter: Meter, attempt: int) -> list
                 block, future = behind.popleft()
                 try:
                     future.result()
+                    release(block)
                 except (OSError, ValueError, RuntimeError) as error:
                     caught(block, error)
 
         try:
             block = next(remaining, None)
-            ahead = None if block is None else reader.submit(_read, work, block)
+            ahead = None if block is None else begin(block)
             while block is not None and ahead is not None:
                 now, seen, block = block, ahead, next(remaining, None)
                 begun = time.monotonic()
                 try:
                     image, empty = seen.result()
                     if block is not None:
-                        ahead = reader.submit(_read, work, block)
+                        ahead = begin(block)
                     arrived = time.monotonic()
                     values = None if image is None else _look(work, now, image, meter)
                 except (OSError, ValueError, RuntimeError) as error:
                     if block is not None and ahead is seen:  # the reading failed, and the next one is not begun
-                        ahead = reader.submit(_read, work, block)
+                        ahead = begin(block)
                     caught(now, error)
                     continue
                 if values is None:
@@ -163,6 +187,8 @@ def _pass(work: Work, todo: Iterable[Block], meter: Meter, attempt: int) -> list
         except BaseException:
             reader.shutdown(cancel_futures=True)
             writer.shutdown(cancel_futures=True)
+            for block in list(in_hand.values()):  # stopped in good order: no death
+                release(block)
             raise
     return failed
 

@@ -53,7 +53,15 @@ class Job:
         """What the blocks of one volume are made with."""
         cfg = self.cfg
         return Work.open(
-            source, self.plan, self.predict, self.threshold, self.key(source), cfg.out, empty or cfg.empty, cfg.tries
+            source,
+            self.plan,
+            self.predict,
+            self.threshold,
+            self.key(source),
+            cfg.out,
+            empty or cfg.empty,
+            cfg.tries,
+            cfg.deaths,
         )
 
     def key(self, source: Source) -> str:

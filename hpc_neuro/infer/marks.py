@@ -3,6 +3,7 @@
 OUT/blocks/ID/0_1_2.json     a block: written, or skipped with the rule
 OUT/blocks/ID/level_1.json   a pyramid level: the checksum of each shard
 OUT/failed/ID/0_1_2.json     a block that failed every time: the error and its traceback
+OUT/begun/ID/0_1_2           how often a block was begun and the process was killed before it ended
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Marks:
 
     def __init__(self, out: Path, name: str, key: str) -> None:
         self.folder, self.failed, self.key = out / "blocks" / name, out / "failed" / name, key
+        self._begun = out / "begun" / name
 
     def path(self, index: Shape) -> Path:
         """Where a block's marker is."""
@@ -86,8 +88,33 @@ class Marks:
 
     def clear(self) -> None:
         """Forget everything."""
-        for path in [*self.folder.glob("*.json"), *self.failed.glob("*.json")]:
+        for path in [*self.folder.glob("*.json"), *self.failed.glob("*.json"), *self._begun.glob("*")]:
             path.unlink()
+
+    def deaths(self, index: Shape) -> int:
+        """How often a process was killed while it was at a block."""
+        try:
+            return int(self._beginning(index).read_text(encoding="utf-8") or 1)
+        except FileNotFoundError:
+            return 0
+
+    def begin(self, index: Shape) -> None:
+        """Count a block as begun, until `end`. Not flushed to the disk: it is processes that die here, not machines."""
+        count = self.deaths(index) + 1
+        self._begun.mkdir(parents=True, exist_ok=True)
+        self._beginning(index).write_text(str(count), encoding="utf-8")
+
+    def end(self, index: Shape) -> None:
+        """The process has outlived this block."""
+        self._beginning(index).unlink(missing_ok=True)
+
+    def by_deaths(self, blocks: Iterable[Block], most: int) -> tuple[list[Block], list[Block], list[Block]]:
+        """Blocks at which nobody died; at which somebody did; and those for which one more death would be the last."""
+        found: tuple[list[Block], list[Block], list[Block]] = ([], [], [])
+        for block in blocks:
+            deaths = self.deaths(block.index)
+            found[0 if not deaths else 2 if deaths >= most - 1 else 1].append(block)
+        return found
 
     def park(self, index: Shape, box: Box, error: str, trace: str, tries: int) -> None:
         """Record a block that failed every time."""
@@ -116,6 +143,9 @@ class Marks:
 
     def _level(self, number: int) -> Path:
         return self.folder / f"level_{number}.json"
+
+    def _beginning(self, index: Shape) -> Path:
+        return self._begun / "_".join(map(str, index))
 
     def _failure(self, index: Shape) -> Path:
         return self.failed / f"{'_'.join(map(str, index))}.json"

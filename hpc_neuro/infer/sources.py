@@ -31,7 +31,7 @@ class Source:
     image: str  # where it came from
     shape: Shape
     voxel_size: VoxelSize
-    root: tuple[float, float, float] | None  # [voxel] z y x
+    roots: tuple[tuple[float, float, float], ...]  # [voxel] z y x, one for each neuron; none: every piece is one
     digest: str  # of what the result depends on
     read: Callable[[Box], NDArray[np.float32]]
     """Normalised voxels of a box inside the volume, float32 [Z, Y, X]."""
@@ -67,7 +67,8 @@ def sources(cfg: InferConfig, known: Mapping[str, Known] | None = None) -> Itera
         for name, part in _share(store.split(cfg.split), cfg.share):
             v = store[name]
             image = f"{cfg.store}:{name}"
-            yield Source(name, image, v.shape, v.voxel_size, v.root, v.digest, v.normalised, part=part)
+            roots = () if v.root is None else (v.root,)
+            yield Source(name, image, v.shape, v.voxel_size, roots, v.digest, v.normalised, part=part)
     for item, part in _share(cfg.inputs, cfg.share):
         yield _from_file(item, part, (known or {}).get(_name(item)))
 
@@ -102,8 +103,10 @@ def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> S
         raise InputError(
             f"{item.image} does not say its voxel size, and trees are written in micrometres; give voxel_size=[z, y, x]"
         )
-    if item.root is not None and any(not -0.5 <= r < n for r, n in zip(item.root, volume.shape, strict=True)):
-        raise InputError(f"the root {item.root} lies outside {item.image}, whose shape is {volume.shape} (z y x)")
+    roots = item.roots if item.root is None else (item.root,)
+    for root in roots:
+        if any(not -0.5 <= r < n for r, n in zip(root, volume.shape, strict=True)):
+            raise InputError(f"the root {root} lies outside {item.image}, whose shape is {volume.shape} (z y x)")
     if item.range is not None and not item.range[0] < item.range[1]:
         raise InputError(f"{item.image}: range {list(item.range)} must rise; give [darkest, brightest]")
     if known is None:
@@ -118,7 +121,7 @@ def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> S
         image=str(item.image),
         shape=volume.shape,
         voxel_size=size,
-        root=item.root,
+        roots=roots,
         digest=hashlib.sha256(facts.encode()).hexdigest(),
         read=lambda box: normalise(volume[box], low, high),
         file=item.image if item.image.is_file() else None,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from hpc_neuro.infer.engine import Work
 from hpc_neuro.infer.sources import Source
 from hpc_neuro.morphology import Tree
 from hpc_neuro.schema import InputError
-from hpc_neuro.tracing import confidence, trace_read
+from hpc_neuro.tracing import Strands, confidence, context, reduced, trace_blocks, trace_strands
 
 log = logging.getLogger(__name__)
 Entry = dict[str, Any]
@@ -32,30 +34,85 @@ def entry_path(out: Path, name: str) -> Path:
     return out / "entries" / f"{name}.json"
 
 
+def held(cfg: InferConfig, work: Work) -> Entry | None:
+    """A volume's entry from an earlier run, or a share of this one, of the same probability and settings."""
+    path = entry_path(cfg.out, work.source.id)
+    if not path.exists():
+        return None
+    found = files.read_json(path, f"remove {path}")
+    trees = [found["entry"][name] for name in ("swc", "swc_voxel") if found["entry"][name]]
+    whole = found["key"] == _key(cfg, work) and all((cfg.out / tree).exists() for tree in trees)
+    return dict(found["entry"]) if whole else None
+
+
+def to_reduce(cfg: InferConfig, work: Work) -> list[Box]:
+    """The blocks whose strands are still to be found before a volume can be traced; one without a shard has none."""
+    if not cfg.trees or held(cfg, work) is not None:
+        return []
+    spacing = cfg.trace.spacing(work.source.voxel_size)
+    return [
+        box
+        for box in trace_blocks(work.source.shape, cfg.trace)
+        if not _strands_path(cfg, work, box).exists()
+        and ome_zarr.holds_any(work.folder, context(box, work.source.shape, spacing))
+    ]
+
+
+def reduce(cfg: InferConfig, work: Work, box: Box) -> None:
+    """Find the strands of one block and keep them until the volume is traced."""
+    source = work.source
+    found = reduced(reader(work.folder), source.shape, box, cfg.trace.spacing(source.voxel_size), cfg.trace)
+    if found is not None:
+        with files.atomic(_strands_path(cfg, work, box)) as part, part.open("wb") as handle:
+            np.savez(handle, **{field.name: getattr(found, field.name) for field in fields(found)})
+
+
 def finished(cfg: InferConfig, work: Work) -> tuple[Entry, list[str]]:
     """A volume's entry in predictions.json (paths relative to `out`), and why there is no tree, if so.
 
-    Not traced again when an earlier run or a share of this one traced the same probability with the same settings.
+    Every block of it has been reduced. Not traced again when it was before.
     """
-    source, path = work.source, entry_path(cfg.out, work.source.id)
-    facts = f"{work.marks.key} {cfg.trees} {schema.dump(cfg.trace)} {source.root} {source.voxel_size}"
-    key = hashlib.sha256(facts.encode()).hexdigest()
-    if path.exists():
-        held = files.read_json(path, f"remove {path}")
-        trees = [held["entry"][name] for name in ("swc", "swc_voxel") if held["entry"][name]]
-        if held["key"] == key and all((cfg.out / tree).exists() for tree in trees):
-            return held["entry"], []
+    entry = held(cfg, work)
+    if entry is not None:
+        return entry, []
     entry = _entry(work)
     problems = _trace(cfg, work, entry) if cfg.trees else []
     if not problems:
-        files.write_json(path, {"key": key, "entry": entry})
+        files.write_json(entry_path(cfg.out, work.source.id), {"key": _key(cfg, work), "entry": entry})
+    shutil.rmtree(_strands_folder(cfg, work).parent, ignore_errors=True)
     return entry, problems
 
 
-def reader(folder: Path) -> Callable[[Box], NDArray[np.float32]]:
-    """Reads boxes of a finished probability, float32 in [0, 1]."""
+def _key(cfg: InferConfig, work: Work) -> str:
+    """All that the trees depend on, hashed."""
+    source = work.source
+    facts = f"{work.marks.key} {cfg.trees} {schema.dump(cfg.trace)} {source.roots} {source.voxel_size}"
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _strands_folder(cfg: InferConfig, work: Work) -> Path:
+    return cfg.out / "strands" / work.source.id / _key(cfg, work)[:16]
+
+
+def _strands_path(cfg: InferConfig, work: Work, box: Box) -> Path:
+    return _strands_folder(cfg, work) / f"{'_'.join(map(str, box.start))}.npz"
+
+
+def _kept(cfg: InferConfig, work: Work) -> list[Strands]:
+    """The strands of all blocks of a volume, in the blocks' order."""
+    paths = (_strands_path(cfg, work, box) for box in trace_blocks(work.source.shape, cfg.trace))
+    found = []
+    for path in paths:
+        if path.exists():
+            with np.load(path) as arrays:
+                found.append(Strands(**arrays))
+    return found
+
+
+def reader(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:
+    """Reads boxes of a finished probability, 255 is 1."""
     array = ome_zarr.open_level(folder)
-    return lambda box: np.asarray(ome_zarr.read(array, box), dtype=np.float32) / np.float32(255)
+    return lambda box: np.asarray(ome_zarr.read(array, box), dtype=np.uint8)
 
 
 def _entry(work: Work) -> Entry:
@@ -64,7 +121,7 @@ def _entry(work: Work) -> Entry:
     return {
         "image": source.image,
         "voxel_size": source.voxel_size,
-        "root": source.root,
+        "roots": source.roots,
         "threshold": work.threshold,
         "probability": work.folder.name,
         "foreground_voxels": sum(m.foreground for m in marks),
@@ -84,8 +141,9 @@ def _trace(cfg: InferConfig, work: Work, entry: Entry) -> list[str]:
     source, begun = work.source, time.monotonic()
     try:
         read = reader(work.folder)
-        roots = () if source.root is None else (source.root,)
-        found = trace_read(read, source.shape, source.voxel_size, roots=roots, cfg=cfg.trace)
+        found = trace_strands(
+            _kept(cfg, work), read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace
+        )
     except InputError as error:  # a root off the foreground; the other volumes still count
         return [f"{source.id}: not traced, {error}"]
     entry["trees"] = len(found)

@@ -21,13 +21,17 @@ from hpc_neuro.infer.engine import Work, predict_blocks
 from hpc_neuro.infer.job import Job, lines, weights_folder
 from hpc_neuro.infer.meter import Meter
 from hpc_neuro.infer.sources import Source, known, sources
-from hpc_neuro.infer.trees import Entry, finished
+from hpc_neuro.infer.trees import Entry, finished, reduce, to_reduce
 from hpc_neuro.schema import ConfigError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 INDEX = "predictions.json"
-_MAY_CHANGE = ("page", "tries", "batch")  # which no result depends on
+_MAY_CHANGE = ("page", "tries", "deaths", "batch")  # which no result depends on
+_DEATHS = (
+    "{} times the process that was at it was killed (out of memory, a crash in compiled code, or by somebody), so it "
+    "is not tried again; a higher `deaths` tries it again"
+)
 
 
 def forecast(cfg: InferConfig) -> list[str]:
@@ -116,15 +120,22 @@ def _works(job: Job, volumes: list[Source]) -> list[Work]:
 def _predict(work: Work, comm: Any, main: bool) -> list[str]:
     """Make the missing blocks and the pyramid of one volume; a line for each block that failed."""
     blocks = work.plan.share(work.plan.blocks(work.source.shape), work.source.part)
-    todo = _together(lambda: _todo(work, blocks) if main else [], comm)
-    if comm is not None:
-        todo = comm.bcast(todo)
+    groups = _together(lambda: work.marks.by_deaths(_todo(work, blocks), work.deaths) if main else ([], [], []), comm)
+    fresh, suspects, last = groups if comm is None else comm.bcast(groups)
+    todo = [*fresh, *suspects, *last]
     ranks = 1 if comm is None else comm.Get_size()
     windows = sum(map(work.plan.cost, todo)) // ranks
     label = work.source.id if ranks == 1 else f"{work.source.id}, rank 0 of {ranks}"
+
+    def make(some: list[Block], alone: bool) -> None:
+        with _drawn(len(some), comm) as drawn:
+            predict_blocks(work, (some[i] for i in drawn), meter, alone)
+
     with Meter(label, windows, show=main) as meter:
-        drawn = distributed.turns(len(todo), comm)
-        _together(lambda: _draw(work, todo, drawn, meter), comm)
+        _together(lambda: make(fresh, alone=False), comm)
+        _together(lambda: make(suspects, alone=True), comm)
+        # with nobody else at work, for when a rank dies, all die, and who was it?
+        _together(lambda: predict_blocks(work, last if main else [], meter, alone=True), comm)
         if todo and main:
             log.debug("%s: waiting: %s", work.source.id, meter.shares())
     failures = _together(lambda: _failures(work, blocks) if main else [], comm)
@@ -147,16 +158,12 @@ def _todo(work: Work, blocks: list[Block]) -> list[Block]:
         if work.source.part is None:
             work.marks.clear()
         work.create()
-    return sorted(work.marks.todo(blocks), key=lambda b: (-work.plan.cost(b), b.index))
-
-
-def _draw(work: Work, todo: list[Block], drawn: Iterator[int], meter: Meter) -> None:
-    """This rank's blocks: it takes the next one that nobody has."""
-    try:
-        predict_blocks(work, (todo[i] for i in drawn), meter)
-    finally:
-        for _ in drawn:  # after a failure: drawn but not done, so that the other ranks stop soon
-            pass
+    todo = work.marks.todo(blocks)
+    for block in todo:
+        if (deaths := work.marks.deaths(block.index)) >= work.deaths:
+            work.marks.park(block.index, block.write, _DEATHS.format(deaths), "", deaths)
+    todo = [block for block in todo if work.marks.deaths(block.index) < work.deaths]
+    return sorted(todo, key=lambda b: (-work.plan.cost(b), b.index))
 
 
 def _failures(work: Work, blocks: list[Block]) -> list[str]:
@@ -185,15 +192,11 @@ def _pyramid(work: Work, comm: Any, main: bool) -> None:
         made: dict[str, str] = {}
 
         def make(todo: list[ome_zarr.Piece] = todo, made: dict[str, str] = made) -> None:
-            drawn = distributed.turns(len(todo), comm)
-            try:
+            with _drawn(len(todo), comm) as drawn:
                 for i in drawn:
                     ome_zarr.build_piece(folder, source.shape, source.voxel_size, todo[i])
                     path = folder / todo[i].path
                     made[todo[i].path] = files.sha256(path) if path.exists() else ""
-            finally:
-                for _ in drawn:
-                    pass
 
         if todo:
             _together(make, comm)
@@ -203,19 +206,42 @@ def _pyramid(work: Work, comm: Any, main: bool) -> None:
 
 
 def _traced(cfg: InferConfig, works: list[Work], comm: Any) -> dict[str, tuple[Entry, list[str]]]:
-    """Entries and problems of whole volumes by id, each traced by whichever rank is free; on all ranks."""
-    found: dict[str, tuple[Entry, list[str]]] = {}
+    """Entries and problems of whole volumes by id, on all ranks.
 
-    def make() -> None:
-        drawn = distributed.turns(len(works), comm)
-        try:
+    Ranks share the blocks that are reduced to strands, then the volumes whose strands become trees.
+    """
+    found: dict[str, tuple[Entry, list[str]]] = {}
+    mine = [[(i, box) for box in to_reduce(cfg, work)] for i, work in enumerate(works)] if _is_main(comm) else []
+    todo = [item for items in mine for item in items]
+    todo = todo if comm is None else comm.bcast(todo)
+
+    def reduce_all() -> None:
+        with _drawn(len(todo), comm) as drawn:
+            for which, box in (todo[i] for i in drawn):
+                reduce(cfg, works[which], box)
+
+    def trace_all() -> None:
+        with _drawn(len(works), comm) as drawn:
             for i in drawn:
                 found[works[i].source.id] = finished(cfg, works[i])
-        finally:
-            for _ in drawn:
-                pass
 
-    _together(make, comm)
+    _together(reduce_all, comm)
+    _together(trace_all, comm)
     for part in [] if comm is None else comm.allgather(found):
         found |= part
     return {work.source.id: found[work.source.id] for work in works}
+
+
+def _is_main(comm: Any) -> bool:
+    return comm is None or comm.Get_rank() == 0
+
+
+@contextlib.contextmanager
+def _drawn(count: int, comm: Any) -> Iterator[Iterator[int]]:
+    """This rank's numbers below `count`. After a failure the rest is drawn but not done, so that others stop soon."""
+    drawn = distributed.turns(count, comm)
+    try:
+        yield drawn
+    finally:
+        for _ in drawn:
+            pass

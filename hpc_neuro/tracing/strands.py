@@ -53,7 +53,7 @@ def context(box: Box, shape: Shape, spacing: Floats) -> Box:
     return _closed(box, shape).grown((z, y, x)).clipped(Box.whole(shape))
 
 
-def strands(read: Read, shape: Shape, box: Box, spacing: Floats, cfg: TraceConfig) -> Strands | None:
+def reduced(read: Read, shape: Shape, box: Box, spacing: Floats, cfg: TraceConfig) -> Strands | None:
     """The strands of a block of a volume of `shape`; None when nothing in it reaches the lower threshold.
 
     Raises InputError for what is no probability.

@@ -24,7 +24,7 @@ from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.foreground import Floats, Foreground, Read, Strands, foreground
 from hpc_neuro.tracing.paths import far_ends, skeleton
 from hpc_neuro.tracing.split import split
-from hpc_neuro.tracing.strands import strands, trace_blocks
+from hpc_neuro.tracing.strands import reduced, trace_blocks
 from hpc_neuro.tracing.tree import main_side, pruned, rooted, smoothed, thinned
 from hpc_neuro.tracing.wires import Wires, wires
 
@@ -74,7 +74,7 @@ def trace_read(
     """As `trace`, for a volume that is read box by box: memory is bounded by one block and the trees."""
     cfg = cfg or TraceConfig()
     spacing = cfg.spacing(voxel_size)
-    found = (strands(read, shape, box, spacing, cfg) for box in trace_blocks(shape, cfg))
+    found = (reduced(read, shape, box, spacing, cfg) for box in trace_blocks(shape, cfg))
     parts = [part for part in found if part is not None]
     return trace_strands(parts, read, shape, voxel_size, roots=roots, cfg=cfg, image=image)
 

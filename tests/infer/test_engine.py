@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +141,41 @@ def test_shares_are_of_equal_cost_and_cover_all(model: Path) -> None:
     assert sorted(b.index for part in parts for b in part) == [b.index for b in blocks]
     costs = [sum(map(plan.cost, part)) for part in parts]
     assert max(costs) - min(costs) <= max(map(plan.cost, blocks))
+
+
+def test_a_block_that_kills_its_process_is_left_out_after_so_many_deaths(tmp_path: Path) -> None:
+    """Each process that dies there is counted; all other blocks are done, and the last run lists it."""
+    command = [sys.executable, "-m", "tests.infer.poisoned", str(tmp_path), "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    starts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [s["code"] for s in starts] == [-signal.SIGKILL] * 3 + [0], done.stderr
+    (line,) = starts[-1]["failures"]
+    assert line.startswith("v block (0, 1, 1) at (0, 32, 32): 3 times the process that was at it was killed")
+    assert starts[-1]["done"] == ["0_0_0", "0_0_1", "0_0_2", "0_1_0", "0_1_2"]
+    assert [p.name for p in tmp_path.glob("begun/v/*")] == ["0_1_1"]
+    parked = json.loads((tmp_path / "failed/v/0_1_1.json").read_text())
+    assert (parked["index"], parked["tries"]) == ([0, 1, 1], 3)
+
+
+def test_who_is_tried_when_by_deaths_and_a_stop_in_good_order_is_none(model: Path, tmp_path: Path) -> None:
+    image = np.random.default_rng(0).random((8, 64, 64)).astype(np.float32)
+
+    class Stop(BaseException):
+        pass
+
+    def read(box: Box) -> np.ndarray:
+        if box.stop == (8, 64, 64) and box.start[2] > 0 and box.start[1] > 0:
+            raise Stop
+        return image[box.slices]
+
+    work = work_on(model, Plain(image), tmp_path, read)
+    with pytest.raises(Stop):
+        make_all(work)
+    assert not list(tmp_path.glob("begun/*/*"))
+    blocks = work.plan.blocks(image.shape)
+    for deaths, block in enumerate(blocks):
+        for _ in range(deaths):
+            work.marks.begin(block.index)
+    fresh, suspects, last = work.marks.by_deaths(blocks[:3], 3)
+    assert [b.index for b in (*fresh, *suspects, *last)] == [b.index for b in blocks[:3]]
+    assert len(fresh) == len(suspects) == len(last) == 1

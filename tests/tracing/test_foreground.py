@@ -16,7 +16,7 @@ from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.tracing import TraceConfig
 from hpc_neuro.tracing.foreground import Foreground, Look, foreground, neighbours
 from hpc_neuro.tracing.paths import far_ends, ways
-from hpc_neuro.tracing.strands import REACH, strands, trace_blocks
+from hpc_neuro.tracing.strands import REACH, reduced, trace_blocks
 
 
 def of(
@@ -29,7 +29,7 @@ def of(
         return array[box.slices]
 
     size = np.array(spacing, dtype=np.float64)
-    parts = [strands(read, (z, y, x), box, size, cfg) for box in trace_blocks((z, y, x), cfg)]
+    parts = [reduced(read, (z, y, x), box, size, cfg) for box in trace_blocks((z, y, x), cfg)]
     return foreground([p for p in parts if p], read, (z, y, x), size, cfg.floor, cfg.min_voxels)
 
 
