@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,6 +73,8 @@ def test_a_step_in_depth_turns_as_one_in_the_plane_however_deep_the_grid() -> No
     row = rotary((1, 6, 5), 32)  # y, the longer axis: the same angle a step, half of the pairs
     step = torch.atan2(row[0, 5, :8], row[1, 5, :8]) - torch.atan2(row[0, 0, :8], row[1, 0, :8])
     torch.testing.assert_close(turn[0][0, :8].cos(), step.cos(), atol=1e-5, rtol=0)
+    fastest = torch.stack([turn[0][0, 0], turn[0][0, 8]])  # of y and of x: a third of a turn, in opposite directions
+    torch.testing.assert_close(fastest.sin(), torch.tensor([1.0, -1.0]) * math.sin(2 * math.pi / 3), atol=1e-5, rtol=0)
 
 
 def test_no_two_displacements_look_alike() -> None:
