@@ -59,6 +59,8 @@ def _launch(args: Any) -> int:
     from launch import array, chain, checks, jobs, slurm, watch
     from launch.site import load_site
 
+    if args.on == "slurm":
+        slurm.reach()
     words = [w for w in args.words if not w.startswith("cluster.")]
     site = load_site(args.cluster, [w[8:] for w in args.words if w.startswith("cluster.")])
     verb = None if args.chain else words.pop(0)

@@ -50,7 +50,8 @@ def check(
         try:
             faults += [f for verb, _ in stages for f in limits(verb, site.resources(verb), site)]
             faults += [*accounts.faults(site), *_queue(stages, site, count, after)]
-            lines += [line for verb, _ in stages for line in remarks(site.resources(verb))]
+            if not faults:
+                lines += [line for verb, _ in stages for line in remarks(site.resources(verb))]
         except InputError as error:
             faults.append(str(error))
     faults += _container(site)

@@ -28,6 +28,11 @@ def ask(*words: str, timeout: float = 30.0) -> str:
         raise InputError(
             f"`{' '.join(words)}` did not answer in {timeout:.0f} s; is the Slurm controller up?"
         ) from None
+    if "Could not establish a configuration source" in done.stderr:
+        raise InputError(
+            f"`{words[0]}` is here but knows no cluster; set SLURM_CONF to a slurm.conf, submit from a login node, or "
+            "use --on local"
+        )
     if done.returncode:
         raise InputError(f"`{' '.join(words)}` failed: {' '.join(done.stderr.split()) or done.returncode}")
     return done.stdout
@@ -41,6 +46,15 @@ def fields(line: str) -> dict[str, str]:
         if equals:
             found.setdefault(name, value)
     return found
+
+
+def reach(seconds: float = 5.0) -> None:
+    """Raise InputError when there is no Slurm here, or no controller that answers in time."""
+    try:
+        ask("scontrol", "ping", timeout=seconds)
+    except InputError as error:
+        said = str(error).removesuffix("failed: 1")
+        raise InputError(f"{said.strip()}: the Slurm controller is down" if said != str(error) else said) from None
 
 
 @functools.cache

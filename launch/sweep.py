@@ -18,7 +18,7 @@ from hpc_neuro.schema import ConfigError, InputError
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.study import only_driver
-from launch import checks
+from launch import checks, slurm
 from launch.driver import RESUMABLE, Driver
 from launch.executors import Executor
 from launch.executors.local import Local
@@ -96,6 +96,8 @@ def _check(recipe: Recipe, asked: argparse.Namespace) -> list[str]:
 
     Raises ConfigError or InputError.
     """
+    if asked.on == "slurm":
+        slurm.reach()
     if asked.on == "local":
         first, *_ = [train.forecast(cfg) for cfg in recipe.trainings()]
     else:

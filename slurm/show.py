@@ -1,7 +1,8 @@
 """The cluster part at work on the development cluster: `python slurm/show.py OUT [chain|interrupted|array]...`.
 
     chain         prepare -> precompute (2 MPI ranks) -> train (2 nodes, ZeRO-2) -> infer (array) -> evaluate
-    interrupted   a training that meets scontrol requeue, a killed node and time limits, against an undisturbed one
+    interrupted   a training that meets scontrol requeue, a job of a higher partition, a killed node and time limits,
+                  against an undisturbed one
     array         a thousand tasks, cut to a small MaxArraySize, some of which fail; then only those again
 
 Prints what it measured. Needs `make slurm-up`; takes about 3, 8 and 15 minutes on two cores.
@@ -27,6 +28,7 @@ from launch.site import load_site
 HERE = Path(__file__).resolve().parent
 MODEL = ["student.depth=1", "student.stem_channels=[4,4,8]", "crop.size=[8,32,32]", "optim.batch=2"]
 QUIET = ["validate.crops=2", "tracker.wandb=offline", "tracker.every=5"]
+STEPS = 500
 FRESH = ["transfer.rule=scratch", "distill=null", "augment.warp=0"]
 
 
@@ -80,12 +82,12 @@ def chain(out: Path) -> None:
 
 
 def interrupted(out: Path) -> None:
-    """Five interruptions against none."""
-    site = load_site("dev", ["max_requeue=10", "train.minutes=1", "signal_seconds=15"])
+    """Five interruptions or more against none."""
+    site = load_site("dev", ["partition=low", "max_requeue=12", "train.minutes=1", "signal_seconds=15"])
     store = out / "interrupted" / "store"
     launch(["prepare", f"images={raw(out)}", f"out={store}", "--cluster", "dev", "--watch"])
-    keys = [*MODEL, *QUIET, *FRESH, f"store={store}", "optim.steps=500", "validate.every=500", "checkpoint.every=25"]
-    keys += ["checkpoint.margin=0"]
+    keys = [*MODEL, *QUIET, *FRESH, f"store={store}", f"optim.steps={STEPS}", f"validate.every={STEPS}"]
+    keys += ["checkpoint.every=25", "checkpoint.margin=0"]
     calm = jobs.submit("train", jobs.load("train", None, [*keys, f"out={store.parent / 'calm'}"]), load_site("dev", []))
     say("undisturbed: " + str(over(calm)))
     (hit,) = jobs.submit("train", jobs.load("train", None, [*keys, f"out={store.parent / 'hit'}"]), site)
@@ -102,7 +104,12 @@ def interrupted(out: Path) -> None:
     until("40 steps", lambda: steps() > 40)
     subprocess.run(["scontrol", "requeue", hit.id], check=True)
     until("the first end", lambda: count() == 1)
-    until("100 steps", lambda: steps() > 100)
+    until("80 steps", lambda: steps() > 80)
+    subprocess.run(
+        ["sbatch", "-Q", "-p", "main", "-N", "2", "--exclusive", "-o", "/dev/null", "--wrap=true"], check=True
+    )
+    until("the second end", lambda: count() == 2)
+    until("120 steps", lambda: steps() > 120)
     subprocess.run([HERE / "dev_cluster" / "node.sh", "kill", "node2"], check=True)
     until("the job to leave", lambda: slurm.states().get(hit.id) != "RUNNING")
     subprocess.run([HERE / "dev_cluster" / "node.sh", "start", "node2"], check=True)
@@ -115,7 +122,7 @@ def interrupted(out: Path) -> None:
         for line in (hit.out / "metrics.jsonl").read_text().splitlines()
         if '"kind": "train"' in line
     ]
-    say(f"  the same weights: {both[0] == both[1]}; each step once: {numbers == list(range(1, 501))}")
+    say(f"  the same weights: {both[0] == both[1]}; each step once: {numbers == list(range(1, STEPS + 1))}")
     ids = {p.name.rpartition("-")[2] for p in (hit.out / "wandb").glob("offline-run-*")}
     say(f"  Weights & Biases: {len(list((hit.out / 'wandb').glob('offline-run-*')))} folders of run {', '.join(ids)}")
 

@@ -83,8 +83,8 @@ class Slurm:
         quoted = shlex.quote(str(base))
         words = shlex.join([*shlex.split(self.site.container), *command])
         runs = f"srun --kill-on-bad-exit=0 --wait={max(60, self.site.signal_seconds)} {words}"
-        if asked.tasks > 1:  # all ranks train; what follows wants one
-            runs += f" && srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {words}"
+        if asked.tasks > 1:  # all ranks train; what follows, if anything, wants one
+            runs += f" && if [ -e infer.yaml ]; then srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {words}; fi"
         return "\n".join(
             [
                 "#!/bin/bash",

@@ -7,7 +7,8 @@
 #   HPC_NEURO_SLURM_DIR (/run/hpc_neuro_slurm)  HPC_NEURO_SLURM_PORT (16817 and the next)
 #   HPC_NEURO_SLURM_NODES (2)  HPC_NEURO_SLURM_CPUS (4 per node)  HPC_NEURO_SLURM_GPUS (2 pretended ones per node)
 #   HPC_NEURO_SLURM_ARRAY (33: small on purpose, so that arrays must be cut)
-# There is no accounting (sacct), as on many small sites, and no cgroups: memory limits are not enforced.
+#   HPC_NEURO_SLURM_ACCT (0; 1: with accounts, in a MariaDB of its own: see accounting.sh)
+# Without it there is no accounting (sacct), as on many small sites; and there are no cgroups: memory limits are not enforced.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -15,6 +16,7 @@ NODES=${HPC_NEURO_SLURM_NODES:-2}
 CPUS=${HPC_NEURO_SLURM_CPUS:-4}
 GPUS=${HPC_NEURO_SLURM_GPUS:-2}
 ARRAY=${HPC_NEURO_SLURM_ARRAY:-33}
+ACCT=${HPC_NEURO_SLURM_ACCT:-0}
 HOST=$(hostname -s)
 
 [ "$(id -u)" = 0 ] || { echo "a development cluster needs root: munge, slurmctld and slurmd are started here" >&2; exit 1; }
@@ -27,10 +29,12 @@ if [ -s "$DIR/pids" ] && timeout 5 scontrol ping >/dev/null 2>&1 && idle "$NODES
   echo "export SLURM_CONF=$SLURM_CONF" >&3
   exit 0
 fi
-if ! command -v slurmctld slurmd munged srun >/dev/null; then
+wanted="slurmctld slurmd munged srun"
+packages="slurm-wlm munge"
+[ "$ACCT" = 0 ] || wanted="$wanted slurmdbd mariadbd" packages="$packages slurmdbd mariadb-server"
+if ! command -v $wanted >/dev/null; then
   command -v apt-get >/dev/null || { echo "Slurm is not installed and there is no apt-get to take it from" >&2; exit 1; }
   export DEBIAN_FRONTEND=noninteractive
-  packages="slurm-wlm munge"
   apt-get install -y -qq --no-install-recommends $packages >/dev/null 2>&1 ||
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages >/dev/null; }
 fi
@@ -60,6 +64,9 @@ if [ "$GPUS" -gt 0 ]; then
     echo "NodeName=node$n Name=gpu Type=pretended File=$DIR/node$n-gpu[0-$((GPUS - 1))]" >>"$DIR/gres.conf"
   done
 fi
+
+accounting=AccountingStorageType=accounting_storage/none
+[ "$ACCT" = 0 ] || . "$HERE/accounting.sh"
 
 memory=$(($(awk '/MemTotal/{print int($2/1024)}' /proc/meminfo) / NODES))
 cat >"$SLURM_CONF" <<CONF
@@ -93,7 +100,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-KillWait=10
+KillWait=5
 OverTimeLimit=0
 MinJobAge=3600
 InactiveLimit=0
@@ -103,7 +110,7 @@ MessageTimeout=30
 MaxArraySize=$ARRAY
 MaxJobCount=5000
 $([ -z "$gres" ] || echo GresTypes=gpu)
-AccountingStorageType=accounting_storage/none
+$accounting
 $(for n in $(seq "$NODES"); do
   echo "NodeName=node$n NodeHostname=node$n NodeAddr=127.0.0.1 Port=$((PORT + 10 + n)) CPUs=$CPUS RealMemory=$memory $gres State=UNKNOWN"
 done)
@@ -113,6 +120,7 @@ CONF
 : >"$DIR/cgroup.conf"
 echo "PMIxCliTmpDirBase=$DIR/pmix" >"$DIR/mpi.conf"
 
+[ "$ACCT" = 0 ] || add_accounts
 start slurmctld /usr/sbin/slurmctld -D -c
 # Each node has its name in /etc/hosts (an address to meet at must resolve) and all share 127.0.0.1: with an address each,
 # an srun inside a job listens on its node's address but is called back on 127.0.0.1, and hangs.

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slurm
 
 # what is wrong, keys of train, keys of the site, part of the answer
 CASES = [
-    ("batch", ["optim.batch=3"], [], "3 crops cannot be cut"),
+    ("batch", ["optim.batch=1"], [], "1 crops leave some of the 2 ranks without any"),
     ("store", ["store=/nowhere/store"], [], "/nowhere/store"),
     ("space", ["checkpoint.keep=1000000000"], [], "free there"),
     ("cache", ["distill={}", "cache=/nowhere/cache"], [], "/nowhere/cache"),
@@ -31,6 +31,9 @@ CASES = [
     ("GPUs", [], ["train.gpus_per_task=9"], "want 9 per node, main has 2"),
     ("memory of a node", [], ["train.memory_gb=100000"], "main has nodes of"),
     ("memory of a GPU", [], ["train.gpus_per_task=1", "gpu_memory_gb=0.001"], "a GPU here has 0.001 GB"),
+    ("GPUs by type", [], ["train.gpus_per_task=1", "gres=gpu:a100"], "1 GPUs of type a100 want 1 per node, main has 0"),
+    ("GPUs by number", [], ["train.gpus_per_task=2", "gres=gpu:pretended:1"], "asks for 1 GPUs per node, but 1 tasks"),
+    ("container", [], ["container=apptainer exec /nowhere/image.sif"], "/nowhere/image.sif does not exist"),
     ("feature", [], ["constraint=a100"], "no node of main has a100"),
     ("interface", [], ["interface=ib9"], "there is no ib9 here"),
     ("limit of jobs", [], ["max_jobs=0"], "max_jobs"),
