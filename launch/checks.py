@@ -15,6 +15,7 @@ from launch import accounts, array, forecast, jobs, slurm
 from launch.site import Resources, Site
 
 _UP = ("idle", "mixed", "allocated", "completing", "reserved", "planned")  # sinfo's states of nodes that take jobs
+_RANKED = ("precompute", "infer")  # verbs whose ranks share their work by MPI
 _START_SECONDS = 60  # [s] what a job needs before its first step: Python, torch, opening the store
 
 
@@ -44,6 +45,7 @@ def check(
         faults += [f"{verb}: {f}" for f in found]
         lines += [f"{verb}: {line}" for line in said]
         made.add(cfg.out.resolve())
+        faults += [f"{verb}: {f}" for f in tasks(verb, asked)]
         if on == "slurm":
             faults += [f"{verb}: {f}" for f in times(cfg, asked, site)]
     if on == "slurm":
@@ -70,6 +72,18 @@ def _container(site: Site) -> list[str]:
     """Faults of the image that the container's words name; what is not a path is of no concern here."""
     images = [w for w in shlex.split(site.container) if w.endswith((".sif", ".sqsh", ".img"))]
     return [f"cluster.container: {w} does not exist; give the image's path" for w in images if not Path(w).exists()]
+
+
+def tasks(verb: str, asked: Resources) -> list[str]:
+    """Faults of how many processes a verb is given, and of how they are to find each other."""
+    if asked.tasks == 1 or verb == "train":
+        return []
+    if verb not in _RANKED:
+        more = "; share volumes out with --array" if verb in array.VERBS else ""
+        return [f"nodes, tasks_per_node: {verb} runs in one process, {asked.tasks} would do the same{more}"]
+    if asked.mpi == "none":
+        return [f"mpi: {asked.tasks} processes of {verb} find each other by MPI; give pmi2 (MPICH) or pmix (Open MPI)"]
+    return []
 
 
 def times(cfg: Any, asked: Resources, site: Site) -> list[str]:

@@ -82,7 +82,7 @@ def _as_on_the_nodes(verb: str, cfg: Any, asked: Resources, site: Site) -> Any:
 def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[str]]:
     """Memory and time of a training. Raises nothing."""
     from hpc_neuro.models import cost
-    from hpc_neuro.train import engine_config, plan
+    from hpc_neuro.train import engine_config, footprint, plan
 
     ranks = asked.tasks
     each = -(-cfg.optim.batch // ranks)
@@ -90,8 +90,18 @@ def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[s
     half = asked.gpus_per_task > 0 and cfg.engine.dtype != "fp32"
     parts = cost.costs(cfg.student, cfg.crop.size, micro, 2 if half else 4)
     kept, parameters = sum(p.kept for p in parts), sum(p.parameters for p in parts)
-    averaged, bucket = parameters if cfg.ema.window > 0 else 0, engine_config.bucket(parameters)
-    stages = plan.stages(parameters, averaged, ranks, 2 if half else 4, kept, bucket, cfg.engine.offload_optimizer)
+    work = plan.Work(
+        parameters=parameters,
+        largest=0,
+        averaged=parameters if cfg.ema.window > 0 else 0,
+        ranks=ranks,
+        passes=-(-each // micro),
+        value_bytes=2 if half else 4,
+        bucket=engine_config.bucket(parameters),
+        offload=cfg.engine.offload_optimizer,
+        moments=[footprint.Moment(parameters, kept, 0)],  # all gradients at once: no run through the student
+    )
+    stages = plan.stages(work)
     need = stages[cfg.engine.stage].total
     faults = []
     line = f"about {human(need)} per rank ({human(kept)} kept for backward, {human(need - kept)} of weights, optimizer)"

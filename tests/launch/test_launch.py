@@ -211,6 +211,27 @@ def test_a_time_limit_that_leaves_no_time_is_a_fault(tmp_path: Path):
     assert checks.times(cfg, load_site(None, ["evaluate.minutes=4"]).evaluate, site) == []
 
 
+@pytest.mark.parametrize(
+    ("verb", "asked", "fault"),
+    [
+        ("train", Resources(nodes=2), ""),
+        ("prepare", Resources(), ""),
+        (
+            "prepare",
+            Resources(nodes=2),
+            "2 would do the same; share volumes out with --array",
+        ),
+        ("demo", Resources(tasks_per_node=3), "3 would do the same"),
+        ("infer", Resources(nodes=2), "2 processes of infer find each other by MPI"),
+        ("infer", Resources(nodes=2, mpi="pmi2"), ""),
+    ],
+)
+def test_who_may_have_several_processes(verb, asked, fault):
+    found = checks.tasks(verb, asked)
+    assert len(found) == bool(fault)
+    assert fault in "".join(found)
+
+
 def test_the_snapshot_says_what_it_is_a_copy_of(tmp_path: Path):
     copy = snapshot(tmp_path / "code")
     assert (copy / "hpc_neuro" / "runs.py").read_bytes() == Path(runs.__file__).read_bytes()
