@@ -84,6 +84,19 @@ def test_decoders_give_every_voxel_a_logit_and_every_parameter_a_gradient(
     assert not [name for name, p in parameters if p.grad is None or not p.grad.any()]
 
 
+@pytest.mark.parametrize("decoder", DECODERS[:2], ids=lambda d: d.kind)
+@pytest.mark.parametrize("level", [0, 1])
+def test_each_level_of_the_stem_enters_at_its_own_resolution(decoder: LightConfig | UnetrConfig, level: int) -> None:
+    """With nothing coming up from the next coarser level, a level is still read, and those below it are not."""
+    strides = level_strides((8, 16, 16))
+    net = decoder.build(10, 8, (8, 16, 16), strides, (3, 4, 5))
+    stem = [torch.randn(1, c, *n, requires_grad=True) for c, n in ((3, (8, 16, 16)), (4, (8, 8, 8)), (5, (4, 4, 4)))]
+    with torch.no_grad():
+        net.up[level].weight.zero_()
+    net(stem, {i: torch.randn(1, 10, 1, 1, 1) for i in net.layers}).square().sum().backward()
+    assert [bool(x.grad is not None and x.grad.any()) for x in stem] == [i <= level for i in range(3)]
+
+
 @pytest.mark.parametrize("decoder", DECODERS, ids=lambda d: d.kind)
 def test_an_untrained_decoder_predicts_a_rare_class(decoder: LightConfig | UnetrConfig | LinearConfig) -> None:
     torch.manual_seed(0)

@@ -59,6 +59,11 @@ def test_bfloat16_values_are_sampled_at_float32_positions() -> None:
         found = gather(ramp, given_, 0)
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), want, atol=0.03, rtol=0)
+    wave = (torch.arange(1000.0).remainder(8) - 4).abs().expand(1, 1, 1, 1, 1000).bfloat16()
+    steps, middle = torch.full((1, 508, 1, 1, 1), 0.3), torch.tensor([0, 0, 500]).view(3, 1, 1, 1)  # 38.1 voxels in all
+    torch.testing.assert_close(
+        gather(wave, steps, 0, middle).float(), gather(wave.float(), steps, 0, middle), atol=0.03, rtol=0
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(gather(ramp.float(), offsets, 0), want, rtol=0, atol=0)
         weight = torch.randn(2, 1, 3)
