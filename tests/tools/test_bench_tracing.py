@@ -1,0 +1,24 @@
+"""The benchmark of tracing runs every method that is there, and each finds the neurites."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tools import bench_tracing
+
+
+def test_methods_side_by_side(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_tracing", "--size", "96", "--neurites", "3", "--repeat", "1"])
+    bench_tracing.main()
+    lines = capsys.readouterr().out.splitlines()
+    facts = json.loads(lines[-1])
+    for name in ("hpc_neuro", "scikit-image"):
+        assert facts[name]["recall"] > 0.95
+        assert facts[name]["precision"] > 0.95
+        assert facts[name]["peak_bytes"] > 0
+    ratio = facts["hpc_neuro"]["peak_bytes"] / facts["scikit-image"]["peak_bytes"]
+    assert facts["peak_bytes_to_scikit-image"] == pytest.approx(ratio, rel=0.01)
+    assert ("kimimaro" in facts) != any("kimimaro: not installed" in line for line in lines)
