@@ -61,11 +61,15 @@ def test_a_fetched_folder_is_loaded_without_the_hub(
     assert teacher.identity == {"name": NAME, "sha256": digest}
 
 
-def test_fetching_again_changes_nothing_and_mends_a_changed_file(cached: None, tmp_path: Path) -> None:
+def test_fetching_again_changes_nothing_and_mends_a_changed_file(
+    cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetch(NAME, tmp_path / "t")
     file = tmp_path / "t" / "model.safetensors"
     stamp = file.stat().st_mtime_ns
-    assert "already holds" in fetch(NAME, tmp_path / "t")[0]
+    with monkeypatch.context() as network:
+        network.setattr(module, "_hub_file", lambda *a: pytest.fail("the hub was asked"))
+        assert "already holds" in fetch(NAME, tmp_path / "t")[0]
     assert file.stat().st_mtime_ns == stamp
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -129,24 +133,26 @@ def hub(weights: Path) -> Iterator[str]:
 def test_many_processes_download_once_and_offline_is_honoured(hub: str, tmp_path: Path) -> None:
     inherited = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     environment = {**inherited, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    load = (
-        "from hpc_neuro.models.teacher import TeacherConfig as C, load_teacher as l; "
-        f"print(l(C(model='{NAME}')).identity['sha256'])"
+    script = (
+        "import os; from hpc_neuro.models.teacher import TeacherConfig as C, load_teacher as l\n"
+        "for _ in range(3):\n"
+        f"    if os.fork() == 0: print(l(C(model='{NAME}')).identity['sha256'], flush=True); os._exit(0)\n"
+        "for _ in range(3): os.wait()"
     )
-    command = [sys.executable, "-c", load]
-    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    digests = {rank.communicate(timeout=200)[0].strip() for rank in ranks}
-    assert digests == {hashlib.sha256(Hub.content).hexdigest()}
+    said = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True, timeout=200).split()
+    assert said == 3 * [hashlib.sha256(Hub.content).hexdigest()]
     assert len([path for path in Hub.gets if path.endswith(".safetensors")]) == 1
-    fetch_it = [sys.executable, "-m", "hpc_neuro", "fetch-teacher"]
-    offline = {**environment, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([*fetch_it, NAME, f"out={tmp_path / 't'}"], env=offline, check=True, timeout=100)
-    bare = {**offline, "HF_HOME": str(tmp_path / "none")}
-    ended = subprocess.run(
-        [*fetch_it, NAME, f"out={tmp_path / 'u'}"], env=bare, check=False, timeout=100, capture_output=True, text=True
+    script = (
+        "from hpc_neuro.__main__ import main\n"
+        f"assert main(['fetch-teacher', '{NAME}', 'out={tmp_path / 't'}']) == 0\n"
+        f"assert main(['fetch-teacher', 'vit_small_patch16_224.dino', 'out={tmp_path / 'u'}']) == 2"
     )
-    assert ended.returncode == 2
+    offline = {**environment, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=offline, check=True, capture_output=True, text=True, timeout=100
+    )
     assert "HF_HUB_OFFLINE is set" in ended.stderr
+    assert (tmp_path / "t" / "teacher.json").exists()
     assert not (tmp_path / "u").exists()
 
 

@@ -38,17 +38,25 @@ def weights_of(path: Path, name: str) -> tuple[Path, str | None]:
     return path / str(note["file"]), str(note["sha256"])
 
 
+def held(out: Path, name: str) -> list[str]:
+    """A line for people when the folder `out` already holds the teacher, unchanged; nothing when it is to be fetched.
+
+    Raises InputError when `out` is there and is something else.
+    """
+    if not out.exists():
+        return []
+    file, wanted = weights_of(out, name) if (out / NOTE).exists() else (out, None)
+    if wanted is None:
+        raise InputError(f"{out} is there and holds no fetched teacher; give another out=FOLDER")
+    sound = file.exists() and files.sha256(file) == wanted
+    return [f"{out} already holds {name}, sha256 {wanted}"] if sound else []
+
+
 def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[str]:
     """Copy weights into the folder `out`, which appears whole or not at all; returns lines for people.
 
-    card: timm's description of the weights. Raises InputError when `out` is there and is something else.
+    card: timm's description of the weights.
     """
-    if out.exists():
-        file, wanted = weights_of(out, name) if (out / NOTE).exists() else (out, None)
-        if wanted is None:
-            raise InputError(f"{out} is there and holds no fetched teacher; give another out=FOLDER")
-        if file.exists() and files.sha256(file) == wanted:
-            return [f"{out} already holds {name}, sha256 {wanted}"]
     digest, licence = files.sha256(source), str(card.get("license") or "not stated by timm")
     origin = str(card.get("hf_hub_id") or card.get("url") or "not stated by timm")
     files.require_space(out.parent, source.stat().st_size, f"the teacher {name}")

@@ -143,8 +143,13 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
 
 
 def fetch(name: str, out: Path) -> list[str]:
-    """Put the weights of a timm ViT, tried on the model, into the folder `out`; lines for people. Raises InputError."""
+    """Put the weights of a timm ViT, tried on the model, into the folder `out`; lines for people. Raises InputError.
+
+    Where they are already there, the hub is not asked.
+    """
     vit = _create(name)
+    if already := fetched.held(out, name):
+        return already
     path = _hub_file(name, vit.pretrained_cfg)
     _fill(vit, path)
     return fetched.keep(out, name, path, vit.pretrained_cfg)

@@ -16,6 +16,7 @@ from typing import Any
 
 from hpc_neuro import distributed, files
 from hpc_neuro.data import feature_cache as cache
+from hpc_neuro.data.orientation import parse
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.precompute.build import batch_size, look
@@ -24,6 +25,7 @@ from hpc_neuro.precompute.slices import jobs, pixels, plan
 from hpc_neuro.schema import InputError
 
 _HEADER = 8192  # bytes of a shard besides its features and their index
+_FILES = 16  # besides the shards
 _MARGIN = 0.99  # share of the free space that may be used
 
 
@@ -107,6 +109,12 @@ def space(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: Sequence[
     rest, folder = needed(cfg, todo, teacher.dim), cfg.out
     while not folder.exists():
         folder = folder.parent
+    count = os.statvfs(folder)
+    if count.f_files and len(todo) + _FILES > count.f_favail:  # 0: a file system that does not count
+        raise InputError(
+            f"the feature cache needs {len(todo)} files in {cfg.out}, but only {count.f_favail} more can be made "
+            f"there; remove some, choose another `out`, or put more slices into each with slab={2 * cfg.slab}"
+        )
     free = shutil.disk_usage(folder).free
     granted = rest <= _MARGIN * free and _granted(folder, rest)
     if granted is False:
@@ -162,7 +170,8 @@ def alternatives(cfg: PrecomputeConfig, store: Store, patch: int, dim: int, room
 def _milder(cfg: PrecomputeConfig, dim: int) -> Iterator[tuple[str, list[Any]]]:
     """Knobs, with settings that take less and less."""
     views = [v for n in range(len(cfg.views) - 1, 0, -1) for v in itertools.combinations(cfg.views, n)]
-    yield "views", views
+    turned = any(parse(name).swap for name in cfg.augment_views)
+    yield "views", [v for v in views if not turned or ("y" in v) == ("x" in v)]
     yield "augment_views", [cfg.augment_views[:n] for n in range(len(cfg.augment_views) - 1, -1, -1)]
     yield "stride_v", [cfg.stride_v * n for n in (2, 3, 4, 6, 8, 12, 16)]
     yield "layers", [cfg.layers[-n:] for n in range(len(cfg.layers) - 1, 0, -1)]

@@ -78,6 +78,8 @@ def run(cfg: PrecomputeConfig) -> int:
     todo = work.missing(cfg)
     if comm is not None:
         todo = comm.bcast(todo)  # ranks that start late would miss what the early ones already made
+    # before anything is written, so that a milder config may use the same folder
+    space = _together(lambda: estimate.space(cfg, work.store, work.teacher, todo) if main else "", comm)
     inputs = {f"volume {k}": d for k, d in work.digests.items()}
     with contextlib.ExitStack() as stack:
         start = runs.start("precompute", cfg, cfg.out, inputs, may_change=_MAY_CHANGE, main=main, whole=not todo)
@@ -86,7 +88,6 @@ def run(cfg: PrecomputeConfig) -> int:
             return 0
         stack.enter_context(Heartbeat(cfg.out / ".ranks.part", comm, cfg.silence))
         begun = time.monotonic()
-        space = _together(lambda: estimate.space(cfg, work.store, work.teacher, todo) if main else "", comm)
         mine = _together(lambda: estimate.probe(cfg, work.store, work.teacher, todo), comm)
         seconds = [mine] if comm is None else comm.allgather(mine)
         _together(lambda: _prepare(cfg, work, todo, space, seconds) if main else None, comm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -41,13 +42,13 @@ def test_the_lines_say_shapes_bytes_files_space_and_time(configure: Configure, t
 def test_what_is_refused_says_for_every_knob_what_would_fit(
     configure: Configure, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = configure(tmp_path / "c", "augment_views=[flip_y,flip_x]")
+    cfg = configure(tmp_path / "c", "augment_views=[flip_y,rot90]")
     size = estimate.needed(cfg, estimate.planned(cfg, Store(store), 16), 192)
     free = int(size * 0.75)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(size, size - free, free))
     with pytest.raises(InputError, match=r"needs .* but only .* are free there; make room") as refusal:
         precompute.run(cfg)
-    assert not (tmp_path / "c").exists() or not list((tmp_path / "c").glob("*.h5"))
+    assert not (tmp_path / "c").exists()  # so that the milder config can have it
     text = str(refusal.value)
     proposals = [line.split()[0] for line in text.splitlines() if "would fit" in line]
     assert {p.partition("=")[0] for p in proposals} >= {"views", "augment_views", "stride_v", "pca"}
@@ -60,7 +61,16 @@ def test_what_is_refused_says_for_every_knob_what_would_fit(
 
 def _typed(cfg: precompute.PrecomputeConfig, key: str, value: str) -> list[str]:
     keys = {"store": cfg.store, "out": cfg.out, "teacher.model": "random", "stride_v": 8, "slab": 2, "layers": "[3,-1]"}
-    return [f"{k}={v}" for k, v in {**keys, "augment_views": "[flip_y,flip_x]", key: value}.items()]
+    return [f"{k}={v}" for k, v in {**keys, "augment_views": "[flip_y,rot90]", key: value}.items()]
+
+
+def test_too_many_files_are_refused(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.statvfs(tmp_path)
+    few = os.statvfs_result((*real[:7], 30, *real[8:]))  # f_favail; 20 shards are to be made
+    monkeypatch.setattr(os, "statvfs", lambda path: few)
+    with pytest.raises(InputError, match=r"needs 20 files .* only 30 more can be made there; .* slab=4"):
+        precompute.run(configure(tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_quota_is_asked_too(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
