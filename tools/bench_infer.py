@@ -2,11 +2,11 @@
 
     python -m tools.bench_infer monai    [--model FOLDER] [--shape 32 192 192] [--overlap 0.5]
     python -m tools.bench_infer memory   [--model FOLDER]
-    python -m tools.bench_infer sparse   [--model FOLDER] [--occupied 0.01]
+    python -m tools.bench_infer sparse   [--model FOLDER | --stand-in] [--occupied 0.01]
     python -m tools.bench_infer overlap  --model FOLDER --store STORE --volume ID
 
-Without --model a small untrained student is used; in `sparse` without --model a stand-in takes the student's place that
-gives the image back as its probability, so that the engine itself is timed. Last line: JSON with ratios and peaks.
+Without --model a small untrained student is used. In `sparse --stand-in` one takes the student's place that gives the
+image back as its probability, so that the engine itself is timed. Last line: JSON with ratios and peaks.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def main() -> None:
     ask.add_argument("--shape", type=int, nargs=3, default=(32, 192, 192))
     ask.add_argument("--overlap", type=float, default=0.5)
     ask.add_argument("--occupied", type=float, default=0.01)
+    ask.add_argument("--stand-in", action="store_true")
     ask.add_argument("--store", type=Path)
     ask.add_argument("--volume")
     args = ask.parse_args()
@@ -134,13 +135,14 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
 
 def sparse(args: argparse.Namespace) -> dict[str, Any]:
     """A brain of 2048 x 4096 x 4096 voxels, made up as it is read, of whose blocks few hold a neurite."""
-    if args.model:
+    predict: Predict = _stand_in
+    if args.stand_in:
+        plan = Plan((16, 64, 64), 0.5, (8, 16, 16), (128, 512, 512), (32, 64, 64))
+        who = "a stand-in for the student (the image itself)"
+    else:
         student, window = _student(args.model)
         plan = Plan(window, 0.25, student.patch, (128, 512, 512), (32, 64, 64))
-        predict, who = _by(student, plan), f"the student of {args.model}"
-    else:
-        plan = Plan((16, 64, 64), 0.5, (8, 16, 16), (128, 512, 512), (32, 64, 64))
-        predict, who = _stand_in, "a stand-in for the student (the image itself)"
+        predict, who = _by(student, plan), f"the student of {args.model}" if args.model else "a small untrained student"
     blocks = plan.blocks(_BRAIN)
     draw = np.random.default_rng(0)
     chosen = draw.choice(len(blocks), max(round(args.occupied * len(blocks)), 1), replace=False)
@@ -158,19 +160,23 @@ def sparse(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         touched = {b.index for b in blocks if any(t.clipped(b.read).size for t in tubes)}
         work = _work(_BRAIN, read, predict, plan, Path(folder), lambda block: block.index in touched)
-        predict_blocks(work, blocks, Meter("brain", sum(map(plan.cost, blocks))))
+        meter = Meter("brain", sum(map(plan.cost, blocks)))
+        predict_blocks(work, blocks, meter)
         marks = list(work.marks.all(blocks))
         written = sum(p.stat().st_size for p in work.folder.rglob("*") if p.is_file())
         lit = sum(m.foreground for m in marks)
     seconds = time.perf_counter() - begun
     skipped = sum(m.skipped is not None for m in marks)
-    print(f"{who}: {len(blocks)} blocks, {skipped} skipped ({skipped / len(blocks):.1%}), {seconds:.0f} s")
+    rate = Box.whole(_BRAIN).size / seconds
+    print(f"{who}: {len(blocks)} blocks of {plan.write}, {skipped} skipped ({skipped / len(blocks):.1%})")
+    print(f"{meter.done} windows in {seconds:.0f} s, {meter.done / seconds:.0f} windows/s, {rate / 1e6:.0f} M voxels/s")
     return {
         "student": who,
         "blocks": len(blocks),
         "skipped_share": round(skipped / len(blocks), 4),
         "seconds": round(seconds, 1),
-        "voxels_per_s": round(Box.whole(_BRAIN).size / seconds),
+        "windows": meter.done,
+        "voxels_per_s": round(rate),
         "foreground": lit,
         "bytes_on_disk": written,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

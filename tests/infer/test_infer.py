@@ -26,18 +26,21 @@ from hpc_neuro.schema import ConfigError, InputError
 from tests.infer.small import WINDOW, command, configure, probability
 
 
-@pytest.mark.parametrize("block", [(8, 32, 32), (8, 64, 32), (64, 64, 64)])
-def test_blocks_do_not_show(model: Path, store: Path, block: Shape) -> None:
+@pytest.mark.parametrize(
+    ("block", "overlap"),
+    [((8, 32, 32), 0.5), ((8, 64, 32), 0.5), ((64, 64, 64), 0.5), ((8, 32, 32), 0.0), ((8, 48, 32), 0.25)],
+)
+def test_blocks_do_not_show(model: Path, store: Path, block: Shape, overlap: float) -> None:
     """The blocked float probability is the whole volume's."""
     student, _ = load_student(model / "weights" / "best")
     volume = Store(store)["a"]
-    plan = Plan(WINDOW, 0.5, student.patch, block, (4, 16, 16))
+    plan = Plan(WINDOW, overlap, student.patch, block, (4, 16, 16))
     image = volume.normalised(Box.whole(volume.shape))
-    whole = sliding_window.predict(student, image, WINDOW)
+    whole = sliding_window.predict(student, image, WINDOW, overlap)
     parts = np.zeros_like(whole)
     for b in plan.blocks(volume.shape):
         inner = b.write.relative_to(b.read.start).slices
-        parts[b.write.slices] = sliding_window.predict(student, image[b.read.slices], WINDOW)[inner]
+        parts[b.write.slices] = sliding_window.predict(student, image[b.read.slices], WINDOW, overlap)[inner]
     np.testing.assert_allclose(parts, whole, atol=1e-4)
     assert whole.std() > 1e-4  # not a constant
 
