@@ -90,7 +90,7 @@ def build(cfg: precompute.PrecomputeConfig) -> dict[str, float]:
     bare = timed(lambda: [look(teacher, b, [teacher.depth - 1])() for b in seen])
     whole = timed(lambda: precompute.run(cfg))
     made = json.loads((cfg.out / "run.json").read_text())["summary"]["seconds"]  # with its forecast, not its start
-    return {"bare_s": round(bare, 2), "build_s": made, "with_start_s": round(whole, 2), "ratio": round(bare / made, 3)}
+    return {"bare_s": round(bare, 3), "build_s": made, "with_start_s": round(whole, 3), "ratio": round(bare / made, 3)}
 
 
 def reads(cfg: precompute.PrecomputeConfig, crop: Sequence[int]) -> dict[str, Any]:

@@ -68,13 +68,15 @@ def build(
 def look(teacher: Teacher, seen: NDArray[np.float32], layers: list[int], how: str = "") -> Values:
     """Start the teacher on slices [s, H, W] in [0, 1], laid as `how` says -> a call that waits for [s, L, h, w, D].
 
-    The maps lie as the volume stands. Autocast to bf16 on a GPU, whose copy back runs beside the next forward.
+    The maps lie as the volume stands. Autocast on a GPU (bf16, or fp16 where it has none), whose copy back runs beside
+    the next forward.
     """
     device = distributed.device()
+    half = torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
     images = torch.from_numpy(seen)
     if device.type == "cuda":
         images = images.pin_memory().to(device, non_blocking=True)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.inference_mode(), torch.autocast(device.type, half, enabled=device.type == "cuda"):
         maps = teacher.features(laid(images, how), layers).movedim(-1, 0)  # [D, L, s, h, w]
         maps = laid_back(maps, how).permute(2, 1, 3, 4, 0).half().contiguous()  # [s, L, h, w, D]
     if device.type != "cuda":

@@ -95,7 +95,7 @@ def run(cfg: PrecomputeConfig) -> int:
         _together(lambda: _share(cfg, work, todo, comm, main, *coded), comm)
         _together(lambda: _finish(cfg, work) if main else None, comm)
         if main:
-            summary = {"shards": len(work.units), "seconds": round(time.monotonic() - begun, 1)}
+            summary = {"shards": len(work.units), "seconds": round(time.monotonic() - begun, 3)}
             this.finish(summary, outputs=[cfg.out / cache.MANIFEST])
             size = sum((cfg.out / u.name).stat().st_size for u in work.units)
             log.info("wrote %d shards, %s, to %s", len(work.units), files.human(size), cfg.out)
