@@ -153,7 +153,11 @@ def close_earlier(folder: Path, out: Path, key: str) -> bool:
         notes = [files.read_json(file, "written by a rank") for file in path.parent.glob("rank_*.json")]
         said = {str(note["words"][0]) for note in notes if note["words"]}
         reason = _why_put_back(said) if said & {WARNING, "SIGTERM"} else "node failure or kill: no word was left"
-        _record(folder, out, path.parent.name, reason, RESUMABLE, True)
+        job = path.parent.name.rpartition(".")[0]
+        back = job == key.rpartition(".")[0]
+        if not back and not job.startswith("local-") and show(job).get("JobState", "").startswith("CANCELLED"):
+            reason = "cancelled"  # and sent again by hand
+        _record(folder, out, path.parent.name, reason, RESUMABLE, back)
     return bool(unfinished)
 
 

@@ -113,6 +113,20 @@ def test_the_next_start_reads_why_the_last_one_stopped(tmp_path: Path, words: li
     assert reason in end["reason"]
 
 
+def test_a_job_that_was_cancelled_and_sent_again_by_hand_was_not_put_back(tmp_path: Path, monkeypatch):
+    states = {"7": {"JobState": "CANCELLED"}, "8": {}}
+    monkeypatch.setattr(ending, "show", states.__getitem__)  # what scontrol says
+    for key in ("7.0", "8.0"):
+        files.write_json(tmp_path / "starts" / key / "start.json", {})
+        ending.note_rank(tmp_path / "starts" / key, place(0), -15, ["SIGTERM"])
+    ending.close_earlier(tmp_path, tmp_path / "out", "9.0")
+    ends = {end["start"]: end for end in files.read_json(tmp_path / ending.ENDS, "")}
+    assert ends["7.0"]["reason"] == "cancelled"
+    assert "preemption" in ends["8.0"]["reason"]
+    assert not ends["7.0"]["put_back"]
+    assert not ends["8.0"]["put_back"]
+
+
 def test_places_of_srun_and_of_the_local_controller():
     srun = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
     assert (Place.here(srun).rank, Place.here(srun).key) == (3, "7.0")
