@@ -6,10 +6,11 @@
 `signals` trains once undisturbed, then again and again sends a signal at a random moment and starts the run anew, until
 that many are sent; a run that has come to its end is compared and begun from nothing. A start is one of
 
-    ask       SIGTERM, SIGUSR1 or SIGUSR2 to a random rank: all must save and exit with 75, at most one step lost
+    ask       SIGTERM, SIGUSR1, SIGUSR2 one to four times to random ranks, the later ones while they stop and save: all
+              must save and exit with 75, at most one step lost
     kill      SIGKILL to a random rank: the others must end by themselves
     saving    SIGKILL to a random rank, a few milliseconds after a checkpoint began to be written
-    reader    any of these to a random process that reads crops: the run goes on; then as `ask`
+    reader    two to four times any of these to random processes that read crops: the run goes on; then as `ask`
 
 and after each one every checkpoint must be complete and finite to the last number, and every row of metrics.jsonl
 whole. Starts are forked from this process, which has imported everything, so that signals meet the run and not its
@@ -21,6 +22,7 @@ of a small run. The last line is one JSON object; exit code 1 when something is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -158,28 +160,35 @@ def until(ranks: list[Rank], seconds: float, reached: Callable[[], bool]) -> boo
 
 
 def hit(way: str, ranks: list[Rank], out: Path, draw: random.Random, moment: float) -> list[str]:
-    """Send what a way asks for, at its moment; the names of what was sent, in order."""
+    """Send what a way asks for, at its moments; the names of what was sent, in order."""
     sent: list[str] = []
 
     def send(pid: int, number: int, whose: str) -> None:
-        os.kill(pid, number)
-        sent.append(f"{signal.Signals(number).name} {whose}")
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
+            sent.append(f"{signal.Signals(number).name} {whose}")
 
     target = draw.choice(ranks)
     if way == "saving":
         until(ranks, 60, lambda: any((out / "checkpoints").glob(".step_*[0-9].part")))
         time.sleep(draw.uniform(0, 0.02))
     elif way == "reader":
-        until(ranks, 60, lambda: bool(target.readers()))
-        for _ in range(2):
-            time.sleep(draw.uniform(0, moment / 2))
+        for _ in range(draw.randint(2, 4)):
+            until(ranks, 60, lambda: bool(target.readers()))
+            time.sleep(draw.uniform(0, moment / 4))
             if readers := target.readers():
                 send(draw.choice(readers), draw.choice([*ASKED, signal.SIGKILL]), "reader")
-        time.sleep(draw.uniform(0, moment / 2))
     else:
         until(ranks, draw.uniform(0, moment), lambda: False)
-    if target.code() is None:
-        send(target.pid, signal.SIGKILL if way in ("kill", "saving") else draw.choice(ASKED), "rank")
+    if way in ("kill", "saving"):
+        if target.code() is None:
+            send(target.pid, signal.SIGKILL, "rank")
+        return sent
+    for turn in range(draw.randint(1, 4)):
+        until(ranks, draw.uniform(0, 0.5) if turn else 0, lambda: False)
+        target = draw.choice(ranks)
+        if target.code() is None:
+            send(target.pid, draw.choice(ASKED), "rank")
     return sent
 
 

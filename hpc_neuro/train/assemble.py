@@ -20,11 +20,11 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.geometry import Box
 from hpc_neuro.losses import Distiller
 from hpc_neuro.models import cost, inflate
-from hpc_neuro.models.student import Student, build_student
+from hpc_neuro.models.student import Student, blank_student, build_student
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.schema import InputError
-from hpc_neuro.train import engine, engine_config, plan
+from hpc_neuro.train import engine, engine_config, footprint, plan
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.types import Batch
 
@@ -89,8 +89,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
         raise InputError(f"{cfg.store} has no volume in its `train` split; prepare it again with some")
     teacher = load_teacher(cfg.teacher) if cfg.distill or cfg.transfer.rule != "scratch" else None
     cache = _cache(cfg, store, train, teacher)
-    with torch.device("meta"):
-        blank = build_student(cfg.student)
+    blank = blank_student(cfg.student)
     lines: tuple[str, ...] = ("transfer: none, the student starts from random weights",)
     values: dict[str, Tensor] = {}
     kept = frozenset[str]()
@@ -164,9 +163,8 @@ def _inputs(cfg: TrainConfig, store: Store, teacher: Teacher | None) -> dict[str
     return found
 
 
-def lines(cfg: TrainConfig, parts: Parts, planned: int | None = None) -> Iterator[str]:
-    """What the run needs and does, on `planned` ranks or those there are. Raises InputError when the disk is full."""
-    ranks = planned or distributed.world_size()
+def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
+    """What the run needs and does on so many ranks. Raises InputError when the disk is full."""
     student = sum(p.numel() for p in parts.blank.student.parameters())
     every = sum(p.numel() for p in parts.blank.parameters())
     train, held = parts.store.split("train"), parts.store.split("val")
@@ -187,19 +185,32 @@ def lines(cfg: TrainConfig, parts: Parts, planned: int | None = None) -> Iterato
         f"{cfg.optim.steps} steps of {cfg.optim.batch} crops of {list(cfg.crop.size)} voxels ({tokens} tokens): "
         f"{ranks} rank(s) x {parts.micro} crops x {parts.passes} pass(es)"
     )
-    yield from cost.summary(cfg.student, cfg.crop.size, parts.micro, parts.dtype.itemsize)
-    kept = sum(part.kept for part in cost.costs(cfg.student, cfg.crop.size, parts.micro, parts.dtype.itemsize))
     per_crop, crop_operations = plan.operations(cfg.student, cfg.crop.size)
     yield (
         f"a step: {per_crop * cfg.optim.batch} tokens, {crop_operations * cfg.optim.batch / 1e12:.3g} TFLOP of the "
         f"student over {ranks} rank(s), recomputation not counted"
     )
-    averaged = student if cfg.ema.window > 0 else 0
-    bucket = engine_config.bucket(every)
-    memory = plan.stages(every, averaged, ranks, parts.dtype.itemsize, kept, bucket, cfg.engine.offload_optimizer)
-    yield from plan.lines(memory, 1e9 * cfg.plan.memory if planned else None)
     # master weights, two Adam moments, the average; the same for every stage and number of ranks
     state = 4 * (3 * every + student * (cfg.ema.window > 0))
     needed = state * (cfg.checkpoint.keep + 2) + 2 * 4 * student
     files.require_space(cfg.out, needed, "training")
     yield f"disk: {files.human(needed)} at most ({files.human(state)} per checkpoint)"
+
+
+def memory(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
+    """What it computes and holds, by part of the student and by ZeRO stage; takes some seconds to find out."""
+    value_bytes = parts.dtype.itemsize
+    yield from cost.summary(cfg.student, cfg.crop.size, parts.micro, value_bytes)
+    sizes = {name: p.numel() for name, p in parts.blank.named_parameters()}
+    work = plan.Work(
+        parameters=sum(sizes.values()),
+        largest=max(sizes.values()),
+        averaged=sum(n for name, n in sizes.items() if name.startswith("student.")) if cfg.ema.window > 0 else 0,
+        ranks=ranks,
+        passes=parts.passes,
+        value_bytes=value_bytes,
+        bucket=engine_config.bucket(sum(sizes.values())),
+        offload=cfg.engine.offload_optimizer,
+        moments=footprint.moments(cfg.student, cfg.losses, cfg.crop.size, parts.micro, parts.dtype),
+    )
+    yield from plan.lines(plan.stages(work), 1e9 * cfg.plan.memory if cfg.plan.ranks else None)

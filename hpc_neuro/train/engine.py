@@ -225,6 +225,7 @@ def _built_sharded(
     exact: dict[str, tuple[int, Tensor]] = {}
     with deepspeed.zero.Init(config_dict_or_path=settings, tensor_overrides=set()):
         module = make()
+    parameter: Any  # with what DeepSpeed adds to it
     for name, parameter in module.named_parameters():
         if name in values:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):

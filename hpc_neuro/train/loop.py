@@ -21,7 +21,7 @@ from hpc_neuro.data.augment import augment
 from hpc_neuro.data.dataset import batches
 from hpc_neuro.data.feature_cache import record_use
 from hpc_neuro.losses import weighted_sum
-from hpc_neuro.train.assemble import assemble, lines
+from hpc_neuro.train.assemble import assemble, lines, memory
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.ema import decay_at
 from hpc_neuro.train.engine import join_group
@@ -40,7 +40,8 @@ _MAY_CHANGE = (
 
 def forecast(cfg: TrainConfig) -> list[str]:
     """Check all that the run needs; what it will do and take, in lines. Writes nothing."""
-    return list(lines(cfg, assemble(cfg, cfg.plan.ranks), cfg.plan.ranks))
+    parts, ranks = assemble(cfg, cfg.plan.ranks), cfg.plan.ranks or distributed.world_size()
+    return [*lines(cfg, parts, ranks), *memory(cfg, parts, ranks)]
 
 
 def run(cfg: TrainConfig) -> int:
@@ -50,7 +51,7 @@ def run(cfg: TrainConfig) -> int:
     """
     with Preemption(cfg.checkpoint.margin, cfg.checkpoint.walltime) as preemption:
         parts = assemble(cfg)
-        needs = list(lines(cfg, parts))
+        needs = list(lines(cfg, parts, distributed.world_size()))
         with runs.start("train", cfg, cfg.out, parts.inputs, may_change=_MAY_CHANGE) as this:
             if this.complete:
                 return 0

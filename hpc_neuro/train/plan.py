@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +15,31 @@ from hpc_neuro.geometry import Shape
 from hpc_neuro.models import cost
 from hpc_neuro.models.student import StudentConfig
 from hpc_neuro.schema import config
+from hpc_neuro.train.footprint import Moment
 from hpc_neuro.train.ledger import Held, ideal
 
-# Dense bf16 operations per second, from the makers' data sheets. The first name that a device's name contains counts.
+# Dense operations per second in bf16 with float32 sums (V100, which has no bf16: fp16), from the makers' data sheets.
+# The first that a device's name contains counts.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "GH200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
+    "A30": 165e12,
+    "V100": 125e12,
     "L40S": 362e12,
-    "RTX A6000": 155e12,
-    "A40": 150e12,
+    "L40": 181e12,
+    "RTX A6000": 154.8e12,
+    "A40": 149.7e12,
     "A10": 125e12,
     "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
 }
+_REDUCED = 500_000_000  # elements that DeepSpeed reduces at once at stage 0
 _FREE = 0.92  # of a GPU's memory; the driver, NCCL and what the allocator cannot use take the rest
 
 
@@ -50,13 +61,28 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a step needs that no stage changes, and how it is spread."""
+
+    parameters: int  # that are trained
+    largest: int  # elements of the largest of them
+    averaged: int  # parameters with a running average
+    ranks: int
+    passes: int  # per step
+    value_bytes: int  # of a weight in use
+    bucket: int  # elements reduced or gathered at once
+    offload: bool  # of the optimizer
+    moments: Sequence[Moment]  # of a pass on one rank
+
+
+@dataclass(frozen=True)
 class Stage:
-    """[bytes] on one rank at one ZeRO stage."""
+    """[bytes] on one rank at one ZeRO stage, at the moment of a step at which it holds most."""
 
     stage: int
     held: Held
     average: int  # the running average of the weights
-    buffers: int  # of communication, and parameters gathered for the layers at work
+    buffers: int  # of communication, parameters gathered for the layers at work, temporaries of Adam
     activations: int
 
     @property
@@ -65,25 +91,52 @@ class Stage:
         return self.held.total + self.average + self.buffers + self.activations
 
 
-def stages(
-    parameters: int, averaged: int, ranks: int, value_bytes: int, activations: int, bucket: int, offload: bool
-) -> list[Stage]:
-    """Memory by stage. averaged: parameters with a running average; bucket: elements reduced or gathered at once."""
+def stages(work: Work) -> list[Stage]:
+    """Memory by stage."""
     found = []
     for stage in range(4):
-        held, average = ideal(parameters, ranks, stage, value_bytes), 4 * averaged // (ranks if stage else 1)
-        if offload and stage:
-            held, average = Held(held.parameters, held.gradients, 0), 0
-        live = parameters // 4 if stage == 3 else 0
-        buffers = value_bytes * (live + (2 * bucket if stage and ranks > 1 else 0))
+        even = ideal(work.parameters, work.ranks, stage, work.value_bytes)
+        spared = work.offload and stage > 0
+        average = 0 if spared else 4 * work.averaged // (work.ranks if stage else 1)
+        optimizer = 0 if spared else even.optimizer
+        gradients, buffers, activations = max(_holdings(stage, work, spared), key=sum)
+        held = Held(even.parameters, gradients, optimizer)
         found.append(Stage(stage, held, average, buffers, activations))
     return found
+
+
+def _holdings(stage: int, work: Work, spared: bool) -> Iterator[tuple[int, int, int]]:
+    """[bytes] of (gradients, buffers, activations) through the last pass of a step and the step itself.
+
+    As DeepSpeed 0.19 does it. From stage 1 on, gradients are gathered in a bucket; stages 2 and 3 empty it when it is
+    full, by one and by two copies of what is in it. Stage 0 reduces in the end, by one copy of all. The step of a
+    shared optimizer makes its gradients float32; Adam takes two temporaries.
+    """
+    n, value = work.parameters, work.value_bytes
+    part = -(-n // work.ranks)
+    bucket = work.bucket if stage else 0
+    live = min(n, max(n // 4, 1 << 20)) if stage == 3 else 0  # see stage3_max_live_parameters
+    ready = filled = emptied = 0
+    for index, moment in enumerate(work.moments):
+        whole = n if work.passes > 1 else ready
+        kept = (whole, whole, part if work.passes > 1 else emptied // work.ranks, part)[stage]
+        yield value * kept, value * (bucket + live), moment.most
+        ready, filled = ready + moment.numel, filled + moment.numel
+        if stage >= 2 and (filled >= bucket or index + 1 == len(work.moments)):
+            yield value * kept, value * (bucket + live + (stage - 1) * min(filled, bucket)), moment.now
+            emptied, filled = emptied + filled, 0
+    if stage == 0:
+        yield value * n, value * min(n, _REDUCED) * (work.ranks > 1), 0
+        yield value * n, (4 * n if value < 4 else 0) + 2 * 4 * work.largest, 0
+    elif not spared:
+        yield (4 + value) * part, 2 * 4 * part + (value * bucket if stage == 3 else 0), 0
 
 
 def lines(rows: list[Stage], memory: float | None) -> Iterator[str]:
     """A table for people; memory: [bytes] of a GPU, None where there is none to fit into."""
     kinds = ("parameters", "gradients", "optimizer", "average", "buffers", "activations", "total")
-    yield "memory per rank  " + "".join(f"{kind:>13}" for kind in kinds)
+    yield "memory per rank at its most, in a step:"
+    yield "                 " + "".join(f"{kind:>13}" for kind in kinds)
     for row in rows:
         values = [*vars(row.held).values(), row.average, row.buffers, row.activations, row.total]
         fits = "" if memory is None else "   fits" if row.total < _FREE * memory else "   does not fit"
@@ -105,8 +158,11 @@ def operations(student: StudentConfig, crop: Shape) -> tuple[int, float]:
 
 
 def peak(device: torch.device) -> float | None:
-    """Operations per second that a GPU can do in bf16; None for one that is not in the list, and for a CPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((value for key, value in PEAKS.items() if key in name), None)
+    """Operations per second that a device can do in bf16; None for one that is not in the list, and for a CPU."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    """The entry of PEAKS that a device's name means: whole words of it, as an A4000 is no A40; laptops have less."""
+    held = (value for key, value in PEAKS.items() if re.search(rf"\b{key}\b", name))
+    return None if "Laptop" in name else next(held, None)

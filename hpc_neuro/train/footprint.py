@@ -1,0 +1,92 @@
+"""What a pass holds, moment by moment: followed through a forward and a backward that compute nothing.
+
+Tensors are counted between operations, each storage once. What an operation needs inside (workspaces of convolutions)
+and what an allocator wastes are not in it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hpc_neuro.geometry import Shape
+from hpc_neuro.losses import Loss, weighted_sum
+from hpc_neuro.models.student import StudentConfig, build_student
+from hpc_neuro.types import Batch, Prediction
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are made while it is entered, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._seen: dict[int, int] = {}  # storage -> bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One operation."""
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self._note(leaf.untyped_storage())
+        return found
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            weakref.finalize(storage, self._gone, key)
+        self.now += size - self._seen.get(key, 0)  # a storage may grow
+        self._seen[key] = size
+        self.most = max(self.most, self.now)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._seen.pop(key)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The gradient of a parameter has come out of a backward."""
+
+    numel: int  # of the parameter
+    most: int  # [bytes] held for the pass since the moment before: gradients and weights not counted
+    now: int
+
+
+def moments(
+    cfg: StudentConfig, losses: Sequence[Loss], crop: Shape, crops: int, dtype: torch.dtype
+) -> tuple[Moment, ...]:
+    """One pass of so many crops through a student and its losses, in the order in which gradients are ready."""
+    with torch.device("meta"):
+        student: Any = build_student(cfg).to(dtype).train()
+    found: list[Moment] = []
+    with FakeTensorMode(), Alive() as alive:
+        # its attention is then the fused one, as on every device; on meta it would be the one that keeps all scores
+        student._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        weights = alive.now
+        for parameter in student.parameters():
+            parameter.register_post_accumulate_grad_hook(_noting(found, alive, weights))
+        image = torch.empty(crops, 1, *crop)
+        mask, index = torch.empty(image.shape, dtype=torch.uint8), torch.empty(crops, dtype=torch.int64)
+        skeleton, distilled = torch.empty_like(mask), torch.empty(crops, dtype=torch.bool)
+        batch = Batch(image=image, mask=mask, skeleton=skeleton, features={}, distilled=distilled, index=index)
+        alive.most = alive.now
+        torch.autograd.backward(weighted_sum(losses, Prediction(student(image).logits, {}), batch)[0])
+    return tuple(found)
+
+
+def _noting(found: list[Moment], alive: Alive, weights: int) -> Callable[[nn.Parameter], None]:
+    def hook(parameter: nn.Parameter) -> None:
+        own = 0 if parameter.grad is None else parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+        found.append(Moment(parameter.numel(), alive.most - weights - own, alive.now - weights))
+        alive.most = alive.now
+
+    return hook
