@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.evaluate import curves
+from hpc_neuro.evaluate import curves, reliability
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.pictures import CAPTION
 from hpc_neuro.evaluate.rows import GOLD_KEYS, Metric, rows
 from hpc_neuro.evaluate.summary import Results, difference, interval
 from hpc_neuro.metrics.bootstrap import Interval
+from hpc_neuro.metrics.calibration import Bin
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.record import Link, teacher_is_random
@@ -27,8 +28,10 @@ def build(
     training: Sequence[dict[str, Any]] | None,
     links: list[Link],
     code: str,
+    bins: Sequence[Bin] = (),
 ) -> str:
-    """The page as text. `pictures` are (volume, JPEG) in the order shown; `training` the rows of a training run."""
+    """The page as text. `pictures` are (volume, JPEG) in the order shown; `training` the rows of a training run; `bins`
+    the reliability of the model's confidence."""
     n = len(results.ids)
     sections = [("Result", _result(results, cfg, links))]
     if n > 1 and len(results.methods) > 1:
@@ -38,6 +41,8 @@ def build(
         shown = "".join(html.picture(p.read_bytes(), f"{name}. {CAPTION}") for name, p in pictures)
         worst = "The worst neurons first, by the model's F1." if n > 1 else ""
         sections.append(("Pictures", (html.paragraph(worst) if worst else "") + shown))
+    if bins:
+        sections.append(("Confidence", reliability.section(bins, cfg)))
     if training:
         sections.append(("Learning curves", html.row(curves.draw(training))))
     sections.append(("Definitions", _definitions(results, cfg)))

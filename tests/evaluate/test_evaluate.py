@@ -75,6 +75,17 @@ def test_metrics_json_has_what_programs_read(done: Path) -> None:
     assert paired["n"] == 2
 
 
+def test_the_confidence_is_held_against_gold(done: Path) -> None:
+    """The perfect model is right throughout, and says less than that."""
+    found = json.loads((done / "metrics.json").read_text())["confidence"]
+    assert [(b["low"], b["right"]) for b in found["bins"]] == [(0.7, 1.0)]  # the fixture says 0.78
+    assert found["bins"][0]["cable"] > 10
+    assert found["error"] == pytest.approx(1 - found["bins"][0]["confidence"])
+    page = (done / "report.html").read_text()
+    assert "Confidence against truth" in page
+    assert "0.7 to 0.8" in page
+
+
 def test_scores_equal_the_metrics_on_the_same_data(done: Path, store: Path) -> None:
     found = json.loads((done / "metrics.json").read_text())
     volume = Store(store)["a"]
