@@ -6,7 +6,6 @@ import itertools
 
 import cc3d
 import numpy as np
-from scipy import ndimage
 from skimage.morphology import skeletonize
 
 from hpc_neuro.metrics.surface import Mask, extent
@@ -28,15 +27,13 @@ def skeleton(mask: Mask) -> Mask:
     inside = np.ascontiguousarray(mask[box.slices])
     lines = skeletonize(inside).astype(bool)
     parts = cc3d.connected_components(inside, connectivity=26)
-    sizes = np.bincount(parts.ravel())
-    lost = sizes > 0
-    lost[parts[lines]] = lost[0] = False
-    if lost.any():
-        at = np.flatnonzero((lost & (sizes < _SPECK))[parts])
-        lines.ravel()[at[np.unique(parts.ravel()[at], return_index=True)[1]]] = True
-        places = ndimage.find_objects(parts)
-        for number in np.flatnonzero(lost & (sizes >= _SPECK)).tolist():
-            lines[places[number - 1]] |= _again(parts[places[number - 1]] == number)
+    found = cc3d.statistics(parts)
+    lost = np.ones(len(found["voxel_counts"]), dtype=bool)
+    lost[0] = lost[parts[lines]] = False
+    for number in np.flatnonzero(lost).tolist():
+        place = found["bounding_boxes"][number]
+        part = parts[place] == number
+        lines[place] |= _again(part) if found["voxel_counts"][number] >= _SPECK else _one(part)
     thin[box.slices] = lines
     return thin
 
@@ -52,6 +49,11 @@ def _again(part: Mask) -> Mask:
         lines: Mask = skeletonize(rest).astype(bool)
         if lines.any():
             return lines
-    lines = np.zeros_like(part)
-    lines[tuple(np.argwhere(part)[0])] = True
-    return lines
+    return _one(part)
+
+
+def _one(part: Mask) -> Mask:
+    """The first voxel of a part."""
+    kept = np.zeros_like(part)
+    kept.ravel()[part.argmax()] = True
+    return kept
