@@ -78,7 +78,7 @@ def test_metrics_json_has_what_programs_read(done: Path) -> None:
 def test_the_confidence_is_held_against_gold(done: Path) -> None:
     """The perfect model is right throughout, and says less than that."""
     found = json.loads((done / "metrics.json").read_text())["confidence"]
-    assert [(b["low"], b["right"]) for b in found["bins"]] == [(0.7, 1.0)]  # the fixture says 0.78
+    assert [(b["low"], b["right"]) for b in found["bins"]] == [(0.7, 1.0)]
     assert found["bins"][0]["cable"] > 10
     assert found["error"] == pytest.approx(1 - found["bins"][0]["confidence"])
     page = (done / "report.html").read_text()
