@@ -18,7 +18,9 @@ from hpc_neuro.morphology import Tree
 SHAPE = (20, 52, 56)  # no multiple of the patch, larger than the crops of the tests
 
 
-def write_store(folder: Path, splits: dict[str, str], shape: tuple[int, int, int] = SHAPE) -> Path:
+def write_store(
+    folder: Path, splits: dict[str, str], shape: tuple[int, int, int] = SHAPE, digest: str = "digest"
+) -> Path:
     """Write volumes id -> split, each one branching path in a noisy image; returns the folder."""
     folder.mkdir(parents=True)
     volumes = []
@@ -35,7 +37,7 @@ def write_store(folder: Path, splits: dict[str, str], shape: tuple[int, int, int
             high=200.0,
             root=None,
             split=split,
-            digest=f"digest of {name}",
+            digest=f"{digest} of {name}",
             sources={"image": "0", "swc": "0"},
         )
         drawing = Drawing()

@@ -85,9 +85,7 @@ def verify(out: Path, overrides: Sequence[str] = (), slices: int = 32, seed: int
     if not rebuild:
         log.warning("%d of %d shards are bad; without rebuild=false they are built again", len(found), len(work.units))
         return BAD
-    for finding in found:
-        (out / finding.file).unlink(missing_ok=True)
-    if verb.run(cfg) != 0:
+    if verb.run(cfg, again={finding.file for finding in found}) != 0:
         return BAD
     left = _findings(cfg, work, slices, seed)
     for finding in left:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -66,8 +66,11 @@ def forecast(cfg: PrecomputeConfig) -> list[str]:
     return estimate.lines(cfg, work.teacher, work.units, todo, space, [seconds])
 
 
-def run(cfg: PrecomputeConfig) -> int:
-    """Build the cache, or what is missing of it. All MPI ranks call this; they succeed or fail together."""
+def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
+    """Build the cache, or what is missing of it. All MPI ranks call this; they succeed or fail together.
+
+    again: files of shards that are there and are to be made anew; each is replaced when its successor is whole.
+    """
     comm = distributed.mpi_comm()
     main = comm is None or comm.Get_rank() == 0
     if not main:
@@ -75,7 +78,8 @@ def run(cfg: PrecomputeConfig) -> int:
     if comm is not None:
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.Get_size()))
     work = _together(lambda: open_all(cfg), comm)
-    todo = work.missing(cfg)
+    missing = {u.name for u in work.missing(cfg)}
+    todo = [u for u in work.units if u.name in missing or u.name in again]
     if comm is not None:
         todo = comm.bcast(todo)  # ranks that start late would miss what the early ones already made
     # before anything is written, so that a milder config may use the same folder

@@ -19,6 +19,7 @@ from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute import cache_tool
 from hpc_neuro.schema import ConfigError, InputError
 from tests.precompute.conftest import Configure
+from tests.tiny_store import write_store
 from tools import live_teacher as live
 
 
@@ -118,6 +119,16 @@ def test_a_store_that_moved_is_given_anew(
     (cache / "b.y.000016.h5").unlink()
     assert cache_tool.main(["verify", str(cache), f"store={moved}", "slices=1"]) == 0
     assert "1 shards were built again" in said(caplog)
+
+
+@pytest.mark.parametrize("key", ["stride_v=4", "store={}"])
+def test_asked_about_another_cache_it_removes_nothing(cache: Path, tmp_path: Path, key: str) -> None:
+    """Every shard looks stale then."""
+    other = write_store(tmp_path / "other", {"a": "train", "b": "train"}, digest="another")
+    before = {p.name: p.read_bytes() for p in cache.glob("*.h5")}
+    with pytest.raises(ConfigError, match="another|changed"):
+        cache_tool.main(["verify", str(cache), key.format(other), "slices=1"])
+    assert {p.name: p.read_bytes() for p in cache.glob("*.h5")} == before
 
 
 def test_info_says_what_is_held_and_by_whom_it_is_used(

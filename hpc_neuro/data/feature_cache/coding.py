@@ -72,7 +72,7 @@ def fit(seen: Tensor, unseen: Tensor, components: int | None, int8: bool) -> tup
     if components is not None and components > min(seen.shape[1:]):
         raise InputError(
             f"pca={components}: the features have {seen.shape[2]} channels, the sample {seen.shape[1]} tokens; "
-            "ask for fewer components"
+            "ask for fewer components, or for a larger `sample`"
         )
     mean = seen.mean(1)
     centred = seen - mean[:, None]
