@@ -115,7 +115,7 @@ class Teacher(nn.Module):
         mean, std = (torch.tensor(v, device=grey.device, dtype=dtype).view(1, 3, 1, 1) for v in (self.mean, self.std))
         rgb = (grey.to(dtype)[:, None] - mean) / std  # [N, 3, H, W]
         order = sorted(set(layers))  # timm gives maps in the order of depth, once each
-        maps = self.backbone.forward_intermediates(rgb, indices=order, norm=True, intermediates_only=True)
+        maps = self.backbone.forward_intermediates(rgb, order, norm=True, stop_early=True, intermediates_only=True)
         return torch.stack([maps[order.index(i)].permute(0, 2, 3, 1) for i in layers])
 
 
@@ -198,7 +198,8 @@ def _fill(vit: Any, path: Path) -> None:
     state = {k: v.float() for k, v in state.items() if not k.startswith("head.") and k != "mask_token"}
     wanted = vit.state_dict()
     missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    other = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in wanted.items() if _differs(state, k, v)]
+    held = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in state}
+    other = [f"{k} {found} for {want}" for k, (found, want) in held.items() if found != want]
     if missing or left or other:
         raise InputError(
             f"{path} does not hold the weights of {vit.pretrained_cfg['architecture']}: missing {_names(missing)}; "
@@ -287,10 +288,6 @@ def _tensor_digest(state: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _differs(state: Mapping[str, Tensor], name: str, wanted: Tensor) -> bool:
-    return name in state and state[name].shape != wanted.shape
 
 
 def _names(names: Sequence[str]) -> str:

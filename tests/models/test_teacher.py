@@ -38,6 +38,8 @@ def test_features_are_timms_for_the_normalised_rgb_image(arch: str, patch: int) 
     torch.testing.assert_close(got[0], last.view(2, 2, 3, -1))
     torch.testing.assert_close(got[2], got[0])
     torch.testing.assert_close(got[1], third.permute(0, 2, 3, 1))
+    teacher.backbone.blocks[3].register_forward_hook(lambda *_: pytest.fail("a block beyond the last one wanted ran"))
+    torch.testing.assert_close(teacher.features(grey, [2])[0], got[1])
 
 
 def test_facts_are_the_backbones(untrained: Teacher) -> None:
