@@ -1,0 +1,87 @@
+"""Leave-one-out: pairs gathered, baselines traced and scored, the table made of what is done."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_neuro import files, morphology
+from hpc_neuro.data import swc
+from hpc_neuro.data.store import Store
+from hpc_neuro.schema import InputError
+from tests.tiny_store import write_store
+from tools import leave_one_out
+from tools.leave_one_out import KEYS, METHODS, baselines, gathered, table, thinned
+
+
+def test_pairs_of_several_folders_become_one(tmp_path: Path) -> None:
+    tree = morphology.make(np.array([[0.0, 0, 0], [0, 0, 5]]), np.array([-1, 0]))
+    for folder, name in (("one", "a"), ("two", "b")):
+        (tmp_path / folder).mkdir()
+        swc.write(tmp_path / folder / f"{name}.swc", tree, unit="voxel", voxel_size=(1, 1, 1), comments=[])
+        (tmp_path / folder / f"{name}.tif").write_bytes(b"image")
+    files.write_json(tmp_path / "one/meta.json", {"a": {"root_xyz": [1, 2, 3]}, "z": {}})
+    files.write_json(tmp_path / "more.json", {"b": {"root_xyz": [4, 5, 6]}})
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for _ in range(2):  # and again
+        assert gathered(folders, tmp_path / "more.json", tmp_path / "all") == ["a", "b"]
+    assert (tmp_path / "all/b.tif").read_bytes() == b"image"
+    assert json.loads((tmp_path / "all/meta.json").read_text()) == {
+        "a": {"root_xyz": [1, 2, 3]},
+        "b": {"root_xyz": [4, 5, 6]},
+    }
+    with pytest.raises(InputError, match="a is in two of the folders"):
+        gathered([tmp_path / "one", tmp_path / "one"], None, tmp_path / "other")
+    with pytest.raises(InputError, match="hold 1 pairs"):
+        gathered([tmp_path / "one"], None, tmp_path / "third")
+    (tmp_path / "one/a.png").write_bytes(b"image")
+    with pytest.raises(InputError, match="2 images of its name"):
+        gathered(folders, None, tmp_path / "fourth")
+
+
+def test_a_thinned_mask_is_a_tree_from_the_root() -> None:
+    mask = np.zeros((9, 40, 60), dtype=bool)
+    mask[3:6, 10:13, 5:55] = True
+    mask[3:6, 13:33, 30:33] = True
+    mask[3:6, 36:38, 5:20] = True  # not connected
+    tree = thinned(mask, (4, 11, 5))
+    assert len(tree.roots) == 1
+    assert len(morphology.tips(tree)) >= 2
+    assert np.linalg.norm(tree.points[0] - [4, 11, 5]) < 4
+    assert tree.points[:, 1].max() < 34
+    assert morphology.length(tree) == pytest.approx(48 + 20, rel=0.2)
+    assert len(thinned(np.zeros((4, 4, 4), dtype=bool), (1, 1, 1))) == 0
+
+
+def test_baselines_and_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = tmp_path / "a"
+    volume = Store(write_store(fold / "store", {"a": "test"}))["a"]
+    z, y, x = volume.tree().points[0]
+    monkeypatch.setattr(leave_one_out, "Store", lambda _: {"a": replace(volume, root=(z, y, x))})
+    trace = {"threshold": 0.9, "gap": 5.0, "min_voxels": 4, "root_snap": 30.0}
+    files.write_json(fold / "infer/run.json", {"config": {"trace": trace}})
+    baselines(fold, "a")
+    found = json.loads((fold / "baselines.json").read_text())
+    assert set(found) == {"raw", "otsu", "thin"}
+    for scores in found.values():
+        assert set(scores) == set(KEYS)
+        assert 0 < scores["recall_4vox"] <= 1
+    stamp = (fold / "baselines.json").stat().st_mtime_ns
+    baselines(fold, "a")
+    assert (fold / "baselines.json").stat().st_mtime_ns == stamp
+    model = dict.fromkeys(KEYS, 0.5)
+    gold = {"tips": 4.0}
+    files.write_json(fold / "metrics.json", {"volumes": {"a": {"model": model}}, "gold": {"a": gold}})
+    facts = table(tmp_path, ["a", "not_done"])
+    assert set(facts["folds"]) == {"a"}
+    assert set(facts["mean"]) == set(METHODS)
+    assert facts["mean"]["thin"]["esa"] == pytest.approx(found["thin"]["esa"], abs=1e-4)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 + 2 * len(METHODS)
+    assert "/4" in printed

@@ -1,0 +1,180 @@
+"""Each neuron held out once: the model against tracing the raw image and against skeletonising Otsu's mask.
+
+    python -m tools.leave_one_out --out OUT --pairs FOLDER... [--meta FILE] [--only ID...] [--budget STEPS]
+                                  [--demo KEY=VALUE ...]
+
+FOLDERs hold image + SWC pairs of the same stem (as `hpc-neuro demo data=`); FILE is a meta.json for pairs whose folder
+has none ({ID: {"voxel_size_um_xyz": [..], "root_xyz": [..]}}). For every neuron a demo trains on all others for STEPS
+steps (none: the demo's own) and traces the one held out; more keys go to the demo. The baselines are given the same
+root:
+
+    raw    the normalised image, traced by our tracer with Otsu's threshold
+    otsu   Otsu's mask, traced by our tracer
+    thin   Otsu's mask, thinned (scikit-image, Lee 1994); the skeleton that hangs on the root, as a tree
+
+What is done is kept: the same command goes on where it was, and prints the table of all folds that are there. Last
+line: JSON; the same in OUT/leave_one_out.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order
+from scipy.spatial import cKDTree
+from skimage.morphology import skeletonize
+
+from hpc_neuro import demo, files, morphology
+from hpc_neuro.data.store import Store, StoredVolume
+from hpc_neuro.evaluate.config import EvaluateConfig
+from hpc_neuro.evaluate.otsu import OtsuMask
+from hpc_neuro.evaluate.score import score
+from hpc_neuro.geometry import Box
+from hpc_neuro.morphology import Tree
+from hpc_neuro.schema import ConfigError, InputError, load
+from hpc_neuro.tracing import TraceConfig, trace
+from hpc_neuro.tracing.foreground import neighbours
+
+METHODS = ("model", "raw", "otsu", "thin")
+KEYS = ("f1_4vox", "precision_4vox", "recall_4vox", "esa", "f1_4vox_no_stub", "esa_no_stub", "tips")
+_FULL = 0.999  # Otsu's threshold as a share of the brightness can be this at most
+
+
+def main() -> int:
+    """Run the folds that are missing; exit code of the first that fails."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--out", type=Path, required=True)
+    ask.add_argument("--pairs", type=Path, nargs="+", required=True)
+    ask.add_argument("--meta", type=Path)
+    ask.add_argument("--only", nargs="+", default=[], help="hold out these only (all others are still trained on)")
+    ask.add_argument("--budget", type=int, help="training steps of a fold")
+    ask.add_argument("--demo", nargs="+", default=[], help="more key=value for the demo")
+    args = ask.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        names = gathered(args.pairs, args.meta, args.out / "pairs")
+        if unknown := sorted(set(args.only) - set(names)):
+            raise ConfigError(f"--only: there is no pair {', '.join(unknown)}; there are {', '.join(names)}")
+        for name in args.only or names:
+            keys = [f"data={args.out / 'pairs'}", f"test=[{name}]", f"out={args.out / name}", *args.demo]
+            code = demo.run(load(demo.DemoConfig, None, [*keys, *([f"steps={args.budget}"] if args.budget else [])]))
+            if code:
+                return code
+            baselines(args.out / name, name)
+        facts = table(args.out, names)
+    except (ConfigError, InputError) as error:
+        logging.error("%s", error)
+        return 2
+    files.write_json(args.out / "leave_one_out.json", facts)
+    print(json.dumps(facts))
+    return 0
+
+
+def gathered(folders: list[Path], meta: Path | None, into: Path) -> list[str]:
+    """One folder of links to all pairs, with one meta.json; the pairs' names. Raises InputError for two of one name."""
+    told: dict[str, Any] = files.read_json(meta, "give a file of the form of a meta.json") if meta else {}
+    into.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
+    for folder in folders:
+        if (folder / "meta.json").exists():
+            told = {**files.read_json(folder / "meta.json", "mend it or remove it"), **told}
+        for tree in sorted(folder.glob("*.swc")):
+            images = [p for p in sorted(folder.glob(f"{tree.stem}.*")) if p.suffix != ".swc"]
+            if len(images) != 1:
+                raise InputError(f"{tree} has {len(images)} images of its name beside it, wanted one")
+            if tree.stem in names:
+                raise InputError(f"{tree.stem} is in two of the folders; rename one")
+            names.append(tree.stem)
+            for path in (tree, images[0]):
+                link = into / path.name
+                if not link.exists():
+                    link.symlink_to(path.resolve())
+    if len(names) < 2:
+        raise InputError(f"{', '.join(map(str, folders))} hold {len(names)} pairs; at least two are wanted")
+    files.write_json(into / "meta.json", {name: told[name] for name in names if name in told})
+    return names
+
+
+def baselines(fold: Path, name: str) -> None:
+    """Score what needs no training on the neuron held out, into FOLD/baselines.json, unless that is there."""
+    path = fold / "baselines.json"
+    if path.exists():
+        return
+    volume = Store(fold / "store")[name]
+    settings = files.read_json(fold / "infer" / "run.json", "run the fold again")["config"]["trace"]
+    keys = [f"{k}={json.dumps(v)}" for k, v in settings.items() if k not in ("threshold", "low")]
+    cfg = load(EvaluateConfig, None, [f"store={fold / 'store'}", f"predictions={fold / 'infer'}", f"out={fold}"])
+    otsu = OtsuMask(volume)
+    mask = otsu.mask(Box.whole(volume.shape))
+    found = {"raw": _raw(volume, mask, keys), "otsu": _traced(mask, volume, load(TraceConfig, None, keys))}
+    found["thin"] = thinned(mask, volume.root)
+    scores = {who: score(volume, otsu.mask, tree, cfg) for who, tree in found.items()}
+    files.write_json(path, {who: {key: one[key] for key in KEYS} for who, one in scores.items()})
+
+
+def _raw(volume: StoredVolume, mask: NDArray[np.bool_], keys: list[str]) -> Tree:
+    """The image itself as a probability; Otsu's threshold parts it as it does the raw one."""
+    image = volume.normalised(Box.whole(volume.shape))
+    level = float(np.clip(image[mask].min() if mask.any() else 1.0, 1e-3, _FULL))
+    return _traced(image, volume, load(TraceConfig, None, [*keys, f"threshold={level}"]))
+
+
+def _traced(probability: NDArray[Any], volume: StoredVolume, cfg: TraceConfig) -> Tree:
+    """The tree from the neuron's root, an empty one where nothing can be traced from it."""
+    if volume.root is None:
+        raise InputError(f"{volume.id} has no root, and all methods begin there; give root_xyz in the meta file")
+    try:
+        return trace(probability, volume.voxel_size, roots=[volume.root], cfg=cfg)[0]
+    except InputError as error:
+        logging.warning("%s: counts as a miss: %s", volume.id, error)
+        return morphology.empty()
+
+
+def thinned(mask: NDArray[np.bool_], root: tuple[float, float, float] | None) -> Tree:
+    """The skeleton of a mask [Z, Y, X] as a tree in voxels: what hangs on the voxel nearest to `root`."""
+    voxels = np.argwhere(skeletonize(mask)).astype(np.int32)
+    if not len(voxels) or root is None:
+        return morphology.empty()
+    z, y, x = mask.shape
+    pairs, step = neighbours(voxels, (z, y, x), np.ones(3))
+    graph = csr_array((step, (pairs[:, 0], pairs[:, 1])), shape=(len(voxels),) * 2)
+    start = int(cKDTree(voxels).query(root)[1])
+    order, above = breadth_first_order(graph, start, directed=False)
+    rank = np.empty(len(voxels), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    parents = np.concatenate([[-1], rank[above[order[1:]]]]).astype(np.int64)
+    return morphology.make(voxels[order].astype(np.float64), parents)
+
+
+def table(out: Path, names: list[str]) -> dict[str, Any]:
+    """Print the table of the folds that are done; its figures, with the means over them."""
+    folds = {}
+    for name in names:
+        if (out / name / "baselines.json").exists():
+            model = files.read_json(out / name / "metrics.json", "run the fold again")
+            scores = {"model": model["volumes"][name]["model"], **files.read_json(out / name / "baselines.json", "")}
+            folds[name] = {who: {key: scores[who][key] for key in KEYS} for who in METHODS}
+            folds[name]["gold"] = {"tips": model["gold"][name]["tips"]}
+    print(f"{'held out':>16} {'method':>6} " + " ".join(f"{key:>16}" for key in KEYS))
+    for name, fold in folds.items():
+        for who in METHODS:
+            tips = f"{fold[who]['tips']:.0f}/{fold['gold']['tips']:.0f}"
+            print(f"{name:>16} {who:>6} " + " ".join(f"{fold[who][key]:16.3f}" for key in KEYS[:-1]) + f" {tips:>16}")
+    mean = {
+        who: {key: round(float(np.mean([fold[who][key] for fold in folds.values()])), 4) for key in KEYS}
+        for who in METHODS
+    }
+    for who in METHODS:
+        print(f"{'mean':>16} {who:>6} " + " ".join(f"{mean[who][key]:16.3f}" for key in KEYS))
+    return {"folds": folds, "mean": mean}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
