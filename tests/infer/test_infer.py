@@ -14,12 +14,13 @@ import pytest
 import tifffile
 import zarr
 
-from hpc_neuro import infer
-from hpc_neuro.data import ome_zarr
+from hpc_neuro import infer, morphology
+from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.data.store import Store
 from hpc_neuro.data.volume import open_volume
 from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.infer.blocks import Plan
+from hpc_neuro.infer.job import Job
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
 from hpc_neuro.schema import ConfigError, InputError
@@ -134,6 +135,30 @@ def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:
     assert (cfg.out / "proofread" / "cell.csv").exists()
 
 
+def test_two_neurons_that_touch_become_a_tree_each(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two crossing neurites with a root each; traced in blocks, which are not kept."""
+    image = np.zeros((16, 64, 64), dtype=np.uint8)
+    for i in range(4, 60):
+        image[6:11, i - 2 : i + 3, i - 2 : i + 3] = 255
+        image[6:11, 61 - i : 66 - i, i - 2 : i + 3] = 255
+    tifffile.imwrite(tmp_path / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: image)  # a student that is right
+    inputs = f"inputs=[{{image: {tmp_path / 'cells.tif'}, voxel_size: [1, 0.5, 0.5], roots: [[8, 4, 4], [8, 60, 4]]}}]"
+    cfg = configure(model, tmp_path / "o", inputs, "trees=true", "trace.block=[16,32,32]")
+    assert infer.run(cfg) == 0
+    entry = json.loads((cfg.out / "predictions.json").read_text())["cells"]
+    assert entry["trees"] == 2
+    for number, (start, end) in enumerate([((8, 4, 4), (8, 59, 59)), ((8, 60, 4), (8, 4, 60))], start=1):
+        tree = swc.read(cfg.out / f"swc/cells/{number:04d}.voxel.swc")
+        np.testing.assert_allclose(tree.points[0], start, atol=0.01)
+        assert np.linalg.norm(tree.points - end, axis=1).min() < 5
+        (tip,) = morphology.tips(tree)
+        assert np.linalg.norm(tree.points[tip] - end) < 6
+    assert not list((cfg.out / "strands").glob("**/*.npz"))
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
@@ -156,6 +181,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 def test_config_faults_are_said(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give either store=FOLDER or inputs"):
         configure(model, tmp_path)
+    with pytest.raises(ConfigError, match="give either root="):
+        configure(model, tmp_path, "inputs=[{image: x.tif, root: [1, 2, 3], roots: [[1, 2, 3]]}]")
     with pytest.raises(ConfigError, match="would be written twice"):
         configure(model, tmp_path, "inputs=[{image: a/x.tif}, {image: b/x.tif}]")
 
