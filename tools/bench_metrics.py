@@ -100,6 +100,8 @@ def _compare(
 
 def _alone(work: Callable[..., Any], inputs: tuple[Any, ...]) -> Timed:
     """Run in a forked process of its own: answer, wall and CPU seconds, peak memory above the input."""
+    prepare = getattr(work, "prepare", None)
+    inputs = (*inputs, prepare()) if prepare else inputs  # imports do not count
     context = multiprocessing.get_context("fork")
     parent, child = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(work, inputs, child))
@@ -112,14 +114,12 @@ def _alone(work: Callable[..., Any], inputs: tuple[Any, ...]) -> Timed:
 
 def _measure(work: Callable[..., Any], inputs: tuple[Any, ...], pipe: Any) -> None:
     warnings.simplefilter("ignore")
-    prepare = getattr(work, "prepare", None)
-    extra = prepare() if prepare else None  # imports do not count
     before, begun = _peak(), time.perf_counter()
     walls: list[float] = []
     cpus: list[float] = []
     while not walls or (len(walls) < _RUNS and time.perf_counter() - begun < _SECONDS):
         wall, cpu = time.perf_counter(), time.process_time()
-        answer = work(*inputs) if extra is None else work(*inputs, extra)
+        answer = work(*inputs)
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
     pipe.send((answer, min(walls), min(cpus), _peak() - before))
