@@ -101,6 +101,7 @@ def number(value: float | None, digits: int) -> str:
         return "\N{EN DASH}"
     if math.isinf(value):
         return "\N{INFINITY}"
+    value = round(value, digits) or 0.0  # what rounds to zero has no sign
     return f"{value:,.{digits}f}".replace(",", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
 
 

@@ -40,6 +40,7 @@ def test_text_is_escaped_everywhere() -> None:
         (0.12345, 3, "0.123"),
         (-1.5, 1, "\N{MINUS SIGN}1.5"),
         (12345.0, 0, "12\N{THIN SPACE}345"),
+        (-0.04, 1, "0.0"),
         (None, 2, "\N{EN DASH}"),
         (float("inf"), 2, "\N{INFINITY}"),
     ],
