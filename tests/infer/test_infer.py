@@ -146,7 +146,7 @@ def test_two_neurons_that_touch_become_a_tree_each(
     tifffile.imwrite(tmp_path / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
     monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: image)  # a student that is right
     inputs = f"inputs=[{{image: {tmp_path / 'cells.tif'}, voxel_size: [1, 0.5, 0.5], roots: [[8, 4, 4], [8, 60, 4]]}}]"
-    cfg = configure(model, tmp_path / "o", inputs, "trees=true", "trace.block=[16,32,32]")
+    cfg = configure(model, tmp_path / "o", inputs, "trees=true", "page=true", "trace.block=[16,32,32]")
     assert infer.run(cfg) == 0
     entry = json.loads((cfg.out / "predictions.json").read_text())["cells"]
     assert entry["trees"] == 2
@@ -157,6 +157,10 @@ def test_two_neurons_that_touch_become_a_tree_each(
         (tip,) = morphology.tips(tree)
         assert np.linalg.norm(tree.points[tip] - end) < 6
     assert not list((cfg.out / "strands").glob("**/*.npz"))
+    page = (cfg.out / "infer.html").read_text()
+    assert page.count("data:image/jpeg") == 3  # the volume and a sheet for each
+    assert "Neuron 1: " in page
+    assert "Neuron 2: " in page
 
 
 @pytest.mark.parametrize(
