@@ -93,6 +93,22 @@ def mpi_comm() -> Any:
     return MPI.COMM_WORLD if size > 1 else None
 
 
+def share_threads(comm: Any) -> None:
+    """Divide the cores among the ranks of `comm` (None: alone) on this machine, unless their launcher did so already.
+
+    Collective. srun and batch systems bind ranks to cores or set OMP_NUM_THREADS; mpiexec leaves every rank all cores.
+    """
+    if comm is None:
+        return
+    import torch
+    from mpi4py import MPI
+
+    here = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    if "OMP_NUM_THREADS" not in os.environ and len(os.sched_getaffinity(0)) == os.cpu_count():
+        torch.set_num_threads(max(1, torch.get_num_threads() // here.Get_size()))
+    here.Free()
+
+
 def agree(failed: Exception | None, comm: Any) -> None:
     """Let all ranks of `comm` (None: alone) fail together: collective, so that none waits for one that has stopped.
 

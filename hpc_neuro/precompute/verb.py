@@ -11,8 +11,6 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import torch
-
 from hpc_neuro import distributed, files, runs
 from hpc_neuro.data import feature_cache as cache
 from hpc_neuro.data.feature_cache import coding
@@ -49,12 +47,16 @@ class Work:
         facts = [asdict(unit), self.digests[unit.volume], self.teacher.identity, *knobs]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def missing(self, cfg: PrecomputeConfig) -> list[cache.Unit]:
-        """The shards that are not there, or belong to something else."""
+    def missing(self, cfg: PrecomputeConfig, again: Collection[str] = ()) -> list[cache.Unit]:
+        """The shards that are not there, or belong to something else, or are to be made `again`."""
         coded, _ = compress.existing(cfg, self.store, self.teacher)
         if cfg.coded and not coded:
             return self.units
-        return [u for u in self.units if cache.shard_key(cfg.out / u.name) != self.key(cfg, u, coded)]
+        return [
+            unit
+            for unit in self.units
+            if unit.name in again or cache.shard_key(cfg.out / unit.name) != self.key(cfg, unit, coded)
+        ]
 
 
 def forecast(cfg: PrecomputeConfig) -> list[str]:
@@ -75,11 +77,9 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
     main = comm is None or comm.Get_rank() == 0
     if not main:
         logging.getLogger("hpc_neuro").setLevel(logging.WARNING)
-    if comm is not None:
-        torch.set_num_threads(max(1, torch.get_num_threads() // comm.Get_size()))
+    distributed.share_threads(comm)
     work = _together(lambda: open_all(cfg), comm)
-    missing = {u.name for u in work.missing(cfg)}
-    todo = [u for u in work.units if u.name in missing or u.name in again]
+    todo = _together(lambda: work.missing(cfg, again) if main else [], comm)
     if comm is not None:
         todo = comm.bcast(todo)  # ranks that start late would miss what the early ones already made
     # before anything is written, so that a milder config may use the same folder
@@ -157,8 +157,9 @@ def _share(
     codings: dict[str, cache.Coding],
 ) -> None:
     """This rank's share of the shards: it takes the next one that nobody has."""
-    turns = distributed.turns(len(todo), comm)
-    shown = runs.progress(turns, "teacher features", total=len(todo), unit="slab") if main else turns
+    turns, ranks = distributed.turns(len(todo), comm), 1 if comm is None else comm.Get_size()
+    label = "teacher features" if ranks == 1 else f"teacher features, rank 0 of {ranks}"
+    shown = runs.progress(turns, label, total=-(-len(todo) // ranks), unit="slab") if main else turns
     try:
         units = (todo[i] for i in shown)
         build(cfg, work.store, work.teacher, units, lambda unit: work.key(cfg, unit, coded), codings)
