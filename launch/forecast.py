@@ -32,10 +32,7 @@ def of(verb: str, cfg: Any, asked: Resources, site: Site, made: Iterable[Path] =
         if verb == "train" and asked.tasks > cfg.optim.batch:
             faults.append(f"optim.batch: {cfg.optim.batch} crops leave some of the {asked.tasks} ranks without any")
         return faults, [*lines, f"{', '.join(later)} will be there when it starts"]
-    cfg = _as_on_the_nodes(verb, cfg, asked, site)
-    found, said = within(
-        PATIENCE, lambda: list(importlib.import_module(cli.VERBS[verb].module).forecast(cfg)), asked.tasks
-    )
+    found, said = within(PATIENCE, lambda: _own(verb, cfg, asked), asked.tasks)
     return faults + found, lines + said
 
 
@@ -66,17 +63,18 @@ def _work(pipe: Connection, work: Callable[[], list[str]], ranks: int) -> None:
         pipe.send(([str(error)], []))
 
 
-def _as_on_the_nodes(verb: str, cfg: Any, asked: Resources, site: Site) -> Any:
-    """The config without what only a GPU can do, where this machine has none; training is planned for the site's."""
-    if verb != "train" or not asked.gpus_per_task:
-        return cfg
-    engine = dataclasses.replace(
-        cfg.engine, dtype="auto", offload_optimizer=False, offload_parameters="none", nvme=None
-    )
-    plan = cfg.plan
-    if site.gpu_memory_gb:
-        plan = dataclasses.replace(plan, nodes=asked.nodes, gpus=asked.tasks_per_node, memory=site.gpu_memory_gb)
-    return dataclasses.replace(cfg, engine=engine, plan=plan)
+def _own(verb: str, cfg: Any, asked: Resources) -> list[str]:
+    """What the verb says itself. Raises ConfigError or InputError."""
+    if verb != "train":
+        return list(importlib.import_module(cli.VERBS[verb].module).forecast(cfg))
+    from hpc_neuro.train.assemble import assemble, lines
+
+    if asked.gpus_per_task:  # here there may be none: without what only a GPU can do
+        engine = dataclasses.replace(
+            cfg.engine, dtype="auto", offload_optimizer=False, offload_parameters="none", nvme=None
+        )
+        cfg = dataclasses.replace(cfg, engine=engine)
+    return list(lines(cfg, assemble(cfg), asked.tasks))  # without its tables of memory, which take seconds
 
 
 def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[str]]:

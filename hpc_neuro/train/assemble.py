@@ -87,8 +87,11 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     train = store.split("train")
     if not train:
         raise InputError(f"{cfg.store} has no volume in its `train` split; prepare it again with some")
+    # opened before the teacher is loaded, which takes seconds: what is not there is said at once
+    cache = FeatureCache(cfg.cache) if cfg.distill is not None and cfg.cache is not None else None
     teacher = load_teacher(cfg.teacher) if cfg.distill or cfg.transfer.rule != "scratch" else None
-    cache = _cache(cfg, store, train, teacher)
+    if cfg.distill is not None and cache is not None and teacher is not None:
+        cache.check({i: store[i].digest for i in train}, teacher.identity, cfg.distill.views)
     blank = blank_student(cfg.student)
     lines: tuple[str, ...] = ("transfer: none, the student starts from random weights",)
     values: dict[str, Tensor] = {}
@@ -142,15 +145,6 @@ def _distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | None) -
         std=cache.std,
         tube_sum=tube_sum,
     )
-
-
-def _cache(cfg: TrainConfig, store: Store, train: tuple[str, ...], teacher: Teacher | None) -> FeatureCache | None:
-    """The feature cache, checked to be of these volumes and this teacher; None when nothing is distilled."""
-    if cfg.distill is None or cfg.cache is None or teacher is None:
-        return None
-    cache = FeatureCache(cfg.cache)
-    cache.check({i: store[i].digest for i in train}, teacher.identity, cfg.distill.views)
-    return cache
 
 
 def _inputs(cfg: TrainConfig, store: Store, teacher: Teacher | None) -> dict[str, str]:
