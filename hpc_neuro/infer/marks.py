@@ -8,6 +8,7 @@ OUT/begun/ID/0_1_2           how often a block was begun and the process was kil
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -107,6 +108,12 @@ class Marks:
     def end(self, index: Shape) -> None:
         """The process has outlived this block."""
         self._beginning(index).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove the folder of what was begun when nothing is left in it."""
+        for folder in (self._begun, self._begun.parent):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def by_deaths(self, blocks: Iterable[Block], most: int) -> tuple[list[Block], list[Block], list[Block]]:
         """Blocks at which nobody died; at which somebody did; and those for which one more death would be the last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import shutil
@@ -80,6 +81,8 @@ def finished(cfg: InferConfig, work: Work) -> tuple[Entry, list[str]]:
     if not problems:
         files.write_json(entry_path(cfg.out, work.source.id), {"key": _key(cfg, work), "entry": entry})
     shutil.rmtree(_strands_folder(cfg, work).parent, ignore_errors=True)
+    with contextlib.suppress(OSError):  # others may still be there
+        (cfg.out / "strands").rmdir()
     return entry, problems
 
 

@@ -141,6 +141,8 @@ def _predict(work: Work, comm: Any, main: bool) -> list[str]:
     failures = _together(lambda: _failures(work, blocks) if main else [], comm)
     failures = failures if comm is None else comm.bcast(failures)
     if not failures and work.source.part is None:
+        if main:
+            work.marks.tidy()
         _pyramid(work, comm, main)
     return failures
 
