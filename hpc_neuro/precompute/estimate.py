@@ -118,11 +118,13 @@ def space(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: Sequence[
     free = shutil.disk_usage(folder).free
     granted = rest <= _MARGIN * free and _granted(folder, rest)
     if granted is False:
-        why = "are free there" if rest > _MARGIN * free else "are free there, but your quota does not allow it"
+        room, why = int(_MARGIN * free), f"only {files.human(free)} are free there"
+        if rest <= room:
+            room = _most(folder, rest)
+            why = f"your quota allows only {files.human(room)} there, though {files.human(free)} are free"
         raise InputError(
-            f"the feature cache needs {files.human(rest)} in {cfg.out}, but only {files.human(free)} {why}; make room, "
-            "choose another `out`, or keep less:\n  "
-            + "\n  ".join(alternatives(cfg, store, teacher.patch, teacher.dim, int(min(rest - 1, _MARGIN * free))))
+            f"the feature cache needs {files.human(rest)} in {cfg.out}, but {why}; make room, choose another `out`, or "
+            "keep less:\n  " + "\n  ".join(alternatives(cfg, store, teacher.patch, teacher.dim, room))
         )
     quota = "a quota, if any, allows it" if granted else "this file system does not say what a quota allows"
     return f"{files.human(free)} are free, {quota}"
@@ -146,6 +148,15 @@ def _granted(folder: Path, size: int) -> bool | None:
     finally:
         os.close(handle)
         probe.unlink()
+
+
+def _most(folder: Path, refused: int) -> int:
+    """About the most bytes, to one part in a thousand of those that were refused, that are granted in `folder`."""
+    low, high = 0, refused
+    while high - low > max(1, refused // 1000):
+        middle = (low + high) // 2
+        low, high = (middle, high) if _granted(folder, middle) else (low, middle)
+    return low
 
 
 def alternatives(cfg: PrecomputeConfig, store: Store, patch: int, dim: int, room: int) -> list[str]:

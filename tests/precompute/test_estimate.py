@@ -73,11 +73,19 @@ def test_too_many_files_are_refused(configure: Configure, tmp_path: Path, monkey
     assert not (tmp_path / "c").exists()
 
 
-def test_a_quota_is_asked_too(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quota_is_asked_how_much_it_allows(
+    configure: Configure, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No quota is set where tests run: the answer of the file system is replaced."""
-    monkeypatch.setattr(estimate, "_granted", lambda folder, size: False)
-    with pytest.raises(InputError, match="your quota does not allow it"):
-        precompute.forecast(configure(tmp_path / "c"))
+    cfg = configure(tmp_path / "c")
+    size = estimate.needed(cfg, estimate.planned(cfg, Store(store), 16), 192)
+    monkeypatch.setattr(estimate, "_granted", lambda folder, asked: asked <= size * 0.75)
+    with pytest.raises(InputError, match="your quota allows only .* are free") as refusal:
+        precompute.forecast(cfg)
+    text = str(refusal.value)
+    room = float(text.partition("allows only ")[2].split()[0])
+    assert room == pytest.approx(size * 0.75 / 1e3, rel=0.02)
+    assert "views=[z,y] would fit" in text
 
 
 def test_a_reservation_is_given_back(tmp_path: Path) -> None:
