@@ -95,6 +95,14 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "volume truncated": (lambda c: os.truncate(first(c / "store", "*.h5"), 999), "cannot be read as HDF5"),
     "index changed": (lambda c: append(c / "store" / "dataset.json"), "dataset.json was changed"),
     "index broken": (lambda c: (c / "store" / "dataset.json").write_text("{"), "dataset.json is not readable JSON"),
+    "index of another form": (
+        lambda c: (c / "store" / "dataset.json").write_text('{"volumes": null}'),
+        "dataset.json is not of the form it was written in",
+    ),
+    "block mark of another form": (
+        lambda c: edit(first(c / "infer", "blocks/*/0_0_0.json"), '"sha256"', '"sha"'),
+        "0_0_0.json is not of the form it was written in",
+    ),
     "store gone": (lambda c: shutil.rmtree(c / "store"), "store does not exist"),
     "store made again": (
         lambda c: edit(c / "store" / "dataset.json", '"digest": "', '"digest": "0'),
@@ -125,6 +133,13 @@ def test_a_broken_link_is_named(name: str, copy: Path, capsys: pytest.CaptureFix
     assert main(["history", str(copy)]) == 3
     said = capsys.readouterr().out
     assert says in said.partition(" broken link")[2], said[-2000:]
+
+
+def test_a_record_that_is_none_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("[]", '{"verb": "infer", "config": 3}', '{"verb": "infer", "config": {"model": 3, "store": []}}'):
+        (copy / "infer" / "run.json").write_text(text)
+        assert main(["history", str(copy)]) == 2
+        assert "infer/run.json" in capsys.readouterr().err
 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,12 @@ def examine(link: Link, quick: bool) -> Stage:
     """The stage of one run, all its links followed. `quick`: large files are not read."""
     stage = common(link)
     if link.record is not None and link.name in _CHECKS:
-        _CHECKS[link.name](stage, link, link.record, quick)
+        try:
+            _CHECKS[link.name](stage, link, link.record, quick)
+        except InputError as error:
+            stage.bad(str(error).partition(";")[0])
+        except (LookupError, TypeError, AttributeError, ValueError) as error:  # JSON, but not as it was written
+            stage.bad(f"{stage.last} is not of the form it was written in ({type(error).__name__}: {error})")
     return stage
 
 

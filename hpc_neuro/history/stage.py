@@ -27,6 +27,7 @@ class Stage:
         self.broken: list[str] = []
         self.held = 0
         self.unknown = 0  # links that could not be compared
+        self.last: Path | str = title  # the JSON file read last
         self._kinds: dict[str, int] = {}
 
     def say(self, text: str, kind: str = "") -> None:
@@ -67,6 +68,7 @@ class Stage:
 
     def read(self, path: Path) -> Any:
         """A JSON file of the chain; None, and broken, when it is missing or damaged."""
+        self.last = path
         try:
             return files.read_json(path, "make it again")
         except InputError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpc_neuro.history.checks import examine, recorded
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     if folder is None:
         raise InputError(f"{paths[0]} lies in no run's folder: there is no run.json beside or above it")
     links, quick = record.chain({"": folder}), "quick=true" in options
-    stages = [s for link in links for s in (raw_files(link, quick), examine(link, quick)) if s is not None]
+    stages = [s for link in links for check in (raw_files, examine) if (s := _checked(check, link, quick)) is not None]
     if path.is_file():
         stages.append(_file(path, folder, links[-1]))
     for number, stage in enumerate(stages, start=1):
@@ -43,6 +43,16 @@ def main(argv: Sequence[str]) -> int:
     broken = [f"{stage.title}: {text}" for stage in stages for text in stage.broken]
     sys.stdout.write(_verdict(broken, sum(s.held for s in stages), sum(s.unknown for s in stages)) + "\n")
     return 3 if broken else 0
+
+
+def _checked(check: Callable[[record.Link, bool], Stage | None], link: record.Link, quick: bool) -> Stage | None:
+    """What a check finds; a record that is not of the form it was written in is a broken link too."""
+    try:
+        return check(link, quick)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        stage = Stage(f"{link.name}: {link.path}")
+        stage.bad(f"{link.path / 'run.json'} is not of the form it was written in ({type(error).__name__}: {error})")
+        return stage
 
 
 def _verdict(broken: list[str], held: int, unknown: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hpc_neuro import files
+from hpc_neuro.schema import InputError
 
 _BEHIND = {
     "demo": ("evaluate",),
@@ -22,6 +23,8 @@ _BEHIND = {
 """The keys of a verb's config that name folders of other runs; the demo's stages lie in its own folder."""
 _VERBS = {"predictions": "infer", "compare": "infer", "model": "train", "store": "prepare", "cache": "precompute"}
 """The verb that such a key's folder is of; where it is not the key itself."""
+
+_AGAIN = "remove it and run that stage again"
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,30 @@ def chain(starts: Mapping[str, Path]) -> list[Link]:
 
 def _follow(name: str, path: Path, found: dict[Path, Link]) -> None:
     folder = run_folder(path)
-    record = files.read_json(folder / "run.json", "remove it and run that stage again") if folder else None
+    record = _record(folder) if folder else None
     if folder != path and record and record.get("verb") != name:  # another run around one that has lost its record
         folder = record = None
     key = (folder or path).resolve()
     if key in found:
         return
     link = Link(str(record.get("verb", name)) if record else name, folder or path, record)
-    for behind, where in link.behind():
+    try:
+        before = list(link.behind())
+    except (TypeError, AttributeError, ValueError):
+        raise InputError(f"{link.path / 'run.json'} names folders that are none; {_AGAIN}") from None
+    for behind, where in before:
         _follow(behind, where, found)
     found[key] = link
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder. Raises InputError when it is damaged."""
+    path = folder / "run.json"
+    record = files.read_json(path, _AGAIN)
+    parts = ("config", "inputs", "outputs", "sources", "summary")
+    if not isinstance(record, dict) or any(not isinstance(record.get(k, {}), dict) for k in parts):
+        raise InputError(f"{path} is no record of a run; {_AGAIN}")
+    return record
 
 
 def _out(folder: Path) -> str:
