@@ -60,23 +60,23 @@ class Heartbeat:
 
     def _beat(self) -> None:
         mine, following = (self._folder / str(r % self._ranks) for r in (self._rank, self._rank + 1))
-        handle = os.open(mine, os.O_WRONLY)  # written in place, which a full disk allows
         seen, changed, looked, count = "", time.monotonic(), time.monotonic(), 0
-        while not self._stop.wait(self._period):
-            count += 1
-            with contextlib.suppress(OSError):  # a file system that fails for a while is not death yet
-                os.pwrite(handle, f"{count:020d}".encode(), 0)
-                os.fsync(handle)
-            now, found = time.monotonic(), seen
-            with contextlib.suppress(OSError):
-                found = following.read_text(encoding="utf-8")
-            if found != seen or now - looked > self._limit / 2:  # or this process itself was suspended
-                seen, changed = found, now
-            looked = now
-            if now - changed > self._limit and not self._stop.is_set():
-                self._declare(seen.partition(" ")[2], now - changed)
-            with contextlib.suppress(OSError):
-                self._end((self._folder / _LOST).read_text(encoding="utf-8"), speaks=self._rank == 0)
+        with mine.open("r+b", buffering=0) as file:  # written in place, which a full disk allows
+            while not self._stop.wait(self._period):
+                count += 1
+                with contextlib.suppress(OSError):  # a file system that fails for a while is not death yet
+                    os.pwrite(file.fileno(), f"{count:020d}".encode(), 0)
+                    os.fsync(file)
+                now, found = time.monotonic(), seen
+                with contextlib.suppress(OSError):
+                    found = following.read_text(encoding="utf-8")
+                if found != seen or now - looked > self._limit / 2:  # or this process itself was suspended
+                    seen, changed = found, now
+                looked = now
+                if now - changed > self._limit and not self._stop.is_set():
+                    self._declare(seen.partition(" ")[2], now - changed)
+                with contextlib.suppress(OSError):
+                    self._end((self._folder / _LOST).read_text(encoding="utf-8"), speaks=self._rank == 0)
 
     def _declare(self, who: str, silent: float) -> None:
         verdict = f"{who} has been silent for {silent:.0f} s"

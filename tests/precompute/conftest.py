@@ -1,4 +1,4 @@
-"""A store and a cache of it that the tests of a module share."""
+"""A store and a cache of it that the tests share: they read them, or change a copy."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ KEYS = ["teacher.model=random", "stride_v=8", "slab=2", "layers=[3,-1]"]
 Configure = Callable[..., precompute.PrecomputeConfig]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_store(tmp_path_factory.mktemp("data") / "store", {"a": "train", "b": "train", "c": "test"})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def configure(store: Path) -> Configure:
     """A config of the small store; later keys win."""
     return lambda out, *keys: load(precompute.PrecomputeConfig, None, [f"store={store}", f"out={out}", *KEYS, *keys])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "cache"
     assert precompute.run(configure(out)) == 0
