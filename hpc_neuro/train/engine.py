@@ -35,8 +35,13 @@ def check(cfg: EngineConfig, batch: int, world: int) -> tuple[torch.dtype, int, 
     auto = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     name = auto if cfg.dtype == "auto" else cfg.dtype
     faults = []
-    if name == "fp16" and not cuda:
-        faults.append("engine.dtype: fp16 needs a GPU; take fp32 (or auto) on a CPU")
+    if name == "fp16" and not _computes_fp16():
+        faults.append("engine.dtype: fp16 needs a GPU, or a CPU that computes in it; take fp32 (or auto) here")
+    if name == "fp16" and cfg.stage == 0:
+        faults.append(
+            "engine.dtype: at stage 0 DeepSpeed divides gradients of fp16 by a loss scale that it has not applied; "
+            "take engine.stage=1 (on one rank the same), or bf16"
+        )
     if cfg.offload_optimizer and not cuda:
         faults.append("engine.offload_optimizer: there is no GPU whose memory it could spare; take false")
     if cfg.offload_optimizer and cfg.stage == 0:
@@ -145,6 +150,8 @@ class Engine:
         if plain and self._engine.is_gradient_accumulation_boundary():
             norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self._engine.step()
+        if self.stage == 3 and self.dtype == torch.float16 and self.optimizer.overflow:
+            self.shards.refresh()  # DeepSpeed returns before it lets go of what is gathered, and then loses its order
         held = None if plain else self._engine.get_global_grad_norm()
         return norm if held is None else held
 
@@ -237,6 +244,14 @@ def _built_sharded(
             part.data = rounded.pin_memory() if part.is_pinned() else rounded
             parameter.data = parameter.to(dtype)
     return module, exact
+
+
+def _computes_fp16() -> bool:
+    """Whether DeepSpeed trains in fp16 here."""
+    _quiet_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
 
 
 def _asynchronous_files() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -12,8 +13,12 @@ from pathlib import Path
 import torch
 
 from hpc_neuro import distributed, train
+from hpc_neuro.models.student import StudentConfig, build_student
 from hpc_neuro.schema import load
-from hpc_neuro.train import loop
+from hpc_neuro.train import engine, loop
+from hpc_neuro.train.engine_config import EngineConfig, deepspeed_json
+from hpc_neuro.train.footprint import Alive
+from hpc_neuro.train.schedule import OptimConfig
 from tests.train.conftest import TINY
 
 torch.set_num_threads(1)
@@ -80,8 +85,37 @@ run("broken")
 run("up", "engine.stage=2", "optim.batch=3")  # saved by one rank, three crops for two ranks
 run("stage3", "engine.stage=3", "engine.micro_batch=1")
 run("stage0", "engine.stage=0")
-for stage, dtype, micro in itertools.product(range(4), ("fp32", "bf16"), (2, 1)):
+engine._quiet_deepspeed()
+import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
+get_accelerator().is_fp16_supported = lambda: True  # it trains in fp16 once it is told so, slowly
+get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float16, torch.bfloat16]
+for stage, dtype, micro in itertools.product(range(4), ("fp32", "bf16", "fp16"), (2, 1)):
+    if stage == 0 and dtype == "fp16":
+        continue  # refused
     keys = [f"engine.stage={stage}", f"engine.dtype={dtype}", f"engine.micro_batch={micro}"]
     run(f"matrix/{stage}_{dtype}_{micro}", *SHORT, *keys)
+
+
+def make() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_student(StudentConfig(size="tiny", depth=6))
+
+
+values = {"vit.blocks.1.attn.qkv.weight": torch.randn(576, 192, generator=torch.Generator().manual_seed(1))}
+settings = deepspeed_json(EngineConfig(stage=3), OptimConfig(batch=2), torch.bfloat16, 1, 1, 10**6)
+with Alive() as alive:
+    sharded, exact = engine._built_sharded(make, values, settings, torch.bfloat16)
+most, alike = alive.most, []
+for (name, plain), part in zip(engine.built(make, values).named_parameters(), sharded.parameters(), strict=True):
+    with deepspeed.zero.GatheredParameters([part]):
+        alike.append(torch.equal(part, plain.bfloat16()))
+    first, numbers = exact[name]
+    mine = plain.reshape(-1)[first : first + len(numbers)]
+    alike.append(torch.equal(numbers[: len(mine)], mine))
+whole = sum(4 * math.prod(p.ds_shape) for p in sharded.parameters())
+facts = {"most": most, "whole": whole, "alike": all(alike), "counted": len(alike)}
+(FOLDER / f"sharded{distributed.rank()}.json").write_text(json.dumps(facts))
 (FOLDER / f"codes{distributed.rank()}.json").write_text(json.dumps(codes))
 (FOLDER / f"counted{distributed.rank()}.json").write_text(json.dumps(counted))

@@ -314,7 +314,7 @@ def test_a_config_that_cannot_work_is_refused_with_its_key(tiny, tmp_path, overr
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["engine.dtype=fp16"], "fp16 needs a GPU"),
+        (["engine.dtype=fp16", "engine.stage=0"], "stage 0 DeepSpeed divides"),
         (["engine.offload_optimizer=true"], "there is no GPU"),
         (["engine.offload_parameters=cpu"], "offload_parameters=cpu: parameters are whole on each rank at stage 2"),
         (["engine.offload_parameters=nvme"], "engine.nvme: the folder and offload_parameters=nvme go together"),

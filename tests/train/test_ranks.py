@@ -111,3 +111,14 @@ def test_stages_precisions_and_passes_agree_with_one_process(ranks, tiny, tmp_pa
     for stage, micro in itertools.product(range(4), (2, 1)):
         check_alike(ranks / f"matrix/{stage}_fp32_{micro}", alone)
         check_alike(ranks / f"matrix/{stage}_bf16_{micro}", alone, loss=2e-2)
+        if stage:  # refused at stage 0
+            check_alike(ranks / f"matrix/{stage}_fp16_{micro}", alone, loss=2e-2)
+
+
+def test_stage_3_is_built_shared_out_to_the_bit_and_never_whole(ranks):
+    """Half of it in float32 and in bf16, and a layer at a time besides."""
+    for rank in (0, 1):
+        facts = json.loads((ranks / f"sharded{rank}.json").read_text())
+        assert facts["alike"]
+        assert facts["counted"] > 100
+        assert facts["most"] < 0.95 * facts["whole"]
