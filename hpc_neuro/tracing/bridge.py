@@ -21,6 +21,7 @@ Bridge = tuple[int, int]
 _BASE = 8.0  # [voxel] shortest stretch behind an end that gives its direction
 _SLENDER = 3.0  # an end is a tube's, and has a direction, when that stretch is this many radii long
 _WORTH = 1.0  # a bridge may cost this many times the cable of the smaller piece it joins: specks are not worth a leap
+_AT_ONCE = 256  # ends whose surroundings are held together
 _ROUNDS = 20  # a string of beads gets its direction bead by bead
 
 
@@ -186,7 +187,9 @@ def _candidates(
     inside = net.radii[ends.anchor] + 0.5
     options = []
     thick = found.thickness
-    balls = found.near.query_ball_point(points[anchors], cfg.gap + inside + thick.max())
+    reach = cfg.gap + inside + thick.max()
+    some = (slice(i, i + _AT_ONCE) for i in range(0, len(anchors), _AT_ONCE))
+    balls = (ball for part in some for ball in found.near.query_ball_point(points[anchors[part]], reach[part]))
     for anchor, direction, depth, ball in zip(anchors, ends.direction, inside, balls, strict=True):
         others = np.array(ball, dtype=np.int64)
         others = others[piece[others] != piece[anchor]]

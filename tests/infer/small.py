@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,6 @@ KEYS = ["block=[8,32,32]", "chunk=[4,16,16]", "trees=false", "page=false"]
 
 def configure(model: Path, out: Path, *keys: str) -> infer.InferConfig:
     return load(infer.InferConfig, None, [f"model={model}", f"out={out}", *KEYS, *keys])
-
-
-def command(model: Path, store: Path, out: Path) -> list[str]:
-    keys = [f"model={model}", f"store={store}", f"out={out}", *KEYS]
-    return [sys.executable, "-m", "hpc_neuro", "infer", *keys]
 
 
 def probability(out: Path, name: str) -> np.ndarray:

@@ -155,6 +155,9 @@ def test_a_block_that_kills_its_process_is_left_out_after_so_many_deaths(tmp_pat
     assert [p.name for p in tmp_path.glob("begun/v/*")] == ["0_1_1"]
     parked = json.loads((tmp_path / "failed/v/0_1_1.json").read_text())
     assert (parked["index"], parked["tries"]) == ([0, 1, 1], 3)
+    wanted = np.rint(np.arange(8 * 64 * 96).reshape(8, 64, 96) / 49152 * 255)  # the student gives the image back
+    wanted[:, 32:, 32:64] = 0
+    np.testing.assert_array_equal(probability(tmp_path, "v"), wanted)  # whatever was cut off in the middle
 
 
 def test_who_is_tried_when_by_deaths_and_a_stop_in_good_order_is_none(model: Path, tmp_path: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,7 @@ from hpc_neuro.infer.job import Job
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
 from hpc_neuro.schema import ConfigError, InputError
-from tests.infer.small import WINDOW, command, configure, probability
+from tests.infer.small import WINDOW, configure, probability
 
 
 @pytest.mark.parametrize(
@@ -68,12 +65,12 @@ def test_other_libraries_open_it(done: Path, store: Path) -> None:
 
 def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
     """The centre of mass of a blob, in micrometres, is the same on every level."""
-    shape, size = (40, 600, 500), (1.0, 0.3, 0.3)
-    ome_zarr.create(tmp_path / "v", "p", shape, size, (64, 256, 256), (32, 64, 64), "mask", {})
+    shape, size = (24, 80, 520), (1.0, 0.3, 0.3)
+    ome_zarr.create(tmp_path / "v", "p", shape, size, (32, 64, 256), (32, 64, 64), "mask", {})
     blob = np.zeros(shape, np.uint8)
-    blob[10:18, 200:216, 320:344] = 200
+    blob[10:18, 20:36, 320:344] = 200
     ome_zarr.write(ome_zarr.open_level(tmp_path / "v"), Box.whole(shape), blob)
-    for level in ome_zarr.pieces(shape, size, (64, 256, 256), "mask"):
+    for level in ome_zarr.pieces(shape, size, (32, 64, 256), "mask"):
         for piece in level:
             ome_zarr.build_piece(tmp_path / "v", shape, size, piece)
     levels = ome_zarr.levels(shape, size)
@@ -84,7 +81,8 @@ def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
         centre = [np.average(i, weights=values.ravel()) for i in np.unravel_index(np.arange(values.size), values.shape)]
         assert volume.affine is not None
         um = (volume.affine @ [*centre, 1.0])[:3]
-        np.testing.assert_allclose(um, [13.5 * 1.0, 207.5 * 0.3, 331.5 * 0.3], atol=0.3)
+        off = np.abs(um - np.array([13.5 * 1.0, 27.5 * 0.3, 331.5 * 0.3]))
+        assert np.all(off < 0.5 * np.array(size))  # half a voxel of the finest level
 
 
 def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Path, tmp_path: Path) -> None:
@@ -97,22 +95,6 @@ def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Pa
     (cfg.out / "predictions.json").unlink()
     assert infer.run(cfg) == 0
     assert np.array_equal(probability(cfg.out, "a"), probability(done, "a"))
-
-
-@pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_voxels(
-    model: Path, store: Path, done: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "o"
-    process = subprocess.Popen(command(model, store, out), stderr=subprocess.DEVNULL)
-    while len(list(out.glob("blocks/a/*.json"))) < 2 and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "predictions.json").exists()
-    subprocess.run(command(model, store, out), check=True, capture_output=True, timeout=200)
-    for name in ("a", "b"):
-        assert np.array_equal(probability(out, name), probability(done, name))
 
 
 def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 
 import numpy as np
 import pytest
@@ -239,17 +238,3 @@ def test_what_is_no_probability_is_refused(probability: NDArray[np.generic], mes
 def test_senseless_settings_are_refused(bad: str) -> None:
     with pytest.raises(ConfigError, match=bad.split("=")[0]):
         load(TraceConfig, None, [bad])
-
-
-@pytest.mark.slow
-def test_a_block_with_many_neurites_takes_seconds() -> None:
-    rng = np.random.default_rng(0)
-    mask = np.zeros((256, 256, 256), dtype=np.float32)
-    for _ in range(25):
-        a, b = rng.uniform(5, 250, size=(2, 3))
-        a[0], b[0] = 4, 251
-        paint(mask, line(tuple(a), tuple(b), step=1.0), 2.2)
-    begin = time.process_time()
-    trees = trace(mask, ISO)
-    assert sum(length(t) for t in trees) > 25 * 240
-    assert time.process_time() - begin < 15
