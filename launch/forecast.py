@@ -7,6 +7,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,6 +58,8 @@ def within(seconds: float, work: Callable[[], list[str]], ranks: int) -> tuple[l
 
 def _work(pipe: Connection, work: Callable[[], list[str]], ranks: int) -> None:
     os.environ["WORLD_SIZE"] = str(ranks)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)  # a fork would wait for the other threads of a pool, which it has not
     try:
         pipe.send(([], work()))
     except (ConfigError, InputError, OSError) as error:

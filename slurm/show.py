@@ -1,11 +1,12 @@
-"""The cluster part at work on the development cluster: `python slurm/show.py OUT [chain|interrupted|array]...`.
+"""The cluster part at work on the development cluster: `python slurm/show.py OUT [PART]...`.
 
     chain         prepare -> precompute (2 MPI ranks) -> train (2 nodes, ZeRO-2) -> infer (array) -> evaluate
     interrupted   a training that meets scontrol requeue, a job of a higher partition, a killed node and time limits,
                   against an undisturbed one
     array         a thousand tasks, cut to a small MaxArraySize, some of which fail; then only those again
+    refused       bad submissions of many kinds, from the shell
 
-Prints what it measured. Needs `make slurm-up`; takes about 3, 8 and 15 minutes on two cores.
+Prints what it measured. Needs `make slurm-up`; takes about 3, 8, 15 and 1 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from hpc_neuro import prepare
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.schema import load
 from launch import array, jobs, slurm
@@ -71,7 +73,7 @@ def chain(out: Path) -> None:
     begun = time.monotonic()
     train = [f"train.{key}" for key in [*MODEL, *QUIET, "optim.steps=20", "teacher.model=random"]]
     keys = [f"out={out / 'chain'}", f"prepare.images={raw(out)}", "prepare.split.test=[syn_3,syn_4]"]
-    keys += ["precompute.teacher.model=random", *train, "infer.trace.threshold=0.02", "infer.trace.root_snap=100"]
+    keys += ["precompute.teacher.model=random", *train, "infer.trace.threshold=0.003", "infer.trace.root_snap=100"]
     keys += ["infer.block=[16,64,64]", "evaluate.draws=100", "cluster.infer.minutes=10"]
     options = ["--cluster", "dev", "--array", "2", "--watch"]
     verbs = "prepare,precompute,train,infer,evaluate"
@@ -145,7 +147,47 @@ def array_of_a_thousand(out: Path, count: int = 1000) -> None:
         gate.touch()
 
 
-SHOWN = {"chain": chain, "interrupted": interrupted, "array": array_of_a_thousand}
+BAD = [  # keys of a training, keys of the site, part of the answer
+    (["optim.batch=1"], [], "without any"),
+    (["store=/nowhere"], [], "/nowhere"),
+    (["checkpoint.keep=1000000000"], [], "free there"),
+    (["distill={}", "cache=/nowhere"], [], "/nowhere"),
+    (["optim.lrr=1"], [], "optim.lrr"),
+    (["checkpoint.margin=300"], ["train.minutes=5"], "no time to work"),
+    (["optim.steps=100000000"], ["teraflops=0.001"], "are all it gets"),
+    ([], ["partition=gpus"], "no partition gpus"),
+    ([], ["train.minutes=6000"], "limit of 60"),
+    ([], ["train.nodes=3"], "at most 2"),
+    ([], ["train.cpus_per_task=64"], "want 64 per node"),
+    ([], ["train.memory_gb=100000"], "has nodes of"),
+    ([], ["train.gpus_per_task=9"], "want 9 per node"),
+    ([], ["train.gpus_per_task=1", "gres=gpu:a100"], "of type a100"),
+    ([], ["train.gpus_per_task=1", "gpu_memory_gb=0.001"], "a GPU here has"),
+    ([], ["constraint=a100"], "no node of main has a100"),
+    ([], ["interface=ib9"], "no ib9 here"),
+    ([], ["container=apptainer exec /nowhere/a.sif"], "a.sif does not exist"),
+    ([], ["max_job=1"], "max_job"),
+]
+
+
+def refused(out: Path) -> None:
+    """From the shell, each in a process of its own as a user would."""
+    store, slowest, before = out / "refused" / "store", 0.0, len(slurm.states())
+    prepare.run(load(prepare.PrepareConfig, None, [f"images={raw(out)}", f"out={store}"]))
+    fixed = [*FRESH, f"store={store}", "optim.batch=4", f"out={out / 'refused' / 'never'}", "--cluster", "dev"]
+    for keys, site, answer in BAD:
+        words = ["-m", "launch", "train", *fixed, *keys, *(f"cluster.{key}" for key in site)]
+        begun = time.monotonic()
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        took = time.monotonic() - begun
+        slowest = max(slowest, took)
+        said = "refused" if done.returncode == 2 and answer in done.stderr else f"NOT REFUSED: {done.stderr}"
+        say(f"  {took:5.1f} s  {' '.join([*keys, *site])}: {said}")
+    left = len(slurm.states()) - before + (out / "refused" / "never").exists()
+    say(f"refused: {len(BAD)} kinds, the slowest in {slowest:.1f} s; jobs and folders left: {left}")
+
+
+SHOWN = {"chain": chain, "interrupted": interrupted, "array": array_of_a_thousand, "refused": refused}
 
 if __name__ == "__main__":
     where = Path(sys.argv[1]).resolve()

@@ -39,10 +39,13 @@ def costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int = 4) -> 
     stem, decoder = student.stem.to_empty(device="cpu"), student.decoder.to_empty(device="cpu")
     grid = math.prod(n // p for n, p in zip(crop, cfg.patch, strict=True))
     trace = _Trace(student)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # no pool of threads is left behind: a process that is forked later would wait for it
     skips = trace.run(stem, torch.zeros(1, 1, *cfg.patch))
     (stem_operations, stem_bytes), tokens = trace.taken(), torch.zeros(1, student.vit.dim, 1, 1, 1, requires_grad=True)
     trace.run(decoder, skips, dict.fromkeys(decoder.layers, tokens))
     decoder_operations, decoder_bytes = trace.taken()
+    torch.set_num_threads(threads)
     voxels, patches = math.prod(crop) * batch, grid * batch
     first = 2 * stem.first.weight.numel() * voxels  # the image itself needs no gradient
     scale = patches * value_bytes / 4

