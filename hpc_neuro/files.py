@@ -20,14 +20,20 @@ from hpc_neuro.schema import InputError
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is fsynced and renamed onto `path`, on failure removed.
 
-    Works for one file or one folder. A kill leaves only the hidden `.NAME.*.part` beside, which the next run removes.
+    Works for one file or one folder; a folder replaces a folder, a file never does. A kill leaves only the hidden
+    `.NAME.*.part` beside, which the next run removes. Raises InputError where `path` cannot be.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{path} cannot be written: {path.parent} is no folder and cannot become one") from error
     part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         yield part
         for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
             _fsync(file)
+        if path.is_dir() and not part.is_dir():
+            raise InputError(f"{path} is a folder; give the name of a file")
         if path.is_dir():
             shutil.rmtree(path)  # a rename cannot replace a folder that is not empty
         part.replace(path)

@@ -164,7 +164,10 @@ def _options(texts: list[str], known: set[str], command: str) -> dict[str, objec
         key, equals, value = text.partition("=")
         if not equals or key not in known:
             faults.append(f"  {text}: swc {command} knows {', '.join(f'{k}=' for k in sorted(known))}")
-        options[key] = value if key in ("flip", "out") else yaml.safe_load(value)
+        try:
+            options[key] = value if key in ("flip", "out") else yaml.safe_load(value)
+        except yaml.YAMLError:
+            faults.append(f"  {text}: {value} is not readable")
     if faults:
         raise ConfigError(f"swc {command} cannot be run so:\n" + "\n".join(faults))
     return options

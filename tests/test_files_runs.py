@@ -40,6 +40,16 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert [p.name for p in target.iterdir()] == ["two"]
 
 
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "precious").write_text("years of work")
+    with pytest.raises(InputError, match="d is a folder; give the name of a file"):
+        files.write_text(tmp_path / "d", "text")
+    with pytest.raises(InputError, match="precious is no folder and cannot become one"):
+        files.write_text(tmp_path / "d" / "precious" / "f", "text")
+    assert [p.name for p in tmp_path.rglob("*")] == ["d", "precious"]
+
+
 def test_space_that_is_not_there_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are free there; make room"):
         files.require_space(tmp_path / "new", 10**18, "the store")

@@ -116,6 +116,7 @@ def test_transform(folder: Path) -> None:
         (["convert", "good.swc", "to=nm"], "to=nm is not one of um, voxel"),
         (["convert", "good.swc", "voxel_size=1,2"], "voxel_size=1,2 is not three numbers"),
         (["convert", "good.swc", "voxel_size=a,b,c"], "is not three numbers"),
+        (["convert", "good.swc", "voxel_size=[1,2"], "voxel_size=\\[1,2: \\[1,2 is not readable"),
     ],
 )
 def test_wrong_words_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str) -> None:

@@ -48,6 +48,8 @@ def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
     }
     held = {"student": state["student"], "code": runs.code_version(), "extra": extra}
     saved = TypeAdapter(SavedStudent).validate_python(held)
+    if out.exists() and not (out / "student.yaml").is_file():
+        raise InputError(f"{out} exists and holds no exported student; give a new folder")
     with files.atomic(out) as part:
         part.mkdir()
         (part / "student.yaml").write_text(schema.dump(saved), encoding="utf-8")

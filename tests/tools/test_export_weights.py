@@ -37,6 +37,10 @@ def test_the_newest_checkpoint_gives_what_train_exported(run, tmp_path):
     expected = load_student(run / "weights/last")[1]
     assert {k: meta[k] for k in expected} == expected
     assert student(torch.rand(1, 1, 16, 32, 32)).logits.shape == (1, 1, 16, 32, 32)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError, match="mine exists and holds no exported student"):
+        export(run, tmp_path / "mine")
+    export(run, tmp_path / "out")
 
 
 def test_ranges_of_several_ranks_are_put_together_and_what_is_missing_is_said(run, tmp_path):
