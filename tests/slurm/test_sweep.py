@@ -44,7 +44,7 @@ def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(clust
         concurrent=2,
         poll=0.3,
     )
-    first = make(cfg, small, 8)
+    first = make(cfg, small, 6)
     first.step()
     assert len(slurm.states()) >= 2
     victim = first.trials[0]
@@ -53,7 +53,7 @@ def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(clust
     lost = first.trials[1].job
     first.trials[1].attempts[-1].job = None  # the driver is killed between submission and note
     first.trials[1].save()
-    second = make(cfg, small, 8)
+    second = make(cfg, small, 6)
     assert second.trials[1].job == lost
     assert second.run()
     ended = trial.load_all(cfg.out)
