@@ -60,6 +60,8 @@ class DemoConfig:
 
 def forecast(cfg: DemoConfig) -> list[str]:
     """Check the data of the first stages; later stages check what they read when it is there."""
+    if (cfg.out / "swc").exists() and not (cfg.out / "run.json").exists():
+        raise InputError(f"{cfg.out / 'swc'} is there, and of no demo: it would be replaced; choose another `out`")
     if cfg.data is None:
         return [f"synthetic neurons, then {', '.join(STAGES[1:])}, all under {cfg.out}"]
     held = _held_out(cfg, cfg.data)

@@ -164,6 +164,14 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(pairs: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_trees_that_lie_in_the_way_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "swc").mkdir()
+    (tmp_path / "swc" / "mine.swc").write_text("1 2 0 0 0 1 -1\n")
+    with pytest.raises(InputError, match="swc is there, and of no demo"):
+        demo.run(load(demo.DemoConfig, None, [f"out={tmp_path}"]))
+    assert [p.name for p in tmp_path.rglob("*")] == ["swc", "mine.swc"]
+
+
 def test_the_held_out_neurons_are_chosen_as_documented(tmp_path: Path) -> None:
     for number in (1, 2, 3, 6, 7, 9, 10):
         (tmp_path / f"OP_{number}.swc").touch()
