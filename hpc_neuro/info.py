@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
         what = f"unknown {', '.join(unknown)}" if unknown else f"{len(paths)} paths where one is wanted"
         raise ConfigError(f"info cannot be run so: {what}\n{HELP}")
     path, picture = Path(paths[0]), Path(options["picture"]) if "picture" in options else None
+    if picture is not None and picture.suffix.lower() != ".png":  # the image itself, given twice, would be replaced
+        raise ConfigError(f"picture={picture} is not named as a picture; give a name that ends in .png")
     if path.suffix.lower() == ".swc":
         _tree(path, picture)
         return 0

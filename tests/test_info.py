@@ -111,6 +111,10 @@ def test_of_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b.tif").write_bytes(b"an image")
+    assert command_line(["info", str(tmp_path / "b.tif"), f"picture={tmp_path / 'b.tif'}"]) == 2
+    assert "is not named as a picture" in capsys.readouterr().err
+    assert (tmp_path / "b.tif").read_bytes() == b"an image"
     for argv, says in ((["a", "b"], "2 paths"), ([], "0 paths"), (["a", "colour=1"], "unknown colour")):
         with pytest.raises(ConfigError, match=says):
             info.main(argv)
