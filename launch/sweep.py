@@ -57,20 +57,20 @@ def sweep(asked: argparse.Namespace) -> int:
     cfg = schema.load(SearchConfig, asked.config, asked.keys)
     cfg = dataclasses.replace(cfg, out=cfg.out.absolute())
     recipe = Recipe(cfg)
-    executor = _executor(asked, cfg) if not asked.dry_run else None
-    if asked.cancel and executor is not None:
+    if asked.cancel:
         with only_driver(cfg.out):
-            log.info("sweep: %d jobs asked to end", Driver(cfg, recipe.steps, recipe.write, executor).cancel_all())
+            driver = Driver(cfg, recipe.steps, recipe.write, _executor(asked, cfg))
+            log.info("sweep: %d jobs asked to end", driver.cancel_all())
         return 0
     lines = [*search.forecast(cfg), *_check(recipe, asked)]
-    if executor is None:
+    if asked.dry_run:
         sys.stdout.write("\n".join(lines) + "\n")
         return 0
     with only_driver(cfg.out), runs.start("search", cfg, cfg.out, {"base": recipe.digest}, _MAY_CHANGE) as this:
         if not this.complete:
             for line in lines:
                 log.info("sweep: %s", line)
-            return drive(cfg, Driver(cfg, recipe.steps, recipe.write, executor), this)
+            return drive(cfg, Driver(cfg, recipe.steps, recipe.write, _executor(asked, cfg)), this)
     return search.run(cfg)
 
 

@@ -69,7 +69,7 @@ def test_a_dry_run_checks_everything_and_writes_nothing(written, tmp_path, capsy
 def test_a_store_that_is_not_there_is_named_before_anything_starts(written, tmp_path, capsys):
     assert sweep.main([str(written), "train.keys=[store=nowhere, distill=null]"]) == 2
     assert "nowhere" in capsys.readouterr().err
-    assert not (tmp_path / "study" / "trials").exists()
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_second_driver_is_refused(written, tmp_path, capsys):
