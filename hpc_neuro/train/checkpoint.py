@@ -34,7 +34,7 @@ class CheckpointConfig:
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept, besides the best validated one and the milestones."""
     milestone: int = Field(default=0, ge=0)
-    """[step] Checkpoints at multiples of this are kept for good; 0: none."""
+    """[step] At multiples of this a checkpoint is saved that is kept for good; 0: none."""
     metric: Literal["dice_best", "dice", "precision", "recall"] = "dice_best"
     """What makes a validation the best: its checkpoint is kept, its weights are weights/best. dice_best is the Dice at
     the best threshold."""

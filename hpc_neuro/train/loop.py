@@ -93,13 +93,18 @@ def train(state: Training, preemption: Preemption, watch: Watch) -> bool:
             last = state.step == steps
             overdue = 0 < cfg.checkpoint.minutes < (time.monotonic() - state.saved) / 60
             stop, overdue, writing = preemption.agreed(overdue, not state.saver.written)
-            save = overdue or stop or last or (cfg.checkpoint.every > 0 and state.step % cfg.checkpoint.every == 0)
+            milestone = cfg.checkpoint.milestone > 0 and state.step % cfg.checkpoint.milestone == 0
+            due = cfg.checkpoint.every > 0 and state.step % cfg.checkpoint.every == 0
+            save = overdue or stop or last or milestone or due
             if save or state.step % cfg.tracker.every == 0:
                 state.flush()  # raises when the loss is not finite, before that is saved
             with state.meter.paused():
                 if last or (state.step % cfg.validate.every == 0 and not stop):
                     watch.doing = f"the validation of step {state.step}"
                     state.validate()
+                if milestone and cfg.validate.volumes and not stop:
+                    watch.doing = f"the whole volumes of step {state.step}"
+                    state.validate_volumes()
                 if save:
                     watch.doing = f"the checkpoint of step {state.step}"
                     state.save(wait=stop or last)

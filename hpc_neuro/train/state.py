@@ -27,7 +27,8 @@ from hpc_neuro.train.meter import Diverged, Meter
 from hpc_neuro.train.pictures import Shown
 from hpc_neuro.train.schedule import groups
 from hpc_neuro.train.tracker import METRICS, Metrics, Wandb
-from hpc_neuro.train.validate import Score, Validator
+from hpc_neuro.train.validate import Score, Validator, Volumes
+from hpc_neuro.types import Batch
 
 log = logging.getLogger(__name__)
 _STUDENT = "student."  # what the names of the student's parameters begin with in TrainModule
@@ -94,7 +95,7 @@ class Training:
         """Score the averaged weights on the fixed crops; export them when they are the best so far."""
         self.engine.module.eval()
         shown = Shown(self.wandb.pictures)
-        predict = shown.watching(lambda batch: self.student.forward(batch.image).logits)
+        predict = shown.watching(self._predict)
         with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
             score = self.score = self.validator(predict, self.device)
         self.wandb.show(self.step, shown.pictures)
@@ -113,6 +114,32 @@ class Training:
             )
         if self.step > 0 and self._value(score) > self.best["score"] and self._export("best", score):
             self.best = {"score": self._value(score), "step": self.step}
+
+    def validate_volumes(self) -> None:
+        """Score the averaged weights on the whole volumes of `val`, at a milestone."""
+        ids = self.parts.store.split("val")
+        if not ids:
+            return
+        self.engine.module.eval()
+        begun = time.monotonic()
+        with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
+            score = Volumes(self.parts.store, ids, self.cfg.crop.size)(self._predict, self.device)
+        seconds = time.monotonic() - begun
+        self._write([{"step": self.step, "kind": "volumes", **asdict(score), "volumes": len(ids), "seconds": seconds}])
+        log.info(
+            "train: step %d: %d whole volume(s): Dice %.4f (%.4f at threshold %.3f), precision %.3f, recall %.3f "
+            "in %.0f s",
+            *(
+                self.step,
+                len(ids),
+                score.dice,
+                score.dice_best,
+                score.threshold,
+                score.precision,
+                score.recall,
+                seconds,
+            ),
+        )
 
     def save(self, wait: bool) -> None:
         """Begin a checkpoint of this step, on all ranks; wait: until it is there."""
@@ -192,6 +219,10 @@ class Training:
 
     def _averages(self) -> dict[str, dict[int, torch.Tensor]]:
         return {} if self.ema is None else {"average": self.ema.average}
+
+    def _predict(self, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = self.student.forward(batch.image).logits
+        return logits
 
     def _value(self, score: Score) -> float:
         return float(getattr(score, self.cfg.checkpoint.metric))

@@ -157,7 +157,7 @@ class Wandb:
             )
             # later jobs of the same run say more than the first one did
             run.config.update({**run_config, **facts(self.out, self._inputs)}, allow_val_change=True)
-            for kind in ("train", "val"):
+            for kind in ("train", "val", "volumes"):
                 run.define_metric(f"{kind}/*", step_metric="step")
             while (row := self._rows.get()) is not None:
                 shown = row.pop("pictures", ())

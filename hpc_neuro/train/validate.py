@@ -1,9 +1,12 @@
-"""Validation on fixed crops: foreground Dice on pooled counts, and the threshold that serves it best."""
+"""Validation on fixed crops and on whole volumes: foreground Dice on pooled counts, and the threshold that serves it
+best.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -11,9 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from hpc_neuro import distributed
-from hpc_neuro.data.dataset import read, stack
+from hpc_neuro.data.dataset import UNLABELLED, read, stack
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import Box
+from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.schema import config
 from hpc_neuro.types import Batch
 
@@ -30,6 +33,8 @@ class ValidateConfig:
     """[step] How often."""
     crops: int = Field(default=16, ge=1)
     """How many crops over all ranks: half around the centreline, half anywhere."""
+    volumes: bool = True
+    """At milestones (checkpoint.milestone) also score the whole volumes of the `val` split, all ranks together."""
     alarm: float = Field(default=0.3, ge=0, le=1)
     """Share of the steps after which a model that predicts next to no foreground raises an alarm."""
 
@@ -51,31 +56,88 @@ class Score:
         return self.foreground < _COLLAPSED
 
 
+Predict = Callable[[Batch], Tensor]
+"""A batch of one -> logits [1, 1, Z, Y, X]."""
+
+
 class Validator:
     """The crops of this rank, read once."""
 
     def __init__(self, store: Store, boxes: Sequence[tuple[str, Box]]) -> None:
-        ranks, rank = distributed.world_size(), distributed.rank()
-        # Every rank runs as many passes (ZeRO-3 meets inside each); one with fewer crops repeats its last uncounted.
-        mine = list(range(rank, len(boxes), ranks))
-        self._passes = -(-len(boxes) // ranks)
-        self._crops = [stack([read(store, *boxes[i])], [i]) for i in mine or [0]]
-        self._counted = len(mine)
+        self._count = len(boxes)
+        self._crops = [stack([read(store, *boxes[i])], [i]) for i in _mine(len(boxes))]
 
-    @torch.no_grad()
-    def __call__(self, predict: Callable[[Batch], Tensor], device: torch.device) -> Score:
-        """predict: a batch of one -> logits [1, 1, Z, Y, X]. The same score on every rank."""
-        counts = torch.zeros(2, _BINS + 1, dtype=torch.int64, device=device)  # background, neurite by probability
-        for i in range(self._passes):
-            batch = self._crops[min(i, len(self._crops) - 1)].to(device)
-            probability = predict(batch).float().sigmoid()
-            if i < self._counted:
-                bins = (probability * _BINS).to(torch.int64)
-                for truth in (0, 1):
-                    counts[truth] += torch.bincount(bins[batch.mask == truth], minlength=_BINS + 1)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(counts)
-        return score(counts.cpu())
+    def __call__(self, predict: Predict, device: torch.device) -> Score:
+        """The same score on every rank."""
+        return _pooled(self._count, lambda i: self._crops[i], predict, device)
+
+
+class Volumes:
+    """Whole volumes, cut into windows of the training crop's size that overlap by half; read anew each time.
+
+    A voxel is scored once, by the window in whose middle it lies:
+
+        |--------window--------|
+              |---core----|
+                    |--------window--------|
+                          |---core----|
+    """
+
+    def __init__(self, store: Store, ids: Sequence[str], window: Shape) -> None:
+        self._store = store
+        self._tiles = [(i, *tile) for i in ids for tile in _tiles(store[i].shape, window)]
+
+    def __call__(self, predict: Predict, device: torch.device) -> Score:
+        """The same score on every rank."""
+        mine = _mine(len(self._tiles))
+        return _pooled(len(self._tiles), lambda i: self._read(*self._tiles[mine[i]]), predict, device)
+
+    def _read(self, volume: str, box: Box, core: Box) -> Batch:
+        batch = stack([read(self._store, volume, box)], [0])
+        z, y, x = (slice(a - s, b - s) for a, b, s in zip(core.start, core.stop, box.start, strict=True))
+        mask = torch.full_like(batch.mask, UNLABELLED)
+        mask[:, :, z, y, x] = batch.mask[:, :, z, y, x]
+        return replace(batch, mask=mask)
+
+
+def _tiles(shape: Shape, window: Shape) -> list[tuple[Box, Box]]:
+    """(window, core) for every core; windows stay within the volume where it is as large as they are."""
+    axes = []
+    for size, wide in zip(shape, window, strict=True):
+        core = max(wide // 2, 1)
+        starts = range(0, size, core)
+        axes.append(
+            [(min(max(s - (wide - core) // 2, 0), max(size - wide, 0)), s, min(s + core, size)) for s in starts]
+        )
+    found = []
+    for z, y, x in itertools.product(*axes):
+        core_box = Box((z[1], y[1], x[1]), (z[2], y[2], x[2]))
+        found.append((Box.at((z[0], y[0], x[0]), window), core_box))
+    return found
+
+
+def _mine(count: int) -> list[int]:
+    """Which of so many items are this rank's; one that is left without takes the first, uncounted."""
+    return list(range(distributed.rank(), count, distributed.world_size())) or [0]
+
+
+@torch.no_grad()
+def _pooled(count: int, take: Callable[[int], Batch], predict: Predict, device: torch.device) -> Score:
+    """Score of `count` items over all ranks; `take(i)` is this rank's i-th."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    counted = len(range(rank, count, ranks))
+    counts = torch.zeros(2, _BINS + 1, dtype=torch.int64, device=device)  # background, neurite by probability
+    # Every rank runs as many passes (ZeRO-3 meets inside each); one with fewer items repeats its last uncounted.
+    for i in range(-(-count // ranks)):
+        batch = take(min(i, max(counted - 1, 0))).to(device)
+        probability = predict(batch).float().sigmoid()
+        if i < counted:
+            bins = (probability * _BINS).to(torch.int64)
+            for truth in (0, 1):
+                counts[truth] += torch.bincount(bins[batch.mask == truth], minlength=_BINS + 1)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(counts)
+    return score(counts.cpu())
 
 
 def score(counts: Tensor) -> Score:

@@ -174,6 +174,18 @@ def test_passes_add_up_to_the_batch(tiny, tmp_path):
         assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-2)
 
 
+def test_whole_volumes_are_scored_and_kept_at_milestones(tiny, tmp_path, caplog):
+    keys = ["optim.steps=4", "checkpoint.every=0", "checkpoint.milestone=2", "checkpoint.keep=1", "validate.every=9"]
+    with caplog.at_level(logging.INFO):
+        assert train.run(tiny(tmp_path / "run", *keys)) == 0
+    found = rows(tmp_path / "run", "volumes")
+    assert [row["step"] for row in found] == [2, 4]
+    assert all(row["volumes"] == 1 and 0 <= row["dice"] <= row["dice_best"] <= 1 for row in found)
+    assert "step 2: 1 whole volume(s): Dice" in caplog.text
+    held = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert held == ["step_00000002", "step_00000004"]
+
+
 def test_it_learns(tiny, tmp_path):
     """From clean stacks, quickly: seeds 0 to 3 reach 0.75, 0.69, 0.80, 0.54."""
     out = tmp_path / "run"

@@ -14,7 +14,8 @@ from hpc_neuro import distributed
 from hpc_neuro.data.dataset import places
 from hpc_neuro.data.sampling import CropConfig, spread_boxes
 from hpc_neuro.data.store import Store
-from hpc_neuro.train.validate import Validator, score
+from hpc_neuro.geometry import Box
+from hpc_neuro.train.validate import Validator, Volumes, score
 from tests.tiny_store import write_store
 
 CPU = torch.device("cpu")
@@ -88,6 +89,37 @@ def test_ranks_share_the_crops_and_find_the_same(store, monkeypatch):
         passes.append(len(calls))
     assert passes == [2, 2, 2]  # a rank that ran fewer would leave the others waiting in ZeRO-3
     assert score(sum(counts)) == whole
+
+
+def test_every_labelled_voxel_of_a_volume_is_scored_once(store, monkeypatch):
+    """Also of one that is smaller than a window along an axis, and on several ranks."""
+    for window in ((16, 32, 32), (8, 16, 48), (24, 64, 64)):
+        kept: list[torch.Tensor] = []
+        monkeypatch.setattr("hpc_neuro.train.validate.score", lambda c, kept=kept: kept.append(c))
+        for rank, ranks in ((0, 1), (0, 3), (1, 3), (2, 3)):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(distributed, "world_size", lambda ranks=ranks: ranks)
+            Volumes(store, store.ids, window)(lambda b: 8 * b.image - 3, CPU)
+        whole = np.concatenate([store[i].mask(Box.whole(store[i].shape)).ravel() for i in store.ids])
+        assert kept[0].sum(1).tolist() == [int((whole == truth).sum()) for truth in (0, 1)]
+        assert torch.equal(kept[0], sum(kept[1:]))
+
+
+def test_a_voxel_of_a_volume_is_seen_with_context(store):
+    """Only by windows within the volume, and away from their border unless the volume ends there."""
+    shape = store["a"].shape
+    seen = []
+
+    def watch(b):
+        labelled = (b.mask[0, 0] != 255).nonzero()
+        seen.append((labelled.min(0).values.tolist(), labelled.max(0).values.tolist()))
+        return b.image
+
+    Volumes(store, ["a"], (16, 32, 32))(watch, CPU)
+    inner = [low for low, _ in seen if low[1] > 0]
+    assert len(seen) == 3 * 4 * 4
+    assert all(low[1] >= 8 for low in inner)
+    assert all(n > w for n, w in zip(shape, (16, 32, 32), strict=True))
 
 
 def test_the_folder_of_a_store_may_go_after_the_crops_are_read(tmp_path: Path):
