@@ -106,6 +106,8 @@ def test_the_loss_is_the_formula(changes: dict[str, Any]) -> None:
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), 3 * want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(terms["distill"].double(), want.detach(), rtol=1e-5, atol=1e-6)
+    if changes["axes"] == "deformable":
+        torch.testing.assert_close(terms["distill_bend"], torch.tanh(raw).abs().mean())
 
 
 @pytest.mark.parametrize("axes", ["none", "straight", "deformable"])
@@ -141,10 +143,12 @@ def test_tubes_are_straight_at_the_start_and_bend_at_most_the_extent() -> None:
     straight.heads.load_state_dict(distiller.heads.state_dict())
     loss = distiller({3: student}, batch())[0]
     torch.testing.assert_close(loss, straight({3: student}, batch())[0])
-    nn.init.normal_(distiller.offsets[0].weight, std=50.0)
-    bent = distiller._bends(0, student.detach())
+    nn.init.normal_(distiller.offsets[0].weight, std=5.0)
+    bent, scaled = (distiller._bends(0, factor * student.detach()) for factor in (1, 1000))
     assert bent is not None
+    assert scaled is not None
     assert 0.4 < float(torch.stack(bent).detach().abs().max()) <= 0.5
+    torch.testing.assert_close(torch.stack(scaled), torch.stack(bent), atol=1e-3, rtol=0)  # blocks differ in scale
 
 
 def test_offsets_learn_from_the_student_side_only() -> None:
