@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hpc_neuro.schema import ConfigError
 from hpc_neuro.train import TrainConfig
-from launch import checks, jobs, slurm
+from launch import checks, jobs, slurm, sweep
 from launch.site import load_site
+from tests.train.conftest import TINY
 
 pytestmark = pytest.mark.slurm
 
@@ -81,3 +83,19 @@ def test_a_good_submission_is_told_what_it_needs_and_how_it_will_be_stopped(
     assert not cfg.out.exists()
     with pytest.raises(jobs.InputError, match="nothing was launched"):
         jobs.read(cfg.out)
+
+
+def test_a_sweep_is_held_against_the_cluster_before_its_first_trial(
+    cluster: Path, tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = {
+        "out": str(tmp_path / "study"),
+        "train": {"keys": [f"store={tiny_store}", *TINY]},
+        "space": {"optim.lr": {"log": [1e-3, 1e-2]}},
+        "trials": 1,
+    }
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(tree))
+    words = [str(tmp_path / "search.yaml"), "--on", "slurm", "--cluster", "dev", "cluster.train.minutes=600"]
+    assert sweep.main(words) == 2
+    assert "above main's limit of 60" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
