@@ -33,13 +33,19 @@ class Traced:
     def nearest(self, component: int, points: Floats) -> tuple[Floats, Ints]:
         """Distance to, and voxel index of, the nearest path voxel of a component for each of [n, 3] points."""
         best, index = np.full(len(points), np.inf), np.zeros(len(points), dtype=np.int64)
-        low, high = points.min(axis=0), points.max(axis=0)
-        for tree, nodes in zip(self._trees[component], self._nodes[component], strict=True):
-            apart = np.linalg.norm(np.maximum(0, np.maximum(tree.mins - high, low - tree.maxes)))
-            if apart < best.max():
-                found, at = (np.atleast_1d(v) for v in tree.query(points))
-                closer = found < best
-                best[closer], index[closer] = found[closer], nodes[at[closer]]
+        trees, nodes = self._trees[component], self._nodes[component]
+        if not trees:
+            return best, index
+        lows, highs = np.array([t.mins for t in trees]), np.array([t.maxes for t in trees])
+        beyond = np.maximum(0, np.maximum(lows - points.max(axis=0), points.min(axis=0) - highs))
+        apart = np.linalg.norm(beyond, axis=1)  # no point of a path is nearer to any of these points
+        for which in np.argsort(apart, kind="stable"):
+            near = np.flatnonzero(apart[which] < best)
+            if not len(near):
+                break
+            found, at = (np.atleast_1d(v) for v in trees[which].query(points[near]))
+            closer = found < best[near]
+            best[near[closer]], index[near[closer]] = found[closer], nodes[which][at[closer]]
         return best, index
 
 

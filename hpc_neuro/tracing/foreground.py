@@ -43,21 +43,22 @@ class Look:
         places = np.rint(voxels).astype(np.int64)
         inside = np.flatnonzero(np.all((places >= 0) & (places < self._shape), axis=1))
         found = np.zeros(len(places), dtype=np.float32)
-        cells = places[inside] // _CELL
-        keys = np.ravel_multi_index(tuple(cells.T), self._grid) if len(inside) else np.zeros(0, dtype=np.int64)
+        if not len(inside):
+            return found
+        cells, within = np.divmod(places[inside], _CELL)
+        keys = np.ravel_multi_index(tuple(cells.T), self._grid)
         order = np.argsort(keys, kind="stable")
-        for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            if len(group):
-                corner = cells[group[0]] * _CELL
-                box = Box.at((int(corner[0]), int(corner[1]), int(corner[2])), _CELL).clipped(Box.whole(self._shape))
-                values = self._cell(int(keys[group[0]]), box)[tuple((places[inside[group]] - corner).T)]
-                found[inside[group]] = as_probability(values, box)
+        groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+        raw = [self._cell(int(keys[group[0]]), cells[group[0]])[tuple(within[group].T)] for group in groups]
+        found[inside[order]] = as_probability(np.concatenate(raw), Box.whole(self._shape))
         return found
 
-    def _cell(self, key: int, box: Box) -> NDArray[np.generic]:
+    def _cell(self, key: int, cell: Ints) -> NDArray[np.generic]:
         if key in self._cells:
             self._cells.move_to_end(key)
         else:
+            z, y, x = (int(n) for n in cell * _CELL)
+            box = Box.at((z, y, x), _CELL).clipped(Box.whole(self._shape))
             self._cells[key] = np.array(self._read(box))  # not a view that holds more than the cell
             if len(self._cells) > _CELLS:
                 self._cells.popitem(last=False)

@@ -66,7 +66,7 @@ def reduced(read: Read, shape: Shape, box: Box, spacing: Floats, cfg: TraceConfi
     mask = array[inner] >= cfg.floor
     if not mask.any():
         return None
-    voxels = np.argwhere(mask).astype(np.int32)
+    voxels = _places(mask).astype(np.int32)
     places = voxels.astype(np.int64) + np.array(closed.start) - np.array(around.start)
     distance = np.maximum(_to_border(array >= cfg.threshold, places, spacing), np.float32(0.5))
     width = _to_border(array >= cfg.floor, places, spacing)
@@ -112,18 +112,24 @@ def _to_border(inside: Bools, places: Ints, spacing: Floats) -> NDArray[np.float
     if np.count_nonzero(inside) > _FULL * inside.size:
         far = edt.edt(inside, anisotropy=tuple(spacing.tolist()), black_border=False, parallel=1)[tuple(places.T)]
         return np.asarray(np.minimum(far, REACH), dtype=np.float32)
-    shell, voxels = [], np.argwhere(inside)
+    shell, voxels = [], _places(inside)
     for axis in range(3):
         for side in (-1, 1):
             beside = voxels.copy()
             beside[:, axis] += side
             beside = beside[(beside[:, axis] >= 0) & (beside[:, axis] < inside.shape[axis])]
             shell.append(np.ravel_multi_index(tuple(beside[~inside[tuple(beside.T)]].T), inside.shape))
-    border = np.unravel_index(np.unique(np.concatenate(shell)), inside.shape)
+    flat = np.sort(np.concatenate(shell))  # many times quicker here than numpy's unique
+    border = np.unravel_index(flat[np.diff(flat, prepend=-1) > 0], inside.shape)
     if not len(border[0]):
         return np.where(inside[tuple(places.T)], REACH, 0).astype(np.float32)
     far = np.asarray(cKDTree(np.stack(border, axis=1) * spacing).query(places * spacing)[0])
     return np.where(inside[tuple(places.T)], np.minimum(far, REACH), 0).astype(np.float32)
+
+
+def _places(inside: Bools) -> Ints:
+    """[N, 3] where an array is true, in raster order."""
+    return np.stack(np.unravel_index(np.flatnonzero(inside), inside.shape), axis=1)
 
 
 def _closed(box: Box, shape: Shape) -> Box:
