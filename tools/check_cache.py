@@ -130,11 +130,11 @@ def silent(folder: Path, ranks: int = 2, silence: int = 5) -> tuple[bool, dict[s
 
 
 def memory(folder: Path, factor: int = 2) -> tuple[bool, dict[str, object]]:
-    """Peak memory of two builds, each in a process of its own; both volumes are larger than a tile on every side."""
+    """Peak memory of two builds, each in a process of its own; both volumes have a tile with context on every side."""
     peaks = {}
     for name, side in (("small", 384), ("large", 384 * factor)):
         store = write_store(folder / f"{name}_store", ["a"], (side, side, side))
-        keys = [*_verb(store, folder / name)[3:], "stride_v=96", "slab=4", "batch=4", "tile=256", "halo=64"]
+        keys = [*_verb(store, folder / name)[3:], "stride_v=192", "batch=2", "tile=128", "halo=64"]
         script = (
             "import sys; from hpc_neuro.__main__ import main; code = main(sys.argv[1:]); "
             # not getrusage, which starts from the peak of the process that started this one
