@@ -19,7 +19,7 @@ from hpc_neuro.precompute import compress, verb
 from hpc_neuro.precompute.build import look
 from hpc_neuro.precompute.config import PrecomputeConfig
 from hpc_neuro.precompute.slices import pixels
-from hpc_neuro.schema import ConfigError, InputError
+from hpc_neuro.schema import ConfigError
 
 DONE, BAD = 0, 3
 COSINE = 0.999
@@ -74,7 +74,7 @@ def verify(out: Path, overrides: Sequence[str] = (), slices: int = 32, seed: int
 
     overrides: keys of precompute for what moved. Raises InputError when `out` holds no finished cache.
     """
-    files.read_json(out / cache.MANIFEST, "an unfinished cache is finished by the same `hpc-neuro precompute` command")
+    cache.read_manifest(out, "an unfinished cache is finished by the same `hpc-neuro precompute` command")
     cfg = schema.load(PrecomputeConfig, out / "config.yaml", [*overrides, f"out={out}"])
     work = verb.open_all(cfg)
     found = _findings(cfg, work, slices, seed)
@@ -96,7 +96,7 @@ def verify(out: Path, overrides: Sequence[str] = (), slices: int = 32, seed: int
 
 def _findings(cfg: PrecomputeConfig, work: verb.Work, slices: int, seed: int) -> list[Finding]:
     """What is bad: shards by their own checksum and the manifest's, then by what the teacher gives now."""
-    manifest = files.read_json(cfg.out / cache.MANIFEST, "run precompute")
+    manifest = cache.read_manifest(cfg.out, "run precompute")
     wanted = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
     stale = {u.name for u in work.missing(cfg)}
     found, sound = [], []
@@ -148,12 +148,10 @@ def _unlike(
 
 def info(out: Path) -> list[str]:
     """What a cache holds, in lines for people. Raises InputError when there is none."""
-    held = files.read_json(out / cache.MANIFEST, "give the folder that `hpc-neuro precompute` wrote")
+    held = cache.read_manifest(out, "give the folder that `hpc-neuro precompute` wrote")
     shards = held["shards"]
     gone = [s["file"] for s in shards if not (out / s["file"]).exists()]
     size = sum(s["bytes"] for s in shards)
-    if "dtype" not in held:
-        raise InputError(f"{out} is a cache of an earlier version; build it again with `hpc-neuro precompute`")
     turned = ", ".join(held["augment_views"]) or "none"
     kept = f"all {held['dim']} channels" if held["pca"] is None else f"{held['pca']} of {held['dim']} components"
     random = ", RANDOM WEIGHTS" if held["random_teacher"] else ""

@@ -169,3 +169,9 @@ def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
     for command in ("verify", "info"):
         with pytest.raises(InputError, match=r"manifest.json does not exist; .*hpc-neuro precompute"):
             cache_tool.main([command, str(tmp_path)])
+    (tmp_path / MANIFEST).write_text("{}")
+    for command in ("verify", "info"):
+        with pytest.raises(InputError, match=r"manifest.json is not of format \d; build the cache again"):
+            cache_tool.main([command, str(tmp_path)])
+    with pytest.raises(InputError, match="is not of format"):
+        FeatureCache(tmp_path)

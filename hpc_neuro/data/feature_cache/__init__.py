@@ -6,7 +6,16 @@ area weights, so a grid that is the student's own passes through unchanged.
 """
 
 from hpc_neuro.data.feature_cache.coding import RAW, Coding
-from hpc_neuro.data.feature_cache.layout import CODING, FORMAT, MANIFEST, PLANE, CacheMismatch, Unit, tiles
+from hpc_neuro.data.feature_cache.layout import (
+    CODING,
+    FORMAT,
+    MANIFEST,
+    PLANE,
+    CacheMismatch,
+    Unit,
+    read_manifest,
+    tiles,
+)
 from hpc_neuro.data.feature_cache.reader import FeatureCache
 from hpc_neuro.data.feature_cache.resample import Cells
 from hpc_neuro.data.feature_cache.shard import (
@@ -31,6 +40,7 @@ __all__ = [
     "FeatureCache",
     "ShardWriter",
     "Unit",
+    "read_manifest",
     "record_use",
     "shard_is_sound",
     "shard_key",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from hpc_neuro import files
 from hpc_neuro.data.orientation import PLANE
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.schema import ConfigError, InputError
 
 FORMAT = 2
 """Raised when shards of an older version would be read wrongly; they are then built again."""
 MANIFEST = "manifest.json"
 CODING = "coding.npz"
 USES = "uses"
-__all__ = ["CODING", "FORMAT", "MANIFEST", "PLANE", "USES", "CacheMismatch", "Unit", "tiles"]
+__all__ = ["CODING", "FORMAT", "MANIFEST", "PLANE", "USES", "CacheMismatch", "Unit", "read_manifest", "tiles"]
 
 
 class CacheMismatch(ConfigError):
@@ -49,6 +51,17 @@ class Unit:
     def read(entry: Mapping[str, Any]) -> Unit:
         """A unit from its entry in the manifest."""
         return Unit(**{**entry, "cell": tuple(entry["cell"])})
+
+
+def read_manifest(folder: Path, hint: str) -> dict[str, Any]:
+    """The manifest of a cache. Raises InputError when there is none, with `hint`, or one of another format."""
+    held = files.read_json(folder / MANIFEST, hint)
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise InputError(
+            f"{folder / MANIFEST} is not of format {FORMAT}; build the cache again in another folder with `hpc-neuro "
+            "precompute`"
+        )
+    return held
 
 
 def tiles(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slice]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpc_neuro import files
 from hpc_neuro.data.feature_cache import coding as codings
-from hpc_neuro.data.feature_cache.layout import CODING, MANIFEST, CacheMismatch, Unit
+from hpc_neuro.data.feature_cache.layout import CODING, CacheMismatch, Unit, read_manifest
 from hpc_neuro.data.feature_cache.resample import Cells
 from hpc_neuro.data.orientation import IDENTITY, Orientation, all_of, parse
 from hpc_neuro.geometry import Box, Shape
@@ -32,7 +32,7 @@ class FeatureCache:
         """Raises InputError when the cache is missing, unfinished, or a shard is gone or cut short."""
         self.path = Path(path)
         hint = "build the cache with `hpc-neuro precompute`; an interrupted build goes on with the same command"
-        self.manifest: dict[str, Any] = files.read_json(self.path / MANIFEST, hint)
+        self.manifest = read_manifest(self.path, hint)
         self.layers: tuple[int, ...] = tuple(self.manifest["layers"])
         self.views: tuple[str, ...] = tuple(self.manifest["views"])
         self.dim = int(self.manifest["dim"])

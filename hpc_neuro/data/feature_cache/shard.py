@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hpc_neuro import files
 from hpc_neuro.data.feature_cache.coding import RAW, Coding
-from hpc_neuro.data.feature_cache.layout import MANIFEST, Unit, tiles
+from hpc_neuro.data.feature_cache.layout import FORMAT, MANIFEST, Unit, tiles
 
 _SPARE = 1 << 16
 _NO_DIGEST = np.bytes_(64 * b"0")
@@ -147,7 +147,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], records: Sequence[Map
         statistics[view] = {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 1e-12)).tolist()}
     kept = ("unit", "bytes", "sha256", "clipped")
     shards = [{"file": Unit.read(r["unit"]).name, **{k: r[k] for k in kept}} for r in records]
-    files.write_json(folder / MANIFEST, {**facts, "statistics": statistics, "shards": shards})
+    files.write_json(folder / MANIFEST, {"format": FORMAT, **facts, "statistics": statistics, "shards": shards})
 
 
 def _pieces(count: int, rows: int, columns: int, tile: int) -> Iterator[tuple[int, slice, slice]]:
