@@ -74,20 +74,23 @@ def summary(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int = 4) -
 
 
 def _tokenizer(student: Student, cfg: StudentConfig, count: int, voxels: int, value_bytes: int) -> Cost:
-    """A block convolution reads each voxel once per channel; a tube K taps per axis; both need no image gradient."""
-    dim, forward = student.vit.dim, 0.0
-    kept = voxels * value_bytes
-    if not isinstance(cfg.tokenizer, TubularTokens) or cfg.tokenizer.keep_block:
-        forward += 2 * dim * voxels
-    step = 2 * forward
-    if isinstance(cfg.tokenizer, TubularTokens):
-        tubes = 2 * 3 * cfg.tokenizer.taps * dim * count
-        fuse = 2 * 3 * dim * dim * count if cfg.tokenizer.fuse == "concat" else 0
-        offsets = getattr(student.tokenizer, "offsets", None)
-        bend = 2 * count * sum(p.numel() for p in offsets.parameters() if p.ndim > 1) if offsets is not None else 0
-        forward += tubes + fuse + bend
-        step += 2 * tubes + 3 * fuse + 2 * bend + (tubes if bend else 0)  # bends need the taps' gradient as well
-        kept += round((3 * dim * count * (fuse > 0) + 6 * (cfg.tokenizer.taps - 1) * count * (bend > 0)) * value_bytes)
+    """A block convolution reads each voxel once per channel; a tube K taps per axis; the image needs no gradient."""
+    dim, tokens = student.vit.dim, cfg.tokenizer
+    block = 2 * dim * voxels if not isinstance(tokens, TubularTokens) or tokens.keep_block else 0
+    if not isinstance(tokens, TubularTokens):
+        return Cost("tokenizer", _count(student.tokenizer), block, 2 * block, voxels * value_bytes)
+    offsets: Any = student.tokenizer.offsets
+    tubes = 2 * 3 * tokens.taps * dim * count
+    fuse = 2 * 3 * dim * dim * count if tokens.fuse == "concat" else 0
+    forward, step = block + tubes + fuse, 2 * block + 2 * tubes + 3 * fuse
+    values = 3 * tokens.taps * count + 3 * dim * count * (fuse > 0)
+    if offsets is not None:
+        bend = 2 * count * sum(p.numel() for p in offsets.parameters() if p.ndim > 1)
+        first = 2 * count * offsets[0].weight.numel()  # sees the image
+        forward, step = forward + bend, step + 3 * bend - first + tubes  # bends need the taps' gradient as well
+        values += 4 * offsets[0].out_channels * count  # before and after both GELUs
+    kept = (values + voxels * (block > 0 or offsets is not None)) * value_bytes
+    kept += 2 * 6 * (tokens.taps - 1) * count * (offsets is not None) * 4  # tanh's result and the steps, float32
     return Cost("tokenizer", _count(student.tokenizer), forward, step, kept)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpc_neuro.models.cost import costs, summary
 from hpc_neuro.models.decoder import LinearConfig, UnetrConfig
-from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, build_student
+from hpc_neuro.models.student import StudentConfig, TubularTokens, build_student
 
 CROP = (16, 64, 64)
 CASES = [
@@ -36,8 +36,8 @@ def test_operations_are_torchs(cfg: StudentConfig) -> None:
     assert sum(c.step for c in found) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def kept_bytes(student: Student, image: Tensor) -> int:
-    """Bytes of the distinct storages autograd holds after a forward, parameters and the image's own not counted."""
+def kept_bytes(student: nn.Module, image: Tensor) -> int:
+    """Bytes of the distinct storages autograd holds after a forward, parameters not counted."""
     own = {p.untyped_storage().data_ptr() for p in student.parameters()}
     found: dict[int, int] = {}
     held = []
@@ -74,11 +74,25 @@ def test_costs_grow_as_they_should() -> None:
         assert c.kept == pytest.approx(b.kept / 2)
 
 
-def test_tubes_cost_their_taps() -> None:
-    cheap, dear = (costs(StudentConfig(tokenizer=TubularTokens(taps=k)), CROP, 1)[0] for k in (3, 9))
-    tokens = 2 * 4 * 4
-    assert dear.forward - cheap.forward >= 2 * 3 * 6 * 192 * tokens
-    assert dear.parameters > cheap.parameters
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        TubularTokens(taps=31, keep_block=False),
+        TubularTokens(taps=31, keep_block=False, deformable=False),
+        TubularTokens(taps=5, fuse="concat"),
+    ],
+    ids=["bending", "straight", "concat"],
+)
+def test_what_tubes_cost_is_torchs_and_autograds(tokens: TubularTokens) -> None:
+    """Alone, for a tokenizer is a small part of a student."""
+    cfg = StudentConfig(depth=1, tokenizer=tokens)
+    found, tokenizer, image = costs(cfg, CROP, 2)[0], build_student(cfg).tokenizer, torch.rand(2, 1, *CROP)
+    with FlopCounterMode(display=False) as counter:
+        out = tokenizer(image)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert (found.forward, found.step) == (forward, counter.get_total_flops())
+    assert found.kept == kept_bytes(tokenizer, image)
 
 
 def test_the_table_is_for_people() -> None:
