@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hpc_neuro.data.volume import open_volume
 from hpc_neuro.geometry import Box
 from hpc_neuro.schema import InputError
+from tests.data.volume.test_stores import imaris, precomputed, store
 
 SHAPE = (6, 20, 24)
 DATA = (np.random.default_rng(0).integers(1, 200, SHAPE)).astype("uint16")
@@ -136,8 +137,16 @@ def read_corner(path: Path) -> None:
 def test_fuzzed_headers(
     tmp_path_factory: pytest.TempPathFactory, good: dict[str, bytes], name: str, data: st.DataObject
 ) -> None:
-    whole = bytearray(good[name])
+    whole = good[name]
     header = len(whole) if name.endswith((".h5", ".gz", ".tif")) else min(400, len(whole))
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(spoiled(data, whole, header))
+    read_corner(path)
+
+
+def spoiled(data: st.DataObject, whole: bytes, header: int) -> bytes:
+    """A file with some bytes of its first `header` changed, and perhaps cut short."""
+    damaged = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 6))):
         # near the beginning as a rule: there the header is
         place = data.draw(st.one_of(st.integers(0, min(header, 400) - 1), st.integers(0, header - 1)))
@@ -148,11 +157,28 @@ def test_fuzzed_headers(
                 st.sampled_from([b"\xff" * width, b"\0" * width, b"\x7f" + b"\xff" * (width - 1), b"9" * width]),
             )
         )
-        whole[place : place + width] = value[: len(whole) - place]
+        damaged[place : place + width] = value[: len(damaged) - place]
     if data.draw(st.booleans()):
-        del whole[data.draw(st.integers(1, len(whole))) :]
-    path = tmp_path_factory.mktemp("fuzz") / name
-    path.write_bytes(bytes(whole))
+        del damaged[data.draw(st.integers(1, len(damaged))) :]
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("kind", ["zarr", "zarr3", "n5", "precomputed", "imaris.ims"])
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_fuzzed_folders(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:
+    """Descriptions and chunks alike; the library behind them ends the process when it cannot have its memory."""
+    path = tmp_path_factory.mktemp("fuzz") / kind
+    if kind == "precomputed":
+        precomputed(path)
+    elif kind == "imaris.ims":
+        imaris(path, DATA[None])
+    else:
+        store(path, kind, DATA)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    file = data.draw(st.sampled_from(files))
+    whole = file.read_bytes()
+    file.write_bytes(spoiled(data, whole, len(whole)))
     read_corner(path)
 
 
