@@ -77,7 +77,9 @@ def _dataset(path: Path, file: Any, name: str | None) -> Any:
     volumes = [d for d in found if d.ndim > 2] or [d for d in found if d.ndim == 2]
     if len(volumes) != 1:
         what = f"{len(volumes)} arrays that could be the image" if volumes else "no array that could be the image"
-        raise InputError(f"{path} holds {what}: {_listed(volumes or found)}; choose with dataset=NAME")
+        links = [n for n in file if isinstance(file.get(n, getlink=True), h5py.ExternalLink)]
+        more = f" (and links to other files: {', '.join(links[:6])})" if links else ""
+        raise InputError(f"{path} holds {what}: {_listed(volumes or found)}{more}; choose with dataset=NAME")
     return volumes[0]
 
 

@@ -29,6 +29,11 @@ def test_hdf5(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"/mask .* /t0/raw .*dataset=NAME"):
         open_volume(tmp_path / "a.h5")
     assert_reads(tmp_path / "a.h5", image("uint8"), dataset="mask")
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["far"] = h5py.ExternalLink("a.h5", "mask")
+    with pytest.raises(InputError, match=r"links to other files: far\); choose with dataset=NAME"):
+        open_volume(tmp_path / "b.h5")
+    assert_reads(tmp_path / "b.h5", image("uint8"), dataset="far")
 
 
 def test_hdf5_gathered_from_other_files(tmp_path: Path) -> None:
