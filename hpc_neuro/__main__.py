@@ -113,7 +113,7 @@ def _call(verb: Verb, name: str, rest: Sequence[str]) -> int:
     cfg: Any = schema.load(cls, path, words)
     if "--dry-run" in flags:
         lines = module.forecast(cfg)
-        if is_main():
+        if lines and is_main():
             sys.stdout.write("\n".join(lines) + "\n")
         return 0
     return int(module.run(cfg))

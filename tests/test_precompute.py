@@ -101,7 +101,7 @@ def test_square_pixels_of_an_anisotropic_volume(tmp_path: Path) -> None:
     ("keys", "sentence"),
     [
         (["layers=[12]"], "the teacher has blocks 0 to 11"),
-        (["tile=40"], "multiples of the teacher's patch, 16"),
+        (["tile=500"], "multiples of the teacher's patch, 16, are wanted, such as tile=496 halo=64"),
         (["splits=[val]"], "has no volume in the splits val"),
         (["store=/nowhere"], "does not exist"),
     ],

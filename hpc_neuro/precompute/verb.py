@@ -60,12 +60,14 @@ class Work:
 
 
 def forecast(cfg: PrecomputeConfig) -> list[str]:
-    """Check the store, the teacher and the space; say how many slices, shards and bytes, and the time of a probe."""
-    work = open_all(cfg)
-    todo = work.missing(cfg)
-    space = estimate.space(cfg, work.store, work.teacher, todo)
-    seconds = estimate.probe(cfg, work.store, work.teacher, todo)
-    return estimate.lines(cfg, work.teacher, work.units, todo, space, [seconds])
+    """Check the store, the teacher and the space; say how many slices, shards and bytes, and the time of a probe.
+
+    All MPI ranks call this, so that the time is theirs together; the first one gets the lines.
+    """
+    comm, main = _ranks()
+    work, todo, space = _planned(cfg, comm, main)
+    seconds = _probed(cfg, work, todo, comm)
+    return estimate.lines(cfg, work.teacher, work.units, todo, space, seconds) if main else []
 
 
 def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
@@ -73,17 +75,8 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
 
     again: files of shards that are there and are to be made anew; each is replaced when its successor is whole.
     """
-    comm = distributed.mpi_comm()
-    main = comm is None or comm.Get_rank() == 0
-    if not main:
-        logging.getLogger("hpc_neuro").setLevel(logging.WARNING)
-    distributed.share_threads(comm)
-    work = _together(lambda: open_all(cfg), comm)
-    todo = _together(lambda: work.missing(cfg, again) if main else [], comm)
-    if comm is not None:
-        todo = comm.bcast(todo)  # ranks that start late would miss what the early ones already made
-    # before anything is written, so that a milder config may use the same folder
-    space = _together(lambda: estimate.space(cfg, work.store, work.teacher, todo) if main else "", comm)
+    comm, main = _ranks()
+    work, todo, space = _planned(cfg, comm, main, again)
     inputs = {f"volume {k}": d for k, d in work.digests.items()}
     with contextlib.ExitStack() as stack:
         start = runs.start("precompute", cfg, cfg.out, inputs, may_change=_MAY_CHANGE, main=main, whole=not todo)
@@ -92,8 +85,7 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
             return 0
         stack.enter_context(Heartbeat(cfg.out / ".ranks.part", comm, cfg.silence))
         begun = time.monotonic()
-        mine = _together(lambda: estimate.probe(cfg, work.store, work.teacher, todo), comm)
-        seconds = [mine] if comm is None else comm.allgather(mine)
+        seconds = _probed(cfg, work, todo, comm)
         _together(lambda: _prepare(cfg, work, todo, space, seconds) if main else None, comm)
         coded = _together(lambda: _coding(cfg), comm)
         _together(lambda: _share(cfg, work, todo, comm, main, *coded), comm)
@@ -115,11 +107,45 @@ def open_all(cfg: PrecomputeConfig) -> Work:
     if bad := [n for n in cfg.layers if not -teacher.depth <= n < teacher.depth]:
         raise ConfigError(f"layers: the teacher has blocks 0 to {teacher.depth - 1}, not {bad}")
     if cfg.tile % teacher.patch or cfg.halo % teacher.patch:
-        raise ConfigError(f"tile and halo: multiples of the teacher's patch, {teacher.patch}, are wanted")
+        near = [max(teacher.patch, round(n / teacher.patch) * teacher.patch) for n in (cfg.tile, cfg.halo)]
+        raise ConfigError(
+            f"tile={cfg.tile} halo={cfg.halo}: multiples of the teacher's patch, {teacher.patch}, are wanted, such as "
+            f"tile={near[0]} halo={near[1]}"
+        )
     if cfg.pca is not None and cfg.pca > teacher.dim:
         raise ConfigError(f"pca: the teacher has {teacher.dim} channels, {cfg.pca} components are more")
     units = estimate.planned(cfg, store, teacher.patch)
     return Work(store, teacher, units, {v: store[v].digest for v in sorted({u.volume for u in units})})
+
+
+def _ranks() -> tuple[Any, bool]:
+    """The MPI communicator (None: alone), and whether this is the rank that speaks and writes what is written once."""
+    comm = distributed.mpi_comm()
+    main = comm is None or comm.Get_rank() == 0
+    if not main:
+        logging.getLogger("hpc_neuro").setLevel(logging.WARNING)
+    distributed.share_threads(comm)
+    return comm, main
+
+
+def _planned(
+    cfg: PrecomputeConfig, comm: Any, main: bool, again: Collection[str] = ()
+) -> tuple[Work, list[cache.Unit], str]:
+    """The work, the shards that are to be made, and the space for them. Nothing is written yet.
+
+    A config that does not fit is refused here, so that a milder one may use the same folder.
+    """
+    work = _together(lambda: open_all(cfg), comm)
+    todo = _together(lambda: work.missing(cfg, again) if main else [], comm)
+    if comm is not None:
+        todo = comm.bcast(todo)  # ranks that start late would miss what the early ones already made
+    return work, todo, _together(lambda: estimate.space(cfg, work.store, work.teacher, todo) if main else "", comm)
+
+
+def _probed(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], comm: Any) -> list[float]:
+    """What the probe says on each rank."""
+    mine = _together(lambda: estimate.probe(cfg, work.store, work.teacher, todo), comm)
+    return [mine] if comm is None else list(comm.allgather(mine))
 
 
 def _together(step: Callable[[], T], comm: Any) -> T:
