@@ -143,8 +143,10 @@ def saved(out: Path) -> int:
     held = [p for p in (out / "checkpoints").glob("step_*") if (p / checkpoint.MARKER).exists()]
     for path in held:
         shapes = json.loads((path / checkpoint.TRAINING).read_text())["shapes"]
-        for kind in kinds(path) - {"average"}:  # which the student alone has; `weight` stands for it
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in stream(path, kind, shapes)):
+        for kind in kinds(path):
+            prefix = "student." if kind == "average" else ""  # all of which an average is kept
+            wanted = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in stream(path, kind, wanted)):
                 raise SystemExit(f"{path} is broken")
     return max((checkpoint.read_marker(p).step for p in held), default=0)
 
