@@ -19,6 +19,7 @@ from hpc_neuro.tracing.evidence import Traced, flanks, strength
 from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, accumulated, cost
 
 _CHUNK = 4096
+_OWN = 0.25  # of the reach: so much of its own thickness must lie within it too
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,19 @@ def _to_tree(tip: int, way: Ints, on_tree: NDArray[np.bool_]) -> Ints:
 
 
 def _cover(covered: NDArray[np.bool_], found: Foreground, path: Ints, length: Floats, reach: Floats) -> None:
-    """Mark what lies within reach of the path; balls a third of a radius apart leave no notch worth a branch."""
+    """Mark what lies within reach of the path with all of its own thickness, and hangs together with it.
+
+    Balls a third of a radius apart leave no notch worth a branch.
+    """
     step = np.diff(length[path], prepend=length[path[0]])
     balls = np.floor(np.cumsum(np.abs(step) / (reach[path] / 3)))
     chosen = path[np.append(np.flatnonzero(np.diff(balls, prepend=-1)), len(path) - 1)]
     beside, wide = flanks(found, path, reach)
-    centres, radii = np.concatenate([found.points[chosen], beside]), np.concatenate([reach[chosen], wide])
-    for ball in found.near.query_ball_point(centres, radii, return_sorted=False):
-        covered[ball] = True
+    component = found.component[path[0]]
+    for centres, radii, own in ((found.points[chosen], reach[chosen], _OWN), (beside, wide, 0.0)):
+        for centre, radius, ball in zip(centres, radii, found.near.query_ball_point(centres, radii), strict=True):
+            inside = np.array(ball, dtype=np.int64)
+            inside = inside[found.component[inside] == component]
+            away = np.linalg.norm(found.points[inside] - centre, axis=1)
+            covered[inside[away + np.minimum(found.thickness[inside], own * radius) <= radius]] = True
     covered[path] = True

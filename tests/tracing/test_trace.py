@@ -137,6 +137,23 @@ def test_a_string_of_beads_is_one_neurite() -> None:
     assert len(tips(tree)) == 1
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_thin_neurite_close_to_a_thick_one_is_not_swallowed(joined: bool) -> None:
+    mask = np.zeros((40, 60, 130), dtype=np.float32)
+    paint(mask, line((20, 20, 10), (20, 20, 110)), 6.0)
+    paint(mask, line((20, 30, 8), (20, 30, 112)), 2.0)
+    if joined:  # at one end
+        paint(mask, line((20, 20, 118), (20, 30, 118)), 2.0)
+        paint(mask, line((20, 20, 110), (20, 20, 118)), 2.0)
+        paint(mask, line((20, 30, 110), (20, 30, 118)), 2.0)
+    trees = trace(mask, ISO, cfg=TraceConfig(gap=0))
+    assert len(trees) == (1 if joined else 2)
+    places = np.concatenate([morphology.resampled(tree, 1.0).points for tree in trees])
+    for y in (20, 30):
+        on = places[np.abs(places[:, 1] - y) < 1.5]
+        assert len(np.unique(on[:, 2].round())) > 85
+
+
 def test_bright_junk_beside_a_neurite_is_left_alone() -> None:
     mask, _ = broken(gap=-4)
     for place in ((16, 50, 20), (16, 30, 60), (26, 40, 80), (16, 60, 100), (5, 70, 30)):
