@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hpc_neuro.geometry import Box
+
+if TYPE_CHECKING:  # who only names an array does not wait for torch
+    import torch
+    from torch import Tensor
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 """A numpy array of any shape and dtype; the docstring that uses it gives both."""

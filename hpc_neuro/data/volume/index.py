@@ -1,4 +1,4 @@
-"""Vocabulary of the readers (kept apart from hpc_neuro.types, which loads torch)."""
+"""Vocabulary of the readers."""
 
 from __future__ import annotations
 
