@@ -29,15 +29,17 @@ def test_the_last_line_is_json_with_ratios_and_peaks(
 ) -> None:
     monkeypatch.setattr(bench_tubular, "SMALL", (6, 7, 8))
     monkeypatch.setattr(bench_tubular, "LARGE", (8, 8, 8))
-    monkeypatch.setattr(bench_tubular, "alone", bench_tubular.peak)  # without a process for each figure
+    held = {"tubes": 1 << 20, "all_taps": 1 << 22}  # measured in processes of their own, see the test below
+    monkeypatch.setattr(bench_tubular, "alone", lambda way, shape, args: (held[way], 0.5))
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--channels", "4", "--taps", "3", "--repeats", "1"])
     bench_tubular.main()
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
     assert found["largest_difference"] < 1e-4
     assert found["time_ratio"] == pytest.approx(found["seconds"]["tubes"] / found["seconds"]["all_taps"])
-    assert set(found["peak_bytes"]) == set(bench_tubular.WAYS)
-    assert found["large"]["shape"] == [8, 8, 8]
+    assert found["peak_bytes"] == held
+    assert found["memory_ratio"] == 0.25
+    assert found["large"] == {"shape": [8, 8, 8], "peak_bytes": 1 << 20, "seconds": 0.5}
     assert any(line.startswith("6x7x8") and f"{found['seconds']['tubes']:.3f}" in line for line in lines)
 
 
