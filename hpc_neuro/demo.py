@@ -69,6 +69,26 @@ def forecast(cfg: DemoConfig) -> list[str]:
     return [f"held out: {', '.join(held)}; every other neuron is trained on", *lines]
 
 
+def _check_keys(cfg: DemoConfig) -> None:
+    """Raises ConfigError with the faults of all stages, so that none shows only when its turn comes."""
+    faults = []
+    raw = cfg.data or cfg.out / "raw"
+    stages: tuple[Callable[[], Any], ...] = (
+        lambda: _prepare_config(cfg, raw, []),
+        lambda: _precompute_config(cfg),
+        lambda: _train_config(cfg),
+        lambda: _infer_config(cfg),
+        lambda: _evaluate_config(cfg),
+    )
+    for stage in stages:
+        try:
+            stage()
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
 def run(cfg: DemoConfig) -> int:
     """Walk through all stages; a stage that is complete is passed over, so a killed demo goes on where it was."""
     forecast(cfg)
@@ -84,7 +104,7 @@ def run(cfg: DemoConfig) -> int:
             "prepare": lambda: prepare.run(_prepare_config(cfg, data, held)),
             "precompute": lambda: precompute.run(_precompute_config(cfg)),
             "train": lambda: train.run(_train_config(cfg)),
-            "infer": lambda: infer.run(_infer_config(cfg)),
+            "infer": lambda: infer.run(_infer_config(cfg, Store(cfg.out / "store"))),
             "evaluate": lambda: evaluate.run(_evaluate_config(cfg)),
         }
         for name, step in steps.items():
@@ -150,9 +170,10 @@ def _train_config(cfg: DemoConfig) -> train.TrainConfig:
     return load(train.TrainConfig, None, [*keys, *cfg.train])
 
 
-def _infer_config(cfg: DemoConfig) -> infer.InferConfig:
+def _infer_config(cfg: DemoConfig, store: Store | None = None) -> infer.InferConfig:
+    """store: decides where the tracer may go from the root; without it only the keys are checked."""
     keys = [f"model={cfg.out / 'train'}", f"store={cfg.out / 'store'}", f"out={cfg.out / 'infer'}"]
-    keys.append(f"trace.root_is_end={json.dumps(_roots_are_ends(Store(cfg.out / 'store')))}")
+    keys.append(f"trace.root_is_end={json.dumps(store is not None and _roots_are_ends(store))}")
     return load(infer.InferConfig, None, [*keys, *cfg.infer])
 
 

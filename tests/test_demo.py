@@ -23,11 +23,12 @@ from hpc_neuro.schema import ConfigError, InputError, load
 
 SMALL = [
     "teacher=random",
-    "steps=3",
+    "steps=8",
     "synthetic.volumes=3",
     "synthetic.shape=[16,64,64]",
-    "train=[student.depth=1,'crop.size=[8,32,32]',optim.batch=1,validate.crops=2,tracker.wandb=disabled]",
-    "infer=[trace.threshold=0.02,trace.root_snap=100,'block=[16,64,64]']",
+    "train=[student.depth=1,'crop.size=[8,32,32]',optim.batch=1,optim.lr=0.01,optim.warmup=0.01,ema.window=0,"
+    "validate.crops=2,tracker.wandb=disabled]",
+    "infer=[trace.threshold=0.15,trace.root_snap=100,'block=[16,64,64]']",
     "evaluate=[draws=100]",
 ]
 PUBLISHED = ("metrics.json", "metrics.csv", "report.html")
@@ -170,6 +171,14 @@ def test_trees_that_lie_in_the_way_are_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="swc is there, and of no demo"):
         demo.run(load(demo.DemoConfig, None, [f"out={tmp_path}"]))
     assert [p.name for p in tmp_path.rglob("*")] == ["swc", "mine.swc"]
+
+
+def test_faulty_keys_of_every_stage_come_at_once_before_the_first(tmp_path: Path) -> None:
+    keys = ["prepare=[radus=1]", "precompute=[views=q]", "train=[optim.lrr=1]", "infer=[blok=1]", "evaluate=[draw=1]"]
+    cfg = load(demo.DemoConfig, None, [f"out={tmp_path / 'out'}", *keys])
+    with pytest.raises(ConfigError, match=r"(?s)radus.*views.*optim\.lrr.*blok.*draw"):
+        demo.run(cfg)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_held_out_neurons_are_chosen_as_documented(tmp_path: Path) -> None:

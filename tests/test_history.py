@@ -44,7 +44,7 @@ def test_the_chain_is_whole_from_raw_to_metrics(made: Path, capsys: pytest.Captu
     for volume in held["volumes"].values():
         assert volume["sha256"]["image"][:12] in said
         assert volume["digest"][:12] in said
-    for word in ("syn_1.tif", "teacher random", "shards", "checkpoint of step 3", "weights", "1 blocks", "dice 0"):
+    for word in ("syn_1.tif", "teacher random", "shards", "checkpoint of step 8", "weights", "1 blocks", "dice 0"):
         assert word in said
 
 
