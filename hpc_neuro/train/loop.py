@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 import math
@@ -26,6 +25,7 @@ from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.ema import decay_at
 from hpc_neuro.train.engine import join_group
 from hpc_neuro.train.preempt import EXIT_CODE, Preemption
+from hpc_neuro.train.prefetch import OnDevice
 from hpc_neuro.train.schedule import lr_at
 from hpc_neuro.train.state import Training
 from hpc_neuro.train.watch import Watch
@@ -83,7 +83,8 @@ def train(state: Training, preemption: Preemption, watch: Watch) -> bool:
     cfg, steps = state.cfg, state.cfg.optim.steps
     if preemption.agreed()[0]:
         return state.step < steps
-    with contextlib.closing(reading(state)) as ready:
+    with contextlib.closing(reading(state)) as read:
+        ready = OnDevice(read, state.device)
         with state.meter.paused():
             if state.step == 0:
                 state.validate()
@@ -145,7 +146,7 @@ def _deaf_to_readers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def one_step(state: Training, ready: Iterator[Batch]) -> None:
+def one_step(state: Training, ready: OnDevice) -> None:
     """One optimizer step of all ranks."""
     cfg, parts, engine = state.cfg, state.parts, state.engine
     lr = cfg.optim.lr * lr_at(state.step, cfg.optim)
@@ -155,20 +156,20 @@ def one_step(state: Training, ready: Iterator[Batch]) -> None:
     norm: Tensor | float = math.nan
     for first, stop in shares(cfg.optim.batch, parts.micro):
         with state.meter.waiting():
-            read = next(ready)
-        # what the host decides by stays on the host: asking the device would wait for it
-        batch = dataclasses.replace(read.to(state.device), index=read.index, distilled=read.distilled)
+            batch = ready.take()
         batch = augment(batch, cfg.augment, cfg.seed)
         # drop path draws from torch's own generator: seeded by what is in the pass, not by who does it and when
         torch.manual_seed(_seed(cfg.seed, state.step, first))
         logits, distillation, distilled_terms = engine(dict(vars(batch)))
         loss, terms = weighted_sum(cfg.losses, Prediction(logits, {}), batch)
-        count, chosen = stop - first, int(read.distilled.sum())
+        count, chosen = stop - first, int(batch.distilled.sum())
         if distillation is not None:
             # a mean over the distilled samples of the whole step, however ranks and passes share them out
-            loss = loss + distillation * (chosen / (len(read.index) * cfg.distill_fraction))
+            loss = loss + distillation * (chosen / (len(batch.index) * cfg.distill_fraction))
         # DeepSpeed takes the mean over ranks and passes: each counts by its crops, one that repeats a crop not at all
         engine.backward(loss * (count * distributed.world_size() * parts.passes / cfg.optim.batch))
+        with state.meter.waiting():
+            ready.fetch()
         norm = engine.step()
         chosen = chosen if count else 0
         weights = dict.fromkeys(["loss", *terms], float(count)) | dict.fromkeys(distilled_terms, float(chosen))
