@@ -138,6 +138,12 @@ def step_of(out: Path) -> int:
     return max((row["step"] for row in rows(out)), default=0)
 
 
+def identity(out: Path) -> int:
+    """Of the file of metrics, which a start writes anew: before, it tells of steps that the start before has lost."""
+    path = out / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else 0
+
+
 def saved(out: Path) -> int:
     """Step of the newest checkpoint, after all of them were read to the last number; 0 without one."""
     held = [p for p in (out / "checkpoints").glob("step_*") if (p / checkpoint.MARKER).exists()]
@@ -203,10 +209,11 @@ def signals(words: list[str], out: Path, alone: Path, args: argparse.Namespace) 
         done = counts.total() >= args.signals
         way = draw.choice(WAYS)
         keys = ["workers=1"] if way == "reader" else []
+        held, written = saved(out), identity(out)
         ranks = start([*words, *keys], args.ranks, log, fresh=found["starts"] % args.fresh == args.fresh - 1)
         found["starts"] += 1
         sent = [] if done else hit(way, ranks, out, draw, args.moment)
-        before = step_of(out)
+        before = held if identity(out) == written else step_of(out)
         counts.update(sent)
         codes, killed = wait(ranks)
         found["before_joining"] += killed

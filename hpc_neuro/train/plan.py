@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -151,6 +152,7 @@ def lines(rows: list[Stage], memory: float | None) -> Iterator[str]:
         )
 
 
+@functools.cache
 def operations(student: StudentConfig, crop: Shape) -> tuple[int, float]:
     """(tokens, operations of a training step without recomputation) of one crop: three times those of forward."""
     tokens = math.prod(n // p for n, p in zip(crop, student.patch, strict=True))

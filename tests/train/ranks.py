@@ -29,7 +29,7 @@ KEYS = [
     "optim.batch=4",
     "engine.silence=600",
 ]  # warps leave unlabelled voxels behind, over which cross entropy averages
-SHORT = ["optim.steps=2", "validate.crops=1", "checkpoint.every=0"]
+SHORT = ["optim.steps=2", "validate.crops=1", "checkpoint.every=0", "crop.size=[8,16,32]"]
 step, shares, augment = loop.one_step, loop.shares, loop.augment
 codes: dict[str, list[object]] = {}
 counted: dict[str, list[tuple[int, int]]] = {}  # run -> (step, sample) that this rank learnt from
