@@ -102,8 +102,8 @@ def start(
         return
     out.mkdir(parents=True, exist_ok=True)
     files.remove_parts(out)
-    files.write_text(out / "config.yaml", schema.dump(cfg))
     files.write_json(out / "run.json", record)
+    files.write_text(out / "config.yaml", schema.dump(cfg))
     handler = logging.FileHandler(out / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("hpc_neuro").addHandler(handler)
@@ -191,6 +191,10 @@ def _previous(
     """The record already in `out`, checked to be of the same run; {} for a fresh folder."""
     path = out / "run.json"
     if not path.exists():
+        if (theirs := out / "config.yaml").exists():  # of a run it would come after run.json
+            raise schema.ConfigError(
+                f"{theirs} is of no run and would be overwritten; give another `out`, or move it away"
+            )
         return {}
     old: dict[str, Any] = files.read_json(path, f"remove {out} to start again")
     if old.get("verb") != verb:

@@ -100,6 +100,17 @@ def test_another_config_or_input_or_verb_is_refused(tmp_path: Path) -> None:
         assert not run.complete
 
 
+def test_a_config_that_no_run_wrote_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    with (
+        pytest.raises(ConfigError, match=r"config\.yaml is of no run"),
+        runs.start("train", Cfg(out=tmp_path), tmp_path, {}),
+    ):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
+
+
 def test_a_moved_folder_is_still_the_same_run(tmp_path: Path) -> None:
     with runs.start("train", Cfg(out=tmp_path / "a"), tmp_path / "a", {}) as run:
         run.finish()
