@@ -32,6 +32,7 @@ from hpc_neuro.train.watch import Watch
 from hpc_neuro.types import Batch, Prediction
 
 log = logging.getLogger(__name__)
+_PATIENCE = 5  # deaths of reading processes without a batch in between
 _MAY_CHANGE = (
     *("optim.steps", "store", "cache", "workers", "ahead", "tracker", "checkpoint", "plan"),
     "engine",  # how the work is spread does not decide the result
@@ -120,7 +121,7 @@ def reading(state: Training) -> Generator[Batch, None, None]:
     """This rank's batches from the present step on. A reading process that is killed is replaced, and nothing lost."""
     cfg, gpu = state.cfg, state.device.type == "cuda"
     workers = cfg.workers if cfg.workers is not None else 4 * gpu
-    first, taken, failed = state.step, 0, -1
+    first, taken, failed, times = state.step, 0, -1, 0
     while True:
         chunks = rank_chunks(first, cfg.optim.steps, cfg.optim.batch, state.parts.micro)
         rest = itertools.islice(chunks, taken, None)
@@ -132,9 +133,10 @@ def reading(state: Training) -> Generator[Batch, None, None]:
                     yield batch
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or failed == taken:  # twice at the same batch: it is the batch
-                raise
+            times = times + 1 if failed == taken else 1
             failed = taken
+            if "DataLoader worker" not in str(error) or times == _PATIENCE:  # always at the same batch: it is the batch
+                raise
             log.warning("train: a process that reads crops was killed (%s); others take its place", error)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import re
 import signal
+import types
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,31 @@ def test_reading_processes_that_get_signals_or_are_killed_cost_nothing(whole, ti
     assert caplog.text.count("a process that reads crops was killed") == 1
     assert same_weights(whole, out)
     assert same_rows(whole, out)
+
+
+@pytest.mark.parametrize("deaths", [0, 1, 4, 5])
+def test_reading_processes_that_die_in_a_row_are_replaced_but_not_for_ever(tiny, tmp_path, monkeypatch, deaths):
+    left = [deaths]
+
+    @contextlib.contextmanager
+    def dying(crops, indices, *rest, **keys):
+        def read():
+            for chunk in indices:
+                if chunk == [10, 11] and left[0]:
+                    left[0] -= 1
+                    raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+                yield chunk
+
+        yield read()
+
+    monkeypatch.setattr(loop, "batches", dying)
+    parts = types.SimpleNamespace(crops=None, micro=2)
+    state = types.SimpleNamespace(cfg=tiny(tmp_path / "run"), device=torch.device("cpu"), step=4, parts=parts)
+    if deaths < 5:
+        assert list(loop.reading(state)) == [[8, 9], [10, 11]]
+    else:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            list(loop.reading(state))
 
 
 def test_steps_may_grow_and_the_run_goes_on(tiny, tmp_path, caplog):
