@@ -19,7 +19,10 @@ UNLABELLED = 255
 
 @config
 class CrossEntropy:
-    """Binary cross entropy, mean over the labelled voxels of the batch."""
+    """Binary cross entropy, mean over the labelled voxels of a sample, per sample.
+
+    A mean over the labelled voxels of a pass would depend on which samples share it, hence on the number of ranks.
+    """
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     weight: float = Field(default=1.0, ge=0)
@@ -32,7 +35,7 @@ class CrossEntropy:
         truth, labelled = _targets(logits, batch.mask)
         loss = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
         weight = labelled * (1 + (self.foreground - 1) * truth)
-        return (loss * weight).sum() / weight.sum().clamp(min=1)
+        return (_sum(loss * weight) / _sum(weight).clamp(min=1)).mean()
 
 
 @config
@@ -66,14 +69,14 @@ class Focal:
     """Weight of neurite voxels, background gets 1 - alpha; none: both count 1."""
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """logits [B, 1, Z, Y, X] -> scalar >= 0, mean over the labelled voxels of the batch."""
+        """logits [B, 1, Z, Y, X] -> scalar >= 0, mean over the labelled voxels of each sample."""
         truth, labelled = _targets(logits, batch.mask)
         signed = logits.float() * (2 * truth - 1)  # positive where the class is right
         # (1 - p)^gamma = exp(gamma * log sigmoid(-signed)): finite gradients where 1 - p underflows
         loss = -F.logsigmoid(signed) * torch.exp(self.gamma * F.logsigmoid(-signed))
         if self.alpha is not None:
             loss = loss * (truth * self.alpha + (1 - truth) * (1 - self.alpha))
-        return (loss * labelled).sum() / labelled.sum().clamp(min=1)
+        return (_sum(loss * labelled) / _sum(labelled).clamp(min=1)).mean()
 
 
 @config

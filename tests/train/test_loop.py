@@ -193,7 +193,7 @@ def test_passes_add_up_to_the_batch(tiny, tmp_path):
     runs = {}
     for micro in (4, 1):
         out = tmp_path / str(micro)
-        keys = ["optim.batch=4", f"engine.micro_batch={micro}", "optim.steps=3", "augment.warp=0"]
+        keys = ["optim.batch=4", f"engine.micro_batch={micro}", "optim.steps=3"]
         assert train.run(tiny(out, *keys)) == 0
         runs[micro] = rows(out)
     for one, four in zip(runs[4], runs[1], strict=True):

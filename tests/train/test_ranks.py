@@ -17,7 +17,7 @@ from hpc_neuro.train import loop
 from tests.train.conftest import TINY, rows
 from tests.train.launching import launch
 
-KEYS = ["augment.warp=0", "optim.batch=4"]
+KEYS = ["optim.batch=4"]
 pytestmark = pytest.mark.slow
 
 
