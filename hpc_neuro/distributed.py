@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpc_neuro.schema import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 # as torchrun, Open MPI, MPICH and Slurm say it
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
@@ -109,14 +110,21 @@ def share_threads(comm: Any) -> None:
     here.Free()
 
 
-def agree(failed: Exception | None, comm: Any) -> None:
-    """Let all ranks of `comm` (None: alone) fail together: collective, so that none waits for one that has stopped.
+def together(step: Callable[[], T], comm: Any) -> T:
+    """What `step` returns on this rank of `comm` (None: alone); when it fails on one, all stop. Collective.
 
-    The lowest rank that failed raises its error, which is then said once; the others raise SystemExit(2).
+    The lowest rank that failed raises its error, which is then said once; the others raise SystemExit(2), so that none
+    waits for one that has stopped.
     """
+    done: list[T] = []
+    failed: Exception | None = None
+    try:
+        done.append(step())
+    except Exception as error:  # raised again below, when no rank waits for this one any more
+        failed = error
     ranks = [failed is not None] if comm is None else comm.allgather(failed is not None)
     if not any(ranks):
-        return
+        return done[0]
     if failed is not None and (comm is None or ranks.index(True) == comm.Get_rank()):
         raise failed
     raise SystemExit(2)

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -25,7 +25,6 @@ from hpc_neuro.infer.trees import Entry, finished, reduce, to_reduce
 from hpc_neuro.schema import ConfigError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 INDEX = "predictions.json"
 _MAY_CHANGE = ("page", "tries", "deaths", "batch")  # which no result depends on
 _DEATHS = (
@@ -50,7 +49,7 @@ def run(cfg: InferConfig) -> int:
         logging.getLogger("hpc_neuro").setLevel(logging.WARNING)
     if ranks > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
-    job = _together(lambda: Job(cfg), comm)
+    job = distributed.together(lambda: Job(cfg), comm)
     volumes = _opened(cfg, comm, main)
     inputs = {"weights": job.digest, **{f"volume {v.id}": v.digest for v in volumes}}
     inputs |= {f"image {v.id}": v.content for v in volumes if v.file}
@@ -59,7 +58,7 @@ def run(cfg: InferConfig) -> int:
     folder, whole = runs.share_folder(cfg.out, cfg.share), cfg.share is not None or (cfg.out / INDEX).exists()
     with contextlib.ExitStack() as stack:
         start = runs.start("infer", cfg, folder, inputs, _MAY_CHANGE, main=main, whole=whole, sources=behind)
-        this = _together(lambda: stack.enter_context(start), comm)
+        this = distributed.together(lambda: stack.enter_context(start), comm)
         if this.complete:
             return 0
         begun, failures, index = time.monotonic(), list[str](), dict[str, Entry]()
@@ -88,21 +87,9 @@ def run(cfg: InferConfig) -> int:
     return 3 if failures else 0
 
 
-def _together(step: Callable[[], T], comm: Any) -> T:
-    """What `step` returns on this rank; when it fails on one, all stop, and one of them says why."""
-    done: list[T] = []
-    failed: Exception | None = None
-    try:
-        done.append(step())
-    except Exception as error:  # raised again by `agree`, when no rank waits for this one any more
-        failed = error
-    distributed.agree(failed, comm)
-    return done[0]
-
-
 def _opened(cfg: InferConfig, comm: Any, main: bool) -> list[Source]:
     """The volumes; only the first rank reads whole files to measure them."""
-    found = _together(lambda: list(sources(cfg)) if main else [], comm)
+    found = distributed.together(lambda: list(sources(cfg)) if main else [], comm)
     if comm is None:
         return found
     measured = comm.bcast(known(found))
@@ -120,7 +107,9 @@ def _works(job: Job, volumes: list[Source]) -> list[Work]:
 def _predict(work: Work, comm: Any, main: bool) -> list[str]:
     """Make the missing blocks and the pyramid of one volume; a line for each block that failed."""
     blocks = work.plan.share(work.plan.blocks(work.source.shape), work.source.part)
-    groups = _together(lambda: work.marks.by_deaths(_todo(work, blocks), work.deaths) if main else ([], [], []), comm)
+    groups = distributed.together(
+        lambda: work.marks.by_deaths(_todo(work, blocks), work.deaths) if main else ([], [], []), comm
+    )
     fresh, suspects, last = groups if comm is None else comm.bcast(groups)
     todo = [*fresh, *suspects, *last]
     ranks = 1 if comm is None else comm.Get_size()
@@ -132,13 +121,13 @@ def _predict(work: Work, comm: Any, main: bool) -> list[str]:
             predict_blocks(work, (some[i] for i in drawn), meter, alone)
 
     with Meter(label, windows, show=main) as meter:
-        _together(lambda: make(fresh, alone=False), comm)
-        _together(lambda: make(suspects, alone=True), comm)
+        distributed.together(lambda: make(fresh, alone=False), comm)
+        distributed.together(lambda: make(suspects, alone=True), comm)
         # with nobody else at work, for when a rank dies, all die, and who was it?
-        _together(lambda: predict_blocks(work, last if main else [], meter, alone=True), comm)
+        distributed.together(lambda: predict_blocks(work, last if main else [], meter, alone=True), comm)
         if todo and main:
             log.debug("%s: waiting: %s", work.source.id, meter.shares())
-    failures = _together(lambda: _failures(work, blocks) if main else [], comm)
+    failures = distributed.together(lambda: _failures(work, blocks) if main else [], comm)
     failures = failures if comm is None else comm.bcast(failures)
     if not failures and work.source.part is None:
         if main:
@@ -201,7 +190,7 @@ def _pyramid(work: Work, comm: Any, main: bool) -> None:
                     made[todo[i].path] = files.sha256(path) if path.exists() else ""
 
         if todo:
-            _together(make, comm)
+            distributed.together(make, comm)
             parts = [made] if comm is None else comm.allgather(made)
             if main:
                 work.marks.write_level(number, {**(held or {}), **{k: v for part in parts for k, v in part.items()}})
@@ -227,8 +216,8 @@ def _traced(cfg: InferConfig, works: list[Work], comm: Any) -> dict[str, tuple[E
             for i in drawn:
                 found[works[i].source.id] = finished(cfg, works[i])
 
-    _together(reduce_all, comm)
-    _together(trace_all, comm)
+    distributed.together(reduce_all, comm)
+    distributed.together(trace_all, comm)
     for part in [] if comm is None else comm.allgather(found):
         found |= part
     return {work.source.id: found[work.source.id] for work in works}

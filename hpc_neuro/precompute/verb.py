@@ -7,9 +7,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from hpc_neuro import distributed, files, runs
 from hpc_neuro.data import feature_cache as cache
@@ -23,7 +23,6 @@ from hpc_neuro.precompute.config import PrecomputeConfig
 from hpc_neuro.schema import ConfigError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 _MAY_CHANGE = (
     "store",
     "batch",
@@ -80,16 +79,16 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
     inputs = {f"volume {k}": d for k, d in work.digests.items()}
     with contextlib.ExitStack() as stack:
         start = runs.start("precompute", cfg, cfg.out, inputs, may_change=_MAY_CHANGE, main=main, whole=not todo)
-        this = _together(lambda: stack.enter_context(start), comm)
+        this = distributed.together(lambda: stack.enter_context(start), comm)
         if this.complete:
             return 0
         stack.enter_context(Heartbeat(cfg.out / ".ranks.part", comm, cfg.silence))
         begun = time.monotonic()
         seconds = _probed(cfg, work, todo, comm)
-        _together(lambda: _prepare(cfg, work, todo, space, seconds) if main else None, comm)
-        coded = _together(lambda: _coding(cfg), comm)
-        _together(lambda: _share(cfg, work, todo, comm, main, *coded), comm)
-        _together(lambda: _finish(cfg, work) if main else None, comm)
+        distributed.together(lambda: _prepare(cfg, work, todo, space, seconds) if main else None, comm)
+        coded = distributed.together(lambda: _coding(cfg), comm)
+        distributed.together(lambda: _share(cfg, work, todo, comm, main, *coded), comm)
+        distributed.together(lambda: _finish(cfg, work) if main else None, comm)
         if main:
             summary = {"shards": len(work.units), "seconds": round(time.monotonic() - begun, 3)}
             this.finish(summary, outputs=[cfg.out / cache.MANIFEST])
@@ -135,29 +134,21 @@ def _planned(
 
     A config that does not fit is refused here, so that a milder one may use the same folder.
     """
-    work = _together(lambda: open_all(cfg), comm)
-    todo = _together(lambda: work.missing(cfg, again) if main else [], comm)
+    work = distributed.together(lambda: open_all(cfg), comm)
+    todo = distributed.together(lambda: work.missing(cfg, again) if main else [], comm)
     if comm is not None:
         todo = comm.bcast(todo)  # ranks that start late would miss what the early ones already made
-    return work, todo, _together(lambda: estimate.space(cfg, work.store, work.teacher, todo) if main else "", comm)
+    return (
+        work,
+        todo,
+        distributed.together(lambda: estimate.space(cfg, work.store, work.teacher, todo) if main else "", comm),
+    )
 
 
 def _probed(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], comm: Any) -> list[float]:
     """What the probe says on each rank."""
-    mine = _together(lambda: estimate.probe(cfg, work.store, work.teacher, todo), comm)
+    mine = distributed.together(lambda: estimate.probe(cfg, work.store, work.teacher, todo), comm)
     return [mine] if comm is None else list(comm.allgather(mine))
-
-
-def _together(step: Callable[[], T], comm: Any) -> T:
-    """What `step` returns on this rank; when it fails on one, all stop, and one of them says why."""
-    done: list[T] = []
-    failed: Exception | None = None
-    try:
-        done.append(step())
-    except Exception as error:  # raised again by `agree`, when no rank waits for this one any more
-        failed = error
-    distributed.agree(failed, comm)
-    return done[0]
 
 
 def _prepare(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], space: str, seconds: list[float]) -> None:
