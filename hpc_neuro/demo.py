@@ -59,7 +59,8 @@ class DemoConfig:
 
 
 def forecast(cfg: DemoConfig) -> list[str]:
-    """Check the data of the first stages; later stages check what they read when it is there."""
+    """Check every stage's keys and the data of the first; later stages check what they read when it is there."""
+    _check_keys(cfg)
     if (cfg.out / "swc").exists() and not (cfg.out / "run.json").exists():
         raise InputError(f"{cfg.out / 'swc'} is there, and of no demo: it would be replaced; choose another `out`")
     if cfg.data is None:
