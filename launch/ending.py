@@ -202,6 +202,22 @@ def _silent(start: Path, ranks: int, notes: Mapping[int, Mapping[str, Any]]) -> 
     return [r for r, p in beats.items() if not p.exists() or p.stat().st_mtime < min(broke) + _SILENT]
 
 
+def lost(start: Path, ranks: int, seconds: float = 5.0) -> bool:
+    """Whether a rank neither leaves a note nor gives a sign of life for so long: srun may wait for it to the end."""
+
+    def signs() -> dict[int, float]:
+        """Last sign of life of each rank without a note."""
+        noted = {r for r in range(ranks) if (start / f"rank_{r}.json").exists()}
+        beats = {r: start / f"alive_{r}" for r in range(ranks) if r not in noted}
+        return {r: p.stat().st_mtime if p.exists() else 0.0 for r, p in beats.items()}
+
+    before = signs()
+    if not before:
+        return False
+    time.sleep(seconds)
+    return bool(before.items() & signs().items())
+
+
 def _await_ranks(start: Path, ranks: int, seconds: float) -> None:
     """Give the other ranks time to leave their notes; without Slurm nobody else waits for them."""
     until = time.monotonic() + seconds

@@ -122,7 +122,8 @@ class Task:
         words = [*watch.seen, *(["killed, as it did not stop in time"] if watch.late else [])]
         ending.note_rank(start, place, code, words)
         # Without Slurm there is no batch script to do this; and one that waits for a lost node would not in time.
-        if place.rank == 0 and (watch.late or place.job.startswith("local-")):
+        alone = watch.late or place.job.startswith("local-")
+        if place.rank == 0 and (alone or (code and ending.lost(start, place.size))):
             code = ending.settle(self.folder, self.out, place.key, place.size, 0, self.max_requeue, self.signal_seconds)
         if code:
             sys.exit(code if code > 0 else 128 - code)

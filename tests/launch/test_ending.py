@@ -75,6 +75,25 @@ def test_a_rank_that_beat_after_another_broke_was_not_lost(tmp_path: Path):
     assert ending._silent(start, 2, ending._notes(start, 2)) == [1]
 
 
+def test_a_rank_is_lost_that_gives_neither_a_sign_nor_a_word(tmp_path: Path, monkeypatch):
+    """What happens in between is played while it waits."""
+
+    def meanwhile(step):
+        monkeypatch.setattr(ending.time, "sleep", lambda seconds: step())
+        return ending.lost(tmp_path, 3)
+
+    (tmp_path / "rank_0.json").touch()
+    for rank in (1, 2):
+        (tmp_path / f"alive_{rank}").touch()
+    beat = lambda rank: os.utime(tmp_path / f"alive_{rank}", (1, 1))  # noqa: E731
+    assert meanwhile(lambda: beat(1))
+    assert not meanwhile(lambda: (os.utime(tmp_path / "alive_1", (2, 2)), beat(2)))
+    assert not meanwhile(lambda: (os.utime(tmp_path / "alive_1", (3, 3)), (tmp_path / "rank_2.json").touch()))
+    assert meanwhile(lambda: None)
+    (tmp_path / "rank_1.json").touch()
+    assert not meanwhile(lambda: pytest.fail("nobody is missing, so there is nothing to wait for"))
+
+
 def test_settle_writes_the_reason_into_run_json(tmp_path: Path):
     files.write_json(tmp_path / "run.json", {"verb": "train", "exit": 75})
     folder = tmp_path / "launch"
