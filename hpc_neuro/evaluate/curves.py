@@ -10,7 +10,8 @@ from typing import Any
 from hpc_neuro.report import charts
 from hpc_neuro.schema import InputError
 
-_TRAIN_FACTS = {"step", "kind", "lr", "grad_norm", "crops_per_s", "data_wait_share", "memory_bytes", "eta_s"}
+_TRAIN_FACTS = {"step", "kind", "lr", "grad_norm", "crops_per_s", "tokens_per_s", "mfu", "data_wait_share"}
+_TRAIN_FACTS |= {"memory_bytes", "eta_s"}
 _VALIDATION = ("dice", "dice_best", "precision", "recall")
 
 

@@ -58,4 +58,4 @@ def section(bins: Sequence[Bin], cfg: EvaluateConfig) -> str:
         "share of cable that is right",
     )
     columns = [Column("Confidence"), Column("Share of the cable"), Column("Mean confidence"), Column("Right")]
-    return told + html.table(columns, rows) + html.row([curve])
+    return told + html.table(columns, rows) + (html.row([curve]) if len(bins) > 1 else "")
