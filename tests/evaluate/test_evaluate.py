@@ -15,13 +15,15 @@ from skimage.filters import threshold_otsu
 from hpc_neuro import evaluate, morphology
 from hpc_neuro.__main__ import main
 from hpc_neuro.data.store import Store
+from hpc_neuro.evaluate import reliability
 from hpc_neuro.evaluate.otsu import OtsuMask
 from hpc_neuro.evaluate.rows import rows
 from hpc_neuro.evaluate.summary import _tex
 from hpc_neuro.geometry import Box
 from hpc_neuro.metrics import tree as tree_metrics
 from hpc_neuro.metrics import voxel
-from hpc_neuro.schema import InputError
+from hpc_neuro.metrics.calibration import Bin
+from hpc_neuro.schema import InputError, load
 from tests.evaluate.conftest import write_predictions
 
 REQUIRED = {
@@ -82,8 +84,11 @@ def test_the_confidence_is_held_against_gold(done: Path) -> None:
     assert found["bins"][0]["cable"] > 10
     assert found["error"] == pytest.approx(1 - found["bins"][0]["confidence"])
     page = (done / "report.html").read_text()
-    assert "Confidence against truth" in page
     assert "0.7 to 0.8" in page
+    assert "Confidence against truth" not in page  # one bin is no curve
+    two = [Bin(low=low, high=low + 0.1, cable=9.0, confidence=low, right=low) for low in (0.7, 0.8)]
+    cfg = load(evaluate.EvaluateConfig, None, ["store=a", "predictions=b", "out=c"])
+    assert "Confidence against truth" in reliability.section(two, cfg)
 
 
 def test_scores_equal_the_metrics_on_the_same_data(done: Path, store: Path) -> None:
