@@ -21,10 +21,9 @@ from hpc_neuro.data.dataset import read
 from hpc_neuro.data.store import Store
 from hpc_neuro.geometry import Box
 from hpc_neuro.models.student import load_student
-from hpc_neuro.models.teacher import TeacherConfig, load_teacher
-from hpc_neuro.schema import ConfigError, InputError
+from hpc_neuro.schema import ConfigError
 from hpc_neuro.train import loop
-from tests.tiny_store import write_cache, write_store
+from tests.tiny_store import write_store
 from tests.train.conftest import rows
 
 
@@ -223,60 +222,6 @@ def test_it_learns(tiny, tmp_path):
     assert last["dice_best"] > max(0.5, first["dice_best"] + 0.2)
 
 
-@pytest.fixture(scope="module")
-def cache(store, tmp_path_factory):
-    identity = load_teacher(TeacherConfig(model="random")).identity
-    return write_cache(tmp_path_factory.mktemp("caches") / "cache", store, identity)
-
-
-def test_transfer_and_distillation(tiny, cache, tmp_path, caplog):
-    distil = [f"cache={cache}", "distill.axes=deformable", "teacher.model=random", "transfer.rule=average"]
-    out = tmp_path / "run"
-    with caplog.at_level(logging.INFO):
-        assert train.run(tiny(out, *distil, "optim.batch=4", "optim.steps=5")) == 0
-    assert "of the student's weights come from random" in caplog.text
-    terms = [r["distill"] for r in rows(out)]
-    assert all(t is None or 0 < t < 5 for t in terms)
-    assert any(t is not None for t in terms)
-    assert not any("distiller" in k for k in load_file(out / "weights/last/model.safetensors"))
-
-
-def test_a_sharded_distiller_with_nothing_to_distil_in_a_pass(tiny, cache, tmp_path):
-    """With one crop per pass some passes hold none to distil; stage 3 must go the same way and weigh it nothing."""
-    distil = [f"cache={cache}", "distill.axes=deformable", "teacher.model=random", "optim.steps=3", "ema.window=0"]
-    found = []
-    for stage in (2, 3):
-        out = tmp_path / str(stage)
-        assert (
-            train.run(tiny(out, *distil, "engine.micro_batch=1", f"engine.stage={stage}", "distill_fraction=0.2")) == 0
-        )
-        found.append(rows(out))
-    assert any(r["distill"] is None for r in found[0])
-    for two, three in zip(*found, strict=True):
-        assert three["distill"] == pytest.approx(two["distill"], abs=1e-5)
-        assert three["loss"] == pytest.approx(two["loss"], abs=1e-5)
-        assert three["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
-
-
-def test_distillation_weighs_each_sample_alike_however_it_is_cut(tiny, cache, tmp_path):
-    distil = [
-        f"cache={cache}",
-        "distill.axes=none",
-        "teacher.model=random",
-        "losses=[]",
-        "optim.batch=4",
-        "optim.steps=2",
-    ]
-    found = []
-    for micro in (4, 1):
-        out = tmp_path / str(micro)
-        assert train.run(tiny(out, *distil, f"engine.micro_batch={micro}")) == 0
-        found.append(rows(out))
-    for one, four in zip(*found, strict=True):
-        assert one["distill"] == pytest.approx(four["distill"], abs=1e-4)
-        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-3)
-
-
 def test_the_forecast_knows_the_parameters_and_the_size_of_a_checkpoint(whole, tiny, tmp_path):
     lines = "\n".join(train.forecast(tiny(tmp_path / "run")))
     parameters = sum(v.numel() for v in load_file(whole / "weights/last/model.safetensors").values())
@@ -333,45 +278,6 @@ def test_bfloat16_trains(tiny, tmp_path):
     assert train.run(tiny(out, "engine.dtype=bf16", "optim.steps=2")) == 0
     assert all(v.dtype == torch.float32 for v in load_file(out / "weights/last/model.safetensors").values())
     assert all(r["loss"] < 3 for r in rows(out))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["crop.size=[16,32,40]"], r"crop\.size .* multiple of student\.patch"),
-        (["distill={}"], "give `cache`"),
-        (["losses=[]"], "nothing to learn"),
-        (["optim.stepps=3"], "stepps"),
-        (["losses=[{kind: dicee}]"], "dicee"),
-    ],
-)
-def test_a_config_that_cannot_work_is_refused_with_its_key(tiny, tmp_path, overrides, message):
-    with pytest.raises(ConfigError, match=message):
-        tiny(tmp_path / "run", *overrides)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["engine.dtype=fp16", "engine.stage=0"], "stage 0 DeepSpeed divides"),
-        (["engine.offload_optimizer=true"], "there is no GPU"),
-        (["engine.offload_parameters=cpu"], "offload_parameters=cpu: parameters are whole on each rank at stage 2"),
-        (["engine.offload_parameters=nvme"], "engine.nvme: the folder and offload_parameters=nvme go together"),
-        (["engine.offload_parameters=nvme", "engine.nvme=/nowhere"], "/nowhere is no folder"),
-        (["store=/nowhere"], "prepare"),
-    ],
-)
-def test_a_run_that_cannot_work_here_is_refused_before_anything_is_written(tiny, tmp_path, overrides, message):
-    for verb in (train.forecast, train.run):
-        with pytest.raises((ConfigError, InputError), match=message):
-            verb(tiny(tmp_path / "run", *overrides))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_cache_of_another_teacher_is_refused(tiny, cache, tmp_path):
-    keys = [f"cache={cache}", "distill={}", "teacher.model=random", "teacher.seed=1"]
-    with pytest.raises(ConfigError, match="holds features of the teacher"):
-        train.forecast(tiny(tmp_path / "run", *keys))
 
 
 def test_another_config_in_the_same_folder_is_refused(whole, tiny):
