@@ -209,7 +209,7 @@ def lost(start: Path, ranks: int, seconds: float = 5.0) -> bool:
         """Last sign of life of each rank without a note."""
         noted = {r for r in range(ranks) if (start / f"rank_{r}.json").exists()}
         beats = {r: start / f"alive_{r}" for r in range(ranks) if r not in noted}
-        return {r: p.stat().st_mtime if p.exists() else 0.0 for r, p in beats.items()}
+        return {r: p.stat().st_mtime for r, p in beats.items() if p.exists()}  # one that never began is not lost
 
     before = signs()
     if not before:

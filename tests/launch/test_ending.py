@@ -90,6 +90,9 @@ def test_a_rank_is_lost_that_gives_neither_a_sign_nor_a_word(tmp_path: Path, mon
     assert not meanwhile(lambda: (os.utime(tmp_path / "alive_1", (2, 2)), beat(2)))
     assert not meanwhile(lambda: (os.utime(tmp_path / "alive_1", (3, 3)), (tmp_path / "rank_2.json").touch()))
     assert meanwhile(lambda: None)
+    assert meanwhile((tmp_path / "rank_2.json").touch)  # the other one is still missing
+    (tmp_path / "alive_1").unlink()
+    assert not meanwhile(lambda: pytest.fail("a rank that has not begun yet is not lost"))
     (tmp_path / "rank_1.json").touch()
     assert not meanwhile(lambda: pytest.fail("nobody is missing, so there is nothing to wait for"))
 
