@@ -6,6 +6,8 @@ and what an allocator wastes are not in it.
 
 from __future__ import annotations
 
+import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._seen: dict[int, int] = {}  # storage -> bytes
+        self._lock = threading.RLock()  # gloo's threads let go of tensors too
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One operation."""
@@ -43,12 +46,25 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = storage._cdata, storage.nbytes()
         if key not in self._seen:
             weakref.finalize(storage, self._gone, key)
-        self.now += size - self._seen.get(key, 0)  # a storage may grow
-        self._seen[key] = size
-        self.most = max(self.most, self.now)
+        with self._lock:
+            self.now += size - self._seen.get(key, 0)  # a storage may grow
+            self._seen[key] = size
+            self.most = max(self.most, self.now)
 
     def _gone(self, key: int) -> None:
-        self.now -= self._seen.pop(key)
+        with self._lock:
+            self.now -= self._seen.pop(key)
+
+    def settle(self, quiet: float = 0.1, limit: float = 10.0) -> None:
+        """Return once no tensor has been let go of for `quiet` seconds, after `limit` seconds at the latest.
+
+        A reduction is over for its caller a little before gloo's thread drops the tensors it worked on.
+        """
+        end, held, since = time.monotonic() + limit, self.now, time.monotonic()
+        while (now := time.monotonic()) < end and now - since < quiet:
+            time.sleep(quiet / 10)
+            if self.now != held:
+                held, since = self.now, now
 
 
 @dataclass(frozen=True)
