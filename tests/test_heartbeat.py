@@ -16,12 +16,12 @@ from hpc_neuro.heartbeat import Heartbeat
 
 logging.basicConfig(format="%(message)s")
 comm, lost = MPI.COMM_WORLD, int(sys.argv[2])
-with Heartbeat(pathlib.Path(sys.argv[1]), comm, 1.2):
+with Heartbeat(pathlib.Path(sys.argv[1]), comm, 2.0):
     time.sleep(0.5)
     if comm.Get_rank() == lost:
         os.kill(os.getpid(), signal.SIGSTOP)
     if comm.Get_rank() == 1:
-        time.sleep(1.5)  # busy for longer than the limit, which is no silence
+        time.sleep(2.5)  # busy for longer than the limit, which is no silence
     comm.Barrier()
 """
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hpc_neuro import files
 from hpc_neuro.schema import InputError
 from launch.executors import KILLED, JobState, beside, exit_code
 
@@ -42,6 +43,9 @@ class Local:
             cwd=folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)} if paths else None,
         )
+        # The shell notes its id too, for when this process ends here; without this line a later driver could look
+        # before the shell had its turn, find nothing, and start the same job again.
+        files.write_text(beside(folder / name, "job"), f"{child.pid}\n")
         job = _id(child.pid) or f"{platform.node()}:{child.pid}:0"
         self._ours[job] = child
         return job

@@ -89,10 +89,12 @@ def gone(pid: int, state: str) -> bool:
 
 
 def test_cancelling_asks_first_and_kills_after_the_grace(tmp_path):
-    executor = Local(grace=0.3)
-    polite = executor.submit(["sh", "-c", "trap 'exit 75' TERM; while :; do sleep 0.05; done"], tmp_path, "polite")
-    deaf = executor.submit(["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"], tmp_path, "deaf")
-    time.sleep(0.3)
+    executor = Local(grace=2.0)
+    loop = f"touch {tmp_path}/$0; while :; do sleep 0.05; done"  # the file says that the trap is set
+    polite = executor.submit(["sh", "-c", f"trap 'exit 75' TERM; {loop}", "set"], tmp_path, "polite")
+    deaf = executor.submit(["sh", "-c", f"trap '' TERM; {loop}", "too"], tmp_path, "deaf")
+    while not ((tmp_path / "set").exists() and (tmp_path / "too").exists()):
+        time.sleep(0.02)
     executor.cancel([polite, deaf])
     assert wait(executor, polite, tmp_path / "polite") == JobState("ended", 75)
     assert wait(executor, deaf, tmp_path / "deaf").code in (None, 128 + 9)

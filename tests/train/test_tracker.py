@@ -124,14 +124,13 @@ def test_rows_arrive_under_their_kind_with_the_run_id_kept(tmp_path, monkeypatch
 
 def test_a_server_that_does_not_answer_blocks_nothing(tmp_path, monkeypatch, caplog):
     release = threading.Event()
-    fake(monkeypatch, lambda **kw: release.wait(60))
+    answered: list[bool] = []
+    fake(monkeypatch, lambda **kw: answered.append(release.wait(60)))
     tracker = Wandb(TrackerConfig(wandb="online", patience=0.2), tmp_path, {})
-    begun = time.monotonic()
     tracker.write([row(s) for s in range(1, 100)])
-    assert time.monotonic() - begun < 5  # init would hold it for 60
     with caplog.at_level(logging.WARNING):
         tracker.close()
-    assert time.monotonic() - begun < 30
+    assert not answered  # init holds its thread for 60 s, and nobody waited for it
     assert "left behind" in caplog.text
     release.set()
 
@@ -212,11 +211,9 @@ def test_a_slow_backend_slows_nothing(tmp_path, monkeypatch, caplog):
     recorder = Recorder(seconds=0.05)
     fake(monkeypatch, lambda **kw: recorder)
     tracker = Wandb(TrackerConfig(patience=0.3), tmp_path, {})
-    begun = time.monotonic()
     tracker.write([row(s) for s in range(1000)])
-    assert time.monotonic() - begun < 1
+    assert len(recorder.logged) < 1000  # they would take it 50 s
     tracker.close()
-    assert time.monotonic() - begun < 20
     assert len(recorder.logged) < 1000
 
 
