@@ -1,99 +1,29 @@
-"""The verb prepare: what it writes, what it refuses before it writes anything, and that a killed run ends the same."""
+"""The verb prepare: what it writes, and that a killed run ends the same."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-import tifffile
 
 from hpc_neuro import files, morphology, schema
 from hpc_neuro.data import swc
 from hpc_neuro.data.rasterize import rasterize
 from hpc_neuro.data.store import Store
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, random_tree, render
+from hpc_neuro.data.synthetic import render
 from hpc_neuro.geometry import Box, to_um
-from hpc_neuro.morphology import Tree
 from hpc_neuro.prepare import PrepareConfig, forecast, run
-from hpc_neuro.schema import ConfigError, InputError
-from hpc_neuro.types import Array
-
-SHAPE = (20, 72, 80)
-SIZE = (1.0, 0.4, 0.4)
-EASY = MicroscopeConfig(fragments=0, specks=0, gap_length=0.0)
-
-
-def pair(seed: int) -> tuple[Tree, Array]:
-    tree = random_tree(seed, SHAPE, SIZE, TreeConfig(soma=0))
-    return tree, render(tree, SHAPE, SIZE, EASY, seed)
-
-
-def write_pair(folder: Path, id_: str, seed: int, image: Array | None = None, tree: Tree | None = None) -> None:
-    folder.mkdir(exist_ok=True, parents=True)
-    made, seen = pair(seed)
-    tifffile.imwrite(
-        folder / f"{id_}.tif", seen if image is None else image, photometric="minisblack", metadata={"axes": "ZYX"}
-    )
-    swc.write(folder / f"{id_}.swc", made if tree is None else tree, unit="voxel")
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    for number, id_ in enumerate(("a", "b", "c")):
-        write_pair(folder, id_, number + 1)
-    (folder / "SOURCE.txt").write_text("where it is from")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("single")
-    write_pair(folder, "a", 1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of all three, made in one go; tests leave it as it is."""
-    out = tmp_path_factory.mktemp("stores") / "whole"
-    assert run(config("split.test=[b]", "split.val=[c]", images=raw, out=out)) == 0
-    return out
-
-
-def config(*keys: str, **paths: Any) -> PrepareConfig:
-    keys = (*(f"{k}={v}" for k, v in paths.items()), *keys)
-    if not any(k.startswith(("voxel_size", "manifest")) for k in keys):
-        keys = (*keys, "voxel_size=[1.0,0.4,0.4]")
-    return schema.load(PrepareConfig, None, keys)
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file that is a result."""
-    kept = [*folder.glob("*.h5"), folder / "dataset.json", *folder.glob("pictures/*.png")]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
-
-
-def refused(cfg: PrepareConfig, match: str) -> str:
-    """The sentence `run` and `forecast` answer with; nothing may be written."""
-    with pytest.raises((InputError, ConfigError), match=match):
-        forecast(cfg)
-    with pytest.raises((InputError, ConfigError), match=match) as caught:
-        run(cfg)
-    assert not cfg.out.exists()
-    return str(caught.value)
+from hpc_neuro.schema import ConfigError
+from tests.prepare.making import EASY, SHAPE, SIZE, config, contents, pair, write_pair
 
 
 def test_a_folder_becomes_a_store(raw: Path, whole: Path) -> None:
@@ -251,96 +181,6 @@ def test_an_ignored_margin_and_a_stub_before_the_root_are_255(tmp_path: Path) ->
     assert not (masks["stub"][:, :, 50:] == 255).any()
     assert (masks["margin"] == 255).sum() > (masks["margin"] == 1).sum() / 2
     np.testing.assert_array_equal(masks["margin"] == 1, masks["none"] == 1)
-
-
-def test_a_misaligned_tree_is_an_error_with_both_figures_unless_told_otherwise(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tree, _ = pair(1)
-    flipped = replace(tree, points=tree.points * [1, -1, 1] + [0, SHAPE[1] - 1, 0])
-    write_pair(tmp_path / "in", "a", 1, tree=flipped)
-    sentence = refused(config(images=tmp_path / "in", out=tmp_path / "out"), "fits a.tif better with y flipped")
-    given, best = (
-        sentence.split(" against ")[1].split(" as")[0],
-        sentence.split("along the tree ")[1].split(" against")[0],
-    )
-    assert float(best) > 95 > float(given) + 10
-    with caplog.at_level(logging.INFO, "hpc_neuro"):
-        assert run(config("misaligned=warn", images=tmp_path / "in", out=tmp_path / "out")) == 0
-    assert "a: written" in (tmp_path / "out" / "log.txt").read_text()
-    assert "better with y flipped" in (tmp_path / "out" / "log.txt").read_text()
-
-
-def test_a_tree_in_um_taken_for_voxels_is_an_error_that_says_so(tmp_path: Path) -> None:
-    tree, _ = pair(1)
-    (tmp_path / "in").mkdir()
-    write_pair(tmp_path / "in", "a", 1, tree=replace(tree, points=to_um(tree.points, SIZE)))
-    refused(config(images=tmp_path / "in", out=tmp_path / "out"), "better with swc_unit=um")
-
-
-BAD: dict[str, tuple[Any, str]] = {
-    "nan": (np.full(SHAPE, np.nan, dtype=np.float32), r"a\.tif: voxel z=0 y=0 x=0 is NaN"),
-    "constant": (np.full(SHAPE, 7, dtype=np.uint8), r"a\.tif: every voxel is 7"),
-    "flat": (np.zeros((72, 80), dtype=np.uint8), "2D image"),
-    "one slice": (np.zeros((1, 72, 80), dtype=np.uint8), "2D image"),
-}
-
-
-@pytest.mark.parametrize("kind", list(BAD))
-def test_bad_images_are_refused_before_anything_is_written(tmp_path: Path, kind: str) -> None:
-    image, match = BAD[kind]
-    write_pair(tmp_path / "in", "b", 2)
-    write_pair(tmp_path / "in", "a", 1)
-    axes = {2: "YX", 3: "ZYX"}[image.ndim]
-    tifffile.imwrite(tmp_path / "in" / "a.tif", image, photometric="minisblack", metadata={"axes": axes})
-    refused(config(images=tmp_path / "in", out=tmp_path / "out"), match)
-
-
-def test_missing_halves_and_empty_folders_are_named(raw: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    refused(config(images=tmp_path / "nowhere", out=out), "nowhere is not a folder")
-    (tmp_path / "empty").mkdir()
-    refused(config(images=tmp_path / "empty", out=out), "holds no image and no SWC")
-    write_pair(tmp_path / "in", "a", 1)
-    write_pair(tmp_path / "in", "b", 2)
-    (tmp_path / "in" / "b.swc").unlink()
-    refused(config(images=tmp_path / "in", out=out), r"b\.tif has no SWC of the same stem")
-    (tmp_path / "in" / "b.tif").rename(tmp_path / "in" / "c.tif")
-    (tmp_path / "in" / "c.tif").unlink()
-    (tmp_path / "in" / "a.tif").unlink()
-    refused(config(images=tmp_path / "in", out=out), r"a\.swc has no image of the same stem")
-
-
-def test_an_swc_outside_the_image_is_named_with_both_extents(tmp_path: Path) -> None:
-    tree, _ = pair(1)
-    write_pair(tmp_path / "in", "a", 1, tree=replace(tree, points=tree.points + np.array([0, 500, 0])))
-    text = refused(config(images=tmp_path / "in", out=tmp_path / "out"), r"100 % of .*a\.swc lie outside a\.tif")
-    assert "(20, 72, 80)" in text
-    blown = replace(tree, points=tree.points / np.asarray(SIZE) * 1.5)
-    write_pair(tmp_path / "in", "a", 1, tree=blown)
-    (tmp_path / "in" / "a.swc").write_text((tmp_path / "in" / "a.swc").read_text().replace("# unit: voxel", "# none"))
-    refused(config("swc_unit=um", images=tmp_path / "in", out=tmp_path / "out"), "lie outside")
-    write_pair(tmp_path / "in", "a", 1, tree=replace(tree, points=tree.points[:, ::-1]))
-    refused(config(images=tmp_path / "in", out=tmp_path / "out"), "it fits inside with axes z and x swapped")
-
-
-def test_a_volume_without_voxel_size_asks_for_it(tmp_path: Path) -> None:
-    write_pair(tmp_path / "in", "a", 1)
-    cfg = schema.load(PrepareConfig, None, [f"images={tmp_path / 'in'}", f"out={tmp_path / 'out'}"])
-    refused(cfg, r"does not say its voxel size; give voxel_size=\[z,y,x\] in um")
-
-
-def test_a_root_outside_the_image_is_refused(tmp_path: Path) -> None:
-    write_pair(tmp_path / "in", "a", 1)
-    (tmp_path / "in" / "meta.json").write_text(json.dumps({"a": {"root_xyz": [7, 800, 9]}}))
-    refused(config(images=tmp_path / "in", out=tmp_path / "out"), "the root of a, .* lies outside the image")
-
-
-def test_too_little_room_is_said_before_anything_is_written(
-    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: os.times() and type("U", (), {"free": 1000})())
-    refused(config(images=raw, out=tmp_path / "out"), r"the store needs .* but only 1\.0 kB are free")
 
 
 @pytest.mark.slow
