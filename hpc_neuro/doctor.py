@@ -95,6 +95,13 @@ def hdf5() -> Iterator[Finding]:
     yield Finding("HDF5", True, f"{h5py.version.hdf5_version}; files are read without locks (environment: {locking})")
 
 
+def parameter_files() -> Iterator[Finding]:
+    """Whether a training could keep parameters in files on a fast disk; few need it."""
+    lacks = importlib.import_module("hpc_neuro.train.engine").files_lack()
+    ready = "ready; compiled at the first use, for some minutes" if lacks is None else f"needs {lacks}"
+    yield Finding("engine.nvme", None if lacks else True, f"DeepSpeed's async_io: {ready}")
+
+
 def slurm() -> Iterator[Finding]:
     """Whether Slurm's commands are here and answer."""
     command = shutil.which("sinfo")
@@ -130,4 +137,13 @@ def network() -> Iterator[Finding]:
         yield Finding(name, None, os.environ.get(name, "not set"))
 
 
-PARTS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, devices, mpi, hdf5, slurm, disk, network)
+PARTS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    packages,
+    devices,
+    parameter_files,
+    mpi,
+    hdf5,
+    slurm,
+    disk,
+    network,
+)

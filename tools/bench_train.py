@@ -56,8 +56,8 @@ def build(
     depth = blank.student.vit.depth
     if way.startswith("stage"):
         wanted = groups(blank.named_parameters(), OPTIM, depth, ())
-        count = sum(p.numel() for p in blank.parameters())
-        engine = Engine(make, {}, wanted, deepspeed_json(EngineConfig(stage=stage), OPTIM, dtype, 1, 1, count), dtype)
+        sizes = [p.numel() for p in blank.parameters()]
+        engine = Engine(make, {}, wanted, deepspeed_json(EngineConfig(stage=stage), OPTIM, dtype, 1, 1, sizes), dtype)
         engine.set_lr(OPTIM.lr)
         return lambda batch: engine(batch)[0], engine.backward, engine.step, engine.close
     device = distributed.device()

@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
         with torch.device("meta"):
             blank = make()
         sizes = [p.numel() for p in blank.parameters()]
-        settings = deepspeed_json(EngineConfig(stage=stage), optim, dtype, 1, passes, sum(sizes))
+        settings = deepspeed_json(EngineConfig(stage=stage), optim, dtype, 1, passes, sizes)
         engine = Engine(make, {}, groups(blank.named_parameters(), optim, student.width[1], ()), settings, dtype)
         engine.module.train()
         if engine.device.type == "cpu" and stage < 3:  # stage 3 communicates often, and never much at once

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hpc_neuro import distributed
 from hpc_neuro.schema import ConfigError
+from hpc_neuro.train import nvme
 from hpc_neuro.train.engine_config import EngineConfig
 from hpc_neuro.train.schedule import Group
 from hpc_neuro.train.shard_files import file_of, read_ranges, write_ranges
@@ -50,14 +51,14 @@ def check(cfg: EngineConfig, batch: int, world: int) -> tuple[torch.dtype, int, 
         where = f"engine.offload_parameters={cfg.offload_parameters}"
         if cfg.stage != 3:
             faults.append(f"{where}: parameters are whole on each rank at stage {cfg.stage}; take engine.stage=3")
-        if not cuda:
-            faults.append(f"{where}: there is no GPU whose memory it could spare; take none")
+        if not cuda and cfg.offload_parameters == "cpu":
+            faults.append(f"{where}: there is no GPU whose memory it could spare; take none, or nvme")
     if (cfg.offload_parameters == "nvme") != (cfg.nvme is not None):
         faults.append("engine.nvme: the folder and offload_parameters=nvme go together; give both or neither")
     elif cfg.nvme is not None and not cfg.nvme.is_dir():
         faults.append(f"engine.nvme: {cfg.nvme} is no folder on this node; make it, or give another")
-    elif cfg.nvme is not None and not _asynchronous_files():
-        faults.append("engine.nvme: DeepSpeed cannot build async_io here; install libaio-dev and a C++ compiler")
+    elif cfg.nvme is not None and (missing := files_lack()):
+        faults.append(f"engine.nvme: DeepSpeed's operator for files (async_io) needs {missing}")
     if world > batch:
         faults.append(f"optim.batch: {batch} crops leave some of the {world} ranks without any; start {batch} at most")
     if faults:
@@ -108,9 +109,11 @@ class Engine:
         """
         deepspeed = _quiet_deepspeed()
         self.dtype, self.stage = dtype, int(settings["zero_optimization"]["stage"])
-        self._groups = list(groups)
-        # DeepSpeed's way to files takes no other numbers than those that are trained on: it then shares out by itself
-        early = self.stage == 3 and "nvme_path" not in settings["zero_optimization"].get("offload_param", {})
+        self._groups, self._files = list(groups), nvme.path_of(settings)
+        if self._files is not None:
+            nvme.built_once(lambda: _async_io().load(verbose=False))
+        # what goes to files has its precision before it is shared out, from a module that each rank builds whole
+        early = self.stage == 3 and self._files is None
         module, exact = _built_sharded(make, values, settings, dtype) if early else (built(make, values), {})
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         names = {id(p): name for name, p in named.items()}
@@ -118,6 +121,8 @@ class Engine:
         # DeepSpeed rounds weights to half precision before it copies them: the master weights would start rounded
         if dtype != torch.float32 and not early:
             exact = {n: (0, p.detach().float().reshape(-1).clone()) for n, p in named.items()}
+        if self._files is not None:  # `initialize` would take bf16 wherever the device computes no fp16 (0.19)
+            deepspeed.zero.Init(module=module.to(dtype), config_dict_or_path=settings)
         wanted = [{"params": [named[n] for n in g.names], "weight_decay": g.weight_decay} for g in groups]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -205,8 +210,10 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers."""
+        """Let go of DeepSpeed's hooks, buffers and files."""
         self._engine.destroy()
+        if self._files is not None:
+            nvme.clear(self._files)
 
 
 @torch.no_grad()
@@ -254,11 +261,19 @@ def _computes_fp16() -> bool:
     return bool(get_accelerator().is_fp16_supported())
 
 
-def _asynchronous_files() -> bool:
-    """Whether DeepSpeed's reader and writer for NVMe can be had."""
+def files_lack() -> str | None:
+    """What is to be installed before DeepSpeed's reader and writer for NVMe can be had, and how; None: nothing."""
+    _quiet_deepspeed()
+    from deepspeed.git_version_info import installed_ops
+
+    return None if installed_ops.get("async_io") else nvme.lacks(lambda: bool(_async_io().is_compatible(verbose=False)))
+
+
+def _async_io() -> Any:
+    """DeepSpeed's builder of its reader and writer for NVMe."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    return bool(AsyncIOBuilder().is_compatible(verbose=False))
+    return AsyncIOBuilder()
 
 
 def _quiet_deepspeed() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 from pydantic import Field
 
 from hpc_neuro.schema import config
+from hpc_neuro.train import nvme
 from hpc_neuro.train.schedule import OptimConfig
 
 _BUCKET = 1 << 26  # elements reduced or gathered at once, at most
@@ -30,7 +32,8 @@ class EngineConfig:
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where parameters wait between passes at stage 3: in GPU memory, in host memory, or as files in `nvme`."""
     nvme: Path | None = None
-    """Folder on a local fast disk for offload_parameters=nvme; needs a GPU, libaio and a C++ compiler at the start."""
+    """Folder on a fast disk of each node for offload_parameters=nvme, with or without a GPU; needs libaio, and once
+    some minutes of a C++ compiler (see hpc-neuro doctor)."""
     timeout: float = Field(default=600.0, gt=0)
     """[s] A collective operation that takes this long ends the run: a rank lives but does not come."""
     silence: float = Field(default=30.0, ge=1)
@@ -44,9 +47,10 @@ def bucket(parameters: int) -> int:
 
 
 def deepspeed_json(
-    cfg: EngineConfig, optim: OptimConfig, dtype: torch.dtype, micro: int, passes: int, parameters: int
+    cfg: EngineConfig, optim: OptimConfig, dtype: torch.dtype, micro: int, passes: int, sizes: Sequence[int]
 ) -> dict[str, Any]:
-    """What DeepSpeed is told. `parameters`: how many are trained."""
+    """What DeepSpeed is told. `sizes`: elements of each trained parameter."""
+    parameters = sum(sizes)
     # DeepSpeed allocates whole buckets, by default of 2 GB, whatever the size of the model
     size = bucket(parameters)
     zero: dict[str, Any] = {"stage": cfg.stage, "reduce_bucket_size": size, "allgather_bucket_size": size}
@@ -62,7 +66,10 @@ def deepspeed_json(
     if cfg.offload_parameters != "none":
         zero["offload_param"] = {"device": cfg.offload_parameters, "pin_memory": True}
         if cfg.nvme is not None:
-            zero["offload_param"]["nvme_path"] = str(cfg.nvme)
+            zero["offload_param"] |= {
+                "nvme_path": str(cfg.nvme),
+                **nvme.buffers(sizes, dtype.itemsize, live + live // 4),
+            }
     adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay}
     return {
         "train_micro_batch_size_per_gpu": micro,

@@ -136,6 +136,10 @@ class Shards:
         elif self.stage == 3:
             # as after a step of its own: what is gathered is let go, each rank's part renewed, small ones gathered
             zero._partition_all_parameters()
+            filed = [p for group in zero.fp16_groups for p in group if p.ds_tensor.final_location == "nvme"]
+            if filed:  # DeepSpeed would renew one that it has read ahead in memory only, and read the old one again
+                filed[0].nvme_swapper.synchronize_reads()
+                filed[0].nvme_swapper.remove_partition_and_release_buffers(filed)
             for index in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(index)
             if zero.persistent_parameters:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from hpc_neuro import distributed, files, schema
 from hpc_neuro.models.student import save_student
 from hpc_neuro.schema import InputError
-from hpc_neuro.train import checkpoint, plan
+from hpc_neuro.train import checkpoint, nvme, plan
 from hpc_neuro.train.assemble import Parts
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.ema import Ema
@@ -39,8 +39,13 @@ class Training:
 
     def __init__(self, cfg: TrainConfig, parts: Parts) -> None:
         self.cfg, self.parts, self.main = cfg, parts, distributed.is_main()
-        trained = sum(p.numel() for p in parts.blank.parameters() if p.requires_grad)
-        settings = deepspeed_json(cfg.engine, cfg.optim, parts.dtype, parts.micro, parts.passes, trained)
+        sizes = [p.numel() for p in parts.blank.parameters() if p.requires_grad]
+        own = None if cfg.engine.nvme is None else nvme.folder(cfg.engine.nvme, cfg.out)
+        spread = dataclasses.replace(cfg.engine, nvme=own)
+        settings = deepspeed_json(spread, cfg.optim, parts.dtype, parts.micro, parts.passes, sizes)
+        if own is not None:
+            held = settings["zero_optimization"]["offload_param"]
+            log.info("train: %s", nvme.require(own, sizes, parts.dtype.itemsize, held))
         if self.main:
             files.write_json(cfg.out / "deepspeed.json", settings)
         wanted = groups(parts.blank.named_parameters(), cfg.optim, parts.depth, parts.transferred)

@@ -100,7 +100,7 @@ def make() -> torch.nn.Module:
 
 
 values = {"vit.blocks.1.attn.qkv.weight": torch.randn(576, 192, generator=torch.Generator().manual_seed(1))}
-settings = deepspeed_json(EngineConfig(stage=3), OptimConfig(batch=2), torch.bfloat16, 1, 1, 10**6)
+settings = deepspeed_json(EngineConfig(stage=3), OptimConfig(batch=2), torch.bfloat16, 1, 1, [10**6])
 with Alive() as alive:
     sharded, exact = engine._built_sharded(make, values, settings, torch.bfloat16)
 most, alike = alive.most, []

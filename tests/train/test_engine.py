@@ -39,8 +39,8 @@ def make():
         engine.join_group(EngineConfig())
         cfg, optim = EngineConfig(**keys), OptimConfig(batch=2)
         module = module_of(cfg.stage)
-        count = sum(p.numel() for p in module.parameters())
-        settings = deepspeed_json(cfg, optim, dtype, 1, 2, count)
+        sizes = [p.numel() for p in module.parameters()]
+        settings = deepspeed_json(cfg, optim, dtype, 1, 2, sizes)
         if scale is not None:
             settings["fp16"] |= {"initial_scale_power": scale, "hysteresis": 1}
         wanted = groups(module.named_parameters(), optim, 1, ())
