@@ -52,6 +52,12 @@ class Plan:
         """The blocks of a volume."""
         return list(blocks(shape, self.write, self.halo))
 
+    def second(self, shape: Shape) -> list[Block]:
+        """The blocks for a second look (views.py), where a place also depends on the voxels next to it: read a step
+        farther."""
+        z, y, x = (h + s for h, s in zip(self.halo, self.step, strict=True))
+        return list(blocks(shape, self.write, (z, y, x)))
+
     def cost(self, block: Block) -> int:
         """How often the student runs for a block."""
         pairs = zip(block.read.shape, self.window, self.step, strict=True)

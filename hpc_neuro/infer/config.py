@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from hpc_neuro.data.orientation import parse
 from hpc_neuro.geometry import Shape, VoxelSize
 from hpc_neuro.schema import config
 from hpc_neuro.tracing import TraceConfig
@@ -92,15 +93,23 @@ class InferConfig:
     fewer than n volumes, a share does its part of the blocks of one. The same command without it gathers what they
     made, and does what is missing."""
     tries: int = Field(default=2, ge=1)
-    """How often a block that fails is tried before it is left out and listed."""
+    """How often a block, or another part of the work, that fails is tried before it is left out and listed."""
     deaths: int = Field(default=3, ge=1)
-    """How often a process may be killed while it is at a block before that block is left out and listed."""
+    """How often a process may be killed while it is at a block, or another part of the work, before that is left out
+    and listed."""
+    silence: float = Field(default=300.0, gt=0)
+    """[s] An MPI rank that gives no sign of life for so long is lost: the others say so and stop. One step of tracing
+    lets none through for about 0.3 s per million voxels of strands."""
     trees: bool = True
     """Whether to trace."""
     page: bool = True
     """Whether to write infer.html: the block map, the volumes with their trees, what to look at first."""
     trace: TraceConfig = TraceConfig()
     """How the probability becomes trees."""
+    flips: tuple[str, ...] = ()
+    """Mirrored views, such as [flip_x, flip_y+flip_x], in which the student looks again at every window through which a
+    tree runs; how far the confidence then differs is told in proofread/. Each costs as much as those windows did at
+    first; none: off."""
 
     def __post_init__(self) -> None:
         if (self.store is None) == (not self.inputs):
@@ -110,6 +119,13 @@ class InferConfig:
                 f"block {list(self.block)}, chunk {list(self.chunk)} and empty.cell {list(self.empty.cell)} must be at "
                 "least 1 voxel"
             )
+        views = [parse(name) for name in self.flips]
+        if any(view.swap or not any(view.flips) for view in views) or len(set(views)) < len(views):
+            raise ValueError(
+                f"flips {list(self.flips)}: want different mirrors, such as [flip_z, flip_y, flip_x, flip_y+flip_x]"
+            )
+        if self.flips and not self.trees:
+            raise ValueError("flips looks at trees; give trees=true, or no flips")
         names = [v.id or v.image.name.partition(".")[0] for v in self.inputs]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"inputs: {', '.join(twice)} would be written twice; give each volume an `id` of its own")

@@ -6,6 +6,7 @@ at the end, and parked with its traceback when it fails every time; the others g
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import time
@@ -26,7 +27,7 @@ from hpc_neuro.geometry import Block, Shape
 from hpc_neuro.infer.blocks import MASK, Plan, least, quantised
 from hpc_neuro.infer.config import EmptyConfig
 from hpc_neuro.infer.empty import brightest, chosen
-from hpc_neuro.infer.marks import Empty, Mark, Marks
+from hpc_neuro.infer.marks import Empty, Mark, Marks, where
 from hpc_neuro.infer.meter import Meter
 from hpc_neuro.infer.sources import Source
 from hpc_neuro.types import Array
@@ -36,7 +37,8 @@ Image = NDArray[np.float32]
 Predict = Callable[[Image, Callable[[int], None]], Image]
 """Normalised image [Z, Y, X] -> probability [Z, Y, X]; calls back with the number of windows of each forward."""
 _BEHIND = 2  # blocks that wait for the disk at most
-_FULL = (28, 122)  # no space, quota: no other block will fare better
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors after which no other block will fare better."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def predict_blocks(work: Work, todo: Iterable[Block], meter: Meter, alone: bool 
         failed = once([f.block for f in failed], attempt)
     for failure in failed:
         trace = "".join(traceback.format_exception(failure.error))
-        work.marks.park(failure.block.index, failure.block.write, str(failure.error), trace, work.tries)
+        work.marks.park(failure.block.index, where(failure.block), str(failure.error), trace, work.tries)
 
 
 def _pass(work: Work, todo: Iterable[Block], meter: Meter, attempt: int) -> list[_Failure]:
@@ -123,7 +125,7 @@ def _pass(work: Work, todo: Iterable[Block], meter: Meter, attempt: int) -> list
     failed: list[_Failure] = []
 
     def caught(block: Block, error: OSError | ValueError | RuntimeError) -> None:
-        if getattr(error, "errno", None) in _FULL:
+        if getattr(error, "errno", None) in FULL:
             raise error
         tries = f"try {attempt} of {work.tries}"
         log.warning("%s: block %s failed (%s): %s", work.source.id, block.index, tries, error)

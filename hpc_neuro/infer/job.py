@@ -40,14 +40,23 @@ class Job:
         self.plan = Plan((z, y, x), cfg.overlap, self.student.patch, cfg.block, cfg.chunk)
         if any(w % p for w, p in zip(self.plan.window, self.student.patch, strict=True)):
             raise ConfigError(f"window: {[z, y, x]} must be a multiple of the student's patch {self.student.patch}")
+        _check_flips(cfg, folder)
         self.threshold = float(cfg.threshold or self.meta.get("threshold", 0.5))
         self.batch = sliding_window.BatchSize(cfg.batch)
         self.cfg = cfg
 
-    def predict(self, image: NDArray[np.float32], seen: Callable[[int], None] | None = None) -> NDArray[np.float32]:
-        """Normalised image [Z, Y, X] -> probability float32 [Z, Y, X]."""
+    def predict(
+        self,
+        image: NDArray[np.float32],
+        seen: Callable[[int], None] | None = None,
+        flip: Sequence[int] = (),
+        where: NDArray[np.bool_] | None = None,
+    ) -> NDArray[np.float32]:
+        """Normalised image [Z, Y, X] -> probability float32 [Z, Y, X]; the rest as of sliding_window.predict."""
         plan = self.plan
-        return sliding_window.predict(self.student, image, plan.window, plan.overlap, self.batch, self.device, seen)
+        return sliding_window.predict(
+            self.student, image, plan.window, plan.overlap, self.batch, self.device, seen, flip, where
+        )
 
     def work(self, source: Source, empty: EmptyConfig | None = None) -> Work:
         """What the blocks of one volume are made with."""
@@ -96,6 +105,18 @@ def weights_folder(cfg: InferConfig) -> Path:
     )
 
 
+def _check_flips(cfg: InferConfig, weights: Path) -> None:
+    """Raises ConfigError where the training of the weights says that it never mirrored anything."""
+    record = weights.parent.parent / "run.json"
+    if cfg.flips and record.exists():
+        trained = files.read_json(record, f"remove {record}").get("config", {})
+        if trained.get("augment", {}).get("flip", True) is False:
+            raise ConfigError(
+                f"flips: the student of {weights} was trained with augment.flip=false and knows no mirrored "
+                "neurons, so that its doubt there says nothing; leave flips out"
+            )
+
+
 def lines(cfg: InferConfig, job: Job, volumes: Sequence[Source], ranks: int = 1) -> list[str]:
     """What there is to do, timed by one window. Raises InputError when the disk is too small."""
     plan, voxels = job.plan, sum(int(np.prod(v.shape, dtype=np.int64)) for v in volumes)
@@ -103,7 +124,14 @@ def lines(cfg: InferConfig, job: Job, volumes: Sequence[Source], ranks: int = 1)
     blocks = [plan.share(plan.blocks(v.shape), v.part) for v in volumes]
     count, windows = sum(map(len, blocks)), sum(plan.cost(b) for found in blocks for b in found)
     coarse = sum(len(level) for v in volumes for level in ome_zarr.pieces(v.shape, v.voxel_size, plan.write, MASK))
-    held = max((b.read.size for found in blocks for b in found[:8]), default=0)
+    second = [b for v in volumes for b in (plan.second(v.shape) if cfg.flips and v.part is None else [])]
+    held = max((b.read.size for found in [*blocks, second] for b in found[:8]), default=0)
+    seconds, many = job.seconds(), f"{ranks} rank{'s' if ranks > 1 else ''}"
+    again = len(cfg.flips) * sum(map(plan.cost, second))
+    views = (
+        f"the windows through which trees run once more in {len(cfg.flips)} mirrored view(s): at most {again} windows, "
+        f"{seconds * again / ranks:.0f} s on {many}"
+    )
     return [
         f"student of {sum(p.numel() for p in job.student.parameters()) / 1e6:.1f} M parameters on {job.device}, "
         f"threshold {job.threshold:.2f}",
@@ -111,5 +139,6 @@ def lines(cfg: InferConfig, job: Job, volumes: Sequence[Source], ranks: int = 1)
         f"voxels around, at most {windows} windows of {plan.window}",
         f"at most {files.human(2 * voxels)} on disk in {2 * count} shards, {coarse} shards of the pyramids and {count} "
         f"markers; about {files.human(held * 20)} of memory per rank besides the network, at most "
-        f"{job.seconds() * windows / ranks:.0f} s on {ranks} rank{'s' if ranks > 1 else ''} and the time to trace",
+        f"{seconds * windows / ranks:.0f} s on {many} and the time to trace",
+        *([views] if cfg.flips else []),
     ]

@@ -4,21 +4,26 @@ OUT/blocks/ID/0_1_2.json     a block: written, or skipped with the rule
 OUT/blocks/ID/level_1.json   a pyramid level: the checksum of each shard
 OUT/failed/ID/0_1_2.json     a block that failed every time: the error and its traceback
 OUT/begun/ID/0_1_2           how often a block was begun and the process was killed before it ended
+OUT/failed/ID/trees.json, OUT/begun/ID/trees, ...     the same of the other parts of the work (see parts.py)
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from hpc_neuro import files
-from hpc_neuro.geometry import Block, Box, Shape
+from hpc_neuro.geometry import Block, Shape
+
+T = TypeVar("T")
+Name = Shape | str
+"""A block by its index, another part of the work by a name that begins with a letter."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Marks:
 
     def path(self, index: Shape) -> Path:
         """Where a block's marker is."""
-        return self.folder / f"{'_'.join(map(str, index))}.json"
+        return self.folder / f"{_file(index)}.json"
 
     def read(self, index: Shape) -> Mark | None:
         """A block's marker; None when it is missing, torn, or of other contents."""
@@ -75,7 +80,7 @@ class Marks:
     def write(self, mark: Mark) -> None:
         """Mark a block done; it is no longer among the failed."""
         files.write_json(self.path(mark.index), asdict(mark))
-        self._failure(mark.index).unlink(missing_ok=True)
+        self.unpark(mark.index)
 
     def all(self, blocks: Iterable[Block]) -> Iterator[Mark]:
         """The markers of those blocks that are done."""
@@ -92,22 +97,22 @@ class Marks:
         for path in [*self.folder.glob("*.json"), *self.failed.glob("*.json"), *self._begun.glob("*")]:
             path.unlink()
 
-    def deaths(self, index: Shape) -> int:
-        """How often a process was killed while it was at a block."""
+    def deaths(self, name: Name) -> int:
+        """How often a process was killed while it was at this."""
         try:
-            return int(self._beginning(index).read_text(encoding="utf-8") or 1)
+            return int(self._beginning(name).read_text(encoding="utf-8") or 1)
         except FileNotFoundError:
             return 0
 
-    def begin(self, index: Shape) -> None:
-        """Count a block as begun, until `end`. Not flushed to the disk: it is processes that die here, not machines."""
-        count = self.deaths(index) + 1
+    def begin(self, name: Name) -> None:
+        """Count this as begun, until `end`. Not flushed to the disk: it is processes that die here, not machines."""
+        count = self.deaths(name) + 1
         self._begun.mkdir(parents=True, exist_ok=True)
-        self._beginning(index).write_text(str(count), encoding="utf-8")
+        self._beginning(name).write_text(str(count), encoding="utf-8")
 
-    def end(self, index: Shape) -> None:
-        """The process has outlived this block."""
-        self._beginning(index).unlink(missing_ok=True)
+    def end(self, name: Name) -> None:
+        """The process has outlived this."""
+        self._beginning(name).unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Remove the folder of what was begun when nothing is left in it."""
@@ -115,22 +120,17 @@ class Marks:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def by_deaths(self, blocks: Iterable[Block], most: int) -> tuple[list[Block], list[Block], list[Block]]:
-        """Blocks at which nobody died; at which somebody did; and those for which one more death would be the last."""
-        found: tuple[list[Block], list[Block], list[Block]] = ([], [], [])
-        for block in blocks:
-            deaths = self.deaths(block.index)
-            found[0 if not deaths else 2 if deaths >= most - 1 else 1].append(block)
-        return found
+    def park(self, name: Name, about: dict[str, Any], error: str, trace: str, tries: int) -> None:
+        """Record what failed every time; `about` says what and where it is."""
+        files.write_json(self._failure(name), about | {"tries": tries, "error": error, "traceback": trace.splitlines()})
 
-    def park(self, index: Shape, box: Box, error: str, trace: str, tries: int) -> None:
-        """Record a block that failed every time."""
-        record = {"index": index, "start": box.start, "stop": box.stop, "tries": tries, "error": error}
-        files.write_json(self._failure(index), record | {"traceback": trace.splitlines()})
+    def unpark(self, name: Name) -> None:
+        """This has not failed after all."""
+        self._failure(name).unlink(missing_ok=True)
 
     def parked(self) -> list[dict[str, Any]]:
         """The blocks that failed every time."""
-        return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(self.failed.glob("*.json"))]
+        return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(self.failed.glob("[0-9]*.json"))]
 
     def level(self, number: int) -> dict[str, str] | None:
         """Checksums of a finished pyramid level, by shard; None when it is not done or the record is torn."""
@@ -151,8 +151,26 @@ class Marks:
     def _level(self, number: int) -> Path:
         return self.folder / f"level_{number}.json"
 
-    def _beginning(self, index: Shape) -> Path:
-        return self._begun / "_".join(map(str, index))
+    def _beginning(self, name: Name) -> Path:
+        return self._begun / _file(name)
 
-    def _failure(self, index: Shape) -> Path:
-        return self.failed / f"{'_'.join(map(str, index))}.json"
+    def _failure(self, name: Name) -> Path:
+        return self.failed / f"{_file(name)}.json"
+
+
+def where(block: Block) -> dict[str, Any]:
+    """What `Marks.park` is told of a block."""
+    return {"index": block.index, "start": block.write.start, "stop": block.write.stop}
+
+
+def by_deaths(items: Iterable[T], deaths: Callable[[T], int], most: int) -> tuple[list[T], list[T], list[T]]:
+    """Those at which nobody died; at which somebody did; and those for which one more death would be the last."""
+    found: tuple[list[T], list[T], list[T]] = ([], [], [])
+    for item in items:
+        count = deaths(item)
+        found[0 if not count else 2 if count >= most - 1 else 1].append(item)
+    return found
+
+
+def _file(name: Name) -> str:
+    return name if isinstance(name, str) else "_".join(map(str, name))

@@ -47,7 +47,11 @@ class Meter:
 
     def skip(self, windows: int) -> None:
         """So many windows need not be looked at."""
-        self.total -= windows
+        self.expect(-windows)
+
+    def expect(self, windows: int) -> None:
+        """So many windows more are to be looked at."""
+        self.total += windows
         if self._bar is not None:
             self._bar.total = self.total
             self._bar.refresh()

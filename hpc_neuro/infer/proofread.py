@@ -2,8 +2,10 @@
 
 OUT/proofread/ID.csv                 places, ranked
 OUT/proofread/ID.neurons.csv         neurons, least sure first
+OUT/proofread/ID.blocks.csv          blocks of the image, least sure first
 OUT/proofread/ID.swc                 the trees in um; a doubtful node has type 7, others keep theirs
-OUT/proofread/ID.confidence.csv      confidence of each node of swc/ID.swc, in its order
+OUT/proofread/ID.confidence.csv      confidence of each node of swc/ID.swc, in its order; with mirrored views also
+                                     their disagreement and the mean of all views
 OUT/proofread/ID.neuroglancer.json   a state for Neuroglancer with the places as points
 """
 
@@ -30,16 +32,45 @@ _TURN = 75.0  # [degree] a path that turns more than this within `_ARM` may have
 _ARM = 6.0  # [voxel] before and behind a turn
 
 
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sure:
+    """What is known of the nodes of a tree without any truth."""
+
+    confidence: Floats  # [N] see tracing.confidence
+    views: Floats  # [K, N] the same in K mirrored views; none were looked at: K is 0
+    low: float  # an edge below it was bridged
+    threshold: float
+
+    @property
+    def disagreement(self) -> Floats | None:
+        """[N] mean over the mirrored views of how far the confidence is from that in the plain one, 0 to 1."""
+        return np.abs(self.views - self.confidence).mean(axis=0) if len(self.views) else None
+
+    @property
+    def mean(self) -> Floats:
+        """[N] mean over all views."""
+        return np.asarray(np.vstack([self.confidence, self.views]).mean(axis=0))
+
+    @property
+    def lowest(self) -> Floats:
+        """[N] lowest of all views."""
+        return np.asarray(np.vstack([self.confidence, self.views]).min(axis=0))
+
+
 @dataclass(frozen=True)
 class Place:
     """One place to look at."""
 
     rank: int
-    kind: str  # gap, faint, turn or end
+    kind: str  # gap, faint, unsteady, turn or end
     z: float  # [voxel]
     y: float
     x: float
-    doubt: float  # 0 to 1: one minus the lowest confidence of the place
+    doubt: float  # 0 to 1: one minus the lowest confidence of the place, or the disagreement where that is larger
+    disagreement: float | None  # of mirrored views, 0 to 1; none: not looked at
     cable_um: float  # what would be lost or gained: the cable behind it
     neuron: int  # from 1, as swc/ID/0001.swc
     node: int  # SWC id in swc/ID.swc
@@ -55,16 +86,28 @@ class Neuron:
     cable_um: float
     gaps: int
     gap_um: float
+    disagreement: float | None  # by cable
 
 
-def places(
-    tree: Tree, sure: NDArray[np.float64], low: float, threshold: float, shape: Shape, size: VoxelSize
-) -> list[Place]:
+@dataclass(frozen=True)
+class BlockScore:
+    """How sure the cable in one block of the image is."""
+
+    block: str  # z_y_x, as blocks/ID/z_y_x.json
+    score: float  # as of a neuron
+    mean: float
+    cable_um: float
+    disagreement: float | None
+
+
+def places(tree: Tree, known: Sure, shape: Shape, size: VoxelSize) -> list[Place]:
     """The doubtful places of trees in voxels, worst first: by doubt times the square root of the cable behind.
 
-    `sure` is the confidence of each node. A gap is a run of edges below `low` (it was bridged), a faint stretch one
-    below `threshold`, a turn a bend of more than 75 degrees; an end counts where the neurite is still bright.
+    A gap is a run of edges below `low` (it was bridged), a faint stretch one below `threshold`, an unsteady one is
+    below that in a mirrored view only, a turn is a bend of more than 75 degrees; an end counts where the neurite is
+    still bright.
     """
+    sure, low, threshold, apart = known.confidence, known.low, known.threshold, known.disagreement
     um = morphology.scaled(tree, size)
     step = morphology.edge_lengths(um)
     below = step.copy()
@@ -76,13 +119,15 @@ def places(
 
     def add(kind: str, node: int, doubt: float) -> None:
         z, y, x = (round(float(v), 2) for v in tree.points[node])
-        behind = round(float(below[node]), 2)
-        found.append(Place(0, kind, z, y, x, round(doubt, 4), behind, int(neuron[node]), node + 1))
+        behind, off = round(float(below[node]), 2), None if apart is None else round(float(apart[node]), 4)
+        doubt = round(max(doubt, off or 0.0), 4)
+        found.append(Place(0, kind, z, y, x, doubt, off, behind, int(neuron[node]), node + 1))
 
-    kinds = np.where(sure < low, 2, np.where(sure < threshold, 1, 0))
+    kinds = np.where(sure < low, 3, np.where(sure < threshold, 2, np.where(known.lowest < threshold, 1, 0)))
     for run in _runs(tree, kinds):
-        worst = int(run[sure[run].argmin()])
-        add("gap" if kinds[worst] == 2 else "faint", worst, float(1 - sure[worst]))
+        worst = int(run[known.lowest[run].argmin()])
+        kind = ("unsteady", "faint", "gap")[kinds[worst] - 1]
+        add(kind, worst, 0.0 if kind == "unsteady" else float(1 - sure[run].min()))
     for node in _turns(tree):
         add("turn", node, 0.5)
     rim = np.minimum(tree.points, np.array(shape) - 1 - tree.points).min(axis=1)
@@ -93,36 +138,70 @@ def places(
     return [replace(place, rank=i) for i, place in enumerate(found, start=1)]
 
 
-def neurons(tree: Tree, sure: NDArray[np.float64], low: float, threshold: float, size: VoxelSize) -> list[Neuron]:
+def neurons(tree: Tree, known: Sure, size: VoxelSize) -> list[Neuron]:
     """A score for each tree of a forest in voxels, least sure first."""
-    step, of = morphology.edge_lengths(morphology.scaled(tree, size)), _neurons(tree)
-    found = []
-    for number in range(1, int(of.max(initial=0)) + 1):
-        mine = (of == number) & (tree.parents >= 0)
-        cable, weak = float(step[mine].sum()), mine & (sure < low)
-        whole = max(cable, 1e-9)
-        gaps = sum(1 for run in _runs(tree, np.where(weak, 1, 0)))
-        score, mean = step[mine & (sure >= threshold)].sum() / whole, (step * sure)[mine].sum() / whole
-        gap = float(step[weak].sum())
-        found.append(Neuron(number, round(score, 4), round(mean, 4), round(cable, 2), gaps, round(gap, 2)))
+    of, step = _neurons(tree) - 1, _cable(tree, size)
+    weak = (tree.parents >= 0) & (known.confidence < known.low)
+    gaps = np.bincount([of[run[0]] for run in _runs(tree, weak.astype(np.int64))], minlength=len(tree.roots))
+    broken = np.bincount(of, weights=step * weak)
+    scores = _scores(step, known, of)
+    found = [
+        Neuron(i, score, mean, cable, int(gaps[i - 1]), round(float(broken[i - 1]), 2), apart)
+        for i, (score, mean, cable, apart) in enumerate(scores, start=1)
+    ]
     return sorted(found, key=lambda n: (n.score, n.neuron))
 
 
+def by_block(tree: Tree, known: Sure, block: Shape, size: VoxelSize) -> list[BlockScore]:
+    """A score for each block of `block` voxels that holds cable, least sure first."""
+    places = np.rint(tree.points).astype(np.int64).clip(0) // np.array(block)
+    indices, of = np.unique(places, axis=0, return_inverse=True)
+    scores = zip(indices.tolist(), _scores(_cable(tree, size), known, of.ravel()), strict=True)
+    found = [BlockScore("_".join(map(str, index)), *score) for index, score in scores if score[2] > 0]
+    return sorted(found, key=lambda b: (b.score, b.block))
+
+
+def _cable(tree: Tree, size: VoxelSize) -> Floats:
+    """[N] um from each node to its parent; 0 for roots."""
+    return np.where(tree.parents >= 0, morphology.edge_lengths(morphology.scaled(tree, size)), 0.0)
+
+
+def _scores(step: Floats, known: Sure, of: NDArray[np.int64]) -> list[tuple[float, float, float, float | None]]:
+    """For each group of nodes (`of` [N]): share of the cable that is as sure as the threshold, mean confidence, cable,
+    mean disagreement."""
+    cable, apart = np.bincount(of, weights=step), known.disagreement
+
+    def mean(values: Floats) -> list[float]:
+        each = np.bincount(of, weights=step * values) / np.maximum(cable, 1e-9)
+        return [round(value, 4) for value in each.tolist()]
+
+    score, sure = mean((known.confidence >= known.threshold).astype(np.float64)), mean(known.confidence)
+    off = [None] * len(cable) if apart is None else mean(apart)
+    return list(zip(score, sure, np.round(cable, 2).tolist(), off, strict=True))
+
+
 def write(
-    out: Path, name: str, tree: Tree, sure: NDArray[np.float64], low: float, threshold: float, shape: Shape,
-    size: VoxelSize,
-) -> tuple[list[Place], list[Neuron]]:  # fmt: skip
-    """Write all five files of a volume; what is in the tables."""
+    out: Path, name: str, tree: Tree, known: Sure, shape: Shape, size: VoxelSize, block: Shape
+) -> tuple[list[Place], list[Neuron]]:
+    """Write all six files of a volume; what is in the first two tables."""
     folder = out / "proofread"
-    found, scores = places(tree, sure, low, threshold, shape, size), neurons(tree, sure, low, threshold, size)
-    files.write_text(folder / f"{name}.csv", _table([asdict(p) for p in found], list(Place.__dataclass_fields__)))
-    rows = [asdict(n) for n in scores]
-    files.write_text(folder / f"{name}.neurons.csv", _table(rows, list(Neuron.__dataclass_fields__)))
-    nodes = [{"node": i, "confidence": round(float(c), 4)} for i, c in enumerate(sure, start=1)]
-    files.write_text(folder / f"{name}.confidence.csv", _table(nodes, ["node", "confidence"]))
-    types = np.where(_in_section(tree, sure < threshold), DOUBTFUL, tree.types)
+    found, scores = places(tree, known, shape, size), neurons(tree, known, size)
+    blocks = by_block(tree, known, block, size)
+    for path, kind, rows in (
+        (f"{name}.csv", Place, found),
+        (f"{name}.neurons.csv", Neuron, scores),
+        (f"{name}.blocks.csv", BlockScore, blocks),
+    ):
+        files.write_text(folder / path, _table([asdict(row) for row in rows], list(kind.__dataclass_fields__)))
+    columns = {"confidence": known.confidence}
+    if (apart := known.disagreement) is not None:
+        columns |= {"disagreement": apart, "mean": known.mean}
+    lines = zip(*(np.round(column, 4).tolist() for column in columns.values()), strict=True)
+    nodes = [dict(zip(("node", *columns), (i, *line), strict=True)) for i, line in enumerate(lines, start=1)]
+    files.write_text(folder / f"{name}.confidence.csv", _table(nodes, ["node", *columns]))
+    types = np.where(_in_section(tree, known.lowest < known.threshold), DOUBTFUL, tree.types)
     marked = morphology.scaled(replace(tree, types=types), size)
-    about = [f"type {DOUBTFUL}: somewhere less sure than {threshold:g}"]
+    about = [f"type {DOUBTFUL}: somewhere less sure than {known.threshold:g}"]
     swc.write(folder / f"{name}.swc", marked, unit="um", voxel_size=size, comments=about)
     files.write_json(folder / f"{name}.neuroglancer.json", neuroglancer(name, found, shape, size))
     return found, scores

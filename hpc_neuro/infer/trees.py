@@ -1,4 +1,10 @@
-"""A finished probability becomes trees: SWC in micrometres and in voxels, and an entry in predictions.json."""
+"""A finished probability becomes trees: SWC in micrometres and in voxels, and an entry in predictions.json.
+
+Each step leaves a file in OUT/strands, with which the next start goes on:
+
+    reduce (per block) -> strands    trace (per volume) -> forest.npz    look again (per block, views.py) -> views
+                                                                         finished (per volume) -> swc, proofread, entry
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +30,11 @@ from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.engine import Work
 from hpc_neuro.infer.sources import Source
 from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
 from hpc_neuro.tracing import Strands, confidence, context, reduced, trace_blocks, trace_strands
 
 log = logging.getLogger(__name__)
 Entry = dict[str, Any]
+Floats = NDArray[np.float64]
 
 
 def entry_path(out: Path, name: str) -> Path:
@@ -48,7 +55,7 @@ def held(cfg: InferConfig, work: Work) -> Entry | None:
 
 def to_reduce(cfg: InferConfig, work: Work) -> list[Box]:
     """The blocks whose strands are still to be found before a volume can be traced; one without a shard has none."""
-    if not cfg.trees or held(cfg, work) is not None:
+    if not to_trace(cfg, work):
         return []
     spacing = cfg.trace.spacing(work.source.voxel_size)
     return [
@@ -64,41 +71,76 @@ def reduce(cfg: InferConfig, work: Work, box: Box) -> None:
     source = work.source
     found = reduced(reader(work.folder), source.shape, box, cfg.trace.spacing(source.voxel_size), cfg.trace)
     if found is not None:
-        with files.atomic(_strands_path(cfg, work, box)) as part, part.open("wb") as handle:
-            np.savez(handle, **{field.name: getattr(found, field.name) for field in fields(found)})
+        save(_strands_path(cfg, work, box), found)
 
 
-def finished(cfg: InferConfig, work: Work) -> tuple[Entry, list[str]]:
-    """A volume's entry in predictions.json (paths relative to `out`), and why there is no tree, if so.
+def to_trace(cfg: InferConfig, work: Work) -> bool:
+    """Whether the trees of a volume, all of whose blocks are reduced, are still to be found."""
+    return cfg.trees and held(cfg, work) is None and not traced(cfg, work)
 
-    Every block of it has been reduced. Not traced again when it was before.
+
+def traced(cfg: InferConfig, work: Work) -> bool:
+    """Whether the trees of a volume are found and wait to be written."""
+    return _forest_path(cfg, work).exists()
+
+
+def trace(cfg: InferConfig, work: Work) -> None:
+    """Find the trees of a volume and keep them until they are written. Raises InputError for a root off the trees."""
+    source, begun = work.source, time.monotonic()
+    kept, read = _kept(cfg, work), reader(work.folder)
+    found = trace_strands(kept, read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace)
+    save(_forest_path(cfg, work), together(found))
+    seconds = time.monotonic() - begun
+    log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(found), sum(map(len, found)), seconds)
+
+
+def forest(cfg: InferConfig, work: Work) -> Tree:
+    """What `trace` found, in voxels."""
+    with np.load(_forest_path(cfg, work)) as arrays:
+        return Tree(**arrays)
+
+
+def finished(cfg: InferConfig, work: Work, views: Callable[[Tree], Floats]) -> Entry:
+    """A volume's entry in predictions.json (paths relative to `out`), its trees written.
+
+    `views` gives the confidence in mirrored views. Nothing is written again that was before.
     """
     entry = held(cfg, work)
-    if entry is not None:
-        return entry, []
-    entry = _entry(work)
-    problems = _trace(cfg, work, entry) if cfg.trees else []
-    if not problems:
+    if entry is None:
+        entry = _entry(work)
+        if cfg.trees:
+            _write_trees(cfg, work, entry, views)
         files.write_json(entry_path(cfg.out, work.source.id), {"key": _key(cfg, work), "entry": entry})
-    shutil.rmtree(_strands_folder(cfg, work).parent, ignore_errors=True)
+    shutil.rmtree(scratch(cfg, work).parent, ignore_errors=True)
     with contextlib.suppress(OSError):  # others may still be there
         (cfg.out / "strands").rmdir()
-    return entry, problems
+    return entry
+
+
+def save(path: Path, value: Strands | Tree) -> None:
+    """The arrays of a dataclass in one npz file, whole or not at all."""
+    with files.atomic(path) as part, part.open("wb") as handle:
+        np.savez(handle, **{field.name: getattr(value, field.name) for field in fields(value)})
+
+
+def scratch(cfg: InferConfig, work: Work) -> Path:
+    """Where things wait that belong to the same probability and settings."""
+    return cfg.out / "strands" / work.source.id / _key(cfg, work)[:16]
 
 
 def _key(cfg: InferConfig, work: Work) -> str:
     """All that the trees depend on, hashed."""
     source = work.source
-    facts = f"{work.marks.key} {cfg.trees} {schema.dump(cfg.trace)} {source.roots} {source.voxel_size}"
+    facts = f"{work.marks.key} {cfg.trees} {schema.dump(cfg.trace)} {source.roots} {source.voxel_size} {cfg.flips}"
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def _strands_folder(cfg: InferConfig, work: Work) -> Path:
-    return cfg.out / "strands" / work.source.id / _key(cfg, work)[:16]
-
-
 def _strands_path(cfg: InferConfig, work: Work, box: Box) -> Path:
-    return _strands_folder(cfg, work) / f"{'_'.join(map(str, box.start))}.npz"
+    return scratch(cfg, work) / f"{'_'.join(map(str, box.start))}.npz"
+
+
+def _forest_path(cfg: InferConfig, work: Work) -> Path:
+    return scratch(cfg, work) / "forest.npz"
 
 
 def _kept(cfg: InferConfig, work: Work) -> list[Strands]:
@@ -140,33 +182,25 @@ def _entry(work: Work) -> Entry:
     }
 
 
-def _trace(cfg: InferConfig, work: Work, entry: Entry) -> list[str]:
-    source, begun = work.source, time.monotonic()
-    try:
-        read = reader(work.folder)
-        found = trace_strands(
-            _kept(cfg, work), read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace
-        )
-    except InputError as error:  # a root off the foreground; the other volumes still count
-        return [f"{source.id}: not traced, {error}"]
-    entry["trees"] = len(found)
-    if found:
-        tree = together(found)
-        sure = confidence(tree, read, source.shape)
-        floor, threshold = cfg.trace.floor, cfg.trace.threshold
-        doubts, scores = proofread.write(
-            cfg.out, source.id, tree, sure, floor, threshold, source.shape, source.voxel_size
-        )
-        entry["proofread"] = {"places": len(doubts), "sure_share": _mean(scores)}
-        about = [f"traced by hpc_neuro {runs.code_version()} from {source.image}"]
-        entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
-        _write(cfg.out / "swc", source.id, tree, source, about)
-        entry["sha256"] = {name: files.sha256(cfg.out / entry[name]) for name in ("swc", "swc_voxel")}
-        for number, tree in enumerate(found if len(found) > 1 else [], start=1):
-            _write(cfg.out / "swc" / source.id, f"{number:04d}", tree, source, about)
-    nodes = sum(map(len, found))
-    log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(found), nodes, time.monotonic() - begun)
-    return []
+def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tree], Floats]) -> None:
+    source, tree = work.source, forest(cfg, work)
+    entry["trees"] = len(tree.roots)
+    if not len(tree):
+        return
+    sure = confidence(tree, reader(work.folder), source.shape)
+    known = proofread.Sure(sure, views(tree), cfg.trace.floor, cfg.trace.threshold)
+    doubts, scores = proofread.write(cfg.out, source.id, tree, known, source.shape, source.voxel_size, work.plan.write)
+    entry["proofread"] = {"places": len(doubts), "sure_share": _mean(scores)}
+    entry["confidence"] = f"proofread/{source.id}.confidence.csv"
+    about = [f"traced by hpc_neuro {runs.code_version()} from {source.image}"]
+    entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
+    _write(cfg.out / "swc", source.id, tree, source, about)
+    entry["sha256"] = {name: files.sha256(cfg.out / entry[name]) for name in ("swc", "swc_voxel")}
+    starts = [*tree.roots.tolist(), len(tree)]
+    for number, (a, b) in enumerate(pairwise(starts) if len(starts) > 2 else [], start=1):
+        parents = np.where(tree.parents[a:b] >= 0, tree.parents[a:b] - a, -1)
+        one = Tree(tree.points[a:b], tree.radii[a:b], parents, tree.types[a:b])
+        _write(cfg.out / "swc" / source.id, f"{number:04d}", one, source, about)
 
 
 def _mean(scores: list[proofread.Neuron]) -> float:
@@ -182,7 +216,9 @@ def _write(folder: Path, name: str, tree: Tree, source: Source, about: list[str]
 
 
 def together(trees: list[Tree]) -> Tree:
-    """Several trees as one forest."""
+    """Several trees as one forest, one after the other."""
+    if not trees:
+        return morphology.empty()
     starts = np.cumsum([0, *map(len, trees)])
     parents = [np.where(t.parents >= 0, t.parents + s, -1) for t, s in zip(trees, starts, strict=False)]
     return Tree(

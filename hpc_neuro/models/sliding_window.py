@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,12 +61,17 @@ def predict(
     batch: int | BatchSize = 1,
     device: torch.device | str = "cpu",
     seen: Callable[[int], None] | None = None,
+    flip: Sequence[int] = (),
+    where: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float32]:
     """Probability of neurite, float32 [Z, Y, X], of a normalised image [Z, Y, X] of any size.
 
     `student` lies on `device`, has `.patch` and gives a Prediction. `batch` windows run at once; when the device's
     memory is too small the batch is halved and the windows run again; a BatchSize keeps the smaller number for the next
-    call. `seen` is told after each forward how many windows it was. Raises InputError for a window that is no
+    call. `seen` is told after each forward how many windows it was. `flip`: axes (0 to 2) along which every window is
+    mirrored in its place for the student, and its probability mirrored back. `where` [Z, Y, X]: only windows that hold
+    a true voxel are looked at; the probability of those voxels is as without it, others' is not to be used. Raises
+    InputError for a window that is no
     multiple of the patch, an overlap outside [0, 1), an image that is not 3D, and a window too large for the memory.
     """
     patch: Shape = student.patch  # type: ignore[assignment]
@@ -87,7 +92,10 @@ def predict(
     weight = torch.from_numpy(np.einsum("z,y,x->zyx", *profiles)).to(device)
     total = np.zeros(array.shape, dtype=np.float32)
     boxes = [Box.at((z, y, x), window) for z, y, x in itertools.product(*starts)]
-    for box, probability in _run(student, array, boxes, size, torch.device(device), seen):
+    if where is not None:
+        boxes = [box for box in boxes if where[box.slices].any()]
+    mirrored = [axis - 3 for axis in flip]
+    for box, probability in _run(student, array, boxes, size, torch.device(device), seen, mirrored):
         total[box.slices] += (probability * weight).cpu().numpy()
     for axis, (profile, first) in enumerate(zip(profiles, starts, strict=True)):
         summed = np.zeros(
@@ -118,6 +126,7 @@ def _run(
     batch: BatchSize,
     device: torch.device,
     seen: Callable[[int], None] | None,
+    mirrored: list[int],
 ) -> Iterator[tuple[Box, Tensor]]:
     """Each box with its probability [z, y, x] on `device`, float32."""
     done = 0
@@ -125,8 +134,8 @@ def _run(
         some = boxes[done : done + batch.windows]
         images = torch.from_numpy(np.stack([array[b.slices] for b in some])[:, None])
         try:
-            prediction: Prediction = student(images.to(device))
-            probability = prediction.logits[:, 0].float().sigmoid()
+            prediction: Prediction = student(images.to(device).flip(mirrored))
+            probability = prediction.logits[:, 0].float().sigmoid().flip(mirrored)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise

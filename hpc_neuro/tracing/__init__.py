@@ -1,6 +1,6 @@
 """Probability -> centre-line trees."""
 
-from hpc_neuro.tracing.confidence import confidence
+from hpc_neuro.tracing.confidence import brightest_around, confidence, samples
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.foreground import Strands
 from hpc_neuro.tracing.strands import context, reduced, trace_blocks
@@ -9,9 +9,11 @@ from hpc_neuro.tracing.trace import trace, trace_read, trace_strands
 __all__ = [
     "Strands",
     "TraceConfig",
+    "brightest_around",
     "confidence",
     "context",
     "reduced",
+    "samples",
     "trace",
     "trace_blocks",
     "trace_read",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.morphology import Tree
-from hpc_neuro.tracing.foreground import Floats, Read, as_probability
+from hpc_neuro.tracing.foreground import Floats, Ints, Read, as_probability
 
 _CELL = 64  # [voxel] nodes are looked up box by box of this size, so that memory does not follow the volume
 
@@ -18,20 +17,25 @@ def confidence(tree: Tree, read: Read, shape: Shape) -> Floats:
     `tree` is in voxels of a volume of `shape`, which `read` reads by box. An edge is sampled about every half voxel,
     each sample taking the brightest of the 27 voxels round it: a centre line half a voxel off is no doubt, a break is.
     """
+    node, voxels = samples(tree, shape)
+    found = np.ones(len(tree))
+    np.minimum.at(found, node, brightest_around(voxels, read, shape))
+    return found
+
+
+def samples(tree: Tree, shape: Shape) -> tuple[Ints, Ints]:
+    """Where `confidence` looks: [M] nodes, [M, 3] voxels on the edge from each to its parent."""
     parent = np.maximum(tree.parents, 0)
     start, stop = tree.points, np.where(tree.parents[:, None] >= 0, tree.points[parent], tree.points)
     counts = np.maximum(np.ceil(2 * np.linalg.norm(stop - start, axis=1)).astype(np.int64), 1) + 1
     node = np.repeat(np.arange(len(tree)), counts)
     place = np.arange(len(node)) - np.repeat(np.cumsum(counts) - counts, counts)
     share = (place / (np.repeat(counts, counts) - 1))[:, None]
-    samples = np.rint(start[node] * (1 - share) + stop[node] * share).astype(np.int64)
-    samples = np.clip(samples, 0, np.array(shape) - 1)
-    found = np.ones(len(tree))
-    np.minimum.at(found, node, _brightest_around(samples, read, shape))
-    return found
+    voxels = np.rint(start[node] * (1 - share) + stop[node] * share).astype(np.int64)
+    return node, np.clip(voxels, 0, np.array(shape) - 1)
 
 
-def _brightest_around(voxels: NDArray[np.int64], read: Read, shape: Shape) -> Floats:
+def brightest_around(voxels: Ints, read: Read, shape: Shape) -> Floats:
     """[M] largest probability of each voxel and its 26 neighbours."""
     cell = voxels // _CELL
     order = np.lexsort(cell.T[::-1])

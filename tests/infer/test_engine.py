@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ from hpc_neuro.geometry import Box
 from hpc_neuro.infer import meter as meters
 from hpc_neuro.infer.blocks import Plan, quantised
 from hpc_neuro.infer.empty import brightest
+from hpc_neuro.infer.marks import by_deaths
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
 from tests.infer.small import WINDOW, Plain, make_all, probability, work_on
@@ -143,23 +140,6 @@ def test_shares_are_of_equal_cost_and_cover_all(model: Path) -> None:
     assert max(costs) - min(costs) <= max(map(plan.cost, blocks))
 
 
-def test_a_block_that_kills_its_process_is_left_out_after_so_many_deaths(tmp_path: Path) -> None:
-    """Each process that dies there is counted; all other blocks are done, and the last run lists it."""
-    command = [sys.executable, "-m", "tests.infer.poisoned", str(tmp_path), "3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
-    starts = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [s["code"] for s in starts] == [-signal.SIGKILL] * 3 + [0], done.stderr
-    (line,) = starts[-1]["failures"]
-    assert line.startswith("v block (0, 1, 1) at (0, 32, 32): 3 times the process that was at it was killed")
-    assert starts[-1]["done"] == ["0_0_0", "0_0_1", "0_0_2", "0_1_0", "0_1_2"]
-    assert [p.name for p in tmp_path.glob("begun/v/*")] == ["0_1_1"]
-    parked = json.loads((tmp_path / "failed/v/0_1_1.json").read_text())
-    assert (parked["index"], parked["tries"]) == ([0, 1, 1], 3)
-    wanted = np.rint(np.arange(8 * 64 * 96).reshape(8, 64, 96) / 49152 * 255)  # the student gives the image back
-    wanted[:, 32:, 32:64] = 0
-    np.testing.assert_array_equal(probability(tmp_path, "v"), wanted)  # whatever was cut off in the middle
-
-
 def test_who_is_tried_when_by_deaths_and_a_stop_in_good_order_is_none(model: Path, tmp_path: Path) -> None:
     image = np.random.default_rng(0).random((8, 64, 64)).astype(np.float32)
 
@@ -179,6 +159,6 @@ def test_who_is_tried_when_by_deaths_and_a_stop_in_good_order_is_none(model: Pat
     for deaths, block in enumerate(blocks):
         for _ in range(deaths):
             work.marks.begin(block.index)
-    fresh, suspects, last = work.marks.by_deaths(blocks[:3], 3)
+    fresh, suspects, last = by_deaths(blocks[:3], lambda b: work.marks.deaths(b.index), 3)
     assert [b.index for b in (*fresh, *suspects, *last)] == [b.index for b in blocks[:3]]
     assert len(fresh) == len(suspects) == len(last) == 1

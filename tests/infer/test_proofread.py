@@ -10,12 +10,17 @@ import numpy as np
 
 from hpc_neuro.data import swc
 from hpc_neuro.infer import proofread
-from hpc_neuro.morphology import make
+from hpc_neuro.infer.proofread import Sure
+from hpc_neuro.morphology import Tree, make
 
 SHAPE, SIZE = (40, 60, 120), (2.0, 0.5, 0.5)
 
 
-def _cell() -> tuple[object, np.ndarray]:
+def _known(sure: np.ndarray, *views: np.ndarray) -> Sure:
+    return Sure(sure, np.array(views).reshape(-1, len(sure)), 0.3, 0.5)
+
+
+def _cell() -> tuple[Tree, np.ndarray]:
     """A trunk along x with a gap at 40, a faint stretch near its end, and a branch that turns back; then a speck."""
     trunk = [(20.0, 30.0, float(x)) for x in range(10, 100)]
     branch = [(20.0, 30.0 + i, 70.0) for i in range(1, 15)] + [(20.0, 44.0, 70.0 + i) for i in range(1, 15)]
@@ -30,7 +35,7 @@ def _cell() -> tuple[object, np.ndarray]:
 
 def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:
     tree, sure = _cell()
-    found = proofread.places(tree, sure, 0.3, 0.5, SHAPE, SIZE)
+    found = proofread.places(tree, _known(sure), SHAPE, SIZE)
     assert [p.rank for p in found] == list(range(1, len(found) + 1))
     first = found[0]
     assert (first.kind, first.neuron, first.doubt) == ("gap", 1, 0.9)
@@ -46,7 +51,7 @@ def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:
 
 def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
     tree, sure = _cell()
-    a, b = proofread.neurons(tree, sure, 0.3, 0.5, SIZE)
+    a, b = proofread.neurons(tree, _known(sure), SIZE)
     assert (a.neuron, b.neuron, b.score, b.gaps) == (1, 2, 1.0, 0)
     assert (a.gaps, a.gap_um) == (1, 3.0)
     assert a.cable_um == (89 + 28) * 0.5
@@ -55,7 +60,7 @@ def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
 
 def test_files_open_and_agree(tmp_path: Path) -> None:
     tree, sure = _cell()
-    found, _ = proofread.write(tmp_path, "cell", tree, sure, 0.3, 0.5, SHAPE, SIZE)
+    found, _ = proofread.write(tmp_path, "cell", tree, _known(sure), SHAPE, SIZE, (20, 60, 60))
     folder = tmp_path / "proofread"
     rows = list(csv.DictReader((folder / "cell.csv").open()))
     assert [int(r["rank"]) for r in rows] == [p.rank for p in found]

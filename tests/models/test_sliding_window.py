@@ -157,3 +157,28 @@ def test_a_halved_batch_is_remembered_and_windows_are_counted() -> None:
     before = len(student.batches)
     sliding_window.predict(student, image, WINDOW, 0.5, batch=size)
     assert set(student.batches[before:]) == {2}
+
+
+@pytest.mark.parametrize("flip", [(2,), (0,), (1, 2), (0, 1, 2)])
+def test_windows_are_mirrored_in_their_place(flip: tuple[int, ...]) -> None:
+    """Mirroring the volume moves the windows of a lattice that fits; mirroring each window is then the same."""
+    image = _image((8, 16, 24))  # whole steps, so that the mirrored lattice is the lattice
+    student = PositionBound()
+    whole = np.flip(sliding_window.predict(student, np.flip(image, flip), WINDOW, 0.5), flip)
+    np.testing.assert_allclose(sliding_window.predict(student, image, WINDOW, 0.5, flip=flip), whole, atol=1e-5)
+    assert np.abs(whole - sliding_window.predict(student, image, WINDOW, 0.5)).max() > 1e-3
+    same = sliding_window.predict(Fake(), image, WINDOW, 0.5, flip=flip)
+    np.testing.assert_allclose(same, image, atol=1e-5)
+
+
+def test_only_windows_that_hold_a_wanted_voxel_are_looked_at() -> None:
+    image, student = _image((9, 20, 27)), PositionBound()
+    whole, everything = sliding_window.predict(student, image, WINDOW, 0.5), len(student.batches)
+    where = np.zeros(image.shape, dtype=bool)
+    where[5, 7, 3:9] = where[8, 19, 26] = True
+    student.batches.clear()
+    found = sliding_window.predict(student, image, WINDOW, 0.5, where=where)
+    np.testing.assert_array_equal(found[where], whole[where])
+    assert 0 < len(student.batches) < everything / 3
+    none = sliding_window.predict(student, image, WINDOW, 0.5, where=np.zeros(image.shape, dtype=bool))
+    assert not none.any()
