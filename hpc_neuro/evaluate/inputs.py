@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +82,27 @@ class Predictions:
             )
         found = swc.read(tree[0]) if tree else morphology.empty()
         return Prediction(probability, found, self._threshold or float(entry["threshold"]))
+
+    def views(self, volume_id: str, nodes: int) -> dict[str, NDArray[np.float64]]:
+        """[N] `mean` confidence of all views and `agreement` of each node of the tree; nothing without mirrored views.
+
+        Raises InputError for a table that is not of the tree.
+        """
+        name = self._entries[volume_id].get("confidence")
+        if name is None:
+            return {}
+        path = self.path / name
+        try:
+            with path.open(encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            if not rows or "disagreement" not in rows[0]:
+                return {}
+            values = np.array([[float(row["mean"]), 1 - float(row["disagreement"])] for row in rows])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as confidences of nodes ({error}); {_REMAKE} again") from None
+        if len(values) != nodes:
+            raise InputError(f"{path} is of {len(values)} nodes, but the tree has {nodes}; {_REMAKE} again")
+        return {"mean": values[:, 0], "agreement": values[:, 1]}
 
     def trace_config(self) -> TraceConfig | None:
         """The tracer's settings that `infer` recorded; None when it recorded none."""

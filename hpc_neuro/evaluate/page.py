@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ def build(
     training: Sequence[dict[str, Any]] | None,
     links: list[Link],
     code: str,
-    bins: Sequence[Bin] = (),
+    reliable: Mapping[str, Sequence[Bin]],
 ) -> str:
-    """The page as text. `pictures` are (volume, JPEG) in the order shown; `training` the rows of a training run; `bins`
-    the reliability of the model's confidence."""
+    """The page as text. `pictures` are (volume, JPEG) in the order shown; `training` the rows of a training run;
+    `reliable` what is known of the model's confidence."""
     n = len(results.ids)
     sections = [("Result", _result(results, cfg, links))]
     if n > 1 and len(results.methods) > 1:
@@ -41,8 +41,8 @@ def build(
         shown = "".join(html.picture(p.read_bytes(), f"{name}. {CAPTION}") for name, p in pictures)
         worst = "The worst neurons first, by the model's F1." if n > 1 else ""
         sections.append(("Pictures", (html.paragraph(worst) if worst else "") + shown))
-    if bins:
-        sections.append(("Confidence", reliability.section(bins, cfg)))
+    if reliable:
+        sections.append(("Confidence", reliability.section(reliable, cfg)))
     if training:
         sections.append(("Learning curves", html.row(curves.draw(training))))
     sections.append(("Definitions", _definitions(results, cfg)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hpc_neuro.evaluate.pictures import picture
 from hpc_neuro.evaluate.rows import key
 from hpc_neuro.evaluate.score import facts, score
 from hpc_neuro.evaluate.summary import Results, Scores, as_csv, as_json, as_latex
-from hpc_neuro.metrics.calibration import Bin, calibration_error
+from hpc_neuro.metrics.calibration import Bin
 from hpc_neuro.morphology import Tree, empty, make
 from hpc_neuro.report import record
 from hpc_neuro.schema import InputError
@@ -68,8 +67,8 @@ def run(cfg: EvaluateConfig) -> int:
             this.finish({"volumes": len(results.ids)})
             return 0
         shown = _pictures(cfg, store, compared, results)
-        bins = reliability.measured(cfg, store, results.ids, compared[0].seeds[0])
-        _write(cfg, results, shown, bins, this.record)
+        reliable = reliability.measured(cfg, store, results.ids, compared[0].seeds[0])
+        _write(cfg, results, shown, reliable, this.record)
         mean = as_json(results, cfg)["mean"]
         this.finish({"volumes": len(results.ids), "mean": mean}, outputs=[cfg.out / name for name in _PRODUCTS])
         log.info("report: %s", cfg.out / "report.html")
@@ -163,7 +162,11 @@ def _picture(cfg: EvaluateConfig, volume: StoredVolume, prediction: Prediction, 
 
 
 def _write(
-    cfg: EvaluateConfig, results: Results, shown: list[tuple[str, Path]], bins: list[Bin], this: dict[str, Any]
+    cfg: EvaluateConfig,
+    results: Results,
+    shown: list[tuple[str, Path]],
+    reliable: dict[str, list[Bin]],
+    this: dict[str, Any],
 ) -> None:
     links = record.chain(
         {"infer": cfg.predictions, "prepare": cfg.store, **({"train": cfg.train} if cfg.train else {})}
@@ -175,11 +178,11 @@ def _write(
     if record.teacher_is_random(links):
         log.warning("the teacher had random weights: these numbers measure the pipeline, not the transfer of knowledge")
     links.append(record.Link("evaluate", cfg.out, {**this, "end": "this report"}))
-    told = {"bins": [asdict(b) for b in bins], "error": calibration_error(bins)}
-    files.write_json(cfg.out / "metrics.json", {**as_json(results, cfg), "confidence": told})
+    told = {**as_json(results, cfg), "confidence": reliability.as_json(reliable)}
+    files.write_json(cfg.out / "metrics.json", told)
     files.write_text(cfg.out / "metrics.csv", as_csv(results, cfg))
     files.write_text(cfg.out / "metrics.tex", as_latex(results, cfg))
-    files.write_text(cfg.out / "report.html", page.build(results, cfg, shown, rows, links, str(this["code"]), bins))
+    files.write_text(cfg.out / "report.html", page.build(results, cfg, shown, rows, links, str(this["code"]), reliable))
 
 
 def _volume_facts(volume: StoredVolume) -> dict[str, object]:

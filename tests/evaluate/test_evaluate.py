@@ -14,8 +14,10 @@ from skimage.filters import threshold_otsu
 
 from hpc_neuro import evaluate, morphology
 from hpc_neuro.__main__ import main
+from hpc_neuro.data import swc
 from hpc_neuro.data.store import Store
 from hpc_neuro.evaluate import reliability
+from hpc_neuro.evaluate.inputs import Predictions
 from hpc_neuro.evaluate.otsu import OtsuMask
 from hpc_neuro.evaluate.rows import rows
 from hpc_neuro.evaluate.summary import _tex
@@ -88,7 +90,43 @@ def test_the_confidence_is_held_against_gold(done: Path) -> None:
     assert "Confidence against truth" not in page  # one bin is no curve
     two = [Bin(low=low, high=low + 0.1, cable=9.0, confidence=low, right=low) for low in (0.7, 0.8)]
     cfg = load(evaluate.EvaluateConfig, None, ["store=a", "predictions=b", "out=c"])
-    assert "Confidence against truth" in reliability.section(two, cfg)
+    assert "Confidence against truth" in reliability.section({"confidence": two}, cfg)
+
+
+def test_the_second_look_in_mirrors_is_held_against_gold(store: Path, tmp_path: Path) -> None:
+    folder = write_predictions(tmp_path / "p", store)
+    index = json.loads((folder / "predictions.json").read_text())
+    cfg = load(evaluate.EvaluateConfig, None, [f"store={store}", f"predictions={folder}", "out=c"])
+
+    def tell(name: str, header: str, row: str, more: int = 0) -> None:
+        nodes = len(swc.read(folder / index[name]["swc_voxel"])) + more
+        (folder / f"{name}.csv").write_text("\n".join([header, *[row] * nodes]))
+        index[name]["confidence"] = f"{name}.csv"
+        (folder / "predictions.json").write_text(json.dumps(index))
+
+    def measured() -> dict[str, list[Bin]]:
+        return reliability.measured(cfg, Store(store), ("a", "b"), Predictions(folder, ("a", "b"), cfg))
+
+    assert set(measured()) == {"confidence"}
+    header = "node,confidence,disagreement,mean"
+    tell("a", header, "1,0.78,0.25,0.95")
+    tell("b", "node,confidence", "1,0.78")
+    assert set(measured()) == {"confidence"}  # one volume's would not be comparable
+    tell("b", header, "1,0.78,0.25,0.85")
+    found = measured()
+    assert [(b.low, b.right) for b in found["mean"]] == [(0.8, 1.0), (0.9, 1.0)]
+    assert [(b.low, b.confidence) for b in found["agreement"]] == [(0.7, pytest.approx(0.75))]
+    assert sum(b.cable for b in found["mean"]) == pytest.approx(sum(b.cable for b in found["confidence"]))
+    told = reliability.as_json(found)
+    assert set(told) == {"bins", "error", "views"}
+    assert told["views"]["agreement"]["error"] == pytest.approx(0.25)
+    assert "Mean of all views" in reliability.section(found, cfg)
+    tell("b", header, "1,0.78,0.25,0.85", more=1)
+    with pytest.raises(InputError, match="but the tree has"):
+        measured()
+    tell("b", header, "1,0.78,often,0.85")
+    with pytest.raises(InputError, match="cannot be read as confidences"):
+        measured()
 
 
 def test_scores_equal_the_metrics_on_the_same_data(done: Path, store: Path) -> None:
