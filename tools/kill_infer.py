@@ -2,10 +2,11 @@
 
     python -m tools.kill_infer [--kills 100] [--ranks 4] [--folder FOLDER]
 
-A tiny student with random weights over two random volumes of 54 blocks in all. Each start is killed after a random time
-(one rank, or mpiexec with all of them) until the wanted number of kills has struck; then it is left alone. Last line:
-JSON with the number of kills, of starts, of blocks done when each struck, and whether all files are equal byte for byte
-and `infer verify` finds nothing.
+A tiny student with random weights over two random volumes of 54 blocks in all, which are traced and looked at again in
+a mirror. Each start is killed after a random time (one rank, or mpiexec with all of them), in any stage, until the
+wanted number of kills has struck; then it is left alone. Last line: JSON with the number of kills, of starts, of blocks
+and of parts of the tracing that were done when each struck, and whether all files are equal byte for byte and `infer
+verify` finds nothing.
 """
 
 from __future__ import annotations
@@ -57,15 +58,15 @@ def drill(
     quiet, killed = folder / "quiet", folder / "killed"
     subprocess.run(command(quiet, keys, 1), check=True, capture_output=True)
     draw, struck, starts, begun = random.Random(0), 0, 0, time.monotonic()
-    when: list[int] = []
+    when: list[tuple[int, int]] = []
     while struck < kills and time.monotonic() - begun < seconds:
         process = subprocess.Popen(
             command(killed, keys, ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         starts += 1
-        before = _marks(killed)
-        target = before + draw.randrange(3)  # after so many more blocks, so that every state is met
-        while process.poll() is None and _marks(killed) < target:
+        # after so many more blocks or parts, so that every state is met
+        target = sum(_done(killed)) + draw.randrange(3)
+        while process.poll() is None and sum(_done(killed)) < target:
             time.sleep(0.01)
         time.sleep(draw.random() * 0.3)
         victims = _ranks(process.pid)
@@ -75,7 +76,7 @@ def drill(
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     struck += 1
-            when.append(_marks(killed))
+            when.append(_done(killed))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
         with contextlib.suppress(ProcessLookupError):  # ranks that a killed launcher left behind
@@ -92,7 +93,7 @@ def drill(
         "kills": struck,
         "starts": starts,
         "ranks": ranks,
-        "blocks_done_at_kills": when,
+        "done_at_kills": when,
         "equal": contents(quiet) == contents(killed),
         "verified": not found,
         "seconds": round(time.monotonic() - begun),
@@ -101,7 +102,7 @@ def drill(
 
 def contents(out: Path) -> dict[str, bytes]:
     """Every byte of the results."""
-    kinds = ("*.ome.zarr/**/*", "swc/**/*", "predictions.json")
+    kinds = ("*.ome.zarr/**/*", "swc/**/*", "proofread/*", "predictions.json")
     return {p.relative_to(out).as_posix(): p.read_bytes() for k in kinds for p in out.glob(k) if p.is_file()}
 
 
@@ -121,11 +122,13 @@ def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
         image = draw.integers(0, 200, shape, dtype=np.uint8)
         tifffile.imwrite(folder / f"{name}.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
     volumes = ", ".join(f"{{image: {folder / name}.tif, voxel_size: [1, 1, 1]}}" for name in names)
-    return [f"model={folder / 'model'}", f"inputs=[{volumes}]", "block=[8,64,64]", "chunk=[8,32,32]", "deaths=1000"]
+    blocks = ["block=[8,64,64]", "chunk=[8,32,32]", "trace.block=[24,64,64]", "flips=[flip_x]"]
+    return [f"model={folder / 'model'}", f"inputs=[{volumes}]", *blocks, "deaths=1000"]
 
 
-def _marks(out: Path) -> int:
-    return sum(1 for _ in out.glob("blocks/*/[0-9]*.json"))
+def _done(out: Path) -> tuple[int, int]:
+    """How many blocks are predicted; how many parts of the tracing are done."""
+    return sum(1 for _ in out.glob("blocks/*/[0-9]*.json")), sum(1 for _ in out.glob("strands/**/[!.]*.npz"))
 
 
 def _ranks(launcher: int) -> list[int]:
