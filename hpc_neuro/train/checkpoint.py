@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -69,6 +69,25 @@ def read_marker(path: Path) -> Marker:
     return Marker(**files.read_json(path / MARKER, f"remove {path}; the one before it is then taken"))
 
 
+def is_milestone(step: int, cfg: CheckpointConfig) -> bool:
+    """Whether the checkpoint of a step is kept for good."""
+    return step > 0 and cfg.milestone > 0 and step % cfg.milestone == 0
+
+
+def note_score(folder: Path, step: int, score: float) -> None:
+    """Mark the checkpoint of a step, when there is one, that a stop had saved before it was validated."""
+    path = _path(folder, step)
+    if (path / MARKER).exists():
+        try:
+            files.write_json(path / MARKER, asdict(replace(read_marker(path), score=score)))
+        except OSError as error:
+            log.warning("the score of %s could not be noted in it (%s); it is not kept as the best", path, error)
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
+
+
 class Saver:
     """The checkpoints of one run, one after the other; all ranks call `begin` and `complete` together.
 
@@ -110,7 +129,7 @@ class Saver:
         if self._marker is None:
             return True
         marker, self._marker = self._marker, None
-        part, target = self._part(marker), self._folder / f"step_{marker.step:08d}"
+        part, target = self._part(marker), _path(self._folder, marker.step)
         if self._writing is not None:
             self._writing.result()
             self._writing = None
@@ -164,7 +183,7 @@ def _prune(folder: Path, cfg: CheckpointConfig) -> None:
     scored = [(m.score, p) for p, m in markers.items() if m.score is not None]
     best = max(scored)[1] if scored else None
     for path in held[: -cfg.keep]:
-        if path != best and not (cfg.milestone and markers[path].step % cfg.milestone == 0):
+        if path != best and not is_milestone(markers[path].step, cfg):
             _remove(path)
 
 

@@ -21,6 +21,7 @@ from hpc_neuro.data.dataset import batches
 from hpc_neuro.data.feature_cache import record_use
 from hpc_neuro.losses import weighted_sum
 from hpc_neuro.train.assemble import assemble, lines, memory
+from hpc_neuro.train.checkpoint import is_milestone
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.ema import decay_at
 from hpc_neuro.train.engine import join_group
@@ -87,26 +88,23 @@ def train(state: Training, preemption: Preemption, watch: Watch) -> bool:
     with contextlib.closing(reading(state)) as read:
         ready = OnDevice(read, state.device)
         with state.meter.paused():
-            if state.step == 0:
-                state.validate()
+            watch.doing = f"the validation of step {state.step}"
+            state.score_due()
         while state.step < steps:
             watch.doing = f"step {state.step + 1}"
             one_step(state, ready)
             last = state.step == steps
             overdue = 0 < cfg.checkpoint.minutes < (time.monotonic() - state.saved) / 60
             stop, overdue, writing = preemption.agreed(overdue, not state.saver.written)
-            milestone = cfg.checkpoint.milestone > 0 and state.step % cfg.checkpoint.milestone == 0
+            milestone = is_milestone(state.step, cfg.checkpoint)
             due = cfg.checkpoint.every > 0 and state.step % cfg.checkpoint.every == 0
             save = overdue or stop or last or milestone or due
             if save or state.step % cfg.tracker.every == 0:
                 state.flush()  # raises when the loss is not finite, before that is saved
             with state.meter.paused():
-                if last or (state.step % cfg.validate.every == 0 and not stop):
+                if last or not stop:
                     watch.doing = f"the validation of step {state.step}"
-                    state.validate()
-                if milestone and cfg.validate.volumes and not stop:
-                    watch.doing = f"the whole volumes of step {state.step}"
-                    state.validate_volumes()
+                    state.score_due()
                 if save:
                     watch.doing = f"the checkpoint of step {state.step}"
                     state.save(wait=stop or last)

@@ -63,7 +63,7 @@ class Training:
         self.step, self.seconds, self.begun = 0, 0.0, time.monotonic()
         self.best: dict[str, Any] = {"score": -1.0, "step": -1}
         self.score: Score | None = None  # of the latest validation,
-        self.scored = -1  # after this step
+        self.scored = self.volumes_scored = -1  # after these steps
         held = checkpoint.newest(cfg.out / "checkpoints")
         if held is not None:
             self._resume(held)
@@ -74,7 +74,10 @@ class Training:
         self.metrics = Metrics(cfg.out / METRICS)
         if self.main:
             files.remove_parts(cfg.out / "checkpoints")
-            self.metrics.resume(self.step if held is not None else -1)
+            done = {"val": self.scored == self.step, "volumes": self.volumes_scored == self.step}
+            self.metrics.resume(
+                self.step if held is not None else -1, {kind for kind, is_done in done.items() if not is_done}
+            )
         off = dataclasses.replace(cfg.tracker, wandb="disabled")
         self.wandb = Wandb(cfg.tracker if self.main else off, cfg.out, schema.plain(cfg), parts.inputs)
 
@@ -96,6 +99,14 @@ class Training:
         if rows:
             log.info("train: %s", said(rows[-1], self.cfg.optim.steps))
 
+    def score_due(self) -> None:
+        """Do the validations that this step asks for and that are not done: a stop leaves them to the next start."""
+        cfg, step = self.cfg, self.step
+        if self.scored != step and (step % cfg.validate.every == 0 or step == cfg.optim.steps):
+            self.validate()
+        if cfg.validate.volumes and self.volumes_scored != step and checkpoint.is_milestone(step, cfg.checkpoint):
+            self.validate_volumes()
+
     def validate(self) -> None:
         """Score the averaged weights on the fixed crops; export them when they are the best so far."""
         self.engine.module.eval()
@@ -105,6 +116,8 @@ class Training:
             score = self.score = self.validator(predict, self.device)
         self.wandb.show(self.step, shown.pictures)
         self.scored = self.step
+        if self.main:
+            checkpoint.note_score(self.cfg.out / "checkpoints", self.step, self._value(score))
         row = {"step": self.step, "kind": "val", **asdict(score), "split": self.parts.validates_on}
         self._write([row | {"collapsed": score.collapsed}])
         log.info(
@@ -121,29 +134,21 @@ class Training:
             self.best = {"score": self._value(score), "step": self.step}
 
     def validate_volumes(self) -> None:
-        """Score the averaged weights on the whole volumes of `val`, at a milestone."""
+        """Score the averaged weights on each whole volume of `val`, at a milestone."""
         ids = self.parts.store.split("val")
         if not ids:
             return
         self.engine.module.eval()
         begun = time.monotonic()
         with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
-            score = Volumes(self.parts.store, ids, self.cfg.crop.size)(self._predict, self.device)
-        seconds = time.monotonic() - begun
-        self._write([{"step": self.step, "kind": "volumes", **asdict(score), "volumes": len(ids), "seconds": seconds}])
+            mean, own = Volumes(self.parts.store, ids, self.cfg.crop.size)(self._predict, self.device)
+        self.volumes_scored, seconds = self.step, time.monotonic() - begun
+        row = {"step": self.step, "kind": "volumes", **asdict(mean), "volumes": len(ids), "seconds": seconds}
+        self._write([row | {"by_volume": {volume: asdict(score) for volume, score in own.items()}}])
         log.info(
-            "train: step %d: %d whole volume(s): Dice %.4f (%.4f at threshold %.3f), precision %.3f, recall %.3f "
-            "in %.0f s",
-            *(
-                self.step,
-                len(ids),
-                score.dice,
-                score.dice_best,
-                score.threshold,
-                score.precision,
-                score.recall,
-                seconds,
-            ),
+            "train: step %d: %d whole volume(s) in %.0f s: mean Dice %.4f (%.4f at threshold %.3f); %s",
+            *(self.step, len(ids), seconds, mean.dice, mean.dice_best, mean.threshold),
+            ", ".join(f"{volume} {score.dice:.4f}" for volume, score in own.items()),
         )
 
     def save(self, wait: bool) -> None:
@@ -161,6 +166,7 @@ class Training:
             "best": self.best,
             "score": None if self.score is None else asdict(self.score),
             "scored": self.scored,
+            "volumes_scored": self.volumes_scored,
             # for tools/export_weights.py, which needs nothing but the folder of a checkpoint
             "student": schema.plain(self.cfg.student),
             "window": list(self.cfg.crop.size),
@@ -213,6 +219,7 @@ class Training:
         self.engine.load(held, state["engine"], self._averages())
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.score, self.scored = None if state["score"] is None else Score(**state["score"]), state["scored"]
+        self.volumes_scored = state.get("volumes_scored", -1)
         log.info("train: going on after step %d of %s%s", self.step, held, self._layout(checkpoint.read_marker(held)))
 
     def _layout(self, then: checkpoint.Marker) -> str:

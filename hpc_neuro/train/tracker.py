@@ -12,7 +12,7 @@ import queue
 import signal
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,11 +56,13 @@ class Metrics:
         self.path = path
         self._waiting: list[str] = []
 
-    def resume(self, step: int) -> None:
-        """Drop rows of steps after `step` and a line torn by a kill: they are about to be made again."""
+    def resume(self, step: int, again: Collection[str] = ()) -> None:
+        """Drop what is about to be made again: rows of steps after `step`, at `step` those of the kinds in `again`, and
+        a line torn by a kill.
+        """
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _place(line, again) <= step]
         files.write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, rows: list[dict[str, Any]]) -> None:
@@ -196,9 +198,10 @@ def run_id(out: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _step(line: str) -> float:
-    """The step of a row; infinity for a torn one, which is then dropped."""
+def _place(line: str, again: Collection[str]) -> float:
+    """The step of a row, half a step later for kinds in `again`; infinity for a torn one, which is then dropped."""
     try:
-        return float(json.loads(line)["step"])
+        row = json.loads(line)
+        return float(row["step"]) + 0.5 * (row["kind"] in again)
     except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf

@@ -1,5 +1,5 @@
-"""Validation on fixed crops and on whole volumes: foreground Dice on pooled counts, and the threshold that serves it
-best.
+"""Validation on fixed crops, pooled, and on whole volumes, each by itself: foreground Dice and the threshold that
+serves it best.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class ValidateConfig:
     crops: int = Field(default=16, ge=1)
     """How many crops over all ranks: half around the centreline, half anywhere."""
     volumes: bool = True
-    """At milestones (checkpoint.milestone) also score the whole volumes of the `val` split, all ranks together."""
+    """At milestones (checkpoint.milestone) also score each whole volume of the `val` split, all ranks together."""
     alarm: float = Field(default=0.3, ge=0, le=1)
     """Share of the steps after which a model that predicts next to no foreground raises an alarm."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Pooled over all crops and ranks; voxels without a label do not count."""
+    """Of crops pooled over ranks, of a volume, or the mean over volumes; voxels without a label do not count."""
 
     dice: float  # foreground, at probability 0.5
     precision: float
@@ -69,7 +69,8 @@ class Validator:
 
     def __call__(self, predict: Predict, device: torch.device) -> Score:
         """The same score on every rank."""
-        return _pooled(self._count, lambda i: self._crops[i], predict, device)
+        counts = _counted([0] * self._count, lambda i: self._crops[i], predict, device)
+        return score(counts[0])
 
 
 class Volumes:
@@ -84,13 +85,15 @@ class Volumes:
     """
 
     def __init__(self, store: Store, ids: Sequence[str], window: Shape) -> None:
-        self._store = store
+        self._store, self._ids = store, list(ids)
         self._tiles = [(i, *tile) for i in ids for tile in _tiles(store[i].shape, window)]
 
-    def __call__(self, predict: Predict, device: torch.device) -> Score:
-        """The same score on every rank."""
+    def __call__(self, predict: Predict, device: torch.device) -> tuple[Score, dict[str, Score]]:
+        """(mean over the volumes, all at one threshold; each volume at its own); the same on every rank."""
         mine = _mine(len(self._tiles))
-        return _pooled(len(self._tiles), lambda i: self._read(*self._tiles[mine[i]]), predict, device)
+        groups = [self._ids.index(volume) for volume, _, _ in self._tiles]
+        counts = _counted(groups, lambda i: self._read(*self._tiles[mine[i]]), predict, device)
+        return score(counts), {volume: score(own) for volume, own in zip(self._ids, counts, strict=True)}
 
     def _read(self, volume: str, box: Box, core: Box) -> Batch:
         batch = stack([read(self._store, volume, box)], [0])
@@ -122,11 +125,15 @@ def _mine(count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _pooled(count: int, take: Callable[[int], Batch], predict: Predict, device: torch.device) -> Score:
-    """Score of `count` items over all ranks; `take(i)` is this rank's i-th."""
-    ranks, rank = distributed.world_size(), distributed.rank()
-    counted = len(range(rank, count, ranks))
-    counts = torch.zeros(2, _BINS + 1, dtype=torch.int64, device=device)  # background, neurite by probability
+def _counted(groups: Sequence[int], take: Callable[[int], Batch], predict: Predict, device: torch.device) -> Tensor:
+    """[groups, 2, bins + 1] voxels by truth and probability of items that belong to groups 0, 1 ..., over all ranks.
+
+    `take(i)` is this rank's i-th item.
+    """
+    ranks, count = distributed.world_size(), len(groups)
+    mine = groups[distributed.rank() :: ranks]
+    counted = len(mine)
+    counts = torch.zeros(max(groups) + 1, 2, _BINS + 1, dtype=torch.int64, device=device)
     # Every rank runs as many passes (ZeRO-3 meets inside each); one with fewer items repeats its last uncounted.
     for i in range(-(-count // ranks)):
         batch = take(min(i, max(counted - 1, 0))).to(device)
@@ -134,26 +141,29 @@ def _pooled(count: int, take: Callable[[int], Batch], predict: Predict, device: 
         if i < counted:
             bins = (probability * _BINS).to(torch.int64)
             for truth in (0, 1):
-                counts[truth] += torch.bincount(bins[batch.mask == truth], minlength=_BINS + 1)
+                counts[mine[i], truth] += torch.bincount(bins[batch.mask == truth], minlength=_BINS + 1)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
-    return score(counts.cpu())
+    return counts.cpu()
 
 
 def score(counts: Tensor) -> Score:
-    """[2, bins + 1] voxels by truth and probability -> Score. Nothing true and nothing predicted is a Dice of 1."""
-    above = counts.flip(1).cumsum(1).flip(1).double()  # voxels with at least this probability
-    false, true = above[0], above[1]
-    total = float(true[0])
-    dice = torch.where(false + true + total > 0, 2 * true / (false + true + total).clamp(min=1), 1.0)
-    best = max(_GRID, key=lambda i: (float(dice[i]), -abs(i - _BINS // 2)))
-    half = _BINS // 2
-    predicted = float(false[half] + true[half])
+    """[..., 2, bins + 1] voxels by truth and probability -> Score, the mean over what comes before the last two.
+
+    Nothing true and nothing predicted is a Dice of 1.
+    """
+    above = counts.flip(-1).cumsum(-1).flip(-1).double().view(-1, 2, _BINS + 1)  # voxels of at least this probability
+    false, true = above[:, 0], above[:, 1]  # [volumes, bins + 1]
+    total, half = true[:, :1], _BINS // 2  # [volumes, 1]
+    every = torch.where(false + true + total > 0, 2 * true / (false + true + total).clamp(min=1), 1.0)
+    dice = every.mean(0)  # [bins + 1]
+    best = max(_GRID, key=lambda i: (float(dice[i]), -abs(i - half)))
+    hit, predicted, wanted = true[:, half], (false + true)[:, half], total[:, 0].clamp(min=1)  # [volumes]
     return Score(
         dice=float(dice[half]),
-        precision=float(true[half]) / max(predicted, 1),
-        recall=float(true[half]) / max(total, 1),
+        precision=float((hit / predicted.clamp(min=1)).mean()),
+        recall=float((hit / wanted).mean()),
         dice_best=float(dice[best]),
         threshold=best / _BINS,
-        foreground=predicted / max(total, 1),
+        foreground=float((predicted / wanted).mean()),
     )

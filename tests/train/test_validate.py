@@ -100,9 +100,35 @@ def test_every_labelled_voxel_of_a_volume_is_scored_once(store, monkeypatch):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(distributed, "world_size", lambda ranks=ranks: ranks)
             Volumes(store, store.ids, window)(lambda b: 8 * b.image - 3, CPU)
-        whole = np.concatenate([store[i].mask(Box.whole(store[i].shape)).ravel() for i in store.ids])
-        assert kept[0].sum(1).tolist() == [int((whole == truth).sum()) for truth in (0, 1)]
-        assert torch.equal(kept[0], sum(kept[1:]))
+        masks = [store[i].mask(Box.whole(store[i].shape)) for i in store.ids]
+        assert kept[0].sum(-1).tolist() == [[int((mask == truth).sum()) for truth in (0, 1)] for mask in masks]
+        by_rank = [counts for counts in kept if counts.ndim == 3]
+        assert torch.equal(by_rank[0], sum(by_rank[1:]))
+
+
+def test_each_volume_is_scored_by_itself_and_the_mean_at_one_threshold(store):
+    """Every neurite is found in `a`, none in `b`, and a voxel in ten below 0.5 in both: `b` alone would want them."""
+
+    def guess(batch):
+        spread = torch.arange(batch.mask.numel()).view(batch.mask.shape) % 10 == 0
+        wrong = torch.where(spread, -0.3, -9.0)
+        return torch.where(batch.mask == 1, 1.0, wrong) if guess.volume == "a" else wrong
+
+    scores = {}
+    for guess.volume in store.ids:
+        scores[guess.volume] = Volumes(store, [guess.volume], (16, 32, 32))(guess, CPU)[0]
+    assert (scores["a"].dice, scores["b"].dice) == (1.0, 0.0)
+    calls = iter(["a"] * 48 + ["b"] * 48)  # windows
+
+    def both(batch):
+        guess.volume = next(calls)
+        return guess(batch)
+
+    mean, own = Volumes(store, ["a", "b"], (16, 32, 32))(both, CPU)
+    assert own == scores
+    assert mean.dice == mean.recall == mean.dice_best == 0.5
+    assert own["b"].threshold < 0.45 < mean.threshold
+    assert own["b"].dice_best > 0
 
 
 def test_a_voxel_of_a_volume_is_seen_with_context(store):
