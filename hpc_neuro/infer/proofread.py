@@ -256,7 +256,9 @@ def _runs(tree: Tree, kinds: NDArray[np.integer[Any]]) -> list[NDArray[np.int64]
     for node, parent in enumerate(tree.parents.tolist()):
         if kinds[node]:
             label[node] = label[parent] if parent >= 0 and kinds[parent] == kinds[node] else node
-    return [np.flatnonzero(label == first) for first in np.unique(label[label >= 0])]
+    order = np.argsort(label, kind="stable")
+    order = order[np.searchsorted(label[order], 0) :]
+    return np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else []
 
 
 def _turns(tree: Tree) -> list[int]:

@@ -93,15 +93,16 @@ def _look_again(job: Job, works: list[Work], step: Step, comm: Any) -> None:
             held = i, views.samples(cfg, works[i])
         return held[1]
 
-    def todo(i: int, work: Work) -> Iterator[Part[Block]]:
-        for block in views.to_look(cfg, work, of(i)) if trees.traced(cfg, work) else []:
-            meter.expect(len(cfg.flips) * work.plan.cost(block) // ranks)
-            yield Part(i, f"view_{'_'.join(map(str, block.index))}", f"second look at block {block.index}", block)
+    def todo(i: int, work: Work) -> list[Part[Block]]:
+        blocks = views.to_look(cfg, work, of(i)) if trees.traced(cfg, work) else []
+        meter.expect(len(cfg.flips) * sum(views.windows(of(i), work.plan, block) for block in blocks) // ranks)
+        return [
+            Part(i, f"view_{'_'.join(map(str, block.index))}", f"second look at block {block.index}", block)
+            for block in blocks
+        ]
 
     def make(part: Part[Block]) -> None:
-        work, before = works[part.volume], meter.done
-        views.look(cfg, job, work, of(part.volume), part.what, meter.add)
-        meter.skip(len(cfg.flips) * work.plan.cost(part.what) - (meter.done - before))  # no tree runs there
+        views.look(cfg, job, works[part.volume], of(part.volume), part.what, meter.add)
 
     with Meter("second look in mirrors", 0, show=is_main(comm)) as meter:
         step(todo, make)

@@ -20,7 +20,7 @@ from hpc_neuro import files, tracing
 from hpc_neuro.data.orientation import parse
 from hpc_neuro.geometry import Block, Box, Shape
 from hpc_neuro.infer import trees
-from hpc_neuro.infer.blocks import quantised
+from hpc_neuro.infer.blocks import Plan, quantised
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.engine import Work
 from hpc_neuro.infer.job import Job
@@ -52,6 +52,18 @@ def to_look(cfg: InferConfig, work: Work, found: Samples) -> list[Block]:
     """The blocks through which a tree runs and that have not been looked at again."""
     blocks = work.plan.second(work.source.shape)
     return [block for block in blocks if block.index in found.blocks and not _path(cfg, work, block).exists()]
+
+
+def windows(found: Samples, plan: Plan, block: Block) -> int:
+    """How many windows a second look at a block takes in each view: those that hold a sample or a voxel next to one."""
+    voxels = found.voxels[found.blocks[block.index]] - np.array(block.read.start)
+    window, step = np.array(plan.window), np.array(plan.step)
+    last = np.maximum(-((window - np.array(block.read.shape)) // step), 0)
+    low, high = np.clip(-((window - voxels) // step), 0, last), np.clip((voxels + 1) // step, 0, last)
+    held = np.zeros(last + 1, dtype=bool)
+    for offset in np.ndindex(*(np.max(high - low, axis=0) + 1)):
+        held[tuple(np.minimum(low + np.array(offset), high).T)] = True
+    return int(np.count_nonzero(held))
 
 
 def look(cfg: InferConfig, job: Job, work: Work, found: Samples, block: Block, seen: Callable[[int], None]) -> None:
