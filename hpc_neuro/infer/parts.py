@@ -58,7 +58,7 @@ def made(
     def tell(part: Part[T], error: str, trace: str, tries: int) -> None:
         marks = works[part.volume].marks
         marks.park(part.name, {"part": part.said}, error, trace, tries)
-        failures.append(Failure(part.volume, f"{works[part.volume].source.id} {part.said}: {error}"))
+        failures.append(Failure(part.volume, f"{works[part.volume].source.id}, {part.said}: {error}"))
 
     def deaths(part: Part[T]) -> int:
         return works[part.volume].marks.deaths(part.name)
@@ -90,7 +90,7 @@ def made(
 def _try(
     work: Work, part: Part[T], make: Callable[[Part[T]], None], tell: Callable[[Part[T], str, str, int], None]
 ) -> None:
-    name = f"{work.source.id} {part.said}"
+    name = f"{work.source.id}, {part.said},"
     work.marks.begin(part.name)
     try:
         for attempt in range(1, work.tries + 1):

@@ -47,10 +47,11 @@ def pyramid(work: Work, comm: Any) -> list[str]:
 
 
 def traced(job: Job, works: list[Work], comm: Any) -> tuple[dict[str, Entry], list[str]]:
-    """Entries of volumes by id, and a line for each part that failed, on all ranks.
+    """Entries of volumes by id, complete on the first rank, and a line for each part that failed.
 
     Ranks share the blocks that are reduced to strands, then the volumes whose strands become trees, then the blocks
-    that are looked at again, then the volumes whose trees are written. A volume with a failure is not gone on with.
+    that are looked at again, then the volumes whose trees are written. A volume with a failure is not gone on with,
+    and its entry names no trees.
     """
     cfg, lines, bad = job.cfg, list[str](), set[int]()
     found: dict[str, Entry] = {}
@@ -79,7 +80,9 @@ def traced(job: Job, works: list[Work], comm: Any) -> tuple[dict[str, Entry], li
     step(lambda i, work: [Part(i, "files", "its files", None)], finish)
     for part in [] if comm is None else comm.allgather(found):
         found |= part
-    return {work.source.id: found[work.source.id] for i, work in enumerate(works) if i not in bad}, lines
+    if is_main(comm):
+        found |= {works[i].source.id: trees.untraced(works[i]) for i in bad}
+    return {work.source.id: found[work.source.id] for work in works if work.source.id in found}, lines
 
 
 def _look_again(job: Job, works: list[Work], step: Step, comm: Any) -> None:

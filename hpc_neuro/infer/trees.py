@@ -107,7 +107,7 @@ def finished(cfg: InferConfig, work: Work, views: Callable[[Tree], Floats]) -> E
     """
     entry = held(cfg, work)
     if entry is None:
-        entry = _entry(work)
+        entry = untraced(work)
         if cfg.trees:
             _write_trees(cfg, work, entry, views)
         files.write_json(entry_path(cfg.out, work.source.id), {"key": _key(cfg, work), "entry": entry})
@@ -160,7 +160,8 @@ def reader(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:
     return lambda box: np.asarray(ome_zarr.read(array, box), dtype=np.uint8)
 
 
-def _entry(work: Work) -> Entry:
+def untraced(work: Work) -> Entry:
+    """A volume's entry as long as it has no trees."""
     source, marks = work.source, list(work.marks.all(work.plan.blocks(work.source.shape)))
     skipped = [m for m in marks if m.skipped is not None]
     return {

@@ -117,6 +117,23 @@ def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:
     assert (cfg.out / "proofread" / "cell.csv").exists()
 
 
+def test_a_root_far_from_everything_is_listed_and_its_volume_has_no_trees(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.zeros((8, 32, 64), dtype=np.uint8)
+    image[3:6, 14:18, 4:30] = 255
+    tifffile.imwrite(tmp_path / "cell.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: image)
+    inputs = f"inputs=[{{image: {tmp_path / 'cell.tif'}, voxel_size: [1, 1, 1], root: [4, 16, 60]}}]"
+    cfg = configure(model, tmp_path / "o", inputs, "trees=true", "page=true")
+    assert infer.run(cfg) == 3
+    (line,) = json.loads((cfg.out / "run.json").read_text())["failures"]
+    assert line.startswith("cell, its trees: the root")
+    entry = json.loads((cfg.out / "predictions.json").read_text())["cell"]
+    assert (entry["trees"], entry["swc"], entry["probability"]) == (0, None, "cell.ome.zarr")
+    assert "data:image/jpeg" in (cfg.out / "infer.html").read_text()
+
+
 def test_two_neurons_that_touch_become_a_tree_each(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

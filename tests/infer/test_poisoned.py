@@ -59,7 +59,7 @@ def test_so_is_any_other_part_and_the_other_volume_is_finished(
     out, starts = poisoned
     mine = [s for s in starts if s["poison"] == poison]
     (line,) = mine[-1]["failures"]
-    assert line.startswith(f"a {PARTS[poison]}: 2 times the process that was at it was killed")
+    assert line.startswith(f"a, {PARTS[poison]}: 2 times the process that was at it was killed")
     assert "a higher `deaths` tries it again" in line
     assert mine[-1]["done"] == ["b"]
     assert (out / poison / "swc/b.swc").exists()
@@ -84,7 +84,7 @@ def test_a_part_that_raises_is_tried_again_and_then_listed_with_its_traceback(mo
 
     todo = [Part(0, f"part_{kind}", f"part {kind}", kind) for kind in ("well", "ill", "shaky", "bad input")]
     failures = parts.made([work], lambda: todo, make, None)
-    assert failures == [Failure(0, "a part ill: bad sector"), Failure(0, "a part bad input: the root lies outside")]
+    assert failures == [Failure(0, "a, part ill: bad sector"), Failure(0, "a, part bad input: the root lies outside")]
     assert [tried.count(part.name) for part in todo] == [1, 2, 2, 1]
     assert not list(tmp_path.glob("begun/a/*"))
     kept = json.loads((tmp_path / "failed/a/part_ill.json").read_text())
