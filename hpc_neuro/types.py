@@ -54,6 +54,11 @@ class Prediction:
     features: dict[int, Tensor]  # block index -> token map [B, C, z, y, x]; {} unless asked for
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """The host's numbers on the device, out of pinned memory: for any other the host waits until the device is idle."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}

@@ -1,10 +1,11 @@
 """What a rank holds at each ZeRO stage, against the even share of each kind and against the plan of `train --dry-run`.
 
     python -m tools.bench_zero [--ranks 2] [--size tiny] [--depth N] [--dtype fp32] [--crop 32 64 64] [--passes 1 2]
-                               [--checkpointing both]
+                               [--checkpointing both] [--distill z y x]
 
 Starts that many processes on this machine (gloo on a CPU, NCCL where there is a GPU for each) and lets every stage do
-two steps on one crop per rank and pass, with and without activation checkpointing. Parameters, gradients and optimizer
+two steps on one crop per rank and pass, with and without activation checkpointing; with --distill also from a teacher's
+features of these views. Parameters, gradients and optimizer
 state: bytes of DeepSpeed's tensors after every backward, each storage once; against the even share with two passes, as
 stage 1 shares out gradients with the last one only. Peak: the most bytes that all tensors of the process held at once,
 counted between operations (of a GPU: the peak of its allocator), from the first forward on, initialisation not counted;
@@ -31,12 +32,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.comm import comm
+from torch import Tensor
 
 from hpc_neuro import distributed
 from hpc_neuro.files import human
 from hpc_neuro.geometry import Shape
-from hpc_neuro.losses import CrossEntropy, Dice, weighted_sum
-from hpc_neuro.models.student import SIZES, StudentConfig, build_student
+from hpc_neuro.losses import CrossEntropy, Dice, Distill, weighted_sum
+from hpc_neuro.losses.distill import View
+from hpc_neuro.models.student import SIZES, StudentConfig, blank_student, build_student
+from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import plan
 from hpc_neuro.train.assemble import TrainModule
 from hpc_neuro.train.engine import Engine, join_group
@@ -45,16 +49,42 @@ from hpc_neuro.train.engine_config import bucket as engine_bucket
 from hpc_neuro.train.footprint import Alive, Moment, moments
 from hpc_neuro.train.ledger import found, ideal
 from hpc_neuro.train.schedule import OptimConfig, groups
-from hpc_neuro.types import Batch, Prediction
+from hpc_neuro.types import Array, Batch, Prediction
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARE, PEAK = 0.05, 0.10  # how far off at most
+TEACHER = 768  # channels
 LOSSES = (Dice(), CrossEntropy())
 
 
+def _module(student: StudentConfig, views: tuple[View, ...], sharded: bool) -> TrainModule:
+    """The student, and with views what distils a teacher of ViT-B's width into it."""
+    torch.manual_seed(0)
+    net = build_student(student)
+    if not views:
+        return TrainModule(net, None, sharded)
+    torch.manual_seed(1)
+    dim, depth, _ = student.width
+    mean: dict[str, Array | Tensor] = {v: torch.zeros(1, TEACHER) for v in views}
+    std: dict[str, Array | Tensor] = {v: torch.ones(1, TEACHER) for v in views}
+    cfg = Distill(views=views)
+    distiller = cfg.build(
+        student_dim=dim, student_depth=depth, teacher_layers=(11,), mean=mean, std=std, tube_sum=tube_sum
+    )
+    return TrainModule(net, distiller, sharded)
+
+
+def _blank(student: StudentConfig, views: tuple[View, ...]) -> TrainModule:
+    return TrainModule(blank_student(student), _module(student, views, sharded=False).distiller, sharded=False)
+
+
+def _features(student: StudentConfig, views: tuple[View, ...], crop: Shape) -> dict[str, tuple[int, ...]]:
+    return {v: (1, TEACHER, *(n // p for n, p in zip(crop, student.patch, strict=True))) for v in views}
+
+
 @functools.cache
-def _moments(student: StudentConfig, crop: Shape, dtype: torch.dtype) -> tuple[Moment, ...]:
-    return moments(student, LOSSES, crop, 1, dtype)
+def _moments(student: StudentConfig, views: tuple[View, ...], crop: Shape, dtype: torch.dtype) -> tuple[Moment, ...]:
+    return moments(_blank(student, views), LOSSES, crop, 1, dtype, _features(student, views, crop))
 
 
 @contextlib.contextmanager
@@ -81,13 +111,10 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
     student = StudentConfig(size=args.size, depth=args.depth, checkpointing=checkpointing)
     optim = OptimConfig(batch=passes * ranks)
 
-    def make() -> TrainModule:
-        torch.manual_seed(0)
-        return TrainModule(build_student(student), None, sharded=stage == 3)
-
+    views, crop = tuple(args.distill), tuple(args.crop)
+    make = functools.partial(_module, student, views, sharded=stage == 3)
     with Alive() as alive, contextlib.ExitStack() as stack:
-        with torch.device("meta"):
-            blank = make()
+        blank = _blank(student, views)
         sizes = [p.numel() for p in blank.parameters()]
         settings = deepspeed_json(EngineConfig(stage=stage), optim, dtype, 1, passes, sizes)
         engine = Engine(make, {}, groups(blank.named_parameters(), optim, student.width[1], ()), settings, dtype)
@@ -101,9 +128,16 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             mask = torch.zeros(1, 1, *args.crop, dtype=torch.uint8, device=engine.device)
-            flags = torch.zeros(1, dtype=torch.bool)
-            batch = Batch(torch.rand(mask.shape, device=engine.device), mask, mask.clone(), {}, flags, flags.long())
-            engine.backward(weighted_sum(LOSSES, Prediction(engine(dict(vars(batch)))[0], {}), batch)[0])
+            cached = {
+                view: torch.rand(1, *shape, device=engine.device).half()
+                for view, shape in _features(student, views, crop).items()
+            }
+            flags = torch.full((1,), bool(views))
+            image = torch.rand(mask.shape, device=engine.device)
+            batch = Batch(image, mask, mask.clone(), cached, flags, flags.long())
+            logits, distillation, _ = engine(dict(vars(batch)))
+            loss, _ = weighted_sum(LOSSES, Prediction(logits, {}), batch)
+            engine.backward(loss if distillation is None else loss + distillation)
             most = torch.maximum(most, torch.tensor(list(asdict(found(engine)).values())))
             gc.collect()  # cycles would hold tensors for as long as the collector likes
             engine.step()
@@ -119,7 +153,7 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
         value_bytes=value_bytes,
         bucket=bucket,
         offload=False,
-        moments=_moments(student, tuple(args.crop), dtype),
+        moments=_moments(student, views, crop, dtype),
     )
     planned = plan.stages(work)[stage]
     held = torch.cat([most, torch.tensor([peak])]).to(engine.device)
@@ -170,6 +204,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, help="transformer blocks; none: the size's own")
     parser.add_argument("--crop", type=int, nargs=3, default=[32, 64, 64])
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--distill", choices=["z", "y", "x"], nargs="*", default=[])
     parser.add_argument("--checkpointing", choices=["both", "no", "yes"], default="both")
     args = parser.parse_args()
     if "RANK" in os.environ:

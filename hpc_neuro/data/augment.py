@@ -16,7 +16,7 @@ from hpc_neuro.data.orientation import parse
 from hpc_neuro.data.sampling import rng
 from hpc_neuro.geometry import Shape
 from hpc_neuro.schema import config
-from hpc_neuro.types import Batch
+from hpc_neuro.types import Batch, sent
 
 UNLABELLED = 255
 _FIELD = 4  # knots per axis of a smooth random field
@@ -116,7 +116,7 @@ class _Draws:
     def field(self, purpose: str, shape: Shape, device: torch.device, channels: int = 1) -> Tensor:
         """A smooth random field [channels, *shape], about standard normal at its knots."""
         knots = torch.from_numpy(self.of(purpose).standard_normal((1, channels, _FIELD, _FIELD, _FIELD), np.float32))
-        return F.interpolate(knots.to(device), size=shape, mode="trilinear", align_corners=True)[0]
+        return F.interpolate(sent(knots, device), size=shape, mode="trilinear", align_corners=True)[0]
 
 
 def _turned(batch: Batch, cfg: AugmentConfig, draws: list[_Draws], free: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +141,8 @@ def _warped(
     if not chosen:
         return image, mask, skeleton
     shape = (image.shape[2], image.shape[3], image.shape[4])
-    theta = torch.tensor([_affine(draws[i], cfg, shape) for i in chosen], device=image.device)  # [b, 3, 4]
+    picked = sent(torch.tensor(chosen), image.device)
+    theta = sent(torch.tensor([_affine(draws[i], cfg, shape) for i in chosen]), image.device)  # [b, 3, 4]
     grid = F.affine_grid(
         theta, [len(chosen), 1, *shape], align_corners=False
     )  # [b, Z, Y, X, 3], last is x y z in [-1, 1]
@@ -149,18 +150,21 @@ def _warped(
         moved = torch.stack(
             [draws[i].field("bend", shape, image.device, channels=2) for i in chosen]
         )  # [b, 2, Z, Y, X]
-        unit = torch.tensor([2 * cfg.bend / shape[2], 2 * cfg.bend / shape[1]], device=image.device)
+        unit = sent(torch.tensor([2 * cfg.bend / shape[2], 2 * cfg.bend / shape[1]]), image.device)
         grid[..., :2] += moved.movedim(1, -1) * unit
-    warped = F.grid_sample(image[chosen], grid, mode="bilinear", padding_mode="border", align_corners=False)
+    warped = F.grid_sample(
+        image.index_select(0, picked), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
     # one pass for both label maps; zeros come from outside, so the mask goes in raised by one
-    labels = torch.cat([mask[chosen].float() + 1, skeleton[chosen].float()], 1)  # [b, 2, Z, Y, X]
-    labels = F.grid_sample(labels, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    labels = torch.cat([mask.index_select(0, picked).float() + 1, skeleton.index_select(0, picked).float()], 1)
+    labels = F.grid_sample(labels, grid, mode="nearest", padding_mode="zeros", align_corners=False)  # [b, 2, Z, Y, X]
     inside = labels[:, :1] > 0
-    image, mask, skeleton = image.clone(), mask.clone(), skeleton.clone()
-    image[chosen] = warped
-    mask[chosen] = torch.where(inside, labels[:, :1] - 1, float(UNLABELLED)).to(mask.dtype)
-    skeleton[chosen] = labels[:, 1:].to(skeleton.dtype)
-    return image, mask, skeleton
+    labelled = torch.where(inside, labels[:, :1] - 1, float(UNLABELLED)).to(mask.dtype)
+    return (
+        image.index_copy(0, picked, warped),
+        mask.index_copy(0, picked, labelled),
+        skeleton.index_copy(0, picked, labels[:, 1:].to(skeleton.dtype)),
+    )
 
 
 def _affine(draw: _Draws, cfg: AugmentConfig, shape: Shape) -> list[list[float]]:
@@ -186,12 +190,11 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[_Draws]) -> Tensor:
         if len(chosen) == len(draws):
             image = change(image, draws)
         elif chosen:
-            image = image.index_copy(
-                0, torch.tensor(chosen, device=device), change(image[chosen], [draws[i] for i in chosen])
-            )
+            picked = sent(torch.tensor(chosen), device)
+            image = image.index_copy(0, picked, change(image.index_select(0, picked), [draws[i] for i in chosen]))
 
     def each(some_draws: list[_Draws], value: Callable[[_Draws], float]) -> Tensor:
-        return torch.tensor([value(d) for d in some_draws], device=device).view(-1, 1, 1, 1, 1)  # [b, 1, 1, 1, 1]
+        return sent(torch.tensor([value(d) for d in some_draws]), device).view(-1, 1, 1, 1, 1)  # [b, 1, 1, 1, 1]
 
     def gamma(x: Tensor, ds: list[_Draws]) -> Tensor:
         return x.clamp(min=1e-6) ** each(ds, lambda d: math.exp(d.between("gamma", -cfg.gamma, cfg.gamma)))
@@ -200,7 +203,7 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[_Draws]) -> Tensor:
         return x * torch.exp(cfg.fading * (torch.stack([d.field("uneven", shape, device) for d in ds]) - 0.5))
 
     def specks(x: Tensor, ds: list[_Draws]) -> Tensor:
-        return torch.maximum(x, torch.stack([_specks(d, shape).to(device) for d in ds]))
+        return torch.maximum(x, sent(torch.stack([_specks(d, shape) for d in ds]), device))
 
     def blur(x: Tensor, ds: list[_Draws]) -> Tensor:
         smooth = F.avg_pool3d(x, 3, 1, 1, count_include_pad=False)
@@ -228,7 +231,7 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[_Draws]) -> Tensor:
         kept = torch.ones(len(ds), 1, shape[0], 1, 1)
         for i, d in enumerate(ds):
             kept[i, 0, d.of("missing").integers(shape[0], size=2)] = 0
-        return x * kept.to(device)
+        return x * sent(kept, device)
 
     def contrast(x: Tensor, ds: list[_Draws]) -> Tensor:
         return x * each(ds, lambda d: 1 + d.between("contrast", -cfg.contrast, cfg.contrast))

@@ -196,6 +196,8 @@ def memory(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
     value_bytes = parts.dtype.itemsize
     yield from cost.summary(cfg.student, cfg.crop.size, parts.micro, value_bytes)
     sizes = {name: p.numel() for name, p in parts.blank.named_parameters()}
+    grid, cache = [n // p for n, p in zip(cfg.crop.size, cfg.student.patch, strict=True)], parts.crops.cache
+    features = {} if cache is None else {v: (*cache.mean[v].shape, *grid) for v in parts.crops.views}
     work = plan.Work(
         parameters=sum(sizes.values()),
         largest=max(sizes.values()),
@@ -205,6 +207,6 @@ def memory(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
         value_bytes=value_bytes,
         bucket=engine_config.bucket(sum(sizes.values())),
         offload=cfg.engine.offload_optimizer,
-        moments=footprint.moments(cfg.student, cfg.losses, cfg.crop.size, parts.micro, parts.dtype),
+        moments=footprint.moments(parts.blank, cfg.losses, cfg.crop.size, parts.micro, parts.dtype, features),
     )
     yield from plan.lines(plan.stages(work), 1e9 * cfg.plan.memory if cfg.plan.ranks else None)

@@ -54,6 +54,10 @@ def deepspeed_json(
     # DeepSpeed allocates whole buckets, by default of 2 GB, whatever the size of the model
     size = bucket(parameters)
     zero: dict[str, Any] = {"stage": cfg.stage, "reduce_bucket_size": size, "allgather_bucket_size": size}
+    if cfg.stage in (1, 2):
+        # By default a bucket is copied, all of it reduced on all ranks just the same, and copied back. In place it is
+        # the same communication; divided first, as by default, so that sums of fp16 do not overflow sooner.
+        zero["reduce_scatter"] = False
     if cfg.stage == 3:
         # By default tensors of up to 100,000 elements stay whole on each rank, and all is kept gathered that is used
         # again within 1,000 million: small models would not be sharded at all.
@@ -75,6 +79,7 @@ def deepspeed_json(
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": passes,
         "gradient_clipping": optim.clip,
+        "prescale_gradients": cfg.stage in (1, 2),
         # torch's own; the fused ones would be compiled when training starts
         "optimizer": {"type": "AdamW", "params": {**adam, "torch_adam": True}},
         "zero_optimization": zero,

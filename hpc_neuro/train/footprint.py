@@ -6,10 +6,11 @@ and what an allocator wastes are not in it.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 from hpc_neuro.geometry import Shape
 from hpc_neuro.losses import Loss, weighted_sum
-from hpc_neuro.models.student import StudentConfig, build_student
 from hpc_neuro.types import Batch, Prediction
 
 
@@ -76,25 +76,63 @@ class Moment:
     now: int
 
 
+class _Followed(Alive):  # type: ignore[no-untyped-call]
+    """Alive where tensors have no numbers, on which the backward of a tube asks how many tokens its taps touch."""
+
+    def __init__(self, taps: int) -> None:
+        super().__init__()
+        self._entries = 4 * taps  # of a tube: four neighbours of every tap
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One operation; as many tokens are touched as there are tubes."""
+        if func is torch.ops.aten.unique_consecutive.default:
+            found = args[0].new_empty(args[0].numel() // self._entries)
+            return found, found.new_empty(0), torch.empty_like(found)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _Every:
+    """All crops of a pass are distilled, which a tensor without numbers cannot say."""
+
+    def __init__(self, crops: int) -> None:
+        self._crops = crops
+
+    def nonzero(self) -> Tensor:
+        """As that of a tensor of `crops` times True."""
+        return torch.arange(self._crops)[:, None]
+
+
 def moments(
-    cfg: StudentConfig, losses: Sequence[Loss], crop: Shape, crops: int, dtype: torch.dtype
+    module: nn.Module,
+    losses: Sequence[Loss],
+    crop: Shape,
+    crops: int,
+    dtype: torch.dtype,
+    features: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Moment, ...]:
-    """One pass of so many crops through a student and its losses, in the order in which gradients are ready."""
-    with torch.device("meta"):
-        student: Any = build_student(cfg).to(dtype).train()
+    """One pass of so many crops through a TrainModule and the losses, in the order in which gradients are ready.
+
+    module: its student may be on meta; features: view -> [L, D, z, y, x] of a distilled crop, all of them being so.
+    """
+    traced: Any = copy.deepcopy(module).to(dtype).train()
     found: list[Moment] = []
-    with FakeTensorMode(), Alive() as alive:
+    # what is no parameter, such as a cache's statistics, has numbers
+    taps = 1 if traced.distiller is None else traced.distiller.cfg.taps
+    with FakeTensorMode(allow_non_fake_inputs=True), _Followed(taps) as alive:
         # its attention is then the fused one, as on every device; on meta it would be the one that keeps all scores
-        student._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        traced._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         weights = alive.now
-        for parameter in student.parameters():
+        for parameter in traced.parameters():
             parameter.register_post_accumulate_grad_hook(_noting(found, alive, weights))
         image = torch.empty(crops, 1, *crop)
         mask, index = torch.empty(image.shape, dtype=torch.uint8), torch.empty(crops, dtype=torch.int64)
-        skeleton, distilled = torch.empty_like(mask), torch.empty(crops, dtype=torch.bool)
-        batch = Batch(image=image, mask=mask, skeleton=skeleton, features={}, distilled=distilled, index=index)
+        cached = {view: torch.empty(crops, *shape, dtype=torch.float16) for view, shape in (features or {}).items()}
+        distilled: Any = _Every(crops)
+        batch = Batch(image, mask, torch.empty_like(mask), cached, distilled, index)
         alive.most = alive.now
-        torch.autograd.backward(weighted_sum(losses, Prediction(student(image).logits, {}), batch)[0])
+        logits, distillation, _ = traced(vars(batch))
+        loss, _ = weighted_sum(losses, Prediction(logits, {}), batch)
+        torch.autograd.backward(loss if distillation is None else loss + distillation)
     return tuple(found)
 
 

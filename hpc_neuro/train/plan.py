@@ -110,8 +110,9 @@ def _holdings(stage: int, work: Work, spared: bool) -> Iterator[tuple[int, int, 
     """[bytes] of (gradients, buffers, activations) through the last pass of a step and the step itself.
 
     As DeepSpeed 0.19 does it. From stage 1 on, gradients are gathered in a bucket; stages 2 and 3 empty it when it is
-    full, by one and by two copies of what is in it. Stage 0 reduces in the end, by one copy of all. The step of a
-    shared optimizer makes its gradients float32; Adam takes two temporaries.
+    full, in place and by two copies of what is in it; stage 2 then adds its share to that of the passes before. Stage 0
+    reduces in the end, by one copy of all. The step of a shared optimizer makes its gradients float32, and of these
+    three stages only 2 lets go of the others; Adam takes two temporaries.
     """
     n, value = work.parameters, work.value_bytes
     part = -(-n // work.ranks)
@@ -120,17 +121,19 @@ def _holdings(stage: int, work: Work, spared: bool) -> Iterator[tuple[int, int, 
     ready = filled = emptied = 0
     for index, moment in enumerate(work.moments):
         whole = n if work.passes > 1 else ready
-        kept = (whole, whole, part if work.passes > 1 else emptied // work.ranks, part)[stage]
+        before = part if work.passes > 1 else 0
+        kept = (whole, whole, before + emptied // work.ranks, part)[stage]
         yield value * kept, value * (bucket + live), moment.most
         ready, filled = ready + moment.numel, filled + moment.numel
         if stage >= 2 and (filled >= bucket or index + 1 == len(work.moments)):
-            yield value * kept, value * (bucket + live + (stage - 1) * min(filled, bucket)), moment.now
+            kept = before + (emptied + filled) // work.ranks if stage == 2 else part
+            yield value * kept, value * (bucket + live + (stage == 3) * 2 * min(filled, bucket)), moment.now
             emptied, filled = emptied + filled, 0
     if stage == 0:
         yield value * n, value * min(n, _REDUCED) * (work.ranks > 1), 0
         yield value * n, (4 * n if value < 4 else 0) + 2 * 4 * work.largest, 0
     elif not spared:
-        yield (4 + value) * part, 2 * 4 * part + (value * bucket if stage == 3 else 0), 0
+        yield (4 + value * (stage != 2)) * part, 2 * 4 * part + (value * bucket if stage == 3 else 0), 0
 
 
 def lines(rows: list[Stage], memory: float | None) -> Iterator[str]:

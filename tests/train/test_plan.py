@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc_neuro.losses import CrossEntropy, Dice, weighted_sum
-from hpc_neuro.models.student import StudentConfig, build_student
+from hpc_neuro.losses import CrossEntropy, Dice, Distill, weighted_sum
+from hpc_neuro.models.student import StudentConfig, blank_student, build_student
+from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import footprint, plan
+from hpc_neuro.train.assemble import TrainModule
 from hpc_neuro.train.ledger import ideal
 from hpc_neuro.types import Batch, Prediction
 
@@ -78,7 +80,8 @@ def test_a_pass_holds_what_its_moments_say():
     losses, most = (Dice(), CrossEntropy()), []
     for checkpointing in (False, True):
         cfg = StudentConfig(size="tiny", depth=4, stem_channels=(2, 2, 4), checkpointing=checkpointing)
-        planned = footprint.moments(cfg, losses, (8, 64, 64), 2, torch.float32)
+        module = TrainModule(blank_student(cfg), None, sharded=False)
+        planned = footprint.moments(module, losses, (8, 64, 64), 2, torch.float32)
         with footprint.Alive() as alive:
             student = build_student(cfg).train()
             weights = alive.most = alive.now
@@ -92,3 +95,33 @@ def test_a_pass_holds_what_its_moments_say():
         assert planned[0].most == pytest.approx(forward, rel=0.05)
         most.append(forward)
     assert most[1] < 0.9 * most[0]
+
+
+def test_a_pass_that_distils_holds_what_its_moments_say():
+    """Features of three views and the temporaries of tubes, through the backward too."""
+    cfg, crop, views = StudentConfig(size="tiny", depth=1, stem_channels=(2, 2, 4)), (16, 64, 64), ("z", "y", "x")
+    statistics = {view: torch.ones(1, 2048) for view in views}
+    shapes = dict.fromkeys(views, (1, 2048, 2, 4, 4))
+    most = {}
+    for distil in (None, Distill(views=views)):
+        parts = {"student_dim": 192, "student_depth": 1, "teacher_layers": (11,), "tube_sum": tube_sum}
+        build = lambda: distil and distil.build(mean=statistics, std=statistics, **parts)  # noqa: E731, B023
+        losses, cached = (Dice(),), shapes if distil else {}
+        planned = footprint.moments(
+            TrainModule(blank_student(cfg), build(), sharded=False), losses, crop, 2, torch.float32, cached
+        )
+        with footprint.Alive() as alive:
+            module = TrainModule(build_student(cfg), build(), sharded=False).train()
+            weights = alive.most = alive.now
+            mask, every = torch.zeros(2, 1, *crop, dtype=torch.uint8), torch.ones(2, dtype=torch.bool)
+            features = {view: torch.rand(2, *shape).half() for view, shape in cached.items()}
+            batch = Batch(torch.rand(mask.shape), mask, mask.clone(), features, every, every.long())
+            for parameter in module.parameters():  # as if reduced at once: gradients are not counted
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            logits, distillation, _ = module(vars(batch))
+            loss, _ = weighted_sum(losses, Prediction(logits, {}), batch)
+            (loss if distillation is None else loss + distillation).backward()
+        most[distil] = alive.most - weights
+        assert sum(m.numel for m in planned) == sum(p.numel() for p in module.parameters())
+        assert max(m.most for m in planned) == pytest.approx(most[distil], rel=0.05)
+    assert max(most.values()) > 1.3 * most[None]
