@@ -28,6 +28,8 @@ import numpy as np
 import tifffile
 import torch
 
+import hpc_neuro
+from hpc_neuro import runs
 from hpc_neuro.infer import verify
 from hpc_neuro.models.student import StudentConfig, build_student, save_student
 
@@ -54,14 +56,19 @@ def drill(
     folder: Path, kills: int, ranks: int, seconds: float = 1e9, shape: tuple[int, int, int] = _SHAPE
 ) -> dict[str, object]:
     """Kill until `kills` have struck, then finish; compare with one undisturbed run."""
+    folder = folder.resolve()
     keys = _inputs(folder, shape)
-    quiet, killed = folder / "quiet", folder / "killed"
-    subprocess.run(command(quiet, keys, 1), check=True, capture_output=True)
+    quiet, killed, code = folder / "quiet", folder / "killed", _snapshot(folder / "code")
+    subprocess.run(command(quiet, keys, 1), check=True, capture_output=True, cwd=code)
     draw, struck, starts, begun = random.Random(0), 0, 0, time.monotonic()
     when: list[tuple[int, int]] = []
     while struck < kills and time.monotonic() - begun < seconds:
         process = subprocess.Popen(
-            command(killed, keys, ranks), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command(killed, keys, ranks),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd=code,
         )
         starts += 1
         # after few or many more blocks or parts, so that every stage is met
@@ -87,7 +94,7 @@ def drill(
         process.wait()
         if process.returncode == 0:  # done before it was struck: begin again with what is there but some blocks
             _forget_some(killed, draw)
-    subprocess.run(command(killed, keys, ranks), check=True, capture_output=True)
+    subprocess.run(command(killed, keys, ranks), check=True, capture_output=True, cwd=code)
     found = verify.check(killed)
     return {
         "kills": struck,
@@ -110,6 +117,14 @@ def command(out: Path, keys: list[str], ranks: int) -> list[str]:
     """The inference, on so many MPI ranks."""
     launcher = [str(Path(sys.executable).with_name("mpiexec")), "-n", str(ranks)] if ranks > 1 else []
     return [*launcher, sys.executable, "-m", "hpc_neuro", "infer", f"out={out}", *keys]
+
+
+def _snapshot(code: Path) -> Path:
+    """A copy of the package to run from: trees name the version of the code, which may change under a long drill."""
+    package = Path(hpc_neuro.__file__).parent
+    shutil.copytree(package, code / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (code / runs.VERSION_FILE).write_text(runs.code_version())
+    return code
 
 
 def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:

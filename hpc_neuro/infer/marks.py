@@ -94,8 +94,9 @@ class Marks:
 
     def clear(self) -> None:
         """Forget everything."""
-        for path in [*self.folder.glob("*.json"), *self.failed.glob("*.json"), *self._begun.glob("*")]:
+        for path in [*self.folder.glob("*.json"), *self.failed.glob("*.json")]:
             path.unlink()
+        self.end_all()
 
     def deaths(self, name: Name) -> int:
         """How often a process was killed while it was at this."""
@@ -113,6 +114,11 @@ class Marks:
     def end(self, name: Name) -> None:
         """The process has outlived this."""
         self._beginning(name).unlink(missing_ok=True)
+
+    def end_all(self) -> None:
+        """All of the volume is done. Who was killed between that and `end` left something that means nothing now."""
+        for path in self._begun.glob("*"):
+            path.unlink()
 
     def tidy(self) -> None:
         """Remove the folder of what was begun when nothing is left in it."""

@@ -69,6 +69,7 @@ def traced(job: Job, works: list[Work], comm: Any) -> tuple[dict[str, Entry], li
     def finish(part: Part[None]) -> None:
         work = works[part.volume]
         found[work.source.id] = trees.finished(cfg, work, lambda tree: views.looked(cfg, work, tree))
+        work.marks.end_all()
 
     step(blocks, lambda part: trees.reduce(cfg, works[part.volume], part.what))
     step(

@@ -17,3 +17,5 @@ def test_killed_ranks_leave_the_bytes_of_a_quiet_run(tmp_path: Path) -> None:
     assert facts["equal"]
     assert facts["verified"]
     assert len(list(tmp_path.glob("killed/*.ome.zarr"))) == 2
+    assert len(list(tmp_path.glob("killed/swc/*.swc"))) == 4  # there were trees to be killed at
+    assert not list(tmp_path.glob("killed/begun")) + list(tmp_path.glob("killed/strands"))
