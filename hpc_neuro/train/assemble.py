@@ -24,7 +24,7 @@ from hpc_neuro.models.student import Student, blank_student, build_student
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.schema import InputError
-from hpc_neuro.train import engine, engine_config, footprint, plan
+from hpc_neuro.train import engine, engine_config, footprint, nvme, plan
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.types import Batch
 
@@ -158,7 +158,7 @@ def _inputs(cfg: TrainConfig, store: Store, teacher: Teacher | None) -> dict[str
 
 
 def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
-    """What the run needs and does on so many ranks. Raises InputError when the disk is full."""
+    """What the run needs and does on so many ranks. Raises InputError when a disk is full, ConfigError for `nvme`."""
     student = sum(p.numel() for p in parts.blank.student.parameters())
     every = sum(p.numel() for p in parts.blank.parameters())
     train, held = parts.store.split("train"), parts.store.split("val")
@@ -189,6 +189,11 @@ def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
     needed = state * (cfg.checkpoint.keep + 2) + 2 * 4 * student
     files.require_space(cfg.out, needed, "training")
     yield f"disk: {files.human(needed)} at most ({files.human(state)} per checkpoint)"
+    if cfg.engine.nvme is not None and ranks == distributed.world_size():  # else planned for nodes that are not here
+        sizes = [p.numel() for p in parts.blank.parameters()]
+        own = nvme.folder(cfg.engine.nvme, cfg.out)
+        told = engine_config.deepspeed_json(cfg.engine, cfg.optim, parts.dtype, parts.micro, parts.passes, sizes)
+        yield nvme.require(own, sizes, parts.dtype.itemsize, told["zero_optimization"]["offload_param"])
 
 
 def memory(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:

@@ -43,9 +43,6 @@ class Training:
         own = None if cfg.engine.nvme is None else nvme.folder(cfg.engine.nvme, cfg.out)
         spread = dataclasses.replace(cfg.engine, nvme=own)
         settings = deepspeed_json(spread, cfg.optim, parts.dtype, parts.micro, parts.passes, sizes)
-        if own is not None:
-            held = settings["zero_optimization"]["offload_param"]
-            log.info("train: %s", nvme.require(own, sizes, parts.dtype.itemsize, held))
         if self.main:
             files.write_json(cfg.out / "deepspeed.json", settings)
         wanted = groups(parts.blank.named_parameters(), cfg.optim, parts.depth, parts.transferred)
