@@ -174,6 +174,13 @@ def accumulated(step: Floats, parent: Ints) -> Floats:
         up = above
 
 
+def farthest(up: Ints) -> Ints:
+    """[N] where the way that goes from each node to `up` [N] ends (at its own `up`), by pointer doubling."""
+    while not np.array_equal(above := up[up], up):
+        up = above
+    return up
+
+
 def as_probability(array: NDArray[np.generic], box: Box) -> NDArray[np.float32]:
     """bool, uint8 (255 is 1) or floats in [0, 1] as float32; InputError for anything else, naming `box`."""
     if array.dtype == np.bool_:

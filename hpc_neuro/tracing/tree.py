@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 from hpc_neuro.morphology import Tree, child_counts, edge_lengths, subset, tips
-from hpc_neuro.tracing.foreground import Floats, Ints, accumulated
+from hpc_neuro.tracing.foreground import Floats, Ints, accumulated, farthest
 from hpc_neuro.tracing.wires import Wires
 
 _UNDEFINED, _SOMA = 0, 1  # SWC types
@@ -86,24 +86,21 @@ def pruned(tree: Tree, min_branch: float) -> Tree:
         _, first = np.unique(joint[short], return_index=True)  # the shortest of each fork; its twin may go on
         drop = np.zeros(len(tree), dtype=bool)
         drop[short[first]] = True
-        inner = np.flatnonzero(~fork & (tree.parents >= 0))
-        for node in inner[::-1]:  # children stand after their parents, so a dropped tip takes its whole branch
-            if drop[node] and not fork[tree.parents[node]] and tree.parents[tree.parents[node]] >= 0:
-                drop[tree.parents[node]] = True
+        below = np.arange(len(tree))
+        single = np.flatnonzero((tree.parents >= 0) & (counts[tree.parents] == 1))
+        below[tree.parents[single]] = single
+        drop = drop[farthest(below)] & ~fork & (tree.parents >= 0)  # a dropped tip takes its whole branch
         tree = subset(tree, ~drop)
 
 
 def _up_to_fork(tree: Tree, fork: NDArray[np.bool_]) -> tuple[Ints, Floats]:
     """For each node the nearest fork above it (the root where there is none) and the way's length."""
-    step = edge_lengths(tree)
-    joint, away = np.arange(len(tree)), np.zeros(len(tree))
-    for node in range(len(tree)):
-        parent = tree.parents[node]
-        if parent >= 0:
-            at_fork = fork[parent]
-            joint[node] = parent if at_fork else joint[parent]
-            away[node] = step[node] + (0.0 if at_fork else away[parent])
-    return joint, away
+    above = np.maximum(tree.parents, 0)
+    stop = fork[above] | (tree.parents < 0)  # the way up ends here
+    up, step = np.where(stop, np.arange(len(tree)), above), edge_lengths(tree)
+    top = farthest(up)
+    away = accumulated(np.where(stop, 0.0, step), up) + np.where(tree.parents[top] >= 0, step[top], 0.0)
+    return np.where(tree.parents[top] >= 0, above[top], top), away
 
 
 def main_side(tree: Tree) -> Tree:
