@@ -265,24 +265,21 @@ def _turns(tree: Tree) -> list[int]:
     """Inner nodes of unbranched paths where the way turns sharply."""
     step, counts = morphology.edge_lengths(tree), morphology.child_counts(tree)
     child = np.full(len(tree), -1, dtype=np.int64)
-    for node, parent in enumerate(tree.parents.tolist()):
-        if parent >= 0:
-            child[parent] = node
-    least, found = np.cos(np.radians(_TURN)), list[int]()
-    for node in np.flatnonzero((counts == 1) & (tree.parents >= 0)).tolist():
-        ahead, behind, gone = node, node, 0.0
-        while gone < _ARM and counts[ahead] == 1:
-            ahead = int(child[ahead])
-            gone += step[ahead]
-        there = 0.0
-        while there < _ARM and tree.parents[behind] >= 0:
-            there += step[behind]
-            behind = int(tree.parents[behind])
-        if min(gone, there) < _ARM:
-            continue
-        a, b = tree.points[node] - tree.points[behind], tree.points[ahead] - tree.points[node]
-        cosine = float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-9))
-        if cosine < least and not (found and np.linalg.norm(tree.points[found[-1]] - tree.points[node]) < 2 * _ARM):
+    child[tree.parents[tree.parents >= 0]] = np.flatnonzero(tree.parents >= 0)
+    nodes = np.flatnonzero((counts == 1) & (tree.parents >= 0))
+    ahead, behind, gone, there = nodes.copy(), nodes.copy(), np.zeros(len(nodes)), np.zeros(len(nodes))
+    while (on := (gone < _ARM) & (counts[ahead] == 1)).any():
+        ahead[on] = child[ahead[on]]
+        gone[on] += step[ahead[on]]
+    while (on := (there < _ARM) & (tree.parents[behind] >= 0)).any():
+        there[on] += step[behind[on]]
+        behind[on] = tree.parents[behind[on]]
+    a, b = tree.points[nodes] - tree.points[behind], tree.points[ahead] - tree.points[nodes]
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(axis=1) / np.maximum(lengths, 1e-9)
+    found = list[int]()
+    for node in nodes[(np.minimum(gone, there) >= _ARM) & (cosine < np.cos(np.radians(_TURN)))].tolist():
+        if not (found and np.linalg.norm(tree.points[found[-1]] - tree.points[node]) < 2 * _ARM):
             found.append(node)
     return found
 
