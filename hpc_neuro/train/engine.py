@@ -116,7 +116,6 @@ class Engine:
         early = self.stage == 3 and self._files is None
         module, exact = _built_sharded(make, values, settings, dtype) if early else (built(make, values), {})
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        names = {id(p): name for name, p in named.items()}
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         # DeepSpeed rounds weights to half precision before it copies them: the master weights would start rounded
         if dtype != torch.float32 and not early:
@@ -131,7 +130,8 @@ class Engine:
             )
         self.module: nn.Module = self._engine.module
         self.device = torch.device(self._engine.device)
-        self.shards = Shards(self.optimizer, self.stage, names, distributed.rank())
+        self.shards = Shards(self.optimizer, self.stage, {id(p): n for n, p in named.items()}, distributed.rank())
+        nvme.keep_free(module)
         if exact:
             self.shards.fill(exact)
 

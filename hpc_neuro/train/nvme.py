@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import cpp_extension
 
 from hpc_neuro import distributed
@@ -25,7 +26,7 @@ from hpc_neuro.files import human
 from hpc_neuro.schema import ConfigError
 
 _LEAST = 1 << 20  # [bytes] of a part that DeepSpeed takes to a file
-_LAYER = 4  # parameters gathered for one layer besides those that are live
+_LAYER = 4  # parameters that one layer may need at once, besides those that are live
 
 
 def folder(nvme: Path, out: Path) -> Path:
@@ -57,7 +58,7 @@ def parts(sizes: Sequence[int], value_bytes: int) -> list[int]:
 
 
 def buffers(sizes: Sequence[int], value_bytes: int, live: int) -> dict[str, int]:
-    """DeepSpeed's keys. A buffer holds any part; there are enough for `live` elements and the layer at work."""
+    """DeepSpeed's keys. A buffer holds any part; there are enough for `live` elements and two layers."""
     found = sorted(parts(sizes, value_bytes))
     count = room = 0
     for part in found:
@@ -66,8 +67,15 @@ def buffers(sizes: Sequence[int], value_bytes: int, live: int) -> dict[str, int]
     return {
         "max_in_cpu": 0,
         "buffer_size": max(found, default=_LEAST // value_bytes),
-        "buffer_count": max(1, min(len(found), count + _LAYER)),
+        "buffer_count": count + 2 * _LAYER,
     }
+
+
+def keep_free(module: nn.Module) -> None:
+    """Let DeepSpeed read ahead into all free buffers but some: what is fetched out of turn would find none (0.19)."""
+    swapper: Any = getattr(next(module.parameters()), "nvme_swapper", None)
+    if swapper is not None:
+        swapper.available_swap_in_buffers = lambda: max(0, len(swapper.available_buffer_ids) - _LAYER)
 
 
 def require(path: Path, sizes: Sequence[int], value_bytes: int, held: dict[str, Any]) -> str:
