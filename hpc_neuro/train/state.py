@@ -216,7 +216,7 @@ class Training:
         self.engine.load(held, state["engine"], self._averages())
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.score, self.scored = None if state["score"] is None else Score(**state["score"]), state["scored"]
-        self.volumes_scored = state.get("volumes_scored", -1)
+        self.volumes_scored = state["volumes_scored"]
         log.info("train: going on after step %d of %s%s", self.step, held, self._layout(checkpoint.read_marker(held)))
 
     def _layout(self, then: checkpoint.Marker) -> str:
