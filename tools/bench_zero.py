@@ -5,13 +5,13 @@
 
 Starts that many processes on this machine (gloo on a CPU, NCCL where there is a GPU for each) and lets every stage do
 two steps on one crop per rank and pass, with and without activation checkpointing; with --distill also from a teacher's
-features of these views. Parameters, gradients and optimizer
-state: bytes of DeepSpeed's tensors after every backward, each storage once; against the even share with two passes, as
-stage 1 shares out gradients with the last one only. Peak: the most bytes that all tensors of the process held at once,
-counted between operations (of a GPU: the peak of its allocator), from the first forward on, initialisation not counted;
-against the plan's total. After every reduction of stages 0 to 2 gloo's threads are given time to let go of its tensors:
-what is counted is what the step needs, not how soon a thread gets its turn. Exit code 1 when a share is further off
-than 5 % or a peak than 10 %. The last line is one JSON object.
+features of these views. Parameters, gradients and optimizer state: bytes of DeepSpeed's tensors after every backward,
+each storage once; against the even share with two passes, as stage 1 shares out gradients with the last one only.
+Peak: the most bytes that all tensors of the process held at once, counted between operations (of a GPU: the peak of its
+allocator), from the first forward on, initialisation not counted; against the plan's total. After every reduction of
+stages 0 to 2 gloo's threads are given time to let go of its tensors: what is counted is what the step needs, not how
+soon a thread gets its turn. Exit code 1 when a share is further off than 5 % or a peak than 10 %. The last line is one
+JSON object.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ def pyramid(work: Work, comm: Any) -> list[str]:
             path = folder / part.what.path
             sums[part.what.path] = files.sha256(path) if path.exists() else ""
 
-        failures = made([work], lambda todo=todo: todo, make, comm)  # type: ignore[misc]
+        failures = made([work], functools.partial(list, todo), make, comm)
         for part in [sums] if comm is None else comm.allgather(sums):
             held |= part
         if main and todo:

@@ -254,7 +254,7 @@ def test_otsu_is_that_of_scikit_image(store: Path) -> None:
 )
 def test_bad_predictions_are_refused_before_anything_is_written(
     spoil, sentence: str, store: Path, tmp_path: Path
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     folder = write_predictions(tmp_path / "p", store)
     spoil(folder)
     cfg = evaluate.EvaluateConfig(store=store, predictions=folder, out=tmp_path / "out")

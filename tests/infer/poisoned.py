@@ -87,7 +87,7 @@ def later(out: Path, deaths: int, poison: str) -> list[str]:
         if (marks.failed.name, name) == ("a", poison):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Marks.begin = deadly  # type: ignore[method-assign]
+    Marks.begin = deadly
     works = [
         Work.open(
             Source(name, "made up", WIDE, (1.0, 1.0, 1.0), (), "", lambda box: image[box.slices]),
@@ -96,7 +96,7 @@ def later(out: Path, deaths: int, poison: str) -> list[str]:
         for name in "ab"
     ]  # fmt: skip
     lost = [verb._predict(work, None, True) for work in works]
-    _, failures = stages.traced(job, [w for w, lines in zip(works, lost, strict=True) if not lines], None)  # type: ignore[arg-type]
+    _, failures = stages.traced(job, [w for w, lines in zip(works, lost, strict=True) if not lines], None)
     return [*lost[0], *lost[1], *failures]
 
 
@@ -135,8 +135,8 @@ def main() -> None:
         folder = out / poison
         again_and_again(
             poison,
-            lambda folder=folder, poison=poison: later(folder, FEWER, poison),  # type: ignore[misc]
-            lambda folder=folder: sorted(p.stem for p in (folder / "entries").glob("*.json")),  # type: ignore[misc]
+            lambda folder=folder, poison=poison: later(folder, FEWER, poison),
+            lambda folder=folder: sorted(p.stem for p in (folder / "entries").glob("*.json")),
         )
 
 

@@ -38,5 +38,5 @@ if __name__ == "__main__":
     from hpc_neuro.infer import verb
 
     predict = verb.predict_blocks
-    engine._read, verb.predict_blocks = suspended, told  # type: ignore[assignment]
+    engine._read, verb.predict_blocks = suspended, told
     sys.exit(main(["infer", *sys.argv[1:]]))
