@@ -277,13 +277,13 @@ def main(arguments: list[str] | None = None) -> None:
     found, recipe = parse(arguments)
     if found.threads:
         torch.set_num_threads(found.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     found.out.mkdir(parents=True, exist_ok=True)
     files.remove_parts(found.out)
     try:
         pictures = photos.load(found.photos, found.out / "cache", recipe.side, recipe.held)
         with workers(device, found.threads) as pool:
-            at = train(recipe, pictures, found.out, device, found.every, found.log, pool)
+            at = train(recipe, pictures.on(device), found.out, device, found.every, found.log, pool)
     except BadInput as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

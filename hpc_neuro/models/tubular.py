@@ -108,25 +108,28 @@ def _apply(
 
 
 class _Tube(torch.autograd.Function):
-    """x [B, C, Z, Y, X], offsets, weight -> [B, P, width]; keeps its inputs only and samples again in backward."""
+    """x [B, C, Z, Y, X], offsets, weight -> [B, P, width]; keeps nothing else and samples again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes, how: ModuleType) -> Tensor:
-        ctx.save_for_backward(x, offsets, weight)
-        ctx.tubes, ctx.how = tubes, how
         with _exact(x):
-            result: Tensor = how.forward(*_prepared(x, offsets), weight, tubes)
+            rows, steps = _prepared(x, offsets)
+            result: Tensor = how.forward(rows, steps, weight, tubes)
+        ctx.save_for_backward(rows, offsets, weight)  # rows: no copy where x lies channels last, else not copied twice
+        ctx.tubes, ctx.how, ctx.shape = tubes, how, x.shape
         return result.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, offsets, weight = ctx.saved_tensors
-        with _exact(x):
-            grads = ctx.how.backward(*_prepared(x, offsets), weight, grad, ctx.tubes, ctx.needs_input_grad[:3])
+        rows, offsets, weight = ctx.saved_tensors
+        with _exact(rows):
+            steps = _steps(rows, offsets)
+            grads = ctx.how.backward(rows, steps, weight, grad, ctx.tubes, ctx.needs_input_grad[:3])
         of_x, of_offsets, of_weight = grads
         if of_x is not None:
-            of_x = of_x.view(len(x), *x.shape[2:], x.shape[1]).permute(0, 4, 1, 2, 3).to(x.dtype)
+            batch, channels, *size = ctx.shape
+            of_x = of_x.view(batch, *size, channels).permute(0, 4, 1, 2, 3).to(rows.dtype)
         if of_offsets is not None:
             of_offsets = of_offsets.reshape(offsets.shape).to(offsets.dtype)
         return of_x, of_offsets, None if of_weight is None else of_weight.to(weight.dtype), None, None
@@ -140,10 +143,13 @@ def _exact(x: Tensor) -> Iterator[None]:
 
 
 def _prepared(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Values as contiguous rows [B*N, C], and offsets [B, 2*(K-1), P] in the dtype that computes."""
-    rows = x.permute(0, 2, 3, 4, 1).flatten(0, 3).contiguous()
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return rows, offsets.flatten(2).to(dtype)
+    """Values as contiguous rows [B*N, C], and `_steps`."""
+    return x.permute(0, 2, 3, 4, 1).flatten(0, 3).contiguous(), _steps(x, offsets)
+
+
+def _steps(x: Tensor, offsets: Tensor) -> Tensor:
+    """Offsets [B, 2*(K-1), P] in the dtype that computes."""
+    return offsets.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _as_volume(rows: Tensor, offsets: Tensor) -> Tensor:

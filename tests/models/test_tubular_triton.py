@@ -35,7 +35,9 @@ def compiled(kernel: Any, values: str, constants: dict[str, object]) -> Any:
     from triton.compiler import compile as build
 
     pointers = dict.fromkeys(("rows", "matrix", "grad", "out", "weight"), f"*{values}")
-    pointers |= dict.fromkeys(("path", "window", "grad_rows", "grad_path", "grad_window", "grad_matrix"), "*fp32")
+    pointers |= dict.fromkeys(
+        ("path", "steps", "slope", "window", "grad_rows", "grad_path", "grad_weight", "grad_matrix"), "*fp32"
+    )
     pointers |= {"centres": "*i32", "box": ("i32",) * 7, **dict.fromkeys(constants, "constexpr")}
     signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
     return build(ASTSource(kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
@@ -47,24 +49,26 @@ def test_kernels_compile_for_a_gpu(values: str, tmp_path: Path, monkeypatch: pyt
     """The interpreter does not know what a GPU cannot do; the compiler does, and needs no GPU."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
-    from hpc_neuro.models import tubular_triton as t
+    from hpc_neuro.models import tubular_kernels as t
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tile: dict[str, object] = {"WIDE": False, "BP": 64, "BC": 32}
-    product = {**tile, "BO": 32, "PRECISION": "ieee"}
-    gradient = {**product, "MODE": "conv", "ROWS": True, "PATH": True, "WEIGHT": False}
+    product = {**tile, "BO": 32, "PRECISION": "tf32x3"}
+    gradient = {**product, "MODE": "conv", "ROWS": True, "PATH": True, "WEIGHT": True}
     for kernel, constants in (
-        (t._sample_kernel, {**tile, "WINDOW": True}),
-        (t._conv_kernel, product),
-        (t._input_grad_kernel, gradient),
-        (t._weight_grad_kernel, product),
+        (t.sample_kernel, {**tile, "WINDOW": True}),
+        (t.conv_kernel, product),
+        (t.input_grad_kernel, gradient),
+        (t.weight_grad_kernel, product),
     ):
         assert compiled(kernel, values, constants).asm["cubin"]
     if values == "fp32":
-        assert compiled(t._sample_kernel, values, {**tile, "WINDOW": False, "WIDE": True}).asm["cubin"]
+        assert compiled(t.path_kernel, values, {"BP": 256}).asm["cubin"]
+        assert compiled(t.step_grad_kernel, values, {"BP": 256}).asm["cubin"]
+        assert compiled(t.sample_kernel, values, {**tile, "WINDOW": False, "WIDE": True}).asm["cubin"]
         sums = {**gradient, "MODE": "window", "WEIGHT": True}
-        assert compiled(t._input_grad_kernel, values, sums).asm["cubin"]
-        assert compiled(t._input_grad_kernel, values, {**gradient, "MODE": "taps"}).asm["cubin"]
+        assert compiled(t.input_grad_kernel, values, sums).asm["cubin"]
+        assert compiled(t.input_grad_kernel, values, {**gradient, "MODE": "taps"}).asm["cubin"]
 
 
 def test_float64_is_refused_by_name() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,19 @@ class Photos:
     tiles: npt.NDArray[np.uint8]  # [2 * photographs, 3, side, side]
     held: list[int]  # photographs never trained on
     train: list[int]
+    resident: Tensor | None = None  # the tiles on a GPU
+
+    def on(self, device: torch.device) -> Photos:
+        """The same with its tiles on `device` where that is a GPU with room for them: none is copied twice then."""
+        if device.type != "cuda" or 4 * self.tiles.nbytes > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return dataclasses.replace(self, resident=torch.from_numpy(np.array(self.tiles)).to(device))
+
+    def take(self, picks: list[int], device: torch.device) -> Tensor:
+        """Tiles by number -> float [n, 3, side, side] in 0..1 on `device`."""
+        if self.resident is not None and self.resident.device == device:
+            return self.resident[torch.tensor(picks, device=device)].float() / 255
+        return torch.from_numpy(self.tiles[picks]).to(device).float() / 255
 
     def square(self, photos: list[int]) -> Tensor:
         """First tiles of the photographs -> float [n, 3, side, side] in 0..1."""
@@ -43,8 +59,10 @@ def load(folder: Path, cache: Path, side: int, held: int) -> Photos:
     wanted = {"folder": str(folder.resolve()), "side": side, "photos": listed}
     if not (manifest.exists() and files.read_json(manifest, "delete it to decode again") == wanted):
         manifest.unlink(missing_ok=True)  # it vouches for the array, so it goes first and comes last
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            pairs = pool.map(lambda name: _tiles(folder / name, side), names)
+            tiles = np.stack([tile for pair in pairs for tile in pair])
         with files.atomic(array) as part, part.open("wb") as handle:
-            tiles = np.stack([tile for name in names for tile in _tiles(folder / name, side)])
             np.save(handle, tiles)
         files.write_json(manifest, wanted)
     order = np.random.default_rng(0).permutation(len(names)).tolist()  # the same photographs whatever the run's seed
@@ -92,10 +110,10 @@ def batch(photos: Photos, step: int, seed: int, size: int, crop: int, patch: int
     for position in range(step * size, (step + 1) * size):
         photo = photos.train[int(_shuffled(count, seed, position // count)[position % count])]
         picks.append(2 * photo + int(torch.randint(2, (1,), generator=draws)))
-    tiles = torch.from_numpy(photos.tiles[picks]).to(device).float() / 255  # [B, 3, side, side]
-    target = augment(tiles, crop, draws)
+    target = augment(photos.take(picks, device), crop, draws)
     noisy = uniform(draws, size, 0.0, 0.3).sub(0.1).clamp_min(0).view(-1, 1, 1, 1).to(device)  # a third stays clean
-    grain = torch.randn(size, 1, crop, crop, generator=draws).to(device)
+    grains = draws if device.type == "cpu" else torch.Generator(device).manual_seed((seed << 32) + step)
+    grain = torch.randn(size, 1, crop, crop, generator=grains, device=device)
     image = target + noisy * grain
     n = crop // patch
     order = torch.rand(size, n * n, generator=draws).argsort(1).to(device)
