@@ -97,19 +97,22 @@ class Batch:
         return [Batch(*part) for part in zip(*columns, strict=True)]
 
 
-@functools.lru_cache(maxsize=2)
-def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+@functools.lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return order
 
 
 def batch(photos: Photos, step: int, seed: int, size: int, crop: int, patch: int, device: torch.device) -> Batch:
     """Batch number `step`: `size` augmented crops of `crop` pixels; depends on nothing but the arguments."""
     draws = torch.Generator().manual_seed((seed << 32) + step)
     count = len(photos.train)
-    picks = []
-    for position in range(step * size, (step + 1) * size):
-        photo = photos.train[int(_shuffled(count, seed, position // count)[position % count])]
-        picks.append(2 * photo + int(torch.randint(2, (1,), generator=draws)))
+    sides = torch.randint(2, (size,), generator=draws).tolist()
+    places = (divmod(position, count) for position in range(step * size, (step + 1) * size))
+    picks = [
+        2 * photos.train[_shuffled(count, seed, epoch)[at]] + side
+        for (epoch, at), side in zip(places, sides, strict=True)
+    ]
     target = augment(photos.take(picks, device), crop, draws)
     noisy = uniform(draws, size, 0.0, 0.3).sub(0.1).clamp_min(0).view(-1, 1, 1, 1).to(device)  # a third stays clean
     grains = draws if device.type == "cpu" else torch.Generator(device).manual_seed((seed << 32) + step)
