@@ -148,81 +148,59 @@ def _scatter(into, r, share, values, c, channels, mask):
 
 @triton.jit
 def input_grad_kernel(
-    rows, path, centres, weight, grad, grad_rows, grad_path, grad_weight, box, batch, tubes, taps, half, channels,
-    width, MODE: tl.constexpr, ROWS: tl.constexpr, PATH: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    rows, path, centres, weight, grad, grad_rows, grad_path, grad_window, box, tubes, taps, half, channels, width,
+    MODE: tl.constexpr, ROWS: tl.constexpr, PATH: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of values, displacements and weight. One program: one tap, all channels, every n-th block of tubes.
-
-    The weight's is summed in registers: of a convolution only where one tile holds its channels, in and out.
-    """
-    k = tl.program_id(1)
-    total = tl.zeros((BC, BO), dtype=tl.float32)
-    total_window = 0.0
+    """Gradients of values, displacements and window. One program: one tap of a block of tubes, all channels."""
+    k = tl.program_id(2)
+    b = tl.program_id(1)
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    live = p < tubes
+    r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
+    gu, gv = 1 - fu, 1 - fv
+    place = (b.to(tl.int64) * tubes + p)[:, None]
+    slope_u = tl.zeros((BP,), dtype=tl.float32)
+    slope_v = tl.zeros((BP,), dtype=tl.float32)
     scale = 1.0
     if MODE == "window":
         scale = tl.load(weight + k)
-    per_volume = tl.cdiv(tubes, BP)
-    for block in range(tl.program_id(0), batch * per_volume, tl.num_programs(0)):
-        b = block // per_volume
-        p = (block % per_volume) * BP + tl.arange(0, BP)
-        live = p < tubes
-        r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
-        gu, gv = 1 - fu, 1 - fv
-        place = (b.to(tl.int64) * tubes + p)[:, None]
-        slope_u = tl.zeros((BP,), dtype=tl.float32)
-        slope_v = tl.zeros((BP,), dtype=tl.float32)
-        for first in range(0, channels, BC):
-            c = first + tl.arange(0, BC)
-            mask = live[:, None] & (c < channels)[None, :]
-            if MODE == "conv":
-                below = tl.zeros((BP, BC), dtype=tl.float32)
-                for start in range(0, width, BO):
-                    o = start + tl.arange(0, BO)
-                    seen = live[:, None] & (o < width)[None, :]
-                    above = tl.load(grad + place * width + o[None, :], mask=seen, other=0.0)
-                    at = (k * channels + c)[None, :] * width + o[:, None]
-                    part = tl.load(weight + at, mask=(c < channels)[None, :] & (o < width)[:, None], other=0.0)
-                    below = tl.dot(above.to(part.dtype), part, below, input_precision=PRECISION)
-            elif MODE == "window":
-                below = tl.load(grad + place * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            else:
-                below = tl.load(grad + (place * taps + k) * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            if PATH or WEIGHT:
-                x00 = _read(rows, r00, c, channels, mask)
-                x01 = _read(rows, r01, c, channels, mask)
-                x10 = _read(rows, r10, c, channels, mask)
-                x11 = _read(rows, r11, c, channels, mask)
-                if PATH:
-                    slope_u += scale * tl.sum(below * ((x10 - x00) * gv[:, None] + (x11 - x01) * fv[:, None]), 1)
-                    slope_v += scale * tl.sum(below * ((x01 - x00) * gu[:, None] + (x11 - x10) * fu[:, None]), 1)
-                if WEIGHT:
-                    tap = (x00 * gv[:, None] + x01 * fv[:, None]) * gu[:, None]
-                    tap += (x10 * gv[:, None] + x11 * fv[:, None]) * fu[:, None]
-                    if MODE == "conv":
-                        o = tl.arange(0, BO)
-                        seen = live[:, None] & (o < width)[None, :]
-                        above = tl.load(grad + place * width + o[None, :], mask=seen, other=0.0)
-                        total = tl.dot(tl.trans(tap).to(above.dtype), above, total, input_precision=PRECISION)
-                    else:
-                        total_window += tl.sum(tl.sum(below * tap, 1), 0)
-            if ROWS:
-                below *= scale
-                _scatter(grad_rows, r00, gu * gv, below, c, channels, mask)
-                _scatter(grad_rows, r01, gu * fv, below, c, channels, mask)
-                _scatter(grad_rows, r10, fu * gv, below, c, channels, mask)
-                _scatter(grad_rows, r11, fu * fv, below, c, channels, mask)
-        if PATH:
-            tl.store(grad_path + (b * 2 * taps + k).to(tl.int64) * tubes + p, slope_u, mask=live)
-            tl.store(grad_path + ((b * 2 + 1) * taps + k).to(tl.int64) * tubes + p, slope_v, mask=live)
-    if WEIGHT:
+    for first in range(0, channels, BC):
+        c = first + tl.arange(0, BC)
+        mask = live[:, None] & (c < channels)[None, :]
         if MODE == "conv":
-            c = tl.arange(0, BC)
-            o = tl.arange(0, BO)
-            at = (k * channels + c)[:, None] * width + o[None, :]
-            tl.atomic_add(grad_weight + at, total, (c < channels)[:, None] & (o < width)[None, :], sem="relaxed")
+            below = tl.zeros((BP, BC), dtype=tl.float32)
+            for start in range(0, width, BO):
+                o = start + tl.arange(0, BO)
+                above = tl.load(grad + place * width + o[None, :], mask=live[:, None] & (o < width)[None, :], other=0.0)
+                at = (k * channels + c)[None, :] * width + o[:, None]
+                part = tl.load(weight + at, mask=(c < channels)[None, :] & (o < width)[:, None], other=0.0)
+                below = tl.dot(above.to(part.dtype), part, below, input_precision=PRECISION)
+        elif MODE == "window":
+            below = tl.load(grad + place * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
         else:
-            tl.atomic_add(grad_weight + k, total_window, sem="relaxed")
+            below = tl.load(grad + (place * taps + k) * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        if PATH or WEIGHT:
+            x00 = _read(rows, r00, c, channels, mask)
+            x01 = _read(rows, r01, c, channels, mask)
+            x10 = _read(rows, r10, c, channels, mask)
+            x11 = _read(rows, r11, c, channels, mask)
+            if PATH:
+                slope_u += scale * tl.sum(below * ((x10 - x00) * gv[:, None] + (x11 - x01) * fv[:, None]), 1)
+                slope_v += scale * tl.sum(below * ((x01 - x00) * gu[:, None] + (x11 - x10) * fu[:, None]), 1)
+            if WEIGHT:
+                tap = (x00 * gv[:, None] + x01 * fv[:, None]) * gu[:, None]
+                tap += (x10 * gv[:, None] + x11 * fv[:, None]) * fu[:, None]
+                tl.atomic_add(grad_window + k, tl.sum(tl.sum(below * tap, 1), 0), sem="relaxed")
+        if ROWS:
+            below *= scale
+            _scatter(grad_rows, r00, gu * gv, below, c, channels, mask)
+            _scatter(grad_rows, r01, gu * fv, below, c, channels, mask)
+            _scatter(grad_rows, r10, fu * gv, below, c, channels, mask)
+            _scatter(grad_rows, r11, fu * fv, below, c, channels, mask)
+    if PATH:
+        tl.store(grad_path + (b * 2 * taps + k).to(tl.int64) * tubes + p, slope_u, mask=live)
+        tl.store(grad_path + ((b * 2 + 1) * taps + k).to(tl.int64) * tubes + p, slope_v, mask=live)
 
 
 @triton.jit

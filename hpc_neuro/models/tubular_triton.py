@@ -1,8 +1,8 @@
 """The tube operator by Triton kernels: nothing but the result is written, taps live in registers.
 
-float32 is multiplied on tensor cores in three passes, whose sum is about as exact as float32 (in one pass if
-`torch.backends.cuda.matmul.allow_tf32` is set). Gradients of values and weights are summed by float32 atomics: their
-last bits depend on the order of the programs.
+float32 is multiplied in full precision, where it pays by three tf32 products on tensor cores, whose sum is as exact
+(by one if `torch.backends.cuda.matmul.allow_tf32` is set). Gradients of values and weights are summed by float32
+atomics: their last bits depend on the order of the programs.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from hpc_neuro.models.tubular_torch import Tubes
 from hpc_neuro.schema import InputError
 
 _TUBES = 64
-"""Tubes per program."""
+"""Tubes per program that only samples."""
 _LINE = 256
 """Tubes per program where there is one number for each."""
-_PROGRAMS = 2048
+_FLOAT = {"conv": (32, 2), "gradient": (32, 2), "weight": (64, 4)}
+_HALF = {"conv": (64, 4), "gradient": (32, 4), "weight": (64, 4)}
+"""Tubes and warps per program of the kernels that multiply, as they were fastest on an H100."""
+_PROGRAMS = 1024
 """Programs that share the sum of a weight's gradient: enough to fill a GPU, few enough atomics."""
-_EXACT = "tf32x3"
-"""How float32 is multiplied."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _plan(rows: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes) ->
     mix = path = _displacements(offsets, tubes)
     if weight is not None:
         mix = weight.permute(2, 1, 0).to(rows.dtype).contiguous() if mode == "conv" else weight.float().contiguous()
-    tiles: dict[str, Any] = {"WIDE": rows.numel() >= 2**31, "BP": _TUBES, "BC": _block(channels)}
+    tiles: dict[str, Any] = {"WIDE": rows.numel() >= 2**31, "BC": _block(channels)}
     box = (*(n for a in order for n in (tubes.size[a], stride[a])), voxels)
     centres = tubes.centres[list(order)].int()
     return _Plan(mode, len(offsets), offsets.shape[2], channels, width, box, centres, path, mix, tiles)
@@ -86,10 +87,14 @@ def _step_gradient(slope: Tensor, tubes: Tubes) -> Tensor:
     return grad
 
 
-def _dot(plan: _Plan) -> dict[str, Any]:
-    """Compile-time arguments of kernels that multiply."""
+def _dot(plan: _Plan, kernel: str) -> dict[str, Any]:
+    """Compile-time arguments of a kernel that multiplies."""
+    single = plan.mix.dtype == torch.float32
     tf32 = torch.backends.cuda.matmul.allow_tf32
-    return {**plan.tiles, "BO": _block(plan.width), "PRECISION": "tf32" if tf32 else _EXACT}
+    tubes, warps = (_FLOAT if single else _HALF)[kernel]
+    # transposing the weight's operand costs more than tensor cores save
+    precision = "tf32" if tf32 else "ieee" if kernel == "weight" else "tf32x3"
+    return {**plan.tiles, "BO": _block(plan.width), "PRECISION": precision, "BP": tubes, "num_warps": warps}
 
 
 def _block(channels: int) -> int:
@@ -106,14 +111,13 @@ def forward(rows: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes) 
         return out
     source = (rows, plan.path, plan.centres)
     shape = (plan.box, plan.count, tubes.taps, tubes.half, plan.channels)
-    blocks = triton.cdiv(plan.count, _TUBES)
     if plan.mode == "conv":
-        tiles = _dot(plan)
-        grid = (blocks, plan.batch, triton.cdiv(plan.width, tiles["BO"]))
+        tiles = _dot(plan, "conv")
+        grid = (triton.cdiv(plan.count, tiles["BP"]), plan.batch, triton.cdiv(plan.width, tiles["BO"]))
         conv_kernel[grid](*source, plan.mix, out, *shape, plan.width, **tiles)
     else:
-        grid = (blocks, plan.batch, triton.cdiv(plan.channels, plan.tiles["BC"]))
-        sample_kernel[grid](*source, plan.mix, out, *shape, WINDOW=plan.mode == "window", **plan.tiles)
+        grid = (triton.cdiv(plan.count, _TUBES), plan.batch, triton.cdiv(plan.channels, plan.tiles["BC"]))
+        sample_kernel[grid](*source, plan.mix, out, *shape, WINDOW=plan.mode == "window", BP=_TUBES, **plan.tiles)
     return out
 
 
@@ -126,22 +130,23 @@ def backward(
     grad_path = torch.zeros_like(plan.path) if needs[1] else None
     grad_mix = torch.zeros_like(plan.mix, dtype=torch.float32) if needs[2] else None
     source = (rows, plan.path, plan.centres)
-    box, shape = (plan.box, plan.batch, plan.count), (tubes.taps, tubes.half, plan.channels, plan.width)
-    blocks = triton.cdiv(plan.count, _TUBES)
-    tiles = _dot(plan)
-    # a convolution of more channels than a tile holds has a kernel of its own for its weight
-    apart = plan.mode == "conv" and grad_mix is not None and (plan.channels > tiles["BC"] or plan.width > tiles["BO"])
-    wanted = {"ROWS": needs[0], "PATH": needs[1], "WEIGHT": needs[2] and not apart}
+    shape = (tubes.taps, tubes.half, plan.channels, plan.width)
+    window = grad_mix if plan.mode == "window" else None
+    wanted = {"ROWS": needs[0], "PATH": needs[1], "WEIGHT": window is not None}
     if grad.numel() and any(wanted.values()):
-        outputs = [plan.path if g is None else g for g in (grad_rows, grad_path, grad_mix)]  # any pointer if unwanted
-        most = triton.cdiv(_PROGRAMS, tubes.taps) if wanted["WEIGHT"] else blocks * plan.batch
-        input_grad_kernel[(min(blocks * plan.batch, most), tubes.taps)](
-            *source, plan.mix, grad, *outputs, *box, *shape, MODE=plan.mode, **wanted, **tiles
+        outputs = [plan.path if g is None else g for g in (grad_rows, grad_path, window)]  # any pointer where unwanted
+        tiles = _dot(plan, "gradient")
+        input_grad_kernel[(triton.cdiv(plan.count, tiles["BP"]), plan.batch, tubes.taps)](
+            *source, plan.mix, grad, *outputs, plan.box, plan.count, *shape, MODE=plan.mode, **wanted, **tiles
         )
-    if grad.numel() and apart:
+    if grad.numel() and grad_mix is not None and window is None:
+        tiles = _dot(plan, "weight")
+        blocks = triton.cdiv(plan.count, tiles["BP"])
         parts = triton.cdiv(plan.channels, tiles["BC"]) * triton.cdiv(plan.width, tiles["BO"])
         share = min(blocks * plan.batch, triton.cdiv(_PROGRAMS, tubes.taps * parts))
-        weight_grad_kernel[(tubes.taps, parts, share)](*source, grad, grad_mix, *box, *shape, **tiles)
+        weight_grad_kernel[(tubes.taps, parts, share)](
+            *source, grad, grad_mix, plan.box, plan.batch, plan.count, *shape, **tiles
+        )
     grad_offsets = None if grad_path is None else _step_gradient(grad_path, tubes)
     if grad_mix is not None and plan.mode == "conv":
         grad_mix = grad_mix.permute(2, 1, 0)

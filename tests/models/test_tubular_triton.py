@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_neuro.models.stem import VoxelNorm
 from hpc_neuro.models.tubular import gather
 from hpc_neuro.schema import InputError
 
@@ -34,9 +35,9 @@ def compiled(kernel: Any, values: str, constants: dict[str, object]) -> Any:
     from triton.compiler import ASTSource
     from triton.compiler import compile as build
 
-    pointers = dict.fromkeys(("rows", "matrix", "grad", "out", "weight"), f"*{values}")
+    pointers = dict.fromkeys(("rows", "matrix", "grad", "out", "weight", "x", "bias"), f"*{values}")
     pointers |= dict.fromkeys(
-        ("path", "steps", "slope", "window", "grad_rows", "grad_path", "grad_weight", "grad_matrix"), "*fp32"
+        ("path", "steps", "slope", "window", "grad_rows", "grad_path", "grad_window", "grad_matrix"), "*fp32"
     )
     pointers |= {"centres": "*i32", "box": ("i32",) * 7, **dict.fromkeys(constants, "constexpr")}
     signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
@@ -50,16 +51,19 @@ def test_kernels_compile_for_a_gpu(values: str, tmp_path: Path, monkeypatch: pyt
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
     from hpc_neuro.models import tubular_kernels as t
+    from hpc_neuro.models import voxel_norm_triton as n
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tile: dict[str, object] = {"WIDE": False, "BP": 64, "BC": 32}
     product = {**tile, "BO": 32, "PRECISION": "tf32x3"}
-    gradient = {**product, "MODE": "conv", "ROWS": True, "PATH": True, "WEIGHT": True}
+    gradient = {**product, "MODE": "conv", "ROWS": True, "PATH": True, "WEIGHT": False}
     for kernel, constants in (
         (t.sample_kernel, {**tile, "WINDOW": True}),
         (t.conv_kernel, product),
         (t.input_grad_kernel, gradient),
         (t.weight_grad_kernel, product),
+        (n.norm_kernel, {"C": 48, "BR": 32, "BC": 64}),
+        (n.norm_grad_kernel, {"C": 8, "BR": 256, "BC": 8, "ROWS": True, "WEIGHT": True}),
     ):
         assert compiled(kernel, values, constants).asm["cubin"]
     if values == "fp32":
@@ -80,9 +84,22 @@ def test_float64_is_refused_by_name() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_on_a_gpu_equal_plain_torch() -> None:
-    from tests.models.tubular_interpreted import compare
+    from tests.models.tubular_interpreted import compare, compare_norm
 
     compare("cuda")
+    compare_norm("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_norm_on_a_gpu_writes_the_dtype_of_autocast() -> None:
+    norm, x = VoxelNorm(8).cuda(), torch.randn(2, 8, 5, 6, 7, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.bfloat16
+    assert norm(x).dtype == torch.float32
+    assert norm.double()(x.double()).dtype == torch.float64
+    torch.testing.assert_close(found.double(), norm(x.double()), atol=0.02, rtol=0.02)
 
 
 @pytest.mark.gpu
