@@ -7,6 +7,7 @@ not depend on where a crop or block ends.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Sequence
 
@@ -67,8 +68,15 @@ class VoxelNorm(nn.LayerNorm):
     """Layer norm over the channels of each voxel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, Z, Y, X] -> the same shape."""
-        return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+        """x [B, C, Z, Y, X] -> the same shape; on CUDA, with Triton, in autocast's dtype where autocast is on."""
+        rows = x.permute(0, 2, 3, 4, 1)
+        if x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
+            from hpc_neuro.models import voxel_norm_triton  # imported late: a CPU build of torch comes without triton
+
+            normed = voxel_norm_triton.layer_norm(rows, self.weight, self.bias, self.eps)
+        else:
+            normed = super().forward(rows)
+        return normed.permute(0, 4, 1, 2, 3)
 
 
 class ConvBlock(nn.Module):
