@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hpc_neuro import distributed
 from hpc_neuro.schema import ConfigError
+from hpc_neuro.types import sent
 
 
 class Diverged(ConfigError):
@@ -54,7 +55,7 @@ class Meter:
         if not self._names:
             self._names = list(terms)
             self._sums[-1] = torch.zeros(2, len(terms), dtype=torch.float64, device=self._device)
-        weight = torch.tensor([weights[n] for n in self._names], dtype=torch.float64)
+        weight = sent(torch.tensor([weights[n] for n in self._names], dtype=torch.float64), self._device)
         # a term of no sample is nan, and must not make the others so
         values = torch.stack(
             [
@@ -62,7 +63,6 @@ class Meter:
                 for n in self._names
             ]
         )
-        weight = weight.to(self._device, non_blocking=True)
         self._sums[-1] += torch.stack([values.to(self._device) * weight, weight])
 
     def end_step(self, norm: Tensor | float, facts: Mapping[str, Any]) -> None:
