@@ -26,6 +26,8 @@ from hpc_neuro.data import swc
 from hpc_neuro.geometry import Shape, VoxelSize
 from hpc_neuro.morphology import Tree
 
+KINDS = ("csv", "neurons.csv", "blocks.csv", "swc", "confidence.csv", "neuroglancer.json")
+"""Endings of what is written of a volume."""
 DOUBTFUL = 7  # SWC type: the last of those left to the user
 _BORDER = 3.0  # [voxel] an end this near to the border of the volume leaves it, and is no doubt
 _TURN = 75.0  # [degree] a path that turns more than this within `_ARM` may have changed to another neuron

@@ -108,6 +108,7 @@ def finished(cfg: InferConfig, work: Work, views: Callable[[Tree], Floats]) -> E
     entry = held(cfg, work)
     if entry is None:
         entry = untraced(work)
+        _forget(cfg.out, work.source.id)
         if cfg.trees:
             _write_trees(cfg, work, entry, views)
         files.write_json(entry_path(cfg.out, work.source.id), {"key": _key(cfg, work), "entry": entry})
@@ -202,6 +203,15 @@ def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tr
         parents = np.where(tree.parents[a:b] >= 0, tree.parents[a:b] - a, -1)
         one = Tree(tree.points[a:b], tree.radii[a:b], parents, tree.types[a:b])
         _write(cfg.out / "swc" / source.id, f"{number:04d}", one, source, about)
+
+
+def _forget(out: Path, name: str) -> None:
+    """Remove the trees that other settings left: more trees, perhaps, than there are now."""
+    for kind in ("swc", "voxel.swc"):
+        (out / "swc" / f"{name}.{kind}").unlink(missing_ok=True)
+    shutil.rmtree(out / "swc" / name, ignore_errors=True)
+    for told in proofread.KINDS:
+        (out / "proofread" / f"{name}.{told}").unlink(missing_ok=True)
 
 
 def _mean(scores: list[proofread.Neuron]) -> float:

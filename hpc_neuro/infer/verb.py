@@ -27,7 +27,7 @@ from hpc_neuro.schema import ConfigError
 log = logging.getLogger(__name__)
 INDEX = "predictions.json"
 # which no probability depends on; trees know what they depend on
-_MAY_CHANGE = ("page", "tries", "deaths", "batch", "silence", "flips")
+_MAY_CHANGE = ("page", "tries", "deaths", "batch", "silence", "flips", "trees", "trace")
 
 
 def forecast(cfg: InferConfig) -> list[str]:

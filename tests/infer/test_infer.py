@@ -162,6 +162,40 @@ def test_two_neurons_that_touch_become_a_tree_each(
     assert "Neuron 2: " in page
 
 
+def test_a_finished_run_is_traced_anew_by_other_settings(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two neurites, one of them short, then only the long one, then none: blocks stay, no older tree is left."""
+    image = np.zeros((8, 32, 64), dtype=np.uint8)
+    image[3:6, 6:10, 4:60] = 255
+    image[3:6, 22:26, 4:30] = 255
+    tifffile.imwrite(tmp_path / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: image)
+    inputs = f"inputs=[{{image: {tmp_path / 'cells.tif'}, voxel_size: [1, 1, 1]}}]"
+    out, fresh = tmp_path / "o", tmp_path / "fresh"
+
+    def traced(folder: Path, *keys: str) -> dict[str, bytes]:
+        assert infer.run(configure(model, folder, inputs, "trees=true", *keys)) == 0
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for kind in ("swc", "proofread")
+            for path in (folder / kind).rglob("*")
+            if path.is_file()
+        }
+
+    both = traced(out, "trace.min_cable=10")
+    assert {"swc/cells/0001.swc", "swc/cells/0002.swc"} < set(both)
+    marks = {p: p.stat().st_mtime_ns for p in (out / "blocks").rglob("*.json")}
+    one = traced(out, "trace.min_cable=40")
+    assert one == traced(fresh, "trace.min_cable=40")
+    assert "swc/cells.swc" in one
+    assert "swc/cells/0001.swc" not in one
+    assert traced(out, "trace.min_cable=400") == {}
+    assert json.loads((out / "predictions.json").read_text())["cells"]["trees"] == 0
+    assert traced(out, "trees=false") == {}
+    assert marks == {p: p.stat().st_mtime_ns for p in (out / "blocks").rglob("*.json")}
+
+
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
