@@ -32,7 +32,7 @@ class TraceConfig:
     """[voxel] A side branch must reach this far out of the surface of the branch it leaves."""
     cover_scale: float = 1.5
     """Around a traced path everything within `cover_scale` times the local radius + `cover_margin` belongs to it."""
-    cover_margin: float = 2.0
+    cover_margin: float = 3.0
     """[voxel] See `cover_scale`."""
     gap: float = 20.0
     """[voxel] Widest break that is bridged, and only straight ahead; 0 bridges none. Bends, and pieces shorter than the
@@ -51,7 +51,7 @@ class TraceConfig:
     left out. Off: the tree grows from the root in every direction."""
     min_cable: float = 30.0
     """[voxel] Without a given root, trees of less cable are dropped."""
-    smooth: float = 2.0
+    smooth: float = 1.0
     """[voxel steps] Standard deviation of the Gaussian that smooths paths along their length; 0 keeps the staircase."""
     step: float = 1.5
     """[voxel] Nodes closer than this to their parent are merged into the path; branch points and ends stay."""
