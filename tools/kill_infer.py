@@ -1,12 +1,12 @@
 """Random SIGKILLs of the ranks and the launcher of an inference, until it ends; is the output that of a quiet run?
 
-    python -m tools.kill_infer [--kills 100] [--ranks 4] [--folder FOLDER]
+    python -m tools.kill_infer [--kills 100] [--ranks 4] [--seed 0] [--folder FOLDER]
 
 A tiny student with random weights over two random volumes of 54 blocks in all, which are traced and looked at again in
 a mirror. Each start is killed after a random time (one rank, or mpiexec with all of them), in any stage, until the
 wanted number of kills has struck; then it is left alone. Last line: JSON with the number of kills, of starts, of blocks
-and of parts of the tracing that were done when each struck, and whether all files are equal byte for byte and `infer
-verify` finds nothing.
+and of parts of the tracing that were done when each struck, whether all files are equal byte for byte (`differs` names
+some that are not), and whether `infer verify` finds nothing.
 """
 
 from __future__ import annotations
@@ -43,24 +43,34 @@ def main() -> int:
     ask.add_argument("--kills", type=int, default=100)
     ask.add_argument("--ranks", type=int, default=4)
     ask.add_argument("--seconds", type=float, default=1e9, help="stop killing after this long")
-    ask.add_argument("--folder", type=Path, default=None)
+    ask.add_argument("--seed", type=int, default=0, help="of what is killed, and when")
+    ask.add_argument("--folder", type=Path, help="for both runs; none: a temporary one, removed when all is well")
     args = ask.parse_args()
-    with contextlib.ExitStack() as stack:
-        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        facts = drill(folder, args.kills, args.ranks, args.seconds)
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="kill_infer_"))
+    facts = drill(folder, args.kills, args.ranks, args.seconds, seed=args.seed)
     print(json.dumps(facts))
-    return 0 if facts["equal"] and facts["verified"] else 1
+    if not facts["equal"] or not facts["verified"]:
+        print(f"both runs are kept in {folder}", file=sys.stderr)
+        return 1
+    if args.folder is None:
+        shutil.rmtree(folder)
+    return 0
 
 
 def drill(
-    folder: Path, kills: int, ranks: int, seconds: float = 1e9, shape: tuple[int, int, int] = _SHAPE
+    folder: Path,
+    kills: int,
+    ranks: int,
+    seconds: float = 1e9,
+    shape: tuple[int, int, int] = _SHAPE,
+    seed: int = 0,
 ) -> dict[str, object]:
     """Kill until `kills` have struck, then finish; compare with one undisturbed run."""
     folder = folder.resolve()
     keys = _inputs(folder, shape)
     quiet, killed, code = folder / "quiet", folder / "killed", _snapshot(folder / "code")
     subprocess.run(command(quiet, keys, 1), check=True, capture_output=True, cwd=code)
-    draw, struck, starts, begun = random.Random(0), 0, 0, time.monotonic()
+    draw, struck, starts, begun = random.Random(seed), 0, 0, time.monotonic()
     when: list[tuple[int, int]] = []
     while struck < kills and time.monotonic() - begun < seconds:
         process = subprocess.Popen(
@@ -95,13 +105,14 @@ def drill(
         if process.returncode == 0:  # done before it was struck: begin again with what is there but some blocks
             _forget_some(killed, draw)
     subprocess.run(command(killed, keys, ranks), check=True, capture_output=True, cwd=code)
-    found = verify.check(killed)
+    found, want, have = verify.check(killed), contents(quiet), contents(killed)
     return {
         "kills": struck,
         "starts": starts,
         "ranks": ranks,
         "done_at_kills": when,
-        "equal": contents(quiet) == contents(killed),
+        "equal": want == have,
+        "differs": sorted(name for name in want | have if want.get(name) != have.get(name))[:20],
         "verified": not found,
         "seconds": round(time.monotonic() - begun),
     }

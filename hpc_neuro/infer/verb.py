@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 from hpc_neuro import distributed, files, runs
@@ -26,6 +27,7 @@ from hpc_neuro.schema import ConfigError
 
 log = logging.getLogger(__name__)
 INDEX = "predictions.json"
+_BELOW = ("blocks", "entries", "failed", "proofread", "swc")  # folders of OUT whose files are written one by one
 # which no probability depends on; trees know what they depend on
 _MAY_CHANGE = ("page", "tries", "deaths", "batch", "silence", "flips", "trees", "trace")
 
@@ -61,6 +63,8 @@ def run(cfg: InferConfig) -> int:
         begun, failures = time.monotonic(), list[str]()
         if main and volumes:  # a share may be empty
             log.info("\n".join(lines(cfg, job, volumes, ranks)))
+        if cfg.share is None:  # other shares may be at work, and what one of them leaves goes when they are gathered
+            distributed.together(lambda: _remove_parts(cfg.out) if main else None, comm)
         works = distributed.together(lambda: _works(job, volumes) if volumes else [], comm)
         good = []
         for work in works:
@@ -73,6 +77,13 @@ def run(cfg: InferConfig) -> int:
         seconds = round(time.monotonic() - begun, 1)
         distributed.together(lambda: _finish(cfg, this, works, index, failures, seconds) if main else None, comm)
     return 3 if failures else 0
+
+
+def _remove_parts(out: Path) -> None:
+    """Remove what killed writers left beside their targets below `out`; `runs.start` does so in `out` itself."""
+    for kind in _BELOW:
+        for folder in [out / kind, *(p for p in (out / kind).glob("*") if p.is_dir())]:
+            files.remove_parts(folder)
 
 
 def _finish(

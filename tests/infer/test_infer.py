@@ -86,15 +86,22 @@ def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
 
 
 def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Path, tmp_path: Path) -> None:
-    """A lost mark means that its block is made again, whatever the shard holds; the rest is left alone."""
+    """A lost mark means that its block is made again, whatever the shard holds; the rest is left alone. Nothing stays
+    of files that were being written when a run was killed."""
     cfg = configure(model, tmp_path / "o", f"store={store}")
     infer.run(cfg)
     image = ome_zarr.open_level(cfg.out / "a.ome.zarr")
     ome_zarr.write(image, Box((0, 0, 0), (8, 32, 32)), np.full((8, 32, 32), 9, np.uint8))
     (cfg.out / "blocks" / "a" / "0_0_0.json").unlink()
     (cfg.out / "predictions.json").unlink()
+    torn = [cfg.out / p for p in ("blocks/a/.0_0_1.json.1.part", "entries/.a.json.1.part", "swc/a/.0001.swc.1.part")]
+    torn += [cfg.out / p for p in ("failed/a/.0_0_0.json.1.part", "proofread/.a.csv.1.part", "swc/.a.swc.1.part")]
+    for part in torn:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text("what a killed writer leaves")
     assert infer.run(cfg) == 0
     assert np.array_equal(probability(cfg.out, "a"), probability(done, "a"))
+    assert not list(cfg.out.rglob(".*.part"))
 
 
 def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:
