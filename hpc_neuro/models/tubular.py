@@ -108,13 +108,13 @@ def _apply(
 
 
 class _Tube(torch.autograd.Function):
-    """x [B, C, Z, Y, X], offsets, weight -> [B, P, width]; keeps nothing else and samples again in backward."""
+    """x [B, C, Z, Y, X], offsets, weight -> [B, P, width]; keeps its inputs only and samples again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes, how: ModuleType) -> Tensor:
         with _exact(x):
-            rows, steps = _prepared(x, offsets)
-            result: Tensor = how.forward(rows, steps, weight, tubes)
+            rows = x.permute(0, 2, 3, 4, 1).flatten(0, 3).contiguous()  # [B*N, C]
+            result: Tensor = how.forward(rows, _steps(x, offsets), weight, tubes)
         ctx.save_for_backward(rows, offsets, weight)  # rows: no copy where x lies channels last, else not copied twice
         ctx.tubes, ctx.how, ctx.shape = tubes, how, x.shape
         return result.to(x.dtype)
@@ -124,8 +124,7 @@ class _Tube(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, offsets, weight = ctx.saved_tensors
         with _exact(rows):
-            steps = _steps(rows, offsets)
-            grads = ctx.how.backward(rows, steps, weight, grad, ctx.tubes, ctx.needs_input_grad[:3])
+            grads = ctx.how.backward(rows, _steps(rows, offsets), weight, grad, ctx.tubes, ctx.needs_input_grad[:3])
         of_x, of_offsets, of_weight = grads
         if of_x is not None:
             batch, channels, *size = ctx.shape
@@ -140,11 +139,6 @@ def _exact(x: Tensor) -> Iterator[None]:
     """On the device of x and without autocast, which would round what has to be float32."""
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         yield
-
-
-def _prepared(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Values as contiguous rows [B*N, C], and `_steps`."""
-    return x.permute(0, 2, 3, 4, 1).flatten(0, 3).contiguous(), _steps(x, offsets)
 
 
 def _steps(x: Tensor, offsets: Tensor) -> Tensor:

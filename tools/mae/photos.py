@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ class Photos:
         """The same with its tiles on `device` where that is a GPU with room for them: none is copied twice then."""
         if device.type != "cuda" or 4 * self.tiles.nbytes > torch.cuda.mem_get_info(device)[0]:
             return self
-        return dataclasses.replace(self, resident=torch.from_numpy(np.array(self.tiles)).to(device))
+        return replace(self, resident=torch.from_numpy(np.array(self.tiles)).to(device))
 
     def take(self, picks: list[int], device: torch.device) -> Tensor:
         """Tiles by number -> float [n, 3, side, side] in 0..1 on `device`."""
