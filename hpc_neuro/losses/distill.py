@@ -163,7 +163,7 @@ class Distiller(nn.Module):
             teacher = torch.cat(
                 [self._teacher(batch, n, layer)[chosen] for n in range(len(self.views))], 1
             )  # [b, V*D, ...]
-            offsets = self._bends(i, student)  # one [b, 2*(K-1), z, y, x] per axis; none for points
+            offsets = self.bends(i, student)  # one [b, 2*(K-1), z, y, x] per axis; none for points
             if offsets is not None:
                 rough = rough + torch.stack([_roughness(d) for d in offsets]).mean() / len(self.pairs)
                 bend = bend + torch.stack([d.detach().abs().mean() for d in offsets]).mean() / len(self.pairs)
@@ -184,18 +184,11 @@ class Distiller(nn.Module):
         terms |= {f"distill_cosine_{v}": value for v, value in cosines.items()}
         return loss * self.cfg.weight, terms
 
-    def _tubes(self, student: Tensor, teacher: Tensor, offsets: list[Tensor] | None) -> list[tuple[Tensor, Tensor]]:
-        """(student, teacher) of every axis, each [b, C or V*D, z, y, x]; the tokens themselves without tubes."""
-        if offsets is None:
-            return [(student, teacher)]
-        window = self._constants[2]
-        return [
-            (self._tube_sum(student, d, window, a), self._tube_sum(teacher, d.detach(), window, a))
-            for a, d in enumerate(offsets)
-        ]
+    def bends(self, pair: int, student: Tensor) -> list[Tensor] | None:
+        """Steps sideways of the tubes along z, y and x, each [b, 2*(taps-1), z, y, x] in tokens, bounded by `extent`.
 
-    def _bends(self, pair: int, student: Tensor) -> list[Tensor] | None:
-        """The steps sideways of the tubes along z, y and x, bounded by `extent`; None when points are compared."""
+        pair: index into `layers`; student: float32 tokens [b, C, z, y, x]. None when points are compared.
+        """
         steps = 2 * (self.cfg.taps - 1)
         if self.cfg.axes == "none":
             return None
@@ -207,6 +200,16 @@ class Distiller(nn.Module):
         # within a few steps and leave them there, where tanh has no slope.
         raw = _applied(self.offsets[pair], normed) / math.sqrt(27 * student.shape[1])
         return list((self.cfg.extent * torch.tanh(raw)).chunk(3, 1))
+
+    def _tubes(self, student: Tensor, teacher: Tensor, offsets: list[Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+        """(student, teacher) of every axis, each [b, C or V*D, z, y, x]; the tokens themselves without tubes."""
+        if offsets is None:
+            return [(student, teacher)]
+        window = self._constants[2]
+        return [
+            (self._tube_sum(student, d, window, a), self._tube_sum(teacher, d.detach(), window, a))
+            for a, d in enumerate(offsets)
+        ]
 
     def _teacher(self, batch: Batch, view: int, layer: int) -> Tensor:
         """The normalised cached tokens of one view and layer, [B, D, z, y, x] float32."""

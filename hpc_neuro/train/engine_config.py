@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from hpc_neuro.models.vit3d import TransformerBlock
 from hpc_neuro.schema import config
 from hpc_neuro.train import nvme
 from hpc_neuro.train.schedule import OptimConfig
@@ -60,9 +61,11 @@ def deepspeed_json(
         zero["reduce_scatter"] = False
     if cfg.stage == 3:
         # By default tensors of up to 100,000 elements stay whole on each rank, and all is kept gathered that is used
-        # again within 1,000 million: small models would not be sharded at all.
+        # again within 1,000 million: small models would not be sharded at all. What stays whole would
+        # be gathered tensor by tensor after each step, in over a hundred messages; a block is gathered in one.
         live = max(parameters // 4, 1 << 20)
-        zero["stage3_param_persistence_threshold"] = min(max(parameters // 10_000, 1024), 100_000)
+        zero["stage3_param_persistence_threshold"] = 0
+        zero["leaf_module"] = {"classes": [f"{TransformerBlock.__module__}.{TransformerBlock.__name__}"]}
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
         zero["stage3_prefetch_bucket_size"] = live // 4
     if cfg.offload_optimizer:

@@ -136,7 +136,7 @@ def test_the_loss_is_zero_when_the_student_is_the_teacher(axes: str) -> None:
 
 def test_tubes_are_straight_at_the_start_and_bend_at_most_the_extent() -> None:
     distiller, student = build(axes="deformable", extent=0.5), features(blocks=(3,))[3]
-    start = distiller._bends(0, student.detach())
+    start = distiller.bends(0, student.detach())
     assert start is not None
     assert not any(d.any() for d in start)
     straight = build(axes="straight", smoothness=0.0)
@@ -144,7 +144,7 @@ def test_tubes_are_straight_at_the_start_and_bend_at_most_the_extent() -> None:
     loss = distiller({3: student}, batch())[0]
     torch.testing.assert_close(loss, straight({3: student}, batch())[0])
     nn.init.normal_(distiller.offsets[0].weight, std=5.0)
-    bent, scaled = (distiller._bends(0, factor * student.detach()) for factor in (1, 1000))
+    bent, scaled = (distiller.bends(0, factor * student.detach()) for factor in (1, 1000))
     assert bent is not None
     assert scaled is not None
     assert 0.4 < float(torch.stack(bent).detach().abs().max()) <= 0.5

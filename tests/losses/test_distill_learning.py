@@ -92,7 +92,7 @@ def test_tubes_learn_to_follow_a_bent_neurite() -> None:
     for phase in (0.3, 2.0, 4.4):  # not seen in training
         student, _, line, distance = sample(phase)
         with torch.no_grad():
-            bends = distiller._bends(0, student[None])
+            bends = distiller.bends(0, student[None])
         assert bends is not None
         straight.append(tap_distance(torch.zeros_like(bends[2]), line, distance))
         bent.append(tap_distance(bends[2], line, distance))
