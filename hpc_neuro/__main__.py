@@ -31,7 +31,9 @@ VERBS = {
     "prepare": Verb("hpc_neuro.prepare", "PrepareConfig", "images + SWC trees -> training store"),
     "precompute": Verb("hpc_neuro.precompute", "PrecomputeConfig", "training store -> teacher feature cache"),
     "train": Verb("hpc_neuro.train", "TrainConfig", "store + cache -> 3D student"),
-    "infer": Verb("hpc_neuro.infer", "InferConfig", "student + volumes -> probabilities and SWC trees; verify OUT"),
+    "infer": Verb(
+        "hpc_neuro.infer", "InferConfig", "student + volumes -> probabilities and SWC trees; verify OUT, serve OUT"
+    ),
     "evaluate": Verb("hpc_neuro.evaluate", "EvaluateConfig", "predictions + truth -> metrics and report"),
     "search": Verb("hpc_neuro.search", "SearchConfig", "a study's trials -> table, figures, best config"),
     "demo": Verb("hpc_neuro.demo", "DemoConfig", "all of the above on a small data set"),

@@ -143,6 +143,28 @@ def subset(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
     return Tree(tree.points[keep], tree.radii[keep], parents.astype(np.int64), tree.types[keep])
 
 
+def component_of(tree: Tree) -> NDArray[np.int64]:
+    """[N] number of the root above each node, in order of the roots."""
+    up = np.where(tree.parents >= 0, tree.parents, np.arange(len(tree)))
+    for _ in range(len(tree).bit_length()):
+        up = up[up]
+    return np.searchsorted(tree.roots, up).astype(np.int64)
+
+
+def components(tree: Tree) -> list[Tree]:
+    """The separate trees of a forest, in order of their roots; nodes keep their order."""
+    if not len(tree):
+        return []
+    owner, place = component_of(tree), np.empty(len(tree), dtype=np.int64)  # node -> its index in its part
+    order = np.argsort(owner, kind="stable")
+    parts = []
+    for nodes in np.split(order, np.searchsorted(owner[order], np.arange(1, len(tree.roots)))):
+        place[nodes] = np.arange(len(nodes))
+        parents = np.where(tree.parents[nodes] < 0, -1, place[tree.parents[nodes]])
+        parts.append(Tree(tree.points[nodes], tree.radii[nodes], parents, tree.types[nodes]))
+    return parts
+
+
 def resampled(tree: Tree, step: float) -> Tree:
     """Every edge cut into equal parts no longer than `step` (tree's unit); old nodes stay, radii are interpolated."""
     lengths = edge_lengths(tree)

@@ -55,6 +55,23 @@ def test_a_subset_hangs_on_the_nearest_kept_ancestor(tree: Tree, seed: int) -> N
 
 
 @given(trees())
+def test_components_are_the_subsets_below_each_root(tree: Tree) -> None:
+    owner = morphology.component_of(tree)
+    for node, parent in enumerate(tree.parents):
+        assert owner[node] == (owner[parent] if parent >= 0 else list(tree.roots).index(node))
+    parts = morphology.components(tree)
+    assert len(parts) == len(tree.roots)
+    for number, part in enumerate(parts):
+        wanted = morphology.subset(tree, owner == number)
+        for field in ("points", "radii", "parents", "types"):
+            assert np.array_equal(getattr(part, field), getattr(wanted, field))
+
+
+def test_an_empty_tree_has_no_components() -> None:
+    assert morphology.components(morphology.empty()) == []
+
+
+@given(trees())
 def test_euler_tips_and_branches_agree(tree: Tree) -> None:
     """Ends minus forks: in a forest, sum over nodes of (children - 1) = -roots."""
     assert (morphology.child_counts(tree) - 1).sum() == -len(tree.roots)

@@ -91,7 +91,7 @@ def probe(run: Path, split: str, batch: int) -> dict[str, Any]:
             for i, offsets in enumerate((torch.zeros_like(own), own, own[rng.permutation(len(mine))])):
                 taps = outer(offsets, int(axis), half) + tokens[mine, None]  # [n, 2, 3] in tokens
                 voxels = (taps + 0.5) * cfg.student.patch - 0.5
-                sums[i] += near.query(voxels * volume.voxel_size)[0].mean(1).sum()
+                sums[i] += np.asarray(near.query(voxels * volume.voxel_size)[0]).mean(1).sum()
         tubes += len(tokens)
         bend += float(bends.abs().mean(1).sum())
     if not tubes:

@@ -62,9 +62,9 @@ def create(
     pyramid = levels(shape, voxel_size)
     made = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
     with files.atomic(made) as part:
-        _group(part, {"ome": _image(name, pyramid, voxel_size), "hpc_neuro": record})
+        _group(part, {"ome": multiscales(name, pyramid, voxel_size), "hpc_neuro": record})
         _group(part / "labels", {"ome": {"version": "0.5", "labels": [label]}})
-        about = {**_image(label, pyramid, voxel_size), "image-label": {"source": {"image": "../../"}}}
+        about = {**multiscales(label, pyramid, voxel_size), "image-label": {"source": {"image": "../../"}}}
         _group(part / "labels" / label, {"ome": about})
         for base in (part, part / "labels" / label):
             for number, level in enumerate(pyramid):
@@ -178,7 +178,7 @@ def _pooled(values: Array, step: tuple[int, ...], how: Literal["mean", "max"]) -
     return pooled
 
 
-def _image(name: str, pyramid: list[Level], voxel_size: VoxelSize) -> dict[str, Any]:
+def multiscales(name: str, pyramid: list[Level], voxel_size: VoxelSize) -> dict[str, Any]:
     """OME-NGFF 0.5 `multiscales` metadata: a coarse voxel's centre is the centre of the voxels it stands for."""
     datasets = []
     for number, level in enumerate(pyramid):

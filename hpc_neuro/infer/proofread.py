@@ -26,6 +26,7 @@ from hpc_neuro.data import swc
 from hpc_neuro.geometry import Shape, VoxelSize
 from hpc_neuro.morphology import Tree
 
+_RED = "void main() { emitRGB(vec3(toNormalized(getDataValue()), 0.0, 0.0)); }"  # over the image
 KINDS = ("csv", "neurons.csv", "blocks.csv", "swc", "confidence.csv", "neuroglancer.json")
 """Endings of what is written of a volume."""
 DOUBTFUL = 7  # SWC type: the last of those left to the user
@@ -116,7 +117,7 @@ def places(tree: Tree, known: Sure, shape: Shape, size: VoxelSize) -> list[Place
     for node in range(len(tree) - 1, -1, -1):
         if tree.parents[node] >= 0:
             below[tree.parents[node]] += below[node]
-    neuron = _neurons(tree)
+    neuron = morphology.component_of(tree) + 1
     found = []
 
     def add(kind: str, node: int, doubt: float) -> None:
@@ -142,7 +143,7 @@ def places(tree: Tree, known: Sure, shape: Shape, size: VoxelSize) -> list[Place
 
 def neurons(tree: Tree, known: Sure, size: VoxelSize) -> list[Neuron]:
     """A score for each tree of a forest in voxels, least sure first."""
-    of, step = _neurons(tree) - 1, _cable(tree, size)
+    of, step = morphology.component_of(tree), _cable(tree, size)
     weak = (tree.parents >= 0) & (known.confidence < known.low)
     gaps = np.bincount([of[run[0]] for run in _runs(tree, weak.astype(np.int64))], minlength=len(tree.roots))
     broken = np.bincount(of, weights=step * weak)
@@ -214,33 +215,25 @@ def tables(out: Path, name: str) -> tuple[Path, Path]:
     return out / "proofread" / f"{name}.csv", out / "proofread" / f"{name}.neurons.csv"
 
 
-def neuroglancer(name: str, found: Sequence[Place], shape: Shape, size: VoxelSize) -> dict[str, Any]:
-    """A state that shows the probability, the mask and the places; replace HOST by where OUT is served."""
-    url = f"zarr3://HOST/{name}.ome.zarr/"
+def neuroglancer(
+    name: str, found: Sequence[Place], shape: Shape, size: VoxelSize, base: str = "http://HOST"
+) -> dict[str, Any]:
+    """A state that shows the probability, the mask and the places; base: where OUT is served (`infer serve`)."""
+    url = f"zarr3://{base}/{name}.ome.zarr/"
     points = [
         {"type": "point", "id": str(p.rank), "point": [p.z, p.y, p.x], "description": f"{p.kind}, doubt {p.doubt:.2f}"}
         for p in found
     ]
     return {
         "dimensions": {axis: [v * 1e-6, "m"] for axis, v in zip("zyx", size, strict=True)},
+        "displayDimensions": ["x", "y", "z"],
         "position": [found[0].z, found[0].y, found[0].x] if found else [n / 2 for n in shape],
         "layers": [
-            {"type": "image", "name": "probability", "source": url},
-            {"type": "segmentation", "name": "mask", "source": f"{url}labels/mask/"},
+            {"type": "image", "name": "probability", "source": url, "shader": _RED, "blend": "additive", "opacity": 1},
+            {"type": "segmentation", "name": "mask", "source": f"{url}labels/mask/", "visible": False},
             {"type": "annotation", "name": "doubtful places", "source": "local://annotations", "annotations": points},
         ],
     }
-
-
-def _neurons(tree: Tree) -> NDArray[np.int64]:
-    """[N] number of each node's tree, from 1."""
-    found = np.zeros(len(tree), dtype=np.int64)
-    count = 0
-    for node, parent in enumerate(tree.parents.tolist()):
-        if parent < 0:
-            count += 1
-        found[node] = count if parent < 0 else found[parent]
-    return found
 
 
 def _in_section(tree: Tree, at: NDArray[np.bool_]) -> NDArray[np.bool_]:

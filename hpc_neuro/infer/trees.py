@@ -42,14 +42,20 @@ def entry_path(out: Path, name: str) -> Path:
     return out / "entries" / f"{name}.json"
 
 
+def tree_files(out: Path, name: str) -> list[Path]:
+    """The files of a volume's trees that are there: SWC of all and of each, and what to proofread."""
+    own = [out / "swc" / f"{name}.{kind}" for kind in ("swc", "voxel.swc")]
+    own += [out / "proofread" / f"{name}.{kind}" for kind in proofread.KINDS]
+    return [p for p in own if p.exists()] + sorted((out / "swc" / name).glob("*"))
+
+
 def held(cfg: InferConfig, work: Work) -> Entry | None:
     """A volume's entry from an earlier run, or a share of this one, of the same probability and settings."""
     path = entry_path(cfg.out, work.source.id)
     if not path.exists():
         return None
     found = files.read_json(path, f"remove {path}")
-    trees = [found["entry"][name] for name in ("swc", "swc_voxel") if found["entry"][name]]
-    whole = found["key"] == _key(cfg, work) and all((cfg.out / tree).exists() for tree in trees)
+    whole = found["key"] == _key(cfg, work) and all((cfg.out / file).exists() for file in found["files"])
     return dict(found["entry"]) if whole else None
 
 
@@ -111,7 +117,9 @@ def finished(cfg: InferConfig, work: Work, views: Callable[[Tree], Floats]) -> E
         _forget(cfg.out, work.source.id)
         if cfg.trees:
             _write_trees(cfg, work, entry, views)
-        files.write_json(entry_path(cfg.out, work.source.id), {"key": _key(cfg, work), "entry": entry})
+        written = {p.relative_to(cfg.out).as_posix(): files.sha256(p) for p in tree_files(cfg.out, work.source.id)}
+        record = {"key": _key(cfg, work), "entry": entry, "files": written}
+        files.write_json(entry_path(cfg.out, work.source.id), record)
     shutil.rmtree(scratch(cfg, work).parent, ignore_errors=True)
     with contextlib.suppress(OSError):  # others may still be there
         (cfg.out / "strands").rmdir()
@@ -207,11 +215,10 @@ def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tr
 
 def _forget(out: Path, name: str) -> None:
     """Remove the trees that other settings left: more trees, perhaps, than there are now."""
-    for kind in ("swc", "voxel.swc"):
-        (out / "swc" / f"{name}.{kind}").unlink(missing_ok=True)
-    shutil.rmtree(out / "swc" / name, ignore_errors=True)
-    for told in proofread.KINDS:
-        (out / "proofread" / f"{name}.{told}").unlink(missing_ok=True)
+    for path in tree_files(out, name):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        (out / "swc" / name).rmdir()
 
 
 def _mean(scores: list[proofread.Neuron]) -> float:

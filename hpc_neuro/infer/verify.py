@@ -3,12 +3,14 @@
     --check   only say what is wrong
 
 Found are shards that are missing, have other bytes, or that nobody wrote; done markers that are missing or torn; levels
-of the pyramid; the images' metadata; trees. A repair forgets what is broken and runs `infer` with the config in OUT,
-which makes just that again. Exit code 0: all is whole (again); 3: something is not.
+of the pyramid; the images' metadata; trees and the tables beside them. A repair forgets what is broken and runs `infer`
+with the config in OUT, which makes just that again. Trees and tables that are other than written, or that nobody wrote,
+may be somebody's work: they are moved to OUT/set_aside. Exit code 0: all is whole (again); 3: something is not.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from hpc_neuro.geometry import Block, Shape, VoxelSize, blocks
 from hpc_neuro.infer.blocks import MASK
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.marks import Marks
-from hpc_neuro.infer.trees import entry_path
+from hpc_neuro.infer.trees import entry_path, tree_files
 from hpc_neuro.infer.verb import INDEX, run
 from hpc_neuro.schema import ConfigError, InputError
 
@@ -201,19 +203,49 @@ def _strangers(image: _Image) -> Iterator[Problem]:
 
 
 def _trees(out: Path) -> Iterator[Problem]:
-    """predictions.json and the trees it names."""
+    """predictions.json, and the files of trees that the volumes' entries name, each and no others."""
     try:
-        index = files.read_json(out / INDEX, _AGAIN)
+        index, known = files.read_json(out / INDEX, _AGAIN), set[Path]()
     except InputError as error:
         yield Problem(str(error), lambda: None)
         return
-    for name, entry in index.items():
-        for kind, wanted in entry.get("sha256", {}).items():
-            path = out / entry[kind]
-            if not path.exists() or files.sha256(path) != wanted:
-                state = "has other bytes than were written" if path.exists() else "is missing"
+    for name in index:
+        path = entry_path(out, name)
+        try:
+            record = files.read_json(path, _AGAIN)
+            written = {out / file: digest for file, digest in record["files"].items()}
+        except (InputError, KeyError, TypeError, AttributeError):
+            known |= set(tree_files(out, name))
+            yield Problem(f"{name}: its entry {path.name} is missing or torn", functools.partial(_remove, path))
+            continue
+        known |= set(written)
+        if record["entry"] != index[name]:
+            yield Problem(f"{name}: {INDEX} says other than its entry does", lambda: None)
+        for file, wanted in written.items():
+            if not file.exists() or files.sha256(file) != wanted:
+                state = "has other bytes than were written" if file.exists() else "is missing"
+                forget = functools.partial(_set_aside, out, file, path)
+                yield Problem(f"{name}: {file.relative_to(out)} {state}", forget)
+    for kind in ("swc", "proofread"):
+        for file in sorted((out / kind).rglob("*")):
+            if file.is_file() and file not in known:
+                yield Problem(f"nobody wrote {file.relative_to(out)}", functools.partial(_set_aside, out, file))
 
-                def forget(name: str = name) -> None:
-                    entry_path(out, name).unlink(missing_ok=True)
 
-                yield Problem(f"{name}: the tree {entry[kind]} {state}", forget)
+def _set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
+    """Move a tree or table, if it is there, to where nothing is made or removed; forget the entry that names it."""
+    if entry is not None:
+        entry.unlink(missing_ok=True)
+    if not file.exists():
+        return
+    target, number = out / "set_aside" / file.relative_to(out), 1
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{file.stem}.{number}{file.suffix}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(target)
+    log.info("%s is now %s", file, target)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)

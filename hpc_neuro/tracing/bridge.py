@@ -21,6 +21,7 @@ Bridge = tuple[int, int]
 _BASE = 8.0  # [voxel] shortest stretch behind an end that gives its direction
 _SLENDER = 3.0  # an end is a tube's, and has a direction, when that stretch is this many radii long
 _WORTH = 1.0  # a bridge may cost this many times the cable of the smaller piece it joins: specks are not worth a leap
+_HINTED = 0.5  # a bridge costs this share of its price where the probability between is almost `floor`
 _AT_ONCE = 256  # ends whose surroundings are held together
 _ROUNDS = 20  # a string of beads gets its direction bead by bead
 
@@ -202,12 +203,14 @@ def _candidates(
         cosine = out @ direction / away
         price = np.maximum(away - depth - thick[others], 1) * (3 - 2 * cosine)  # from surface to surface
         allowed = (cosine >= steepest) | (not direction.any())
-        for other in np.unique(piece[others[allowed]]):
-            mine = np.flatnonzero(allowed & (piece[others] == other))
-            best = mine[price[mine].argmin()]
+        most = np.minimum(cfg.gap, _WORTH * np.minimum(cable[piece[others]], cable[piece[anchor]]))
+        # what half the price would be too much for is too dear whatever lies between: nearly all specks, in noise
+        worth = np.flatnonzero(allowed & (price * _HINTED <= most))
+        worth = worth[np.lexsort((price[worth], piece[others[worth]]))]
+        for best in worth[np.unique(piece[others[worth]], return_index=True)[1]]:  # the cheapest of each piece
             hint = _between(found, cfg.floor, int(anchor), int(others[best])) / cfg.floor
-            total = float(price[best]) * (1 - 0.5 * min(1.0, hint))
-            if total <= min(cfg.gap, _WORTH * min(cable[other], cable[piece[anchor]])):
+            total = float(price[best]) * (1 - (1 - _HINTED) * min(1.0, hint))
+            if total <= most[best]:
                 options.append(_Candidate(total, int(anchor), int(others[best])))
     return options
 

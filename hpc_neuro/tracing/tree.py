@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
+from scipy.spatial import cKDTree
 
 from hpc_neuro.morphology import Tree, child_counts, edge_lengths, subset, tips
 from hpc_neuro.tracing.foreground import Floats, Ints, accumulated, farthest
@@ -16,25 +17,38 @@ from hpc_neuro.tracing.wires import Wires
 
 _UNDEFINED, _SOMA = 0, 1  # SWC types
 _SOMA_RATIO = 3.0  # a node this many times thicker than the median, and
+_NEAR = 10.0  # [voxel] within which an end is as thick as its nodes are on average
 _SOMA_RADIUS = 4.0  # [voxel] at least this thick, is a soma
 
 
 def rooted(net: Wires, given: Sequence[int], min_branch: float) -> Iterator[Tree]:
-    """The trees of the pieces of the `given` roots, in their order, or those of all pieces when none is given."""
+    """The trees of the pieces of the `given` roots, in their order, or those of all pieces when none is given.
+
+    No two roots lie in one piece.
+    """
     n = len(net.points)
     graph = csr_array((np.ones(len(net.edges)), (net.edges[:, 0], net.edges[:, 1])), shape=(n, n))
-    roots = [(root, _UNDEFINED) for root in given] or _roots(
-        net, min_branch, *connected_components(graph, directed=False)
-    )
-    graph = graph + graph.T
-    for start, kind in roots:
-        order, above = breadth_first_order(graph, start, directed=False, return_predecessors=True)
-        rank = np.empty(n, dtype=np.int64)
-        rank[order] = np.arange(len(order))
-        parents = np.concatenate([[-1], rank[above[order[1:]]]]).astype(np.int64)
-        types = np.full(len(order), _UNDEFINED, dtype=np.int64)
+    count, label = connected_components(graph, directed=False)
+    roots = [(root, _UNDEFINED) for root in given] or _roots(net, min_branch, count, label)
+    if not roots:
+        return
+    # one search for all, from a node that leads to every root: thousands of trees would each look at all nodes
+    starts = np.array([start for start, _ in roots], dtype=np.int64)
+    rows = np.concatenate([net.edges[:, 0], net.edges[:, 1], np.full(len(starts), n)])
+    columns = np.concatenate([net.edges[:, 1], net.edges[:, 0], starts])
+    both = csr_array((np.ones(len(rows)), (rows, columns)), shape=(n + 1, n + 1))
+    order, above = breadth_first_order(both, n, return_predecessors=True)
+    order = order[1:]
+    rank, owner = np.empty(n, dtype=np.int64), np.full(count, -1)
+    owner[label[starts]] = np.arange(len(starts))
+    order = order[np.argsort(owner[label[order]], kind="stable")]
+    ends = np.searchsorted(owner[label[order]], np.arange(1, len(starts)))
+    for (_, kind), nodes in zip(roots, np.split(order, ends), strict=True):
+        rank[nodes] = np.arange(len(nodes))
+        parents = np.concatenate([[-1], rank[above[nodes[1:]]]]).astype(np.int64)
+        types = np.full(len(nodes), _UNDEFINED, dtype=np.int64)
         types[0] = kind
-        yield Tree(net.points[order], net.radii[order], parents, types)
+        yield Tree(net.points[nodes], net.radii[nodes], parents, types)
 
 
 def _roots(net: Wires, min_branch: float, count: int, label: NDArray[np.int32]) -> list[tuple[int, int]]:
@@ -52,9 +66,8 @@ def _roots(net: Wires, min_branch: float, count: int, label: NDArray[np.int32]) 
         ends = piece[degree[piece] <= 1]
         stub = np.array([_is_stub(net, around, end, min_branch) for end in ends.tolist()])
         ends = ends if stub.all() else ends[~stub]
-        thick = [
-            float(net.radii[piece][np.linalg.norm(net.points[piece] - net.points[e], axis=1) < 10].mean()) for e in ends
-        ]
+        balls = cKDTree(net.points[piece]).query_ball_point(net.points[ends], _NEAR, return_sorted=True)
+        thick = [float(radii[ball].mean()) for ball in balls]
         found.append((int(ends[int(np.argmax(thick))]), _UNDEFINED))
     return found
 

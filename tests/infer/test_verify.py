@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from hpc_neuro import __main__ as cli
+from hpc_neuro import infer
 from hpc_neuro.infer import verify
-from tests.infer.small import probability
+from tests.infer.small import configure, probability
 
 SHARD = "0/c/1/0/1"
 
@@ -73,6 +75,70 @@ def test_each_harm_is_named_and_repaired(copy: Path, file: str, harm: Callable[[
     whole_volume = file == "a.ome.zarr/zarr.json"
     assert whole_volume or len(again) <= 1  # only what was broken is made again
     assert cli.main(["infer", "verify", str(copy)]) == 0
+
+
+@pytest.fixture(scope="session")
+def with_trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two crossing neurites of two roots, traced."""
+    folder, image = tmp_path_factory.mktemp("cells"), np.zeros((16, 64, 64), dtype=np.uint8)
+    for i in range(4, 60):
+        image[6:11, i - 2 : i + 3, i - 2 : i + 3] = image[6:11, 61 - i : 66 - i, i - 2 : i + 3] = 255
+    tifffile.imwrite(folder / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    item = f"{{image: {folder / 'cells.tif'}, voxel_size: [1, 0.5, 0.5], roots: [[8, 4, 4], [8, 60, 4]]}}"
+    keys = ["trees=true", "trace.threshold=0.01", "trace.root_snap=100", "trace.min_voxels=1"]
+    cfg = configure(model, folder / "out", f"inputs=[{item}]", *keys)
+    assert infer.run(cfg) == 0
+    assert (cfg.out / "swc" / "cells" / "0002.swc").exists()
+    return cfg.out
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "said"),
+    [
+        ("swc/cells.swc", delete, "cells: swc/cells.swc is missing"),
+        ("swc/cells/0002.swc", delete, "cells: swc/cells/0002.swc is missing"),
+        ("swc/cells/0001.voxel.swc", flip, "cells: swc/cells/0001.voxel.swc has other bytes than were written"),
+        ("proofread/cells.confidence.csv", cut, "cells: proofread/cells.confidence.csv has other bytes"),
+        ("swc/mine.swc", stray, "nobody wrote swc/mine.swc"),
+        ("swc/cells/0003.swc", stray, "nobody wrote swc/cells/0003.swc"),
+        ("entries/cells.json", cut, "cells: its entry cells.json is missing or torn"),
+        ("entries/cells.json", delete, "cells: its entry cells.json is missing or torn"),
+    ],
+)
+def test_trees_are_named_and_made_again_and_nobodys_work_is_lost(
+    with_trees: Path, tmp_path: Path, file: str, harm: Callable[[Path], None], said: str
+) -> None:
+    out = Path(shutil.copytree(with_trees, tmp_path / "out"))
+
+    def trees() -> dict[str, bytes]:
+        found = [p for kind in ("swc", "proofread", "entries") for p in out.glob(f"{kind}/**/*") if p.is_file()]
+        return {p.relative_to(out).as_posix(): p.read_bytes() for p in found}
+
+    before = trees()
+    assert verify.check(out) == []
+    harm(out / file)
+    left = (out / file).read_bytes() if (out / file).exists() and "entries" not in file else None
+    assert [p.text for p in verify.check(out)] == [next(p.text for p in verify.check(out) if said in p.text)]
+    assert cli.main(["infer", "verify", str(out)]) == 0
+    assert trees() == before
+    aside = out / "set_aside" / file
+    assert aside.exists() == (left is not None)
+    assert left is None or aside.read_bytes() == left
+    assert verify.check(out) == []
+    if left is not None:  # and once more: the one set aside before stays
+        (out / file).write_bytes(b"other")
+        assert cli.main(["infer", "verify", str(out)]) == 0
+        assert aside.read_bytes() == left
+        assert len(list(aside.parent.iterdir())) == 2
+
+
+def test_an_index_that_says_other_than_its_entries(with_trees: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(with_trees, tmp_path / "out"))
+    index = (out / "predictions.json").read_text()
+    (out / "predictions.json").write_text(index.replace('"trees": 2', '"trees": 3'))
+    assert [p.text for p in verify.check(out)] == ["cells: predictions.json says other than its entry does"]
+    assert cli.main(["infer", "verify", str(out)]) == 0
+    assert (out / "predictions.json").read_text() == index
 
 
 def test_several_harms_at_once(copy: Path) -> None:

@@ -80,9 +80,7 @@ def fix(path: Path | str, roots: Roots = "join") -> Fixed:
 
 def components(tree: Tree) -> list[Tree]:
     """The separate trees of a forest, longest cable first."""
-    owner = _owner(tree)
-    parts = [morphology.subset(tree, owner == i) for i in range(len(tree.roots))]
-    return sorted(parts, key=morphology.length, reverse=True)
+    return sorted(morphology.components(tree), key=morphology.length, reverse=True)
 
 
 def _parse_changes(table: Table) -> list[str]:
@@ -162,7 +160,7 @@ def _rooted_at_soma(tree: Tree, changes: list[str]) -> Tree:
 
 def _joined(tree: Tree, changes: list[str]) -> Tree:
     """Every further tree hung on the nearest joined node, nearest trees first (Prim's rule over whole trees)."""
-    owner, parents = _owner(tree), tree.parents.copy()
+    owner, parents = morphology.component_of(tree), tree.parents.copy()
     waiting = owner != 0
     distance, nearest = _nearest(tree.points[~waiting], tree.points)
     nearest = np.flatnonzero(~waiting)[nearest]
@@ -198,14 +196,6 @@ def _turn(parents: NDArray[np.int64], node: int, onto: int) -> None:
         above = int(parents[node])
         parents[node] = onto
         onto, node = node, above
-
-
-def _owner(tree: Tree) -> NDArray[np.int64]:
-    """[N] number of the root above each node, in order of the roots."""
-    up = np.where(tree.parents >= 0, tree.parents, np.arange(len(tree)))
-    for _ in range(len(tree).bit_length()):
-        up = up[up]
-    return np.searchsorted(tree.roots, up).astype(np.int64)
 
 
 def _tell(changes: list[str], told: Sequence[str], kind: str) -> None:
