@@ -87,25 +87,29 @@ def predict(
     steps = step(window, overlap, patch)
     starts = [_starts(n, w, s) for n, w, s in zip(array.shape, window, steps, strict=True)]
     reach = [s[-1] + w for s, w in zip(starts, window, strict=True)]
-    array = np.pad(array, [(0, r - n) for r, n in zip(reach, array.shape, strict=True)], mode="reflect")
+    padded = np.pad(array, [(0, r - n) for r, n in zip(reach, array.shape, strict=True)], mode="reflect")
     profiles = [_gaussian(w) for w in window]
     weight = torch.from_numpy(np.einsum("z,y,x->zyx", *profiles)).to(device)
-    total = np.zeros(array.shape, dtype=np.float32)
+    total = torch.zeros(padded.shape)
     boxes = [Box.at((z, y, x), window) for z, y, x in itertools.product(*starts)]
     if where is not None:
         boxes = [box for box in boxes if where[box.slices].any()]
     mirrored = [axis - 3 for axis in flip]
-    for box, probability in _run(student, array, boxes, size, torch.device(device), seen, mirrored):
-        total[box.slices] += (probability * weight).cpu().numpy()
+    for box, probability in _run(student, torch.from_numpy(padded), boxes, size, torch.device(device), seen, mirrored):
+        part = total[box.slices]
+        if probability.device == total.device:
+            part.addcmul_(probability, weight)
+        else:
+            part += (probability * weight).cpu()
+    found = total.numpy()
     for axis, (profile, first) in enumerate(zip(profiles, starts, strict=True)):
-        summed = np.zeros(
-            reach[axis], dtype=np.float32
-        )  # the windows form a lattice, so their summed weight factorises
+        # the windows form a lattice, so their summed weight factorises
+        summed = np.zeros(reach[axis], dtype=np.float32)
         for start in first:
             summed[start : start + len(profile)] += profile
-        total /= summed.reshape([-1 if a == axis else 1 for a in range(3)])
+        found /= summed.reshape([-1 if a == axis else 1 for a in range(3)])
     z, y, x = np.shape(image)
-    return np.ascontiguousarray(np.clip(total[:z, :y, :x], 0, 1))
+    return np.ascontiguousarray(np.clip(found[:z, :y, :x], 0, 1))
 
 
 def _starts(size: int, window: int, step: int) -> list[int]:
@@ -121,7 +125,7 @@ def _gaussian(size: int) -> NDArray[np.float32]:
 
 def _run(
     student: nn.Module,
-    array: NDArray[np.float32],
+    image: Tensor,
     boxes: list[Box],
     batch: BatchSize,
     device: torch.device,
@@ -132,10 +136,10 @@ def _run(
     done = 0
     while done < len(boxes):
         some = boxes[done : done + batch.windows]
-        images = torch.from_numpy(np.stack([array[b.slices] for b in some])[:, None])
+        images = torch.stack([image[b.slices] for b in some])[:, None]
         try:
-            prediction: Prediction = student(images.to(device).flip(mirrored))
-            probability = prediction.logits[:, 0].float().sigmoid().flip(mirrored)
+            prediction: Prediction = student(_flipped(images.to(device), mirrored))
+            probability = _flipped(prediction.logits[:, 0].float().sigmoid(), mirrored)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -151,6 +155,10 @@ def _run(
         done += len(some)
         if seen is not None:
             seen(len(some))
+
+
+def _flipped(x: Tensor, axes: list[int]) -> Tensor:
+    return x.flip(axes) if axes else x  # which copies, even along no axis
 
 
 def _out_of_memory(error: BaseException) -> bool:
