@@ -60,6 +60,10 @@ def run(cfg: PrepareConfig) -> int:
             write_index(cfg.out, [volume for volume, _ in volumes])
             _pictures(cfg.out, volumes)
         voxels = sum(int(np.prod(v.shape)) for v, _ in volumes)
+        rest = (
+            "" if cfg.share is None else "; once all shares are done, the same command without share writes the index"
+        )
+        log.info("wrote %d volumes, %d million voxels, to %s%s", len(volumes), voxels // 1_000_000, cfg.out, rest)
         record.finish(
             {"volumes": len(volumes), "voxels": voxels}, outputs=[cfg.out / "dataset.json"] * (cfg.share is None)
         )

@@ -121,7 +121,7 @@ class Training:
             "train: step %d: validation Dice %.4f (%.4f at threshold %.3f), precision %.3f, recall %.3f",
             *(self.step, score.dice, score.dice_best, score.threshold, score.precision, score.recall),
         )
-        if score.collapsed and self.step > self.cfg.validate.alarm * self.cfg.optim.steps:
+        if self.main and score.collapsed and self.step > self.cfg.validate.alarm * self.cfg.optim.steps:
             log.warning(
                 "train: ALARM at step %d: next to no foreground is predicted (%.2g of the true amount); "
                 "lower optim.lr or raise the weight of Dice",
@@ -195,6 +195,11 @@ class Training:
         if self.best["step"] < 0 and self._export("best", self.score):
             self.best = {"score": self._value(self.score), "step": self.step}
         seconds = self.seconds + time.monotonic() - self.begun
+        log.info(
+            "train: %d steps in %.1f min; wrote %s, best (step %d, validation %s %.4f) and last, for infer model=%s",
+            *(self.step, seconds / 60, self.cfg.out / "weights", self.best["step"]),
+            *(self.cfg.checkpoint.metric.removesuffix("_best"), self.best["score"], self.cfg.out),
+        )
         return {
             "steps": self.step,
             f"best_val_{self.cfg.checkpoint.metric.removesuffix('_best')}": self.best["score"],
