@@ -7,7 +7,7 @@ GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/
 PINS   := $(if $(GPU),,-c constraints.txt)
 WORKERS ?= 2
 
-.PHONY: demo test lint types env env-dev bench slurm-up slurm-down clean
+.PHONY: demo test lint env env-dev bench gpu slurm-up slurm-down clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/hpc-neuro demo out=runs/demo $(ARGS)
@@ -21,7 +21,14 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	for tool in tools/bench_*.py; do echo "== $$tool"; $(BIN)/python $$tool || exit 1; done
+	for tool in tools/bench_*.py; do echo "== $$tool"; $(BIN)/python -m tools.$$(basename $$tool .py) || exit 1; done
+
+# what only a machine with an NVIDIA GPU can show: the tests of its kernels, then its benchmarks
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m tools.bench_tubular --device cuda
+	$(BIN)/python -m tools.bench_student --device cuda --size base --crop 96 96 96 --batch 16
+	$(BIN)/python -m tools.bench_train --ranks 1 --size base --crop 96 96 96 --batch 16
 
 # a real one-machine Slurm for the tests marked `slurm`; `make test` brings it up and ends it by itself
 slurm-up:

@@ -46,7 +46,7 @@ _SMALL_WINDOW: Shape = (16, 64, 64)
 def main() -> None:
     """Run one benchmark."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("what", choices=("monai", "memory", "sparse", "overlap", "one"))
+    ask.add_argument("what", nargs="?", default="monai", choices=("monai", "memory", "sparse", "overlap", "one"))
     ask.add_argument("--model", type=Path)
     ask.add_argument("--shape", type=int, nargs=3, default=(32, 192, 192))
     ask.add_argument("--overlap", type=float, default=0.5)
