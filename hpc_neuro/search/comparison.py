@@ -39,6 +39,18 @@ class Comparison:
         """Mean over neurons and seeds with its bootstrap interval."""
         return crossed_interval(self.values(setting, metric), draws)
 
+    def difference(self, setting: Setting, other: Setting, metric: str, draws: int) -> Interval | None:
+        """Mean of what `setting` scores above `other` on the same seed and neuron; None without a seed that both have.
+
+        What neurons and seeds have in common drops out, so that it shows less of a difference than `interval` does.
+        """
+        mine, theirs = self.scores[setting], self.scores[other]
+        shared = [seed for seed in mine if seed in theirs]
+        if not shared:
+            return None
+        apart = [[mine[s][n][metric] - theirs[s][n][metric] for n in self.neurons] for s in shared]
+        return crossed_interval(np.array(apart), draws)
+
     def part(self, index: int) -> list[str]:
         """The different values of one part of the settings, in order."""
         return list(dict.fromkeys(s[index] for s in self.scores))

@@ -27,6 +27,8 @@ def build(
     sections = [("Result", _result(cfg, trials, winner))]
     if found is not None:
         sections.append(("Comparison", _comparison(cfg, found)))
+        if len(found.scores) > 1:
+            sections.append(("Differences", _differences(cfg, found)))
         sections.append(("Held-out neurons", _neurons(cfg, found)))
     sections.append(("Values", _parallel(cfg, trials, winner)))
     if weights:
@@ -166,6 +168,33 @@ def _comparison(cfg: SearchConfig, found: Comparison) -> str:
         )
     figures = "".join(_figure(found, m, {s: means[m.key][s] for s in found.scores}) for m in cfg.table)
     return html.paragraph(note, "small") + html.table(columns, rows) + figures
+
+
+def _differences(cfg: SearchConfig, found: Comparison) -> str:
+    """Every setting against the first one, paired by neuron and seed."""
+    base, *others = found.scores
+    first, rest = found.dimensions
+    name = ", ".join(part for part in base if part)
+    note = (
+        f"What a setting scores above {name} on the same neuron with the same seed, and in small type the 95 % "
+        f"bootstrap interval over both ({cfg.draws:,} draws). An interval that holds 0 shows no difference (others are "
+        f"bold); of {len(others)} settings about one in twenty leaves it out by chance."
+    )
+    columns = [Column(first, numeric=False), *([Column(rest, numeric=False)] if rest else [])]
+    columns += [Column(_titled(m)) for m in cfg.table]
+    rows = []
+    for setting in others:
+        cells = [Cell(setting[0]), *([Cell(setting[1])] if rest else [])]
+        for m in cfg.table:
+            at = found.difference(setting, base, m.key, cfg.draws)
+            if at is None:
+                cells.append(Cell(""))
+                continue
+            small = "" if at.low is None else f"{at.low:+.{m.digits}f} … {at.high:+.{m.digits}f}"
+            clear = at.low is not None and at.high is not None and at.low * at.high > 0
+            cells.append(Cell(f"{at.mean:+.{m.digits}f}", at.mean, clear, small))
+        rows.append(cells)
+    return html.paragraph(note, "small") + html.table(columns, rows)
 
 
 def _figure(found: Comparison, metric: TableMetric, means: Mapping[Setting, object]) -> str:

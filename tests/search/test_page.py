@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from hpc_neuro import search
 from hpc_neuro.report import sweep_charts
 from hpc_neuro.schema import InputError
-from hpc_neuro.search import trial
+from hpc_neuro.search import comparison, trial
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import grid
 from hpc_neuro.search.study import Study
@@ -73,6 +73,30 @@ def test_the_comparison_has_a_line_per_setting_seed_and_neuron_and_misses_only_w
     assert "Means over 4 held-out neurons and 2 to 3 seeds" in page
     assert "<b>&<b>" not in page, "a trial's note is text, not markup"
     assert page.count('class="chart"') == 4 + 2
+
+
+def test_differences_are_paired_by_neuron_and_seed(factorial):
+    found = comparison.read(factorial, trial.load_all(factorial.out))
+    base, *_, last = found.scores
+    apart = [
+        found.scores[last][seed][neuron]["dice"] - found.scores[base][seed][neuron]["dice"]
+        for seed in found.scores[last]
+        for neuron in found.neurons
+    ]
+    shown = found.difference(last, base, "dice", 1000)
+    assert shown.mean == pytest.approx(np.mean(apart))
+    assert f"{shown.mean:+.3f}" in (factorial.out / "report.html").read_text()
+    # what seeds and neurons have in common drops out, however far apart they are
+    rng = np.random.default_rng(0)
+    far = {str(s): {n: {"dice": float(rng.normal(0, 10))} for n in "abc"} for s in range(3)}
+    near = {s: {n: {"dice": v["dice"] + 0.5} for n, v in row.items()} for s, row in far.items()}
+    pair = comparison.Comparison(("a", ""), ("a", "b", "c"), {("x", ""): far, ("y", ""): near}, {})
+    exact = pair.difference(("y", ""), ("x", ""), "dice", 100)
+    assert (exact.mean, exact.low, exact.high) == pytest.approx((0.5, 0.5, 0.5))
+    other = {("x", ""): {"0": far["0"]}, ("y", ""): {"1": far["1"]}}
+    assert (
+        comparison.Comparison(("a", ""), ("a", "b", "c"), other, {}).difference(("y", ""), ("x", ""), "dice", 9) is None
+    )
 
 
 def test_the_page_needs_nothing_else_and_its_charts_are_sound(factorial):
