@@ -102,7 +102,7 @@ class Layers:
         """The brightness to show as black and as white, of the voxels around a position."""
         _, shape, read = self._image(name)
         z, y, x = (round(p) - n // 2 for p, n in zip(position, _LOOK, strict=True))
-        values = read(Box.at((z, y, x), _LOOK).clipped(Box.whole(shape)))
+        values = read(Box.at((z, y, x), _LOOK).clipped(Box.whole(shape))).astype(np.float32)
         low, high = (float(v) for v in np.percentile(values, (1, 99.9)))
         return [low, max(high, low + 1e-6)]
 
