@@ -6,8 +6,9 @@ Every way is built in turn, `rounds` times over, as one busy second would otherw
 counts, of the rank that took longest. A step has three parts: forward; backward, with what it communicates; the step,
 with what that communicates. Communication alone is an all-reduce of all gradients, timed by itself. Crops are random
 numbers that are there already: reading is not part of it. Memory is what tensors hold after backward, on the fullest
-rank. float32 on a CPU (gloo), bf16 on GPUs (NCCL; plain PyTorch then under autocast with float32 weights). The last
-line is one JSON object with the ratio of each stage to the faster of DDP and FSDP2.
+rank. float32 on a CPU (gloo), bf16 on GPUs (NCCL; plain PyTorch then under autocast with float32 weights), where
+the model FLOPs utilisation of each way is printed too. The last line is one JSON object with the ratio of each stage to
+the faster of DDP and FSDP2.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpc_neuro import distributed
 from hpc_neuro.models.student import SIZES, StudentConfig, build_student
+from hpc_neuro.train import plan
 from hpc_neuro.train.assemble import TrainModule
 from hpc_neuro.train.engine import Engine, join_group
 from hpc_neuro.train.engine_config import EngineConfig, deepspeed_json
@@ -153,11 +155,23 @@ def rank(args: argparse.Namespace) -> int:
             cells = "".join(f"{1000 * v:>13.1f}" for v in (*parts, totals[way]))
             print(f"{way:<10}{cells}{totals[way] / best:>8.2f}{held[way] / 2**20:>8.0f}")
         ratios = {way: round(total / best, 3) for way, total in totals.items()}
+        utilised = _utilisation(args, totals)
+        for way, share in utilised.items():
+            print(f"{way}: model FLOPs utilisation {share:.1%}")
         parts_of = {way: dict(zip(PARTS, parts, strict=True)) for way, parts in times.items()}
         found = {"ratio": ratios, "seconds": parts_of, "all_reduce_s": alone, "held_bytes": held, "ranks": args.ranks}
-        print(json.dumps(found))
+        print(json.dumps(found | {"mfu": utilised}))
     dist.barrier()  # the store of rank 0 stays until nobody needs it
     return 0
+
+
+def _utilisation(args: argparse.Namespace, seconds: dict[str, float]) -> dict[str, float]:
+    """Share of the device's matrix speed that the student's operations come to; {} where that speed is not known."""
+    peak = plan.peak(distributed.device())
+    if peak is None:
+        return {}
+    _, operations = plan.operations(StudentConfig(size=args.size), tuple(args.crop))
+    return {way: round(operations * args.batch / s / peak, 4) for way, s in seconds.items()}
 
 
 def _now(device: torch.device) -> float:
