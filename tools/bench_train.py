@@ -17,8 +17,6 @@ import argparse
 import gc
 import json
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +35,7 @@ from hpc_neuro.train.assemble import TrainModule
 from hpc_neuro.train.engine import Engine, join_group
 from hpc_neuro.train.engine_config import EngineConfig, deepspeed_json
 from hpc_neuro.train.schedule import OptimConfig, groups
+from tools.ranks import launched
 
 WAYS = ("ddp", "fsdp2", "stage 0", "stage 1", "stage 2", "stage 3")
 PARTS = ("forward", "backward", "step")
@@ -206,13 +205,7 @@ def main() -> int:
     args = parser.parse_args()
     if "RANK" in os.environ:
         return rank(args)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(args.ranks)}
-    command = [sys.executable, "-m", "tools.bench_train", *sys.argv[1:]]
-    ranks = [subprocess.Popen(command, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(args.ranks)]
-    return max(abs(process.wait()) for process in ranks)  # one that a signal ended has a negative code
+    return launched("tools.bench_train", args.ranks, sys.argv[1:])
 
 
 if __name__ == "__main__":

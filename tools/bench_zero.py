@@ -22,8 +22,6 @@ import functools
 import gc
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -50,6 +48,7 @@ from hpc_neuro.train.footprint import Alive, Moment, moments
 from hpc_neuro.train.ledger import found, ideal
 from hpc_neuro.train.schedule import OptimConfig, groups
 from hpc_neuro.types import Array, Batch, Prediction
+from tools.ranks import launched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARE, PEAK = 0.05, 0.10  # how far off at most
@@ -210,13 +209,7 @@ def main() -> int:
     args = parser.parse_args()
     if "RANK" in os.environ:
         return rank(args)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(args.ranks)}
-    command = [sys.executable, "-m", "tools.bench_zero", *sys.argv[1:]]
-    ranks = [subprocess.Popen(command, env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(args.ranks)]
-    return max(abs(process.wait()) for process in ranks)  # one that a signal ended has a negative code
+    return launched("tools.bench_zero", args.ranks, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -44,6 +43,7 @@ from safetensors.torch import load_file
 from hpc_neuro import __main__ as command
 from hpc_neuro.train import checkpoint
 from hpc_neuro.train.shard_files import kinds, stream
+from tools.ranks import environment
 
 KEYS = ("tracker.every=1", "tracker.wandb=disabled", "engine.silence=5")
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -101,11 +101,7 @@ def _forked(words: list[str], env: dict[str, str], log: Path) -> None:
 
 def start(words: list[str], ranks: int, log: Path, fresh: bool = False) -> list[Rank]:
     """The ranks of one start of the run, as srun would start them; what they say is appended to `log`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    return [Rank([*words, *KEYS], env | {"RANK": str(i), "LOCAL_RANK": str(i)}, log, fresh) for i in range(ranks)]
+    return [Rank([*words, *KEYS], own | {"OMP_NUM_THREADS": "1"}, log, fresh) for own in environment(ranks)]
 
 
 def wait(ranks: list[Rank], limit: float = 600) -> tuple[list[int], bool]:

@@ -34,12 +34,12 @@ from hpc_neuro import files, morphology, schema
 from hpc_neuro.data.dataset import read
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import Store, StoredVolume
-from hpc_neuro.geometry import Box, Shape
-from hpc_neuro.losses import Distill, Distiller
-from hpc_neuro.models.student import Student, build_student
-from hpc_neuro.models.tubular import gather, tube_sum
+from hpc_neuro.geometry import Box, Shape, VoxelSize
+from hpc_neuro.losses import Distiller
+from hpc_neuro.models.student import Student
+from hpc_neuro.models.tubular import gather
 from hpc_neuro.schema import ConfigError, InputError
-from hpc_neuro.train import checkpoint
+from hpc_neuro.train import assemble, checkpoint
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.shard_files import stream
 
@@ -75,14 +75,16 @@ def probe(run: Path, split: str, batch: int) -> dict[str, Any]:
     cfg = schema.load(TrainConfig, run / "config.yaml")
     if cfg.distill is None or cfg.distill.axes != "deformable" or cfg.cache is None:
         raise InputError(f"{run} was trained without tubes that bend; give a run with distill.axes=deformable")
-    student, distiller = _trained(run, cfg, cfg.distill, FeatureCache(cfg.cache))
+    student, distiller = _trained(run, cfg, FeatureCache(cfg.cache))
     store = Store(cfg.store)
     rng, half = np.random.default_rng(0), cfg.distill.taps // 2
     sums, tubes, bend = np.zeros(3), 0, 0.0
     for name in store.split(split):
         volume = store[name]
         line, towards = centreline(volume)
-        tokens, axes = met(line, towards, volume.voxel_size, cfg)
+        tokens, axes = met(line, towards, volume.voxel_size, cfg, cfg.distill.taps)
+        if not len(tokens):
+            continue
         near = cKDTree(line)
         bends = torch.cat(list(_bends(student, distiller, volume, tokens, axes, cfg, batch)))  # [N, 2*(K-1)]
         for axis in np.unique(axes):
@@ -95,7 +97,10 @@ def probe(run: Path, split: str, batch: int) -> dict[str, Any]:
         tubes += len(tokens)
         bend += float(bends.abs().mean(1).sum())
     if not tubes:
-        raise InputError(f"{cfg.store} has no centreline in its split {split!r}; name another with --split")
+        raise InputError(
+            f"{cfg.store}: no token of the split {split!r} holds centreline along an axis on which a crop of "
+            f"{list(cfg.crop.size)} has room for {cfg.distill.taps} taps; give another --split or a run of larger crops"
+        )
     straight, bent, dealt = (float(s) / tubes for s in sums)
     return {"tubes": tubes, "straight_um": straight, "bent_um": bent, "dealt_um": dealt, "bend": bend / tubes}
 
@@ -111,14 +116,13 @@ def centreline(volume: StoredVolume) -> tuple[NDArray[np.float64], NDArray[np.fl
 
 
 def met(
-    line: NDArray[np.float64], towards: NDArray[np.float64], voxel_size: tuple[float, float, float], cfg: TrainConfig
+    line: NDArray[np.float64], towards: NDArray[np.float64], voxel_size: VoxelSize, cfg: TrainConfig, taps: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The tokens [N, 3] that the centreline passes, of the volume's token grid, and the axis that it follows most.
 
     Tokens are left out where that axis has no room in a crop for all taps.
     """
     grid = np.array(cfg.crop.size) // cfg.student.patch
-    taps = 0 if cfg.distill is None else cfg.distill.taps
     at = np.floor((line / voxel_size + 0.5) / cfg.student.patch).astype(np.int64)
     tokens, which = np.unique(at, axis=0, return_inverse=True)
     share = np.zeros((len(tokens), 3))
@@ -167,26 +171,16 @@ def _shape(values: NDArray[np.int64]) -> Shape:
     return z, y, x
 
 
-def _trained(run: Path, cfg: TrainConfig, distill: Distill, cache: FeatureCache) -> tuple[Student, Distiller]:
+def _trained(run: Path, cfg: TrainConfig, cache: FeatureCache) -> tuple[Student, Distiller]:
     """Student and distiller with the weights of the run's newest checkpoint."""
     folder = checkpoint.newest(run / "checkpoints")
     if folder is None:
         raise InputError(f"{run} has no complete checkpoint; give a run whose checkpoints are still there")
-    student = build_student(cfg.student).eval()
-    vit = student.vit
-    distiller = distill.build(
-        student_dim=vit.dim,
-        student_depth=vit.depth,
-        teacher_layers=cache.layers,
-        mean=cache.mean,
-        std=cache.std,
-        tube_sum=tube_sum,
-    )
     shapes = files.read_json(folder / checkpoint.TRAINING, "take another run")["shapes"]
-    values = dict(zip(shapes, stream(folder, "weight", shapes), strict=True))
-    for part, name in ((student, "student."), (distiller, "distiller.")):
-        part.load_state_dict({k.removeprefix(name): v for k, v in values.items() if k.startswith(name)})
-    return student, distiller
+    held = assemble.module(cfg, cache).eval()
+    held.load_state_dict(dict(zip(shapes, stream(folder, "weight", shapes), strict=True)))
+    assert held.distiller is not None  # there are a cache and `distill`
+    return held.student, held.distiller
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ class VolumeConfig:
         if self.root is not None and self.roots:
             raise ValueError("give either root=[z, y, x] or roots=[[z, y, x], ...], not both")
 
+    @property
+    def name(self) -> str:
+        """The `id`, or the file's name without its ending."""
+        return self.id or self.image.name.partition(".")[0]
+
 
 @config
 class EmptyConfig:
@@ -126,6 +131,6 @@ class InferConfig:
             )
         if self.flips and not self.trees:
             raise ValueError("flips looks at trees; give trees=true, or no flips")
-        names = [v.id or v.image.name.partition(".")[0] for v in self.inputs]
+        names = [v.name for v in self.inputs]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"inputs: {', '.join(twice)} would be written twice; give each volume an `id` of its own")

@@ -19,10 +19,10 @@ import numpy as np
 from hpc_neuro import files, morphology, schema
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.data.store import Store
-from hpc_neuro.data.volume import open_volume
 from hpc_neuro.geometry import Box, Shape, VoxelSize
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.proofread import neuroglancer
+from hpc_neuro.infer.sources import opened
 from hpc_neuro.morphology import Tree
 from hpc_neuro.schema import InputError
 from hpc_neuro.types import Array
@@ -93,8 +93,8 @@ class Layers:
             held = store[name]
             return held.dtype, held.shape, held.image
         for item in cfg.inputs:
-            if name == (item.id or item.image.name.partition(".")[0]):
-                volume = open_volume(item.image, channel=item.channel, axes=item.axes, dataset=item.dataset)
+            if name == item.name:
+                volume = opened(item, item.dataset)
                 return volume.dtype, volume.shape, volume.__getitem__
         raise InputError(f"{self._out}/config.yaml names no image for {name}")
 

@@ -70,7 +70,7 @@ def sources(cfg: InferConfig, known: Mapping[str, Known] | None = None) -> Itera
             roots = () if v.root is None else (v.root,)
             yield Source(name, image, v.shape, v.voxel_size, roots, v.digest, v.normalised, part=part)
     for item, part in _share(cfg.inputs, cfg.share):
-        yield _from_file(item, part, (known or {}).get(_name(item)))
+        yield _from_file(item, part, (known or {}).get(item.name))
 
 
 def known(found: list[Source]) -> dict[str, Known]:
@@ -92,12 +92,13 @@ def _share(items: tuple[T, ...], share: Share | None) -> Iterator[tuple[T, Share
     yield items[which], (index // len(items), sharers) if sharers > 1 else None
 
 
-def _name(item: VolumeConfig) -> str:
-    return item.id or Path(item.image).name.partition(".")[0]
+def opened(item: VolumeConfig, dataset: str | None) -> Volume:
+    """An image that is in no store, or one of its other arrays."""
+    return open_volume(item.image, channel=item.channel, axes=item.axes, dataset=dataset)
 
 
 def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> Source:
-    volume = open_volume(item.image, channel=item.channel, axes=item.axes, dataset=item.dataset)
+    volume = opened(item, item.dataset)
     size = item.voxel_size or volume.voxel_size
     if size is None:
         raise InputError(
@@ -117,7 +118,7 @@ def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> S
     overview = None if item.overview is None else _overview(item, volume, low, high)
     facts = f"{content} {item.channel} {item.axes} {item.dataset} {low} {high}"
     return Source(
-        id=_name(item),
+        id=item.name,
         image=str(item.image),
         shape=volume.shape,
         voxel_size=size,
@@ -134,7 +135,7 @@ def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> S
 
 def _overview(item: VolumeConfig, fine: Volume, low: float, high: float) -> Callable[[Box], float]:
     """Looks at a coarser level of the same image, read by box."""
-    coarse = open_volume(item.image, channel=item.channel, axes=item.axes, dataset=item.overview)
+    coarse = opened(item, item.overview)
     factor = [a / b for a, b in zip(fine.shape, coarse.shape, strict=True)]
     if any(f < 1 for f in factor):
         raise InputError(

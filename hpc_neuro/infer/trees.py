@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +117,8 @@ def finished(cfg: InferConfig, work: Work, views: Callable[[Tree], Floats]) -> E
         if cfg.trees:
             _write_trees(cfg, work, entry, views)
         written = {p.relative_to(cfg.out).as_posix(): files.sha256(p) for p in tree_files(cfg.out, work.source.id)}
+        if entry["swc"]:
+            entry["sha256"] = {kind: written[entry[kind]] for kind in ("swc", "swc_voxel")}
         record = {"key": _key(cfg, work), "entry": entry, "files": written}
         files.write_json(entry_path(cfg.out, work.source.id), record)
     shutil.rmtree(scratch(cfg, work).parent, ignore_errors=True)
@@ -205,11 +206,7 @@ def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tr
     about = [f"traced by hpc_neuro {runs.code_version()} from {source.image}"]
     entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
     _write(cfg.out / "swc", source.id, tree, source, about)
-    entry["sha256"] = {name: files.sha256(cfg.out / entry[name]) for name in ("swc", "swc_voxel")}
-    starts = [*tree.roots.tolist(), len(tree)]
-    for number, (a, b) in enumerate(pairwise(starts) if len(starts) > 2 else [], start=1):
-        parents = np.where(tree.parents[a:b] >= 0, tree.parents[a:b] - a, -1)
-        one = Tree(tree.points[a:b], tree.radii[a:b], parents, tree.types[a:b])
+    for number, one in enumerate(morphology.components(tree) if len(tree.roots) > 1 else [], start=1):
         _write(cfg.out / "swc" / source.id, f"{number:04d}", one, source, about)
 
 

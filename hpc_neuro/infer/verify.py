@@ -131,7 +131,7 @@ def _metadata(image: _Image) -> Iterator[Problem]:
             if not held.exists() or held.read_text(encoding="utf-8", errors="replace") != wanted:
                 state = "other than written" if held.exists() else "missing"
                 what = f"{image.name}: the metadata {held.relative_to(image.folder)} is {state}"
-                yield Problem(what, lambda held=held, wanted=wanted: files.write_text(held, wanted))  # type: ignore[misc]
+                yield Problem(what, functools.partial(files.write_text, held, wanted))
 
 
 def _blocks(image: _Image) -> Iterator[Problem]:
@@ -151,7 +151,7 @@ def _blocks(image: _Image) -> Iterator[Problem]:
             continue
         for shard in (ome_zarr.shard_path(block.index), ome_zarr.shard_path(block.index, label=MASK)):
             if fault := _fault(image, shard, mark.files.get(shard, "")):
-                yield Problem(f"{where}: {fault}", lambda path=path: path.unlink(missing_ok=True))  # type: ignore[misc]
+                yield Problem(f"{where}: {fault}", functools.partial(path.unlink, missing_ok=True))
 
 
 def _levels(image: _Image) -> Iterator[Problem]:
@@ -216,7 +216,9 @@ def _trees(out: Path) -> Iterator[Problem]:
             written = {out / file: digest for file, digest in record["files"].items()}
         except (InputError, KeyError, TypeError, AttributeError):
             known |= set(tree_files(out, name))
-            yield Problem(f"{name}: its entry {path.name} is missing or torn", functools.partial(_remove, path))
+            yield Problem(
+                f"{name}: its entry {path.name} is missing or torn", functools.partial(path.unlink, missing_ok=True)
+            )
             continue
         known |= set(written)
         if record["entry"] != index[name]:
@@ -245,7 +247,3 @@ def _set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     file.rename(target)
     log.info("%s is now %s", file, target)
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)

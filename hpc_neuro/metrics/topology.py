@@ -108,7 +108,7 @@ def _pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, float
     found = Segments(other).distance(fine.points) <= tolerance
     fine, found = _from_found(fine, found)
     counterpart = np.asarray(cKDTree(guide.points).query(fine.points)[1])
-    component, guide_component = _components(fine), _components(guide)
+    component, guide_component = morphology.component_of(fine), morphology.component_of(guide)
 
     above = np.full(len(fine), -1)  # nearest found node on the way up
     for node, parent in enumerate(fine.parents):
@@ -144,7 +144,7 @@ def _pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, float
 def _from_found(tree: Tree, found: NDArray[np.bool_]) -> tuple[Tree, NDArray[np.bool_]]:
     """Each component rooted at a found node, where it has one, so that every other found node has one above it."""
     parents = tree.parents.copy()
-    component = _components(tree)
+    component = morphology.component_of(tree)
     has, first = np.unique(component[found], return_index=True)
     for start in np.flatnonzero(found)[first] if len(has) else ():
         above, here = -1, int(start)
@@ -152,15 +152,6 @@ def _from_found(tree: Tree, found: NDArray[np.bool_]) -> tuple[Tree, NDArray[np.
             parents[here], above, here = above, here, int(tree.parents[here])
     order = morphology.parents_first(parents)
     return morphology.make(tree.points, parents, tree.radii, tree.types), found[order]
-
-
-def _components(tree: Tree) -> NDArray[np.int64]:
-    """[N] number of the component of each node."""
-    label = np.cumsum(tree.parents < 0) - 1
-    for node, parent in enumerate(tree.parents):
-        if parent >= 0:
-            label[node] = label[parent]
-    return label.astype(np.int64)
 
 
 def _meet(parents: NDArray[np.int64], a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:

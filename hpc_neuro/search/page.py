@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
+from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.report import charts, html, sweep_charts
 from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.sweep_charts import Axis
@@ -143,13 +144,11 @@ def _comparison(cfg: SearchConfig, found: Comparison) -> str:
     else:
         note += "of one neuron no interval can be given. "
     note += "The best mean of a column is bold."
-    first, rest = found.dimensions
-    columns = [Column(first, numeric=False), *([Column(rest, numeric=False)] if rest else [])]
-    columns += [Column(_titled(m)) for m in cfg.table] + [Column("Seeds")]
+    columns = [*_heads(found), *(Column(_titled(m)) for m in cfg.table), Column("Seeds")]
     means = {m.key: {s: found.interval(s, m.key, cfg.draws) for s in found.scores} for m in cfg.table}
     rows = []
     for setting, per_seed in found.scores.items():
-        cells = [Cell(setting[0]), *([Cell(setting[1])] if rest else [])]
+        cells = _parts(found, setting)
         for m in cfg.table:
             at = means[m.key][setting]
             every = {i.mean for i in means[m.key].values()}
@@ -161,7 +160,7 @@ def _comparison(cfg: SearchConfig, found: Comparison) -> str:
         rows.append(
             [
                 Cell("Otsu"),
-                *([Cell("")] if rest else []),
+                *(Cell("") for _ in _heads(found)[1:]),
                 *(Cell(html.number(_baseline(found, m), m.digits), _baseline(found, m)) for m in cfg.table),
                 Cell(""),
             ]
@@ -173,18 +172,16 @@ def _comparison(cfg: SearchConfig, found: Comparison) -> str:
 def _differences(cfg: SearchConfig, found: Comparison) -> str:
     """Every setting against the first one, paired by neuron and seed."""
     base, *others = found.scores
-    first, rest = found.dimensions
     name = ", ".join(part for part in base if part)
     note = (
         f"What a setting scores above {name} on the same neuron with the same seed, and in small type the 95 % "
         f"bootstrap interval over both ({cfg.draws:,} draws). An interval that holds 0 shows no difference (others are "
         f"bold); of {len(others)} settings about one in twenty leaves it out by chance."
     )
-    columns = [Column(first, numeric=False), *([Column(rest, numeric=False)] if rest else [])]
-    columns += [Column(_titled(m)) for m in cfg.table]
+    columns = [*_heads(found), *(Column(_titled(m)) for m in cfg.table)]
     rows = []
     for setting in others:
-        cells = [Cell(setting[0]), *([Cell(setting[1])] if rest else [])]
+        cells = _parts(found, setting)
         for m in cfg.table:
             at = found.difference(setting, base, m.key, cfg.draws)
             if at is None:
@@ -197,21 +194,29 @@ def _differences(cfg: SearchConfig, found: Comparison) -> str:
     return html.paragraph(note, "small") + html.table(columns, rows)
 
 
-def _figure(found: Comparison, metric: TableMetric, means: Mapping[Setting, object]) -> str:
-    cells = {s: (i.mean, i.low, i.high) for s, i in means.items()}  # type: ignore[attr-defined]
+def _heads(found: Comparison) -> list[Column]:
+    """Columns of what a setting is."""
+    return [Column(name, numeric=False) for name in found.dimensions if name]
+
+
+def _parts(found: Comparison, setting: Setting) -> list[Cell]:
+    """The cells below them."""
+    return [Cell(part) for part, name in zip(setting, found.dimensions, strict=True) if name]
+
+
+def _figure(found: Comparison, metric: TableMetric, means: Mapping[Setting, Interval]) -> str:
+    cells = {s: (i.mean, i.low, i.high) for s, i in means.items()}
     line = ("Otsu", _baseline(found, metric)) if found.baseline else None
     return sweep_charts.factorial(_titled(metric), found.part(0), found.part(1), cells, line)
 
 
 def _neurons(cfg: SearchConfig, found: Comparison) -> str:
-    first, rest = found.dimensions
-    columns = [Column("Neuron", numeric=False), Column(first, numeric=False)]
-    columns += [Column(rest, numeric=False)] if rest else []
+    columns = [Column("Neuron", numeric=False), *_heads(found)]
     columns += [Column(_titled(m), "mean over seeds; below it the lowest and highest seed") for m in cfg.table]
     rows = []
     for i, neuron in enumerate(found.neurons):
         for setting in found.scores:
-            cells = [Cell(neuron), Cell(setting[0]), *([Cell(setting[1])] if rest else [])]
+            cells = [Cell(neuron), *_parts(found, setting)]
             for m in cfg.table:
                 values = found.values(setting, m.key)[:, i]
                 small = f"{html.number(values.min(), m.digits)} … {html.number(values.max(), m.digits)}"

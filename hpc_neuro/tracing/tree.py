@@ -41,9 +41,9 @@ def rooted(net: Wires, given: Sequence[int], min_branch: float) -> Iterator[Tree
     order = order[1:]
     rank, owner = np.empty(n, dtype=np.int64), np.full(count, -1)
     owner[label[starts]] = np.arange(len(starts))
-    order = order[np.argsort(owner[label[order]], kind="stable")]
-    ends = np.searchsorted(owner[label[order]], np.arange(1, len(starts)))
-    for (_, kind), nodes in zip(roots, np.split(order, ends), strict=True):
+    whose = owner[label[order]]
+    ends = np.cumsum(np.bincount(whose))[:-1]
+    for (_, kind), nodes in zip(roots, np.split(order[np.argsort(whose, kind="stable")], ends), strict=True):
         rank[nodes] = np.arange(len(nodes))
         parents = np.concatenate([[-1], rank[above[nodes[1:]]]]).astype(np.int64)
         types = np.full(len(nodes), _UNDEFINED, dtype=np.int64)

@@ -111,7 +111,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     store.close()
     return Parts(
         blank=TrainModule(blank, distiller, sharded=cfg.engine.stage == 3),
-        make=functools.partial(_module, cfg, cache),
+        make=functools.partial(module, cfg, cache),
         values={f"student.{name}": value for name, value in values.items()},
         depth=blank.vit.depth,
         transferred=frozenset(f"student.{name}" for name in kept),
@@ -127,7 +127,8 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     )
 
 
-def _module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:
+def module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:
+    """Student and distiller (none without `cache` or `distill`) as a run begins with them, in float32 on the CPU."""
     torch.manual_seed(cfg.seed)
     student = build_student(cfg.student)
     return TrainModule(student, _distiller(cfg, student, cache), sharded=cfg.engine.stage == 3)

@@ -61,8 +61,8 @@ def deepspeed_json(
         zero["reduce_scatter"] = False
     if cfg.stage == 3:
         # By default tensors of up to 100,000 elements stay whole on each rank, and all is kept gathered that is used
-        # again within 1,000 million: small models would not be sharded at all. What stays whole would
-        # be gathered tensor by tensor after each step, in over a hundred messages; a block is gathered in one.
+        # again within 1,000 million: small models would not be sharded at all. What stays whole would be gathered
+        # tensor by tensor after each step, in over a hundred messages; a block is gathered in one.
         live = max(parameters // 4, 1 << 20)
         zero["stage3_param_persistence_threshold"] = 0
         zero["leaf_module"] = {"classes": [f"{TransformerBlock.__module__}.{TransformerBlock.__name__}"]}

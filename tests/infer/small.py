@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 
 from hpc_neuro import infer
 from hpc_neuro.data import ome_zarr
@@ -30,6 +31,16 @@ def configure(model: Path, out: Path, *keys: str) -> infer.InferConfig:
 
 def probability(out: Path, name: str) -> np.ndarray:
     return np.asarray(ome_zarr.open_level(out / f"{name}.ome.zarr").read().result())
+
+
+def crossing(path: Path) -> str:
+    """Write an image of two neurites that cross; its entry of `inputs`, with a root for each."""
+    image = np.zeros((16, 64, 64), dtype=np.uint8)
+    for i in range(4, 60):
+        image[6:11, i - 2 : i + 3, i - 2 : i + 3] = 255
+        image[6:11, 61 - i : 66 - i, i - 2 : i + 3] = 255
+    tifffile.imwrite(path, image, photometric="minisblack", metadata={"axes": "ZYX"})
+    return f"{{image: {path}, voxel_size: [1, 0.5, 0.5], roots: [[8, 4, 4], [8, 60, 4]]}}"
 
 
 @dataclass(frozen=True)

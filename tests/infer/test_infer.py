@@ -21,7 +21,7 @@ from hpc_neuro.infer.job import Job
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
 from hpc_neuro.schema import ConfigError, InputError
-from tests.infer.small import WINDOW, configure, probability
+from tests.infer.small import WINDOW, configure, crossing, probability
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,8 @@ def test_two_neurons_that_touch_become_a_tree_each(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two crossing neurites with a root each; traced in blocks, which are not kept."""
-    image = np.zeros((16, 64, 64), dtype=np.uint8)
-    for i in range(4, 60):
-        image[6:11, i - 2 : i + 3, i - 2 : i + 3] = 255
-        image[6:11, 61 - i : 66 - i, i - 2 : i + 3] = 255
-    tifffile.imwrite(tmp_path / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
     monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: image)  # a student that is right
-    inputs = f"inputs=[{{image: {tmp_path / 'cells.tif'}, voxel_size: [1, 0.5, 0.5], roots: [[8, 4, 4], [8, 60, 4]]}}]"
+    inputs = f"inputs=[{crossing(tmp_path / 'cells.tif')}]"
     cfg = configure(model, tmp_path / "o", inputs, "trees=true", "page=true", "trace.block=[16,32,32]")
     assert infer.run(cfg) == 0
     entry = json.loads((cfg.out / "predictions.json").read_text())["cells"]

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 
 from hpc_neuro import __main__ as cli
 from hpc_neuro import infer
 from hpc_neuro.infer import verify
-from tests.infer.small import configure, probability
+from tests.infer.small import configure, crossing, probability
 
 SHARD = "0/c/1/0/1"
 
@@ -80,11 +79,8 @@ def test_each_harm_is_named_and_repaired(copy: Path, file: str, harm: Callable[[
 @pytest.fixture(scope="session")
 def with_trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two crossing neurites of two roots, traced."""
-    folder, image = tmp_path_factory.mktemp("cells"), np.zeros((16, 64, 64), dtype=np.uint8)
-    for i in range(4, 60):
-        image[6:11, i - 2 : i + 3, i - 2 : i + 3] = image[6:11, 61 - i : 66 - i, i - 2 : i + 3] = 255
-    tifffile.imwrite(folder / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
-    item = f"{{image: {folder / 'cells.tif'}, voxel_size: [1, 0.5, 0.5], roots: [[8, 4, 4], [8, 60, 4]]}}"
+    folder = tmp_path_factory.mktemp("cells")
+    item = crossing(folder / "cells.tif")
     keys = ["trees=true", "trace.threshold=0.01", "trace.root_snap=100", "trace.min_voxels=1"]
     cfg = configure(model, folder / "out", f"inputs=[{item}]", *keys)
     assert infer.run(cfg) == 0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_neuro.morphology import length
+from hpc_neuro.morphology import Tree, length
 from hpc_neuro.tracing import TraceConfig, trace
 from hpc_neuro.tracing.tree import rooted
 from hpc_neuro.tracing.wires import Wires
@@ -15,7 +15,7 @@ from tests.test_morphology import trees
 
 
 @given(trees(), st.booleans())
-def test_every_piece_is_rooted_as_if_it_were_alone(forest, given_roots: bool) -> None:  # type: ignore[no-untyped-def]
+def test_every_piece_is_rooted_as_if_it_were_alone(forest: Tree, given_roots: bool) -> None:
     net = Wires(forest.points, forest.radii, forest.edges, np.arange(len(forest)))
     starts = forest.roots[::-1].tolist() if given_roots else []
     found = list(rooted(net, starts, 5.0))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from tools.ranks import environment
 
 HERE = Path(__file__).resolve().parent
 
@@ -25,18 +26,14 @@ def launch(script: str, ranks: int, *arguments: object, timeout: float = 280) ->
 
 def start(script: str, ranks: int, *arguments: object) -> list[subprocess.Popen[str]]:
     """The processes of `launch`, as srun would start them: without an agent that ends the others when one dies."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    env = os.environ | common | {"PYTHONPATH": str(HERE.parent.parent)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)}
     return [
         subprocess.Popen(
             [sys.executable, str(HERE / script), *map(str, arguments)],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=env | own,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(ranks)
+        for own in environment(ranks)
     ]
