@@ -60,7 +60,7 @@ def read_json(path: Path, hint: str) -> Any:
     """Read a JSON file; `hint` ends the error sentence with what to do when it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; {hint}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); {hint}") from None

@@ -19,6 +19,7 @@ import urllib.parse
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -80,6 +81,11 @@ class Server(ThreadingHTTPServer):
                 raise
             raise ConfigError(f"port {cfg.port} cannot be had ({error.strerror}); give another, or port=0") from None
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Silence where a browser hung up, as it does with all that it asked for when the view moves on."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def links(self) -> list[str]:
         """One line per volume: its name and the link that shows it."""
         base = f"{self.cfg.viewer.rstrip('/')}/#!http://{_HOST}:{self.server_port}"
@@ -117,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
             if body:
                 self.wfile.write(made)
             return None
+        if "\0" in path:  # which no file's name has
+            return self._fail(404)
         file = (self.server.root / path).resolve()
         if not file.is_relative_to(self.server.root) or not file.is_file():
             return self._fail(404)  # a shard without signal has no file; viewers take it for zeros

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,13 +148,23 @@ def test_ranges_of_bytes(done: Path) -> None:
 def test_only_the_viewer_may_read_and_only_below_the_folder(done: Path) -> None:
     (done.parent / "secret").write_text("not for you")
     with serving(done, viewer="https://viewer.example/path") as port:
-        for path in ("/../secret", "/%2e%2e/secret", "/a.ome.zarr/0/c/9/9/9", "/a.trees/0", "/a.image/0/c/99/0/0",
-                     "/a.image/0/c/x/0/0", "/a.image/else", "/nobody.json", "/a.ome.zarr"):  # fmt: skip
+        for path in ("/../secret", "/%2e%2e/secret", "/a%00b", "/a.ome.zarr/0/c/9/9/9", "/a.trees/0",
+                     "/a.image/0/c/99/0/0", "/a.image/0/c/x/0/0", "/a.image/else", "/nobody.json", "/a.ome.zarr"):  # fmt: skip
             status, body, headers = ask(port, path)
             assert (status, body) == (404, b""), path
             assert headers["Access-Control-Allow-Origin"] == "https://viewer.example"
         status, _, headers = ask(port, "/a.json", "OPTIONS")
         assert (status, headers["Access-Control-Allow-Headers"]) == (204, "*")
+
+
+def test_a_browser_that_hangs_up_is_not_told_of(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(done) as port:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port)) as link:
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+                link.sendall(b"GET /a.image/0/c/0/0/0 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert ask(port, "/a.json")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_links_lead_to_the_state_of_each_volume(done: Path) -> None:
@@ -166,6 +178,8 @@ def test_links_lead_to_the_state_of_each_volume(done: Path) -> None:
 def test_what_it_cannot_serve(tmp_path: Path, landmark: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["infer", "serve", str(tmp_path)]) == 2
     assert "give a folder that `infer` wrote" in capsys.readouterr().err
+    assert cli.main(["infer", "serve", str(tmp_path / "brain.tif")]) == 2
+    assert "brain.tif/predictions.json does not exist" in capsys.readouterr().err
     assert cli.main(["infer", "serve"]) == 2
     assert "wanted: hpc-neuro infer serve OUT" in capsys.readouterr().err
     assert cli.main(["infer", "serve", str(landmark), "prot=1"]) == 2
