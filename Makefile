@@ -26,7 +26,8 @@ bench: $(VENV)/.dev
 # what only a machine with an NVIDIA GPU can show: the tests of its kernels, then its benchmarks
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python -m tools.bench_tubular --device cuda
+	$(BIN)/python -m tools.bench_tubular --device cuda --repeats 10
+	$(BIN)/python -m tools.tune_tubular
 	$(BIN)/python -m tools.bench_student --device cuda --size base --crop 96 96 96 --batch 16
 	$(BIN)/python -m tools.bench_train --ranks 1 --size base --crop 96 96 96 --batch 16
 

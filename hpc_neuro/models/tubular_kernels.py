@@ -152,10 +152,14 @@ def input_grad_kernel(
     MODE: tl.constexpr, ROWS: tl.constexpr, PATH: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of values, displacements and window. One program: one tap of a block of tubes, all channels."""
-    k = tl.program_id(2)
+    """Gradients of values, displacements and window. One program: one tap of a block of tubes, all channels.
+
+    All taps of a block before the next block: the planes they read and add to, and the block's gradient, are then in
+    the cache, which the volume need not fit into.
+    """
+    k = tl.program_id(0) % taps
     b = tl.program_id(1)
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    p = (tl.program_id(0) // taps) * BP + tl.arange(0, BP)
     live = p < tubes
     r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
     gu, gv = 1 - fu, 1 - fv

@@ -29,9 +29,14 @@ _TUBES = 64
 """Tubes per program that only samples."""
 _LINE = 256
 """Tubes per program where there is one number for each."""
-_FLOAT = {"conv": (32, 2), "gradient": (32, 2), "weight": (64, 4)}
-_HALF = {"conv": (64, 4), "gradient": (32, 4), "weight": (64, 4)}
-"""Tubes and warps per program of the kernels that multiply, as they were fastest on an H100."""
+TILES = {
+    torch.float32: {"conv": (32, 2, 3), "gradient": (32, 2, 3), "weight": (64, 4, 3)},
+    torch.bfloat16: {"conv": (64, 4, 3), "gradient": (32, 4, 3), "weight": (64, 4, 3)},
+}
+"""Tubes, warps and stages per program of the kernels that multiply, for float32 and what is shorter.
+
+As they were fastest on an H100, of few tried; `tools.tune_tubular` tries many.
+"""
 _PROGRAMS = 1024
 """Programs that share the sum of a weight's gradient: enough to fill a GPU, few enough atomics."""
 
@@ -89,12 +94,12 @@ def _step_gradient(slope: Tensor, tubes: Tubes) -> Tensor:
 
 def _dot(plan: _Plan, kernel: str) -> dict[str, Any]:
     """Compile-time arguments of a kernel that multiplies."""
-    single = plan.mix.dtype == torch.float32
     tf32 = torch.backends.cuda.matmul.allow_tf32
-    tubes, warps = (_FLOAT if single else _HALF)[kernel]
+    tubes, warps, stages = TILES[torch.float32 if plan.mix.dtype == torch.float32 else torch.bfloat16][kernel]
     # transposing the weight's operand costs more than tensor cores save
     precision = "tf32" if tf32 else "ieee" if kernel == "weight" else "tf32x3"
-    return {**plan.tiles, "BO": _block(plan.width), "PRECISION": precision, "BP": tubes, "num_warps": warps}
+    launch = {"num_warps": warps, "num_stages": stages}
+    return {**plan.tiles, "BO": _block(plan.width), "PRECISION": precision, "BP": tubes, **launch}
 
 
 def _block(channels: int) -> int:
@@ -136,7 +141,7 @@ def backward(
     if grad.numel() and any(wanted.values()):
         outputs = [plan.path if g is None else g for g in (grad_rows, grad_path, window)]  # any pointer where unwanted
         tiles = _dot(plan, "gradient")
-        input_grad_kernel[(triton.cdiv(plan.count, tiles["BP"]), plan.batch, tubes.taps)](
+        input_grad_kernel[(triton.cdiv(plan.count, tiles["BP"]) * tubes.taps, plan.batch)](
             *source, plan.mix, grad, *outputs, plan.box, plan.count, *shape, MODE=plan.mode, **wanted, **tiles
         )
     if grad.numel() and grad_mix is not None and window is None:
