@@ -30,7 +30,9 @@ def atomic(path: Path) -> Iterator[Path]:
     part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         yield part
-        for file in [part, *part.rglob("*")] if part.is_dir() else [part]:
+        written = [part, *part.rglob("*")] if part.is_dir() else [part]
+        _open_to_others(written)
+        for file in written:
             _fsync(file)
         if path.is_dir() and not part.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file")
@@ -138,6 +140,21 @@ def human(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} PB"
+
+
+def _open_to_others(written: list[Path]) -> None:
+    """What a library wrote for its owner alone, as safetensors does, becomes as readable as the umask allows.
+
+    A laboratory shares its weights. The umask is seen on a new file, for it cannot be asked without changing it.
+    """
+    private = [file for file in written if file.is_file() and not file.stat().st_mode & 0o077]
+    if private:
+        probe = written[0].with_name(f".mode.{uuid.uuid4().hex[:8]}.part")
+        probe.touch()
+        mode = probe.stat().st_mode & 0o666
+        probe.unlink()
+        for file in private:
+            file.chmod(file.stat().st_mode | mode)
 
 
 def _fsync(path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hpc_neuro import files, runs
 from hpc_neuro.schema import ConfigError, InputError, config
@@ -29,6 +32,23 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         raise RuntimeError
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_what_was_written_for_the_owner_alone_becomes_what_the_umask_allows(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        with files.atomic(tmp_path / "folder") as part:
+            part.mkdir()
+            save_file({"a": torch.zeros(1)}, part / "weights.safetensors")
+            (part / "run.sh").touch(0o755)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder" / "weights.safetensors").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "folder" / "run.sh").stat().st_mode & 0o777 == 0o755 & ~umask
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:

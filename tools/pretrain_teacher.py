@@ -8,6 +8,7 @@ For machines and institutes that reach no model hub. The result is timm's `vit_t
 A killed run goes on with the same command. In OUT: teacher.safetensors (float16, timm's names), teacher.json (model
 card with probes), metrics.jsonl, checkpoint.pt, cache/. With --steps a resumed run ends with the same bits as an
 uninterrupted one on the same CPU; with --minutes the learning rate follows the minutes trained, so it cannot.
+Then, for precompute and train:  teacher.model=trained teacher.weights=OUT
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def export(
     }
     kept = at.curve[:: -max(1, len(at.curve) // 50)][::-1]  # ends with the last
     card = {
-        "name": "bundled",
+        "name": "trained",
         "arch": model.ARCH,
         "patch": recipe.patch,
         "file": "teacher.safetensors",
@@ -265,8 +266,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
         parser.error(
             f"--crop {recipe.crop} must be a multiple of --patch {recipe.patch}, which divides 224, at most 224"
         )
-    if recipe.patch < 8 or not 0 < recipe.mask < 1 or recipe.held < 4 or recipe.width % 32:
-        parser.error("wanted: --patch 8 or more, 0 < --mask < 1, --held 4 or more, --width a multiple of 32")
+    if recipe.patch < 8 or recipe.patch % 4 or not 0 < recipe.mask < 1 or recipe.held < 4 or recipe.width % 32:
+        parser.error("wanted: --patch 8, 16, 28 or 32, 0 < --mask < 1, --held 4 or more, --width a multiple of 32")
     if not found.photos.is_dir():
         parser.error(f"{found.photos} is not a folder; give the folder of photographs")
     return found, recipe
@@ -287,9 +288,11 @@ def main(arguments: list[str] | None = None) -> None:
     except BadInput as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    print("probing what it knows, beside untrained weights: some minutes on a CPU", flush=True)
     card = export(recipe, pictures, at, found.out, device, found.data)
     print(json.dumps(card["probes"], indent=1))
     print(f"{found.out / 'teacher.safetensors'}  sha256 {card['sha256']}")
+    print(f"use it with  teacher.model=trained teacher.weights={found.out}")
 
 
 if __name__ == "__main__":

@@ -5,33 +5,25 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
-import os
 import pickle
-import socket
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import constants as hub
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpc_neuro import files
-from hpc_neuro.models import fetched
+from hpc_neuro.models import fetched, hub
 from hpc_neuro.schema import InputError, config
 
 _schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object, so it lives as long as we do
 ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
 BUNDLED = "teacher_vit_tiny_patch16"
-_FILES = ("model.safetensors", "pytorch_model.bin")  # how hub repositories name their weights
-_SECONDS = 5.0  # a hub that does not answer a connection in this time counts as unreachable
 
 
 @functools.cache
@@ -61,7 +53,8 @@ class TeacherConfig:
     """Which frozen 2D vision transformer gives its weights and features."""
 
     model: str = "bundled"
-    """`bundled` (in the package), `random` (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
+    """`bundled` (in the package), `trained` (by tools.pretrain_teacher, which wrote the folder `weights`), `random`
+    (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
     weights: Path | None = None
     """Weights of `model`: a file (.safetensors, .pth, .bin) or the folder fetch-teacher wrote; none: timm's hub."""
     sha256: str | None = None
@@ -74,6 +67,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.weights and self.model in ("bundled", "random"):
             raise ValueError(f"`weights` needs `model` to name the timm architecture in the file, not `{self.model}`")
+        if self.model == "trained" and not self.weights:
+            raise ValueError("`model: trained` needs `weights`, the folder that tools.pretrain_teacher wrote")
         if self.sha256 and self.model == "random":
             raise ValueError("`sha256` has no file to check with `model: random`")
 
@@ -134,8 +129,10 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
         return Teacher(vit, {"name": f"random {cfg.arch} seed {cfg.seed}", "sha256": digest}, mean, std)
     if cfg.model == "bundled":
         return _bundled(cfg)
+    if cfg.model == "trained" and cfg.weights:
+        return _carded(cfg, cfg.weights / fetched.NOTE)
     vit = _create(cfg.model)
-    path, pinned = fetched.weights_of(cfg.weights or _hub_file(cfg.model, vit.pretrained_cfg), cfg.model)
+    path, pinned = fetched.weights_of(cfg.weights or hub.weights(cfg.model, vit.pretrained_cfg), cfg.model)
     digest = _checked_digest(path, cfg.sha256, advice=fetched.advice(cfg.model))
     _checked_digest(path, pinned, digest)
     _fill(vit, path)
@@ -150,7 +147,7 @@ def fetch(name: str, out: Path) -> list[str]:
     vit = _create(name)
     if already := fetched.held(out, name):
         return already
-    path = _hub_file(name, vit.pretrained_cfg)
+    path = hub.weights(name, vit.pretrained_cfg)
     _fill(vit, path)
     return fetched.keep(out, name, path, vit.pretrained_cfg)
 
@@ -163,13 +160,26 @@ def _bundled(cfg: TeacherConfig) -> Teacher:
             f"this installation has no bundled teacher ({path} is missing); "
             "use teacher.model=random or a timm name such as vit_small_patch16_224.dino"
         )
-    card = files.read_json(card_path, "reinstall the package, or use teacher.model=random")
-    digest = _checked_digest(path, card["sha256"])
-    _checked_digest(path, cfg.sha256, digest)
-    patch = int(card["patch"])
-    vit = _create(card["arch"], patch_size=patch, img_size=int(card["input"]["size"]))
-    _fill(vit, path)
-    return Teacher(vit, {"name": "bundled", "sha256": digest}, card["input"]["mean"], card["input"]["std"])
+    return _carded(cfg, card_path)
+
+
+def _carded(cfg: TeacherConfig, path: Path) -> Teacher:
+    """The teacher whose card is `path`, its weights beside it, built as the card says: timm knows no name for it."""
+    card = files.read_json(path, "give the folder that tools.pretrain_teacher wrote as teacher.weights")
+    try:
+        weights, wanted, arch = path.parent / str(card["file"]), str(card["sha256"]), str(card["arch"])
+        size, depth = int(card["input"]["size"]), int(card["recipe"]["depth"])
+        shape = {"patch_size": int(card["patch"]), "img_size": size, "depth": depth}
+        mean, std = ([float(v) for v in card["input"][key]] for key in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{path} is no card of tools.pretrain_teacher; for a teacher that was fetched set teacher.model to its name"
+        ) from None
+    digest = _checked_digest(weights, wanted)
+    _checked_digest(weights, cfg.sha256, digest)
+    vit = _create(arch, **shape)
+    _fill(vit, weights)
+    return Teacher(vit, {"name": cfg.model, "sha256": digest}, mean, std)
 
 
 def _create(name: str, **overrides: int) -> Any:
@@ -194,7 +204,9 @@ def _fill(vit: Any, path: Path) -> None:
     """Load a weights file into `vit`, strictly. timm's own filter converts foreign names and resizes positions."""
     families = timm().models
     family = families.eva if isinstance(vit, families.eva.Eva) else families.vision_transformer
-    state = family.checkpoint_filter_fn(_read(path), vit)
+    state = _read(path)
+    _same_patch(state, vit, path)
+    state = family.checkpoint_filter_fn(state, vit)
     state = {k: v.float() for k, v in state.items() if not k.startswith("head.") and k != "mask_token"}
     wanted = vit.state_dict()
     missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
@@ -208,16 +220,30 @@ def _fill(vit: Any, path: Path) -> None:
     vit.load_state_dict(state)
 
 
+def _same_patch(state: Mapping[str, Tensor], vit: Any, path: Path) -> None:
+    """InputError where the file's patch kernel has another size: timm would resample it without a word."""
+    *channels, height, width = vit.patch_embed.proj.weight.shape
+    for kernel in state.values():  # by its shape, for families name it differently, and no other tensor has four axes
+        if kernel.ndim == 4 and [*kernel.shape[:2]] == channels and kernel.shape[2:] != (height, width):
+            raise InputError(
+                f"{path} holds a teacher with patches of {kernel.shape[2]} x {kernel.shape[3]} pixels, but "
+                f"{vit.pretrained_cfg['architecture']} has {height} x {width}; set teacher.model to what the file "
+                "holds, or, if tools.pretrain_teacher made it, teacher.model=trained teacher.weights=FOLDER"
+            )
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or torch file, unwrapped from the containers training programs save them in."""
     try:
         plain = path.suffix == ".safetensors"
         state: Any = load_file(path) if plain else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is not a plain file of tensors ({_line(error)}); save only its state dict") from None
+        raise InputError(
+            f"{path} is not a plain file of tensors ({hub.line(error)}); save only its state dict"
+        ) from None
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         raise InputError(
-            f"{path} cannot be read as weights ({_line(error)}); want .safetensors or a torch file"
+            f"{path} cannot be read as weights ({hub.line(error)}); want .safetensors or a torch file"
         ) from None
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -225,50 +251,6 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state dict; save only the model's tensors by name")
     return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
-
-
-def _hub_file(name: str, card: Mapping[str, Any]) -> Path:
-    """The path of a hub model's weights in the local cache, downloaded first if need be and possible."""
-    repository, _, revision = str(card.get("hf_hub_id") or "").partition("@")
-    if not repository:
-        raise InputError(f"timm knows no hub weights for {name}; {fetched.advice(name)}")
-    names = (card["hf_hub_filename"],) if card.get("hf_hub_filename") else _FILES
-    for file in names:
-        cached = try_to_load_from_cache(repository, file, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
-    reason = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else _unreachable()
-    if reason:
-        raise InputError(
-            f"the weights of {name} are not in the cache {hub.HF_HUB_CACHE} and {reason}; {fetched.advice(name)}"
-        )
-    for file in names:
-        try:
-            return Path(hf_hub_download(repository, file, revision=revision or None))
-        except (OSError, RuntimeError, ValueError) as error:  # the hub's errors derive from these
-            reason = _line(error)
-    raise InputError(f"the weights of {name} cannot be downloaded from {repository} ({reason}); {fetched.advice(name)}")
-
-
-def _unreachable() -> str:
-    """Why the hub cannot be reached, or ''. The hub's own client retries for minutes; behind a proxy it must try."""
-    if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return ""
-    url = urlsplit(hub.ENDPOINT)
-    host, port = str(url.hostname), url.port or (443 if url.scheme == "https" else 80)
-    found = [f"{host} did not answer within {_SECONDS:.0f} s"]
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), timeout=_SECONDS).close()
-            found[0] = ""
-        except OSError as error:
-            found[0] = f"{host} cannot be reached ({_line(error)})"
-
-    thread = threading.Thread(target=connect, daemon=True)  # resolving a name knows no timeout
-    thread.start()
-    thread.join(_SECONDS)
-    return found[0]
 
 
 def _checked_digest(path: Path, wanted: str | None, digest: str | None = None, advice: str = "reinstall") -> str:
@@ -292,7 +274,3 @@ def _tensor_digest(state: Mapping[str, Tensor]) -> str:
 
 def _names(names: Sequence[str]) -> str:
     return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "nothing"
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

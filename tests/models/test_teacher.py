@@ -160,8 +160,8 @@ def test_unknown_names_are_refused(name: str, says: str) -> None:
 
 
 def test_offline_hub_weights_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.hub, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: None)
+    monkeypatch.setattr(module.hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(module.hub, "try_to_load_from_cache", lambda *a, **k: None)
     name = "vit_tiny_patch16_224.augreg_in21k"
     command = f"hpc-neuro fetch-teacher {name} out=FOLDER"
     with pytest.raises(InputError, match=f"HF_HUB_OFFLINE is set; .*{command}.*bundled"):
@@ -179,10 +179,10 @@ def test_an_unreachable_hub_does_not_hang(monkeypatch: pytest.MonkeyPatch, hangs
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module, "_SECONDS", 0.2)
-    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *a, **k: None)
-    monkeypatch.setattr(module.socket, "create_connection", connect)
+    monkeypatch.setattr(module.hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(module.hub, "SECONDS", 0.2)
+    monkeypatch.setattr(module.hub, "try_to_load_from_cache", lambda *a, **k: None)
+    monkeypatch.setattr(module.hub.socket, "create_connection", connect)
     with pytest.raises(InputError, match="did not answer" if hangs else "no route"):
         load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
     assert not answered  # the connection is still held
@@ -199,8 +199,8 @@ def test_cached_hub_weights_need_no_network(
         asked.append((repository, file))
         return str(path)
 
-    monkeypatch.setattr(module, "try_to_load_from_cache", cached)
-    monkeypatch.setattr(module, "_unreachable", lambda: pytest.fail("the network was tried"))
+    monkeypatch.setattr(module.hub, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(module.hub, "_unreachable", lambda: pytest.fail("the network was tried"))
     found = load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
     assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k", "model.safetensors")]
     torch.testing.assert_close(found.backbone.norm.weight, untrained.backbone.norm.weight)
@@ -212,6 +212,8 @@ def _assets(folder: Path, untrained: Teacher, **changes: object) -> None:
     card = {
         "arch": ARCH,
         "patch": 16,
+        "file": path.name,
+        "recipe": {"depth": 12},
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "input": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": 224},
         **changes,
@@ -248,7 +250,61 @@ def test_the_shipped_teacher_loads() -> None:
     assert torch.isfinite(maps).all()
 
 
-@pytest.mark.parametrize("fields", [["weights=x.pth"], ["model=random", "sha256=ab"]])
+def _pretrained(folder: Path, **changes: object) -> Path:
+    """What tools.pretrain_teacher leaves: a ViT that timm has no name for, two blocks deep, with patches of 8."""
+    folder.mkdir()
+    shape = {"num_classes": 0, "patch_size": 8, "img_size": 224, "depth": 2}
+    save_file(timm().create_model(ARCH, **shape).state_dict(), folder / "teacher.safetensors")
+    card = {
+        "name": "trained",
+        "arch": ARCH,
+        "patch": 8,
+        "file": "teacher.safetensors",
+        "recipe": {"depth": 2},
+        "sha256": hashlib.sha256((folder / "teacher.safetensors").read_bytes()).hexdigest(),
+        "input": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": 224},
+    }
+    (folder / "teacher.json").write_text(json.dumps({k: v for k, v in {**card, **changes}.items() if v is not None}))
+    return folder
+
+
+def test_a_teacher_of_ones_own_is_its_cards(tmp_path: Path) -> None:
+    found = load_teacher(TeacherConfig(model="trained", weights=_pretrained(tmp_path / "t")))
+    assert (found.identity["name"], found.patch, found.depth, found.dim) == ("trained", 8, 2, 192)
+    assert (found.mean, found.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert found.features(torch.rand(1, 24, 16), [1]).shape == (1, 1, 3, 2, 192)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"recipe": None}, "no card of tools.pretrain_teacher"),
+        ({"patch": "eight"}, "no card of tools.pretrain_teacher"),
+        ({"sha256": "ab" * 32}, "has sha256"),
+        ({"file": "gone"}, "does not exist"),
+        ({"recipe": {"depth": 3}}, "missing blocks.2"),
+    ],
+)
+def test_a_wrong_card_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load_teacher(TeacherConfig(model="trained", weights=_pretrained(tmp_path / "t", **change)))
+
+
+def test_a_folder_without_a_card_and_a_file_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, _pretrained(tmp_path / "t") / "teacher.safetensors"):
+        with pytest.raises(InputError, match=r"give the folder that tools\.pretrain_teacher wrote"):
+            load_teacher(TeacherConfig(model="trained", weights=path))
+
+
+def test_weights_of_another_patch_size_are_refused_not_resampled(tmp_path: Path) -> None:
+    folder = _pretrained(tmp_path / "t")
+    with pytest.raises(InputError, match=r"patches of 8 x 8 pixels, but vit_tiny_patch16_224 has 16 x 16; .*trained"):
+        load_teacher(TeacherConfig(model=ARCH, weights=folder / "teacher.safetensors"))
+    with pytest.raises(InputError, match="holds the teacher trained"):
+        load_teacher(TeacherConfig(model=ARCH, weights=folder))
+
+
+@pytest.mark.parametrize("fields", [["weights=x.pth"], ["model=random", "sha256=ab"], ["model=trained"]])
 def test_contradictory_configs_are_refused(fields: list[str]) -> None:
     with pytest.raises(ConfigError):
         load(TeacherConfig, None, fields)

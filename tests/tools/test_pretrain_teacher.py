@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # tools/ is not part of the installed package
 
 from hpc_neuro import files  # noqa: E402
+from hpc_neuro.models.teacher import TeacherConfig, load_teacher  # noqa: E402
 from tools import pretrain_teacher  # noqa: E402
 from tools.mae import model, photos, probe  # noqa: E402
 from tools.mae.recipe import Recipe  # noqa: E402
@@ -67,6 +68,12 @@ def test_timm_loads_the_weights_strictly(finished: Path) -> None:
     assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in whole.state_dict().items()}
     eight = timm.create_model("vit_tiny_patch16_224", patch_size=8, num_classes=0)
     eight.load_state_dict(model.encoder(8).state_dict(), strict=True)
+
+
+def test_the_package_takes_the_folder_as_a_teacher(finished: Path) -> None:
+    teacher = load_teacher(TeacherConfig(model="trained", weights=finished))
+    assert (teacher.patch, teacher.depth) == (16, 2)
+    assert teacher.identity["sha256"] == files.sha256(finished / "teacher.safetensors")
 
 
 def test_the_card_tells_what_was_done(finished: Path) -> None:
@@ -123,6 +130,7 @@ def test_other_options_do_not_continue_a_run(folder: Path, finished: Path, capsy
         ([], "give either --steps N or --minutes N"),
         (["--steps", "1", "--minutes", "1"], "give either --steps N or --minutes N"),
         (["--steps", "1", "--crop", "100"], "must be a multiple of --patch 16"),
+        (["--steps", "1", "--patch", "14", "--crop", "112"], "wanted: --patch 8, 16, 28 or 32"),
         (["--steps", "1", "--held", "10"], "fewer than the 10 to hold out and one more"),
     ],
 )
