@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import Field
 from hpc_neuro import evaluate, files, infer, morphology, precompute, prepare, runs, train
 from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
+from hpc_neuro.models.teacher import TeacherConfig
 from hpc_neuro.schema import ConfigError, InputError, config, load
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,8 @@ class DemoConfig:
     """Neurons held out of training; empty: every fifth in order, the fourth first (of three or fewer, the last)."""
     steps: int | None = Field(default=None, ge=1)
     """Training steps; none: as many as two cores do in the time that the README promises."""
-    teacher: str = "bundled"
-    """Teacher model: `bundled`, `random`, or a timm name whose weights are at hand."""
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    """As in precompute and train."""
     synthetic: SyntheticConfig = Field(default_factory=SyntheticConfig)
     """The neurons that are made when there is no `data`."""
     prepare: list[str] = Field(default_factory=list)
@@ -159,14 +161,18 @@ def _prepare_config(cfg: DemoConfig, data: Path, held: list[str]) -> prepare.Pre
 
 
 def _precompute_config(cfg: DemoConfig) -> precompute.PrecomputeConfig:
-    keys = [f"store={cfg.out / 'store'}", f"out={cfg.out / 'cache'}", f"teacher.model={cfg.teacher}"]
+    keys = [f"store={cfg.out / 'store'}", f"out={cfg.out / 'cache'}", *_teacher_keys(cfg)]
     return load(precompute.PrecomputeConfig, None, [*keys, *cfg.precompute])
+
+
+def _teacher_keys(cfg: DemoConfig) -> list[str]:
+    return [f"teacher.{key}={value}" for key, value in asdict(cfg.teacher).items() if value is not None]
 
 
 def _train_config(cfg: DemoConfig) -> train.TrainConfig:
     steps, batch = (SYNTHETIC_STEPS, SYNTHETIC_BATCH) if cfg.data is None else (REAL_STEPS, REAL_BATCH)
     keys = [f"store={cfg.out / 'store'}", f"cache={cfg.out / 'cache'}", f"out={cfg.out / 'train'}"]
-    keys += [f"teacher.model={cfg.teacher}", f"optim.steps={cfg.steps or steps}"]
+    keys += [*_teacher_keys(cfg), f"optim.steps={cfg.steps or steps}"]
     keys += [f"optim.batch={batch}", f"crop.size={CROP}"]
     return load(train.TrainConfig, None, [*keys, *cfg.train])
 

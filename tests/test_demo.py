@@ -22,7 +22,7 @@ from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.schema import ConfigError, InputError, load
 
 SMALL = [
-    "teacher=random",
+    "teacher.model=random",
     "steps=8",
     "synthetic.volumes=3",
     "synthetic.shape=[16,64,64]",
