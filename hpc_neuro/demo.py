@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -96,7 +97,7 @@ def run(cfg: DemoConfig) -> int:
     """Walk through all stages; a stage that is complete is passed over, so a killed demo goes on where it was."""
     forecast(cfg)
     begun = time.monotonic()
-    inputs = {"data": str(cfg.data.resolve()) if cfg.data else "synthetic"}
+    inputs = {"data": _listed(cfg.data) if cfg.data else "synthetic"}
     with runs.start("demo", cfg, cfg.out, inputs, whole=(cfg.out / "report.html").exists()) as this:
         if this.complete:
             _say_result(cfg.out)
@@ -119,6 +120,14 @@ def run(cfg: DemoConfig) -> int:
         this.finish({**summary, "seconds": round(time.monotonic() - begun)})
     _say_result(cfg.out)
     return 0
+
+
+def _listed(data: Path) -> str:
+    """Digest of what the folder of pairs holds: names, sizes, and the bytes of what is no image."""
+    told = [p for p in sorted(data.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    small = {".swc", ".json"}
+    facts = [[p.name, p.stat().st_size, files.sha256(p) if p.suffix in small else ""] for p in told]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _stage(name: str, step: Callable[[], Any]) -> Any:

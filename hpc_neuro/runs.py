@@ -75,7 +75,7 @@ def start(
     hashes = {k: _digest(v) for k, v in inputs.items()} if main else {}
     behind = {k: v for k, v in inputs.items() if isinstance(v, Path)} | dict(sources or {})
     old = _previous(verb, out, resolved, hashes, may_change)
-    if whole and old.get("exit") == 0 and not _differences(resolved, old["config"]):
+    if whole and old.get("exit") == 0 and not differences(resolved, old["config"]):
         log.info("%s: %s is already complete (%s)", verb, out, old["end"])
         yield Run(out, old, complete=True)
         return
@@ -199,7 +199,7 @@ def _previous(
     old: dict[str, Any] = files.read_json(path, f"remove {out} to start again")
     if old.get("verb") != verb:
         raise schema.ConfigError(f"{out} holds a `{old.get('verb')}` run; give `{verb}` another `out`")
-    other = [d for d in _differences(resolved, old["config"]) if not any(d.startswith(k) for k in may_change)]
+    other = [d for d in differences(resolved, old["config"]) if not any(d.startswith(k) for k in may_change)]
     if other:
         raise schema.ConfigError(
             f"{out} was made with another config; choose another `out`, or remove it. Different:\n  "
@@ -211,11 +211,11 @@ def _previous(
     return old
 
 
-def _differences(new: Any, old: Any, prefix: str = "") -> list[str]:
+def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
     """Dotted keys whose values differ, as `key: old -> new`."""
     if isinstance(new, dict) and isinstance(old, dict):
         keys = list(dict.fromkeys([*new, *old]))
-        return [d for k in keys for d in _differences(new.get(k), old.get(k), f"{prefix}{k}.")]
+        return [d for k in keys for d in differences(new.get(k), old.get(k), f"{prefix}{k}.")]
     return [] if new == old else [f"{prefix.rstrip('.')}: {_short(old)} -> {_short(new)}"]
 
 

@@ -44,7 +44,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     """
     name = str(path) if path else "the command line"
     tree = _read_yaml(path) if path else {}
-    faults = [fault for text in overrides if (fault := _override(cls, tree, text))]
+    faults = [fault for text in overrides if (fault := _override(cls, tree, text))] + _undone(overrides)
     try:
         value = TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
@@ -152,9 +152,21 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return value
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one section: YAML would keep the last and drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; give the path of a YAML file, or leave it out to use the defaults"
@@ -198,6 +210,25 @@ def _override(cls: Any, tree: dict[str, Any], text: str) -> str | None:
         node.clear()  # the other kind has fields of its own
     node[last] = value
     return None
+
+
+def _undone(overrides: Sequence[str]) -> list[str]:
+    """Overrides that a later one wipes out, and those below what an earlier one switched off."""
+    faults, seen = [], dict[str, str]()
+    for text in overrides:
+        key, _, value = text.partition("=")
+        section = key.removesuffix("kind") if key.endswith(".kind") else f"{key}."
+        if value not in ("null", "~", ""):
+            faults += [
+                f"{key}={value} would undo {k}={v}; give it first" for k, v in seen.items() if k.startswith(section)
+            ]
+        faults += [
+            f"{key}={value} is below {k}={v}, which leaves nothing to set; drop one of them"
+            for k, v in seen.items()
+            if v in ("null", "~", "") and key.startswith(f"{k}.")
+        ]
+        seen[key] = value
+    return faults
 
 
 def _field_class(owner: Any, key: str) -> Any:

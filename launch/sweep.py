@@ -16,7 +16,7 @@ from typing import Any
 from hpc_neuro import runs, schema, search, train
 from hpc_neuro.schema import ConfigError, InputError
 from hpc_neuro.search import trial
-from hpc_neuro.search.config import SearchConfig
+from hpc_neuro.search.config import MAY_CHANGE, SearchConfig
 from hpc_neuro.search.study import only_driver
 from launch import checks, slurm
 from launch.driver import RESUMABLE, Driver
@@ -28,7 +28,6 @@ from launch.site import Site, load_site
 from launch.snapshot import snapshot
 
 log = logging.getLogger("hpc_neuro.sweep")
-_MAY_CHANGE = ("concurrent", "requeue", "poll", "table", "draws", "trials")
 
 
 def main(words: Sequence[str]) -> int:
@@ -66,7 +65,7 @@ def sweep(asked: argparse.Namespace) -> int:
     if asked.dry_run:
         sys.stdout.write("\n".join(lines) + "\n")
         return 0
-    with only_driver(cfg.out), runs.start("search", cfg, cfg.out, {"base": recipe.digest}, _MAY_CHANGE) as this:
+    with only_driver(cfg.out), runs.start("search", cfg, cfg.out, {"base": recipe.digest}, MAY_CHANGE) as this:
         if not this.complete:
             for line in lines:
                 log.info("sweep: %s", line)

@@ -181,6 +181,17 @@ def test_faulty_keys_of_every_stage_come_at_once_before_the_first(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_has_changed_is_no_longer_the_same_demo(pairs: Path, tmp_path: Path) -> None:
+    pairs = shutil.copytree(pairs, tmp_path / "pairs")
+    before = demo._listed(pairs)
+    assert demo._listed(pairs) == before
+    tree = next(pairs.glob("*.swc"))
+    tree.write_text(tree.read_text() + "# mended\n")
+    changed = demo._listed(pairs)
+    shutil.copy(tree, pairs / "new.swc")
+    assert len({before, changed, demo._listed(pairs)}) == 3
+
+
 def test_the_held_out_neurons_are_chosen_as_documented(tmp_path: Path) -> None:
     for number in (1, 2, 3, 6, 7, 9, 10):
         (tmp_path / f"OP_{number}.swc").touch()

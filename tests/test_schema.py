@@ -72,9 +72,38 @@ def test_overrides_reach_every_level_and_keep_what_they_do_not_name() -> None:
     assert cfg.one == Round(radius=3e-4)
 
 
-def test_another_kind_starts_from_its_own_defaults() -> None:
-    assert load("one.radius=2", "one.kind=square").one == Square()
+def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("out: o\none: {kind: round, radius: 2}\n")
+    assert schema.load(Root, path, ["one.kind=square"]).one == Square()
     assert load("one.kind=square", "one.side=7").one == Square(side=7)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["one.side=7", "one.kind=square"], "one.kind=square would undo one.side=7; give it first"),
+        (["section.steps=3", "section={box: [1, 1, 1]}"], "would undo section.steps=3; give it first"),
+        (["things.1.side=3", "things.1.kind=round"], "would undo things.1.side=3"),
+        (["section=null", "section.steps=3"], "section.steps=3 is below section=null"),
+    ],
+)
+def test_an_override_that_would_be_lost_without_a_word_is_refused(keys: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(*keys)
+    assert says in str(caught.value)
+
+
+def test_switching_off_what_was_set_before_is_meant() -> None:
+    assert load("maybe=3", "maybe=null").maybe is None
+    assert load("section.steps=3", "section.steps=4").section.steps == 4
+
+
+def test_a_key_that_stands_twice_in_a_file_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("out: o\nsection: {steps: 3}\nmaybe: 1\nsection: {box: [1, 1, 1]}\n")
+    with pytest.raises(ConfigError, match=r"`section` stands twice.*line 4"):
+        schema.load(Root, path)
 
 
 def test_all_faults_come_at_once_by_dotted_key() -> None:

@@ -41,6 +41,7 @@ def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
     score = state["score"] or {}
     extra = {
         "window": state["window"],
+        "mirrored": state["mirrored"],
         "threshold": score.get("threshold", 0.5),
         "step": state["step"],
         "val_dice": score.get("dice_best") if state["scored"] == state["step"] else None,

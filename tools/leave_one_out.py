@@ -100,8 +100,10 @@ def gathered(folders: list[Path], meta: Path | None, into: Path) -> list[str]:
             names.append(tree.stem)
             for path in (tree, images[0]):
                 link = into / path.name
-                if not link.exists():
+                if not link.is_symlink():
                     link.symlink_to(path.resolve())
+                elif link.resolve() != path.resolve():
+                    raise InputError(f"{into} was made of {link.resolve()}, not of {path}; give another --out")
     if len(names) < 2:
         raise InputError(f"{', '.join(map(str, folders))} hold {len(names)} pairs; at least two are wanted")
     files.write_json(into / "meta.json", {name: told[name] for name in names if name in told})

@@ -31,16 +31,7 @@ from torch import Tensor, nn
 
 from hpc_neuro import files
 from tools.mae import model, photos, probe
-from tools.mae.recipe import BadInput, Progress, Recipe
-
-DATA = "natural photographs, one per ImageNet class where 1,000 are given; not distributed with the weights"
-
-METHOD = (
-    "masked autoencoder (He et al., CVPR 2022) with a convolutional decoder; target: pixels normalised per patch; "
-    "fixed sine-cosine positions at random offset and spacing; patch embedding started from whitened principal "
-    "components; crops of 1/4 to 1 of the tile's side, quarter turns, mirroring, grey with probability 0.8, inversion, "
-    "gamma, contrast, noise on the input and not on the target; losses are shares of what the patch mean makes"
-)
+from tools.mae.recipe import DATA, METHOD, BadInput, Progress, Recipe
 
 
 def build(recipe: Recipe, pictures: photos.Photos, device: torch.device) -> model.MaskedAutoencoder:
@@ -107,7 +98,7 @@ def train(
     """Train to the end of the budget, with a line each `log` steps and a checkpoint each `every` seconds."""
     network = build(recipe, pictures, device)
     optimizer = optimizer_of(network, recipe)
-    at = restore(recipe, network, optimizer, out, device)
+    at = restore(recipe, pictures.digest, network, optimizer, out, device)
     started, before = time.monotonic(), at.seconds
     saved = logged = started
     first, losses = at.step, []
@@ -176,22 +167,24 @@ def save(recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer, a
 
 
 def restore(
-    recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer, out: Path, device: torch.device
+    recipe: Recipe, seen: str, network: nn.Module, optimizer: torch.optim.Optimizer, out: Path, device: torch.device
 ) -> Progress:
     """Load OUT's checkpoint if there is one, and cut metrics.jsonl back to it."""
     path, log = out / "checkpoint.pt", out / "metrics.jsonl"
     if not path.exists():
         log.unlink(missing_ok=True)
-        return Progress()
+        return Progress(photos=seen)
     state = torch.load(path, map_location=device, weights_only=True)
     asked = {k: v for k, v in asdict(recipe).items() if k not in ("steps", "minutes")}  # the budget may be changed
     changed = sorted(k for k, v in asked.items() if state["recipe"].get(k) != v)
     if changed:
         was = ", ".join(f"{k}={state['recipe'].get(k)}" for k in changed)
         raise BadInput(f"{path} was made with {was}; use the same options, or another OUT")
+    if state["at"]["photos"] != seen:
+        raise BadInput(f"{path} was made with other photographs than are in the folder now; give another OUT")
     network.load_state_dict(state["network"])
     optimizer.load_state_dict(state["optimizer"])
-    at = Progress(state["at"]["step"], state["at"]["seconds"], [(int(s), float(v)) for s, v in state["at"]["curve"]])
+    at = Progress(**state["at"])
     if log.exists():  # lines after the checkpoint belong to steps that will be done again; the last may be half a line
         lines = [line for line in log.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= at.step]

@@ -94,6 +94,12 @@ class Sampler:
         self._volumes = _cumulative([weight[cfg.volumes](p) for p in self.places])
         self._kinds = [_cumulative(_shares(cfg, p)) for p in self.places]
 
+    def mirrored(self, free: bool) -> bool:
+        """Whether any crop is ever mirrored. free: whether those that are not distilled are."""
+        # a swap and each flip change the handedness, so that two of them make a turn
+        odd = any((o.swap + sum(o.flips)) % 2 for o in self.orientations)
+        return (free and self.distill_fraction < 1) or (odd and self.distill_fraction > 0)
+
     def distilled(self, index: int) -> bool:
         """Whether a sample is distilled: known without reading anything, so that all ranks can count them."""
         return bool(rng(self.seed, "distil", index).random() < self.distill_fraction)

@@ -40,7 +40,7 @@ class Job:
         self.plan = Plan((z, y, x), cfg.overlap, self.student.patch, cfg.block, cfg.chunk)
         if any(w % p for w, p in zip(self.plan.window, self.student.patch, strict=True)):
             raise ConfigError(f"window: {[z, y, x]} must be a multiple of the student's patch {self.student.patch}")
-        _check_flips(cfg, folder)
+        _check_flips(cfg, folder, bool(self.meta.get("mirrored", True)))
         self.threshold = float(cfg.threshold or self.meta.get("threshold", 0.5))
         self.batch = sliding_window.BatchSize(cfg.batch)
         self.cfg = cfg
@@ -97,6 +97,8 @@ class Job:
 
 def weights_folder(cfg: InferConfig) -> Path:
     """Where the weights are: `model` itself, or weights/best|last in a train folder."""
+    if (cfg.model / "model.safetensors").is_file() and cfg.weights == "last" and cfg.model.resolve().name != "last":
+        raise ConfigError(f"weights: {cfg.model} holds weights itself and no `last`; give the folder that train wrote")
     for folder in (cfg.model, cfg.model / "weights" / cfg.weights):
         if (folder / "model.safetensors").is_file():
             return folder
@@ -105,16 +107,13 @@ def weights_folder(cfg: InferConfig) -> Path:
     )
 
 
-def _check_flips(cfg: InferConfig, weights: Path) -> None:
-    """Raises ConfigError where the training of the weights says that it never mirrored anything."""
-    record = weights.parent.parent / "run.json"
-    if cfg.flips and record.exists():
-        trained = files.read_json(record, f"remove {record}").get("config", {})
-        if trained.get("augment", {}).get("flip", True) is False:
-            raise ConfigError(
-                f"flips: the student of {weights} was trained with augment.flip=false and knows no mirrored "
-                "neurons, so that its doubt there says nothing; leave flips out"
-            )
+def _check_flips(cfg: InferConfig, weights: Path, mirrored: bool) -> None:
+    """Raises ConfigError where the weights say that their training never mirrored anything."""
+    if cfg.flips and not mirrored:
+        raise ConfigError(
+            f"flips: the student of {weights} was trained without mirrored crops (augment.flip=false, or all were "
+            "distilled as they stand), so that its doubt there says nothing; leave flips out"
+        )
 
 
 def lines(cfg: InferConfig, job: Job, volumes: Sequence[Source], ranks: int = 1) -> list[str]:

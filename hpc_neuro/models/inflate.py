@@ -155,6 +155,10 @@ def _tube_tensors(kernel: Tensor, bias: Tensor, student: Student, cfg: TransferC
     tokens = student.cfg.tokenizer
     if not isinstance(tokens, TubularTokens):
         raise InputError(f"rule {cfg.rule} needs student.tokenizer.kind=tubular")
+    if cfg.block != "zero" and not tokens.keep_block:
+        raise InputError(
+            f"transfer.block={cfg.block} fills a block kernel that student.tokenizer.keep_block=false omits"
+        )
     found = {"line_weight": tubular(kernel, tokens.taps, cfg.flatten), "bias": bias}
     eye = torch.eye(len(kernel))
     if tokens.fuse == "concat":

@@ -52,6 +52,10 @@ class TubularTokens:
     keep_block: bool = True
     """Whether the block convolution stays beside the tubes."""
 
+    def __post_init__(self) -> None:
+        if self.deformable and self.taps == 1:
+            raise ValueError("a tube of one tap cannot bend; give more `taps`, or deformable=false")
+
 
 Tokens = Annotated[BlockTokens | TubularTokens, Field(discriminator="kind")]
 

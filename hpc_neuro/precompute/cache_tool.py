@@ -19,7 +19,7 @@ from hpc_neuro.precompute import compress, verb
 from hpc_neuro.precompute.build import look
 from hpc_neuro.precompute.config import PrecomputeConfig
 from hpc_neuro.precompute.slices import pixels
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.schema import ConfigError, InputError
 
 DONE, BAD = 0, 3
 COSINE = 0.999
@@ -74,9 +74,14 @@ def verify(out: Path, overrides: Sequence[str] = (), slices: int = 32, seed: int
 
     overrides: keys of precompute for what moved. Raises InputError when `out` holds no finished cache.
     """
-    cache.read_manifest(out, "an unfinished cache is finished by the same `hpc-neuro precompute` command")
+    manifest = cache.read_manifest(out, "an unfinished cache is finished by the same `hpc-neuro precompute` command")
     cfg = schema.load(PrecomputeConfig, out / "config.yaml", [*overrides, f"out={out}"])
     work = verb.open_all(cfg)
+    if manifest["teacher"] != work.teacher.identity:
+        raise InputError(
+            f"{out} holds features of the teacher {manifest['teacher']}, but what is given is {work.teacher.identity}; "
+            "give that teacher's teacher.weights, or build a cache of the other one in another folder"
+        )
     found = _findings(cfg, work, slices, seed)
     for finding in found:
         log.warning("%s: %s", finding.file, finding.why)

@@ -62,9 +62,9 @@ class PrecomputeConfig:
                 f"augment_views has quarter turns, which make y slices of x slices, but views is {list(self.views)}; "
                 "give both y and x, or leave the turns out"
             )
-        for names in (self.views, self.layers, self.augment_views):
+        for names in (self.splits, self.views, self.layers, self.augment_views):
             if len(set(names)) < len(names):
-                raise ValueError(f"{list(names)} names something twice; give each view, layer and orientation once")
+                raise ValueError(f"{list(names)} names something twice; give each split, view, layer, orientation once")
 
     @property
     def coded(self) -> bool:

@@ -76,7 +76,7 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
     """
     comm, main = _ranks()
     work, todo, space = _planned(cfg, comm, main, again)
-    inputs = {f"volume {k}": d for k, d in work.digests.items()}
+    inputs = {f"volume {k}": d for k, d in work.digests.items()} | {"teacher": work.teacher.identity["sha256"]}
     with contextlib.ExitStack() as stack:
         start = runs.start("precompute", cfg, cfg.out, inputs, may_change=_MAY_CHANGE, main=main, whole=not todo)
         this = distributed.together(lambda: stack.enter_context(start), comm)

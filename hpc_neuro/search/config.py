@@ -13,6 +13,8 @@ from hpc_neuro.search.asha import AshaConfig, Goal
 from hpc_neuro.search.space import Space
 
 Verb = Literal["train", "infer", "evaluate"]
+MAY_CHANGE = ("concurrent", "requeue", "poll", "table", "draws", "trials")
+"""Keys that may differ between starts of a sweep, and between the sweep and its report."""
 
 
 @config

@@ -6,10 +6,10 @@ import logging
 
 import yaml
 
-from hpc_neuro import files, runs
-from hpc_neuro.schema import InputError
+from hpc_neuro import files, runs, schema
+from hpc_neuro.schema import ConfigError, InputError
 from hpc_neuro.search import comparison, page, trial
-from hpc_neuro.search.config import SearchConfig
+from hpc_neuro.search.config import MAY_CHANGE, SearchConfig
 from hpc_neuro.search.space import SEED, grid, options
 from hpc_neuro.search.study import JOURNAL, importances
 from hpc_neuro.search.trial import Trial
@@ -40,6 +40,7 @@ def run(cfg: SearchConfig) -> int:
         raise InputError(
             f"{cfg.out} holds no trials yet; start them with `python -m launch sweep CONFIG --on local|slurm`"
         )
+    _check_same(cfg)
     names = [n for n in cfg.space if n != SEED]
     weights = importances(cfg.out, names) if (cfg.out / JOURNAL).exists() else {}
     found = comparison.read(cfg, trials) if "evaluate" in cfg.recipe else None
@@ -55,6 +56,17 @@ def run(cfg: SearchConfig) -> int:
     if winner is not None:
         log.info("search: best is trial %d, %s %.4g: %s", winner.number, cfg.objective.key, winner.value, winner.values)
     return 3 if any(t.state == "failed" for t in trials) else 0
+
+
+def _check_same(cfg: SearchConfig) -> None:
+    """Raises ConfigError where the trials were made for another space or judged by another objective."""
+    ran = files.read_json(cfg.out / "run.json", "start the sweep again with `python -m launch sweep`")["config"]
+    asked = {key: value for key, value in schema.plain(cfg).items() if key != "out"}
+    other = [d for d in runs.differences(asked, ran) if not d.startswith(MAY_CHANGE)]
+    if other:
+        raise ConfigError(
+            f"the trials in {cfg.out} are of another config; give theirs. Different:\n  " + "\n  ".join(other)
+        )
 
 
 def best(cfg: SearchConfig, trials: list[Trial]) -> Trial | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +125,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
         dtype=dtype,
         micro=micro,
         passes=passes,
-        inputs=_inputs(cfg, store, teacher),
+        inputs=_inputs(store, teacher, cache),
     )
 
 
@@ -148,14 +150,20 @@ def _distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | None) -
     )
 
 
-def _inputs(cfg: TrainConfig, store: Store, teacher: Teacher | None) -> dict[str, str]:
+def _inputs(store: Store, teacher: Teacher | None, cache: FeatureCache | None) -> dict[str, str]:
     """Digests of all that decides the result besides the config."""
     found = {i: store[i].digest for i in store.ids if store[i].split in ("train", "val")}
+    found["split"] = _hashed({split: sorted(store.split(split)) for split in ("train", "val")})
     if teacher is not None:
         found["teacher"] = str(teacher.identity["sha256"])
-    if cfg.distill is not None and cfg.cache is not None:
-        found["cache"] = files.sha256(cfg.cache / "manifest.json")
+    if cache is not None:
+        told = ("store", "code")  # where from and by which version: a repair changes them, and no feature
+        found["cache"] = _hashed({key: value for key, value in cache.manifest.items() if key not in told})
     return found
+
+
+def _hashed(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:

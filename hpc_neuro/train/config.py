@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from hpc_neuro.data.augment import AugmentConfig
+from hpc_neuro.data.orientation import parse
 from hpc_neuro.data.sampling import CropConfig
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, Loss
 from hpc_neuro.models.inflate import TransferConfig
@@ -75,11 +76,17 @@ class TrainConfig:
             faults.append(
                 f"crop.size {list(self.crop.size)} must be a multiple of student.patch {list(self.student.patch)}"
             )
+        turned = [name for name in self.augment.distilled or () if parse(name).swap]
+        if turned and (self.crop.size[1] != self.crop.size[2] or self.student.patch[1] != self.student.patch[2]):
+            faults.append(
+                f"augment.distilled has {', '.join(turned)}, but y and x of crop.size {list(self.crop.size)} or "
+                f"student.patch {list(self.student.patch)} differ, so that no crop can be turned; leave it out"
+            )
         if self.distill is not None and self.cache is None:
             faults.append(
                 "distill needs teacher features: give `cache` (see hpc-neuro precompute), or set distill=null"
             )
-        if self.distill is None and not self.losses:
-            faults.append("losses is empty and distill is null: there is nothing to learn; give at least one of them")
+        if not any(part.weight > 0 for part in (*self.losses, *([self.distill] if self.distill else []))):
+            faults.append("no loss has a weight above 0: there is nothing to learn; give `losses` or `distill` some")
         if faults:
             raise ValueError("; ".join(faults))

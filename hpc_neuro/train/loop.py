@@ -35,7 +35,8 @@ from hpc_neuro.types import Batch, Prediction
 log = logging.getLogger(__name__)
 _PATIENCE = 5  # deaths of reading processes without a batch in between
 _MAY_CHANGE = (
-    *("optim.steps", "store", "cache", "workers", "ahead", "tracker", "checkpoint", "plan"),
+    *("optim.steps", "store", "cache", "workers", "ahead", "tracker", "plan"),
+    *(f"checkpoint.{key}" for key in ("every", "minutes", "keep", "milestone", "margin", "background", "walltime")),
     "engine",  # how the work is spread does not decide the result
 )
 

@@ -55,6 +55,10 @@ class PlanConfig:
     memory: float = Field(default=80.0, gt=0)
     """[GB] Memory of one GPU."""
 
+    def __post_init__(self) -> None:
+        if self.gpus is None and self.nodes > 1:
+            raise ValueError(f"`nodes` is {self.nodes}, but `gpus` says nothing; give the GPUs of a node, too")
+
     @property
     def ranks(self) -> int | None:
         """Ranks of the machine; None where none is given."""

@@ -167,6 +167,7 @@ class Training:
             # for tools/export_weights.py, which needs nothing but the folder of a checkpoint
             "student": schema.plain(self.cfg.student),
             "window": list(self.cfg.crop.size),
+            "mirrored": self.parts.crops.sampler.mirrored(self.cfg.augment.flip),
             "shapes": self.engine.shapes,
         }
 
@@ -218,6 +219,11 @@ class Training:
 
     def _resume(self, held: Path) -> None:
         state = files.read_json(held / checkpoint.TRAINING, f"remove {held}; the one before it is then taken")
+        if state["step"] > self.cfg.optim.steps:
+            raise InputError(
+                f"{held} is beyond optim.steps={self.cfg.optim.steps}, and a run cannot be made shorter; give at least "
+                f"optim.steps={state['step']}, or another `out`"
+            )
         self.engine.load(held, state["engine"], self._averages())
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         self.score, self.scored = None if state["score"] is None else Score(**state["score"]), state["scored"]
@@ -246,6 +252,7 @@ class Training:
         state = self.engine.whole(_STUDENT, None if self.ema is None else self.ema.average)
         extra = {
             "window": list(self.cfg.crop.size),
+            "mirrored": self.parts.crops.sampler.mirrored(self.cfg.augment.flip),
             "threshold": score.threshold,
             "step": self.step,
             "val_dice": score.dice_best,

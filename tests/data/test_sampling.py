@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_neuro.data.orientation import IDENTITY, parse
 from hpc_neuro.data.sampling import KINDS, CropConfig, Place, Sampler, crop_at, rng, spread_boxes
 from hpc_neuro.geometry import Box
 from hpc_neuro.schema import ConfigError
@@ -95,6 +96,24 @@ def test_a_volume_without_points_is_sampled_anywhere():
     empty = Place("a", (40, 80, 80), {k: np.zeros((0, 3), dtype=np.int32) for k in KINDS[:3]})
     sampler = Sampler(CropConfig(size=(8, 8, 8), uniform=0.0), [empty], 0, (1, 1, 1))
     assert len({sampler(i).box for i in range(50)}) > 45
+
+
+@pytest.mark.parametrize(
+    ("free", "share", "turns", "found"),
+    [
+        (True, 0.0, (IDENTITY,), True),
+        (True, 0.5, (IDENTITY,), True),
+        (True, 1.0, (IDENTITY,), False),
+        (False, 0.0, (IDENTITY,), False),
+        (False, 1.0, (IDENTITY, parse("rot90"), parse("rot180")), False),
+        (False, 1.0, (IDENTITY, parse("flip_z+flip_y")), False),
+        (False, 1.0, (IDENTITY, parse("flip_z")), True),
+        (False, 0.0, (IDENTITY, parse("flip_z")), False),
+    ],
+)
+def test_whether_anything_is_ever_mirrored(free, share, turns, found):
+    sampler = Sampler(CropConfig(size=(8, 16, 16)), [place("a", (40, 200, 200))], 0, GRID, share, turns)
+    assert sampler.mirrored(free) is found
 
 
 def test_no_volume_is_an_error():

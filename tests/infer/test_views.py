@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import yaml
 from torch import Tensor, nn
 
-from hpc_neuro import files, infer
+from hpc_neuro import infer
 from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.infer import job as jobs
 from hpc_neuro.infer import trees, views
@@ -224,13 +226,15 @@ def test_what_is_no_mirror_is_refused(model: Path, tmp_path: Path, flips: str) -
 def test_mirrors_want_trees_and_a_student_that_knows_them(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="flips looks at trees"):
         configure(model, tmp_path, "store=x", "flips=[flip_x]")
-    student = tmp_path / "train"
-    (student / "weights").mkdir(parents=True)
-    (student / "weights" / "best").symlink_to(model / "weights" / "best")
-    files.write_json(student / "run.json", {"verb": "train", "config": {"augment": {"flip": False}}})
-    with pytest.raises(ConfigError, match="knows no mirrored neurons"):
+    student = shutil.copytree(model / "weights" / "best", tmp_path / "student")
+    saved = yaml.safe_load((student / "student.yaml").read_text())
+    saved["extra"]["mirrored"] = False
+    (student / "student.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match="trained without mirrored crops"):
         Job(configure(student, tmp_path / "o", "store=x", "trees=true", "flips=[flip_x]"))
     Job(configure(student, tmp_path / "o", "store=x"))
+    with pytest.raises(ConfigError, match="holds weights itself and no `last`"):
+        Job(configure(student, tmp_path / "o", "store=x", "weights=last"))
 
 
 def test_views_are_summed_up_per_node() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from hpc_neuro import schema, search
+from hpc_neuro import runs, schema, search
 from hpc_neuro.losses import weighted_sum
 from hpc_neuro.models.teacher import TeacherConfig, load_teacher
 from hpc_neuro.schema import ConfigError
@@ -75,7 +75,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
     recipe = Recipe(cfg)
     assert [c.transfer.rule for c in recipe.trainings()] == ["scratch", "deformable_tubular"]
     driver = Driver(cfg, recipe.steps, recipe.write, InThisProcess())
-    assert driver.run(sleep=lambda seconds: None)
+    with runs.start("search", cfg, cfg.out, {}):
+        assert driver.run(sleep=lambda seconds: None)
     assert search.run(cfg) == 0
     return cfg
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_neuro import precompute
+from hpc_neuro import files, precompute
 from hpc_neuro.data.feature_cache import MANIFEST, FeatureCache, record_use
 from hpc_neuro.data.store import Store
 from hpc_neuro.geometry import Box
@@ -119,6 +119,23 @@ def test_a_store_that_moved_is_given_anew(
     (cache / "b.y.000016.h5").unlink()
     assert cache_tool.main(["verify", str(cache), f"store={moved}", "slices=1"]) == 0
     assert "1 shards were built again" in said(caplog)
+
+
+def test_another_teacher_is_refused_before_a_shard_is_touched(cache: Path) -> None:
+    before = {p.name: p.read_bytes() for p in cache.iterdir()}
+    with pytest.raises(InputError, match=r"holds features of the teacher .* seed 0.* what is given is .* seed 1"):
+        cache_tool.main(["verify", str(cache), "teacher.seed=1"])
+    assert {p.name: p.read_bytes() for p in cache.iterdir()} == before
+
+
+def test_a_build_goes_on_with_its_own_teacher_only(configure: Configure, cache: Path) -> None:
+    """Weights may have moved; here the record says that others made the shards."""
+    record = files.read_json(cache / "run.json", "")
+    assert record["inputs"]["teacher"] == load_teacher(configure(cache).teacher).identity["sha256"]
+    record["inputs"]["teacher"] = "ab" * 32
+    files.write_json(cache / "run.json", record)
+    with pytest.raises(ConfigError, match="the input teacher changed"):
+        precompute.run(configure(cache))
 
 
 @pytest.mark.parametrize("key", ["stride_v=4", "store={}"])

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from hpc_neuro import search
+from hpc_neuro import runs, schema, search
 from hpc_neuro.report import sweep_charts
-from hpc_neuro.schema import InputError
-from hpc_neuro.search import comparison, trial
+from hpc_neuro.schema import ConfigError, InputError
+from hpc_neuro.search import comparison, trial, verb
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import grid
 from hpc_neuro.search.study import Study
@@ -56,7 +56,14 @@ def write_factorial(out: Path) -> SearchConfig:
         ended = [Attempt(f"{1000 + number}", 0.0, 60.0 + number, "finished")]
         value = None if failed else mean["model"]["dice"]
         Trial(number, point, folder, "failed" if failed else "done", ended, {}, value, 1500, "<b>&" * failed).save()
+    record(cfg)
     return cfg
+
+
+def record(cfg: SearchConfig) -> None:
+    """run.json, as the sweep writes it before its first trial."""
+    with runs.start("search", cfg, cfg.out, {}):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +146,25 @@ def test_a_study_of_numbers_has_parallel_axes_and_importance(tmp_path):
         (folder / "train.yaml").write_text("out: x\n")
         Trial(number, point, folder, state, [Attempt("1", 0.0, 1.0)], {10: 0.5}, value, 10, "").save()
         study.tell(number, state, value, {10: 0.5})
+    record(cfg)
     assert search.run(cfg) == 0
     page = (tmp_path / "report.html").read_text()
     assert "Importance for the objective" in page
     assert "24 trials: 16 done, 8 pruned; 0 restarts." in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"objective": {"key": "evaluate.hd95_um", "goal": "minimize"}}, {"space": {"optim.lr": {"choice": [1, 2]}}}],
+)
+def test_values_are_not_shown_under_another_objective_or_space(factorial, change):
+    report = (factorial.out / "report.html").read_bytes()
+    tree = {**schema.plain(factorial), **change}
+    with pytest.raises(ConfigError, match=f"are of another config; give theirs. Different:\n  {next(iter(change))}"):
+        search.run(TypeAdapter(SearchConfig).validate_python(tree))
+    assert (factorial.out / "report.html").read_bytes() == report
+    tables = {**schema.plain(factorial), "draws": 170}
+    verb._check_same(TypeAdapter(SearchConfig).validate_python(tables))
 
 
 def test_a_study_without_trials_says_how_to_start_them(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,19 @@ def test_other_options_do_not_continue_a_run(folder: Path, finished: Path, capsy
         pretrain_teacher.main([str(folder), str(finished), *TINY, "--lr", "0.01"])
     assert stop.value.code == 2
     assert "was made with lr=0.001; use the same options, or another OUT" in capsys.readouterr().err
+
+
+def test_other_photographs_do_not_continue_a_run(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = tmp_path / "more"
+    shutil.copytree(folder, more)
+    Image.new("RGB", (70, 70)).save(more / "new.jpg")
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        pretrain_teacher.main([str(more), str(tmp_path / "run"), *TINY])
+    assert stop.value.code == 2
+    assert "was made with other photographs than are in the folder now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

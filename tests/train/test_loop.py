@@ -21,7 +21,7 @@ from hpc_neuro.data.dataset import read
 from hpc_neuro.data.store import Store
 from hpc_neuro.geometry import Box
 from hpc_neuro.models.student import load_student
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.schema import ConfigError, InputError
 from hpc_neuro.train import loop
 from tests.tiny_store import write_store
 from tests.train.conftest import rows
@@ -80,7 +80,7 @@ def test_a_run_leaves_what_machines_read(whole):
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_exported_weights_load_in_plain_torch_and_score_as_logged(whole, store, name):
     student, meta = load_student(whole / "weights" / name)
-    assert meta["window"] == [16, 32, 32]
+    assert (meta["window"], meta["mirrored"]) == ([16, 32, 32], True)
     logged = {r["step"]: r for r in rows(whole, "val")}[meta["step"]]
     assert (meta["threshold"], meta["val_dice"]) == (logged["threshold"], logged["dice_best"])
     with torch.no_grad():
@@ -177,6 +177,13 @@ def test_steps_may_grow_and_the_run_goes_on(tiny, tmp_path, caplog):
     assert rows(out)[2]["lr"] == pytest.approx(2e-3 * loop.lr_at(2, tiny(out, "optim.steps=4").optim))
 
 
+def test_a_run_that_is_beyond_the_steps_asked_for_is_not_cut_short(tiny, tmp_path):
+    out = tmp_path / "run"
+    assert train.run(tiny(out, "optim.steps=4")) == 0
+    with pytest.raises(InputError, match=r"is beyond optim\.steps=3, .* give at least optim\.steps=4"):
+        train.run(tiny(out, "optim.steps=3"))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_stages_give_the_losses_of_stage_2(whole, tiny, tmp_path, stage):
     out = tmp_path / "run"
@@ -271,3 +278,16 @@ def test_bfloat16_trains(tiny, tmp_path):
 def test_another_config_in_the_same_folder_is_refused(whole, tiny):
     with pytest.raises(ConfigError, match=r"optim\.lr"):
         train.run(tiny(whole, "optim.lr=1e-5"))
+    with pytest.raises(ConfigError, match=r"checkpoint\.metric: dice_best -> recall"):
+        train.run(tiny(whole, "checkpoint.metric=recall"))
+
+
+@pytest.mark.parametrize(
+    "splits", [{"a": "train", "b": "val", "c": "train"}, {"a": "train", "b": "train", "c": "val", "d": "train"}]
+)
+def test_other_training_or_validation_volumes_are_another_run(whole, tiny, tmp_path, splits):
+    other = write_store(tmp_path / "store", splits)
+    with pytest.raises(ConfigError, match="the input split changed"):
+        train.run(tiny(whole, f"store={other}"))
+    same = write_store(tmp_path / "same", {"a": "train", "b": "train", "c": "val"})
+    train.run(tiny(whole, f"store={same}"))

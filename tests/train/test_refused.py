@@ -14,6 +14,11 @@ from hpc_neuro.schema import ConfigError, InputError
         (["crop.size=[16,32,40]"], r"crop\.size .* multiple of student\.patch"),
         (["distill={}"], "give `cache`"),
         (["losses=[]"], "nothing to learn"),
+        (["losses=[{kind: dice, weight: 0}]"], "no loss has a weight above 0"),
+        (["plan.nodes=4"], "`gpus` says nothing"),
+        (["teacher.arch=vit_small_patch16_224"], "`arch` and `seed` are those of `model: random`"),
+        (["augment.distilled=[flip_y,rot90]", "crop.size=[16,32,64]"], "has rot90, but y and x"),
+        (["student.tokenizer={kind: tubular, taps: 1}"], "a tube of one tap cannot bend"),
         (["optim.stepps=3"], "stepps"),
         (["losses=[{kind: dicee}]"], "dicee"),
     ],
@@ -32,6 +37,13 @@ def test_a_config_that_cannot_work_is_refused_with_its_key(tiny, tmp_path, overr
         (["engine.offload_parameters=nvme"], "engine.nvme: the folder and offload_parameters=nvme go together"),
         (["engine.offload_parameters=nvme", "engine.nvme=/nowhere"], "/nowhere is no folder"),
         (["store=/nowhere"], "prepare"),
+        (
+            [
+                *("teacher.model=random", "transfer.rule=tubular", "transfer.block=center"),
+                "student.tokenizer={kind: tubular, deformable: false, keep_block: false}",
+            ],
+            "keep_block=false omits",
+        ),
     ],
 )
 def test_a_run_that_cannot_work_here_is_refused_before_anything_is_written(tiny, tmp_path, overrides, message):

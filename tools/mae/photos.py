@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ class Photos:
     tiles: npt.NDArray[np.uint8]  # [2 * photographs, 3, side, side]
     held: list[int]  # photographs never trained on
     train: list[int]
+    digest: str  # of their names and sizes
     resident: Tensor | None = None  # the tiles on a GPU
 
     def on(self, device: torch.device) -> Photos:
@@ -65,7 +68,8 @@ def load(folder: Path, cache: Path, side: int, held: int) -> Photos:
             np.save(handle, tiles)
         files.write_json(manifest, wanted)
     order = np.random.default_rng(0).permutation(len(names)).tolist()  # the same photographs whatever the run's seed
-    return Photos(np.load(array, mmap_mode="r"), sorted(order[:held]), sorted(order[held:]))
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return Photos(np.load(array, mmap_mode="r"), sorted(order[:held]), sorted(order[held:]), digest)
 
 
 def _tiles(path: Path, side: int) -> list[npt.NDArray[np.uint8]]:

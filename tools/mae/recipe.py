@@ -5,6 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+DATA = "natural photographs, one per ImageNet class where 1,000 are given; not distributed with the weights"
+
+METHOD = (
+    "masked autoencoder (He et al., CVPR 2022) with a convolutional decoder; target: pixels normalised per patch; "
+    "fixed sine-cosine positions at random offset and spacing; patch embedding started from whitened principal "
+    "components; crops of 1/4 to 1 of the tile's side, quarter turns, mirroring, grey with probability 0.8, inversion, "
+    "gamma, contrast, noise on the input and not on the target; losses are shares of what the patch mean makes"
+)
+
 
 class BadInput(Exception):
     """Options or files that cannot be used; the message says what to do."""
@@ -68,3 +77,5 @@ class Progress:
     """Time spent training, over all sessions."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean loss since the entry before)."""
+    photos: str = ""
+    """Digest of the photographs' names and sizes."""
