@@ -110,7 +110,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shard damaged": (lambda c: flip(first(c / "cache", "*.h5")), "does not have the checksum"),
     "shard missing": (lambda c: first(c / "cache", "*.h5").unlink(), "lacks 1 of its"),
-    "manifest changed": (lambda c: append(c / "cache" / "manifest.json"), "cache was changed"),
+    "manifest changed": (
+        lambda c: edit(c / "cache" / "manifest.json", '"random_teacher": true', '"random_teacher": false'),
+        "the cache's manifest is",
+    ),
     "config edited": (lambda c: edit(c / "train" / "config.yaml", "seed: 0", "seed: 1"), "config.yaml was changed"),
     "weights changed": (lambda c: flip(c / "train/weights/best/model.safetensors"), "weights was changed"),
     "weights missing": (lambda c: (c / "train/weights/best/model.safetensors").unlink(), "best weights are missing"),

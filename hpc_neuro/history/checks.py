@@ -82,13 +82,13 @@ def _precompute(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool
 
 def _train(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
     inputs, config = record.get("inputs", {}), record.get("config", {})
-    _volumes(stage, link, record, "", skip=("teacher", "cache"))
+    _volumes(stage, link, record, "", skip=("teacher", "cache", "split"))
     if "cache" in inputs and config.get("cache"):
         manifest = link.locate(config["cache"]) / _CACHE
-        stage.compare(manifest, inputs["cache"], "cache")
-        if manifest.is_file() and "teacher" in inputs:
-            held = files.read_json(manifest, "run `precompute` again")["teacher"]["sha256"]
-            stage.equal("the teacher of the cache", held, inputs["teacher"])
+        if (held := stage.read(manifest)) is not None:
+            stage.equal("the cache's manifest", feature_cache.manifest_digest(held), inputs["cache"])
+            if "teacher" in inputs:
+                stage.equal("the teacher of the cache", held["teacher"]["sha256"], inputs["teacher"])
     if "teacher" in inputs:
         _teacher(stage, record, {"name": config["teacher"]["model"], "sha256": inputs["teacher"]})
     newest = max((link.path / "checkpoints").glob("step_*/checkpoint.json"), default=None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hpc_neuro import distributed, files
 from hpc_neuro.data.dataset import Crops, places
-from hpc_neuro.data.feature_cache import FeatureCache
+from hpc_neuro.data.feature_cache import FeatureCache, manifest_digest
 from hpc_neuro.data.orientation import IDENTITY
 from hpc_neuro.data.sampling import Sampler, spread_boxes
 from hpc_neuro.data.store import Store
@@ -153,17 +153,13 @@ def _distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | None) -
 def _inputs(store: Store, teacher: Teacher | None, cache: FeatureCache | None) -> dict[str, str]:
     """Digests of all that decides the result besides the config."""
     found = {i: store[i].digest for i in store.ids if store[i].split in ("train", "val")}
-    found["split"] = _hashed({split: sorted(store.split(split)) for split in ("train", "val")})
+    splits = json.dumps({split: sorted(store.split(split)) for split in ("train", "val")})
+    found["split"] = hashlib.sha256(splits.encode()).hexdigest()
     if teacher is not None:
         found["teacher"] = str(teacher.identity["sha256"])
     if cache is not None:
-        told = ("store", "code")  # where from and by which version: a repair changes them, and no feature
-        found["cache"] = _hashed({key: value for key, value in cache.manifest.items() if key not in told})
+        found["cache"] = manifest_digest(cache.manifest)
     return found
-
-
-def _hashed(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ def cache(store, tmp_path_factory):
 
 
 def test_transfer_and_distillation(tiny, cache, tmp_path, caplog):
-    distil = [f"cache={cache}", "distill.axes=deformable", "teacher.model=random", "transfer.rule=average"]
+    distil = [f"cache={cache}", "distill={axes: deformable}", "teacher.model=random", "transfer.rule=average"]
     out = tmp_path / "run"
     with caplog.at_level(logging.INFO):
         assert train.run(tiny(out, *distil, "optim.batch=4", "optim.steps=5")) == 0
@@ -34,7 +34,7 @@ def test_transfer_and_distillation(tiny, cache, tmp_path, caplog):
 
 def test_a_sharded_distiller_with_nothing_to_distil_in_a_pass(tiny, cache, tmp_path):
     """With one crop per pass some passes hold none to distil; stage 3 must go the same way and weigh it nothing."""
-    distil = [f"cache={cache}", "distill.axes=deformable", "teacher.model=random", "optim.steps=3", "ema.window=0"]
+    distil = [f"cache={cache}", "distill={axes: deformable}", "teacher.model=random", "optim.steps=3", "ema.window=0"]
     found = []
     for stage in (2, 3):
         out = tmp_path / str(stage)
@@ -52,7 +52,7 @@ def test_a_sharded_distiller_with_nothing_to_distil_in_a_pass(tiny, cache, tmp_p
 def test_distillation_weighs_each_sample_alike_however_it_is_cut(tiny, cache, tmp_path):
     distil = [
         f"cache={cache}",
-        "distill.axes=none",
+        "distill={axes: none}",
         "teacher.model=random",
         "losses=[]",
         "optim.batch=4",

@@ -13,6 +13,7 @@ from hpc_neuro.data.feature_cache.layout import (
     PLANE,
     CacheMismatch,
     Unit,
+    manifest_digest,
     read_manifest,
     tiles,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "FeatureCache",
     "ShardWriter",
     "Unit",
+    "manifest_digest",
     "read_manifest",
     "record_use",
     "shard_is_sound",

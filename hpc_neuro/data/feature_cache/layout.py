@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,18 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 CODING = "coding.npz"
 USES = "uses"
-__all__ = ["CODING", "FORMAT", "MANIFEST", "PLANE", "USES", "CacheMismatch", "Unit", "read_manifest", "tiles"]
+__all__ = [
+    "CODING",
+    "FORMAT",
+    "MANIFEST",
+    "PLANE",
+    "USES",
+    "CacheMismatch",
+    "Unit",
+    "manifest_digest",
+    "read_manifest",
+    "tiles",
+]
 
 
 class CacheMismatch(ConfigError):
@@ -62,6 +75,12 @@ def read_manifest(folder: Path, hint: str) -> dict[str, Any]:
             "precompute`"
         )
     return held
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all that decides a cache's features: where its store lay and which version built it may change."""
+    facts = {key: value for key, value in manifest.items() if key not in ("store", "code")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def tiles(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slice]]:
