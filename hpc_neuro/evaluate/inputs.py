@@ -69,6 +69,13 @@ class Predictions:
         lost = [f for i in ids for f in self._files(i) if not f.exists()]
         if lost:
             raise InputError(f"{path / INDEX} names {lost[0]}, which does not exist; {_REMAKE} again")
+        for i in ids:
+            tree, wanted = self._entries[i]["swc_voxel"], self._entries[i].get("sha256", {}).get("swc_voxel")
+            if tree and wanted and files.sha256(path / tree) != wanted:
+                raise InputError(
+                    f"{path / tree} was changed after `infer` wrote it, so that its scores would not be the model's; "
+                    f"`hpc-neuro infer verify {path}` sets it aside and writes the model's tree again"
+                )
 
     def read(self, volume_id: str, wanted_shape: tuple[int, int, int]) -> Prediction:
         """The prediction of a volume. Raises InputError when its shape is not `wanted_shape`."""

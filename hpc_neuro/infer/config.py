@@ -42,6 +42,8 @@ class VolumeConfig:
     def __post_init__(self) -> None:
         if self.root is not None and self.roots:
             raise ValueError("give either root=[z, y, x] or roots=[[z, y, x], ...], not both")
+        if self.name != Path(self.name).name or self.name.startswith("."):
+            raise ValueError(f"id {self.name!r} cannot be a file name; use letters, digits, - and _")
 
     @property
     def name(self) -> str:

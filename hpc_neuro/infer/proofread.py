@@ -4,7 +4,7 @@ OUT/proofread/ID.csv                 places, ranked
 OUT/proofread/ID.neurons.csv         neurons, least sure first
 OUT/proofread/ID.blocks.csv          blocks of the image, least sure first
 OUT/proofread/ID.swc                 the trees in um; a doubtful node has type 7, others keep theirs
-OUT/proofread/ID.confidence.csv      confidence of each node of swc/ID.swc, in its order; with mirrored views also
+OUT/proofread/ID.confidence.csv      confidence of each node of swc/ID.swc, by its id; with mirrored views also
                                      their disagreement and the mean of all views
 OUT/proofread/ID.neuroglancer.json   a state for Neuroglancer with the places as points
 """
@@ -117,14 +117,14 @@ def places(tree: Tree, known: Sure, shape: Shape, size: VoxelSize) -> list[Place
     for node in range(len(tree) - 1, -1, -1):
         if tree.parents[node] >= 0:
             below[tree.parents[node]] += below[node]
-    neuron = morphology.component_of(tree) + 1
+    neuron, numbers = morphology.component_of(tree) + 1, swc.ids(tree)
     found = []
 
     def add(kind: str, node: int, doubt: float) -> None:
         z, y, x = (round(float(v), 2) for v in tree.points[node])
         behind, off = round(float(below[node]), 2), None if apart is None else round(float(apart[node]), 4)
         doubt = round(max(doubt, off or 0.0), 4)
-        found.append(Place(0, kind, z, y, x, doubt, off, behind, int(neuron[node]), node + 1))
+        found.append(Place(0, kind, z, y, x, doubt, off, behind, int(neuron[node]), int(numbers[node])))
 
     kinds = np.where(sure < low, 3, np.where(sure < threshold, 2, np.where(known.lowest < threshold, 1, 0)))
     for run in _runs(tree, kinds):
@@ -200,7 +200,8 @@ def write(
     if (apart := known.disagreement) is not None:
         columns |= {"disagreement": apart, "mean": known.mean}
     lines = zip(*(np.round(column, 4).tolist() for column in columns.values()), strict=True)
-    nodes = [dict(zip(("node", *columns), (i, *line), strict=True)) for i, line in enumerate(lines, start=1)]
+    numbers = swc.ids(tree).tolist()
+    nodes = [dict(zip(("node", *columns), (i, *line), strict=True)) for i, line in zip(numbers, lines, strict=True)]
     files.write_text(folder / f"{name}.confidence.csv", _table(nodes, ["node", *columns]))
     types = np.where(_in_section(tree, known.lowest < known.threshold), DOUBTFUL, tree.types)
     marked = morphology.scaled(replace(tree, types=types), size)

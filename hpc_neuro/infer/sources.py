@@ -19,6 +19,7 @@ from hpc_neuro.geometry import Box, Shape, VoxelSize
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
 from hpc_neuro.schema import InputError
 
+_FOLDERS = ("blocks", "entries", "failed", "proofread", "shares", "strands", "swc")  # of results, in `out`
 T = TypeVar("T")
 Share = tuple[int, int]
 
@@ -69,8 +70,19 @@ def sources(cfg: InferConfig, known: Mapping[str, Known] | None = None) -> Itera
             image = f"{cfg.store}:{name}"
             roots = () if v.root is None else (v.root,)
             yield Source(name, image, v.shape, v.voxel_size, roots, v.digest, v.normalised, part=part)
+    _apart(cfg)
     for item, part in _share(cfg.inputs, cfg.share):
         yield _from_file(item, part, (known or {}).get(item.name))
+
+
+def _apart(cfg: InferConfig) -> None:
+    """InputError where results would be written over an image, into it, or around it."""
+    names = [f"{item.name}.ome.zarr" for item in cfg.inputs]
+    written = [(cfg.out / name).resolve() for name in (*names, *_FOLDERS)]
+    for item in cfg.inputs:
+        image = item.image.resolve()
+        if clash := [w for w in written if w == image or w in image.parents or image in w.parents]:
+            raise InputError(f"{item.image} and results ({clash[0]}) would lie in one another; choose another `out`")
 
 
 def known(found: list[Source]) -> dict[str, Known]:

@@ -114,6 +114,8 @@ def finished(cfg: InferConfig, work: Work, views: Callable[[Tree], Floats]) -> E
     if entry is None:
         entry = untraced(work)
         _forget(cfg.out, work.source.id)
+        # from here to the whole record below, what lies there is ours and half written
+        files.write_json(entry_path(cfg.out, work.source.id), {"key": "", "entry": {}, "files": {}, "writing": True})
         if cfg.trees:
             _write_trees(cfg, work, entry, views)
         written = {p.relative_to(cfg.out).as_posix(): files.sha256(p) for p in tree_files(cfg.out, work.source.id)}
@@ -211,11 +213,32 @@ def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tr
 
 
 def _forget(out: Path, name: str) -> None:
-    """Remove the trees that other settings left: more trees, perhaps, than there are now."""
-    for path in tree_files(out, name):
-        path.unlink()
+    """Remove the trees that other settings left: more trees, perhaps, than there are now. Somebody's work stays."""
+    path = entry_path(out, name)
+    record = files.read_json(path, f"remove {path}") if path.exists() else {"files": {}}
+    for file in tree_files(out, name):
+        wanted = record["files"].get(file.relative_to(out).as_posix())
+        if record.get("writing") or wanted == files.sha256(file):
+            file.unlink()
+        else:
+            set_aside(out, file)
     with contextlib.suppress(OSError):
         (out / "swc" / name).rmdir()
+
+
+def set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
+    """Move a tree or table, if it is there, to where nothing is made or removed; the entry that names it is stale."""
+    if entry is not None:
+        files.write_json(entry, {**files.read_json(entry, f"remove {entry}"), "key": ""})
+    if not file.exists():
+        return
+    target, number = out / "set_aside" / file.relative_to(out), 1
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{file.stem}.{number}{file.suffix}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(target)
+    log.info("%s is now %s", file, target)
 
 
 def _mean(scores: list[proofread.Neuron]) -> float:

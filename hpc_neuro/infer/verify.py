@@ -24,7 +24,7 @@ from hpc_neuro.geometry import Block, Shape, VoxelSize, blocks
 from hpc_neuro.infer.blocks import MASK
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.marks import Marks
-from hpc_neuro.infer.trees import entry_path, tree_files
+from hpc_neuro.infer.trees import entry_path, set_aside, tree_files
 from hpc_neuro.infer.verb import INDEX, run
 from hpc_neuro.schema import ConfigError, InputError
 
@@ -226,24 +226,9 @@ def _trees(out: Path) -> Iterator[Problem]:
         for file, wanted in written.items():
             if not file.exists() or files.sha256(file) != wanted:
                 state = "has other bytes than were written" if file.exists() else "is missing"
-                forget = functools.partial(_set_aside, out, file, path)
+                forget = functools.partial(set_aside, out, file, path)
                 yield Problem(f"{name}: {file.relative_to(out)} {state}", forget)
     for kind in ("swc", "proofread"):
         for file in sorted((out / kind).rglob("*")):
             if file.is_file() and file not in known:
-                yield Problem(f"nobody wrote {file.relative_to(out)}", functools.partial(_set_aside, out, file))
-
-
-def _set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
-    """Move a tree or table, if it is there, to where nothing is made or removed; forget the entry that names it."""
-    if entry is not None:
-        entry.unlink(missing_ok=True)
-    if not file.exists():
-        return
-    target, number = out / "set_aside" / file.relative_to(out), 1
-    while target.exists():
-        number += 1
-        target = target.with_name(f"{file.stem}.{number}{file.suffix}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    file.rename(target)
-    log.info("%s is now %s", file, target)
+                yield Problem(f"nobody wrote {file.relative_to(out)}", functools.partial(set_aside, out, file))

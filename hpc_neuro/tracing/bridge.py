@@ -12,8 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, Read
-from hpc_neuro.tracing.links import links
+from hpc_neuro.tracing.foreground import Floats, Foreground, Ints
 from hpc_neuro.tracing.paths import Skeleton
 from hpc_neuro.tracing.wires import Join, Wires, straight, wires
 
@@ -39,15 +38,15 @@ class _Candidate:
     target: int
 
 
-def bridges(found: Foreground, traced: Skeleton, cfg: TraceConfig, image: Read | None = None) -> list[Join]:
-    """What joins pieces, without a cycle: links along signal in the image, where one is given, then blind bridges.
+def bridges(found: Foreground, traced: Skeleton, cfg: TraceConfig) -> list[Join]:
+    """What joins pieces, without a cycle.
 
     A bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to half of
     that where the probability between is almost `floor`; it may cost `cfg.gap`. So the stated limit holds for straight
     continuations and shrinks for bends. Two blobs without direction join over a third of it. Cheap ones come first, and
     what they join has new ends in the next round.
     """
-    chosen = [] if image is None else _visible(found, traced, image, cfg)
+    chosen: list[Join] = []
     used: set[int] = set()
     lines = np.flatnonzero(traced.on_tree)
     near = cKDTree(found.points[lines])
@@ -71,23 +70,6 @@ def _centred(found: Foreground, lines: Ints, near: cKDTree, target: int) -> int:
     line = int(lines[int(at)])
     mine = found.component[line] == found.component[target]
     return line if mine and away <= found.thickness[line] + 1 else target
-
-
-def _visible(found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig) -> list[Join]:
-    """Links along signal in the image, cheapest first, without a cycle."""
-    net = wires(found, traced, [])
-    piece, cable = _pieces(found, net)
-    if cfg.signal_gap == 0 or len(cable) < 2:
-        return []
-    options = links(found, np.unique(net.voxels[_ends(net).anchor]), piece, image, cfg)
-    joined = np.arange(len(cable))
-    chosen = []
-    for option in sorted(options, key=lambda o: (o.price, o.join.end, o.join.target)):
-        a, b = (int(joined[piece[v]]) for v in (option.join.end, option.join.target))
-        if a != b:
-            joined[joined == b] = a
-            chosen.append(option.join)
-    return chosen
 
 
 def _pieces(found: Foreground, net: Wires) -> tuple[NDArray[np.int32], Floats]:

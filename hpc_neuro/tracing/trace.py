@@ -38,7 +38,6 @@ def trace(
     *,
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
-    image: NDArray[np.generic] | None = None,
 ) -> list[Tree]:
     """Trees in voxels (z y x) from a probability [Z, Y, X]: float in [0, 1], uint8 (255 is 1), or a bool mask.
 
@@ -46,20 +45,14 @@ def trace(
     `cfg.root_snap` off the foreground. What several roots hang together in is cut between them (see split). Without: a
     tree for each piece with at least `cfg.min_cable` of cable, longest first, rooted in its soma (where it is far
     thicker than elsewhere), else at its thickest end.
-    With `image` [Z, Y, X] (any intensity scale), breaks are also bridged along signal that shows in it.
     Types are 0 (undefined), 1 at a root that is a soma; radii are distances to the border, in (finest) voxels.
     Raises InputError for values outside [0, 1], NaN, other dtypes or axes, a root outside the volume or too far from
     any foreground, two roots at one place, and a root where there is no foreground at all.
     """
     if probability.ndim != 3:
         raise InputError(f"a probability has three axes z y x, found shape {probability.shape}; drop the others")
-    if image is not None and image.shape != probability.shape:
-        raise InputError(
-            f"the image is {image.shape} and the probability {probability.shape} voxels, they must be equal"
-        )
     z, y, x = probability.shape
-    look = None if image is None else (lambda box: image[box.slices])
-    return trace_read(lambda box: probability[box.slices], (z, y, x), voxel_size, roots=roots, cfg=cfg, image=look)
+    return trace_read(lambda box: probability[box.slices], (z, y, x), voxel_size, roots=roots, cfg=cfg)
 
 
 def trace_read(
@@ -69,14 +62,13 @@ def trace_read(
     *,
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
-    image: Read | None = None,
 ) -> list[Tree]:
     """As `trace`, for a volume that is read box by box: memory is bounded by one block and the trees."""
     cfg = cfg or TraceConfig()
     spacing = cfg.spacing(voxel_size)
     found = (reduced(read, shape, box, spacing, cfg) for box in trace_blocks(shape, cfg))
     parts = [part for part in found if part is not None]
-    return trace_strands(parts, read, shape, voxel_size, roots=roots, cfg=cfg, image=image)
+    return trace_strands(parts, read, shape, voxel_size, roots=roots, cfg=cfg)
 
 
 def trace_strands(
@@ -87,7 +79,6 @@ def trace_strands(
     *,
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
-    image: Read | None = None,
 ) -> list[Tree]:
     """As `trace_read`, where the blocks (`trace_blocks`) have been reduced to strands already."""
     cfg = cfg or TraceConfig()
@@ -110,7 +101,7 @@ def trace_strands(
     for start in reversed(starts):  # of several in one piece the first one
         sources[found.component[start]] = start
     traced = skeleton(found, sources, cfg, starts)
-    net = wires(found, traced, bridges(found, traced, cfg, image))
+    net = wires(found, traced, bridges(found, traced, cfg))
     if len(roots) > 1:
         net = split(net, found, [_node(net, start) for start in starts], cfg.floor, cfg.threshold)
     trees: list[Tree] = []

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from hpc_neuro.data import swc
 from hpc_neuro.infer import proofread
@@ -66,9 +67,15 @@ def test_files_open_and_agree(tmp_path: Path) -> None:
     assert [int(r["rank"]) for r in rows] == [p.rank for p in found]
     back = swc.read(folder / "cell.swc")
     assert set(np.flatnonzero(back.types == proofread.DOUBTFUL)) == set(range(90))  # the trunk's two sections
-    node = back.points[int(rows[0]["node"]) - 1]
-    np.testing.assert_allclose(node, np.array([found[0].z, found[0].y, found[0].x]) * SIZE, atol=0.02)
+    swc.write(tmp_path / "all.swc", tree, unit="voxel")
+    lines = [line.split() for line in (tmp_path / "all.swc").read_text().splitlines() if not line.startswith("#")]
+    places = {int(i): tuple(map(float, zyx)) for i, _, *zyx, _, _ in (line for line in lines)}
+    for row in rows:  # the id that a viewer shows: nodes which the file adds for its readers count
+        assert places[int(row["node"])] == pytest.approx([float(row[k]) for k in "xyz"], abs=0.01)
     state = json.loads((folder / "cell.neuroglancer.json").read_text())
     assert list(state["dimensions"]) == ["z", "y", "x"]
     assert state["layers"][2]["annotations"][0]["point"] == [found[0].z, found[0].y, found[0].x]
-    assert len(list(csv.DictReader((folder / "cell.confidence.csv").open()))) == len(sure)
+    table = list(csv.DictReader((folder / "cell.confidence.csv").open()))
+    assert len(table) == len(sure)
+    for row, point in zip(table, tree.points, strict=True):
+        assert places[int(row["node"])] == pytest.approx(point[::-1])

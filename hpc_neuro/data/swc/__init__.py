@@ -8,7 +8,7 @@ from hpc_neuro.data.swc.convert import Transform, convert, transformed
 from hpc_neuro.data.swc.repair import Fixed, components, fix
 from hpc_neuro.data.swc.structure import link, tree
 from hpc_neuro.data.swc.table import Finding, parse
-from hpc_neuro.data.swc.writer import Header, read_header, undo_added, write
+from hpc_neuro.data.swc.writer import Header, ids, read_header, undo_added, write
 from hpc_neuro.morphology import Tree
 from hpc_neuro.schema import InputError
 
@@ -22,6 +22,7 @@ __all__ = [
     "convert",
     "fix",
     "header",
+    "ids",
     "read",
     "transformed",
     "write",

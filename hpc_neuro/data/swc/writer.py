@@ -64,6 +64,20 @@ def write(
     files.write_text(path, "\n".join(lines) + "\n" + _rows(full))
 
 
+def ids(tree: Tree) -> NDArray[np.int64]:
+    """[N] id that each node of `tree` has in the file that `write` makes of it: nodes it adds are counted, too.
+
+    Raises InputError for a tree with a soma of several points, which `write` makes one.
+    """
+    kept, _ = standard(tree)
+    if len(kept) != len(tree):
+        raise InputError(
+            f"{len(tree) - len(kept)} points of the tree's soma have no id of their own; make it one point"
+        )
+    full, added = _with_stems(kept)
+    return np.setdiff1d(np.arange(len(full)), added) + 1
+
+
 def read_header(comments: Sequence[str]) -> Header:
     """Unit and voxel size as `write` states them in the comment lines of a file."""
     unit: Unit | None = None
