@@ -111,6 +111,11 @@ class Predictions:
             raise InputError(f"{path} is of {len(values)} nodes, but the tree has {nodes}; {_REMAKE} again")
         return {"mean": values[:, 0], "agreement": values[:, 1]}
 
+    def roots(self, volume_id: str) -> list[list[float]] | None:
+        """[voxel] z y x from which a volume was traced, rounded; None where that is not recorded."""
+        held = self._entries[volume_id].get("roots")
+        return None if held is None else [[round(float(c), 3) for c in root] for root in held]
+
     def trace_config(self) -> TraceConfig | None:
         """The tracer's settings that `infer` recorded; None when it recorded none."""
         if "trace" not in self.config:

@@ -16,7 +16,7 @@ from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.metrics.calibration import Bin
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column
-from hpc_neuro.report.record import Link, teacher_is_random
+from hpc_neuro.report.record import Link
 
 _SHOWN_PAIRS = ("dice", "f1", "hd95_um", "esa")  # metrics drawn neuron by neuron
 
@@ -27,13 +27,14 @@ def build(
     pictures: Sequence[tuple[str, Path]],
     training: Sequence[dict[str, Any]] | None,
     links: list[Link],
+    notices: Sequence[str],
     code: str,
     reliable: Mapping[str, Sequence[Bin]],
 ) -> str:
     """The page as text. `pictures` are (volume, JPEG) in the order shown; `training` the rows of a training run;
-    `reliable` what is known of the model's confidence."""
+    `notices` what stands above all numbers; `reliable` what is known of the model's confidence."""
     n = len(results.ids)
-    sections = [("Result", _result(results, cfg, links))]
+    sections = [("Result", _result(results, cfg, notices))]
     if n > 1 and len(results.methods) > 1:
         sections.append(("Differences", _differences(results, cfg)))
     sections.append(("Neurons", _neurons(results, cfg)))
@@ -51,7 +52,7 @@ def build(
     return html.page("Neuron segmentation and tracing", f"{neurons} · hpc_neuro {code}", sections)
 
 
-def _result(results: Results, cfg: EvaluateConfig, links: list[Link]) -> str:
+def _result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]) -> str:
     metrics = [r for r in rows(cfg) if r.main]
     table = [[Cell(_name(m))] for m in results.methods]
     gold = [Cell("Gold")]
@@ -63,15 +64,7 @@ def _result(results: Results, cfg: EvaluateConfig, links: list[Link]) -> str:
         own = sum(results.gold[i][r.key] for i in results.ids) / len(results.ids) if r.key in GOLD_KEYS else None
         gold.append(Cell("" if own is None else html.number(own, r.digits), own))
     table.append(gold)
-    text = []
-    if teacher_is_random(links):
-        text.append(
-            html.paragraph(
-                "The teacher had random weights: these numbers measure the pipeline, not the transfer of natural-image "
-                "knowledge.",
-                "notice",
-            )
-        )
+    text = [html.paragraph(notice, "notice") for notice in notices]
     if len(results.ids) > 1:
         text.append(
             html.paragraph(
@@ -161,7 +154,8 @@ def _definitions(results: Results, cfg: EvaluateConfig) -> str:
             (
                 "Otsu",
                 "Baseline without training: voxels of the raw image above Otsu's threshold (1979) of the whole "
-                "volume's histogram; the mask is traced from the same root, by the same tracer with the same settings.",
+                "volume's histogram; the mask is traced by the same tracer, with the same settings from the same root "
+                "unless something else is said above the numbers.",
             )
         )
     terms.append(

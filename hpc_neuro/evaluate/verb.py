@@ -68,7 +68,7 @@ def run(cfg: EvaluateConfig) -> int:
             return 0
         shown = _pictures(cfg, store, compared, results)
         reliable = reliability.measured(cfg, store, results.ids, compared[0].seeds[0])
-        _write(cfg, results, shown, reliable, this.record)
+        _write(cfg, results, shown, reliable, this.record, compared)
         mean = as_json(results, cfg)["mean"]
         this.finish({"volumes": len(results.ids), "mean": mean}, outputs=[cfg.out / name for name in _PRODUCTS])
         log.info("report: %s", cfg.out / "report.html")
@@ -167,6 +167,7 @@ def _write(
     shown: list[tuple[str, Path]],
     reliable: dict[str, list[Bin]],
     this: dict[str, Any],
+    compared: list[Method],
 ) -> None:
     links = record.chain(
         {"infer": cfg.predictions, "prepare": cfg.store, **({"train": cfg.train} if cfg.train else {})}
@@ -175,14 +176,34 @@ def _write(
         (k.path for k in links if k.name == "train" and (k.path / "metrics.jsonl").exists()), None
     )
     rows = curves.read(train) if train else None
-    if record.teacher_is_random(links):
-        log.warning("the teacher had random weights: these numbers measure the pipeline, not the transfer of knowledge")
+    store = Store(cfg.store)
+    notices = record.notices(links, {i: store[i].digest for i in results.ids}) + _unlike(cfg, store, results, compared)
+    for notice in notices:
+        log.warning("%s", notice)
     links.append(record.Link("evaluate", cfg.out, {**this, "end": "this report"}))
     told = {**as_json(results, cfg), "confidence": reliability.as_json(reliable)}
     files.write_json(cfg.out / "metrics.json", told)
     files.write_text(cfg.out / "metrics.csv", as_csv(results, cfg))
     files.write_text(cfg.out / "metrics.tex", as_latex(results, cfg))
-    files.write_text(cfg.out / "report.html", page.build(results, cfg, shown, rows, links, str(this["code"]), reliable))
+    report = page.build(results, cfg, shown, rows, links, notices, str(this["code"]), reliable)
+    files.write_text(cfg.out / "report.html", report)
+
+
+def _unlike(cfg: EvaluateConfig, store: Store, results: Results, compared: list[Method]) -> list[str]:
+    """In what Otsu's mask was traced unlike the model's, where it was scored."""
+    model, found = compared[0].seeds[0], []
+    own = model.trace_config()
+    if cfg.otsu and cfg.trace is not None and own is not None and cfg.trace != own:
+        found.append("Otsu's mask was traced with other settings than the model's (`trace` of evaluate).")
+    roots = {
+        i: [] if store[i].root is None else [[round(float(c), 3) for c in store[i].root or ()]] for i in results.ids
+    }
+    other = [i for i in results.ids if (held := model.roots(i)) is not None and held != roots[i]]
+    if cfg.otsu and other:
+        found.append(
+            f"Otsu's mask was traced from the store's root, the model's from others or none: {', '.join(other)}."
+        )
+    return found
 
 
 def _volume_facts(volume: StoredVolume) -> dict[str, object]:

@@ -20,6 +20,7 @@ from hpc_neuro.infer.config import InferConfig, VolumeConfig
 from hpc_neuro.schema import InputError
 
 _FOLDERS = ("blocks", "entries", "failed", "proofread", "shares", "strands", "swc")  # of results, in `out`
+_DESCRIBING = ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json")
 T = TypeVar("T")
 Share = tuple[int, int]
 
@@ -124,7 +125,7 @@ def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> S
         raise InputError(f"{item.image}: range {list(item.range)} must rise; give [darkest, brightest]")
     if known is None:
         low, high = item.range or intensity_range(lambda box: volume[box], volume.shape)
-        content = files.sha256(item.image) if item.image.is_file() else str(item.image.resolve())
+        content = files.sha256(item.image) if item.image.is_file() else _folder(item.image)
     else:
         (low, high), content = known.range, known.content
     overview = None if item.overview is None else _overview(item, volume, low, high)
@@ -143,6 +144,16 @@ def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> S
         overview=overview,
         range=(low, high),
     )
+
+
+def _folder(image: Path) -> str:
+    """A folder's place and, of the files that describe its arrays, names, sizes and times: written anew, it differs.
+
+    Its chunks may be millions, so that one replaced in place is not seen.
+    """
+    told = [p for name in _DESCRIBING for depth in (name, f"*/{name}") for p in image.glob(depth)]
+    facts = [(p.relative_to(image).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(told)]
+    return f"{image.resolve()} {facts}"
 
 
 def _overview(item: VolumeConfig, fine: Volume, low: float, high: float) -> Callable[[Box], float]:

@@ -18,8 +18,9 @@ from hpc_neuro.data.rasterize import Drawing
 from hpc_neuro.data.store import SPLITS, Store, Volume, is_written, write_index, write_volume
 from hpc_neuro.prepare.check import Measured, Opened, entry, measure, open_pair
 from hpc_neuro.prepare.config import PrepareConfig
-from hpc_neuro.prepare.pairs import find_pairs
+from hpc_neuro.prepare.pairs import Pair, find_pairs
 from hpc_neuro.prepare.picture import draw
+from hpc_neuro.schema import InputError
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +88,34 @@ def _kept(one: Opened, cfg: PrepareConfig) -> Path:
 
 
 def _opened(cfg: PrepareConfig) -> list[Opened]:
-    opened = [open_pair(pair, cfg) for pair in runs.share_of(find_pairs(cfg), cfg.share)]
+    pairs = find_pairs(cfg)
+    _apart(cfg.out, pairs)
+    opened = [open_pair(pair, cfg) for pair in runs.share_of(pairs, cfg.share)]
+    _once(opened)
     written = sum(o.bytes(cfg.distance_cap) for o in opened if not is_written(cfg.out / f"{o.pair.id}.h5", o.digest))
     files.require_space(cfg.out, written, "the store")
     return opened
+
+
+def _apart(out: Path, pairs: list[Pair]) -> None:
+    """InputError where the store would be written over an image or a tree."""
+    written = {(out / f"{pair.id}.h5").resolve() for pair in pairs} | {(out / "dataset.json").resolve()}
+    for pair in pairs:
+        for path in (pair.image, pair.swc):
+            if path.resolve() in written:
+                raise InputError(f"{path} would be replaced by the store's file of that name; choose another `out`")
+
+
+def _once(opened: list[Opened]) -> None:
+    """InputError where one image is in two splits: what is tested would be what was trained on."""
+    first: dict[tuple[str, int | None], Opened] = {}
+    for one in opened:
+        other = first.setdefault((one.sources["image"], one.pair.channel), one)
+        if other.pair.split != one.pair.split:
+            raise InputError(
+                f"{other.pair.id} ({other.pair.split}) and {one.pair.id} ({one.pair.split}) are the same image; put "
+                "both into one split (a manifest's `neuron` does so), or leave one out"
+            )
 
 
 def _outputs(out: Path, opened: list[Opened]) -> list[Path]:

@@ -114,7 +114,22 @@ def _out(folder: Path) -> str:
     return str(named["out"]) if isinstance(named, dict) and named.get("out") else str(folder.resolve())
 
 
-def teacher_is_random(links: list[Link]) -> bool:
-    """Whether a training run in the chain had a teacher of random weights."""
+def notices(links: list[Link], digests: Mapping[str, str]) -> list[str]:
+    """What a reader must know of scores before anything else, by the runs that led to them.
+
+    digests: scored volume -> digest of its content, as the store has it.
+    """
+    found = []
     configs = [link.record.get("config", {}) for link in links if link.record and link.name in ("train", "precompute")]
-    return any((c.get("teacher") or {}).get("model") == "random" for c in configs)
+    if any((c.get("teacher") or {}).get("model") == "random" for c in configs):
+        found.append(
+            "The teacher had random weights: these numbers measure the pipeline, not the transfer of natural-image "
+            "knowledge."
+        )
+    seen = {v for link in links if link.record and link.name == "train" for v in link.record.get("inputs", {}).values()}
+    if known := [name for name, digest in digests.items() if digest in seen]:
+        found.append(
+            f"The model was trained or validated on {', '.join(known)}: "
+            f"{'this neuron is' if len(known) == 1 else 'these neurons are'} not held out."
+        )
+    return found

@@ -29,14 +29,26 @@ def test_chain_follows_configs_and_names_what_is_gone(tmp_path: Path) -> None:
         ("train", train, False),
         ("infer", infer, False),
     ]
-    assert not record.teacher_is_random(links)
+    assert record.notices(links, {"a": "digest"}) == []
 
 
 def test_a_random_teacher_is_seen(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"verb": "train", "config": {"teacher": {"model": "random"}}}))
-    assert record.teacher_is_random(record.chain({"train": folder}))
+    (notice,) = record.notices(record.chain({"train": folder}), {})
+    assert "random weights" in notice
+
+
+def test_neurons_that_the_model_has_seen_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"verb": "train", "inputs": {"a": "1a", "b": "2b", "split": "3c"}}))
+    links = record.chain({"train": folder})
+    assert record.notices(links, {"c": "4d"}) == []
+    assert record.notices(links, {"c": "4d", "renamed": "2b"}) == [
+        "The model was trained or validated on renamed: this neuron is not held out."
+    ]
 
 
 def test_a_random_teacher_is_said_in_log_and_report(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
@@ -16,6 +18,7 @@ import tifffile
 from hpc_neuro import files, schema
 from hpc_neuro.geometry import to_um
 from hpc_neuro.prepare import PrepareConfig, run
+from hpc_neuro.schema import InputError
 from tests.prepare.making import SHAPE, SIZE, config, pair, refused, write_pair
 
 
@@ -107,3 +110,25 @@ def test_too_little_room_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: os.times() and type("U", (), {"free": 1000})())
     refused(config(images=raw, out=tmp_path / "out"), r"the store needs .* but only 1\.0 kB are free")
+
+
+def test_the_store_is_not_written_over_its_images(tmp_path: Path) -> None:
+    write_pair(tmp_path, "a", 1)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = tifffile.imread(tmp_path / "a.tif")
+    (tmp_path / "a.tif").unlink()
+    before = (tmp_path / "a.h5").read_bytes()
+    with pytest.raises(InputError, match=r"a\.h5 would be replaced by the store's file of that name"):
+        run(config("voxel_size=[1,1,1]", images=tmp_path, out=tmp_path))
+    assert (tmp_path / "a.h5").read_bytes() == before
+
+
+def test_one_image_is_not_in_two_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    write_pair(folder, "a", 1)
+    for path in list(folder.iterdir()):
+        shutil.copy(path, path.with_name(path.name.replace("a.", "copy.")))
+    with pytest.raises(InputError, match=r"a \(train\) and copy \(test\) are the same image"):
+        run(config("split.test=[copy]", images=folder, out=tmp_path / "store"))
+    assert run(config(images=folder, out=tmp_path / "store")) == 0
