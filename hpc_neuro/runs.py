@@ -27,6 +27,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "tensorstore")
 VERSION_FILE = "CODE_VERSION"  # says, in a copy of the code without git, what it is a copy of
+_SHARES = "shares"  # folder of the records of an array's tasks
 _SECONDS_PER_LINE = 10.0  # a log gets one progress line this often
 
 
@@ -75,6 +76,8 @@ def start(
     hashes = {k: _digest(v) for k, v in inputs.items()} if main else {}
     behind = {k: v for k, v in inputs.items() if isinstance(v, Path)} | dict(sources or {})
     old = _previous(verb, out, resolved, hashes, may_change)
+    if main:
+        _check_shares(out, resolved, hashes, may_change)
     if whole and old.get("exit") == 0 and not differences(resolved, old["config"]):
         log.info("%s: %s is already complete (%s)", verb, out, old["end"])
         yield Run(out, old, complete=True)
@@ -150,7 +153,12 @@ def share_of(items: Sequence[T], share: tuple[int, int] | None) -> list[T]:
 
 def share_folder(out: Path, share: tuple[int, int] | None) -> Path:
     """Where the record of one share is kept; `out` itself for None."""
-    return out if share is None else out / "shares" / f"{share[0]:04d}_of_{share[1]:04d}"
+    return out if share is None else out / _SHARES / f"{share[0]:04d}_of_{share[1]:04d}"
+
+
+def named(what: str, share: tuple[int, int] | None) -> str:
+    """The name of an input that each share has its own of."""
+    return what if share is None else f"{what} of share {share[0]} of {share[1]}"
 
 
 def natural(text: str) -> list[tuple[int, str]]:
@@ -209,6 +217,24 @@ def _previous(
     if changed:
         raise schema.ConfigError(f"the input {', '.join(changed)} changed since {out} was made; choose another `out`")
     return old
+
+
+def _check_shares(out: Path, resolved: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]) -> None:
+    """Raises ConfigError where shares of the run in `out`, or the other shares beside this one, are of another run."""
+    root = out.parent.parent if out.parent.name == _SHARES else out
+    own = {k: v for k, v in resolved.items() if k != "share"}
+    for path in sorted((root / _SHARES).glob("*/run.json")):
+        if path.parent == out:
+            continue
+        record = files.read_json(path, f"remove {path.parent}")
+        theirs = {k: v for k, v in record["config"].items() if k != "share"}
+        other = [d for d in differences(own, theirs) if not d.startswith(tuple(may_change))]
+        other += [f"the input {k}" for k, v in hashes.items() if record.get("inputs", {}).get(k, v) != v]
+        if other:
+            raise schema.ConfigError(
+                f"the share in {path.parent} was made otherwise; give all shares, and the run that gathers them, the "
+                "same settings and inputs, or another `out`. Different:\n  " + "\n  ".join(other)
+            )
 
 
 def differences(new: Any, old: Any, prefix: str = "") -> list[str]:

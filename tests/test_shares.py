@@ -12,7 +12,7 @@ import torch
 from hpc_neuro import evaluate, infer, prepare, runs
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.models.student import StudentConfig, build_student, save_student
-from hpc_neuro.schema import ConfigError, load
+from hpc_neuro.schema import ConfigError, config, load
 
 COUNT = 3  # shares of two volumes: one is empty
 
@@ -72,3 +72,39 @@ def test_shares_cover_each_item_once():
     items = list(range(7))
     assert sorted(i for k in range(3) for i in runs.share_of(items, (k, 3))) == items
     assert runs.share_of(items, None) == items
+
+
+@config
+class Cfg:
+    """A config whose result `steps` decides, and `page` does not."""
+
+    out: Path
+    steps: int = 1
+    page: bool = True
+    share: tuple[int, int] | None = None
+
+
+@pytest.mark.parametrize(
+    ("keys", "inputs", "says"),
+    [
+        (["steps=2"], {"a": "1"}, "steps: 1 -> 2"),
+        ([], {"a": "2", "c": "3"}, "the input a"),
+    ],
+)
+def test_shares_and_what_gathers_them_are_of_one_run(
+    tmp_path: Path, keys: list[str], inputs: dict[str, str], says: str
+) -> None:
+    def start(told: dict[str, str], *more: str) -> None:
+        cfg = load(Cfg, None, [f"out={tmp_path}", *more])
+        with runs.start("test", cfg, runs.share_folder(cfg.out, cfg.share), told, may_change=("page",)) as run:
+            run.finish({})
+
+    start({"a": "1"}, "share=[0,2]")
+    start({"b": "2"}, "share=[1,2]", "page=false")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for share in ([], ["share=[1,3]"]):
+        with pytest.raises(ConfigError, match="0000_of_0002 was made otherwise") as caught:
+            start(inputs, *keys, *share)
+        assert says in str(caught.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    start({"a": "1", "b": "2"})

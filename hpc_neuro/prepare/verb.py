@@ -43,7 +43,7 @@ def run(cfg: PrepareConfig) -> int:
     measured = {} if begun else {o.pair.id: _measured(o, cfg) for o in opened}
     whole = cfg.share is not None or all(path.exists() for path in _outputs(cfg.out, opened))
     raw = {f"{o.pair.id}.{k}": p for o in opened for k, p in (("image", o.pair.image), ("swc", o.pair.swc))}
-    with runs.start("prepare", cfg, folder, inputs=_inputs(opened), whole=whole, sources=raw) as record:
+    with runs.start("prepare", cfg, folder, inputs=_inputs(opened, cfg), whole=whole, sources=raw) as record:
         if record.complete:
             return 0
         if measured:
@@ -160,11 +160,11 @@ def _pictures(out: Path, volumes: list[tuple[Volume, Measured]]) -> None:
     store.close()
 
 
-def _inputs(opened: list[Opened]) -> dict[str, Path | str]:
-    """Digests by name; `pairs` holds what meta.json or the manifest said."""
+def _inputs(opened: list[Opened], cfg: PrepareConfig) -> dict[str, Path | str]:
+    """Digests by name; `pairs` holds what meta.json or the manifest said, of a share of them under the share's name."""
     said = [[o.pair.id, o.pair.split, o.digest] for o in opened]
     hashes: dict[str, Path | str] = {f"{o.pair.id}.{k}": v for o in opened for k, v in o.sources.items()}
-    return hashes | {"pairs": hashlib.sha256(json.dumps(said).encode()).hexdigest()}
+    return hashes | {runs.named("pairs", cfg.share): hashlib.sha256(json.dumps(said).encode()).hexdigest()}
 
 
 def _lines(opened: list[Opened], measured: list[Measured], cfg: PrepareConfig) -> list[str]:
