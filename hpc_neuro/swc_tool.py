@@ -130,7 +130,7 @@ def _transform(path: Path, options: dict[str, object]) -> int:
         shift=_three(options, "shift") if "shift" in options else (0.0, 0.0, 0.0),
     )
     tree = swc.transformed(swc.read(path), move)
-    _write(path, _target(path, "moved", options), tree, [f"moved from {path.name}: {move}"], options)
+    _write(path, _target(path, "moved", options), tree, [f"moved from {path.name}: {move}"], options, move.scale)
     return DONE
 
 
@@ -143,12 +143,27 @@ _COMMANDS: dict[str, tuple[Callable[[Path, dict[str, object]], int], set[str]]] 
 }
 
 
-def _write(path: Path, target: Path, tree: Tree, comments: list[str], options: dict[str, object]) -> None:
+def _write(
+    path: Path,
+    target: Path,
+    tree: Tree,
+    comments: list[str],
+    options: dict[str, object],
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> None:
+    """scale: of the tree against the file's; voxels shrink with it, and of um no voxel size is known any more."""
     header = swc.header(path)
     unit = str(options.get("unit", header.unit or "voxel"))
     if unit not in get_args(Unit):
         raise ConfigError(f"unit={unit} is not one of {', '.join(get_args(Unit))}")
-    swc.write(target, tree, unit=unit, voxel_size=header.voxel_size, comments=comments)  # type: ignore[arg-type]
+    if header.unit and unit != header.unit:
+        raise ConfigError(
+            f"unit={unit}, but the header of {path} says {header.unit}; `hpc-neuro swc convert` converts units"
+        )
+    size = header.voxel_size
+    if size and scale != (1.0, 1.0, 1.0):
+        size = (size[0] / scale[0], size[1] / scale[1], size[2] / scale[2]) if unit == "voxel" else None
+    swc.write(target, tree, unit=unit, voxel_size=size, comments=comments)  # type: ignore[arg-type]
     _say(f"{target}: {len(tree)} nodes, {len(tree.roots)} root, length {morphology.length(tree):.6g}")
 
 

@@ -109,8 +109,8 @@ def _site(asked: argparse.Namespace) -> Site:
 
 
 def _executor(asked: argparse.Namespace, cfg: SearchConfig) -> Executor:
-    """Trials run a copy of the code, which later edits do not change."""
-    code = snapshot(cfg.out / "code")
+    """All trials run one copy of the code, that of the sweep's first start: they are to be compared."""
+    code = snapshot(cfg.out / "code", keep=True)
     if asked.on == "local":
         return Local(code=code)
     return Slurm(_site(asked), code)

@@ -131,3 +131,29 @@ def test_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str])
     assert command_line(["swc", "--help"]) == 0
     assert "usage: hpc-neuro swc check|fix|convert|transform" in capsys.readouterr().out
     assert command_line(["swc"]) == 2
+
+
+def test_a_scaled_tree_states_no_voxel_size_that_is_not_its_own(tmp_path: Path) -> None:
+    tree = swc.read(_written(tmp_path / "v.swc", "voxel"))
+    main(["transform", str(tmp_path / "v.swc"), "scale=1,0.5,0.5"])
+    assert swc.header(tmp_path / "v.moved.swc").voxel_size == (2.0, 1.0, 1.0)
+    main(["convert", str(tmp_path / "v.moved.swc"), "to=um"])
+    want = morphology.length(morphology.scaled(tree, (2.0, 0.5, 0.5)))
+    assert morphology.length(swc.read(tmp_path / "v.moved.um.swc")) == pytest.approx(want, rel=1e-4)
+    _written(tmp_path / "u.swc", "um")
+    main(["transform", str(tmp_path / "u.swc"), "scale=2,2,2"])
+    assert swc.header(tmp_path / "u.moved.swc").voxel_size is None
+    main(["transform", str(tmp_path / "u.swc"), "shift=1,1,1", "out=" + str(tmp_path / "shifted")])
+    assert swc.header(tmp_path / "shifted" / "u.moved.swc").voxel_size == (2.0, 0.5, 0.5)
+
+
+def test_a_unit_is_not_relabelled(tmp_path: Path) -> None:
+    _written(tmp_path / "u.swc", "um")
+    with pytest.raises(ConfigError, match=r"says um; `hpc-neuro swc convert` converts"):
+        main(["fix", str(tmp_path / "u.swc"), "unit=voxel"])
+
+
+def _written(path: Path, unit: str) -> Path:
+    (path.parent / "raw.swc").write_text(GOOD)
+    swc.write(path, swc.read(path.parent / "raw.swc"), unit=unit, voxel_size=(2.0, 0.5, 0.5))  # type: ignore[arg-type]
+    return path

@@ -31,7 +31,7 @@ from scipy.sparse.csgraph import breadth_first_order
 from scipy.spatial import cKDTree
 from skimage.morphology import skeletonize
 
-from hpc_neuro import demo, files, morphology
+from hpc_neuro import demo, files, morphology, runs
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.otsu import OtsuMask
@@ -163,9 +163,17 @@ def thinned(mask: NDArray[np.bool_], root: tuple[float, float, float] | None) ->
 
 def table(out: Path, names: list[str]) -> dict[str, Any]:
     """Print the table of the folds that are done; its figures, with the means over them."""
-    folds = {}
+    folds, configs = {}, dict[str, Any]()
     for name in names:
         if (out / name / "baselines.json").exists():
+            config = files.read_json(out / name / "run.json", "run the fold again")["config"]
+            configs[name] = {key: value for key, value in config.items() if key not in ("test", "data")}
+            first = next(iter(configs))
+            if other := runs.differences(configs[name], configs[first]):
+                raise InputError(
+                    f"the folds {first} and {name} were made otherwise and have no mean ({'; '.join(other)}); "
+                    "give another --out"
+                )
             model = files.read_json(out / name / "metrics.json", "run the fold again")
             scores = {"model": model["volumes"][name]["model"], **files.read_json(out / name / "baselines.json", "")}
             folds[name] = {who: {key: scores[who][key] for key in KEYS} for who in METHODS}

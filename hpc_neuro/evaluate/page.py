@@ -38,12 +38,14 @@ def build(
     if n > 1 and len(results.methods) > 1:
         sections.append(("Differences", _differences(results, cfg)))
     sections.append(("Neurons", _neurons(results, cfg)))
+    seeds = len(results.seeds["model"])
+    of = html.paragraph(f"Of the first of {seeds} trained models; the scores are means over all.") if seeds > 1 else ""
     if pictures:
         shown = "".join(html.picture(p.read_bytes(), f"{name}. {CAPTION}") for name, p in pictures)
         worst = "The worst neurons first, by the model's F1." if n > 1 else ""
-        sections.append(("Pictures", (html.paragraph(worst) if worst else "") + shown))
+        sections.append(("Pictures", of + (html.paragraph(worst) if worst else "") + shown))
     if reliable:
-        sections.append(("Confidence", reliability.section(reliable, cfg)))
+        sections.append(("Confidence", of + reliability.section(reliable, cfg)))
     if training:
         sections.append(("Learning curves", html.row(curves.draw(training))))
     sections.append(("Definitions", _definitions(results, cfg)))

@@ -70,7 +70,13 @@ def open_pair(pair: Pair, cfg: PrepareConfig) -> Opened:
     size = pair.voxel_size or image.voxel_size
     if size is None:
         raise InputError(f"{pair.image} does not say its voxel size; give voxel_size=[z,y,x] in um")
-    unit = pair.swc_unit or swc.header(pair.swc).unit or "voxel"
+    header = swc.header(pair.swc)
+    unit = pair.swc_unit or header.unit or "voxel"
+    if unit == "um" and header.voxel_size and not np.allclose(header.voxel_size, size, rtol=0.01):
+        raise InputError(
+            f"the header of {pair.swc} says um, of voxels of {header.voxel_size} um (z y x), but {pair.id} has {size}; "
+            "correct voxel_size, or the header if it is wrong"
+        )
     tree = in_voxels(swc.read(pair.swc), unit, size)
     if not len(tree):
         raise InputError(f"{pair.swc} holds no points; a traced tree is wanted")

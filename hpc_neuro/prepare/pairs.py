@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -102,11 +103,16 @@ def _meta(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
         entry = body.get(id_, {}) if isinstance(body, dict) else None
         if not isinstance(entry, dict):
             raise InputError(f"{path} holds no mapping for {id_}; write {{ID: {{root_xyz: [x, y, z]}}}}, or remove it")
+        for key in sorted(entry.keys() - known.keys()):
+            if meant := difflib.get_close_matches(key, known, n=1):
+                raise InputError(f"{path} says {key} of {id_}; write {meant[0]}, if that is meant, or drop it")
         found[id_] = {
             known[k]: list(reversed(v)) if k.endswith("_xyz") and isinstance(v, list) else v
             for k, v in entry.items()
             if k in known
         }
+    if isinstance(body, dict) and (strange := sorted(body.keys() - found.keys())):
+        log.warning("%s names %s, of which there is no image beside it", path, ", ".join(strange[:8]))
     log.info("%s: voxel sizes and roots of %d of %d volumes", path, sum(map(bool, found.values())), len(found))
     return found
 

@@ -232,14 +232,20 @@ def test_who_may_have_several_processes(verb, asked, fault):
     assert fault in "".join(found)
 
 
-def test_the_snapshot_says_what_it_is_a_copy_of(tmp_path: Path):
+def test_the_snapshot_says_what_it_is_a_copy_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     copy = snapshot(tmp_path / "code")
     assert (copy / "hpc_neuro" / "runs.py").read_bytes() == Path(runs.__file__).read_bytes()
     assert (copy / "CODE_VERSION").read_text().strip()
-    marker = copy / "launch" / "marker"
-    marker.touch()
     assert snapshot(tmp_path / "code") == copy
+    marker = copy / "launch" / "marker"
+    marker.touch()  # the present code is another now
+    assert snapshot(tmp_path / "code", keep=True) == copy
+    assert "(" + (copy / "CODE_VERSION").read_text().strip() + ") is run, which is not the present" in caplog.text
+    second = snapshot(tmp_path / "code")
+    assert second == tmp_path / "code.2"
+    assert not (second / "launch" / "marker").exists()
     assert marker.exists()  # what a queued job will run is never touched again
+    assert snapshot(tmp_path / "code") == second
 
 
 def test_errors_are_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path):

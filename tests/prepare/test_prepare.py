@@ -22,7 +22,7 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import render
 from hpc_neuro.geometry import Box, to_um
 from hpc_neuro.prepare import PrepareConfig, forecast, run
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.schema import ConfigError, InputError
 from tests.prepare.making import EASY, SHAPE, SIZE, config, contents, pair, write_pair
 
 
@@ -136,6 +136,32 @@ def test_meta_json_gives_roots_voxel_sizes_and_units(
     assert stored.root == (9.5, 8, 7)
     assert stored.voxel_size == SIZE
     np.testing.assert_allclose(stored.tree().points, tree.points, atol=1e-4)
+
+
+@pytest.mark.parametrize("key", ["root", "voxel_size_xyz_um", "swc_units"])
+def test_a_misspelt_key_of_meta_json_is_refused(tmp_path: Path, key: str) -> None:
+    write_pair(tmp_path / "in", "a", 1)
+    (tmp_path / "in" / "meta.json").write_text(json.dumps({"a": {key: [1, 1, 1], "comment": "free"}}))
+    with pytest.raises(InputError, match=f"says {key} of a; write "):
+        run(config(images=tmp_path / "in", out=tmp_path / "out"))
+
+
+def test_what_meta_json_says_of_no_image_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pair(tmp_path / "in", "a", 1)
+    (tmp_path / "in" / "meta.json").write_text(json.dumps({"a.tif": {"root_xyz": [1, 1, 1]}, "a": {"comment": "free"}}))
+    run(config(images=tmp_path / "in", out=tmp_path / "out"))
+    assert "names a.tif, of which there is no image beside it" in caplog.text
+
+
+def test_a_tree_in_um_of_other_voxels_is_refused(tmp_path: Path) -> None:
+    tree, _ = pair(1)
+    write_pair(tmp_path / "in", "a", 1)
+    um = replace(tree, points=to_um(tree.points, SIZE), radii=tree.radii * 0.4)
+    swc.write(tmp_path / "in" / "a.swc", um, unit="um", voxel_size=(1.0, 0.33, 0.33))
+    with pytest.raises(InputError, match=r"says um, of voxels of \(1\.0, 0\.33, 0\.33\) um .* correct voxel_size"):
+        run(config(images=tmp_path / "in", out=tmp_path / "out"))
+    swc.write(tmp_path / "in" / "a.swc", um, unit="um", voxel_size=SIZE)
+    assert run(config(images=tmp_path / "in", out=tmp_path / "out")) == 0
 
 
 def test_the_unit_in_the_header_of_an_swc_is_used(tmp_path: Path) -> None:

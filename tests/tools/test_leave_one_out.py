@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_baselines_and_table(
     model = dict.fromkeys(KEYS, 0.5)
     gold = {"tips": 4.0}
     files.write_json(fold / "metrics.json", {"volumes": {"a": {"model": model}}, "gold": {"a": gold}})
+    files.write_json(fold / "run.json", {"config": {"test": ["a"], "steps": 500}})
     facts = table(tmp_path, ["a", "not_done"])
     assert set(facts["folds"]) == {"a"}
     assert set(facts["mean"]) == set(METHODS)
@@ -85,3 +87,7 @@ def test_baselines_and_table(
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 + 2 * len(METHODS)
     assert "/4" in printed
+    shutil.copytree(fold, tmp_path / "b")
+    files.write_json(tmp_path / "b" / "run.json", {"config": {"test": ["b"], "steps": 50}})
+    with pytest.raises(InputError, match=r"the folds a and b were made otherwise .*steps: 500 -> 50"):
+        table(tmp_path, ["a", "b"])
