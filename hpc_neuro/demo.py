@@ -124,9 +124,9 @@ def run(cfg: DemoConfig) -> int:
 
 def _listed(data: Path) -> str:
     """Digest of what the folder of pairs holds: names, sizes, and the bytes of what is no image."""
-    told = [p for p in sorted(data.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    told = [p for p in sorted(data.iterdir()) if not p.name.startswith(".")]
     small = {".swc", ".json"}
-    facts = [[p.name, p.stat().st_size, files.sha256(p) if p.suffix in small else ""] for p in told]
+    facts = [[p.name, p.is_file() and p.stat().st_size, files.sha256(p) if p.suffix in small else ""] for p in told]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
