@@ -13,6 +13,7 @@ from hpc_neuro.data import feature_cache, ome_zarr
 from hpc_neuro.data.store import Store
 from hpc_neuro.geometry import Shape, blocks
 from hpc_neuro.history.stage import Stage, common, short
+from hpc_neuro.models.fetched import NOTE
 from hpc_neuro.report.record import Link
 from hpc_neuro.schema import InputError
 
@@ -194,8 +195,11 @@ def _teacher(stage: Stage, record: Mapping[str, Any], identity: Mapping[str, str
     stage.say(f"teacher {identity['name']}  {short(identity['sha256'])}")
     config = record.get("config", {}).get("teacher") or {}
     if config.get("weights"):
-        stage.compare(Link("", Path(), record).locate(config["weights"]), identity["sha256"], "teacher weights")
-    elif config.get("model") == "bundled":
+        weights = Link("", Path(), record).locate(config["weights"])
+        if weights.is_dir():  # as fetch-teacher and tools.pretrain_teacher leave it
+            weights = weights / str((stage.read(weights / NOTE) or {}).get("file", "weights"))
+        stage.compare(weights, identity["sha256"], "teacher weights")
+    elif str(config.get("model")).startswith("bundled"):
         assets = Path(str(importlib.resources.files("hpc_neuro"))) / "assets"
         held = {files.sha256(p) for p in assets.glob("*.safetensors")}
         if identity["sha256"] in held:

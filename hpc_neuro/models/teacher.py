@@ -23,7 +23,7 @@ from hpc_neuro.schema import InputError, config
 
 _schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object, so it lives as long as we do
 ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
-BUNDLED = "teacher_vit_tiny_patch16"
+BUNDLED = {"bundled": "teacher_vit_tiny_patch16", "bundled8": "teacher_vit_tiny_patch8"}
 
 
 @functools.cache
@@ -53,8 +53,8 @@ class TeacherConfig:
     """Which frozen 2D vision transformer gives its weights and features."""
 
     model: str = "bundled"
-    """`bundled` (in the package), `trained` (by tools.pretrain_teacher, which wrote the folder `weights`), `random`
-    (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
+    """`bundled` (in the package; `bundled8`: one with patches of 8 pixels), `trained` (by tools.pretrain_teacher, which
+    wrote the folder `weights`), `random` (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
     weights: Path | None = None
     """Weights of `model`: a file (.safetensors, .pth, .bin) or the folder fetch-teacher wrote; none: timm's hub."""
     sha256: str | None = None
@@ -65,7 +65,7 @@ class TeacherConfig:
     """Seed of the weights of `model: random`."""
 
     def __post_init__(self) -> None:
-        if self.weights and self.model in ("bundled", "random"):
+        if self.weights and self.model in (*BUNDLED, "random"):
             raise ValueError(f"`weights` needs `model` to name the timm architecture in the file, not `{self.model}`")
         if self.model == "trained" and not self.weights:
             raise ValueError("`model: trained` needs `weights`, the folder that tools.pretrain_teacher wrote")
@@ -129,7 +129,7 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
         mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
         digest = _tensor_digest(vit.state_dict())
         return Teacher(vit, {"name": f"random {cfg.arch} seed {cfg.seed}", "sha256": digest}, mean, std)
-    if cfg.model == "bundled":
+    if cfg.model in BUNDLED:
         return _bundled(cfg)
     if cfg.model == "trained" and cfg.weights:
         return _carded(cfg, cfg.weights / fetched.NOTE)
@@ -155,8 +155,8 @@ def fetch(name: str, out: Path) -> list[str]:
 
 
 def _bundled(cfg: TeacherConfig) -> Teacher:
-    """The teacher inside the package; its card says how it was made and what its file's digest must be."""
-    path, card_path = ASSETS / f"{BUNDLED}.safetensors", ASSETS / f"{BUNDLED}.json"
+    """A teacher inside the package; its card says how it was made and what its file's digest must be."""
+    path, card_path = (ASSETS / f"{BUNDLED[cfg.model]}.{kind}" for kind in ("safetensors", "json"))
     if not path.exists() or not card_path.exists():
         raise InputError(
             f"this installation has no bundled teacher ({path} is missing); "

@@ -207,7 +207,7 @@ def test_cached_hub_weights_need_no_network(
 
 
 def _assets(folder: Path, untrained: Teacher, **changes: object) -> None:
-    path = folder / f"{module.BUNDLED}.safetensors"
+    path = folder / f"{module.BUNDLED['bundled']}.safetensors"
     save_file({k: v.half() for k, v in untrained.backbone.state_dict().items()}, path)
     card = {
         "arch": ARCH,
@@ -241,13 +241,16 @@ def test_a_missing_bundled_teacher_says_what_to_use(tmp_path: Path, monkeypatch:
         load_teacher(TeacherConfig())
 
 
-def test_the_shipped_teacher_loads() -> None:
-    if not (module.ASSETS / f"{module.BUNDLED}.safetensors").exists():
-        pytest.skip("this checkout has no bundled teacher")
-    teacher = load_teacher(TeacherConfig())
+@pytest.mark.parametrize(("model", "patch"), [("bundled", 16), ("bundled8", 8)])
+def test_the_shipped_teachers_load(model: str, patch: int) -> None:
+    teacher = load_teacher(TeacherConfig(model=model))
+    assert (teacher.identity["name"], teacher.patch, teacher.dim, teacher.depth) == (model, patch, 192, 12)
     maps = teacher.features(torch.rand(1, 64, 48), [teacher.depth - 1])
     assert maps.shape == (1, 1, 64 // teacher.patch, 48 // teacher.patch, teacher.dim)
     assert torch.isfinite(maps).all()
+    card = json.loads((module.ASSETS / f"{module.BUNDLED[model]}.json").read_text())
+    assert card["probes"]["reconstruction"]["trained"] < 0.9 < card["probes"]["reconstruction"]["random_weights"]
+    assert (module.ASSETS / card["file"]).stat().st_size < 12e6
 
 
 def _pretrained(folder: Path, **changes: object) -> Path:
