@@ -186,6 +186,8 @@ def _override(cls: Any, tree: dict[str, Any], text: str) -> str | None:
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:
+        if raw[:1] in ("[", "{"):
+            return f'{dotted}: {raw} is no YAML; quote what holds brackets or colons itself, as in a=["b=[1,2]"]'
         value = raw
     *parents, last = dotted.split(".")
     node: Any = tree

@@ -94,6 +94,11 @@ def test_an_override_that_would_be_lost_without_a_word_is_refused(keys: list[str
     assert says in str(caught.value)
 
 
+def test_a_list_that_is_no_yaml_says_what_to_quote() -> None:
+    with pytest.raises(ConfigError, match=r"things: \[a=\[1,2\]\] is no YAML; quote what holds brackets"):
+        load("things=[a=[1,2]]")
+
+
 def test_switching_off_what_was_set_before_is_meant() -> None:
     assert load("maybe=3", "maybe=null").maybe is None
     assert load("section.steps=3", "section.steps=4").section.steps == 4
