@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_neuro.data import feature_cache as fc
-from hpc_neuro.data.feature_cache import resample
+from hpc_neuro.data.feature_cache import manifest_digest, resample
 from hpc_neuro.geometry import Box
 from hpc_neuro.schema import InputError
 
@@ -206,3 +206,12 @@ def test_an_open_cache_goes_to_other_processes(tmp_path: Path, method: str) -> N
     with multiprocessing.get_context(method).Pool(2 if method == "fork" else 1) as pool:  # others import torch anew
         assert pool.map(read, [cache] * 4) == [here] * 4
     assert read(cache) == here
+
+
+def test_a_repair_by_another_version_does_not_make_another_cache() -> None:
+    """What trainings remember of a cache is what decides its features."""
+    held = {"teacher": {"sha256": "1a"}, "shards": [{"file": "a", "sha256": "2b"}], "store": "/here", "code": "1"}
+    same = manifest_digest({**held, "store": "/there", "code": "2"})
+    assert same == manifest_digest(held)
+    assert manifest_digest({**held, "shards": [{"file": "a", "sha256": "3c"}]}) != same
+    assert manifest_digest({**held, "teacher": {"sha256": "4d"}}) != same

@@ -127,6 +127,7 @@ def test_more_than_is_held_is_an_error_that_names_the_command(images: dict[str, 
         (["augment_views=[flip_q]"], "'flip_q' is no orientation; want flip_z"),
         (["augment_views=[rot90]", "views=[z,y]"], "give both y and x"),
         (["augment_views=[flip_y,flip_y]"], "names something twice"),
+        (["splits=[train,train]"], "names something twice"),
     ],
 )
 def test_bad_orientations_are_refused(tmp_path: Path, keys: list[str], sentence: str) -> None:

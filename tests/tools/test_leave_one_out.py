@@ -35,6 +35,12 @@ def test_pairs_of_several_folders_become_one(tmp_path: Path) -> None:
         "a": {"root_xyz": [1, 2, 3]},
         "b": {"root_xyz": [4, 5, 6]},
     }
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for kind in ("a.swc", "a.tif"):
+        (elsewhere / kind).write_bytes((tmp_path / "one" / kind).read_bytes())
+    with pytest.raises(InputError, match=r"was made of .*/one/a\.swc, not of .*/elsewhere/a\.swc; give another --out"):
+        gathered([elsewhere, tmp_path / "two"], None, tmp_path / "all")
     with pytest.raises(InputError, match="a is in two of the folders"):
         gathered([tmp_path / "one", tmp_path / "one"], None, tmp_path / "other")
     with pytest.raises(InputError, match="hold 1 pairs"):

@@ -1,0 +1,44 @@
+"""Scores are the model's own, and what was unlike for the baseline is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro import evaluate, files
+from hpc_neuro.schema import InputError, load
+from tests.evaluate.conftest import write_predictions
+
+
+def changed(folder: Path, **entry: object) -> None:
+    """More in the entries of predictions.json, as infer writes it."""
+    index = json.loads((folder / "predictions.json").read_text())
+    (folder / "predictions.json").write_text(json.dumps({k: {**v, **entry} for k, v in index.items()}))
+
+
+def test_a_tree_that_was_corrected_by_hand_is_not_scored_as_the_models(store: Path, tmp_path: Path) -> None:
+    predictions = write_predictions(tmp_path / "p", store)
+    index = json.loads((predictions / "predictions.json").read_text())
+    for entry in index.values():
+        entry["sha256"] = {"swc_voxel": files.sha256(predictions / entry["swc_voxel"])}
+    (predictions / "predictions.json").write_text(json.dumps(index))
+    keys = [f"store={store}", f"predictions={predictions}", f"out={tmp_path / 'e'}", "draws=100", "pictures=0"]
+    cfg = load(evaluate.EvaluateConfig, None, keys)
+    evaluate.forecast(cfg)
+    tree = predictions / next(iter(index.values()))["swc_voxel"]
+    tree.write_text(tree.read_text() + "# corrected\n")
+    with pytest.raises(InputError, match="was changed after `infer` wrote it, .*`hpc-neuro infer verify"):
+        evaluate.run(cfg)
+    assert not (tmp_path / "e").exists()
+
+
+def test_what_was_not_alike_for_otsu_is_said_above_the_numbers(store: Path, tmp_path: Path) -> None:
+    predictions = write_predictions(tmp_path / "p", store)
+    changed(predictions, roots=[[1.0, 2.0, 3.0]])
+    keys = [f"store={store}", f"predictions={predictions}", f"out={tmp_path / 'e'}", "draws=100", "pictures=0"]
+    assert evaluate.run(load(evaluate.EvaluateConfig, None, keys)) == 0
+    assert "traced from the store&#x27;s root, the model&#x27;s from others or none" in (
+        tmp_path / "e" / "report.html"
+    ).read_text().replace("'", "&#x27;")
