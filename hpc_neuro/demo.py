@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -127,7 +126,7 @@ def _listed(data: Path) -> str:
     told = [p for p in sorted(data.iterdir()) if not p.name.startswith(".")]
     small = {".swc", ".json"}
     facts = [[p.name, p.is_file() and p.stat().st_size, files.sha256(p) if p.suffix in small else ""] for p in told]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return files.sha256_json(facts)
 
 
 def _stage(name: str, step: Callable[[], Any]) -> Any:

@@ -119,6 +119,16 @@ def reserve(folder: Path, needed: int) -> None:
         probe.unlink()
 
 
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether a text can name a file in a folder: it leads nowhere else and is not hidden."""
+    return text == Path(text).name and not text.startswith(".")
+
+
 @contextlib.contextmanager
 def full_disk_named(folder: Path, what: str) -> Iterator[None]:
     """Turn an error of a full disk or quota into one InputError sentence; other errors pass."""

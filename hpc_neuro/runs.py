@@ -207,14 +207,12 @@ def _previous(
     old: dict[str, Any] = files.read_json(path, f"remove {out} to start again")
     if old.get("verb") != verb:
         raise schema.ConfigError(f"{out} holds a `{old.get('verb')}` run; give `{verb}` another `out`")
-    other = [d for d in differences(resolved, old["config"]) if not any(d.startswith(k) for k in may_change)]
-    if other:
+    if other := differences(resolved, old["config"], may_change):
         raise schema.ConfigError(
             f"{out} was made with another config; choose another `out`, or remove it. Different:\n  "
             + "\n  ".join(other)
         )
-    changed = [k for k, v in hashes.items() if old.get("inputs", {}).get(k, v) != v]
-    if changed:
+    if changed := _changed(hashes, old):
         raise schema.ConfigError(f"the input {', '.join(changed)} changed since {out} was made; choose another `out`")
     return old
 
@@ -228,8 +226,7 @@ def _check_shares(out: Path, resolved: dict[str, Any], hashes: Mapping[str, str]
             continue
         record = files.read_json(path, f"remove {path.parent}")
         theirs = {k: v for k, v in record["config"].items() if k != "share"}
-        other = [d for d in differences(own, theirs) if not d.startswith(tuple(may_change))]
-        other += [f"the input {k}" for k, v in hashes.items() if record.get("inputs", {}).get(k, v) != v]
+        other = differences(own, theirs, may_change) + [f"the input {k}" for k in _changed(hashes, record)]
         if other:
             raise schema.ConfigError(
                 f"the share in {path.parent} was made otherwise; give all shares, and the run that gathers them, the "
@@ -237,12 +234,21 @@ def _check_shares(out: Path, resolved: dict[str, Any], hashes: Mapping[str, str]
             )
 
 
-def differences(new: Any, old: Any, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, as `key: old -> new`."""
+def differences(new: Any, old: Any, may_change: Sequence[str] = ()) -> list[str]:
+    """Dotted keys whose values differ, as `key: old -> new`, but for those that begin with one of `may_change`."""
+    return [d for d in _differences(new, old) if not d.startswith(tuple(may_change))]
+
+
+def _differences(new: Any, old: Any, prefix: str = "") -> list[str]:
     if isinstance(new, dict) and isinstance(old, dict):
         keys = list(dict.fromkeys([*new, *old]))
-        return [d for k in keys for d in differences(new.get(k), old.get(k), f"{prefix}{k}.")]
+        return [d for k in keys for d in _differences(new.get(k), old.get(k), f"{prefix}{k}.")]
     return [] if new == old else [f"{prefix.rstrip('.')}: {_short(old)} -> {_short(new)}"]
+
+
+def _changed(hashes: Mapping[str, str], record: Mapping[str, Any]) -> list[str]:
+    """The inputs that a record names with another digest."""
+    return [k for k, v in hashes.items() if record.get("inputs", {}).get(k, v) != v]
 
 
 def _short(value: Any) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +156,9 @@ def outside(folder: Path) -> None:
         (outside, "outside"),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_is_written(pairs: Path, tmp_path: Path, spoil, word: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    pairs: Path, tmp_path: Path, spoil: Callable[[Path], None], word: str
+) -> None:
     folder = tmp_path / "raw"
     shutil.copytree(pairs, folder)
     spoil(folder)

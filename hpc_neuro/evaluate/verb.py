@@ -68,7 +68,7 @@ def run(cfg: EvaluateConfig) -> int:
             return 0
         shown = _pictures(cfg, store, compared, results)
         reliable = reliability.measured(cfg, store, results.ids, compared[0].seeds[0])
-        _write(cfg, results, shown, reliable, this.record, compared)
+        _write(cfg, store, results, shown, reliable, this.record, compared)
         mean = as_json(results, cfg)["mean"]
         this.finish({"volumes": len(results.ids), "mean": mean}, outputs=[cfg.out / name for name in _PRODUCTS])
         log.info("report: %s", cfg.out / "report.html")
@@ -163,6 +163,7 @@ def _picture(cfg: EvaluateConfig, volume: StoredVolume, prediction: Prediction, 
 
 def _write(
     cfg: EvaluateConfig,
+    store: Store,
     results: Results,
     shown: list[tuple[str, Path]],
     reliable: dict[str, list[Bin]],
@@ -176,7 +177,6 @@ def _write(
         (k.path for k in links if k.name == "train" and (k.path / "metrics.jsonl").exists()), None
     )
     rows = curves.read(train) if train else None
-    store = Store(cfg.store)
     notices = record.notices(links, {i: store[i].digest for i in results.ids}) + _unlike(cfg, store, results, compared)
     for notice in notices:
         log.warning("%s", notice)

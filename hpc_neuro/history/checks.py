@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +61,7 @@ def _prepare(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -
         stage.say(f"{name} ({entry['split']})  {short(entry['digest'])}  {entry['file']}", "volumes")
     store = _attempt(stage, lambda: Store(link.path))
     for name in store.ids if store else ():
-        _attempt(stage, lambda name=name: store.handle(name))  # type: ignore[misc]
+        _attempt(stage, functools.partial(store.handle, name))
     if store:
         store.close()
 
@@ -141,7 +142,7 @@ def _blocks(stage: Stage, out: Path, name: str, folder: str, quick: bool) -> int
         if box.start not in marks:
             stage.bad(f"the block of {folder} at {box.start} was never finished: it has no mark in {out / 'blocks'}")
             continue
-        values = None if quick else _attempt(stage, lambda box=box: ome_zarr.read(array, box))  # type: ignore[misc]
+        values = None if quick else _attempt(stage, functools.partial(ome_zarr.read, array, box))
         if values is not None and hashlib.sha256(values.tobytes()).hexdigest() != marks[box.start]["sha256"]:
             stage.bad(f"the block of {folder} at {box.start} does not have the checksum it was written with")
             continue

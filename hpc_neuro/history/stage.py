@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +129,7 @@ def common(link: Link) -> Stage:
 
 def config_digest(config: object) -> str:
     """SHA-256 of a config, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return files.sha256_json(config)
 
 
 def _config(stage: Stage, link: Link) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from hpc_neuro import files
 from hpc_neuro.data.orientation import parse
 from hpc_neuro.geometry import Shape, VoxelSize
 from hpc_neuro.schema import config
@@ -42,7 +43,7 @@ class VolumeConfig:
     def __post_init__(self) -> None:
         if self.root is not None and self.roots:
             raise ValueError("give either root=[z, y, x] or roots=[[z, y, x], ...], not both")
-        if self.name != Path(self.name).name or self.name.startswith("."):
+        if not files.is_plain_name(self.name):
             raise ValueError(f"id {self.name!r} cannot be a file name; use letters, digits, - and _")
 
     @property

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from pathlib import Path
@@ -52,7 +50,7 @@ def run(cfg: InferConfig) -> int:
     job = distributed.together(lambda: Job(cfg), comm)
     volumes = _opened(cfg, comm, main)
     inputs = {"weights": job.digest, **{f"volume {v.id}": v.digest for v in volumes}}
-    inputs[runs.named("volumes", cfg.share)] = hashlib.sha256(json.dumps([v.id for v in volumes]).encode()).hexdigest()
+    inputs[runs.named("volumes", cfg.share)] = files.sha256_json([v.id for v in volumes])
     inputs |= {f"image {v.id}": v.content for v in volumes if v.file}
     behind = {"weights": weights_folder(cfg) / "model.safetensors"}
     behind |= {f"image {v.id}": v.file for v in volumes if v.file}

@@ -132,7 +132,8 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
     if cfg.model in BUNDLED:
         return _bundled(cfg)
     if cfg.model == "trained" and cfg.weights:
-        return _carded(cfg, cfg.weights / fetched.NOTE)
+        hint = "give the folder that tools.pretrain_teacher wrote as teacher.weights"
+        return _carded(cfg, cfg.weights / fetched.NOTE, hint)
     vit = _create(cfg.model)
     path, pinned = fetched.weights_of(cfg.weights or hub.weights(cfg.model, vit.pretrained_cfg), cfg.model)
     digest = _checked_digest(path, cfg.sha256, advice=fetched.advice(cfg.model))
@@ -162,12 +163,12 @@ def _bundled(cfg: TeacherConfig) -> Teacher:
             f"this installation has no bundled teacher ({path} is missing); "
             "use teacher.model=random or a timm name such as vit_small_patch16_224.dino"
         )
-    return _carded(cfg, card_path)
+    return _carded(cfg, card_path, "reinstall the package, or use teacher.model=random")
 
 
-def _carded(cfg: TeacherConfig, path: Path) -> Teacher:
+def _carded(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
     """The teacher whose card is `path`, its weights beside it, built as the card says: timm knows no name for it."""
-    card = files.read_json(path, "give the folder that tools.pretrain_teacher wrote as teacher.weights")
+    card = files.read_json(path, hint)
     try:
         weights, wanted, arch = path.parent / str(card["file"]), str(card["sha256"]), str(card["arch"])
         size, depth = int(card["input"]["size"]), int(card["recipe"]["depth"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -84,7 +82,7 @@ def recipe(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> str:
     volumes = {v: store[v].digest for split in cfg.splits for v in store.split(split)}
     knobs = [cfg.pca, cfg.dtype, cfg.sample, cfg.layers, cfg.views, cfg.augment_views, cfg.stride_v, cfg.scale]
     facts = [teacher.identity, volumes, knobs, cfg.isotropic, cfg.tile, cfg.halo, cfg.slab]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return files.sha256_json(facts)
 
 
 def existing(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> tuple[str, dict[str, dict[str, list[float]]]]:

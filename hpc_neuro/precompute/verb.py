@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Collection
@@ -44,7 +42,7 @@ class Work:
         """Everything a shard's content depends on, hashed: a file with this key need not be made again."""
         knobs = [cache.FORMAT, cfg.layers, cfg.tile, cfg.halo, coded]
         facts = [asdict(unit), self.digests[unit.volume], self.teacher.identity, *knobs]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return files.sha256_json(facts)
 
     def missing(self, cfg: PrecomputeConfig, again: Collection[str] = ()) -> list[cache.Unit]:
         """The shards that are not there, or belong to something else, or are to be made `again`."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -157,4 +155,4 @@ def _digest(pair: Pair, unit: str, size: VoxelSize, sources: dict[str, str], cfg
             [cfg.radius, cfg.stretch, cfg.tube, cfg.distance_cap, cfg.ignore_margin, cfg.beyond_root]
         ),
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return files.sha256_json(decides)

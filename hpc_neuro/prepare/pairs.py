@@ -150,7 +150,7 @@ def _pair(entry: dict[str, Any], source: Path, folder: Path, cfg: PrepareConfig)
         raise InputError(f"{source}: {entry.get('id', 'a row')} has no {' and no '.join(lacking)}")
     image, swc = folder / str(entry["image"]), folder / str(entry["swc"])
     id_ = str(entry.get("id") or _image_stem(image) or image.stem)
-    if id_ != Path(id_).name or id_.startswith("."):
+    if not files.is_plain_name(id_):
         raise InputError(f"{source}: id {id_!r} cannot be a file name; use letters, digits, - and _")
     for path in (image, swc):
         if not path.exists():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -164,7 +162,7 @@ def _inputs(opened: list[Opened], cfg: PrepareConfig) -> dict[str, Path | str]:
     """Digests by name; `pairs` holds what meta.json or the manifest said, of a share of them under the share's name."""
     said = [[o.pair.id, o.pair.split, o.digest] for o in opened]
     hashes: dict[str, Path | str] = {f"{o.pair.id}.{k}": v for o in opened for k, v in o.sources.items()}
-    return hashes | {runs.named("pairs", cfg.share): hashlib.sha256(json.dumps(said).encode()).hexdigest()}
+    return hashes | {runs.named("pairs", cfg.share): files.sha256_json(said)}
 
 
 def _lines(opened: list[Opened], measured: list[Measured], cfg: PrepareConfig) -> list[str]:

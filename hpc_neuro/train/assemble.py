@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -153,8 +151,7 @@ def _distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | None) -
 def _inputs(store: Store, teacher: Teacher | None, cache: FeatureCache | None) -> dict[str, str]:
     """Digests of all that decides the result besides the config."""
     found = {i: store[i].digest for i in store.ids if store[i].split in ("train", "val")}
-    splits = json.dumps({split: sorted(store.split(split)) for split in ("train", "val")})
-    found["split"] = hashlib.sha256(splits.encode()).hexdigest()
+    found["split"] = files.sha256_json({split: sorted(store.split(split)) for split in ("train", "val")})
     if teacher is not None:
         found["teacher"] = str(teacher.identity["sha256"])
     if cache is not None:

@@ -17,14 +17,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # tools/ is not part of the installed package
+from hpc_neuro import files
+from hpc_neuro.models.teacher import TeacherConfig, load_teacher
+from tools import pretrain_teacher
+from tools.mae import model, photos, probe
+from tools.mae.recipe import Recipe
 
-from hpc_neuro import files  # noqa: E402
-from hpc_neuro.models.teacher import TeacherConfig, load_teacher  # noqa: E402
-from tools import pretrain_teacher  # noqa: E402
-from tools.mae import model, photos, probe  # noqa: E402
-from tools.mae.recipe import Recipe  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 TINY = ["--steps", "12", "--depth", "2", "--width", "32", "--decoder", "1", "--batch", "4", "--side", "64"]
 TINY += ["--part", "3", "--crop", "32", "--held", "4", "--log", "2", "--every", "0", "--threads", "1"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +66,7 @@ def load(folder: Path, cache: Path, side: int, held: int) -> Photos:
             np.save(handle, tiles)
         files.write_json(manifest, wanted)
     order = np.random.default_rng(0).permutation(len(names)).tolist()  # the same photographs whatever the run's seed
-    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    digest = files.sha256_json(listed)
     return Photos(np.load(array, mmap_mode="r"), sorted(order[:held]), sorted(order[held:]), digest)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +78,7 @@ def read_manifest(folder: Path, hint: str) -> dict[str, Any]:
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of all that decides a cache's features: where its store lay and which version built it may change."""
     facts = {key: value for key, value in manifest.items() if key not in ("store", "code")}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return files.sha256_json(facts)
 
 
 def tiles(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slice]]:

@@ -1,0 +1,123 @@
+"""Teachers that a card describes: those in the package, and one's own from tools.pretrain_teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hpc_neuro.models import teacher as module
+from hpc_neuro.models.teacher import Teacher, TeacherConfig, load_teacher, timm
+from hpc_neuro.schema import InputError
+
+ARCH = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Teacher:
+    return load_teacher(TeacherConfig(model="random"))
+
+
+def _assets(folder: Path, untrained: Teacher, **changes: object) -> None:
+    path = folder / f"{module.BUNDLED['bundled']}.safetensors"
+    save_file({k: v.half() for k, v in untrained.backbone.state_dict().items()}, path)
+    card = {
+        "arch": ARCH,
+        "patch": 16,
+        "file": path.name,
+        "recipe": {"depth": 12},
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "input": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": 224},
+        **changes,
+    }
+    path.with_suffix(".json").write_text(json.dumps(card))
+
+
+def test_the_bundled_teacher_is_its_cards(untrained: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASSETS", tmp_path)
+    _assets(tmp_path, untrained)
+    found = load_teacher(TeacherConfig())
+    assert (found.identity["name"], found.random) == ("bundled", False)
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert next(found.parameters()).dtype == torch.float32
+    with pytest.raises(InputError, match="cd" * 32):
+        load_teacher(TeacherConfig(sha256="cd" * 32))
+    _assets(tmp_path, untrained, sha256="ef" * 32)
+    with pytest.raises(InputError, match="ef" * 32):
+        load_teacher(TeacherConfig())
+
+
+def test_a_missing_bundled_teacher_says_what_to_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ASSETS", tmp_path)
+    with pytest.raises(InputError, match=r"teacher\.model=random or a timm name"):
+        load_teacher(TeacherConfig())
+
+
+@pytest.mark.parametrize(("model", "patch"), [("bundled", 16), ("bundled8", 8)])
+def test_the_shipped_teachers_load(model: str, patch: int) -> None:
+    teacher = load_teacher(TeacherConfig(model=model))
+    assert (teacher.identity["name"], teacher.patch, teacher.dim, teacher.depth) == (model, patch, 192, 12)
+    maps = teacher.features(torch.rand(1, 64, 48), [teacher.depth - 1])
+    assert maps.shape == (1, 1, 64 // teacher.patch, 48 // teacher.patch, teacher.dim)
+    assert torch.isfinite(maps).all()
+    card = json.loads((module.ASSETS / f"{module.BUNDLED[model]}.json").read_text())
+    assert card["probes"]["reconstruction"]["trained"] < 0.9 < card["probes"]["reconstruction"]["random_weights"]
+    assert (module.ASSETS / card["file"]).stat().st_size < 12e6
+
+
+def _pretrained(folder: Path, **changes: object) -> Path:
+    """What tools.pretrain_teacher leaves: a ViT that timm has no name for, two blocks deep, with patches of 8."""
+    folder.mkdir()
+    shape = {"num_classes": 0, "patch_size": 8, "img_size": 224, "depth": 2}
+    save_file(timm().create_model(ARCH, **shape).state_dict(), folder / "teacher.safetensors")
+    card = {
+        "name": "trained",
+        "arch": ARCH,
+        "patch": 8,
+        "file": "teacher.safetensors",
+        "recipe": {"depth": 2},
+        "sha256": hashlib.sha256((folder / "teacher.safetensors").read_bytes()).hexdigest(),
+        "input": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": 224},
+    }
+    (folder / "teacher.json").write_text(json.dumps({k: v for k, v in {**card, **changes}.items() if v is not None}))
+    return folder
+
+
+def test_a_teacher_of_ones_own_is_its_cards(tmp_path: Path) -> None:
+    found = load_teacher(TeacherConfig(model="trained", weights=_pretrained(tmp_path / "t")))
+    assert (found.identity["name"], found.patch, found.depth, found.dim) == ("trained", 8, 2, 192)
+    assert (found.mean, found.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert found.features(torch.rand(1, 24, 16), [1]).shape == (1, 1, 3, 2, 192)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"recipe": None}, "no card of tools.pretrain_teacher"),
+        ({"patch": "eight"}, "no card of tools.pretrain_teacher"),
+        ({"sha256": "ab" * 32}, "has sha256"),
+        ({"file": "gone"}, "does not exist"),
+        ({"recipe": {"depth": 3}}, "missing blocks.2"),
+    ],
+)
+def test_a_wrong_card_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load_teacher(TeacherConfig(model="trained", weights=_pretrained(tmp_path / "t", **change)))
+
+
+def test_a_folder_without_a_card_and_a_file_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, _pretrained(tmp_path / "t") / "teacher.safetensors"):
+        with pytest.raises(InputError, match=r"give the folder that tools\.pretrain_teacher wrote"):
+            load_teacher(TeacherConfig(model="trained", weights=path))
+
+
+def test_weights_of_another_patch_size_are_refused_not_resampled(tmp_path: Path) -> None:
+    folder = _pretrained(tmp_path / "t")
+    with pytest.raises(InputError, match=r"patches of 8 x 8 pixels, but vit_tiny_patch16_224 has 16 x 16; .*trained"):
+        load_teacher(TeacherConfig(model=ARCH, weights=folder / "teacher.safetensors"))
+    with pytest.raises(InputError, match="holds the teacher trained"):
+        load_teacher(TeacherConfig(model=ARCH, weights=folder))
