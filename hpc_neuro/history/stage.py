@@ -111,7 +111,7 @@ def common(link: Link) -> Stage:
         stage.bad(f"{link.path} {gone}")
         return stage
     record, jobs = link.record, link.record.get("jobs") or [link.record.get("host", "an unknown host")]
-    stage.say(f"code {record.get('code')}, config {short(config_digest(record.get('config')))}")
+    stage.say(f"code {record.get('code')}, config {short(files.sha256_json(record.get('config')))}")
     stage.say(
         f"started {', '.join(record.get('starts', []))}, ended {record.get('end')}, "
         f"job{'s' * (len(jobs) > 1)}: {', '.join(map(str, jobs))}"
@@ -125,11 +125,6 @@ def common(link: Link) -> Stage:
     for name, then in record.get("outputs", {}).items():
         stage.compare(link.path / name, then, name)
     return stage
-
-
-def config_digest(config: object) -> str:
-    """SHA-256 of a config, whatever the order of its keys."""
-    return files.sha256_json(config)
 
 
 def _config(stage: Stage, link: Link) -> None:
