@@ -135,8 +135,8 @@ def test_many_processes_download_once_and_offline_is_honoured(hub: str, tmp_path
     environment = {**inherited, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     script = (
         "import os; from hpc_neuro.models.teacher import TeacherConfig as C, load_teacher as l\n"
-        "for _ in range(3):\n"
-        f"    if os.fork() == 0: print(l(C(model='{NAME}')).identity['sha256'], flush=True); os._exit(0)\n"
+        "for _ in range(3):\n"  # print would write line and newline apart where PYTHONUNBUFFERED is set
+        f"    if os.fork() == 0: os.write(1, (l(C(model='{NAME}')).identity['sha256'] + '\\n').encode()); os._exit(0)\n"
         "for _ in range(3): os.wait()"
     )
     said = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True, timeout=200).split()
