@@ -139,7 +139,8 @@ def _traced(probability: NDArray[Any], volume: StoredVolume, cfg: TraceConfig) -
     if volume.root is None:
         raise InputError(f"{volume.id} has no root, and all methods begin there; give root_xyz in the meta file")
     try:
-        return trace(probability, volume.voxel_size, roots=[volume.root], cfg=cfg)[0]
+        image = volume.normalised(Box.whole(volume.shape))
+        return trace(probability, volume.voxel_size, roots=[volume.root], cfg=cfg, image=image)[0]
     except InputError as error:
         logging.warning("%s: counts as a miss: %s", volume.id, error)
         return morphology.empty()

@@ -93,7 +93,9 @@ def trace(cfg: InferConfig, work: Work) -> None:
     """Find the trees of a volume and keep them until they are written. Raises InputError for a root off the trees."""
     source, begun = work.source, time.monotonic()
     kept, read = _kept(cfg, work), reader(work.folder)
-    found = trace_strands(kept, read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace)
+    found = trace_strands(
+        kept, read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace, image=source.read
+    )
     save(_forest_path(cfg, work), together(found))
     seconds = time.monotonic() - begun
     log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(found), sum(map(len, found)), seconds)

@@ -1,4 +1,5 @@
-"""Bridges over breaks: an end that points at another piece is joined to it by a straight line of limited length."""
+"""Bridges over breaks: along what the image shows (see links), then blindly, in a straight
+line of limited length from an end that points at another piece."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.foreground import Floats, Foreground, Ints
+from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, Read
+from hpc_neuro.tracing.links import links
 from hpc_neuro.tracing.paths import Skeleton
 from hpc_neuro.tracing.wires import Join, Wires, straight, wires
 
@@ -38,15 +40,15 @@ class _Candidate:
     target: int
 
 
-def bridges(found: Foreground, traced: Skeleton, cfg: TraceConfig) -> list[Join]:
-    """What joins pieces, without a cycle.
+def bridges(found: Foreground, traced: Skeleton, cfg: TraceConfig, image: Read | None = None) -> list[Join]:
+    """What joins pieces, without a cycle: links along what the image, if one is given, shows, then blind bridges.
 
     A bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to half of
     that where the probability between is almost `floor`; it may cost `cfg.gap`. So the stated limit holds for straight
     continuations and shrinks for bends. Two blobs without direction join over a third of it. Cheap ones come first, and
     what they join has new ends in the next round.
     """
-    chosen: list[Join] = []
+    chosen = [] if image is None or cfg.signal_gap == 0 else links(found, traced, image, cfg)
     used: set[int] = set()
     lines = np.flatnonzero(traced.on_tree)
     near = cKDTree(found.points[lines])

@@ -37,6 +37,10 @@ class TraceConfig:
     gap: float = 20.0
     """[voxel] Widest break that is bridged, and only straight ahead; 0 bridges none. Bends, and pieces shorter than the
     break, bring it down (see tracing/bridge.py)."""
+    signal_gap: float = 35.0
+    """[voxel] Longest break that is bridged along a neurite that the image still shows; 0 bridges none."""
+    signal: float = 0.15
+    """Such a neurite is at least this share of the dimmer piece's brightness, above the local background."""
     gap_angle: float = 60.0
     """[degree] Largest angle between the direction of an end and the bridge that leaves it."""
     root_snap: float = 10.0
@@ -63,6 +67,7 @@ class TraceConfig:
             "cover_scale",
             "cover_margin",
             "gap",
+            "signal_gap",
             "root_snap",
             "min_cable",
             "smooth",
@@ -70,6 +75,8 @@ class TraceConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
+        if not 0 < self.signal < 1:
+            raise ValueError(f"signal ({self.signal}) must lie between 0 and 1")
         if not 0 <= self.gap_angle <= 90:
             raise ValueError(f"gap_angle ({self.gap_angle}) must lie between 0 and 90 degrees")
 

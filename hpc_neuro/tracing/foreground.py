@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,18 @@ class Look:
         groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
         raw = [self._cell(int(keys[group[0]]), cells[group[0]])[tuple(within[group].T)] for group in groups]
         found[inside[order]] = as_probability(np.concatenate(raw), Box.whole(self._shape))
+        return found
+
+    def inside(self, box: Box) -> Bools:
+        """[Z, Y, X] where the probability in a box of the volume reaches `floor`."""
+        found = np.empty(box.shape, dtype=bool)
+        spans = (range(a // c, -(-b // c)) for a, b, c in zip(box.start, box.stop, _CELL, strict=True))
+        for cell in itertools.product(*spans):
+            z, y, x = (n * c for n, c in zip(cell, _CELL, strict=True))
+            here = Box.at((z, y, x), _CELL).clipped(box)
+            raw = self._cell(int(np.ravel_multi_index(cell, self._grid)), np.array(cell))
+            part = as_probability(raw[here.relative_to((z, y, x)).slices], here)
+            found[here.relative_to(box.start).slices] = part >= self._floor
         return found
 
     def _cell(self, key: int, cell: Ints) -> NDArray[np.generic]:

@@ -29,7 +29,7 @@ from hpc_neuro.tracing.tree import main_side, pruned, rooted, smoothed, thinned
 from hpc_neuro.tracing.wires import Wires, wires
 
 Point = tuple[float, float, float]
-_SPECK = 0.5  # of root_snap: how much farther away a piece without length counts when a root looks for its neurite
+_SPECK = 5.0  # [voxel] how much farther away a piece without length counts when a root looks for its neurite
 
 
 def trace(
@@ -38,6 +38,7 @@ def trace(
     *,
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
+    image: NDArray[np.generic] | None = None,
 ) -> list[Tree]:
     """Trees in voxels (z y x) from a probability [Z, Y, X]: float in [0, 1], uint8 (255 is 1), or a bool mask.
 
@@ -45,14 +46,20 @@ def trace(
     `cfg.root_snap` off the foreground. What several roots hang together in is cut between them (see split). Without: a
     tree for each piece with at least `cfg.min_cable` of cable, longest first, rooted in its soma (where it is far
     thicker than elsewhere), else at its thickest end.
+    With `image` [Z, Y, X] (any intensity scale) breaks are also bridged along neurites that it shows.
     Types are 0 (undefined), 1 at a root that is a soma; radii are distances to the border, in (finest) voxels.
     Raises InputError for values outside [0, 1], NaN, other dtypes or axes, a root outside the volume or too far from
     any foreground, two roots at one place, and a root where there is no foreground at all.
     """
     if probability.ndim != 3:
         raise InputError(f"a probability has three axes z y x, found shape {probability.shape}; drop the others")
+    if image is not None and image.shape != probability.shape:
+        raise InputError(
+            f"the image is {image.shape} and the probability {probability.shape} voxels, they must be equal"
+        )
     z, y, x = probability.shape
-    return trace_read(lambda box: probability[box.slices], (z, y, x), voxel_size, roots=roots, cfg=cfg)
+    look = None if image is None else (lambda box: image[box.slices])
+    return trace_read(lambda box: probability[box.slices], (z, y, x), voxel_size, roots=roots, cfg=cfg, image=look)
 
 
 def trace_read(
@@ -62,13 +69,14 @@ def trace_read(
     *,
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
+    image: Read | None = None,
 ) -> list[Tree]:
     """As `trace`, for a volume that is read box by box: memory is bounded by one block and the trees."""
     cfg = cfg or TraceConfig()
     spacing = cfg.spacing(voxel_size)
     found = (reduced(read, shape, box, spacing, cfg) for box in trace_blocks(shape, cfg))
     parts = [part for part in found if part is not None]
-    return trace_strands(parts, read, shape, voxel_size, roots=roots, cfg=cfg)
+    return trace_strands(parts, read, shape, voxel_size, roots=roots, cfg=cfg, image=image)
 
 
 def trace_strands(
@@ -79,6 +87,7 @@ def trace_strands(
     *,
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
+    image: Read | None = None,
 ) -> list[Tree]:
     """As `trace_read`, where the blocks (`trace_blocks`) have been reduced to strands already."""
     cfg = cfg or TraceConfig()
@@ -101,7 +110,7 @@ def trace_strands(
     for start in reversed(starts):  # of several in one piece the first one
         sources[found.component[start]] = start
     traced = skeleton(found, sources, cfg, starts)
-    net = wires(found, traced, bridges(found, traced, cfg))
+    net = wires(found, traced, bridges(found, traced, cfg, image))
     if len(roots) > 1:
         net = split(net, found, [_node(net, start) for start in starts], cfg.floor, cfg.threshold)
     trees: list[Tree] = []
@@ -137,7 +146,7 @@ def _snapped(found: Foreground, extent: Floats, root: Point, cfg: TraceConfig) -
     """The strand voxel from which a given root's tree grows.
 
     The one with the nearest surface, but a speck beside the root must not win over the neurite next to it: a piece
-    shorter than `min_cable` counts as up to half of `root_snap` farther away.
+    shorter than `min_cable` counts as up to five voxels farther away.
     """
     place = np.asarray(root) * found.spacing
     near = found.near.query_ball_point(place, cfg.root_snap + found.thickness.max())
@@ -154,7 +163,7 @@ def _snapped(found: Foreground, extent: Floats, root: Point, cfg: TraceConfig) -
             f"root_snap = {cfg.root_snap:g}; move the root, lower the threshold, or raise trace.root_snap"
         )
     short = 1 - np.minimum(extent[found.component[reachable]] / max(cfg.min_cable, 1e-6), 1)
-    return int(reachable[np.lexsort((middle, away + _SPECK * cfg.root_snap * short))[0]])
+    return int(reachable[np.lexsort((middle, away + _SPECK * short))[0]])
 
 
 def _text(point: Point) -> str:

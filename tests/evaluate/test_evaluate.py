@@ -16,7 +16,7 @@ from hpc_neuro import evaluate, morphology
 from hpc_neuro.__main__ import main
 from hpc_neuro.data import swc
 from hpc_neuro.data.store import Store
-from hpc_neuro.evaluate import reliability
+from hpc_neuro.evaluate import reliability, verb
 from hpc_neuro.evaluate.inputs import Predictions
 from hpc_neuro.evaluate.otsu import OtsuMask
 from hpc_neuro.evaluate.rows import rows
@@ -26,6 +26,7 @@ from hpc_neuro.metrics import tree as tree_metrics
 from hpc_neuro.metrics import voxel
 from hpc_neuro.metrics.calibration import Bin
 from hpc_neuro.schema import InputError, load
+from hpc_neuro.tracing import TraceConfig
 from tests.evaluate.conftest import write_predictions
 
 REQUIRED = {
@@ -237,6 +238,14 @@ def test_otsu_is_that_of_scikit_image(store: Path) -> None:
     baseline = OtsuMask(volume)
     assert baseline.threshold == threshold_otsu(image)
     assert np.array_equal(baseline.mask(Box.whole(volume.shape)), image > threshold_otsu(image))
+
+
+def test_otsus_mask_is_traced_along_the_image_as_the_models_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, seen = Store(store)["a"], []
+    monkeypatch.setattr(verb, "trace_read", lambda *given, image, **more: seen.append(image) or [])
+    verb.otsu_tree(volume, OtsuMask(volume), TraceConfig())
+    whole = Box.whole(volume.shape)
+    assert np.array_equal(seen[0](whole), volume.normalised(whole))
 
 
 @pytest.mark.parametrize(

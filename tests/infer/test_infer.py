@@ -141,6 +141,27 @@ def test_a_root_far_from_everything_is_listed_and_its_volume_has_no_trees(
     assert "data:image/jpeg" in (cfg.out / "infer.html").read_text()
 
 
+def test_a_neurite_too_faint_for_the_student_is_followed_in_the_image(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.zeros((16, 32, 96), dtype=np.uint8)
+    image[6:10, 14:18, 4:90] = 50
+    image[6:10, 14:18, 4:30] = image[6:10, 14:18, 58:90] = 200
+    tifffile.imwrite(tmp_path / "cell.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: (image > 0.5).astype(np.float32))
+    inputs = f"inputs=[{{image: {tmp_path / 'cell.tif'}, voxel_size: [1, 1, 1], root: [8, 16, 5]}}]"
+    ends = {}
+    for gap in (35, 0):
+        cfg = configure(model, tmp_path / f"o{gap}", inputs, "trees=true", f"trace.signal_gap={gap}")
+        assert infer.run(cfg) == 0
+        entry = json.loads((cfg.out / "predictions.json").read_text())["cell"]
+        ends[gap] = swc.read(cfg.out / entry["swc_voxel"]).points[:, 2].max()
+    assert ends[0] < 32
+    assert ends[35] > 85
+    kinds = [row.split(",")[1] for row in (tmp_path / "o35/proofread/cell.csv").read_text().splitlines()[1:]]
+    assert "gap" in kinds, "a person is shown where the student saw nothing"
+
+
 def test_two_neurons_that_touch_become_a_tree_each(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,18 @@ def test_components_and_distances_are_those_of_dense_libraries(
         np.testing.assert_allclose(found.distance, wanted[tuple(found.voxels.T)], rtol=1e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10_000))
+def test_a_box_looked_at_is_what_single_voxels_tell(data: st.DataObject, seed: int) -> None:
+    """Boxes over the borders of the cells that are kept (32 x 64 x 64)."""
+    values = np.random.default_rng(seed).random((40, 70, 133)).astype(np.float32)
+    look = Look(lambda box: values[box.slices], values.shape, 0.5)
+    ends = [sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True))) for n in values.shape]
+    (z0, z1), (y0, y1), (x0, x1) = ends
+    box = Box((z0, y0, x0), (z1, y1, x1))
+    assert np.array_equal(look.inside(box), values[box.slices] >= 0.5)
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000), shape=st.tuples(*[st.integers(1, 12)] * 3), share=st.floats(0.05, 0.9))
 def test_neighbours_are_all_of_the_26(seed: int, shape: Shape, share: float) -> None:

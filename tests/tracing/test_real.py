@@ -14,7 +14,7 @@ from hpc_neuro import morphology
 from hpc_neuro.data import swc
 from hpc_neuro.metrics.tree import distances, match, without_stub
 from hpc_neuro.morphology import Tree
-from hpc_neuro.tracing import trace
+from hpc_neuro.tracing import TraceConfig, trace
 from tests.tracing.shapes import volume_of
 
 VOXEL = (0.9988, 0.32965, 0.32965)
@@ -46,6 +46,18 @@ def test_otsu_on_the_raw_stack_follows_the_neuron(real_data: Path, name: str, le
     tree = without_stub(tree, gold, 4.0)
     assert match(tree, gold, 4.0).f1 > least
     assert len(morphology.tips(tree)) < 1.5 * len(morphology.tips(gold))
+
+
+def test_a_mask_broken_beside_the_root_is_joined_along_the_image(real_data: Path) -> None:
+    """Otsu's mask of OP_3 breaks where the neurite is faint: without the image nearly all of the neuron is lost."""
+    gold, root = gold_of(real_data / "diadem_op", "OP_3")
+    image = tifffile.imread(real_data / "diadem_op" / "OP_3.tif")
+    mask = image > threshold_otsu(image)
+    cfg = TraceConfig(root_is_end=True)
+    (blind,) = trace(mask, VOXEL, roots=[root], cfg=cfg)
+    (tree,) = trace(mask, VOXEL, roots=[root], cfg=cfg, image=image)
+    assert match(blind, gold, 4.0).recall < 0.1
+    assert match(tree, gold, 4.0).f1 > 0.95
 
 
 def test_unrelated_neurites_are_not_followed_from_the_root(real_data: Path) -> None:

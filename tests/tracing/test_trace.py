@@ -197,6 +197,16 @@ def test_a_speck_at_the_root_does_not_win_over_the_neurite_beside_it() -> None:
     assert length(tree) > 80
 
 
+def test_a_root_at_a_string_of_beads_does_not_leap_to_a_longer_neurite_however_far_it_may() -> None:
+    mask = np.zeros((32, 64, 160), dtype=np.float32)
+    for x in range(8, 60, 12):  # beads of 8 voxels
+        paint(mask, line((16, 20, x), (16, 20, x + 4)), 2.0)
+    paint(mask, line((16, 50, 90), (16, 50, 150)), 2.0)
+    (tree,) = trace(mask, ISO, roots=[(16, 20, 8)], cfg=TraceConfig(root_snap=1000.0))
+    assert tree.points[:, 1].max() < 25
+    assert tree.points[:, 2].max() > 55
+
+
 def test_without_a_root_each_neuron_is_a_tree_from_its_soma_or_thick_end() -> None:
     mask = np.zeros((48, 96, 160), dtype=np.float32)
     paint(mask, line((12, 20, 20), (12, 20, 150)), 2.0)

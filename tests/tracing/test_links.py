@@ -1,0 +1,137 @@
+"""Breaks bridged along signal that shows in the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from hpc_neuro.geometry import Box
+from hpc_neuro.morphology import branch_points, tips
+from hpc_neuro.schema import ConfigError, InputError, load
+from hpc_neuro.tracing import TraceConfig, trace, trace_read
+from tests.tracing.shapes import line, paint
+
+ISO = (1.0, 1.0, 1.0)
+ROOT = (16.0, 32.0, 8.0)
+STALK = [(16, 34, 60), (18, 42, 66), (20, 54, 62)]  # bends, and leaves the trunk sideways
+
+
+def scene(stalk: float, noise: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(probability, image): a trunk, a bouton at the end of a thin stalk of this brightness that the mask misses."""
+    mask = np.zeros((36, 80, 110), dtype=np.float32)
+    paint(mask, line(ROOT, (16, 32, 100)), 2.0)
+    paint(mask, np.array([[20.0, 58.0, 62.0]]), 4.0)
+    bright = mask.copy()
+    paint(bright, line(*STALK), 1.0, stalk)
+    image = ndimage.gaussian_filter(100 * bright, 0.7) + 20
+    return mask, (image + np.random.default_rng(0).normal(size=image.shape) * noise).astype(np.float32)
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_a_stalk_that_shows_in_the_image_joins_its_bouton(noise: float) -> None:
+    mask, image = scene(stalk=0.6, noise=noise)
+    (blind,) = trace(mask, ISO, roots=[ROOT])
+    assert blind.points[:, 1].max() < 36
+    (tree,) = trace(mask, ISO, roots=[ROOT], image=image)
+    assert tree.points[:, 1].max() > 56
+    assert len(tips(tree)) == 2
+    assert len(branch_points(tree)) == 1
+    bend = np.linalg.norm(tree.points - np.array(STALK[1]), axis=1).min()
+    assert bend < 3, "the link follows the stalk, not the straight line"
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0, 12.0])
+def test_a_bouton_without_a_stalk_is_left_alone(noise: float) -> None:
+    mask, image = scene(stalk=0.0, noise=noise)
+    (tree,) = trace(mask, ISO, roots=[ROOT], image=image)
+    assert tree.points[:, 1].max() < 36
+    assert len(tips(tree)) == 1
+
+
+def test_the_limit_holds_and_the_scale_of_the_image_does_not_matter() -> None:
+    mask, image = scene(stalk=0.6)
+    (short,) = trace(mask, ISO, roots=[ROOT], image=image, cfg=TraceConfig(signal_gap=12))
+    assert short.points[:, 1].max() < 36
+    (off,) = trace(mask, ISO, roots=[ROOT], image=image, cfg=TraceConfig(signal_gap=0))
+    assert off.points[:, 1].max() < 36
+    trees = [trace(mask, ISO, roots=[ROOT], image=scale)[0] for scale in (image, image * 40 + 1000)]
+    np.testing.assert_allclose(trees[0].points, trees[1].points, atol=1e-6)
+
+
+def test_pieces_linked_in_a_chain_are_one_tree_without_a_cycle() -> None:
+    mask = np.zeros((32, 64, 160), dtype=np.float32)
+    image = np.zeros_like(mask)
+    course = line((16, 32, 8), (16, 32, 150))
+    paint(image, course, 1.5, 0.5)
+    for x in range(8, 150, 24):
+        paint(mask, line((16, 32, x), (16, 32, x + 3)), 2.5)
+    paint(image, course[mask[tuple(np.rint(course).astype(int).T)] > 0], 2.0)
+    (tree,) = trace(mask, ISO, roots=[(16, 32, 8)], image=image)
+    assert tree.points[:, 2].max() > 125
+    assert len(tips(tree)) == 1
+    assert len(trace(mask, ISO, image=image)) == 1
+    assert np.abs(tree.points[:, 1] - 32).max() < 1.5
+
+
+def test_an_image_of_another_shape_is_refused() -> None:
+    mask, image = scene(stalk=0.6)
+    with pytest.raises(InputError, match="must be equal"):
+        trace(mask, ISO, roots=[ROOT], image=image[1:])
+    with pytest.raises(ConfigError, match="signal"):
+        load(TraceConfig, None, ["signal=1.5"])
+
+
+def test_what_lies_between_is_not_passed_through() -> None:
+    """A bouton whose bright stalk ends at another neurite belongs to that one."""
+    mask = np.zeros((32, 96, 110), dtype=np.float32)
+    for y in (24, 50):
+        paint(mask, line((16, y, 8), (16, y, 100)), 2.0)
+    paint(mask, np.array([[16.0, 72.0, 55.0]]), 4.0)
+    image = mask.copy()
+    paint(image, line((16, 26, 55), (16, 70, 55)), 1.0, 0.6)
+    lower, upper = trace(mask, ISO, roots=[(16, 24, 8), (16, 50, 8)], image=image)
+    assert lower.points[:, 1].max() < 40
+    assert upper.points[:, 1].max() > 69
+
+
+def test_only_the_surroundings_of_breaks_are_read() -> None:
+    mask, image = scene(stalk=0.6)
+    mask, image = (np.pad(a, ((0, 0), (0, 0), (0, 300))) for a in (mask, image))
+    boxes: list[Box] = []
+
+    def look(box: Box) -> NDArray[np.float32]:
+        boxes.append(box)
+        return image[box.slices]
+
+    z, y, x = mask.shape
+    (tree,) = trace_read(lambda box: mask[box.slices], (z, y, x), ISO, roots=[ROOT], image=look)
+    assert tree.points[:, 1].max() > 56
+    assert boxes
+    assert max(box.stop[2] for box in boxes) < 110
+    boxes.clear()
+    trace_read(
+        lambda box: mask[box.slices] * (np.arange(box.start[1], box.stop[1])[:, None] < 40), (z, y, x), ISO, image=look
+    )
+    assert not boxes, "one piece, and no break"
+
+
+def test_a_mask_that_is_mostly_specks_is_not_searched_for_links_pair_by_pair() -> None:
+    """Noise has thousands of specks within reach of one another; only the neurite and its piece are looked at."""
+    mask, image = scene(stalk=0.6, noise=3.0)
+    noisy = mask.copy()
+    rng = np.random.default_rng(1)
+    for z, y, x in rng.uniform((2, 2, 2), (34, 78, 108), (150, 3)):
+        if mask[int(z) - 2 : int(z) + 4, int(y) - 2 : int(y) + 4, int(x) - 2 : int(x) + 4].max() == 0:
+            noisy[int(z) : int(z) + 2, int(y) : int(y) + 2, int(x) : int(x) + 3] = 0.8
+    looks = []
+
+    def look(box: Box) -> NDArray[np.float32]:
+        looks.append(box)
+        return image[box.slices]
+
+    z, y, x = mask.shape
+    trees = trace_read(lambda box: noisy[box.slices], (z, y, x), ISO, roots=[ROOT], image=look)
+    assert trees[0].points[:, 1].max() > 56
+    assert len(looks) <= 2
