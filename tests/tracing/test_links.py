@@ -111,9 +111,8 @@ def test_only_the_surroundings_of_breaks_are_read() -> None:
     assert boxes
     assert max(box.stop[2] for box in boxes) < 110
     boxes.clear()
-    trace_read(
-        lambda box: mask[box.slices] * (np.arange(box.start[1], box.stop[1])[:, None] < 40), (z, y, x), ISO, image=look
-    )
+    mask[:, 40:] = 0
+    trace_read(lambda box: mask[box.slices], (z, y, x), ISO, image=look)
     assert not boxes, "one piece, and no break"
 
 
@@ -134,4 +133,4 @@ def test_a_mask_that_is_mostly_specks_is_not_searched_for_links_pair_by_pair() -
     z, y, x = mask.shape
     trees = trace_read(lambda box: noisy[box.slices], (z, y, x), ISO, roots=[ROOT], image=look)
     assert trees[0].points[:, 1].max() > 56
-    assert len(looks) <= 2
+    assert len(looks) < 50, "there are some thousand pairs within reach"
