@@ -6,6 +6,7 @@ and `scaled` goes from one to the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -163,6 +164,20 @@ def components(tree: Tree) -> list[Tree]:
         parents = np.where(tree.parents[nodes] < 0, -1, place[tree.parents[nodes]])
         parts.append(Tree(tree.points[nodes], tree.radii[nodes], parents, tree.types[nodes]))
     return parts
+
+
+def joined(trees: Sequence[Tree]) -> Tree:
+    """Several trees as one forest, one after the other; the inverse of `components`."""
+    if not trees:
+        return empty()
+    starts = np.cumsum([0, *map(len, trees)])
+    parents = [np.where(t.parents >= 0, t.parents + s, -1) for t, s in zip(trees, starts, strict=False)]
+    return Tree(
+        np.concatenate([t.points for t in trees]),
+        np.concatenate([t.radii for t in trees]),
+        np.concatenate(parents).astype(np.int64),
+        np.concatenate([t.types for t in trees]),
+    )
 
 
 def resampled(tree: Tree, step: float) -> Tree:

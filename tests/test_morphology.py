@@ -65,10 +65,16 @@ def test_components_are_the_subsets_below_each_root(tree: Tree) -> None:
         wanted = morphology.subset(tree, owner == number)
         for field in ("points", "radii", "parents", "types"):
             assert np.array_equal(getattr(part, field), getattr(wanted, field))
+    again = morphology.components(morphology.joined(parts))
+    assert len(again) == len(parts)
+    for one, other in zip(again, parts, strict=True):
+        for field in ("points", "radii", "parents", "types"):
+            assert np.array_equal(getattr(one, field), getattr(other, field))
 
 
 def test_an_empty_tree_has_no_components() -> None:
     assert morphology.components(morphology.empty()) == []
+    assert len(morphology.joined([])) == 0
 
 
 @given(trees())

@@ -19,7 +19,7 @@ from hpc_neuro.evaluate.rows import key
 from hpc_neuro.evaluate.score import facts, score
 from hpc_neuro.evaluate.summary import Results, Scores, as_csv, as_json, as_latex
 from hpc_neuro.metrics.calibration import Bin
-from hpc_neuro.morphology import Tree, empty, make
+from hpc_neuro.morphology import Tree, empty, joined
 from hpc_neuro.report import record
 from hpc_neuro.schema import InputError
 from hpc_neuro.tracing import TraceConfig, trace_read
@@ -111,7 +111,7 @@ def _score_one(
 def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
     """The tree (voxels) of Otsu's mask, from the volume's root; empty, and said so, when nothing can be traced."""
     try:
-        return _forest(
+        return joined(
             trace_read(
                 baseline.probability,
                 volume.shape,
@@ -129,16 +129,6 @@ def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tre
 def _tracer(cfg: EvaluateConfig, compared: list[Method]) -> TraceConfig:
     """The config's settings of the tracer, else those that `infer` recorded, else the defaults."""
     return cfg.trace or compared[0].seeds[0].trace_config() or TraceConfig()
-
-
-def _forest(trees: list[Tree]) -> Tree:
-    """Several trees as one with several roots."""
-    if len(trees) < 2:
-        return trees[0] if trees else empty()
-    starts = np.cumsum([0, *(len(t) for t in trees[:-1])])
-    parents = [np.where(t.parents >= 0, t.parents + s, -1) for t, s in zip(trees, starts, strict=True)]
-    points, radii, types = (np.concatenate([getattr(t, a) for t in trees]) for a in ("points", "radii", "types"))
-    return make(points, np.concatenate(parents), radii, types)
 
 
 def _pictures(cfg: EvaluateConfig, store: Store, compared: list[Method], results: Results) -> list[tuple[str, Path]]:

@@ -96,7 +96,7 @@ def trace(cfg: InferConfig, work: Work) -> None:
     found = trace_strands(
         kept, read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace, image=source.read
     )
-    save(_forest_path(cfg, work), together(found))
+    save(_forest_path(cfg, work), morphology.joined(found))
     seconds = time.monotonic() - begun
     log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(found), sum(map(len, found)), seconds)
 
@@ -253,17 +253,3 @@ def _write(folder: Path, name: str, tree: Tree, source: Source, about: list[str]
     um = morphology.scaled(tree, source.voxel_size)
     swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=about)
     swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=about)
-
-
-def together(trees: list[Tree]) -> Tree:
-    """Several trees as one forest, one after the other."""
-    if not trees:
-        return morphology.empty()
-    starts = np.cumsum([0, *map(len, trees)])
-    parents = [np.where(t.parents >= 0, t.parents + s, -1) for t, s in zip(trees, starts, strict=False)]
-    return Tree(
-        np.concatenate([t.points for t in trees]),
-        np.concatenate([t.radii for t in trees]),
-        np.concatenate(parents).astype(np.int64),
-        np.concatenate([t.types for t in trees]),
-    )
