@@ -81,7 +81,7 @@ def with_trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two crossing neurites of two roots, traced."""
     folder = tmp_path_factory.mktemp("cells")
     item = crossing(folder / "cells.tif")
-    keys = ["trees=true", "trace.threshold=0.01", "trace.root_snap=100", "trace.min_voxels=1"]
+    keys = ["trees=true", "trace.threshold=0.01", "trace.root_snap=100", "trace.min_voxels=1", "trace.signal_gap=0"]
     cfg = configure(model, folder / "out", f"inputs=[{item}]", *keys)
     assert infer.run(cfg) == 0
     assert (cfg.out / "swc" / "cells" / "0002.swc").exists()
