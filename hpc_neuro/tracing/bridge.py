@@ -40,15 +40,19 @@ class _Candidate:
     target: int
 
 
-def bridges(found: Foreground, traced: Skeleton, cfg: TraceConfig, image: Read | None = None) -> list[Join]:
+def bridges(
+    found: Foreground, traced: Skeleton, cfg: TraceConfig, image: Read | None = None, starts: Sequence[int] = ()
+) -> list[Join]:
     """What joins pieces, without a cycle: links along what the image, if one is given, shows, then blind bridges.
+
+    `starts` are the voxels of given roots.
 
     A bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to half of
     that where the probability between is almost `floor`; it may cost `cfg.gap`. So the stated limit holds for straight
     continuations and shrinks for bends. Two blobs without direction join over a third of it. Cheap ones come first, and
     what they join has new ends in the next round.
     """
-    chosen = [] if image is None or cfg.signal_gap == 0 else links(found, traced, image, cfg)
+    chosen = [] if image is None or cfg.signal_gap == 0 else links(found, traced, image, cfg, starts)
     used: set[int] = set()
     lines = np.flatnonzero(traced.on_tree)
     near = cKDTree(found.points[lines])

@@ -8,6 +8,7 @@ has seen no neurite so faint; what a link asks for is told by the surroundings.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ _FLANK = 2.0  # [voxel] farther out than its radius a strand's own foreground ma
 _SAVED = 0.5  # of a link's price where the image is as bright between as on the dimmer piece
 _WORTH = 2.0  # a link may cost this many times the extent of the smaller piece
 _FREE = 1e-6  # price of a way within a piece
+_ENOUGH = 0.5  # of `min_cable`: two pieces that are less together are specks
 _NEAREST = 8  # components that an end is compared with
 _AT_ONCE = 256  # ends whose surroundings are searched together
 
@@ -66,29 +68,33 @@ class _Scene:
         return np.stack(np.unravel_index(mine, self.patch.shape), axis=1)
 
 
-def links(found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig) -> list[Join]:
+def links(found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig, starts: Sequence[int] = ()) -> list[Join]:
     """What joins components along what the image shows, cheap links first, without a cycle.
 
-    A link may cost so much of the extent of the smaller piece it joins; what is joined is larger.
+    A link may cost so much of the extent of the smaller piece it joins; what is joined is larger, and may leap farther.
+    Specks of noise are not looked at: two of them are too small together, unless one is at a given root (`starts`,
+    voxels), and what does not stand out of the noise by itself is joined to nothing.
     """
     net = wires(found, traced, [])
     ends = net.voxels[np.bincount(net.edges.ravel(), minlength=len(net.points)) <= 1]
     extent, sets = _extent(found, net), DisjointSet(range(found.components))
+    seeds = found.component[list(starts)]
+    extent[seeds] = np.maximum(extent[seeds], cfg.min_cable)
     eyes = _Eyes(found, traced, image, cfg)
     chosen: list[Join] = []
-    todo: list[_Option] = [
-        (gap * (1 - _SAVED), pair, None) for pair, gap in eyes.near(ends, extent >= cfg.min_branch).items()
-    ]
+    near = eyes.near(ends, extent >= cfg.min_branch)
+    todo: list[_Option] = [(gap * (1 - _SAVED), pair, None) for pair, gap in near.items()]
     while todo:
         heapq.heapify(todo)
-        dear, before = [], len(chosen)
+        waiting, before = [], len(chosen)
         while todo:
             option = price, pair, link = heapq.heappop(todo)
             a, b = sets[pair[0]], sets[pair[1]]
             if a == b:
                 continue
-            if price > _WORTH * min(extent[a], extent[b]):
-                dear.append(option)
+            small, large = sorted((extent[a], extent[b]))
+            if price > _WORTH * small or small + large < _ENOUGH * cfg.min_cable:
+                waiting.append(option)
             elif link is None:  # so far the price is the least it can be
                 if (link := eyes.between(pair)) is not None:
                     heapq.heappush(todo, (link.price, pair, link))
@@ -96,7 +102,7 @@ def links(found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig) ->
                 chosen.append(link.join)
                 sets.merge(a, b)
                 extent[sets[a]] = extent[a] + extent[b]
-        todo = dear if len(chosen) > before else []
+        todo = waiting if len(chosen) > before else []
     return chosen
 
 
@@ -116,6 +122,9 @@ class _Eyes:
         self._found, self._image, self._cfg = found, image, cfg
         self._lines = np.flatnonzero(traced.on_tree)
         self._near_lines = cKDTree(found.points[self._lines])
+        order = np.lexsort((-found.probability, found.component))
+        self._most_likely = order[np.unique(found.component[order], return_index=True)[1]].tolist()
+        self._known: dict[int, bool] = {}
         self._places: dict[Pair, tuple[int, int, float]] = {}
 
     def near(self, ends: Ints, large: Bools) -> dict[Pair, float]:
@@ -144,8 +153,19 @@ class _Eyes:
 
     def between(self, pair: Pair) -> Link | None:
         """The best link of two components that `near` named, None when the image shows none."""
+        if not all(self._visible(component) for component in pair):
+            return None
         end, target, _ = self._places[pair]
         return self._brightest(_scene(self._found, end, target, self._image), *pair)
+
+    def _visible(self, component: int) -> bool:
+        """Whether a component stands out of the noise, where its foreground is most likely; noise does not."""
+        if component not in self._known:
+            voxel = self._most_likely[component]
+            scene = _scene(self._found, voxel, voxel, self._image)
+            mine = scene.component[scene.patch] == component
+            self._known[component] = float(np.median(scene.signal[mine])) > _NOISE * scene.noise
+        return self._known[component]
 
     def _brightest(self, scene: _Scene, own: int, other: int) -> Link | None:
         found, cfg, signal = self._found, self._cfg, scene.signal

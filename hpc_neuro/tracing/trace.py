@@ -110,7 +110,7 @@ def trace_strands(
     for start in reversed(starts):  # of several in one piece the first one
         sources[found.component[start]] = start
     traced = skeleton(found, sources, cfg, starts)
-    net = wires(found, traced, bridges(found, traced, cfg, image))
+    net = wires(found, traced, bridges(found, traced, cfg, image, starts))
     if len(roots) > 1:
         net = split(net, found, [_node(net, start) for start in starts], cfg.floor, cfg.threshold)
     trees: list[Tree] = []

@@ -75,6 +75,23 @@ def test_pieces_linked_in_a_chain_are_one_tree_without_a_cycle() -> None:
     assert np.abs(tree.points[:, 1] - 32).max() < 1.5
 
 
+def test_a_mask_and_image_of_nothing_but_noise_cost_next_to_nothing() -> None:
+    image = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(64, 96, 96)).astype(np.float32), 1.2)
+    mask = image > 2.5 * image.std()
+    looks = []
+
+    def look(box: Box) -> NDArray[np.float32]:
+        looks.append(box)
+        return image[box.slices]
+
+    trees = trace_read(lambda box: mask[box.slices], (64, 96, 96), ISO, image=look, cfg=TraceConfig(min_cable=20.0))
+    pieces = int((np.bincount(ndimage.label(mask, np.ones((3, 3, 3)))[0].ravel())[1:] >= 12).sum())
+    assert pieces > 50
+    assert len(looks) <= pieces
+    blind = trace(mask, ISO, cfg=TraceConfig(min_cable=20.0))
+    assert [len(tree) for tree in trees] == [len(tree) for tree in blind]
+
+
 def test_an_image_of_another_shape_is_refused() -> None:
     mask, image = scene(stalk=0.6)
     with pytest.raises(InputError, match="must be equal"):
