@@ -22,15 +22,46 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 _CELL: Shape = (32, 64, 64)  # [voxel] what is read at once where single voxels are asked for: a usual chunk
-_CELLS = 256  # that are kept
+_CELLS = 256  # of the probability that are kept
+
+
+class Cells:
+    """A volume of any size, read cell by cell; the last `keep` cells are kept as they are stored."""
+
+    def __init__(self, read: Read, shape: Shape, keep: int) -> None:
+        self._read, self._shape, self._keep = read, shape, keep
+        self._cells: OrderedDict[Shape, NDArray[np.generic]] = OrderedDict()
+
+    def box(self, box: Box) -> NDArray[np.generic]:
+        """[Z, Y, X] what is in a box inside the volume."""
+        spans = (range(a // c, -(-b // c)) for a, b, c in zip(box.start, box.stop, _CELL, strict=True))
+        found = None
+        for z, y, x in itertools.product(*spans):
+            start = (z * _CELL[0], y * _CELL[1], x * _CELL[2])
+            here = Box.at(start, _CELL).clipped(box)
+            part = self.cell((z, y, x))[here.relative_to(start).slices]
+            found = np.empty(box.shape, dtype=part.dtype) if found is None else found
+            found[here.relative_to(box.start).slices] = part
+        return np.zeros(box.shape, dtype=bool) if found is None else found
+
+    def cell(self, cell: Shape) -> NDArray[np.generic]:
+        """The voxels of one cell; fewer at the volume's end."""
+        if cell in self._cells:
+            self._cells.move_to_end(cell)
+        else:
+            box = Box.at((cell[0] * _CELL[0], cell[1] * _CELL[1], cell[2] * _CELL[2]), _CELL)
+            found = self._read(box.clipped(Box.whole(self._shape)))
+            self._cells[cell] = np.array(found)  # not a view that holds more than the cell
+            if len(self._cells) > self._keep:
+                self._cells.popitem(last=False)
+        return self._cells[cell]
 
 
 class Look:
-    """The probability at single voxels of a volume of any size, read cell by cell."""
+    """The probability at single voxels of a volume of any size."""
 
     def __init__(self, read: Read, shape: Shape, floor: float) -> None:
-        self._read, self._shape, self._floor = read, shape, floor
-        self._cells: OrderedDict[int, NDArray[np.generic]] = OrderedDict()  # as they are stored, which is smaller
+        self._cells, self._shape, self._floor = Cells(read, shape, _CELLS), shape, floor
         z, y, x = (-(-n // c) for n, c in zip(shape, _CELL, strict=True))
         self._grid: Shape = (z, y, x)
 
@@ -50,32 +81,16 @@ class Look:
         keys = np.ravel_multi_index(tuple(cells.T), self._grid)
         order = np.argsort(keys, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
-        raw = [self._cell(int(keys[group[0]]), cells[group[0]])[tuple(within[group].T)] for group in groups]
+        raw = []
+        for group in groups:
+            z, y, x = cells[group[0]].tolist()
+            raw.append(self._cells.cell((z, y, x))[tuple(within[group].T)])
         found[inside[order]] = as_probability(np.concatenate(raw), Box.whole(self._shape))
         return found
 
     def inside(self, box: Box) -> Bools:
         """[Z, Y, X] where the probability in a box of the volume reaches `floor`."""
-        found = np.empty(box.shape, dtype=bool)
-        spans = (range(a // c, -(-b // c)) for a, b, c in zip(box.start, box.stop, _CELL, strict=True))
-        for cell in itertools.product(*spans):
-            z, y, x = (n * c for n, c in zip(cell, _CELL, strict=True))
-            here = Box.at((z, y, x), _CELL).clipped(box)
-            raw = self._cell(int(np.ravel_multi_index(cell, self._grid)), np.array(cell))
-            part = as_probability(raw[here.relative_to((z, y, x)).slices], here)
-            found[here.relative_to(box.start).slices] = part >= self._floor
-        return found
-
-    def _cell(self, key: int, cell: Ints) -> NDArray[np.generic]:
-        if key in self._cells:
-            self._cells.move_to_end(key)
-        else:
-            z, y, x = (int(n) for n in cell * _CELL)
-            box = Box.at((z, y, x), _CELL).clipped(Box.whole(self._shape))
-            self._cells[key] = np.array(self._read(box))  # not a view that holds more than the cell
-            if len(self._cells) > _CELLS:
-                self._cells.popitem(last=False)
-        return self._cells[key]
+        return np.asarray(as_probability(self._cells.box(box), box) >= self._floor)
 
 
 @dataclass(frozen=True)
