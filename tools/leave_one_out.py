@@ -111,12 +111,15 @@ def gathered(folders: list[Path], meta: Path | None, into: Path) -> list[str]:
 
 
 def baselines(fold: Path, name: str) -> None:
-    """Score what needs no training on the neuron held out, into FOLD/baselines.json, unless that is there."""
+    """Score what needs no training on the neuron held out, into FOLD/baselines.json, unless that is there.
+
+    It is traced with the settings of the model's tree, and again when these have changed.
+    """
     path = fold / "baselines.json"
-    if path.exists():
+    settings = files.read_json(fold / "infer" / "run.json", "run the fold again")["config"]["trace"]
+    if path.exists() and files.read_json(path, f"remove {path}").get("trace") == settings:
         return
     volume = Store(fold / "store")[name]
-    settings = files.read_json(fold / "infer" / "run.json", "run the fold again")["config"]["trace"]
     keys = [f"{k}={json.dumps(v)}" for k, v in settings.items() if k not in ("threshold", "low")]
     cfg = load(EvaluateConfig, None, [f"store={fold / 'store'}", f"predictions={fold / 'infer'}", f"out={fold}"])
     otsu = OtsuMask(volume)
@@ -124,7 +127,8 @@ def baselines(fold: Path, name: str) -> None:
     found = {"raw": _raw(volume, mask, keys), "otsu": _traced(mask, volume, load(TraceConfig, None, keys))}
     found["thin"] = thinned(mask, volume.root)
     scores = {who: score(volume, otsu.mask, tree, cfg) for who, tree in found.items()}
-    files.write_json(path, {who: {key: one[key] for key in KEYS} for who, one in scores.items()})
+    kept = {who: {key: one[key] for key in KEYS} for who, one in scores.items()}
+    files.write_json(path, {"trace": settings, **kept})
 
 
 def _raw(volume: StoredVolume, mask: NDArray[np.bool_], keys: list[str]) -> Tree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,19 @@ class Predictions:
         if "trace" not in self.config:
             return None
         try:
-            return TypeAdapter(TraceConfig).validate_python(self.config["trace"])
+            found = TypeAdapter(TraceConfig).validate_python(self.config["trace"])
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(
                 f"{self.path / 'run.json'} holds settings of the tracer that this version does not take "
                 f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give `trace={{}}` or settings in the config"
             ) from None
+        if absent := sorted({f.name for f in fields(TraceConfig)} - set(self.config["trace"])):
+            raise InputError(
+                f"{self.path} was traced by a version without {', '.join(absent)}, and Otsu's mask would be traced "
+                f"otherwise; {_REMAKE} again, which keeps the probabilities"
+            )
+        return found
 
     def _files(self, volume_id: str) -> list[Path]:
         """The probability, and the tree in voxels unless nothing was traced."""

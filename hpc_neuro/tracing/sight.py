@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 from scipy.ndimage import label as labelled
 from scipy.spatial import cKDTree
 from skimage.graph import MCP_Geometric
@@ -29,6 +29,7 @@ _NOISE = 4.0  # [standard deviations] above the background
 _BESIDE = 8.0  # [voxel] what is looked at round the two places, and
 _BOW = 0.25  # of their distance more: a way bends
 _FLANK = 2.0  # [voxel] farther out than its radius a strand's own foreground may reach
+_GLOW = 1  # [voxel] round a third piece no way is seen: the light is that piece's
 _FREE = 1e-6  # price of a way within a piece
 _NEAREST = 8  # components that an end is compared with
 _AT_ONCE = 256  # ends whose surroundings are searched together
@@ -125,7 +126,8 @@ class Sight:
         level = max(cfg.signal * dimmer, _NOISE * scene.noise)
         if dimmer <= level:
             return None
-        price = np.where((of < 0) & (signal >= level), (dimmer / np.clip(signal, level, dimmer)) ** 2, -1.0)
+        third = binary_dilation((of >= 0) & ~mine & ~theirs, np.ones((3, 3, 3), dtype=bool), _GLOW)
+        price = np.where(~third & (signal >= level), (dimmer / np.clip(signal, level, dimmer)) ** 2, -1.0)
         price[mine | theirs] = _FREE
         search = MCP_Geometric(price, fully_connected=True, sampling=tuple(found.spacing.tolist()))
         goals = scene.places(other)

@@ -259,6 +259,10 @@ def test_otsus_mask_is_traced_along_the_image_as_the_models_is(store: Path, monk
             lambda p: (p / "run.json").write_text('{"config": {"trace": {"old": 1}}}'),
             "settings of the tracer that this version does not take (old:",
         ),
+        (
+            lambda p: (p / "run.json").write_text('{"config": {"trace": {"threshold": 0.5}}}'),
+            "was traced by a version without block, ",
+        ),
     ],
 )
 def test_bad_predictions_are_refused_before_anything_is_written(

@@ -75,6 +75,7 @@ def test_baselines_and_table(
     files.write_json(fold / "infer/run.json", {"config": {"trace": trace}})
     baselines(fold, "a")
     found = json.loads((fold / "baselines.json").read_text())
+    assert found.pop("trace") == trace
     assert set(found) == {"raw", "otsu", "thin"}
     for scores in found.values():
         assert set(scores) == set(KEYS)
@@ -82,6 +83,9 @@ def test_baselines_and_table(
     stamp = (fold / "baselines.json").stat().st_mtime_ns
     baselines(fold, "a")
     assert (fold / "baselines.json").stat().st_mtime_ns == stamp
+    files.write_json(fold / "infer/run.json", {"config": {"trace": {**trace, "signal_gap": 0.0}}})
+    baselines(fold, "a")
+    assert json.loads((fold / "baselines.json").read_text())["trace"]["signal_gap"] == 0
     model = dict.fromkeys(KEYS, 0.5)
     gold = {"tips": 4.0}
     files.write_json(fold / "metrics.json", {"volumes": {"a": {"model": model}}, "gold": {"a": gold}})

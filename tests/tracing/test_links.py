@@ -11,11 +11,26 @@ from hpc_neuro.geometry import Box
 from hpc_neuro.morphology import branch_points, tips
 from hpc_neuro.schema import ConfigError, InputError, load
 from hpc_neuro.tracing import TraceConfig, trace, trace_read
+from hpc_neuro.tracing.foreground import Foreground, foreground
+from hpc_neuro.tracing.paths import far_ends, skeleton
+from hpc_neuro.tracing.sight import Sight
+from hpc_neuro.tracing.strands import reduced, trace_blocks
 from tests.tracing.shapes import line, paint
 
 ISO = (1.0, 1.0, 1.0)
 ROOT = (16.0, 32.0, 8.0)
 STALK = [(16, 34, 60), (18, 42, 66), (20, 54, 62)]  # bends, and leaves the trunk sideways
+
+
+def sight_of(mask: NDArray[np.float32], image: NDArray[np.float32]) -> tuple[Sight, Foreground]:
+    """What the image shows between all pieces of a mask."""
+    cfg, (z, y, x), one = TraceConfig(), mask.shape, np.ones(3)
+    boxes = trace_blocks((z, y, x), cfg)
+    parts = [reduced(lambda box: mask[box.slices], (z, y, x), box, one, cfg) for box in boxes]
+    found = foreground([p for p in parts if p], lambda box: mask[box.slices], (z, y, x), one, cfg.floor, cfg.min_voxels)
+    assert found is not None
+    traced = skeleton(found, far_ends(found)[0], cfg)
+    return Sight(found, traced, lambda box: image[box.slices], cfg, np.ones(found.components, dtype=bool)), found
 
 
 def scene(stalk: float, noise: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -101,16 +116,86 @@ def test_an_image_of_another_shape_is_refused() -> None:
 
 
 def test_what_lies_between_is_not_passed_through() -> None:
-    """A bouton whose bright stalk ends at another neurite belongs to that one."""
-    mask = np.zeros((32, 96, 110), dtype=np.float32)
-    for y in (24, 50):
+    """A bright stalk from neurite to neurite to bouton: no link of the outer two runs through the middle one."""
+    mask = np.zeros((32, 64, 110), dtype=np.float32)
+    for y in (10, 22):
         paint(mask, line((16, y, 8), (16, y, 100)), 2.0)
-    paint(mask, np.array([[16.0, 72.0, 55.0]]), 4.0)
+    paint(mask, line((16, 34, 50), (16, 34, 60)), 2.0)
     image = mask.copy()
-    paint(image, line((16, 26, 55), (16, 70, 55)), 1.0, 0.6)
-    lower, upper = trace(mask, ISO, roots=[(16, 24, 8), (16, 50, 8)], image=image)
-    assert lower.points[:, 1].max() < 40
-    assert upper.points[:, 1].max() > 69
+    paint(image, line((16, 10, 55), (16, 34, 55)), 1.0, 0.6)
+    sight, found = sight_of(mask, image)
+    row = {int(c): round(float(found.points[found.component == c, 1].mean())) for c in range(found.components)}
+    near = sight.near(np.flatnonzero(found.points[:, 1] > 30))
+    linked = {(row[a], row[b]): sight.between((a, b)) is not None for a, b in near}
+    assert linked == {(34, 22): True, (34, 10): False}
+
+
+def test_a_speck_in_a_break_is_no_wall() -> None:
+    mask = np.zeros((32, 64, 120), dtype=np.float32)
+    for begin, end in ((8, 40), (70, 110)):
+        paint(mask, line((16, 32, begin), (16, 32, end)), 2.0)
+    image = mask.copy()
+    paint(image, line((16, 32, 40), (16, 32, 70)), 1.0, 0.5)
+    mask[15:18, 31:34, 54:56] = 1.0  # as large as min_voxels
+    (tree,) = trace(mask, ISO, roots=[(16, 32, 8)], image=image, cfg=TraceConfig(gap=0))
+    assert tree.points[:, 2].max() > 105
+
+
+def test_a_small_piece_is_not_worth_a_long_link() -> None:
+    """A bead four voxels long, at the end of a stalk of 24 that shows."""
+    image = scene(stalk=0.6)[1]
+    mask = np.zeros(image.shape, dtype=np.float32)
+    paint(mask, line(ROOT, (16, 32, 100)), 2.0)
+    for large, reaches in ((0.0, False), (8.0, True)):
+        with_bead = mask.copy()
+        paint(with_bead, line((20, 57, 62), (20, 59 + large, 62)), 1.2)
+        (tree,) = trace(with_bead, ISO, roots=[ROOT], image=image)
+        assert (tree.points[:, 1].max() > 56) == reaches
+
+
+def test_two_specks_join_only_at_a_root() -> None:
+    mask = np.zeros((24, 24, 80), dtype=np.float32)
+    image = np.zeros_like(mask)
+    paint(image, line((12, 12, 6), (12, 12, 60)), 1.5, 0.5)
+    for x in (8, 22, 36, 50):
+        paint(mask, line((12, 12, x), (12, 12, x + 3)), 1.5)
+        paint(image, line((12, 12, x), (12, 12, x + 3)), 1.5)
+    cfg = TraceConfig(gap=0, min_cable=40.0)
+    (tree,) = trace(mask, ISO, roots=[(12, 12, 8)], image=image, cfg=cfg)
+    assert tree.points[:, 2].max() > 50
+    assert trace(mask, ISO, image=image, cfg=cfg) == []
+
+
+def test_a_link_is_as_long_as_its_way_and_not_as_the_gap() -> None:
+    """A faint horseshoe of 40 voxels between two ends that are 24 apart."""
+    mask = np.zeros((24, 64, 120), dtype=np.float32)
+    for begin, end in ((8, 40), (68, 110)):
+        paint(mask, line((12, 20, begin), (12, 20, end)), 2.0)
+    image = mask.copy()
+    angle = np.linspace(np.pi, 0, 100)
+    paint(image, np.stack([0 * angle + 12, 20 + 11 * np.sin(angle), 54 - 14 * np.cos(np.pi - angle)], axis=1), 1.0, 0.6)
+    found = {}
+    for most in (30.0, 70.0):
+        cfg = TraceConfig(gap=0, signal_gap=most)
+        found[most] = trace(mask, ISO, roots=[(12, 20, 8)], image=image, cfg=cfg)[0].points
+    assert found[30.0][:, 2].max() < 45
+    assert found[70.0][:, 2].max() > 105
+    assert found[70.0][:, 1].max() > 28
+
+
+def test_the_way_is_measured_in_the_metric() -> None:
+    """Two ways of equal brightness: round in the plane, or straight below it, where a slice is five voxels thick."""
+    mask = np.zeros((16, 48, 90), dtype=np.float32)
+    for begin, end in ((8, 34), (50, 82)):
+        paint(mask, line((4, 20, begin), (4, 20, end)), 1.5)
+    image = mask.copy()
+    paint(image, line((4, 20, 34), (4, 28, 42), (4, 20, 50)), 1.2, 0.6)
+    paint(image, line((4, 20, 34), (9, 20, 39), (9, 20, 45), (4, 20, 50)), 1.2, 0.6)
+    cfg = TraceConfig(gap=0, metric="um", signal_gap=60.0)
+    (tree,) = trace(mask, (5.0, 1.0, 1.0), roots=[(4, 20, 8)], image=image, cfg=cfg)
+    assert tree.points[:, 2].max() > 78
+    assert tree.points[:, 0].max() < 6
+    assert tree.points[:, 1].max() > 25
 
 
 def test_only_the_surroundings_of_breaks_are_read() -> None:
