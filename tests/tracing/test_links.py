@@ -184,18 +184,30 @@ def test_a_link_is_as_long_as_its_way_and_not_as_the_gap() -> None:
 
 
 def test_the_way_is_measured_in_the_metric() -> None:
-    """Two ways of equal brightness: round in the plane, or straight below it, where a slice is five voxels thick."""
+    """Two ways of equal brightness: round in the plane, or two slices below it, where a slice is five voxels thick."""
     mask = np.zeros((16, 48, 90), dtype=np.float32)
     for begin, end in ((8, 34), (50, 82)):
         paint(mask, line((4, 20, begin), (4, 20, end)), 1.5)
     image = mask.copy()
     paint(image, line((4, 20, 34), (4, 28, 42), (4, 20, 50)), 1.2, 0.6)
-    paint(image, line((4, 20, 34), (9, 20, 39), (9, 20, 45), (4, 20, 50)), 1.2, 0.6)
+    paint(image, line((4, 20, 34), (6, 20, 36), (6, 20, 48), (4, 20, 50)), 1.2, 0.6)
     cfg = TraceConfig(gap=0, metric="um", signal_gap=60.0)
     (tree,) = trace(mask, (5.0, 1.0, 1.0), roots=[(4, 20, 8)], image=image, cfg=cfg)
     assert tree.points[:, 2].max() > 78
     assert tree.points[:, 0].max() < 6
     assert tree.points[:, 1].max() > 25
+
+
+def test_an_end_is_compared_with_the_nearest_pieces_only() -> None:
+    mask = np.zeros((24, 80, 80), dtype=np.float32)
+    for y in range(8, 80, 12):
+        for x in range(8, 80, 12):
+            paint(mask, np.array([[12.0, y, x]]), 2.5)
+    sight, found = sight_of(mask, mask)
+    end = int(np.linalg.norm(found.points - (12, 44, 44), axis=1).argmin())
+    assert found.components == 36
+    assert len(sight.near(np.array([end]))) == 8
+    assert {round(gap) for gap in sight.near(np.array([end])).values()} <= set(range(6, 14))
 
 
 def test_only_the_surroundings_of_breaks_are_read() -> None:
