@@ -184,13 +184,13 @@ def test_a_link_is_as_long_as_its_way_and_not_as_the_gap() -> None:
 
 
 def test_the_way_is_measured_in_the_metric() -> None:
-    """Two ways of equal brightness: round in the plane, or two slices below it, where a slice is five voxels thick."""
+    """Two ways: round in the plane, or three slices below it, where a slice is five voxels thick."""
     mask = np.zeros((16, 48, 90), dtype=np.float32)
     for begin, end in ((8, 34), (50, 82)):
         paint(mask, line((4, 20, begin), (4, 20, end)), 1.5)
     image = mask.copy()
-    paint(image, line((4, 20, 34), (4, 28, 42), (4, 20, 50)), 1.2, 0.6)
-    paint(image, line((4, 20, 34), (6, 20, 36), (6, 20, 48), (4, 20, 50)), 1.2, 0.6)
+    paint(image, line((4, 20, 34), (4, 28, 42), (4, 20, 50)), 1.2, 0.75)
+    paint(image, line((4, 20, 34), (7, 20, 37), (7, 20, 47), (4, 20, 50)), 1.2, 0.6)
     cfg = TraceConfig(gap=0, metric="um", signal_gap=60.0)
     (tree,) = trace(mask, (5.0, 1.0, 1.0), roots=[(4, 20, 8)], image=image, cfg=cfg)
     assert tree.points[:, 2].max() > 78
