@@ -46,7 +46,8 @@ def trace(
     `cfg.root_snap` off the foreground. What several roots hang together in is cut between them (see split). Without: a
     tree for each piece with at least `cfg.min_cable` of cable, longest first, rooted in its soma (where it is far
     thicker than elsewhere), else at its thickest end.
-    With `image` [Z, Y, X] (any intensity scale) breaks are also bridged along neurites that it shows.
+    With `image` [Z, Y, X] (any intensity scale, bright on dark) breaks are also bridged along neurites that it
+    shows.
     Types are 0 (undefined), 1 at a root that is a soma; radii are distances to the border, in (finest) voxels.
     Raises InputError for values outside [0, 1], NaN, other dtypes or axes, a root outside the volume or too far from
     any foreground, two roots at one place, and a root where there is no foreground at all.
