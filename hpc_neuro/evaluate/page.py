@@ -156,8 +156,8 @@ def _definitions(results: Results, cfg: EvaluateConfig) -> str:
             (
                 "Otsu",
                 "Baseline without training: voxels of the raw image above Otsu's threshold (1979) of the whole "
-                "volume's histogram; the mask is traced by the same tracer, with the same settings from the same root "
-                "unless something else is said above the numbers.",
+                "volume's histogram; the mask is traced by the same tracer, along the image where it breaks, with the "
+                "same settings from the same root unless something else is said above the numbers.",
             )
         )
     terms.append(
