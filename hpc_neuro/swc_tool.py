@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Literal, TypeVar, get_args
 
 import yaml
 
@@ -35,6 +35,8 @@ All that write: out=FOLDER puts the results there instead of beside FILE; unit=u
 does not state it (fix and transform; voxel if left out). FILE itself is never changed.
 Exit code: 0 done (check: clean), 2 a file that cannot be read, 3 check found something."""
 
+C = TypeVar("C", bound=str)
+_UNITS: tuple[Unit, ...] = get_args(Unit)
 _MILD = {"unsorted", "line ends", "BOM", "type", "type change", "several roots", "repeated line", "extra columns"}
 
 
@@ -92,10 +94,9 @@ def _check(path: Path, options: dict[str, object]) -> int:
 
 
 def _fix(path: Path, options: dict[str, object]) -> int:
-    roots = str(options.get("roots", "join"))
-    if roots not in (*get_args(Roots), "split"):
-        raise ConfigError(f"roots={roots} is not one of {', '.join(get_args(Roots))}, split")
-    fixed = swc.fix(path, "keep" if roots == "split" else roots)  # type: ignore[arg-type]
+    among: tuple[Roots | Literal["split"], ...] = (*get_args(Roots), "split")
+    roots = _choice("roots", options.get("roots", "join"), among)
+    fixed = swc.fix(path, "keep" if roots == "split" else roots)
     trees = swc.components(fixed.tree) if roots == "split" else [fixed.tree]
     for change in fixed.changes:
         _say(f"{path}: {change}")
@@ -108,15 +109,13 @@ def _fix(path: Path, options: dict[str, object]) -> int:
 
 
 def _convert(path: Path, options: dict[str, object]) -> int:
-    to = str(options.get("to", "um"))
-    if to not in get_args(Unit):
-        raise ConfigError(f"to={to} is not one of {', '.join(get_args(Unit))}")
+    to = _choice("to", options.get("to", "um"), _UNITS)
     header = swc.header(path)
     size = _three(options, "voxel_size") if "voxel_size" in options else header.voxel_size
     if size is None or min(size) <= 0:
         raise InputError(f"{path} does not state its voxel size; give it in um as voxel_size=Z,Y,X, each above 0")
     target = _target(path, to, options)
-    tree = swc.convert(swc.read(path), target, to=to, voxel_size=size, stated=header.unit)  # type: ignore[arg-type]
+    tree = swc.convert(swc.read(path), target, to=to, voxel_size=size, stated=header.unit)
     _say(f"{target}: {len(tree)} nodes in {to}, length {morphology.length(tree):.6g}")
     return DONE
 
@@ -143,6 +142,14 @@ _COMMANDS: dict[str, tuple[Callable[[Path, dict[str, object]], int], set[str]]] 
 }
 
 
+def _choice(key: str, given: object, among: tuple[C, ...]) -> C:
+    """The one of several words that was given. Raises ConfigError for another."""
+    for one in among:
+        if one == str(given):
+            return one
+    raise ConfigError(f"{key}={given} is not one of {', '.join(among)}")
+
+
 def _write(
     path: Path,
     target: Path,
@@ -153,9 +160,7 @@ def _write(
 ) -> None:
     """scale: of the tree against the file's; voxels shrink with it, and of um no voxel size is known any more."""
     header = swc.header(path)
-    unit = str(options.get("unit", header.unit or "voxel"))
-    if unit not in get_args(Unit):
-        raise ConfigError(f"unit={unit} is not one of {', '.join(get_args(Unit))}")
+    unit = _choice("unit", options.get("unit", header.unit or "voxel"), _UNITS)
     if header.unit and unit != header.unit:
         raise ConfigError(
             f"unit={unit}, but the header of {path} says {header.unit}; `hpc-neuro swc convert` converts units"
@@ -163,7 +168,7 @@ def _write(
     size = header.voxel_size
     if size and scale != (1.0, 1.0, 1.0):
         size = (size[0] / scale[0], size[1] / scale[1], size[2] / scale[2]) if unit == "voxel" else None
-    swc.write(target, tree, unit=unit, voxel_size=size, comments=comments)  # type: ignore[arg-type]
+    swc.write(target, tree, unit=unit, voxel_size=size, comments=comments)
     _say(f"{target}: {len(tree)} nodes, {len(tree.roots)} root, length {morphology.length(tree):.6g}")
 
 

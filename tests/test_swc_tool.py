@@ -9,6 +9,7 @@ import pytest
 from hpc_neuro import morphology
 from hpc_neuro.__main__ import main as command_line
 from hpc_neuro.data import swc
+from hpc_neuro.data.swc.writer import Unit
 from hpc_neuro.schema import ConfigError
 from hpc_neuro.swc_tool import main
 
@@ -153,7 +154,7 @@ def test_a_unit_is_not_relabelled(tmp_path: Path) -> None:
         main(["fix", str(tmp_path / "u.swc"), "unit=voxel"])
 
 
-def _written(path: Path, unit: str) -> Path:
+def _written(path: Path, unit: Unit) -> Path:
     (path.parent / "raw.swc").write_text(GOOD)
-    swc.write(path, swc.read(path.parent / "raw.swc"), unit=unit, voxel_size=(2.0, 0.5, 0.5))  # type: ignore[arg-type]
+    swc.write(path, swc.read(path.parent / "raw.swc"), unit=unit, voxel_size=(2.0, 0.5, 0.5))
     return path

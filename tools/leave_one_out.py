@@ -123,27 +123,25 @@ def baselines(fold: Path, name: str) -> None:
     keys = [f"{k}={json.dumps(v)}" for k, v in settings.items() if k not in ("threshold", "low")]
     cfg = load(EvaluateConfig, None, [f"store={fold / 'store'}", f"predictions={fold / 'infer'}", f"out={fold}"])
     otsu = OtsuMask(volume)
-    mask = otsu.mask(Box.whole(volume.shape))
-    found = {"raw": _raw(volume, mask, keys), "otsu": _traced(mask, volume, load(TraceConfig, None, keys))}
-    found["thin"] = thinned(mask, volume.root)
+    whole = Box.whole(volume.shape)
+    mask, image = otsu.mask(whole), volume.normalised(whole)
+    # the image as a probability; Otsu's threshold parts it as it does the raw one
+    level = float(np.clip(image[mask].min() if mask.any() else 1.0, 1e-3, _FULL))
+    found = {
+        "raw": _traced(image, image, volume, load(TraceConfig, None, [*keys, f"threshold={level}"])),
+        "otsu": _traced(mask, image, volume, load(TraceConfig, None, keys)),
+        "thin": thinned(mask, volume.root),
+    }
     scores = {who: score(volume, otsu.mask, tree, cfg) for who, tree in found.items()}
     kept = {who: {key: one[key] for key in KEYS} for who, one in scores.items()}
     files.write_json(path, {"trace": settings, **kept})
 
 
-def _raw(volume: StoredVolume, mask: NDArray[np.bool_], keys: list[str]) -> Tree:
-    """The image itself as a probability; Otsu's threshold parts it as it does the raw one."""
-    image = volume.normalised(Box.whole(volume.shape))
-    level = float(np.clip(image[mask].min() if mask.any() else 1.0, 1e-3, _FULL))
-    return _traced(image, volume, load(TraceConfig, None, [*keys, f"threshold={level}"]))
-
-
-def _traced(probability: NDArray[Any], volume: StoredVolume, cfg: TraceConfig) -> Tree:
+def _traced(probability: NDArray[Any], image: NDArray[np.float32], volume: StoredVolume, cfg: TraceConfig) -> Tree:
     """The tree from the neuron's root, an empty one where nothing can be traced from it."""
     if volume.root is None:
         raise InputError(f"{volume.id} has no root, and all methods begin there; give root_xyz in the meta file")
     try:
-        image = volume.normalised(Box.whole(volume.shape))
         return trace(probability, volume.voxel_size, roots=[volume.root], cfg=cfg, image=image)[0]
     except InputError as error:
         logging.warning("%s: counts as a miss: %s", volume.id, error)

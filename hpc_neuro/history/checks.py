@@ -12,7 +12,7 @@ from typing import Any
 from hpc_neuro import files, runs
 from hpc_neuro.data import feature_cache, ome_zarr
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import Shape, blocks
+from hpc_neuro.geometry import blocks
 from hpc_neuro.history.stage import Stage, common, short
 from hpc_neuro.models.fetched import NOTE
 from hpc_neuro.report.record import Link
@@ -135,8 +135,8 @@ def _blocks(stage: Stage, out: Path, name: str, folder: str, quick: bool) -> int
     if array is None:
         return 0
     z, y, x = array.shape
-    shard: Shape = tuple(int(n) for n in array.chunk_layout.write_chunk.shape)  # type: ignore[assignment]
-    wanted, good = list(blocks((z, y, x), shard)), 0
+    deep, high, wide = (int(n) for n in array.chunk_layout.write_chunk.shape)
+    wanted, good = list(blocks((z, y, x), (deep, high, wide))), 0
     for block in runs.progress(wanted, f"{name}: blocks", unit="block"):
         box = block.write
         if box.start not in marks:

@@ -38,7 +38,8 @@ def timm() -> Any:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        new_library: Any = torch.library.Library  # which torch leaves without types
+        library = new_library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _schemas.append(library)

@@ -1,5 +1,5 @@
-"""Bridges over breaks: along what the image shows (see links), then blindly, in a straight
-line of limited length from an end that points at another piece."""
+"""Bridges over breaks: along what the image shows (see links), then blindly: an end that points at another piece is
+joined to it by a straight line of limited length."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.foreground import Floats, Foreground, Ints, Read
 from hpc_neuro.tracing.links import links
 from hpc_neuro.tracing.paths import Skeleton
-from hpc_neuro.tracing.wires import Join, Wires, straight, wires
+from hpc_neuro.tracing.wires import Join, Lines, Wires, straight, wires
 
 Bridge = tuple[int, int]
 _BASE = 8.0  # [voxel] shortest stretch behind an end that gives its direction
 _SLENDER = 3.0  # an end is a tube's, and has a direction, when that stretch is this many radii long
 _WORTH = 1.0  # a bridge may cost this many times the cable of the smaller piece it joins: specks are not worth a leap
 _HINTED = 0.5  # a bridge costs this share of its price where the probability between is almost `floor`
+_FLANK = 1.0  # [voxel] farther out than its radius, a voxel still lies on a centre line's flank
 _AT_ONCE = 256  # ends whose surroundings are held together
 _ROUNDS = 20  # a string of beads gets its direction bead by bead
 
@@ -45,17 +45,14 @@ def bridges(
 ) -> list[Join]:
     """What joins pieces, without a cycle: links along what the image, if one is given, shows, then blind bridges.
 
-    `starts` are the voxels of given roots.
-
-    A bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to half of
-    that where the probability between is almost `floor`; it may cost `cfg.gap`. So the stated limit holds for straight
-    continuations and shrinks for bends. Two blobs without direction join over a third of it. Cheap ones come first, and
-    what they join has new ends in the next round.
+    A blind bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to
+    half of that where the probability between is almost `floor`; it may cost `cfg.gap`. So the stated limit holds for
+    straight continuations and shrinks for bends. Two blobs without direction join over a third of it. Cheap ones come
+    first, and what they join has new ends in the next round. `starts`: voxels of given roots (see links).
     """
-    chosen = [] if image is None or cfg.signal_gap == 0 else links(found, traced, image, cfg, starts)
+    lines = Lines(found, traced)
+    chosen = [] if image is None or cfg.signal_gap == 0 else links(found, traced, lines, image, cfg, starts)
     used: set[int] = set()
-    lines = np.flatnonzero(traced.on_tree)
-    near = cKDTree(found.points[lines])
     for _ in range(_ROUNDS if cfg.gap > 0 else 0):
         net = wires(found, traced, chosen)
         piece, cable = _pieces(found, net)
@@ -66,16 +63,14 @@ def bridges(
         if not fresh:
             break
         used |= {end for end, _ in fresh}
-        chosen += [straight(found, end, _centred(found, lines, near, target)) for end, target in fresh]
+        chosen += [straight(found, end, _centred(found, lines, target)) for end, target in fresh]
     return chosen
 
 
-def _centred(found: Foreground, lines: Ints, near: cKDTree, target: int) -> int:
-    """The voxel of the centre lines (`lines`, searched by `near`) on whose flank a voxel is; itself where on none's."""
-    away, at = near.query(found.points[target])
-    line = int(lines[int(at)])
-    mine = found.component[line] == found.component[target]
-    return line if mine and away <= found.thickness[line] + 1 else target
+def _centred(found: Foreground, lines: Lines, target: int) -> int:
+    """The voxel of the centre lines on whose flank a voxel is; itself where on none's."""
+    line = lines.beside(found.points[target], int(found.component[target]), _FLANK)
+    return target if line is None else line
 
 
 def _pieces(found: Foreground, net: Wires) -> tuple[NDArray[np.int32], Floats]:
@@ -86,8 +81,7 @@ def _pieces(found: Foreground, net: Wires) -> tuple[NDArray[np.int32], Floats]:
     real = net.voxels >= 0
     of_component = np.zeros(found.components, dtype=np.int32)
     of_component[found.component[net.voxels[real]]] = label[real]
-    step = np.linalg.norm(net.points[net.edges[:, 0]] - net.points[net.edges[:, 1]], axis=1)
-    cable = np.bincount(label[net.edges[:, 0]], weights=step, minlength=count).astype(np.float64)
+    cable = np.bincount(label[net.edges[:, 0]], weights=net.lengths, minlength=count).astype(np.float64)
     return of_component[found.component], cable
 
 

@@ -33,28 +33,30 @@ class Cells:
         self._cells: OrderedDict[Shape, NDArray[np.generic]] = OrderedDict()
 
     def box(self, box: Box) -> NDArray[np.generic]:
-        """[Z, Y, X] what is in a box inside the volume."""
-        spans = (range(a // c, -(-b // c)) for a, b, c in zip(box.start, box.stop, _CELL, strict=True))
-        found = None
-        for z, y, x in itertools.product(*spans):
-            start = (z * _CELL[0], y * _CELL[1], x * _CELL[2])
-            here = Box.at(start, _CELL).clipped(box)
-            part = self.cell((z, y, x))[here.relative_to(start).slices]
-            found = np.empty(box.shape, dtype=part.dtype) if found is None else found
-            found[here.relative_to(box.start).slices] = part
-        return np.zeros(box.shape, dtype=bool) if found is None else found
+        """[Z, Y, X] what is in a box inside the volume, of one voxel at least."""
+        zs, ys, xs = (range(a // c, -(-b // c)) for a, b, c in zip(box.start, box.stop, _CELL, strict=True))
+        cells = list(itertools.product(zs, ys, xs))
+        found = np.empty(box.shape, dtype=self.cell(cells[0]).dtype)
+        for cell in cells:
+            whole = _box_of(cell)
+            here = whole.clipped(box)
+            found[here.relative_to(box.start).slices] = self.cell(cell)[here.relative_to(whole.start).slices]
+        return found
 
     def cell(self, cell: Shape) -> NDArray[np.generic]:
         """The voxels of one cell; fewer at the volume's end."""
         if cell in self._cells:
             self._cells.move_to_end(cell)
         else:
-            box = Box.at((cell[0] * _CELL[0], cell[1] * _CELL[1], cell[2] * _CELL[2]), _CELL)
-            found = self._read(box.clipped(Box.whole(self._shape)))
+            found = self._read(_box_of(cell).clipped(Box.whole(self._shape)))
             self._cells[cell] = np.array(found)  # not a view that holds more than the cell
             if len(self._cells) > self._keep:
                 self._cells.popitem(last=False)
         return self._cells[cell]
+
+
+def _box_of(cell: Shape) -> Box:
+    return Box.at((cell[0] * _CELL[0], cell[1] * _CELL[1], cell[2] * _CELL[2]), _CELL)
 
 
 class Look:

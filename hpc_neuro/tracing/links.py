@@ -14,7 +14,7 @@ from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.foreground import Floats, Foreground, Read
 from hpc_neuro.tracing.paths import Skeleton
 from hpc_neuro.tracing.sight import CHEAPEST, Link, Pair, Sight
-from hpc_neuro.tracing.wires import Join, Wires, wires
+from hpc_neuro.tracing.wires import Join, Lines, Wires, wires
 
 _WORTH = 2.0  # a link may cost this many times the extent of the smaller piece
 _ENOUGH = 0.5  # of `min_cable`: two pieces that are less together are specks
@@ -22,7 +22,9 @@ _ENOUGH = 0.5  # of `min_cable`: two pieces that are less together are specks
 _Option = tuple[float, Pair, Link | None]  # price, who, and the link once it has been looked for
 
 
-def links(found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig, starts: Sequence[int] = ()) -> list[Join]:
+def links(
+    found: Foreground, traced: Skeleton, lines: Lines, image: Read, cfg: TraceConfig, starts: Sequence[int] = ()
+) -> list[Join]:
     """What joins components along what the image shows, cheap links first, without a cycle.
 
     A link may cost so much of the extent of the smaller piece it joins; what is joined is larger, and may leap farther.
@@ -30,13 +32,12 @@ def links(found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig, st
     is at a given root (`starts`, voxels).
     """
     net = wires(found, traced, [])
-    ends = net.voxels[np.bincount(net.edges.ravel(), minlength=len(net.points)) <= 1]
     extent, sets = _extent(found, net), DisjointSet(range(found.components))
-    sight = Sight(found, traced, image, cfg, extent >= cfg.min_branch)
+    sight = Sight(found, lines, image, cfg, extent >= cfg.min_branch)
     seeds = found.component[list(starts)]
     extent[seeds] = np.maximum(extent[seeds], cfg.min_cable)
     chosen: list[Join] = []
-    for todo in _apart(sight.near(ends), found.components):
+    for todo in _apart(sight.near(net.voxels[net.degree <= 1]), found.components):
         while todo:
             heapq.heapify(todo)
             waiting, before = [], len(chosen)
@@ -73,7 +74,6 @@ def _apart(near: dict[Pair, float], components: int) -> Iterator[list[_Option]]:
 def _extent(found: Foreground, net: Wires) -> Floats:
     """[C] cable of each component, and the diameter of its thickest place: a bouton has no cable."""
     of = found.component[net.voxels]
-    step = np.linalg.norm(net.points[net.edges[:, 0]] - net.points[net.edges[:, 1]], axis=1)
     thickest = np.zeros(found.components)
     np.maximum.at(thickest, found.component, found.thickness)
-    return np.bincount(of[net.edges[:, 0]], weights=step, minlength=found.components) + 2 * thickest
+    return np.bincount(of[net.edges[:, 0]], weights=net.lengths, minlength=found.components) + 2 * thickest

@@ -13,14 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation, gaussian_filter
 from scipy.ndimage import label as labelled
-from scipy.spatial import cKDTree
 from skimage.graph import MCP_Geometric
 
 from hpc_neuro.geometry import Box
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.foreground import Bools, Cells, Floats, Foreground, Ints, Read
-from hpc_neuro.tracing.paths import Skeleton
-from hpc_neuro.tracing.wires import Join
+from hpc_neuro.tracing.wires import Join, Lines
 
 CHEAPEST = 0.5
 """Price of a link per length where the image is as bright between as on the dimmer piece; else up to 1."""
@@ -54,23 +52,20 @@ class _Scene:
     signal: Floats  # [Z, Y, X] smoothed image above the background
     noise: float  # standard deviation of its dark part
     patch: NDArray[np.int32]  # [Z, Y, X] connected foreground from 1, 0 in the dark
-    component: NDArray[np.int32]  # [P] of each patch; -1 of the dark, of specks, and where no strand is in the box
+    component: NDArray[np.int32]  # [Z, Y, X] -1 in the dark, on specks, and on patches without a strand in the box
 
-    def places(self, component: int) -> Ints:
-        """[K, 3] a voxel of each of its patches."""
-        patches, first = np.unique(self.patch, return_index=True)
-        mine = first[self.component[patches] == component]
-        return np.stack(np.unravel_index(mine, self.patch.shape), axis=1)
+    def places(self, where: Bools) -> Ints:
+        """[K, 3] a voxel of each patch that is there."""
+        _, first = np.unique(self.patch[where], return_index=True)
+        return np.argwhere(where)[first]
 
 
 class Sight:
     """What the image shows between the `large` [C] components of a foreground; the others are specks."""
 
-    def __init__(self, found: Foreground, traced: Skeleton, image: Read, cfg: TraceConfig, large: Bools) -> None:
-        self._found, self._cfg, self._large = found, cfg, large
+    def __init__(self, found: Foreground, lines: Lines, image: Read, cfg: TraceConfig, large: Bools) -> None:
+        self._found, self._lines, self._cfg, self._large = found, lines, cfg, large
         self._image = Cells(image, found.shape, _CELLS)
-        self._lines = np.flatnonzero(traced.on_tree)
-        self._near_lines = cKDTree(found.points[self._lines])
         order = np.lexsort((-found.probability, found.component))
         self._most_likely = order[np.unique(found.component[order], return_index=True)[1]].tolist()
         self._known: dict[int, bool] = {}
@@ -112,26 +107,25 @@ class Sight:
         if component not in self._known:
             voxel = self._most_likely[component]
             scene = self._scene(voxel, voxel)
-            mine = scene.component[scene.patch] == component
-            self._known[component] = float(np.median(scene.signal[mine])) > _NOISE * scene.noise
+            bright = float(np.median(scene.signal[scene.component == component]))
+            self._known[component] = bright > _NOISE * scene.noise
         return self._known[component]
 
     def _brightest(self, scene: _Scene, own: int, other: int) -> Link | None:
         found, cfg, signal = self._found, self._cfg, scene.signal
-        of = scene.component[scene.patch]
-        mine, theirs = of == own, of == other
+        mine, theirs = scene.component == own, scene.component == other
         if not (mine.any() and theirs.any()):
             return None
         dimmer = min(float(np.median(signal[mine])), float(np.median(signal[theirs])))
         level = max(cfg.signal * dimmer, _NOISE * scene.noise)
         if dimmer <= level:
             return None
-        third = binary_dilation((of >= 0) & ~mine & ~theirs, np.ones((3, 3, 3), dtype=bool), _GLOW)
+        third = binary_dilation((scene.component >= 0) & ~mine & ~theirs, np.ones((3, 3, 3), dtype=bool), _GLOW)
         price = np.where(~third & (signal >= level), (dimmer / np.clip(signal, level, dimmer)) ** 2, -1.0)
         price[mine | theirs] = _FREE
         search = MCP_Geometric(price, fully_connected=True, sampling=tuple(found.spacing.tolist()))
-        goals = scene.places(other)
-        total, _ = search.find_costs(scene.places(own), goals)
+        goals = scene.places(theirs)
+        total, _ = search.find_costs(scene.places(mine), goals)
         reached = total[tuple(goals.T)]
         if not np.isfinite(reached).any():
             return None
@@ -149,13 +143,10 @@ class Sight:
     def _centred(self, component: int, place: Floats) -> int:
         """The voxel of a component's centre lines that a place on its surface is nearest to; where none is near, the
         nearest of its strands: then a path to it is laid."""
-        found = self._found
-        away, at = self._near_lines.query(place)
-        line = int(self._lines[int(at)])
-        if found.component[line] == component and away <= found.thickness[line] + _FLANK:
+        if (line := self._lines.beside(place, component, _FLANK)) is not None:
             return line
-        own = np.flatnonzero(found.component == component)
-        return int(own[np.linalg.norm(found.points[own] - place, axis=1).argmin()])
+        own = np.flatnonzero(self._found.component == component)
+        return int(own[np.linalg.norm(self._found.points[own] - place, axis=1).argmin()])
 
     def _scene(self, end: int, target: int) -> _Scene:
         found = self._found
@@ -177,7 +168,7 @@ class Sight:
         of = np.full(count + 1, -1, dtype=np.int32)
         strands = strands[self._large[found.component[strands]]]
         of[patch[tuple((found.voxels[strands] - box.start).T)]] = found.component[strands]
-        return _Scene(np.array(box.start), smooth - background, noise, patch, of)
+        return _Scene(np.array(box.start), smooth - background, noise, patch, of[patch])
 
 
 def _strands(found: Foreground, box: Box) -> Ints:

@@ -55,7 +55,7 @@ def _roots(net: Wires, min_branch: float, count: int, label: NDArray[np.int32]) 
     """Where each piece begins, and that node's type: the soma if one place is far thicker than the rest, else the
     thickest end. What is left of an end at which a bridge begins is none (see pruned)."""
     around = net.neighbours()
-    degree = np.bincount(net.edges.ravel(), minlength=len(net.points))
+    degree = net.degree
     order = np.argsort(label, kind="stable")
     found = []
     for piece in np.split(order, np.searchsorted(label[order], np.arange(1, count))):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from hpc_neuro.tracing.foreground import Floats, Foreground, Ints
 from hpc_neuro.tracing.paths import Skeleton
@@ -29,6 +30,17 @@ class Wires:
     edges: Ints  # [E, 2]
     voxels: Ints  # [K] foreground voxel of each node, -1 on a bridge
 
+    @property
+    def degree(self) -> Ints:
+        """[K] number of edges at each node."""
+        return np.bincount(self.edges.ravel(), minlength=len(self.points))
+
+    @property
+    def lengths(self) -> Floats:
+        """[E] length of each edge."""
+        a, b = self.edges.T
+        return np.asarray(np.linalg.norm(self.points[a] - self.points[b], axis=1))
+
     def neighbours(self) -> list[list[int]]:
         """The nodes joined to each node."""
         around: list[list[int]] = [[] for _ in self.points]
@@ -36,6 +48,21 @@ class Wires:
             around[a].append(b)
             around[b].append(a)
         return around
+
+
+class Lines:
+    """The centre lines of a foreground, searchable by position."""
+
+    def __init__(self, found: Foreground, traced: Skeleton) -> None:
+        self._found, self._voxels = found, np.flatnonzero(traced.on_tree)
+        self._near = cKDTree(found.points[self._voxels])
+
+    def beside(self, place: Floats, component: int, flank: float) -> int | None:
+        """The voxel of a component's centre lines from which a place is at most its radius and `flank` away."""
+        away, at = self._near.query(place)
+        line = int(self._voxels[int(at)])
+        mine = self._found.component[line] == component
+        return line if mine and away <= self._found.thickness[line] + flank else None
 
 
 def wires(found: Foreground, traced: Skeleton, joins: Sequence[Join]) -> Wires:

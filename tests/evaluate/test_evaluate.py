@@ -10,15 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from skimage.filters import threshold_otsu
 
 from hpc_neuro import evaluate, morphology
 from hpc_neuro.__main__ import main
 from hpc_neuro.data import swc
 from hpc_neuro.data.store import Store
-from hpc_neuro.evaluate import reliability, verb
+from hpc_neuro.evaluate import reliability
 from hpc_neuro.evaluate.inputs import Predictions
-from hpc_neuro.evaluate.otsu import OtsuMask
 from hpc_neuro.evaluate.rows import rows
 from hpc_neuro.evaluate.summary import _tex
 from hpc_neuro.geometry import Box
@@ -26,7 +24,6 @@ from hpc_neuro.metrics import tree as tree_metrics
 from hpc_neuro.metrics import voxel
 from hpc_neuro.metrics.calibration import Bin
 from hpc_neuro.schema import InputError, load
-from hpc_neuro.tracing import TraceConfig
 from tests.evaluate.conftest import write_predictions
 
 REQUIRED = {
@@ -230,22 +227,6 @@ def test_streamed_scores_equal_whole_ones(done: Path, store: Path, tmp_path: Pat
         scores.append(json.loads((cfg.out / "metrics.json").read_text())["volumes"])
     for volume in ("a", "b"):
         assert scores[0][volume]["model"] == pytest.approx(scores[1][volume]["model"])
-
-
-def test_otsu_is_that_of_scikit_image(store: Path) -> None:
-    volume = Store(store)["a"]
-    image = volume.image(Box.whole(volume.shape))
-    baseline = OtsuMask(volume)
-    assert baseline.threshold == threshold_otsu(image)
-    assert np.array_equal(baseline.mask(Box.whole(volume.shape)), image > threshold_otsu(image))
-
-
-def test_otsus_mask_is_traced_along_the_image_as_the_models_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    volume, seen = Store(store)["a"], []
-    monkeypatch.setattr(verb, "trace_read", lambda *given, image, **more: seen.append(image) or [])
-    verb.otsu_tree(volume, OtsuMask(volume), TraceConfig())
-    whole = Box.whole(volume.shape)
-    assert np.array_equal(seen[0](whole), volume.normalised(whole))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro import morphology
-from hpc_neuro.geometry import Shape
+from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.morphology import Tree
+from hpc_neuro.tracing import TraceConfig
+from hpc_neuro.tracing.foreground import Foreground, foreground
+from hpc_neuro.tracing.strands import reduced, trace_blocks
 
 Floats = NDArray[np.float64]
 
@@ -92,3 +95,17 @@ def _grow(
         points.append(point)
         parents.append(above)
         above = len(points) - 1
+
+
+def foreground_of(
+    array: NDArray[np.generic], cfg: TraceConfig, spacing: tuple[float, float, float] = (1, 1, 1)
+) -> Foreground | None:
+    """The foreground of an array, by the blocks of `cfg`."""
+    z, y, x = array.shape
+
+    def read(box: Box) -> NDArray[np.generic]:
+        return array[box.slices]
+
+    size = np.array(spacing, dtype=np.float64)
+    parts = [reduced(read, (z, y, x), box, size, cfg) for box in trace_blocks((z, y, x), cfg)]
+    return foreground([p for p in parts if p], read, (z, y, x), size, cfg.floor, cfg.min_voxels)

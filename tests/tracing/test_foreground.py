@@ -14,23 +14,10 @@ from scipy import ndimage
 
 from hpc_neuro.geometry import Box, Shape
 from hpc_neuro.tracing import TraceConfig
-from hpc_neuro.tracing.foreground import Foreground, Look, foreground, neighbours
+from hpc_neuro.tracing.foreground import Look, neighbours
 from hpc_neuro.tracing.paths import far_ends, ways
-from hpc_neuro.tracing.strands import REACH, reduced, trace_blocks
-
-
-def of(
-    array: NDArray[np.generic], cfg: TraceConfig, spacing: tuple[float, float, float] = (1, 1, 1)
-) -> Foreground | None:
-    """The foreground of an array, by the blocks of `cfg`."""
-    z, y, x = array.shape
-
-    def read(box: Box) -> NDArray[np.generic]:
-        return array[box.slices]
-
-    size = np.array(spacing, dtype=np.float64)
-    parts = [reduced(read, (z, y, x), box, size, cfg) for box in trace_blocks((z, y, x), cfg)]
-    return foreground([p for p in parts if p], read, (z, y, x), size, cfg.floor, cfg.min_voxels)
+from hpc_neuro.tracing.strands import REACH
+from tests.tracing.shapes import foreground_of
 
 
 @settings(max_examples=20, deadline=None)
@@ -48,7 +35,7 @@ def test_components_and_distances_are_those_of_dense_libraries(
     Distances are taken in two ways, by what share of a block is foreground.
     """
     mask = np.random.default_rng(seed).random(shape) < share
-    found = of(mask, TraceConfig(block=(8, 9, 10), min_voxels=1), spacing)
+    found = foreground_of(mask, TraceConfig(block=(8, 9, 10), min_voxels=1), spacing)
     if not mask.any():
         assert found is None
         return
@@ -94,7 +81,7 @@ def test_hysteresis_keeps_what_hangs_on_a_strong_voxel_and_drops_specks() -> Non
     line[0, 0, 33:38] = 0.35  # weak alone
     line[4, 4, 0:3] = 0.9  # strong, but only three voxels
     for block in ((8, 8, 40), (8, 8, 8), (8, 8, 11)):
-        found = of(line, TraceConfig(threshold=0.5, low=0.3, min_voxels=4, block=block))
+        found = foreground_of(line, TraceConfig(threshold=0.5, low=0.3, min_voxels=4, block=block))
         assert found is not None
         assert found.components == 1
         np.testing.assert_array_equal(found.voxels[:, 2], np.arange(30))
@@ -124,7 +111,7 @@ def test_single_voxels_are_read_cell_by_cell() -> None:
 def test_ways_lead_home_by_the_shortest_road() -> None:
     ring = np.zeros((3, 21, 21), dtype=bool)
     ring[1, 2, 2:19] = ring[1, 18, 2:19] = ring[1, 2:19, 2] = ring[1, 2:19, 18] = True
-    found = of(ring, TraceConfig(min_voxels=1))
+    found = foreground_of(ring, TraceConfig(min_voxels=1))
     assert found is not None
     way, length = ways(found, np.array([0]), np.ones(len(found.voxels)))
     assert way[0] == 0

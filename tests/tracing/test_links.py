@@ -11,11 +11,11 @@ from hpc_neuro.geometry import Box
 from hpc_neuro.morphology import branch_points, tips
 from hpc_neuro.schema import ConfigError, InputError, load
 from hpc_neuro.tracing import TraceConfig, trace, trace_read
-from hpc_neuro.tracing.foreground import Foreground, foreground
+from hpc_neuro.tracing.foreground import Foreground
 from hpc_neuro.tracing.paths import far_ends, skeleton
 from hpc_neuro.tracing.sight import Sight
-from hpc_neuro.tracing.strands import reduced, trace_blocks
-from tests.tracing.shapes import line, paint
+from hpc_neuro.tracing.wires import Lines
+from tests.tracing.shapes import foreground_of, line, paint
 
 ISO = (1.0, 1.0, 1.0)
 ROOT = (16.0, 32.0, 8.0)
@@ -24,13 +24,11 @@ STALK = [(16, 34, 60), (18, 42, 66), (20, 54, 62)]  # bends, and leaves the trun
 
 def sight_of(mask: NDArray[np.float32], image: NDArray[np.float32]) -> tuple[Sight, Foreground]:
     """What the image shows between all pieces of a mask."""
-    cfg, (z, y, x), one = TraceConfig(), mask.shape, np.ones(3)
-    boxes = trace_blocks((z, y, x), cfg)
-    parts = [reduced(lambda box: mask[box.slices], (z, y, x), box, one, cfg) for box in boxes]
-    found = foreground([p for p in parts if p], lambda box: mask[box.slices], (z, y, x), one, cfg.floor, cfg.min_voxels)
+    cfg = TraceConfig()
+    found = foreground_of(mask, cfg)
     assert found is not None
-    traced = skeleton(found, far_ends(found)[0], cfg)
-    return Sight(found, traced, lambda box: image[box.slices], cfg, np.ones(found.components, dtype=bool)), found
+    lines = Lines(found, skeleton(found, far_ends(found)[0], cfg))
+    return Sight(found, lines, lambda box: image[box.slices], cfg, np.ones(found.components, dtype=bool)), found
 
 
 def scene(stalk: float, noise: float = 0.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
