@@ -182,6 +182,19 @@ def test_no_part_is_thinned_away(part: tuple[int, int, int]) -> None:
     assert voxel.cldice(mask, other) < 1.0
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("line", ["11", "101", "10110101", "1000000001"])
+def test_a_mask_of_single_voxels_in_a_row_has_a_centreline(line: str, axis: int) -> None:
+    """cc3d fails on such a row by itself."""
+    mask = np.zeros((12, 13, 14), dtype=bool)
+    row = np.array([c == "1" for c in line])
+    np.moveaxis(mask, axis, 2)[3, 4, 1 : 1 + len(row)] = row
+    thin = skeleton(mask)
+    assert not (thin & ~mask).any()
+    labels, parts = ndimage.label(mask, np.ones((3, 3, 3)))
+    assert {*np.unique(labels[thin])} == set(range(1, parts + 1))
+
+
 def test_streamed_equals_whole() -> None:
     a, b = blob((30, 45, 50), 3, 0.1), blob((30, 45, 50), 4, 0.1).astype(np.uint8)
     b[:5, :20] = 255
