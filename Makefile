@@ -21,15 +21,15 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	for tool in tools/bench_*.py; do echo "== $$tool"; $(BIN)/python -m tools.$$(basename $$tool .py) || exit 1; done
+	for tool in cache infer links metrics student tracing train tubular zero; do echo "== $$tool"; $(BIN)/python -m tools.bench.$$tool || exit 1; done
 
 # what only a machine with an NVIDIA GPU can show: the tests of its kernels, then its benchmarks
 gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python -m tools.bench_tubular --device cuda --repeats 10
-	$(BIN)/python -m tools.tune_tubular
-	$(BIN)/python -m tools.bench_student --device cuda --size base --crop 96 96 96 --batch 16
-	$(BIN)/python -m tools.bench_train --ranks 1 --size base --crop 96 96 96 --batch 16
+	$(BIN)/python -m tools.bench.tubular --device cuda --repeats 10
+	$(BIN)/python -m tools.bench.tune_tubular
+	$(BIN)/python -m tools.bench.student --device cuda --size base --crop 96 96 96 --batch 16
+	$(BIN)/python -m tools.bench.train --ranks 1 --size base --crop 96 96 96 --batch 16
 
 # a real one-machine Slurm for the tests marked `slurm`; `make test` brings it up and ends it by itself
 slurm-up:

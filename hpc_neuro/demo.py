@@ -13,11 +13,12 @@ from typing import Any
 
 from pydantic import Field
 
-from hpc_neuro import evaluate, files, infer, morphology, precompute, prepare, runs, train
+from hpc_neuro import evaluate, infer, precompute, prepare, train
+from hpc_neuro.core import files, morphology, run_folder
+from hpc_neuro.core.schema import ConfigError, InputError, config, load
 from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.models.teacher import TeacherConfig
-from hpc_neuro.schema import ConfigError, InputError, config, load
 
 log = logging.getLogger(__name__)
 SHOWN = {
@@ -97,7 +98,7 @@ def run(cfg: DemoConfig) -> int:
     forecast(cfg)
     begun = time.monotonic()
     inputs = {"data": _listed(cfg.data) if cfg.data else "synthetic"}
-    with runs.start("demo", cfg, cfg.out, inputs, whole=(cfg.out / "report.html").exists()) as this:
+    with run_folder.start("demo", cfg, cfg.out, inputs, whole=(cfg.out / "report.html").exists()) as this:
         if this.complete:
             _say_result(cfg.out)
             return 0
@@ -149,7 +150,7 @@ def _synthetic(cfg: DemoConfig) -> Path:
 
 def _held_out(cfg: DemoConfig, data: Path) -> list[str]:
     """The neurons to test on, by the rule `test` states. Raises InputError when there is nothing to train on."""
-    trees = sorted((p.stem for p in data.glob("*.swc")), key=runs.natural) if data.is_dir() else []
+    trees = sorted((p.stem for p in data.glob("*.swc")), key=run_folder.natural) if data.is_dir() else []
     if unknown := [t for t in cfg.test if t not in trees]:
         raise ConfigError(
             f"test: {data} has no {', '.join(unknown)}.swc; it has {', '.join(trees) or 'no trees at all'}"

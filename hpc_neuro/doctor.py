@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from hpc_neuro import files
-from hpc_neuro.runs import code_version
+from hpc_neuro.core import files
+from hpc_neuro.core.run_folder import code_version
 
 _NEEDED = (
     "torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "pydantic", "tensorstore",
@@ -97,7 +97,7 @@ def hdf5() -> Iterator[Finding]:
 
 def parameter_files() -> Iterator[Finding]:
     """Whether a training could keep parameters in files on a fast disk; few need it."""
-    lacks = importlib.import_module("hpc_neuro.train.engine").files_lack()
+    lacks = importlib.import_module("hpc_neuro.train.deepspeed.engine").files_lack()
     ready = "ready; compiled at the first use, for some minutes" if lacks is None else f"needs {lacks}"
     yield Finding("engine.nvme", None if lacks else True, f"DeepSpeed's async_io: {ready}")
 

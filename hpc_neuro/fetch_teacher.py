@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.models.teacher import fetch
-from hpc_neuro.schema import ConfigError
 
 log = logging.getLogger(__name__)
 HELP = """usage: hpc-neuro fetch-teacher NAME out=FOLDER

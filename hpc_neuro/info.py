@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import files, morphology
+from hpc_neuro.core import files, morphology
+from hpc_neuro.core.geometry import Box, Shape, blocks
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
-from hpc_neuro.data.volume import Volume, open_volume
-from hpc_neuro.data.volume.index import Array
-from hpc_neuro.geometry import Box, Shape, blocks
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.data.formats import Volume, open_volume
+from hpc_neuro.data.formats.types import Array
 
 HELP = """usage: hpc-neuro info PATH [key=value ...]
 

@@ -9,12 +9,12 @@ from typing import Literal, TypeVar, get_args
 
 import yaml
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.swc.repair import Roots
 from hpc_neuro.data.swc.writer import Unit
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import ConfigError, InputError
 
 DONE, UNREADABLE, FINDINGS = 0, 2, 3
 HELP = """usage: hpc-neuro swc check|fix|convert|transform FILE... [key=value ...]

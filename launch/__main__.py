@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.schema import ConfigError, InputError
+from hpc_neuro.core.schema import ConfigError, InputError
 
 USAGE = """python -m launch VERB [CONFIG.yaml] [key=value ...] [options]      one verb as a job in its run folder
 python -m launch --chain VERB,VERB,... [FOLDER] out=ROOT [VERB.key=value ...] [options]
@@ -21,7 +21,7 @@ Keys that begin with `cluster.` change the site: cluster.train.nodes=4 cluster.p
 Exit codes: 0 done or submitted, 1 a watched job failed, 2 refused before the queue, with every reason.
 """
 _FOLDER_VERBS = ("status", "cancel", "logs")
-_OTHERS = {"sweep": "launch.sweep"}  # command -> module with main(arguments)
+_OTHERS = {"sweep": "launch.sweep.cli"}  # command -> module with main(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def _submit(words: Sequence[str]) -> int:
 
 
 def _launch(args: Any) -> int:
-    from launch import array, chain, checks, jobs, slurm, watch
+    from launch import chain, job_arrays, jobs, preflight, slurm, status
     from launch.site import load_site
 
     if args.on == "slurm":
@@ -69,27 +69,27 @@ def _launch(args: Any) -> int:
         stages = chain.plan(args.chain.split(","), config, words)
     else:
         stages = [(verb, jobs.load(verb, config, words))]
-    for line in checks.check(stages, site, args.on, args.array, args.after):
+    for line in preflight.check(stages, site, args.on, args.array, args.after):
         sys.stdout.write(line + "\n")
     if args.dry_run:
         return 0
     submitted: list[jobs.Job] = []
     after, code = list(args.after), stages[0][1].out / "launch" / "code"
     for name, cfg in stages:
-        count = array.shares(name, args.array, len(stages) == 1)
-        new = array.submit(name, cfg, site, args.on, after, code, count)
+        count = job_arrays.shares(name, args.array, len(stages) == 1)
+        new = job_arrays.submit(name, cfg, site, args.on, after, code, count)
         submitted += new
-        after = array.last(new)
-        sys.stdout.write(f"{name}: {array.text(new)} into {cfg.out}\n")
-        if args.on == "local" and watch.follow(new, slurm.Poller(0.2, 2.0)):
+        after = job_arrays.last(new)
+        sys.stdout.write(f"{name}: {job_arrays.text(new)} into {cfg.out}\n")
+        if args.on == "local" and status.follow(new, slurm.Poller(0.2, 2.0)):
             return 1  # without a queue, the next one has to wait here
     if args.on == "slurm" and args.watch:
-        return watch.follow(submitted, slurm.Poller())
+        return status.follow(submitted, slurm.Poller())
     return 0
 
 
 def _folders(words: Sequence[str]) -> int:
-    from launch import jobs, slurm, watch
+    from launch import jobs, slurm, status
 
     parser = argparse.ArgumentParser(f"launch {words[0]}")
     parser.add_argument("out", nargs="+", type=Path, help="run folders")
@@ -100,24 +100,24 @@ def _folders(words: Sequence[str]) -> int:
     if words[0] == "cancel":
         jobs.cancel(found)
     elif words[0] == "logs":
-        return watch.follow(found, slurm.Poller()) if args.follow else _logs(found)
+        return status.follow(found, slurm.Poller()) if args.follow else _logs(found)
     return _status(found)
 
 
 def _status(found: Sequence[Any]) -> int:
-    from launch import jobs, slurm, watch
+    from launch import jobs, slurm, status
 
     now = jobs.poll(found, slurm.Poller())
     for job in found:
-        sys.stdout.write(f"{job.out} [{job.verb}{job.share and ' ' + job.share}] {watch.line_of(job, now[job.id])}\n")
+        sys.stdout.write(f"{job.out} [{job.verb}{job.share and ' ' + job.share}] {status.line_of(job, now[job.id])}\n")
     return 0
 
 
 def _logs(found: Sequence[Any]) -> int:
-    from launch import watch
+    from launch import status
 
     for job in found:
-        sys.stdout.writelines(line + "\n" for line in watch.Tails(job).new())
+        sys.stdout.writelines(line + "\n" for line in status.Tails(job).new())
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError
 from launch import jobs
 
 # verb -> the keys that name what an earlier verb wrote

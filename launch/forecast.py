@@ -13,9 +13,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro import __main__ as cli
-from hpc_neuro.files import human
-from hpc_neuro.schema import ConfigError, InputError
+from hpc_neuro import cli
+from hpc_neuro.core.files import human
+from hpc_neuro.core.schema import ConfigError, InputError
 from launch.site import Resources, Site
 
 PATIENCE = 6.0  # [s] a forecast that takes longer is left to the job
@@ -70,7 +70,7 @@ def _own(verb: str, cfg: Any, asked: Resources) -> list[str]:
     """What the verb says itself. Raises ConfigError or InputError."""
     if verb != "train":
         return list(importlib.import_module(cli.VERBS[verb].module).forecast(cfg))
-    from hpc_neuro.train.assemble import assemble, lines
+    from hpc_neuro.train.setup import assemble, lines
 
     if asked.gpus_per_task:  # here there may be none: without what only a GPU can do
         engine = dataclasses.replace(
@@ -83,7 +83,8 @@ def _own(verb: str, cfg: Any, asked: Resources) -> list[str]:
 def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[str]]:
     """Memory and time of a training. Raises nothing."""
     from hpc_neuro.models import cost
-    from hpc_neuro.train import engine_config, footprint, plan
+    from hpc_neuro.train import activation_memory, memory_plan
+    from hpc_neuro.train.deepspeed import config
 
     ranks = asked.tasks
     each = -(-cfg.optim.batch // ranks)
@@ -91,18 +92,18 @@ def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[s
     half = asked.gpus_per_task > 0 and cfg.engine.dtype != "fp32"
     parts = cost.costs(cfg.student, cfg.crop.size, micro, 2 if half else 4)
     kept, parameters = sum(p.kept for p in parts), sum(p.parameters for p in parts)
-    work = plan.Work(
+    work = memory_plan.Work(
         parameters=parameters,
         largest=0,
         averaged=parameters if cfg.ema.window > 0 else 0,
         ranks=ranks,
         passes=-(-each // micro),
         value_bytes=2 if half else 4,
-        bucket=engine_config.bucket(parameters),
+        bucket=config.bucket(parameters),
         offload=cfg.engine.offload_optimizer,
-        moments=[footprint.Moment(parameters, kept, 0)],  # all gradients at once: no run through the student
+        moments=[activation_memory.Moment(parameters, kept, 0)],  # all gradients at once: no run through the student
     )
-    stages = plan.stages(work)
+    stages = memory_plan.stages(work)
     need = stages[cfg.engine.stage].total
     faults = []
     line = f"about {human(need)} per rank ({human(kept)} kept for backward, {human(need - kept)} of weights, optimizer)"

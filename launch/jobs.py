@@ -22,13 +22,13 @@ from typing import Any, Literal
 
 import submitit
 
-from hpc_neuro import __main__ as cli
-from hpc_neuro import files, schema
-from hpc_neuro.schema import ConfigError, InputError
-from launch import ending, slurm
+from hpc_neuro import cli
+from hpc_neuro.core import files, schema
+from hpc_neuro.core.schema import ConfigError, InputError
+from launch import job_end, slurm
 from launch.site import VERBS, Resources, Site
 from launch.snapshot import snapshot
-from launch.task import Task
+from launch.supervise import Task
 
 State = Literal["queued", "running", "done", "failed", "cancelled", "lost"]
 JOBS = "jobs.json"
@@ -51,7 +51,7 @@ class Job:
 
     def end(self) -> dict[str, Any] | None:
         """The last recorded end (reason, exit, put_back, at), None before there is one."""
-        path = self.folder / ending.ENDS
+        path = self.folder / job_end.ENDS
         if not path.exists():
             return None
         mine = [e for e in files.read_json(path, f"remove {path}") if e["start"].rpartition(".")[0].endswith(self.id)]
@@ -239,7 +239,7 @@ def _executor(
             "trap : TERM USR1 USR2",
         ],
         "teardown": [
-            f'{shlex.quote(sys.executable)} -m launch.ending "${{folders[{which}]}}" "${{outs[{which}]}}" '
+            f'{shlex.quote(sys.executable)} -m launch.job_end "${{folders[{which}]}}" "${{outs[{which}]}}" '
             f"{asked.tasks} {site.max_requeue} {site.signal_seconds} $?"
         ],
         # --wait: when one rank has ended the others have this long, then srun ends them

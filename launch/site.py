@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from hpc_neuro import schema
-from hpc_neuro.schema import ConfigError, config
+from hpc_neuro.core import schema
+from hpc_neuro.core.schema import ConfigError, config
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs" / "cluster"
 

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 
-from hpc_neuro.schema import InputError
+from hpc_neuro.core.schema import InputError
 
 _WORDS = {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "REQUEUED", "PREEMPTED"}
 _RANGE = re.compile(r"^(\d+)_\[([\d,\-]+)")

@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from hpc_neuro import files, runs
+from hpc_neuro.core import files, run_folder
 
 log = logging.getLogger("hpc_neuro.launch")
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ def snapshot(folder: Path, keep: bool = False) -> Path:
         target = folder.with_name(f"{folder.name}.{number}")
     if target.exists():
         if keep and _digest(target) != own:
-            held = (target / runs.VERSION_FILE).read_text(encoding="utf-8").strip()
+            held = (target / run_folder.VERSION_FILE).read_text(encoding="utf-8").strip()
             log.warning("the code copied into %s (%s) is run, which is not the present one", target, held)
         return target.resolve()
     if number > 1:
@@ -34,7 +34,7 @@ def snapshot(folder: Path, keep: bool = False) -> Path:
     with files.atomic(target) as part:
         for package in PACKAGES:
             shutil.copytree(ROOT / package, part / package, ignore=shutil.ignore_patterns("__pycache__"))
-        (part / runs.VERSION_FILE).write_text(runs.code_version() + "\n", encoding="utf-8")
+        (part / run_folder.VERSION_FILE).write_text(run_folder.code_version() + "\n", encoding="utf-8")
     return target.resolve()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_neuro import __main__ as cli
-from hpc_neuro.schema import ConfigError
+from hpc_neuro import cli
+from hpc_neuro.core.schema import ConfigError
 
 CONFIGURED = [name for name, verb in cli.VERBS.items() if verb.config]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_neuro import __main__ as cli
-from hpc_neuro import schema
+from hpc_neuro import cli
+from hpc_neuro.core import schema
 from launch.site import Site
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

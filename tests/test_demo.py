@@ -18,9 +18,9 @@ import pytest
 import tifffile
 
 from hpc_neuro import demo
+from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data import swc
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
-from hpc_neuro.schema import ConfigError, InputError, load
 
 SMALL = [
     "teacher.model=random",

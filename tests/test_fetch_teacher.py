@@ -20,9 +20,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import teacher as module
 from hpc_neuro.models.teacher import TeacherConfig, fetch, load_teacher
-from hpc_neuro.schema import InputError
 
 NAME = "vit_tiny_patch16_224.augreg_in21k"
 
@@ -143,7 +143,7 @@ def test_many_processes_download_once_and_offline_is_honoured(hub: str, tmp_path
     assert said == 3 * [hashlib.sha256(Hub.content).hexdigest()]
     assert len([path for path in Hub.gets if path.endswith(".safetensors")]) == 1
     script = (
-        "from hpc_neuro.__main__ import main\n"
+        "from hpc_neuro.cli import main\n"
         f"assert main(['fetch-teacher', '{NAME}', 'out={tmp_path / 't'}']) == 0\n"
         f"assert main(['fetch-teacher', 'vit_small_patch16_224.dino', 'out={tmp_path / 'u'}']) == 2"
     )

@@ -11,11 +11,11 @@ import tifffile
 from PIL import Image
 
 from hpc_neuro import info
-from hpc_neuro.__main__ import main as command_line
+from hpc_neuro.cli import main as command_line
+from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
-from hpc_neuro.data.volume import open_volume
-from hpc_neuro.schema import ConfigError, InputError
-from hpc_neuro.types import Array
+from hpc_neuro.data.formats import open_volume
 
 
 def line_image(dtype: str = "uint8") -> Array:

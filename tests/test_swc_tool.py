@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc_neuro import morphology
-from hpc_neuro.__main__ import main as command_line
+from hpc_neuro.cli import main as command_line
+from hpc_neuro.core import morphology
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
 from hpc_neuro.data.swc.writer import Unit
-from hpc_neuro.schema import ConfigError
 from hpc_neuro.swc_tool import main
 
 GOOD = "1 1 0 0 0 5 -1\n2 3 6 0 0 1 1\n3 3 6 8 0 1 2\n"

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from hpc_neuro import files
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
-from hpc_neuro.geometry import Box
 from hpc_neuro.prepare import PrepareConfig
 from hpc_neuro.prepare.check import Opened, open_pair
 from hpc_neuro.prepare.pairs import find_pairs
-from hpc_neuro.schema import ConfigError, InputError
 
 
 def around(one: Opened, margin: int) -> Box:

@@ -16,11 +16,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from hpc_neuro import files, runs, schema
+from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.models.student import SavedStudent
-from hpc_neuro.schema import ConfigError, InputError
-from hpc_neuro.train import checkpoint
-from hpc_neuro.train.shard_files import kinds, stream, write
+from hpc_neuro.train.checkpoint import saver
+from hpc_neuro.train.checkpoint.tensor_files import kinds, stream, write
 
 _PREFIX = "student."
 
@@ -30,12 +30,12 @@ def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
 
     Raises InputError when there is no complete checkpoint, or its files lack something.
     """
-    folder = source if (source / checkpoint.MARKER).exists() else checkpoint.newest(source / "checkpoints")
+    folder = source if (source / saver.MARKER).exists() else saver.newest(source / "checkpoints")
     if folder is None:
         raise InputError(
             f"{source} is no complete checkpoint and has none in checkpoints/; give a folder that train wrote"
         )
-    state = files.read_json(folder / checkpoint.TRAINING, "take another checkpoint")
+    state = files.read_json(folder / saver.TRAINING, "take another checkpoint")
     average = not plain and "average" in kinds(folder)
     shapes = {name: shape for name, shape in state["shapes"].items() if name.startswith(_PREFIX)}
     score = state["score"] or {}
@@ -47,7 +47,7 @@ def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
         "val_dice": score.get("dice_best") if state["scored"] == state["step"] else None,
         "averaged": average,
     }
-    held = {"student": state["student"], "code": runs.code_version(), "extra": extra}
+    held = {"student": state["student"], "code": run_folder.code_version(), "extra": extra}
     saved = TypeAdapter(SavedStudent).validate_python(held)
     if out.exists() and not (out / "student.yaml").is_file():
         raise InputError(f"{out} exists and holds no exported student; give a new folder")

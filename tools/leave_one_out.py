@@ -31,16 +31,17 @@ from scipy.sparse.csgraph import breadth_first_order
 from scipy.spatial import cKDTree
 from skimage.morphology import skeletonize
 
-from hpc_neuro import demo, files, morphology, runs
+from hpc_neuro import demo
+from hpc_neuro.core import files, morphology, run_folder
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.otsu import OtsuMask
+from hpc_neuro.evaluate.otsu_baseline import OtsuMask
 from hpc_neuro.evaluate.score import score
-from hpc_neuro.geometry import Box
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import ConfigError, InputError, load
 from hpc_neuro.tracing import TraceConfig, trace
-from hpc_neuro.tracing.foreground import neighbours
+from hpc_neuro.tracing.voxel_graph import neighbours
 
 METHODS = ("model", "raw", "otsu", "thin")
 KEYS = ("f1_4vox", "precision_4vox", "recall_4vox", "esa", "f1_4vox_no_stub", "esa_no_stub", "tips")
@@ -172,7 +173,7 @@ def table(out: Path, names: list[str]) -> dict[str, Any]:
             config = files.read_json(out / name / "run.json", "run the fold again")["config"]
             configs[name] = {key: value for key, value in config.items() if key not in ("test", "data")}
             first = next(iter(configs))
-            if other := runs.differences(configs[name], configs[first]):
+            if other := run_folder.differences(configs[name], configs[first]):
                 raise InputError(
                     f"the folds {first} and {name} were made otherwise and have no mean ({'; '.join(other)}); "
                     "give another --out"

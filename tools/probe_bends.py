@@ -30,18 +30,19 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from hpc_neuro import files, morphology, schema
+from hpc_neuro.core import files, morphology, schema
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.dataset import read
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import Store, StoredVolume
-from hpc_neuro.geometry import Box, Shape, VoxelSize
 from hpc_neuro.losses import Distiller
 from hpc_neuro.models.student import Student
 from hpc_neuro.models.tubular import gather
-from hpc_neuro.schema import ConfigError, InputError
-from hpc_neuro.train import assemble, checkpoint
+from hpc_neuro.train import setup
+from hpc_neuro.train.checkpoint import saver
+from hpc_neuro.train.checkpoint.tensor_files import stream
 from hpc_neuro.train.config import TrainConfig
-from hpc_neuro.train.shard_files import stream
 
 _STEP = 0.25  # [um] between the points that stand for the centreline
 
@@ -173,11 +174,11 @@ def _shape(values: NDArray[np.int64]) -> Shape:
 
 def _trained(run: Path, cfg: TrainConfig, cache: FeatureCache) -> tuple[Student, Distiller]:
     """Student and distiller with the weights of the run's newest checkpoint."""
-    folder = checkpoint.newest(run / "checkpoints")
+    folder = saver.newest(run / "checkpoints")
     if folder is None:
         raise InputError(f"{run} has no complete checkpoint; give a run whose checkpoints are still there")
-    shapes = files.read_json(folder / checkpoint.TRAINING, "take another run")["shapes"]
-    held = assemble.module(cfg, cache).eval()
+    shapes = files.read_json(folder / saver.TRAINING, "take another run")["shapes"]
+    held = setup.module(cfg, cache).eval()
     held.load_state_dict(dict(zip(shapes, stream(folder, "weight", shapes), strict=True)))
     assert held.distiller is not None  # there are a cache and `distill`
     return held.student, held.distiller

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.intensity import Histogram, Read, slabs
-from hpc_neuro.geometry import Shape, VoxelSize
-from hpc_neuro.morphology import Tree
 
 _POINTS = 4000
 _OUTSIDE = 0.05  # a change that moves more than this share of the cable out of the image is no candidate

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from hpc_neuro.core.geometry import Shape
+from hpc_neuro.core.schema import config
+from hpc_neuro.core.types import Batch, sent
+from hpc_neuro.data.crops import rng
 from hpc_neuro.data.orientation import parse
-from hpc_neuro.data.sampling import rng
-from hpc_neuro.geometry import Shape
-from hpc_neuro.schema import config
-from hpc_neuro.types import Batch, sent
 
 UNLABELLED = 255
 _FIELD = 4  # knots per axis of a smooth random field

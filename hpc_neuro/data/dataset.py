@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.types import Batch, Sample
+from hpc_neuro.data.crops import Place, Sampler
 from hpc_neuro.data.feature_cache import FeatureCache
-from hpc_neuro.data.sampling import Place, Sampler
 from hpc_neuro.data.store import Kind, Store
-from hpc_neuro.geometry import Box, Shape
-from hpc_neuro.types import Batch, Sample
 
 UNLABELLED = 255
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}

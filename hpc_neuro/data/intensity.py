@@ -10,9 +10,9 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.geometry import Box, Shape, blocks
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Array
+from hpc_neuro.core.geometry import Box, Shape, blocks
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
 
 Read = Callable[[Box], Array]
 """Reads one box of a volume as [Z, Y, X] in its own dtype."""

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import numpy as np
 import tensorstore as ts
 
-from hpc_neuro import files
-from hpc_neuro.geometry import Block, Box, Shape, VoxelSize, blocks
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Array
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import Block, Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
 
 _SMALL = 256  # voxels along the longest axis of the coarsest level
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError
 
 PLANE = {"z": (0, 1, 2), "y": (1, 0, 2), "x": (2, 0, 1)}
 """View -> array axes of (slices, token rows, token columns)."""

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import ndimage
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks, to_um, to_voxels
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import config
 from hpc_neuro.data.intensity import Read
 from hpc_neuro.data.rasterize import fine_voxel
-from hpc_neuro.geometry import Box, Shape, VoxelSize, blocks, to_um, to_voxels
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import config
 
 Floats = NDArray[np.float64]
 _BLOCK: Shape = (64, 128, 128)  # nodes are measured block by block, so that memory does not grow with the volume

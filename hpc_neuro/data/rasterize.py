@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import morphology
-from hpc_neuro.geometry import Box, VoxelSize, to_um
-from hpc_neuro.morphology import Tree
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box, VoxelSize, to_um
+from hpc_neuro.core.morphology import Tree
 
 
 class Targets(NamedTuple):

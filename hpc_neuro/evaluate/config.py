@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from hpc_neuro.schema import config
+from hpc_neuro.core.schema import config
 from hpc_neuro.tracing import TraceConfig
 
 

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import geometry, morphology
+from hpc_neuro.core import geometry, morphology
+from hpc_neuro.core.geometry import Box, VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.types import Array
 from hpc_neuro.data.store import StoredVolume
-from hpc_neuro.evaluate.inputs import Prediction
-from hpc_neuro.geometry import Box, VoxelSize
+from hpc_neuro.evaluate.predictions import Prediction
 from hpc_neuro.metrics.segments import Segments
 from hpc_neuro.metrics.voxel import labelled
-from hpc_neuro.morphology import Tree
 from hpc_neuro.report.figures import GOLD, MISSED, RIGHT, WRONG, Lines, Panel, Views, draw, project
-from hpc_neuro.types import Array
 
 # Colours of the mask's errors: agreement, predicted only, gold only.
 _BOTH, _ONLY_PREDICTED, _ONLY_GOLD = (0.78, 0.80, 0.83), (1.0, 0.42, 0.29), (1.0, 0.88, 0.40)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.data.store import Store
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.inputs import Predictions
+from hpc_neuro.evaluate.predictions import Predictions
 from hpc_neuro.metrics.calibration import Bin, Floats, calibration_error, judged, reliability
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column

@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.types import Array
 from hpc_neuro.data.store import StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.rows import key
-from hpc_neuro.geometry import Box
+from hpc_neuro.evaluate.metric_rows import key
 from hpc_neuro.metrics import tree as tree_metrics
 from hpc_neuro.metrics import voxel
 from hpc_neuro.metrics.topology import topology
-from hpc_neuro.morphology import Tree
-from hpc_neuro.types import Array
 
 
 def score(volume: StoredVolume, mask: Callable[[Box], Array], tree: Tree, cfg: EvaluateConfig) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.rows import Metric, key, rows
+from hpc_neuro.evaluate.metric_rows import Metric, key, rows
 from hpc_neuro.metrics.bootstrap import Interval, mean_interval, paired_difference
 
 Scores = dict[str, float]

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from hpc_neuro import files, runs
+from hpc_neuro.core import files, run_folder
+from hpc_neuro.core.morphology import Tree, empty, joined
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import Store, StoredVolume
-from hpc_neuro.evaluate import curves, page, reliability
+from hpc_neuro.evaluate import learning_curves, reliability, report_page
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.inputs import INDEX, Method, Prediction, methods, wanted
-from hpc_neuro.evaluate.otsu import OtsuMask
+from hpc_neuro.evaluate.metric_rows import key
+from hpc_neuro.evaluate.otsu_baseline import OtsuMask
 from hpc_neuro.evaluate.pictures import picture
-from hpc_neuro.evaluate.rows import key
+from hpc_neuro.evaluate.predictions import INDEX, Method, Prediction, methods, wanted
 from hpc_neuro.evaluate.score import facts, score
 from hpc_neuro.evaluate.summary import Results, Scores, as_csv, as_json, as_latex
 from hpc_neuro.metrics.calibration import Bin
-from hpc_neuro.morphology import Tree, empty, joined
-from hpc_neuro.report import record
-from hpc_neuro.schema import InputError
+from hpc_neuro.report import provenance
 from hpc_neuro.tracing import TraceConfig, trace_read
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     ids = wanted(cfg, store)
     found = methods(cfg, ids)
     if cfg.train is not None:
-        curves.read(cfg.train)
+        learning_curves.read(cfg.train)
     if cfg.otsu:
         _tracer(cfg, found)
     biggest = max(int(np.prod(store[i].shape)) for i in ids)
@@ -55,7 +55,7 @@ def run(cfg: EvaluateConfig) -> int:
     for name, folders in cfg.compare.items():
         inputs |= {f"{name}.{i}": folder / INDEX for i, folder in enumerate(folders)}
     whole = cfg.share is not None or all((cfg.out / name).exists() for name in _PRODUCTS)
-    with runs.start("evaluate", cfg, runs.share_folder(cfg.out, cfg.share), inputs, whole=whole) as this:
+    with run_folder.start("evaluate", cfg, run_folder.share_folder(cfg.out, cfg.share), inputs, whole=whole) as this:
         if this.complete:
             return 0
         for line in lines:
@@ -77,10 +77,10 @@ def run(cfg: EvaluateConfig) -> int:
 
 def _scores(cfg: EvaluateConfig, store: Store, compared: list[Method]) -> Results:
     """Scores of all volumes; each is kept in OUT/scores, so that a killed run goes on with the next."""
-    ids = tuple(runs.share_of(wanted(cfg, store), cfg.share))
+    ids = tuple(run_folder.share_of(wanted(cfg, store), cfg.share))
     seeds: dict[str, list[dict[str, Scores]]] = {m.name: [{} for _ in m.seeds or (None,)] for m in compared}
     jobs = [(i, m, k) for i in ids for m in compared for k in range(len(seeds[m.name]))]
-    for volume_id, method, number in runs.progress(jobs, "evaluate", unit="score"):
+    for volume_id, method, number in run_folder.progress(jobs, "evaluate", unit="score"):
         path = cfg.out / "scores" / f"{method.name}.{number}" / f"{volume_id}.json"
         if not path.exists():
             files.write_json(path, _score_one(cfg, store[volume_id], method, number, compared))
@@ -134,7 +134,7 @@ def _tracer(cfg: EvaluateConfig, compared: list[Method]) -> TraceConfig:
 def _pictures(cfg: EvaluateConfig, store: Store, compared: list[Method], results: Results) -> list[tuple[str, Path]]:
     """Pictures of the worst volumes, in OUT/pictures; those that are there are kept."""
     shown = []
-    for volume_id in runs.progress(results.worst_first(cfg)[: cfg.pictures], "pictures", unit="picture"):
+    for volume_id in run_folder.progress(results.worst_first(cfg)[: cfg.pictures], "pictures", unit="picture"):
         path = cfg.out / "pictures" / f"{volume_id}.jpg"
         if not path.exists():
             volume = store[volume_id]
@@ -161,22 +161,24 @@ def _write(
     this: dict[str, Any],
     compared: list[Method],
 ) -> None:
-    links = record.chain(
+    links = provenance.chain(
         {"infer": cfg.predictions, "prepare": cfg.store, **({"train": cfg.train} if cfg.train else {})}
     )
     train = cfg.train or next(
         (k.path for k in links if k.name == "train" and (k.path / "metrics.jsonl").exists()), None
     )
-    rows = curves.read(train) if train else None
-    notices = record.notices(links, {i: store[i].digest for i in results.ids}) + _unlike(cfg, store, results, compared)
+    rows = learning_curves.read(train) if train else None
+    notices = provenance.notices(links, {i: store[i].digest for i in results.ids}) + _unlike(
+        cfg, store, results, compared
+    )
     for notice in notices:
         log.warning("%s", notice)
-    links.append(record.Link("evaluate", cfg.out, {**this, "end": "this report"}))
+    links.append(provenance.Link("evaluate", cfg.out, {**this, "end": "this report"}))
     told = {**as_json(results, cfg), "confidence": reliability.as_json(reliable)}
     files.write_json(cfg.out / "metrics.json", told)
     files.write_text(cfg.out / "metrics.csv", as_csv(results, cfg))
     files.write_text(cfg.out / "metrics.tex", as_latex(results, cfg))
-    report = page.build(results, cfg, shown, rows, links, notices, str(this["code"]), reliable)
+    report = report_page.build(results, cfg, shown, rows, links, notices, str(this["code"]), reliable)
     files.write_text(cfg.out / "report.html", report)
 
 

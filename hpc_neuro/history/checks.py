@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro import files, runs
+from hpc_neuro.core import files, run_folder
+from hpc_neuro.core.geometry import blocks
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import feature_cache, ome_zarr
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import blocks
-from hpc_neuro.history.stage import Stage, common, short
-from hpc_neuro.models.fetched import NOTE
-from hpc_neuro.report.record import Link
-from hpc_neuro.schema import InputError
+from hpc_neuro.history.run_check import Stage, common, short
+from hpc_neuro.models.teacher_folder import NOTE
+from hpc_neuro.report.provenance import Link
 
 _STORE, _CACHE, _PREDICTIONS = "dataset.json", "manifest.json", "predictions.json"
 _MEAN = ("dice", "cldice", "hd95_um", "f1_4vox", "esa")
@@ -75,7 +75,7 @@ def _precompute(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool
     cache = _attempt(stage, lambda: feature_cache.FeatureCache(link.path))
     shards = manifest["shards"]
     stage.say(f"{len(shards)} shards, views {' '.join(manifest['views'])}, layers {manifest['layers']}")
-    for shard in runs.progress(shards if cache and not quick else [], "cache shards", unit="shard"):
+    for shard in run_folder.progress(shards if cache and not quick else [], "cache shards", unit="shard"):
         if feature_cache.shard_is_sound(link.path / shard["file"]):
             stage.held += 1
         else:
@@ -137,7 +137,7 @@ def _blocks(stage: Stage, out: Path, name: str, folder: str, quick: bool) -> int
     z, y, x = array.shape
     deep, high, wide = (int(n) for n in array.chunk_layout.write_chunk.shape)
     wanted, good = list(blocks((z, y, x), (deep, high, wide))), 0
-    for block in runs.progress(wanted, f"{name}: blocks", unit="block"):
+    for block in run_folder.progress(wanted, f"{name}: blocks", unit="block"):
         box = block.write
         if box.start not in marks:
             stage.bad(f"the block of {folder} at {box.start} was never finished: it has no mark in {out / 'blocks'}")
@@ -197,7 +197,7 @@ def _teacher(stage: Stage, record: Mapping[str, Any], identity: Mapping[str, str
     config = record.get("config", {}).get("teacher") or {}
     if config.get("weights"):
         weights = Link("", Path(), record).locate(config["weights"])
-        if weights.is_dir():  # as fetch-teacher and tools.pretrain_teacher leave it
+        if weights.is_dir():  # as fetch-teacher and tools.teacher.pretrain leave it
             weights = weights / str((stage.read(weights / NOTE) or {}).get("file", "weights"))
         stage.compare(weights, identity["sha256"], "teacher weights")
     elif str(config.get("model")).startswith("bundled"):

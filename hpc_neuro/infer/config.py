@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from hpc_neuro import files
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.schema import config
 from hpc_neuro.data.orientation import parse
-from hpc_neuro.geometry import Shape, VoxelSize
-from hpc_neuro.schema import config
 from hpc_neuro.tracing import TraceConfig
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import files, morphology
+from hpc_neuro.core import files, morphology
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
-from hpc_neuro.geometry import Shape, VoxelSize
-from hpc_neuro.morphology import Tree
 
 _RED = "void main() { emitRGB(vec3(toNormalized(getDataValue()), 0.0, 0.0)); }"  # over the image
 KINDS = ("csv", "neurons.csv", "blocks.csv", "swc", "confidence.csv", "neuroglancer.json")

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import files, morphology, runs, schema
+from hpc_neuro.core import files, morphology, run_folder, schema
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import ome_zarr, swc
-from hpc_neuro.geometry import Box
 from hpc_neuro.infer import proofread
+from hpc_neuro.infer.block_pipeline import Work
 from hpc_neuro.infer.config import InferConfig
-from hpc_neuro.infer.engine import Work
-from hpc_neuro.infer.sources import Source
-from hpc_neuro.morphology import Tree
+from hpc_neuro.infer.volumes import Source
 from hpc_neuro.tracing import Strands, confidence, context, reduced, trace_blocks, trace_strands
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tr
     doubts, scores = proofread.write(cfg.out, source.id, tree, known, source.shape, source.voxel_size, work.plan.write)
     entry["proofread"] = {"places": len(doubts), "sure_share": _mean(scores)}
     entry["confidence"] = f"proofread/{source.id}.confidence.csv"
-    about = [f"traced by hpc_neuro {runs.code_version()} from {source.image}"]
+    about = [f"traced by hpc_neuro {run_folder.code_version()} from {source.image}"]
     entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
     _write(cfg.out / "swc", source.id, tree, source, about)
     for number, one in enumerate(morphology.components(tree) if len(tree.roots) > 1 else [], start=1):

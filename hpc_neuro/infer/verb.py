@@ -9,21 +9,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro import distributed, files, runs
+from hpc_neuro.core import distributed, files, run_folder
+from hpc_neuro.core.geometry import Block
+from hpc_neuro.core.heartbeat import Heartbeat
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.geometry import Block
-from hpc_neuro.heartbeat import Heartbeat
-from hpc_neuro.infer import page
+from hpc_neuro.infer import status_page
+from hpc_neuro.infer.block_pipeline import Work, predict_blocks
 from hpc_neuro.infer.config import InferConfig
-from hpc_neuro.infer.engine import Work, predict_blocks
-from hpc_neuro.infer.job import Job, lines, weights_folder
-from hpc_neuro.infer.marks import by_deaths, where
-from hpc_neuro.infer.meter import Meter
-from hpc_neuro.infer.parts import KILLED, drawn, is_main
-from hpc_neuro.infer.sources import Source, known, sources
-from hpc_neuro.infer.stages import pyramid, traced
+from hpc_neuro.infer.done_markers import by_deaths, where
+from hpc_neuro.infer.model import Job, lines, weights_folder
+from hpc_neuro.infer.progress import Meter
+from hpc_neuro.infer.shared_tasks import KILLED, drawn, is_main
 from hpc_neuro.infer.trees import Entry
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.infer.volume_stages import pyramid, traced
+from hpc_neuro.infer.volumes import Source, known, sources
 
 log = logging.getLogger(__name__)
 INDEX = "predictions.json"
@@ -50,13 +50,13 @@ def run(cfg: InferConfig) -> int:
     job = distributed.together(lambda: Job(cfg), comm)
     volumes = _opened(cfg, comm, main)
     inputs = {"weights": job.digest, **{f"volume {v.id}": v.digest for v in volumes}}
-    inputs[runs.named("volumes", cfg.share)] = files.sha256_json([v.id for v in volumes])
+    inputs[run_folder.named("volumes", cfg.share)] = files.sha256_json([v.id for v in volumes])
     inputs |= {f"image {v.id}": v.content for v in volumes if v.file}
     behind = {"weights": weights_folder(cfg) / "model.safetensors"}
     behind |= {f"image {v.id}": v.file for v in volumes if v.file}
-    folder, whole = runs.share_folder(cfg.out, cfg.share), cfg.share is not None or (cfg.out / INDEX).exists()
+    folder, whole = run_folder.share_folder(cfg.out, cfg.share), cfg.share is not None or (cfg.out / INDEX).exists()
     with contextlib.ExitStack() as stack:
-        start = runs.start("infer", cfg, folder, inputs, _MAY_CHANGE, main=main, whole=whole, sources=behind)
+        start = run_folder.start("infer", cfg, folder, inputs, _MAY_CHANGE, main=main, whole=whole, sources=behind)
         this = distributed.together(lambda: stack.enter_context(start), comm)
         if this.complete:
             return 0
@@ -88,7 +88,12 @@ def _remove_parts(out: Path) -> None:
 
 
 def _finish(
-    cfg: InferConfig, this: runs.Run, works: list[Work], index: dict[str, Entry], failures: list[str], seconds: float
+    cfg: InferConfig,
+    this: run_folder.Run,
+    works: list[Work],
+    index: dict[str, Entry],
+    failures: list[str],
+    seconds: float,
 ) -> None:
     """Write what is written once. Only the first rank does."""
     for work in works:
@@ -96,7 +101,7 @@ def _finish(
     if cfg.share is None:
         files.write_json(cfg.out / INDEX, index)
         if cfg.page:
-            page.write(cfg.out, works)
+            status_page.write(cfg.out, works)
     for line in failures:
         log.error("failed: %s", line)
     outputs = [cfg.out / INDEX] if cfg.share is None else []

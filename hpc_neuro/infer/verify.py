@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_neuro import files, runs, schema
+from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.geometry import Block, Shape, VoxelSize, blocks
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.geometry import Block, Shape, VoxelSize, blocks
-from hpc_neuro.infer.blocks import MASK
 from hpc_neuro.infer.config import InferConfig
-from hpc_neuro.infer.marks import Marks
+from hpc_neuro.infer.done_markers import Marks
+from hpc_neuro.infer.tiling import MASK
 from hpc_neuro.infer.trees import entry_path, set_aside, tree_files
 from hpc_neuro.infer.verb import INDEX, run
-from hpc_neuro.schema import ConfigError, InputError
 
 log = logging.getLogger(__name__)
 _USAGE = "hpc-neuro infer verify OUT [--check]"
@@ -91,7 +91,7 @@ def check(out: Path) -> list[Problem]:
         raise InputError(f"{out} was not written by `infer`; give a folder that was")
     found, names = list[Problem](), {p.name.removesuffix(".ome.zarr") for p in out.glob("*.ome.zarr")}
     names |= {p.name for p in (out / "blocks").glob("*")}
-    for name in sorted(names, key=runs.natural):
+    for name in sorted(names, key=run_folder.natural):
         image = _described(out, name)
         if isinstance(image, Problem):
             found.append(image)

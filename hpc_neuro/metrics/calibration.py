@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_neuro.core.morphology import Tree, edge_lengths, resampled
 from hpc_neuro.metrics.segments import Segments
-from hpc_neuro.morphology import Tree, edge_lengths, resampled
 
 Floats = NDArray[np.float64]
 BINS = 10

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from hpc_neuro.morphology import Tree
+from hpc_neuro.core.morphology import Tree
 
 _PER_QUERY = 1 << 20  # candidates held at once: 24 MB per float64 array of vectors
 

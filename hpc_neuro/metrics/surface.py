@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from hpc_neuro.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
 
 Mask = NDArray[np.bool_]
 Points = NDArray[np.int32]

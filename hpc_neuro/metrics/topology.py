@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.metrics.segments import Segments
-from hpc_neuro.morphology import Tree
 
 _STEPS = 4  # nodes per tolerance along resampled cable
 _HOPS = 8  # steps up each way in which two neighbours' counterparts meet at once, nearly always

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.metrics.segments import Segments, pieces
-from hpc_neuro.morphology import Tree
 
 FAR = 2.0
 """A sample at least this far from the other tree counts as a different structure (Vaa3D's `d_thres`)."""

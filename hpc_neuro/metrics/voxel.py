@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.types import Array
 from hpc_neuro.metrics.skeleton import skeleton
 from hpc_neuro.metrics.surface import Mask, SurfacePair, point_distances, surface_points
-from hpc_neuro.types import Array
 
 UNLABELLED = 255
 """Value of a gold voxel about which nothing is known."""

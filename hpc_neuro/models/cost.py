@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_neuro.files import human
-from hpc_neuro.geometry import Shape
+from hpc_neuro.core.files import human
+from hpc_neuro.core.geometry import Shape
 from hpc_neuro.models.stem import FirstConv
 from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, blank_student
 

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from hpc_neuro.geometry import Shape
+from hpc_neuro.core.geometry import Shape
+from hpc_neuro.core.schema import config
 from hpc_neuro.models.stem import LAYOUT, ConvBlock, VoxelNorm, level_kernels, level_steps, over, times
 from hpc_neuro.models.vit3d import drawn
-from hpc_neuro.schema import config
 
 _PRIOR = 0.01  # share of neurite the untrained student predicts: a rare class starts as rare (RetinaNet, ICCV 2017)
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpc_neuro.core.schema import InputError, config
 from hpc_neuro.models.student import Student, TubularTokens
 from hpc_neuro.models.teacher import Teacher
-from hpc_neuro.models.translate import translate
-from hpc_neuro.schema import InputError, config
+from hpc_neuro.models.tensor_names import translate
 
 Order = Literal["raster", "boustrophedon"]
 

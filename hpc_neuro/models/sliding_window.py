@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hpc_neuro.geometry import Box, Shape
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Prediction
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Prediction
 
 _SIGMA = 0.125  # of the window, as nnU-Net and MONAI have it
 _FLOOR = 1e-3  # of the centre's weight, so that a corner seen by one window only is still divided by something

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpc_neuro.geometry import Shape
+from hpc_neuro.core.geometry import Shape
 
 LAYOUT = torch.channels_last_3d  # twice as fast as plain order for these few channels
 

@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hpc_neuro import files, runs, schema
-from hpc_neuro.geometry import Shape
+from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.geometry import Shape
+from hpc_neuro.core.schema import InputError, config
+from hpc_neuro.core.types import Prediction
 from hpc_neuro.models import tokenizer
 from hpc_neuro.models.decoder import Decoder, LightConfig
 from hpc_neuro.models.stem import Stem, level_strides
 from hpc_neuro.models.vit3d import ViT3D
-from hpc_neuro.schema import InputError, config
-from hpc_neuro.types import Prediction
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Width, depth and heads, as timm's ViTs of these names."""
@@ -185,7 +185,7 @@ class SavedStudent:
 def save_student(folder: Path, cfg: StudentConfig, state: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
     """Write `folder`/student.yaml and model.safetensors (float32), whole or not at all. `extra`: plain YAML values."""
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous().clone() for name, tensor in state.items()}
-    saved = SavedStudent(student=cfg, code=runs.code_version(), extra=dict(extra))
+    saved = SavedStudent(student=cfg, code=run_folder.code_version(), extra=dict(extra))
     with files.atomic(folder) as part:
         part.mkdir()
         (part / "student.yaml").write_text(schema.dump(saved), encoding="utf-8")

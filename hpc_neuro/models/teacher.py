@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpc_neuro import files
-from hpc_neuro.models import fetched, hub
-from hpc_neuro.schema import InputError, config
+from hpc_neuro.core import files
+from hpc_neuro.core.schema import InputError, config
+from hpc_neuro.models import huggingface, teacher_folder
 
 _schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object, so it lives as long as we do
 ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
@@ -54,7 +54,7 @@ class TeacherConfig:
     """Which frozen 2D vision transformer gives its weights and features."""
 
     model: str = "bundled"
-    """`bundled` (in the package; `bundled8`: one with patches of 8 pixels), `trained` (by tools.pretrain_teacher, which
+    """`bundled` (in the package; `bundled8`: one with patches of 8 pixels), `trained` (by tools.teacher.pretrain, which
     wrote the folder `weights`), `random` (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
     weights: Path | None = None
     """Weights of `model`: a file (.safetensors, .pth, .bin) or the folder fetch-teacher wrote; none: timm's hub."""
@@ -69,7 +69,7 @@ class TeacherConfig:
         if self.weights and self.model in (*BUNDLED, "random"):
             raise ValueError(f"`weights` needs `model` to name the timm architecture in the file, not `{self.model}`")
         if self.model == "trained" and not self.weights:
-            raise ValueError("`model: trained` needs `weights`, the folder that tools.pretrain_teacher wrote")
+            raise ValueError("`model: trained` needs `weights`, the folder that tools.teacher.pretrain wrote")
         if self.model != "random" and (self.arch, self.seed) != (TeacherConfig.arch, TeacherConfig.seed):
             raise ValueError(f"`arch` and `seed` are those of `model: random`, a `{self.model}` teacher has its own")
         if self.sha256 and self.model == "random":
@@ -133,11 +133,13 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
     if cfg.model in BUNDLED:
         return _bundled(cfg)
     if cfg.model == "trained" and cfg.weights:
-        hint = "give the folder that tools.pretrain_teacher wrote as teacher.weights"
-        return _carded(cfg, cfg.weights / fetched.NOTE, hint)
+        hint = "give the folder that tools.teacher.pretrain wrote as teacher.weights"
+        return _carded(cfg, cfg.weights / teacher_folder.NOTE, hint)
     vit = _create(cfg.model)
-    path, pinned = fetched.weights_of(cfg.weights or hub.weights(cfg.model, vit.pretrained_cfg), cfg.model)
-    digest = _checked_digest(path, cfg.sha256, advice=fetched.advice(cfg.model))
+    path, pinned = teacher_folder.weights_of(
+        cfg.weights or huggingface.weights(cfg.model, vit.pretrained_cfg), cfg.model
+    )
+    digest = _checked_digest(path, cfg.sha256, advice=teacher_folder.advice(cfg.model))
     _checked_digest(path, pinned, digest)
     _fill(vit, path)
     return Teacher(vit, {"name": cfg.model, "sha256": digest}, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
@@ -149,11 +151,11 @@ def fetch(name: str, out: Path) -> list[str]:
     Where they are already there, the hub is not asked.
     """
     vit = _create(name)
-    if already := fetched.held(out, name):
+    if already := teacher_folder.held(out, name):
         return already
-    path = hub.weights(name, vit.pretrained_cfg)
+    path = huggingface.weights(name, vit.pretrained_cfg)
     _fill(vit, path)
-    return fetched.keep(out, name, path, vit.pretrained_cfg)
+    return teacher_folder.keep(out, name, path, vit.pretrained_cfg)
 
 
 def _bundled(cfg: TeacherConfig) -> Teacher:
@@ -177,7 +179,7 @@ def _carded(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
         mean, std = ([float(v) for v in card["input"][key]] for key in ("mean", "std"))
     except (KeyError, TypeError, ValueError):
         raise InputError(
-            f"{path} is no card of tools.pretrain_teacher; for a teacher that was fetched set teacher.model to its name"
+            f"{path} is no card of tools.teacher.pretrain; for a teacher that was fetched set teacher.model to its name"
         ) from None
     digest = _checked_digest(weights, wanted)
     _checked_digest(weights, cfg.sha256, digest)
@@ -232,7 +234,7 @@ def _same_patch(state: Mapping[str, Tensor], vit: Any, path: Path) -> None:
             raise InputError(
                 f"{path} holds a teacher with patches of {kernel.shape[2]} x {kernel.shape[3]} pixels, but "
                 f"{vit.pretrained_cfg['architecture']} has {height} x {width}; set teacher.model to what the file "
-                "holds, or, if tools.pretrain_teacher made it, teacher.model=trained teacher.weights=FOLDER"
+                "holds, or, if tools.teacher.pretrain made it, teacher.model=trained teacher.weights=FOLDER"
             )
 
 
@@ -243,11 +245,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         state: Any = load_file(path) if plain else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} is not a plain file of tensors ({hub.line(error)}); save only its state dict"
+            f"{path} is not a plain file of tensors ({huggingface.line(error)}); save only its state dict"
         ) from None
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         raise InputError(
-            f"{path} cannot be read as weights ({hub.line(error)}); want .safetensors or a torch file"
+            f"{path} cannot be read as weights ({huggingface.line(error)}); want .safetensors or a torch file"
         ) from None
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_neuro.geometry import Shape
+from hpc_neuro.core.geometry import Shape
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.models.tubular import gather
-from hpc_neuro.schema import InputError
 
 _HIDDEN = 32
 """Channels between image and tube offsets."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hpc_neuro.geometry import Shape
+from hpc_neuro.core.geometry import Shape
 
 TEMPERATURE = 100.0  # ratio of the longest to the shortest rotary period, DINOv3's
 

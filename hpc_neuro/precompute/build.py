@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpc_neuro import distributed, files
+from hpc_neuro.core import distributed, files
 from hpc_neuro.data import feature_cache as cache
 from hpc_neuro.data.orientation import laid, laid_back
 from hpc_neuro.data.store import Store

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import yaml
 
-from hpc_neuro import files, schema
+from hpc_neuro.core import files, schema
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import feature_cache as cache
-from hpc_neuro.data.feature_cache import coding
+from hpc_neuro.data.feature_cache import encoding
 from hpc_neuro.precompute import compress, verb
 from hpc_neuro.precompute.build import look
 from hpc_neuro.precompute.config import PrecomputeConfig
 from hpc_neuro.precompute.slices import pixels
-from hpc_neuro.schema import ConfigError, InputError
 
 DONE, BAD = 0, 3
 COSINE = 0.999
@@ -124,7 +124,7 @@ def _unlike(
 ) -> list[Finding]:
     """Shards of which a sampled slice is unlike what the live teacher gives for it, compressed in the same way."""
     layers = [n % work.teacher.depth for n in cfg.layers]
-    codings = coding.load(cfg.out / cache.CODING) if cfg.coded else {}
+    codings = encoding.load(cfg.out / cache.CODING) if cfg.coded else {}
     found: dict[str, Finding] = {}
     lowest, lowest_raw = 1.0, 1.0
     picked = compress.sampled(cfg, units, work.teacher.patch, slices, seed)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hpc_neuro import files
+from hpc_neuro.core import files
 from hpc_neuro.data import feature_cache as cache
-from hpc_neuro.data.feature_cache import coding
+from hpc_neuro.data.feature_cache import encoding
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.precompute.build import look
@@ -58,10 +58,10 @@ def fitted(
             halves[i % 2].append(tokens[:, some])
         seen = torch.cat(halves[0], 1)
         unseen = torch.cat(halves[1] or halves[0], 1)
-        found[view], quality[view] = coding.fit(seen, unseen, cfg.pca, cfg.dtype == "int8")
+        found[view], quality[view] = encoding.fit(seen, unseen, cfg.pca, cfg.dtype == "int8")
     for line in said(quality):
         log.info(line)
-    coding.save(cfg.out / cache.CODING, found)
+    encoding.save(cfg.out / cache.CODING, found)
     digest = files.sha256(cfg.out / cache.CODING)
     files.write_json(cfg.out / _QUALITY, {"recipe": recipe(cfg, store, teacher), "sha256": digest, "quality": quality})
     return found

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from hpc_neuro.core.schema import config
 from hpc_neuro.data.orientation import parse
 from hpc_neuro.models.teacher import TeacherConfig
-from hpc_neuro.schema import config
 
 View = Literal["z", "y", "x"]
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro import distributed, files
+from hpc_neuro.core import distributed, files
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import feature_cache as cache
 from hpc_neuro.data.orientation import parse
 from hpc_neuro.data.store import Store
@@ -22,7 +23,6 @@ from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.precompute.build import batch_size, look
 from hpc_neuro.precompute.config import PrecomputeConfig
 from hpc_neuro.precompute.slices import jobs, pixels, plan
-from hpc_neuro.schema import InputError
 
 _HEADER = 8192  # bytes of a shard besides its features and their index
 _FILES = 16  # besides the shards

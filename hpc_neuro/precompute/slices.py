@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.data import feature_cache as cache
 from hpc_neuro.data.intensity import normalise
 from hpc_neuro.data.orientation import variants
 from hpc_neuro.data.store import StoredVolume
-from hpc_neuro.geometry import Box
 from hpc_neuro.precompute.config import PrecomputeConfig, View
 
 _READ = 64 << 20  # bytes of neighbouring slices read at once, for chunks hold many of them

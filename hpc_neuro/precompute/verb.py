@@ -9,16 +9,16 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpc_neuro import distributed, files, runs
+from hpc_neuro.core import distributed, files, run_folder
+from hpc_neuro.core.heartbeat import Heartbeat
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import feature_cache as cache
-from hpc_neuro.data.feature_cache import coding
+from hpc_neuro.data.feature_cache import encoding
 from hpc_neuro.data.store import Store
-from hpc_neuro.heartbeat import Heartbeat
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.precompute import compress, estimate
 from hpc_neuro.precompute.build import build
 from hpc_neuro.precompute.config import PrecomputeConfig
-from hpc_neuro.schema import ConfigError
 
 log = logging.getLogger(__name__)
 _MAY_CHANGE = (
@@ -76,7 +76,7 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
     work, todo, space = _planned(cfg, comm, main, again)
     inputs = {f"volume {k}": d for k, d in work.digests.items()} | {"teacher": work.teacher.identity["sha256"]}
     with contextlib.ExitStack() as stack:
-        start = runs.start("precompute", cfg, cfg.out, inputs, may_change=_MAY_CHANGE, main=main, whole=not todo)
+        start = run_folder.start("precompute", cfg, cfg.out, inputs, may_change=_MAY_CHANGE, main=main, whole=not todo)
         this = distributed.together(lambda: stack.enter_context(start), comm)
         if this.complete:
             return 0
@@ -159,7 +159,7 @@ def _prepare(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], space: s
 def _coding(cfg: PrecomputeConfig) -> tuple[str, dict[str, cache.Coding]]:
     """Digest and codings by view of the file that the first rank made; nothing for plain float16."""
     path = cfg.out / cache.CODING
-    return (files.sha256(path), coding.load(path)) if cfg.coded else ("", {})
+    return (files.sha256(path), encoding.load(path)) if cfg.coded else ("", {})
 
 
 def _share(
@@ -174,7 +174,7 @@ def _share(
     """This rank's share of the shards: it takes the next one that nobody has."""
     turns, ranks = distributed.turns(len(todo), comm), 1 if comm is None else comm.Get_size()
     label = "teacher features" if ranks == 1 else f"teacher features, rank 0 of {ranks}"
-    shown = runs.progress(turns, label, total=-(-len(todo) // ranks), unit="slab") if main else turns
+    shown = run_folder.progress(turns, label, total=-(-len(todo) // ranks), unit="slab") if main else turns
     try:
         units = (todo[i] for i in shown)
         build(cfg, work.store, work.teacher, units, lambda unit: work.key(cfg, unit, coded), codings)
@@ -203,7 +203,7 @@ def _finish(cfg: PrecomputeConfig, work: Work) -> None:
         "coding_quality": quality,
         "volumes": work.digests,
         "store": str(cfg.store.resolve()),
-        "code": runs.code_version(),
+        "code": run_folder.code_version(),
     }
     records = [cache.shard_record(cfg.out / u.name, u) for u in ordered]
     cache.write_manifest(cfg.out, facts, records)

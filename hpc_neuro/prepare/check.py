@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hpc_neuro import files, morphology, schema
+from hpc_neuro.core import files, morphology, schema
+from hpc_neuro.core.geometry import Shape, VoxelSize, to_voxels
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.alignment import Fit, alignment, inside_with, outside
+from hpc_neuro.data.formats import Volume as ImageVolume
+from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.intensity import histogram, intensity_range
 from hpc_neuro.data.rasterize import fine_voxel
 from hpc_neuro.data.store import FORMAT, Volume, forecast_bytes
-from hpc_neuro.data.volume import Volume as ImageVolume
-from hpc_neuro.data.volume import open_volume
-from hpc_neuro.geometry import Shape, VoxelSize, to_voxels
-from hpc_neuro.morphology import Tree
 from hpc_neuro.prepare.config import PrepareConfig
 from hpc_neuro.prepare.pairs import Pair
-from hpc_neuro.schema import InputError
 
 _OUTSIDE = 0.10  # more of the tree beyond the image than this is another image's tree
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.core.schema import config
 from hpc_neuro.data.radius import ImageRadius, Radius
-from hpc_neuro.geometry import VoxelSize
-from hpc_neuro.schema import config
 
 
 @config

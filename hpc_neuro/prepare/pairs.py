@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from hpc_neuro import files
+from hpc_neuro.core import files
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.formats import FOLDER_READERS, READERS
 from hpc_neuro.data.store import SPLITS
-from hpc_neuro.data.volume import FOLDER_READERS, READERS
 from hpc_neuro.prepare.config import PrepareConfig, Splits
-from hpc_neuro.schema import InputError
 
 log = logging.getLogger(__name__)
 

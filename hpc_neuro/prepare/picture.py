@@ -11,10 +11,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hpc_neuro import files
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import to_um
 from hpc_neuro.data.intensity import normalise, slabs
 from hpc_neuro.data.store import StoredVolume
-from hpc_neuro.geometry import to_um
 
 _GAMMA = 0.5  # faint neurites must show
 _LARGEST = 1500  # pixels along a projection's longest side

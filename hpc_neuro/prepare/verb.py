@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_neuro import files, runs, schema
+from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.alignment import Fit
-from hpc_neuro.data.beyond_root import beyond_root
+from hpc_neuro.data.proximal_axon import beyond_root
 from hpc_neuro.data.radius import fitted
 from hpc_neuro.data.rasterize import Drawing
 from hpc_neuro.data.store import SPLITS, Store, Volume, is_written, write_index, write_volume
@@ -18,7 +19,6 @@ from hpc_neuro.prepare.check import Measured, Opened, entry, measure, open_pair
 from hpc_neuro.prepare.config import PrepareConfig
 from hpc_neuro.prepare.pairs import Pair, find_pairs
 from hpc_neuro.prepare.picture import draw
-from hpc_neuro.schema import InputError
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +36,19 @@ def run(cfg: PrepareConfig) -> int:
     Raises InputError for unusable data or a full disk, ConfigError when `out` belongs to another config.
     """
     opened = _opened(cfg)
-    folder = runs.share_folder(cfg.out, cfg.share)
+    folder = run_folder.share_folder(cfg.out, cfg.share)
     begun = (folder / "run.json").exists()  # an earlier start measured the same inputs, or runs.start refuses below
     measured = {} if begun else {o.pair.id: _measured(o, cfg) for o in opened}
     whole = cfg.share is not None or all(path.exists() for path in _outputs(cfg.out, opened))
     raw = {f"{o.pair.id}.{k}": p for o in opened for k, p in (("image", o.pair.image), ("swc", o.pair.swc))}
-    with runs.start("prepare", cfg, folder, inputs=_inputs(opened, cfg), whole=whole, sources=raw) as record:
+    with run_folder.start("prepare", cfg, folder, inputs=_inputs(opened, cfg), whole=whole, sources=raw) as record:
         if record.complete:
             return 0
         if measured:
             for line in _lines(opened, list(measured.values()), cfg):
                 log.info("%s", line)
         volumes = []
-        for one in runs.progress(opened, "prepare", unit="volume"):
+        for one in run_folder.progress(opened, "prepare", unit="volume"):
             found = measured.get(one.pair.id) or _measured(one, cfg)
             if cfg.share is not None:
                 files.write_json(_kept(one, cfg), {"digest": one.digest, **asdict(found)})
@@ -88,7 +88,7 @@ def _kept(one: Opened, cfg: PrepareConfig) -> Path:
 def _opened(cfg: PrepareConfig) -> list[Opened]:
     pairs = find_pairs(cfg)
     _apart(cfg.out, pairs)
-    opened = [open_pair(pair, cfg) for pair in runs.share_of(pairs, cfg.share)]
+    opened = [open_pair(pair, cfg) for pair in run_folder.share_of(pairs, cfg.share)]
     _once(opened)
     written = sum(o.bytes(cfg.distance_cap) for o in opened if not is_written(cfg.out / f"{o.pair.id}.h5", o.digest))
     files.require_space(cfg.out, written, "the store")
@@ -162,7 +162,7 @@ def _inputs(opened: list[Opened], cfg: PrepareConfig) -> dict[str, Path | str]:
     """Digests by name; `pairs` holds what meta.json or the manifest said, of a share of them under the share's name."""
     said = [[o.pair.id, o.pair.split, o.digest] for o in opened]
     hashes: dict[str, Path | str] = {f"{o.pair.id}.{k}": v for o in opened for k, v in o.sources.items()}
-    return hashes | {runs.named("pairs", cfg.share): files.sha256_json(said)}
+    return hashes | {run_folder.named("pairs", cfg.share): files.sha256_json(said)}
 
 
 def _lines(opened: list[Opened], measured: list[Measured], cfg: PrepareConfig) -> list[str]:

@@ -14,8 +14,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hpc_neuro.geometry import Box, Shape, VoxelSize
-from hpc_neuro.types import Array
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.types import Array
 
 GOLD, RIGHT, WRONG, MISSED = "#f2c14e", "#5bc0ff", "#ff6b4a", "#ffe066"
 """Line colours on a dark image, told apart by the colour-blind too; what they stand for is said beside the picture."""

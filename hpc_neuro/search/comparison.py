@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from hpc_neuro import files
+from hpc_neuro.core import files
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.metrics.bootstrap import Interval, crossed_interval
-from hpc_neuro.schema import InputError
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import SEED, text
 from hpc_neuro.search.trial import Trial

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpc_neuro.schema import config
+from hpc_neuro.core.schema import config
 from hpc_neuro.search import space as spaces
 from hpc_neuro.search.asha import AshaConfig, Goal
 from hpc_neuro.search.space import Space

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from pydantic import Discriminator, Field, Tag
 
-from hpc_neuro.schema import ConfigError, config
+from hpc_neuro.core.schema import ConfigError, config
 
 When = dict[str, list[Any]]
 Point = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import Integer, Log, Point, Range, applies, grid, options, text
 from hpc_neuro.search.trial import State

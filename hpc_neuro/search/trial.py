@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc_neuro import files
+from hpc_neuro.core import files
 from hpc_neuro.search.config import Objective
 from hpc_neuro.search.space import Point
 

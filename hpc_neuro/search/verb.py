@@ -6,9 +6,9 @@ import logging
 
 import yaml
 
-from hpc_neuro import files, runs, schema
-from hpc_neuro.schema import ConfigError, InputError
-from hpc_neuro.search import comparison, page, trial
+from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.search import comparison, report_page, trial
 from hpc_neuro.search.config import MAY_CHANGE, SearchConfig
 from hpc_neuro.search.space import SEED, grid, options
 from hpc_neuro.search.study import JOURNAL, importances
@@ -49,8 +49,10 @@ def run(cfg: SearchConfig) -> int:
         _write_best(cfg, winner)
     if found is not None:
         files.write_text(cfg.out / "comparison.csv", comparison.as_csv(found))
-    files.write_text(cfg.out / "trials.csv", page.as_csv(cfg, trials))
-    files.write_text(cfg.out / "report.html", page.build(cfg, trials, winner, weights, found, runs.code_version()))
+    files.write_text(cfg.out / "trials.csv", report_page.as_csv(cfg, trials))
+    files.write_text(
+        cfg.out / "report.html", report_page.build(cfg, trials, winner, weights, found, run_folder.code_version())
+    )
     counts = ", ".join(f"{sum(t.state == s for t in trials)} {s}" for s in trial.FINAL)
     log.info("search: %d trials: %s; report: %s", len(trials), counts, cfg.out / "report.html")
     if winner is not None:
@@ -62,7 +64,7 @@ def _check_same(cfg: SearchConfig) -> None:
     """Raises ConfigError where the trials were made for another space or judged by another objective."""
     ran = files.read_json(cfg.out / "run.json", "start the sweep again with `python -m launch sweep`")["config"]
     asked = {key: value for key, value in schema.plain(cfg).items() if key != "out"}
-    if other := runs.differences(asked, ran, MAY_CHANGE):
+    if other := run_folder.differences(asked, ran, MAY_CHANGE):
         raise ConfigError(
             f"the trials in {cfg.out} are of another config; give theirs. Different:\n  " + "\n  ".join(other)
         )

@@ -2,9 +2,9 @@
 
 from hpc_neuro.tracing.confidence import brightest_around, confidence, samples
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.foreground import Strands
-from hpc_neuro.tracing.strands import context, reduced, trace_blocks
+from hpc_neuro.tracing.skeletonize_block import context, reduced, trace_blocks
 from hpc_neuro.tracing.trace import trace, trace_read, trace_strands
+from hpc_neuro.tracing.voxel_graph import Strands
 
 __all__ = [
     "Strands",

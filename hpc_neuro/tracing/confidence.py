@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpc_neuro.geometry import Box, Shape
-from hpc_neuro.morphology import Tree
-from hpc_neuro.tracing.foreground import Floats, Ints, Read, as_probability
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.tracing.voxel_graph import Floats, Ints, Read, as_probability
 
 _CELL = 64  # [voxel] nodes are looked up box by box of this size, so that memory does not follow the volume
 

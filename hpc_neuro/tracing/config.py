@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.geometry import Shape, VoxelSize
-from hpc_neuro.schema import config
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.schema import config
 
 
 @config
@@ -25,7 +25,7 @@ class TraceConfig:
     `um`: lengths are physical, in units of the finest voxel edge, which suits labels without optical blur."""
     block: Shape = (128, 256, 256)
     """[voxel] What is looked at at once, besides 32 voxels around; memory follows it, and the trees hardly depend on it
-    (see tracing/strands.py)."""
+    (see tracing/skeletonize_block.py)."""
     min_voxels: int = 12
     """[voxel] Connected pieces of fewer voxels are noise."""
     min_branch: float = 5.0
@@ -36,7 +36,7 @@ class TraceConfig:
     """[voxel] See `cover_scale`."""
     gap: float = 20.0
     """[voxel] Widest break that is bridged, and only straight ahead; 0 bridges none. Bends, and pieces shorter than the
-    break, bring it down (see tracing/bridge.py)."""
+    break, bring it down (see tracing/gaps.py)."""
     signal_gap: float = 35.0
     """[voxel] Longest break that is bridged along a neurite that the image still shows; 0 bridges none."""
     signal: float = 0.15

@@ -16,17 +16,17 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.geometry import Shape, VoxelSize
-from hpc_neuro.morphology import Tree, length
-from hpc_neuro.schema import InputError
-from hpc_neuro.tracing.bridge import bridges
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree, length
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.tracing.centerlines import far_ends, skeleton
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.foreground import Floats, Foreground, Read, Strands, foreground
-from hpc_neuro.tracing.paths import far_ends, skeleton
-from hpc_neuro.tracing.split import split
-from hpc_neuro.tracing.strands import reduced, trace_blocks
-from hpc_neuro.tracing.tree import main_side, pruned, rooted, smoothed, thinned
-from hpc_neuro.tracing.wires import Wires, wires
+from hpc_neuro.tracing.finish_tree import main_side, pruned, rooted, smoothed, thinned
+from hpc_neuro.tracing.gaps import bridges
+from hpc_neuro.tracing.graph import Wires, wires
+from hpc_neuro.tracing.skeletonize_block import reduced, trace_blocks
+from hpc_neuro.tracing.split_neurons import split
+from hpc_neuro.tracing.voxel_graph import Floats, Foreground, Read, Strands, foreground
 
 Point = tuple[float, float, float]
 _SPECK = 5.0  # [voxel] how much farther away a piece without length counts when a root looks for its neurite

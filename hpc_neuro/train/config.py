@@ -6,19 +6,19 @@ from pathlib import Path
 
 from pydantic import Field
 
+from hpc_neuro.core.schema import config
 from hpc_neuro.data.augment import AugmentConfig
+from hpc_neuro.data.crops import CropConfig
 from hpc_neuro.data.orientation import parse
-from hpc_neuro.data.sampling import CropConfig
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, Loss
 from hpc_neuro.models.inflate import TransferConfig
 from hpc_neuro.models.student import StudentConfig
 from hpc_neuro.models.teacher import TeacherConfig
-from hpc_neuro.schema import config
-from hpc_neuro.train.checkpoint import CheckpointConfig
+from hpc_neuro.train.checkpoint.saver import CheckpointConfig
+from hpc_neuro.train.deepspeed.config import EngineConfig
 from hpc_neuro.train.ema import EmaConfig
-from hpc_neuro.train.engine_config import EngineConfig
-from hpc_neuro.train.plan import PlanConfig
-from hpc_neuro.train.schedule import OptimConfig
+from hpc_neuro.train.memory_plan import PlanConfig
+from hpc_neuro.train.optim import OptimConfig
 from hpc_neuro.train.tracker import TrackerConfig
 from hpc_neuro.train.validate import ValidateConfig
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hpc_neuro.schema import config
+from hpc_neuro.core.schema import config
 
 
 @config

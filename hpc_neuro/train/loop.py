@@ -15,22 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_neuro import distributed, runs
+from hpc_neuro.core import distributed, run_folder
+from hpc_neuro.core.types import Batch, Prediction
 from hpc_neuro.data.augment import augment
 from hpc_neuro.data.dataset import batches
 from hpc_neuro.data.feature_cache import record_use
 from hpc_neuro.losses import weighted_sum
-from hpc_neuro.train.assemble import assemble, lines, memory
-from hpc_neuro.train.checkpoint import is_milestone
+from hpc_neuro.train.checkpoint.saver import is_milestone
 from hpc_neuro.train.config import TrainConfig
+from hpc_neuro.train.deepspeed.engine import join_group
 from hpc_neuro.train.ema import decay_at
-from hpc_neuro.train.engine import join_group
+from hpc_neuro.train.optim import lr_at
 from hpc_neuro.train.preempt import EXIT_CODE, Preemption
 from hpc_neuro.train.prefetch import OnDevice
-from hpc_neuro.train.schedule import lr_at
-from hpc_neuro.train.state import Training
-from hpc_neuro.train.watch import Watch
-from hpc_neuro.types import Batch, Prediction
+from hpc_neuro.train.rank_watch import Watch
+from hpc_neuro.train.run_state import Training
+from hpc_neuro.train.setup import assemble, lines, memory
 
 log = logging.getLogger(__name__)
 _PATIENCE = 5  # deaths of reading processes without a batch in between
@@ -55,7 +55,7 @@ def run(cfg: TrainConfig) -> int:
     with Preemption(cfg.checkpoint.margin, cfg.checkpoint.walltime) as preemption:
         parts = assemble(cfg)
         needs = list(lines(cfg, parts, distributed.world_size()))
-        with runs.start("train", cfg, cfg.out, parts.inputs, may_change=_MAY_CHANGE) as this:
+        with run_folder.start("train", cfg, cfg.out, parts.inputs, may_change=_MAY_CHANGE) as this:
             if this.complete:
                 return 0
             for line in needs:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hpc_neuro.types import Batch
+from hpc_neuro.core.types import Batch
 
 
 class OnDevice:

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from hpc_neuro import files, runs
-from hpc_neuro.schema import config
+from hpc_neuro.core import files, run_folder
+from hpc_neuro.core.schema import config
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -186,7 +186,7 @@ def facts(out: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What a run is known by besides its config: code, versions, inputs, and the jobs it has had so far."""
     record = out / "run.json"
     jobs = files.read_json(record, "made by every run").get("jobs", []) if record.exists() else []
-    found = {"code": runs.code_version(), "versions": runs.versions(), "inputs": dict(inputs), "jobs": jobs}
+    found = {"code": run_folder.code_version(), "versions": run_folder.versions(), "inputs": dict(inputs), "jobs": jobs}
     return {"run": found}
 
 

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
-from hpc_neuro import distributed
+from hpc_neuro.core import distributed
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.schema import config
+from hpc_neuro.core.types import Batch
 from hpc_neuro.data.dataset import UNLABELLED, read, stack
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import Box, Shape
-from hpc_neuro.schema import config
-from hpc_neuro.types import Batch
 
 _BINS = 1000  # of probability; thresholds are multiples of 1 / _BINS
 _GRID = tuple(range(100, 901, 25))  # thresholds tried, in bins: 0.1 to 0.9

@@ -11,8 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hpc_neuro import files
-from hpc_neuro.schema import InputError
+from hpc_neuro.core import files
+from hpc_neuro.core.schema import InputError
 from launch.executors import KILLED, JobState, beside, exit_code
 
 # The shell stays to the end of the command and passes over the signals that the whole group is sent.

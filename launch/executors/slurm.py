@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hpc_neuro import files
+from hpc_neuro.core import files
 from launch import slurm
 from launch.executors import JobState, beside, exit_code
 from launch.site import Site

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.swc_cases import Put
+from tests.helpers.swc_cases import Put
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
 from hpc_neuro.data.alignment import Fit, alignment, outside
+from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.intensity import histogram
 from hpc_neuro.data.rasterize import rasterize
-from hpc_neuro.data.volume import open_volume
-from hpc_neuro.geometry import Box, Shape, VoxelSize
-from hpc_neuro.morphology import Tree
-from hpc_neuro.types import Array
 
 SHAPE = (30, 60, 60)
 SIZE = (1.0, 0.5, 0.5)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_neuro.core.types import Batch
 from hpc_neuro.data.augment import AugmentConfig, augment
-from hpc_neuro.types import Batch
 
 OFF = AugmentConfig(
     flip=False, rotate90=False, warp=0, gamma=0, contrast=0, uneven=0, background=0, noise=0, blur=0, coarse=0,

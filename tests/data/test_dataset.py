@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.crops import CropConfig, Sampler
 from hpc_neuro.data.dataset import Crops, batches, places, read
 from hpc_neuro.data.orientation import Orientation
-from hpc_neuro.data.sampling import CropConfig, Sampler
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import Box
-from hpc_neuro.schema import InputError
-from tests.tiny_store import SHAPE, write_store
+from tests.helpers.tiny_store import SHAPE, write_store
 
 PATCH = (8, 16, 16)
 

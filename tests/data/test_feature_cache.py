@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import feature_cache as fc
 from hpc_neuro.data.feature_cache import manifest_digest, resample
-from hpc_neuro.geometry import Box
-from hpc_neuro.schema import InputError
 
 SHAPE = (12, 32, 40)
 TEACHER = {"name": "t", "sha256": "0"}

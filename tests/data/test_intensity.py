@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
 from hpc_neuro.data import intensity
 from hpc_neuro.data.intensity import histogram, intensity_range, normalise, slabs
-from hpc_neuro.geometry import Box
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Array
 
 
 def reader(image: Array) -> Callable[[Box], Array]:

@@ -9,12 +9,12 @@ import pytest
 from pydantic import TypeAdapter
 from scipy import ndimage
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.types import Array
 from hpc_neuro.data.radius import ConstantRadius, ImageRadius, Radius, SwcRadius, fitted, measured, paths
 from hpc_neuro.data.rasterize import rasterize
-from hpc_neuro.geometry import Box
-from hpc_neuro.morphology import Tree
-from hpc_neuro.types import Array
 
 SHAPE = (40, 120, 160)
 ISO = (0.5, 0.5, 0.5)

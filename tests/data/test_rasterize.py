@@ -9,10 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box, VoxelSize
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.rasterize import Drawing, centreline_voxels, fine_voxel, paint, rasterize
-from hpc_neuro.geometry import Box, VoxelSize
-from hpc_neuro.morphology import Tree
 
 
 def random_tree(seed: int, n: int, shape: tuple[int, int, int], radii: tuple[float, float] = (0.5, 4.0)) -> Tree:

@@ -16,14 +16,14 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_neuro import files, morphology
+from hpc_neuro.core import files, morphology
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
 from hpc_neuro.data import intensity
 from hpc_neuro.data.rasterize import Drawing, centreline_voxels, rasterize
 from hpc_neuro.data.store import Store, Volume, forecast_bytes, is_written, write_index, write_volume
-from hpc_neuro.geometry import Box
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Array
 
 SHAPE = (40, 150, 170)
 SIZE = (1.0, 0.4, 0.4)

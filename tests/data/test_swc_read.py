@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from hpc_neuro.schema import InputError
-from tests.data.swc_cases import GOOD, REFUSED, TOLERATED, Put
-from tests.data.swc_oracles import ours, random_tree, same
+from tests.helpers.swc_cases import GOOD, REFUSED, TOLERATED, Put
+from tests.helpers.swc_oracles import ours, random_tree, same
 
 
 def test_x_y_z_become_z_y_x(file: Put) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from hpc_neuro.schema import InputError
-from tests.data.swc_oracles import assert_all_agree, same
+from tests.helpers.swc_oracles import assert_all_agree, same
 
 COUNTS = {  # folder -> files that read, files refused until fixed, files that are no SWC
     "swc_auto_bigneuron": (90, 0, 0),

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from hpc_neuro.data.swc.standard import standard
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
-from tests.data.swc_cases import GOOD, REFUSED, TOLERATED, Put
-from tests.data.swc_oracles import assert_all_agree
+from hpc_neuro.data.swc.standardize import standard
+from tests.helpers.swc_cases import GOOD, REFUSED, TOLERATED, Put
+from tests.helpers.swc_oracles import assert_all_agree
 
 MILD = {
     "type": "1 12 0 0 0 1 -1\n2 12 1 0 0 1 1\n",

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
-from tests.data.swc_oracles import assert_all_agree, random_tree, same
+from tests.helpers.swc_oracles import assert_all_agree, random_tree, same
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tifffile
 
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import Box
-from hpc_neuro.morphology import Tree
-from tests.tiny_store import write_store
+from tests.helpers.tiny_store import write_store
 
 
 @pytest.fixture(scope="session")

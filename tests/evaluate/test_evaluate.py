@@ -11,19 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_neuro import evaluate, morphology
-from hpc_neuro.__main__ import main
+from hpc_neuro import evaluate
+from hpc_neuro.cli import main
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import InputError, load
 from hpc_neuro.data import swc
 from hpc_neuro.data.store import Store
 from hpc_neuro.evaluate import reliability
-from hpc_neuro.evaluate.inputs import Predictions
-from hpc_neuro.evaluate.rows import rows
+from hpc_neuro.evaluate.metric_rows import rows
+from hpc_neuro.evaluate.predictions import Predictions
 from hpc_neuro.evaluate.summary import _tex
-from hpc_neuro.geometry import Box
 from hpc_neuro.metrics import tree as tree_metrics
 from hpc_neuro.metrics import voxel
 from hpc_neuro.metrics.calibration import Bin
-from hpc_neuro.schema import InputError, load
 from tests.evaluate.conftest import write_predictions
 
 REQUIRED = {
@@ -194,7 +195,7 @@ def test_every_number_has_a_definition(done: Path, store: Path) -> None:
 def test_again_is_already_complete_and_killed_goes_on(
     done: Path, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from hpc_neuro.schema import load
+    from hpc_neuro.core.schema import load
 
     cfg = load(evaluate.EvaluateConfig, done / "config.yaml")
     before = (done / "metrics.json").read_bytes()

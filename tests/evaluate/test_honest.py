@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_neuro import evaluate, files
-from hpc_neuro.schema import InputError, load
+from hpc_neuro import evaluate
+from hpc_neuro.core import files
+from hpc_neuro.core.schema import InputError, load
 from tests.evaluate.conftest import write_predictions
 
 

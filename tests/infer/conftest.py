@@ -9,8 +9,8 @@ import torch
 
 from hpc_neuro import infer
 from hpc_neuro.models.student import StudentConfig, build_student, save_student
-from tests.infer.small import WINDOW, configure
-from tests.tiny_store import write_store
+from tests.helpers.small_volumes import WINDOW, configure
+from tests.helpers.tiny_store import write_store
 
 
 @pytest.fixture(scope="session")

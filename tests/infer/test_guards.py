@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_neuro import files, infer
+from hpc_neuro import infer
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import Shape
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.geometry import Shape
-from hpc_neuro.infer.sources import sources
-from hpc_neuro.schema import ConfigError, InputError
-from tests.infer.small import configure, crossing
-from tests.tiny_store import write_store
+from hpc_neuro.infer.volumes import sources
+from tests.helpers.small_volumes import configure, crossing
+from tests.helpers.tiny_store import write_store
 
 TRACED = ["trees=true", "trace.threshold=0.6", "trace.low=0.55"]
 

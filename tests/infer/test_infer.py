@@ -11,17 +11,18 @@ import pytest
 import tifffile
 import zarr
 
-from hpc_neuro import infer, morphology
+from hpc_neuro import infer
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.store import Store
-from hpc_neuro.data.volume import open_volume
-from hpc_neuro.geometry import Box, Shape
-from hpc_neuro.infer.blocks import Plan
-from hpc_neuro.infer.job import Job
+from hpc_neuro.infer.model import Job
+from hpc_neuro.infer.tiling import Plan
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
-from hpc_neuro.schema import ConfigError, InputError
-from tests.infer.small import WINDOW, configure, crossing, probability
+from tests.helpers.small_volumes import WINDOW, configure, crossing, probability
 
 
 @pytest.mark.parametrize(

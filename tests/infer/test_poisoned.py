@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hpc_neuro.infer import parts
-from hpc_neuro.infer.engine import Work
-from hpc_neuro.infer.parts import Failure, Part
-from hpc_neuro.schema import InputError
-from tests.infer.poisoned import DEATHS, FEWER, PARTS
-from tests.infer.small import Plain, probability, work_on
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.infer import shared_tasks
+from hpc_neuro.infer.block_pipeline import Work
+from hpc_neuro.infer.shared_tasks import Failure, Part
+from tests.helpers.poisoned_infer import DEATHS, FEWER, PARTS
+from tests.helpers.small_volumes import Plain, probability, work_on
 
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder and what was told of each start."""
     out = tmp_path_factory.mktemp("poisoned")
-    command = [sys.executable, "-m", "tests.infer.poisoned", str(out)]
+    command = [sys.executable, "-m", "tests.helpers.poisoned_infer", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
     starts = [json.loads(line) for line in done.stdout.splitlines()]
     assert [s["code"] for s in starts] == [
@@ -83,7 +83,7 @@ def test_a_part_that_raises_is_tried_again_and_then_listed_with_its_traceback(mo
             raise OSError("bad sector")
 
     todo = [Part(0, f"part_{kind}", f"part {kind}", kind) for kind in ("well", "ill", "shaky", "bad input")]
-    failures = parts.made([work], lambda: todo, make, None)
+    failures = shared_tasks.made([work], lambda: todo, make, None)
     assert failures == [Failure(0, "a, part ill: bad sector"), Failure(0, "a, part bad input: the root lies outside")]
     assert [tried.count(part.name) for part in todo] == [1, 2, 2, 1]
     assert not list(tmp_path.glob("begun/a/*"))
@@ -92,7 +92,7 @@ def test_a_part_that_raises_is_tried_again_and_then_listed_with_its_traceback(mo
     assert any("in make" in line for line in kept["traceback"])
     assert not work.marks.parked()  # these are the blocks
     sick = False
-    assert not parts.made([work], lambda: todo[1:2], make, None)
+    assert not shared_tasks.made([work], lambda: todo[1:2], make, None)
     assert not (tmp_path / "failed/a/part_ill.json").exists()
 
 
@@ -102,5 +102,5 @@ def test_a_full_disk_ends_the_run(model: Path, tmp_path: Path) -> None:
 
     work = _work(model, tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        parts.made([work], lambda: [Part(0, "one", "one", None), Part(0, "two", "two", None)], make, None)
+        shared_tasks.made([work], lambda: [Part(0, "one", "one", None), Part(0, "two", "two", None)], make, None)
     assert not list(tmp_path.glob("begun/a/*"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_neuro.core.morphology import Tree, make
 from hpc_neuro.data import swc
 from hpc_neuro.infer import proofread
 from hpc_neuro.infer.proofread import Sure
-from hpc_neuro.morphology import Tree, make
 
 SHAPE, SIZE = (40, 60, 120), (2.0, 0.5, 0.5)
 

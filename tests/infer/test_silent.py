@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro import infer
-from tests.infer.small import KEYS, configure, probability
+from tests.helpers.small_volumes import KEYS, configure, probability
 
 
 @pytest.mark.mpi
@@ -20,7 +20,14 @@ def test_a_silent_rank_is_named_and_the_run_goes_on_where_it_was(
 ) -> None:
     """It is stopped in a block, not killed: MPI would wait for it for ever."""
     keys = [f"model={model}", f"out={tmp_path / 'o'}", f"store={store}", *KEYS]
-    start = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable, "-m", "tests.infer.silent"]
+    start = [
+        str(Path(sys.executable).with_name("mpiexec")),
+        "-n",
+        "2",
+        sys.executable,
+        "-m",
+        "tests.helpers.silent_infer",
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     ended = subprocess.run(
         [*start, *keys, "silence=1.5"], capture_output=True, text=True, timeout=100, check=False, env=environment

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_neuro import __main__ as cli
-from hpc_neuro import infer
+from hpc_neuro import cli, infer
 from hpc_neuro.infer import verify
-from tests.infer.small import configure, crossing, probability
+from tests.helpers.small_volumes import configure, crossing, probability
 
 SHARD = "0/c/1/0/1"
 
@@ -162,9 +161,9 @@ def test_what_cannot_be_repaired_is_told(copy: Path, tmp_path: Path, capsys: pyt
 
 def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:
     """Level by level: the engine's markers hold a checksum of each shard above level 0."""
+    from hpc_neuro.core.geometry import Box
     from hpc_neuro.data import ome_zarr
-    from hpc_neuro.geometry import Box
-    from hpc_neuro.infer.marks import Marks
+    from hpc_neuro.infer.done_markers import Marks
 
     marks = Marks(tmp_path, "a", "k")
     marks.write_level(1, {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""})

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_neuro import files, runs
-from hpc_neuro.schema import ConfigError, InputError
-from launch import accounts, array, chain, checks, ending, jobs, slurm
+from hpc_neuro.core import files, run_folder
+from hpc_neuro.core.schema import ConfigError, InputError
+from launch import accounts, chain, job_arrays, job_end, jobs, preflight, slurm
 from launch.__main__ import main
 from launch.executors.slurm import Slurm
 from launch.site import SHIPPED, Resources, Site, load_site
@@ -71,7 +71,7 @@ def test_a_chain_that_cannot_be_is_refused(verbs, keys, said):
 @given(st.integers(0, 3000), st.integers(1, 1001))
 def test_chunks_keep_every_share_once_and_fit(count: int, size: int):
     parts = [(i, count) for i in range(count)]
-    cut = array.chunks(parts, size)
+    cut = job_arrays.chunks(parts, size)
     assert [p for chunk in cut for p in chunk] == parts
     assert all(0 < len(chunk) <= size for chunk in cut)
     assert len(cut) == -(-count // size)
@@ -79,13 +79,13 @@ def test_chunks_keep_every_share_once_and_fit(count: int, size: int):
 
 def test_only_shares_that_did_not_end_well_are_missing(tmp_path: Path):
     for index, code in ((0, 0), (1, 1), (3, 0)):
-        files.write_json(tmp_path / "launch" / jobs.share_name(index, 5) / ending.ENDS, [{"exit": 1}, {"exit": code}])
-    assert [i for i, _ in array.missing(tmp_path, 5)] == [1, 2, 4]
+        files.write_json(tmp_path / "launch" / jobs.share_name(index, 5) / job_end.ENDS, [{"exit": 1}, {"exit": code}])
+    assert [i for i, _ in job_arrays.missing(tmp_path, 5)] == [1, 2, 4]
 
 
 def test_training_is_no_array():
     with pytest.raises(ConfigError, match="one piece of work"):
-        array.refuse("train", "slurm")
+        job_arrays.refuse("train", "slurm")
 
 
 def test_array_ids_are_expanded():
@@ -118,15 +118,15 @@ def test_the_poller_backs_off_while_nothing_changes_and_outlives_a_silent_contro
 
 @pytest.mark.parametrize(("text", "found"), [("01:00:00", 60), ("1-02:30:00", 1590), ("UNLIMITED", None)])
 def test_time_limits_of_slurm(text, found):
-    assert checks.minutes(text) == found
+    assert preflight.minutes(text) == found
 
 
 def test_gpus_of_a_node():
-    assert checks._gpus("gpu:a100:4(S:0-1),shard:8") == 4
-    assert checks._gpus("gpu:a100:4,gpu:v100:2(IDX:0)") == 6
-    assert checks._gpus("gpu:a100:4,gpu:v100:2", "v100") == 2
-    assert checks._gpus("gpu:2") == 2
-    assert checks._gpus("(null)") == 0
+    assert preflight._gpus("gpu:a100:4(S:0-1),shard:8") == 4
+    assert preflight._gpus("gpu:a100:4,gpu:v100:2(IDX:0)") == 6
+    assert preflight._gpus("gpu:a100:4,gpu:v100:2", "v100") == 2
+    assert preflight._gpus("gpu:2") == 2
+    assert preflight._gpus("(null)") == 0
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_a_container_stands_before_every_command(tmp_path: Path):
     script = Slurm(site, tmp_path).script(["python", "trial"], tmp_path / "0000" / "attempt_1")
     srun = [line for line in script.splitlines() if line.startswith("srun")]
     assert [shlex.join([*words, "python", "trial"]) in part for part in srun[0].split("&&")] == [True, True]
-    (fault,) = checks._container(site)
+    (fault,) = preflight._container(site)
     assert "/shared/my image.sif does not exist" in fault
 
 
@@ -183,7 +183,7 @@ def test_ranks_of_a_trial_meet_and_only_train_together(tmp_path: Path):
     for verb in ("train", "infer"):
         (tmp_path / f"{verb}.yaml").touch()
     script = (
-        "import os, sys\nfrom hpc_neuro import __main__ as cli\nfrom launch import trial\n"
+        "import os, sys\nfrom hpc_neuro import cli\nfrom launch.sweep import trial\n"
         "def main(words):\n    print(words[0], *(os.environ.get(k) for k in ('RANK', 'WORLD_SIZE', 'MASTER_PORT')))\n"
         "cli.main = main\nsys.exit(trial.main(sys.argv[1:]))"
     )
@@ -206,9 +206,9 @@ def test_a_time_limit_that_leaves_no_time_is_a_fault(tmp_path: Path):
     site = Site(signal_seconds=120)
     cfg = jobs.load("evaluate", None, ["store=x", "predictions=y", f"out={tmp_path}"])
     asked = load_site(None, ["evaluate.minutes=2"]).evaluate
-    (fault,) = checks.times(cfg, asked, site)
+    (fault,) = preflight.times(cfg, asked, site)
     assert "leave no time to work" in fault
-    assert checks.times(cfg, load_site(None, ["evaluate.minutes=4"]).evaluate, site) == []
+    assert preflight.times(cfg, load_site(None, ["evaluate.minutes=4"]).evaluate, site) == []
 
 
 @pytest.mark.parametrize(
@@ -227,14 +227,14 @@ def test_a_time_limit_that_leaves_no_time_is_a_fault(tmp_path: Path):
     ],
 )
 def test_who_may_have_several_processes(verb, asked, fault):
-    found = checks.tasks(verb, asked)
+    found = preflight.tasks(verb, asked)
     assert len(found) == bool(fault)
     assert fault in "".join(found)
 
 
 def test_the_snapshot_says_what_it_is_a_copy_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     copy = snapshot(tmp_path / "code")
-    assert (copy / "hpc_neuro" / "runs.py").read_bytes() == Path(runs.__file__).read_bytes()
+    assert (copy / "hpc_neuro" / "runs.py").read_bytes() == Path(run_folder.__file__).read_bytes()
     assert (copy / "CODE_VERSION").read_text().strip()
     assert snapshot(tmp_path / "code") == copy
     marker = copy / "launch" / "marker"

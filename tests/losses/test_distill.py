@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.types import Batch
 from hpc_neuro.losses import Distill, Distiller
 from hpc_neuro.models.tubular import gather, tube_sum
-from hpc_neuro.schema import ConfigError, InputError
-from hpc_neuro.types import Batch
 
 GRID = (3, 4, 5)
 C, D = 6, 7

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_neuro.data.volume import open_volume
-from hpc_neuro.geometry import Box
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.types import Batch
+from hpc_neuro.data.formats import open_volume
 from hpc_neuro.losses import Distill
 from hpc_neuro.models.student import StudentConfig, build_student
 from hpc_neuro.models.teacher import Teacher, TeacherConfig, load_teacher
 from hpc_neuro.models.tubular import gather, tube_sum
-from hpc_neuro.types import Batch
 
 
 def bent_neurite(shape: tuple[int, int, int], phase: float, amplitude: float) -> tuple[Tensor, Tensor]:

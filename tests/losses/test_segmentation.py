@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Batch, Prediction
 from hpc_neuro.losses import (
     ClDice,
     CrossEntropy,
@@ -21,8 +23,6 @@ from hpc_neuro.losses import (
     soft_skeleton,
     weighted_sum,
 )
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Batch, Prediction
 
 SHAPE = (2, 1, 9, 14, 12)
 EVERY: list[Any] = [CrossEntropy(), CrossEntropy(foreground=5.0), Dice(), Focal(), Focal(gamma=0.5, alpha=0.75)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hpc_neuro.core.morphology import make
 from hpc_neuro.metrics.calibration import calibration_error, judged, reliability
-from hpc_neuro.morphology import make
 
 
 def test_a_table_by_hand() -> None:

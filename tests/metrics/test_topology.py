@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.metrics.topology import Topology, sholl, strahler, topology
-from hpc_neuro.morphology import Tree
 
 TOLERANCE = 4.0
 

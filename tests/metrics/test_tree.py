@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.metrics import tree as metric
 from hpc_neuro.metrics.segments import Segments
-from hpc_neuro.morphology import Tree
 
 Points = list[tuple[float, float, float]]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from hpc_neuro.geometry import Box
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.metrics import surface, voxel
 from hpc_neuro.metrics.skeleton import skeleton
 

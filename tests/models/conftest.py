@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpc_neuro.models.teacher import Teacher
-from tests.models.teachers import family
+from tests.helpers.tiny_teachers import family
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import inflate
 from hpc_neuro.models.inflate import TransferConfig, transfer
 from hpc_neuro.models.student import BlockTokens, StudentConfig, TubularTokens, build_student
 from hpc_neuro.models.teacher import Teacher, timm
-from hpc_neuro.models.translate import fit_config
-from hpc_neuro.schema import InputError
-from tests.models.teachers import FAMILIES, embedding, family, student_for
+from hpc_neuro.models.tensor_names import fit_config
+from tests.helpers.tiny_teachers import FAMILIES, embedding, family, student_for
 
 
 @settings(deadline=None, max_examples=20)

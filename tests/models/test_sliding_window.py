@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpc_neuro.geometry import blocks
+from hpc_neuro.core.geometry import blocks
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Prediction
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import StudentConfig, build_student
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Prediction
 
 PATCH = (2, 4, 4)
 WINDOW = (4, 8, 8)

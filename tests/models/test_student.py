@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hpc_neuro import schema
+from hpc_neuro.core import schema
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.models.decoder import LinearConfig, UnetrConfig
 from hpc_neuro.models.student import (
     SIZES,
@@ -23,7 +24,6 @@ from hpc_neuro.models.student import (
     save_student,
 )
 from hpc_neuro.models.teacher import timm
-from hpc_neuro.schema import ConfigError, InputError
 
 SMALL = StudentConfig(depth=2, patch=(4, 8, 8), stem_channels=(4, 6, 8), grid=(2, 4, 4))
 

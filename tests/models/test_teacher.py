@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.models import teacher as module
 from hpc_neuro.models.teacher import Teacher, TeacherConfig, load_teacher, timm
-from hpc_neuro.schema import ConfigError, InputError, load
 
 ARCH = "vit_tiny_patch16_224"
 

@@ -1,4 +1,4 @@
-"""Teachers that a card describes: those in the package, and one's own from tools.pretrain_teacher."""
+"""Teachers that a card describes: those in the package, and one's own from tools.teacher.pretrain."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import teacher as module
 from hpc_neuro.models.teacher import Teacher, TeacherConfig, load_teacher, timm
-from hpc_neuro.schema import InputError
 
 ARCH = "vit_tiny_patch16_224"
 
@@ -70,7 +70,7 @@ def test_the_shipped_teachers_load(model: str, patch: int) -> None:
 
 
 def _pretrained(folder: Path, **changes: object) -> Path:
-    """What tools.pretrain_teacher leaves: a ViT that timm has no name for, two blocks deep, with patches of 8."""
+    """What tools.teacher.pretrain leaves: a ViT that timm has no name for, two blocks deep, with patches of 8."""
     folder.mkdir()
     shape = {"num_classes": 0, "patch_size": 8, "img_size": 224, "depth": 2}
     save_file(timm().create_model(ARCH, **shape).state_dict(), folder / "teacher.safetensors")
@@ -97,8 +97,8 @@ def test_a_teacher_of_ones_own_is_its_cards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"recipe": None}, "no card of tools.pretrain_teacher"),
-        ({"patch": "eight"}, "no card of tools.pretrain_teacher"),
+        ({"recipe": None}, "no card of tools.teacher.pretrain"),
+        ({"patch": "eight"}, "no card of tools.teacher.pretrain"),
         ({"sha256": "ab" * 32}, "has sha256"),
         ({"file": "gone"}, "does not exist"),
         ({"recipe": {"depth": 3}}, "missing blocks.2"),

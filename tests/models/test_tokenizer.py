@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.models.tokenizer import BlockTokenizer, TubularTokenizer
-from hpc_neuro.schema import InputError
 
 PATCH = (2, 4, 6)
 SHAPE = (4, 12, 12)

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.models.inflate import RULES, TransferConfig, transfer
 from hpc_neuro.models.student import StudentConfig, TubularTokens, build_student
 from hpc_neuro.models.teacher import Teacher
-from hpc_neuro.models.translate import fit_config
-from hpc_neuro.schema import InputError
-from tests.models.teachers import FAMILIES, family, make, student_for
+from hpc_neuro.models.tensor_names import fit_config
+from tests.helpers.tiny_teachers import FAMILIES, family, make, student_for
 
 
 def test_a_student_is_fitted_to_what_no_tensor_shows() -> None:

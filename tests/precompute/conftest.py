@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro import precompute
-from hpc_neuro.schema import load
-from tests.tiny_store import write_store
+from hpc_neuro.core.schema import load
+from tests.helpers.tiny_store import write_store
 
 KEYS = ["teacher.model=random", "stride_v=8", "slab=2", "layers=[3,-1]"]
 Configure = Callable[..., precompute.PrecomputeConfig]

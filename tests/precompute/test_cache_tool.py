@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_neuro import files, precompute
+from hpc_neuro import precompute
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.feature_cache import MANIFEST, FeatureCache, record_use
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import Box
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute import cache_tool
-from hpc_neuro.schema import ConfigError, InputError
+from tests.helpers.tiny_store import write_store
 from tests.precompute.conftest import Configure
-from tests.tiny_store import write_store
-from tools import live_teacher as live
+from tools.bench import live_teacher as live
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_wrong_features_with_a_right_checksum_are_found_by_the_teacher(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a bug in the writer would leave them: checksum and manifest agree, the content is of other slices."""
-    from hpc_neuro import files
+    from hpc_neuro.core import files
     from hpc_neuro.data.feature_cache import shard_record
     from hpc_neuro.data.feature_cache.layout import Unit
 

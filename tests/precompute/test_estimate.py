@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pytest
 
 from hpc_neuro import precompute
+from hpc_neuro.core.schema import InputError, load
 from hpc_neuro.data.store import Store
 from hpc_neuro.precompute import estimate
-from hpc_neuro.schema import InputError, load
 from tests.precompute.conftest import Configure
 
 

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_neuro import precompute
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import ConfigError, load
 from hpc_neuro.data import orientation
+from hpc_neuro.data.crops import CropConfig, Sampler
 from hpc_neuro.data.dataset import Crops, places
 from hpc_neuro.data.feature_cache import CacheMismatch, FeatureCache
 from hpc_neuro.data.rasterize import Drawing
-from hpc_neuro.data.sampling import CropConfig, Sampler
 from hpc_neuro.data.store import Store, Volume, write_index, write_volume
-from hpc_neuro.geometry import Box
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import ConfigError, load
 
 NAMES = ("flip_z", "flip_y", "flip_x", "rot90", "rot180", "rot270", "flip_z+rot90")
 KEYS = ["teacher.model=random", "stride_v=1", "slab=64"]  # every slice, so that mirroring moves no slice's middle

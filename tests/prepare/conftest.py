@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.prepare import run
-from tests.prepare.making import config, write_pair
+from tests.helpers.image_pairs import config, write_pair
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from hpc_neuro import schema
+from hpc_neuro.core import schema
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.prepare import PrepareConfig
 from hpc_neuro.prepare.pairs import Pair, find_pairs
-from hpc_neuro.schema import ConfigError, InputError
 
 
 def folder(path: Path, *ids: str) -> Path:

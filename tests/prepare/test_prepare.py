@@ -15,15 +15,15 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_neuro import files, morphology, schema
+from hpc_neuro.core import files, morphology, schema
+from hpc_neuro.core.geometry import Box, to_um
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.rasterize import rasterize
 from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import render
-from hpc_neuro.geometry import Box, to_um
 from hpc_neuro.prepare import PrepareConfig, forecast, run
-from hpc_neuro.schema import ConfigError, InputError
-from tests.prepare.making import EASY, SHAPE, SIZE, config, contents, pair, write_pair
+from tests.helpers.image_pairs import EASY, SHAPE, SIZE, config, contents, pair, write_pair
 
 
 def test_a_folder_becomes_a_store(raw: Path, whole: Path) -> None:

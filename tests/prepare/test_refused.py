@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from hpc_neuro import files, schema
-from hpc_neuro.geometry import to_um
+from hpc_neuro.core import files, schema
+from hpc_neuro.core.geometry import to_um
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.prepare import PrepareConfig, run
-from hpc_neuro.schema import InputError
-from tests.prepare.making import SHAPE, SIZE, config, pair, refused, write_pair
+from tests.helpers.image_pairs import SHAPE, SIZE, config, pair, refused, write_pair
 
 
 def test_a_misaligned_tree_is_an_error_with_both_figures_unless_told_otherwise(

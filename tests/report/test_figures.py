@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from hpc_neuro.geometry import Box
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.report import figures
 from hpc_neuro.report.figures import Lines, Panel, draw, project
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from hpc_neuro import schema
-from hpc_neuro.schema import ConfigError, config
+from hpc_neuro.core import schema
+from hpc_neuro.core.schema import ConfigError, config
 from hpc_neuro.search import space as spaces
 from hpc_neuro.search.config import SearchConfig
 

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from pydantic import TypeAdapter
 
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import grid
 from hpc_neuro.search.study import JOURNAL, Study, importances, only_driver

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro import train
-from hpc_neuro.schema import load
+from hpc_neuro.core.schema import load
 from launch import jobs, slurm
 from launch.site import Site, load_site
-from tests.tiny_store import write_store
+from tests.helpers.tiny_store import write_store
 from tests.train.conftest import TINY
 
 CLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "dev_cluster"

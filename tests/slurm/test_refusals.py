@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from hpc_neuro.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.train import TrainConfig
-from launch import checks, jobs, slurm, sweep
+from launch import jobs, preflight, slurm
 from launch.site import load_site
+from launch.sweep import cli
 from tests.train.conftest import TINY
 
 pytestmark = pytest.mark.slurm
@@ -54,7 +55,7 @@ def test_a_bad_submission_is_refused(
     before = set(slurm.states())
     with pytest.raises(ConfigError) as refused:
         stages: list[tuple[str, Any]] = [("train", tiny_train(tmp_path / "out", *keys))]
-        checks.check(stages, load_site("dev", site_keys), "slurm")
+        preflight.check(stages, load_site("dev", site_keys), "slurm")
     assert said in str(refused.value)
     assert set(slurm.states()) == before
     assert not (tmp_path / "out").exists()
@@ -65,7 +66,7 @@ def test_a_job_to_wait_for_must_be_known_and_train_is_no_array(
 ) -> None:
     stages: list[tuple[str, Any]] = [("train", tiny_train(tmp_path / "out"))]
     with pytest.raises(ConfigError) as refused:
-        checks.check(stages, load_site("dev", []), "slurm", count=4, after=["999999"])
+        preflight.check(stages, load_site("dev", []), "slurm", count=4, after=["999999"])
     assert "knows no such job" in str(refused.value)
     assert "one piece of work" in str(refused.value)
 
@@ -74,7 +75,7 @@ def test_a_good_submission_is_told_what_it_needs_and_how_it_will_be_stopped(
     cluster: Path, tiny_train: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     cfg = tiny_train(tmp_path / "out")
-    lines = checks.check([("train", cfg)], load_site("dev", ["partition=low", "teraflops=0.01"]), "slurm")
+    lines = preflight.check([("train", cfg)], load_site("dev", ["partition=low", "teraflops=0.01"]), "slurm")
     text = "\n".join(lines)
     assert "per rank" in text
     assert "start(s)" in text
@@ -96,6 +97,6 @@ def test_a_sweep_is_held_against_the_cluster_before_its_first_trial(
     }
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(tree))
     words = [str(tmp_path / "search.yaml"), "--on", "slurm", "--cluster", "dev", "cluster.train.minutes=600"]
-    assert sweep.main(words) == 2
+    assert cli.main(words) == 2
     assert "above main's limit of 60" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()

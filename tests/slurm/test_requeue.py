@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hpc_neuro import files, schema
+from hpc_neuro.core import files, schema
 from hpc_neuro.train import TrainConfig
-from launch import driver, jobs, slurm
+from launch import jobs, slurm
 from launch.executors.slurm import Slurm
 from launch.site import Site, load_site
 from launch.snapshot import ROOT
+from launch.sweep import driver
 from tests.slurm.conftest import steps, wait, wait_all
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]

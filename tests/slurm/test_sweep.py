@@ -10,11 +10,11 @@ import yaml
 
 from hpc_neuro.search import trial
 from launch import slurm
-from launch.driver import Driver
 from launch.executors.slurm import Slurm
 from launch.site import Site, load_site
 from launch.snapshot import ROOT
-from tests.launch.sweeping import STEPS, command, search, spans, step_until
+from launch.sweep.driver import Driver
+from tests.helpers.sweep_runs import STEPS, command, search, spans, step_until
 from tests.slurm.conftest import wait
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

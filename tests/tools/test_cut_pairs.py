@@ -13,7 +13,7 @@ import tifffile
 from hpc_neuro.data import swc
 from hpc_neuro.prepare import PrepareConfig
 from hpc_neuro.prepare.pairs import find_pairs
-from tests.tiny_store import _image, _tree
+from tests.helpers.tiny_store import _image, _tree
 from tools import cut_pairs
 
 SHAPE = (20, 52, 96)

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from hpc_neuro import train
+from hpc_neuro.core.schema import InputError, load
 from hpc_neuro.models.student import load_student
-from hpc_neuro.schema import InputError, load
-from hpc_neuro.train import checkpoint
-from hpc_neuro.train.shard_files import Range, file_of, write_ranges
-from tests.tiny_store import write_store
+from hpc_neuro.train.checkpoint import saver
+from hpc_neuro.train.checkpoint.tensor_files import Range, file_of, write_ranges
+from tests.helpers.tiny_store import write_store
 from tests.train.conftest import TINY
 from tools.export_weights import export
 
@@ -44,10 +44,10 @@ def test_the_newest_checkpoint_gives_what_train_exported(run, tmp_path):
 
 
 def test_ranges_of_several_ranks_are_put_together_and_what_is_missing_is_said(run, tmp_path):
-    held = checkpoint.newest(run / "checkpoints")
+    held = saver.newest(run / "checkpoints")
     cut = tmp_path / "step_00000003"
     cut.mkdir()
-    for name in (checkpoint.MARKER, checkpoint.TRAINING):
+    for name in (saver.MARKER, saver.TRAINING):
         (cut / name).write_bytes((held / name).read_bytes())
     ranges: tuple[list[Range], list[Range]] = ([], [])
     for key, values in load_file(file_of(held, 0)).items():

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_neuro import files, morphology
+from hpc_neuro.core import files, morphology
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.store import Store
-from hpc_neuro.schema import InputError
-from tests.tiny_store import write_store
+from tests.helpers.tiny_store import write_store
 from tools import leave_one_out
 from tools.leave_one_out import KEYS, METHODS, baselines, gathered, table, thinned
 

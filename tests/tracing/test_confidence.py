@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from hpc_neuro.morphology import make
+from hpc_neuro.core.morphology import make
 from hpc_neuro.tracing import confidence, trace
 
 

@@ -10,12 +10,12 @@ import pytest
 import tifffile
 from skimage.filters import threshold_otsu
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
 from hpc_neuro.metrics.tree import distances, match, without_stub
-from hpc_neuro.morphology import Tree
 from hpc_neuro.tracing import TraceConfig, trace
-from tests.tracing.shapes import volume_of
+from tests.helpers.shapes import volume_of
 
 VOXEL = (0.9988, 0.32965, 0.32965)
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from hpc_neuro import morphology
-from hpc_neuro.morphology import Tree, branch_points, length, tips
-from hpc_neuro.schema import ConfigError, InputError, load
+from hpc_neuro.core import morphology
+from hpc_neuro.core.morphology import Tree, branch_points, length, tips
+from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.tracing import TraceConfig, trace, trace_read
-from tests.tracing.shapes import crooked_tree, line, paint, volume_of
+from tests.helpers.shapes import crooked_tree, line, paint, volume_of
 
 ISO = (1.0, 1.0, 1.0)
 

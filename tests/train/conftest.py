@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hpc_neuro.schema import load
+from hpc_neuro.core.schema import load
 from hpc_neuro.train import TrainConfig
-from tests.tiny_store import write_store
+from tests.helpers.tiny_store import write_store
 
 TINY = [
     "student.depth=1",

@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from hpc_neuro import train
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.models.teacher import TeacherConfig, load_teacher
-from hpc_neuro.schema import ConfigError
-from tests.tiny_store import write_cache
+from tests.helpers.tiny_store import write_cache
 from tests.train.conftest import rows
 
 

@@ -16,14 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpc_neuro import schema, train
+from hpc_neuro import train
+from hpc_neuro.core import schema
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.dataset import read
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import Box
 from hpc_neuro.models.student import load_student
-from hpc_neuro.schema import ConfigError, InputError
 from hpc_neuro.train import loop
-from tests.tiny_store import write_store
+from tests.helpers.tiny_store import write_store
 from tests.train.conftest import rows
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hpc_neuro.core.types import Batch, Prediction
 from hpc_neuro.data.augment import AugmentConfig, _Draws, augment
 from hpc_neuro.losses import ClDice, CrossEntropy, Dice, Distill, Focal, SkeletonRecall, weighted_sum
-from hpc_neuro.models import tubular, tubular_torch
+from hpc_neuro.models import tubular
 from hpc_neuro.models.student import BlockTokens, StudentConfig, TubularTokens, build_student
-from hpc_neuro.train.assemble import TrainModule
-from hpc_neuro.train.meter import Meter
-from hpc_neuro.types import Batch, Prediction
+from hpc_neuro.models.tubular import torch_impl
+from hpc_neuro.train.setup import TrainModule
+from hpc_neuro.train.step_metrics import Meter
 
 DEVICE = torch.device("meta")
 SHARES = ("warp", "uneven", "specks", "blur", "coarse", "background", "noise", "stripes", "missing")
@@ -68,7 +69,7 @@ def test_a_step_never_waits_for_the_device(tokens, axes, distilled, monkeypatch)
 
     monkeypatch.setattr(_Draws, "normal", noise)
     monkeypatch.setattr(tubular, "_exact", lambda x: contextlib.nullcontext())  # meta knows no autocast
-    monkeypatch.setattr(tubular_torch, "_scatter", lambda *arguments: None)
+    monkeypatch.setattr(torch_impl, "_scatter", lambda *arguments: None)
     net = module(tokens, axes)
     moved = augment(batch(distilled), AugmentConfig(**dict.fromkeys(SHARES, 1.0)), 0)
     logits, distillation, extra = net(dict(vars(moved)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hpc_neuro.core.types import Batch
 from hpc_neuro.train.prefetch import OnDevice
-from hpc_neuro.types import Batch
 
 
 def test_one_batch_is_brought_over_ahead_and_each_is_handed_out_once():

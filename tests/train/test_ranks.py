@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from hpc_neuro import train
-from hpc_neuro.schema import load
+from hpc_neuro.core.schema import load
 from hpc_neuro.train import loop
+from tests.helpers.torchrun import launch
 from tests.train.conftest import TINY, rows
-from tests.train.launching import launch
 
 KEYS = ["optim.batch=4"]
 pytestmark = pytest.mark.slow

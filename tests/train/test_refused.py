@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpc_neuro import train
-from hpc_neuro.schema import ConfigError, InputError
+from hpc_neuro.core.schema import ConfigError, InputError
 
 
 @pytest.mark.parametrize(

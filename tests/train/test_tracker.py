@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from hpc_neuro import train
-from hpc_neuro.train.pictures import panel
 from hpc_neuro.train.tracker import Metrics, TrackerConfig, Wandb, run_id
+from hpc_neuro.train.validation_pictures import panel
 
 
 def rows(path: Path) -> list[dict]:

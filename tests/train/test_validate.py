@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_neuro import distributed
+from hpc_neuro.core import distributed
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.data.crops import CropConfig, spread_boxes
 from hpc_neuro.data.dataset import places
-from hpc_neuro.data.sampling import CropConfig, spread_boxes
 from hpc_neuro.data.store import Store
-from hpc_neuro.geometry import Box
 from hpc_neuro.train.validate import Validator, Volumes, score
-from tests.tiny_store import write_store
+from tests.helpers.tiny_store import write_store
 
 CPU = torch.device("cpu")
 

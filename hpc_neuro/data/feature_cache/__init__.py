@@ -5,7 +5,7 @@ D channels (fewer with `pca`). A token is a cell of voxels; cells of any size ar
 area weights, so a grid that is the student's own passes through unchanged.
 """
 
-from hpc_neuro.data.feature_cache.coding import RAW, Coding
+from hpc_neuro.data.feature_cache.encoding import RAW, Coding
 from hpc_neuro.data.feature_cache.layout import (
     CODING,
     FORMAT,
@@ -27,7 +27,7 @@ from hpc_neuro.data.feature_cache.shard import (
     shard_values,
     write_manifest,
 )
-from hpc_neuro.data.feature_cache.uses import record_use, uses
+from hpc_neuro.data.feature_cache.users import record_use, uses
 
 __all__ = [
     "CODING",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro import files
+from hpc_neuro.core import files
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.orientation import PLANE
-from hpc_neuro.schema import ConfigError, InputError
 
 FORMAT = 2
 """Raised when shards of an older version would be read wrongly; they are then built again."""

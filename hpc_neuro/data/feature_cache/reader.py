@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_neuro import files
-from hpc_neuro.data.feature_cache import coding as codings
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
+from hpc_neuro.data.feature_cache import encoding as codings
 from hpc_neuro.data.feature_cache.layout import CODING, CacheMismatch, Unit, read_manifest
 from hpc_neuro.data.feature_cache.resample import Cells
 from hpc_neuro.data.orientation import IDENTITY, Orientation, all_of, parse
-from hpc_neuro.geometry import Box, Shape
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Array
 
 _OPEN_FILES = 64
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.data.feature_cache.layout import Unit
 from hpc_neuro.data.orientation import PLANE
-from hpc_neuro.geometry import Box, Shape
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpc_neuro import files
-from hpc_neuro.data.feature_cache.coding import RAW, Coding
+from hpc_neuro.core import files
+from hpc_neuro.data.feature_cache.encoding import RAW, Coding
 from hpc_neuro.data.feature_cache.layout import FORMAT, MANIFEST, Unit, tiles
 
 _SPARE = 1 << 16

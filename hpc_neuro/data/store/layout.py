@@ -10,8 +10,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpc_neuro.geometry import Shape, VoxelSize
-from hpc_neuro.schema import InputError
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.schema import InputError
 
 FORMAT = 1
 """Raised when files written by an older version can no longer be read or would hold other targets."""

@@ -11,13 +11,13 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import files
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
 from hpc_neuro.data.intensity import normalise
 from hpc_neuro.data.store.layout import FORMAT, INDEX, REMAKE, SPLITS, Volume, open_file
-from hpc_neuro.geometry import Box, Shape, VoxelSize
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
-from hpc_neuro.types import Array
 
 Kind = Literal["skeleton", "branch", "tip"]
 

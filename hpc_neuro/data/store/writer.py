@@ -12,12 +12,12 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import files, morphology, runs
+from hpc_neuro.core import files, morphology, run_folder
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.intensity import Read, slabs
 from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, fine_voxel, prepared
 from hpc_neuro.data.store.layout import CHUNK, FORMAT, INDEX, SPLITS, Volume, open_file
-from hpc_neuro.geometry import Box, Shape, VoxelSize, blocks
-from hpc_neuro.morphology import Tree
 
 _TARGET_BYTES = 1 + 1 + 2 + 3  # a voxel of mask, skeleton, distance, tangent
 _SPARE = 8 << 20  # bytes that HDF5 holds back in its caches until it closes the file
@@ -71,7 +71,7 @@ def write_index(out: Path, volumes: list[Volume]) -> None:
     """Write dataset.json: each volume, the splits by neuron, totals."""
     body = {
         "format": FORMAT,
-        "code": runs.code_version(),
+        "code": run_folder.code_version(),
         "volumes": {
             v.id: {
                 "file": f"{v.id}.h5",
@@ -102,7 +102,7 @@ def _write_header(file: Any, volume: Volume, tree: Tree, fitted: Tree, drawing: 
         "format": FORMAT,
         "id": volume.id,
         "digest": volume.digest,
-        "code": runs.code_version(),
+        "code": run_folder.code_version(),
         "voxel_size_um": volume.voxel_size,
         "affine": np.diag([*volume.voxel_size, 1.0]),  # voxel z y x 1 -> um z y x 1
         "low": volume.low,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.convert import Transform, convert, transformed
 from hpc_neuro.data.swc.repair import Fixed, components, fix
 from hpc_neuro.data.swc.structure import link, tree
 from hpc_neuro.data.swc.table import Finding, parse
 from hpc_neuro.data.swc.writer import Header, ids, read_header, undo_added, write
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
 
 __all__ = [
     "Finding",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.writer import Unit, write
-from hpc_neuro.geometry import Shape, VoxelSize
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
 
 
 @dataclass(frozen=True)

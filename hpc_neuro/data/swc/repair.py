@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from hpc_neuro import morphology
-from hpc_neuro.data.swc.standard import standard
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import zyx_from_xyz
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.swc.standardize import standard
 from hpc_neuro.data.swc.structure import find_cycles, positive_radii
 from hpc_neuro.data.swc.table import Table, parse
-from hpc_neuro.geometry import zyx_from_xyz
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
 
 Roots = Literal["join", "keep", "largest"]
 _MOST_TOLD = 5  # changes of one kind told one by one

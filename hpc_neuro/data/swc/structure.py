@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import zyx_from_xyz
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.swc.table import Finding, Table
-from hpc_neuro.geometry import zyx_from_xyz
-from hpc_neuro.morphology import Tree
 
 _MOST_LISTED = 5  # of one kind; the last one says how many more there are
 

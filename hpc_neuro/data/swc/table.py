@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.schema import InputError
+from hpc_neuro.core.schema import InputError
 
 COLUMNS = "id type x y z radius parent"
 _MOST_ID = 1 << 53  # beyond it a float no longer tells two ids apart

@@ -17,11 +17,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro import files
-from hpc_neuro.data.swc.standard import standard
-from hpc_neuro.geometry import VoxelSize
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.swc.standardize import standard
 
 Unit = Literal["um", "voxel"]
 _ADDED = "added:"

@@ -10,13 +10,13 @@ import numpy as np
 import tifffile
 from pydantic import Field
 
-from hpc_neuro import files, morphology
+from hpc_neuro.core import files, morphology
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError, config
 from hpc_neuro.data import swc
 from hpc_neuro.data.synthetic.microscope import MicroscopeConfig, render
 from hpc_neuro.data.synthetic.trees import TreeConfig, random_tree
-from hpc_neuro.geometry import Shape, VoxelSize
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import InputError, config
 
 
 @config

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import ndimage
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, to_um
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import config
+from hpc_neuro.core.types import Array
 from hpc_neuro.data.rasterize import fine_voxel, paint
 from hpc_neuro.data.synthetic.trees import TreeConfig, random_tree
-from hpc_neuro.geometry import Box, Shape, VoxelSize, to_um
-from hpc_neuro.morphology import Tree
-from hpc_neuro.schema import config
-from hpc_neuro.types import Array
 
 Image = NDArray[np.float32]
 

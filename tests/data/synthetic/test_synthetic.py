@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from hpc_neuro import morphology
+from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box, to_um
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.rasterize import fine_voxel, rasterize
 from hpc_neuro.data.synthetic import (
@@ -23,8 +25,6 @@ from hpc_neuro.data.synthetic import (
     render,
     write_dataset,
 )
-from hpc_neuro.geometry import Box, to_um
-from hpc_neuro.schema import InputError
 
 SHAPE = (24, 96, 96)
 SIZE = (1.0, 0.33, 0.33)

@@ -1,0 +1,1 @@
+"""Vocabulary of the package: configs, geometry, trees, files, run folders, ranks. Imports nothing above it."""

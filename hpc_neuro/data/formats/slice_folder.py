@@ -1,0 +1,124 @@
+"""A folder of 2D TIFF slices, in natural order (2.tif before 10.tif)."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.formats import tiff
+from hpc_neuro.data.formats.types import Array, Index
+from hpc_neuro.data.formats.volume import Source, reading
+
+_OPEN = 64  # slices kept open; they share what one file may keep decoded
+
+
+def claims(path: Path) -> bool:
+    """Whether the folder holds TIFF files itself."""
+    return any(_is_slice(file) for file in path.iterdir())
+
+
+def open_source(path: Path, dataset: str | None) -> Source:
+    """The slices as one stack; `dataset` is a pattern such as `*_C1_*.tif` where a folder holds more than one series.
+
+    Raises InputError for a gap in the numbering, for slices of other shapes or types, and for a folder of whole stacks.
+    """
+    names = ordered(path, dataset)
+    with reading(path / names[0], "TIFF"):
+        first = tiff.open_source(path / names[0], None)
+    if len([n for n in first.shape if n > 1]) > 2 and "S" not in first.axes:
+        raise InputError(
+            f"{path} is a folder of {len(names)} stacks ({names[0]} is {first.shape}), not of 2D slices; give one file"
+        )
+    stack = _Stack(path, names, first)
+    spacing = None if first.spacing is None else (_distance(path / names[0]), *first.spacing)
+    notes = tuple(n for n in first.notes if "no size along" not in n)
+    notes += (f"{len(names)} slices, {names[0]} to {names[-1]}",)
+    if spacing is not None and not math.isfinite(spacing[0]):
+        y, x = spacing[1:3]
+        notes += (f"the slices give {y:.6g} x {x:.6g} um along y x, but no distance between them",)
+    return Source("TIFF slices", (len(names), *first.shape), "Z" + first.axes, first.dtype, stack, spacing, notes=notes)
+
+
+def ordered(path: Path, pattern: str | None) -> list[str]:
+    """Names of the slices in natural order; InputError when they follow no single number or one is missing."""
+    names = sorted(p.name for p in path.iterdir() if _is_slice(p))
+    if pattern is not None:
+        names = [n for n in names if fnmatch.fnmatch(n, pattern)]
+        if not names:
+            raise InputError(f"{path} holds no TIFF named like dataset={pattern}")
+    keys = {n: tuple(int(d) for d in re.findall(r"\d+", Path(n).stem)) for n in names}
+    bones: dict[str, list[str]] = {}
+    for n in names:
+        bones.setdefault(re.sub(r"\d+", "#", Path(n).stem), []).append(n)
+    if len(bones) > 1:
+        shown = ", ".join(f"{len(v)} like {v[0]}" for v in list(bones.values())[:3])
+        raise InputError(f"{path} holds slices of different names ({shown}); choose with dataset='PATTERN'")
+    if len(names) == 1:
+        return names
+    columns = list(zip(*keys.values(), strict=True))
+    moving = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    if len(moving) != 1:
+        what = f"{len(moving)} numbers differ" if moving else "no number differs"
+        raise InputError(
+            f"{path}: in the names of its slices ({names[0]} ... {names[-1]}) {what}, so their order is open; keep "
+            "one channel or time per folder, or choose with dataset='PATTERN'"
+        )
+    names.sort(key=lambda n: keys[n][moving[0]])
+    numbers = [keys[n][moving[0]] for n in names]
+    steps = np.diff(numbers)
+    if (steps == 0).any():
+        i = int(np.argmin(steps))
+        raise InputError(f"{path}: {names[i]} and {names[i + 1]} have the same number; keep one of them")
+    if (gaps := np.flatnonzero(steps != steps.min())).size:
+        i = int(gaps[0])
+        raise InputError(
+            f"{path} has a gap in its slices between {names[i]} and {names[i + 1]}; restore them, or renumber"
+        )
+    return names
+
+
+class _Stack:
+    """Reads each slice of a box from its own file; checks that it is of the first one's shape and type."""
+
+    def __init__(self, path: Path, names: Sequence[str], first: Source) -> None:
+        self.path, self.names, self.first = path, names, first
+        self.slice = functools.lru_cache(_OPEN)(self._slice)
+
+    def __call__(self, index: Index) -> Array:
+        out = np.empty([s.stop - s.start for s in index], self.first.dtype)
+        for part, number in zip(out, range(index[0].start, index[0].stop), strict=True):
+            with reading(self.path / self.names[number], "TIFF"):
+                part[...] = self.slice(number).read(index[1:])
+        return out
+
+    def _slice(self, number: int) -> Source:
+        path = self.path / self.names[number]
+        found = tiff.open_source(path, None, tiff.CACHE_BYTES // _OPEN)
+        if (found.shape, found.dtype) != (self.first.shape, self.first.dtype):
+            raise InputError(
+                f"{path} is {found.shape} {found.dtype}, but the first slice {self.names[0]} is {self.first.shape} "
+                f"{self.first.dtype}; slices of one stack must agree"
+            )
+        return found
+
+
+def _distance(path: Path) -> float:
+    """Micrometres between slices as ImageJ notes it in a slice, nan where it does not."""
+    from hpc_neuro.data.formats.units import um_per
+
+    with tifffile.TiffFile(path) as tif:
+        meta = tif.imagej_metadata or {}
+    per = um_per(str(meta.get("unit", "")))
+    return float(meta.get("spacing", math.nan)) * per if per else math.nan
+
+
+def _is_slice(path: Path) -> bool:
+    return path.suffix.lower() in (".tif", ".tiff") and not path.name.startswith(".")

@@ -1,0 +1,86 @@
+"""A folder that holds one teacher: its weights, `teacher.json` and LICENCE.txt. Needs no network and no timm."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpc_neuro.core import files
+from hpc_neuro.core.schema import InputError
+
+NOTE = "teacher.json"
+LICENCE = "LICENCE.txt"
+
+
+def advice(name: str) -> str:
+    """How to get the weights of a teacher to where there is no internet."""
+    return (
+        f"where there is internet run `hpc-neuro fetch-teacher {name} out=FOLDER` and give teacher.weights=FOLDER, or "
+        "use teacher.model=bundled"
+    )
+
+
+def weights_of(path: Path, name: str) -> tuple[Path, str | None]:
+    """The weights file that `path` is, or holds as a fetched folder, and the sha256 it must have (None: not stated).
+
+    Raises InputError for a folder that is no teacher's, or another teacher's.
+    """
+    if not path.is_dir():
+        return path, None
+    note = files.read_json(path / NOTE, advice(name))
+    if note["name"] != name:
+        raise InputError(
+            f"{path} holds the teacher {note['name']}, but teacher.model is {name}; set it to that, or " + advice(name)
+        )
+    return path / str(note["file"]), str(note["sha256"])
+
+
+def held(out: Path, name: str) -> list[str]:
+    """A line for people when the folder `out` already holds the teacher, unchanged; nothing when it is to be fetched.
+
+    Raises InputError when `out` is there and is something else.
+    """
+    if not out.exists():
+        return []
+    file, wanted = weights_of(out, name) if (out / NOTE).exists() else (out, None)
+    if wanted is None:
+        raise InputError(f"{out} is there and holds no fetched teacher; give another out=FOLDER")
+    sound = file.exists() and files.sha256(file) == wanted
+    return [f"{out} already holds {name}, sha256 {wanted}"] if sound else []
+
+
+def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[str]:
+    """Copy weights into the folder `out`, which appears whole or not at all; returns lines for people.
+
+    card: timm's description of the weights.
+    """
+    digest, licence = files.sha256(source), str(card.get("license") or "not stated by timm")
+    origin = str(card.get("hf_hub_id") or card.get("url") or "not stated by timm")
+    files.require_space(out.parent, source.stat().st_size, f"the teacher {name}")
+    with files.full_disk_named(out.parent, f"the teacher {name}"), files.atomic(out) as part:
+        part.mkdir()
+        shutil.copyfile(source, part / f"model{source.suffix}")
+        files.write_json(
+            part / NOTE,
+            {
+                "name": name,
+                "file": f"model{source.suffix}",
+                "sha256": digest,
+                "origin": origin,
+                "licence": licence,
+                "fetched": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            },
+        )
+        files.write_text(
+            part / LICENCE,
+            f"Weights of {name}, from {origin}.\nLicence, as timm states it: {licence}.\n"
+            f"Paper: {card.get('paper_name') or 'not stated'} {card.get('paper_ids') or ''}\n"
+            "Read the licence at the origin before you publish or sell what was trained with these weights.\n",
+        )
+    return [
+        f"{name}: {files.human(source.stat().st_size)}, sha256 {digest}, licence {licence}, in {out}",
+        f"use it with  teacher.model={name} teacher.weights={out}",
+    ]

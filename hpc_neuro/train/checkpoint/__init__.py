@@ -1,0 +1,1 @@
+"""Checkpoints: how they are saved whole, found again, and read by any number of ranks."""

@@ -1,0 +1,1 @@
+"""Sweeps: many trainings of one study, submitted, watched and compared."""

@@ -1,0 +1,62 @@
+"""A trial that trains nothing, for drills and tests of sweeps: seconds of a real trial's life in a tenth of one.
+
+    python tests/faults/stand_in_trial.py FOLDER
+
+reads FOLDER/train.yaml, minimises (log10(lr) + 3)^2 by steps, writes FOLDER/train/metrics.jsonl as training does, saves
+its step so that a killed one goes on, and notes in FOLDER/spans.txt that it began, so that a drill can see two at work.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+BEST = 1e-3
+"""The learning rate at which `val.dice` ends highest."""
+
+
+def dice(lr: float, step: int, steps: int) -> float:
+    """What a trial of this learning rate reaches after `step` steps: a saturating curve, lower off `BEST`."""
+    reach = 0.9 * math.exp(-((math.log10(lr / BEST)) ** 2))
+    return reach * (1 - math.exp(-4 * step / steps))
+
+
+def main(folder: Path) -> int:
+    """Run, or go on with, one trial; its exit code is the key `exit` of train.yaml."""
+    cfg = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))
+    lock = (folder / "lock").open("a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        word = "begins"
+    except OSError:
+        word = "DOUBLE"
+    with (folder / "spans.txt").open("a", encoding="utf-8") as spans:
+        spans.write(f"{word} {os.getpid()} {time.time()}\n")
+    if word == "DOUBLE":
+        return 1
+    out = folder / "train"
+    out.mkdir(exist_ok=True)
+    saved = out / "step"
+    step = int(saved.read_text(encoding="utf-8")) if saved.exists() else 0
+    while step < cfg["steps"]:
+        time.sleep(cfg["seconds"] / cfg["steps"])
+        step += 1
+        if step % cfg["every"] == 0:
+            row = {"step": step, "kind": "val", "dice": dice(cfg["lr"], step, cfg["steps"])}
+            with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+                metrics.write(json.dumps(row) + "\n")
+            part = out / "step.part"
+            part.write_text(str(step), encoding="utf-8")
+            part.replace(saved)
+    return int(cfg.get("exit", 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

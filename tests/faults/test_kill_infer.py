@@ -1,0 +1,21 @@
+"""Ranks of an inference are killed at random; the output is that of a quiet run on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.kill_infer import drill
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_killed_ranks_leave_the_bytes_of_a_quiet_run(tmp_path: Path) -> None:
+    facts = drill(tmp_path, kills=1, ranks=2, shape=(16, 100, 100))
+    assert facts["kills"] == 1
+    assert facts["equal"]
+    assert facts["verified"]
+    assert len(list(tmp_path.glob("killed/*.ome.zarr"))) == 2
+    assert len(list(tmp_path.glob("killed/swc/*.swc"))) == 4  # there were trees to be killed at
+    assert not list(tmp_path.glob("killed/begun")) + list(tmp_path.glob("killed/strands"))

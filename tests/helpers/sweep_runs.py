@@ -1,0 +1,61 @@
+"""A sweep with trials that train nothing (faults/stand_in_trial.py): the driver and the jobs are the real ones."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from hpc_neuro.search.config import SearchConfig
+from hpc_neuro.search.space import Point
+from launch.executors.local import Local
+from launch.sweep.driver import Driver
+
+STAND_IN = Path(__file__).resolve().parents[2] / "tools" / "stand_in_trial.py"
+STEPS = 12
+
+
+def search(out: Path, **more: Any) -> SearchConfig:
+    tree = {
+        "out": out,
+        "space": {"lr": {"log": [1e-5, 1e-1]}},
+        "sampler": {"kind": "random"},
+        "trials": 6,
+        "objective": {"key": "val.dice"},
+        "concurrent": 2,
+        "poll": 0.05,
+        **more,
+    }
+    return TypeAdapter(SearchConfig).validate_python(tree)
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, str(STAND_IN), str(folder)]
+
+
+def make(cfg: SearchConfig, seconds: float = 0.1, **more: Any) -> Driver:
+    """A driver as it starts, also after another one died."""
+
+    def write(folder: Path, number: int, point: Point) -> None:
+        own = {"lr": 1e-3, "steps": STEPS, "every": 2, "seconds": seconds, **more, **point}
+        (folder / "train.yaml").write_text(yaml.safe_dump(own))
+
+    return Driver(cfg, STEPS, write, Local(grace=5), command)
+
+
+def step_until(driver: Driver, condition: Any, patience: float = 60.0) -> None:
+    until = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < until, [(t.number, t.state, t.step) for t in driver.trials.values()]
+        driver.step()
+        time.sleep(0.05)
+
+
+def spans(cfg: SearchConfig) -> dict[str, list[str]]:
+    """Trial folder -> what each process that entered it said."""
+    found = sorted((cfg.out / "trials").glob("*/spans.txt"))
+    return {p.parent.name: [line.split()[0] for line in p.read_text().splitlines()] for p in found}

@@ -1,0 +1,119 @@
+"""What test_ranks.py runs on two ranks: `ranks.py STORE FOLDER`, started by launching.py."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from hpc_neuro import train
+from hpc_neuro.core import distributed
+from hpc_neuro.core.schema import load
+from hpc_neuro.models.student import StudentConfig, build_student
+from hpc_neuro.train import loop
+from hpc_neuro.train.activation_memory import Alive
+from hpc_neuro.train.deepspeed import engine
+from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
+from hpc_neuro.train.optim import OptimConfig
+from tests.train.conftest import TINY
+
+torch.set_num_threads(1)
+STORE, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
+# a crash is played in a process that lives on, so nobody may take it for lost
+KEYS = ["optim.batch=4", "engine.silence=600"]
+SHORT = ["optim.steps=2", "validate.crops=1", "checkpoint.every=0", "crop.size=[8,16,32]"]
+step, shares, augment = loop.one_step, loop.shares, loop.augment
+codes: dict[str, list[object]] = {}
+counted: dict[str, list[tuple[int, int]]] = {}  # run -> (step, sample) that this rank learnt from
+
+
+def run(name: str, *overrides: str) -> None:
+    cfg = load(train.TrainConfig, None, [f"store={STORE}", f"out={FOLDER / name}", *TINY, *KEYS, *overrides])
+    seen: list[list[int]] = []
+
+    def note(batch, *rest):
+        seen.append(batch.index.tolist())
+        return augment(batch, *rest)
+
+    at = loop.one_step
+
+    def watched(state, ready):
+        seen.clear()
+        begun = state.step
+        at(state, ready)
+        for (first, stop), indices in zip(shares(cfg.optim.batch, state.parts.micro), seen, strict=True):
+            counted.setdefault(name, []).extend((begun, i) for i in indices if stop > first)
+
+    loop.one_step, loop.augment = watched, note
+    try:
+        codes.setdefault(name, []).append(train.run(cfg))
+    finally:
+        loop.one_step, loop.augment = at, augment
+
+
+def power_cut(state, ready):
+    step(state, ready)
+    if state.step == 3:
+        raise InterruptedError
+
+
+def signal_to_one_rank(state, ready):
+    if state.step == 4 and distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    step(state, ready)
+
+
+run("whole")
+loop.one_step = power_cut
+try:
+    run("broken")
+except InterruptedError:
+    codes["broken"] = ["cut"]
+loop.one_step = signal_to_one_rank
+run("broken")
+run("down", "engine.stage=1")  # saved by two ranks, goes on with one
+loop.one_step = step
+run("broken")
+run("up", "engine.stage=2", "optim.batch=3")  # saved by one rank, three crops for two ranks
+run("stage3", "engine.stage=3", "engine.micro_batch=1")
+run("stage0", "engine.stage=0")
+engine._quiet_deepspeed()
+import deepspeed  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
+
+get_accelerator().is_fp16_supported = lambda: True  # it trains in fp16 once it is told so, slowly
+get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float16, torch.bfloat16]
+for stage, dtype, micro in itertools.product(range(4), ("fp32", "bf16", "fp16"), (2, 1)):
+    if stage == 0 and dtype == "fp16":
+        continue  # refused
+    keys = [f"engine.stage={stage}", f"engine.dtype={dtype}", f"engine.micro_batch={micro}"]
+    run(f"matrix/{stage}_{dtype}_{micro}", *SHORT, *keys)
+
+
+def make() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_student(StudentConfig(size="tiny", depth=6))
+
+
+values = {"vit.blocks.1.attn.qkv.weight": torch.randn(576, 192, generator=torch.Generator().manual_seed(1))}
+settings = deepspeed_json(EngineConfig(stage=3), OptimConfig(batch=2), torch.bfloat16, 1, 1, [10**6])
+with Alive() as alive:
+    sharded, exact = engine._built_sharded(make, values, settings, torch.bfloat16)
+most, alike = alive.most, []
+for (name, plain), part in zip(engine.built(make, values).named_parameters(), sharded.parameters(), strict=True):
+    with deepspeed.zero.GatheredParameters([part]):
+        alike.append(torch.equal(part, plain.bfloat16()))
+    first, numbers = exact[name]
+    mine = plain.reshape(-1)[first : first + len(numbers)]
+    alike.append(torch.equal(numbers[: len(mine)], mine))
+whole = sum(4 * math.prod(p.ds_shape) for p in sharded.parameters())
+facts = {"most": most, "whole": whole, "alike": all(alike), "counted": len(alike)}
+(FOLDER / f"sharded{distributed.rank()}.json").write_text(json.dumps(facts))
+(FOLDER / f"codes{distributed.rank()}.json").write_text(json.dumps(codes))
+(FOLDER / f"counted{distributed.rank()}.json").write_text(json.dumps(counted))

@@ -1,0 +1,154 @@
+"""A whole chain, then the same chain broken at every link: each break must be named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro.cli import main
+from tests.test_demo import command, environment
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("history") / "out"
+    done = subprocess.run(command(out), capture_output=True, text=True, timeout=280, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["history", str(out)]) == 0
+    return out.rename(out.with_name("moved"))  # what a copy lacks must not be found where it was made
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """A copy to break: its links must lead inside the copy, as the folder was moved whole."""
+    shutil.copytree(made, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+def test_the_chain_is_whole_from_raw_to_metrics(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["history", str(made)]) == 0
+    said = capsys.readouterr().out
+    stages = [line.split()[1].rstrip(":") for line in said.splitlines() if line[:1].isdigit()]
+    assert stages == ["raw", "prepare", "precompute", "train", "infer", "evaluate", "demo"]
+    assert "the chain is whole" in said
+    assert "not compared" not in said
+    held = json.loads((made / "store" / "dataset.json").read_text())
+    for volume in held["volumes"].values():
+        assert volume["sha256"]["image"][:12] in said
+        assert volume["digest"][:12] in said
+    for word in ("syn_1.tif", "teacher random", "shards", "checkpoint of step 8", "weights", "1 blocks", "dice 0"):
+        assert word in said
+
+
+def test_a_moved_folder_and_a_file_in_it(copy: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = next((copy / "swc").glob("*[0-9].swc"))
+    assert main(["history", str(tree)]) == 0
+    said = capsys.readouterr().out
+    assert str(made) not in said
+    assert f"asked for: {tree}" in said
+    tree.write_text(tree.read_text() + "# one more line\n")
+    assert main(["history", str(tree), "quick=true"]) == 3
+    assert f"{tree.name} was changed" in capsys.readouterr().out
+
+
+def test_a_relative_path_and_another_working_folder(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(copy.parent)
+    assert main(["history", "copy/train", "quick=true"]) == 0
+    assert "evaluate" not in capsys.readouterr().out
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def flip(path: Path) -> None:
+    """Another byte in the middle, the same size."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def first(folder: Path, pattern: str) -> Path:
+    return sorted(folder.glob(pattern))[0]
+
+
+BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "raw image changed": (lambda c: flip(c / "raw" / "syn_2.tif"), "syn_2.image was changed"),
+    "raw tree missing": (lambda c: (c / "raw" / "syn_1.swc").unlink(), "syn_1.swc is missing"),
+    "volume missing": (lambda c: first(c / "store", "*.h5").unlink(), "lacks the files of"),
+    "volume truncated": (lambda c: os.truncate(first(c / "store", "*.h5"), 999), "cannot be read as HDF5"),
+    "index changed": (lambda c: append(c / "store" / "dataset.json"), "dataset.json was changed"),
+    "index broken": (lambda c: (c / "store" / "dataset.json").write_text("{"), "dataset.json is not readable JSON"),
+    "index of another form": (
+        lambda c: (c / "store" / "dataset.json").write_text('{"volumes": null}'),
+        "dataset.json is not of the form it was written in",
+    ),
+    "block mark of another form": (
+        lambda c: edit(first(c / "infer", "blocks/*/0_0_0.json"), '"sha256"', '"sha"'),
+        "0_0_0.json is not of the form it was written in",
+    ),
+    "store gone": (lambda c: shutil.rmtree(c / "store"), "store does not exist"),
+    "store made again": (
+        lambda c: edit(c / "store" / "dataset.json", '"digest": "', '"digest": "0'),
+        "volume syn_1 of",
+    ),
+    "shard damaged": (lambda c: flip(first(c / "cache", "*.h5")), "does not have the checksum"),
+    "shard missing": (lambda c: first(c / "cache", "*.h5").unlink(), "lacks 1 of its"),
+    "manifest changed": (
+        lambda c: edit(c / "cache" / "manifest.json", '"random_teacher": true', '"random_teacher": false'),
+        "the cache's manifest is",
+    ),
+    "config edited": (lambda c: edit(c / "train" / "config.yaml", "seed: 0", "seed: 1"), "config.yaml was changed"),
+    "weights changed": (lambda c: flip(c / "train/weights/best/model.safetensors"), "weights was changed"),
+    "weights missing": (lambda c: (c / "train/weights/best/model.safetensors").unlink(), "best weights are missing"),
+    "training stopped": (lambda c: edit(c / "train" / "run.json", '"exit": 0', '"exit": 75'), "is not complete"),
+    "record gone": (lambda c: (c / "train" / "run.json").unlink(), "train"),
+    "block missing": (lambda c: shutil.rmtree(first(c / "infer", "*.ome.zarr/0/c")), "does not have the checksum"),
+    "block unmarked": (lambda c: first(c / "infer", "blocks/*/0_0_0.json").unlink(), "was never finished"),
+    "tree changed": (lambda c: append(first(c / "infer", "swc/*[0-9].swc")), "was changed"),
+    "predictions changed": (lambda c: append(c / "infer" / "predictions.json"), "predictions was changed"),
+    "metrics edited": (lambda c: edit(c / "evaluate/metrics.json", '"dice": 0.', '"dice": 1.'), "metrics.json"),
+    "report swapped": (lambda c: append(c / "report.html"), "report.html was changed"),
+    "report missing": (lambda c: (c / "evaluate" / "report.html").unlink(), "report.html is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_link_is_named(name: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    breaks, says = BREAKS[name]
+    breaks(copy)
+    assert main(["history", str(copy)]) == 3
+    said = capsys.readouterr().out
+    assert says in said.partition(" broken link")[2], said[-2000:]
+
+
+def test_a_record_that_is_none_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("[]", '{"verb": "infer", "config": 3}', '{"verb": "infer", "config": {"model": 3, "store": []}}'):
+        (copy / "infer" / "run.json").write_text(text)
+        assert main(["history", str(copy)]) == 2
+        assert "infer/run.json" in capsys.readouterr().err
+
+
+def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["history", str(tmp_path / "nothing")]) == 2
+    assert main(["history", str(tmp_path)]) == 2
+    assert "no run.json" in capsys.readouterr().err
+    assert main(["history", str(tmp_path), "deep=1"]) == 2
+    assert main(["history", "--help"]) == 0
+    assert "BROKEN" in capsys.readouterr().out

@@ -1,0 +1,246 @@
+"""The second look in mirrors: nothing where the student sees the same, by hand where not, whatever the blocks are."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import yaml
+from torch import Tensor, nn
+
+from hpc_neuro import infer
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.morphology import Tree, make
+from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.types import Prediction
+from hpc_neuro.infer import flip_tta, trees
+from hpc_neuro.infer import model as jobs
+from hpc_neuro.infer.model import Job
+from hpc_neuro.infer.proofread import Sure
+from hpc_neuro.infer.tiling import Plan, quantised
+from hpc_neuro.infer.volumes import Source
+from hpc_neuro.models import sliding_window
+from hpc_neuro.models.student import load_student
+from hpc_neuro.tracing import confidence
+from tests.helpers.small_volumes import WINDOW, configure
+
+TRACED = ["trees=true", "trace.min_voxels=1", "trace.threshold=0.5", "empty.level=null"]
+
+
+class Sees(nn.Module):
+    """The image is the probability, of which only `right` is seen in the right half of a window (along x)."""
+
+    patch = (4, 16, 16)
+
+    def __init__(self, right: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.where(torch.arange(WINDOW[2]) < WINDOW[2] // 2, 1.0, right))
+
+    def forward(self, image: Tensor) -> Prediction:
+        return Prediction(torch.logit(image * self.gain, eps=1e-6), {})
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> str:
+    """A neurite along x, as bright as 0.8, in a volume of one window."""
+    image = np.zeros(WINDOW, np.uint8)
+    image[3:6, 15:18, 2:30] = 204
+    tifffile.imwrite(tmp_path / "line.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    return f"inputs=[{{image: {tmp_path / 'line.tif'}, voxel_size: [1, 1, 1], range: [0, 255], root: [4, 16, 2]}}]"
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def _seen_by(monkeypatch: pytest.MonkeyPatch, student: nn.Module) -> None:
+    monkeypatch.setattr(jobs, "load_student", lambda folder: (student, {"window": list(WINDOW)}))
+
+
+def test_a_student_that_sees_the_same_in_mirrors_disagrees_nowhere(
+    model: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _seen_by(monkeypatch, Sees())
+    assert infer.run(configure(model, tmp_path / "o", line, *TRACED, "flips=[flip_x, flip_z+flip_y]")) == 0
+    rows = _table(tmp_path / "o/proofread/line.confidence.csv")
+    assert len(rows) > 10
+    assert {r["disagreement"] for r in rows} == {"0.0"}
+    assert all(r["mean"] == r["confidence"] == "0.8" for r in rows)
+    assert not [p for p in _table(tmp_path / "o/proofread/line.csv") if p["kind"] == "unsteady"]
+    assert [b["disagreement"] for b in _table(tmp_path / "o/proofread/line.blocks.csv")] == ["0.0"]
+    assert not (tmp_path / "o/strands").exists()
+
+
+def test_what_a_mirror_shows_otherwise_is_told_as_computed_by_hand(
+    model: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.8 on the left and 0.56 on the right; in the mirror the other way round; a second mirror, along y, as plain."""
+    _seen_by(monkeypatch, Sees(0.7))
+    out = tmp_path / "o"
+    keys = [*TRACED, "trace.low=0.3", "trace.threshold=0.6", "trace.smooth=0"]
+    plain = configure(model, out, line, *keys)
+    assert infer.run(plain) == 0
+    before = _table(out / "proofread/line.confidence.csv")
+    assert list(before[0]) == ["node", "confidence"]
+    assert all(p["disagreement"] == "" for p in _table(out / "proofread/line.csv"))
+    marks = {p: p.stat().st_mtime_ns for p in (out / "blocks").rglob("*.json")}
+    assert infer.run(configure(model, out, line, *keys, "flips=[flip_x, flip_y]")) == 0  # in the same folder
+    assert marks == {p: p.stat().st_mtime_ns for p in (out / "blocks").rglob("*.json")}
+    rows = _table(out / "proofread/line.confidence.csv")
+    assert [r["confidence"] for r in rows] == [r["confidence"] for r in before]
+    left, right = rows[1:4], rows[-4:]  # with the edge to their parent in one half
+    high, low = 204 / 255, round(0.8 * 0.7 * 255) / 255
+    for some, mine, other in ((left, high, low), (right, low, high)):
+        for row in some:
+            assert float(row["confidence"]) == pytest.approx(mine, abs=1e-4)
+            assert float(row["disagreement"]) == pytest.approx((high - low) / 2, abs=1e-4)
+            assert float(row["mean"]) == pytest.approx((2 * mine + other) / 3, abs=1e-4)
+    unsteady = [p for p in _table(out / "proofread/line.csv") if p["kind"] == "unsteady"]
+    assert len(unsteady) == 1  # sure on the left, but faint in a mirror
+    assert float(unsteady[0]["x"]) < 16
+    assert float(unsteady[0]["doubt"]) == pytest.approx((high - low) / 2, abs=1e-4)
+    (neuron,) = _table(out / "proofread/line.neurons.csv")
+    assert float(neuron["disagreement"]) == pytest.approx((high - low) / 2, abs=0.02)
+    entry = json.loads((out / "predictions.json").read_text())["line"]
+    assert entry["confidence"] == "proofread/line.confidence.csv"
+
+
+def _zigzag(shape: Shape) -> Tree:
+    """A path that crosses every block border of a volume."""
+    draw = np.random.default_rng(2)
+    corners = draw.uniform(0, np.array(shape) - 1, (8, 3))
+    ways = [a + (b - a) * s for a, b in itertools.pairwise(corners) for s in np.linspace(0, 1, 30)]
+    return make(np.array(ways), np.arange(-1, len(ways) - 1))
+
+
+@pytest.mark.parametrize(("block", "overlap"), [([8, 32, 32], 0.5), ([16, 64, 64], 0.25)])
+def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, block: list[int], overlap: float) -> None:
+    """It is what the mirrored windows of the whole volume give at once."""
+    image = np.random.default_rng(1).random((16, 48, 70)).astype(np.float32)
+    shape, tree = image.shape, _zigzag(image.shape)
+    cfg = configure(
+        model,
+        tmp_path,
+        "store=x",
+        "trees=true",
+        f"block={block}",
+        f"overlap={overlap}",
+        "flips=[flip_x, flip_z+flip_y]",
+    )
+    job = Job(cfg)
+    work = job.work(Source("v", "v", shape, (1.0, 1.0, 1.0), (), "d", lambda box: image[box.slices]))
+    trees.save(trees.scratch(cfg, work) / "forest.npz", tree)
+    found, windows, foretold = flip_tta.samples(cfg, work), 0, 0
+
+    def seen(count: int) -> None:
+        nonlocal windows
+        windows += count
+
+    for number in range(2):
+        todo = flip_tta.to_look(cfg, work, found)
+        assert bool(todo) == (number == 0)  # what was looked at is not looked at again
+        for one in todo:
+            foretold += 2 * flip_tta.windows(found, work.plan, one)
+            flip_tta.look(cfg, job, work, found, one, seen)
+    values = flip_tta.looked(cfg, work, tree)
+    student, _ = load_student(model / "weights" / "best")
+    for row, flip in zip(values, [(2,), (0, 1)], strict=True):
+        whole = quantised(sliding_window.predict(student, image, WINDOW, overlap, flip=flip))
+        off = np.abs(row - confidence(tree, lambda box, whole=whole: whole[box.slices], shape))
+        assert off.max() <= 1 / 255 + 1e-9  # 1e-4 may tip a rounding
+        assert np.mean(off > 0) < 0.02
+    assert np.abs(values[0] - values[1]).max() > 0.01
+    assert windows == foretold < 2 * sum(map(work.plan.cost, work.plan.second(shape)))
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
+def test_a_second_look_reads_all_that_the_voxels_next_to_a_block_depend_on(overlap: float) -> None:
+    plan, shape = Plan((8, 32, 32), overlap, (4, 16, 16), (8, 32, 48), (4, 16, 16)), (16, 80, 110)
+    for block in plan.second(shape):
+        assert all(start % step == 0 for start, step in zip(block.read.start, plan.step, strict=True))
+        around = block.write.grown((1, 1, 1)).clipped(Box.whole(shape))
+        for corner in itertools.product(*(range(0, n, s) for n, s in zip(shape, plan.step, strict=True))):
+            window = Box.at(corner, plan.window).clipped(Box.whole(shape))
+            assert block.read.contains(window) or not window.clipped(around).size
+
+
+def test_a_kill_in_the_second_look_changes_nothing(
+    model: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _seen_by(monkeypatch, Sees(0.7))
+    keys = [line, *TRACED, "block=[8,16,16]", "overlap=0.5", "trace.threshold=0.6", "flips=[flip_x]"]
+
+    def outcome(out: Path) -> dict[str, bytes]:
+        kinds = ("*.ome.zarr/**/*", "swc/**/*", "proofread/*", "predictions.json")
+        return {p.relative_to(out).as_posix(): p.read_bytes() for k in kinds for p in out.glob(k) if p.is_file()}
+
+    quiet, killed = configure(model, tmp_path / "quiet", *keys), configure(model, tmp_path / "killed", *keys)
+    assert infer.run(quiet) == 0
+
+    class Killed(BaseException):
+        pass
+
+    look, calls = flip_tta.look, 0
+
+    def struck(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 3):
+            raise Killed
+        look(*given)
+
+    monkeypatch.setattr(flip_tta, "look", struck)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            infer.run(killed)
+        assert list((tmp_path / "killed/strands").rglob("view_*.npz"))
+    assert infer.run(killed) == 0
+    assert calls > 4
+    assert outcome(killed.out) == outcome(quiet.out)
+
+
+def test_the_forecast_says_what_mirrors_cost(model: Path, line: str, tmp_path: Path) -> None:
+    def said(*keys: str) -> str:
+        return "\n".join(infer.forecast(configure(model, tmp_path / "o", line, "trees=true", *keys)))
+
+    assert "mirrored" not in said()
+    assert "once more in 2 mirrored view(s): at most 2 windows" in said("flips=[flip_x, flip_y]")  # one block
+
+
+@pytest.mark.parametrize(
+    "flips", ["[rot90]", "[flip_w]", "[flip_x, flip_x]", "[rot180, flip_y+flip_x]", "[flip_x+flip_x]"]
+)
+def test_what_is_no_mirror_is_refused(model: Path, tmp_path: Path, flips: str) -> None:
+    with pytest.raises(ConfigError, match=r"flips|no orientation"):
+        configure(model, tmp_path, "store=x", "trees=true", f"flips={flips}")
+
+
+def test_mirrors_want_trees_and_a_student_that_knows_them(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="flips looks at trees"):
+        configure(model, tmp_path, "store=x", "flips=[flip_x]")
+    student = shutil.copytree(model / "weights" / "best", tmp_path / "student")
+    saved = yaml.safe_load((student / "student.yaml").read_text())
+    saved["extra"]["mirrored"] = False
+    (student / "student.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match="trained without mirrored crops"):
+        Job(configure(student, tmp_path / "o", "store=x", "trees=true", "flips=[flip_x]"))
+    Job(configure(student, tmp_path / "o", "store=x"))
+    with pytest.raises(ConfigError, match="holds weights itself and no `last`"):
+        Job(configure(student, tmp_path / "o", "store=x", "weights=last"))
+
+
+def test_views_are_summed_up_per_node() -> None:
+    known = Sure(np.array([0.9, 0.2]), np.array([[0.9, 0.5], [0.6, 0.1]]), 0.3, 0.5)
+    assert known.disagreement is not None
+    np.testing.assert_allclose(known.disagreement, [0.15, 0.2])
+    np.testing.assert_allclose(known.mean, [0.8, 0.8 / 3])
+    np.testing.assert_allclose(known.lowest, [0.6, 0.1])
+    assert Sure(known.confidence, np.zeros((0, 2)), 0.3, 0.5).disagreement is None

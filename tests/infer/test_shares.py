@@ -1,0 +1,113 @@
+"""Shares of prepare, infer and evaluate, then the run that gathers: the same files as one run makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpc_neuro import evaluate, infer, prepare
+from hpc_neuro.core import run_folder
+from hpc_neuro.core.schema import ConfigError, config, load
+from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
+from hpc_neuro.models.student import StudentConfig, build_student, save_student
+
+COUNT = 3  # shares of two volumes: one is empty
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("raw") / "raw"
+    write_dataset(folder, SyntheticConfig(volumes=2, shape=(16, 48, 48)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    cfg = StudentConfig(depth=1, patch=(4, 16, 16))
+    state = build_student(cfg).state_dict()
+    state["decoder.head.linear.bias"].zero_()  # else next to nothing is foreground
+    save_student(folder, cfg, state, {"window": [8, 32, 32], "threshold": 0.45})
+    return folder
+
+
+def in_shares(run, cfg) -> None:
+    for index in range(COUNT):
+        assert run(dataclasses.replace(cfg, share=(index, COUNT))) == 0
+        assert json.loads((cfg.out / "shares" / f"000{index}_of_0003" / "run.json").read_text())["exit"] == 0
+    assert not (cfg.out / "run.json").exists()
+    assert run(cfg) == 0
+
+
+@pytest.mark.slow
+def test_shares_and_one_run_make_the_same(raw: Path, weights: Path, tmp_path: Path):
+    results = {}
+    for name in ("whole", "shared"):
+        root = tmp_path / name
+        make = (lambda run, cfg: run(cfg)) if name == "whole" else in_shares
+        cfg = load(prepare.PrepareConfig, None, [f"images={raw}", f"out={root / 'store'}", "split.test=[syn_1,syn_2]"])
+        make(prepare.run, cfg)
+        keys = [f"model={weights}", f"store={root / 'store'}", f"out={root / 'infer'}", "trace.threshold=0.02"]
+        make(infer.run, load(infer.InferConfig, None, [*keys, "trace.root_snap=100", "block=[16,48,48]"]))
+        keys = [f"store={root / 'store'}", f"predictions={root / 'infer'}", f"out={root / 'evaluate'}", "draws=100"]
+        make(evaluate.run, load(evaluate.EvaluateConfig, None, [*keys, "pictures=0"]))
+        kept = ["store/syn_1.h5", "store/syn_2.h5", "evaluate/metrics.csv"]
+        results[name] = [(root / file).read_bytes() for file in kept]
+        index = json.loads((root / "infer" / "predictions.json").read_text())
+        results[name].append({k: (v["trees"], v["foreground_voxels"]) for k, v in index.items()})
+    assert results["whole"] == results["shared"]
+
+
+@pytest.mark.parametrize("share", [(3, 3), (-1, 2), (0, 0)])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ConfigError, match="share"):
+        run_folder.share_of([1, 2, 3], share)
+
+
+def test_shares_cover_each_item_once():
+    items = list(range(7))
+    assert sorted(i for k in range(3) for i in run_folder.share_of(items, (k, 3))) == items
+    assert run_folder.share_of(items, None) == items
+
+
+@config
+class Cfg:
+    """A config whose result `steps` decides, and `page` does not."""
+
+    out: Path
+    steps: int = 1
+    page: bool = True
+    share: tuple[int, int] | None = None
+
+
+@pytest.mark.parametrize(
+    ("keys", "inputs", "says"),
+    [
+        (["steps=2"], {"a": "1"}, "steps: 1 -> 2"),
+        ([], {"a": "2", "c": "3"}, "the input a"),
+    ],
+)
+def test_shares_and_what_gathers_them_are_of_one_run(
+    tmp_path: Path, keys: list[str], inputs: dict[str, str], says: str
+) -> None:
+    def start(told: dict[str, str], *more: str) -> None:
+        cfg = load(Cfg, None, [f"out={tmp_path}", *more])
+        with run_folder.start(
+            "test", cfg, run_folder.share_folder(cfg.out, cfg.share), told, may_change=("page",)
+        ) as run:
+            run.finish({})
+
+    start({"a": "1"}, "share=[0,2]")
+    start({"b": "2"}, "share=[1,2]", "page=false")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for share in ([], ["share=[1,3]"]):
+        with pytest.raises(ConfigError, match="0000_of_0002 was made otherwise") as caught:
+            start(inputs, *keys, *share)
+        assert says in str(caught.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    start({"a": "1", "b": "2"})

@@ -1,0 +1,196 @@
+"""`infer serve`: what a viewer gets, read over HTTP by another library and byte by byte."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorstore as ts
+import tifffile
+
+from hpc_neuro import cli
+from hpc_neuro.core import files, morphology
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.data.store import Store
+from hpc_neuro.infer import proofread
+from hpc_neuro.infer.viewer import ServeConfig, Server
+from tests.helpers.small_volumes import probability
+
+SHAPE, SIZE, LANDMARK = (40, 80, 96), (2.0, 0.5, 0.5), (11, 21, 31)
+
+
+@contextmanager
+def serving(out: Path, **keys: Any) -> Iterator[int]:
+    """The port at which `out` is served meanwhile."""
+    with Server(ServeConfig(out=out, port=0, **keys)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request(method, path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, body, dict(answer.getheaders())
+
+
+def opened(port: int, path: str) -> Any:
+    """An array as tensorstore sees it: shards by ranges of bytes."""
+    return np.asarray(
+        ts.open({"driver": "zarr3", "kvstore": f"http://127.0.0.1:{port}/{path}/"}).result().read().result()
+    )
+
+
+@pytest.fixture
+def landmark(tmp_path: Path) -> Path:
+    """A run folder of one TIFF, with one voxel lit in the image and in the probability, two trees and one place."""
+    out, image = tmp_path / "out", np.zeros(SHAPE, np.uint16)
+    image[LANDMARK] = 1000
+    tifffile.imwrite(tmp_path / "brain.tif", image)
+    folder = out / "brain.ome.zarr"
+    ome_zarr.create(folder, "probability", SHAPE, SIZE, (32, 64, 64), (16, 32, 32), "mask", {})
+    box = Box((0, 0, 0), (32, 64, 64))
+    ome_zarr.write(ome_zarr.open_level(folder), box, (image[box.slices] > 0).astype(np.uint8) * 255)
+    points = np.array([[11, 21, 31], [30, 3, 3], [11, 21, 39], [11, 30, 39]], float)
+    tree = morphology.make(points * SIZE, np.array([-1, -1, 0, 2]))
+    (out / "swc").mkdir()
+    swc.write(out / "swc" / "brain.swc", tree, unit="um", voxel_size=SIZE)
+    place = proofread.Place(1, "gap", 11.0, 21.0, 31.0, 0.5, None, 4.0, 1, 1)
+    state = proofread.neuroglancer("brain", [place], SHAPE, SIZE)
+    files.write_json(out / "proofread" / "brain.neuroglancer.json", state)
+    entry = {"voxel_size": SIZE, "swc": "swc/brain.swc", "trees": 2}
+    files.write_json(out / "predictions.json", {"brain": entry})
+    item = f"{{image: {tmp_path / 'brain.tif'}, voxel_size: [2.0, 0.5, 0.5]}}"
+    files.write_text(out / "config.yaml", f"model: x\nout: {out}\ninputs: [{item}]\n")
+    return out
+
+
+def test_another_library_reads_image_and_sharded_probability_through_it(done: Path, store: Path) -> None:
+    with serving(done) as port:
+        for name in ("a", "b"):
+            np.testing.assert_array_equal(opened(port, f"{name}.ome.zarr/0"), probability(done, name))
+            held = Store(store)[name]
+            whole = tuple(slice(0, n) for n in held.shape)
+            np.testing.assert_array_equal(opened(port, f"{name}.image/0"), held.store.handle(name)["image"][whole])
+
+
+def test_image_probability_trees_and_places_lie_on_one_another(landmark: Path) -> None:
+    with serving(landmark) as port:
+        state = json.loads(ask(port, "/brain.json")[1])
+        base = f"http://127.0.0.1:{port}"
+        names = ["image", "probability", "mask", "trees", "doubtful places"]
+        assert [layer["name"] for layer in state["layers"]] == names
+        assert [layer["source"] for layer in state["layers"]] == [
+            f"zarr3://{base}/brain.image/", f"zarr3://{base}/brain.ome.zarr/", f"zarr3://{base}/brain.ome.zarr/labels/mask/",
+            f"precomputed://{base}/brain.trees", "local://annotations",
+        ]  # fmt: skip
+        assert state["layers"][3]["segments"] == ["1", "2"]
+        for folder in ("brain.image", "brain.ome.zarr"):
+            lit = np.argwhere(opened(port, f"{folder}/0"))
+            assert lit.tolist() == [list(LANDMARK)]
+        first = [json.loads(ask(port, f"/{f}/zarr.json")[1])["attributes"]["ome"]["multiscales"][0] for f in
+                 ("brain.image", "brain.ome.zarr")]  # fmt: skip
+        assert first[0]["axes"] == first[1]["axes"]
+        assert first[0]["datasets"][0] == first[1]["datasets"][0]
+        assert json.loads(ask(port, "/brain.trees/info")[1])["@type"] == "neuroglancer_skeletons"
+        tree = ask(port, "/brain.trees/1")[1]
+        vertices, edges = np.frombuffer(tree[:8], "<u4")
+        assert (vertices, edges) == (3, 2)
+        nodes = np.frombuffer(tree[8 : 8 + 12 * vertices], "<f4").reshape(-1, 3)  # x y z in nanometres
+        voxels = nodes[:, ::-1] / 1000 / SIZE
+        np.testing.assert_allclose(voxels, [[11, 21, 31], [11, 21, 39], [11, 30, 39]], atol=1e-3)
+        assert np.frombuffer(tree[8 + 12 * vertices :], "<u4").tolist() == [1, 0, 2, 1]
+        place = state["layers"][4]["annotations"][0]["point"]
+    assert place == state["position"] == list(LANDMARK)
+
+
+def test_the_contrast_is_that_of_the_voxels_in_view(done: Path, store: Path) -> None:
+    with serving(done) as port:
+        state = json.loads(ask(port, "/a.json")[1])
+    low, high = state["layers"][0]["shaderControls"]["normalized"]["range"]
+    image = Store(store).handle("a")["image"][()]
+    assert image.min() <= low < high <= image.max()
+    assert "trees" not in [layer["name"] for layer in state["layers"]]  # this run traced none
+
+
+def test_ranges_of_bytes(done: Path) -> None:
+    shard = next(p for p in (done / "a.ome.zarr" / "0" / "c").rglob("*") if p.is_file())
+    whole, path = shard.read_bytes(), f"/{shard.relative_to(done).as_posix()}"
+    with serving(done) as port:
+        assert ask(port, path)[:2] == (200, whole)
+        for asked, part in (("5-9", whole[5:10]), ("7-", whole[7:]), ("-20", whole[-20:]), (f"3-{10**9}", whole[3:])):
+            status, body, headers = ask(port, path, Range=f"bytes={asked}")
+            assert (status, body) == (206, part)
+            assert headers["Content-Range"].endswith(f"/{len(whole)}")
+        assert ask(port, path, Range=f"bytes={len(whole)}-")[0] == 416
+        status, body, headers = ask(port, path, "HEAD")
+        assert (status, body, headers["Content-Length"]) == (200, b"", str(len(whole)))
+
+
+def test_only_the_viewer_may_read_and_only_below_the_folder(done: Path) -> None:
+    (done.parent / "secret").write_text("not for you")
+    with serving(done, viewer="https://viewer.example/path") as port:
+        beyond = ("/../secret", "/%2e%2e/secret", "/a%00b", "/a.ome.zarr/0/c/9/9/9", "/a.trees/0", "/a.ome.zarr")
+        made_up = ("/a.image/0/c/99/0/0", "/a.image/0/c/x/0/0", "/a.image/else", "/nobody.json")
+        for path in beyond + made_up:
+            status, body, headers = ask(port, path)
+            assert (status, body) == (404, b""), path
+            assert headers["Access-Control-Allow-Origin"] == "https://viewer.example"
+        status, _, headers = ask(port, "/a.json", "OPTIONS")
+        assert (status, headers["Access-Control-Allow-Headers"]) == (204, "*")
+
+
+def test_a_browser_that_hangs_up_is_not_told_of(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(done) as port:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port)) as link:
+                link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+                link.sendall(b"GET /a.image/0/c/0/0/0 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert ask(port, "/a.json")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_links_lead_to_the_state_of_each_volume(done: Path) -> None:
+    with Server(ServeConfig(out=done, port=0)) as server:
+        at = f"https://neuroglancer-demo.appspot.com/#!http://127.0.0.1:{server.server_port}"
+        assert server.links() == [f"a: {at}/a.json", f"b: {at}/b.json"]
+        with pytest.raises(ConfigError, match=rf"port {server.server_port} cannot be had .* give another, or port=0"):
+            Server(ServeConfig(out=done, port=server.server_port))
+
+
+def test_what_it_cannot_serve(tmp_path: Path, landmark: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["infer", "serve", str(tmp_path)]) == 2
+    assert "give a folder that `infer` wrote" in capsys.readouterr().err
+    assert cli.main(["infer", "serve", str(tmp_path / "brain.tif")]) == 2
+    assert "brain.tif/predictions.json does not exist" in capsys.readouterr().err
+    assert cli.main(["infer", "serve"]) == 2
+    assert "wanted: hpc-neuro infer serve OUT" in capsys.readouterr().err
+    assert cli.main(["infer", "serve", str(landmark), "prot=1"]) == 2
+    assert "prot" in capsys.readouterr().err
+    assert cli.main(["infer", "serve", "--help"]) == 0
+    (tmp_path / "brain.tif").unlink()
+    with serving(landmark) as port:
+        assert ask(port, "/brain.image/zarr.json")[0] == 500
+        assert ask(port, "/brain.ome.zarr/zarr.json")[0] == 200
+    with pytest.raises(InputError, match="names no image for brain"):
+        files.write_text(landmark / "config.yaml", f"model: x\nout: {landmark}\ninputs: [{{image: other.tif}}]\n")
+        with Server(ServeConfig(out=landmark, port=0)) as server:
+            server.layers.get("brain.image/zarr.json", "")

@@ -1,0 +1,94 @@
+"""`python -m launch sweep` from the command line to the report, with a real training in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpc_neuro.core import schema
+from hpc_neuro.search import trial
+from hpc_neuro.search.study import only_driver
+from hpc_neuro.train import TrainConfig
+from launch.sweep import cli
+from tests.conftest import REPO
+from tests.helpers.tiny_store import write_store
+from tests.train.conftest import TINY
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A search of one trial on a tiny store, as a file."""
+    store = write_store(tmp_path / "store", {"a": "train", "b": "val"})
+    tree = {
+        "out": str(tmp_path / "study"),
+        "train": {"keys": [f"store={store}", *TINY]},
+        "space": {"optim.lr": {"log": [1e-3, 1e-2]}},
+        "sampler": {"kind": "random"},
+        "trials": 1,
+        "poll": 0.2,
+    }
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_reports_and_is_complete(written, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    assert cli.main([str(written), "--on", "local"]) == 0
+    study = tmp_path / "study"
+    (only,) = trial.load_all(study)
+    assert (only.state, [a.reason for a in only.attempts]) == ("done", ["finished"])
+    record = json.loads((only.folder / "train" / "run.json").read_text())
+    assert record["exit"] == 0
+    assert record["config"]["optim"]["lr"] == only.values["optim.lr"]
+    assert record["code"] == (study / "code" / "CODE_VERSION").read_text().strip(), "it ran the copy of the code"
+    assert only.value == record["summary"]["best_val_dice"]
+    assert schema.load(TrainConfig, study / "best.yaml").optim.lr == only.values["optim.lr"]
+    assert "1 trials: 1 done" in (study / "report.html").read_text()
+    (study / "report.html").unlink()
+    assert cli.main([str(written)]) == 0, "a finished sweep writes its report again"
+    assert (study / "report.html").exists()
+    assert cli.main([str(written), "optim.lr=1"]) == 2
+    assert cli.main([str(written), "objective.key=val.dice"]) == 2, "another search in the same folder"
+    assert "was made with another config" in capsys.readouterr().err
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(written, tmp_path, capsys):
+    assert cli.main([str(written), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "1 trials of train by random" in said
+    assert "6 steps of 2 crops" in said
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_store_that_is_not_there_is_named_before_anything_starts(written, tmp_path, capsys):
+    assert cli.main([str(written), "train.keys=[store=nowhere, distill=null]"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_second_driver_is_refused(written, tmp_path, capsys):
+    # within one process a POSIX lock is no obstacle: the other driver is played by another process
+    import subprocess
+    import sys
+
+    hold = (
+        "import sys,time; from pathlib import Path; from hpc_neuro.search.study import only_driver\n"
+        "with only_driver(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "study")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            assert cli.main([str(written)]) == 2
+        finally:
+            other.kill()
+    assert "a study has one driver" in capsys.readouterr().err
+    with only_driver(tmp_path / "study"):
+        pass

@@ -1,0 +1,67 @@
+"""The chain of runs behind a result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpc_neuro import evaluate
+from hpc_neuro.report import provenance
+from tests.evaluate.conftest import write_predictions
+
+
+def write(folder: Path, verb: str, **config: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"verb": verb, "config": {k: str(v) for k, v in config.items()}}))
+    return folder
+
+
+def test_chain_follows_configs_and_names_what_is_gone(tmp_path: Path) -> None:
+    store = write(tmp_path / "store", "prepare", images="raw")
+    train = write(tmp_path / "train", "train", store=store, cache=tmp_path / "cache")
+    infer = write(tmp_path / "infer", "infer", model=train / "weights" / "best", store=store)
+    links = provenance.chain({"infer": infer, "prepare": store})
+    assert [(k.name, k.path, k.record is None) for k in links] == [
+        ("prepare", store, False),
+        ("precompute", tmp_path / "cache", True),
+        ("train", train, False),
+        ("infer", infer, False),
+    ]
+    assert provenance.notices(links, {"a": "digest"}) == []
+
+
+def test_a_random_teacher_is_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"verb": "train", "config": {"teacher": {"model": "random"}}}))
+    (notice,) = provenance.notices(provenance.chain({"train": folder}), {})
+    assert "random weights" in notice
+
+
+def test_neurons_that_the_model_has_seen_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"verb": "train", "inputs": {"a": "1a", "b": "2b", "split": "3c"}}))
+    links = provenance.chain({"train": folder})
+    assert provenance.notices(links, {"c": "4d"}) == []
+    assert provenance.notices(links, {"c": "4d", "renamed": "2b"}) == [
+        "The model was trained or validated on renamed: this neuron is not held out."
+    ]
+
+
+def test_a_random_teacher_is_said_in_log_and_report(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predictions = write_predictions(tmp_path / "p", store)
+    write(predictions, "infer", model=tmp_path / "train", store=store)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "run.json").write_text(
+        json.dumps({"verb": "train", "config": {"teacher": {"model": "random"}}})
+    )
+    cfg = evaluate.EvaluateConfig(store=store, predictions=predictions, out=tmp_path / "out", pictures=0, draws=100)
+    with caplog.at_level("WARNING", "hpc_neuro"):
+        assert evaluate.run(cfg) == 0
+    assert "random weights" in caplog.text
+    assert "The teacher had random weights" in (cfg.out / "report.html").read_text()

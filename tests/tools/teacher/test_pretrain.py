@@ -1,0 +1,243 @@
+"""The teacher's pre-training: timm accepts the result, a killed run ends with the same bits, batches need no state."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hpc_neuro.core import files
+from hpc_neuro.models.teacher import TeacherConfig, load_teacher
+from tools.teacher import masked_autoencoder, photos, pretrain, probe
+from tools.teacher.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = ["--steps", "12", "--depth", "2", "--width", "32", "--decoder", "1", "--batch", "4", "--side", "64"]
+TINY += ["--part", "3", "--crop", "32", "--held", "4", "--log", "2", "--every", "0", "--threads", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten pictures of smooth stripes, not square, one of them grey."""
+    path = tmp_path_factory.mktemp("photos")
+    y, x = np.mgrid[:70, :90]
+    for number in range(10):
+        stripe = np.sin(x / (3 + number) + y / 5)
+        pixels = np.stack([stripe, stripe * 0.5, -stripe], -1) * 100 + 128
+        picture = Image.fromarray(pixels.astype(np.uint8))
+        (picture.convert("L") if number == 3 else picture).save(path / f"{number}.jpg")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run, with one worker; the killed one has two until it is killed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    pretrain.main([str(folder), str(out), *TINY])
+    return out
+
+
+def test_timm_loads_the_weights_strictly(finished: Path) -> None:
+    masked_autoencoder.import_timm()
+    import timm
+
+    weights = load_file(finished / "teacher.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float16}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
+    vit.load_state_dict(weights, strict=True)
+    whole = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    mine = masked_autoencoder.encoder(16).state_dict()
+    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in whole.state_dict().items()}
+    eight = timm.create_model("vit_tiny_patch16_224", patch_size=8, num_classes=0)
+    eight.load_state_dict(masked_autoencoder.encoder(8).state_dict(), strict=True)
+
+
+def test_the_package_takes_the_folder_as_a_teacher(finished: Path) -> None:
+    teacher = load_teacher(TeacherConfig(model="trained", weights=finished))
+    assert (teacher.patch, teacher.depth) == (16, 2)
+    assert teacher.identity["sha256"] == files.sha256(finished / "teacher.safetensors")
+
+
+def test_the_card_tells_what_was_done(finished: Path) -> None:
+    card = json.loads((finished / "teacher.json").read_text())
+    assert card["sha256"] == files.sha256(finished / "teacher.safetensors")
+    assert (card["steps"], card["images_seen"], card["license"]) == (12, 48, "Apache-2.0")
+    assert card["data"]["photographs"] == 10
+    assert [step for step, _ in card["loss_curve"]] == [2, 4, 6, 8, 10, 12]
+    scores = card["probes"]["frozen_features"]
+    for task in ("orientation", "edges", "neighbours", "curves"):
+        assert set(scores[task]) == {"pixels", "trained", "random_weights", "random_weights_timm"}
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert not list(finished.rglob(".*.part"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(folder: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "tools.teacher.pretrain", str(folder), str(out), *TINY, "--threads", "2"]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while child.poll() is None and not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert (out / "checkpoint.pt").exists()
+    interrupted = torch.load(out / "checkpoint.pt", weights_only=True)["at"]["step"]
+    assert interrupted % 2 == 0
+    (out / ".checkpoint.pt.0.part").write_bytes(b"half")  # what a kill inside a save leaves
+    with (out / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 99, "loss"')  # and inside a line
+    pretrain.main([str(folder), str(out), *TINY])
+    one, two = load_file(finished / "teacher.safetensors"), load_file(out / "teacher.safetensors")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    losses = [
+        [(r["step"], r["loss"]) for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+        for run in (finished, out)
+    ]
+    assert losses[0] == losses[1]
+    assert not list(out.rglob(".*.part"))
+
+
+def test_other_options_do_not_continue_a_run(folder: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([str(folder), str(finished), *TINY, "--lr", "0.01"])
+    assert stop.value.code == 2
+    assert "was made with lr=0.001; use the same options, or another OUT" in capsys.readouterr().err
+
+
+def test_other_photographs_do_not_continue_a_run(
+    folder: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = tmp_path / "more"
+    shutil.copytree(folder, more)
+    Image.new("RGB", (70, 70)).save(more / "new.jpg")
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([str(more), str(tmp_path / "run"), *TINY])
+    assert stop.value.code == 2
+    assert "was made with other photographs than are in the folder now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --steps N or --minutes N"),
+        (["--steps", "1", "--minutes", "1"], "give either --steps N or --minutes N"),
+        (["--steps", "1", "--crop", "100"], "must be a multiple of --patch 16"),
+        (["--steps", "1", "--patch", "14", "--crop", "112"], "wanted: --patch 8, 16, 28 or 32"),
+        (["--steps", "1", "--held", "10"], "fewer than the 10 to hold out and one more"),
+    ],
+)
+def test_bad_options_say_what_to_do(
+    options: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([str(folder), str(tmp_path), *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_broken_picture_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "photos"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes()[: 50 if file.name == "5.jpg" else None])
+    with pytest.raises(SystemExit):
+        pretrain.main([str(copy), str(tmp_path / "out"), *TINY])
+    assert "5.jpg cannot be read as a picture" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cache" / "tiles64.json").exists()
+
+
+def test_batches_depend_on_the_step_alone_and_never_on_held_out_photographs(folder: Path, finished: Path) -> None:
+    pictures = photos.load(folder, finished / "cache", 64, 4)
+    assert not set(pictures.held) & set(pictures.train)
+    cpu = torch.device("cpu")
+    first = photos.batch(pictures, 3, 0, 4, 32, 16, cpu)
+    photos.batch(pictures, 7, 0, 4, 32, 16, cpu)
+    again = photos.batch(pictures, 3, 0, 4, 32, 16, cpu)
+    assert torch.equal(first.image, again.image)
+    assert torch.equal(first.order, again.order)
+    assert not torch.equal(first.target, photos.batch(pictures, 4, 0, 4, 32, 16, cpu).target)
+    assert first.target.min() >= -1
+    assert first.target.max() <= 1
+
+
+def test_crops_are_turned_and_mirrored_but_never_sheared() -> None:
+    """Every output of a smooth ramp is again a ramp along one axis: a quarter turn, nothing between."""
+    ramp = torch.linspace(0, 1, 64).expand(32, 3, 64, 64)
+    turned = photos.augment(ramp, 32, torch.Generator().manual_seed(0))  # [32, 3, 32, 32]
+    along_y = (turned[:, :, 1:] - turned[:, :, :-1]).abs().amax((1, 2, 3))
+    along_x = (turned[..., 1:] - turned[..., :-1]).abs().amax((1, 2, 3))
+    assert torch.minimum(along_y, along_x).max() < 1e-4
+    assert (along_y > 1e-3).any()
+    assert (along_x > 1e-3).any()
+
+
+def test_tokens_of_training_are_those_of_timm() -> None:
+    """All patches visible at timm's own positions: the training path is exactly timm's forward pass."""
+    torch.manual_seed(0)
+    vit = masked_autoencoder.encoder(16, depth=2).eval()
+    mae = masked_autoencoder.MaskedAutoencoder(vit, 16, 32, 1).eval()
+    image = torch.randn(1, 3, 224, 224)
+    axis = torch.arange(14.0)
+    y, x = (c.flatten()[None] for c in torch.meshgrid(axis, axis, indexing="ij"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            mae.encode(masked_autoencoder.patchify(image, 16), y, x), vit.forward_features(image), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_coordinates_stay_on_the_table() -> None:
+    y, x = photos.coordinates(torch.Generator().manual_seed(0), 200, 8, 14)
+    assert min(y.min(), x.min()) >= 0
+    assert max(y.max(), x.max()) <= 13 + 1e-4
+    spacing = (x.view(200, 8, 8)[:, 0, 1:] - x.view(200, 8, 8)[:, 0, :-1]).mean(1)
+    assert ((spacing - 1).abs() < 1e-5).float().mean() > 0.4
+    assert spacing.min() >= 0.5 - 1e-5
+
+
+def test_the_rate_follows_progress() -> None:
+    recipe = Recipe(minutes=10)
+    assert recipe.progress(0, 300) == 0.5
+    assert recipe.rate(0.05) == pytest.approx(1e-3)
+    assert recipe.rate(0.525) == pytest.approx(0.5e-3)
+    assert recipe.rate(1) == pytest.approx(1e-6)
+    assert Recipe(steps=10).progress(5, 1e9) == 0.5
+
+
+def test_ridge_finds_a_linear_law_and_nothing_in_noise() -> None:
+    draws = torch.Generator().manual_seed(0)
+    seen = torch.randn(20, 50, 6, generator=draws)
+    law = torch.randn(6, 2, generator=draws)
+    noise = torch.randn(20, 50, 2, generator=draws)
+    targets = {"law": seen @ law, "noise": noise}
+    scores = probe.ridge(
+        seen[:10], {k: v[:10] for k, v in targets.items()}, seen[10:], {k: v[10:] for k, v in targets.items()}
+    )
+    assert scores["law"] > 0.999
+    assert abs(scores["noise"]) < 0.05
+
+
+def test_orientation_of_stripes() -> None:
+    x = torch.arange(224.0)
+    vertical = (x / 3).sin().expand(1, 3, 224, 224)
+    torch.testing.assert_close(probe.orientation(vertical, 16)[0, 20], torch.tensor([1.0, 0.0]), atol=1e-2, rtol=0)
+    torch.testing.assert_close(probe.orientation(vertical.mT, 16)[0, 20], torch.tensor([-1.0, 0.0]), atol=1e-2, rtol=0)

@@ -1,0 +1,82 @@
+"""Ranges of parameters: any cut is read back through any other cut, and safetensors reads what is written."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hpc_neuro.core import distributed
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.train import loop
+from hpc_neuro.train.checkpoint.tensor_files import Range, file_of, read_ranges, stream, write, write_ranges
+
+
+def cut(values: torch.Tensor, at: list[int]) -> list[tuple[int, torch.Tensor]]:
+    edges = [0, *sorted(at), values.numel()]
+    return [(a, values[a:b]) for a, b in itertools.pairwise(edges) if b > a]
+
+
+@given(st.integers(1, 60), st.data())
+def test_any_cut_is_read_through_any_other(tmp_path_factory, numel, data):
+    folder = tmp_path_factory.mktemp("ranges")
+    whole = {"a": torch.randn(numel), "b.weight": torch.randn(7)}
+    places = st.lists(st.integers(0, numel), max_size=3)
+    parts = [Range("weight", "a", start, v) for start, v in cut(whole["a"], data.draw(places))]
+    for rank, part in enumerate(parts):
+        write_ranges(file_of(folder, rank), [part] + [Range("weight", "b.weight", 0, whole["b.weight"])] * (rank == 0))
+    wanted = [Range("weight", "a", start, torch.full_like(v, 9)) for start, v in cut(whole["a"], data.draw(places))]
+    read_ranges(folder, wanted, first=data.draw(st.integers(0, 5)))
+    assert torch.equal(torch.cat([r.values for r in wanted]), whole["a"])
+    found = list(stream(folder, "weight", {"b.weight": (7, 1), "a": (numel,)}))
+    assert torch.equal(found[0], whole["b.weight"][:, None])
+    assert torch.equal(found[1], whole["a"])
+
+
+def test_what_is_missing_or_broken_is_said(tmp_path):
+    write_ranges(file_of(tmp_path, 0), [Range("weight", "a", 0, torch.zeros(3))])
+    for wanted in (Range("weight", "a", 2, torch.zeros(4)), Range("exp_avg", "a", 0, torch.zeros(3))):
+        with pytest.raises(InputError, match="lacks 3 numbers"):
+            read_ranges(tmp_path, [wanted])
+    with pytest.raises(InputError, match=r"lacks 1 numbers of weight a"):
+        list(stream(tmp_path, "weight", {"a": (4,)}))
+    whole = file_of(tmp_path, 0).read_bytes()
+    file_of(tmp_path, 0).write_bytes(whole[:-4])
+    with pytest.raises(InputError, match=r"rank_00000\.safetensors cannot be read"):
+        read_ranges(tmp_path, [Range("weight", "a", 0, torch.zeros(3))])
+
+
+def test_other_programs_read_what_is_written(tmp_path):
+    tensors = {"x": torch.randn(2, 3).bfloat16(), "y": torch.randn(4, 3).T, "scalar": torch.tensor(2.5)}
+    shapes = {k: v.shape for k, v in tensors.items()}
+    write(tmp_path / "file", shapes, tensors.values(), {"code": "1"})
+    found = load_file(tmp_path / "file")
+    assert all(torch.equal(found[k], v.float()) for k, v in tensors.items())
+    with safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == {"code": "1"}
+    with pytest.raises(ValueError, match="has 2 elements"):
+        write(tmp_path / "file", {"x": (3,)}, [torch.zeros(2)])
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12))
+def test_ranks_and_passes_share_a_step_and_meet_in_every_pass(batch, ranks, micro):
+    found: list[int] = []
+    passes = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "world_size", lambda: ranks)
+        for rank in range(ranks):
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            mine = loop.shares(batch, micro)
+            passes.add(len(mine))
+            assert all(0 <= stop - first <= micro for first, stop in mine)
+            found += [i for first, stop in mine for i in range(first, stop)]
+            chunks = list(loop.rank_chunks(1, 3, batch, micro))
+            assert [len(c) for c in chunks] == [max(1, b - a) for a, b in mine * 2]
+            assert all(batch <= i < 3 * batch for c in chunks for i in c)
+    assert sorted(found) == list(range(batch))
+    assert passes == {-(-batch // (micro * ranks))}

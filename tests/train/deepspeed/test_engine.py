@@ -1,0 +1,133 @@
+"""The engine by itself, in one process: offload, fp16, and a student that is shared out while it is built.
+
+DeepSpeed's CPU accelerator runs offload as well, host memory to host memory; fp16 it runs once it is told that it can.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.models.student import StudentConfig, build_student
+from hpc_neuro.train.deepspeed import engine
+from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
+from hpc_neuro.train.optim import OptimConfig, groups
+from hpc_neuro.train.setup import TrainModule
+
+STUDENT = StudentConfig(size="tiny", depth=1, stem_channels=(4, 4, 8))
+FP32 = torch.float32
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """A CPU that computes in fp16, as DeepSpeed sees it."""
+    engine._quiet_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: dtypes)
+
+
+@pytest.fixture
+def make():
+    """make(dtype, stage=.., ...) -> Engine; what was made is closed in the end."""
+    made = []
+
+    def build(dtype, values=None, scale=None, **keys):
+        engine.join_group(EngineConfig())
+        cfg, optim = EngineConfig(**keys), OptimConfig(batch=2)
+        module = module_of(cfg.stage)
+        sizes = [p.numel() for p in module.parameters()]
+        settings = deepspeed_json(cfg, optim, dtype, 1, 2, sizes)
+        if scale is not None:
+            settings["fp16"] |= {"initial_scale_power": scale, "hysteresis": 1}
+        wanted = groups(module.named_parameters(), optim, 1, ())
+        made.append(engine.Engine(lambda: module_of(cfg.stage), values or {}, wanted, settings, dtype))
+        made[-1].set_lr(1e-3)
+        return made[-1]
+
+    yield build
+    for one in made:
+        one.close()
+
+
+def module_of(stage):
+    torch.manual_seed(0)
+    return TrainModule(build_student(STUDENT), None, sharded=stage == 3)
+
+
+def steps(held, count):
+    """(loss, gradient's norm) of so many steps of two passes."""
+    image = torch.rand(1, 1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+    none, flag = torch.zeros_like(image, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool)
+    batch = {"image": image, "mask": none, "skeleton": none, "features": {}, "distilled": flag, "index": flag.long()}
+    found = []
+    for _ in range(count):
+        for _ in range(2):
+            loss = (held(batch)[0].float() - 1).square().mean()
+            held.backward(loss)
+            norm = held.step()
+        found.append((loss.item(), float(norm)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"stage": 1, "offload_optimizer": True},
+        {"stage": 2, "offload_optimizer": True},
+        {"stage": 3, "offload_optimizer": True},
+        {"stage": 3, "offload_optimizer": True, "offload_parameters": "cpu"},
+    ],
+    ids=lambda keys: "-".join(map(str, keys.values())),
+)
+def test_offload_trains_alike_and_its_checkpoints_fit_others(make, keys, tmp_path):
+    plain, spared = make(FP32, stage=2), make(FP32, **keys)
+    for one, other in zip(steps(plain, 3), steps(spared, 3), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    write, state = spared.saving({}, copied=True)
+    write(tmp_path)
+    plain.load(tmp_path, state, {})
+    mine, others = plain.whole(""), spared.whole("")
+    assert all(torch.equal(mine[name], others[name]) for name in others)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_skips_a_step_that_overflows_and_goes_on(make, half, stage, tmp_path):
+    """The scale of 2^14 is too large, and halved; each stage then trains, and what is saved holds the scale."""
+    held, plain = make(torch.float16, stage=stage, scale=14), make(FP32, stage=2)
+    before = held.whole("")
+    found = steps(held, 12)
+    skipped = sum(norm in (-1.0, float("inf")) or norm != norm for _, norm in found)
+    assert 0 < skipped < 12
+    assert held.shards.step() == 12 - skipped
+    state = held.shards.scaler()
+    assert state["cur_scale"] == 2 ** (14 - skipped)
+    reference = steps(plain, 12 - skipped)
+    assert found[0][0] == found[skipped][0]  # nothing was learnt from what overflowed
+    assert [loss for loss, _ in found[skipped:]] == pytest.approx([loss for loss, _ in reference], rel=1e-2)
+    assert any(not torch.equal(held.whole("")[name], before[name]) for name in before)
+    write, saved = held.saving({}, copied=False)
+    write(tmp_path)
+    other = make(torch.float16, stage=stage)
+    other.load(tmp_path, saved, {})
+    assert other.shards.scaler() == state
+    assert steps(other, 2) == steps(held, 2)
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
+def test_stage_3_starts_from_the_same_bits_as_stage_0(make, dtype):
+    values = {"student.vit.blocks.0.attn.qkv.weight": torch.randn(576, 192), "student.vit.norm.bias": torch.ones(192)}
+    first, last = (make(dtype, values, stage=stage).whole("") for stage in (0, 3))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert all(torch.equal(last[name], value) for name, value in values.items())
+
+
+def test_fp16_is_for_devices_that_compute_in_it(half):
+    cfg = EngineConfig(dtype="fp16")
+    assert engine.check(cfg, batch=4, world=1)[0] == torch.float16
+    with pytest.raises(ConfigError, match=r"stage 0 .* engine\.stage=1"):
+        engine.check(EngineConfig(dtype="fp16", stage=0), batch=4, world=1)

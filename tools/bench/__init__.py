@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tools.bench.NAME`. The last line printed is one JSON object."""

@@ -1,0 +1,203 @@
+"""Time and memory of the tube convolution against the straightforward way: sample all taps, then convolve.
+
+    python -m tools.bench.tubular [--device cpu] [--channels 32] [--taps 9] [--repeats 3] [--threads 1]
+
+Both ways get the same inputs and do forward and backward for values, offsets and weight. Times are taken in turns in
+one process, the fastest of the repeats counts; CPU seconds are what counts on a busy machine. Peak memory is what one
+forward and backward needs above its inputs, each measured in a process of its own. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpc_neuro.core.geometry import Shape
+from hpc_neuro.models.tubular import tube_conv
+
+SMALL: Shape = (48, 64, 56)
+LARGE: Shape = (128, 96, 96)
+
+
+def all_taps(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """Tubes along z by `grid_sample` of all K taps at once, interleaved along z, then a strided convolution."""
+    batch, size = len(x), x.shape[2:]
+    taps, half = weight.shape[2], weight.shape[2] // 2
+    steps = offsets.view(batch, 2, taps - 1, *size)
+    zero = torch.zeros_like(steps[:, :, :1])
+    before = steps[:, :, :half].flip(2).cumsum(2).flip(2)
+    move = torch.cat([before, zero, steps[:, :, half:].cumsum(2)], 2)  # [B, 2, K, Z, Y, X]
+    z, y, x_ = torch.meshgrid(*(torch.arange(n, dtype=x.dtype, device=x.device) for n in size), indexing="ij")
+    along = torch.arange(-half, taps - half, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
+    last, middle = x_ + move[:, 1], y + move[:, 0]
+    where = torch.stack([last, middle, (z + along).expand_as(last)], -1)  # [B, K, Z, Y, X, 3]
+    scale = torch.tensor([2 / max(n - 1, 1) for n in reversed(size)], dtype=x.dtype, device=x.device)
+    grid = (where * scale - 1).transpose(1, 2).reshape(batch, -1, *size[1:], 3)  # taps of a voxel follow one another
+    found = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return F.conv3d(found, weight[..., None, None], stride=(taps, 1, 1))
+
+
+def tubes(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """The same by `tube_conv`."""
+    return tube_conv(x, offsets, weight, None, 0)
+
+
+WAYS = {"all_taps": all_taps, "tubes": tubes}
+
+
+def inputs(shape: Shape, channels: int, taps: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Seeded values [1, C, *shape], offsets within one voxel per step, weight [C, C, K]; all want gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, channels, *shape, generator=generator)
+    offsets = torch.tanh(torch.randn(1, 2 * (taps - 1), *shape, generator=generator))
+    weight = torch.randn(channels, channels, taps, generator=generator) / math.sqrt(channels * taps)
+    return (
+        x.to(device).requires_grad_(),
+        offsets.to(device).requires_grad_(),
+        weight.to(device).requires_grad_(),
+    )
+
+
+def step(way: str, given: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """Seconds by the clock and of CPU of one forward and backward; the gradients are thrown away."""
+    for tensor in given:
+        tensor.grad = None
+    wait(given[0])
+    start, start_cpu = time.perf_counter(), time.process_time()
+    out = WAYS[way](*given)
+    torch.autograd.backward(out, torch.ones_like(out))
+    wait(given[0])
+    return time.perf_counter() - start, time.process_time() - start_cpu
+
+
+def wait(tensor: Tensor) -> None:
+    """Until the device is done."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def peak(way: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
+    """Bytes above the inputs that one forward and backward needs, and its seconds. For a fresh process."""
+    torch.set_num_threads(args.threads)
+    step(way, inputs((4, 4, 4), args.channels, args.taps, args.device))  # loads kernels and thread pools
+    given = inputs(shape, args.channels, args.taps, args.device)
+    if args.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        seconds, _ = step(way, given)
+        return torch.cuda.max_memory_allocated() - held, seconds
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    held = _high_water()
+    seconds, _ = step(way, given)
+    return _high_water() - held, seconds
+
+
+def _high_water() -> int:
+    """Bytes: the most memory this process has held since the mark was last cleared."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def alone(way: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
+    """`peak` in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak, (way, shape, args))
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second of a large copy on the device: one read and one write each."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    best = math.inf
+    for _ in range(5):
+        wait(source)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(source)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / best
+
+
+def least_bytes(given: tuple[Tensor, Tensor, Tensor]) -> int:
+    """What any implementation must move: values and offsets twice, result, its gradient and both gradients once."""
+    x, offsets, weight = given
+    result = x[:, :1].numel() * len(weight)
+    return x.element_size() * (3 * x.numel() + 3 * offsets.numel() + 2 * result)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one run."""
+    torch.set_num_threads(args.threads)
+    given = inputs(SMALL, args.channels, args.taps, args.device)
+    with torch.no_grad():
+        difference = float((all_taps(*given) - tubes(*given)).abs().max())
+    runs = [{way: step(way, given) for way in WAYS} for _ in range(args.repeats)]
+    best = {way: min(run[way][0] for run in runs) for way in WAYS}
+    cpu = {way: min(run[way][1] for run in runs) for way in WAYS}
+    found: dict[str, Any] = {
+        "device": args.device,
+        "threads": args.threads,
+        "shape": SMALL,
+        "channels": args.channels,
+        "taps": args.taps,
+        "largest_difference": difference,
+        "seconds": best,
+        "time_ratio": best["tubes"] / best["all_taps"],
+        "cpu_seconds": cpu,
+        "cpu_time_ratio": cpu["tubes"] / cpu["all_taps"],
+    }
+    if args.device != "cpu":
+        found["bandwidth_share"] = least_bytes(given) / bandwidth(args.device) / best["tubes"]
+    del given
+    found["peak_bytes"] = {way: alone(way, SMALL, args)[0] for way in WAYS}
+    found["memory_ratio"] = found["peak_bytes"]["tubes"] / found["peak_bytes"]["all_taps"]
+    size, seconds = alone("tubes", LARGE, args)
+    found["large"] = {"shape": LARGE, "peak_bytes": size, "seconds": seconds}
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures for people."""
+    small, large = ("x".join(str(n) for n in shape) for shape in (found["shape"], found["large"]["shape"]))
+    rows = [("volume", "way", "seconds", "CPU seconds", "peak above inputs")]
+    for way in WAYS:
+        held = f"{found['peak_bytes'][way] / 2**20:.0f} MiB"
+        rows.append((small, way, f"{found['seconds'][way]:.3f}", f"{found['cpu_seconds'][way]:.3f}", held))
+    time_ratio, cpu_ratio, memory = (f"{found[k]:.3f}" for k in ("time_ratio", "cpu_time_ratio", "memory_ratio"))
+    rows.append(("ratio", "tubes / all_taps", time_ratio, cpu_ratio, memory))
+    held = f"{found['large']['peak_bytes'] / 2**20:.0f} MiB"
+    rows.append((large, "tubes", f"{found['large']['seconds']:.3f}", "", held))
+    lines = [f"{found['channels']} channels, {found['taps']} taps, {found['device']}, {found['threads']} thread(s)"]
+    lines += [f"{a:<12} {b:<17} {c:>9} {d:>12} {e:>18}" for a, b, c, d, e in rows]
+    if "bandwidth_share" in found:
+        lines.append(f"share of the memory-bandwidth bound: {found['bandwidth_share']:.1%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--channels", type=int, default=32, help="channels in and out")
+    parser.add_argument("--taps", type=int, default=9, help="taps of a tube, odd")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way; the fastest counts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    found = measure(parser.parse_args())
+    print(table(found))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

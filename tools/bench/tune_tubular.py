@@ -1,0 +1,108 @@
+"""The fastest tiles of the tube operator's Triton kernels on the GPU at hand.
+
+    python -m tools.bench.tune_tubular [--channels 32] [--taps 9] [--repeats 20]
+
+Every choice of tubes, warps and pipeline stages is timed for the kernels of the convolution, the gradients of values
+and displacements, and the gradient of the weight, in float32 and bfloat16, against what the package uses now, on the
+inputs of `tools.bench.tubular`. The last lines are the table to put into `hpc_neuro/models/tubular/triton_impl.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import time
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from hpc_neuro.models.tubular import triton_impl
+from hpc_neuro.models.tubular.torch_impl import Tubes
+from tools.bench import tubular
+
+Tile = tuple[int, int, int]
+"""Tubes, warps and stages of a program."""
+
+TUBES, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 3)
+NEEDS = {"gradient": (True, True, False), "weight": (False, False, True)}
+"""Which gradients a kernel gives, of values, offsets and weight."""
+
+
+def candidates() -> list[Tile]:
+    """Every choice in which a warp has 8 to 32 tubes: with fewer it idles, with more its registers overflow."""
+    choices = itertools.product(TUBES, WARPS, STAGES)
+    return [(tubes, warps, stages) for tubes, warps, stages in choices if 8 <= tubes // warps <= 32]
+
+
+def seconds(kernel: str, tile: Tile, given: tuple[Tensor, Tensor, Tensor], tubes: Tubes, repeats: int) -> float:
+    """A launch by the package, with its other kernels, on average of some in a row; infinity where it does not fit."""
+    rows, offsets, weight = given
+    table = triton_impl.TILES[rows.dtype]
+    before, table[kernel] = table[kernel], tile
+    grad = torch.ones(len(offsets), offsets.shape[2], len(weight), dtype=rows.dtype, device=rows.device)
+
+    def launch() -> None:
+        if kernel == "conv":
+            triton_impl.forward(rows, offsets, weight, tubes)
+        else:
+            triton_impl.backward(rows, offsets, weight, grad, tubes, NEEDS[kernel])
+
+    try:
+        launch()  # compiles
+        tubular.wait(rows)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            launch()
+        tubular.wait(rows)
+        return (time.perf_counter() - start) / repeats
+    except OutOfResources:
+        return math.inf
+    finally:
+        table[kernel] = before
+
+
+def prepared(args: argparse.Namespace, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tubes]:
+    """The benchmark's inputs as the kernels take them: rows [N, C], offsets [1, 2(K-1), N], weight [O, C, K]."""
+    shape = tubular.SMALL
+    x, offsets, weight = (t.detach() for t in tubular.inputs(shape, args.channels, args.taps, args.device))
+    rows = x[0].flatten(1).t().contiguous().to(dtype)
+    ranges = [torch.arange(n, device=x.device) for n in shape]
+    centres = torch.stack([c.flatten() for c in torch.meshgrid(*ranges, indexing="ij")])
+    return (rows, offsets.flatten(2), weight.to(dtype)), Tubes(shape, 0, args.taps, centres)
+
+
+def main() -> int:
+    """Time every choice; prints a line for each kernel and precision, then the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--channels", type=int, default=32, help="channels in and out")
+    parser.add_argument("--taps", type=int, default=9, help="taps of a tube, odd")
+    parser.add_argument("--repeats", type=int, default=20, help="timed launches of each choice")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1 to try the tool itself")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no CUDA device here, and tiles are tuned for one: run this on a GPU machine", file=sys.stderr)
+        return 2
+    print(f"{len(candidates())} choices for each of 6 kernels; compiling them takes some minutes", flush=True)
+    table = []
+    for dtype, now in triton_impl.TILES.items():
+        given, tubes = prepared(args, dtype)
+        row = {}
+        for kernel, used in now.items():
+            before = seconds(kernel, used, given, tubes, args.repeats)
+            found = {tile: seconds(kernel, tile, given, tubes, args.repeats) for tile in candidates()}
+            row[kernel] = min(found, key=lambda tile: found[tile])
+            best, fit = found[row[kernel]], sum(map(math.isfinite, found.values()))
+            name = f"{str(dtype).removeprefix('torch.'):<9} {kernel:<9}"
+            print(f"{name} {used} {before * 1e6:.0f} us -> {row[kernel]} {best * 1e6:.0f} us", end=" ")
+            print(f"({best / before:.2f}; {fit} of {len(found)} choices fit)", flush=True)
+        choice = ", ".join(f'"{kernel}": {tile}' for kernel, tile in row.items())
+        table.append(f"    {dtype}: {{{choice}}},")
+    print("TILES = {", *table, "}", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Parts of `tools.teacher.pretrain`: the masked autoencoder, its photographs, its probes."""
