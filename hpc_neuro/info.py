@@ -17,7 +17,7 @@ from hpc_neuro.core.geometry import Box, Shape, blocks
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, open_volume
-from hpc_neuro.data.formats.types import Array
+from hpc_neuro.data.formats.volume import Array
 
 HELP = """usage: hpc-neuro info PATH [key=value ...]
 
@@ -180,7 +180,7 @@ def _draw(path: Path, volume: Volume, found: Statistics, planes: tuple[Array, Ar
 
 
 def _tree(path: Path, picture: Path | None) -> None:
-    tree, header = swc.read(path), swc.header(path)
+    tree, header = swc.read(path), swc.read_header(path)
     low, high = tree.points.min(0), tree.points.max(0)
     unit = header.unit or "units of the file, which does not say"
     lines = [

@@ -97,7 +97,7 @@ def _fix(path: Path, options: dict[str, object]) -> int:
     among: tuple[Roots | Literal["split"], ...] = (*get_args(Roots), "split")
     roots = _choice("roots", options.get("roots", "join"), among)
     fixed = swc.fix(path, "keep" if roots == "split" else roots)
-    trees = swc.components(fixed.tree) if roots == "split" else [fixed.tree]
+    trees = swc.split_components(fixed.tree) if roots == "split" else [fixed.tree]
     for change in fixed.changes:
         _say(f"{path}: {change}")
     for number, tree in enumerate(trees, start=1):
@@ -110,7 +110,7 @@ def _fix(path: Path, options: dict[str, object]) -> int:
 
 def _convert(path: Path, options: dict[str, object]) -> int:
     to = _choice("to", options.get("to", "um"), _UNITS)
-    header = swc.header(path)
+    header = swc.read_header(path)
     size = _three(options, "voxel_size") if "voxel_size" in options else header.voxel_size
     if size is None or min(size) <= 0:
         raise InputError(f"{path} does not state its voxel size; give it in um as voxel_size=Z,Y,X, each above 0")
@@ -128,7 +128,7 @@ def _transform(path: Path, options: dict[str, object]) -> int:
         scale=_three(options, "scale") if "scale" in options else (1.0, 1.0, 1.0),
         shift=_three(options, "shift") if "shift" in options else (0.0, 0.0, 0.0),
     )
-    tree = swc.transformed(swc.read(path), move)
+    tree = swc.transform(swc.read(path), move)
     _write(path, _target(path, "moved", options), tree, [f"moved from {path.name}: {move}"], options, move.scale)
     return DONE
 
@@ -159,7 +159,7 @@ def _write(
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> None:
     """scale: of the tree against the file's; voxels shrink with it, and of um no voxel size is known any more."""
-    header = swc.header(path)
+    header = swc.read_header(path)
     unit = _choice("unit", options.get("unit", header.unit or "voxel"), _UNITS)
     if header.unit and unit != header.unit:
         raise ConfigError(

@@ -56,11 +56,11 @@ def test_fix_writes_beside_or_into_a_folder(folder: Path, capsys: pytest.Capture
     fixed = folder / "new" / "cycle.fixed.swc"
     assert swc.check(fixed) == []
     assert "# repaired from cycle.swc" in fixed.read_text()
-    assert swc.header(fixed).unit == "voxel"
+    assert swc.read_header(fixed).unit == "voxel"
     assert (folder / "cycle.swc").read_bytes() == before
     assert main(["fix", str(folder / "good.swc"), "unit=um"]) == 0
     assert "nothing to repair" in capsys.readouterr().out
-    assert swc.header(folder / "good.fixed.swc").unit == "um"
+    assert swc.read_header(folder / "good.fixed.swc").unit == "um"
     assert main(["fix", str(folder / "empty.swc")]) == 2
     assert not (folder / "empty.fixed.swc").exists()
 
@@ -137,15 +137,15 @@ def test_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str])
 def test_a_scaled_tree_states_no_voxel_size_that_is_not_its_own(tmp_path: Path) -> None:
     tree = swc.read(_written(tmp_path / "v.swc", "voxel"))
     main(["transform", str(tmp_path / "v.swc"), "scale=1,0.5,0.5"])
-    assert swc.header(tmp_path / "v.moved.swc").voxel_size == (2.0, 1.0, 1.0)
+    assert swc.read_header(tmp_path / "v.moved.swc").voxel_size == (2.0, 1.0, 1.0)
     main(["convert", str(tmp_path / "v.moved.swc"), "to=um"])
     want = morphology.length(morphology.scaled(tree, (2.0, 0.5, 0.5)))
     assert morphology.length(swc.read(tmp_path / "v.moved.um.swc")) == pytest.approx(want, rel=1e-4)
     _written(tmp_path / "u.swc", "um")
     main(["transform", str(tmp_path / "u.swc"), "scale=2,2,2"])
-    assert swc.header(tmp_path / "u.moved.swc").voxel_size is None
+    assert swc.read_header(tmp_path / "u.moved.swc").voxel_size is None
     main(["transform", str(tmp_path / "u.swc"), "shift=1,1,1", "out=" + str(tmp_path / "shifted")])
-    assert swc.header(tmp_path / "shifted" / "u.moved.swc").voxel_size == (2.0, 0.5, 0.5)
+    assert swc.read_header(tmp_path / "shifted" / "u.moved.swc").voxel_size == (2.0, 0.5, 0.5)
 
 
 def test_a_unit_is_not_relabelled(tmp_path: Path) -> None:

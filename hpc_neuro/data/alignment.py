@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.intensity import Histogram, Read, slabs
+from hpc_neuro.data.intensity import Histogram, ReadBox, iter_slabs
 
 _POINTS = 4000
 _OUTSIDE = 0.05  # a change that moves more than this share of the cable out of the image is no candidate
@@ -22,29 +22,29 @@ _MARGIN = 0.10  # by how much another orientation must fit better, in mean perce
 class Fit:
     """How well a tree lies on bright voxels as given, and the best of its other orientations."""
 
-    given: float  # mean intensity percentile along the cable, 0 to 1; outside the image counts 0
-    best: float
-    change: str  # words for the best other orientation, such as "y flipped"
+    score: float  # mean intensity percentile along the cable, 0 to 1; outside the image counts 0
+    best_score: float
+    best_change: str  # words for the best other orientation, such as "y flipped"
 
     @property
-    def misaligned(self) -> bool:
+    def is_misaligned(self) -> bool:
         """Whether another orientation fits clearly better."""
-        return self.best > self.given + _MARGIN
+        return self.best_score > self.score + _MARGIN
 
 
-def outside(tree: Tree, shape: Shape) -> float:
+def outside_fraction(tree: Tree, shape: Shape) -> float:
     """The share of the nodes of a tree (voxels) that lie more than half a voxel beyond the image."""
     if not len(tree):
         return 0.0
     return float(np.mean(~_inside(tree.points, shape)))
 
 
-def inside_with(tree: Tree, shape: Shape, size: VoxelSize, unit: str) -> list[str]:
+def list_changes_inside(tree: Tree, shape: Shape, size: VoxelSize, unit: str) -> list[str]:
     """The changes (other unit, axes swapped) under which a tree that lies outside the image would lie inside."""
     return [name for name in _alternatives(tree.points, shape, size, unit) if name and "flipped" not in name]
 
 
-def alignment(tree: Tree, read: Read, shape: Shape, counts: Histogram, size: VoxelSize, unit: str) -> Fit:
+def compare_orientations(tree: Tree, read: ReadBox, shape: Shape, counts: Histogram, size: VoxelSize, unit: str) -> Fit:
     """Compare `tree` (voxels, taken to be given in `unit`, "voxel" or "um") with its alternatives in one pass.
 
     Percentiles are mid-ranks of the whole image's intensities, so half of an all-black background scores 0.5.
@@ -55,18 +55,18 @@ def alignment(tree: Tree, read: Read, shape: Shape, counts: Histogram, size: Vox
     place = np.concatenate(list(candidates.values()))
     ranks = np.zeros(len(place))
     here = _inside(place, shape)
-    ranks[here] = counts.below(values_at(np.rint(place[here]).astype(np.int64), read, shape, counts))
+    ranks[here] = counts.percentile_rank(read_voxels(np.rint(place[here]).astype(np.int64), read, shape, counts))
     scores = {name: float(part.mean()) for name, part in zip(candidates, np.split(ranks, len(candidates)), strict=True)}
     given = scores.pop("")
     change = max(scores, key=lambda name: scores[name])
     return Fit(given, scores[change], change)
 
 
-def values_at(voxels: NDArray[np.int64], read: Read, shape: Shape, counts: Histogram) -> NDArray[np.generic]:
+def read_voxels(voxels: NDArray[np.int64], read: ReadBox, shape: Shape, counts: Histogram) -> NDArray[np.generic]:
     """[N, 3] voxels inside the image -> [N] their values, in one streamed pass."""
     voxels = np.clip(voxels, 0, np.asarray(shape) - 1)
     values = np.zeros(len(voxels), dtype=counts.dtype)
-    for box in slabs(shape, counts.dtype.itemsize):
+    for box in iter_slabs(shape, counts.dtype.itemsize):
         here = np.flatnonzero(np.all((voxels >= box.start) & (voxels < box.stop), axis=1))
         if len(here):
             z, y, x = (voxels[here] - np.asarray(box.start)).T

@@ -14,7 +14,7 @@ from hpc_neuro.core.geometry import Box, Shape, blocks
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 
-Read = Callable[[Box], Array]
+ReadBox = Callable[[Box], Array]
 """Reads one box of a volume as [Z, Y, X] in its own dtype."""
 
 _PASS_BYTES = 64 << 20  # a streamed pass holds about this much at a time
@@ -24,7 +24,7 @@ _HIGH = 0.95  # among those, the brightest 5 % are soma and saturation
 _HALF = 1 << 16
 
 
-def slabs(shape: Shape, itemsize: int, depth: int = 1) -> Iterator[Box]:
+def iter_slabs(shape: Shape, itemsize: int, depth: int = 1) -> Iterator[Box]:
     """Tile a volume for one streamed pass: whole z slices where they fit in about 64 MiB, else parts of slices.
 
     `depth`: slabs begin at multiples of this many slices. Files are laid out by slice, so each is read once.
@@ -50,7 +50,7 @@ class Histogram:
         """Number of voxels."""
         return int(self.upper.sum())
 
-    def below(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
+    def percentile_rank(self, values: NDArray[np.generic]) -> NDArray[np.float64]:
         """Percentile rank in [0, 1] of each value: the share of darker voxels plus half the share of equal ones.
 
         Exact for 8 and 16 bit; for others a bin is 1/128 of the value wide, enough for ranks.
@@ -61,11 +61,11 @@ class Histogram:
         return ranks
 
 
-def histogram(read: Read, shape: Shape) -> Histogram:
+def compute_histogram(read: ReadBox, shape: Shape) -> Histogram:
     """One streamed pass over a volume. Raises InputError for NaN or infinite voxels."""
     upper = np.zeros(_HALF, dtype=np.int64)
     dtype = read(Box((0, 0, 0), (1, 1, 1))).dtype
-    for box in slabs(shape, dtype.itemsize):
+    for box in iter_slabs(shape, dtype.itemsize):
         block = read(box)
         _require_finite(block, box)
         keys = _keys(block)
@@ -73,15 +73,15 @@ def histogram(read: Read, shape: Shape) -> Histogram:
     return Histogram(dtype, upper, {})
 
 
-def intensity_range(read: Read, shape: Shape, counts: Histogram | None = None) -> tuple[float, float]:
-    """(low, high) that `normalise` maps to 0 and 1; streamed, memory does not grow with the volume.
+def compute_intensity_range(read: ReadBox, shape: Shape, counts: Histogram | None = None) -> tuple[float, float]:
+    """(low, high) that `normalize` maps to 0 and 1; streamed, memory does not grow with the volume.
 
     low is the 1st percentile of all voxels; high is the 95th percentile of those of the brightest 0.5 % that exceed the
     minimum, so that an image whose background is 99.9 % zeros still has its neurites near 1. Both are voxel values
     (order statistics), exact for integers to 32 bit and float32; 64-bit values are rounded to float32 first.
     Raises InputError for an image that is constant, almost constant, or holds NaN.
     """
-    counts = counts or histogram(read, shape)
+    counts = counts or compute_histogram(read, shape)
     total = counts.count
     darkest = int(np.flatnonzero(counts.upper)[0])
     brighter = total - int(counts.upper[darkest])
@@ -104,7 +104,7 @@ def intensity_range(read: Read, shape: Shape, counts: Histogram | None = None) -
     return low, high
 
 
-def normalise(array: Array, low: float, high: float) -> NDArray[np.float32]:
+def normalize(array: Array, low: float, high: float) -> NDArray[np.float32]:
     """clip((array - low) / (high - low), 0, 1) as float32, any shape."""
     scaled = (np.asarray(array, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     return cast(NDArray[np.float32], np.clip(scaled, 0, 1, out=scaled))
@@ -134,12 +134,12 @@ def _from_key(key: int, dtype: np.dtype[np.generic]) -> float:
     return float(np.uint32(bits).view(np.float32))
 
 
-def _refined(counts: Histogram, read: Read, shape: Shape, ranks: list[int]) -> Histogram:
+def _refined(counts: Histogram, read: ReadBox, shape: Shape, ranks: list[int]) -> Histogram:
     """A second pass that resolves the bins in which `ranks` fall down to single values."""
     ends = np.cumsum(counts.upper)
     wanted = {int(np.searchsorted(ends, rank, side="right")) for rank in ranks} - set(counts.lower)
     lower = {bin_: np.zeros(_HALF, dtype=np.int64) for bin_ in wanted}
-    for box in slabs(shape, counts.dtype.itemsize) if wanted else ():
+    for box in iter_slabs(shape, counts.dtype.itemsize) if wanted else ():
         keys = _keys(read(box)).ravel()
         for bin_, into in lower.items():
             into += np.bincount(keys[keys >> 16 == bin_] & (_HALF - 1), minlength=_HALF)

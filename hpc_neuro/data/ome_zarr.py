@@ -28,23 +28,23 @@ _SMALL = 256  # voxels along the longest axis of the coarsest level
 
 
 @dataclass(frozen=True)
-class Level:
+class PyramidLevel:
     """One resolution: its shape and how many voxels of level 0 one of its voxels spans."""
 
     shape: Shape
     factor: Shape
 
 
-def levels(shape: Shape, voxel_size: VoxelSize) -> list[Level]:
+def plan_levels(shape: Shape, voxel_size: VoxelSize) -> list[PyramidLevel]:
     """A pyramid down to `_SMALL` voxels: each level halves the axes that are not yet coarser than the others."""
-    found = [Level(shape, (1, 1, 1))]
+    found = [PyramidLevel(shape, (1, 1, 1))]
     while max(found[-1].shape) > _SMALL:
         last = found[-1]
         spacing = [v * f for v, f in zip(voxel_size, last.factor, strict=True)]
         halved = [2 if s < 2 * min(spacing) and n > 1 else 1 for s, n in zip(spacing, last.shape, strict=True)]
         z, y, x = (f * h for f, h in zip(last.factor, halved, strict=True))
         dz, dy, dx = (math.ceil(n / h) for n, h in zip(last.shape, halved, strict=True))
-        found.append(Level((dz, dy, dx), (z, y, x)))
+        found.append(PyramidLevel((dz, dy, dx), (z, y, x)))
     return found
 
 
@@ -59,12 +59,12 @@ def create(
     """
     if any(s % c for s, c in zip(shard, chunk, strict=True)):
         raise InputError(f"the block {shard} is no multiple of the chunk {chunk}; choose a block that is")
-    pyramid = levels(shape, voxel_size)
+    pyramid = plan_levels(shape, voxel_size)
     made = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
     with files.atomic(made) as part:
-        _group(part, {"ome": multiscales(name, pyramid, voxel_size), "hpc_neuro": record})
+        _group(part, {"ome": build_multiscales(name, pyramid, voxel_size), "hpc_neuro": record})
         _group(part / "labels", {"ome": {"version": "0.5", "labels": [label]}})
-        about = {**multiscales(label, pyramid, voxel_size), "image-label": {"source": {"image": "../../"}}}
+        about = {**build_multiscales(label, pyramid, voxel_size), "image-label": {"source": {"image": "../../"}}}
         _group(part / "labels" / label, {"ome": about})
         for base in (part, part / "labels" / label):
             for number, level in enumerate(pyramid):
@@ -84,7 +84,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def record(folder: Path) -> Any:
+def read_record(folder: Path) -> Any:
     """What `create` was given to keep; None when there is no such folder."""
     if not (folder / "zarr.json").exists():
         return None
@@ -97,19 +97,19 @@ def open_level(folder: Path, number: int = 0, label: str | None = None) -> Any:
     return ts.open(_spec(base / str(number)), open=True).result()
 
 
-def read(array: Any, box: Box) -> Array:
+def read_box(array: Any, box: Box) -> Array:
     """The voxels of a box of an open level."""
     values: Array = array[box.slices].read().result()
     return values
 
 
-def write(array: Any, box: Box, values: Array) -> None:
+def write_box(array: Any, box: Box, values: Array) -> None:
     """Write a box that is one whole shard (or what the volume's end leaves of it)."""
     array[box.slices].write(np.ascontiguousarray(values)).result()
 
 
 @dataclass(frozen=True)
-class Piece:
+class LevelShard:
     """One shard of one level above 0, of the image (label None) or of a label image."""
 
     level: int
@@ -128,21 +128,21 @@ def shard_path(index: Shape, level: int = 0, label: str | None = None) -> str:
     return f"{base}/c/{'/'.join(map(str, index))}"
 
 
-def pieces(shape: Shape, voxel_size: VoxelSize, shard: Shape, label: str) -> list[list[Piece]]:
+def plan_shards(shape: Shape, voxel_size: VoxelSize, shard: Shape, label: str) -> list[list[LevelShard]]:
     """What has to be made above level 0, level by level; the pieces of one level do not depend on one another."""
     return [
-        [Piece(number, name, block) for name in (None, label) for block in blocks(level.shape, shard)]
-        for number, level in enumerate(levels(shape, voxel_size))
+        [LevelShard(number, name, block) for name in (None, label) for block in blocks(level.shape, shard)]
+        for number, level in enumerate(plan_levels(shape, voxel_size))
         if number
     ]
 
 
-def build_piece(folder: Path, shape: Shape, voxel_size: VoxelSize, piece: Piece) -> None:
+def build_shard(folder: Path, shape: Shape, voxel_size: VoxelSize, piece: LevelShard) -> None:
     """Make one shard from the level below. The image is averaged, the label keeps any voxel.
 
     Memory: one block of the finer level (up to eight shards).
     """
-    pyramid = levels(shape, voxel_size)
+    pyramid = plan_levels(shape, voxel_size)
     fine, coarse = pyramid[piece.level - 1], pyramid[piece.level]
     step = tuple(c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
     source = open_level(folder, piece.level - 1, piece.label)
@@ -150,12 +150,12 @@ def build_piece(folder: Path, shape: Shape, voxel_size: VoxelSize, piece: Piece)
     own = piece.block.write
     below = Box(_times(own.start, step), _times(own.stop, step)).clipped(Box.whole(fine.shape))
     (folder / piece.path).unlink(missing_ok=True)  # a torn one is not read
-    if not holds_any(folder, below, piece.level - 1, piece.label):
+    if not has_shards(folder, below, piece.level - 1, piece.label):
         return
-    write(target, own, _pooled(read(source, below), step, "max" if piece.label else "mean"))
+    write_box(target, own, _pooled(read_box(source, below), step, "max" if piece.label else "mean"))
 
 
-def holds_any(folder: Path, box: Box, number: int = 0, label: str | None = None) -> bool:
+def has_shards(folder: Path, box: Box, number: int = 0, label: str | None = None) -> bool:
     """Whether any shard of a level has a file in `box`; where none has, all is zero."""
     shard = open_level(folder, number, label).chunk_layout.write_chunk.shape
     firsts = [a // s for a, s in zip(box.start, shard, strict=True)]
@@ -178,7 +178,7 @@ def _pooled(values: Array, step: tuple[int, ...], how: Literal["mean", "max"]) -
     return pooled
 
 
-def multiscales(name: str, pyramid: list[Level], voxel_size: VoxelSize) -> dict[str, Any]:
+def build_multiscales(name: str, pyramid: list[PyramidLevel], voxel_size: VoxelSize) -> dict[str, Any]:
     """OME-NGFF 0.5 `multiscales` metadata: a coarse voxel's centre is the centre of the voxels it stands for."""
     datasets = []
     for number, level in enumerate(pyramid):

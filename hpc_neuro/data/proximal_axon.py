@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.intensity import Read
+from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.data.rasterize import Drawing, body, fine_voxel, prepared
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Region:
         return found
 
 
-def beyond_root(tree: Tree, stretch: float, read: Read, shape: Shape, size: VoxelSize) -> Region | None:
+def beyond_root(tree: Tree, stretch: float, read: ReadBox, shape: Shape, size: VoxelSize) -> Region | None:
     """The bright neurite that meets the root of `tree` (voxels; measured radii) from outside the tree; None if none.
 
     Only for a tree of one root that is not a soma. Reads at most 512 fine voxels a side around the root.

@@ -14,7 +14,7 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks, to_um, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import config
-from hpc_neuro.data.intensity import Read
+from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.data.rasterize import fine_voxel
 
 Floats = NDArray[np.float64]
@@ -83,7 +83,7 @@ class Fitted(NamedTuple):
 
 
 def fitted(
-    tree: Tree, cfg: SwcRadius | ConstantRadius | ImageRadius, read: Read, shape: Shape, size: VoxelSize
+    tree: Tree, cfg: SwcRadius | ConstantRadius | ImageRadius, read: ReadBox, shape: Shape, size: VoxelSize
 ) -> Fitted:
     """The tree to draw; `tree` is in voxels with radii in fine voxels, `size` in um per voxel (z y x)."""
     if isinstance(cfg, SwcRadius):
@@ -93,7 +93,7 @@ def fitted(
     return measured(tree, cfg, read, shape, size)
 
 
-def measured(tree: Tree, cfg: ImageRadius, read: Read, shape: Shape, size: VoxelSize) -> Fitted:
+def measured(tree: Tree, cfg: ImageRadius, read: ReadBox, shape: Shape, size: VoxelSize) -> Fitted:
     """`tree` cut into steps of one fine voxel, moved onto the ridge and given the radius measured there.
 
     Where the signal is broken or too faint, the radius is carried over from the nearest measured nodes of the branch.
@@ -153,7 +153,7 @@ def _frames(points: Floats, lines: list[Line], coarse: int) -> tuple[Floats, Flo
 
 
 def _onto_ridge(
-    given: Floats, points: Floats, lines: list[Line], reach: float, read: Read, shape: Shape, size: VoxelSize
+    given: Floats, points: Floats, lines: list[Line], reach: float, read: ReadBox, shape: Shape, size: VoxelSize
 ) -> Floats:
     """One mean-shift step across the neurite, smoothed along it; nobody ends farther than `reach` (um) from `given`."""
     unit = fine_voxel(size)
@@ -178,7 +178,7 @@ def _onto_ridge(
 
 
 def _half_width(
-    points: Floats, lines: list[Line], cfg: ImageRadius, read: Read, shape: Shape, size: VoxelSize
+    points: Floats, lines: list[Line], cfg: ImageRadius, read: ReadBox, shape: Shape, size: VoxelSize
 ) -> tuple[Floats, float]:
     """[N] radius in fine voxels at which rays across the neurite fall to `level`, and the volume's stretch."""
     unit = fine_voxel(size)
@@ -230,7 +230,7 @@ def _first_below(values: Floats, level: Floats) -> Floats:
     return crossing
 
 
-def _sampled(points: Floats, read: Read, shape: Shape, size: VoxelSize) -> Floats:
+def _sampled(points: Floats, read: ReadBox, shape: Shape, size: VoxelSize) -> Floats:
     """Trilinear values at points [N, M, 3] in um; outside the volume its border's. Reads block by block."""
     voxels = to_voxels(points, size)
     values = np.empty(points.shape[:2])

@@ -142,7 +142,7 @@ def _blocks(stage: Stage, out: Path, name: str, folder: str, quick: bool) -> int
         if box.start not in marks:
             stage.bad(f"the block of {folder} at {box.start} was never finished: it has no mark in {out / 'blocks'}")
             continue
-        values = None if quick else _attempt(stage, functools.partial(ome_zarr.read, array, box))
+        values = None if quick else _attempt(stage, functools.partial(ome_zarr.read_box, array, box))
         if values is not None and hashlib.sha256(values.tobytes()).hexdigest() != marks[box.start]["sha256"]:
             stage.bad(f"the block of {folder} at {box.start} does not have the checksum it was written with")
             continue

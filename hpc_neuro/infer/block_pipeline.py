@@ -85,7 +85,7 @@ class Work:
 
     def fresh(self) -> bool:
         """Whether the folder is there and of this work."""
-        return bool(ome_zarr.record(self.folder) == self.record)
+        return bool(ome_zarr.read_record(self.folder) == self.record)
 
     def create(self) -> None:
         """Make the image's folder."""
@@ -238,8 +238,8 @@ def _write(
         return
     above = (values >= least(work.threshold)).astype(np.uint8)
     for array, content in zip(arrays, (values, above), strict=True):
-        ome_zarr.write(array, block.write, content)
-        if digest(np.asarray(ome_zarr.read(array, block.write))) != digest(content):
+        ome_zarr.write_box(array, block.write, content)
+        if digest(np.asarray(ome_zarr.read_box(array, block.write))) != digest(content):
             raise OSError(f"the block at {start} reads back other than it was written; is the disk sound?")
     sums = {shard: files.sha256(work.folder / shard) for shard in shards if (work.folder / shard).exists()}
     mark = Mark(work.marks.key, index, start, sums, digest(values), int(above.sum()), round(seconds, 3), proof=empty)

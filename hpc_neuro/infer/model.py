@@ -122,7 +122,7 @@ def lines(cfg: InferConfig, job: Job, volumes: Sequence[Source], ranks: int = 1)
     files.require_space(cfg.out, 2 * voxels, "the probability and the mask (uncompressed)")
     blocks = [plan.share(plan.blocks(v.shape), v.part) for v in volumes]
     count, windows = sum(map(len, blocks)), sum(plan.cost(b) for found in blocks for b in found)
-    coarse = sum(len(level) for v in volumes for level in ome_zarr.pieces(v.shape, v.voxel_size, plan.write, MASK))
+    coarse = sum(len(level) for v in volumes for level in ome_zarr.plan_shards(v.shape, v.voxel_size, plan.write, MASK))
     second = [b for v in volumes for b in (plan.second(v.shape) if cfg.flips and v.part is None else [])]
     held = max((b.read.size for found in [*blocks, second] for b in found[:8]), default=0)
     seconds, many = job.seconds(), f"{ranks} rank{'s' if ranks > 1 else ''}"

@@ -117,7 +117,7 @@ def places(tree: Tree, known: Sure, shape: Shape, size: VoxelSize) -> list[Place
     for node in range(len(tree) - 1, -1, -1):
         if tree.parents[node] >= 0:
             below[tree.parents[node]] += below[node]
-    neuron, numbers = morphology.component_of(tree) + 1, swc.ids(tree)
+    neuron, numbers = morphology.component_of(tree) + 1, swc.node_ids(tree)
     found = []
 
     def add(kind: str, node: int, doubt: float) -> None:
@@ -200,7 +200,7 @@ def write(
     if (apart := known.disagreement) is not None:
         columns |= {"disagreement": apart, "mean": known.mean}
     lines = zip(*(np.round(column, 4).tolist() for column in columns.values()), strict=True)
-    numbers = swc.ids(tree).tolist()
+    numbers = swc.node_ids(tree).tolist()
     nodes = [dict(zip(("node", *columns), (i, *line), strict=True)) for i, line in zip(numbers, lines, strict=True)]
     files.write_text(folder / f"{name}.confidence.csv", _table(nodes, ["node", *columns]))
     types = np.where(_in_section(tree, known.lowest < known.threshold), DOUBTFUL, tree.types)

@@ -82,7 +82,7 @@ def _drawn(work: Work, box: Box, lines: Sequence[figures.Lines], most: int) -> b
     From the finest level of the pyramid on which the box has `most` voxels at most.
     """
     source = work.source
-    levels = ome_zarr.levels(source.shape, source.voxel_size)
+    levels = ome_zarr.plan_levels(source.shape, source.voxel_size)
     number = next((i for i, v in enumerate(levels) if box.size <= most * int(np.prod(v.factor))), len(levels) - 1)
     level, array = levels[number], ome_zarr.open_level(work.folder, number)
     start = [a // f for a, f in zip(box.start, level.factor, strict=True)]
@@ -90,7 +90,7 @@ def _drawn(work: Work, box: Box, lines: Sequence[figures.Lines], most: int) -> b
     part = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clipped(Box.whole(level.shape))
 
     def read(piece: Box) -> Array:
-        return np.asarray(ome_zarr.read(array, piece.shifted(part.start)), dtype=np.float32) / np.float32(255)
+        return np.asarray(ome_zarr.read_box(array, piece.shifted(part.start)), dtype=np.float32) / np.float32(255)
 
     views = figures.project(read, part.shape)
     size = [v * f for v, f in zip(source.voxel_size, level.factor, strict=True)]

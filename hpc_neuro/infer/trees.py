@@ -67,7 +67,7 @@ def to_reduce(cfg: InferConfig, work: Work) -> list[Box]:
         box
         for box in trace_blocks(work.source.shape, cfg.trace)
         if not _strands_path(cfg, work, box).exists()
-        and ome_zarr.holds_any(work.folder, context(box, work.source.shape, spacing))
+        and ome_zarr.has_shards(work.folder, context(box, work.source.shape, spacing))
     ]
 
 
@@ -171,7 +171,7 @@ def _kept(cfg: InferConfig, work: Work) -> list[Strands]:
 def reader(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:
     """Reads boxes of a finished probability, 255 is 1."""
     array = ome_zarr.open_level(folder)
-    return lambda box: np.asarray(ome_zarr.read(array, box), dtype=np.uint8)
+    return lambda box: np.asarray(ome_zarr.read_box(array, box), dtype=np.uint8)
 
 
 def untraced(work: Work) -> Entry:

@@ -163,7 +163,7 @@ def _todo(work: Work, blocks: list[Block]) -> list[Block]:
     """What is missing of a volume, whose folder is made if need be; the dearest blocks first."""
     if not work.fresh():
         if work.folder.exists():
-            if ome_zarr.record(work.folder) is None:
+            if ome_zarr.read_record(work.folder) is None:
                 raise ConfigError(f"{work.folder} is there, and no result; choose another `out`, or move it away")
             if work.source.part is not None:
                 raise ConfigError(

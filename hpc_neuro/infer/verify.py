@@ -108,7 +108,7 @@ def _described(out: Path, name: str) -> _Image | Problem:
             ome_zarr.remove(folder)
 
     try:
-        record = ome_zarr.record(folder)
+        record = ome_zarr.read_record(folder)
     except (InputError, KeyError, TypeError) as error:
         return Problem(f"{name}: what its folder holds cannot be read ({error})", forget)
     if record is None:
@@ -124,7 +124,7 @@ def _metadata(image: _Image) -> Iterator[Problem]:
     """The zarr.json files, compared with what would be written today."""
     with tempfile.TemporaryDirectory() as fresh:
         same = Path(fresh) / image.folder.name
-        record = ome_zarr.record(image.folder)
+        record = ome_zarr.read_record(image.folder)
         ome_zarr.create(same, "probability", image.shape, image.voxel_size, image.shard, image.chunk, MASK, record)
         for file in sorted(same.rglob("zarr.json")):
             held, wanted = image.folder / file.relative_to(same), file.read_text(encoding="utf-8")
@@ -155,7 +155,7 @@ def _blocks(image: _Image) -> Iterator[Problem]:
 
 
 def _levels(image: _Image) -> Iterator[Problem]:
-    for number, pieces in enumerate(ome_zarr.pieces(image.shape, image.voxel_size, image.shard, MASK), start=1):
+    for number, pieces in enumerate(ome_zarr.plan_shards(image.shape, image.voxel_size, image.shard, MASK), start=1):
         sums = image.marks.level(number)
         if sums is None:
             yield Problem(f"{image.name} level {number}: its done marker is missing or torn", image.marks.drop_levels)
@@ -187,7 +187,7 @@ def _fault(image: _Image, shard: str, wanted: str) -> str:
 def _strangers(image: _Image) -> Iterator[Problem]:
     """Files that no marker names: where a block is empty, they would show."""
     known = {shard for mark in image.marks.all(image.blocks) for shard in mark.files}
-    for number, _ in enumerate(ome_zarr.levels(image.shape, image.voxel_size)):
+    for number, _ in enumerate(ome_zarr.plan_levels(image.shape, image.voxel_size)):
         known |= {k for k, v in (image.marks.level(number) or {}).items() if v}
     marked = {image.marks.path(b.index) for b in image.blocks if image.marks.read(b.index) is not None}
     unmarked = {

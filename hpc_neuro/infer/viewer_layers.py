@@ -111,7 +111,7 @@ class Layers:
         dtype, shape, _ = self._image(name)
         if rest == "zarr.json":
             size = _voxel_size(self._entries[name])
-            ome = ome_zarr.multiscales(name, ome_zarr.levels(shape, size)[:1], size)
+            ome = ome_zarr.build_multiscales(name, ome_zarr.plan_levels(shape, size)[:1], size)
             return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome}}).encode()
         if rest.startswith("0/c/"):
             return self._chunk(name, rest.removeprefix("0/c/").split("/"))

@@ -23,7 +23,9 @@ Step = Callable[[Callable[[int, Work], Iterable[Part[Any]]], Callable[[Part[Any]
 def pyramid(work: Work, comm: Any) -> list[str]:
     """Make the levels above 0 that are not marked done, each by all ranks; a line for each shard that failed."""
     source, folder, main = work.source, work.folder, is_main(comm)
-    for number, level in enumerate(ome_zarr.pieces(source.shape, source.voxel_size, work.plan.write, MASK), start=1):
+    for number, level in enumerate(
+        ome_zarr.plan_shards(source.shape, source.voxel_size, work.plan.write, MASK), start=1
+    ):
         held = work.marks.level(number) or {}
         todo = [
             Part(0, f"pyramid_{piece.path.replace('/', '_')}", f"shard {piece.path} of the pyramid", piece)
@@ -32,8 +34,8 @@ def pyramid(work: Work, comm: Any) -> list[str]:
         ]
         sums: dict[str, str] = {}
 
-        def make(part: Part[ome_zarr.Piece], sums: dict[str, str] = sums) -> None:
-            ome_zarr.build_piece(folder, source.shape, source.voxel_size, part.what)
+        def make(part: Part[ome_zarr.LevelShard], sums: dict[str, str] = sums) -> None:
+            ome_zarr.build_shard(folder, source.shape, source.voxel_size, part.what)
             path = folder / part.what.path
             sums[part.what.path] = files.sha256(path) if path.exists() else ""
 

@@ -15,7 +15,7 @@ from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import Volume, open_volume
-from hpc_neuro.data.intensity import intensity_range, normalise
+from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
 
@@ -124,7 +124,7 @@ def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> S
     if item.range is not None and not item.range[0] < item.range[1]:
         raise InputError(f"{item.image}: range {list(item.range)} must rise; give [darkest, brightest]")
     if known is None:
-        low, high = item.range or intensity_range(lambda box: volume[box], volume.shape)
+        low, high = item.range or compute_intensity_range(lambda box: volume[box], volume.shape)
         content = files.sha256(item.image) if item.image.is_file() else _folder(item.image)
     else:
         (low, high), content = known.range, known.content
@@ -137,7 +137,7 @@ def _from_file(item: VolumeConfig, part: Share | None, known: Known | None) -> S
         voxel_size=size,
         roots=roots,
         digest=hashlib.sha256(facts.encode()).hexdigest(),
-        read=lambda box: normalise(volume[box], low, high),
+        read=lambda box: normalize(volume[box], low, high),
         file=item.image if item.image.is_file() else None,
         content=content,
         part=part,
@@ -171,6 +171,6 @@ def _overview(item: VolumeConfig, fine: Volume, low: float, high: float) -> Call
         stop = [int(np.ceil(b / f)) for b, f in zip(box.stop, factor, strict=True)]
         # one voxel more to each side, for levels that are not cut at the same places
         grown = Box((start[0] - 1, start[1] - 1, start[2] - 1), (stop[0] + 1, stop[1] + 1, stop[2] + 1))
-        return float(normalise(coarse[grown.clipped(Box.whole(coarse.shape))], low, high).max())
+        return float(normalize(coarse[grown.clipped(Box.whole(coarse.shape))], low, high).max())
 
     return brightest

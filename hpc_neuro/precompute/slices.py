@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.data import feature_cache as cache
-from hpc_neuro.data.intensity import normalise
+from hpc_neuro.data.intensity import normalize
 from hpc_neuro.data.orientation import variants
 from hpc_neuro.data.store import StoredVolume
 from hpc_neuro.precompute.config import PrecomputeConfig, View
@@ -86,7 +86,7 @@ def pixels(volume: StoredVolume, unit: cache.Unit, job: Job) -> NDArray[np.float
         start[across], stop[across] = int(near[0]), int(near[-1]) + 1
         block = volume.image(Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
         picked.append(np.moveaxis(block, across, 0)[near - near[0]])  # rows and columns keep their order
-    result: NDArray[np.float32] = normalise(np.concatenate(picked), volume.low, volume.high)
+    result: NDArray[np.float32] = normalize(np.concatenate(picked), volume.low, volume.high)
     for place, (low, high, share) in enumerate(taps, start=1):
         first = int(low.min())
         near = result.take(low - first, place)

@@ -11,10 +11,10 @@ from hpc_neuro.core.geometry import Shape, VoxelSize, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from hpc_neuro.data.alignment import Fit, alignment, inside_with, outside
+from hpc_neuro.data.alignment import Fit, compare_orientations, list_changes_inside, outside_fraction
 from hpc_neuro.data.formats import Volume as ImageVolume
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.intensity import histogram, intensity_range
+from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range
 from hpc_neuro.data.rasterize import fine_voxel
 from hpc_neuro.data.store import FORMAT, Volume, forecast_bytes
 from hpc_neuro.prepare.config import PrepareConfig
@@ -68,7 +68,7 @@ def open_pair(pair: Pair, cfg: PrepareConfig) -> Opened:
     size = pair.voxel_size or image.voxel_size
     if size is None:
         raise InputError(f"{pair.image} does not say its voxel size; give voxel_size=[z,y,x] in um")
-    header = swc.header(pair.swc)
+    header = swc.read_header(pair.swc)
     unit = pair.swc_unit or header.unit or "voxel"
     if unit == "um" and header.voxel_size and not np.allclose(header.voxel_size, size, rtol=0.01):
         raise InputError(
@@ -79,7 +79,7 @@ def open_pair(pair: Pair, cfg: PrepareConfig) -> Opened:
     if not len(tree):
         raise InputError(f"{pair.swc} holds no points; a traced tree is wanted")
     remarks = _require_inside(pair, unit, tree, image.shape, size)
-    if pair.root and outside(morphology.make(np.asarray([pair.root]), np.asarray([-1])), image.shape):
+    if pair.root and outside_fraction(morphology.make(np.asarray([pair.root]), np.asarray([-1])), image.shape):
         raise InputError(
             f"the root of {pair.id}, {pair.root} (z y x voxel), lies outside the image of shape {image.shape}"
         )
@@ -98,16 +98,16 @@ def measure(opened: Opened, misaligned: str) -> Measured:
     """One or two passes over the voxels: NaN, contrast, range, and whether the tree lies on the neuron."""
     pair, image = opened.pair, opened.image
     try:
-        counts = histogram(image.__getitem__, image.shape)
-        low, high = intensity_range(image.__getitem__, image.shape, counts)
+        counts = compute_histogram(image.__getitem__, image.shape)
+        low, high = compute_intensity_range(image.__getitem__, image.shape, counts)
     except InputError as error:
         raise InputError(f"{pair.image}: {error}") from None
-    fit = alignment(opened.tree, image.__getitem__, image.shape, counts, opened.size, opened.unit)
-    if fit.misaligned:
+    fit = compare_orientations(opened.tree, image.__getitem__, image.shape, counts, opened.size, opened.unit)
+    if fit.is_misaligned:
         sentence = (
-            f"{pair.swc} fits {pair.image.name} better with {fit.change}: mean intensity percentile along the tree "
-            f"{100 * fit.best:.1f} against {100 * fit.given:.1f} as given; correct the SWC (`hpc-neuro swc transform`) "
-            "or set swc_unit, or take it as it is with misaligned=warn"
+            f"{pair.swc} fits {pair.image.name} better with {fit.best_change}: mean intensity percentile along "
+            f"the tree {100 * fit.best_score:.1f} against {100 * fit.score:.1f} as given; correct the SWC "
+            "(`hpc-neuro swc transform`) or set swc_unit, or take it as it is with misaligned=warn"
         )
         if misaligned == "error":
             raise InputError(sentence)
@@ -132,9 +132,9 @@ def entry(opened: Opened, measured: Measured) -> Volume:
 
 
 def _require_inside(pair: Pair, unit: str, tree: Tree, shape: Shape, size: VoxelSize) -> tuple[str, ...]:
-    share = outside(tree, shape)
+    share = outside_fraction(tree, shape)
     if share > _OUTSIDE:
-        helps = inside_with(tree, shape, size, unit)
+        helps = list_changes_inside(tree, shape, size, unit)
         low, high = (", ".join(f"{v:.0f}" for v in f(tree.points, axis=0)) for f in (np.min, np.max))
         fits = f"it fits inside with {' or '.join(helps)}"
         raise InputError(

@@ -15,7 +15,7 @@ import yaml
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats import FOLDER_READERS, READERS
+from hpc_neuro.data.formats import READERS, is_image_folder
 from hpc_neuro.data.store import SPLITS
 from hpc_neuro.prepare.config import PrepareConfig, Splits
 
@@ -87,7 +87,7 @@ def _image_stem(path: Path) -> str | None:
     """The stem of a file of a known image format or of a folder that is one image; None for anything else."""
     name = path.name.lower()
     if path.is_dir():
-        return path.name if not name.startswith(".") and any(r.claims(path) for r in FOLDER_READERS) else None
+        return path.name if not name.startswith(".") and is_image_folder(path) else None
     suffixes = [s for reader in READERS for s in reader.suffixes if name.endswith(s)]
     return path.name[: -len(max(suffixes, key=len))] if suffixes else None
 

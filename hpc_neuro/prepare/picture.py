@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import to_um
-from hpc_neuro.data.intensity import normalise, slabs
+from hpc_neuro.data.intensity import iter_slabs, normalize
 from hpc_neuro.data.store import StoredVolume
 
 _GAMMA = 0.5  # faint neurites must show
@@ -90,8 +90,8 @@ def _project(volume: StoredVolume) -> _Projections:
     images = [np.zeros(plane, dtype=np.float32) for plane in planes]
     masks = [np.zeros(plane, dtype=bool) for plane in planes]
     blanks = [np.zeros(plane, dtype=bool) for plane in planes]
-    for box in slabs(volume.shape, max(4, volume.dtype.itemsize)):
-        image = normalise(volume.image(box), volume.low, volume.high)
+    for box in iter_slabs(volume.shape, max(4, volume.dtype.itemsize)):
+        image = normalize(volume.image(box), volume.low, volume.high)
         mask = volume.mask(box)
         for k in range(3):
             where = tuple(s for a, s in enumerate(box.slices) if a != k)

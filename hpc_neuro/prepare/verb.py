@@ -76,7 +76,7 @@ def _measured(one: Opened, cfg: PrepareConfig) -> Measured:
         held = files.read_json(path, f"remove {path}")
         if held.pop("digest") == one.digest:
             found = Measured(held["low"], held["high"], Fit(**held["fit"]), tuple(held["remarks"]))
-            if not (found.fit.misaligned and cfg.misaligned == "error"):
+            if not (found.fit.is_misaligned and cfg.misaligned == "error"):
                 return found
     return measure(one, cfg.misaligned)
 
@@ -152,7 +152,7 @@ def _pictures(out: Path, volumes: list[tuple[Volume, Measured]]) -> None:
             title = (
                 f"{volume.id} ({volume.split}): {' x '.join(map(str, volume.shape))} voxels of {size} um (z y x), "
                 f"{volume.dtype}\nred: the tree, circle: its root, cyan: the mask, yellow: unlabelled; "
-                f"mean intensity percentile along the tree {100 * found.fit.given:.1f}"
+                f"mean intensity percentile along the tree {100 * found.fit.score:.1f}"
             )
             draw(store[volume.id], path, title)
     store.close()
@@ -177,8 +177,8 @@ def _lines(opened: list[Opened], measured: list[Measured], cfg: PrepareConfig) -
         size = " x ".join(f"{v:.4g}" for v in o.size)
         lines.append(
             f"{o.pair.id}: {z} x {y} x {x} of {size} um, {o.image.dtype}, range {m.low:g} to {m.high:g}, "
-            f"{len(o.tree)} nodes, percentile along the tree {100 * m.fit.given:.1f} "
-            f"(best other {100 * m.fit.best:.1f}: {m.fit.change})"
+            f"{len(o.tree)} nodes, percentile along the tree {100 * m.fit.score:.1f} "
+            f"(best other {100 * m.fit.best_score:.1f}: {m.fit.best_change})"
         )
         lines += [*o.remarks, *m.remarks]
     lines.append(f"radius: {schema.plain(cfg.radius)}")

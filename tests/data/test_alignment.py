@@ -14,9 +14,9 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
-from hpc_neuro.data.alignment import Fit, alignment, outside
+from hpc_neuro.data.alignment import Fit, compare_orientations, outside_fraction
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.intensity import histogram
+from hpc_neuro.data.intensity import compute_histogram
 from hpc_neuro.data.rasterize import rasterize
 
 SHAPE = (30, 60, 60)
@@ -36,15 +36,15 @@ def fit(tree: Tree, image: Array, unit: str = "voxel", size: VoxelSize = SIZE) -
         return image[box.slices]
 
     shape: Shape = (image.shape[0], image.shape[1], image.shape[2])
-    return alignment(tree, read, shape, histogram(read, shape), size, unit)
+    return compare_orientations(tree, read, shape, compute_histogram(read, shape), size, unit)
 
 
 @pytest.mark.parametrize("clean", [False, True])
 def test_a_good_tree_fits_best_as_it_is(clean: bool) -> None:
     tree, image = scene(clean)
     found = fit(tree, image)
-    assert found.given > 0.98
-    assert not found.misaligned
+    assert found.score > 0.98
+    assert not found.is_misaligned
 
 
 MOVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -62,9 +62,9 @@ MOVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def test_each_change_is_named_by_what_undoes_it(words: str, clean: bool) -> None:
     tree, image = scene(clean)
     found = fit(replace(tree, points=MOVES[words](tree.points)), image)
-    assert found.misaligned
-    assert found.best > 0.98
-    assert found.change == words
+    assert found.is_misaligned
+    assert found.best_score > 0.98
+    assert found.best_change == words
 
 
 def test_a_tree_said_to_be_in_um_that_is_in_voxels_is_told_so() -> None:
@@ -72,23 +72,23 @@ def test_a_tree_said_to_be_in_um_that_is_in_voxels_is_told_so() -> None:
     small = (slice(None), slice(0, 60), slice(0, 60))
     wrong = replace(tree, points=tree.points / SIZE * [1, 0.5, 0.5])  # 0.5 um voxels taken for 1 um
     found = fit(replace(wrong, points=tree.points / np.array(SIZE) * 0.5), image[small], "um", (2.0, 2.0, 2.0))
-    assert found.given < found.best or not found.misaligned
+    assert found.score < found.best_score or not found.is_misaligned
     right = fit(replace(tree, points=tree.points / 2.0), image, "um", (2.0, 2.0, 2.0))
-    assert right.misaligned
-    assert right.change == "swc_unit=voxel"
+    assert right.is_misaligned
+    assert right.best_change == "swc_unit=voxel"
 
 
 def test_a_tree_on_nothing_has_no_better_place() -> None:
     rng = np.random.default_rng(0)
     tree, _ = scene()
-    assert not fit(tree, rng.integers(0, 50, SHAPE).astype(np.uint8)).misaligned
+    assert not fit(tree, rng.integers(0, 50, SHAPE).astype(np.uint8)).is_misaligned
 
 
 def test_the_share_outside_the_image() -> None:
     tree, _ = scene()
-    assert outside(tree, SHAPE) == 0
-    assert outside(replace(tree, points=tree.points + np.array([0, 0, 25])), SHAPE) == pytest.approx(2 / 5)
-    assert outside(morphology.empty(), SHAPE) == 0
+    assert outside_fraction(tree, SHAPE) == 0
+    assert outside_fraction(replace(tree, points=tree.points + np.array([0, 0, 25])), SHAPE) == pytest.approx(2 / 5)
+    assert outside_fraction(morphology.empty(), SHAPE) == 0
 
 
 @pytest.mark.parametrize("name", ["OP_1", "OP_7"])
@@ -98,8 +98,8 @@ def test_a_real_tree_is_right_as_given_and_its_flip_is_named(real_data: Path, na
     voxels = image[Box.whole(image.shape)]
     size = (0.9988, 0.32965, 0.32965)
     found = fit(tree, voxels, size=size)
-    assert found.given > 0.95
-    assert found.best < 0.75
+    assert found.score > 0.95
+    assert found.best_score < 0.75
     flipped = fit(replace(tree, points=tree.points * [1, -1, 1] + [0, 511, 0]), voxels, size=size)
-    assert flipped.misaligned
-    assert flipped.change == "y flipped"
+    assert flipped.is_misaligned
+    assert flipped.best_change == "y flipped"

@@ -14,7 +14,7 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import intensity
-from hpc_neuro.data.intensity import histogram, intensity_range, normalise, slabs
+from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range, iter_slabs, normalize
 
 
 def reader(image: Array) -> Callable[[Box], Array]:
@@ -36,7 +36,7 @@ def test_the_range_is_the_definition_for_every_dtype(dtype: str) -> None:
     if dtype in ("i2", "i4", "f4"):
         image -= 30  # negative values order too
     image = image.astype(dtype)
-    assert intensity_range(reader(image), image.shape) == pytest.approx(expected(image))
+    assert compute_intensity_range(reader(image), image.shape) == pytest.approx(expected(image))
 
 
 @settings(deadline=None, max_examples=30)
@@ -46,50 +46,50 @@ def test_the_range_is_the_definition_at_any_sparsity(seed: int, dtype: str, empt
     image = np.where(rng.random((8, 20, 20)) < empty, 0, rng.integers(1, 120, (8, 20, 20))).astype(dtype)
     low, high = expected(image)
     if high > low:
-        assert intensity_range(reader(image), image.shape) == pytest.approx((low, high))
+        assert compute_intensity_range(reader(image), image.shape) == pytest.approx((low, high))
     else:
         with pytest.raises(InputError):
-            intensity_range(reader(image), image.shape)
+            compute_intensity_range(reader(image), image.shape)
 
 
 def test_a_stack_that_is_nearly_all_zero_has_its_neurites_near_one() -> None:
     image = np.zeros((20, 100, 100), dtype=np.uint8)
     image[10, 50, 10:90] = np.linspace(100, 200, 80)
-    low, high = intensity_range(reader(image), image.shape)
+    low, high = compute_intensity_range(reader(image), image.shape)
     assert low == 0
     assert 190 < high <= 200
 
 
 def test_streaming_in_many_slabs_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.random.default_rng(1).normal(100, 20, (30, 70, 130)).astype(np.float32)
-    whole = intensity_range(reader(image), image.shape)
+    whole = compute_intensity_range(reader(image), image.shape)
     monkeypatch.setattr(intensity, "_PASS_BYTES", 20_000)
-    boxes = list(slabs(image.shape, 4))
+    boxes = list(iter_slabs(image.shape, 4))
     assert len(boxes) > 30
     assert sum(b.size for b in boxes) == image.size
-    assert intensity_range(reader(image), image.shape) == whole
+    assert compute_intensity_range(reader(image), image.shape) == whole
 
 
 def test_slabs_begin_at_multiples_of_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intensity, "_PASS_BYTES", 100_000)
-    assert {box.start[0] % 32 for box in slabs((100, 300, 300), 2, depth=32)} == {0}
-    assert {box.start[1] % 64 for box in slabs((100, 300, 300), 2, depth=32)} == {0}
+    assert {box.start[0] % 32 for box in iter_slabs((100, 300, 300), 2, depth=32)} == {0}
+    assert {box.start[1] % 64 for box in iter_slabs((100, 300, 300), 2, depth=32)} == {0}
 
 
 @pytest.mark.parametrize("value", [0, 7])
 def test_a_constant_image_is_refused(value: int) -> None:
     image = np.full((4, 8, 8), value, dtype=np.uint8)
     with pytest.raises(InputError, match=f"every voxel is {value}, an image with contrast is wanted"):
-        intensity_range(reader(image), image.shape)
+        compute_intensity_range(reader(image), image.shape)
     with pytest.raises(InputError, match="every voxel is"):
-        intensity_range(reader(image.astype(np.float32)), image.shape)
+        compute_intensity_range(reader(image.astype(np.float32)), image.shape)
 
 
 def test_a_dark_neuron_on_white_is_refused() -> None:
     image = np.full((10, 50, 50), 255, dtype=np.uint8)
     image[5, 25, 10:40] = 0
     with pytest.raises(InputError, match="bright neuron on a dark background is wanted"):
-        intensity_range(reader(image), image.shape)
+        compute_intensity_range(reader(image), image.shape)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -97,16 +97,16 @@ def test_nan_and_infinity_are_named_by_voxel(bad: float) -> None:
     image = np.random.default_rng(0).random((4, 8, 9)).astype(np.float32)
     image[2, 3, 5] = bad
     with pytest.raises(InputError, match="voxel z=2 y=3 x=5 is NaN or infinite"):
-        intensity_range(reader(image), image.shape)
+        compute_intensity_range(reader(image), image.shape)
 
 
 def test_normalise_clips_and_maps_low_and_high() -> None:
-    out = normalise(np.array([0, 10, 60, 110, 500], dtype=np.uint16), 10, 110)
+    out = normalize(np.array([0, 10, 60, 110, 500], dtype=np.uint16), 10, 110)
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, [0, 0, 0.5, 1, 1])
 
 
 def test_percentile_ranks_are_mid_ranks() -> None:
     image = np.array([0, 0, 0, 0, 5, 5, 9, 9], dtype=np.uint8).reshape(2, 2, 2)
-    ranks = histogram(reader(image), image.shape).below(np.array([0, 5, 9], dtype=np.uint8))
+    ranks = compute_histogram(reader(image), image.shape).percentile_rank(np.array([0, 5, 9], dtype=np.uint8))
     np.testing.assert_allclose(ranks, [0.25, 0.625, 0.875])

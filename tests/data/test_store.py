@@ -75,7 +75,7 @@ def test_every_box_comes_back_as_it_was(tmp_path: Path, dtype: str) -> None:
     drawn = rasterize(stored.fitted(), BOX, SIZE, Drawing(ignore_margin=1.0, stretch=1.5))
     np.testing.assert_array_equal(stored.image(BOX), image(dtype)[BOX.slices])
     assert stored.image(BOX).dtype == np.dtype(dtype)
-    np.testing.assert_array_equal(stored.normalised(BOX), intensity.normalise(image(dtype)[BOX.slices], 3, 50))
+    np.testing.assert_array_equal(stored.normalised(BOX), intensity.normalize(image(dtype)[BOX.slices], 3, 50))
     np.testing.assert_array_equal(stored.mask(BOX), drawn.mask)
     np.testing.assert_array_equal(stored.skeleton(BOX), drawn.skeleton)
     np.testing.assert_allclose(stored.distance(BOX), drawn.distance, atol=4e-3)  # float16

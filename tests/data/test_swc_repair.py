@@ -11,7 +11,7 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from hpc_neuro.data.swc.standardize import standard
+from hpc_neuro.data.swc.standardize import standardize
 from tests.helpers.swc_cases import GOOD, REFUSED, TOLERATED, Put
 from tests.helpers.swc_oracles import assert_all_agree
 
@@ -89,7 +89,7 @@ def test_roots_are_joined_kept_or_dropped(file: Put) -> None:
     assert len(joined.tree.roots) == 1
     assert morphology.length(joined.tree) == 10 + 28 + 2 + 40
     assert sum("joined by an edge" in c for c in joined.changes) == 2
-    parts = swc.components(swc.read(path))
+    parts = swc.split_components(swc.read(path))
     assert [round(morphology.length(p)) for p in parts] == [28, 10, 0]
 
 
@@ -115,11 +115,11 @@ def test_somas_of_several_points() -> None:
         np.array([-1, 0, 0, 0, 3]),
         np.array([1, 1, 1, 3, 3]),
     )
-    tree, changes = standard(three)
+    tree, changes = standardize(three)
     assert len(tree) == 3
     assert changes == ["a soma of 3 points, now its first point alone"]
     chain = Tree(np.arange(30.0).reshape(10, 3), np.full(10, 0.5), np.arange(-1, 9), np.full(10, 1))
-    kept, changes = standard(chain)
+    kept, changes = standardize(chain)
     assert morphology.length(kept) == pytest.approx(morphology.length(chain))  # no cable is lost to a wrong type
     assert set(kept.types) == {0}
     assert "all 10 nodes were soma" in changes[0]

@@ -85,11 +85,11 @@ def test_the_header_says_unit_transform_and_roots(tmp_path: Path) -> None:
         "# by me\n# and you",
     ):
         assert line in text
-    header = swc.header(tmp_path / "a.swc")
+    header = swc.read_header(tmp_path / "a.swc")
     assert (header.unit, header.voxel_size) == ("voxel", (1.0, 0.33, 0.25))
     assert "# transform: voxel index = um / voxel size" in text
     swc.write(tmp_path / "b.swc", random_tree(0))
-    assert swc.header(tmp_path / "b.swc").unit == "um"
+    assert swc.read_header(tmp_path / "b.swc").unit == "um"
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
 def test_transform_flips_voxel_onto_voxel() -> None:
     tree = random_tree(0)
     move = swc.Transform(flip="y", shape=(10, 20, 30))
-    assert swc.transformed(tree, move).points[:, 1] == pytest.approx(19 - tree.points[:, 1])
-    np.testing.assert_allclose(swc.transformed(swc.transformed(tree, move), move).points, tree.points)
-    moved = swc.transformed(tree, swc.Transform(scale=(2, 1, 1), shift=(0, 0, 5)))
+    assert swc.transform(tree, move).points[:, 1] == pytest.approx(19 - tree.points[:, 1])
+    np.testing.assert_allclose(swc.transform(swc.transform(tree, move), move).points, tree.points)
+    moved = swc.transform(tree, swc.Transform(scale=(2, 1, 1), shift=(0, 0, 5)))
     np.testing.assert_allclose(moved.points, tree.points * [2, 1, 1] + [0, 0, 5])
     for bad in (swc.Transform(flip="y"), swc.Transform(flip="q", shape=(1, 2, 3)), swc.Transform(scale=(0, 1, 1))):
         with pytest.raises(InputError):
-            swc.transformed(tree, bad)
+            swc.transform(tree, bad)

@@ -70,11 +70,11 @@ def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
     ome_zarr.create(tmp_path / "v", "p", shape, size, (32, 64, 256), (32, 64, 64), "mask", {})
     blob = np.zeros(shape, np.uint8)
     blob[10:18, 20:36, 320:344] = 200
-    ome_zarr.write(ome_zarr.open_level(tmp_path / "v"), Box.whole(shape), blob)
-    for level in ome_zarr.pieces(shape, size, (32, 64, 256), "mask"):
+    ome_zarr.write_box(ome_zarr.open_level(tmp_path / "v"), Box.whole(shape), blob)
+    for level in ome_zarr.plan_shards(shape, size, (32, 64, 256), "mask"):
         for piece in level:
-            ome_zarr.build_piece(tmp_path / "v", shape, size, piece)
-    levels = ome_zarr.levels(shape, size)
+            ome_zarr.build_shard(tmp_path / "v", shape, size, piece)
+    levels = ome_zarr.plan_levels(shape, size)
     assert len(levels) > 1
     for number in range(len(levels)):
         volume = open_volume(tmp_path / "v", dataset=str(number))
@@ -92,7 +92,7 @@ def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Pa
     cfg = configure(model, tmp_path / "o", f"store={store}")
     infer.run(cfg)
     image = ome_zarr.open_level(cfg.out / "a.ome.zarr")
-    ome_zarr.write(image, Box((0, 0, 0), (8, 32, 32)), np.full((8, 32, 32), 9, np.uint8))
+    ome_zarr.write_box(image, Box((0, 0, 0), (8, 32, 32)), np.full((8, 32, 32), 9, np.uint8))
     (cfg.out / "blocks" / "a" / "0_0_0.json").unlink()
     (cfg.out / "predictions.json").unlink()
     torn = [cfg.out / p for p in ("blocks/a/.0_0_1.json.1.part", "entries/.a.json.1.part", "swc/a/.0001.swc.1.part")]

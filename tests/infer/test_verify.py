@@ -173,9 +173,9 @@ def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:
     shape, shard = (8, 600, 64), (8, 64, 64)
     ome_zarr.create(tmp_path / "v", "p", shape, (1.0, 1.0, 1.0), shard, (8, 32, 32), "mask", {})
     spot = Box((0, 64, 0), (8, 128, 64))
-    ome_zarr.write(ome_zarr.open_level(tmp_path / "v"), spot, np.full((8, 64, 64), 7, np.uint8))
-    for level in ome_zarr.pieces(shape, (1.0, 1.0, 1.0), shard, "mask"):
+    ome_zarr.write_box(ome_zarr.open_level(tmp_path / "v"), spot, np.full((8, 64, 64), 7, np.uint8))
+    for level in ome_zarr.plan_shards(shape, (1.0, 1.0, 1.0), shard, "mask"):
         for piece in level:
-            ome_zarr.build_piece(tmp_path / "v", shape, (1.0, 1.0, 1.0), piece)
+            ome_zarr.build_shard(tmp_path / "v", shape, (1.0, 1.0, 1.0), piece)
     written = sorted(p.relative_to(tmp_path / "v").as_posix() for p in tmp_path.glob("v/[1-9]/c/**/0"))
     assert [w for w in written if Path(tmp_path / "v" / w).is_file()] == ["1/c/0/0/0", "2/c/0/0/0"]

@@ -27,7 +27,7 @@ def pairs(tmp_path: Path) -> Path:
     draw = np.random.default_rng(0)
     tree = _tree(draw, (20, 30, 50))
     tifffile.imwrite(folder / "a.tif", _image(draw, SHAPE, tree))
-    swc.write(folder / "a.swc", swc.transformed(tree, swc.Transform(scale=(2.0, 0.5, 0.5))), unit="um")
+    swc.write(folder / "a.swc", swc.transform(tree, swc.Transform(scale=(2.0, 0.5, 0.5))), unit="um")
     meta = {"a": {"voxel_size_um_xyz": [0.5, 0.5, 2.0], "root_xyz": [0.0, 15.0, 10.0]}}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
@@ -37,7 +37,7 @@ def test_image_tree_and_root_move_together(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "cut"
     lines = cut_pairs.cut(pairs, out, margin=5)
     before, after = tifffile.imread(pairs / "a.tif"), tifffile.imread(out / "a.tif")
-    whole = swc.transformed(swc.read(pairs / "a.swc"), swc.Transform(scale=(0.5, 2.0, 2.0)))
+    whole = swc.transform(swc.read(pairs / "a.swc"), swc.Transform(scale=(0.5, 2.0, 2.0)))
     points, tree = whole.points, swc.read(out / "a.swc")
     low = np.maximum(np.floor(points.min(0)) - 5, 0).astype(int)
     low[2] = 0  # the root

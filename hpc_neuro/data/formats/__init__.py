@@ -1,4 +1,7 @@
-"""Volumes of every format behind one lazy interface: `open_volume(path)[box]`, z y x."""
+"""Volumes of every format behind one lazy interface: `open_volume(path)[box]`, z y x.
+
+To add a format, write one file with `matches` and `open_source` and add one row to `READERS`.
+"""
 
 from __future__ import annotations
 
@@ -11,51 +14,53 @@ from pathlib import Path
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import amira, chunked, hdf5, nifti, nrrd, slice_folder, terafly, tiff, vaa3d
-from hpc_neuro.data.formats.axes import layout
-from hpc_neuro.data.formats.volume import Source, Volume, reading
+from hpc_neuro.data.formats.axes import resolve_axes
+from hpc_neuro.data.formats.volume import StoredArray, Volume, translate_errors
 
-__all__ = ["FOLDER_READERS", "READERS", "Volume", "open_volume"]
+__all__ = ["READERS", "Volume", "is_image_folder", "open_volume"]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One format: how a file of it is known, and what opens it."""
+    """One format: how a path of it is recognized, and the function that opens it."""
 
     name: str
-    suffixes: tuple[str, ...]
-    claims: Callable[[Path, bytes], bool]
-    """Whether a file with these first 512 bytes is of the format."""
-    open: Callable[[Path, str | None], Source]
+    matches: Callable[[Path, bytes], bool]
+    """Whether a path with these first 512 bytes (none for a folder) is of the format."""
+    open: Callable[[Path, str | None], StoredArray]
+    """Opens the path; the second argument names one of several arrays."""
+    suffixes: tuple[str, ...] = ()
+    """File name endings of the format; empty for a format that is a folder."""
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the format is a folder."""
+        return not self.suffixes
 
 
-@dataclass(frozen=True)
-class FolderReader:
-    """A format that is a folder."""
-
-    name: str
-    claims: Callable[[Path], bool]
-    open: Callable[[Path, str | None], Source]
-
-
+# The first row that matches opens the path. A zarr folder comes before a folder of slices, which may lie inside it.
 READERS = (
-    Reader("TIFF", tiff.SUFFIXES, tiff.claims, tiff.open_source),
-    Reader("HDF5", hdf5.SUFFIXES, hdf5.claims, hdf5.open_source),
-    Reader("v3draw", vaa3d.RAW_SUFFIXES, vaa3d.claims_raw, vaa3d.open_raw),
-    Reader("v3dpbd", vaa3d.PBD_SUFFIXES, vaa3d.claims_pbd, vaa3d.open_pbd),
-    Reader("NRRD", nrrd.SUFFIXES, nrrd.claims, nrrd.open_source),
-    Reader("NIfTI", nifti.SUFFIXES, nifti.claims, nifti.open_source),
-    Reader("Amira", amira.SUFFIXES, amira.claims, amira.open_source),
-)
-FOLDER_READERS = (
-    FolderReader("an OME-Zarr or zarr folder", chunked.claims_zarr, chunked.open_zarr),
-    FolderReader("an N5 folder", chunked.claims_n5, chunked.open_n5),
-    FolderReader("a Neuroglancer precomputed folder", chunked.claims_precomputed, chunked.open_precomputed),
-    FolderReader("a TeraFly folder", terafly.claims, terafly.open_source),
-    FolderReader("a folder of TIFF slices", slice_folder.claims, slice_folder.open_source),
+    Reader("TIFF", tiff.matches, tiff.open_source, tiff.SUFFIXES),
+    Reader("HDF5", hdf5.matches, hdf5.open_source, hdf5.SUFFIXES),
+    Reader("v3draw", vaa3d.matches_raw, vaa3d.open_raw, vaa3d.RAW_SUFFIXES),
+    Reader("v3dpbd", vaa3d.matches_pbd, vaa3d.open_pbd, vaa3d.PBD_SUFFIXES),
+    Reader("NRRD", nrrd.matches, nrrd.open_source, nrrd.SUFFIXES),
+    Reader("NIfTI", nifti.matches, nifti.open_source, nifti.SUFFIXES),
+    Reader("Amira", amira.matches, amira.open_source, amira.SUFFIXES),
+    Reader("OME-Zarr or zarr folder", chunked.matches_zarr, chunked.open_zarr),
+    Reader("N5 folder", chunked.matches_n5, chunked.open_n5),
+    Reader("Neuroglancer precomputed folder", chunked.matches_precomputed, chunked.open_precomputed),
+    Reader("TeraFly folder", terafly.matches, terafly.open_source),
+    Reader("folder of TIFF slices", slice_folder.matches, slice_folder.open_source),
 )
 
-
-_PACKED = (("gzip", b"\x1f\x8b"), ("zip", b"PK\x03\x04"), ("bzip2", b"BZh"), ("xz", b"\xfd7zXZ"), ("7z", b"7z\xbc\xaf"))
+_ARCHIVES = (
+    ("gzip", b"\x1f\x8b"),
+    ("zip", b"PK\x03\x04"),
+    ("bzip2", b"BZh"),
+    ("xz", b"\xfd7zXZ"),
+    ("7z", b"7z\xbc\xaf"),
+)
 
 
 def open_volume(
@@ -63,42 +68,61 @@ def open_volume(
 ) -> Volume:
     """Open a 3D image of any known format without reading its voxels.
 
-    `channel` picks one of several; `axes` says what the stored axes are (letters Z Y X C T in stored order) where the
-    file does not, or says it wrongly; `dataset` names the array in a file or folder that holds several.
+    `channel` picks one of several. `axes` names the stored axes (letters Z Y X C T in stored order) where the file does
+    not, or names them wrongly. `dataset` names the array in a file or folder that holds several.
     Raises InputError for a missing, unknown, truncated or ambiguous file, a 2D image, and several time points.
     """
     path = Path(path)
-    name, opener = _reader(path)
-    with reading(path, name):
-        source = opener(path, dataset)
-    if axes is not None and len(axes) == len(source.shape) + 1 and axes[:1].upper() == "Z":
-        source = _one_slice(source)  # asked for in so many letters
-    settled = layout(path, source.axes, source.shape, axes=axes, channel=channel)
+    reader = _find_reader(path)
+    with translate_errors(path, reader.name):
+        array = reader.open(path, dataset)
+
+    # A plane is no stack, unless `axes` asks for it as a stack of one slice.
+    if axes is not None and len(axes) == len(array.shape) + 1 and axes[:1].upper() == "Z":
+        array = _add_z_axis(array)
+
+    order = resolve_axes(path, array.axes, array.shape, axes=axes, channel=channel)
     reopen = functools.partial(open_volume, path.resolve(), channel=channel, axes=axes, dataset=dataset)
-    return Volume(path, source, settled, reopen)
+    return Volume(path, array, order, reopen)
 
 
-def _one_slice(source: Source) -> Source:
+def is_image_folder(path: Path) -> bool:
+    """Whether the folder is one image of a known format."""
+    return any(reader.is_folder and reader.matches(path, b"") for reader in READERS)
+
+
+def _add_z_axis(array: StoredArray) -> StoredArray:
     """An image without z as a stack of one slice."""
-    read, spacing = source.read, source.spacing
+    read, spacing = array.read, array.spacing
     return replace(
-        source,
-        shape=(1, *source.shape),
-        axes=f"Z{source.axes}",
+        array,
+        shape=(1, *array.shape),
+        axes=f"Z{array.axes}",
         read=lambda index: read(index[1:])[None],
         spacing=None if spacing is None else (math.nan, *spacing),
         world=None,
     )
 
 
-def _reader(path: Path) -> tuple[str, Callable[[Path, str | None], Source]]:
-    """The reader for `path`: by its content first, since names lie; by its name only to say what is wrong."""
+def _find_reader(path: Path) -> Reader:
+    """The reader for `path`, by its content: names are often wrong. InputError when there is none."""
     if path.is_dir():
-        for folder in FOLDER_READERS:
-            if folder.claims(path):
-                return folder.name, folder.open
-        known = ", ".join(folder.name for folder in FOLDER_READERS)
-        raise InputError(f"{path} is a folder that holds no image; wanted {known}, or give a file in it")
+        for reader in READERS:
+            if reader.is_folder and reader.matches(path, b""):
+                return reader
+        names = ", ".join(f"a {reader.name}" for reader in READERS if reader.is_folder).replace("a OME", "an OME")
+        names = names.replace("a N5", "an N5")
+        raise InputError(f"{path} is a folder that holds no image; wanted {names}, or give a file in it")
+
+    head = _read_head(path)
+    for reader in READERS:
+        if not reader.is_folder and reader.matches(path, head):
+            return reader
+    raise InputError(_explain_unknown(path, head))
+
+
+def _read_head(path: Path) -> bytes:
+    """The first 512 bytes of a file that exists, can be opened, and is not empty."""
     if not path.exists():
         raise InputError(f"{path} does not exist; give the path of an image file or folder")
     try:
@@ -108,18 +132,22 @@ def _reader(path: Path) -> tuple[str, Callable[[Path, str | None], Source]]:
         raise InputError(f"{path} cannot be opened: {os.strerror(error.errno or 0)}") from None
     if not head:
         raise InputError(f"{path} is empty (0 bytes); copy or export it again")
-    for reader in READERS:
-        if reader.claims(path, head):
-            return reader.name, reader.open
-    for kind, magic in _PACKED:
+    return head
+
+
+def _explain_unknown(path: Path, head: bytes) -> str:
+    """Why no reader takes a file with these first bytes: an archive, a wrong name, or an unknown format."""
+    for kind, magic in _ARCHIVES:
         if head.startswith(magic):
-            raise InputError(f"{path} is a {kind} archive; unpack it and give what was in it")
+            return f"{path} is a {kind} archive; unpack it and give its content"
+
     name = path.name.lower()
     for reader in READERS:
-        if name.endswith(reader.suffixes):
-            raise InputError(
+        if not reader.is_folder and name.endswith(reader.suffixes):
+            return (
                 f"{path} is named as {reader.name}, but does not begin as one (first bytes {head[:8]!r}); "
                 "copy or export it again"
             )
-    known = ", ".join(reader.name for reader in READERS)
-    raise InputError(f"{path} is of no known image format (first bytes {head[:8]!r}); known are {known}")
+
+    formats = ", ".join(reader.name for reader in READERS if not reader.is_folder)
+    return f"{path} is of no known image format (first bytes {head[:8]!r}); known formats: {formats}"

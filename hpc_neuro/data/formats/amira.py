@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats.decompress import Unpacked, raw_chunks, zlib_stream
-from hpc_neuro.data.formats.run_length import BYTE_RLE, decoded
+from hpc_neuro.data.formats.decompress import UnpackedArray, raw_chunks, zlib_stream
+from hpc_neuro.data.formats.run_length import BYTE_RLE, decode_runs
 from hpc_neuro.data.formats.units import um_per
-from hpc_neuro.data.formats.volume import Source, check_shape, mapped
+from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
 
 SUFFIXES = (".am", ".amira")
 _MOST_HEADER = 1 << 20
@@ -23,12 +23,12 @@ _TYPES = {"byte": "u1", "short": "i2", "ushort": "u2", "int": "i4", "float": "f4
 _FIELD = re.compile(r"Lattice\s*\{\s*(\w+)(?:\[(\d+)\])?\s+(\w+)\s*\}\s*=?\s*@(\d+)(?:\((\w+)(?:,\s*(\d+))?\))?")
 
 
-def claims(path: Path, head: bytes) -> bool:
+def matches(path: Path, head: bytes) -> bool:
     """Whether the file begins as an Amira mesh does."""
     return head.startswith((b"# AmiraMesh", b"# Avizo"))
 
 
-def open_source(path: Path, dataset: str | None) -> Source:
+def open_source(path: Path, dataset: str | None) -> StoredArray:
     """The lattice of an Amira file; `dataset` names one of several fields.
 
     The voxel size is that of the bounding box (voxel centre to voxel centre), when the header names its unit.
@@ -55,7 +55,7 @@ def open_source(path: Path, dataset: str | None) -> Source:
     read = _reader(path, dtype, checked, begin, encoding, int(packed or 0), "ASCII" in first)
     axes = "ZYXC"[: len(checked)]
     spacing, world, notes = _place(text, checked)
-    return Source("Amira", checked, axes, dtype, read, spacing, world, (*notes, f"field {name}"))
+    return StoredArray("Amira", checked, axes, dtype, read, spacing, world, (*notes, f"field {name}"))
 
 
 def _chosen(path: Path, fields: list[Any], dataset: str | None) -> Any:
@@ -85,17 +85,19 @@ def _reader(
     path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], begin: int, encoding: str | None, packed: int, text: bool
 ) -> Any:
     if text:
-        return Unpacked(path, dtype, shape, functools.partial(_numbers, path, begin, dtype, math.prod(shape)))
+        return UnpackedArray(path, dtype, shape, functools.partial(_numbers, path, begin, dtype, math.prod(shape)))
     if encoding is None:
-        return mapped(path, dtype, shape, begin)
+        return map_array(path, dtype, shape, begin)
     if begin + packed > path.stat().st_size:
         raise InputError(
             f"{path} is incomplete: {packed} packed bytes are declared, but the file ends early; copy it again"
         )
     if encoding == "HxZip":
-        return Unpacked(path, dtype, shape, functools.partial(zlib_stream, path, begin, packed))
+        return UnpackedArray(path, dtype, shape, functools.partial(zlib_stream, path, begin, packed))
     if encoding == "HxByteRLE" and dtype.itemsize == 1:
-        return Unpacked(path, dtype, shape, lambda: decoded(raw_chunks(path, begin, packed), BYTE_RLE, np.dtype("u1")))
+        return UnpackedArray(
+            path, dtype, shape, lambda: decode_runs(raw_chunks(path, begin, packed), BYTE_RLE, np.dtype("u1"))
+        )
     raise InputError(f"{path} is packed as {encoding}; wanted raw, HxZip or HxByteRLE: save it again")
 
 

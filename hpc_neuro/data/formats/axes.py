@@ -14,7 +14,7 @@ _FEW = 4  # an unnamed axis this short may be colours as well as slices
 
 
 @dataclass(frozen=True)
-class Layout:
+class AxisOrder:
     """How the stored axes become z y x: which three they are, and the fixed index on every other."""
 
     axes: str
@@ -37,7 +37,7 @@ class Layout:
         return tuple(parts)
 
 
-def layout(path: Path, found: str, shape: Sequence[int], *, axes: str | None, channel: int | None) -> Layout:
+def resolve_axes(path: Path, found: str, shape: Sequence[int], *, axes: str | None, channel: int | None) -> AxisOrder:
     """Settle the axes of a stored array of `shape` whose file names them `found`.
 
     `axes` overrules the file; `channel` picks one of several. Raises InputError for a 2D image, for several time
@@ -64,10 +64,10 @@ def layout(path: Path, found: str, shape: Sequence[int], *, axes: str | None, ch
         raise InputError(f"{path} holds {has}, which has no channel {channel}; leave `channel` out")
     notes = (f"axes {found} taken as {letters}",) if letters != found else ()
     order = (letters.index("Z"), letters.index("Y"), letters.index("X"))
-    return Layout(letters, order, tuple(fixed), chosen, notes)
+    return AxisOrder(letters, order, tuple(fixed), chosen, notes)
 
 
-def unnamed(shape: Sequence[int]) -> str:
+def default_axes(shape: Sequence[int]) -> str:
     """Axes of an array whose format does not name them: z y x when there are three and nothing speaks for colours."""
     if len(shape) == 2:
         return "YX"

@@ -16,9 +16,8 @@ import tensorstore as ts
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import axes as axis
 from hpc_neuro.data.formats import chunk_files
-from hpc_neuro.data.formats.types import Array, Index
 from hpc_neuro.data.formats.units import um_per
-from hpc_neuro.data.formats.volume import Source, check_dtype, check_shape
+from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape
 
 _CACHE_BYTES = 128 << 20  # chunks kept decoded: neighbouring boxes meet the same ones
 _MOST_CHUNK = 1 << 31  # bytes of one decoded chunk; no codec in use packs larger ones, so a larger one is a lie
@@ -35,22 +34,22 @@ class _Level:
     notes: tuple[str, ...] = field(default=())
 
 
-def claims_zarr(path: Path) -> bool:
+def matches_zarr(path: Path, head: bytes = b"") -> bool:
     """Whether the folder is a zarr group or array."""
     return any((path / name).is_file() for name in chunk_files.ZARR)
 
 
-def claims_n5(path: Path) -> bool:
+def matches_n5(path: Path, head: bytes = b"") -> bool:
     """Whether the folder is an N5 group or array; the root of a group need not have attributes."""
     return (path / "attributes.json").is_file() or any(path.glob("*/attributes.json"))
 
 
-def claims_precomputed(path: Path) -> bool:
+def matches_precomputed(path: Path, head: bytes = b"") -> bool:
     """Whether the folder is a Neuroglancer precomputed volume."""
     return (path / "info").is_file()
 
 
-def open_zarr(path: Path, dataset: str | None) -> Source:
+def open_zarr(path: Path, dataset: str | None) -> StoredArray:
     """An OME-Zarr image at full resolution, or the level or array that `dataset` names inside the group."""
     level = _zarr_level(path, dataset)
     v3 = (level.path / "zarr.json").is_file()
@@ -70,7 +69,7 @@ def open_zarr(path: Path, dataset: str | None) -> Source:
     return _source("OME-Zarr" if level.axes else "zarr", level, axes, store, key)
 
 
-def open_n5(path: Path, dataset: str | None) -> Source:
+def open_n5(path: Path, dataset: str | None) -> StoredArray:
     """An N5 array (dimensions x y z ...), or its full resolution `s0`, or what `dataset` names."""
     folder = path / dataset if dataset else path
     if dataset is None and "dimensions" not in _optional(path / "attributes.json"):
@@ -90,7 +89,7 @@ def open_n5(path: Path, dataset: str | None) -> Source:
     return _source("N5", _Level(folder, axes, step, None, notes), axes, store, "/".join("0" * count))
 
 
-def open_precomputed(path: Path, dataset: str | None) -> Source:
+def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     """A Neuroglancer precomputed volume at its finest scale, or the scale whose key is `dataset`."""
     info = _json(path / "info")
     scales = info.get("scales")
@@ -114,7 +113,7 @@ def open_precomputed(path: Path, dataset: str | None) -> Source:
     return _source("Neuroglancer precomputed", level, "XYZC", store, key)
 
 
-def _source(kind: str, level: _Level, axes: str, store: Any, key: str) -> Source:
+def _source(kind: str, level: _Level, axes: str, store: Any, key: str) -> StoredArray:
     chunk_files.require(level.path, key)
     shape = check_shape(level.path, store.shape)
     dtype = check_dtype(level.path, np.dtype(store.dtype.numpy_dtype))
@@ -130,7 +129,7 @@ def _source(kind: str, level: _Level, axes: str, store: Any, key: str) -> Source
     count = math.prod(-(-n // c) for n, c in zip(shape, store.chunk_layout.write_chunk.shape, strict=True))
     absent = None if "shard" in key else functools.partial(chunk_files.absent, level.path, key, count)
     read = functools.partial(_part, store, shift)
-    return Source(kind, shape, axes, dtype, read, level.step, world, level.notes, absent)
+    return StoredArray(kind, shape, axes, dtype, read, level.step, world, level.notes, absent)
 
 
 def _part(store: Any, shift: tuple[int, ...], index: Index) -> Array:
@@ -164,7 +163,7 @@ def _zarr_level(path: Path, dataset: str | None) -> _Level:
     levels = {str(d["path"]): d for d in image["datasets"]}
     name = dataset or next(iter(levels))
     if name not in levels:
-        if (path / name).is_dir() and claims_zarr(path / name):  # another image in the group, such as labels/NAME
+        if (path / name).is_dir() and matches_zarr(path / name):  # another image in the group, such as labels/NAME
             return _zarr_level(path / name, None)
         raise InputError(f"{path} has no resolution level {name!r}; it has {', '.join(levels)}")
     axes = [a if isinstance(a, Mapping) else {"name": a} for a in image.get("axes", [])]
@@ -189,7 +188,7 @@ def _plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) -> _Lev
     """A zarr without image metadata: the array itself, the named one, or the only one in the group. An array that the
     image metadata of the group above it lists is that image's level."""
     if dataset is not None:
-        if not claims_zarr(path / dataset):
+        if not matches_zarr(path / dataset):
             raise InputError(f"{path} has no zarr array or group {dataset!r}")
         return _zarr_level(path / dataset, None)
     if _is_array(path):
@@ -239,7 +238,7 @@ def _optional(path: Path) -> dict[str, Any]:
 def _named(names: Any, shape: Sequence[int]) -> str:
     """Axes from names such as z, y, x or time, channel; what no name settles stays open."""
     if not isinstance(names, Sequence) or len(names) != len(shape) or not all(names):
-        return axis.unnamed(shape)
+        return axis.default_axes(shape)
     return "".join(str(n)[:1].upper() if str(n)[:1].upper() in "ZYXCT" else "Q" for n in names)
 
 

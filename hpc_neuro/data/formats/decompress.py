@@ -20,12 +20,12 @@ import numpy as np
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats.types import Array, Index
+from hpc_neuro.data.formats.volume import Array, Index
 
 _CHUNK = 1 << 22
 
 
-class Unpacked:
+class UnpackedArray:
     """Reads parts of an array [shape] of `dtype` (C order) whose bytes `stream` gives in order."""
 
     def __init__(

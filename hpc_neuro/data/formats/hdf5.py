@@ -13,20 +13,19 @@ import numpy as np
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import axes as axis
-from hpc_neuro.data.formats.types import Array, Index
 from hpc_neuro.data.formats.units import um_per
-from hpc_neuro.data.formats.volume import Source, check_dtype, check_shape
+from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape
 
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".ims", ".n5h5")
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
-def claims(path: Path, head: bytes) -> bool:
+def matches(path: Path, head: bytes) -> bool:
     """Whether the file begins as an HDF5 file does."""
     return head.startswith(MAGIC)
 
 
-def open_source(path: Path, dataset: str | None) -> Source:
+def open_source(path: Path, dataset: str | None) -> StoredArray:
     """A dataset by name, or the only one with two axes or more; of an .ims file the full resolution, all channels.
 
     Opened without file locking, so that it works on shared disks and beside other readers.
@@ -43,7 +42,7 @@ def open_source(path: Path, dataset: str | None) -> Source:
     axes, spacing, notes = _labels(found, shape)
     notes += (f"dataset {found.name}",)
     dtype = check_dtype(path, found.dtype)
-    return Source("HDF5", shape, axes, dtype, functools.partial(_part, path, found), spacing, notes=notes)
+    return StoredArray("HDF5", shape, axes, dtype, functools.partial(_part, path, found), spacing, notes=notes)
 
 
 def _check_sources(path: Path, found: Any) -> None:
@@ -103,7 +102,7 @@ def _labels(dataset: Any, shape: tuple[int, ...]) -> tuple[str, tuple[float, ...
         axes = "".join(d.label.upper() for d in dataset.dims)
     notes: tuple[str, ...] = ()
     if len(axes) != len(shape):
-        axes = axis.unnamed(shape)
+        axes = axis.default_axes(shape)
         if axes == "ZYX":
             notes = ("three axes without names, taken as z y x",)
     size = dataset.attrs.get("element_size_um", dataset.attrs.get("voxel_size_um"))
@@ -113,7 +112,7 @@ def _labels(dataset: Any, shape: tuple[int, ...]) -> tuple[str, tuple[float, ...
     return axes, tuple(by_letter.get(a, math.nan) for a in axes), notes
 
 
-def _imaris(path: Path, file: Any) -> Source:
+def _imaris(path: Path, file: Any) -> StoredArray:
     """Imaris: DataSet/ResolutionLevel 0/TimePoint 0/Channel N/Data, padded to whole chunks; sizes are in attributes."""
     info = file["DataSetInfo/Image"].attrs
     level = file["DataSet/ResolutionLevel 0"]
@@ -146,7 +145,7 @@ def _imaris(path: Path, file: Any) -> Source:
         world[i, 5] = (begin + step / 2) * (per or 1)
     stored = [[group["Data"] for group in row] for row in parts]
     dtype = check_dtype(path, stored[0][0].dtype)
-    return Source("Imaris", shape, "TCZYX", dtype, functools.partial(_imaris_part, stored), spacing, world)
+    return StoredArray("Imaris", shape, "TCZYX", dtype, functools.partial(_imaris_part, stored), spacing, world)
 
 
 def _imaris_part(data: list[list[Any]], index: Index) -> Array:

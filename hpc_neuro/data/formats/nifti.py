@@ -12,10 +12,9 @@ import nibabel
 import numpy as np
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats.decompress import Unpacked, gzip_stream
-from hpc_neuro.data.formats.types import Array, Index
+from hpc_neuro.data.formats.decompress import UnpackedArray, gzip_stream
 from hpc_neuro.data.formats.units import um_per
-from hpc_neuro.data.formats.volume import Source, check_dtype, check_shape, mapped
+from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape, map_array
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
 _UNITS = {"meter": "m", "mm": "mm", "micron": "um"}
@@ -23,7 +22,7 @@ _AT, _MAGICS = 344, (b"n+1\0", b"ni1\0")
 _MAGIC2 = b"\r\n\x1a\n"
 
 
-def claims(path: Path, head: bytes) -> bool:
+def matches(path: Path, head: bytes) -> bool:
     """Whether the file, unzipped where it is gzip, has NIfTI's magic; the pair's .img is found by its .hdr."""
     if head[:2] == b"\x1f\x8b" and path.name.lower().endswith(".nii.gz"):
         return True
@@ -36,7 +35,7 @@ def claims(path: Path, head: bytes) -> bool:
     return path.suffix.lower() == ".img" and path.with_suffix(".hdr").is_file()
 
 
-def open_source(path: Path, dataset: str | None) -> Source:
+def open_source(path: Path, dataset: str | None) -> StoredArray:
     """The array of a NIfTI file, mapped, or unpacked once when it is gzip.
 
     Values are those stored; a scale factor other than 1 is applied and gives float32. The unit must be in the header,
@@ -58,11 +57,11 @@ def open_source(path: Path, dataset: str | None) -> Source:
         raise InputError(f"{path} puts its voxels at byte {begin}; its header is damaged")
     if data.name.lower().endswith(".gz"):
         _check_packed(data, math.prod(shape) * dtype.itemsize)
-        read: Any = Unpacked(
+        read: Any = UnpackedArray(
             data, dtype, stored, functools.partial(_voxels, data, begin, math.prod(shape) * dtype.itemsize)
         )
     else:
-        read = mapped(data, dtype, stored, begin)
+        read = map_array(data, dtype, stored, begin)
     slope, inter = float(image.dataobj.slope), float(image.dataobj.inter)
     given = dtype
     if (slope, inter) != (1.0, 0.0):
@@ -74,19 +73,19 @@ def open_source(path: Path, dataset: str | None) -> Source:
     if per is None:
         shown = " x ".join(f"{z:.6g}" for z in zooms[:3][::-1])
         notes: tuple[str, ...] = (f"steps {shown} (z y x) without a unit; give the voxel size in um",)
-        return Source("NIfTI", stored, axes, given, read, notes=notes)
+        return StoredArray("NIfTI", stored, axes, given, read, notes=notes)
     affine = np.asarray(image.affine, dtype=np.float64) * per  # [world x y z 1, i j k 1]
     steps = np.linalg.norm(affine[:3, :3], axis=0)[: len(zooms)]
     if not np.allclose(steps, np.abs(zooms[:3]) * per, rtol=0.01):
         shown = " and ".join(" x ".join(f"{v:.6g}" for v in both[::-1]) for both in (np.abs(zooms[:3]) * per, steps))
         note = f"pixdim and the affine matrix disagree about the voxel size ({shown} um z y x); give the right one"
-        return Source("NIfTI", stored, axes, given, read, notes=(note,))
+        return StoredArray("NIfTI", stored, axes, given, read, notes=(note,))
     spacing = tuple((z * per if i < 3 else math.nan) for i, z in enumerate(zooms))[::-1]
     world = np.zeros((3, len(shape) + 1))
     world[:, -1] = affine[2::-1, 3]
     for i in range(min(3, len(shape))):
         world[:, len(shape) - 1 - i] = affine[2::-1, i]
-    return Source("NIfTI", stored, axes, given, read, spacing, world)
+    return StoredArray("NIfTI", stored, axes, given, read, spacing, world)
 
 
 def _voxels(path: Path, begin: int, size: int) -> Any:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats.decompress import Unpacked, bzip2_stream, gzip_stream, raw_chunks
+from hpc_neuro.data.formats.decompress import UnpackedArray, bzip2_stream, gzip_stream, raw_chunks
 from hpc_neuro.data.formats.units import um_per
-from hpc_neuro.data.formats.volume import Source, check_shape, mapped
+from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
 
 SUFFIXES = (".nrrd", ".nhdr")
 _MOST_HEADER = 1 << 20
@@ -36,12 +36,12 @@ _TYPES = {
 _CODE = {name: code for code, names in _TYPES.items() for name in names}
 
 
-def claims(path: Path, head: bytes) -> bool:
+def matches(path: Path, head: bytes) -> bool:
     """Whether the file begins as a NRRD does."""
     return head.startswith(b"NRRD000")
 
 
-def open_source(path: Path, dataset: str | None) -> Source:
+def open_source(path: Path, dataset: str | None) -> StoredArray:
     """The array of a NRRD; axes are stored fastest first, so x y z becomes z y x.
 
     Raises InputError for types and encodings that NRRD does not know, and for data files that are missing or short.
@@ -69,14 +69,14 @@ def open_source(path: Path, dataset: str | None) -> Source:
         at = file.stat().st_size - math.prod(shape) * dtype.itemsize if skip == -1 else at + skip
         if at < 0:
             raise InputError(f"{file} is shorter than the array of shape {shape} that {path} declares; copy it again")
-        read: Any = mapped(file, dtype, shape, at)
+        read: Any = map_array(file, dtype, shape, at)
     else:
         each = math.prod(shape) * dtype.itemsize // len(sources)
         parts = functools.partial(_stream, sources, encoding, skip, dtype, each, path)
-        read = Unpacked(path, dtype, shape, parts)
+        read = UnpackedArray(path, dtype, shape, parts)
     axes = _axes(header, len(shape))
     spacing, world, notes = _place(header, len(shape))
-    return Source("NRRD", shape, axes, dtype, read, spacing, world, notes)
+    return StoredArray("NRRD", shape, axes, dtype, read, spacing, world, notes)
 
 
 def _header(path: Path) -> tuple[Mapping[str, Any], list[str], int]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.data.formats.types import Array
+from hpc_neuro.data.formats.volume import Array
 
 _LITERAL, _DIFFERENCE, _REPEAT, _UNKNOWN = range(4)
 
@@ -47,7 +47,7 @@ PBD16 = _code(((0, 31, _LITERAL, 1), (32, 79, _DIFFERENCE, 1), (223, 255, _REPEA
 BYTE_RLE = _code(((0, 127, _REPEAT, 0), (128, 255, _LITERAL, 0)), 1, 0, b"\0")
 
 
-def decoded(chunks: Iterable[bytes], code: Code, dtype: np.dtype[Any]) -> Iterator[Array]:
+def decode_runs(chunks: Iterable[bytes], code: Code, dtype: np.dtype[Any]) -> Iterator[Array]:
     """Values of a stream given in chunks of bytes, as arrays of `dtype` (its byte order is that of the stream).
 
     Raises ValueError for a code that the format does not have and for a stream that ends inside an operation.

@@ -14,24 +14,23 @@ import tifffile
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff
-from hpc_neuro.data.formats.types import Array, Index
-from hpc_neuro.data.formats.volume import Source, reading
+from hpc_neuro.data.formats.volume import Array, Index, StoredArray, translate_errors
 
 _OPEN = 64  # slices kept open; they share what one file may keep decoded
 
 
-def claims(path: Path) -> bool:
+def matches(path: Path, head: bytes = b"") -> bool:
     """Whether the folder holds TIFF files itself."""
     return any(_is_slice(file) for file in path.iterdir())
 
 
-def open_source(path: Path, dataset: str | None) -> Source:
+def open_source(path: Path, dataset: str | None) -> StoredArray:
     """The slices as one stack; `dataset` is a pattern such as `*_C1_*.tif` where a folder holds more than one series.
 
     Raises InputError for a gap in the numbering, for slices of other shapes or types, and for a folder of whole stacks.
     """
     names = ordered(path, dataset)
-    with reading(path / names[0], "TIFF"):
+    with translate_errors(path / names[0], "TIFF"):
         first = tiff.open_source(path / names[0], None)
     if len([n for n in first.shape if n > 1]) > 2 and "S" not in first.axes:
         raise InputError(
@@ -44,7 +43,9 @@ def open_source(path: Path, dataset: str | None) -> Source:
     if spacing is not None and not math.isfinite(spacing[0]):
         y, x = spacing[1:3]
         notes += (f"the slices give {y:.6g} x {x:.6g} um along y x, but no distance between them",)
-    return Source("TIFF slices", (len(names), *first.shape), "Z" + first.axes, first.dtype, stack, spacing, notes=notes)
+    return StoredArray(
+        "TIFF slices", (len(names), *first.shape), "Z" + first.axes, first.dtype, stack, spacing, notes=notes
+    )
 
 
 def ordered(path: Path, pattern: str | None) -> list[str]:
@@ -88,18 +89,18 @@ def ordered(path: Path, pattern: str | None) -> list[str]:
 class _Stack:
     """Reads each slice of a box from its own file; checks that it is of the first one's shape and type."""
 
-    def __init__(self, path: Path, names: Sequence[str], first: Source) -> None:
+    def __init__(self, path: Path, names: Sequence[str], first: StoredArray) -> None:
         self.path, self.names, self.first = path, names, first
         self.slice = functools.lru_cache(_OPEN)(self._slice)
 
     def __call__(self, index: Index) -> Array:
         out = np.empty([s.stop - s.start for s in index], self.first.dtype)
         for part, number in zip(out, range(index[0].start, index[0].stop), strict=True):
-            with reading(self.path / self.names[number], "TIFF"):
+            with translate_errors(self.path / self.names[number], "TIFF"):
                 part[...] = self.slice(number).read(index[1:])
         return out
 
-    def _slice(self, number: int) -> Source:
+    def _slice(self, number: int) -> StoredArray:
         path = self.path / self.names[number]
         found = tiff.open_source(path, None, tiff.CACHE_BYTES // _OPEN)
         if (found.shape, found.dtype) != (self.first.shape, self.first.dtype):

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff, vaa3d
-from hpc_neuro.data.formats.types import Array, Index
-from hpc_neuro.data.formats.volume import Source, check_shape, reading
+from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_shape, translate_errors
 
 _RES = re.compile(r"RES\((\d+)x(\d+)x(\d+)\)$")
 _OPEN = 32  # tiles kept open; they share what one file may keep decoded
@@ -43,12 +42,12 @@ class _Plan:
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)  # micrometres z y x
 
 
-def claims(path: Path) -> bool:
+def matches(path: Path, head: bytes = b"") -> bool:
     """Whether the folder is a resolution level, or holds some."""
     return bool(_RES.search(path.name)) or (path / "mdata.bin").is_file() or bool(_levels(path))
 
 
-def open_source(path: Path, dataset: str | None) -> Source:
+def open_source(path: Path, dataset: str | None) -> StoredArray:
     """The finest level of a TeraFly folder, or the one that `dataset` names (`RES(512x512x64)`)."""
     levels = _levels(path)
     if levels:
@@ -76,13 +75,13 @@ def open_source(path: Path, dataset: str | None) -> Source:
         world = np.zeros((3, 5))
         world[:, 1:4], world[:, 4] = np.diag(plan.voxel_size), plan.origin
     notes = (f"{len(plan.tiles)} tiles in {folder.name}",)
-    return Source("TeraFly", shape, "CZYX", sample.dtype, _Mosaic(plan.tiles, sample), spacing, world, notes)
+    return StoredArray("TeraFly", shape, "CZYX", sample.dtype, _Mosaic(plan.tiles, sample), spacing, world, notes)
 
 
 class _Mosaic:
     """Reads a box from the tiles it meets; what no tile covers would be invented, so it is refused."""
 
-    def __init__(self, tiles: Sequence[Tile], sample: Source) -> None:
+    def __init__(self, tiles: Sequence[Tile], sample: StoredArray) -> None:
         self.tiles, self.sample = tiles, sample
         self.starts = np.array([t.box.start for t in tiles])
         self.stops = np.array([t.box.stop for t in tiles])
@@ -100,7 +99,7 @@ class _Mosaic:
             covered += part.size
             if tile.path is None:
                 continue
-            with reading(tile.path, "a TeraFly tile"):
+            with translate_errors(tile.path, "a TeraFly tile"):
                 source = self.opened(tile.path)
                 shape = (self.sample.shape[0], *tile.box.shape)
                 if source.shape != shape or source.dtype != self.sample.dtype:
@@ -117,9 +116,9 @@ class _Mosaic:
         return out
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path) -> StoredArray:
     """A tile as c z y x, whatever its format keeps."""
-    with reading(path, "a TeraFly tile"):
+    with translate_errors(path, "a TeraFly tile"):
         if path.suffix.lower() in (".v3draw", ".raw"):
             return vaa3d.open_raw(path, None)
         found = tiff.open_source(path, None, tiff.CACHE_BYTES // _OPEN)
@@ -131,7 +130,7 @@ def _open(path: Path) -> Source:
         part: Array = found.read(index[missing:])
         return part[(np.newaxis,) * missing]
 
-    return Source(found.format, (1,) * missing + found.shape, "CZYX", found.dtype, read)
+    return StoredArray(found.format, (1,) * missing + found.shape, "CZYX", found.dtype, read)
 
 
 def _levels(path: Path) -> list[Path]:

@@ -15,21 +15,20 @@ import tifffile
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff_voxel_size
-from hpc_neuro.data.formats.types import Array, Index
-from hpc_neuro.data.formats.volume import Source, check_dtype, check_shape, mapped, require_bytes
+from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape, map_array, require_bytes
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 CACHE_BYTES = 128 << 20  # decoded segments kept: neighbouring boxes of one slab meet the same strips
-_MOST_EXPANSION = 100_000  # no codec in use packs tighter; a segment that claims more is a lying header
+_MOST_EXPANSION = 100_000  # no codec in use packs tighter; a segment that matches more is a lying header
 
 
-def claims(path: Path, head: bytes) -> bool:
+def matches(path: Path, head: bytes) -> bool:
     """Whether the file begins as a TIFF does."""
     return head[:4] in MAGIC
 
 
-def open_source(path: Path, dataset: str | None, cache_bytes: int = CACHE_BYTES) -> Source:
+def open_source(path: Path, dataset: str | None, cache_bytes: int = CACHE_BYTES) -> StoredArray:
     """The stack in a TIFF; `dataset` is the number of the series where a file holds several.
 
     Raises InputError for a chain of pages that leaves the file, for pages that are missing and for samples that no
@@ -50,11 +49,11 @@ def open_source(path: Path, dataset: str | None, cache_bytes: int = CACHE_BYTES)
     if keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         notes += ("zero is displayed as white; the stored values are read as they are",)
     if series.dataoffset is not None and table is None:
-        read = mapped(path, np.dtype(tif.byteorder + dtype.char), shape, series.dataoffset)
+        read = map_array(path, np.dtype(tif.byteorder + dtype.char), shape, series.dataoffset)
         tif.close()
-        return Source("TIFF", shape, axes, dtype, read, spacing, notes=notes)
+        return StoredArray("TIFF", shape, axes, dtype, read, spacing, notes=notes)
     pages = _Pages(path, tif, series, shape, table, cache_bytes)
-    return Source("TIFF", shape, axes, dtype if table is None else table.dtype, pages, spacing, notes=notes)
+    return StoredArray("TIFF", shape, axes, dtype if table is None else table.dtype, pages, spacing, notes=notes)
 
 
 class _Pages:
@@ -97,7 +96,7 @@ class _Pages:
         self._check()
 
     def _check(self) -> None:
-        """Every page is there, has all its segments, and each lies inside the file and can hold what it claims."""
+        """Every page is there, has all its segments, and each lies inside the file and can hold what it matches."""
         segments = self.page_shape[0] * self.grid[0] * self.grid[1]
         size = self.path.stat().st_size
         claimed = math.prod(self.tile) * self.page_shape[3] * self.series.dtype.itemsize
@@ -119,7 +118,7 @@ class _Pages:
                     )
                 if claimed > _MOST_EXPANSION * count + 65536:
                     raise InputError(
-                        f"{self.path}: page {number} claims {claimed} bytes from {count} compressed ones; "
+                        f"{self.path}: page {number} matches {claimed} bytes from {count} compressed ones; "
                         "its header is damaged"
                     )
 

@@ -1,4 +1,4 @@
-"""Vaa3D's v3draw (mapped, read by parts) and v3dpbd (run-length coded, 8 and 16 bit)."""
+"""Vaa3D's v3draw (map_array, read by parts) and v3dpbd (run-length coded, 8 and 16 bit)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats.decompress import Unpacked, raw_chunks
-from hpc_neuro.data.formats.run_length import PBD8, PBD16, decoded
-from hpc_neuro.data.formats.types import Array
-from hpc_neuro.data.formats.volume import Source, check_shape, mapped
+from hpc_neuro.data.formats.decompress import UnpackedArray, raw_chunks
+from hpc_neuro.data.formats.run_length import PBD8, PBD16, decode_runs
+from hpc_neuro.data.formats.volume import Array, StoredArray, check_shape, map_array
 
 log = logging.getLogger(__name__)
 RAW_SUFFIXES, PBD_SUFFIXES = (".v3draw", ".raw", ".vaa3draw"), (".v3dpbd",)
@@ -23,17 +22,17 @@ _ROUGHER = 8.0
 _LONG, _SHORT = 43, 35  # header bytes with sizes of 4 and (old files) of 2 bytes
 
 
-def claims_raw(path: Path, head: bytes) -> bool:
+def matches_raw(path: Path, head: bytes) -> bool:
     """Whether the file begins as a v3draw does."""
     return head.startswith(_RAW)
 
 
-def claims_pbd(path: Path, head: bytes) -> bool:
+def matches_pbd(path: Path, head: bytes) -> bool:
     """Whether the file begins as a v3dpbd does."""
     return head.startswith(_PBD)
 
 
-def open_raw(path: Path, dataset: str | None) -> Source:
+def open_raw(path: Path, dataset: str | None) -> StoredArray:
     """A v3draw: 24 bytes of name, byte order, type, sizes x y z c, then the voxels, x fastest."""
     size = path.stat().st_size
     for begin in (_LONG, _SHORT):
@@ -50,12 +49,12 @@ def open_raw(path: Path, dataset: str | None) -> Source:
             f"{path} holds {size} bytes, but its header (shape {shape} c z y x, {dtype}) speaks of {wanted}; "
             "the header is damaged, export it again"
         )
-    read = mapped(path, dtype, shape, begin)
+    read = map_array(path, dtype, shape, begin)
     notes = _swapped(path, read(tuple(slice(0, min(n, most)) for n, most in zip(shape, (1, 8, 512, 512), strict=True))))
-    return Source("v3draw", shape, "CZYX", dtype, read, notes=notes)
+    return StoredArray("v3draw", shape, "CZYX", dtype, read, notes=notes)
 
 
-def open_pbd(path: Path, dataset: str | None) -> Source:
+def open_pbd(path: Path, dataset: str | None) -> StoredArray:
     """A v3dpbd: the header of a v3draw, then one run-length stream, unpacked at the first read."""
     dtype, shape = _header(path, _LONG)
     shape = check_shape(path, shape)
@@ -69,10 +68,10 @@ def open_pbd(path: Path, dataset: str | None) -> Source:
             f"{path} is incomplete: {packed} coded bytes cannot hold its shape {shape} (c z y x); "
             "copy or export it again"
         )
-    stream = Unpacked(
-        path, dtype.newbyteorder("="), shape, lambda: decoded(raw_chunks(path, _LONG, packed), code, dtype)
+    stream = UnpackedArray(
+        path, dtype.newbyteorder("="), shape, lambda: decode_runs(raw_chunks(path, _LONG, packed), code, dtype)
     )
-    return Source("v3dpbd", shape, "CZYX", dtype, stream)
+    return StoredArray("v3dpbd", shape, "CZYX", dtype, stream)
 
 
 def _swapped(path: Path, part: Array) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a format's reader hands over (Source), and what everyone reads from (Volume): one box at a time, z y x."""
+"""What a format's reader hands over (StoredArray), and what everyone reads from (Volume): one box at a time, z y x."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import axes as axis
-from hpc_neuro.data.formats.types import Array, Index
+
+Array = NDArray[Any]
+"""A numpy array of any shape and dtype."""
+
+Index = tuple[slice, ...]
+"""One slice with start and stop, step 1, per axis of a stored array."""
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredArray:
     """One array of a file with as many axes as the file stores, read by parts."""
 
     format: str
@@ -44,7 +49,7 @@ class Source:
 class Volume:
     """A lazy 3D image: `volume[Box]` reads that box alone. Pickles as its path, opened anew in the other process."""
 
-    def __init__(self, path: Path, source: Source, layout: axis.Layout, reopen: Callable[[], Volume]) -> None:
+    def __init__(self, path: Path, source: StoredArray, layout: axis.AxisOrder, reopen: Callable[[], Volume]) -> None:
         self.path = path
         self.format = source.format
         self.axes = layout.axes
@@ -71,7 +76,7 @@ class Volume:
         if not box.size:
             return np.empty(box.shape, self.dtype)
         index, shape = self._layout.index(box), box.shape
-        with reading(self.path, self.format):
+        with translate_errors(self.path, self.format):
             part = self._source.read(index)
             part = part.transpose(self._layout.transposition).reshape(shape)
             return np.array(part, dtype=self.dtype, order="C")
@@ -98,7 +103,7 @@ class Volume:
 
 
 @contextlib.contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
+def translate_errors(path: Path, kind: str) -> Iterator[None]:
     """Turn what a decoder throws at a damaged file into one InputError; our own sentences pass through."""
     try:
         yield
@@ -141,7 +146,7 @@ def check_dtype(path: Path, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype
 
 
-def mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[Index], Array]:
+def map_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[Index], Array]:
     """A reader of parts of a plain C-ordered array that begins at byte `offset` of `path`."""
     require_bytes(path, offset, math.prod(shape) * dtype.itemsize, f"an array of shape {shape}, {dtype}")
     return functools.partial(_take, np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape))
@@ -151,14 +156,16 @@ def _take(array: Array, index: Index) -> Array:
     return array[index]
 
 
-def _voxel_size(source: Source, order: tuple[int, int, int]) -> VoxelSize | None:
+def _voxel_size(source: StoredArray, order: tuple[int, int, int]) -> VoxelSize | None:
     if source.spacing is None:
         return None
     z, y, x = (abs(float(source.spacing[i])) for i in order)
     return (z, y, x) if all(math.isfinite(v) and v > 0 for v in (z, y, x)) else None
 
 
-def _affine(source: Source, order: tuple[int, int, int], voxel_size: VoxelSize | None) -> NDArray[np.float64] | None:
+def _affine(
+    source: StoredArray, order: tuple[int, int, int], voxel_size: VoxelSize | None
+) -> NDArray[np.float64] | None:
     if voxel_size is None:
         return None
     affine = np.diag([*voxel_size, 1.0])

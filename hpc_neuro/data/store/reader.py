@@ -16,7 +16,7 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.intensity import normalise
+from hpc_neuro.data.intensity import normalize
 from hpc_neuro.data.store.layout import FORMAT, INDEX, REMAKE, SPLITS, Volume, open_file
 
 Kind = Literal["skeleton", "branch", "tip"]
@@ -102,7 +102,7 @@ class StoredVolume(Volume):
 
     def normalised(self, box: Box) -> NDArray[np.float32]:
         """[Z, Y, X] float32 in [0, 1], by the range of the whole volume."""
-        return normalise(self._read("image", box), self.low, self.high)
+        return normalize(self._read("image", box), self.low, self.high)
 
     def mask(self, box: Box) -> NDArray[np.uint8]:
         """[Z, Y, X] 1 on neurite, 255 where unlabelled, 0 elsewhere."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files, morphology, run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.intensity import Read, slabs
+from hpc_neuro.data.intensity import ReadBox, iter_slabs
 from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, fine_voxel, prepared
 from hpc_neuro.data.store.layout import CHUNK, FORMAT, INDEX, SPLITS, Volume, open_file
 
@@ -27,7 +27,7 @@ _DRAW: Shape = (64, 256, 256)  # targets are drawn in boxes of this size: about 
 def write_volume(
     path: Path,
     volume: Volume,
-    read: Read,
+    read: ReadBox,
     tree: Tree,
     fitted: Tree,
     drawing: Drawing,
@@ -126,12 +126,12 @@ def _write_header(file: Any, volume: Volume, tree: Tree, fitted: Tree, drawing: 
         group.create_dataset(name, data=np.unique(voxels[inside], axis=0).reshape(-1, 3))
 
 
-def _write_image(file: Any, volume: Volume, read: Read) -> None:
+def _write_image(file: Any, volume: Volume, read: ReadBox) -> None:
     """The image slab by slab; chunks of zeros stay unallocated."""
     image = file.create_dataset(
         "image", shape=volume.shape, dtype=volume.dtype, chunks=_chunks(volume.shape), fillvalue=0
     )
-    for slab in slabs(volume.shape, volume.dtype.itemsize, depth=CHUNK[0]):
+    for slab in iter_slabs(volume.shape, volume.dtype.itemsize, depth=CHUNK[0]):
         block = read(slab)
         _reserve(file, _padded(slab.shape) * volume.dtype.itemsize)
         for chunk in blocks(slab.shape, CHUNK):

@@ -6,25 +6,25 @@ from pathlib import Path
 
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.swc.convert import Transform, convert, transformed
-from hpc_neuro.data.swc.repair import Fixed, components, fix
-from hpc_neuro.data.swc.structure import link, tree
-from hpc_neuro.data.swc.table import Finding, parse
-from hpc_neuro.data.swc.writer import Header, ids, read_header, undo_added, write
+from hpc_neuro.data.swc.convert import Transform, convert, transform
+from hpc_neuro.data.swc.repair import RepairResult, fix, split_components
+from hpc_neuro.data.swc.structure import build_tree, link
+from hpc_neuro.data.swc.table import SwcFinding, parse
+from hpc_neuro.data.swc.writer import SwcHeader, drop_added_nodes, node_ids, parse_header, write
 
 __all__ = [
-    "Finding",
-    "Fixed",
-    "Header",
+    "RepairResult",
+    "SwcFinding",
+    "SwcHeader",
     "Transform",
     "check",
-    "components",
     "convert",
     "fix",
-    "header",
-    "ids",
+    "node_ids",
     "read",
-    "transformed",
+    "read_header",
+    "split_components",
+    "transform",
     "write",
 ]
 
@@ -47,10 +47,10 @@ def read(path: Path | str) -> Tree:
             shown.append(f"  and {len(linked.fatal) - _MOST_SHOWN} more")
         found = "\n".join(shown)
         raise InputError(f"{path} is not a usable SWC file:\n{found}\nRepair it with:  hpc-neuro swc fix {path}")
-    return undo_added(tree(linked), linked.table.comments)
+    return drop_added_nodes(build_tree(linked), linked.table.comments)
 
 
-def check(path: Path | str) -> list[Finding]:
+def check(path: Path | str) -> list[SwcFinding]:
     """Everything in an SWC file that breaks the convention or that other readers refuse, by line; [] when clean.
 
     Raises InputError for a file that is missing or no SWC text at all.
@@ -58,6 +58,6 @@ def check(path: Path | str) -> list[Finding]:
     return link(parse(Path(path))).findings
 
 
-def header(path: Path | str) -> Header:
+def read_header(path: Path | str) -> SwcHeader:
     """Unit and voxel size as a file written here states them; None where it is silent."""
-    return read_header(parse(Path(path)).comments)
+    return parse_header(parse(Path(path)).comments)

@@ -32,7 +32,7 @@ class Transform:
         return ", ".join(parts) + " (z y x)" if parts else "none"
 
 
-def transformed(tree: Tree, by: Transform) -> Tree:
+def transform(tree: Tree, by: Transform) -> Tree:
     """The tree after flip, scale and shift; radii take the middle one of the three scales.
 
     A flip maps voxel centres onto voxel centres: v becomes n - 1 - v. Raises InputError for a flip without a shape.

@@ -15,9 +15,9 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import zyx_from_xyz
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.swc.standardize import standard
-from hpc_neuro.data.swc.structure import find_cycles, positive_radii
-from hpc_neuro.data.swc.table import Table, parse
+from hpc_neuro.data.swc.standardize import standardize
+from hpc_neuro.data.swc.structure import fill_bad_radii, find_cycles
+from hpc_neuro.data.swc.table import SwcTable, parse
 
 Roots = Literal["join", "keep", "largest"]
 _MOST_TOLD = 5  # changes of one kind told one by one
@@ -34,7 +34,7 @@ _HARMLESS = {  # what writing anew settles, kind of finding -> change
 
 
 @dataclass(frozen=True)
-class Fixed:
+class RepairResult:
     """A repaired tree, z y x in the file's unit, and what was changed, by line where there is one."""
 
     tree: Tree
@@ -43,7 +43,7 @@ class Fixed:
     """The file's own comment lines."""
 
 
-def fix(path: Path | str, roots: Roots = "join") -> Fixed:
+def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
     """Read any SWC text and make one usable tree of it.
 
     Lines that are no node are dropped. A node without a place is dropped and its children hang on its parent. Of a
@@ -70,27 +70,27 @@ def fix(path: Path | str, roots: Roots = "join") -> Fixed:
     made = morphology.make(zyx_from_xyz(table.xyz), above, table.radius, table.type)
     if not np.array_equal(morphology.parents_first(above), np.arange(len(above))):
         changes.append("nodes sorted, parents first")
-    tree = Tree(made.points, positive_radii(made), made.parents, made.types)
+    tree = Tree(made.points, fill_bad_radii(made), made.parents, made.types)
     if count := int((made.radii != tree.radii).sum()):
         changes.append(f"{count} radii that were not above 0, now the parent's")
     tree = _rooted_at_soma(_one_root(tree, roots, changes), changes)
-    tree, more = standard(tree)
-    return Fixed(tree, (*changes, *more), table.comments)
+    tree, more = standardize(tree)
+    return RepairResult(tree, (*changes, *more), table.comments)
 
 
-def components(tree: Tree) -> list[Tree]:
+def split_components(tree: Tree) -> list[Tree]:
     """The separate trees of a forest, longest cable first."""
     return sorted(morphology.components(tree), key=morphology.length, reverse=True)
 
 
-def _parse_changes(table: Table) -> list[str]:
+def _parse_changes(table: SwcTable) -> list[str]:
     changes = [_HARMLESS[k] for k in dict.fromkeys(f.kind for f in table.findings) if k in _HARMLESS]
     dropped = [f"line {f.line} dropped, {f.text}" for f in table.findings if f.kind in ("text", "columns", "id")]
     _tell(changes, dropped, "lines dropped")
     return changes
 
 
-def _placed(table: Table, changes: list[str]) -> Table:
+def _placed(table: SwcTable, changes: list[str]) -> SwcTable:
     """Without the nodes whose coordinates are no numbers; their children hang on their parents."""
     lost = np.asarray(~np.isfinite(table.xyz).all(axis=1))
     if not lost.any():
@@ -106,11 +106,11 @@ def _placed(table: Table, changes: list[str]) -> Table:
     _tell(
         changes, [f"line {n} dropped, its coordinates are no numbers" for n in table.line[lost].tolist()], "such lines"
     )
-    moved = Table(table.line, table.id, table.type, table.xyz, table.radius, above, table.comments, table.findings)
+    moved = SwcTable(table.line, table.id, table.type, table.xyz, table.radius, above, table.comments, table.findings)
     return moved.take(~lost)
 
 
-def _parents(table: Table, changes: list[str]) -> NDArray[np.int64]:
+def _parents(table: SwcTable, changes: list[str]) -> NDArray[np.int64]:
     """Row of each node's parent; -1 for roots. Identical rows are dropped by hanging nothing on them."""
     rows: dict[int, list[int]] = {}
     for i, number in enumerate(table.id.tolist()):
@@ -140,7 +140,7 @@ def _one_root(tree: Tree, roots: Roots, changes: list[str]) -> Tree:
     if count == 1 or roots == "keep":
         return tree
     if roots == "largest":
-        kept = components(tree)[0]
+        kept = split_components(tree)[0]
         changes.append(f"{count - 1} smaller trees dropped with {len(tree) - len(kept)} of {len(tree)} nodes")
         return kept
     return _joined(tree, changes)

@@ -7,18 +7,18 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.swc.structure import positive_radii
+from hpc_neuro.data.swc.structure import fill_bad_radii
 
 UNDEFINED, SOMA = 0, 1
 
 
-def standard(tree: Tree) -> tuple[Tree, list[str]]:
+def standardize(tree: Tree) -> tuple[Tree, list[str]]:
     """A tree with one soma point at most (at the first root), one type per unbranched run, types 0-7, radii above 0.
 
     Returns the tree and one sentence per kind of change; a tree that is already so comes back equal, with [].
     """
     changes: list[str] = []
-    radii = positive_radii(tree)
+    radii = fill_bad_radii(tree)
     if count := int((radii != tree.radii).sum()):
         changes.append(f"{count} radii that were not above 0, now the parent's")
     if not len(tree):

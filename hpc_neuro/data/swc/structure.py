@@ -11,48 +11,48 @@ from numpy.typing import NDArray
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import zyx_from_xyz
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.swc.table import Finding, Table
+from hpc_neuro.data.swc.table import SwcFinding, SwcTable
 
 _MOST_LISTED = 5  # of one kind; the last one says how many more there are
 
 
 @dataclass(frozen=True)
-class Linked:
+class LinkedTable:
     """A table without repeated rows, its parents as row indices, and all findings."""
 
-    table: Table
+    table: SwcTable
     above: NDArray[np.int64]  # [N] row of the parent, -1 for a root, -2 for a parent that is not there
-    findings: list[Finding]
+    findings: list[SwcFinding]
 
     @property
-    def fatal(self) -> list[Finding]:
+    def fatal(self) -> list[SwcFinding]:
         """Findings that leave the tree's meaning open."""
         return [f for f in self.findings if f.fatal]
 
 
-def link(table: Table) -> Linked:
+def link(table: SwcTable) -> LinkedTable:
     """Resolve parents and list every finding, by line."""
     findings = list(table.findings)
     if not len(table):
-        findings.append(Finding(0, "empty", "no node: the file holds no line of seven numbers", fatal=True))
-        return Linked(table, np.zeros(0, np.int64), sorted(findings))
+        findings.append(SwcFinding(0, "empty", "no node: the file holds no line of seven numbers", fatal=True))
+        return LinkedTable(table, np.zeros(0, np.int64), sorted(findings))
     table = _without_repeats(table, findings)
     above = _parents(table, findings)
     _cycles(table, above, findings)
     _values(table, findings)
     if not any(f.fatal for f in findings):
         _shape(table, above, findings)
-    return Linked(table, above, sorted(findings))
+    return LinkedTable(table, above, sorted(findings))
 
 
-def tree(linked: Linked) -> Tree:
+def build_tree(linked: LinkedTable) -> Tree:
     """The tree of a table without fatal findings, z y x in the file's unit; radii made finite and positive."""
     table = linked.table
     made = morphology.make(zyx_from_xyz(table.xyz), linked.above, table.radius, table.type)
-    return Tree(made.points, positive_radii(made), made.parents, made.types)
+    return Tree(made.points, fill_bad_radii(made), made.parents, made.types)
 
 
-def positive_radii(found: Tree) -> NDArray[np.float64]:
+def fill_bad_radii(found: Tree) -> NDArray[np.float64]:
     """Radii, each that is not finite and positive replaced: by its parent's, for a root by the median of the good ones.
 
     A tree without one good radius gets 1 (in its own unit) throughout.
@@ -95,7 +95,7 @@ def find_cycles(above: NDArray[np.int64]) -> list[int]:
     return firsts
 
 
-def _without_repeats(table: Table, findings: list[Finding]) -> Table:
+def _without_repeats(table: SwcTable, findings: list[SwcFinding]) -> SwcTable:
     """Drop rows that say the same again; a repeated id with other content is fatal."""
     _, first, group = np.unique(table.id, return_index=True, return_inverse=True)
     if len(first) == len(table):
@@ -127,7 +127,7 @@ def _without_repeats(table: Table, findings: list[Finding]) -> Table:
     return table.take(keep)
 
 
-def _parents(table: Table, findings: list[Finding]) -> NDArray[np.int64]:
+def _parents(table: SwcTable, findings: list[SwcFinding]) -> NDArray[np.int64]:
     order = np.argsort(table.id, kind="stable")
     ids = table.id[order]
     place = np.minimum(np.searchsorted(ids, table.parent), len(ids) - 1)
@@ -150,7 +150,7 @@ def _parents(table: Table, findings: list[Finding]) -> NDArray[np.int64]:
     return above
 
 
-def _cycles(table: Table, above: NDArray[np.int64], findings: list[Finding]) -> None:
+def _cycles(table: SwcTable, above: NDArray[np.int64], findings: list[SwcFinding]) -> None:
     if np.all(above < np.arange(len(above))):
         return  # parents first: no cycle is possible
     firsts = np.array(find_cycles(above), np.int64)
@@ -164,7 +164,7 @@ def _cycles(table: Table, above: NDArray[np.int64], findings: list[Finding]) -> 
     )
 
 
-def _values(table: Table, findings: list[Finding]) -> None:
+def _values(table: SwcTable, findings: list[SwcFinding]) -> None:
     _list(
         findings,
         table,
@@ -191,7 +191,7 @@ def _values(table: Table, findings: list[Finding]) -> None:
     _list(findings, table, np.flatnonzero(table.id < 0), "negative id", lambda i: f"id {table.id[i]} is negative")
 
 
-def _shape(table: Table, above: NDArray[np.int64], findings: list[Finding]) -> None:
+def _shape(table: SwcTable, above: NDArray[np.int64], findings: list[SwcFinding]) -> None:
     """What other readers stumble over in a tree that is whole."""
     roots = np.flatnonzero(above < 0)
     _list(
@@ -237,12 +237,12 @@ def _shape(table: Table, above: NDArray[np.int64], findings: list[Finding]) -> N
         lambda i: f"type turns from {table.type[above[i]]} to {table.type[i]} without a branch point",
     )
     if len(table) == 1:
-        findings.append(Finding(int(table.line[0]), "single point", "the tree is a single point"))
+        findings.append(SwcFinding(int(table.line[0]), "single point", "the tree is a single point"))
 
 
 def _list(
-    findings: list[Finding],
-    table: Table,
+    findings: list[SwcFinding],
+    table: SwcTable,
     rows: NDArray[np.int64],
     kind: str,
     text: Callable[[int], str],
@@ -250,9 +250,9 @@ def _list(
 ) -> None:
     """Add one finding per row, the first few by name and the rest as a number."""
     for i in rows[:_MOST_LISTED].tolist():
-        findings.append(Finding(int(table.line[i]), kind, text(i), fatal))
+        findings.append(SwcFinding(int(table.line[i]), kind, text(i), fatal))
     if (more := len(rows) - _MOST_LISTED) > 0:
         line = int(table.line[rows[_MOST_LISTED]])
         findings.append(
-            Finding(line, kind, f"this and {more - 1} more of the kind: {text(int(rows[_MOST_LISTED]))}", fatal)
+            SwcFinding(line, kind, f"this and {more - 1} more of the kind: {text(int(rows[_MOST_LISTED]))}", fatal)
         )

@@ -17,7 +17,7 @@ _MOST_ID = 1 << 53  # beyond it a float no longer tells two ids apart
 
 
 @dataclass(frozen=True, order=True)
-class Finding:
+class SwcFinding:
     """One thing about a file that the SWC convention does not allow, or that other readers refuse."""
 
     line: int
@@ -32,7 +32,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Table:
+class SwcTable:
     """The nodes of a file in its own order, and what was found while parsing."""
 
     line: NDArray[np.int64]  # [N] 1-based line number
@@ -42,18 +42,18 @@ class Table:
     radius: NDArray[np.float64]  # [N]
     parent: NDArray[np.int64]  # [N] an id, negative for a root
     comments: tuple[str, ...]  # header and other comment lines, without their #
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[SwcFinding] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.id)
 
-    def take(self, keep: NDArray[np.integer] | NDArray[np.bool_]) -> Table:
+    def take(self, keep: NDArray[np.integer] | NDArray[np.bool_]) -> SwcTable:
         """The rows of an index or mask; findings stay."""
         line, number, kind, xyz = self.line[keep], self.id[keep], self.type[keep], self.xyz[keep]
-        return Table(line, number, kind, xyz, self.radius[keep], self.parent[keep], self.comments, self.findings)
+        return SwcTable(line, number, kind, xyz, self.radius[keep], self.parent[keep], self.comments, self.findings)
 
 
-def parse(path: Path) -> Table:
+def parse(path: Path) -> SwcTable:
     """Read a file's lines. Raises InputError when it is missing, is no text, or is another format."""
     text, findings = _text(path)
     return _plain(text, findings) or _line_by_line(text, findings)
@@ -62,7 +62,7 @@ def parse(path: Path) -> Table:
 _DTYPE = np.dtype([(n, "f8" if n in ("x", "y", "z", "radius") else "i8") for n in COLUMNS.split()])
 
 
-def _plain(text: str, findings: list[Finding]) -> Table | None:
+def _plain(text: str, findings: list[SwcFinding]) -> SwcTable | None:
     """A file of a comment header and rows of seven plain numbers, parsed at once; None for any other."""
     begin = number = 0
     comments: list[str] = []
@@ -84,10 +84,12 @@ def _plain(text: str, findings: list[Finding]) -> Table | None:
         return None
     xyz = np.stack([rows[a] for a in "xyz"], axis=1)
     line = np.arange(number + 1, number + 1 + len(rows))
-    return Table(line, rows["id"], rows["type"], xyz, rows["radius"].copy(), rows["parent"], tuple(comments), findings)
+    return SwcTable(
+        line, rows["id"], rows["type"], xyz, rows["radius"].copy(), rows["parent"], tuple(comments), findings
+    )
 
 
-def _line_by_line(text: str, findings: list[Finding]) -> Table:
+def _line_by_line(text: str, findings: list[SwcFinding]) -> SwcTable:
     """Any file: each line is taken as far as it has a meaning, and what is odd about it is recorded."""
     comments: list[str] = []
     rows: list[list[float]] = []
@@ -103,17 +105,17 @@ def _line_by_line(text: str, findings: list[Finding]) -> Table:
         shown = repr(body.strip()[:60])
         if "," in body or ";" in body:
             if _decimal_commas(parts):
-                findings.append(Finding(number, "decimal comma", f"decimal commas in {shown}", fatal=True))
+                findings.append(SwcFinding(number, "decimal comma", f"decimal commas in {shown}", fatal=True))
                 parts = [p.replace(",", ".") for p in parts]
             else:
                 parts = [p for p in re.split(r"[,;\s]+", body) if p]
                 first.setdefault("commas", number)
         if not rows and not any(_is_number(p) for p in parts):
-            findings.append(Finding(number, "header", f"a header line without #: {shown}"))
+            findings.append(SwcFinding(number, "header", f"a header line without #: {shown}"))
             continue
         fault = _fault(parts)
         if fault:
-            findings.append(Finding(number, *fault, fatal=True))
+            findings.append(SwcFinding(number, *fault, fatal=True))
             continue
         row = [float(p) for p in parts[:7]]
         if len(parts) > 7:
@@ -122,7 +124,7 @@ def _line_by_line(text: str, findings: list[Finding]) -> Table:
             first.setdefault("float ids", number)
         rows.append(row)
         lines.append(number)
-    findings += [Finding(line, kind, _ODD[kind]) for kind, line in first.items()]
+    findings += [SwcFinding(line, kind, _ODD[kind]) for kind, line in first.items()]
     return _table(rows, lines, comments, findings)
 
 
@@ -146,39 +148,39 @@ def _fault(parts: list[str]) -> tuple[str, str] | None:
     return None
 
 
-def _table(rows: list[list[float]], lines: list[int], comments: list[str], findings: list[Finding]) -> Table:
+def _table(rows: list[list[float]], lines: list[int], comments: list[str], findings: list[SwcFinding]) -> SwcTable:
     values = np.array(rows, dtype=np.float64).reshape(len(rows), 7)
     number = np.array(lines, dtype=np.int64)
     kind = values[:, 1]
     odd = ~np.isfinite(kind) | (kind != np.round(kind)) | (np.abs(kind) > _MOST_ID)
     findings += [
-        Finding(int(number[i]), "type", f"type {kind[i]:g} is no whole number, taken as 0") for i in _some(odd)
+        SwcFinding(int(number[i]), "type", f"type {kind[i]:g} is no whole number, taken as 0") for i in _some(odd)
     ]
     whole = values[:, [0, 6]].astype(np.int64)
     types = np.where(odd, 0, kind).astype(np.int64)
     xyz, radius = values[:, 2:5], values[:, 5]
-    return Table(number, whole[:, 0], types, xyz, radius, whole[:, 1], tuple(comments), findings)
+    return SwcTable(number, whole[:, 0], types, xyz, radius, whole[:, 1], tuple(comments), findings)
 
 
 def _some(mask: NDArray[np.bool_]) -> list[int]:
     return [int(i) for i in np.flatnonzero(mask)]
 
 
-def _text(path: Path) -> tuple[str, list[Finding]]:
+def _text(path: Path) -> tuple[str, list[SwcFinding]]:
     """The file's text with plain line ends, and findings on its encoding."""
     if path.is_dir() or not path.exists():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {what}; give the path of an SWC file")
     data = path.read_bytes()
-    findings: list[Finding] = []
+    findings: list[SwcFinding] = []
     if data[:2] == b"\x1f\x8b":
         raise InputError(f"{path} is gzip-compressed (SNT .traces are), not SWC text; export it as SWC, or gunzip it")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        findings.append(Finding(1, "encoding", "the file is UTF-16; SWC is plain ASCII"))
+        findings.append(SwcFinding(1, "encoding", "the file is UTF-16; SWC is plain ASCII"))
         text = data.decode("utf-16", errors="replace")
     else:
         if data.startswith(b"\xef\xbb\xbf"):
-            findings.append(Finding(1, "BOM", "the file begins with a byte-order mark"))
+            findings.append(SwcFinding(1, "BOM", "the file begins with a byte-order mark"))
             data = data[3:]
         if b"\0" in data[:4096]:
             raise InputError(f"{path} is a binary file, not SWC text; give an SWC file")
@@ -186,7 +188,7 @@ def _text(path: Path) -> tuple[str, list[Finding]]:
     if text.lstrip().startswith("<"):
         raise InputError(f"{path} is XML (an SNT .traces or NeuroML file), not SWC; export it as SWC")
     if "\r" in text:
-        findings.append(Finding(1, "line ends", "lines end with a carriage return (Windows or old Mac)"))
+        findings.append(SwcFinding(1, "line ends", "lines end with a carriage return (Windows or old Mac)"))
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text, findings
 

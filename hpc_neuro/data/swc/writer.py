@@ -21,7 +21,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.swc.standardize import standard
+from hpc_neuro.data.swc.standardize import standardize
 
 Unit = Literal["um", "voxel"]
 _ADDED = "added:"
@@ -29,7 +29,7 @@ _DECIMALS = 6
 
 
 @dataclass(frozen=True)
-class Header:
+class SwcHeader:
     """What the header of a file says about its coordinates; None where it is silent."""
 
     unit: Unit | None
@@ -57,19 +57,19 @@ def write(
         raise InputError(f"{path} is not written: the tree has no node")
     if not np.isfinite(tree.points).all():
         raise InputError(f"{path} is not written: the tree has coordinates that are no numbers")
-    kept, changes = standard(tree)
+    kept, changes = standardize(tree)
     full, added = _with_stems(kept)
     lines = [*_header(kept, unit, voxel_size, [*changes], added), *(f"# {c}" for c in _one_line(comments))]
     lines.append("# id type x y z radius parent")
     files.write_text(path, "\n".join(lines) + "\n" + _rows(full))
 
 
-def ids(tree: Tree) -> NDArray[np.int64]:
+def node_ids(tree: Tree) -> NDArray[np.int64]:
     """[N] id that each node of `tree` has in the file that `write` makes of it: nodes it adds are counted, too.
 
     Raises InputError for a tree with a soma of several points, which `write` makes one.
     """
-    kept, _ = standard(tree)
+    kept, _ = standardize(tree)
     if len(kept) != len(tree):
         raise InputError(
             f"{len(tree) - len(kept)} points of the tree's soma have no id of their own; make it one point"
@@ -78,7 +78,7 @@ def ids(tree: Tree) -> NDArray[np.int64]:
     return np.setdiff1d(np.arange(len(full)), added) + 1
 
 
-def read_header(comments: Sequence[str]) -> Header:
+def parse_header(comments: Sequence[str]) -> SwcHeader:
     """Unit and voxel size as `write` states them in the comment lines of a file."""
     unit: Unit | None = None
     size: VoxelSize | None = None
@@ -90,10 +90,10 @@ def read_header(comments: Sequence[str]) -> Header:
         elif found := re.fullmatch(r"voxel size um z y x: (\S+) (\S+) (\S+)", line):
             z, y, x = (float(v) for v in found.groups())
             size = (z, y, x)
-    return Header(unit, size)
+    return SwcHeader(unit, size)
 
 
-def undo_added(tree: Tree, comments: Sequence[str]) -> Tree:
+def drop_added_nodes(tree: Tree, comments: Sequence[str]) -> Tree:
     """The tree without the nodes its header lists as added, where they still are what they were."""
     listed = next((c.removeprefix(_ADDED) for c in comments if c.startswith(_ADDED)), None)
     if listed is None:

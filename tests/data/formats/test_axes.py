@@ -12,7 +12,7 @@ import tifffile
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.formats.axes import layout, unnamed
+from hpc_neuro.data.formats.axes import default_axes, resolve_axes
 
 WRITTEN: dict[str, tuple[dict[str, object], str | None]] = {
     # how the stack was written -> None where it must open as slices, else what the refusal says
@@ -129,7 +129,7 @@ def test_unnamed_arrays_of_other_formats(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not name its axes; .*axes=ZYX, YXC or CYX"):
         open_volume(tmp_path / "a.h5")
     assert open_volume(tmp_path / "a.h5", axes="ZYX").shape == (40, 30, 3)
-    assert [unnamed(s) for s in ((5, 6), (5, 6, 7), (60, 50, 4), (4, 50, 60), (3, 3, 3))] == [
+    assert [default_axes(s) for s in ((5, 6), (5, 6, 7), (60, 50, 4), (4, 50, 60), (3, 3, 3))] == [
         "YX",
         "ZYX",
         "QQQ",
@@ -145,7 +145,7 @@ def test_layout_moves_every_order_to_z_y_x() -> None:
     for order in permutations(range(4)):
         letters = "".join("CZYX"[i] for i in order)
         stored = data.transpose(order)
-        found = layout(Path("a"), letters, stored.shape, axes=None, channel=1)
+        found = resolve_axes(Path("a"), letters, stored.shape, axes=None, channel=1)
         box = Box((1, 1, 0), (3, 4, 4))
         part = stored[found.index(box)].transpose(found.transposition).reshape(box.shape)
         np.testing.assert_array_equal(part, data[1][box.slices])

@@ -175,4 +175,5 @@ def test_a_box_outside_is_refused_and_an_empty_one_is_empty(tmp_path: Path) -> N
 
 
 def test_every_reader_is_in_the_table() -> None:
-    assert {r.name for r in READERS} == {"TIFF", "HDF5", "v3draw", "v3dpbd", "NRRD", "NIfTI", "Amira"}
+    files = {reader.name for reader in READERS if not reader.is_folder}
+    assert files == {"TIFF", "HDF5", "v3draw", "v3dpbd", "NRRD", "NIfTI", "Amira"}
