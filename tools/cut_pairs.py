@@ -24,11 +24,11 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
 from hpc_neuro.prepare import PrepareConfig
-from hpc_neuro.prepare.check import Opened, open_pair
+from hpc_neuro.prepare.check import OpenedPair, open_pair
 from hpc_neuro.prepare.pairs import find_pairs
 
 
-def around(one: Opened, margin: int) -> Box:
+def around(one: OpenedPair, margin: int) -> Box:
     """The box of a tree and of the place to trace it from, `margin` voxels wider on every side, within the image."""
     points = one.tree.points if one.root is None else np.vstack([one.tree.points, one.root])
     size = np.asarray(one.image.shape)

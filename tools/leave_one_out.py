@@ -125,7 +125,7 @@ def baselines(fold: Path, name: str) -> None:
     cfg = load(EvaluateConfig, None, [f"store={fold / 'store'}", f"predictions={fold / 'infer'}", f"out={fold}"])
     otsu = OtsuMask(volume)
     whole = Box.whole(volume.shape)
-    mask, image = otsu.mask(whole), volume.normalised(whole)
+    mask, image = otsu.mask(whole), volume.normalized_image(whole)
     # the image as a probability; Otsu's threshold parts it as it does the raw one
     level = float(np.clip(image[mask].min() if mask.any() else 1.0, 1e-3, _FULL))
     found = {

@@ -33,7 +33,7 @@ from torch import Tensor
 from hpc_neuro.core import files, morphology, schema
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.data.dataset import read
+from hpc_neuro.data.dataset import read_crop
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.losses import Distiller
@@ -158,7 +158,7 @@ def _bends(
     middle = np.array(cfg.crop.size) // patch // 2
     for first in range(0, len(tokens), batch):
         part = tokens[first : first + batch]
-        crops = [read(volume.store, volume.id, Box.at(_shape((t - middle) * patch), cfg.crop.size)) for t in part]
+        crops = [read_crop(volume.store, volume.id, Box.at(_shape((t - middle) * patch), cfg.crop.size)) for t in part]
         image = torch.stack([c.image for c in crops])
         maps = student(image, [block]).features[block].float()
         found = distiller.bends(0, maps)

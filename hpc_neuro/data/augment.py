@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import config
 from hpc_neuro.core.types import Batch, sent
-from hpc_neuro.data.crops import rng
-from hpc_neuro.data.orientation import parse
+from hpc_neuro.data.crops import make_rng
+from hpc_neuro.data.orientation import parse_orientation
 
-UNLABELLED = 255
 _FIELD = 4  # knots per axis of a smooth random field
 _SPECKS = 12  # most specks in one crop
 
@@ -73,7 +73,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         for name in self.distilled or ():
-            parse(name)
+            parse_orientation(name)
 
 
 def augment(batch: Batch, cfg: AugmentConfig, seed: int) -> Batch:
@@ -83,14 +83,14 @@ def augment(batch: Batch, cfg: AugmentConfig, seed: int) -> Batch:
     mirrored image. What a sample becomes depends on (seed, its index) only, never on the rest of the batch. The image
     stays within [0, 1].
     """
-    draws = [_Draws(seed, int(i)) for i in batch.index.tolist()]
+    draws = [SampleStreams(seed, int(i)) for i in batch.index.tolist()]
     free = [i for i, fixed in enumerate(batch.distilled.tolist()) if not fixed]
     image, mask, skeleton = _turned(batch, cfg, draws, free)
     image, mask, skeleton = _warped(image, mask, skeleton, cfg, draws, free)
     return dataclasses.replace(batch, image=_degraded(image, cfg, draws), mask=mask, skeleton=skeleton)
 
 
-class _Draws:
+class SampleStreams:
     """The random numbers of one sample: each purpose has a stream of its own, so that knobs do not move one another."""
 
     def __init__(self, seed: int, index: int) -> None:
@@ -99,7 +99,7 @@ class _Draws:
 
     def of(self, purpose: str) -> np.random.Generator:
         if purpose not in self._of:
-            self._of[purpose] = rng(self.seed, purpose, self.index)
+            self._of[purpose] = make_rng(self.seed, purpose, self.index)
         return self._of[purpose]
 
     def chance(self, purpose: str, share: float) -> bool:
@@ -119,7 +119,9 @@ class _Draws:
         return F.interpolate(sent(knots, device), size=shape, mode="trilinear", align_corners=True)[0]
 
 
-def _turned(batch: Batch, cfg: AugmentConfig, draws: list[_Draws], free: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _turned(
+    batch: Batch, cfg: AugmentConfig, draws: list[SampleStreams], free: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mirrored and turned by quarters: exact, no interpolation."""
     parts: list[list[Tensor]] = [[], [], []]
     square = batch.image.shape[-1] == batch.image.shape[-2]
@@ -134,7 +136,7 @@ def _turned(batch: Batch, cfg: AugmentConfig, draws: list[_Draws], free: list[in
 
 
 def _warped(
-    image: Tensor, mask: Tensor, skeleton: Tensor, cfg: AugmentConfig, draws: list[_Draws], free: list[int]
+    image: Tensor, mask: Tensor, skeleton: Tensor, cfg: AugmentConfig, draws: list[SampleStreams], free: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turned, scaled and bent; what comes from outside the crop repeats its border and is unlabelled."""
     chosen = [i for i in free if draws[i].chance("warp", cfg.warp)]
@@ -167,7 +169,7 @@ def _warped(
     )
 
 
-def _affine(draw: _Draws, cfg: AugmentConfig, shape: Shape) -> list[list[float]]:
+def _affine(draw: SampleStreams, cfg: AugmentConfig, shape: Shape) -> list[list[float]]:
     """The 3x4 matrix [x y z order, unit cube] of a turn in the slice plane and a change of size."""
     turn = math.radians(draw.between("warp", -cfg.angle, cfg.angle))
     x, y, z = (1 / (1 + draw.between("warp", -cfg.scale, cfg.scale)) for _ in range(3))
@@ -179,11 +181,11 @@ def _affine(draw: _Draws, cfg: AugmentConfig, shape: Shape) -> list[list[float]]
     ]
 
 
-def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[_Draws]) -> Tensor:
+def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[SampleStreams]) -> Tensor:
     """What a microscope may do, in its order: signal, optics, background, detector."""
     shape, device = (image.shape[2], image.shape[3], image.shape[4]), image.device
 
-    def some(purpose: str, share: float, change: Callable[[Tensor, list[_Draws]], Tensor]) -> None:
+    def some(purpose: str, share: float, change: Callable[[Tensor, list[SampleStreams]], Tensor]) -> None:
         """Apply `change` to [b, 1, Z, Y, X], the crops that the coin chose."""
         nonlocal image
         chosen = [i for i, draw in enumerate(draws) if draw.chance(purpose, share)]
@@ -193,47 +195,47 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[_Draws]) -> Tensor:
             picked = sent(torch.tensor(chosen), device)
             image = image.index_copy(0, picked, change(image.index_select(0, picked), [draws[i] for i in chosen]))
 
-    def each(some_draws: list[_Draws], value: Callable[[_Draws], float]) -> Tensor:
+    def each(some_draws: list[SampleStreams], value: Callable[[SampleStreams], float]) -> Tensor:
         return sent(torch.tensor([value(d) for d in some_draws]), device).view(-1, 1, 1, 1, 1)  # [b, 1, 1, 1, 1]
 
-    def gamma(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def gamma(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         return x.clamp(min=1e-6) ** each(ds, lambda d: math.exp(d.between("gamma", -cfg.gamma, cfg.gamma)))
 
-    def uneven(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def uneven(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         return x * torch.exp(cfg.fading * (torch.stack([d.field("uneven", shape, device) for d in ds]) - 0.5))
 
-    def specks(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def specks(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         return torch.maximum(x, sent(torch.stack([_specks(d, shape) for d in ds]), device))
 
-    def blur(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def blur(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         smooth = F.avg_pool3d(x, 3, 1, 1, count_include_pad=False)
         return x + each(ds, lambda d: d.between("blur", -0.5, 1.0)) * (smooth - x)  # below 0 sharpens
 
-    def coarse(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def coarse(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         return F.interpolate(F.avg_pool3d(x, (1, 2, 2), ceil_mode=True), size=shape, mode="trilinear")
 
-    def background(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def background(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         level = each(ds, lambda d: cfg.background_level * d.between("back", 0, 1) ** 2)
         field = 1 + 0.5 * torch.stack([d.field("back", shape, device) for d in ds])
         return x + (1 - x) * (level * field).clamp(0, 1)
 
-    def noise(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def noise(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         read = each(ds, lambda d: cfg.read_noise * d.between("noise", 0, 1) ** 2)
         shot = each(ds, lambda d: cfg.shot_noise * d.between("noise", 0, 1) ** 2)
         sigma = torch.sqrt(read**2 + shot**2 * x.clamp(min=0))
         return torch.addcmul(x, torch.stack([d.normal("noise", shape, device) for d in ds]), sigma)
 
-    def stripes(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def stripes(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         lines = torch.stack([d.normal("stripes", (shape[0], shape[1], 1), device) for d in ds])  # [b, 1, Z, Y, 1]
         return x * (1 + each(ds, lambda d: d.between("stripes", 0, 0.3)) * lines)
 
-    def missing(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def missing(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         kept = torch.ones(len(ds), 1, shape[0], 1, 1)
         for i, d in enumerate(ds):
             kept[i, 0, d.of("missing").integers(shape[0], size=2)] = 0
         return x * sent(kept, device)
 
-    def contrast(x: Tensor, ds: list[_Draws]) -> Tensor:
+    def contrast(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         return x * each(ds, lambda d: 1 + d.between("contrast", -cfg.contrast, cfg.contrast))
 
     some("gamma", 1.0 if cfg.gamma else 0.0, gamma)
@@ -249,7 +251,7 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[_Draws]) -> Tensor:
     return image.clamp(0, 1)
 
 
-def _specks(draw: _Draws, shape: Shape) -> Tensor:
+def _specks(draw: SampleStreams, shape: Shape) -> Tensor:
     """[1, Z, Y, X]: zero but for a few Gaussian blobs of 1 to 3 voxels."""
     source, canvas = draw.of("specks"), np.zeros(shape, np.float32)
     for _ in range(int(source.integers(1, _SPECKS + 1))):

@@ -44,7 +44,7 @@ class CropConfig:
 
 
 @dataclass(frozen=True)
-class Place:
+class VolumePoints:
     """What the sampler knows of one volume."""
 
     volume: str
@@ -62,13 +62,13 @@ class Draw:
     orientation: Orientation = IDENTITY  # how the crop is mirrored and turned after reading
 
 
-class Sampler:
+class CropSampler:
     """`sampler(index)` is the crop of a global sample index; nothing is remembered between calls."""
 
     def __init__(
         self,
         cfg: CropConfig,
-        places: Sequence[Place],
+        places: Sequence[VolumePoints],
         seed: int,
         grid: Shape,
         distill_fraction: float = 0.0,
@@ -94,23 +94,23 @@ class Sampler:
         self._volumes = _cumulative([weight[cfg.volumes](p) for p in self.places])
         self._kinds = [_cumulative(_shares(cfg, p)) for p in self.places]
 
-    def mirrored(self, free: bool) -> bool:
+    def has_mirrored_crops(self, free: bool) -> bool:
         """Whether any crop is ever mirrored. free: whether those that are not distilled are."""
         # a swap and each flip change the handedness, so that two of them make a turn
         odd = any((o.swap + sum(o.flips)) % 2 for o in self.orientations)
         return (free and self.distill_fraction < 1) or (odd and self.distill_fraction > 0)
 
-    def distilled(self, index: int) -> bool:
+    def is_distilled(self, index: int) -> bool:
         """Whether a sample is distilled: known without reading anything, so that all ranks can count them."""
-        return bool(rng(self.seed, "distil", index).random() < self.distill_fraction)
+        return bool(make_rng(self.seed, "distil", index).random() < self.distill_fraction)
 
     def __call__(self, index: int) -> Draw:
         """The crop of a global sample index."""
-        draw = rng(self.seed, "crop", index)
+        draw = make_rng(self.seed, "crop", index)
         which = int(np.searchsorted(self._volumes, draw.random(), side="right"))
         place = self.places[which]
         kind = KINDS[int(np.searchsorted(self._kinds[which], draw.random(), side="right"))]
-        distilled = self.distilled(index)
+        distilled = self.is_distilled(index)
         if kind == "uniform":
             middle = draw.random(3) * np.asarray(place.shape)
         else:
@@ -123,32 +123,28 @@ class Sampler:
         first = [_start(*values) for values in zip(start, place.shape, self.cfg.size, step, spread, strict=True)]
         box = Box.at((first[0], first[1], first[2]), self.cfg.size)
         many = len(self.orientations) if distilled else 0
-        turn = int(rng(self.seed, "orient", index).integers(many)) if many > 1 else 0
+        turn = int(make_rng(self.seed, "orient", index).integers(many)) if many > 1 else 0
         return Draw(place.volume, box, distilled, self.orientations[turn] if distilled else IDENTITY)
 
 
-def rng(seed: int, stream: str, index: int) -> np.random.Generator:
+def make_rng(seed: int, stream: str, index: int) -> np.random.Generator:
     """Counter-based random numbers of one (seed, stream, index): Philox, Salmon et al., SC 2011."""
     key = np.array([seed, int.from_bytes(stream.encode()[:8], "little")], dtype=np.uint64)
     # the index stands in a word of the counter of its own, so neighbouring samples never share numbers
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, index, 0], dtype=np.uint64)))
 
 
-def crop_at(seed: int, index: int, places: Sequence[Place], cfg: CropConfig, grid: Shape) -> tuple[str, Box]:
-    """The volume and box of one global sample index; for many, keep a `Sampler`."""
-    draw = Sampler(cfg, places, seed, grid)(index)
-    return draw.volume, draw.box
-
-
-def spread_boxes(places: Sequence[Place], cfg: CropConfig, grid: Shape, count: int, seed: int) -> list[tuple[str, Box]]:
+def draw_validation_boxes(
+    places: Sequence[VolumePoints], cfg: CropConfig, grid: Shape, count: int, seed: int
+) -> list[tuple[str, Box]]:
     """`count` fixed crops for validation, the volumes in turn: half around the centreline, half anywhere."""
     centred = CropConfig(size=cfg.size, skeleton=0.5, branch=0.0, tip=0.0, uniform=0.5, jitter=cfg.jitter)
-    samplers = [Sampler(centred, [place], seed, grid) for place in places]
+    samplers = [CropSampler(centred, [place], seed, grid) for place in places]
     draws = [samplers[i % len(samplers)](i) for i in range(count)]
     return [(d.volume, d.box) for d in draws]
 
 
-def _shares(cfg: CropConfig, place: Place) -> list[float]:
+def _shares(cfg: CropConfig, place: VolumePoints) -> list[float]:
     """Shares of KINDS in one volume: what it lacks (branch points, say) leaves its share to the others."""
     given = [cfg.skeleton, cfg.branch, cfg.tip, cfg.uniform]
     shares = [s if k == "uniform" or len(place.points.get(k, ())) else 0.0 for k, s in zip(KINDS, given, strict=True)]
@@ -163,7 +159,7 @@ def _start(start: float, length: int, crop: int, step: int, spread: float) -> in
     return int(min(max(round(start / step) * step, 0), last))
 
 
-def _voxels(place: Place) -> float:
+def _voxels(place: VolumePoints) -> float:
     return float(np.prod(np.asarray(place.shape, dtype=np.float64)))
 
 

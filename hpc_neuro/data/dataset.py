@@ -14,41 +14,48 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.types import Batch, Sample
-from hpc_neuro.data.crops import Place, Sampler
+from hpc_neuro.data.crops import CropSampler, VolumePoints
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import Kind, Store
 
-UNLABELLED = 255
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
-def places(store: Store, ids: Sequence[str]) -> list[Place]:
+def read_volume_points(store: Store, ids: Sequence[str]) -> list[VolumePoints]:
     """What the sampler needs of each volume."""
     kinds: tuple[Kind, ...] = ("skeleton", "branch", "tip")
     return [
-        Place(i, store[i].shape, {k: np.asarray(store[i].points(k), dtype=np.int32).reshape(-1, 3) for k in kinds})
+        VolumePoints(
+            i, store[i].shape, {k: np.asarray(store[i].points(k), dtype=np.int32).reshape(-1, 3) for k in kinds}
+        )
         for i in ids
     ]
 
 
-class Crops(Dataset[tuple[int, Sample]]):
+class CropDataset(Dataset[tuple[int, Sample]]):
     """`crops[index]` is the training sample of a global index. Files open lazily, once per process."""
 
     def __init__(
-        self, store: Store, sampler: Sampler, patch: Shape, cache: FeatureCache | None = None, views: Sequence[str] = ()
+        self,
+        store: Store,
+        sampler: CropSampler,
+        patch: Shape,
+        cache: FeatureCache | None = None,
+        views: Sequence[str] = (),
     ) -> None:
         """patch: voxels per student token; views: the cached views to read, none without a cache."""
         self.store, self.sampler, self.patch, self.cache, self.views = store, sampler, patch, cache, tuple(views)
 
     def __getitem__(self, index: int) -> tuple[int, Sample]:
         draw = self.sampler(index)
-        sample = read(self.store, draw.volume, draw.box)
+        sample = read_crop(self.store, draw.volume, draw.box)
         if self.cache is None or not draw.distilled:
             return index, sample
         features = self.cache.crop(draw.volume, draw.box, self.patch, draw.orientation, self.views)
-        turned = {k: draw.orientation.turned(getattr(sample, k)).contiguous() for k in ("image", "mask", "skeleton")}
+        turned = {k: draw.orientation.apply(getattr(sample, k)).contiguous() for k in ("image", "mask", "skeleton")}
         return index, Sample(**{**vars(sample), **turned, "features": features, "distilled": True})
 
     def collate(self, items: Sequence[tuple[int, Sample]]) -> Batch:
@@ -59,22 +66,22 @@ class Crops(Dataset[tuple[int, Sample]]):
             grid = [n // p for n, p in zip(self.sampler.cfg.size, self.patch, strict=True)]
             blank = torch.zeros(len(self.cache.layers), self.cache.dim, *grid, dtype=torch.float16)
             features = {v: torch.stack([s.features.get(v, blank) for s in samples]) for v in self.views}
-        return stack(samples, [index for index, _ in items], features)
+        return stack_samples(samples, [index for index, _ in items], features)
 
 
-def read(store: Store, volume: str, box: Box) -> Sample:
+def read_crop(store: Store, volume: str, box: Box) -> Sample:
     """One crop; where the box reaches past the volume the image repeats its border and nothing is labelled."""
     held = store[volume]
     inside = box.clipped(Box.whole(held.shape))
     pad = [(a - b, c - d) for a, b, c, d in zip(inside.start, box.start, box.stop, inside.stop, strict=True)]
-    image = np.pad(held.normalised(inside), pad, mode="edge")
+    image = np.pad(held.normalized_image(inside), pad, mode="edge")
     mask = np.pad(held.mask(inside), pad, constant_values=UNLABELLED)
     skeleton = np.pad(held.skeleton(inside), pad)
     tensors = [torch.from_numpy(np.ascontiguousarray(a))[None] for a in (image, mask, skeleton)]
     return Sample(volume=volume, box=box, image=tensors[0], mask=tensors[1], skeleton=tensors[2])
 
 
-def stack(samples: Sequence[Sample], index: Sequence[int], features: dict[str, Tensor] | None = None) -> Batch:
+def stack_samples(samples: Sequence[Sample], index: Sequence[int], features: dict[str, Tensor] | None = None) -> Batch:
     """Samples of one shape as a Batch."""
     return Batch(
         image=torch.stack([s.image for s in samples]),
@@ -87,8 +94,8 @@ def stack(samples: Sequence[Sample], index: Sequence[int], features: dict[str, T
 
 
 @contextlib.contextmanager
-def batches(
-    crops: Crops, indices: Iterable[list[int]], workers: int, ahead: int, pin: bool
+def load_batches(
+    crops: CropDataset, indices: Iterable[list[int]], workers: int, ahead: int, pin: bool
 ) -> Iterator[Iterator[Batch]]:
     """Batches in the order of `indices` (one list of global indices each), read ahead of need.
 
@@ -129,7 +136,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _threaded(crops: Crops, indices: Iterable[list[int]], ahead: int) -> Iterator[Iterator[Batch]]:
+def _threaded(crops: CropDataset, indices: Iterable[list[int]], ahead: int) -> Iterator[Iterator[Batch]]:
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
     stop = threading.Event()
 

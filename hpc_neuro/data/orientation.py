@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpc_neuro.core.schema import ConfigError
 
-PLANE = {"z": (0, 1, 2), "y": (1, 0, 2), "x": (2, 0, 1)}
+VIEW_AXES = {"z": (0, 1, 2), "y": (1, 0, 2), "x": (2, 0, 1)}
 """View -> array axes of (slices, token rows, token columns)."""
 _SWAPPED = {"z": "z", "y": "x", "x": "y"}
 
@@ -28,23 +28,23 @@ class Orientation:
         a, b, c = (m != o for m, o in zip(mine, other.flips, strict=True))
         return Orientation(self.swap != other.swap, (a, b, c))
 
-    def turned(self, values: Tensor) -> Tensor:
+    def apply(self, values: Tensor) -> Tensor:
         """[..., z, y, x] in this orientation; with `swap` the last two sizes change places."""
         values = values.transpose(-1, -2) if self.swap else values
         return values.flip([axis - 3 for axis in range(3) if self.flips[axis]])
 
-    def slices(self, view: str) -> tuple[str, str]:
+    def source_slices(self, view: str) -> tuple[str, str]:
         """Which slices of the volume as it stands the turned volume's `view` consists of, and how they lie in it.
 
         -> (view, how): letters of `how`: t rows and columns exchanged, then r, c mirrored along rows, columns.
         """
-        _, down, right = PLANE[view]
+        _, down, right = VIEW_AXES[view]
         how = "t" * (self.swap and view == "z") + "r" * self.flips[down] + "c" * self.flips[right]
         return _SWAPPED[view] if self.swap else view, how
 
 
 IDENTITY = Orientation()
-WORDS = {
+ORIENTATIONS = {
     "flip_z": Orientation(flips=(True, False, False)),
     "flip_y": Orientation(flips=(False, True, False)),
     "flip_x": Orientation(flips=(False, False, True)),
@@ -54,34 +54,34 @@ WORDS = {
 }
 
 
-def parse(name: str) -> Orientation:
+def parse_orientation(name: str) -> Orientation:
     """`flip_y`, `rot90`, or several joined by `+`, done from left to right. Raises ConfigError."""
     found = IDENTITY
     for word in name.split("+"):
-        if word not in WORDS:
-            raise ConfigError(f"{name!r} is no orientation; want {', '.join(WORDS)}, or several joined by +")
-        found = found.then(WORDS[word])
+        if word not in ORIENTATIONS:
+            raise ConfigError(f"{name!r} is no orientation; want {', '.join(ORIENTATIONS)}, or several joined by +")
+        found = found.then(ORIENTATIONS[word])
     return found
 
 
-def all_of(names: Iterable[str]) -> tuple[Orientation, ...]:
+def parse_orientations(names: Iterable[str]) -> tuple[Orientation, ...]:
     """The volume as it stands, then the named orientations, each once."""
-    return tuple(dict.fromkeys((IDENTITY, *map(parse, names))))
+    return tuple(dict.fromkeys((IDENTITY, *map(parse_orientation, names))))
 
 
-def variants(names: Iterable[str], view: str) -> list[str]:
+def slice_layouts(names: Iterable[str], view: str) -> list[str]:
     """The ways (`how` of `Orientation.slices`) in which slices of `view` are looked at; "" comes first."""
-    seen = [o.slices(w) for o in all_of(names) for w in PLANE]
+    seen = [o.source_slices(w) for o in parse_orientations(names) for w in VIEW_AXES]
     return sorted({how for held, how in seen if held == view}, key=lambda how: (len(how), how))
 
 
-def laid(values: Tensor, how: str) -> Tensor:
+def apply_layout(values: Tensor, how: str) -> Tensor:
     """Slices [..., rows, columns] as they lie in the turned volume."""
     values = values.transpose(-1, -2) if "t" in how else values
     return values.flip([d for letter, d in (("r", -2), ("c", -1)) if letter in how])
 
 
-def laid_back(values: Tensor, how: str) -> Tensor:
+def undo_layout(values: Tensor, how: str) -> Tensor:
     """The inverse of `laid`."""
     values = values.flip([d for letter, d in (("r", -2), ("c", -1)) if letter in how])
     return values.transpose(-1, -2) if "t" in how else values

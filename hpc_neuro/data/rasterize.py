@@ -136,7 +136,7 @@ def centreline_voxels(tree: Tree, box: Box) -> NDArray[np.int64]:
     return np.unique(dense[np.all((dense >= box.start) & (dense < box.stop), axis=1)], axis=0).reshape(-1, 3)
 
 
-def paint(tree: Tree, brightness: NDArray[np.floating], box: Box, voxel_size: VoxelSize) -> NDArray[np.float32]:
+def paint_tree(tree: Tree, brightness: NDArray[np.floating], box: Box, voxel_size: VoxelSize) -> NDArray[np.float32]:
     """[Z, Y, X] a tree whose nodes glow with `brightness` [N], with a soft edge one fine voxel wide.
 
     Where neurites touch, the brighter one shows. `tree` is in voxels with radii in fine voxels, as for `rasterize`.

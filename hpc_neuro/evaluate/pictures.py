@@ -31,7 +31,7 @@ def picture(
     volume: StoredVolume, prediction: Prediction, trees: dict[str, Tree], tolerance: float, title: str
 ) -> bytes:
     """A JPEG. `trees` are the traced trees (voxels) by the name of their method; `title` stands over the image."""
-    image = project(volume.normalised, volume.shape)
+    image = project(volume.normalized_image, volume.shape)
     gold, size = volume.tree(), volume.voxel_size
     root = None if volume.root is None else _um(volume.root, size)
     panels = [

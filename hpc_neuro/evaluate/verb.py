@@ -118,7 +118,7 @@ def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tre
                 volume.voxel_size,
                 roots=() if volume.root is None else (volume.root,),
                 cfg=cfg,
-                image=volume.normalised,
+                image=volume.normalized_image,
             )
         )
     except InputError as error:

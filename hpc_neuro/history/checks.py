@@ -76,7 +76,7 @@ def _precompute(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool
     shards = manifest["shards"]
     stage.say(f"{len(shards)} shards, views {' '.join(manifest['views'])}, layers {manifest['layers']}")
     for shard in run_folder.progress(shards if cache and not quick else [], "cache shards", unit="shard"):
-        if feature_cache.shard_is_sound(link.path / shard["file"]):
+        if feature_cache.is_shard_sound(link.path / shard["file"]):
             stage.held += 1
         else:
             stage.bad(f"the shard {shard['file']} does not have the checksum it was written with")
@@ -88,7 +88,7 @@ def _train(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> 
     if "cache" in inputs and config.get("cache"):
         manifest = link.locate(config["cache"]) / _CACHE
         if (held := stage.read(manifest)) is not None:
-            stage.equal("the cache's manifest", feature_cache.manifest_digest(held), inputs["cache"])
+            stage.equal("the cache's manifest", feature_cache.hash_manifest(held), inputs["cache"])
             if "teacher" in inputs:
                 stage.equal("the teacher of the cache", held["teacher"]["sha256"], inputs["teacher"])
     if "teacher" in inputs:

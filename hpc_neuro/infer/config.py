@@ -10,7 +10,7 @@ from pydantic import Field
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.schema import config
-from hpc_neuro.data.orientation import parse
+from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.tracing import TraceConfig
 
 
@@ -127,7 +127,7 @@ class InferConfig:
                 f"block {list(self.block)}, chunk {list(self.chunk)} and empty.cell {list(self.empty.cell)} must be at "
                 "least 1 voxel"
             )
-        views = [parse(name) for name in self.flips]
+        views = [parse_orientation(name) for name in self.flips]
         if any(view.swap or not any(view.flips) for view in views) or len(set(views)) < len(views):
             raise ValueError(
                 f"flips {list(self.flips)}: want different mirrors, such as [flip_z, flip_y, flip_x, flip_y+flip_x]"

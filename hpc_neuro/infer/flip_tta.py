@@ -20,7 +20,7 @@ from hpc_neuro import tracing
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Block, Box, Shape
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.orientation import parse
+from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.infer import trees
 from hpc_neuro.infer.block_pipeline import Work
 from hpc_neuro.infer.config import InferConfig
@@ -75,7 +75,7 @@ def look(cfg: InferConfig, job: Job, work: Work, found: Samples, block: Block, s
     image, where = work.source.read(block.read), _around(voxels, block.read)
     values = np.ones((len(cfg.flips), len(nodes)))
     for row, name in zip(values, cfg.flips, strict=True):
-        flip = [axis for axis, on in enumerate(parse(name).flips) if on]
+        flip = [axis for axis, on in enumerate(parse_orientation(name).flips) if on]
         probability = quantised(job.predict(image, seen, flip, where))
 
         def read(box: Box, probability: NDArray[np.uint8] = probability) -> NDArray[np.uint8]:

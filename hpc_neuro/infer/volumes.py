@@ -70,7 +70,7 @@ def sources(cfg: InferConfig, known: Mapping[str, Known] | None = None) -> Itera
             v = store[name]
             image = f"{cfg.store}:{name}"
             roots = () if v.root is None else (v.root,)
-            yield Source(name, image, v.shape, v.voxel_size, roots, v.digest, v.normalised, part=part)
+            yield Source(name, image, v.shape, v.voxel_size, roots, v.digest, v.normalized_image, part=part)
     _apart(cfg)
     for item, part in _share(cfg.inputs, cfg.share):
         yield _from_file(item, part, (known or {}).get(item.name))

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.schema import ConfigError, InputError, config
 from hpc_neuro.core.types import Array, Batch, sent
-from hpc_neuro.losses.segmentation import UNLABELLED
 
 View = Literal["z", "y", "x"]
 

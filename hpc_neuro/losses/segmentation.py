@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.schema import InputError, config
 from hpc_neuro.core.types import Batch, Prediction
-
-UNLABELLED = 255
-"""Mask value of a voxel that nobody labelled."""
 
 
 @config

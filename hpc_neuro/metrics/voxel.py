@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
 from hpc_neuro.core.types import Array
 from hpc_neuro.metrics.skeleton import skeleton
 from hpc_neuro.metrics.surface import Mask, SurfacePair, point_distances, surface_points
-
-UNLABELLED = 255
-"""Value of a gold voxel about which nothing is known."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core import distributed, files
 from hpc_neuro.data import feature_cache as cache
-from hpc_neuro.data.orientation import laid, laid_back
+from hpc_neuro.data.orientation import apply_layout, undo_layout
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.precompute.config import PrecomputeConfig
@@ -77,8 +77,8 @@ def look(teacher: Teacher, seen: NDArray[np.float32], layers: list[int], how: st
     if device.type == "cuda":
         images = images.pin_memory().to(device, non_blocking=True)
     with torch.inference_mode(), torch.autocast(device.type, half, enabled=device.type == "cuda"):
-        maps = teacher.features(laid(images, how), layers).movedim(-1, 0)  # [D, L, s, h, w]
-        maps = laid_back(maps, how).permute(2, 1, 3, 4, 0).half().contiguous()  # [s, L, h, w, D]
+        maps = teacher.features(apply_layout(images, how), layers).movedim(-1, 0)  # [D, L, s, h, w]
+        maps = undo_layout(maps, how).permute(2, 1, 3, 4, 0).half().contiguous()  # [s, L, h, w, D]
     if device.type != "cuda":
         values: NDArray[np.float16] = maps.numpy()
         return lambda: values

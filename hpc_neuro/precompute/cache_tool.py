@@ -111,7 +111,7 @@ def _findings(cfg: PrecomputeConfig, work: verb.Work, slices: int, seed: int) ->
             found.append(Finding(unit.name, "missing"))
         elif unit.name in stale:
             found.append(Finding(unit.name, "of another teacher, image or config, or not readable"))
-        elif not cache.shard_is_sound(path) or cache.shard_record(path, unit)["sha256"] != wanted.get(unit.name):
+        elif not cache.is_shard_sound(path) or cache.read_shard_record(path, unit)["sha256"] != wanted.get(unit.name):
             found.append(Finding(unit.name, "its features do not have the checksum they were written with"))
         else:
             sound.append(unit)
@@ -130,7 +130,7 @@ def _unlike(
     picked = compress.sampled(cfg, units, work.teacher.patch, slices, seed)
     for unit, job in picked:
         how = codings.get(unit.view, cache.RAW)
-        held = cache.shard_values(cfg.out / unit.name, (job.slices, job.rows, job.columns), how)[0]  # [L, h, w, D]
+        held = cache.read_shard_values(cfg.out / unit.name, (job.slices, job.rows, job.columns), how)[0]  # [L, h, w, D]
         values = look(work.teacher, pixels(work.store[unit.volume], unit, job), layers, unit.how)()[0]
         live = torch.from_numpy(values[:, job.inner_rows, job.inner_columns]).float()
         again = how.decode(how.encode(live)[0])
@@ -172,5 +172,5 @@ def info(out: Path) -> list[str]:
     for view in held["views"]:
         mine = [s for s in shards if s["unit"]["view"] == view]
         lines.append(f"view {view}: {len(mine)} shards, {files.human(sum(s['bytes'] for s in mine))}")
-    used = [f"used by {use['out']} on {use['host']}, first {use['first']}" for use in cache.uses(out)]
+    used = [f"used by {use['out']} on {use['host']}, first {use['first']}" for use in cache.list_uses(out)]
     return lines + (used or ["used by no training yet"])

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from hpc_neuro.core.schema import config
-from hpc_neuro.data.orientation import parse
+from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.models.teacher import TeacherConfig
 
 View = Literal["z", "y", "x"]
@@ -57,7 +57,9 @@ class PrecomputeConfig:
     """[s] An MPI rank that gives no sign of life for so long is lost: the others say so and stop."""
 
     def __post_init__(self) -> None:
-        if any(parse(name).swap for name in self.augment_views) and ("y" in self.views) != ("x" in self.views):
+        if any(parse_orientation(name).swap for name in self.augment_views) and ("y" in self.views) != (
+            "x" in self.views
+        ):
             raise ValueError(
                 f"augment_views has quarter turns, which make y slices of x slices, but views is {list(self.views)}; "
                 "give both y and x, or leave the turns out"

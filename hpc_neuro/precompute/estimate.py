@@ -17,7 +17,7 @@ from typing import Any
 from hpc_neuro.core import distributed, files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import feature_cache as cache
-from hpc_neuro.data.orientation import parse
+from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.precompute.build import batch_size, look
@@ -181,7 +181,7 @@ def alternatives(cfg: PrecomputeConfig, store: Store, patch: int, dim: int, room
 def _milder(cfg: PrecomputeConfig, dim: int) -> Iterator[tuple[str, list[Any]]]:
     """Knobs, with settings that take less and less."""
     views = [v for n in range(len(cfg.views) - 1, 0, -1) for v in itertools.combinations(cfg.views, n)]
-    turned = any(parse(name).swap for name in cfg.augment_views)
+    turned = any(parse_orientation(name).swap for name in cfg.augment_views)
     yield "views", [v for v in views if not turned or ("y" in v) == ("x" in v)]
     yield "augment_views", [cfg.augment_views[:n] for n in range(len(cfg.augment_views) - 1, -1, -1)]
     yield "stride_v", [cfg.stride_v * n for n in (2, 3, 4, 6, 8, 12, 16)]

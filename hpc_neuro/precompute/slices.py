@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.data import feature_cache as cache
 from hpc_neuro.data.intensity import normalize
-from hpc_neuro.data.orientation import variants
+from hpc_neuro.data.orientation import slice_layouts
 from hpc_neuro.data.store import StoredVolume
 from hpc_neuro.precompute.config import PrecomputeConfig, View
 
@@ -34,7 +34,7 @@ class Job:
 
 def plan(cfg: PrecomputeConfig, volume: StoredVolume, view: View, patch: int) -> list[cache.Unit]:
     """The shards of one view of one volume, as it stands and in its augmented views, in slice order."""
-    across, down, right = cache.PLANE[view]
+    across, down, right = cache.VIEW_AXES[view]
     size, finest = volume.voxel_size, min(volume.voxel_size)
     factors = [cfg.scale * (size[a] / finest if cfg.isotropic else 1.0) for a in (down, right)]
     rows, columns = (math.ceil(volume.shape[a] * f / patch) for a, f in zip((down, right), factors, strict=True))
@@ -42,7 +42,7 @@ def plan(cfg: PrecomputeConfig, volume: StoredVolume, view: View, patch: int) ->
     count, stride = math.ceil(volume.shape[across] / cfg.stride_v), cfg.stride_v
     return [
         cache.Unit(volume.id, view, i * stride, stride, min(cfg.slab, count - i), rows, columns, cell, how)
-        for how in variants(cfg.augment_views, view)
+        for how in slice_layouts(cfg.augment_views, view)
         for i in range(0, count, cfg.slab)
     ]
 
@@ -67,7 +67,7 @@ def pixels(volume: StoredVolume, unit: cache.Unit, job: Job) -> NDArray[np.float
 
     They lie as the volume stands, whatever `unit.how`.
     """
-    across, down, right = cache.PLANE[unit.view]
+    across, down, right = cache.VIEW_AXES[unit.view]
     taps = [
         _linear(job.pixel_rows, volume.shape[down]),
         _linear(job.pixel_columns, volume.shape[right]),

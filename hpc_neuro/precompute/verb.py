@@ -52,7 +52,7 @@ class Work:
         return [
             unit
             for unit in self.units
-            if unit.name in again or cache.shard_key(cfg.out / unit.name) != self.key(cfg, unit, coded)
+            if unit.name in again or cache.read_shard_key(cfg.out / unit.name) != self.key(cfg, unit, coded)
         ]
 
 
@@ -205,7 +205,7 @@ def _finish(cfg: PrecomputeConfig, work: Work) -> None:
         "store": str(cfg.store.resolve()),
         "code": run_folder.code_version(),
     }
-    records = [cache.shard_record(cfg.out / u.name, u) for u in ordered]
+    records = [cache.read_shard_record(cfg.out / u.name, u) for u in ordered]
     cache.write_manifest(cfg.out, facts, records)
     if clipped := sum(r["clipped"] for r in records):
         values = sum(u.tokens for u in ordered) * len(cfg.layers) * (cfg.pca or teacher.dim)

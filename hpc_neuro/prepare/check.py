@@ -16,7 +16,7 @@ from hpc_neuro.data.formats import Volume as ImageVolume
 from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range
 from hpc_neuro.data.rasterize import fine_voxel
-from hpc_neuro.data.store import FORMAT, Volume, forecast_bytes
+from hpc_neuro.data.store import FORMAT, VolumeRecord, forecast_bytes
 from hpc_neuro.prepare.config import PrepareConfig
 from hpc_neuro.prepare.pairs import Pair
 
@@ -24,7 +24,7 @@ _OUTSIDE = 0.10  # more of the tree beyond the image than this is another image'
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedPair:
     """A pair whose files open and fit together by their shapes; no voxel read yet."""
 
     pair: Pair
@@ -59,7 +59,7 @@ class Measured:
     remarks: tuple[str, ...]
 
 
-def open_pair(pair: Pair, cfg: PrepareConfig) -> Opened:
+def open_pair(pair: Pair, cfg: PrepareConfig) -> OpenedPair:
     """Open both files of a pair and check what needs no voxels; InputError names the volume and the file."""
     image = open_volume(pair.image, channel=pair.channel, axes=pair.axes)
     if min(image.shape) < 2:
@@ -84,7 +84,7 @@ def open_pair(pair: Pair, cfg: PrepareConfig) -> Opened:
             f"the root of {pair.id}, {pair.root} (z y x voxel), lies outside the image of shape {image.shape}"
         )
     sources = {"image": files.sha256(pair.image), "swc": files.sha256(pair.swc)}
-    return Opened(pair, image, size, unit, tree, sources, _digest(pair, unit, size, sources, cfg), remarks)
+    return OpenedPair(pair, image, size, unit, tree, sources, _digest(pair, unit, size, sources, cfg), remarks)
 
 
 def in_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:
@@ -94,7 +94,7 @@ def in_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:
     return replace(tree, points=to_voxels(tree.points, size), radii=tree.radii / fine_voxel(size))
 
 
-def measure(opened: Opened, misaligned: str) -> Measured:
+def measure(opened: OpenedPair, misaligned: str) -> Measured:
     """One or two passes over the voxels: NaN, contrast, range, and whether the tree lies on the neuron."""
     pair, image = opened.pair, opened.image
     try:
@@ -115,9 +115,9 @@ def measure(opened: Opened, misaligned: str) -> Measured:
     return Measured(low, high, fit, ())
 
 
-def entry(opened: Opened, measured: Measured) -> Volume:
+def entry(opened: OpenedPair, measured: Measured) -> VolumeRecord:
     """The volume as the store's index describes it."""
-    return Volume(
+    return VolumeRecord(
         id=opened.pair.id,
         shape=opened.image.shape,
         voxel_size=opened.size,

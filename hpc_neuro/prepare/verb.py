@@ -14,8 +14,8 @@ from hpc_neuro.data.alignment import Fit
 from hpc_neuro.data.proximal_axon import beyond_root
 from hpc_neuro.data.radius import fitted
 from hpc_neuro.data.rasterize import Drawing
-from hpc_neuro.data.store import SPLITS, Store, Volume, is_written, write_index, write_volume
-from hpc_neuro.prepare.check import Measured, Opened, entry, measure, open_pair
+from hpc_neuro.data.store import SPLITS, Store, VolumeRecord, is_written, write_index, write_volume
+from hpc_neuro.prepare.check import Measured, OpenedPair, entry, measure, open_pair
 from hpc_neuro.prepare.config import PrepareConfig
 from hpc_neuro.prepare.pairs import Pair, find_pairs
 from hpc_neuro.prepare.picture import draw
@@ -69,7 +69,7 @@ def run(cfg: PrepareConfig) -> int:
     return 0
 
 
-def _measured(one: Opened, cfg: PrepareConfig) -> Measured:
+def _measured(one: OpenedPair, cfg: PrepareConfig) -> Measured:
     """What a pass over the voxels gives, or gave to a share of this run."""
     path = _kept(one, cfg)
     if path.exists():
@@ -81,11 +81,11 @@ def _measured(one: Opened, cfg: PrepareConfig) -> Measured:
     return measure(one, cfg.misaligned)
 
 
-def _kept(one: Opened, cfg: PrepareConfig) -> Path:
+def _kept(one: OpenedPair, cfg: PrepareConfig) -> Path:
     return cfg.out / "measured" / f"{one.pair.id}.json"
 
 
-def _opened(cfg: PrepareConfig) -> list[Opened]:
+def _opened(cfg: PrepareConfig) -> list[OpenedPair]:
     pairs = find_pairs(cfg)
     _apart(cfg.out, pairs)
     opened = [open_pair(pair, cfg) for pair in run_folder.share_of(pairs, cfg.share)]
@@ -104,9 +104,9 @@ def _apart(out: Path, pairs: list[Pair]) -> None:
                 raise InputError(f"{path} would be replaced by the store's file of that name; choose another `out`")
 
 
-def _once(opened: list[Opened]) -> None:
+def _once(opened: list[OpenedPair]) -> None:
     """InputError where one image is in two splits: what is tested would be what was trained on."""
-    first: dict[tuple[str, int | None], Opened] = {}
+    first: dict[tuple[str, int | None], OpenedPair] = {}
     for one in opened:
         other = first.setdefault((one.sources["image"], one.pair.channel), one)
         if other.pair.split != one.pair.split:
@@ -116,12 +116,12 @@ def _once(opened: list[Opened]) -> None:
             )
 
 
-def _outputs(out: Path, opened: list[Opened]) -> list[Path]:
+def _outputs(out: Path, opened: list[OpenedPair]) -> list[Path]:
     ids = [o.pair.id for o in opened]
     return [out / "dataset.json", *(out / f"{i}.h5" for i in ids), *(out / "pictures" / f"{i}.png" for i in ids)]
 
 
-def _write(path: Path, one: Opened, volume: Volume, cfg: PrepareConfig) -> None:
+def _write(path: Path, one: OpenedPair, volume: VolumeRecord, cfg: PrepareConfig) -> None:
     if is_written(path, volume.digest):
         log.info("%s: already written", volume.id)
         return
@@ -143,7 +143,7 @@ def _write(path: Path, one: Opened, volume: Volume, cfg: PrepareConfig) -> None:
     )
 
 
-def _pictures(out: Path, volumes: list[tuple[Volume, Measured]]) -> None:
+def _pictures(out: Path, volumes: list[tuple[VolumeRecord, Measured]]) -> None:
     store = Store(out)
     for volume, found in volumes:
         path = out / "pictures" / f"{volume.id}.png"
@@ -158,14 +158,14 @@ def _pictures(out: Path, volumes: list[tuple[Volume, Measured]]) -> None:
     store.close()
 
 
-def _inputs(opened: list[Opened], cfg: PrepareConfig) -> dict[str, Path | str]:
+def _inputs(opened: list[OpenedPair], cfg: PrepareConfig) -> dict[str, Path | str]:
     """Digests by name; `pairs` holds what meta.json or the manifest said, of a share of them under the share's name."""
     said = [[o.pair.id, o.pair.split, o.digest] for o in opened]
     hashes: dict[str, Path | str] = {f"{o.pair.id}.{k}": v for o in opened for k, v in o.sources.items()}
     return hashes | {run_folder.named("pairs", cfg.share): files.sha256_json(said)}
 
 
-def _lines(opened: list[Opened], measured: list[Measured], cfg: PrepareConfig) -> list[str]:
+def _lines(opened: list[OpenedPair], measured: list[Measured], cfg: PrepareConfig) -> list[str]:
     voxels = sum(int(np.prod(o.image.shape, dtype=np.int64)) for o in opened)
     needed = sum(o.bytes(cfg.distance_cap) for o in opened)
     lines = [f"{len(opened)} volumes, {voxels:,} voxels, at most about {files.human(needed)} in {cfg.out}"]

@@ -9,7 +9,7 @@ from pydantic import Field
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.augment import AugmentConfig
 from hpc_neuro.data.crops import CropConfig
-from hpc_neuro.data.orientation import parse
+from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, Loss
 from hpc_neuro.models.inflate import TransferConfig
 from hpc_neuro.models.student import StudentConfig
@@ -76,7 +76,7 @@ class TrainConfig:
             faults.append(
                 f"crop.size {list(self.crop.size)} must be a multiple of student.patch {list(self.student.patch)}"
             )
-        turned = [name for name in self.augment.distilled or () if parse(name).swap]
+        turned = [name for name in self.augment.distilled or () if parse_orientation(name).swap]
         if turned and (self.crop.size[1] != self.crop.size[2] or self.student.patch[1] != self.student.patch[2]):
             faults.append(
                 f"augment.distilled has {', '.join(turned)}, but y and x of crop.size {list(self.crop.size)} or "

@@ -18,7 +18,7 @@ from torch import Tensor
 from hpc_neuro.core import distributed, run_folder
 from hpc_neuro.core.types import Batch, Prediction
 from hpc_neuro.data.augment import augment
-from hpc_neuro.data.dataset import batches
+from hpc_neuro.data.dataset import load_batches
 from hpc_neuro.data.feature_cache import record_use
 from hpc_neuro.losses import weighted_sum
 from hpc_neuro.train.checkpoint.saver import is_milestone
@@ -125,7 +125,7 @@ def reading(state: Training) -> Generator[Batch, None, None]:
         chunks = rank_chunks(first, cfg.optim.steps, cfg.optim.batch, state.parts.micro)
         rest = itertools.islice(chunks, taken, None)
         try:
-            with batches(state.parts.crops, rest, workers, cfg.ahead, pin=gpu) as ready:
+            with load_batches(state.parts.crops, rest, workers, cfg.ahead, pin=gpu) as ready:
                 _deaf_to_readers()
                 for batch in ready:
                     taken += 1

@@ -169,7 +169,7 @@ class Training:
             # for tools/export_weights.py, which needs nothing but the folder of a checkpoint
             "student": schema.plain(self.cfg.student),
             "window": list(self.cfg.crop.size),
-            "mirrored": self.parts.crops.sampler.mirrored(self.cfg.augment.flip),
+            "mirrored": self.parts.crops.sampler.has_mirrored_crops(self.cfg.augment.flip),
             "shapes": self.engine.shapes,
         }
 
@@ -254,7 +254,7 @@ class Training:
         state = self.engine.whole(_STUDENT, None if self.ema is None else self.ema.average)
         extra = {
             "window": list(self.cfg.crop.size),
-            "mirrored": self.parts.crops.sampler.mirrored(self.cfg.augment.flip),
+            "mirrored": self.parts.crops.sampler.has_mirrored_crops(self.cfg.augment.flip),
             "threshold": score.threshold,
             "step": self.step,
             "val_dice": score.dice_best,

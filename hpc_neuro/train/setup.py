@@ -15,9 +15,9 @@ from hpc_neuro.core import distributed, files
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Batch
-from hpc_neuro.data.crops import Sampler, spread_boxes
-from hpc_neuro.data.dataset import Crops, places
-from hpc_neuro.data.feature_cache import FeatureCache, manifest_digest
+from hpc_neuro.data.crops import CropSampler, draw_validation_boxes
+from hpc_neuro.data.dataset import CropDataset, read_volume_points
+from hpc_neuro.data.feature_cache import FeatureCache, hash_manifest
 from hpc_neuro.data.orientation import IDENTITY
 from hpc_neuro.data.store import Store
 from hpc_neuro.losses import Distiller
@@ -69,7 +69,7 @@ class Parts:
     depth: int  # transformer blocks
     transferred: frozenset[str]  # parameters of the module that have a teacher's weights to keep
     transfer_lines: tuple[str, ...]
-    crops: Crops
+    crops: CropDataset
     store: Store
     boxes: list[tuple[str, Box]]  # of validation
     validates_on: str  # "val" or "train"
@@ -92,7 +92,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     cache = FeatureCache(cfg.cache) if cfg.distill is not None and cfg.cache is not None else None
     teacher = load_teacher(cfg.teacher) if cfg.distill or cfg.transfer.rule != "scratch" else None
     if cfg.distill is not None and cache is not None and teacher is not None:
-        cache.check({i: store[i].digest for i in train}, teacher.identity, cfg.distill.views)
+        cache.require_match({i: store[i].digest for i in train}, teacher.identity, cfg.distill.views)
     blank = blank_student(cfg.student)
     lines: tuple[str, ...] = ("transfer: none, the student starts from random weights",)
     values: dict[str, Tensor] = {}
@@ -104,11 +104,13 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     distiller = _distiller(cfg, blank, cache)
     patch = cfg.student.patch
     fraction = cfg.distill_fraction if distiller is not None else 0.0
-    turns = (IDENTITY,) if cache is None else cache.oriented(cfg.augment.distilled)
-    sampler = Sampler(cfg.crop, places(store, train), cfg.seed, patch, fraction, turns)
+    turns = (IDENTITY,) if cache is None else cache.select_orientations(cfg.augment.distilled)
+    sampler = CropSampler(cfg.crop, read_volume_points(store, train), cfg.seed, patch, fraction, turns)
     views = () if distiller is None else distiller.views
     split = "val" if store.split("val") else "train"
-    boxes = spread_boxes(places(store, store.split(split)), cfg.crop, patch, cfg.validate.crops, cfg.seed)
+    boxes = draw_validation_boxes(
+        read_volume_points(store, store.split(split)), cfg.crop, patch, cfg.validate.crops, cfg.seed
+    )
     store.close()
     return Parts(
         blank=TrainModule(blank, distiller, sharded=cfg.engine.stage == 3),
@@ -117,7 +119,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
         depth=blank.vit.depth,
         transferred=frozenset(f"student.{name}" for name in kept),
         transfer_lines=lines,
-        crops=Crops(store, sampler, patch, cache, views),
+        crops=CropDataset(store, sampler, patch, cache, views),
         store=store,
         boxes=boxes,
         validates_on=split,
@@ -156,7 +158,7 @@ def _inputs(store: Store, teacher: Teacher | None, cache: FeatureCache | None) -
     if teacher is not None:
         found["teacher"] = str(teacher.identity["sha256"])
     if cache is not None:
-        found["cache"] = manifest_digest(cache.manifest)
+        found["cache"] = hash_manifest(cache.manifest)
     return found
 
 

@@ -14,10 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from hpc_neuro.core import distributed
+from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import config
 from hpc_neuro.core.types import Batch
-from hpc_neuro.data.dataset import UNLABELLED, read, stack
+from hpc_neuro.data.dataset import read_crop, stack_samples
 from hpc_neuro.data.store import Store
 
 _BINS = 1000  # of probability; thresholds are multiples of 1 / _BINS
@@ -65,7 +66,7 @@ class Validator:
 
     def __init__(self, store: Store, boxes: Sequence[tuple[str, Box]]) -> None:
         self._count = len(boxes)
-        self._crops = [stack([read(store, *boxes[i])], [i]) for i in _mine(len(boxes))]
+        self._crops = [stack_samples([read_crop(store, *boxes[i])], [i]) for i in _mine(len(boxes))]
 
     def __call__(self, predict: Predict, device: torch.device) -> Score:
         """The same score on every rank."""
@@ -96,7 +97,7 @@ class Volumes:
         return score(counts), {volume: score(own) for volume, own in zip(self._ids, counts, strict=True)}
 
     def _read(self, volume: str, box: Box, core: Box) -> Batch:
-        batch = stack([read(self._store, volume, box)], [0])
+        batch = stack_samples([read_crop(self._store, volume, box)], [0])
         z, y, x = (slice(a - s, b - s) for a, b, s in zip(core.start, core.stop, box.start, strict=True))
         mask = torch.full_like(batch.mask, UNLABELLED)
         mask[:, :, z, y, x] = batch.mask[:, :, z, y, x]

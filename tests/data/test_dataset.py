@@ -15,8 +15,8 @@ import torch
 
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.crops import CropConfig, Sampler
-from hpc_neuro.data.dataset import Crops, batches, places, read
+from hpc_neuro.data.crops import CropConfig, CropSampler
+from hpc_neuro.data.dataset import CropDataset, load_batches, read_crop, read_volume_points
 from hpc_neuro.data.orientation import Orientation
 from hpc_neuro.data.store import Store
 from tests.helpers.tiny_store import SHAPE, write_store
@@ -42,16 +42,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(write_store(tmp_path_factory.mktemp("data") / "store", {"a": "train", "b": "train"}))
 
 
-def crops(store: Store, fraction: float = 0.0, size: tuple[int, int, int] = (16, 32, 32)) -> Crops:
-    sampler = Sampler(CropConfig(size=size), places(store, store.split("train")), 0, PATCH, fraction)
-    return Crops(store, sampler, PATCH, FakeCache() if fraction else None, ("z",) if fraction else ())  # type: ignore[arg-type]
+def crops(store: Store, fraction: float = 0.0, size: tuple[int, int, int] = (16, 32, 32)) -> CropDataset:
+    sampler = CropSampler(CropConfig(size=size), read_volume_points(store, store.split("train")), 0, PATCH, fraction)
+    return CropDataset(store, sampler, PATCH, FakeCache() if fraction else None, ("z",) if fraction else ())  # type: ignore[arg-type]
 
 
 def test_a_crop_holds_what_the_volume_holds(store):
     box = Box((2, 5, 7), (18, 37, 39))
-    sample = read(store, "a", box)
+    sample = read_crop(store, "a", box)
     assert sample.image.shape == (1, 16, 32, 32)
-    assert np.array_equal(sample.image[0], store["a"].normalised(box))
+    assert np.array_equal(sample.image[0], store["a"].normalized_image(box))
     assert np.array_equal(sample.mask[0], store["a"].mask(box))
     assert np.array_equal(sample.skeleton[0], store["a"].skeleton(box))
     assert sample.mask.any()
@@ -59,8 +59,8 @@ def test_a_crop_holds_what_the_volume_holds(store):
 
 def test_past_the_volume_the_image_repeats_its_border_and_nothing_is_labelled(store):
     box = Box((-3, 40, -2), (21, 64, 60))
-    sample = read(store, "a", box)
-    whole = store["a"].normalised(Box.whole(SHAPE))
+    sample = read_crop(store, "a", box)
+    whole = store["a"].normalized_image(Box.whole(SHAPE))
     assert np.array_equal(sample.image[0], np.pad(whole, [(3, 1), (0, 12), (2, 4)], mode="edge")[:, 40:])
     outside = torch.ones(sample.mask.shape, dtype=torch.bool)
     outside[:, 3:23, :12, 2:58] = False
@@ -94,7 +94,7 @@ def test_distilled_samples_carry_features_others_zeros(store):
 
 def test_read_ahead_keeps_order_and_content(store):
     data, chunks = crops(store), [[4, 1], [0, 7], [9, 2]]
-    with batches(data, chunks, 0, ahead=2, pin=False) as ready:
+    with load_batches(data, chunks, 0, ahead=2, pin=False) as ready:
         found = list(ready)
     assert [b.index.tolist() for b in found] == chunks
     for batch, chunk in zip(found, chunks, strict=True):
@@ -102,7 +102,7 @@ def test_read_ahead_keeps_order_and_content(store):
 
 
 def test_leaving_early_ends_the_reading_thread(store):
-    with batches(crops(store), ([i] for i in range(10**9)), 0, ahead=2, pin=False) as ready:
+    with load_batches(crops(store), ([i] for i in range(10**9)), 0, ahead=2, pin=False) as ready:
         assert next(ready).index.tolist() == [0]
 
 
@@ -111,7 +111,7 @@ def test_an_error_while_reading_is_raised_where_the_batch_is_taken(store, tmp_pa
     data = crops(broken)
     (tmp_path / "store" / "a.h5").write_bytes(b"not HDF5")
     broken.close()
-    with batches(data, [[0], [1]], 0, ahead=1, pin=False) as ready, pytest.raises(InputError, match="HDF5"):
+    with load_batches(data, [[0], [1]], 0, ahead=1, pin=False) as ready, pytest.raises(InputError, match="HDF5"):
         next(ready)
 
 
@@ -119,7 +119,7 @@ def test_an_error_while_reading_is_raised_where_the_batch_is_taken(store, tmp_pa
 def test_workers_give_the_same_batches_and_outlive_signals(store):
     """A signal to the whole process group reaches the workers first; only the trainer may decide what it means."""
     data = crops(store)
-    with batches(data, [[i] for i in range(40)], 1, ahead=1, pin=False) as ready:
+    with load_batches(data, [[i] for i in range(40)], 1, ahead=1, pin=False) as ready:
         assert torch.equal(next(ready).image[0], data[0][1].image)
         worker = multiprocessing.active_children()[0]
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
@@ -133,12 +133,12 @@ def test_workers_give_the_same_batches_and_outlive_signals(store):
 def test_the_dataset_travels_to_another_process_without_its_open_files(store):
     data = crops(store)
     first = data[0]
-    again: Crops = pickle.loads(pickle.dumps(data))
+    again: CropDataset = pickle.loads(pickle.dumps(data))
     assert torch.equal(again[0][1].image, first[1].image)
 
 
 def test_places_hold_points_inside_the_volume(store):
-    for place in places(store, ["a", "b"]):
+    for place in read_volume_points(store, ["a", "b"]):
         assert len(place.points["skeleton"]) > 20
         assert len(place.points["tip"]) >= 2
         for points in place.points.values():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import feature_cache as fc
-from hpc_neuro.data.feature_cache import manifest_digest, resample
+from hpc_neuro.data.feature_cache import hash_manifest, resample
 
 SHAPE = (12, 32, 40)
 TEACHER = {"name": "t", "sha256": "0"}
@@ -26,7 +26,7 @@ def build(folder: Path, cell: tuple[float, float] = (8, 8), stride: int = 4, sla
     rng = np.random.default_rng(0)
     whole, records = {}, []
     for view in ("z", "y", "x"):
-        across, down, right = fc.PLANE[view]
+        across, down, right = fc.VIEW_AXES[view]
         count = -(-SHAPE[across] // stride)
         rows, columns = (int(np.ceil(SHAPE[a] / c)) for a, c in zip((down, right), cell, strict=True))
         whole[view] = rng.normal(size=(count, 2, rows, columns, 3)).astype(np.float16)
@@ -37,7 +37,7 @@ def build(folder: Path, cell: tuple[float, float] = (8, 8), stride: int = 4, sla
             for i in range(n):
                 writer.write(slice(i, i + 1), slice(0, rows), slice(0, columns), whole[view][first + i : first + i + 1])
             writer.finish()
-            records.append(fc.shard_record(folder / unit.name, unit))
+            records.append(fc.read_shard_record(folder / unit.name, unit))
     facts = {"teacher": TEACHER, "layers": [0, 1], "views": ["z", "y", "x"], "dim": 3, "volumes": {"v": "digest"}}
     fc.write_manifest(folder, facts, records)
     return whole
@@ -47,7 +47,7 @@ def brute_force(
     values: np.ndarray, view: str, cell: tuple[float, float], stride: int, box: Box, patch: int
 ) -> np.ndarray:
     """Spread every cell over quarter voxels, average them under each target. Only where the box lies inside."""
-    across, down, right = fc.PLANE[view]
+    across, down, right = fc.VIEW_AXES[view]
     sizes = {across: stride, down: cell[0], right: cell[1]}
     dense = np.moveaxis(values.astype(np.float64), (1, 4), (0, 1))  # [L, D, S, h, w]
     for place, axis in enumerate((across, down, right)):
@@ -131,13 +131,13 @@ def test_a_missing_or_short_shard_and_a_missing_manifest_are_named(tmp_path: Pat
 def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     build(tmp_path)
     shard = next(tmp_path.glob("v.z.*.h5"))
-    assert fc.shard_is_sound(shard)
+    assert fc.is_shard_sound(shard)
     content = bytearray(shard.read_bytes())
     place = content.find(build_bytes(tmp_path))
     content[place] ^= 1
     shard.write_bytes(content)
-    assert not fc.shard_is_sound(shard)
-    assert fc.shard_key(tmp_path / "nothing.h5") is None
+    assert not fc.is_shard_sound(shard)
+    assert fc.read_shard_key(tmp_path / "nothing.h5") is None
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -153,9 +153,11 @@ def test_tiles_are_hashed_as_they_come_however_many_slices_at_once(tmp_path: Pat
             digest.update(piece.tobytes())
             writer.write(slices, rows, columns, piece)
     writer.finish()
-    np.testing.assert_array_equal(fc.shard_values(tmp_path / "v.h5", (slice(0, 5), slice(0, 10), slice(0, 7))), values)
-    assert fc.shard_is_sound(tmp_path / "v.h5")
-    assert fc.shard_record(tmp_path / "v.h5", unit)["sha256"] == digest.hexdigest()
+    np.testing.assert_array_equal(
+        fc.read_shard_values(tmp_path / "v.h5", (slice(0, 5), slice(0, 10), slice(0, 7))), values
+    )
+    assert fc.is_shard_sound(tmp_path / "v.h5")
+    assert fc.read_shard_record(tmp_path / "v.h5", unit)["sha256"] == digest.hexdigest()
 
 
 def test_features_out_of_turn_and_a_shard_that_lacks_some_are_errors(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_features_out_of_turn_and_a_shard_that_lacks_some_are_errors(tmp_path: P
     with pytest.raises(ValueError, match="were to come"):
         writer.write(slice(1, 2), slice(0, 4), slice(4, 8), values)
     writer.close()
-    assert not fc.shard_is_sound(tmp_path / "v.h5")
+    assert not fc.is_shard_sound(tmp_path / "v.h5")
 
 
 def build_bytes(folder: Path) -> bytes:
@@ -181,16 +183,16 @@ def build_bytes(folder: Path) -> bytes:
 def test_another_teacher_volume_view_or_image_is_refused(tmp_path: Path) -> None:
     build(tmp_path)
     cache = fc.FeatureCache(tmp_path)
-    cache.check({"v": "digest"}, TEACHER, ["z"])
+    cache.require_match({"v": "digest"}, TEACHER, ["z"])
     with pytest.raises(fc.CacheMismatch, match="teacher.model=t"):
-        cache.check({"v": "digest"}, {"name": "other"}, ["z"])
+        cache.require_match({"v": "digest"}, {"name": "other"}, ["z"])
     with pytest.raises(fc.CacheMismatch, match="no features of w"):
-        cache.check({"w": "digest"}, TEACHER, ["z"])
+        cache.require_match({"w": "digest"}, TEACHER, ["z"])
     with pytest.raises(fc.CacheMismatch, match="other images of v"):
-        cache.check({"v": "changed"}, TEACHER, ["z"])
+        cache.require_match({"v": "changed"}, TEACHER, ["z"])
     cache.views = ("z",)
     with pytest.raises(fc.CacheMismatch, match="no view x"):
-        cache.check({"v": "digest"}, TEACHER, ["z", "x"])
+        cache.require_match({"v": "digest"}, TEACHER, ["z", "x"])
 
 
 def read(cache: fc.FeatureCache) -> float:
@@ -211,7 +213,7 @@ def test_an_open_cache_goes_to_other_processes(tmp_path: Path, method: str) -> N
 def test_a_repair_by_another_version_does_not_make_another_cache() -> None:
     """What trainings remember of a cache is what decides its features."""
     held = {"teacher": {"sha256": "1a"}, "shards": [{"file": "a", "sha256": "2b"}], "store": "/here", "code": "1"}
-    same = manifest_digest({**held, "store": "/there", "code": "2"})
-    assert same == manifest_digest(held)
-    assert manifest_digest({**held, "shards": [{"file": "a", "sha256": "3c"}]}) != same
-    assert manifest_digest({**held, "teacher": {"sha256": "4d"}}) != same
+    same = hash_manifest({**held, "store": "/there", "code": "2"})
+    assert same == hash_manifest(held)
+    assert hash_manifest({**held, "shards": [{"file": "a", "sha256": "3c"}]}) != same
+    assert hash_manifest({**held, "teacher": {"sha256": "4d"}}) != same

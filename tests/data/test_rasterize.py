@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box, VoxelSize
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.rasterize import Drawing, centreline_voxels, fine_voxel, paint, rasterize
+from hpc_neuro.data.rasterize import Drawing, centreline_voxels, fine_voxel, paint_tree, rasterize
 
 
 def random_tree(seed: int, n: int, shape: tuple[int, int, int], radii: tuple[float, float] = (0.5, 4.0)) -> Tree:
@@ -191,7 +191,7 @@ def test_paint_is_bright_inside_soft_at_the_edge_and_keeps_the_brighter() -> Non
         np.array([[10, 10, 2], [10, 10, 30], [10, 30, 16], [10, 12, 16.0]]), np.array([-1, 0, -1, 2]), 3.0
     )
     glow = np.array([1.0, 3.0, 9.0, 9.0])
-    image = paint(tree, glow, Box.whole((21, 41, 33)), (1.0, 1.0, 1.0))
+    image = paint_tree(tree, glow, Box.whole((21, 41, 33)), (1.0, 1.0, 1.0))
     assert image[10, 10, 2] == pytest.approx(1, abs=0.01)
     assert image[10, 10, 28] == pytest.approx(1 + 2 * 26 / 28, rel=0.01)
     assert image[10, 20, 16] == pytest.approx(9)

@@ -23,7 +23,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import intensity
 from hpc_neuro.data.rasterize import Drawing, centreline_voxels, rasterize
-from hpc_neuro.data.store import Store, Volume, forecast_bytes, is_written, write_index, write_volume
+from hpc_neuro.data.store import Store, VolumeRecord, forecast_bytes, is_written, write_index, write_volume
 
 SHAPE = (40, 150, 170)
 SIZE = (1.0, 0.4, 0.4)
@@ -42,8 +42,8 @@ def image(dtype: str = "u2") -> Array:
     return made
 
 
-def volume(id_: str = "a", dtype: str = "u2", split: str = "train") -> Volume:
-    return Volume(
+def volume(id_: str = "a", dtype: str = "u2", split: str = "train") -> VolumeRecord:
+    return VolumeRecord(
         id=id_,
         shape=SHAPE,
         voxel_size=SIZE,
@@ -57,7 +57,7 @@ def volume(id_: str = "a", dtype: str = "u2", split: str = "train") -> Volume:
     )
 
 
-def write(folder: Path, *volumes: Volume, drawing: Drawing | None = None) -> Store:
+def write(folder: Path, *volumes: VolumeRecord, drawing: Drawing | None = None) -> Store:
     for v in volumes:
         made = image(v.dtype.str)
         fitted = replace(tree(), points=tree().points + 0.3)
@@ -72,10 +72,10 @@ def write(folder: Path, *volumes: Volume, drawing: Drawing | None = None) -> Sto
 def test_every_box_comes_back_as_it_was(tmp_path: Path, dtype: str) -> None:
     store = write(tmp_path, volume(dtype=dtype), drawing=Drawing(ignore_margin=1.0, stretch=1.5))
     stored = store["a"]
-    drawn = rasterize(stored.fitted(), BOX, SIZE, Drawing(ignore_margin=1.0, stretch=1.5))
+    drawn = rasterize(stored.fitted_tree(), BOX, SIZE, Drawing(ignore_margin=1.0, stretch=1.5))
     np.testing.assert_array_equal(stored.image(BOX), image(dtype)[BOX.slices])
     assert stored.image(BOX).dtype == np.dtype(dtype)
-    np.testing.assert_array_equal(stored.normalised(BOX), intensity.normalize(image(dtype)[BOX.slices], 3, 50))
+    np.testing.assert_array_equal(stored.normalized_image(BOX), intensity.normalize(image(dtype)[BOX.slices], 3, 50))
     np.testing.assert_array_equal(stored.mask(BOX), drawn.mask)
     np.testing.assert_array_equal(stored.skeleton(BOX), drawn.skeleton)
     np.testing.assert_allclose(stored.distance(BOX), drawn.distance, atol=4e-3)  # float16
@@ -89,7 +89,7 @@ def test_the_header_and_the_trees_come_back(tmp_path: Path) -> None:
     assert (stored.root, stored.digest, stored.dtype) == ((5.0, 10.0, 10.0), "digest-a", np.dtype("u2"))
     np.testing.assert_array_equal(stored.tree().points, tree().points)
     np.testing.assert_array_equal(stored.tree().parents, tree().parents)
-    np.testing.assert_allclose(stored.fitted().points, tree().points + 0.3)
+    np.testing.assert_allclose(stored.fitted_tree().points, tree().points + 0.3)
     with h5py.File(tmp_path / "a.h5", locking=False) as file:
         np.testing.assert_allclose(file.attrs["affine"], np.diag([*SIZE, 1]))
         assert file.attrs["sha256_image"] == "i"
@@ -99,7 +99,7 @@ def test_the_header_and_the_trees_come_back(tmp_path: Path) -> None:
 
 def test_points_for_the_sampler_lie_inside_on_line_branches_and_tips(tmp_path: Path) -> None:
     stored = write(tmp_path, volume())["a"]
-    np.testing.assert_array_equal(stored.points("skeleton"), centreline_voxels(stored.fitted(), Box.whole(SHAPE)))
+    np.testing.assert_array_equal(stored.points("skeleton"), centreline_voxels(stored.fitted_tree(), Box.whole(SHAPE)))
     np.testing.assert_array_equal(stored.points("branch"), [[20, 60, 80]])
     np.testing.assert_array_equal(stored.points("tip"), [[35, 140, 90]])  # the other tip lies outside the image
 

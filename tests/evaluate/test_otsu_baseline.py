@@ -28,4 +28,4 @@ def test_otsus_mask_is_traced_along_the_image_as_the_models_is(store: Path, monk
     monkeypatch.setattr(verb, "trace_read", lambda *given, image, **more: seen.append(image) or [])
     verb.otsu_tree(volume, OtsuMask(volume), TraceConfig())
     whole = Box.whole(volume.shape)
-    assert np.array_equal(seen[0](whole), volume.normalised(whole))
+    assert np.array_equal(seen[0](whole), volume.normalized_image(whole))

@@ -55,7 +55,7 @@ class Plain:
         z, y, x = self.image.shape
         return z, y, x
 
-    def normalised(self, box: Box) -> np.ndarray:
+    def normalized_image(self, box: Box) -> np.ndarray:
         return self.image[box.slices]
 
 
@@ -63,7 +63,7 @@ def work_on(model: Path, volume: Any, out: Path, read: Callable[[Box], Any] | No
     """Work on one volume, its folder made; `more` are keys of EmptyConfig, and `tries`."""
     student, _ = load_student(model / "weights" / "best")
     plan = Plan(WINDOW, 0.5, student.patch, (8, 32, 32), (4, 16, 16))
-    source = Source("a", "a", volume.shape, volume.voxel_size, (), "d", read or volume.normalised)
+    source = Source("a", "a", volume.shape, volume.voxel_size, (), "d", read or volume.normalized_image)
 
     def predict(image: np.ndarray, seen: Callable[[int], None]) -> np.ndarray:
         return sliding_window.predict(student, image, WINDOW, seen=seen)

@@ -13,7 +13,7 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import feature_cache
 from hpc_neuro.data.rasterize import Drawing
-from hpc_neuro.data.store import Store, Volume, write_index, write_volume
+from hpc_neuro.data.store import Store, VolumeRecord, write_index, write_volume
 
 SHAPE = (20, 52, 56)  # no multiple of the patch, larger than the crops of the tests
 
@@ -26,9 +26,9 @@ def write_store(
     volumes = []
     for number, (name, split) in enumerate(splits.items()):
         draw = np.random.default_rng(number)
-        tree = _tree(draw, shape)
-        image = _image(draw, shape, tree)
-        volume = Volume(
+        tree = make_tree(draw, shape)
+        image = make_image(draw, shape, tree)
+        volume = VolumeRecord(
             id=name,
             shape=shape,
             voxel_size=(1.0, 1.0, 1.0),
@@ -51,7 +51,7 @@ def _cut(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
     return image[box.slices]
 
 
-def _tree(draw: np.random.Generator, shape: tuple[int, int, int]) -> Tree:
+def make_tree(draw: np.random.Generator, shape: tuple[int, int, int]) -> Tree:
     """A trunk along x with one branch along y."""
     z, y, x = shape
     trunk = [(z / 2 + draw.normal(), y / 2 + 3 * np.sin(i / 5), i) for i in np.linspace(3, x - 4, 24)]
@@ -61,7 +61,7 @@ def _tree(draw: np.random.Generator, shape: tuple[int, int, int]) -> Tree:
     return Tree(points, np.full(len(points), 2.0), parents, np.full(len(points), 2))
 
 
-def _image(draw: np.random.Generator, shape: tuple[int, int, int], tree: Tree) -> np.ndarray:
+def make_image(draw: np.random.Generator, shape: tuple[int, int, int], tree: Tree) -> np.ndarray:
     canvas = np.ones(shape)
     for a, b in enumerate(tree.parents):
         if b >= 0:
@@ -77,7 +77,7 @@ def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 
     held, records = Store(store), []
     train = held.split("train")
     for number, name in enumerate(train):
-        for view, (across, down, right) in feature_cache.PLANE.items():
+        for view, (across, down, right) in feature_cache.VIEW_AXES.items():
             shape, patch = held[name].shape, (8, 16, 16)
             slices, rows, columns = (-(-shape[a] // patch[a]) for a in (across, down, right))
             cell = (float(patch[down]), float(patch[right]))
@@ -86,9 +86,15 @@ def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 
             writer = feature_cache.ShardWriter(folder / unit.name, unit, 1, dim, "key", tile=32)
             writer.write(slice(0, slices), slice(0, rows), slice(0, columns), values)
             writer.finish()
-            records.append(feature_cache.shard_record(folder / unit.name, unit))
+            records.append(feature_cache.read_shard_record(folder / unit.name, unit))
     digests = {name: held[name].digest for name in train}
-    facts = {"layers": [11], "views": list(feature_cache.PLANE), "dim": dim, "teacher": identity, "volumes": digests}
+    facts = {
+        "layers": [11],
+        "views": list(feature_cache.VIEW_AXES),
+        "dim": dim,
+        "teacher": identity,
+        "volumes": digests,
+    }
     feature_cache.write_manifest(folder, facts, records)
     held.close()
     return folder

@@ -25,7 +25,7 @@ def test_what_is_written_is_the_whole_volumes_result(model: Path, store: Path, t
     meter = make_all(work)
     assert meter.done == meter.total == work.plan.windows(volume.shape)
     student, _ = load_student(model / "weights" / "best")
-    whole = sliding_window.predict(student, volume.normalised(Box.whole(volume.shape)), WINDOW)
+    whole = sliding_window.predict(student, volume.normalized_image(Box.whole(volume.shape)), WINDOW)
     off = np.abs(probability(tmp_path, "a").astype(int) - quantised(whole))
     assert off.max() <= 1  # 1e-4 may tip a rounding
     assert np.mean(off > 0) < 0.01
@@ -39,7 +39,7 @@ def test_a_block_that_always_fails_is_parked_and_tried_again(model: Path, store:
         calls += 1
         if poison and box.start == (0, 0, 0):
             raise OSError("bad sector")
-        return volume.normalised(box)
+        return volume.normalized_image(box)
 
     work = work_on(model, volume, tmp_path, read, tries=2)
     make_all(work)

@@ -34,7 +34,7 @@ def test_blocks_do_not_show(model: Path, store: Path, block: Shape, overlap: flo
     student, _ = load_student(model / "weights" / "best")
     volume = Store(store)["a"]
     plan = Plan(WINDOW, overlap, student.patch, block, (4, 16, 16))
-    image = volume.normalised(Box.whole(volume.shape))
+    image = volume.normalized_image(Box.whole(volume.shape))
     whole = sliding_window.predict(student, image, WINDOW, overlap)
     parts = np.zeros_like(whole)
     for b in plan.blocks(volume.shape):

@@ -89,7 +89,7 @@ def test_another_library_reads_image_and_sharded_probability_through_it(done: Pa
             np.testing.assert_array_equal(opened(port, f"{name}.ome.zarr/0"), probability(done, name))
             held = Store(store)[name]
             whole = tuple(slice(0, n) for n in held.shape)
-            np.testing.assert_array_equal(opened(port, f"{name}.image/0"), held.store.handle(name)["image"][whole])
+            np.testing.assert_array_equal(opened(port, f"{name}.image/0"), held.store.open_handle(name)["image"][whole])
 
 
 def test_image_probability_trees_and_places_lie_on_one_another(landmark: Path) -> None:
@@ -126,7 +126,7 @@ def test_the_contrast_is_that_of_the_voxels_in_view(done: Path, store: Path) -> 
     with serving(done) as port:
         state = json.loads(ask(port, "/a.json")[1])
     low, high = state["layers"][0]["shaderControls"]["normalized"]["range"]
-    image = Store(store).handle("a")["image"][()]
+    image = Store(store).open_handle("a")["image"][()]
     assert image.min() <= low < high <= image.max()
     assert "trees" not in [layer["name"] for layer in state["layers"]]  # this run traced none
 

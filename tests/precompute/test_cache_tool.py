@@ -98,7 +98,7 @@ def test_wrong_features_with_a_right_checksum_are_found_by_the_teacher(
 ) -> None:
     """As a bug in the writer would leave them: checksum and manifest agree, the content is of other slices."""
     from hpc_neuro.core import files
-    from hpc_neuro.data.feature_cache import shard_record
+    from hpc_neuro.data.feature_cache import read_shard_record
     from hpc_neuro.data.feature_cache.layout import Unit
 
     manifest = files.read_json(cache / MANIFEST, "")
@@ -107,7 +107,7 @@ def test_wrong_features_with_a_right_checksum_are_found_by_the_teacher(
     with h5py.File(path, "r+") as file, h5py.File(other) as theirs:
         file["features"][...] = theirs["features"][...]
         file.attrs.modify("sha256", theirs.attrs["sha256"])
-    shards[path.name]["sha256"] = shard_record(path, Unit.read(shards[path.name]["unit"]))["sha256"]
+    shards[path.name]["sha256"] = read_shard_record(path, Unit.read(shards[path.name]["unit"]))["sha256"]
     files.write_json(cache / MANIFEST, manifest)
     assert cache_tool.main(["verify", str(cache), "slices=1000", "rebuild=false"]) == 3
     assert "a.z.000000.h5: cosine" in said(caplog)

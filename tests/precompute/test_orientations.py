@@ -15,11 +15,11 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, load
 from hpc_neuro.data import orientation
-from hpc_neuro.data.crops import CropConfig, Sampler
-from hpc_neuro.data.dataset import Crops, places
+from hpc_neuro.data.crops import CropConfig, CropSampler
+from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.feature_cache import CacheMismatch, FeatureCache
 from hpc_neuro.data.rasterize import Drawing
-from hpc_neuro.data.store import Store, Volume, write_index, write_volume
+from hpc_neuro.data.store import Store, VolumeRecord, write_index, write_volume
 
 NAMES = ("flip_z", "flip_y", "flip_x", "rot90", "rot180", "rot270", "flip_z+rot90")
 KEYS = ["teacher.model=random", "stride_v=1", "slab=64"]  # every slice, so that mirroring moves no slice's middle
@@ -27,23 +27,23 @@ KEYS = ["teacher.model=random", "stride_v=1", "slab=64"]  # every slice, so that
 
 def test_rot90_is_numpys() -> None:
     values = np.arange(24).reshape(2, 3, 4)
-    turned = orientation.parse("rot90").turned(torch.from_numpy(values)).numpy()
+    turned = orientation.parse_orientation("rot90").apply(torch.from_numpy(values)).numpy()
     np.testing.assert_array_equal(turned, np.rot90(values, axes=(1, 2)))
 
 
-@given(st.lists(st.sampled_from(sorted(orientation.WORDS)), min_size=1, max_size=5))
+@given(st.lists(st.sampled_from(sorted(orientation.ORIENTATIONS)), min_size=1, max_size=5))
 def test_words_joined_are_done_from_left_to_right(words: list[str]) -> None:
     values = torch.arange(24).reshape(2, 3, 4)
     wanted = values
     for word in words:
-        wanted = orientation.WORDS[word].turned(wanted)
-    assert torch.equal(orientation.parse("+".join(words)).turned(values), wanted)
+        wanted = orientation.ORIENTATIONS[word].apply(wanted)
+    assert torch.equal(orientation.parse_orientation("+".join(words)).apply(values), wanted)
 
 
 @given(st.sampled_from(["", "r", "c", "rc", "t", "tr", "tc", "trc"]))
 def test_laid_back_undoes_laid(how: str) -> None:
     values = torch.arange(12).reshape(3, 4)
-    assert torch.equal(orientation.laid_back(orientation.laid(values, how), how), values)
+    assert torch.equal(orientation.undo_layout(orientation.apply_layout(values, how), how), values)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         Tree(np.full((2, 3), 8.0), np.ones(2), np.array([-1, 0]), np.full(2, 2)),
     )
     for name in ("", *NAMES):
-        array = image.numpy() if not name else orientation.parse(name).turned(image).numpy()
+        array = image.numpy() if not name else orientation.parse_orientation(name).apply(image).numpy()
         z, y, x = array.shape
-        volume = Volume(
+        volume = VolumeRecord(
             id="v", shape=(z, y, x), voxel_size=(1.0, 1.0, 1.0), dtype=array.dtype, low=0.0, high=200.0, root=None,
             split="train", digest=name, sources={"image": "0", "swc": "0"},
         )  # fmt: skip
@@ -82,14 +82,14 @@ def test_a_turned_crop_has_the_turned_volumes_features(
 ) -> None:
     keys = [f"store={images[name]}", f"out={tmp_path / 'c'}", *KEYS]
     precompute.run(load(precompute.PrecomputeConfig, None, keys))
-    turn = orientation.parse(name)
+    turn = orientation.parse_orientation(name)
     shape = (16, 48, 32) if turn.swap else (16, 32, 48)
     wanted = FeatureCache(tmp_path / "c").crop("v", Box.whole(shape), (8, 16, 16))
     found = FeatureCache(held).crop("v", Box.whole((16, 32, 48)), (8, 16, 16), turn)
     for view in ("z", "y", "x"):
         torch.testing.assert_close(found[view].float(), wanted[view].float(), atol=4e-3, rtol=4e-3)
     plain = FeatureCache(held).crop("v", Box.whole((16, 32, 48)), (8, 16, 16))
-    naive = {v: turn.turned(plain[turn.slices(v)[0]]).float() for v in plain}
+    naive = {v: turn.apply(plain[turn.source_slices(v)[0]]).float() for v in plain}
     alike = [float(torch.cosine_similarity(naive[v], wanted[v].float(), dim=1).mean()) for v in naive]
     assert min(alike) < 0.9995  # a mirrored map is not the map of the mirrored slice
 
@@ -97,17 +97,19 @@ def test_a_turned_crop_has_the_turned_volumes_features(
 def test_training_turns_distilled_crops_within_what_is_held(images: dict[str, Path], held: Path) -> None:
     store, cache = Store(images[""]), FeatureCache(held)
     crop = CropConfig(size=(8, 32, 32), skeleton=0, branch=0, tip=0, uniform=1)
-    sampler = Sampler(crop, places(store, ["v"]), 0, (8, 16, 16), 1.0, cache.oriented(None))
-    crops = Crops(store, sampler, (8, 16, 16), cache, ("z", "x"))
+    sampler = CropSampler(crop, read_volume_points(store, ["v"]), 0, (8, 16, 16), 1.0, cache.select_orientations(None))
+    crops = CropDataset(store, sampler, (8, 16, 16), cache, ("z", "x"))
     seen = set()
     for index in range(60):
         draw, (_, sample) = sampler(index), crops[index]
         seen.add(draw.orientation)
-        image = torch.from_numpy(store["v"].normalised(draw.box))[None]
-        assert torch.equal(sample.image, draw.orientation.turned(image))
+        image = torch.from_numpy(store["v"].normalized_image(draw.box))[None]
+        assert torch.equal(sample.image, draw.orientation.apply(image))
         assert torch.equal(sample.features["x"], cache.crop("v", draw.box, (8, 16, 16), draw.orientation)["x"])
     assert seen == set(cache.orientations)
-    oblong = Sampler(CropConfig(size=(8, 16, 32)), places(store, ["v"]), 0, (8, 16, 16), 1.0, cache.orientations)
+    oblong = CropSampler(
+        CropConfig(size=(8, 16, 32)), read_volume_points(store, ["v"]), 0, (8, 16, 16), 1.0, cache.orientations
+    )
     assert not any(o.swap for o in oblong.orientations)
 
 
@@ -115,10 +117,10 @@ def test_more_than_is_held_is_an_error_that_names_the_command(images: dict[str, 
     keys = [f"store={images['']}", f"out={tmp_path / 'c'}", "augment_views=[flip_z]", *KEYS, "stride_v=16"]
     precompute.run(load(precompute.PrecomputeConfig, None, keys))
     cache = FeatureCache(tmp_path / "c")
-    assert [o.flips for o in cache.oriented(["flip_z"])] == [(False, False, False), (True, False, False)]
+    assert [o.flips for o in cache.select_orientations(["flip_z"])] == [(False, False, False), (True, False, False)]
     assert not list((tmp_path / "c").glob("v.z-*"))  # slices along z are the same ones, in the other order
     with pytest.raises(CacheMismatch, match=r"hpc-neuro precompute .* augment_views=\[flip_z,rot90\]"):
-        cache.oriented(["rot90"])
+        cache.select_orientations(["rot90"])
 
 
 @pytest.mark.parametrize(

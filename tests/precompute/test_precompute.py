@@ -47,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_cache_holds_what_the_live_teacher_gives(store: Path, built: Path) -> None:
     cache, volume = FeatureCache(built), Store(store)["a"]
     teacher = load_teacher(configure(store, built).teacher)
-    plane = volume.normalised(Box((4, 0, 0), (5, *volume.shape[1:])))[0]  # the middle slice of the first eight
+    plane = volume.normalized_image(Box((4, 0, 0), (5, *volume.shape[1:])))[0]  # the middle slice of the first eight
     padded = np.pad(plane, [(0, -n % 16) for n in plane.shape], mode="edge")
     live = teacher.features(torch.from_numpy(padded)[None], [3, 11])[:, 0].permute(0, 3, 1, 2)  # [L, D, h, w]
     held = cache.crop("a", Box((0, 0, 0), (8, 64, 64)), (8, 16, 16))["z"][:, :, 0].float()

@@ -83,7 +83,7 @@ def test_killed_anywhere_it_ends_with_the_same_files(raw: Path, whole: Path, tmp
     out = tmp_path / "killed"
     code = (
         "import sys, time\n"
-        "from hpc_neuro import schema\n"
+        "from hpc_neuro.core import schema\n"
         "from hpc_neuro.data.store import writer\n"
         "from hpc_neuro.prepare import PrepareConfig, run\n"
         "slow = writer._write_targets\n"
@@ -180,7 +180,7 @@ def test_the_unit_in_the_header_of_an_swc_is_used(tmp_path: Path) -> None:
 def test_each_source_of_the_radius(single: Path, tmp_path: Path, kind: str, stretch: float | None) -> None:
     run(config(f"radius.kind={kind}", images=single, out=tmp_path / "out"))
     stored = Store(tmp_path / "out")["a"]
-    radii = stored.fitted().radii
+    radii = stored.fitted_tree().radii
     if kind == "swc":
         np.testing.assert_allclose(radii, np.maximum(stored.tree().radii, 0.5))
     elif kind == "constant":
@@ -216,13 +216,13 @@ def test_real_neurons_become_masks_that_lie_on_them(real_data: Path, tmp_path: P
     run(schema.load(PrepareConfig, None, [f"images={tmp_path}", f"out={tmp_path / 'out'}"]))
     stored = Store(tmp_path / "out")["OP_6"]
     whole = Box.whole(stored.shape)
-    image, mask = stored.normalised(whole), stored.mask(whole)
+    image, mask = stored.normalized_image(whole), stored.mask(whole)
     assert image[mask == 1].mean() > 0.5
     assert 0.0003 < (mask == 1).mean() < 0.001
     assert stored.root == pytest.approx((10, 412.01, 15.074))
     # the given tree misses the ridge by a voxel or two, the drawn one does not
     on = [
         image[tuple(np.clip(np.rint(t.points), 0, np.array(stored.shape) - 1).astype(int).T)].mean()
-        for t in (morphology.resampled(stored.tree(), 1.0), stored.fitted())
+        for t in (morphology.resampled(stored.tree(), 1.0), stored.fitted_tree())
     ]
     assert on[1] > on[0] + 0.2

@@ -13,7 +13,7 @@ import tifffile
 from hpc_neuro.data import swc
 from hpc_neuro.prepare import PrepareConfig
 from hpc_neuro.prepare.pairs import find_pairs
-from tests.helpers.tiny_store import _image, _tree
+from tests.helpers.tiny_store import make_image, make_tree
 from tools import cut_pairs
 
 SHAPE = (20, 52, 96)
@@ -25,8 +25,8 @@ def pairs(tmp_path: Path) -> Path:
     folder = tmp_path / "pairs"
     folder.mkdir()
     draw = np.random.default_rng(0)
-    tree = _tree(draw, (20, 30, 50))
-    tifffile.imwrite(folder / "a.tif", _image(draw, SHAPE, tree))
+    tree = make_tree(draw, (20, 30, 50))
+    tifffile.imwrite(folder / "a.tif", make_image(draw, SHAPE, tree))
     swc.write(folder / "a.swc", swc.transform(tree, swc.Transform(scale=(2.0, 0.5, 0.5))), unit="um")
     meta = {"a": {"voxel_size_um_xyz": [0.5, 0.5, 2.0], "root_xyz": [0.0, 15.0, 10.0]}}
     (folder / "meta.json").write_text(json.dumps(meta))

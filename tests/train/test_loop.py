@@ -20,7 +20,7 @@ from hpc_neuro import train
 from hpc_neuro.core import schema
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.data.dataset import read
+from hpc_neuro.data.dataset import read_crop
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.student import load_student
 from hpc_neuro.train import loop
@@ -85,7 +85,7 @@ def test_exported_weights_load_in_plain_torch_and_score_as_logged(whole, store, 
     logged = {r["step"]: r for r in rows(whole, "val")}[meta["step"]]
     assert (meta["threshold"], meta["val_dice"]) == (logged["threshold"], logged["dice_best"])
     with torch.no_grad():
-        logits = student(read(Store(store), "c", Box((0, 0, 0), (16, 32, 32))).image[None]).logits
+        logits = student(read_crop(Store(store), "c", Box((0, 0, 0), (16, 32, 32))).image[None]).logits
     assert logits.shape == (1, 1, 16, 32, 32)
     assert torch.isfinite(logits).all()
 
@@ -158,7 +158,7 @@ def test_reading_processes_that_die_in_a_row_are_replaced_but_not_for_ever(tiny,
 
         yield read()
 
-    monkeypatch.setattr(loop, "batches", dying)
+    monkeypatch.setattr(loop, "load_batches", dying)
     parts = types.SimpleNamespace(crops=None, micro=2)
     state = types.SimpleNamespace(cfg=tiny(tmp_path / "run"), device=torch.device("cpu"), step=4, parts=parts)
     if deaths < 5:

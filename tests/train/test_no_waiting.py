@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_neuro.core.types import Batch, Prediction
-from hpc_neuro.data.augment import AugmentConfig, _Draws, augment
+from hpc_neuro.data.augment import AugmentConfig, SampleStreams, augment
 from hpc_neuro.losses import ClDice, CrossEntropy, Dice, Distill, Focal, SkeletonRecall, weighted_sum
 from hpc_neuro.models import tubular
 from hpc_neuro.models.student import BlockTokens, StudentConfig, TubularTokens, build_student
@@ -64,10 +64,10 @@ def batch(distilled: bool) -> Batch:
 @pytest.mark.parametrize("axes", ["none", "straight", "deformable"])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_step_never_waits_for_the_device(tokens, axes, distilled, monkeypatch):
-    def noise(self: _Draws, purpose: str, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    def noise(self: SampleStreams, purpose: str, shape: tuple[int, int, int], device: torch.device) -> Tensor:
         return torch.empty(1, *shape, device=device)
 
-    monkeypatch.setattr(_Draws, "normal", noise)
+    monkeypatch.setattr(SampleStreams, "normal", noise)
     monkeypatch.setattr(tubular, "_exact", lambda x: contextlib.nullcontext())  # meta knows no autocast
     monkeypatch.setattr(torch_impl, "_scatter", lambda *arguments: None)
     net = module(tokens, axes)

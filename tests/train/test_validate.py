@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hpc_neuro.core import distributed
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.data.crops import CropConfig, spread_boxes
-from hpc_neuro.data.dataset import places
+from hpc_neuro.data.crops import CropConfig, draw_validation_boxes
+from hpc_neuro.data.dataset import read_volume_points
 from hpc_neuro.data.store import Store
 from hpc_neuro.train.validate import Validator, Volumes, score
 from tests.helpers.tiny_store import write_store
@@ -62,7 +62,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def boxes(store: Store, count: int) -> list:
-    return spread_boxes(places(store, store.ids), CropConfig(size=(16, 32, 32)), (8, 16, 16), count, 0)
+    return draw_validation_boxes(
+        read_volume_points(store, store.ids), CropConfig(size=(16, 32, 32)), (8, 16, 16), count, 0
+    )
 
 
 def test_a_perfect_guess_scores_one_and_unlabelled_voxels_do_not_count(store):

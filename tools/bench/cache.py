@@ -40,7 +40,7 @@ from hpc_neuro import precompute
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import load
 from hpc_neuro.core.types import Batch, Prediction
-from hpc_neuro.data.dataset import batches, read, stack
+from hpc_neuro.data.dataset import load_batches, read_crop, stack_samples
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import Store
 from hpc_neuro.losses import weighted_sum
@@ -146,12 +146,12 @@ def steps(cfg: precompute.PrecomputeConfig, crop: Sequence[int], count: int) -> 
 
     def live(index: int, ask: Callable[..., dict[str, Tensor]]) -> None:
         draw = crops.sampler(index)
-        sample = replace(read(crops.store, draw.volume, draw.box), distilled=True)
+        sample = replace(read_crop(crops.store, draw.volume, draw.box), distilled=True)
         features = ask(cfg, volume, teacher, draw.box, PATCH)
-        learn(stack([sample], [index], {v: f[None] for v, f in features.items()}))
+        learn(stack_samples([sample], [index], {v: f[None] for v, f in features.items()}))
 
     whole, waits = [], []
-    with batches(crops, ([i] for i in range(count + 1)), 0, train.ahead, pin=False) as ready:
+    with load_batches(crops, ([i] for i in range(count + 1)), 0, train.ahead, pin=False) as ready:
         for _ in range(count + 1):
             begun = time.monotonic()
             batch = next(ready)

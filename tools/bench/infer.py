@@ -193,7 +193,7 @@ def overlaps(args: argparse.Namespace) -> dict[str, Any]:
     _, meta = load_student(_weights(args.model))
     volume = Store(args.store)[args.volume]
     box = _richest(volume.mask, volume.shape, tuple(args.shape))
-    image, gold = volume.normalised(box), volume.mask(box)
+    image, gold = volume.normalized_image(box), volume.mask(box)
     rows = []
     wider: Shape = (window[0] * 2, window[1], window[2])
     larger: Shape = (window[0] * 2, window[1] * 2, window[2] * 2)

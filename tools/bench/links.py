@@ -21,7 +21,7 @@ from skimage.filters import threshold_otsu
 
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, joined
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, random_tree, render
+from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render
 from hpc_neuro.metrics.topology import topology
 from hpc_neuro.metrics.tree import match
 from hpc_neuro.tracing import trace
@@ -55,7 +55,7 @@ def main() -> None:
 
 def compared(seed: int, neurons: int, level: float, shape: Shape) -> dict[str, dict[str, float]]:
     """Scores of one volume's mask traced without ("no") and with ("yes") its image."""
-    gold = joined([random_tree(1000 * seed + n, shape, _VOXEL, TreeConfig(cable=150.0)) for n in range(neurons)])
+    gold = joined([grow_random_tree(1000 * seed + n, shape, _VOXEL, TreeConfig(cable=150.0)) for n in range(neurons)])
     light = MicroscopeConfig(gap_every=30.0, fragments=3)
     image = render(gold, shape, _VOXEL, light, seed).astype(np.float32)
     smooth = gaussian_filter(image, 0.7)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hpc_neuro.core.geometry import Box, Shape
-from hpc_neuro.data.feature_cache import PLANE, Cells
+from hpc_neuro.data.feature_cache import VIEW_AXES, Cells
 from hpc_neuro.data.store import StoredVolume
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.precompute import PrecomputeConfig, plan
@@ -51,9 +51,9 @@ def crop_alone(
     """view -> [L, D, z, y, x] float16 of a teacher that sees nothing but the crop: cheaper, and other features."""
     layers, found = [n % teacher.depth for n in cfg.layers], dict[str, Tensor]()
     grid = [n // p for n, p in zip(box.shape, patch, strict=True)]
-    image = torch.from_numpy(volume.normalised(box))
+    image = torch.from_numpy(volume.normalized_image(box))
     for view in cfg.views:
-        across = PLANE[view][0]
+        across = VIEW_AXES[view][0]
         slices = image.movedim(across, 0)[cfg.stride_v // 2 :: cfg.stride_v]
         padding = [n for size in reversed(slices.shape[1:]) for n in (0, -size % teacher.patch)]
         padded = torch.nn.functional.pad(slices[None], padding, mode="replicate")[0]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.rasterize import Drawing
-from hpc_neuro.data.store import Volume, write_index, write_volume
+from hpc_neuro.data.store import VolumeRecord, write_index, write_volume
 
 
 def write_store(folder: Path, names: Sequence[str], shape: Shape) -> Path:
@@ -19,7 +19,7 @@ def write_store(folder: Path, names: Sequence[str], shape: Shape) -> Path:
     folder.mkdir(parents=True)
     volumes = []
     for number, name in enumerate(names):
-        volume = Volume(
+        volume = VolumeRecord(
             id=name,
             shape=shape,
             voxel_size=(1.0, 1.0, 1.0),

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.data.orientation import PLANE
+from hpc_neuro.data.orientation import VIEW_AXES
 
 FORMAT = 2
 """Raised when shards of an older version would be read wrongly; they are then built again."""
@@ -20,11 +20,11 @@ __all__ = [
     "CODING",
     "FORMAT",
     "MANIFEST",
-    "PLANE",
     "USES",
+    "VIEW_AXES",
     "CacheMismatch",
     "Unit",
-    "manifest_digest",
+    "hash_manifest",
     "read_manifest",
     "tiles",
 ]
@@ -75,7 +75,7 @@ def read_manifest(folder: Path, hint: str) -> dict[str, Any]:
     return held
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
+def hash_manifest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of all that decides a cache's features: where its store lay and which version built it may change."""
     facts = {key: value for key, value in manifest.items() if key not in ("store", "code")}
     return files.sha256_json(facts)

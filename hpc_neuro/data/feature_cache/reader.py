@@ -20,7 +20,7 @@ from hpc_neuro.core.types import Array
 from hpc_neuro.data.feature_cache import encoding as codings
 from hpc_neuro.data.feature_cache.layout import CODING, CacheMismatch, Unit, read_manifest
 from hpc_neuro.data.feature_cache.resample import Cells
-from hpc_neuro.data.orientation import IDENTITY, Orientation, all_of, parse
+from hpc_neuro.data.orientation import IDENTITY, Orientation, parse_orientation, parse_orientations
 
 _OPEN_FILES = 64
 
@@ -39,7 +39,7 @@ class FeatureCache:
         kinds = self.manifest["statistics"]
         self.mean = {v: torch.tensor(kinds[v]["mean"], dtype=torch.float32) for v in self.views}  # [L, D]
         self.std = {v: torch.tensor(kinds[v]["std"], dtype=torch.float32) for v in self.views}  # [L, D]
-        self.orientations: tuple[Orientation, ...] = all_of(self.manifest.get("augment_views", ()))
+        self.orientations: tuple[Orientation, ...] = parse_orientations(self.manifest.get("augment_views", ()))
         self._codings = self._read_codings()
         self._units: dict[tuple[str, str, str], list[Unit]] = {}
         damaged = []
@@ -86,7 +86,7 @@ class FeatureCache:
         """Identifiers of the volumes held."""
         return tuple(dict.fromkeys(volume for volume, _, _ in self._units))
 
-    def check(
+    def require_match(
         self,
         digests: Mapping[str, str],
         teacher: Mapping[str, Any],
@@ -117,18 +117,18 @@ class FeatureCache:
                 f"build it again in another folder with `{command}`"
             )
 
-    def oriented(self, names: Sequence[str] | None) -> tuple[Orientation, ...]:
+    def select_orientations(self, names: Sequence[str] | None) -> tuple[Orientation, ...]:
         """The volume as it stands and the named mirrors and turns (None: all held). Raises CacheMismatch for others."""
         if names is None:
             return self.orientations
-        if more := [name for name in names if parse(name) not in self.orientations]:
+        if more := [name for name in names if parse_orientation(name) not in self.orientations]:
             every = ",".join([*self.manifest.get("augment_views", []), *more])
             raise CacheMismatch(
                 f"augment.distilled asks for {', '.join(more)}, but {self.path} has no features of slices laid so, and "
                 "they cannot be had from the slices as they stand; build them in another folder with `hpc-neuro "
                 f"precompute store=... out=... augment_views=[{every}]`, or leave {', '.join(more)} out"
             )
-        return all_of(names)
+        return parse_orientations(names)
 
     def crop(
         self,
@@ -149,13 +149,13 @@ class FeatureCache:
             raise InputError(f"the crop {box.start} to {box.stop} does not lie on the token grid of {patch} voxels")
         found = {}
         for view in self.views if views is None else views:
-            held, how = orientation.slices(view)
+            held, how = orientation.source_slices(view)
             if (volume, held, how) not in self._units:
                 raise InputError(
                     f"{self.path} has no slices of {volume} along {held}{f' laid {how}' if how else ''}; "
                     "build them with `hpc-neuro precompute` and augment_views"
                 )
-            found[view] = orientation.turned(self._view(volume, held, how, box, patch)).half().contiguous()
+            found[view] = orientation.apply(self._view(volume, held, how, box, patch)).half().contiguous()
         return found
 
     def _view(self, volume: str, view: str, how: str, box: Box, patch: Shape) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.data.feature_cache.layout import Unit
-from hpc_neuro.data.orientation import PLANE
+from hpc_neuro.data.orientation import VIEW_AXES
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cells:
         """units: all shards of the view, in the order of their slices. The box may reach past the last cell."""
         first, last = units[0], units[-1]
         count = (last.first - first.first) // first.stride + last.count
-        across, down, right = PLANE[first.view]
+        across, down, right = VIEW_AXES[first.view]
         slices, s = cells_along(box, patch, across, first.stride, count)
         rows, r = cells_along(box, patch, down, first.cell[0], first.rows)
         columns, c = cells_along(box, patch, right, first.cell[1], first.columns)
@@ -44,7 +44,7 @@ class Cells:
             result = (r @ result.flatten(3)).view(*result.shape[:2], -1, *result.shape[3:])
         if not _same(c):
             result = c @ result
-        axes = PLANE[self.view]  # what slices, rows and columns are in the volume
+        axes = VIEW_AXES[self.view]  # what slices, rows and columns are in the volume
         return result.permute(1, 4, *((0, 2, 3)[axes.index(axis)] for axis in (0, 1, 2)))
 
 

@@ -91,7 +91,7 @@ class ShardWriter:
         self._file.close()
 
 
-def shard_record(path: Path, unit: Unit) -> dict[str, Any]:
+def read_shard_record(path: Path, unit: Unit) -> dict[str, Any]:
     """What the manifest keeps of a finished shard; `sum` and `squares` [L, D] are for the normalisation.
 
     `clipped` counts the values that were too large for int8.
@@ -102,7 +102,7 @@ def shard_record(path: Path, unit: Unit) -> dict[str, Any]:
     return {"unit": asdict(unit), "bytes": path.stat().st_size, **known, **attrs}
 
 
-def shard_values(path: Path, place: tuple[slice, slice, slice], coding: Coding = RAW) -> Tensor:
+def read_shard_values(path: Path, place: tuple[slice, slice, slice], coding: Coding = RAW) -> Tensor:
     """Decoded features [s, L, r, c, D] float32 of some slices, token rows and columns of a shard."""
     slices, rows, columns = place
     with h5py.File(path, "r", locking=False) as file:
@@ -110,7 +110,7 @@ def shard_values(path: Path, place: tuple[slice, slice, slice], coding: Coding =
     return coding.decode(kept.transpose(0, 1)).transpose(0, 1)
 
 
-def shard_key(path: Path) -> str | None:
+def read_shard_key(path: Path) -> str | None:
     """The key a shard was made under, None when there is no readable shard."""
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -119,7 +119,7 @@ def shard_key(path: Path) -> str | None:
         return None
 
 
-def shard_is_sound(path: Path) -> bool:
+def is_shard_sound(path: Path) -> bool:
     """Whether a shard's data still has the checksum taken when it was written."""
     try:
         with h5py.File(path, "r", locking=False) as file:

@@ -28,7 +28,7 @@ def record_use(cache: Path, out: Path) -> None:
         log.info("%s is read-only: `hpc-neuro cache info` will not list this training", cache)
 
 
-def uses(cache: Path) -> list[dict[str, Any]]:
+def list_uses(cache: Path) -> list[dict[str, Any]]:
     """What `record_use` wrote, the earliest first: {"out", "host", "first"}."""
     found = [files.read_json(p, "remove it") for p in (cache / USES).glob("*.json")]
     return sorted(found, key=lambda use: str(use["first"]))

@@ -13,7 +13,7 @@ Chunks that hold nothing are never allocated, so a masked stack of many gigabyte
 locks, one handle per process and file; a store can be pickled and used after fork, spawn and forkserver.
 """
 
-from hpc_neuro.data.store.layout import FORMAT, SPLITS, Volume
+from hpc_neuro.data.store.layout import FORMAT, SPLITS, VolumeRecord
 from hpc_neuro.data.store.reader import Kind, Store, StoredVolume
 from hpc_neuro.data.store.writer import forecast_bytes, is_written, write_index, write_volume
 
@@ -23,7 +23,7 @@ __all__ = [
     "Kind",
     "Store",
     "StoredVolume",
-    "Volume",
+    "VolumeRecord",
     "forecast_bytes",
     "is_written",
     "write_index",

@@ -23,7 +23,7 @@ REMAKE = "make the store with `hpc-neuro prepare`"
 
 
 @dataclass(frozen=True)
-class Volume:
+class VolumeRecord:
     """What the index says of one volume, and the header of its file."""
 
     id: str

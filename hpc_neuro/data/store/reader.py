@@ -17,7 +17,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.intensity import normalize
-from hpc_neuro.data.store.layout import FORMAT, INDEX, REMAKE, SPLITS, Volume, open_file
+from hpc_neuro.data.store.layout import FORMAT, INDEX, REMAKE, SPLITS, VolumeRecord, open_file
 
 Kind = Literal["skeleton", "branch", "tip"]
 
@@ -63,7 +63,7 @@ class Store:
         """The HDF5 file of a volume."""
         return self.path / f"{id_}.h5"
 
-    def handle(self, id_: str) -> Any:
+    def open_handle(self, id_: str) -> Any:
         """This process's open HDF5 file of a volume."""
         if self._pid != os.getpid():  # after a fork the parent's handles are not ours
             self._forget()
@@ -91,7 +91,7 @@ class Store:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredVolume(Volume):
+class StoredVolume(VolumeRecord):
     """One volume of a store. A box must lie inside the volume (else InputError); arrays are the caller's own."""
 
     store: Store = field(repr=False, compare=False)
@@ -100,7 +100,7 @@ class StoredVolume(Volume):
         """[Z, Y, X] in the stack's own dtype."""
         return self._read("image", box)
 
-    def normalised(self, box: Box) -> NDArray[np.float32]:
+    def normalized_image(self, box: Box) -> NDArray[np.float32]:
         """[Z, Y, X] float32 in [0, 1], by the range of the whole volume."""
         return normalize(self._read("image", box), self.low, self.high)
 
@@ -122,21 +122,21 @@ class StoredVolume(Volume):
 
     def tree(self) -> Tree:
         """The given tree, in voxels."""
-        return _read_tree(self.store.handle(self.id)["tree"])
+        return _read_tree(self.store.open_handle(self.id)["tree"])
 
-    def fitted(self) -> Tree:
+    def fitted_tree(self) -> Tree:
         """The tree that mask, skeleton, distance and tangent were drawn from, in voxels (radii in fine voxels)."""
-        return _read_tree(self.store.handle(self.id)["fitted"])
+        return _read_tree(self.store.open_handle(self.id)["fitted"])
 
     def points(self, kind: Kind) -> NDArray[np.int64]:
         """[N, 3] voxels z y x inside the volume: the centreline's, the branch points, or the tips."""
-        points: NDArray[np.int64] = self.store.handle(self.id)["points"][kind][()].astype(np.int64)
+        points: NDArray[np.int64] = self.store.open_handle(self.id)["points"][kind][()].astype(np.int64)
         return points
 
     def _read(self, name: str, box: Box) -> Array:
         if not Box.whole(self.shape).contains(box):
             raise InputError(f"box {box.start} to {box.stop} leaves volume {self.id}, which is {self.shape} voxels")
-        array: Array = self.store.handle(self.id)[name][(..., *box.slices)]
+        array: Array = self.store.open_handle(self.id)[name][(..., *box.slices)]
         return array
 
 

@@ -17,7 +17,7 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.intensity import ReadBox, iter_slabs
 from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, fine_voxel, prepared
-from hpc_neuro.data.store.layout import CHUNK, FORMAT, INDEX, SPLITS, Volume, open_file
+from hpc_neuro.data.store.layout import CHUNK, FORMAT, INDEX, SPLITS, VolumeRecord, open_file
 
 _TARGET_BYTES = 1 + 1 + 2 + 3  # a voxel of mask, skeleton, distance, tangent
 _SPARE = 8 << 20  # bytes that HDF5 holds back in its caches until it closes the file
@@ -26,7 +26,7 @@ _DRAW: Shape = (64, 256, 256)  # targets are drawn in boxes of this size: about 
 
 def write_volume(
     path: Path,
-    volume: Volume,
+    volume: VolumeRecord,
     read: ReadBox,
     tree: Tree,
     fitted: Tree,
@@ -67,7 +67,7 @@ def forecast_bytes(tree: Tree, shape: Shape, itemsize: int, voxel_size: VoxelSiz
     return _padded(shape) * itemsize + touched * int(np.prod(CHUNK)) * _TARGET_BYTES + len(cable) * 400 + (1 << 20)
 
 
-def write_index(out: Path, volumes: list[Volume]) -> None:
+def write_index(out: Path, volumes: list[VolumeRecord]) -> None:
     """Write dataset.json: each volume, the splits by neuron, totals."""
     body = {
         "format": FORMAT,
@@ -97,7 +97,7 @@ def write_index(out: Path, volumes: list[Volume]) -> None:
     files.write_json(out / INDEX, body)
 
 
-def _write_header(file: Any, volume: Volume, tree: Tree, fitted: Tree, drawing: Drawing) -> None:
+def _write_header(file: Any, volume: VolumeRecord, tree: Tree, fitted: Tree, drawing: Drawing) -> None:
     header = {
         "format": FORMAT,
         "id": volume.id,
@@ -126,7 +126,7 @@ def _write_header(file: Any, volume: Volume, tree: Tree, fitted: Tree, drawing: 
         group.create_dataset(name, data=np.unique(voxels[inside], axis=0).reshape(-1, 3))
 
 
-def _write_image(file: Any, volume: Volume, read: ReadBox) -> None:
+def _write_image(file: Any, volume: VolumeRecord, read: ReadBox) -> None:
     """The image slab by slab; chunks of zeros stay unallocated."""
     image = file.create_dataset(
         "image", shape=volume.shape, dtype=volume.dtype, chunks=_chunks(volume.shape), fillvalue=0
@@ -142,7 +142,7 @@ def _write_image(file: Any, volume: Volume, read: ReadBox) -> None:
 
 def _write_targets(
     file: Any,
-    volume: Volume,
+    volume: VolumeRecord,
     fitted: Tree,
     drawing: Drawing,
     unlabelled: Callable[[Box], NDArray[np.bool_]] | None,

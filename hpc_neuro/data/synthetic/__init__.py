@@ -2,6 +2,6 @@
 
 from hpc_neuro.data.synthetic.dataset import SyntheticConfig, write_dataset
 from hpc_neuro.data.synthetic.microscope import MicroscopeConfig, render
-from hpc_neuro.data.synthetic.trees import TreeConfig, random_tree
+from hpc_neuro.data.synthetic.trees import TreeConfig, grow_random_tree
 
-__all__ = ["MicroscopeConfig", "SyntheticConfig", "TreeConfig", "random_tree", "render", "write_dataset"]
+__all__ = ["MicroscopeConfig", "SyntheticConfig", "TreeConfig", "grow_random_tree", "render", "write_dataset"]

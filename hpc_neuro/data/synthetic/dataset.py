@@ -16,7 +16,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError, config
 from hpc_neuro.data import swc
 from hpc_neuro.data.synthetic.microscope import MicroscopeConfig, render
-from hpc_neuro.data.synthetic.trees import TreeConfig, random_tree
+from hpc_neuro.data.synthetic.trees import TreeConfig, grow_random_tree
 
 
 @config
@@ -98,7 +98,7 @@ def one(cfg: SyntheticConfig, number: int) -> tuple[Tree, MicroscopeConfig, bool
         cfg.tree, trunk_radius=cfg.tree.trunk_radius * vary["thick"], tip_radius=cfg.tree.tip_radius * vary["thick"]
     )
     seed = int(np.random.SeedSequence([cfg.seed, number, 1]).generate_state(1)[0])
-    return random_tree(seed, cfg.shape, cfg.voxel_size, form), microscope, clean
+    return grow_random_tree(seed, cfg.shape, cfg.voxel_size, form), microscope, clean
 
 
 def _placed(tree: Tree, shape: Shape, path: Path) -> Tree:

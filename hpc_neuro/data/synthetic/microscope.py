@@ -16,8 +16,8 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize, to_um
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import config
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.rasterize import fine_voxel, paint
-from hpc_neuro.data.synthetic.trees import TreeConfig, random_tree
+from hpc_neuro.data.rasterize import fine_voxel, paint_tree
+from hpc_neuro.data.synthetic.trees import TreeConfig, grow_random_tree
 
 Image = NDArray[np.float32]
 
@@ -116,7 +116,7 @@ def _painted(
     swelling, glow = _life(um, cfg, rng)
     points = um.points / np.asarray(grid) + [(times - 1) / 2, 0, 0]  # the first fine slice lies before the coarse one
     voxels = replace(um, points=points, radii=um.radii * swelling / unit)
-    return paint(voxels, glow, Box.whole((shape[0] * times, shape[1], shape[2])), grid)
+    return paint_tree(voxels, glow, Box.whole((shape[0] * times, shape[1], shape[2])), grid)
 
 
 def _merged(fine: Image, times: int) -> Image:
@@ -157,7 +157,7 @@ def _bump(um: Tree, node: int, width: float) -> NDArray[np.float64]:
 def _fragment(shape: Shape, size: VoxelSize, rng: np.random.Generator) -> Tree:
     """A stretch of a thin neurite that passes through."""
     thin = TreeConfig(trunk_radius=0.35, tip_radius=0.25, orders=0, soma=0.0)
-    tree = random_tree(int(rng.integers(1 << 31)), shape, size, thin)
+    tree = grow_random_tree(int(rng.integers(1 << 31)), shape, size, thin)
     keep = np.arange(len(tree)) < max(8, int(rng.integers(len(tree) + 1)))
     return Tree(tree.points[keep], tree.radii[keep], tree.parents[keep], tree.types[keep])
 

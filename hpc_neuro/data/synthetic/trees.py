@@ -60,7 +60,7 @@ class _Shoot:
     order: int
 
 
-def random_tree(seed: int, shape: Shape, voxel_size: VoxelSize, cfg: TreeConfig | None = None) -> Tree:
+def grow_random_tree(seed: int, shape: Shape, voxel_size: VoxelSize, cfg: TreeConfig | None = None) -> Tree:
     """A neuron inside a volume of `shape` voxels, in voxels with radii in fine voxels; a function of its arguments.
 
     The trunk enters through a face of the volume (or starts at a soma of type 1) and heads for the far side; branches

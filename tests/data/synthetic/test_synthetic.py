@@ -21,7 +21,7 @@ from hpc_neuro.data.synthetic import (
     MicroscopeConfig,
     SyntheticConfig,
     TreeConfig,
-    random_tree,
+    grow_random_tree,
     render,
     write_dataset,
 )
@@ -34,8 +34,8 @@ QUIET = MicroscopeConfig(photons=1e6, read_noise=0, background=0, specks=0, frag
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 1.0]))
 def test_a_tree_is_seeded_single_inside_and_positive(seed: int, soma: float) -> None:
-    tree = random_tree(seed, SHAPE, SIZE, TreeConfig(soma=soma))
-    again = random_tree(seed, SHAPE, SIZE, TreeConfig(soma=soma))
+    tree = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=soma))
+    again = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=soma))
     np.testing.assert_array_equal(tree.points, again.points)
     assert len(tree.roots) == 1
     assert np.all((tree.points >= 0) & (tree.points <= np.asarray(SHAPE) - 1))
@@ -45,7 +45,7 @@ def test_a_tree_is_seeded_single_inside_and_positive(seed: int, soma: float) -> 
 
 
 def test_seeds_differ_and_trees_branch_wind_and_taper() -> None:
-    trees = [random_tree(seed, (48, 192, 192), SIZE) for seed in range(8)]
+    trees = [grow_random_tree(seed, (48, 192, 192), SIZE) for seed in range(8)]
     assert len({len(t) for t in trees}) > 4
     assert np.median([len(morphology.branch_points(t)) for t in trees]) >= 4
     for tree in trees:
@@ -58,15 +58,15 @@ def test_seeds_differ_and_trees_branch_wind_and_taper() -> None:
 
 
 def test_winding_and_branching_do_what_they_say() -> None:
-    straight = random_tree(3, SHAPE, SIZE, TreeConfig(winding=0.0, orders=0, soma=0))
+    straight = grow_random_tree(3, SHAPE, SIZE, TreeConfig(winding=0.0, orders=0, soma=0))
     assert len(morphology.branch_points(straight)) == 0
     ends = np.linalg.norm(np.diff(to_um(straight.points[[0, len(straight) // 2]], SIZE), axis=0))
     half = morphology.edge_lengths(morphology.Tree(to_um(straight.points, SIZE), *_rest(straight)))[
         : len(straight) // 2 + 1
     ]
     assert half.sum() < 1.1 * ends
-    few = random_tree(3, (48, 192, 192), SIZE, TreeConfig(branch_every=60, soma=0))
-    many = random_tree(3, (48, 192, 192), SIZE, TreeConfig(branch_every=6, soma=0))
+    few = grow_random_tree(3, (48, 192, 192), SIZE, TreeConfig(branch_every=60, soma=0))
+    many = grow_random_tree(3, (48, 192, 192), SIZE, TreeConfig(branch_every=6, soma=0))
     assert len(morphology.branch_points(many)) > len(morphology.branch_points(few))
 
 
@@ -75,7 +75,7 @@ def _rest(tree: morphology.Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_an_image_is_seeded_of_the_shape_and_dtype_asked_for() -> None:
-    tree = random_tree(1, SHAPE, SIZE)
+    tree = grow_random_tree(1, SHAPE, SIZE)
     a, b, c = (render(tree, SHAPE, SIZE, seed=s) for s in (5, 5, 6))
     assert a.shape == SHAPE
     assert a.dtype == np.uint8
@@ -87,7 +87,7 @@ def test_an_image_is_seeded_of_the_shape_and_dtype_asked_for() -> None:
 
 
 def test_the_signal_lies_on_the_tree() -> None:
-    tree = random_tree(2, SHAPE, SIZE, TreeConfig(soma=0))
+    tree = grow_random_tree(2, SHAPE, SIZE, TreeConfig(soma=0))
     image = render(tree, SHAPE, SIZE)
     drawn = rasterize(tree, Box.whole(SHAPE), SIZE)
     assert image[drawn.mask == 1].mean() > 8 * image[drawn.distance >= 8].mean()
@@ -118,7 +118,7 @@ def test_noise_is_poisson_and_read_noise() -> None:
 
 
 def test_background_is_uneven_and_clean_stacks_have_none() -> None:
-    tree = random_tree(2, SHAPE, SIZE)
+    tree = grow_random_tree(2, SHAPE, SIZE)
     dirty = render(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05))
     clean = render(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05), clean_background=True)
     far = rasterize(tree, Box.whole(SHAPE), SIZE).distance >= 8
@@ -143,7 +143,7 @@ def test_gaps_break_the_signal_and_boutons_swell_it() -> None:
 
 
 def test_distractors_are_there_and_not_in_the_truth() -> None:
-    tree = random_tree(2, SHAPE, SIZE, TreeConfig(soma=0))
+    tree = grow_random_tree(2, SHAPE, SIZE, TreeConfig(soma=0))
     far = rasterize(tree, Box.whole(SHAPE), SIZE).distance >= 8
     bare = render(tree, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "halo": 0.0}), 4)
     busy = render(
@@ -180,7 +180,7 @@ def test_both_kinds_of_background_appear_and_volumes_differ(tmp_path: Path) -> N
 
 
 def test_a_given_tree_is_imaged_and_moved_into_the_volume(tmp_path: Path) -> None:
-    tree = random_tree(4, (24, 300, 300), SIZE, TreeConfig(soma=0))
+    tree = grow_random_tree(4, (24, 300, 300), SIZE, TreeConfig(soma=0))
     far = morphology.Tree(tree.points + np.array([100, 500, 900]), tree.radii, tree.parents, tree.types)
     swc.write(tmp_path / "mine.swc", far, unit="voxel")
     cfg = SyntheticConfig(volumes=1, shape=SHAPE, trees=(tmp_path / "mine.swc",))
