@@ -38,8 +38,8 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.otsu_baseline import OtsuMask
-from hpc_neuro.evaluate.score import score
+from hpc_neuro.evaluate.predictions import OtsuMask
+from hpc_neuro.evaluate.verb import score_volume
 from hpc_neuro.tracing import TraceConfig, trace
 from hpc_neuro.tracing.voxel_graph import neighbours
 
@@ -133,7 +133,7 @@ def baselines(fold: Path, name: str) -> None:
         "otsu": _traced(mask, image, volume, load(TraceConfig, None, keys)),
         "thin": thinned(mask, volume.root),
     }
-    scores = {who: score(volume, otsu.mask, tree, cfg) for who, tree in found.items()}
+    scores = {who: score_volume(volume, otsu.mask, tree, cfg) for who, tree in found.items()}
     kept = {who: {key: one[key] for key in KEYS} for who, one in scores.items()}
     files.write_json(path, {"trace": settings, **kept})
 

@@ -38,7 +38,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> list[str]:
     terms = list(dict.fromkeys(k for r in train for k, v in r.items() if k not in _TRAIN_FACTS and _is_number(v)))
     parts = [t for t in terms if t.startswith("distill_")]
     figures = [
-        charts.lines(title, [_series(train, k) for k in chosen], "step", "loss", log_y=True)
+        charts.draw_lines(title, [_series(train, k) for k in chosen], "step", "loss", log_y=True)
         for title, chosen in (
             ("Training loss and its terms", [t for t in terms if t not in parts]),
             ("Terms of the distillation", parts),
@@ -47,8 +47,8 @@ def draw(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     return [
         *figures,
-        charts.lines("Validation on fixed crops", [_series(val, k) for k in _VALIDATION], "step", "share"),
-        charts.lines("Learning rate", [_series(train, "lr")], "step", "learning rate"),
+        charts.draw_lines("Validation on fixed crops", [_series(val, k) for k in _VALIDATION], "step", "share"),
+        charts.draw_lines("Learning rate", [_series(train, "lr")], "step", "learning rate"),
     ]
 
 

@@ -165,11 +165,6 @@ def rows(cfg: EvaluateConfig) -> list[Metric]:
     return found
 
 
-def key(name: str, tolerance: float, unit: Literal["vox", "um"]) -> str:
-    """`f1` at 4 voxels -> `f1_4vox`."""
-    return f"{name}_{tolerance:g}{unit}"
-
-
 def _filled(metric: Metric, tolerance: float, unit: str, short: str, main: bool = True) -> Metric:
     words = {"tol": f"{tolerance:g}{short}", "tolerance": f"{tolerance:g} {unit}", "unit": unit}
     if unit == "voxel" and tolerance != 1:

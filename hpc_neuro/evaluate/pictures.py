@@ -15,7 +15,17 @@ from hpc_neuro.data.store import StoredVolume
 from hpc_neuro.evaluate.predictions import Prediction
 from hpc_neuro.metrics.segments import Segments
 from hpc_neuro.metrics.voxel import labelled
-from hpc_neuro.report.figures import GOLD, MISSED, RIGHT, WRONG, Lines, Panel, Views, draw, project
+from hpc_neuro.report.figures import (
+    GOLD,
+    MISSED,
+    RIGHT,
+    WRONG,
+    Panel,
+    Projections,
+    TreeLines,
+    draw_panels,
+    project_maxima,
+)
 
 # Colours of the mask's errors: agreement, predicted only, gold only.
 _BOTH, _ONLY_PREDICTED, _ONLY_GOLD = (0.78, 0.80, 0.83), (1.0, 0.42, 0.29), (1.0, 0.88, 0.40)
@@ -31,32 +41,38 @@ def picture(
     volume: StoredVolume, prediction: Prediction, trees: dict[str, Tree], tolerance: float, title: str
 ) -> bytes:
     """A JPEG. `trees` are the traced trees (voxels) by the name of their method; `title` stands over the image."""
-    image = project(volume.normalized_image, volume.shape)
+    image = project_maxima(volume.normalized_image, volume.shape)
     gold, size = volume.tree(), volume.voxel_size
     root = None if volume.root is None else _um(volume.root, size)
     panels = [
-        Panel(title, grey=image),
-        Panel("probability", grey=project(prediction.probability, volume.shape), gamma=1.0),
+        Panel(title, gray=image),
+        Panel("probability", gray=project_maxima(prediction.probability, volume.shape), gamma=1.0),
         Panel("mask against gold", rgb=_errors(volume, prediction.mask)),
-        Panel("gold tree", grey=image, light=_DIM, lines=[Lines(_segments(gold, size), GOLD, "gold")], root=root),
+        Panel(
+            "gold tree", gray=image, brightness=_DIM, lines=[TreeLines(_segments(gold, size), GOLD, "gold")], root=root
+        ),
         *(
             Panel(
-                f"{name}: traced tree", grey=image, light=_DIM, lines=compared(tree, gold, tolerance, size), root=root
+                f"{name}: traced tree",
+                gray=image,
+                brightness=_DIM,
+                lines=compared(tree, gold, tolerance, size),
+                root=root,
             )
             for name, tree in trees.items()
         ),
     ]
-    return draw(panels, volume.shape, size)
+    return draw_panels(panels, volume.shape, size)
 
 
-def compared(tree: Tree, gold: Tree, tolerance: float, voxel_size: VoxelSize) -> list[Lines]:
+def compared(tree: Tree, gold: Tree, tolerance: float, voxel_size: VoxelSize) -> list[TreeLines]:
     """The cable of both trees (voxels) by agreement, as coloured lines in um."""
     right, wrong = _split(tree, gold, tolerance, voxel_size)
     _, missed = _split(gold, tree, tolerance, voxel_size)
     return [
-        Lines(missed, MISSED, "missed"),
-        Lines(right, RIGHT, "on gold"),
-        Lines(wrong, WRONG, "not on gold"),
+        TreeLines(missed, MISSED, "missed"),
+        TreeLines(right, RIGHT, "on gold"),
+        TreeLines(wrong, WRONG, "not on gold"),
     ]
 
 
@@ -75,24 +91,24 @@ def _segments(tree: Tree, voxel_size: VoxelSize) -> NDArray[np.float64]:
     return geometry.to_um(tree.points, voxel_size)[tree.edges]
 
 
-def _errors(volume: StoredVolume, mask: Callable[[Box], Array]) -> tuple[Views, Views, Views]:
+def _errors(volume: StoredVolume, mask: Callable[[Box], Array]) -> tuple[Projections, Projections, Projections]:
     """The projected masks in red, green and blue; where several meet behind one another, agreement is in front."""
 
-    def part(choose: Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[np.bool_]]) -> Views:
+    def part(choose: Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[np.bool_]]) -> Projections:
         def read(box: Box) -> Array:
             return choose(*labelled(mask(box), volume.mask(box)))
 
-        return project(read, volume.shape)
+        return project_maxima(read, volume.shape)
 
     both, predicted, gold = part(lambda p, g: p & g), part(lambda p, g: p & ~g), part(lambda p, g: g & ~p)
 
-    def channel(c: int) -> Views:
+    def channel(c: int) -> Projections:
         planes = []
         for name in ("z", "y", "x"):
             front, middle, back = (getattr(v, name) > 0 for v in (both, predicted, gold))
             colour = np.where(middle, _ONLY_PREDICTED[c], np.where(back, _ONLY_GOLD[c], 0.0))
             planes.append(np.where(front, _BOTH[c], colour).astype(np.float32))
-        return Views(*planes)
+        return Projections(*planes)
 
     return channel(0), channel(1), channel(2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,19 +13,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
+from skimage.filters import threshold_otsu
 
 from hpc_neuro.core import files, morphology
-from hpc_neuro.core.geometry import Box
-from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.geometry import Box, blocks
+from hpc_neuro.core.morphology import Tree, empty, joined
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, open_volume
-from hpc_neuro.data.store import Store
+from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.tracing import TraceConfig
+from hpc_neuro.tracing import TraceConfig, trace_read
 
+log = logging.getLogger(__name__)
 INDEX = "predictions.json"
+_BLOCK = (64, 512, 512)
+_BINS = 1 << 16  # for images with more values than that
 _REMAKE = "make the predictions with `hpc-neuro infer`"
 
 
@@ -166,3 +171,62 @@ def wanted(cfg: EvaluateConfig, store: Store) -> tuple[str, ...]:
         sizes = ", ".join(f"{s} {len(store.split(s))}" for s in ("train", "val", "test"))
         raise InputError(f"the {cfg.split} split of {cfg.store} is empty ({sizes}); choose another `split`")
     return ids
+
+
+def threshold(volume: StoredVolume) -> float:
+    """Otsu's threshold of the whole image (foreground is above it), from a histogram gathered block by block.
+
+    Images of up to 16 bits have one bin per value: the result is that of scikit-image on the whole array. Others have
+    65,536 bins between their extremes. Source: Otsu 1979.
+    """
+    dtype = volume.dtype
+    if dtype.kind == "u" and dtype.itemsize <= 2:
+        size = 1 << (8 * dtype.itemsize)
+        counts = np.zeros(size, dtype=np.int64)
+        for block in blocks(volume.shape, _BLOCK):
+            counts += np.bincount(volume.image(block.write).ravel(), minlength=size)
+        values: NDArray[np.float64] = np.arange(size, dtype=np.float64)
+    else:
+        ends = [(float(b.min()), float(b.max())) for b in (volume.image(t.write) for t in blocks(volume.shape, _BLOCK))]
+        low, high = min(a for a, _ in ends), max(b for _, b in ends)
+        counts = np.zeros(_BINS, dtype=np.int64)
+        for block in blocks(volume.shape, _BLOCK):
+            counts += np.histogram(volume.image(block.write), bins=_BINS, range=(low, high))[0]
+        values = low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
+    present = np.flatnonzero(counts)
+    kept = slice(int(present[0]), int(present[-1]) + 1)
+    return float(threshold_otsu(hist=(counts[kept], values[kept])))
+
+
+class OtsuMask:
+    """Where the raw image is above Otsu's threshold, read by box."""
+
+    def __init__(self, volume: StoredVolume) -> None:
+        self.threshold = threshold(volume)
+        self._volume = volume
+
+    def mask(self, box: Box) -> NDArray[np.bool_]:
+        """[Z, Y, X] bool."""
+        return np.greater(self._volume.image(box), self.threshold)
+
+    def probability(self, box: Box) -> NDArray[np.float32]:
+        """[Z, Y, X] 0 or 1, as the tracer wants it."""
+        return self.mask(box).astype(np.float32)
+
+
+def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
+    """The tree (voxels) of Otsu's mask, from the volume's root; empty, and said so, when nothing can be traced."""
+    try:
+        return joined(
+            trace_read(
+                baseline.probability,
+                volume.shape,
+                volume.voxel_size,
+                roots=() if volume.root is None else (volume.root,),
+                cfg=cfg,
+                image=volume.normalized_image,
+            )
+        )
+    except InputError as error:
+        log.warning("%s: Otsu's mask gives no tree and counts as a miss: %s", volume.id, error)
+        return empty()

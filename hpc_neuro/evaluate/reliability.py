@@ -59,7 +59,7 @@ def section(found: Mapping[str, Sequence[Bin]], cfg: EvaluateConfig) -> str:
         "the share that is right from the table, not from the confidence.",
         "small",
     )
-    curve = charts.lines(
+    curve = charts.draw_lines(
         "Confidence against truth",
         [
             charts.Series("right", [b.confidence for b in bins], [b.right for b in bins]),
@@ -87,9 +87,9 @@ def _table(what: str, bins: Sequence[Bin]) -> str:
     rows = [
         [
             Cell(f"{b.low:.1f} to {b.high:.1f}", b.low),
-            Cell(html.number(b.cable / whole, 3), b.cable),
-            Cell(html.number(b.confidence, 2), b.confidence),
-            Cell(html.number(b.right, 3), b.right),
+            Cell(html.format_number(b.cable / whole, 3), b.cable),
+            Cell(html.format_number(b.confidence, 2), b.confidence),
+            Cell(html.format_number(b.right, 3), b.right),
         ]
         for b in bins
     ]

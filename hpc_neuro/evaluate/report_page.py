@@ -51,7 +51,7 @@ def build(
     sections.append(("Definitions", _definitions(results, cfg)))
     sections.append(("Provenance", _provenance(links)))
     neurons = f"{n} neuron{'s' if n > 1 else ''} of the {cfg.split} split"
-    return html.page("Neuron segmentation and tracing", f"{neurons} · hpc_neuro {code}", sections)
+    return html.render_page("Neuron segmentation and tracing", f"{neurons} · hpc_neuro {code}", sections)
 
 
 def _result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]) -> str:
@@ -64,7 +64,7 @@ def _result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]) -> st
         for cells, f in zip(table, found, strict=True):
             cells.append(_interval_cell(f, r.digits, f.mean == best))
         own = sum(results.gold[i][r.key] for i in results.ids) / len(results.ids) if r.key in GOLD_KEYS else None
-        gold.append(Cell("" if own is None else html.number(own, r.digits), own))
+        gold.append(Cell("" if own is None else html.format_number(own, r.digits), own))
     table.append(gold)
     text = [html.paragraph(notice, "notice") for notice in notices]
     if len(results.ids) > 1:
@@ -84,7 +84,7 @@ def _differences(results: Results, cfg: EvaluateConfig) -> str:
     by_key = {r.key: r for r in rows(cfg)}
     shown = [next(r for k, r in by_key.items() if k == name or k.startswith(name + "_")) for name in _SHOWN_PAIRS]
     figures = [
-        charts.pairs(
+        charts.draw_pairs(
             _titled(r),
             [_name(m) for m in results.methods],
             list(zip(*(results.column(m, r.key) for m in results.methods), strict=True)),
@@ -96,7 +96,7 @@ def _differences(results: Results, cfg: EvaluateConfig) -> str:
         found = [(_name(m), difference(results, "model", m, r.key, cfg)) for m in results.methods[1:]]
         side = "right" if r.better == "high" else "left"
         figures.append(
-            charts.differences(
+            charts.draw_differences(
                 f"{r.title}: model less each other, mean and 95 % interval",
                 [(name, f.mean, f.low, f.high) for name, f in found],
                 f"{side} of zero the model is better",
@@ -134,13 +134,15 @@ def _neurons(results: Results, cfg: EvaluateConfig) -> str:
             scores = results.of(m, volume)
             cells = [Cell(volume), Cell(_name(m))]
             cells += [
-                Cell(html.number(scores[r.key], r.digits), scores[r.key], best=scores[r.key] == best[r.key])
+                Cell(html.format_number(scores[r.key], r.digits), scores[r.key], best=scores[r.key] == best[r.key])
                 for r in metrics
             ]
             table.append(cells)
         own = results.gold[volume]
         cells = [Cell(volume), Cell("Gold")]
-        cells += [Cell(html.number(own.get(r.key), r.digits) if r.key in own else "", own.get(r.key)) for r in metrics]
+        cells += [
+            Cell(html.format_number(own.get(r.key), r.digits) if r.key in own else "", own.get(r.key)) for r in metrics
+        ]
         table.append(cells)
     facts = [[Cell(i), *(Cell(str(v)) for v in results.facts[i].values())] for i in results.ids]
     names = list(results.facts[results.ids[0]])
@@ -197,12 +199,12 @@ def _provenance(links: list[Link]) -> str:
 
 
 def _interval_cell(found: Interval, digits: int, best: bool = False, sign: bool = False) -> Cell:
-    text = html.number(found.mean, digits)
+    text = html.format_number(found.mean, digits)
     if sign and round(found.mean, digits) > 0:
         text = "+" + text
     note = ""
     if found.low is not None and found.high is not None:
-        note = f"{html.number(found.low, digits)} … {html.number(found.high, digits)}"
+        note = f"{html.format_number(found.low, digits)} … {html.format_number(found.high, digits)}"
     return Cell(text, found.mean, best, note)
 
 

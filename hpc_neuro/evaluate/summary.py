@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.metric_rows import Metric, key, rows
+from hpc_neuro.evaluate.metric_rows import Metric, rows
 from hpc_neuro.metrics.bootstrap import Interval, mean_interval, paired_difference
+from hpc_neuro.metrics.metric import tolerance_key
 
 Scores = dict[str, float]
 
@@ -35,7 +36,7 @@ class Results:
 
     def worst_first(self, cfg: EvaluateConfig) -> list[str]:
         """Volumes by the model's F1, lowest first."""
-        f1 = dict(zip(self.ids, self.column("model", key("f1", cfg.tolerance_vox, "vox")), strict=True))
+        f1 = dict(zip(self.ids, self.column("model", tolerance_key("f1", cfg.tolerance_vox, "vox")), strict=True))
         return sorted(self.ids, key=lambda i: f1[i])
 
 

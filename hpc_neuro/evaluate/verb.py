@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hpc_neuro.core import files, run_folder
-from hpc_neuro.core.morphology import Tree, empty, joined
-from hpc_neuro.core.schema import InputError
+from hpc_neuro.core import files, morphology, run_folder
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.types import Array
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate import learning_curves, reliability, report_page
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.metric_rows import key
-from hpc_neuro.evaluate.otsu_baseline import OtsuMask
 from hpc_neuro.evaluate.pictures import picture
-from hpc_neuro.evaluate.predictions import INDEX, Method, Prediction, methods, wanted
-from hpc_neuro.evaluate.score import facts, score
+from hpc_neuro.evaluate.predictions import INDEX, Method, OtsuMask, Prediction, methods, otsu_tree, wanted
 from hpc_neuro.evaluate.summary import Results, Scores, as_csv, as_json, as_latex
+from hpc_neuro.metrics import cable, centerline, voxel
+from hpc_neuro.metrics import tree as tree_metrics
 from hpc_neuro.metrics.calibration import Bin
+from hpc_neuro.metrics.metric import tolerance_key
+from hpc_neuro.metrics.topology import compare_topology
 from hpc_neuro.report import provenance
-from hpc_neuro.tracing import TraceConfig, trace_read
+from hpc_neuro.tracing import TraceConfig
 
 log = logging.getLogger(__name__)
 _PRODUCTS = ("metrics.json", "metrics.csv", "metrics.tex", "report.html")
@@ -85,7 +89,7 @@ def _scores(cfg: EvaluateConfig, store: Store, compared: list[Method]) -> Result
         if not path.exists():
             files.write_json(path, _score_one(cfg, store[volume_id], method, number, compared))
         seeds[method.name][number][volume_id] = files.read_json(path, f"remove {path} and run again")
-        f1 = seeds[method.name][number][volume_id][key("f1", cfg.tolerance_vox, "vox")]
+        f1 = seeds[method.name][number][volume_id][tolerance_key("f1", cfg.tolerance_vox, "vox")]
         log.info(
             "%s, %s: Dice %.3f, F1 %.3f", volume_id, method.name, seeds[method.name][number][volume_id]["dice"], f1
         )
@@ -103,27 +107,9 @@ def _score_one(
 ) -> Scores:
     if method.seeds:
         prediction = method.seeds[number].read(volume.id, volume.shape)
-        return score(volume, prediction.mask, prediction.tree, cfg)
+        return score_volume(volume, prediction.mask, prediction.tree, cfg)
     baseline = OtsuMask(volume)
-    return score(volume, baseline.mask, otsu_tree(volume, baseline, _tracer(cfg, compared)), cfg)
-
-
-def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
-    """The tree (voxels) of Otsu's mask, from the volume's root; empty, and said so, when nothing can be traced."""
-    try:
-        return joined(
-            trace_read(
-                baseline.probability,
-                volume.shape,
-                volume.voxel_size,
-                roots=() if volume.root is None else (volume.root,),
-                cfg=cfg,
-                image=volume.normalized_image,
-            )
-        )
-    except InputError as error:
-        log.warning("%s: Otsu's mask gives no tree and counts as a miss: %s", volume.id, error)
-        return empty()
+    return score_volume(volume, baseline.mask, otsu_tree(volume, baseline, _tracer(cfg, compared)), cfg)
 
 
 def _tracer(cfg: EvaluateConfig, compared: list[Method]) -> TraceConfig:
@@ -207,3 +193,77 @@ def _volume_facts(volume: StoredVolume) -> dict[str, object]:
         "Root (z y x)": "none" if volume.root is None else ", ".join(f"{c:.1f}" for c in volume.root),
         "Digest": volume.digest[:12],
     }
+
+
+def score_volume(
+    volume: StoredVolume, mask: Callable[[Box], Array], tree: Tree, cfg: EvaluateConfig
+) -> dict[str, float]:
+    """Every metric of `rows(cfg)`: `mask` (by box) against the store's mask, `tree` (voxels) against its gold tree."""
+    return {**_mask_scores(volume, mask, cfg), **_tree_scores(volume, tree, cfg), **facts(tree, volume)}
+
+
+def facts(tree: Tree, volume: StoredVolume) -> dict[str, float]:
+    """What a tree in voxels has by itself: cable in um, tips, branch points."""
+    found = tree_metrics.summary(morphology.scaled(tree, volume.voxel_size))
+    return {"length_um": found["length"], "tips": found["tips"], "branch_points": found["branch_points"]}
+
+
+def _mask_scores(volume: StoredVolume, mask: Callable[[Box], Array], cfg: EvaluateConfig) -> dict[str, float]:
+    whole = Box.whole(volume.shape)
+    if whole.size <= cfg.whole:
+        predicted, gold = voxel.labelled(mask(whole), volume.mask(whole))
+        counts = voxel.counts(predicted, gold)
+        surface = voxel.surface_metrics(predicted, gold, volume.voxel_size)
+        centre = centerline.cldice(predicted, gold)
+    else:
+        counts = voxel.counts_streamed(mask, volume.mask, volume.shape)
+        surface = voxel.surface_metrics_streamed(mask, volume.mask, volume.shape, volume.voxel_size)
+        centre = centerline.cldice_streamed(mask, volume.mask, volume.shape)
+    return {
+        "dice": counts.dice,
+        "cldice": centre,
+        "hd95_um": surface.hd95,
+        "hd95_pooled_um": surface.hd95_pooled,
+        "assd_um": surface.assd,
+        "voxel_precision": counts.precision,
+        "voxel_recall": counts.recall,
+        "mask_missed": float(counts.missed),
+    }
+
+
+def _tree_scores(volume: StoredVolume, tree: Tree, cfg: EvaluateConfig) -> dict[str, float]:
+    gold, tolerance = volume.tree(), cfg.tolerance_vox
+    bare = cable.remove_stub(tree, gold, tolerance, volume.root)
+    match, match_bare = cable.match_cable(tree, gold, tolerance), cable.match_cable(bare, gold, tolerance)
+    found = {
+        tolerance_key("precision", tolerance, "vox"): match.precision,
+        tolerance_key("recall", tolerance, "vox"): match.recall,
+        tolerance_key("f1", tolerance, "vox"): match.f1,
+        tolerance_key("precision", tolerance, "vox") + "_no_stub": match_bare.precision,
+        tolerance_key("f1", tolerance, "vox") + "_no_stub": match_bare.f1,
+        **_finite(tree_metrics.distances(tree, gold), volume),
+        **{f"{k}_no_stub": v for k, v in _finite(tree_metrics.distances(bare, gold), volume).items()},
+        "tree_missed": float(not len(tree)),
+    }
+    connected = compare_topology(tree, gold, tolerance, volume.voxel_size)
+    found |= {
+        "splits": connected.splits,
+        "merges": connected.merges,
+        "expected_run_length_um": connected.expected_run_length,
+    }
+    if cfg.tolerance_um is not None:
+        scaled = [morphology.scaled(t, volume.voxel_size) for t in (tree, gold)]
+        step = min(1.0, cfg.tolerance_um / 4)
+        match = cable.match_cable(scaled[0], scaled[1], cfg.tolerance_um, step)
+        found |= {
+            tolerance_key("precision", cfg.tolerance_um, "um"): match.precision,
+            tolerance_key("recall", cfg.tolerance_um, "um"): match.recall,
+            tolerance_key("f1", cfg.tolerance_um, "um"): match.f1,
+        }
+    return found
+
+
+def _finite(distances: dict[str, float], volume: StoredVolume) -> dict[str, float]:
+    """Without a tree the distance is the diagonal of the volume in voxels, so that a miss stays in the mean."""
+    diagonal = float(np.linalg.norm(volume.shape))
+    return {k: v if math.isfinite(v) else diagonal for k, v in distances.items()}

@@ -65,7 +65,7 @@ def write(out: Path, works: Sequence[Work]) -> None:
         if all(path.exists() for path in proofread.tables(out, name)):
             parts += [*_tables(out, name), *_sheets(out, work)]
         sections.append((name, "".join(parts)))
-    files.write_text(out / PAGE, html.page("Inference", str(out), sections))
+    files.write_text(out / PAGE, html.render_page("Inference", str(out), sections))
 
 
 def _picture(out: Path, work: Work) -> str:
@@ -76,7 +76,7 @@ def _picture(out: Path, work: Work) -> str:
     return html.picture(image, f"{source.id}: largest probability along z, x (right) and y (below)")
 
 
-def _drawn(work: Work, box: Box, lines: Sequence[figures.Lines], most: int) -> bytes:
+def _drawn(work: Work, box: Box, lines: Sequence[figures.TreeLines], most: int) -> bytes:
     """A JPEG of the probability in a box of level 0, without and with lines (um from the box's first voxel).
 
     From the finest level of the pyramid on which the box has `most` voxels at most.
@@ -92,15 +92,15 @@ def _drawn(work: Work, box: Box, lines: Sequence[figures.Lines], most: int) -> b
     def read(piece: Box) -> Array:
         return np.asarray(ome_zarr.read_box(array, piece.shifted(part.start)), dtype=np.float32) / np.float32(255)
 
-    views = figures.project(read, part.shape)
+    views = figures.project_maxima(read, part.shape)
     size = [v * f for v, f in zip(source.voxel_size, level.factor, strict=True)]
-    panels = [figures.Panel("probability", views), figures.Panel("traced", views, lines=lines, light=0.5)]
-    return figures.draw(panels, part.shape, (size[0], size[1], size[2]))
+    panels = [figures.Panel("probability", views), figures.Panel("traced", views, lines=lines, brightness=0.5)]
+    return figures.draw_panels(panels, part.shape, (size[0], size[1], size[2]))
 
 
-def _lines(tree: Tree, origin: NDArray[np.float64]) -> figures.Lines:
+def _lines(tree: Tree, origin: NDArray[np.float64]) -> figures.TreeLines:
     """The edges of a tree in um, seen from `origin` (um)."""
-    return figures.Lines(tree.points[tree.edges] - origin, figures.RIGHT, "traced")
+    return figures.TreeLines(tree.points[tree.edges] - origin, figures.RIGHT, "traced")
 
 
 def _sheets(out: Path, work: Work) -> list[str]:
@@ -122,7 +122,7 @@ def _sheets(out: Path, work: Work) -> list[str]:
         origin = np.array(box.start) * size
         lines = [
             _lines(tree, origin),
-            figures.Lines(_crosses(crosses - origin, 4 * size.min()), figures.WRONG, "doubt"),
+            figures.TreeLines(_crosses(crosses - origin, 4 * size.min()), figures.WRONG, "doubt"),
         ]
         caption = (
             f"Neuron {row['neuron']}: {row['cable_um']} um of cable, {float(row['score']):.1%} of it sure, "

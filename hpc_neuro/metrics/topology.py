@@ -29,7 +29,7 @@ class Topology:
     """Expected length of correctly connected gold cable around a random point of it (Januszewski et al. 2018)."""
 
 
-def topology(
+def compare_topology(
     predicted: Tree, gold: Tree, tolerance: float, scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> Topology:
     """Splits, merges and expected run length of trees in one unit; run lengths after multiplying z y x by `scale`.

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
 from hpc_neuro.core.types import Array
-from hpc_neuro.metrics.skeleton import skeleton
 from hpc_neuro.metrics.surface import Mask, SurfacePair, point_distances, surface_points
 
 
@@ -99,46 +98,6 @@ def precision(predicted: Array, gold: Array) -> float:
 def recall(predicted: Array, gold: Array) -> float:
     """Share of the gold voxels that are predicted."""
     return counts(predicted, gold).recall
-
-
-def cldice(predicted: Array, gold: Array) -> float:
-    """Centreline Dice: the harmonic mean of the share of the predicted skeleton inside gold and of the gold skeleton
-    inside the prediction.
-
-    Source: Shit et al., CVPR 2021, with hard masks.
-    """
-    p, g = labelled(predicted, gold)
-    if not p.any() or not g.any():
-        return float(p.any() == g.any())
-    thin_p, thin_g = skeleton(p), skeleton(g)
-    inside = _share(int((thin_p & g).sum()), int(thin_p.sum()), 0.0)
-    found = _share(int((thin_g & p).sum()), int(thin_g.sum()), 0.0)
-    return _harmonic(inside, found)
-
-
-def cldice_streamed(
-    predicted: Callable[[Box], Array],
-    gold: Callable[[Box], Array],
-    shape: Shape,
-    block: Shape = (256, 256, 256),
-    halo: Shape = (32, 32, 32),
-) -> float:
-    """The same for volumes beyond memory: each block is thinned with `halo` voxels around it.
-
-    Equal to `cldice` as long as thinning does not reach farther than the halo (neurites thinner than it).
-    """
-    thin_p = thin_g = inside = found = 0
-    any_p = any_g = False
-    for tile in blocks(shape, block, halo):
-        p, g = labelled(predicted(tile.read), gold(tile.read))
-        own = tile.write.relative_to(tile.read.start).slices
-        any_p, any_g = any_p or bool(p[own].any()), any_g or bool(g[own].any())
-        lines_p, lines_g = skeleton(p)[own], skeleton(g)[own]
-        thin_p, thin_g = thin_p + int(lines_p.sum()), thin_g + int(lines_g.sum())
-        inside, found = inside + int((lines_p & g[own]).sum()), found + int((lines_g & p[own]).sum())
-    if not any_p or not any_g:
-        return float(any_p == any_g)
-    return _harmonic(_share(inside, thin_p, 0.0), _share(found, thin_g, 0.0))
 
 
 @dataclass(frozen=True)

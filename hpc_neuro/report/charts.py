@@ -23,7 +23,7 @@ class Series:
     y: Sequence[float]
 
 
-def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False) -> str:
+def draw_lines(title: str, series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False) -> str:
     """A line chart as SVG text; points that are not finite (or not positive on a log axis) are left out."""
     kept = [Series(s.name, *_usable(s, log_y)) for s in series]
     kept = [s for s in kept if len(s.x)]
@@ -42,7 +42,7 @@ def lines(title: str, series: Sequence[Series], x_label: str, y_label: str, log_
     return _frame(title, "".join(body), x_label, y_label, "") + _legend([s.name for s in kept])
 
 
-def differences(title: str, rows: Sequence[tuple[str, float, float | None, float | None]], x_label: str) -> str:
+def draw_differences(title: str, rows: Sequence[tuple[str, float, float | None, float | None]], x_label: str) -> str:
     """Means with intervals about zero, one row each: (name, mean, low, high); without an interval, the mean alone."""
     names = [r[0] for r in rows]
     ends = [v for _, mean, low, high in rows for v in (mean, low, high) if v is not None]
@@ -58,7 +58,7 @@ def differences(title: str, rows: Sequence[tuple[str, float, float | None, float
     return _frame(title, "".join(body), x_label, "", "", height)
 
 
-def pairs(title: str, names: Sequence[str], values: Sequence[Sequence[float]], x_label: str) -> str:
+def draw_pairs(title: str, names: Sequence[str], values: Sequence[Sequence[float]], x_label: str) -> str:
     """One row per method, one thin line per neuron from row to row: `values[n][m]` is neuron n under `names[m]`; a bar
     across each row is its mean."""
     axis = _Axis.over([v for row in values for v in row], _beside(names), _WIDTH - _RIGHT)

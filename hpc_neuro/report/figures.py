@@ -28,7 +28,7 @@ _TITLE = 0.35  # inches above a panel
 
 
 @dataclass(frozen=True)
-class Views:
+class Projections:
     """The three projections of a volume; pixels may be tiles of voxels."""
 
     z: NDArray[np.float32]  # [Y, X] maximum along z
@@ -37,11 +37,11 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Lines:
+class TreeLines:
     """Tree edges in one colour."""
 
     segments: NDArray[np.float64]  # [E, 2, 3] z y x in um
-    colour: str
+    color: str
     label: str
 
 
@@ -50,15 +50,15 @@ class Panel:
     """One picture: a background of projections in grey (or three of them as red, green, blue) and lines over it."""
 
     title: str
-    grey: Views | None = None
-    rgb: tuple[Views, Views, Views] | None = None
-    lines: Sequence[Lines] = field(default_factory=tuple)
+    gray: Projections | None = None
+    rgb: tuple[Projections, Projections, Projections] | None = None
+    lines: Sequence[TreeLines] = field(default_factory=tuple)
     root: tuple[float, float, float] | None = None  # z y x in um
     gamma: float = 0.5  # faint neurites must show
-    light: float = 1.0  # less than 1 dims the background, so that lines stand out
+    brightness: float = 1.0  # less than 1 dims the background, so that lines stand out
 
 
-def project(read: Callable[[Box], Array], shape: Shape) -> Views:
+def project_maxima(read: Callable[[Box], Array], shape: Shape) -> Projections:
     """Maximum projections of a volume read slab by slab; large ones are thinned by maxima, so that neurites stay."""
     planes = [np.full([n for a, n in enumerate(shape) if a != k], -np.inf, dtype=np.float32) for k in range(3)]
     depth = max(1, _SLAB // (shape[1] * shape[2]))
@@ -68,10 +68,10 @@ def project(read: Callable[[Box], Array], shape: Shape) -> Views:
         for k, plane in enumerate(planes):
             part = plane if k == 0 else plane[box.slices[0]]
             np.maximum(part, block.max(axis=k), out=part)
-    return Views(*(_thinned(p) for p in planes))
+    return Projections(*(_thinned(p) for p in planes))
 
 
-def draw(panels: Sequence[Panel], shape: Shape, voxel_size: VoxelSize, quality: int = 85) -> bytes:
+def draw_panels(panels: Sequence[Panel], shape: Shape, voxel_size: VoxelSize, quality: int = 85) -> bytes:
     """A JPEG of panels in rows of three. Each panel shows the view along z, that along x at its right, along y below.
 
     +-------+--+
@@ -118,15 +118,15 @@ def _background(axes: Any, panel: Panel, size: NDArray[np.float64], gap: float) 
     for name, extent in extents.items():
         if panel.rgb is not None:
             image: NDArray[np.floating] = np.stack([_plane(v, name) for v in panel.rgb], axis=-1)
-        elif panel.grey is not None:
-            grey = panel.light * np.clip(_plane(panel.grey, name), 0, 1) ** panel.gamma
+        elif panel.gray is not None:
+            grey = panel.brightness * np.clip(_plane(panel.gray, name), 0, 1) ** panel.gamma
             image = np.repeat(grey[..., None], 3, axis=-1)
         else:
             image = np.zeros((1, 1, 3))
         axes.imshow(np.clip(image, 0, 1), extent=extent, interpolation="antialiased", aspect="equal")
 
 
-def _plane(views: Views, name: str) -> NDArray[np.float32]:
+def _plane(views: Projections, name: str) -> NDArray[np.float32]:
     """A view as it is laid out: along x with y down and z to the right."""
     plane: NDArray[np.float32] = getattr(views, name)
     return plane.T if name == "x" else plane
@@ -137,7 +137,7 @@ def _overlay(axes: Any, panel: Panel, size: NDArray[np.float64], gap: float) -> 
     for line in panel.lines:
         z, y, x = (line.segments[..., a] for a in range(3))
         flat = [np.stack(p, axis=-1) for p in ((x, y), (z + width + gap, y), (x, z + height + gap))]
-        axes.add_collection(LineCollection(list(np.concatenate(flat)), colors=line.colour, linewidths=1.4))
+        axes.add_collection(LineCollection(list(np.concatenate(flat)), colors=line.color, linewidths=1.4))
     if panel.root is not None:
         z0, y0, x0 = panel.root
         places = ([x0, z0 + width + gap, x0], [y0, y0, z0 + height + gap])
@@ -145,7 +145,7 @@ def _overlay(axes: Any, panel: Panel, size: NDArray[np.float64], gap: float) -> 
     left = width  # the legend stands in the empty corner
     for i, line in enumerate(panel.lines):
         place = (left + gap, height + gap * (1.2 + 2.2 * i))
-        axes.text(*place, line.label, color=line.colour, fontsize=10, va="top", ha="left", clip_on=True)
+        axes.text(*place, line.label, color=line.color, fontsize=10, va="top", ha="left", clip_on=True)
 
 
 def _scale_bar(axes: Any, size: NDArray[np.float64], gap: float) -> None:

@@ -30,7 +30,7 @@ class Column:
     numeric: bool = True
 
 
-def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
+def render_page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
     """A whole page from (heading, HTML) sections, with a list of them at the top."""
     style, script = (
         resources.files("hpc_neuro").joinpath(f"assets/report.{kind}").read_text("utf-8") for kind in ("css", "js")
@@ -95,7 +95,7 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def number(value: float | None, digits: int) -> str:
+def format_number(value: float | None, digits: int) -> str:
     """A number for people: fixed digits, a dash for none, an infinity sign; thin spaces group thousands."""
     if value is None:
         return "\N{EN DASH}"

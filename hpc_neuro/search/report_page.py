@@ -41,7 +41,7 @@ def build(
             ("Importance", html.paragraph(note, "small") + sweep_charts.shares("Importance for the objective", weights))
         )
     sections.append(("Trials", _table(cfg, trials, winner)))
-    return html.page(f"Search {cfg.out.resolve().name}", f"{len(trials)} trials · hpc_neuro {code}", sections)
+    return html.render_page(f"Search {cfg.out.resolve().name}", f"{len(trials)} trials · hpc_neuro {code}", sections)
 
 
 def as_csv(cfg: SearchConfig, trials: Sequence[Trial]) -> str:
@@ -72,7 +72,7 @@ def _result(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) ->
     lines.append(f"Best: trial {winner.number}, {cfg.objective.key} {winner.value:.4g}, with {values}.")
     lines.append("best.yaml, beside this page, trains it again: hpc-neuro train best.yaml")
     best = _best_so_far(cfg, trials)
-    curve = charts.lines("Best value after each finished trial", [best], "finished trials", cfg.objective.key)
+    curve = charts.draw_lines("Best value after each finished trial", [best], "finished trials", cfg.objective.key)
     return "".join(html.paragraph(line) for line in lines) + html.row([curve, ""])
 
 
@@ -153,15 +153,19 @@ def _comparison(cfg: SearchConfig, found: Comparison) -> str:
             at = means[m.key][setting]
             every = {i.mean for i in means[m.key].values()}
             best = None if len(every) < 2 else (max if m.goal == "maximize" else min)(every)
-            small = "" if at.low is None else f"{html.number(at.low, m.digits)} … {html.number(at.high, m.digits)}"
-            cells.append(Cell(html.number(at.mean, m.digits), at.mean, at.mean == best, small))
+            small = (
+                ""
+                if at.low is None
+                else f"{html.format_number(at.low, m.digits)} … {html.format_number(at.high, m.digits)}"
+            )
+            cells.append(Cell(html.format_number(at.mean, m.digits), at.mean, at.mean == best, small))
         rows.append([*cells, Cell(str(len(per_seed)), len(per_seed))])
     if found.baseline:
         rows.append(
             [
                 Cell("Otsu"),
                 *(Cell("") for _ in _heads(found)[1:]),
-                *(Cell(html.number(_baseline(found, m), m.digits), _baseline(found, m)) for m in cfg.table),
+                *(Cell(html.format_number(_baseline(found, m), m.digits), _baseline(found, m)) for m in cfg.table),
                 Cell(""),
             ]
         )
@@ -219,9 +223,9 @@ def _neurons(cfg: SearchConfig, found: Comparison) -> str:
             cells = [Cell(neuron), *_parts(found, setting)]
             for m in cfg.table:
                 values = found.values(setting, m.key)[:, i]
-                small = f"{html.number(values.min(), m.digits)} … {html.number(values.max(), m.digits)}"
+                small = f"{html.format_number(values.min(), m.digits)} … {html.format_number(values.max(), m.digits)}"
                 mean = float(values.mean())
-                cells.append(Cell(html.number(mean, m.digits), mean, note=small if len(values) > 1 else ""))
+                cells.append(Cell(html.format_number(mean, m.digits), mean, note=small if len(values) > 1 else ""))
             rows.append(cells)
     return html.table(columns, rows)
 

@@ -43,3 +43,20 @@ def test_what_was_not_alike_for_otsu_is_said_above_the_numbers(store: Path, tmp_
     assert "traced from the store&#x27;s root, the model&#x27;s from others or none" in (
         tmp_path / "e" / "report.html"
     ).read_text().replace("'", "&#x27;")
+
+
+def test_a_random_teacher_is_said_in_log_and_report(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    predictions = write_predictions(tmp_path / "p", store)
+    config = {"model": str(tmp_path / "train"), "store": str(store)}
+    (predictions / "run.json").write_text(json.dumps({"verb": "infer", "config": config}))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "run.json").write_text(
+        json.dumps({"verb": "train", "config": {"teacher": {"model": "random"}}})
+    )
+    cfg = evaluate.EvaluateConfig(store=store, predictions=predictions, out=tmp_path / "out", pictures=0, draws=100)
+    with caplog.at_level("WARNING", "hpc_neuro"):
+        assert evaluate.run(cfg) == 0
+    assert "random weights" in caplog.text
+    assert "The teacher had random weights" in (cfg.out / "report.html").read_text()

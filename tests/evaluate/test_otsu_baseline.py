@@ -10,8 +10,8 @@ from skimage.filters import threshold_otsu
 
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.data.store import Store
-from hpc_neuro.evaluate import verb
-from hpc_neuro.evaluate.otsu_baseline import OtsuMask
+from hpc_neuro.evaluate import predictions
+from hpc_neuro.evaluate.predictions import OtsuMask
 from hpc_neuro.tracing import TraceConfig
 
 
@@ -25,7 +25,7 @@ def test_otsu_is_that_of_scikit_image(store: Path) -> None:
 
 def test_otsus_mask_is_traced_along_the_image_as_the_models_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volume, seen = Store(store)["a"], []
-    monkeypatch.setattr(verb, "trace_read", lambda *given, image, **more: seen.append(image) or [])
-    verb.otsu_tree(volume, OtsuMask(volume), TraceConfig())
+    monkeypatch.setattr(predictions, "trace_read", lambda *given, image, **more: seen.append(image) or [])
+    predictions.otsu_tree(volume, OtsuMask(volume), TraceConfig())
     whole = Box.whole(volume.shape)
     assert np.array_equal(seen[0](whole), volume.normalized_image(whole))

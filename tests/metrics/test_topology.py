@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.metrics.topology import Topology, sholl, strahler, topology
+from hpc_neuro.metrics.topology import Topology, compare_topology, sholl, strahler
 
 TOLERANCE = 4.0
 
@@ -27,28 +27,28 @@ def y_shape() -> Tree:
 
 def test_the_same_tree_has_no_errors() -> None:
     for tree in (y_shape(), replace(y_shape(), points=y_shape().points + 1.5)):
-        found = topology(tree, y_shape(), TOLERANCE)
+        found = compare_topology(tree, y_shape(), TOLERANCE)
         assert (found.splits, found.merges) == (0, 0)
         assert found.expected_run_length == pytest.approx(150, rel=0.02)
 
 
 def test_rooted_elsewhere_makes_no_difference() -> None:
     turned = make([(0, -40, 80), (0, 0, 50), (0, 40, 80), (0, 0, 0)], [-1, 0, 1, 1])
-    found = topology(turned, y_shape(), TOLERANCE)
+    found = compare_topology(turned, y_shape(), TOLERANCE)
     assert (found.splits, found.merges) == (0, 0)
 
 
 def test_a_gap_is_a_split() -> None:
     gold = make([(0, 0, 0), (0, 0, 100)], [-1, 0])
     broken = make([(0, 0, 0), (0, 0, 40), (0, 0, 60), (0, 0, 100)], [-1, 0, -1, 2])
-    found = topology(broken, gold, TOLERANCE)
+    found = compare_topology(broken, gold, TOLERANCE)
     assert (found.splits, found.merges) == (1, 0)
     assert found.expected_run_length == pytest.approx((44**2 + 44**2) / 100, rel=0.05)  # found to a tolerance beyond
 
 
 def test_a_missed_end_is_no_split_and_shortens_the_run() -> None:
     gold = make([(0, 0, 0), (0, 0, 100)], [-1, 0])
-    found = topology(make([(0, 0, 0), (0, 0, 46)], [-1, 0]), gold, TOLERANCE)
+    found = compare_topology(make([(0, 0, 0), (0, 0, 46)], [-1, 0]), gold, TOLERANCE)
     assert (found.splits, found.merges) == (0, 0)
     assert found.expected_run_length == pytest.approx(50**2 / 100, rel=0.05)
 
@@ -56,23 +56,23 @@ def test_a_missed_end_is_no_split_and_shortens_the_run() -> None:
 def test_a_detour_is_no_split() -> None:
     gold = make([(0, 0, 0), (0, 0, 100)], [-1, 0])
     wavy = make([(0, 0, 0), (0, 0, 40), (0, 7, 50), (0, 0, 60), (0, 0, 100)], [-1, 0, 1, 2, 3])
-    assert topology(wavy, gold, TOLERANCE).splits == 0
+    assert compare_topology(wavy, gold, TOLERANCE).splits == 0
 
 
 def test_a_false_bridge_inside_one_neuron_is_a_split_and_a_merge() -> None:
     """The far branch hangs on the tip of the near one instead of on the stem."""
     gold = make([(0, 0, 0), (0, 0, 60), (0, 60, 60), (0, 0, 30), (0, 60, 30)], [-1, 3, 1, 0, 3])
     wrong = make([(0, 0, 0), (0, 0, 60), (0, 60, 60), (0, 60, 30), (0, 20, 30)], [-1, 0, 1, 2, 3])
-    found = topology(wrong, gold, TOLERANCE)
+    found = compare_topology(wrong, gold, TOLERANCE)
     assert (found.splits, found.merges) == (1, 1)
 
 
 def test_a_merger_of_two_neurons_voids_their_runs() -> None:
     two = make([(0, 0, 0), (0, 0, 100), (0, 50, 0), (0, 50, 100)], [-1, 0, -1, 2])
     joined = make([(0, 0, 0), (0, 0, 100), (0, 50, 100), (0, 50, 0)], [-1, 0, 1, 2])
-    found = topology(joined, two, TOLERANCE)
+    found = compare_topology(joined, two, TOLERANCE)
     assert (found.splits, found.merges, found.expected_run_length) == (0, 1, 0.0)
-    right = topology(two, two, TOLERANCE)
+    right = compare_topology(two, two, TOLERANCE)
     assert (right.splits, right.merges) == (0, 0)
     assert right.expected_run_length == pytest.approx(2 * 100**2 / 200, rel=0.01)
 
@@ -80,18 +80,18 @@ def test_a_merger_of_two_neurons_voids_their_runs() -> None:
 def test_crossing_neurites_are_no_pieces() -> None:
     gold = make([(0, 0, 0), (0, 0, 100)], [-1, 0])
     crossing = make([(0, -60, 30), (0, 60, 30)], [-1, 0])
-    found = topology(crossing, gold, TOLERANCE)
+    found = compare_topology(crossing, gold, TOLERANCE)
     assert (found.splits, found.merges) == (0, 0)
 
 
 def test_lengths_are_scaled() -> None:
     gold = make([(0, 0, 0), (0, 0, 100)], [-1, 0])
-    assert topology(gold, gold, TOLERANCE, (1.0, 0.5, 0.25)).expected_run_length == pytest.approx(25)
+    assert compare_topology(gold, gold, TOLERANCE, (1.0, 0.5, 0.25)).expected_run_length == pytest.approx(25)
 
 
 def test_empty_trees() -> None:
-    assert topology(morphology.empty(), y_shape(), TOLERANCE) == Topology(0, 0, 0.0)
-    assert topology(y_shape(), morphology.empty(), TOLERANCE) == Topology(0, 0, 0.0)
+    assert compare_topology(morphology.empty(), y_shape(), TOLERANCE) == Topology(0, 0, 0.0)
+    assert compare_topology(y_shape(), morphology.empty(), TOLERANCE) == Topology(0, 0, 0.0)
 
 
 @settings(max_examples=15, deadline=None)
@@ -102,11 +102,11 @@ def test_any_tree_agrees_with_itself_and_roles_swap(seed: int, n: int) -> None:
         morphology.make(rng.normal(size=(n, 3)) * 30, np.array([-1, *[int(rng.integers(0, i)) for i in range(1, n)]]))
         for _ in range(2)
     )
-    same = topology(a, a, TOLERANCE)
+    same = compare_topology(a, a, TOLERANCE)
     assert (same.splits, same.merges) == (0, 0)
     assert same.expected_run_length == pytest.approx(morphology.length(a))
-    assert topology(a, b, TOLERANCE).splits == topology(b, a, TOLERANCE).merges
-    assert topology(a, b, TOLERANCE).expected_run_length <= morphology.length(b) + 1e-9
+    assert compare_topology(a, b, TOLERANCE).splits == compare_topology(b, a, TOLERANCE).merges
+    assert compare_topology(a, b, TOLERANCE).expected_run_length <= morphology.length(b) + 1e-9
 
 
 def test_strahler_order() -> None:

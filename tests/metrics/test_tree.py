@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.metrics import tree as metric
+from hpc_neuro.metrics.cable import match_cable, remove_stub
 from hpc_neuro.metrics.segments import Segments
 
 Points = list[tuple[float, float, float]]
@@ -80,7 +81,7 @@ def test_distances_do_not_depend_on_axis_order_or_flips(
     found = metric.distances(a, b)
     found_moved = metric.distances(moved(a), moved(b))
     assert found_moved["esa"] == pytest.approx(found["esa"], abs=1e-9)
-    m, m_moved = metric.match(a, b, 3.7), metric.match(moved(a), moved(b), 3.7)
+    m, m_moved = match_cable(a, b, 3.7), match_cable(moved(a), moved(b), 3.7)
     assert m_moved.f1 == pytest.approx(m.f1, abs=0.2)  # a piece exactly at the tolerance may fall on either side
 
 
@@ -147,30 +148,30 @@ def test_nearest_segment_is_exact_among_very_long_and_coincident_edges() -> None
 
 def test_match_counts_cable_length() -> None:
     gold = path((0, 0, 0), (0, 0, 100))
-    found = metric.match(path((0, 3, 0), (0, 3, 50)), gold, tolerance=4.0)
+    found = match_cable(path((0, 3, 0), (0, 3, 50)), gold, tolerance=4.0)
     assert found.precision == 1.0
     assert found.recall == pytest.approx((50 + math.sqrt(16 - 9)) / 100, abs=0.01)
     assert found.f1 == pytest.approx(2 * found.recall / (1 + found.recall))
     assert (found.predicted_length, found.gold_length) == (50, 100)
-    assert metric.match(path((0, 4.01, 0), (0, 4.01, 100)), gold, tolerance=4.0).f1 == 0.0
-    assert metric.match(gold, gold, tolerance=0.5).f1 == 1.0
+    assert match_cable(path((0, 4.01, 0), (0, 4.01, 100)), gold, tolerance=4.0).f1 == 0.0
+    assert match_cable(gold, gold, tolerance=0.5).f1 == 1.0
 
 
 def test_match_of_empty_and_single_trees() -> None:
     empty, dot, line = morphology.empty(), path((0, 0, 0)), path((0, 0, 0), (0, 0, 9))
-    assert metric.match(empty, empty, 4.0).f1 == 1.0
-    assert (metric.match(empty, line, 4.0).precision, metric.match(empty, line, 4.0).recall) == (0.0, 0.0)
-    assert metric.match(line, empty, 4.0).f1 == 0.0
-    assert metric.match(dot, line, 4.0).precision == 1.0
-    assert metric.match(dot, path((0, 0, 1)), 4.0).f1 == 1.0
+    assert match_cable(empty, empty, 4.0).f1 == 1.0
+    assert (match_cable(empty, line, 4.0).precision, match_cable(empty, line, 4.0).recall) == (0.0, 0.0)
+    assert match_cable(line, empty, 4.0).f1 == 0.0
+    assert match_cable(dot, line, 4.0).precision == 1.0
+    assert match_cable(dot, path((0, 0, 1)), 4.0).f1 == 1.0
     with pytest.raises(ValueError, match="above 0"):
-        metric.match(line, line, 0.0)
+        match_cable(line, line, 0.0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(trees(), trees(), st.floats(0.5, 20))
 def test_match_grows_with_tolerance_and_swaps_roles(a: Tree, b: Tree, tolerance: float) -> None:
-    m, wider, turned = metric.match(a, b, tolerance), metric.match(a, b, 2 * tolerance), metric.match(b, a, tolerance)
+    m, wider, turned = match_cable(a, b, tolerance), match_cable(a, b, 2 * tolerance), match_cable(b, a, tolerance)
     assert (turned.precision, turned.recall) == (m.recall, m.precision)
     assert wider.precision >= m.precision
     assert wider.recall >= m.recall
@@ -181,13 +182,13 @@ def test_stub_behind_the_gold_root_is_dropped_once() -> None:
     gold = path((0, 0, 0), (0, 0, 50))
     back = [(0, 0, 50), (0, 0, 0), (0, 0, -30)]
     predicted = path(*back)
-    kept = metric.without_stub(predicted, gold, tolerance=4.0)
+    kept = remove_stub(predicted, gold, tolerance=4.0)
     assert morphology.length(kept) == pytest.approx(58, abs=1.0)  # the gold cable and the ball of 8 around its root
-    assert metric.match(kept, gold, 4.0).precision > metric.match(predicted, gold, 4.0).precision
-    assert metric.match(kept, gold, 4.0).recall == 1.0
+    assert match_cable(kept, gold, 4.0).precision > match_cable(predicted, gold, 4.0).precision
+    assert match_cable(kept, gold, 4.0).recall == 1.0
 
     two = morphology.make(np.array([*back, (0, 20, 0)], dtype=float), np.array([-1, 0, 1, 1]))
-    kept = metric.without_stub(two, gold, 4.0)
+    kept = remove_stub(two, gold, 4.0)
     assert morphology.length(kept) == pytest.approx(58 + 20, abs=1.0)  # only the longest of the two false arms goes
 
 
@@ -196,12 +197,12 @@ def test_nothing_else_is_dropped_as_a_stub() -> None:
     side = morphology.make(
         np.array([(0, 0, 0), (0, 0, 50), (0, 0, 25), (0, 60, 25)], dtype=float), np.array([-1, 2, 0, 2])
     )
-    assert morphology.length(metric.without_stub(side, gold, 4.0)) == morphology.length(side)  # not at the root
+    assert morphology.length(remove_stub(side, gold, 4.0)) == morphology.length(side)  # not at the root
     far = path((0, 30, 0), (0, 30, 50))
-    assert metric.without_stub(far, gold, 4.0) is far  # does not touch the root
+    assert remove_stub(far, gold, 4.0) is far  # does not touch the root
     loop = path((0, 0, 50), (0, 0, 0), (0, 0, -20), (0, 20, 20), (0, 2, 40))
-    assert morphology.length(metric.without_stub(loop, gold, 4.0)) == morphology.length(loop)  # comes back to gold
-    assert len(metric.without_stub(morphology.empty(), gold, 4.0)) == 0
+    assert morphology.length(remove_stub(loop, gold, 4.0)) == morphology.length(loop)  # comes back to gold
+    assert len(remove_stub(morphology.empty(), gold, 4.0)) == 0
 
 
 def test_summary() -> None:
@@ -216,6 +217,6 @@ def test_a_real_neuron_against_its_noisy_copy(real_data: Path) -> None:
     moved = Tree(tree.points + np.array([0, 0, 1.0]), tree.radii, tree.parents, tree.types)
     assert metric.distances(tree, tree) == pytest.approx({"esa": 0.0, "dsa": 0.0, "pds": 0.0}, abs=1e-12)
     assert 0 < metric.distances(tree, moved)["esa"] <= 1.0
-    assert metric.match(moved, tree, 4.0).f1 == 1.0
+    assert match_cable(moved, tree, 4.0).f1 == 1.0
     few, other = (morphology.subset(t, np.arange(len(t)) < 25) for t in (tree, moved))
     assert metric.distances(few, other) == pytest.approx(plain_distances(few, other))

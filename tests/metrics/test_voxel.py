@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.metrics import surface, voxel
-from hpc_neuro.metrics.skeleton import skeleton
+from hpc_neuro.metrics import centerline, surface, voxel
+from hpc_neuro.metrics.centerline import skeletonize_mask
 
 SPACINGS = [(1.0, 1.0, 1.0), (1.0, 0.3296, 0.3296), (0.35, 2.0, 0.7)]
 
@@ -133,9 +133,9 @@ def test_rules_for_empty_masks() -> None:
         one = voxel.surface_metrics(p, g, (1, 1, 1))
         assert (one.hd95, one.hd95_pooled, one.assd, one.missed) == (13, 13, 13, True)
         assert voxel.hd95(p, g) == voxel.hd95_pooled(p, g) == 13
-        assert (voxel.dice(p, g), voxel.cldice(p, g), voxel.precision(p, g), voxel.recall(p, g)) == (0, 0, 0, 0)
+        assert (voxel.dice(p, g), centerline.cldice(p, g), voxel.precision(p, g), voxel.recall(p, g)) == (0, 0, 0, 0)
         assert voxel.counts(p, g).missed
-    assert (voxel.dice(empty, empty), voxel.cldice(empty, empty)) == (1, 1)
+    assert (voxel.dice(empty, empty), centerline.cldice(empty, empty)) == (1, 1)
     assert (voxel.precision(empty, empty), voxel.recall(empty, empty)) == (1, 1)
     with pytest.raises(ValueError, match="empty mask"):
         surface.SurfacePair(empty, full, (1, 1, 1))
@@ -159,9 +159,9 @@ def test_cldice_of_lines() -> None:
     gold, half, thick = (np.zeros((20, 30, 40), bool) for _ in range(3))
     gold[10, 15, 5:35] = half[10, 15, 5:20] = True
     thick[9:12, 14:17, 5:35] = True
-    assert voxel.cldice(gold, gold) == 1.0
-    assert voxel.cldice(half, gold) == pytest.approx(2 * 1.0 * 0.5 / 1.5)
-    assert voxel.cldice(thick, gold) == 1.0  # thickness does not matter, the centreline does
+    assert centerline.cldice(gold, gold) == 1.0
+    assert centerline.cldice(half, gold) == pytest.approx(2 * 1.0 * 0.5 / 1.5)
+    assert centerline.cldice(thick, gold) == 1.0  # thickness does not matter, the centreline does
     assert voxel.dice(thick, gold) < 0.25
 
 
@@ -173,13 +173,13 @@ def test_no_part_is_thinned_away(part: tuple[int, int, int]) -> None:
     """Plain thinning removes each of these whole: a perfect prediction then had clDice 0, a false one counted not."""
     mask = np.zeros((30, 30, 30), dtype=bool)
     mask[tuple(slice(5, 5 + n) for n in part)] = True
-    thin = skeleton(mask)
+    thin = skeletonize_mask(mask)
     assert PARTS[part] <= thin.sum() <= max(part)
     assert not (thin & ~mask).any()
-    assert voxel.cldice(mask, mask) == 1.0
+    assert centerline.cldice(mask, mask) == 1.0
     other = mask.copy()
     other[5:8, 20, 2:12] = other[28, 28, 27:] = True  # a cable that survives thinning, and a speck
-    assert voxel.cldice(mask, other) < 1.0
+    assert centerline.cldice(mask, other) < 1.0
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -189,7 +189,7 @@ def test_a_mask_of_single_voxels_in_a_row_has_a_centreline(line: str, axis: int)
     mask = np.zeros((12, 13, 14), dtype=bool)
     row = np.array([c == "1" for c in line])
     np.moveaxis(mask, axis, 2)[3, 4, 1 : 1 + len(row)] = row
-    thin = skeleton(mask)
+    thin = skeletonize_mask(mask)
     assert not (thin & ~mask).any()
     labels, parts = ndimage.label(mask, np.ones((3, 3, 3)))
     assert {*np.unique(labels[thin])} == set(range(1, parts + 1))
@@ -201,8 +201,10 @@ def test_streamed_equals_whole() -> None:
     block = (16, 16, 16)
     read_a, read_b = (lambda box: a[box.slices]), (lambda box: b[box.slices])
     assert voxel.counts_streamed(read_a, read_b, a.shape, block) == voxel.counts(a, b)
-    assert voxel.cldice_streamed(read_a, read_b, a.shape, block, halo=(30, 30, 30)) == pytest.approx(voxel.cldice(a, b))
-    assert voxel.cldice_streamed(lambda box: a[box.slices] & False, read_b, a.shape, block) == 0.0
+    assert centerline.cldice_streamed(read_a, read_b, a.shape, block, halo=(30, 30, 30)) == pytest.approx(
+        centerline.cldice(a, b)
+    )
+    assert centerline.cldice_streamed(lambda box: a[box.slices] & False, read_b, a.shape, block) == 0.0
     whole = voxel.surface_metrics(a, b, (1.0, 0.4, 0.4))
     parts = voxel.surface_metrics_streamed(read_a, read_b, a.shape, (1.0, 0.4, 0.4), block)
     assert (parts.hd95, parts.hd95_pooled, parts.assd) == pytest.approx((whole.hd95, whole.hd95_pooled, whole.assd))

@@ -25,9 +25,9 @@ def test_text_is_escaped_everywhere() -> None:
         html.picture(b"x", bad),
         html.details(bad, ""),
         html.code(bad),
-        charts.lines(bad, [charts.Series(bad, [0, 1], [0, 1])], bad, bad),
-        charts.pairs(bad, [bad], [[1.0]], bad),
-        charts.differences(bad, [(bad, 1.0, None, None)], bad),
+        charts.draw_lines(bad, [charts.Series(bad, [0, 1], [0, 1])], bad, bad),
+        charts.draw_pairs(bad, [bad], [[1.0]], bad),
+        charts.draw_differences(bad, [(bad, 1.0, None, None)], bad),
     ]
     for part in parts:
         assert "<script>" not in part
@@ -46,7 +46,7 @@ def test_text_is_escaped_everywhere() -> None:
     ],
 )
 def test_numbers_for_people(value: float | None, digits: int, text: str) -> None:
-    assert html.number(value, digits) == text
+    assert html.format_number(value, digits) == text
 
 
 def points(svg: str) -> list[tuple[float, float]]:
@@ -56,20 +56,20 @@ def points(svg: str) -> list[tuple[float, float]]:
 
 
 def test_a_line_chart_puts_points_where_they_belong() -> None:
-    linear = points(charts.lines("t", [charts.Series("s", [0, 5, 10], [0, 5, 10])], "x", "y"))
+    linear = points(charts.draw_lines("t", [charts.Series("s", [0, 5, 10], [0, 5, 10])], "x", "y"))
     assert linear[1][0] == pytest.approx((linear[0][0] + linear[2][0]) / 2, abs=0.1)
     assert linear[1][1] == pytest.approx((linear[0][1] + linear[2][1]) / 2, abs=0.1)
     assert linear[0][1] > linear[2][1]  # up is more
-    log = points(charts.lines("t", [charts.Series("s", [0, 1, 2, 3], [1, 10, 0, 100])], "x", "y", log_y=True))
+    log = points(charts.draw_lines("t", [charts.Series("s", [0, 1, 2, 3], [1, 10, 0, 100])], "x", "y", log_y=True))
     assert len(log) == 3  # zero has no place on a log axis
     assert log[1][1] == pytest.approx((log[0][1] + log[2][1]) / 2, abs=0.1)
 
 
 def test_charts_of_nothing_little_and_much() -> None:
-    assert "nothing was recorded" in charts.lines("t", [charts.Series("s", [], [])], "x", "y")
-    assert "nothing was recorded" in charts.lines("t", [charts.Series("s", [1.0], [float("nan")])], "x", "y")
-    assert "<circle" in charts.lines("t", [charts.Series("s", [3], [7])], "x", "y")
-    many = points(charts.lines("t", [charts.Series("s", range(100_000), range(100_000))], "x", "y"))
+    assert "nothing was recorded" in charts.draw_lines("t", [charts.Series("s", [], [])], "x", "y")
+    assert "nothing was recorded" in charts.draw_lines("t", [charts.Series("s", [1.0], [float("nan")])], "x", "y")
+    assert "<circle" in charts.draw_lines("t", [charts.Series("s", [3], [7])], "x", "y")
+    many = points(charts.draw_lines("t", [charts.Series("s", range(100_000), range(100_000))], "x", "y"))
     assert 200 <= len(many) <= 400
 
 
@@ -77,8 +77,8 @@ def test_many_methods_with_long_names_stay_apart() -> None:
     """A row each, names beside the axis and cut where they are long: a study of many models stays readable."""
     names = [f"m{i}_{'x' * 60}_end{i}" for i in range(12)]
     for svg in (
-        charts.pairs("t", names, [list(range(12)), list(range(12))], ""),
-        charts.differences("t", [(n, 1.0, 0.5, 2.0) for n in names], ""),
+        charts.draw_pairs("t", names, [list(range(12)), list(range(12))], ""),
+        charts.draw_differences("t", [(n, 1.0, 0.5, 2.0) for n in names], ""),
     ):
         found = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>(m\d+_[^<]+)', svg)
         places = [(float(x), float(y), t) for x, y, t in found]
@@ -94,8 +94,8 @@ def page() -> str:
     rows.append([Cell("none"), Cell("", None)])
     table = html.table([Column("Name", numeric=False), Column("Value")], rows)
     wide = html.table([Column(f"Column {i}") for i in range(30)], [[Cell("1.234 and more")] * 30])
-    figure = html.row([charts.pairs("p", ["a"], [[1.0]], "")])
-    return html.page("Title", "under it", [("One", table), ("Two", figure), ("Three", wide)])
+    figure = html.row([charts.draw_pairs("p", ["a"], [[1.0]], "")])
+    return html.render_page("Title", "under it", [("One", table), ("Two", figure), ("Three", wide)])
 
 
 def test_the_page_needs_nothing_else() -> None:

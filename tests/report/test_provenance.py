@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-from hpc_neuro import evaluate
 from hpc_neuro.report import provenance
-from tests.evaluate.conftest import write_predictions
 
 
 def write(folder: Path, verb: str, **config: object) -> Path:
@@ -49,19 +45,3 @@ def test_neurons_that_the_model_has_seen_are_named(tmp_path: Path) -> None:
     assert provenance.notices(links, {"c": "4d", "renamed": "2b"}) == [
         "The model was trained or validated on renamed: this neuron is not held out."
     ]
-
-
-def test_a_random_teacher_is_said_in_log_and_report(
-    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    predictions = write_predictions(tmp_path / "p", store)
-    write(predictions, "infer", model=tmp_path / "train", store=store)
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "run.json").write_text(
-        json.dumps({"verb": "train", "config": {"teacher": {"model": "random"}}})
-    )
-    cfg = evaluate.EvaluateConfig(store=store, predictions=predictions, out=tmp_path / "out", pictures=0, draws=100)
-    with caplog.at_level("WARNING", "hpc_neuro"):
-        assert evaluate.run(cfg) == 0
-    assert "random weights" in caplog.text
-    assert "The teacher had random weights" in (cfg.out / "report.html").read_text()

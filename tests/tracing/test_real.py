@@ -13,7 +13,8 @@ from skimage.filters import threshold_otsu
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
-from hpc_neuro.metrics.tree import distances, match, without_stub
+from hpc_neuro.metrics.cable import match_cable, remove_stub
+from hpc_neuro.metrics.tree import distances
 from hpc_neuro.tracing import TraceConfig, trace
 from tests.helpers.shapes import volume_of
 
@@ -32,7 +33,7 @@ def test_a_perfect_mask_gives_the_gold_tree(real_data: Path, name: str) -> None:
     with tifffile.TiffFile(folder / f"{name}.tif") as tif:
         shape = (len(tif.pages), 512, 512)
     (tree,) = trace(volume_of(gold, shape, 2.3), VOXEL, roots=[root])
-    assert match(tree, gold, 4.0).f1 > 0.99
+    assert match_cable(tree, gold, 4.0).f1 > 0.99
     assert distances(tree, gold)["esa"] < 0.6
     assert morphology.length(tree) == pytest.approx(morphology.length(gold), rel=0.065)
 
@@ -43,8 +44,8 @@ def test_otsu_on_the_raw_stack_follows_the_neuron(real_data: Path, name: str, le
     gold, root = gold_of(folder, name)
     image = tifffile.imread(folder / f"{name}.tif")
     (tree,) = trace(image > threshold_otsu(image), VOXEL, roots=[root])
-    tree = without_stub(tree, gold, 4.0)
-    assert match(tree, gold, 4.0).f1 > least
+    tree = remove_stub(tree, gold, 4.0)
+    assert match_cable(tree, gold, 4.0).f1 > least
     assert len(morphology.tips(tree)) < 1.5 * len(morphology.tips(gold))
 
 
@@ -56,8 +57,8 @@ def test_a_mask_broken_beside_the_root_is_joined_along_the_image(real_data: Path
     cfg = TraceConfig(root_is_end=True)
     (blind,) = trace(mask, VOXEL, roots=[root], cfg=cfg)
     (tree,) = trace(mask, VOXEL, roots=[root], cfg=cfg, image=image)
-    assert match(blind, gold, 4.0).recall < 0.1
-    assert match(tree, gold, 4.0).f1 > 0.95
+    assert match_cable(blind, gold, 4.0).recall < 0.1
+    assert match_cable(tree, gold, 4.0).f1 > 0.95
 
 
 def test_unrelated_neurites_are_not_followed_from_the_root(real_data: Path) -> None:
@@ -67,4 +68,4 @@ def test_unrelated_neurites_are_not_followed_from_the_root(real_data: Path) -> N
     (tree,) = trace(mask, VOXEL, roots=[root])
     away = np.linalg.norm(tree.points - gold.points.mean(axis=0), axis=1).max()
     assert away < np.linalg.norm(gold.points - gold.points.mean(axis=0), axis=1).max() + 25
-    assert match(tree, gold, 4.0).precision > 0.85
+    assert match_cable(tree, gold, 4.0).precision > 0.85

@@ -22,8 +22,8 @@ from skimage.filters import threshold_otsu
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, joined
 from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render
-from hpc_neuro.metrics.topology import topology
-from hpc_neuro.metrics.tree import match
+from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.metrics.topology import compare_topology
 from hpc_neuro.tracing import trace
 
 _VOXEL: VoxelSize = (1.0, 0.33, 0.33)  # [um]
@@ -69,7 +69,7 @@ def compared(seed: int, neurons: int, level: float, shape: Shape) -> dict[str, d
 
 
 def _scores(tree: Tree, gold: Tree) -> dict[str, Any]:
-    near, connected = match(tree, gold, _TOLERANCE), topology(tree, gold, _TOLERANCE)
+    near, connected = match_cable(tree, gold, _TOLERANCE), compare_topology(tree, gold, _TOLERANCE)
     return {
         "precision": near.precision,
         "recall": near.recall,
