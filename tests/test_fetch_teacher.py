@@ -37,13 +37,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cached(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's client finds the weights in its cache."""
-    monkeypatch.setattr(module.hub, "try_to_load_from_cache", lambda *a, **k: str(weights))
+    monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", lambda *a, **k: str(weights))
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.hub, "try_to_load_from_cache", lambda *a, **k: pytest.fail("the hub's cache was asked"))
-    monkeypatch.setattr(module.hub, "hf_hub_download", lambda *a, **k: pytest.fail("the network was tried"))
+    monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", lambda *a, **k: pytest.fail("the hub's cache was asked"))
+    monkeypatch.setattr(module.huggingface, "hf_hub_download", lambda *a, **k: pytest.fail("the network was tried"))
 
 
 def test_a_fetched_folder_is_loaded_without_the_hub(
@@ -56,7 +56,7 @@ def test_a_fetched_folder_is_loaded_without_the_hub(
     note = json.loads((tmp_path / "t" / "teacher.json").read_text())
     assert (note["name"], note["sha256"], note["origin"]) == (NAME, digest, f"timm/{NAME}")
     assert "apache-2.0" in (tmp_path / "t" / "LICENCE.txt").read_text()
-    monkeypatch.setattr(module.hub, "weights", lambda *a: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(module.huggingface, "weights", lambda *a: pytest.fail("the hub was asked"))
     teacher = load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
     assert teacher.identity == {"name": NAME, "sha256": digest}
 
@@ -68,7 +68,7 @@ def test_fetching_again_changes_nothing_and_mends_a_changed_file(
     file = tmp_path / "t" / "model.safetensors"
     stamp = file.stat().st_mtime_ns
     with monkeypatch.context() as network:
-        network.setattr(module.hub, "weights", lambda *a: pytest.fail("the hub was asked"))
+        network.setattr(module.huggingface, "weights", lambda *a: pytest.fail("the hub was asked"))
         assert "already holds" in fetch(NAME, tmp_path / "t")[0]
     assert file.stat().st_mtime_ns == stamp
     content = bytearray(file.read_bytes())

@@ -170,7 +170,7 @@ def natural(text: str) -> list[tuple[int, str]]:
 def code_version() -> str:
     """Package version, with the git commit (and `+changed`) when run from a checkout."""
     version = importlib.metadata.version("hpc_neuro")
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if (root / VERSION_FILE).exists():
         return (root / VERSION_FILE).read_text(encoding="utf-8").strip()
     if not (root / ".git").exists():

@@ -16,7 +16,7 @@ from tests.conftest import REPO
 def test_every_trial_is_accounted_for_after_kills_of_trials_and_driver(tmp_path: Path) -> None:
     command = [
         sys.executable,
-        str(REPO / "tools" / "drill_sweep.py"),
+        str(REPO / "tests" / "faults" / "sweep_drill.py"),
         str(tmp_path),
         "--trials",
         "10",

@@ -15,7 +15,7 @@ from hpc_neuro.search.space import Point
 from launch.executors.local import Local
 from launch.sweep.driver import Driver
 
-STAND_IN = Path(__file__).resolve().parents[2] / "tools" / "stand_in_trial.py"
+STAND_IN = Path(__file__).resolve().parents[1] / "faults" / "stand_in_trial.py"
 STEPS = 12
 
 

@@ -1,4 +1,4 @@
-"""What test_ranks.py runs on two ranks: `ranks.py STORE FOLDER`, started by launching.py."""
+"""What test_ranks.py runs on two ranks: `train_ranks.py STORE FOLDER`, started by torchrun.py."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_who_may_have_several_processes(verb, asked, fault):
 
 def test_the_snapshot_says_what_it_is_a_copy_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     copy = snapshot(tmp_path / "code")
-    assert (copy / "hpc_neuro" / "runs.py").read_bytes() == Path(run_folder.__file__).read_bytes()
+    assert (copy / "hpc_neuro" / "core" / "run_folder.py").read_bytes() == Path(run_folder.__file__).read_bytes()
     assert (copy / "CODE_VERSION").read_text().strip()
     assert snapshot(tmp_path / "code") == copy
     marker = copy / "launch" / "marker"

@@ -159,8 +159,8 @@ def test_unknown_names_are_refused(name: str, says: str) -> None:
 
 
 def test_offline_hub_weights_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(module.hub, "try_to_load_from_cache", lambda *a, **k: None)
+    monkeypatch.setattr(module.huggingface.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", lambda *a, **k: None)
     name = "vit_tiny_patch16_224.augreg_in21k"
     command = f"hpc-neuro fetch-teacher {name} out=FOLDER"
     with pytest.raises(InputError, match=f"HF_HUB_OFFLINE is set; .*{command}.*bundled"):
@@ -178,10 +178,10 @@ def test_an_unreachable_hub_does_not_hang(monkeypatch: pytest.MonkeyPatch, hangs
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module.hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module.hub, "SECONDS", 0.2)
-    monkeypatch.setattr(module.hub, "try_to_load_from_cache", lambda *a, **k: None)
-    monkeypatch.setattr(module.hub.socket, "create_connection", connect)
+    monkeypatch.setattr(module.huggingface.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(module.huggingface, "SECONDS", 0.2)
+    monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", lambda *a, **k: None)
+    monkeypatch.setattr(module.huggingface.socket, "create_connection", connect)
     with pytest.raises(InputError, match="did not answer" if hangs else "no route"):
         load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
     assert not answered  # the connection is still held
@@ -198,8 +198,8 @@ def test_cached_hub_weights_need_no_network(
         asked.append((repository, file))
         return str(path)
 
-    monkeypatch.setattr(module.hub, "try_to_load_from_cache", cached)
-    monkeypatch.setattr(module.hub, "_unreachable", lambda: pytest.fail("the network was tried"))
+    monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(module.huggingface, "_unreachable", lambda: pytest.fail("the network was tried"))
     found = load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
     assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k", "model.safetensors")]
     torch.testing.assert_close(found.backbone.norm.weight, untrained.backbone.norm.weight)

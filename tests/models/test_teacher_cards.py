@@ -111,7 +111,7 @@ def test_a_wrong_card_is_refused(tmp_path: Path, change: dict[str, object], says
 
 def test_a_folder_without_a_card_and_a_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, _pretrained(tmp_path / "t") / "teacher.safetensors"):
-        with pytest.raises(InputError, match=r"give the folder that tools\.pretrain_teacher wrote"):
+        with pytest.raises(InputError, match=r"give the folder that tools\.teacher\.pretrain wrote"):
             load_teacher(TeacherConfig(model="trained", weights=path))
 
 

@@ -9,13 +9,13 @@ import pytest
 
 from tests.helpers.torchrun import start
 
-LIMIT = 3.0  # as in silent.py
+LIMIT = 3.0  # as in helpers/silent_train.py
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "who"), [("kill", 1), ("stop", 0), ("raise", 1)])
 def test_a_lost_rank_is_named_and_the_others_end_in_time(how, who):
-    ranks = start("silent.py", 3 if how == "kill" else 2, how, who)
+    ranks = start("silent_train.py", 3 if how == "kill" else 2, how, who)
     others = [p for rank, p in enumerate(ranks) if rank != who]
     try:
         said = [p.communicate(timeout=150)[0] for p in others]

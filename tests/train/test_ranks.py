@@ -36,7 +36,7 @@ def ranks(store, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "one_step", stopped)
         assert train.run(load(train.TrainConfig, None, keys)) == 75
-    done = launch("ranks.py", 2, store, folder)
+    done = launch("train_ranks.py", 2, store, folder)
     assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:6000]
     return folder
 

@@ -17,14 +17,14 @@ from hpc_neuro.models.stem import VoxelNorm
 from hpc_neuro.models.tubular import gather
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_equal_plain_torch() -> None:
     """In a process of its own, for the interpreter is chosen when Triton is imported."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    script = Path(__file__).with_name("tubular_interpreted.py")
+    script = REPO / "tests" / "helpers" / "tubular_interpreted.py"
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.strip() == "equal"

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 
 TINY = """
 import copy, sys
-from hpc_neuro.models import tubular_triton
-from tools import bench_tubular, tune_tubular
+from hpc_neuro.models.tubular import triton_impl as tubular_triton
+from tools.bench import tubular as bench_tubular, tune_tubular
 bench_tubular.SMALL = (3, 4, 5)
 tune_tubular.TUBES, tune_tubular.WARPS, tune_tubular.STAGES = (16, 32), (2,), (1,)
 before = copy.deepcopy(tubular_triton.TILES)
@@ -46,7 +46,7 @@ def test_each_kernel_gets_the_fastest_of_its_choices_and_the_table_can_be_pasted
 
 def test_without_a_gpu_it_says_so() -> None:
     done = run(
-        "import sys; sys.argv = ['tune']; from tools import tune_tubular as t; sys.exit(t.main())",
+        "import sys; sys.argv = ['tune']; from tools.bench import tune_tubular as t; sys.exit(t.main())",
         CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 2

@@ -22,7 +22,7 @@ from hpc_neuro.models.teacher import TeacherConfig, load_teacher
 from tools.teacher import masked_autoencoder, photos, pretrain, probe
 from tools.teacher.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 TINY = ["--steps", "12", "--depth", "2", "--width", "32", "--decoder", "1", "--batch", "4", "--side", "64"]
 TINY += ["--part", "3", "--crop", "32", "--held", "4", "--log", "2", "--every", "0", "--threads", "1"]
