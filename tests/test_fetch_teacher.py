@@ -42,7 +42,9 @@ def cached(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", lambda *a, **k: pytest.fail("the hub's cache was asked"))
+    monkeypatch.setattr(
+        module.huggingface, "try_to_load_from_cache", lambda *a, **k: pytest.fail("the hub's cache was asked")
+    )
     monkeypatch.setattr(module.huggingface, "hf_hub_download", lambda *a, **k: pytest.fail("the network was tried"))
 
 
