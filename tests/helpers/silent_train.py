@@ -1,4 +1,4 @@
-"""One rank of test_rank_watch.py: meets the others until something happens to one of them. `silent_train.py HOW WHO`."""
+"""One rank of test_rank_watch.py: meets the others until one of them is lost. `silent_train.py HOW WHO`."""
 
 from __future__ import annotations
 
