@@ -8,42 +8,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import schema
 from hpc_neuro.core.distributed import is_main
+from hpc_neuro.pipeline import VERBS, Verb
 
 log = logging.getLogger("hpc_neuro")
-
-
-@dataclass(frozen=True)
-class Verb:
-    """Where a verb lives and what it does; `config` None: the module takes the plain arguments itself."""
-
-    module: str
-    config: str | None
-    text: str
-
-
-VERBS = {
-    "prepare": Verb("hpc_neuro.prepare", "PrepareConfig", "images + SWC trees -> training store"),
-    "precompute": Verb("hpc_neuro.precompute", "PrecomputeConfig", "training store -> teacher feature cache"),
-    "train": Verb("hpc_neuro.train", "TrainConfig", "store + cache -> 3D student"),
-    "infer": Verb(
-        "hpc_neuro.infer", "InferConfig", "student + volumes -> probabilities and SWC trees; verify OUT, serve OUT"
-    ),
-    "evaluate": Verb("hpc_neuro.evaluate", "EvaluateConfig", "predictions + truth -> metrics and report"),
-    "search": Verb("hpc_neuro.search", "SearchConfig", "a study's trials -> table, figures, best config"),
-    "demo": Verb("hpc_neuro.demo", "DemoConfig", "all of the above on a small data set"),
-    "fetch-teacher": Verb("hpc_neuro.fetch_teacher", None, "a teacher's weights into a folder, for offline nodes"),
-    "cache": Verb("hpc_neuro.precompute.cache_tool", None, "verify and repair a feature cache, or say what it holds"),
-    "doctor": Verb("hpc_neuro.doctor", None, "what this machine has, what is missing and how to get it"),
-    "info": Verb("hpc_neuro.info", None, "what a volume file holds"),
-    "swc": Verb("hpc_neuro.swc_tool", None, "check, fix, convert or transform SWC files"),
-    "history": Verb("hpc_neuro.history", None, "the chain behind a result, and whether it is whole"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _log_to_console()
     try:
-        return _call(VERBS[name], name, rest)
+        return _call(VERBS[name], rest)
     except (schema.ConfigError, schema.InputError) as error:
         sys.stderr.write(f"hpc-neuro {name}: {error}\n")
         return 2
@@ -86,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """The overview `hpc-neuro --help` prints."""
     width = max(map(len, VERBS))
-    lines = [f"  {name:<{width}}  {verb.text}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
     return (
         "hpc-neuro VERB [CONFIG.yaml] [key=value ...] [--dry-run]\n\n"
         + "\n".join(lines)
@@ -95,16 +67,17 @@ def usage() -> str:
     )
 
 
-def _call(verb: Verb, name: str, rest: Sequence[str]) -> int:
-    module = importlib.import_module(verb.module)
+def _call(verb: Verb, rest: Sequence[str]) -> int:
+    commands = dict(verb.commands)
+    if rest and rest[0] in commands:
+        return int(importlib.import_module(commands[rest[0]]).main(rest[1:]))
+    module = verb.load_module()
     if verb.config is None:
         return int(module.main(rest))
-    if rest and rest[0] in (commands := getattr(module, "COMMANDS", {})):
-        return int(commands[rest[0]](rest[1:]))
-    cls = getattr(module, verb.config)
+    cls = verb.load_config_class()
     flags = [a for a in rest if a.startswith("-")]
     if "--help" in flags or "-h" in flags:
-        sys.stdout.write(_help(name, verb, cls))
+        sys.stdout.write(_help(verb, cls))
         return 0
     if unknown := [f for f in flags if f != "--dry-run"]:
         raise schema.ConfigError(
@@ -121,10 +94,10 @@ def _call(verb: Verb, name: str, rest: Sequence[str]) -> int:
     return int(module.run(cfg))
 
 
-def _help(name: str, verb: Verb, cls: type) -> str:
+def _help(verb: Verb, cls: type) -> str:
     fields = list(schema.describe(cls))
     width = min(40, max(len(f.key) for f in fields))
-    lines = [f"hpc-neuro {name} [CONFIG.yaml] [key=value ...] [--dry-run]: {verb.text}\n"]
+    lines = [f"hpc-neuro {verb.name} [CONFIG.yaml] [key=value ...] [--dry-run]: {verb.summary}\n"]
     for field in fields:
         default = f" = {field.default}" if field.default else ""
         lines.append(f"  {field.key:<{width}} {field.type + default}")

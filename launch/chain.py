@@ -8,17 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.pipeline import STAGES
 from launch import jobs
-
-# verb -> the keys that name what an earlier verb wrote
-_WIRES: dict[str, dict[str, str]] = {
-    "prepare": {},
-    "precompute": {"store": "prepare"},
-    "train": {"store": "prepare", "cache": "precompute"},
-    "infer": {"store": "prepare", "model": "train"},
-    "evaluate": {"store": "prepare", "predictions": "infer", "train": "train"},
-}
-FOLDERS = {"prepare": "store", "precompute": "cache", "train": "train", "infer": "infer", "evaluate": "evaluate"}
 
 
 def plan(verbs: Sequence[str], configs: Path | None, keys: Sequence[str]) -> list[tuple[str, Any]]:
@@ -29,10 +20,10 @@ def plan(verbs: Sequence[str], configs: Path | None, keys: Sequence[str]) -> lis
     under ROOT, whether they are in this chain or were made before. ROOT's name is the tracker's group. Raises
     ConfigError.
     """
-    if unknown := [v for v in verbs if v not in FOLDERS]:
-        raise ConfigError(f"--chain: {', '.join(unknown)} cannot stand in a chain; choose from {','.join(FOLDERS)}")
-    if list(verbs) != sorted(set(verbs), key=list(FOLDERS).index):
-        raise ConfigError(f"--chain: {','.join(verbs)} is not in the order of the pipeline, {','.join(FOLDERS)}")
+    if unknown := [v for v in verbs if v not in STAGES]:
+        raise ConfigError(f"--chain: {', '.join(unknown)} cannot stand in a chain; choose from {','.join(STAGES)}")
+    if list(verbs) != sorted(set(verbs), key=list(STAGES).index):
+        raise ConfigError(f"--chain: {','.join(verbs)} is not in the order of the pipeline, {','.join(STAGES)}")
     roots = [k.partition("=")[2] for k in keys if k.startswith("out=")]
     if len(roots) != 1:
         raise ConfigError("--chain wants out=FOLDER once; each verb gets a folder under it")
@@ -40,15 +31,25 @@ def plan(verbs: Sequence[str], configs: Path | None, keys: Sequence[str]) -> lis
     if stray:
         raise ConfigError(f"--chain: {stray[0]} is of no verb of the chain; write VERB.key=value")
     root = Path(roots[0])
-    stages = [(v, jobs.load(v, _config(configs, v), _keys(v, verbs, root, keys))) for v in verbs]
-    return [(v, _grouped(cfg, root.resolve().name) if v == "train" else cfg) for v, cfg in stages]
+    return [(verb, _load_stage(verb, verbs, root, configs, keys)) for verb in verbs]
 
 
-def _grouped(cfg: Any, name: str) -> Any:
-    """A training in the tracker's group of the chain, unless its config names another."""
-    if cfg.tracker.group is not None:
+def _load_stage(verb: str, verbs: Sequence[str], root: Path, configs: Path | None, keys: Sequence[str]) -> Any:
+    """Load the config of one verb of a chain, with the folders under `root` filled in."""
+    overrides = [key.partition(".")[2] for key in keys if key.startswith(f"{verb}.")]
+    values: dict[str, Any] = {**STAGES[verb].folders_under(root, present=verbs)}
+    cfg = jobs.load(verb, _config(configs, verb), overrides, values)
+    if verb != "train":
         return cfg
-    return dataclasses.replace(cfg, tracker=dataclasses.replace(cfg.tracker, group=name))
+
+    # A training that does not distill reads no cache, and the chain may have none.
+    if cfg.distill is None and cfg.cache == values["cache"]:
+        cfg = dataclasses.replace(cfg, cache=None)
+
+    # The trainings of one chain share a group in the tracker, unless the config names another.
+    if cfg.tracker.group is None:
+        cfg = dataclasses.replace(cfg, tracker=dataclasses.replace(cfg.tracker, group=root.resolve().name))
+    return cfg
 
 
 def _config(configs: Path | None, verb: str) -> Path | None:
@@ -58,13 +59,3 @@ def _config(configs: Path | None, verb: str) -> Path | None:
     if not found:
         raise ConfigError(f"{configs} has neither {verb}.yaml nor {verb}/default.yaml")
     return found[0]
-
-
-def _keys(verb: str, verbs: Sequence[str], root: Path, keys: Sequence[str]) -> list[str]:
-    own = [k.partition(".")[2] for k in keys if k.startswith(f"{verb}.")]
-    wires = {key: root / FOLDERS[maker] for key, maker in _WIRES[verb].items()}
-    if "distill=null" in own:
-        wires.pop("cache", None)
-    if verb == "evaluate" and "train" not in verbs and not wires["train"].exists():
-        wires.pop("train")
-    return [f"out={root / FOLDERS[verb]}", *(f"{key}={folder}" for key, folder in wires.items()), *own]

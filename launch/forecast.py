@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
@@ -13,13 +12,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro import cli
 from hpc_neuro.core.files import human
 from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.pipeline import VERBS
 from launch.site import Resources, Site
 
 PATIENCE = 6.0  # [s] a forecast that takes longer is left to the job
-_INPUTS = ("store", "cache", "model", "predictions", "train", "images", "manifest")
 
 
 def of(verb: str, cfg: Any, asked: Resources, site: Site, made: Iterable[Path] = ()) -> tuple[list[str], list[str]]:
@@ -28,7 +26,8 @@ def of(verb: str, cfg: Any, asked: Resources, site: Site, made: Iterable[Path] =
     lines: list[str] = []
     if verb == "train":
         faults, lines = _training(cfg, asked, site)
-    later = [name for name in _INPUTS if (path := getattr(cfg, name, None)) and Path(path).resolve() in set(made)]
+    keys = [item.key for item in VERBS[verb].inputs if item.in_chain != "never"]
+    later = [key for key in keys if (path := getattr(cfg, key)) and Path(path).resolve() in set(made)]
     if later:
         if verb == "train" and asked.tasks > cfg.optim.batch:
             faults.append(f"optim.batch: {cfg.optim.batch} crops leave some of the {asked.tasks} ranks without any")
@@ -69,7 +68,7 @@ def _work(pipe: Connection, work: Callable[[], list[str]], ranks: int) -> None:
 def _own(verb: str, cfg: Any, asked: Resources) -> list[str]:
     """What the verb says itself. Raises ConfigError or InputError."""
     if verb != "train":
-        return list(importlib.import_module(cli.VERBS[verb].module).forecast(cfg))
+        return list(VERBS[verb].load_module().forecast(cfg))
     from hpc_neuro.train.setup import assemble, lines
 
     if asked.gpus_per_task:  # here there may be none: without what only a GPU can do

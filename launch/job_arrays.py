@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.pipeline import VERBS
 from launch import job_end, jobs, slurm
 from launch.site import Site
-
-VERBS = ("prepare", "infer", "evaluate")  # precompute shares its slabs among MPI ranks
 
 
 def submit(
@@ -50,13 +49,14 @@ def submit(
 
 def shares(verb: str, count: int, alone: bool) -> int:
     """How many shares a verb is cut into: in a chain, those that cannot be shared out stay whole."""
-    return count if alone or verb in VERBS else 1
+    return count if alone or VERBS[verb].divisible else 1
 
 
 def refuse(verb: str, on: str) -> None:
     """Raise ConfigError where there can be no array."""
-    if verb not in VERBS:
-        raise ConfigError(f"--array: {verb} is one piece of work and cannot be shared out; only {', '.join(VERBS)} can")
+    if not VERBS[verb].divisible:
+        divisible = ", ".join(name for name, row in VERBS.items() if row.divisible)
+        raise ConfigError(f"--array: {verb} is one piece of work and cannot be shared out; only {divisible} can")
     if on != "slurm":
         raise ConfigError("--array: only Slurm has arrays; leave it out, or use --on slurm")
 

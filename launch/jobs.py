@@ -8,25 +8,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-import importlib
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import submitit
 
-from hpc_neuro import cli
 from hpc_neuro.core import files, schema
 from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.pipeline import LAUNCHABLE
 from launch import job_end, slurm
-from launch.site import VERBS, Resources, Site
+from launch.site import Resources, Site
 from launch.snapshot import snapshot
 from launch.supervise import Task
 
@@ -58,12 +57,11 @@ class Job:
         return mine[-1] if mine else None
 
 
-def load(verb: str, config: Path | None, keys: Sequence[str]) -> Any:
-    """The verb's config. Raises ConfigError."""
-    if verb not in VERBS:
-        raise ConfigError(f"{verb!r} is not one of the verbs that can be launched: {', '.join(VERBS)}")
-    known = cli.VERBS[verb]
-    return schema.load(getattr(importlib.import_module(known.module), str(known.config)), config, keys)
+def load(verb: str, config: Path | None, keys: Sequence[str], values: Mapping[str, Any] | None = None) -> Any:
+    """Load the config of a verb; `values` are as in `schema.load`. Raises ConfigError."""
+    if verb not in LAUNCHABLE:
+        raise ConfigError(f"{verb!r} is not one of the verbs that can be launched: {', '.join(LAUNCHABLE)}")
+    return schema.load(LAUNCHABLE[verb].load_config_class(), config, keys, values)
 
 
 def submit(

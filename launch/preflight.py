@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.pipeline import VERBS
 from launch import accounts, forecast, job_arrays, jobs, slurm
 from launch.site import Resources, Site
 
 _UP = ("idle", "mixed", "allocated", "completing", "reserved", "planned")  # sinfo's states of nodes that take jobs
-_RANKED = ("precompute", "infer")  # verbs whose ranks share their work by MPI
 _START_SECONDS = 60  # [s] what a job needs before its first step: Python, torch, opening the store
 
 
@@ -76,10 +76,11 @@ def _container(site: Site) -> list[str]:
 
 def tasks(verb: str, asked: Resources) -> list[str]:
     """Faults of how many processes a verb is given, and of how they are to find each other."""
-    if asked.tasks == 1 or verb == "train":
+    ranks = VERBS[verb].ranks
+    if asked.tasks == 1 or ranks == "torch":
         return []
-    if verb not in _RANKED:
-        more = "; share volumes out with --array" if verb in job_arrays.VERBS else ""
+    if ranks is None:
+        more = "; share volumes out with --array" if VERBS[verb].divisible else ""
         return [f"nodes, tasks_per_node: {verb} runs in one process, {asked.tasks} would do the same{more}"]
     if asked.mpi == "none":
         return [f"mpi: {asked.tasks} processes of {verb} find each other by MPI; give pmi2 (MPICH) or pmix (Open MPI)"]

@@ -106,9 +106,6 @@ class Site:
         return dataclasses.replace(asked, partition=self.partition)
 
 
-VERBS = ("prepare", "precompute", "train", "infer", "evaluate", "demo")
-
-
 def load_site(name: str | None, overrides: list[str]) -> Site:
     """A site by the path of its YAML file or by the name of a shipped one; None: one task, nothing special."""
     path = None

@@ -9,15 +9,16 @@ import pytest
 
 from hpc_neuro import cli
 from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.pipeline import VERBS
 
-CONFIGURED = [name for name, verb in cli.VERBS.items() if verb.config]
+CONFIGURED = [name for name, verb in VERBS.items() if verb.config]
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_help_lists_every_key_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    assert cli.VERBS[name].text in text
+    assert VERBS[name].summary in text
     assert "  out " in text
     undocumented = [line for line in text.splitlines()[2:] if not line.strip()]
     assert not undocumented
@@ -38,7 +39,7 @@ def test_every_fault_is_named_at_once_and_nothing_is_written(
 def test_usage_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text for name in cli.VERBS)
+    assert all(f"  {name} " in text for name in VERBS)
     assert cli.main([]) == 2
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import pytest
 
-from hpc_neuro import cli
 from hpc_neuro.core import schema
+from hpc_neuro.pipeline import VERBS
 from launch.site import Site
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -19,9 +18,8 @@ def config_class(folder: str) -> type:
     """The root config of the files in a folder of configs/."""
     if folder == "cluster":
         return Site
-    verb = cli.VERBS[folder]
-    found: type = getattr(importlib.import_module(verb.module), str(verb.config))
-    return found
+    cls: type = VERBS[folder].load_config_class()
+    return cls
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(CONFIGS)))

@@ -21,6 +21,7 @@ from hpc_neuro import demo
 from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data import swc
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
+from hpc_neuro.pipeline import STAGES
 
 SMALL = [
     "teacher.model=random",
@@ -48,7 +49,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     done = subprocess.run(command(out), capture_output=True, text=True, timeout=280, env=environment(), check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for stage in demo.STAGES:
+    for stage in ("synthetic", *STAGES):
         assert f"{stage} done in" in done.stderr
     assert "report: " in done.stderr
     assert "Dice of the foreground" in done.stderr
@@ -171,7 +172,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 def test_trees_that_lie_in_the_way_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "swc").mkdir()
     (tmp_path / "swc" / "mine.swc").write_text("1 2 0 0 0 1 -1\n")
-    with pytest.raises(InputError, match="swc is there, and of no demo"):
+    with pytest.raises(InputError, match="swc exists, but no demo wrote it"):
         demo.run(load(demo.DemoConfig, None, [f"out={tmp_path}"]))
     assert [p.name for p in tmp_path.rglob("*")] == ["swc", "mine.swc"]
 
@@ -186,22 +187,22 @@ def test_faulty_keys_of_every_stage_come_at_once_before_the_first(tmp_path: Path
 
 def test_a_folder_that_has_changed_is_no_longer_the_same_demo(pairs: Path, tmp_path: Path) -> None:
     pairs = shutil.copytree(pairs, tmp_path / "pairs")
-    before = demo._listed(pairs)
-    assert demo._listed(pairs) == before
+    before = demo.digest_pairs(pairs)
+    assert demo.digest_pairs(pairs) == before
     tree = next(pairs.glob("*.swc"))
     tree.write_text(tree.read_text() + "# mended\n")
-    changed = demo._listed(pairs)
+    changed = demo.digest_pairs(pairs)
     shutil.copy(tree, pairs / "new.swc")
-    assert len({before, changed, demo._listed(pairs)}) == 3
+    assert len({before, changed, demo.digest_pairs(pairs)}) == 3
 
 
 def test_the_held_out_neurons_are_chosen_as_documented(tmp_path: Path) -> None:
     for number in (1, 2, 3, 6, 7, 9, 10):
         (tmp_path / f"OP_{number}.swc").touch()
     cfg = load(demo.DemoConfig, None, [f"data={tmp_path}"])
-    assert demo._held_out(cfg, tmp_path) == ["OP_6"]
+    assert demo.choose_held_out(cfg, tmp_path) == ["OP_6"]
     for number in (9, 10):
         (tmp_path / f"OP_{number}.swc").unlink()
-    assert demo._held_out(load(demo.DemoConfig, None, [f"data={tmp_path}", "test=[OP_3]"]), tmp_path) == ["OP_3"]
+    assert demo.choose_held_out(load(demo.DemoConfig, None, [f"data={tmp_path}", "test=[OP_3]"]), tmp_path) == ["OP_3"]
     with pytest.raises(ConfigError, match=r"has no OP_8.swc"):
-        demo._held_out(load(demo.DemoConfig, None, [f"data={tmp_path}", "test=[OP_8]"]), tmp_path)
+        demo.choose_held_out(load(demo.DemoConfig, None, [f"data={tmp_path}", "test=[OP_8]"]), tmp_path)

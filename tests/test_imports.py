@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hpc_neuro"
-FLOOR_0 = {"core"}
+FLOOR_0 = {"core", "pipeline"}
 FLOOR_1 = {"data", "models", "losses", "tracing", "metrics", "report"}
 FLOOR_2 = {"prepare", "precompute", "train", "infer", "evaluate", "search", "doctor", "info", "swc_tool", "history"}
 FLOOR_2 |= {"fetch_teacher"}

@@ -7,7 +7,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, dataclass_transform
 
@@ -37,14 +37,17 @@ def config(cls: type[T]) -> type[T]:
     return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls))
 
 
-def load(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
-    """Read a `cls` from a YAML file (None: all defaults) with `dotted.key=value` overrides applied last.
+def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> T:
+    """Read a `cls` from a YAML file (None: all defaults), with `dotted.key=value` overrides applied last.
 
+    values: dotted key -> value that the program sets; it replaces the file's value, and an override replaces it.
     Raises ConfigError naming all faults at once, each by its dotted key.
     """
     name = str(path) if path else "the command line"
     tree = _read_yaml(path) if path else {}
-    faults = [fault for text in overrides if (fault := _override(cls, tree, text))] + _undone(overrides)
+
+    faults = [fault for key, value in (values or {}).items() if (fault := _set_key(cls, tree, key, plain(value)))]
+    faults += [fault for text in overrides if (fault := _override(cls, tree, text))] + _undone(overrides)
     try:
         value = TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
@@ -179,7 +182,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(cls: Any, tree: dict[str, Any], text: str) -> str | None:
-    """Put `dotted.key=value` into `tree`; on the way, defaults not named in the file are filled in. Returns a fault."""
+    """Put `dotted.key=value` into `tree`. Returns a fault."""
     dotted, equals, raw = text.partition("=")
     if not equals or not dotted:
         return f"{text!r} is not `key=value`"
@@ -189,6 +192,14 @@ def _override(cls: Any, tree: dict[str, Any], text: str) -> str | None:
         if raw[:1] in ("[", "{"):
             return f'{dotted}: {raw} is no YAML; quote what holds brackets or colons itself, as in a=["b=[1,2]"]'
         value = raw
+    return _set_key(cls, tree, dotted, value)
+
+
+def _set_key(cls: Any, tree: dict[str, Any], dotted: str, value: Any) -> str | None:
+    """Put a value into `tree` under a dotted key, after filling in the defaults of the sections above it.
+
+    Returns a fault, or None.
+    """
     *parents, last = dotted.split(".")
     node: Any = tree
     owner: Any = cls  # the config class whose defaults fill what the file leaves out; None below a union or a dict

@@ -16,18 +16,21 @@ from hpc_neuro.data import feature_cache, ome_zarr
 from hpc_neuro.data.store import Store
 from hpc_neuro.history.run_check import Stage, common, short
 from hpc_neuro.models.teacher_folder import NOTE
+from hpc_neuro.pipeline import STAGES, VERBS
 from hpc_neuro.report.provenance import Link
 
-_STORE, _CACHE, _PREDICTIONS = "dataset.json", "manifest.json", "predictions.json"
+_STORE, _CACHE = STAGES["prepare"].index, STAGES["precompute"].index
+_PREDICTIONS = STAGES["infer"].index
 _MEAN = ("dice", "cldice", "hd95_um", "f1_4vox", "esa")
 
 
 def examine(link: Link, quick: bool) -> Stage:
     """The stage of one run, all its links followed. `quick`: large files are not read."""
     stage = common(link)
-    if link.record is not None and link.name in _CHECKS:
+    check = VERBS[link.name].history_check if link.name in VERBS else None
+    if link.record is not None and check is not None:
         try:
-            _CHECKS[link.name](stage, link, link.record, quick)
+            globals()[check](stage, link, link.record, quick)
         except InputError as error:
             stage.bad(str(error).partition(";")[0])
         except (LookupError, TypeError, AttributeError, ValueError) as error:  # JSON, but not as it was written
@@ -50,7 +53,7 @@ def recorded(link: Link) -> dict[str, str]:
     return found
 
 
-def _prepare(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_prepare(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
     index = stage.read(link.path / _STORE)
     if index is None:
         return
@@ -66,7 +69,7 @@ def _prepare(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -
         store.close()
 
 
-def _precompute(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_precompute(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
     _volumes(stage, link, record, "volume ")
     manifest = stage.read(link.path / _CACHE)
     if manifest is None:
@@ -82,7 +85,7 @@ def _precompute(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool
             stage.bad(f"the shard {shard['file']} does not have the checksum it was written with")
 
 
-def _train(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_train(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
     inputs, config = record.get("inputs", {}), record.get("config", {})
     _volumes(stage, link, record, "", skip=("teacher", "cache", "split"))
     if "cache" in inputs and config.get("cache"):
@@ -99,13 +102,12 @@ def _train(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> 
     else:
         mark = stage.read(newest) or {}
         stage.say(f"checkpoint of step {mark.get('step')} ({mark.get('world_size')} ranks, ZeRO {mark.get('stage')})")
-    for name in ("best", "last"):
-        path = link.path / "weights" / name / "model.safetensors"
+    for path in (link.path / name for name in STAGES["train"].artifacts):
         if not path.is_file():
-            stage.bad(f"the {name} weights are missing: {path} does not exist")
+            stage.bad(f"the {path.parent.name} weights are missing: {path} does not exist")
 
 
-def _infer(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_infer(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
     inputs, config = record.get("inputs", {}), record.get("config", {})
     model = link.locate(config.get("model", ""))
     inside = [model / "model.safetensors", model / "weights" / config.get("weights", "best") / "model.safetensors"]
@@ -151,7 +153,7 @@ def _blocks(stage: Stage, out: Path, name: str, folder: str, quick: bool) -> int
     return good
 
 
-def _evaluate(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_evaluate(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
     inputs, config = record.get("inputs", {}), record.get("config", {})
     folders = {"predictions": config.get("predictions", "")}
     for name, several in config.get("compare", {}).items():
@@ -159,18 +161,18 @@ def _evaluate(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) 
     stage.compare(link.locate(config.get("store", "")) / _STORE, inputs.get("store", ""), "store")
     for name, folder in folders.items():
         stage.compare(link.locate(folder) / _PREDICTIONS, inputs.get(name, ""), name)
-    found = stage.read(link.path / "metrics.json")
+    found = stage.read(link.path / STAGES["evaluate"].index)
     for method, mean in ((found or {}).get("mean") or {}).items():
         if stage.equal(f"the mean of {method} in metrics.json", mean, record["summary"]["mean"].get(method)):
             stage.say(f"{method}: " + ", ".join(f"{k} {mean[k]:.3f}" for k in _MEAN if k in mean))
-    for name in ("metrics.csv", "report.html"):
+    for name in STAGES["evaluate"].artifacts[1:]:
         if not (link.path / name).is_file():
             stage.bad(f"{name} is missing: {link.path / name} does not exist")
 
 
-def _demo(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_demo(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
     """What the demo copied to the top of its folder must be what its stages wrote."""
-    copied = [link.path / "evaluate" / n for n in ("metrics.json", "metrics.csv", "report.html")]
+    copied = [link.path / "evaluate" / n for n in STAGES["evaluate"].artifacts]
     copied += sorted((link.path / "infer" / "swc").rglob("*.swc"))
     for source in copied:
         name = source.relative_to(link.path).as_posix().split("/", 1)[1]
@@ -221,13 +223,3 @@ def _attempt(stage: Stage, work: Callable[[], Any], says: str = "") -> Any:
         return None
     stage.held += 1
     return found
-
-
-_CHECKS: dict[str, Callable[[Stage, Link, Mapping[str, Any], bool], None]] = {
-    "prepare": _prepare,
-    "precompute": _precompute,
-    "train": _train,
-    "infer": _infer,
-    "evaluate": _evaluate,
-    "demo": _demo,
-}

@@ -12,17 +12,7 @@ import yaml
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
-
-_BEHIND = {
-    "demo": ("evaluate",),
-    "evaluate": ("predictions", "compare", "train", "store"),
-    "infer": ("model", "store"),
-    "train": ("store", "cache"),
-    "precompute": ("store",),
-}
-"""The keys of a verb's config that name folders of other runs; the demo's stages lie in its own folder."""
-_VERBS = {"predictions": "infer", "compare": "infer", "model": "train", "store": "prepare", "cache": "precompute"}
-"""The verb that such a key's folder is of; where it is not the key itself."""
+from hpc_neuro.pipeline import STAGES, VERBS
 
 _AGAIN = "remove it and run that stage again"
 
@@ -53,11 +43,18 @@ class Link:
         """Verb and folder of each run that this one was built on."""
         record = self.record or {}
         verb, config = str(record.get("verb")), record.get("config", {})
-        for key in _BEHIND.get(verb, ()):
-            named = self.path / key if verb == "demo" else config.get(key)
+
+        # The demo's stages have their folders inside its own.
+        if verb == "demo":
+            last = list(STAGES.values())[-1]
+            yield last.name, self.locate(self.path / str(last.folder))
+            return
+
+        for item in VERBS[verb].inputs if verb in VERBS else ():
+            named = config.get(item.key)
             groups = named.values() if isinstance(named, dict) else [[named]] if named else []
             for path in (p for group in groups for p in group):
-                yield _VERBS.get(key, key), self.locate(path)
+                yield item.verb, self.locate(path)
 
 
 def run_folder(path: Path) -> Path | None:

@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hpc_neuro.core.schema import config
+from hpc_neuro.pipeline import stages_from
 from hpc_neuro.search import space as spaces
 from hpc_neuro.search.asha import AshaConfig, Goal
 from hpc_neuro.search.space import Space
 
-Verb = Literal["train", "infer", "evaluate"]
+RECIPE = stages_from("train")
+"""The verbs of a trial that ends with scored neurons."""
 MAY_CHANGE = ("concurrent", "requeue", "poll", "table", "draws", "trials")
 """Keys that may differ between starts of a sweep, and between the sweep and its report."""
 
@@ -105,7 +107,7 @@ class SearchConfig:
     """Study folder: journal.log, trials/NNNN, report.html, trials.csv, best.yaml."""
     space: Space = Field(min_length=1)
     """Dotted key of the train config (or the name of a bundle) -> values. The key `seed` repeats settings."""
-    recipe: tuple[Verb, ...] = ("train",)
+    recipe: tuple[str, ...] = ("train",)
     """The verbs of a trial, in order: [train] or [train, infer, evaluate]."""
     train: StageConfig = StageConfig()
     """Config that the values are put into."""
@@ -134,10 +136,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         faults = spaces.structure_faults(self.space)
-        if self.recipe not in (("train",), ("train", "infer", "evaluate")):
-            faults.append(f"recipe {list(self.recipe)} must be [train] or [train, infer, evaluate]")
+        if self.recipe not in (("train",), RECIPE):
+            faults.append(f"recipe {list(self.recipe)} must be [train] or [{', '.join(RECIPE)}]")
         if self.objective.key.startswith("evaluate.") and "evaluate" not in self.recipe:
-            faults.append(f"objective.key {self.objective.key} needs recipe [train, infer, evaluate]")
+            faults.append(f"objective.key {self.objective.key} needs recipe [{', '.join(RECIPE)}]")
         if self.trials is None and self.sampler.kind != "grid":
             faults.append(f"trials: the sampler {self.sampler.kind} never ends; say how many")
         if self.asha and (self.asha.key or self.objective.key).startswith("evaluate."):

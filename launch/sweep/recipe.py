@@ -10,15 +10,13 @@ from typing import Any
 
 import yaml
 
-from hpc_neuro import evaluate, infer, train
+from hpc_neuro import train
 from hpc_neuro.core import files, schema
 from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.pipeline import STAGES
 from hpc_neuro.search import space as spaces
 from hpc_neuro.search.config import SearchConfig, StageConfig
 from hpc_neuro.search.space import SEED, Point
-
-_TAKEN = {"train": ("out",), "infer": ("out", "model"), "evaluate": ("out", "predictions", "train")}
-_CLASSES = {"train": train.TrainConfig, "infer": infer.InferConfig, "evaluate": evaluate.EvaluateConfig}
 
 
 class Recipe:
@@ -31,7 +29,7 @@ class Recipe:
             f"{verb}: {key} is filled in for each trial; leave it out"
             for verb, stage in self._stages()
             for key in stage.keys
-            if key.partition("=")[0] in _TAKEN[verb]
+            if key.partition("=")[0] in self._folders(cfg.out, verb)
         ]
         faults += [f"space.{name}: filled in for each trial; leave it out" for name in cfg.space if name == "out"]
         if not faults:
@@ -72,19 +70,25 @@ class Recipe:
 
     def _load(self, folder: Path, keys: Sequence[str]) -> dict[str, Any]:
         """verb -> config of a trial in `folder` with `keys` of the train config. Raises ConfigError."""
-        found: dict[str, Any] = {}
+        configs: dict[str, Any] = {}
+
         for verb, stage in self._stages():
-            own = [f"out={folder / verb}"]
-            if verb == "train":
-                own += keys
-            if verb == "infer":
-                own += [f"model={folder / 'train'}"]
-            if verb == "evaluate":
-                own += [f"predictions={folder / 'infer'}", f"train={folder / 'train'}"]
+            values: dict[str, Any] = {**self._folders(folder, verb)}
             if verb != "train" and not _names(stage, "store"):
-                own.append(f"store={found['train'].store}")
-            found[verb] = schema.load(_CLASSES[verb], stage.config, [*own[:1], *stage.keys, *own[1:]])
-        return found
+                values["store"] = configs["train"].store
+
+            overrides = [*stage.keys, *(keys if verb == "train" else ())]
+            configs[verb] = schema.load(STAGES[verb].load_config_class(), stage.config, overrides, values)
+
+        return configs
+
+    def _folders(self, folder: Path, verb: str) -> dict[str, Path]:
+        """Keys of a verb's config that name folders of the trial: `out`, and what earlier verbs of the recipe write."""
+        folders = {"out": folder / str(STAGES[verb].folder)}
+        for item in STAGES[verb].inputs:
+            if item.in_chain != "never" and item.verb in self.cfg.recipe:
+                folders[item.key] = folder / str(STAGES[item.verb].folder)
+        return folders
 
     def _stages(self) -> list[tuple[str, StageConfig]]:
         return [(verb, getattr(self.cfg, verb)) for verb in self.cfg.recipe]

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hpc_neuro import cli
+from hpc_neuro.pipeline import STAGES
 from launch.supervise import Place
 
-VERBS = ("train", "infer", "evaluate")
 _PATIENCE = 60.0  # [s] an earlier job that was killed may take this long to let go of the folder
 _BUSY = 75
 
@@ -36,9 +36,12 @@ def main(words: Sequence[str]) -> int:
         if not ours:
             sys.stderr.write(f"{folder} is at work in another process\n")
             return _BUSY
-        for verb in VERBS if ranks == 1 else VERBS[:1]:
-            config = folder / f"{verb}.yaml"
-            if config.exists() and (code := cli.main([verb, str(config)])):
+        for verb in STAGES.values():
+            config = folder / f"{verb.name}.yaml"
+            if not config.exists() or (ranks > 1 and verb.ranks != "torch"):
+                continue
+            code = cli.main([verb.name, str(config)])
+            if code:
                 return code
     return 0
 

@@ -1,0 +1,197 @@
+"""The table of verbs: one row for each command of `hpc-neuro`, in the order of the pipeline.
+
+Whatever depends on the set of verbs, on their order or on the folders that link them reads this table: the command
+line, `demo`, `history`, the provenance in reports, and `python -m launch`. Modules are named by strings and imported
+when a verb is used, so that importing the table imports no verb.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Input:
+    """A config key that names the folder of another verb's run."""
+
+    key: str
+    verb: str
+    """The verb that writes the folder."""
+    in_chain: Literal["always", "if present", "never"] = "always"
+    """When a chain of verbs under one root sets the key to the folder of `verb` under that root."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command of `hpc-neuro`."""
+
+    name: str
+    module: str
+    """Has `run(cfg)` and `forecast(cfg)`; `main(arguments)` where `config` is None."""
+    summary: str
+    config: str | None = None
+    """Name of the config class in `module`; None: the verb reads its arguments itself."""
+    commands: tuple[tuple[str, str], ...] = ()
+    """(subcommand, module with `main(arguments)`) pairs."""
+    folder: str | None = None
+    """Folder under the root of a whole pipeline; None: the verb is no stage of the pipeline."""
+    inputs: tuple[Input, ...] = ()
+    """Keys that name folders of other verbs, in the order in which provenance follows them."""
+    artifacts: tuple[str, ...] = ()
+    """Files that every finished run has in its folder; the first one is the index that later verbs open."""
+    history_check: str | None = None
+    """Function in `hpc_neuro.history.checks` that verifies a run."""
+    launchable: bool = False
+    """Whether `python -m launch` submits it; the site's config then has a section of this name."""
+    divisible: bool = False
+    """Whether a job array may divide its volumes among tasks (the config has the key `share`)."""
+    ranks: Literal["torch", "mpi"] | None = None
+    """How several processes find each other; None: the verb runs in one process."""
+
+    @property
+    def index(self) -> str:
+        """Name of the index file in the folder of a run."""
+        return self.artifacts[0]
+
+    def load_module(self) -> ModuleType:
+        """Import the verb's module."""
+        return importlib.import_module(self.module)
+
+    def load_config_class(self) -> Any:
+        """Import the verb's config class."""
+        assert self.config is not None, f"{self.name} has no config class"
+        return getattr(self.load_module(), self.config)
+
+    def folders_under(self, root: Path, present: Iterable[str] = ()) -> dict[str, Path]:
+        """Folders of a stage under the root of a whole pipeline, by config key: `out` and the inputs.
+
+        present: stages that run before this one; an input marked "if present" is included if its verb is among them or
+        its folder exists.
+        """
+        assert self.folder is not None, f"{self.name} is no stage of the pipeline"
+        folders = {"out": root / self.folder}
+
+        for item in self.inputs:
+            folder = root / str(VERBS[item.verb].folder)
+            is_present = item.verb in present or folder.exists()
+            if item.in_chain == "always" or (item.in_chain == "if present" and is_present):
+                folders[item.key] = folder
+
+        return folders
+
+
+_ROWS = (
+    Verb(
+        name="prepare",
+        module="hpc_neuro.prepare",
+        config="PrepareConfig",
+        summary="images + SWC trees -> training store",
+        folder="store",
+        artifacts=("dataset.json",),
+        history_check="check_prepare",
+        launchable=True,
+        divisible=True,
+    ),
+    Verb(
+        name="precompute",
+        module="hpc_neuro.precompute",
+        config="PrecomputeConfig",
+        summary="training store -> teacher feature cache",
+        folder="cache",
+        inputs=(Input("store", "prepare"),),
+        artifacts=("manifest.json",),
+        history_check="check_precompute",
+        launchable=True,
+        ranks="mpi",
+    ),
+    Verb(
+        name="train",
+        module="hpc_neuro.train",
+        config="TrainConfig",
+        summary="store + cache -> 3D student",
+        folder="train",
+        inputs=(Input("store", "prepare"), Input("cache", "precompute")),
+        artifacts=("weights/best/model.safetensors", "weights/last/model.safetensors"),
+        history_check="check_train",
+        launchable=True,
+        ranks="torch",
+    ),
+    Verb(
+        name="infer",
+        module="hpc_neuro.infer",
+        config="InferConfig",
+        summary="student + volumes -> probabilities and SWC trees; verify OUT, serve OUT",
+        commands=(("verify", "hpc_neuro.infer.verify"), ("serve", "hpc_neuro.infer.viewer")),
+        folder="infer",
+        inputs=(Input("model", "train"), Input("store", "prepare")),
+        artifacts=("predictions.json",),
+        history_check="check_infer",
+        launchable=True,
+        divisible=True,
+        ranks="mpi",
+    ),
+    Verb(
+        name="evaluate",
+        module="hpc_neuro.evaluate",
+        config="EvaluateConfig",
+        summary="predictions + truth -> metrics and report",
+        folder="evaluate",
+        inputs=(
+            Input("predictions", "infer"),
+            Input("compare", "infer", in_chain="never"),
+            Input("train", "train", in_chain="if present"),
+            Input("store", "prepare"),
+        ),
+        artifacts=("metrics.json", "metrics.csv", "report.html"),
+        history_check="check_evaluate",
+        launchable=True,
+        divisible=True,
+    ),
+    Verb(
+        name="search",
+        module="hpc_neuro.search",
+        config="SearchConfig",
+        summary="a study's trials -> table, figures, best config",
+    ),
+    Verb(
+        name="demo",
+        module="hpc_neuro.demo",
+        config="DemoConfig",
+        summary="all of the above on a small data set",
+        artifacts=("metrics.json", "metrics.csv", "report.html"),
+        history_check="check_demo",
+        launchable=True,
+    ),
+    Verb(
+        name="fetch-teacher",
+        module="hpc_neuro.fetch_teacher",
+        summary="a teacher's weights into a folder, for offline nodes",
+    ),
+    Verb(
+        name="cache",
+        module="hpc_neuro.precompute.cache_tool",
+        summary="verify and repair a feature cache, or say what it holds",
+    ),
+    Verb(name="doctor", module="hpc_neuro.doctor", summary="what this machine has, what is missing and how to get it"),
+    Verb(name="info", module="hpc_neuro.info", summary="what a volume file holds"),
+    Verb(name="swc", module="hpc_neuro.swc_tool", summary="check, fix, convert or transform SWC files"),
+    Verb(name="history", module="hpc_neuro.history", summary="the chain behind a result, and whether it is whole"),
+)
+
+VERBS = {verb.name: verb for verb in _ROWS}
+"""Every verb by its name, in the order of `hpc-neuro --help`."""
+STAGES = {verb.name: verb for verb in _ROWS if verb.folder is not None}
+"""The verbs that a whole pipeline consists of, by name, in the order in which they run."""
+LAUNCHABLE = {verb.name: verb for verb in _ROWS if verb.launchable}
+"""The verbs that `python -m launch` submits."""
+
+
+def stages_from(first: str) -> tuple[str, ...]:
+    """Names of the stage `first` and of all stages after it."""
+    names = list(STAGES)
+    return tuple(names[names.index(first) :])
