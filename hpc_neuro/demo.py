@@ -17,7 +17,7 @@ from hpc_neuro.core.schema import ConfigError, InputError, config, load
 from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.evaluate import EvaluateConfig
-from hpc_neuro.evaluate.metric_rows import key
+from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.models.teacher import TeacherConfig
 from hpc_neuro.pipeline import STAGES
 
@@ -228,7 +228,7 @@ def _headline_metrics(cfg: DemoConfig) -> dict[str, str]:
     tolerance = evaluate.tolerance_vox
     return {
         "dice": "Dice of the foreground",
-        key("f1", tolerance, "vox"): f"F1 of the tree at {tolerance:g} voxel{'s' * (tolerance != 1)}",
+        tolerance_key("f1", tolerance): f"F1 of the tree at {tolerance:g} voxel{'s' * (tolerance != 1)}",
         "esa": "ESA, voxels (lower is better)",
         "hd95_um": "HD95, micrometres (lower is better)",
     }
