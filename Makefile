@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# a machine without an NVIDIA driver gets the CPU build of torch that constraints.txt pins
+# Everything but torch is pinned by requirements.lock. A machine without an NVIDIA driver gets the CPU build of torch
+# that constraints-cpu.txt pins; with a driver, pip chooses the build.
 GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
-PINS   := $(if $(GPU),,-c constraints.txt)
+PINS   := -c requirements.lock $(if $(GPU),,-c constraints-cpu.txt)
+LOCKS  := requirements.lock constraints-cpu.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint env env-dev bench gpu slurm-up slurm-down clean
+.PHONY: demo test lint env env-dev bench gpu slurm-up slurm-down lock clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/hpc-neuro demo out=runs/demo $(ARGS)
@@ -41,7 +43,7 @@ env: $(VENV)/.runtime
 env-dev: $(VENV)/.dev
 
 # torch first: a package resolved before it would pull a build of several GB; DeepSpeed must not compile its CUDA ops
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(PINS) torch
 	touch $@
@@ -53,6 +55,16 @@ $(VENV)/.runtime: $(VENV)/.torch setup.py
 $(VENV)/.dev: $(VENV)/.runtime setup.py
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check $(PINS) -e '.[dev]'
 	touch $@
+
+# Resolve all dependencies anew, without the old lock, and write what was installed. Run `make test` afterwards.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install -q --disable-pip-version-check -c constraints-cpu.txt torch
+	DS_BUILD_OPS=0 build/lock/bin/pip install -q --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	head -n 1 requirements.lock > requirements.lock.new
+	build/lock/bin/pip freeze --exclude-editable | grep -v -E '^(torch|torchvision|triton)==' >> requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -rf build/lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache

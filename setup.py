@@ -1,6 +1,6 @@
 """Packaging of hpc_neuro: metadata, dependencies and extras live here and nowhere else.
 
-Exact versions that were tested together on the CPU build are in constraints.txt.
+Exact versions that were tested together are in requirements.lock; the CPU build of torch is in constraints-cpu.txt.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 
 RUNTIME = [
     "torch>=2.6",
-    "deepspeed>=0.16",
+    "deepspeed>=0.16,<0.20",  # its private attributes are used in hpc_neuro/train/deepspeed
     "timm>=1.0.15",
     "huggingface_hub>=0.25",
     "h5py>=3.11",
@@ -50,7 +50,7 @@ TEST = [
 
 SEARCH = ["optuna>=4.4"]
 TEST += SEARCH
-LINT = ["ruff>=0.8", "mypy>=1.13", "types-PyYAML", "types-tqdm", "scipy-stubs"]
+LINT = ["ruff>=0.8", "mypy>=1.13", "pre-commit>=4", "types-PyYAML", "types-tqdm", "scipy-stubs"]
 
 setup(
     name="hpc_neuro",

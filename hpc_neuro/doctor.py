@@ -52,7 +52,7 @@ def packages() -> Iterator[Finding]:
         try:
             yield Finding(name, True, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, False, f"`pip install -c constraints.txt {name}`")
+            yield Finding(name, False, f"`pip install -c requirements.lock {name}`")
     try:
         importlib.import_module("hpc_neuro.models.teacher").timm()
         yield Finding("timm beside torch", True, "imports")
