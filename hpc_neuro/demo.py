@@ -132,7 +132,7 @@ def stage_config(
 
 def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:
     """The neurons to test on, by the rule of the key `test`. Raises InputError when none is left to train on."""
-    names = sorted((path.stem for path in data.glob("*.swc")), key=run_folder.natural) if data.is_dir() else []
+    names = sorted((path.stem for path in data.glob("*.swc")), key=run_folder.natural_key) if data.is_dir() else []
     if unknown := [name for name in cfg.test if name not in names]:
         raise ConfigError(
             f"test: {data} has no {', '.join(unknown)}.swc; it has {', '.join(names) or 'no trees at all'}"

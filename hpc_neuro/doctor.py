@@ -65,11 +65,13 @@ def devices() -> Iterator[Finding]:
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train with engine.dtype=fp16"
-        yield Finding(f"GPU {i}", True, f"{p.name}, {files.human(p.total_memory)}, {bf16}")
+        yield Finding(f"GPU {i}", True, f"{p.name}, {files.format_bytes(p.total_memory)}, {bf16}")
     if not torch.cuda.device_count():
         yield Finding("GPU", None, "none seen by torch; training runs on the CPU with gloo")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("CPU", True, f"{len(os.sched_getaffinity(0))} cores for this process, {files.human(memory)} memory")
+    yield Finding(
+        "CPU", True, f"{len(os.sched_getaffinity(0))} cores for this process, {files.format_bytes(memory)} memory"
+    )
 
 
 def mpi() -> Iterator[Finding]:
@@ -127,7 +129,7 @@ def disk() -> Iterator[Finding]:
     for folder in dict.fromkeys(Path(p) for p in (".", os.environ.get("TMPDIR", "/tmp"), "/dev/shm")):
         if folder.is_dir():
             usage = shutil.disk_usage(folder)
-            text = f"{files.human(usage.free)} free of {files.human(usage.total)}"
+            text = f"{files.format_bytes(usage.free)} free of {files.format_bytes(usage.total)}"
             yield Finding(f"disk {folder}", usage.free > 2e9 or str(folder) == "/dev/shm", text)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology
-from hpc_neuro.core.geometry import Box, Shape, blocks
+from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, open_volume
@@ -136,7 +136,7 @@ def _parts(volume: Volume) -> Iterator[tuple[Box, Array]]:
     voxels = _BLOCK_BYTES // volume.dtype.itemsize
     x = min(x, voxels)
     y = min(y, max(1, voxels // x))
-    for block in blocks(volume.shape, (min(z, max(1, voxels // (x * y))), y, x), (0, 0, 0)):
+    for block in tile_volume(volume.shape, (min(z, max(1, voxels // (x * y))), y, x), (0, 0, 0)):
         yield block.write, volume[block.write]
 
 

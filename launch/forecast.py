@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.core.files import human
+from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import VERBS
 from launch.site import Resources, Site
@@ -105,7 +105,10 @@ def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[s
     stages = memory_plan.stages(work)
     need = stages[cfg.engine.stage].total
     faults = []
-    line = f"about {human(need)} per rank ({human(kept)} kept for backward, {human(need - kept)} of weights, optimizer)"
+    line = (
+        f"about {format_bytes(need)} per rank ({format_bytes(kept)} kept for backward, "
+        f"{format_bytes(need - kept)} of weights, optimizer)"
+    )
     if asked.gpus_per_task and site.gpu_memory_gb and need > 0.9e9 * site.gpu_memory_gb:
         faults.append(
             f"memory: {line}, and a GPU here has {site.gpu_memory_gb:g} GB; take a smaller crop.size or "

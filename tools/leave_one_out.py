@@ -146,14 +146,14 @@ def _traced(probability: NDArray[Any], image: NDArray[np.float32], volume: Store
         return trace(probability, volume.voxel_size, roots=[volume.root], cfg=cfg, image=image)[0]
     except InputError as error:
         logging.warning("%s: counts as a miss: %s", volume.id, error)
-        return morphology.empty()
+        return morphology.empty_tree()
 
 
 def thinned(mask: NDArray[np.bool_], root: tuple[float, float, float] | None) -> Tree:
     """The skeleton of a mask [Z, Y, X] as a tree in voxels: what hangs on the voxel nearest to `root`."""
     voxels = np.argwhere(skeletonize(mask)).astype(np.int32)
     if not len(voxels) or root is None:
-        return morphology.empty()
+        return morphology.empty_tree()
     z, y, x = mask.shape
     pairs, step = neighbours(voxels, (z, y, x), np.ones(3))
     graph = csr_array((step, (pairs[:, 0], pairs[:, 1])), shape=(len(voxels),) * 2)
@@ -162,7 +162,7 @@ def thinned(mask: NDArray[np.bool_], root: tuple[float, float, float] | None) ->
     rank = np.empty(len(voxels), dtype=np.int64)
     rank[order] = np.arange(len(order))
     parents = np.concatenate([[-1], rank[above[order[1:]]]]).astype(np.int64)
-    return morphology.make(voxels[order].astype(np.float64), parents)
+    return morphology.build_tree(voxels[order].astype(np.float64), parents)
 
 
 def table(out: Path, names: list[str]) -> dict[str, Any]:

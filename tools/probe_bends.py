@@ -108,7 +108,7 @@ def probe(run: Path, split: str, batch: int) -> dict[str, Any]:
 
 def centreline(volume: StoredVolume) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Points close together on the gold tree and the unit directions of its edges there, [N, 3] z y x in um."""
-    tree = morphology.resampled(morphology.scaled(volume.tree(), volume.voxel_size), _STEP)
+    tree = morphology.resample_tree(morphology.scale_tree(volume.tree(), volume.voxel_size), _STEP)
     ends = tree.edges
     along = tree.points[ends[:, 1]] - tree.points[ends[:, 0]]
     length = np.linalg.norm(along, axis=1, keepdims=True)

@@ -98,12 +98,12 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(probe).free
     if needed > 0.99 * free:
         raise InputError(
-            f"{what} needs {human(needed)} in {folder}, but only {human(free)} are free there; "
+            f"{what} needs {format_bytes(needed)} in {folder}, but only {format_bytes(free)} are free there; "
             "make room or choose another `out`"
         )
 
 
-def reserve(folder: Path, needed: int) -> None:
+def reserve_space(folder: Path, needed: int) -> None:
     """Raise OSError (disk or quota full) now when `needed` bytes cannot be had in `folder`.
 
     For writers that must not fail in the middle of a write: HDF5 ends the process with a segmentation fault then.
@@ -130,7 +130,7 @@ def is_plain_name(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def full_disk_named(folder: Path, what: str) -> Iterator[None]:
+def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
     """Turn an error of a full disk or quota into one InputError sentence; other errors pass."""
     try:
         yield
@@ -143,7 +143,7 @@ def full_disk_named(folder: Path, what: str) -> Iterator[None]:
         ) from error
 
 
-def human(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes for people: 1.5 GB (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 1000:

@@ -54,26 +54,26 @@ class Box:
         z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
         return z, y, x
 
-    def grown(self, halo: Shape) -> Box:
+    def grow(self, halo: Shape) -> Box:
         """The box with `halo` voxels more on both sides of each axis; may leave the volume."""
         return Box(
             _triple(a - h for a, h in zip(self.start, halo, strict=True)),
             _triple(b + h for b, h in zip(self.stop, halo, strict=True)),
         )
 
-    def clipped(self, other: Box) -> Box:
+    def clip(self, other: Box) -> Box:
         """The part of this box inside `other`; empty (zero size) when they do not meet."""
         start = _triple(min(max(a, oa), ob) for a, oa, ob in zip(self.start, other.start, other.stop, strict=True))
         stop = _triple(max(min(b, ob), s) for b, ob, s in zip(self.stop, other.stop, start, strict=True))
         return Box(start, stop)
 
-    def shifted(self, by: Shape) -> Box:
+    def shift(self, by: Shape) -> Box:
         """The box moved by `by` voxels."""
         return Box.at(_triple(a + d for a, d in zip(self.start, by, strict=True)), self.shape)
 
     def relative_to(self, origin: Shape) -> Box:
         """The same box in the coordinates of an array that begins at `origin`."""
-        return self.shifted(_triple(-o for o in origin))
+        return self.shift(_triple(-o for o in origin))
 
     def contains(self, other: Box) -> bool:
         """Whether `other` lies wholly inside."""
@@ -91,7 +91,7 @@ class Block:
     read: Box
 
 
-def blocks(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator[Block]:
+def tile_volume(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator[Block]:
     """Tile `shape` with write boxes; each is read with `halo` voxels of context, clipped at the border.
 
         |hhh|wwwwwwwwwwww|hhh|
@@ -103,8 +103,8 @@ def blocks(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator[Bloc
     counts = [math.ceil(n / w) for n, w in zip(shape, write, strict=True)]
     for index in itertools.product(*(range(n) for n in counts)):
         start = _triple(i * w for i, w in zip(index, write, strict=True))
-        box = Box.at(start, write).clipped(whole)
-        yield Block(_triple(index), box, box.grown(halo).clipped(whole))
+        box = Box.at(start, write).clip(whole)
+        yield Block(_triple(index), box, box.grow(halo).clip(whole))
 
 
 def zyx_from_xyz(points: NDArray[np.floating]) -> NDArray[np.float64]:

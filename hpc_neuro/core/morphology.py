@@ -44,12 +44,12 @@ class Tree:
         return np.stack([child, self.parents[child]], axis=1)
 
 
-def empty() -> Tree:
+def empty_tree() -> Tree:
     """The tree of no nodes."""
-    return make(np.zeros((0, 3)), np.zeros(0, dtype=np.int64))
+    return build_tree(np.zeros((0, 3)), np.zeros(0, dtype=np.int64))
 
 
-def make(
+def build_tree(
     points: NDArray[np.floating],
     parents: NDArray[np.int64],
     radii: NDArray[np.floating] | float = 1.0,
@@ -58,7 +58,7 @@ def make(
     """A tree from arrays in any node order (nodes are sorted parents first). Raises ValueError on a cycle."""
     n = len(points)
     parents = np.asarray(parents, dtype=np.int64)
-    order = parents_first(parents)
+    order = order_parents_first(parents)
     rank = np.empty(n, dtype=np.int64)
     rank[order] = np.arange(n)
     above = parents[order]
@@ -71,7 +71,7 @@ def make(
     )
 
 
-def parents_first(parents: NDArray[np.int64]) -> NDArray[np.int64]:
+def order_parents_first(parents: NDArray[np.int64]) -> NDArray[np.int64]:
     """An order of nodes with parents before children, the given one where it already is. ValueError on a cycle."""
     n = len(parents)
     if np.all(parents < np.arange(n)):
@@ -119,7 +119,7 @@ def length(tree: Tree) -> float:
     return float(edge_lengths(tree).sum())
 
 
-def scaled(tree: Tree, factor: tuple[float, float, float]) -> Tree:
+def scale_tree(tree: Tree, factor: tuple[float, float, float]) -> Tree:
     """Coordinates times `factor` (z y x); radii times `radius_factor`. The inverse factor undoes it."""
     return replace(tree, points=tree.points * np.asarray(factor), radii=tree.radii * radius_factor(factor))
 
@@ -133,7 +133,7 @@ def radius_factor(factor: tuple[float, float, float]) -> float:
     return float(sorted(factor)[1])
 
 
-def subset(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
+def select_nodes(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
     """The kept nodes; a node whose parent is dropped hangs on its nearest kept ancestor, or becomes a root."""
     anchor = np.empty(len(tree), dtype=np.int64)  # nearest kept node on the way up, the node itself included
     for i, parent in enumerate(tree.parents):
@@ -144,7 +144,7 @@ def subset(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
     return Tree(tree.points[keep], tree.radii[keep], parents.astype(np.int64), tree.types[keep])
 
 
-def component_of(tree: Tree) -> NDArray[np.int64]:
+def label_components(tree: Tree) -> NDArray[np.int64]:
     """[N] number of the root above each node, in order of the roots."""
     up = np.where(tree.parents >= 0, tree.parents, np.arange(len(tree)))
     for _ in range(len(tree).bit_length()):
@@ -152,11 +152,11 @@ def component_of(tree: Tree) -> NDArray[np.int64]:
     return np.searchsorted(tree.roots, up).astype(np.int64)
 
 
-def components(tree: Tree) -> list[Tree]:
+def split_components(tree: Tree) -> list[Tree]:
     """The separate trees of a forest, in order of their roots; nodes keep their order."""
     if not len(tree):
         return []
-    owner, place = component_of(tree), np.empty(len(tree), dtype=np.int64)  # node -> its index in its part
+    owner, place = label_components(tree), np.empty(len(tree), dtype=np.int64)  # node -> its index in its part
     order = np.argsort(owner, kind="stable")
     parts = []
     for nodes in np.split(order, np.searchsorted(owner[order], np.arange(1, len(tree.roots)))):
@@ -166,10 +166,10 @@ def components(tree: Tree) -> list[Tree]:
     return parts
 
 
-def joined(trees: Sequence[Tree]) -> Tree:
+def concatenate_trees(trees: Sequence[Tree]) -> Tree:
     """Several trees as one forest, one after the other; the inverse of `components`."""
     if not trees:
-        return empty()
+        return empty_tree()
     starts = np.cumsum([0, *map(len, trees)])
     parents = [np.where(t.parents >= 0, t.parents + s, -1) for t, s in zip(trees, starts, strict=False)]
     return Tree(
@@ -180,7 +180,7 @@ def joined(trees: Sequence[Tree]) -> Tree:
     )
 
 
-def resampled(tree: Tree, step: float) -> Tree:
+def resample_tree(tree: Tree, step: float) -> Tree:
     """Every edge cut into equal parts no longer than `step` (tree's unit); old nodes stay, radii are interpolated."""
     lengths = edge_lengths(tree)
     parts = np.maximum(1, np.ceil(lengths / step - 1e-9)).astype(np.int64)

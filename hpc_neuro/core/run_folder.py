@@ -72,7 +72,7 @@ def start(
     """
     main = is_main() if main is None else main
     # what decides the result; `out` itself may move
-    resolved = {k: v for k, v in schema.plain(cfg).items() if k != "out"}
+    resolved = {k: v for k, v in schema.to_plain(cfg).items() if k != "out"}
     hashes = {k: _digest(v) for k, v in inputs.items()} if main else {}
     behind = {k: v for k, v in inputs.items() if isinstance(v, Path)} | dict(sources or {})
     old = _previous(verb, out, resolved, hashes, may_change)
@@ -85,7 +85,7 @@ def start(
     record: dict[str, Any] = {
         "verb": verb,
         "code": code_version(),
-        "versions": versions(),
+        "versions": package_versions(),
         "host": platform.node(),
         "command": sys.argv,
         "folder": str(out.resolve()),
@@ -123,7 +123,7 @@ def start(
         files.write_json(out / "run.json", record)
 
 
-def progress(items: Iterable[T], label: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+def track_progress(items: Iterable[T], label: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Pass `items` through with a bar on a terminal, or a plain line each few seconds in a log. Main rank only."""
     if not is_main():
         yield from items
@@ -141,7 +141,7 @@ def progress(items: Iterable[T], label: str, total: int | None = None, unit: str
                 log.info("%s: %d/%s %s, %.2f %s/s%s", label, done, total or "?", unit, rate, unit, left)
 
 
-def share_of(items: Sequence[T], share: tuple[int, int] | None) -> list[T]:
+def take_share(items: Sequence[T], share: tuple[int, int] | None) -> list[T]:
     """Every n-th item from the i-th of `share` (i, n); all of them for None. Raises ConfigError unless 0 <= i < n."""
     if share is None:
         return list(items)
@@ -156,12 +156,12 @@ def share_folder(out: Path, share: tuple[int, int] | None) -> Path:
     return out if share is None else out / _SHARES / f"{share[0]:04d}_of_{share[1]:04d}"
 
 
-def named(what: str, share: tuple[int, int] | None) -> str:
+def input_name(what: str, share: tuple[int, int] | None) -> str:
     """The name of an input that each share has its own of."""
     return what if share is None else f"{what} of share {share[0]} of {share[1]}"
 
 
-def natural(text: str) -> list[tuple[int, str]]:
+def natural_key(text: str) -> list[tuple[int, str]]:
     """Sort key under which OP_2 stands before OP_10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
@@ -184,7 +184,7 @@ def code_version() -> str:
 
 
 @functools.cache
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:

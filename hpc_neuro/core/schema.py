@@ -46,7 +46,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     name = str(path) if path else "the command line"
     tree = _read_yaml(path) if path else {}
 
-    faults = [fault for key, value in (values or {}).items() if (fault := _set_key(cls, tree, key, plain(value)))]
+    faults = [fault for key, value in (values or {}).items() if (fault := _set_key(cls, tree, key, to_plain(value)))]
     faults += [fault for text in overrides if (fault := _override(cls, tree, text))] + _undone(overrides)
     try:
         value = TypeAdapter(cls).validate_python(tree)
@@ -58,20 +58,20 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     return value
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """`value` as plain dicts, lists and scalars that YAML and JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [to_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def dump(value: Any) -> str:
     """`value` as YAML text that `load` reads back to an equal value."""
-    return yaml.safe_dump(plain(value), sort_keys=False, width=120)
+    return yaml.safe_dump(to_plain(value), sort_keys=False, width=120)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
         return ""
     if isinstance(default, (list, tuple)) and any(dataclasses.is_dataclass(v) for v in default):
         return "[" + ", ".join(_kind(type(v)) for v in default) + "]"
-    return str(yaml.safe_dump(plain(default), default_flow_style=True, width=1000)).replace("\n...", "").strip()
+    return str(yaml.safe_dump(to_plain(default), default_flow_style=True, width=1000)).replace("\n...", "").strip()
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -257,7 +257,7 @@ def _default_tree(owner: Any, key: str) -> Any:
     for field in dataclasses.fields(owner) if owner else ():
         if field.name == key:
             default = _default(field)
-            return {} if default is dataclasses.MISSING or default is None else plain(default)
+            return {} if default is dataclasses.MISSING or default is None else to_plain(default)
     return {}
 
 

@@ -47,14 +47,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class StudentOutput:
     """What the student gives."""
 
     logits: Tensor  # [B, 1, Z, Y, X]
     features: dict[int, Tensor]  # block index -> token map [B, C, z, y, x]; {} unless asked for
 
 
-def sent(values: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(values: Tensor, device: torch.device) -> Tensor:
     """The host's numbers on the device, out of pinned memory: for any other the host waits until the device is idle."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 

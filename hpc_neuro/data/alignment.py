@@ -77,7 +77,7 @@ def read_voxels(voxels: NDArray[np.int64], read: ReadBox, shape: Shape, counts: 
 def _cable(tree: Tree) -> NDArray[np.float64]:
     """Points evenly along the cable, at most some thousands."""
     step = max(1.0, morphology.length(tree) / _POINTS)
-    return morphology.resampled(tree, step).points
+    return morphology.resample_tree(tree, step).points
 
 
 def _alternatives(

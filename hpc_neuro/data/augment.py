@@ -15,7 +15,7 @@ from torch import Tensor
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import config
-from hpc_neuro.core.types import Batch, sent
+from hpc_neuro.core.types import Batch, copy_to_device
 from hpc_neuro.data.crops import make_rng
 from hpc_neuro.data.orientation import parse_orientation
 
@@ -116,7 +116,7 @@ class SampleStreams:
     def field(self, purpose: str, shape: Shape, device: torch.device, channels: int = 1) -> Tensor:
         """A smooth random field [channels, *shape], about standard normal at its knots."""
         knots = torch.from_numpy(self.of(purpose).standard_normal((1, channels, _FIELD, _FIELD, _FIELD), np.float32))
-        return F.interpolate(sent(knots, device), size=shape, mode="trilinear", align_corners=True)[0]
+        return F.interpolate(copy_to_device(knots, device), size=shape, mode="trilinear", align_corners=True)[0]
 
 
 def _turned(
@@ -143,8 +143,8 @@ def _warped(
     if not chosen:
         return image, mask, skeleton
     shape = (image.shape[2], image.shape[3], image.shape[4])
-    picked = sent(torch.tensor(chosen), image.device)
-    theta = sent(torch.tensor([_affine(draws[i], cfg, shape) for i in chosen]), image.device)  # [b, 3, 4]
+    picked = copy_to_device(torch.tensor(chosen), image.device)
+    theta = copy_to_device(torch.tensor([_affine(draws[i], cfg, shape) for i in chosen]), image.device)  # [b, 3, 4]
     grid = F.affine_grid(
         theta, [len(chosen), 1, *shape], align_corners=False
     )  # [b, Z, Y, X, 3], last is x y z in [-1, 1]
@@ -152,7 +152,7 @@ def _warped(
         moved = torch.stack(
             [draws[i].field("bend", shape, image.device, channels=2) for i in chosen]
         )  # [b, 2, Z, Y, X]
-        unit = sent(torch.tensor([2 * cfg.bend / shape[2], 2 * cfg.bend / shape[1]]), image.device)
+        unit = copy_to_device(torch.tensor([2 * cfg.bend / shape[2], 2 * cfg.bend / shape[1]]), image.device)
         grid[..., :2] += moved.movedim(1, -1) * unit
     warped = F.grid_sample(
         image.index_select(0, picked), grid, mode="bilinear", padding_mode="border", align_corners=False
@@ -192,11 +192,13 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[SampleStreams]) -> 
         if len(chosen) == len(draws):
             image = change(image, draws)
         elif chosen:
-            picked = sent(torch.tensor(chosen), device)
+            picked = copy_to_device(torch.tensor(chosen), device)
             image = image.index_copy(0, picked, change(image.index_select(0, picked), [draws[i] for i in chosen]))
 
     def each(some_draws: list[SampleStreams], value: Callable[[SampleStreams], float]) -> Tensor:
-        return sent(torch.tensor([value(d) for d in some_draws]), device).view(-1, 1, 1, 1, 1)  # [b, 1, 1, 1, 1]
+        return copy_to_device(torch.tensor([value(d) for d in some_draws]), device).view(
+            -1, 1, 1, 1, 1
+        )  # [b, 1, 1, 1, 1]
 
     def gamma(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         return x.clamp(min=1e-6) ** each(ds, lambda d: math.exp(d.between("gamma", -cfg.gamma, cfg.gamma)))
@@ -205,7 +207,7 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[SampleStreams]) -> 
         return x * torch.exp(cfg.fading * (torch.stack([d.field("uneven", shape, device) for d in ds]) - 0.5))
 
     def specks(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        return torch.maximum(x, sent(torch.stack([_specks(d, shape) for d in ds]), device))
+        return torch.maximum(x, copy_to_device(torch.stack([_specks(d, shape) for d in ds]), device))
 
     def blur(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         smooth = F.avg_pool3d(x, 3, 1, 1, count_include_pad=False)
@@ -233,7 +235,7 @@ def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[SampleStreams]) -> 
         kept = torch.ones(len(ds), 1, shape[0], 1, 1)
         for i, d in enumerate(ds):
             kept[i, 0, d.of("missing").integers(shape[0], size=2)] = 0
-        return x * sent(kept, device)
+        return x * copy_to_device(kept, device)
 
     def contrast(x: Tensor, ds: list[SampleStreams]) -> Tensor:
         return x * each(ds, lambda d: 1 + d.between("contrast", -cfg.contrast, cfg.contrast))

@@ -72,7 +72,7 @@ class CropDataset(Dataset[tuple[int, Sample]]):
 def read_crop(store: Store, volume: str, box: Box) -> Sample:
     """One crop; where the box reaches past the volume the image repeats its border and nothing is labelled."""
     held = store[volume]
-    inside = box.clipped(Box.whole(held.shape))
+    inside = box.clip(Box.whole(held.shape))
     pad = [(a - b, c - d) for a, b, c, d in zip(inside.start, box.start, box.stop, inside.stop, strict=True)]
     image = np.pad(held.normalized_image(inside), pad, mode="edge")
     mask = np.pad(held.mask(inside), pad, constant_values=UNLABELLED)

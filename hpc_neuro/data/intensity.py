@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.geometry import Box, Shape, blocks
+from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 
@@ -33,7 +33,7 @@ def iter_slabs(shape: Shape, itemsize: int, depth: int = 1) -> Iterator[Box]:
     deep = max(1, _PASS_BYTES // max(1, y * x * itemsize * depth)) * depth
     rows = min(y, max(64, _PASS_BYTES // max(1, x * itemsize * depth) // 64 * 64))
     columns = min(x, max(64, _PASS_BYTES // max(1, rows * itemsize * depth) // 64 * 64))
-    for block in blocks(shape, (min(z, deep), rows, columns)):
+    for block in tile_volume(shape, (min(z, deep), rows, columns)):
         yield block.write
 
 

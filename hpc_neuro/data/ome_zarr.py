@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from hpc_neuro.core import files
-from hpc_neuro.core.geometry import Block, Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.geometry import Block, Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 
@@ -131,7 +131,7 @@ def shard_path(index: Shape, level: int = 0, label: str | None = None) -> str:
 def plan_shards(shape: Shape, voxel_size: VoxelSize, shard: Shape, label: str) -> list[list[LevelShard]]:
     """What has to be made above level 0, level by level; the pieces of one level do not depend on one another."""
     return [
-        [LevelShard(number, name, block) for name in (None, label) for block in blocks(level.shape, shard)]
+        [LevelShard(number, name, block) for name in (None, label) for block in tile_volume(level.shape, shard)]
         for number, level in enumerate(plan_levels(shape, voxel_size))
         if number
     ]
@@ -148,7 +148,7 @@ def build_shard(folder: Path, shape: Shape, voxel_size: VoxelSize, piece: LevelS
     source = open_level(folder, piece.level - 1, piece.label)
     target = open_level(folder, piece.level, piece.label)
     own = piece.block.write
-    below = Box(_times(own.start, step), _times(own.stop, step)).clipped(Box.whole(fine.shape))
+    below = Box(_times(own.start, step), _times(own.stop, step)).clip(Box.whole(fine.shape))
     (folder / piece.path).unlink(missing_ok=True)  # a torn one is not read
     if not has_shards(folder, below, piece.level - 1, piece.label):
         return

@@ -41,7 +41,7 @@ class Region:
     def within(self, box: Box) -> NDArray[np.bool_]:
         """[Z, Y, X] of any other box of the volume."""
         found = np.zeros(box.shape, dtype=bool)
-        both = self.box.clipped(box)
+        both = self.box.clip(box)
         if both.size:
             found[both.relative_to(box.start).slices] = self.inside[both.relative_to(self.box.start).slices]
         return found
@@ -59,7 +59,7 @@ def beyond_root(tree: Tree, stretch: float, read: ReadBox, shape: Shape, size: V
     root = tree.points[roots[0]]
     reach = np.ceil(_REACH * unit / np.asarray(size)).astype(np.int64)
     middle = np.clip(np.rint(root), 0, np.asarray(shape) - 1).astype(np.int64)
-    box = Box(cast(Shape, tuple(middle - reach)), cast(Shape, tuple(middle + reach + 1))).clipped(Box.whole(shape))
+    box = Box(cast(Shape, tuple(middle - reach)), cast(Shape, tuple(middle + reach + 1))).clip(Box.whole(shape))
     image = read(box).astype(np.float32)
     own = body(prepared(tree, size, Drawing(ignore_margin=_APART, stretch=stretch)), box)[1]
     near = tree.points[np.linalg.norm((tree.points - root) * np.asarray(size) / unit, axis=1) <= _NEAR]

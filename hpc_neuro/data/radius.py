@@ -11,7 +11,7 @@ from pydantic import Field
 from scipy import ndimage
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks, to_um, to_voxels
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume, to_um, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.intensity import ReadBox
@@ -99,7 +99,7 @@ def measured(tree: Tree, cfg: ImageRadius, read: ReadBox, shape: Shape, size: Vo
     Where the signal is broken or too faint, the radius is carried over from the nearest measured nodes of the branch.
     """
     unit = fine_voxel(size)
-    um = morphology.resampled(replace(tree, points=to_um(tree.points, size)), unit)
+    um = morphology.resample_tree(replace(tree, points=to_um(tree.points, size)), unit)
     lines = paths(um)
     points = um.points
     for _ in range(_SHIFTS if cfg.recentre else 0):
@@ -235,7 +235,7 @@ def _sampled(points: Floats, read: ReadBox, shape: Shape, size: VoxelSize) -> Fl
     voxels = to_voxels(points, size)
     values = np.empty(points.shape[:2])
     middle = np.clip(np.rint(voxels.mean(axis=1)), 0, np.asarray(shape) - 1).astype(np.int64)
-    for block in blocks(shape, _BLOCK):
+    for block in tile_volume(shape, _BLOCK):
         here = np.flatnonzero(np.all((middle >= block.write.start) & (middle < block.write.stop), axis=1))
         if not len(here):
             continue

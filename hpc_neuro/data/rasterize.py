@@ -132,7 +132,7 @@ def body(this: Prepared, box: Box) -> tuple[NDArray[np.bool_], NDArray[np.bool_]
 
 def centreline_voxels(tree: Tree, box: Box) -> NDArray[np.int64]:
     """[N, 3] the different voxels (z y x) of `box` that the tree's edges run through, sorted; the tree is in voxels."""
-    dense = np.rint(morphology.resampled(_near(tree, box), 0.25).points).astype(np.int64)
+    dense = np.rint(morphology.resample_tree(_near(tree, box), 0.25).points).astype(np.int64)
     return np.unique(dense[np.all((dense >= box.start) & (dense < box.stop), axis=1)], axis=0).reshape(-1, 3)
 
 
@@ -160,7 +160,7 @@ def _edges(tree: Tree, size: VoxelSize, unit: float, margin: float, *, own_radiu
     radii = np.maximum(tree.radii * unit, 0)
     widest = margin + (float(radii.max(initial=0)) if own_radius else 0.0)
     um = replace(tree, points=to_um(tree.points, size), radii=radii)
-    um = um if whole else morphology.resampled(um, max(2 * widest, 8 * unit))
+    um = um if whole else morphology.resample_tree(um, max(2 * widest, 8 * unit))
     parent = np.where(um.parents >= 0, um.parents, np.arange(len(um)))
     lone = (um.parents < 0) & (morphology.child_counts(um) == 0)  # a tree of one node is a sphere
     child = np.flatnonzero((um.parents >= 0) | lone)

@@ -80,7 +80,7 @@ def _split(
     tree: Tree, other: Tree, tolerance: float, voxel_size: VoxelSize
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Pieces of at most a voxel of `tree` within `tolerance` of `other`, and the rest, [E, 2, 3] um."""
-    fine = morphology.resampled(tree, 1.0)
+    fine = morphology.resample_tree(tree, 1.0)
     ends = fine.points[fine.edges]
     near = Segments(other).distance(ends.mean(axis=1)) <= tolerance
     um = ends * np.asarray(voxel_size)

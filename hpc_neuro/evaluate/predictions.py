@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from skimage.filters import threshold_otsu
 
 from hpc_neuro.core import files, morphology
-from hpc_neuro.core.geometry import Box, blocks
-from hpc_neuro.core.morphology import Tree, empty, joined
+from hpc_neuro.core.geometry import Box, tile_volume
+from hpc_neuro.core.morphology import Tree, concatenate_trees, empty_tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
@@ -92,7 +92,7 @@ class Predictions:
                 f"{image} has shape {probability.shape}, but volume {volume_id} of the store has {wanted_shape} (z y "
                 "x): the predictions are of another volume, or of an older store; make them again"
             )
-        found = swc.read(tree[0]) if tree else morphology.empty()
+        found = swc.read(tree[0]) if tree else morphology.empty_tree()
         return Prediction(probability, found, self._threshold or float(entry["threshold"]))
 
     def views(self, volume_id: str, nodes: int) -> dict[str, NDArray[np.float64]]:
@@ -183,14 +183,16 @@ def threshold(volume: StoredVolume) -> float:
     if dtype.kind == "u" and dtype.itemsize <= 2:
         size = 1 << (8 * dtype.itemsize)
         counts = np.zeros(size, dtype=np.int64)
-        for block in blocks(volume.shape, _BLOCK):
+        for block in tile_volume(volume.shape, _BLOCK):
             counts += np.bincount(volume.image(block.write).ravel(), minlength=size)
         values: NDArray[np.float64] = np.arange(size, dtype=np.float64)
     else:
-        ends = [(float(b.min()), float(b.max())) for b in (volume.image(t.write) for t in blocks(volume.shape, _BLOCK))]
+        ends = [
+            (float(b.min()), float(b.max())) for b in (volume.image(t.write) for t in tile_volume(volume.shape, _BLOCK))
+        ]
         low, high = min(a for a, _ in ends), max(b for _, b in ends)
         counts = np.zeros(_BINS, dtype=np.int64)
-        for block in blocks(volume.shape, _BLOCK):
+        for block in tile_volume(volume.shape, _BLOCK):
             counts += np.histogram(volume.image(block.write), bins=_BINS, range=(low, high))[0]
         values = low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
     present = np.flatnonzero(counts)
@@ -217,7 +219,7 @@ class OtsuMask:
 def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
     """The tree (voxels) of Otsu's mask, from the volume's root; empty, and said so, when nothing can be traced."""
     try:
-        return joined(
+        return concatenate_trees(
             trace_read(
                 baseline.probability,
                 volume.shape,
@@ -229,4 +231,4 @@ def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tre
         )
     except InputError as error:
         log.warning("%s: Otsu's mask gives no tree and counts as a miss: %s", volume.id, error)
-        return empty()
+        return empty_tree()

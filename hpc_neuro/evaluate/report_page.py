@@ -16,7 +16,7 @@ from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.metrics.calibration import Bin
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column
-from hpc_neuro.report.provenance import Link
+from hpc_neuro.report.provenance import RunRecord
 
 _SHOWN_PAIRS = ("dice", "f1", "hd95_um", "esa")  # metrics drawn neuron by neuron
 
@@ -26,7 +26,7 @@ def build(
     cfg: EvaluateConfig,
     pictures: Sequence[tuple[str, Path]],
     training: Sequence[dict[str, Any]] | None,
-    links: list[Link],
+    links: list[RunRecord],
     notices: Sequence[str],
     code: str,
     reliable: Mapping[str, Sequence[Bin]],
@@ -179,7 +179,7 @@ def _definitions(results: Results, cfg: EvaluateConfig) -> str:
     return html.definitions(terms)
 
 
-def _provenance(links: list[Link]) -> str:
+def _provenance(links: list[RunRecord]) -> str:
     columns = [Column(c, numeric=False) for c in ("Stage", "Folder", "Code", "Finished", "Host", "Inputs (SHA-256)")]
     table = []
     for link in links:

@@ -47,7 +47,7 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     for m in found:
         text = ", ".join(str(p.path) for p in m.seeds) or "threshold of the raw image, traced from the same root"
         lines.append(f"{m.name}: {text}")
-    memory = files.human(min(biggest, cfg.whole) * _BYTES_PER_VOXEL)
+    memory = files.format_bytes(min(biggest, cfg.whole) * _BYTES_PER_VOXEL)
     lines.append(f"largest volume {biggest:,} voxels, about {memory} of memory")
     return lines
 
@@ -81,10 +81,10 @@ def run(cfg: EvaluateConfig) -> int:
 
 def _scores(cfg: EvaluateConfig, store: Store, compared: list[Method]) -> Results:
     """Scores of all volumes; each is kept in OUT/scores, so that a killed run goes on with the next."""
-    ids = tuple(run_folder.share_of(wanted(cfg, store), cfg.share))
+    ids = tuple(run_folder.take_share(wanted(cfg, store), cfg.share))
     seeds: dict[str, list[dict[str, Scores]]] = {m.name: [{} for _ in m.seeds or (None,)] for m in compared}
     jobs = [(i, m, k) for i in ids for m in compared for k in range(len(seeds[m.name]))]
-    for volume_id, method, number in run_folder.progress(jobs, "evaluate", unit="score"):
+    for volume_id, method, number in run_folder.track_progress(jobs, "evaluate", unit="score"):
         path = cfg.out / "scores" / f"{method.name}.{number}" / f"{volume_id}.json"
         if not path.exists():
             files.write_json(path, _score_one(cfg, store[volume_id], method, number, compared))
@@ -120,7 +120,7 @@ def _tracer(cfg: EvaluateConfig, compared: list[Method]) -> TraceConfig:
 def _pictures(cfg: EvaluateConfig, store: Store, compared: list[Method], results: Results) -> list[tuple[str, Path]]:
     """Pictures of the worst volumes, in OUT/pictures; those that are there are kept."""
     shown = []
-    for volume_id in run_folder.progress(results.worst_first(cfg)[: cfg.pictures], "pictures", unit="picture"):
+    for volume_id in run_folder.track_progress(results.worst_first(cfg)[: cfg.pictures], "pictures", unit="picture"):
         path = cfg.out / "pictures" / f"{volume_id}.jpg"
         if not path.exists():
             volume = store[volume_id]
@@ -147,19 +147,19 @@ def _write(
     this: dict[str, Any],
     compared: list[Method],
 ) -> None:
-    links = provenance.chain(
+    links = provenance.follow_runs(
         {"infer": cfg.predictions, "prepare": cfg.store, **({"train": cfg.train} if cfg.train else {})}
     )
     train = cfg.train or next(
         (k.path for k in links if k.name == "train" and (k.path / "metrics.jsonl").exists()), None
     )
     rows = learning_curves.read(train) if train else None
-    notices = provenance.notices(links, {i: store[i].digest for i in results.ids}) + _unlike(
+    notices = provenance.list_notices(links, {i: store[i].digest for i in results.ids}) + _unlike(
         cfg, store, results, compared
     )
     for notice in notices:
         log.warning("%s", notice)
-    links.append(provenance.Link("evaluate", cfg.out, {**this, "end": "this report"}))
+    links.append(provenance.RunRecord("evaluate", cfg.out, {**this, "end": "this report"}))
     told = {**as_json(results, cfg), "confidence": reliability.as_json(reliable)}
     files.write_json(cfg.out / "metrics.json", told)
     files.write_text(cfg.out / "metrics.csv", as_csv(results, cfg))
@@ -204,7 +204,7 @@ def score_volume(
 
 def facts(tree: Tree, volume: StoredVolume) -> dict[str, float]:
     """What a tree in voxels has by itself: cable in um, tips, branch points."""
-    found = tree_metrics.summary(morphology.scaled(tree, volume.voxel_size))
+    found = tree_metrics.summary(morphology.scale_tree(tree, volume.voxel_size))
     return {"length_um": found["length"], "tips": found["tips"], "branch_points": found["branch_points"]}
 
 
@@ -252,7 +252,7 @@ def _tree_scores(volume: StoredVolume, tree: Tree, cfg: EvaluateConfig) -> dict[
         "expected_run_length_um": connected.expected_run_length,
     }
     if cfg.tolerance_um is not None:
-        scaled = [morphology.scaled(t, volume.voxel_size) for t in (tree, gold)]
+        scaled = [morphology.scale_tree(t, volume.voxel_size) for t in (tree, gold)]
         step = min(1.0, cfg.tolerance_um / 4)
         match = cable.match_cable(scaled[0], scaled[1], cfg.tolerance_um, step)
         found |= {

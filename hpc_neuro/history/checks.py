@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import files, run_folder
-from hpc_neuro.core.geometry import blocks
+from hpc_neuro.core.geometry import tile_volume
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import feature_cache, ome_zarr
 from hpc_neuro.data.store import Store
 from hpc_neuro.history.run_check import Stage, common, short
 from hpc_neuro.models.teacher_folder import NOTE
 from hpc_neuro.pipeline import STAGES, VERBS
-from hpc_neuro.report.provenance import Link
+from hpc_neuro.report.provenance import RunRecord
 
 _STORE, _CACHE = STAGES["prepare"].index, STAGES["precompute"].index
 _PREDICTIONS = STAGES["infer"].index
 _MEAN = ("dice", "cldice", "hd95_um", "f1_4vox", "esa")
 
 
-def examine(link: Link, quick: bool) -> Stage:
+def examine(link: RunRecord, quick: bool) -> Stage:
     """The stage of one run, all its links followed. `quick`: large files are not read."""
     stage = common(link)
     check = VERBS[link.name].history_check if link.name in VERBS else None
@@ -38,7 +38,7 @@ def examine(link: Link, quick: bool) -> Stage:
     return stage
 
 
-def recorded(link: Link) -> dict[str, str]:
+def recorded(link: RunRecord) -> dict[str, str]:
     """The files of a run (names in its folder) whose SHA-256 is known, with it."""
     record = link.record or {}
     found = dict(record.get("outputs", {}))
@@ -49,11 +49,11 @@ def recorded(link: Link) -> dict[str, str]:
         for inner in ("evaluate", "infer"):
             if (link.path / inner / "run.json").is_file():
                 inside = files.read_json(link.path / inner / "run.json", "run the demo again")
-                found |= recorded(Link(inner, link.path / inner, inside))
+                found |= recorded(RunRecord(inner, link.path / inner, inside))
     return found
 
 
-def check_prepare(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_prepare(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
     index = stage.read(link.path / _STORE)
     if index is None:
         return
@@ -69,7 +69,7 @@ def check_prepare(stage: Stage, link: Link, record: Mapping[str, Any], quick: bo
         store.close()
 
 
-def check_precompute(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_precompute(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
     _volumes(stage, link, record, "volume ")
     manifest = stage.read(link.path / _CACHE)
     if manifest is None:
@@ -78,14 +78,14 @@ def check_precompute(stage: Stage, link: Link, record: Mapping[str, Any], quick:
     cache = _attempt(stage, lambda: feature_cache.FeatureCache(link.path))
     shards = manifest["shards"]
     stage.say(f"{len(shards)} shards, views {' '.join(manifest['views'])}, layers {manifest['layers']}")
-    for shard in run_folder.progress(shards if cache and not quick else [], "cache shards", unit="shard"):
+    for shard in run_folder.track_progress(shards if cache and not quick else [], "cache shards", unit="shard"):
         if feature_cache.is_shard_sound(link.path / shard["file"]):
             stage.held += 1
         else:
             stage.bad(f"the shard {shard['file']} does not have the checksum it was written with")
 
 
-def check_train(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_train(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
     inputs, config = record.get("inputs", {}), record.get("config", {})
     _volumes(stage, link, record, "", skip=("teacher", "cache", "split"))
     if "cache" in inputs and config.get("cache"):
@@ -107,7 +107,7 @@ def check_train(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool
             stage.bad(f"the {path.parent.name} weights are missing: {path} does not exist")
 
 
-def check_infer(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_infer(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
     inputs, config = record.get("inputs", {}), record.get("config", {})
     model = link.locate(config.get("model", ""))
     inside = [model / "model.safetensors", model / "weights" / config.get("weights", "best") / "model.safetensors"]
@@ -138,8 +138,8 @@ def _blocks(stage: Stage, out: Path, name: str, folder: str, quick: bool) -> int
         return 0
     z, y, x = array.shape
     deep, high, wide = (int(n) for n in array.chunk_layout.write_chunk.shape)
-    wanted, good = list(blocks((z, y, x), (deep, high, wide))), 0
-    for block in run_folder.progress(wanted, f"{name}: blocks", unit="block"):
+    wanted, good = list(tile_volume((z, y, x), (deep, high, wide))), 0
+    for block in run_folder.track_progress(wanted, f"{name}: blocks", unit="block"):
         box = block.write
         if box.start not in marks:
             stage.bad(f"the block of {folder} at {box.start} was never finished: it has no mark in {out / 'blocks'}")
@@ -153,7 +153,7 @@ def _blocks(stage: Stage, out: Path, name: str, folder: str, quick: bool) -> int
     return good
 
 
-def check_evaluate(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_evaluate(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
     inputs, config = record.get("inputs", {}), record.get("config", {})
     folders = {"predictions": config.get("predictions", "")}
     for name, several in config.get("compare", {}).items():
@@ -170,7 +170,7 @@ def check_evaluate(stage: Stage, link: Link, record: Mapping[str, Any], quick: b
             stage.bad(f"{name} is missing: {link.path / name} does not exist")
 
 
-def check_demo(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool) -> None:
+def check_demo(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
     """What the demo copied to the top of its folder must be what its stages wrote."""
     copied = [link.path / "evaluate" / n for n in STAGES["evaluate"].artifacts]
     copied += sorted((link.path / "infer" / "swc").rglob("*.swc"))
@@ -180,7 +180,7 @@ def check_demo(stage: Stage, link: Link, record: Mapping[str, Any], quick: bool)
             stage.compare(link.path / name, files.sha256(source), name)
 
 
-def _volumes(stage: Stage, link: Link, record: Mapping[str, Any], prefix: str, skip: Sequence[str] = ()) -> None:
+def _volumes(stage: Stage, link: RunRecord, record: Mapping[str, Any], prefix: str, skip: Sequence[str] = ()) -> None:
     """The volumes that a run took from its store must still be in it, unchanged."""
     path = link.locate(record["config"]["store"]) / _STORE
     if not path.is_file():
@@ -198,7 +198,7 @@ def _teacher(stage: Stage, record: Mapping[str, Any], identity: Mapping[str, str
     stage.say(f"teacher {identity['name']}  {short(identity['sha256'])}")
     config = record.get("config", {}).get("teacher") or {}
     if config.get("weights"):
-        weights = Link("", Path(), record).locate(config["weights"])
+        weights = RunRecord("", Path(), record).locate(config["weights"])
         if weights.is_dir():  # as fetch-teacher and tools.teacher.pretrain leave it
             weights = weights / str((stage.read(weights / NOTE) or {}).get("file", "weights"))
         stage.compare(weights, identity["sha256"], "teacher weights")

@@ -10,7 +10,7 @@ import yaml
 
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.report.provenance import Link
+from hpc_neuro.report.provenance import RunRecord
 
 _SHOWN = 12  # of a digest's characters
 _MANY = 12  # more of a kind are summed up in one line
@@ -80,7 +80,7 @@ def short(value: object) -> str:
     return text[:_SHOWN] if len(text) == 64 else text
 
 
-def raw_files(link: Link, quick: bool) -> Stage | None:
+def raw_files(link: RunRecord, quick: bool) -> Stage | None:
     """The files that came from outside, as `prepare` or `infer` recorded them; None when this run took none."""
     record = link.record or {}
     if link.name not in ("prepare", "infer"):
@@ -90,8 +90,8 @@ def raw_files(link: Link, quick: bool) -> Stage | None:
     if not raw:
         return None
     stage, sources = Stage(f"raw data of {link.path}: {len(raw)} files"), record.get("sources", {})
-    for name, then in run_folder.progress(
-        sorted(raw.items(), key=lambda i: run_folder.natural(i[0])), "raw files", unit="file"
+    for name, then in run_folder.track_progress(
+        sorted(raw.items(), key=lambda i: run_folder.natural_key(i[0])), "raw files", unit="file"
     ):
         if name not in sources:
             stage.unsure(f"{name}  {short(then)}  (where it lay is not recorded, so it is not compared)", "raw files")
@@ -104,7 +104,7 @@ def raw_files(link: Link, quick: bool) -> Stage | None:
     return stage
 
 
-def common(link: Link) -> Stage:
+def common(link: RunRecord) -> Stage:
     """Code, config, jobs, end, and the outputs by their hashes."""
     stage = Stage(f"{link.name}: {link.path}")
     if link.record is None:
@@ -129,7 +129,7 @@ def common(link: Link) -> Stage:
     return stage
 
 
-def _config(stage: Stage, link: Link) -> None:
+def _config(stage: Stage, link: RunRecord) -> None:
     """config.yaml must say what the record says; `out` may have moved."""
     path = link.path / "config.yaml"
     try:

@@ -31,10 +31,10 @@ def main(argv: Sequence[str]) -> int:
     path = paths[0].absolute()
     if not path.exists():
         raise InputError(f"{paths[0]} does not exist; give the folder of a run, or a file in it")
-    folder = provenance.run_folder(path)
+    folder = provenance.find_run_folder(path)
     if folder is None:
         raise InputError(f"{paths[0]} lies in no run's folder: there is no run.json beside or above it")
-    links, quick = provenance.chain({"": folder}), "quick=true" in options
+    links, quick = provenance.follow_runs({"": folder}), "quick=true" in options
     stages = [s for link in links for check in (raw_files, examine) if (s := _checked(check, link, quick)) is not None]
     if path.is_file():
         stages.append(_file(path, folder, links[-1]))
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _checked(
-    check: Callable[[provenance.Link, bool], Stage | None], link: provenance.Link, quick: bool
+    check: Callable[[provenance.RunRecord, bool], Stage | None], link: provenance.RunRecord, quick: bool
 ) -> Stage | None:
     """What a check finds; a record that is not of the form it was written in is a broken link too."""
     try:
@@ -64,7 +64,7 @@ def _verdict(broken: list[str], held: int, unknown: int) -> str:
     return f"{len(broken)} broken link{'s' * (len(broken) > 1)}, {hold}:\n" + "\n".join(f"    {b}" for b in broken)
 
 
-def _file(path: Path, folder: Path, link: provenance.Link) -> Stage:
+def _file(path: Path, folder: Path, link: provenance.RunRecord) -> Stage:
     """The file that was asked for, among those its run is known to have written."""
     name = path.relative_to(folder).as_posix()
     stage = Stage(f"asked for: {path}")

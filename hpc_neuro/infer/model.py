@@ -78,7 +78,7 @@ class Job:
         plan, cfg = self.plan, self.cfg
         facts = [self.digest, source.digest, plan.window, plan.overlap, plan.write, plan.chunk, self.threshold]
         looked = [i.overview for i in cfg.inputs]
-        facts += [schema.plain(cfg.empty), looked]
+        facts += [schema.to_plain(cfg.empty), looked]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def dark(self) -> float:
@@ -136,8 +136,8 @@ def lines(cfg: InferConfig, job: Job, volumes: Sequence[Source], ranks: int = 1)
         f"threshold {job.threshold:.2f}",
         f"{len(volumes)} volumes, {voxels / 1e6:.0f} M voxels: {count} blocks of up to {plan.write} with {plan.halo} "
         f"voxels around, at most {windows} windows of {plan.window}",
-        f"at most {files.human(2 * voxels)} on disk in {2 * count} shards, {coarse} shards of the pyramids and {count} "
-        f"markers; about {files.human(held * 20)} of memory per rank besides the network, at most "
+        f"at most {files.format_bytes(2 * voxels)} on disk in {2 * count} shards, {coarse} shards of the pyramids and "
+        f"{count} markers; about {files.format_bytes(held * 20)} of memory per rank besides the network, at most "
         f"{seconds * windows / ranks:.0f} s on {many} and the time to trace",
         *([views] if cfg.flips else []),
     ]

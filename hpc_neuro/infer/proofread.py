@@ -111,13 +111,13 @@ def places(tree: Tree, known: Sure, shape: Shape, size: VoxelSize) -> list[Place
     still bright.
     """
     sure, low, threshold, apart = known.confidence, known.low, known.threshold, known.disagreement
-    um = morphology.scaled(tree, size)
+    um = morphology.scale_tree(tree, size)
     step = morphology.edge_lengths(um)
     below = step.copy()
     for node in range(len(tree) - 1, -1, -1):
         if tree.parents[node] >= 0:
             below[tree.parents[node]] += below[node]
-    neuron, numbers = morphology.component_of(tree) + 1, swc.node_ids(tree)
+    neuron, numbers = morphology.label_components(tree) + 1, swc.node_ids(tree)
     found = []
 
     def add(kind: str, node: int, doubt: float) -> None:
@@ -143,7 +143,7 @@ def places(tree: Tree, known: Sure, shape: Shape, size: VoxelSize) -> list[Place
 
 def neurons(tree: Tree, known: Sure, size: VoxelSize) -> list[Neuron]:
     """A score for each tree of a forest in voxels, least sure first."""
-    of, step = morphology.component_of(tree), _cable(tree, size)
+    of, step = morphology.label_components(tree), _cable(tree, size)
     weak = (tree.parents >= 0) & (known.confidence < known.low)
     gaps = np.bincount([of[run[0]] for run in _runs(tree, weak.astype(np.int64))], minlength=len(tree.roots))
     broken = np.bincount(of, weights=step * weak)
@@ -166,7 +166,7 @@ def by_block(tree: Tree, known: Sure, block: Shape, size: VoxelSize) -> list[Blo
 
 def _cable(tree: Tree, size: VoxelSize) -> Floats:
     """[N] um from each node to its parent; 0 for roots."""
-    return np.where(tree.parents >= 0, morphology.edge_lengths(morphology.scaled(tree, size)), 0.0)
+    return np.where(tree.parents >= 0, morphology.edge_lengths(morphology.scale_tree(tree, size)), 0.0)
 
 
 def _scores(step: Floats, known: Sure, of: NDArray[np.int64]) -> list[tuple[float, float, float, float | None]]:
@@ -204,7 +204,7 @@ def write(
     nodes = [dict(zip(("node", *columns), (i, *line), strict=True)) for i, line in zip(numbers, lines, strict=True)]
     files.write_text(folder / f"{name}.confidence.csv", _table(nodes, ["node", *columns]))
     types = np.where(_in_section(tree, known.lowest < known.threshold), DOUBTFUL, tree.types)
-    marked = morphology.scaled(replace(tree, types=types), size)
+    marked = morphology.scale_tree(replace(tree, types=types), size)
     about = [f"type {DOUBTFUL}: somewhere less sure than {known.threshold:g}"]
     swc.write(folder / f"{name}.swc", marked, unit="um", voxel_size=size, comments=about)
     files.write_json(folder / f"{name}.neuroglancer.json", neuroglancer(name, found, shape, size))

@@ -87,10 +87,10 @@ def _drawn(work: Work, box: Box, lines: Sequence[figures.TreeLines], most: int) 
     level, array = levels[number], ome_zarr.open_level(work.folder, number)
     start = [a // f for a, f in zip(box.start, level.factor, strict=True)]
     stop = [-(-b // f) for b, f in zip(box.stop, level.factor, strict=True)]
-    part = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clipped(Box.whole(level.shape))
+    part = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clip(Box.whole(level.shape))
 
     def read(piece: Box) -> Array:
-        return np.asarray(ome_zarr.read_box(array, piece.shifted(part.start)), dtype=np.float32) / np.float32(255)
+        return np.asarray(ome_zarr.read_box(array, piece.shift(part.start)), dtype=np.float32) / np.float32(255)
 
     views = figures.project_maxima(read, part.shape)
     size = [v * f for v, f in zip(source.voxel_size, level.factor, strict=True)]
@@ -116,7 +116,7 @@ def _sheets(out: Path, work: Work) -> list[str]:
         size = np.array(source.voxel_size)
         low, high = np.floor(tree.points.min(axis=0) / size), np.ceil(tree.points.max(axis=0) / size)
         start, stop = (low - _MARGIN).astype(int), (high + _MARGIN + 1).astype(int)
-        box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clipped(Box.whole(source.shape))
+        box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clip(Box.whole(source.shape))
         mine = [d for d in doubts if d["neuron"] == row["neuron"]]
         crosses = np.array([[float(d[a]) for a in "zyx"] for d in mine]).reshape(-1, 3) * size
         origin = np.array(box.start) * size

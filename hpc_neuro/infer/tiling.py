@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.geometry import Block, Shape, blocks
+from hpc_neuro.core.geometry import Block, Shape, tile_volume
 from hpc_neuro.models import sliding_window
 
 MASK = "mask"
@@ -50,13 +50,13 @@ class Plan:
 
     def blocks(self, shape: Shape) -> list[Block]:
         """The blocks of a volume."""
-        return list(blocks(shape, self.write, self.halo))
+        return list(tile_volume(shape, self.write, self.halo))
 
     def second(self, shape: Shape) -> list[Block]:
         """The blocks for a second look (views.py), where a place also depends on the voxels next to it: read a step
         farther."""
         z, y, x = (h + s for h, s in zip(self.halo, self.step, strict=True))
-        return list(blocks(shape, self.write, (z, y, x)))
+        return list(tile_volume(shape, self.write, (z, y, x)))
 
     def cost(self, block: Block) -> int:
         """How often the student runs for a block."""

@@ -96,7 +96,7 @@ def trace(cfg: InferConfig, work: Work) -> None:
     found = trace_strands(
         kept, read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace, image=source.read
     )
-    save(_forest_path(cfg, work), morphology.joined(found))
+    save(_forest_path(cfg, work), morphology.concatenate_trees(found))
     seconds = time.monotonic() - begun
     log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(found), sum(map(len, found)), seconds)
 
@@ -210,7 +210,7 @@ def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tr
     about = [f"traced by hpc_neuro {run_folder.code_version()} from {source.image}"]
     entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
     _write(cfg.out / "swc", source.id, tree, source, about)
-    for number, one in enumerate(morphology.components(tree) if len(tree.roots) > 1 else [], start=1):
+    for number, one in enumerate(morphology.split_components(tree) if len(tree.roots) > 1 else [], start=1):
         _write(cfg.out / "swc" / source.id, f"{number:04d}", one, source, about)
 
 
@@ -250,6 +250,6 @@ def _mean(scores: list[proofread.Neuron]) -> float:
 
 def _write(folder: Path, name: str, tree: Tree, source: Source, about: list[str]) -> None:
     """NAME.swc in micrometres and NAME.voxel.swc in voxels."""
-    um = morphology.scaled(tree, source.voxel_size)
+    um = morphology.scale_tree(tree, source.voxel_size)
     swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=about)
     swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=about)

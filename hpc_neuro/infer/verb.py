@@ -50,7 +50,7 @@ def run(cfg: InferConfig) -> int:
     job = distributed.together(lambda: Job(cfg), comm)
     volumes = _opened(cfg, comm, main)
     inputs = {"weights": job.digest, **{f"volume {v.id}": v.digest for v in volumes}}
-    inputs[run_folder.named("volumes", cfg.share)] = files.sha256_json([v.id for v in volumes])
+    inputs[run_folder.input_name("volumes", cfg.share)] = files.sha256_json([v.id for v in volumes])
     inputs |= {f"image {v.id}": v.content for v in volumes if v.file}
     behind = {"weights": weights_folder(cfg) / "model.safetensors"}
     behind |= {f"image {v.id}": v.file for v in volumes if v.file}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_neuro.core import files, run_folder, schema
-from hpc_neuro.core.geometry import Block, Shape, VoxelSize, blocks
+from hpc_neuro.core.geometry import Block, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.infer.config import InferConfig
@@ -55,7 +55,7 @@ class _Image:
 
     @property
     def blocks(self) -> list[Block]:
-        return list(blocks(self.shape, self.shard))
+        return list(tile_volume(self.shape, self.shard))
 
 
 def main(args: Sequence[str]) -> int:
@@ -91,7 +91,7 @@ def check(out: Path) -> list[Problem]:
         raise InputError(f"{out} was not written by `infer`; give a folder that was")
     found, names = list[Problem](), {p.name.removesuffix(".ome.zarr") for p in out.glob("*.ome.zarr")}
     names |= {p.name for p in (out / "blocks").glob("*")}
-    for name in sorted(names, key=run_folder.natural):
+    for name in sorted(names, key=run_folder.natural_key):
         image = _described(out, name)
         if isinstance(image, Problem):
             found.append(image)

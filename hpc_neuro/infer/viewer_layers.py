@@ -102,7 +102,7 @@ class Layers:
         """The brightness to show as black and as white, of the voxels around a position."""
         _, shape, read = self._image(name)
         z, y, x = (round(p) - n // 2 for p, n in zip(position, _LOOK, strict=True))
-        values = read(Box.at((z, y, x), _LOOK).clipped(Box.whole(shape))).astype(np.float32)
+        values = read(Box.at((z, y, x), _LOOK).clip(Box.whole(shape))).astype(np.float32)
         low, high = (float(v) for v in np.percentile(values, (1, 99.9)))
         return [low, max(high, low + 1e-6)]
 
@@ -136,14 +136,14 @@ class Layers:
         if len(index) != 3 or not all(i.isdecimal() and int(i) < n for i, n in zip(index, counts, strict=True)):
             return None
         z, y, x = (int(i) * c for i, c in zip(index, _CHUNK, strict=True))
-        box = Box.at((z, y, x), _CHUNK).clipped(Box.whole(shape))
+        box = Box.at((z, y, x), _CHUNK).clip(Box.whole(shape))
         whole = np.zeros(_CHUNK, _sent(dtype))
         whole[box.relative_to((z, y, x)).slices] = read(box)
         return whole.tobytes()
 
     def _read_trees(self, name: str) -> list[Tree]:
         entry = self._entries[name]
-        return morphology.components(swc.read(self._out / entry["swc"])) if entry.get("swc") else []
+        return morphology.split_components(swc.read(self._out / entry["swc"])) if entry.get("swc") else []
 
 
 def _voxel_size(entry: dict[str, Any]) -> VoxelSize:

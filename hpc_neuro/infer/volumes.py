@@ -96,9 +96,9 @@ def _share(items: tuple[T, ...], share: Share | None) -> Iterator[tuple[T, Share
     if not items:
         return
     if share is None or share[1] <= len(items):
-        yield from ((item, None) for item in run_folder.share_of(items, share))
+        yield from ((item, None) for item in run_folder.take_share(items, share))
         return
-    run_folder.share_of(items, share)  # refuses an index that does not exist
+    run_folder.take_share(items, share)  # refuses an index that does not exist
     index, count = share
     which = index % len(items)
     sharers = len(range(which, count, len(items)))
@@ -171,6 +171,6 @@ def _overview(item: VolumeConfig, fine: Volume, low: float, high: float) -> Call
         stop = [int(np.ceil(b / f)) for b, f in zip(box.stop, factor, strict=True)]
         # one voxel more to each side, for levels that are not cut at the same places
         grown = Box((start[0] - 1, start[1] - 1, start[2] - 1), (stop[0] + 1, stop[1] + 1, stop[2] + 1))
-        return float(normalize(coarse[grown.clipped(Box.whole(coarse.shape))], low, high).max())
+        return float(normalize(coarse[grown.clip(Box.whole(coarse.shape))], low, high).max())
 
     return brightest

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.schema import ConfigError, InputError, config
-from hpc_neuro.core.types import Array, Batch, sent
+from hpc_neuro.core.types import Array, Batch, copy_to_device
 
 View = Literal["z", "y", "x"]
 
@@ -152,7 +152,7 @@ class Distiller(nn.Module):
         chosen = batch.distilled.nonzero()[:, 0]
         if len(chosen) == 0:
             return self._nothing(batch.image)
-        chosen = sent(chosen, batch.image.device)
+        chosen = copy_to_device(chosen, batch.image.device)
         share = self._neurite_share(features, batch)[chosen]  # [b, z, y, x]
         weight = self.cfg.floor + (1 - self.cfg.floor) * share
         zero = weight.new_zeros(())

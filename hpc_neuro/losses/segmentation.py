@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.schema import InputError, config
-from hpc_neuro.core.types import Batch, Prediction
+from hpc_neuro.core.types import Batch, StudentOutput
 
 
 @config
@@ -131,7 +131,7 @@ Loss = Annotated[CrossEntropy | Dice | Focal | ClDice | SkeletonRecall, Field(di
 """Any segmentation loss, told apart by `kind`."""
 
 
-def weighted_sum(losses: Sequence[Loss], prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def weighted_sum(losses: Sequence[Loss], prediction: StudentOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of weight times loss, float32, and each loss by its kind (unweighted, detached).
 
     A second loss of one kind is named `dice_2`. Without losses the total is a zero that still reaches every parameter

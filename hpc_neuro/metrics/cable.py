@@ -66,7 +66,7 @@ def remove_stub(
     if not len(predicted) or not len(gold):
         return predicted
     reach = 2 * tolerance if reach is None else reach
-    fine = morphology.resampled(predicted, tolerance / 4)
+    fine = morphology.resample_tree(predicted, tolerance / 4)
     centre = gold.points[gold.roots[0]] if root is None else np.asarray(root, dtype=np.float64)
     away = np.linalg.norm(fine.points - centre, axis=1)
     seed = int(away.argmin())
@@ -84,7 +84,7 @@ def remove_stub(
     lengths[np.bincount(arm[inside & on_gold], minlength=count) > 0] = 0.0
     if not len(lengths) or lengths.max() == 0.0:
         return predicted
-    return morphology.subset(rerooted, arm != int(lengths.argmax()))
+    return morphology.select_nodes(rerooted, arm != int(lengths.argmax()))
 
 
 def _covered(tree: Tree, other: Tree, tolerance: float, step: float) -> float:
@@ -102,7 +102,7 @@ def _rerooted(tree: Tree, node: int) -> Tree:
     above, here = -1, node
     while here >= 0:
         parents[here], above, here = above, here, int(tree.parents[here])
-    return morphology.make(tree.points, parents, tree.radii, tree.types)
+    return morphology.build_tree(tree.points, parents, tree.radii, tree.types)
 
 
 def _arms(tree: Tree, seed: int, near: NDArray[np.bool_]) -> NDArray[np.int64]:

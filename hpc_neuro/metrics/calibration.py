@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.morphology import Tree, edge_lengths, resampled
+from hpc_neuro.core.morphology import Tree, edge_lengths, resample_tree
 from hpc_neuro.metrics.segments import Segments
 
 Floats = NDArray[np.float64]
@@ -31,7 +31,7 @@ def judged(tree: Tree, sure: Floats, gold: Tree, tolerance: float) -> tuple[Floa
 
     `sure` [N] is the confidence on the edge from each node to its parent. Units are the trees'.
     """
-    fine = resampled(tree, 1.0)
+    fine = resample_tree(tree, 1.0)
     parts = np.maximum(1, np.ceil(edge_lengths(tree) - 1e-9)).astype(np.int64)
     parts[tree.parents < 0] = 1
     owner = np.repeat(np.arange(len(tree)), parts)

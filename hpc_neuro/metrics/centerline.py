@@ -9,7 +9,7 @@ import cc3d
 import numpy as np
 from skimage.morphology import skeletonize
 
-from hpc_neuro.core.geometry import Box, Shape, blocks
+from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.types import Array
 from hpc_neuro.metrics.surface import Mask, extent
 from hpc_neuro.metrics.voxel import _harmonic, _share, labelled
@@ -91,7 +91,7 @@ def cldice_streamed(
     """
     thin_p = thin_g = inside = found = 0
     any_p = any_g = False
-    for tile in blocks(shape, block, halo):
+    for tile in tile_volume(shape, block, halo):
         p, g = labelled(predicted(tile.read), gold(tile.read))
         own = tile.write.relative_to(tile.read.start).slices
         any_p, any_g = any_p or bool(p[own].any()), any_g or bool(g[own].any())

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 
 Mask = NDArray[np.bool_]
 Points = NDArray[np.int32]
@@ -88,7 +88,7 @@ def point_distances(a: Points, b: Points, voxel_size: VoxelSize) -> tuple[Distan
 def surface_points(read: Callable[[Box], Mask], shape: Shape, block: Shape = (256, 256, 256)) -> Points:
     """Indices [N, 3] of the surface voxels of a mask that is read block by block with one voxel of context."""
     found = [np.zeros((0, 3), dtype=np.int32)]
-    for tile in blocks(shape, block, halo=(1, 1, 1)):
+    for tile in tile_volume(shape, block, halo=(1, 1, 1)):
         mask = read(tile.read)
         if mask.any():
             own = tile.write.relative_to(tile.read.start).slices

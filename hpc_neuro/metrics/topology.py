@@ -48,7 +48,7 @@ def compare_topology(
         visited.setdefault(int(others), set()).add(int(own))
     good = np.array([len(visited.get(int(o), set())) <= 1 for o in found.others], dtype=bool)
     runs = np.where(good, found.length, 0.0)
-    total = morphology.length(morphology.scaled(gold, scale))
+    total = morphology.length(morphology.scale_tree(gold, scale))
     return Topology(found.breaks, claimed.breaks, float((runs**2).sum() / total) if total else 0.0)
 
 
@@ -104,11 +104,11 @@ class _Pieces:
 
 
 def _pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, float, float]) -> _Pieces:
-    fine, guide = (morphology.resampled(t, tolerance / _STEPS) for t in (tree, other))
+    fine, guide = (morphology.resample_tree(t, tolerance / _STEPS) for t in (tree, other))
     found = Segments(other).distance(fine.points) <= tolerance
     fine, found = _from_found(fine, found)
     counterpart = np.asarray(cKDTree(guide.points).query(fine.points)[1])
-    component, guide_component = morphology.component_of(fine), morphology.component_of(guide)
+    component, guide_component = morphology.label_components(fine), morphology.label_components(guide)
 
     above = np.full(len(fine), -1)  # nearest found node on the way up
     for node, parent in enumerate(fine.parents):
@@ -130,7 +130,7 @@ def _pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, float
             piece[place], count = count, count + 1
     inside = found & joined & (above == fine.parents)  # an edge with both ends in one piece
     own = np.bincount(piece[inside], weights=morphology.edge_lengths(fine)[inside], minlength=count)
-    scaled = morphology.edge_lengths(morphology.scaled(fine, scale))
+    scaled = morphology.edge_lengths(morphology.scale_tree(fine, scale))
     first = np.unique(piece[found], return_index=True)[1]
     votes = np.stack([piece[found], guide_component[counterpart[found]]], axis=1)
     return _Pieces(
@@ -144,14 +144,14 @@ def _pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, float
 def _from_found(tree: Tree, found: NDArray[np.bool_]) -> tuple[Tree, NDArray[np.bool_]]:
     """Each component rooted at a found node, where it has one, so that every other found node has one above it."""
     parents = tree.parents.copy()
-    component = morphology.component_of(tree)
+    component = morphology.label_components(tree)
     has, first = np.unique(component[found], return_index=True)
     for start in np.flatnonzero(found)[first] if len(has) else ():
         above, here = -1, int(start)
         while here >= 0:
             parents[here], above, here = above, here, int(tree.parents[here])
-    order = morphology.parents_first(parents)
-    return morphology.make(tree.points, parents, tree.radii, tree.types), found[order]
+    order = morphology.order_parents_first(parents)
+    return morphology.build_tree(tree.points, parents, tree.radii, tree.types), found[order]
 
 
 def _meet(parents: NDArray[np.int64], a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:

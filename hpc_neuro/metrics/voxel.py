@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core.constants import UNLABELLED
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.types import Array
 from hpc_neuro.metrics.surface import Mask, SurfacePair, point_distances, surface_points
 
@@ -69,7 +69,7 @@ def counts_streamed(
 ) -> Counts:
     """The same for volumes beyond memory: both masks are read block by block."""
     total = Counts()
-    for tile in blocks(shape, block):
+    for tile in tile_volume(shape, block):
         total += counts(predicted(tile.write), gold(tile.write))
     return total
 

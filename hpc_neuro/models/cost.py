@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_neuro.core.files import human
+from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.models.stem import FirstConv
 from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, blank_student
@@ -67,9 +67,11 @@ def summary(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int = 4) -
     size = f"student {cfg.size}, crop {' x '.join(map(str, crop))}, batch {batch}: {grid} tokens"
     lines = [size, f"{'part':<12}{'parameters':>12}{'GFLOP forward':>15}{'GFLOP step':>12}{'kept for backward':>19}"]
     for row in rows:
-        numbers = f"{row.forward / 1e9:>15.2f}{row.step / 1e9:>12.2f}{human(row.kept):>19}"
+        numbers = f"{row.forward / 1e9:>15.2f}{row.step / 1e9:>12.2f}{format_bytes(row.kept):>19}"
         lines.append(f"{row.part:<12}{row.parameters / 1e6:>10.2f} M{numbers}")
-    lines.append(f"weights, gradients and Adam in float32: {human(_STATE_BYTES * rows[-1].parameters)} over all ranks")
+    lines.append(
+        f"weights, gradients and Adam in float32: {format_bytes(_STATE_BYTES * rows[-1].parameters)} over all ranks"
+    )
     return lines
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.core.types import Prediction
+from hpc_neuro.core.types import StudentOutput
 
 _SIGMA = 0.125  # of the window, as nnU-Net and MONAI have it
 _FLOOR = 1e-3  # of the centre's weight, so that a corner seen by one window only is still divided by something
@@ -138,7 +138,7 @@ def _run(
         some = boxes[done : done + batch.windows]
         images = torch.stack([image[b.slices] for b in some])[:, None]
         try:
-            prediction: Prediction = student(_flipped(images.to(device), mirrored))
+            prediction: StudentOutput = student(_flipped(images.to(device), mirrored))
             probability = _flipped(prediction.logits[:, 0].float().sigmoid(), mirrored)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import InputError, config
-from hpc_neuro.core.types import Prediction
+from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.models import tokenizer
 from hpc_neuro.models.decoder import Decoder, LightConfig
 from hpc_neuro.models.stem import Stem, level_strides
@@ -126,7 +126,7 @@ class Student(nn.Module):
         )
         self.tokenizer = _tokenizer(cfg, dim)
 
-    def forward(self, image: Tensor, layers: Sequence[int] = ()) -> Prediction:
+    def forward(self, image: Tensor, layers: Sequence[int] = ()) -> StudentOutput:
         """image [B, 1, Z, Y, X] in [0, 1], Z Y X multiples of the patch -> logits [B, 1, Z, Y, X], features as asked.
 
         Features are patch tokens after the final norm, as the teacher's. Raises InputError for another shape or layer.
@@ -137,7 +137,7 @@ class Student(nn.Module):
         image = image.to(self.stem.first.weight.dtype)
         tokens = self.tokenizer(image)  # [B, C, z, y, x]; first, for it checks the image's shape
         _, maps = self.vit(tokens, tuple({*layers, *self.decoder.layers}))
-        return Prediction(self.decoder(self.stem(image), maps), {i: maps[i] for i in layers})
+        return StudentOutput(self.decoder(self.stem(image), maps), {i: maps[i] for i in layers})
 
     @property
     def halo(self) -> Shape:

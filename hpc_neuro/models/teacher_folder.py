@@ -60,7 +60,7 @@ def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[st
     digest, licence = files.sha256(source), str(card.get("license") or "not stated by timm")
     origin = str(card.get("hf_hub_id") or card.get("url") or "not stated by timm")
     files.require_space(out.parent, source.stat().st_size, f"the teacher {name}")
-    with files.full_disk_named(out.parent, f"the teacher {name}"), files.atomic(out) as part:
+    with files.explain_full_disk(out.parent, f"the teacher {name}"), files.atomic(out) as part:
         part.mkdir()
         shutil.copyfile(source, part / f"model{source.suffix}")
         files.write_json(
@@ -81,6 +81,6 @@ def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[st
             "Read the licence at the origin before you publish or sell what was trained with these weights.\n",
         )
     return [
-        f"{name}: {files.human(source.stat().st_size)}, sha256 {digest}, licence {licence}, in {out}",
+        f"{name}: {files.format_bytes(source.stat().st_size)}, sha256 {digest}, licence {licence}, in {out}",
         f"use it with  teacher.model={name} teacher.weights={out}",
     ]

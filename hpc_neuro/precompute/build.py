@@ -143,7 +143,7 @@ class _Shards:
 
     def put(self, unit: cache.Unit, job: Job, values: Values, last: bool) -> None:
         """Write one forward's features; with the `last` the shard appears under its name."""
-        with files.full_disk_named(self.out, unit.name):
+        with files.explain_full_disk(self.out, unit.name):
             stack, shard = self._open or self._start(unit)
             shard.write(job.slices, job.rows, job.columns, values()[:, :, job.inner_rows, job.inner_columns])
             if last:

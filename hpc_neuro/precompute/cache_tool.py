@@ -165,12 +165,12 @@ def info(out: Path) -> list[str]:
         f"layers {held['layers']}, views {' '.join(held['views'])}, augment_views {turned}",
         f"every {held['stride_v']} voxels, scale {held['scale']}, {kept} as {held['dtype']}",
         f"{len(held['volumes'])} volumes: {', '.join(held['volumes'])}",
-        f"{len(shards)} shards, {files.human(size)}" + (f"; MISSING {', '.join(gone)}" if gone else ""),
+        f"{len(shards)} shards, {files.format_bytes(size)}" + (f"; MISSING {', '.join(gone)}" if gone else ""),
         f"made from {held['store']} by {held['code']}",
         *compress.said(held["coding_quality"]),
     ]
     for view in held["views"]:
         mine = [s for s in shards if s["unit"]["view"] == view]
-        lines.append(f"view {view}: {len(mine)} shards, {files.human(sum(s['bytes'] for s in mine))}")
+        lines.append(f"view {view}: {len(mine)} shards, {files.format_bytes(sum(s['bytes'] for s in mine))}")
     used = [f"used by {use['out']} on {use['host']}, first {use['first']}" for use in cache.list_uses(out)]
     return lines + (used or ["used by no training yet"])

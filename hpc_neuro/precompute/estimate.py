@@ -71,8 +71,8 @@ def lines(
         f"{teacher.dim} channels, patch {teacher.patch}",
         f"{volumes} volumes, views {' '.join(cfg.views)}{turned}, layers {list(cfg.layers)}, {kept}: {len(units)} "
         f"shards of at most {[largest.count, len(cfg.layers), largest.rows, largest.columns]} slices, layers, token "
-        f"rows, columns; {files.human(size)} {cfg.dtype} in {cfg.out}",
-        f"{len(todo)} shards to make, {files.human(rest)}; {space}",
+        f"rows, columns; {files.format_bytes(size)} {cfg.dtype} in {cfg.out}",
+        f"{len(todo)} shards to make, {files.format_bytes(rest)}; {space}",
         f"about {each:.0f} s on each of {len(seconds)} rank(s), by a timed probe",
     ]
 
@@ -118,16 +118,16 @@ def space(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: Sequence[
     free = shutil.disk_usage(folder).free
     granted = rest <= _MARGIN * free and _granted(folder, rest)
     if granted is False:
-        room, why = int(_MARGIN * free), f"only {files.human(free)} are free there"
+        room, why = int(_MARGIN * free), f"only {files.format_bytes(free)} are free there"
         if rest <= room:
             room = _most(folder, rest)
-            why = f"your quota allows only {files.human(room)} there, though {files.human(free)} are free"
+            why = f"your quota allows only {files.format_bytes(room)} there, though {files.format_bytes(free)} are free"
         raise InputError(
-            f"the feature cache needs {files.human(rest)} in {cfg.out}, but {why}; make room, choose another `out`, or "
-            "keep less:\n  " + "\n  ".join(alternatives(cfg, store, teacher.patch, teacher.dim, room))
+            f"the feature cache needs {files.format_bytes(rest)} in {cfg.out}, but {why}; make room, choose another "
+            "`out`, or keep less:\n  " + "\n  ".join(alternatives(cfg, store, teacher.patch, teacher.dim, room))
         )
     quota = "a quota, if any, allows it" if granted else "this file system does not say what a quota allows"
-    return f"{files.human(free)} are free, {quota}"
+    return f"{files.format_bytes(free)} are free, {quota}"
 
 
 def _granted(folder: Path, size: int) -> bool | None:
@@ -170,9 +170,9 @@ def alternatives(cfg: PrecomputeConfig, store: Store, patch: int, dim: int, room
             text = ",".join(map(str, setting)) if isinstance(setting, tuple) else str(setting)
             name = f"{knob}=[{text}]" if isinstance(setting, tuple) else f"{knob}={text}"
             if size <= room:
-                best = f"{name} would fit: {files.human(size)}, {files.human(room - size)} to spare"
+                best = f"{name} would fit: {files.format_bytes(size)}, {files.format_bytes(room - size)} to spare"
                 break
-            best = f"{knob} alone would not do: {name} still takes {files.human(size - room)} too much"
+            best = f"{knob} alone would not do: {name} still takes {files.format_bytes(size - room)} too much"
         if best:
             found.append(best)
     return found

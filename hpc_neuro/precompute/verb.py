@@ -91,7 +91,7 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
             summary = {"shards": len(work.units), "seconds": round(time.monotonic() - begun, 3)}
             this.finish(summary, outputs=[cfg.out / cache.MANIFEST])
             size = sum((cfg.out / u.name).stat().st_size for u in work.units)
-            log.info("wrote %d shards, %s, to %s", len(work.units), files.human(size), cfg.out)
+            log.info("wrote %d shards, %s, to %s", len(work.units), files.format_bytes(size), cfg.out)
     return 0
 
 
@@ -174,7 +174,7 @@ def _share(
     """This rank's share of the shards: it takes the next one that nobody has."""
     turns, ranks = distributed.turns(len(todo), comm), 1 if comm is None else comm.Get_size()
     label = "teacher features" if ranks == 1 else f"teacher features, rank 0 of {ranks}"
-    shown = run_folder.progress(turns, label, total=-(-len(todo) // ranks), unit="slab") if main else turns
+    shown = run_folder.track_progress(turns, label, total=-(-len(todo) // ranks), unit="slab") if main else turns
     try:
         units = (todo[i] for i in shown)
         build(cfg, work.store, work.teacher, units, lambda unit: work.key(cfg, unit, coded), codings)

@@ -79,7 +79,7 @@ def open_pair(pair: Pair, cfg: PrepareConfig) -> OpenedPair:
     if not len(tree):
         raise InputError(f"{pair.swc} holds no points; a traced tree is wanted")
     remarks = _require_inside(pair, unit, tree, image.shape, size)
-    if pair.root and outside_fraction(morphology.make(np.asarray([pair.root]), np.asarray([-1])), image.shape):
+    if pair.root and outside_fraction(morphology.build_tree(np.asarray([pair.root]), np.asarray([-1])), image.shape):
         raise InputError(
             f"the root of {pair.id}, {pair.root} (z y x voxel), lies outside the image of shape {image.shape}"
         )
@@ -151,7 +151,7 @@ def _digest(pair: Pair, unit: str, size: VoxelSize, sources: dict[str, str], cfg
         "format": FORMAT,
         "sources": sources,
         "pair": [pair.id, unit, pair.root, pair.channel, pair.axes, size],
-        "targets": schema.plain(
+        "targets": schema.to_plain(
             [cfg.radius, cfg.stretch, cfg.tube, cfg.distance_cap, cfg.ignore_margin, cfg.beyond_root]
         ),
     }

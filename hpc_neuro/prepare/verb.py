@@ -48,7 +48,7 @@ def run(cfg: PrepareConfig) -> int:
             for line in _lines(opened, list(measured.values()), cfg):
                 log.info("%s", line)
         volumes = []
-        for one in run_folder.progress(opened, "prepare", unit="volume"):
+        for one in run_folder.track_progress(opened, "prepare", unit="volume"):
             found = measured.get(one.pair.id) or _measured(one, cfg)
             if cfg.share is not None:
                 files.write_json(_kept(one, cfg), {"digest": one.digest, **asdict(found)})
@@ -88,7 +88,7 @@ def _kept(one: OpenedPair, cfg: PrepareConfig) -> Path:
 def _opened(cfg: PrepareConfig) -> list[OpenedPair]:
     pairs = find_pairs(cfg)
     _apart(cfg.out, pairs)
-    opened = [open_pair(pair, cfg) for pair in run_folder.share_of(pairs, cfg.share)]
+    opened = [open_pair(pair, cfg) for pair in run_folder.take_share(pairs, cfg.share)]
     _once(opened)
     written = sum(o.bytes(cfg.distance_cap) for o in opened if not is_written(cfg.out / f"{o.pair.id}.h5", o.digest))
     files.require_space(cfg.out, written, "the store")
@@ -137,7 +137,7 @@ def _write(path: Path, one: OpenedPair, volume: VolumeRecord, cfg: PrepareConfig
     log.info(
         "%s: written, %s; median radius %.2f fine voxels (%.2f to %.2f), %.2f times that along the coarsest axis",
         volume.id,
-        files.human(path.stat().st_size),
+        files.format_bytes(path.stat().st_size),
         *np.percentile(drawn.tree.radii, [50, 5, 95]),
         drawing.stretch,
     )
@@ -162,13 +162,13 @@ def _inputs(opened: list[OpenedPair], cfg: PrepareConfig) -> dict[str, Path | st
     """Digests by name; `pairs` holds what meta.json or the manifest said, of a share of them under the share's name."""
     said = [[o.pair.id, o.pair.split, o.digest] for o in opened]
     hashes: dict[str, Path | str] = {f"{o.pair.id}.{k}": v for o in opened for k, v in o.sources.items()}
-    return hashes | {run_folder.named("pairs", cfg.share): files.sha256_json(said)}
+    return hashes | {run_folder.input_name("pairs", cfg.share): files.sha256_json(said)}
 
 
 def _lines(opened: list[OpenedPair], measured: list[Measured], cfg: PrepareConfig) -> list[str]:
     voxels = sum(int(np.prod(o.image.shape, dtype=np.int64)) for o in opened)
     needed = sum(o.bytes(cfg.distance_cap) for o in opened)
-    lines = [f"{len(opened)} volumes, {voxels:,} voxels, at most about {files.human(needed)} in {cfg.out}"]
+    lines = [f"{len(opened)} volumes, {voxels:,} voxels, at most about {files.format_bytes(needed)} in {cfg.out}"]
     for split in SPLITS:
         ids = [o.pair.id for o in opened if o.pair.split == split]
         lines.append(f"{split}: {len(ids)} ({', '.join(ids)})" if ids else f"{split}: none")
@@ -181,5 +181,5 @@ def _lines(opened: list[OpenedPair], measured: list[Measured], cfg: PrepareConfi
             f"(best other {100 * m.fit.best_score:.1f}: {m.fit.best_change})"
         )
         lines += [*o.remarks, *m.remarks]
-    lines.append(f"radius: {schema.plain(cfg.radius)}")
+    lines.append(f"radius: {schema.to_plain(cfg.radius)}")
     return lines

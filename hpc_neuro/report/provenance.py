@@ -18,7 +18,7 @@ _AGAIN = "remove it and run that stage again"
 
 
 @dataclass(frozen=True)
-class Link:
+class RunRecord:
     """One run behind the result."""
 
     name: str  # its verb
@@ -57,32 +57,32 @@ class Link:
                 yield item.verb, self.locate(path)
 
 
-def run_folder(path: Path) -> Path | None:
+def find_run_folder(path: Path) -> Path | None:
     """The folder of the run that `path` is of or lies in; None when there is none."""
     return next((p for p in (path, *path.parents) if (p / "run.json").is_file()), None)
 
 
-def chain(starts: Mapping[str, Path]) -> list[Link]:
+def follow_runs(starts: Mapping[str, Path]) -> list[RunRecord]:
     """The runs that led to the folders `starts` (verb -> folder), each once, each after all that it was built on.
 
     A folder inside the folder of a run of that verb (weights/best) leads to that run.
     Raises InputError for a run.json that cannot be read.
     """
-    found: dict[Path, Link] = {}
+    found: dict[Path, RunRecord] = {}
     for name, path in starts.items():
         _follow(name, path, found)
     return list(found.values())
 
 
-def _follow(name: str, path: Path, found: dict[Path, Link]) -> None:
-    folder = run_folder(path)
+def _follow(name: str, path: Path, found: dict[Path, RunRecord]) -> None:
+    folder = find_run_folder(path)
     record = _record(folder) if folder else None
     if folder != path and record and record.get("verb") != name:  # another run around one that has lost its record
         folder = record = None
     key = (folder or path).resolve()
     if key in found:
         return
-    link = Link(str(record.get("verb", name)) if record else name, folder or path, record)
+    link = RunRecord(str(record.get("verb", name)) if record else name, folder or path, record)
     try:
         before = list(link.behind())
     except (TypeError, AttributeError, ValueError):
@@ -111,7 +111,7 @@ def _out(folder: Path) -> str:
     return str(named["out"]) if isinstance(named, dict) and named.get("out") else str(folder.resolve())
 
 
-def notices(links: list[Link], digests: Mapping[str, str]) -> list[str]:
+def list_notices(links: list[RunRecord], digests: Mapping[str, str]) -> list[str]:
     """What a reader must know of scores before anything else, by the runs that led to them.
 
     digests: scored volume -> digest of its content, as the store has it.

@@ -63,7 +63,7 @@ def run(cfg: SearchConfig) -> int:
 def _check_same(cfg: SearchConfig) -> None:
     """Raises ConfigError where the trials were made for another space or judged by another objective."""
     ran = files.read_json(cfg.out / "run.json", "start the sweep again with `python -m launch sweep`")["config"]
-    asked = {key: value for key, value in schema.plain(cfg).items() if key != "out"}
+    asked = {key: value for key, value in schema.to_plain(cfg).items() if key != "out"}
     if other := run_folder.differences(asked, ran, MAY_CHANGE):
         raise ConfigError(
             f"the trials in {cfg.out} are of another config; give theirs. Different:\n  " + "\n  ".join(other)

@@ -44,7 +44,7 @@ def brightest_around(voxels: Ints, read: Read, shape: Shape) -> Floats:
     for group in np.split(order, breaks):
         mine = voxels[group]
         (z0, y0, x0), (z1, y1, x1) = mine.min(axis=0), mine.max(axis=0) + 1
-        box = Box((z0, y0, x0), (z1, y1, x1)).grown((1, 1, 1)).clipped(Box.whole(shape))
+        box = Box((z0, y0, x0), (z1, y1, x1)).grow((1, 1, 1)).clip(Box.whole(shape))
         array = as_probability(read(box), box)
         places, last = mine - box.start, np.array(box.shape) - 1
         best = np.zeros(len(mine))

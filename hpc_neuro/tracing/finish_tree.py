@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 from scipy.spatial import cKDTree
 
-from hpc_neuro.core.morphology import Tree, child_counts, edge_lengths, subset, tips
+from hpc_neuro.core.morphology import Tree, child_counts, edge_lengths, select_nodes, tips
 from hpc_neuro.tracing.graph import Wires
 from hpc_neuro.tracing.voxel_graph import Floats, Ints, accumulated, farthest
 
@@ -103,7 +103,7 @@ def pruned(tree: Tree, min_branch: float) -> Tree:
         single = np.flatnonzero((tree.parents >= 0) & (counts[tree.parents] == 1))
         below[tree.parents[single]] = single
         drop = drop[farthest(below)] & ~fork & (tree.parents >= 0)  # a dropped tip takes its whole branch
-        tree = subset(tree, ~drop)
+        tree = select_nodes(tree, ~drop)
 
 
 def _up_to_fork(tree: Tree, fork: NDArray[np.bool_]) -> tuple[Ints, Floats]:
@@ -139,7 +139,7 @@ def main_side(tree: Tree) -> Tree:
         keep[node] |= keep[tree.parents[node]]
     for node in range(len(tree) - 1, 0, -1):  # and what leads there
         keep[tree.parents[node]] |= keep[node]
-    return subset(tree, keep)
+    return select_nodes(tree, keep)
 
 
 def runs(tree: Tree) -> list[Ints]:
@@ -196,4 +196,4 @@ def thinned(tree: Tree, step: float) -> Tree:
             keep[node] = False
         else:
             since[node] = 0.0
-    return subset(tree, keep)
+    return select_nodes(tree, keep)

@@ -22,7 +22,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.spatial import cKDTree
 
-from hpc_neuro.core.geometry import Box, Shape, blocks
+from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.voxel_graph import (
     Bools,
@@ -47,13 +47,13 @@ _MORE = 0.5  # [voxel] and this much may be a branch; what is none is found out 
 
 def trace_blocks(shape: Shape, cfg: TraceConfig) -> list[Box]:
     """The blocks of a volume, to be reduced one by one."""
-    return [block.write for block in blocks(shape, cfg.block)]
+    return [block.write for block in tile_volume(shape, cfg.block)]
 
 
 def context(box: Box, shape: Shape, spacing: Floats) -> Box:
     """What is read for a block."""
     z, y, x = (int(np.ceil(REACH / s)) for s in spacing)
-    return _closed(box, shape).grown((z, y, x)).clipped(Box.whole(shape))
+    return _closed(box, shape).grow((z, y, x)).clip(Box.whole(shape))
 
 
 def reduced(read: Read, shape: Shape, box: Box, spacing: Floats, cfg: TraceConfig) -> Strands | None:
@@ -152,7 +152,7 @@ def _places(inside: Bools) -> Ints:
 def _closed(box: Box, shape: Shape) -> Box:
     """A block with the first plane of each next one."""
     z, y, x = (n + 1 for n in box.stop)
-    return Box(box.start, (z, y, x)).clipped(Box.whole(shape))
+    return Box(box.start, (z, y, x)).clip(Box.whole(shape))
 
 
 def _shared_planes(box: Box, closed: Box) -> Iterator[tuple[int, int]]:

@@ -39,7 +39,7 @@ class Cells:
         found = np.empty(box.shape, dtype=self.cell(cells[0]).dtype)
         for cell in cells:
             whole = _box_of(cell)
-            here = whole.clipped(box)
+            here = whole.clip(box)
             found[here.relative_to(box.start).slices] = self.cell(cell)[here.relative_to(whole.start).slices]
         return found
 
@@ -48,7 +48,7 @@ class Cells:
         if cell in self._cells:
             self._cells.move_to_end(cell)
         else:
-            found = self._read(_box_of(cell).clipped(Box.whole(self._shape)))
+            found = self._read(_box_of(cell).clip(Box.whole(self._shape)))
             self._cells[cell] = np.array(found)  # not a view that holds more than the cell
             if len(self._cells) > self._keep:
                 self._cells.popitem(last=False)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.core.types import Batch, Prediction
+from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.losses import Loss, weighted_sum
 
 
@@ -131,7 +131,7 @@ def moments(
         batch = Batch(image, mask, torch.empty_like(mask), cached, distilled, index)
         alive.most = alive.now
         logits, distillation, _ = traced(vars(batch))
-        loss, _ = weighted_sum(losses, Prediction(logits, {}), batch)
+        loss, _ = weighted_sum(losses, StudentOutput(logits, {}), batch)
         torch.autograd.backward(loss if distillation is None else loss + distillation)
     return tuple(found)
 

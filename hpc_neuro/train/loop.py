@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hpc_neuro.core import distributed, run_folder
-from hpc_neuro.core.types import Batch, Prediction
+from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.augment import augment
 from hpc_neuro.data.dataset import load_batches
 from hpc_neuro.data.feature_cache import record_use
@@ -162,7 +162,7 @@ def one_step(state: Training, ready: OnDevice) -> None:
         # drop path draws from torch's own generator: seeded by what is in the pass, not by who does it and when
         torch.manual_seed(_seed(cfg.seed, state.step, first))
         logits, distillation, distilled_terms = engine(dict(vars(batch)))
-        loss, terms = weighted_sum(cfg.losses, Prediction(logits, {}), batch)
+        loss, terms = weighted_sum(cfg.losses, StudentOutput(logits, {}), batch)
         count, chosen = stop - first, int(batch.distilled.sum())
         if distillation is not None:
             # a mean over the distilled samples of the whole step, however ranks and passes share them out

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from pydantic import Field
 
-from hpc_neuro.core.files import human
+from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import config
 from hpc_neuro.models import cost
@@ -148,14 +148,14 @@ def lines(rows: list[Stage], memory: float | None) -> Iterator[str]:
     for row in rows:
         values = [*vars(row.held).values(), row.average, row.buffers, row.activations, row.total]
         fits = "" if memory is None else "   fits" if row.total < _FREE * memory else "   does not fit"
-        yield f"ZeRO stage {row.stage}     " + "".join(f"{human(v):>13}" for v in values) + fits
+        yield f"ZeRO stage {row.stage}     " + "".join(f"{format_bytes(v):>13}" for v in values) + fits
     if memory is not None:
         fit = [row.stage for row in rows if row.total < _FREE * memory]
         yield (
-            f"the lowest stage that fits a GPU of {human(memory)} is {fit[0]}: it communicates least"
+            f"the lowest stage that fits a GPU of {format_bytes(memory)} is {fit[0]}: it communicates least"
             if fit
-            else f"no stage fits a GPU of {human(memory)}; give engine.micro_batch=1, student.checkpointing=true, a "
-            "smaller crop.size or more GPUs"
+            else f"no stage fits a GPU of {format_bytes(memory)}; give engine.micro_batch=1, "
+            "student.checkpointing=true, a smaller crop.size or more GPUs"
         )
 
 

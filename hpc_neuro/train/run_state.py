@@ -78,7 +78,7 @@ class Training:
                 self.step if held is not None else -1, {kind for kind, is_done in done.items() if not is_done}
             )
         off = dataclasses.replace(cfg.tracker, wandb="disabled")
-        self.wandb = Wandb(cfg.tracker if self.main else off, cfg.out, schema.plain(cfg), parts.inputs)
+        self.wandb = Wandb(cfg.tracker if self.main else off, cfg.out, schema.to_plain(cfg), parts.inputs)
 
     def flush(self) -> None:
         """Write the rows since the last time, and say a line. Raises Diverged before anything bad is saved."""
@@ -167,7 +167,7 @@ class Training:
             "scored": self.scored,
             "volumes_scored": self.volumes_scored,
             # for tools/export_weights.py, which needs nothing but the folder of a checkpoint
-            "student": schema.plain(self.cfg.student),
+            "student": schema.to_plain(self.cfg.student),
             "window": list(self.cfg.crop.size),
             "mirrored": self.parts.crops.sampler.has_mirrored_crops(self.cfg.augment.flip),
             "shapes": self.engine.shapes,
@@ -289,7 +289,7 @@ def said(row: dict[str, Any], steps: int) -> str:
         f"gradient {row['grad_norm']:.2f}",
         f"{row['crops_per_s']:.2f} crops/s ({row['tokens_per_s']:.0f} tokens/s{used})",
         f"data wait {row['data_wait_share']:.0%}",
-        files.human(row["memory_bytes"]),
+        files.format_bytes(row["memory_bytes"]),
         f"{row['eta_s'] / 60:.1f} min left",
     ]
     return "  ".join(parts)

@@ -193,7 +193,7 @@ def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
     state = 4 * (3 * every + student * (cfg.ema.window > 0))
     needed = state * (cfg.checkpoint.keep + 2) + 2 * 4 * student
     files.require_space(cfg.out, needed, "training")
-    yield f"disk: {files.human(needed)} at most ({files.human(state)} per checkpoint)"
+    yield f"disk: {files.format_bytes(needed)} at most ({files.format_bytes(state)} per checkpoint)"
     if cfg.engine.nvme is not None and ranks == distributed.world_size():  # else planned for nodes that are not here
         sizes = [p.numel() for p in parts.blank.parameters()]
         own = nvme.folder(cfg.engine.nvme, cfg.out)

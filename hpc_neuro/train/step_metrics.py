@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpc_neuro.core import distributed
 from hpc_neuro.core.schema import ConfigError
-from hpc_neuro.core.types import sent
+from hpc_neuro.core.types import copy_to_device
 
 
 class Diverged(ConfigError):
@@ -55,7 +55,7 @@ class Meter:
         if not self._names:
             self._names = list(terms)
             self._sums[-1] = torch.zeros(2, len(terms), dtype=torch.float64, device=self._device)
-        weight = sent(torch.tensor([weights[n] for n in self._names], dtype=torch.float64), self._device)
+        weight = copy_to_device(torch.tensor([weights[n] for n in self._names], dtype=torch.float64), self._device)
         # a term of no sample is nan, and must not make the others so
         values = torch.stack(
             [

@@ -186,7 +186,12 @@ def facts(out: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What a run is known by besides its config: code, versions, inputs, and the jobs it has had so far."""
     record = out / "run.json"
     jobs = files.read_json(record, "made by every run").get("jobs", []) if record.exists() else []
-    found = {"code": run_folder.code_version(), "versions": run_folder.versions(), "inputs": dict(inputs), "jobs": jobs}
+    found = {
+        "code": run_folder.code_version(),
+        "versions": run_folder.package_versions(),
+        "inputs": dict(inputs),
+        "jobs": jobs,
+    }
     return {"run": found}
 
 

@@ -65,7 +65,7 @@ class Recipe:
         name = self.cfg.out.resolve().name
         keys = [f"tracker.group={spaces.text(name)}", f"tracker.name={spaces.text(f'{name}-{number:04d}')}"]
         for verb, config in self._load(folder, [*keys, *spaces.keys(self.cfg.space, point)]).items():
-            text = yaml.safe_dump(schema.plain(absolute(config)), sort_keys=False, width=120)
+            text = yaml.safe_dump(schema.to_plain(absolute(config)), sort_keys=False, width=120)
             files.write_text(folder / f"{verb}.yaml", text)
 
     def _load(self, folder: Path, keys: Sequence[str]) -> dict[str, Any]:

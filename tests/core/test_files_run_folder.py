@@ -143,4 +143,4 @@ def test_a_moved_folder_is_still_the_same_run(tmp_path: Path) -> None:
 
 
 def test_progress_passes_everything_through() -> None:
-    assert list(run_folder.progress(range(5), "x")) == [0, 1, 2, 3, 4]
+    assert list(run_folder.track_progress(range(5), "x")) == [0, 1, 2, 3, 4]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_neuro.core.geometry import Box, blocks, to_um, to_voxels, zyx_from_xyz
+from hpc_neuro.core.geometry import Box, tile_volume, to_um, to_voxels, zyx_from_xyz
 
 triples = st.tuples(*[st.integers(1, 12)] * 3)
 
@@ -14,7 +14,7 @@ triples = st.tuples(*[st.integers(1, 12)] * 3)
 @given(triples, triples, triples)
 def test_blocks_tile_the_volume_exactly_once(shape, write, halo) -> None:  # type: ignore[no-untyped-def]
     seen = np.zeros(shape, int)
-    for block in blocks(shape, write, halo):
+    for block in tile_volume(shape, write, halo):
         seen[block.write.slices] += 1
         assert block.read.contains(block.write)
         assert Box.whole(shape).contains(block.read)
@@ -29,14 +29,14 @@ def test_clipping_is_what_indexing_does(a, b, c, d) -> None:  # type: ignore[no-
     canvas = np.zeros((30, 30, 30), int)
     canvas[one.slices] += 1
     canvas[two.slices] += 1
-    assert one.clipped(two).size == (canvas == 2).sum() == two.clipped(one).size
+    assert one.clip(two).size == (canvas == 2).sum() == two.clip(one).size
 
 
 @given(triples, triples, triples)
 def test_shift_there_and_back(start, shape, by) -> None:  # type: ignore[no-untyped-def]
     box = Box.at(start, shape)
-    assert box.shifted(by).relative_to(by) == box
-    assert box.grown((1, 2, 3)).shape == tuple(n + 2 * h for n, h in zip(shape, (1, 2, 3), strict=True))
+    assert box.shift(by).relative_to(by) == box
+    assert box.grow((1, 2, 3)).shape == tuple(n + 2 * h for n, h in zip(shape, (1, 2, 3), strict=True))
 
 
 def test_units_and_orders_are_their_own_inverse() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.morphology import Tree, make
+from hpc_neuro.core.morphology import Tree, build_tree
 
 
 @st.composite
@@ -20,12 +20,12 @@ def trees(draw: st.DrawFn) -> Tree:
     order = rng.permutation(n)
     rank = np.argsort(order)
     shuffled = np.where(parents[order] >= 0, rank[parents[order]], -1)
-    return morphology.make(rng.normal(size=(n, 3)) * 10, shuffled, rng.uniform(0.5, 2, n))
+    return morphology.build_tree(rng.normal(size=(n, 3)) * 10, shuffled, rng.uniform(0.5, 2, n))
 
 
 @given(trees(), st.floats(0.1, 5))
 def test_resampling_keeps_length_tips_and_branch_points(tree: Tree, step: float) -> None:
-    fine = morphology.resampled(tree, step)
+    fine = morphology.resample_tree(tree, step)
     assert np.isclose(morphology.length(fine), morphology.length(tree))
     assert len(morphology.tips(fine)) == len(morphology.tips(tree))
     assert len(morphology.branch_points(fine)) == len(morphology.branch_points(tree))
@@ -36,7 +36,7 @@ def test_resampling_keeps_length_tips_and_branch_points(tree: Tree, step: float)
 
 @given(trees())
 def test_a_subset_of_everything_is_the_tree(tree: Tree) -> None:
-    same = morphology.subset(tree, np.ones(len(tree), bool))
+    same = morphology.select_nodes(tree, np.ones(len(tree), bool))
     assert np.array_equal(same.parents, tree.parents)
     assert np.array_equal(same.points, tree.points)
 
@@ -44,7 +44,7 @@ def test_a_subset_of_everything_is_the_tree(tree: Tree) -> None:
 @given(trees(), st.integers(0, 2**32 - 1))
 def test_a_subset_hangs_on_the_nearest_kept_ancestor(tree: Tree, seed: int) -> None:
     keep = np.random.default_rng(seed).random(len(tree)) < 0.6
-    kept = morphology.subset(tree, keep)
+    kept = morphology.select_nodes(tree, keep)
     old = np.flatnonzero(keep)
     for new, i in enumerate(old):
         parent = tree.parents[i]
@@ -56,16 +56,16 @@ def test_a_subset_hangs_on_the_nearest_kept_ancestor(tree: Tree, seed: int) -> N
 
 @given(trees())
 def test_components_are_the_subsets_below_each_root(tree: Tree) -> None:
-    owner = morphology.component_of(tree)
+    owner = morphology.label_components(tree)
     for node, parent in enumerate(tree.parents):
         assert owner[node] == (owner[parent] if parent >= 0 else list(tree.roots).index(node))
-    parts = morphology.components(tree)
+    parts = morphology.split_components(tree)
     assert len(parts) == len(tree.roots)
     for number, part in enumerate(parts):
-        wanted = morphology.subset(tree, owner == number)
+        wanted = morphology.select_nodes(tree, owner == number)
         for field in ("points", "radii", "parents", "types"):
             assert np.array_equal(getattr(part, field), getattr(wanted, field))
-    again = morphology.components(morphology.joined(parts))
+    again = morphology.split_components(morphology.concatenate_trees(parts))
     assert len(again) == len(parts)
     for one, other in zip(again, parts, strict=True):
         for field in ("points", "radii", "parents", "types"):
@@ -73,8 +73,8 @@ def test_components_are_the_subsets_below_each_root(tree: Tree) -> None:
 
 
 def test_an_empty_tree_has_no_components() -> None:
-    assert morphology.components(morphology.empty()) == []
-    assert len(morphology.joined([])) == 0
+    assert morphology.split_components(morphology.empty_tree()) == []
+    assert len(morphology.concatenate_trees([])) == 0
 
 
 @given(trees())
@@ -85,39 +85,39 @@ def test_euler_tips_and_branches_agree(tree: Tree) -> None:
 
 def test_a_cycle_is_refused() -> None:
     with pytest.raises(ValueError, match="cycle"):
-        morphology.make(np.zeros((3, 3)), np.array([1, 2, 0]))
+        morphology.build_tree(np.zeros((3, 3)), np.array([1, 2, 0]))
 
 
 def test_unsorted_parents_are_refused_by_the_constructor_and_sorted_by_make() -> None:
     points, parents = np.arange(9.0).reshape(3, 3), np.array([1, 2, -1])
     with pytest.raises(ValueError, match="sort"):
         Tree(points, np.ones(3), parents, np.ones(3, np.int64))
-    tree = morphology.make(points, parents)
+    tree = morphology.build_tree(points, parents)
     assert tree.parents.tolist() == [-1, 0, 1]
     assert tree.points[0].tolist() == [6.0, 7.0, 8.0]
 
 
 def test_a_through_going_root_is_no_branch_point() -> None:
-    tree = morphology.make(np.zeros((3, 3)), np.array([-1, 0, 0]))
+    tree = morphology.build_tree(np.zeros((3, 3)), np.array([-1, 0, 0]))
     assert len(morphology.branch_points(tree)) == 0
     assert len(morphology.tips(tree)) == 2
 
 
 def test_empty_tree() -> None:
-    tree = morphology.empty()
+    tree = morphology.empty_tree()
     assert morphology.length(tree) == 0
-    assert len(morphology.resampled(tree, 1.0)) == 0
-    assert len(morphology.subset(tree, np.zeros(0, bool))) == 0
+    assert len(morphology.resample_tree(tree, 1.0)) == 0
+    assert len(morphology.select_nodes(tree, np.zeros(0, bool))) == 0
 
 
 @given(st.tuples(*[st.floats(0.05, 20)] * 3))
 def test_scaling_is_undone_by_its_inverse_and_knows_no_axis(factor: tuple[float, float, float]) -> None:
-    tree = make(np.array([[0.0, 0, 0], [1, 2, 3]]), np.array([-1, 0]), radii=[1.0, 2.0])
-    there = morphology.scaled(tree, factor)
-    back = morphology.scaled(there, tuple(1 / f for f in factor))
+    tree = build_tree(np.array([[0.0, 0, 0], [1, 2, 3]]), np.array([-1, 0]), radii=[1.0, 2.0])
+    there = morphology.scale_tree(tree, factor)
+    back = morphology.scale_tree(there, tuple(1 / f for f in factor))
     np.testing.assert_allclose(back.points, tree.points, rtol=1e-12)
     np.testing.assert_allclose(back.radii, tree.radii, rtol=1e-12)
-    turned = morphology.scaled(tree, factor[::-1])
+    turned = morphology.scale_tree(tree, factor[::-1])
     np.testing.assert_array_equal(turned.radii, there.radii)
 
 

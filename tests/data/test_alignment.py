@@ -25,7 +25,7 @@ SIZE = (1.0, 0.5, 0.5)
 
 def scene(clean: bool = False) -> tuple[Tree, Array]:
     points = np.array([[3, 5, 8], [8, 12, 30], [12, 10, 50], [20, 25, 40], [9, 40, 20.0]])
-    tree = morphology.make(points, np.array([-1, 0, 1, 1, 1]), 1.5)
+    tree = morphology.build_tree(points, np.array([-1, 0, 1, 1, 1]), 1.5)
     body = rasterize(tree, Box.whole(SHAPE), SIZE).mask
     noise = np.zeros(SHAPE) if clean else np.random.default_rng(0).normal(10, 3, SHAPE)
     return tree, (noise + 90 * body).clip(0).astype(np.uint8)
@@ -88,7 +88,7 @@ def test_the_share_outside_the_image() -> None:
     tree, _ = scene()
     assert outside_fraction(tree, SHAPE) == 0
     assert outside_fraction(replace(tree, points=tree.points + np.array([0, 0, 25])), SHAPE) == pytest.approx(2 / 5)
-    assert outside_fraction(morphology.empty(), SHAPE) == 0
+    assert outside_fraction(morphology.empty_tree(), SHAPE) == 0
 
 
 @pytest.mark.parametrize("name", ["OP_1", "OP_7"])

@@ -22,13 +22,13 @@ SIZE = (1.0, 0.5, 0.5)
 def full() -> Tree:
     x = np.arange(0, 150, 2.0)
     points = np.stack([12 + 2 * np.sin(x / 30), 40 + 8 * np.sin(x / 40), x], axis=1)
-    return morphology.make(points, np.arange(-1, len(x) - 1), 2.0)
+    return morphology.build_tree(points, np.arange(-1, len(x) - 1), 2.0)
 
 
 def cut(at: float) -> Tree:
     """The tree from x = `at` on, as an annotator leaves it who starts at the arbour."""
     tree = full()
-    return morphology.subset(tree, tree.points[:, 2] >= at)
+    return morphology.select_nodes(tree, tree.points[:, 2] >= at)
 
 
 def picture(tree: Tree, noise: float = 3.0) -> Array:

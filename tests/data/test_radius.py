@@ -27,7 +27,7 @@ def reader(image: Array) -> Callable[[Box], Array]:
 def bent(radii: float | np.ndarray = 3.0, n: int = 30) -> Tree:
     x = np.linspace(15, 145, n)
     points = np.stack([20 + 4 * np.sin(x / 30), 60 + 15 * np.sin(x / 25), x], axis=1)
-    return morphology.make(points, np.arange(-1, n - 1), radii)
+    return morphology.build_tree(points, np.arange(-1, n - 1), radii)
 
 
 def picture(
@@ -68,7 +68,7 @@ def test_an_offset_centreline_is_moved_onto_the_ridge_and_no_farther_than_allowe
     tree = bent(2.0)
     image = picture(tree, ISO, (0.7,) * 3, noise=3.0)
     moved = Tree(tree.points + offset, tree.radii, tree.parents, tree.types)
-    dense = morphology.resampled(tree, 0.1).points
+    dense = morphology.resample_tree(tree, 0.1).points
 
     def off(points: np.ndarray) -> float:
         return float(np.median(np.linalg.norm(points[:, None] - dense[None], axis=2).min(axis=1)[5:-5]))
@@ -78,7 +78,7 @@ def test_an_offset_centreline_is_moved_onto_the_ridge_and_no_farther_than_allowe
     assert off(still.points) > 0.9
     assert off(there.points) < 0.4
     assert np.linalg.norm(there.points - still.points, axis=1).max() <= 2 + 1e-6
-    np.testing.assert_allclose(morphology.resampled(moved, 1.0).points, still.points, atol=1e-9)
+    np.testing.assert_allclose(morphology.resample_tree(moved, 1.0).points, still.points, atol=1e-9)
 
 
 def test_a_gap_takes_its_radius_from_the_neighbours() -> None:
@@ -101,7 +101,7 @@ def test_a_branch_point_is_not_swollen_by_its_branches() -> None:
     stem = np.stack([np.full(40, 20.0), np.full(40, 60.0), np.linspace(20, 140, 40)], axis=1)
     twig = np.stack([np.full(15, 20.0), 60 + np.linspace(3, 45, 15), np.full(15, stem[20, 2])], axis=1)
     parents = np.concatenate([np.arange(-1, 39), [20], np.arange(40, 54)])
-    tree = morphology.make(np.concatenate([stem, twig]), parents, 2.0)
+    tree = morphology.build_tree(np.concatenate([stem, twig]), parents, 2.0)
     found = measured(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3)), SHAPE, ISO).tree
     assert found.radii.max() < 3.2
 
@@ -131,7 +131,7 @@ def test_swc_and_constant_radii() -> None:
 def test_paths_cover_every_node_once_and_side_paths_begin_at_their_branch_point() -> None:
     rng = np.random.default_rng(2)
     parents = np.array([-1, *(int(rng.integers(0, i)) for i in range(1, 60))])
-    tree = morphology.make(rng.normal(size=(60, 3)), parents)
+    tree = morphology.build_tree(rng.normal(size=(60, 3)), parents)
     lines = paths(tree)
     owned = np.concatenate([line.nodes[line.own] for line in lines])
     assert sorted(owned) == list(range(60))

@@ -22,11 +22,11 @@ def random_tree(seed: int, n: int, shape: tuple[int, int, int], radii: tuple[flo
     for i in range(1, n):
         parents.append(int(rng.integers(max(0, i - 4), i)))
         points.append(points[parents[-1]] + rng.normal(size=3) * [2, 4, 4])
-    return morphology.make(np.asarray(points), np.asarray(parents), rng.uniform(*radii, n))
+    return morphology.build_tree(np.asarray(points), np.asarray(parents), rng.uniform(*radii, n))
 
 
 def line(a: list[float], b: list[float], ra: float, rb: float) -> Tree:
-    return morphology.make(np.array([a, b]), np.array([-1, 0]), np.array([ra, rb]))
+    return morphology.build_tree(np.array([a, b]), np.array([-1, 0]), np.array([ra, rb]))
 
 
 def plain(tree: Tree, shape: tuple[int, int, int], size: VoxelSize) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -104,7 +104,7 @@ def test_a_box_is_the_same_part_of_the_whole(seed: int, z: int, y: int, x: int) 
     tree = random_tree(seed, 30, shape)
     drawing = Drawing(ignore_margin=1.5, stretch=2.0)
     whole = rasterize(tree, Box.whole(shape), size, drawing)
-    box = Box.at((z // 4, y, x), (13, 17, 19)).clipped(Box.whole(shape))
+    box = Box.at((z // 4, y, x), (13, 17, 19)).clip(Box.whole(shape))
     part = rasterize(tree, box, size, drawing)
     for name in ("mask", "skeleton", "distance", "tangent"):
         np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[(..., *box.slices)], err_msg=name)
@@ -167,9 +167,11 @@ def test_stretch_lengthens_the_mask_along_the_coarse_axis_alone() -> None:
 
 def test_a_lone_node_is_a_sphere_and_an_empty_tree_draws_nothing() -> None:
     box = Box.whole((21, 21, 21))
-    ball = rasterize(morphology.make(np.array([[10.0, 10.0, 10.0]]), np.array([-1]), 6.0), box, (1.0, 1.0, 1.0)).mask
+    ball = rasterize(
+        morphology.build_tree(np.array([[10.0, 10.0, 10.0]]), np.array([-1]), 6.0), box, (1.0, 1.0, 1.0)
+    ).mask
     assert ball.sum() == pytest.approx(4 / 3 * np.pi * 216, rel=0.03)
-    nothing = rasterize(morphology.empty(), box, (1.0, 1.0, 1.0))
+    nothing = rasterize(morphology.empty_tree(), box, (1.0, 1.0, 1.0))
     assert not nothing.mask.any()
     assert np.all(nothing.distance == 8)
 
@@ -183,11 +185,11 @@ def test_what_lies_outside_the_volume_is_cut_off() -> None:
 
 def test_a_drawing_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="tube"):
-        rasterize(morphology.empty(), Box.whole((4, 4, 4)), (1.0, 1.0, 1.0), Drawing(tube=9, cap=8))
+        rasterize(morphology.empty_tree(), Box.whole((4, 4, 4)), (1.0, 1.0, 1.0), Drawing(tube=9, cap=8))
 
 
 def test_paint_is_bright_inside_soft_at_the_edge_and_keeps_the_brighter() -> None:
-    tree = morphology.make(
+    tree = morphology.build_tree(
         np.array([[10, 10, 2], [10, 10, 30], [10, 30, 16], [10, 12, 16.0]]), np.array([-1, 0, -1, 2]), 3.0
     )
     glow = np.array([1.0, 3.0, 9.0, 9.0])

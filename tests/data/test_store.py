@@ -32,7 +32,7 @@ BOX = Box((3, 20, 30), (30, 100, 140))
 
 def tree() -> Tree:
     points = np.array([[5, 10, 10], [20, 60, 80], [35, 140, 90], [22, 50, 160], [60, 60, 200.0]])
-    return morphology.make(points, np.array([-1, 0, 1, 1, 3]), np.array([2.0, 3, 1, 1, 1]))
+    return morphology.build_tree(points, np.array([-1, 0, 1, 1, 3]), np.array([2.0, 3, 1, 1, 1]))
 
 
 def image(dtype: str = "u2") -> Array:
@@ -139,7 +139,7 @@ def test_what_is_empty_takes_no_room(tmp_path: Path) -> None:
 
 def test_a_sparse_giant_stays_small_in_file_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (256, 2048, 2048)  # 1 GB of zeros around one neurite
-    thin = morphology.make(np.array([[100, 100, 100], [100, 100, 400.0]]), np.array([-1, 0]), 2.0)
+    thin = morphology.build_tree(np.array([[100, 100, 100], [100, 100, 400.0]]), np.array([-1, 0]), 2.0)
     largest = 0
 
     def read(box: Box) -> Array:
@@ -203,11 +203,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 
 
 def test_reserve_asks_the_file_system_and_leaves_nothing(tmp_path: Path) -> None:
-    files.reserve(tmp_path, 1 << 20)
-    files.reserve(tmp_path, 0)
+    files.reserve_space(tmp_path, 1 << 20)
+    files.reserve_space(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match=r"space|large") as caught:
-        files.reserve(tmp_path, 1 << 60)
+        files.reserve_space(tmp_path, 1 << 60)
     assert caught.value.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     assert list(tmp_path.iterdir()) == []
 

@@ -95,7 +95,7 @@ def test_the_header_says_unit_transform_and_roots(tmp_path: Path) -> None:
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     bad = random_tree(0)
     bad.points[3, 1] = np.nan
-    for tree, says in ((bad, "no numbers"), (morphology.empty(), "no node")):
+    for tree, says in ((bad, "no numbers"), (morphology.empty_tree(), "no node")):
         with pytest.raises(InputError, match=says):
             swc.write(tmp_path / "out" / "a.swc", tree)
     assert list(tmp_path.iterdir()) == []

@@ -18,21 +18,21 @@ def test_chain_follows_configs_and_names_what_is_gone(tmp_path: Path) -> None:
     store = write(tmp_path / "store", "prepare", images="raw")
     train = write(tmp_path / "train", "train", store=store, cache=tmp_path / "cache")
     infer = write(tmp_path / "infer", "infer", model=train / "weights" / "best", store=store)
-    links = provenance.chain({"infer": infer, "prepare": store})
+    links = provenance.follow_runs({"infer": infer, "prepare": store})
     assert [(k.name, k.path, k.record is None) for k in links] == [
         ("prepare", store, False),
         ("precompute", tmp_path / "cache", True),
         ("train", train, False),
         ("infer", infer, False),
     ]
-    assert provenance.notices(links, {"a": "digest"}) == []
+    assert provenance.list_notices(links, {"a": "digest"}) == []
 
 
 def test_a_random_teacher_is_seen(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"verb": "train", "config": {"teacher": {"model": "random"}}}))
-    (notice,) = provenance.notices(provenance.chain({"train": folder}), {})
+    (notice,) = provenance.list_notices(provenance.follow_runs({"train": folder}), {})
     assert "random weights" in notice
 
 
@@ -40,8 +40,8 @@ def test_neurons_that_the_model_has_seen_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"verb": "train", "inputs": {"a": "1a", "b": "2b", "split": "3c"}}))
-    links = provenance.chain({"train": folder})
-    assert provenance.notices(links, {"c": "4d"}) == []
-    assert provenance.notices(links, {"c": "4d", "renamed": "2b"}) == [
+    links = provenance.follow_runs({"train": folder})
+    assert provenance.list_notices(links, {"c": "4d"}) == []
+    assert provenance.list_notices(links, {"c": "4d", "renamed": "2b"}) == [
         "The model was trained or validated on renamed: this neuron is not held out."
     ]

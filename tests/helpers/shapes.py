@@ -41,7 +41,7 @@ def line(*corners: tuple[float, float, float], step: float = 0.5) -> Floats:
 def volume_of(tree: Tree, shape: Shape, radius: float = 2.0) -> NDArray[np.float32]:
     """The tree painted with one radius, as 0 and 1."""
     volume = np.zeros(shape, dtype=np.float32)
-    paint(volume, morphology.resampled(tree, 0.5).points, radius)
+    paint(volume, morphology.resample_tree(tree, 0.5).points, radius)
     return volume
 
 
@@ -71,7 +71,7 @@ def crooked_tree(seed: int, shape: Shape, branches: int) -> Tree:
             continue
         points, parents, branches = made, above, branches - 1
     assert branches == 0, "the volume is too small for so many branches"
-    return morphology.make(np.array(points), np.array(parents))
+    return morphology.build_tree(np.array(points), np.array(parents))
 
 
 def _grow(

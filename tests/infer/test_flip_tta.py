@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from hpc_neuro import infer
 from hpc_neuro.core.geometry import Box, Shape
-from hpc_neuro.core.morphology import Tree, make
+from hpc_neuro.core.morphology import Tree, build_tree
 from hpc_neuro.core.schema import ConfigError
-from hpc_neuro.core.types import Prediction
+from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.infer import flip_tta, trees
 from hpc_neuro.infer import model as jobs
 from hpc_neuro.infer.model import Job
@@ -44,8 +44,8 @@ class Sees(nn.Module):
         super().__init__()
         self.register_buffer("gain", torch.where(torch.arange(WINDOW[2]) < WINDOW[2] // 2, 1.0, right))
 
-    def forward(self, image: Tensor) -> Prediction:
-        return Prediction(torch.logit(image * self.gain, eps=1e-6), {})
+    def forward(self, image: Tensor) -> StudentOutput:
+        return StudentOutput(torch.logit(image * self.gain, eps=1e-6), {})
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def _zigzag(shape: Shape) -> Tree:
     draw = np.random.default_rng(2)
     corners = draw.uniform(0, np.array(shape) - 1, (8, 3))
     ways = [a + (b - a) * s for a, b in itertools.pairwise(corners) for s in np.linspace(0, 1, 30)]
-    return make(np.array(ways), np.arange(-1, len(ways) - 1))
+    return build_tree(np.array(ways), np.arange(-1, len(ways) - 1))
 
 
 @pytest.mark.parametrize(("block", "overlap"), [([8, 32, 32], 0.5), ([16, 64, 64], 0.25)])
@@ -166,10 +166,10 @@ def test_a_second_look_reads_all_that_the_voxels_next_to_a_block_depend_on(overl
     plan, shape = Plan((8, 32, 32), overlap, (4, 16, 16), (8, 32, 48), (4, 16, 16)), (16, 80, 110)
     for block in plan.second(shape):
         assert all(start % step == 0 for start, step in zip(block.read.start, plan.step, strict=True))
-        around = block.write.grown((1, 1, 1)).clipped(Box.whole(shape))
+        around = block.write.grow((1, 1, 1)).clip(Box.whole(shape))
         for corner in itertools.product(*(range(0, n, s) for n, s in zip(shape, plan.step, strict=True))):
-            window = Box.at(corner, plan.window).clipped(Box.whole(shape))
-            assert block.read.contains(window) or not window.clipped(around).size
+            window = Box.at(corner, plan.window).clip(Box.whole(shape))
+            assert block.read.contains(window) or not window.clip(around).size
 
 
 def test_a_kill_in_the_second_look_changes_nothing(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_neuro.core.morphology import Tree, make
+from hpc_neuro.core.morphology import Tree, build_tree
 from hpc_neuro.data import swc
 from hpc_neuro.infer import proofread
 from hpc_neuro.infer.proofread import Sure
@@ -31,7 +31,7 @@ def _cell() -> tuple[Tree, np.ndarray]:
     sure = np.full(len(points), 0.95)
     sure[30:36] = 0.1  # x 40 to 45
     sure[80:83] = 0.4
-    return make(points, np.array(parents)), sure
+    return build_tree(points, np.array(parents)), sure
 
 
 def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:

@@ -66,13 +66,13 @@ def test_shares_and_one_run_make_the_same(raw: Path, weights: Path, tmp_path: Pa
 @pytest.mark.parametrize("share", [(3, 3), (-1, 2), (0, 0)])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ConfigError, match="share"):
-        run_folder.share_of([1, 2, 3], share)
+        run_folder.take_share([1, 2, 3], share)
 
 
 def test_shares_cover_each_item_once():
     items = list(range(7))
-    assert sorted(i for k in range(3) for i in run_folder.share_of(items, (k, 3))) == items
-    assert run_folder.share_of(items, None) == items
+    assert sorted(i for k in range(3) for i in run_folder.take_share(items, (k, 3))) == items
+    assert run_folder.take_share(items, None) == items
 
 
 @config

@@ -70,7 +70,7 @@ def landmark(tmp_path: Path) -> Path:
     box = Box((0, 0, 0), (32, 64, 64))
     ome_zarr.write_box(ome_zarr.open_level(folder), box, (image[box.slices] > 0).astype(np.uint8) * 255)
     points = np.array([[11, 21, 31], [30, 3, 3], [11, 21, 39], [11, 30, 39]], float)
-    tree = morphology.make(points * SIZE, np.array([-1, -1, 0, 2]))
+    tree = morphology.build_tree(points * SIZE, np.array([-1, -1, 0, 2]))
     (out / "swc").mkdir()
     swc.write(out / "swc" / "brain.swc", tree, unit="um", voxel_size=SIZE)
     place = proofread.Place(1, "gap", 11.0, 21.0, 31.0, 0.5, None, 4.0, 1, 1)

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.core.types import Batch, Prediction
+from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.losses import (
     ClDice,
     CrossEntropy,
@@ -213,7 +213,7 @@ def test_a_skeleton_of_another_shape_is_named() -> None:
 
 def test_weighted_sum_adds_and_names() -> None:
     given = logits().requires_grad_()
-    prediction, truth = Prediction(given, {}), batch(tube())
+    prediction, truth = StudentOutput(given, {}), batch(tube())
     losses: list[Any] = [Dice(weight=0.5), CrossEntropy(), Dice(weight=2.0, smooth=9.0)]
     total, terms = weighted_sum(losses, prediction, truth)
     assert list(terms) == ["dice", "cross_entropy", "dice_2"]
@@ -224,7 +224,7 @@ def test_weighted_sum_adds_and_names() -> None:
 
 def test_no_losses_are_a_zero_that_reaches_the_logits() -> None:
     given = logits().requires_grad_()
-    total, terms = weighted_sum([], Prediction(given, {}), batch(tube()))
+    total, terms = weighted_sum([], StudentOutput(given, {}), batch(tube()))
     total.backward()
     assert float(total.detach()) == 0
     assert terms == {}

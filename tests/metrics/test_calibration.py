@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpc_neuro.core.morphology import make
+from hpc_neuro.core.morphology import build_tree
 from hpc_neuro.metrics.calibration import calibration_error, judged, reliability
 
 
@@ -23,8 +23,8 @@ def test_a_table_by_hand() -> None:
 
 def test_cable_is_judged_piece_by_piece_with_the_confidence_of_its_edge() -> None:
     """Half of a long edge lies on gold; a doubtful edge lies off it."""
-    tree = make(np.array([[0, 0, 0], [0, 0, 20], [0, 9, 20], [0, 0, 0], [0, 0, 4]]), np.array([-1, 0, 1, -1, 3]))
-    gold = make(np.array([[0, 0, 0], [0, 0, 10]]), np.array([-1, 0]))
+    tree = build_tree(np.array([[0, 0, 0], [0, 0, 20], [0, 9, 20], [0, 0, 0], [0, 0, 4]]), np.array([-1, 0, 1, -1, 3]))
+    gold = build_tree(np.array([[0, 0, 0], [0, 0, 10]]), np.array([-1, 0]))
     cable, sure, right = judged(tree, np.array([1.0, 0.9, 0.3, 1.0, 0.7]), gold, 2.0)
     assert cable.sum() == pytest.approx(20 + 9 + 4)
     assert cable[sure == 0.9].sum() == pytest.approx(20)

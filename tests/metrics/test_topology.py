@@ -17,7 +17,7 @@ TOLERANCE = 4.0
 
 
 def make(points: list[tuple[float, float, float]], parents: list[int]) -> Tree:
-    return morphology.make(np.array(points, dtype=float), np.array(parents))
+    return morphology.build_tree(np.array(points, dtype=float), np.array(parents))
 
 
 def y_shape() -> Tree:
@@ -90,8 +90,8 @@ def test_lengths_are_scaled() -> None:
 
 
 def test_empty_trees() -> None:
-    assert compare_topology(morphology.empty(), y_shape(), TOLERANCE) == Topology(0, 0, 0.0)
-    assert compare_topology(y_shape(), morphology.empty(), TOLERANCE) == Topology(0, 0, 0.0)
+    assert compare_topology(morphology.empty_tree(), y_shape(), TOLERANCE) == Topology(0, 0, 0.0)
+    assert compare_topology(y_shape(), morphology.empty_tree(), TOLERANCE) == Topology(0, 0, 0.0)
 
 
 @settings(max_examples=15, deadline=None)
@@ -99,7 +99,9 @@ def test_empty_trees() -> None:
 def test_any_tree_agrees_with_itself_and_roles_swap(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = (
-        morphology.make(rng.normal(size=(n, 3)) * 30, np.array([-1, *[int(rng.integers(0, i)) for i in range(1, n)]]))
+        morphology.build_tree(
+            rng.normal(size=(n, 3)) * 30, np.array([-1, *[int(rng.integers(0, i)) for i in range(1, n)]])
+        )
         for _ in range(2)
     )
     same = compare_topology(a, a, TOLERANCE)
@@ -115,11 +117,11 @@ def test_strahler_order() -> None:
     assert strahler(comb)[[0, 1, 3]].tolist() == [2, 2, 2]
     balanced = make([(0, 0, 0)] * 7, [-1, 0, 0, 1, 1, 2, 2])
     assert strahler(balanced).tolist() == [3, 2, 2, 1, 1, 1, 1]
-    assert len(strahler(morphology.empty())) == 0
+    assert len(strahler(morphology.empty_tree())) == 0
 
 
 def test_sholl_counts_crossings() -> None:
     assert sholl(y_shape(), [10, 60, 200]).tolist() == [1, 2, 0]
     chord = make([(0, 5, -20), (0, 5, 20)], [-1, 0])
     assert sholl(chord, [4, 10, 30], np.zeros(3)).tolist() == [0, 2, 0]
-    assert sholl(morphology.empty(), [1.0]).tolist() == [0]
+    assert sholl(morphology.empty_tree(), [1.0]).tolist() == [0]

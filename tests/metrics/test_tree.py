@@ -20,7 +20,7 @@ Points = list[tuple[float, float, float]]
 
 
 def path(*points: tuple[float, float, float]) -> Tree:
-    return morphology.make(np.array(points, dtype=float), np.arange(len(points)) - 1)
+    return morphology.build_tree(np.array(points, dtype=float), np.arange(len(points)) - 1)
 
 
 def point_to_segment(p: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
@@ -59,7 +59,7 @@ def trees(draw: st.DrawFn, smallest: int = 2) -> Tree:
     coordinate = st.one_of(st.floats(-20, 20, width=32), st.integers(-3, 3).map(float))
     points = draw(st.lists(st.tuples(coordinate, coordinate, coordinate), min_size=n, max_size=n))
     parents = [-1] + [draw(st.integers(0, i - 1)) for i in range(1, n)]
-    return morphology.make(np.array(points, dtype=float), np.array(parents))
+    return morphology.build_tree(np.array(points, dtype=float), np.array(parents))
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +90,7 @@ def test_distances_do_not_depend_on_axis_order_or_flips(
 def test_directed_distance_obeys_the_triangle(a: Tree, b: Tree, c: Tree) -> None:
     """d(p, C) <= d(p, B) + max over B of d(., C), for every point p."""
     to_b, to_c = Segments(b).distance(a.points), Segments(c).distance(a.points)
-    samples = morphology.resampled(b, 0.05).points
+    samples = morphology.resample_tree(b, 0.05).points
     assert np.all(to_c <= to_b + Segments(c).distance(samples).max() + 0.05)
 
 
@@ -126,13 +126,13 @@ def test_a_very_short_edge_is_sampled_once_at_the_child() -> None:
 
 
 def test_single_nodes_and_empty_trees() -> None:
-    empty, dot = morphology.empty(), path((0, 0, 0))
+    empty, dot = morphology.empty_tree(), path((0, 0, 0))
     assert metric.distances(empty, empty) == {"esa": 0.0, "dsa": 0.0, "pds": 0.0}
     assert metric.distances(dot, empty) == {"esa": math.inf, "dsa": math.inf, "pds": 1.0}
     assert metric.distances(dot, path((0, 3, 4))) == {"esa": 5.0, "dsa": 5.0, "pds": 1.0}
     line = path((0, 0, 0), (0, 0, 4))
     assert metric.distances(dot, line)["esa"] == pytest.approx((0 + 2) / 2)
-    lone = morphology.make(np.array([[0.0, 0, 0], [0, 0, 4], [0, 50, 0]]), np.array([-1, 0, -1]))
+    lone = morphology.build_tree(np.array([[0.0, 0, 0], [0, 0, 4], [0, 50, 0]]), np.array([-1, 0, -1]))
     assert metric.distances(lone, line)["esa"] == 0.0  # a node without cable beside a tree does not count, as in Vaa3D
 
 
@@ -140,7 +140,7 @@ def test_nearest_segment_is_exact_among_very_long_and_coincident_edges() -> None
     rng = np.random.default_rng(0)
     points = np.concatenate([np.zeros((40, 3)), rng.normal(size=(200, 3)) * 5, [[0, 0, 1e4], [3, 3, -1e4]]])
     parents = np.array([-1] + [int(rng.integers(0, i)) for i in range(1, len(points))])
-    tree = morphology.make(points, parents)
+    tree = morphology.build_tree(points, parents)
     queries = rng.normal(size=(300, 3)) * [5, 5, 3000]
     wanted = [min(point_to_segment(q, tree.points[c], tree.points[p]) for c, p in tree.edges) for q in queries]
     np.testing.assert_allclose(Segments(tree).distance(queries), wanted, atol=1e-9)
@@ -158,7 +158,7 @@ def test_match_counts_cable_length() -> None:
 
 
 def test_match_of_empty_and_single_trees() -> None:
-    empty, dot, line = morphology.empty(), path((0, 0, 0)), path((0, 0, 0), (0, 0, 9))
+    empty, dot, line = morphology.empty_tree(), path((0, 0, 0)), path((0, 0, 0), (0, 0, 9))
     assert match_cable(empty, empty, 4.0).f1 == 1.0
     assert (match_cable(empty, line, 4.0).precision, match_cable(empty, line, 4.0).recall) == (0.0, 0.0)
     assert match_cable(line, empty, 4.0).f1 == 0.0
@@ -187,14 +187,14 @@ def test_stub_behind_the_gold_root_is_dropped_once() -> None:
     assert match_cable(kept, gold, 4.0).precision > match_cable(predicted, gold, 4.0).precision
     assert match_cable(kept, gold, 4.0).recall == 1.0
 
-    two = morphology.make(np.array([*back, (0, 20, 0)], dtype=float), np.array([-1, 0, 1, 1]))
+    two = morphology.build_tree(np.array([*back, (0, 20, 0)], dtype=float), np.array([-1, 0, 1, 1]))
     kept = remove_stub(two, gold, 4.0)
     assert morphology.length(kept) == pytest.approx(58 + 20, abs=1.0)  # only the longest of the two false arms goes
 
 
 def test_nothing_else_is_dropped_as_a_stub() -> None:
     gold = path((0, 0, 0), (0, 0, 50))
-    side = morphology.make(
+    side = morphology.build_tree(
         np.array([(0, 0, 0), (0, 0, 50), (0, 0, 25), (0, 60, 25)], dtype=float), np.array([-1, 2, 0, 2])
     )
     assert morphology.length(remove_stub(side, gold, 4.0)) == morphology.length(side)  # not at the root
@@ -202,21 +202,23 @@ def test_nothing_else_is_dropped_as_a_stub() -> None:
     assert remove_stub(far, gold, 4.0) is far  # does not touch the root
     loop = path((0, 0, 50), (0, 0, 0), (0, 0, -20), (0, 20, 20), (0, 2, 40))
     assert morphology.length(remove_stub(loop, gold, 4.0)) == morphology.length(loop)  # comes back to gold
-    assert len(remove_stub(morphology.empty(), gold, 4.0)) == 0
+    assert len(remove_stub(morphology.empty_tree(), gold, 4.0)) == 0
 
 
 def test_summary() -> None:
-    y = morphology.make(np.array([(0, 0, 0), (0, 0, 3), (0, 4, 3), (0, -4, 3)], dtype=float), np.array([-1, 0, 1, 1]))
+    y = morphology.build_tree(
+        np.array([(0, 0, 0), (0, 0, 3), (0, 4, 3), (0, -4, 3)], dtype=float), np.array([-1, 0, 1, 1])
+    )
     assert metric.summary(y) == {"length": 11.0, "tips": 2, "branch_points": 1}
-    assert metric.summary(morphology.empty()) == {"length": 0.0, "tips": 0, "branch_points": 0}
+    assert metric.summary(morphology.empty_tree()) == {"length": 0.0, "tips": 0, "branch_points": 0}
 
 
 def test_a_real_neuron_against_its_noisy_copy(real_data: Path) -> None:
     rows = np.loadtxt(real_data / "diadem_op" / "OP_7.swc")
-    tree = morphology.make(rows[:, [4, 3, 2]], np.where(rows[:, 6] < 0, -1, rows[:, 6] - 1).astype(int))
+    tree = morphology.build_tree(rows[:, [4, 3, 2]], np.where(rows[:, 6] < 0, -1, rows[:, 6] - 1).astype(int))
     moved = Tree(tree.points + np.array([0, 0, 1.0]), tree.radii, tree.parents, tree.types)
     assert metric.distances(tree, tree) == pytest.approx({"esa": 0.0, "dsa": 0.0, "pds": 0.0}, abs=1e-12)
     assert 0 < metric.distances(tree, moved)["esa"] <= 1.0
     assert match_cable(moved, tree, 4.0).f1 == 1.0
-    few, other = (morphology.subset(t, np.arange(len(t)) < 25) for t in (tree, moved))
+    few, other = (morphology.select_nodes(t, np.arange(len(t)) < 25) for t in (tree, moved))
     assert metric.distances(few, other) == pytest.approx(plain_distances(few, other))

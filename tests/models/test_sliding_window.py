@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hpc_neuro.core.geometry import blocks
+from hpc_neuro.core.geometry import tile_volume
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.core.types import Prediction
+from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import StudentConfig, build_student
 
@@ -30,11 +30,11 @@ class Fake(nn.Module):
         super().__init__()
         self.limit, self.words, self.batches = limit, words, []
 
-    def forward(self, image: Tensor) -> Prediction:
+    def forward(self, image: Tensor) -> StudentOutput:
         self.batches.append(len(image))
         if len(image) > self.limit:
             raise RuntimeError(self.words) if self.words else torch.OutOfMemoryError("CUDA out of memory")
-        return Prediction(self.logits(image), {})
+        return StudentOutput(self.logits(image), {})
 
     def logits(self, image: Tensor) -> Tensor:
         return torch.logit(image, eps=1e-6)
@@ -74,7 +74,7 @@ def test_blocks_read_with_the_halo_equal_the_whole(
     whole = sliding_window.predict(student, image, WINDOW, overlap)
     step, halo = (f(WINDOW, overlap, PATCH) for f in (sliding_window.step, sliding_window.halo))
     joined = np.zeros_like(whole)
-    for block in blocks(shape, tuple(n * s for n, s in zip(write, step, strict=True)), halo):
+    for block in tile_volume(shape, tuple(n * s for n, s in zip(write, step, strict=True)), halo):
         part = sliding_window.predict(student, image[block.read.slices], WINDOW, overlap)
         joined[block.write.slices] = part[block.write.relative_to(block.read.start).slices]
     np.testing.assert_allclose(joined, whole, atol=1e-6)
@@ -88,7 +88,7 @@ def test_blocks_of_a_real_student_equal_the_whole() -> None:
     whole = sliding_window.predict(student, image, window, 0.5, batch=3)
     assert whole.std() > 0.01
     halo = sliding_window.halo(window, 0.5, student.patch)
-    for block in blocks((13, 24, 44), (8, 16, 32), halo):
+    for block in tile_volume((13, 24, 44), (8, 16, 32), halo):
         part = sliding_window.predict(student, image[block.read.slices], window, 0.5)
         inner = part[block.write.relative_to(block.read.start).slices]
         assert np.abs(inner - whole[block.write.slices]).max() < 1e-4

@@ -194,9 +194,9 @@ def test_each_source_of_the_radius(single: Path, tmp_path: Path, kind: str, stre
 def test_an_ignored_margin_and_a_stub_before_the_root_are_255(tmp_path: Path) -> None:
     x = np.arange(0, 78, 1.0)
     points = np.stack([10 + 0 * x, 30 + 10 * np.sin(x / 30), x], axis=1)
-    whole = morphology.make(points, np.arange(-1, 77), 1.5)
+    whole = morphology.build_tree(points, np.arange(-1, 77), 1.5)
     image = render(whole, SHAPE, SIZE, EASY, 1)
-    half = morphology.subset(whole, x >= 40)
+    half = morphology.select_nodes(whole, x >= 40)
     write_pair(tmp_path / "in", "a", 1, image, half)
     run(config(images=tmp_path / "in", out=tmp_path / "stub"))
     run(config("beyond_root=background", images=tmp_path / "in", out=tmp_path / "none"))
@@ -223,6 +223,6 @@ def test_real_neurons_become_masks_that_lie_on_them(real_data: Path, tmp_path: P
     # the given tree misses the ridge by a voxel or two, the drawn one does not
     on = [
         image[tuple(np.clip(np.rint(t.points), 0, np.array(stored.shape) - 1).astype(int).T)].mean()
-        for t in (morphology.resampled(stored.tree(), 1.0), stored.fitted_tree())
+        for t in (morphology.resample_tree(stored.tree(), 1.0), stored.fitted_tree())
     ]
     assert on[1] > on[0] + 0.2

@@ -160,11 +160,11 @@ def test_a_study_of_numbers_has_parallel_axes_and_importance(tmp_path):
 )
 def test_values_are_not_shown_under_another_objective_or_space(factorial, change):
     report = (factorial.out / "report.html").read_bytes()
-    tree = {**schema.plain(factorial), **change}
+    tree = {**schema.to_plain(factorial), **change}
     with pytest.raises(ConfigError, match=f"are of another config; give theirs. Different:\n  {next(iter(change))}"):
         search.run(TypeAdapter(SearchConfig).validate_python(tree))
     assert (factorial.out / "report.html").read_bytes() == report
-    tables = {**schema.plain(factorial), "draws": 170}
+    tables = {**schema.to_plain(factorial), "draws": 170}
     verb._check_same(TypeAdapter(SearchConfig).validate_python(tables))
 
 

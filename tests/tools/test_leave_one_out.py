@@ -20,7 +20,7 @@ from tools.leave_one_out import KEYS, METHODS, baselines, gathered, table, thinn
 
 
 def test_pairs_of_several_folders_become_one(tmp_path: Path) -> None:
-    tree = morphology.make(np.array([[0.0, 0, 0], [0, 0, 5]]), np.array([-1, 0]))
+    tree = morphology.build_tree(np.array([[0.0, 0, 0], [0, 0, 5]]), np.array([-1, 0]))
     for folder, name in (("one", "a"), ("two", "b")):
         (tmp_path / folder).mkdir()
         swc.write(tmp_path / folder / f"{name}.swc", tree, unit="voxel", voxel_size=(1, 1, 1), comments=[])

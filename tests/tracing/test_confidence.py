@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from hpc_neuro.core.morphology import make
+from hpc_neuro.core.morphology import build_tree
 from hpc_neuro.tracing import confidence, trace
 
 
@@ -29,6 +29,6 @@ def test_a_break_is_the_least_certain_place(monkeypatch: pytest.MonkeyPatch) -> 
 def test_values_are_the_lowest_along_the_edge_and_uint8_counts() -> None:
     image = np.full((3, 3, 30), 255, np.uint8)
     image[:, :, 12:16] = 51
-    tree = make(np.array([[1, 1, 2], [1, 1, 10], [1, 1, 20], [1, 1, 40]]), np.array([-1, 0, 1, 2]))
+    tree = build_tree(np.array([[1, 1, 2], [1, 1, 10], [1, 1, 20], [1, 1, 40]]), np.array([-1, 0, 1, 2]))
     found = confidence(tree, lambda box: image[box.slices], (3, 3, 30))
     np.testing.assert_allclose(found, [1, 1, 0.2, 1])

@@ -31,7 +31,7 @@ def ends(tree: Tree) -> NDArray[np.float64]:
 
 def apart(a: Tree, b: Tree) -> float:
     """Largest distance of cable of either from the other; of what is no end's cap."""
-    one, other = (morphology.resampled(t, 0.5).points for t in (a, b))
+    one, other = (morphology.resample_tree(t, 0.5).points for t in (a, b))
     found = []
     for mine, theirs, tree in ((one, other, a), (other, one, b)):
         inner = cKDTree(ends(tree)).query(mine)[0] > CAP

@@ -18,7 +18,7 @@ SHAPE = (40, 90, 140)
 
 def on(tree: Tree, course: Floats) -> float:
     """Share of a tree within 3.5 voxels of a course."""
-    found = cKDTree(course).query(morphology.resampled(tree, 1.0).points)[0]
+    found = cKDTree(course).query(morphology.resample_tree(tree, 1.0).points)[0]
     return float(np.mean(np.asarray(found) <= 3.5))
 
 
@@ -32,7 +32,10 @@ def check(mask: np.ndarray, courses: list[Floats], ends: list[int], cfg: TraceCo
         for tree, course, count in zip(trees, courses[order], ends[order], strict=True):
             assert on(tree, course) > 0.97
             assert (
-                on(morphology.make(course, np.arange(-1, len(course) - 1)), morphology.resampled(tree, 0.5).points)
+                on(
+                    morphology.build_tree(course, np.arange(-1, len(course) - 1)),
+                    morphology.resample_tree(tree, 0.5).points,
+                )
                 > 0.95
             )
             assert len(tips(tree)) == count

@@ -20,7 +20,7 @@ ISO = (1.0, 1.0, 1.0)
 
 
 def f1(found: Tree, gold: Tree, tolerance: float = 2.0) -> float:
-    a, b = (morphology.resampled(t, 1.0).points for t in (found, gold))
+    a, b = (morphology.resample_tree(t, 1.0).points for t in (found, gold))
     precision = float((cKDTree(b).query(a)[0] <= tolerance).mean())
     recall = float((cKDTree(a).query(b)[0] <= tolerance).mean())
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -47,7 +47,7 @@ def test_a_tube_becomes_its_centre_line(corners: list[tuple[float, float, float]
     mask = np.zeros((40, 60, 100), dtype=np.float32)
     paint(mask, course, radius)
     (tree,) = trace(mask, ISO, roots=[corners[0]])
-    off = cKDTree(course).query(morphology.resampled(tree, 1.0).points)[0]
+    off = cKDTree(course).query(morphology.resample_tree(tree, 1.0).points)[0]
     assert tuple(tree.points[0]) == corners[0]
     assert len(tips(tree)) == 1
     assert np.quantile(off, 0.9) < 0.8
@@ -148,7 +148,7 @@ def test_a_thin_neurite_close_to_a_thick_one_is_not_swallowed(joined: bool) -> N
         paint(mask, line((20, 30, 110), (20, 30, 118)), 2.0)
     trees = trace(mask, ISO, cfg=TraceConfig(gap=0))
     assert len(trees) == (1 if joined else 2)
-    places = np.concatenate([morphology.resampled(tree, 1.0).points for tree in trees])
+    places = np.concatenate([morphology.resample_tree(tree, 1.0).points for tree in trees])
     for y in (20, 30):
         on = places[np.abs(places[:, 1] - y) < 1.5]
         assert len(np.unique(on[:, 2].round())) > 85

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc_neuro.core.types import Batch, Prediction
+from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, weighted_sum
 from hpc_neuro.models.student import StudentConfig, blank_student, build_student
 from hpc_neuro.models.tubular import tube_sum
@@ -88,7 +88,7 @@ def test_a_pass_holds_what_its_moments_say():
             mask = torch.zeros(2, 1, 8, 64, 64, dtype=torch.uint8)
             flags = torch.zeros(2, dtype=torch.bool)
             batch = Batch(torch.rand(mask.shape), mask, mask.clone(), {}, flags, flags.long())
-            kept = weighted_sum(losses, Prediction(student(batch.image).logits, {}), batch)[0]
+            kept = weighted_sum(losses, StudentOutput(student(batch.image).logits, {}), batch)[0]
             forward = alive.most - weights
             del kept
         assert sum(m.numel for m in planned) == sum(p.numel() for p in student.parameters())
@@ -119,7 +119,7 @@ def test_a_pass_that_distils_holds_what_its_moments_say():
             for parameter in module.parameters():  # as if reduced at once: gradients are not counted
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             logits, distillation, _ = module(vars(batch))
-            loss, _ = weighted_sum(losses, Prediction(logits, {}), batch)
+            loss, _ = weighted_sum(losses, StudentOutput(logits, {}), batch)
             (loss if distillation is None else loss + distillation).backward()
         most[distil] = alive.most - weights
         assert sum(m.numel for m in planned) == sum(p.numel() for p in module.parameters())

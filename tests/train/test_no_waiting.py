@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpc_neuro.core.types import Batch, Prediction
+from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.augment import AugmentConfig, SampleStreams, augment
 from hpc_neuro.losses import ClDice, CrossEntropy, Dice, Distill, Focal, SkeletonRecall, weighted_sum
 from hpc_neuro.models import tubular
@@ -73,7 +73,7 @@ def test_a_step_never_waits_for_the_device(tokens, axes, distilled, monkeypatch)
     net = module(tokens, axes)
     moved = augment(batch(distilled), AugmentConfig(**dict.fromkeys(SHARES, 1.0)), 0)
     logits, distillation, extra = net(dict(vars(moved)))
-    loss, terms = weighted_sum(LOSSES, Prediction(logits, {}), moved)
+    loss, terms = weighted_sum(LOSSES, StudentOutput(logits, {}), moved)
     (loss + distillation).backward()
     meter = Meter(DEVICE)
     meter.new_step()

@@ -70,7 +70,7 @@ def boxes(store: Store, count: int) -> list:
 def test_a_perfect_guess_scores_one_and_unlabelled_voxels_do_not_count(store):
     found = Validator(store, boxes(store, 4))(lambda b: torch.where(b.mask == 1, 20.0, -20.0), CPU)
     assert (found.dice, found.precision, found.recall) == (1.0, 1.0, 1.0)
-    padded = [("a", b.shifted((10, 30, 30))) for _, b in boxes(store, 4)]
+    padded = [("a", b.shift((10, 30, 30))) for _, b in boxes(store, 4)]
     found = Validator(store, padded)(lambda b: torch.where(b.mask == 0, -20.0, 20.0), CPU)
     assert found.dice == 1.0
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from hpc_neuro import precompute
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import load
-from hpc_neuro.core.types import Batch, Prediction
+from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.dataset import load_batches, read_crop, stack_samples
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import Store
@@ -139,7 +139,7 @@ def steps(cfg: precompute.PrecomputeConfig, crop: Sequence[int], count: int) -> 
 
     def learn(batch: Batch) -> None:
         logits, distillation, _ = module(dict(vars(batch)))
-        loss, _ = weighted_sum(train.losses, Prediction(logits, {}), batch)
+        loss, _ = weighted_sum(train.losses, StudentOutput(logits, {}), batch)
         (loss if distillation is None else loss + distillation).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -155,14 +155,14 @@ def sparse(args: argparse.Namespace) -> dict[str, Any]:
     def read(box: Box) -> NDArray[np.float32]:
         image = np.zeros(box.shape, np.float32)
         for tube in tubes:
-            part = tube.clipped(box)
+            part = tube.clip(box)
             if part.size:  # a bundle of thin neurites along x
                 image[part.relative_to(box.start).slices][::9, ::9] = 0.9
         return image
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        touched = {b.index for b in blocks if any(t.clipped(b.read).size for t in tubes)}
+        touched = {b.index for b in blocks if any(t.clip(b.read).size for t in tubes)}
         work = _work(_BRAIN, read, predict, plan, Path(folder), lambda block: block.index in touched)
         meter = Meter("brain", sum(map(plan.cost, blocks)))
         predict_blocks(work, blocks, meter)

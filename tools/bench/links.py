@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.filters import threshold_otsu
 
 from hpc_neuro.core.geometry import Shape, VoxelSize
-from hpc_neuro.core.morphology import Tree, joined
+from hpc_neuro.core.morphology import Tree, concatenate_trees
 from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.metrics.topology import compare_topology
@@ -55,7 +55,9 @@ def main() -> None:
 
 def compared(seed: int, neurons: int, level: float, shape: Shape) -> dict[str, dict[str, float]]:
     """Scores of one volume's mask traced without ("no") and with ("yes") its image."""
-    gold = joined([grow_random_tree(1000 * seed + n, shape, _VOXEL, TreeConfig(cable=150.0)) for n in range(neurons)])
+    gold = concatenate_trees(
+        [grow_random_tree(1000 * seed + n, shape, _VOXEL, TreeConfig(cable=150.0)) for n in range(neurons)]
+    )
     light = MicroscopeConfig(gap_every=30.0, fragments=3)
     image = render(gold, shape, _VOXEL, light, seed).astype(np.float32)
     smooth = gaussian_filter(image, 0.7)
@@ -64,7 +66,7 @@ def compared(seed: int, neurons: int, level: float, shape: Shape) -> dict[str, d
     for name, seen in (("no", None), ("yes", image)):
         begun = time.perf_counter()
         trees = trace(mask, _VOXEL, image=seen)
-        found[name] = {"seconds": time.perf_counter() - begun, **_scores(joined(trees), gold)}
+        found[name] = {"seconds": time.perf_counter() - begun, **_scores(concatenate_trees(trees), gold)}
     return found
 
 

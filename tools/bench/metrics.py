@@ -93,7 +93,7 @@ def _compare(
     note = f"   plain scaled by {scale:.0f}" if scale > 1 else ""
     print(
         f"{name:34}{mine[1]:9.2f}{mine[2]:8.2f}{wall:10.2f}{cpu:9.2f}{mine[2] / cpu:9.4f}"
-        f"{files.human(mine[3]):>11}{files.human(other[3]):>12}{note}",
+        f"{files.format_bytes(mine[3]):>11}{files.format_bytes(other[3]):>12}{note}",
         flush=True,
     )
 
@@ -227,7 +227,7 @@ def random_tree(nodes: int, seed: int, step: float = 2.5) -> Tree:
         heading = heading + rng.normal(size=3) * 0.3
         heading /= np.linalg.norm(heading)
         points[i] = points[parents[i]] + heading * step
-    return morphology.make(points, parents, radii=2.0)
+    return morphology.build_tree(points, parents, radii=2.0)
 
 
 def _drawable(nodes: int, side: int) -> Tree:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.data.rasterize import paint_tree
 from hpc_neuro.data.synthetic import TreeConfig, grow_random_tree
 from hpc_neuro.tracing import trace_read
@@ -96,15 +96,15 @@ def write_volume(file: Path, size: int, neurites: int) -> Points:
     cfg = TreeConfig(orders=0, soma=0.0)
     trees = [grow_random_tree(seed, shape, _VOXEL, cfg) for seed in range(neurites)]
     volume = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
-    for block in blocks(shape, (min(size, 128),) * 3):
-        around = block.write.grown((4, 4, 4))
+    for block in tile_volume(shape, (min(size, 128),) * 3):
+        around = block.write.grow((4, 4, 4))
         values = np.zeros(block.write.shape, dtype=np.float32)
         for tree in trees:
             if np.all((tree.points >= around.start) & (tree.points < around.stop), axis=1).any():
                 values = np.maximum(values, paint_tree(tree, np.full(len(tree), 0.9), block.write, _VOXEL))
         volume[block.write.slices] = np.rint(values * 255)
     volume.flush()
-    return np.concatenate([morphology.resampled(tree, 1.0).points for tree in trees])
+    return np.concatenate([morphology.resample_tree(tree, 1.0).points for tree in trees])
 
 
 def one(name: str, file: Path) -> dict[str, Any]:

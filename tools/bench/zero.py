@@ -33,9 +33,9 @@ from deepspeed.comm import comm
 from torch import Tensor
 
 from hpc_neuro.core import distributed
-from hpc_neuro.core.files import human
+from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.core.types import Array, Batch, Prediction
+from hpc_neuro.core.types import Array, Batch, StudentOutput
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, weighted_sum
 from hpc_neuro.losses.distill import View
 from hpc_neuro.models.student import SIZES, StudentConfig, blank_student, build_student
@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
             image = torch.rand(mask.shape, device=engine.device)
             batch = Batch(image, mask, mask.clone(), cached, flags, flags.long())
             logits, distillation, _ = engine(dict(vars(batch)))
-            loss, _ = weighted_sum(LOSSES, Prediction(logits, {}), batch)
+            loss, _ = weighted_sum(LOSSES, StudentOutput(logits, {}), batch)
             engine.backward(loss if distillation is None else loss + distillation)
             most = torch.maximum(most, torch.tensor(list(asdict(found(engine)).values())))
             gc.collect()  # cycles would hold tensors for as long as the collector likes
@@ -171,8 +171,13 @@ def table(rows: list[dict[str, Any]], ranks: int) -> str:
     titles = "".join(f"{kind:>30}" for kind in (*rows[0]["held"], "peak / planned"))
     lines.append(f"{'stage':<6}{'passes':<7}{'recomputes':<11}" + titles)
     for row in rows:
-        cells = [f"{human(row['held'][k])} / {human(v)} = {row['held'][k] / v:.3f}" for k, v in row["even"].items()]
-        cells.append(f"{human(row['peak'])} / {human(row['planned'])} = {row['peak'] / row['planned']:.3f}")
+        cells = [
+            f"{format_bytes(row['held'][k])} / {format_bytes(v)} = {row['held'][k] / v:.3f}"
+            for k, v in row["even"].items()
+        ]
+        cells.append(
+            f"{format_bytes(row['peak'])} / {format_bytes(row['planned'])} = {row['peak'] / row['planned']:.3f}"
+        )
         how = f"{row['stage']:<6}{row['passes']:<7}{'yes' if row['checkpointing'] else 'no':<11}"
         lines.append(how + "".join(f"{cell:>30}" for cell in cells))
     return "\n".join(lines)

@@ -45,7 +45,9 @@ class ShardWriter:
         shape = (unit.count, layers, unit.rows, unit.columns, width)
         chunk = (1, layers, min(8, unit.rows), min(8, unit.columns), width)
         chunks = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
-        files.reserve(path.parent, _SPARE + 40 * layers * dim + 16 * chunks)  # what HDF5 writes besides the features
+        files.reserve_space(
+            path.parent, _SPARE + 40 * layers * dim + 16 * chunks
+        )  # what HDF5 writes besides the features
         how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         how.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         self._file = h5py.File(path, "w", libver="latest")

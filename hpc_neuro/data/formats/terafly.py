@@ -95,7 +95,7 @@ class _Mosaic:
         covered = 0
         for i in np.flatnonzero(np.all((self.starts < stop) & (self.stops > start), axis=1)).tolist():
             tile = self.tiles[i]
-            part = tile.box.clipped(wanted)
+            part = tile.box.clip(wanted)
             covered += part.size
             if tile.path is None:
                 continue

@@ -87,7 +87,7 @@ class Volume:
     def describe(self) -> str:
         """What was read, on a few lines for people."""
         z, y, x = self.shape
-        size = files.human(math.prod(self.shape) * self.dtype.itemsize)
+        size = files.format_bytes(math.prod(self.shape) * self.dtype.itemsize)
         lines = [f"{self.path}: {self.format}, {z} x {y} x {x} voxels (z y x), {self.dtype}, {size}"]
         stored = ", ".join(f"{name} {count}" for name, count in zip(self.axes, self._source.shape, strict=True))
         lines.append(f"stored axes: {stored}" + (f"; channel {self.channel}" if self.channel is not None else ""))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology, run_folder
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, blocks
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.intensity import ReadBox, iter_slabs
 from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, fine_voxel, prepared
@@ -39,7 +39,7 @@ def write_volume(
     outside the neurite they become 255. Raises InputError when the disk is full.
     """
     with (
-        files.full_disk_named(path.parent, path.name),
+        files.explain_full_disk(path.parent, path.name),
         files.atomic(path) as part,
         h5py.File(part, "w", libver="v110", locking=False) as file,
     ):
@@ -60,7 +60,7 @@ def is_written(path: Path, digest: str) -> bool:
 def forecast_bytes(tree: Tree, shape: Shape, itemsize: int, voxel_size: VoxelSize, cap: float) -> int:
     """About the most bytes a volume's file takes: every chunk of the image, and the targets' chunks near the tree."""
     reach = cap * fine_voxel(voxel_size) / np.asarray(voxel_size)  # [3] voxels
-    cable = morphology.resampled(tree, 8.0).points
+    cable = morphology.resample_tree(tree, 8.0).points
     corners = np.asarray(list(itertools.product((-1, 0, 1), repeat=3)))
     near = np.clip(cable[:, None] + corners * reach, 0, np.asarray(shape) - 1).reshape(-1, 3)
     touched = len(np.unique((near // np.asarray(CHUNK)).astype(np.int64), axis=0))
@@ -134,10 +134,10 @@ def _write_image(file: Any, volume: VolumeRecord, read: ReadBox) -> None:
     for slab in iter_slabs(volume.shape, volume.dtype.itemsize, depth=CHUNK[0]):
         block = read(slab)
         _reserve(file, _padded(slab.shape) * volume.dtype.itemsize)
-        for chunk in blocks(slab.shape, CHUNK):
+        for chunk in tile_volume(slab.shape, CHUNK):
             part = block[chunk.write.slices]
             if part.any():
-                image[chunk.write.shifted(slab.start).slices] = part
+                image[chunk.write.shift(slab.start).slices] = part
 
 
 def _write_targets(
@@ -154,7 +154,7 @@ def _write_targets(
     distance = file.create_dataset("distance", shape=shape, dtype="f2", chunks=chunks, fillvalue=drawing.cap)
     tangent = file.create_dataset("tangent", shape=(3, *shape), dtype="i1", chunks=(3, *chunks), fillvalue=0)
     ready = prepared(fitted, volume.voxel_size, drawing)
-    for block in blocks(shape, _DRAW):
+    for block in tile_volume(shape, _DRAW):
         blank = unlabelled(block.write) if unlabelled else None
         if not ready.meets(block.write) and (blank is None or not blank.any()):
             continue
@@ -162,8 +162,8 @@ def _write_targets(
         _reserve(file, _padded(block.write.shape) * _TARGET_BYTES)
         if blank is not None:
             drawn.mask[blank & (drawn.mask == 0)] = 255
-        for chunk in blocks(block.write.shape, CHUNK):
-            here, there = chunk.write.slices, chunk.write.shifted(block.write.start).slices
+        for chunk in tile_volume(block.write.shape, CHUNK):
+            here, there = chunk.write.slices, chunk.write.shift(block.write.start).slices
             if (drawn.distance[here] < drawing.cap).any() or drawn.mask[here].any():
                 mask[there], skeleton[there] = drawn.mask[here], drawn.skeleton[here]
                 distance[there] = drawn.distance[here]
@@ -172,7 +172,7 @@ def _write_targets(
 
 def _reserve(file: Any, needed: int) -> None:
     """Make sure that the next write and the closing of the file fit on the disk."""
-    files.reserve(Path(file.filename).parent, needed + _SPARE)
+    files.reserve_space(Path(file.filename).parent, needed + _SPARE)
 
 
 def _padded(shape: Shape) -> int:

@@ -47,7 +47,7 @@ def transform(tree: Tree, by: Transform) -> Tree:
         points[:, i] = by.shape[i] - 1 - points[:, i]
     if min(by.scale) <= 0:
         raise InputError(f"scale={by.scale} must be above 0 along every axis; mirror with flip=")
-    scaled = morphology.scaled(replace(tree, points=points), by.scale)
+    scaled = morphology.scale_tree(replace(tree, points=points), by.scale)
     return replace(scaled, points=scaled.points + np.asarray(by.shift))
 
 
@@ -59,6 +59,6 @@ def convert(tree: Tree, target: Path | str, *, to: Unit, voxel_size: VoxelSize, 
     if stated == to:
         raise InputError(f"the tree is in {to} already, by its header; nothing to convert for {target}")
     factor = voxel_size if to == "um" else (1 / voxel_size[0], 1 / voxel_size[1], 1 / voxel_size[2])
-    made = morphology.scaled(tree, factor)
+    made = morphology.scale_tree(tree, factor)
     write(target, made, unit=to, voxel_size=voxel_size)
     return made

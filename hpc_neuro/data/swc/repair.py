@@ -67,8 +67,8 @@ def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
         [f"line {table.line[i]}: node {table.id[i]} was its own ancestor, now a root" for i in firsts],
         "cycles",
     )
-    made = morphology.make(zyx_from_xyz(table.xyz), above, table.radius, table.type)
-    if not np.array_equal(morphology.parents_first(above), np.arange(len(above))):
+    made = morphology.build_tree(zyx_from_xyz(table.xyz), above, table.radius, table.type)
+    if not np.array_equal(morphology.order_parents_first(above), np.arange(len(above))):
         changes.append("nodes sorted, parents first")
     tree = Tree(made.points, fill_bad_radii(made), made.parents, made.types)
     if count := int((made.radii != tree.radii).sum()):
@@ -80,7 +80,7 @@ def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
 
 def split_components(tree: Tree) -> list[Tree]:
     """The separate trees of a forest, longest cable first."""
-    return sorted(morphology.components(tree), key=morphology.length, reverse=True)
+    return sorted(morphology.split_components(tree), key=morphology.length, reverse=True)
 
 
 def _parse_changes(table: SwcTable) -> list[str]:
@@ -155,12 +155,12 @@ def _rooted_at_soma(tree: Tree, changes: list[str]) -> Tree:
     parents = tree.parents.copy()
     _turn(parents, int(tops[0]), -1)
     changes.append("the tree turned so that its soma is the root")
-    return morphology.make(tree.points, parents, tree.radii, tree.types)
+    return morphology.build_tree(tree.points, parents, tree.radii, tree.types)
 
 
 def _joined(tree: Tree, changes: list[str]) -> Tree:
     """Every further tree hung on the nearest joined node, nearest trees first (Prim's rule over whole trees)."""
-    owner, parents = morphology.component_of(tree), tree.parents.copy()
+    owner, parents = morphology.label_components(tree), tree.parents.copy()
     waiting = owner != 0
     distance, nearest = _nearest(tree.points[~waiting], tree.points)
     nearest = np.flatnonzero(~waiting)[nearest]
@@ -179,7 +179,7 @@ def _joined(tree: Tree, changes: list[str]) -> Tree:
             distance[rest[better]] = closer[better]
             nearest[rest[better]] = mine[which[better]]
     _tell(changes, told, "trees joined")
-    return morphology.make(tree.points, parents, tree.radii, tree.types)
+    return morphology.build_tree(tree.points, parents, tree.radii, tree.types)
 
 
 def _nearest(

@@ -57,7 +57,7 @@ def _one_soma(tree: Tree, changes: list[str]) -> Tree:
     if not own.any():
         return tree
     changes.append(f"a soma of {int(own.sum()) + 1} points, now its first point alone")
-    return morphology.subset(tree, ~own)
+    return morphology.select_nodes(tree, ~own)
 
 
 def _one_type_per_run(tree: Tree, changes: list[str]) -> Tree:

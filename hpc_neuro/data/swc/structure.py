@@ -48,7 +48,7 @@ def link(table: SwcTable) -> LinkedTable:
 def build_tree(linked: LinkedTable) -> Tree:
     """The tree of a table without fatal findings, z y x in the file's unit; radii made finite and positive."""
     table = linked.table
-    made = morphology.make(zyx_from_xyz(table.xyz), linked.above, table.radius, table.type)
+    made = morphology.build_tree(zyx_from_xyz(table.xyz), linked.above, table.radius, table.type)
     return Tree(made.points, fill_bad_radii(made), made.parents, made.types)
 
 

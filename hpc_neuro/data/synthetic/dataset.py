@@ -117,4 +117,4 @@ def _placed(tree: Tree, shape: Shape, path: Path) -> Tree:
         raise InputError(f"{path} has no branch inside a volume of {shape} voxels; give a larger shape")
     tops, counts = np.unique(top[inside], return_counts=True)
     keep = inside & (top == tops[counts.argmax()])
-    return morphology.subset(moved, keep)
+    return morphology.select_nodes(moved, keep)

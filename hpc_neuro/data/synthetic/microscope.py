@@ -112,7 +112,7 @@ def _painted(
     """[Z * times, Y, X] a living tree before the blur."""
     grid = (size[0] / times, size[1], size[2])
     fine, unit = fine_voxel(size), fine_voxel(grid)
-    um = morphology.resampled(replace(tree, points=to_um(tree.points, size), radii=tree.radii * fine), 2 * fine)
+    um = morphology.resample_tree(replace(tree, points=to_um(tree.points, size), radii=tree.radii * fine), 2 * fine)
     swelling, glow = _life(um, cfg, rng)
     points = um.points / np.asarray(grid) + [(times - 1) / 2, 0, 0]  # the first fine slice lies before the coarse one
     voxels = replace(um, points=points, radii=um.radii * swelling / unit)

@@ -115,7 +115,7 @@ def grow_random_tree(seed: int, shape: Shape, voxel_size: VoxelSize, cfg: TreeCo
         types[0] = 1
     unit = fine_voxel(voxel_size)
     voxels = to_voxels(np.asarray(points), voxel_size)
-    return morphology.make(voxels, np.asarray(parents), np.asarray(radii) / unit, types)
+    return morphology.build_tree(voxels, np.asarray(parents), np.asarray(radii) / unit, types)
 
 
 def _trunk(rng: np.random.Generator, extent: NDArray[np.float64], cfg: TreeConfig) -> tuple[_Shoot, bool]:

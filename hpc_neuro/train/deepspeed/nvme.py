@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils import cpp_extension
 
 from hpc_neuro.core import distributed
-from hpc_neuro.core.files import human
+from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.schema import ConfigError
 
 _LEAST = 1 << 20  # [bytes] of a part that DeepSpeed takes to a file
@@ -89,18 +89,18 @@ def require(path: Path, sizes: Sequence[int], value_bytes: int, held: dict[str, 
     needed, free = value_bytes * sum(found) * here, shutil.disk_usage(path.parent).free
     if needed > 0.99 * free:
         raise ConfigError(
-            f"engine.nvme: parameters take {human(needed)} of this node's disk, but {path.parent} has {human(free)} "
-            "free; make room or give another folder"
+            f"engine.nvme: parameters take {format_bytes(needed)} of this node's disk, but {path.parent} has "
+            f"{format_bytes(free)} free; make room or give another folder"
         )
     if not _can_lock(locked):
         raise ConfigError(
-            f"engine.nvme: DeepSpeed's buffers are {human(locked)} of memory that may not be swapped out, more than "
-            "this process may lock; raise the limit (`ulimit -l unlimited`, Slurm: PropagateResourceLimits), or take "
-            "engine.offload_parameters=cpu"
+            f"engine.nvme: DeepSpeed's buffers are {format_bytes(locked)} of memory that may not be swapped out, more "
+            "than this process may lock; raise the limit (`ulimit -l unlimited`, Slurm: PropagateResourceLimits), or "
+            "take engine.offload_parameters=cpu"
         )
     return (
-        f"{len(found)} of {len(sizes)} parameters wait in {path}, {human(value_bytes * sum(found))} per rank"
-        f"; the others, below {human(_LEAST)} per rank, in host memory"
+        f"{len(found)} of {len(sizes)} parameters wait in {path}, {format_bytes(value_bytes * sum(found))} per rank"
+        f"; the others, below {format_bytes(_LEAST)} per rank, in host memory"
     )
 
 

@@ -94,7 +94,7 @@ def test_the_signal_lies_on_the_tree() -> None:
 
 
 def test_blur_is_longer_along_z_by_what_the_psf_says() -> None:
-    line = morphology.make(np.array([[12, 48, 5], [12, 48, 90.0]]), np.array([-1, 0]), 0.6)
+    line = morphology.build_tree(np.array([[12, 48, 5], [12, 48, 90.0]]), np.array([-1, 0]), 0.6)
     image = render(
         line, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "psf": (1.5, 0.3), "halo": 0.0, "bouton_every": 1e9})
     )
@@ -105,7 +105,7 @@ def test_blur_is_longer_along_z_by_what_the_psf_says() -> None:
 
 
 def test_noise_is_poisson_and_read_noise() -> None:
-    empty = morphology.make(np.array([[2, 2, 2], [2, 2, 4.0]]), np.array([-1, 0]), 0.5)
+    empty = morphology.build_tree(np.array([[2, 2, 2], [2, 2, 4.0]]), np.array([-1, 0]), 0.5)
     settings_ = {**vars(QUIET), "bits": 16, "read_noise": 0.01, "background": 0.2}
     noisy = render(empty, SHAPE, SIZE, MicroscopeConfig(**{**settings_, "photons": 50.0}), 3)
     calm = render(empty, SHAPE, SIZE, MicroscopeConfig(**{**settings_, "photons": 5000.0}), 3)
@@ -129,7 +129,7 @@ def test_background_is_uneven_and_clean_stacks_have_none() -> None:
 
 
 def test_gaps_break_the_signal_and_boutons_swell_it() -> None:
-    line = morphology.make(np.array([[12, 48, 0], [12, 48, 95.0]]), np.array([-1, 0]), 1.5)
+    line = morphology.build_tree(np.array([[12, 48, 0], [12, 48, 95.0]]), np.array([-1, 0]), 1.5)
     base = {**vars(QUIET), "bouton_every": 1e9}
     whole = render(line, SHAPE, SIZE, MicroscopeConfig(**base), 1)[12, 48].astype(float)
     broken = render(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "gap_every": 8.0, "gap_length": 2.5}), 1)[
@@ -196,7 +196,7 @@ def test_a_given_tree_is_imaged_and_moved_into_the_volume(tmp_path: Path) -> Non
 def _ring(folder: Path) -> Path:
     angle = np.linspace(0, 6, 50)
     points = np.stack([np.zeros(50), 100 * np.sin(angle), 100 * np.cos(angle)], axis=1)
-    swc.write(folder / "ring.swc", morphology.make(points, np.arange(-1, 49)), unit="voxel")
+    swc.write(folder / "ring.swc", morphology.build_tree(points, np.arange(-1, 49)), unit="voxel")
     return folder / "ring.swc"
 
 

@@ -17,7 +17,7 @@ import yaml
 from hpc_neuro import search
 from hpc_neuro.core import run_folder, schema
 from hpc_neuro.core.schema import ConfigError
-from hpc_neuro.core.types import Prediction
+from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.losses import weighted_sum
 from hpc_neuro.models.teacher import TeacherConfig, load_teacher
 from hpc_neuro.search import trial
@@ -185,7 +185,7 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
             if step == 0:
                 first[setting] = logits.detach()
                 heads[setting] = None if distillation is None else float(distillation.detach())
-            loss = weighted_sum(made(point).losses, Prediction(logits, {}), batch)[0]
+            loss = weighted_sum(made(point).losses, StudentOutput(logits, {}), batch)[0]
             optimiser.zero_grad()
             (loss if distillation is None else loss + distillation).backward()
             optimiser.step()
