@@ -18,7 +18,7 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.evaluate import EvaluateConfig
 from hpc_neuro.metrics.metric import tolerance_key
-from hpc_neuro.models.teacher import TeacherConfig
+from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.pipeline import STAGES
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import teacher as module
-from hpc_neuro.models.teacher import TeacherConfig, fetch, load_teacher
+from hpc_neuro.models.config import TeacherConfig
+from hpc_neuro.models.teacher import fetch, load_teacher
 
 NAME = "vit_tiny_patch16_224.augreg_in21k"
 

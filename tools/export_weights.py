@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.models.student import SavedStudent
+from hpc_neuro.models.config import SavedStudent
 from hpc_neuro.train.checkpoint import saver
 from hpc_neuro.train.checkpoint.tensor_files import kinds, stream, write
 

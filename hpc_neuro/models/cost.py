@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.geometry import Shape
+from hpc_neuro.models.config import StudentConfig, TubularTokens
 from hpc_neuro.models.stem import FirstConv
-from hpc_neuro.models.student import Student, StudentConfig, TubularTokens, blank_student
+from hpc_neuro.models.student import Student, blank_student
 
 _STATE_BYTES = 16  # per parameter: float32 weight and gradient, two Adam moments
 

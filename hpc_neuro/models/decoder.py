@@ -4,55 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.core.schema import config
 from hpc_neuro.models.stem import LAYOUT, ConvBlock, VoxelNorm, level_kernels, level_steps, over, times
 from hpc_neuro.models.vit3d import drawn
 
 _PRIOR = 0.01  # share of neurite the untrained student predicts: a rare class starts as rare (RetinaNet, ICCV 2017)
-
-
-@config
-class LightConfig:
-    """Tokens unfolded onto the stem's coarsest level, then one skip and one block per level: cheap and fast."""
-
-    kind: Literal["light"] = "light"
-
-    def build(self, dim: int, depth: int, patch: Shape, strides: Sequence[Shape], channels: Sequence[int]) -> Light:
-        """`dim` and `depth` of the transformer, `strides` and `channels` of the stem's levels."""
-        return Light(dim, depth, patch, strides, channels)
-
-
-@config
-class UnetrConfig:
-    """Hidden states of several depths unfolded onto every level, two blocks per level (UNETR, WACV 2022)."""
-
-    kind: Literal["unetr"] = "unetr"
-    width: Annotated[int, Field(ge=1)] = 48
-    """Channels of the levels between the stem's coarsest and the tokens."""
-
-    def build(self, dim: int, depth: int, patch: Shape, strides: Sequence[Shape], channels: Sequence[int]) -> Unetr:
-        """`dim` and `depth` of the transformer, `strides` and `channels` of the stem's levels."""
-        return Unetr(dim, depth, patch, strides, channels, self.width)
-
-
-@config
-class LinearConfig:
-    """A linear readout of the tokens and of every level of the stem: shows what the features alone hold."""
-
-    kind: Literal["linear"] = "linear"
-
-    def build(self, dim: int, depth: int, patch: Shape, strides: Sequence[Shape], channels: Sequence[int]) -> Linear:
-        """`dim` and `depth` of the transformer, `strides` and `channels` of the stem's levels."""
-        return Linear(dim, depth, patch, strides, channels)
-
-
-Decoder = Annotated[LightConfig | UnetrConfig | LinearConfig, Field(discriminator="kind")]
 
 
 class Head(nn.Module):

@@ -11,32 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpc_neuro.core.schema import InputError, config
-from hpc_neuro.models.student import Student, TubularTokens
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.models.config import Order, TransferConfig, TubularTokens
+from hpc_neuro.models.student import Student
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.models.tensor_names import translate
-
-Order = Literal["raster", "boustrophedon"]
-
-
-@config
-class TransferConfig:
-    """How the teacher's weights become the student's."""
-
-    rule: Literal["scratch", "average", "center", "tubular", "deformable_tubular"] = "average"
-    """3D form of the patch kernel; `scratch` leaves the whole student at its random start."""
-    flatten: Order = "boustrophedon"
-    """Order in which the tubular rules flatten the patch; boustrophedon keeps neighbouring taps neighbours."""
-    block: Literal["zero", "average", "center"] = "zero"
-    """Start of the block kernel that a tubular tokenizer may keep beside its tubes; zero: with the tubes alone."""
-    blocks: bool = True
-    """Also take transformer blocks, norms, tokens and positions; false: the patch kernel alone."""
 
 
 @dataclasses.dataclass

@@ -5,97 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.core.schema import InputError, config
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.models import tokenizer
-from hpc_neuro.models.decoder import Decoder, LightConfig
+from hpc_neuro.models.config import BlockTokens, SavedStudent, StudentConfig
 from hpc_neuro.models.stem import Stem, level_strides
 from hpc_neuro.models.vit3d import ViT3D
-
-SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-"""Width, depth and heads, as timm's ViTs of these names."""
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-@config
-class BlockTokens:
-    """One strided convolution per block of voxels."""
-
-    kind: Literal["block"] = "block"
-
-
-@config
-class TubularTokens:
-    """Line kernels along z, y and x, straight or bending with the neurite."""
-
-    kind: Literal["tubular"] = "tubular"
-    taps: Annotated[int, Field(ge=1, le=256)] = 15
-    """Taps of a line kernel; at most the pixels of the teacher's patch when its kernel is transferred."""
-    deformable: bool = True
-    """Whether the tubes bend; their bends start at zero."""
-    extent: Annotated[float, Field(gt=0)] = 1.0
-    """[voxel] Largest sideways step of a tube between neighbouring taps."""
-    fuse: Literal["sum", "mean", "concat"] = "sum"
-    """How the three axes become one token."""
-    keep_block: bool = True
-    """Whether the block convolution stays beside the tubes."""
-
-    def __post_init__(self) -> None:
-        if self.deformable and self.taps == 1:
-            raise ValueError("a tube of one tap cannot bend; give more `taps`, or deformable=false")
-
-
-Tokens = Annotated[BlockTokens | TubularTokens, Field(discriminator="kind")]
-
-
-@config
-class StudentConfig:
-    """The 3D student."""
-
-    size: Literal["tiny", "small", "base", "large"] = "tiny"
-    """Width, heads and default depth of the transformer: 192/3/12, 384/6/12, 768/12/12, 1024/16/24."""
-    depth: Positive | None = None
-    """Transformer blocks; none: the size's own. Fewer than the teacher's take its first ones."""
-    patch: tuple[Positive, Positive, Positive] = (8, 16, 16)
-    """[voxel] Block of one token, z y x."""
-    tokenizer: Tokens = BlockTokens()
-    decoder: Decoder = LightConfig()
-    stem_channels: tuple[Positive, Positive, Positive] = (8, 16, 48)
-    """Channels of the convolutional path at its three resolutions, finest first."""
-    positions: Literal["grid", "rotary"] = "grid"
-    """Learnt table shared over depth (DINO, DINOv2, MAE, supervised teachers), or 3D rotary (DINOv3)."""
-    grid: tuple[Positive, Positive, Positive] = (8, 14, 14)
-    """Size of the learnt position tables, z y x; they are resampled to each crop's tokens."""
-    class_token: bool = True
-    """Whether a class token runs beside the patch tokens, as in the teacher."""
-    registers: Annotated[int, Field(ge=0)] = 0
-    """Register tokens; as many as the teacher has."""
-    layer_scale: bool = False
-    """Whether blocks have layer scale; as the teacher (DINOv2 and DINOv3 have)."""
-    norm_eps: float = 1e-6
-    """Epsilon of the transformer's norms; as the teacher (DINOv3: 1e-5)."""
-    drop_path: Share = 0.0
-    """Drop-path rate of the last block, falling linearly to 0 at the first."""
-    checkpointing: bool = False
-    """Recompute each transformer block in backward: less memory, a third more time."""
-
-    @property
-    def width(self) -> tuple[int, int, int]:
-        """Channels, blocks and heads of the transformer."""
-        dim, depth, heads = SIZES[self.size]
-        return dim, self.depth or depth, heads
 
 
 class Student(nn.Module):
@@ -169,17 +93,6 @@ def _tokenizer(cfg: StudentConfig, dim: int) -> nn.Module:
     return tokenizer.TubularTokenizer(
         cfg.patch, dim, t.taps, fuse=t.fuse, deformable=t.deformable, extent=t.extent, keep_block=t.keep_block
     )
-
-
-@config
-class SavedStudent:
-    """What student.yaml holds."""
-
-    student: StudentConfig
-    code: str
-    """Version of the package that saved it."""
-    extra: Annotated[dict[str, Any], Field(default_factory=dict)]
-    """What the trainer adds: `window` (training crop), normalisation, threshold, step ..."""
 
 
 def save_student(folder: Path, cfg: StudentConfig, state: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:

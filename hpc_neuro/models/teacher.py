@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpc_neuro.core import files
-from hpc_neuro.core.schema import InputError, config
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import huggingface, teacher_folder
+from hpc_neuro.models.config import BUNDLED, TeacherConfig
 
 _schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object, so it lives as long as we do
 ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
-BUNDLED = {"bundled": "teacher_vit_tiny_patch16", "bundled8": "teacher_vit_tiny_patch8"}
 
 
 @functools.cache
@@ -47,33 +47,6 @@ def timm() -> Any:
             del sys.modules[module]  # half imported
         import timm
     return timm
-
-
-@config
-class TeacherConfig:
-    """Which frozen 2D vision transformer gives its weights and features."""
-
-    model: str = "bundled"
-    """`bundled` (in the package; `bundled8`: one with patches of 8 pixels), `trained` (by tools.teacher.pretrain, which
-    wrote the folder `weights`), `random` (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
-    weights: Path | None = None
-    """Weights of `model`: a file (.safetensors, .pth, .bin) or the folder fetch-teacher wrote; none: timm's hub."""
-    sha256: str | None = None
-    """Hex digest the weights file must have."""
-    arch: str = "vit_tiny_patch16_224"
-    """timm architecture of `model: random`."""
-    seed: int = 0
-    """Seed of the weights of `model: random`."""
-
-    def __post_init__(self) -> None:
-        if self.weights and self.model in (*BUNDLED, "random"):
-            raise ValueError(f"`weights` needs `model` to name the timm architecture in the file, not `{self.model}`")
-        if self.model == "trained" and not self.weights:
-            raise ValueError("`model: trained` needs `weights`, the folder that tools.teacher.pretrain wrote")
-        if self.model != "random" and (self.arch, self.seed) != (TeacherConfig.arch, TeacherConfig.seed):
-            raise ValueError(f"`arch` and `seed` are those of `model: random`, a `{self.model}` teacher has its own")
-        if self.sha256 and self.model == "random":
-            raise ValueError("`sha256` has no file to check with `model: random`")
 
 
 class Teacher(nn.Module):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.models.student import SIZES, Student, StudentConfig
+from hpc_neuro.models.config import SIZES, StudentConfig
+from hpc_neuro.models.student import Student
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.models.vit3d import TEMPERATURE, resample_plane
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.orientation import parse_orientation
-from hpc_neuro.models.teacher import TeacherConfig
+from hpc_neuro.models.config import TeacherConfig
 
 View = Literal["z", "y", "x"]
 

@@ -11,9 +11,7 @@ from hpc_neuro.data.augment import AugmentConfig
 from hpc_neuro.data.crops import CropConfig
 from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, Loss
-from hpc_neuro.models.inflate import TransferConfig
-from hpc_neuro.models.student import StudentConfig
-from hpc_neuro.models.teacher import TeacherConfig
+from hpc_neuro.models.config import StudentConfig, TeacherConfig, TransferConfig
 from hpc_neuro.train.checkpoint.saver import CheckpointConfig
 from hpc_neuro.train.deepspeed.config import EngineConfig
 from hpc_neuro.train.ema import EmaConfig

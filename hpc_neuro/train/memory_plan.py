@@ -15,7 +15,7 @@ from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import config
 from hpc_neuro.models import cost
-from hpc_neuro.models.student import StudentConfig
+from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.train.activation_memory import Moment
 from hpc_neuro.train.deepspeed.memory_audit import Held, ideal
 

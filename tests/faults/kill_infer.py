@@ -31,7 +31,8 @@ import torch
 import hpc_neuro
 from hpc_neuro.core import run_folder
 from hpc_neuro.infer import verify
-from hpc_neuro.models.student import StudentConfig, build_student, save_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import build_student, save_student
 
 _SHAPE = (24, 160, 170)
 _WINDOW = (8, 32, 32)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hpc_neuro.models import teacher
-from hpc_neuro.models.student import Student, StudentConfig, build_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import Student, build_student
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.models.tensor_names import fit_config
 

@@ -15,7 +15,8 @@ import torch
 from hpc_neuro import train
 from hpc_neuro.core import distributed
 from hpc_neuro.core.schema import load
-from hpc_neuro.models.student import StudentConfig, build_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import build_student
 from hpc_neuro.train import loop
 from hpc_neuro.train.activation_memory import Alive
 from hpc_neuro.train.deepspeed import engine

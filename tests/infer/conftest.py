@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hpc_neuro import infer
-from hpc_neuro.models.student import StudentConfig, build_student, save_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import build_student, save_student
 from tests.helpers.small_volumes import WINDOW, configure
 from tests.helpers.tiny_store import write_store
 

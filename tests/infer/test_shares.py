@@ -13,7 +13,8 @@ from hpc_neuro import evaluate, infer, prepare
 from hpc_neuro.core import run_folder
 from hpc_neuro.core.schema import ConfigError, config, load
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
-from hpc_neuro.models.student import StudentConfig, build_student, save_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import build_student, save_student
 
 COUNT = 3  # shares of two volumes: one is empty
 

@@ -16,8 +16,9 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.types import Batch
 from hpc_neuro.data.formats import open_volume
 from hpc_neuro.losses import Distill
-from hpc_neuro.models.student import StudentConfig, build_student
-from hpc_neuro.models.teacher import Teacher, TeacherConfig, load_teacher
+from hpc_neuro.models.config import StudentConfig, TeacherConfig
+from hpc_neuro.models.student import build_student
+from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.models.tubular import gather, tube_sum
 
 

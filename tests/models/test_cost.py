@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpc_neuro.models.config import LinearConfig, StudentConfig, TubularTokens, UnetrConfig
 from hpc_neuro.models.cost import costs, summary
-from hpc_neuro.models.decoder import LinearConfig, UnetrConfig
-from hpc_neuro.models.student import StudentConfig, TubularTokens, build_student
+from hpc_neuro.models.student import build_student
 
 CROP = (16, 64, 64)
 CASES = [

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import inflate
-from hpc_neuro.models.inflate import TransferConfig, transfer
-from hpc_neuro.models.student import BlockTokens, StudentConfig, TubularTokens, build_student
+from hpc_neuro.models.config import BlockTokens, StudentConfig, TransferConfig, TubularTokens
+from hpc_neuro.models.inflate import transfer
+from hpc_neuro.models.student import build_student
 from hpc_neuro.models.teacher import Teacher, timm
 from hpc_neuro.models.tensor_names import fit_config
 from tests.helpers.tiny_teachers import FAMILIES, embedding, family, student_for

@@ -15,7 +15,8 @@ from hpc_neuro.core.geometry import tile_volume
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.models import sliding_window
-from hpc_neuro.models.student import StudentConfig, build_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import build_student
 
 PATCH = (2, 4, 4)
 WINDOW = (4, 8, 8)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from hpc_neuro.models.decoder import LightConfig, LinearConfig, UnetrConfig
+from hpc_neuro.models.config import LightConfig, LinearConfig, UnetrConfig
 from hpc_neuro.models.stem import FirstConv, Stem, VoxelNorm, level_kernels, level_strides
 
 DECODERS = [LightConfig(), UnetrConfig(width=12), LinearConfig()]

@@ -13,16 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from hpc_neuro.core import schema
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.models.decoder import LinearConfig, UnetrConfig
-from hpc_neuro.models.student import (
-    SIZES,
-    BlockTokens,
-    StudentConfig,
-    TubularTokens,
-    build_student,
-    load_student,
-    save_student,
-)
+from hpc_neuro.models.config import SIZES, BlockTokens, LinearConfig, StudentConfig, TubularTokens, UnetrConfig
+from hpc_neuro.models.student import build_student, load_student, save_student
 from hpc_neuro.models.teacher import timm
 
 SMALL = StudentConfig(depth=2, patch=(4, 8, 8), stem_channels=(4, 6, 8), grid=(2, 4, 4))

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.models import teacher as module
-from hpc_neuro.models.teacher import Teacher, TeacherConfig, load_teacher, timm
+from hpc_neuro.models.config import TeacherConfig
+from hpc_neuro.models.teacher import Teacher, load_teacher, timm
 
 ARCH = "vit_tiny_patch16_224"
 

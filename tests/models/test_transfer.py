@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.models.inflate import RULES, TransferConfig, transfer
-from hpc_neuro.models.student import StudentConfig, TubularTokens, build_student
+from hpc_neuro.models.config import StudentConfig, TransferConfig, TubularTokens
+from hpc_neuro.models.inflate import RULES, transfer
+from hpc_neuro.models.student import build_student
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.models.tensor_names import fit_config
 from tests.helpers.tiny_teachers import FAMILIES, family, make, student_for

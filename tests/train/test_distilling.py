@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from hpc_neuro import train
 from hpc_neuro.core.schema import ConfigError
-from hpc_neuro.models.teacher import TeacherConfig, load_teacher
+from hpc_neuro.models.config import TeacherConfig
+from hpc_neuro.models.teacher import load_teacher
 from tests.helpers.tiny_store import write_cache
 from tests.train.conftest import rows
 

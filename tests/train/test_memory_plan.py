@@ -13,7 +13,8 @@ import torch
 
 from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, weighted_sum
-from hpc_neuro.models.student import StudentConfig, blank_student, build_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import blank_student, build_student
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import activation_memory, memory_plan
 from hpc_neuro.train.deepspeed.memory_audit import ideal

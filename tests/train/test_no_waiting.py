@@ -18,7 +18,8 @@ from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.augment import AugmentConfig, SampleStreams, augment
 from hpc_neuro.losses import ClDice, CrossEntropy, Dice, Distill, Focal, SkeletonRecall, weighted_sum
 from hpc_neuro.models import tubular
-from hpc_neuro.models.student import BlockTokens, StudentConfig, TubularTokens, build_student
+from hpc_neuro.models.config import BlockTokens, StudentConfig, TubularTokens
+from hpc_neuro.models.student import build_student
 from hpc_neuro.models.tubular import torch_impl
 from hpc_neuro.train.setup import TrainModule
 from hpc_neuro.train.step_metrics import Meter

@@ -36,7 +36,8 @@ from hpc_neuro.infer.tiling import Plan
 from hpc_neuro.infer.volumes import Source
 from hpc_neuro.metrics import voxel
 from hpc_neuro.models import sliding_window
-from hpc_neuro.models.student import Student, StudentConfig, build_student, load_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import Student, build_student, load_student
 
 _BRAIN: Shape = (2048, 4096, 4096)
 _SMALL = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))

@@ -27,9 +27,9 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR
 from torch import Tensor, nn
 
+from hpc_neuro.models.config import SIZES, LightConfig, StudentConfig, UnetrConfig
 from hpc_neuro.models.cost import costs
-from hpc_neuro.models.decoder import LightConfig, UnetrConfig
-from hpc_neuro.models.student import SIZES, StudentConfig, build_student
+from hpc_neuro.models.student import build_student
 
 PATCH = (16, 16, 16)
 WAYS = ("light", "unetr", "monai_unetr")

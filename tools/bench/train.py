@@ -29,7 +29,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc_neuro.core import distributed
-from hpc_neuro.models.student import SIZES, StudentConfig, build_student
+from hpc_neuro.models.config import SIZES, StudentConfig
+from hpc_neuro.models.student import build_student
 from hpc_neuro.train import memory_plan
 from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
 from hpc_neuro.train.deepspeed.engine import Engine, join_group

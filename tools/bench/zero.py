@@ -38,7 +38,8 @@ from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.types import Array, Batch, StudentOutput
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, weighted_sum
 from hpc_neuro.losses.distill import View
-from hpc_neuro.models.student import SIZES, StudentConfig, blank_student, build_student
+from hpc_neuro.models.config import SIZES, StudentConfig
+from hpc_neuro.models.student import blank_student, build_student
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import memory_plan
 from hpc_neuro.train.activation_memory import Alive, Moment, moments

@@ -19,7 +19,8 @@ from hpc_neuro.core import run_folder, schema
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.losses import weighted_sum
-from hpc_neuro.models.teacher import TeacherConfig, load_teacher
+from hpc_neuro.models.config import TeacherConfig
+from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import grid, keys

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.infer.tiling import Plan
-from hpc_neuro.models.student import StudentConfig, build_student, save_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import build_student, save_student
 from tests.helpers.tiny_store import write_store
 from tools.bench import infer
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from hpc_neuro.models.student import SIZES
+from hpc_neuro.models.config import SIZES
 
 pytest.importorskip("monai", reason="the comparison is with MONAI (pip install hpc_neuro[test])")
 from tools.bench import student as bench

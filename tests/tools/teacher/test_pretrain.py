@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hpc_neuro.core import files
-from hpc_neuro.models.teacher import TeacherConfig, load_teacher
+from hpc_neuro.models.config import TeacherConfig
+from hpc_neuro.models.teacher import load_teacher
 from tools.teacher import masked_autoencoder, photos, pretrain, probe
 from tools.teacher.recipe import Recipe
 

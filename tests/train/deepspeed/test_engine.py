@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hpc_neuro.core.schema import ConfigError
-from hpc_neuro.models.student import StudentConfig, build_student
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import build_student
 from hpc_neuro.train.deepspeed import engine
 from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
 from hpc_neuro.train.optim import OptimConfig, groups
