@@ -41,7 +41,7 @@ from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.predictions import OtsuMask
 from hpc_neuro.evaluate.verb import score_volume
 from hpc_neuro.tracing import TraceConfig, trace
-from hpc_neuro.tracing.voxel_graph import neighbours
+from hpc_neuro.tracing.voxel_graph import find_neighbor_pairs
 
 METHODS = ("model", "raw", "otsu", "thin")
 KEYS = ("f1_4vox", "precision_4vox", "recall_4vox", "esa", "f1_4vox_no_stub", "esa_no_stub", "tips")
@@ -155,7 +155,7 @@ def thinned(mask: NDArray[np.bool_], root: tuple[float, float, float] | None) ->
     if not len(voxels) or root is None:
         return morphology.empty_tree()
     z, y, x = mask.shape
-    pairs, step = neighbours(voxels, (z, y, x), np.ones(3))
+    pairs, step = find_neighbor_pairs(voxels, (z, y, x), np.ones(3))
     graph = csr_array((step, (pairs[:, 0], pairs[:, 1])), shape=(len(voxels),) * 2)
     start = int(cKDTree(voxels).query(root)[1])
     order, above = breadth_first_order(graph, start, directed=False)

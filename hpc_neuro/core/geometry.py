@@ -107,6 +107,16 @@ def tile_volume(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator
         yield Block(_triple(index), box, box.grow(halo).clip(whole))
 
 
+def fine_voxel(voxel_size: VoxelSize) -> float:
+    """Micrometres per fine voxel, the unit of every radius and distance that is given in voxels.
+
+    The fine voxel is the middle one of the three edges. An SWC radius is one number, so no unit is right along all
+    axes of anisotropic voxels. Microscopes sample two axes alike, whichever axis is the coarse or the fine one, and the
+    middle edge is the one of these two. The fine voxel of the inverse voxel size is the inverse of the fine voxel.
+    """
+    return float(sorted(voxel_size)[1])
+
+
 def zyx_from_xyz(points: NDArray[np.floating]) -> NDArray[np.float64]:
     """[N, 3] x y z -> [N, 3] z y x, and back: the order is its own inverse."""
     return np.ascontiguousarray(np.asarray(points, dtype=np.float64)[:, ::-1])

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_neuro.core.geometry import VoxelSize, fine_voxel
+
 
 @dataclass(frozen=True, eq=False)
 class Tree:
@@ -119,18 +121,9 @@ def length(tree: Tree) -> float:
     return float(edge_lengths(tree).sum())
 
 
-def scale_tree(tree: Tree, factor: tuple[float, float, float]) -> Tree:
-    """Coordinates times `factor` (z y x); radii times `radius_factor`. The inverse factor undoes it."""
-    return replace(tree, points=tree.points * np.asarray(factor), radii=tree.radii * radius_factor(factor))
-
-
-def radius_factor(factor: tuple[float, float, float]) -> float:
-    """What radii are multiplied by where axes are scaled unequally: the middle one of the three factors.
-
-    An SWC radius is one number, so no factor is right for all directions. The middle one is that of the two axes which
-    microscopes sample alike, whichever axis is the coarse one, and its inverse is that of the inverse scaling.
-    """
-    return float(sorted(factor)[1])
+def scale_tree(tree: Tree, factor: VoxelSize) -> Tree:
+    """Scale points by `factor` (z y x) and radii by its middle value (see `fine_voxel`). The inverse undoes it."""
+    return replace(tree, points=tree.points * np.asarray(factor), radii=tree.radii * fine_voxel(factor))
 
 
 def select_nodes(tree: Tree, keep: NDArray[np.bool_]) -> Tree:

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.intensity import ReadBox
-from hpc_neuro.data.rasterize import Drawing, body, fine_voxel, prepared
+from hpc_neuro.data.rasterize import Drawing, body, prepared
 
 log = logging.getLogger(__name__)
 

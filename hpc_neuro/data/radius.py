@@ -11,11 +11,10 @@ from pydantic import Field
 from scipy import ndimage
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume, to_um, to_voxels
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, tile_volume, to_um, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.intensity import ReadBox
-from hpc_neuro.data.rasterize import fine_voxel
 
 Floats = NDArray[np.float64]
 _BLOCK: Shape = (64, 128, 128)  # nodes are measured block by block, so that memory does not grow with the volume

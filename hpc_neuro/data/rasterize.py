@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Box, VoxelSize, to_um
+from hpc_neuro.core.geometry import Box, VoxelSize, fine_voxel, to_um
 from hpc_neuro.core.morphology import Tree
 
 
@@ -71,11 +71,6 @@ class Prepared:
     def meets(self, box: Box) -> bool:
         """Whether anything is drawn in a box."""
         return len(self.body.meeting(box)) > 0 or len(self.line.meeting(box)) > 0
-
-
-def fine_voxel(voxel_size: VoxelSize) -> float:
-    """Micrometres per fine voxel (the middle one of the three sizes): the unit of radii and distances in voxels."""
-    return morphology.radius_factor(voxel_size)
 
 
 def prepared(tree: Tree, voxel_size: VoxelSize, drawing: Drawing) -> Prepared:

@@ -24,7 +24,7 @@ from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, open_volume
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.tracing import TraceConfig, trace_read
+from hpc_neuro.tracing import TraceConfig, trace_reader
 
 log = logging.getLogger(__name__)
 INDEX = "predictions.json"
@@ -220,7 +220,7 @@ def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tre
     """The tree (voxels) of Otsu's mask, from the volume's root; empty, and said so, when nothing can be traced."""
     try:
         return concatenate_trees(
-            trace_read(
+            trace_reader(
                 baseline.probability,
                 volume.shape,
                 volume.voxel_size,

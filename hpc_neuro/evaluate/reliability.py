@@ -15,7 +15,7 @@ from hpc_neuro.evaluate.predictions import Predictions
 from hpc_neuro.metrics.calibration import Bin, Floats, calibration_error, judged, reliability
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column
-from hpc_neuro.tracing import confidence
+from hpc_neuro.tracing import measure_confidence
 
 
 def measured(cfg: EvaluateConfig, store: Store, ids: Sequence[str], model: Predictions) -> dict[str, list[Bin]]:
@@ -30,7 +30,7 @@ def measured(cfg: EvaluateConfig, store: Store, ids: Sequence[str], model: Predi
         prediction = model.read(volume.id, volume.shape)
         if len(tree := prediction.tree):
             traced += 1
-            told = {"confidence": confidence(tree, prediction.probability, volume.shape)}
+            told = {"confidence": measure_confidence(tree, prediction.probability, volume.shape)}
             told |= model.views(volume.id, len(tree))
             for name, sure in told.items():
                 parts.setdefault(name, []).append(judged(tree, sure, volume.tree(), cfg.tolerance_vox))

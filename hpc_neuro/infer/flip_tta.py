@@ -42,7 +42,7 @@ class Samples:
 
 def samples(cfg: InferConfig, work: Work) -> Samples:
     """Those of the trees that were found and wait to be written."""
-    node, voxels = tracing.samples(trees.forest(cfg, work), work.source.shape)
+    node, voxels = tracing.sample_edges(trees.forest(cfg, work), work.source.shape)
     indices, of = np.unique(voxels // np.array(work.plan.write), axis=0, return_inverse=True)
     order, ends = np.argsort(of.ravel(), kind="stable"), np.cumsum(np.bincount(of.ravel()))
     parts = [slice(int(a), int(b)) for a, b in pairwise([0, *ends])]
@@ -81,13 +81,13 @@ def look(cfg: InferConfig, job: Job, work: Work, found: Samples, block: Block, s
         def read(box: Box, probability: NDArray[np.uint8] = probability) -> NDArray[np.uint8]:
             return probability[box.relative_to(block.read.start).slices]
 
-        np.minimum.at(row, place, tracing.brightest_around(voxels, read, shape))
+        np.minimum.at(row, place, tracing.read_neighborhood_max(voxels, read, shape))
     with files.atomic(_path(cfg, work, block)) as part, part.open("wb") as handle:
         np.savez(handle, nodes=nodes, values=values)
 
 
 def looked(cfg: InferConfig, work: Work, tree: Tree) -> Floats:
-    """[K, N] confidence of each node in each mirrored view, as tracing.confidence has it in the plain one."""
+    """[K, N] confidence of each node in each mirrored view, as tracing.measure_confidence has it in the plain one."""
     found = np.ones((len(cfg.flips), len(tree)))
     for block in work.plan.second(work.source.shape) if cfg.flips else []:
         if (path := _path(cfg, work, block)).exists():

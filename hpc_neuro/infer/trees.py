@@ -29,7 +29,14 @@ from hpc_neuro.infer import proofread
 from hpc_neuro.infer.block_pipeline import Work
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.volumes import Source
-from hpc_neuro.tracing import Strands, confidence, context, reduced, trace_blocks, trace_strands
+from hpc_neuro.tracing import (
+    BlockSkeleton,
+    add_halo,
+    list_trace_blocks,
+    measure_confidence,
+    skeletonize_block,
+    trace_block_skeletons,
+)
 
 log = logging.getLogger(__name__)
 Entry = dict[str, Any]
@@ -62,19 +69,19 @@ def to_reduce(cfg: InferConfig, work: Work) -> list[Box]:
     """The blocks whose strands are still to be found before a volume can be traced; one without a shard has none."""
     if not to_trace(cfg, work):
         return []
-    spacing = cfg.trace.spacing(work.source.voxel_size)
+    source = work.source
     return [
         box
-        for box in trace_blocks(work.source.shape, cfg.trace)
+        for box in list_trace_blocks(source.shape, cfg.trace)
         if not _strands_path(cfg, work, box).exists()
-        and ome_zarr.has_shards(work.folder, context(box, work.source.shape, spacing))
+        and ome_zarr.has_shards(work.folder, add_halo(box, source.shape, source.voxel_size, cfg.trace))
     ]
 
 
 def reduce(cfg: InferConfig, work: Work, box: Box) -> None:
     """Find the strands of one block and keep them until the volume is traced."""
     source = work.source
-    found = reduced(reader(work.folder), source.shape, box, cfg.trace.spacing(source.voxel_size), cfg.trace)
+    found = skeletonize_block(reader(work.folder), source.shape, box, source.voxel_size, cfg.trace)
     if found is not None:
         save(_strands_path(cfg, work, box), found)
 
@@ -93,7 +100,7 @@ def trace(cfg: InferConfig, work: Work) -> None:
     """Find the trees of a volume and keep them until they are written. Raises InputError for a root off the trees."""
     source, begun = work.source, time.monotonic()
     kept, read = _kept(cfg, work), reader(work.folder)
-    found = trace_strands(
+    found = trace_block_skeletons(
         kept, read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace, image=source.read
     )
     save(_forest_path(cfg, work), morphology.concatenate_trees(found))
@@ -131,7 +138,7 @@ def finished(cfg: InferConfig, work: Work, views: Callable[[Tree], Floats]) -> E
     return entry
 
 
-def save(path: Path, value: Strands | Tree) -> None:
+def save(path: Path, value: BlockSkeleton | Tree) -> None:
     """The arrays of a dataclass in one npz file, whole or not at all."""
     with files.atomic(path) as part, part.open("wb") as handle:
         np.savez(handle, **{field.name: getattr(value, field.name) for field in fields(value)})
@@ -157,14 +164,14 @@ def _forest_path(cfg: InferConfig, work: Work) -> Path:
     return scratch(cfg, work) / "forest.npz"
 
 
-def _kept(cfg: InferConfig, work: Work) -> list[Strands]:
+def _kept(cfg: InferConfig, work: Work) -> list[BlockSkeleton]:
     """The strands of all blocks of a volume, in the blocks' order."""
-    paths = (_strands_path(cfg, work, box) for box in trace_blocks(work.source.shape, cfg.trace))
+    paths = (_strands_path(cfg, work, box) for box in list_trace_blocks(work.source.shape, cfg.trace))
     found = []
     for path in paths:
         if path.exists():
             with np.load(path) as arrays:
-                found.append(Strands(**arrays))
+                found.append(BlockSkeleton(**arrays))
     return found
 
 
@@ -202,7 +209,7 @@ def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tr
     entry["trees"] = len(tree.roots)
     if not len(tree):
         return
-    sure = confidence(tree, reader(work.folder), source.shape)
+    sure = measure_confidence(tree, reader(work.folder), source.shape)
     known = proofread.Sure(sure, views(tree), cfg.trace.floor, cfg.trace.threshold)
     doubts, scores = proofread.write(cfg.out, source.id, tree, known, source.shape, source.voxel_size, work.plan.write)
     entry["proofread"] = {"places": len(doubts), "sure_share": _mean(scores)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hpc_neuro.core import files, morphology, schema
-from hpc_neuro.core.geometry import Shape, VoxelSize, to_voxels
+from hpc_neuro.core.geometry import Shape, VoxelSize, fine_voxel, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
@@ -15,7 +15,6 @@ from hpc_neuro.data.alignment import Fit, compare_orientations, list_changes_ins
 from hpc_neuro.data.formats import Volume as ImageVolume
 from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range
-from hpc_neuro.data.rasterize import fine_voxel
 from hpc_neuro.data.store import FORMAT, VolumeRecord, forecast_bytes
 from hpc_neuro.prepare.config import PrepareConfig
 from hpc_neuro.prepare.pairs import Pair

@@ -1,21 +1,21 @@
-"""Probability -> centre-line trees."""
+"""Trees of centerlines from a probability."""
 
-from hpc_neuro.tracing.confidence import brightest_around, confidence, samples
+from hpc_neuro.tracing.block_skeleton import add_halo, list_trace_blocks, skeletonize_block
+from hpc_neuro.tracing.confidence import measure_confidence, read_neighborhood_max, sample_edges
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.skeletonize_block import context, reduced, trace_blocks
-from hpc_neuro.tracing.trace import trace, trace_read, trace_strands
-from hpc_neuro.tracing.voxel_graph import Strands
+from hpc_neuro.tracing.trace import trace, trace_block_skeletons, trace_reader
+from hpc_neuro.tracing.voxel_graph import BlockSkeleton
 
 __all__ = [
-    "Strands",
+    "BlockSkeleton",
     "TraceConfig",
-    "brightest_around",
-    "confidence",
-    "context",
-    "reduced",
-    "samples",
+    "add_halo",
+    "list_trace_blocks",
+    "measure_confidence",
+    "read_neighborhood_max",
+    "sample_edges",
+    "skeletonize_block",
     "trace",
-    "trace_blocks",
-    "trace_read",
-    "trace_strands",
+    "trace_block_skeletons",
+    "trace_reader",
 ]

@@ -11,20 +11,20 @@ from hpc_neuro.tracing.voxel_graph import Floats, Ints, Read, as_probability
 _CELL = 64  # [voxel] nodes are looked up box by box of this size, so that memory does not follow the volume
 
 
-def confidence(tree: Tree, read: Read, shape: Shape) -> Floats:
+def measure_confidence(tree: Tree, read: Read, shape: Shape) -> Floats:
     """[N] lowest probability on the edge from each node to its parent, in [0, 1]; a root's is that at its place.
 
     `tree` is in voxels of a volume of `shape`, which `read` reads by box. An edge is sampled about every half voxel,
     each sample taking the brightest of the 27 voxels round it: a centre line half a voxel off is no doubt, a break is.
     """
-    node, voxels = samples(tree, shape)
+    node, voxels = sample_edges(tree, shape)
     found = np.ones(len(tree))
-    np.minimum.at(found, node, brightest_around(voxels, read, shape))
+    np.minimum.at(found, node, read_neighborhood_max(voxels, read, shape))
     return found
 
 
-def samples(tree: Tree, shape: Shape) -> tuple[Ints, Ints]:
-    """Where `confidence` looks: [M] nodes, [M, 3] voxels on the edge from each to its parent."""
+def sample_edges(tree: Tree, shape: Shape) -> tuple[Ints, Ints]:
+    """Where `measure_confidence` looks: [M] nodes, [M, 3] voxels on the edge from each to its parent."""
     parent = np.maximum(tree.parents, 0)
     start, stop = tree.points, np.where(tree.parents[:, None] >= 0, tree.points[parent], tree.points)
     counts = np.maximum(np.ceil(2 * np.linalg.norm(stop - start, axis=1)).astype(np.int64), 1) + 1
@@ -35,7 +35,7 @@ def samples(tree: Tree, shape: Shape) -> tuple[Ints, Ints]:
     return node, np.clip(voxels, 0, np.array(shape) - 1)
 
 
-def brightest_around(voxels: Ints, read: Read, shape: Shape) -> Floats:
+def read_neighborhood_max(voxels: Ints, read: Read, shape: Shape) -> Floats:
     """[M] largest probability of each voxel and its 26 neighbours."""
     cell = voxels // _CELL
     order = np.lexsort(cell.T[::-1])

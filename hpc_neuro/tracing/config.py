@@ -25,7 +25,7 @@ class TraceConfig:
     `um`: lengths are physical, in units of the finest voxel edge, which suits labels without optical blur."""
     block: Shape = (128, 256, 256)
     """[voxel] What is looked at at once, besides 32 voxels around; memory follows it, and the trees hardly depend on it
-    (see tracing/skeletonize_block.py)."""
+    (see tracing/block_skeleton.py)."""
     min_voxels: int = 12
     """[voxel] Connected pieces of fewer voxels are noise."""
     min_branch: float = 5.0

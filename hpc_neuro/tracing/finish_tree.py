@@ -54,7 +54,7 @@ def rooted(net: Wires, given: Sequence[int], min_branch: float) -> Iterator[Tree
 def _roots(net: Wires, min_branch: float, count: int, label: NDArray[np.int32]) -> list[tuple[int, int]]:
     """Where each piece begins, and that node's type: the soma if one place is far thicker than the rest, else the
     thickest end. What is left of an end at which a bridge begins is none (see pruned)."""
-    around = net.neighbours()
+    around = net.neighbor_lists()
     degree = net.degree
     order = np.argsort(label, kind="stable")
     found = []

@@ -90,7 +90,7 @@ def _ends(net: Wires) -> _Ends:
 
     The direction is taken from there back along the way that holds most cable.
     """
-    around = net.neighbours()
+    around = net.neighbor_lists()
     behind = _cable_behind(net, around)
     anchors, directions = [], []
     for end, beside in enumerate(around):

@@ -41,7 +41,7 @@ class Wires:
         a, b = self.edges.T
         return np.asarray(np.linalg.norm(self.points[a] - self.points[b], axis=1))
 
-    def neighbours(self) -> list[list[int]]:
+    def neighbor_lists(self) -> list[list[int]]:
         """The nodes joined to each node."""
         around: list[list[int]] = [[] for _ in self.points]
         for a, b in self.edges.tolist():

@@ -40,7 +40,7 @@ def split(net: Wires, found: Foreground, roots: Sequence[int], floor: float, thr
 
     Only what hangs on a root is kept. Root nodes keep their voxels, and no other node has those.
     """
-    around = net.neighbours()
+    around = net.neighbor_lists()
     sure = np.where(net.voxels >= 0, found.probability[net.voxels], np.float32(_BRIDGE * floor))
     degree = np.array([len(beside) for beside in around])
     hub = (degree >= 3) | (sure < threshold)

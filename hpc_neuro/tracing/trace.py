@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, length
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_block
 from hpc_neuro.tracing.centerlines import far_ends, skeleton
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.finish_tree import main_side, pruned, rooted, smoothed, thinned
 from hpc_neuro.tracing.gaps import bridges
 from hpc_neuro.tracing.graph import Wires, wires
-from hpc_neuro.tracing.skeletonize_block import reduced, trace_blocks
 from hpc_neuro.tracing.split_neurons import split
-from hpc_neuro.tracing.voxel_graph import Floats, Foreground, Read, Strands, foreground
+from hpc_neuro.tracing.voxel_graph import BlockSkeleton, Floats, Foreground, Read, foreground
 
 Point = tuple[float, float, float]
 _SPECK = 5.0  # [voxel] how much farther away a piece without length counts when a root looks for its neurite
@@ -60,10 +60,10 @@ def trace(
         )
     z, y, x = probability.shape
     look = None if image is None else (lambda box: image[box.slices])
-    return trace_read(lambda box: probability[box.slices], (z, y, x), voxel_size, roots=roots, cfg=cfg, image=look)
+    return trace_reader(lambda box: probability[box.slices], (z, y, x), voxel_size, roots=roots, cfg=cfg, image=look)
 
 
-def trace_read(
+def trace_reader(
     read: Read,
     shape: Shape,
     voxel_size: VoxelSize,
@@ -74,14 +74,13 @@ def trace_read(
 ) -> list[Tree]:
     """As `trace`, for a volume that is read box by box: memory is bounded by one block and the trees."""
     cfg = cfg or TraceConfig()
-    spacing = cfg.spacing(voxel_size)
-    found = (reduced(read, shape, box, spacing, cfg) for box in trace_blocks(shape, cfg))
+    found = (skeletonize_block(read, shape, box, voxel_size, cfg) for box in list_trace_blocks(shape, cfg))
     parts = [part for part in found if part is not None]
-    return trace_strands(parts, read, shape, voxel_size, roots=roots, cfg=cfg, image=image)
+    return trace_block_skeletons(parts, read, shape, voxel_size, roots=roots, cfg=cfg, image=image)
 
 
-def trace_strands(
-    parts: Sequence[Strands],
+def trace_block_skeletons(
+    parts: Sequence[BlockSkeleton],
     read: Read,
     shape: Shape,
     voxel_size: VoxelSize,
@@ -90,7 +89,7 @@ def trace_strands(
     cfg: TraceConfig | None = None,
     image: Read | None = None,
 ) -> list[Tree]:
-    """As `trace_read`, where the blocks (`trace_blocks`) have been reduced to strands already."""
+    """As `trace_reader`, where the blocks (`list_trace_blocks`) have been reduced to strands already."""
     cfg = cfg or TraceConfig()
     for root in roots:
         if not all(-0.5 <= r <= n - 0.5 for r, n in zip(root, shape, strict=True)):

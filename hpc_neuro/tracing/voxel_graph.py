@@ -133,8 +133,8 @@ class Foreground:
 
 
 @dataclass(frozen=True)
-class Strands:
-    """N voxels of a block through which centre lines may run, in C components of its foreground (see strands.py)."""
+class BlockSkeleton:
+    """N voxels of a block that centerlines may run through, in C components (see block_skeleton.py)."""
 
     voxels: NDArray[np.int32]  # [N, 3]
     probability: NDArray[np.float32]  # [N]
@@ -145,7 +145,7 @@ class Strands:
 
 
 def foreground(
-    parts: Sequence[Strands], read: Read, shape: Shape, spacing: Floats, floor: float, min_voxels: int
+    parts: Sequence[BlockSkeleton], read: Read, shape: Shape, spacing: Floats, floor: float, min_voxels: int
 ) -> Foreground | None:
     """The strands of all blocks, in components that reach the threshold and hold `min_voxels`; None without any."""
     if not parts:
@@ -155,7 +155,7 @@ def foreground(
     everything = np.concatenate([part.voxels for part in parts])
     keys, once, again = np.unique(_keys(everything, shape), return_index=True, return_inverse=True)
     voxels, n = everything[once], len(keys)
-    pairs, step = neighbours(voxels, shape, spacing)
+    pairs, step = find_neighbor_pairs(voxels, shape, spacing)
     half = csr_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
     components, label = connected_components(half, directed=False)
     whole = np.zeros(firsts[-1], dtype=np.int64)  # the component of each block's component
@@ -236,7 +236,7 @@ def _keys(voxels: NDArray[np.integer], shape: Shape) -> Ints:
     return keys
 
 
-def neighbours(voxels: NDArray[np.int32], shape: Shape, spacing: Floats) -> tuple[NDArray[np.int32], Floats]:
+def find_neighbor_pairs(voxels: NDArray[np.int32], shape: Shape, spacing: Floats) -> tuple[NDArray[np.int32], Floats]:
     """All pairs of 26-neighbours, each once, with their distances.
 
     The three x neighbours of a line stand next to one another in the sorted keys, so one search finds all three.

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import fine_voxel
 from hpc_neuro.core.morphology import Tree, build_tree
 
 
@@ -123,4 +124,4 @@ def test_scaling_is_undone_by_its_inverse_and_knows_no_axis(factor: tuple[float,
 
 def test_radii_follow_the_two_axes_sampled_alike() -> None:
     for size in ((1.0, 0.33, 0.33), (0.33, 1.0, 0.33), (0.33, 0.33, 1.0)):
-        assert morphology.radius_factor(size) == 0.33
+        assert fine_voxel(size) == 0.33

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Box, VoxelSize
+from hpc_neuro.core.geometry import Box, VoxelSize, fine_voxel
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.rasterize import Drawing, centreline_voxels, fine_voxel, paint_tree, rasterize
+from hpc_neuro.data.rasterize import Drawing, centreline_voxels, paint_tree, rasterize
 
 
 def random_tree(seed: int, n: int, shape: tuple[int, int, int], radii: tuple[float, float] = (0.5, 4.0)) -> Tree:

@@ -25,7 +25,7 @@ def test_otsu_is_that_of_scikit_image(store: Path) -> None:
 
 def test_otsus_mask_is_traced_along_the_image_as_the_models_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volume, seen = Store(store)["a"], []
-    monkeypatch.setattr(predictions, "trace_read", lambda *given, image, **more: seen.append(image) or [])
+    monkeypatch.setattr(predictions, "trace_reader", lambda *given, image, **more: seen.append(image) or [])
     predictions.otsu_tree(volume, OtsuMask(volume), TraceConfig())
     whole = Box.whole(volume.shape)
     assert np.array_equal(seen[0](whole), volume.normalized_image(whole))

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.tracing import TraceConfig
-from hpc_neuro.tracing.skeletonize_block import reduced, trace_blocks
+from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_block
 from hpc_neuro.tracing.voxel_graph import Foreground, foreground
 
 Floats = NDArray[np.float64]
@@ -97,15 +97,12 @@ def _grow(
         above = len(points) - 1
 
 
-def foreground_of(
-    array: NDArray[np.generic], cfg: TraceConfig, spacing: tuple[float, float, float] = (1, 1, 1)
-) -> Foreground | None:
+def foreground_of(array: NDArray[np.generic], cfg: TraceConfig, voxel_size: VoxelSize = (1, 1, 1)) -> Foreground | None:
     """The foreground of an array, by the blocks of `cfg`."""
     z, y, x = array.shape
 
     def read(box: Box) -> NDArray[np.generic]:
         return array[box.slices]
 
-    size = np.array(spacing, dtype=np.float64)
-    parts = [reduced(read, (z, y, x), box, size, cfg) for box in trace_blocks((z, y, x), cfg)]
-    return foreground([p for p in parts if p], read, (z, y, x), size, cfg.floor, cfg.min_voxels)
+    parts = [skeletonize_block(read, (z, y, x), box, voxel_size, cfg) for box in list_trace_blocks((z, y, x), cfg)]
+    return foreground([p for p in parts if p], read, (z, y, x), cfg.spacing(voxel_size), cfg.floor, cfg.min_voxels)

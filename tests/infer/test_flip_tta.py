@@ -29,7 +29,7 @@ from hpc_neuro.infer.tiling import Plan, quantised
 from hpc_neuro.infer.volumes import Source
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
-from hpc_neuro.tracing import confidence
+from hpc_neuro.tracing import measure_confidence
 from tests.helpers.small_volumes import WINDOW, configure
 
 TRACED = ["trees=true", "trace.min_voxels=1", "trace.threshold=0.5", "empty.level=null"]
@@ -154,7 +154,7 @@ def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, bloc
     student, _ = load_student(model / "weights" / "best")
     for row, flip in zip(values, [(2,), (0, 1)], strict=True):
         whole = quantised(sliding_window.predict(student, image, WINDOW, overlap, flip=flip))
-        off = np.abs(row - confidence(tree, lambda box, whole=whole: whole[box.slices], shape))
+        off = np.abs(row - measure_confidence(tree, lambda box, whole=whole: whole[box.slices], shape))
         assert off.max() <= 1 / 255 + 1e-9  # 1e-4 may tip a rounding
         assert np.mean(off > 0) < 0.02
     assert np.abs(values[0] - values[1]).max() > 0.01

@@ -10,7 +10,7 @@ from scipy import ndimage
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import branch_points, tips
 from hpc_neuro.core.schema import ConfigError, InputError, load
-from hpc_neuro.tracing import TraceConfig, trace, trace_read
+from hpc_neuro.tracing import TraceConfig, trace, trace_reader
 from hpc_neuro.tracing.centerlines import far_ends, skeleton
 from hpc_neuro.tracing.graph import Lines
 from hpc_neuro.tracing.image_paths import Sight
@@ -97,7 +97,7 @@ def test_a_mask_and_image_of_nothing_but_noise_cost_next_to_nothing() -> None:
         looks.append(box)
         return image[box.slices]
 
-    trees = trace_read(lambda box: mask[box.slices], (64, 96, 96), ISO, image=look, cfg=TraceConfig(min_cable=20.0))
+    trees = trace_reader(lambda box: mask[box.slices], (64, 96, 96), ISO, image=look, cfg=TraceConfig(min_cable=20.0))
     pieces = int((np.bincount(ndimage.label(mask, np.ones((3, 3, 3)))[0].ravel())[1:] >= 12).sum())
     assert pieces > 50
     assert len(looks) <= pieces
@@ -218,13 +218,13 @@ def test_only_the_surroundings_of_breaks_are_read() -> None:
         return image[box.slices]
 
     z, y, x = mask.shape
-    (tree,) = trace_read(lambda box: mask[box.slices], (z, y, x), ISO, roots=[ROOT], image=look)
+    (tree,) = trace_reader(lambda box: mask[box.slices], (z, y, x), ISO, roots=[ROOT], image=look)
     assert tree.points[:, 1].max() > 56
     assert boxes
     assert max(box.stop[2] for box in boxes) <= 128
     boxes.clear()
     mask[:, 40:] = 0
-    trace_read(lambda box: mask[box.slices], (z, y, x), ISO, image=look)
+    trace_reader(lambda box: mask[box.slices], (z, y, x), ISO, image=look)
     assert not boxes, "one piece, and no break"
 
 
@@ -243,6 +243,6 @@ def test_a_mask_that_is_mostly_specks_is_not_searched_for_links_pair_by_pair() -
         return image[box.slices]
 
     z, y, x = mask.shape
-    trees = trace_read(lambda box: noisy[box.slices], (z, y, x), ISO, roots=[ROOT], image=look)
+    trees = trace_reader(lambda box: noisy[box.slices], (z, y, x), ISO, roots=[ROOT], image=look)
     assert trees[0].points[:, 1].max() > 56
     assert len(looks) < 50, "there are some thousand pairs within reach"

@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree, branch_points, length, tips
 from hpc_neuro.core.schema import ConfigError, InputError, load
-from hpc_neuro.tracing import TraceConfig, trace, trace_read
+from hpc_neuro.tracing import TraceConfig, trace, trace_reader
 from tests.helpers.shapes import crooked_tree, line, paint, volume_of
 
 ISO = (1.0, 1.0, 1.0)
@@ -100,7 +100,7 @@ def test_the_same_tree_from_bool_uint8_float_and_from_boxes() -> None:
     mask = volume_of(gold, (40, 64, 300))
     root = tuple(gold.points[0])
     trees = [trace(m, ISO, roots=[root])[0] for m in (mask, mask.astype(bool), (mask * 255).astype(np.uint8))]
-    trees += trace_read(lambda box: mask[box.slices], mask.shape, ISO, roots=[root])
+    trees += trace_reader(lambda box: mask[box.slices], mask.shape, ISO, roots=[root])
     for tree in trees[1:]:
         np.testing.assert_array_equal(tree.points, trees[0].points)
         np.testing.assert_array_equal(tree.parents, trees[0].parents)

@@ -1,4 +1,4 @@
-"""Strands and their graph against dense libraries."""
+"""The voxel graph against dense libraries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from scipy import ndimage
 
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.tracing import TraceConfig
+from hpc_neuro.tracing.block_skeleton import REACH
 from hpc_neuro.tracing.centerlines import far_ends, ways
-from hpc_neuro.tracing.skeletonize_block import REACH
-from hpc_neuro.tracing.voxel_graph import Look, neighbours
+from hpc_neuro.tracing.voxel_graph import Look, find_neighbor_pairs
 from tests.helpers.shapes import foreground_of
 
 
@@ -24,17 +24,18 @@ from tests.helpers.shapes import foreground_of
     seed=st.integers(0, 10_000),
     shape=st.tuples(*[st.integers(1, 20)] * 3),
     share=st.one_of(st.floats(0.001, 0.05), st.floats(0.05, 0.9)),
-    spacing=st.tuples(*[st.sampled_from([1.0, 1.5, 3.0])] * 3),
+    voxel_size=st.tuples(*[st.sampled_from([1.0, 1.5, 3.0])] * 3),
 )
 def test_components_and_distances_are_those_of_dense_libraries(
-    seed: int, shape: Shape, share: float, spacing: tuple[float, float, float]
+    seed: int, shape: Shape, share: float, voxel_size: tuple[float, float, float]
 ) -> None:
     """What hangs together in the volume does so in the strands of its blocks, and nothing else does.
 
     Distances are taken in two ways, by what share of a block is foreground.
     """
     mask = np.random.default_rng(seed).random(shape) < share
-    found = foreground_of(mask, TraceConfig(block=(8, 9, 10), min_voxels=1), spacing)
+    cfg = TraceConfig(block=(8, 9, 10), min_voxels=1, metric="um")
+    found = foreground_of(mask, cfg, voxel_size)
     if not mask.any():
         assert found is None
         return
@@ -45,7 +46,7 @@ def test_components_and_distances_are_those_of_dense_libraries(
     assert found.components == labels.max() == len({*mine.tolist()})
     assert len({*zip(mine.tolist(), found.component.tolist(), strict=True)}) == labels.max()
     if not mask.all():
-        wanted = np.minimum(ndimage.distance_transform_edt(mask, sampling=spacing), REACH)
+        wanted = np.minimum(ndimage.distance_transform_edt(mask, sampling=cfg.spacing(voxel_size)), REACH)
         np.testing.assert_allclose(found.distance, wanted[tuple(found.voxels.T)], rtol=1e-5)
 
 
@@ -65,7 +66,7 @@ def test_a_box_looked_at_is_what_single_voxels_tell(data: st.DataObject, seed: i
 @given(seed=st.integers(0, 10_000), shape=st.tuples(*[st.integers(1, 12)] * 3), share=st.floats(0.05, 0.9))
 def test_neighbours_are_all_of_the_26(seed: int, shape: Shape, share: float) -> None:
     mask = np.random.default_rng(seed).random(shape) < share
-    pairs, step = neighbours(np.argwhere(mask).astype(np.int32), shape, np.array([3.0, 1.0, 1.0]))
+    pairs, step = find_neighbor_pairs(np.argwhere(mask).astype(np.int32), shape, np.array([3.0, 1.0, 1.0]))
     around = ndimage.convolve(mask.astype(int), np.ones((3, 3, 3)), mode="constant")[mask] - 1
     assert len(pairs) * 2 == around.sum()
     voxels = np.argwhere(mask) * [3.0, 1.0, 1.0]

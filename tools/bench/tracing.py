@@ -31,7 +31,7 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.data.rasterize import paint_tree
 from hpc_neuro.data.synthetic import TreeConfig, grow_random_tree
-from hpc_neuro.tracing import trace_read
+from hpc_neuro.tracing import trace_reader
 
 _VOXEL: VoxelSize = (0.33, 0.33, 0.33)  # [um]; a trunk is then 2 to 3 voxels thick
 _NEAR = 4.0  # [voxel] of found cable
@@ -141,7 +141,7 @@ def _ours(file: Path) -> Run:
         return np.array(again[box.slices])
 
     def run() -> tuple[Points, int]:
-        trees = trace_read(read, (z, y, x), _VOXEL)
+        trees = trace_reader(read, (z, y, x), _VOXEL)
         return np.concatenate([t.points for t in trees] or [np.zeros((0, 3))]), len(trees)
 
     return run

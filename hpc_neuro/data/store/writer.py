@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology, run_folder
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, tile_volume
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.intensity import ReadBox, iter_slabs
-from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, fine_voxel, prepared
+from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, prepared
 from hpc_neuro.data.store.layout import CHUNK, FORMAT, INDEX, SPLITS, VolumeRecord, open_file
 
 _TARGET_BYTES = 1 + 1 + 2 + 3  # a voxel of mask, skeleton, distance, tangent

@@ -12,11 +12,11 @@ from pydantic import Field
 from scipy import ndimage
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, to_um
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, to_um
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import config
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.rasterize import fine_voxel, paint_tree
+from hpc_neuro.data.rasterize import paint_tree
 from hpc_neuro.data.synthetic.trees import TreeConfig, grow_random_tree
 
 Image = NDArray[np.float32]

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Shape, VoxelSize, to_voxels
+from hpc_neuro.core.geometry import Shape, VoxelSize, fine_voxel, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import config
-from hpc_neuro.data.rasterize import fine_voxel
 
 _STEP = 0.7  # um between nodes
 _WALL = 2.5  # um from the border at which a neurite turns away

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.geometry import Box, to_um
+from hpc_neuro.core.geometry import Box, fine_voxel, to_um
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from hpc_neuro.data.rasterize import fine_voxel, rasterize
+from hpc_neuro.data.rasterize import rasterize
 from hpc_neuro.data.synthetic import (
     MicroscopeConfig,
     SyntheticConfig,

@@ -13,8 +13,8 @@ from scipy.spatial import cKDTree
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.tracing import TraceConfig, trace, trace_read
-from hpc_neuro.tracing.skeletonize_block import context, trace_blocks
+from hpc_neuro.tracing import TraceConfig, trace, trace_reader
+from hpc_neuro.tracing.block_skeleton import add_halo, list_trace_blocks
 from tests.helpers.shapes import crooked_tree, line, paint, volume_of
 
 ISO = (1.0, 1.0, 1.0)
@@ -86,12 +86,12 @@ def test_a_soma_in_a_corner_of_blocks_is_one_soma() -> None:
 
 
 def test_blocks_cover_the_volume_and_are_read_with_context() -> None:
-    cfg = TraceConfig(block=(16, 32, 64))
-    boxes = trace_blocks(SHAPE, cfg)
+    cfg = TraceConfig(block=(16, 32, 64), metric="um")
+    boxes = list_trace_blocks(SHAPE, cfg)
     counted = np.zeros(SHAPE, int)
     for box in boxes:
         counted[box.slices] += 1
-        around = context(box, SHAPE, np.array([4.0, 1.0, 1.0]))
+        around = add_halo(box, SHAPE, (4.0, 1.0, 1.0), cfg)
         for axis, reach in enumerate((8, 32, 32)):
             assert around.start[axis] == max(box.start[axis] - reach, 0)
             assert around.stop[axis] == min(box.stop[axis] + 1 + reach, SHAPE[axis])
@@ -113,7 +113,7 @@ def test_memory_is_that_of_a_block_and_the_trees() -> None:
 
         tracemalloc.start()
         cfg = TraceConfig(block=(32, 32, 128))
-        (tree,) = trace_read(read, (32, 32, width), ISO, roots=[(16, 16, 0)], cfg=cfg)
+        (tree,) = trace_reader(read, (32, 32, width), ISO, roots=[(16, 16, 0)], cfg=cfg)
         top = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert morphology.length(tree) == pytest.approx(width, abs=8)

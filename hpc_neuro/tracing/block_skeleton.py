@@ -22,18 +22,18 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.spatial import cKDTree
 
-from hpc_neuro.core.geometry import Box, Shape, tile_volume
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.voxel_graph import (
+    BlockSkeleton,
     Bools,
     Floats,
     Ints,
     Read,
-    Strands,
     accumulated,
     as_probability,
     cost,
-    neighbours,
+    find_neighbor_pairs,
 )
 
 REACH = 32.0
@@ -45,23 +45,26 @@ _LONGER = 1.0  # a way that goes on for this many times the border distance
 _MORE = 0.5  # [voxel] and this much may be a branch; what is none is found out when all blocks are seen
 
 
-def trace_blocks(shape: Shape, cfg: TraceConfig) -> list[Box]:
+def list_trace_blocks(shape: Shape, cfg: TraceConfig) -> list[Box]:
     """The blocks of a volume, to be reduced one by one."""
     return [block.write for block in tile_volume(shape, cfg.block)]
 
 
-def context(box: Box, shape: Shape, spacing: Floats) -> Box:
+def add_halo(box: Box, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> Box:
     """What is read for a block."""
-    z, y, x = (int(np.ceil(REACH / s)) for s in spacing)
+    z, y, x = (int(np.ceil(REACH / s)) for s in cfg.spacing(voxel_size))
     return _closed(box, shape).grow((z, y, x)).clip(Box.whole(shape))
 
 
-def reduced(read: Read, shape: Shape, box: Box, spacing: Floats, cfg: TraceConfig) -> Strands | None:
+def skeletonize_block(
+    read: Read, shape: Shape, box: Box, voxel_size: VoxelSize, cfg: TraceConfig
+) -> BlockSkeleton | None:
     """The strands of a block of a volume of `shape`; None when nothing in it reaches the lower threshold.
 
     Raises InputError for what is no probability.
     """
-    around, closed = context(box, shape, spacing), _closed(box, shape)
+    spacing = cfg.spacing(voxel_size)
+    around, closed = add_halo(box, shape, voxel_size, cfg), _closed(box, shape)
     inner = closed.relative_to(around.start).slices
     array = as_probability(read(around), around)
     mask = array[inner] >= cfg.floor
@@ -72,7 +75,7 @@ def reduced(read: Read, shape: Shape, box: Box, spacing: Floats, cfg: TraceConfi
     distance = np.maximum(_to_border(array >= cfg.threshold, places, spacing), np.float32(0.5))
     width = _to_border(array >= cfg.floor, places, spacing)
     probability = array[inner][mask]
-    pairs, step = neighbours(voxels, closed.shape, spacing)
+    pairs, step = find_neighbor_pairs(voxels, closed.shape, spacing)
     half = csr_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(len(voxels),) * 2)
     components, component = connected_components(half, directed=False)
     own = np.all(voxels < np.array(box.shape), axis=1)
@@ -90,7 +93,7 @@ def reduced(read: Read, shape: Shape, box: Box, spacing: Floats, cfg: TraceConfi
     if not kept.any():
         return None
     place = np.cumsum(kept) - 1
-    part = Strands(
+    part = BlockSkeleton(
         voxels[kept] + np.array(closed.start, dtype=np.int32),
         probability[kept],
         distance[kept],
@@ -100,7 +103,7 @@ def reduced(read: Read, shape: Shape, box: Box, spacing: Floats, cfg: TraceConfi
     )
     inside = kept[pairs[:, 0]]  # both ends of a pair are in one component
     on = _centre_lines(part, width[kept], spacing, place[pairs[inside]], step[inside], place[must])
-    return Strands(
+    return BlockSkeleton(
         part.voxels[on], part.probability[on], part.distance[on], part.component[on], count[keep], strong[keep]
     )
 
@@ -188,7 +191,7 @@ def _doors(mask: Bools, centrality: NDArray[np.float32], planes: Iterator[tuple[
 
 
 def _centre_lines(
-    part: Strands, width: NDArray[np.float32], spacing: Floats, pairs: Ints, step: Floats, must: Ints
+    part: BlockSkeleton, width: NDArray[np.float32], spacing: Floats, pairs: Ints, step: Floats, must: Ints
 ) -> Bools:
     """[N] voxels on the cheapest ways from every end, and from `must`, to the most central voxel of their component.
 
@@ -222,7 +225,7 @@ def _centre_lines(
     return on
 
 
-def _ways_home(part: Strands, pairs: Ints, step: Floats, sources: Ints) -> tuple[Ints, Ints]:
+def _ways_home(part: BlockSkeleton, pairs: Ints, step: Floats, sources: Ints) -> tuple[Ints, Ints]:
     """[N] next voxel on the cheapest way to the component's source, and [N] the number of steps to it."""
     price = cost(part.distance, part.probability)
     n = len(part.voxels)
