@@ -74,6 +74,8 @@ def open_volume(
     """
     path = Path(path)
     reader = _find_reader(path)
+
+    # Opening reads headers only, but a damaged header makes a decoder fail in its own way.
     with translate_errors(path, reader.name):
         array = reader.open(path, dataset)
 
@@ -81,6 +83,7 @@ def open_volume(
     if axes is not None and len(axes) == len(array.shape) + 1 and axes[:1].upper() == "Z":
         array = _add_z_axis(array)
 
+    # The path is made absolute for processes that are started in another folder.
     order = resolve_axes(path, array.axes, array.shape, axes=axes, channel=channel)
     reopen = functools.partial(open_volume, path.resolve(), channel=channel, axes=axes, dataset=dataset)
     return Volume(path, array, order, reopen)
@@ -94,6 +97,7 @@ def is_image_folder(path: Path) -> bool:
 def _add_z_axis(array: StoredArray) -> StoredArray:
     """An image without z as a stack of one slice."""
     read, spacing = array.read, array.spacing
+
     return replace(
         array,
         shape=(1, *array.shape),
@@ -110,9 +114,10 @@ def _find_reader(path: Path) -> Reader:
         for reader in READERS:
             if reader.is_folder and reader.matches(path, b""):
                 return reader
-        names = ", ".join(f"a {reader.name}" for reader in READERS if reader.is_folder).replace("a OME", "an OME")
-        names = names.replace("a N5", "an N5")
-        raise InputError(f"{path} is a folder that holds no image; wanted {names}, or give a file in it")
+
+        names = [reader.name for reader in READERS if reader.is_folder]
+        wanted = ", ".join(f"{'an' if name[0] in 'ON' else 'a'} {name}" for name in names)
+        raise InputError(f"{path} is a folder that holds no image; wanted {wanted}, or give a file in it")
 
     head = _read_head(path)
     for reader in READERS:
@@ -125,11 +130,13 @@ def _read_head(path: Path) -> bytes:
     """The first 512 bytes of a file that exists, can be opened, and is not empty."""
     if not path.exists():
         raise InputError(f"{path} does not exist; give the path of an image file or folder")
+
     try:
         with path.open("rb") as handle:
             head = handle.read(512)
     except OSError as error:
         raise InputError(f"{path} cannot be opened: {os.strerror(error.errno or 0)}") from None
+
     if not head:
         raise InputError(f"{path} is empty (0 bytes); copy or export it again")
     return head
@@ -137,10 +144,12 @@ def _read_head(path: Path) -> bytes:
 
 def _explain_unknown(path: Path, head: bytes) -> str:
     """Why no reader takes a file with these first bytes: an archive, a wrong name, or an unknown format."""
+    # .nii.gz is the one format that is read from inside an archive, and it has matched before.
     for kind, magic in _ARCHIVES:
         if head.startswith(magic):
             return f"{path} is a {kind} archive; unpack it and give its content"
 
+    # A known suffix with another content is a truncated or misnamed file.
     name = path.name.lower()
     for reader in READERS:
         if not reader.is_folder and name.endswith(reader.suffixes):

@@ -5,22 +5,38 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats.decompress import UnpackedArray, raw_chunks, zlib_stream
-from hpc_neuro.data.formats.run_length import BYTE_RLE, decode_runs
-from hpc_neuro.data.formats.units import um_per
+from hpc_neuro.data.formats.decompress import BYTE_RLE, UnpackedArray, decode_runs, raw_chunks, zlib_stream
+from hpc_neuro.data.formats.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
 
 SUFFIXES = (".am", ".amira")
-_MOST_HEADER = 1 << 20
-_TYPES = {"byte": "u1", "short": "i2", "ushort": "u2", "int": "i4", "float": "f4", "double": "f8"}
+
+_MAX_HEADER = 1 << 20
+"""Bytes of the longest header that is read."""
+_DTYPES = {"byte": "u1", "short": "i2", "ushort": "u2", "int": "i4", "float": "f4", "double": "f8"}
 _FIELD = re.compile(r"Lattice\s*\{\s*(\w+)(?:\[(\d+)\])?\s+(\w+)\s*\}\s*=?\s*@(\d+)(?:\((\w+)(?:,\s*(\d+))?\))?")
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One field of the lattice, as its header line declares it."""
+
+    kind: str
+    components: int
+    name: str
+    label: int
+    """Number of its data block `@label`."""
+    encoding: str | None
+    packed: int
+    """Bytes of the packed data block."""
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -31,35 +47,52 @@ def matches(path: Path, head: bytes) -> bool:
 def open_source(path: Path, dataset: str | None) -> StoredArray:
     """The lattice of an Amira file; `dataset` names one of several fields.
 
-    The voxel size is that of the bounding box (voxel centre to voxel centre), when the header names its unit.
+    The voxel size is that of the bounding box (voxel center to voxel center), when the header names its unit.
     """
+    # The header is text, up to the first data block.
     with path.open("rb") as handle:
-        head = handle.read(_MOST_HEADER)
+        head = handle.read(_MAX_HEADER)
     end = re.search(rb"\n@\d+\r?\n", head)
     text = head[: end.start() if end else len(head)].decode("latin-1")
+
     sizes = re.search(r"define\s+Lattice\s+(\d+)\s+(\d+)\s+(\d+)", text)
-    fields = [f.groups() for f in _FIELD.finditer(text)]
+    fields = _parse_fields(text)
     if not sizes or not fields or not end:
         raise InputError(f"{path} is an Amira file without a 3D lattice; export the image as a uniform lattice or TIFF")
-    kind, components, name, label, encoding, packed = _chosen(path, fields, dataset)
+    field = _choose_field(path, fields, dataset)
+
+    # Curvilinear and stacked lattices place each slice or voxel by itself.
     coordinates = re.search(r'CoordType\s+"(\w+)"', text)
     if coordinates and coordinates[1] != "uniform":
         raise InputError(f"{path} has {coordinates[1]} coordinates; a uniform lattice is wanted, resample it in Amira")
-    if kind not in _TYPES:
-        raise InputError(f"{path} holds {kind} values; wanted one of {', '.join(_TYPES)}")
-    first = text.splitlines()[0]
-    dtype = np.dtype(("<" if "LITTLE" in first else ">") + _TYPES[kind])
-    shape = [int(sizes[i]) for i in (3, 2, 1)] + ([int(components)] if components and int(components) > 1 else [])
-    checked = check_shape(path, shape)
-    begin = _data(path, int(label))
-    read = _reader(path, dtype, checked, begin, encoding, int(packed or 0), "ASCII" in first)
-    axes = "ZYXC"[: len(checked)]
-    spacing, world, notes = _place(text, checked)
-    return StoredArray("Amira", checked, axes, dtype, read, spacing, world, (*notes, f"field {name}"))
+    if field.kind not in _DTYPES:
+        raise InputError(f"{path} holds {field.kind} values; wanted one of {', '.join(_DTYPES)}")
+
+    # A first line without LITTLE-ENDIAN means big-endian.
+    first_line = text.splitlines()[0]
+    dtype = np.dtype(("<" if "LITTLE" in first_line else ">") + _DTYPES[field.kind])
+
+    # Sizes are x y z; the components of a vector field are interleaved, so they are the last axis.
+    channels = [field.components] if field.components > 1 else []
+    shape = check_shape(path, [*(int(sizes[i]) for i in (3, 2, 1)), *channels])
+    read = _make_reader(path, field, dtype, shape, is_text="ASCII" in first_line)
+    spacing, world, notes = _parse_placement(text, shape)
+    axes = "ZYXC"[: len(shape)]
+    return StoredArray("Amira", shape, axes, dtype, read, spacing, world, (*notes, f"field {field.name}"))
 
 
-def _chosen(path: Path, fields: list[Any], dataset: str | None) -> Any:
-    names = [f[2] for f in fields]
+def _parse_fields(text: str) -> list[_Field]:
+    fields = []
+    for match in _FIELD.finditer(text):
+        kind, components, name, label, encoding, packed = match.groups()
+        fields.append(_Field(kind, int(components or 1), name, int(label), encoding, int(packed or 0)))
+    return fields
+
+
+def _choose_field(path: Path, fields: list[_Field], dataset: str | None) -> _Field:
+    """The field named `dataset`, or the only one."""
+    names = [field.name for field in fields]
+
     if dataset is None and len(fields) > 1:
         raise InputError(f"{path} holds the fields {', '.join(names)}; choose one with dataset=NAME")
     if dataset is not None and dataset not in names:
@@ -67,60 +100,71 @@ def _chosen(path: Path, fields: list[Any], dataset: str | None) -> Any:
     return fields[names.index(dataset) if dataset else 0]
 
 
-def _data(path: Path, label: int) -> int:
-    """Where the data of field `@label` begins."""
-    mark = f"\n@{label}".encode()
+def _find_data(path: Path, label: int) -> int:
+    """The first byte of the data block `@label`."""
+    mark = re.compile(f"\n@{label}".encode() + rb"\r?\n")
     with path.open("rb") as handle:
-        seen, before = b"", 0
-        while chunk := handle.read(_MOST_HEADER):
-            seen += chunk
-            if found := re.search(mark + rb"\r?\n", seen):
-                return before + found.end()
-            before += max(0, len(seen) - 64)
-            seen = seen[-64:]
+        window, before = b"", 0
+        while chunk := handle.read(_MAX_HEADER):
+            window += chunk
+            if match := mark.search(window):
+                return before + match.end()
+
+            # Keep enough of the end for a mark that lies across two chunks.
+            before += max(0, len(window) - 64)
+            window = window[-64:]
     raise InputError(f"{path} has no data block @{label}; it is incomplete, export it again")
 
 
-def _reader(
-    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], begin: int, encoding: str | None, packed: int, text: bool
-) -> Any:
-    if text:
-        return UnpackedArray(path, dtype, shape, functools.partial(_numbers, path, begin, dtype, math.prod(shape)))
-    if encoding is None:
+def _make_reader(path: Path, field: _Field, dtype: np.dtype[Any], shape: tuple[int, ...], *, is_text: bool) -> Any:
+    """A function that reads parts of a field's values."""
+    begin, packed = _find_data(path, field.label), field.packed
+    if is_text:
+        stream: Any = functools.partial(_parse_numbers, path, begin, dtype, math.prod(shape))
+        return UnpackedArray(path, dtype, shape, stream)
+    if field.encoding is None:
         return map_array(path, dtype, shape, begin)
+
+    # Packed blocks state their length, so a short file is known before it is unpacked.
     if begin + packed > path.stat().st_size:
         raise InputError(
             f"{path} is incomplete: {packed} packed bytes are declared, but the file ends early; copy it again"
         )
-    if encoding == "HxZip":
+    if field.encoding == "HxZip":
         return UnpackedArray(path, dtype, shape, functools.partial(zlib_stream, path, begin, packed))
-    if encoding == "HxByteRLE" and dtype.itemsize == 1:
+    if field.encoding == "HxByteRLE" and dtype.itemsize == 1:
         return UnpackedArray(
             path, dtype, shape, lambda: decode_runs(raw_chunks(path, begin, packed), BYTE_RLE, np.dtype("u1"))
         )
-    raise InputError(f"{path} is packed as {encoding}; wanted raw, HxZip or HxByteRLE: save it again")
+    raise InputError(f"{path} is packed as {field.encoding}; wanted raw, HxZip or HxByteRLE: save it again")
 
 
-def _numbers(path: Path, begin: int, dtype: np.dtype[Any], count: int) -> Iterable[bytes]:
-    """A text block; what follows it (another block) is left."""
+def _parse_numbers(path: Path, begin: int, dtype: np.dtype[Any], count: int) -> Iterator[bytes]:
+    """The bytes of a text block; another block that follows it is ignored."""
     with path.open("rb") as handle:
         handle.seek(begin)
         words = handle.read().split(b"\n@")[0].split()
+
+    # float64 holds every integer of the other types exactly.
     yield np.array(words[:count], dtype=np.float64).astype(dtype).tobytes()
 
 
-def _place(text: str, shape: tuple[int, ...]) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:
+def _parse_placement(text: str, shape: tuple[int, ...]) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:
+    """Micrometres along each stored axis, the world matrix, and a note where the unit is missing."""
     box = re.search(r"BoundingBox\s+([-+.\deE\s]+)", text)
     values = [float(v) for v in box[1].split()] if box else []
     if len(values) != 6:
         return None, None, ()
-    low, high = values[4::-2], values[5::-2]  # z y x
+
+    # The box is xmin xmax ymin ymax zmin zmax, between the centers of the first and the last voxel.
+    low, high = values[4::-2], values[5::-2]
     steps = [(b - a) / max(1, n - 1) for a, b, n in zip(low, high, shape, strict=False)]
     unit = re.search(r'Coordinates\s+"([^"]*)"', text)
     per = um_per(unit[1] if unit else None)
     if per is None:
-        shown = " x ".join(f"{v:.6g}" for v in steps)
-        return None, None, (f"steps {shown} (z y x) without a unit; give the voxel size in um",)
+        return None, None, (note_missing_unit(steps, "z y x"),)
+
+    # A component axis has no length.
     spacing = tuple(s * per for s in steps) + (math.nan,) * (len(shape) - 3)
     world = np.zeros((3, len(shape) + 1))
     for i in range(3):

@@ -1,4 +1,4 @@
-"""Which stored axis is z, y, x or channel: never guessed where it could be otherwise, the error names the `axes=`."""
+"""Which stored axis is z, y, x or channel. An ambiguous array is refused with the `axes=` that settles it."""
 
 from __future__ import annotations
 
@@ -9,129 +9,164 @@ from pathlib import Path
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 
-_NAMES = {"Z": "z", "Y": "y", "X": "x", "C": "channel", "T": "time", "S": "colour sample", "Q": "unnamed"}
-_FEW = 4  # an unnamed axis this short may be colours as well as slices
+_NAMES = {"Z": "z", "Y": "y", "X": "x", "C": "channel", "T": "time", "S": "color sample", "Q": "unnamed"}
+_MAX_COLORS = 4
+"""An unnamed axis of at most this length may be colors as well as slices."""
 
 
 @dataclass(frozen=True)
 class AxisOrder:
-    """How the stored axes become z y x: which three they are, and the fixed index on every other."""
+    """How the stored axes become z y x: which three they are, and the index taken on every other axis."""
 
     axes: str
-    order: tuple[int, int, int]  # stored axis of z, y, x; z is len(axes) - like every axis - of the stored array
-    fixed: tuple[int, ...]  # index taken along each stored axis (ignored for z, y, x)
+    """One letter per stored axis."""
+    zyx: tuple[int, int, int]
+    """Stored axis of z, of y and of x."""
+    fixed: tuple[int, ...]
+    """Index taken along each stored axis (ignored for z, y, x)."""
     channel: int | None
+    """The channel that is read; None where the array has no channel axis."""
     notes: tuple[str, ...] = ()
 
     @property
     def transposition(self) -> tuple[int, ...]:
-        """Order of stored axes that puts the fixed ones (length 1) first, then z y x."""
-        rest = [i for i in range(len(self.axes)) if i not in self.order]
-        return (*rest, *self.order)
+        """Order of stored axes with the fixed ones (length 1) first, then z y x."""
+        rest = [i for i in range(len(self.axes)) if i not in self.zyx]
+        return (*rest, *self.zyx)
 
     def index(self, box: Box) -> tuple[slice, ...]:
-        """The part of the stored array that is `box`."""
+        """The index of `box` in the stored array."""
         parts = [slice(i, i + 1) for i in self.fixed]
-        for i, part in zip(self.order, box.slices, strict=True):
-            parts[i] = part
+        for axis, part in zip(self.zyx, box.slices, strict=True):
+            parts[axis] = part
         return tuple(parts)
 
 
-def resolve_axes(path: Path, found: str, shape: Sequence[int], *, axes: str | None, channel: int | None) -> AxisOrder:
-    """Settle the axes of a stored array of `shape` whose file names them `found`.
+def resolve_axes(path: Path, stored: str, shape: Sequence[int], *, axes: str | None, channel: int | None) -> AxisOrder:
+    """Decide what the axes of a stored array of `shape` are; the file names them `stored`.
 
     `axes` overrules the file; `channel` picks one of several. Raises InputError for a 2D image, for several time
-    points, for an axis without a name, for colour samples, and for several channels of which none is chosen.
+    points, for an axis without a name, for color samples, and for several channels of which none is chosen.
     """
-    has = _has(found, shape)
-    letters = _given(path, axes, has, shape) if axes is not None else _known(path, found, has, shape)
-    missing = [a for a in "ZYX" if a not in letters]
-    if missing:
-        raise InputError(f"{path} holds {has}, a 2D image; a 3D stack is wanted{_advice(found, shape)}")
+    # The user's word is final; the file's own names may be missing or ambiguous.
+    content = _describe_array(stored, shape)
+    if axes is None:
+        letters = _check_stored_axes(path, stored, content, shape)
+    else:
+        letters = _check_user_axes(path, axes, content, shape)
+
+    if any(a not in letters for a in "ZYX"):
+        raise InputError(f"{path} holds {content}, a 2D image; a 3D stack is wanted{_advise_for_2d(stored, shape)}")
+
+    # ImageJ saves many a stack of slices as time points.
     times = shape[letters.index("T")] if "T" in letters else 1
     if times > 1:
+        as_slices = letters.translate(str.maketrans("TZ", "ZT"))
         raise InputError(
-            f"{path} holds {has}: {times} time points; one is wanted. If they are slices, say "
-            f"axes={_as_slices(letters)}; otherwise save one time point"
+            f"{path} holds {content}: {times} time points; one is wanted. If they are slices, say "
+            f"axes={as_slices}; otherwise save one time point"
         )
+
+    # Color samples are read one at a time, as channels are.
     chosen, fixed = None, [0] * len(shape)
     for name in "CS":
         if name in letters:
-            count = shape[letters.index(name)]
-            chosen = _channel(path, has, count, channel, name)
+            chosen = _choose_channel(path, content, shape[letters.index(name)], channel, name)
             fixed[letters.index(name)] = chosen
     if chosen is None and channel not in (None, 0):
-        raise InputError(f"{path} holds {has}, which has no channel {channel}; leave `channel` out")
-    notes = (f"axes {found} taken as {letters}",) if letters != found else ()
-    order = (letters.index("Z"), letters.index("Y"), letters.index("X"))
-    return AxisOrder(letters, order, tuple(fixed), chosen, notes)
+        raise InputError(f"{path} holds {content}, which has no channel {channel}; leave `channel` out")
+
+    # A note wherever the axes that are read are not those that the file names.
+    notes = (f"axes {stored} taken as {letters}",) if letters != stored else ()
+    zyx = (letters.index("Z"), letters.index("Y"), letters.index("X"))
+    return AxisOrder(letters, zyx, tuple(fixed), chosen, notes)
 
 
 def default_axes(shape: Sequence[int]) -> str:
-    """Axes of an array whose format does not name them: z y x when there are three and nothing speaks for colours."""
+    """Axes of an array whose format does not name them: z y x if there are three and the last is not colors."""
     if len(shape) == 2:
         return "YX"
-    if len(shape) == 3 and not shape[2] <= _FEW < min(shape[:2]):
+
+    # 600 x 800 x 3 is more likely a color image than a stack of three columns.
+    if len(shape) == 3 and not shape[2] <= _MAX_COLORS < min(shape[:2]):
         return "ZYX"
     return "Q" * len(shape)
 
 
-def _known(path: Path, found: str, has: str, shape: Sequence[int]) -> str:
-    """The file's own names, with unnamed axes of length 1 let go; refuses what could be read in two ways."""
-    letters = [("T" if a == "Q" and n == 1 else a) for a, n in zip(found, shape, strict=True)]
-    letters = _only_once(letters, shape)
+def _check_stored_axes(path: Path, stored: str, content: str, shape: Sequence[int]) -> str:
+    """The file's own names, without unnamed axes of length 1; InputError for axes that can be read in two ways."""
+    letters = _neutralize_single_axes(stored, shape)
+
+    # An unnamed axis may be slices, channels or time points.
     if letters.count("Q") or any(a not in _NAMES for a in letters):
-        choice = "CZYX, ZCYX or TZYX" if len(shape) == 4 else "ZYX, YXC or CYX" if len(shape) == 3 else "TCZYX"
-        if letters.count("Q") == 1 and "Z" not in letters:
-            choice = "".join(letters).replace("Q", "Z")
-        raise InputError(f"{path} holds {has} and does not name its axes; say which they are, such as axes={choice}")
-    text = "".join(letters)
-    if "S" in letters and "Z" not in letters and 1 < shape[text.index("S")] <= _FEW:
-        count = shape[text.index("S")]
         raise InputError(
-            f"{path} holds {has}, saved as colours: a 2D colour image, or a stack of {count} slices that a writer took "
-            f"for one; a 3D stack is wanted. If they are slices, say axes={text.replace('S', 'Z')}"
+            f"{path} holds {content} and does not name its axes; "
+            f"say which they are, such as axes={_suggest_axes(letters)}"
         )
-    return text
 
-
-def _only_once(letters: list[str], shape: Sequence[int]) -> list[str]:
-    """Repeated or unknown letters on axes of length 1 become harmless."""
-    return ["T" if shape[i] == 1 and (a not in "ZYXCTS" or a in letters[:i]) else a for i, a in enumerate(letters)]
-
-
-def _given(path: Path, axes: str, has: str, shape: Sequence[int]) -> str:
-    letters = axes.upper()
-    wrong = sorted({a for a in letters if a not in "ZYXCTS"} | {a for a in letters if letters.count(a) > 1})
-    if wrong or len(letters) != len(shape):
+    # Some writers save a stack of 3 or 4 slices as one RGB or RGBA image.
+    if "S" in letters and "Z" not in letters and 1 < shape[letters.index("S")] <= _MAX_COLORS:
+        count = shape[letters.index("S")]
         raise InputError(
-            f"axes={axes} does not fit {path}, which holds {has}; give {len(shape)} different letters of Z Y X C T, "
-            "in the order the sizes are listed"
+            f"{path} holds {content}, saved as colors: a 2D color image, or a stack of {count} slices that a writer "
+            f"took for one; a 3D stack is wanted. If they are slices, say axes={letters.replace('S', 'Z')}"
         )
     return letters
 
 
-def _channel(path: Path, has: str, count: int, channel: int | None, name: str) -> int:
+def _neutralize_single_axes(stored: str, shape: Sequence[int]) -> str:
+    """Unnamed, unknown or repeated letters on axes of length 1 become T: a single time point changes nothing."""
+    letters = ""
+    for letter, count in zip(stored, shape, strict=True):
+        # `is_open`: nothing tells what the axis is.
+        is_open = letter not in "ZYXCTS" or letter in letters
+        letters += "T" if count == 1 and is_open else letter
+    return letters
+
+
+def _suggest_axes(letters: str) -> str:
+    """An `axes=` value for the advice in an error; the one unnamed axis of an image without z is the slices."""
+    if letters.count("Q") == 1 and "Z" not in letters:
+        return letters.replace("Q", "Z")
+    return {3: "ZYX, YXC or CYX", 4: "CZYX, ZCYX or TZYX"}.get(len(letters), "TCZYX")
+
+
+def _check_user_axes(path: Path, axes: str, content: str, shape: Sequence[int]) -> str:
+    """The `axes` option in capitals; InputError unless it names each stored axis once."""
+    letters = axes.upper()
+
+    # Q is no choice: the option is there to name every axis.
+    is_bad = any(a not in "ZYXCTS" or letters.count(a) > 1 for a in letters)
+    if is_bad or len(letters) != len(shape):
+        raise InputError(
+            f"axes={axes} does not fit {path}, which holds {content}; give {len(shape)} different letters of Z Y X C "
+            "T, in the order the sizes are listed"
+        )
+    return letters
+
+
+def _choose_channel(path: Path, content: str, count: int, channel: int | None, name: str) -> int:
+    """The channel to read of `count`; InputError when several are there and none of them is chosen."""
     if channel is None and count == 1:
         return 0
+
+    # The first of several channels is not taken silently: it need not be the neuron's.
     if channel is None or not 0 <= channel < count:
-        what = "channels" if name == "C" else "colour samples"
-        asked = "" if channel is None else f"; {channel} is not one of them"
-        raise InputError(f"{path} holds {has}: {count} {what}{asked}; choose one with channel=0 to {count - 1}")
+        kind = "channels" if name == "C" else "color samples"
+        wrong = "" if channel is None else f"; {channel} is not one of them"
+        raise InputError(f"{path} holds {content}: {count} {kind}{wrong}; choose one with channel=0 to {count - 1}")
     return channel
 
 
-def _advice(found: str, shape: Sequence[int]) -> str:
-    for name in "CTQS":  # a writer that put slices on the wrong axis is the usual reason
-        if name in found and shape[found.index(name)] > 1:
-            return f"; if the {_NAMES[name]} axis is slices, say axes={found.replace(name, 'Z')}"
+def _advise_for_2d(stored: str, shape: Sequence[int]) -> str:
+    """The end of the sentence that refuses a 2D image: the option that opens it as a stack."""
+    # The usual reason is a writer that put slices on another axis.
+    for name in "CTQS":
+        if name in stored and shape[stored.index(name)] > 1:
+            return f"; if the {_NAMES[name]} axis is slices, say axes={stored.replace(name, 'Z')}"
     return "; a folder of slices opens by its own path, and axes=ZYX takes this as a stack of one slice"
 
 
-def _as_slices(letters: str) -> str:
-    return letters.translate(str.maketrans("TZ", "ZT"))
-
-
-def _has(found: str, shape: Sequence[int]) -> str:
-    names = ", ".join(f"{_NAMES.get(a, a)} {n}" for a, n in zip(found, shape, strict=True))
-    return f"an array of shape {tuple(shape)} with axes {found} ({names})"
+def _describe_array(stored: str, shape: Sequence[int]) -> str:
+    names = ", ".join(f"{_NAMES.get(a, a)} {n}" for a, n in zip(stored, shape, strict=True))
+    return f"an array of shape {tuple(shape)} with axes {stored} ({names})"

@@ -1,12 +1,18 @@
-"""Chunked folders through tensorstore: OME-Zarr 0.4 and 0.5, plain zarr, N5 and local Neuroglancer precomputed."""
+"""Chunked folders through tensorstore: OME-Zarr 0.4 and 0.5, plain zarr, N5 and local Neuroglancer precomputed.
+
+In these formats a chunk without a file is the fill value, so a folder whose chunks have other names than its metadata
+says would read as zeros. The files are therefore looked at before the array is opened for reading.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +20,39 @@ import numpy as np
 import tensorstore as ts
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats import axes as axis
-from hpc_neuro.data.formats import chunk_files
+from hpc_neuro.data.formats.axes import default_axes
 from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape
 
-_CACHE_BYTES = 128 << 20  # chunks kept decoded: neighbouring boxes meet the same ones
-_MOST_CHUNK = 1 << 31  # bytes of one decoded chunk; no codec in use packs larger ones, so a larger one is a lie
+_CACHE_BYTES = 128 << 20
+"""Bytes of decoded chunks that are kept: neighbouring boxes meet the same chunks."""
+_MAX_CHUNK = 1 << 31
+"""Bytes of one decoded chunk; no codec in use packs larger ones, so metadata with a larger one are damaged."""
+_MAX_LISTED = 6
+"""Arrays named in an error."""
+
+_ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
+_N5_SHARED_KEYS = ("axes", "pixelResolution", "resolution", "units")
+"""Attributes of an N5 group that hold for its arrays."""
+_METADATA_FILES = {*_ZARR_FILES, ".zmetadata", "attributes.json", "info", "provenance"}
 
 
 @dataclass(frozen=True)
 class _Level:
-    """Where an array lies, and what the metadata around it says."""
+    """Where an array lies, and what the metadata around it say of it."""
 
     path: Path
     axes: str = ""
-    step: tuple[float, ...] | None = None  # micrometres per index along each axis, nan where there is none
-    begin: tuple[float, ...] | None = None  # micrometres of index zero
-    notes: tuple[str, ...] = field(default=())
+    step: tuple[float, ...] | None = None
+    """Micrometres per index along each axis; nan where the axis has no length."""
+    begin: tuple[float, ...] | None = None
+    """Micrometres of index 0."""
+    notes: tuple[str, ...] = ()
 
 
 def matches_zarr(path: Path, head: bytes = b"") -> bool:
     """Whether the folder is a zarr group or array."""
-    return any((path / name).is_file() for name in chunk_files.ZARR)
+    return any((path / name).is_file() for name in _ZARR_FILES)
 
 
 def matches_n5(path: Path, head: bytes = b"") -> bool:
@@ -51,100 +67,74 @@ def matches_precomputed(path: Path, head: bytes = b"") -> bool:
 
 def open_zarr(path: Path, dataset: str | None) -> StoredArray:
     """An OME-Zarr image at full resolution, or the level or array that `dataset` names inside the group."""
-    level = _zarr_level(path, dataset)
-    v3 = (level.path / "zarr.json").is_file()
-    if not v3 and not (level.path / ".zarray").is_file():
+    level = _find_zarr_level(path, dataset)
+    is_v3 = (level.path / "zarr.json").is_file()
+    if not is_v3 and not (level.path / ".zarray").is_file():
         raise InputError(f"{path} has no zarr array {level.path.name!r}; it is incomplete, copy it again")
-    meta = _json(level.path / ("zarr.json" if v3 else ".zarray"))
-    store = _open(level.path, "zarr3" if v3 else "zarr")
-    names = meta.get("dimension_names") if v3 else _attributes(level.path).get("_ARRAY_DIMENSIONS")
-    axes = level.axes or _named(names, store.shape)
-    if v3:
-        encoding = meta.get("chunk_key_encoding", {})
-        plain = encoding.get("name") == "v2"
-        between = encoding.get("configuration", {}).get("separator", "." if plain else "/")
-    else:
-        plain, between = True, meta.get("dimension_separator", ".")
-    key = between.join([*([] if plain else "c"), *"0" * len(store.shape)])
-    return _source("OME-Zarr" if level.axes else "zarr", level, axes, store, key)
+
+    # The axes: OME metadata first, then names at the array itself (zarr 3, or xarray's for zarr 2).
+    meta = _read_json(level.path / ("zarr.json" if is_v3 else ".zarray"))
+    store = _open_store(level.path, "zarr3" if is_v3 else "zarr")
+    names = meta.get("dimension_names") if is_v3 else _read_attributes(level.path).get("_ARRAY_DIMENSIONS")
+    axes = level.axes or _letters_from_names(names, store.shape)
+    key = _first_zarr_chunk(meta, is_v3, len(store.shape))
+    return _build_array("OME-Zarr" if level.axes else "zarr", level, axes, store, key)
 
 
 def open_n5(path: Path, dataset: str | None) -> StoredArray:
-    """An N5 array (dimensions x y z ...), or its full resolution `s0`, or what `dataset` names."""
-    folder = path / dataset if dataset else path
-    if dataset is None and "dimensions" not in _optional(path / "attributes.json"):
-        found = sorted(p.parent.relative_to(path) for p in path.rglob("attributes.json") if "dimensions" in _json(p))
-        folder = path / "s0" if Path("s0") in found else path / found[0] if len(found) == 1 else path
-        if folder == path:
-            raise InputError(f"{path} holds the N5 arrays {_names(found)}; choose one with dataset=NAME")
+    """An N5 array (dimensions x y z ...), or its full resolution `s0`, or the one that `dataset` names."""
+    folder = path / dataset if dataset else _find_n5_array(path)
     if not (folder / "attributes.json").is_file():
         raise InputError(f"{path} has no N5 array {dataset!r}; give one that has an attributes.json")
-    meta = _json(folder / "attributes.json")
-    store = _open(folder, "n5")
+
+    store = _open_store(folder, "n5")
     count = len(store.shape)
-    above = _optional(folder.parent / "attributes.json")
-    axes = _named(meta.get("axes", above.get("axes")), store.shape) if "axes" in {**meta, **above} else ""
-    axes = axes or {2: "XY", 3: "XYZ"}.get(count, "Q" * count)  # N5 counts dimensions fastest first
-    step, notes = _n5_steps(meta, above, count)
-    return _source("N5", _Level(folder, axes, step, None, notes), axes, store, "/".join("0" * count))
+    # Viewers note axes and resolution at the array or at the group above it.
+    above = _read_optional_json(folder.parent / "attributes.json")
+    shared = {key: above[key] for key in _N5_SHARED_KEYS if key in above}
+    meta = {**shared, **_read_json(folder / "attributes.json")}
+    axes = _letters_from_names(meta["axes"], store.shape) if "axes" in meta else ""
+    # N5 lists dimensions fastest first.
+    axes = axes or {2: "XY", 3: "XYZ"}.get(count, "Q" * count)
+    step, notes = _parse_n5_steps(meta, count)
+    return _build_array("N5", _Level(folder, axes, step, None, notes), axes, store, "/".join("0" * count))
 
 
 def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     """A Neuroglancer precomputed volume at its finest scale, or the scale whose key is `dataset`."""
-    info = _json(path / "info")
-    scales = info.get("scales")
+    scales = _read_json(path / "info").get("scales")
     if not scales:
         raise InputError(f"{path} holds an info file without scales (meshes or annotations); wanted an image volume")
+
     keys = [str(s.get("key")) for s in scales]
     if dataset is not None and dataset not in keys:
         raise InputError(f"{path} has no scale {dataset!r}; it has {', '.join(keys)}")
     number = keys.index(dataset) if dataset else 0
-    scale = scales[number]
-    encoding = str(scale.get("encoding"))
-    if "sharding" not in scale and not (path / keys[number]).is_dir():
-        raise InputError(f"{path} lacks the folder {keys[number]} of its scale; it is incomplete, copy it again")
-    store = _open(path, "neuroglancer_precomputed", scale_index=number)
+    scale, key = scales[number], keys[number]
+    if "sharding" not in scale and not (path / key).is_dir():
+        raise InputError(f"{path} lacks the folder {key} of its scale; it is incomplete, copy it again")
+
+    # Levels are stored finest first, and tensorstore opens them by number.
+    store = _open_store(path, "neuroglancer_precomputed", scale_index=number)
+    # Resolutions are in nanometres, the voxel offset in voxels.
     step = (*(float(v) / 1000 for v in scale["resolution"]), math.nan)
-    origin = store.domain.origin
-    begin = (*(o * s for o, s in zip(origin[:3], step[:3], strict=True)), 0.0)
-    notes = (f"scale {keys[number]}, {encoding}, voxel offset {tuple(int(o) for o in origin[:3])} (x y z)",)
-    level = _Level(path / keys[number], "XYZC", step, begin, notes)
-    key = "0.shard" if "sharding" in scale else "0-64_0-64_0-64"
-    return _source("Neuroglancer precomputed", level, "XYZC", store, key)
+    origin = tuple(int(o) for o in store.domain.origin[:3])
+    begin = (*(o * s for o, s in zip(origin, step[:3], strict=True)), 0.0)
+    notes = (f"scale {key}, {scale.get('encoding')}, voxel offset {origin} (x y z)",)
+    chunk = "0.shard" if "sharding" in scale else "0-64_0-64_0-64"
+    level = _Level(path / key, "XYZC", step, begin, notes)
+    return _build_array("Neuroglancer precomputed", level, "XYZC", store, chunk)
 
 
-def _source(kind: str, level: _Level, axes: str, store: Any, key: str) -> StoredArray:
-    chunk_files.require(level.path, key)
-    shape = check_shape(level.path, store.shape)
-    dtype = check_dtype(level.path, np.dtype(store.dtype.numpy_dtype))
-    if (size := math.prod(store.chunk_layout.read_chunk.shape) * dtype.itemsize) > _MOST_CHUNK:
-        raise InputError(f"{level.path} declares chunks of {size} bytes; its description is damaged, copy it again")
-    shift = tuple(int(o) for o in store.domain.origin)
-    world = None
-    if level.step is not None and level.begin is not None and all(a in axes for a in "ZYX"):
-        world = np.zeros((3, len(axes) + 1))
-        for row, a in enumerate("ZYX"):
-            i = axes.index(a)
-            world[row, i], world[row, -1] = level.step[i], level.begin[i]
-    count = math.prod(-(-n // c) for n, c in zip(shape, store.chunk_layout.write_chunk.shape, strict=True))
-    absent = None if "shard" in key else functools.partial(chunk_files.absent, level.path, key, count)
-    read = functools.partial(_part, store, shift)
-    return StoredArray(kind, shape, axes, dtype, read, level.step, world, level.notes, absent)
-
-
-def _part(store: Any, shift: tuple[int, ...], index: Index) -> Array:
-    """Read one part; an index counts from 0, the store's own domain may begin elsewhere."""
-    where = tuple(slice(s.start + o, s.stop + o) for s, o in zip(index, shift, strict=True))
-    array: Array = store[where].read().result()
-    return array
-
-
-def _open(path: Path, driver: str, **more: Any) -> Any:
-    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path.resolve()}/"}, **more}
+def _open_store(path: Path, driver: str, **options: Any) -> Any:
+    """The array through tensorstore, read-only. Raises InputError for metadata or codecs that it refuses."""
+    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path.resolve()}/"}, **options}
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+
     try:
         return ts.open(spec, open=True, read=True, context=context).result()
-    except ValueError as error:  # the reason, without the specification that tensorstore repeats after it
+    except ValueError as error:
+        # The reason, without the specification that tensorstore repeats after it.
         reason = str(error).partition(" [tensorstore_spec")[0].rpartition(f"{path.resolve()}/")[2].replace('"', "")
         raise InputError(
             f"{path} cannot be opened by tensorstore: {reason}. If it names a codec or filter, write the array again "
@@ -152,76 +142,226 @@ def _open(path: Path, driver: str, **more: Any) -> Any:
         ) from None
 
 
-def _zarr_level(path: Path, dataset: str | None) -> _Level:
+def _build_array(kind: str, level: _Level, axes: str, store: Any, key: str) -> StoredArray:
+    """The open store as a StoredArray; `key` is the file name of its first chunk."""
+    _require_chunks(level.path, key)
+
+    # tensorstore allocates a whole chunk before it decodes it, and the process dies when it cannot.
+    shape = check_shape(level.path, store.shape)
+    dtype = check_dtype(level.path, np.dtype(store.dtype.numpy_dtype))
+    chunk_bytes = math.prod(store.chunk_layout.read_chunk.shape) * dtype.itemsize
+    if chunk_bytes > _MAX_CHUNK:
+        raise InputError(
+            f"{level.path} declares chunks of {chunk_bytes} bytes; its description is damaged, copy it again"
+        )
+
+    # The matrix is known only where both the step and the position of index 0 are.
+    world = None
+    if level.step is not None and level.begin is not None and all(a in axes for a in "ZYX"):
+        world = np.zeros((3, len(axes) + 1))
+        for row, letter in enumerate("ZYX"):
+            i = axes.index(letter)
+            world[row, i], world[row, -1] = level.step[i], level.begin[i]
+
+    # A shard holds many chunks, so a missing file says nothing of their number.
+    count = math.prod(-(-n // c) for n, c in zip(shape, store.chunk_layout.write_chunk.shape, strict=True))
+    absent = None if "shard" in key else functools.partial(_describe_absent_chunks, level.path, key, count)
+    read = functools.partial(_read_part, store, tuple(int(o) for o in store.domain.origin))
+    return StoredArray(kind, shape, axes, dtype, read, level.step, world, level.notes, absent)
+
+
+def _read_part(store: Any, origin: tuple[int, ...], index: Index) -> Array:
+    """Read one part; the index counts from 0, the store's own domain may begin elsewhere."""
+    shifted = tuple(slice(s.start + o, s.stop + o) for s, o in zip(index, origin, strict=True))
+    array: Array = store[shifted].read().result()
+    return array
+
+
+def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
     """The array to open and its OME metadata, from the group's attributes."""
-    attributes = _attributes(path)
-    ome = attributes.get("ome", attributes)  # 0.5 keeps its metadata under `ome`, 0.4 at the top
+    attributes = _read_attributes(path)
+    # OME-Zarr 0.5 keeps its metadata under `ome`, 0.4 at the top.
+    ome = attributes.get("ome", attributes)
     multiscales = ome.get("multiscales")
     if not multiscales:
-        return _plain_zarr(path, dataset, ome)
+        return _find_plain_zarr(path, dataset, ome)
+
+    # The first dataset of the first image is the full resolution, by the specification.
     image = multiscales[0]
     levels = {str(d["path"]): d for d in image["datasets"]}
     name = dataset or next(iter(levels))
     if name not in levels:
-        if (path / name).is_dir() and matches_zarr(path / name):  # another image in the group, such as labels/NAME
-            return _zarr_level(path / name, None)
+        # Another image in the group, such as labels/NAME.
+        if (path / name).is_dir() and matches_zarr(path / name):
+            return _find_zarr_level(path / name, None)
         raise InputError(f"{path} has no resolution level {name!r}; it has {', '.join(levels)}")
+
+    # Axes are mappings since 0.4 and plain names in 0.3; a type tells channel and time from space.
     axes = [a if isinstance(a, Mapping) else {"name": a} for a in image.get("axes", [])]
     letters = "".join({"channel": "C", "time": "T"}.get(str(a.get("type")), str(a["name"])[:1].upper()) for a in axes)
-    scale, shift = np.ones(len(axes)), np.zeros(len(axes))
-    for transform in [*levels[name].get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]:
-        if "scale" in transform:
-            scale, shift = scale * transform["scale"], shift * transform["scale"]
-        if "translation" in transform:
-            shift = shift + transform["translation"]
-    per = [um_per(a.get("unit")) for a in axes]
+    scale, shift = _combine_transforms(levels[name], image, len(axes))
     notes = (f"level {name} of {len(levels)}",)
+
+    # A size without a unit of length on all of z y x is no voxel size.
+    per = [um_per(a.get("unit")) for a in axes]
     if any(p is None for p, a in zip(per, letters, strict=True) if a in "ZYX"):
-        shown = ", ".join(f"{a} {s:.6g}" for a, s in zip(letters, scale, strict=True) if a in "ZYX")
-        return _Level(path / name, letters, None, None, (*notes, f"steps {shown} without a unit of length"))
+        steps = ", ".join(f"{a} {s:.6g}" for a, s in zip(letters, scale, strict=True) if a in "ZYX")
+        return _Level(path / name, letters, None, None, (*notes, f"steps {steps} without a unit of length"))
     step = tuple(float(s * (p or math.nan)) for s, p in zip(scale, per, strict=True))
     begin = tuple(float(s * (p or 0.0)) for s, p in zip(shift, per, strict=True))
     return _Level(path / name, letters, step, begin, notes)
 
 
-def _plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) -> _Level:
-    """A zarr without image metadata: the array itself, the named one, or the only one in the group. An array that the
-    image metadata of the group above it lists is that image's level."""
+def _combine_transforms(level: Mapping[str, Any], image: Mapping[str, Any], count: int) -> tuple[Any, Any]:
+    """Scale and translation along each axis: the transformations of the level, then those of the whole image."""
+    scale, shift = np.ones(count), np.zeros(count)
+    for transform in [*level.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]:
+        if "scale" in transform:
+            scale, shift = scale * transform["scale"], shift * transform["scale"]
+        if "translation" in transform:
+            shift = shift + transform["translation"]
+
+    return scale, shift
+
+
+def _find_plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) -> _Level:
+    """A zarr without image metadata: the array itself, the named one, or the only one in the group.
+
+    An array that the image metadata of the group above it lists is that image's level.
+    """
     if dataset is not None:
         if not matches_zarr(path / dataset):
             raise InputError(f"{path} has no zarr array or group {dataset!r}")
-        return _zarr_level(path / dataset, None)
-    if _is_array(path):
+        return _find_zarr_level(path / dataset, None)
+
+    # Given the folder of a level, the group above it knows axes and voxel size.
+    if _is_zarr_array(path):
         group = path.resolve().parent
-        above = _attributes(group)
+        above = _read_attributes(group)
         images = above.get("ome", above).get("multiscales") or [{"datasets": []}]
-        listed = [str(d["path"]) for d in images[0]["datasets"]]
-        return _zarr_level(group, path.name) if path.name in listed else _Level(path)
-    inside = sorted({p.parent for name in ("zarr.json", ".zarray", ".zgroup") for p in path.glob(f"*/{name}")})
-    inside = [p for p in inside if p.name != "OME"]  # bioformats2raw keeps its XML there
-    if len(inside) == 1:
-        return _zarr_level(inside[0], None)
-    what = "a plate or bioformats2raw collection" if {"plate", "bioformats2raw.layout"} & set(ome) else "a zarr group"
+        is_level = path.name in [str(d["path"]) for d in images[0]["datasets"]]
+        return _find_zarr_level(group, path.name) if is_level else _Level(path)
+
+    members = sorted({p.parent for name in ("zarr.json", ".zarray", ".zgroup") for p in path.glob(f"*/{name}")})
+    # bioformats2raw keeps its XML in OME.
+    members = [p for p in members if p.name != "OME"]
+    if len(members) == 1:
+        return _find_zarr_level(members[0], None)
+
+    # Several images: the user has to name one.
+    is_collection = {"plate", "bioformats2raw.layout"} & set(ome)
+    kind = "a plate or bioformats2raw collection" if is_collection else "a zarr group"
     raise InputError(
-        f"{path} is {what} with {len(inside)} members ({_names([p.relative_to(path) for p in inside])}); "
+        f"{path} is {kind} with {len(members)} members ({_list_names([p.relative_to(path) for p in members])}); "
         "choose one with dataset=NAME"
     )
 
 
-def _is_array(path: Path) -> bool:
+def _is_zarr_array(path: Path) -> bool:
     if (path / ".zarray").is_file():
         return True
-    return (path / "zarr.json").is_file() and _json(path / "zarr.json").get("node_type") == "array"
+    return (path / "zarr.json").is_file() and _read_json(path / "zarr.json").get("node_type") == "array"
 
 
-def _attributes(path: Path) -> dict[str, Any]:
+def _first_zarr_chunk(meta: Mapping[str, Any], is_v3: bool, count: int) -> str:
+    """The file name of the first chunk, such as c/0/0/0 or 0.0.0."""
+    if not is_v3:
+        return str(meta.get("dimension_separator", ".")).join("0" * count)
+
+    # zarr 3 has two styles: "default" c/0/0/0 and "v2" 0.0.0, each with either separator.
+    encoding = meta.get("chunk_key_encoding", {})
+    is_v2_style = encoding.get("name") == "v2"
+    separator = encoding.get("configuration", {}).get("separator", "." if is_v2_style else "/")
+    return str(separator).join([*([] if is_v2_style else "c"), *"0" * count])
+
+
+def _find_n5_array(path: Path) -> Path:
+    """The folder of the array: `path` itself, its full resolution `s0`, or the only one below it."""
+    if "dimensions" in _read_optional_json(path / "attributes.json"):
+        return path
+
+    # Exporters of one image write one array or a pyramid s0, s1, ...
+    described = [p for p in path.rglob("attributes.json") if "dimensions" in _read_json(p)]
+    arrays = sorted(p.parent.relative_to(path) for p in described)
+    if Path("s0") in arrays:
+        return path / "s0"
+    if len(arrays) == 1:
+        return path / arrays[0]
+    raise InputError(f"{path} holds the N5 arrays {_list_names(arrays)}; choose one with dataset=NAME")
+
+
+def _parse_n5_steps(meta: Mapping[str, Any], count: int) -> tuple[Any, tuple[str, ...]]:
+    """Micrometres along each axis as N5 viewers and Saalfeld's tools note them."""
+    pixel = meta.get("pixelResolution")
+    # Two conventions: `resolution` and `units` per axis, or `pixelResolution` with one unit.
+    steps, units = meta.get("resolution"), meta.get("units")
+    if isinstance(pixel, Mapping):
+        steps, units = pixel.get("dimensions"), [pixel.get("unit")] * count
+
+    if not isinstance(steps, Sequence) or len(steps) != count:
+        return None, ()
+    if not isinstance(units, Sequence) or len(units) != count or any(um_per(u) is None for u in units[:3]):
+        return None, (f"steps {list(steps)} without a unit of length; give the voxel size in um",)
+
+    # pixelResolution and resolution speak of s0.
+    factors = meta.get("downsamplingFactors", [1] * count)
+    return tuple(float(s) * (um_per(u) or math.nan) * f for s, u, f in zip(steps, units, factors, strict=True)), ()
+
+
+def _letters_from_names(names: Any, shape: Sequence[int]) -> str:
+    """Axes from names such as z, y, x or time, channel; an axis that no name settles stays unnamed."""
+    if not isinstance(names, Sequence) or len(names) != len(shape) or not all(names):
+        return default_axes(shape)
+    return "".join(str(n)[:1].upper() if str(n)[:1].upper() in "ZYXCT" else "Q" for n in names)
+
+
+def _require_chunks(folder: Path, key: str) -> None:
+    """Raise InputError for an array without a single chunk named like `key`, such as 0.0.0 or 0-64_0-64_0-64."""
+    other = None
+    for name, is_chunk in _iter_chunk_files(folder, key):
+        if is_chunk:
+            return
+        other = other or name
+    if other is None:
+        raise InputError(f"{folder} describes an array but holds none of its chunks; copy it again")
+
+    # Files are there under other names: say what would make them chunks.
+    advice = "copy or export it again"
+    if other.endswith(".gz"):
+        advice = f"CloudVolume writes them packed; unpack with:  gunzip -r {folder}"
+    elif (folder / ".zarray").is_file():
+        separator = "/" if "/" in other else "."
+        advice = f'write "dimension_separator": "{separator}" into its .zarray'
+    raise InputError(f"{folder} holds files such as {other}, but no chunk with a name like {key}; {advice}")
+
+
+def _describe_absent_chunks(folder: Path, key: str, count: int) -> str | None:
+    """A sentence on the chunks, of `count` in all, that are not stored; None when all are."""
+    absent = count - sum(is_chunk for _, is_chunk in _iter_chunk_files(folder, key))
+    return f"{absent} of {count} chunks are not stored and read as the fill value" if absent > 0 else None
+
+
+def _iter_chunk_files(folder: Path, key: str) -> Iterator[tuple[str, bool]]:
+    """Each file below `folder` that is no metadata, and whether it is named like `key` with other numbers."""
+    # Digits of the key stand for any index; negative and hexadecimal ones occur in precomputed volumes.
+    pattern = re.compile(re.sub(r"\d+", "-?[0-9a-f]+", re.escape(key)))
+
+    for inside, _, names in os.walk(folder):
+        below = "" if Path(inside) == folder else f"{Path(inside).relative_to(folder).as_posix()}/"
+        for name in names:
+            if name not in _METADATA_FILES:
+                yield below + name, pattern.fullmatch(below + name) is not None
+
+
+def _read_attributes(path: Path) -> dict[str, Any]:
+    """User attributes of a zarr group or array, of either version."""
     if (path / "zarr.json").is_file():
-        found = _json(path / "zarr.json").get("attributes", {})
-        return found if isinstance(found, dict) else {}
-    return _optional(path / ".zattrs")
+        attributes = _read_json(path / "zarr.json").get("attributes", {})
+        return attributes if isinstance(attributes, dict) else {}
+    return _read_optional_json(path / ".zattrs")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -231,31 +371,10 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return _json(path) if path.is_file() else {}
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    return _read_json(path) if path.is_file() else {}
 
 
-def _named(names: Any, shape: Sequence[int]) -> str:
-    """Axes from names such as z, y, x or time, channel; what no name settles stays open."""
-    if not isinstance(names, Sequence) or len(names) != len(shape) or not all(names):
-        return axis.default_axes(shape)
-    return "".join(str(n)[:1].upper() if str(n)[:1].upper() in "ZYXCT" else "Q" for n in names)
-
-
-def _n5_steps(meta: Mapping[str, Any], above: Mapping[str, Any], count: int) -> tuple[Any, tuple[str, ...]]:
-    """Micrometres along each axis as N5 viewers and Saalfeld's tools note them."""
-    pixel = meta.get("pixelResolution", above.get("pixelResolution"))
-    if isinstance(pixel, Mapping):
-        steps, units = pixel.get("dimensions"), [pixel.get("unit")] * count
-    else:
-        steps, units = meta.get("resolution", above.get("resolution")), meta.get("units", above.get("units"))
-    if not isinstance(steps, Sequence) or len(steps) != count:
-        return None, ()
-    if not isinstance(units, Sequence) or len(units) != count or any(um_per(u) is None for u in units[:3]):
-        return None, (f"steps {list(steps)} without a unit of length; give the voxel size in um",)
-    factors = meta.get("downsamplingFactors", [1] * count)  # pixelResolution and resolution speak of s0
-    return tuple(float(s) * (um_per(u) or math.nan) * f for s, u, f in zip(steps, units, factors, strict=True)), ()
-
-
-def _names(found: Sequence[Any]) -> str:
-    return ", ".join(str(f) for f in found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+def _list_names(names: Sequence[Any]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(str(name) for name in names[:_MAX_LISTED]) + more

@@ -12,12 +12,15 @@ import h5py
 import numpy as np
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats import axes as axis
+from hpc_neuro.data.formats.axes import default_axes
 from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape
 
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".ims", ".n5h5")
 MAGIC = b"\x89HDF\r\n\x1a\n"
+
+_MAX_LISTED = 6
+"""Datasets named in an error."""
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -28,133 +31,163 @@ def matches(path: Path, head: bytes) -> bool:
 def open_source(path: Path, dataset: str | None) -> StoredArray:
     """A dataset by name, or the only one with two axes or more; of an .ims file the full resolution, all channels.
 
-    Opened without file locking, so that it works on shared disks and beside other readers.
+    The file is opened without locking, so that it works on shared disks and beside other readers.
     """
     file = h5py.File(path, "r", locking=False)
     if dataset is None and "DataSetInfo/Image" in file and "DataSet" in file:
-        return _imaris(path, file)
-    found = _dataset(path, file, dataset)
-    shape = check_shape(path, found.shape)
-    if found.is_virtual:
-        _check_sources(path, found)
-    elif not found.id.get_storage_size():
-        raise InputError(f"{path} describes {found.name} {shape} but holds none of its voxels; copy or export it again")
-    axes, spacing, notes = _labels(found, shape)
-    notes += (f"dataset {found.name}",)
-    dtype = check_dtype(path, found.dtype)
-    return StoredArray("HDF5", shape, axes, dtype, functools.partial(_part, path, found), spacing, notes=notes)
+        return _open_imaris(path, file)
+
+    # HDF5 reads what is not stored as the fill value, so both kinds of missing data are looked for.
+    data = _find_dataset(path, file, dataset)
+    shape = check_shape(path, data.shape)
+    if data.is_virtual:
+        _check_virtual_sources(path, data)
+    elif not data.id.get_storage_size():
+        raise InputError(f"{path} describes {data.name} {shape} but holds none of its voxels; copy or export it again")
+
+    axes, spacing, notes = _parse_attributes(data, shape)
+    dtype = check_dtype(path, data.dtype)
+    read = functools.partial(_read_part, data)
+    return StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=(*notes, f"dataset {data.name}"))
 
 
-def _check_sources(path: Path, found: Any) -> None:
-    """What a virtual dataset is made of must be there: HDF5 reads a lost source as the fill value, without a word."""
-    for source in sorted({(s.file_name, s.dset_name) for s in found.virtual_sources()}):
-        name, inside = source
-        file = found.file.filename if name == "." else path.parent / name  # an absolute name stays as it is
+def _read_part(data: Any, index: Index) -> Array:
+    array: Array = data[index]
+    return array
+
+
+def _find_dataset(path: Path, file: Any, name: str | None) -> Any:
+    """The dataset called `name`, or the only one that could be the image."""
+    if name is not None:
+        if name not in file or not isinstance(file[name], h5py.Dataset):
+            raise InputError(f"{path} has no dataset {name!r}; it has {_describe_datasets(_list_datasets(file))}")
+        return file[name]
+
+    # Any array with three axes or more may be the image; planes count only where there is no such array.
+    datasets = _list_datasets(file)
+    candidates = [d for d in datasets if d.ndim > 2] or [d for d in datasets if d.ndim == 2]
+    if len(candidates) == 1:
+        return candidates[0]
+
+    count = f"{len(candidates)} arrays" if candidates else "no array"
+    # `visititems` does not follow links into other files; their datasets open by name.
+    links = [n for n in file if isinstance(file.get(n, getlink=True), h5py.ExternalLink)]
+    more = f" (and links to other files: {', '.join(links[:_MAX_LISTED])})" if links else ""
+    raise InputError(
+        f"{path} holds {count} that could be the image: {_describe_datasets(candidates or datasets)}{more}; "
+        "choose with dataset=NAME"
+    )
+
+
+def _list_datasets(file: Any) -> list[Any]:
+    # `visit` passes each object once and follows no links, so it cannot run in circles.
+    names: list[str] = []
+    file.visit(names.append)
+    return [file[name] for name in names if isinstance(file[name], h5py.Dataset)]
+
+
+def _describe_datasets(datasets: list[Any]) -> str:
+    shown = ", ".join(f"{d.name} {d.shape} {d.dtype}" for d in datasets[:_MAX_LISTED])
+    return (shown or "none") + (f" and {len(datasets) - _MAX_LISTED} more" if len(datasets) > _MAX_LISTED else "")
+
+
+def _check_virtual_sources(path: Path, data: Any) -> None:
+    """Check that the datasets which a virtual one gathers exist: HDF5 silently reads a lost one as the fill value."""
+    for name, inside in sorted({(s.file_name, s.dset_name) for s in data.virtual_sources()}):
+        # "." is the file itself; joining an absolute name leaves it as it is.
+        file = data.file.filename if name == "." else path.parent / name
         try:
-            with h5py.File(file, "r", locking=False) as opened:
-                there = inside in opened
+            with h5py.File(file, "r", locking=False) as source:
+                exists = inside in source
         except OSError:
-            there = False
-        if not there:
+            exists = False
+
+        if not exists:
             raise InputError(
-                f"{path} gathers {found.name} from other files, of which {name} with {inside} cannot be opened; "
+                f"{path} gathers {data.name} from other files, of which {name} with {inside} cannot be opened; "
                 "put it there, or copy the volume into one file"
             )
 
 
-def _part(path: Path, dataset: Any, index: Index) -> Array:
-    array: Array = dataset[index]
-    return array
-
-
-def _dataset(path: Path, file: Any, name: str | None) -> Any:
-    if name is not None:
-        if name not in file or not isinstance(file[name], h5py.Dataset):
-            raise InputError(f"{path} has no dataset {name!r}; it has {_listed(_all(file))}")
-        return file[name]
-    found = _all(file)
-    volumes = [d for d in found if d.ndim > 2] or [d for d in found if d.ndim == 2]
-    if len(volumes) != 1:
-        what = f"{len(volumes)} arrays that could be the image" if volumes else "no array that could be the image"
-        links = [n for n in file if isinstance(file.get(n, getlink=True), h5py.ExternalLink)]
-        more = f" (and links to other files: {', '.join(links[:6])})" if links else ""
-        raise InputError(f"{path} holds {what}: {_listed(volumes or found)}{more}; choose with dataset=NAME")
-    return volumes[0]
-
-
-def _all(file: Any) -> list[Any]:
-    found: list[Any] = []
-    file.visititems(lambda _, item: found.append(item) if isinstance(item, h5py.Dataset) else None)
-    return found
-
-
-def _listed(datasets: list[Any]) -> str:
-    shown = ", ".join(f"{d.name} {d.shape} {d.dtype}" for d in datasets[:6])
-    return (shown or "none") + (f" and {len(datasets) - 6} more" if len(datasets) > 6 else "")
-
-
-def _labels(dataset: Any, shape: tuple[int, ...]) -> tuple[str, tuple[float, ...] | None, tuple[str, ...]]:
+def _parse_attributes(data: Any, shape: tuple[int, ...]) -> tuple[str, tuple[float, ...] | None, tuple[str, ...]]:
     """Axes and voxel size as ilastik (axistags), netCDF-like dimension labels or Fiji (element_size_um) note them."""
+    # ilastik's tags carry one letter per axis, as netCDF-like labels may.
     axes = ""
-    if "axistags" in dataset.attrs:
-        axes = "".join(a["key"].upper() for a in json.loads(_text(dataset.attrs["axistags"]))["axes"])
-    elif all(len(d.label) == 1 for d in dataset.dims):
-        axes = "".join(d.label.upper() for d in dataset.dims)
+    if "axistags" in data.attrs:
+        axes = "".join(a["key"].upper() for a in json.loads(_decode_text(data.attrs["axistags"]))["axes"])
+    elif all(len(d.label) == 1 for d in data.dims):
+        axes = "".join(d.label.upper() for d in data.dims)
+
+    # Without names, three axes are z y x by custom.
     notes: tuple[str, ...] = ()
     if len(axes) != len(shape):
-        axes = axis.default_axes(shape)
+        axes = default_axes(shape)
         if axes == "ZYX":
             notes = ("three axes without names, taken as z y x",)
-    size = dataset.attrs.get("element_size_um", dataset.attrs.get("voxel_size_um"))
+
+    # Fiji writes the voxel size z y x, whatever the order of the axes.
+    size = data.attrs.get("element_size_um", data.attrs.get("voxel_size_um"))
     if size is None or np.size(size) != 3:
         return axes, None, notes
     by_letter = dict(zip("ZYX", (float(v) for v in np.ravel(size)), strict=True))
     return axes, tuple(by_letter.get(a, math.nan) for a in axes), notes
 
 
-def _imaris(path: Path, file: Any) -> StoredArray:
+def _open_imaris(path: Path, file: Any) -> StoredArray:
     """Imaris: DataSet/ResolutionLevel 0/TimePoint 0/Channel N/Data, padded to whole chunks; sizes are in attributes."""
+    # groups[t][c] is one channel of one time point.
     info = file["DataSetInfo/Image"].attrs
     level = file["DataSet/ResolutionLevel 0"]
     times = sum(name.startswith("TimePoint ") for name in level)
     channels = sum(name.startswith("Channel ") for name in level["TimePoint 0"])
-    parts = [[level[f"TimePoint {t}/Channel {c}"] for c in range(channels)] for t in range(times)]
-    first = parts[0][0]
-    sizes = [int(_text(first.attrs.get(f"ImageSize{a}", info.get(a, 0)))) for a in "ZYX"]
+    groups = [[level[f"TimePoint {t}/Channel {c}"] for c in range(channels)] for t in range(times)]
+
+    # Arrays are padded to whole chunks; the true size is in the attributes of the channel, or of the image.
+    first = groups[0][0]
+    sizes = [int(_decode_text(first.attrs.get(f"ImageSize{a}", info.get(a, 0)))) for a in "ZYX"]
     shape = check_shape(path, (times, channels, *sizes))
-    for row in parts:
-        for group in row:
-            data = group["Data"]
-            if (
-                data.ndim != 3
-                or any(n < m for n, m in zip(data.shape, sizes, strict=True))
-                or data.dtype != first["Data"].dtype
-            ):
-                raise InputError(
-                    f"{path}: {data.name} is {data.shape} {data.dtype}, but the file declares {tuple(sizes)} (z y x); "
-                    "it is incomplete, export it again"
-                )
-    low = [float(_text(info[f"ExtMin{i}"])) for i in (2, 1, 0)]
-    high = [float(_text(info[f"ExtMax{i}"])) for i in (2, 1, 0)]
-    per = um_per(_text(info.get("Unit", b"um")))
+    stored = [[group["Data"] for group in row] for row in groups]
+    for data in (data for row in stored for data in row):
+        _check_imaris_data(path, data, sizes, stored[0][0].dtype)
+
+    spacing, world = _parse_imaris_extent(info, sizes)
+    dtype = check_dtype(path, stored[0][0].dtype)
+    read = functools.partial(_read_imaris_part, stored)
+    return StoredArray("Imaris", shape, "TCZYX", dtype, read, spacing, world)
+
+
+def _check_imaris_data(path: Path, data: Any, sizes: list[int], dtype: np.dtype[Any]) -> None:
+    """Raise InputError unless one channel holds at least the declared voxels, in the type of the first channel."""
+    is_short = data.ndim != 3 or any(n < m for n, m in zip(data.shape, sizes, strict=True))
+    if is_short or data.dtype != dtype:
+        raise InputError(
+            f"{path}: {data.name} is {data.shape} {data.dtype}, but the file declares {tuple(sizes)} (z y x); "
+            "it is incomplete, export it again"
+        )
+
+
+def _parse_imaris_extent(info: Any, sizes: list[int]) -> tuple[tuple[float, ...] | None, Any]:
+    """Micrometres along t c z y x, and the world matrix. Extents run from voxel face to voxel face."""
+    low = [float(_decode_text(info[f"ExtMin{i}"])) for i in (2, 1, 0)]
+    high = [float(_decode_text(info[f"ExtMax{i}"])) for i in (2, 1, 0)]
     steps = [(b - a) / n for a, b, n in zip(low, high, sizes, strict=True)]
+
+    per = um_per(_decode_text(info.get("Unit", b"um")))
     spacing = None if per is None else (math.nan, math.nan, *(s * per for s in steps))
     world = np.zeros((3, 6))
-    for i, (begin, step) in enumerate(zip(low, steps, strict=True)):  # extents run from voxel face to voxel face
+    for i, (begin, step) in enumerate(zip(low, steps, strict=True)):
         world[i, 2 + i] = step * (per or 1)
         world[i, 5] = (begin + step / 2) * (per or 1)
-    stored = [[group["Data"] for group in row] for row in parts]
-    dtype = check_dtype(path, stored[0][0].dtype)
-    return StoredArray("Imaris", shape, "TCZYX", dtype, functools.partial(_imaris_part, stored), spacing, world)
+    return spacing, world
 
 
-def _imaris_part(data: list[list[Any]], index: Index) -> Array:
+def _read_imaris_part(data: list[list[Any]], index: Index) -> Array:
     t, c, *box = index
     return np.array([[data[i][j][tuple(box)] for j in range(c.start, c.stop)] for i in range(t.start, t.stop)])
 
 
-def _text(value: Any) -> str:
-    """Imaris and others keep text as arrays of single bytes."""
+def _decode_text(value: Any) -> str:
+    """The text of an attribute; Imaris and others keep it as an array of single bytes."""
     if isinstance(value, np.ndarray):
         value = value.tobytes() if value.dtype.kind == "S" else "".join(map(str, value.ravel()))
     return value.decode(errors="replace").rstrip("\0 ") if isinstance(value, bytes) else str(value)

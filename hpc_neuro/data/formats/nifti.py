@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,83 +14,92 @@ import numpy as np
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats.decompress import UnpackedArray, gzip_stream
-from hpc_neuro.data.formats.units import um_per
+from hpc_neuro.data.formats.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape, map_array
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
+
 _UNITS = {"meter": "m", "mm": "mm", "micron": "um"}
-_AT, _MAGICS = 344, (b"n+1\0", b"ni1\0")
+_MAGIC1_AT, _MAGIC1 = 344, (b"n+1\0", b"ni1\0")
 _MAGIC2 = b"\r\n\x1a\n"
+_MAX_DEFLATE = 1100
+"""Decompressed bytes per gzip byte; deflate reaches 1032 at the very most."""
 
 
 def matches(path: Path, head: bytes) -> bool:
-    """Whether the file, unzipped where it is gzip, has NIfTI's magic; the pair's .img is found by its .hdr."""
+    """Whether the file is gzip named .nii.gz, has NIfTI's magic, or is the .img of a .hdr."""
+    # The magic of NIfTI-1 stands at byte 344, that of NIfTI-2 at byte 4.
     if head[:2] == b"\x1f\x8b" and path.name.lower().endswith(".nii.gz"):
         return True
-    if (
-        head[_AT : _AT + 4] in _MAGICS
-        or head[8:12] == _MAGIC2
-        or head[4:12] in (b"n+2\0" + _MAGIC2, b"ni2\0" + _MAGIC2)
-    ):
+    if head[_MAGIC1_AT : _MAGIC1_AT + 4] in _MAGIC1:
         return True
+    if head[8:12] == _MAGIC2 or head[4:12] in (b"n+2\0" + _MAGIC2, b"ni2\0" + _MAGIC2):
+        return True
+
+    # The voxels of a pair have no magic of their own.
     return path.suffix.lower() == ".img" and path.with_suffix(".hdr").is_file()
 
 
 def open_source(path: Path, dataset: str | None) -> StoredArray:
     """The array of a NIfTI file, mapped, or unpacked once when it is gzip.
 
-    Values are those stored; a scale factor other than 1 is applied and gives float32. The unit must be in the header,
-    otherwise the voxel size stays unknown.
+    Values are those stored; a scale factor other than 1 is applied and gives float32. The voxel size is unknown unless
+    the header names its unit.
     """
-    if path.name.lower().endswith(".gz"):
-        with gzip.open(path) as stream:
-            stream.read(1)  # a damaged archive speaks here
-    image: Any = nibabel.load(path.with_suffix(".hdr") if path.suffix.lower() == ".img" else path)
-    header = image.header
-    if not isinstance(header, nibabel.Nifti1Header):  # NIfTI-2's is one too
-        raise InputError(f"{path} is ANALYZE 7.5, which names neither unit nor orientation surely; save it as NIfTI")
+    image = _load(path)
+
+    # Headers are checked before anything is mapped or unpacked.
     shape = check_shape(path, image.shape)
-    dtype = check_dtype(path, np.dtype(header.get_data_dtype()))
+    dtype = check_dtype(path, np.dtype(image.header.get_data_dtype()))
+
+    # The first axis is fastest: the C order of the reversed axes.
+    stored = shape[::-1]
+    read = _make_reader(path, image, dtype, stored)
+
+    # nibabel blanks the header's own slope, so it is taken from the array proxy.
+    slope, inter = float(image.dataobj.slope), float(image.dataobj.inter)
+    if (slope, inter) != (1.0, 0.0):
+        dtype = np.dtype(np.float32)
+        read = functools.partial(_read_scaled, read, slope, inter)
+
+    # NIfTI orders dimensions x y z t, then others; a fifth one holds channels.
+    axes = {2: "XY", 3: "XYZ", 4: "XYZT", 5: "XYZTC"}.get(len(shape), "Q" * len(shape))[::-1]
+    spacing, world, notes = _parse_placement(image, len(shape))
+    return StoredArray("NIfTI", stored, axes, dtype, read, spacing, world, notes)
+
+
+def _load(path: Path) -> Any:
+    """nibabel's image, without its voxels. Raises InputError for ANALYZE, OSError or EOFError for damaged gzip."""
+    if path.name.lower().endswith(".gz"):
+        # nibabel hides what is wrong with a damaged archive; gzip says it.
+        with gzip.open(path) as stream:
+            stream.read(1)
+
+    image: Any = nibabel.load(path.with_suffix(".hdr") if path.suffix.lower() == ".img" else path)
+    # The header class of NIfTI-2 is a subclass.
+    if not isinstance(image.header, nibabel.Nifti1Header):
+        raise InputError(f"{path} is ANALYZE 7.5, which names neither unit nor orientation surely; save it as NIfTI")
+    return image
+
+
+def _make_reader(path: Path, image: Any, dtype: np.dtype[Any], stored: tuple[int, ...]) -> Any:
+    """A function that reads parts of the stored values."""
     data = Path(image.file_map["image"].filename or path)
-    begin = int(image.dataobj.offset)  # nibabel blanks the header's own offset and slope
-    stored = shape[::-1]  # first axis fastest: the C order of the reversed axes
+    # nibabel blanks the header's own offset, so it is taken from the array proxy.
+    begin = int(image.dataobj.offset)
     if begin < 0:
         raise InputError(f"{path} puts its voxels at byte {begin}; its header is damaged")
-    if data.name.lower().endswith(".gz"):
-        _check_packed(data, math.prod(shape) * dtype.itemsize)
-        read: Any = UnpackedArray(
-            data, dtype, stored, functools.partial(_voxels, data, begin, math.prod(shape) * dtype.itemsize)
-        )
-    else:
-        read = map_array(data, dtype, stored, begin)
-    slope, inter = float(image.dataobj.slope), float(image.dataobj.inter)
-    given = dtype
-    if (slope, inter) != (1.0, 0.0):
-        given = np.dtype(np.float32)
-        read = functools.partial(_scaled, read, slope, inter)
-    axes = {2: "XY", 3: "XYZ", 4: "XYZT", 5: "XYZTC"}.get(len(shape), "Q" * len(shape))[::-1]
-    per = um_per(_UNITS.get(header.get_xyzt_units()[0], ""))
-    zooms = [float(z) for z in header.get_zooms()]
-    if per is None:
-        shown = " x ".join(f"{z:.6g}" for z in zooms[:3][::-1])
-        notes: tuple[str, ...] = (f"steps {shown} (z y x) without a unit; give the voxel size in um",)
-        return StoredArray("NIfTI", stored, axes, given, read, notes=notes)
-    affine = np.asarray(image.affine, dtype=np.float64) * per  # [world x y z 1, i j k 1]
-    steps = np.linalg.norm(affine[:3, :3], axis=0)[: len(zooms)]
-    if not np.allclose(steps, np.abs(zooms[:3]) * per, rtol=0.01):
-        shown = " and ".join(" x ".join(f"{v:.6g}" for v in both[::-1]) for both in (np.abs(zooms[:3]) * per, steps))
-        note = f"pixdim and the affine matrix disagree about the voxel size ({shown} um z y x); give the right one"
-        return StoredArray("NIfTI", stored, axes, given, read, notes=(note,))
-    spacing = tuple((z * per if i < 3 else math.nan) for i, z in enumerate(zooms))[::-1]
-    world = np.zeros((3, len(shape) + 1))
-    world[:, -1] = affine[2::-1, 3]
-    for i in range(min(3, len(shape))):
-        world[:, len(shape) - 1 - i] = affine[2::-1, i]
-    return StoredArray("NIfTI", stored, axes, given, read, spacing, world)
+
+    # A plain file is mapped; gzip allows no access in between.
+    if not data.name.lower().endswith(".gz"):
+        return map_array(data, dtype, stored, begin)
+    size = math.prod(stored) * dtype.itemsize
+    _check_packed_size(data, size)
+    return UnpackedArray(data, dtype, stored, functools.partial(_stream_voxels, data, begin, size))
 
 
-def _voxels(path: Path, begin: int, size: int) -> Any:
-    """The bytes behind the header, and none of what some writers append."""
+def _stream_voxels(path: Path, begin: int, size: int) -> Iterator[bytes]:
+    """The `size` bytes behind the header, without what some writers append."""
     for part in gzip_stream(path, 0, begin):
         yield part[:size]
         size -= min(size, len(part))
@@ -97,14 +107,40 @@ def _voxels(path: Path, begin: int, size: int) -> Any:
             return
 
 
-def _check_packed(path: Path, wanted: int) -> None:
+def _check_packed_size(path: Path, size: int) -> None:
+    """Raise InputError when the gzip file is too small for `size` bytes of voxels."""
     packed = path.stat().st_size
-    if wanted > packed * 1100 + 4096:  # deflate packs 1032 to 1 at the very most
+    if size > packed * _MAX_DEFLATE + 4096:
         raise InputError(
-            f"{path} declares {wanted} bytes of voxels, more than {packed} gzip bytes can hold; it is damaged"
+            f"{path} declares {size} bytes of voxels, more than {packed} gzip bytes can hold; it is damaged"
         )
 
 
-def _scaled(read: Any, slope: float, inter: float, index: Index) -> Array:
+def _read_scaled(read: Any, slope: float, inter: float, index: Index) -> Array:
     values: Array = (read(index).astype(np.float64) * slope + inter).astype(np.float32)
     return values
+
+
+def _parse_placement(image: Any, count: int) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:
+    """Micrometres along each stored axis, the world matrix, and notes where the header leaves the size open."""
+    per = um_per(_UNITS.get(image.header.get_xyzt_units()[0], ""))
+    zooms = [float(z) for z in image.header.get_zooms()]
+    if per is None:
+        return None, None, (note_missing_unit(zooms[:3][::-1], "z y x"),)
+
+    # The size is stated twice, in pixdim and in the matrix [world x y z 1, i j k 1]; both must agree.
+    affine = np.asarray(image.affine, dtype=np.float64) * per
+    steps = np.linalg.norm(affine[:3, :3], axis=0)[: len(zooms)]
+    pixdim = np.abs(zooms[:3]) * per
+    if not np.allclose(steps, pixdim, rtol=0.01):
+        sizes = " and ".join(" x ".join(f"{v:.6g}" for v in size[::-1]) for size in (pixdim, steps))
+        note = f"pixdim and the affine matrix disagree about the voxel size ({sizes} um z y x); give the right one"
+        return None, None, (note,)
+
+    # Both go from i j k and x y z to the reversed order of the stored axes and of the world.
+    spacing = tuple((z * per if i < 3 else math.nan) for i, z in enumerate(zooms))[::-1]
+    world = np.zeros((3, count + 1))
+    world[:, -1] = affine[2::-1, 3]
+    for i in range(min(3, count)):
+        world[:, count - 1 - i] = affine[2::-1, i]
+    return spacing, world, ()

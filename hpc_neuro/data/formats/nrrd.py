@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats.decompress import UnpackedArray, bzip2_stream, gzip_stream, raw_chunks
-from hpc_neuro.data.formats.units import um_per
+from hpc_neuro.data.formats.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
 
 SUFFIXES = (".nrrd", ".nhdr")
-_MOST_HEADER = 1 << 20
-_TYPES = {
+
+_MAX_HEADER = 1 << 20
+"""Bytes of the longest header that is read."""
+_MAX_FILES = 1_000_000
+"""Data files of one numbered series; a header that names more is damaged."""
+
+_TYPE_NAMES = {
     "i1": ("signed char", "int8", "int8_t"),
     "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
     "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
@@ -33,7 +39,42 @@ _TYPES = {
     "f4": ("float",),
     "f8": ("double",),
 }
-_CODE = {name: code for code, names in _TYPES.items() for name in names}
+_DTYPES = {name: code for code, names in _TYPE_NAMES.items() for name in names}
+_TEXT = ("ascii", "txt", "text")
+
+Placement = tuple[tuple[float, ...] | None, NDArray[np.float64] | None, tuple[str, ...]]
+"""Micrometres along each stored axis, the world matrix, and notes where a unit is missing."""
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header of one NRRD, as far as it says where and how the voxels are stored."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    """Fields as pynrrd parses them."""
+    listed: list[str]
+    """The file names below `data file: LIST`."""
+    end: int
+    """The first byte behind the header, where attached data begins."""
+
+    @property
+    def encoding(self) -> str:
+        return str(self.fields.get("encoding")).lower()
+
+    def get(self, *names: str) -> Any:
+        """The value of the field under the first of its spellings that is there."""
+        return next((self.fields[n] for n in names if n in self.fields), None)
+
+    @property
+    def line_skip(self) -> int:
+        """Lines of text before the voxels."""
+        return int(self.get("line skip", "lineskip") or 0)
+
+    @property
+    def byte_skip(self) -> int:
+        """Bytes before the voxels, behind the skipped lines; -1: raw voxels are the last bytes of the file."""
+        return int(self.get("byte skip", "byteskip") or 0)
 
 
 def matches(path: Path, head: bytes) -> bool:
@@ -46,48 +87,41 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
 
     Raises InputError for types and encodings that NRRD does not know, and for data files that are missing or short.
     """
-    header, listed, begin = _header(path)
-    kind, encoding = str(header.get("type")), str(header.get("encoding")).lower()
-    if kind not in _CODE:
-        raise InputError(
-            f"{path} holds values of type {kind!r}, which is no NRRD number type; convert it to uint8 or uint16"
-        )
-    if "sizes" not in header:
+    header = _read_header(path)
+    dtype = _parse_dtype(header)
+    if "sizes" not in header.fields:
         raise InputError(f"{path} has a NRRD header without `sizes`; it is damaged")
-    dtype = np.dtype(_CODE[kind])
-    if dtype.itemsize > 1 and not encoding.startswith(("ascii", "text", "txt")):
-        if (order := str(header.get("endian")).lower()) not in ("little", "big"):
-            raise InputError(f"{path} does not say its byte order; add `endian: little` (or big) to its NRRD header")
-        dtype = dtype.newbyteorder(">" if order == "big" else "<")
-    shape = check_shape(path, [int(n) for n in header["sizes"]][::-1])
-    named = _field(header, "data file", "datafile")
-    lines, skip = int(_field(header, "line skip", "lineskip") or 0), int(_field(header, "byte skip", "byteskip") or 0)
-    sources = [(path, begin)] if named is None and not listed else _data_files(path, str(named), listed)
-    sources = [(file, _after_lines(file, at, lines)) for file, at in sources]
-    if encoding == "raw" and len(sources) == 1:
-        file, at = sources[0]
-        at = file.stat().st_size - math.prod(shape) * dtype.itemsize if skip == -1 else at + skip
-        if at < 0:
-            raise InputError(f"{file} is shorter than the array of shape {shape} that {path} declares; copy it again")
-        read: Any = map_array(file, dtype, shape, at)
+    shape = check_shape(path, [int(n) for n in header.fields["sizes"]][::-1])
+
+    # Voxels stand behind the header, or in the files that it names.
+    named = header.get("data file", "datafile")
+    sources = [(path, header.end)] if named is None and not header.listed else _find_data_files(header, str(named))
+    sources = [(file, _skip_lines(file, at, header.line_skip)) for file, at in sources]
+
+    # One raw file is mapped; anything else is unpacked once.
+    if header.encoding == "raw" and len(sources) == 1:
+        file, begin = sources[0]
+        read: Any = map_array(file, dtype, shape, _find_raw_begin(header, file, begin, shape, dtype))
     else:
         each = math.prod(shape) * dtype.itemsize // len(sources)
-        parts = functools.partial(_stream, sources, encoding, skip, dtype, each, path)
-        read = UnpackedArray(path, dtype, shape, parts)
-    axes = _axes(header, len(shape))
-    spacing, world, notes = _place(header, len(shape))
+        read = UnpackedArray(path, dtype, shape, functools.partial(_stream_files, header, sources, dtype, each))
+
+    axes = _parse_axes(header.fields, len(shape))
+    spacing, world, notes = _parse_placement(header.fields, len(shape))
     return StoredArray("NRRD", shape, axes, dtype, read, spacing, world, notes)
 
 
-def _header(path: Path) -> tuple[Mapping[str, Any], list[str], int]:
-    """Parsed fields, the files of a `data file: LIST`, and where attached data begins."""
+def _read_header(path: Path) -> _Header:
+    """Read a header up to its empty line. Raises InputError for one without an end."""
     lines: list[str] = []
     listed: list[str] = []
     in_list = False
     with path.open("rb") as handle:
-        while raw := handle.readline(_MOST_HEADER):
+        while raw := handle.readline(_MAX_HEADER):
             if not raw.strip():
                 break
+
+            # pynrrd does not read the file names below `data file: LIST`, so they are kept apart.
             line = raw.decode("ascii", "replace").rstrip()
             if in_list:
                 listed.append(line)
@@ -95,68 +129,103 @@ def _header(path: Path) -> tuple[Mapping[str, Any], list[str], int]:
                 in_list = True
             else:
                 lines.append(line)
-            if handle.tell() > _MOST_HEADER:
+
+            if handle.tell() > _MAX_HEADER:
                 raise InputError(f"{path} has a NRRD header without an end; it is damaged")
-        begin = handle.tell()
-    header: Mapping[str, Any] = nrrd.read_header([f"{line}\n" for line in lines])
-    return header, listed, begin
+        end = handle.tell()
+
+    return _Header(path, nrrd.read_header([f"{line}\n" for line in lines]), listed, end)
 
 
-def _field(header: Mapping[str, Any], *names: str) -> Any:
-    return next((header[n] for n in names if n in header), None)
+def _parse_dtype(header: _Header) -> np.dtype[Any]:
+    """The voxel type in its stored byte order. Raises InputError for an unknown type and a missing byte order."""
+    kind = str(header.fields.get("type"))
+    if kind not in _DTYPES:
+        raise InputError(
+            f"{header.path} holds values of type {kind!r}, which is no NRRD number type; convert it to uint8 or uint16"
+        )
+
+    # One byte has no order, and neither has text.
+    dtype = np.dtype(_DTYPES[kind])
+    if dtype.itemsize == 1 or header.encoding.startswith(_TEXT):
+        return dtype
+
+    order = str(header.fields.get("endian")).lower()
+    if order not in ("little", "big"):
+        raise InputError(f"{header.path} does not say its byte order; add `endian: little` (or big) to its NRRD header")
+    return dtype.newbyteorder(">" if order == "big" else "<")
 
 
-def _data_files(path: Path, named: str, listed: list[str]) -> list[tuple[Path, int]]:
+def _find_data_files(header: _Header, named: str) -> list[tuple[Path, int]]:
     """The data files of a detached header, in order: one, a list, or a numbered series (`slice%03d.raw 1 50 1`)."""
-    names = listed or [named]
-    if found := re.fullmatch(r"(\S*%[0-9]*d\S*)\s+(-?\d+)\s+(-?\d+)\s+(-?\d+)(\s+\d+)?", named):
-        first, last, step = (int(found[i]) for i in (2, 3, 4))
-        if step == 0 or abs(last - first) // abs(step) > 1_000_000:
+    path = header.path
+    names = header.listed or [named]
+
+    # "slice%03d.raw 1 50 1": a format, the first number, the last number, the step.
+    if series := re.fullmatch(r"(\S*%[0-9]*d\S*)\s+(-?\d+)\s+(-?\d+)\s+(-?\d+)(\s+\d+)?", named):
+        first, last, step = (int(series[i]) for i in (2, 3, 4))
+        if step == 0 or abs(last - first) // abs(step) > _MAX_FILES:
             raise InputError(f"{path} names data files {named!r}, a series without an end; its header is damaged")
-        names = [found[1] % i for i in range(first, last + (1 if step > 0 else -1), step)]
+        names = [series[1] % i for i in range(first, last + (1 if step > 0 else -1), step)]
+
+    # Names are relative to the header.
     files = [path.parent / name for name in names]
-    if missing := [f for f in files if not f.is_file()]:
+    if missing := [file for file in files if not file.is_file()]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{path} keeps its voxels in {missing[0].name}{more}, which is not beside it; put it there")
     return [(file, 0) for file in files]
 
 
-def _after_lines(path: Path, begin: int, lines: int) -> int:
-    """Where the data begins behind `lines` lines of text."""
-    if not lines:
+def _skip_lines(path: Path, begin: int, count: int) -> int:
+    """The byte behind `count` lines of text from byte `begin` on."""
+    if not count:
         return begin
+
     with path.open("rb") as handle:
         handle.seek(begin)
-        for _ in range(lines):
-            if not handle.readline(_MOST_HEADER):
-                raise InputError(f"{path} ends inside the {lines} lines that its NRRD header says to skip")
+        for _ in range(count):
+            if not handle.readline(_MAX_HEADER):
+                raise InputError(f"{path} ends inside the {count} lines that its NRRD header says to skip")
         return handle.tell()
 
 
-def _stream(
-    sources: list[tuple[Path, int]], encoding: str, skip: int, dtype: np.dtype[Any], each: int, header: Path
-) -> Iterator[bytes]:
-    """The bytes of all data files in order, of which every one must hold `each`: what one lacks, another may not give.
+def _find_raw_begin(header: _Header, file: Path, begin: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """The first byte of the voxels in the one raw data file."""
+    at = begin + header.byte_skip
 
-    With byte skip -1 the data is what stands last in a raw file.
-    """
-    if skip < -1 or (skip == -1 and encoding != "raw"):
-        raise InputError(f"{header} asks for byte skip {skip}, which only raw data can have (-1); save it anew")
+    # -1 counts from the end: whatever stands before the voxels is a foreign header.
+    if header.byte_skip == -1:
+        at = file.stat().st_size - math.prod(shape) * dtype.itemsize
+    if at < 0:
+        raise InputError(
+            f"{file} is shorter than the array of shape {shape} that {header.path} declares; copy it again"
+        )
+    return at
+
+
+def _stream_files(header: _Header, sources: list[tuple[Path, int]], dtype: np.dtype[Any], each: int) -> Iterator[bytes]:
+    """The bytes of all data files in order. Each file must hold `each` bytes: a short one would shift all others."""
+    skip = header.byte_skip
+    if skip < -1 or (skip == -1 and header.encoding != "raw"):
+        raise InputError(f"{header.path} asks for byte skip {skip}, which only raw data can have (-1); save it anew")
+
     for file, begin in sources:
+        # The sum over all files may be right although one is short and another long.
         count = 0
-        for part in _decoded(file, begin, encoding, skip, dtype, each, header):
+        for part in _stream_file(header, file, begin, dtype, each):
             count += len(part)
             yield part
         if count != each and len(sources) > 1:
             raise InputError(
-                f"{file} holds {count} bytes of voxels, where {header} wants {each} from each of its {len(sources)} "
-                "data files; copy it again"
+                f"{file} holds {count} bytes of voxels, where {header.path} wants {each} from each of its "
+                f"{len(sources)} data files; copy it again"
             )
 
 
-def _decoded(
-    file: Path, begin: int, encoding: str, skip: int, dtype: np.dtype[Any], each: int, header: Path
-) -> Iterator[bytes]:
+def _stream_file(header: _Header, file: Path, begin: int, dtype: np.dtype[Any], each: int) -> Iterator[bytes]:
+    """The decoded bytes of one data file; with byte skip -1 its last `each` bytes."""
+    encoding, skip = header.encoding, header.byte_skip
+
     if encoding == "raw":
         size = file.stat().st_size
         at = max(0, size - each) if skip == -1 else begin + skip
@@ -165,61 +234,75 @@ def _decoded(
         yield from gzip_stream(file, begin, skip)
     elif encoding in ("bzip2", "bz2"):
         yield from bzip2_stream(file, begin, skip)
-    elif encoding in ("ascii", "txt", "text"):
-        yield np.array(file.read_bytes()[begin + skip :].split(), dtype=np.float64).astype(dtype).tobytes()
+    elif encoding in _TEXT:
+        # float64 holds every integer below 2^53 exactly.
+        words = file.read_bytes()[begin + skip :].split()
+        yield np.array(words, dtype=np.float64).astype(dtype).tobytes()
     else:
-        raise InputError(f"{header} has the encoding {encoding!r}; wanted raw, gzip, bzip2 or ascii: convert it")
+        raise InputError(f"{header.path} has the encoding {encoding!r}; wanted raw, gzip, bzip2 or ascii: convert it")
 
 
-def _axes(header: Mapping[str, Any], count: int) -> str:
+def _parse_axes(fields: Mapping[str, Any], count: int) -> str:
     """Letters in stored (slowest first) order, from labels, kinds and space directions."""
-    labels = [str(v).strip('"').upper()[:1] for v in header.get("labels") or []]
+    # Labels are the writer's own words for the axes.
+    labels = [str(v).strip('"').upper()[:1] for v in fields.get("labels") or []]
     if len(labels) == count and len(set(labels)) == count and set(labels) <= set("XYZCT"):
         return "".join(labels)[::-1]
-    kinds = [str(v) for v in header.get("kinds") or ["???"] * count]
-    directions = header.get("space directions")
+
+    # Without labels, spatial axes are x y z in stored order.
+    kinds = [str(v) for v in fields.get("kinds") or ["???"] * count]
+    directions = fields.get("space directions")
     spatial = itertools.cycle("XYZ")
     letters = ""
     for i, kind in enumerate(kinds):
-        none = directions is not None and np.isnan(np.asarray(directions, float)[i]).all()
+        # An axis without a direction in space, such as `none` in `space directions`, holds channels.
+        is_nonspatial = directions is not None and np.isnan(np.asarray(directions, float)[i]).all()
         if kind == "time":
             letters += "T"
-        elif none or kind not in ("domain", "space", "???", "none"):
+        elif is_nonspatial or kind not in ("domain", "space", "???", "none"):
             letters += "C"
         else:
             letters += next(spatial)
+
+    # A fourth spatial axis would be x again.
     if len(letters) != count or any(letters.count(a) > 1 for a in letters):
         return "YX" if count == 2 else "Q" * count
     return letters[::-1]
 
 
-def _place(
-    header: Mapping[str, Any], count: int
-) -> tuple[tuple[float, ...] | None, NDArray[np.float64] | None, tuple[str, ...]]:
-    """Micrometres along each stored axis, the world matrix, and a note where a unit is missing."""
-    directions = header.get("space directions")
+def _parse_placement(fields: Mapping[str, Any], count: int) -> Placement:
+    """Step sizes and world matrix in micrometres, from `space directions` or else from `spacings`."""
+    directions = fields.get("space directions")
     if directions is None:
-        steps = header.get("spacings")
-        if steps is None:
-            return None, None, ()
-        units = [um_per(str(u)) for u in header.get("units") or [""] * count]
-        if any(u is None for u, s in zip(units, steps, strict=False) if math.isfinite(s)):
-            return None, None, (_unitless(steps),)
-        return tuple(float(s) * (u or math.nan) for s, u in zip(steps, units, strict=False))[::-1], None, ()
-    matrix = np.asarray(directions, dtype=np.float64)  # [stored axis fastest first, world x y z]
+        return _parse_spacings(fields, count)
+
+    # [stored axis fastest first, world x y z]
+    matrix = np.asarray(directions, dtype=np.float64)
     steps = np.sqrt((matrix**2).sum(axis=1))
-    per = [um_per(str(u)) for u in header.get("space units") or []]
+    per = [um_per(str(u)) for u in fields.get("space units") or []]
     if len(per) != matrix.shape[1] or any(p is None for p in per):
-        return None, None, (_unitless(steps),)
-    scaled = matrix * np.array(per, dtype=np.float64)
+        return None, None, (note_missing_unit(steps[::-1], "slowest axis first"),)
+
+    um = np.array(per, dtype=np.float64)
+    scaled = matrix * um
     spacing = tuple(float(v) for v in np.sqrt((scaled**2).sum(axis=1)))[::-1]
     if matrix.shape[1] != 3:
         return spacing, None, ()
-    origin = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64) * np.array(per, dtype=np.float64)
-    world = np.concatenate([scaled[::-1, ::-1].T, origin[::-1, None]], axis=1)  # rows z y x, columns stored axes
+
+    # Rows z y x, columns in the order of the stored axes, then the origin.
+    origin = np.asarray(fields.get("space origin", np.zeros(3)), dtype=np.float64) * um
+    world = np.concatenate([scaled[::-1, ::-1].T, origin[::-1, None]], axis=1)
     return spacing, world, ()
 
 
-def _unitless(steps: Any) -> str:
-    shown = " x ".join(f"{float(v):.6g}" for v in np.asarray(steps, float)[::-1])
-    return f"steps {shown} (slowest axis first) without a unit; give the voxel size in um"
+def _parse_spacings(fields: Mapping[str, Any], count: int) -> Placement:
+    """Step sizes of a header without directions."""
+    steps = fields.get("spacings")
+    if steps is None:
+        return None, None, ()
+
+    # nan stands for the spacing of a channel or time axis, which needs no unit.
+    units = [um_per(str(u)) for u in fields.get("units") or [""] * count]
+    if any(u is None for u, s in zip(units, steps, strict=False) if math.isfinite(s)):
+        return None, None, (note_missing_unit(np.asarray(steps, float)[::-1], "slowest axis first"),)
+    return tuple(float(s) * (u or math.nan) for s, u in zip(steps, units, strict=False))[::-1], None, ()

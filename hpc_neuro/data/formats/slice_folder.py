@@ -14,9 +14,11 @@ import tifffile
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff
+from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, translate_errors
 
-_OPEN = 64  # slices kept open; they share what one file may keep decoded
+_MAX_OPEN = 64
+"""Slices that are kept open; together they may keep as much decoded as one file."""
 
 
 def matches(path: Path, head: bytes = b"") -> bool:
@@ -29,92 +31,112 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
 
     Raises InputError for a gap in the numbering, for slices of other shapes or types, and for a folder of whole stacks.
     """
-    names = ordered(path, dataset)
+    names = sort_slices(path, dataset)
+
+    # The first slice stands for all; the others are compared with it when they are read.
     with translate_errors(path / names[0], "TIFF"):
         first = tiff.open_source(path / names[0], None)
     if len([n for n in first.shape if n > 1]) > 2 and "S" not in first.axes:
         raise InputError(
             f"{path} is a folder of {len(names)} stacks ({names[0]} is {first.shape}), not of 2D slices; give one file"
         )
-    stack = _Stack(path, names, first)
-    spacing = None if first.spacing is None else (_distance(path / names[0]), *first.spacing)
+
+    spacing = None if first.spacing is None else (_read_slice_distance(path / names[0]), *first.spacing)
+    # A slice never states a size along z; the note below says it for the stack.
     notes = tuple(n for n in first.notes if "no size along" not in n)
     notes += (f"{len(names)} slices, {names[0]} to {names[-1]}",)
     if spacing is not None and not math.isfinite(spacing[0]):
         y, x = spacing[1:3]
         notes += (f"the slices give {y:.6g} x {x:.6g} um along y x, but no distance between them",)
-    return StoredArray(
-        "TIFF slices", (len(names), *first.shape), "Z" + first.axes, first.dtype, stack, spacing, notes=notes
-    )
+
+    shape = (len(names), *first.shape)
+    read = _SliceStack(path, names, first)
+    return StoredArray("TIFF slices", shape, "Z" + first.axes, first.dtype, read, spacing, notes=notes)
 
 
-def ordered(path: Path, pattern: str | None) -> list[str]:
+def sort_slices(path: Path, pattern: str | None) -> list[str]:
     """Names of the slices in natural order; InputError when they follow no single number or one is missing."""
+    names = _list_slices(path, pattern)
+    if len(names) == 1:
+        return names
+    numbers = {name: tuple(int(d) for d in re.findall(r"\d+", Path(name).stem)) for name in names}
+
+    # The number that counts the slices is the only one that differs between their names.
+    columns = list(zip(*numbers.values(), strict=True))
+    counting = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+    if len(counting) != 1:
+        fault = f"{len(counting)} numbers differ" if counting else "no number differs"
+        raise InputError(
+            f"{path}: in the names of its slices ({names[0]} ... {names[-1]}) {fault}, so their order is open; keep "
+            "one channel or time per folder, or choose with dataset='PATTERN'"
+        )
+
+    # The order is that of the numbers, 2 before 10.
+    names.sort(key=lambda name: numbers[name][counting[0]])
+    _check_steps(path, names, np.diff([numbers[name][counting[0]] for name in names]))
+    return names
+
+
+def _list_slices(path: Path, pattern: str | None) -> list[str]:
+    """The slices named like `pattern`; InputError unless their names differ in numbers alone."""
     names = sorted(p.name for p in path.iterdir() if _is_slice(p))
     if pattern is not None:
         names = [n for n in names if fnmatch.fnmatch(n, pattern)]
         if not names:
             raise InputError(f"{path} holds no TIFF named like dataset={pattern}")
-    keys = {n: tuple(int(d) for d in re.findall(r"\d+", Path(n).stem)) for n in names}
-    bones: dict[str, list[str]] = {}
-    for n in names:
-        bones.setdefault(re.sub(r"\d+", "#", Path(n).stem), []).append(n)
-    if len(bones) > 1:
-        shown = ", ".join(f"{len(v)} like {v[0]}" for v in list(bones.values())[:3])
+
+    # Names of one series are equal once their digits are masked.
+    series: dict[str, list[str]] = {}
+    for name in names:
+        series.setdefault(re.sub(r"\d+", "#", Path(name).stem), []).append(name)
+    if len(series) > 1:
+        shown = ", ".join(f"{len(v)} like {v[0]}" for v in list(series.values())[:3])
         raise InputError(f"{path} holds slices of different names ({shown}); choose with dataset='PATTERN'")
-    if len(names) == 1:
-        return names
-    columns = list(zip(*keys.values(), strict=True))
-    moving = [i for i, column in enumerate(columns) if len(set(column)) > 1]
-    if len(moving) != 1:
-        what = f"{len(moving)} numbers differ" if moving else "no number differs"
-        raise InputError(
-            f"{path}: in the names of its slices ({names[0]} ... {names[-1]}) {what}, so their order is open; keep "
-            "one channel or time per folder, or choose with dataset='PATTERN'"
-        )
-    names.sort(key=lambda n: keys[n][moving[0]])
-    numbers = [keys[n][moving[0]] for n in names]
-    steps = np.diff(numbers)
+    return names
+
+
+def _check_steps(path: Path, names: Sequence[str], steps: np.ndarray) -> None:
+    """Raise InputError for two slices of one number, and for a step larger than the smallest."""
     if (steps == 0).any():
         i = int(np.argmin(steps))
         raise InputError(f"{path}: {names[i]} and {names[i + 1]} have the same number; keep one of them")
+
     if (gaps := np.flatnonzero(steps != steps.min())).size:
         i = int(gaps[0])
         raise InputError(
             f"{path} has a gap in its slices between {names[i]} and {names[i + 1]}; restore them, or renumber"
         )
-    return names
 
 
-class _Stack:
-    """Reads each slice of a box from its own file; checks that it is of the first one's shape and type."""
+class _SliceStack:
+    """Reads each slice of a box from its own file, and checks that it has the first one's shape and type."""
 
     def __init__(self, path: Path, names: Sequence[str], first: StoredArray) -> None:
         self.path, self.names, self.first = path, names, first
-        self.slice = functools.lru_cache(_OPEN)(self._slice)
+        self.get_slice = functools.lru_cache(_MAX_OPEN)(self._open_slice)
 
     def __call__(self, index: Index) -> Array:
         out = np.empty([s.stop - s.start for s in index], self.first.dtype)
         for part, number in zip(out, range(index[0].start, index[0].stop), strict=True):
             with translate_errors(self.path / self.names[number], "TIFF"):
-                part[...] = self.slice(number).read(index[1:])
+                part[...] = self.get_slice(number).read(index[1:])
         return out
 
-    def _slice(self, number: int) -> StoredArray:
+    def _open_slice(self, number: int) -> StoredArray:
+        # Open slices share one file's budget of decoded segments.
         path = self.path / self.names[number]
-        found = tiff.open_source(path, None, tiff.CACHE_BYTES // _OPEN)
-        if (found.shape, found.dtype) != (self.first.shape, self.first.dtype):
+        array = tiff.open_source(path, None, tiff.CACHE_BYTES // _MAX_OPEN)
+
+        if (array.shape, array.dtype) != (self.first.shape, self.first.dtype):
             raise InputError(
-                f"{path} is {found.shape} {found.dtype}, but the first slice {self.names[0]} is {self.first.shape} "
+                f"{path} is {array.shape} {array.dtype}, but the first slice {self.names[0]} is {self.first.shape} "
                 f"{self.first.dtype}; slices of one stack must agree"
             )
-        return found
+        return array
 
 
-def _distance(path: Path) -> float:
-    """Micrometres between slices as ImageJ notes it in a slice, nan where it does not."""
-    from hpc_neuro.data.formats.units import um_per
-
+def _read_slice_distance(path: Path) -> float:
+    """Micrometres between slices as ImageJ notes it in a slice; nan where it does not."""
     with tifffile.TiffFile(path) as tif:
         meta = tif.imagej_metadata or {}
     per = um_per(str(meta.get("unit", "")))

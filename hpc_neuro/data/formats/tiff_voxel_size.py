@@ -13,46 +13,60 @@ from hpc_neuro.data.formats.units import um_per
 Scale = dict[str, float]
 """Micrometres per step by axis letter."""
 
+_UM_PER_RESOLUTION_UNIT = {2: 25400.0, 3: 10000.0}
+"""Micrometres in the unit of the tag ResolutionUnit: 2 inch, 3 centimeter."""
+_MAX_PIXEL_UM = 100
+"""Largest pixel from resolution tags alone: writers fill in 72, 96 or 300 dots per inch, for paper."""
 
-def spacing(tif: tifffile.TiffFile, series: Any, axes: str) -> tuple[tuple[float, ...] | None, tuple[str, ...]]:
-    """Micrometres along each of `axes` (nan where unknown), and remarks. None where the file says nothing."""
-    scale, notes = _found(tif, series)
+
+def read_spacing(tif: tifffile.TiffFile, series: Any, axes: str) -> tuple[tuple[float, ...] | None, tuple[str, ...]]:
+    """Micrometres along each of `axes` (nan where unknown), and notes. None where the file states no size."""
+    scale, notes = _read_scale(tif, series)
     if not scale:
         return None, notes
+
+    # Resolution tags state y and x only.
     if missing := [a for a in "ZYX" if a not in scale]:
-        known = ", ".join(f"{a} {scale[a]:.6g} um" for a in "ZYX" if a in scale)
-        notes += (f"the file gives {known}, but no size along {' '.join(missing)}",)
-    depth = next((i for i, a in enumerate(axes) if a in "ZTQ"), None) if "Z" not in axes else None
-    # an axis that `axes=` turns into Z takes the slice distance with it
-    return tuple(scale.get("Z" if i == depth else a, math.nan) for i, a in enumerate(axes)), notes
+        stated = ", ".join(f"{a} {scale[a]:.6g} um" for a in "ZYX" if a in scale)
+        notes += (f"the file gives {stated}, but no size along {' '.join(missing)}",)
+
+    # An axis that `axes=` turns into Z takes the distance of slices with it.
+    slices = next((i for i, a in enumerate(axes) if a in "ZTQ"), None) if "Z" not in axes else None
+    return tuple(scale.get("Z" if i == slices else a, math.nan) for i, a in enumerate(axes)), notes
 
 
-def _found(tif: tifffile.TiffFile, series: Any) -> tuple[Scale, tuple[str, ...]]:
+def _read_scale(tif: tifffile.TiffFile, series: Any) -> tuple[Scale, tuple[str, ...]]:
+    """The voxel size from the most specific metadata that the file has."""
     if series.kind == "ome" and tif.ome_metadata:
         number = next((i for i, s in enumerate(tif.series) if s is series), 0)
-        return _ome(tif.ome_metadata, number)
+        return _parse_ome(tif.ome_metadata, number)
     if tif.is_lsm and tif.lsm_metadata:
+        # LSM states meters.
         meta = tif.lsm_metadata
         return {a: float(meta[f"VoxelSize{a}"]) * 1e6 for a in "ZYX" if meta.get(f"VoxelSize{a}")}, ()
-    plane = _resolution(series.keyframe)
+
+    plane = _read_resolution(series.keyframe)
     if tif.is_imagej:
-        return _imagej(tif.imagej_metadata or {}, plane)
+        return _parse_imagej(tif.imagej_metadata or {}, plane)
+
+    # Plain TIFF: the tags alone, if they can be those of a microscope.
     unit = series.keyframe.tags.get("ResolutionUnit")
-    per = {2: 25400.0, 3: 10000.0}.get(int(unit.value) if unit else 0)
-    if per is None or "Y" not in plane or plane["Y"] >= 100 / 25400 * 0.99:
-        # writers fill in 72, 96 or 300 dots per inch for paper; a microscope's pixel is far smaller
-        pass
-    if per is None or not plane or min(plane.values()) * per > 100:
+    per = _UM_PER_RESOLUTION_UNIT.get(int(unit.value) if unit else 0)
+    if per is None or not plane or min(plane.values()) * per > _MAX_PIXEL_UM:
         return {}, ()
     return {a: v * per for a, v in plane.items()}, ()
 
 
-def _imagej(meta: dict[str, Any], plane: Scale) -> tuple[Scale, tuple[str, ...]]:
+def _parse_imagej(meta: dict[str, Any], plane: Scale) -> tuple[Scale, tuple[str, ...]]:
+    """ImageJ keeps the pixel size in the resolution tags, its unit and the distance of slices in a description."""
+    # One unit holds for all axes here.
     unit = str(meta.get("unit", "")).strip()
     per = um_per(unit)
     steps = dict(plane)
     if float(meta.get("spacing", 0) or 0) > 0:
         steps["Z"] = float(meta["spacing"])
+
+    # ImageJ writes 1 x 1 for an image that is not calibrated.
     if not steps or steps == {"Y": 1.0, "X": 1.0}:
         return {}, ()
     if per is None:
@@ -61,30 +75,36 @@ def _imagej(meta: dict[str, Any], plane: Scale) -> tuple[Scale, tuple[str, ...]]
     return {a: v * per for a, v in steps.items()}, ()
 
 
-def _resolution(page: Any) -> Scale:
+def _read_resolution(page: Any) -> Scale:
     """Steps along Y and X in the file's unit, from the resolution tags."""
     steps: Scale = {}
-    for name, a in (("YResolution", "Y"), ("XResolution", "X")):
+    for name, letter in (("YResolution", "Y"), ("XResolution", "X")):
+        # A resolution is a fraction: pixels / units.
         tag = page.tags.get(name)
         if tag is not None and isinstance(tag.value, tuple) and len(tag.value) == 2 and all(tag.value):
-            steps[a] = tag.value[1] / tag.value[0]
+            steps[letter] = tag.value[1] / tag.value[0]
+
     return steps
 
 
-def _ome(text: str, number: int) -> tuple[Scale, tuple[str, ...]]:
+def _parse_ome(text: str, number: int) -> tuple[Scale, tuple[str, ...]]:
+    """The physical sizes of image `number` in an OME-XML description."""
     root = ElementTree.fromstring(text)
+    # Namespaces differ between versions of the schema.
     pixels = [e for e in root.iter() if e.tag.endswith("}Pixels")]
     if not pixels:
         return {}, ()
-    found = pixels[min(number, len(pixels) - 1)].attrib
+
+    attributes = pixels[min(number, len(pixels) - 1)].attrib
     scale: Scale = {}
     notes: tuple[str, ...] = ()
-    for a in "ZYX":
-        size = float(found.get(f"PhysicalSize{a}", "nan"))
-        unit = found.get(f"PhysicalSize{a}Unit", "um")  # the schema's default
+    for letter in "ZYX":
+        size = float(attributes.get(f"PhysicalSize{letter}", "nan"))
+        # um is the schema's default.
+        unit = attributes.get(f"PhysicalSize{letter}Unit", "um")
         per = um_per(unit)
         if per is None and math.isfinite(size):
-            notes += (f"PhysicalSize{a} is in {unit!r}, which is no length; give the voxel size in um",)
+            notes += (f"PhysicalSize{letter} is in {unit!r}, which is no length; give the voxel size in um",)
         elif per is not None and math.isfinite(size) and size > 0:
-            scale[a] = size * per
+            scale[letter] = size * per
     return scale, notes

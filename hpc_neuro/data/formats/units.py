@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-_UM = {
+from collections.abc import Iterable
+
+_UM_PER_UNIT = {
     "um": 1.0,
     "nm": 1e-3,
     "mm": 1e3,
@@ -24,7 +26,18 @@ _UM = {
 
 
 def um_per(unit: str | None) -> float | None:
-    """Micrometres in one `unit` (um, µm, micron, micrometre, nm, mm, inch ...); None for what is no length."""
-    text = (unit or "").strip().strip('"').replace("\\u00B5", "u").replace("\u00b5", "u").replace("\u03bc", "u")
+    """Micrometres in one `unit` (um, µm, micron, micrometre, nm, mm, inch ...); None for a text that is no length."""
+    text = (unit or "").strip().strip('"')
+
+    # ImageJ writes the micro sign as an escape; Unicode has two characters that look like it.
+    for micro in ("\\u00B5", "\u00b5", "\u03bc"):
+        text = text.replace(micro, "u")
+
     text = text.lower().replace("metre", "meter")
-    return _UM.get(text) or _UM.get(text.removesuffix("s"))
+    return _UM_PER_UNIT.get(text) or _UM_PER_UNIT.get(text.removesuffix("s"))
+
+
+def note_missing_unit(steps: Iterable[float], order: str) -> str:
+    """A note for people on steps whose unit the file does not state; `order` names the axes of the steps."""
+    numbers = " x ".join(f"{step:.6g}" for step in steps)
+    return f"steps {numbers} ({order}) without a unit; give the voxel size in um"

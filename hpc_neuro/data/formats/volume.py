@@ -1,4 +1,4 @@
-"""What a format's reader hands over (StoredArray), and what everyone reads from (Volume): one box at a time, z y x."""
+"""The array that a format's reader returns (`StoredArray`), and the image that callers read boxes from (`Volume`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats import axes as axis
+from hpc_neuro.data.formats.axes import AxisOrder
 
 Array = NDArray[Any]
 """A numpy array of any shape and dtype."""
@@ -24,47 +24,57 @@ Array = NDArray[Any]
 Index = tuple[slice, ...]
 """One slice with start and stop, step 1, per axis of a stored array."""
 
+_MAX_VOXELS = 1 << 56
+"""Most voxels of an array; a header that declares more is damaged, since no disk holds as much."""
+
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One array of a file with as many axes as the file stores, read by parts."""
+    """One array of a file, with the axes that the file stores, read by parts."""
 
     format: str
     shape: tuple[int, ...]
     axes: str
-    """One letter per axis, in the order of `shape`: Z Y X, C channel, T time, S colour sample, Q unnamed."""
+    """One letter per axis, in the order of `shape`: Z Y X, C channel, T time, S color sample, Q unnamed."""
     dtype: np.dtype[Any]
     read: Callable[[Index], Array]
-    """Gives the asked part with as many axes as `shape`; called with an index inside it."""
+    """Returns one part with as many axes as `shape`; called with an index inside the array."""
     spacing: tuple[float, ...] | None = None
-    """Micrometres per step along each axis (nan for C, T, S or where unknown)."""
+    """Micrometres per step along each axis; nan for C, T, S and where the file does not state it."""
     world: NDArray[np.float64] | None = None
-    """[3, len(axes) + 1] micrometres z y x of an index, last column the place of index zero; None: spacing alone."""
+    """[3, len(axes) + 1] index -> micrometres z y x; the last column is the position of index 0. None: spacing only."""
     notes: tuple[str, ...] = ()
     """Remarks for people: what was assumed, what the file leaves open."""
     absent: Callable[[], str | None] | None = None
-    """Where the format reads what is not stored as a fill value: a sentence on how much that is, for people."""
+    """For formats that read a chunk without a file as the fill value: a sentence on how many chunks that concerns."""
 
 
 class Volume:
-    """A lazy 3D image: `volume[Box]` reads that box alone. Pickles as its path, opened anew in the other process."""
+    """A lazy 3D image: `volume[box]` reads only that box.
 
-    def __init__(self, path: Path, source: StoredArray, layout: axis.AxisOrder, reopen: Callable[[], Volume]) -> None:
+    It pickles as its path and options and is opened again in the other process.
+    """
+
+    def __init__(self, path: Path, array: StoredArray, order: AxisOrder, reopen: Callable[[], Volume]) -> None:
         self.path = path
-        self.format = source.format
-        self.axes = layout.axes
+        self.format = array.format
+        self.axes = order.axes
         """The stored axes as they are read, one letter each."""
-        self.dtype = np.dtype(source.dtype).newbyteorder("=")
-        z, y, x = layout.order
-        self.shape: Shape = (source.shape[z], source.shape[y], source.shape[x])
+        self.dtype = np.dtype(array.dtype).newbyteorder("=")
+
+        # Everything public is in the order z y x; the stored order stays inside.
+        z, y, x = order.zyx
+        self.shape: Shape = (array.shape[z], array.shape[y], array.shape[x])
         """Voxels along z, y, x."""
-        self.channel = layout.channel
-        self.voxel_size: VoxelSize | None = _voxel_size(source, layout.order)
-        """Micrometres along z, y, x; None where the file does not say."""
-        self.affine: NDArray[np.float64] | None = _affine(source, layout.order, self.voxel_size)
+        self.channel = order.channel
+
+        self.voxel_size: VoxelSize | None = _get_voxel_size(array, order.zyx)
+        """Micrometres along z, y, x; None where the file does not state them."""
+        self.affine: NDArray[np.float64] | None = _build_affine(array, order.zyx, self.voxel_size)
         """[4, 4] voxel (z, y, x, 1) -> micrometres (z, y, x, 1); None where the voxel size is unknown."""
-        self.notes = (*source.notes, *layout.notes, *_turned(self.axes, self.affine))
-        self._source, self._layout, self._reopen = source, layout, reopen
+        self.notes = (*array.notes, *order.notes, *_note_permuted_world(self.axes, self.affine))
+
+        self._array, self._order, self._reopen = array, order, reopen
 
     def __getitem__(self, box: Box) -> Array:
         """The voxels of `box`, [Z, Y, X] in the file's dtype, a fresh array.
@@ -75,43 +85,55 @@ class Volume:
             raise InputError(f"box {box.start} to {box.stop} leaves {self.path}, whose shape is {self.shape} (z y x)")
         if not box.size:
             return np.empty(box.shape, self.dtype)
-        index, shape = self._layout.index(box), box.shape
+
+        # The copy is the caller's own: it may be written to, and it keeps no map of the file alive.
         with translate_errors(self.path, self.format):
-            part = self._source.read(index)
-            part = part.transpose(self._layout.transposition).reshape(shape)
+            part = self._array.read(self._order.index(box))
+            part = part.transpose(self._order.transposition).reshape(box.shape)
             return np.array(part, dtype=self.dtype, order="C")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._reopen, ()
 
     def describe(self) -> str:
-        """What was read, on a few lines for people."""
+        """Shape, type, axes, voxel size and notes, on a few lines for people."""
+        # The stored axes are shown as well, since `axes=` names them.
         z, y, x = self.shape
         size = files.format_bytes(math.prod(self.shape) * self.dtype.itemsize)
-        lines = [f"{self.path}: {self.format}, {z} x {y} x {x} voxels (z y x), {self.dtype}, {size}"]
-        stored = ", ".join(f"{name} {count}" for name, count in zip(self.axes, self._source.shape, strict=True))
-        lines.append(f"stored axes: {stored}" + (f"; channel {self.channel}" if self.channel is not None else ""))
-        if self.voxel_size is None:
-            lines.append("voxel size: the file does not say")
-        else:
-            lines.append("voxel size: " + " x ".join(f"{v:.6g}" for v in self.voxel_size) + " um (z y x)")
+        stored = ", ".join(f"{name} {count}" for name, count in zip(self.axes, self._array.shape, strict=True))
+        channel = "" if self.channel is None else f"; channel {self.channel}"
+        lines = [
+            f"{self.path}: {self.format}, {z} x {y} x {x} voxels (z y x), {self.dtype}, {size}",
+            f"stored axes: {stored}{channel}",
+            self._describe_voxel_size(),
+        ]
+
+        # An affine that only scales repeats the voxel size.
         if self.affine is not None and not np.array_equal(self.affine, np.diag([*(self.voxel_size or ()), 1.0])):
             rows = "; ".join(" ".join(f"{v:.6g}" for v in row) for row in self.affine[:3])
             lines.append(f"affine to um (z y x 1): {rows}")
-        absent = self._source.absent() if self._source.absent else None
-        return "\n".join([*lines, *(f"note: {note}" for note in (*self.notes, *([absent] if absent else [])))])
+
+        absent = self._array.absent() if self._array.absent else None
+        notes = [*self.notes, *([absent] if absent else [])]
+        return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+    def _describe_voxel_size(self) -> str:
+        if self.voxel_size is None:
+            return "voxel size: the file does not say"
+        return "voxel size: " + " x ".join(f"{v:.6g}" for v in self.voxel_size) + " um (z y x)"
 
 
 @contextlib.contextmanager
 def translate_errors(path: Path, kind: str) -> Iterator[None]:
-    """Turn what a decoder throws at a damaged file into one InputError; our own sentences pass through."""
+    """Turn whatever a decoder raises for a damaged file into one InputError; InputErrors pass unchanged."""
     try:
         yield
     except (InputError, MemoryError, KeyboardInterrupt):
         raise
     except FileNotFoundError as error:
         raise InputError(f"{path}: {kind} names a file that is missing: {error.filename or error}") from error
-    except Exception as error:  # decoders of a dozen libraries, each with errors of its own
+    except Exception as error:
+        # A dozen decoder libraries raise a dozen kinds of error for the same cause.
         text = " ".join(str(error).split())[:300] or "no further message"
         raise InputError(
             f"{path} cannot be read as {kind}: {type(error).__name__}: {text}; "
@@ -119,22 +141,25 @@ def translate_errors(path: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-def require_bytes(path: Path, begin: int, wanted: int, what: str) -> None:
-    """InputError unless the file holds `wanted` bytes from `begin` on: nothing is allocated for a header that lies."""
+def require_bytes(path: Path, begin: int, count: int, content: str) -> None:
+    """Raise InputError unless the file holds `count` bytes from `begin` on.
+
+    Called before memory is allocated for what a header declares.
+    """
     size = path.stat().st_size
-    if begin + wanted > size:
+    if begin + count > size:
         raise InputError(
-            f"{path} is incomplete: {what} needs {begin + wanted} bytes, but the file has {size}; "
+            f"{path} is incomplete: {content} needs {begin + count} bytes, but the file has {size}; "
             "copy or export it again"
         )
 
 
 def check_shape(path: Path, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape as ints; InputError when an axis is empty, negative, or the product is beyond any disk."""
+    """The shape as ints; InputError when an axis is empty or negative, or the array is larger than any disk."""
     sizes = tuple(int(n) for n in shape)
     if not sizes or any(n <= 0 for n in sizes):
         raise InputError(f"{path} declares an array of shape {sizes}; every axis must have at least one voxel")
-    if math.prod(sizes) > 1 << 56:
+    if math.prod(sizes) > _MAX_VOXELS:
         raise InputError(f"{path} declares an array of shape {sizes}, which no disk can hold; its header is damaged")
     return sizes
 
@@ -147,7 +172,7 @@ def check_dtype(path: Path, dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def map_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[Index], Array]:
-    """A reader of parts of a plain C-ordered array that begins at byte `offset` of `path`."""
+    """A function that reads parts of a plain C-ordered array that begins at byte `offset` of `path`."""
     require_bytes(path, offset, math.prod(shape) * dtype.itemsize, f"an array of shape {shape}, {dtype}")
     return functools.partial(_take, np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape))
 
@@ -156,30 +181,37 @@ def _take(array: Array, index: Index) -> Array:
     return array[index]
 
 
-def _voxel_size(source: StoredArray, order: tuple[int, int, int]) -> VoxelSize | None:
-    if source.spacing is None:
+def _get_voxel_size(array: StoredArray, zyx: tuple[int, int, int]) -> VoxelSize | None:
+    """Micrometres along z, y, x; None unless all three are finite and above 0."""
+    if array.spacing is None:
         return None
-    z, y, x = (abs(float(source.spacing[i])) for i in order)
+    z, y, x = (abs(float(array.spacing[i])) for i in zyx)
     return (z, y, x) if all(math.isfinite(v) and v > 0 for v in (z, y, x)) else None
 
 
-def _affine(
-    source: StoredArray, order: tuple[int, int, int], voxel_size: VoxelSize | None
+def _build_affine(
+    array: StoredArray, zyx: tuple[int, int, int], voxel_size: VoxelSize | None
 ) -> NDArray[np.float64] | None:
+    """[4, 4] voxel -> micrometres, from the file's own matrix where it has one."""
     if voxel_size is None:
         return None
+
+    # Columns of the file's matrix are stored axes; those of z y x and the origin are taken.
     affine = np.diag([*voxel_size, 1.0])
-    if source.world is not None:
-        affine[:3] = source.world[:, [*order, -1]]
+    if array.world is not None:
+        affine[:3] = array.world[:, [*zyx, -1]]
     return affine
 
 
-def _turned(axes: str, affine: NDArray[np.float64] | None) -> tuple[str, ...]:
-    """A remark where the file places an axis along another one of its world: it is read as stored."""
+def _note_permuted_world(axes: str, affine: NDArray[np.float64] | None) -> tuple[str, ...]:
+    """A note where the file's matrix places a stored axis along another world axis; the array is read as stored."""
     if affine is None:
         return ()
+
+    # World axis with the largest component of each stored axis.
     along = "".join("ZYX"[int(i)] for i in np.abs(affine[:3, :3]).argmax(axis=0))
     if along == "ZYX" or len(set(along)) < 3:
         return ()
-    turned = axes.translate(str.maketrans("ZYX", along))
-    return (f"by its affine matrix, z y x as read run along {' '.join(along.lower())}; axes={turned} turns them so",)
+
+    letters = axes.translate(str.maketrans("ZYX", along))
+    return (f"by its affine matrix, z y x as read run along {' '.join(along.lower())}; axes={letters} turns them so",)

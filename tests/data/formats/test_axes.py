@@ -23,18 +23,18 @@ WRITTEN: dict[str, tuple[dict[str, object], str | None]] = {
     "ImageJ channels": ({"imagej": True, "metadata": {"axes": "CYX"}}, "2D image; .* axes=ZYX"),
     "ImageJ frames": ({"imagej": True, "metadata": {"axes": "TYX"}}, "2D image; .* axes=ZYX"),
     "OME channels": ({"ome": True, "metadata": {"axes": "CYX"}}, "2D image; .* axes=ZYX"),
-    "colour planes": ({"photometric": "rgb", "planarconfig": "SEPARATE"}, "colour.* axes=ZYX"),
+    "color planes": ({"photometric": "rgb", "planarconfig": "SEPARATE"}, "color.* axes=ZYX"),
 }
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 @pytest.mark.parametrize("how", WRITTEN)
 def test_short_stacks(tmp_path: Path, how: str, count: int) -> None:
-    if how == "colour planes" and count not in (3, 4):
-        pytest.skip("three or four samples make colours")
+    if how == "color planes" and count not in (3, 4):
+        pytest.skip("three or four samples make colors")
     data = np.random.default_rng(0).integers(0, 255, (count, 32, 40)).astype("uint8")
     options, refusal = WRITTEN[how]
-    extra = {"extrasamples": ["unassalpha"]} if how == "colour planes" and count == 4 else {}
+    extra = {"extrasamples": ["unassalpha"]} if how == "color planes" and count == 4 else {}
     tifffile.imwrite(tmp_path / "a.tif", data, **options, **extra)
     if refusal:
         with pytest.raises(InputError, match=refusal):
@@ -56,9 +56,9 @@ def test_the_writer_trap_of_tifffile(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_volume(tmp_path / "a.tif", axes="ZYX")[Box.whole(data.shape)], data)
 
 
-def test_a_colour_photograph_is_no_stack(tmp_path: Path) -> None:
+def test_a_color_photograph_is_no_stack(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((32, 40, 3), "uint8"), photometric="rgb")
-    with pytest.raises(InputError, match="2D colour image"):
+    with pytest.raises(InputError, match="2D color image"):
         open_volume(tmp_path / "a.tif")
 
 

@@ -217,7 +217,7 @@ def test_a_lying_tiff_strip_is_refused(tmp_path: Path) -> None:
         for page in tif.pages:
             for tag in ("ImageWidth", "ImageLength", "RowsPerStrip"):
                 page.tags[tag].overwrite(60000)
-    with pytest.raises(InputError, match="matches .* bytes from"):
+    with pytest.raises(InputError, match="claims .* bytes from"):
         open_volume(tmp_path / "a.tif")
 
 

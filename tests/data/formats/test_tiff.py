@@ -85,7 +85,7 @@ def test_a_small_box_of_a_compressed_tiff_decodes_few_segments(tmp_path: Path) -
     tiff(tmp_path / "a.tif", image("uint16", (40, 64, 64)), tile=(16, 16), compression="zlib", photometric="minisblack")
     volume = open_volume(tmp_path / "a.tif")
     volume[Box((3, 0, 0), (5, 16, 16))]
-    assert len(volume._source.read.kept) == 2
+    assert len(volume._array.read.cache) == 2
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float32", "float64"])
@@ -114,7 +114,7 @@ def test_channels_of_tiff(tmp_path: Path) -> None:
     assert_reads(tmp_path / "b.tif", data[:, 1], channel=1)
 
 
-def test_colour_samples_are_channels(tmp_path: Path) -> None:
+def test_color_samples_are_channels(tmp_path: Path) -> None:
     data = image("uint8", (5, 7, 9, 3))
     for planar in ("CONTIG", "SEPARATE"):
         stored = data if planar == "CONTIG" else np.moveaxis(data, -1, 1)
@@ -123,13 +123,13 @@ def test_colour_samples_are_channels(tmp_path: Path) -> None:
 
 
 def test_a_stack_written_slice_by_slice(tmp_path: Path) -> None:
-    """`imwrite(append=True)` in a loop makes each slice an array of its own; a stack of colours is slices too."""
+    """`imwrite(append=True)` in a loop makes each slice an array of its own; a stack of colors is slices too."""
     for plane in image():
         tiff(tmp_path / "a.tif", plane, append=True, photometric="minisblack")
     assert_reads(tmp_path / "a.tif", image())
-    colours = np.stack([image(), image() + 1, image() + 2], axis=-1)
-    tiff(tmp_path / "b.tif", colours, photometric="rgb")
-    assert_reads(tmp_path / "b.tif", colours[..., 2], channel=2)
+    colors = np.stack([image(), image() + 1, image() + 2], axis=-1)
+    tiff(tmp_path / "b.tif", colors, photometric="rgb")
+    assert_reads(tmp_path / "b.tif", colors[..., 2], channel=2)
 
 
 def test_slices_in_natural_order(tmp_path: Path) -> None:
