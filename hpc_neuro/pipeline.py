@@ -36,6 +36,8 @@ class Verb:
     summary: str
     config: str | None = None
     """Name of the config class in `module`; None: the verb reads its arguments itself."""
+    main_keys: str = ""
+    """The dotted keys that people set most, separated by spaces: `--help` lists them, `--help all` lists every key."""
     commands: tuple[tuple[str, str], ...] = ()
     """(subcommand, module with `main(arguments)`) pairs."""
     folder: str | None = None
@@ -91,6 +93,10 @@ _ROWS = (
         module="hpc_neuro.prepare",
         config="PrepareConfig",
         summary="images + SWC trees -> training store",
+        main_keys=(
+            "images manifest out voxel_size swc_unit channel axes radius tube beyond_root split.test "
+            "split.val split.test_fraction split.val_fraction misaligned"
+        ),
         folder="store",
         artifacts=("dataset.json",),
         history_check="check_prepare",
@@ -102,6 +108,10 @@ _ROWS = (
         module="hpc_neuro.precompute",
         config="PrecomputeConfig",
         summary="training store -> teacher feature cache",
+        main_keys=(
+            "store out teacher.model teacher.weights splits views layers augment_views stride_v scale "
+            "pca dtype tile batch"
+        ),
         folder="cache",
         inputs=(Input("store", "prepare"),),
         artifacts=("manifest.json",),
@@ -114,6 +124,10 @@ _ROWS = (
         module="hpc_neuro.train",
         config="TrainConfig",
         summary="store + cache -> 3D student",
+        main_keys=(
+            "store cache out teacher.model teacher.weights student.size student.patch crop.size "
+            "optim.steps optim.batch optim.lr losses distill engine.stage tracker.wandb seed"
+        ),
         folder="train",
         inputs=(Input("store", "prepare"), Input("cache", "precompute")),
         artifacts=("weights/best/model.safetensors", "weights/last/model.safetensors"),
@@ -126,6 +140,10 @@ _ROWS = (
         module="hpc_neuro.infer",
         config="InferConfig",
         summary="student + volumes -> probabilities and SWC trees; verify OUT, serve OUT",
+        main_keys=(
+            "model store split inputs out weights block window overlap batch threshold trees "
+            "trace.root_snap trace.min_cable flips"
+        ),
         commands=(("verify", "hpc_neuro.infer.verify"), ("serve", "hpc_neuro.infer.viewer")),
         folder="infer",
         inputs=(Input("model", "train"), Input("store", "prepare")),
@@ -140,6 +158,9 @@ _ROWS = (
         module="hpc_neuro.evaluate",
         config="EvaluateConfig",
         summary="predictions + truth -> metrics and report",
+        main_keys=(
+            "store predictions out compare split train otsu threshold tolerance_vox tolerance_um draws pictures seed"
+        ),
         folder="evaluate",
         inputs=(
             Input("predictions", "infer"),
@@ -157,12 +178,20 @@ _ROWS = (
         module="hpc_neuro.search",
         config="SearchConfig",
         summary="a study's trials -> table, figures, best config",
+        main_keys=(
+            "out space recipe train.config train.keys infer.keys evaluate.keys sampler trials "
+            "objective.key objective.goal objective.take asha concurrent requeue"
+        ),
     ),
     Verb(
         name="demo",
         module="hpc_neuro.demo",
         config="DemoConfig",
         summary="all of the above on a small data set",
+        main_keys=(
+            "out data test steps teacher.model teacher.weights synthetic.volumes synthetic.shape "
+            "prepare precompute train infer evaluate"
+        ),
         artifacts=("metrics.json", "metrics.csv", "report.html"),
         history_check="check_demo",
         launchable=True,

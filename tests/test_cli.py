@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro import cli
+from hpc_neuro.core import schema
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.pipeline import VERBS
 
@@ -16,12 +17,26 @@ CONFIGURED = [name for name, verb in VERBS.items() if verb.config]
 
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_help_lists_every_key_with_its_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([name, "--help"]) == 0
+    assert cli.main([name, "--help", "all"]) == 0
     text = capsys.readouterr().out
     assert VERBS[name].summary in text
     assert "  out " in text
     undocumented = [line for line in text.splitlines()[2:] if not line.strip()]
     assert not undocumented
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_plain_help_lists_the_keys_that_people_set(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    verb = VERBS[name]
+    keys = [field.key for field in schema.describe(verb.load_config_class())]
+    main_keys = verb.main_keys.split()
+    assert set(main_keys) <= set(keys)
+    assert 10 <= len(main_keys) <= 16
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    listed = [line.split()[0] for line in text.splitlines() if line[:2] == "  " and line[2] != " "]
+    assert listed == [key for key in keys if key in main_keys]
+    assert f"`hpc-neuro {name} --help all` lists every key" in text
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
@@ -54,7 +69,7 @@ def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeyp
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", "store/OP_1.h5")
 
-    monkeypatch.setattr(cli, "_call", full)
+    monkeypatch.setattr(cli, "_run_verb", full)
     assert cli.main(["prepare"]) == 2
     assert "no space left on the disk (store/OP_1.h5)" in capsys.readouterr().err
 
@@ -63,7 +78,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -
     def broken(*_: object) -> int:
         raise OSError(errno.EIO, "I/O error")
 
-    monkeypatch.setattr(cli, "_call", broken)
+    monkeypatch.setattr(cli, "_run_verb", broken)
     with pytest.raises(OSError, match="I/O error"):
         cli.main(["prepare"])
 
@@ -74,16 +89,16 @@ def test_an_interrupt_says_that_the_same_command_goes_on(
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_call", interrupted)
+    monkeypatch.setattr(cli, "_run_verb", interrupted)
     assert cli.main(["train"]) == 75
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
 def test_config_errors_reach_the_user(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def bad(*_: object) -> int:
         raise ConfigError("a: b")
 
-    monkeypatch.setattr(cli, "_call", bad)
+    monkeypatch.setattr(cli, "_run_verb", bad)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "hpc-neuro train: a: b\n"
 

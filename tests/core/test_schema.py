@@ -95,7 +95,7 @@ def test_an_override_that_would_be_lost_without_a_word_is_refused(keys: list[str
 
 
 def test_a_list_that_is_no_yaml_says_what_to_quote() -> None:
-    with pytest.raises(ConfigError, match=r"things: \[a=\[1,2\]\] is no YAML; quote what holds brackets"):
+    with pytest.raises(ConfigError, match=r"things: \[a=\[1,2\]\] is not YAML; quote an item that holds brackets"):
         load("things=[a=[1,2]]")
 
 
