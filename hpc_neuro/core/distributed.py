@@ -1,4 +1,4 @@
-"""Rank, world size, device, scalar reductions, and the MPI communicator. The only importer of mpi4py."""
+"""The ranks of a job: a torch group; and MPI, or a process alone, behind one object. The only importer of mpi4py."""
 
 from __future__ import annotations
 
@@ -8,33 +8,25 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.stop_signals import Stopped
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-# as torchrun, Open MPI, MPICH and Slurm say it
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-
-
-def _group() -> Any:
-    """torch.distributed when this process has joined a group, else None.
-
-    Who has not imported torch is in no group, and need not import it (2 s) to learn that: `--help`, a login node.
-    """
-    dist = sys.modules.get("torch.distributed")
-    return dist if dist is not None and dist.is_initialized() else None
+"""The rank on this node, in the words of torchrun, Open MPI, MPICH and Slurm."""
 
 
 def rank() -> int:
-    """This process's index in the torch group; without one, as the launcher says, 0 when alone."""
-    group = _group()
+    """This process's index in the torch group; without a group, the launcher's RANK, 0 when alone."""
+    group = _torch_group()
     return int(group.get_rank()) if group else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes in the torch group; without one, as the launcher says, 1 when alone."""
-    group = _group()
+    """Number of processes in the torch group; without a group, the launcher's WORLD_SIZE, 1 when alone."""
+    group = _torch_group()
     return int(group.get_world_size()) if group else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -47,94 +39,178 @@ def device() -> torch.device:
     """The accelerator of this process's local rank, else the CPU."""
     import torch
 
-    if torch.cuda.is_available():
-        local = next((os.environ[k] for k in _LOCAL_RANK if k in os.environ), "0")
-        index = int(local) % torch.cuda.device_count()
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+
+    local_rank = next((os.environ[name] for name in _LOCAL_RANK if name in os.environ), "0")
+    # A launcher may show each task only its own GPU, so the local rank can exceed the visible devices.
+    index = int(local_rank) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def barrier() -> None:
-    """Wait for all ranks; nothing to wait for when alone."""
-    if (group := _group()) and group.get_world_size() > 1:
+    """Wait for all ranks of the torch group; return at once when alone."""
+    if (group := _torch_group()) and group.get_world_size() > 1:
         group.barrier()
 
 
-def reduced(value: float, how: str, on: torch.device) -> float:
-    """`value` reduced over all ranks by `sum`, `max`, `min` or `mean`; the same on every rank. float64."""
-    dist = _group()
-    if dist is None or dist.get_world_size() == 1:
+def reduce_scalar(value: float, op: str, on: torch.device) -> float:
+    """`value` reduced over all torch ranks by `sum`, `max`, `min` or `mean`; the same on every rank. float64."""
+    group = _torch_group()
+    if group is None or group.get_world_size() == 1:
         return value
+
     import torch
 
-    op = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how]
+    operations = {"sum": group.ReduceOp.SUM, "max": group.ReduceOp.MAX, "min": group.ReduceOp.MIN}
     tensor = torch.tensor(value, dtype=torch.float64, device=on)
-    dist.all_reduce(tensor, op=op)
-    return float(tensor.item()) / (dist.get_world_size() if how == "mean" else 1)
+    group.all_reduce(tensor, op=operations["sum" if op == "mean" else op])
+    return float(tensor.item()) / (group.get_world_size() if op == "mean" else 1)
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Whether each flag holds on any torch rank; the same on every rank.
+
+    The flags are reduced on the CPU, so that the accelerator's queue is not waited for.
+    """
+    group = _torch_group()
+    if group is None or group.get_world_size() == 1:
+        return [bool(flag) for flag in flags]
+
+    import torch
+
+    tensor = torch.tensor(flags, dtype=torch.int64)
+    group.all_reduce(tensor, op=group.ReduceOp.MAX)
+    return [bool(flag) for flag in tensor]
+
+
+class Ranks:
+    """The processes that run one verb together: this process alone, or all ranks of an MPI job.
+
+    Every method is collective: all ranks call it.
+    """
+
+    def __init__(self, comm: Any = None) -> None:
+        """comm: an MPI communicator; None: this process is alone."""
+        self.comm = comm
+        self.rank: int = 0 if comm is None else comm.Get_rank()
+        self.size: int = 1 if comm is None else comm.Get_size()
+
+    @classmethod
+    def join(cls) -> Ranks:
+        """The ranks that an MPI launcher started, else this process alone.
+
+        Raises ConfigError when the process counts of the launcher and of MPI differ: a wrong PMI gives N worlds of one
+        process each.
+        """
+        mpi_variables = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+        slurm_tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+        if slurm_tasks == 1 and not any(name in os.environ for name in mpi_variables):
+            return cls()
+
+        # Importing mpi4py starts MPI, which a process without an MPI launcher must not do.
+        from mpi4py import MPI
+
+        size = MPI.COMM_WORLD.Get_size()
+        if slurm_tasks > 1 and size != slurm_tasks:
+            raise ConfigError(
+                f"Slurm started {slurm_tasks} tasks but MPI sees {size}: the PMI of srun and of the MPI library "
+                "differ; use `srun --mpi=pmix` for Open MPI or `srun --mpi=pmi2` for MPICH"
+            )
+        return cls(MPI.COMM_WORLD) if size > 1 else cls()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank logs, and writes what is written once."""
+        return self.rank == 0
+
+    def run(self, step: Callable[[], T]) -> T:
+        """The result of `step` on this rank; when it fails or is stopped on one rank, all ranks end.
+
+        The lowest rank that failed raises its error, so that it is reported once; the others raise SystemExit(2), so
+        that none waits for a rank that has ended. When no rank failed and one was stopped by a signal, all raise
+        Stopped.
+        """
+        results: list[T] = []
+        error: Exception | Stopped | None = None
+        try:
+            results.append(step())
+        except (Exception, Stopped) as raised:
+            # Raised again below, once no rank waits for this one.
+            error = raised
+
+        stop_reason = error.reason if isinstance(error, Stopped) else ""
+        outcomes = self.gather((error is not None and not stop_reason, stop_reason))
+        failed_ranks = [rank for rank, (is_failed, _) in enumerate(outcomes) if is_failed]
+        stop_reasons = [reason for _, reason in outcomes if reason]
+
+        if failed_ranks and failed_ranks[0] == self.rank and error is not None:
+            raise error
+        if failed_ranks:
+            raise SystemExit(2)
+        if stop_reasons:
+            raise Stopped(stop_reasons[0])
+        return results[0]
+
+    def run_on_main(self, step: Callable[[], T]) -> T:
+        """The result of `step`, which only the first rank runs; all ranks get it, and end as in `run` when it fails."""
+        results = self.run(lambda: [step()] if self.is_main else [])
+        return results[0] if self.comm is None else self.comm.bcast(results)[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in the order of the ranks."""
+        return [value] if self.comm is None else list(self.comm.allgather(value))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.comm is not None:
+            self.comm.Barrier()
+
+    def share_threads(self) -> None:
+        """Divide the cores of each node among its ranks, unless the launcher did so already.
+
+        srun and batch systems bind ranks to cores or set OMP_NUM_THREADS; mpiexec leaves every rank all cores.
+        """
+        if self.comm is None:
+            return
+
+        import torch
+        from mpi4py import MPI
+
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        if "OMP_NUM_THREADS" not in os.environ and len(os.sched_getaffinity(0)) == os.cpu_count():
+            torch.set_num_threads(max(1, torch.get_num_threads() // node.Get_size()))
+        node.Free()
+
+
+def _torch_group() -> Any:
+    """torch.distributed when this process has joined a group, else None.
+
+    A process that has not imported torch is in no group, and need not import it (2 s) to learn that: `--help`, a login
+    node.
+    """
+    group = sys.modules.get("torch.distributed")
+    return group if group is not None and group.is_initialized() else None
 
 
 def mpi_comm() -> Any:
-    """The MPI world communicator when this process was started by an MPI launcher, else None.
-
-    Raises ConfigError when the launcher's process count and MPI's disagree (a wrong PMI gives N worlds of one process).
-    """
-    launched = next((os.environ[k] for k in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK") if k in os.environ), None)
-    tasks = int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
-    if launched is None and tasks == 1:
-        return None
-    from mpi4py import MPI  # importing starts MPI, which a process without a launcher must not do
-
-    size = MPI.COMM_WORLD.Get_size()
-    if tasks > 1 and size != tasks:
-        raise ConfigError(
-            f"Slurm started {tasks} tasks but MPI sees {size}: the PMI of srun and of the MPI library differ; "
-            "use `srun --mpi=pmix` for Open MPI or `srun --mpi=pmi2` for MPICH"
-        )
-    return MPI.COMM_WORLD if size > 1 else None
+    """The communicator of `Ranks.join`; None when alone."""
+    return Ranks.join().comm
 
 
 def share_threads(comm: Any) -> None:
-    """Divide the cores among the ranks of `comm` (None: alone) on this machine, unless their launcher did so already.
-
-    Collective. srun and batch systems bind ranks to cores or set OMP_NUM_THREADS; mpiexec leaves every rank all cores.
-    """
-    if comm is None:
-        return
-    import torch
-    from mpi4py import MPI
-
-    here = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    if "OMP_NUM_THREADS" not in os.environ and len(os.sched_getaffinity(0)) == os.cpu_count():
-        torch.set_num_threads(max(1, torch.get_num_threads() // here.Get_size()))
-    here.Free()
+    """See Ranks.share_threads."""
+    Ranks(comm).share_threads()
 
 
 def together(step: Callable[[], T], comm: Any) -> T:
-    """What `step` returns on this rank of `comm` (None: alone); when it fails on one, all stop. Collective.
-
-    The lowest rank that failed raises its error, which is then said once; the others raise SystemExit(2), so that none
-    waits for one that has stopped.
-    """
-    done: list[T] = []
-    failed: Exception | None = None
-    try:
-        done.append(step())
-    except Exception as error:  # raised again below, when no rank waits for this one any more
-        failed = error
-    ranks = [failed is not None] if comm is None else comm.allgather(failed is not None)
-    if not any(ranks):
-        return done[0]
-    if failed is not None and (comm is None or ranks.index(True) == comm.Get_rank()):
-        raise failed
-    raise SystemExit(2)
+    """See Ranks.run."""
+    return Ranks(comm).run(step)
 
 
 def turns(count: int, comm: Any) -> Iterator[int]:
-    """Share the numbers 0 to count - 1 among the ranks of `comm` (None: alone): each takes the next one nobody has.
-
-    One counter in rank 0's memory, raised by one-sided access, so a rank that is done early takes more and none waits.
-    """
+    """Share the numbers 0 to count - 1 among the ranks of `comm`; each takes the next one that no rank has."""
     if comm is None:
         yield from range(count)
         return
@@ -145,12 +221,12 @@ def turns(count: int, comm: Any) -> Iterator[int]:
     if comm.Get_rank() == 0:
         np.asarray(window.tomemory()).view(np.int64)[0] = 0
     comm.Barrier()
-    one, mine = np.ones(1, np.int64), np.zeros(1, np.int64)
+    one, number = np.ones(1, np.int64), np.zeros(1, np.int64)
     while True:
         window.Lock(0)
-        window.Fetch_and_op(one, mine, 0)
+        window.Fetch_and_op(one, number, 0)
         window.Unlock(0)
-        if mine[0] >= count:
+        if number[0] >= count:
             break
-        yield int(mine[0])
-    window.Free()  # collective: every rank has drawn its last number
+        yield int(number[0])
+    window.Free()

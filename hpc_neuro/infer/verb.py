@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import distributed, files, run_folder
+from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.geometry import Block
-from hpc_neuro.core.heartbeat import Heartbeat
+from hpc_neuro.core.liveness import MpiRankWatch
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.infer import status_page
@@ -60,7 +61,7 @@ def run(cfg: InferConfig) -> int:
         this = distributed.together(lambda: stack.enter_context(start), comm)
         if this.complete:
             return 0
-        stack.enter_context(Heartbeat(folder / ".ranks.part", comm, cfg.silence))
+        stack.enter_context(MpiRankWatch(folder / ".ranks.part", Ranks(comm), cfg.silence))
         begun, failures = time.monotonic(), list[str]()
         if main and volumes:  # a share may be empty
             log.info("\n".join(lines(cfg, job, volumes, ranks)))

@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from hpc_neuro.core import distributed, files, run_folder
-from hpc_neuro.core.heartbeat import Heartbeat
+from hpc_neuro.core.distributed import Ranks
+from hpc_neuro.core.liveness import MpiRankWatch
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import feature_cache as cache
 from hpc_neuro.data.feature_cache import encoding
@@ -61,10 +61,10 @@ def forecast(cfg: PrecomputeConfig) -> list[str]:
 
     All MPI ranks call this, so that the time is theirs together; the first one gets the lines.
     """
-    comm, main = _ranks()
-    work, todo, space = _planned(cfg, comm, main)
-    seconds = _probed(cfg, work, todo, comm)
-    return estimate.lines(cfg, work.teacher, work.units, todo, space, seconds) if main else []
+    ranks = _join_ranks()
+    work, todo, space = _planned(cfg, ranks)
+    seconds = _probed(cfg, work, todo, ranks)
+    return estimate.lines(cfg, work.teacher, work.units, todo, space, seconds) if ranks.is_main else []
 
 
 def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
@@ -72,21 +72,22 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
 
     again: files of shards that are there and are to be made anew; each is replaced when its successor is whole.
     """
-    comm, main = _ranks()
-    work, todo, space = _planned(cfg, comm, main, again)
+    ranks = _join_ranks()
+    main = ranks.is_main
+    work, todo, space = _planned(cfg, ranks, again)
     inputs = {f"volume {k}": d for k, d in work.digests.items()} | {"teacher": work.teacher.identity["sha256"]}
     with contextlib.ExitStack() as stack:
         start = run_folder.start("precompute", cfg, cfg.out, inputs, may_change=_MAY_CHANGE, main=main, whole=not todo)
-        this = distributed.together(lambda: stack.enter_context(start), comm)
+        this = ranks.run(lambda: stack.enter_context(start))
         if this.complete:
             return 0
-        stack.enter_context(Heartbeat(cfg.out / ".ranks.part", comm, cfg.silence))
+        stack.enter_context(MpiRankWatch(cfg.out / ".ranks.part", ranks, cfg.silence))
         begun = time.monotonic()
-        seconds = _probed(cfg, work, todo, comm)
-        distributed.together(lambda: _prepare(cfg, work, todo, space, seconds) if main else None, comm)
-        coded = distributed.together(lambda: _coding(cfg), comm)
-        distributed.together(lambda: _share(cfg, work, todo, comm, main, *coded), comm)
-        distributed.together(lambda: _finish(cfg, work) if main else None, comm)
+        seconds = _probed(cfg, work, todo, ranks)
+        ranks.run_on_main(lambda: _prepare(cfg, work, todo, space, seconds))
+        coded = ranks.run(lambda: _coding(cfg))
+        ranks.run(lambda: _share(cfg, work, todo, ranks, *coded))
+        ranks.run_on_main(lambda: _finish(cfg, work))
         if main:
             summary = {"shards": len(work.units), "seconds": round(time.monotonic() - begun, 3)}
             this.finish(summary, outputs=[cfg.out / cache.MANIFEST])
@@ -115,38 +116,29 @@ def open_all(cfg: PrecomputeConfig) -> Work:
     return Work(store, teacher, units, {v: store[v].digest for v in sorted({u.volume for u in units})})
 
 
-def _ranks() -> tuple[Any, bool]:
-    """The MPI communicator (None: alone), and whether this is the rank that speaks and writes what is written once."""
-    comm = distributed.mpi_comm()
-    main = comm is None or comm.Get_rank() == 0
-    if not main:
+def _join_ranks() -> Ranks:
+    """The MPI ranks of this run; only the first one logs more than warnings."""
+    ranks = Ranks.join()
+    if not ranks.is_main:
         logging.getLogger("hpc_neuro").setLevel(logging.WARNING)
-    distributed.share_threads(comm)
-    return comm, main
+    ranks.share_threads()
+    return ranks
 
 
-def _planned(
-    cfg: PrecomputeConfig, comm: Any, main: bool, again: Collection[str] = ()
-) -> tuple[Work, list[cache.Unit], str]:
+def _planned(cfg: PrecomputeConfig, ranks: Ranks, again: Collection[str] = ()) -> tuple[Work, list[cache.Unit], str]:
     """The work, the shards that are to be made, and the space for them. Nothing is written yet.
 
     A config that does not fit is refused here, so that a milder one may use the same folder.
     """
-    work = distributed.together(lambda: open_all(cfg), comm)
-    todo = distributed.together(lambda: work.missing(cfg, again) if main else [], comm)
-    if comm is not None:
-        todo = comm.bcast(todo)  # ranks that start late would miss what the early ones already made
-    return (
-        work,
-        todo,
-        distributed.together(lambda: estimate.space(cfg, work.store, work.teacher, todo) if main else "", comm),
-    )
+    work = ranks.run(lambda: open_all(cfg))
+    # All ranks get the first rank's list: a rank that starts late would miss what the early ones already made.
+    todo = ranks.run_on_main(lambda: work.missing(cfg, again))
+    return work, todo, ranks.run_on_main(lambda: estimate.space(cfg, work.store, work.teacher, todo))
 
 
-def _probed(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], comm: Any) -> list[float]:
+def _probed(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], ranks: Ranks) -> list[float]:
     """What the probe says on each rank."""
-    mine = distributed.together(lambda: estimate.probe(cfg, work.store, work.teacher, todo), comm)
-    return [mine] if comm is None else list(comm.allgather(mine))
+    return ranks.gather(ranks.run(lambda: estimate.probe(cfg, work.store, work.teacher, todo)))
 
 
 def _prepare(cfg: PrecomputeConfig, work: Work, todo: list[cache.Unit], space: str, seconds: list[float]) -> None:
@@ -166,15 +158,15 @@ def _share(
     cfg: PrecomputeConfig,
     work: Work,
     todo: list[cache.Unit],
-    comm: Any,
-    main: bool,
+    ranks: Ranks,
     coded: str,
     codings: dict[str, cache.Coding],
 ) -> None:
     """This rank's share of the shards: it takes the next one that nobody has."""
-    turns, ranks = distributed.turns(len(todo), comm), 1 if comm is None else comm.Get_size()
-    label = "teacher features" if ranks == 1 else f"teacher features, rank 0 of {ranks}"
-    shown = run_folder.track_progress(turns, label, total=-(-len(todo) // ranks), unit="slab") if main else turns
+    turns = distributed.turns(len(todo), ranks.comm)
+    label = "teacher features" if ranks.size == 1 else f"teacher features, rank 0 of {ranks.size}"
+    total = -(-len(todo) // ranks.size)
+    shown = run_folder.track_progress(turns, label, total=total, unit="slab") if ranks.is_main else turns
     try:
         units = (todo[i] for i in shown)
         build(cfg, work.store, work.teacher, units, lambda unit: work.key(cfg, unit, coded), codings)

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from hpc_neuro.core import distributed, run_folder
+from hpc_neuro.core.constants import EXIT_STOPPED
+from hpc_neuro.core.liveness import TorchRankWatch
+from hpc_neuro.core.stop_signals import StopSignals
 from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.augment import augment
 from hpc_neuro.data.dataset import load_batches
@@ -26,9 +29,7 @@ from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.deepspeed.engine import join_group
 from hpc_neuro.train.ema import decay_at
 from hpc_neuro.train.optim import lr_at
-from hpc_neuro.train.preempt import EXIT_CODE, Preemption
 from hpc_neuro.train.prefetch import OnDevice
-from hpc_neuro.train.rank_watch import Watch
 from hpc_neuro.train.run_state import Training
 from hpc_neuro.train.setup import assemble, lines, memory
 
@@ -52,7 +53,7 @@ def run(cfg: TrainConfig) -> int:
 
     When a rank is lost the others say which and raise SystemExit(1); what the last checkpoint holds is kept.
     """
-    with Preemption(cfg.checkpoint.margin, cfg.checkpoint.walltime) as preemption:
+    with StopSignals(cfg.checkpoint.margin, cfg.checkpoint.walltime) as stop_signals:
         parts = assemble(cfg)
         needs = list(lines(cfg, parts, distributed.world_size()))
         with run_folder.start("train", cfg, cfg.out, parts.inputs, may_change=_MAY_CHANGE) as this:
@@ -63,15 +64,15 @@ def run(cfg: TrainConfig) -> int:
             if parts.crops.cache is not None and distributed.is_main():
                 record_use(parts.crops.cache.path, cfg.out)
             join_group(cfg.engine)
-            with Watch(cfg.engine.silence) as watch:
+            with TorchRankWatch(cfg.engine.silence) as watch:
                 try:
                     state = Training(cfg, parts)
                     with contextlib.closing(state):
-                        if train(state, preemption, watch):
-                            why = preemption.reason or "another rank"
+                        if train(state, stop_signals, watch):
+                            why = stop_signals.reason or "another rank"
                             log.warning("train: stopped by %s after step %d; the same command goes on", why, state.step)
-                            this.record["exit"] = EXIT_CODE
-                            return EXIT_CODE
+                            this.record["exit"] = EXIT_STOPPED
+                            return EXIT_STOPPED
                         this.finish(state.finish(), outputs=sorted((cfg.out / "weights").glob("*/*.*")))
                 except RuntimeError as error:
                     if lost := watch.explain(error):
@@ -81,22 +82,22 @@ def run(cfg: TrainConfig) -> int:
     return 0
 
 
-def train(state: Training, preemption: Preemption, watch: Watch) -> bool:
+def train(state: Training, stop_signals: StopSignals, watch: TorchRankWatch) -> bool:
     """All steps that are left; True when stopped before the last, with everything saved."""
     cfg, steps = state.cfg, state.cfg.optim.steps
-    if preemption.agreed()[0]:
+    if distributed.any_rank(stop_signals.is_requested)[0]:
         return state.step < steps
     with contextlib.closing(reading(state)) as read:
         ready = OnDevice(read, state.device)
         with state.meter.paused():
-            watch.doing = f"the validation of step {state.step}"
+            watch.activity = f"the validation of step {state.step}"
             state.score_due()
         while state.step < steps:
-            watch.doing = f"step {state.step + 1}"
+            watch.activity = f"step {state.step + 1}"
             one_step(state, ready)
             last = state.step == steps
             overdue = 0 < cfg.checkpoint.minutes < (time.monotonic() - state.saved) / 60
-            stop, overdue, writing = preemption.agreed(overdue, not state.saver.written)
+            stop, overdue, writing = distributed.any_rank(stop_signals.is_requested, overdue, not state.saver.written)
             milestone = is_milestone(state.step, cfg.checkpoint)
             due = cfg.checkpoint.every > 0 and state.step % cfg.checkpoint.every == 0
             save = overdue or stop or last or milestone or due
@@ -104,10 +105,10 @@ def train(state: Training, preemption: Preemption, watch: Watch) -> bool:
                 state.flush()  # raises when the loss is not finite, before that is saved
             with state.meter.paused():
                 if last or not stop:
-                    watch.doing = f"the validation of step {state.step}"
+                    watch.activity = f"the validation of step {state.step}"
                     state.score_due()
                 if save:
-                    watch.doing = f"the checkpoint of step {state.step}"
+                    watch.activity = f"the checkpoint of step {state.step}"
                     state.save(wait=stop or last)
                 elif not writing:
                     state.saver.complete()

@@ -268,7 +268,7 @@ class Training:
                 log.warning(
                     "train: weights/%s of step %d could not be written (%s); training goes on", name, self.step, error
                 )
-        return distributed.reduced(float(failed), "max", torch.device("cpu")) == 0
+        return distributed.reduce_scalar(float(failed), "max", torch.device("cpu")) == 0
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self.main:

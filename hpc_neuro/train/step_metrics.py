@@ -95,7 +95,7 @@ class Meter:
         steps, memory = len(result), _by_rank(int(_memory_peak(self._device)))
         result[-1] |= {
             "crops_per_s": crops_per_step * steps / seconds,
-            "data_wait_share": distributed.reduced(self._waited / seconds, "max", torch.device("cpu")),
+            "data_wait_share": distributed.reduce_scalar(self._waited / seconds, "max", torch.device("cpu")),
             "memory_bytes": max(memory),
             "memory_bytes_by_rank": memory,
             "eta_s": seconds / steps * steps_left,

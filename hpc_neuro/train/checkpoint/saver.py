@@ -197,7 +197,7 @@ def _remove(path: Path) -> None:
 
 def _anywhere(failures: list[str]) -> bool:
     """Whether any rank failed; the same on all."""
-    return distributed.reduced(float(len(failures)), "sum", _CPU) > 0
+    return distributed.reduce_scalar(float(len(failures)), "sum", _CPU) > 0
 
 
 def _fsync(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The handler only remembers; a second Ctrl-C ends the process; the clock of a Slurm job counts."""
+"""The handler only sets a flag; a second Ctrl-C ends the process; the clock of a Slurm job counts."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import time
 
 import pytest
 
-from hpc_neuro.train.preempt import Preemption
+from hpc_neuro.core import distributed
+from hpc_neuro.core.stop_signals import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_is_remembered_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
-    with Preemption(60) as preemption:
-        assert preemption.agreed() == [False]
+    with StopSignals(60) as stop:
+        assert stop.is_requested is False
         os.kill(os.getpid(), number)
         time.sleep(0.01)
-        assert preemption.agreed() == [True]
-        assert preemption.reason == signal.Signals(number).name
+        assert stop.is_requested is True
+        assert stop.reason == signal.Signals(number).name
     assert signal.getsignal(number) is before
 
 
 def test_a_second_ctrl_c_ends_the_process():
     code = (
-        "import os, signal, time; from hpc_neuro.train.preempt import Preemption\n"
-        "with Preemption(0):\n"
+        "import os, signal, time; from hpc_neuro.core.stop_signals import StopSignals\n"
+        "with StopSignals(0):\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
         "    print('survived')\n"
     )
@@ -40,24 +41,24 @@ def test_a_second_ctrl_c_ends_the_process():
 
 def test_the_end_of_a_slurm_job_stops_in_time(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
-    assert Preemption(margin=60).agreed() == [False]
-    late = Preemption(margin=120)
-    assert late.agreed() == [True]
+    assert StopSignals(margin=60).is_requested is False
+    late = StopSignals(margin=120)
+    assert late.is_requested is True
     assert "time limit" in late.reason
 
 
 def test_the_walltime_of_the_config_counts_where_slurm_says_nothing(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    assert Preemption(margin=120, walltime=3).agreed() == [False]
-    assert Preemption(margin=120, walltime=1).agreed() == [True]
+    assert StopSignals(margin=120, walltime=3).is_requested is False
+    assert StopSignals(margin=120, walltime=1).is_requested is True
 
 
 def test_outside_the_main_thread_no_handler_is_installed():
     found = []
 
     def work() -> None:
-        with Preemption(0) as preemption:
-            found.append(preemption.agreed(True, False))
+        with StopSignals(0) as stop:
+            found.append(distributed.any_rank(stop.is_requested, True, False))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=work)
