@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_neuro.data.feature_cache import layout as cache_layout
-from hpc_neuro.data.store import layout as store_layout
+from hpc_neuro.data import feature_cache, store
 from hpc_neuro.demo import DemoConfig
 from hpc_neuro.evaluate import predictions
 from hpc_neuro.history import checks
@@ -53,8 +52,8 @@ def test_configs_have_a_section_for_each_verb_of_the_table() -> None:
 
 
 def test_index_files_are_those_that_the_verbs_write() -> None:
-    assert STAGES["prepare"].index == store_layout.INDEX
-    assert STAGES["precompute"].index == cache_layout.MANIFEST
+    assert STAGES["prepare"].index == store.INDEX
+    assert STAGES["precompute"].index == feature_cache.MANIFEST
     assert STAGES["infer"].index == predictions.INDEX
 
 

@@ -1,4 +1,7 @@
-"""One transform for image, mask and centreline: batched, on the device, a function of (seed, global sample index)."""
+"""Augmentation: one transform for image, mask and centerline, in batches on the device.
+
+What a sample becomes is a pure function of (seed, global sample index).
+"""
 
 from __future__ import annotations
 
@@ -19,47 +22,57 @@ from hpc_neuro.core.types import Batch, copy_to_device
 from hpc_neuro.data.crops import make_rng
 from hpc_neuro.data.orientation import parse_orientation
 
-_FIELD = 4  # knots per axis of a smooth random field
-_SPECKS = 12  # most specks in one crop
+FIELD_KNOTS = 4
+"""Knots per axis of a smooth random field."""
+
+FADING = 0.6
+"""Standard deviation of the logarithm of brightness in unevenly bright crops; half of a crop is darkened on average."""
+
+BACKGROUND_LEVEL = 0.1
+"""Largest smooth background, as a share of the intensity range; small values are drawn more often."""
+
+READ_NOISE = 0.05
+"""Largest standard deviation of the read noise, as a share of the intensity range."""
+
+SHOT_NOISE = 0.15
+"""Largest standard deviation of the shot noise at full intensity, as a share of the intensity range."""
+
+STRIPE_CONTRAST = 0.3
+"""Largest standard deviation of the brightness of scan lines, relative to the signal."""
+
+MAX_SPECKS = 12
+"""Largest number of bright specks in one crop."""
 
 
 @config
 class AugmentConfig:
-    """How far training crops may stray from the stacks. Shares are probabilities per crop; 0 switches a thing off."""
+    """How far training crops may differ from the stacks. Shares are probabilities per crop; 0 switches a change off."""
 
     flip: bool = True
-    """Mirror along each axis, by a coin each."""
+    """Mirror along each axis with probability 1/2."""
     rotate90: bool = True
     """Quarter turns in the slice plane; crops whose y and x differ get half turns only."""
     distilled: tuple[str, ...] | None = None
     """Mirrors and turns of distilled crops, such as [flip_y, rot90], out of those that the cache holds (its
-    augment_views); none: all it holds."""
+    augment_views); none: all that it holds."""
     warp: float = Field(default=0.3, ge=0, le=1)
     """Share of crops turned, scaled and bent freely."""
     angle: float = Field(default=20.0, ge=0, le=180)
-    """[degree] Most turning in the slice plane."""
+    """[degree] Largest turn in the slice plane."""
     scale: float = Field(default=0.15, ge=0, lt=0.9)
-    """Most relative change of size, each axis on its own."""
+    """Largest relative change of size, drawn for each axis."""
     bend: float = Field(default=4.0, ge=0)
     """[voxel] Standard deviation of the smooth displacement in the slice plane."""
     gamma: float = Field(default=0.6, ge=0)
-    """Most change of gamma, as a logarithm: exp(0.6) = 1.8."""
+    """Largest change of gamma, as a logarithm: exp(0.6) = 1.8."""
     contrast: float = Field(default=0.3, ge=0, lt=1)
-    """Most relative change of contrast."""
+    """Largest relative change of contrast."""
     uneven: float = Field(default=0.5, ge=0, le=1)
-    """Share of crops whose signal fades and brightens smoothly from place to place."""
-    fading: float = Field(default=0.6, ge=0)
-    """Strength of that, as the standard deviation of the logarithm of the brightness; half of it darker on average."""
+    """Share of crops whose brightness varies smoothly from place to place."""
     background: float = Field(default=0.6, ge=0, le=1)
-    """Share of crops that get a smooth background, as stacks have whose background was not masked away."""
-    background_level: float = Field(default=0.1, ge=0, le=1)
-    """Most background, as a share of the intensity range; small values are more frequent."""
+    """Share of crops that get a smooth background, as in stacks whose background was not masked away."""
     noise: float = Field(default=0.7, ge=0, le=1)
     """Share of crops with read noise (the same everywhere) and shot noise (variance grows with intensity)."""
-    read_noise: float = Field(default=0.05, ge=0)
-    """Largest standard deviation of the read noise, as a share of the intensity range."""
-    shot_noise: float = Field(default=0.15, ge=0)
-    """Largest standard deviation of the shot noise at full intensity."""
     blur: float = Field(default=0.3, ge=0, le=1)
     """Share of crops blurred or sharpened."""
     coarse: float = Field(default=0.1, ge=0, le=1)
@@ -67,9 +80,9 @@ class AugmentConfig:
     specks: float = Field(default=0.2, ge=0, le=1)
     """Share of crops with small bright debris that is not neurite."""
     missing: float = Field(default=0.1, ge=0, le=1)
-    """Share of crops with a slice or two black."""
+    """Share of crops with one or two black slices."""
     stripes: float = Field(default=0.1, ge=0, le=1)
-    """Share of crops with line-to-line brightness differences, as laser scanning makes them."""
+    """Share of crops with brightness differences between lines, as laser scanning makes them."""
 
     def __post_init__(self) -> None:
         for name in self.distilled or ():
@@ -77,193 +90,252 @@ class AugmentConfig:
 
 
 def augment(batch: Batch, cfg: AugmentConfig, seed: int) -> Batch:
-    """A batch, its geometry changed together for image, mask and skeleton, then the image degraded.
+    """Change the geometry of image, mask and skeleton together, then degrade the image.
 
-    Samples that are distilled keep the geometry they were read in: a mirrored feature map is not the map of the
-    mirrored image. What a sample becomes depends on (seed, its index) only, never on the rest of the batch. The image
-    stays within [0, 1].
+    Distilled samples keep their geometry: a mirrored feature map is not the map of the mirrored image. A sample depends
+    on (seed, its index) only, not on the rest of the batch. The image stays within [0, 1].
     """
-    draws = [SampleStreams(seed, int(i)) for i in batch.index.tolist()]
-    free = [i for i, fixed in enumerate(batch.distilled.tolist()) if not fixed]
-    image, mask, skeleton = _turned(batch, cfg, draws, free)
-    image, mask, skeleton = _warped(image, mask, skeleton, cfg, draws, free)
-    return dataclasses.replace(batch, image=_degraded(image, cfg, draws), mask=mask, skeleton=skeleton)
+    streams = [SampleStreams(seed, int(i)) for i in batch.index.tolist()]
+    free = [i for i, is_distilled in enumerate(batch.distilled.tolist()) if not is_distilled]
+
+    image, mask, skeleton = _flip_and_turn(batch, cfg, streams, free)
+    image, mask, skeleton = _warp(image, mask, skeleton, cfg, streams, free)
+    image = _degrade(image, cfg, streams)
+    return dataclasses.replace(batch, image=image, mask=mask, skeleton=skeleton)
 
 
 class SampleStreams:
-    """The random numbers of one sample: each purpose has a stream of its own, so that knobs do not move one another."""
+    """The random numbers of one sample. Each purpose has its own stream, so settings do not influence one another."""
 
     def __init__(self, seed: int, index: int) -> None:
-        self.seed, self.index = seed, index
-        self._of: dict[str, np.random.Generator] = {}
+        self.seed = seed
+        self.index = index
+        self._streams: dict[str, np.random.Generator] = {}
 
-    def of(self, purpose: str) -> np.random.Generator:
-        if purpose not in self._of:
-            self._of[purpose] = make_rng(self.seed, purpose, self.index)
-        return self._of[purpose]
+    def stream(self, purpose: str) -> np.random.Generator:
+        """The generator of one purpose, which keeps its state between calls."""
+        if purpose not in self._streams:
+            self._streams[purpose] = make_rng(self.seed, purpose, self.index)
+        return self._streams[purpose]
 
     def chance(self, purpose: str, share: float) -> bool:
-        return bool(self.of(purpose).random() < share)
+        """True with probability `share`."""
+        return bool(self.stream(purpose).random() < share)
 
     def between(self, purpose: str, low: float, high: float) -> float:
-        return float(self.of(purpose).uniform(low, high))
+        """A uniform number in [low, high)."""
+        return float(self.stream(purpose).uniform(low, high))
 
     def normal(self, purpose: str, shape: Shape, device: torch.device) -> Tensor:
-        """Standard normal noise [1, *shape] made on the device."""
-        source = torch.Generator(device).manual_seed(int(self.of(purpose).integers(2**62)))
-        return torch.randn((1, *shape), generator=source, device=device)
+        """Standard normal noise [1, *shape], drawn on the device."""
+        generator = torch.Generator(device).manual_seed(int(self.stream(purpose).integers(2**62)))
+        return torch.randn((1, *shape), generator=generator, device=device)
 
     def field(self, purpose: str, shape: Shape, device: torch.device, channels: int = 1) -> Tensor:
-        """A smooth random field [channels, *shape], about standard normal at its knots."""
-        knots = torch.from_numpy(self.of(purpose).standard_normal((1, channels, _FIELD, _FIELD, _FIELD), np.float32))
+        """A smooth random field [channels, *shape], standard normal at its knots."""
+        knot_shape = (1, channels, FIELD_KNOTS, FIELD_KNOTS, FIELD_KNOTS)
+        knots = torch.from_numpy(self.stream(purpose).standard_normal(knot_shape, np.float32))
         return F.interpolate(copy_to_device(knots, device), size=shape, mode="trilinear", align_corners=True)[0]
 
 
-def _turned(
-    batch: Batch, cfg: AugmentConfig, draws: list[SampleStreams], free: list[int]
+def _flip_and_turn(
+    batch: Batch, cfg: AugmentConfig, streams: list[SampleStreams], free: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mirrored and turned by quarters: exact, no interpolation."""
-    parts: list[list[Tensor]] = [[], [], []]
-    square = batch.image.shape[-1] == batch.image.shape[-2]
-    for i, draw in enumerate(draws):
-        flips = [a for a in (1, 2, 3) if cfg.flip and draw.chance("flip", 0.5)] if i in free else []
-        turns = int(draw.of("turn").integers(4)) if cfg.rotate90 and i in free else 0
-        turns = turns if square else turns // 2 * 2
-        for part, whole in zip(parts, (batch.image, batch.mask, batch.skeleton), strict=True):
-            part.append(torch.rot90(whole[i].flip(flips), turns, (2, 3)))
-    image, mask, skeleton = (torch.stack(part) for part in parts)
-    return image, mask, skeleton
+    """Mirror and turn by quarters: exact, without interpolation. Only the samples in `free` change."""
+    is_square = batch.image.shape[-1] == batch.image.shape[-2]
+    images, masks, skeletons = [], [], []
+
+    for i, draws in enumerate(streams):
+        flips = [axis for axis in (1, 2, 3) if cfg.flip and draws.chance("flip", 0.5)] if i in free else []
+        turns = int(draws.stream("turn").integers(4)) if cfg.rotate90 and i in free else 0
+        turns = turns if is_square else turns // 2 * 2
+
+        images.append(torch.rot90(batch.image[i].flip(flips), turns, (2, 3)))
+        masks.append(torch.rot90(batch.mask[i].flip(flips), turns, (2, 3)))
+        skeletons.append(torch.rot90(batch.skeleton[i].flip(flips), turns, (2, 3)))
+
+    return torch.stack(images), torch.stack(masks), torch.stack(skeletons)
 
 
-def _warped(
-    image: Tensor, mask: Tensor, skeleton: Tensor, cfg: AugmentConfig, draws: list[SampleStreams], free: list[int]
+def _warp(
+    image: Tensor, mask: Tensor, skeleton: Tensor, cfg: AugmentConfig, streams: list[SampleStreams], free: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turned, scaled and bent; what comes from outside the crop repeats its border and is unlabelled."""
-    chosen = [i for i in free if draws[i].chance("warp", cfg.warp)]
-    if not chosen:
+    """Turn, scale and bend a share of the samples in `free`.
+
+    Voxels from outside the crop repeat its border in the image and are unlabelled in the mask.
+    """
+    picked = [i for i in free if streams[i].chance("warp", cfg.warp)]
+    if not picked:
         return image, mask, skeleton
     shape = (image.shape[2], image.shape[3], image.shape[4])
-    picked = copy_to_device(torch.tensor(chosen), image.device)
-    theta = copy_to_device(torch.tensor([_affine(draws[i], cfg, shape) for i in chosen]), image.device)  # [b, 3, 4]
-    grid = F.affine_grid(
-        theta, [len(chosen), 1, *shape], align_corners=False
-    )  # [b, Z, Y, X, 3], last is x y z in [-1, 1]
-    if cfg.bend > 0:
-        moved = torch.stack(
-            [draws[i].field("bend", shape, image.device, channels=2) for i in chosen]
-        )  # [b, 2, Z, Y, X]
-        unit = copy_to_device(torch.tensor([2 * cfg.bend / shape[2], 2 * cfg.bend / shape[1]]), image.device)
-        grid[..., :2] += moved.movedim(1, -1) * unit
+    index = copy_to_device(torch.tensor(picked), image.device)
+    grid = _warp_grid([streams[i] for i in picked], cfg, shape, image.device)  # [b, Z, Y, X, 3]
+
     warped = F.grid_sample(
-        image.index_select(0, picked), grid, mode="bilinear", padding_mode="border", align_corners=False
+        image.index_select(0, index), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
-    # one pass for both label maps; zeros come from outside, so the mask goes in raised by one
-    labels = torch.cat([mask.index_select(0, picked).float() + 1, skeleton.index_select(0, picked).float()], 1)
+
+    # Sample both label maps in one pass. Outside the crop it gives zeros, so the mask goes in raised by one.
+    labels = torch.cat([mask.index_select(0, index).float() + 1, skeleton.index_select(0, index).float()], 1)
     labels = F.grid_sample(labels, grid, mode="nearest", padding_mode="zeros", align_corners=False)  # [b, 2, Z, Y, X]
     inside = labels[:, :1] > 0
-    labelled = torch.where(inside, labels[:, :1] - 1, float(UNLABELLED)).to(mask.dtype)
+    warped_mask = torch.where(inside, labels[:, :1] - 1, float(UNLABELLED)).to(mask.dtype)
+    warped_skeleton = labels[:, 1:].to(skeleton.dtype)
+
     return (
-        image.index_copy(0, picked, warped),
-        mask.index_copy(0, picked, labelled),
-        skeleton.index_copy(0, picked, labels[:, 1:].to(skeleton.dtype)),
+        image.index_copy(0, index, warped),
+        mask.index_copy(0, index, warped_mask),
+        skeleton.index_copy(0, index, warped_skeleton),
     )
 
 
-def _affine(draw: SampleStreams, cfg: AugmentConfig, shape: Shape) -> list[list[float]]:
+def _warp_grid(streams: list[SampleStreams], cfg: AugmentConfig, shape: Shape, device: torch.device) -> Tensor:
+    """[b, Z, Y, X, 3] sampling positions of `grid_sample`: x y z in [-1, 1]."""
+    theta = copy_to_device(torch.tensor([_affine_matrix(draws, cfg, shape) for draws in streams]), device)  # [b, 3, 4]
+    grid = F.affine_grid(theta, [len(streams), 1, *shape], align_corners=False)  # [b, Z, Y, X, 3]
+
+    if cfg.bend > 0:
+        shift = torch.stack([draws.field("bend", shape, device, channels=2) for draws in streams])  # [b, 2, Z, Y, X]
+        voxels_to_grid = copy_to_device(torch.tensor([2 * cfg.bend / shape[2], 2 * cfg.bend / shape[1]]), device)
+        grid[..., :2] += shift.movedim(1, -1) * voxels_to_grid
+    return grid
+
+
+def _affine_matrix(draws: SampleStreams, cfg: AugmentConfig, shape: Shape) -> list[list[float]]:
     """The 3x4 matrix [x y z order, unit cube] of a turn in the slice plane and a change of size."""
-    turn = math.radians(draw.between("warp", -cfg.angle, cfg.angle))
-    x, y, z = (1 / (1 + draw.between("warp", -cfg.scale, cfg.scale)) for _ in range(3))
-    wide = shape[1] / shape[2]  # the unit cube is not a cube of voxels
+    turn = math.radians(draws.between("warp", -cfg.angle, cfg.angle))
+    x, y, z = (1 / (1 + draws.between("warp", -cfg.scale, cfg.scale)) for _ in range(3))
+
+    # The unit cube covers shape[1] by shape[2] voxels, so a turn in voxels is a shear in its coordinates.
+    aspect = shape[1] / shape[2]
     return [
-        [x * math.cos(turn), -x * math.sin(turn) * wide, 0.0, 0.0],
-        [y * math.sin(turn) / wide, y * math.cos(turn), 0.0, 0.0],
+        [x * math.cos(turn), -x * math.sin(turn) * aspect, 0.0, 0.0],
+        [y * math.sin(turn) / aspect, y * math.cos(turn), 0.0, 0.0],
         [0.0, 0.0, z, 0.0],
     ]
 
 
-def _degraded(image: Tensor, cfg: AugmentConfig, draws: list[SampleStreams]) -> Tensor:
-    """What a microscope may do, in its order: signal, optics, background, detector."""
-    shape, device = (image.shape[2], image.shape[3], image.shape[4]), image.device
-
-    def some(purpose: str, share: float, change: Callable[[Tensor, list[SampleStreams]], Tensor]) -> None:
-        """Apply `change` to [b, 1, Z, Y, X], the crops that the coin chose."""
-        nonlocal image
-        chosen = [i for i, draw in enumerate(draws) if draw.chance(purpose, share)]
-        if len(chosen) == len(draws):
-            image = change(image, draws)
-        elif chosen:
-            picked = copy_to_device(torch.tensor(chosen), device)
-            image = image.index_copy(0, picked, change(image.index_select(0, picked), [draws[i] for i in chosen]))
-
-    def each(some_draws: list[SampleStreams], value: Callable[[SampleStreams], float]) -> Tensor:
-        return copy_to_device(torch.tensor([value(d) for d in some_draws]), device).view(
-            -1, 1, 1, 1, 1
-        )  # [b, 1, 1, 1, 1]
-
-    def gamma(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        return x.clamp(min=1e-6) ** each(ds, lambda d: math.exp(d.between("gamma", -cfg.gamma, cfg.gamma)))
-
-    def uneven(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        return x * torch.exp(cfg.fading * (torch.stack([d.field("uneven", shape, device) for d in ds]) - 0.5))
-
-    def specks(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        return torch.maximum(x, copy_to_device(torch.stack([_specks(d, shape) for d in ds]), device))
-
-    def blur(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        smooth = F.avg_pool3d(x, 3, 1, 1, count_include_pad=False)
-        return x + each(ds, lambda d: d.between("blur", -0.5, 1.0)) * (smooth - x)  # below 0 sharpens
-
-    def coarse(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        return F.interpolate(F.avg_pool3d(x, (1, 2, 2), ceil_mode=True), size=shape, mode="trilinear")
-
-    def background(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        level = each(ds, lambda d: cfg.background_level * d.between("back", 0, 1) ** 2)
-        field = 1 + 0.5 * torch.stack([d.field("back", shape, device) for d in ds])
-        return x + (1 - x) * (level * field).clamp(0, 1)
-
-    def noise(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        read = each(ds, lambda d: cfg.read_noise * d.between("noise", 0, 1) ** 2)
-        shot = each(ds, lambda d: cfg.shot_noise * d.between("noise", 0, 1) ** 2)
-        sigma = torch.sqrt(read**2 + shot**2 * x.clamp(min=0))
-        return torch.addcmul(x, torch.stack([d.normal("noise", shape, device) for d in ds]), sigma)
-
-    def stripes(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        lines = torch.stack([d.normal("stripes", (shape[0], shape[1], 1), device) for d in ds])  # [b, 1, Z, Y, 1]
-        return x * (1 + each(ds, lambda d: d.between("stripes", 0, 0.3)) * lines)
-
-    def missing(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        kept = torch.ones(len(ds), 1, shape[0], 1, 1)
-        for i, d in enumerate(ds):
-            kept[i, 0, d.of("missing").integers(shape[0], size=2)] = 0
-        return x * copy_to_device(kept, device)
-
-    def contrast(x: Tensor, ds: list[SampleStreams]) -> Tensor:
-        return x * each(ds, lambda d: 1 + d.between("contrast", -cfg.contrast, cfg.contrast))
-
-    some("gamma", 1.0 if cfg.gamma else 0.0, gamma)
-    some("uneven", cfg.uneven, uneven)
-    some("specks", cfg.specks, specks)
-    some("blur", cfg.blur, blur)
-    some("coarse", cfg.coarse, coarse)
-    some("back", cfg.background, background)
-    some("contrast", 1.0 if cfg.contrast else 0.0, contrast)
-    some("noise", cfg.noise, noise)
-    some("stripes", cfg.stripes, stripes)
-    some("missing", cfg.missing, missing)
+def _degrade(image: Tensor, cfg: AugmentConfig, streams: list[SampleStreams]) -> Tensor:
+    """Degrade the image as a microscope does, in its order: signal, optics, background, detector."""
+    for purpose, share, change in (
+        ("gamma", 1.0 if cfg.gamma else 0.0, _change_gamma),
+        ("uneven", cfg.uneven, _vary_brightness),
+        ("specks", cfg.specks, _add_specks),
+        ("blur", cfg.blur, _blur_or_sharpen),
+        ("coarse", cfg.coarse, _halve_resolution),
+        ("back", cfg.background, _add_background),
+        ("contrast", 1.0 if cfg.contrast else 0.0, _change_contrast),
+        ("noise", cfg.noise, _add_noise),
+        ("stripes", cfg.stripes, _add_stripes),
+        ("missing", cfg.missing, _blacken_slices),
+    ):
+        image = _change_share(image, streams, purpose, share, change, cfg)
     return image.clamp(0, 1)
 
 
-def _specks(draw: SampleStreams, shape: Shape) -> Tensor:
+Change = Callable[[Tensor, list[SampleStreams], AugmentConfig], Tensor]
+"""(image [b, 1, Z, Y, X], the streams of its b crops, config) -> the changed image."""
+
+
+def _change_share(
+    image: Tensor, streams: list[SampleStreams], purpose: str, share: float, change: Change, cfg: AugmentConfig
+) -> Tensor:
+    """Apply `change` to a random share of the crops."""
+    picked = [i for i, draws in enumerate(streams) if draws.chance(purpose, share)]
+    if len(picked) == len(streams):
+        return change(image, streams, cfg)
+    if not picked:
+        return image
+
+    index = copy_to_device(torch.tensor(picked), image.device)
+    changed = change(image.index_select(0, index), [streams[i] for i in picked], cfg)
+    return image.index_copy(0, index, changed)
+
+
+def _per_crop(values: list[float], image: Tensor) -> Tensor:
+    """[b, 1, 1, 1, 1] one number per crop, on the image's device."""
+    return copy_to_device(torch.tensor(values), image.device).view(-1, 1, 1, 1, 1)
+
+
+def _shape_of(image: Tensor) -> Shape:
+    return image.shape[2], image.shape[3], image.shape[4]
+
+
+def _change_gamma(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    exponents = _per_crop([math.exp(draws.between("gamma", -cfg.gamma, cfg.gamma)) for draws in streams], image)
+    return image.clamp(min=1e-6) ** exponents
+
+
+def _vary_brightness(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    fields = torch.stack([draws.field("uneven", _shape_of(image), image.device) for draws in streams])
+    return image * torch.exp(FADING * (fields - 0.5))
+
+
+def _add_specks(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    specks = torch.stack([_draw_specks(draws, _shape_of(image)) for draws in streams])
+    return torch.maximum(image, copy_to_device(specks, image.device))
+
+
+def _blur_or_sharpen(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    smooth = F.avg_pool3d(image, 3, 1, 1, count_include_pad=False)
+    # Amounts below 0 sharpen.
+    return image + _per_crop([draws.between("blur", -0.5, 1.0) for draws in streams], image) * (smooth - image)
+
+
+def _halve_resolution(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    return F.interpolate(F.avg_pool3d(image, (1, 2, 2), ceil_mode=True), size=_shape_of(image), mode="trilinear")
+
+
+def _add_background(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    level = _per_crop([BACKGROUND_LEVEL * draws.between("back", 0, 1) ** 2 for draws in streams], image)
+    fields = 1 + 0.5 * torch.stack([draws.field("back", _shape_of(image), image.device) for draws in streams])
+    return image + (1 - image) * (level * fields).clamp(0, 1)
+
+
+def _change_contrast(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    return image * _per_crop([1 + draws.between("contrast", -cfg.contrast, cfg.contrast) for draws in streams], image)
+
+
+def _add_noise(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    read = _per_crop([READ_NOISE * draws.between("noise", 0, 1) ** 2 for draws in streams], image)
+    shot = _per_crop([SHOT_NOISE * draws.between("noise", 0, 1) ** 2 for draws in streams], image)
+    sigma = torch.sqrt(read**2 + shot**2 * image.clamp(min=0))
+    return torch.addcmul(
+        image, torch.stack([draws.normal("noise", _shape_of(image), image.device) for draws in streams]), sigma
+    )
+
+
+def _add_stripes(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    depth, rows, _ = _shape_of(image)
+    lines = torch.stack([draws.normal("stripes", (depth, rows, 1), image.device) for draws in streams])
+    return image * (1 + _per_crop([draws.between("stripes", 0, STRIPE_CONTRAST) for draws in streams], image) * lines)
+
+
+def _blacken_slices(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    depth = image.shape[2]
+    visible = torch.ones(len(streams), 1, depth, 1, 1)
+    for i, draws in enumerate(streams):
+        visible[i, 0, draws.stream("missing").integers(depth, size=2)] = 0
+    return image * copy_to_device(visible, image.device)
+
+
+def _draw_specks(draws: SampleStreams, shape: Shape) -> Tensor:
     """[1, Z, Y, X]: zero but for a few Gaussian blobs of 1 to 3 voxels."""
-    source, canvas = draw.of("specks"), np.zeros(shape, np.float32)
-    for _ in range(int(source.integers(1, _SPECKS + 1))):
-        middle, sigma = source.random(3) * shape, source.uniform(0.6, 2.0)
-        low = np.maximum(middle - 3 * sigma, 0).astype(int)
-        high = np.minimum(middle + 3 * sigma + 1, shape).astype(int)
-        place = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        z, y, x = np.ogrid[place]
-        distance = (z - middle[0]) ** 2 + (y - middle[1]) ** 2 + (x - middle[2]) ** 2
-        blob = source.uniform(0.2, 1.0) * np.exp(-distance / (2 * sigma**2))
-        part = canvas[place]
-        np.maximum(part, blob, out=part)
+    rng = draws.stream("specks")
+    canvas = np.zeros(shape, np.float32)
+
+    for _ in range(int(rng.integers(1, MAX_SPECKS + 1))):
+        center = rng.random(3) * shape
+        sigma = rng.uniform(0.6, 2.0)
+
+        # A blob is drawn in the voxels within 3 sigma of its center.
+        low = np.maximum(center - 3 * sigma, 0).astype(int)
+        high = np.minimum(center + 3 * sigma + 1, shape).astype(int)
+        window = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        z, y, x = np.ogrid[window]
+        distance = (z - center[0]) ** 2 + (y - center[1]) ** 2 + (x - center[2]) ** 2
+        blob = rng.uniform(0.2, 1.0) * np.exp(-distance / (2 * sigma**2))
+        canvas_part = canvas[window]
+        np.maximum(canvas_part, blob, out=canvas_part)
+
     return torch.from_numpy(canvas)[None]

@@ -1,8 +1,9 @@
-"""Crops from the store (and the feature cache) as batches, read ahead of the training step."""
+"""Crops from the store and the feature cache as batches, loaded ahead of the training step."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import signal
 import threading
@@ -11,6 +12,7 @@ from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,24 +21,28 @@ from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.types import Batch, Sample
 from hpc_neuro.data.crops import CropSampler, VolumePoints
 from hpc_neuro.data.feature_cache import FeatureCache
-from hpc_neuro.data.store import Kind, Store
+from hpc_neuro.data.store import PointKind, Store
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+_BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def read_volume_points(store: Store, ids: Sequence[str]) -> list[VolumePoints]:
-    """What the sampler needs of each volume."""
-    kinds: tuple[Kind, ...] = ("skeleton", "branch", "tip")
-    return [
-        VolumePoints(
-            i, store[i].shape, {k: np.asarray(store[i].points(k), dtype=np.int32).reshape(-1, 3) for k in kinds}
-        )
-        for i in ids
-    ]
+    """Read the points that crops of each volume may be centered on."""
+    kinds: tuple[PointKind, ...] = ("skeleton", "branch", "tip")
+    volumes = []
+
+    for id_ in ids:
+        stored = store[id_]
+        points: dict[str, NDArray[np.int32]] = {
+            kind: np.asarray(stored.points(kind), dtype=np.int32).reshape(-1, 3) for kind in kinds
+        }
+        volumes.append(VolumePoints(id_, stored.shape, points))
+
+    return volumes
 
 
 class CropDataset(Dataset[tuple[int, Sample]]):
-    """`crops[index]` is the training sample of a global index. Files open lazily, once per process."""
+    """`crops[index]` is (index, training sample) of a global index. Files open lazily, once per process."""
 
     def __init__(
         self,
@@ -46,39 +52,60 @@ class CropDataset(Dataset[tuple[int, Sample]]):
         cache: FeatureCache | None = None,
         views: Sequence[str] = (),
     ) -> None:
-        """patch: voxels per student token; views: the cached views to read, none without a cache."""
-        self.store, self.sampler, self.patch, self.cache, self.views = store, sampler, patch, cache, tuple(views)
+        """patch: voxels per student token. views: the cached views to read; none without a cache."""
+        self.store = store
+        self.sampler = sampler
+        self.patch = patch
+        self.cache = cache
+        self.views = tuple(views)
 
     def __getitem__(self, index: int) -> tuple[int, Sample]:
-        draw = self.sampler(index)
-        sample = read_crop(self.store, draw.volume, draw.box)
-        if self.cache is None or not draw.distilled:
+        crop = self.sampler(index)
+        sample = read_crop(self.store, crop.volume, crop.box)
+        if self.cache is None or not crop.distilled:
             return index, sample
-        features = self.cache.crop(draw.volume, draw.box, self.patch, draw.orientation, self.views)
-        turned = {k: draw.orientation.apply(getattr(sample, k)).contiguous() for k in ("image", "mask", "skeleton")}
-        return index, Sample(**{**vars(sample), **turned, "features": features, "distilled": True})
+
+        orient = crop.orientation.apply
+        sample = dataclasses.replace(
+            sample,
+            image=orient(sample.image).contiguous(),
+            mask=orient(sample.mask).contiguous(),
+            skeleton=orient(sample.skeleton).contiguous(),
+            features=self.cache.crop(crop.volume, crop.box, self.patch, crop.orientation, self.views),
+            distilled=True,
+        )
+        return index, sample
 
     def collate(self, items: Sequence[tuple[int, Sample]]) -> Batch:
-        """Stack samples; those without features get zeros, so that shapes do not depend on the draw."""
+        """Stack samples. Samples without features get zeros, so that shapes do not depend on the draw."""
         samples = [sample for _, sample in items]
         features: dict[str, Tensor] = {}
+
         if self.cache is not None:
             grid = [n // p for n, p in zip(self.sampler.cfg.size, self.patch, strict=True)]
-            blank = torch.zeros(len(self.cache.layers), self.cache.dim, *grid, dtype=torch.float16)
-            features = {v: torch.stack([s.features.get(v, blank) for s in samples]) for v in self.views}
+            zeros = torch.zeros(len(self.cache.layers), self.cache.dim, *grid, dtype=torch.float16)
+            features = {view: torch.stack([s.features.get(view, zeros) for s in samples]) for view in self.views}
+
         return stack_samples(samples, [index for index, _ in items], features)
 
 
 def read_crop(store: Store, volume: str, box: Box) -> Sample:
-    """One crop; where the box reaches past the volume the image repeats its border and nothing is labelled."""
-    held = store[volume]
-    inside = box.clip(Box.whole(held.shape))
-    pad = [(a - b, c - d) for a, b, c, d in zip(inside.start, box.start, box.stop, inside.stop, strict=True)]
-    image = np.pad(held.normalized_image(inside), pad, mode="edge")
-    mask = np.pad(held.mask(inside), pad, constant_values=UNLABELLED)
-    skeleton = np.pad(held.skeleton(inside), pad)
-    tensors = [torch.from_numpy(np.ascontiguousarray(a))[None] for a in (image, mask, skeleton)]
-    return Sample(volume=volume, box=box, image=tensors[0], mask=tensors[1], skeleton=tensors[2])
+    """Read one crop. Where the box leaves the volume, the image repeats its border and the mask is unlabelled."""
+    stored = store[volume]
+    inside = box.clip(Box.whole(stored.shape))
+    padding = [(a - b, c - d) for a, b, c, d in zip(inside.start, box.start, box.stop, inside.stop, strict=True)]
+
+    image = np.pad(stored.normalized_image(inside), padding, mode="edge")
+    mask = np.pad(stored.mask(inside), padding, constant_values=UNLABELLED)
+    skeleton = np.pad(stored.skeleton(inside), padding)
+
+    return Sample(
+        volume=volume,
+        box=box,
+        image=torch.from_numpy(np.ascontiguousarray(image))[None],
+        mask=torch.from_numpy(np.ascontiguousarray(mask))[None],
+        skeleton=torch.from_numpy(np.ascontiguousarray(skeleton))[None],
+    )
 
 
 def stack_samples(samples: Sequence[Sample], index: Sequence[int], features: dict[str, Tensor] | None = None) -> Batch:
@@ -97,16 +124,17 @@ def stack_samples(samples: Sequence[Sample], index: Sequence[int], features: dic
 def load_batches(
     crops: CropDataset, indices: Iterable[list[int]], workers: int, ahead: int, pin: bool
 ) -> Iterator[Iterator[Batch]]:
-    """Batches in the order of `indices` (one list of global indices each), read ahead of need.
+    """Yield an iterator over the batches of `indices` (a list of global indices each), in their order, loaded ahead.
 
     workers: processes that read; 0 reads in a thread of this process. ahead: batches ready per worker. pin: page-locked
-    memory, for copies to a GPU that do not block. An error while reading is raised where the batch is taken.
+    memory, so that copies to a GPU do not block. An error while reading is raised where the batch is taken.
     """
     if workers == 0:
-        with _threaded(crops, indices, ahead) as ready:
-            yield (_pinned(batch) if pin else batch for batch in ready)
+        with _load_in_thread(crops, indices, ahead) as batches:
+            yield (_pin_memory(batch) if pin else batch for batch in batches)
         return
-    # Started afresh rather than forked: gloo, CUDA and HDF5 do not survive a fork.
+
+    # Workers are spawned, not forked: gloo, CUDA and HDF5 do not survive a fork.
     loader: DataLoader[tuple[int, Sample]] = DataLoader(
         crops,
         batch_sampler=indices,
@@ -115,64 +143,77 @@ def load_batches(
         prefetch_factor=ahead,
         multiprocessing_context="spawn",
     )
-    with _signals_blocked():
-        ready = iter(loader)
+    with _block_signals():
+        batches = iter(loader)
+
     try:
-        yield (_pinned(batch) if pin else batch for batch in ready)
+        yield (_pin_memory(batch) if pin else batch for batch in batches)
     finally:
-        # frees the workers now, not when the garbage collector comes by
-        ready._shutdown_workers()  # type: ignore[attr-defined]
+        # End the workers now, not when the garbage collector runs.
+        batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Children started in here keep the signals blocked for life: only the trainer decides what a signal means."""
-    resource_tracker.ensure_running()  # its start unblocks the signals again, so it must not happen in between
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+def _block_signals() -> Iterator[None]:
+    """Child processes started inside keep these signals blocked: only the trainer decides what a signal means."""
+    # Starting the tracker unblocks the signals, so it must be running before they are blocked.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @contextlib.contextmanager
-def _threaded(crops: CropDataset, indices: Iterable[list[int]], ahead: int) -> Iterator[Iterator[Batch]]:
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
-    stop = threading.Event()
+def _load_in_thread(crops: CropDataset, indices: Iterable[list[int]], ahead: int) -> Iterator[Iterator[Batch]]:
+    loader = _ThreadLoader(crops, indices, ahead)
+    thread = threading.Thread(target=loader.fill, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield loader.take()
+    finally:
+        loader.stop.set()
+        thread.join()
 
-    def put(item: Batch | BaseException | None) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
 
-    def work() -> None:
+class _ThreadLoader:
+    """A bounded queue of batches: `fill` runs in the reading thread, `take` in the training thread."""
+
+    def __init__(self, crops: CropDataset, indices: Iterable[list[int]], ahead: int) -> None:
+        self.stop = threading.Event()
+        self._crops = crops
+        self._indices = indices
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
+
+    def fill(self) -> None:
+        """Read every batch, until `stop` is set; None marks the end."""
         try:
-            for chunk in indices:
-                if stop.is_set():
+            for batch_indices in self._indices:
+                if self.stop.is_set():
                     return
-                put(crops.collate([crops[i] for i in chunk]))
-            put(None)
-        except BaseException as error:  # handed over whole and raised in the training thread
-            put(error)
+                self._put(self._crops.collate([self._crops[i] for i in batch_indices]))
+            self._put(None)
+        # The training thread raises the error, whatever it is.
+        except BaseException as error:
+            self._put(error)
 
-    def take() -> Iterator[Batch]:
-        while (item := ready.get()) is not None:
+    def take(self) -> Iterator[Batch]:
+        """The batches in order; raises what `fill` raised."""
+        while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        yield take()
-    finally:
-        stop.set()
-        thread.join()
+    def _put(self, item: Batch | BaseException | None) -> None:
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.1)
+                return
 
 
-def _pinned(batch: Batch) -> Batch:
-    """The batch in page-locked memory."""
-    features = {view: held.pin_memory() for view, held in batch.features.items()}
-    rest = {k: v.pin_memory() for k, v in vars(batch).items() if k != "features"}
+def _pin_memory(batch: Batch) -> Batch:
+    """Copy the batch to page-locked memory."""
+    features = {view: values.pin_memory() for view, values in batch.features.items()}
+    rest = {name: values.pin_memory() for name, values in vars(batch).items() if name != "features"}
     return Batch(features=features, **rest)

@@ -1,8 +1,8 @@
-"""The neurite's local radius: from the SWC, constant, or measured in the image around the centreline."""
+"""The neurite's local radius: from the SWC, constant, or measured in the image around the centerline."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple, cast
 
 import numpy as np
@@ -17,17 +17,42 @@ from hpc_neuro.core.schema import config
 from hpc_neuro.data.intensity import ReadBox
 
 Floats = NDArray[np.float64]
-_BLOCK: Shape = (64, 128, 128)  # nodes are measured block by block, so that memory does not grow with the volume
-_RAYS = 16
-_STEP = 0.5  # fine voxels between samples
-_STEEP = 0.71  # in a stack with coarse z, rays steeper than 45 degrees see the blur of the microscope, not the neurite
-_ISOTROPIC = 1.5  # z counts as coarse above this many fine voxels
-_UPRIGHT = 0.8  # rays steeper than this measure the blur along z
-_ENOUGH = 20  # so many nodes make a stretch
-_QUANTILE = (
-    0.4  # of the rays' widths: below the median, since near a branch point half of the rays run into the sibling
-)
-_SHIFTS = 3  # steps of mean shift
+
+MIN_SWC_RADIUS = 0.5
+"""[fine voxel] Smaller radii of an SWC are raised to this."""
+
+EDGE_LEVEL = 0.5
+"""A measured neurite ends where the intensity falls to this share of its height above the background: half maximum."""
+
+SMOOTHING_LENGTH = 9
+"""[fine voxel] Length of the running median of measured radii along a branch."""
+
+READ_BLOCK: Shape = (64, 128, 128)
+"""[voxel] Nodes are measured block by block of this size, so that memory does not grow with the volume."""
+
+RAYS = 16
+"""Rays across the neurite at each node."""
+
+SAMPLE_STEP = 0.5
+"""[fine voxel] Distance between samples on a ray."""
+
+RAY_QUANTILE = 0.4
+"""Quantile of the rays' widths that is the radius: near a branch point half of the rays run into the sibling."""
+
+COARSE_Z = 1.5
+"""[fine voxel] A stack whose voxels are longer than this along one axis counts as coarse."""
+
+MAX_RAY_SLOPE = 0.71
+"""In a coarse stack, rays steeper than this (45 degrees) see the blur of the microscope, not the neurite."""
+
+UPRIGHT_SLOPE = 0.8
+"""Rays steeper than this measure the blur along the coarse axis."""
+
+MIN_STRETCH_NODES = 20
+"""The stretch is estimated from at least this many nodes; with fewer it is 1."""
+
+SHIFT_STEPS = 3
+"""Mean-shift steps that move the centerline onto the ridge."""
 
 
 @config
@@ -36,9 +61,7 @@ class SwcRadius:
 
     kind: Literal["swc"] = "swc"
     scale: float = Field(default=1.0, gt=0)
-    """Factor on every radius."""
-    smallest: float = Field(default=0.5, ge=0)
-    """[fine voxel] Radii below this are raised to it."""
+    """Factor on every radius; 0.5 for files that hold diameters."""
 
 
 @config
@@ -52,169 +75,253 @@ class ConstantRadius:
 
 @config
 class ImageRadius:
-    """Measured: where the intensity around the centreline falls to a share of its height above the local background."""
+    """Measured: where the intensity around the centerline falls to half of its height above the local background."""
 
     kind: Literal["image"] = "image"
     smallest: float = Field(default=1.0, ge=0)
     """[fine voxel] Lower bound."""
     largest: float = Field(default=8.0, gt=0)
     """[fine voxel] Upper bound."""
-    level: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the height above background at which the neurite ends; 0.5 is the half maximum."""
-    smooth: float = Field(default=9.0, ge=1)
-    """[fine voxel] Length of the running median along a branch."""
     recentre: float = Field(default=2.0, ge=0)
-    """[fine voxel] How far the drawn centreline may move onto the ridge; the given tree is kept as it is. 0: never."""
+    """[fine voxel] How far the drawn centerline may move onto the ridge; the given tree is kept as it is. 0: never."""
 
     def __post_init__(self) -> None:
         if self.largest < self.smallest:
             raise ValueError(f"largest {self.largest} is below smallest {self.smallest}")
 
 
-Radius = Annotated[SwcRadius | ConstantRadius | ImageRadius, Field(discriminator="kind")]
+RadiusConfig = Annotated[SwcRadius | ConstantRadius | ImageRadius, Field(discriminator="kind")]
 
 
-class Fitted(NamedTuple):
-    """What is drawn."""
+class FittedTree(NamedTuple):
+    """The tree that is drawn."""
 
     tree: Tree  # voxels; radii in fine voxels
     stretch: float  # length of the neurite along the coarsest axis over its width across, as the image shows it
 
 
-def fitted(
+def fit_radii(
     tree: Tree, cfg: SwcRadius | ConstantRadius | ImageRadius, read: ReadBox, shape: Shape, size: VoxelSize
-) -> Fitted:
-    """The tree to draw; `tree` is in voxels with radii in fine voxels, `size` in um per voxel (z y x)."""
+) -> FittedTree:
+    """The tree to draw. `tree` is in voxels with radii in fine voxels, `size` in um per voxel (z y x)."""
     if isinstance(cfg, SwcRadius):
-        return Fitted(replace(tree, radii=np.maximum(tree.radii * cfg.scale, cfg.smallest)), 1.0)
+        return FittedTree(replace(tree, radii=np.maximum(tree.radii * cfg.scale, MIN_SWC_RADIUS)), 1.0)
     if isinstance(cfg, ConstantRadius):
-        return Fitted(replace(tree, radii=np.full(len(tree), cfg.radius)), 1.0)
-    return measured(tree, cfg, read, shape, size)
+        return FittedTree(replace(tree, radii=np.full(len(tree), cfg.radius)), 1.0)
+    return measure_radii(tree, cfg, read, shape, size)
 
 
-def measured(tree: Tree, cfg: ImageRadius, read: ReadBox, shape: Shape, size: VoxelSize) -> Fitted:
-    """`tree` cut into steps of one fine voxel, moved onto the ridge and given the radius measured there.
+def measure_radii(tree: Tree, cfg: ImageRadius, read: ReadBox, shape: Shape, size: VoxelSize) -> FittedTree:
+    """Cut `tree` into steps of one fine voxel, move it onto the ridge and measure the radius there.
 
-    Where the signal is broken or too faint, the radius is carried over from the nearest measured nodes of the branch.
+    Where the signal is broken or too faint, the radius is interpolated from the nearest measured nodes of the branch.
     """
     unit = fine_voxel(size)
     um = morphology.resample_tree(replace(tree, points=to_um(tree.points, size)), unit)
-    lines = paths(um)
+    paths = cut_into_paths(um)
+    image = _Image(read, shape, size)
+
     points = um.points
-    for _ in range(_SHIFTS if cfg.recentre else 0):
-        points = _onto_ridge(um.points, points, lines, cfg.recentre * unit, read, shape, size)
-    radii, stretch = _half_width(points, lines, cfg, read, shape, size)
-    return Fitted(replace(um, points=to_voxels(points, size), radii=radii), stretch)
+    for _ in range(SHIFT_STEPS if cfg.recentre else 0):
+        points = _shift_to_ridge(um.points, points, paths, cfg.recentre * unit, image)
+
+    radii, stretch = _measure_half_widths(points, paths, cfg, image)
+    return FittedTree(replace(um, points=to_voxels(points, size), radii=radii), stretch)
 
 
-class Line(NamedTuple):
-    """One long path of a tree, root side first. A side path begins with the branch point it leaves from."""
+class TreePath(NamedTuple):
+    """One long path of a tree, root side first. A side path begins with the branch point where it leaves."""
 
     nodes: NDArray[np.int64]
     own: slice  # the part of `nodes` that belongs to this path
 
 
-def paths(tree: Tree) -> list[Line]:
-    """The tree cut into long paths (each goes on along its longest child); every node belongs to one."""
+def cut_into_paths(tree: Tree) -> list[TreePath]:
+    """Cut a tree into long paths, each continuing along its longest child; every node belongs to one path."""
     lengths = morphology.edge_lengths(tree)
+
+    # Tips to root: the height of a node is its longest way to a tip, its heir the child on that way.
     height = np.zeros(len(tree))
-    heir = np.full(len(tree), -1)  # the child on the longest way to a tip
-    for i in range(len(tree) - 1, -1, -1):
-        parent = tree.parents[i]
-        if parent >= 0 and height[i] + lengths[i] >= height[parent]:
-            height[parent], heir[parent] = height[i] + lengths[i], i
-    found = []
-    for i, parent in enumerate(tree.parents):
-        if parent >= 0 and heir[parent] == i:
+    heir = np.full(len(tree), -1)
+    for node in range(len(tree) - 1, -1, -1):
+        parent = tree.parents[node]
+        if parent >= 0 and height[node] + lengths[node] >= height[parent]:
+            height[parent] = height[node] + lengths[node]
+            heir[parent] = node
+
+    # A path starts at every root and at every child that is no heir.
+    paths = []
+    for node, parent in enumerate(tree.parents):
+        if parent >= 0 and heir[parent] == node:
             continue
-        nodes = [i] if parent < 0 else [int(parent), i]
+        nodes = [node] if parent < 0 else [int(parent), node]
         while heir[nodes[-1]] >= 0:
             nodes.append(int(heir[nodes[-1]]))
-        found.append(Line(np.asarray(nodes, dtype=np.int64), slice(0 if parent < 0 else 1, None)))
-    return found
+        paths.append(TreePath(np.asarray(nodes, dtype=np.int64), slice(0 if parent < 0 else 1, None)))
+    return paths
 
 
-def _frames(points: Floats, lines: list[Line], coarse: int) -> tuple[Floats, Floats]:
+@dataclass(frozen=True)
+class _Image:
+    """A volume that is sampled at points in micrometers."""
+
+    read: ReadBox
+    shape: Shape
+    size: VoxelSize  # um per voxel, z y x
+
+    @property
+    def unit(self) -> float:
+        """Micrometers per fine voxel."""
+        return fine_voxel(self.size)
+
+    @property
+    def coarse_axis(self) -> int:
+        """The axis along which voxels are longest."""
+        return int(np.argmax(self.size))
+
+    def sample(self, points: Floats) -> Floats:
+        """[N, M] trilinear values at points [N, M, 3] in um; outside the volume its border's. Reads block by block."""
+        last_voxel = np.asarray(self.shape) - 1
+        voxels = to_voxels(points, self.size)
+        values = np.empty(points.shape[:2])
+        centers = np.clip(np.rint(voxels.mean(axis=1)), 0, last_voxel).astype(np.int64)
+
+        for block in tile_volume(self.shape, READ_BLOCK):
+            rows = np.flatnonzero(np.all((centers >= block.write.start) & (centers < block.write.stop), axis=1))
+            if not len(rows):
+                continue
+            positions = np.clip(voxels[rows], 0, last_voxel)
+            low = np.floor(positions.min(axis=(0, 1))).astype(int)
+            high = np.ceil(positions.max(axis=(0, 1))).astype(int) + 1
+            image = self.read(Box(cast(Shape, tuple(low)), cast(Shape, tuple(high)))).astype(np.float64)
+            coordinates = np.moveaxis(positions - low, -1, 0)
+            values[rows] = ndimage.map_coordinates(image, coordinates, order=1, mode="nearest")
+
+        return values
+
+
+def _make_frames(points: Floats, paths: list[TreePath], coarse_axis: int) -> tuple[Floats, Floats]:
     """Two unit vectors [N, 3] across the neurite at each node: the first in the plane of the fine axes."""
     tangent = np.zeros_like(points)
-    for line in lines:
-        if len(line.nodes) > 1:
-            smooth = ndimage.gaussian_filter1d(points[line.nodes], 2.0, axis=0, mode="nearest")
-            tangent[line.nodes[line.own]] = np.gradient(smooth, axis=0)[line.own]
-    axis = np.eye(3)[coarse]
-    flat = np.cross(tangent, axis)
-    steep = np.linalg.norm(flat, axis=1) < 1e-3 * np.maximum(np.linalg.norm(tangent, axis=1), 1e-9)
-    flat[steep] = np.eye(3)[(coarse + 1) % 3]  # along the coarse axis any direction in the fine plane will do
-    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
-    tangent[steep] = axis
+    for path in paths:
+        if len(path.nodes) > 1:
+            smooth = ndimage.gaussian_filter1d(points[path.nodes], 2.0, axis=0, mode="nearest")
+            tangent[path.nodes[path.own]] = np.gradient(smooth, axis=0)[path.own]
+
+    axis = np.eye(3)[coarse_axis]
+    first = np.cross(tangent, axis)
+
+    # Along the coarse axis any direction in the fine plane will do.
+    is_steep = np.linalg.norm(first, axis=1) < 1e-3 * np.maximum(np.linalg.norm(tangent, axis=1), 1e-9)
+    first[is_steep] = np.eye(3)[(coarse_axis + 1) % 3]
+    tangent[is_steep] = axis
+
+    first /= np.linalg.norm(first, axis=1, keepdims=True)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
-    return flat, np.cross(tangent, flat)
+    return first, np.cross(tangent, first)
 
 
-def _onto_ridge(
-    given: Floats, points: Floats, lines: list[Line], reach: float, read: ReadBox, shape: Shape, size: VoxelSize
-) -> Floats:
-    """One mean-shift step across the neurite, smoothed along it; nobody ends farther than `reach` (um) from `given`."""
-    unit = fine_voxel(size)
-    flat, steep = _frames(points, lines, int(np.argmax(size)))
-    offsets = np.arange(-2, 2.01, 0.5) * max(reach / 2, unit)
-    u, v = (g.ravel() for g in np.meshgrid(offsets, offsets, indexing="ij"))
-    around = points[:, None] + u[:, None] * flat[:, None] + v[:, None] * steep[:, None]  # [N, M, 3]
-    values = _sampled(around, read, shape, size)  # [N, M]
-    bright = np.maximum(values - np.median(values, axis=1, keepdims=True), 0) ** 2
-    weight = bright * np.exp(-(u * u + v * v) / (2 * (offsets[-1] / 2) ** 2)) + 1e-9
+def _shift_to_ridge(start: Floats, points: Floats, paths: list[TreePath], reach: float, image: _Image) -> Floats:
+    """One mean-shift step across the neurite, smoothed along it; no node ends more than `reach` um from `start`."""
+    first, second = _make_frames(points, paths, image.coarse_axis)
+
+    # Sample a square grid across the neurite at each node.
+    offsets = np.arange(-2, 2.01, 0.5) * max(reach / 2, image.unit)
+    u, v = (grid.ravel() for grid in np.meshgrid(offsets, offsets, indexing="ij"))
+    across = points[:, None] + u[:, None] * first[:, None] + v[:, None] * second[:, None]  # [N, M, 3]
+    values = image.sample(across)  # [N, M]
+
+    # Bright voxels near the node attract it.
+    brightness = np.maximum(values - np.median(values, axis=1, keepdims=True), 0) ** 2
+    weight = brightness * np.exp(-(u * u + v * v) / (2 * (offsets[-1] / 2) ** 2)) + 1e-9
     total = weight.sum(axis=1)
-    shift = ((weight @ u) / total)[:, None] * flat + ((weight @ v) / total)[:, None] * steep
-    shift += points - given
-    moved = np.empty_like(points)
-    for line in lines:
-        smooth = ndimage.gaussian_filter1d(shift[line.nodes], 2.0, axis=0, mode="nearest")
-        moved[line.nodes[line.own]] = smooth[line.own]
-        shift[line.nodes[line.own]] = smooth[line.own]  # side paths start from where their branch point went
-    far = np.linalg.norm(moved, axis=1, keepdims=True)
-    held: Floats = given + moved * np.minimum(1, reach / np.maximum(far, 1e-12))
-    return held
+    shift = ((weight @ u) / total)[:, None] * first + ((weight @ v) / total)[:, None] * second
+    shift += points - start
+
+    # Side paths start from the shift of their branch point, so the smoothed shift goes back into `shift`.
+    smooth_shift = np.empty_like(points)
+    for path in paths:
+        smooth = ndimage.gaussian_filter1d(shift[path.nodes], 2.0, axis=0, mode="nearest")
+        smooth_shift[path.nodes[path.own]] = smooth[path.own]
+        shift[path.nodes[path.own]] = smooth[path.own]
+
+    distance = np.linalg.norm(smooth_shift, axis=1, keepdims=True)
+    shifted: Floats = start + smooth_shift * np.minimum(1, reach / np.maximum(distance, 1e-12))
+    return shifted
 
 
-def _half_width(
-    points: Floats, lines: list[Line], cfg: ImageRadius, read: ReadBox, shape: Shape, size: VoxelSize
+@dataclass(frozen=True)
+class _RaySamples:
+    """Intensities on rays across the neurite at each node."""
+
+    distances: Floats  # [S] of the samples from the node, in fine voxels
+    values: Floats  # [N, R, S]
+    slopes: Floats  # [N, R] component of each ray along the coarse axis
+    is_valid: NDArray[np.bool_]  # [N, R] rays that see the neurite and not the blur of the microscope
+    background: Floats  # [N] intensity far from the neurite
+    noise: Floats  # [N] spread of the background
+
+
+def _sample_rays(points: Floats, paths: list[TreePath], cfg: ImageRadius, image: _Image) -> _RaySamples:
+    first, second = _make_frames(points, paths, image.coarse_axis)
+    angle = 2 * np.pi * np.arange(RAYS) / RAYS
+    rays = np.cos(angle)[:, None] * first[:, None] + np.sin(angle)[:, None] * second[:, None]  # [N, R, 3]
+
+    distances = np.arange(0, 2 * cfg.largest + SAMPLE_STEP / 2, SAMPLE_STEP)
+    values = np.stack([image.sample(points[:, None] + d * image.unit * rays) for d in distances], axis=2)  # [N, R, S]
+
+    slopes = np.abs(rays[..., image.coarse_axis])
+    is_coarse_stack = image.size[image.coarse_axis] > COARSE_Z * image.unit
+    is_valid = (slopes <= MAX_RAY_SLOPE) | (not is_coarse_stack)
+
+    # Samples beyond the largest radius show the background.
+    outer = np.where(is_valid[:, :, None], values, np.nan)[:, :, distances >= cfg.largest].reshape(len(points), -1)
+    background = np.nanpercentile(outer, 20, axis=1)
+    noise = 1.5 * (np.nanpercentile(outer, 50, axis=1) - background)
+    return _RaySamples(distances, values, slopes, is_valid, background, noise)
+
+
+def _measure_half_widths(
+    points: Floats, paths: list[TreePath], cfg: ImageRadius, image: _Image
 ) -> tuple[Floats, float]:
-    """[N] radius in fine voxels at which rays across the neurite fall to `level`, and the volume's stretch."""
-    unit = fine_voxel(size)
-    coarse = int(np.argmax(size))
-    flat, steep = _frames(points, lines, coarse)
-    angle = 2 * np.pi * np.arange(_RAYS) / _RAYS
-    rays = np.cos(angle)[:, None] * flat[:, None] + np.sin(angle)[:, None] * steep[:, None]  # [N, R, 3]
-    rho = np.arange(0, 2 * cfg.largest + _STEP / 2, _STEP)
-    values = np.stack(
-        [_sampled(points[:, None] + r * unit * rays, read, shape, size) for r in rho], axis=2
-    )  # [N, R, S]
-    slope = np.abs(rays[..., coarse])
-    seen = (slope <= _STEEP) | (size[coarse] <= _ISOTROPIC * unit)  # [N, R]
-    outer = np.where(seen[:, :, None], values, np.nan)[:, :, rho >= cfg.largest].reshape(len(points), -1)
-    floor = np.nanpercentile(outer, 20, axis=1)
-    noise = 1.5 * (np.nanpercentile(outer, 50, axis=1) - floor)
+    """[N] radius in fine voxels at which rays across the neurite fall to EDGE_LEVEL, and the volume's stretch."""
+    samples = _sample_rays(points, paths, cfg, image)
     radii = np.empty(len(points))
-    ratios = []
-    for line in lines:
-        along = ndimage.gaussian_filter1d(values[line.nodes], 1.5, axis=0, mode="nearest")
-        base = ndimage.median_filter(floor[line.nodes], size=15, mode="nearest")
-        height = along[:, :, rho <= 1].mean(axis=(1, 2)) - base
-        end = _first_below(along, base + cfg.level * height) * _STEP  # [n, R]
-        width = np.nanquantile(np.where(seen[line.nodes], end, np.nan), _QUANTILE, axis=1)
-        clear = height > np.maximum(3 * noise[line.nodes], 1e-6)
-        up = slope[line.nodes].max(axis=1) > _UPRIGHT  # the neurite runs in the fine plane: one ray points along z
-        deep = np.take_along_axis(end, slope[line.nodes].argmax(axis=1)[:, None], axis=1)[:, 0]
-        ratios.append((deep / np.maximum(width, _STEP))[clear & up])
-        if clear.any():
-            width = np.interp(np.arange(len(width)), np.flatnonzero(clear), width[clear])
-        else:
-            width[:] = cfg.smallest
-        width = ndimage.median_filter(width, size=round(cfg.smooth), mode="nearest")
-        radii[line.nodes[line.own]] = ndimage.gaussian_filter1d(width, 1.0, mode="nearest")[line.own]
-    ratio = np.concatenate(ratios)
-    stretch = max(1.0, float(np.median(ratio))) if len(ratio) >= _ENOUGH else 1.0
+    stretches = []
+
+    for path in paths:
+        widths, path_stretches = _measure_path(path, samples, cfg)
+        radii[path.nodes[path.own]] = widths[path.own]
+        stretches.append(path_stretches)
+
+    every_stretch = np.concatenate(stretches)
+    stretch = max(1.0, float(np.median(every_stretch))) if len(every_stretch) >= MIN_STRETCH_NODES else 1.0
     return np.clip(radii, cfg.smallest, cfg.largest), stretch
+
+
+def _measure_path(path: TreePath, samples: _RaySamples, cfg: ImageRadius) -> tuple[Floats, Floats]:
+    """[n] smooth radii of a path's nodes, and the stretch at those of its nodes where it can be measured."""
+    nodes = path.nodes
+    values = ndimage.gaussian_filter1d(samples.values[nodes], 1.5, axis=0, mode="nearest")
+    background = ndimage.median_filter(samples.background[nodes], size=15, mode="nearest")
+    height = values[:, :, samples.distances <= 1].mean(axis=(1, 2)) - background
+    is_clear = height > np.maximum(3 * samples.noise[nodes], 1e-6)
+
+    ends = _first_below(values, background + EDGE_LEVEL * height) * SAMPLE_STEP  # [n, R]
+    widths = np.nanquantile(np.where(samples.is_valid[nodes], ends, np.nan), RAY_QUANTILE, axis=1)
+
+    # Where the neurite runs in the fine plane, its steepest ray points along the coarse axis and shows the blur there.
+    slopes = samples.slopes[nodes]
+    steepest_end = np.take_along_axis(ends, slopes.argmax(axis=1)[:, None], axis=1)[:, 0]
+    has_upright_ray = slopes.max(axis=1) > UPRIGHT_SLOPE
+    stretches = (steepest_end / np.maximum(widths, SAMPLE_STEP))[is_clear & has_upright_ray]
+
+    if is_clear.any():
+        widths = np.interp(np.arange(len(widths)), np.flatnonzero(is_clear), widths[is_clear])
+    else:
+        widths[:] = cfg.smallest
+    widths = ndimage.median_filter(widths, size=SMOOTHING_LENGTH, mode="nearest")
+    return ndimage.gaussian_filter1d(widths, 1.0, mode="nearest"), stretches
 
 
 def _first_below(values: Floats, level: Floats) -> Floats:
@@ -222,25 +329,10 @@ def _first_below(values: Floats, level: Floats) -> Floats:
     below = values < level[:, None, None]
     below[..., -1] = True
     after = np.maximum(below.argmax(axis=2), 1)
-    b = np.take_along_axis(values, after[..., None], axis=2)[..., 0]
-    a = np.take_along_axis(values, after[..., None] - 1, axis=2)[..., 0]
-    share = (a - level[:, None]) / np.where(a > b, a - b, 1)
+
+    value_after = np.take_along_axis(values, after[..., None], axis=2)[..., 0]
+    value_before = np.take_along_axis(values, after[..., None] - 1, axis=2)[..., 0]
+    is_falling = value_before > value_after
+    share = (value_before - level[:, None]) / np.where(is_falling, value_before - value_after, 1)
     crossing: Floats = after - 1 + np.clip(share, 0, 1)
     return crossing
-
-
-def _sampled(points: Floats, read: ReadBox, shape: Shape, size: VoxelSize) -> Floats:
-    """Trilinear values at points [N, M, 3] in um; outside the volume its border's. Reads block by block."""
-    voxels = to_voxels(points, size)
-    values = np.empty(points.shape[:2])
-    middle = np.clip(np.rint(voxels.mean(axis=1)), 0, np.asarray(shape) - 1).astype(np.int64)
-    for block in tile_volume(shape, _BLOCK):
-        here = np.flatnonzero(np.all((middle >= block.write.start) & (middle < block.write.stop), axis=1))
-        if not len(here):
-            continue
-        mine = np.clip(voxels[here], 0, np.asarray(shape) - 1)
-        low, high = np.floor(mine.min(axis=(0, 1))).astype(int), np.ceil(mine.max(axis=(0, 1))).astype(int) + 1
-        box = Box(cast(Shape, tuple(low)), cast(Shape, tuple(high)))
-        image = read(box).astype(np.float64)
-        values[here] = ndimage.map_coordinates(image, np.moveaxis(mine - low, -1, 0), order=1, mode="nearest")
-    return values

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.schema import config
-from hpc_neuro.data.radius import ImageRadius, Radius
+from hpc_neuro.data.radius import ImageRadius, RadiusConfig
 
 
 @config
@@ -56,7 +56,7 @@ class PrepareConfig:
     """Channel of images with several, where the manifest does not say."""
     axes: str | None = None
     """Order of the stored axes, such as ZCYX, for files that do not say, where the manifest does not either."""
-    radius: Radius = ImageRadius()
+    radius: RadiusConfig = ImageRadius()
     """Where the mask's radius comes from. A fine voxel is as long as the middle one of a voxel's three sides."""
     stretch: float | None = Field(default=None, ge=1)
     """Length of the mask along the coarsest axis over its width across; none: as the image shows it where `radius` is

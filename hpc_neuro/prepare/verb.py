@@ -11,9 +11,9 @@ import numpy as np
 from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.alignment import Fit
-from hpc_neuro.data.proximal_axon import beyond_root
-from hpc_neuro.data.radius import fitted
-from hpc_neuro.data.rasterize import Drawing
+from hpc_neuro.data.proximal_axon import find_proximal_axon
+from hpc_neuro.data.radius import fit_radii
+from hpc_neuro.data.rasterize import DrawSettings
 from hpc_neuro.data.store import SPLITS, Store, VolumeRecord, is_written, write_index, write_volume
 from hpc_neuro.prepare.check import Measured, OpenedPair, entry, measure, open_pair
 from hpc_neuro.prepare.config import PrepareConfig
@@ -126,12 +126,12 @@ def _write(path: Path, one: OpenedPair, volume: VolumeRecord, cfg: PrepareConfig
         log.info("%s: already written", volume.id)
         return
     read = one.image.__getitem__
-    drawn = fitted(one.tree, cfg.radius, read, volume.shape, volume.voxel_size)
-    drawing = Drawing(cfg.tube, cfg.distance_cap, cfg.ignore_margin, cfg.stretch or drawn.stretch)
+    drawn = fit_radii(one.tree, cfg.radius, read, volume.shape, volume.voxel_size)
+    drawing = DrawSettings(cfg.tube, cfg.distance_cap, cfg.ignore_margin, cfg.stretch or drawn.stretch)
     region = None
     if cfg.beyond_root == "unlabelled":
-        region = beyond_root(drawn.tree, drawing.stretch, read, volume.shape, volume.voxel_size)
-    write_volume(path, volume, read, one.tree, drawn.tree, drawing, region.within if region else None)
+        region = find_proximal_axon(drawn.tree, drawing.stretch, read, volume.shape, volume.voxel_size)
+    write_volume(path, volume, read, one.tree, drawn.tree, drawing, region.mask_in if region else None)
     if region:
         log.info("%s: a neurite before the root, %d voxels, is marked unlabelled", volume.id, int(region.inside.sum()))
     log.info(

@@ -167,7 +167,7 @@ def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
     student = sum(p.numel() for p in parts.blank.student.parameters())
     every = sum(p.numel() for p in parts.blank.parameters())
     train, held = parts.store.split("train"), parts.store.split("val")
-    points = sum(len(p.points["skeleton"]) for p in parts.crops.sampler.places)
+    points = sum(len(p.points["skeleton"]) for p in parts.crops.sampler.volumes)
     yield (
         f"train on {len(train)} volumes ({points} centreline voxels), validate on {len(parts.boxes)} fixed crops of "
         + (

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_neuro.core.types import Batch
-from hpc_neuro.data.augment import AugmentConfig, augment
+from hpc_neuro.data import augment as augment_module
+from hpc_neuro.data.augment import AugmentConfig, _affine_matrix, augment
 
 OFF = AugmentConfig(
     flip=False, rotate90=False, warp=0, gamma=0, contrast=0, uneven=0, background=0, noise=0, blur=0, coarse=0,
@@ -85,7 +86,6 @@ def test_what_a_warp_brings_in_from_outside_is_unlabelled():
 
 def test_a_quarter_turn_by_warp_equals_the_exact_one():
     """A warp of 90 degrees, on a square and on an oblong crop, is a rotation of the voxels."""
-    from hpc_neuro.data.augment import _affine
 
     class Quarter:
         def __init__(self) -> None:
@@ -95,11 +95,11 @@ def test_a_quarter_turn_by_warp_equals_the_exact_one():
             return next(self.values)
 
     image = torch.rand(1, 1, 2, 6, 6)
-    theta = torch.tensor([_affine(Quarter(), AugmentConfig(), (2, 6, 6))])
+    theta = torch.tensor([_affine_matrix(Quarter(), AugmentConfig(), (2, 6, 6))])
     grid = torch.nn.functional.affine_grid(theta, [1, 1, 2, 6, 6], align_corners=False)
     turned = torch.nn.functional.grid_sample(image, grid, align_corners=False)
     assert torch.allclose(turned, torch.rot90(image, 1, (3, 4)), atol=1e-5)
-    oblong = torch.tensor([_affine(Quarter(), AugmentConfig(), (2, 4, 8))])
+    oblong = torch.tensor([_affine_matrix(Quarter(), AugmentConfig(), (2, 4, 8))])
     corner = oblong[0, :2, :2] @ torch.tensor([0.5, 0.0])  # 2 voxels along x
     assert torch.allclose(corner * torch.tensor([4.0, 2.0]), torch.tensor([0.0, 2.0]), atol=1e-5)  # 2 voxels along y
 
@@ -156,10 +156,12 @@ def test_masked_background_gets_noise_like_an_unmasked_stack():
     assert all(r[~e].mean() > r[e].mean() + 0.3 for r, e in zip(result.image, empty, strict=True))
 
 
-def test_shot_noise_grows_with_intensity():
+def test_shot_noise_grows_with_intensity(monkeypatch):
     bright = dataclasses.replace(batch(20), image=torch.full((20, 1, 8, 24, 24), 0.5))
     dim = dataclasses.replace(bright, image=torch.full((20, 1, 8, 24, 24), 0.1))
-    cfg = dataclasses.replace(OFF, noise=1.0, read_noise=0.0, shot_noise=0.1)
+    monkeypatch.setattr(augment_module, "READ_NOISE", 0.0)
+    monkeypatch.setattr(augment_module, "SHOT_NOISE", 0.1)
+    cfg = dataclasses.replace(OFF, noise=1.0)
     deviation = [(augment(b, cfg, 0).image - b.image).std(dim=(1, 2, 3, 4)) for b in (bright, dim)]
     inside = deviation[0] > 1e-4
     assert (deviation[0] / deviation[1])[inside].mean() == pytest.approx(5**0.5, rel=0.1)

@@ -12,7 +12,7 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.proximal_axon import Region, beyond_root
+from hpc_neuro.data.proximal_axon import VoxelRegion, find_proximal_axon
 from hpc_neuro.data.rasterize import rasterize
 
 SHAPE = (24, 80, 160)
@@ -36,14 +36,14 @@ def picture(tree: Tree, noise: float = 3.0) -> Array:
     return (10 + 150 * body + noise * np.random.default_rng(0).normal(size=SHAPE)).clip(0).astype(np.uint8)
 
 
-def find(tree: Tree, image: Array) -> Region | None:
-    return beyond_root(tree, 1.0, lambda box: image[box.slices], SHAPE, SIZE)
+def find(tree: Tree, image: Array) -> VoxelRegion | None:
+    return find_proximal_axon(tree, 1.0, lambda box: image[box.slices], SHAPE, SIZE)
 
 
 def test_a_stub_is_found_whole_and_the_tree_is_left_alone() -> None:
     region = find(cut(60), picture(full()))
     assert region is not None
-    found = region.within(Box.whole(SHAPE))
+    found = region.mask_in(Box.whole(SHAPE))
     stub = rasterize(full(), Box.whole(SHAPE), SIZE).mask.astype(bool)
     stub[:, :, 52:] = False
     assert found[stub].mean() > 0.95
@@ -77,6 +77,6 @@ def test_bright_tissue_is_no_neurite(caplog: pytest.LogCaptureFixture) -> None:
 def test_any_box_is_the_same_part() -> None:
     region = find(cut(60), picture(full()))
     assert region is not None
-    whole = region.within(Box.whole(SHAPE))
+    whole = region.mask_in(Box.whole(SHAPE))
     for box in (Box((3, 20, 10), (20, 60, 90)), Box((0, 0, 130), (5, 5, 160))):
-        np.testing.assert_array_equal(region.within(box), whole[box.slices])
+        np.testing.assert_array_equal(region.mask_in(box), whole[box.slices])

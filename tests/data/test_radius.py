@@ -13,7 +13,15 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.radius import ConstantRadius, ImageRadius, Radius, SwcRadius, fitted, measured, paths
+from hpc_neuro.data.radius import (
+    ConstantRadius,
+    ImageRadius,
+    RadiusConfig,
+    SwcRadius,
+    cut_into_paths,
+    fit_radii,
+    measure_radii,
+)
 from hpc_neuro.data.rasterize import rasterize
 
 SHAPE = (40, 120, 160)
@@ -41,14 +49,14 @@ def picture(
 @pytest.mark.parametrize("radius", [1.5, 2.5, 4.0, 6.0])
 def test_the_radius_of_a_tube_is_found(radius: float) -> None:
     tree = bent(radius)
-    found = measured(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3, noise=3.0)), SHAPE, ISO).tree
+    found = measure_radii(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3, noise=3.0)), SHAPE, ISO).tree
     assert np.median(found.radii) == pytest.approx(radius, abs=0.5)
     assert np.percentile(found.radii, 90) - np.percentile(found.radii, 10) < 0.8
 
 
 def test_a_taper_is_followed() -> None:
     tree = bent(np.linspace(6, 2, 30))
-    found = measured(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3, noise=3.0)), SHAPE, ISO).tree
+    found = measure_radii(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3, noise=3.0)), SHAPE, ISO).tree
     expected = np.interp(found.points[:, 2], tree.points[:, 2], tree.radii)
     assert np.abs(found.radii - expected)[10:-10].mean() < 0.5
 
@@ -57,10 +65,10 @@ def test_the_radius_ignores_the_blur_along_coarse_z_and_the_stretch_measures_it(
     size = (1.5, 0.5, 0.5)
     tree = bent(2.5)
     image = picture(tree, size, (2.0, 0.6, 0.6), noise=2.0)
-    found = measured(tree, ImageRadius(), reader(image), SHAPE, size)
+    found = measure_radii(tree, ImageRadius(), reader(image), SHAPE, size)
     assert np.median(found.tree.radii) == pytest.approx(2.5, abs=0.6)
     assert 2.0 < found.stretch < 4.5
-    assert measured(tree, ImageRadius(), reader(picture(tree, ISO, (0.6,) * 3)), SHAPE, ISO).stretch < 1.2
+    assert measure_radii(tree, ImageRadius(), reader(picture(tree, ISO, (0.6,) * 3)), SHAPE, ISO).stretch < 1.2
 
 
 @pytest.mark.parametrize("offset", [(0.0, 1.5, 0.0), (0.8, -1.0, 0.0)])
@@ -73,8 +81,8 @@ def test_an_offset_centreline_is_moved_onto_the_ridge_and_no_farther_than_allowe
     def off(points: np.ndarray) -> float:
         return float(np.median(np.linalg.norm(points[:, None] - dense[None], axis=2).min(axis=1)[5:-5]))
 
-    still = measured(moved, ImageRadius(recentre=0), reader(image), SHAPE, ISO).tree
-    there = measured(moved, ImageRadius(recentre=2), reader(image), SHAPE, ISO).tree
+    still = measure_radii(moved, ImageRadius(recentre=0), reader(image), SHAPE, ISO).tree
+    there = measure_radii(moved, ImageRadius(recentre=2), reader(image), SHAPE, ISO).tree
     assert off(still.points) > 0.9
     assert off(there.points) < 0.4
     assert np.linalg.norm(there.points - still.points, axis=1).max() <= 2 + 1e-6
@@ -85,14 +93,14 @@ def test_a_gap_takes_its_radius_from_the_neighbours() -> None:
     tree = bent(3.0)
     image = picture(tree, ISO, (0.7,) * 3, noise=2.0)
     image[:, :, 75:85] = 20
-    found = measured(tree, ImageRadius(recentre=0), reader(image), SHAPE, ISO).tree
+    found = measure_radii(tree, ImageRadius(recentre=0), reader(image), SHAPE, ISO).tree
     gap = (found.points[:, 2] > 76) & (found.points[:, 2] < 84)
     assert np.abs(found.radii[gap] - 3.0).max() < 1.2
 
 
 def test_radii_stay_within_the_bounds_even_without_any_signal() -> None:
     flat = np.random.default_rng(0).normal(50, 3, SHAPE)
-    found = measured(bent(), ImageRadius(smallest=1.5, largest=2.5), reader(flat), SHAPE, ISO).tree
+    found = measure_radii(bent(), ImageRadius(smallest=1.5, largest=2.5), reader(flat), SHAPE, ISO).tree
     assert found.radii.min() >= 1.5
     assert found.radii.max() <= 2.5
 
@@ -102,7 +110,7 @@ def test_a_branch_point_is_not_swollen_by_its_branches() -> None:
     twig = np.stack([np.full(15, 20.0), 60 + np.linspace(3, 45, 15), np.full(15, stem[20, 2])], axis=1)
     parents = np.concatenate([np.arange(-1, 39), [20], np.arange(40, 54)])
     tree = morphology.build_tree(np.concatenate([stem, twig]), parents, 2.0)
-    found = measured(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3)), SHAPE, ISO).tree
+    found = measure_radii(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3)), SHAPE, ISO).tree
     assert found.radii.max() < 3.2
 
 
@@ -114,15 +122,15 @@ def test_memory_is_read_block_by_block_near_the_tree_alone() -> None:
         read.append(box)
         return image[box.slices]
 
-    measured(bent(), ImageRadius(), noting, SHAPE, ISO)
+    measure_radii(bent(), ImageRadius(), noting, SHAPE, ISO)
     assert max(b.size for b in read) < 100 * 180 * 180
 
 
 def test_swc_and_constant_radii() -> None:
     tree = bent(np.linspace(0.1, 3, 30))
     none = reader(np.zeros((1, 1, 1)))
-    assert fitted(tree, SwcRadius(scale=2.0), none, SHAPE, ISO).tree.radii[[0, -1]] == pytest.approx([0.5, 6])
-    constant = fitted(tree, ConstantRadius(radius=2.5), none, SHAPE, ISO)
+    assert fit_radii(tree, SwcRadius(scale=2.0), none, SHAPE, ISO).tree.radii[[0, -1]] == pytest.approx([0.5, 6])
+    constant = fit_radii(tree, ConstantRadius(radius=2.5), none, SHAPE, ISO)
     assert np.all(constant.tree.radii == 2.5)
     assert constant.stretch == 1.0
     np.testing.assert_array_equal(constant.tree.points, tree.points)
@@ -132,7 +140,7 @@ def test_paths_cover_every_node_once_and_side_paths_begin_at_their_branch_point(
     rng = np.random.default_rng(2)
     parents = np.array([-1, *(int(rng.integers(0, i)) for i in range(1, 60))])
     tree = morphology.build_tree(rng.normal(size=(60, 3)), parents)
-    lines = paths(tree)
+    lines = cut_into_paths(tree)
     owned = np.concatenate([line.nodes[line.own] for line in lines])
     assert sorted(owned) == list(range(60))
     for line in lines:
@@ -140,6 +148,6 @@ def test_paths_cover_every_node_once_and_side_paths_begin_at_their_branch_point(
 
 
 def test_the_union_reads_by_kind() -> None:
-    assert TypeAdapter(Radius).validate_python({"kind": "constant", "radius": 2}) == ConstantRadius(radius=2.0)
+    assert TypeAdapter(RadiusConfig).validate_python({"kind": "constant", "radius": 2}) == ConstantRadius(radius=2.0)
     with pytest.raises(ValueError, match="largest 1.0 is below smallest 2.0"):
         ImageRadius(smallest=2, largest=1)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box, VoxelSize, fine_voxel
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.rasterize import Drawing, centreline_voxels, paint_tree, rasterize
+from hpc_neuro.data.rasterize import DrawSettings, list_centerline_voxels, paint_tree, rasterize
 
 
 def random_tree(seed: int, n: int, shape: tuple[int, int, int], radii: tuple[float, float] = (0.5, 4.0)) -> Tree:
@@ -90,7 +90,7 @@ def test_mask_and_distance_are_the_definition(seed: int, size: VoxelSize) -> Non
     unit = fine_voxel(size)
     np.testing.assert_allclose(drawn.distance, np.minimum(distance / unit, 8.0), atol=2e-3)
     on_line = np.zeros(shape, dtype=bool)
-    on_line[tuple(centreline_voxels(tree, Box.whole(shape)).T)] = True
+    on_line[tuple(list_centerline_voxels(tree, Box.whole(shape)).T)] = True
     drawn_in, must = drawn.mask == 1, inside | on_line
     assert (must & ~drawn_in).mean() < 1e-4  # voxels on the surface to within rounding
     # a long tapering edge is drawn in pieces, whose round joints may stand out of the plain cone, not of its spheres
@@ -102,7 +102,7 @@ def test_mask_and_distance_are_the_definition(seed: int, size: VoxelSize) -> Non
 def test_a_box_is_the_same_part_of_the_whole(seed: int, z: int, y: int, x: int) -> None:
     shape, size = (26, 40, 44), (1.0, 0.4, 0.4)
     tree = random_tree(seed, 30, shape)
-    drawing = Drawing(ignore_margin=1.5, stretch=2.0)
+    drawing = DrawSettings(ignore_margin=1.5, stretch=2.0)
     whole = rasterize(tree, Box.whole(shape), size, drawing)
     box = Box.at((z // 4, y, x), (13, 17, 19)).clip(Box.whole(shape))
     part = rasterize(tree, box, size, drawing)
@@ -132,7 +132,7 @@ def test_thin_neurites_never_break() -> None:
 
 def test_the_tube_stays_in_the_mask_and_around_the_line() -> None:
     shape = (30, 40, 40)
-    drawn = rasterize(random_tree(5, 20, shape), Box.whole(shape), (1.0, 1.0, 1.0), Drawing(tube=1.5))
+    drawn = rasterize(random_tree(5, 20, shape), Box.whole(shape), (1.0, 1.0, 1.0), DrawSettings(tube=1.5))
     tube = drawn.skeleton == 1
     assert np.all(drawn.mask[tube] == 1)
     assert drawn.distance[tube].max() <= 1.5
@@ -141,7 +141,9 @@ def test_the_tube_stays_in_the_mask_and_around_the_line() -> None:
 
 def test_tangents_run_along_the_edge_and_are_zero_beyond_the_cap() -> None:
     size = (2.0, 1.0, 1.0)
-    drawn = rasterize(line([5.0, 10.0, 5.0], [10.0, 10.0, 25.0], 1, 1), Box.whole((16, 40, 32)), size, Drawing(cap=4))
+    drawn = rasterize(
+        line([5.0, 10.0, 5.0], [10.0, 10.0, 25.0], 1, 1), Box.whole((16, 40, 32)), size, DrawSettings(cap=4)
+    )
     assert np.all(drawn.tangent[:, drawn.distance >= 4] == 0)
     along = np.rint(127 * np.array([10, 0, 20]) / np.sqrt(500))  # in space, not in voxels
     near = drawn.tangent[:, drawn.distance < 4].T
@@ -151,14 +153,14 @@ def test_tangents_run_along_the_edge_and_are_zero_beyond_the_cap() -> None:
 def test_the_ignored_margin_is_a_shell_around_the_mask() -> None:
     tree, box = line([15.0, 15.0, 5.0], [15.0, 15.0, 35.0], 3, 3), Box.whole((31, 31, 41))
     plain_mask = rasterize(tree, box, (1.0, 1.0, 1.0)).mask
-    drawn = rasterize(tree, box, (1.0, 1.0, 1.0), Drawing(ignore_margin=2))
+    drawn = rasterize(tree, box, (1.0, 1.0, 1.0), DrawSettings(ignore_margin=2))
     np.testing.assert_array_equal(drawn.mask == 1, plain_mask == 1)
     np.testing.assert_array_equal(drawn.mask == 255, (drawn.distance <= 5) & (drawn.distance > 3))
 
 
 def test_stretch_lengthens_the_mask_along_the_coarse_axis_alone() -> None:
     tree, box = line([20.0, 30.0, 10.0], [20.0, 30.0, 50.0], 4, 4), Box.whole((41, 61, 61))
-    drawn = rasterize(tree, box, (0.5, 0.25, 0.25), Drawing(stretch=2.0))
+    drawn = rasterize(tree, box, (0.5, 0.25, 0.25), DrawSettings(stretch=2.0))
     section = drawn.mask[:, :, 30] == 1
     assert section.any(axis=0).sum() == 2 * 4 + 1  # radius 4 fine voxels across
     assert section.any(axis=1).sum() == 2 * 4 + 1  # 2 um = 4 slices up and down
@@ -180,12 +182,12 @@ def test_what_lies_outside_the_volume_is_cut_off() -> None:
     tree = line([5.0, -30.0, 5.0], [5.0, 60.0, 5.0], 2, 2)
     drawn = rasterize(tree, Box.whole((11, 20, 11)), (1.0, 1.0, 1.0))
     assert np.all(drawn.mask[5, :, 5] == 1)
-    assert len(centreline_voxels(tree, Box.whole((11, 20, 11)))) == 20
+    assert len(list_centerline_voxels(tree, Box.whole((11, 20, 11)))) == 20
 
 
 def test_a_drawing_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="tube"):
-        rasterize(morphology.empty_tree(), Box.whole((4, 4, 4)), (1.0, 1.0, 1.0), Drawing(tube=9, cap=8))
+        rasterize(morphology.empty_tree(), Box.whole((4, 4, 4)), (1.0, 1.0, 1.0), DrawSettings(tube=9, cap=8))
 
 
 def test_paint_is_bright_inside_soft_at_the_edge_and_keeps_the_brighter() -> None:

@@ -22,7 +22,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import intensity
-from hpc_neuro.data.rasterize import Drawing, centreline_voxels, rasterize
+from hpc_neuro.data.rasterize import DrawSettings, list_centerline_voxels, rasterize
 from hpc_neuro.data.store import Store, VolumeRecord, forecast_bytes, is_written, write_index, write_volume
 
 SHAPE = (40, 150, 170)
@@ -57,12 +57,12 @@ def volume(id_: str = "a", dtype: str = "u2", split: str = "train") -> VolumeRec
     )
 
 
-def write(folder: Path, *volumes: VolumeRecord, drawing: Drawing | None = None) -> Store:
+def write(folder: Path, *volumes: VolumeRecord, drawing: DrawSettings | None = None) -> Store:
     for v in volumes:
         made = image(v.dtype.str)
         fitted = replace(tree(), points=tree().points + 0.3)
         write_volume(
-            folder / f"{v.id}.h5", v, lambda b, made=made: made[b.slices], tree(), fitted, drawing or Drawing()
+            folder / f"{v.id}.h5", v, lambda b, made=made: made[b.slices], tree(), fitted, drawing or DrawSettings()
         )
     write_index(folder, list(volumes))
     return Store(folder)
@@ -70,9 +70,9 @@ def write(folder: Path, *volumes: VolumeRecord, drawing: Drawing | None = None) 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "f4"])
 def test_every_box_comes_back_as_it_was(tmp_path: Path, dtype: str) -> None:
-    store = write(tmp_path, volume(dtype=dtype), drawing=Drawing(ignore_margin=1.0, stretch=1.5))
+    store = write(tmp_path, volume(dtype=dtype), drawing=DrawSettings(ignore_margin=1.0, stretch=1.5))
     stored = store["a"]
-    drawn = rasterize(stored.fitted_tree(), BOX, SIZE, Drawing(ignore_margin=1.0, stretch=1.5))
+    drawn = rasterize(stored.fitted_tree(), BOX, SIZE, DrawSettings(ignore_margin=1.0, stretch=1.5))
     np.testing.assert_array_equal(stored.image(BOX), image(dtype)[BOX.slices])
     assert stored.image(BOX).dtype == np.dtype(dtype)
     np.testing.assert_array_equal(stored.normalized_image(BOX), intensity.normalize(image(dtype)[BOX.slices], 3, 50))
@@ -99,7 +99,9 @@ def test_the_header_and_the_trees_come_back(tmp_path: Path) -> None:
 
 def test_points_for_the_sampler_lie_inside_on_line_branches_and_tips(tmp_path: Path) -> None:
     stored = write(tmp_path, volume())["a"]
-    np.testing.assert_array_equal(stored.points("skeleton"), centreline_voxels(stored.fitted_tree(), Box.whole(SHAPE)))
+    np.testing.assert_array_equal(
+        stored.points("skeleton"), list_centerline_voxels(stored.fitted_tree(), Box.whole(SHAPE))
+    )
     np.testing.assert_array_equal(stored.points("branch"), [[20, 60, 80]])
     np.testing.assert_array_equal(stored.points("tip"), [[35, 140, 90]])  # the other tip lies outside the image
 
@@ -148,7 +150,7 @@ def test_a_sparse_giant_stays_small_in_file_and_memory(tmp_path: Path, monkeypat
         return np.broadcast_to(np.uint8(0), box.shape)
 
     monkeypatch.setattr(intensity, "_PASS_BYTES", 8 << 20)
-    write_volume(tmp_path / "a.h5", replace(volume(dtype="u1"), shape=shape), read, thin, thin, Drawing())
+    write_volume(tmp_path / "a.h5", replace(volume(dtype="u1"), shape=shape), read, thin, thin, DrawSettings())
     assert (tmp_path / "a.h5").stat().st_size < 40e6
     assert largest <= 8 << 20
 
@@ -166,7 +168,7 @@ def test_unlabelled_voxels_become_255_outside_the_neurite(tmp_path: Path) -> Non
     path = tmp_path / "a.h5"
     blank = np.zeros(SHAPE, dtype=bool)
     blank[:, :40, 100:] = True  # far from the tree in part, across it in part
-    write_volume(path, volume(), lambda b: made[b.slices], tree(), tree(), Drawing(), lambda b: blank[b.slices])
+    write_volume(path, volume(), lambda b: made[b.slices], tree(), tree(), DrawSettings(), lambda b: blank[b.slices])
     write_index(tmp_path, [volume()])
     mask = Store(tmp_path)["a"].mask(Box.whole(SHAPE))
     plain = rasterize(tree(), Box.whole(SHAPE), SIZE).mask
@@ -196,9 +198,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
         if len(seen) == 3:  # in the middle: the header and the image are there
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "reserve", full)
+    monkeypatch.setattr(files, "reserve_space", full)
     with pytest.raises(InputError, match=r"full, a\.h5 was not written; make room or choose another `out`"):
-        write_volume(tmp_path / "a.h5", volume(), lambda b: made[b.slices], tree(), tree(), Drawing())
+        write_volume(tmp_path / "a.h5", volume(), lambda b: made[b.slices], tree(), tree(), DrawSettings())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,7 +219,7 @@ def test_a_failed_read_leaves_nothing(tmp_path: Path) -> None:
         raise InputError("damaged there")
 
     with pytest.raises(InputError, match="damaged there"):
-        write_volume(tmp_path / "a.h5", volume(), read, tree(), tree(), Drawing())
+        write_volume(tmp_path / "a.h5", volume(), read, tree(), tree(), DrawSettings())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from scipy import ndimage
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import feature_cache
-from hpc_neuro.data.rasterize import Drawing
+from hpc_neuro.data.rasterize import DrawSettings
 from hpc_neuro.data.store import Store, VolumeRecord, write_index, write_volume
 
 SHAPE = (20, 52, 56)  # no multiple of the patch, larger than the crops of the tests
@@ -40,7 +40,7 @@ def write_store(
             digest=f"{digest} of {name}",
             sources={"image": "0", "swc": "0"},
         )
-        drawing = Drawing()
+        drawing = DrawSettings()
         write_volume(folder / f"{name}.h5", volume, functools.partial(_cut, image), tree, tree, drawing)
         volumes.append(volume)
     write_index(folder, volumes)

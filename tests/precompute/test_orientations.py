@@ -18,7 +18,7 @@ from hpc_neuro.data import orientation
 from hpc_neuro.data.crops import CropConfig, CropSampler
 from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.feature_cache import CacheMismatch, FeatureCache
-from hpc_neuro.data.rasterize import Drawing
+from hpc_neuro.data.rasterize import DrawSettings
 from hpc_neuro.data.store import Store, VolumeRecord, write_index, write_volume
 
 NAMES = ("flip_z", "flip_y", "flip_x", "rot90", "rot180", "rot270", "flip_z+rot90")
@@ -62,7 +62,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             split="train", digest=name, sources={"image": "0", "swc": "0"},
         )  # fmt: skip
         (folder / f"s{name}").mkdir()
-        write_volume(folder / f"s{name}" / "v.h5", volume, lambda box, a=array: a[box.slices], tree, tree, Drawing())
+        write_volume(
+            folder / f"s{name}" / "v.h5", volume, lambda box, a=array: a[box.slices], tree, tree, DrawSettings()
+        )
         write_index(folder / f"s{name}", [volume])
     return {name: folder / f"s{name}" for name in ("", *NAMES)}
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data.rasterize import Drawing
+from hpc_neuro.data.rasterize import DrawSettings
 from hpc_neuro.data.store import VolumeRecord, write_index, write_volume
 
 
@@ -37,7 +37,7 @@ def write_store(folder: Path, names: Sequence[str], shape: Shape) -> Path:
 
         ends = [(shape[0] / 2, shape[1] / 2, x) for x in (3.0, shape[2] - 4.0)]
         tree = Tree(np.array(ends), np.full(2, 2.0), np.array([-1, 0]), np.full(2, 2))
-        write_volume(folder / f"{name}.h5", volume, noise, tree, tree, Drawing())
+        write_volume(folder / f"{name}.h5", volume, noise, tree, tree, DrawSettings())
         volumes.append(volume)
     write_index(folder, volumes)
     return folder

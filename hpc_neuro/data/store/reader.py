@@ -1,4 +1,4 @@
-"""Reading a store."""
+"""Read a training store: its index, and boxes of its volumes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,29 +18,57 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.intensity import normalize
-from hpc_neuro.data.store.layout import FORMAT, INDEX, REMAKE, SPLITS, VolumeRecord, open_file
 
-Kind = Literal["skeleton", "branch", "tip"]
+FORMAT = 1
+"""Raised when files of an older version can no longer be read, or would hold other targets."""
+
+SPLITS = ("train", "val", "test")
+"""The splits a volume may belong to."""
+
+INDEX = "dataset.json"
+"""File name of the index over all volumes."""
+
+REMAKE = "make the store with `hpc-neuro prepare`"
+"""What to do about a store that cannot be read."""
+
+PointKind = Literal["skeleton", "branch", "tip"]
+
+
+@dataclass(frozen=True)
+class VolumeRecord:
+    """One volume in the index, and the header of its file."""
+
+    id: str
+    shape: Shape
+    voxel_size: VoxelSize  # um, z y x
+    dtype: np.dtype[Any]
+    low: float
+    high: float
+    root: tuple[float, float, float] | None  # z y x voxel
+    split: str
+    digest: str  # of the image's content, the tree and the settings of the targets
+    sources: Mapping[str, str]  # "image", "swc": SHA-256
 
 
 class Store:
-    """A finished store, read by id. Handles open on first use in each process and are left behind on pickling."""
+    """A finished store, read by id. Each process opens its own handles on first use; pickling leaves them behind."""
 
     def __init__(self, path: Path) -> None:
-        """Read `path`/dataset.json; raises InputError when it or a volume's file is missing or of another format."""
+        """Read `path`/dataset.json. InputError when it or a volume's file is missing or of another format."""
         self.path = Path(path)
         index = files.read_json(self.path / INDEX, REMAKE)
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise InputError(f"{self.path / INDEX} is not a store of format {FORMAT}; {REMAKE}")
-        self._volumes = {id_: _from_index(self, id_, entry) for id_, entry in index["volumes"].items()}
+
+        self._volumes = {id_: _volume_from_index(self, id_, entry) for id_, entry in index["volumes"].items()}
         missing = [id_ for id_ in self._volumes if not self.file(id_).exists()]
         if missing:
             raise InputError(f"{self.path} lacks the files of {', '.join(missing)}; {REMAKE}")
-        self._forget()
+        self._forget_handles()
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """All volumes, in the order they were given."""
+        """All volumes, in the order in which they were prepared."""
         return tuple(self._volumes)
 
     def split(self, name: str) -> tuple[str, ...]:
@@ -65,8 +94,10 @@ class Store:
 
     def open_handle(self, id_: str) -> Any:
         """This process's open HDF5 file of a volume."""
-        if self._pid != os.getpid():  # after a fork the parent's handles are not ours
-            self._forget()
+        # After a fork the parent's handles must not be used.
+        if self._pid != os.getpid():
+            self._forget_handles()
+
         if id_ not in self._handles:
             handle = open_file(self.file(id_))
             if handle.attrs.get("digest") != self[id_].digest:
@@ -80,9 +111,9 @@ class Store:
         if self._pid == os.getpid():
             for handle in self._handles.values():
                 handle.close()
-        self._forget()
+        self._forget_handles()
 
-    def _forget(self) -> None:
+    def _forget_handles(self) -> None:
         self._pid = os.getpid()
         self._handles: dict[str, Any] = {}
 
@@ -92,7 +123,7 @@ class Store:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredVolume(VolumeRecord):
-    """One volume of a store. A box must lie inside the volume (else InputError); arrays are the caller's own."""
+    """One volume of a store. A box must lie inside the volume (else InputError); the caller owns the arrays."""
 
     store: Store = field(repr=False, compare=False)
 
@@ -101,7 +132,7 @@ class StoredVolume(VolumeRecord):
         return self._read("image", box)
 
     def normalized_image(self, box: Box) -> NDArray[np.float32]:
-        """[Z, Y, X] float32 in [0, 1], by the range of the whole volume."""
+        """[Z, Y, X] float32 in [0, 1], by the intensity range of the whole volume."""
         return normalize(self._read("image", box), self.low, self.high)
 
     def mask(self, box: Box) -> NDArray[np.uint8]:
@@ -109,11 +140,11 @@ class StoredVolume(VolumeRecord):
         return cast(NDArray[np.uint8], self._read("mask", box))
 
     def skeleton(self, box: Box) -> NDArray[np.uint8]:
-        """[Z, Y, X] 1 in the tube around the centreline."""
+        """[Z, Y, X] 1 in the tube around the centerline."""
         return cast(NDArray[np.uint8], self._read("skeleton", box))
 
     def distance(self, box: Box) -> NDArray[np.float32]:
-        """[Z, Y, X] float32, fine voxels to the centreline, at most the cap."""
+        """[Z, Y, X] float32, fine voxels to the centerline, at most the cap."""
         return self._read("distance", box).astype(np.float32)
 
     def tangent(self, box: Box) -> NDArray[np.float32]:
@@ -121,15 +152,15 @@ class StoredVolume(VolumeRecord):
         return self._read("tangent", box).astype(np.float32) / np.float32(127)
 
     def tree(self) -> Tree:
-        """The given tree, in voxels."""
+        """The annotator's tree, in voxels."""
         return _read_tree(self.store.open_handle(self.id)["tree"])
 
     def fitted_tree(self) -> Tree:
         """The tree that mask, skeleton, distance and tangent were drawn from, in voxels (radii in fine voxels)."""
         return _read_tree(self.store.open_handle(self.id)["fitted"])
 
-    def points(self, kind: Kind) -> NDArray[np.int64]:
-        """[N, 3] voxels z y x inside the volume: the centreline's, the branch points, or the tips."""
+    def points(self, kind: PointKind) -> NDArray[np.int64]:
+        """[N, 3] voxels z y x inside the volume: the centerline's, the branch points, or the tips."""
         points: NDArray[np.int64] = self.store.open_handle(self.id)["points"][kind][()].astype(np.int64)
         return points
 
@@ -140,11 +171,19 @@ class StoredVolume(VolumeRecord):
         return array
 
 
+def open_file(path: Path) -> Any:
+    """Open an HDF5 file for reading, without locks: shared file systems refuse them or hang, and no process writes."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read as HDF5 ({error}); {REMAKE} again") from error
+
+
 def _read_tree(group: Any) -> Tree:
     return Tree(*(group[part][()] for part in ("points", "radii", "parents", "types")))
 
 
-def _from_index(store: Store, id_: str, entry: Mapping[str, Any]) -> StoredVolume:
+def _volume_from_index(store: Store, id_: str, entry: Mapping[str, Any]) -> StoredVolume:
     root = entry["root_voxel"]
     return StoredVolume(
         id=id_,

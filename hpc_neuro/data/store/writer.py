@@ -1,4 +1,4 @@
-"""Writing a store: one file per volume, then the index over them."""
+"""Write a training store: one file per volume, then the index over them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology, run_folder
+from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, tile_volume
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.intensity import ReadBox, iter_slabs
-from hpc_neuro.data.rasterize import Drawing, centreline_voxels, draw, prepared
-from hpc_neuro.data.store.layout import CHUNK, FORMAT, INDEX, SPLITS, VolumeRecord, open_file
+from hpc_neuro.data.rasterize import (
+    DrawSettings,
+    Targets,
+    draw_targets,
+    list_centerline_voxels,
+    prepare_tree,
+)
+from hpc_neuro.data.store.reader import FORMAT, INDEX, SPLITS, VolumeRecord, open_file
 
-_TARGET_BYTES = 1 + 1 + 2 + 3  # a voxel of mask, skeleton, distance, tangent
-_SPARE = 8 << 20  # bytes that HDF5 holds back in its caches until it closes the file
-_DRAW: Shape = (64, 256, 256)  # targets are drawn in boxes of this size: about 100 MB at work
+CHUNK: Shape = (32, 64, 64)
+"""[voxel] HDF5 chunk along z, y, x."""
+
+DRAW_BOX: Shape = (64, 256, 256)
+"""[voxel] Targets are drawn in boxes of this size, which take about 100 MB."""
+
+TARGET_BYTES = 1 + 1 + 2 + 3
+"""[bytes] One voxel of mask, skeleton, distance and tangent."""
+
+SPARE_BYTES = 8 << 20
+"""[bytes] What HDF5 may hold in its caches until it closes the file."""
+
+MaskBox = Callable[[Box], NDArray[np.bool_]]
+"""Box of a volume -> [Z, Y, X] which of its voxels are unlabelled."""
 
 
 def write_volume(
@@ -30,13 +48,13 @@ def write_volume(
     read: ReadBox,
     tree: Tree,
     fitted: Tree,
-    drawing: Drawing,
-    unlabelled: Callable[[Box], NDArray[np.bool_]] | None = None,
+    drawing: DrawSettings,
+    unlabelled: MaskBox | None = None,
 ) -> None:
-    """Write one volume's file, whole or not at all; the same input gives the same bytes. Memory does not grow with it.
+    """Write one volume's file, whole or not at all; the same input gives the same bytes. Streams the image.
 
-    `tree` is kept as given, `fitted` is drawn; both in voxels. `unlabelled` says which voxels of a box nobody labelled:
-    outside the neurite they become 255. Raises InputError when the disk is full.
+    `tree` is stored as given and `fitted` is drawn; both are in voxels. Voxels of `unlabelled` outside the neurite
+    become 255. Raises InputError when the disk is full.
     """
     with (
         files.explain_full_disk(path.parent, path.name),
@@ -44,7 +62,9 @@ def write_volume(
         h5py.File(part, "w", libver="v110", locking=False) as file,
     ):
         _reserve(file, 200 * (len(tree) + len(fitted)))
-        _write_header(file, volume, tree, fitted, drawing)
+        _write_attributes(file, volume, drawing)
+        _write_trees(file, tree, fitted)
+        _write_points(file, volume, fitted)
         _write_image(file, volume, read)
         _write_targets(file, volume, fitted, drawing, unlabelled)
 
@@ -58,68 +78,84 @@ def is_written(path: Path, digest: str) -> bool:
 
 
 def forecast_bytes(tree: Tree, shape: Shape, itemsize: int, voxel_size: VoxelSize, cap: float) -> int:
-    """About the most bytes a volume's file takes: every chunk of the image, and the targets' chunks near the tree."""
+    """About the most bytes of a volume's file: every chunk of the image, and the targets' chunks near the tree."""
+    image_bytes = _count_chunk_voxels(shape) * itemsize
+
+    # Targets are written in the chunks within `cap` of the tree: count the chunks of points around its cable.
     reach = cap * fine_voxel(voxel_size) / np.asarray(voxel_size)  # [3] voxels
     cable = morphology.resample_tree(tree, 8.0).points
     corners = np.asarray(list(itertools.product((-1, 0, 1), repeat=3)))
     near = np.clip(cable[:, None] + corners * reach, 0, np.asarray(shape) - 1).reshape(-1, 3)
-    touched = len(np.unique((near // np.asarray(CHUNK)).astype(np.int64), axis=0))
-    return _padded(shape) * itemsize + touched * int(np.prod(CHUNK)) * _TARGET_BYTES + len(cable) * 400 + (1 << 20)
+    chunks = len(np.unique((near // np.asarray(CHUNK)).astype(np.int64), axis=0))
+    target_bytes = chunks * int(np.prod(CHUNK)) * TARGET_BYTES
+
+    tree_bytes = len(cable) * 400
+    return image_bytes + target_bytes + tree_bytes + (1 << 20)
 
 
 def write_index(out: Path, volumes: list[VolumeRecord]) -> None:
-    """Write dataset.json: each volume, the splits by neuron, totals."""
-    body = {
+    """Write dataset.json: each volume, the splits, totals."""
+    index = {
         "format": FORMAT,
         "code": run_folder.code_version(),
-        "volumes": {
-            v.id: {
-                "file": f"{v.id}.h5",
-                "shape": list(v.shape),
-                "voxel_size_um": list(v.voxel_size),
-                "dtype": str(v.dtype),
-                "low": v.low,
-                "high": v.high,
-                "root_voxel": None if v.root is None else list(v.root),
-                "split": v.split,
-                "digest": v.digest,
-                "sha256": dict(v.sources),
-            }
-            for v in volumes
-        },
-        "splits": {s: [v.id for v in volumes if v.split == s] for s in SPLITS},
+        "volumes": {v.id: _index_entry(v) for v in volumes},
+        "splits": {split: [v.id for v in volumes if v.split == split] for split in SPLITS},
         "totals": {
             "volumes": len(volumes),
             "voxels": int(sum(np.prod(v.shape, dtype=np.int64) for v in volumes)),
             "bytes": sum((out / f"{v.id}.h5").stat().st_size for v in volumes),
         },
     }
-    files.write_json(out / INDEX, body)
+    files.write_json(out / INDEX, index)
 
 
-def _write_header(file: Any, volume: VolumeRecord, tree: Tree, fitted: Tree, drawing: Drawing) -> None:
-    header = {
+def _index_entry(volume: VolumeRecord) -> dict[str, Any]:
+    return {
+        "file": f"{volume.id}.h5",
+        "shape": list(volume.shape),
+        "voxel_size_um": list(volume.voxel_size),
+        "dtype": str(volume.dtype),
+        "low": volume.low,
+        "high": volume.high,
+        "root_voxel": None if volume.root is None else list(volume.root),
+        "split": volume.split,
+        "digest": volume.digest,
+        "sha256": dict(volume.sources),
+    }
+
+
+def _write_attributes(file: Any, volume: VolumeRecord, drawing: DrawSettings) -> None:
+    attributes = {
         "format": FORMAT,
         "id": volume.id,
         "digest": volume.digest,
         "code": run_folder.code_version(),
         "voxel_size_um": volume.voxel_size,
-        "affine": np.diag([*volume.voxel_size, 1.0]),  # voxel z y x 1 -> um z y x 1
+        # Maps voxel z y x 1 to um z y x 1.
+        "affine": np.diag([*volume.voxel_size, 1.0]),
         "low": volume.low,
         "high": volume.high,
         **({} if volume.root is None else {"root_voxel": volume.root}),
         **{f"sha256_{name}": digest for name, digest in volume.sources.items()},
         **{f"drawing_{name}": value for name, value in asdict(drawing).items()},
     }
-    for key, value in header.items():
-        file.attrs[key] = value
-    for name, each in (("tree", tree), ("fitted", fitted)):
+    for name, value in attributes.items():
+        file.attrs[name] = value
+
+
+def _write_trees(file: Any, tree: Tree, fitted: Tree) -> None:
+    for name, written_tree in (("tree", tree), ("fitted", fitted)):
         group = file.create_group(name)
         for part in ("points", "radii", "parents", "types"):
-            group.create_dataset(part, data=getattr(each, part))
-    whole = Box.whole(volume.shape)
+            group.create_dataset(part, data=getattr(written_tree, part))
+
+
+def _write_points(file: Any, volume: VolumeRecord, fitted: Tree) -> None:
+    """The voxels that crops may be centered on."""
     group = file.create_group("points")
-    group.create_dataset("skeleton", data=centreline_voxels(fitted, whole).astype(np.int32))
+    centerline = list_centerline_voxels(fitted, Box.whole(volume.shape))
+    group.create_dataset("skeleton", data=centerline.astype(np.int32))
+
     for name, nodes in (("branch", morphology.branch_points(fitted)), ("tip", morphology.tips(fitted))):
         voxels = np.rint(fitted.points[nodes]).astype(np.int32)
         inside = np.all((voxels >= 0) & (voxels < volume.shape), axis=1)
@@ -127,59 +163,67 @@ def _write_header(file: Any, volume: VolumeRecord, tree: Tree, fitted: Tree, dra
 
 
 def _write_image(file: Any, volume: VolumeRecord, read: ReadBox) -> None:
-    """The image slab by slab; chunks of zeros stay unallocated."""
-    image = file.create_dataset(
-        "image", shape=volume.shape, dtype=volume.dtype, chunks=_chunks(volume.shape), fillvalue=0
-    )
+    """Write the image slab by slab; chunks of zeros stay unallocated."""
+    image = _create_dataset(file, "image", volume.shape, volume.dtype, fill=0)
+
     for slab in iter_slabs(volume.shape, volume.dtype.itemsize, depth=CHUNK[0]):
-        block = read(slab)
-        _reserve(file, _padded(slab.shape) * volume.dtype.itemsize)
+        values = read(slab)
+        _reserve(file, _count_chunk_voxels(slab.shape) * volume.dtype.itemsize)
         for chunk in tile_volume(slab.shape, CHUNK):
-            part = block[chunk.write.slices]
-            if part.any():
-                image[chunk.write.shift(slab.start).slices] = part
+            chunk_values = values[chunk.write.slices]
+            if chunk_values.any():
+                image[chunk.write.shift(slab.start).slices] = chunk_values
 
 
 def _write_targets(
-    file: Any,
-    volume: VolumeRecord,
-    fitted: Tree,
-    drawing: Drawing,
-    unlabelled: Callable[[Box], NDArray[np.bool_]] | None,
+    file: Any, volume: VolumeRecord, fitted: Tree, drawing: DrawSettings, unlabelled: MaskBox | None
 ) -> None:
-    """Mask, skeleton, distance and tangent, where the tree is; elsewhere the fill values say "nothing near"."""
-    shape, chunks = volume.shape, _chunks(volume.shape)
-    mask = file.create_dataset("mask", shape=shape, dtype="u1", chunks=chunks, fillvalue=0)
-    skeleton = file.create_dataset("skeleton", shape=shape, dtype="u1", chunks=chunks, fillvalue=0)
-    distance = file.create_dataset("distance", shape=shape, dtype="f2", chunks=chunks, fillvalue=drawing.cap)
-    tangent = file.create_dataset("tangent", shape=(3, *shape), dtype="i1", chunks=(3, *chunks), fillvalue=0)
-    ready = prepared(fitted, volume.voxel_size, drawing)
-    for block in tile_volume(shape, _DRAW):
-        blank = unlabelled(block.write) if unlabelled else None
-        if not ready.meets(block.write) and (blank is None or not blank.any()):
+    """Write mask, skeleton, distance and tangent near the tree. Elsewhere the fill values mean "no neurite near"."""
+    shape = volume.shape
+    _create_dataset(file, "mask", shape, np.dtype("u1"), fill=0)
+    _create_dataset(file, "skeleton", shape, np.dtype("u1"), fill=0)
+    _create_dataset(file, "distance", shape, np.dtype("f2"), fill=drawing.cap)
+    _create_dataset(file, "tangent", shape, np.dtype("i1"), fill=0, channels=(3,))
+    prepared = prepare_tree(fitted, volume.voxel_size, drawing)
+
+    for block in tile_volume(shape, DRAW_BOX):
+        box = block.write
+        without_label = unlabelled(box) if unlabelled else None
+        has_unlabelled = without_label is not None and bool(without_label.any())
+        if not prepared.meets(box) and not has_unlabelled:
             continue
-        drawn = draw(ready, block.write)
-        _reserve(file, _padded(block.write.shape) * _TARGET_BYTES)
-        if blank is not None:
-            drawn.mask[blank & (drawn.mask == 0)] = 255
-        for chunk in tile_volume(block.write.shape, CHUNK):
-            here, there = chunk.write.slices, chunk.write.shift(block.write.start).slices
-            if (drawn.distance[here] < drawing.cap).any() or drawn.mask[here].any():
-                mask[there], skeleton[there] = drawn.mask[here], drawn.skeleton[here]
-                distance[there] = drawn.distance[here]
-                tangent[(slice(None), *there)] = drawn.tangent[(slice(None), *here)]
+
+        targets = draw_targets(prepared, box)
+        if without_label is not None:
+            targets.mask[without_label & (targets.mask == 0)] = UNLABELLED
+        _reserve(file, _count_chunk_voxels(box.shape) * TARGET_BYTES)
+        _write_target_chunks(file, targets, box, drawing.cap)
+
+
+def _write_target_chunks(file: Any, targets: Targets, box: Box, cap: float) -> None:
+    """Write those chunks of a box that differ from the fill values."""
+    for chunk in tile_volume(box.shape, CHUNK):
+        source = chunk.write.slices
+        destination = chunk.write.shift(box.start).slices
+        if (targets.distance[source] < cap).any() or targets.mask[source].any():
+            file["mask"][destination] = targets.mask[source]
+            file["skeleton"][destination] = targets.skeleton[source]
+            file["distance"][destination] = targets.distance[source]
+            file["tangent"][(slice(None), *destination)] = targets.tangent[(slice(None), *source)]
+
+
+def _create_dataset(
+    file: Any, name: str, shape: Shape, dtype: np.dtype[Any], fill: float, channels: tuple[int, ...] = ()
+) -> Any:
+    chunk = tuple(max(1, min(n, c)) for n, c in zip(shape, CHUNK, strict=True))
+    return file.create_dataset(name, shape=(*channels, *shape), dtype=dtype, chunks=(*channels, *chunk), fillvalue=fill)
 
 
 def _reserve(file: Any, needed: int) -> None:
     """Make sure that the next write and the closing of the file fit on the disk."""
-    files.reserve_space(Path(file.filename).parent, needed + _SPARE)
+    files.reserve_space(Path(file.filename).parent, needed + SPARE_BYTES)
 
 
-def _padded(shape: Shape) -> int:
+def _count_chunk_voxels(shape: Shape) -> int:
     """Voxels of the whole chunks that a box takes."""
     return int(np.prod([-(-n // c) * c for n, c in zip(shape, CHUNK, strict=True)], dtype=np.int64))
-
-
-def _chunks(shape: Shape) -> Shape:
-    z, y, x = (max(1, min(n, c)) for n, c in zip(shape, CHUNK, strict=True))
-    return z, y, x
