@@ -97,7 +97,7 @@ def _fix(path: Path, options: dict[str, object]) -> int:
     among: tuple[Roots | Literal["split"], ...] = (*get_args(Roots), "split")
     roots = _choice("roots", options.get("roots", "join"), among)
     fixed = swc.fix(path, "keep" if roots == "split" else roots)
-    trees = swc.split_components(fixed.tree) if roots == "split" else [fixed.tree]
+    trees = swc.split_by_length(fixed.tree) if roots == "split" else [fixed.tree]
     for change in fixed.changes:
         _say(f"{path}: {change}")
     for number, tree in enumerate(trees, start=1):

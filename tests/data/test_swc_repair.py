@@ -89,7 +89,7 @@ def test_roots_are_joined_kept_or_dropped(file: Put) -> None:
     assert len(joined.tree.roots) == 1
     assert morphology.length(joined.tree) == 10 + 28 + 2 + 40
     assert sum("joined by an edge" in c for c in joined.changes) == 2
-    parts = swc.split_components(swc.read(path))
+    parts = swc.split_by_length(swc.read(path))
     assert [round(morphology.length(p)) for p in parts] == [28, 10, 0]
 
 

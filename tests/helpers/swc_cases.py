@@ -39,7 +39,7 @@ REFUSED = {
     "comments only": ("# nothing\n", "no node"),
     "cycle": ("1 3 0 0 0 1 -1\n2 3 1 0 0 1 3\n3 3 2 0 0 1 2\n", "line 2: node 2 is its own ancestor"),
     "own parent": ("1 3 0 0 0 1 1\n", "line 1: node 1 is its own parent"),
-    "dangling": ("1 3 0 0 0 1 -1\n2 3 1 0 0 1 9\n", "line 2: node 2 hangs on 9, which is not in the file"),
+    "dangling": ("1 3 0 0 0 1 -1\n2 3 1 0 0 1 9\n", "line 2: node 2 has parent 9, which is not in the file"),
     "repeated id": ("1 3 0 0 0 1 -1\n2 3 1 0 0 1 1\n\n2 3 5 0 0 1 1\n", r"line 4: id 2 again .*first in line 2"),
     "NaN": ("1 3 0 0 0 1 -1\n2 3 nan 0 0 1 1\n", "line 2: node 2 has a coordinate that is no number"),
     "infinite": ("1 3 0 inf 0 1 -1\n", "line 1: node 1 has a coordinate"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.convert import Transform, convert, transform
-from hpc_neuro.data.swc.repair import RepairResult, fix, split_components
+from hpc_neuro.data.swc.repair import RepairResult, fix, split_by_length
 from hpc_neuro.data.swc.structure import build_tree, link
 from hpc_neuro.data.swc.table import SwcFinding, parse
 from hpc_neuro.data.swc.writer import SwcHeader, drop_added_nodes, node_ids, parse_header, write
@@ -23,12 +23,13 @@ __all__ = [
     "node_ids",
     "read",
     "read_header",
-    "split_components",
+    "split_by_length",
     "transform",
     "write",
 ]
 
-_MOST_SHOWN = 8
+_MAX_SHOWN = 8
+"""Findings in the error of a file that cannot be used."""
 
 
 def read(path: Path | str) -> Tree:
@@ -37,16 +38,20 @@ def read(path: Path | str) -> Tree:
     Takes what has one meaning: Windows lines, byte-order marks, commas between columns, ids like `1.0`, more columns,
     any order of nodes, repeated lines. A radius that is not finite and positive becomes its parent's (a root's: the
     median; 1 where no radius is good), so that every radius is above 0. Nodes that `write` added for other readers are
-    taken out again. Raises InputError listing by line what has no single meaning.
+    removed again. Raises InputError listing by line what has no single meaning.
     """
     path = Path(path)
     linked = link(parse(path))
+
+    # A file can have thousands of findings; the first few tell what is wrong.
     if linked.fatal:
-        shown = [f"  {f}" for f in linked.fatal[:_MOST_SHOWN]]
-        if len(linked.fatal) > _MOST_SHOWN:
-            shown.append(f"  and {len(linked.fatal) - _MOST_SHOWN} more")
-        found = "\n".join(shown)
-        raise InputError(f"{path} is not a usable SWC file:\n{found}\nRepair it with:  hpc-neuro swc fix {path}")
+        lines = [f"  {finding}" for finding in linked.fatal[:_MAX_SHOWN]]
+        if len(linked.fatal) > _MAX_SHOWN:
+            lines.append(f"  and {len(linked.fatal) - _MAX_SHOWN} more")
+        findings = "\n".join(lines)
+        raise InputError(f"{path} is not a usable SWC file:\n{findings}\nRepair it with:  hpc-neuro swc fix {path}")
+
+    # What `write` added is no part of the tree.
     return drop_added_nodes(build_tree(linked), linked.table.comments)
 
 
@@ -59,5 +64,5 @@ def check(path: Path | str) -> list[SwcFinding]:
 
 
 def read_header(path: Path | str) -> SwcHeader:
-    """Unit and voxel size as a file written here states them; None where it is silent."""
+    """Unit and voxel size that a file written here states; None for what it does not state."""
     return parse_header(parse(Path(path)).comments)

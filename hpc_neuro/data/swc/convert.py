@@ -13,6 +13,9 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.writer import Unit, write
 
+_NO_SCALE = (1.0, 1.0, 1.0)
+_NO_SHIFT = (0.0, 0.0, 0.0)
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -22,33 +25,40 @@ class Transform:
     """Axes to mirror, any of z y x; needs the image's `shape`."""
     shape: Shape | None = None
     """Voxels of the image along z y x."""
-    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    scale: tuple[float, float, float] = _NO_SCALE
+    shift: tuple[float, float, float] = _NO_SHIFT
 
     def __str__(self) -> str:
         parts = [f"flip {self.flip} within {self.shape}"] if self.flip else []
-        parts += [f"scale {self.scale}"] if self.scale != (1.0, 1.0, 1.0) else []
-        parts += [f"shift {self.shift}"] if self.shift != (0.0, 0.0, 0.0) else []
+        if self.scale != _NO_SCALE:
+            parts.append(f"scale {self.scale}")
+        if self.shift != _NO_SHIFT:
+            parts.append(f"shift {self.shift}")
+
         return ", ".join(parts) + " (z y x)" if parts else "none"
 
 
 def transform(tree: Tree, by: Transform) -> Tree:
     """The tree after flip, scale and shift; radii take the middle one of the three scales.
 
-    A flip maps voxel centres onto voxel centres: v becomes n - 1 - v. Raises InputError for a flip without a shape.
+    A flip maps voxel centers onto voxel centers: v becomes n - 1 - v. Raises InputError for a flip without a shape.
     """
+    # Flips come first: `shape` is that of the image before it is scaled.
     points = tree.points.copy()
-    for axis in by.flip:
-        i = "zyx".find(axis)
-        if i < 0 or by.shape is None:
+    for letter in by.flip:
+        axis = "zyx".find(letter)
+        if axis < 0 or by.shape is None:
             raise InputError(
                 f"flip={by.flip} needs axes out of z y x and the image's shape=Z,Y,X; found shape {by.shape}"
             )
-        points[:, i] = by.shape[i] - 1 - points[:, i]
+        points[:, axis] = by.shape[axis] - 1 - points[:, axis]
+
+    # A negative scale would mirror without a shape, and move the tree out of the image.
     if min(by.scale) <= 0:
         raise InputError(f"scale={by.scale} must be above 0 along every axis; mirror with flip=")
-    scaled = morphology.scale_tree(replace(tree, points=points), by.scale)
-    return replace(scaled, points=scaled.points + np.asarray(by.shift))
+    tree = morphology.scale_tree(replace(tree, points=points), by.scale)
+
+    return replace(tree, points=tree.points + np.asarray(by.shift))
 
 
 def convert(tree: Tree, target: Path | str, *, to: Unit, voxel_size: VoxelSize, stated: Unit | None = None) -> Tree:
@@ -56,9 +66,12 @@ def convert(tree: Tree, target: Path | str, *, to: Unit, voxel_size: VoxelSize, 
 
     `stated` is the unit its file states, if any. Raises InputError when that is `to` already.
     """
+    # Converting twice would scale twice, and nothing in the result would show it.
     if stated == to:
         raise InputError(f"the tree is in {to} already, by its header; nothing to convert for {target}")
+
     factor = voxel_size if to == "um" else (1 / voxel_size[0], 1 / voxel_size[1], 1 / voxel_size[2])
-    made = morphology.scale_tree(tree, factor)
-    write(target, made, unit=to, voxel_size=voxel_size)
-    return made
+    converted = morphology.scale_tree(tree, factor)
+    write(target, converted, unit=to, voxel_size=voxel_size)
+
+    return converted

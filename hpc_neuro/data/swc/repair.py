@@ -1,9 +1,9 @@
-"""Repair of SWC files whose meaning is open: each decision is one stated rule, and each change is told."""
+"""Repair of SWC files whose meaning is open: each decision follows one stated rule, and each change is reported."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +16,16 @@ from hpc_neuro.core.geometry import zyx_from_xyz
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.standardize import standardize
-from hpc_neuro.data.swc.structure import fill_bad_radii, find_cycles
+from hpc_neuro.data.swc.structure import ROOT, fill_bad_radii, find_cycles
 from hpc_neuro.data.swc.table import SwcTable, parse
 
 Roots = Literal["join", "keep", "largest"]
-_MOST_TOLD = 5  # changes of one kind told one by one
-_HARMLESS = {  # what writing anew settles, kind of finding -> change
+
+_MAX_LISTED = 5
+"""Changes of one kind that are reported one by one; one more counts the rest."""
+
+# Kind of finding -> change, for what is settled by writing the file anew.
+_REWRITTEN = {
     "BOM": "byte-order mark removed",
     "encoding": "written as ASCII",
     "line ends": "line ends made plain",
@@ -46,143 +50,167 @@ class RepairResult:
 def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
     """Read any SWC text and make one usable tree of it.
 
-    Lines that are no node are dropped. A node without a place is dropped and its children hang on its parent. Of a
-    repeated id the later rows become nodes of their own; children mean the last row of that id above them. A parent
-    that is missing makes a root; of a cycle the first node becomes a root. Several roots: `join` hangs each further
-    tree on the nearest node of what is joined already (turning it so that it grows from there), `keep` leaves them,
-    `largest` keeps the tree of the greatest length. A single tree grows from its soma. Radii, types and soma points
-    become as `write` needs them.
+    Lines that are no node are dropped. A node without a place is dropped and its parent takes over its children. Of a
+    repeated id the later rows become nodes of their own; children mean the last row of that id above them. A node whose
+    parent is missing becomes a root; of a cycle the first node becomes a root. Several roots: `join` connects each
+    further tree to the nearest node of what is joined already (turning it so that it grows from there), `keep` leaves
+    them, `largest` keeps the tree of the greatest length. A single tree grows from its soma. Radii, types and soma
+    points become as `write` needs them.
     Raises InputError for a file without any node.
     """
+    # Rows: which lines are nodes, and which of them have a place.
     table = parse(Path(path))
-    changes = _parse_changes(table)
-    table = _placed(table, changes)
+    changes = _list_rewritten(table)
+    table, more = _drop_unplaced(table)
+    changes += more
     if not len(table):
         raise InputError(f"{path} holds no node, nothing can be repaired; export the tree again")
-    above = _parents(table, changes)
-    firsts = find_cycles(above)
-    above[firsts] = -1
-    _tell(
-        changes,
-        [f"line {table.line[i]}: node {table.id[i]} was its own ancestor, now a root" for i in firsts],
-        "cycles",
-    )
-    made = morphology.build_tree(zyx_from_xyz(table.xyz), above, table.radius, table.type)
-    if not np.array_equal(morphology.order_parents_first(above), np.arange(len(above))):
+
+    # Edges: one parent row for each node, and no cycle.
+    parent_rows, more = _resolve_parents(table)
+    changes += more
+    parent_rows, more = _cut_cycles(table, parent_rows)
+    changes += more
+
+    # The tree: order, radii, roots, soma, types.
+    tree = morphology.build_tree(zyx_from_xyz(table.xyz), parent_rows, table.radius, table.type)
+    if not np.array_equal(morphology.order_parents_first(parent_rows), np.arange(len(parent_rows))):
         changes.append("nodes sorted, parents first")
-    tree = Tree(made.points, fill_bad_radii(made), made.parents, made.types)
-    if count := int((made.radii != tree.radii).sum()):
+    radii = fill_bad_radii(tree)
+    if count := int((tree.radii != radii).sum()):
         changes.append(f"{count} radii that were not above 0, now the parent's")
-    tree = _rooted_at_soma(_one_root(tree, roots, changes), changes)
+    tree, more = _settle_roots(replace(tree, radii=radii), roots)
+    changes += more
+    tree, more = _root_at_soma(tree)
+    changes += more
     tree, more = standardize(tree)
     return RepairResult(tree, (*changes, *more), table.comments)
 
 
-def split_components(tree: Tree) -> list[Tree]:
+def split_by_length(tree: Tree) -> list[Tree]:
     """The separate trees of a forest, longest cable first."""
     return sorted(morphology.split_components(tree), key=morphology.length, reverse=True)
 
 
-def _parse_changes(table: SwcTable) -> list[str]:
-    changes = [_HARMLESS[k] for k in dict.fromkeys(f.kind for f in table.findings) if k in _HARMLESS]
+def _list_rewritten(table: SwcTable) -> list[str]:
+    """Changes that writing the file anew makes, and the lines that are no node."""
+    # Each kind once, in the order of the file.
+    kinds = dict.fromkeys(f.kind for f in table.findings)
+    changes = [_REWRITTEN[kind] for kind in kinds if kind in _REWRITTEN]
     dropped = [f"line {f.line} dropped, {f.text}" for f in table.findings if f.kind in ("text", "columns", "id")]
-    _tell(changes, dropped, "lines dropped")
-    return changes
+    return [*changes, *_shorten(dropped, "lines dropped")]
 
 
-def _placed(table: SwcTable, changes: list[str]) -> SwcTable:
-    """Without the nodes whose coordinates are no numbers; their children hang on their parents."""
-    lost = np.asarray(~np.isfinite(table.xyz).all(axis=1))
-    if not lost.any():
-        return table
-    parent = dict(zip(table.id[lost].tolist(), table.parent[lost].tolist(), strict=True))
-    above = table.parent.copy()
-    for i, up in enumerate(above.tolist()):
+def _drop_unplaced(table: SwcTable) -> tuple[SwcTable, list[str]]:
+    """The table without nodes whose coordinates are no numbers; their parents take over their children."""
+    is_lost = np.asarray(~np.isfinite(table.xyz).all(axis=1))
+    if not is_lost.any():
+        return table, []
+
+    # Walk up from each node to the first ancestor with a place; a cycle of lost nodes makes a root.
+    parent_of_lost = dict(zip(table.id[is_lost].tolist(), table.parent[is_lost].tolist(), strict=True))
+    parent = table.parent.copy()
+    for i, ancestor in enumerate(parent.tolist()):
         seen: set[int] = set()
-        while up in parent and up not in seen:
-            seen.add(up)
-            up = parent[up]
-        above[i] = -1 if up in seen else up
-    _tell(
-        changes, [f"line {n} dropped, its coordinates are no numbers" for n in table.line[lost].tolist()], "such lines"
-    )
-    moved = SwcTable(table.line, table.id, table.type, table.xyz, table.radius, above, table.comments, table.findings)
-    return moved.take(~lost)
+        while ancestor in parent_of_lost and ancestor not in seen:
+            seen.add(ancestor)
+            ancestor = parent_of_lost[ancestor]
+        parent[i] = ROOT if ancestor in seen else ancestor
+
+    changes = [f"line {n} dropped, its coordinates are no numbers" for n in table.line[is_lost].tolist()]
+    return replace(table, parent=parent).take(~is_lost), _shorten(changes, "such lines")
 
 
-def _parents(table: SwcTable, changes: list[str]) -> NDArray[np.int64]:
-    """Row of each node's parent; -1 for roots. Identical rows are dropped by hanging nothing on them."""
-    rows: dict[int, list[int]] = {}
+def _resolve_parents(table: SwcTable) -> tuple[NDArray[np.int64], list[str]]:
+    """[N] row of each node's parent, ROOT for roots; every row of a repeated id is a node of its own."""
+    # Which rows an id has: more than one for repeated ids.
+    rows_of_id: dict[int, list[int]] = {}
     for i, number in enumerate(table.id.tolist()):
-        rows.setdefault(number, []).append(i)
-    again = [i for group in rows.values() for i in group[1:]]
-    _tell(
-        changes, [f"line {table.line[i]}: id {table.id[i]} again, now a node of its own" for i in sorted(again)], "ids"
-    )
-    above = np.full(len(table), -1, dtype=np.int64)
+        rows_of_id.setdefault(number, []).append(i)
+    again = sorted(i for rows in rows_of_id.values() for i in rows[1:])
+    repeated = [f"line {table.line[i]}: id {table.id[i]} again, now a node of its own" for i in again]
+
+    parent_rows = np.full(len(table), ROOT, dtype=np.int64)
     dangling: list[str] = []
-    for i, up in enumerate(table.parent.tolist()):
-        group = rows.get(up)
-        if group is None:
-            if up > 0 or (up == 0 and min(rows) < 0):
-                dangling.append(
-                    f"line {table.line[i]}: parent {up} is not in the file, node {table.id[i]} is now a root"
-                )
-            continue
-        before = [j for j in group if j < i] if len(group) > 1 else group
-        above[i] = before[-1] if before else group[0]
-    _tell(changes, dangling, "parents missing")
-    return above
+    for i, parent in enumerate(table.parent.tolist()):
+        rows = rows_of_id.get(parent)
+        if rows is not None:
+            # Of several rows of that id, the last one above this line.
+            before = [j for j in rows if j < i]
+            parent_rows[i] = before[-1] if before and len(rows) > 1 else rows[0]
+        elif parent > 0 or (parent == 0 and min(rows_of_id) < 0):
+            dangling.append(
+                f"line {table.line[i]}: parent {parent} is not in the file, node {table.id[i]} is now a root"
+            )
+    return parent_rows, [*_shorten(repeated, "ids"), *_shorten(dangling, "parents missing")]
 
 
-def _one_root(tree: Tree, roots: Roots, changes: list[str]) -> Tree:
+def _cut_cycles(table: SwcTable, parent_rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[str]]:
+    """Make the first node of each cycle a root."""
+    firsts = find_cycles(parent_rows)
+    parent_rows = parent_rows.copy()
+    parent_rows[firsts] = ROOT
+    changes = [f"line {table.line[i]}: node {table.id[i]} was its own ancestor, now a root" for i in firsts]
+    return parent_rows, _shorten(changes, "cycles")
+
+
+def _settle_roots(tree: Tree, roots: Roots) -> tuple[Tree, list[str]]:
+    """Several trees as the rule `roots` wants them."""
     count = len(tree.roots)
     if count == 1 or roots == "keep":
-        return tree
-    if roots == "largest":
-        kept = split_components(tree)[0]
-        changes.append(f"{count - 1} smaller trees dropped with {len(tree) - len(kept)} of {len(tree)} nodes")
-        return kept
-    return _joined(tree, changes)
+        return tree, []
+    if roots == "join":
+        return _join_trees(tree)
+
+    # "largest" is the longest cable, not the most nodes, which depend on the tracer's step.
+    longest = split_by_length(tree)[0]
+    return longest, [f"{count - 1} smaller trees dropped with {len(tree) - len(longest)} of {len(tree)} nodes"]
 
 
-def _rooted_at_soma(tree: Tree, changes: list[str]) -> Tree:
-    """A single tree turned so that it grows from its one soma, where that stands further out."""
-    soma = tree.types == 1
-    tops = np.flatnonzero(soma & ~((tree.parents >= 0) & soma[tree.parents]))  # where a group of soma points begins
-    if len(tree.roots) != 1 or len(tops) != 1 or tree.parents[tops[0]] < 0:
-        return tree
-    parents = tree.parents.copy()
-    _turn(parents, int(tops[0]), -1)
-    changes.append("the tree turned so that its soma is the root")
-    return morphology.build_tree(tree.points, parents, tree.radii, tree.types)
+def _root_at_soma(tree: Tree) -> tuple[Tree, list[str]]:
+    """A single tree turned so that it grows from its one soma, where that is not at the root."""
+    is_soma = tree.types == 1
+    # A soma of several points begins where the parent is no soma.
+    somas = np.flatnonzero(is_soma & ~((tree.parents >= 0) & is_soma[tree.parents]))
+    if len(tree.roots) != 1 or len(somas) != 1 or tree.parents[somas[0]] < 0:
+        return tree, []
+
+    # Types and places stay; only the direction of the edges on the way changes.
+    parents = _reroot(tree.parents, int(somas[0]), ROOT)
+    tree = morphology.build_tree(tree.points, parents, tree.radii, tree.types)
+    return tree, ["the tree turned so that its soma is the root"]
 
 
-def _joined(tree: Tree, changes: list[str]) -> Tree:
-    """Every further tree hung on the nearest joined node, nearest trees first (Prim's rule over whole trees)."""
-    owner, parents = morphology.label_components(tree), tree.parents.copy()
-    waiting = owner != 0
-    distance, nearest = _nearest(tree.points[~waiting], tree.points)
-    nearest = np.flatnonzero(~waiting)[nearest]
-    told: list[str] = []
-    while waiting.any():
-        candidates = np.flatnonzero(waiting)
-        node = int(candidates[np.argmin(distance[candidates])])
-        mine = np.flatnonzero(owner == owner[node])
-        _turn(parents, node, int(nearest[node]))
-        told.append(f"a tree of {len(mine)} nodes joined by an edge of length {distance[node]:.4g}")
-        waiting[mine] = False
-        rest = np.flatnonzero(waiting)
+def _join_trees(tree: Tree) -> tuple[Tree, list[str]]:
+    """Connect every further tree to the nearest joined node, nearest tree first (Prim's rule over whole trees)."""
+    # The first tree is joined; for every other node, the nearest joined node is kept up to date.
+    component, parents = morphology.label_components(tree), tree.parents
+    is_waiting = component != 0
+    distance, nearest = _find_nearest(tree.points[~is_waiting], tree.points)
+    nearest = np.flatnonzero(~is_waiting)[nearest]
+
+    changes: list[str] = []
+    while is_waiting.any():
+        waiting = np.flatnonzero(is_waiting)
+        node = int(waiting[np.argmin(distance[waiting])])
+        members = np.flatnonzero(component == component[node])
+        parents = _reroot(parents, node, int(nearest[node]))
+        changes.append(f"a tree of {len(members)} nodes joined by an edge of length {distance[node]:.4g}")
+        is_waiting[members] = False
+
+        # The nodes that have just joined may be nearer to what still waits.
+        rest = np.flatnonzero(is_waiting)
         if len(rest):
-            closer, which = _nearest(tree.points[mine], tree.points[rest])
-            better = closer < distance[rest]
-            distance[rest[better]] = closer[better]
-            nearest[rest[better]] = mine[which[better]]
-    _tell(changes, told, "trees joined")
-    return morphology.build_tree(tree.points, parents, tree.radii, tree.types)
+            new_distance, index = _find_nearest(tree.points[members], tree.points[rest])
+            is_closer = new_distance < distance[rest]
+            distance[rest[is_closer]] = new_distance[is_closer]
+            nearest[rest[is_closer]] = members[index[is_closer]]
+
+    tree = morphology.build_tree(tree.points, parents, tree.radii, tree.types)
+    return tree, _shorten(changes, "trees joined")
 
 
-def _nearest(
+def _find_nearest(
     targets: NDArray[np.float64], points: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Distance to, and index of, the target nearest to each point."""
@@ -190,15 +218,18 @@ def _nearest(
     return np.asarray(distance), np.asarray(index, dtype=np.int64)
 
 
-def _turn(parents: NDArray[np.int64], node: int, onto: int) -> None:
-    """Make `node` the root of its tree by turning the edges above it, and hang it on `onto`."""
+def _reroot(parents: NDArray[np.int64], node: int, new_parent: int) -> NDArray[np.int64]:
+    """Parents with the edges above `node` turned, so that it is the root of its tree, and `new_parent` its parent."""
+    parents = parents.copy()
     while node >= 0:
-        above = int(parents[node])
-        parents[node] = onto
-        onto, node = node, above
+        old_parent = int(parents[node])
+        parents[node] = new_parent
+        new_parent, node = node, old_parent
+    return parents
 
 
-def _tell(changes: list[str], told: Sequence[str], kind: str) -> None:
-    changes += told[:_MOST_TOLD]
-    if len(told) > _MOST_TOLD:
-        changes.append(f"... and {len(told) - _MOST_TOLD} more {kind}")
+def _shorten(changes: Sequence[str], kind: str) -> list[str]:
+    """The first changes of one kind, and the number of those left out."""
+    if len(changes) <= _MAX_LISTED:
+        return list(changes)
+    return [*changes[:_MAX_LISTED], f"... and {len(changes) - _MAX_LISTED} more {kind}"]

@@ -1,8 +1,8 @@
-"""From a table of rows to a tree: how nodes hang together, and everything that is wrong with it, by line."""
+"""From a table of rows to a tree: how the nodes are connected, and everything that is wrong with it, by line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,11 @@ from hpc_neuro.core.geometry import zyx_from_xyz
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.swc.table import SwcFinding, SwcTable
 
-_MOST_LISTED = 5  # of one kind; the last one says how many more there are
+ROOT, MISSING = -1, -2
+"""Parent rows of a root, and of a node whose parent is not in the file."""
+
+_MAX_LISTED = 5
+"""Findings of one kind that are listed by name; one more counts the rest."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class LinkedTable:
     """A table without repeated rows, its parents as row indices, and all findings."""
 
     table: SwcTable
-    above: NDArray[np.int64]  # [N] row of the parent, -1 for a root, -2 for a parent that is not there
+    parent_rows: NDArray[np.int64]
+    """[N] row of the parent, ROOT or MISSING."""
     findings: list[SwcFinding]
 
     @property
@@ -32,227 +37,229 @@ class LinkedTable:
 
 def link(table: SwcTable) -> LinkedTable:
     """Resolve parents and list every finding, by line."""
-    findings = list(table.findings)
     if not len(table):
-        findings.append(SwcFinding(0, "empty", "no node: the file holds no line of seven numbers", fatal=True))
-        return LinkedTable(table, np.zeros(0, np.int64), sorted(findings))
-    table = _without_repeats(table, findings)
-    above = _parents(table, findings)
-    _cycles(table, above, findings)
-    _values(table, findings)
+        empty = SwcFinding(0, "empty", "no node: the file holds no line of seven numbers", fatal=True)
+        return LinkedTable(table, np.zeros(0, np.int64), sorted([*table.findings, empty]))
+
+    # Repeated rows go first, since ids must be unique for the search of parents.
+    table, repeats = drop_repeated_rows(table)
+    parent_rows = _resolve_parents(table)
+    findings = [
+        *table.findings,
+        *repeats,
+        *_check_parents(table, parent_rows),
+        *_check_cycles(table, parent_rows),
+        *_check_values(table),
+    ]
+
+    # What other readers dislike matters only in a tree whose meaning is settled.
     if not any(f.fatal for f in findings):
-        _shape(table, above, findings)
-    return LinkedTable(table, above, sorted(findings))
+        findings += _check_order(table, parent_rows)
+        findings += _check_types(table, parent_rows)
+    return LinkedTable(table, parent_rows, sorted(findings))
 
 
 def build_tree(linked: LinkedTable) -> Tree:
     """The tree of a table without fatal findings, z y x in the file's unit; radii made finite and positive."""
     table = linked.table
-    made = morphology.build_tree(zyx_from_xyz(table.xyz), linked.above, table.radius, table.type)
-    return Tree(made.points, fill_bad_radii(made), made.parents, made.types)
+    tree = morphology.build_tree(zyx_from_xyz(table.xyz), linked.parent_rows, table.radius, table.type)
+    return Tree(tree.points, fill_bad_radii(tree), tree.parents, tree.types)
 
 
-def fill_bad_radii(found: Tree) -> NDArray[np.float64]:
-    """Radii, each that is not finite and positive replaced: by its parent's, for a root by the median of the good ones.
+def fill_bad_radii(tree: Tree) -> NDArray[np.float64]:
+    """Radii with each that is not finite and positive replaced: by its parent's, for a root by the median of the good.
 
     A tree without one good radius gets 1 (in its own unit) throughout.
     """
-    good = np.isfinite(found.radii) & (found.radii > 0)
-    if good.all():
-        return found.radii
-    median = float(np.median(found.radii[good])) if good.any() else 1.0
-    radii = found.radii.copy()
-    for i in np.flatnonzero(~good):  # parents stand first, so a parent is already good
-        radii[i] = radii[found.parents[i]] if found.parents[i] >= 0 and good.any() else median
+    # Many tracers write 0 for "unknown".
+    is_good = np.isfinite(tree.radii) & (tree.radii > 0)
+    if is_good.all():
+        return tree.radii
+
+    median = float(np.median(tree.radii[is_good])) if is_good.any() else 1.0
+    radii = tree.radii.copy()
+    # Parents come first, so a parent's radius is good by the time its child takes it.
+    for i in np.flatnonzero(~is_good):
+        radii[i] = radii[tree.parents[i]] if tree.parents[i] >= 0 and is_good.any() else median
     return radii
 
 
-def find_cycles(above: NDArray[np.int64]) -> list[int]:
+def find_cycles(parent_rows: NDArray[np.int64]) -> list[int]:
     """One row of each cycle: the first in the file."""
-    state = above.copy()
-    state[state < 0] = -1
-    alive = np.ones(len(state), dtype=bool)
-    # peel off tips again and again: what no peeling reaches and has only itself above is a cycle
-    children = np.bincount(state[state >= 0], minlength=len(state))
-    stack = [int(i) for i in np.flatnonzero(children == 0)]
-    while stack:
-        i = stack.pop()
-        alive[i] = False
-        parent = int(state[i])
+    up = np.where(parent_rows < 0, ROOT, parent_rows)
+    in_cycle = np.ones(len(up), dtype=bool)
+
+    # Remove tips again and again; only cycles have no tip.
+    children = np.bincount(up[up >= 0], minlength=len(up))
+    tips = [int(i) for i in np.flatnonzero(children == 0)]
+    while tips:
+        i = tips.pop()
+        in_cycle[i] = False
+        parent = int(up[i])
         if parent >= 0:
             children[parent] -= 1
             if children[parent] == 0:
-                stack.append(parent)
+                tips.append(parent)
+
+    # Walk each cycle once, from its first row.
     firsts: list[int] = []
-    for i in np.flatnonzero(alive).tolist():
-        if not alive[i]:
+    for i in np.flatnonzero(in_cycle).tolist():
+        if not in_cycle[i]:
             continue
         firsts.append(i)
         node = i
-        while node >= 0 and alive[node]:
-            alive[node] = False
-            node = int(state[node])
+        while node >= 0 and in_cycle[node]:
+            in_cycle[node] = False
+            node = int(up[node])
     return firsts
 
 
-def _without_repeats(table: SwcTable, findings: list[SwcFinding]) -> SwcTable:
-    """Drop rows that say the same again; a repeated id with other content is fatal."""
+def drop_repeated_rows(table: SwcTable) -> tuple[SwcTable, list[SwcFinding]]:
+    """The table without rows that repeat an earlier one; a repeated id with other content is a fatal finding."""
+    # `original` is the first row with the same id.
     _, first, group = np.unique(table.id, return_index=True, return_inverse=True)
     if len(first) == len(table):
-        return table
-    repeats = np.flatnonzero(first[group] != np.arange(len(table)))
-    same = np.ones(len(table), dtype=bool)
-    drop: list[int] = []
-    for i in repeats.tolist():
-        j = int(first[int(group[i])])
-        equal = np.array_equal(table.xyz[i], table.xyz[j]) and (table.type[i], table.radius[i], table.parent[i]) == (
-            table.type[j],
-            table.radius[j],
-            table.parent[j],
-        )
-        same[i] = equal
-        if equal:
-            drop.append(i)
-    _list(
-        findings,
-        table,
-        np.flatnonzero(~same),
-        "repeated id",
-        lambda i: f"id {table.id[i]} again with other content (first in line {table.line[first[group[i]]]})",
-        fatal=True,
-    )
-    _list(findings, table, np.array(drop, np.int64), "repeated line", lambda i: f"the line of id {table.id[i]} again")
+        return table, []
+    original = first[group]
+    again = np.flatnonzero(original != np.arange(len(table)))
+    is_equal = np.array([_rows_equal(table, i, int(original[i])) for i in again.tolist()], dtype=bool)
+
+    def describe_conflict(i: int) -> str:
+        return f"id {table.id[i]} again with other content (first in line {table.line[original[i]]})"
+
+    def describe_repeat(i: int) -> str:
+        return f"the line of id {table.id[i]} again"
+
+    findings = [
+        *_report(table, again[~is_equal], "repeated id", describe_conflict, fatal=True),
+        *_report(table, again[is_equal], "repeated line", describe_repeat),
+    ]
     keep = np.ones(len(table), dtype=bool)
-    keep[drop] = False
-    return table.take(keep)
+    keep[again[is_equal]] = False
+    return table.take(keep), findings
 
 
-def _parents(table: SwcTable, findings: list[SwcFinding]) -> NDArray[np.int64]:
+def _rows_equal(table: SwcTable, i: int, j: int) -> bool:
+    same_place = np.array_equal(table.xyz[i], table.xyz[j])
+    a = (table.type[i], table.radius[i], table.parent[i])
+    b = (table.type[j], table.radius[j], table.parent[j])
+    return bool(same_place and a == b)
+
+
+def _resolve_parents(table: SwcTable) -> NDArray[np.int64]:
+    """[N] row of each node's parent, ROOT or MISSING."""
+    # One sorted search for all parents; of a repeated id the first row counts.
     order = np.argsort(table.id, kind="stable")
     ids = table.id[order]
     place = np.minimum(np.searchsorted(ids, table.parent), len(ids) - 1)
-    above = np.where(ids[place] == table.parent, order[place], -2)
-    root = (table.parent < 0) & (above < 0)
-    zero = (table.parent == 0) & (above < 0) & bool(ids[0] > 0)  # ids from 1: 0 is another way to say "none"
-    above[root | zero] = -1
-    odd = np.flatnonzero((above == -1) & (table.parent != -1))
-    _list(
-        findings, table, odd, "root mark", lambda i: f"parent {table.parent[i]} taken as root; the mark of a root is -1"
-    )
-    _list(
-        findings,
-        table,
-        np.flatnonzero(above == -2),
-        "dangling parent",
-        lambda i: f"node {table.id[i]} hangs on {table.parent[i]}, which is not in the file",
-        fatal=True,
-    )
-    return above
+    parent_rows = np.where(ids[place] == table.parent, order[place], MISSING)
+
+    # A negative parent marks a root unless it is an id; where ids run from 1, so does 0.
+    is_absent = parent_rows < 0
+    is_root = (table.parent < 0) & is_absent
+    is_zero = (table.parent == 0) & is_absent & bool(ids[0] > 0)
+    parent_rows[is_root | is_zero] = ROOT
+    return parent_rows
 
 
-def _cycles(table: SwcTable, above: NDArray[np.int64], findings: list[SwcFinding]) -> None:
-    if np.all(above < np.arange(len(above))):
-        return  # parents first: no cycle is possible
-    firsts = np.array(find_cycles(above), np.int64)
-    _list(
-        findings,
-        table,
-        firsts,
-        "cycle",
-        lambda i: f"node {table.id[i]} is its own {'parent' if above[i] == i else 'ancestor'}",
-        fatal=True,
-    )
+def _check_parents(table: SwcTable, parent_rows: NDArray[np.int64]) -> Iterator[SwcFinding]:
+    def describe_root(i: int) -> str:
+        return f"parent {table.parent[i]} taken as root; the mark of a root is -1"
+
+    def describe_dangling(i: int) -> str:
+        return f"node {table.id[i]} has parent {table.parent[i]}, which is not in the file"
+
+    unusual = np.flatnonzero((parent_rows == ROOT) & (table.parent != -1))
+    yield from _report(table, unusual, "root mark", describe_root)
+    yield from _report(table, np.flatnonzero(parent_rows == MISSING), "dangling parent", describe_dangling, fatal=True)
 
 
-def _values(table: SwcTable, findings: list[SwcFinding]) -> None:
-    _list(
-        findings,
-        table,
-        np.flatnonzero(~np.isfinite(table.xyz).all(axis=1)),
-        "coordinate",
-        lambda i: f"node {table.id[i]} has a coordinate that is no number",
-        fatal=True,
-    )
+def _check_cycles(table: SwcTable, parent_rows: NDArray[np.int64]) -> Iterator[SwcFinding]:
+    # Where parents come first, no cycle is possible.
+    if np.all(parent_rows < np.arange(len(parent_rows))):
+        return
+
+    def describe(i: int) -> str:
+        return f"node {table.id[i]} is its own {'parent' if parent_rows[i] == i else 'ancestor'}"
+
+    firsts = np.array(find_cycles(parent_rows), np.int64)
+    yield from _report(table, firsts, "cycle", describe, fatal=True)
+
+
+def _check_values(table: SwcTable) -> Iterator[SwcFinding]:
+    """Coordinates, radii, types and ids, node by node."""
+    # Only a place is needed to read the tree: radii are filled in, types and ids are just numbers.
     radius = table.radius
-    _list(
-        findings,
-        table,
-        np.flatnonzero(~np.isfinite(radius) | (radius <= 0)),
-        "radius",
-        lambda i: f"node {table.id[i]} has radius {radius[i]:g}; wanted above 0",
-    )
-    _list(
-        findings,
-        table,
-        np.flatnonzero((table.type < 0) | (table.type > 7)),
-        "type",
-        lambda i: f"node {table.id[i]} has type {table.type[i]}; wanted 0 to 7",
-    )
-    _list(findings, table, np.flatnonzero(table.id < 0), "negative id", lambda i: f"id {table.id[i]} is negative")
+    bad_place = np.flatnonzero(~np.isfinite(table.xyz).all(axis=1))
+    bad_radius = np.flatnonzero(~np.isfinite(radius) | (radius <= 0))
+    bad_type = np.flatnonzero((table.type < 0) | (table.type > 7))
+
+    def describe_place(i: int) -> str:
+        return f"node {table.id[i]} has a coordinate that is no number"
+
+    def describe_radius(i: int) -> str:
+        return f"node {table.id[i]} has radius {radius[i]:g}; wanted above 0"
+
+    def describe_type(i: int) -> str:
+        return f"node {table.id[i]} has type {table.type[i]}; wanted 0 to 7"
+
+    yield from _report(table, bad_place, "coordinate", describe_place, fatal=True)
+    yield from _report(table, bad_radius, "radius", describe_radius)
+    yield from _report(table, bad_type, "type", describe_type)
+    negative = np.flatnonzero(table.id < 0)
+    yield from _report(table, negative, "negative id", lambda i: f"id {table.id[i]} is negative")
 
 
-def _shape(table: SwcTable, above: NDArray[np.int64], findings: list[SwcFinding]) -> None:
-    """What other readers stumble over in a tree that is whole."""
-    roots = np.flatnonzero(above < 0)
-    _list(
-        findings,
-        table,
-        roots[1:],
-        "several roots",
-        lambda i: f"node {table.id[i]} is a further root; the first is node {table.id[roots[0]]}",
-    )
-    unsorted = np.flatnonzero(above > np.arange(len(above)))
-    _list(
-        findings,
-        table,
-        unsorted,
-        "unsorted",
-        lambda i: f"node {table.id[i]} stands before its parent {table.parent[i]} (line {table.line[above[i]]})",
-    )
-    child = np.flatnonzero(above >= 0)
-    parent = above[child]
-    soma = table.type == 1
-    _list(
-        findings,
-        table,
-        child[soma[child] & ~soma[parent]],
-        "soma",
-        lambda i: f"node {table.id[i]} is soma (type 1) on a parent that is not",
-    )
-    _list(
-        findings,
-        table,
-        np.flatnonzero(soma & (above < 0))[1:],
-        "soma",
-        lambda i: f"node {table.id[i]} begins a second soma",
-    )
-    single = np.bincount(parent, minlength=len(above)) == 1
-    turns = child[single[parent] & ~soma[parent] & ~soma[child] & (table.type[parent] != table.type[child])]
-    turns = turns[above[above[turns]] >= 0]
-    _list(
-        findings,
-        table,
-        turns,
-        "type change",
-        lambda i: f"type turns from {table.type[above[i]]} to {table.type[i]} without a branch point",
-    )
+def _check_order(table: SwcTable, parent_rows: NDArray[np.int64]) -> Iterator[SwcFinding]:
+    """Several roots, children before their parents, a lone point: other readers refuse them or misread them."""
+    # Some readers take only the first tree; others stop at a parent that they have not seen yet.
+    roots = np.flatnonzero(parent_rows < 0)
+    unsorted = np.flatnonzero(parent_rows > np.arange(len(parent_rows)))
+
+    def describe_root(i: int) -> str:
+        return f"node {table.id[i]} is a further root; the first is node {table.id[roots[0]]}"
+
+    def describe_unsorted(i: int) -> str:
+        return f"node {table.id[i]} stands before its parent {table.parent[i]} (line {table.line[parent_rows[i]]})"
+
+    yield from _report(table, roots[1:], "several roots", describe_root)
+    yield from _report(table, unsorted, "unsorted", describe_unsorted)
     if len(table) == 1:
-        findings.append(SwcFinding(int(table.line[0]), "single point", "the tree is a single point"))
+        yield SwcFinding(int(table.line[0]), "single point", "the tree is a single point")
 
 
-def _list(
-    findings: list[SwcFinding],
-    table: SwcTable,
-    rows: NDArray[np.int64],
-    kind: str,
-    text: Callable[[int], str],
-    fatal: bool = False,
-) -> None:
-    """Add one finding per row, the first few by name and the rest as a number."""
-    for i in rows[:_MOST_LISTED].tolist():
-        findings.append(SwcFinding(int(table.line[i]), kind, text(i), fatal))
-    if (more := len(rows) - _MOST_LISTED) > 0:
-        line = int(table.line[rows[_MOST_LISTED]])
-        findings.append(
-            SwcFinding(line, kind, f"this and {more - 1} more of the kind: {text(int(rows[_MOST_LISTED]))}", fatal)
-        )
+def _check_types(table: SwcTable, parent_rows: NDArray[np.int64]) -> Iterator[SwcFinding]:
+    """Somas and changes of type where other readers do not expect them."""
+    child = np.flatnonzero(parent_rows >= 0)
+    parent = parent_rows[child]
+    is_soma = table.type == 1
+
+    # A type may change at a branch point, at the soma and at the root.
+    is_only_child = np.bincount(parent, minlength=len(parent_rows)) == 1
+    changes = is_only_child[parent] & ~is_soma[parent] & ~is_soma[child] & (table.type[parent] != table.type[child])
+    turns = child[changes]
+    turns = turns[parent_rows[parent_rows[turns]] >= 0]
+
+    def describe_soma(i: int) -> str:
+        return f"node {table.id[i]} is soma (type 1) on a parent that is not"
+
+    def describe_turn(i: int) -> str:
+        return f"type turns from {table.type[parent_rows[i]]} to {table.type[i]} without a branch point"
+
+    yield from _report(table, child[is_soma[child] & ~is_soma[parent]], "soma", describe_soma)
+    further_somas = np.flatnonzero(is_soma & (parent_rows < 0))[1:]
+    yield from _report(table, further_somas, "soma", lambda i: f"node {table.id[i]} begins a second soma")
+    yield from _report(table, turns, "type change", describe_turn)
+
+
+def _report(
+    table: SwcTable, rows: NDArray[np.int64], kind: str, describe: Callable[[int], str], fatal: bool = False
+) -> Iterator[SwcFinding]:
+    """One finding per row: the first few by name, and the rest as a number."""
+    for i in rows[:_MAX_LISTED].tolist():
+        yield SwcFinding(int(table.line[i]), kind, describe(i), fatal)
+
+    more = len(rows) - _MAX_LISTED
+    if more > 0:
+        i = int(rows[_MAX_LISTED])
+        yield SwcFinding(int(table.line[i]), kind, f"this and {more - 1} more of the kind: {describe(i)}", fatal)

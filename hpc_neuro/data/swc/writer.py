@@ -1,8 +1,8 @@
-"""Writing SWC so that NeuroM, MorphIO, navis and swcgeom open it in silence and measure the same tree.
+"""Writing SWC so that NeuroM, MorphIO, navis and swcgeom open it without a warning and measure the same tree.
 
 Those readers want a soma at the root, and two of them leave out the edge from soma to neurite. So each neurite gets a
-node at the soma's own place, and a tree without a soma gets one at its root: of zero length, listed in the header, and
-taken out again by `read`.
+node at the soma's own place, and a tree without a soma gets one at its root. The added nodes have length zero, are
+listed in the header, and are removed again by `read`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.swc.standardize import standardize
+from hpc_neuro.data.swc.standardize import SOMA, standardize
 
 Unit = Literal["um", "voxel"]
+
 _ADDED = "added:"
+"""Begin of the header line that lists the ids of added nodes."""
 _DECIMALS = 6
+"""Digits after the point of coordinates and radii."""
 
 
 @dataclass(frozen=True)
 class SwcHeader:
-    """What the header of a file says about its coordinates; None where it is silent."""
+    """What the header of a file states about its coordinates; None where it does not."""
 
     unit: Unit | None
     voxel_size: VoxelSize | None
@@ -46,40 +49,46 @@ def write(
 ) -> None:
     """Write a tree (z y x, in `unit`) as SWC, whole or not at all.
 
-    Parents stand first, ids run from 1, a root's parent is -1, types are 0 to 7, radii finite and above 0, coordinates
-    rounded to 1e-6. Several roots stay several trees in the file, which the header says (some readers take one tree
-    only: `swc fix` joins or splits them). What had to change for all that is in the header too, and the `voxel_size`
+    Parents come first, ids run from 1, a root's parent is -1, types are 0 to 7, radii finite and above 0, coordinates
+    rounded to 1e-6. Several roots stay several trees in the file, and the header counts them (some readers take one
+    tree only: `swc fix` joins or splits them). The header also lists what had to change, and the `voxel_size`
     (um, z y x).
     Raises InputError for a tree without nodes or with coordinates that are no numbers.
     """
     path = Path(path)
+    # Refused before anything is written.
     if not len(tree):
         raise InputError(f"{path} is not written: the tree has no node")
     if not np.isfinite(tree.points).all():
         raise InputError(f"{path} is not written: the tree has coordinates that are no numbers")
-    kept, changes = standardize(tree)
-    full, added = _with_stems(kept)
-    lines = [*_header(kept, unit, voxel_size, [*changes], added), *(f"# {c}" for c in _one_line(comments))]
-    lines.append("# id type x y z radius parent")
-    files.write_text(path, "\n".join(lines) + "\n" + _rows(full))
+
+    # The header speaks of the tree itself; the added nodes come only into the rows.
+    standard, changes = standardize(tree)
+    full, added = _add_nodes(standard)
+    header = _build_header(standard, unit, voxel_size, changes, added)
+    header += [*_split_lines(comments), "id type x y z radius parent"]
+    files.write_text(path, "".join(f"# {line}\n" for line in header) + _format_rows(full))
 
 
 def node_ids(tree: Tree) -> NDArray[np.int64]:
-    """[N] id that each node of `tree` has in the file that `write` makes of it: nodes it adds are counted, too.
+    """[N] id that each node of `tree` has in the file that `write` makes of it, with the added nodes counted.
 
     Raises InputError for a tree with a soma of several points, which `write` makes one.
     """
-    kept, _ = standardize(tree)
-    if len(kept) != len(tree):
+    # Nodes keep their order, so ids are counted through what is added between them.
+    standard, _ = standardize(tree)
+    if len(standard) != len(tree):
         raise InputError(
-            f"{len(tree) - len(kept)} points of the tree's soma have no id of their own; make it one point"
+            f"{len(tree) - len(standard)} points of the tree's soma have no id of their own; make it one point"
         )
-    full, added = _with_stems(kept)
+
+    full, added = _add_nodes(standard)
     return np.setdiff1d(np.arange(len(full)), added) + 1
 
 
 def parse_header(comments: Sequence[str]) -> SwcHeader:
     """Unit and voxel size as `write` states them in the comment lines of a file."""
+    # The last line of a kind counts.
     unit: Unit | None = None
     size: VoxelSize | None = None
     for line in comments:
@@ -87,102 +96,138 @@ def parse_header(comments: Sequence[str]) -> SwcHeader:
             unit = "um"
         elif line.startswith("unit: voxel"):
             unit = "voxel"
-        elif found := re.fullmatch(r"voxel size um z y x: (\S+) (\S+) (\S+)", line):
-            z, y, x = (float(v) for v in found.groups())
+        elif match := re.fullmatch(r"voxel size um z y x: (\S+) (\S+) (\S+)", line):
+            z, y, x = (float(v) for v in match.groups())
             size = (z, y, x)
+
     return SwcHeader(unit, size)
 
 
 def drop_added_nodes(tree: Tree, comments: Sequence[str]) -> Tree:
-    """The tree without the nodes its header lists as added, where they still are what they were."""
+    """The tree without the nodes its header lists as added, where they still look like added nodes."""
     listed = next((c.removeprefix(_ADDED) for c in comments if c.startswith(_ADDED)), None)
     if listed is None:
         return tree
     numbers = np.array([int(n) - 1 for n in re.findall(r"\d+", listed)], dtype=np.int64)
     numbers = numbers[numbers < len(tree)]
-    up, edge = tree.parents, np.flatnonzero(tree.parents >= 0)
-    joined = np.zeros(len(tree), dtype=bool)  # at the same place as its parent
-    joined[edge] = np.all(tree.points[edge] == tree.points[up[edge]], axis=1)
-    children = np.bincount(up[edge], minlength=len(tree))
-    meets = np.bincount(up[edge], weights=joined[edge], minlength=len(tree))  # children at the node's own place
-    # a soma that stands for none has one child, the true root; a neurite's first node sits at its soma
-    soma = (up < 0) & (children == 1) & (meets == 1)
-    stem = joined & (up >= 0) & (up[up] < 0)
+
+    # Edges of length zero, and for each node how many of its children lie at its own place.
+    parents, child = tree.parents, np.flatnonzero(tree.parents >= 0)
+    at_parent = np.zeros(len(tree), dtype=bool)
+    at_parent[child] = np.all(tree.points[child] == tree.points[parents[child]], axis=1)
+    children = np.bincount(parents[child], minlength=len(tree))
+    children_here = np.bincount(parents[child], weights=at_parent[child], minlength=len(tree))
+
+    # Another program may have edited the file. An added soma has one child, the true root, at its place; an added
+    # first node of a neurite lies at its soma.
+    is_soma = (parents < 0) & (children == 1) & (children_here == 1)
+    is_stem = at_parent & (parents >= 0) & (parents[parents] < 0)
     drop = np.zeros(len(tree), dtype=bool)
-    drop[numbers] = (soma | stem)[numbers]
-    return _without(tree, drop)
+    drop[numbers] = (is_soma | is_stem)[numbers]
+    return _drop_nodes(tree, drop)
 
 
-def _without(tree: Tree, drop: NDArray[np.bool_]) -> Tree:
-    up = tree.parents.copy()
-    for _ in range(2):  # an added node hangs on a root or on another added node at most
-        above = np.where(up >= 0, up, 0)
-        up = np.where((up >= 0) & drop[above], tree.parents[above], up)
+def _drop_nodes(tree: Tree, drop: NDArray[np.bool_]) -> Tree:
+    """The tree without some nodes; their parents take over their children."""
+    parents = tree.parents.copy()
+    # An added node has a root or another added node as its parent, so two steps up are enough.
+    for _ in range(2):
+        row = np.where(parents >= 0, parents, 0)
+        parents = np.where((parents >= 0) & drop[row], tree.parents[row], parents)
+
+    # Indices of the kept nodes in the new tree.
     keep = ~drop
     index = np.cumsum(keep) - 1
-    up = up[keep]
-    return Tree(tree.points[keep], tree.radii[keep], np.where(up >= 0, index[up], -1), tree.types[keep])
+    parents = parents[keep]
+    return Tree(tree.points[keep], tree.radii[keep], np.where(parents >= 0, index[parents], -1), tree.types[keep])
 
 
-def _with_stems(tree: Tree) -> tuple[Tree, NDArray[np.int64]]:
-    """The tree with a soma at the first root and a node at the soma's place before each neurite; their new indices."""
+def _add_nodes(tree: Tree) -> tuple[Tree, NDArray[np.int64]]:
+    """The tree with the nodes that other readers want, and their indices in it."""
+    if tree.types[0] != SOMA:
+        return _add_soma(tree), np.array([0])
+    return _add_stems(tree)
+
+
+def _add_soma(tree: Tree) -> Tree:
+    """The tree with a soma at the place of the first root."""
+    parents = np.insert(np.where(tree.parents >= 0, tree.parents + 1, -1), 0, -1)
+    parents[1] = 0
+    return Tree(
+        np.insert(tree.points, 0, tree.points[0], 0),
+        np.insert(tree.radii, 0, tree.radii[0]),
+        parents,
+        np.insert(tree.types, 0, SOMA),
+    )
+
+
+def _add_stems(tree: Tree) -> tuple[Tree, NDArray[np.int64]]:
+    """The tree with a node at the soma's place before each neurite, and the new indices of these nodes."""
+    # Children that lie at the soma's place already need no node.
     root = 0
-    if tree.types[root] != 1:
-        points, radii = np.insert(tree.points, 0, tree.points[0], 0), np.insert(tree.radii, 0, tree.radii[0])
-        parents = np.insert(np.where(tree.parents >= 0, tree.parents + 1, -1), 0, -1)
-        parents[1] = 0
-        return Tree(points, radii, parents, np.insert(tree.types, 0, 1)), np.array([0])
     stems = np.flatnonzero(tree.parents == root)
     stems = stems[np.any(tree.points[stems] != tree.points[root], axis=1)]
     if not len(stems):
         return tree, np.zeros(0, np.int64)
+
+    # New index of each old node: one later for each stem up to it.
     index = np.arange(len(tree)) + np.searchsorted(stems, np.arange(len(tree)), side="right")
     parents = np.where(tree.parents >= 0, index[tree.parents], -1)
     parents[stems] = index[stems] - 1
-    at = stems  # np.insert counts places in the old array
+
+    # np.insert counts places in the old array.
     full = Tree(
-        np.insert(tree.points, at, tree.points[root], 0),
-        np.insert(tree.radii, at, tree.radii[stems]),
-        np.insert(parents, at, index[root]),
-        np.insert(tree.types, at, tree.types[stems]),
+        np.insert(tree.points, stems, tree.points[root], 0),
+        np.insert(tree.radii, stems, tree.radii[stems]),
+        np.insert(parents, stems, index[root]),
+        np.insert(tree.types, stems, tree.types[stems]),
     )
     return full, index[stems] - 1
 
 
-def _header(
-    tree: Tree, unit: Unit, voxel_size: VoxelSize | None, changes: list[str], added: NDArray[np.int64]
+def _build_header(
+    tree: Tree, unit: Unit, voxel_size: VoxelSize | None, changes: Sequence[str], added: NDArray[np.int64]
 ) -> list[str]:
+    """Header lines, without their #."""
     lines = [f"written by hpc_neuro {importlib.metadata.version('hpc_neuro')}"]
     lines.append(f"unit: {unit}" + ("" if unit == "um" else " (array index, the first voxel's centre is 0)"))
-    lines.append("transform: none; x y z are column, row, slice of the image, without offset or flip")
-    if voxel_size is not None:
+
+    # How coordinates relate to the image; with a voxel size, how to get to the other unit.
+    axes = "x y z are column, row, slice of the image, without offset or flip"
+    if voxel_size is None:
+        lines.append(f"transform: none; {axes}")
+    else:
+        formula = "um = voxel index * voxel size" if unit == "um" else "voxel index = um / voxel size"
+        lines.append(f"transform: {formula}; {axes}")
         lines.append("voxel size um z y x: " + " ".join(repr(float(v)) for v in voxel_size))
-        lines[-2] = (
-            f"transform: {'um = voxel index' if unit == 'um' else 'voxel index = um'} "
-            + ("* voxel size" if unit == "um" else "/ voxel size")
-            + "; x y z are column, row, slice of the image, without offset or flip"
-        )
+
+    # Several trees in one file are unusual, so their number is stated.
     count = len(tree.roots)
     lines.append("roots: 1" if count == 1 else f"roots: {count}, separate trees, each begins with parent -1")
-    lines += [f"changed: {c}" for c in changes]
+    lines += [f"changed: {change}" for change in changes]
     if len(added):
         lines.append(f"{_ADDED} " + " ".join(str(int(i) + 1) for i in added))
         lines.append("the added nodes have length 0; they give readers the soma they want and are no part of the tree")
-    return [f"# {line}" for line in lines]
+    return lines
 
 
-def _rows(tree: Tree) -> str:
+def _format_rows(tree: Tree) -> str:
     """One text line per node."""
+    # Adding 0 turns -0 into 0; the smallest radius that survives rounding stays above 0.
     values = np.round(np.concatenate([tree.points[:, ::-1], tree.radii[:, None]], axis=1), _DECIMALS) + 0.0
     values[:, 3] = np.maximum(values[:, 3], 10.0**-_DECIMALS)
+
     table = np.empty((len(tree), 7), dtype=object)
     table[:, 0] = np.arange(1, len(tree) + 1)
     table[:, 1] = tree.types
     table[:, 2:6] = values
     table[:, 6] = np.where(tree.parents >= 0, tree.parents + 1, -1)
+
+    # One format string for the whole table: formatting row by row is much slower.
     line = "%d %d %.12g %.12g %.12g %.12g %d\n"
     return (line * len(tree)) % tuple(table.ravel().tolist())
 
 
-def _one_line(comments: Sequence[str]) -> list[str]:
-    return [part.lstrip("# ") for c in comments for part in (c.splitlines() or [""])]
+def _split_lines(comments: Sequence[str]) -> list[str]:
+    """Comments as single lines, without their own #."""
+    return [part.lstrip("# ") for comment in comments for part in (comment.splitlines() or [""])]
