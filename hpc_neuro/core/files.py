@@ -9,42 +9,51 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core.schema import InputError
+
+_READ_BYTES = 1 << 22
+"""[bytes] Size of the pieces in which a file is read for its checksum."""
+_SPACE_MARGIN = 0.01
+"""Share of the free space that stays unused."""
+
+
+# --- Atomic writing ---
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is fsynced and renamed onto `path`, on failure removed.
 
-    Works for one file or one folder; a folder replaces a folder, a file never does. A kill leaves only the hidden
-    `.NAME.*.part` beside, which the next run removes. Raises InputError where `path` cannot be.
+    Works for one file or one folder. A folder replaces a folder; a file never does. A killed process leaves only the
+    hidden `.NAME.*.part` behind, which the next run removes. Raises InputError if `path` cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"{path} cannot be written: {path.parent} is no folder and cannot become one") from error
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+        raise InputError(f"{path} cannot be written: {path.parent} is not a folder and cannot become one") from error
+    part = _part_path(path.parent, path.name)
+
     try:
         yield part
+
         written = [part, *part.rglob("*")] if part.is_dir() else [part]
-        _open_to_others(written)
+        _apply_umask(written)
         for file in written:
             _fsync(file)
+
         if path.is_dir() and not part.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file")
+        # A rename cannot replace a folder that is not empty.
         if path.is_dir():
-            shutil.rmtree(path)  # a rename cannot replace a folder that is not empty
+            shutil.rmtree(path)
         part.replace(path)
         _fsync(path.parent)
     finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        _remove(part)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,12 +63,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented, keys in the order given."""
+    """Write JSON atomically, indented, with keys in their order."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, hint: str) -> Any:
-    """Read a JSON file; `hint` ends the error sentence with what to do when it is missing or broken."""
+    """Read a JSON file. Raises InputError, which ends with `hint`: what to do when the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -68,35 +77,89 @@ def read_json(path: Path, hint: str) -> Any:
         raise InputError(f"{path} is not readable JSON ({error}); {hint}") from None
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what killed writers left in `folder`. Call it only while no other writer works there."""
+    for part in folder.glob(".*.part"):
+        _remove(part)
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether a text can name a file in a folder: it leads nowhere else and is not hidden."""
+    return text == Path(text).name and not text.startswith(".")
+
+
+def _part_path(folder: Path, name: str) -> Path:
+    return folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        part.unlink(missing_ok=True)
+
+
+def _apply_umask(written: Sequence[Path]) -> None:
+    """Make files that a library wrote for their owner alone (safetensors does) as readable as the umask allows.
+
+    People of one laboratory share their weights.
+    """
+    private = [file for file in written if file.is_file() and not file.stat().st_mode & 0o077]
+    if not private:
+        return
+
+    # os.umask cannot be read without changing it for all threads; a new file shows it.
+    probe = _part_path(written[0].parent, "mode")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+
+    for file in private:
+        file.chmod(file.stat().st_mode | mode)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- Checksums ---
+
+
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes; of a folder, of its sorted relative paths and their files' digests."""
+    """Hex SHA-256 of a file's bytes; for a folder, of its sorted relative paths and the digests of its files."""
     digest = hashlib.sha256()
+
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{file.relative_to(path)}\0{sha256(file)}\n".encode())
         return digest.hexdigest()
+
     with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
+        while block := handle.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what killed writers left beside their targets in `folder` (call only when no other writer is at work)."""
-    for part in folder.glob(".*.part"):
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of plain data, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- Free space ---
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise InputError when `folder`'s file system has fewer than `needed` bytes free (1 % is kept as margin)."""
-    probe = folder
-    while not probe.exists():
-        probe = probe.parent
-    free = shutil.disk_usage(probe).free
-    if needed > 0.99 * free:
+    """Raise InputError if the file system of `folder` has fewer than `needed` bytes free, after a margin of 1 %."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+
+    free = shutil.disk_usage(existing).free
+    if needed > (1 - _SPACE_MARGIN) * free:
         raise InputError(
             f"{what} needs {format_bytes(needed)} in {folder}, but only {format_bytes(free)} are free there; "
             "make room or choose another `out`"
@@ -104,13 +167,13 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def reserve_space(folder: Path, needed: int) -> None:
-    """Raise OSError (disk or quota full) now when `needed` bytes cannot be had in `folder`.
+    """Raise OSError (disk or quota full) now if `needed` bytes are not available in `folder`.
 
-    For writers that must not fail in the middle of a write: HDF5 ends the process with a segmentation fault then.
+    For writers that must not fail in the middle of a write: HDF5 then ends the process with a segmentation fault.
     """
     if needed <= 0:
         return
-    probe = folder / f".reserve.{uuid.uuid4().hex[:8]}.part"
+    probe = _part_path(folder, "reserve")
     handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o600)
     try:
         os.posix_fallocate(handle, 0, needed)
@@ -119,19 +182,9 @@ def reserve_space(folder: Path, needed: int) -> None:
         probe.unlink()
 
 
-def sha256_json(value: Any) -> str:
-    """Hex SHA-256 of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def is_plain_name(text: str) -> bool:
-    """Whether a text can name a file in a folder: it leads nowhere else and is not hidden."""
-    return text == Path(text).name and not text.startswith(".")
-
-
 @contextlib.contextmanager
 def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
-    """Turn an error of a full disk or quota into one InputError sentence; other errors pass."""
+    """Turn the error of a full disk or quota into an InputError of one sentence; other errors pass."""
     try:
         yield
     except OSError as error:
@@ -139,7 +192,7 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
             raise
         raise InputError(
             f"the disk or quota of {folder} is full, {what} was not written; make room or choose another `out`, then "
-            "give the same command again (what is finished is kept)"
+            "give the same command again (finished parts are kept)"
         ) from error
 
 
@@ -150,26 +203,3 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} PB"
-
-
-def _open_to_others(written: list[Path]) -> None:
-    """What a library wrote for its owner alone, as safetensors does, becomes as readable as the umask allows.
-
-    A laboratory shares its weights. The umask is seen on a new file, for it cannot be asked without changing it.
-    """
-    private = [file for file in written if file.is_file() and not file.stat().st_mode & 0o077]
-    if private:
-        probe = written[0].with_name(f".mode.{uuid.uuid4().hex[:8]}.part")
-        probe.touch()
-        mode = probe.stat().st_mode & 0o666
-        probe.unlink()
-        for file in private:
-            file.chmod(file.stat().st_mode | mode)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""Boxes, voxel sizes and tilings. Arrays are z y x, lengths micrometres; voxel (0, 0, 0)'s centre is at the origin."""
+"""Boxes, voxel sizes and tilings. Arrays are z y x, lengths micrometres; the first voxel's center is the origin."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 Shape = tuple[int, int, int]
+"""Voxels along z, y, x."""
 VoxelSize = tuple[float, float, float]
 """Micrometres per voxel along z, y, x."""
 
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """A half-open box of voxels, z y x: it holds p where start <= p < stop."""
+    """A half-open box of voxels, z y x: it contains p if start <= p < stop."""
 
     start: Shape
     stop: Shape
 
     def __post_init__(self) -> None:
+        # A frozen dataclass allows no plain assignment.
         object.__setattr__(self, "start", _triple(self.start))
         object.__setattr__(self, "stop", _triple(self.stop))
+
         if any(b < a for a, b in zip(self.start, self.stop, strict=True)):
-            raise ValueError(f"a box ends before it starts: {self.start} to {self.stop}")
+            raise ValueError(f"a box stops before it starts: {self.start} to {self.stop}")
 
     @classmethod
     def at(cls, start: Shape, shape: Shape) -> Box:
-        """The box of `shape` voxels that begins at `start`."""
+        """The box of `shape` voxels that starts at `start`."""
         return cls(start, _triple(a + n for a, n in zip(start, shape, strict=True)))
 
     @classmethod
@@ -55,14 +58,14 @@ class Box:
         return z, y, x
 
     def grow(self, halo: Shape) -> Box:
-        """The box with `halo` voxels more on both sides of each axis; may leave the volume."""
+        """The box with `halo` more voxels on both sides of each axis; it may extend beyond the volume."""
         return Box(
             _triple(a - h for a, h in zip(self.start, halo, strict=True)),
             _triple(b + h for b, h in zip(self.stop, halo, strict=True)),
         )
 
     def clip(self, other: Box) -> Box:
-        """The part of this box inside `other`; empty (zero size) when they do not meet."""
+        """The part of this box inside `other`; of size zero when they do not overlap."""
         start = _triple(min(max(a, oa), ob) for a, oa, ob in zip(self.start, other.start, other.stop, strict=True))
         stop = _triple(max(min(b, ob), s) for b, ob, s in zip(self.stop, other.stop, start, strict=True))
         return Box(start, stop)
@@ -72,11 +75,11 @@ class Box:
         return Box.at(_triple(a + d for a, d in zip(self.start, by, strict=True)), self.shape)
 
     def relative_to(self, origin: Shape) -> Box:
-        """The same box in the coordinates of an array that begins at `origin`."""
+        """The same box in the coordinates of an array that starts at `origin`."""
         return self.shift(_triple(-o for o in origin))
 
     def contains(self, other: Box) -> bool:
-        """Whether `other` lies wholly inside."""
+        """Whether all of `other` is inside."""
         return all(
             a <= oa and ob <= b for a, b, oa, ob in zip(self.start, self.stop, other.start, other.stop, strict=True)
         )
@@ -84,11 +87,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Block:
-    """One tile of a volume: `write` is its own, `read` adds context around it, both inside the volume."""
+    """One tile of a volume."""
 
     index: Shape
+    """Position in the grid of blocks."""
     write: Box
+    """The voxels that belong to this block alone."""
     read: Box
+    """`write` and the context around it, inside the volume."""
 
 
 def tile_volume(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator[Block]:
@@ -101,6 +107,7 @@ def tile_volume(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator
     """
     whole = Box.whole(shape)
     counts = [math.ceil(n / w) for n, w in zip(shape, write, strict=True)]
+
     for index in itertools.product(*(range(n) for n in counts)):
         start = _triple(i * w for i, w in zip(index, write, strict=True))
         box = Box.at(start, write).clip(whole)
@@ -135,5 +142,6 @@ def to_voxels(um: NDArray[np.floating], voxel_size: VoxelSize) -> NDArray[np.flo
 
 
 def _triple(values: object) -> Shape:
+    """Three Python integers; other sequences and numpy integers would not compare or serialize the same."""
     z, y, x = (int(v) for v in values)  # type: ignore[attr-defined]
     return z, y, x

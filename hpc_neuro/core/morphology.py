@@ -1,7 +1,7 @@
 """A neuron's tree as a parent array, and pure functions on it.
 
-Coordinates are z y x. A tree carries no unit: whoever holds it knows whether it is in voxels or micrometres,
-and `scaled` goes from one to the other.
+Coordinates are z y x. A tree carries no unit: the caller knows whether it is in voxels or micrometres, and `scale_tree`
+converts one to the other.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from hpc_neuro.core.geometry import VoxelSize, fine_voxel
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """One or more rooted trees. Parents stand before their children, so a pass in order is a pass from root to tips."""
+    """One or more rooted trees. Parents come before their children, so a loop over nodes runs from roots to tips."""
 
-    points: NDArray[np.float64]  # [N, 3] z y x
-    radii: NDArray[np.float64]  # [N]
-    parents: NDArray[np.int64]  # [N] index of the parent, -1 for a root
-    types: NDArray[np.int64]  # [N] SWC type: 0 undefined, 1 soma, 2 axon, 3 (basal) dendrite, 4 apical dendrite, 5-7
+    points: NDArray[np.float64]
+    """[N, 3] z y x."""
+    radii: NDArray[np.float64]
+    """[N], in the unit of the points."""
+    parents: NDArray[np.int64]
+    """[N] index of the parent, -1 for a root."""
+    types: NDArray[np.int64]
+    """[N] SWC type: 0 undefined, 1 soma, 2 axon, 3 (basal) dendrite, 4 apical dendrite, 5 to 7 custom."""
 
     def __post_init__(self) -> None:
         n = len(self.points)
         if self.points.shape != (n, 3) or any(a.shape != (n,) for a in (self.radii, self.parents, self.types)):
-            raise ValueError(f"a tree of {n} nodes has arrays of other lengths")
+            raise ValueError(f"the arrays of a tree of {n} nodes have other lengths")
         if np.any(self.parents >= np.arange(n)) or np.any(self.parents < -1):
-            raise ValueError("a node's parent stands after it, or is not in the tree; sort parents before children")
+            raise ValueError("a parent comes after its child, or is not in the tree; sort parents before children")
 
     def __len__(self) -> int:
         return len(self.points)
@@ -46,8 +50,11 @@ class Tree:
         return np.stack([child, self.parents[child]], axis=1)
 
 
+# --- Building ---
+
+
 def empty_tree() -> Tree:
-    """The tree of no nodes."""
+    """A tree without nodes."""
     return build_tree(np.zeros((0, 3)), np.zeros(0, dtype=np.int64))
 
 
@@ -57,39 +64,53 @@ def build_tree(
     radii: NDArray[np.floating] | float = 1.0,
     types: NDArray[np.int64] | int = 3,
 ) -> Tree:
-    """A tree from arrays in any node order (nodes are sorted parents first). Raises ValueError on a cycle."""
+    """Build a tree from arrays in any node order; nodes are sorted parents first. Raises ValueError on a cycle."""
     n = len(points)
     parents = np.asarray(parents, dtype=np.int64)
+
     order = order_parents_first(parents)
     rank = np.empty(n, dtype=np.int64)
     rank[order] = np.arange(n)
-    above = parents[order]
-    above = np.where(above >= 0, rank[above], -1).astype(np.int64) if n else above
+
+    # Parents are given as old indices; `rank` maps an old index to the new one.
+    new_parents = parents[order]
+    if n:
+        new_parents = np.where(new_parents >= 0, rank[new_parents], -1).astype(np.int64)
+
     return Tree(
         np.asarray(points, dtype=np.float64).reshape(n, 3)[order],
         np.broadcast_to(np.asarray(radii, dtype=np.float64), (n,))[order].copy(),
-        above,
+        new_parents,
         np.broadcast_to(np.asarray(types, dtype=np.int64), (n,))[order].copy(),
     )
 
 
 def order_parents_first(parents: NDArray[np.int64]) -> NDArray[np.int64]:
-    """An order of nodes with parents before children, the given one where it already is. ValueError on a cycle."""
+    """[N] an order of the nodes with parents before children; the present order where it already is one.
+
+    Raises ValueError on a cycle.
+    """
     n = len(parents)
     if np.all(parents < np.arange(n)):
         return np.arange(n)
-    # pointer doubling: after k rounds `up` is the ancestor 2^k steps away (or the root), `depth` the steps taken
+
+    # Pointer doubling: after k rounds `ancestor` is 2^k steps up (or the root), and `depth` is the number of steps.
     depth = (parents >= 0).astype(np.int64)
-    up = np.where(parents >= 0, parents, np.arange(n))
+    ancestor = np.where(parents >= 0, parents, np.arange(n))
     for _ in range(n.bit_length()):
-        if np.all(parents[up] < 0):
+        if np.all(parents[ancestor] < 0):
             return np.argsort(depth, kind="stable")
-        depth += depth[up]
-        up = up[up]
-    stuck = np.flatnonzero(parents[up] >= 0)
-    if len(stuck):
-        raise ValueError(f"{len(stuck)} nodes hang on a cycle, the first is node {int(stuck[0])}")
+        depth += depth[ancestor]
+        ancestor = ancestor[ancestor]
+
+    # A node that reaches no root in N steps is on a cycle or below one.
+    on_cycle = np.flatnonzero(parents[ancestor] >= 0)
+    if len(on_cycle):
+        raise ValueError(f"{len(on_cycle)} nodes hang on a cycle, the first is node {int(on_cycle[0])}")
     return np.argsort(depth, kind="stable")
+
+
+# --- Measuring ---
 
 
 def child_counts(tree: Tree) -> NDArray[np.int64]:
@@ -98,12 +119,12 @@ def child_counts(tree: Tree) -> NDArray[np.int64]:
 
 
 def tips(tree: Tree) -> NDArray[np.int64]:
-    """Indices of end points: nodes without children that are not lone roots."""
+    """Indices of the end points: nodes without children, except roots."""
     return np.flatnonzero((child_counts(tree) == 0) & (tree.parents >= 0))
 
 
 def branch_points(tree: Tree) -> NDArray[np.int64]:
-    """Indices of nodes with two or more children; a root needs three (two is a cable passing through it)."""
+    """Indices of nodes with two or more children; a root needs three, because a cable passes through one with two."""
     counts = child_counts(tree)
     return np.flatnonzero(counts >= np.where(tree.parents < 0, 3, 2))
 
@@ -112,13 +133,16 @@ def edge_lengths(tree: Tree) -> NDArray[np.float64]:
     """[N] distance of each node to its parent, 0 for roots, in the tree's unit."""
     if not len(tree):
         return np.zeros(0)
-    step = np.linalg.norm(tree.points - tree.points[tree.parents], axis=1)
-    return np.where(tree.parents >= 0, step, 0.0)
+    lengths = np.linalg.norm(tree.points - tree.points[tree.parents], axis=1)
+    return np.where(tree.parents >= 0, lengths, 0.0)
 
 
 def length(tree: Tree) -> float:
     """Cable length: the sum of edge lengths, in the tree's unit."""
     return float(edge_lengths(tree).sum())
+
+
+# --- Changing ---
 
 
 def scale_tree(tree: Tree, factor: VoxelSize) -> Tree:
@@ -127,44 +151,53 @@ def scale_tree(tree: Tree, factor: VoxelSize) -> Tree:
 
 
 def select_nodes(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
-    """The kept nodes; a node whose parent is dropped hangs on its nearest kept ancestor, or becomes a root."""
-    anchor = np.empty(len(tree), dtype=np.int64)  # nearest kept node on the way up, the node itself included
-    for i, parent in enumerate(tree.parents):
-        anchor[i] = i if keep[i] else (anchor[parent] if parent >= 0 else -1)
-    index = np.cumsum(keep) - 1
-    above = np.where(tree.parents >= 0, anchor[tree.parents], -1)[keep] if len(tree) else tree.parents
-    parents = np.where(above >= 0, index[above], -1)
+    """The nodes where `keep` is true; one whose parent is dropped hangs on its nearest kept ancestor, or is a root."""
+    # Nearest kept node on the path to the root, the node itself included; -1 for none.
+    anchor = np.empty(len(tree), dtype=np.int64)
+    for node, parent in enumerate(tree.parents):
+        anchor[node] = node if keep[node] else (anchor[parent] if parent >= 0 else -1)
+
+    new_index = np.cumsum(keep) - 1
+    old_parents = np.where(tree.parents >= 0, anchor[tree.parents], -1)[keep] if len(tree) else tree.parents
+    parents = np.where(old_parents >= 0, new_index[old_parents], -1)
+
     return Tree(tree.points[keep], tree.radii[keep], parents.astype(np.int64), tree.types[keep])
 
 
 def label_components(tree: Tree) -> NDArray[np.int64]:
-    """[N] number of the root above each node, in order of the roots."""
-    up = np.where(tree.parents >= 0, tree.parents, np.arange(len(tree)))
+    """[N] number of the root above each node, in the order of the roots."""
+    ancestor = np.where(tree.parents >= 0, tree.parents, np.arange(len(tree)))
     for _ in range(len(tree).bit_length()):
-        up = up[up]
-    return np.searchsorted(tree.roots, up).astype(np.int64)
+        ancestor = ancestor[ancestor]
+    return np.searchsorted(tree.roots, ancestor).astype(np.int64)
 
 
 def split_components(tree: Tree) -> list[Tree]:
-    """The separate trees of a forest, in order of their roots; nodes keep their order."""
+    """The separate trees of a forest, in the order of their roots; nodes keep their order."""
     if not len(tree):
         return []
-    owner, place = label_components(tree), np.empty(len(tree), dtype=np.int64)  # node -> its index in its part
-    order = np.argsort(owner, kind="stable")
-    parts = []
-    for nodes in np.split(order, np.searchsorted(owner[order], np.arange(1, len(tree.roots)))):
-        place[nodes] = np.arange(len(nodes))
-        parents = np.where(tree.parents[nodes] < 0, -1, place[tree.parents[nodes]])
-        parts.append(Tree(tree.points[nodes], tree.radii[nodes], parents, tree.types[nodes]))
-    return parts
+    labels = label_components(tree)
+    order = np.argsort(labels, kind="stable")
+    firsts = np.searchsorted(labels[order], np.arange(1, len(tree.roots)))
+
+    components = []
+    # Index of a node within its component.
+    local = np.empty(len(tree), dtype=np.int64)
+    for nodes in np.split(order, firsts):
+        local[nodes] = np.arange(len(nodes))
+        parents = np.where(tree.parents[nodes] < 0, -1, local[tree.parents[nodes]])
+        components.append(Tree(tree.points[nodes], tree.radii[nodes], parents, tree.types[nodes]))
+
+    return components
 
 
 def concatenate_trees(trees: Sequence[Tree]) -> Tree:
-    """Several trees as one forest, one after the other; the inverse of `components`."""
+    """Several trees as one forest, one after the other; the inverse of `split_components`."""
     if not trees:
         return empty_tree()
-    starts = np.cumsum([0, *map(len, trees)])
-    parents = [np.where(t.parents >= 0, t.parents + s, -1) for t, s in zip(trees, starts, strict=False)]
+    offsets = np.cumsum([0, *map(len, trees)])
+    parents = [np.where(t.parents >= 0, t.parents + offset, -1) for t, offset in zip(trees, offsets, strict=False)]
+
     return Tree(
         np.concatenate([t.points for t in trees]),
         np.concatenate([t.radii for t in trees]),
@@ -174,17 +207,24 @@ def concatenate_trees(trees: Sequence[Tree]) -> Tree:
 
 
 def resample_tree(tree: Tree, step: float) -> Tree:
-    """Every edge cut into equal parts no longer than `step` (tree's unit); old nodes stay, radii are interpolated."""
+    """Cut every edge into equal parts no longer than `step` (tree's unit). Old nodes stay; radii are interpolated."""
     lengths = edge_lengths(tree)
+    # The margin keeps an edge whole that is `step` long but for rounding.
     parts = np.maximum(1, np.ceil(lengths / step - 1e-9)).astype(np.int64)
     parts[tree.parents < 0] = 1
-    last = np.cumsum(parts) - 1  # new index of each old node
+
+    # New nodes lie edge by edge: those of old node `owner`'s edge, from the parent's side to the old node itself.
+    new_index = np.cumsum(parts) - 1
     owner = np.repeat(np.arange(len(tree)), parts)
-    place = np.arange(len(owner)) - (last - parts + 1)[owner]  # 0 .. parts-1 along the edge, parent side first
-    share = (place + 1) / parts[owner]
+    position = np.arange(len(owner)) - (new_index - parts + 1)[owner]
+    share = (position + 1) / parts[owner]
+
     parent = np.where(tree.parents >= 0, tree.parents, np.arange(len(tree)))
     points = tree.points[parent[owner]] * (1 - share)[:, None] + tree.points[owner] * share[:, None]
     radii = tree.radii[parent[owner]] * (1 - share) + tree.radii[owner] * share
-    first = np.where(tree.parents >= 0, last[tree.parents], -1) if len(tree) else tree.parents
-    parents = np.where(place == 0, first[owner], np.arange(len(owner)) - 1)
+
+    # The first new node of an edge hangs on the old parent, every other one on the node before it.
+    edge_parent = np.where(tree.parents >= 0, new_index[tree.parents], -1) if len(tree) else tree.parents
+    parents = np.where(position == 0, edge_parent[owner], np.arange(len(owner)) - 1)
+
     return Tree(points, radii, parents, tree.types[owner])

@@ -1,4 +1,4 @@
-"""What flows between the parts: tensors with their shapes."""
+"""The tensors that pass between data, losses, models and training, with their shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from hpc_neuro.core.geometry import Box
 
-if TYPE_CHECKING:  # who only names an array does not wait for torch
+# Import torch only for type checking: code that needs arrays alone stays fast to import.
+if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
@@ -22,44 +23,59 @@ class Sample:
     """One training crop as read from disk. Z, Y, X in voxels."""
 
     volume: str
+    """Id of the volume in the store."""
     box: Box
-    image: Tensor  # [1, Z, Y, X] float32, normalised by the volume's percentiles
-    mask: Tensor  # [1, Z, Y, X] uint8, 1 on neurite, 255 where unlabelled
-    skeleton: Tensor  # [1, Z, Y, X] uint8, tubed centreline
-    features: dict[str, Tensor] = field(default_factory=dict)  # view -> [L, D, z, y, x] float16 on the token grid
-    distilled: bool = False  # features are there, of the crop as it is here; its geometry stays
+    """Where in the volume the crop lies."""
+    image: Tensor
+    """[1, Z, Y, X] float32, normalized by the volume's percentiles."""
+    mask: Tensor
+    """[1, Z, Y, X] uint8, 1 on neurite, UNLABELLED where there is no label."""
+    skeleton: Tensor
+    """[1, Z, Y, X] uint8, 1 in a tube around the centerline."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """View -> [L, D, z, y, x] float16 on the token grid."""
+    distilled: bool = False
+    """Whether `features` holds the teacher's features of this crop, whose geometry must then not change."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples stacked."""
+    """B samples, stacked."""
 
-    image: Tensor  # [B, 1, Z, Y, X] float32
-    mask: Tensor  # [B, 1, Z, Y, X] uint8, 255 where unlabelled
-    skeleton: Tensor  # [B, 1, Z, Y, X] uint8
-    features: dict[str, Tensor]  # view -> [B, L, D, z, y, x]; zeros for samples that are not distilled; {} when none is
-    distilled: Tensor  # [B] bool
-    index: Tensor  # [B] int64, the global sample index
+    image: Tensor
+    """[B, 1, Z, Y, X] float32."""
+    mask: Tensor
+    """[B, 1, Z, Y, X] uint8, UNLABELLED where there is no label."""
+    skeleton: Tensor
+    """[B, 1, Z, Y, X] uint8."""
+    features: dict[str, Tensor]
+    """View -> [B, L, D, z, y, x]; zeros for samples that are not distilled, {} if none is."""
+    distilled: Tensor
+    """[B] bool."""
+    index: Tensor
+    """[B] int64, the global sample index."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; copies do not block the host when its memory is pinned."""
-        return Batch(**{f.name: _to(getattr(self, f.name), device) for f in fields(self)})
+        """The batch on `device`. Copies from pinned memory do not block the host."""
+        return Batch(**{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What the student gives."""
+    """The output of the student network."""
 
-    logits: Tensor  # [B, 1, Z, Y, X]
-    features: dict[int, Tensor]  # block index -> token map [B, C, z, y, x]; {} unless asked for
+    logits: Tensor
+    """[B, 1, Z, Y, X]."""
+    features: dict[int, Tensor]
+    """Block index -> token map [B, C, z, y, x]; {} unless requested."""
 
 
 def copy_to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The host's numbers on the device, out of pinned memory: for any other the host waits until the device is idle."""
+    """Copy values of the host to the device through pinned memory; from other memory the host waits for the device."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        return {key: _move(item, device) for key, item in value.items()}
     return value.to(device, non_blocking=True)

@@ -65,7 +65,7 @@ def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
     (tmp_path / "d" / "precious").write_text("years of work")
     with pytest.raises(InputError, match="d is a folder; give the name of a file"):
         files.write_text(tmp_path / "d", "text")
-    with pytest.raises(InputError, match="precious is no folder and cannot become one"):
+    with pytest.raises(InputError, match="precious is not a folder and cannot become one"):
         files.write_text(tmp_path / "d" / "precious" / "f", "text")
     assert [p.name for p in tmp_path.rglob("*")] == ["d", "precious"]
 

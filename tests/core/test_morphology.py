@@ -46,13 +46,14 @@ def test_a_subset_of_everything_is_the_tree(tree: Tree) -> None:
 def test_a_subset_hangs_on_the_nearest_kept_ancestor(tree: Tree, seed: int) -> None:
     keep = np.random.default_rng(seed).random(len(tree)) < 0.6
     kept = morphology.select_nodes(tree, keep)
-    old = np.flatnonzero(keep)
-    for new, i in enumerate(old):
-        parent = tree.parents[i]
-        while parent >= 0 and not keep[parent]:
-            parent = tree.parents[parent]
-        found = kept.parents[new]
-        assert (old[found] if found >= 0 else -1) == parent
+    old_index = np.flatnonzero(keep)
+
+    for node, old_node in enumerate(old_index):
+        ancestor = tree.parents[old_node]
+        while ancestor >= 0 and not keep[ancestor]:
+            ancestor = tree.parents[ancestor]
+        parent = kept.parents[node]
+        assert (old_index[parent] if parent >= 0 else -1) == ancestor
 
 
 @given(trees())
@@ -89,7 +90,7 @@ def test_a_cycle_is_refused() -> None:
         morphology.build_tree(np.zeros((3, 3)), np.array([1, 2, 0]))
 
 
-def test_unsorted_parents_are_refused_by_the_constructor_and_sorted_by_make() -> None:
+def test_unsorted_parents_are_refused_by_the_constructor_and_sorted_by_build_tree() -> None:
     points, parents = np.arange(9.0).reshape(3, 3), np.array([1, 2, -1])
     with pytest.raises(ValueError, match="sort"):
         Tree(points, np.ones(3), parents, np.ones(3, np.int64))

@@ -107,7 +107,7 @@ def test_shares_and_what_gathers_them_are_of_one_run(
     start({"b": "2"}, "share=[1,2]", "page=false")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for share in ([], ["share=[1,3]"]):
-        with pytest.raises(ConfigError, match="0000_of_0002 was made otherwise") as caught:
+        with pytest.raises(ConfigError, match="0000_of_0002 was made with other settings") as caught:
             start(inputs, *keys, *share)
         assert says in str(caught.value)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
