@@ -1,8 +1,7 @@
-"""How a tree is connected against how it should be: splits, merges, expected run length; Strahler order and Sholl."""
+"""How a tree is connected compared with gold: splits, merges and expected run length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +10,15 @@ from scipy.spatial import cKDTree
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.metrics.segments import Segments
+from hpc_neuro.metrics.metric import Comparison, Metric
+from hpc_neuro.metrics.segments import SegmentIndex
 
-_STEPS = 4  # nodes per tolerance along resampled cable
-_HOPS = 8  # steps up each way in which two neighbours' counterparts meet at once, nearly always
+_NODES_PER_TOLERANCE = 4
+"""Nodes per tolerance along resampled cable."""
+_WIDER = 1.0 + 1.0 / _NODES_PER_TOLERANCE
+"""Factor on the tolerance when nodes stand for segments, whose nearest node may be half a step farther."""
+_MAX_HOPS = 8
+"""Edges up to a common ancestor within which two counterparts count as connected without a closer look."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,9 @@ class Topology:
     """Errors of connection, as a proofreader counts them."""
 
     splits: int
-    """Joins that are missing: connected pieces in which the gold trees are found, less one per tree found."""
+    """Missing connections: connected pieces in which the gold trees are found, less one per tree that is found."""
     merges: int
-    """Joins too many: the same with the roles changed, pieces of predicted cable that gold does not connect there."""
+    """False connections: the same with exchanged roles, pieces of predicted cable that gold does not connect there."""
     expected_run_length: float
     """Expected length of correctly connected gold cable around a random point of it (Januszewski et al. 2018)."""
 
@@ -34,160 +38,227 @@ def compare_topology(
 ) -> Topology:
     """Splits, merges and expected run length of trees in one unit; run lengths after multiplying z y x by `scale`.
 
-    Cable counts as found when the other tree is within `tolerance`. Two neighbouring found places are connected when
-    the other tree connects them nearby: by cable that stays within 2 tolerances of the way between them. Pieces no
-    longer than 2 tolerances (two neurites crossing, say) count neither as splits nor as merges. A run that belongs to a
-    predicted tree which also runs along another gold tree has length 0, as in the paper.
+    Cable counts as found when the other tree is within `tolerance`. Two neighboring found nodes are connected when the
+    other tree connects them nearby: by cable that stays within 2 tolerances of the path between them. Pieces no longer
+    than 2 tolerances (two neurites that cross, for example) count neither as splits nor as merges. A run that belongs
+    to a predicted tree which also runs along another gold tree has length 0, as in the paper.
     """
     if not len(predicted) or not len(gold):
         return Topology(0, 0, 0.0)
-    found = _pieces(gold, predicted, tolerance, scale)
-    claimed = _pieces(predicted, gold, tolerance, scale)
-    visited: dict[int, set[int]] = {}
-    for own, others in zip(found.tree[found.long], found.others[found.long], strict=True):
-        visited.setdefault(int(others), set()).add(int(own))
-    good = np.array([len(visited.get(int(o), set())) <= 1 for o in found.others], dtype=bool)
-    runs = np.where(good, found.length, 0.0)
+
+    gold_pieces = _find_pieces(gold, predicted, tolerance, scale)
+    predicted_pieces = _find_pieces(predicted, gold, tolerance, scale)
+    runs = np.where(_is_unmerged(gold_pieces), gold_pieces.length, 0.0)
     total = morphology.length(morphology.scale_tree(gold, scale))
-    return Topology(found.breaks, claimed.breaks, float((runs**2).sum() / total) if total else 0.0)
-
-
-def strahler(tree: Tree) -> NDArray[np.int64]:
-    """[N] Strahler order of each node: 1 at tips; one more where two children share the highest order."""
-    order = np.ones(len(tree), dtype=np.int64)
-    highest, twice = np.zeros(len(tree), dtype=np.int64), np.zeros(len(tree), dtype=bool)
-    for node in range(len(tree) - 1, -1, -1):  # children stand after their parents
-        if highest[node]:
-            order[node] = highest[node] + int(twice[node])
-        parent = tree.parents[node]
-        if parent >= 0:
-            twice[parent] = order[node] == highest[parent] or (twice[parent] and order[node] < highest[parent])
-            highest[parent] = max(highest[parent], order[node])
-    return order
-
-
-def sholl(tree: Tree, radii: Sequence[float], centre: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
-    """How often the tree's edges cross the spheres of `radii` (the tree's unit) around `centre` (default: first node).
-
-    Exact for straight edges: one whose ends are both outside crosses twice when it dips into the sphere.
-    """
-    if not len(tree):
-        return np.zeros(len(radii), dtype=np.int64)
-    middle = tree.points[0] if centre is None else np.asarray(centre, dtype=np.float64)
-    edges = tree.edges
-    a, b = tree.points[edges[:, 0]] - middle, tree.points[edges[:, 1]] - middle
-    along = b - a
-    square = (along * along).sum(axis=1)
-    share = np.clip(-(a * along).sum(axis=1) / np.where(square > 0, square, 1.0), 0.0, 1.0)
-    near = np.linalg.norm(a + share[:, None] * along, axis=1)
-    from_, to = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    counts = [
-        np.count_nonzero((from_ > r) != (to > r)) + 2 * np.count_nonzero((from_ > r) & (to > r) & (near < r))
-        for r in radii
-    ]
-    return np.array(counts, dtype=np.int64)
+    run_length = float((runs**2).sum() / total) if total else 0.0
+    return Topology(gold_pieces.count_breaks(), predicted_pieces.count_breaks(), run_length)
 
 
 @dataclass(frozen=True)
 class _Pieces:
-    """The connected pieces in which a tree is found in the other."""
+    """The connected pieces of a tree that are found in the other tree."""
 
-    tree: NDArray[np.int64]  # [P] which of the tree's components
-    others: NDArray[np.int64]  # [P] which of the other's components, by most of its nodes
+    component: NDArray[np.int64]  # [P] of the tree
+    other_component: NDArray[np.int64]  # [P] of the other tree, by most of the piece's nodes
     length: NDArray[np.float64]  # [P] cable, scaled
-    long: NDArray[np.bool_]  # [P] longer than two tolerances
+    is_long: NDArray[np.bool_]  # [P] longer than two tolerances
 
-    @property
-    def breaks(self) -> int:
+    def count_breaks(self) -> int:
         """Long pieces, less one per component of the tree that has any."""
-        return int(self.long.sum()) - len(np.unique(self.tree[self.long]))
+        return int(self.is_long.sum()) - len(np.unique(self.component[self.is_long]))
 
 
-def _pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, float, float]) -> _Pieces:
-    fine, guide = (morphology.resample_tree(t, tolerance / _STEPS) for t in (tree, other))
-    found = Segments(other).distance(fine.points) <= tolerance
-    fine, found = _from_found(fine, found)
-    counterpart = np.asarray(cKDTree(guide.points).query(fine.points)[1])
-    component, guide_component = morphology.label_components(fine), morphology.label_components(guide)
+def _is_unmerged(pieces: _Pieces) -> NDArray[np.bool_]:
+    """[P] whether the other tree's component of a piece has long pieces of one component of this tree at most."""
+    visited: dict[int, set[int]] = {}
+    for own, other in zip(pieces.component[pieces.is_long], pieces.other_component[pieces.is_long], strict=True):
+        visited.setdefault(int(other), set()).add(int(own))
+    return np.array([len(visited.get(int(other), set())) <= 1 for other in pieces.other_component], dtype=bool)
 
-    above = np.full(len(fine), -1)  # nearest found node on the way up
-    for node, parent in enumerate(fine.parents):
-        if parent >= 0:
-            above[node] = parent if found[parent] else above[parent]
-    below = np.flatnonzero(found & (above >= 0))
-    joined = np.zeros(len(fine), dtype=bool)
-    joined[below] = _meet(guide.parents, counterpart[below], counterpart[above[below]])
-    nearby = cKDTree(guide.points)
-    for child in below[~joined[below]].tolist():
-        joined[child] = _connected(fine, child, int(above[child]), guide, nearby, tolerance)
 
-    piece = np.full(len(fine), -1)
-    count = 0
-    for place in np.flatnonzero(found).tolist():
-        if joined[place]:
-            piece[place] = piece[above[place]]
-        else:
-            piece[place], count = count, count + 1
-    inside = found & joined & (above == fine.parents)  # an edge with both ends in one piece
-    own = np.bincount(piece[inside], weights=morphology.edge_lengths(fine)[inside], minlength=count)
-    scaled = morphology.edge_lengths(morphology.scale_tree(fine, scale))
-    first = np.unique(piece[found], return_index=True)[1]
-    votes = np.stack([piece[found], guide_component[counterpart[found]]], axis=1)
+@dataclass(frozen=True)
+class _Overlap:
+    """A resampled tree, each component rooted at a found node, beside the resampled other tree (the guide)."""
+
+    fine: Tree
+    guide: Tree
+    is_found: NDArray[np.bool_]  # [N] whether the other tree is within the tolerance
+    above: NDArray[np.int64]  # [N] the nearest found node on the way to the root, -1 for none
+    counterpart: NDArray[np.int64]  # [N] the guide's nearest node
+
+
+def _find_pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, float, float]) -> _Pieces:
+    """Cut the part of `tree` that lies along `other` into pieces that `other` connects as well."""
+    overlap = _overlay(tree, other, tolerance)
+    is_joined = _find_joined(overlap, tolerance)
+    piece, count = _number_pieces(overlap, is_joined)
+    length, scaled_length = _measure_pieces(overlap, is_joined, piece, count, scale)
+
+    is_found = overlap.is_found
+    first = np.unique(piece[is_found], return_index=True)[1]
+    guide_component = morphology.label_components(overlap.guide)[overlap.counterpart[is_found]]
     return _Pieces(
-        tree=component[found][first],
-        others=_majority(votes, count),
-        length=np.bincount(piece[inside], weights=scaled[inside], minlength=count).astype(np.float64),
-        long=own > 2 * tolerance,
+        component=morphology.label_components(overlap.fine)[is_found][first],
+        other_component=_find_majority(np.stack([piece[is_found], guide_component], axis=1), count),
+        length=scaled_length,
+        is_long=length > 2 * tolerance,
     )
 
 
-def _from_found(tree: Tree, found: NDArray[np.bool_]) -> tuple[Tree, NDArray[np.bool_]]:
-    """Each component rooted at a found node, where it has one, so that every other found node has one above it."""
+def _overlay(tree: Tree, other: Tree, tolerance: float) -> _Overlap:
+    fine, guide = (morphology.resample_tree(t, tolerance / _NODES_PER_TOLERANCE) for t in (tree, other))
+    is_found = SegmentIndex(other).query(fine.points) <= tolerance
+    fine, is_found = _reroot_at_found(fine, is_found)
+    counterpart = np.asarray(cKDTree(guide.points).query(fine.points)[1])
+    return _Overlap(fine, guide, is_found, _find_above(fine, is_found), counterpart)
+
+
+def _reroot_at_found(tree: Tree, is_found: NDArray[np.bool_]) -> tuple[Tree, NDArray[np.bool_]]:
+    """Root each component at a found node, where it has one, so that every other found node has one above it."""
     parents = tree.parents.copy()
     component = morphology.label_components(tree)
-    has, first = np.unique(component[found], return_index=True)
-    for start in np.flatnonzero(found)[first] if len(has) else ():
-        above, here = -1, int(start)
-        while here >= 0:
-            parents[here], above, here = above, here, int(tree.parents[here])
+    _, first = np.unique(component[is_found], return_index=True)
+    for start in np.flatnonzero(is_found)[first]:
+        above, node = -1, int(start)
+        while node >= 0:
+            parents[node], above, node = above, node, int(tree.parents[node])
+
     order = morphology.order_parents_first(parents)
-    return morphology.build_tree(tree.points, parents, tree.radii, tree.types), found[order]
+    return morphology.build_tree(tree.points, parents, tree.radii, tree.types), is_found[order]
 
 
-def _meet(parents: NDArray[np.int64], a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether nodes a and b have a common ancestor at most _HOPS up from both."""
-    met = np.zeros(len(a), dtype=bool)
+def _find_above(tree: Tree, is_found: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """[N] the nearest found node on the way to the root, -1 for none."""
+    above = np.full(len(tree), -1)
+    for node, parent in enumerate(tree.parents):
+        if parent >= 0:
+            above[node] = parent if is_found[parent] else above[parent]
+    return above
+
+
+def _find_joined(overlap: _Overlap, tolerance: float) -> NDArray[np.bool_]:
+    """[N] whether the guide connects a found node with the found node above it."""
+    guide, above, counterpart = overlap.guide, overlap.above, overlap.counterpart
+    below = np.flatnonzero(overlap.is_found & (above >= 0))
+    is_joined = np.zeros(len(overlap.fine), dtype=bool)
+    is_joined[below] = _share_ancestor(guide.parents, counterpart[below], counterpart[above[below]])
+
+    # Few pairs are left, so a search through the guide around each is affordable.
+    kd_tree = cKDTree(guide.points)
+    for child in below[~is_joined[below]].tolist():
+        is_joined[child] = _is_connected_nearby(overlap, child, kd_tree, tolerance)
+    return is_joined
+
+
+def _share_ancestor(parents: NDArray[np.int64], a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Whether nodes a and b have a common ancestor at most _MAX_HOPS up from both."""
+    is_shared = np.zeros(len(a), dtype=bool)
     from_a = a
-    for _ in range(_HOPS + 1):
+    for _ in range(_MAX_HOPS + 1):
         from_b = b
-        for _ in range(_HOPS + 1):
-            met |= (from_a == from_b) & (from_a >= 0)
+        for _ in range(_MAX_HOPS + 1):
+            is_shared |= (from_a == from_b) & (from_a >= 0)
             from_b = np.where(from_b >= 0, parents[from_b], -1)
         from_a = np.where(from_a >= 0, parents[from_a], -1)
-    return met
+    return is_shared
 
 
-def _connected(fine: Tree, node: int, above: int, guide: Tree, nearby: cKDTree, tolerance: float) -> bool:
-    """Whether `guide` connects the surroundings of two nodes by cable within 2 tolerances of the way between them."""
-    way = [node]
-    while way[-1] != above:
-        way.append(int(fine.parents[way[-1]]))
-    allowed = {i for p in fine.points[way] for i in nearby.query_ball_point(p, 2 * tolerance)}
+def _is_connected_nearby(overlap: _Overlap, node: int, kd_tree: cKDTree, tolerance: float) -> bool:
+    """Whether the guide connects the surroundings of a node and of the found node above it.
+
+    Only cable of the guide within 2 tolerances of the path between the two nodes counts.
+    """
+    fine, guide, above = overlap.fine, overlap.guide, int(overlap.above[node])
+    path = [node]
+    while path[-1] != above:
+        path.append(int(fine.parents[path[-1]]))
+
+    # Number the connected parts of the guide within reach by their topmost node; parents come before children.
+    allowed = {i for p in fine.points[path] for i in kd_tree.query_ball_point(p, 2 * tolerance)}
     top: dict[int, int] = {}
-    for i in sorted(allowed):  # parents first
-        parent = int(guide.parents[i])
-        top[i] = top.get(parent, i)
-    ends = ({top[i] for i in nearby.query_ball_point(fine.points[end], tolerance * _WIDER)} for end in (node, above))
-    return bool(set.intersection(*ends))
+    for i in sorted(allowed):
+        top[i] = top.get(int(guide.parents[i]), i)
+
+    at_node, at_above = (
+        {top[i] for i in kd_tree.query_ball_point(fine.points[end], tolerance * _WIDER)} for end in (node, above)
+    )
+    return bool(at_node & at_above)
 
 
-_WIDER = 1.0 + 1.0 / _STEPS  # found means near a segment; its nodes may be half a step farther
+def _number_pieces(overlap: _Overlap, is_joined: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
+    """[N] number of the piece of each found node, -1 elsewhere, and how many pieces there are."""
+    piece = np.full(len(overlap.fine), -1)
+    count = 0
+    for node in np.flatnonzero(overlap.is_found).tolist():
+        if is_joined[node]:
+            piece[node] = piece[overlap.above[node]]
+        else:
+            piece[node], count = count, count + 1
+    return piece, count
 
 
-def _majority(votes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """For each of `count` first numbers, the second number that stands beside it most often."""
+def _measure_pieces(
+    overlap: _Overlap,
+    is_joined: NDArray[np.bool_],
+    piece: NDArray[np.int64],
+    count: int,
+    scale: tuple[float, float, float],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """[P] cable of each piece in the trees' unit, and [P] after multiplying z y x by `scale`."""
+    # Only an edge with both ends in one piece is cable of that piece.
+    is_inside = overlap.is_found & is_joined & (overlap.above == overlap.fine.parents)
+    lengths = (morphology.edge_lengths(t) for t in (overlap.fine, morphology.scale_tree(overlap.fine, scale)))
+    plain, scaled = (np.bincount(piece[is_inside], weights=length[is_inside], minlength=count) for length in lengths)
+    return plain.astype(np.float64), scaled.astype(np.float64)
+
+
+def _find_majority(votes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """For each of `count` first numbers of `votes` [V, 2], the second number that stands beside it most often."""
     winner = np.full(count, -1)
     pairs, times = np.unique(votes, axis=0, return_counts=True)
     order = np.argsort(times, kind="stable")
     winner[pairs[order, 0]] = pairs[order, 1]
     return winner
+
+
+def _compare(comparison: Comparison) -> Topology:
+    return compare_topology(
+        comparison.predicted_tree, comparison.gold_tree, comparison.tolerance_vox, comparison.voxel_size
+    )
+
+
+METRICS = (
+    Metric(
+        key="splits",
+        title="Splits",
+        unit="",
+        direction="lower",
+        digits=0,
+        definition=(
+            "Missing connections: connected pieces in which the gold tree is found, less one. Pieces up to twice the "
+            "tolerance do not count, nor does a detour within twice the tolerance."
+        ),
+        compute=lambda comparison: comparison.once(_compare).splits,
+    ),
+    Metric(
+        key="merges",
+        title="Merges",
+        unit="",
+        direction="lower",
+        digits=0,
+        definition="False connections: the same with the roles of the two trees exchanged.",
+        compute=lambda comparison: comparison.once(_compare).merges,
+    ),
+    Metric(
+        key="expected_run_length_um",
+        title="Expected run length",
+        unit="µm",
+        direction="higher",
+        digits=0,
+        definition=(
+            "Expected length of correctly connected cable around a random point of the gold tree (Januszewski et al. "
+            "2018): sum of squared lengths of the pieces over the gold cable."
+        ),
+        compute=lambda comparison: comparison.once(_compare).expected_run_length,
+    ),
+)
