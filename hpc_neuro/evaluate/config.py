@@ -8,12 +8,14 @@ from typing import Literal
 from pydantic import Field
 
 from hpc_neuro.core.schema import config
+from hpc_neuro.metrics import list_metrics
+from hpc_neuro.metrics.metric import Metric, tolerance_key
 from hpc_neuro.tracing import TraceConfig
 
 
 @config
 class EvaluateConfig:
-    """Predictions against the truth of a store, beside an Otsu threshold of the raw image."""
+    """Predictions against the gold standard of a store, beside an Otsu threshold of the raw image."""
 
     store: Path
     """The folder that `prepare` wrote: images, gold masks and gold trees."""
@@ -23,7 +25,7 @@ class EvaluateConfig:
     """Run folder: metrics.json, metrics.csv, metrics.tex, report.html, pictures/."""
     compare: dict[str, list[Path]] = Field(default_factory=dict)
     """More `infer` folders by the name to report them under; several folders of one name are seeds of one model, whose
-    scores are averaged neuron by neuron. Under the name `model` stand more seeds of `predictions`."""
+    scores are averaged neuron by neuron. The name `model` adds seeds to `predictions`."""
     split: Literal["train", "val", "test"] = "test"
     """Which of the store's neurons are scored."""
     otsu: bool = True
@@ -33,22 +35,18 @@ class EvaluateConfig:
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Probability from which a voxel is foreground; none: the one that `infer` recorded."""
     tolerance_vox: float = Field(default=4.0, gt=0)
-    """[voxel] How near cable must lie to count as found; in the names of the keys (`f1_4vox`)."""
+    """[voxel] How near cable must lie to count as found; part of the keys (`f1_4vox`)."""
     tolerance_um: float | None = Field(default=None, gt=0)
-    """[um] A second tolerance, in micrometres, whose scores are given beside (`f1_2um`); none: no second one."""
+    """[um] A second tolerance, in micrometers, with scores of its own (`f1_2um`); none: no second one."""
     draws: int = Field(default=10_000, ge=100)
-    """How often the bootstrap draws neurons anew."""
-    seed: int = 0
-    """Seed of the bootstrap."""
+    """How often the bootstrap draws the neurons."""
     pictures: int = Field(default=12, ge=0)
     """How many neurons are shown in pictures, the worst ones first."""
-    whole: int = Field(default=1 << 30, ge=1)
-    """[voxel] Masks of larger volumes are compared block by block: memory then does not grow with the volume."""
     share: tuple[int, int] | None = None
-    """[i, n]: do every n-th volume from the i-th and no more, with a record in OUT/shares; for tasks of job arrays. The
-    same command without it afterwards gathers what they made."""
+    """[i, n]: score every n-th volume from the i-th only, with a record in OUT/shares; for tasks of job arrays. The
+    same command without it afterwards gathers the scores."""
     train: Path | None = None
-    """The folder that `train` wrote, for its learning curves; none: the one that `infer` recorded, if it is there."""
+    """The folder that `train` wrote, for its learning curves; none: the one that `infer` recorded, if it exists."""
 
     def __post_init__(self) -> None:
         for name in self.compare:
@@ -56,3 +54,12 @@ class EvaluateConfig:
                 raise ValueError(f"compare.{name}: this name is taken; choose another for these predictions")
         if empty := [name for name, folders in self.compare.items() if not folders]:
             raise ValueError(f"compare.{empty[0]}: no folder is given")
+
+    def list_metrics(self) -> list[Metric]:
+        """All metrics of a run, with its tolerances in keys and texts."""
+        return list_metrics(self.tolerance_vox, self.tolerance_um)
+
+    @property
+    def f1_key(self) -> str:
+        """Key of the F1 at the tolerance in voxels, by which neurons are ranked."""
+        return tolerance_key("f1", self.tolerance_vox)

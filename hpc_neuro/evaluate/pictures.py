@@ -7,14 +7,15 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core import geometry, morphology
+from hpc_neuro.core import geometry
 from hpc_neuro.core.geometry import Box, VoxelSize
-from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.morphology import Tree, resample_tree
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.store import StoredVolume
-from hpc_neuro.evaluate.predictions import Prediction
-from hpc_neuro.metrics.segments import Segments
-from hpc_neuro.metrics.voxel import labelled
+from hpc_neuro.evaluate.predictions import VolumePrediction
+from hpc_neuro.metrics.segments import SegmentIndex
+from hpc_neuro.metrics.surface import Mask
+from hpc_neuro.metrics.voxel import drop_unlabelled
 from hpc_neuro.report.figures import (
     GOLD,
     MISSED,
@@ -27,48 +28,44 @@ from hpc_neuro.report.figures import (
     project_maxima,
 )
 
-# Colours of the mask's errors: agreement, predicted only, gold only.
 _BOTH, _ONLY_PREDICTED, _ONLY_GOLD = (0.78, 0.80, 0.83), (1.0, 0.42, 0.29), (1.0, 0.88, 0.40)
-_DIM = 0.45  # brightness of the image under trees
+"""Red, green and blue of voxels of both masks, of the prediction only, of gold only."""
+_DIM = 0.45
+"""Brightness of the image under trees."""
+
 CAPTION = (
-    "Maximum projections along z (large), x (right) and y (below). In the mask panel grey is agreement, red is "
+    "Maximum projections along z (large), x (right) and y (below). In the mask panel gray is agreement, red is "
     "predicted only, yellow is gold only. On the trees blue is traced cable near gold, red is traced cable that is "
     "not, yellow is gold cable that was not found; the white ring is the given root."
 )
 
 
-def picture(
-    volume: StoredVolume, prediction: Prediction, trees: dict[str, Tree], tolerance: float, title: str
+def draw_picture(
+    volume: StoredVolume, prediction: VolumePrediction, trees: dict[str, Tree], tolerance: float, title: str
 ) -> bytes:
     """A JPEG. `trees` are the traced trees (voxels) by the name of their method; `title` stands over the image."""
     image = project_maxima(volume.normalized_image, volume.shape)
+    probability = project_maxima(prediction.probability, volume.shape)
     gold, size = volume.tree(), volume.voxel_size
-    root = None if volume.root is None else _um(volume.root, size)
+    root = None if volume.root is None else _to_um(volume.root, size)
+    gold_lines = TreeLines(geometry.to_um(gold.points, size)[gold.edges], GOLD, "gold")
+
     panels = [
         Panel(title, gray=image),
-        Panel("probability", gray=project_maxima(prediction.probability, volume.shape), gamma=1.0),
-        Panel("mask against gold", rgb=_errors(volume, prediction.mask)),
-        Panel(
-            "gold tree", gray=image, brightness=_DIM, lines=[TreeLines(_segments(gold, size), GOLD, "gold")], root=root
-        ),
-        *(
-            Panel(
-                f"{name}: traced tree",
-                gray=image,
-                brightness=_DIM,
-                lines=compared(tree, gold, tolerance, size),
-                root=root,
-            )
-            for name, tree in trees.items()
-        ),
+        Panel("probability", gray=probability, gamma=1.0),
+        Panel("mask against gold", rgb=_project_errors(volume, prediction.mask)),
+        Panel("gold tree", gray=image, brightness=_DIM, lines=[gold_lines], root=root),
     ]
+    for name, tree in trees.items():
+        lines = _compare_trees(tree, gold, tolerance, size)
+        panels.append(Panel(f"{name}: traced tree", gray=image, brightness=_DIM, lines=lines, root=root))
     return draw_panels(panels, volume.shape, size)
 
 
-def compared(tree: Tree, gold: Tree, tolerance: float, voxel_size: VoxelSize) -> list[TreeLines]:
-    """The cable of both trees (voxels) by agreement, as coloured lines in um."""
-    right, wrong = _split(tree, gold, tolerance, voxel_size)
-    _, missed = _split(gold, tree, tolerance, voxel_size)
+def _compare_trees(tree: Tree, gold: Tree, tolerance: float, voxel_size: VoxelSize) -> list[TreeLines]:
+    """The cable of both trees (voxels) by agreement, as colored lines in um."""
+    right, wrong = _split_cable(tree, gold, tolerance, voxel_size)
+    _, missed = _split_cable(gold, tree, tolerance, voxel_size)
     return [
         TreeLines(missed, MISSED, "missed"),
         TreeLines(right, RIGHT, "on gold"),
@@ -76,43 +73,40 @@ def compared(tree: Tree, gold: Tree, tolerance: float, voxel_size: VoxelSize) ->
     ]
 
 
-def _split(
+def _split_cable(
     tree: Tree, other: Tree, tolerance: float, voxel_size: VoxelSize
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Pieces of at most a voxel of `tree` within `tolerance` of `other`, and the rest, [E, 2, 3] um."""
-    fine = morphology.resample_tree(tree, 1.0)
+    fine = resample_tree(tree, 1.0)
     ends = fine.points[fine.edges]
-    near = Segments(other).distance(ends.mean(axis=1)) <= tolerance
+    is_near = SegmentIndex(other).query(ends.mean(axis=1)) <= tolerance
     um = ends * np.asarray(voxel_size)
-    return um[near], um[~near]
+    return um[is_near], um[~is_near]
 
 
-def _segments(tree: Tree, voxel_size: VoxelSize) -> NDArray[np.float64]:
-    return geometry.to_um(tree.points, voxel_size)[tree.edges]
-
-
-def _errors(volume: StoredVolume, mask: Callable[[Box], Array]) -> tuple[Projections, Projections, Projections]:
+def _project_errors(volume: StoredVolume, mask: Callable[[Box], Array]) -> tuple[Projections, Projections, Projections]:
     """The projected masks in red, green and blue; where several meet behind one another, agreement is in front."""
 
-    def part(choose: Callable[[NDArray[np.bool_], NDArray[np.bool_]], NDArray[np.bool_]]) -> Projections:
-        def read(box: Box) -> Array:
-            return choose(*labelled(mask(box), volume.mask(box)))
+    def project(choose: Callable[[Mask, Mask], Mask]) -> Projections:
+        return project_maxima(lambda box: choose(*drop_unlabelled(mask(box), volume.mask(box))), volume.shape)
 
-        return project_maxima(read, volume.shape)
+    both = project(lambda p, g: p & g)
+    only_predicted = project(lambda p, g: p & ~g)
+    only_gold = project(lambda p, g: g & ~p)
 
-    both, predicted, gold = part(lambda p, g: p & g), part(lambda p, g: p & ~g), part(lambda p, g: g & ~p)
-
-    def channel(c: int) -> Projections:
+    # Paint from the back to the front: gold, prediction, agreement.
+    channels = []
+    for back, middle, front in zip(_ONLY_GOLD, _ONLY_PREDICTED, _BOTH, strict=True):
         planes = []
-        for name in ("z", "y", "x"):
-            front, middle, back = (getattr(v, name) > 0 for v in (both, predicted, gold))
-            colour = np.where(middle, _ONLY_PREDICTED[c], np.where(back, _ONLY_GOLD[c], 0.0))
-            planes.append(np.where(front, _BOTH[c], colour).astype(np.float32))
-        return Projections(*planes)
+        for axis in ("z", "y", "x"):
+            plane = np.where(getattr(only_gold, axis) > 0, back, 0.0)
+            plane = np.where(getattr(only_predicted, axis) > 0, middle, plane)
+            planes.append(np.where(getattr(both, axis) > 0, front, plane).astype(np.float32))
+        channels.append(Projections(*planes))
+    red, green, blue = channels
+    return red, green, blue
 
-    return channel(0), channel(1), channel(2)
 
-
-def _um(point: tuple[float, float, float], size: VoxelSize) -> tuple[float, float, float]:
+def _to_um(point: tuple[float, float, float], size: VoxelSize) -> tuple[float, float, float]:
     z, y, x = (float(p * s) for p, s in zip(point, size, strict=True))
     return z, y, x

@@ -1,4 +1,4 @@
-"""What `infer` left in its folder, read back: a probability and a tree per volume."""
+"""What is scored: the predictions that `infer` wrote, and Otsu's threshold as the baseline that needs no training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from skimage.filters import threshold_otsu
 
-from hpc_neuro.core import files, morphology
-from hpc_neuro.core.geometry import Box, tile_volume
+from hpc_neuro.core import files
+from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.morphology import Tree, concatenate_trees, empty_tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
@@ -27,15 +27,18 @@ from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.tracing import TraceConfig, trace_reader
 
 log = logging.getLogger(__name__)
+
 INDEX = "predictions.json"
-_BLOCK = (64, 512, 512)
-_BINS = 1 << 16  # for images with more values than that
 _REMAKE = "make the predictions with `hpc-neuro infer`"
+_BLOCK: Shape = (64, 512, 512)
+"""[voxel] Blocks in which an image is read for its histogram."""
+_BINS = 1 << 16
+"""Histogram bins of images with more values than that."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One volume as a model sees it."""
+class VolumePrediction:
+    """The probability and the tree of one volume."""
 
     image: Volume
     tree: Tree  # in voxels; empty when nothing was traced
@@ -50,59 +53,76 @@ class Prediction:
 
     def mask(self, box: Box) -> Array:
         """[Z, Y, X] bool: at least `threshold`."""
-        levels = np.iinfo(self.image.dtype).max if self.image.dtype.kind == "u" else 0
-        least = math.ceil(self.threshold * levels - 1e-9) if levels else self.threshold  # as `infer` cuts it
+        least = self.threshold
+        if self.image.dtype.kind == "u":
+            # The same integer from which `infer` takes a voxel as foreground.
+            least = math.ceil(self.threshold * np.iinfo(self.image.dtype).max - 1e-9)
         return np.asarray(np.greater_equal(self.image[box], least))
 
 
-class Predictions:
-    """One folder that `infer` wrote. Raises InputError when it is not, or lacks a file of one of `ids`."""
+class PredictionFolder:
+    """One folder that `infer` wrote. Raises InputError when it is not one, or lacks a file of one of `ids`."""
 
     def __init__(self, path: Path, ids: Sequence[str], cfg: EvaluateConfig) -> None:
         self.path = path
+        self._threshold = cfg.threshold
         self._entries: dict[str, Any] = files.read_json(path / INDEX, _REMAKE)
         if missing := [i for i in ids if i not in self._entries]:
             raise InputError(
                 f"{path} holds no prediction of {', '.join(missing)}, which the {cfg.split} split of {cfg.store} has; "
                 "run `hpc-neuro infer` on that split, or choose another `split`"
             )
+
         self.config: dict[str, Any] = {}
         record = path / "run.json"
         if record.exists():
             self.config = files.read_json(record, _REMAKE).get("config", {})
-        self._threshold = cfg.threshold
-        lost = [f for i in ids for f in self._files(i) if not f.exists()]
-        if lost:
-            raise InputError(f"{path / INDEX} names {lost[0]}, which does not exist; {_REMAKE} again")
-        for i in ids:
-            tree, wanted = self._entries[i]["swc_voxel"], self._entries[i].get("sha256", {}).get("swc_voxel")
-            if tree and wanted and files.sha256(path / tree) != wanted:
-                raise InputError(
-                    f"{path / tree} was changed after `infer` wrote it, so that its scores would not be the model's; "
-                    f"`hpc-neuro infer verify {path}` sets it aside and writes the model's tree again"
-                )
 
-    def read(self, volume_id: str, wanted_shape: tuple[int, int, int]) -> Prediction:
-        """The prediction of a volume. Raises InputError when its shape is not `wanted_shape`."""
+        for volume_id in ids:
+            self._check_files(volume_id)
+
+    def _check_files(self, volume_id: str) -> None:
+        """Raise InputError when a file of a volume is missing, or its tree was changed after `infer`."""
+        for path in self._list_files(volume_id):
+            if not path.exists():
+                raise InputError(f"{self.path / INDEX} names {path}, which does not exist; {_REMAKE} again")
+
         entry = self._entries[volume_id]
-        image, *tree = self._files(volume_id)
-        probability = open_volume(image)
-        if probability.shape != wanted_shape:
+        tree, digest = entry["swc_voxel"], entry.get("sha256", {}).get("swc_voxel")
+        if tree and digest and files.sha256(self.path / tree) != digest:
             raise InputError(
-                f"{image} has shape {probability.shape}, but volume {volume_id} of the store has {wanted_shape} (z y "
+                f"{self.path / tree} was changed after `infer` wrote it, so that its scores would not be the model's; "
+                f"`hpc-neuro infer verify {self.path}` sets it aside and writes the model's tree again"
+            )
+
+    def _list_files(self, volume_id: str) -> list[Path]:
+        """The probability, and the tree in voxels unless nothing was traced."""
+        entry = self._entries[volume_id]
+        names = [entry["probability"], entry["swc_voxel"]]
+        return [self.path / n for n in names if n is not None]
+
+    def read(self, volume_id: str, expected_shape: Shape) -> VolumePrediction:
+        """The prediction of a volume. Raises InputError when its shape is not `expected_shape`."""
+        image, *trees = self._list_files(volume_id)
+        probability = open_volume(image)
+        if probability.shape != expected_shape:
+            raise InputError(
+                f"{image} has shape {probability.shape}, but volume {volume_id} of the store has {expected_shape} (z y "
                 "x): the predictions are of another volume, or of an older store; make them again"
             )
-        found = swc.read(tree[0]) if tree else morphology.empty_tree()
-        return Prediction(probability, found, self._threshold or float(entry["threshold"]))
 
-    def views(self, volume_id: str, nodes: int) -> dict[str, NDArray[np.float64]]:
-        """[N] `mean` confidence of all views and `agreement` of each node of the tree; nothing without mirrored views.
+        tree = swc.read(trees[0]) if trees else empty_tree()
+        return VolumePrediction(probability, tree, self._threshold or float(self._entries[volume_id]["threshold"]))
 
-        Raises InputError for a table that is not of the tree.
+    def read_flip_confidence(self, volume_id: str, nodes: int) -> dict[str, NDArray[np.float64]]:
+        """[N] `mean` confidence of all flips and their `agreement` at each node of the tree; {} without flips.
+
+        Raises InputError for a table that does not belong to the tree.
         """
         name = self._entries[volume_id].get("confidence")
         if name is None:
             return {}
+
         path = self.path / name
         try:
             with path.open(encoding="utf-8") as file:
@@ -112,39 +132,37 @@ class Predictions:
             values = np.array([[float(row["mean"]), 1 - float(row["disagreement"])] for row in rows])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be read as confidences of nodes ({error}); {_REMAKE} again") from None
+
         if len(values) != nodes:
             raise InputError(f"{path} is of {len(values)} nodes, but the tree has {nodes}; {_REMAKE} again")
         return {"mean": values[:, 0], "agreement": values[:, 1]}
 
-    def roots(self, volume_id: str) -> list[list[float]] | None:
+    def read_roots(self, volume_id: str) -> list[list[float]] | None:
         """[voxel] z y x from which a volume was traced, rounded; None where that is not recorded."""
-        held = self._entries[volume_id].get("roots")
-        return None if held is None else [[round(float(c), 3) for c in root] for root in held]
+        roots = self._entries[volume_id].get("roots")
+        return None if roots is None else [[round(float(c), 3) for c in root] for root in roots]
 
-    def trace_config(self) -> TraceConfig | None:
+    def read_trace_config(self) -> TraceConfig | None:
         """The tracer's settings that `infer` recorded; None when it recorded none."""
         if "trace" not in self.config:
             return None
+
         try:
-            found = TypeAdapter(TraceConfig).validate_python(self.config["trace"])
+            trace = TypeAdapter(TraceConfig).validate_python(self.config["trace"])
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(
                 f"{self.path / 'run.json'} holds settings of the tracer that this version does not take "
                 f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give `trace={{}}` or settings in the config"
             ) from None
+
+        # A setting that the record lacks would take its default here, which may not be how that version traced.
         if absent := sorted({f.name for f in fields(TraceConfig)} - set(self.config["trace"])):
             raise InputError(
                 f"{self.path} was traced by a version without {', '.join(absent)}, and Otsu's mask would be traced "
                 f"otherwise; {_REMAKE} again, which keeps the probabilities"
             )
-        return found
-
-    def _files(self, volume_id: str) -> list[Path]:
-        """The probability, and the tree in voxels unless nothing was traced."""
-        entry = self._entries[volume_id]
-        names = [entry["probability"], entry["swc_voxel"]]
-        return [self.path / n for n in names if n is not None]
+        return trace
 
 
 @dataclass(frozen=True)
@@ -152,20 +170,22 @@ class Method:
     """One way from image to mask and tree; several seeds of a model are one method."""
 
     name: str
-    seeds: tuple[Predictions, ...]  # none: the Otsu baseline
+    seeds: tuple[PredictionFolder, ...]
+    """Empty for the Otsu baseline."""
 
 
-def methods(cfg: EvaluateConfig, ids: Sequence[str]) -> list[Method]:
+def list_methods(cfg: EvaluateConfig, ids: Sequence[str]) -> list[Method]:
     """`model` first, then what it is compared with, Otsu last. Raises InputError for what cannot be read."""
-    folders = {"model": [cfg.predictions], **{k: [] for k in cfg.compare if k != "model"}}
+    folders = {"model": [cfg.predictions], **{name: [] for name in cfg.compare if name != "model"}}
     for name, more in cfg.compare.items():
         folders[name] += more
-    found = [Method(name, tuple(Predictions(p, ids, cfg) for p in paths)) for name, paths in folders.items()]
-    return [*found, Method("otsu", ())] if cfg.otsu else found
+
+    methods = [Method(name, tuple(PredictionFolder(p, ids, cfg) for p in paths)) for name, paths in folders.items()]
+    return [*methods, Method("otsu", ())] if cfg.otsu else methods
 
 
-def wanted(cfg: EvaluateConfig, store: Store) -> tuple[str, ...]:
-    """The ids to score. Raises InputError when the split is empty."""
+def list_volumes(cfg: EvaluateConfig, store: Store) -> tuple[str, ...]:
+    """The ids of the split to score. Raises InputError when it is empty."""
     ids = store.split(cfg.split)
     if not ids:
         sizes = ", ".join(f"{s} {len(store.split(s))}" for s in ("train", "val", "test"))
@@ -173,38 +193,16 @@ def wanted(cfg: EvaluateConfig, store: Store) -> tuple[str, ...]:
     return ids
 
 
-def threshold(volume: StoredVolume) -> float:
-    """Otsu's threshold of the whole image (foreground is above it), from a histogram gathered block by block.
-
-    Images of up to 16 bits have one bin per value: the result is that of scikit-image on the whole array. Others have
-    65,536 bins between their extremes. Source: Otsu 1979.
-    """
-    dtype = volume.dtype
-    if dtype.kind == "u" and dtype.itemsize <= 2:
-        size = 1 << (8 * dtype.itemsize)
-        counts = np.zeros(size, dtype=np.int64)
-        for block in tile_volume(volume.shape, _BLOCK):
-            counts += np.bincount(volume.image(block.write).ravel(), minlength=size)
-        values: NDArray[np.float64] = np.arange(size, dtype=np.float64)
-    else:
-        ends = [
-            (float(b.min()), float(b.max())) for b in (volume.image(t.write) for t in tile_volume(volume.shape, _BLOCK))
-        ]
-        low, high = min(a for a, _ in ends), max(b for _, b in ends)
-        counts = np.zeros(_BINS, dtype=np.int64)
-        for block in tile_volume(volume.shape, _BLOCK):
-            counts += np.histogram(volume.image(block.write), bins=_BINS, range=(low, high))[0]
-        values = low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
-    present = np.flatnonzero(counts)
-    kept = slice(int(present[0]), int(present[-1]) + 1)
-    return float(threshold_otsu(hist=(counts[kept], values[kept])))
+def choose_trace_config(cfg: EvaluateConfig, methods: Sequence[Method]) -> TraceConfig:
+    """How Otsu's mask is traced: the config's settings, else those that `infer` recorded, else the defaults."""
+    return cfg.trace or methods[0].seeds[0].read_trace_config() or TraceConfig()
 
 
 class OtsuMask:
     """Where the raw image is above Otsu's threshold, read by box."""
 
     def __init__(self, volume: StoredVolume) -> None:
-        self.threshold = threshold(volume)
+        self.threshold = compute_otsu_threshold(volume)
         self._volume = volume
 
     def mask(self, box: Box) -> NDArray[np.bool_]:
@@ -212,23 +210,58 @@ class OtsuMask:
         return np.greater(self._volume.image(box), self.threshold)
 
     def probability(self, box: Box) -> NDArray[np.float32]:
-        """[Z, Y, X] 0 or 1, as the tracer wants it."""
+        """[Z, Y, X] 0 or 1, as the tracer reads it."""
         return self.mask(box).astype(np.float32)
 
 
-def otsu_tree(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
-    """The tree (voxels) of Otsu's mask, from the volume's root; empty, and said so, when nothing can be traced."""
+def compute_otsu_threshold(volume: StoredVolume) -> float:
+    """Otsu's threshold of the whole image (foreground is above it), from a histogram gathered block by block.
+
+    Images of up to 16 bits have one bin per value: the result is that of scikit-image on the whole array. Others have
+    65,536 bins between their extremes. Source: Otsu 1979.
+    """
+    is_exact = volume.dtype.kind == "u" and volume.dtype.itemsize <= 2
+    counts, values = _count_values(volume) if is_exact else _bin_values(volume)
+
+    present = np.flatnonzero(counts)
+    kept = slice(int(present[0]), int(present[-1]) + 1)
+    return float(threshold_otsu(hist=(counts[kept], values[kept])))
+
+
+def _count_values(volume: StoredVolume) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Histogram with one bin per value of an unsigned integer type."""
+    size = 1 << (8 * volume.dtype.itemsize)
+    counts = np.zeros(size, dtype=np.int64)
+    for block in tile_volume(volume.shape, _BLOCK):
+        counts += np.bincount(volume.image(block.write).ravel(), minlength=size)
+    return counts, np.arange(size, dtype=np.float64)
+
+
+def _bin_values(volume: StoredVolume) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Histogram with `_BINS` bins between the extremes of the image."""
+    low, high = math.inf, -math.inf
+    for block in tile_volume(volume.shape, _BLOCK):
+        image = volume.image(block.write)
+        low, high = min(low, float(image.min())), max(high, float(image.max()))
+
+    counts = np.zeros(_BINS, dtype=np.int64)
+    for block in tile_volume(volume.shape, _BLOCK):
+        counts += np.histogram(volume.image(block.write), bins=_BINS, range=(low, high))[0]
+    return counts, low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
+
+
+def trace_otsu_mask(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
+    """The tree (voxels) of Otsu's mask, from the volume's root; empty, with a warning, when nothing can be traced."""
     try:
-        return concatenate_trees(
-            trace_reader(
-                baseline.probability,
-                volume.shape,
-                volume.voxel_size,
-                roots=() if volume.root is None else (volume.root,),
-                cfg=cfg,
-                image=volume.normalized_image,
-            )
+        trees = trace_reader(
+            baseline.probability,
+            volume.shape,
+            volume.voxel_size,
+            roots=() if volume.root is None else (volume.root,),
+            cfg=cfg,
+            image=volume.normalized_image,
         )
     except InputError as error:
         log.warning("%s: Otsu's mask gives no tree and counts as a miss: %s", volume.id, error)
         return empty_tree()
+    return concatenate_trees(trees)

@@ -7,210 +7,245 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.evaluate import learning_curves, reliability
+from hpc_neuro.evaluate import confidence, learning_curves
+from hpc_neuro.evaluate.confidence import ConfidenceBin
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.metric_rows import GOLD_KEYS, Metric, rows
 from hpc_neuro.evaluate.pictures import CAPTION
-from hpc_neuro.evaluate.summary import Results, difference, interval
+from hpc_neuro.evaluate.summary import Results, compute_difference, compute_mean
 from hpc_neuro.metrics.bootstrap import Interval
-from hpc_neuro.metrics.calibration import Bin
+from hpc_neuro.metrics.metric import Metric
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.provenance import RunRecord
 
-_SHOWN_PAIRS = ("dice", "f1", "hd95_um", "esa")  # metrics drawn neuron by neuron
+_ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 
 
-def build(
+def render_report(
     results: Results,
     cfg: EvaluateConfig,
+    *,
     pictures: Sequence[tuple[str, Path]],
     training: Sequence[dict[str, Any]] | None,
-    links: list[RunRecord],
+    runs: Sequence[RunRecord],
     notices: Sequence[str],
-    code: str,
-    reliable: Mapping[str, Sequence[Bin]],
+    reliability: Mapping[str, Sequence[ConfidenceBin]],
 ) -> str:
-    """The page as text. `pictures` are (volume, JPEG) in the order shown; `training` the rows of a training run;
-    `notices` what stands above all numbers; `reliable` what is known of the model's confidence."""
-    n = len(results.ids)
-    sections = [("Result", _result(results, cfg, notices))]
-    if n > 1 and len(results.methods) > 1:
-        sections.append(("Differences", _differences(results, cfg)))
-    sections.append(("Neurons", _neurons(results, cfg)))
-    seeds = len(results.seeds["model"])
-    of = html.paragraph(f"Of the first of {seeds} trained models; the scores are means over all.") if seeds > 1 else ""
-    if pictures:
-        shown = "".join(html.picture(p.read_bytes(), f"{name}. {CAPTION}") for name, p in pictures)
-        worst = "The worst neurons first, by the model's F1." if n > 1 else ""
-        sections.append(("Pictures", of + (html.paragraph(worst) if worst else "") + shown))
-    if reliable:
-        sections.append(("Confidence", of + reliability.section(reliable, cfg)))
-    if training:
-        sections.append(("Learning curves", html.row(learning_curves.draw(training))))
-    sections.append(("Definitions", _definitions(results, cfg)))
-    sections.append(("Provenance", _provenance(links)))
-    neurons = f"{n} neuron{'s' if n > 1 else ''} of the {cfg.split} split"
-    return html.render_page("Neuron segmentation and tracing", f"{neurons} · hpc_neuro {code}", sections)
+    """The page as text.
+
+    pictures: (volume, JPEG) in the order shown. training: the rows of a training run. runs: those behind the result,
+    this one last. notices: sentences above all numbers. reliability: of the model's confidence.
+    """
+    neurons = html.format_count(len(results.ids), "neuron")
+    sections = [
+        ("Result", _render_result(results, cfg, notices)),
+        ("Differences", _render_differences(results, cfg)),
+        ("Neurons", _render_neurons(results, cfg)),
+        ("Pictures", _render_pictures(results, pictures)),
+        ("Confidence", _note_first_seed(results) + confidence.render_section(reliability, cfg) if reliability else ""),
+        ("Learning curves", html.row(learning_curves.draw_curves(training)) if training else ""),
+        ("Definitions", _render_definitions(results, cfg)),
+        ("Provenance", _render_provenance(runs)),
+    ]
+    code = str((runs[-1].record or {}).get("code", ""))
+    subtitle = f"{neurons} of the {cfg.split} split · hpc_neuro {code}"
+    return html.render_page(
+        "Neuron segmentation and tracing", subtitle, [(title, body) for title, body in sections if body]
+    )
 
 
-def _result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]) -> str:
-    metrics = [r for r in rows(cfg) if r.main]
-    table = [[Cell(_name(m))] for m in results.methods]
+def _render_result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]) -> str:
+    """The main table: methods down, metrics across, gold last."""
+    metrics = [m for m in cfg.list_metrics() if m.main]
+    rows = {method: [Cell(_name_method(method))] for method in results.methods}
     gold = [Cell("Gold")]
-    for r in metrics:
-        found = [interval(results, m, r.key, cfg) for m in results.methods]
-        best = r.best([f.mean for f in found])
-        for cells, f in zip(table, found, strict=True):
-            cells.append(_interval_cell(f, r.digits, f.mean == best))
-        own = sum(results.gold[i][r.key] for i in results.ids) / len(results.ids) if r.key in GOLD_KEYS else None
-        gold.append(Cell("" if own is None else html.format_number(own, r.digits), own))
-    table.append(gold)
-    text = [html.paragraph(notice, "notice") for notice in notices]
+    for metric in metrics:
+        means = {method: compute_mean(results, method, metric.key, cfg) for method in results.methods}
+        best = metric.find_best([i.mean for i in means.values()])
+        for method, interval in means.items():
+            rows[method].append(_interval_cell(interval, metric.digits, best=interval.mean == best))
+
+        gold_mean = None
+        if metric.describes_tree:
+            gold_mean = sum(results.gold[i][metric.key] for i in results.ids) / len(results.ids)
+        gold.append(_gold_cell(gold_mean, metric.digits))
+
+    text = "One neuron: no interval can be given. The best of a column is bold."
     if len(results.ids) > 1:
-        text.append(
-            html.paragraph(
-                f"Means over {len(results.ids)} neurons; in small type the 95 % bootstrap interval over neurons "
-                f"({cfg.draws:,} draws). The best mean of a column is bold.",
-                "small",
-            )
+        text = (
+            f"Means over {len(results.ids)} neurons; in small type the 95 % bootstrap interval over neurons "
+            f"({cfg.draws:,} draws). The best mean of a column is bold."
         )
-    else:
-        text.append(html.paragraph("One neuron: no interval can be given. The best of a column is bold.", "small"))
-    return "".join(text) + html.table(_columns("Method", metrics), table)
+    above = [*(html.paragraph(notice, "notice") for notice in notices), html.paragraph(text, "small")]
+    return "".join(above) + html.table(_list_columns("Method", metrics), [*rows.values(), gold])
 
 
-def _differences(results: Results, cfg: EvaluateConfig) -> str:
-    by_key = {r.key: r for r in rows(cfg)}
-    shown = [next(r for k, r in by_key.items() if k == name or k.startswith(name + "_")) for name in _SHOWN_PAIRS]
-    figures = [
-        charts.draw_pairs(
-            _titled(r),
-            [_name(m) for m in results.methods],
-            list(zip(*(results.column(m, r.key) for m in results.methods), strict=True)),
-            "",
-        )
-        for r in shown
-    ]
-    for r in (r for r in by_key.values() if r.main and r.better):
-        found = [(_name(m), difference(results, "model", m, r.key, cfg)) for m in results.methods[1:]]
-        side = "right" if r.better == "high" else "left"
-        figures.append(
-            charts.draw_differences(
-                f"{r.title}: model less each other, mean and 95 % interval",
-                [(name, f.mean, f.low, f.high) for name, f in found],
-                f"{side} of zero the model is better",
-            )
-        )
+def _render_differences(results: Results, cfg: EvaluateConfig) -> str:
+    """The model against each other method, neuron by neuron; empty with one neuron or one method."""
+    if len(results.ids) < 2 or len(results.methods) < 2:
+        return ""
     note = "In the first charts, one thin line per neuron; the bar is the mean. Arrows say which way is better."
-    return _difference_table(results, cfg) + html.paragraph(note, "small") + html.row(figures)
+    figures = [*_draw_pairs(results, cfg), *_draw_differences(results, cfg)]
+    return _render_difference_table(results, cfg) + html.paragraph(note, "small") + html.row(figures)
 
 
-def _difference_table(results: Results, cfg: EvaluateConfig) -> str:
-    metrics = [r for r in rows(cfg) if r.main]
-    table = [
-        [
-            Cell(_name(m)),
-            *(_interval_cell(difference(results, "model", m, r.key, cfg), r.digits, sign=True) for r in metrics),
-        ]
-        for m in results.methods[1:]
-    ]
-    note = "Means of the differences neuron by neuron, with their 95 % interval: one that holds zero shows nothing."
-    return html.paragraph(note, "small") + html.table(_columns("Model \N{MINUS SIGN}", metrics), table)
+def _draw_pairs(results: Results, cfg: EvaluateConfig) -> list[str]:
+    """Charts of the most telling metrics neuron by neuron."""
+    metrics = {m.key: m for m in cfg.list_metrics()}
+    names = [_name_method(method) for method in results.methods]
+    figures = []
+    for key in ("dice", cfg.f1_key, "hd95_um", "esa"):
+        values = zip(*(results.list_values(method, key) for method in results.methods), strict=True)
+        figures.append(charts.draw_pairs(_title_with_arrow(metrics[key]), names, list(values), ""))
+    return figures
 
 
-def _columns(first: str, metrics: Sequence[Metric]) -> list[Column]:
-    return [Column(first, numeric=False), *(Column(_titled(r), r.definition) for r in metrics)]
-
-
-def _neurons(results: Results, cfg: EvaluateConfig) -> str:
-    metrics = sorted(rows(cfg), key=lambda r: not r.main)
-    columns = [Column("Neuron", numeric=False), Column("Method", numeric=False)]
-    columns += [Column(_titled(r), r.definition) for r in metrics]
-    table = []
-    for volume in results.worst_first(cfg):
-        best = {r.key: r.best([results.of(m, volume)[r.key] for m in results.methods]) for r in metrics}
-        for m in results.methods:
-            scores = results.of(m, volume)
-            cells = [Cell(volume), Cell(_name(m))]
-            cells += [
-                Cell(html.format_number(scores[r.key], r.digits), scores[r.key], best=scores[r.key] == best[r.key])
-                for r in metrics
-            ]
-            table.append(cells)
-        own = results.gold[volume]
-        cells = [Cell(volume), Cell("Gold")]
-        cells += [
-            Cell(html.format_number(own.get(r.key), r.digits) if r.key in own else "", own.get(r.key)) for r in metrics
-        ]
-        table.append(cells)
-    facts = [[Cell(i), *(Cell(str(v)) for v in results.facts[i].values())] for i in results.ids]
-    names = list(results.facts[results.ids[0]])
-    volumes = html.table([Column("Neuron", numeric=False), *(Column(n, numeric=False) for n in names)], facts)
-    note = "A click on a heading sorts; at first the worst neurons, by the model's F1, stand at the top."
-    return html.paragraph(note, "small") + html.table(columns, table) + html.details("The volumes", volumes)
-
-
-def _definitions(results: Results, cfg: EvaluateConfig) -> str:
-    terms = [(_titled(r), r.definition) for r in rows(cfg)]
-    if "otsu" in results.methods:
-        terms.append(
-            (
-                "Otsu",
-                "Baseline without training: voxels of the raw image above Otsu's threshold (1979) of the whole "
-                "volume's histogram; the mask is traced by the same tracer, along the image where it breaks, with the "
-                "same settings from the same root unless something else is said above the numbers.",
-            )
-        )
-    terms.append(
-        (
-            "Empty masks and trees",
-            "Both empty agree (scores 1, distances 0). One empty is a miss: scores 0, distances the diagonal of the "
-            "volume, and 1 in its own column. No volume leaves a mean.",
-        )
-    )
-    terms.append(
-        (
-            "95 % interval",
-            f"Percentile bootstrap: {cfg.draws:,} times as many neurons are drawn with replacement (seed {cfg.seed}); "
-            "differences are taken neuron by neuron first.",
-        )
-    )
-    return html.definitions(terms)
-
-
-def _provenance(links: list[RunRecord]) -> str:
-    columns = [Column(c, numeric=False) for c in ("Stage", "Folder", "Code", "Finished", "Host", "Inputs (SHA-256)")]
-    table = []
-    for link in links:
-        if link.record is None:
-            table.append([Cell(link.name), Cell(str(link.path)), Cell("no record here"), *(Cell("") for _ in range(3))])
+def _draw_differences(results: Results, cfg: EvaluateConfig) -> list[str]:
+    """Charts of the mean difference from each other method, for each main metric."""
+    figures = []
+    for metric in cfg.list_metrics():
+        if not metric.main or metric.describes_tree:
             continue
-        r = link.record
-        inputs = ", ".join(f"{k} {str(v)[:12]}" for k, v in r.get("inputs", {}).items())
-        cells = [link.name, str(link.path), str(r.get("code", "")), str(r.get("end") or "not finished")]
-        table.append([Cell(c) for c in (*cells, str(r.get("host", "")), inputs)])
-    records = "".join(
-        html.details(f"{link.name}: full record", html.code(json.dumps(link.record, indent=1)))
-        for link in links
-        if link.record
+
+        rows = []
+        for method in results.methods[1:]:
+            interval = compute_difference(results, "model", method, metric.key, cfg)
+            rows.append((_name_method(method), interval.mean, interval.low, interval.high))
+        side = "right" if metric.direction == "higher" else "left"
+        title = f"{metric.heading}: model less each other, mean and 95 % interval"
+        figures.append(charts.draw_differences(title, rows, f"{side} of zero the model is better"))
+    return figures
+
+
+def _render_difference_table(results: Results, cfg: EvaluateConfig) -> str:
+    metrics = [m for m in cfg.list_metrics() if m.main]
+    rows = []
+    for method in results.methods[1:]:
+        differences = [compute_difference(results, "model", method, m.key, cfg) for m in metrics]
+        cells = [_interval_cell(d, m.digits, signed=True) for d, m in zip(differences, metrics, strict=True)]
+        rows.append([Cell(_name_method(method)), *cells])
+    note = (
+        "Means of the differences neuron by neuron, with their 95 % interval: an interval that holds zero shows no "
+        "difference."
     )
-    return html.table(columns, table, sortable=False) + records
+    return html.paragraph(note, "small") + html.table(_list_columns("Model \N{MINUS SIGN}", metrics), rows)
 
 
-def _interval_cell(found: Interval, digits: int, best: bool = False, sign: bool = False) -> Cell:
-    text = html.format_number(found.mean, digits)
-    if sign and round(found.mean, digits) > 0:
+def _render_neurons(results: Results, cfg: EvaluateConfig) -> str:
+    """All metrics of every neuron and method, and the table of volumes."""
+    metrics = sorted(cfg.list_metrics(), key=lambda m: not m.main)
+    columns = [Column("Neuron", numeric=False), *_list_columns("Method", metrics)]
+    rows = []
+    for volume in results.rank_worst_first(cfg):
+        rows += _list_neuron_rows(results, volume, metrics)
+
+    note = "A click on a heading sorts; at first the worst neurons, by the model's F1, stand at the top."
+    volumes = html.details("The volumes", _render_volumes(results))
+    return html.paragraph(note, "small") + html.table(columns, rows) + volumes
+
+
+def _list_neuron_rows(results: Results, volume: str, metrics: Sequence[Metric]) -> list[list[Cell]]:
+    """One row per method and one for gold."""
+    scores = {method: results.average_seeds(method, volume) for method in results.methods}
+    best = {m.key: m.find_best([s[m.key] for s in scores.values()]) for m in metrics}
+    rows = []
+    for method, values in scores.items():
+        cells = [
+            Cell(html.format_number(values[m.key], m.digits), values[m.key], best=values[m.key] == best[m.key])
+            for m in metrics
+        ]
+        rows.append([Cell(volume), Cell(_name_method(method)), *cells])
+
+    gold = results.gold[volume]
+    rows.append([Cell(volume), Cell("Gold"), *(_gold_cell(gold.get(m.key), m.digits) for m in metrics)])
+    return rows
+
+
+def _render_volumes(results: Results) -> str:
+    names = list(results.volume_facts[results.ids[0]])
+    columns = [Column(name, numeric=False) for name in ("Neuron", *names)]
+    rows = [[Cell(i), *(Cell(str(v)) for v in results.volume_facts[i].values())] for i in results.ids]
+    return html.table(columns, rows)
+
+
+def _render_pictures(results: Results, pictures: Sequence[tuple[str, Path]]) -> str:
+    if not pictures:
+        return ""
+    order = html.paragraph("The worst neurons first, by the model's F1.") if len(results.ids) > 1 else ""
+    images = "".join(html.picture(path.read_bytes(), f"{name}. {CAPTION}") for name, path in pictures)
+    return _note_first_seed(results) + order + images
+
+
+def _note_first_seed(results: Results) -> str:
+    """Of which model pictures and confidence are, when there are several seeds."""
+    seeds = len(results.seeds["model"])
+    if seeds < 2:
+        return ""
+    return html.paragraph(f"Of the first of {seeds} trained models; the scores are means over all.")
+
+
+def _render_definitions(results: Results, cfg: EvaluateConfig) -> str:
+    terms = [(_title_with_arrow(m), m.definition) for m in cfg.list_metrics()]
+    if "otsu" in results.methods:
+        otsu = (
+            "Baseline without training: voxels of the raw image above Otsu's threshold (1979) of the whole volume's "
+            "histogram; the mask is traced by the same tracer, along the image where it breaks, with the same settings "
+            "from the same root unless a sentence above the numbers says otherwise."
+        )
+        terms.append(("Otsu", otsu))
+
+    empty = (
+        "Two empty masks or trees agree (scores 1, distances 0). One empty mask or tree is a miss: scores 0, distances "
+        "the diagonal of the volume, and 1 in its own column. No volume leaves a mean."
+    )
+    interval = (
+        f"Percentile bootstrap: the neurons are drawn {cfg.draws:,} times with replacement (seed 0); differences are "
+        "taken neuron by neuron first."
+    )
+    return html.definitions([*terms, ("Empty masks and trees", empty), ("95 % interval", interval)])
+
+
+def _render_provenance(runs: Sequence[RunRecord]) -> str:
+    """The runs behind the result, and their full records."""
+    titles = ("Stage", "Folder", "Code", "Finished", "Host", "Inputs (SHA-256)")
+    rows = []
+    records = []
+    for run in runs:
+        if run.record is None:
+            rows.append([run.name, str(run.path), "no record here", "", "", ""])
+            continue
+        inputs = ", ".join(f"{k} {str(v)[:12]}" for k, v in run.record.get("inputs", {}).items())
+        facts = (run.record.get("code", ""), run.record.get("end") or "not finished", run.record.get("host", ""))
+        rows.append([run.name, str(run.path), *map(str, facts), inputs])
+        records.append(html.details(f"{run.name}: full record", html.code(json.dumps(run.record, indent=1))))
+
+    columns = [Column(title, numeric=False) for title in titles]
+    cells = [[Cell(text) for text in row] for row in rows]
+    return html.table(columns, cells, sortable=False) + "".join(records)
+
+
+def _list_columns(first: str, metrics: Sequence[Metric]) -> list[Column]:
+    return [Column(first, numeric=False), *(Column(_title_with_arrow(m), m.definition) for m in metrics)]
+
+
+def _interval_cell(interval: Interval, digits: int, best: bool = False, signed: bool = False) -> Cell:
+    text = html.format_number(interval.mean, digits)
+    if signed and round(interval.mean, digits) > 0:
         text = "+" + text
     note = ""
-    if found.low is not None and found.high is not None:
-        note = f"{html.format_number(found.low, digits)} … {html.format_number(found.high, digits)}"
-    return Cell(text, found.mean, best, note)
+    if interval.low is not None and interval.high is not None:
+        note = f"{html.format_number(interval.low, digits)} … {html.format_number(interval.high, digits)}"
+    return Cell(text, interval.mean, best, note)
 
 
-def _titled(metric: Metric) -> str:
-    return metric.title + {"high": " ↑", "low": " ↓", "": ""}[metric.better]
+def _gold_cell(value: float | None, digits: int) -> Cell:
+    """A number of the gold tree; empty where gold has none."""
+    return Cell("" if value is None else html.format_number(value, digits), value)
 
 
-def _name(method: str) -> str:
+def _title_with_arrow(metric: Metric) -> str:
+    return metric.heading + _ARROWS[metric.direction]
+
+
+def _name_method(method: str) -> str:
     return {"model": "Model", "otsu": "Otsu"}.get(method, method)

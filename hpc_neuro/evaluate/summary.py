@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.evaluate.metric_rows import Metric, rows
 from hpc_neuro.metrics.bootstrap import Interval, mean_interval, paired_difference
-from hpc_neuro.metrics.metric import tolerance_key
+from hpc_neuro.metrics.metric import Metric
 
 Scores = dict[str, float]
 
@@ -21,62 +20,74 @@ class Results:
 
     ids: tuple[str, ...]
     methods: tuple[str, ...]
-    seeds: Mapping[str, Sequence[Mapping[str, Scores]]]  # method -> per seed {id: scores}
+    seeds: Mapping[str, Sequence[Mapping[str, Scores]]]
+    """Method -> for each seed {id: scores}."""
     gold: Mapping[str, Scores]
-    facts: Mapping[str, Mapping[str, object]]  # id -> what the table says about a volume
+    """Id -> the metrics that describe the gold tree alone."""
+    volume_facts: Mapping[str, Mapping[str, object]]
+    """Id -> what the report's table of volumes shows."""
 
-    def of(self, method: str, volume: str) -> Scores:
+    def average_seeds(self, method: str, volume: str) -> Scores:
         """Scores of a volume, averaged over seeds."""
-        each = [seed[volume] for seed in self.seeds[method]]
-        return {k: sum(s[k] for s in each) / len(each) for k in each[0]}
+        scores = [seed[volume] for seed in self.seeds[method]]
+        return {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
 
-    def column(self, method: str, metric: str) -> list[float]:
+    def list_values(self, method: str, key: str) -> list[float]:
         """One metric of all volumes in the order of `ids`."""
-        return [self.of(method, i)[metric] for i in self.ids]
+        return [self.average_seeds(method, i)[key] for i in self.ids]
 
-    def worst_first(self, cfg: EvaluateConfig) -> list[str]:
+    def rank_worst_first(self, cfg: EvaluateConfig) -> list[str]:
         """Volumes by the model's F1, lowest first."""
-        f1 = dict(zip(self.ids, self.column("model", tolerance_key("f1", cfg.tolerance_vox, "vox")), strict=True))
+        f1 = dict(zip(self.ids, self.list_values("model", cfg.f1_key), strict=True))
         return sorted(self.ids, key=lambda i: f1[i])
 
 
-def interval(results: Results, method: str, metric: str, cfg: EvaluateConfig) -> Interval:
+def compute_mean(results: Results, method: str, key: str, cfg: EvaluateConfig) -> Interval:
     """Mean over volumes with its bootstrap interval."""
-    return mean_interval(results.column(method, metric), cfg.draws, cfg.seed)
+    return mean_interval(results.list_values(method, key), cfg.draws)
 
 
-def difference(results: Results, ours: str, theirs: str, metric: str, cfg: EvaluateConfig) -> Interval:
-    """Mean of ours minus theirs over volumes with its bootstrap interval."""
-    return paired_difference(results.column(ours, metric), results.column(theirs, metric), cfg.draws, cfg.seed)
+def compute_difference(results: Results, first: str, second: str, key: str, cfg: EvaluateConfig) -> Interval:
+    """Mean of the first method minus the second over volumes with its bootstrap interval."""
+    return paired_difference(results.list_values(first, key), results.list_values(second, key), cfg.draws)
 
 
-def as_json(results: Results, cfg: EvaluateConfig) -> dict[str, object]:
+def build_json(results: Results, cfg: EvaluateConfig) -> dict[str, object]:
     """metrics.json: `volumes` and `mean` as other programs read them; the rest under keys of its own."""
-    metrics = rows(cfg)
+    keys = [m.key for m in cfg.list_metrics()]
+    volumes = {i: {method: results.average_seeds(method, i) for method in results.methods} for i in results.ids}
+    means = {
+        method: {key: sum(results.list_values(method, key)) / len(results.ids) for key in keys}
+        for method in results.methods
+    }
+    intervals = {
+        method: {key: _list_bounds(compute_mean(results, method, key, cfg)) for key in keys}
+        for method in results.methods
+    }
+    differences = {
+        f"model - {method}": {
+            key: _build_interval_json(compute_difference(results, "model", method, key, cfg)) for key in keys
+        }
+        for method in results.methods[1:]
+    }
+    seeds = {method: [dict(s) for s in results.seeds[method]] for method in results.methods}
     return {
-        "volumes": {i: {m: results.of(m, i) for m in results.methods} for i in results.ids},
-        "mean": {
-            m: {r.key: sum(results.column(m, r.key)) / len(results.ids) for r in metrics} for m in results.methods
-        },
+        "volumes": volumes,
+        "mean": means,
         "gold": {i: dict(results.gold[i]) for i in results.ids},
-        "interval_95": {
-            m: {r.key: _bounds(interval(results, m, r.key, cfg)) for r in metrics} for m in results.methods
-        },
-        "difference": {
-            f"model - {m}": {r.key: _full(difference(results, "model", m, r.key, cfg)) for r in metrics}
-            for m in results.methods[1:]
-        },
-        "seeds": {m: [dict(s) for s in results.seeds[m]] for m in results.methods if len(results.seeds[m]) > 1},
-        "worst_first": results.worst_first(cfg),
-        "definitions": {r.key: r.definition for r in metrics},
+        "interval_95": intervals,
+        "difference": differences,
+        "seeds": {method: scores for method, scores in seeds.items() if len(scores) > 1},
+        "worst_first": results.rank_worst_first(cfg),
+        "definitions": {m.key: m.definition for m in cfg.list_metrics()},
     }
 
 
-def as_csv(results: Results, cfg: EvaluateConfig) -> str:
-    """One line per volume, method and seed; gold has lines too, with what a tree has by itself."""
-    metrics = [r.key for r in rows(cfg)]
+def format_csv(results: Results, cfg: EvaluateConfig) -> str:
+    """One line per volume, method and seed; gold has lines too, with the metrics that describe one tree."""
+    keys = [m.key for m in cfg.list_metrics()]
     with io.StringIO(newline="") as text:
-        writer = csv.DictWriter(text, ["volume", "method", "seed", *metrics], lineterminator="\n")
+        writer = csv.DictWriter(text, ["volume", "method", "seed", *keys], lineterminator="\n")
         writer.writeheader()
         for volume in results.ids:
             for method in results.methods:
@@ -86,52 +97,61 @@ def as_csv(results: Results, cfg: EvaluateConfig) -> str:
         return text.getvalue()
 
 
-def as_latex(results: Results, cfg: EvaluateConfig) -> str:
+def format_latex(results: Results, cfg: EvaluateConfig) -> str:
     """The main table: methods down, metrics across, mean and 95 % interval; the best mean is bold. Needs booktabs."""
-    metrics = [r for r in rows(cfg) if r.main and r.better]
-    head = " & ".join(["Method", *(f"{_tex(r.title)} ${_arrow(r)}$" for r in metrics)])
-    cells = {m: [f"{{{_tex(m)}}}"] for m in results.methods}  # in braces: a row end reads brackets that follow it
-    for r in metrics:
-        found = {m: interval(results, m, r.key, cfg) for m in results.methods}
-        best = r.best([f.mean for f in found.values()])
-        for m, f in found.items():
-            text = f"{f.mean:.{r.digits}f}"
-            text = rf"\textbf{{{text}}}" if f.mean == best else text
-            if f.low is not None and f.high is not None:
-                text += rf" {{\tiny [{f.low:.{r.digits}f}, {f.high:.{r.digits}f}]}}"
-            cells[m].append(text)
-    lines = [" & ".join(row) + r" \\" for row in cells.values()]
+    metrics = [m for m in cfg.list_metrics() if m.main and m.direction]
+    head = " & ".join(["Method", *(f"{_escape_latex(m.heading)} ${_arrow(m)}$" for m in metrics)])
+
+    # In braces, because LaTeX reads a bracket after the end of a row as an option of that row.
+    cells = {method: [f"{{{_escape_latex(method)}}}"] for method in results.methods}
+    for metric in metrics:
+        means = {method: compute_mean(results, method, metric.key, cfg) for method in results.methods}
+        best = metric.find_best([i.mean for i in means.values()])
+        for method, interval in means.items():
+            cells[method].append(_format_latex_cell(interval, metric.digits, is_best=interval.mean == best))
+
     n = len(results.ids)
-    return "\n".join(
-        [
-            f"% {n} neuron{'s' if n > 1 else ''}; in brackets the 95 % bootstrap interval over neurons",
-            rf"\begin{{tabular}}{{l{'c' * len(metrics)}}}",
-            r"\toprule",
-            head + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
+    lines = [
+        f"% {n} neuron{'s' if n > 1 else ''}; in brackets the 95 % bootstrap interval over neurons",
+        rf"\begin{{tabular}}{{l{'c' * len(metrics)}}}",
+        r"\toprule",
+        head + r" \\",
+        r"\midrule",
+        *(" & ".join(row) + r" \\" for row in cells.values()),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def _bounds(found: Interval) -> list[float] | None:
-    return None if found.low is None or found.high is None else [found.low, found.high]
+def _format_latex_cell(interval: Interval, digits: int, is_best: bool) -> str:
+    text = f"{interval.mean:.{digits}f}"
+    if is_best:
+        text = rf"\textbf{{{text}}}"
+    if interval.low is not None and interval.high is not None:
+        text += rf" {{\tiny [{interval.low:.{digits}f}, {interval.high:.{digits}f}]}}"
+    return text
 
 
-def _full(found: Interval) -> dict[str, object]:
-    return {"mean": found.mean, "interval_95": _bounds(found), "n": found.n}
+def _list_bounds(interval: Interval) -> list[float] | None:
+    return None if interval.low is None or interval.high is None else [interval.low, interval.high]
+
+
+def _build_interval_json(interval: Interval) -> dict[str, object]:
+    return {"mean": interval.mean, "interval_95": _list_bounds(interval), "n": interval.n}
 
 
 def _arrow(metric: Metric) -> str:
-    return r"\uparrow" if metric.better == "high" else r"\downarrow"
+    return r"\uparrow" if metric.direction == "higher" else r"\downarrow"
 
 
-_TEX = {c: "\\" + c for c in "_&%$#{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-_TEX |= {"^": r"\textasciicircum{}", "µ": r"\textmu{}"}
+_LATEX = {c: "\\" + c for c in "_&%$#{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "µ": r"\textmu{}",
+}
 
 
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in text)
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in text)

@@ -144,7 +144,8 @@ def _measure_false_arms(tree: Tree, gold: Tree, arm: NDArray[np.int64], toleranc
     in_arm = arm >= 0
     is_on_gold = SegmentIndex(gold).query(tree.points) <= tolerance
 
-    lengths = np.bincount(arm[in_arm], weights=morphology.edge_lengths(tree)[in_arm], minlength=count)
+    weights = morphology.edge_lengths(tree)[in_arm]
+    lengths = np.bincount(arm[in_arm], weights=weights, minlength=count).astype(np.float64)
     lengths[np.bincount(arm[in_arm & is_on_gold], minlength=count) > 0] = 0.0
     return lengths
 

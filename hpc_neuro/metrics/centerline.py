@@ -111,7 +111,7 @@ def cldice(predicted: Array, gold: Array) -> float:
     Source: Shit et al., CVPR 2021, with hard masks.
     """
     p, g = drop_unlabelled(predicted, gold)
-    return _count_skeletons(p, g, Box.whole(p.shape)).cldice  # type: ignore[arg-type]
+    return _count_skeletons(p, g, Box.whole(p.shape)).cldice
 
 
 def cldice_blockwise(

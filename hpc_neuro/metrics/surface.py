@@ -298,7 +298,7 @@ def _take_smallest(values: NDArray[np.uint8], indices: NDArray[np.int64], shifts
 
 def _is_hopeless(best: Distances, largest_ring: float, total: int) -> bool:
     """Whether many voxels are left and hardly any has the surface in reach, so that the KD-tree is faster."""
-    return len(best) > _FEW * total and np.count_nonzero(best <= largest_ring) < _WORTHWHILE * len(best)
+    return bool(len(best) > _FEW * total and np.count_nonzero(best <= largest_ring) < _WORTHWHILE * len(best))
 
 
 def _list_rings(size_y: float, size_x: float) -> list[tuple[float, NDArray[np.int64]]]:

@@ -18,13 +18,16 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.types import Array
 
 GOLD, RIGHT, WRONG, MISSED = "#f2c14e", "#5bc0ff", "#ff6b4a", "#ffe066"
-"""Line colours on a dark image, told apart by the colour-blind too; what they stand for is said beside the picture."""
+"""Line colors on a dark image that color-blind readers tell apart too; the caption explains them."""
 
-_LARGEST = 900  # pixels along a projection's longest side
-_SLAB = 1 << 24  # voxels read at a time
-_BACK, _INK = "#101418", "#d5dae0"
+_MAX_PIXELS = 900
+"""[pixel] Longest side of a projection."""
+_SLAB = 1 << 24
+"""[voxel] How much of a volume is read at a time."""
+_BACKGROUND, _INK = "#101418", "#d5dae0"
 _PANELS_ACROSS = 3
-_TITLE = 0.35  # inches above a panel
+_PANEL_WIDTH, _TITLE_HEIGHT = 6.0, 0.35
+"""[inch] Width of a panel, and space for the title above it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Projections:
 
 @dataclass(frozen=True)
 class TreeLines:
-    """Tree edges in one colour."""
+    """Tree edges in one color."""
 
     segments: NDArray[np.float64]  # [E, 2, 3] z y x in um
     color: str
@@ -47,15 +50,45 @@ class TreeLines:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: a background of projections in grey (or three of them as red, green, blue) and lines over it."""
+    """One picture: a background of projections in gray (or three of them as red, green, blue) and lines over it."""
 
     title: str
     gray: Projections | None = None
     rgb: tuple[Projections, Projections, Projections] | None = None
     lines: Sequence[TreeLines] = field(default_factory=tuple)
     root: tuple[float, float, float] | None = None  # z y x in um
-    gamma: float = 0.5  # faint neurites must show
-    brightness: float = 1.0  # less than 1 dims the background, so that lines stand out
+    gamma: float = 0.5
+    """Exponent on the gray values; below 1 it brings out faint neurites."""
+    brightness: float = 1.0
+    """Less than 1 dims the background, so that lines stand out."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the three views of a volume lie in a panel, in um: along z at the left, x at its right, y below."""
+
+    depth: float
+    height: float
+    width: float
+    gap: float
+
+    @property
+    def x_offset(self) -> float:
+        """Left edge of the view along x."""
+        return self.width + self.gap
+
+    @property
+    def y_offset(self) -> float:
+        """Upper edge of the view along y."""
+        return self.height + self.gap
+
+    @property
+    def total_width(self) -> float:
+        return self.x_offset + self.depth
+
+    @property
+    def total_height(self) -> float:
+        return self.y_offset + self.depth
 
 
 def project_maxima(read: Callable[[Box], Array], shape: Shape) -> Projections:
@@ -68,7 +101,7 @@ def project_maxima(read: Callable[[Box], Array], shape: Shape) -> Projections:
         for k, plane in enumerate(planes):
             part = plane if k == 0 else plane[box.slices[0]]
             np.maximum(part, block.max(axis=k), out=part)
-    return Projections(*(_thinned(p) for p in planes))
+    return Projections(*(_thin_plane(p) for p in planes))
 
 
 def draw_panels(panels: Sequence[Panel], shape: Shape, voxel_size: VoxelSize, quality: int = 85) -> bytes:
@@ -80,95 +113,102 @@ def draw_panels(panels: Sequence[Panel], shape: Shape, voxel_size: VoxelSize, qu
     |  z x  |
     +-------+
     """
-    size = np.asarray(shape) * np.asarray(voxel_size)  # um, z y x
-    gap = 0.02 * float(size.max())
-    wide, high = size[2] + gap + size[0], size[1] + gap + size[0]
+    depth, height, width = (n * s for n, s in zip(shape, voxel_size, strict=True))
+    layout = _Layout(depth, height, width, gap=0.02 * max(depth, height, width))
     across = min(_PANELS_ACROSS, len(panels))
     down = math.ceil(len(panels) / across)
-    panel_width = 6.0
-    panel_height = panel_width * high / wide + _TITLE
-    figure = Figure(figsize=(across * panel_width, down * panel_height), facecolor=_BACK)
+    panel_height = _PANEL_WIDTH * layout.total_height / layout.total_width + _TITLE_HEIGHT
+
+    figure = Figure(figsize=(across * _PANEL_WIDTH, down * panel_height), facecolor=_BACKGROUND)
     FigureCanvasAgg(figure)
     for i, panel in enumerate(panels):
         row, column = divmod(i, across)
-        axes = figure.add_axes(
-            (column / across, 1 - (row + 1) / down, 1 / across, (1 - _TITLE / panel_height) / down), facecolor=_BACK
-        )
-        axes.set_axis_off()
-        axes.set_aspect("equal")
-        axes.set_xlim(-0.5 * gap, wide + 0.5 * gap)
-        axes.set_ylim(high + 0.5 * gap, -0.5 * gap)
-        axes.set_title(panel.title, color=_INK, fontsize=13, loc="left", pad=4, x=0.01)
-        _background(axes, panel, size, gap)
-        _overlay(axes, panel, size, gap)
-        _scale_bar(axes, size, gap)
+        bounds = (column / across, 1 - (row + 1) / down, 1 / across, (1 - _TITLE_HEIGHT / panel_height) / down)
+        axes = _add_axes(figure, bounds, panel.title, layout)
+        _draw_background(axes, panel, layout)
+        _draw_lines(axes, panel, layout)
+        _draw_scale_bar(axes, layout)
+
+    # Chroma subsampling would blur the colors of thin lines.
+    options = {"quality": quality, "optimize": True, "subsampling": 0}
     with io.BytesIO() as target:
-        options = {"quality": quality, "optimize": True, "subsampling": 0}  # full colour for thin lines
-        figure.savefig(target, format="jpeg", dpi=100, facecolor=_BACK, pil_kwargs=options)
+        figure.savefig(target, format="jpeg", dpi=100, facecolor=_BACKGROUND, pil_kwargs=options)
         return target.getvalue()
 
 
-def _background(axes: Any, panel: Panel, size: NDArray[np.float64], gap: float) -> None:
-    depth, height, width = size
+def _add_axes(figure: Figure, bounds: tuple[float, float, float, float], title: str, layout: _Layout) -> Any:
+    """Axes in um over the layout, with y down."""
+    axes = figure.add_axes(bounds, facecolor=_BACKGROUND)
+    axes.set_axis_off()
+    axes.set_aspect("equal")
+    axes.set_xlim(-0.5 * layout.gap, layout.total_width + 0.5 * layout.gap)
+    axes.set_ylim(layout.total_height + 0.5 * layout.gap, -0.5 * layout.gap)
+    axes.set_title(title, color=_INK, fontsize=13, loc="left", pad=4, x=0.01)
+    return axes
+
+
+def _draw_background(axes: Any, panel: Panel, layout: _Layout) -> None:
     extents = {
-        "z": (0, width, height, 0),
-        "x": (width + gap, width + gap + depth, height, 0),
-        "y": (0, width, height + gap + depth, height + gap),
+        "z": (0, layout.width, layout.height, 0),
+        "x": (layout.x_offset, layout.total_width, layout.height, 0),
+        "y": (0, layout.width, layout.total_height, layout.y_offset),
     }
-    for name, extent in extents.items():
-        if panel.rgb is not None:
-            image: NDArray[np.floating] = np.stack([_plane(v, name) for v in panel.rgb], axis=-1)
-        elif panel.gray is not None:
-            grey = panel.brightness * np.clip(_plane(panel.gray, name), 0, 1) ** panel.gamma
-            image = np.repeat(grey[..., None], 3, axis=-1)
-        else:
-            image = np.zeros((1, 1, 3))
+    for axis, extent in extents.items():
+        image = _compose_image(panel, axis)
         axes.imshow(np.clip(image, 0, 1), extent=extent, interpolation="antialiased", aspect="equal")
 
 
-def _plane(views: Projections, name: str) -> NDArray[np.float32]:
-    """A view as it is laid out: along x with y down and z to the right."""
-    plane: NDArray[np.float32] = getattr(views, name)
-    return plane.T if name == "x" else plane
+def _compose_image(panel: Panel, axis: str) -> NDArray[np.floating]:
+    """[rows, columns, 3] the background of the view along an axis; black when the panel has none."""
+    if panel.rgb is not None:
+        return np.stack([_orient_plane(projections, axis) for projections in panel.rgb], axis=-1)
+    if panel.gray is not None:
+        gray = panel.brightness * np.clip(_orient_plane(panel.gray, axis), 0, 1) ** panel.gamma
+        return np.repeat(gray[..., None], 3, axis=-1)
+    return np.zeros((1, 1, 3))
 
 
-def _overlay(axes: Any, panel: Panel, size: NDArray[np.float64], gap: float) -> None:
-    _, height, width = size
-    for line in panel.lines:
+def _orient_plane(projections: Projections, axis: str) -> NDArray[np.float32]:
+    """A projection as it is laid out: along x with y down and z to the right."""
+    plane: NDArray[np.float32] = getattr(projections, axis)
+    return plane.T if axis == "x" else plane
+
+
+def _draw_lines(axes: Any, panel: Panel, layout: _Layout) -> None:
+    """Tree lines and the root in all three views, and the legend in the empty corner."""
+    for i, line in enumerate(panel.lines):
         z, y, x = (line.segments[..., a] for a in range(3))
-        flat = [np.stack(p, axis=-1) for p in ((x, y), (z + width + gap, y), (x, z + height + gap))]
-        axes.add_collection(LineCollection(list(np.concatenate(flat)), colors=line.color, linewidths=1.4))
+        views = ((x, y), (z + layout.x_offset, y), (x, z + layout.y_offset))
+        segments = np.concatenate([np.stack(view, axis=-1) for view in views])
+        axes.add_collection(LineCollection(list(segments), colors=line.color, linewidths=1.4))
+
+        corner = (layout.x_offset, layout.height + layout.gap * (1.2 + 2.2 * i))
+        axes.text(*corner, line.label, color=line.color, fontsize=10, va="top", ha="left", clip_on=True)
+
     if panel.root is not None:
         z0, y0, x0 = panel.root
-        places = ([x0, z0 + width + gap, x0], [y0, y0, z0 + height + gap])
-        axes.plot(*places, "o", markersize=8, markerfacecolor="none", markeredgecolor="white", markeredgewidth=1.2)
-    left = width  # the legend stands in the empty corner
-    for i, line in enumerate(panel.lines):
-        place = (left + gap, height + gap * (1.2 + 2.2 * i))
-        axes.text(*place, line.label, color=line.color, fontsize=10, va="top", ha="left", clip_on=True)
+        points = ([x0, z0 + layout.x_offset, x0], [y0, y0, z0 + layout.y_offset])
+        axes.plot(*points, "o", markersize=8, markerfacecolor="none", markeredgecolor="white", markeredgewidth=1.2)
 
 
-def _scale_bar(axes: Any, size: NDArray[np.float64], gap: float) -> None:
-    target = 0.2 * float(size[2])
+def _draw_scale_bar(axes: Any, layout: _Layout) -> None:
+    """A bar of 1, 2 or 5 times a power of ten um, at most a fifth of the width."""
+    target = 0.2 * layout.width
     unit = 10.0 ** math.floor(math.log10(target))
     length = unit * max(m for m in (1, 2, 5) if m * unit <= target)
-    x, y = size[2] - gap - length, size[1] - gap
+
+    x, y = layout.width - layout.gap - length, layout.height - layout.gap
     axes.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
-    axes.text(
-        x + length / 2,
-        y - 0.4 * gap,
-        f"{length:g} \N{MICRO SIGN}m",
-        color="white",
-        fontsize=10,
-        ha="center",
-        va="bottom",
-    )
+    label = f"{length:g} \N{MICRO SIGN}m"
+    axes.text(x + length / 2, y - 0.4 * layout.gap, label, color="white", fontsize=10, ha="center", va="bottom")
 
 
-def _thinned(plane: NDArray[np.float32]) -> NDArray[np.float32]:
-    factor = -(-max(plane.shape) // _LARGEST)
+def _thin_plane(plane: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A plane of at most `_MAX_PIXELS` along its longest side; a pixel is the maximum of its tile."""
+    factor = -(-max(plane.shape) // _MAX_PIXELS)
     if factor == 1:
         return plane
+
     padded = np.pad(plane, [(0, -n % factor) for n in plane.shape], mode="edge")
     rows, columns = (n // factor for n in padded.shape)
     thinned: NDArray[np.float32] = padded.reshape(rows, factor, columns, factor).max(axis=(1, 3))

@@ -1,4 +1,7 @@
-"""One HTML page that needs nothing else: style, script and pictures are inside it."""
+"""One self-contained HTML page: style, script and pictures are inside it.
+
+The functions are named after the element they return, as HTML text with all values escaped.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,38 @@ from importlib import resources
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: the text shown, and the number it sorts by (None: by its text)."""
+    """A table cell."""
 
     text: str
     value: float | None = None
+    """The number by which the cell is sorted; None: by its text."""
     best: bool = False
     note: str = ""
-    """Shown small below the text, as an interval is."""
+    """Shown small below the text, such as an interval."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column: heading, and what it means (shown when the pointer rests on it)."""
+    """A table column."""
 
     title: str
     hint: str = ""
+    """What the column means; shown when the pointer rests on the heading."""
     numeric: bool = True
 
 
 def render_page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole page from (heading, HTML) sections, with a list of them at the top."""
-    style, script = (
-        resources.files("hpc_neuro").joinpath(f"assets/report.{kind}").read_text("utf-8") for kind in ("css", "js")
-    )
+    """A whole page from (heading, HTML) sections, with links to them at the top."""
     links = "".join(f'<a href="#{_anchor(h)}">{escape(h)}</a>' for h, _ in sections)
     body = "".join(f'<section id="{_anchor(h)}"><h2>{escape(h)}</h2>{html}</section>' for h, html in sections)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body><header><h1>{escape(title)}</h1>"
+        f"<title>{escape(title)}</title><style>{_read_asset('report.css')}</style></head>\n"
+        f"<body><header><h1>{escape(title)}</h1>"
         f'<p class="subtitle">{escape(subtitle)}</p><nav>{links}</nav></header>\n<main>{body}</main>'
-        f"\n<script>{script}</script></body></html>\n"
+        f"\n<script>{_read_asset('report.js')}</script></body></html>\n"
     )
 
 
@@ -54,16 +57,9 @@ def paragraph(text: str, kind: str = "") -> str:
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], sortable: bool = True) -> str:
     """A table; a click on a heading sorts by it, numbers by value. The best cells of a row stand out."""
-    head = "".join(
-        f'<th class="{"number" if c.numeric else "text"}" title="{escape(c.hint)}" scope="col">'
-        + (f'<button type="button">{escape(c.title)}</button>' if sortable else escape(c.title))
-        + "</th>"
-        for c in columns
-    )
-    body = "".join(
-        "<tr>" + "".join(_cell(cell, column) for cell, column in zip(row, columns, strict=True)) + "</tr>"
-        for row in rows
-    )
+    head = "".join(_heading_cell(column, sortable) for column in columns)
+    lines = ["".join(_cell(cell, column) for cell, column in zip(row, columns, strict=True)) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     kind = ' class="sortable"' if sortable else ""
     return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -85,9 +81,9 @@ def row(charts: Sequence[str]) -> str:
     return '<div class="row">' + "".join(f"<div>{c}</div>" for c in charts) + "</div>"
 
 
-def details(summary: str, html: str, open_: bool = False) -> str:
+def details(summary: str, html: str, is_open: bool = False) -> str:
     """A part that opens on a click."""
-    return f"<details{' open' if open_ else ''}><summary>{escape(summary)}</summary>{html}</details>"
+    return f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary>{html}</details>"
 
 
 def code(text: str) -> str:
@@ -101,8 +97,22 @@ def format_number(value: float | None, digits: int) -> str:
         return "\N{EN DASH}"
     if math.isinf(value):
         return "\N{INFINITY}"
-    value = round(value, digits) or 0.0  # what rounds to zero has no sign
+
+    # `or 0.0`: a negative number that rounds to zero loses its sign.
+    value = round(value, digits) or 0.0
     return f"{value:,.{digits}f}".replace(",", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
+
+
+def format_count(count: int, noun: str) -> str:
+    """`1 root`, `2 roots`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _heading_cell(column: Column, sortable: bool) -> str:
+    title = escape(column.title)
+    content = f'<button type="button">{title}</button>' if sortable else title
+    kind = "number" if column.numeric else "text"
+    return f'<th class="{kind}" title="{escape(column.hint)}" scope="col">{content}</th>'
 
 
 def _cell(cell: Cell, column: Column) -> str:
@@ -114,3 +124,7 @@ def _cell(cell: Cell, column: Column) -> str:
 
 def _anchor(heading: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in heading.lower())
+
+
+def _read_asset(name: str) -> str:
+    return resources.files("hpc_neuro").joinpath(f"assets/{name}").read_text("utf-8")

@@ -13,7 +13,7 @@ from hpc_neuro.core.schema import InputError, load
 from tests.evaluate.conftest import write_predictions
 
 
-def changed(folder: Path, **entry: object) -> None:
+def add_to_entries(folder: Path, **entry: object) -> None:
     """More in the entries of predictions.json, as infer writes it."""
     index = json.loads((folder / "predictions.json").read_text())
     (folder / "predictions.json").write_text(json.dumps({k: {**v, **entry} for k, v in index.items()}))
@@ -37,7 +37,7 @@ def test_a_tree_that_was_corrected_by_hand_is_not_scored_as_the_models(store: Pa
 
 def test_what_was_not_alike_for_otsu_is_said_above_the_numbers(store: Path, tmp_path: Path) -> None:
     predictions = write_predictions(tmp_path / "p", store)
-    changed(predictions, roots=[[1.0, 2.0, 3.0]])
+    add_to_entries(predictions, roots=[[1.0, 2.0, 3.0]])
     keys = [f"store={store}", f"predictions={predictions}", f"out={tmp_path / 'e'}", "draws=100", "pictures=0"]
     assert evaluate.run(load(evaluate.EvaluateConfig, None, keys)) == 0
     assert "traced from the store&#x27;s root, the model&#x27;s from others or none" in (

@@ -24,8 +24,8 @@ def test_otsu_is_that_of_scikit_image(store: Path) -> None:
 
 
 def test_otsus_mask_is_traced_along_the_image_as_the_models_is(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    volume, seen = Store(store)["a"], []
-    monkeypatch.setattr(predictions, "trace_reader", lambda *given, image, **more: seen.append(image) or [])
-    predictions.otsu_tree(volume, OtsuMask(volume), TraceConfig())
+    volume, images = Store(store)["a"], []
+    monkeypatch.setattr(predictions, "trace_reader", lambda *args, image, **kwargs: images.append(image) or [])
+    predictions.trace_otsu_mask(volume, OtsuMask(volume), TraceConfig())
     whole = Box.whole(volume.shape)
-    assert np.array_equal(seen[0](whole), volume.normalized_image(whole))
+    assert np.array_equal(images[0](whole), volume.normalized_image(whole))

@@ -1,4 +1,4 @@
-"""Splits, merges and expected run length on trees drawn by hand; Strahler and Sholl."""
+"""Splits, merges and expected run length on trees drawn by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.metrics.topology import Topology, compare_topology, sholl, strahler
+from hpc_neuro.metrics.topology import Topology, compare_topology
 
 TOLERANCE = 4.0
 
@@ -27,30 +27,32 @@ def y_shape() -> Tree:
 
 def test_the_same_tree_has_no_errors() -> None:
     for tree in (y_shape(), replace(y_shape(), points=y_shape().points + 1.5)):
-        found = compare_topology(tree, y_shape(), TOLERANCE)
-        assert (found.splits, found.merges) == (0, 0)
-        assert found.expected_run_length == pytest.approx(150, rel=0.02)
+        result = compare_topology(tree, y_shape(), TOLERANCE)
+        assert (result.splits, result.merges) == (0, 0)
+        assert result.expected_run_length == pytest.approx(150, rel=0.02)
 
 
 def test_rooted_elsewhere_makes_no_difference() -> None:
     turned = make([(0, -40, 80), (0, 0, 50), (0, 40, 80), (0, 0, 0)], [-1, 0, 1, 1])
-    found = compare_topology(turned, y_shape(), TOLERANCE)
-    assert (found.splits, found.merges) == (0, 0)
+    result = compare_topology(turned, y_shape(), TOLERANCE)
+    assert (result.splits, result.merges) == (0, 0)
 
 
 def test_a_gap_is_a_split() -> None:
     gold = make([(0, 0, 0), (0, 0, 100)], [-1, 0])
     broken = make([(0, 0, 0), (0, 0, 40), (0, 0, 60), (0, 0, 100)], [-1, 0, -1, 2])
-    found = compare_topology(broken, gold, TOLERANCE)
-    assert (found.splits, found.merges) == (1, 0)
-    assert found.expected_run_length == pytest.approx((44**2 + 44**2) / 100, rel=0.05)  # found to a tolerance beyond
+    result = compare_topology(broken, gold, TOLERANCE)
+    assert (result.splits, result.merges) == (1, 0)
+
+    # Gold is found to a tolerance beyond the ends of the prediction.
+    assert result.expected_run_length == pytest.approx((44**2 + 44**2) / 100, rel=0.05)
 
 
 def test_a_missed_end_is_no_split_and_shortens_the_run() -> None:
     gold = make([(0, 0, 0), (0, 0, 100)], [-1, 0])
-    found = compare_topology(make([(0, 0, 0), (0, 0, 46)], [-1, 0]), gold, TOLERANCE)
-    assert (found.splits, found.merges) == (0, 0)
-    assert found.expected_run_length == pytest.approx(50**2 / 100, rel=0.05)
+    result = compare_topology(make([(0, 0, 0), (0, 0, 46)], [-1, 0]), gold, TOLERANCE)
+    assert (result.splits, result.merges) == (0, 0)
+    assert result.expected_run_length == pytest.approx(50**2 / 100, rel=0.05)
 
 
 def test_a_detour_is_no_split() -> None:
@@ -63,15 +65,15 @@ def test_a_false_bridge_inside_one_neuron_is_a_split_and_a_merge() -> None:
     """The far branch hangs on the tip of the near one instead of on the stem."""
     gold = make([(0, 0, 0), (0, 0, 60), (0, 60, 60), (0, 0, 30), (0, 60, 30)], [-1, 3, 1, 0, 3])
     wrong = make([(0, 0, 0), (0, 0, 60), (0, 60, 60), (0, 60, 30), (0, 20, 30)], [-1, 0, 1, 2, 3])
-    found = compare_topology(wrong, gold, TOLERANCE)
-    assert (found.splits, found.merges) == (1, 1)
+    result = compare_topology(wrong, gold, TOLERANCE)
+    assert (result.splits, result.merges) == (1, 1)
 
 
 def test_a_merger_of_two_neurons_voids_their_runs() -> None:
     two = make([(0, 0, 0), (0, 0, 100), (0, 50, 0), (0, 50, 100)], [-1, 0, -1, 2])
     joined = make([(0, 0, 0), (0, 0, 100), (0, 50, 100), (0, 50, 0)], [-1, 0, 1, 2])
-    found = compare_topology(joined, two, TOLERANCE)
-    assert (found.splits, found.merges, found.expected_run_length) == (0, 1, 0.0)
+    result = compare_topology(joined, two, TOLERANCE)
+    assert (result.splits, result.merges, result.expected_run_length) == (0, 1, 0.0)
     right = compare_topology(two, two, TOLERANCE)
     assert (right.splits, right.merges) == (0, 0)
     assert right.expected_run_length == pytest.approx(2 * 100**2 / 200, rel=0.01)
@@ -80,8 +82,8 @@ def test_a_merger_of_two_neurons_voids_their_runs() -> None:
 def test_crossing_neurites_are_no_pieces() -> None:
     gold = make([(0, 0, 0), (0, 0, 100)], [-1, 0])
     crossing = make([(0, -60, 30), (0, 60, 30)], [-1, 0])
-    found = compare_topology(crossing, gold, TOLERANCE)
-    assert (found.splits, found.merges) == (0, 0)
+    result = compare_topology(crossing, gold, TOLERANCE)
+    assert (result.splits, result.merges) == (0, 0)
 
 
 def test_lengths_are_scaled() -> None:
@@ -109,19 +111,3 @@ def test_any_tree_agrees_with_itself_and_roles_swap(seed: int, n: int) -> None:
     assert same.expected_run_length == pytest.approx(morphology.length(a))
     assert compare_topology(a, b, TOLERANCE).splits == compare_topology(b, a, TOLERANCE).merges
     assert compare_topology(a, b, TOLERANCE).expected_run_length <= morphology.length(b) + 1e-9
-
-
-def test_strahler_order() -> None:
-    assert strahler(y_shape()).tolist() == [2, 2, 1, 1]
-    comb = make([(0, 0, 0)] * 7, [-1, 0, 0, 1, 1, 3, 3])  # 0: (1: (3: (5, 6), 4), 2)
-    assert strahler(comb)[[0, 1, 3]].tolist() == [2, 2, 2]
-    balanced = make([(0, 0, 0)] * 7, [-1, 0, 0, 1, 1, 2, 2])
-    assert strahler(balanced).tolist() == [3, 2, 2, 1, 1, 1, 1]
-    assert len(strahler(morphology.empty_tree())) == 0
-
-
-def test_sholl_counts_crossings() -> None:
-    assert sholl(y_shape(), [10, 60, 200]).tolist() == [1, 2, 0]
-    chord = make([(0, 5, -20), (0, 5, 20)], [-1, 0])
-    assert sholl(chord, [4, 10, 30], np.zeros(3)).tolist() == [0, 2, 0]
-    assert sholl(morphology.empty_tree(), [1.0]).tolist() == [0]

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.metrics import list_metrics
 from hpc_neuro.metrics import tree as metric
 from hpc_neuro.metrics.cable import match_cable, remove_stub
-from hpc_neuro.metrics.segments import Segments
+from hpc_neuro.metrics.metric import Comparison
+from hpc_neuro.metrics.segments import SegmentIndex
 
 Points = list[tuple[float, float, float]]
 
@@ -34,7 +36,7 @@ def plain_distances(one: Tree, two: Tree) -> dict[str, float]:
     """Vaa3D's rule as a double loop."""
     sums = []
     for a, b in ((one, two), (two, one)):
-        found = []
+        away = []
         for i, parent in enumerate(a.parents):
             if parent < 0:
                 continue
@@ -42,8 +44,8 @@ def plain_distances(one: Tree, two: Tree) -> dict[str, float]:
             n = int(1 + math.dist(p, q) + 0.5)
             for j in range(n):
                 at = p + (q - p) * (j / (n - 1) if n > 1 else 0)
-                found.append(min(point_to_segment(at, b.points[c], b.points[k]) for c, k in b.edges))
-        sums.append(np.array(found))
+                away.append(min(point_to_segment(at, b.points[c], b.points[k]) for c, k in b.edges))
+        sums.append(np.array(away))
     far = [d[d >= 2.0] for d in sums]
     means = [f.mean() for f in far if len(f)]
     return {
@@ -65,9 +67,9 @@ def trees(draw: st.DrawFn, smallest: int = 2) -> Tree:
 @settings(max_examples=60, deadline=None)
 @given(trees(), trees())
 def test_distances_equal_the_double_loop_and_are_symmetric(a: Tree, b: Tree) -> None:
-    wanted = plain_distances(a, b)
-    assert metric.distances(a, b) == pytest.approx(wanted, abs=1e-9)
-    assert metric.distances(b, a) == pytest.approx(wanted, abs=1e-9)
+    expected = plain_distances(a, b)
+    assert metric.distances(a, b) == pytest.approx(expected, abs=1e-9)
+    assert metric.distances(b, a) == pytest.approx(expected, abs=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
@@ -78,9 +80,9 @@ def test_distances_do_not_depend_on_axis_order_or_flips(
     def moved(t: Tree) -> Tree:
         return Tree(t.points[:, order] * np.array(sign) + 7.0, t.radii, t.parents, t.types)
 
-    found = metric.distances(a, b)
-    found_moved = metric.distances(moved(a), moved(b))
-    assert found_moved["esa"] == pytest.approx(found["esa"], abs=1e-9)
+    before = metric.distances(a, b)
+    after = metric.distances(moved(a), moved(b))
+    assert after["esa"] == pytest.approx(before["esa"], abs=1e-9)
     m, m_moved = match_cable(a, b, 3.7), match_cable(moved(a), moved(b), 3.7)
     assert m_moved.f1 == pytest.approx(m.f1, abs=0.2)  # a piece exactly at the tolerance may fall on either side
 
@@ -89,9 +91,9 @@ def test_distances_do_not_depend_on_axis_order_or_flips(
 @given(trees(1), trees(1), trees(1))
 def test_directed_distance_obeys_the_triangle(a: Tree, b: Tree, c: Tree) -> None:
     """d(p, C) <= d(p, B) + max over B of d(., C), for every point p."""
-    to_b, to_c = Segments(b).distance(a.points), Segments(c).distance(a.points)
+    to_b, to_c = SegmentIndex(b).query(a.points), SegmentIndex(c).query(a.points)
     samples = morphology.resample_tree(b, 0.05).points
-    assert np.all(to_c <= to_b + Segments(c).distance(samples).max() + 0.05)
+    assert np.all(to_c <= to_b + SegmentIndex(c).query(samples).max() + 0.05)
 
 
 def test_distances_of_parallel_lines() -> None:
@@ -109,12 +111,12 @@ def test_far_means_two_or_more() -> None:
 
 def test_dsa_averages_only_directions_with_far_points() -> None:
     long, short = path((0, 0, 0), (0, 0, 20)), path((0, 0, 0), (0, 0, 10))
-    found = metric.distances(long, short)
+    distances = metric.distances(long, short)
     samples = np.arange(21.0)  # 21 samples one unit apart, the last 9 at distance 2..10 from the short path
     away = np.maximum(0, samples - 10)
-    assert found["esa"] == pytest.approx((away.mean() + 0) / 2)
-    assert found["dsa"] == pytest.approx(away[away >= 2].mean())
-    assert found["pds"] == pytest.approx(9 / 21 / 2)
+    assert distances["esa"] == pytest.approx((away.mean() + 0) / 2)
+    assert distances["dsa"] == pytest.approx(away[away >= 2].mean())
+    assert distances["pds"] == pytest.approx(9 / 21 / 2)
 
 
 def test_a_very_short_edge_is_sampled_once_at_the_child() -> None:
@@ -142,17 +144,17 @@ def test_nearest_segment_is_exact_among_very_long_and_coincident_edges() -> None
     parents = np.array([-1] + [int(rng.integers(0, i)) for i in range(1, len(points))])
     tree = morphology.build_tree(points, parents)
     queries = rng.normal(size=(300, 3)) * [5, 5, 3000]
-    wanted = [min(point_to_segment(q, tree.points[c], tree.points[p]) for c, p in tree.edges) for q in queries]
-    np.testing.assert_allclose(Segments(tree).distance(queries), wanted, atol=1e-9)
+    expected = [min(point_to_segment(q, tree.points[c], tree.points[p]) for c, p in tree.edges) for q in queries]
+    np.testing.assert_allclose(SegmentIndex(tree).query(queries), expected, atol=1e-9)
 
 
 def test_match_counts_cable_length() -> None:
     gold = path((0, 0, 0), (0, 0, 100))
-    found = match_cable(path((0, 3, 0), (0, 3, 50)), gold, tolerance=4.0)
-    assert found.precision == 1.0
-    assert found.recall == pytest.approx((50 + math.sqrt(16 - 9)) / 100, abs=0.01)
-    assert found.f1 == pytest.approx(2 * found.recall / (1 + found.recall))
-    assert (found.predicted_length, found.gold_length) == (50, 100)
+    result = match_cable(path((0, 3, 0), (0, 3, 50)), gold, tolerance=4.0)
+    assert result.precision == 1.0
+    assert result.recall == pytest.approx((50 + math.sqrt(16 - 9)) / 100, abs=0.01)
+    assert result.f1 == pytest.approx(2 * result.recall / (1 + result.recall))
+    assert (result.predicted_length, result.gold_length) == (50, 100)
     assert match_cable(path((0, 4.01, 0), (0, 4.01, 100)), gold, tolerance=4.0).f1 == 0.0
     assert match_cable(gold, gold, tolerance=0.5).f1 == 1.0
 
@@ -205,12 +207,25 @@ def test_nothing_else_is_dropped_as_a_stub() -> None:
     assert len(remove_stub(morphology.empty_tree(), gold, 4.0)) == 0
 
 
-def test_summary() -> None:
+def describe(tree: Tree) -> dict[str, float]:
+    """The metrics that describe a tree alone."""
+    comparison = Comparison(
+        predicted_mask=lambda box: np.zeros(box.shape, bool),
+        gold_mask=lambda box: np.zeros(box.shape, bool),
+        predicted_tree=tree,
+        gold_tree=morphology.empty_tree(),
+        shape=(9, 9, 9),
+        voxel_size=(1.0, 1.0, 2.0),
+    )
+    return {m.key: m.compute(comparison) for m in list_metrics() if m.describes_tree}
+
+
+def test_a_tree_is_described_by_cable_tips_and_branch_points() -> None:
     y = morphology.build_tree(
         np.array([(0, 0, 0), (0, 0, 3), (0, 4, 3), (0, -4, 3)], dtype=float), np.array([-1, 0, 1, 1])
     )
-    assert metric.summary(y) == {"length": 11.0, "tips": 2, "branch_points": 1}
-    assert metric.summary(morphology.empty_tree()) == {"length": 0.0, "tips": 0, "branch_points": 0}
+    assert describe(y) == {"length_um": 14.0, "tips": 2, "branch_points": 1}
+    assert describe(morphology.empty_tree()) == {"length_um": 0.0, "tips": 0, "branch_points": 0}
 
 
 def test_a_real_neuron_against_its_noisy_copy(real_data: Path) -> None:

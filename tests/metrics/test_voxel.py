@@ -13,6 +13,7 @@ from scipy import ndimage
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.metrics import centerline, surface, voxel
 from hpc_neuro.metrics.centerline import skeletonize_mask
+from hpc_neuro.metrics.metric import measure_diagonal
 
 SPACINGS = [(1.0, 1.0, 1.0), (1.0, 0.3296, 0.3296), (0.35, 2.0, 0.7)]
 
@@ -41,14 +42,14 @@ def medpy_distances(a: np.ndarray, b: np.ndarray, spacing: tuple[float, float, f
 @pytest.mark.parametrize("case", range(5))
 def test_surface_metrics_equal_medpys_definition(case: int, spacing: tuple[float, float, float]) -> None:
     a, b = pairs()[case]
-    forth, back = medpy_distances(a, b, spacing), medpy_distances(b, a, spacing)
-    found = voxel.surface_metrics(a, b, spacing)
-    assert found.hd95_pooled == pytest.approx(np.percentile(np.hstack([forth, back]), 95), abs=1e-9)
-    assert found.assd == pytest.approx((forth.mean() + back.mean()) / 2, abs=1e-9)
-    assert found.hd95 == pytest.approx(max(np.percentile(forth, 95), np.percentile(back, 95)), abs=1e-9)
-    assert voxel.hd95(a, b, spacing) == pytest.approx(found.hd95, abs=1e-12)
-    assert voxel.hd95_pooled(a, b, spacing) == found.hd95_pooled
-    assert not found.missed
+    forward, backward = medpy_distances(a, b, spacing), medpy_distances(b, a, spacing)
+    distances = voxel.compute_surface_distances(a, b, spacing)
+    assert distances.hd95_pooled == pytest.approx(np.percentile(np.hstack([forward, backward]), 95), abs=1e-9)
+    assert distances.assd == pytest.approx((forward.mean() + backward.mean()) / 2, abs=1e-9)
+    assert distances.hd95 == pytest.approx(max(np.percentile(forward, 95), np.percentile(backward, 95)), abs=1e-9)
+    assert voxel.hd95(a, b, spacing) == pytest.approx(distances.hd95, abs=1e-12)
+    assert voxel.hd95_pooled(a, b, spacing) == distances.hd95_pooled
+    assert not distances.is_miss
 
 
 @pytest.mark.slow
@@ -76,10 +77,10 @@ def test_any_small_masks_equal_the_definition(shape: tuple[int, int, int], seed:
     rng = np.random.default_rng(seed)
     a, b = rng.random(shape) < share, rng.random(shape) < share
     if a.any() and b.any():
-        forth, back = medpy_distances(a, b, spacing), medpy_distances(b, a, spacing)
-        wanted = max(np.percentile(forth, 95), np.percentile(back, 95))
-        assert voxel.hd95(a, b, spacing) == pytest.approx(wanted, abs=1e-9)
-        assert voxel.surface_metrics(a, b, spacing).hd95 == pytest.approx(wanted, abs=1e-9)
+        forward, backward = medpy_distances(a, b, spacing), medpy_distances(b, a, spacing)
+        expected = max(np.percentile(forward, 95), np.percentile(backward, 95))
+        assert voxel.hd95(a, b, spacing) == pytest.approx(expected, abs=1e-9)
+        assert voxel.compute_surface_distances(a, b, spacing).hd95 == pytest.approx(expected, abs=1e-9)
 
 
 @settings(max_examples=30, deadline=None)
@@ -91,10 +92,10 @@ def test_invariant_under_axis_order_and_flips(seed: int, order: list[int], flipp
     def moved(m: np.ndarray) -> np.ndarray:
         return np.flip(m.transpose(order), axis=tuple(flipped))
 
-    one = voxel.surface_metrics(a, b, spacing)
-    two = voxel.surface_metrics(moved(a), moved(b), tuple(spacing[i] for i in order))  # type: ignore[arg-type]
+    one = voxel.compute_surface_distances(a, b, spacing)
+    two = voxel.compute_surface_distances(moved(a), moved(b), tuple(spacing[i] for i in order))  # type: ignore[arg-type]
     assert (two.hd95, two.hd95_pooled, two.assd) == pytest.approx((one.hd95, one.hd95_pooled, one.assd))
-    assert voxel.counts(moved(a), moved(b)) == voxel.counts(a, b)
+    assert voxel.count_voxels(moved(a), moved(b)) == voxel.count_voxels(a, b)
     assert voxel.hd95(b, a, spacing) == pytest.approx(voxel.hd95(a, b, spacing))
 
 
@@ -107,9 +108,9 @@ def test_far_surfaces_along_every_axis(gap: int) -> None:
         a, b = np.zeros(shape, bool), np.zeros(shape, bool)
         np.moveaxis(a, axis, 0)[4:7, 2:6, 2:6] = True
         np.moveaxis(b, axis, 0)[4 + gap : 7 + gap, 2:6, 2:6] = True
-        forth = medpy_distances(a, b, (1, 2, 3))
-        np.testing.assert_allclose(surface.SurfacePair(a, b, (1, 2, 3)).distances()[0], forth)
-        assert voxel.hd95(a, b, (1, 2, 3)) == pytest.approx(np.percentile(forth, 95))
+        forward = medpy_distances(a, b, (1, 2, 3))
+        np.testing.assert_allclose(surface.SurfacePair(a, b, (1, 2, 3)).measure_distances()[0], forward)
+        assert voxel.hd95(a, b, (1, 2, 3)) == pytest.approx(np.percentile(forward, 95))
 
 
 def test_percentile_of_a_large_surface_with_a_far_part() -> None:
@@ -118,23 +119,23 @@ def test_percentile_of_a_large_surface_with_a_far_part() -> None:
     b = a.copy()
     b[:, 60:] = False
     b[15:20, 120:125, 20:120] = True
-    full = surface.SurfacePair(a, b, (1.0, 0.5, 0.5)).distances()
+    full = surface.SurfacePair(a, b, (1.0, 0.5, 0.5)).measure_distances()
     for percent in (50.0, 90.0, 95.0, 99.0):
-        wanted = [np.percentile(d, percent) for d in full]
-        assert surface.SurfacePair(a, b, (1.0, 0.5, 0.5)).percentiles(percent) == pytest.approx(wanted)
+        expected = [np.percentile(d, percent) for d in full]
+        assert surface.SurfacePair(a, b, (1.0, 0.5, 0.5)).measure_percentiles(percent) == pytest.approx(expected)
 
 
 def test_rules_for_empty_masks() -> None:
     empty, full = np.zeros((3, 4, 12), bool), np.ones((3, 4, 12), bool)
-    assert voxel.diagonal(empty.shape, (1, 1, 1)) == 13.0
-    both = voxel.surface_metrics(empty, empty, (1, 1, 1))
-    assert (both.hd95, both.hd95_pooled, both.assd, both.missed) == (0, 0, 0, False)
+    assert measure_diagonal(empty.shape, (1, 1, 1)) == 13.0
+    both = voxel.compute_surface_distances(empty, empty, (1, 1, 1))
+    assert (both.hd95, both.hd95_pooled, both.assd, both.is_miss) == (0, 0, 0, False)
     for p, g in ((empty, full), (full, empty)):
-        one = voxel.surface_metrics(p, g, (1, 1, 1))
-        assert (one.hd95, one.hd95_pooled, one.assd, one.missed) == (13, 13, 13, True)
+        one = voxel.compute_surface_distances(p, g, (1, 1, 1))
+        assert (one.hd95, one.hd95_pooled, one.assd, one.is_miss) == (13, 13, 13, True)
         assert voxel.hd95(p, g) == voxel.hd95_pooled(p, g) == 13
         assert (voxel.dice(p, g), centerline.cldice(p, g), voxel.precision(p, g), voxel.recall(p, g)) == (0, 0, 0, 0)
-        assert voxel.counts(p, g).missed
+        assert voxel.count_voxels(p, g).is_miss
     assert (voxel.dice(empty, empty), centerline.cldice(empty, empty)) == (1, 1)
     assert (voxel.precision(empty, empty), voxel.recall(empty, empty)) == (1, 1)
     with pytest.raises(ValueError, match="empty mask"):
@@ -144,15 +145,17 @@ def test_rules_for_empty_masks() -> None:
 def test_overlap_by_hand_and_unlabelled_voxels() -> None:
     gold = np.array([[[1, 1, 1, 0, 0, 255, 255]]], dtype=np.uint8)
     predicted = np.array([[[1, 1, 0, 1, 0, 1, 0]]], dtype=np.uint8)
-    found = voxel.counts(predicted, gold)
-    assert found == voxel.Counts(both=2, predicted_only=1, gold_only=1)
-    assert (found.dice, found.precision, found.recall) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    counts = voxel.count_voxels(predicted, gold)
+    assert counts == voxel.Counts(both=2, predicted_only=1, gold_only=1)
+    assert (counts.dice, counts.precision, counts.recall) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
     elsewhere = predicted.copy()
     elsewhere[..., 5:] = [[0, 1]]
-    assert voxel.counts(elsewhere, gold) == found
-    assert voxel.surface_metrics(elsewhere, gold, (1, 1, 1)) == voxel.surface_metrics(predicted, gold, (1, 1, 1))
+    assert voxel.count_voxels(elsewhere, gold) == counts
+    assert voxel.compute_surface_distances(elsewhere, gold, (1, 1, 1)) == voxel.compute_surface_distances(
+        predicted, gold, (1, 1, 1)
+    )
     with pytest.raises(ValueError, match="shape"):
-        voxel.counts(predicted, gold[..., 1:])
+        voxel.count_voxels(predicted, gold[..., 1:])
 
 
 def test_cldice_of_lines() -> None:
@@ -200,21 +203,23 @@ def test_streamed_equals_whole() -> None:
     b[:5, :20] = 255
     block = (16, 16, 16)
     read_a, read_b = (lambda box: a[box.slices]), (lambda box: b[box.slices])
-    assert voxel.counts_streamed(read_a, read_b, a.shape, block) == voxel.counts(a, b)
-    assert centerline.cldice_streamed(read_a, read_b, a.shape, block, halo=(30, 30, 30)) == pytest.approx(
+    assert voxel.count_voxels_blockwise(read_a, read_b, a.shape, block) == voxel.count_voxels(a, b)
+    assert centerline.cldice_blockwise(read_a, read_b, a.shape, block, halo=(30, 30, 30)) == pytest.approx(
         centerline.cldice(a, b)
     )
-    assert centerline.cldice_streamed(lambda box: a[box.slices] & False, read_b, a.shape, block) == 0.0
-    whole = voxel.surface_metrics(a, b, (1.0, 0.4, 0.4))
-    parts = voxel.surface_metrics_streamed(read_a, read_b, a.shape, (1.0, 0.4, 0.4), block)
+    assert centerline.cldice_blockwise(lambda box: a[box.slices] & False, read_b, a.shape, block) == 0.0
+    whole = voxel.compute_surface_distances(a, b, (1.0, 0.4, 0.4))
+    parts = voxel.compute_surface_distances_blockwise(read_a, read_b, a.shape, (1.0, 0.4, 0.4), block)
     assert (parts.hd95, parts.hd95_pooled, parts.assd) == pytest.approx((whole.hd95, whole.hd95_pooled, whole.assd))
-    nothing = voxel.surface_metrics_streamed(lambda box: a[box.slices] & False, read_b, a.shape, (1, 1, 1), block)
-    assert nothing.missed
+    nothing = voxel.compute_surface_distances_blockwise(
+        lambda box: a[box.slices] & False, read_b, a.shape, (1, 1, 1), block
+    )
+    assert nothing.is_miss
     assert nothing.hd95 == pytest.approx(math.sqrt(30**2 + 45**2 + 50**2))
 
 
 def test_extent() -> None:
     mask = np.zeros((5, 6, 7), bool)
-    assert surface.extent(mask).size == 0
+    assert surface.find_extent(mask).size == 0
     mask[1:3, 2, 4:6] = True
-    assert surface.extent(mask) == Box((1, 2, 4), (3, 3, 6))
+    assert surface.find_extent(mask) == Box((1, 2, 4), (3, 3, 6))

@@ -202,7 +202,7 @@ def overlaps(args: argparse.Namespace) -> dict[str, Any]:
         begun = time.perf_counter()
         found = sliding_window.predict(student, image, size, overlap)
         seconds = time.perf_counter() - begun
-        dice = voxel.dice(*voxel.labelled(found >= meta["threshold"], gold))
+        dice = voxel.dice(*voxel.drop_unlabelled(found >= meta["threshold"], gold))
         rows.append({"window": size, "overlap": overlap, "dice": round(dice, 4), "seconds": round(seconds, 1)})
         print(f"window {size} overlap {overlap}: Dice {dice:.4f}, {seconds:.1f} s")
     return {"volume": args.volume, "box": [box.start, box.stop], "rows": rows}

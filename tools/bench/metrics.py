@@ -158,7 +158,7 @@ def _plain_esa(a: Tree, b: Tree, seconds: float) -> tuple[float, float]:
     """The double loop on evenly chosen samples of both directions, until the time is up; the answer and the scale."""
     means, scales = [], []
     for tree, other in ((a, b), (b, a)):
-        samples = tree_metrics.samples(tree)
+        samples = tree_metrics.sample_tree(tree)
         segments = [(p, q) for p, q in zip(*(other.points[other.edges[:, k]].tolist() for k in (0, 1)), strict=True)]
         order = np.random.default_rng(0).permutation(len(samples))
         found, begun = [], time.perf_counter()
