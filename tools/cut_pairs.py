@@ -2,8 +2,8 @@
 
     python -m tools.cut_pairs FOLDER OUT [--margin 16]
 
-For studies of many small trainings, whose time would else go into predicting empty surroundings. FOLDER holds pairs of
-the same stem and meta.json where there is one, as for `hpc-neuro prepare`; OUT gets ID.tif, ID.swc (voxels) and a
+For studies of many small trainings, which would otherwise spend their time on empty surroundings. FOLDER holds pairs
+of the same stem and meta.json where there is one, as for `hpc-neuro prepare`. OUT gets ID.tif, ID.swc (voxels) and a
 meta.json with voxel sizes and roots, so that `hpc-neuro prepare images=OUT` takes it as it is. What lies outside the
 boxes can no longer be mistaken for neurite: scores are those of the boxes, not of the stacks.
 """
@@ -20,6 +20,7 @@ import numpy as np
 import tifffile
 
 from hpc_neuro.core import files
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
@@ -28,40 +29,53 @@ from hpc_neuro.prepare.check import OpenedPair, open_pair
 from hpc_neuro.prepare.pairs import find_pairs
 
 
-def around(one: OpenedPair, margin: int) -> Box:
+def compute_box(pair: OpenedPair, margin: int) -> Box:
     """The box of a tree and of the place to trace it from, `margin` voxels wider on every side, within the image."""
-    points = one.tree.points if one.root is None else np.vstack([one.tree.points, one.root])
-    size = np.asarray(one.image.shape)
+    points = pair.tree.points if pair.root is None else np.vstack([pair.tree.points, pair.root])
+    size = np.asarray(pair.image.shape)
+
+    # `prepare` refuses a volume of less than two slices.
     low = np.clip(np.floor(points.min(0)).astype(int) - margin, 0, size - 2)
-    high = np.clip(np.ceil(points.max(0)).astype(int) + margin + 1, low + 2, size)  # prepare wants two slices or more
+    high = np.clip(np.ceil(points.max(0)).astype(int) + margin + 1, low + 2, size)
     return Box((int(low[0]), int(low[1]), int(low[2])), (int(high[0]), int(high[1]), int(high[2])))
 
 
-def cut(folder: Path, out: Path, margin: int) -> list[str]:
+def cut_pairs(folder: Path, out: Path, margin: int) -> list[str]:
     """Write OUT, whole or not at all; a line per pair. Raises InputError for an OUT that exists and for bad pairs."""
     if out.exists():
         raise InputError(f"{out} exists; give a folder that does not, or remove it")
     cfg = PrepareConfig(out=out, images=folder)
-    opened = [open_pair(pair, cfg) for pair in find_pairs(cfg)]
-    lines, meta = [], dict[str, Any]()
+    pairs = [open_pair(pair, cfg) for pair in find_pairs(cfg)]
+
+    lines: list[str] = []
+    meta: dict[str, Any] = {}
     with files.atomic(out) as part:
         part.mkdir()
-        for one in opened:
-            name, box = one.pair.id, around(one, margin)
-            image = np.ascontiguousarray(one.image[box])
-            tifffile.imwrite(
-                part / f"{name}.tif", image, compression="zlib", metadata={"axes": "ZYX"}, photometric="minisblack"
-            )
-            start = np.asarray(box.start)
-            moved = replace(one.tree, points=one.tree.points - start)
-            swc.write(part / f"{name}.swc", moved, unit="voxel", voxel_size=one.size)
-            meta[name] = {"voxel_size_um_xyz": [float(v) for v in reversed(one.size)], "swc_unit": "voxel"}
-            if one.root is not None:
-                meta[name]["root_xyz"] = [float(v) for v in (np.asarray(one.root) - start)[::-1]]
-            share = image.size / np.prod(one.image.shape, dtype=np.int64)
-            lines.append(f"{name}: {' x '.join(map(str, image.shape))} of {one.image.shape}, {share:.0%} of the voxels")
+        for pair in pairs:
+            box = compute_box(pair, margin)
+            meta[pair.pair.id] = _write_cut(part, pair, box)
+            size, share = " x ".join(map(str, box.shape)), box.size / np.prod(pair.image.shape, dtype=np.int64)
+            lines.append(f"{pair.pair.id}: {size} of {pair.image.shape}, {share:.0%} of the voxels")
         files.write_json(part / "meta.json", meta)
     return lines
+
+
+def _write_cut(folder: Path, pair: OpenedPair, box: Box) -> dict[str, Any]:
+    """Write the image and the tree of one box; return what meta.json says of it."""
+    name, start = pair.pair.id, np.asarray(box.start)
+    image = np.ascontiguousarray(pair.image[box])
+    tifffile.imwrite(
+        folder / f"{name}.tif", image, compression="zlib", metadata={"axes": "ZYX"}, photometric="minisblack"
+    )
+
+    # The tree moves with the box; its voxels keep their size.
+    tree = replace(pair.tree, points=pair.tree.points - start)
+    swc.write(folder / f"{name}.swc", tree, unit="voxel", voxel_size=pair.size)
+
+    entry: dict[str, Any] = {"voxel_size_um_xyz": [float(v) for v in reversed(pair.size)], "swc_unit": "voxel"}
+    if pair.root is not None:
+        entry["root_xyz"] = [float(v) for v in (np.asarray(pair.root) - start)[::-1]]
+    return entry
 
 
 def main() -> int:
@@ -73,13 +87,15 @@ def main() -> int:
     args = parser.parse_args()
     if args.margin < 0:
         parser.error(f"--margin {args.margin}: want 0 or more")
+
     try:
-        lines = cut(args.folder, args.out, args.margin)
+        lines = cut_pairs(args.folder, args.out, args.margin)
     except (InputError, ConfigError) as error:
         sys.stderr.write(f"cut_pairs: {error}\n")
-        return 2
+        return EXIT_BAD_INPUT
+
     sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

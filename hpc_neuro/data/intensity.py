@@ -1,4 +1,4 @@
-"""The intensity range of a volume, streamed, and the one normalisation everything uses."""
+"""The intensity range of a volume, streamed, and the one normalization that everything uses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from hpc_neuro.core.types import Array
 ReadBox = Callable[[Box], Array]
 """Reads one box of a volume as [Z, Y, X] in its own dtype."""
 
-_PASS_BYTES = 64 << 20  # a streamed pass holds about this much at a time
-_LOW = 0.01  # background: the 1st percentile of all voxels
-_TOP = 0.005  # neurites are rarely more than this share of a stack
-_HIGH = 0.95  # among those, the brightest 5 % are soma and saturation
-_HALF = 1 << 16
+_PASS_BYTES = 64 << 20
+"""Bytes that a streamed pass holds at a time, about."""
+_BACKGROUND = 0.01
+"""The lower end of the range: the 1st percentile of all voxels."""
+_NEURITES = 0.005
+"""Share of the brightest voxels taken for neurites; they are rarely more of a stack."""
+_SATURATION = 0.95
+"""The upper end of the range: this quantile of the neurites; what is brighter is soma and saturation."""
+_BINS = 1 << 16
+"""Values of half a 32-bit key."""
 
 
 def iter_slabs(shape: Shape, itemsize: int, depth: int = 1) -> Iterator[Box]:
@@ -31,6 +36,8 @@ def iter_slabs(shape: Shape, itemsize: int, depth: int = 1) -> Iterator[Box]:
     """
     z, y, x = shape
     deep = max(1, _PASS_BYTES // max(1, y * x * itemsize * depth)) * depth
+
+    # Where `depth` slices are too large, they are cut along y, then along x, at multiples of 64.
     rows = min(y, max(64, _PASS_BYTES // max(1, x * itemsize * depth) // 64 * 64))
     columns = min(x, max(64, _PASS_BYTES // max(1, rows * itemsize * depth) // 64 * 64))
     for block in tile_volume(shape, (min(z, deep), rows, columns)):
@@ -42,8 +49,10 @@ class Histogram:
     """Exact order statistics of a volume in bounded memory (a two-level radix histogram of ordered 32-bit keys)."""
 
     dtype: np.dtype[np.generic]
-    upper: NDArray[np.int64]  # [65536] voxels by the upper half of their key
-    lower: dict[int, NDArray[np.int64]]  # upper half -> [65536] voxels by the lower half; empty for 8 and 16 bit
+    upper: NDArray[np.int64]
+    """[65536] voxels by the upper half of their key; for 8 and 16 bit by the whole key."""
+    lower: dict[int, NDArray[np.int64]]
+    """Upper half -> [65536] voxels by the lower half; empty for 8 and 16 bit, and until `_refine` fills it."""
 
     @property
     def count(self) -> int:
@@ -56,20 +65,21 @@ class Histogram:
         Exact for 8 and 16 bit; for others a bin is 1/128 of the value wide, enough for ranks.
         """
         total = np.concatenate([[0], np.cumsum(self.upper)])
-        upper = (_keys(np.asarray(values)) >> (0 if _narrow(self.dtype) else 16)).astype(np.int64)
+        upper = (_to_keys(np.asarray(values)) >> (0 if _is_narrow(self.dtype) else 16)).astype(np.int64)
         ranks: NDArray[np.float64] = (total[upper] + total[upper + 1]) / (2 * self.count)
         return ranks
 
 
 def compute_histogram(read: ReadBox, shape: Shape) -> Histogram:
     """One streamed pass over a volume. Raises InputError for NaN or infinite voxels."""
-    upper = np.zeros(_HALF, dtype=np.int64)
+    upper = np.zeros(_BINS, dtype=np.int64)
     dtype = read(Box((0, 0, 0), (1, 1, 1))).dtype
+
     for box in iter_slabs(shape, dtype.itemsize):
         block = read(box)
         _require_finite(block, box)
-        keys = _keys(block)
-        upper += np.bincount((keys if _narrow(dtype) else keys >> 16).ravel(), minlength=_HALF)
+        keys = _to_keys(block)
+        upper += np.bincount((keys if _is_narrow(dtype) else keys >> 16).ravel(), minlength=_BINS)
     return Histogram(dtype, upper, {})
 
 
@@ -85,17 +95,22 @@ def compute_intensity_range(read: ReadBox, shape: Shape, counts: Histogram | Non
     total = counts.count
     darkest = int(np.flatnonzero(counts.upper)[0])
     brighter = total - int(counts.upper[darkest])
-    if not _narrow(counts.dtype):  # the darkest bin may hold several values
-        counts = _refined(counts, read, shape, [0])
+
+    # The darkest bin of a wide type may hold several values.
+    if not _is_narrow(counts.dtype):
+        counts = _refine(counts, read, shape, [0])
         brighter = total - int(counts.lower[darkest][np.flatnonzero(counts.lower[darkest])[0]])
     if brighter == 0:
-        value = _value(counts, 0)
+        value = _value_at(counts, 0)
         raise InputError(f"every voxel is {value:g}, an image with contrast is wanted; check the file and its channel")
-    top = min(brighter, max(1, round(_TOP * total)))
-    ranks = [math.floor(_LOW * (total - 1)), total - 1 - math.floor((1 - _HIGH) * (top - 1))]
-    if not _narrow(counts.dtype):
-        counts = _refined(counts, read, shape, ranks)
-    low, high = (_value(counts, rank) for rank in ranks)
+
+    # Both ends are the values at certain ranks, darkest first.
+    neurites = min(brighter, max(1, round(_NEURITES * total)))
+    ranks = [math.floor(_BACKGROUND * (total - 1)), total - 1 - math.floor((1 - _SATURATION) * (neurites - 1))]
+    if not _is_narrow(counts.dtype):
+        counts = _refine(counts, read, shape, ranks)
+    low, high = (_value_at(counts, rank) for rank in ranks)
+
     if not high > low:
         raise InputError(
             f"all but a few voxels are {low:g} and the rest darker, a bright neuron on a dark background is wanted; "
@@ -110,57 +125,70 @@ def normalize(array: Array, low: float, high: float) -> NDArray[np.float32]:
     return cast(NDArray[np.float32], np.clip(scaled, 0, 1, out=scaled))
 
 
-def _narrow(dtype: np.dtype[np.generic]) -> bool:
+def _is_narrow(dtype: np.dtype[np.generic]) -> bool:
+    """Whether one half of the key holds all values of the type."""
     return dtype.kind in "bui" and dtype.itemsize <= 2
 
 
-def _keys(block: Array) -> NDArray[np.uint32]:
+def _to_keys(block: Array) -> NDArray[np.uint32]:
     """Unsigned keys in the order of the values: IEEE floats sort as integers once the negative ones are mirrored."""
     if block.dtype.kind in "bu" and block.dtype.itemsize <= 4:
         return block.astype(np.uint32)
     if block.dtype.kind == "i" and block.dtype.itemsize <= 4:
         shift = 1 << (8 * block.dtype.itemsize - 1)
         return (block.astype(np.int64) + shift).astype(np.uint32)
-    bits = (block.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0 turns -0 into 0
+
+    # Adding 0 turns -0 into 0.
+    bits = (block.astype(np.float32) + np.float32(0)).view(np.uint32)
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint32)
 
 
 def _from_key(key: int, dtype: np.dtype[np.generic]) -> float:
+    """The value whose key this is."""
     if dtype.kind in "bu" and dtype.itemsize <= 4:
         return float(key)
     if dtype.kind == "i" and dtype.itemsize <= 4:
         return float(key - (1 << (8 * dtype.itemsize - 1)))
+
     bits = key & 0x7FFFFFFF if key >> 31 else ~key & 0xFFFFFFFF
     return float(np.uint32(bits).view(np.float32))
 
 
-def _refined(counts: Histogram, read: ReadBox, shape: Shape, ranks: list[int]) -> Histogram:
+def _refine(counts: Histogram, read: ReadBox, shape: Shape, ranks: list[int]) -> Histogram:
     """A second pass that resolves the bins in which `ranks` fall down to single values."""
     ends = np.cumsum(counts.upper)
-    wanted = {int(np.searchsorted(ends, rank, side="right")) for rank in ranks} - set(counts.lower)
-    lower = {bin_: np.zeros(_HALF, dtype=np.int64) for bin_ in wanted}
-    for box in iter_slabs(shape, counts.dtype.itemsize) if wanted else ():
-        keys = _keys(read(box)).ravel()
-        for bin_, into in lower.items():
-            into += np.bincount(keys[keys >> 16 == bin_] & (_HALF - 1), minlength=_HALF)
+    bins = {int(np.searchsorted(ends, rank, side="right")) for rank in ranks} - set(counts.lower)
+    if not bins:
+        return counts
+
+    lower = {bin_: np.zeros(_BINS, dtype=np.int64) for bin_ in bins}
+    for box in iter_slabs(shape, counts.dtype.itemsize):
+        keys = _to_keys(read(box)).ravel()
+        for bin_, bin_counts in lower.items():
+            bin_counts += np.bincount(keys[keys >> 16 == bin_] & (_BINS - 1), minlength=_BINS)
     return Histogram(counts.dtype, counts.upper, counts.lower | lower)
 
 
-def _value(counts: Histogram, rank: int) -> float:
+def _value_at(counts: Histogram, rank: int) -> float:
     """The value of the voxel at `rank` in ascending order."""
     ends = np.cumsum(counts.upper)
     upper = int(np.searchsorted(ends, rank, side="right"))
-    if _narrow(counts.dtype):
+    if _is_narrow(counts.dtype):
         return _from_key(upper, counts.dtype)
-    inner = rank - (int(ends[upper - 1]) if upper else 0)
-    lower = int(np.searchsorted(np.cumsum(counts.lower[upper]), inner, side="right"))
+
+    # The rank inside the bin picks the lower half of the key.
+    rank_in_bin = rank - (int(ends[upper - 1]) if upper else 0)
+    lower = int(np.searchsorted(np.cumsum(counts.lower[upper]), rank_in_bin, side="right"))
     return _from_key((upper << 16) | lower, counts.dtype)
 
 
 def _require_finite(block: Array, box: Box) -> None:
-    if block.dtype.kind == "f" and not np.isfinite(block).all():
-        z, y, x = (int(v[0]) + a for v, a in zip(np.nonzero(~np.isfinite(block)), box.start, strict=True))
-        raise InputError(
-            f"voxel z={z} y={y} x={x} is NaN or infinite, finite intensities are wanted; "
-            "replace such voxels (e.g. by the background's value)"
-        )
+    """Raise InputError that names the first NaN or infinite voxel of a block read from `box`."""
+    if block.dtype.kind != "f" or np.isfinite(block).all():
+        return
+
+    z, y, x = (int(v[0]) + a for v, a in zip(np.nonzero(~np.isfinite(block)), box.start, strict=True))
+    raise InputError(
+        f"voxel z={z} y={y} x={x} is NaN or infinite, finite intensities are wanted; "
+        "replace such voxels (e.g. by the background's value)"
+    )

@@ -3,7 +3,8 @@
     ID.ome.zarr/            the image: levels 0, 1, ... (multiscale, uint8)
     ID.ome.zarr/labels/NAME a label image of the same levels
 
-One block is one shard, so two writers never touch one file. Levels above 0 are made from the one below, block by block.
+One block is one shard, so two writers never touch one file. Each level above 0 is computed from the one below it, shard
+by shard.
 """
 
 from __future__ import annotations
@@ -24,58 +25,66 @@ from hpc_neuro.core.geometry import Block, Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 
-_SMALL = 256  # voxels along the longest axis of the coarsest level
+_COARSEST = 256
+"""Voxels along the longest axis of the coarsest level, at most."""
 
 
 @dataclass(frozen=True)
 class PyramidLevel:
-    """One resolution: its shape and how many voxels of level 0 one of its voxels spans."""
+    """One resolution of an image."""
 
     shape: Shape
     factor: Shape
+    """How many voxels of level 0 one voxel spans along z, y, x."""
 
 
 def plan_levels(shape: Shape, voxel_size: VoxelSize) -> list[PyramidLevel]:
-    """A pyramid down to `_SMALL` voxels: each level halves the axes that are not yet coarser than the others."""
-    found = [PyramidLevel(shape, (1, 1, 1))]
-    while max(found[-1].shape) > _SMALL:
-        last = found[-1]
+    """A pyramid down to 256 voxels: each level halves the axes that are not yet coarser than the others."""
+    pyramid = [PyramidLevel(shape, (1, 1, 1))]
+    while max(pyramid[-1].shape) > _COARSEST:
+        last = pyramid[-1]
         spacing = [v * f for v, f in zip(voxel_size, last.factor, strict=True)]
-        halved = [2 if s < 2 * min(spacing) and n > 1 else 1 for s, n in zip(spacing, last.shape, strict=True)]
-        z, y, x = (f * h for f, h in zip(last.factor, halved, strict=True))
-        dz, dy, dx = (math.ceil(n / h) for n, h in zip(last.shape, halved, strict=True))
-        found.append(PyramidLevel((dz, dy, dx), (z, y, x)))
-    return found
+        # Halving only fine axes brings anisotropic voxels closer to cubes.
+        steps = [2 if s < 2 * min(spacing) and n > 1 else 1 for s, n in zip(spacing, last.shape, strict=True)]
+
+        z, y, x = (f * step for f, step in zip(last.factor, steps, strict=True))
+        dz, dy, dx = (math.ceil(n / step) for n, step in zip(last.shape, steps, strict=True))
+        pyramid.append(PyramidLevel((dz, dy, dx), (z, y, x)))
+    return pyramid
 
 
 def create(
     folder: Path, name: str, shape: Shape, voxel_size: VoxelSize, shard: Shape, chunk: Shape, label: str, record: Any
 ) -> None:
-    """Make an empty uint8 image `name` and its label image `label`; the folder appears whole or not at all.
+    """Create an empty uint8 image `name` and its label image `label`; the folder appears whole or not at all.
 
-    Of several processes that do so at once one wins, and a folder that is there already stays as it is. voxel_size in
+    Of several processes that do so at once one wins, and a folder that exists already stays as it is. voxel_size in
     um. `record` (plain data) is kept in the group's attributes, to tell later what the folder belongs to.
     Raises InputError when `shard` is no multiple of `chunk`.
     """
     if any(s % c for s, c in zip(shard, chunk, strict=True)):
         raise InputError(f"the block {shard} is no multiple of the chunk {chunk}; choose a block that is")
+
+    # Everything is written beside the target under a name of its own, and renamed at the end.
     pyramid = plan_levels(shape, voxel_size)
-    made = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
-    with files.atomic(made) as part:
-        _group(part, {"ome": build_multiscales(name, pyramid, voxel_size), "hpc_neuro": record})
-        _group(part / "labels", {"ome": {"version": "0.5", "labels": [label]}})
-        about = {**build_multiscales(label, pyramid, voxel_size), "image-label": {"source": {"image": "../../"}}}
-        _group(part / "labels" / label, {"ome": about})
+    staged = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
+    with files.atomic(staged) as part:
+        _write_group(part, {"ome": build_multiscales(name, pyramid, voxel_size), "hpc_neuro": record})
+        _write_group(part / "labels", {"ome": {"version": "0.5", "labels": [label]}})
+        label_ome = {**build_multiscales(label, pyramid, voxel_size), "image-label": {"source": {"image": "../../"}}}
+        _write_group(part / "labels" / label, {"ome": label_ome})
         for base in (part, part / "labels" / label):
             for number, level in enumerate(pyramid):
-                _array(base / str(number), level.shape, shard, chunk)
+                _create_array(base / str(number), level.shape, shard, chunk)
+
+    # A rename cannot replace a folder that holds something: then another process was first.
     try:
-        made.rename(folder)  # which cannot replace a folder that holds something
+        staged.rename(folder)
     except OSError:
         if not (folder / "zarr.json").exists():
             raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
@@ -85,7 +94,7 @@ def remove(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> Any:
-    """What `create` was given to keep; None when there is no such folder."""
+    """The `record` that `create` was given; None when there is no such folder."""
     if not (folder / "zarr.json").exists():
         return None
     return files.read_json(folder / "zarr.json", "remove the folder")["attributes"].get("hpc_neuro")
@@ -94,7 +103,7 @@ def read_record(folder: Path) -> Any:
 def open_level(folder: Path, number: int = 0, label: str | None = None) -> Any:
     """A level for reading and writing by index, `array[slices].read().result()`, `array[slices].write(x).result()`."""
     base = folder / "labels" / label if label else folder
-    return ts.open(_spec(base / str(number)), open=True).result()
+    return ts.open(_build_spec(base / str(number)), open=True).result()
 
 
 def read_box(array: Any, box: Box) -> Array:
@@ -110,10 +119,11 @@ def write_box(array: Any, box: Box, values: Array) -> None:
 
 @dataclass(frozen=True)
 class LevelShard:
-    """One shard of one level above 0, of the image (label None) or of a label image."""
+    """One shard of one level above 0."""
 
     level: int
     label: str | None
+    """Name of the label image; None for the image itself."""
     block: Block
 
     @property
@@ -129,72 +139,81 @@ def shard_path(index: Shape, level: int = 0, label: str | None = None) -> str:
 
 
 def plan_shards(shape: Shape, voxel_size: VoxelSize, shard: Shape, label: str) -> list[list[LevelShard]]:
-    """What has to be made above level 0, level by level; the pieces of one level do not depend on one another."""
-    return [
-        [LevelShard(number, name, block) for name in (None, label) for block in tile_volume(level.shape, shard)]
-        for number, level in enumerate(plan_levels(shape, voxel_size))
-        if number
-    ]
+    """The shards above level 0, level by level; those of one level do not depend on one another."""
+    levels = []
+    for number, level in list(enumerate(plan_levels(shape, voxel_size)))[1:]:
+        blocks = list(tile_volume(level.shape, shard))
+        levels.append([LevelShard(number, name, block) for name in (None, label) for block in blocks])
+    return levels
 
 
-def build_shard(folder: Path, shape: Shape, voxel_size: VoxelSize, piece: LevelShard) -> None:
-    """Make one shard from the level below. The image is averaged, the label keeps any voxel.
+def build_shard(folder: Path, shape: Shape, voxel_size: VoxelSize, shard: LevelShard) -> None:
+    """Compute one shard from the level below it. The image is averaged, the label keeps any voxel.
 
     Memory: one block of the finer level (up to eight shards).
     """
     pyramid = plan_levels(shape, voxel_size)
-    fine, coarse = pyramid[piece.level - 1], pyramid[piece.level]
+    fine, coarse = pyramid[shard.level - 1], pyramid[shard.level]
     step = tuple(c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
-    source = open_level(folder, piece.level - 1, piece.label)
-    target = open_level(folder, piece.level, piece.label)
-    own = piece.block.write
-    below = Box(_times(own.start, step), _times(own.stop, step)).clip(Box.whole(fine.shape))
-    (folder / piece.path).unlink(missing_ok=True)  # a torn one is not read
-    if not has_shards(folder, below, piece.level - 1, piece.label):
-        return
-    write_box(target, own, _pooled(read_box(source, below), step, "max" if piece.label else "mean"))
+    box = shard.block.write
+    fine_box = Box(_multiply(box.start, step), _multiply(box.stop, step)).clip(Box.whole(fine.shape))
+
+    # A file that a killed writer left torn would be read when the shard is written again.
+    source = open_level(folder, shard.level - 1, shard.label)
+    target = open_level(folder, shard.level, shard.label)
+    (folder / shard.path).unlink(missing_ok=True)
+
+    # Where nothing is stored, all is zero.
+    if has_shards(folder, fine_box, shard.level - 1, shard.label):
+        method: Literal["mean", "max"] = "max" if shard.label else "mean"
+        write_box(target, box, _pool(read_box(source, fine_box), step, method))
 
 
 def has_shards(folder: Path, box: Box, number: int = 0, label: str | None = None) -> bool:
     """Whether any shard of a level has a file in `box`; where none has, all is zero."""
     shard = open_level(folder, number, label).chunk_layout.write_chunk.shape
-    firsts = [a // s for a, s in zip(box.start, shard, strict=True)]
-    lasts = [-(-b // s) for b, s in zip(box.stop, shard, strict=True)]
-    near = itertools.product(*(range(a, b) for a, b in zip(firsts, lasts, strict=True)))
-    return any((folder / shard_path((z, y, x), number, label)).exists() for z, y, x in near)
+    firsts = [start // size for start, size in zip(box.start, shard, strict=True)]
+    lasts = [-(-stop // size) for stop, size in zip(box.stop, shard, strict=True)]
 
-
-def _times(corner: Shape, step: tuple[int, ...]) -> Shape:
-    z, y, x = (c * s for c, s in zip(corner, step, strict=True))
-    return z, y, x
-
-
-def _pooled(values: Array, step: tuple[int, ...], how: Literal["mean", "max"]) -> Array:
-    """Pool by `step`; an odd end repeats its last voxel."""
-    padded = np.pad(values, [(0, -n % s) for n, s in zip(values.shape, step, strict=True)], mode="edge")
-    z, y, x = padded.shape
-    cells = padded.reshape(z // step[0], step[0], y // step[1], step[1], x // step[2], step[2])
-    pooled: Array = cells.max((1, 3, 5)) if how == "max" else np.rint(cells.mean((1, 3, 5))).astype(values.dtype)
-    return pooled
+    indices = itertools.product(*(range(a, b) for a, b in zip(firsts, lasts, strict=True)))
+    return any((folder / shard_path((z, y, x), number, label)).exists() for z, y, x in indices)
 
 
 def build_multiscales(name: str, pyramid: list[PyramidLevel], voxel_size: VoxelSize) -> dict[str, Any]:
-    """OME-NGFF 0.5 `multiscales` metadata: a coarse voxel's centre is the centre of the voxels it stands for."""
+    """OME-NGFF 0.5 `multiscales` metadata: a coarse voxel's center is the center of the voxels it stands for."""
     datasets = []
     for number, level in enumerate(pyramid):
         scale = [v * f for v, f in zip(voxel_size, level.factor, strict=True)]
         shift = [v * (f - 1) / 2 for v, f in zip(voxel_size, level.factor, strict=True)]
-        moves = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": shift}]
-        datasets.append({"path": str(number), "coordinateTransformations": moves})
+        transforms = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": shift}]
+        datasets.append({"path": str(number), "coordinateTransformations": transforms})
+
     axes = [{"name": n, "type": "space", "unit": "micrometer"} for n in "zyx"]
     return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
 
 
-def _group(folder: Path, attributes: dict[str, Any]) -> None:
+def _multiply(corner: Shape, step: tuple[int, ...]) -> Shape:
+    z, y, x = (c * s for c, s in zip(corner, step, strict=True))
+    return z, y, x
+
+
+def _pool(values: Array, step: tuple[int, ...], method: Literal["mean", "max"]) -> Array:
+    """Pool by `step`; an odd end repeats its last voxel."""
+    padded = np.pad(values, [(0, -n % s) for n, s in zip(values.shape, step, strict=True)], mode="edge")
+    z, y, x = padded.shape
+
+    # [z, step, y, step, x, step]: each cell becomes one voxel.
+    cells = padded.reshape(z // step[0], step[0], y // step[1], step[1], x // step[2], step[2])
+    pooled: Array = cells.max((1, 3, 5)) if method == "max" else np.rint(cells.mean((1, 3, 5))).astype(values.dtype)
+    return pooled
+
+
+def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
     files.write_json(folder / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
-def _array(folder: Path, shape: Shape, shard: Shape, chunk: Shape) -> None:
+def _create_array(folder: Path, shape: Shape, shard: Shape, chunk: Shape) -> None:
+    """Write the metadata of an empty array; the index of each shard carries a checksum."""
     codec = {
         "name": "sharding_indexed",
         "configuration": {
@@ -215,8 +234,9 @@ def _array(folder: Path, shape: Shape, shard: Shape, chunk: Shape) -> None:
         "codecs": [codec],
         "dimension_names": ["z", "y", "x"],
     }
-    ts.open({**_spec(folder), "metadata": metadata, "create": True}).result()
+
+    ts.open({**_build_spec(folder), "metadata": metadata, "create": True}).result()
 
 
-def _spec(folder: Path) -> dict[str, Any]:
+def _build_spec(folder: Path) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder.resolve()) + "/"}}

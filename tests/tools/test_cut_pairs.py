@@ -35,7 +35,7 @@ def pairs(tmp_path: Path) -> Path:
 
 def test_image_tree_and_root_move_together(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "cut"
-    lines = cut_pairs.cut(pairs, out, margin=5)
+    lines = cut_pairs.cut_pairs(pairs, out, margin=5)
     before, after = tifffile.imread(pairs / "a.tif"), tifffile.imread(out / "a.tif")
     whole = swc.transform(swc.read(pairs / "a.swc"), swc.Transform(scale=(0.5, 2.0, 2.0)))
     points, tree = whole.points, swc.read(out / "a.swc")
