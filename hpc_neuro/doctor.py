@@ -99,7 +99,7 @@ def hdf5() -> Iterator[Finding]:
 
 def parameter_files() -> Iterator[Finding]:
     """Whether a training could keep parameters in files on a fast disk; few need it."""
-    lacks = importlib.import_module("hpc_neuro.train.deepspeed.engine").files_lack()
+    lacks = importlib.import_module("hpc_neuro.train.deepspeed.engine").find_missing_for_nvme()
     ready = "ready; compiled at the first use, for some minutes" if lacks is None else f"needs {lacks}"
     yield Finding("engine.nvme", None if lacks else True, f"DeepSpeed's async_io: {ready}")
 

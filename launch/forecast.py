@@ -69,21 +69,21 @@ def _own(verb: str, cfg: Any, asked: Resources) -> list[str]:
     """What the verb says itself. Raises ConfigError or InputError."""
     if verb != "train":
         return list(VERBS[verb].load_module().forecast(cfg))
-    from hpc_neuro.train.setup import assemble, lines
+    from hpc_neuro.train.setup import build_parts, describe_run
 
     if asked.gpus_per_task:  # here there may be none: without what only a GPU can do
         engine = dataclasses.replace(
             cfg.engine, dtype="auto", offload_optimizer=False, offload_parameters="none", nvme=None
         )
         cfg = dataclasses.replace(cfg, engine=engine)
-    return list(lines(cfg, assemble(cfg), asked.tasks))  # without its tables of memory, which take seconds
+    return list(describe_run(cfg, build_parts(cfg), asked.tasks))  # without its tables of memory, which take seconds
 
 
 def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[str]]:
     """Memory and time of a training. Raises nothing."""
     from hpc_neuro.models import cost
     from hpc_neuro.train import activation_memory, memory_plan
-    from hpc_neuro.train.deepspeed import config
+    from hpc_neuro.train.deepspeed import settings
 
     ranks = asked.tasks
     each = -(-cfg.optim.batch // ranks)
@@ -91,18 +91,20 @@ def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[s
     half = asked.gpus_per_task > 0 and cfg.engine.dtype != "fp32"
     parts = cost.costs(cfg.student, cfg.crop.size, micro, 2 if half else 4)
     kept, parameters = sum(p.kept for p in parts), sum(p.parameters for p in parts)
-    work = memory_plan.Work(
+    work = memory_plan.StepWork(
         parameters=parameters,
         largest=0,
         averaged=parameters if cfg.ema.window > 0 else 0,
         ranks=ranks,
         passes=-(-each // micro),
         value_bytes=2 if half else 4,
-        bucket=config.bucket(parameters),
+        bucket=settings.bucket_size(parameters),
         offload=cfg.engine.offload_optimizer,
-        moments=[activation_memory.Moment(parameters, kept, 0)],  # all gradients at once: no run through the student
+        events=[
+            activation_memory.BackwardEvent(parameters, kept, 0)
+        ],  # all gradients at once: no run through the student
     )
-    stages = memory_plan.stages(work)
+    stages = memory_plan.plan_memory(work)
     need = stages[cfg.engine.stage].total
     faults = []
     line = (

@@ -20,7 +20,7 @@ from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.models.config import SavedStudent
 from hpc_neuro.train.checkpoint import saver
-from hpc_neuro.train.checkpoint.tensor_files import kinds, stream, write
+from hpc_neuro.train.checkpoint.tensor_files import list_kinds, stream_tensors, write_tensors
 
 _PREFIX = "student."
 
@@ -30,13 +30,13 @@ def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
 
     Raises InputError when there is no complete checkpoint, or its files lack something.
     """
-    folder = source if (source / saver.MARKER).exists() else saver.newest(source / "checkpoints")
+    folder = source if (source / saver.MARKER).exists() else saver.find_newest(source / "checkpoints")
     if folder is None:
         raise InputError(
             f"{source} is no complete checkpoint and has none in checkpoints/; give a folder that train wrote"
         )
     state = files.read_json(folder / saver.TRAINING, "take another checkpoint")
-    average = not plain and "average" in kinds(folder)
+    average = not plain and "average" in list_kinds(folder)
     shapes = {name: shape for name, shape in state["shapes"].items() if name.startswith(_PREFIX)}
     score = state["score"] or {}
     extra = {
@@ -54,9 +54,9 @@ def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
     with files.atomic(out) as part:
         part.mkdir()
         (part / "student.yaml").write_text(schema.dump(saved), encoding="utf-8")
-        tensors = stream(folder, "average" if average else "weight", shapes)
+        tensors = stream_tensors(folder, "average" if average else "weight", shapes)
         own = {name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}
-        write(part / "model.safetensors", own, tensors, {"format": "pt"})
+        write_tensors(part / "model.safetensors", own, tensors, {"format": "pt"})
     return extra
 
 

@@ -36,12 +36,12 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.dataset import read_crop
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import Store, StoredVolume
-from hpc_neuro.losses import Distiller
+from hpc_neuro.losses.distill import Distiller
 from hpc_neuro.models.student import Student
 from hpc_neuro.models.tubular import gather
 from hpc_neuro.train import setup
 from hpc_neuro.train.checkpoint import saver
-from hpc_neuro.train.checkpoint.tensor_files import stream
+from hpc_neuro.train.checkpoint.tensor_files import stream_tensors
 from hpc_neuro.train.config import TrainConfig
 
 _STEP = 0.25  # [um] between the points that stand for the centreline
@@ -174,12 +174,12 @@ def _shape(values: NDArray[np.int64]) -> Shape:
 
 def _trained(run: Path, cfg: TrainConfig, cache: FeatureCache) -> tuple[Student, Distiller]:
     """Student and distiller with the weights of the run's newest checkpoint."""
-    folder = saver.newest(run / "checkpoints")
+    folder = saver.find_newest(run / "checkpoints")
     if folder is None:
         raise InputError(f"{run} has no complete checkpoint; give a run whose checkpoints are still there")
     shapes = files.read_json(folder / saver.TRAINING, "take another run")["shapes"]
-    held = setup.module(cfg, cache).eval()
-    held.load_state_dict(dict(zip(shapes, stream(folder, "weight", shapes), strict=True)))
+    held = setup.build_train_module(cfg, cache).eval()
+    held.load_state_dict(dict(zip(shapes, stream_tensors(folder, "weight", shapes), strict=True)))
     assert held.distiller is not None  # there are a cache and `distill`
     return held.student, held.distiller
 

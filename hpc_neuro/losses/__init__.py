@@ -1,27 +1,16 @@
-"""Segmentation losses and the tubular distillation loss: each is a config that is (or builds) the function."""
+"""Segmentation losses and tubular distillation. Importing the package does not import torch."""
 
-from hpc_neuro.losses.distill import Distill, Distiller, TubeSum
-from hpc_neuro.losses.segmentation import (
-    ClDice,
-    CrossEntropy,
-    Dice,
-    Focal,
-    Loss,
-    SkeletonRecall,
-    soft_skeleton,
-    weighted_sum,
-)
+from hpc_neuro.losses.config import Distill, View
+from hpc_neuro.losses.segmentation import ClDice, CrossEntropy, Dice, Focal, Loss, SkeletonRecall, sum_losses
 
 __all__ = [
     "ClDice",
     "CrossEntropy",
     "Dice",
     "Distill",
-    "Distiller",
     "Focal",
     "Loss",
     "SkeletonRecall",
-    "TubeSum",
-    "soft_skeleton",
-    "weighted_sum",
+    "View",
+    "sum_losses",
 ]

@@ -1,18 +1,25 @@
-"""Segmentation losses. Foreground only, float32 sums, one value per sample; voxels without a label carry no weight."""
+"""Segmentation losses. Foreground only, float32 sums, one value per sample; voxels without a label carry no weight.
+
+Each loss is its own config class. torch is imported inside the functions, so that a config with losses is read without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
 
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.schema import InputError, config
-from hpc_neuro.core.types import Batch, StudentOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hpc_neuro.core.types import Batch, StudentOutput
+
+_SMOOTH = 1.0
+"""[voxel] Added to both sides of the ratios of overlap losses without a `smooth` of their own."""
 
 
 @config
@@ -30,10 +37,12 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """logits [B, 1, Z, Y, X] -> scalar >= 0."""
-        truth, labelled = _targets(logits, batch.mask)
+        import torch.nn.functional as F
+
+        truth, labelled = _split_mask(logits, batch.mask)
         loss = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
         weight = labelled * (1 + (self.foreground - 1) * truth)
-        return (_sum(loss * weight) / _sum(weight).clamp(min=1)).mean()
+        return (_sum_per_sample(loss * weight) / _sum_per_sample(weight).clamp(min=1)).mean()
 
 
 @config
@@ -48,10 +57,10 @@ class Dice:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
-        truth, labelled = _targets(logits, batch.mask)
+        truth, labelled = _split_mask(logits, batch.mask)
         prob = logits.float().sigmoid() * labelled
-        overlap = 2 * _sum(prob * truth) + self.smooth  # [B]
-        return (1 - overlap / (_sum(prob) + _sum(truth) + self.smooth)).mean()
+        overlap = 2 * _sum_per_sample(prob * truth) + self.smooth  # [B]
+        return (1 - overlap / (_sum_per_sample(prob) + _sum_per_sample(truth) + self.smooth)).mean()
 
 
 @config
@@ -64,118 +73,134 @@ class Focal:
     gamma: float = Field(default=2.0, ge=0)
     """How fast easy voxels lose weight; 0 is cross entropy."""
     alpha: float | None = Field(default=None, gt=0, lt=1)
-    """Weight of neurite voxels, background gets 1 - alpha; none: both count 1."""
+    """Weight of neurite voxels, background gets 1 - alpha; none: both weigh 1."""
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """logits [B, 1, Z, Y, X] -> scalar >= 0, mean over the labelled voxels of each sample."""
-        truth, labelled = _targets(logits, batch.mask)
+        import torch
+        import torch.nn.functional as F
+
+        truth, labelled = _split_mask(logits, batch.mask)
         signed = logits.float() * (2 * truth - 1)  # positive where the class is right
-        # (1 - p)^gamma = exp(gamma * log sigmoid(-signed)): finite gradients where 1 - p underflows
+
+        # (1 - p)^gamma = exp(gamma * log sigmoid(-signed)): gradients stay finite where 1 - p underflows
         loss = -F.logsigmoid(signed) * torch.exp(self.gamma * F.logsigmoid(-signed))
         if self.alpha is not None:
             loss = loss * (truth * self.alpha + (1 - truth) * (1 - self.alpha))
-        return (_sum(loss * labelled) / _sum(labelled).clamp(min=1)).mean()
+
+        return (_sum_per_sample(loss * labelled) / _sum_per_sample(labelled).clamp(min=1)).mean()
 
 
 @config
 class ClDice:
-    """One minus centreline Dice of soft skeletons (Shit et al., CVPR 2021, algorithms 1 and 2), per sample."""
+    """One minus centerline Dice of soft skeletons (Shit et al., CVPR 2021, algorithms 1 and 2), per sample."""
 
     kind: Literal["cldice"] = "cldice"
     weight: float = Field(default=1.0, ge=0)
     """Factor of this loss in the total."""
     iterations: int = Field(default=5, ge=1)
-    """[voxel] Erosions until only the centreline is left: at least the largest neurite radius in a crop."""
-    smooth: float = Field(default=1.0, gt=0)
-    """[voxel] Added to both sides of both ratios."""
+    """[voxel] Erosions until only the centerline is left: at least the largest neurite radius in a crop."""
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
-        truth, labelled = _targets(logits, batch.mask)
-        # Unlabelled voxels become background before anything is skeletonised, so that no gradient reaches them.
+        import torch
+
+        # Unlabelled voxels become background before anything is skeletonized, so that no gradient reaches them.
+        truth, labelled = _split_mask(logits, batch.mask)
         prob = logits.float().sigmoid() * labelled
+
         with torch.no_grad():
-            true_line = soft_skeleton(truth, self.iterations)
-        line = soft_skeleton(prob, self.iterations)
-        precision = (_sum(line * truth) + self.smooth) / (_sum(line) + self.smooth)  # [B]
-        recall = (_sum(true_line * prob) + self.smooth) / (_sum(true_line) + self.smooth)  # [B]
+            true_line = soft_skeletonize(truth, self.iterations)
+        line = soft_skeletonize(prob, self.iterations)
+
+        precision = (_sum_per_sample(line * truth) + _SMOOTH) / (_sum_per_sample(line) + _SMOOTH)  # [B]
+        recall = (_sum_per_sample(true_line * prob) + _SMOOTH) / (_sum_per_sample(true_line) + _SMOOTH)  # [B]
         return (1 - 2 * precision * recall / (precision + recall)).mean()
 
 
 @config
 class SkeletonRecall:
-    """One minus the soft recall of the tubed true centreline (Kirchhoff et al., ECCV 2024), per sample.
+    """One minus the soft recall of the tubed true centerline (Kirchhoff et al., ECCV 2024), per sample.
 
-    The centreline comes with the batch; nothing is skeletonised here.
+    The centerline comes with the batch; nothing is skeletonized here. A crop without a centerline scores zero loss.
     """
 
     kind: Literal["skeleton_recall"] = "skeleton_recall"
     weight: float = Field(default=1.0, ge=0)
     """Factor of this loss in the total."""
-    smooth: float = Field(default=1.0, gt=0)
-    """[voxel] Added to both sides of the ratio; a crop without a centreline scores zero loss."""
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
-        _, labelled = _targets(logits, batch.mask)
+        _, labelled = _split_mask(logits, batch.mask)
         if batch.skeleton.shape != logits.shape:
             raise InputError(
                 f"the skeleton is {tuple(batch.skeleton.shape)}, the logits are {tuple(logits.shape)}; want one shape"
             )
         line = (batch.skeleton > 0) * labelled
-        hit = _sum(logits.float().sigmoid() * line)
-        return (1 - (hit + self.smooth) / (_sum(line) + self.smooth)).mean()
+        hits = _sum_per_sample(logits.float().sigmoid() * line)
+        return (1 - (hits + _SMOOTH) / (_sum_per_sample(line) + _SMOOTH)).mean()
 
 
 Loss = Annotated[CrossEntropy | Dice | Focal | ClDice | SkeletonRecall, Field(discriminator="kind")]
-"""Any segmentation loss, told apart by `kind`."""
+"""Any segmentation loss, selected by `kind`."""
 
 
-def weighted_sum(losses: Sequence[Loss], prediction: StudentOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def sum_losses(losses: Sequence[Loss], prediction: StudentOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of weight times loss, float32, and each loss by its kind (unweighted, detached).
 
     A second loss of one kind is named `dice_2`. Without losses the total is a zero that still reaches every parameter
     behind the logits, so that a run that only distils is a valid distributed run.
     """
+    import torch
+
     total = prediction.logits.new_zeros((), dtype=torch.float32) if losses else prediction.logits.float().sum() * 0
     terms: dict[str, Tensor] = {}
     for loss in losses:
         value = loss(prediction.logits, batch)
         total = total + loss.weight * value
+
         count = sum(name == loss.kind or name.startswith(f"{loss.kind}_") for name in terms)
         terms[loss.kind if count == 0 else f"{loss.kind}_{count + 1}"] = value.detach()
     return total, terms
 
 
-def soft_skeleton(image: Tensor, iterations: int) -> Tensor:
+def soft_skeletonize(image: Tensor, iterations: int) -> Tensor:
     """The differentiable skeleton of [B, 1, Z, Y, X] in [0, 1], by erosions and openings (clDice, algorithm 1)."""
-    eroded = _eroded(image)
-    line = F.relu(image - _dilated(eroded))
+    import torch.nn.functional as F
+
+    eroded = _erode(image)
+    line = F.relu(image - _dilate(eroded))
     for _ in range(iterations):
-        image, eroded = eroded, _eroded(eroded)
-        rest = F.relu(image - _dilated(eroded))  # what an opening removes
+        image, eroded = eroded, _erode(eroded)
+        rest = F.relu(image - _dilate(eroded))  # what an opening removes
         line = line + F.relu(rest - line * rest)
     return line
 
 
-def _eroded(image: Tensor) -> Tensor:
-    """The minimum over a voxel and its six face neighbours."""
+def _erode(image: Tensor) -> Tensor:
+    """The minimum over a voxel and its six face neighbors."""
+    import torch
+    import torch.nn.functional as F
+
     z, y, x = (-F.max_pool3d(-image, size, 1, pad) for size, pad in _LINES)
     return torch.minimum(torch.minimum(z, y), x)
 
 
-def _dilated(image: Tensor) -> Tensor:
-    """The maximum over a voxel and its 26 neighbours, taken one axis at a time."""
+def _dilate(image: Tensor) -> Tensor:
+    """The maximum over a voxel and its 26 neighbors, taken one axis at a time."""
+    import torch.nn.functional as F
+
     for size, pad in _LINES:
         image = F.max_pool3d(image, size, 1, pad)
     return image
 
 
 _LINES = [((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))]
+"""(kernel size, padding) of a line of three voxels along each axis."""
 
 
-def _targets(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Truth (1 on neurite) and labelled (1 where somebody said), both float32 [B, 1, Z, Y, X]."""
+def _split_mask(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Truth (1 on neurite) and labelled (1 where a label exists), both float32 [B, 1, Z, Y, X]. Raises InputError."""
     if logits.shape != mask.shape:
         raise InputError(
             f"the mask is {tuple(mask.shape)}, the logits are {tuple(logits.shape)}; want one shape [B, 1, Z, Y, X]"
@@ -184,6 +209,6 @@ def _targets(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return ((mask > 0) & labelled).float(), labelled.float()
 
 
-def _sum(values: Tensor) -> Tensor:
-    """Per-sample float32 sum, [B]."""
+def _sum_per_sample(values: Tensor) -> Tensor:
+    """float32 sum over each sample, [B]."""
     return values.float().flatten(1).sum(1)

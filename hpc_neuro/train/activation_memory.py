@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.types import Batch, StudentOutput
-from hpc_neuro.losses import Loss, weighted_sum
+from hpc_neuro.losses import Loss, sum_losses
 
 
-class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are made while it is entered, and the most there were at once."""
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors made while it is entered, and the most there were at once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -68,7 +68,7 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
-class Moment:
+class BackwardEvent:
     """The gradient of a parameter has come out of a backward."""
 
     numel: int  # of the parameter
@@ -76,8 +76,8 @@ class Moment:
     now: int
 
 
-class _Followed(Alive):  # type: ignore[no-untyped-call]
-    """Alive where tensors have no numbers, on which the backward of a tube asks how many tokens its taps touch."""
+class _Followed(LiveTensors):  # type: ignore[no-untyped-call]
+    """LiveTensors without numbers, on which the backward of a tube asks how many tokens its taps touch."""
 
     def __init__(self, taps: int) -> None:
         super().__init__()
@@ -102,20 +102,20 @@ class _Every:
         return torch.arange(self._crops)[:, None]
 
 
-def moments(
+def trace_backward(
     module: nn.Module,
     losses: Sequence[Loss],
     crop: Shape,
     crops: int,
     dtype: torch.dtype,
     features: Mapping[str, tuple[int, ...]] | None = None,
-) -> tuple[Moment, ...]:
+) -> tuple[BackwardEvent, ...]:
     """One pass of so many crops through a TrainModule and the losses, in the order in which gradients are ready.
 
     module: its student may be on meta; features: view -> [L, D, z, y, x] of a distilled crop, all of them being so.
     """
     traced: Any = copy.deepcopy(module).to(dtype).train()
-    found: list[Moment] = []
+    found: list[BackwardEvent] = []
     # what is no parameter, such as a cache's statistics, has numbers
     taps = 1 if traced.distiller is None else traced.distiller.cfg.taps
     with FakeTensorMode(allow_non_fake_inputs=True), _Followed(taps) as alive:
@@ -131,16 +131,16 @@ def moments(
         batch = Batch(image, mask, torch.empty_like(mask), cached, distilled, index)
         alive.most = alive.now
         logits, distillation, _ = traced(vars(batch))
-        loss, _ = weighted_sum(losses, StudentOutput(logits, {}), batch)
+        loss, _ = sum_losses(losses, StudentOutput(logits, {}), batch)
         torch.autograd.backward(loss if distillation is None else loss + distillation)
     return tuple(found)
 
 
-def _noting(found: list[Moment], alive: Alive, weights: int) -> Callable[[nn.Parameter], None]:
+def _noting(found: list[BackwardEvent], alive: LiveTensors, weights: int) -> Callable[[nn.Parameter], None]:
     def hook(parameter: nn.Parameter) -> None:
         own = 0 if parameter.grad is None else parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
-        found.append(Moment(parameter.numel(), alive.most - weights - own, alive.now - weights))
+        found.append(BackwardEvent(parameter.numel(), alive.most - weights - own, alive.now - weights))
         alive.most = alive.now
 
     return hook

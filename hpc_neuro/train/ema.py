@@ -6,18 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from pydantic import Field
 from torch import Tensor
-
-from hpc_neuro.core.schema import config
-
-
-@config
-class EmaConfig:
-    """Average of the weights over the last steps."""
-
-    window: float = Field(default=0.05, ge=0, lt=1)
-    """Share of `optim.steps` averaged over; 0: off. While fewer steps are done, the average spans a tenth of them."""
 
 
 def decay_at(step: int, steps: int, window: float) -> float:

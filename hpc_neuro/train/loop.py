@@ -23,7 +23,7 @@ from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.augment import augment
 from hpc_neuro.data.dataset import load_batches
 from hpc_neuro.data.feature_cache import record_use
-from hpc_neuro.losses import weighted_sum
+from hpc_neuro.losses import sum_losses
 from hpc_neuro.train.checkpoint.saver import is_milestone
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.deepspeed.engine import join_group
@@ -31,7 +31,7 @@ from hpc_neuro.train.ema import decay_at
 from hpc_neuro.train.optim import lr_at
 from hpc_neuro.train.prefetch import OnDevice
 from hpc_neuro.train.run_state import Training
-from hpc_neuro.train.setup import assemble, lines, memory
+from hpc_neuro.train.setup import build_parts, describe_memory, describe_run
 
 log = logging.getLogger(__name__)
 _PATIENCE = 5  # deaths of reading processes without a batch in between
@@ -44,8 +44,8 @@ _MAY_CHANGE = (
 
 def forecast(cfg: TrainConfig) -> list[str]:
     """Check all that the run needs; what it will do and take, in lines. Writes nothing."""
-    parts, ranks = assemble(cfg, cfg.plan.ranks), cfg.plan.ranks or distributed.world_size()
-    return [*lines(cfg, parts, ranks), *memory(cfg, parts, ranks)]
+    parts, ranks = build_parts(cfg, cfg.plan.ranks), cfg.plan.ranks or distributed.world_size()
+    return [*describe_run(cfg, parts, ranks), *describe_memory(cfg, parts, ranks)]
 
 
 def run(cfg: TrainConfig) -> int:
@@ -54,8 +54,8 @@ def run(cfg: TrainConfig) -> int:
     When a rank is lost the others say which and raise SystemExit(1); what the last checkpoint holds is kept.
     """
     with StopSignals(cfg.checkpoint.margin, cfg.checkpoint.walltime) as stop_signals:
-        parts = assemble(cfg)
-        needs = list(lines(cfg, parts, distributed.world_size()))
+        parts = build_parts(cfg)
+        needs = list(describe_run(cfg, parts, distributed.world_size()))
         with run_folder.start("train", cfg, cfg.out, parts.inputs, may_change=_MAY_CHANGE) as this:
             if this.complete:
                 return 0
@@ -163,7 +163,7 @@ def one_step(state: Training, ready: OnDevice) -> None:
         # drop path draws from torch's own generator: seeded by what is in the pass, not by who does it and when
         torch.manual_seed(_seed(cfg.seed, state.step, first))
         logits, distillation, distilled_terms = engine(dict(vars(batch)))
-        loss, terms = weighted_sum(cfg.losses, StudentOutput(logits, {}), batch)
+        loss, terms = sum_losses(cfg.losses, StudentOutput(logits, {}), batch)
         count, chosen = stop - first, int(batch.distilled.sum())
         if distillation is not None:
             # a mean over the distilled samples of the whole step, however ranks and passes share them out

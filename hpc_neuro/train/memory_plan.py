@@ -9,15 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 
 from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.core.schema import config
 from hpc_neuro.models import cost
 from hpc_neuro.models.config import StudentConfig
-from hpc_neuro.train.activation_memory import Moment
-from hpc_neuro.train.deepspeed.memory_audit import Held, ideal
+from hpc_neuro.train.activation_memory import BackwardEvent
+from hpc_neuro.train.deepspeed.memory_audit import RankMemory, even_share
 
 # Dense operations per second in bf16 with float32 sums (V100, which has no bf16: fp16), from the makers' data sheets.
 # The first that a device's name contains counts.
@@ -44,29 +42,8 @@ _REDUCED = 500_000_000  # elements that DeepSpeed reduces at once at stage 0
 _FREE = 0.92  # of a GPU's memory; the driver, NCCL and what the allocator cannot use take the rest
 
 
-@config
-class PlanConfig:
-    """The machine that --dry-run plans for. It decides nothing of a run."""
-
-    nodes: int = Field(default=1, ge=1)
-    """Nodes."""
-    gpus: int | None = Field(default=None, ge=1)
-    """GPUs per node; none: as many ranks as this start has, on this machine."""
-    memory: float = Field(default=80.0, gt=0)
-    """[GB] Memory of one GPU."""
-
-    def __post_init__(self) -> None:
-        if self.gpus is None and self.nodes > 1:
-            raise ValueError(f"`nodes` is {self.nodes}, but `gpus` says nothing; give the GPUs of a node, too")
-
-    @property
-    def ranks(self) -> int | None:
-        """Ranks of the machine; None where none is given."""
-        return None if self.gpus is None else self.nodes * self.gpus
-
-
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What a step needs that no stage changes, and how it is spread."""
 
     parameters: int  # that are trained
@@ -77,15 +54,15 @@ class Work:
     value_bytes: int  # of a weight in use
     bucket: int  # elements reduced or gathered at once
     offload: bool  # of the optimizer
-    moments: Sequence[Moment]  # of a pass on one rank
+    events: Sequence[BackwardEvent]  # of a pass on one rank
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageMemory:
     """[bytes] on one rank at one ZeRO stage, at the moment of a step at which it holds most."""
 
     stage: int
-    held: Held
+    held: RankMemory
     average: int  # the running average of the weights
     buffers: int  # of communication, parameters gathered for the layers at work, temporaries of Adam
     activations: int
@@ -96,21 +73,21 @@ class Stage:
         return self.held.total + self.average + self.buffers + self.activations
 
 
-def stages(work: Work) -> list[Stage]:
+def plan_memory(work: StepWork) -> list[StageMemory]:
     """Memory by stage."""
     found = []
     for stage in range(4):
-        even = ideal(work.parameters, work.ranks, stage, work.value_bytes)
+        even = even_share(work.parameters, work.ranks, stage, work.value_bytes)
         spared = work.offload and stage > 0
         average = 0 if spared else 4 * work.averaged // (work.ranks if stage else 1)
         optimizer = 0 if spared else even.optimizer
         gradients, buffers, activations = max(_holdings(stage, work, spared), key=sum)
-        held = Held(even.parameters, gradients, optimizer)
-        found.append(Stage(stage, held, average, buffers, activations))
+        held = RankMemory(even.parameters, gradients, optimizer)
+        found.append(StageMemory(stage, held, average, buffers, activations))
     return found
 
 
-def _holdings(stage: int, work: Work, spared: bool) -> Iterator[tuple[int, int, int]]:
+def _holdings(stage: int, work: StepWork, spared: bool) -> Iterator[tuple[int, int, int]]:
     """[bytes] of (gradients, buffers, activations) through the last pass of a step and the step itself.
 
     As DeepSpeed 0.19 does it. From stage 1 on, gradients are gathered in a bucket; stages 2 and 3 empty it when it is
@@ -123,13 +100,13 @@ def _holdings(stage: int, work: Work, spared: bool) -> Iterator[tuple[int, int, 
     bucket = work.bucket if stage else 0
     live = min(n, max(n // 4, 1 << 20)) if stage == 3 else 0  # see stage3_max_live_parameters
     ready = filled = emptied = 0
-    for index, moment in enumerate(work.moments):
+    for index, moment in enumerate(work.events):
         whole = n if work.passes > 1 else ready
         before = part if work.passes > 1 else 0
         kept = (whole, whole, before + emptied // work.ranks, part)[stage]
         yield value * kept, value * (bucket + live), moment.most
         ready, filled = ready + moment.numel, filled + moment.numel
-        if stage >= 2 and (filled >= bucket or index + 1 == len(work.moments)):
+        if stage >= 2 and (filled >= bucket or index + 1 == len(work.events)):
             kept = before + (emptied + filled) // work.ranks if stage == 2 else part
             yield value * kept, value * (bucket + live + (stage == 3) * 2 * min(filled, bucket)), moment.now
             emptied, filled = emptied + filled, 0
@@ -140,7 +117,7 @@ def _holdings(stage: int, work: Work, spared: bool) -> Iterator[tuple[int, int, 
         yield (4 + value * (stage != 2)) * part, 2 * 4 * part + (value * bucket if stage == 3 else 0), 0
 
 
-def lines(rows: list[Stage], memory: float | None) -> Iterator[str]:
+def format_memory_table(rows: list[StageMemory], memory: float | None) -> Iterator[str]:
     """A table for people; memory: [bytes] of a GPU, None where there is none to fit into."""
     kinds = ("parameters", "gradients", "optimizer", "average", "buffers", "activations", "total")
     yield "memory per rank at its most, in a step:"
@@ -160,18 +137,18 @@ def lines(rows: list[Stage], memory: float | None) -> Iterator[str]:
 
 
 @functools.cache
-def operations(student: StudentConfig, crop: Shape) -> tuple[int, float]:
+def count_operations(student: StudentConfig, crop: Shape) -> tuple[int, float]:
     """(tokens, operations of a training step without recomputation) of one crop: three times those of forward."""
     tokens = math.prod(n // p for n, p in zip(crop, student.patch, strict=True))
     return tokens, 3 * sum(part.forward for part in cost.costs(student, crop, 1))
 
 
-def peak(device: torch.device) -> float | None:
+def peak_flops(device: torch.device) -> float | None:
     """Operations per second that a device can do in bf16; None for one that is not in the list, and for a CPU."""
-    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return look_up_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def peak_of(name: str) -> float | None:
+def look_up_peak(name: str) -> float | None:
     """The entry of PEAKS that a device's name means: whole words of it, as an A4000 is no A40; laptops have less."""
     held = (value for key, value in PEAKS.items() if re.search(rf"\b{key}\b", name))
     return None if "Laptop" in name else next(held, None)

@@ -7,38 +7,14 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from pydantic import Field
 from torch import nn
 
-from hpc_neuro.core.schema import config
+from hpc_neuro.train.config import OptimConfig
+
+BETAS = (0.9, 0.98)
+"""Decay rates of Adam's running mean and variance."""
 
 _BLOCK = re.compile(r"\.vit\.blocks\.(\d+)\.")
-
-
-@config
-class OptimConfig:
-    """AdamW, its schedule, and how many crops make a step."""
-
-    steps: int = Field(default=2000, ge=1)
-    """Optimizer steps in all; may be raised to continue a finished run."""
-    batch: int = Field(default=4, ge=1)
-    """Crops per step over all ranks; smaller passes are accumulated (engine.micro_batch)."""
-    lr: float = Field(default=2e-3, gt=0)
-    """Highest learning rate: that of the convolutional path, the decoder and the heads."""
-    vit_lr: float = Field(default=0.3, gt=0)
-    """Learning rate of the last transformer block when its weights were transferred, relative to `lr`."""
-    layer_decay: float = Field(default=0.9, gt=0, le=1)
-    """Each transferred block before the last learns this much slower than the next one; 1: all alike."""
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises from zero."""
-    final: float = Field(default=0.01, ge=0, le=1)
-    """Learning rate at the last step, relative to `lr`; a cosine leads there."""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled weight decay of matrices and kernels; biases, norms and embeddings have none."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of Adam's running mean and variance."""
-    clip: float = Field(default=1.0, ge=0)
-    """Longest gradient (2-norm over all parameters); longer ones are scaled down to it; 0: never."""
 
 
 def lr_at(step: int, cfg: OptimConfig) -> float:
@@ -51,7 +27,7 @@ def lr_at(step: int, cfg: OptimConfig) -> float:
 
 
 @dataclass
-class Group:
+class ParameterGroup:
     """Parameters that share a learning rate and a weight decay."""
 
     lr_scale: float
@@ -59,21 +35,21 @@ class Group:
     names: list[str] = field(default_factory=list)  # of parameters
 
 
-def groups(
+def group_parameters(
     named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig, depth: int, transferred: Collection[str]
-) -> list[Group]:
+) -> list[ParameterGroup]:
     """Trainable parameters by learning rate and weight decay, in a fixed order.
 
     depth: number of transformer blocks; transferred: names of the parameters that have a teacher's weights to keep.
     """
-    found: dict[tuple[float, float], Group] = {}
+    found: dict[tuple[float, float], ParameterGroup] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         scale = lr_scale(name, cfg, depth) if name in transferred else 1.0
         plain = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in ("pos_embed", "depth_embed", "cls_token", "reg_token")
         key = (scale, 0.0 if plain else cfg.weight_decay)
-        group = found.setdefault(key, Group(*key))
+        group = found.setdefault(key, ParameterGroup(*key))
         group.names.append(name)
     return [found[key] for key in sorted(found)]
 

@@ -22,18 +22,21 @@ from hpc_neuro.train import memory_plan
 from hpc_neuro.train.checkpoint import saver
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.deepspeed import nvme
-from hpc_neuro.train.deepspeed.config import deepspeed_json
 from hpc_neuro.train.deepspeed.engine import Engine
+from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from hpc_neuro.train.ema import Ema
-from hpc_neuro.train.optim import groups
+from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import Parts
 from hpc_neuro.train.step_metrics import Diverged, Meter
-from hpc_neuro.train.tracker import METRICS, Metrics, Wandb
+from hpc_neuro.train.tracker import METRICS, MetricsFile, WandbLogger
 from hpc_neuro.train.validate import Score, Validator, Volumes
 from hpc_neuro.train.validation_pictures import Shown
 
 log = logging.getLogger(__name__)
 _STUDENT = "student."  # what the names of the student's parameters begin with in TrainModule
+
+_ALARM_SHARE = 0.3
+"""Share of the steps after which a model that predicts next to no foreground raises an alarm."""
 
 
 class Training:
@@ -44,10 +47,10 @@ class Training:
         sizes = [p.numel() for p in parts.blank.parameters() if p.requires_grad]
         own = None if cfg.engine.nvme is None else nvme.folder(cfg.engine.nvme, cfg.out)
         spread = dataclasses.replace(cfg.engine, nvme=own)
-        settings = deepspeed_json(spread, cfg.optim, parts.dtype, parts.micro, parts.passes, sizes)
+        settings = build_deepspeed_settings(spread, cfg.optim, parts.dtype, parts.micro, parts.passes, sizes)
         if self.main:
             files.write_json(cfg.out / "deepspeed.json", settings)
-        wanted = groups(parts.blank.named_parameters(), cfg.optim, parts.depth, parts.transferred)
+        wanted = group_parameters(parts.blank.named_parameters(), cfg.optim, parts.depth, parts.transferred)
         self.engine = Engine(parts.make, parts.values, wanted, settings, parts.dtype)
         parts.values.clear()  # the teacher's memory
         self.device = self.engine.device
@@ -55,22 +58,22 @@ class Training:
         shards = self.engine.shards
         averaged = {i: s.weight for i, s in enumerate(shards.items) if s.name.startswith(_STUDENT)}
         self.ema = Ema(averaged, shards.refresh) if cfg.ema.window > 0 else None
-        self._tokens, self._operations = memory_plan.operations(cfg.student, cfg.crop.size)  # per crop
-        self._peak = memory_plan.peak(self.device)
+        self._tokens, self._operations = memory_plan.count_operations(cfg.student, cfg.crop.size)  # per crop
+        self._peak = memory_plan.peak_flops(self.device)
         if self._peak is None:
             log.info("train: model FLOPs utilisation is not logged: the peak of this device is not known")
         self.step, self.seconds, self.begun = 0, 0.0, time.monotonic()
         self.best: dict[str, Any] = {"score": -1.0, "step": -1}
         self.score: Score | None = None  # of the latest validation,
         self.scored = self.volumes_scored = -1  # after these steps
-        held = saver.newest(cfg.out / "checkpoints")
+        held = saver.find_newest(cfg.out / "checkpoints")
         if held is not None:
             self._resume(held)
         self.saved = time.monotonic()
         self.saver = saver.Saver(cfg.out / "checkpoints", cfg.checkpoint)
         self.validator = Validator(parts.store, parts.boxes)
         self.meter = Meter(self.device)
-        self.metrics = Metrics(cfg.out / METRICS)
+        self.metrics = MetricsFile(cfg.out / METRICS)
         if self.main:
             files.remove_parts(cfg.out / "checkpoints")
             done = {"val": self.scored == self.step, "volumes": self.volumes_scored == self.step}
@@ -78,7 +81,7 @@ class Training:
                 self.step if held is not None else -1, {kind for kind, is_done in done.items() if not is_done}
             )
         off = dataclasses.replace(cfg.tracker, wandb="disabled")
-        self.wandb = Wandb(cfg.tracker if self.main else off, cfg.out, schema.to_plain(cfg), parts.inputs)
+        self.wandb = WandbLogger(cfg.tracker if self.main else off, cfg.out, schema.to_plain(cfg), parts.inputs)
 
     def flush(self) -> None:
         """Write the rows since the last time, and say a line. Raises Diverged before anything bad is saved."""
@@ -123,7 +126,7 @@ class Training:
             "train: step %d: validation Dice %.4f (%.4f at threshold %.3f), precision %.3f, recall %.3f",
             *(self.step, score.dice, score.dice_best, score.threshold, score.precision, score.recall),
         )
-        if self.main and score.collapsed and self.step > self.cfg.validate.alarm * self.cfg.optim.steps:
+        if self.main and score.collapsed and self.step > _ALARM_SHARE * self.cfg.optim.steps:
             log.warning(
                 "train: ALARM at step %d: next to no foreground is predicted (%.2g of the true amount); "
                 "lower optim.lr or raise the weight of Dice",

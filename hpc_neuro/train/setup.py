@@ -20,14 +20,14 @@ from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.feature_cache import FeatureCache, hash_manifest
 from hpc_neuro.data.orientation import IDENTITY
 from hpc_neuro.data.store import Store
-from hpc_neuro.losses import Distiller
+from hpc_neuro.losses.distill import Distiller
 from hpc_neuro.models import cost, inflate
 from hpc_neuro.models.student import Student, blank_student, build_student
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import activation_memory, memory_plan
 from hpc_neuro.train.config import TrainConfig
-from hpc_neuro.train.deepspeed import config, engine, nvme
+from hpc_neuro.train.deepspeed import engine, nvme, settings
 
 
 class TrainModule(nn.Module):
@@ -79,7 +79,7 @@ class Parts:
     inputs: dict[str, str]  # digests
 
 
-def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
+def build_parts(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     """Open, check and build everything, for `ranks` (none: those there are). Raises ConfigError or InputError."""
     dtype, micro, passes = engine.check(cfg.engine, cfg.optim.batch, ranks or distributed.world_size())
     if ranks is not None and cfg.engine.dtype == "auto":
@@ -114,7 +114,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     store.close()
     return Parts(
         blank=TrainModule(blank, distiller, sharded=cfg.engine.stage == 3),
-        make=functools.partial(module, cfg, cache),
+        make=functools.partial(build_train_module, cfg, cache),
         values={f"student.{name}": value for name, value in values.items()},
         depth=blank.vit.depth,
         transferred=frozenset(f"student.{name}" for name in kept),
@@ -130,7 +130,7 @@ def assemble(cfg: TrainConfig, ranks: int | None = None) -> Parts:
     )
 
 
-def module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:
+def build_train_module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:
     """Student and distiller (none without `cache` or `distill`) as a run begins with them, in float32 on the CPU."""
     torch.manual_seed(cfg.seed)
     student = build_student(cfg.student)
@@ -162,7 +162,7 @@ def _inputs(store: Store, teacher: Teacher | None, cache: FeatureCache | None) -
     return found
 
 
-def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
+def describe_run(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
     """What the run needs and does on so many ranks. Raises InputError when a disk is full, ConfigError for `nvme`."""
     student = sum(p.numel() for p in parts.blank.student.parameters())
     every = sum(p.numel() for p in parts.blank.parameters())
@@ -184,7 +184,7 @@ def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
         f"{cfg.optim.steps} steps of {cfg.optim.batch} crops of {list(cfg.crop.size)} voxels ({tokens} tokens): "
         f"{ranks} rank(s) x {parts.micro} crops x {parts.passes} pass(es)"
     )
-    per_crop, crop_operations = memory_plan.operations(cfg.student, cfg.crop.size)
+    per_crop, crop_operations = memory_plan.count_operations(cfg.student, cfg.crop.size)
     yield (
         f"a step: {per_crop * cfg.optim.batch} tokens, {crop_operations * cfg.optim.batch / 1e12:.3g} TFLOP of the "
         f"student over {ranks} rank(s), recomputation not counted"
@@ -197,26 +197,30 @@ def lines(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
     if cfg.engine.nvme is not None and ranks == distributed.world_size():  # else planned for nodes that are not here
         sizes = [p.numel() for p in parts.blank.parameters()]
         own = nvme.folder(cfg.engine.nvme, cfg.out)
-        told = config.deepspeed_json(cfg.engine, cfg.optim, parts.dtype, parts.micro, parts.passes, sizes)
+        told = settings.build_deepspeed_settings(cfg.engine, cfg.optim, parts.dtype, parts.micro, parts.passes, sizes)
         yield nvme.require(own, sizes, parts.dtype.itemsize, told["zero_optimization"]["offload_param"])
 
 
-def memory(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
+def describe_memory(cfg: TrainConfig, parts: Parts, ranks: int) -> Iterator[str]:
     """What it computes and holds, by part of the student and by ZeRO stage; takes some seconds to find out."""
     value_bytes = parts.dtype.itemsize
     yield from cost.summary(cfg.student, cfg.crop.size, parts.micro, value_bytes)
     sizes = {name: p.numel() for name, p in parts.blank.named_parameters()}
     grid, cache = [n // p for n, p in zip(cfg.crop.size, cfg.student.patch, strict=True)], parts.crops.cache
     features = {} if cache is None else {v: (*cache.mean[v].shape, *grid) for v in parts.crops.views}
-    work = memory_plan.Work(
+    work = memory_plan.StepWork(
         parameters=sum(sizes.values()),
         largest=max(sizes.values()),
         averaged=sum(n for name, n in sizes.items() if name.startswith("student.")) if cfg.ema.window > 0 else 0,
         ranks=ranks,
         passes=parts.passes,
         value_bytes=value_bytes,
-        bucket=config.bucket(sum(sizes.values())),
+        bucket=settings.bucket_size(sum(sizes.values())),
         offload=cfg.engine.offload_optimizer,
-        moments=activation_memory.moments(parts.blank, cfg.losses, cfg.crop.size, parts.micro, parts.dtype, features),
+        events=activation_memory.trace_backward(
+            parts.blank, cfg.losses, cfg.crop.size, parts.micro, parts.dtype, features
+        ),
     )
-    yield from memory_plan.lines(memory_plan.stages(work), 1e9 * cfg.plan.memory if cfg.plan.ranks else None)
+    yield from memory_plan.format_memory_table(
+        memory_plan.plan_memory(work), 1e9 * cfg.plan.memory if cfg.plan.ranks else None
+    )

@@ -14,14 +14,13 @@ import threading
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from hpc_neuro.core import files, run_folder
-from hpc_neuro.core.schema import config
+from hpc_neuro.train.config import TrackerConfig
 
 log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -29,27 +28,7 @@ _CAPTION = "image, truth, probability: maximum along z, below along y"
 _WAITING_ROWS = 10_000  # rows that may wait for W&B; more are dropped, they are in metrics.jsonl anyway
 
 
-@config
-class TrackerConfig:
-    """Where numbers go."""
-
-    every: int = Field(default=10, ge=1)
-    """[step] How often rows are written and a line is said; each step has a row of its own."""
-    wandb: Literal["offline", "online", "disabled"] = "offline"
-    """Weights & Biases: offline files in OUT/wandb (`wandb sync` them from a login node), online, or not at all."""
-    project: str = "hpc_neuro"
-    """Weights & Biases project."""
-    name: str | None = None
-    """Weights & Biases run name; none: the name of the output folder."""
-    group: str | None = None
-    """Weights & Biases group: runs of one study or one chain; none: no group."""
-    pictures: int = Field(default=2, ge=0)
-    """How many of the fixed validation crops are shown in Weights & Biases: image, truth and probability."""
-    patience: float = Field(default=30.0, ge=0)
-    """[s] How long the end of a run waits for Weights & Biases to take the last rows."""
-
-
-class Metrics:
+class MetricsFile:
     """OUT/metrics.jsonl: one JSON object per line, in step order. A full disk holds rows back, no more."""
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +46,7 @@ class Metrics:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows; numbers that are not finite become null."""
-        self._waiting += [json.dumps(finite(row), allow_nan=False) for row in rows]
+        self._waiting += [json.dumps(replace_nonfinite(row), allow_nan=False) for row in rows]
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as handle:
@@ -80,12 +59,12 @@ class Metrics:
         self._waiting = []
 
 
-def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+def replace_nonfinite(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with NaN and infinities as None, as JSON has no word for them."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-class Wandb:
+class WandbLogger:
     """A copy of the rows to Weights & Biases, from a thread of its own; trouble there is said and ends the copying."""
 
     def __init__(
@@ -148,7 +127,7 @@ class Wandb:
             import wandb  # 1 s of import that only this thread waits for
 
             run = wandb.init(
-                id=run_id(self.out),
+                id=get_wandb_id(self.out),
                 project=self.cfg.project,
                 name=self.cfg.name or self.out.resolve().name,
                 group=self.cfg.group,
@@ -158,7 +137,7 @@ class Wandb:
                 settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
             )
             # later jobs of the same run say more than the first one did
-            run.config.update({**run_config, **facts(self.out, self._inputs)}, allow_val_change=True)
+            run.config.update({**run_config, **collect_run_facts(self.out, self._inputs)}, allow_val_change=True)
             for kind in ("train", "val", "volumes"):
                 run.define_metric(f"{kind}/*", step_metric="step")
             while (row := self._rows.get()) is not None:
@@ -182,7 +161,7 @@ def _end_service() -> None:
                 os.kill(int(path.name), signal.SIGKILL)
 
 
-def facts(out: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
+def collect_run_facts(out: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What a run is known by besides its config: code, versions, inputs, and the jobs it has had so far."""
     record = out / "run.json"
     jobs = files.read_json(record, "made by every run").get("jobs", []) if record.exists() else []
@@ -195,7 +174,7 @@ def facts(out: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
     return {"run": found}
 
 
-def run_id(out: Path) -> str:
+def get_wandb_id(out: Path) -> str:
     """The Weights & Biases run id of a folder: made once, so that a requeue continues the same run."""
     path = out / "wandb_id"
     if not path.exists():

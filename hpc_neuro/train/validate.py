@@ -10,13 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 
 from hpc_neuro.core import distributed
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Box, Shape
-from hpc_neuro.core.schema import config
 from hpc_neuro.core.types import Batch
 from hpc_neuro.data.dataset import read_crop, stack_samples
 from hpc_neuro.data.store import Store
@@ -24,20 +22,6 @@ from hpc_neuro.data.store import Store
 _BINS = 1000  # of probability; thresholds are multiples of 1 / _BINS
 _GRID = tuple(range(100, 901, 25))  # thresholds tried, in bins: 0.1 to 0.9
 _COLLAPSED = 0.02  # predicted foreground below this share of the true one
-
-
-@config
-class ValidateConfig:
-    """Validation on fixed crops of the `val` split, from step 0 on; crops of `train` when there is no such volume."""
-
-    every: int = Field(default=250, ge=1)
-    """[step] How often."""
-    crops: int = Field(default=16, ge=1)
-    """How many crops over all ranks: half around the centreline, half anywhere."""
-    volumes: bool = True
-    """At milestones (checkpoint.milestone) also score each whole volume of the `val` split, all ranks together."""
-    alarm: float = Field(default=0.3, ge=0, le=1)
-    """Share of the steps after which a model that predicts next to no foreground raises an alarm."""
 
 
 @dataclass(frozen=True)

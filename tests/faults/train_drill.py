@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 
 from hpc_neuro import cli as command
 from hpc_neuro.train.checkpoint import saver
-from hpc_neuro.train.checkpoint.tensor_files import kinds, stream
+from hpc_neuro.train.checkpoint.tensor_files import list_kinds, stream_tensors
 from tools.ranks import environment
 
 KEYS = ("tracker.every=1", "tracker.wandb=disabled", "engine.silence=5")
@@ -146,10 +146,10 @@ def saved(out: Path) -> int:
     held = [p for p in (out / "checkpoints").glob("step_*") if (p / saver.MARKER).exists()]
     for path in held:
         shapes = json.loads((path / saver.TRAINING).read_text())["shapes"]
-        for kind in kinds(path):
+        for kind in list_kinds(path):
             prefix = "student." if kind == "average" else ""  # all of which an average is kept
             wanted = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in stream(path, kind, wanted)):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in stream_tensors(path, kind, wanted)):
                 raise SystemExit(f"{path} is broken")
     return max((saver.read_marker(p).step for p in held), default=0)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_neuro.core.liveness import TorchRankWatch
-from hpc_neuro.train.deepspeed.config import EngineConfig
+from hpc_neuro.train.config import EngineConfig
 from hpc_neuro.train.deepspeed.engine import join_group
 
 HOW, LOST_RANK = sys.argv[1], int(sys.argv[2])

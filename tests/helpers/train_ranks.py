@@ -18,10 +18,10 @@ from hpc_neuro.core.schema import load
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import build_student
 from hpc_neuro.train import loop
-from hpc_neuro.train.activation_memory import Alive
+from hpc_neuro.train.activation_memory import LiveTensors
+from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed import engine
-from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
-from hpc_neuro.train.optim import OptimConfig
+from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from tests.train.conftest import TINY
 
 torch.set_num_threads(1)
@@ -103,11 +103,11 @@ def make() -> torch.nn.Module:
 
 
 values = {"vit.blocks.1.attn.qkv.weight": torch.randn(576, 192, generator=torch.Generator().manual_seed(1))}
-settings = deepspeed_json(EngineConfig(stage=3), OptimConfig(batch=2), torch.bfloat16, 1, 1, [10**6])
-with Alive() as alive:
+settings = build_deepspeed_settings(EngineConfig(stage=3), OptimConfig(batch=2), torch.bfloat16, 1, 1, [10**6])
+with LiveTensors() as alive:
     sharded, exact = engine._built_sharded(make, values, settings, torch.bfloat16)
 most, alike = alive.most, []
-for (name, plain), part in zip(engine.built(make, values).named_parameters(), sharded.parameters(), strict=True):
+for (name, plain), part in zip(engine.build_module(make, values).named_parameters(), sharded.parameters(), strict=True):
     with deepspeed.zero.GatheredParameters([part]):
         alike.append(torch.equal(part, plain.bfloat16()))
     first, numbers = exact[name]

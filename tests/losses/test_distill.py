@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.types import Batch
-from hpc_neuro.losses import Distill, Distiller
+from hpc_neuro.losses import Distill
+from hpc_neuro.losses.distill import Distiller
 from hpc_neuro.models.tubular import gather, tube_sum
 
 GRID = (3, 4, 5)
@@ -231,10 +232,10 @@ def test_the_share_of_neurite_ignores_unlabelled_voxels() -> None:
     given.mask[0, 0, :2, :3, :4] = 255
     given.mask[0, 0, 0, 0, :2] = 1
     given.mask[0, 0, 1, 0, :2] = 0
-    share = distiller._neurite_share(features(blocks=(3,)), given)
+    share = distiller._measure_neurite_share(features(blocks=(3,)), given)
     assert share[0, 0, 0, 0] == 0.5
     given.mask[0, 0, :2, :3, :4] = 255
-    assert not distiller._neurite_share(features(blocks=(3,)), given).any()
+    assert not distiller._measure_neurite_share(features(blocks=(3,)), given).any()
 
 
 def test_pairs_of_layers_are_counted_from_either_end() -> None:

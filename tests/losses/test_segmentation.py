@@ -20,9 +20,10 @@ from hpc_neuro.losses import (
     Focal,
     Loss,
     SkeletonRecall,
-    soft_skeleton,
-    weighted_sum,
+    segmentation,
+    sum_losses,
 )
+from hpc_neuro.losses.segmentation import soft_skeletonize
 
 SHAPE = (2, 1, 9, 14, 12)
 EVERY: list[Any] = [CrossEntropy(), CrossEntropy(foreground=5.0), Dice(), Focal(), Focal(gamma=0.5, alpha=0.75)]
@@ -78,7 +79,7 @@ def test_dice_focal_and_cldice_equal_monais(monai_losses: Any) -> None:
         want.backward()
         assert a.grad is not None
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-3, msg=lambda m, o=ours: f"{o}: {m}")
-    torch.testing.assert_close(soft_skeleton(truth, 4), monai_losses.cldice.soft_skel(truth, 4))
+    torch.testing.assert_close(soft_skeletonize(truth, 4), monai_losses.cldice.soft_skel(truth, 4))
 
 
 def test_cross_entropy_is_torchs_mean_and_weighs_the_foreground() -> None:
@@ -90,9 +91,10 @@ def test_cross_entropy_is_torchs_mean_and_weighs_the_foreground() -> None:
     torch.testing.assert_close(CrossEntropy(foreground=5.0)(given, batch(truth)), weighed / (1 + 4 * truth).sum())
 
 
-def test_skeleton_recall_asks_only_for_the_centreline() -> None:
+def test_skeleton_recall_asks_only_for_the_centreline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segmentation, "_SMOOTH", 1e-6)
     line = tube(radius=0.5)
-    loss = SkeletonRecall(smooth=1e-6)
+    loss = SkeletonRecall()
     assert float(loss(40 * line - 20, batch(tube(), line))) == pytest.approx(0, abs=1e-5)
     assert float(loss(40 * tube() - 20, batch(tube(), line))) == pytest.approx(0, abs=1e-5)
     assert float(loss(torch.full(SHAPE, -20.0), batch(tube(), line))) == pytest.approx(1, abs=1e-5)
@@ -125,7 +127,7 @@ def test_overlap_losses_run_from_zero_for_right_to_one_for_wrong(loss: Any) -> N
 def test_the_iterations_of_cldice_act() -> None:
     """A neurite of radius 4 is not a line after one erosion."""
     thick = tube((1, 1, 13, 13, 24), radius=4.5)
-    sizes = [float(soft_skeleton(thick, n).sum()) for n in (1, 2, 4, 8)]
+    sizes = [float(soft_skeletonize(thick, n).sum()) for n in (1, 2, 4, 8)]
     assert sizes[0] == 0  # an opening by one voxel removes nothing of it yet
     assert 0 < sizes[2] <= sizes[3] < 0.1 * float(thick.sum())
     given = logits()
@@ -215,7 +217,7 @@ def test_weighted_sum_adds_and_names() -> None:
     given = logits().requires_grad_()
     prediction, truth = StudentOutput(given, {}), batch(tube())
     losses: list[Any] = [Dice(weight=0.5), CrossEntropy(), Dice(weight=2.0, smooth=9.0)]
-    total, terms = weighted_sum(losses, prediction, truth)
+    total, terms = sum_losses(losses, prediction, truth)
     assert list(terms) == ["dice", "cross_entropy", "dice_2"]
     assert not any(t.requires_grad for t in terms.values())
     want = 0.5 * terms["dice"] + terms["cross_entropy"] + 2 * terms["dice_2"]
@@ -224,7 +226,7 @@ def test_weighted_sum_adds_and_names() -> None:
 
 def test_no_losses_are_a_zero_that_reaches_the_logits() -> None:
     given = logits().requires_grad_()
-    total, terms = weighted_sum([], StudentOutput(given, {}), batch(tube()))
+    total, terms = sum_losses([], StudentOutput(given, {}), batch(tube()))
     total.backward()
     assert float(total.detach()) == 0
     assert terms == {}

@@ -13,7 +13,7 @@ from hpc_neuro import train
 from hpc_neuro.core.schema import InputError, load
 from hpc_neuro.models.student import load_student
 from hpc_neuro.train.checkpoint import saver
-from hpc_neuro.train.checkpoint.tensor_files import Range, file_of, write_ranges
+from hpc_neuro.train.checkpoint.tensor_files import TensorRange, rank_file, write_ranges
 from tests.helpers.tiny_store import write_store
 from tests.train.conftest import TINY
 from tools.export_weights import export
@@ -44,25 +44,25 @@ def test_the_newest_checkpoint_gives_what_train_exported(run, tmp_path):
 
 
 def test_ranges_of_several_ranks_are_put_together_and_what_is_missing_is_said(run, tmp_path):
-    held = saver.newest(run / "checkpoints")
+    held = saver.find_newest(run / "checkpoints")
     cut = tmp_path / "step_00000003"
     cut.mkdir()
     for name in (saver.MARKER, saver.TRAINING):
         (cut / name).write_bytes((held / name).read_bytes())
-    ranges: tuple[list[Range], list[Range]] = ([], [])
-    for key, values in load_file(file_of(held, 0)).items():
+    ranges: tuple[list[TensorRange], list[TensorRange]] = ([], [])
+    for key, values in load_file(rank_file(held, 0)).items():
         kind, start, name = key.split("/", 2)
         at = values.numel() // 3
-        ranges[0].append(Range(kind, name, int(start), values[:at]))
-        ranges[1].append(Range(kind, name, int(start) + at, values[at:]))
+        ranges[0].append(TensorRange(kind, name, int(start), values[:at]))
+        ranges[1].append(TensorRange(kind, name, int(start) + at, values[at:]))
     for rank, mine in enumerate(ranges):
-        write_ranges(file_of(cut, rank), mine)
+        write_ranges(rank_file(cut, rank), mine)
     for plain in (False, True):
         export(held, tmp_path / "whole", plain)
         export(cut, tmp_path / "cut", plain)
         first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "cut"))
         assert all(torch.equal(first[k], second[k]) for k in first)
-    file_of(cut, 1).unlink()
+    rank_file(cut, 1).unlink()
     with pytest.raises(InputError, match="lacks"):
         export(cut, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()

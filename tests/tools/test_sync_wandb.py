@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_neuro.train.tracker import TrackerConfig, Wandb, run_id
+from hpc_neuro.train.config import TrackerConfig
+from hpc_neuro.train.tracker import WandbLogger, get_wandb_id
 from tools import sync_wandb
 
 
@@ -78,7 +79,7 @@ def test_a_dry_run_sends_nothing_and_an_empty_folder_is_named(tmp_path, calls, c
 
 @pytest.mark.slow
 def test_what_the_tracker_writes_is_found(tmp_path):
-    tracker = Wandb(TrackerConfig(), tmp_path / "train", {})
+    tracker = WandbLogger(TrackerConfig(), tmp_path / "train", {})
     tracker.write([{"step": 1, "kind": "train", "loss": 1.0}])
     tracker.close()
-    assert list(sync_wandb.find(tmp_path)) == [run_id(tmp_path / "train")]
+    assert list(sync_wandb.find(tmp_path)) == [get_wandb_id(tmp_path / "train")]

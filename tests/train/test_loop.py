@@ -249,7 +249,7 @@ def test_validation_on_training_volumes_is_said(tiny, tmp_path, caplog):
 
 def test_a_collapsed_model_raises_an_alarm(tiny, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        train.run(tiny(tmp_path / "run", "optim.steps=4", "optim.lr=1e-9", "validate.alarm=0.5"))
+        train.run(tiny(tmp_path / "run", "optim.steps=4", "optim.lr=1e-9"))
     assert "ALARM at step 4: next to no foreground" in caplog.text
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from hpc_neuro.core.types import Batch, StudentOutput
-from hpc_neuro.losses import CrossEntropy, Dice, Distill, weighted_sum
+from hpc_neuro.losses import CrossEntropy, Dice, Distill, sum_losses
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import blank_student, build_student
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import activation_memory, memory_plan
-from hpc_neuro.train.deepspeed.memory_audit import ideal
+from hpc_neuro.train.deepspeed.memory_audit import even_share
 from hpc_neuro.train.setup import TrainModule
 
 REPO = Path(__file__).resolve().parents[2]
@@ -25,32 +25,37 @@ REPO = Path(__file__).resolve().parents[2]
 
 def test_each_stage_shares_out_one_kind_more():
     """The known figures of mixed precision Adam: 16 bytes per parameter, of which 12 + 2 + 2 are shared in turn."""
-    held = [ideal(1000, 10, stage, 2) for stage in range(4)]
+    held = [even_share(1000, 10, stage, 2) for stage in range(4)]
     assert [h.total for h in held] == [16000, 4000 + 1200, 2000 + 1400, 1600]
 
 
-def work(moments: list[activation_memory.Moment], **other: int | bool) -> memory_plan.Work:
+def work(events: list[activation_memory.BackwardEvent], **other: int | bool) -> memory_plan.StepWork:
     facts = {"parameters": 10**6, "largest": 1000, "averaged": 0, "ranks": 4, "passes": 1, "value_bytes": 2}
-    return memory_plan.Work(**{**facts, "bucket": 1024, "offload": False, "moments": moments, **other})
+    return memory_plan.StepWork(**{**facts, "bucket": 1024, "offload": False, "events": events, **other})
 
 
 def test_the_lowest_stage_that_fits_is_named():
-    rows = memory_plan.stages(work([activation_memory.Moment(10**6, 1000, 0)], passes=2))
+    rows = memory_plan.plan_memory(work([activation_memory.BackwardEvent(10**6, 1000, 0)], passes=2))
     totals = [row.total for row in rows]
     assert totals[:3] == sorted(totals[:3], reverse=True)
-    assert "the lowest stage that fits a GPU of 80.0 GB is 0" in list(memory_plan.lines(rows, 80e9))[-1]
-    assert "no stage fits" in list(memory_plan.lines(rows, 1e6))[-1]
-    assert len(list(memory_plan.lines(rows, None))) == 6
-    spared = memory_plan.stages(work([activation_memory.Moment(10**6, 1000, 0)], averaged=10**6, offload=True))[2]
+    assert "the lowest stage that fits a GPU of 80.0 GB is 0" in list(memory_plan.format_memory_table(rows, 80e9))[-1]
+    assert "no stage fits" in list(memory_plan.format_memory_table(rows, 1e6))[-1]
+    assert len(list(memory_plan.format_memory_table(rows, None))) == 6
+    spared = memory_plan.plan_memory(
+        work([activation_memory.BackwardEvent(10**6, 1000, 0)], averaged=10**6, offload=True)
+    )[2]
     assert (spared.held.optimizer, spared.average) == (0, 0)
 
 
 def test_a_stage_holds_most_where_activations_and_gradients_do_together():
     """Two layers: the last one's gradient comes first, while the first one's activations are still held."""
-    late = [activation_memory.Moment(400_000, 9_000_000, 6_000_000), activation_memory.Moment(600_000, 7_000_000, 0)]
-    first = memory_plan.stages(work(late, value_bytes=4, ranks=1))[0]
+    late = [
+        activation_memory.BackwardEvent(400_000, 9_000_000, 6_000_000),
+        activation_memory.BackwardEvent(600_000, 7_000_000, 0),
+    ]
+    first = memory_plan.plan_memory(work(late, value_bytes=4, ranks=1))[0]
     assert (first.held.gradients, first.activations) == (0, 9_000_000)
-    first = memory_plan.stages(work(late, value_bytes=4, ranks=1, passes=2))[0]
+    first = memory_plan.plan_memory(work(late, value_bytes=4, ranks=1, passes=2))[0]
     assert (first.held.gradients, first.activations) == (4_000_000, 9_000_000)
 
 
@@ -82,14 +87,14 @@ def test_a_pass_holds_what_its_moments_say():
     for checkpointing in (False, True):
         cfg = StudentConfig(size="tiny", depth=4, stem_channels=(2, 2, 4), checkpointing=checkpointing)
         module = TrainModule(blank_student(cfg), None, sharded=False)
-        planned = activation_memory.moments(module, losses, (8, 64, 64), 2, torch.float32)
-        with activation_memory.Alive() as alive:
+        planned = activation_memory.trace_backward(module, losses, (8, 64, 64), 2, torch.float32)
+        with activation_memory.LiveTensors() as alive:
             student = build_student(cfg).train()
             weights = alive.most = alive.now
             mask = torch.zeros(2, 1, 8, 64, 64, dtype=torch.uint8)
             flags = torch.zeros(2, dtype=torch.bool)
             batch = Batch(torch.rand(mask.shape), mask, mask.clone(), {}, flags, flags.long())
-            kept = weighted_sum(losses, StudentOutput(student(batch.image).logits, {}), batch)[0]
+            kept = sum_losses(losses, StudentOutput(student(batch.image).logits, {}), batch)[0]
             forward = alive.most - weights
             del kept
         assert sum(m.numel for m in planned) == sum(p.numel() for p in student.parameters())
@@ -108,10 +113,10 @@ def test_a_pass_that_distils_holds_what_its_moments_say():
         parts = {"student_dim": 192, "student_depth": 1, "teacher_layers": (11,), "tube_sum": tube_sum}
         build = lambda: distil and distil.build(mean=statistics, std=statistics, **parts)  # noqa: E731, B023
         losses, cached = (Dice(),), shapes if distil else {}
-        planned = activation_memory.moments(
+        planned = activation_memory.trace_backward(
             TrainModule(blank_student(cfg), build(), sharded=False), losses, crop, 2, torch.float32, cached
         )
-        with activation_memory.Alive() as alive:
+        with activation_memory.LiveTensors() as alive:
             module = TrainModule(build_student(cfg), build(), sharded=False).train()
             weights = alive.most = alive.now
             mask, every = torch.zeros(2, 1, *crop, dtype=torch.uint8), torch.ones(2, dtype=torch.bool)
@@ -120,7 +125,7 @@ def test_a_pass_that_distils_holds_what_its_moments_say():
             for parameter in module.parameters():  # as if reduced at once: gradients are not counted
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             logits, distillation, _ = module(vars(batch))
-            loss, _ = weighted_sum(losses, StudentOutput(logits, {}), batch)
+            loss, _ = sum_losses(losses, StudentOutput(logits, {}), batch)
             (loss if distillation is None else loss + distillation).backward()
         most[distil] = alive.most - weights
         assert sum(m.numel for m in planned) == sum(p.numel() for p in module.parameters())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.augment import AugmentConfig, SampleStreams, augment
-from hpc_neuro.losses import ClDice, CrossEntropy, Dice, Distill, Focal, SkeletonRecall, weighted_sum
+from hpc_neuro.losses import ClDice, CrossEntropy, Dice, Distill, Focal, SkeletonRecall, sum_losses
 from hpc_neuro.models import tubular
 from hpc_neuro.models.config import BlockTokens, StudentConfig, TubularTokens
 from hpc_neuro.models.student import build_student
@@ -74,7 +74,7 @@ def test_a_step_never_waits_for_the_device(tokens, axes, distilled, monkeypatch)
     net = module(tokens, axes)
     moved = augment(batch(distilled), AugmentConfig(**dict.fromkeys(SHARES, 1.0)), 0)
     logits, distillation, extra = net(dict(vars(moved)))
-    loss, terms = weighted_sum(LOSSES, StudentOutput(logits, {}), moved)
+    loss, terms = sum_losses(LOSSES, StudentOutput(logits, {}), moved)
     (loss + distillation).backward()
     meter = Meter(DEVICE)
     meter.new_step()

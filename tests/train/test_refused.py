@@ -15,7 +15,7 @@ from hpc_neuro.core.schema import ConfigError, InputError
         (["distill={}"], "give `cache`"),
         (["losses=[]"], "nothing to learn"),
         (["losses=[{kind: dice, weight: 0}]"], "no loss has a weight above 0"),
-        (["plan.nodes=4"], "`gpus` says nothing"),
+        (["plan.nodes=4"], "`gpus` is not set"),
         (["teacher.arch=vit_small_patch16_224"], "`arch` and `seed` are those of `model: random`"),
         (["augment.distilled=[flip_y,rot90]", "crop.size=[16,32,64]"], "has rot90, but y and x"),
         (["student.tokenizer={kind: tubular, taps: 1}"], "a tube of one tap cannot bend"),

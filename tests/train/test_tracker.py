@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from hpc_neuro import train
-from hpc_neuro.train.tracker import Metrics, TrackerConfig, Wandb, run_id
+from hpc_neuro.train.config import TrackerConfig
+from hpc_neuro.train.tracker import MetricsFile, WandbLogger, get_wandb_id
 from hpc_neuro.train.validation_pictures import panel
 
 
@@ -34,7 +35,7 @@ def row(step: int, **more: float) -> dict:
 
 
 def test_rows_are_appended_and_what_is_not_finite_is_null(tmp_path):
-    metrics = Metrics(tmp_path / "m.jsonl")
+    metrics = MetricsFile(tmp_path / "m.jsonl")
     metrics.write([row(1, distill=math.nan), row(2)])
     metrics.write([row(3, grad_norm=math.inf)])
     assert [r["step"] for r in rows(tmp_path / "m.jsonl")] == [1, 2, 3]
@@ -44,7 +45,7 @@ def test_rows_are_appended_and_what_is_not_finite_is_null(tmp_path):
 
 def test_resuming_drops_later_rows_and_a_torn_line(tmp_path):
     path = tmp_path / "m.jsonl"
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     metrics.write([row(s) for s in range(1, 7)])
     with path.open("a") as handle:
         handle.write('{"step": 3, "kin')
@@ -57,7 +58,7 @@ def test_resuming_drops_later_rows_and_a_torn_line(tmp_path):
 
 def test_a_disk_that_is_full_holds_rows_back(tmp_path, caplog):
     path = tmp_path / "m.jsonl"
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     metrics.write([row(1)])
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, old[1]))  # 5 more bytes fit, as on a full disk
@@ -73,8 +74,8 @@ def test_a_disk_that_is_full_holds_rows_back(tmp_path, caplog):
 
 
 def test_the_run_id_is_kept(tmp_path):
-    first = run_id(tmp_path)
-    assert run_id(tmp_path) == first
+    first = get_wandb_id(tmp_path)
+    assert get_wandb_id(tmp_path) == first
     assert (tmp_path / "wandb_id").read_text().strip() == first
 
 
@@ -113,12 +114,12 @@ class Recorder:
 def test_rows_arrive_under_their_kind_with_the_run_id_kept(tmp_path, monkeypatch):
     recorder, asked = Recorder(), {}
     fake(monkeypatch, lambda **kw: asked.update(kw) or recorder)
-    tracker = Wandb(TrackerConfig(), tmp_path, {"a": 1})
+    tracker = WandbLogger(TrackerConfig(), tmp_path, {"a": 1})
     tracker.write([row(1), {"step": 1, "kind": "val", "dice": 0.5, "threshold": None}])
     tracker.close()
     assert recorder.logged == [{"step": 1, "train/loss": 1.0}, {"step": 1, "val/dice": 0.5}]
     assert recorder.finished
-    assert (asked["mode"], asked["id"], asked["group"]) == ("offline", run_id(tmp_path), None)
+    assert (asked["mode"], asked["id"], asked["group"]) == ("offline", get_wandb_id(tmp_path), None)
     assert recorder.config["a"] == 1
 
 
@@ -126,7 +127,7 @@ def test_a_server_that_does_not_answer_blocks_nothing(tmp_path, monkeypatch, cap
     release = threading.Event()
     answered: list[bool] = []
     fake(monkeypatch, lambda **kw: answered.append(release.wait(60)))
-    tracker = Wandb(TrackerConfig(wandb="online", patience=0.2), tmp_path, {})
+    tracker = WandbLogger(TrackerConfig(wandb="online", patience=0.2), tmp_path, {})
     tracker.write([row(s) for s in range(1, 100)])
     with caplog.at_level(logging.WARNING):
         tracker.close()
@@ -141,7 +142,7 @@ def test_trouble_is_said_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
 
     fake(monkeypatch, refuse)
     with caplog.at_level(logging.WARNING):
-        tracker = Wandb(TrackerConfig(), tmp_path, {})
+        tracker = WandbLogger(TrackerConfig(), tmp_path, {})
         tracker.write([row(1)])
         tracker.close()
         tracker.write([row(2)])
@@ -150,7 +151,7 @@ def test_trouble_is_said_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
 
 def test_disabled_starts_nothing(tmp_path, monkeypatch):
     fake(monkeypatch, lambda **kw: pytest.fail("wandb was started"))
-    tracker = Wandb(TrackerConfig(wandb="disabled"), tmp_path, {})
+    tracker = WandbLogger(TrackerConfig(wandb="disabled"), tmp_path, {})
     tracker.write([row(1)])
     tracker.close()
     assert not (tmp_path / "wandb_id").exists()
@@ -158,10 +159,10 @@ def test_disabled_starts_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_thing_writes_offline_files(tmp_path):
-    tracker = Wandb(TrackerConfig(), tmp_path, {"a": {"b": 1}})
+    tracker = WandbLogger(TrackerConfig(), tmp_path, {"a": {"b": 1}})
     tracker.write([row(s) for s in range(1, 5)])
     tracker.close()
-    assert list(tmp_path.glob(f"wandb/offline-run-*-{run_id(tmp_path)}/*.wandb"))
+    assert list(tmp_path.glob(f"wandb/offline-run-*-{get_wandb_id(tmp_path)}/*.wandb"))
 
 
 def test_a_run_is_known_by_group_code_cache_and_all_its_jobs(tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def test_a_run_is_known_by_group_code_cache_and_all_its_jobs(tmp_path, monkeypat
     recorder, asked = Recorder(), {}
     fake(monkeypatch, lambda **kw: asked.update(kw) or recorder)
     cfg = TrackerConfig(group="study", name="study-0003")
-    Wandb(cfg, tmp_path, {"seed": 1}, {"cache": "abc"}).close()
+    WandbLogger(cfg, tmp_path, {"seed": 1}, {"cache": "abc"}).close()
     assert (asked["group"], asked["name"]) == ("study", "study-0003")
     about = recorder.config["run"]
     assert about["inputs"] == {"cache": "abc"}
@@ -181,14 +182,14 @@ def test_a_run_is_known_by_group_code_cache_and_all_its_jobs(tmp_path, monkeypat
 def test_pictures_of_the_crops_stand_at_their_step(tmp_path, monkeypatch):
     recorder = Recorder()
     fake(monkeypatch, lambda **kw: recorder)
-    tracker = Wandb(TrackerConfig(pictures=3), tmp_path, {})
+    tracker = WandbLogger(TrackerConfig(pictures=3), tmp_path, {})
     assert tracker.pictures == 3
     tracker.show(40, [np.zeros((5, 7), np.uint8), np.zeros((5, 8), np.uint8)])
     tracker.show(50, [])
     tracker.close()
     assert [r["step"] for r in recorder.logged] == [40]
     assert [recorder.logged[0][f"val/crop_{i}"][0] for i in (0, 1)] == [(5, 7), (5, 8)]
-    assert Wandb(TrackerConfig(wandb="disabled"), tmp_path, {}).pictures == 0
+    assert WandbLogger(TrackerConfig(wandb="disabled"), tmp_path, {}).pictures == 0
 
 
 def test_a_picture_shows_image_truth_and_probability_along_two_axes():
@@ -210,7 +211,7 @@ def test_a_slow_backend_slows_nothing(tmp_path, monkeypatch, caplog):
     """The slowness is injected: each row takes the backend 50 ms."""
     recorder = Recorder(seconds=0.05)
     fake(monkeypatch, lambda **kw: recorder)
-    tracker = Wandb(TrackerConfig(patience=0.3), tmp_path, {})
+    tracker = WandbLogger(TrackerConfig(patience=0.3), tmp_path, {})
     tracker.write([row(s) for s in range(1000)])
     assert len(recorder.logged) < 1000  # they would take it 50 s
     tracker.close()
@@ -226,7 +227,7 @@ def test_a_full_disk_under_the_backend_ends_nothing(tmp_path, monkeypatch, caplo
 
     fake(monkeypatch, lambda **kw: Full())
     with caplog.at_level(logging.WARNING):
-        tracker = Wandb(TrackerConfig(), tmp_path, {})
+        tracker = WandbLogger(TrackerConfig(), tmp_path, {})
         tracker.write([row(1)])
         tracker.close()
     assert "No space left on device" in caplog.text
@@ -235,8 +236,9 @@ def test_a_full_disk_under_the_backend_ends_nothing(tmp_path, monkeypatch, caplo
 ALONE = """
 import sys
 from pathlib import Path
-from hpc_neuro.train.tracker import TrackerConfig, Wandb
-tracker = Wandb(TrackerConfig(wandb="online", patience=2.0), Path(sys.argv[1]), {"a": 1})
+from hpc_neuro.train.config import TrackerConfig
+from hpc_neuro.train.tracker import WandbLogger
+tracker = WandbLogger(TrackerConfig(wandb="online", patience=2.0), Path(sys.argv[1]), {"a": 1})
 tracker.write([{"step": 1, "kind": "train", "loss": 1.0}])
 tracker.close()
 """
@@ -255,12 +257,12 @@ def test_an_unreachable_server_holds_up_neither_the_run_nor_its_end(tmp_path):
 @pytest.mark.slow
 def test_requeues_of_an_offline_run_are_one_run_in_several_files(tmp_path):
     for step in (1, 2):
-        tracker = Wandb(TrackerConfig(group="study"), tmp_path, {"a": 1})
+        tracker = WandbLogger(TrackerConfig(group="study"), tmp_path, {"a": 1})
         tracker.write([row(step)])
         tracker.show(step, [np.full((9, 12), 40 * step, np.uint8)])
         tracker.close()
         time.sleep(1.1)  # folders are named by the second
-    found = sorted(tmp_path.glob(f"wandb/offline-run-*-{run_id(tmp_path)}"))
+    found = sorted(tmp_path.glob(f"wandb/offline-run-*-{get_wandb_id(tmp_path)}"))
     assert len(found) == 2
     for folder in found:
         assert list(folder.glob("*.wandb"))

@@ -43,12 +43,12 @@ from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.dataset import load_batches, read_crop, stack_samples
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import Store
-from hpc_neuro.losses import weighted_sum
+from hpc_neuro.losses import sum_losses
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute.build import look
 from hpc_neuro.precompute.slices import jobs, pixels
 from hpc_neuro.train.config import TrainConfig
-from hpc_neuro.train.setup import assemble
+from hpc_neuro.train.setup import build_parts
 from tools.bench import live_teacher
 from tools.bench.random_store import write_store
 
@@ -133,13 +133,13 @@ def steps(cfg: precompute.PrecomputeConfig, crop: Sequence[int], count: int) -> 
     ]
     keys += [f"teacher.model={cfg.teacher.model}", f"teacher.arch={cfg.teacher.arch}", "distill_fraction=1"]
     train = load(TrainConfig, None, [*keys, "optim.batch=1"])
-    parts, teacher, volume = assemble(train), load_teacher(cfg.teacher), Store(cfg.store)["a"]
+    parts, teacher, volume = build_parts(train), load_teacher(cfg.teacher), Store(cfg.store)["a"]
     module, crops = parts.make().train(), parts.crops
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
 
     def learn(batch: Batch) -> None:
         logits, distillation, _ = module(dict(vars(batch)))
-        loss, _ = weighted_sum(train.losses, StudentOutput(logits, {}), batch)
+        loss, _ = sum_losses(train.losses, StudentOutput(logits, {}), batch)
         (loss if distillation is None else loss + distillation).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -32,9 +32,10 @@ from hpc_neuro.core import distributed
 from hpc_neuro.models.config import SIZES, StudentConfig
 from hpc_neuro.models.student import build_student
 from hpc_neuro.train import memory_plan
-from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
+from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed.engine import Engine, join_group
-from hpc_neuro.train.optim import OptimConfig, groups
+from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
+from hpc_neuro.train.optim import BETAS, group_parameters
 from hpc_neuro.train.setup import TrainModule
 from tools.ranks import launched
 
@@ -57,9 +58,11 @@ def build(
         blank = make()
     depth = blank.student.vit.depth
     if way.startswith("stage"):
-        wanted = groups(blank.named_parameters(), OPTIM, depth, ())
+        wanted = group_parameters(blank.named_parameters(), OPTIM, depth, ())
         sizes = [p.numel() for p in blank.parameters()]
-        engine = Engine(make, {}, wanted, deepspeed_json(EngineConfig(stage=stage), OPTIM, dtype, 1, 1, sizes), dtype)
+        engine = Engine(
+            make, {}, wanted, build_deepspeed_settings(EngineConfig(stage=stage), OPTIM, dtype, 1, 1, sizes), dtype
+        )
         engine.set_lr(OPTIM.lr)
         return lambda batch: engine(batch)[0], engine.backward, engine.step, engine.close
     device = distributed.device()
@@ -73,9 +76,9 @@ def build(
     named = {name.removeprefix("module."): p for name, p in net.named_parameters()}  # which DDP puts before them
     sets = [
         {"params": [named[n] for n in g.names], "weight_decay": g.weight_decay}
-        for g in groups(named.items(), OPTIM, depth, ())
+        for g in group_parameters(named.items(), OPTIM, depth, ())
     ]
-    optimizer = torch.optim.AdamW(sets, lr=OPTIM.lr, betas=OPTIM.betas)
+    optimizer = torch.optim.AdamW(sets, lr=OPTIM.lr, betas=BETAS)
 
     def forward(batch: Any) -> Tensor:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -167,10 +170,10 @@ def rank(args: argparse.Namespace) -> int:
 
 def _utilisation(args: argparse.Namespace, seconds: dict[str, float]) -> dict[str, float]:
     """Share of the device's matrix speed that the student's operations come to; {} where that speed is not known."""
-    peak = memory_plan.peak(distributed.device())
+    peak = memory_plan.peak_flops(distributed.device())
     if peak is None:
         return {}
-    _, operations = memory_plan.operations(StudentConfig(size=args.size), tuple(args.crop))
+    _, operations = memory_plan.count_operations(StudentConfig(size=args.size), tuple(args.crop))
     return {way: round(operations * args.batch / s / peak, 4) for way, s in seconds.items()}
 
 

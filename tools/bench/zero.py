@@ -36,18 +36,17 @@ from hpc_neuro.core import distributed
 from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.types import Array, Batch, StudentOutput
-from hpc_neuro.losses import CrossEntropy, Dice, Distill, weighted_sum
-from hpc_neuro.losses.distill import View
+from hpc_neuro.losses import CrossEntropy, Dice, Distill, View, sum_losses
 from hpc_neuro.models.config import SIZES, StudentConfig
 from hpc_neuro.models.student import blank_student, build_student
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import memory_plan
-from hpc_neuro.train.activation_memory import Alive, Moment, moments
-from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
-from hpc_neuro.train.deepspeed.config import bucket as engine_bucket
+from hpc_neuro.train.activation_memory import BackwardEvent, LiveTensors, trace_backward
+from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed.engine import Engine, join_group
-from hpc_neuro.train.deepspeed.memory_audit import found, ideal
-from hpc_neuro.train.optim import OptimConfig, groups
+from hpc_neuro.train.deepspeed.memory_audit import even_share, measure_rank_memory
+from hpc_neuro.train.deepspeed.settings import bucket_size, build_deepspeed_settings
+from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import TrainModule
 from tools.ranks import launched
 
@@ -83,12 +82,14 @@ def _features(student: StudentConfig, views: tuple[View, ...], crop: Shape) -> d
 
 
 @functools.cache
-def _moments(student: StudentConfig, views: tuple[View, ...], crop: Shape, dtype: torch.dtype) -> tuple[Moment, ...]:
-    return moments(_blank(student, views), LOSSES, crop, 1, dtype, _features(student, views, crop))
+def _moments(
+    student: StudentConfig, views: tuple[View, ...], crop: Shape, dtype: torch.dtype
+) -> tuple[BackwardEvent, ...]:
+    return trace_backward(_blank(student, views), LOSSES, crop, 1, dtype, _features(student, views, crop))
 
 
 @contextlib.contextmanager
-def _settling(alive: Alive) -> Iterator[None]:
+def _settling(alive: LiveTensors) -> Iterator[None]:
     """DeepSpeed's collectives return only when nothing but their caller holds their tensors."""
     backend, names = comm.cdb, ("all_reduce", "reduce", "all_gather_into_tensor")
     for name in names:
@@ -113,11 +114,13 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
 
     views, crop = tuple(args.distill), tuple(args.crop)
     make = functools.partial(_module, student, views, sharded=stage == 3)
-    with Alive() as alive, contextlib.ExitStack() as stack:
+    with LiveTensors() as alive, contextlib.ExitStack() as stack:
         blank = _blank(student, views)
         sizes = [p.numel() for p in blank.parameters()]
-        settings = deepspeed_json(EngineConfig(stage=stage), optim, dtype, 1, passes, sizes)
-        engine = Engine(make, {}, groups(blank.named_parameters(), optim, student.width[1], ()), settings, dtype)
+        settings = build_deepspeed_settings(EngineConfig(stage=stage), optim, dtype, 1, passes, sizes)
+        engine = Engine(
+            make, {}, group_parameters(blank.named_parameters(), optim, student.width[1], ()), settings, dtype
+        )
         engine.module.train()
         if engine.device.type == "cpu" and stage < 3:  # stage 3 communicates often, and never much at once
             stack.enter_context(_settling(alive))
@@ -136,15 +139,15 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
             image = torch.rand(mask.shape, device=engine.device)
             batch = Batch(image, mask, mask.clone(), cached, flags, flags.long())
             logits, distillation, _ = engine(dict(vars(batch)))
-            loss, _ = weighted_sum(LOSSES, StudentOutput(logits, {}), batch)
+            loss, _ = sum_losses(LOSSES, StudentOutput(logits, {}), batch)
             engine.backward(loss if distillation is None else loss + distillation)
-            most = torch.maximum(most, torch.tensor(list(asdict(found(engine)).values())))
+            most = torch.maximum(most, torch.tensor(list(asdict(measure_rank_memory(engine)).values())))
             gc.collect()  # cycles would hold tensors for as long as the collector likes
             engine.step()
             peak = max(peak, torch.cuda.max_memory_allocated() if cuda else alive.most)
         engine.close()
-    value_bytes, bucket = dtype.itemsize, engine_bucket(sum(sizes))
-    work = memory_plan.Work(
+    value_bytes, bucket = dtype.itemsize, bucket_size(sum(sizes))
+    work = memory_plan.StepWork(
         parameters=sum(sizes),
         largest=max(sizes),
         averaged=0,
@@ -153,12 +156,12 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
         value_bytes=value_bytes,
         bucket=bucket,
         offload=False,
-        moments=_moments(student, views, crop, dtype),
+        events=_moments(student, views, crop, dtype),
     )
-    planned = memory_plan.stages(work)[stage]
+    planned = memory_plan.plan_memory(work)[stage]
     held = torch.cat([most, torch.tensor([peak])]).to(engine.device)
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    even = asdict(ideal(sum(sizes), ranks, stage, value_bytes))
+    even = asdict(even_share(sum(sizes), ranks, stage, value_bytes))
     shares = dict(zip(even, held.tolist()[:3], strict=True))
     return {
         **{"stage": stage, "passes": passes, "checkpointing": checkpointing, "numel": sum(sizes)},

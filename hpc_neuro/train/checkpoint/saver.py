@@ -9,41 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field
 
 from hpc_neuro.core import distributed, files, run_folder
-from hpc_neuro.core.schema import config
+from hpc_neuro.train.config import CheckpointConfig
 
 log = logging.getLogger(__name__)
 MARKER = "checkpoint.json"
 TRAINING = "training.json"  # what is no tensor
 _CPU = torch.device("cpu")
-
-
-@config
-class CheckpointConfig:
-    """When training is saved, and what is kept."""
-
-    every: int = Field(default=500, ge=0)
-    """[step] Save every so many steps; 0: only by the clock, on a signal and at the end."""
-    minutes: float = Field(default=10.0, ge=0)
-    """[min] Save when this long has passed since the last; 0: only by steps."""
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept, besides the best validated one and the milestones."""
-    milestone: int = Field(default=0, ge=0)
-    """[step] At multiples of this a checkpoint is saved that is kept for good; 0: none."""
-    metric: Literal["dice_best", "dice", "precision", "recall"] = "dice_best"
-    """What makes a validation the best: its checkpoint is kept, its weights are weights/best. dice_best is the Dice at
-    the best threshold."""
-    margin: float = Field(default=120.0, ge=0)
-    """[s] Stop and save this long before the time is up: that of a Slurm job (SLURM_JOB_END_TIME) or `walltime`."""
-    background: bool = True
-    """Train on while a checkpoint is written, from a copy in host memory; what ends a run is always waited for."""
-    walltime: float = Field(default=0.0, ge=0)
-    """[min] Time that one start of the run may take where Slurm does not say; 0: any."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +33,7 @@ class Marker:
     code: str = ""
 
 
-def newest(folder: Path) -> Path | None:
+def find_newest(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step, None when there is none."""
     found = sorted(p for p in folder.glob("step_*") if (p / MARKER).exists())
     return found[-1] if found else None
@@ -138,7 +113,7 @@ class Saver:
         if _anywhere(self._failures):
             if distributed.is_main():
                 shutil.rmtree(part, ignore_errors=True)
-                held = newest(self._folder)
+                held = find_newest(self._folder)
                 log.warning(
                     "the checkpoint of step %d could not be written (%s); training goes on, %s",
                     marker.step,

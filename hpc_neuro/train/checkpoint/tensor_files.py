@@ -26,7 +26,7 @@ _CHUNK = 1 << 24  # elements brought to the host at once
 
 
 @dataclass(frozen=True)
-class Range:
+class TensorRange:
     """A range of one flattened parameter, float32 [n]."""
 
     kind: str
@@ -35,12 +35,12 @@ class Range:
     values: Tensor
 
 
-def file_of(folder: Path, rank: int) -> Path:
+def rank_file(folder: Path, rank: int) -> Path:
     """Where a rank writes what it owns."""
     return folder / f"rank_{rank:05d}.safetensors"
 
 
-def write(
+def write_tensors(
     path: Path, shapes: Mapping[str, Sequence[int]], values: Iterable[Tensor], meta: Mapping[str, str] | None = None
 ) -> None:
     """Write float32 tensors in the order of `shapes`, never holding more than a part of one on the host; fsynced.
@@ -66,22 +66,22 @@ def write(
         os.fsync(handle.fileno())
 
 
-def write_ranges(path: Path, ranges: Sequence[Range]) -> None:
+def write_ranges(path: Path, ranges: Sequence[TensorRange]) -> None:
     """Write what one rank owns. Raises OSError."""
     shapes = {f"{r.kind}/{r.start}/{r.name}": [r.values.numel()] for r in ranges}
-    write(path, shapes, (r.values for r in ranges))
+    write_tensors(path, shapes, (r.values for r in ranges))
 
 
-def read_ranges(folder: Path, wanted: Sequence[Range], first: int = 0) -> None:
+def read_ranges(folder: Path, wanted: Sequence[TensorRange], first: int = 0) -> None:
     """Fill the values of `wanted` from the files of a checkpoint, beginning with that of rank `first`.
 
     Raises InputError when a file cannot be read or elements are in none of them.
     """
-    by_name: dict[tuple[str, str], list[Range]] = {}
+    by_name: dict[tuple[str, str], list[TensorRange]] = {}
     for item in wanted:
         by_name.setdefault((item.kind, item.name), []).append(item)
     left = sum(item.values.numel() for item in wanted)
-    paths = sorted(folder.glob(PATTERN), key=lambda p: (p != file_of(folder, first), p))
+    paths = sorted(folder.glob(PATTERN), key=lambda p: (p != rank_file(folder, first), p))
     for path in paths:
         if left == 0:
             return
@@ -96,7 +96,7 @@ def read_ranges(folder: Path, wanted: Sequence[Range], first: int = 0) -> None:
         raise InputError(f"{folder} lacks {left} numbers that this model has; remove it, the one before is then taken")
 
 
-def kinds(folder: Path) -> set[str]:
+def list_kinds(folder: Path) -> set[str]:
     """The kinds that a checkpoint holds. Raises InputError when a file cannot be read."""
     found = set()
     for path in folder.glob(PATTERN):
@@ -105,7 +105,7 @@ def kinds(folder: Path) -> set[str]:
     return found
 
 
-def stream(folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
+def stream_tensors(folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
     """Whole float32 tensors of one kind in the order of `shapes`, one at a time. Raises InputError."""
     paths = sorted(folder.glob(PATTERN))
     where: dict[str, list[Path]] = {}

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from hpc_neuro.core import distributed
 from hpc_neuro.core.schema import ConfigError
-from hpc_neuro.train.checkpoint.tensor_files import file_of, read_ranges, write_ranges
+from hpc_neuro.train.checkpoint.tensor_files import rank_file, read_ranges, write_ranges
+from hpc_neuro.train.config import EngineConfig
 from hpc_neuro.train.deepspeed import nvme
-from hpc_neuro.train.deepspeed.config import EngineConfig
 from hpc_neuro.train.deepspeed.shards import Shards
-from hpc_neuro.train.optim import Group
+from hpc_neuro.train.optim import ParameterGroup
 
 log = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -57,7 +57,7 @@ def check(cfg: EngineConfig, batch: int, world: int) -> tuple[torch.dtype, int, 
         faults.append("engine.nvme: the folder and offload_parameters=nvme go together; give both or neither")
     elif cfg.nvme is not None and not cfg.nvme.is_dir():
         faults.append(f"engine.nvme: {cfg.nvme} is no folder on this node; make it, or give another")
-    elif cfg.nvme is not None and (missing := files_lack()):
+    elif cfg.nvme is not None and (missing := find_missing_for_nvme()):
         faults.append(f"engine.nvme: DeepSpeed's operator for files (async_io) needs {missing}")
     if world > batch:
         faults.append(f"optim.batch: {batch} crops leave some of the {world} ranks without any; start {batch} at most")
@@ -99,7 +99,7 @@ class Engine:
         self,
         make: Callable[[], nn.Module],
         values: Mapping[str, Tensor],
-        groups: Sequence[Group],
+        groups: Sequence[ParameterGroup],
         settings: dict[str, Any],
         dtype: torch.dtype,
     ) -> None:
@@ -114,7 +114,7 @@ class Engine:
             nvme.built_once(lambda: _async_io().load(verbose=False))
         # what goes to files has its precision before it is shared out, from a module that each rank builds whole
         early = self.stage == 3 and self._files is None
-        module, exact = _built_sharded(make, values, settings, dtype) if early else (built(make, values), {})
+        module, exact = _built_sharded(make, values, settings, dtype) if early else (build_module(make, values), {})
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         # DeepSpeed rounds weights to half precision before it copies them: the master weights would start rounded
@@ -175,7 +175,7 @@ class Engine:
 
         def write(folder: Path) -> None:
             if ranges:
-                write_ranges(file_of(folder, rank), ranges)
+                write_ranges(rank_file(folder, rank), ranges)
 
         return write, {"updates": self.shards.step(), "scaler": self.shards.scaler()}
 
@@ -217,7 +217,7 @@ class Engine:
 
 
 @torch.no_grad()
-def built(make: Callable[[], nn.Module], values: Mapping[str, Tensor]) -> nn.Module:
+def build_module(make: Callable[[], nn.Module], values: Mapping[str, Tensor]) -> nn.Module:
     """A module in plain torch, with `values` in the parameters of these names."""
     module = make()
     for name, parameter in module.named_parameters():
@@ -230,7 +230,7 @@ def built(make: Callable[[], nn.Module], values: Mapping[str, Tensor]) -> nn.Mod
 def _built_sharded(
     make: Callable[[], nn.Module], values: Mapping[str, Tensor], settings: dict[str, Any], dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, tuple[int, Tensor]]]:
-    """The module of `built` to the bit, each rank with its part of every parameter; and these parts before rounding.
+    """Build the module of `build_module` sharded, bit for bit; also return this rank's parts before rounding.
 
     DeepSpeed takes a layer's parameters away when its constructor returns. Without its overrides constructors work on
     the CPU in float32, as they do for the other stages.
@@ -261,7 +261,7 @@ def _computes_fp16() -> bool:
     return bool(get_accelerator().is_fp16_supported())
 
 
-def files_lack() -> str | None:
+def find_missing_for_nvme() -> str | None:
     """What is to be installed before DeepSpeed's reader and writer for NVMe can be had, and how; None: nothing."""
     _quiet_deepspeed()
     from deepspeed.git_version_info import installed_ops

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Held:
+class RankMemory:
     """[bytes] on one rank."""
 
     parameters: int  # as the passes use them
@@ -23,7 +23,7 @@ class Held:
         return self.parameters + self.gradients + self.optimizer
 
 
-def ideal(parameters: int, ranks: int, stage: int, value_bytes: int) -> Held:
+def even_share(parameters: int, ranks: int, stage: int, value_bytes: int) -> RankMemory:
     """What ZeRO promises: from its stage on, each kind is shared out evenly. (Rajbhandari et al., SC 2020, figure 1)
 
     value_bytes: of a weight in use and of its gradient, 4 for float32 and 2 for bf16 or fp16. DeepSpeed steps on a
@@ -34,14 +34,14 @@ def ideal(parameters: int, ranks: int, stage: int, value_bytes: int) -> Held:
         return ranks if stage >= kind else 1
 
     master = 4 if value_bytes < 4 or stage > 0 else 0
-    return Held(
+    return RankMemory(
         parameters=value_bytes * parameters // over(3),
         gradients=value_bytes * parameters // over(2),
         optimizer=(8 + master) * parameters // over(1),
     )
 
 
-def found(engine: Any) -> Held:
+def measure_rank_memory(engine: Any) -> RankMemory:
     """Tensors of an `Engine`, each storage once; to be called after a backward, before the step."""
     zero, shards = engine.optimizer, engine.shards
     used = [p for p in engine.module.parameters() if p.requires_grad]
@@ -55,7 +55,7 @@ def found(engine: Any) -> Held:
     parameters = _bytes(weights, seen)
     state = [*shards.flats, *(m for s in shards.items for m in shards.moments(s).values())]
     optimizer = _bytes(state, seen)
-    return Held(parameters=parameters, gradients=_bytes(gradients, seen), optimizer=optimizer)
+    return RankMemory(parameters=parameters, gradients=_bytes(gradients, seen), optimizer=optimizer)
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:

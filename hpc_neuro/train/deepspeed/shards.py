@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_neuro.train.checkpoint.tensor_files import Range
+from hpc_neuro.train.checkpoint.tensor_files import TensorRange
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -103,12 +103,12 @@ class Shards:
                 state.update({kind: torch.zeros_like(flat.detach()) for kind in MOMENTS})
             state["step"] = torch.tensor(float(step))
 
-    def ranges(self, also: Mapping[str, Mapping[int, Tensor]]) -> list[Range]:
+    def ranges(self, also: Mapping[str, Mapping[int, Tensor]]) -> list[TensorRange]:
         """All this rank holds. also: kind -> index of a shard -> values shaped like its weight."""
-        found = [Range("weight", s.name, s.start, s.weight) for s in self.items]
-        found += [Range(kind, s.name, s.start, v) for s in self.items for kind, v in self.moments(s).items()]
+        found = [TensorRange("weight", s.name, s.start, s.weight) for s in self.items]
+        found += [TensorRange(kind, s.name, s.start, v) for s in self.items for kind, v in self.moments(s).items()]
         for kind, held in also.items():
-            found += [Range(kind, self.items[i].name, self.items[i].start, v) for i, v in held.items()]
+            found += [TensorRange(kind, self.items[i].name, self.items[i].start, v) for i, v in held.items()]
         return found
 
     def scaler(self) -> dict[str, float]:

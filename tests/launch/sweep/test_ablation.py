@@ -18,14 +18,14 @@ from hpc_neuro import search
 from hpc_neuro.core import run_folder, schema
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.types import StudentOutput
-from hpc_neuro.losses import weighted_sum
+from hpc_neuro.losses import sum_losses
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import grid, keys
 from hpc_neuro.train import TrainConfig, setup
-from hpc_neuro.train.deepspeed.engine import built
+from hpc_neuro.train.deepspeed.engine import build_module
 from launch.executors import JobState
 from launch.sweep import trial as runner
 from launch.sweep.driver import Driver
@@ -167,13 +167,13 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
         return schema.load(TrainConfig, None, [*given, "distill_fraction=1.0", *keys(cfg.space, point)])
 
     points = [p for p in grid(cfg.space) if p["seed"] == 0]
-    crops = setup.assemble(made(next(p for p in points if p["distillation"] == "point"))).crops
+    crops = setup.build_parts(made(next(p for p in points if p["distillation"] == "point"))).crops
     batch = crops.collate([crops[0], crops[1]])
     first, heads, rest, later = {}, {}, {}, {}
     for point in points:
         setting = point["transfer"], point["distillation"]
-        parts = setup.assemble(made(point))
-        module = built(parts.make, parts.values).train()
+        parts = setup.build_parts(made(point))
+        module = build_module(parts.make, parts.values).train()
         named = dict(module.named_parameters())
         assert parts.transferred <= named.keys()
         assert bool(parts.transferred) == (point["transfer"] != "scratch")
@@ -186,7 +186,7 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
             if step == 0:
                 first[setting] = logits.detach()
                 heads[setting] = None if distillation is None else float(distillation.detach())
-            loss = weighted_sum(made(point).losses, StudentOutput(logits, {}), batch)[0]
+            loss = sum_losses(made(point).losses, StudentOutput(logits, {}), batch)[0]
             optimiser.zero_grad()
             (loss if distillation is None else loss + distillation).backward()
             optimiser.step()

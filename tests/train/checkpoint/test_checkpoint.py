@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from hpc_neuro import train
 from hpc_neuro.train import loop
 from hpc_neuro.train.checkpoint import saver as checkpoint
-from hpc_neuro.train.checkpoint.saver import CheckpointConfig, Marker, Saver, newest
+from hpc_neuro.train.checkpoint.saver import Marker, Saver, find_newest
+from hpc_neuro.train.config import CheckpointConfig
 from hpc_neuro.train.deepspeed import engine
 from tests.train.conftest import TINY, rows
 
@@ -53,7 +54,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, dice in ((1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None), (6, 0.4)):
         assert save(tmp_path, marker(step, dice), write, CFG)
     assert names(tmp_path) == ["step_00000002", "step_00000005", "step_00000006"]
-    assert newest(tmp_path) == tmp_path / "step_00000006"
+    assert find_newest(tmp_path) == tmp_path / "step_00000006"
     assert checkpoint.read_marker(tmp_path / "step_00000002").score == 0.9
 
 
@@ -82,10 +83,10 @@ def test_it_is_absent_while_it_is_written_and_the_next_one_waits(tmp_path, caplo
 
     saver.begin(marker(1), slow)
     assert not saver.written
-    assert newest(tmp_path) is None
+    assert find_newest(tmp_path) is None
     threading.Timer(0.05, go.set).start()
     saver.begin(marker(2), refuse)
-    assert newest(tmp_path) == tmp_path / "step_00000001"
+    assert find_newest(tmp_path) == tmp_path / "step_00000001"
     with caplog.at_level(logging.WARNING):
         saver.begin(marker(3), write)
     assert "the checkpoint of step 2 could not be written (no space left" in caplog.text
@@ -123,8 +124,8 @@ def test_what_a_run_does_meanwhile_is_not_in_the_checkpoint(tiny, tmp_path, monk
 def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path):
     save(tmp_path, marker(1), write, CFG)
     (tmp_path / "step_00000009").mkdir(parents=True)
-    assert newest(tmp_path) == tmp_path / "step_00000001"
-    assert newest(tmp_path / "nowhere") is None
+    assert find_newest(tmp_path) == tmp_path / "step_00000001"
+    assert find_newest(tmp_path / "nowhere") is None
 
 
 def test_the_rest_of_a_killed_save_is_written_over(tmp_path):
@@ -143,12 +144,12 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bits(tiny, sto
     out = tmp_path / "run"
     command = [sys.executable, "-m", "hpc_neuro", "train", f"store={store}", f"out={out}", *TINY, *keys]
     job = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while newest(out / "checkpoints") is None or len(rows(out)) < 3:
+    while find_newest(out / "checkpoints") is None or len(rows(out)) < 3:
         assert job.poll() is None
         time.sleep(0.02)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    saved = newest(out / "checkpoints")
+    saved = find_newest(out / "checkpoints")
     assert saved is not None
     assert 1 <= checkpoint.read_marker(saved).step < 10
     assert train.run(tiny(out, *keys)) == 0

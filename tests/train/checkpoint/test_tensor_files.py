@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 from hpc_neuro.core import distributed
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.train import loop
-from hpc_neuro.train.checkpoint.tensor_files import Range, file_of, read_ranges, stream, write, write_ranges
+from hpc_neuro.train.checkpoint.tensor_files import (
+    TensorRange,
+    rank_file,
+    read_ranges,
+    stream_tensors,
+    write_ranges,
+    write_tensors,
+)
 
 
 def cut(values: torch.Tensor, at: list[int]) -> list[tuple[int, torch.Tensor]]:
@@ -27,40 +34,44 @@ def test_any_cut_is_read_through_any_other(tmp_path_factory, numel, data):
     folder = tmp_path_factory.mktemp("ranges")
     whole = {"a": torch.randn(numel), "b.weight": torch.randn(7)}
     places = st.lists(st.integers(0, numel), max_size=3)
-    parts = [Range("weight", "a", start, v) for start, v in cut(whole["a"], data.draw(places))]
+    parts = [TensorRange("weight", "a", start, v) for start, v in cut(whole["a"], data.draw(places))]
     for rank, part in enumerate(parts):
-        write_ranges(file_of(folder, rank), [part] + [Range("weight", "b.weight", 0, whole["b.weight"])] * (rank == 0))
-    wanted = [Range("weight", "a", start, torch.full_like(v, 9)) for start, v in cut(whole["a"], data.draw(places))]
+        write_ranges(
+            rank_file(folder, rank), [part] + [TensorRange("weight", "b.weight", 0, whole["b.weight"])] * (rank == 0)
+        )
+    wanted = [
+        TensorRange("weight", "a", start, torch.full_like(v, 9)) for start, v in cut(whole["a"], data.draw(places))
+    ]
     read_ranges(folder, wanted, first=data.draw(st.integers(0, 5)))
     assert torch.equal(torch.cat([r.values for r in wanted]), whole["a"])
-    found = list(stream(folder, "weight", {"b.weight": (7, 1), "a": (numel,)}))
+    found = list(stream_tensors(folder, "weight", {"b.weight": (7, 1), "a": (numel,)}))
     assert torch.equal(found[0], whole["b.weight"][:, None])
     assert torch.equal(found[1], whole["a"])
 
 
 def test_what_is_missing_or_broken_is_said(tmp_path):
-    write_ranges(file_of(tmp_path, 0), [Range("weight", "a", 0, torch.zeros(3))])
-    for wanted in (Range("weight", "a", 2, torch.zeros(4)), Range("exp_avg", "a", 0, torch.zeros(3))):
+    write_ranges(rank_file(tmp_path, 0), [TensorRange("weight", "a", 0, torch.zeros(3))])
+    for wanted in (TensorRange("weight", "a", 2, torch.zeros(4)), TensorRange("exp_avg", "a", 0, torch.zeros(3))):
         with pytest.raises(InputError, match="lacks 3 numbers"):
             read_ranges(tmp_path, [wanted])
     with pytest.raises(InputError, match=r"lacks 1 numbers of weight a"):
-        list(stream(tmp_path, "weight", {"a": (4,)}))
-    whole = file_of(tmp_path, 0).read_bytes()
-    file_of(tmp_path, 0).write_bytes(whole[:-4])
+        list(stream_tensors(tmp_path, "weight", {"a": (4,)}))
+    whole = rank_file(tmp_path, 0).read_bytes()
+    rank_file(tmp_path, 0).write_bytes(whole[:-4])
     with pytest.raises(InputError, match=r"rank_00000\.safetensors cannot be read"):
-        read_ranges(tmp_path, [Range("weight", "a", 0, torch.zeros(3))])
+        read_ranges(tmp_path, [TensorRange("weight", "a", 0, torch.zeros(3))])
 
 
 def test_other_programs_read_what_is_written(tmp_path):
     tensors = {"x": torch.randn(2, 3).bfloat16(), "y": torch.randn(4, 3).T, "scalar": torch.tensor(2.5)}
     shapes = {k: v.shape for k, v in tensors.items()}
-    write(tmp_path / "file", shapes, tensors.values(), {"code": "1"})
+    write_tensors(tmp_path / "file", shapes, tensors.values(), {"code": "1"})
     found = load_file(tmp_path / "file")
     assert all(torch.equal(found[k], v.float()) for k, v in tensors.items())
     with safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata() == {"code": "1"}
     with pytest.raises(ValueError, match="has 2 elements"):
-        write(tmp_path / "file", {"x": (3,)}, [torch.zeros(2)])
+        write_tensors(tmp_path / "file", {"x": (3,)}, [torch.zeros(2)])
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12))

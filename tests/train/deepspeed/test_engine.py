@@ -11,9 +11,10 @@ import torch
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import build_student
+from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed import engine
-from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
-from hpc_neuro.train.optim import OptimConfig, groups
+from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
+from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import TrainModule
 
 STUDENT = StudentConfig(size="tiny", depth=1, stem_channels=(4, 4, 8))
@@ -41,10 +42,10 @@ def make():
         cfg, optim = EngineConfig(**keys), OptimConfig(batch=2)
         module = module_of(cfg.stage)
         sizes = [p.numel() for p in module.parameters()]
-        settings = deepspeed_json(cfg, optim, dtype, 1, 2, sizes)
+        settings = build_deepspeed_settings(cfg, optim, dtype, 1, 2, sizes)
         if scale is not None:
             settings["fp16"] |= {"initial_scale_power": scale, "hysteresis": 1}
-        wanted = groups(module.named_parameters(), optim, 1, ())
+        wanted = group_parameters(module.named_parameters(), optim, 1, ())
         made.append(engine.Engine(lambda: module_of(cfg.stage), values or {}, wanted, settings, dtype))
         made[-1].set_lr(1e-3)
         return made[-1]

@@ -16,9 +16,10 @@ from torch.utils import cpp_extension
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import build_student
+from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed import engine, nvme
-from hpc_neuro.train.deepspeed.config import EngineConfig, deepspeed_json
-from hpc_neuro.train.optim import OptimConfig, groups
+from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
+from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import TrainModule
 
 STUDENT = StudentConfig(size="small", depth=1, stem_channels=(4, 4, 8))  # whose matrices have more than 1 MiB
@@ -44,8 +45,10 @@ def module() -> TrainModule:
 def made(cfg: EngineConfig) -> engine.Engine:
     engine.join_group(EngineConfig())
     named = dict(module().named_parameters())
-    settings = deepspeed_json(cfg, OptimConfig(batch=1), torch.float32, 1, 1, [p.numel() for p in named.values()])
-    wanted = groups(named.items(), OptimConfig(), 1, ())
+    settings = build_deepspeed_settings(
+        cfg, OptimConfig(batch=1), torch.float32, 1, 1, [p.numel() for p in named.values()]
+    )
+    wanted = group_parameters(named.items(), OptimConfig(), 1, ())
     return engine.Engine(module, {}, wanted, settings, torch.float32)
 
 
@@ -67,7 +70,7 @@ def losses(held: engine.Engine, count: int) -> list[float]:
 
 def test_parameters_in_files_train_to_the_same_bits(tmp_path):
     """Also after a forward without a backward, which reads parameters ahead, and after new weights are loaded."""
-    lacks = engine.files_lack()
+    lacks = engine.find_missing_for_nvme()
     if lacks is not None:
         pytest.skip(f"DeepSpeed's async_io needs {lacks}")
     if not compiled():

@@ -3,57 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from hpc_neuro.core.schema import config
 from hpc_neuro.models.vit3d import TransformerBlock
+from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed import nvme
-from hpc_neuro.train.optim import OptimConfig
+from hpc_neuro.train.optim import BETAS
 
 _BUCKET = 1 << 26  # elements reduced or gathered at once, at most
 
 
-@config
-class EngineConfig:
-    """How the work is spread and in which precision it runs."""
-
-    stage: Literal[0, 1, 2, 3] = 2
-    """ZeRO: 0 nothing sharded over ranks, 1 optimizer state, 2 and gradients, 3 and parameters."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of activations and weights in use; master weights are float32. auto: bf16 on a GPU that has it, else fp32."""
-    micro_batch: int | None = Field(default=None, ge=1)
-    """Crops per rank and pass, at most; none: optim.batch / ranks. Passes are accumulated to optim.batch crops, on any
-    number of ranks."""
-    offload_optimizer: bool = False
-    """Keep optimizer state and its step in host memory; needs a GPU and stage 1 to 3."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where parameters wait between passes at stage 3: in GPU memory, in host memory, or as files in `nvme`."""
-    nvme: Path | None = None
-    """Folder on a fast disk of each node for offload_parameters=nvme, with or without a GPU; needs libaio, and once
-    some minutes of a C++ compiler (see hpc-neuro doctor)."""
-    timeout: float = Field(default=600.0, gt=0)
-    """[s] A collective operation that takes this long ends the run: a rank lives but does not come."""
-    silence: float = Field(default=30.0, ge=1)
-    """[s] A rank whose process gives no sign of life for this long is lost: the others name it and have ended 1.6 times
-    as long after its last sign."""
-
-
-def bucket(parameters: int) -> int:
+def bucket_size(parameters: int) -> int:
     """Elements that are reduced or gathered at once."""
     return min(-(-parameters // 1024) * 1024, _BUCKET)  # DeepSpeed wants them aligned
 
 
-def deepspeed_json(
+def build_deepspeed_settings(
     cfg: EngineConfig, optim: OptimConfig, dtype: torch.dtype, micro: int, passes: int, sizes: Sequence[int]
 ) -> dict[str, Any]:
     """What DeepSpeed is told. `sizes`: elements of each trained parameter."""
     parameters = sum(sizes)
     # DeepSpeed allocates whole buckets, by default of 2 GB, whatever the size of the model
-    size = bucket(parameters)
+    size = bucket_size(parameters)
     zero: dict[str, Any] = {"stage": cfg.stage, "reduce_bucket_size": size, "allgather_bucket_size": size}
     if cfg.stage in (1, 2):
         # By default a bucket is copied, all of it reduced on all ranks just the same, and copied back. In place it is
@@ -77,7 +50,7 @@ def deepspeed_json(
                 "nvme_path": str(cfg.nvme),
                 **nvme.buffers(sizes, dtype.itemsize, live + live // 4),
             }
-    adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay}
+    adam = {"lr": optim.lr, "betas": list(BETAS), "eps": 1e-8, "weight_decay": optim.weight_decay}
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": passes,
