@@ -1,4 +1,4 @@
-"""A tree in the wrong place is found, and the way to right it is named."""
+"""A misaligned tree is recognized, and the change that aligns it is named."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def fit(tree: Tree, image: Array, unit: str = "voxel", size: VoxelSize = SIZE) -
 
 
 @pytest.mark.parametrize("clean", [False, True])
-def test_a_good_tree_fits_best_as_it_is(clean: bool) -> None:
+def test_aligned_tree_fits_best(clean: bool) -> None:
     tree, image = scene(clean)
-    found = fit(tree, image)
-    assert found.score > 0.98
-    assert not found.is_misaligned
+    result = fit(tree, image)
+    assert result.score > 0.98
+    assert not result.is_misaligned
 
 
 MOVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -59,32 +59,32 @@ MOVES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("words", list(MOVES))
 @pytest.mark.parametrize("clean", [False, True])
-def test_each_change_is_named_by_what_undoes_it(words: str, clean: bool) -> None:
+def test_best_change_undoes_the_misalignment(words: str, clean: bool) -> None:
     tree, image = scene(clean)
-    found = fit(replace(tree, points=MOVES[words](tree.points)), image)
-    assert found.is_misaligned
-    assert found.best_score > 0.98
-    assert found.best_change == words
+    result = fit(replace(tree, points=MOVES[words](tree.points)), image)
+    assert result.is_misaligned
+    assert result.best_score > 0.98
+    assert result.best_change == words
 
 
-def test_a_tree_said_to_be_in_um_that_is_in_voxels_is_told_so() -> None:
+def test_tree_in_the_other_unit_is_named() -> None:
     tree, image = scene()
     small = (slice(None), slice(0, 60), slice(0, 60))
     wrong = replace(tree, points=tree.points / SIZE * [1, 0.5, 0.5])  # 0.5 um voxels taken for 1 um
-    found = fit(replace(wrong, points=tree.points / np.array(SIZE) * 0.5), image[small], "um", (2.0, 2.0, 2.0))
-    assert found.score < found.best_score or not found.is_misaligned
+    result = fit(replace(wrong, points=tree.points / np.array(SIZE) * 0.5), image[small], "um", (2.0, 2.0, 2.0))
+    assert result.score < result.best_score or not result.is_misaligned
     right = fit(replace(tree, points=tree.points / 2.0), image, "um", (2.0, 2.0, 2.0))
     assert right.is_misaligned
     assert right.best_change == "swc_unit=voxel"
 
 
-def test_a_tree_on_nothing_has_no_better_place() -> None:
+def test_tree_on_noise_has_no_better_orientation() -> None:
     rng = np.random.default_rng(0)
     tree, _ = scene()
     assert not fit(tree, rng.integers(0, 50, SHAPE).astype(np.uint8)).is_misaligned
 
 
-def test_the_share_outside_the_image() -> None:
+def test_outside_fraction() -> None:
     tree, _ = scene()
     assert outside_fraction(tree, SHAPE) == 0
     assert outside_fraction(replace(tree, points=tree.points + np.array([0, 0, 25])), SHAPE) == pytest.approx(2 / 5)
@@ -92,14 +92,14 @@ def test_the_share_outside_the_image() -> None:
 
 
 @pytest.mark.parametrize("name", ["OP_1", "OP_7"])
-def test_a_real_tree_is_right_as_given_and_its_flip_is_named(real_data: Path, name: str) -> None:
+def test_real_tree_and_its_flip(real_data: Path, name: str) -> None:
     image = open_volume(real_data / "diadem_op" / f"{name}.tif")
     tree = swc.read(real_data / "diadem_op" / f"{name}.swc")
     voxels = image[Box.whole(image.shape)]
     size = (0.9988, 0.32965, 0.32965)
-    found = fit(tree, voxels, size=size)
-    assert found.score > 0.95
-    assert found.best_score < 0.75
+    result = fit(tree, voxels, size=size)
+    assert result.score > 0.95
+    assert result.best_score < 0.75
     flipped = fit(replace(tree, points=tree.points * [1, -1, 1] + [0, 511, 0]), voxels, size=size)
     assert flipped.is_misaligned
     assert flipped.best_change == "y flipped"

@@ -29,7 +29,7 @@ def expected(image: Array) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "i4", "u4", "f4"])
-def test_the_range_is_the_definition_for_every_dtype(dtype: str) -> None:
+def test_range_equals_its_definition(dtype: str) -> None:
     rng = np.random.default_rng(0)
     image = rng.gamma(2.0, 20.0, (12, 40, 50))
     image[5, 10:30, 20:22] = 230
@@ -41,7 +41,7 @@ def test_the_range_is_the_definition_for_every_dtype(dtype: str) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**31), st.sampled_from(["u1", "i2", "f4"]), st.floats(0, 0.999))
-def test_the_range_is_the_definition_at_any_sparsity(seed: int, dtype: str, empty: float) -> None:
+def test_range_equals_its_definition_at_any_sparsity(seed: int, dtype: str, empty: float) -> None:
     rng = np.random.default_rng(seed)
     image = np.where(rng.random((8, 20, 20)) < empty, 0, rng.integers(1, 120, (8, 20, 20))).astype(dtype)
     low, high = expected(image)
@@ -52,7 +52,7 @@ def test_the_range_is_the_definition_at_any_sparsity(seed: int, dtype: str, empt
             compute_intensity_range(reader(image), image.shape)
 
 
-def test_a_stack_that_is_nearly_all_zero_has_its_neurites_near_one() -> None:
+def test_neurites_of_a_sparse_stack_are_near_one() -> None:
     image = np.zeros((20, 100, 100), dtype=np.uint8)
     image[10, 50, 10:90] = np.linspace(100, 200, 80)
     low, high = compute_intensity_range(reader(image), image.shape)
@@ -60,7 +60,7 @@ def test_a_stack_that_is_nearly_all_zero_has_its_neurites_near_one() -> None:
     assert 190 < high <= 200
 
 
-def test_streaming_in_many_slabs_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_range_does_not_depend_on_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     image = np.random.default_rng(1).normal(100, 20, (30, 70, 130)).astype(np.float32)
     whole = compute_intensity_range(reader(image), image.shape)
     monkeypatch.setattr(intensity, "_PASS_BYTES", 20_000)
@@ -77,7 +77,7 @@ def test_slabs_begin_at_multiples_of_the_depth(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("value", [0, 7])
-def test_a_constant_image_is_refused(value: int) -> None:
+def test_constant_image_is_refused(value: int) -> None:
     image = np.full((4, 8, 8), value, dtype=np.uint8)
     with pytest.raises(InputError, match=f"every voxel is {value}, an image with contrast is wanted"):
         compute_intensity_range(reader(image), image.shape)
@@ -85,7 +85,7 @@ def test_a_constant_image_is_refused(value: int) -> None:
         compute_intensity_range(reader(image.astype(np.float32)), image.shape)
 
 
-def test_a_dark_neuron_on_white_is_refused() -> None:
+def test_dark_neuron_on_white_is_refused() -> None:
     image = np.full((10, 50, 50), 255, dtype=np.uint8)
     image[5, 25, 10:40] = 0
     with pytest.raises(InputError, match="bright neuron on a dark background is wanted"):
@@ -100,7 +100,7 @@ def test_nan_and_infinity_are_named_by_voxel(bad: float) -> None:
         compute_intensity_range(reader(image), image.shape)
 
 
-def test_normalise_clips_and_maps_low_and_high() -> None:
+def test_normalize_maps_the_range_to_0_and_1() -> None:
     out = normalize(np.array([0, 10, 60, 110, 500], dtype=np.uint16), 10, 110)
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, [0, 0, 0.5, 1, 1])

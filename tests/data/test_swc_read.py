@@ -13,7 +13,7 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from tests.helpers.swc_cases import GOOD, REFUSED, TOLERATED, Put
-from tests.helpers.swc_oracles import ours, random_tree, same
+from tests.helpers.swc_oracles import measure_tree, random_tree, trees_equal
 
 
 def test_x_y_z_become_z_y_x(file: Put) -> None:
@@ -25,31 +25,31 @@ def test_x_y_z_become_z_y_x(file: Put) -> None:
 
 
 @pytest.mark.parametrize("kind", TOLERATED)
-def test_what_has_one_meaning_is_read(file: Put, kind: str) -> None:
+def test_tolerated_files_are_read(file: Put, kind: str) -> None:
     expected = swc.read(file(GOOD, "good.swc"))
-    found = swc.read(file(TOLERATED[kind]))
-    order = np.lexsort(found.points.T)
-    np.testing.assert_array_equal(found.points[order], expected.points[np.lexsort(expected.points.T)])
-    assert ours(found) == pytest.approx(ours(expected))
-    assert np.array_equal(np.sort(found.radii), np.sort(expected.radii))
+    tree = swc.read(file(TOLERATED[kind]))
+    order = np.lexsort(tree.points.T)
+    np.testing.assert_array_equal(tree.points[order], expected.points[np.lexsort(expected.points.T)])
+    assert measure_tree(tree) == pytest.approx(measure_tree(expected))
+    assert np.array_equal(np.sort(tree.radii), np.sort(expected.radii))
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_open_is_refused_by_line(file: Put, kind: str) -> None:
-    content, says = REFUSED[kind]
-    with pytest.raises(InputError, match=says) as caught:
+def test_ambiguous_files_are_refused_by_line(file: Put, kind: str) -> None:
+    content, message = REFUSED[kind]
+    with pytest.raises(InputError, match=message) as caught:
         swc.read(file(content))
     assert "hpc-neuro swc fix" in str(caught.value)
     assert any(f.fatal for f in swc.check(file(content)))
 
 
-def test_what_is_no_swc_is_refused(file: Put, tmp_path: Path) -> None:
-    for content, says in (
+def test_other_formats_are_refused(file: Put, tmp_path: Path) -> None:
+    for content, message in (
         (b"\x1f\x8b\x08\0abc", "gzip-compressed"),
         (b"<?xml version='1.0'?><tracings/>", "is XML"),
         (b"II*\0\0\0\0\0", "binary file"),
     ):
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             swc.read(file(content))
     with pytest.raises(InputError, match="does not exist"):
         swc.read(tmp_path / "none.swc")
@@ -57,23 +57,23 @@ def test_what_is_no_swc_is_refused(file: Put, tmp_path: Path) -> None:
         swc.read(tmp_path)
 
 
-def test_a_long_list_is_cut(file: Put) -> None:
+def test_long_error_is_shortened(file: Put) -> None:
     with pytest.raises(InputError, match=r"and \d+ more") as caught:
         swc.read(file("".join(f"{i} 3 nan 0 0 1 {i + 1000}\n" for i in range(1, 200))))
     assert len(str(caught.value)) < 2000
 
 
-def test_radii_are_always_usable(file: Put) -> None:
+def test_bad_radii_are_replaced(file: Put) -> None:
     rows = "1 3 0 0 0 0 -1\n2 3 1 0 0 4 1\n3 3 2 0 0 nan 2\n4 3 3 0 0 -1 3\n5 3 1 1 0 2 1\n"
     assert swc.read(file(rows)).radii.tolist() == [3, 4, 4, 4, 2]
     assert [f.line for f in swc.check(file(rows)) if f.kind == "radius"] == [1, 3, 4]
     assert swc.read(file("1 3 0 0 0 0 -1\n2 3 1 0 0 0 1\n")).radii.tolist() == [1, 1]
 
 
-def test_a_hundred_thousand_nodes(tmp_path: Path) -> None:
+def test_hundred_thousand_nodes(tmp_path: Path) -> None:
     tree = random_tree(0, 100_000)
     swc.write(tmp_path / "a.swc", tree)
-    assert same(swc.read(tmp_path / "a.swc"), tree)
+    assert trees_equal(swc.read(tmp_path / "a.swc"), tree)
     # and a chain written tip first, the worst case for sorting
     n = 100_000
     rows = "".join(f"{i} 3 {i} 0 0 1 {i - 1 if i > 1 else -1}\n" for i in range(n, 0, -1))
@@ -83,7 +83,7 @@ def test_a_hundred_thousand_nodes(tmp_path: Path) -> None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.data())
-def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_damaged_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Lines of a good file, damaged at random: no other error than InputError, from read, check and fix."""
     rows = GOOD.strip().split("\n") * 2
     token = st.sampled_from(

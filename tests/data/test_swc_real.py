@@ -8,7 +8,7 @@ import pytest
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from tests.helpers.swc_oracles import assert_all_agree, same
+from tests.helpers.swc_oracles import LIBRARIES, assert_all_agree, trees_equal
 
 COUNTS = {  # folder -> files that read, files refused until fixed, files that are no SWC
     "swc_auto_bigneuron": (90, 0, 0),
@@ -16,7 +16,6 @@ COUNTS = {  # folder -> files that read, files refused until fixed, files that a
     "swc_gold_bigneuron": (72, 0, 0),
     "swc_wild": (94, 2, 2),
 }
-LIBRARIES = ("morphio", "neurom", "swcgeom")
 NO_SWC = {"fitted.traces", "SequentiallyBranchingTrace.traces"}
 
 
@@ -44,16 +43,16 @@ def test_reads_or_is_refused_with_a_reason(real_data: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_after_repair_all_readers_agree(real_data: Path, tmp_path: Path, name: str) -> None:
-    taken = 0
+    count = 0
     for path in files(real_data / name):
         if path.name in NO_SWC:
             continue
         fixed = swc.fix(path)
         swc.write(tmp_path / "fixed.swc", fixed.tree, unit="voxel")
         assert not [f for f in swc.check(tmp_path / "fixed.swc") if f.kind != "single point"], path
-        assert same(swc.read(tmp_path / "fixed.swc"), fixed.tree), path
+        assert trees_equal(swc.read(tmp_path / "fixed.swc"), fixed.tree), path
         # MorphIO opens them all; the others, which are slow, the small files and some of the large
-        every = len(fixed.tree) < 100 or taken % 12 == 0
-        assert_all_agree(tmp_path / "fixed.swc", fixed.tree, LIBRARIES if every else LIBRARIES[:1])
-        taken += 1
-    assert taken == COUNTS[name][0] + COUNTS[name][1]
+        has_all = len(fixed.tree) < 100 or count % 12 == 0
+        assert_all_agree(tmp_path / "fixed.swc", fixed.tree, LIBRARIES if has_all else LIBRARIES[:1])
+        count += 1
+    assert count == COUNTS[name][0] + COUNTS[name][1]

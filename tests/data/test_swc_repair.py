@@ -1,4 +1,4 @@
-"""SWC files: what is found, what is repaired and how."""
+"""Findings in SWC files, and their repair."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MILD = {
 
 
 @pytest.mark.parametrize("kind", MILD)
-def test_findings_and_that_fix_settles_them(file: Put, tmp_path: Path, kind: str) -> None:
+def test_fix_settles_every_finding(file: Put, tmp_path: Path, kind: str) -> None:
     path = file(MILD[kind])
     assert kind in {f.kind for f in swc.check(path)}
     fixed = swc.fix(path)
@@ -47,7 +47,7 @@ def test_findings_and_that_fix_settles_them(file: Put, tmp_path: Path, kind: str
         assert fixed.changes
 
 
-def test_a_clean_file_is_clean(file: Put) -> None:
+def test_clean_file_has_no_findings(file: Put) -> None:
     assert swc.check(file(GOOD)) == []
     assert swc.fix(file(GOOD)).changes == ()
 
@@ -66,7 +66,7 @@ def test_fix_makes_one_readable_tree(file: Put, tmp_path: Path, kind: str) -> No
     assert_all_agree(tmp_path / "fixed.swc", fixed.tree)
 
 
-def test_what_fix_does_is_what_it_says(file: Put) -> None:
+def test_fix_reports_what_it_does(file: Put) -> None:
     cut = swc.fix(file("1 3 0 0 0 1 -1\n2 3 1 0 0 1 3\n3 3 2 0 0 1 2\n"))
     assert any("line 2: node 2 was its own ancestor, now a root" in c for c in cut.changes)
     assert morphology.length(cut.tree) == 2  # 2-3 kept, hung on 1 by the shortest edge
@@ -93,7 +93,7 @@ def test_roots_are_joined_kept_or_dropped(file: Put) -> None:
     assert [round(morphology.length(p)) for p in parts] == [28, 10, 0]
 
 
-def test_joining_turns_a_tree_that_is_nearest_in_its_middle(file: Put) -> None:
+def test_joining_reroots_a_tree_at_its_nearest_node(file: Put) -> None:
     rows = "1 3 0 0 0 1 -1\n2 3 10 0 0 1 1\n3 3 12 -20 0 1 -1\n4 3 12 0 0 1 3\n5 3 12 20 0 1 4\n"
     tree = swc.fix(file(rows)).tree
     assert morphology.length(tree) == 10 + 40 + 2
@@ -101,7 +101,7 @@ def test_joining_turns_a_tree_that_is_nearest_in_its_middle(file: Put) -> None:
     assert len(morphology.branch_points(tree)) == 1
 
 
-def test_a_soma_becomes_the_root(file: Put) -> None:
+def test_soma_becomes_the_root(file: Put) -> None:
     fixed = swc.fix(file(MILD["soma"]))
     assert fixed.tree.types.tolist()[0] == 1
     assert fixed.tree.points[0].tolist() == [0, 0, 2]

@@ -14,7 +14,7 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from tests.helpers.swc_oracles import assert_all_agree, random_tree, same
+from tests.helpers.swc_oracles import assert_all_agree, random_tree, trees_equal
 
 
 @settings(max_examples=25, deadline=None)
@@ -23,7 +23,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, seed: int, count: 
     tree = random_tree(seed, max(count, roots), roots, soma)
     path = tmp_path_factory.mktemp("swc") / "a.swc"
     swc.write(path, tree)
-    assert same(swc.read(path), tree)
+    assert trees_equal(swc.read(path), tree)
     again = path.parent / "b.swc"
     swc.write(again, swc.read(path))
     assert again.read_bytes() == path.read_bytes()
@@ -39,18 +39,18 @@ def test_other_readers_measure_what_we_wrote(tmp_path: Path, count: int, soma: b
         assert_all_agree(tmp_path / "a.swc", tree)
 
 
-def test_a_root_with_many_children(tmp_path: Path) -> None:
+def test_root_with_many_children(tmp_path: Path) -> None:
     for kind in (1, 3):
         points = np.array([[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3], [0, 0, 0.0]])
         tree = Tree(points, np.ones(5), np.array([-1, 0, 0, 0, 0]), np.array([kind, 3, 2, 4, 3]))
         swc.write(tmp_path / "a.swc", tree)
-        assert same(swc.read(tmp_path / "a.swc"), tree)
+        assert trees_equal(swc.read(tmp_path / "a.swc"), tree)
         if kind == 1:  # the neurites stay apart, each with its own type
             types = [str(n.type) for n in neurom.load_morphology(str(tmp_path / "a.swc")).neurites]
             assert len(types) == 4
 
 
-def test_odd_trees_are_written_in_the_standard_form(tmp_path: Path) -> None:
+def test_unusual_trees_are_standardized(tmp_path: Path) -> None:
     tree = Tree(
         np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0.0]]),
         np.array([np.nan, 0.0, 2.0, 1e-9]),
@@ -58,17 +58,17 @@ def test_odd_trees_are_written_in_the_standard_form(tmp_path: Path) -> None:
         np.array([3, 115, -73, 2]),
     )
     swc.write(tmp_path / "a.swc", tree)
-    found = swc.read(tmp_path / "a.swc")
-    assert (found.radii > 0).all()
-    assert set(found.types) == {3}
+    written = swc.read(tmp_path / "a.swc")
+    assert (written.radii > 0).all()
+    assert set(written.types) == {3}
     assert swc.check(tmp_path / "a.swc") == []
     text = (tmp_path / "a.swc").read_text()
     assert "# changed: 2 radii" in text
     assert "# changed: 2 types outside 0 to 7, now 0" in text
-    assert_all_agree(tmp_path / "a.swc", found)
+    assert_all_agree(tmp_path / "a.swc", written)
 
 
-def test_the_header_says_unit_transform_and_roots(tmp_path: Path) -> None:
+def test_header_states_unit_transform_and_roots(tmp_path: Path) -> None:
     swc.write(
         tmp_path / "a.swc",
         random_tree(0, roots=2),
@@ -92,16 +92,16 @@ def test_the_header_says_unit_transform_and_roots(tmp_path: Path) -> None:
     assert swc.read_header(tmp_path / "b.swc").unit == "um"
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_file(tmp_path: Path) -> None:
     bad = random_tree(0)
     bad.points[3, 1] = np.nan
-    for tree, says in ((bad, "no numbers"), (morphology.empty_tree(), "no node")):
-        with pytest.raises(InputError, match=says):
+    for tree, message in ((bad, "no numbers"), (morphology.empty_tree(), "no node")):
+        with pytest.raises(InputError, match=message):
             swc.write(tmp_path / "out" / "a.swc", tree)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_edited_file_keeps_its_own_nodes(tmp_path: Path) -> None:
+def test_edited_file_keeps_its_own_nodes(tmp_path: Path) -> None:
     """Another program moved the nodes but kept the header: what it lists as added is no longer so."""
     swc.write(tmp_path / "a.swc", random_tree(0, 5))
     lines = (tmp_path / "a.swc").read_text().splitlines()

@@ -15,7 +15,7 @@ SHAPE = (5, 7, 9)
 UM = (1.0, 0.33, 0.25)
 
 
-def image(dtype: str = "uint16", shape: tuple[int, ...] = SHAPE) -> Array:
+def make_image(dtype: str = "uint16", shape: tuple[int, ...] = SHAPE) -> Array:
     """A field whose every voxel is different, so that a swapped axis or byte shows."""
     return (np.arange(np.prod(shape)).reshape(shape) % 60000 + 1).astype(dtype)
 
@@ -34,5 +34,5 @@ def assert_reads(path: Path, expected: Array, um: tuple[float, ...] | None = Non
     assert str(path) in volume.describe()
 
 
-def tiff(path: Path, data: Array, **options: object) -> None:
+def write_tiff(path: Path, data: Array, **options: object) -> None:
     tifffile.imwrite(path, data, **options)

@@ -1,4 +1,4 @@
-"""Axes are never guessed: each way a 2-, 3- or 4-slice stack can be written, and what is said about it."""
+"""Axes are never guessed: every way to write a stack of 2, 3 or 4 slices opens or is refused with advice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.formats.axes import default_axes, resolve_axes
 
 WRITTEN: dict[str, tuple[dict[str, object], str | None]] = {
-    # how the stack was written -> None where it must open as slices, else what the refusal says
+    # how the stack was written -> None where it must open as slices, else the error message
     "pages": ({"photometric": "minisblack", "metadata": None}, None),
     "pages with a shape": ({"photometric": "minisblack"}, None),
     "ImageJ slices": ({"imagej": True, "metadata": {"axes": "ZYX"}}, None),
@@ -46,7 +46,7 @@ def test_short_stacks(tmp_path: Path, how: str, count: int) -> None:
     np.testing.assert_array_equal(volume[Box.whole(data.shape)], data)
 
 
-def test_the_writer_trap_of_tifffile(tmp_path: Path) -> None:
+def test_tifffile_writes_three_slices_as_rgb(tmp_path: Path) -> None:
     """A stack of three slices written without a word on photometric becomes RGB in the file."""
     data = np.random.default_rng(0).integers(0, 255, (3, 32, 40)).astype("uint8")
     with pytest.warns(DeprecationWarning, match="RGB"):
@@ -56,13 +56,13 @@ def test_the_writer_trap_of_tifffile(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_volume(tmp_path / "a.tif", axes="ZYX")[Box.whole(data.shape)], data)
 
 
-def test_a_color_photograph_is_no_stack(tmp_path: Path) -> None:
+def test_color_photograph_is_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((32, 40, 3), "uint8"), photometric="rgb")
     with pytest.raises(InputError, match="2D color image"):
         open_volume(tmp_path / "a.tif")
 
 
-def test_a_plane_is_refused_unless_asked_for(tmp_path: Path) -> None:
+def test_plane_opens_only_with_axes(tmp_path: Path) -> None:
     data = np.arange(1280, dtype="uint16").reshape(32, 40)
     tifffile.imwrite(tmp_path / "a.tif", data)
     with pytest.raises(InputError, match="a 2D image; a 3D stack is wanted; a folder of slices"):
@@ -72,7 +72,7 @@ def test_a_plane_is_refused_unless_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("axes", ["TZYX", "TZCYX"])
-def test_time_is_refused_by_its_count(tmp_path: Path, axes: str) -> None:
+def test_several_time_points_are_refused(tmp_path: Path, axes: str) -> None:
     shape = {"T": 6, "Z": 4, "C": 2, "Y": 8, "X": 8}
     data = np.zeros([shape[a] for a in axes], "uint8")
     tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": axes})
@@ -80,7 +80,7 @@ def test_time_is_refused_by_its_count(tmp_path: Path, axes: str) -> None:
         open_volume(tmp_path / "a.tif", channel=0 if "C" in axes else None)
 
 
-def test_slices_on_the_time_axis_are_settled_as_the_message_says(tmp_path: Path) -> None:
+def test_slices_on_the_time_axis_open_with_the_advised_axes(tmp_path: Path) -> None:
     data = np.arange(6 * 64, dtype="uint8").reshape(6, 8, 8) % 251
     tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "TYX"})
     with pytest.raises(InputError, match="time 6.* axes=ZYX"):
@@ -88,7 +88,7 @@ def test_slices_on_the_time_axis_are_settled_as_the_message_says(tmp_path: Path)
     np.testing.assert_array_equal(open_volume(tmp_path / "a.tif", axes="ZYX")[Box.whole(data.shape)], data)
 
 
-def test_four_unnamed_axes_are_refused_and_settled(tmp_path: Path) -> None:
+def test_four_unnamed_axes_need_axes(tmp_path: Path) -> None:
     data = np.arange(2 * 5 * 6 * 7, dtype="uint16").reshape(2, 5, 6, 7)
     tifffile.imwrite(tmp_path / "a.tif", data, photometric="minisblack")
     with pytest.raises(InputError, match=r"shape \(2, 5, 6, 7\).*axes=CZYX"):
@@ -100,7 +100,7 @@ def test_four_unnamed_axes_are_refused_and_settled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axes", "channel", "says"),
+    ("axes", "channel", "message"),
     [
         ("CZYX", None, "2 channels; choose one with channel=0 to 1"),
         ("CZYX", 2, "2 channels; 2 is not one of them"),
@@ -110,20 +110,20 @@ def test_four_unnamed_axes_are_refused_and_settled(tmp_path: Path) -> None:
         ("CTYX", 0, "2D image"),
     ],
 )
-def test_what_axes_and_channel_say_back(tmp_path: Path, axes: str, channel: int | None, says: str) -> None:
+def test_wrong_axes_and_channel_are_refused(tmp_path: Path, axes: str, channel: int | None, message: str) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((2, 5, 6, 7), "uint8"), photometric="minisblack")
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         open_volume(tmp_path / "a.tif", axes=axes, channel=channel)
 
 
-def test_a_channel_where_there_is_none(tmp_path: Path) -> None:
+def test_channel_of_an_image_without_channels(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((5, 6, 7), "uint8"), photometric="minisblack")
     assert open_volume(tmp_path / "a.tif", channel=0).shape == (5, 6, 7)
     with pytest.raises(InputError, match="no channel 1; leave `channel` out"):
         open_volume(tmp_path / "a.tif", channel=1)
 
 
-def test_unnamed_arrays_of_other_formats(tmp_path: Path) -> None:
+def test_default_axes(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["image"] = np.zeros((40, 30, 3), "uint8")
     with pytest.raises(InputError, match=r"does not name its axes; .*axes=ZYX, YXC or CYX"):
@@ -138,14 +138,14 @@ def test_unnamed_arrays_of_other_formats(tmp_path: Path) -> None:
     ]
 
 
-def test_layout_moves_every_order_to_z_y_x() -> None:
+def test_every_axis_order_becomes_z_y_x() -> None:
     from itertools import permutations
 
     data = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    for order in permutations(range(4)):
-        letters = "".join("CZYX"[i] for i in order)
-        stored = data.transpose(order)
-        found = resolve_axes(Path("a"), letters, stored.shape, axes=None, channel=1)
+    for axes in permutations(range(4)):
+        letters = "".join("CZYX"[i] for i in axes)
+        stored = data.transpose(axes)
+        order = resolve_axes(Path("a"), letters, stored.shape, axes=None, channel=1)
         box = Box((1, 1, 0), (3, 4, 4))
-        part = stored[found.index(box)].transpose(found.transposition).reshape(box.shape)
+        part = stored[order.index(box)].transpose(order.transposition).reshape(box.shape)
         np.testing.assert_array_equal(part, data[1][box.slices])

@@ -21,7 +21,7 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import open_volume
 from tests.data.formats.test_damaged_folders import DATA, SHAPE
-from tests.data.formats.test_stores import imaris, precomputed, store
+from tests.data.formats.test_stores import write_imaris, write_precomputed, write_store
 
 
 def make_tiff(**options: object) -> Callable[[Path], None]:
@@ -98,7 +98,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("share", [0.0, 0.003, 0.02, 0.3, 0.6, 0.9, 0.97, 0.999])
-def test_a_truncated_file_is_refused(tmp_path: Path, good: dict[str, bytes], name: str, share: float) -> None:
+def test_truncated_file_is_refused(tmp_path: Path, good: dict[str, bytes], name: str, share: float) -> None:
     whole = good[name]
     tail = len(whole) - 8 if name.endswith((".nrrd", ".gz", ".am", ".v3dpbd", ".v3draw", ".nii")) else len(whole) - 1
     path = tmp_path / name
@@ -137,11 +137,11 @@ def test_fuzzed_headers(
     whole = good[name]
     header = len(whole) if name.endswith((".h5", ".gz", ".tif")) else min(400, len(whole))
     path = tmp_path_factory.mktemp("fuzz") / name
-    path.write_bytes(spoiled(data, whole, header))
+    path.write_bytes(damage(data, whole, header))
     read_corner(path)
 
 
-def spoiled(data: st.DataObject, whole: bytes, header: int) -> bytes:
+def damage(data: st.DataObject, whole: bytes, header: int) -> bytes:
     """A file with some bytes of its first `header` changed, and perhaps cut short."""
     damaged = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 6))):
@@ -167,15 +167,15 @@ def test_fuzzed_folders(tmp_path_factory: pytest.TempPathFactory, kind: str, dat
     """Descriptions and chunks alike; the library behind them ends the process when it cannot have its memory."""
     path = tmp_path_factory.mktemp("fuzz") / kind
     if kind == "precomputed":
-        precomputed(path)
+        write_precomputed(path)
     elif kind == "imaris.ims":
-        imaris(path, DATA[None])
+        write_imaris(path, DATA[None])
     else:
-        store(path, kind, DATA)
+        write_store(path, kind, DATA)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     file = data.draw(st.sampled_from(files))
     whole = file.read_bytes()
-    file.write_bytes(spoiled(data, whole, len(whole)))
+    file.write_bytes(damage(data, whole, len(whole)))
     read_corner(path)
 
 
@@ -201,7 +201,9 @@ def lying(name: str, old: bytes, new: bytes) -> tuple[str, bytes, bytes]:
         lying("a.am", b"Lattice 24 20 6", b"Lattice 24000 20000 6000"),
     ],
 )
-def test_lying_headers_are_refused(tmp_path: Path, good: dict[str, bytes], name: str, old: bytes, new: bytes) -> None:
+def test_wrong_sizes_in_headers_are_refused(
+    tmp_path: Path, good: dict[str, bytes], name: str, old: bytes, new: bytes
+) -> None:
     assert old in good[name]
     path = tmp_path / name
     path.write_bytes(good[name].replace(old, new, 1))
@@ -211,7 +213,7 @@ def test_lying_headers_are_refused(tmp_path: Path, good: dict[str, bytes], name:
     read_corner(path)
 
 
-def test_a_lying_tiff_strip_is_refused(tmp_path: Path) -> None:
+def test_oversized_tiff_strip_is_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", DATA, photometric="minisblack", compression="zlib", metadata=None)
     with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as tif:
         for page in tif.pages:
@@ -221,8 +223,8 @@ def test_a_lying_tiff_strip_is_refused(tmp_path: Path) -> None:
         open_volume(tmp_path / "a.tif")
 
 
-def test_missing_empty_and_strange(tmp_path: Path) -> None:
-    for name, content, says in (
+def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
+    for name, content, message in (
         ("a.tif", b"", "is empty"),
         ("a.xyz", b"hello world", "no known image format .*TIFF, HDF5, v3draw"),
         ("b.tif", b"\x89PNG\r\n\x1a\n1234", "named as TIFF, but does not begin as one"),
@@ -233,7 +235,7 @@ def test_missing_empty_and_strange(tmp_path: Path) -> None:
         ("e.tif", b"II*\0\x08\0\0\0\0\0\x08\0\0\0", "turns back on itself"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             open_volume(tmp_path / name)
     with pytest.raises(InputError, match="does not exist"):
         open_volume(tmp_path / "none.tif")
@@ -242,7 +244,7 @@ def test_missing_empty_and_strange(tmp_path: Path) -> None:
         open_volume(tmp_path / "folder")
 
 
-def test_an_hdf5_dataset_without_voxels_is_refused(tmp_path: Path) -> None:
+def test_hdf5_dataset_without_voxels_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("image", shape=(1000, 2000, 3000), dtype="uint16", chunks=(10, 10, 10))
     with pytest.raises(InputError, match="holds none of its voxels"):

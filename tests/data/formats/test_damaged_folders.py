@@ -17,7 +17,7 @@ SHAPE = (6, 20, 24)
 DATA = (np.random.default_rng(0).integers(1, 200, SHAPE)).astype("uint16")
 
 
-def test_slices_that_do_not_fit_together(tmp_path: Path) -> None:
+def test_inconsistent_slices_are_refused(tmp_path: Path) -> None:
     for i in (1, 2, 3, 5):
         tifffile.imwrite(tmp_path / f"{i}.tif", DATA[0])
     with pytest.raises(InputError, match=r"gap in its slices between 3.tif and 5.tif"):
@@ -34,14 +34,14 @@ def test_slices_that_do_not_fit_together(tmp_path: Path) -> None:
         open_volume(tmp_path)
 
 
-def test_a_folder_of_stacks_is_no_stack(tmp_path: Path) -> None:
+def test_folder_of_stacks_is_refused(tmp_path: Path) -> None:
     for i in range(3):
         tifffile.imwrite(tmp_path / f"neuron_{i}.tif", DATA, photometric="minisblack")
     with pytest.raises(InputError, match="folder of 3 stacks"):
         open_volume(tmp_path)
 
 
-def test_a_zarr_without_its_chunks_is_refused(tmp_path: Path) -> None:
+def test_array_without_chunks_is_refused(tmp_path: Path) -> None:
     for driver, fault in (("zarr", "chunk"), ("zarr3", "chunk"), ("n5", "chunk")):
         path = tmp_path / driver
         spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/"}}
@@ -51,7 +51,7 @@ def test_a_zarr_without_its_chunks_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("driver", ["zarr", "zarr3", "n5"])
-def test_a_damaged_chunk_or_description_is_refused(tmp_path: Path, driver: str) -> None:
+def test_damaged_chunk_or_metadata_is_refused(tmp_path: Path, driver: str) -> None:
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{tmp_path}/a/"}}
     ts.open(spec, create=True, dtype=ts.uint16, shape=SHAPE).result().write(DATA).result()
     metadata = {"zarr": ".zarray", "zarr3": "zarr.json", "n5": "attributes.json"}[driver]
@@ -65,7 +65,7 @@ def test_a_damaged_chunk_or_description_is_refused(tmp_path: Path, driver: str) 
         open_volume(tmp_path / "a")
 
 
-def test_a_terafly_folder_that_lacks_a_tile(tmp_path: Path) -> None:
+def test_terafly_folder_without_a_tile_is_refused(tmp_path: Path) -> None:
     for y in (0, 100):
         for x in (0, 120):
             leaf = tmp_path / "RES(20x24x6)" / f"{y}" / f"{y}_{x}"

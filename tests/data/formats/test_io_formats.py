@@ -61,7 +61,7 @@ def folder(real_data: Path) -> Path:
     return real_data / "io_formats"
 
 
-def whole(path: Path, **options: object) -> Array:
+def read_whole(path: Path, **options: object) -> Array:
     volume = open_volume(path, **options)
     return volume[Box.whole(volume.shape)]
 
@@ -90,34 +90,36 @@ def test_refused(folder: Path, name: str) -> None:
 
 
 def test_the_same_image_in_several_formats(folder: Path, real_data: Path) -> None:
-    reference = whole(folder / "OP_3_crop_reencoded.tif")
-    np.testing.assert_array_equal(reference, whole(real_data / "diadem_op" / "OP_3.tif")[20:50, 120:220, 100:260])
+    reference = read_whole(folder / "OP_3_crop_reencoded.tif")
+    np.testing.assert_array_equal(reference, read_whole(real_data / "diadem_op" / "OP_3.tif")[20:50, 120:220, 100:260])
     for name in ("OP_3_crop.v3draw", "OP_3_crop_reencoded.v3dpbd"):
-        np.testing.assert_array_equal(whole(folder / name), reference)
-    mask = whole(folder / "nrrd_LHMask.nrrd")
+        np.testing.assert_array_equal(read_whole(folder / name), reference)
+    mask = read_whole(folder / "nrrd_LHMask.nrrd")
     for name in ("amira_LHMask.Labels.rle.am", "amira_LHMask.zip.am"):
-        np.testing.assert_array_equal(whole(folder / name), mask)
+        np.testing.assert_array_equal(read_whole(folder / name), mask)
     channels = folder / "L1DS1_crop_straight_crop.v3draw"
-    np.testing.assert_array_equal(whole(channels, channel=0), whole(folder / "L1DS1_crop_straight_crop_ch1.nhdr"))
-    assert not np.array_equal(whole(channels, channel=1), whole(channels, channel=0))
+    np.testing.assert_array_equal(
+        read_whole(channels, channel=0), read_whole(folder / "L1DS1_crop_straight_crop_ch1.nhdr")
+    )
+    assert not np.array_equal(read_whole(channels, channel=1), read_whole(channels, channel=0))
 
 
-def test_a_payload_against_its_header_is_told(folder: Path) -> None:
-    """This file says big-endian, but holds little-endian voxels: read as it says, with a warning."""
+def test_wrong_byte_order_in_a_real_header_is_noted(folder: Path) -> None:
+    """The header says big-endian, the voxels are little-endian: they are read by the header, with a warning."""
     volume = open_volume(folder / "OP_3_crop_bigendian_uint16.v3draw")
     assert "smoother as little-endian" in volume.describe()
     stored = volume[Box.whole(volume.shape)].byteswap()
-    np.testing.assert_array_equal(stored, whole(folder / "OP_3_crop_reencoded.tif").astype("uint16") * 16)
+    np.testing.assert_array_equal(stored, read_whole(folder / "OP_3_crop_reencoded.tif").astype("uint16") * 16)
 
 
 def test_unpadded_slices_are_in_natural_order(folder: Path) -> None:
     files = [tifffile.imread(folder / "slices_unpadded_OP_1" / f"{i}.tif") for i in range(1, 13)]
-    np.testing.assert_array_equal(whole(folder / "slices_unpadded_OP_1"), np.stack(files))
+    np.testing.assert_array_equal(read_whole(folder / "slices_unpadded_OP_1"), np.stack(files))
 
 
-def test_nifti_with_z_first_by_axes(folder: Path, real_data: Path) -> None:
-    turned = whole(folder / "nifti_zfirst_reference_volume_lite.nii.gz", axes="XYZ")
-    np.testing.assert_array_equal(turned, whole(real_data / "pyneutube_silver" / "reference_volume_lite.tif"))
+def test_nifti_with_z_first_opens_with_axes(folder: Path, real_data: Path) -> None:
+    turned = read_whole(folder / "nifti_zfirst_reference_volume_lite.nii.gz", axes="XYZ")
+    np.testing.assert_array_equal(turned, read_whole(real_data / "pyneutube_silver" / "reference_volume_lite.tif"))
 
 
 def test_every_real_stack_opens(real_data: Path) -> None:

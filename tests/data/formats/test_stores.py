@@ -15,43 +15,43 @@ import tensorstore as ts
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import open_volume
-from tests.helpers.volume_checks import SHAPE, UM, assert_reads, image, tiff
+from tests.helpers.volume_checks import SHAPE, UM, assert_reads, make_image, write_tiff
 
 
 def test_hdf5(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        found = file.create_dataset("t0/raw", data=image(), chunks=(2, 3, 4), compression="gzip")
-        found.attrs["element_size_um"] = UM
+        dataset = file.create_dataset("t0/raw", data=make_image(), chunks=(2, 3, 4), compression="gzip")
+        dataset.attrs["element_size_um"] = UM
         file["scalar"] = 3
-    assert_reads(tmp_path / "a.h5", image(), UM)
+    assert_reads(tmp_path / "a.h5", make_image(), UM)
     with h5py.File(tmp_path / "a.h5", "a") as file:
-        file["mask"] = image("uint8")
+        file["mask"] = make_image("uint8")
     with pytest.raises(InputError, match=r"/mask .* /t0/raw .*dataset=NAME"):
         open_volume(tmp_path / "a.h5")
-    assert_reads(tmp_path / "a.h5", image("uint8"), dataset="mask")
+    assert_reads(tmp_path / "a.h5", make_image("uint8"), dataset="mask")
     with h5py.File(tmp_path / "b.h5", "w") as file:
         file["far"] = h5py.ExternalLink("a.h5", "mask")
     with pytest.raises(InputError, match=r"links to other files: far\); choose with dataset=NAME"):
         open_volume(tmp_path / "b.h5")
-    assert_reads(tmp_path / "b.h5", image("uint8"), dataset="far")
+    assert_reads(tmp_path / "b.h5", make_image("uint8"), dataset="far")
 
 
-def test_hdf5_gathered_from_other_files(tmp_path: Path) -> None:
+def test_hdf5_virtual_dataset(tmp_path: Path) -> None:
     layout = h5py.VirtualLayout(SHAPE, "uint16")
-    for z, plane in enumerate(image()):
+    for z, plane in enumerate(make_image()):
         with h5py.File(tmp_path / f"{z}.h5", "w") as file:
             file["plane"] = plane
         layout[z] = h5py.VirtualSource(f"{z}.h5", "plane", plane.shape)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_virtual_dataset("image", layout)
-    assert_reads(tmp_path / "a.h5", image())
+    assert_reads(tmp_path / "a.h5", make_image())
     (tmp_path / "2.h5").unlink()
     with pytest.raises(InputError, match="gathers /image from other files, of which 2.h5 with plane cannot be opened"):
         open_volume(tmp_path / "a.h5")
 
 
 def test_hdf5_axis_labels(tmp_path: Path) -> None:
-    data = image("uint8", (9, 7, 5, 2))
+    data = make_image("uint8", (9, 7, 5, 2))
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["image"] = data
         for dim, name in zip(file["image"].dims, "xyzc", strict=True):
@@ -64,7 +64,7 @@ def test_hdf5_axis_labels(tmp_path: Path) -> None:
     assert_reads(tmp_path / "b.h5", data[..., 0].T, channel=0)
 
 
-def imaris(path: Path, data: np.ndarray) -> None:
+def write_imaris(path: Path, data: np.ndarray) -> None:
     """`data` is c z y x; chunks are padded as Imaris does."""
     text = lambda value: np.array(list(str(value)), dtype="S1")  # noqa: E731
     with h5py.File(path, "w") as file:
@@ -81,25 +81,25 @@ def imaris(path: Path, data: np.ndarray) -> None:
 
 
 def test_imaris(tmp_path: Path) -> None:
-    data = image("uint16", (2, *SHAPE))
-    imaris(tmp_path / "a.ims", data)
+    data = make_image("uint16", (2, *SHAPE))
+    write_imaris(tmp_path / "a.ims", data)
     assert_reads(tmp_path / "a.ims", data[1], UM, channel=1)
     np.testing.assert_allclose(
         open_volume(tmp_path / "a.ims", channel=0).affine[:3, 3], [10.5, 10 + 0.165, 10 + 0.125], rtol=1e-6
     )
 
 
-def store(path: Path, driver: str, data: np.ndarray, **more: object) -> None:
+def write_store(path: Path, driver: str, data: np.ndarray, **more: object) -> None:
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/"}, **more}
-    made = ts.open(spec, create=True, dtype=data.dtype, shape=data.shape).result()
-    made.write(data).result()
+    array = ts.open(spec, create=True, dtype=data.dtype, shape=data.shape).result()
+    array.write(data).result()
 
 
 @pytest.mark.parametrize("driver", ["zarr", "zarr3"])
 def test_ome_zarr(tmp_path: Path, driver: str) -> None:
-    data = image("uint16", (2, *SHAPE))
-    store(tmp_path / "a.zarr" / "0", driver, data)
-    store(tmp_path / "a.zarr" / "1", driver, data[:, :, ::2, ::2].copy())
+    data = make_image("uint16", (2, *SHAPE))
+    write_store(tmp_path / "a.zarr" / "0", driver, data)
+    write_store(tmp_path / "a.zarr" / "1", driver, data[:, :, ::2, ::2].copy())
     scale = [1.0, 1.0, 0.33, 0.25]
     axes = [{"name": "c", "type": "channel"}]
     axes += [{"name": a, "type": "space", "unit": "micrometer"} for a in "zyx"]
@@ -128,37 +128,37 @@ def test_ome_zarr(tmp_path: Path, driver: str) -> None:
         open_volume(tmp_path / "a.zarr", dataset="x")
 
 
-def test_chunks_of_other_names_are_not_read_as_zeros(tmp_path: Path) -> None:
+def test_chunks_under_other_names_are_refused(tmp_path: Path) -> None:
     """Nested chunks of a zarr that does not say so, and chunks that CloudVolume packed: both would read as nothing."""
-    store(tmp_path / "a.zarr", "zarr", image(), metadata={"chunks": [2, 7, 9], "dimension_separator": "/"})
-    assert_reads(tmp_path / "a.zarr", image())
+    write_store(tmp_path / "a.zarr", "zarr", make_image(), metadata={"chunks": [2, 7, 9], "dimension_separator": "/"})
+    assert_reads(tmp_path / "a.zarr", make_image())
     described = json.loads((tmp_path / "a.zarr" / ".zarray").read_text())
     del described["dimension_separator"]
     (tmp_path / "a.zarr" / ".zarray").write_text(json.dumps(described))
     with pytest.raises(InputError, match=r"no chunk with a name like 0.0.0; write \"dimension_separator\": \"/\""):
         open_volume(tmp_path / "a.zarr")
-    precomputed(tmp_path / "b")
+    write_precomputed(tmp_path / "b")
     for chunk in (tmp_path / "b").glob("250_330_1000/*"):
         chunk.rename(f"{chunk}.gz")
     with pytest.raises(InputError, match=r"no chunk with a name like 0-64_0-64_0-64; CloudVolume .* gunzip -r"):
         open_volume(tmp_path / "b")
 
 
-def test_chunks_that_are_not_stored_are_told(tmp_path: Path) -> None:
-    store(tmp_path / "a.zarr", "zarr3", image(), metadata={"chunk_grid": grid([2, 7, 9])})
+def test_absent_chunks_are_noted(tmp_path: Path) -> None:
+    write_store(tmp_path / "a.zarr", "zarr3", make_image(), metadata={"chunk_grid": chunk_grid([2, 7, 9])})
     assert "not stored" not in open_volume(tmp_path / "a.zarr").describe()
     (tmp_path / "a.zarr" / "c" / "1" / "0" / "0").unlink()
     assert "1 of 3 chunks are not stored and read as the fill value" in open_volume(tmp_path / "a.zarr").describe()
 
 
-def grid(chunks: list[int]) -> dict[str, object]:
+def chunk_grid(chunks: list[int]) -> dict[str, object]:
     return {"name": "regular", "configuration": {"chunk_shape": chunks}}
 
 
-def test_a_chunk_beyond_any_codec_or_of_an_unknown_one_is_refused(tmp_path: Path) -> None:
-    store(tmp_path / "a.zarr", "zarr3", image())
+def test_oversized_chunks_and_unknown_codecs_are_refused(tmp_path: Path) -> None:
+    write_store(tmp_path / "a.zarr", "zarr3", make_image())
     described = json.loads((tmp_path / "a.zarr" / "zarr.json").read_text())
-    lie = described | {"shape": [1 << 13] * 3, "chunk_grid": grid([1 << 12] * 3)}
+    lie = described | {"shape": [1 << 13] * 3, "chunk_grid": chunk_grid([1 << 12] * 3)}
     (tmp_path / "a.zarr" / "zarr.json").write_text(json.dumps(lie))
     with pytest.raises(InputError, match="declares chunks of 137438953472 bytes"):
         open_volume(tmp_path / "a.zarr")
@@ -168,34 +168,34 @@ def test_a_chunk_beyond_any_codec_or_of_an_unknown_one_is_refused(tmp_path: Path
         open_volume(tmp_path / "a.zarr")
 
 
-def test_the_one_image_of_a_bioformats2raw_folder(tmp_path: Path) -> None:
+def test_bioformats2raw_folder_with_one_image(tmp_path: Path) -> None:
     for name, attributes in (("", {"bioformats2raw.layout": 3}), ("OME", {"series": ["0"]})):
         (tmp_path / "a.zarr" / name).mkdir()
         (tmp_path / "a.zarr" / name / ".zgroup").write_text('{"zarr_format": 2}')
         (tmp_path / "a.zarr" / name / ".zattrs").write_text(json.dumps(attributes))
-    store(tmp_path / "a.zarr" / "0", "zarr", image())
-    assert_reads(tmp_path / "a.zarr", image())
+    write_store(tmp_path / "a.zarr" / "0", "zarr", make_image())
+    assert_reads(tmp_path / "a.zarr", make_image())
 
 
 def test_zarr_with_dimension_names(tmp_path: Path) -> None:
-    data = image("uint8", (9, 7, 5))
-    store(tmp_path / "a.zarr", "zarr3", data, metadata={"dimension_names": ["x", "y", "z"]})
+    data = make_image("uint8", (9, 7, 5))
+    write_store(tmp_path / "a.zarr", "zarr3", data, metadata={"dimension_names": ["x", "y", "z"]})
     assert_reads(tmp_path / "a.zarr", data.T)
 
 
 def test_n5(tmp_path: Path) -> None:
-    store(tmp_path / "a.n5" / "s0", "n5", image().T.copy())
+    write_store(tmp_path / "a.n5" / "s0", "n5", make_image().T.copy())
     attributes = json.loads((tmp_path / "a.n5" / "s0" / "attributes.json").read_text())
     attributes["pixelResolution"] = {"unit": "um", "dimensions": UM[::-1]}
     (tmp_path / "a.n5" / "s0" / "attributes.json").write_text(json.dumps(attributes))
     (tmp_path / "a.n5" / "attributes.json").write_text('{"n5": "2.0.0"}')
-    assert_reads(tmp_path / "a.n5", image(), UM)
-    assert_reads(tmp_path / "a.n5" / "s0", image(), UM)
+    assert_reads(tmp_path / "a.n5", make_image(), UM)
+    assert_reads(tmp_path / "a.n5" / "s0", make_image(), UM)
     (tmp_path / "a.n5" / "attributes.json").unlink()
-    assert_reads(tmp_path / "a.n5", image(), UM)
+    assert_reads(tmp_path / "a.n5", make_image(), UM)
 
 
-def precomputed(folder: Path) -> None:
+def write_precomputed(folder: Path) -> None:
     scale = {"size": SHAPE[::-1], "encoding": "raw", "chunk_size": [4, 4, 4], "resolution": [250, 330, 1000]}
     spec = {
         "driver": "neuroglancer_precomputed",
@@ -203,16 +203,16 @@ def precomputed(folder: Path) -> None:
         "multiscale_metadata": {"type": "image", "data_type": "uint16", "num_channels": 1},
         "scale_metadata": {**scale, "voxel_offset": [10, 20, 30]},
     }
-    ts.open(spec, create=True).result()[..., 0].write(image().T).result()
+    ts.open(spec, create=True).result()[..., 0].write(make_image().T).result()
 
 
 def test_precomputed(tmp_path: Path) -> None:
-    precomputed(tmp_path / "a")
-    assert_reads(tmp_path / "a", image(), UM)
+    write_precomputed(tmp_path / "a")
+    assert_reads(tmp_path / "a", make_image(), UM)
     np.testing.assert_allclose(open_volume(tmp_path / "a").affine[:3, 3], [30, 6.6, 2.5])
 
 
-def terafly(
+def write_terafly(
     folder: Path, data: np.ndarray, cut: tuple[int, int, int], write: Callable[[Path, np.ndarray], None]
 ) -> None:
     """Tiles Y/Y_X/Y_X_Z.tif named by tenths of a micrometre."""
@@ -228,9 +228,9 @@ def terafly(
 
 
 def test_terafly_by_names(tmp_path: Path) -> None:
-    data = image("uint16", (8, 20, 24))
-    terafly(tmp_path, data, (4, 20, 8), lambda p, a: tiff(p, a, photometric="minisblack"))
-    terafly(tmp_path, data[::2, ::2, ::2], (4, 5, 8), lambda p, a: tiff(p, a, photometric="minisblack"))
+    data = make_image("uint16", (8, 20, 24))
+    write_terafly(tmp_path, data, (4, 20, 8), lambda p, a: write_tiff(p, a, photometric="minisblack"))
+    write_terafly(tmp_path, data[::2, ::2, ::2], (4, 5, 8), lambda p, a: write_tiff(p, a, photometric="minisblack"))
     volume = open_volume(tmp_path)
     np.testing.assert_array_equal(volume[Box((2, 3, 5), (7, 19, 23))], data[2:7, 3:19, 5:23])
     coarse = open_volume(tmp_path, dataset="RES(10x12x4)")
@@ -238,13 +238,13 @@ def test_terafly_by_names(tmp_path: Path) -> None:
 
 
 def test_terafly_series_of_slices(tmp_path: Path) -> None:
-    data = image("uint16", (4, 20, 24))
-    terafly(tmp_path, data, (1, 10, 12), lambda p, a: tiff(p, a[0], photometric="minisblack"))
+    data = make_image("uint16", (4, 20, 24))
+    write_terafly(tmp_path, data, (1, 10, 12), lambda p, a: write_tiff(p, a[0], photometric="minisblack"))
     assert_reads(tmp_path, data, (1.0, 0.33, 0.25))
 
 
 def test_terafly_by_metadata(tmp_path: Path) -> None:
-    data = image("uint16", (8, 20, 24))
+    data = make_image("uint16", (8, 20, 24))
     data[:, 10:, 12:] = 0
     root = tmp_path / "RES(20x24x8)"
     blocks = b""
@@ -254,7 +254,7 @@ def test_terafly_by_metadata(tmp_path: Path) -> None:
             empty = (i, j) == (10, 12)
             (root / name).mkdir(parents=True)
             if not empty:
-                tiff(root / name / "a.tif", data[:, i : i + 10, j : j + 12], photometric="minisblack")
+                write_tiff(root / name / "a.tif", data[:, i : i + 10, j : j + 12], photometric="minisblack")
             blocks += struct.pack("<5I2i", 10, 12, 8, 1, 1, i, j)
             blocks += struct.pack("<H", len(name) + 1) + name.encode() + b"\0"
             blocks += struct.pack("<H", 0) if empty else struct.pack("<H", 6) + b"a.tif\0"

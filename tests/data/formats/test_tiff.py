@@ -11,7 +11,7 @@ import pytest
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import READERS, open_volume
-from tests.helpers.volume_checks import SHAPE, UM, assert_reads, image, tiff
+from tests.helpers.volume_checks import SHAPE, UM, assert_reads, make_image, write_tiff
 
 TIFFS: dict[str, tuple[dict[str, object], tuple[float, ...] | None]] = {
     "plain": ({"photometric": "minisblack", "metadata": None}, None),
@@ -65,14 +65,14 @@ TIFFS: dict[str, tuple[dict[str, object], tuple[float, ...] | None]] = {
 @pytest.mark.parametrize("kind", TIFFS)
 def test_tiff(tmp_path: Path, kind: str) -> None:
     options, um = TIFFS[kind]
-    tiff(tmp_path / "a.tif", image(), **options)
-    assert_reads(tmp_path / "a.tif", image(), um)
+    write_tiff(tmp_path / "a.tif", make_image(), **options)
+    assert_reads(tmp_path / "a.tif", make_image(), um)
 
 
-def test_tiles_and_strips_are_cut_where_a_box_ends(tmp_path: Path) -> None:
-    data = image("uint16", (3, 70, 90))
+def test_boxes_across_tiles_and_strips(tmp_path: Path) -> None:
+    data = make_image("uint16", (3, 70, 90))
     for options in ({"tile": (16, 32)}, {"rowsperstrip": 9}):
-        tiff(tmp_path / "a.tif", data, compression="zlib", photometric="minisblack", **options)
+        write_tiff(tmp_path / "a.tif", data, compression="zlib", photometric="minisblack", **options)
         volume = open_volume(tmp_path / "a.tif")
         rng = np.random.default_rng(0)
         for _ in range(40):
@@ -81,8 +81,14 @@ def test_tiles_and_strips_are_cut_where_a_box_ends(tmp_path: Path) -> None:
             np.testing.assert_array_equal(volume[box], data[box.slices])
 
 
-def test_a_small_box_of_a_compressed_tiff_decodes_few_segments(tmp_path: Path) -> None:
-    tiff(tmp_path / "a.tif", image("uint16", (40, 64, 64)), tile=(16, 16), compression="zlib", photometric="minisblack")
+def test_small_box_decodes_few_segments(tmp_path: Path) -> None:
+    write_tiff(
+        tmp_path / "a.tif",
+        make_image("uint16", (40, 64, 64)),
+        tile=(16, 16),
+        compression="zlib",
+        photometric="minisblack",
+    )
     volume = open_volume(tmp_path / "a.tif")
     volume[Box((3, 0, 0), (5, 16, 16))]
     assert len(volume._array.read.cache) == 2
@@ -90,82 +96,88 @@ def test_a_small_box_of_a_compressed_tiff_decodes_few_segments(tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float32", "float64"])
 def test_tiff_keeps_its_type(tmp_path: Path, dtype: str) -> None:
-    tiff(tmp_path / "a.tif", image(dtype), photometric="minisblack", compression="zlib")
-    assert_reads(tmp_path / "a.tif", image(dtype))
+    write_tiff(tmp_path / "a.tif", make_image(dtype), photometric="minisblack", compression="zlib")
+    assert_reads(tmp_path / "a.tif", make_image(dtype))
 
 
-def test_tiff_of_resolution_tags_alone(tmp_path: Path) -> None:
-    tiff(tmp_path / "a.tif", image(), photometric="minisblack", resolution=(40000, 40000), resolutionunit="CENTIMETER")
+def test_resolution_tags_state_no_z(tmp_path: Path) -> None:
+    write_tiff(
+        tmp_path / "a.tif",
+        make_image(),
+        photometric="minisblack",
+        resolution=(40000, 40000),
+        resolutionunit="CENTIMETER",
+    )
     volume = open_volume(tmp_path / "a.tif")
     assert volume.voxel_size is None
     assert "Y 0.25 um, X 0.25 um, but no size along Z" in volume.describe()
 
 
 def test_paper_resolution_is_no_voxel_size(tmp_path: Path) -> None:
-    tiff(tmp_path / "a.tif", image(), photometric="minisblack", resolution=(72, 72), resolutionunit="INCH")
+    write_tiff(tmp_path / "a.tif", make_image(), photometric="minisblack", resolution=(72, 72), resolutionunit="INCH")
     assert "no size" not in open_volume(tmp_path / "a.tif").describe()
 
 
 def test_channels_of_tiff(tmp_path: Path) -> None:
-    data = image("uint16", (5, 2, 7, 9))
-    tiff(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "ZCYX"})
+    data = make_image("uint16", (5, 2, 7, 9))
+    write_tiff(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "ZCYX"})
     assert_reads(tmp_path / "a.tif", data[:, 1], channel=1)
-    tiff(tmp_path / "b.tif", data, compression="zlib", photometric="minisblack", metadata={"axes": "ZCYX"})
+    write_tiff(tmp_path / "b.tif", data, compression="zlib", photometric="minisblack", metadata={"axes": "ZCYX"})
     assert_reads(tmp_path / "b.tif", data[:, 1], channel=1)
 
 
 def test_color_samples_are_channels(tmp_path: Path) -> None:
-    data = image("uint8", (5, 7, 9, 3))
+    data = make_image("uint8", (5, 7, 9, 3))
     for planar in ("CONTIG", "SEPARATE"):
         stored = data if planar == "CONTIG" else np.moveaxis(data, -1, 1)
-        tiff(tmp_path / "a.tif", stored, photometric="rgb", planarconfig=planar, compression="zlib", metadata={})
+        write_tiff(tmp_path / "a.tif", stored, photometric="rgb", planarconfig=planar, compression="zlib", metadata={})
         assert_reads(tmp_path / "a.tif", data[..., 2], channel=2, axes="ZYXC" if planar == "CONTIG" else "ZCYX")
 
 
-def test_a_stack_written_slice_by_slice(tmp_path: Path) -> None:
+def test_stack_appended_slice_by_slice(tmp_path: Path) -> None:
     """`imwrite(append=True)` in a loop makes each slice an array of its own; a stack of colors is slices too."""
-    for plane in image():
-        tiff(tmp_path / "a.tif", plane, append=True, photometric="minisblack")
-    assert_reads(tmp_path / "a.tif", image())
-    colors = np.stack([image(), image() + 1, image() + 2], axis=-1)
-    tiff(tmp_path / "b.tif", colors, photometric="rgb")
+    for plane in make_image():
+        write_tiff(tmp_path / "a.tif", plane, append=True, photometric="minisblack")
+    assert_reads(tmp_path / "a.tif", make_image())
+    colors = np.stack([make_image(), make_image() + 1, make_image() + 2], axis=-1)
+    write_tiff(tmp_path / "b.tif", colors, photometric="rgb")
     assert_reads(tmp_path / "b.tif", colors[..., 2], channel=2)
 
 
 def test_slices_in_natural_order(tmp_path: Path) -> None:
-    data = image("uint16", (12, 7, 9))
+    data = make_image("uint16", (12, 7, 9))
     for i, plane in enumerate(data, start=1):
-        tiff(tmp_path / f"s{i}.tif", plane, photometric="minisblack", compression="zlib")
+        write_tiff(tmp_path / f"s{i}.tif", plane, photometric="minisblack", compression="zlib")
     (tmp_path / "notes.txt").write_text("not a slice")
     assert_reads(tmp_path, data)
 
 
 def test_slices_with_voxel_size(tmp_path: Path) -> None:
-    for i, plane in enumerate(image()):
-        tiff(
+    for i, plane in enumerate(make_image()):
+        write_tiff(
             tmp_path / f"{i}.tif", plane, imagej=True, resolution=(4, 1 / 0.33), metadata={"unit": "um", "spacing": 1.0}
         )
-    assert_reads(tmp_path, image(), UM)
+    assert_reads(tmp_path, make_image(), UM)
 
 
 def test_slices_by_pattern(tmp_path: Path) -> None:
     for c in (0, 1):
-        for i, plane in enumerate(image() + c):
-            tiff(tmp_path / f"z{i:02d}_c{c}.tif", plane, photometric="minisblack")
+        for i, plane in enumerate(make_image() + c):
+            write_tiff(tmp_path / f"z{i:02d}_c{c}.tif", plane, photometric="minisblack")
     with pytest.raises(InputError, match="2 numbers differ"):
         open_volume(tmp_path)
-    assert_reads(tmp_path, image() + 1, dataset="*_c1.tif")
+    assert_reads(tmp_path, make_image() + 1, dataset="*_c1.tif")
 
 
 def test_volumes_pickle_and_open_again(tmp_path: Path) -> None:
-    data = image("uint16", (5, 2, 7, 9))
-    tiff(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "ZCYX"})
+    data = make_image("uint16", (5, 2, 7, 9))
+    write_tiff(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "ZCYX"})
     volume = pickle.loads(pickle.dumps(open_volume(tmp_path / "a.tif", channel=1)))
     np.testing.assert_array_equal(volume[Box.whole(SHAPE)], data[:, 1])
 
 
-def test_a_box_outside_is_refused_and_an_empty_one_is_empty(tmp_path: Path) -> None:
-    tiff(tmp_path / "a.tif", image(), photometric="minisblack")
+def test_box_outside_is_refused(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", make_image(), photometric="minisblack")
     volume = open_volume(tmp_path / "a.tif")
     with pytest.raises(InputError, match="leaves"):
         volume[Box((0, 0, 0), (5, 7, 10))]
