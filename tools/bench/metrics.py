@@ -1,16 +1,16 @@
-"""Time and memory of the metrics and of rasterising against the straightforward way.
+"""Time and memory of the metrics and of rasterizing compared with straightforward implementations.
 
     python -m tools.bench.metrics [--side 256] [--nodes 20000] [--volume 512] [--seconds 20]
 
-- HD95 of two masks of side^3 voxels against MONAI, on solid blobs, on a neuron and its neighbour, and on two spheres
+- HD95 of two masks of side^3 voxels against MONAI, on solid blobs, on a neuron and its neighbor, and on two spheres
 - ESA, DSA, PDS of two random trees against a plain double loop over samples and segments, timed on as many samples as
   `--seconds` allows and scaled up
-- mask, skeleton, distance and tangent of a tree of nodes / 2 nodes in volume^3 voxels against a plain loop that asks,
-  edge by edge, every voxel around it (timed on part of the edges and scaled up)
+- mask, skeleton, distance and tangent of a tree of nodes / 2 nodes in volume^3 voxels against a plain loop over the
+  edges and all voxels around each (timed on part of the edges and scaled up)
 
-Both ways get the same input, and it is checked that they give the same answer (ESA: on smaller trees). Each runs in a
-process of its own, which gives its peak memory above the input, and the best of up to three runs counts; CPU seconds
-are what to look at on a busy machine. The last line is one JSON object.
+Both implementations get the same input, and the benchmark checks that their results agree (ESA: on smaller trees).
+Each runs in a process of its own, whose peak memory above the input is reported, and the best of up to three runs
+counts. Compare CPU seconds on a busy machine. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,26 @@ from hpc_neuro.data.rasterize import rasterize
 from hpc_neuro.metrics import tree as tree_metrics
 from hpc_neuro.metrics import voxel
 
-_RUNS, _SECONDS = 3, 5.0  # the best of up to three runs, so long as five seconds have not passed
+_MAX_RUNS = 3
+_MAX_SECONDS = 5.0
+"""[s] No further run begins after this time."""
+_REACH = 8.0
+"""[voxel] Distance around an edge within which the plain rasterizer looks at every voxel."""
 
 Masks = tuple[NDArray[np.bool_], NDArray[np.bool_]]
-Timed = tuple[Any, float, float, int]  # answer, wall seconds, CPU seconds, peak bytes above the input
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One implementation on one input."""
+
+    result: float
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+    """Peak memory above the input."""
+    scale: float = 1.0
+    """How much larger the whole input is than the measured part; the times are scaled by it."""
 
 
 def main() -> None:
@@ -50,91 +67,100 @@ def main() -> None:
     parser.add_argument("--volume", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=20.0)
     args = parser.parse_args()
-    rows: dict[str, dict[str, float]] = {}
+
     print(f"{'':34}{'ours s':>9}{'cpu s':>8}{'plain s':>10}{'cpu s':>9}{'ratio':>9}{'ours peak':>11}{'plain peak':>12}")
-    for name, masks in {"blobs": _blobs, "neuron": _neurons, "spheres": _spheres}.items():
-        _compare(rows, f"hd95_{name}", _ours_hd95, _monai_hd95, masks(args.side), 1e-5)
-    trees = random_tree(args.nodes, 0), random_tree(args.nodes, 1)
-    small = random_tree(80, 3), random_tree(80, 4)
-    if not math.isclose(_ours_esa(*small, 0), _plain_esa(*small, math.inf)[0], rel_tol=1e-9):
+    rows: dict[str, dict[str, float]] = {}
+    for name, make_masks in {"blobs": make_blobs, "neuron": make_neurons, "spheres": make_spheres}.items():
+        rows[f"hd95_{name}"] = compare(f"hd95_{name}", our_hd95, monai_hd95, make_masks(args.side), 1e-5)
+
+    # The double loop sees only part of the large trees, so the results are compared on small ones.
+    small = grow_tree(80, 3), grow_tree(80, 4)
+    if not math.isclose(our_esa(*small, 0), plain_esa(*small, math.inf)[0], rel_tol=1e-9):
         raise SystemExit("esa: ours differs from the double loop on small trees")
-    _compare(rows, "esa", _ours_esa, _plain_esa, (*trees, args.seconds), None)
-    drawn = _drawable(args.nodes // 2, args.volume)
-    _compare(rows, "rasterize", _ours_raster, _plain_raster, (drawn, args.volume, args.seconds), None)
+    trees = grow_tree(args.nodes, 0), grow_tree(args.nodes, 1)
+    rows["esa"] = compare("esa", our_esa, plain_esa, (*trees, args.seconds), None)
+
+    tree = fit_tree(args.nodes // 2, args.volume)
+    rows["rasterize"] = compare("rasterize", our_rasterizer, plain_rasterizer, (tree, args.volume, args.seconds), None)
     print(json.dumps(rows))
 
 
-def _compare(
-    rows: dict[str, dict[str, float]],
+def compare(
     name: str,
     ours: Callable[..., Any],
     plain: Callable[..., Any],
     inputs: tuple[Any, ...],
     tolerance: float | None,
-) -> None:
-    """Time both, check that they agree within `tolerance` (relative), print a line."""
-    mine, other = _alone(ours, inputs), _alone(plain, inputs)
-    scale = other[0][1] if isinstance(other[0], tuple) else 1.0
-    answer = other[0][0] if isinstance(other[0], tuple) else other[0]
-    if tolerance is not None and not math.isclose(mine[0], answer, rel_tol=tolerance, abs_tol=1e-9):
-        raise SystemExit(f"{name}: ours gives {mine[0]}, the plain way {answer}")
-    wall, cpu = other[1] * scale, other[2] * scale
-    rows[name] = {
-        "ours_s": mine[1],
-        "ours_cpu_s": mine[2],
-        "plain_s": wall,
-        "plain_cpu_s": cpu,
-        "ratio": mine[1] / wall,
-        "cpu_ratio": mine[2] / cpu,
-        "ours_peak_bytes": mine[3],
-        "plain_peak_bytes": other[3],
-        "plain_scaled_by": scale,
-    }
-    note = f"   plain scaled by {scale:.0f}" if scale > 1 else ""
+) -> dict[str, float]:
+    """Measure both, check that they agree within `tolerance` (relative; None: no check), print a line."""
+    first, second = measure_alone(ours, inputs), measure_alone(plain, inputs)
+    if tolerance is not None and not math.isclose(first.result, second.result, rel_tol=tolerance, abs_tol=1e-9):
+        raise SystemExit(f"{name}: ours gives {first.result}, the plain implementation {second.result}")
+
+    note = f"   plain scaled by {second.scale:.0f}" if second.scale > 1 else ""
     print(
-        f"{name:34}{mine[1]:9.2f}{mine[2]:8.2f}{wall:10.2f}{cpu:9.2f}{mine[2] / cpu:9.4f}"
-        f"{files.format_bytes(mine[3]):>11}{files.format_bytes(other[3]):>12}{note}",
+        f"{name:34}{first.wall_s:9.2f}{first.cpu_s:8.2f}{second.wall_s:10.2f}{second.cpu_s:9.2f}"
+        f"{first.cpu_s / second.cpu_s:9.4f}"
+        f"{files.format_bytes(first.peak_bytes):>11}{files.format_bytes(second.peak_bytes):>12}{note}",
         flush=True,
     )
+    return {
+        "ours_s": first.wall_s,
+        "ours_cpu_s": first.cpu_s,
+        "plain_s": second.wall_s,
+        "plain_cpu_s": second.cpu_s,
+        "ratio": first.wall_s / second.wall_s,
+        "cpu_ratio": first.cpu_s / second.cpu_s,
+        "ours_peak_bytes": first.peak_bytes,
+        "plain_peak_bytes": second.peak_bytes,
+        "plain_scaled_by": second.scale,
+    }
 
 
-def _alone(work: Callable[..., Any], inputs: tuple[Any, ...]) -> Timed:
-    """Run in a forked process of its own: answer, wall and CPU seconds, peak memory above the input."""
-    prepare = getattr(work, "prepare", None)
-    inputs = (*inputs, prepare()) if prepare else inputs  # imports do not count
+def measure_alone(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Measurement:
+    """Measure a function in a forked process of its own."""
+    # Imports of the competitor count neither as time nor as memory.
+    prepare = getattr(function, "prepare", None)
+    inputs = (*inputs, prepare()) if prepare else inputs
+
     context = multiprocessing.get_context("fork")
     parent, child = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(work, inputs, child))
+    process = context.Process(target=_measure, args=(function, inputs, child))
     process.start()
     child.close()
-    result: Timed = parent.recv()
+    measurement: Measurement = parent.recv()
     process.join()
-    return result
+    return measurement
 
 
-def _measure(work: Callable[..., Any], inputs: tuple[Any, ...], pipe: Any) -> None:
+def _measure(function: Callable[..., Any], inputs: tuple[Any, ...], pipe: Any) -> None:
+    """Send the best of up to three runs; a function that returns a pair says with the second by how much to scale."""
     warnings.simplefilter("ignore")
-    before, begun = _peak(), time.perf_counter()
+    peak_before, begin = _read_peak(), time.perf_counter()
     walls: list[float] = []
     cpus: list[float] = []
-    while not walls or (len(walls) < _RUNS and time.perf_counter() - begun < _SECONDS):
+    while not walls or (len(walls) < _MAX_RUNS and time.perf_counter() - begin < _MAX_SECONDS):
         wall, cpu = time.perf_counter(), time.process_time()
-        answer = work(*inputs)
+        returned = function(*inputs)
         walls.append(time.perf_counter() - wall)
         cpus.append(time.process_time() - cpu)
-    pipe.send((answer, min(walls), min(cpus), _peak() - before))
+
+    result, scale = returned if isinstance(returned, tuple) else (returned, 1.0)
+    pipe.send(Measurement(result, min(walls) * scale, min(cpus) * scale, _read_peak() - peak_before, scale))
 
 
-def _peak() -> int:
+def _read_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _ours_hd95(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+def our_hd95(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """HD95 in voxels."""
     return voxel.hd95(a, b)
 
 
-def _monai_hd95(a: NDArray[np.bool_], b: NDArray[np.bool_], tools: Any) -> float:
-    torch, hausdorff = tools
+def monai_hd95(a: NDArray[np.bool_], b: NDArray[np.bool_], modules: Any) -> float:
+    """HD95 in voxels by MONAI."""
+    torch, hausdorff = modules
     masks = [torch.from_numpy(m)[None, None] for m in (a, b)]
     return float(hausdorff(*masks, include_background=True, percentile=95))
 
@@ -147,32 +173,35 @@ def _import_monai() -> Any:
     return torch, compute_hausdorff_distance
 
 
-_monai_hd95.prepare = _import_monai  # type: ignore[attr-defined]
+monai_hd95.prepare = _import_monai  # type: ignore[attr-defined]
 
 
-def _ours_esa(a: Tree, b: Tree, seconds: float) -> float:
+def our_esa(a: Tree, b: Tree, seconds: float) -> float:
+    """ESA; `seconds` is not used."""
     return tree_metrics.distances(a, b)["esa"]
 
 
-def _plain_esa(a: Tree, b: Tree, seconds: float) -> tuple[float, float]:
-    """The double loop on evenly chosen samples of both directions, until the time is up; the answer and the scale."""
+def plain_esa(a: Tree, b: Tree, seconds: float) -> tuple[float, float]:
+    """ESA by the double loop on random samples of both directions until the time is over, and the scale."""
     means, scales = [], []
     for tree, other in ((a, b), (b, a)):
         samples = tree_metrics.sample_tree(tree)
-        segments = [(p, q) for p, q in zip(*(other.points[other.edges[:, k]].tolist() for k in (0, 1)), strict=True)]
-        order = np.random.default_rng(0).permutation(len(samples))
-        found, begun = [], time.perf_counter()
-        for index in order:
+        child, parent = (other.points[other.edges[:, k]].tolist() for k in (0, 1))
+        segments = list(zip(child, parent, strict=True))
+
+        distances = []
+        begin = time.perf_counter()
+        for index in np.random.default_rng(0).permutation(len(samples)):
             point = samples[index].tolist()
-            found.append(min(_to_segment(point, p, q) for p, q in segments))
-            if time.perf_counter() - begun > seconds / 2:
+            distances.append(min(_measure_to_segment(point, p, q) for p, q in segments))
+            if time.perf_counter() - begin > seconds / 2:
                 break
-        means.append(sum(found) / len(found))
-        scales.append(len(samples) / len(found))
+        means.append(sum(distances) / len(distances))
+        scales.append(len(samples) / len(distances))
     return sum(means) / 2, sum(scales) / 2
 
 
-def _to_segment(p: list[float], a: list[float], b: list[float]) -> float:
+def _measure_to_segment(p: list[float], a: list[float], b: list[float]) -> float:
     d = [b[k] - a[k] for k in range(3)]
     square = d[0] * d[0] + d[1] * d[1] + d[2] * d[2]
     t = 0.0
@@ -181,41 +210,54 @@ def _to_segment(p: list[float], a: list[float], b: list[float]) -> float:
     return math.sqrt(sum((p[k] - a[k] - t * d[k]) ** 2 for k in range(3)))
 
 
-def _ours_raster(tree: Tree, side: int, seconds: float) -> float:
+def our_rasterizer(tree: Tree, side: int, seconds: float) -> float:
+    """Foreground voxels of a tree in a cube; `seconds` is not used."""
     return float((rasterize(tree, Box.whole((side, side, side)), (1.0, 1.0, 1.0)).mask == 1).sum())
 
 
-def _plain_raster(tree: Tree, side: int, seconds: float) -> tuple[float, float]:
-    """Mask, distance and tangent edge by edge, each over all voxels within reach of the edge."""
-    reach = 8.0
+def plain_rasterizer(tree: Tree, side: int, seconds: float) -> tuple[float, float]:
+    """Mask, distance and tangent edge by edge in random order, until the time is over; foreground and the scale."""
     mask = np.zeros((side, side, side), dtype=bool)
-    distance = np.full(mask.shape, reach, dtype=np.float32)
+    distance = np.full(mask.shape, _REACH, dtype=np.float32)
     tangent = np.zeros((3, *mask.shape), dtype=np.float32)
-    begun, done = time.perf_counter(), 0
+
+    begin, done = time.perf_counter(), 0
     for child, parent in np.random.default_rng(0).permutation(tree.edges):
-        a, b, ra, rb = tree.points[child], tree.points[parent], tree.radii[child], tree.radii[parent]
-        along = b - a
-        norm = math.sqrt(float(along @ along))
-        low = np.maximum(np.floor(np.minimum(a, b) - reach), 0).astype(int)
-        high = np.minimum(np.ceil(np.maximum(a, b) + reach) + 1, side).astype(int)
-        for z in range(low[0], high[0]):
-            for y in range(low[1], high[1]):
-                for x in range(low[2], high[2]):
-                    offset = (z - a[0], y - a[1], x - a[2])
-                    t = sum(o * d for o, d in zip(offset, along, strict=True)) / (norm * norm) if norm else 0.0
-                    t = min(1.0, max(0.0, t))
-                    away = math.sqrt(sum((o - t * d) ** 2 for o, d in zip(offset, along, strict=True)))
-                    mask[z, y, x] |= away <= ra + t * (rb - ra)
-                    if away < distance[z, y, x] and norm:
-                        distance[z, y, x] = away
-                        tangent[:, z, y, x] = along / norm
+        _draw_edge(tree, child, parent, mask, distance, tangent)
         done += 1
-        if time.perf_counter() - begun > seconds:
+        if time.perf_counter() - begin > seconds:
             break
     return float(mask.sum()), len(tree.edges) / done
 
 
-def random_tree(nodes: int, seed: int, step: float = 2.5) -> Tree:
+def _draw_edge(
+    tree: Tree,
+    child: int,
+    parent: int,
+    mask: NDArray[np.bool_],
+    distance: NDArray[np.float32],
+    tangent: NDArray[np.float32],
+) -> None:
+    """Update the three arrays at every voxel within reach of an edge."""
+    a, b, radius_a, radius_b = tree.points[child], tree.points[parent], tree.radii[child], tree.radii[parent]
+    along = b - a
+    norm = math.sqrt(float(along @ along))
+    low = np.maximum(np.floor(np.minimum(a, b) - _REACH), 0).astype(int)
+    high = np.minimum(np.ceil(np.maximum(a, b) + _REACH) + 1, len(mask)).astype(int)
+    for z in range(low[0], high[0]):
+        for y in range(low[1], high[1]):
+            for x in range(low[2], high[2]):
+                offset = (z - a[0], y - a[1], x - a[2])
+                t = sum(o * d for o, d in zip(offset, along, strict=True)) / (norm * norm) if norm else 0.0
+                t = min(1.0, max(0.0, t))
+                away = math.sqrt(sum((o - t * d) ** 2 for o, d in zip(offset, along, strict=True)))
+                mask[z, y, x] |= away <= radius_a + t * (radius_b - radius_a)
+                if away < distance[z, y, x] and norm:
+                    distance[z, y, x] = away
+                    tangent[:, z, y, x] = along / norm
+
+
+def grow_tree(nodes: int, seed: int, step: float = 2.5) -> Tree:
     """A branching random walk."""
     rng = np.random.default_rng(seed)
     parents, points = np.full(nodes, -1), np.zeros((nodes, 3))
@@ -230,15 +272,16 @@ def random_tree(nodes: int, seed: int, step: float = 2.5) -> Tree:
     return morphology.build_tree(points, parents, radii=2.0)
 
 
-def _drawable(nodes: int, side: int) -> Tree:
-    """A random tree brought into a cube."""
-    tree = random_tree(nodes, 2)
+def fit_tree(nodes: int, side: int) -> Tree:
+    """A random tree scaled into a cube."""
+    tree = grow_tree(nodes, 2)
     low, high = tree.points.min(axis=0), tree.points.max(axis=0)
     points = (tree.points - low) / (high - low).max() * (side - 20) + 10
     return Tree(points, tree.radii, tree.parents, tree.types)
 
 
-def _blobs(side: int) -> Masks:
+def make_blobs(side: int) -> Masks:
+    """Two solid random masks, the second about half like the first."""
     a, b = (
         ndimage.gaussian_filter(np.random.default_rng(s).normal(size=(side,) * 3).astype(np.float32), 4.0)
         for s in (0, 1)
@@ -246,22 +289,23 @@ def _blobs(side: int) -> Masks:
     return a > 0, a + 0.3 * b > 0
 
 
-def _neurons(side: int) -> Masks:
-    tree = _drawable(1000, side)
-    near = Tree(tree.points + np.array([0.5, 1.5, 0.0]), tree.radii, tree.parents, tree.types)
-    a, b = (rasterize(t, Box.whole((side, side, side)), (1.0, 1.0, 1.0)).mask == 1 for t in (tree, near))
+def make_neurons(side: int) -> Masks:
+    """A random tree and its shifted copy."""
+    tree = fit_tree(1000, side)
+    shifted = Tree(tree.points + np.array([0.5, 1.5, 0.0]), tree.radii, tree.parents, tree.types)
+    a, b = (rasterize(t, Box.whole((side, side, side)), (1.0, 1.0, 1.0)).mask == 1 for t in (tree, shifted))
     return a, b
 
 
-def _spheres(side: int) -> Masks:
+def make_spheres(side: int) -> Masks:
+    """Two spheres that nearly coincide."""
+    return _make_ball(side, 0.5 * side, 0.4 * side), _make_ball(side, 0.51 * side, 0.37 * side)
+
+
+def _make_ball(side: int, center_y: float, radius: float) -> NDArray[np.bool_]:
     z, y, x = np.ogrid[:side, :side, :side]
-    middle = side / 2
-
-    def ball(cy: float, r: float) -> NDArray[np.bool_]:
-        inside: NDArray[np.bool_] = (z - middle) ** 2 + (y - cy) ** 2 + (x - middle) ** 2 < r * r
-        return inside
-
-    return ball(middle, 0.4 * side), ball(middle * 1.02, 0.37 * side)
+    inside: NDArray[np.bool_] = (z - side / 2) ** 2 + (y - center_y) ** 2 + (x - side / 2) ** 2 < radius * radius
+    return inside
 
 
 if __name__ == "__main__":
