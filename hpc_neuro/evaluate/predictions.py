@@ -80,6 +80,7 @@ class PredictionFolder:
 
         for volume_id in ids:
             self._check_files(volume_id)
+            self._check_shards(volume_id)
 
     def _check_files(self, volume_id: str) -> None:
         """Raise InputError when a file of a volume is missing, or its tree was changed after `infer`."""
@@ -94,6 +95,21 @@ class PredictionFolder:
                 f"{self.path / tree} was changed after `infer` wrote it, so that its scores would not be the model's; "
                 f"`hpc-neuro infer verify {self.path}` sets it aside and writes the model's tree again"
             )
+
+    def _check_shards(self, volume_id: str) -> None:
+        """Raise InputError when a shard that a done marker of `infer` records does not exist.
+
+        A zarr array reads a shard without a file as zeros, so a lost shard would be scored as background.
+        """
+        image = self.path / self._entries[volume_id]["probability"]
+        for marker in sorted((self.path / "blocks" / volume_id).glob("[0-9]*.json")):
+            record = files.read_json(marker, f"run `hpc-neuro infer verify {self.path}`")
+            shards = record.get("files", {}) if isinstance(record, dict) else {}
+            if missing := [image / shard for shard in shards if not (image / shard).is_file()]:
+                raise InputError(
+                    f"{missing[0]} does not exist, although `infer` wrote it ({marker}); its voxels would be scored as "
+                    f"background. `hpc-neuro infer verify {self.path}` computes it again"
+                )
 
     def _list_files(self, volume_id: str) -> list[Path]:
         """The probability, and the tree in voxels unless nothing was traced."""

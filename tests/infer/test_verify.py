@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_neuro import cli, infer
+from hpc_neuro import cli, evaluate, infer
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.infer import verify
 from tests.helpers.small_volumes import configure, crossing, probability
 
@@ -179,3 +180,16 @@ def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:
             ome_zarr.build_shard(tmp_path / "v", shape, (1.0, 1.0, 1.0), piece)
     written = sorted(p.relative_to(tmp_path / "v").as_posix() for p in tmp_path.glob("v/[1-9]/c/**/0"))
     assert [w for w in written if Path(tmp_path / "v" / w).is_file()] == ["1/c/0/0/0", "2/c/0/0/0"]
+
+
+def test_evaluate_refuses_a_lost_shard_until_verify_has_computed_it_again(
+    copy: Path, store: Path, tmp_path: Path
+) -> None:
+    cfg = evaluate.EvaluateConfig(store=store, predictions=copy, out=tmp_path / "scores", draws=100, pictures=0)
+    (copy / "a.ome.zarr" / SHARD).unlink()
+    with pytest.raises(InputError, match="`hpc-neuro infer verify .*out` computes it again"):
+        evaluate.run(cfg)
+    assert not cfg.out.exists()
+
+    assert cli.main(["infer", "verify", str(copy)]) == 0
+    assert evaluate.run(cfg) == 0
