@@ -19,6 +19,9 @@ from hpc_neuro.metrics.segments import SegmentIndex
 FAR = 2.0
 """A sample at least this far from the other tree counts as a different structure (Vaa3D's `d_thres`)."""
 
+_SOMA = 1
+"""SWC type of a soma."""
+
 _ONE_EMPTY = {"esa": math.inf, "dsa": math.inf, "pds": 1.0}
 """Distances when exactly one tree is empty."""
 
@@ -51,6 +54,27 @@ def distances(a: Tree, b: Tree, far: float = FAR) -> dict[str, float]:
         "dsa": float(np.mean(means)) if means else 0.0,
         "pds": float(np.mean(shares)),
     }
+
+
+def drop_soma_outline(tree: Tree) -> Tree:
+    """The tree without the points that only outline a soma, such as the second and third of a three-point soma.
+
+    These are nodes of SWC type 1 below another one from which no neurite leaves. They are neither cable nor tips. A
+    tree that has no nodes of other types stays as it is.
+    """
+    is_soma = tree.types == _SOMA
+    has_neurite = ~is_soma
+
+    # Children come after their parents, so one pass backwards tells what hangs below each node.
+    for node in range(len(tree) - 1, -1, -1):
+        parent = tree.parents[node]
+        if parent >= 0:
+            has_neurite[parent] |= has_neurite[node]
+
+    component = morphology.label_components(tree)
+    is_child_of_soma = (tree.parents >= 0) & is_soma[tree.parents]
+    is_outline = is_soma & ~has_neurite & is_child_of_soma & has_neurite[tree.roots][component]
+    return morphology.select_nodes(tree, ~is_outline) if is_outline.any() else tree
 
 
 def sample_tree(tree: Tree) -> NDArray[np.float64]:
@@ -173,7 +197,7 @@ METRICS = (
         unit="",
         direction="",
         digits=0,
-        definition="End points: nodes without children.",
+        definition="End points: nodes without children. Points that only outline a soma do not count.",
         compute=lambda comparison: len(morphology.tips(comparison.predicted_tree)),
         main=True,
     ),

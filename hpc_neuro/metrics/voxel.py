@@ -169,7 +169,8 @@ class SurfaceDistances:
     hd95_pooled: float
     """The 95th percentile of the distances of both directions in one set, as medpy computes it."""
     assd: float
-    """Average symmetric surface distance: the mean of the two directed means, as in medpy."""
+    """Average symmetric surface distance: the mean of the distances of both directions in one set, as medpy (since 0.5)
+    computes it. The larger surface has the larger weight."""
     is_miss: bool
     """One mask is empty: the three numbers are the diagonal of the volume."""
 
@@ -214,7 +215,7 @@ def _summarize_distances(forward: NDArray[np.float64], backward: NDArray[np.floa
     return SurfaceDistances(
         hd95=float(max(np.percentile(forward, 95), np.percentile(backward, 95))),
         hd95_pooled=float(np.percentile(np.concatenate([forward, backward]), 95)),
-        assd=float((forward.mean() + backward.mean()) / 2),
+        assd=float(np.concatenate([forward, backward]).mean()),
         is_miss=False,
     )
 
@@ -268,7 +269,10 @@ SURFACE_METRICS = (
         unit="µm",
         direction="lower",
         digits=2,
-        definition="Average symmetric surface distance: mean of the two directed means.",
+        definition=(
+            "Average symmetric surface distance: mean of the surface distances of both directions in one set, as medpy "
+            "(since 0.5) computes it."
+        ),
         compute=lambda comparison: comparison.once(_compare_surfaces).assd,
     ),
 )

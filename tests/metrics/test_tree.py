@@ -228,6 +228,23 @@ def test_a_tree_is_described_by_cable_tips_and_branch_points() -> None:
     assert describe(morphology.empty_tree()) == {"length_um": 0.0, "tips": 0, "branch_points": 0}
 
 
+def test_the_points_that_outline_a_soma_are_neither_tips_nor_cable() -> None:
+    points = np.array([(0, 0, 0), (0, 3, 0), (0, -3, 0), (0, 0, 5), (0, 0, 9), (0, 4, 9)], dtype=float)
+    parents, types = np.array([-1, 0, 0, 0, 3, 3]), np.array([1, 1, 1, 3, 3, 3])
+    three_points = morphology.build_tree(points, parents, types=types)
+    tree = metric.drop_soma_outline(three_points)
+    assert len(tree) == 4
+    assert describe(tree) == describe(morphology.build_tree(points[[0, 3, 4, 5]], np.array([-1, 0, 1, 1])))
+    assert describe(tree)["tips"] == 2
+
+    # A soma from which a neurite leaves at its second point, and a tree that is all of type 1, stay.
+    chain = morphology.build_tree(points, np.array([-1, 0, 1, 2, 3, 4]), types=types)
+    all_soma = morphology.build_tree(points, parents, types=1)
+    assert metric.drop_soma_outline(chain) is chain
+    assert metric.drop_soma_outline(all_soma) is all_soma
+    assert len(metric.drop_soma_outline(morphology.empty_tree())) == 0
+
+
 def test_a_real_neuron_against_its_noisy_copy(real_data: Path) -> None:
     rows = np.loadtxt(real_data / "diadem_op" / "OP_7.swc")
     tree = morphology.build_tree(rows[:, [4, 3, 2]], np.where(rows[:, 6] < 0, -1, rows[:, 6] - 1).astype(int))

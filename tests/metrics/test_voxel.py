@@ -45,7 +45,7 @@ def test_surface_metrics_equal_medpys_definition(case: int, spacing: tuple[float
     forward, backward = medpy_distances(a, b, spacing), medpy_distances(b, a, spacing)
     distances = voxel.compute_surface_distances(a, b, spacing)
     assert distances.hd95_pooled == pytest.approx(np.percentile(np.hstack([forward, backward]), 95), abs=1e-9)
-    assert distances.assd == pytest.approx((forward.mean() + backward.mean()) / 2, abs=1e-9)
+    assert distances.assd == pytest.approx(np.hstack([forward, backward]).mean(), abs=1e-9)
     assert distances.hd95 == pytest.approx(max(np.percentile(forward, 95), np.percentile(backward, 95)), abs=1e-9)
     assert voxel.hd95(a, b, spacing) == pytest.approx(distances.hd95, abs=1e-12)
     assert voxel.hd95_pooled(a, b, spacing) == distances.hd95_pooled
@@ -123,6 +123,25 @@ def test_percentile_of_a_large_surface_with_a_far_part() -> None:
     for percent in (50.0, 90.0, 95.0, 99.0):
         expected = [np.percentile(d, percent) for d in full]
         assert surface.SurfacePair(a, b, (1.0, 0.5, 0.5)).measure_percentiles(percent) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_percentiles_are_exact_where_the_sample_is_beyond_the_nearby_search(
+    seed: int, spacing: tuple[float, float, float]
+) -> None:
+    a, b = blob((40, 90, 80), seed, 0.1, 3.0), blob((40, 90, 80), seed + 100, (0.1, 0.01, 0.3)[seed % 3], 3.0)
+    pair = surface.SurfacePair(a, b, spacing)
+    for percent in (50.0, 90.0, 95.0, 99.0):
+        expected = [np.percentile(d, percent) for d in pair.measure_distances()]
+        assert pair.measure_percentiles(percent) == pytest.approx(expected, rel=1e-12)
+
+
+def test_assd_is_the_mean_of_both_directions_pooled() -> None:
+    """A line of 10 against its first 2 voxels: 8 of 12 distances are above 0. medpy pools them."""
+    predicted, gold = np.zeros((3, 4, 12), bool), np.zeros((3, 4, 12), bool)
+    predicted[1, 2, :10] = gold[1, 2, :2] = True
+    assert voxel.compute_surface_distances(predicted, gold, (1, 1, 1)).assd == pytest.approx(sum(range(1, 9)) / 12)
 
 
 def test_rules_for_empty_masks() -> None:
