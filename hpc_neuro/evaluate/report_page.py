@@ -212,12 +212,12 @@ def _render_provenance(runs: Sequence[RunRecord]) -> str:
     records = []
     for run in runs:
         if run.record is None:
-            rows.append([run.name, str(run.path), "no record here", "", "", ""])
+            rows.append([run.verb, str(run.folder), "no record here", "", "", ""])
             continue
         inputs = ", ".join(f"{k} {str(v)[:12]}" for k, v in run.record.get("inputs", {}).items())
         facts = (run.record.get("code", ""), run.record.get("end") or "not finished", run.record.get("host", ""))
-        rows.append([run.name, str(run.path), *map(str, facts), inputs])
-        records.append(html.details(f"{run.name}: full record", html.code(json.dumps(run.record, indent=1))))
+        rows.append([run.verb, str(run.folder), *map(str, facts), inputs])
+        records.append(html.details(f"{run.verb}: full record", html.code(json.dumps(run.record, indent=1))))
 
     columns = [Column(title, numeric=False) for title in titles]
     cells = [[Cell(text) for text in row] for row in rows]

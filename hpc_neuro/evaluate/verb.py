@@ -192,7 +192,7 @@ def _write_products(
 
 def _read_training(cfg: EvaluateConfig, runs: Sequence[RunRecord]) -> list[dict[str, Any]] | None:
     """The rows of the training run's metrics.jsonl: of the config's folder, else of the run behind the predictions."""
-    behind = [r.path for r in runs if r.name == "train" and (r.path / "metrics.jsonl").exists()]
+    behind = [r.folder for r in runs if r.verb == "train" and (r.folder / "metrics.jsonl").exists()]
     folders = [cfg.train] if cfg.train else behind
     return learning_curves.read_metrics(folders[0]) if folders else None
 

@@ -1,225 +1,452 @@
-"""What links each verb's run to the runs before it, and to the pieces it wrote."""
+"""What is compared for each run: its record, the files it was made from, and the files it wrote."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import importlib.resources
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hpc_neuro.core import files, run_folder
-from hpc_neuro.core.geometry import tile_volume
+from hpc_neuro.core.geometry import Shape, tile_volume
+from hpc_neuro.core.run_folder import CONFIG, RECORD
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import feature_cache, ome_zarr
 from hpc_neuro.data.store import Store
-from hpc_neuro.history.run_check import Stage, common, short
+from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.models.teacher_folder import NOTE
-from hpc_neuro.pipeline import STAGES, VERBS
+from hpc_neuro.pipeline import STAGES
 from hpc_neuro.report.provenance import RunRecord
 
 _STORE, _CACHE = STAGES["prepare"].index, STAGES["precompute"].index
 _PREDICTIONS = STAGES["infer"].index
-_MEAN = ("dice", "cldice", "hd95_um", "f1_4vox", "esa")
+_SHORT_DIGEST = 12
+"""Characters of a digest that are printed."""
+_MAX_LINES = 12
+"""Lines of one kind that are printed; more are counted only."""
 
 
-def examine(link: RunRecord, quick: bool) -> Stage:
-    """The stage of one run, all its links followed. `quick`: large files are not read."""
-    stage = common(link)
-    check = VERBS[link.name].history_check if link.name in VERBS else None
-    if link.record is not None and check is not None:
+class RunCheck:
+    """The checks of one run: lines for people, and how many links hold, are broken or were not compared."""
+
+    def __init__(self, title: str, run: RunRecord, quick: bool = False) -> None:
+        """quick: do not read large files."""
+        self.title = title
+        self.run = run
+        self.quick = quick
+
+        self.lines: list[str] = []
+        self.broken: list[str] = []
+        self.passed = 0
+        self.skipped = 0
+        self.last_file: Path | str = title
+        """The JSON file that was read last."""
+        self._line_counts: dict[str, int] = {}
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """Content of the run's run.json; {} when there is none."""
+        return self.run.record or {}
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Name -> digest of the run's inputs."""
+        inputs: Mapping[str, Any] = self.record.get("inputs", {})
+        return inputs
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's resolved config."""
+        config: Mapping[str, Any] = self.record.get("config", {})
+        return config
+
+    def note(self, text: str, kind: str = "") -> None:
+        """Add a line; of the lines of one `kind`, only the first few."""
+        count = self._line_counts[kind] = self._line_counts.get(kind, 0) + 1
+        if not kind or count <= _MAX_LINES:
+            self.lines.append(text)
+        elif count == _MAX_LINES + 1:
+            self.lines.append(f"... and more {kind}")
+
+    def skip(self, text: str, kind: str) -> None:
+        """Count a link that is not compared; `text` says why."""
+        self.skipped += 1
+        self.note(text, kind)
+
+    def fail(self, text: str) -> None:
+        """Count a broken link."""
+        self.broken.append(text)
+        self.lines.append(f"BROKEN: {text}")
+
+    def compare(self, name: str, now: object, recorded: object) -> bool:
+        """Check that a digest or another value is still what was recorded."""
+        if now == recorded:
+            self.passed += 1
+            return True
+        self.fail(f"{name} is {shorten(now)} now, but was {shorten(recorded)}")
+        return False
+
+    def compare_file(self, path: Path, recorded: str, name: str, kind: str = "files") -> None:
+        """Check that a file or folder still has the SHA-256 that was recorded."""
+        if not path.exists():
+            self.fail(f"{name} is missing: {path} does not exist")
+            return
+
+        now = files.sha256(path)
+        if now != recorded:
+            self.fail(f"{name} was changed: {path} has SHA-256 {shorten(now)}, but {shorten(recorded)} was recorded")
+            return
+        self.passed += 1
+        self.note(f"{name}  {shorten(recorded)}  {path}", kind)
+
+    def read_json(self, path: Path) -> Any:
+        """A JSON file of the chain; None, and a broken link, when it is missing or damaged."""
+        self.last_file = path
         try:
-            globals()[check](stage, link, link.record, quick)
+            return files.read_json(path, "make it again")
         except InputError as error:
-            stage.bad(str(error).partition(";")[0])
-        except (LookupError, TypeError, AttributeError, ValueError) as error:  # JSON, but not as it was written
-            stage.bad(f"{stage.last} is not of the form it was written in ({type(error).__name__}: {error})")
-    return stage
+            self.fail(first_clause(error))
+            return None
+
+    def attempt(self, action: Callable[[], Any], failure: str = "") -> Any:
+        """The result of `action`; None, and a broken link, when the data on the disk is damaged or missing."""
+        try:
+            result = action()
+        except (InputError, OSError, ValueError) as error:
+            reason = first_clause(error).splitlines()[0]
+            self.fail(f"{failure} ({reason})" if failure else reason)
+            return None
+        self.passed += 1
+        return result
 
 
-def recorded(link: RunRecord) -> dict[str, str]:
-    """The files of a run (names in its folder) whose SHA-256 is known, with it."""
-    record = link.record or {}
-    found = dict(record.get("outputs", {}))
-    if link.name == "infer" and (link.path / _PREDICTIONS).is_file():
-        for entry in files.read_json(link.path / _PREDICTIONS, "run `infer` again").values():
-            found |= {entry[k]: v for k, v in entry.get("sha256", {}).items()}
-    if link.name == "demo":
-        for inner in ("evaluate", "infer"):
-            if (link.path / inner / "run.json").is_file():
-                inside = files.read_json(link.path / inner / "run.json", "run the demo again")
-                found |= recorded(RunRecord(inner, link.path / inner, inside))
-    return found
+def shorten(value: object) -> str:
+    """The first characters of a digest; other values whole."""
+    text = str(value)
+    return text[:_SHORT_DIGEST] if len(text) == 64 else text
 
 
-def check_prepare(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
-    index = stage.read(link.path / _STORE)
+def first_clause(error: Exception) -> str:
+    """What is wrong, without the advice that follows the semicolon."""
+    return str(error).partition(";")[0]
+
+
+# --- Checks of every run ---
+
+
+def check_raw_files(run: RunRecord, quick: bool) -> RunCheck | None:
+    """Compare the files that `prepare` or `infer` read from outside; None when the run read none."""
+    if run.verb not in ("prepare", "infer"):
+        return None
+    record = run.record or {}
+    raw = {
+        name: digest
+        for name, digest in record.get("inputs", {}).items()
+        if name.startswith("image ") or name.endswith((".image", ".swc"))
+    }
+    if not raw:
+        return None
+
+    check = RunCheck(f"raw data of {run.folder}: {len(raw)} files", run, quick)
+    sources = record.get("sources", {})
+    names = sorted(raw, key=run_folder.natural_key)
+
+    for name in run_folder.track_progress(names, "raw files", unit="file"):
+        digest = shorten(raw[name])
+        if name not in sources:
+            check.skip(f"{name}  {digest}  (its path was not recorded, so it is not compared)", "raw files")
+            continue
+        path = run.locate(sources[name])
+        if quick and path.exists():
+            check.skip(f"{name}  {digest}  {path} (not read)", "raw files")
+        else:
+            check.compare_file(path, raw[name], name, "raw files")
+
+    return check
+
+
+def check_record(check: RunCheck) -> None:
+    """Code, config, jobs, end, and the outputs by their hashes."""
+    record = check.record
+    jobs = record.get("jobs") or [record.get("host", "an unknown host")]
+    check.note(f"code {record.get('code')}, config {shorten(files.sha256_json(record.get('config')))}")
+    check.note(
+        f"started {', '.join(record.get('starts', []))}, ended {record.get('end')}, "
+        f"job{'s' * (len(jobs) > 1)}: {', '.join(map(str, jobs))}"
+    )
+
+    if record.get("exit") == 0:
+        check.passed += 1
+    else:
+        failures = "; ".join(map(str, record.get("failures", []))) or "it was stopped, or is running"
+        check.fail(f"the run is not complete (exit {record.get('exit')}): {failures}")
+
+    _check_config(check)
+    for name, digest in record.get("outputs", {}).items():
+        check.compare_file(check.run.folder / name, digest, name)
+
+
+def _check_config(check: RunCheck) -> None:
+    """config.yaml must agree with the record, except for `out`: the folder may have moved."""
+    path = check.run.folder / CONFIG
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        check.fail(f"{CONFIG} is missing: {path} does not exist")
+        return
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        check.fail(f"{path} cannot be read as YAML ({' '.join(str(error).split())})")
+        return
+
+    recorded = check.config
+    config = {key: value for key, value in tree.items() if key != "out"} if isinstance(tree, dict) else tree
+    if config == recorded:
+        check.passed += 1
+        return
+
+    keys = ["all of it"]
+    if isinstance(config, dict):
+        keys = [key for key in {**recorded, **config} if config.get(key) != recorded.get(key)]
+    check.fail(f"{CONFIG} was changed after the run: {', '.join(keys)}")
+
+
+def recorded_hashes(run: RunRecord) -> dict[str, str]:
+    """Name in the run's folder -> SHA-256, for all files whose hash is recorded."""
+    hashes = dict((run.record or {}).get("outputs", {}))
+
+    if run.verb == "infer" and (run.folder / _PREDICTIONS).is_file():
+        for entry in files.read_json(run.folder / _PREDICTIONS, "run `infer` again").values():
+            hashes |= {entry[kind]: digest for kind, digest in entry.get("sha256", {}).items()}
+
+    # A demo copies the files of these stages to the top of its folder, under the same names.
+    if run.verb == "demo":
+        for stage in ("evaluate", "infer"):
+            folder = run.folder / str(STAGES[stage].folder)
+            if (folder / RECORD).is_file():
+                record = files.read_json(folder / RECORD, "run the demo again")
+                hashes |= recorded_hashes(RunRecord(stage, folder, record))
+    return hashes
+
+
+# --- Checks of each verb; the table of verbs names them ---
+
+
+def check_prepare(check: RunCheck) -> None:
+    """The store's index, its volumes, and the hashes of the raw files."""
+    index = check.read_json(check.run.folder / _STORE)
     if index is None:
         return
-    inputs = record.get("inputs", {})
+
     for name, entry in index["volumes"].items():
         for kind, digest in entry["sha256"].items():
-            stage.equal(f"the {kind} that {_STORE} names for {name}", digest, inputs.get(f"{name}.{kind}"))
-        stage.say(f"{name} ({entry['split']})  {short(entry['digest'])}  {entry['file']}", "volumes")
-    store = _attempt(stage, lambda: Store(link.path))
-    for name in store.ids if store else ():
-        _attempt(stage, functools.partial(store.handle, name))
-    if store:
-        store.close()
+            check.compare(f"the {kind} that {_STORE} names for {name}", digest, check.inputs.get(f"{name}.{kind}"))
+        check.note(f"{name} ({entry['split']})  {shorten(entry['digest'])}  {entry['file']}", "volumes")
+
+    store: Store | None = check.attempt(lambda: Store(check.run.folder))
+    if store is None:
+        return
+    for name in store.ids:
+        check.attempt(functools.partial(store.open_handle, name))
+    store.close()
 
 
-def check_precompute(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
-    _volumes(stage, link, record, "volume ")
-    manifest = stage.read(link.path / _CACHE)
+def check_precompute(check: RunCheck) -> None:
+    """The volumes, the teacher and the checksum of every shard."""
+    _check_volumes(check, "volume ")
+    manifest = check.read_json(check.run.folder / _CACHE)
     if manifest is None:
         return
-    _teacher(stage, record, manifest["teacher"])
-    cache = _attempt(stage, lambda: feature_cache.FeatureCache(link.path))
+
+    _check_teacher(check, manifest["teacher"])
+    cache: feature_cache.FeatureCache | None = check.attempt(lambda: feature_cache.FeatureCache(check.run.folder))
     shards = manifest["shards"]
-    stage.say(f"{len(shards)} shards, views {' '.join(manifest['views'])}, layers {manifest['layers']}")
-    for shard in run_folder.track_progress(shards if cache and not quick else [], "cache shards", unit="shard"):
-        if feature_cache.is_shard_sound(link.path / shard["file"]):
-            stage.held += 1
+    check.note(f"{len(shards)} shards, views {' '.join(manifest['views'])}, layers {manifest['layers']}")
+    if not cache or check.quick:
+        return
+
+    for shard in run_folder.track_progress(shards, "cache shards", unit="shard"):
+        if feature_cache.is_shard_sound(check.run.folder / shard["file"]):
+            check.passed += 1
         else:
-            stage.bad(f"the shard {shard['file']} does not have the checksum it was written with")
+            check.fail(f"the shard {shard['file']} does not have the checksum it was written with")
 
 
-def check_train(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
-    inputs, config = record.get("inputs", {}), record.get("config", {})
-    _volumes(stage, link, record, "", skip=("teacher", "cache", "split"))
-    if "cache" in inputs and config.get("cache"):
-        manifest = link.locate(config["cache"]) / _CACHE
-        if (held := stage.read(manifest)) is not None:
-            stage.equal("the cache's manifest", feature_cache.hash_manifest(held), inputs["cache"])
-            if "teacher" in inputs:
-                stage.equal("the teacher of the cache", held["teacher"]["sha256"], inputs["teacher"])
-    if "teacher" in inputs:
-        _teacher(stage, record, {"name": config["teacher"]["model"], "sha256": inputs["teacher"]})
-    newest = max((link.path / "checkpoints").glob("step_*/checkpoint.json"), default=None)
+def check_train(check: RunCheck) -> None:
+    """The volumes, the cache, the teacher, the newest checkpoint and the weights."""
+    _check_volumes(check, "", skip=("teacher", "cache", "split"))
+
+    if "cache" in check.inputs and check.config.get("cache"):
+        manifest = check.read_json(check.run.locate(check.config["cache"]) / _CACHE)
+        if manifest is not None:
+            digest = feature_cache.hash_manifest(manifest)
+            check.compare("the cache's manifest", digest, check.inputs["cache"])
+            if "teacher" in check.inputs:
+                check.compare("the teacher of the cache", manifest["teacher"]["sha256"], check.inputs["teacher"])
+    if "teacher" in check.inputs:
+        _check_teacher(check, {"name": check.config["teacher"]["model"], "sha256": check.inputs["teacher"]})
+
+    newest = max((check.run.folder / "checkpoints").glob("step_*/checkpoint.json"), default=None)
     if newest is None:
-        stage.say("no checkpoint is kept")
+        check.note("no checkpoint is kept")
     else:
-        mark = stage.read(newest) or {}
-        stage.say(f"checkpoint of step {mark.get('step')} ({mark.get('world_size')} ranks, ZeRO {mark.get('stage')})")
-    for path in (link.path / name for name in STAGES["train"].artifacts):
+        facts = check.read_json(newest) or {}
+        ranks = f"{facts.get('world_size')} ranks, ZeRO {facts.get('stage')}"
+        check.note(f"checkpoint of step {facts.get('step')} ({ranks})")
+
+    for path in (check.run.folder / name for name in STAGES["train"].artifacts):
         if not path.is_file():
-            stage.bad(f"the {path.parent.name} weights are missing: {path} does not exist")
+            check.fail(f"the {path.parent.name} weights are missing: {path} does not exist")
 
 
-def check_infer(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
-    inputs, config = record.get("inputs", {}), record.get("config", {})
-    model = link.locate(config.get("model", ""))
-    inside = [model / "model.safetensors", model / "weights" / config.get("weights", "best") / "model.safetensors"]
-    stage.compare(inside[0] if inside[0].is_file() else inside[1], inputs.get("weights", ""), "weights")
-    if config.get("store"):
-        _volumes(stage, link, record, "volume ")
-    for name, entry in (stage.read(link.path / _PREDICTIONS) or {}).items():
-        done = _blocks(stage, link.path, name, entry["probability"], quick)
-        stage.say(f"{name}: {done} blocks, {entry.get('foreground_voxels')} voxels of foreground")
+def check_infer(check: RunCheck) -> None:
+    """The weights, the volumes, every block of every probability, and the trees."""
+    _check_weights(check)
+    if check.config.get("store"):
+        _check_volumes(check, "volume ")
+
+    predictions = check.read_json(check.run.folder / _PREDICTIONS) or {}
+    for name, entry in predictions.items():
+        count = _check_blocks(check, name, entry["probability"])
+        check.note(f"{name}: {count} blocks, {entry.get('foreground_voxels')} voxels of foreground")
         for kind in ("swc", "swc_voxel"):
-            path, digest = entry.get(kind), entry.get("sha256", {}).get(kind)
-            if path and digest:
-                stage.compare(link.path / path, digest, path, "SWC files")
-            elif path and not (link.path / path).is_file():
-                stage.bad(f"{path} is missing: {link.path / path} does not exist")
-            elif path:
-                stage.unsure(f"{path}  (no hash was recorded, so it is not compared)", "SWC files")
+            _check_tree(check, entry.get(kind), entry.get("sha256", {}).get(kind))
 
 
-def _blocks(stage: Stage, out: Path, name: str, folder: str, quick: bool) -> int:
-    """Every block of a probability must have its mark, and the checksum in it; returns how many have."""
-    marks = {}
+def _check_weights(check: RunCheck) -> None:
+    """The student's weights: `model` names their folder, or the folder of the training."""
+    model = check.run.locate(check.config.get("model", ""))
+    weights = model / "model.safetensors"
+    if not weights.is_file():
+        weights = model / "weights" / check.config.get("weights", "best") / "model.safetensors"
+    check.compare_file(weights, check.inputs.get("weights", ""), "weights")
+
+
+def _check_tree(check: RunCheck, name: str | None, digest: str | None) -> None:
+    """One tree of a prediction; None: nothing was traced."""
+    if not name:
+        return
+    path = check.run.folder / name
+    if digest:
+        check.compare_file(path, digest, name, "SWC files")
+    elif not path.is_file():
+        check.fail(f"{name} is missing: {path} does not exist")
+    else:
+        check.skip(f"{name}  (no hash was recorded, so it is not compared)", "SWC files")
+
+
+def _check_blocks(check: RunCheck, name: str, folder: str) -> int:
+    """Check that every block of a probability has its marker and the checksum in it; returns how many do."""
+    out = check.run.folder
+    digests: dict[Shape, str] = {}
     for path in sorted((out / "blocks" / name).glob("[0-9]*.json")):
-        if (mark := stage.read(path)) is not None:
-            marks[tuple(mark["start"])] = mark
-    array = _attempt(stage, lambda: ome_zarr.open_level(out / folder), f"{out / folder} cannot be read")
+        marker = check.read_json(path)
+        if marker is not None:
+            digests[tuple(marker["start"])] = marker["sha256"]
+
+    array = check.attempt(lambda: ome_zarr.open_level(out / folder), f"{out / folder} cannot be read")
     if array is None:
         return 0
-    z, y, x = array.shape
-    deep, high, wide = (int(n) for n in array.chunk_layout.write_chunk.shape)
-    wanted, good = list(tile_volume((z, y, x), (deep, high, wide))), 0
-    for block in run_folder.track_progress(wanted, f"{name}: blocks", unit="block"):
+
+    z, y, x = (int(n) for n in array.shape)
+    block_z, block_y, block_x = (int(n) for n in array.chunk_layout.write_chunk.shape)
+    blocks = list(tile_volume((z, y, x), (block_z, block_y, block_x)))
+    sound = 0
+
+    for block in run_folder.track_progress(blocks, f"{name}: blocks", unit="block"):
         box = block.write
-        if box.start not in marks:
-            stage.bad(f"the block of {folder} at {box.start} was never finished: it has no mark in {out / 'blocks'}")
+        if box.start not in digests:
+            check.fail(f"the block of {folder} at {box.start} was never finished: it has no mark in {out / 'blocks'}")
             continue
-        values = None if quick else _attempt(stage, functools.partial(ome_zarr.read_box, array, box))
-        if values is not None and hashlib.sha256(values.tobytes()).hexdigest() != marks[box.start]["sha256"]:
-            stage.bad(f"the block of {folder} at {box.start} does not have the checksum it was written with")
+
+        values = None if check.quick else check.attempt(functools.partial(ome_zarr.read_box, array, box))
+        if values is not None and hashlib.sha256(values.tobytes()).hexdigest() != digests[box.start]:
+            check.fail(f"the block of {folder} at {box.start} does not have the checksum it was written with")
             continue
-        good += 1
-    stage.held += good
-    return good
+        sound += 1
+
+    check.passed += sound
+    return sound
 
 
-def check_evaluate(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
-    inputs, config = record.get("inputs", {}), record.get("config", {})
-    folders = {"predictions": config.get("predictions", "")}
-    for name, several in config.get("compare", {}).items():
-        folders |= {f"{name}.{i}": folder for i, folder in enumerate(several)}
-    stage.compare(link.locate(config.get("store", "")) / _STORE, inputs.get("store", ""), "store")
+def check_evaluate(check: RunCheck) -> None:
+    """The store, the predictions, the means in metrics.json, and the report."""
+    folders = {"predictions": check.config.get("predictions", "")}
+    for name, seeds in check.config.get("compare", {}).items():
+        folders |= {f"{name}.{number}": folder for number, folder in enumerate(seeds)}
+
+    store = check.run.locate(check.config.get("store", ""))
+    check.compare_file(store / _STORE, check.inputs.get("store", ""), "store")
     for name, folder in folders.items():
-        stage.compare(link.locate(folder) / _PREDICTIONS, inputs.get(name, ""), name)
-    found = stage.read(link.path / STAGES["evaluate"].index)
-    for method, mean in ((found or {}).get("mean") or {}).items():
-        if stage.equal(f"the mean of {method} in metrics.json", mean, record["summary"]["mean"].get(method)):
-            stage.say(f"{method}: " + ", ".join(f"{k} {mean[k]:.3f}" for k in _MEAN if k in mean))
+        check.compare_file(check.run.locate(folder) / _PREDICTIONS, check.inputs.get(name, ""), name)
+
+    f1 = tolerance_key("f1", check.config.get("tolerance_vox", 4.0))
+    metrics = check.read_json(check.run.folder / STAGES["evaluate"].index) or {}
+    for method, mean in (metrics.get("mean") or {}).items():
+        recorded = check.record["summary"]["mean"].get(method)
+        if check.compare(f"the mean of {method} in metrics.json", mean, recorded):
+            keys = [key for key in ("dice", "cldice", "hd95_um", f1, "esa") if key in mean]
+            check.note(f"{method}: " + ", ".join(f"{key} {mean[key]:.3f}" for key in keys))
+
     for name in STAGES["evaluate"].artifacts[1:]:
-        if not (link.path / name).is_file():
-            stage.bad(f"{name} is missing: {link.path / name} does not exist")
+        if not (check.run.folder / name).is_file():
+            check.fail(f"{name} is missing: {check.run.folder / name} does not exist")
 
 
-def check_demo(stage: Stage, link: RunRecord, record: Mapping[str, Any], quick: bool) -> None:
-    """What the demo copied to the top of its folder must be what its stages wrote."""
-    copied = [link.path / "evaluate" / n for n in STAGES["evaluate"].artifacts]
-    copied += sorted((link.path / "infer" / "swc").rglob("*.swc"))
-    for source in copied:
-        name = source.relative_to(link.path).as_posix().split("/", 1)[1]
+def check_demo(check: RunCheck) -> None:
+    """The files that the demo copied to the top of its folder must be those that its stages wrote."""
+    evaluate, infer = (check.run.folder / str(STAGES[stage].folder) for stage in ("evaluate", "infer"))
+    copies = {evaluate / name: name for name in STAGES["evaluate"].artifacts}
+    copies |= {path: path.relative_to(infer).as_posix() for path in sorted((infer / "swc").rglob("*.swc"))}
+
+    for source, name in copies.items():
         if source.is_file():
-            stage.compare(link.path / name, files.sha256(source), name)
+            check.compare_file(check.run.folder / name, files.sha256(source), name)
 
 
-def _volumes(stage: Stage, link: RunRecord, record: Mapping[str, Any], prefix: str, skip: Sequence[str] = ()) -> None:
-    """The volumes that a run took from its store must still be in it, unchanged."""
-    path = link.locate(record["config"]["store"]) / _STORE
+# --- Parts that several verbs share ---
+
+
+def _check_volumes(check: RunCheck, prefix: str, skip: Collection[str] = ()) -> None:
+    """The volumes that a run read from its store must still be in it, unchanged.
+
+    prefix: of the names of volumes among the inputs. skip: inputs that are no volumes.
+    """
+    path = check.run.locate(check.config["store"]) / _STORE
     if not path.is_file():
-        stage.bad(f"the store is missing: {path} does not exist")
+        check.fail(f"the store is missing: {path} does not exist")
         return
-    held = (stage.read(path) or {"volumes": {}})["volumes"]
-    for name, digest in record.get("inputs", {}).items():
-        if name.startswith(prefix) and name not in skip and not name.startswith("image ") and name != "weights":
+
+    volumes = (check.read_json(path) or {"volumes": {}})["volumes"]
+    for name, digest in check.inputs.items():
+        is_volume = name.startswith(prefix) and not name.startswith("image ") and name not in (*skip, "weights")
+        if is_volume:
             volume = name.removeprefix(prefix)
-            stage.equal(f"volume {volume} of {path.parent}", held.get(volume, {}).get("digest", "absent"), digest)
+            check.compare(f"volume {volume} of {path.parent}", volumes.get(volume, {}).get("digest", "absent"), digest)
 
 
-def _teacher(stage: Stage, record: Mapping[str, Any], identity: Mapping[str, str]) -> None:
-    """The teacher's weights, where their file is known: given by path, or part of the package."""
-    stage.say(f"teacher {identity['name']}  {short(identity['sha256'])}")
-    config = record.get("config", {}).get("teacher") or {}
-    if config.get("weights"):
-        weights = RunRecord("", Path(), record).locate(config["weights"])
-        if weights.is_dir():  # as fetch-teacher and tools.teacher.pretrain leave it
-            weights = weights / str((stage.read(weights / NOTE) or {}).get("file", "weights"))
-        stage.compare(weights, identity["sha256"], "teacher weights")
-    elif str(config.get("model")).startswith("bundled"):
+def _check_teacher(check: RunCheck, identity: Mapping[str, str]) -> None:
+    """The teacher's weights, when their file is known: named by path, or part of the package."""
+    check.note(f"teacher {identity['name']}  {shorten(identity['sha256'])}")
+    teacher = check.config.get("teacher") or {}
+
+    if teacher.get("weights"):
+        # The config belongs to the run's start folder, not to a folder of the chain.
+        weights = RunRecord("", Path(), check.record).locate(teacher["weights"])
+        # fetch-teacher and tools.teacher.pretrain leave a folder, whose note names the file.
+        if weights.is_dir():
+            weights = weights / str((check.read_json(weights / NOTE) or {}).get("file", "weights"))
+        check.compare_file(weights, identity["sha256"], "teacher weights")
+
+    elif str(teacher.get("model")).startswith("bundled"):
         assets = Path(str(importlib.resources.files("hpc_neuro"))) / "assets"
-        held = {files.sha256(p) for p in assets.glob("*.safetensors")}
-        if identity["sha256"] in held:
-            stage.held += 1
+        bundled = {files.sha256(path) for path in assets.glob("*.safetensors")}
+        if identity["sha256"] in bundled:
+            check.passed += 1
         else:
-            stage.bad(
-                f"no bundled teacher has the recorded SHA-256 {short(identity['sha256'])}: the package was changed"
+            check.fail(
+                f"no bundled teacher has the recorded SHA-256 {shorten(identity['sha256'])}: the package was changed"
             )
-
-
-def _attempt(stage: Stage, work: Callable[[], Any], says: str = "") -> Any:
-    """What `work` gives; None, and broken, when the data on the disk is damaged or gone."""
-    try:
-        found = work()
-    except (InputError, OSError, ValueError) as error:
-        first = str(error).partition(";")[0].splitlines()[0]
-        stage.bad(f"{says} ({first})" if says else first)
-        return None
-    stage.held += 1
-    return found

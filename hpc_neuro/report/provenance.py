@@ -1,4 +1,4 @@
-"""The chain of runs behind a result, followed through the records in their folders."""
+"""The runs that led to a result, followed through the records in their folders."""
 
 from __future__ import annotations
 
@@ -11,55 +11,62 @@ from typing import Any
 import yaml
 
 from hpc_neuro.core import files
+from hpc_neuro.core.run_folder import CONFIG, RECORD
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.pipeline import STAGES, VERBS
 
-_AGAIN = "remove it and run that stage again"
+_SECTIONS = ("config", "inputs", "outputs", "sources", "summary")
+"""Keys of a record that hold a mapping."""
+_HINT = "remove it and run that stage again"
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run behind the result."""
+    """One run that led to a result, as its folder records it."""
 
-    name: str  # its verb
-    path: Path
-    record: Mapping[str, Any] | None  # None: the folder or its run.json is gone
+    verb: str
+    folder: Path
+    record: Mapping[str, Any] | None
+    """Content of run.json; None: the folder or its run.json does not exist."""
 
-    def locate(self, named: str | Path) -> Path:
-        """The path that the run's config or record names, absolute.
+    def locate(self, path: str | Path) -> Path:
+        """The absolute path of a file or folder that the config or the record of this run names.
 
-        A relative path counts from where the run was started. Runs that were moved or copied together are found
-        beside one another: what lay next to the run's folder then is looked for next to it now.
+        A relative path counts from the folder in which the run was started. Runs that were moved or copied together are
+        found beside one another: what lay next to the run's folder then is looked for next to it now.
         """
         record = self.record or {}
         start = Path(record.get("cwd", Path.cwd()))
-        path = Path(os.path.normpath(start / named))
-        home = Path(record.get("folder") or os.path.normpath(start / _out(self.path)))
-        here = self.path.resolve()
-        beside = Path(os.path.normpath(here / os.path.relpath(path, home)))
-        return beside if home != here and beside.exists() else path
+        recorded = Path(os.path.normpath(start / path))
 
-    def behind(self) -> Iterator[tuple[str, Path]]:
-        """Verb and folder of each run that this one was built on."""
+        old_home = Path(record.get("folder") or os.path.normpath(start / _read_out(self.folder)))
+        home = self.folder.resolve()
+        moved = Path(os.path.normpath(home / os.path.relpath(recorded, old_home)))
+        return moved if old_home != home and moved.exists() else recorded
+
+    def iter_inputs(self) -> Iterator[tuple[str, Path]]:
+        """Verb and folder of each run that this run was built on."""
         record = self.record or {}
         verb, config = str(record.get("verb")), record.get("config", {})
 
-        # The demo's stages have their folders inside its own.
+        # The stages of a demo have their folders inside its own.
         if verb == "demo":
             last = list(STAGES.values())[-1]
-            yield last.name, self.locate(self.path / str(last.folder))
+            yield last.name, self.locate(self.folder / str(last.folder))
             return
 
         for item in VERBS[verb].inputs if verb in VERBS else ():
             named = config.get(item.key)
+            # A key names one folder, or groups of folders (`compare` of evaluate).
             groups = named.values() if isinstance(named, dict) else [[named]] if named else []
-            for path in (p for group in groups for p in group):
-                yield item.verb, self.locate(path)
+            for group in groups:
+                for path in group:
+                    yield item.verb, self.locate(path)
 
 
 def find_run_folder(path: Path) -> Path | None:
-    """The folder of the run that `path` is of or lies in; None when there is none."""
-    return next((p for p in (path, *path.parents) if (p / "run.json").is_file()), None)
+    """The folder of the run that `path` is or lies in; None when there is none."""
+    return next((folder for folder in (path, *path.parents) if (folder / RECORD).is_file()), None)
 
 
 def follow_runs(starts: Mapping[str, Path]) -> list[RunRecord]:
@@ -68,65 +75,75 @@ def follow_runs(starts: Mapping[str, Path]) -> list[RunRecord]:
     A folder inside the folder of a run of that verb (weights/best) leads to that run.
     Raises InputError for a run.json that cannot be read.
     """
-    found: dict[Path, RunRecord] = {}
-    for name, path in starts.items():
-        _follow(name, path, found)
-    return list(found.values())
+    runs: dict[Path, RunRecord] = {}
+    for verb, path in starts.items():
+        runs = _follow(verb, path, runs)
+    return list(runs.values())
 
 
-def _follow(name: str, path: Path, found: dict[Path, RunRecord]) -> None:
+def _follow(verb: str, path: Path, visited: Mapping[Path, RunRecord]) -> dict[Path, RunRecord]:
+    """`visited` (resolved folder -> run), with the run at `path` and those it was built on added before it."""
+    runs = dict(visited)
     folder = find_run_folder(path)
-    record = _record(folder) if folder else None
-    if folder != path and record and record.get("verb") != name:  # another run around one that has lost its record
+    record = _read_record(folder) if folder else None
+
+    # A run of another verb around `path` is not meant: the run at `path` has lost its record.
+    if folder != path and record and record.get("verb") != verb:
         folder = record = None
+
     key = (folder or path).resolve()
-    if key in found:
-        return
-    link = RunRecord(str(record.get("verb", name)) if record else name, folder or path, record)
+    if key in runs:
+        return runs
+
+    run = RunRecord(str(record.get("verb", verb)) if record else verb, folder or path, record)
     try:
-        before = list(link.behind())
+        inputs = list(run.iter_inputs())
     except (TypeError, AttributeError, ValueError):
-        raise InputError(f"{link.path / 'run.json'} names folders that are none; {_AGAIN}") from None
-    for behind, where in before:
-        _follow(behind, where, found)
-    found[key] = link
+        raise InputError(f"{run.folder / RECORD} names folders that are not paths; {_HINT}") from None
+
+    for input_verb, input_path in inputs:
+        runs = _follow(input_verb, input_path, runs)
+    return {**runs, key: run}
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path) -> dict[str, Any]:
     """The run.json of a folder. Raises InputError when it is damaged."""
-    path = folder / "run.json"
-    record = files.read_json(path, _AGAIN)
-    parts = ("config", "inputs", "outputs", "sources", "summary")
-    if not isinstance(record, dict) or any(not isinstance(record.get(k, {}), dict) for k in parts):
-        raise InputError(f"{path} is no record of a run; {_AGAIN}")
+    path = folder / RECORD
+    record = files.read_json(path, _HINT)
+    if not isinstance(record, dict) or any(not isinstance(record.get(key, {}), dict) for key in _SECTIONS):
+        raise InputError(f"{path} is not the record of a run; {_HINT}")
     return record
 
 
-def _out(folder: Path) -> str:
-    """The `out` that the config in a run's folder names; the folder itself where there is none."""
+def _read_out(folder: Path) -> str:
+    """The `out` that the config in a run's folder names; the folder itself when the config cannot be read."""
     try:
-        named = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        tree = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return str(folder.resolve())
-    return str(named["out"]) if isinstance(named, dict) and named.get("out") else str(folder.resolve())
+    return str(tree["out"]) if isinstance(tree, dict) and tree.get("out") else str(folder.resolve())
 
 
-def list_notices(links: list[RunRecord], digests: Mapping[str, str]) -> list[str]:
-    """What a reader must know of scores before anything else, by the runs that led to them.
+def list_notices(runs: list[RunRecord], digests: Mapping[str, str]) -> list[str]:
+    """What a reader must know before the scores, from the runs that led to them.
 
-    digests: scored volume -> digest of its content, as the store has it.
+    digests: scored volume -> digest of its content in the store.
     """
-    found = []
-    configs = [link.record.get("config", {}) for link in links if link.record and link.name in ("train", "precompute")]
-    if any((c.get("teacher") or {}).get("model") == "random" for c in configs):
-        found.append(
+    notices = []
+    records = [(run.verb, run.record) for run in runs if run.record]
+
+    teachers = [record.get("config", {}).get("teacher") for verb, record in records if verb in ("train", "precompute")]
+    if any((teacher or {}).get("model") == "random" for teacher in teachers):
+        notices.append(
             "The teacher had random weights: these numbers measure the pipeline, not the transfer of natural-image "
             "knowledge."
         )
-    seen = {v for link in links if link.record and link.name == "train" for v in link.record.get("inputs", {}).values()}
-    if known := [name for name, digest in digests.items() if digest in seen]:
-        found.append(
-            f"The model was trained or validated on {', '.join(known)}: "
-            f"{'this neuron is' if len(known) == 1 else 'these neurons are'} not held out."
+
+    trained_on = {digest for verb, record in records if verb == "train" for digest in record.get("inputs", {}).values()}
+    leaked = [name for name, digest in digests.items() if digest in trained_on]
+    if leaked:
+        notices.append(
+            f"The model was trained or validated on {', '.join(leaked)}: "
+            f"{'this neuron is' if len(leaked) == 1 else 'these neurons are'} not held out."
         )
-    return found
+    return notices

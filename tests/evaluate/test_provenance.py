@@ -19,7 +19,7 @@ def test_chain_follows_configs_and_names_what_is_gone(tmp_path: Path) -> None:
     train = write(tmp_path / "train", "train", store=store, cache=tmp_path / "cache")
     infer = write(tmp_path / "infer", "infer", model=train / "weights" / "best", store=store)
     links = provenance.follow_runs({"infer": infer, "prepare": store})
-    assert [(k.name, k.path, k.record is None) for k in links] == [
+    assert [(run.verb, run.folder, run.record is None) for run in links] == [
         ("prepare", store, False),
         ("precompute", tmp_path / "cache", True),
         ("train", train, False),
