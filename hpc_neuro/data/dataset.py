@@ -71,7 +71,7 @@ class CropDataset(Dataset[tuple[int, Sample]]):
             image=orient(sample.image).contiguous(),
             mask=orient(sample.mask).contiguous(),
             skeleton=orient(sample.skeleton).contiguous(),
-            features=self.cache.crop(crop.volume, crop.box, self.patch, crop.orientation, self.views),
+            features=self.cache.read_crop(crop.volume, crop.box, self.patch, crop.orientation, self.views),
             distilled=True,
         )
         return index, sample

@@ -1,4 +1,4 @@
-"""`hpc-neuro cache verify|info OUT`: whether a feature cache still holds what the teacher gives, and what it holds."""
+"""`hpc-neuro cache verify|info OUT`: check a feature cache against the teacher, or describe what it holds."""
 
 from __future__ import annotations
 
@@ -11,166 +11,222 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from hpc_neuro.core import files, schema
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.data import feature_cache as cache
-from hpc_neuro.data.feature_cache import encoding
+from hpc_neuro.data.feature_cache import (
+    CODING,
+    RAW,
+    ShardSpec,
+    is_shard_sound,
+    list_uses,
+    read_manifest,
+    read_shard_record,
+    read_shard_values,
+)
+from hpc_neuro.data.feature_cache.encoding import load_codings
 from hpc_neuro.precompute import compress, verb
-from hpc_neuro.precompute.build import look
+from hpc_neuro.precompute.build import run_teacher
 from hpc_neuro.precompute.config import PrecomputeConfig
-from hpc_neuro.precompute.slices import pixels
+from hpc_neuro.precompute.slices import TeacherBatch, read_pixels
 
-DONE, BAD = 0, 3
-COSINE = 0.999
+MIN_COSINE = 0.999
+"""Lowest cosine of a sound token to the live teacher's."""
+
 HELP = """usage: hpc-neuro cache verify|info OUT [key=value ...]
 
-verify  read every shard against its checksum, let the live teacher look at a sample of slices again, list the shards
-        that are damaged, missing or unlike it, and build those again
-            slices=32       how many slices the teacher looks at again
+verify  read every shard against its checksum, compute a sample of slices again with the live teacher, list the shards
+        that are damaged, missing or different, and rebuild those
+            slices=32       how many slices are computed again
             seed=0          which ones
             rebuild=true    false: only list
         further keys are those of precompute, for a store or weights that moved: store=FOLDER teacher.weights=FILE
-info    what is held, how large it is, how it was compressed, and which trainings used it
-Exit code: 0 sound (or sound again), 2 not a cache, 3 something is bad and was not built again."""
-_OWN = {"slices": 32, "seed": 0, "rebuild": True}
+info    what the cache holds, its size, its compression, and the trainings that read it
+Exit code: 0 sound (or sound again), 2 not a cache, 3 shards are bad and were not rebuilt."""
+
+_OWN_KEYS = {"slices": 32, "seed": 0, "rebuild": True}
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One shard that is not as it should be."""
+class BadShard:
+    """One shard that is damaged, missing or different."""
 
     file: str
-    why: str
+    reason: str
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one `cache` command. Raises ConfigError for an unknown command or key, InputError for what is no cache."""
-    words = [a for a in argv if "=" not in a]
-    if not words or {"-h", "--help"} & set(argv):
+    """Run one `cache` command. ConfigError for an unknown command or key, InputError when OUT is not a cache."""
+    if not argv or {"-h", "--help"} & set(argv):
         sys.stdout.write(HELP + "\n")
-        return DONE if argv else 2
-    if words[0] not in ("verify", "info") or len(words) != 2:
+        return EXIT_DONE if argv else EXIT_BAD_INPUT
+
+    words = [argument for argument in argv if "=" not in argument]
+    keys = [argument for argument in argv if "=" in argument]
+    if len(words) != 2 or words[0] not in ("verify", "info"):
         raise ConfigError(f"cache {' '.join(words)}: want `cache verify OUT` or `cache info OUT`")
-    out, keys = Path(words[1]), [a for a in argv if "=" in a]
+    out = Path(words[1])
+
     if words[0] == "info":
         if keys:
-            raise ConfigError(f"cache info knows no {keys[0]}")
-        sys.stdout.write("\n".join(info(out)) + "\n")
-        return DONE
-    own: dict[str, Any] = dict(_OWN)
-    for text in [k for k in keys if k.partition("=")[0] in _OWN]:
+            raise ConfigError(f"cache info has no key {keys[0]}")
+        sys.stdout.write("\n".join(describe_cache(out)) + "\n")
+        return EXIT_DONE
+
+    own = _parse_own_keys(keys)
+    overrides = [key for key in keys if key.partition("=")[0] not in _OWN_KEYS]
+    return verify_cache(out, overrides, int(own["slices"]), int(own["seed"]), bool(own["rebuild"]))
+
+
+def _parse_own_keys(keys: Sequence[str]) -> dict[str, Any]:
+    """The keys of `verify` itself. Raises ConfigError for a value of the wrong type."""
+    own: dict[str, Any] = dict(_OWN_KEYS)
+    for text in keys:
         name, _, value = text.partition("=")
+        if name not in _OWN_KEYS:
+            continue
         own[name] = yaml.safe_load(value)
-        if type(own[name]) is not type(_OWN[name]) or (name == "slices" and own[name] < 1):
-            raise ConfigError(f"{text}: want a {type(_OWN[name]).__name__}, such as {name}={_OWN[name]}")
-    overrides = [k for k in keys if k.partition("=")[0] not in _OWN]
-    return verify(out, overrides, int(own["slices"]), int(own["seed"]), bool(own["rebuild"]))
+        if type(own[name]) is not type(_OWN_KEYS[name]) or (name == "slices" and own[name] < 1):
+            wanted = type(_OWN_KEYS[name]).__name__
+            raise ConfigError(f"{text}: want a {wanted}, such as {name}={_OWN_KEYS[name]}")
+    return own
 
 
-def verify(out: Path, overrides: Sequence[str] = (), slices: int = 32, seed: int = 0, rebuild: bool = True) -> int:
-    """Check the cache in `out` and build again what is bad. -> 0 sound, 3 bad and not built again.
+def verify_cache(
+    out: Path, overrides: Sequence[str] = (), slices: int = 32, seed: int = 0, rebuild: bool = True
+) -> int:
+    """Check the cache in `out` and rebuild its bad shards. -> 0 sound, 3 bad and not rebuilt.
 
     overrides: keys of precompute for what moved. Raises InputError when `out` holds no finished cache.
     """
-    manifest = cache.read_manifest(out, "an unfinished cache is finished by the same `hpc-neuro precompute` command")
+    manifest = read_manifest(out, "an unfinished cache is finished by the same `hpc-neuro precompute` command")
     cfg = schema.load(PrecomputeConfig, out / "config.yaml", [*overrides, f"out={out}"])
-    work = verb.open_all(cfg)
-    if manifest["teacher"] != work.teacher.identity:
+    plan = verb.open_plan(cfg)
+    if manifest["teacher"] != plan.teacher.identity:
         raise InputError(
-            f"{out} holds features of the teacher {manifest['teacher']}, but what is given is {work.teacher.identity}; "
-            "give that teacher's teacher.weights, or build a cache of the other one in another folder"
+            f"{out} holds features of the teacher {manifest['teacher']}, but the given one is {plan.teacher.identity}; "
+            "give the cache's teacher with teacher.weights, or build a cache of the other one in another folder"
         )
-    found = _findings(cfg, work, slices, seed)
-    for finding in found:
-        log.warning("%s: %s", finding.file, finding.why)
-    if not found:
-        return DONE
+
+    bad_shards = _find_bad_shards(cfg, plan, slices, seed)
+    for bad in bad_shards:
+        log.warning("%s: %s", bad.file, bad.reason)
+    if not bad_shards:
+        return EXIT_DONE
     if not rebuild:
-        log.warning("%d of %d shards are bad; without rebuild=false they are built again", len(found), len(work.units))
-        return BAD
-    if verb.run(cfg, again={finding.file for finding in found}) != 0:
-        return BAD
-    left = _findings(cfg, work, slices, seed)
-    for finding in left:
-        log.warning("%s, built again: %s", finding.file, finding.why)
-    log.info("%d shards were built again, %d are bad now", len(found), len(left))
-    return BAD if left else DONE
-
-
-def _findings(cfg: PrecomputeConfig, work: verb.Work, slices: int, seed: int) -> list[Finding]:
-    """What is bad: shards by their own checksum and the manifest's, then by what the teacher gives now."""
-    manifest = cache.read_manifest(cfg.out, "run precompute")
-    wanted = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
-    stale = {u.name for u in work.missing(cfg)}
-    found, sound = [], []
-    for unit in sorted(work.units, key=lambda u: u.name):
-        path = cfg.out / unit.name
-        if not path.exists():
-            found.append(Finding(unit.name, "missing"))
-        elif unit.name in stale:
-            found.append(Finding(unit.name, "of another teacher, image or config, or not readable"))
-        elif not cache.is_shard_sound(path) or cache.read_shard_record(path, unit)["sha256"] != wanted.get(unit.name):
-            found.append(Finding(unit.name, "its features do not have the checksum they were written with"))
-        else:
-            sound.append(unit)
-    log.info("%d of %d shards are there and have their checksums", len(sound), len(work.units))
-    return found + (_unlike(cfg, work, sound, slices, seed) if sound else [])
-
-
-def _unlike(
-    cfg: PrecomputeConfig, work: verb.Work, units: Sequence[cache.Unit], slices: int, seed: int
-) -> list[Finding]:
-    """Shards of which a sampled slice is unlike what the live teacher gives for it, compressed in the same way."""
-    layers = [n % work.teacher.depth for n in cfg.layers]
-    codings = encoding.load(cfg.out / cache.CODING) if cfg.coded else {}
-    found: dict[str, Finding] = {}
-    lowest, lowest_raw = 1.0, 1.0
-    picked = compress.sampled(cfg, units, work.teacher.patch, slices, seed)
-    for unit, job in picked:
-        how = codings.get(unit.view, cache.RAW)
-        held = cache.read_shard_values(cfg.out / unit.name, (job.slices, job.rows, job.columns), how)[0]  # [L, h, w, D]
-        values = look(work.teacher, pixels(work.store[unit.volume], unit, job), layers, unit.how)()[0]
-        live = torch.from_numpy(values[:, job.inner_rows, job.inner_columns]).float()
-        again = how.decode(how.encode(live)[0])
-        worst = float(torch.cosine_similarity(held, again, dim=-1).min())
-        lowest, lowest_raw = (
-            min(lowest, worst),
-            min(lowest_raw, float(torch.cosine_similarity(held, live, dim=-1).min())),
+        log.warning(
+            "%d of %d shards are bad; without rebuild=false they are built again", len(bad_shards), len(plan.shards)
         )
-        if not worst >= COSINE:  # nan counts as unlike
-            where = unit.first + job.slices.start * unit.stride
-            found[unit.name] = Finding(
-                unit.name, f"cosine {worst:.4f} to the live teacher in the slice from {where} on"
-            )
+        return EXIT_FAILURES
+
+    if verb.run(cfg, again={bad.file for bad in bad_shards}) != 0:
+        return EXIT_FAILURES
+    still_bad = _find_bad_shards(cfg, plan, slices, seed)
+    for bad in still_bad:
+        log.warning("%s, built again: %s", bad.file, bad.reason)
+    log.info("%d shards were built again, %d are bad now", len(bad_shards), len(still_bad))
+    return EXIT_FAILURES if still_bad else EXIT_DONE
+
+
+def _find_bad_shards(cfg: PrecomputeConfig, plan: verb.CachePlan, slices: int, seed: int) -> list[BadShard]:
+    """Shards that fail their own checksum or the manifest's, then shards that differ from the live teacher."""
+    manifest = read_manifest(cfg.out, "run precompute")
+    checksums = {entry["file"]: entry["sha256"] for entry in manifest["shards"]}
+    stale = {shard.name for shard in plan.list_missing(cfg)}
+
+    bad_shards, sound = [], []
+    for shard in sorted(plan.shards, key=lambda shard: shard.name):
+        path = cfg.out / shard.name
+        if not path.exists():
+            bad_shards.append(BadShard(shard.name, "missing"))
+        elif shard.name in stale:
+            bad_shards.append(BadShard(shard.name, "of another teacher, image or config, or not readable"))
+        elif not is_shard_sound(path) or read_shard_record(path, shard)["sha256"] != checksums.get(shard.name):
+            bad_shards.append(BadShard(shard.name, "its features do not have the checksum they were written with"))
+        else:
+            sound.append(shard)
+
+    log.info("%d of %d shards are there and have their checksums", len(sound), len(plan.shards))
+    return bad_shards + (_find_different_shards(cfg, plan, sound, slices, seed) if sound else [])
+
+
+def _find_different_shards(
+    cfg: PrecomputeConfig, plan: verb.CachePlan, shards: Sequence[ShardSpec], slices: int, seed: int
+) -> list[BadShard]:
+    """Shards of which a sampled slice differs from what the live teacher gives for it, compressed in the same way."""
+    codings = load_codings(cfg.out / CODING) if cfg.is_compressed else {}
+    sample = compress.sample_slices(cfg, shards, plan.teacher.patch, slices, seed)
+    bad_shards: dict[str, BadShard] = {}
+    lowest, lowest_raw = 1.0, 1.0
+
+    for shard, batch in sample:
+        coding = codings.get(shard.view, RAW)
+        window = (batch.slices, batch.rows, batch.columns)
+        cached = read_shard_values(cfg.out / shard.name, window, coding)[0]  # [L, h, w, D]
+        live = _compute_features(cfg, plan, shard, batch)
+        cosine = _lowest_cosine(cached, coding.decode(coding.encode(live)[0]))
+        lowest = min(lowest, cosine)
+        lowest_raw = min(lowest_raw, _lowest_cosine(cached, live))
+
+        # The negation also catches NaN.
+        if not cosine >= MIN_COSINE:
+            first = shard.first + batch.slices.start * shard.stride
+            reason = f"cosine {cosine:.4f} to the live teacher in the slice from {first} on"
+            bad_shards[shard.name] = BadShard(shard.name, reason)
+
+    uncompressed = f", uncompressed {lowest_raw:.4f}" if cfg.is_compressed else ""
     log.info(
-        "%d slices looked at again: lowest cosine of a token to the live teacher %.6f (wanted %g)%s",
-        len(picked), lowest, COSINE, f", uncompressed {lowest_raw:.4f}" if cfg.coded else "",
-    )  # fmt: skip
-    return list(found.values())
+        "%d slices computed again: lowest cosine of a token to the live teacher %.6f (wanted %g)%s",
+        len(sample),
+        lowest,
+        MIN_COSINE,
+        uncompressed,
+    )
+    return list(bad_shards.values())
 
 
-def info(out: Path) -> list[str]:
-    """What a cache holds, in lines for people. Raises InputError when there is none."""
-    held = cache.read_manifest(out, "give the folder that `hpc-neuro precompute` wrote")
-    shards = held["shards"]
-    gone = [s["file"] for s in shards if not (out / s["file"]).exists()]
-    size = sum(s["bytes"] for s in shards)
-    turned = ", ".join(held["augment_views"]) or "none"
-    kept = f"all {held['dim']} channels" if held["pca"] is None else f"{held['pca']} of {held['dim']} components"
-    random = ", RANDOM WEIGHTS" if held["random_teacher"] else ""
+def _compute_features(cfg: PrecomputeConfig, plan: verb.CachePlan, shard: ShardSpec, batch: TeacherBatch) -> Tensor:
+    """[L, h, w, D] float32 of the batch's first slice, from the live teacher."""
+    layers = [n % plan.teacher.depth for n in cfg.layers]
+    pixels = read_pixels(plan.store[shard.volume], shard, batch)
+    features = run_teacher(plan.teacher, pixels, layers, shard.layout)()[0]
+    return torch.from_numpy(features[:, batch.inner_rows, batch.inner_columns]).float()
+
+
+def _lowest_cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.cosine_similarity(a, b, dim=-1).min())
+
+
+def describe_cache(out: Path) -> list[str]:
+    """The content of a cache in lines for people. Raises InputError when there is none."""
+    manifest = read_manifest(out, "give the folder that `hpc-neuro precompute` wrote")
+    shards = manifest["shards"]
+    missing = [entry["file"] for entry in shards if not (out / entry["file"]).exists()]
+    orientations = ", ".join(manifest["augment_views"]) or "none"
+    dim, components = manifest["dim"], manifest["pca"]
+    channels = f"all {dim} channels" if components is None else f"{components} of {dim} components"
+    random = ", RANDOM WEIGHTS" if manifest["random_teacher"] else ""
+
     lines = [
-        f"teacher {held['teacher']['name']}{random}, sha256 {held['teacher']['sha256']}",
-        f"layers {held['layers']}, views {' '.join(held['views'])}, augment_views {turned}",
-        f"every {held['stride_v']} voxels, scale {held['scale']}, {kept} as {held['dtype']}",
-        f"{len(held['volumes'])} volumes: {', '.join(held['volumes'])}",
-        f"{len(shards)} shards, {files.format_bytes(size)}" + (f"; MISSING {', '.join(gone)}" if gone else ""),
-        f"made from {held['store']} by {held['code']}",
-        *compress.said(held["coding_quality"]),
+        f"teacher {manifest['teacher']['name']}{random}, sha256 {manifest['teacher']['sha256']}",
+        f"layers {manifest['layers']}, views {' '.join(manifest['views'])}, augment_views {orientations}",
+        f"every {manifest['stride_v']} voxels, scale {manifest['scale']}, {channels} as {manifest['dtype']}",
+        f"{len(manifest['volumes'])} volumes: {', '.join(manifest['volumes'])}",
+        f"{len(shards)} shards, {_total_size(shards)}" + (f"; MISSING {', '.join(missing)}" if missing else ""),
+        f"made from {manifest['store']} by {manifest['code']}",
+        *compress.describe_quality(manifest["coding_quality"]),
     ]
-    for view in held["views"]:
-        mine = [s for s in shards if s["unit"]["view"] == view]
-        lines.append(f"view {view}: {len(mine)} shards, {files.format_bytes(sum(s['bytes'] for s in mine))}")
-    used = [f"used by {use['out']} on {use['host']}, first {use['first']}" for use in cache.list_uses(out)]
-    return lines + (used or ["used by no training yet"])
+    for view in manifest["views"]:
+        view_shards = [entry for entry in shards if entry["unit"]["view"] == view]
+        lines.append(f"view {view}: {len(view_shards)} shards, {_total_size(view_shards)}")
+
+    uses = [f"used by {use['out']} on {use['host']}, first {use['first']}" for use in list_uses(out)]
+    return lines + (uses or ["used by no training yet"])
+
+
+def _total_size(entries: Sequence[dict[str, Any]]) -> str:
+    return files.format_bytes(sum(entry["bytes"] for entry in entries))

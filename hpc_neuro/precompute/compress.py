@@ -1,4 +1,4 @@
-"""Fitting `pca` and `int8` on a sample of slices, and picking such samples."""
+"""Fit `pca` and `int8` on a sample of slices, and pick such samples."""
 
 from __future__ import annotations
 
@@ -8,89 +8,123 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hpc_neuro.core import files
-from hpc_neuro.data import feature_cache as cache
-from hpc_neuro.data.feature_cache import encoding
+from hpc_neuro.data.feature_cache import CODING, FeatureCoding, ShardSpec
+from hpc_neuro.data.feature_cache.encoding import fit_coding, save_codings
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher
-from hpc_neuro.precompute.build import look
+from hpc_neuro.precompute.build import run_teacher
 from hpc_neuro.precompute.config import PrecomputeConfig
-from hpc_neuro.precompute.slices import Job, jobs, pixels
+from hpc_neuro.precompute.slices import TeacherBatch, iter_teacher_batches, read_pixels
 
 log = logging.getLogger(__name__)
-_TOKENS = 16384  # per view, at most
+
+SAMPLE_SLICES = 48
+"""Slices per view on which a coding is fitted."""
+
+SAMPLE_TOKENS = 16384
+"""Most tokens per view on which a coding is fitted."""
+
 _QUALITY = "coding.json"
 
-
-def sampled(
-    cfg: PrecomputeConfig, units: Sequence[cache.Unit], patch: int, count: int, seed: int = 0
-) -> list[tuple[cache.Unit, Job]]:
-    """At most `count` slices, spread evenly over `units`, one tile of each: the same for the same seed."""
-    draw = np.random.default_rng(seed)
-    ends = np.cumsum([u.count for u in units])
-    places = (np.arange(count) + draw.random(count)) * ends[-1] / count
-    picked = []
-    for place in np.unique(places.astype(np.int64)):
-        which = int(np.searchsorted(ends, place, side="right"))
-        number = int(place - (ends[which] - units[which].count))
-        tiles = [j for j in jobs(cfg, units[which], patch, 1) if j.slices.start == number]
-        picked.append((units[which], tiles[int(draw.integers(len(tiles)))]))
-    return picked
+Quality = dict[str, dict[str, list[float]]]
+"""View -> measure -> one number per layer."""
 
 
-def fitted(
-    cfg: PrecomputeConfig, store: Store, teacher: Teacher, units: Sequence[cache.Unit]
-) -> dict[str, cache.Coding]:
-    """Fit the codings and write them to `out`, with what they lose, which is said."""
-    layers = [n % teacher.depth for n in cfg.layers]
-    found: dict[str, cache.Coding] = {}
-    quality: dict[str, dict[str, list[float]]] = {}
+def sample_slices(
+    cfg: PrecomputeConfig, shards: Sequence[ShardSpec], patch: int, count: int, seed: int = 0
+) -> list[tuple[ShardSpec, TeacherBatch]]:
+    """Pick at most `count` slices, spread evenly over `shards`, one tile of each; the same ones for the same seed."""
+    rng = np.random.default_rng(seed)
+    ends = np.cumsum([shard.count for shard in shards])
+    positions = (np.arange(count) + rng.random(count)) * ends[-1] / count
+
+    sample = []
+    for position in np.unique(positions.astype(np.int64)):
+        number = int(np.searchsorted(ends, position, side="right"))
+        shard = shards[number]
+        slice_number = int(position - (ends[number] - shard.count))
+        tiles = [b for b in iter_teacher_batches(cfg, shard, patch, 1) if b.slices.start == slice_number]
+        sample.append((shard, tiles[int(rng.integers(len(tiles)))]))
+    return sample
+
+
+def fit_codings(
+    cfg: PrecomputeConfig, store: Store, teacher: Teacher, shards: Sequence[ShardSpec]
+) -> dict[str, FeatureCoding]:
+    """Fit the coding of each view, log what it loses, and write both to `out`."""
+    codings: dict[str, FeatureCoding] = {}
+    quality: Quality = {}
     for view in cfg.views:
-        mine = sorted((u for u in units if u.view == view), key=lambda u: u.name)
-        halves: list[list[torch.Tensor]] = [[], []]
-        picked = sampled(cfg, mine, teacher.patch, cfg.sample)
-        draw = np.random.default_rng(0)
-        for i, (unit, job) in enumerate(picked):
-            values = look(teacher, pixels(store[unit.volume], unit, job), layers, unit.how)()[0]  # [L, h, w, D]
-            tokens = torch.from_numpy(values[:, job.inner_rows, job.inner_columns]).flatten(1, 2)  # [L, M, D]
-            some = draw.permutation(tokens.shape[1])[: math.ceil(_TOKENS / len(picked))]
-            halves[i % 2].append(tokens[:, some])
-        seen = torch.cat(halves[0], 1)
-        unseen = torch.cat(halves[1] or halves[0], 1)
-        found[view], quality[view] = encoding.fit(seen, unseen, cfg.pca, cfg.dtype == "int8")
-    for line in said(quality):
+        view_shards = sorted((shard for shard in shards if shard.view == view), key=lambda shard: shard.name)
+        seen, unseen = _sample_tokens(cfg, store, teacher, view_shards)
+        codings[view], quality[view] = fit_coding(seen, unseen, cfg.pca, cfg.dtype == "int8")
+
+    for line in describe_quality(quality):
         log.info(line)
-    encoding.save(cfg.out / cache.CODING, found)
-    digest = files.sha256(cfg.out / cache.CODING)
-    files.write_json(cfg.out / _QUALITY, {"recipe": recipe(cfg, store, teacher), "sha256": digest, "quality": quality})
-    return found
+    save_codings(cfg.out / CODING, codings)
+    note = {
+        "recipe": hash_recipe(cfg, store, teacher),
+        "sha256": files.sha256(cfg.out / CODING),
+        "quality": quality,
+    }
+    files.write_json(cfg.out / _QUALITY, note)
+    return codings
 
 
-def said(quality: dict[str, dict[str, list[float]]]) -> list[str]:
+def _sample_tokens(
+    cfg: PrecomputeConfig, store: Store, teacher: Teacher, shards: Sequence[ShardSpec]
+) -> tuple[Tensor, Tensor]:
+    """Tokens [L, M, D] of every other slice of a sample, and of the slices between them."""
+    layers = [n % teacher.depth for n in cfg.layers]
+    sample = sample_slices(cfg, shards, teacher.patch, SAMPLE_SLICES)
+    tokens_per_slice = math.ceil(SAMPLE_TOKENS / len(sample))
+    rng = np.random.default_rng(0)
+
+    even: list[Tensor] = []
+    odd: list[Tensor] = []
+    for i, (shard, batch) in enumerate(sample):
+        pixels = read_pixels(store[shard.volume], shard, batch)
+        features = run_teacher(teacher, pixels, layers, shard.layout)()[0]  # [L, h, w, D]
+        tokens = torch.from_numpy(features[:, batch.inner_rows, batch.inner_columns]).flatten(1, 2)  # [L, M, D]
+        picked = rng.permutation(tokens.shape[1])[:tokens_per_slice]
+        (odd if i % 2 else even).append(tokens[:, picked])
+
+    # A single slice has to serve both purposes.
+    return torch.cat(even, 1), torch.cat(odd or even, 1)
+
+
+def describe_quality(quality: Quality) -> list[str]:
     """What the coding keeps, in lines for people."""
-    return [
-        f"view {view}: explained variance {' '.join(f'{v:.4f}' for v in q['explained_variance'])}, cosine "
-        f"{' '.join(f'{v:.4f}' for v in q['cosine'])}, relative error "
-        f"{' '.join(f'{v:.4f}' for v in q['relative_error'])} (per layer, on slices it was not fitted on)"
-        for view, q in quality.items()
-    ]
+    lines = []
+    for view, measures in quality.items():
+        variance, cosine, error = (
+            " ".join(f"{value:.4f}" for value in measures[name])
+            for name in ("explained_variance", "cosine", "relative_error")
+        )
+        lines.append(
+            f"view {view}: explained variance {variance}, cosine {cosine}, relative error {error} (per layer, on "
+            "slices it was not fitted on)"
+        )
+    return lines
 
 
-def recipe(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> str:
-    """What the fit depends on, hashed."""
-    volumes = {v: store[v].digest for split in cfg.splits for v in store.split(split)}
-    knobs = [cfg.pca, cfg.dtype, cfg.sample, cfg.layers, cfg.views, cfg.augment_views, cfg.stride_v, cfg.scale]
-    facts = [teacher.identity, volumes, knobs, cfg.isotropic, cfg.tile, cfg.halo, cfg.slab]
-    return files.sha256_json(facts)
+def hash_recipe(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> str:
+    """SHA-256 of everything that the fit depends on."""
+    volumes = {volume: store[volume].digest for split in cfg.splits for volume in store.split(split)}
+    settings = [cfg.pca, cfg.dtype, SAMPLE_SLICES, cfg.layers, cfg.views, cfg.augment_views, cfg.stride_v, cfg.scale]
+    return files.sha256_json([teacher.identity, volumes, settings, cfg.tile, cfg.halo, cfg.slab])
 
 
-def existing(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> tuple[str, dict[str, dict[str, list[float]]]]:
-    """(digest, quality) of the coding that `out` holds; ("", {}) when there is none of this recipe."""
-    note, path = cfg.out / _QUALITY, cfg.out / cache.CODING
-    if not cfg.coded or not note.exists() or not path.exists():
+def read_coding_note(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> tuple[str, Quality]:
+    """(digest, quality) of the coding in `out`; ("", {}) when there is none of this recipe."""
+    note_path, path = cfg.out / _QUALITY, cfg.out / CODING
+    if not cfg.is_compressed or not note_path.exists() or not path.exists():
         return "", {}
-    held = files.read_json(note, f"remove {note}")
-    if held["recipe"] != recipe(cfg, store, teacher) or held["sha256"] != files.sha256(path):
+
+    note = files.read_json(note_path, f"remove {note_path}")
+    if note["recipe"] != hash_recipe(cfg, store, teacher) or note["sha256"] != files.sha256(path):
         return "", {}
-    return str(held["sha256"]), held["quality"]
+    return str(note["sha256"]), note["quality"]

@@ -1,4 +1,4 @@
-"""From a volume to what the teacher sees: which slices, cut into which tiles, stretched to square pixels."""
+"""From a volume to the teacher's input: which slices, cut into which tiles, stretched to square pixels."""
 
 from __future__ import annotations
 
@@ -10,105 +10,148 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.data import feature_cache as cache
+from hpc_neuro.core.types import Array
+from hpc_neuro.data.feature_cache import ShardSpec, iter_tiles
 from hpc_neuro.data.intensity import normalize
-from hpc_neuro.data.orientation import slice_layouts
+from hpc_neuro.data.orientation import VIEW_AXES, slice_layouts
 from hpc_neuro.data.store import StoredVolume
-from hpc_neuro.precompute.config import PrecomputeConfig, View
+from hpc_neuro.precompute.config import PrecomputeConfig, SliceView
 
-_READ = 64 << 20  # bytes of neighbouring slices read at once, for chunks hold many of them
+READ_BYTES = 64 << 20
+"""[bytes] Neighboring slices that are read at once: a chunk holds many slices."""
 
 
 @dataclass(frozen=True)
-class Job:
+class TeacherBatch:
     """One teacher forward: some slices of a shard, one tile of them. All in tokens but the pixel positions."""
 
     slices: slice
     rows: slice
     columns: slice
-    inner_rows: slice  # where the tile lies in what the teacher sees, which has context around it
+    inner_rows: slice  # the tile's own rows in the teacher's output, which has context around them
     inner_columns: slice
-    pixel_rows: NDArray[np.float64]  # [voxel] where the pixels' middles lie
+    pixel_rows: NDArray[np.float64]  # [voxel] centers of the pixels
     pixel_columns: NDArray[np.float64]
 
 
-def plan(cfg: PrecomputeConfig, volume: StoredVolume, view: View, patch: int) -> list[cache.Unit]:
-    """The shards of one view of one volume, as it stands and in its augmented views, in slice order."""
-    across, down, right = cache.VIEW_AXES[view]
-    size, finest = volume.voxel_size, min(volume.voxel_size)
-    factors = [cfg.scale * (size[a] / finest if cfg.isotropic else 1.0) for a in (down, right)]
-    rows, columns = (math.ceil(volume.shape[a] * f / patch) for a, f in zip((down, right), factors, strict=True))
-    cell = (patch / factors[0], patch / factors[1])
-    count, stride = math.ceil(volume.shape[across] / cfg.stride_v), cfg.stride_v
+def plan_shards(cfg: PrecomputeConfig, volume: StoredVolume, view: SliceView, patch: int) -> list[ShardSpec]:
+    """The shards of one view of one volume, as it is stored and in its augmented views, in slice order."""
+    slice_axis, row_axis, column_axis = VIEW_AXES[view]
+
+    # The coarser axis of a slice is stretched so that its pixels are square, as a photograph's are.
+    finest = min(volume.voxel_size)
+    row_factor = cfg.scale * (volume.voxel_size[row_axis] / finest)
+    column_factor = cfg.scale * (volume.voxel_size[column_axis] / finest)
+    rows = math.ceil(volume.shape[row_axis] * row_factor / patch)
+    columns = math.ceil(volume.shape[column_axis] * column_factor / patch)
+    cell = (patch / row_factor, patch / column_factor)
+
+    stride = cfg.stride_v
+    count = math.ceil(volume.shape[slice_axis] / stride)
     return [
-        cache.Unit(volume.id, view, i * stride, stride, min(cfg.slab, count - i), rows, columns, cell, how)
-        for how in slice_layouts(cfg.augment_views, view)
+        ShardSpec(volume.id, view, i * stride, stride, min(cfg.slab, count - i), rows, columns, cell, layout)
+        for layout in slice_layouts(cfg.augment_views, view)
         for i in range(0, count, cfg.slab)
     ]
 
 
-def jobs(cfg: PrecomputeConfig, unit: cache.Unit, patch: int, batch: int) -> Iterator[Job]:
+def iter_teacher_batches(cfg: PrecomputeConfig, shard: ShardSpec, patch: int, batch: int) -> Iterator[TeacherBatch]:
     """Batches of slices, tile by tile."""
     halo = cfg.halo // patch
-    for rows, columns in cache.tiles(unit.rows, unit.columns, cfg.tile // patch):
-        grown = [
-            slice(max(0, s.start - halo), min(n, s.stop + halo))
-            for s, n in ((rows, unit.rows), (columns, unit.columns))
-        ]
-        inner = [slice(s.start - g.start, s.stop - g.start) for s, g in zip((rows, columns), grown, strict=True)]
-        pixels = [_middles(g, cell, patch) for g, cell in zip(grown, unit.cell, strict=True)]
-        for i in range(0, unit.count, batch):
-            slices = slice(i, min(i + batch, unit.count))
-            yield Job(slices, rows, columns, inner[0], inner[1], pixels[0], pixels[1])
+
+    for rows, columns in iter_tiles(shard.rows, shard.columns, cfg.tile // patch):
+        input_rows = _grow(rows, halo, shard.rows)
+        input_columns = _grow(columns, halo, shard.columns)
+        for i in range(0, shard.count, batch):
+            yield TeacherBatch(
+                slices=slice(i, min(i + batch, shard.count)),
+                rows=rows,
+                columns=columns,
+                inner_rows=slice(rows.start - input_rows.start, rows.stop - input_rows.start),
+                inner_columns=slice(columns.start - input_columns.start, columns.stop - input_columns.start),
+                pixel_rows=_pixel_centers(input_rows, shard.cell[0], patch),
+                pixel_columns=_pixel_centers(input_columns, shard.cell[1], patch),
+            )
 
 
-def pixels(volume: StoredVolume, unit: cache.Unit, job: Job) -> NDArray[np.float32]:
-    """The slices of a job as the teacher sees them [s, H, W]: normalised, stretched, the border repeated.
+def read_pixels(volume: StoredVolume, shard: ShardSpec, batch: TeacherBatch) -> NDArray[np.float32]:
+    """The slices of a batch as the teacher sees them [s, H, W]: normalized, stretched, the border repeated.
 
-    They lie as the volume stands, whatever `unit.how`.
+    They lie as in the stored volume, whatever `shard.layout`.
     """
-    across, down, right = cache.VIEW_AXES[unit.view]
-    taps = [
-        _linear(job.pixel_rows, volume.shape[down]),
-        _linear(job.pixel_columns, volume.shape[right]),
-    ]
+    _, row_axis, column_axis = VIEW_AXES[shard.view]
+    row_taps = _interpolate(batch.pixel_rows, volume.shape[row_axis])
+    column_taps = _interpolate(batch.pixel_columns, volume.shape[column_axis])
+
+    values = _read_slices(volume, shard, batch, row_taps.voxels, column_taps.voxels)
+    pixels = normalize(values, volume.low, volume.high)
+    pixels = row_taps.apply(pixels, axis=1)
+    return column_taps.apply(pixels, axis=2)
+
+
+def _grow(tokens: slice, halo: int, count: int) -> slice:
+    return slice(max(0, tokens.start - halo), min(count, tokens.stop + halo))
+
+
+def _read_slices(volume: StoredVolume, shard: ShardSpec, batch: TeacherBatch, rows: slice, columns: slice) -> Array:
+    """[s, rows, columns] of the batch's slices in the volume's own dtype, several neighbors at a time."""
+    slice_axis, row_axis, column_axis = VIEW_AXES[shard.view]
+
+    # The middle slice stands for its `stride` neighbors.
+    numbers = np.arange(batch.slices.start, batch.slices.stop)
+    middles = shard.first + numbers * shard.stride + shard.stride // 2
+    middles = np.minimum(middles, volume.shape[slice_axis] - 1)
+
+    plane_bytes = (rows.stop - rows.start) * (columns.stop - columns.start) * volume.dtype.itemsize
+    group = max(1, READ_BYTES // (plane_bytes * shard.stride))
     start, stop = [0, 0, 0], [0, 0, 0]
-    for axis, (low, high, _) in zip((down, right), taps, strict=True):
-        start[axis], stop[axis] = int(low.min()), int(high.max()) + 1
-    # the middle slice stands for its `stride` neighbours
-    middles = unit.first + np.arange(job.slices.start, job.slices.stop) * unit.stride + unit.stride // 2
-    middles = np.minimum(middles, volume.shape[across] - 1)
-    plane = (stop[down] - start[down]) * (stop[right] - start[right]) * volume.dtype.itemsize
-    group = max(1, _READ // (plane * unit.stride))
-    picked = []
+    start[row_axis], stop[row_axis] = rows.start, rows.stop
+    start[column_axis], stop[column_axis] = columns.start, columns.stop
+
+    parts = []
     for i in range(0, len(middles), group):
-        near = middles[i : i + group]
-        start[across], stop[across] = int(near[0]), int(near[-1]) + 1
+        neighbors = middles[i : i + group]
+        start[slice_axis], stop[slice_axis] = int(neighbors[0]), int(neighbors[-1]) + 1
         block = volume.image(Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
-        picked.append(np.moveaxis(block, across, 0)[near - near[0]])  # rows and columns keep their order
-    result: NDArray[np.float32] = normalize(np.concatenate(picked), volume.low, volume.high)
-    for place, (low, high, share) in enumerate(taps, start=1):
-        first = int(low.min())
-        near = result.take(low - first, place)
-        if share.any():  # where pixels are voxels there is nothing to blend
-            weight = share[:, None] if place == 1 else share
-            near *= 1 - weight
-            near += result.take(high - first, place) * weight
-        result = near
-    return result
+        # Moving the slice axis first keeps the order of rows and columns.
+        parts.append(np.moveaxis(block, slice_axis, 0)[neighbors - neighbors[0]])
+    return np.concatenate(parts)
 
 
-def _middles(tokens: slice, cell: float, patch: int) -> NDArray[np.float64]:
-    """[voxel] Middles of the pixels of some tokens, each `patch` pixels and `cell` voxels wide; voxel 0's is at 0."""
+def _pixel_centers(tokens: slice, cell: float, patch: int) -> NDArray[np.float64]:
+    """[voxel] Centers of the pixels of some tokens, each `patch` pixels and `cell` voxels wide; voxel 0's is at 0."""
     numbers = np.arange(tokens.start * patch, tokens.stop * patch, dtype=np.float64)
-    middles: NDArray[np.float64] = (numbers + 0.5) * (cell / patch) - 0.5
-    return middles
+    centers: NDArray[np.float64] = (numbers + 0.5) * (cell / patch) - 0.5
+    return centers
 
 
-def _linear(
-    position: NDArray[np.float64], count: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Neighbours and weight of linear interpolation at positions along an axis of `count` voxels, clamped to it."""
-    inside = np.clip(position, 0, count - 1)
+@dataclass(frozen=True)
+class _LinearTaps:
+    """Linear interpolation at positions along one axis."""
+
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    share: NDArray[np.float32]  # weight of `high`
+
+    @property
+    def voxels(self) -> slice:
+        """The voxels of the axis that are needed."""
+        return slice(int(self.low.min()), int(self.high.max()) + 1)
+
+    def apply(self, values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+        """Interpolate values [s, H, W] of `voxels` along an axis, 1 or 2."""
+        first = int(self.low.min())
+        result = values.take(self.low - first, axis)
+        # Where pixels are voxels there is nothing to blend.
+        if self.share.any():
+            weight = self.share[:, None] if axis == 1 else self.share
+            result *= 1 - weight
+            result += values.take(self.high - first, axis) * weight
+        return result
+
+
+def _interpolate(positions: NDArray[np.float64], count: int) -> _LinearTaps:
+    """Neighbors and weight of linear interpolation at positions along an axis of `count` voxels, clamped to it."""
+    inside = np.clip(positions, 0, count - 1)
     low = np.floor(inside).astype(np.int64)
-    return low, np.minimum(low + 1, count - 1), (inside - low).astype(np.float32)
+    return _LinearTaps(low, np.minimum(low + 1, count - 1), (inside - low).astype(np.float32))

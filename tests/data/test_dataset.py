@@ -29,7 +29,7 @@ class FakeCache:
 
     layers, dim, views = (11,), 3, ("z", "y")
 
-    def crop(
+    def read_crop(
         self, volume: str, box: Box, patch: tuple[int, int, int], orientation: Orientation, views: tuple[str, ...]
     ) -> dict[str, torch.Tensor]:
         lines = [torch.arange(a // p, b // p) for a, b, p in zip(box.start, box.stop, patch, strict=True)]

@@ -16,6 +16,7 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import feature_cache as fc
 from hpc_neuro.data.feature_cache import hash_manifest, resample
+from hpc_neuro.data.orientation import VIEW_AXES
 
 SHAPE = (12, 32, 40)
 TEACHER = {"name": "t", "sha256": "0"}
@@ -26,13 +27,13 @@ def build(folder: Path, cell: tuple[float, float] = (8, 8), stride: int = 4, sla
     rng = np.random.default_rng(0)
     whole, records = {}, []
     for view in ("z", "y", "x"):
-        across, down, right = fc.VIEW_AXES[view]
+        across, down, right = VIEW_AXES[view]
         count = -(-SHAPE[across] // stride)
         rows, columns = (int(np.ceil(SHAPE[a] / c)) for a, c in zip((down, right), cell, strict=True))
         whole[view] = rng.normal(size=(count, 2, rows, columns, 3)).astype(np.float16)
         for first in range(0, count, slab):
             n = min(slab, count - first)
-            unit = fc.Unit("v", view, first * stride, stride, n, rows, columns, cell)
+            unit = fc.ShardSpec("v", view, first * stride, stride, n, rows, columns, cell)
             writer = fc.ShardWriter(folder / unit.name, unit, 2, 3, "key", tile=32)
             for i in range(n):
                 writer.write(slice(i, i + 1), slice(0, rows), slice(0, columns), whole[view][first + i : first + i + 1])
@@ -47,7 +48,7 @@ def brute_force(
     values: np.ndarray, view: str, cell: tuple[float, float], stride: int, box: Box, patch: int
 ) -> np.ndarray:
     """Spread every cell over quarter voxels, average them under each target. Only where the box lies inside."""
-    across, down, right = fc.VIEW_AXES[view]
+    across, down, right = VIEW_AXES[view]
     sizes = {across: stride, down: cell[0], right: cell[1]}
     dense = np.moveaxis(values.astype(np.float64), (1, 4), (0, 1))  # [L, D, S, h, w]
     for place, axis in enumerate((across, down, right)):
@@ -64,7 +65,7 @@ def brute_force(
 def test_a_crop_is_the_area_average_of_its_cells(tmp_path: Path, cell: tuple[float, float], stride: int) -> None:
     whole = build(tmp_path, cell, stride)
     box = Box((4, 8, 0), (12, 24, 40))
-    crop = fc.FeatureCache(tmp_path).crop("v", box, (4, 4, 4))
+    crop = fc.FeatureCache(tmp_path).read_crop("v", box, (4, 4, 4))
     for view, values in whole.items():
         wanted = brute_force(values, view, cell, stride, box, 4)
         assert crop[view].shape == wanted.shape
@@ -73,14 +74,14 @@ def test_a_crop_is_the_area_average_of_its_cells(tmp_path: Path, cell: tuple[flo
 
 def test_the_students_own_grid_passes_through_unchanged(tmp_path: Path) -> None:
     whole = build(tmp_path, (4, 4), 4)
-    crop = fc.FeatureCache(tmp_path).crop("v", Box((4, 8, 16), (12, 16, 32)), (4, 4, 4))["z"]
+    crop = fc.FeatureCache(tmp_path).read_crop("v", Box((4, 8, 16), (12, 16, 32)), (4, 4, 4))["z"]
     wanted = torch.from_numpy(whole["z"][1:3, :, 2:4, 4:8]).permute(1, 4, 0, 2, 3)
     assert torch.equal(crop, wanted)
 
 
 def test_past_the_end_the_last_cell_goes_on(tmp_path: Path) -> None:
     build(tmp_path, (4, 4), 4)
-    crop = fc.FeatureCache(tmp_path).crop("v", Box((8, 28, 36), (16, 36, 44)), (4, 4, 4))
+    crop = fc.FeatureCache(tmp_path).read_crop("v", Box((8, 28, 36), (16, 36, 44)), (4, 4, 4))
     for values in crop.values():
         assert torch.equal(values[..., 1, :, :], values[..., 0, :, :])
         assert torch.equal(values[..., 1, :], values[..., 0, :])
@@ -91,7 +92,7 @@ def test_past_the_end_the_last_cell_goes_on(tmp_path: Path) -> None:
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(1, 5), st.floats(0.7, 20), st.integers(1, 40))
 def test_weights_are_shares(start: int, tokens: int, patch: int, cell: float, count: int) -> None:
     box = Box((start * patch, 0, 0), ((start + tokens) * patch, 1, 1))
-    picked, weights = resample.cells_along(box, (patch, 1, 1), 0, cell, count)
+    picked, weights = resample.weigh_cells(box, (patch, 1, 1), 0, cell, count)
     assert 0 <= picked.start < picked.stop <= count
     assert weights.shape == (tokens, picked.stop - picked.start)
     assert (weights >= 0).all()
@@ -110,7 +111,7 @@ def test_statistics_are_those_of_all_tokens(tmp_path: Path) -> None:
 def test_off_the_token_grid_is_refused(tmp_path: Path) -> None:
     build(tmp_path)
     with pytest.raises(InputError, match="does not lie on the token grid"):
-        fc.FeatureCache(tmp_path).crop("v", Box((1, 0, 0), (5, 4, 4)), (4, 4, 4))
+        fc.FeatureCache(tmp_path).read_crop("v", Box((1, 0, 0), (5, 4, 4)), (4, 4, 4))
 
 
 def test_a_missing_or_short_shard_and_a_missing_manifest_are_named(tmp_path: Path) -> None:
@@ -142,11 +143,11 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_tiles_are_hashed_as_they_come_however_many_slices_at_once(tmp_path: Path, batch: int) -> None:
-    unit = fc.Unit("v", "z", 0, 1, 5, 10, 7, (4.0, 4.0))
+    unit = fc.ShardSpec("v", "z", 0, 1, 5, 10, 7, (4.0, 4.0))
     values = np.random.default_rng(0).normal(size=(5, 2, 10, 7, 3)).astype(np.float16)
     writer = fc.ShardWriter(tmp_path / "v.h5", unit, 2, 3, "key", tile=4)
     digest = hashlib.sha256()
-    for rows, columns in fc.tiles(10, 7, 4):
+    for rows, columns in fc.iter_tiles(10, 7, 4):
         for first in range(0, 5, batch):
             slices = slice(first, min(first + batch, 5))
             piece = values[slices, :, rows, columns]
@@ -161,7 +162,7 @@ def test_tiles_are_hashed_as_they_come_however_many_slices_at_once(tmp_path: Pat
 
 
 def test_features_out_of_turn_and_a_shard_that_lacks_some_are_errors(tmp_path: Path) -> None:
-    unit, values = fc.Unit("v", "z", 0, 1, 2, 4, 8, (4.0, 4.0)), np.zeros((1, 2, 4, 4, 3), np.float16)
+    unit, values = fc.ShardSpec("v", "z", 0, 1, 2, 4, 8, (4.0, 4.0)), np.zeros((1, 2, 4, 4, 3), np.float16)
     writer = fc.ShardWriter(tmp_path / "v.h5", unit, 2, 3, "key", tile=4)
     writer.write(slice(0, 1), slice(0, 4), slice(0, 4), values)
     with pytest.raises(ValueError, match="is to be finished without"):
@@ -196,7 +197,7 @@ def test_another_teacher_volume_view_or_image_is_refused(tmp_path: Path) -> None
 
 
 def read(cache: fc.FeatureCache) -> float:
-    return float(cache.crop("v", Box((0, 0, 0), (4, 8, 8)), (4, 8, 8))["x"].float().sum())
+    return float(cache.read_crop("v", Box((0, 0, 0), (4, 8, 8)), (4, 8, 8))["x"].float().sum())
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from scipy import ndimage
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import feature_cache
+from hpc_neuro.data.orientation import VIEW_AXES
 from hpc_neuro.data.rasterize import DrawSettings
 from hpc_neuro.data.store import Store, VolumeRecord, write_index, write_volume
 
@@ -77,11 +78,11 @@ def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 
     held, records = Store(store), []
     train = held.split("train")
     for number, name in enumerate(train):
-        for view, (across, down, right) in feature_cache.VIEW_AXES.items():
+        for view, (across, down, right) in VIEW_AXES.items():
             shape, patch = held[name].shape, (8, 16, 16)
             slices, rows, columns = (-(-shape[a] // patch[a]) for a in (across, down, right))
             cell = (float(patch[down]), float(patch[right]))
-            unit = feature_cache.Unit(name, view, 0, patch[across], slices, rows, columns, cell)
+            unit = feature_cache.ShardSpec(name, view, 0, patch[across], slices, rows, columns, cell)
             values = np.random.default_rng(number).normal(size=(slices, 1, rows, columns, dim)).astype(np.float16)
             writer = feature_cache.ShardWriter(folder / unit.name, unit, 1, dim, "key", tile=32)
             writer.write(slice(0, slices), slice(0, rows), slice(0, columns), values)
@@ -90,7 +91,7 @@ def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 
     digests = {name: held[name].digest for name in train}
     facts = {
         "layers": [11],
-        "views": list(feature_cache.VIEW_AXES),
+        "views": list(VIEW_AXES),
         "dim": dim,
         "teacher": identity,
         "volumes": digests,

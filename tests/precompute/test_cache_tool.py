@@ -65,8 +65,8 @@ def test_a_live_teacher_needs_whole_tiles_for_what_the_cache_gives(
         Box((8, 16, 16), (16, 48, 48)),
         (8, 16, 16),
     )
-    held = FeatureCache(cfg.out).crop("c", box, patch)
-    same, alone = (ask(cfg, volume, teacher, box, patch) for ask in (live.same_as_cache, live.crop_alone))
+    held = FeatureCache(cfg.out).read_crop("c", box, patch)
+    same, alone = (ask(cfg, volume, teacher, box, patch) for ask in (live.compute_as_cached, live.compute_from_crop))
     for view, features in held.items():
         torch.testing.assert_close(same[view], features, atol=2e-3, rtol=2e-3)
         assert alone[view].shape == features.shape
@@ -98,8 +98,7 @@ def test_wrong_features_with_a_right_checksum_are_found_by_the_teacher(
 ) -> None:
     """As a bug in the writer would leave them: checksum and manifest agree, the content is of other slices."""
     from hpc_neuro.core import files
-    from hpc_neuro.data.feature_cache import read_shard_record
-    from hpc_neuro.data.feature_cache.layout import Unit
+    from hpc_neuro.data.feature_cache import ShardSpec, read_shard_record
 
     manifest = files.read_json(cache / MANIFEST, "")
     shards = {s["file"]: s for s in manifest["shards"]}
@@ -107,7 +106,7 @@ def test_wrong_features_with_a_right_checksum_are_found_by_the_teacher(
     with h5py.File(path, "r+") as file, h5py.File(other) as theirs:
         file["features"][...] = theirs["features"][...]
         file.attrs.modify("sha256", theirs.attrs["sha256"])
-    shards[path.name]["sha256"] = read_shard_record(path, Unit.read(shards[path.name]["unit"]))["sha256"]
+    shards[path.name]["sha256"] = read_shard_record(path, ShardSpec.from_json(shards[path.name]["unit"]))["sha256"]
     files.write_json(cache / MANIFEST, manifest)
     assert cache_tool.main(["verify", str(cache), "slices=1000", "rebuild=false"]) == 3
     assert "a.z.000000.h5: cosine" in said(caplog)
@@ -124,7 +123,7 @@ def test_a_store_that_moved_is_given_anew(
 
 def test_another_teacher_is_refused_before_a_shard_is_touched(cache: Path) -> None:
     before = {p.name: p.read_bytes() for p in cache.iterdir()}
-    with pytest.raises(InputError, match=r"holds features of the teacher .* seed 0.* what is given is .* seed 1"):
+    with pytest.raises(InputError, match=r"holds features of the teacher .* seed 0.* the given one is .* seed 1"):
         cache_tool.main(["verify", str(cache), "teacher.seed=1"])
     assert {p.name: p.read_bytes() for p in cache.iterdir()} == before
 
@@ -175,7 +174,7 @@ def test_info_says_what_is_held_and_by_whom_it_is_used(
         (["verify", "{}", "slices=0"], "slices=0: want a int"),
         (["verify", "{}", "slize=3"], "slize"),
         (["mend", "{}"], "want `cache verify OUT` or `cache info OUT`"),
-        (["info", "{}", "x=1"], "cache info knows no x=1"),
+        (["info", "{}", "x=1"], "cache info has no key x=1"),
     ],
 )
 def test_bad_words_are_refused(built: Path, words: list[str], sentence: str) -> None:

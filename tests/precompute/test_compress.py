@@ -29,7 +29,7 @@ def low_rank(tokens: int, seed: int) -> torch.Tensor:
 
 def test_pca_is_the_truncated_singular_value_decomposition() -> None:
     seen, unseen = low_rank(400, 1), low_rank(300, 2)
-    found, quality = encoding.fit(seen, unseen, 2, False)
+    found, quality = encoding.fit_coding(seen, unseen, 2, False)
     for layer in range(2):
         mean = seen[layer].numpy().mean(0)
         axes = np.linalg.svd(seen[layer].numpy() - mean)[2][:2]
@@ -38,17 +38,17 @@ def test_pca_is_the_truncated_singular_value_decomposition() -> None:
         np.testing.assert_allclose(ours, again, atol=2e-2)  # kept as float16
         lost = np.square(again - unseen[layer].numpy()).sum() / np.square(unseen[layer] - unseen[layer].mean(0)).sum()
         assert quality["explained_variance"][layer] == pytest.approx(1 - float(lost), abs=1e-3)
-    assert min(encoding.fit(seen, unseen, 3, False)[1]["explained_variance"]) > 0.999
+    assert min(encoding.fit_coding(seen, unseen, 3, False)[1]["explained_variance"]) > 0.999
 
 
 @pytest.mark.parametrize("components", [None, 3])
 def test_int8_is_off_by_half_a_step_at_most_and_counts_what_it_clips(components: int | None) -> None:
     seen = low_rank(400, 1)
-    found, quality = encoding.fit(seen, low_rank(300, 2), components, True)
+    found, quality = encoding.fit_coding(seen, low_rank(300, 2), components, True)
     assert found.scale is not None
     kept, clipped = found.encode(seen)
     assert (kept.dtype, clipped) == (torch.int8, 0)
-    plain = encoding.Coding(found.mean, found.basis)
+    plain = encoding.FeatureCoding(found.mean, found.basis)
     between = plain.decode(plain.encode(seen)[0]) - found.decode(kept)
     if components is None:
         assert ((seen - found.decode(kept)).abs() <= 0.501 * found.scale[:, None]).all()
@@ -58,17 +58,17 @@ def test_int8_is_off_by_half_a_step_at_most_and_counts_what_it_clips(components:
 
 
 def test_a_codings_file_is_read_back(tmp_path: Path) -> None:
-    written = {v: encoding.fit(low_rank(50, n), low_rank(50, n), 4, n > 0)[0] for n, v in enumerate(("y", "z"))}
+    written = {v: encoding.fit_coding(low_rank(50, n), low_rank(50, n), 4, n > 0)[0] for n, v in enumerate(("y", "z"))}
     for name in ("a.npz", "b.npz"):
-        encoding.save(tmp_path / name, written)
+        encoding.save_codings(tmp_path / name, written)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    for view, found in encoding.load(tmp_path / "a.npz").items():
+    for view, found in encoding.load_codings(tmp_path / "a.npz").items():
         assert torch.equal(
             found.decode(found.encode(low_rank(9, 3))[0]), written[view].decode(written[view].encode(low_rank(9, 3))[0])
         )
     (tmp_path / "a.npz").write_bytes(b"no")
     with pytest.raises(InputError, match="without which the features cannot be decoded"):
-        encoding.load(tmp_path / "a.npz")
+        encoding.load_codings(tmp_path / "a.npz")
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_readers_see_all_channels_and_the_manifest_the_loss(
     whole, small = FeatureCache(built), FeatureCache(cfg.out)
     assert small.dim == whole.dim == 192
     for view in ("z", "y", "x"):
-        near, exact = (c.crop("a", BOX, PATCH)[view].float() for c in (small, whole))
+        near, exact = (c.read_crop("a", BOX, PATCH)[view].float() for c in (small, whole))
         assert near.shape == exact.shape
         cosine = torch.cosine_similarity(near, exact, dim=1).mean((1, 2, 3))
         reported = torch.tensor(small.manifest["coding_quality"][view]["cosine"])
@@ -104,4 +104,4 @@ def test_more_components_than_there_are_is_refused(configure: Configure, tmp_pat
     with pytest.raises(ConfigError, match="the teacher has 192 channels, 193 components are more"):
         precompute.run(configure(tmp_path / "c", "pca=193"))
     with pytest.raises(InputError, match="ask for fewer components"):
-        encoding.fit(low_rank(3, 0), low_rank(3, 0), 5, False)
+        encoding.fit_coding(low_rank(3, 0), low_rank(3, 0), 5, False)

@@ -25,7 +25,7 @@ class Usage(NamedTuple):
 
 def test_the_bytes_are_those_that_are_written(configure: Configure, store: Path, built: Path) -> None:
     cfg = configure(built)
-    planned = estimate.needed(cfg, estimate.planned(cfg, Store(store), 16), 192)
+    planned = estimate.estimate_bytes(cfg, estimate.plan_all_shards(cfg, Store(store), 16), 192)
     written = sum(p.stat().st_size for p in built.glob("*.h5"))
     assert written <= planned < 1.15 * written + 1e5
 
@@ -35,7 +35,7 @@ def test_the_lines_say_shapes_bytes_files_space_and_time(configure: Configure, t
     assert "those of flip_y" in text
     assert "shards of at most [2, 2, 4, 4] slices, layers, token rows, columns" in text
     assert "are free" in text
-    assert "s on each of 1 rank(s), by a timed probe" in text
+    assert "s on 1 rank, by a timed probe" in text
     assert not (tmp_path / "c").exists()
 
 
@@ -43,7 +43,7 @@ def test_what_is_refused_says_for_every_knob_what_would_fit(
     configure: Configure, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = configure(tmp_path / "c", "augment_views=[flip_y,rot90]")
-    size = estimate.needed(cfg, estimate.planned(cfg, Store(store), 16), 192)
+    size = estimate.estimate_bytes(cfg, estimate.plan_all_shards(cfg, Store(store), 16), 192)
     free = int(size * 0.75)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(size, size - free, free))
     with pytest.raises(InputError, match=r"needs .* but only .* are free there; make room") as refusal:
@@ -55,7 +55,7 @@ def test_what_is_refused_says_for_every_knob_what_would_fit(
     for proposal in proposals:  # each is a key as it is typed, and does fit
         key, value = proposal.split("=", 1)
         less = load(precompute.PrecomputeConfig, None, _typed(cfg, key, value))
-        assert estimate.needed(less, estimate.planned(less, Store(store), 16), 192) <= 0.99 * free
+        assert estimate.estimate_bytes(less, estimate.plan_all_shards(less, Store(store), 16), 192) <= 0.99 * free
     assert "layers alone would not do" in text or "layers=[-1] would fit" in text
 
 
@@ -78,8 +78,8 @@ def test_a_quota_is_asked_how_much_it_allows(
 ) -> None:
     """No quota is set where tests run: the answer of the file system is replaced."""
     cfg = configure(tmp_path / "c")
-    size = estimate.needed(cfg, estimate.planned(cfg, Store(store), 16), 192)
-    monkeypatch.setattr(estimate, "_granted", lambda folder, asked: asked <= size * 0.75)
+    size = estimate.estimate_bytes(cfg, estimate.plan_all_shards(cfg, Store(store), 16), 192)
+    monkeypatch.setattr(estimate, "_is_granted", lambda folder, asked: asked <= size * 0.75)
     with pytest.raises(InputError, match="your quota allows only .* are free") as refusal:
         precompute.forecast(cfg)
     text = str(refusal.value)
@@ -89,14 +89,14 @@ def test_a_quota_is_asked_how_much_it_allows(
 
 
 def test_a_reservation_is_given_back(tmp_path: Path) -> None:
-    assert estimate._granted(tmp_path, 10 << 20) in (True, None)
-    assert estimate._granted(tmp_path, 1 << 60) in (False, None)
+    assert estimate._is_granted(tmp_path, 10 << 20) in (True, None)
+    assert estimate._is_granted(tmp_path, 1 << 60) in (False, None)
     assert not list(tmp_path.iterdir())
 
 
 def test_knobs_do_not_touch_one_another(configure: Configure, tmp_path: Path) -> None:
     cfg = configure(tmp_path)
-    for knob, settings in estimate._milder(cfg, 192):
+    for knob, settings in estimate._list_milder_values(cfg, 192):
         for setting in settings:
             changed = dataclasses.replace(cfg, **{knob: setting})
             assert dataclasses.replace(changed, **{knob: getattr(cfg, knob)}) == cfg

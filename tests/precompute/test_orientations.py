@@ -86,11 +86,11 @@ def test_a_turned_crop_has_the_turned_volumes_features(
     precompute.run(load(precompute.PrecomputeConfig, None, keys))
     turn = orientation.parse_orientation(name)
     shape = (16, 48, 32) if turn.swap else (16, 32, 48)
-    wanted = FeatureCache(tmp_path / "c").crop("v", Box.whole(shape), (8, 16, 16))
-    found = FeatureCache(held).crop("v", Box.whole((16, 32, 48)), (8, 16, 16), turn)
+    wanted = FeatureCache(tmp_path / "c").read_crop("v", Box.whole(shape), (8, 16, 16))
+    found = FeatureCache(held).read_crop("v", Box.whole((16, 32, 48)), (8, 16, 16), turn)
     for view in ("z", "y", "x"):
         torch.testing.assert_close(found[view].float(), wanted[view].float(), atol=4e-3, rtol=4e-3)
-    plain = FeatureCache(held).crop("v", Box.whole((16, 32, 48)), (8, 16, 16))
+    plain = FeatureCache(held).read_crop("v", Box.whole((16, 32, 48)), (8, 16, 16))
     naive = {v: turn.apply(plain[turn.source_slices(v)[0]]).float() for v in plain}
     alike = [float(torch.cosine_similarity(naive[v], wanted[v].float(), dim=1).mean()) for v in naive]
     assert min(alike) < 0.9995  # a mirrored map is not the map of the mirrored slice
@@ -107,7 +107,7 @@ def test_training_turns_distilled_crops_within_what_is_held(images: dict[str, Pa
         seen.add(draw.orientation)
         image = torch.from_numpy(store["v"].normalized_image(draw.box))[None]
         assert torch.equal(sample.image, draw.orientation.apply(image))
-        assert torch.equal(sample.features["x"], cache.crop("v", draw.box, (8, 16, 16), draw.orientation)["x"])
+        assert torch.equal(sample.features["x"], cache.read_crop("v", draw.box, (8, 16, 16), draw.orientation)["x"])
     assert seen == set(cache.orientations)
     oblong = CropSampler(
         CropConfig(size=(8, 16, 32)), read_volume_points(store, ["v"]), 0, (8, 16, 16), 1.0, cache.orientations

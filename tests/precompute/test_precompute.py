@@ -50,7 +50,7 @@ def test_the_cache_holds_what_the_live_teacher_gives(store: Path, built: Path) -
     plane = volume.normalized_image(Box((4, 0, 0), (5, *volume.shape[1:])))[0]  # the middle slice of the first eight
     padded = np.pad(plane, [(0, -n % 16) for n in plane.shape], mode="edge")
     live = teacher.features(torch.from_numpy(padded)[None], [3, 11])[:, 0].permute(0, 3, 1, 2)  # [L, D, h, w]
-    held = cache.crop("a", Box((0, 0, 0), (8, 64, 64)), (8, 16, 16))["z"][:, :, 0].float()
+    held = cache.read_crop("a", Box((0, 0, 0), (8, 64, 64)), (8, 16, 16))["z"][:, :, 0].float()
     assert torch.cosine_similarity(live, held, dim=1).min() > 0.9999
     torch.testing.assert_close(held, live, atol=5e-3, rtol=5e-3)
 
@@ -79,7 +79,7 @@ def test_tiles_with_context_differ_little_from_the_whole_slice(store: Path, tmp_
     """Tiling changes the attention's context, not the place of a token."""
     precompute.run(configure(store, tmp_path / "c", "tile=32", "halo=32"))
     box = Box((0, 0, 0), (16, 32, 48))
-    whole, tiled = (FeatureCache(p).crop("a", box, (8, 16, 16))["z"].float() for p in (built, tmp_path / "c"))
+    whole, tiled = (FeatureCache(p).read_crop("a", box, (8, 16, 16))["z"].float() for p in (built, tmp_path / "c"))
     assert torch.cosine_similarity(whole, tiled, dim=1).mean() > 0.95
 
 
@@ -92,7 +92,7 @@ def test_square_pixels_of_an_anisotropic_volume(tmp_path: Path) -> None:
     if volume.voxel_size != (3.0, 1.0, 1.0):
         pytest.fail(f"the test could not rewrite the voxel size, it is {volume.voxel_size}")
     cfg = configure(folder, tmp_path / "c")
-    (unit,) = precompute.plan(cfg, volume, "y", 16)[:1]
+    (unit,) = precompute.plan_shards(cfg, volume, "y", 16)[:1]
     assert unit.cell == pytest.approx((16 / 3, 16))
     assert (unit.rows, unit.columns) == (4, 4)  # 20 * 3 = 60 and 56 pixels
 
@@ -151,13 +151,13 @@ import os, pathlib, shutil, sys
 from hpc_neuro.cli import main
 from hpc_neuro.precompute import estimate
 
-out, lines_of = pathlib.Path(sys.argv.pop(1)), estimate.lines
+out, lines_of = pathlib.Path(sys.argv.pop(1)), estimate.describe_plan
 def and_then_another_program_fills_the_disk(*given):
     lines = lines_of(*given)
     with open(out / "other", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(out).free - 400_000)
     return lines
-estimate.lines = and_then_another_program_fills_the_disk
+estimate.describe_plan = and_then_another_program_fills_the_disk
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -1,7 +1,8 @@
-"""Training stores of noise, of any size, for programs that look at nothing but speed, memory and sameness."""
+"""Training stores of noise, of any size, for programs that measure speed, memory and reproducibility."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from hpc_neuro.data.store import VolumeRecord, write_index, write_volume
 
 
 def write_store(folder: Path, names: Sequence[str], shape: Shape) -> Path:
-    """Volumes of uint8 noise with one straight neurite along x, all in `train`; memory does not grow with `shape`."""
+    """Write volumes of uint8 noise with one straight neurite along x, all in `train`; streamed. Returns the folder."""
     folder.mkdir(parents=True)
+    ends = [(shape[0] / 2, shape[1] / 2, x) for x in (3.0, shape[2] - 4.0)]
+    tree = Tree(np.array(ends), np.full(2, 2.0), np.array([-1, 0]), np.full(2, 2))
+
     volumes = []
     for number, name in enumerate(names):
         volume = VolumeRecord(
@@ -31,13 +35,13 @@ def write_store(folder: Path, names: Sequence[str], shape: Shape) -> Path:
             digest=f"noise {number} of {shape}",
             sources={"image": str(number), "swc": str(number)},
         )
-
-        def noise(box: Box, number: int = number) -> NDArray[np.uint8]:
-            return np.random.default_rng([number, *box.start]).integers(0, 201, box.shape, dtype=np.uint8)
-
-        ends = [(shape[0] / 2, shape[1] / 2, x) for x in (3.0, shape[2] - 4.0)]
-        tree = Tree(np.array(ends), np.full(2, 2.0), np.array([-1, 0]), np.full(2, 2))
-        write_volume(folder / f"{name}.h5", volume, noise, tree, tree, DrawSettings())
+        read = functools.partial(_draw_noise, number)
+        write_volume(folder / f"{name}.h5", volume, read, tree, tree, DrawSettings())
         volumes.append(volume)
+
     write_index(folder, volumes)
     return folder
+
+
+def _draw_noise(number: int, box: Box) -> NDArray[np.uint8]:
+    return np.random.default_rng([number, *box.start]).integers(0, 201, box.shape, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""How features are kept on disk: as float16, as fewer principal components, as int8, or both; decoded on reading."""
+"""How features are stored: as float16, as fewer principal components, as int8, or both; decoded on reading."""
 
 from __future__ import annotations
 
@@ -15,99 +15,127 @@ from torch import Tensor
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 
-_MARGIN = 1.25  # int8 reaches this much farther than the largest value of the sample
+INT8_MARGIN = 1.25
+"""int8 reaches this factor beyond the largest value of the sample."""
 
 
 @dataclass(frozen=True)
-class Coding:
-    """Of one view, layer by layer. Decoding is affine, so that it may follow the averaging of cells."""
+class FeatureCoding:
+    """The coding of one view, layer by layer. Decoding is affine, so cells may be averaged before they are decoded."""
 
     mean: Tensor | None = None  # [L, D]
     basis: Tensor | None = None  # [L, n, D], orthonormal rows, the strongest first
     scale: Tensor | None = None  # [L, n or D]: one step of int8
 
     def width(self, dim: int) -> int:
-        """Values kept per token and layer."""
+        """Values stored per token and layer."""
         return dim if self.basis is None else int(self.basis.shape[1])
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
-        """Of the values kept."""
+        """Of the stored values."""
         return np.dtype(np.float16 if self.scale is None else np.int8)
 
     def encode(self, values: Tensor) -> tuple[Tensor, int]:
-        """Features [L, ..., D] -> (values to keep [L, ..., n or D] in `dtype`, how many of them were clipped)."""
+        """Features [L, ..., D] -> (codes [L, ..., n or D] in `dtype`, how many of them were clipped)."""
         if self.mean is None:
             return values.half(), 0
+
         flat = values.float().flatten(1, -2) - self.mean[:, None]  # [L, M, D]
-        flat = flat if self.basis is None else flat @ self.basis.transpose(1, 2)
+        if self.basis is not None:
+            flat = flat @ self.basis.transpose(1, 2)
+
         clipped = 0
         if self.scale is not None:
             steps = (flat / self.scale[:, None]).round()
             clipped = int((steps.abs() > 127).sum())
             flat = steps.clamp(-127, 127)
-        kept = flat.to(torch.float16 if self.scale is None else torch.int8)
-        return kept.reshape(*values.shape[:-1], -1), clipped
 
-    def decode(self, kept: Tensor) -> Tensor:
-        """Values kept, or averages of them, [L, ..., n or D] -> features [L, ..., D] float32."""
+        codes = flat.to(torch.float16 if self.scale is None else torch.int8)
+        return codes.reshape(*values.shape[:-1], -1), clipped
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes, or averages of codes, [L, ..., n or D] -> features [L, ..., D] float32."""
         if self.mean is None:
-            return kept.float()
-        flat = kept.float().flatten(1, -2)
-        flat = flat if self.scale is None else flat * self.scale[:, None]
-        flat = flat if self.basis is None else flat @ self.basis
-        return (flat + self.mean[:, None]).reshape(*kept.shape[:-1], -1)
+            return codes.float()
+
+        flat = codes.float().flatten(1, -2)
+        if self.scale is not None:
+            flat = flat * self.scale[:, None]
+        if self.basis is not None:
+            flat = flat @ self.basis
+        return (flat + self.mean[:, None]).reshape(*codes.shape[:-1], -1)
 
 
-RAW = Coding()
+RAW = FeatureCoding()
+"""float16 of every channel."""
 
 
-def fit(seen: Tensor, unseen: Tensor, components: int | None, int8: bool) -> tuple[Coding, dict[str, list[float]]]:
-    """The coding that loses least of the tokens `seen` [L, M, D], judged on `unseen` [L, N, D].
+def fit_coding(
+    seen: Tensor, unseen: Tensor, components: int | None, int8: bool
+) -> tuple[FeatureCoding, dict[str, list[float]]]:
+    """Fit the coding that loses least of the tokens `seen` [L, M, D], and judge it on `unseen` [L, N, D].
 
     -> (coding, {"explained_variance", "cosine", "relative_error"}: one number per layer).
     Raises InputError when the sample has fewer tokens than components are asked for.
     """
-    seen, unseen = seen.double(), unseen.float()
     if components is not None and components > min(seen.shape[1:]):
         raise InputError(
             f"pca={components}: the features have {seen.shape[2]} channels, the sample {seen.shape[1]} tokens; "
-            "ask for fewer components, or for a larger `sample`"
+            "ask for fewer components, or prepare more or larger volumes"
         )
+    seen = seen.double()
     mean = seen.mean(1)
-    centred = seen - mean[:, None]
-    basis = scale = None
+    residuals = seen - mean[:, None]
+
+    basis = None
     if components is not None:
-        # numpy's eigh: ascending eigenvalues, and the same on every run of one machine
-        vectors = [np.linalg.eigh((c.T @ c).numpy())[1][:, ::-1][:, :components].T for c in centred]
-        basis = torch.from_numpy(np.stack(vectors)).float()
-        centred = centred @ basis.double().transpose(1, 2)
+        basis = _principal_axes(residuals, components)
+        residuals = residuals @ basis.double().transpose(1, 2)
+
+    scale = None
     if int8:
-        scale = (centred.abs().amax(1) * _MARGIN / 127).clamp(min=1e-12).float()
-    coding = Coding(mean.float(), basis, scale)
-    again = coding.decode(coding.encode(unseen)[0])
-    lost = (again - unseen).double().square().sum((1, 2))
-    spread = (unseen.double() - unseen.double().mean(1, keepdim=True)).square().sum((1, 2))
-    return coding, {
-        "explained_variance": (1 - lost / spread.clamp(min=1e-30)).tolist(),
-        "cosine": torch.cosine_similarity(again, unseen, dim=-1).mean(1).double().tolist(),
-        "relative_error": (lost / unseen.double().square().sum((1, 2)).clamp(min=1e-30)).sqrt().tolist(),
+        scale = (residuals.abs().amax(1) * INT8_MARGIN / 127).clamp(min=1e-12).float()
+
+    coding = FeatureCoding(mean.float(), basis, scale)
+    return coding, _measure_loss(coding, unseen.float())
+
+
+def _principal_axes(residuals: Tensor, components: int) -> Tensor:
+    """[L, components, D] float32, the strongest axis first."""
+    # numpy's eigh gives ascending eigenvalues, and the same vectors on every run of one machine.
+    axes = [np.linalg.eigh((layer.T @ layer).numpy())[1][:, ::-1][:, :components].T for layer in residuals]
+    return torch.from_numpy(np.stack(axes)).float()
+
+
+def _measure_loss(coding: FeatureCoding, values: Tensor) -> dict[str, list[float]]:
+    """What a coding loses of features [L, N, D], per layer."""
+    decoded = coding.decode(coding.encode(values)[0])
+    lost = (decoded - values).double().square().sum((1, 2))
+    variance = (values.double() - values.double().mean(1, keepdim=True)).square().sum((1, 2))
+    energy = values.double().square().sum((1, 2))
+    return {
+        "explained_variance": (1 - lost / variance.clamp(min=1e-30)).tolist(),
+        "cosine": torch.cosine_similarity(decoded, values, dim=-1).mean(1).double().tolist(),
+        "relative_error": (lost / energy.clamp(min=1e-30)).sqrt().tolist(),
     }
 
 
-def save(path: Path, codings: Mapping[str, Coding]) -> None:
+def save_codings(path: Path, codings: Mapping[str, FeatureCoding]) -> None:
     """Write the codings of all views, atomically; the same codings give the same bytes."""
     arrays: dict[str, NDArray[np.float32]] = {}
     for view, coding in codings.items():
-        parts = {"mean": coding.mean, "basis": coding.basis, "scale": coding.scale}
-        arrays |= {f"{view}_{name}": part.numpy() for name, part in parts.items() if part is not None}
+        for name, values in (("mean", coding.mean), ("basis", coding.basis), ("scale", coding.scale)):
+            if values is not None:
+                arrays[f"{view}_{name}"] = values.numpy()
+
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     with files.atomic(path) as part:
         part.write_bytes(buffer.getvalue())
 
 
-def load(path: Path) -> dict[str, Coding]:
+def load_codings(path: Path) -> dict[str, FeatureCoding]:
     """The codings by view. Raises InputError when the file cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -117,6 +145,7 @@ def load(path: Path) -> dict[str, Coding]:
             f"{path}, without which the features cannot be decoded, is not readable ({error}); remove the cache and "
             "build it again with `hpc-neuro precompute`"
         ) from None
+
     views = sorted({name.partition("_")[0] for name in arrays})
     parts = ("mean", "basis", "scale")
-    return {v: Coding(*(arrays.get(f"{v}_{part}") for part in parts)) for v in views}
+    return {view: FeatureCoding(*(arrays.get(f"{view}_{part}") for part in parts)) for view in views}

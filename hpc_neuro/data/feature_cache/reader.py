@@ -17,61 +17,72 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.feature_cache import encoding as codings
-from hpc_neuro.data.feature_cache.layout import CODING, CacheMismatch, Unit, read_manifest
-from hpc_neuro.data.feature_cache.resample import Cells
+from hpc_neuro.data.feature_cache.encoding import RAW, FeatureCoding, load_codings
+from hpc_neuro.data.feature_cache.manifest import CODING, CacheMismatch, ShardSpec, read_manifest
+from hpc_neuro.data.feature_cache.resample import CropCells
 from hpc_neuro.data.orientation import IDENTITY, Orientation, parse_orientation, parse_orientations
 
-_OPEN_FILES = 64
+MAX_OPEN_FILES = 64
+"""Shards that a process keeps open."""
 
 
 class FeatureCache:
-    """Reads crops of features. Files are opened lazily per process and dropped on pickling; nothing is locked."""
+    """Reads crops of features. Files open lazily in each process, without locks; pickling leaves them behind."""
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError when the cache is missing, unfinished, or a shard is gone or cut short."""
+        """Raises InputError when the cache is missing or unfinished, or a shard is missing or cut short."""
         self.path = Path(path)
         hint = "build the cache with `hpc-neuro precompute`; an interrupted build goes on with the same command"
         self.manifest = read_manifest(self.path, hint)
         self.layers: tuple[int, ...] = tuple(self.manifest["layers"])
         self.views: tuple[str, ...] = tuple(self.manifest["views"])
         self.dim = int(self.manifest["dim"])
-        kinds = self.manifest["statistics"]
-        self.mean = {v: torch.tensor(kinds[v]["mean"], dtype=torch.float32) for v in self.views}  # [L, D]
-        self.std = {v: torch.tensor(kinds[v]["std"], dtype=torch.float32) for v in self.views}  # [L, D]
         self.orientations: tuple[Orientation, ...] = parse_orientations(self.manifest.get("augment_views", ()))
+
+        statistics = self.manifest["statistics"]
+        self.mean = {v: torch.tensor(statistics[v]["mean"], dtype=torch.float32) for v in self.views}  # [L, D]
+        self.std = {v: torch.tensor(statistics[v]["std"], dtype=torch.float32) for v in self.views}  # [L, D]
+
         self._codings = self._read_codings()
-        self._units: dict[tuple[str, str, str], list[Unit]] = {}
+        self._require_whole_shards()
+        # (volume, view, layout) -> its shards in slice order
+        self._shards: dict[tuple[str, str, str], list[ShardSpec]] = {}
+        for entry in self.manifest["shards"]:
+            shard = ShardSpec.from_json(entry["unit"])
+            self._shards.setdefault((shard.volume, shard.view, shard.layout), []).append(shard)
+        self._forget_handles()
+
+    def _read_codings(self) -> dict[str, FeatureCoding]:
+        """How the features were compressed, by view."""
+        digest = self.manifest.get("coding")
+        if digest is None:
+            return dict.fromkeys(self.views, RAW)
+
+        path = self.path / CODING
+        if not path.exists() or files.sha256(path) != digest:
+            raise InputError(
+                f"{path}, without which the features cannot be decoded, is missing or not the one they were made with; "
+                "`hpc-neuro precompute` with the same config builds the cache again"
+            )
+        return load_codings(path)
+
+    def _require_whole_shards(self) -> None:
         damaged = []
-        for shard in self.manifest["shards"]:
-            unit = Unit.read(shard["unit"])
-            self._units.setdefault((unit.volume, unit.view, unit.how), []).append(unit)
-            file = self.path / shard["file"]
-            if not file.exists() or file.stat().st_size != shard["bytes"]:
-                damaged.append(shard["file"])
+        for entry in self.manifest["shards"]:
+            file = self.path / entry["file"]
+            if not file.exists() or file.stat().st_size != entry["bytes"]:
+                damaged.append(entry["file"])
+
         if damaged:
             raise InputError(
                 f"{self.path} lacks {len(damaged)} of its {len(self.manifest['shards'])} shards, or they were cut "
                 f"short ({', '.join(damaged[:3])}); `hpc-neuro precompute` with the same config, or "
                 f"`hpc-neuro cache verify {self.path}`, rebuilds just those"
             )
-        self._forget()
 
-    def _read_codings(self) -> dict[str, codings.Coding]:
-        """How the features were compressed, by view."""
-        wanted = self.manifest.get("coding")
-        if wanted is None:
-            return dict.fromkeys(self.views, codings.RAW)
-        path = self.path / CODING
-        if not path.exists() or files.sha256(path) != wanted:
-            raise InputError(
-                f"{path}, without which the features cannot be decoded, is missing or not the one they were made with; "
-                "`hpc-neuro precompute` with the same config builds the cache again"
-            )
-        return codings.load(path)
-
-    def _forget(self) -> None:
-        self._open: OrderedDict[str, Any] = OrderedDict()  # shard -> its dataset
+    def _forget_handles(self) -> None:
+        # File name of a shard -> its open dataset, the one used longest ago first.
+        self._open: OrderedDict[str, Any] = OrderedDict()
         self._pid = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,58 +90,59 @@ class FeatureCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._forget_handles()
 
     @property
     def volumes(self) -> tuple[str, ...]:
-        """Identifiers of the volumes held."""
-        return tuple(dict.fromkeys(volume for volume, _, _ in self._units))
+        """Ids of the volumes in the cache."""
+        return tuple(dict.fromkeys(volume for volume, _, _ in self._shards))
 
-    def require_match(
-        self,
-        digests: Mapping[str, str],
-        teacher: Mapping[str, Any],
-        views: Sequence[str],
-    ) -> None:
-        """Raise CacheMismatch unless the cache holds `views` of all the volumes, of this content, by this teacher.
+    def require_match(self, digests: Mapping[str, str], teacher: Mapping[str, Any], views: Sequence[str]) -> None:
+        """Raise CacheMismatch unless the cache holds `views` of these volumes, of this content, by this teacher.
 
-        digests: volume -> content digest as the store gives it; teacher: Teacher.identity.
+        digests: volume -> content digest as the store gives it. teacher: Teacher.identity.
         """
         command = f"hpc-neuro precompute store=... out={self.path}"
-        held = self.manifest["teacher"]
-        if dict(held) != dict(teacher):
+        cached_teacher = self.manifest["teacher"]
+        if dict(cached_teacher) != dict(teacher):
             raise CacheMismatch(
-                f"{self.path} holds features of the teacher {held}, but the config asks for {dict(teacher)}; build "
-                f"them in another folder with `{command}` and that teacher, or train with "
-                f"teacher.model={held.get('name')}"
+                f"{self.path} holds features of the teacher {cached_teacher}, but the config asks for {dict(teacher)}; "
+                f"build them in another folder with `{command}` and that teacher, or train with "
+                f"teacher.model={cached_teacher.get('name')}"
             )
-        if lacking := [v for v in views if v not in self.views]:
-            raise CacheMismatch(f"{self.path} has no view {', '.join(lacking)}; rebuild it with views={list(views)}")
-        if absent := [v for v in digests if (v, self.views[0], "") not in self._units]:
+
+        if missing_views := [view for view in views if view not in self.views]:
             raise CacheMismatch(
-                f"{self.path} has no features of {', '.join(absent[:5])}; add their split to `splits` of "
+                f"{self.path} has no view {', '.join(missing_views)}; rebuild it with views={list(views)}"
+            )
+
+        if missing := [volume for volume in digests if (volume, self.views[0], "") not in self._shards]:
+            raise CacheMismatch(
+                f"{self.path} has no features of {', '.join(missing[:5])}; add their split to `splits` of "
                 f"`{command}`, in another folder"
             )
-        if changed := [v for v, digest in digests.items() if self.manifest["volumes"][v] != digest]:
+
+        if changed := [volume for volume, digest in digests.items() if self.manifest["volumes"][volume] != digest]:
             raise CacheMismatch(
                 f"{self.path} was made from other images of {', '.join(changed[:5])} than the store holds now; "
                 f"build it again in another folder with `{command}`"
             )
 
     def select_orientations(self, names: Sequence[str] | None) -> tuple[Orientation, ...]:
-        """The volume as it stands and the named mirrors and turns (None: all held). Raises CacheMismatch for others."""
+        """The identity and the named orientations; None: all in the cache. CacheMismatch for one that is missing."""
         if names is None:
             return self.orientations
-        if more := [name for name in names if parse_orientation(name) not in self.orientations]:
-            every = ",".join([*self.manifest.get("augment_views", []), *more])
+
+        if missing := [name for name in names if parse_orientation(name) not in self.orientations]:
+            every = ",".join([*self.manifest.get("augment_views", []), *missing])
             raise CacheMismatch(
-                f"augment.distilled asks for {', '.join(more)}, but {self.path} has no features of slices laid so, and "
-                "they cannot be had from the slices as they stand; build them in another folder with `hpc-neuro "
-                f"precompute store=... out=... augment_views=[{every}]`, or leave {', '.join(more)} out"
+                f"augment.distilled asks for {', '.join(missing)}, but {self.path} has no features of such slices, and "
+                "they cannot be computed from the others; build them in another folder with `hpc-neuro "
+                f"precompute store=... out=... augment_views=[{every}]`, or leave {', '.join(missing)} out"
             )
         return parse_orientations(names)
 
-    def crop(
+    def read_crop(
         self,
         volume: str,
         box: Box,
@@ -140,56 +152,65 @@ class FeatureCache:
     ) -> dict[str, Tensor]:
         """Features of a crop on the student's token grid: view -> [L, D, z, y, x] float16, grid = box.shape / patch.
 
-        With an orientation, what the teacher makes of the turned crop: the views are those of the turned volume, and so
-        are z, y, x. The box may reach past the volume's end; cells out there repeat the last one. `views`: all held, if
-        left out. Raises InputError when the box does not lie on the token grid, where resampling would blur the
-        features, and when the orientation is not held.
+        With an orientation: the teacher's features of the oriented crop; views and z, y, x are those of the oriented
+        volume. The box may reach past the volume's end, where the last cell is repeated. views: all in the cache when
+        None. Raises InputError when the box is off the token grid, where resampling would blur the features, and when
+        the cache lacks the orientation.
         """
         if any(a % p or n % p for a, n, p in zip(box.start, box.shape, patch, strict=True)):
             raise InputError(f"the crop {box.start} to {box.stop} does not lie on the token grid of {patch} voxels")
-        found = {}
+
+        features = {}
         for view in self.views if views is None else views:
-            held, how = orientation.source_slices(view)
-            if (volume, held, how) not in self._units:
+            source_view, layout = orientation.source_slices(view)
+            if (volume, source_view, layout) not in self._shards:
                 raise InputError(
-                    f"{self.path} has no slices of {volume} along {held}{f' laid {how}' if how else ''}; "
+                    f"{self.path} has no slices of {volume} along {source_view}"
+                    f"{f' in the layout {layout}' if layout else ''}; "
                     "build them with `hpc-neuro precompute` and augment_views"
                 )
-            found[view] = orientation.apply(self._view(volume, held, how, box, patch)).half().contiguous()
-        return found
+            tokens = self._read_view(volume, source_view, layout, box, patch)
+            features[view] = orientation.apply(tokens).half().contiguous()
+        return features
 
-    def _view(self, volume: str, view: str, how: str, box: Box, patch: Shape) -> Tensor:
-        """[L, D, z, y, x] float32 as the volume stands."""
-        units = self._units[volume, view, how]
-        cells, parts = Cells.under(box, patch, units), []
-        for unit in units:
-            offset = (unit.first - units[0].first) // unit.stride
-            a, b = max(cells.slices.start, offset) - offset, min(cells.slices.stop, offset + unit.count) - offset
-            if a < b:
-                parts.append(self._read(unit, (slice(a, b), slice(None), cells.rows, cells.columns)))
-        values = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])  # [s, L, r, c, n]
-        kept = cells.on_tokens(values).movedim(1, -1)  # [L, z, y, x, n]
-        return self._codings[view].decode(kept).movedim(-1, 1)
+    def _read_view(self, volume: str, view: str, layout: str, box: Box, patch: Shape) -> Tensor:
+        """[L, D, z, y, x] float32 in the orientation of the stored volume."""
+        shards = self._shards[volume, view, layout]
+        cells = CropCells.for_box(box, patch, shards)
 
-    def _read(self, unit: Unit, place: tuple[slice, ...]) -> Array:
-        """Values [s, L, r, c, n] of a shard, as they are kept."""
+        parts = []
+        for shard in shards:
+            offset = (shard.first - shards[0].first) // shard.stride
+            first = max(cells.slices.start, offset) - offset
+            stop = min(cells.slices.stop, offset + shard.count) - offset
+            if first < stop:
+                parts.append(self._read_codes(shard, (slice(first, stop), slice(None), cells.rows, cells.columns)))
+        codes = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])  # [s, L, r, c, n]
+
+        token_codes = cells.average_onto_tokens(codes).movedim(1, -1)  # [L, z, y, x, n]
+        return self._codings[view].decode(token_codes).movedim(-1, 1)
+
+    def _read_codes(self, shard: ShardSpec, window: tuple[slice, ...]) -> Array:
+        """[s, L, r, c, n] of a shard, still encoded."""
         try:
-            values: Array = self._features(unit)[place]
+            codes: Array = self._open_features(shard)[window]
         except (OSError, KeyError) as error:
             raise InputError(
-                f"the shard {self.path / unit.name} cannot be read ({error}); "
-                f"`hpc-neuro cache verify {self.path}` finds and rebuilds what is damaged"
+                f"the shard {self.path / shard.name} cannot be read ({error}); "
+                f"`hpc-neuro cache verify {self.path}` finds and rebuilds damaged shards"
             ) from error
-        return values
+        return codes
 
-    def _features(self, unit: Unit) -> Any:
+    def _open_features(self, shard: ShardSpec) -> Any:
         """The open dataset of a shard."""
+        # An HDF5 handle must not be shared over a fork.
         if self._pid != os.getpid():
-            self._forget()  # an HDF5 handle must not be shared over a fork
-        data = self._open.pop(unit.name, None)
+            self._forget_handles()
+
+        data = self._open.pop(shard.name, None)
         if data is None:
-            while len(self._open) >= _OPEN_FILES:
+            while len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].file.close()
-            data = h5py.File(self.path / unit.name, "r", locking=False)["features"]
-        self._open[unit.name] = data
+            data = h5py.File(self.path / shard.name, "r", locking=False)["features"]
+        self._open[shard.name] = data
         return data
