@@ -1,9 +1,14 @@
 """Running verbs on this machine or on a Slurm cluster: `python -m launch VERB CONFIG [key=value ...] --on slurm`.
 
-    jobs.submit(verb, config, keys, ...) -> Job     check, snapshot the code, submit through submitit
-    jobs.poll(jobs, Poller()) -> states             one call to Slurm for all of them
-    task.Task                                       what each rank of a job runs: environment, signals, the verb
-    ending                                          after all ranks: why it ended, and whether it goes back to the queue
+    site          what differs between clusters
+    preflight     what would fail is refused before the queue; `forecast` estimates memory and time
+    submit        submit a verb as a job, or its shares as a job array; `chain` plans several verbs
+    status        states and logs of jobs, and cancelling them
+    supervise     what each rank of a job runs: environment, signals, the verb as a child
+    job_end       after all ranks: why the start ended, and whether the job is requeued
+    job_files     what a queued job will read: the snapshot of the code, its secrets, its pickle
+    slurm         questions to Slurm and its answers as values
+    sweep         many trainings of one study; `executors` run its trials
 
-Sits on top of `hpc_neuro`, which never imports it.
+Stands above `hpc_neuro`, which never imports it.
 """

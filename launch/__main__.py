@@ -7,36 +7,46 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.schema import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from launch.site import Site
+    from launch.status import LaunchedJob
 
 USAGE = """python -m launch VERB [CONFIG.yaml] [key=value ...] [options]      one verb as a job in its run folder
 python -m launch --chain VERB,VERB,... [FOLDER] out=ROOT [VERB.key=value ...] [options]
                                                                     several, each waits for the one before
+python -m launch sweep CONFIG.yaml [key=value ...] [options]        many trainings of one study
 python -m launch status|cancel OUT...                               jobs of run folders
-python -m launch logs OUT [--follow]                                what all ranks said
+python -m launch logs OUT [--follow]                                logs of all ranks
 
 Keys that begin with `cluster.` change the site: cluster.train.nodes=4 cluster.partition=gpu.
 Exit codes: 0 done or submitted, 1 a watched job failed, 2 refused before the queue, with every reason.
 """
-_FOLDER_VERBS = ("status", "cancel", "logs")
-_OTHERS = {"sweep": "launch.sweep.cli"}  # command -> module with main(arguments)
+_FOLDER_COMMANDS = ("status", "cancel", "logs")
+_OTHER_COMMANDS = {"sweep": "launch.sweep.cli"}
+"""Command -> module with `main(arguments)`."""
+_SITE_PREFIX = "cluster."
+_EXIT_JOB_FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; see USAGE."""
     words = list(sys.argv[1:] if argv is None else argv)
+    command = words[0] if words else ""
     try:
-        if words and words[0] in _OTHERS:
-            return int(importlib.import_module(_OTHERS[words[0]]).main(words[1:]))
-        return _folders(words) if words and words[0] in _FOLDER_VERBS else _submit(words)
+        if command in _OTHER_COMMANDS:
+            return int(importlib.import_module(_OTHER_COMMANDS[command]).main(words[1:]))
+        return _run_folder_command(words) if command in _FOLDER_COMMANDS else _run_submit_command(words)
     except (ConfigError, InputError) as error:
         sys.stderr.write(f"launch: {error}\n")
-        return 2
+        return EXIT_BAD_INPUT
 
 
-def _submit(words: Sequence[str]) -> int:
+def _run_submit_command(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("launch", usage=USAGE)
     parser.add_argument("words", nargs="*", metavar="VERB, CONFIG, key=value")
     parser.add_argument("--on", choices=("local", "slurm"), default="slurm", help="this machine, or the cluster")
@@ -49,76 +59,104 @@ def _submit(words: Sequence[str]) -> int:
     parser.add_argument("--watch", action="store_true", help="follow logs and progress of all tasks until they end")
     parser.add_argument("--dry-run", action="store_true", help="check everything, submit nothing")
     args = parser.parse_intermixed_args(words)
-    if not args.words and not args.chain:
+
+    has_verb = any(not word.startswith(_SITE_PREFIX) for word in args.words)
+    if not has_verb and not args.chain:
         sys.stdout.write(USAGE)
-        return 2
-    return _launch(args)
+        return EXIT_BAD_INPUT
+    if args.array < 1:
+        raise ConfigError(f"--array {args.array}: give the number of tasks, 1 or more")
+    return _check_and_submit(args)
 
 
-def _launch(args: Any) -> int:
-    from launch import chain, job_arrays, jobs, preflight, slurm, status
+def _check_and_submit(args: argparse.Namespace) -> int:
+    from launch import preflight, slurm
     from launch.site import load_site
 
     if args.on == "slurm":
-        slurm.reach()
-    words = [w for w in args.words if not w.startswith("cluster.")]
-    site = load_site(args.cluster, [w[8:] for w in args.words if w.startswith("cluster.")])
-    verb = None if args.chain else words.pop(0)
-    config = Path(words.pop(0)) if words and "=" not in words[0] else None
-    if verb is None:
-        stages = chain.plan(args.chain.split(","), config, words)
-    else:
-        stages = [(verb, jobs.load(verb, config, words))]
+        slurm.require_controller()
+
+    words = [word for word in args.words if not word.startswith(_SITE_PREFIX)]
+    site_keys = [word.removeprefix(_SITE_PREFIX) for word in args.words if word.startswith(_SITE_PREFIX)]
+    site = load_site(args.cluster, site_keys)
+    stages = _plan_stages(args.chain, words)
+
     for line in preflight.check(stages, site, args.on, args.array, args.after):
         sys.stdout.write(line + "\n")
-    if args.dry_run:
-        return 0
-    submitted: list[jobs.Job] = []
-    after, code = list(args.after), stages[0][1].out / "launch" / "code"
-    for name, cfg in stages:
-        count = job_arrays.shares(name, args.array, len(stages) == 1)
-        new = job_arrays.submit(name, cfg, site, args.on, after, code, count)
-        submitted += new
-        after = job_arrays.last(new)
-        sys.stdout.write(f"{name}: {job_arrays.text(new)} into {cfg.out}\n")
-        if args.on == "local" and status.follow(new, slurm.Poller(0.2, 2.0)):
-            return 1  # without a queue, the next one has to wait here
+    return EXIT_DONE if args.dry_run else _submit_stages(stages, site, args)
+
+
+def _plan_stages(verbs: str | None, words: list[str]) -> list[tuple[str, Any]]:
+    """The verbs to submit with their configs: those of a chain, else the first of `words`."""
+    from launch import chain, submit
+
+    verb = None if verbs else words.pop(0)
+    config = Path(words.pop(0)) if words and "=" not in words[0] else None
+    if verb is None:
+        return chain.plan_chain(str(verbs).split(","), config, words)
+    return [(verb, submit.load_config(verb, config, words))]
+
+
+def _submit_stages(stages: Sequence[tuple[str, Any]], site: Site, args: argparse.Namespace) -> int:
+    """Submit verbs, each to wait for the one before."""
+    from launch import slurm, status, submit
+
+    jobs: list[LaunchedJob] = []
+    after = list(args.after)
+    # All verbs of a chain run one snapshot of the code.
+    code = stages[0][1].out / "launch" / "code"
+
+    for verb, cfg in stages:
+        count = submit.count_shares(verb, args.array, len(stages) == 1)
+        new_jobs = submit.submit_verb(verb, cfg, site, args.on, after, code, count)
+        sys.stdout.write(f"{verb}: {submit.describe_jobs(new_jobs)} into {cfg.out}\n")
+        jobs += new_jobs
+        after = [new_jobs[-1].id]
+
+        # Without a queue, the next verb has to wait here.
+        if args.on == "local" and status.follow_jobs(new_jobs, slurm.Poller(0.2, 2.0)):
+            return _EXIT_JOB_FAILED
+
     if args.on == "slurm" and args.watch:
-        return status.follow(submitted, slurm.Poller())
-    return 0
+        return status.follow_jobs(jobs, slurm.Poller())
+    return EXIT_DONE
 
 
-def _folders(words: Sequence[str]) -> int:
-    from launch import jobs, slurm, status
+def _run_folder_command(words: Sequence[str]) -> int:
+    from launch import slurm, status
 
-    parser = argparse.ArgumentParser(f"launch {words[0]}")
+    command = words[0]
+    parser = argparse.ArgumentParser(f"launch {command}")
     parser.add_argument("out", nargs="+", type=Path, help="run folders")
-    if words[0] == "logs":
+    if command == "logs":
         parser.add_argument("--follow", action="store_true", help="until the jobs end")
     args = parser.parse_args(words[1:])
-    found = [job for out in args.out for job in jobs.read(out)]
-    if words[0] == "cancel":
-        jobs.cancel(found)
-    elif words[0] == "logs":
-        return status.follow(found, slurm.Poller()) if args.follow else _logs(found)
-    return _status(found)
+
+    jobs = [job for out in args.out for job in status.read_jobs(out)]
+    if command == "logs" and args.follow:
+        return status.follow_jobs(jobs, slurm.Poller())
+    if command == "logs":
+        return _print_logs(jobs)
+    if command == "cancel":
+        status.cancel_jobs(jobs)
+    return _print_states(jobs)
 
 
-def _status(found: Sequence[Any]) -> int:
-    from launch import jobs, slurm, status
+def _print_states(jobs: Sequence[LaunchedJob]) -> int:
+    from launch import slurm, status
 
-    now = jobs.poll(found, slurm.Poller())
-    for job in found:
-        sys.stdout.write(f"{job.out} [{job.verb}{job.share and ' ' + job.share}] {status.line_of(job, now[job.id])}\n")
-    return 0
+    states = status.poll_jobs(jobs, slurm.Poller())
+    for job in jobs:
+        sys.stdout.write(f"{job.out} [{job.title}] {status.describe_job(job, states[job.id])}\n")
+    return EXIT_DONE
 
 
-def _logs(found: Sequence[Any]) -> int:
+def _print_logs(jobs: Sequence[LaunchedJob]) -> int:
     from launch import status
 
-    for job in found:
-        sys.stdout.writelines(line + "\n" for line in status.Tails(job).new())
-    return 0
+    for job in jobs:
+        sys.stdout.writelines(line + "\n" for line in status.LogReader(job).read_new_lines())
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a verb's own forecast says of a config, within seconds; and for training, memory and time against the site."""
+"""What a verb's own forecast says of a config, within seconds; for training also memory and time against the site."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,37 +18,49 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import VERBS
 from launch.site import Resources, Site
 
-PATIENCE = 6.0  # [s] a forecast that takes longer is left to the job
+PATIENCE = 6.0
+"""[s] A forecast that takes longer is left to the job."""
+_GPU_SHARE = 0.9
+"""Share of a GPU's memory that a training may fill."""
+_PROCESS_BYTES = 0.7e9
+"""[bytes] Memory of a rank before it holds any weights: Python, torch, DeepSpeed."""
+_RECENT_ROWS = 20
+"""Rows at the end of metrics.jsonl from which the speed is read."""
+
+Forecast = tuple[list[str], list[str]]
+"""(faults, which refuse the submission; lines for people)."""
 
 
-def of(verb: str, cfg: Any, asked: Resources, site: Site, made: Iterable[Path] = ()) -> tuple[list[str], list[str]]:
-    """(faults, lines) of a verb. Inputs in `made` will be written by jobs before it and are not opened."""
-    faults: list[str] = []
-    lines: list[str] = []
-    if verb == "train":
-        faults, lines = _training(cfg, asked, site)
+def forecast_verb(verb: str, cfg: Any, resources: Resources, site: Site, written: Iterable[Path] = ()) -> Forecast:
+    """Forecast a verb. written: folders that jobs before it will write, which are not opened as inputs."""
+    faults, lines = forecast_training(cfg, resources, site) if verb == "train" else ([], [])
+
     keys = [item.key for item in VERBS[verb].inputs if item.in_chain != "never"]
-    later = [key for key in keys if (path := getattr(cfg, key)) and Path(path).resolve() in set(made)]
+    folders = set(written)
+    later = [key for key in keys if (path := getattr(cfg, key)) and Path(path).resolve() in folders]
     if later:
-        if verb == "train" and asked.tasks > cfg.optim.batch:
-            faults.append(f"optim.batch: {cfg.optim.batch} crops leave some of the {asked.tasks} ranks without any")
+        # The verb's own forecast would open them.
+        if verb == "train" and resources.tasks > cfg.optim.batch:
+            faults.append(f"optim.batch: {cfg.optim.batch} crops leave some of the {resources.tasks} ranks without any")
         return faults, [*lines, f"{', '.join(later)} will be there when it starts"]
-    found, said = within(PATIENCE, lambda: _own(verb, cfg, asked), asked.tasks)
-    return faults + found, lines + said
+
+    own_faults, own_lines = run_limited(PATIENCE, lambda: _run_own_forecast(verb, cfg, resources), resources.tasks)
+    return faults + own_faults, lines + own_lines
 
 
-def within(seconds: float, work: Callable[[], list[str]], ranks: int) -> tuple[list[str], list[str]]:
-    """(faults, lines) of `work`, done in a process of its own that is ended when it takes too long."""
+def run_limited(seconds: float, work: Callable[[], list[str]], ranks: int) -> Forecast:
+    """Run `work` in a process of its own, which is killed when it takes longer than `seconds`."""
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, work, ranks))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_forecast, args=(sender, work, ranks))
     process.start()
-    theirs.close()
+    sender.close()
+
     try:
-        if not ours.poll(seconds):
+        if not receiver.poll(seconds):
             return [], [f"the whole check takes longer than {seconds:.0f} s and is left to the job"]
-        answer: tuple[list[str], list[str]] = ours.recv()
-        return answer
+        forecast: Forecast = receiver.recv()
+        return forecast
     except EOFError:
         return ["its check ended without an answer; try the verb itself with --dry-run"], []
     finally:
@@ -55,90 +68,130 @@ def within(seconds: float, work: Callable[[], list[str]], ranks: int) -> tuple[l
         process.join()
 
 
-def _work(pipe: Connection, work: Callable[[], list[str]], ranks: int) -> None:
+def _send_forecast(pipe: Connection, work: Callable[[], list[str]], ranks: int) -> None:
     os.environ["WORLD_SIZE"] = str(ranks)
+    # A fork has one thread: torch would wait for the others of its pool.
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # a fork would wait for the other threads of a pool, which it has not
+        sys.modules["torch"].set_num_threads(1)
+
     try:
         pipe.send(([], work()))
     except (ConfigError, InputError, OSError) as error:
         pipe.send(([str(error)], []))
 
 
-def _own(verb: str, cfg: Any, asked: Resources) -> list[str]:
-    """What the verb says itself. Raises ConfigError or InputError."""
+def _run_own_forecast(verb: str, cfg: Any, resources: Resources) -> list[str]:
+    """Run the forecast of the verb itself. Raises ConfigError or InputError."""
     if verb != "train":
         return list(VERBS[verb].load_module().forecast(cfg))
+
     from hpc_neuro.train.setup import build_parts, describe_run
 
-    if asked.gpus_per_task:  # here there may be none: without what only a GPU can do
+    # This machine may have no GPU: check without what only a GPU can do.
+    if resources.gpus_per_task:
         engine = dataclasses.replace(
             cfg.engine, dtype="auto", offload_optimizer=False, offload_parameters="none", nvme=None
         )
         cfg = dataclasses.replace(cfg, engine=engine)
-    return list(describe_run(cfg, build_parts(cfg), asked.tasks))  # without its tables of memory, which take seconds
+
+    # The tables of memory of the verb's own forecast take seconds; `forecast_training` is enough here.
+    return list(describe_run(cfg, build_parts(cfg), resources.tasks))
 
 
-def _training(cfg: Any, asked: Resources, site: Site) -> tuple[list[str], list[str]]:
-    """Memory and time of a training. Raises nothing."""
+# ------------------------------------------------------------------------------------------- memory and time of train
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What one rank of a training needs."""
+
+    memory: float
+    """[bytes] In all."""
+    activations: float
+    """[bytes] Of it, kept for the backward pass."""
+    operations: float
+    """Floating-point operations per step."""
+
+    def __str__(self) -> str:
+        return (
+            f"about {format_bytes(self.memory)} per rank ({format_bytes(self.activations)} kept for backward, "
+            f"{format_bytes(self.memory - self.activations)} of weights, optimizer)"
+        )
+
+
+def forecast_training(cfg: Any, resources: Resources, site: Site) -> Forecast:
+    """Hold memory and time of a training against the site."""
+    cost = estimate_cost(cfg, resources)
+    faults, lines = _find_memory_faults(cost, resources, site), [str(cost)]
+
+    seconds = _estimate_step_seconds(cfg, site, cost.operations)
+    if seconds is None:
+        return faults, lines
+
+    minutes = seconds * cfg.optim.steps / 60
+    starts = 1 + site.max_requeue
+    if minutes > resources.minutes * starts:
+        faults.append(
+            f"time: {cfg.optim.steps} steps of {seconds:.2f} s take {minutes:.0f} min, but {starts} starts of "
+            f"{resources.minutes} min are all it gets; give more minutes, nodes or cluster.max_requeue"
+        )
+    needed_starts = -(-minutes // resources.minutes)
+    return faults, [*lines, f"about {seconds:.2f} s per step, {minutes:.0f} min in all, {needed_starts:.0f} start(s)"]
+
+
+def estimate_cost(cfg: Any, resources: Resources) -> TrainingCost:
+    """Estimate what one rank of a training needs, without running the student."""
     from hpc_neuro.models import cost
     from hpc_neuro.train import activation_memory, memory_plan
     from hpc_neuro.train.deepspeed import settings
 
-    ranks = asked.tasks
-    each = -(-cfg.optim.batch // ranks)
-    micro = min(cfg.engine.micro_batch or each, each)
-    half = asked.gpus_per_task > 0 and cfg.engine.dtype != "fp32"
-    parts = cost.costs(cfg.student, cfg.crop.size, micro, 2 if half else 4)
-    kept, parameters = sum(p.kept for p in parts), sum(p.parameters for p in parts)
+    crops_per_rank = -(-cfg.optim.batch // resources.tasks)
+    micro_batch = min(cfg.engine.micro_batch or crops_per_rank, crops_per_rank)
+    passes = -(-crops_per_rank // micro_batch)
+    value_bytes = 2 if resources.gpus_per_task > 0 and cfg.engine.dtype != "fp32" else 4
+
+    parts = cost.costs(cfg.student, cfg.crop.size, micro_batch, value_bytes)
+    activations = sum(part.kept for part in parts)
+    parameters = sum(part.parameters for part in parts)
     work = memory_plan.StepWork(
         parameters=parameters,
         largest=0,
         averaged=parameters if cfg.ema.window > 0 else 0,
-        ranks=ranks,
-        passes=-(-each // micro),
-        value_bytes=2 if half else 4,
+        ranks=resources.tasks,
+        passes=passes,
+        value_bytes=value_bytes,
         bucket=settings.bucket_size(parameters),
         offload=cfg.engine.offload_optimizer,
-        events=[
-            activation_memory.BackwardEvent(parameters, kept, 0)
-        ],  # all gradients at once: no run through the student
+        # All gradients at once: an upper bound that needs no run of the student.
+        events=[activation_memory.BackwardEvent(parameters, activations, 0)],
     )
-    stages = memory_plan.plan_memory(work)
-    need = stages[cfg.engine.stage].total
-    faults = []
-    line = (
-        f"about {format_bytes(need)} per rank ({format_bytes(kept)} kept for backward, "
-        f"{format_bytes(need - kept)} of weights, optimizer)"
-    )
-    if asked.gpus_per_task and site.gpu_memory_gb and need > 0.9e9 * site.gpu_memory_gb:
-        faults.append(
-            f"memory: {line}, and a GPU here has {site.gpu_memory_gb:g} GB; take a smaller crop.size or "
-            "engine.micro_batch, student.checkpointing=true, or a higher engine.stage"
-        )
-    if not asked.gpus_per_task and asked.memory_gb and asked.tasks_per_node * (need + 0.7e9) > 1e9 * asked.memory_gb:
-        faults.append(f"memory: {line}, for {asked.tasks_per_node} ranks on a node of memory_gb {asked.memory_gb:g}")
-    seconds = _seconds(cfg, site, sum(p.step for p in parts) * -(-each // micro))
-    if seconds is None:
-        return faults, [line]
-    whole = seconds * cfg.optim.steps / 60
-    starts = 1 + site.max_requeue
-    if whole > asked.minutes * starts:
-        faults.append(
-            f"time: {cfg.optim.steps} steps of {seconds:.2f} s take {whole:.0f} min, but {starts} starts of "
-            f"{asked.minutes} min are all it gets; give more minutes, nodes or cluster.max_requeue"
-        )
-    return faults, [
-        line,
-        f"about {seconds:.2f} s per step, {whole:.0f} min in all, {-(-whole // asked.minutes):.0f} start(s)",
-    ]
+    memory = memory_plan.plan_memory(work)[cfg.engine.stage].total
+    return TrainingCost(memory, activations, sum(part.step for part in parts) * passes)
 
 
-def _seconds(cfg: Any, site: Site, operations: float) -> float | None:
-    """Seconds per step: as this run folder measured, else by the site's `teraflops`, else unknown."""
+def _find_memory_faults(cost: TrainingCost, resources: Resources, site: Site) -> list[str]:
+    if resources.gpus_per_task:
+        if site.gpu_memory_gb and cost.memory > _GPU_SHARE * 1e9 * site.gpu_memory_gb:
+            return [
+                f"memory: {cost}, and a GPU here has {site.gpu_memory_gb:g} GB; take a smaller crop.size or "
+                "engine.micro_batch, student.checkpointing=true, or a higher engine.stage"
+            ]
+        return []
+
+    needed = resources.tasks_per_node * (cost.memory + _PROCESS_BYTES)
+    if resources.memory_gb and needed > 1e9 * resources.memory_gb:
+        return [f"memory: {cost}, for {resources.tasks_per_node} ranks on a node of memory_gb {resources.memory_gb:g}"]
+    return []
+
+
+def _estimate_step_seconds(cfg: Any, site: Site, operations: float) -> float | None:
+    """[s] Per step, as measured in this run folder, else by the site's `teraflops`, else unknown."""
     path = cfg.out / "metrics.jsonl"
     rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    speeds = [s for row in rows[-20:] if row.endswith("}") and (s := json.loads(row).get("crops_per_s"))]
+    # The last row may still be being written.
+    whole_rows = [json.loads(row) for row in rows[-_RECENT_ROWS:] if row.endswith("}")]
+    speeds = [row["crops_per_s"] for row in whole_rows if row.get("crops_per_s")]
+
     if speeds:
         return float(cfg.optim.batch / speeds[-1])
     return operations / (1e12 * site.teraflops) if site.teraflops else None

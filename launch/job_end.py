@@ -1,12 +1,16 @@
-"""Why a start of a job ended, whether the job goes back to the queue, and the record of it.
+"""Why a start of a job ended, whether the job is requeued, and the record of it.
 
-python -m launch.job_end FOLDER OUT RANKS MAX_REQUEUE SIGNAL_SECONDS CODE     last line of every batch script
+    python -m launch.job_end FOLDER OUT RANKS MAX_REQUEUE SIGNAL_SECONDS CODE     last line of every batch script
 
-what happened                         reason          back to the queue
-all ranks ended with 0                finished        no
-saved and stopped on a signal         time limit, preemption, signal     yes
-a rank fell silent, others broke      node failure    yes
-a rank broke by itself                crash, out of memory, bad input, failures      no
+| what happened                       | reason                                  | requeued |
+| ---                                 | ---                                     | ---      |
+| all ranks ended with 0              | finished                                | no       |
+| saved and stopped on a signal       | time limit, preemption, signal          | yes      |
+| a rank fell silent, others failed   | node failure                            | yes      |
+| a rank failed by itself             | crash, out of memory, bad input, ...    | no       |
+
+A start of a job is named JOB.RESTARTS and has a folder FOLDER/starts/JOB.RESTARTS, in which every rank leaves a note,
+`rank_N.json`, when its process has ended, and touches `alive_N` while it runs (see `launch.supervise`).
 """
 
 from __future__ import annotations
@@ -16,27 +20,38 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpc_neuro.core import files
-from launch.slurm import fields
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_FAILURES, EXIT_STOPPED
+from launch import slurm
 
-if TYPE_CHECKING:
-    from launch.supervise import Place
+ENDS_FILE = "ends.json"
+"""Record of the ends of all starts, in the folder of a job."""
+WARNING = "SIGUSR2"
+"""Signal that Slurm is asked to send `signal_seconds` before the end of a job."""
+SUPERSEDED = "superseded by a later start"
+"""Event of a rank whose folder another start has taken over."""
+REQUEUE_LIMIT = "requeue limit"
+"""Event of a rank whose job has been requeued more often than allowed."""
 
-RESUMABLE = 75
-ENDS = "ends.json"
-WARNING = "SIGUSR2"  # what Slurm is asked to send `signal_seconds` before the end
-_KILLED = (9, 137)  # exit codes of srun after SIGKILL
-_SILENT = 10.0  # [s] a rank that beat this long after another broke was alive then
-_NAMES = {
-    2: "bad input or config",
-    3: "finished with failures that are listed",
+_SRUN_KILLED = (9, 137)
+"""Exit codes of srun after SIGKILL."""
+_SILENCE_SECONDS = 10.0
+"""[s] A rank that gave a sign of life this long after another failed was alive then."""
+_CANCELLED_EXIT = 143
+"""Exit code of a cancelled start: 128 + SIGTERM."""
+_FAILURE_REASONS = {
+    EXIT_BAD_INPUT: "bad input or config",
+    EXIT_FAILURES: "finished with failures that are listed",
     -9: "killed, most likely out of memory",
 }
+
+RankNote = Mapping[str, Any]
+"""What a rank leaves: `code`, `words` (signals and events, in order), `host`, and `stop_reason` where it is certain."""
 
 
 @dataclass(frozen=True)
@@ -48,190 +63,284 @@ class Verdict:
     resumable: bool = False
 
 
-def job_id(env: Mapping[str, str]) -> str:
-    """Slurm's id of this job, ARRAY_INDEX in an array."""
+@dataclass(frozen=True)
+class JobRecord:
+    """Where the ends of a job's starts are recorded."""
+
+    folder: Path
+    """OUT/launch, or the folder of an array's share below it."""
+    out: Path
+    """Run folder of the verb."""
+
+    @property
+    def ends_file(self) -> Path:
+        """File of all ends."""
+        return self.folder / ENDS_FILE
+
+    def start_folder(self, start: str) -> Path:
+        """Folder of one start."""
+        return self.folder / "starts" / start
+
+    def read_ends(self) -> list[dict[str, Any]]:
+        """Read the ends that are recorded so far."""
+        path = self.ends_file
+        return list(files.read_json(path, f"remove {path}")) if path.exists() else []
+
+    def write_end(self, start: str, reason: str, code: int, is_requeued: bool) -> None:
+        """Record the end of a start, here and in the run's own record where it has one."""
+        end = {
+            "start": start,
+            "reason": reason,
+            "exit": code,
+            "put_back": is_requeued,
+            "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        }
+        ends = [*(e for e in self.read_ends() if e["start"] != start), end]
+        files.write_json(self.ends_file, ends)
+
+        run = self.out / "run.json"
+        if run.exists():
+            files.write_json(run, files.read_json(run, f"remove {run}") | {"ends": ends})
+
+
+def read_job_id(env: Mapping[str, str]) -> str:
+    """Slurm's id of the job of this environment, ARRAY_INDEX in an array."""
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     return env["SLURM_JOB_ID"]
 
 
-def note_rank(start: Path, place: Place, code: int, words: Sequence[str]) -> None:
-    """Rank's end: exit code of its child (minus the signal's number for a signal) and the signals it was sent."""
-    files.write_json(start / f"rank_{place.rank}.json", {"code": code, "words": list(words), "host": place.host})
+def write_rank_note(
+    start: Path, rank: int, code: int, events: Sequence[str], host: str = "", stop_reason: str | None = None
+) -> None:
+    """Leave a rank's note in the folder of its start.
 
-
-def judge(
-    notes: Mapping[int, Mapping[str, Any]], silent: Sequence[int], ranks: int, code: int, job: Mapping[str, str]
-) -> Verdict:
-    """The verdict over all ranks.
-
-    notes: rank -> its note. silent: ranks without one that fell silent before the others broke. code: srun's exit code.
-    job: what scontrol says of it; {} without Slurm.
+    code: exit code of its process, minus the signal's number for a signal. events: the signals it was sent and what
+    else happened, in order. stop_reason: what Slurm said about the job when the first signal came.
     """
-    words = {w for note in notes.values() for w in note["words"]}
-    broke = {r: int(n["code"]) for r, n in notes.items() if n["code"] not in (0, RESUMABLE) and not n["words"]}
+    note = {"code": code, "words": list(events), "host": host, "stop_reason": stop_reason}
+    files.write_json(start / f"rank_{rank}.json", note)
+
+
+def judge_start(
+    notes: Mapping[int, RankNote], silent: Sequence[int], ranks: int, code: int, job: Mapping[str, str]
+) -> Verdict:
+    """Decide from all ranks why a start ended.
+
+    notes: rank -> its note. silent: ranks without one that fell silent before the others failed. code: srun's exit
+    code. job: what scontrol says of it; {} without Slurm.
+    """
+    events = {event for note in notes.values() for event in note["words"]}
+    # A code that follows a signal is how the process stopped, not what stopped it.
+    failures = {
+        rank: int(note["code"])
+        for rank, note in notes.items()
+        if note["code"] not in (0, EXIT_STOPPED) and not note["words"]
+    }
+
     if job.get("JobState", "").startswith("CANCELLED"):
-        return Verdict("cancelled", 143)
-    if "superseded by a later start" in words:
-        return Verdict("superseded by a later start", 1)
-    if "requeue limit" in words:
-        return Verdict("requeue limit", RESUMABLE)
-    if silent and (broke or words):
-        return Verdict(f"node failure (rank {', '.join(map(str, sorted(silent)))} fell silent)", RESUMABLE, True)
-    if broke:
-        rank = min(broke, key=lambda r: (broke[r] >= 0, r))  # one that was killed is the cause of what others say
-        name = _NAMES.get(broke[rank], f"crash (exit code {broke[rank]})")
-        return Verdict(f"{name}, rank {rank}" if ranks > 1 else name, broke[rank])
-    if any(n["code"] for n in notes.values()):
-        first = {str(note["words"][0]) for note in notes.values() if note["words"]}
-        return Verdict(_why_stopped(first, job), RESUMABLE, True)
+        return Verdict("cancelled", _CANCELLED_EXIT)
+    if SUPERSEDED in events:
+        return Verdict(SUPERSEDED, 1)
+    if REQUEUE_LIMIT in events:
+        return Verdict(REQUEUE_LIMIT, EXIT_STOPPED)
+    if silent and (failures or events):
+        return Verdict(f"node failure (rank {_join(sorted(silent))} fell silent)", EXIT_STOPPED, True)
+    if failures:
+        return _judge_failures(failures, ranks)
+    if any(note["code"] for note in notes.values()):
+        return Verdict(_explain_stop(notes, job), EXIT_STOPPED, True)
     if len(notes) == ranks:
         return Verdict("finished", 0)
+
     missing = sorted(set(range(ranks)) - set(notes))
-    if code in _KILLED and job.get("NumNodes", "1") != "1" and job.get("JobState") != "OUT_OF_MEMORY":
-        # a bug's end would have been noted: srun loses a node, and kills what is left of the step at once
-        return Verdict("node failure or a kill from outside", RESUMABLE, True)
-    return Verdict(f"rank {', '.join(map(str, missing))} ended without a word (exit code {code} of srun)", code or 1)
+    # A bug would have left a note: srun loses a node, and kills what is left of the step at once.
+    has_several_nodes = job.get("NumNodes", "1") != "1"
+    if code in _SRUN_KILLED and has_several_nodes and job.get("JobState") != "OUT_OF_MEMORY":
+        return Verdict("node failure or a kill from outside", EXIT_STOPPED, True)
+    return Verdict(f"rank {_join(missing)} ended without a word (exit code {code} of srun)", code or 1)
 
 
-def _why_stopped(first: set[str], job: Mapping[str, str]) -> str:
-    """Of a job that saved and stopped; `first`: what each rank was sent first, job: what scontrol says of it."""
+def _judge_failures(failures: Mapping[int, int], ranks: int) -> Verdict:
+    """Name the rank whose failure caused the others: one that was killed before one that ended by itself."""
+    rank = min(failures, key=lambda r: (failures[r] >= 0, r))
+    code = failures[rank]
+    reason = _FAILURE_REASONS.get(code, f"crash (exit code {code})")
+    return Verdict(f"{reason}, rank {rank}" if ranks > 1 else reason, code)
+
+
+def _explain_stop(notes: Mapping[int, RankNote], job: Mapping[str, str]) -> str:
+    """Why a job that saved and stopped was told to. job: what scontrol says of it now."""
+    if reason := _known_stop_reason(notes.values()):
+        return reason
+    if reason := explain_signal(job):
+        return reason
+
+    first_signals = _first_events(notes.values())
+    if _is_leaving(job):
+        return _explain_requeue(first_signals)
+    if not first_signals:
+        # Nobody sent a signal: the verb's own clock stopped it.
+        return "time limit"
+    return "signal " + ", ".join(sorted(s for s in first_signals if s.startswith("SIG")))
+
+
+def explain_signal(job: Mapping[str, str]) -> str | None:
+    """Why Slurm sends a job a signal, from what scontrol says of it at that time; None where that does not tell.
+
+    job: fields of scontrol, and `signal_seconds`.
+    """
     if job.get("PreemptTime", "None") not in ("None", "Unknown", ""):
         return "preemption"
-    if job.get("JobState") in ("PENDING", "REQUEUED", "REQUEUE_HOLD") or "COMPLETING" in job.get("JobState", ""):
-        return _why_put_back(first)
-    if not first:
-        return "time limit"  # the verb's own clock
-    left = _seconds_left(job)
-    if left is not None and left < float(job.get("signal_seconds", 0)) + 30:
+    # Of a cancelled job, the end of the limit is the time of the cancellation.
+    if _is_leaving(job) or job.get("JobState", "").startswith("CANCELLED"):
+        return None
+    seconds_left = _seconds_until(job.get("EndTime", ""))
+    if seconds_left is not None and seconds_left < float(job.get("signal_seconds", 0)) + 30:
         return "time limit"
-    return "signal " + ", ".join(sorted(w for w in first if w.startswith("SIG")))
+    return None
 
 
-def _why_put_back(first: set[str]) -> str:
-    """Of a job that is in the queue again, when scontrol has forgotten why: a requeue by hand comes without warning."""
-    if WARNING in first:
+def _is_leaving(job: Mapping[str, str]) -> bool:
+    """Whether a job is back in the queue, or on its way there: its times are then those of its next start."""
+    state = job.get("JobState", "")
+    return state in ("PENDING", "REQUEUED", "REQUEUE_HOLD") or "COMPLETING" in state
+
+
+def _explain_requeue(first_signals: set[str]) -> str:
+    """Why a job is in the queue again, when scontrol has forgotten it: a requeue by hand comes without a warning."""
+    if WARNING in first_signals:
         return "time limit, or preemption after a warning"
     return "put back by an administrator or by preemption"
 
 
-def _seconds_left(job: Mapping[str, str]) -> float | None:
-    end = job.get("EndTime", "")
+def _known_stop_reason(notes: Iterable[RankNote]) -> str | None:
+    """What a rank learned from Slurm when the signal came, before a requeue could wipe it out."""
+    return next((note["stop_reason"] for note in notes if note.get("stop_reason")), None)
+
+
+def _first_events(notes: Iterable[RankNote]) -> set[str]:
+    return {str(note["words"][0]) for note in notes if note["words"]}
+
+
+def _seconds_until(moment: str) -> float | None:
+    """[s] From now to a time of scontrol's; None for `Unknown`."""
     try:
-        return (dt.datetime.fromisoformat(end) - dt.datetime.now()).total_seconds()
+        return (dt.datetime.fromisoformat(moment) - dt.datetime.now()).total_seconds()
     except ValueError:
         return None
 
 
-def settle(folder: Path, out: Path, key: str, ranks: int, code: int, max_requeue: int, signal_seconds: int) -> int:
-    """Judge a start whose ranks have all ended, record it, put the job back if it is to go on; the exit code."""
-    start = folder / "starts" / key
-    job, _, restarts = key.rpartition(".")
-    on_slurm = not job.startswith("local-")
-    _await_ranks(start, ranks, 60.0 if not on_slurm else 3.0)
-    notes = _notes(start, ranks)
-    facts = {**show(job), "signal_seconds": str(signal_seconds)} if on_slurm else {}
-    verdict = judge(notes, _silent(start, ranks, notes), ranks, code, facts)
-    back = verdict.resumable and on_slurm and int(restarts) < max_requeue
+def settle_start(record: JobRecord, start: str, ranks: int, code: int, max_requeue: int, signal_seconds: int) -> int:
+    """Judge a start whose ranks have all ended, record its end, requeue the job if it is to go on.
+
+    Returns the exit code of the job.
+    """
+    job, _, restarts = start.rpartition(".")
+    is_on_slurm = not job.startswith("local-")
+    folder = record.start_folder(start)
+
+    # Without Slurm, rank 0 is here as soon as its own process has ended, with nothing that waits for the others.
+    _await_notes(folder, ranks, 3.0 if is_on_slurm else 60.0)
+    notes = _read_notes(folder, ranks)
+    facts = {**slurm.read_job(job), "signal_seconds": str(signal_seconds)} if is_on_slurm else {}
+    verdict = judge_start(notes, _find_silent_ranks(folder, ranks, notes), ranks, code, facts)
+
+    is_requeued = verdict.resumable and is_on_slurm and int(restarts) < max_requeue
     reason = verdict.reason
-    if verdict.resumable and not back:
-        reason += f"; not put back: {'no queue here' if not on_slurm else f'that was done {restarts} times'}"
-    _record(folder, out, key, reason, verdict.exit, back)
-    if back and facts.get("JobState") == "RUNNING":
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        if done.returncode:
-            _record(folder, out, key, f"{reason}; could not be put back: {done.stderr.strip()}", verdict.exit, False)
+    if verdict.resumable and not is_requeued:
+        reason += f"; not put back: {f'that was done {restarts} times' if is_on_slurm else 'no queue here'}"
+    # The record comes first: scontrol requeue kills this process.
+    record.write_end(start, reason, verdict.exit, is_requeued)
+
+    if is_requeued and facts.get("JobState") == "RUNNING":
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        if result.returncode:
+            record.write_end(start, f"{reason}; could not be put back: {result.stderr.strip()}", verdict.exit, False)
     return verdict.exit
 
 
-def close_earlier(folder: Path, out: Path, key: str) -> bool:
-    """Record the end of starts that could not do it themselves. True when the last one may still be running."""
-    known = {end["start"] for end in _ends(folder)}
-    begun = sorted((folder / "starts").glob("*/start.json"), key=lambda p: p.stat().st_mtime)
-    unfinished = [p for p in begun if p.parent.name not in known and p.parent.name != key]
-    for path in unfinished:
-        notes = [files.read_json(file, "written by a rank") for file in path.parent.glob("rank_*.json")]
-        said = {str(note["words"][0]) for note in notes if note["words"]}
-        reason = _why_put_back(said) if said & {WARNING, "SIGTERM"} else "node failure or kill: no word was left"
-        job = path.parent.name.rpartition(".")[0]
-        back = job == key.rpartition(".")[0]
-        if not back and not job.startswith("local-") and show(job).get("JobState", "").startswith("CANCELLED"):
-            reason = "cancelled"  # and sent again by hand
-        _record(folder, out, path.parent.name, reason, RESUMABLE, back)
+def close_earlier_starts(record: JobRecord, start: str) -> bool:
+    """Record the ends of starts before this one that could not do it themselves.
+
+    Returns True when there was one: its ranks may still be running.
+    """
+    recorded = {end["start"] for end in record.read_ends()}
+    begun = sorted((record.folder / "starts").glob("*/start.json"), key=lambda path: path.stat().st_mtime)
+    unfinished = [path.parent for path in begun if path.parent.name not in recorded and path.parent.name != start]
+
+    for folder in unfinished:
+        notes = [files.read_json(path, "written by a rank") for path in folder.glob("rank_*.json")]
+        first_signals = _first_events(notes)
+        if first_signals & {WARNING, "SIGTERM"}:
+            reason = _known_stop_reason(notes) or _explain_requeue(first_signals)
+        else:
+            reason = "node failure or kill: no word was left"
+
+        job = folder.name.rpartition(".")[0]
+        is_requeued = job == start.rpartition(".")[0]
+        # Another job of the same folder was not requeued: it was cancelled, and submitted again by hand.
+        if not is_requeued and not job.startswith("local-"):
+            state = slurm.read_job(job).get("JobState", "")
+            reason = "cancelled" if state.startswith("CANCELLED") else reason
+        record.write_end(folder.name, reason, EXIT_STOPPED, is_requeued)
+
     return bool(unfinished)
 
 
-def show(job: str) -> dict[str, str]:
-    """What scontrol knows of a job, by field; {} when it does not know it (any more)."""
-    done = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False)
-    return fields(done.stdout.splitlines()[0]) if done.returncode == 0 and done.stdout.strip() else {}
+def _read_notes(start: Path, ranks: int) -> dict[int, RankNote]:
+    """Read the notes of the ranks that left one."""
+    paths = {rank: start / f"rank_{rank}.json" for rank in range(ranks)}
+    return {rank: files.read_json(path, "written by a rank") for rank, path in paths.items() if path.exists()}
 
 
-def _ends(folder: Path) -> list[dict[str, Any]]:
-    path = folder / ENDS
-    return list(files.read_json(path, f"remove {path}")) if path.exists() else []
-
-
-def _record(folder: Path, out: Path, start: str, reason: str, code: int, back: bool) -> None:
-    """Into FOLDER/ends.json, and into the run's own record where it has one."""
-    end = {
-        "start": start,
-        "reason": reason,
-        "exit": code,
-        "put_back": back,
-        "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-    }
-    ends = [*(e for e in _ends(folder) if e["start"] != start), end]
-    files.write_json(folder / ENDS, ends)
-    run = out / "run.json"
-    if run.exists():
-        files.write_json(run, files.read_json(run, f"remove {run}") | {"ends": ends})
-
-
-def _notes(start: Path, ranks: int) -> dict[int, dict[str, Any]]:
-    found = {r: start / f"rank_{r}.json" for r in range(ranks)}
-    return {r: files.read_json(p, "written by a rank") for r, p in found.items() if p.exists()}
-
-
-def _silent(start: Path, ranks: int, notes: Mapping[int, Mapping[str, Any]]) -> list[int]:
-    """Ranks that left no note and whose last sign of life is not later than when the first of the others broke."""
-    broke = [(start / f"rank_{r}.json").stat().st_mtime for r, n in notes.items() if n["code"]]
-    if not broke:
+def _find_silent_ranks(start: Path, ranks: int, notes: Mapping[int, RankNote]) -> list[int]:
+    """Ranks without a note whose last sign of life is not later than the first failure of the others."""
+    failure_times = [(start / f"rank_{rank}.json").stat().st_mtime for rank, note in notes.items() if note["code"]]
+    if not failure_times:
         return []
-    beats = {r: start / f"alive_{r}" for r in range(ranks) if r not in notes}
-    return [r for r, p in beats.items() if not p.exists() or p.stat().st_mtime < min(broke) + _SILENT]
+
+    deadline = min(failure_times) + _SILENCE_SECONDS
+    signs = {rank: start / f"alive_{rank}" for rank in range(ranks) if rank not in notes}
+    return [rank for rank, path in signs.items() if not path.exists() or path.stat().st_mtime < deadline]
 
 
-def lost(start: Path, ranks: int, seconds: float = 5.0) -> bool:
+def is_any_rank_lost(start: Path, ranks: int, seconds: float = 5.0) -> bool:
     """Whether a rank neither leaves a note nor gives a sign of life for so long: srun may wait for it to the end."""
-
-    def signs() -> dict[int, float]:
-        """Last sign of life of each rank without a note."""
-        noted = {r for r in range(ranks) if (start / f"rank_{r}.json").exists()}
-        beats = {r: start / f"alive_{r}" for r in range(ranks) if r not in noted}
-        return {r: p.stat().st_mtime for r, p in beats.items() if p.exists()}  # one that never began is not lost
-
-    before = signs()
+    before = _read_signs_of_life(start, ranks)
     if not before:
         return False
+
     time.sleep(seconds)
-    return bool(before.items() & signs().items())
+    return bool(before.items() & _read_signs_of_life(start, ranks).items())
 
 
-def _await_ranks(start: Path, ranks: int, seconds: float) -> None:
-    """Give the other ranks time to leave their notes; without Slurm nobody else waits for them."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and len(list(start.glob("rank_*.json"))) < ranks:
+def _read_signs_of_life(start: Path, ranks: int) -> dict[int, float]:
+    """Time of the last sign of life of each rank that has begun and left no note."""
+    without_note = [rank for rank in range(ranks) if not (start / f"rank_{rank}.json").exists()]
+    signs = {rank: start / f"alive_{rank}" for rank in without_note}
+    return {rank: path.stat().st_mtime for rank, path in signs.items() if path.exists()}
+
+
+def _await_notes(start: Path, ranks: int, seconds: float) -> None:
+    """Give the other ranks time to leave their notes."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and len(list(start.glob("rank_*.json"))) < ranks:
         time.sleep(0.1)
 
 
+def _join(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
 def main(words: Sequence[str]) -> int:
-    """See the top of the file."""
+    """Settle the start of the job that this process runs in; see the top of the file."""
     folder, out, ranks, max_requeue, signal_seconds, code = words
-    key = f"{job_id(os.environ)}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    return settle(Path(folder), Path(out), key, int(ranks), int(code), int(max_requeue), int(signal_seconds))
+    start = f"{read_job_id(os.environ)}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    record = JobRecord(Path(folder), Path(out))
+    return settle_start(record, start, int(ranks), int(code), int(max_requeue), int(signal_seconds))
 
 
 if __name__ == "__main__":
-    found = main(sys.argv[1:])
-    sys.exit(found if found >= 0 else 128 - found)
+    exit_code = main(sys.argv[1:])
+    sys.exit(exit_code if exit_code >= 0 else 128 - exit_code)

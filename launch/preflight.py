@@ -1,234 +1,331 @@
-"""Everything that can be known to fail is said before the queue: config, files, space, memory, time, limits, network.
+"""What can be known to fail is refused before the queue: config, files, space, memory, time, limits, network.
 
-Takes seconds on a login node and writes nothing. A fault refuses the submission; all faults are said at once.
+Takes seconds on a login node and writes nothing. Any fault refuses the submission; all faults are named at once.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import VERBS
-from launch import accounts, forecast, job_arrays, jobs, slurm
-from launch.site import Resources, Site
+from launch import forecast, slurm, status, submit
+from launch.site import Resources, Site, require_plain_path
 
-_UP = ("idle", "mixed", "allocated", "completing", "reserved", "planned")  # sinfo's states of nodes that take jobs
-_START_SECONDS = 60  # [s] what a job needs before its first step: Python, torch, opening the store
+Stage = tuple[str, Any]
+"""(verb, its config)."""
+
+_UP_STATES = ("idle", "mixed", "allocated", "completing", "reserved", "planned")
+"""sinfo's states of nodes that take jobs."""
+_START_SECONDS = 60
+"""[s] What a job needs before its first step: Python, torch, opening the store."""
 
 
 def check(
-    stages: Sequence[tuple[str, Any]],
+    stages: Sequence[Stage],
     site: Site,
     on: Literal["slurm", "local"],
     count: int = 1,
     after: Sequence[str] = (),
 ) -> list[str]:
-    """Lines for people about what will run. Raises ConfigError with every fault found.
+    """Check a submission and return lines for people about what will run. Raises ConfigError with every fault.
 
-    stages: (verb, config), of which later ones may read what earlier ones will write. count: shares of an array.
+    stages: of which later ones may read what earlier ones will write. count: shares of an array. after: ids of jobs to
+    wait for.
     """
     faults: list[str] = []
     lines: list[str] = []
-    made: set[Path] = set()
+    written: set[Path] = set()
+
     for verb, cfg in stages:
-        try:
-            jobs.refuse_twice(cfg.out)
-            if job_arrays.shares(verb, count, len(stages) == 1) > 1:
-                job_arrays.refuse(verb, on)
-        except (ConfigError, InputError) as error:
-            faults.append(str(error))
-        asked = site.resources(verb)
-        found, said = forecast.of(verb, cfg, asked, site, made)
-        faults += [f"{verb}: {f}" for f in found]
-        lines += [f"{verb}: {line}" for line in said]
-        made.add(cfg.out.resolve())
-        faults += [f"{verb}: {f}" for f in tasks(verb, asked)]
+        resources = site.resources(verb)
+        faults += _find_folder_faults(verb, cfg, on, submit.count_shares(verb, count, len(stages) == 1))
+        verb_faults, verb_lines = forecast.forecast_verb(verb, cfg, resources, site, written)
+        verb_faults += find_task_faults(verb, resources)
         if on == "slurm":
-            faults += [f"{verb}: {f}" for f in times(cfg, asked, site)]
+            verb_faults += find_time_faults(cfg, resources, site)
+
+        faults += [f"{verb}: {fault}" for fault in verb_faults]
+        lines += [f"{verb}: {line}" for line in verb_lines]
+        written.add(cfg.out.resolve())
+
     if on == "slurm":
         try:
-            faults += [f for verb, _ in stages for f in limits(verb, site.resources(verb), site)]
-            faults += [*accounts.faults(site), *_queue(stages, site, count, after)]
+            faults += _find_cluster_faults(stages, site, count, after)
             if not faults:
-                lines += [line for verb, _ in stages for line in remarks(site.resources(verb))]
+                lines += [line for verb, _ in stages for line in describe_partition(site.resources(verb))]
         except InputError as error:
             faults.append(str(error))
-    faults += _container(site)
-    if site.interface and site.interface_on_login and not (Path("/sys/class/net") / site.interface).exists():
-        there = ", ".join(sorted(p.name for p in Path("/sys/class/net").iterdir()))
-        faults.append(
-            f"cluster.interface: there is no {site.interface} here, only {there}; correct it, or say "
-            "interface_on_login: false where only the nodes have it"
-        )
+    faults += find_container_faults(site) + _find_interface_faults(site)
+
     if faults:
-        raise ConfigError("not submitted:\n" + "\n".join(f"  {f}" for f in dict.fromkeys(faults)))
+        raise ConfigError("not submitted:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
     return list(dict.fromkeys(lines))
 
 
-def _container(site: Site) -> list[str]:
-    """Faults of the image that the container's words name; what is not a path is of no concern here."""
-    images = [w for w in shlex.split(site.container) if w.endswith((".sif", ".sqsh", ".img"))]
-    return [f"cluster.container: {w} does not exist; give the image's path" for w in images if not Path(w).exists()]
+# ----------------------------------------------------------------------------------------- without asking the cluster
 
 
-def tasks(verb: str, asked: Resources) -> list[str]:
-    """Faults of how many processes a verb is given, and of how they are to find each other."""
-    ranks = VERBS[verb].ranks
-    if asked.tasks == 1 or ranks == "torch":
+def _find_folder_faults(verb: str, cfg: Any, on: str, shares: int) -> list[str]:
+    """Faults of the run folder, and of dividing the verb into shares."""
+    faults = []
+    try:
+        require_plain_path("out", cfg.out)
+        status.require_idle(cfg.out)
+        if shares > 1:
+            submit.require_divisible(verb, on)
+    except (ConfigError, InputError) as error:
+        faults.append(str(error))
+    return faults
+
+
+def find_task_faults(verb: str, resources: Resources) -> list[str]:
+    """Faults of the number of processes of a verb, and of how they find each other."""
+    tasks, row = resources.tasks, VERBS[verb]
+    if tasks == 1 or row.ranks == "torch":
         return []
-    if ranks is None:
-        more = "; share volumes out with --array" if VERBS[verb].divisible else ""
-        return [f"nodes, tasks_per_node: {verb} runs in one process, {asked.tasks} would do the same{more}"]
-    if asked.mpi == "none":
-        return [f"mpi: {asked.tasks} processes of {verb} find each other by MPI; give pmi2 (MPICH) or pmix (Open MPI)"]
+    if row.ranks is None:
+        advice = "; share volumes out with --array" if row.divisible else ""
+        return [f"nodes, tasks_per_node: {verb} runs in one process, {tasks} would do the same{advice}"]
+    if resources.mpi == "none":
+        return [f"mpi: {tasks} processes of {verb} find each other by MPI; give pmi2 (MPICH) or pmix (Open MPI)"]
     return []
 
 
-def times(cfg: Any, asked: Resources, site: Site) -> list[str]:
-    """Faults of the time limit against what stopping takes."""
-    limit, faults = 60 * asked.minutes, []
-    margin = max(site.signal_seconds, getattr(getattr(cfg, "checkpoint", None), "margin", 0.0))
-    if limit < margin + _START_SECONDS:
-        faults.append(
-            f"minutes: {asked.minutes} min leave no time to work: a start takes {_START_SECONDS} s, stopping begins "
-            f"{margin:.0f} s before the end; give more minutes, or less cluster.signal_seconds (and checkpoint.margin)"
-        )
+def find_time_faults(cfg: Any, resources: Resources, site: Site) -> list[str]:
+    """Faults of the time limit of one start against what starting and stopping take."""
+    checkpoint = getattr(cfg, "checkpoint", None)
+    margin = max(site.signal_seconds, getattr(checkpoint, "margin", 0.0))
+    if 60 * resources.minutes >= margin + _START_SECONDS:
+        return []
+    return [
+        f"minutes: {resources.minutes} min leave no time to work: a start takes {_START_SECONDS} s, stopping begins "
+        f"{margin:.0f} s before the end; give more minutes, or less cluster.signal_seconds (and checkpoint.margin)"
+    ]
+
+
+def find_container_faults(site: Site) -> list[str]:
+    """Faults of the image files that the container's words name."""
+    images = [word for word in shlex.split(site.container) if word.endswith((".sif", ".sqsh", ".img"))]
+    return [
+        f"cluster.container: {image} does not exist; give the image's path"
+        for image in images
+        if not Path(image).exists()
+    ]
+
+
+def _find_interface_faults(site: Site) -> list[str]:
+    folder = Path("/sys/class/net")
+    if not site.interface or not site.interface_on_login or (folder / site.interface).exists():
+        return []
+    interfaces = ", ".join(sorted(path.name for path in folder.iterdir()))
+    return [
+        f"cluster.interface: there is no {site.interface} here, only {interfaces}; correct it, or say "
+        "interface_on_login: false where only the nodes have it"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ against the cluster
+
+
+def _find_cluster_faults(stages: Sequence[Stage], site: Site, count: int, after: Sequence[str]) -> list[str]:
+    """Faults of what is asked for against the cluster. Raises InputError when Slurm does not answer."""
+    faults = []
+    for verb, _ in stages:
+        faults += [f"{verb}: {fault}" for fault in find_partition_faults(site.resources(verb), site)]
+    faults += find_account_faults(site)
+
+    states = slurm.read_job_states()
+    faults += _find_queue_faults(stages, site, count, states)
+    for job in after:
+        faults += _find_dependency_faults(job, states)
     return faults
 
 
-def limits(verb: str, asked: Resources, site: Site) -> list[str]:
-    """Faults of what is asked for against the partition, by scontrol and sinfo."""
-    partitions = {
-        f["PartitionName"]: f for f in map(slurm.fields, slurm.ask("scontrol", "show", "partition", "-o").splitlines())
-    }
-    name = asked.partition or next((n for n, f in partitions.items() if f.get("Default") == "YES"), None)
-    if name not in partitions:
-        what = f"there is no partition {name}" if name else "the cluster has no default partition"
-        return [f"{verb}: {what}; set cluster.partition to one of {', '.join(partitions)}"]
-    facts = partitions[name]
-    faults = []
-    if facts.get("State") != "UP":
-        faults.append(f"partition {name} is {facts.get('State')}; choose another with cluster.partition")
-    allowed = facts.get("AllowAccounts", "ALL")
+def find_partition_faults(resources: Resources, site: Site) -> list[str]:
+    """Faults of the resources of a verb against the partition, by scontrol and sinfo."""
+    partitions = slurm.read_partitions()
+    name = slurm.choose_partition(partitions, resources.partition)
+    if name is None:
+        wanted = resources.partition
+        problem = f"there is no partition {wanted}" if wanted else "the cluster has no default partition"
+        return [f"{problem}; set cluster.partition to one of {', '.join(partitions)}"]
+
+    partition, faults = partitions[name], []
+    if partition.get("State") != "UP":
+        faults.append(f"partition {name} is {partition.get('State')}; choose another with cluster.partition")
+
+    allowed = partition.get("AllowAccounts", "ALL")
     if site.account and allowed != "ALL" and site.account not in allowed.split(","):
         faults.append(f"cluster.account: {name} takes no jobs of {site.account}, only of {allowed}")
-    longest = minutes(facts.get("MaxTime", "UNLIMITED"))
-    if longest is not None and asked.minutes > longest:
+
+    longest = slurm.parse_minutes(partition.get("MaxTime", "UNLIMITED"))
+    if longest is not None and resources.minutes > longest:
         faults.append(
-            f"minutes: {asked.minutes} is above {name}'s limit of {longest}; give less, a job is put back until done"
+            f"minutes: {resources.minutes} is above {name}'s limit of {longest}; give less, a job is put back until "
+            "done"
         )
-    most = facts.get("MaxNodes", "UNLIMITED")
-    nodes = min(int(facts.get("TotalNodes", "0")), int(most) if most.isdigit() else 1 << 30)
-    if asked.nodes > nodes:
-        faults.append(f"nodes: {asked.nodes} asked for, {name} gives at most {nodes}")
-    faults += _per_node(name, asked, site)
-    if asked.mpi != "none" and asked.mpi not in (kinds := slurm.ask("srun", "--mpi=list").split()):
-        faults.append(f"mpi: this srun does not know {asked.mpi}; it knows {', '.join(kinds[4:])}")
-    return [f"{verb}: {f}" for f in faults]
+
+    max_nodes = partition.get("MaxNodes", "UNLIMITED")
+    nodes = int(partition.get("TotalNodes", "0"))
+    nodes = min(nodes, int(max_nodes)) if max_nodes.isdigit() else nodes
+    if resources.nodes > nodes:
+        faults.append(f"nodes: {resources.nodes} asked for, {name} gives at most {nodes}")
+
+    return faults + _find_node_faults(name, resources, site) + _find_mpi_faults(resources)
 
 
-def _per_node(name: str, asked: Resources, site: Site) -> list[str]:
-    """Faults of what each node must have; one node that has it all is enough."""
-    rows = [row.split("|") for row in slurm.ask("sinfo", "-h", "-e", "-p", name, "-o", "%c|%m|%G|%f").splitlines()]
-    cores = asked.tasks_per_node * asked.cpus_per_task
-    gpus = asked.tasks_per_node * asked.gpus_per_task
-    faults = []
-    if cores > (most := max(int(r[0].rstrip("+")) for r in rows)):
+def _find_mpi_faults(resources: Resources) -> list[str]:
+    if resources.mpi == "none":
+        return []
+    # The first words are `MPI plugin types are...`.
+    plugins = slurm.run_command("srun", "--mpi=list").split()
+    if resources.mpi in plugins:
+        return []
+    return [f"mpi: this srun does not know {resources.mpi}; it knows {', '.join(plugins[4:])}"]
+
+
+def _find_node_faults(partition: str, resources: Resources, site: Site) -> list[str]:
+    """Faults of what each node must have; each is measured at the node that has most of it."""
+    kinds, faults = slurm.read_node_kinds(partition), []
+    tasks = resources.tasks_per_node
+
+    cores, most_cores = tasks * resources.cpus_per_task, max(kind.cores for kind in kinds)
+    if cores > most_cores:
         faults.append(
-            f"{asked.tasks_per_node} tasks of {asked.cpus_per_task} cores want {cores} per node, {name} has {most}"
+            f"{tasks} tasks of {resources.cpus_per_task} cores want {cores} per node, {partition} has {most_cores}"
         )
-    if (asked.memory_gb or 0) * 1024 > (memory := max(int(r[1].rstrip("+")) for r in rows)):
-        faults.append(f"memory_gb: {asked.memory_gb:g} asked for, {name} has nodes of {memory / 1024:.0f} GB")
-    kind, given = _kind(str(site.gpus(asked).get("gres", f"gpu:{gpus}")))
-    if given != gpus:
+
+    memory_mb, most_memory_mb = (resources.memory_gb or 0) * 1024, max(kind.memory_mb for kind in kinds)
+    if memory_mb > most_memory_mb:
         faults.append(
-            f"cluster.gres: {site.gres} asks for {given} GPUs per node, but {asked.tasks_per_node} tasks of "
-            f"{asked.gpus_per_task} want {gpus}; leave the number out of it, or change gpus_per_task"
+            f"memory_gb: {resources.memory_gb:g} asked for, {partition} has nodes of {most_memory_mb / 1024:.0f} GB"
         )
-    if gpus > (held := max(_gpus(r[2], kind) for r in rows)):
-        what = f"GPUs of type {kind}" if kind else "GPUs"
-        faults.append(
-            f"{asked.tasks_per_node} tasks of {asked.gpus_per_task} {what} want {gpus} per node, {name} has {held}"
-        )
-    wanted = set(filter(None, (site.constraint or "").replace("|", "&").split("&")))
-    if unknown := wanted - {f for r in rows for f in r[3].split(",")}:
-        faults.append(f"cluster.constraint: no node of {name} has {', '.join(sorted(unknown))}")
+
+    faults += _find_gpu_faults(partition, kinds, resources, site)
+
+    required = set(filter(None, re.split("[|&]", site.constraint or "")))
+    unknown = required.difference(*(kind.features for kind in kinds))
+    if unknown:
+        faults.append(f"cluster.constraint: no node of {partition} has {', '.join(sorted(unknown))}")
     return faults
 
 
-def _kind(gres: str) -> tuple[str, int]:
-    """(type, number) of `gpu:a100:4`, `gpu:4` or `gpu:a100`; "" for any type."""
-    _, *words = gres.split(":")
-    number = int(words.pop()) if words and words[-1].isdigit() else 1
-    return (words[0] if words else "", number)
+def _find_gpu_faults(partition: str, kinds: Sequence[slurm.NodeKind], resources: Resources, site: Site) -> list[str]:
+    tasks, gpus, faults = resources.tasks_per_node, resources.gpus_per_node, []
+
+    gpu_type, requested = slurm.parse_gres(str(site.gpu_options(resources).get("gres", f"gpu:{gpus}")))
+    if requested != gpus:
+        faults.append(
+            f"cluster.gres: {site.gres} asks for {requested} GPUs per node, but {tasks} tasks of "
+            f"{resources.gpus_per_task} want {gpus}; leave the number out of it, or change gpus_per_task"
+        )
+
+    most_gpus = max(slurm.count_gpus(kind.gres, gpu_type) for kind in kinds)
+    if gpus > most_gpus:
+        name = f"GPUs of type {gpu_type}" if gpu_type else "GPUs"
+        faults.append(
+            f"{tasks} tasks of {resources.gpus_per_task} {name} want {gpus} per node, {partition} has {most_gpus}"
+        )
+    return faults
 
 
-def _gpus(gres: str, kind: str = "") -> int:
-    """Number of GPUs, of one type or any, in sinfo's `gpu:a100:4(S:0-1),shard:8`."""
-    held = [_kind(part.partition("(")[0]) for part in gres.split(",") if part.startswith("gpu:")]
-    return sum(number for name, number in held if kind in ("", name))
+def find_account_faults(site: Site) -> list[str]:
+    """Faults of cluster.account and cluster.qos, where Slurm enforces associations."""
+    associations = slurm.read_associations()
+    if associations is None:
+        return []
+
+    usable = [a for a in associations if site.account in (None, a.account)]
+    if not usable:
+        accounts = ", ".join(a.account for a in associations) or "none"
+        return [
+            f"cluster.account: there is no account {site.account or 'for you'}; yours are {accounts}, see "
+            "`sacctmgr show assoc user=$USER`"
+        ]
+
+    services = dict.fromkeys(qos for a in usable for qos in a.qos)
+    if site.qos and site.qos not in services:
+        user = f"account {site.account}" if site.account else "you"
+        return [f"cluster.qos: {site.qos} is not open to {user}; open are {', '.join(services) or 'none'}"]
+    return []
 
 
-def minutes(text: str) -> int | None:
-    """Slurm's `1-02:30:00` in minutes; None for UNLIMITED."""
-    if not text[0].isdigit():
-        return None
-    days, _, clock = text.rpartition("-")
-    hours, mins, _ = (int(n) for n in clock.split(":"))
-    return int(days or 0) * 1440 + hours * 60 + mins
+def find_max_jobs(site: Site) -> int | None:
+    """How many jobs the account may have queued; None: no limit is known."""
+    limits = [a.max_jobs for a in slurm.read_associations() or () if site.account in (None, a.account)]
+    finite = [limit for limit in limits if limit is not None]
+    return max(finite) if finite and len(finite) == len(limits) else None
 
 
-def _queue(stages: Sequence[tuple[str, Any]], site: Site, count: int, after: Sequence[str]) -> list[str]:
-    """Faults of how many jobs there will be, and of jobs to wait for."""
-    held, faults = slurm.states(), []
-    waiting = sum(slurm.active(s) for s in held.values())
-    cut = [(cfg.out, job_arrays.shares(verb, count, len(stages) == 1)) for verb, cfg in stages]
-    new = sum(len(job_arrays.missing(out, n)) + 1 if n > 1 else 1 for out, n in cut)
-    known = slurm.configuration()
-    if any(n > 1 for _, n in cut) and known["MaxArraySize"] == "0":
+def _find_queue_faults(stages: Sequence[Stage], site: Site, count: int, states: Mapping[str, str]) -> list[str]:
+    """Faults of how many jobs there will be."""
+    faults = []
+    configuration = slurm.read_configuration()
+    shares = [(cfg.out, submit.count_shares(verb, count, len(stages) == 1)) for verb, cfg in stages]
+    if any(number > 1 for _, number in shares) and configuration["MaxArraySize"] == "0":
         faults.append("--array: this Slurm has no job arrays (MaxArraySize=0); leave it out")
-    for limit, name in (
-        (site.max_jobs, "cluster.max_jobs"),
-        (accounts.most_jobs(site), "your account's MaxSubmitJobs"),
-        (int(known["MaxJobCount"]), "Slurm's MaxJobCount"),
-    ):
+
+    # The job that gathers comes after the shares.
+    new = sum(len(submit.find_missing_shares(out, number)) + 1 if number > 1 else 1 for out, number in shares)
+    waiting = sum(map(slurm.is_active, states.values()))
+    limits = {
+        "cluster.max_jobs": site.max_jobs,
+        "your account's MaxSubmitJobs": find_max_jobs(site),
+        "Slurm's MaxJobCount": int(configuration["MaxJobCount"]),
+    }
+    for name, limit in limits.items():
         if limit is not None and waiting + new > limit:
             faults.append(
                 f"{new} new jobs beside {waiting} that are queued exceed {name}, {limit}; give a smaller --array"
             )
-    for job in after:
-        states = {s for name, s in held.items() if name == job or name.startswith(f"{job}_")}
-        if not states:
-            faults.append(f"--after {job}: Slurm knows no such job")
-        elif bad := [s for s in sorted(states) if not slurm.active(s) and s != "COMPLETED"]:
-            faults.append(f"--after {job}: it ended as {bad[0]}, so a job that waits for it would never start")
     return faults
 
 
-def remarks(asked: Resources) -> list[str]:
-    """How many nodes of the partition are at work, if too few, and how its jobs are told to stop."""
-    words = ["scontrol", "show", "partition", "-o", *([asked.partition] if asked.partition else [])]
-    found = [slurm.fields(line) for line in slurm.ask(*words).splitlines()]
-    facts = next((f for f in found if asked.partition or f.get("Default") == "YES"), found[0])
-    name, mode = facts["PartitionName"], facts.get("PreemptMode", "OFF")
-    nodes = dict(line.split() for line in slurm.ask("sinfo", "-h", "-N", "-p", name, "-o", "%N %T").splitlines())
-    up = [n for n, state in nodes.items() if state in _UP]
-    lines = []
-    if len(up) < asked.nodes:
-        down = ", ".join(f"{n} is {state}" for n, state in nodes.items() if n not in up)
-        lines.append(f"partition {name}: {len(up)} of {len(nodes)} nodes are up now ({down}); the job waits for them")
+def _find_dependency_faults(job: str, states: Mapping[str, str]) -> list[str]:
+    """Faults of a job, or of an array, to wait for."""
+    own_states = {state for name, state in states.items() if name == job or name.startswith(f"{job}_")}
+    if not own_states:
+        return [f"--after {job}: Slurm knows no such job"]
+
+    failed = sorted(state for state in own_states if not slurm.is_active(state) and state != "COMPLETED")
+    if failed:
+        return [f"--after {job}: it ended as {failed[0]}, so a job that waits for it would never start"]
+    return []
+
+
+def describe_partition(resources: Resources) -> list[str]:
+    """How many nodes of the partition are up, if too few, and how its jobs are preempted."""
+    partitions = slurm.read_partitions()
+    name = slurm.choose_partition(partitions, resources.partition) or next(iter(partitions))
+    lines = [*_describe_nodes(name, resources), *_describe_preemption(partitions[name])]
+    return [f"partition {name}: {line}" for line in lines]
+
+
+def _describe_nodes(partition: str, resources: Resources) -> Iterator[str]:
+    nodes = slurm.read_node_states(partition)
+    down = [f"{node} is {state}" for node, state in nodes.items() if state not in _UP_STATES]
+    up = len(nodes) - len(down)
+    if up < resources.nodes:
+        yield f"{up} of {len(nodes)} nodes are up now ({', '.join(down)}); the job waits for them"
+
+
+def _describe_preemption(partition: dict[str, str]) -> Iterator[str]:
+    mode, grace = partition.get("PreemptMode", "OFF"), partition.get("GraceTime", "0")
     if mode == "OFF":
-        return lines
-    grace = facts.get("GraceTime", "0")
-    told = "preempt_send_user_signal" in slurm.configuration().get("SlurmctldParameters", "")
-    how = "the stop signal" if told else "SIGTERM, as preempt_send_user_signal is not set"
+        return
     if mode != "REQUEUE":
-        said = f"Slurm does not put preempted jobs back here (PreemptMode={mode}); a job told in time does it by itself"
-    elif grace == "0":
-        said = "preemption comes without warning (GraceTime=0); a job goes on from its last checkpoint"
-    else:
-        said = f"a preempted job is told by {how} and has {grace} s to save"
-    return [*lines, f"partition {name}: {said}"]
+        yield f"Slurm does not put preempted jobs back here (PreemptMode={mode}); a job told in time does it by itself"
+        return
+    if grace == "0":
+        yield "preemption comes without warning (GraceTime=0); a job goes on from its last checkpoint"
+        return
+
+    parameters = slurm.read_configuration().get("SlurmctldParameters", "")
+    sends_warning = "preempt_send_user_signal" in parameters
+    warning = "the stop signal" if sends_warning else "SIGTERM, as preempt_send_user_signal is not set"
+    yield f"a preempted job is told by {warning} and has {grace} s to save"

@@ -1,17 +1,28 @@
-"""What differs between clusters, as a config: configs/cluster/SITE.yaml."""
+"""What differs between clusters, as a config: `configs/cluster/SITE.yaml`.
+
+A site also says how Slurm is asked for the resources of a verb: `sbatch_options`, `setup_lines` and `environment_for`
+are what every batch script of this package is made from.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from hpc_neuro.core import schema
 from hpc_neuro.core.schema import ConfigError, config
+from hpc_neuro.pipeline import LAUNCHABLE
 
-SHIPPED = Path(__file__).resolve().parent.parent / "configs" / "cluster"
+SITE_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "cluster"
+"""Folder of the sites that are shipped."""
+_OPTION_FIELDS = ("partition", "account", "qos", "gres", "constraint", "interface")
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 
 @config
@@ -29,21 +40,29 @@ class Resources:
     memory_gb: float | None = Field(default=None, gt=0)
     """[GB] Per node; none: the partition's default."""
     minutes: int = Field(default=60, ge=1)
-    """[min] Time limit of one start; a job that is put back has it anew."""
+    """[min] Time limit of one start; a requeued job gets it anew."""
     partition: str | None = None
-    """Overrules the site's."""
+    """Partition of this verb; none: the site's."""
     mpi: Literal["pmi2", "pmix", "none"] = "none"
-    """How srun starts MPI ranks; pmi2 for MPICH (the one that is installed with hpc_neuro), pmix for Open MPI."""
+    """How srun starts MPI ranks: pmi2 for MPICH (installed with hpc_neuro), pmix for Open MPI."""
+
+    def __post_init__(self) -> None:
+        _require_no_faults(find_option_faults("partition", self.partition or ""))
 
     @property
     def tasks(self) -> int:
-        """Processes in all."""
+        """Number of processes on all nodes."""
         return self.nodes * self.tasks_per_node
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs of all processes of a node."""
+        return self.tasks_per_node * self.gpus_per_task
 
 
 @config
-class Site:
-    """One cluster."""
+class ClusterFacts:
+    """One cluster, without the resources of the verbs; `Site` adds a section for each verb."""
 
     partition: str | None = None
     """Partition; none: the cluster's default."""
@@ -52,68 +71,206 @@ class Site:
     qos: str | None = None
     """Quality of service."""
     gres: str | None = None
-    """`gpu:a100` where GPUs must be asked for by type; their number is added, if there is none, from gpus_per_task."""
+    """`gpu:a100` where GPUs must be requested by type; a missing number is filled in from gpus_per_task."""
     constraint: str | None = None
     """Features that nodes must have."""
     exclusive: bool = False
     """Share no node with other jobs."""
     modules: tuple[str, ...] = ()
-    """`module load` these before anything runs."""
+    """`module load` each of these before anything runs."""
     setup: tuple[str, ...] = ()
-    """Shell lines after that."""
+    """Shell lines that run after the modules are loaded."""
     environment: dict[str, str] = Field(default_factory=dict)
-    """Variables for every process."""
+    """Variables for every process; names with KEY, TOKEN, SECRET or PASSWORD stay out of files others can read."""
     container: str = ""
     """Words before the command, such as `apptainer exec --nv image.sif`."""
     scratch: Path | None = None
-    """Folder for temporary files (TMPDIR), on the nodes."""
+    """Folder for temporary files (TMPDIR) on the nodes."""
     interface: str | None = None
-    """Network interface that ranks talk over (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); none: they choose."""
+    """Network interface between ranks (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); none: NCCL and gloo choose."""
     interface_on_login: bool = True
     """Whether the login node has that interface too, so that its name can be checked before the queue."""
     gpu_memory_gb: float | None = Field(default=None, gt=0)
-    """[GB] Memory of one GPU; with it, the memory that training will need is checked before the queue."""
+    """[GB] Memory of one GPU; enables the check of training memory before the queue."""
     teraflops: float | None = Field(default=None, gt=0)
-    """[TFLOP/s] What one GPU (or rank) reaches in training; with it, time is checked before the queue."""
+    """[TFLOP/s] What one GPU (or rank) reaches in training; enables the check of training time before the queue."""
     signal_seconds: int = Field(default=120, ge=10)
     """[s] How long before the end of the time limit, and of a preemption, a job is told to save and stop."""
     max_requeue: int = Field(default=10, ge=0)
-    """How often a job is put back to the queue after a time-out, a preemption or a node failure."""
+    """How often a job is requeued after a timeout, a preemption or a node failure."""
     max_jobs: int | None = Field(default=None, ge=1)
-    """How many jobs one person may have queued, where Slurm's accounting does not say."""
+    """How many jobs one user may have queued, where Slurm's accounting does not say."""
     at_once: int = Field(default=256, ge=1)
-    """How many tasks of an array run at once."""
-    prepare: Resources = Field(default_factory=Resources)
-    """What `prepare` asks for, and so on for each verb."""
-    precompute: Resources = Field(default_factory=Resources)
-    train: Resources = Field(default_factory=Resources)
-    infer: Resources = Field(default_factory=Resources)
-    evaluate: Resources = Field(default_factory=Resources)
-    demo: Resources = Field(default_factory=Resources)
+    """How many tasks of an array run at the same time."""
 
-    def gpus(self, asked: Resources) -> dict[str, str | int]:
-        """How sbatch is asked for the GPUs of a node, `gres` or `gpus_per_node`; {} for none."""
-        count = asked.tasks_per_node * asked.gpus_per_task
-        if self.gres is None or not count:
-            return {"gpus_per_node": count} if count else {}
-        return {"gres": self.gres if self.gres.rpartition(":")[2].isdigit() else f"{self.gres}:{count}"}
+    def __post_init__(self) -> None:
+        faults = []
+        for name in _OPTION_FIELDS:
+            faults += find_option_faults(name, getattr(self, name) or "")
+        for module in self.modules:
+            faults += find_option_faults("modules", module)
+        faults += find_line_faults("container", self.container)
+        faults += find_line_faults("scratch", str(self.scratch or ""))
+        faults += _find_setup_faults(self.setup)
+        faults += _find_environment_faults(self.environment)
+        _require_no_faults(faults)
 
     def resources(self, verb: str) -> Resources:
-        """What a verb asks for, its partition filled in."""
-        asked: Resources = getattr(self, verb)
-        if asked.partition is not None or self.partition is None:
-            return asked
-        return dataclasses.replace(asked, partition=self.partition)
+        """What a verb asks for, with the site's partition filled in."""
+        section: Resources = getattr(self, verb)
+        if section.partition is not None or self.partition is None:
+            return section
+        return dataclasses.replace(section, partition=self.partition)
+
+    def gpu_options(self, resources: Resources) -> dict[str, str | int]:
+        """The sbatch option for the GPUs of a node, `gres` or `gpus_per_node`; {} without GPUs."""
+        count = resources.gpus_per_node
+        if not count:
+            return {}
+        if self.gres is None:
+            return {"gpus_per_node": count}
+
+        has_number = self.gres.rpartition(":")[2].isdigit()
+        return {"gres": self.gres if has_number else f"{self.gres}:{count}"}
+
+    def sbatch_options(self, resources: Resources) -> dict[str, str | int]:
+        """Options of sbatch for the resources of a verb, by name with underscores; those that are unset are absent."""
+        options: dict[str, str | int | None] = {
+            "time": resources.minutes,
+            "nodes": resources.nodes,
+            "ntasks_per_node": resources.tasks_per_node,
+            "cpus_per_task": resources.cpus_per_task,
+            "mem": f"{int(resources.memory_gb * 1024)}M" if resources.memory_gb else None,
+            "partition": resources.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "exclusive": self.exclusive or None,
+            **self.gpu_options(resources),
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def srun_options(self, resources: Resources) -> list[str]:
+        """Options of the srun that starts the ranks of a job."""
+        return [
+            # When one rank has ended, the others have this long before srun kills them.
+            f"--wait={max(60, self.signal_seconds)}",
+            "--kill-on-bad-exit=0",
+            # Since Slurm 22.05 srun does not inherit this option of sbatch: without it every rank gets one core.
+            f"--cpus-per-task={resources.cpus_per_task}",
+        ]
+
+    def setup_lines(self, code: Path) -> list[str]:
+        """Shell lines of a batch script before its command; `code` goes first on PYTHONPATH."""
+        return [
+            *(f"module load {shlex.quote(module)}" for module in self.modules),
+            *self.setup,
+            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ]
+
+    def environment_for(self, resources: Resources) -> dict[str, str]:
+        """Variables of every process of a verb."""
+        variables = {"OMP_NUM_THREADS": str(resources.cpus_per_task)}
+        if self.scratch:
+            variables["TMPDIR"] = str(self.scratch)
+        variables |= self.environment
+        if self.interface:
+            variables |= {"NCCL_SOCKET_IFNAME": self.interface, "GLOO_SOCKET_IFNAME": self.interface}
+        return variables
+
+
+def _add_verb_sections(base: type[Any]) -> Any:
+    """Extend the facts of a cluster by a section of resources for each verb that can be launched."""
+    sections: dict[str, Any] = {verb: Field(default_factory=Resources) for verb in LAUNCHABLE}
+    namespace = {
+        "__module__": __name__,
+        "__doc__": "One cluster.",
+        "__annotations__": dict.fromkeys(sections, Resources),
+    }
+    return config(type("Site", (base,), namespace | sections))
+
+
+if TYPE_CHECKING:
+    Site = ClusterFacts
+else:
+    Site = _add_verb_sections(ClusterFacts)
 
 
 def load_site(name: str | None, overrides: list[str]) -> Site:
-    """A site by the path of its YAML file or by the name of a shipped one; None: one task, nothing special."""
+    """Load a site by the path of its YAML file or by the name of a shipped one; None: the defaults.
+
+    Raises ConfigError.
+    """
     path = None
     if name is not None:
-        path = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
+        path = Path(name) if name.endswith((".yaml", ".yml")) else SITE_FOLDER / f"{name}.yaml"
         if not path.exists():
-            shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+            shipped = ", ".join(sorted(p.stem for p in SITE_FOLDER.glob("*.yaml")))
             raise ConfigError(
                 f"--cluster {name}: {path} does not exist; give the path of a YAML file, or one of {shipped}"
             )
-    return schema.load(Site, path, overrides)
+
+    site: Site = schema.load(Site, path, overrides)
+    return site
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable's name says that its value must not be readable by others."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def split_secrets(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(variables that anybody may read, secret ones)."""
+    secrets = {name: value for name, value in variables.items() if is_secret(name)}
+    return {name: value for name, value in variables.items() if name not in secrets}, secrets
+
+
+def find_line_faults(key: str, text: str) -> list[str]:
+    """Faults of a text that becomes part of a shell script: a line break in it would begin a command of its own."""
+    if text.isprintable():
+        return []
+    return [f"{key} {text!r} has a line break or another control character; write it on one line without it"]
+
+
+def find_option_faults(key: str, text: str) -> list[str]:
+    """Faults of a text that becomes an option of sbatch, or part of a path of a log, where Slurm replaces `%j`."""
+    if "%" in text:
+        return [f"{key} {text!r} has a %, which Slurm replaces in names and paths; choose a name without it"]
+    return find_line_faults(key, text)
+
+
+def require_plain_path(key: str, path: Path) -> None:
+    """Raise ConfigError where a path cannot stand in a batch script or in the pattern of a log's name."""
+    faults = find_option_faults(key, str(path.absolute()))
+    if faults:
+        raise ConfigError(faults[0])
+
+
+def _find_setup_faults(lines: Iterable[str]) -> list[str]:
+    faults = []
+    for line in lines:
+        faults += find_line_faults("setup", line.replace("\t", " "))
+        # The lines stand in the batch script, which people share when they ask for help.
+        names = re.findall(r"(?:^|[\s;&])(\w+)=", line)
+        secrets = [name for name in names if is_secret(name)]
+        if secrets:
+            faults.append(
+                f"setup sets {secrets[0]} in a file that others can read; set it under `environment`, whose secrets "
+                "are kept in a file of mode 0600"
+            )
+    return faults
+
+
+def _find_environment_faults(variables: Mapping[str, str]) -> list[str]:
+    faults = []
+    for name, value in variables.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            faults.append(f"environment: {name!r} is no name of a variable; use letters, digits and _")
+        elif not value.isprintable():
+            faults.append(f"environment: the value of {name} has a line break or another control character")
+    return faults
+
+
+def _require_no_faults(faults: list[str]) -> None:
+    if faults:
+        raise ValueError("; ".join(faults))

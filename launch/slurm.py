@@ -1,129 +1,299 @@
-"""Questions to Slurm: one call for all jobs, repeated ever more rarely while nothing changes."""
+"""Questions to Slurm and its answers as values: jobs, partitions, nodes, accounts, configuration.
+
+One call answers for all jobs, and `Poller` repeats it ever more rarely while nothing changes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from hpc_neuro.core.schema import InputError
 
-_WORDS = {"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "REQUEUED", "PREEMPTED"}
-_RANGE = re.compile(r"^(\d+)_\[([\d,\-]+)")
+_ACTIVE_STATES = frozenset({"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "REQUEUED", "PREEMPTED"})
+_ARRAY_ID = re.compile(r"(\d+)_\[([^\]%]*)")
+_INDEX_RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+_UNLISTED = "*"
+"""Stands for the array indices that squeue left out of a shortened list."""
+_MAX_FAILURES = 5
+"""Calls in a row without an answer after which a poller gives up."""
+
+# What a job inherits from the job that submits it: a driver may itself run inside an allocation.
+_JOB_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "PMI")
+_JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def ask(*words: str, timeout: float = 30.0) -> str:
-    """Output of a Slurm command. Raises InputError with what it said when it fails or is not there."""
+def run_command(*words: str, timeout: float = 30.0) -> str:
+    """Run a Slurm command and return its output.
+
+    timeout: [s]. Raises InputError with the command's own message when it fails, is absent or does not answer.
+    """
     if shutil.which(words[0]) is None:
         raise InputError(
             f"{words[0]} is not on this machine; submit from a login node of the cluster, or use --on local"
         )
+
+    command = " ".join(words)
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)
+        result = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        raise InputError(
-            f"`{' '.join(words)}` did not answer in {timeout:.0f} s; is the Slurm controller up?"
-        ) from None
-    if "Could not establish a configuration source" in done.stderr:
+        raise InputError(f"`{command}` did not answer in {timeout:.0f} s; is the Slurm controller up?") from None
+
+    if "Could not establish a configuration source" in result.stderr:
         raise InputError(
             f"`{words[0]}` is here but knows no cluster; set SLURM_CONF to a slurm.conf, submit from a login node, or "
             "use --on local"
         )
-    if done.returncode:
-        raise InputError(f"`{' '.join(words)}` failed: {' '.join(done.stderr.split()) or done.returncode}")
-    return done.stdout
+    if result.returncode:
+        raise InputError(f"`{command}` failed: {' '.join(result.stderr.split()) or result.returncode}")
+    return result.stdout
 
 
-def fields(line: str) -> dict[str, str]:
-    """One line of `scontrol show -o` as field -> value."""
-    found: dict[str, str] = {}
-    for part in line.split():
-        name, equals, value = part.partition("=")
-        if equals:
-            found.setdefault(name, value)
-    return found
-
-
-def reach(seconds: float = 5.0) -> None:
-    """Raise InputError when there is no Slurm here, or no controller that answers in time."""
+def require_controller(seconds: float = 5.0) -> None:
+    """Raise InputError when there is no Slurm here, or no controller that answers within `seconds`."""
     try:
-        ask("scontrol", "ping", timeout=seconds)
+        run_command("scontrol", "ping", timeout=seconds)
     except InputError as error:
-        said = str(error).removesuffix("failed: 1")
-        raise InputError(f"{said.strip()}: the Slurm controller is down" if said != str(error) else said) from None
+        # `scontrol ping` exits with 1 and prints nothing to standard error when the controller is down.
+        message = str(error)
+        if message.endswith("failed: 1"):
+            message = message.removesuffix("failed: 1").strip() + ": the Slurm controller is down"
+        raise InputError(message) from None
 
 
 @functools.cache
-def configuration() -> dict[str, str]:
-    """`scontrol show config`, by name."""
-    pairs = (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())
+def read_configuration() -> dict[str, str]:
+    """Read `scontrol show config`, by name."""
+    pairs = (line.partition("=") for line in run_command("scontrol", "show", "config").splitlines())
     return {name.strip(): value.strip() for name, equals, value in pairs if equals}
 
 
-def states() -> dict[str, str]:
-    """State of every job of this user that Slurm still knows, array tasks one by one (JOB_INDEX). One call."""
-    text = ask("squeue", "--noheader", "--user", getpass.getuser(), "--states", "all", "--format", "%i|%T")
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        name, _, state = line.strip().partition("|")
-        for one in expand(name):
-            found[one] = state
-    return found
+def list_job_variables(environment: Mapping[str, str]) -> list[str]:
+    """Names of an environment's variables that belong to the job it runs in."""
+    return [
+        name
+        for name in environment
+        if (name.startswith(_JOB_PREFIXES) or name in _JOB_VARIABLES) and name != "SLURM_CONF"
+    ]
 
 
-def expand(name: str) -> list[str]:
-    """`12_[0-2,5%4]` -> 12_0 12_1 12_2 12_5; anything else is itself."""
-    match = _RANGE.match(name)
+@contextlib.contextmanager
+def hide_own_job() -> Iterator[None]:
+    """Take the variables of the job that this process runs in out of its environment, for what it submits.
+
+    sbatch reads SBATCH_* and SLURM_* as options, and a trial would take itself for a rank of its driver's job.
+    """
+    hidden = {name: os.environ.pop(name) for name in list_job_variables(os.environ)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+# ---------------------------------------------------------------------------------------------------------- jobs
+
+
+def read_job(job: str) -> dict[str, str]:
+    """Read what scontrol knows of a job, by field; {} when it does not know the job, or does not answer."""
+    try:
+        lines = run_command("scontrol", "show", "job", "-o", job, timeout=20.0).splitlines()
+    except InputError:
+        return {}
+    return parse_fields(lines[0]) if lines else {}
+
+
+def parse_fields(line: str) -> dict[str, str]:
+    """Parse one line of `scontrol show -o` into field -> value; the first of equal fields counts."""
+    fields: dict[str, str] = {}
+    for part in line.split():
+        name, equals, value = part.partition("=")
+        if equals:
+            fields.setdefault(name, value)
+    return fields
+
+
+def read_job_states() -> dict[str, str]:
+    """Read the state of every job of this user that Slurm still knows, array tasks one by one (ARRAY_INDEX)."""
+    # --array: one line per task; without it squeue shortens long lists of indices, `12_[1-3,5,...]`.
+    options = ("--noheader", "--array", "--user", getpass.getuser(), "--states", "all", "--format", "%i|%T")
+    states: dict[str, str] = {}
+
+    for line in run_command("squeue", *options).splitlines():
+        job, _, state = line.strip().partition("|")
+        for task in expand_array_id(job):
+            states[task] = state
+    return states
+
+
+def expand_array_id(job: str) -> list[str]:
+    """Expand `12_[0-2,5%4]` into 12_0 12_1 12_2 12_5; an id without brackets is itself.
+
+    A list that squeue has shortened (`12_[1,3,...]`) ends with `12_*`, which stands for the indices left out.
+    """
+    match = _ARRAY_ID.match(job)
     if match is None:
-        return [name]
-    found = []
-    for part in match[2].split(","):
-        low, _, high = part.partition("-")
-        found += [f"{match[1]}_{i}" for i in range(int(low), int(high or low) + 1)]
-    return found
+        return [job]
+
+    array, ranges = match.groups()
+    tasks, is_complete = [], "]" in job or "%" in job
+    for part in ranges.split(","):
+        bounds = _INDEX_RANGE.fullmatch(part)
+        if bounds is None:
+            is_complete = False
+            continue
+        low, high, step = bounds.groups()
+        tasks += [f"{array}_{index}" for index in range(int(low), int(high or low) + 1, int(step or 1))]
+
+    return tasks if is_complete else [*tasks, f"{array}_{_UNLISTED}"]
 
 
-def active(state: str) -> bool:
+def find_state(states: Mapping[str, str], job: str) -> str | None:
+    """State of a job among those of `read_job_states`; None when Slurm does not know it (any more)."""
+    unlisted = f"{job.partition('_')[0]}_{_UNLISTED}"
+    return states.get(job, states.get(unlisted) if "_" in job else None)
+
+
+def is_active(state: str) -> bool:
     """Whether a job in this state runs or will run."""
-    return state in _WORDS
+    return state in _ACTIVE_STATES
 
 
 class Poller:
-    """Asks for all jobs at once; the pause doubles while nothing changes and when Slurm does not answer."""
+    """Asks for all jobs at once; the pause grows while nothing changes and when Slurm does not answer."""
 
     def __init__(
         self,
         first: float = 2.0,
         longest: float = 60.0,
-        read: Callable[[], dict[str, str]] = states,
+        read: Callable[[], dict[str, str]] = read_job_states,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """first, longest: [s] pauses."""
+        """first, longest: [s] bounds of the pause."""
         self.first, self.longest, self.pause = first, longest, 0.0
-        self.sleep, self._read, self._last = sleep, read, dict[str, str]()
+        self.sleep, self._read = sleep, read
+        self._last: dict[str, str] = {}
         self.failures = 0
 
-    def states(self, wanted: Sequence[str]) -> dict[str, str]:
-        """State of the wanted ids; one that Slurm does not know (any more) is missing. Waits first, if need be.
+    def poll(self, jobs: Sequence[str]) -> dict[str, str]:
+        """State of these jobs, after the pause; one that Slurm does not know (any more) is missing.
 
         Raises InputError after six calls in a row that Slurm did not answer.
         """
         if self.pause:
             self.sleep(self.pause)
+
         try:
-            found = self._read()
+            all_states = self._read()
         except InputError:
             self.failures += 1
-            if self.failures > 5:
+            if self.failures > _MAX_FAILURES:
                 raise
             self.pause = min(self.longest, 2 * max(self.pause, self.first))
-            return {k: v for k, v in self._last.items() if k in set(wanted)}
+            return {job: state for job, state in self._last.items() if job in set(jobs)}
+
         self.failures = 0
-        now = {k: found[k] for k in wanted if k in found}
-        self.pause = self.first if now != self._last or not self.pause else min(self.longest, 1.5 * self.pause)
-        self._last = now
-        return now
+        states = {job: state for job in jobs if (state := find_state(all_states, job)) is not None}
+        has_changed = states != self._last or not self.pause
+        self.pause = self.first if has_changed else min(self.longest, 1.5 * self.pause)
+        self._last = states
+        return states
+
+
+# ------------------------------------------------------------------------------- partitions, nodes and accounts
+
+
+def read_partitions() -> dict[str, dict[str, str]]:
+    """Read the fields of every partition, by its name."""
+    lines = run_command("scontrol", "show", "partition", "-o").splitlines()
+    partitions = [parse_fields(line) for line in lines]
+    return {fields["PartitionName"]: fields for fields in partitions}
+
+
+def choose_partition(partitions: Mapping[str, Mapping[str, str]], name: str | None) -> str | None:
+    """The partition of this name, or the cluster's default for None; None when there is no such one."""
+    if name is None:
+        return next((key for key, fields in partitions.items() if fields.get("Default") == "YES"), None)
+    return name if name in partitions else None
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """What alike nodes of a partition have."""
+
+    cores: int
+    memory_mb: int
+    gres: str
+    features: frozenset[str]
+
+
+def read_node_kinds(partition: str) -> list[NodeKind]:
+    """Read the kinds of nodes of a partition."""
+    lines = run_command("sinfo", "-h", "-e", "-p", partition, "-o", "%c|%m|%G|%f").splitlines()
+    kinds = []
+    for line in lines:
+        cores, memory, gres, features = line.split("|")
+        # `4+`: at least so many, where sinfo puts unlike nodes on one line.
+        kinds.append(NodeKind(int(cores.rstrip("+")), int(memory.rstrip("+")), gres, frozenset(features.split(","))))
+    return kinds
+
+
+def read_node_states(partition: str) -> dict[str, str]:
+    """Read the state of every node of a partition."""
+    lines = run_command("sinfo", "-h", "-N", "-p", partition, "-o", "%N %T").splitlines()
+    return dict(line.split(maxsplit=1) for line in lines)
+
+
+def parse_gres(gres: str) -> tuple[str, int]:
+    """Parse `gpu:a100:4`, `gpu:4` or `gpu:a100` into (type, number); "" stands for any type."""
+    _, *words = gres.split(":")
+    number = int(words.pop()) if words and words[-1].isdigit() else 1
+    return (words[0] if words else "", number)
+
+
+def count_gpus(gres: str, gpu_type: str = "") -> int:
+    """Number of GPUs, of one type or any, in sinfo's `gpu:a100:4(S:0-1),shard:8`."""
+    gpus = [parse_gres(part.partition("(")[0]) for part in gres.split(",") if part.startswith("gpu:")]
+    return sum(number for name, number in gpus if gpu_type in ("", name))
+
+
+def parse_minutes(limit: str) -> int | None:
+    """Parse Slurm's `1-02:30:00` into minutes; None for UNLIMITED."""
+    if not limit[0].isdigit():
+        return None
+    days, _, clock = limit.rpartition("-")
+    hours, minutes, _ = (int(number) for number in clock.split(":"))
+    return int(days or 0) * 1440 + hours * 60 + minutes
+
+
+@dataclass(frozen=True)
+class Association:
+    """What Slurm lets a user do in one account."""
+
+    account: str
+    qos: tuple[str, ...]
+    max_jobs: int | None
+    """MaxSubmitJobs; None: no limit."""
+
+    @classmethod
+    def parse(cls, line: str) -> Association:
+        """Parse `account|qos,qos|limit` of sacctmgr."""
+        account, qos, limit = line.split("|")
+        return cls(account, tuple(filter(None, qos.split(","))), int(limit) if limit else None)
+
+
+def read_associations() -> tuple[Association, ...] | None:
+    """Read the associations of this user; None where Slurm does not enforce them and takes every account."""
+    enforced = read_configuration().get("AccountingStorageEnforce", "none").split(",")
+    if not {"associations", "limits", "qos", "safe"} & set(enforced):
+        return None
+
+    words = ("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos,maxsubmit")
+    return tuple(Association.parse(line) for line in run_command(*words).splitlines())

@@ -1,102 +1,217 @@
-"""What jobs are doing, for people: one view of all their logs, states and steps."""
+"""Jobs that were submitted into run folders: their states, logs and steps, and cancelling them.
+
+OUT/launch/jobs.json lists the jobs of a run folder, the oldest first.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+from hpc_neuro.core import files
+from hpc_neuro.core.schema import InputError
 from launch import slurm
-from launch.jobs import Job, State, poll
+from launch.job_end import JobRecord
 
-_OVER = ("done", "failed", "cancelled", "lost")
+JobStatus = Literal["queued", "running", "done", "failed", "cancelled", "lost"]
+ENDED: tuple[JobStatus, ...] = ("done", "failed", "cancelled", "lost")
+"""States of jobs that are over."""
+JOBS_FILE = "jobs.json"
+"""Record of the jobs of a run folder, in OUT/launch."""
 
 
-def follow(jobs: Sequence[Job], poller: slurm.Poller, say: Callable[[str], object] = sys.stdout.write) -> int:
-    """Say new lines of all ranks' logs and each change of state until all jobs are over. 0 when all are done."""
-    tails = [Tails(job) for job in jobs]
+@dataclass(frozen=True)
+class LaunchedJob:
+    """One submitted verb."""
 
-    def lines(seconds: float) -> None:
-        """New lines, also while the next question to Slurm is far off."""
-        until = time.monotonic() + seconds
-        while True:
-            for tail in tails:
-                for line in tail.new():
-                    say(line + "\n")
-            if (left := until - time.monotonic()) <= 0:
-                return
-            time.sleep(min(1.0, left))
+    id: str
+    """Slurm's; the process id without Slurm."""
+    on: Literal["slurm", "local"]
+    verb: str
+    out: Path
+    """Run folder."""
+    share: str = ""
+    """Which share of an array, `0003_of_0010`."""
 
-    poller.sleep = lines
-    last: dict[str, State] = {}
+    @property
+    def folder(self) -> Path:
+        """Where its starts and ends are recorded."""
+        return self.out / "launch" / self.share if self.share else self.out / "launch"
+
+    @property
+    def title(self) -> str:
+        """The verb and, in an array, the share."""
+        return f"{self.verb} {self.share}" if self.share else self.verb
+
+    def read_end(self) -> dict[str, Any] | None:
+        """Read the last recorded end (reason, exit, put_back, at); None before there is one."""
+        # A start is named JOB.RESTARTS, and JOB is `local-PID` without Slurm.
+        ends = [
+            end
+            for end in JobRecord(self.folder, self.out).read_ends()
+            if end["start"].rpartition(".")[0] in (self.id, f"local-{self.id}")
+        ]
+        return ends[-1] if ends else None
+
+
+def read_jobs(out: Path) -> list[LaunchedJob]:
+    """Read the jobs that were submitted into a run folder, the oldest first. Raises InputError when there are none."""
+    path = out / "launch" / JOBS_FILE
+    rows = files.read_json(path, f"nothing was launched into {out}; give the run folder of a launched verb")
+    return [LaunchedJob(row["id"], row["on"], row["verb"], out.resolve(), row["share"]) for row in rows]
+
+
+def require_idle(out: Path) -> None:
+    """Raise InputError when a job of this run folder is queued or running: two must never write into one folder."""
+    if not (out / "launch" / JOBS_FILE).exists():
+        return
+
+    states = poll_jobs(read_jobs(out), slurm.Poller())
+    busy = [job for job, state in states.items() if state in ("queued", "running")]
+    if busy:
+        raise InputError(
+            f"{out} already has a job, {', '.join(busy[:5])}; wait for it, or `python -m launch cancel {out}` first"
+        )
+
+
+def poll_jobs(jobs: Sequence[LaunchedJob], poller: slurm.Poller) -> dict[str, JobStatus]:
+    """State of every job by id, with one call to Slurm for all; waits as the poller says."""
+    on_slurm = [job.id for job in jobs if job.on == "slurm"]
+    slurm_states = poller.poll(on_slurm) if on_slurm else {}
+    return {job.id: _judge_state(job, slurm_states.get(job.id)) for job in jobs}
+
+
+def _judge_state(job: LaunchedJob, slurm_state: str | None) -> JobStatus:
+    """Combine what Slurm says and, where that is not enough, what the folder says."""
+    if slurm_state is not None and slurm.is_active(slurm_state):
+        return "running" if slurm_state in ("RUNNING", "COMPLETING") else "queued"
+
+    # Slurm forgets a job after a while, and calls one that ended with a plain exit code of its script completed.
+    end = job.read_end()
+    if slurm_state in ("COMPLETED", None) and end is not None and not end["put_back"]:
+        if end["exit"] == 0:
+            return "done"
+        return "cancelled" if end["reason"] == "cancelled" else "failed"
+
+    if slurm_state is not None:
+        by_slurm: dict[str, JobStatus] = {"CANCELLED": "cancelled", "COMPLETED": "done"}
+        return by_slurm.get(slurm_state, "failed")
+    return "running" if job.on == "local" and Path(f"/proc/{job.id}").exists() else "lost"
+
+
+def cancel_jobs(jobs: Sequence[LaunchedJob]) -> None:
+    """Cancel jobs, queued or running; those that have ended are passed over."""
+    on_slurm = [job.id for job in jobs if job.on == "slurm"]
+    if on_slurm:
+        slurm.run_command("scancel", "--quiet", *on_slurm)
+
+    for job in jobs:
+        if job.on == "local":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(job.id), signal.SIGTERM)
+
+
+def follow_jobs(
+    jobs: Sequence[LaunchedJob], poller: slurm.Poller, write: Callable[[str], object] = sys.stdout.write
+) -> int:
+    """Write new lines of all ranks' logs and each change of state until all jobs are over. 0 when all are done."""
+    logs = [LogReader(job) for job in jobs]
+    # Log lines also appear while the next question to Slurm is far off.
+    poller.sleep = lambda seconds: _write_lines(logs, seconds, write)
+    last: dict[str, JobStatus] = {}
+
     while True:
-        now = poll(jobs, poller)
-        lines(0)
+        states = poll_jobs(jobs, poller)
+        _write_lines(logs, 0, write)
         for job in jobs:
-            if last.get(job.id) != now[job.id]:
-                say(f"[{job.verb}{job.share and ' ' + job.share}] {line_of(job, now[job.id])}\n")
-        last = now
-        if all(s in _OVER for s in now.values()):
-            return 0 if all(s == "done" for s in now.values()) else 1
+            if last.get(job.id) != states[job.id]:
+                write(f"[{job.title}] {describe_job(job, states[job.id])}\n")
+        last = states
+
+        if all(state in ENDED for state in states.values()):
+            return 0 if all(state == "done" for state in states.values()) else 1
 
 
-def line_of(job: Job, state: State) -> str:
-    """One line about a job: id, state, step, and why it ended."""
-    words = [f"job {job.id}: {state}"]
-    if step := last_step(job.out):
-        words.append(step)
-    if end := job.end():
-        words.append(f"{end['reason']}{', put back' if end['put_back'] else ''} ({end['at']})")
-    return "; ".join(words)
+def _write_lines(logs: Sequence[LogReader], seconds: float, write: Callable[[str], object]) -> None:
+    """Write the lines that appear in logs within `seconds`, those that are there at once."""
+    deadline = time.monotonic() + seconds
+    while True:
+        for log in logs:
+            for line in log.read_new_lines():
+                write(line + "\n")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(1.0, left))
 
 
-def last_step(out: Path) -> str:
-    """`step 40, loss 0.93` of a training, empty for what has no steps."""
+def describe_job(job: LaunchedJob, state: JobStatus) -> str:
+    """One line about a job: id, state, step, and why its last start ended."""
+    parts = [f"job {job.id}: {state}"]
+    if step := describe_last_step(job.out):
+        parts.append(step)
+    if end := job.read_end():
+        parts.append(f"{end['reason']}{', put back' if end['put_back'] else ''} ({end['at']})")
+    return "; ".join(parts)
+
+
+def describe_last_step(out: Path) -> str:
+    """`step 40, loss 0.93` of a training; empty for a verb without steps."""
     path = out / "metrics.jsonl"
     if not path.exists():
         return ""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for line in reversed(lines):
+
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            continue  # being written
+            # The last line is being written.
+            continue
         if row.get("kind") == "train":
-            return (
-                f"step {row['step']}, loss {row['loss']:.4f}" if row.get("loss") is not None else f"step {row['step']}"
-            )
+            loss = row.get("loss")
+            return f"step {row['step']}" if loss is None else f"step {row['step']}, loss {loss:.4f}"
     return ""
 
 
-class Tails:
-    """New lines of the logs of one job's ranks; submitit's own remarks are left out."""
+class LogReader:
+    """New lines of the logs of one job's ranks, without submitit's own remarks."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: LaunchedJob) -> None:
         self.job = job
-        self._read: dict[Path, int] = {}
+        self._offsets: dict[Path, int] = {}
 
-    def files(self) -> list[Path]:
-        """Logs of all ranks, by rank."""
+    def list_logs(self) -> list[Path]:
+        """The logs of all ranks, by rank."""
         folder = self.job.out / "launch" / "logs"
-        found = [p for end in ("out", "err") for p in folder.glob(f"{self.job.id}_*_log.{end}")]
-        return sorted(found, key=lambda p: (int(p.name.split("_")[-2]), p.name))
+        paths = [path for kind in ("out", "err") for path in folder.glob(f"{self.job.id}_*_log.{kind}")]
+        return sorted(paths, key=lambda path: (_rank_of(path), path.name))
 
-    def new(self) -> list[str]:
-        """Whole lines that were written since the last call, each with verb and rank before it."""
-        lines = []
-        for path in self.files():
-            with path.open("rb") as handle:
-                handle.seek(self._read.get(path, 0))
-                text = handle.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            self._read[path] = self._read.get(path, 0) + len(whole)
-            rank = path.name.split("_")[-2]
-            name = f"[{self.job.verb}{self.job.share and ' ' + self.job.share} {rank}] "
-            lines += [
-                name + line.split("\r")[-1]
-                for line in whole.decode("utf-8", "replace").splitlines()
-                if line.strip() and not line.startswith("submitit ")
-            ]
-        return lines
+    def read_new_lines(self) -> list[str]:
+        """Read the whole lines that were written since the last call, each with verb and rank before it."""
+        return [line for path in self.list_logs() for line in self._read_log(path)]
+
+    def _read_log(self, path: Path) -> list[str]:
+        offset = self._offsets.get(path, 0)
+        with path.open("rb") as log:
+            log.seek(offset)
+            data = log.read()
+        whole_lines = data[: data.rfind(b"\n") + 1]
+        self._offsets[path] = offset + len(whole_lines)
+
+        # Of a progress bar, which returns to the start of its line, the last state is shown.
+        lines = [line.rstrip("\r").rpartition("\r")[2] for line in whole_lines.decode("utf-8", "replace").split("\n")]
+        shown = [line for line in lines if line.strip() and not line.startswith("submitit ")]
+        return [f"[{self.job.title} {_rank_of(path)}] {line}" for line in shown]
+
+
+def _rank_of(log: Path) -> int:
+    """The rank in the name of a log, JOB_RANK_log.out."""
+    return int(log.name.split("_")[-2])

@@ -1,4 +1,4 @@
-"""Charts of many runs: parallel coordinates, shares, and a factorial comparison; colours as of the page."""
+"""Charts of many runs: parallel coordinates, shares, and a factorial comparison; colors as of the page."""
 
 from __future__ import annotations
 
@@ -8,180 +8,242 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _TOP, _BOTTOM = 1040, 46, 34
-_COLOURS = 6  # classes s0 .. s5 of the page's style
+"""[pixel] Width of a chart, and its margins above and below the data."""
+_COLORS = 6
+"""Number of colors: the classes s0 to s5 of the page's style."""
+_MAX_LOG_TICKS = 7
+"""Ticks of a logarithmic axis."""
+
+_PARALLEL_HEIGHT = 330
+_PARALLEL_LEFT, _PARALLEL_RIGHT = 70, 100
+_FACTORIAL_HEIGHT = 280
+_FACTORIAL_LEFT, _FACTORIAL_RIGHT, _FACTORIAL_BOTTOM = 64, 20, 40
+_SHARES_LEFT, _SHARES_RIGHT = 260, 80
+_SHARE_HEIGHT = 26
+_DOT_SPACING = 34.0
+
+Point = tuple[float, float]
+"""[pixel] (x, y) from the upper left corner."""
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One vertical axis: `labels` for values that have no order of size, else a scale of numbers."""
+class ParallelAxis:
+    """One vertical axis: `labels` for values without an order of size, else a scale of numbers."""
 
     title: str
     labels: Sequence[str] = ()
     log: bool = False
     absent: bool = False
-    """Whether a run without a value here passes below the scale; else its line ends before."""
+    """Whether a run without a value here passes below the scale; else its line is interrupted."""
 
 
-def parallel(
-    title: str, axes: Sequence[Axis], rows: Sequence[Sequence[float | None]], shade: Sequence[float | None]
+def draw_parallel_coordinates(
+    title: str, axes: Sequence[ParallelAxis], rows: Sequence[Sequence[float | None]], shades: Sequence[float | None]
 ) -> str:
-    """One line per run across the axes, from value to value. `axes[i].labels` are addressed by their index.
+    """One line per run across the axes, from value to value. Labels of an axis are addressed by their index.
 
-    shade: 0 to 1 per run, 1 drawn strongest and last; None: a thin quiet line.
+    shades: 0 to 1 per run, 1 drawn strongest and last; None: a thin line.
     """
-    height = 330
-    xs = [70 + (_WIDTH - 170) * i / max(1, len(axes) - 1) for i in range(len(axes))]
-    scales = [_scale(axis, [r[i] for r in rows], height) for i, axis in enumerate(axes)]
+    width = _WIDTH - _PARALLEL_LEFT - _PARALLEL_RIGHT
+    xs = [_PARALLEL_LEFT + width * i / max(1, len(axes) - 1) for i in range(len(axes))]
+    scales = [_make_scale(axis, [row[i] for row in rows]) for i, axis in enumerate(axes)]
+
     body = []
-    for index in sorted(range(len(rows)), key=lambda i: -1.0 if shade[i] is None else float(shade[i] or 0.0)):
-        strength = shade[index]
-        style = (
-            'class="thin"'
-            if strength is None
-            else f'class="line {"s1" if strength == 1 else "s0"}" '
-            f'style="opacity:{0.25 + 0.75 * strength**3:.2f};stroke-width:{3 if strength == 1 else 1.4}"'
-        )
-        places = [
-            height - _BOTTOM if v is None and axis.absent else scale.at(v)
-            for axis, scale, v in zip(axes, scales, rows[index], strict=True)
-        ]
-        for part in _unbroken(list(zip(xs, places, strict=True))):
-            body.append(f'<polyline {style} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in part)}"/>')
-    for i, (x, axis, scale) in enumerate(zip(xs, axes, scales, strict=True)):
-        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
-        body.append(_text("axis", x, _TOP - 10 if i % 2 == 0 else height - 10, axis.title))
+    for index in sorted(range(len(rows)), key=lambda i: _drawing_order(shades[i])):
+        ys = [_place_value(*column) for column in zip(axes, scales, rows[index], strict=True)]
+        style = _line_style(shades[index])
+        for part in _split_at_gaps(list(zip(xs, ys, strict=True))):
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in part)
+            body.append(f'<polyline {style} points="{points}"/>')
+
+    for index, (x, axis, scale) in enumerate(zip(xs, axes, scales, strict=True)):
+        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_PARALLEL_HEIGHT - _BOTTOM}"/>')
+        # Titles alternate between above and below, so that long ones do not overlap.
+        body.append(_text("axis", x, _TOP - 10 if index % 2 == 0 else _PARALLEL_HEIGHT - 10, axis.title))
         body += [_text("tick over", x + 6, y + 4, label, "start") for y, label in scale.ticks]
         if axis.absent:
-            body.append(_text("tick over", x + 6, height - _BOTTOM + 4, "none", "start"))
-    return _frame(title, "".join(body), height)
+            body.append(_text("tick over", x + 6, _PARALLEL_HEIGHT - _BOTTOM + 4, "none", "start"))
+    return _frame(title, "".join(body), _PARALLEL_HEIGHT)
 
 
-def shares(title: str, values: Mapping[str, float]) -> str:
+def _drawing_order(shade: float | None) -> float:
+    """Thin lines come first, the strongest last."""
+    return -1.0 if shade is None else shade
+
+
+def _line_style(shade: float | None) -> str:
+    """Attributes of a run's line."""
+    if shade is None:
+        return 'class="thin"'
+    is_best = shade == 1
+    color, width = ("s1", 3) if is_best else ("s0", 1.4)
+    return f'class="line {color}" style="opacity:{0.25 + 0.75 * shade**3:.2f};stroke-width:{width}"'
+
+
+def _place_value(axis: ParallelAxis, scale: _Scale, value: float | None) -> float | None:
+    """[pixel] Height of a value on an axis; None interrupts the line."""
+    if value is None and axis.absent:
+        return _PARALLEL_HEIGHT - _BOTTOM
+    return scale.to_pixel(value)
+
+
+def draw_shares(title: str, shares: Mapping[str, float]) -> str:
     """Horizontal bars of shares that add up to 1."""
-    height = _TOP + 16 + 26 * len(values)
-    left, right = 260, _WIDTH - 80
-    most = max(values.values(), default=1.0) or 1.0
+    left, right = _SHARES_LEFT, _WIDTH - _SHARES_RIGHT
+    largest = max(shares.values(), default=1.0) or 1.0
     body = []
-    for i, (name, value) in enumerate(values.items()):
-        y, end = _TOP + 26 * i + 6, left + (right - left) * value / most
+    for index, (name, share) in enumerate(shares.items()):
+        y, end = _TOP + _SHARE_HEIGHT * index + 6, left + (right - left) * share / largest
         body.append(_text("tick", left - 10, y + 4, name, "end"))
         body.append(f'<line class="bar s0" style="stroke-width:14" x1="{left}" x2="{end:.1f}" y1="{y}" y2="{y}"/>')
-        body.append(_text("tick", end + 8, y + 4, f"{value:.0%}", "start"))
-    return _frame(title, "".join(body), height)
+        body.append(_text("tick", end + 8, y + 4, f"{share:.0%}", "start"))
+    return _frame(title, "".join(body), _TOP + 16 + _SHARE_HEIGHT * len(shares))
 
 
-Bar = tuple[float, float | None, float | None]
-"""Mean, and the interval's ends when there is one."""
+MeanBar = tuple[float, float | None, float | None]
+"""Mean, and the ends of its interval where there is one."""
 
 
-def factorial(
+def draw_factorial(
     title: str,
     groups: Sequence[str],
-    colours: Sequence[str],
-    cells: Mapping[tuple[str, str], Bar],
-    line: tuple[str, float] | None = None,
+    colors: Sequence[str],
+    bars: Mapping[tuple[str, str], MeanBar],
+    level: tuple[str, float] | None = None,
 ) -> str:
-    """Means with intervals: a group of dots for each of `groups`, one dot per colour; cells by (group, colour).
+    """Means with intervals: a group of dots for each of `groups`, one dot per color; bars by (group, color).
 
-    line: a level to compare with, and its name.
+    level: name and value of a line to compare with.
     """
-    height, left, right, bottom = 280, 64, _WIDTH - 20, 40
-    ends = [v for bar in cells.values() for v in bar if v is not None] + ([line[1]] if line else [])
-    scale = _numbers(ends, False, height - bottom, _TOP)
+    left, right = _FACTORIAL_LEFT, _WIDTH - _FACTORIAL_RIGHT
+    bottom = _FACTORIAL_HEIGHT - _FACTORIAL_BOTTOM
+    values = [value for bar in bars.values() for value in bar if value is not None]
+    scale = _make_number_scale([*values, level[1]] if level else values, False, bottom, _TOP)
+
     body = [
         f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         + _text("tick", left - 6, y + 4, label, "end")
         for y, label in scale.ticks
     ]
-    if line is not None:
-        y = scale.at(line[1]) or 0.0
+    if level is not None:
+        y = scale.to_pixel(level[1]) or 0.0
         body.append(f'<line class="zero" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        body.append(_text("tick", right, y - 4, line[0], "end"))
-    wide = (right - left) / max(1, len(groups))
-    for g, group in enumerate(groups):
-        middle = left + wide * (g + 0.5)
-        body.append(_text("axis", middle, height - bottom + 20, group))
-        for c, colour in enumerate(colours):
-            if (bar := cells.get((group, colour))) is None:
-                continue
-            x = middle + min(34.0, 0.8 * wide / len(colours)) * (c - (len(colours) - 1) / 2)
-            mean, low, high = (scale.at(v) for v in bar)
-            kind = f"s{c % _COLOURS}"
-            if low is not None and high is not None:
-                body.append(f'<line class="bar {kind}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
-            body.append(f'<circle class="dot {kind}" cx="{x:.1f}" cy="{mean:.1f}" r="5"/>')
+        body.append(_text("tick", right, y - 4, level[0], "end"))
+
+    group_width = (right - left) / max(1, len(groups))
+    spacing = min(_DOT_SPACING, 0.8 * group_width / len(colors))
+    for group_index, group in enumerate(groups):
+        middle = left + group_width * (group_index + 0.5)
+        body.append(_text("axis", middle, bottom + 20, group))
+        for index, color in enumerate(colors):
+            bar = bars.get((group, color))
+            if bar is not None:
+                x = middle + spacing * (index - (len(colors) - 1) / 2)
+                body.append(_draw_bar(x, bar, scale, f"s{index % _COLORS}"))
+
     items = "".join(
-        f'<span><i class="key k{i % _COLOURS}"></i>{escape(name)}</span>' for i, name in enumerate(colours) if name
+        f'<span><i class="key k{index % _COLORS}"></i>{escape(name)}</span>'
+        for index, name in enumerate(colors)
+        if name
     )
-    return _frame(title, "".join(body), height) + f'<div class="legend">{items}</div>'
+    return _frame(title, "".join(body), _FACTORIAL_HEIGHT) + f'<div class="legend">{items}</div>'
+
+
+def _draw_bar(x: float, bar: MeanBar, scale: _Scale, color: str) -> str:
+    """The dot of a mean, over the line of its interval."""
+    mean, low, high = (scale.to_pixel(value) for value in bar)
+    dot = f'<circle class="dot {color}" cx="{x:.1f}" cy="{mean:.1f}" r="5"/>'
+    if low is None or high is None:
+        return dot
+    return f'<line class="bar {color}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>{dot}'
+
+
+# ---------------------------------------------------------------------------------------------------------- scales
 
 
 @dataclass(frozen=True)
 class _Scale:
+    """A vertical scale from `low` at `bottom` to `high` at `top`; of a logarithm, low and high are exponents of 10."""
+
     low: float
     high: float
     bottom: float
     top: float
     log: bool
-    ticks: list[tuple[float, str]]
+    ticks: Sequence[tuple[float, str]] = ()
+    """(pixel, label)."""
 
-    def at(self, value: float | None) -> float | None:
-        """Pixels from above; None stays None."""
+    def to_pixel(self, value: float | None) -> float | None:
+        """[pixel] From above; None for what has no place on the scale."""
         if value is None or (self.log and value <= 0) or not math.isfinite(value):
             return None
         place = math.log10(value) if self.log else value
         span = self.high - self.low
         return self.bottom + ((place - self.low) / span if span else 0.5) * (self.top - self.bottom)
 
+    def with_ticks(self, labels: Mapping[float, str]) -> _Scale:
+        """This scale with ticks at values."""
+        ticks = [(self.to_pixel(value) or 0.0, label) for value, label in labels.items()]
+        return _Scale(self.low, self.high, self.bottom, self.top, self.log, ticks)
 
-def _scale(axis: Axis, values: Sequence[float | None], height: int) -> _Scale:
-    bottom, top = height - _BOTTOM - (24 if axis.absent else 12), _TOP + 12
+
+def _make_scale(axis: ParallelAxis, values: Sequence[float | None]) -> _Scale:
+    """The scale of an axis of parallel coordinates."""
+    bottom, top = _PARALLEL_HEIGHT - _BOTTOM - (24 if axis.absent else 12), _TOP + 12
     if axis.labels:
-        scale = _Scale(0, len(axis.labels) - 1, bottom, top, False, [])
-        return _Scale(
-            0, len(axis.labels) - 1, bottom, top, False, [(scale.at(i) or 0.0, n) for i, n in enumerate(axis.labels)]
-        )
-    return _numbers([v for v in values if v is not None], axis.log, bottom, top)
+        return _Scale(0, len(axis.labels) - 1, bottom, top, False).with_ticks(dict(enumerate(axis.labels)))
+    return _make_number_scale([value for value in values if value is not None], axis.log, bottom, top)
 
 
-def _numbers(values: Sequence[float], log: bool, bottom: float, top: float) -> _Scale:
+def _make_number_scale(values: Sequence[float], log: bool, bottom: float, top: float) -> _Scale:
     """A scale over all values with round ticks; its ends are round, too, or, of a logarithm, the extreme values."""
-    used = [math.log10(v) if log else v for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.0]
-    low, high = min(used), max(used)
+    usable = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+    places = [math.log10(value) if log else value for value in usable] or [0.0]
+    low, high = min(places), max(places)
     if low == high:
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
+
     if log:
-        marks = _log_marks(10**low, 10**high)
+        ticks = _choose_log_ticks(10**low, 10**high)
     else:
-        rough = (high - low) / 5
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = unit * next(m for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * (1 - 1e-9))
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        marks = [k * step for k in range(first, last + 1)]
-        low, high = marks[0], marks[-1]
-    bare = _Scale(low, high, bottom, top, log, [])
-    return _Scale(low, high, bottom, top, log, [(bare.at(v) or 0.0, f"{v:.3g}") for v in marks])
+        ticks = _choose_ticks(low, high)
+        low, high = ticks[0], ticks[-1]
+    return _Scale(low, high, bottom, top, log).with_ticks({tick: f"{tick:.3g}" for tick in ticks})
 
 
-def _log_marks(low: float, high: float) -> list[float]:
+def _choose_ticks(low: float, high: float) -> list[float]:
+    """About six round values, the first not above `low` and the last not below `high`."""
+    rough_step = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(rough_step))
+    step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough_step * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def _choose_log_ticks(low: float, high: float) -> list[float]:
     """At most seven round values between two, as many as can be; the two themselves where fewer than two are round."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
     for digits in ((1, 2, 5), (1, 3), (1,)):
-        marks = [m * 10.0**k for k in decades for m in digits if low * (1 - 1e-9) <= m * 10.0**k <= high * (1 + 1e-9)]
-        if len(marks) <= 7:
-            return marks if len(marks) > 1 else [low, high]
-    return marks[:: -(-len(marks) // 7)]
+        candidates = [digit * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in candidates if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(ticks) <= _MAX_LOG_TICKS:
+            return ticks if len(ticks) > 1 else [low, high]
+    return ticks[:: -(-len(ticks) // _MAX_LOG_TICKS)]
 
 
-def _unbroken(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
-    """The stretches of a line between missing values."""
-    parts: list[list[tuple[float, float]]] = [[]]
+# ------------------------------------------------------------------------------------------------------------- SVG
+
+
+def _split_at_gaps(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
+    """The stretches of a line between missing values, of two points at least."""
+    parts: list[list[Point]] = [[]]
     for x, y in points:
         if y is None:
             parts.append([])
         else:
             parts[-1].append((x, y))
-    return [p for p in parts if len(p) > 1]
+    return [part for part in parts if len(part) > 1]
 
 
 def _frame(title: str, body: str, height: int) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,91 +15,131 @@ from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.metrics.bootstrap import Interval, crossed_interval
 from hpc_neuro.search.config import SearchConfig
-from hpc_neuro.search.space import SEED, text
+from hpc_neuro.search.space import SEED, format_value
 from hpc_neuro.search.trial import Trial
 
 Setting = tuple[str, str]
 """The value of the first dimension, and those of the others together ("" when there are none)."""
+Metrics = Mapping[str, float]
+NeuronScores = dict[str, Metrics]
+"""Neuron -> metric -> value."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Scores of every setting, seed and held-out neuron."""
 
-    dimensions: tuple[str, str]  # what the two parts of a setting are
+    dimensions: tuple[str, str]
+    """Names of the two parts of a setting."""
     neurons: tuple[str, ...]
-    scores: Mapping[Setting, Mapping[str, Mapping[str, Mapping[str, float]]]]  # setting -> seed -> neuron -> metric
-    baseline: Mapping[str, Mapping[str, float]]  # Otsu's: neuron -> metric; {} when it was not scored
+    scores: Mapping[Setting, Mapping[str, Mapping[str, Metrics]]]
+    """Setting -> seed -> neuron -> metric -> value."""
+    baseline: Mapping[str, Metrics]
+    """Otsu's, neuron -> metric -> value; {} when it was not scored."""
 
-    def values(self, setting: Setting, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric that evaluate wrote."""
+        seeds = next(iter(self.scores.values()))
+        volumes = next(iter(seeds.values()))
+        return list(volumes[self.neurons[0]])
+
+    def collect_values(self, setting: Setting, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """[seeds, neurons] of one metric."""
         seeds = self.scores[setting].values()
-        return np.array([[seed[n][metric] for n in self.neurons] for seed in seeds])
+        return np.array([[volumes[neuron][metric] for neuron in self.neurons] for volumes in seeds])
 
-    def interval(self, setting: Setting, metric: str, draws: int) -> Interval:
+    def compute_interval(self, setting: Setting, metric: str, draws: int) -> Interval:
         """Mean over neurons and seeds with its bootstrap interval."""
-        return crossed_interval(self.values(setting, metric), draws)
+        return crossed_interval(self.collect_values(setting, metric), draws)
 
-    def difference(self, setting: Setting, other: Setting, metric: str, draws: int) -> Interval | None:
-        """Mean of what `setting` scores above `other` on the same seed and neuron; None without a seed that both have.
+    def compute_difference(self, setting: Setting, base: Setting, metric: str, draws: int) -> Interval | None:
+        """Mean of what `setting` scores above `base` on the same seed and neuron; None without a common seed.
 
-        What neurons and seeds have in common drops out, so that it shows less of a difference than `interval` does.
+        What neurons and seeds have in common drops out, so the interval is narrower than that of `compute_interval`.
         """
-        mine, theirs = self.scores[setting], self.scores[other]
-        shared = [seed for seed in mine if seed in theirs]
-        if not shared:
+        scores, base_scores = self.scores[setting], self.scores[base]
+        common_seeds = [seed for seed in scores if seed in base_scores]
+        if not common_seeds:
             return None
-        apart = [[mine[s][n][metric] - theirs[s][n][metric] for n in self.neurons] for s in shared]
-        return crossed_interval(np.array(apart), draws)
 
-    def part(self, index: int) -> list[str]:
+        differences = [
+            [scores[seed][neuron][metric] - base_scores[seed][neuron][metric] for neuron in self.neurons]
+            for seed in common_seeds
+        ]
+        return crossed_interval(np.array(differences), draws)
+
+    def list_parts(self, index: int) -> list[str]:
         """The different values of one part of the settings, in order."""
-        return list(dict.fromkeys(s[index] for s in self.scores))
+        return list(dict.fromkeys(setting[index] for setting in self.scores))
 
 
-def read(cfg: SearchConfig, trials: list[Trial]) -> Comparison | None:
-    """The evaluations of all finished trials; None when there is none.
+def read_comparison(cfg: SearchConfig, trials: Sequence[Trial]) -> Comparison | None:
+    """Read the evaluations of all finished trials; None when there is none.
 
-    Raises InputError when two trials scored different neurons.
+    Raises InputError when two trials scored different neurons, or where the table asks for a metric that is not there.
     """
-    names = [n for n in cfg.space if n != SEED]
-    scores: dict[Setting, dict[str, dict[str, dict[str, float]]]] = {}
-    baseline: dict[str, dict[str, float]] = {}
+    names = [name for name in cfg.space if name != SEED]
+    scores: dict[Setting, dict[str, NeuronScores]] = {}
+    baseline: NeuronScores = {}
     neurons: tuple[str, ...] = ()
+
     for t in trials:
         if t.state != "done":
             continue
-        path = t.folder / "evaluate" / "metrics.json"
-        volumes = files.read_json(path, "remove the trial's folder to run it again")["volumes"]
+        volumes = _read_volumes(t.folder, neurons)
         neurons = neurons or tuple(volumes)
-        if set(volumes) != set(neurons):
-            raise InputError(f"{path} scores {sorted(volumes)}, other trials {sorted(neurons)}; compare on one split")
-        values = [str(t.values[n]) if n in t.values else "\N{EN DASH}" for n in names]
-        setting = (values[0] if values else "all", ", ".join(values[1:]))
-        seeds = scores.setdefault(setting, {})
-        seed = text(t.values.get(SEED, len(seeds)))
-        seeds[seed] = {n: volumes[n]["model"] for n in neurons}
-        baseline = {n: volumes[n]["otsu"] for n in neurons if "otsu" in volumes[n]}
+        seeds = scores.setdefault(_name_setting(t, names), {})
+        # Without a dimension of this name, every trial is a repetition.
+        seed = format_value(t.values.get(SEED, len(seeds)))
+        seeds[seed] = {neuron: volumes[neuron]["model"] for neuron in neurons}
+        baseline = {neuron: volumes[neuron]["otsu"] for neuron in neurons if "otsu" in volumes[neuron]}
+
     if not scores:
         return None
-    lost = [m.key for m in cfg.table if m.key not in next(iter(next(iter(scores.values())).values()))[neurons[0]]]
-    if lost:
-        raise InputError(f"table: evaluate wrote no {lost[0]}; look into a trial's evaluate/metrics.json for the keys")
-    order = sorted(scores, key=lambda s: [list(dict.fromkeys(k[i] for k in scores)).index(s[i]) for i in (0, 1)])
-    first, rest = (names[0] if names else "setting"), ", ".join(names[1:])
-    return Comparison((first, rest), neurons, {s: scores[s] for s in order}, baseline)
+    dimensions = (names[0] if names else "setting", ", ".join(names[1:]))
+    comparison = Comparison(dimensions, neurons, _sort_settings(scores), baseline)
+    missing = [metric.key for metric in cfg.table if metric.key not in comparison.metrics]
+    if missing:
+        raise InputError(
+            f"table: evaluate wrote no {missing[0]}; look into a trial's evaluate/metrics.json for the keys"
+        )
+    return comparison
 
 
-def as_csv(found: Comparison) -> str:
+def _read_volumes(folder: Path, neurons: tuple[str, ...]) -> dict[str, Any]:
+    """Read the scores of a trial by volume. neurons: those of the other trials, () for the first one."""
+    path = folder / "evaluate" / "metrics.json"
+    volumes: dict[str, Any] = files.read_json(path, "remove the trial's folder to run it again")["volumes"]
+    if neurons and set(volumes) != set(neurons):
+        raise InputError(f"{path} scores {sorted(volumes)}, other trials {sorted(neurons)}; compare on one split")
+    return volumes
+
+
+def _name_setting(t: Trial, names: Sequence[str]) -> Setting:
+    """A trial's setting; a dash stands for a dimension that does not apply."""
+    values = [str(t.values[name]) if name in t.values else "\N{EN DASH}" for name in names]
+    return (values[0] if values else "all", ", ".join(values[1:]))
+
+
+def _sort_settings(scores: dict[Setting, dict[str, NeuronScores]]) -> dict[Setting, dict[str, NeuronScores]]:
+    """Settings by the first part, then by the second, each in the order in which its values first occurred."""
+    first, second = (list(dict.fromkeys(setting[i] for setting in scores)) for i in (0, 1))
+    order = sorted(scores, key=lambda setting: (first.index(setting[0]), second.index(setting[1])))
+    return {setting: scores[setting] for setting in order}
+
+
+def format_csv(comparison: Comparison) -> str:
     """One line per setting, seed and neuron, with every metric that evaluate wrote."""
-    metrics = list(next(iter(next(iter(found.scores.values())).values()))[found.neurons[0]])
-    head = [found.dimensions[0], *([found.dimensions[1]] if found.dimensions[1] else []), "seed", "neuron"]
+    metrics, has_second_part = comparison.metrics, bool(comparison.dimensions[1])
+    dimensions = comparison.dimensions if has_second_part else comparison.dimensions[:1]
+
     with io.StringIO(newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow([*head, *metrics])
-        for (a, b), seeds in found.scores.items():
+        writer.writerow([*dimensions, "seed", "neuron", *metrics])
+        for setting, seeds in comparison.scores.items():
+            parts = setting if has_second_part else setting[:1]
             for seed, volumes in seeds.items():
-                for neuron in found.neurons:
-                    first = [a, *([b] if found.dimensions[1] else []), seed, neuron]
-                    writer.writerow([*first, *(volumes[neuron][m] for m in metrics)])
+                for neuron in comparison.neurons:
+                    writer.writerow([*parts, seed, neuron, *(volumes[neuron][metric] for metric in metrics)])
         return out.getvalue()

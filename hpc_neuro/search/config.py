@@ -135,7 +135,7 @@ class SearchConfig:
     """Draws of its bootstrap."""
 
     def __post_init__(self) -> None:
-        faults = spaces.structure_faults(self.space)
+        faults = spaces.find_structure_faults(self.space)
         if self.recipe not in (("train",), RECIPE):
             faults.append(f"recipe {list(self.recipe)} must be [train] or [{', '.join(RECIPE)}]")
         if self.objective.key.startswith("evaluate.") and "evaluate" not in self.recipe:

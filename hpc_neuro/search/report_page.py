@@ -1,84 +1,101 @@
-"""The report of a study: trials, what mattered, the best, and the comparison of settings."""
+"""The report of a study: trials, which values mattered, the best, and the comparison of settings."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.report import charts, html, sweep_charts
 from hpc_neuro.report.html import Cell, Column
-from hpc_neuro.report.sweep_charts import Axis
+from hpc_neuro.report.sweep_charts import ParallelAxis
 from hpc_neuro.search.comparison import Comparison, Setting
 from hpc_neuro.search.config import SearchConfig, TableMetric
-from hpc_neuro.search.space import Integer, Log, Range, options, text
-from hpc_neuro.search.trial import Trial
+from hpc_neuro.search.space import LogDimension, format_value, is_numeric, list_values
+from hpc_neuro.search.trial import ENDED_STATES, Trial
+
+_IMPORTANCE_NOTE = (
+    "Share of the difference between good and other finished trials that each value explains by itself "
+    "(PED-ANOVA, Watanabe et al. 2023). Stopped trials do not count."
+)
+_VALUES_NOTE = (
+    "One line per trial, the better the stronger and the best in bold; stopped and failed ones are thin, end early."
+)
+_MAX_SHADE = 0.98
+"""Shade of the best lines but one; 1 is the best trial's alone."""
 
 
-def build(
+def build_page(
     cfg: SearchConfig,
     trials: Sequence[Trial],
-    winner: Trial | None,
-    weights: Mapping[str, float],
-    found: Comparison | None,
+    best: Trial | None,
+    importances: Mapping[str, float],
+    comparison: Comparison | None,
     code: str,
 ) -> str:
-    """The page as text; self-contained."""
-    sections = [("Result", _result(cfg, trials, winner))]
-    if found is not None:
-        sections.append(("Comparison", _comparison(cfg, found)))
-        if len(found.scores) > 1:
-            sections.append(("Differences", _differences(cfg, found)))
-        sections.append(("Held-out neurons", _neurons(cfg, found)))
-    sections.append(("Values", _parallel(cfg, trials, winner)))
-    if weights:
-        note = (
-            "Share of the difference between good and other finished trials that each value explains by itself "
-            "(PED-ANOVA, Watanabe et al. 2023). Stopped trials do not count."
-        )
-        sections.append(
-            ("Importance", html.paragraph(note, "small") + sweep_charts.shares("Importance for the objective", weights))
-        )
-    sections.append(("Trials", _table(cfg, trials, winner)))
+    """The page as text; self-contained. code: version of the package."""
+    sections = [("Result", _render_result(cfg, trials, best))]
+
+    if comparison is not None:
+        sections.append(("Comparison", _render_comparison(cfg, comparison)))
+        if len(comparison.scores) > 1:
+            sections.append(("Differences", _render_differences(cfg, comparison)))
+        sections.append(("Held-out neurons", _render_neurons(cfg, comparison)))
+
+    sections.append(("Values", _render_values(cfg, trials, best)))
+    if importances:
+        chart = sweep_charts.draw_shares("Importance for the objective", importances)
+        sections.append(("Importance", html.paragraph(_IMPORTANCE_NOTE, "small") + chart))
+    sections.append(("Trials", _render_trials(cfg, trials, best)))
+
     return html.render_page(f"Search {cfg.out.resolve().name}", f"{len(trials)} trials · hpc_neuro {code}", sections)
 
 
-def as_csv(cfg: SearchConfig, trials: Sequence[Trial]) -> str:
+def format_trials_csv(cfg: SearchConfig, trials: Sequence[Trial]) -> str:
     """One line per trial."""
     names = list(cfg.space)
     with io.StringIO(newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["trial", "state", cfg.objective.key, *names, "step", "attempts", "seconds", "jobs", "note"])
         for t in trials:
-            values = [text(t.values[n]) if n in t.values else "" for n in names]
-            jobs = " ".join(a.job or "" for a in t.attempts)
-            value = "" if t.value is None else repr(t.value)
+            values = [format_value(t.values[name]) if name in t.values else "" for name in names]
+            jobs = " ".join(attempt.job or "" for attempt in t.attempts)
+            objective = "" if t.value is None else repr(t.value)
             writer.writerow(
-                [t.number, t.state, value, *values, t.step, len(t.attempts), round(t.seconds, 1), jobs, t.note]
+                [t.number, t.state, objective, *values, t.step, len(t.attempts), round(t.seconds, 1), jobs, t.note]
             )
         return out.getvalue()
 
 
-def _result(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) -> str:
-    counts = {s: sum(t.state == s for t in trials) for s in ("done", "pruned", "failed")}
-    open_ = len(trials) - sum(counts.values())
-    words = [f"{n} {s}" for s, n in counts.items() if n] + ([f"{open_} not ended yet"] if open_ else [])
-    again = sum(max(0, len(t.attempts) - 1) for t in trials)
-    lines = [f"{len(trials)} trials: {', '.join(words)}; {again} restarts."]
-    if winner is None:
-        return html.paragraph(lines[0]) + html.paragraph("No trial has finished.", "notice")
-    values = ", ".join(f"{k} = {_short(v)}" for k, v in winner.values.items())
-    lines.append(f"Best: trial {winner.number}, {cfg.objective.key} {winner.value:.4g}, with {values}.")
-    lines.append("best.yaml, beside this page, trains it again: hpc-neuro train best.yaml")
-    best = _best_so_far(cfg, trials)
-    curve = charts.draw_lines("Best value after each finished trial", [best], "finished trials", cfg.objective.key)
-    return "".join(html.paragraph(line) for line in lines) + html.row([curve, ""])
+# --------------------------------------------------------------------------------------------------------- trials
 
 
-def _short(value: object) -> str:
+def _render_result(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | None) -> str:
+    counts = {state: sum(t.state == state for t in trials) for state in ENDED_STATES}
+    not_ended = len(trials) - sum(counts.values())
+    parts = [f"{count} {state}" for state, count in counts.items() if count]
+    parts += [f"{not_ended} not ended yet"] if not_ended else []
+    restarts = sum(max(0, len(t.attempts) - 1) for t in trials)
+    summary = f"{len(trials)} trials: {', '.join(parts)}; {restarts} restarts."
+    if best is None:
+        return html.paragraph(summary) + html.paragraph("No trial has finished.", "notice")
+
+    values = ", ".join(f"{name} = {_format_short(value)}" for name, value in best.values.items())
+    lines = [
+        summary,
+        f"Best: trial {best.number}, {cfg.objective.key} {best.value:.4g}, with {values}.",
+        "best.yaml, beside this page, trains it again: hpc-neuro train best.yaml",
+    ]
+    curve = charts.draw_lines(
+        "Best value after each finished trial", [_best_so_far(cfg, trials)], "finished trials", cfg.objective.key
+    )
+    return "".join(map(html.paragraph, lines)) + html.row([curve, ""])
+
+
+def _format_short(value: object) -> str:
     """A value for people; best.yaml and trials.csv have all digits."""
-    return f"{value:.4g}" if isinstance(value, float) else text(value)
+    return f"{value:.4g}" if isinstance(value, float) else format_value(value)
 
 
 def _best_so_far(cfg: SearchConfig, trials: Sequence[Trial]) -> charts.Series:
@@ -90,149 +107,208 @@ def _best_so_far(cfg: SearchConfig, trials: Sequence[Trial]) -> charts.Series:
     return charts.Series(cfg.objective.key, [float(i + 1) for i in range(len(values))], values)
 
 
-def _parallel(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) -> str:
-    axes, columns = [], []
+def _render_values(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | None) -> str:
+    """Parallel coordinates of the values of all trials."""
+    axes: list[ParallelAxis] = []
+    columns: list[list[float | None]] = []
+
     for name, dimension in cfg.space.items():
-        if isinstance(dimension, (Range, Log, Integer)):
-            axes.append(Axis(name, log=isinstance(dimension, Log), absent=bool(dimension.when)))
+        is_conditional = bool(dimension.when)
+        if is_numeric(dimension):
+            axes.append(ParallelAxis(name, log=isinstance(dimension, LogDimension), absent=is_conditional))
             columns.append([None if name not in t.values else float(t.values[name]) for t in trials])
         else:
-            labels = [text(v) for v in options(dimension) or []]
-            axes.append(Axis(name, labels=labels, absent=bool(dimension.when)))
-            columns.append([None if name not in t.values else labels.index(text(t.values[name])) for t in trials])
-    axes.append(Axis(cfg.objective.key))
+            labels = [format_value(value) for value in list_values(dimension) or []]
+            axes.append(ParallelAxis(name, labels=labels, absent=is_conditional))
+            columns.append(
+                [None if name not in t.values else labels.index(format_value(t.values[name])) for t in trials]
+            )
+
+    axes.append(ParallelAxis(cfg.objective.key))
     columns.append([t.value for t in trials])
-    done = sorted((float(t.value) for t in trials if t.value is not None), reverse=cfg.objective.goal == "minimize")
-    shade: list[float | None] = []
-    for t in trials:
-        rank = None if t.value is None else done.index(t.value) / max(1, len(done) - 1)
-        shade.append(1.0 if t is winner else None if rank is None else min(rank, 0.98))
-    note = (
-        "One line per trial, the better the stronger and the best in bold; stopped and failed ones are thin, end early."
-    )
     rows = [list(row) for row in zip(*columns, strict=True)]
-    return html.paragraph(note, "small") + sweep_charts.parallel("Values and what they led to", axes, rows, shade)
+    shades = _rank_shades(cfg, trials, best)
+    chart = sweep_charts.draw_parallel_coordinates("Values and what they led to", axes, rows, shades)
+    return html.paragraph(_VALUES_NOTE, "small") + chart
 
 
-def _table(cfg: SearchConfig, trials: Sequence[Trial], winner: Trial | None) -> str:
-    columns = [Column("Trial"), Column("State", numeric=False), Column(cfg.objective.key)]
-    columns += [Column(n, numeric=isinstance(d, (Range, Log, Integer))) for n, d in cfg.space.items()]
-    columns += [Column("Steps"), Column("Attempts"), Column("Time [s]", "all attempts, the wait in the queue included")]
-    columns.append(Column("Note", numeric=False))
+def _rank_shades(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | None) -> list[float | None]:
+    """Shade of each trial's line by its rank: 0 for the worst, 1 for the best, None without a value."""
+    is_minimized = cfg.objective.goal == "minimize"
+    values = sorted((float(t.value) for t in trials if t.value is not None), reverse=is_minimized)
+    shades: list[float | None] = []
+    for t in trials:
+        if t is best:
+            shades.append(1.0)
+        elif t.value is None:
+            shades.append(None)
+        else:
+            shades.append(min(values.index(t.value) / max(1, len(values) - 1), _MAX_SHADE))
+    return shades
+
+
+def _render_trials(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | None) -> str:
+    """A table with a row per trial."""
+    columns = [
+        Column("Trial"),
+        Column("State", numeric=False),
+        Column(cfg.objective.key),
+        *(Column(name, numeric=is_numeric(dimension)) for name, dimension in cfg.space.items()),
+        Column("Steps"),
+        Column("Attempts"),
+        Column("Time [s]", "all attempts, the wait in the queue included"),
+        Column("Note", numeric=False),
+    ]
     rows = []
     for t in trials:
-        value = "" if t.value is None else f"{t.value:.4g}"
-        cells = [Cell(str(t.number), t.number), Cell(t.state), Cell(value, t.value, best=t is winner)]
-        for name in cfg.space:
-            held = t.values.get(name)
-            number = float(held) if isinstance(held, (int, float)) and not isinstance(held, bool) else None
-            shown = "" if name not in t.values else _short(held)
-            cells.append(Cell(shown, number))
-        seconds = round(t.seconds)
-        cells += [Cell(str(t.step), t.step), Cell(str(len(t.attempts)), len(t.attempts)), Cell(str(seconds), seconds)]
-        rows.append([*cells, Cell(t.note)])
+        objective = "" if t.value is None else f"{t.value:.4g}"
+        rows.append(
+            [
+                Cell(str(t.number), t.number),
+                Cell(t.state),
+                Cell(objective, t.value, best=t is best),
+                *(_value_cell(t, name) for name in cfg.space),
+                *(Cell(str(count), count) for count in (t.step, len(t.attempts), round(t.seconds))),
+                Cell(t.note),
+            ]
+        )
     return html.table(columns, rows)
 
 
-def _comparison(cfg: SearchConfig, found: Comparison) -> str:
-    seeds = sorted({len(s) for s in found.scores.values()})
-    repeats = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    n = len(found.neurons)
-    note = f"Means over {n} held-out neuron{'s' if n > 1 else ''} and {repeats} seed{'s' if seeds != [1] else ''}; "
-    if n > 1:
+def _value_cell(t: Trial, name: str) -> Cell:
+    """The value of one dimension; empty where it does not apply."""
+    if name not in t.values:
+        return Cell("")
+    value = t.values[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return Cell(_format_short(value), float(value) if is_number else None)
+
+
+# ------------------------------------------------------------------------------------------ comparison of settings
+
+
+def _render_comparison(cfg: SearchConfig, comparison: Comparison) -> str:
+    """The mean scores of every setting with their intervals, as a table and as charts."""
+    columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in cfg.table), Column("Seeds")]
+    means = {m.key: {s: comparison.compute_interval(s, m.key, cfg.draws) for s in comparison.scores} for m in cfg.table}
+
+    rows = []
+    for setting, seeds in comparison.scores.items():
+        cells = [_mean_cell(m, means[m.key][setting], _best_mean(m, means[m.key].values())) for m in cfg.table]
+        rows.append([*_setting_cells(comparison, setting), *cells, Cell(str(len(seeds)), len(seeds))])
+    if comparison.baseline:
+        blanks = [Cell("") for _ in _setting_columns(comparison)[1:]]
+        cells = [_number_cell(_baseline_mean(comparison, m), m) for m in cfg.table]
+        rows.append([Cell("Otsu"), *blanks, *cells, Cell("")])
+
+    note = html.paragraph(_describe_means(cfg, comparison), "small")
+    figures = "".join(_draw_metric(comparison, m, means[m.key]) for m in cfg.table)
+    return note + html.table(columns, rows) + figures
+
+
+def _describe_means(cfg: SearchConfig, comparison: Comparison) -> str:
+    """What the table of means shows."""
+    counts = sorted({len(seeds) for seeds in comparison.scores.values()})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    neurons = len(comparison.neurons)
+    note = f"Means over {neurons} held-out neuron{'s' if neurons > 1 else ''} and "
+    note += f"{seeds} seed{'s' if counts != [1] else ''}; "
+    if neurons > 1:
         note += f"in small type the 95 % bootstrap interval over both ({cfg.draws:,} draws). "
     else:
         note += "of one neuron no interval can be given. "
-    note += "The best mean of a column is bold."
-    columns = [*_heads(found), *(Column(_titled(m)) for m in cfg.table), Column("Seeds")]
-    means = {m.key: {s: found.interval(s, m.key, cfg.draws) for s in found.scores} for m in cfg.table}
-    rows = []
-    for setting, per_seed in found.scores.items():
-        cells = _parts(found, setting)
-        for m in cfg.table:
-            at = means[m.key][setting]
-            every = {i.mean for i in means[m.key].values()}
-            best = None if len(every) < 2 else (max if m.goal == "maximize" else min)(every)
-            small = (
-                ""
-                if at.low is None
-                else f"{html.format_number(at.low, m.digits)} … {html.format_number(at.high, m.digits)}"
-            )
-            cells.append(Cell(html.format_number(at.mean, m.digits), at.mean, at.mean == best, small))
-        rows.append([*cells, Cell(str(len(per_seed)), len(per_seed))])
-    if found.baseline:
-        rows.append(
-            [
-                Cell("Otsu"),
-                *(Cell("") for _ in _heads(found)[1:]),
-                *(Cell(html.format_number(_baseline(found, m), m.digits), _baseline(found, m)) for m in cfg.table),
-                Cell(""),
-            ]
-        )
-    figures = "".join(_figure(found, m, {s: means[m.key][s] for s in found.scores}) for m in cfg.table)
-    return html.paragraph(note, "small") + html.table(columns, rows) + figures
+    return note + "The best mean of a column is bold."
 
 
-def _differences(cfg: SearchConfig, found: Comparison) -> str:
+def _best_mean(metric: TableMetric, intervals: Iterable[Interval]) -> float | None:
+    """The best mean of a column; None where all are equal."""
+    means = {interval.mean for interval in intervals}
+    if len(means) < 2:
+        return None
+    return max(means) if metric.goal == "maximize" else min(means)
+
+
+def _mean_cell(metric: TableMetric, interval: Interval, best: float | None) -> Cell:
+    """A mean, and below it its interval."""
+    note = "" if interval.low is None else _format_range(interval.low, interval.high, metric)
+    text = html.format_number(interval.mean, metric.digits)
+    return Cell(text, interval.mean, interval.mean == best, note)
+
+
+def _number_cell(value: float, metric: TableMetric, note: str = "") -> Cell:
+    return Cell(html.format_number(value, metric.digits), value, note=note)
+
+
+def _format_range(low: float | None, high: float | None, metric: TableMetric) -> str:
+    return f"{html.format_number(low, metric.digits)} … {html.format_number(high, metric.digits)}"
+
+
+def _render_differences(cfg: SearchConfig, comparison: Comparison) -> str:
     """Every setting against the first one, paired by neuron and seed."""
-    base, *others = found.scores
-    name = ", ".join(part for part in base if part)
+    base, *others = comparison.scores
+    base_name = ", ".join(part for part in base if part)
     note = (
-        f"What a setting scores above {name} on the same neuron with the same seed, and in small type the 95 % "
+        f"What a setting scores above {base_name} on the same neuron with the same seed, and in small type the 95 % "
         f"bootstrap interval over both ({cfg.draws:,} draws). An interval that holds 0 shows no difference (others are "
         f"bold); of {len(others)} settings about one in twenty leaves it out by chance."
     )
-    columns = [*_heads(found), *(Column(_titled(m)) for m in cfg.table)]
+    columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in cfg.table)]
     rows = []
     for setting in others:
-        cells = _parts(found, setting)
-        for m in cfg.table:
-            at = found.difference(setting, base, m.key, cfg.draws)
-            if at is None:
-                cells.append(Cell(""))
-                continue
-            small = "" if at.low is None else f"{at.low:+.{m.digits}f} … {at.high:+.{m.digits}f}"
-            clear = at.low is not None and at.high is not None and at.low * at.high > 0
-            cells.append(Cell(f"{at.mean:+.{m.digits}f}", at.mean, clear, small))
-        rows.append(cells)
+        intervals = [comparison.compute_difference(setting, base, m.key, cfg.draws) for m in cfg.table]
+        cells = [_difference_cell(m, interval) for m, interval in zip(cfg.table, intervals, strict=True)]
+        rows.append([*_setting_cells(comparison, setting), *cells])
     return html.paragraph(note, "small") + html.table(columns, rows)
 
 
-def _heads(found: Comparison) -> list[Column]:
-    """Columns of what a setting is."""
-    return [Column(name, numeric=False) for name in found.dimensions if name]
+def _difference_cell(metric: TableMetric, interval: Interval | None) -> Cell:
+    """A difference, bold where its interval does not hold 0; empty without a common seed."""
+    if interval is None:
+        return Cell("")
+    text = f"{interval.mean:+.{metric.digits}f}"
+    if interval.low is None or interval.high is None:
+        return Cell(text, interval.mean)
+    note = f"{interval.low:+.{metric.digits}f} … {interval.high:+.{metric.digits}f}"
+    return Cell(text, interval.mean, interval.low * interval.high > 0, note)
 
 
-def _parts(found: Comparison, setting: Setting) -> list[Cell]:
-    """The cells below them."""
-    return [Cell(part) for part, name in zip(setting, found.dimensions, strict=True) if name]
-
-
-def _figure(found: Comparison, metric: TableMetric, means: Mapping[Setting, Interval]) -> str:
-    cells = {s: (i.mean, i.low, i.high) for s, i in means.items()}
-    line = ("Otsu", _baseline(found, metric)) if found.baseline else None
-    return sweep_charts.factorial(_titled(metric), found.part(0), found.part(1), cells, line)
-
-
-def _neurons(cfg: SearchConfig, found: Comparison) -> str:
-    columns = [Column("Neuron", numeric=False), *_heads(found)]
-    columns += [Column(_titled(m), "mean over seeds; below it the lowest and highest seed") for m in cfg.table]
+def _render_neurons(cfg: SearchConfig, comparison: Comparison) -> str:
+    """The scores of every neuron and setting, mean and range over seeds."""
+    columns = [Column("Neuron", numeric=False), *_setting_columns(comparison)]
+    columns += [Column(_metric_title(m), "mean over seeds; below it the lowest and highest seed") for m in cfg.table]
     rows = []
-    for i, neuron in enumerate(found.neurons):
-        for setting in found.scores:
-            cells = [Cell(neuron), *_parts(found, setting)]
+    for index, neuron in enumerate(comparison.neurons):
+        for setting in comparison.scores:
+            cells = [Cell(neuron), *_setting_cells(comparison, setting)]
             for m in cfg.table:
-                values = found.values(setting, m.key)[:, i]
-                small = f"{html.format_number(values.min(), m.digits)} … {html.format_number(values.max(), m.digits)}"
-                mean = float(values.mean())
-                cells.append(Cell(html.format_number(mean, m.digits), mean, note=small if len(values) > 1 else ""))
+                values = comparison.collect_values(setting, m.key)[:, index]
+                note = _format_range(values.min(), values.max(), m) if len(values) > 1 else ""
+                cells.append(_number_cell(float(values.mean()), m, note))
             rows.append(cells)
     return html.table(columns, rows)
 
 
-def _baseline(found: Comparison, metric: TableMetric) -> float:
-    return sum(s[metric.key] for s in found.baseline.values()) / len(found.baseline)
+def _setting_columns(comparison: Comparison) -> list[Column]:
+    """Columns of the parts of a setting."""
+    return [Column(name, numeric=False) for name in comparison.dimensions if name]
 
 
-def _titled(metric: TableMetric) -> str:
+def _setting_cells(comparison: Comparison, setting: Setting) -> list[Cell]:
+    """Cells of the parts of a setting."""
+    return [Cell(part) for part, name in zip(setting, comparison.dimensions, strict=True) if name]
+
+
+def _draw_metric(comparison: Comparison, metric: TableMetric, means: Mapping[Setting, Interval]) -> str:
+    bars = {setting: (interval.mean, interval.low, interval.high) for setting, interval in means.items()}
+    level = ("Otsu", _baseline_mean(comparison, metric)) if comparison.baseline else None
+    groups, colours = comparison.list_parts(0), comparison.list_parts(1)
+    return sweep_charts.draw_factorial(_metric_title(metric), groups, colours, bars, level)
+
+
+def _baseline_mean(comparison: Comparison, metric: TableMetric) -> float:
+    return sum(scores[metric.key] for scores in comparison.baseline.values()) / len(comparison.baseline)
+
+
+def _metric_title(metric: TableMetric) -> str:
+    """Heading with an arrow to the better direction."""
     return f"{metric.title} {'↑' if metric.goal == 'maximize' else '↓'}"

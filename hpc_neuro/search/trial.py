@@ -13,45 +13,58 @@ from hpc_neuro.core import files
 from hpc_neuro.search.config import Objective
 from hpc_neuro.search.space import Point
 
-RECORD = "trial.json"
-METRICS = Path("train") / "metrics.jsonl"
+RECORD_FILE = "trial.json"
+"""Record of a trial, in its folder."""
+METRICS_FILE = Path("train") / "metrics.jsonl"
+"""Metrics of a trial's training, in its folder."""
 State = Literal["waiting", "running", "stopping", "done", "pruned", "failed"]
-FINAL: tuple[State, ...] = ("done", "pruned", "failed")
+ENDED_STATES: tuple[State, ...] = ("done", "pruned", "failed")
+"""States of trials that are over."""
+MetricRow = dict[str, Any]
+"""One line of metrics.jsonl."""
 
 
 @dataclass
 class Attempt:
     """One job of a trial."""
 
-    job: str | None = None  # None: about to be submitted
-    submitted: float = 0.0  # s since the epoch
+    job: str | None = None
+    """Id of the job; None: about to be submitted."""
+    submitted: float = 0.0
+    """[s] Since the epoch."""
     ended: float | None = None
+    """[s] Since the epoch; None: not yet."""
     reason: str = ""
+    """Why the job ended."""
 
 
 @dataclass
 class Trial:
-    """What is known of a trial; `save` puts it into its folder."""
+    """The state of a trial; `save` writes it into its folder."""
 
     number: int
     values: Point
     folder: Path
     state: State = "waiting"
     attempts: list[Attempt] = field(default_factory=list)
-    rungs: dict[int, float] = field(default_factory=dict)  # step of the rung -> value when it was reached
+    rungs: dict[int, float] = field(default_factory=dict)
+    """Step of a rung -> value when it was reached."""
     value: float | None = None
-    step: int = 0  # the last in metrics.jsonl
+    """Of the objective."""
+    step: int = 0
+    """The last one in metrics.jsonl."""
     note: str = ""
+    """Why it failed or was pruned."""
 
     @property
     def job(self) -> str | None:
-        """The job at work, None when there is none."""
+        """The job that is queued or running, None when there is none."""
         last = self.attempts[-1] if self.attempts else None
         return last.job if last is not None and last.ended is None else None
 
     @property
-    def attempt(self) -> str:
-        """The name of the present attempt's files in the folder."""
+    def attempt_name(self) -> str:
+        """Name of the files of the present attempt, in the folder."""
         return f"attempt_{len(self.attempts)}"
 
     @property
@@ -61,64 +74,72 @@ class Trial:
 
     def save(self) -> None:
         """Write the record."""
-        record = {k: v for k, v in dataclasses.asdict(self).items() if k != "folder"}
-        files.write_json(self.folder / RECORD, record)
+        record = {name: value for name, value in dataclasses.asdict(self).items() if name != "folder"}
+        files.write_json(self.folder / RECORD_FILE, record)
 
 
-def folder_of(out: Path, number: int) -> Path:
+def trial_folder(out: Path, number: int) -> Path:
     """OUT/trials/0007."""
     return out / "trials" / f"{number:04d}"
 
 
-def load_all(out: Path) -> list[Trial]:
-    """The trials of a study, by number."""
-    found = [_load(path.parent) for path in (out / "trials").glob(f"*/{RECORD}")]
-    return sorted(found, key=lambda t: t.number)
+def load_trials(out: Path) -> list[Trial]:
+    """Load the trials of a study, by number."""
+    trials = [_load_trial(path.parent) for path in (out / "trials").glob(f"*/{RECORD_FILE}")]
+    return sorted(trials, key=lambda trial: trial.number)
 
 
-def _load(folder: Path) -> Trial:
-    record = files.read_json(folder / RECORD, f"remove {folder}; the study then makes this trial again")
-    record["attempts"] = [Attempt(**a) for a in record["attempts"]]
-    record["rungs"] = {int(k): v for k, v in record["rungs"].items()}
+def _load_trial(folder: Path) -> Trial:
+    record = files.read_json(folder / RECORD_FILE, f"remove {folder}; the study then makes this trial again")
+    record["attempts"] = [Attempt(**attempt) for attempt in record["attempts"]]
+    # The keys of a JSON object are texts.
+    record["rungs"] = {int(step): value for step, value in record["rungs"].items()}
     return Trial(folder=folder, **record)
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl; none where it is not there yet. A torn last line is still being written."""
+def read_metric_rows(path: Path) -> list[MetricRow]:
+    """Read the whole rows of a metrics.jsonl; [] while it does not exist."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
-    found = []
+
+    rows = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
+            # The last line is still being written, or a kill has torn it.
             continue
-    return [r for r in found if isinstance(r, dict) and isinstance(r.get("step"), int)]
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
-def series(table: list[dict[str, Any]], key: str) -> Iterator[tuple[int, float]]:
-    """(step, value) of `val.dice` in step order; null, which stands for not finite, is left out."""
+def iterate_values(rows: list[MetricRow], key: str) -> Iterator[tuple[int, float]]:
+    """Yield (step, value) of a key such as `val.dice`, in step order; null stands for not finite and is left out."""
     kind, _, name = key.partition(".")
-    for row in table:
+    for row in rows:
         if row.get("kind") == kind and isinstance(row.get(name), (int, float)):
             yield row["step"], float(row[name])
 
 
-def at_rung(table: list[dict[str, Any]], key: str, rung: int) -> float | None:
-    """The first value at or after a step, None when that is still to come."""
-    return next((v for step, v in series(table, key) if step >= rung), None)
+def find_value_at(rows: list[MetricRow], key: str, step: int) -> float | None:
+    """The first value at or after a step, None before there is one."""
+    return next((value for at, value in iterate_values(rows, key) if at >= step), None)
 
 
-def outcome(folder: Path, objective: Objective) -> float | None:
-    """What a finished trial is worth; None when it left no such number."""
+def read_objective(folder: Path, objective: Objective) -> float | None:
+    """Read the value of a finished trial; None when it left no such number."""
     source, _, name = objective.key.partition(".")
     if source == "evaluate":
-        path = folder / "evaluate" / "metrics.json"
-        found = files.read_json(path, "remove the trial's folder to run it again")["mean"]["model"].get(name)
-        return None if found is None else float(found)
-    values = [v for step, v in series(rows(folder / METRICS), objective.key) if step > 0]
+        metrics = files.read_json(folder / "evaluate" / "metrics.json", "remove the trial's folder to run it again")
+        mean = metrics["mean"]["model"].get(name)
+        return None if mean is None else float(mean)
+
+    rows = read_metric_rows(folder / METRICS_FILE)
+    # Step 0 is the untrained student.
+    values = [value for step, value in iterate_values(rows, objective.key) if step > 0]
     if not values:
         return None
     if objective.take == "last":

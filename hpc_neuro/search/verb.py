@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import yaml
 
 from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.search import comparison, report_page, trial
 from hpc_neuro.search.config import MAY_CHANGE, SearchConfig
-from hpc_neuro.search.space import SEED, grid, options
-from hpc_neuro.search.study import JOURNAL, importances
+from hpc_neuro.search.space import SEED, list_grid_points, list_values
+from hpc_neuro.search.study import JOURNAL_FILE, compute_importances
 from hpc_neuro.search.trial import Trial
 
 log = logging.getLogger(__name__)
@@ -21,13 +23,15 @@ def forecast(cfg: SearchConfig) -> list[str]:
     """What will be tried, in lines. Raises ConfigError."""
     lines = []
     for name, dimension in cfg.space.items():
-        values = options(dimension)
+        values = list_values(dimension)
         text = f"{len(values)} values" if values is not None else "a range"
         lines.append(f"{name}: {text}" + (f", where {dimension.when}" if dimension.when else ""))
-    count = min(len(grid(cfg.space)), cfg.trials or 10**9) if cfg.sampler.kind == "grid" else cfg.trials
-    how = f"early stopping from step {cfg.asha.first}" if cfg.asha else "no early stopping"
+
+    is_grid = cfg.sampler.kind == "grid"
+    count = min(len(list_grid_points(cfg.space)), cfg.trials or 10**9) if is_grid else cfg.trials
+    stopping = f"early stopping from step {cfg.asha.first}" if cfg.asha else "no early stopping"
     lines.append(
-        f"{count} trials of {' + '.join(cfg.recipe)} by {cfg.sampler.kind}, {cfg.concurrent} at a time, {how}; "
+        f"{count} trials of {' + '.join(cfg.recipe)} by {cfg.sampler.kind}, {cfg.concurrent} at a time, {stopping}; "
         f"{cfg.objective.goal} {cfg.objective.key}"
     )
     return lines
@@ -35,52 +39,54 @@ def forecast(cfg: SearchConfig) -> list[str]:
 
 def run(cfg: SearchConfig) -> int:
     """Write report.html, trials.csv, best.yaml and, where neurons were scored, comparison.csv. 3: some failed."""
-    trials = trial.load_all(cfg.out)
+    trials = trial.load_trials(cfg.out)
     if not trials:
         raise InputError(
             f"{cfg.out} holds no trials yet; start them with `python -m launch sweep CONFIG --on local|slurm`"
         )
-    _check_same(cfg)
-    names = [n for n in cfg.space if n != SEED]
-    weights = importances(cfg.out, names) if (cfg.out / JOURNAL).exists() else {}
-    found = comparison.read(cfg, trials) if "evaluate" in cfg.recipe else None
-    winner = best(cfg, trials)
-    if winner is not None:
-        _write_best(cfg, winner)
-    if found is not None:
-        files.write_text(cfg.out / "comparison.csv", comparison.as_csv(found))
-    files.write_text(cfg.out / "trials.csv", report_page.as_csv(cfg, trials))
-    files.write_text(
-        cfg.out / "report.html", report_page.build(cfg, trials, winner, weights, found, run_folder.code_version())
-    )
-    counts = ", ".join(f"{sum(t.state == s for t in trials)} {s}" for s in trial.FINAL)
+    _require_same_study(cfg)
+
+    names = [name for name in cfg.space if name != SEED]
+    importances = compute_importances(cfg.out, names) if (cfg.out / JOURNAL_FILE).exists() else {}
+    settings = comparison.read_comparison(cfg, trials) if "evaluate" in cfg.recipe else None
+    best = find_best_trial(cfg, trials)
+
+    if best is not None:
+        _write_best_config(cfg, best)
+    if settings is not None:
+        files.write_text(cfg.out / "comparison.csv", comparison.format_csv(settings))
+    files.write_text(cfg.out / "trials.csv", report_page.format_trials_csv(cfg, trials))
+    page = report_page.build_page(cfg, trials, best, importances, settings, run_folder.code_version())
+    files.write_text(cfg.out / "report.html", page)
+
+    counts = ", ".join(f"{sum(t.state == state for t in trials)} {state}" for state in trial.ENDED_STATES)
     log.info("search: %d trials: %s; report: %s", len(trials), counts, cfg.out / "report.html")
-    if winner is not None:
-        log.info("search: best is trial %d, %s %.4g: %s", winner.number, cfg.objective.key, winner.value, winner.values)
-    return 3 if any(t.state == "failed" for t in trials) else 0
+    if best is not None:
+        log.info("search: best is trial %d, %s %.4g: %s", best.number, cfg.objective.key, best.value, best.values)
+    return EXIT_FAILURES if any(t.state == "failed" for t in trials) else EXIT_DONE
 
 
-def _check_same(cfg: SearchConfig) -> None:
-    """Raises ConfigError where the trials were made for another space or judged by another objective."""
-    ran = files.read_json(cfg.out / "run.json", "start the sweep again with `python -m launch sweep`")["config"]
-    asked = {key: value for key, value in schema.to_plain(cfg).items() if key != "out"}
-    if other := run_folder.differences(asked, ran, MAY_CHANGE):
-        raise ConfigError(
-            f"the trials in {cfg.out} are of another config; give theirs. Different:\n  " + "\n  ".join(other)
-        )
-
-
-def best(cfg: SearchConfig, trials: list[Trial]) -> Trial | None:
+def find_best_trial(cfg: SearchConfig, trials: Sequence[Trial]) -> Trial | None:
     """The finished trial of the best value, the first of equals; None when none has finished."""
     done = [t for t in trials if t.state == "done" and t.value is not None]
     sign = -1 if cfg.objective.goal == "maximize" else 1
     return min(done, key=lambda t: (sign * float(t.value or 0.0), t.number), default=None)
 
 
-def _write_best(cfg: SearchConfig, winner: Trial) -> None:
-    """The winner's train config, which trains as it is into a folder of its own."""
-    tree = yaml.safe_load((winner.folder / "train.yaml").read_text(encoding="utf-8"))
+def _require_same_study(cfg: SearchConfig) -> None:
+    """Raise ConfigError where the trials were made for another space or judged by another objective."""
+    record = files.read_json(cfg.out / "run.json", "start the sweep again with `python -m launch sweep`")["config"]
+    config = {key: value for key, value in schema.to_plain(cfg).items() if key != "out"}
+    if differences := run_folder.differences(config, record, MAY_CHANGE):
+        raise ConfigError(
+            f"the trials in {cfg.out} are of another config; give theirs. Different:\n  " + "\n  ".join(differences)
+        )
+
+
+def _write_best_config(cfg: SearchConfig, best: Trial) -> None:
+    """Write the train config of the best trial, which trains as it is into a folder of its own."""
+    tree = yaml.safe_load((best.folder / "train.yaml").read_text(encoding="utf-8"))
     tree["out"] = str(cfg.out.absolute() / "best")
-    text = f"# Trial {winner.number} of {cfg.out}: {cfg.objective.key} {winner.value!r}\n"
+    text = f"# Trial {best.number} of {cfg.out}: {cfg.objective.key} {best.value!r}\n"
     text += "# hpc-neuro train best.yaml\n" + yaml.safe_dump(tree, sort_keys=False, width=120)
     files.write_text(cfg.out / "best.yaml", text)

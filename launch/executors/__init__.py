@@ -1,10 +1,10 @@
-"""Where the jobs of a sweep run: one small interface, one file per place.
+"""Where the jobs of a sweep run: one small interface, one file per kind of place.
 
-Each job is a command in a folder, wrapped by a few lines of shell that leave, beside its log, the command's exit code:
+Each job is a command in a folder, wrapped by a few lines of shell that leave the command's exit code beside its log:
 
-    FOLDER/NAME.log    NAME.exit (whole or absent)    NAME.job (who runs it)
+    FOLDER/NAME.log    NAME.exit (whole or absent)    NAME.job (its id)
 
-so that a driver that was not there when the job ended learns how it ended, without accounting.
+so that a driver that was not running when the job ended learns how it ended, without accounting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class JobState:
     """Where a job stands."""
 
     kind: Literal["queued", "running", "ended"]
-    code: int | None = KILLED  # of one that ended: its exit code, above 128 for a signal
+    code: int | None = KILLED
+    """Exit code of a job that ended, above 128 for a signal."""
 
 
 class Executor(Protocol):
@@ -33,21 +34,21 @@ class Executor(Protocol):
         """Start `command` as a job whose files are FOLDER/NAME.*; its id. Raises InputError when it is refused."""
 
     def find(self, folder: Path, name: str) -> str | None:
-        """The id of a job that was submitted for FOLDER/NAME though its submitter died before noting it, else None."""
+        """Find the job that was submitted for FOLDER/NAME though its submitter died before noting it."""
 
     def poll(self, jobs: Mapping[str, Path]) -> dict[str, JobState]:
-        """The state of every job of `jobs` (id -> FOLDER/NAME), in one call. Raises InputError when nobody answers."""
+        """State of every job of `jobs` (id -> FOLDER/NAME), in one call. Raises InputError without an answer."""
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        """Ask jobs to end; those that already did are passed over."""
+        """Ask jobs to end; those that have ended are passed over."""
 
 
-def exit_code(base: Path) -> int | None:
-    """What FOLDER/NAME.exit says, None while it is not there."""
-    path = beside(base, "exit")
+def read_exit_code(base: Path) -> int | None:
+    """Read FOLDER/NAME.exit; None while it does not exist."""
+    path = job_file(base, "exit")
     return int(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def beside(base: Path, ending: str) -> Path:
-    """FOLDER/NAME.ending."""
-    return base.with_name(f"{base.name}.{ending}")
+def job_file(base: Path, suffix: str) -> Path:
+    """FOLDER/NAME.suffix."""
+    return base.with_name(f"{base.name}.{suffix}")

@@ -8,32 +8,34 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
-from launch.executors import KILLED, JobState, beside, exit_code
+from launch import slurm
+from launch.executors import KILLED, JobState, job_file, read_exit_code
 
-# The shell stays to the end of the command and passes over the signals that the whole group is sent.
+# The shell stays to the end of the command, and ignores the signals that are sent to the whole group.
 _SHELL = (
     'trap : TERM INT USR1 USR2; echo $$ > "$0.job.part" && mv "$0.job.part" "$0.job"; '
     '"$@" >> "$0.log" 2>&1; code=$?; echo $code > "$0.exit.part" && mv "$0.exit.part" "$0.exit"'
 )
+_BEGIN_SECONDS = 10.0
+"""[s] How long cancelling waits for a shell to begin its command."""
 
 
-class Local:
-    """Each job in a session of its own."""
+class LocalExecutor:
+    """Runs each job in a session of its own."""
 
     def __init__(self, grace: float = 30.0, code: Path | None = None) -> None:
         """grace: [s] what a cancelled job has to end before it is killed; code: goes first on PYTHONPATH."""
         self.grace, self.code = grace, code
-        self._ours: dict[str, subprocess.Popen[bytes]] = {}
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._deadlines: dict[str, float] = {}
 
     def submit(self, command: Sequence[str], folder: Path, name: str) -> str:
         """Start a job now."""
-        paths = [*([str(self.code)] if self.code else []), *filter(None, [os.environ.get("PYTHONPATH")])]
         child = subprocess.Popen(
             ["/bin/sh", "-c", _SHELL, str(folder / name), *command],
             stdin=subprocess.DEVNULL,
@@ -41,85 +43,132 @@ class Local:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)} if paths else None,
+            env=self._make_environment(),
         )
-        # The shell notes its id too, for when this process ends here; without this line a later driver could look
+        # The shell writes its id too, in case this process ends here. Without this line a later driver could look
         # before the shell had its turn, find nothing, and start the same job again.
-        files.write_text(beside(folder / name, "job"), f"{child.pid}\n")
-        job = _id(child.pid) or f"{platform.node()}:{child.pid}:0"
-        self._ours[job] = child
+        files.write_text(job_file(folder / name, "job"), f"{child.pid}\n")
+
+        job = _find_job_id(child.pid) or _make_ended_id(child.pid)
+        self._children[job] = child
         return job
 
     def find(self, folder: Path, name: str) -> str | None:
-        """By the process id that the shell noted; one that is gone is found, too, if it left its exit code."""
-        path = beside(folder / name, "job")
+        """Find a job by the process id that the shell wrote, also one that has ended."""
+        path = job_file(folder / name, "job")
         if not path.exists():
             return None
         pid = int(path.read_text(encoding="utf-8"))
-        return _id(pid) or f"{platform.node()}:{pid}:0"
+        return _find_job_id(pid) or _make_ended_id(pid)
 
     def poll(self, jobs: Mapping[str, Path]) -> dict[str, JobState]:
-        """By /proc. What a killed shell left behind is killed, so that a folder never has two at work."""
-        return {job: self._state(job, base) for job, base in jobs.items()}
+        """Look into /proc. What a killed shell left behind is killed, so that a folder never has two at work."""
+        return {job: self._read_state(job, base) for job, base in jobs.items()}
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        """SIGTERM to the group, SIGKILL after `grace` seconds (at a later `poll`)."""
+        """Send SIGTERM to the group of each job, and SIGKILL after `grace` seconds (at a later `poll`)."""
         for job in jobs:
-            if self._alive(job):
-                _kill(_pid(job), signal.SIGTERM)
-                self._deadlines.setdefault(job, time.monotonic() + self.grace)
+            if not self._is_alive(job):
+                continue
+            # A shell that has not begun its command yet would catch the signal, and the command never see it.
+            _await_command(_parse_pid(job))
+            _signal_group(_parse_pid(job), signal.SIGTERM)
+            self._deadlines.setdefault(job, time.monotonic() + self.grace)
 
-    def _state(self, job: str, base: Path) -> JobState:
-        if self._alive(job):
+    def _make_environment(self) -> dict[str, str]:
+        """The environment of a job: without the variables of the job that the driver itself may be running in."""
+        own_job = slurm.list_job_variables(os.environ)
+        env = {name: value for name, value in os.environ.items() if name not in own_job}
+        paths = [*([str(self.code)] if self.code else []), *filter(None, [os.environ.get("PYTHONPATH")])]
+        if paths:
+            env["PYTHONPATH"] = os.pathsep.join(paths)
+        return env
+
+    def _read_state(self, job: str, base: Path) -> JobState:
+        if self._is_alive(job):
             if time.monotonic() > self._deadlines.get(job, float("inf")):
-                _kill(_pid(job), signal.SIGKILL)
+                _signal_group(_parse_pid(job), signal.SIGKILL)
             return JobState("running")
-        code = exit_code(base)  # looked for after the shell was seen to be gone, hence final
+
+        # Final, as it is read after the shell was seen to be gone.
+        code = read_exit_code(base)
         if code is None:
-            _end_session(job)
+            _kill_session(job)
         return JobState("ended", KILLED if code is None else code)
 
-    def _alive(self, job: str) -> bool:
-        if job in self._ours:
-            self._ours[job].poll()  # lets go of it once it has ended
+    def _is_alive(self, job: str) -> bool:
+        if job in self._children:
+            # Reap the child once it has ended.
+            self._children[job].poll()
         host = job.partition(":")[0]
         if host != platform.node():
             raise InputError(f"job {job} runs on {host}; go on with this sweep there")
-        return _id(_pid(job)) == job
+        return _find_job_id(_parse_pid(job)) == job
 
 
-def _pid(job: str) -> int:
+def _parse_pid(job: str) -> int:
     return int(job.split(":")[1])
 
 
-def _id(pid: int) -> str | None:
-    """HOST:PID:START of a living process; the start tells it from a later one of the same number."""
-    fields = _stat(pid)
+def _find_job_id(pid: int) -> str | None:
+    """HOST:PID:START of a living process; the start time tells it from a later process of the same number."""
+    fields = _read_stat(pid)
     return f"{platform.node()}:{pid}:{fields[19]}" if fields and fields[0] != "Z" else None
 
 
-def _stat(pid: int) -> list[str]:
+def _make_ended_id(pid: int) -> str:
+    """The id of a job whose process is gone."""
+    return f"{platform.node()}:{pid}:0"
+
+
+def _read_stat(pid: int) -> list[str]:
     """/proc/PID/stat from the state on; [] when there is no such process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return []
 
 
-def _kill(group: int, number: signal.Signals) -> None:
+def _read_command(pid: int) -> bytes:
+    """The command line of a process; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _list_session(leader: int) -> Iterator[int]:
+    """The processes of a session."""
+    for path in Path("/proc").glob("[0-9]*"):
+        fields = _read_stat(int(path.name))
+        if fields and int(fields[3]) == leader:
+            yield int(path.name)
+
+
+def _await_command(shell: int) -> None:
+    """Wait until a shell has begun its command, or is gone."""
+    deadline = time.monotonic() + _BEGIN_SECONDS
+    while time.monotonic() < deadline:
+        own_command = _read_command(shell)
+        others = [_read_command(pid) for pid in _list_session(shell) if pid != shell]
+        # A fork of the shell that has not become the command yet, and what the shell runs before it, do not count.
+        begun = [command for command in others if command not in (b"", own_command) and command[:3] != b"mv\0"]
+        if begun or not own_command:
+            return
+        time.sleep(0.02)
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
 
 
-def _end_session(job: str) -> None:
-    """Kill what is left of a session whose leader is gone; its number cannot have been given away while any is left.
+def _kill_session(job: str) -> None:
+    """Kill what is left of a session whose leader is gone; its number cannot be reused while any of it is left.
 
-    A killed leader stays in /proc until its parent takes note: only a living process of that number is a stranger.
+    A killed leader stays in /proc until its parent reaps it: only a living process of that number is another one.
     """
-    leader = _pid(job)
-    if _id(leader):
+    leader = _parse_pid(job)
+    if _find_job_id(leader):
         return
-    for path in Path("/proc").glob("[0-9]*"):
-        fields = _stat(int(path.name))
-        if fields and int(fields[3]) == leader:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(path.name), signal.SIGKILL)
+    for pid in _list_session(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

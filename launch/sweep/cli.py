@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import logging
 import signal
@@ -15,24 +14,26 @@ from typing import Any
 
 from hpc_neuro import search, train
 from hpc_neuro.core import run_folder, schema
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import MAY_CHANGE, SearchConfig
-from hpc_neuro.search.study import only_driver
+from hpc_neuro.search.study import lock_study
 from launch import preflight, slurm
 from launch.executors import Executor
-from launch.executors.local import Local
-from launch.executors.slurm import Slurm
+from launch.executors.local import LocalExecutor
+from launch.executors.slurm import SlurmExecutor
+from launch.job_files import snapshot_code
 from launch.site import Site, load_site
-from launch.snapshot import snapshot
-from launch.sweep.driver import RESUMABLE, Driver
-from launch.sweep.recipe import Recipe
+from launch.sweep.driver import SweepDriver
+from launch.sweep.recipe import TrialRecipe
 
 log = logging.getLogger("hpc_neuro.sweep")
+_SITE_PREFIX = "cluster."
 
 
 def main(words: Sequence[str]) -> int:
-    """Run, or go on with, a sweep. 0: every trial done or pruned; 3: some failed; 75: stopped, trials run on."""
+    """Start or continue a sweep. 0: every trial done or pruned; 3: some failed; 75: stopped, trials run on."""
     parser = argparse.ArgumentParser(prog="python -m launch sweep", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("keys", nargs="*", metavar="key=value")
@@ -42,95 +43,109 @@ def main(words: Sequence[str]) -> int:
         "--dry-run", action="store_true", help="check every value and what a trial needs; start nothing"
     )
     parser.add_argument("--cancel", action="store_true", help="ask the running trials to end, and start none")
-    asked = parser.parse_intermixed_args([w for w in words if not w.startswith("cluster.")])
-    asked.site = [w for w in words if w.startswith("cluster.")]
+
+    args = parser.parse_intermixed_args([word for word in words if not word.startswith(_SITE_PREFIX)])
+    args.site_keys = [word.removeprefix(_SITE_PREFIX) for word in words if word.startswith(_SITE_PREFIX)]
     _log_to_console()
     try:
-        return sweep(asked)
+        return run_sweep(args)
     except (ConfigError, InputError) as error:
         sys.stderr.write(f"launch sweep: {error}\n")
-        return 2
+        return EXIT_BAD_INPUT
 
 
-def sweep(asked: argparse.Namespace) -> int:
-    """What `main` does, with its arguments parsed."""
-    cfg = schema.load(SearchConfig, asked.config, asked.keys)
+def run_sweep(args: argparse.Namespace) -> int:
+    """Do what `main` does, with its arguments parsed."""
+    cfg = schema.load(SearchConfig, args.config, args.keys)
     cfg = dataclasses.replace(cfg, out=cfg.out.absolute())
-    recipe = Recipe(cfg)
-    if asked.cancel:
-        with only_driver(cfg.out):
-            driver = Driver(cfg, recipe.steps, recipe.write, _executor(asked, cfg))
-            log.info("sweep: %d jobs asked to end", driver.cancel_all())
-        return 0
-    lines = [*search.forecast(cfg), *_check(recipe, asked)]
-    if asked.dry_run:
+    recipe = TrialRecipe(cfg)
+
+    if args.cancel:
+        with lock_study(cfg.out):
+            log.info("sweep: %d jobs asked to end", _make_driver(cfg, recipe, args).cancel_all())
+        return EXIT_DONE
+
+    lines = [*search.forecast(cfg), *_check_trials(recipe, args)]
+    if args.dry_run:
         sys.stdout.write("\n".join(lines) + "\n")
-        return 0
-    with only_driver(cfg.out), run_folder.start("search", cfg, cfg.out, {"base": recipe.digest}, MAY_CHANGE) as this:
-        if not this.complete:
+        return EXIT_DONE
+
+    with lock_study(cfg.out), run_folder.start("search", cfg, cfg.out, {"base": recipe.digest}, MAY_CHANGE) as run:
+        if not run.complete:
             for line in lines:
                 log.info("sweep: %s", line)
-            return drive(cfg, Driver(cfg, recipe.steps, recipe.write, _executor(asked, cfg)), this)
+            return drive_to_end(cfg, _make_driver(cfg, recipe, args), run)
     return search.run(cfg)
 
 
-def drive(cfg: SearchConfig, driver: Driver, this: run_folder.Run) -> int:
-    """Until the end or a signal, then the report."""
-    with _signals() as seen:
-        if not driver.run(stop=lambda: bool(seen)):
+def drive_to_end(cfg: SearchConfig, driver: SweepDriver, run: run_folder.Run) -> int:
+    """Drive trials until all have ended, then write the report; or until a signal."""
+    with StopSignals() as signals:
+        if not driver.run(stop=lambda: bool(signals.names)):
             running = sum(t.job is not None for t in driver.trials.values())
             log.warning(
-                "sweep: stopped by %s; %d trials run on, and the same command goes on with them", seen[0], running
+                "sweep: stopped by %s; %d trials run on, and the same command goes on with them",
+                signals.names[0],
+                running,
             )
-            this.record["exit"] = RESUMABLE
-            return RESUMABLE
-    code = search.run(cfg)
-    ended = trial.load_all(cfg.out)
-    summary: dict[str, Any] = {s: sum(t.state == s for t in ended) for s in trial.FINAL}
-    this.finish(summary, [f"trial {t.number}: {t.note}" for t in ended if t.state == "failed"])
-    return code
+            run.record["exit"] = EXIT_STOPPED
+            return EXIT_STOPPED
+
+        code = search.run(cfg)
+        trials = trial.load_trials(cfg.out)
+        counts: dict[str, Any] = {state: sum(t.state == state for t in trials) for state in trial.ENDED_STATES}
+        run.finish(counts, [f"trial {t.number}: {t.note}" for t in trials if t.state == "failed"])
+        return code
 
 
-def _check(recipe: Recipe, asked: argparse.Namespace) -> list[str]:
-    """Assemble the training of every value once, and hold it against the cluster; what the first one needs.
+def _check_trials(recipe: TrialRecipe, args: argparse.Namespace) -> list[str]:
+    """Assemble the training of every value once, and check it against the cluster; what the first one needs.
 
     Raises ConfigError or InputError.
     """
-    if asked.on == "slurm":
-        slurm.reach()
-    if asked.on == "local":
-        first, *_ = [train.forecast(cfg) for cfg in recipe.trainings()]
+    configs = recipe.load_train_configs()
+    if args.on == "local":
+        forecasts = [train.forecast(cfg) for cfg in configs]
     else:
-        first, *_ = [preflight.check([("train", cfg)], _site(asked), "slurm") for cfg in recipe.trainings()]
-    return first
+        slurm.require_controller()
+        forecasts = [preflight.check([("train", cfg)], _load_site(args), "slurm") for cfg in configs]
+    return forecasts[0]
 
 
-def _site(asked: argparse.Namespace) -> Site:
-    return load_site(asked.cluster, [w.removeprefix("cluster.") for w in asked.site])
+def _make_driver(cfg: SearchConfig, recipe: TrialRecipe, args: argparse.Namespace) -> SweepDriver:
+    return SweepDriver(cfg, recipe.steps, recipe.write_trial, _make_executor(cfg, args))
 
 
-def _executor(asked: argparse.Namespace, cfg: SearchConfig) -> Executor:
+def _make_executor(cfg: SearchConfig, args: argparse.Namespace) -> Executor:
     """All trials run one copy of the code, that of the sweep's first start: they are to be compared."""
-    code = snapshot(cfg.out / "code", keep=True)
-    if asked.on == "local":
-        return Local(code=code)
-    return Slurm(_site(asked), code)
+    code = snapshot_code(cfg.out / "code", keep=True)
+    if args.on == "local":
+        return LocalExecutor(code=code)
+    return SlurmExecutor(_load_site(args), code)
 
 
-@contextlib.contextmanager
-def _signals() -> Any:
-    """The names of the signals that asked to stop, as they come."""
-    seen: list[str] = []
+def _load_site(args: argparse.Namespace) -> Site:
+    return load_site(args.cluster, args.site_keys)
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        seen.append(signal.Signals(number).name)
 
-    old = {n: signal.signal(n, remember) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in old.items():
+class StopSignals:
+    """Within its block, the signals that ask to stop are remembered by name and do nothing else."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._old_handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old_handlers[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.names.append(signal.Signals(number).name)
 
 
 def _log_to_console() -> None:

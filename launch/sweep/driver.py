@@ -16,176 +16,214 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hpc_neuro.core.constants import EXIT_STOPPED
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.search import asha, trial
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import Point
 from hpc_neuro.search.study import Study
-from hpc_neuro.search.trial import FINAL, Attempt, State, Trial
+from hpc_neuro.search.trial import ENDED_STATES, Attempt, State, Trial
 from launch.executors import Executor, JobState
 
 log = logging.getLogger("hpc_neuro.sweep")
-RESUMABLE = 75
-_SIGNAL = 128  # exit codes above this are signals
-_LONGEST = 6  # times `poll`, while nothing happens
-_UNANSWERED = 30  # polls in a row
-Write = Callable[[Path, int, Point], None]
+_FIRST_SIGNAL = 128
+"""Exit codes above this are signals."""
+_MAX_PAUSE = 6
+"""[polls] The pause between two looks grows to this while nothing happens."""
+_MAX_UNANSWERED = 30
+"""Looks in a row that the scheduler may leave without an answer."""
+
+WriteTrial = Callable[[Path, int, Point], None]
+"""Writes a trial's configs: (folder, number, values)."""
 
 
-def command(folder: Path) -> list[str]:
-    """What a trial's job runs."""
+def make_trial_command(folder: Path) -> list[str]:
+    """The command of a trial's job."""
     return [sys.executable, "-m", "launch.sweep.trial", str(folder)]
 
 
-class Driver:
+class SweepDriver:
     """One study, its trials and their jobs."""
 
     def __init__(
         self,
         cfg: SearchConfig,
         steps: int,
-        write: Write,
+        write_trial: WriteTrial,
         executor: Executor,
-        command: Callable[[Path], Sequence[str]] = command,
+        make_command: Callable[[Path], Sequence[str]] = make_trial_command,
     ) -> None:
-        """steps: of a training; write: puts a trial's configs into its folder (folder, number, values)."""
-        self.cfg, self.write, self.executor, self.command = cfg, write, executor, command
+        """steps: optimizer steps of a trial."""
+        self.cfg, self.write_trial, self.executor, self.make_command = cfg, write_trial, executor, make_command
         self.study = Study(cfg)
-        self.rungs = asha.rungs(cfg.asha, steps) if cfg.asha else []
-        self.trials = {t.number: t for t in trial.load_all(cfg.out)}
-        self._sizes: dict[int, int] = {}
-        self._adopt()
+        self.rungs = asha.list_rungs(cfg.asha, steps) if cfg.asha else []
+        self.trials = {t.number: t for t in trial.load_trials(cfg.out)}
+        self._metric_sizes: dict[int, int] = {}
+        self._take_over()
 
     def run(self, stop: Callable[[], bool] = lambda: False, sleep: Callable[[float], None] = time.sleep) -> bool:
-        """Until every trial has ended (True), or `stop` says so (False; trials run on)."""
+        """Run until every trial has ended (True), or until `stop` returns True (False; trials run on)."""
         pause, unanswered = self.cfg.poll, 0
         while not stop():
             try:
-                happened = self.step()
+                has_changed = self.step()
                 unanswered = 0
-            except InputError as error:  # a scheduler that does not answer now and then is nothing unusual
+            except InputError as error:
+                # A scheduler fails to answer now and then.
                 unanswered += 1
-                if unanswered >= _UNANSWERED:
+                if unanswered >= _MAX_UNANSWERED:
                     raise
                 log.warning("sweep: %s; asking again", error)
-                happened = False
-            if self.finished:
+                has_changed = False
+
+            if self.is_finished:
                 return True
-            pause = self.cfg.poll if happened else min(_LONGEST * self.cfg.poll, 1.25 * pause)
+            pause = self.cfg.poll if has_changed else min(_MAX_PAUSE * self.cfg.poll, 1.25 * pause)
             sleep(pause)
         return False
 
     @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return len(self.trials) >= self.study.planned and all(t.state in FINAL for t in self.trials.values())
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return len(self.trials) >= self.study.trial_count and all(t.state in ENDED_STATES for t in self.trials.values())
 
     def step(self) -> bool:
         """Look at every job once, then fill the queue. True when anything changed."""
-        before = {n: (t.state, len(t.attempts), t.step) for n, t in self.trials.items()}
+        before = self._summarize()
+
         active = [t for t in self.trials.values() if t.job is not None]
-        states = self.executor.poll({str(t.job): t.folder / t.attempt for t in active})
+        states = self.executor.poll({str(t.job): t.folder / t.attempt_name for t in active})
         for t in active:
             state = states[str(t.job)]
-            self._judge(t)
+            # A trial that has ended may have passed rungs since the last look.
+            self._judge_rungs(t)
             if state.kind == "ended":
                 self._settle(t, state)
+
         self._stop_losers()
-        self._fill()
-        return before != {n: (t.state, len(t.attempts), t.step) for n, t in self.trials.items()}
+        self._fill_queue()
+        return before != self._summarize()
 
     def cancel_all(self) -> int:
-        """Ask every job to end; how many there were. Their trials are sent again when the sweep goes on."""
+        """Ask every job to end; returns their number. Their trials are submitted again when the sweep goes on."""
         jobs = [str(t.job) for t in self.trials.values() if t.job is not None]
         self.executor.cancel(jobs)
         return len(jobs)
 
-    def _adopt(self) -> None:
+    def _summarize(self) -> dict[int, tuple[State, int, int]]:
+        """What counts as a change: state, attempts and step of every trial."""
+        return {number: (t.state, len(t.attempts), t.step) for number, t in self.trials.items()}
+
+    def _take_over(self) -> None:
         """Take over what an earlier driver left."""
-        for number, values in self.study.asked().items():
+        for number, values in self.study.read_points().items():
             if number not in self.trials:
-                self._make(number, values)
+                self._make_trial(number, values)
+
         for t in self.trials.values():
-            if t.state in FINAL:
+            if t.state in ENDED_STATES:
                 self.study.tell(t.number, t.state, t.value, t.rungs)
             elif t.state in ("running", "stopping") and t.attempts[-1].job is None:
-                t.attempts[-1].job = self.executor.find(t.folder, t.attempt)
-                if t.attempts[-1].job is None:
-                    t.attempts.pop()
-                    t.state = "waiting"
-                t.save()
-        if running := [t.number for t in self.trials.values() if t.job is not None]:
-            log.info("sweep: going on with %d trials; attached to %s", len(self.trials), _numbers(running))
+                self._find_job(t)
 
-    def _make(self, number: int, values: Point) -> Trial:
-        t = Trial(number, values, trial.folder_of(self.cfg.out, number).absolute())
+        running = [t.number for t in self.trials.values() if t.job is not None]
+        if running:
+            numbers = ", ".join(map(str, sorted(running)))
+            log.info("sweep: going on with %d trials; attached to %s", len(self.trials), numbers)
+
+    def _find_job(self, t: Trial) -> None:
+        """Look for the job that was about to be submitted; without one the trial waits again."""
+        t.attempts[-1].job = self.executor.find(t.folder, t.attempt_name)
+        if t.attempts[-1].job is None:
+            t.attempts.pop()
+            t.state = "waiting"
+        t.save()
+
+    def _make_trial(self, number: int, values: Point) -> Trial:
+        t = Trial(number, values, trial.trial_folder(self.cfg.out, number).absolute())
         t.folder.mkdir(parents=True, exist_ok=True)
-        self.write(t.folder, number, values)
+        self.write_trial(t.folder, number, values)
         t.save()
         self.trials[number] = t
         return t
 
-    def _fill(self) -> None:
-        """Submit until `concurrent` trials are queued or at work."""
+    def _fill_queue(self) -> None:
+        """Submit trials until `concurrent` of them are queued or running."""
         free = self.cfg.concurrent - sum(t.job is not None for t in self.trials.values())
         waiting = [t for t in self.trials.values() if t.state == "waiting"]
-        while free > 0:
-            if waiting:
-                t = waiting.pop(0)
-            else:
-                asked = self.study.ask()
-                if asked is None:
-                    return
-                t = self._make(*asked)
-            t.attempts.append(Attempt(submitted=time.time()))
-            t.state = "running"
-            t.save()  # from here on a new driver looks for the job
-            t.attempts[-1].job = self.executor.submit(self.command(t.folder), t.folder, t.attempt)
-            t.save()
-            log.info("sweep: trial %d, job %s: %s", t.number, t.job, t.values)
-            free -= 1
+        for _ in range(free):
+            t = waiting.pop(0) if waiting else self._ask_for_trial()
+            if t is None:
+                return
+            self._submit(t)
 
-    def _judge(self, t: Trial) -> None:
-        """Note the rungs that a trial has reached, each once; mark it when it is not among the best there."""
-        path = t.folder / trial.METRICS
+    def _ask_for_trial(self) -> Trial | None:
+        """The next trial of the study, None when all have been asked for."""
+        proposal = self.study.ask()
+        return None if proposal is None else self._make_trial(*proposal)
+
+    def _submit(self, t: Trial) -> None:
+        t.attempts.append(Attempt(submitted=time.time()))
+        t.state = "running"
+        # From here on, a new driver looks for the job.
+        t.save()
+        t.attempts[-1].job = self.executor.submit(self.make_command(t.folder), t.folder, t.attempt_name)
+        t.save()
+        log.info("sweep: trial %d, job %s: %s", t.number, t.job, t.values)
+
+    def _judge_rungs(self, t: Trial) -> None:
+        """Note the rungs that a trial has reached, each once; mark it for stopping when it is not promoted there."""
+        path = t.folder / trial.METRICS_FILE
         size = path.stat().st_size if path.exists() else 0
-        if size == self._sizes.get(t.number):
+        if size == self._metric_sizes.get(t.number):
             return
-        self._sizes[t.number] = size
-        rows = trial.rows(path)
-        t.step = max((r["step"] for r in rows), default=0)
-        cfg = self.cfg.asha
-        for rung in self.rungs if cfg is not None and t.state == "running" else ():
-            value = trial.at_rung(rows, cfg.key or self.cfg.objective.key, rung) if cfg else None
-            if value is None or rung in t.rungs or cfg is None:
-                continue
-            others = [o.rungs[rung] for o in self.trials.values() if rung in o.rungs]
-            t.rungs[rung] = value
-            if not asha.goes_on(value, others, cfg, cfg.goal or self.cfg.objective.goal):
-                t.state, t.note = "stopping", f"{value:.4g} at step {rung} is not among the best of {len(others) + 1}"
+        self._metric_sizes[t.number] = size
+
+        rows = trial.read_metric_rows(path)
+        t.step = max((row["step"] for row in rows), default=0)
+        for rung in self.rungs if t.state == "running" else ():
+            if not self._pass_rung(t, rung, rows):
+                t.state = "stopping"
                 log.info("sweep: trial %d is stopped: %s", t.number, t.note)
                 break
         t.save()
 
+    def _pass_rung(self, t: Trial, rung: int, rows: list[trial.MetricRow]) -> bool:
+        """Note the value at a rung that a trial has just reached; False, with a note why, when it is not promoted."""
+        cfg = self.cfg.asha
+        assert cfg is not None
+        value = trial.find_value_at(rows, cfg.key or self.cfg.objective.key, rung)
+        if value is None or rung in t.rungs:
+            return True
+
+        others = [other.rungs[rung] for other in self.trials.values() if rung in other.rungs]
+        t.rungs[rung] = value
+        if asha.is_promoted(value, others, cfg, cfg.goal or self.cfg.objective.goal):
+            return True
+        t.note = f"{value:.4g} at step {rung} is not among the best of {len(others) + 1}"
+        return False
+
     def _stop_losers(self) -> None:
-        """Cancel what is to be stopped; asked again at each step, as a cancelled job may have been missed by a kill."""
+        """Cancel what is to be stopped, again at each step: a driver may have been killed before it did so."""
         self.executor.cancel([str(t.job) for t in self.trials.values() if t.state == "stopping" and t.job is not None])
 
     def _settle(self, t: Trial, state: JobState) -> None:
-        """A job has ended: what becomes of its trial."""
+        """Decide what becomes of a trial whose job has ended."""
         last, code = t.attempts[-1], state.code
         last.ended = time.time()
-        last.reason = _reason(code)
+        last.reason = _explain_exit(code)
+        is_own_failure = code is not None and code != EXIT_STOPPED and code <= _FIRST_SIGNAL
+
         if code == 0:
-            t.value = trial.outcome(t.folder, self.cfg.objective)
+            t.value = trial.read_objective(t.folder, self.cfg.objective)
             if t.value is None:
                 self._end(t, "failed", f"it left no {self.cfg.objective.key}")
             else:
                 self._end(t, "done", "")
         elif t.state == "stopping":
             self._end(t, "pruned", t.note)
-        elif code is not None and code != RESUMABLE and code <= _SIGNAL:
-            self._end(t, "failed", f"{last.reason}, see {t.folder / t.attempt}.log")
+        elif is_own_failure:
+            self._end(t, "failed", f"{last.reason}, see {t.folder / t.attempt_name}.log")
         elif len(t.attempts) > self.cfg.requeue:
             self._end(t, "failed", f"{last.reason}, {len(t.attempts)} times")
         else:
@@ -201,15 +239,11 @@ class Driver:
         log.info("sweep: trial %d %s%s%s", t.number, state, value, f": {note}" if note else "")
 
 
-def _reason(code: int | None) -> str:
+def _explain_exit(code: int | None) -> str:
     if code is None:
         return "killed (no exit code was left)"
     if code == 0:
         return "finished"
-    if code == RESUMABLE:
+    if code == EXIT_STOPPED:
         return "stopped by a signal or the clock"
-    return f"signal {code - _SIGNAL}" if code > _SIGNAL else f"exit code {code}"
-
-
-def _numbers(found: Sequence[int]) -> str:
-    return ", ".join(map(str, sorted(found)))
+    return f"signal {code - _FIRST_SIGNAL}" if code > _FIRST_SIGNAL else f"exit code {code}"

@@ -29,15 +29,15 @@ from hpc_neuro.core import schema
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import Point
-from hpc_neuro.search.study import Study, only_driver
-from hpc_neuro.search.trial import FINAL, Trial
+from hpc_neuro.search.study import Study, lock_study
+from hpc_neuro.search.trial import ENDED_STATES, Trial
 from launch import slurm
 from launch.executors import Executor
-from launch.executors.local import Local
-from launch.executors.slurm import Slurm
+from launch.executors.local import LocalExecutor
+from launch.executors.slurm import SlurmExecutor
+from launch.job_files import ROOT
 from launch.site import load_site
-from launch.snapshot import ROOT
-from launch.sweep.driver import Driver
+from launch.sweep.driver import SweepDriver
 
 STEPS = 27
 REAL_STEPS = 108  # some seconds, of which the driver sees the first tenth in time
@@ -111,9 +111,11 @@ def drive(asked: argparse.Namespace) -> int:
         text = yaml.safe_dump({"steps": STEPS, "every": 3, "seconds": asked.seconds, **point})
         (folder / "train.yaml").write_text(text, encoding="utf-8")
 
-    executor: Executor = Local() if asked.on == "local" else Slurm(load_site(asked.cluster, _SITE), ROOT)
-    with only_driver(cfg.out):
-        Driver(cfg, STEPS, write, executor, lambda folder: [sys.executable, str(STAND_IN), str(folder)]).run()
+    executor: Executor = (
+        LocalExecutor() if asked.on == "local" else SlurmExecutor(load_site(asked.cluster, _SITE), ROOT)
+    )
+    with lock_study(cfg.out):
+        SweepDriver(cfg, STEPS, write, executor, lambda folder: [sys.executable, str(STAND_IN), str(folder)]).run()
         return search.run(cfg)
 
 
@@ -130,7 +132,7 @@ def fire(asked: argparse.Namespace, cfg: SearchConfig) -> int:
             if t.number in doomed - killed and t.job and t.state == "running" and (t.folder / "train").exists():
                 _kill(asked.on, t.job)
                 killed.add(t.number)
-        ended = sum(t.state in FINAL for t in trials)
+        ended = sum(t.state in ENDED_STATES for t in trials)
         if drivers <= len(deaths) and ended >= deaths[drivers - 1]:
             driver.kill()
             driver.wait()
@@ -145,8 +147,8 @@ def fire(asked: argparse.Namespace, cfg: SearchConfig) -> int:
 def account(cfg: SearchConfig, asked: argparse.Namespace, killed: set[int], deaths: int, wall: float, code: int) -> int:
     """Print where every trial is; the exit code of the drill."""
     trials = _read(cfg.out)
-    agree = Study(cfg).told() == [t.state for t in trials]
-    counts: dict[str, int] = {s: sum(t.state == s for t in trials) for s in FINAL}
+    agree = Study(cfg).read_states() == [t.state for t in trials]
+    counts: dict[str, int] = {s: sum(t.state == s for t in trials) for s in ENDED_STATES}
     steps = sum(t.step for t in trials)
     doubles = sum(_doubles(t) for t in trials)
     winner = max((t for t in trials if t.value is not None), key=lambda t: float(t.value or 0))
@@ -197,12 +199,12 @@ def _start(asked: argparse.Namespace) -> subprocess.Popen[bytes]:
 
 def _read(out: Path) -> list[Trial]:
     """The records as they are now."""
-    return trial.load_all(out) if (out / "trials").exists() else []
+    return trial.load_trials(out) if (out / "trials").exists() else []
 
 
 def _kill(on: str, job: str) -> None:
     if on == "slurm":
-        slurm.ask("scancel", "--signal=KILL", "--full", job)
+        slurm.run_command("scancel", "--signal=KILL", "--full", job)
         return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(int(job.split(":")[1]), signal.SIGKILL)

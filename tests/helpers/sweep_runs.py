@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import Point
-from launch.executors.local import Local
-from launch.sweep.driver import Driver
+from launch.executors.local import LocalExecutor
+from launch.sweep.driver import SweepDriver
 
 STAND_IN = Path(__file__).resolve().parents[1] / "faults" / "stand_in_trial.py"
 STEPS = 12
@@ -37,17 +37,17 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, str(STAND_IN), str(folder)]
 
 
-def make(cfg: SearchConfig, seconds: float = 0.1, **more: Any) -> Driver:
+def make(cfg: SearchConfig, seconds: float = 0.1, **more: Any) -> SweepDriver:
     """A driver as it starts, also after another one died."""
 
     def write(folder: Path, number: int, point: Point) -> None:
         own = {"lr": 1e-3, "steps": STEPS, "every": 2, "seconds": seconds, **more, **point}
         (folder / "train.yaml").write_text(yaml.safe_dump(own))
 
-    return Driver(cfg, STEPS, write, Local(grace=5), command)
+    return SweepDriver(cfg, STEPS, write, LocalExecutor(grace=5), command)
 
 
-def step_until(driver: Driver, condition: Any, patience: float = 60.0) -> None:
+def step_until(driver: SweepDriver, condition: Any, patience: float = 60.0) -> None:
     until = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < until, [(t.number, t.state, t.step) for t in driver.trials.values()]

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.core import files
-from launch import job_end
-from launch.job_end import RESUMABLE, judge
-from launch.supervise import Place
+from hpc_neuro.core.constants import EXIT_STOPPED
+from launch import job_end, slurm
+from launch.job_end import JobRecord, judge_start
+from launch.supervise import RankPlace
 
 FINE = {"code": 0, "words": []}
 BROKE = {"code": 1, "words": []}
-SAVED = {"code": RESUMABLE, "words": ["SIGUSR2"]}
-TERMED = {"code": RESUMABLE, "words": ["SIGTERM", "SIGUSR2"]}
+SAVED = {"code": EXIT_STOPPED, "words": ["SIGUSR2"]}
+TERMED = {"code": EXIT_STOPPED, "words": ["SIGTERM", "SIGUSR2"]}
 RUNNING = {"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "2999-01-01T00:00:00", "signal_seconds": "20"}
 
 
@@ -33,46 +34,42 @@ def soon(seconds: float) -> str:
         ({0: BROKE, 1: {"code": -9, "words": []}}, [], {}, "most likely out of memory, rank 1", -9, False),
         ({0: {"code": 2, "words": []}, 1: BROKE}, [], {}, "rank 0", 2, False),
         ({0: {"code": 3, "words": []}}, [], {}, "failures that are listed", 3, False),
-        ({0: BROKE}, [1], {}, "node failure (rank 1", RESUMABLE, True),
+        ({0: BROKE}, [1], {}, "node failure (rank 1", EXIT_STOPPED, True),
         ({0: BROKE}, [], {}, "crash", 1, False),
-        ({0: SAVED, 1: SAVED}, [], {}, "signal SIGUSR2", RESUMABLE, True),
-        ({0: SAVED, 1: SAVED}, [], {"EndTime": soon(15)}, "time limit", RESUMABLE, True),
-        ({0: {"code": RESUMABLE, "words": []}}, [], {}, "time limit", RESUMABLE, True),
-        ({0: SAVED}, [], {"PreemptTime": "2026-01-01T00:00:00"}, "preemption", RESUMABLE, True),
-        ({0: SAVED}, [], {"JobState": "PENDING"}, "time limit, or preemption", RESUMABLE, True),
-        ({0: TERMED}, [], {"JobState": "PENDING"}, "put back by an administrator", RESUMABLE, True),
+        ({0: SAVED, 1: SAVED}, [], {}, "signal SIGUSR2", EXIT_STOPPED, True),
+        ({0: SAVED, 1: SAVED}, [], {"EndTime": soon(15)}, "time limit", EXIT_STOPPED, True),
+        ({0: {"code": EXIT_STOPPED, "words": []}}, [], {}, "time limit", EXIT_STOPPED, True),
+        ({0: SAVED}, [], {"PreemptTime": "2026-01-01T00:00:00"}, "preemption", EXIT_STOPPED, True),
+        ({0: SAVED}, [], {"JobState": "PENDING"}, "time limit, or preemption", EXIT_STOPPED, True),
+        ({0: TERMED}, [], {"JobState": "PENDING"}, "put back by an administrator", EXIT_STOPPED, True),
         ({0: SAVED}, [], {"JobState": "CANCELLED"}, "cancelled", 143, False),
-        ({0: {"code": -15, "words": ["SIGTERM"]}}, [], {}, "signal SIGTERM", RESUMABLE, True),
+        ({0: {"code": -15, "words": ["SIGTERM"]}}, [], {}, "signal SIGTERM", EXIT_STOPPED, True),
         ({0: SAVED, 1: BROKE}, [], {}, "crash", 1, False),
         ({}, [], {}, "ended without a word", 7, False),
-        ({0: FINE}, [1], {"code": 137, "NumNodes": "2"}, "kill from outside", RESUMABLE, True),
+        ({0: FINE}, [1], {"code": 137, "NumNodes": "2"}, "kill from outside", EXIT_STOPPED, True),
         ({0: FINE}, [1], {"code": 137, "NumNodes": "1"}, "ended without a word", 137, False),
         ({}, [], {"code": 137, "NumNodes": "2", "JobState": "OUT_OF_MEMORY"}, "without a word", 137, False),
     ],
 )  # fmt: skip
 def test_verdicts(notes, silent, facts, reason, code, resumable):
     ranks = max([*notes, *silent, 0]) + 1
-    verdict = judge(notes, silent, ranks, facts.get("code", 7), RUNNING | facts)
+    verdict = judge_start(notes, silent, ranks, facts.get("code", 7), RUNNING | facts)
     assert reason in verdict.reason
     assert (verdict.exit, verdict.resumable) == (code, resumable)
 
 
-def place(rank: int = 0, restarts: int = 0) -> Place:
-    return Place(rank, 2, rank, "local-5", restarts, "here")
-
-
 def test_a_rank_that_beat_after_another_broke_was_not_lost(tmp_path: Path):
     start = tmp_path / "starts" / "local-5.0"
-    job_end.note_rank(start, place(0), 1, [])
+    job_end.write_rank_note(start, 0, 1, [])
     alive = start / "alive_1"
     alive.touch()
     long_after = time.time() + 60
     os.utime(alive, (long_after, long_after))
-    assert job_end._silent(start, 2, job_end._notes(start, 2)) == []
+    assert job_end._find_silent_ranks(start, 2, job_end._read_notes(start, 2)) == []
     os.utime(alive, (long_after - 120, long_after - 120))
-    assert job_end._silent(start, 2, job_end._notes(start, 2)) == [1]
+    assert job_end._find_silent_ranks(start, 2, job_end._read_notes(start, 2)) == [1]
     alive.unlink()
-    assert job_end._silent(start, 2, job_end._notes(start, 2)) == [1]
+    assert job_end._find_silent_ranks(start, 2, job_end._read_notes(start, 2)) == [1]
 
 
 def test_a_rank_is_lost_that_gives_neither_a_sign_nor_a_word(tmp_path: Path, monkeypatch):
@@ -80,7 +77,7 @@ def test_a_rank_is_lost_that_gives_neither_a_sign_nor_a_word(tmp_path: Path, mon
 
     def meanwhile(step):
         monkeypatch.setattr(job_end.time, "sleep", lambda seconds: step())
-        return job_end.lost(tmp_path, 3)
+        return job_end.is_any_rank_lost(tmp_path, 3)
 
     (tmp_path / "rank_0.json").touch()
     for rank in (1, 2):
@@ -101,8 +98,8 @@ def test_settle_writes_the_reason_into_run_json(tmp_path: Path):
     files.write_json(tmp_path / "run.json", {"verb": "train", "exit": 75})
     folder = tmp_path / "launch"
     for rank in (0, 1):
-        job_end.note_rank(folder / "starts" / "local-5.0", place(rank), 75, ["SIGTERM"])
-    assert job_end.settle(folder, tmp_path, "local-5.0", 2, 0, 3, 20) == RESUMABLE
+        job_end.write_rank_note(folder / "starts" / "local-5.0", rank, 75, ["SIGTERM"])
+    assert job_end.settle_start(JobRecord(folder, tmp_path), "local-5.0", 2, 0, 3, 20) == EXIT_STOPPED
     (end,) = files.read_json(tmp_path / "run.json", "")["ends"]
     assert "SIGTERM" in end["reason"]
     assert "no queue here" in end["reason"]
@@ -112,11 +109,11 @@ def test_settle_writes_the_reason_into_run_json(tmp_path: Path):
 def test_a_start_that_left_no_word_is_recorded_by_the_next(tmp_path: Path):
     files.write_json(tmp_path / "starts" / "9.0" / "start.json", {})
     files.write_json(tmp_path / "starts" / "9.1" / "start.json", {})
-    assert job_end.close_earlier(tmp_path, tmp_path / "out", "9.1") is True
-    (end,) = files.read_json(tmp_path / job_end.ENDS, "")
+    assert job_end.close_earlier_starts(JobRecord(tmp_path, tmp_path / "out"), "9.1") is True
+    (end,) = files.read_json(tmp_path / job_end.ENDS_FILE, "")
     assert end["start"] == "9.0"
     assert "node failure" in end["reason"]
-    assert job_end.close_earlier(tmp_path, tmp_path / "out", "9.1") is False  # known by now
+    assert job_end.close_earlier_starts(JobRecord(tmp_path, tmp_path / "out"), "9.1") is False  # known by now
 
 
 @pytest.mark.parametrize(
@@ -129,20 +126,20 @@ def test_a_start_that_left_no_word_is_recorded_by_the_next(tmp_path: Path):
 )
 def test_the_next_start_reads_why_the_last_one_stopped(tmp_path: Path, words: list[str], reason: str):
     files.write_json(tmp_path / "starts" / "local-5.0" / "start.json", {})
-    job_end.note_rank(tmp_path / "starts" / "local-5.0", place(0), 75, words)
-    assert job_end.close_earlier(tmp_path, tmp_path / "out", "local-5.1")
-    (end,) = files.read_json(tmp_path / job_end.ENDS, "")
+    job_end.write_rank_note(tmp_path / "starts" / "local-5.0", 0, 75, words)
+    assert job_end.close_earlier_starts(JobRecord(tmp_path, tmp_path / "out"), "local-5.1")
+    (end,) = files.read_json(tmp_path / job_end.ENDS_FILE, "")
     assert reason in end["reason"]
 
 
 def test_a_job_that_was_cancelled_and_sent_again_by_hand_was_not_put_back(tmp_path: Path, monkeypatch):
     states = {"7": {"JobState": "CANCELLED"}, "8": {}}
-    monkeypatch.setattr(job_end, "show", states.__getitem__)  # what scontrol says
+    monkeypatch.setattr(slurm, "read_job", states.__getitem__)  # what scontrol says
     for key in ("7.0", "8.0"):
         files.write_json(tmp_path / "starts" / key / "start.json", {})
-        job_end.note_rank(tmp_path / "starts" / key, place(0), -15, ["SIGTERM"])
-    job_end.close_earlier(tmp_path, tmp_path / "out", "9.0")
-    ends = {end["start"]: end for end in files.read_json(tmp_path / job_end.ENDS, "")}
+        job_end.write_rank_note(tmp_path / "starts" / key, 0, -15, ["SIGTERM"])
+    job_end.close_earlier_starts(JobRecord(tmp_path, tmp_path / "out"), "9.0")
+    ends = {end["start"]: end for end in files.read_json(tmp_path / job_end.ENDS_FILE, "")}
     assert ends["7.0"]["reason"] == "cancelled"
     assert "preemption" in ends["8.0"]["reason"]
     assert not ends["7.0"]["put_back"]
@@ -151,8 +148,8 @@ def test_a_job_that_was_cancelled_and_sent_again_by_hand_was_not_put_back(tmp_pa
 
 def test_places_of_srun_and_of_the_local_controller():
     srun = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
-    assert (Place.here(srun).rank, Place.here(srun).key) == (3, "7.0")
+    assert (RankPlace.from_environment(srun).rank, RankPlace.from_environment(srun).start) == (3, "7.0")
     array = srun | {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "1"}
-    assert Place.here(array).key == "6_2.1"
+    assert RankPlace.from_environment(array).start == "6_2.1"
     local = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"}
-    assert Place.here(srun | local | {"SUBMITIT_LOCAL_JOB_ID": "99"}).key == "local-99.0"
+    assert RankPlace.from_environment(srun | local | {"SUBMITIT_LOCAL_JOB_ID": "99"}).start == "local-99.0"

@@ -6,13 +6,13 @@ import optuna
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_neuro.search.asha import AshaConfig, goes_on, rungs
+from hpc_neuro.search.asha import AshaConfig, is_promoted, list_rungs
 
 
 def test_rungs_grow_by_the_factor_and_end_before_the_last_step():
-    assert rungs(AshaConfig(first=100, factor=3), 2000) == [100, 300, 900]
-    assert rungs(AshaConfig(first=100, factor=2), 400) == [100, 200]
-    assert rungs(AshaConfig(first=100), 100) == []
+    assert list_rungs(AshaConfig(first=100, factor=3), 2000) == [100, 300, 900]
+    assert list_rungs(AshaConfig(first=100, factor=2), 400) == [100, 200]
+    assert list_rungs(AshaConfig(first=100), 100) == []
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40, unique=True), st.integers(2, 4), st.booleans())
@@ -25,15 +25,15 @@ def test_it_decides_as_optunas_pruner_at_the_first_rung(values, factor, high):
     for value in values:
         trial = study.ask()
         trial.report(value, 1)
-        assert goes_on(value, seen, cfg, goal) == (not trial.should_prune())
+        assert is_promoted(value, seen, cfg, goal) == (not trial.should_prune())
         seen.append(value)
 
 
 def test_startup_lets_the_first_pass():
     cfg = AshaConfig(first=1, startup=3)
-    assert goes_on(0.0, [1.0, 1.0], cfg, "maximize")
-    assert not goes_on(0.0, [1.0, 1.0, 1.0], cfg, "maximize")
+    assert is_promoted(0.0, [1.0, 1.0], cfg, "maximize")
+    assert not is_promoted(0.0, [1.0, 1.0, 1.0], cfg, "maximize")
 
 
 def test_equals_are_not_stopped_for_one_another():
-    assert goes_on(0.5, [0.5, 0.5, 0.5], AshaConfig(first=1), "maximize")
+    assert is_promoted(0.5, [0.5, 0.5, 0.5], AshaConfig(first=1), "maximize")

@@ -18,7 +18,7 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.report import sweep_charts
 from hpc_neuro.search import comparison, trial, verb
 from hpc_neuro.search.config import SearchConfig
-from hpc_neuro.search.space import grid
+from hpc_neuro.search.space import list_grid_points
 from hpc_neuro.search.study import Study
 from hpc_neuro.search.trial import Attempt, Trial
 
@@ -41,8 +41,8 @@ def write_factorial(out: Path) -> SearchConfig:
     }
     cfg = TypeAdapter(SearchConfig).validate_python(tree)
     draw = np.random.default_rng(0)
-    for number, point in enumerate(grid(cfg.space)):
-        folder = trial.folder_of(out, number)
+    for number, point in enumerate(list_grid_points(cfg.space)):
+        folder = trial.trial_folder(out, number)
         level = 0.5 + 0.04 * RULES.index(point["transfer"]) + 0.02 * MODES.index(point["distillation"])
         scores = {}
         for neuron in ("OP_1", "OP_3", "OP_5", "OP_7"):
@@ -84,14 +84,14 @@ def test_the_comparison_has_a_line_per_setting_seed_and_neuron_and_misses_only_w
 
 
 def test_differences_are_paired_by_neuron_and_seed(factorial):
-    found = comparison.read(factorial, trial.load_all(factorial.out))
+    found = comparison.read_comparison(factorial, trial.load_trials(factorial.out))
     base, *_, last = found.scores
     apart = [
         found.scores[last][seed][neuron]["dice"] - found.scores[base][seed][neuron]["dice"]
         for seed in found.scores[last]
         for neuron in found.neurons
     ]
-    shown = found.difference(last, base, "dice", 1000)
+    shown = found.compute_difference(last, base, "dice", 1000)
     assert shown.mean == pytest.approx(np.mean(apart))
     assert f"{shown.mean:+.3f}" in (factorial.out / "report.html").read_text()
     # what seeds and neurons have in common drops out, however far apart they are
@@ -99,11 +99,12 @@ def test_differences_are_paired_by_neuron_and_seed(factorial):
     far = {str(s): {n: {"dice": float(rng.normal(0, 10))} for n in "abc"} for s in range(3)}
     near = {s: {n: {"dice": v["dice"] + 0.5} for n, v in row.items()} for s, row in far.items()}
     pair = comparison.Comparison(("a", ""), ("a", "b", "c"), {("x", ""): far, ("y", ""): near}, {})
-    exact = pair.difference(("y", ""), ("x", ""), "dice", 100)
+    exact = pair.compute_difference(("y", ""), ("x", ""), "dice", 100)
     assert (exact.mean, exact.low, exact.high) == pytest.approx((0.5, 0.5, 0.5))
     other = {("x", ""): {"0": far["0"]}, ("y", ""): {"1": far["1"]}}
     assert (
-        comparison.Comparison(("a", ""), ("a", "b", "c"), other, {}).difference(("y", ""), ("x", ""), "dice", 9) is None
+        comparison.Comparison(("a", ""), ("a", "b", "c"), other, {}).compute_difference(("y", ""), ("x", ""), "dice", 9)
+        is None
     )
 
 
@@ -118,7 +119,7 @@ def test_the_page_needs_nothing_else_and_its_charts_are_sound(factorial):
 
 
 def test_the_best_is_the_highest_finished_one(factorial):
-    trials = [t for t in trial.load_all(factorial.out) if t.value is not None]
+    trials = [t for t in trial.load_trials(factorial.out) if t.value is not None]
     winner = max(trials, key=lambda t: t.value)
     best = yaml.safe_load((factorial.out / "best.yaml").read_text())
     assert best["transfer"] == winner.values["transfer"]
@@ -142,7 +143,7 @@ def test_a_study_of_numbers_has_parallel_axes_and_importance(tmp_path):
         number, point = asked
         state = "pruned" if number % 3 == 2 else "done"
         value = 1 - abs(np.log10(point["optim.lr"] / 1e-3)) if state == "done" else None
-        folder = trial.folder_of(tmp_path, number)
+        folder = trial.trial_folder(tmp_path, number)
         folder.mkdir(parents=True)
         (folder / "train.yaml").write_text("out: x\n")
         Trial(number, point, folder, state, [Attempt("1", 0.0, 1.0)], {10: 0.5}, value, 10, "").save()
@@ -165,7 +166,7 @@ def test_values_are_not_shown_under_another_objective_or_space(factorial, change
         search.run(TypeAdapter(SearchConfig).validate_python(tree))
     assert (factorial.out / "report.html").read_bytes() == report
     tables = {**schema.to_plain(factorial), "draws": 170}
-    verb._check_same(TypeAdapter(SearchConfig).validate_python(tables))
+    verb._require_same_study(TypeAdapter(SearchConfig).validate_python(tables))
 
 
 def test_a_study_without_trials_says_how_to_start_them(tmp_path):
@@ -184,14 +185,20 @@ def test_a_study_without_trials_says_how_to_start_them(tmp_path):
     ],
 )
 def test_logarithmic_axes_have_round_ticks(low, high, marks):
-    assert [f"{m:g}" for m in sweep_charts._log_marks(low, high)] == marks
+    assert [f"{m:g}" for m in sweep_charts._choose_log_ticks(low, high)] == marks
 
 
 def test_a_line_of_parallel_coordinates_breaks_where_a_value_is_missing():
-    axes = [sweep_charts.Axis("a"), sweep_charts.Axis("b", labels=("u", "v")), sweep_charts.Axis("c", log=True)]
-    whole = sweep_charts.parallel("t", axes, [[1, 0, 10.0], [2, 1, 100.0]], [1.0, 0.5])
-    broken = sweep_charts.parallel("t", axes, [[1, None, 10.0], [2, 1, None]], [None, 0.5])
-    below = sweep_charts.parallel("t", [axes[0], sweep_charts.Axis("b", absent=True)], [[1, None]], [1.0])
+    axes = [
+        sweep_charts.ParallelAxis("a"),
+        sweep_charts.ParallelAxis("b", labels=("u", "v")),
+        sweep_charts.ParallelAxis("c", log=True),
+    ]
+    whole = sweep_charts.draw_parallel_coordinates("t", axes, [[1, 0, 10.0], [2, 1, 100.0]], [1.0, 0.5])
+    broken = sweep_charts.draw_parallel_coordinates("t", axes, [[1, None, 10.0], [2, 1, None]], [None, 0.5])
+    below = sweep_charts.draw_parallel_coordinates(
+        "t", [axes[0], sweep_charts.ParallelAxis("b", absent=True)], [[1, None]], [1.0]
+    )
     assert below.count("<polyline") == 1
     assert whole.count("<polyline") == 2
     assert broken.count("<polyline") == 1

@@ -50,17 +50,17 @@ def test_a_grid_is_the_product_and_conditions_leave_dimensions_out():
             "optim.batch": {"integer": [1, 3], "step": 2},
         }
     )
-    points = spaces.grid(cfg.space)
+    points = spaces.list_grid_points(cfg.space)
     assert len(points) == 2 * 1 + 2 * 2
     assert points[0] == {"rule": "scratch", "optim.batch": 1}
     assert all(("share" in p) == (p["rule"] == "average") for p in points)
     assert len({str(p) for p in points}) == 6
-    assert [load(spaces.keys(cfg.space, p)).optim.batch for p in points] == [1, 3] * 3
+    assert [load(spaces.format_keys(cfg.space, p)).optim.batch for p in points] == [1, 3] * 3
 
 
 def test_a_bundle_sets_several_keys_of_any_shape():
     cfg = search({"kind": {"bundle": {"a": {"rule": "average", "size": [3, 4]}, "b": {"optim.lr": 1e-5}}}})
-    first, second = (load(spaces.keys(cfg.space, {"kind": k})) for k in "ab")
+    first, second = (load(spaces.format_keys(cfg.space, {"kind": k})) for k in "ab")
     assert (first.rule, first.size) == ("average", (3, 4))
     assert second.optim.lr == 1e-5
 
@@ -68,7 +68,7 @@ def test_a_bundle_sets_several_keys_of_any_shape():
 @given(st.floats(1e-30, 0.99), st.booleans(), st.text(max_size=8))
 def test_values_survive_the_way_through_text(number, flag, word):
     for value in (number, flag, word, [number, word], {"a": flag}, None):
-        assert schema.yaml.safe_load(spaces.text(value)) == value
+        assert schema.yaml.safe_load(spaces.format_value(value)) == value
 
 
 def test_every_refused_value_is_named_at_once_by_its_key():
@@ -81,7 +81,7 @@ def test_every_refused_value_is_named_at_once_by_its_key():
             "seed": {"choice": [0, -1]},
         }
     )
-    faults = "\n".join(spaces.check(cfg.space, False, load))
+    faults = "\n".join(spaces.find_value_faults(cfg.space, False, load))
     for expected in ("optim.lr: ", "optim.lr=10.0", "optim.lrr: ", "'centre'", "share=1.5", "seed=-1"):
         assert expected in faults
     assert "share=0.75" not in faults
@@ -90,13 +90,15 @@ def test_every_refused_value_is_named_at_once_by_its_key():
 
 def test_a_grid_is_checked_at_every_point_and_a_good_space_has_no_faults():
     good = search({"rule": {"choice": ["scratch", "average"]}, "optim.lr": {"choice": [1e-4, 1e-3]}})
-    assert spaces.check(good.space, True, load) == []
+    assert spaces.find_value_faults(good.space, True, load) == []
 
     def picky(keys: object) -> None:
         if {"rule=average", "optim.lr=0.001"} <= set(keys):  # type: ignore[call-overload]
             raise ConfigError("x is not a usable Small:\n  these two do not go together")
 
-    assert spaces.check(good.space, True, picky) == ["these two do not go together (with rule=average, optim.lr=0.001)"]
+    assert spaces.find_value_faults(good.space, True, picky) == [
+        "these two do not go together (with rule=average, optim.lr=0.001)"
+    ]
 
 
 def test_covering_shows_each_value_with_its_conditions():
@@ -107,7 +109,7 @@ def test_covering_shows_each_value_with_its_conditions():
             "optim.batch": {"choice": [1, 2, 4, 8, 16]},
         }
     )
-    points = spaces.covering(cfg.space)
+    points = spaces.cover_values(cfg.space)
     assert [p["optim.batch"] for p in points] == [1, 2, 4, 8, 16]
     assert {p["rule"] for p in points} == {"scratch", "average"}
     assert all(("share" in p) == (p["rule"] == "average") for p in points)
@@ -142,7 +144,7 @@ def test_a_search_that_cannot_be_is_refused_with_a_sentence(tree, message, tmp_p
 
 def test_a_grid_of_a_range_is_refused():
     with pytest.raises(ConfigError, match="values that can be counted"):
-        spaces.grid(search({"share": {"range": [0, 1]}}).space)
+        spaces.list_grid_points(search({"share": {"range": [0, 1]}}).space)
 
 
 def test_a_config_survives_the_round_trip(tmp_path: Path):

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.search.config import SearchConfig
-from hpc_neuro.search.space import grid
-from hpc_neuro.search.study import JOURNAL, Study, importances, only_driver
+from hpc_neuro.search.space import list_grid_points
+from hpc_neuro.search.study import JOURNAL_FILE, Study, compute_importances, lock_study
 
 SPACE = {
     "rule": {"choice": ["scratch", "average"]},
@@ -38,7 +38,7 @@ def points(cfg: SearchConfig, reopen: bool) -> list[dict]:
         found.append(point)
         study.tell(number, "done", point["lr"], {})
         study = Study(cfg) if reopen else study
-    assert list(study.asked().values()) == found
+    assert list(study.read_points().values()) == found
     return found
 
 
@@ -59,8 +59,8 @@ def test_a_grid_is_asked_in_order_across_restarts(tmp_path):
     while (asked := study.ask()) is not None:
         found.append(asked[1])
         study = Study(cfg)
-    assert found == grid(cfg.space)
-    assert study.planned == 12
+    assert found == list_grid_points(cfg.space)
+    assert study.trial_count == 12
 
 
 def test_a_trial_half_asked_for_is_asked_to_its_end(tmp_path):
@@ -80,13 +80,13 @@ def test_a_trial_half_asked_for_is_asked_to_its_end(tmp_path):
 def test_a_torn_journal_and_a_stale_lock_are_mended(tmp_path):
     cfg = search(tmp_path)
     first = Study(cfg).ask()
-    with (tmp_path / JOURNAL).open("ab") as journal:
+    with (tmp_path / JOURNAL_FILE).open("ab") as journal:
         journal.write(b'{"op_code": 5, "wor')
-    (tmp_path / f"{JOURNAL}.lock").symlink_to(tmp_path / JOURNAL)
+    (tmp_path / f"{JOURNAL_FILE}.lock").symlink_to(tmp_path / JOURNAL_FILE)
     study = Study(cfg)
-    assert study.asked() == {0: first[1]}
+    assert study.read_points() == {0: first[1]}
     assert study.ask()[0] == 1
-    assert set(Study(cfg).asked()) == {0, 1}
+    assert set(Study(cfg).read_points()) == {0, 1}
 
 
 def test_telling_twice_changes_nothing_and_rungs_are_kept(tmp_path):
@@ -108,21 +108,21 @@ def test_what_decides_is_found_important(tmp_path):
     study = Study(cfg)
     while (asked := study.ask()) is not None:
         study.tell(asked[0], "done", -abs(asked[1]["batch"] - 4) + 0.01 * asked[1]["lr"], {})
-    found = importances(tmp_path, list(SPACE))
+    found = compute_importances(tmp_path, list(SPACE))
     assert next(iter(found)) == "batch"
     assert sum(found.values()) == pytest.approx(1)
 
 
 def test_a_second_driver_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     hold = (
-        "import sys,time; from pathlib import Path; from hpc_neuro.search.study import only_driver\n"
-        "with only_driver(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys,time; from pathlib import Path; from hpc_neuro.search.study import lock_study\n"
+        "with lock_study(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline().strip() == "held"
-        with pytest.raises(ConfigError, match=f"already driven by process {other.pid}"), only_driver(tmp_path):
+        with pytest.raises(ConfigError, match=f"already driven by process {other.pid}"), lock_study(tmp_path):
             pass
         other.kill()
-    with only_driver(tmp_path):
+    with lock_study(tmp_path):
         pass

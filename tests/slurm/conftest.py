@@ -14,7 +14,7 @@ import pytest
 
 from hpc_neuro import train
 from hpc_neuro.core.schema import load
-from launch import jobs, slurm
+from launch import slurm, status
 from launch.site import Site, load_site
 from tests.helpers.tiny_store import write_store
 from tests.train.conftest import TINY
@@ -32,13 +32,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         pytest.skip("the development cluster is not up; `make slurm-up` brings it up (as root, on Debian)")
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    slurm.configuration.cache_clear()
+    slurm.read_configuration.cache_clear()
     with (folder / "test.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        before = set(slurm.states())
+        before = set(slurm.read_job_states())
         yield CLUSTER
-        if left := [job for job, state in slurm.states().items() if job not in before and slurm.active(state)]:
-            slurm.ask("scancel", "--quiet", *left)
+        if left := [
+            job for job, state in slurm.read_job_states().items() if job not in before and slurm.is_active(state)
+        ]:
+            slurm.run_command("scancel", "--quiet", *left)
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +81,12 @@ def wait(what: str, holds: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.2)
 
 
-def wait_all(sent: list[jobs.Job], seconds: float = 200.0) -> dict[str, str]:
+def wait_all(sent: list[status.LaunchedJob], seconds: float = 200.0) -> dict[str, str]:
     """Until all jobs are over; their states."""
     poller, states = slurm.Poller(0.3, 1.0), dict[str, str]()
 
     def over() -> bool:
-        states.update(jobs.poll(sent, poller))
+        states.update(status.poll_jobs(sent, poller))
         return all(s not in ("queued", "running") for s in states.values())
 
     wait("the jobs to end", over, seconds)

@@ -23,7 +23,7 @@ from pathlib import Path
 from hpc_neuro import prepare
 from hpc_neuro.core.schema import load
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
-from launch import job_arrays, jobs, slurm
+from launch import slurm, status, submit
 from launch.__main__ import main as launch
 from launch.site import load_site
 
@@ -49,12 +49,12 @@ def until(what: str, holds: Callable[[], bool], seconds: float = 600) -> None:
         time.sleep(0.3)
 
 
-def over(sent: list[jobs.Job], seconds: float = 3600) -> dict[str, jobs.State]:
+def over(sent: list[status.LaunchedJob], seconds: float = 3600) -> dict[str, status.JobStatus]:
     """Wait for jobs; their states."""
-    poller, states = slurm.Poller(0.5, 10), dict[str, jobs.State]()
+    poller, states = slurm.Poller(0.5, 10), dict[str, status.JobStatus]()
 
     def ended() -> bool:
-        states.update(jobs.poll(sent, poller))
+        states.update(status.poll_jobs(sent, poller))
         return all(s not in ("queued", "running") for s in states.values())
 
     until("jobs", ended, seconds)
@@ -90,9 +90,13 @@ def interrupted(out: Path) -> None:
     launch(["prepare", f"images={raw(out)}", f"out={store}", "--cluster", "dev", "--watch"])
     keys = [*MODEL, *QUIET, *FRESH, f"store={store}", f"optim.steps={STEPS}", f"validate.every={STEPS}"]
     keys += ["checkpoint.every=25", "checkpoint.margin=0"]
-    calm = jobs.submit("train", jobs.load("train", None, [*keys, f"out={store.parent / 'calm'}"]), load_site("dev", []))
+    calm = submit.submit_verb(
+        "train", submit.load_config("train", None, [*keys, f"out={store.parent / 'calm'}"]), load_site("dev", [])
+    )
     say("undisturbed: " + str(over(calm)))
-    (hit,) = jobs.submit("train", jobs.load("train", None, [*keys, f"out={store.parent / 'hit'}"]), site)
+    (hit,) = submit.submit_verb(
+        "train", submit.load_config("train", None, [*keys, f"out={store.parent / 'hit'}"]), site
+    )
     ends = hit.folder / "ends.json"
 
     def count() -> int:
@@ -113,7 +117,7 @@ def interrupted(out: Path) -> None:
     until("the second end", lambda: count() == 2)
     until("120 steps", lambda: steps() > 120)
     subprocess.run([HERE / "dev_cluster" / "node.sh", "kill", "node2"], check=True)
-    until("the job to leave", lambda: slurm.states().get(hit.id) != "RUNNING")
+    until("the job to leave", lambda: slurm.read_job_states().get(hit.id) != "RUNNING")
     subprocess.run([HERE / "dev_cluster" / "node.sh", "start", "node2"], check=True)
     say("interrupted: " + str(over([hit])))
     for end in json.loads((hit.out / "run.json").read_text())["ends"]:
@@ -133,15 +137,13 @@ def array_of_a_thousand(out: Path, count: int = 1000) -> None:
     """Tasks that write a line; every tenth fails the first time."""
     site = load_site("dev", ["at_once=8"])
     folder, gate = out / "array", out / "array_gate"
-    cfg = load(
-        jobs.importlib.import_module("hpc_neuro.infer").InferConfig, None, ["model=x", "store=y", f"out={folder}"]
-    )
+    cfg = submit.load_config("infer", None, ["model=x", "store=y", f"out={folder}"])
     script = f'echo "$1" >> {out}/array_ran; case "$1" in *7,*) test -e {gate};; esac'
     for name in ("first", "second"):
         begun = time.monotonic()
-        sent = job_arrays.submit("infer", cfg, site, "slurm", [], None, count, ["sh", "-c", script, "share"])
+        sent = submit.submit_verb("infer", cfg, site, "slurm", [], None, count, ["sh", "-c", script, "share"])
         states = Counter(over(sent).values())
-        arrays, most = len({job.id.partition("_")[0] for job in sent}), slurm.configuration()["MaxArraySize"]
+        arrays, most = len({job.id.partition("_")[0] for job in sent}), slurm.read_configuration()["MaxArraySize"]
         say(f"array, {name} time: {len(sent)} tasks in {arrays} arrays of at most {most}:")
         say(f"  {dict(states)}, {time.monotonic() - begun:.0f} s")
         gate.touch()
@@ -172,7 +174,7 @@ BAD = [  # keys of a training, keys of the site, part of the answer
 
 def refused(out: Path) -> None:
     """From the shell, each in a process of its own as a user would."""
-    store, slowest, before = out / "refused" / "store", 0.0, len(slurm.states())
+    store, slowest, before = out / "refused" / "store", 0.0, len(slurm.read_job_states())
     prepare.run(load(prepare.PrepareConfig, None, [f"images={raw(out)}", f"out={store}"]))
     fixed = [*FRESH, f"store={store}", "optim.batch=4", f"out={out / 'refused' / 'never'}", "--cluster", "dev"]
     for keys, site, answer in BAD:
@@ -183,7 +185,7 @@ def refused(out: Path) -> None:
         slowest = max(slowest, took)
         said = "refused" if done.returncode == 2 and answer in done.stderr else f"NOT REFUSED: {done.stderr}"
         say(f"  {took:5.1f} s  {' '.join([*keys, *site])}: {said}")
-    left = len(slurm.states()) - before + (out / "refused" / "never").exists()
+    left = len(slurm.read_job_states()) - before + (out / "refused" / "never").exists()
     say(f"refused: {len(BAD)} kinds, the slowest in {slowest:.1f} s; jobs and folders left: {left}")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.train import TrainConfig
-from launch import jobs, preflight, slurm
+from launch import preflight, slurm, status
 from launch.site import load_site
 from launch.sweep import cli
 from tests.train.conftest import TINY
@@ -52,12 +52,12 @@ def test_a_bad_submission_is_refused(
     tiny_train: Callable[..., TrainConfig],
     tmp_path: Path,
 ) -> None:
-    before = set(slurm.states())
+    before = set(slurm.read_job_states())
     with pytest.raises(ConfigError) as refused:
         stages: list[tuple[str, Any]] = [("train", tiny_train(tmp_path / "out", *keys))]
         preflight.check(stages, load_site("dev", site_keys), "slurm")
     assert said in str(refused.value)
-    assert set(slurm.states()) == before
+    assert set(slurm.read_job_states()) == before
     assert not (tmp_path / "out").exists()
 
 
@@ -82,8 +82,8 @@ def test_a_good_submission_is_told_what_it_needs_and_how_it_will_be_stopped(
     assert "6 steps of 2 crops" in text
     assert "told by the stop signal and has 30 s" in text
     assert not cfg.out.exists()
-    with pytest.raises(jobs.InputError, match="nothing was launched"):
-        jobs.read(cfg.out)
+    with pytest.raises(InputError, match="nothing was launched"):
+        status.read_jobs(cfg.out)
 
 
 def test_a_sweep_is_held_against_the_cluster_before_its_first_trial(

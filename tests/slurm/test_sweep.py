@@ -8,12 +8,13 @@ import sys
 import pytest
 import yaml
 
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.search import trial
 from launch import slurm
-from launch.executors.slurm import Slurm
+from launch.executors.slurm import SlurmExecutor
+from launch.job_files import ROOT
 from launch.site import Site, load_site
-from launch.snapshot import ROOT
-from launch.sweep.driver import Driver
+from launch.sweep.driver import SweepDriver
 from tests.helpers.sweep_runs import STEPS, command, search, spans, step_until
 from tests.slurm.conftest import wait
 
@@ -26,12 +27,12 @@ def small() -> Site:
     return load_site("dev", ["train.nodes=1"])
 
 
-def make(cfg, site: Site, seconds: float) -> Driver:
+def make(cfg, site: Site, seconds: float) -> SweepDriver:
     def write(folder, number, point) -> None:
         keys = {"lr": 1e-3, "steps": STEPS, "every": 2, "seconds": seconds, **point}
         (folder / "train.yaml").write_text(yaml.safe_dump(keys))
 
-    return Driver(cfg, STEPS, write, Slurm(site, ROOT), command)
+    return SweepDriver(cfg, STEPS, write, SlurmExecutor(site, ROOT), command)
 
 
 def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(cluster, small, tmp_path):
@@ -46,7 +47,7 @@ def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(clust
     )
     first = make(cfg, small, 6)
     first.step()
-    assert len(slurm.states()) >= 2
+    assert len(slurm.read_job_states()) >= 2
     victim = first.trials[0]
     step_until(first, lambda: victim.step >= 2)
     subprocess.run(["scancel", "--signal=KILL", "--full", str(victim.job)], check=True)
@@ -56,17 +57,21 @@ def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(clust
     second = make(cfg, small, 6)
     assert second.trials[1].job == lost
     assert second.run()
-    ended = trial.load_all(cfg.out)
+    ended = trial.load_trials(cfg.out)
     assert {t.state for t in ended if t.values["lr"] == 1e-3} == {"done"}
     assert {t.state for t in ended if t.values["lr"] == 1e-5} == {"pruned"}
     assert len(ended[0].attempts) >= 2
     assert all(set(said) == {"begins"} for said in spans(cfg).values()), "two were at work in one folder"
     jobs = [a.job for t in ended for a in t.attempts]
     assert len(set(jobs)) == len(jobs) >= 5, "a job was counted twice"
-    wait("all jobs to be gone", lambda: not any(slurm.active(s) for j, s in slurm.states().items() if j in jobs), 60)
+    wait(
+        "all jobs to be gone",
+        lambda: not any(slurm.is_active(s) for j, s in slurm.read_job_states().items() if j in jobs),
+        60,
+    )
 
 
 def test_a_refused_submission_names_what_slurm_said(cluster, tmp_path):
-    executor = Slurm(load_site("dev", ["train.nodes=1", "partition=nowhere"]), ROOT)
-    with pytest.raises(slurm.InputError, match="partition"):
+    executor = SlurmExecutor(load_site("dev", ["train.nodes=1", "partition=nowhere"]), ROOT)
+    with pytest.raises(InputError, match="partition"):
         executor.submit([sys.executable, "-c", "pass"], tmp_path, "attempt_1")

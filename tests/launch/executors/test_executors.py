@@ -14,10 +14,10 @@ import pytest
 
 from hpc_neuro.core.schema import InputError
 from launch.executors import JobState
-from launch.executors.local import Local
+from launch.executors.local import LocalExecutor
 
 
-def wait(executor: Local, job: str, base: Path, until: Callable[[JobState], bool] | None = None) -> JobState:
+def wait(executor: LocalExecutor, job: str, base: Path, until: Callable[[JobState], bool] | None = None) -> JobState:
     for _ in range(400):
         state = executor.poll({job: base})[job]
         if (until or (lambda s: s.kind == "ended"))(state):
@@ -28,21 +28,21 @@ def wait(executor: Local, job: str, base: Path, until: Callable[[JobState], bool
 
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_the_exit_code_arrives_also_at_a_later_driver(tmp_path, code):
-    first = Local()
+    first = LocalExecutor()
     job = first.submit(["sh", "-c", f"echo said; exit {code}"], tmp_path, "attempt_1")
     assert wait(first, job, tmp_path / "attempt_1") == JobState("ended", code)
-    assert Local().poll({job: tmp_path / "attempt_1"})[job] == JobState("ended", code)
+    assert LocalExecutor().poll({job: tmp_path / "attempt_1"})[job] == JobState("ended", code)
     assert (tmp_path / "attempt_1.log").read_text() == "said\n"
 
 
 def test_a_job_outlives_its_submitter_and_is_found(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from launch.executors.local import Local\n"
+        "import sys; from pathlib import Path; from launch.executors.local import LocalExecutor\n"
         "work = ['sh', '-c', 'until [ -e enough ]; do sleep 0.05; done']\n"
-        "print(Local().submit(work, Path(sys.argv[1]), 'attempt_1'))"
+        "print(LocalExecutor().submit(work, Path(sys.argv[1]), 'attempt_1'))"
     )
     said = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    executor, job = Local(), said.stdout.strip()
+    executor, job = LocalExecutor(), said.stdout.strip()
     assert executor.find(tmp_path, "attempt_1") == job
     assert executor.poll({job: tmp_path / "attempt_1"})[job].kind == "running"
     (tmp_path / "enough").touch()
@@ -51,7 +51,7 @@ def test_a_job_outlives_its_submitter_and_is_found(tmp_path):
 
 
 def test_a_command_that_is_killed_ends_as_a_signal(tmp_path):
-    executor = Local()
+    executor = LocalExecutor()
     job = executor.submit(["sh", "-c", "kill -9 $$"], tmp_path, "a")
     assert wait(executor, job, tmp_path / "a") == JobState("ended", 128 + 9)
 
@@ -59,7 +59,7 @@ def test_a_command_that_is_killed_ends_as_a_signal(tmp_path):
 @pytest.mark.parametrize("reaped", [True, False])
 def test_a_killed_shell_takes_its_command_along(tmp_path, reaped):
     """Also while the shell is still in /proc, dead, because its parent has not taken note yet."""
-    executor = Local()
+    executor = LocalExecutor()
     job = executor.submit(["sh", "-c", f"echo $$ > {tmp_path}/child; exec sleep 60"], tmp_path, "a")
     while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
         time.sleep(0.02)
@@ -68,7 +68,7 @@ def test_a_killed_shell_takes_its_command_along(tmp_path, reaped):
     if reaped:
         os.waitpid(shell, 0)
     else:
-        parent = executor._ours.pop(job)  # held, so that nobody reaps the shell before the poll
+        parent = executor._children.pop(job)  # held, so that nobody reaps the shell before the poll
     assert wait(executor, job, tmp_path / "a") == JobState("ended", None)
     if not reaped:
         assert gone(shell, "Z"), "the shell was not what this case is about"
@@ -89,7 +89,7 @@ def gone(pid: int, state: str) -> bool:
 
 
 def test_cancelling_asks_first_and_kills_after_the_grace(tmp_path):
-    executor = Local(grace=2.0)
+    executor = LocalExecutor(grace=2.0)
     loop = f"touch {tmp_path}/$0; while :; do sleep 0.05; done"  # the file says that the trap is set
     polite = executor.submit(["sh", "-c", f"trap 'exit 75' TERM; {loop}", "set"], tmp_path, "polite")
     deaf = executor.submit(["sh", "-c", f"trap '' TERM; {loop}", "too"], tmp_path, "deaf")
@@ -102,11 +102,11 @@ def test_cancelling_asks_first_and_kills_after_the_grace(tmp_path):
 
 def test_a_job_of_another_machine_is_refused(tmp_path):
     with pytest.raises(InputError, match="runs on elsewhere; go on with this sweep there"):
-        Local().poll({"elsewhere:1:1": tmp_path / "a"})
+        LocalExecutor().poll({"elsewhere:1:1": tmp_path / "a"})
 
 
 def test_a_recycled_process_id_is_not_taken_for_the_job(tmp_path):
-    executor = Local()
+    executor = LocalExecutor()
     host = os.uname().nodename
     stranger = f"{host}:{os.getpid()}:1"  # this very process, but with another start
     assert executor.poll({stranger: tmp_path / "a"})[stranger] == JobState("ended", None)

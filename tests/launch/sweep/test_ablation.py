@@ -23,13 +23,13 @@ from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import SearchConfig
-from hpc_neuro.search.space import grid, keys
+from hpc_neuro.search.space import format_keys, list_grid_points
 from hpc_neuro.train import TrainConfig, setup
 from hpc_neuro.train.deepspeed.engine import build_module
 from launch.executors import JobState
 from launch.sweep import trial as runner
-from launch.sweep.driver import Driver
-from launch.sweep.recipe import Recipe
+from launch.sweep.driver import SweepDriver
+from launch.sweep.recipe import TrialRecipe
 from tests.conftest import REPO
 from tests.helpers.tiny_store import write_cache, write_store
 from tests.train.conftest import TINY
@@ -74,9 +74,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
         tree["space"][name]["bundle"] = {k: tree["space"][name]["bundle"][k] for k in options}
     (folder / "ablation.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     cfg = schema.load(SearchConfig, folder / "ablation.yaml")
-    recipe = Recipe(cfg)
-    assert [c.transfer.rule for c in recipe.trainings()] == ["scratch", "deformable_tubular"]
-    driver = Driver(cfg, recipe.steps, recipe.write, InThisProcess())
+    recipe = TrialRecipe(cfg)
+    assert [c.transfer.rule for c in recipe.load_train_configs()] == ["scratch", "deformable_tubular"]
+    driver = SweepDriver(cfg, recipe.steps, recipe.write_trial, InThisProcess())
     with run_folder.start("search", cfg, cfg.out, {}):
         assert driver.run(sleep=lambda seconds: None)
     assert search.run(cfg) == 0
@@ -85,7 +85,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
 
 @pytest.mark.slow
 def test_every_combination_is_trained_traced_and_scored(study):
-    trials = trial.load_all(study.out)
+    trials = trial.load_trials(study.out)
     assert [t.state for t in trials] == ["done"] * 4
     combinations = {(t.values["transfer"], t.values["distillation"]) for t in trials}
     assert len(combinations) == 4
@@ -106,7 +106,7 @@ def test_its_table_holds_what_evaluate_wrote(study):
     rows = list(csv.DictReader((study.out / "comparison.csv").open()))
     assert len(rows) == 4 * 2
     assert {r["neuron"] for r in rows} == {"c", "d"}
-    for t in trial.load_all(study.out):
+    for t in trial.load_trials(study.out):
         scored = json.loads((t.folder / "evaluate" / "metrics.json").read_text())["volumes"]
         setting = [t.values["transfer"], t.values["distillation"]]
         own = [r for r in rows if [r["transfer"], r["distillation"]] == setting]
@@ -123,7 +123,7 @@ def test_its_table_holds_what_evaluate_wrote(study):
 @pytest.mark.slow
 def test_the_best_config_trains_as_it_is(study):
     best = schema.load(TrainConfig, study.out / "best.yaml")
-    winner = max(trial.load_all(study.out), key=lambda t: t.value)
+    winner = max(trial.load_trials(study.out), key=lambda t: t.value)
     assert best.transfer.rule == winner.values["transfer"]
     assert best.out == study.out / "best"
     assert best.store.is_absolute()
@@ -136,8 +136,8 @@ def test_the_best_config_trains_as_it_is(study):
 @pytest.mark.slow
 def test_going_on_with_a_finished_study_starts_nothing(study):
     before = {p: p.stat().st_mtime_ns for p in (study.out / "trials").rglob("run.json")}
-    recipe = Recipe(study)
-    driver = Driver(study, recipe.steps, recipe.write, InThisProcess())
+    recipe = TrialRecipe(study)
+    driver = SweepDriver(study, recipe.steps, recipe.write_trial, InThisProcess())
     assert driver.run(sleep=lambda seconds: None)
     assert {p: p.stat().st_mtime_ns for p in (study.out / "trials").rglob("run.json")} == before
 
@@ -146,9 +146,9 @@ def test_going_on_with_a_finished_study_starts_nothing(study):
 def test_the_shipped_ablations_are_five_rules_by_four_modes_by_three_seeds(monkeypatch, name):
     monkeypatch.chdir(REPO)
     cfg, whole = (schema.load(SearchConfig, REPO / "configs" / "search" / f"{n}.yaml") for n in (name, "ablation"))
-    Recipe(cfg)  # TrainConfig takes every point
-    points = grid(cfg.space)
-    assert points == grid(whole.space)
+    TrialRecipe(cfg)  # TrainConfig takes every point
+    points = list_grid_points(cfg.space)
+    assert points == list_grid_points(whole.space)
     assert cfg.space == whole.space
     assert len(points) == 60
     assert [p["seed"] for p in points] == sorted(p["seed"] for p in points)
@@ -164,9 +164,9 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
     given = [f"store={store}", f"cache={cache}", f"out={tmp_path / 'run'}", "teacher.model=random", *SMALL]
 
     def made(point):
-        return schema.load(TrainConfig, None, [*given, "distill_fraction=1.0", *keys(cfg.space, point)])
+        return schema.load(TrainConfig, None, [*given, "distill_fraction=1.0", *format_keys(cfg.space, point)])
 
-    points = [p for p in grid(cfg.space) if p["seed"] == 0]
+    points = [p for p in list_grid_points(cfg.space) if p["seed"] == 0]
     crops = setup.build_parts(made(next(p for p in points if p["distillation"] == "point"))).crops
     batch = crops.collate([crops[0], crops[1]])
     first, heads, rest, later = {}, {}, {}, {}
@@ -210,7 +210,7 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
 
 def test_the_shipped_search_is_usable(monkeypatch):
     monkeypatch.chdir(REPO)
-    assert Recipe(schema.load(SearchConfig, REPO / "configs" / "search" / "learning_rate.yaml")).steps == 1500
+    assert TrialRecipe(schema.load(SearchConfig, REPO / "configs" / "search" / "learning_rate.yaml")).steps == 1500
 
 
 def test_all_refused_values_are_named_at_once(tmp_path):
@@ -223,7 +223,7 @@ def test_all_refused_values_are_named_at_once(tmp_path):
     tree = {"out": tmp_path, "train": {"keys": keys}, "space": space, "trials": 3}
     cfg = schema.TypeAdapter(SearchConfig).validate_python(tree)
     with pytest.raises(ConfigError) as caught:
-        Recipe(cfg)
+        TrialRecipe(cfg)
     for word in ("optim.lrr: ", "optim.lr=-1.0", "'centre'"):
         assert word in str(caught.value)
 
@@ -239,7 +239,7 @@ def test_what_cannot_work_is_refused(tmp_path, more, message):
     tree = {"out": tmp_path, "train": {"keys": ["store=s", "cache=c"]}, "trials": 3} | more
     tree["space"] = {"optim.lr": {"log": [1e-4, 1e-2]}}
     with pytest.raises(ConfigError, match=message):
-        Recipe(schema.TypeAdapter(SearchConfig).validate_python(tree))
+        TrialRecipe(schema.TypeAdapter(SearchConfig).validate_python(tree))
 
 
 def test_a_second_process_in_a_trials_folder_is_turned_away(tmp_path):
@@ -247,10 +247,10 @@ def test_a_second_process_in_a_trials_folder_is_turned_away(tmp_path):
     import sys
 
     script = (
-        "import sys; from pathlib import Path; from launch.sweep.trial import only_one\n"
-        "with only_one(Path(sys.argv[1]), 0.1) as ours: print(ours)"
+        "import sys; from pathlib import Path; from launch.sweep.trial import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1]), 0.1) as ours: print(ours)"
     )
-    with runner.only_one(tmp_path) as ours:
+    with runner.lock_folder(tmp_path) as ours:
         other = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
         )

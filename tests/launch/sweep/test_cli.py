@@ -10,7 +10,7 @@ import yaml
 
 from hpc_neuro.core import schema
 from hpc_neuro.search import trial
-from hpc_neuro.search.study import only_driver
+from hpc_neuro.search.study import lock_study
 from hpc_neuro.train import TrainConfig
 from launch.sweep import cli
 from tests.conftest import REPO
@@ -41,7 +41,7 @@ def test_a_sweep_trains_reports_and_is_complete(written, tmp_path, monkeypatch, 
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     assert cli.main([str(written), "--on", "local"]) == 0
     study = tmp_path / "study"
-    (only,) = trial.load_all(study)
+    (only,) = trial.load_trials(study)
     assert (only.state, [a.reason for a in only.attempts]) == ("done", ["finished"])
     record = json.loads((only.folder / "train" / "run.json").read_text())
     assert record["exit"] == 0
@@ -78,8 +78,8 @@ def test_a_second_driver_is_refused(written, tmp_path, capsys):
     import sys
 
     hold = (
-        "import sys,time; from pathlib import Path; from hpc_neuro.search.study import only_driver\n"
-        "with only_driver(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+        "import sys,time; from pathlib import Path; from hpc_neuro.search.study import lock_study\n"
+        "with lock_study(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "study")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
@@ -90,5 +90,5 @@ def test_a_second_driver_is_refused(written, tmp_path, capsys):
         finally:
             other.kill()
     assert "a study has one driver" in capsys.readouterr().err
-    with only_driver(tmp_path / "study"):
+    with lock_study(tmp_path / "study"):
         pass

@@ -13,7 +13,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.search import trial
 from hpc_neuro.search.trial import Attempt
 from launch.executors import JobState
-from launch.executors.local import Local
+from launch.executors.local import LocalExecutor
 from tests.faults.stand_in_trial import dice
 from tests.helpers.sweep_runs import make, search, spans, step_until
 
@@ -33,7 +33,7 @@ def test_every_trial_runs_once_in_a_folder_of_its_own_and_the_queue_stays_short(
     def watched(seconds: float) -> None:
         nonlocal most
         most = max(most, sum(t.job is not None for t in driver.trials.values()))
-        if not driver.finished:
+        if not driver.is_finished:
             time.sleep(seconds)
 
     assert driver.run(sleep=watched)
@@ -43,7 +43,7 @@ def test_every_trial_runs_once_in_a_folder_of_its_own_and_the_queue_stays_short(
     for t in driver.trials.values():
         assert t.value == pytest.approx(dice(t.values["lr"], 12, 12))
         assert [a.reason for a in t.attempts] == ["finished"]
-    assert trial.load_all(cfg.out) == [driver.trials[n] for n in range(6)]
+    assert trial.load_trials(cfg.out) == [driver.trials[n] for n in range(6)]
 
 
 def test_a_driver_that_died_is_succeeded_by_one_that_goes_on_with_running_trials(tmp_path):
@@ -68,7 +68,7 @@ def test_a_driver_killed_around_a_submission_submits_neither_twice_nor_never(tmp
     noted.attempts[-1].job = None  # killed between submission and note
     noted.save()
     kill(str(lost.job))  # killed between note and submission: nothing was ever started
-    (lost.folder / f"{lost.attempt}.job").unlink()
+    (lost.folder / f"{lost.attempt_name}.job").unlink()
     lost.attempts[-1].job = None
     lost.save()
     second = make(cfg, seconds=0.5)
@@ -105,7 +105,7 @@ def test_losers_are_cancelled_at_a_rung_and_counted_as_pruned(tmp_path):
     assert {t.state for t in losers} == {"pruned"}
     assert all(t.step < 12 and t.value is None and set(t.rungs) == {4} for t in losers)
     assert "is not among the best of" in losers[0].note
-    assert make(cfg).study.told()[losers[0].number] == "pruned"
+    assert make(cfg).study.read_states()[losers[0].number] == "pruned"
 
 
 def test_a_killed_trial_goes_on_where_it_was_until_it_was_killed_too_often(tmp_path):
@@ -118,14 +118,14 @@ def test_a_killed_trial_goes_on_where_it_was_until_it_was_killed_too_often(tmp_p
     for attempt in (1, 2, 3):
         step_until(driver, lambda n=attempt: len(unlucky.attempts) == n and unlucky.job is not None)
         kill(str(unlucky.job))
-    step_until(driver, lambda: driver.finished)
+    step_until(driver, lambda: driver.is_finished)
     assert (lucky.state, unlucky.state) == ("done", "failed")
     assert len(lucky.attempts) == 2
     assert len(unlucky.attempts) == 3
     assert "killed" in unlucky.note
     steps = [json.loads(r)["step"] for r in (lucky.folder / "train" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)), "it began anew"
-    assert make(cfg).study.told()[1] == "failed"
+    assert make(cfg).study.read_states()[1] == "failed"
 
 
 @pytest.mark.parametrize(("code", "attempts"), [(1, 1), (2, 1), (75, 3)])
@@ -162,7 +162,7 @@ def test_a_scheduler_that_does_not_answer_is_asked_again(tmp_path):
 
 
 def test_one_call_asks_for_all_jobs(tmp_path):
-    class Counted(Local):
+    class Counted(LocalExecutor):
         asked: list[int]
 
         def poll(self, jobs):
@@ -184,7 +184,7 @@ def test_a_stopped_driver_leaves_trials_running_and_cancelling_ends_them(tmp_pat
     driver = make(cfg, seconds=30)
     driver.step()
     assert not driver.run(stop=lambda: True)
-    jobs = {str(t.job): t.folder / t.attempt for t in driver.trials.values()}
+    jobs = {str(t.job): t.folder / t.attempt_name for t in driver.trials.values()}
     assert {s.kind for s in driver.executor.poll(jobs).values()} == {"running"}
     assert make(cfg).cancel_all() == 2
     step_until(driver, lambda: len(driver.trials[0].attempts) == 2)  # ended by a signal: to be sent again

@@ -1,0 +1,306 @@
+"""Submitting verbs as jobs into run folders, one job or the shares of a job array.
+
+    OUT/launch/         code/  config.yaml  secrets.json  jobs.json  ends.json  starts/  logs/
+
+Share (i, n) of an array takes every n-th volume from the i-th on and keeps its own record in OUT/shares/NAME. Results
+go straight into OUT, where the last job, the same verb without a share, finds them finished and gathers them. Shares
+that ended well are not submitted again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+
+from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.pipeline import LAUNCHABLE
+from launch import job_files, slurm
+from launch.job_end import JobRecord
+from launch.site import Resources, Site, require_plain_path, split_secrets
+from launch.status import JOBS_FILE, LaunchedJob, require_idle
+from launch.supervise import RankTask
+
+Share = tuple[int, int]
+"""(index, count): every count-th volume from the index-th on."""
+SECRETS_FILE = "secrets.json"
+"""Secret variables of a site, in OUT/launch, with mode 0600."""
+
+
+def load_config(verb: str, config: Path | None, keys: Sequence[str], values: Mapping[str, Any] | None = None) -> Any:
+    """Load the config of a verb; `values` are as in `schema.load`. Raises ConfigError."""
+    if verb not in LAUNCHABLE:
+        raise ConfigError(f"{verb!r} is not one of the verbs that can be launched: {', '.join(LAUNCHABLE)}")
+    return schema.load(LAUNCHABLE[verb].load_config_class(), config, keys, values)
+
+
+def submit_verb(
+    verb: str,
+    cfg: Any,
+    site: Site,
+    on: Literal["slurm", "local"] = "slurm",
+    after: Sequence[str] = (),
+    code: Path | None = None,
+    count: int = 1,
+    command: Sequence[str] = (),
+) -> list[LaunchedJob]:
+    """Submit a verb with its config into its run folder.
+
+    after: ids of jobs that must end well first. code: a snapshot to share with other jobs; none: one is made in the
+    run folder. count: 1 for one job; else one job per missing share, in arrays as long as the cluster takes, and the
+    one that gathers. command: runs instead of the verb, for a share with `share=[i,n]` appended, and then nothing
+    gathers. Checks nothing but that the folder has no job already; see `preflight.check`. Raises ConfigError for a verb
+    that cannot be divided.
+    """
+    if on == "slurm" and shutil.which("sbatch") is None:
+        raise InputError("sbatch is not on this machine; submit from a login node of the cluster, or use --on local")
+    if count > 1:
+        require_divisible(verb, on)
+    require_idle(cfg.out)
+
+    submission = Submission(verb, cfg, site, on, code or cfg.out.resolve() / "launch" / "code", tuple(command))
+    if count == 1:
+        return submission.submit(after)
+
+    longest = int(slurm.read_configuration()["MaxArraySize"])
+    jobs = [
+        job
+        for shares in split_into_arrays(find_missing_shares(cfg.out, count), longest)
+        for job in submission.submit(after, shares)
+    ]
+    if command:
+        return jobs
+    return jobs + submission.submit([*after, *list_arrays(jobs)])
+
+
+# --------------------------------------------------------------------------------------------------------- shares
+
+
+def count_shares(verb: str, count: int, is_alone: bool) -> int:
+    """Into how many shares a verb is divided: in a chain, verbs that cannot be divided stay whole."""
+    return count if is_alone or LAUNCHABLE[verb].divisible else 1
+
+
+def require_divisible(verb: str, on: str) -> None:
+    """Raise ConfigError where there can be no array."""
+    if not LAUNCHABLE[verb].divisible:
+        divisible = ", ".join(name for name, row in LAUNCHABLE.items() if row.divisible)
+        raise ConfigError(f"--array: {verb} is one piece of work and cannot be shared out; only {divisible} can")
+    if on != "slurm":
+        raise ConfigError("--array: only Slurm has arrays; leave it out, or use --on slurm")
+
+
+def share_name(index: int, count: int) -> str:
+    """Name of one share of an array, as in OUT/shares/NAME."""
+    return f"{index:04d}_of_{count:04d}"
+
+
+def find_missing_shares(out: Path, count: int) -> list[Share]:
+    """Shares of `count` that have not ended well."""
+    return [(index, count) for index in range(count) if not _is_done(out, share_name(index, count))]
+
+
+def _is_done(out: Path, share: str) -> bool:
+    ends = JobRecord(out / "launch" / share, out).read_ends()
+    return bool(ends) and ends[-1]["exit"] == 0
+
+
+def split_into_arrays(shares: Sequence[Share], size: int) -> list[list[Share]]:
+    """Split shares into arrays of `size` tasks at most (Slurm's MaxArraySize), as even as can be."""
+    if not shares:
+        return []
+    number = -(-len(shares) // size)
+    bounds = [round(i * len(shares) / number) for i in range(number + 1)]
+    return [list(shares[start:stop]) for start, stop in itertools.pairwise(bounds)]
+
+
+def list_arrays(jobs: Sequence[LaunchedJob]) -> list[str]:
+    """Ids of the arrays that jobs are tasks of, each once."""
+    return list(dict.fromkeys(job.id.partition("_")[0] for job in jobs))
+
+
+def describe_jobs(jobs: Sequence[LaunchedJob]) -> str:
+    """`job 12`, or `40 tasks in arrays 12, 13, then job 14`."""
+    shares = [job for job in jobs if job.share]
+    parts = [f"{len(shares)} tasks in arrays {', '.join(list_arrays(shares))}"] if shares else []
+    if not jobs[-1].share:
+        parts.append(f"job {jobs[-1].id}")
+    return ", then ".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """A verb on its way to the queue."""
+
+    verb: str
+    cfg: Any
+    site: Site
+    on: Literal["slurm", "local"]
+    code: Path
+    command: tuple[str, ...]
+
+    @property
+    def out(self) -> Path:
+        """Run folder."""
+        return Path(self.cfg.out).resolve()
+
+    @property
+    def launch_folder(self) -> Path:
+        """OUT/launch."""
+        return self.out / "launch"
+
+    @property
+    def resources(self) -> Resources:
+        """What the verb asks for."""
+        return self.site.resources(self.verb)
+
+    def submit(self, after: Sequence[str], shares: Sequence[Share] = ()) -> list[LaunchedJob]:
+        """Submit one job, or an array with a task for each share."""
+        require_plain_path("out", self.out)
+        logs = self.launch_folder / "logs"
+        job_files.make_protected_folder(logs)
+        code = job_files.snapshot_code(self.code)
+        files.write_text(self.launch_folder / "config.yaml", schema.dump(self.cfg))
+
+        tasks = [self.make_task(code, share) for share in shares] or [self.make_task(code, None)]
+        if self.on == "local":
+            executor = self._make_local_executor(logs, code)
+        else:
+            executor = self._make_slurm_executor(logs, code, tasks, after)
+
+        with slurm.hide_own_job(), job_files.protect_new_files():
+            try:
+                handles = executor.submit_array(tasks)
+            except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+                raise InputError(f"no job was taken: {' '.join(str(error).split())}") from None
+
+        names = [share_name(*share) for share in shares] or [""]
+        jobs = [
+            LaunchedJob(handle.job_id, self.on, self.verb, self.out, name)
+            for handle, name in zip(handles, names, strict=True)
+        ]
+        self._record_jobs(jobs, code, after)
+        return jobs
+
+    def make_task(self, code: Path, share: Share | None) -> RankTask:
+        """What each rank of a job runs."""
+        words = [*self.command] or [
+            sys.executable,
+            "-m",
+            "hpc_neuro",
+            self.verb,
+            str(self.launch_folder / "config.yaml"),
+        ]
+        if share:
+            words.append(f"share=[{share[0]},{share[1]}]")
+        if self.on == "local" and self.resources.mpi != "none" and self.resources.tasks > 1:
+            words = [_find_mpiexec(), "-n", str(self.resources.tasks), *words]
+
+        public, secrets = split_secrets(self.site.environment_for(self.resources))
+        secrets_file = self.launch_folder / SECRETS_FILE if secrets else None
+        if secrets_file:
+            # The pickle of this task can be read by others, and is copied when people ask for help.
+            job_files.write_private_text(secrets_file, json.dumps(secrets))
+
+        return RankTask(
+            command=(*shlex.split(self.site.container), *words),
+            folder=self.launch_folder / share_name(*share) if share else self.launch_folder,
+            out=run_folder.share_folder(self.out, share),
+            cwd=Path.cwd(),
+            code=code,
+            environment=public,
+            secrets_file=secrets_file,
+            umask=job_files.read_umask(),
+            signal_seconds=self.site.signal_seconds,
+            max_requeue=self.site.max_requeue,
+        )
+
+    def _make_local_executor(self, logs: Path, code: Path) -> Any:
+        """submitit's executor of processes on this machine."""
+        resources = self.resources
+        executor = submitit.LocalExecutor(logs)
+        executor.update_parameters(
+            timeout_min=resources.minutes,
+            # mpiexec starts the ranks.
+            tasks_per_node=1 if resources.mpi != "none" else resources.tasks,
+            gpus_per_node=resources.tasks * resources.gpus_per_task,
+            signal_delay_s=self.site.signal_seconds,
+            setup=self.site.setup_lines(code),
+        )
+        return executor
+
+    def _make_slurm_executor(self, logs: Path, code: Path, tasks: Sequence[RankTask], after: Sequence[str]) -> Any:
+        """submitit's executor of Slurm jobs."""
+        resources, site = self.resources, self.site
+        options: dict[str, Any] = {
+            **site.sbatch_options(resources),
+            "job_name": f"{self.verb}:{tasks[0].out.name}",
+            "signal_delay_s": site.signal_seconds,
+            "array_parallelism": site.at_once,
+            "stderr_to_stdout": True,
+            "setup": self._make_script_head(logs, code, tasks),
+            "teardown": [self._make_last_line()],
+            "srun_args": [f"--mpi={resources.mpi}", *site.srun_options(resources)],
+            "additional_parameters": {"requeue": True},
+        }
+        if after:
+            options["dependency"] = f"afterok:{':'.join(after)}"
+            options["additional_parameters"] = {"requeue": True, "kill-on-invalid-dep": "yes"}
+
+        executor = submitit.SlurmExecutor(logs)
+        executor.update_parameters(**options)
+        return executor
+
+    def _make_script_head(self, logs: Path, code: Path, tasks: Sequence[RankTask]) -> list[str]:
+        """Lines of the batch script before srun."""
+        folders = " ".join(shlex.quote(str(task.folder)) for task in tasks)
+        outs = " ".join(shlex.quote(str(task.out)) for task in tasks)
+        return [
+            job_files.refuse_writable_pickle(logs),
+            *self.site.setup_lines(code),
+            f"folders=({folders})",
+            f"outs=({outs})",
+            # bash must outlive a SIGTERM to record how the job ended.
+            "trap : TERM USR1 USR2",
+        ]
+
+    def _make_last_line(self) -> str:
+        """Last line of the batch script: record why the start ended, and requeue the job."""
+        index = "${SLURM_ARRAY_TASK_ID:-0}"
+        return (
+            f'{shlex.quote(sys.executable)} -m launch.job_end "${{folders[{index}]}}" "${{outs[{index}]}}" '
+            f"{self.resources.tasks} {self.site.max_requeue} {self.site.signal_seconds} $?"
+        )
+
+    def _record_jobs(self, jobs: Sequence[LaunchedJob], code: Path, after: Sequence[str]) -> None:
+        """Append jobs to OUT/launch/jobs.json."""
+        path = self.launch_folder / JOBS_FILE
+        rows = files.read_json(path, f"remove {path}") if path.exists() else []
+        facts = {
+            "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+            "after": list(after),
+            "code": str(code),
+            "resources": dataclasses.asdict(self.resources),
+        }
+        rows += [{"id": job.id, "on": job.on, "verb": job.verb, "share": job.share, **facts} for job in jobs]
+        files.write_json(path, rows)
+
+
+def _find_mpiexec() -> str:
+    """The mpiexec of the installed MPICH; a site's own is found by its name."""
+    installed = Path(sys.executable).with_name("mpiexec")
+    return str(installed) if installed.exists() else "mpiexec"
