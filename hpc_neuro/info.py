@@ -137,7 +137,7 @@ def _parts(volume: Volume) -> Iterator[tuple[Box, Array]]:
     x = min(x, voxels)
     y = min(y, max(1, voxels // x))
     for block in tile_volume(volume.shape, (min(z, max(1, voxels // (x * y))), y, x), (0, 0, 0)):
-        yield block.write, volume[block.write]
+        yield block.write, volume.read_unchecked(block.write)
 
 
 def _percentiles(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> dict[float, float]:

@@ -77,7 +77,7 @@ def compute_histogram(read: ReadBox, shape: Shape) -> Histogram:
 
     for box in iter_slabs(shape, dtype.itemsize):
         block = read(box)
-        _require_finite(block, box)
+        require_finite(block, box)
         keys = _to_keys(block)
         upper += np.bincount((keys if _is_narrow(dtype) else keys >> 16).ravel(), minlength=_BINS)
     return Histogram(dtype, upper, {})
@@ -119,9 +119,32 @@ def compute_intensity_range(read: ReadBox, shape: Shape, counts: Histogram | Non
     return low, high
 
 
+def require_finite(voxels: Array, box: Box, prefix: str = "") -> None:
+    """Raise InputError that names the first NaN or infinite voxel of an array read from `box`."""
+    if voxels.dtype.kind != "f" or np.isfinite(voxels).all():
+        return
+
+    # Positions are those in the volume, not in the box.
+    z, y, x = (int(axis[0]) + start for axis, start in zip(np.nonzero(~np.isfinite(voxels)), box.start, strict=True))
+    raise InputError(
+        f"{prefix}voxel z={z} y={y} x={x} is NaN or infinite, finite intensities are wanted; "
+        "replace such voxels (e.g. by the background's value)"
+    )
+
+
 def normalize(array: Array, low: float, high: float) -> NDArray[np.float32]:
-    """clip((array - low) / (high - low), 0, 1) as float32, any shape."""
-    scaled = (np.asarray(array, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    """clip((array - low) / (high - low), 0, 1) as float32, any shape.
+
+    Raises InputError for a range that is empty or infinite as float32: everything would become NaN or 0.
+    """
+    with np.errstate(over="ignore"):
+        width = np.float32(high - low)
+    if not (0 < width < np.inf and np.isfinite(np.float32(low))):
+        raise InputError(
+            f"the intensity range {low:g} to {high:g} is empty or beyond float32; rescale the image, or give a range"
+        )
+
+    scaled = (np.asarray(array, dtype=np.float32) - np.float32(low)) / width
     return cast(NDArray[np.float32], np.clip(scaled, 0, 1, out=scaled))
 
 
@@ -180,15 +203,3 @@ def _value_at(counts: Histogram, rank: int) -> float:
     rank_in_bin = rank - (int(ends[upper - 1]) if upper else 0)
     lower = int(np.searchsorted(np.cumsum(counts.lower[upper]), rank_in_bin, side="right"))
     return _from_key((upper << 16) | lower, counts.dtype)
-
-
-def _require_finite(block: Array, box: Box) -> None:
-    """Raise InputError that names the first NaN or infinite voxel of a block read from `box`."""
-    if block.dtype.kind != "f" or np.isfinite(block).all():
-        return
-
-    z, y, x = (int(v[0]) + a for v, a in zip(np.nonzero(~np.isfinite(block)), box.start, strict=True))
-    raise InputError(
-        f"voxel z={z} y={y} x={x} is NaN or infinite, finite intensities are wanted; "
-        "replace such voxels (e.g. by the background's value)"
-    )

@@ -100,7 +100,9 @@ def measure(opened: OpenedPair, misaligned: str) -> Measured:
         counts = compute_histogram(image.__getitem__, image.shape)
         low, high = compute_intensity_range(image.__getitem__, image.shape, counts)
     except InputError as error:
-        raise InputError(f"{pair.image}: {error}") from None
+        # What a reader refuses names the file already.
+        prefix = "" if str(image.path) in str(error) else f"{pair.image}: "
+        raise InputError(f"{prefix}{error}") from None
     fit = compare_orientations(opened.tree, image.__getitem__, image.shape, counts, opened.size, opened.unit)
     if fit.is_misaligned:
         sentence = (

@@ -110,3 +110,10 @@ def test_percentile_ranks_are_mid_ranks() -> None:
     image = np.array([0, 0, 0, 0, 5, 5, 9, 9], dtype=np.uint8).reshape(2, 2, 2)
     ranks = compute_histogram(reader(image), image.shape).percentile_rank(np.array([0, 5, 9], dtype=np.uint8))
     np.testing.assert_allclose(ranks, [0.25, 0.625, 0.875])
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1e300), (0.0, 1e-60), (5.0, 5.0), (1e39, 2e39)])
+def test_range_beyond_float32_is_refused(bounds: tuple[float, float]) -> None:
+    """Normalized by such a range, every voxel would become NaN, 0 or 1."""
+    with pytest.raises(InputError, match="is empty or beyond float32"):
+        normalize(np.array([0.0, 1.0]), *bounds)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
 from hpc_neuro import infer
 from hpc_neuro.core import files
+from hpc_neuro.core.constants import EXIT_FAILURES
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr
@@ -114,3 +116,14 @@ def test_an_image_folder_that_was_written_anew_is_another_image(model: Path, tmp
     image(tmp_path / "b.ome.zarr", value=9)
     (after,) = sources(cfg)
     assert before.digest == again.digest != after.digest
+
+
+def test_a_voxel_that_is_nan_is_a_failure_although_the_range_is_given(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    voxels = np.random.default_rng(0).uniform(0, 100, (8, 32, 64)).astype(np.float32)
+    voxels[3, 4, 40] = np.nan
+    tifffile.imwrite(tmp_path / "cells.tif", voxels, photometric="minisblack")
+    item = f"inputs=[{{image: {tmp_path / 'cells.tif'}, range: [0, 100], voxel_size: [1, 1, 1]}}]"
+    assert infer.run(configure(model, tmp_path / "out", item)) == EXIT_FAILURES
+    assert "cells.tif: voxel z=3 y=4 x=40 is NaN or infinite" in caplog.text

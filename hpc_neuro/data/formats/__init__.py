@@ -116,7 +116,7 @@ def _find_reader(path: Path) -> Reader:
                 return reader
 
         names = [reader.name for reader in READERS if reader.is_folder]
-        wanted = ", ".join(f"{'an' if name[0] in 'ON' else 'a'} {name}" for name in names)
+        wanted = ", ".join(f"{'an' if name.startswith(('OME', 'N5')) else 'a'} {name}" for name in names)
         raise InputError(f"{path} is a folder that holds no image; wanted {wanted}, or give a file in it")
 
     head = _read_head(path)

@@ -17,6 +17,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats.axes import AxisOrder
+from hpc_neuro.data.intensity import require_finite
 
 Array = NDArray[Any]
 """A numpy array of any shape and dtype."""
@@ -79,8 +80,15 @@ class Volume:
     def __getitem__(self, box: Box) -> Array:
         """The voxels of `box`, [Z, Y, X] in the file's dtype, a fresh array.
 
-        Raises InputError when the box leaves the volume or the file is damaged there.
+        Raises InputError when the box leaves the volume, when the file is damaged there, and for a voxel that is NaN or
+        infinite: normalized, it would look like background or poison whatever is computed from it.
         """
+        voxels = self.read_unchecked(box)
+        require_finite(voxels, box, f"{self.path}: ")
+        return voxels
+
+    def read_unchecked(self, box: Box) -> Array:
+        """The voxels of `box` with NaN and infinity as they are, for programs that count them."""
         if not Box.whole(self.shape).contains(box):
             raise InputError(f"box {box.start} to {box.stop} leaves {self.path}, whose shape is {self.shape} (z y x)")
         if not box.size:
