@@ -31,6 +31,9 @@ _MAX_CHUNK = 1 << 31
 _MAX_LISTED = 6
 """Arrays named in an error."""
 
+_AS_ARRAY = "open the array {} itself, without the image metadata, and give the voxel size in um"
+"""Advice where image metadata cannot be used."""
+
 _ZARR_FILES = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
 _N5_SHARED_KEYS = ("axes", "pixelResolution", "resolution", "units")
 """Attributes of an N5 group that hold for its arrays."""
@@ -188,6 +191,7 @@ def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
 
     # The first dataset of the first image is the full resolution, by the specification.
     image = multiscales[0]
+    _check_ome_version(path, ome, image)
     levels = {str(d["path"]): d for d in image["datasets"]}
     name = dataset or next(iter(levels))
     if name not in levels:
@@ -199,8 +203,11 @@ def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
     # Axes are mappings since 0.4 and plain names in 0.3; a type tells channel and time from space.
     axes = [a if isinstance(a, Mapping) else {"name": a} for a in image.get("axes", [])]
     letters = "".join({"channel": "C", "time": "T"}.get(str(a.get("type")), str(a["name"])[:1].upper()) for a in axes)
-    scale, shift = _combine_transforms(levels[name], image, len(axes))
-    notes = (f"level {name} of {len(levels)}",)
+    _check_axes_count(path / name, [str(a["name"]) for a in axes])
+    notes: tuple[str, ...] = (f"level {name} of {len(levels)}",)
+    scale, shift = _combine_transforms(path / name, levels[name], image, [str(a["name"]) for a in axes])
+    if scale is None:
+        return _Level(path / name, letters, notes=(*notes, f"level {name} states no scale; give the voxel size in um"))
 
     # A size without a unit of length on all of z y x is no voxel size.
     per = [um_per(a.get("unit")) for a in axes]
@@ -212,16 +219,69 @@ def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
     return _Level(path / name, letters, step, begin, notes)
 
 
-def _combine_transforms(level: Mapping[str, Any], image: Mapping[str, Any], count: int) -> tuple[Any, Any]:
-    """Scale and translation along each axis: the transformations of the level, then those of the whole image."""
-    scale, shift = np.ones(count), np.zeros(count)
-    for transform in [*level.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]:
-        if "scale" in transform:
-            scale, shift = scale * transform["scale"], shift * transform["scale"]
-        if "translation" in transform:
-            shift = shift + transform["translation"]
+def _check_ome_version(path: Path, ome: Mapping[str, Any], image: Mapping[str, Any]) -> None:
+    """Raise InputError for OME-Zarr 0.6 and later, which describes axes and sizes in another way."""
+    version = str(ome.get("version", image.get("version", "")))
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    is_new = numbers is not None and (int(numbers[1]), int(numbers[2])) >= (0, 6)
+    if not is_new and "coordinateSystems" not in image:
+        return
 
-    return scale, shift
+    first = next((str(d.get("path")) for d in image.get("datasets", []) if isinstance(d, Mapping)), "0")
+    raise InputError(
+        f"{path} is OME-Zarr {version or '0.6'}, and versions up to 0.5 are read; {_AS_ARRAY.format(path / first)}"
+    )
+
+
+def _check_axes_count(array: Path, names: Sequence[str]) -> None:
+    """Raise InputError when the image metadata name more or fewer axes than the array has."""
+    shape = {**_read_optional_json(array / ".zarray"), **_read_optional_json(array / "zarr.json")}.get("shape", names)
+    if len(shape) != len(names):
+        raise InputError(
+            f"{array} has {len(shape)} axes {tuple(shape)}, but its image metadata name {len(names)} "
+            f"({', '.join(names)}); correct them, or {_AS_ARRAY.format(array)}"
+        )
+
+
+def _combine_transforms(
+    array: Path, level: Mapping[str, Any], image: Mapping[str, Any], names: Sequence[str]
+) -> tuple[Any, Any]:
+    """Scale and translation along each axis: the transformations of the level, then those of the whole image.
+
+    (None, None) where no scale is stated or where another transformation takes part: then the voxel size is unknown.
+    Raises InputError for a scale or translation of another number of axes.
+    """
+    own, shared = (part.get("coordinateTransformations") or [] for part in (level, image))
+    scale, shift = np.ones(len(names)), np.zeros(len(names))
+    for transform in [*own, *shared]:
+        kind = transform.get("type")
+        if kind == "scale" and "scale" in transform:
+            factor = _parse_vector(array, "scale", transform["scale"], names)
+            scale, shift = scale * factor, shift * factor
+        elif kind == "translation" and "translation" in transform:
+            shift = shift + _parse_vector(array, "translation", transform["translation"], names)
+        elif kind != "identity":
+            return None, None
+
+    # A scale of the whole image is no size of a level that has none, unless it is the only level.
+    stated = [*own, *(shared if len(image["datasets"]) == 1 else [])]
+    is_stated = any(transform.get("type") == "scale" for transform in stated)
+    return (scale, shift) if is_stated else (None, None)
+
+
+def _parse_vector(array: Path, kind: str, values: Any, names: Sequence[str]) -> Any:
+    """One finite number per axis. Raises InputError for anything else."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if is_list and len(values) == len(names):
+        vector = np.array(values, dtype=np.float64)
+        if np.isfinite(vector).all():
+            return vector
+
+    content = f"{len(values)} numbers" if is_list else repr(values)
+    raise InputError(
+        f"{array} states a {kind} of {content} for {len(names)} axes ({', '.join(names)}); correct its metadata, or "
+        f"{_AS_ARRAY.format(array)}"
+    )
 
 
 def _find_plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) -> _Level:
@@ -240,7 +300,7 @@ def _find_plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) ->
         above = _read_attributes(group)
         images = above.get("ome", above).get("multiscales") or [{"datasets": []}]
         is_level = path.name in [str(d["path"]) for d in images[0]["datasets"]]
-        return _find_zarr_level(group, path.name) if is_level else _Level(path)
+        return _find_level_in_group(group, path) if is_level else _Level(path)
 
     members = sorted({p.parent for name in ("zarr.json", ".zarray", ".zgroup") for p in path.glob(f"*/{name}")})
     # bioformats2raw keeps its XML in OME.
@@ -255,6 +315,14 @@ def _find_plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) ->
         f"{path} is {kind} with {len(members)} members ({_list_names([p.relative_to(path) for p in members])}); "
         "choose one with dataset=NAME"
     )
+
+
+def _find_level_in_group(group: Path, array: Path) -> _Level:
+    """A level that was given by its own path. Metadata of the group that cannot be used are left, with a note."""
+    try:
+        return _find_zarr_level(group, array.name)
+    except InputError as error:
+        return _Level(array, notes=(f"the image metadata of its group are not used: {error}",))
 
 
 def _is_zarr_array(path: Path) -> bool:

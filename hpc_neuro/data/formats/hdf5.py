@@ -153,7 +153,8 @@ def _open_imaris(path: Path, file: Any) -> StoredArray:
     spacing, world = _parse_imaris_extent(info, sizes)
     dtype = check_dtype(path, stored[0][0].dtype)
     read = functools.partial(_read_imaris_part, stored)
-    return StoredArray("Imaris", shape, "TCZYX", dtype, read, spacing, world)
+    notes = () if spacing is not None else ("an extent without a unit of length; give the voxel size in um",)
+    return StoredArray("Imaris", shape, "TCZYX", dtype, read, spacing, world, notes)
 
 
 def _check_imaris_data(path: Path, data: Any, sizes: list[int], dtype: np.dtype[Any]) -> None:
@@ -172,7 +173,8 @@ def _parse_imaris_extent(info: Any, sizes: list[int]) -> tuple[tuple[float, ...]
     high = [float(_decode_text(info[f"ExtMax{i}"])) for i in (2, 1, 0)]
     steps = [(b - a) / n for a, b, n in zip(low, high, sizes, strict=True)]
 
-    per = um_per(_decode_text(info.get("Unit", b"um")))
+    # Without its unit, the extent is no size.
+    per = um_per(_decode_text(info.get("Unit", b"")))
     spacing = None if per is None else (math.nan, math.nan, *(s * per for s in steps))
     world = np.zeros((3, 6))
     for i, (begin, step) in enumerate(zip(low, steps, strict=True)):

@@ -303,6 +303,9 @@ def _parse_spacings(fields: Mapping[str, Any], count: int) -> Placement:
 
     # nan stands for the spacing of a channel or time axis, which needs no unit.
     units = [um_per(str(u)) for u in fields.get("units") or [""] * count]
+    if len(units) != count or len(steps) != count:
+        note = f"{len(steps)} spacings and {len(units)} units for {count} axes; give the voxel size in um"
+        return None, None, (note,)
     if any(u is None for u, s in zip(units, steps, strict=False) if math.isfinite(s)):
         return None, None, (note_missing_unit(np.asarray(steps, float)[::-1], "slowest axis first"),)
     return tuple(float(s) * (u or math.nan) for s, u in zip(steps, units, strict=False))[::-1], None, ()

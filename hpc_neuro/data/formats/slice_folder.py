@@ -13,7 +13,7 @@ import numpy as np
 import tifffile
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats import tiff
+from hpc_neuro.data.formats import tiff, tiff_voxel_size
 from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, translate_errors
 
@@ -139,7 +139,7 @@ def _read_slice_distance(path: Path) -> float:
     """Micrometres between slices as ImageJ notes it in a slice; nan where it does not."""
     with tifffile.TiffFile(path) as tif:
         meta = tif.imagej_metadata or {}
-    per = um_per(str(meta.get("unit", "")))
+    per = um_per(tiff_voxel_size.imagej_unit(meta, "Z"))
     return float(meta.get("spacing", math.nan)) * per if per else math.nan
 
 

@@ -59,9 +59,6 @@ def _read_scale(tif: tifffile.TiffFile, series: Any) -> tuple[Scale, tuple[str, 
 
 def _parse_imagej(meta: dict[str, Any], plane: Scale) -> tuple[Scale, tuple[str, ...]]:
     """ImageJ keeps the pixel size in the resolution tags, its unit and the distance of slices in a description."""
-    # One unit holds for all axes here.
-    unit = str(meta.get("unit", "")).strip()
-    per = um_per(unit)
     steps = dict(plane)
     if float(meta.get("spacing", 0) or 0) > 0:
         steps["Z"] = float(meta["spacing"])
@@ -69,10 +66,22 @@ def _parse_imagej(meta: dict[str, Any], plane: Scale) -> tuple[Scale, tuple[str,
     # ImageJ writes 1 x 1 for an image that is not calibrated.
     if not steps or steps == {"Y": 1.0, "X": 1.0}:
         return {}, ()
-    if per is None:
-        sizes = ", ".join(f"{a} {steps[a]:.6g}" for a in "ZYX" if a in steps)
-        return {}, (f"steps {sizes} in the unit {unit!r}, which is no length; give the voxel size in um",)
-    return {a: v * per for a, v in steps.items()}, ()
+
+    # Axes whose unit is no length, such as pixel, have no size; the others keep theirs.
+    units = {letter: imagej_unit(meta, letter) for letter in steps}
+    per = {letter: um_per(unit) for letter, unit in units.items()}
+    scale = {letter: step * (per[letter] or 0.0) for letter, step in steps.items() if per[letter]}
+    if len(scale) == len(steps):
+        return scale, ()
+    texts = ", ".join(repr(unit) for unit in dict.fromkeys(units[a] for a in steps if a not in scale))
+    sizes = ", ".join(f"{a} {steps[a]:.6g}" for a in "ZYX" if a in steps and a not in scale)
+    return scale, (f"steps {sizes} in the unit {texts}, which is no length; give the voxel size in um",)
+
+
+def imagej_unit(meta: dict[str, Any], letter: str) -> str:
+    """The unit of one axis in ImageJ's metadata: `unit` is that of x; y and z have their own where they differ."""
+    own = meta.get(f"{letter.lower()}unit") if letter in "YZ" else None
+    return str(own if own is not None else meta.get("unit", "")).strip()
 
 
 def _read_resolution(page: Any) -> Scale:
@@ -99,7 +108,13 @@ def _parse_ome(text: str, number: int) -> tuple[Scale, tuple[str, ...]]:
     scale: Scale = {}
     notes: tuple[str, ...] = ()
     for letter in "ZYX":
-        size = float(attributes.get(f"PhysicalSize{letter}", "nan"))
+        text = attributes.get(f"PhysicalSize{letter}", "nan")
+        try:
+            size = float(text)
+        except ValueError:
+            notes += (f"PhysicalSize{letter} is {text!r}, which is no number; give the voxel size in um",)
+            continue
+
         # um is the schema's default.
         unit = attributes.get(f"PhysicalSize{letter}Unit", "um")
         per = um_per(unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 _UM_PER_UNIT = {
@@ -11,6 +12,7 @@ _UM_PER_UNIT = {
     "cm": 1e4,
     "m": 1e6,
     "a": 1e-4,
+    "å": 1e-4,
     "pm": 1e-6,
     "inch": 25400.0,
     "in": 25400.0,
@@ -21,19 +23,21 @@ _UM_PER_UNIT = {
     "centimeter": 1e4,
     "meter": 1e6,
     "angstrom": 1e-4,
+    "ångström": 1e-4,
+    "ångstrom": 1e-4,
+    "angström": 1e-4,
     "picometer": 1e-6,
 }
 
 
 def um_per(unit: str | None) -> float | None:
     """Micrometres in one `unit` (um, µm, micron, micrometre, nm, mm, inch ...); None for a text that is no length."""
+    # ImageJ writes characters beyond ASCII as escapes, such as \u00B5 for the micro sign.
     text = (unit or "").strip().strip('"')
+    text = re.sub(r"\\u([0-9A-Fa-f]{4})", lambda match: chr(int(match[1], 16)), text)
 
-    # ImageJ writes the micro sign as an escape; Unicode has two characters that look like it.
-    for micro in ("\\u00B5", "\u00b5", "\u03bc"):
-        text = text.replace(micro, "u")
-
-    text = text.lower().replace("metre", "meter")
+    # Lower case maps the angstrom sign to the letter å; Unicode has two characters that look like the micro sign.
+    text = text.lower().replace("\u00b5", "u").replace("\u03bc", "u").replace("metre", "meter")
     return _UM_PER_UNIT.get(text) or _UM_PER_UNIT.get(text.removesuffix("s"))
 
 

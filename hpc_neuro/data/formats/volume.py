@@ -127,7 +127,7 @@ class Volume:
 
     def _describe_voxel_size(self) -> str:
         if self.voxel_size is None:
-            return "voxel size: the file does not say"
+            return "voxel size: the file does not say; give it in um (z y x) where it is needed"
         return "voxel size: " + " x ".join(f"{v:.6g}" for v in self.voxel_size) + " um (z y x)"
 
 
