@@ -1,4 +1,4 @@
-"""`hpc-neuro info PATH [picture=FILE.png]`: what a volume or a tree holds, as it will be read."""
+"""`hpc-neuro info PATH [picture=FILE.png]`: what a volume or a tree holds, as the package reads it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology
+from hpc_neuro.core.constants import EXIT_DONE
+from hpc_neuro.core.files import format_count
 from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
@@ -27,10 +29,16 @@ Prints what PATH (an image file or folder, or an SWC) is read as: shape, type, a
   axes=LETTERS      what the stored axes are (Z Y X C T), where the file does not say
   dataset=NAME      of a file or folder that holds several arrays"""
 
-_BLOCK_BYTES = 8 << 20  # voxels held at a time; counting them takes eight times as much
+_OPTIONS = {"picture", "channel", "axes", "dataset"}
+_BLOCK_BYTES = 8 << 20
+"""[bytes] Voxels read at a time; counting them takes eight times as much."""
 _BINS = 1 << 16
+"""Bins of the intensity histogram."""
 _PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)
-_MOST_PIXELS = 1500  # of a picture's longest side
+_MOST_PIXELS = 1500
+"""[pixel] Longest side of a projection in a picture."""
+_GAMMA = 0.6
+"""Exponent of the brightness in a picture: below 1, faint neurites show."""
 
 
 @dataclass
@@ -45,178 +53,246 @@ class Statistics:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what the path holds. Raises InputError for what cannot be read, ConfigError for an unknown key."""
-    options = dict(a.split("=", 1) for a in argv if "=" in a and not Path(a).exists())
-    paths = [a for a in argv if "=" not in a or Path(a).exists()]
+    """Print what the path holds. Raises InputError for an unreadable path, ConfigError for an unknown key."""
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(HELP + "\n")
-        return 0
-    unknown = sorted(set(options) - {"picture", "channel", "axes", "dataset"})
+        return EXIT_DONE
+
+    # A file may have `=` in its name.
+    options = dict(argument.split("=", 1) for argument in argv if "=" in argument and not Path(argument).exists())
+    paths = [argument for argument in argv if "=" not in argument or Path(argument).exists()]
+    unknown = sorted(set(options) - _OPTIONS)
     if unknown or len(paths) != 1:
-        what = f"unknown {', '.join(unknown)}" if unknown else f"{len(paths)} paths where one is wanted"
-        raise ConfigError(f"info cannot be run so: {what}\n{HELP}")
-    path, picture = Path(paths[0]), Path(options["picture"]) if "picture" in options else None
-    if picture is not None and picture.suffix.lower() != ".png":  # the image itself, given twice, would be replaced
+        fault = f"unknown {', '.join(unknown)}" if unknown else f"{len(paths)} paths, expected one"
+        raise ConfigError(f"info cannot run: {fault}\n{HELP}")
+
+    path = Path(paths[0])
+    picture = Path(options["picture"]) if "picture" in options else None
+    # Given twice, the image itself would be replaced by its picture.
+    if picture is not None and picture.suffix.lower() != ".png":
         raise ConfigError(f"picture={picture} is not named as a picture; give a name that ends in .png")
-    if path.suffix.lower() == ".swc":
-        _tree(path, picture)
-        return 0
+
+    is_tree = path.suffix.lower() == ".swc"
+    lines = _describe_tree(path, picture) if is_tree else _describe_volume(path, picture, options)
+    for line in lines:
+        sys.stdout.write(line + "\n")
+    return EXIT_DONE
+
+
+# --- Volumes ---
+
+
+def _describe_volume(path: Path, picture: Path | None, options: dict[str, str]) -> Iterator[str]:
+    """Lines about a volume; draws its projections into `picture`."""
     channel = options.get("channel")
     if channel is not None and not channel.isdigit():
-        raise ConfigError(f"channel={channel} is not a whole number from 0 on")
+        raise ConfigError(f"channel={channel} is not a whole number of at least 0")
     number = None if channel is None else int(channel)
+
     volume = open_volume(path, channel=number, axes=options.get("axes"), dataset=options.get("dataset"))
-    sys.stdout.write(volume.describe() + "\n")
-    found, planes = statistics(volume)
-    for line in _intensities(found):
-        sys.stdout.write(line + "\n")
+    yield volume.describe()
+
+    statistics, projections = measure_volume(volume)
+    percentiles = ", ".join(f"{percent:g} % {value:.6g}" for percent, value in statistics.percentiles.items())
+    yield f"intensity: {statistics.low:.6g} to {statistics.high:.6g}, {100 * statistics.zero_share:.1f} % zero"
+    yield f"percentiles: {percentiles}"
+    if statistics.nans:
+        yield f"note: {statistics.nans} voxels are not finite numbers; such an image cannot be used for training"
+    if statistics.low == statistics.high:
+        yield "note: every voxel has the same value; such an image shows nothing"
+
     if picture is not None:
-        _draw(picture, volume, found, planes)
-        sys.stdout.write(f"picture: {picture}\n")
-    return 0
+        _draw_projections(picture, volume, statistics, projections)
+        yield f"picture: {picture}"
 
 
-def statistics(volume: Volume) -> tuple[Statistics, tuple[Array, Array, Array]]:
+def measure_volume(volume: Volume) -> tuple[Statistics, tuple[Array, Array, Array]]:
     """Intensities, and maximum projections along z, y, x (pooled to the size of a picture), block by block."""
-    planes = tuple(_Plane(volume.shape, along, volume.dtype) for along in range(3))
+    planes = tuple(_Projection(volume.shape, axis, volume.dtype) for axis in range(3))
     low, high, nans, zeros = math.inf, -math.inf, 0, 0
-    small = volume.dtype.kind in "ub" and volume.dtype.itemsize <= 2
+    # Every value of 8 and 16 bit has a bin of its own; other types need the range first.
+    is_small = volume.dtype.kind in "ub" and volume.dtype.itemsize <= 2
     counts = np.zeros(_BINS, np.int64)
-    for box, part in _parts(volume):
-        if small:
-            counts += np.bincount(part.ravel(), minlength=_BINS)
-        elif part.dtype.kind == "f":
-            finite = part[np.isfinite(part)]
-            nans += part.size - finite.size
-            part = np.nan_to_num(part, nan=0.0, posinf=0.0, neginf=0.0)
+
+    for box, values in _iter_blocks(volume):
+        if is_small:
+            counts += np.bincount(values.ravel(), minlength=_BINS)
+        elif values.dtype.kind == "f":
+            finite = values[np.isfinite(values)]
+            nans += values.size - finite.size
+            values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
             low, high = min(low, finite.min(initial=math.inf)), max(high, finite.max(initial=-math.inf))
         else:
-            low, high = min(low, float(part.min())), max(high, float(part.max()))
-        zeros += part.size - int(np.count_nonzero(part))
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+
+        zeros += values.size - int(np.count_nonzero(values))
         for plane in planes:
-            plane.add(box, part)
-    if small:
+            plane.add(box, values)
+
+    if is_small:
         filled = np.flatnonzero(counts)
-        low, high, edges = float(filled[0]), float(filled[-1]), np.arange(_BINS, dtype=np.float64)
+        low, high = float(filled[0]), float(filled[-1])
+        edges = np.arange(_BINS, dtype=np.float64)
+    elif high > low:
+        edges = np.linspace(low, high, _BINS)
+        counts += _count_values(volume, low, high)
     else:
-        edges = np.linspace(low, high, _BINS) if high > low else np.full(_BINS, low)
-        for _, part in _parts(volume) if high > low else ():
-            counts += np.histogram(part[np.isfinite(part)], bins=_BINS, range=(low, high))[0]
+        edges = np.full(_BINS, low)
+
     total = math.prod(volume.shape)
-    found = Statistics(low, high, _percentiles(counts, edges), nans, (zeros - nans) / total)
-    return found, (planes[0].pixels, planes[1].pixels, planes[2].pixels)
+    statistics = Statistics(low, high, _find_percentiles(counts, edges), nans, (zeros - nans) / total)
+    return statistics, (planes[0].pixels, planes[1].pixels, planes[2].pixels)
 
 
-class _Plane:
+class _Projection:
     """A maximum projection, pooled to at most a picture's size, filled block by block."""
 
-    def __init__(self, shape: Shape, along: int, dtype: np.dtype[Any]) -> None:
-        self.along = along
-        self.sides = [i for i in range(3) if i != along]
-        self.factor = [max(1, math.ceil(shape[i] / _MOST_PIXELS)) for i in self.sides]
-        size = [math.ceil(shape[i] / f) for i, f in zip(self.sides, self.factor, strict=True)]
-        least = np.iinfo(dtype).min if dtype.kind in "iu" else False if dtype.kind == "b" else -np.inf
-        self.pixels: Array = np.full(size, least, dtype)
+    def __init__(self, shape: Shape, axis: int, dtype: np.dtype[Any]) -> None:
+        self.axis = axis
+        self.sides = [side for side in range(3) if side != axis]
+        self.factors = [max(1, math.ceil(shape[side] / _MOST_PIXELS)) for side in self.sides]
 
-    def add(self, box: Box, part: Array) -> None:
-        plane = part.max(axis=self.along)
-        where = []
-        for axis, (side, factor) in enumerate(zip(self.sides, self.factor, strict=True)):
-            owner = np.arange(box.start[side], box.stop[side]) // factor
-            first = np.flatnonzero(np.diff(owner, prepend=-1))
-            plane = np.maximum.reduceat(plane, first, axis=axis)
-            where.append(slice(int(owner[0]), int(owner[-1]) + 1))
-        target = self.pixels[tuple(where)]
+        size = [math.ceil(shape[side] / factor) for side, factor in zip(self.sides, self.factors, strict=True)]
+        lowest = np.iinfo(dtype).min if dtype.kind in "iu" else False if dtype.kind == "b" else -np.inf
+        self.pixels: Array = np.full(size, lowest, dtype)
+
+    def add(self, box: Box, values: Array) -> None:
+        """Add the values of one box of the volume."""
+        plane = values.max(axis=self.axis)
+        window = []
+
+        for axis, (side, factor) in enumerate(zip(self.sides, self.factors, strict=True)):
+            # Pixel that each row of the box belongs to; a pixel at the border may be shared with the next box.
+            pixel = np.arange(box.start[side], box.stop[side]) // factor
+            firsts = np.flatnonzero(np.diff(pixel, prepend=-1))
+            plane = np.maximum.reduceat(plane, firsts, axis=axis)
+            window.append(slice(int(pixel[0]), int(pixel[-1]) + 1))
+
+        target = self.pixels[tuple(window)]
         np.maximum(target, plane, out=target)
 
 
-def _parts(volume: Volume) -> Iterator[tuple[Box, Array]]:
-    """The whole volume in boxes of bounded size: slabs of slices, cut along y and x where one slice is too large."""
+def _iter_blocks(volume: Volume) -> Iterator[tuple[Box, Array]]:
+    """The volume in boxes of bounded size: slabs of slices, cut along y and x where one slice is too large."""
     z, y, x = volume.shape
     voxels = _BLOCK_BYTES // volume.dtype.itemsize
     x = min(x, voxels)
     y = min(y, max(1, voxels // x))
-    for block in tile_volume(volume.shape, (min(z, max(1, voxels // (x * y))), y, x), (0, 0, 0)):
+    z = min(z, max(1, voxels // (x * y)))
+
+    for block in tile_volume(volume.shape, (z, y, x)):
         yield block.write, volume.read_unchecked(block.write)
 
 
-def _percentiles(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> dict[float, float]:
-    reached = np.cumsum(counts)
-    if not reached[-1]:
-        return {p: float(edges[0]) for p in _PERCENTILES}
-    return {p: float(edges[np.searchsorted(reached, p / 100 * reached[-1])]) for p in _PERCENTILES}
+def _count_values(volume: Volume, low: float, high: float) -> NDArray[np.int64]:
+    """[BINS] histogram of the finite values between `low` and `high`."""
+    counts = np.zeros(_BINS, np.int64)
+    for _, values in _iter_blocks(volume):
+        counts += np.histogram(values[np.isfinite(values)], bins=_BINS, range=(low, high))[0]
+    return counts
 
 
-def _intensities(found: Statistics) -> Iterator[str]:
-    yield f"intensity: {found.low:.6g} to {found.high:.6g}, {100 * found.zero_share:.1f} % zero"
-    yield "percentiles: " + ", ".join(f"{p:g} % {v:.6g}" for p, v in found.percentiles.items())
-    if found.nans:
-        yield f"note: {found.nans} voxels are no finite numbers; such an image cannot be used for training"
-    if found.low == found.high:
-        yield "note: every voxel has the same value; such an image holds nothing to find"
+def _find_percentiles(counts: NDArray[np.int64], edges: NDArray[np.float64]) -> dict[float, float]:
+    cumulative = np.cumsum(counts)
+    if not cumulative[-1]:
+        return {percent: float(edges[0]) for percent in _PERCENTILES}
+    return {
+        percent: float(edges[np.searchsorted(cumulative, percent / 100 * cumulative[-1])]) for percent in _PERCENTILES
+    }
 
 
-def _draw(path: Path, volume: Volume, found: Statistics, planes: tuple[Array, Array, Array]) -> None:
-    """Three projections in one PNG, in their true proportions, brightened so that faint neurites show."""
-    from matplotlib.figure import Figure  # takes a third of a second: only for a picture
+def _draw_projections(
+    path: Path, volume: Volume, statistics: Statistics, projections: tuple[Array, Array, Array]
+) -> None:
+    """Draw three projections into one PNG, in their true proportions, brightened so that faint neurites show."""
+    # Importing matplotlib takes a third of a second.
+    from matplotlib.figure import Figure
 
-    size = volume.voxel_size or (1.0, 1.0, 1.0)
-    z, y, x = (n * s for n, s in zip(volume.shape, size, strict=True))
-    low, high = (float(v) for v in np.percentile(np.nan_to_num(planes[0].astype(np.float64)), (5, 99.7)))
-    high = high if high > low else found.high if found.high > low else low + 1
+    voxel_size = volume.voxel_size or (1.0, 1.0, 1.0)
+    unit = "um" if volume.voxel_size else "voxel"
+    z, y, x = (n * size for n, size in zip(volume.shape, voxel_size, strict=True))
+
+    low, high = (float(v) for v in np.percentile(np.nan_to_num(projections[0].astype(np.float64)), (5, 99.7)))
+    if high <= low:
+        high = statistics.high if statistics.high > low else low + 1
+
     figure = Figure(figsize=(9, 9 * (y + z) / (x + z) + 0.6), dpi=150, layout="constrained")
     grid = figure.subplots(2, 2, width_ratios=(x, z), height_ratios=(y, z), squeeze=False)
-    views = ((grid[0, 0], planes[0], (x, y), "x y"), (grid[1, 0], planes[1], (x, z), "x z"))
-    turned = (grid[0, 1], planes[2].T, (z, y), "z y")
-    for axes, plane, (wide, high_side), name in (*views, turned):
-        shown = np.clip((plane.astype(np.float64) - low) / (high - low), 0, 1) ** 0.6
-        axes.imshow(shown, cmap="gray", extent=(0, wide, high_side, 0), aspect="auto", vmin=0, vmax=1)
-        axes.set_xlabel(f"{name[0]} [{'um' if volume.voxel_size else 'voxel'}]")
-        axes.set_ylabel(f"{name[2]} [{'um' if volume.voxel_size else 'voxel'}]")
+    views = (
+        (grid[0, 0], projections[0], (x, y), "xy"),
+        (grid[1, 0], projections[1], (x, z), "xz"),
+        # Turned by a quarter, so that its y axis continues that of the first view.
+        (grid[0, 1], projections[2].T, (z, y), "zy"),
+    )
+
+    for axes, plane, (width, height), names in views:
+        brightness = np.clip((plane.astype(np.float64) - low) / (high - low), 0, 1) ** _GAMMA
+        axes.imshow(brightness, cmap="gray", extent=(0, width, height, 0), aspect="auto", vmin=0, vmax=1)
+        axes.set_xlabel(f"{names[0]} [{unit}]")
+        axes.set_ylabel(f"{names[1]} [{unit}]")
+
     grid[1, 1].axis("off")
     figure.suptitle(f"{volume.path.name}  maximum projections", fontsize=10)
     with files.atomic(path) as part:
         figure.savefig(part, format="png")
 
 
-def _tree(path: Path, picture: Path | None) -> None:
+# --- Trees ---
+
+
+def _describe_tree(path: Path, picture: Path | None) -> Iterator[str]:
+    """Lines about a tree; draws its branches into `picture`."""
     tree, header = swc.read(path), swc.read_header(path)
-    low, high = tree.points.min(0), tree.points.max(0)
     unit = header.unit or "units of the file, which does not say"
-    lines = [
-        f"{path}: SWC, {len(tree)} nodes, {len(tree.roots)} roots, {len(morphology.tips(tree))} tips, "
-        f"{len(morphology.branch_points(tree))} branch points",
-        f"length: {morphology.length(tree):.6g} {unit}",
-        "extent z y x: " + ", ".join(f"{a:.6g} to {b:.6g}" for a, b in zip(low, high, strict=True)),
-        f"radius: {tree.radii.min():.4g} to {tree.radii.max():.4g}, median {np.median(tree.radii):.4g}",
-        f"types: {', '.join(f'{t} ({n})' for t, n in zip(*np.unique(tree.types, return_counts=True), strict=True))}",
-    ]
+    low, high = tree.points.min(0), tree.points.max(0)
+    types = [f"{kind} ({count})" for kind, count in zip(*np.unique(tree.types, return_counts=True), strict=True)]
+
+    counts = (
+        format_count(len(tree), "node"),
+        format_count(len(tree.roots), "root"),
+        format_count(len(morphology.tips(tree)), "tip"),
+        format_count(len(morphology.branch_points(tree)), "branch point"),
+    )
+    yield f"{path}: SWC, {', '.join(counts)}"
+    yield f"length: {morphology.length(tree):.6g} {unit}"
+    yield "extent z y x: " + ", ".join(f"{a:.6g} to {b:.6g}" for a, b in zip(low, high, strict=True))
+    yield f"radius: {tree.radii.min():.4g} to {tree.radii.max():.4g}, median {np.median(tree.radii):.4g}"
+    yield f"types: {', '.join(types)}"
     if header.voxel_size:
-        lines.append("voxel size: " + " x ".join(f"{v:.6g}" for v in header.voxel_size) + " um (z y x)")
-    if findings := swc.check(path):
-        lines.append(f"note: {len(findings)} findings; see them with:  hpc-neuro swc check {path}")
+        yield "voxel size: " + " x ".join(f"{size:.6g}" for size in header.voxel_size) + " um (z y x)"
+
+    findings = swc.check(path)
+    if findings:
+        yield f"note: {format_count(len(findings), 'finding')}; list them with:  hpc-neuro swc check {path}"
     if picture is not None:
-        _draw_tree(picture, path, tree, unit)
-        lines.append(f"picture: {picture}")
-    sys.stdout.write("\n".join(lines) + "\n")
+        _draw_tree(picture, path.name, tree, unit)
+        yield f"picture: {picture}"
 
 
-def _draw_tree(path: Path, source: Path, tree: morphology.Tree, unit: str) -> None:
-    from matplotlib.collections import LineCollection  # as above
+def _draw_tree(path: Path, title: str, tree: morphology.Tree, unit: str) -> None:
+    """Draw a tree seen along z and along y into one PNG."""
+    # Importing matplotlib takes a third of a second.
+    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
     z, y, x = np.ptp(tree.points, axis=0) + 1e-9
     rows, columns = (2, 1) if x > y + z else (1, 2)
     figure = Figure(figsize=(9, 5 if rows == 2 else 6), dpi=150, layout="constrained")
     edges = tree.edges
-    for axes, (i, j) in zip(figure.subplots(rows, columns), ((2, 1), (2, 0)), strict=True):
-        axes.add_collection(LineCollection(list(tree.points[edges][..., [i, j]]), linewidths=0.6, colors="black"))
-        axes.plot(tree.points[tree.roots, i], tree.points[tree.roots, j], "o", color="crimson", markersize=4)
+
+    # Axes of the points (0 z, 1 y, 2 x) along the picture's width and height.
+    for axes, (across, down) in zip(figure.subplots(rows, columns), ((2, 1), (2, 0)), strict=True):
+        axes.add_collection(
+            LineCollection(list(tree.points[edges][..., [across, down]]), linewidths=0.6, colors="black")
+        )
+        roots = tree.points[tree.roots]
+        axes.plot(roots[:, across], roots[:, down], "o", color="crimson", markersize=4)
         axes.autoscale()
         axes.set_aspect("equal")
         axes.invert_yaxis()
-        axes.set_xlabel(f"{'zyx'[i]} [{unit.split()[0]}]")
-        axes.set_ylabel("zyx"[j])
-    figure.suptitle(source.name, fontsize=10)
+        axes.set_xlabel(f"{'zyx'[across]} [{unit.split()[0]}]")
+        axes.set_ylabel("zyx"[down])
+
+    figure.suptitle(title, fontsize=10)
     with files.atomic(path) as part:
         figure.savefig(part, format="png")

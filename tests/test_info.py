@@ -33,7 +33,7 @@ def test_numbers_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(info, "_MOST_PIXELS", 16)
     image = line_image(dtype)
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack")
-    found, planes = info.statistics(open_volume(tmp_path / "a.tif"))
+    found, planes = info.measure_volume(open_volume(tmp_path / "a.tif"))
     assert (found.low, found.high) == (image.min(), image.max())
     assert found.zero_share == pytest.approx((image == 0).mean())
     for percent, value in found.percentiles.items():
@@ -82,17 +82,17 @@ def test_constant_and_nan_images_are_remarked(tmp_path: Path, capsys: pytest.Cap
     image[3, 4, 5:8] = np.nan
     tifffile.imwrite(tmp_path / "b.tif", image, photometric="minisblack")
     assert info.main([str(tmp_path / "b.tif"), f"picture={tmp_path / 'b.png'}"]) == 0
-    assert "3 voxels are no finite numbers" in capsys.readouterr().out
+    assert "3 voxels are not finite numbers" in capsys.readouterr().out
     tifffile.imwrite(tmp_path / "c.tif", np.full((4, 5, 6), np.nan, "float32"), photometric="minisblack")
     assert info.main([str(tmp_path / "c.tif"), f"picture={tmp_path / 'c.png'}"]) == 0
-    assert "120 voxels are no finite numbers" in capsys.readouterr().out
+    assert "120 voxels are not finite numbers" in capsys.readouterr().out
 
 
 def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     tifffile.memmap(path, shape=(600, 512, 512), dtype="uint8", photometric="minisblack").flush()
     tracemalloc.start()
-    info.statistics(open_volume(path))
+    info.measure_volume(open_volume(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 << 20  # the volume has 157 MB
@@ -102,7 +102,7 @@ def test_of_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.swc").write_text("1 1 0 0 0 5 -1\n2 3 6 0 0 1 1\n3 3 6 8 2 1 2\n4 2 9 0 0 1 2\n")
     assert info.main([str(tmp_path / "a.swc"), f"picture={tmp_path / 'a.png'}"]) == 0
     out = capsys.readouterr().out
-    assert "SWC, 4 nodes, 1 roots, 2 tips, 1 branch points" in out
+    assert "SWC, 4 nodes, 1 root, 2 tips, 1 branch point" in out
     assert "extent z y x: 0 to 2, 0 to 8, 0 to 9" in out
     assert (tmp_path / "a.png").stat().st_size > 5000
     swc.write(tmp_path / "b.swc", swc.read(tmp_path / "a.swc"), voxel_size=(1, 2, 3))

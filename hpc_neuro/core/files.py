@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, checksums, and free space."""
+"""Files that appear whole or not at all, checksums, free space, and numbers as people read them."""
 
 from __future__ import annotations
 
@@ -194,6 +194,14 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
             f"the disk or quota of {folder} is full, {what} was not written; make room or choose another `out`, then "
             "give the same command again (finished parts are kept)"
         ) from error
+
+
+# --- Numbers for people ---
+
+
+def format_count(count: int, noun: str) -> str:
+    """`1 root`, `2 roots`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def format_bytes(count: float) -> str:
