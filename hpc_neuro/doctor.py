@@ -1,4 +1,4 @@
-"""The verb `doctor`: what this machine has, what is missing, and how to get it."""
+"""The verb `doctor`: what this machine has, what is missing, and how to install it."""
 
 from __future__ import annotations
 
@@ -15,137 +15,157 @@ from pathlib import Path
 
 import torch
 
-from hpc_neuro.core import files
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
+from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.run_folder import code_version
 
-_NEEDED = (
+_REQUIRED = (
     "torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "pydantic", "tensorstore",
     "tifffile", "imagecodecs", "nibabel", "pynrrd", "connected-components-3d", "edt", "scikit-image",
 )  # fmt: skip
+_MIN_FREE_BYTES = 2e9
+"""[bytes] Free space below which a disk is reported as too full."""
+_SLURM_SECONDS = 10
+"""[s] Time that Slurm's controller has to answer."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the report. `ok` None: worth knowing, neither good nor bad."""
+class Diagnosis:
+    """One line of the report."""
 
-    what: str
+    subject: str
     ok: bool | None
+    """None: worth knowing, neither good nor bad."""
     text: str
+    """What was found; where something is missing, how to install it."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the report; exit code 0 when everything that is needed is there, 3 when something is missing."""
+    """Print the report. Exit code 0: everything required is there, 3: something is missing."""
     if argv:
         sys.stderr.write("hpc-neuro doctor takes no arguments\n")
-        return 2
-    findings = [finding for part in PARTS for finding in part()]
-    mark = {True: "ok     ", False: "MISSING", None: "       "}
-    width = max(len(f.what) for f in findings)
-    sys.stdout.write("".join(f"{mark[f.ok]} {f.what:<{width}}  {f.text}\n" for f in findings))
-    return 3 if any(f.ok is False for f in findings) else 0
+        return EXIT_BAD_INPUT
+
+    lines = [diagnosis for check in CHECKS for diagnosis in check()]
+    marks = {True: "ok     ", False: "MISSING", None: "       "}
+    width = max(len(line.subject) for line in lines)
+    for line in lines:
+        sys.stdout.write(f"{marks[line.ok]} {line.subject:<{width}}  {line.text}\n")
+    return EXIT_FAILURES if any(line.ok is False for line in lines) else EXIT_DONE
 
 
-def packages() -> Iterator[Finding]:
-    """Versions of everything that setup.py asks for."""
-    yield Finding("hpc_neuro", True, f"{code_version()}, Python {platform.python_version()}, {platform.platform()}")
-    for name in _NEEDED:
+def check_packages() -> Iterator[Diagnosis]:
+    """Versions of the packages that setup.py requires."""
+    yield Diagnosis("hpc_neuro", True, f"{code_version()}, Python {platform.python_version()}, {platform.platform()}")
+
+    for name in _REQUIRED:
         try:
-            yield Finding(name, True, importlib.metadata.version(name))
+            yield Diagnosis(name, True, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, False, f"`pip install -c requirements.lock {name}`")
+            yield Diagnosis(name, False, f"`pip install -c constraints.txt {name}`")
+
+    # timm imports torchvision, which fails beside a torch of another build.
     try:
         importlib.import_module("hpc_neuro.models.teacher").timm()
-        yield Finding("timm beside torch", True, "imports")
+        yield Diagnosis("timm beside torch", True, "imports")
     except (ImportError, RuntimeError) as error:
-        yield Finding("timm beside torch", False, f"{error}; install a torchvision built for torch {torch.__version__}")
+        advice = f"install a torchvision built for torch {torch.__version__}"
+        yield Diagnosis("timm beside torch", False, f"{error}; {advice}")
 
 
-def devices() -> Iterator[Finding]:
-    """GPUs, or the processors that stand in for them."""
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
+def check_devices() -> Iterator[Diagnosis]:
+    """The GPUs that torch sees, the cores and the memory."""
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train with engine.dtype=fp16"
-        yield Finding(f"GPU {i}", True, f"{p.name}, {files.format_bytes(p.total_memory)}, {bf16}")
+        yield Diagnosis(f"GPU {index}", True, f"{gpu.name}, {format_bytes(gpu.total_memory)}, {bf16}")
     if not torch.cuda.device_count():
-        yield Finding("GPU", None, "none seen by torch; training runs on the CPU with gloo")
+        yield Diagnosis("GPU", None, "torch sees none; training runs on the CPU with gloo")
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding(
-        "CPU", True, f"{len(os.sched_getaffinity(0))} cores for this process, {files.format_bytes(memory)} memory"
-    )
+    cores = len(os.sched_getaffinity(0))
+    yield Diagnosis("CPU", True, f"{cores} cores for this process, {format_bytes(memory)} memory")
 
 
-def mpi() -> Iterator[Finding]:
-    """The MPI library behind mpi4py, asked in a process of its own (importing it starts MPI), and mpiexec."""
+def check_parameter_files() -> Iterator[Diagnosis]:
+    """Whether a training could keep parameters in files on a fast disk, which few need."""
+    missing = importlib.import_module("hpc_neuro.train.deepspeed.engine").find_missing_for_nvme()
+    status = f"needs {missing}" if missing else "ready; compiled at the first use, for some minutes"
+    yield Diagnosis("engine.nvme", None if missing else True, f"DeepSpeed's async_io: {status}")
+
+
+def check_mpi() -> Iterator[Diagnosis]:
+    """The MPI library behind mpi4py, and mpiexec."""
+    # In a process of its own: importing mpi4py.MPI starts MPI.
     code = "from mpi4py import MPI; print(MPI.Get_library_version().split(chr(10))[0].split(chr(0))[0])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        yield Finding("MPI", True, done.stdout.strip()[:80])
+    library = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if library.returncode == 0:
+        yield Diagnosis("MPI", True, library.stdout.strip()[:80])
     else:
-        yield Finding("MPI", False, "mpi4py finds no MPI library: `module load openmpi`, or `pip install mpich`")
-    beside = Path(sys.executable).with_name("mpiexec")
-    found = shutil.which("mpiexec") or (str(beside) if beside.exists() else None)
-    yield Finding(
-        "mpiexec", bool(found), found or "`module load openmpi`, or `pip install mpich`; needed for many ranks"
-    )
+        yield Diagnosis("MPI", False, "mpi4py finds no MPI library: `module load openmpi`, or `pip install mpich`")
+
+    # The wheel of MPICH puts mpiexec beside Python, which may not be on the PATH.
+    beside_python = Path(sys.executable).with_name("mpiexec")
+    mpiexec = shutil.which("mpiexec") or (str(beside_python) if beside_python.exists() else None)
+    advice = "`module load openmpi`, or `pip install mpich`; required for several ranks"
+    yield Diagnosis("mpiexec", bool(mpiexec), mpiexec or advice)
 
 
-def hdf5() -> Iterator[Finding]:
-    """The HDF5 library and its locking rule."""
-    import h5py  # asked for its version only
+def check_hdf5() -> Iterator[Diagnosis]:
+    """The HDF5 library and its file locking."""
+    import h5py
 
     locking = os.environ.get("HDF5_USE_FILE_LOCKING", "not set")
-    yield Finding("HDF5", True, f"{h5py.version.hdf5_version}; files are read without locks (environment: {locking})")
+    text = f"{h5py.version.hdf5_version}; files are read without locks (environment: {locking})"
+    yield Diagnosis("HDF5", True, text)
 
 
-def parameter_files() -> Iterator[Finding]:
-    """Whether a training could keep parameters in files on a fast disk; few need it."""
-    lacks = importlib.import_module("hpc_neuro.train.deepspeed.engine").find_missing_for_nvme()
-    ready = "ready; compiled at the first use, for some minutes" if lacks is None else f"needs {lacks}"
-    yield Finding("engine.nvme", None if lacks else True, f"DeepSpeed's async_io: {ready}")
-
-
-def slurm() -> Iterator[Finding]:
-    """Whether Slurm's commands are here and answer."""
+def check_slurm() -> Iterator[Diagnosis]:
+    """Whether Slurm's commands are installed and its controller answers."""
     command = shutil.which("sinfo")
     if command is None:
-        yield Finding("Slurm", None, "no sinfo here: verbs run on this machine; on a login node `module load slurm`")
+        yield Diagnosis("Slurm", None, "no sinfo here: verbs run on this machine; on a login node `module load slurm`")
         return
+
+    arguments = [command, "-h", "-o", "%P %D nodes %l"]
     try:
-        done = subprocess.run(
-            [command, "-h", "-o", "%P %D nodes %l"], capture_output=True, text=True, timeout=10, check=False
-        )
+        sinfo = subprocess.run(arguments, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        yield Finding("Slurm", False, "sinfo did not answer in 10 s: is slurmctld up?")
+        yield Diagnosis("Slurm", False, f"sinfo did not answer in {_SLURM_SECONDS} s: is slurmctld up?")
         return
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        yield Finding("Slurm", None, f"installed but not up: {' '.join(done.stderr.split())[:100]}")
+
+    lines = sinfo.stdout.strip().splitlines()
+    if sinfo.returncode or not lines:
+        yield Diagnosis("Slurm", None, f"installed but not up: {' '.join(sinfo.stderr.split())[:100]}")
     for line in lines:
-        yield Finding("Slurm", True, f"partition {line}")
+        yield Diagnosis("Slurm", True, f"partition {line}")
 
 
-def disk() -> Iterator[Finding]:
-    """Space where a run would write."""
-    for folder in dict.fromkeys(Path(p) for p in (".", os.environ.get("TMPDIR", "/tmp"), "/dev/shm")):
-        if folder.is_dir():
-            usage = shutil.disk_usage(folder)
-            text = f"{files.format_bytes(usage.free)} free of {files.format_bytes(usage.total)}"
-            yield Finding(f"disk {folder}", usage.free > 2e9 or str(folder) == "/dev/shm", text)
+def check_disks() -> Iterator[Diagnosis]:
+    """Free space where a run would write."""
+    folders = (Path(), Path(os.environ.get("TMPDIR", "/tmp")), Path("/dev/shm"))
+    for folder in dict.fromkeys(folders):
+        if not folder.is_dir():
+            continue
+        usage = shutil.disk_usage(folder)
+        # Containers often have a small /dev/shm; little is written there.
+        ok = usage.free > _MIN_FREE_BYTES or str(folder) == "/dev/shm"
+        yield Diagnosis(f"disk {folder}", ok, f"{format_bytes(usage.free)} free of {format_bytes(usage.total)}")
 
 
-def network() -> Iterator[Finding]:
-    """What offline settings are in force."""
+def check_network() -> Iterator[Diagnosis]:
+    """The offline settings in force."""
     for name in ("WANDB_MODE", "HF_HUB_OFFLINE"):
-        yield Finding(name, None, os.environ.get(name, "not set"))
+        yield Diagnosis(name, None, os.environ.get(name, "not set"))
 
 
-PARTS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    packages,
-    devices,
-    parameter_files,
-    mpi,
-    hdf5,
-    slurm,
-    disk,
-    network,
+CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (
+    check_packages,
+    check_devices,
+    check_parameter_files,
+    check_mpi,
+    check_hdf5,
+    check_slurm,
+    check_disks,
+    check_network,
 )

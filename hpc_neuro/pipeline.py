@@ -159,7 +159,7 @@ _ROWS = (
         config="EvaluateConfig",
         summary="predictions + truth -> metrics and report",
         main_keys=(
-            "store predictions out compare split train otsu threshold tolerance_vox tolerance_um draws pictures seed"
+            "store predictions out compare split train otsu threshold tolerance_vox tolerance_um draws pictures"
         ),
         folder="evaluate",
         inputs=(
