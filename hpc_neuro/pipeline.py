@@ -209,6 +209,11 @@ _ROWS = (
     Verb(name="doctor", module="hpc_neuro.doctor", summary="what this machine has, what is missing and how to get it"),
     Verb(name="info", module="hpc_neuro.info", summary="what a volume file holds"),
     Verb(name="swc", module="hpc_neuro.swc_tool", summary="check, fix, convert or transform SWC files"),
+    Verb(
+        name="score",
+        module="hpc_neuro.score_tool",
+        summary="agreement of two trees: F1, precision and recall of cable, ESA, DSA, PDS",
+    ),
     Verb(name="history", module="hpc_neuro.history", summary="the chain behind a result, and whether it is whole"),
 )
 

@@ -1,27 +1,28 @@
-"""`hpc-neuro swc check|fix|convert|transform FILE... [key=value ...]`: look at, repair and move SWC trees."""
+"""`hpc-neuro swc check|fix|convert|transform FILE... [key=value ...]`: check, repair, convert and move SWC trees."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
 from hpc_neuro.core import morphology
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
+from hpc_neuro.core.files import format_count
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.swc.repair import Roots
 from hpc_neuro.data.swc.writer import Unit
 
-DONE, UNREADABLE, FINDINGS = 0, 2, 3
 HELP = """usage: hpc-neuro swc check|fix|convert|transform FILE... [key=value ...]
 
 check      list by line what breaks the SWC convention or what other readers refuse
              strict=false   leave out what any reader takes: order, line ends, types, several roots
-fix        write FILE.fixed.swc, one tree that NeuroM, MorphIO, navis and swcgeom open in silence; say what changed
+fix        write FILE.fixed.swc, one tree that NeuroM, MorphIO, navis and swcgeom open without warnings; list changes
              roots=join     what to do with several roots: join | keep | largest | split (one file per tree)
 convert    write FILE.um.swc or FILE.voxel.swc
              to=um          um | voxel
@@ -35,119 +36,121 @@ All that write: out=FOLDER puts the results there instead of beside FILE; unit=u
 does not state it (fix and transform; voxel if left out). FILE itself is never changed.
 Exit code: 0 done (check: clean), 2 a file that cannot be read, 3 check found something."""
 
+Options = dict[str, Any]
+"""Key -> value of the `key=value` arguments."""
 C = TypeVar("C", bound=str)
 _UNITS: tuple[Unit, ...] = get_args(Unit)
 _MILD = {"unsorted", "line ends", "BOM", "type", "type change", "several roots", "repeated line", "extra columns"}
+"""Kinds of findings that strict=false leaves out."""
+_TEXT_KEYS = ("flip", "out")
+"""Keys whose values are text, even where YAML would read a number."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one `swc` command on its files; every file is tried, the worst exit code counts.
+    """Run one `swc` command on its files. Every file is tried; the worst exit code counts.
 
     Raises ConfigError for an unknown command or key.
     """
-    words = [a for a in argv if "=" not in a or Path(a).exists()]
+    # A file may have `=` in its name.
+    words = [argument for argument in argv if "=" not in argument or Path(argument).exists()]
     if not words or {"-h", "--help"} & set(argv):
-        _say(HELP)
-        return DONE if argv else UNREADABLE
-    command, names = words[0], words[1:]
+        _print(HELP)
+        return EXIT_DONE if argv else EXIT_BAD_INPUT
+
+    command, *names = words
     if command not in _COMMANDS:
         raise ConfigError(f"swc {command} is not one of: swc {', swc '.join(_COMMANDS)}")
-    run, known = _COMMANDS[command]
-    options = _options([a for a in argv if a not in words], known, command)
+    run, keys = _COMMANDS[command]
+    options = _parse_options([argument for argument in argv if argument not in words], keys, command)
     if not names:
-        raise ConfigError(f"swc {command} wants one SWC file or more:  hpc-neuro swc {command} FILE...")
+        raise ConfigError(f"swc {command} expects one SWC file or more:  hpc-neuro swc {command} FILE...")
     if "out" in options:
-        _no_two_into_one(names, str(options["out"]))
+        _refuse_same_names(names, options["out"])
+
     codes = []
     for name in names:
         try:
             codes.append(run(Path(name), options))
         except InputError as error:
             sys.stderr.write(f"hpc-neuro swc {command}: {error}\n")
-            codes.append(UNREADABLE)
-    return UNREADABLE if UNREADABLE in codes else max(codes)
+            codes.append(EXIT_BAD_INPUT)
+    return EXIT_BAD_INPUT if EXIT_BAD_INPUT in codes else max(codes)
 
 
-def _no_two_into_one(names: Sequence[str], folder: str) -> None:
-    """Raise ConfigError when two files of one name would be written over each other in `out`."""
-    first: dict[str, str] = {}
-    for name in names:
-        other = first.setdefault(Path(name).stem, name)
-        if Path(other) != Path(name):
-            raise ConfigError(
-                f"{other} and {name} have the same name, and in out={folder} the result of one would replace the "
-                "other's; give them in two calls with a folder each, or leave `out` away"
-            )
+# --- Commands ---
 
 
-def _check(path: Path, options: dict[str, object]) -> int:
+def _check(path: Path, options: Options) -> int:
     findings = swc.check(path)
     if options.get("strict", True) is False:
-        findings = [f for f in findings if f.fatal or f.kind not in _MILD]
+        findings = [finding for finding in findings if finding.fatal or finding.kind not in _MILD]
+
     for finding in findings:
-        where = f"{path}:{finding.line}" if finding.line else str(path)
-        _say(f"{where}: {finding.text}" + ("" if not finding.fatal else "  [not readable before `swc fix`]"))
-    if not findings:
-        tree = swc.read(path)
-        _say(f"{path}: clean, {len(tree)} nodes, length {morphology.length(tree):.6g}")
-    return FINDINGS if findings else DONE
+        place = f"{path}:{finding.line}" if finding.line else str(path)
+        advice = "  [not readable before `swc fix`]" if finding.fatal else ""
+        _print(f"{place}: {finding.text}{advice}")
+    if findings:
+        return EXIT_FAILURES
+
+    tree = swc.read(path)
+    _print(f"{path}: clean, {format_count(len(tree), 'node')}, length {morphology.length(tree):.6g}")
+    return EXIT_DONE
 
 
-def _fix(path: Path, options: dict[str, object]) -> int:
-    among: tuple[Roots | Literal["split"], ...] = (*get_args(Roots), "split")
-    roots = _choice("roots", options.get("roots", "join"), among)
-    fixed = swc.fix(path, "keep" if roots == "split" else roots)
-    trees = swc.split_by_length(fixed.tree) if roots == "split" else [fixed.tree]
-    for change in fixed.changes:
-        _say(f"{path}: {change}")
+def _fix(path: Path, options: Options) -> int:
+    choices: tuple[Roots | Literal["split"], ...] = (*get_args(Roots), "split")
+    roots = _choose("roots", options.get("roots", "join"), choices)
+    repair = swc.fix(path, "keep" if roots == "split" else roots)
+    trees = swc.split_by_length(repair.tree) if roots == "split" else [repair.tree]
+
+    for change in repair.changes:
+        _print(f"{path}: {change}")
     for number, tree in enumerate(trees, start=1):
-        target = _target(path, f"fixed.{number}" if len(trees) > 1 else "fixed", options)
-        _write(path, target, tree, [f"repaired from {path.name}", *fixed.changes], options)
-    if not fixed.changes:
-        _say(f"{path}: nothing to repair")
-    return DONE
+        target = _target_path(path, f"fixed.{number}" if len(trees) > 1 else "fixed", options)
+        _write(path, target, tree, [f"repaired from {path.name}", *repair.changes], options)
+    if not repair.changes:
+        _print(f"{path}: nothing to repair")
+    return EXIT_DONE
 
 
-def _convert(path: Path, options: dict[str, object]) -> int:
-    to = _choice("to", options.get("to", "um"), _UNITS)
+def _convert(path: Path, options: Options) -> int:
+    to = _choose("to", options.get("to", "um"), _UNITS)
     header = swc.read_header(path)
-    size = _three(options, "voxel_size") if "voxel_size" in options else header.voxel_size
-    if size is None or min(size) <= 0:
+    voxel_size = _parse_triple(options, "voxel_size", header.voxel_size)
+    if voxel_size is None or min(voxel_size) <= 0:
         raise InputError(f"{path} does not state its voxel size; give it in um as voxel_size=Z,Y,X, each above 0")
-    target = _target(path, to, options)
-    tree = swc.convert(swc.read(path), target, to=to, voxel_size=size, stated=header.unit)
-    _say(f"{target}: {len(tree)} nodes in {to}, length {morphology.length(tree):.6g}")
-    return DONE
+
+    target = _target_path(path, to, options)
+    tree = swc.convert(swc.read(path), target, to=to, voxel_size=voxel_size, stated=header.unit)
+    _print(f"{target}: {format_count(len(tree), 'node')} in {to}, length {morphology.length(tree):.6g}")
+    return EXIT_DONE
 
 
-def _transform(path: Path, options: dict[str, object]) -> int:
-    shape = _three(options, "shape") if "shape" in options else None
-    move = swc.Transform(
+def _transform(path: Path, options: Options) -> int:
+    shape = _parse_triple(options, "shape", None)
+    transform = swc.Transform(
         flip=str(options.get("flip", "")),
         shape=None if shape is None else (int(shape[0]), int(shape[1]), int(shape[2])),
-        scale=_three(options, "scale") if "scale" in options else (1.0, 1.0, 1.0),
-        shift=_three(options, "shift") if "shift" in options else (0.0, 0.0, 0.0),
+        scale=_parse_triple(options, "scale", None) or (1.0, 1.0, 1.0),
+        shift=_parse_triple(options, "shift", None) or (0.0, 0.0, 0.0),
     )
-    tree = swc.transform(swc.read(path), move)
-    _write(path, _target(path, "moved", options), tree, [f"moved from {path.name}: {move}"], options, move.scale)
-    return DONE
+
+    tree = swc.transform(swc.read(path), transform)
+    comments = [f"moved from {path.name}: {transform}"]
+    _write(path, _target_path(path, "moved", options), tree, comments, options, transform.scale)
+    return EXIT_DONE
 
 
-_WRITES = {"out", "unit"}
-_COMMANDS: dict[str, tuple[Callable[[Path, dict[str, object]], int], set[str]]] = {
+_COMMANDS: dict[str, tuple[Callable[[Path, Options], int], set[str]]] = {
     "check": (_check, {"strict"}),
-    "fix": (_fix, {"roots", *_WRITES}),
+    "fix": (_fix, {"roots", "out", "unit"}),
     "convert": (_convert, {"to", "voxel_size", "out"}),
-    "transform": (_transform, {"flip", "shape", "scale", "shift", *_WRITES}),
+    "transform": (_transform, {"flip", "shape", "scale", "shift", "out", "unit"}),
 }
+"""Command -> what it does with one file, and the keys that it takes."""
 
 
-def _choice(key: str, given: object, among: tuple[C, ...]) -> C:
-    """The one of several words that was given. Raises ConfigError for another."""
-    for one in among:
-        if one == str(given):
-            return one
-    raise ConfigError(f"{key}={given} is not one of {', '.join(among)}")
+# --- Writing ---
 
 
 def _write(
@@ -155,54 +158,93 @@ def _write(
     target: Path,
     tree: Tree,
     comments: list[str],
-    options: dict[str, object],
+    options: Options,
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> None:
-    """scale: of the tree against the file's; voxels shrink with it, and of um no voxel size is known any more."""
+    """Write a tree made from the file `path`, with the unit and voxel size that hold for it now.
+
+    scale: of the tree relative to the file, z y x. A tree in voxels then has voxels smaller by it; of one in um, the
+    voxel size is no longer known.
+    """
     header = swc.read_header(path)
-    unit = _choice("unit", options.get("unit", header.unit or "voxel"), _UNITS)
+    unit = _choose("unit", options.get("unit", header.unit or "voxel"), _UNITS)
     if header.unit and unit != header.unit:
         raise ConfigError(
             f"unit={unit}, but the header of {path} says {header.unit}; `hpc-neuro swc convert` converts units"
         )
-    size = header.voxel_size
-    if size and scale != (1.0, 1.0, 1.0):
-        size = (size[0] / scale[0], size[1] / scale[1], size[2] / scale[2]) if unit == "voxel" else None
-    swc.write(target, tree, unit=unit, voxel_size=size, comments=comments)
-    _say(f"{target}: {len(tree)} nodes, {len(tree.roots)} root, length {morphology.length(tree):.6g}")
+
+    voxel_size = header.voxel_size
+    if voxel_size and scale != (1.0, 1.0, 1.0):
+        scaled = (voxel_size[0] / scale[0], voxel_size[1] / scale[1], voxel_size[2] / scale[2])
+        voxel_size = scaled if unit == "voxel" else None
+
+    swc.write(target, tree, unit=unit, voxel_size=voxel_size, comments=comments)
+    counts = f"{format_count(len(tree), 'node')}, {format_count(len(tree.roots), 'root')}"
+    _print(f"{target}: {counts}, length {morphology.length(tree):.6g}")
 
 
-def _target(path: Path, mark: str, options: dict[str, object]) -> Path:
-    folder = Path(str(options["out"])) if "out" in options else path.parent
+def _target_path(path: Path, mark: str, options: Options) -> Path:
+    """FILE.MARK.swc, beside FILE or in the folder `out`."""
+    folder = Path(options["out"]) if "out" in options else path.parent
     return folder / f"{path.stem}.{mark}.swc"
 
 
-def _options(texts: list[str], known: set[str], command: str) -> dict[str, object]:
-    options: dict[str, object] = {}
+def _refuse_same_names(names: Sequence[str], folder: str) -> None:
+    """Raise ConfigError when two files of one name would be written over each other in `folder`."""
+    paths: dict[str, str] = {}
+    for name in names:
+        other = paths.setdefault(Path(name).stem, name)
+        if Path(other) != Path(name):
+            raise ConfigError(
+                f"{other} and {name} have the same name, and in out={folder} the result of one would replace the "
+                "other's; give them in two calls with a folder each, or leave `out` away"
+            )
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+# --- Options ---
+
+
+def _parse_options(arguments: Sequence[str], keys: set[str], command: str) -> Options:
+    """The `key=value` arguments of a command. Raises ConfigError that lists every faulty one."""
+    options: Options = {}
     faults = []
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or key not in known:
-            faults.append(f"  {text}: swc {command} knows {', '.join(f'{k}=' for k in sorted(known))}")
+
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in keys:
+            faults.append(f"  {argument}: swc {command} knows {', '.join(f'{name}=' for name in sorted(keys))}")
         try:
-            options[key] = value if key in ("flip", "out") else yaml.safe_load(value)
+            options[key] = value if key in _TEXT_KEYS else yaml.safe_load(value)
         except yaml.YAMLError:
-            faults.append(f"  {text}: {value} is not readable")
+            faults.append(f"  {argument}: {value} is not readable")
+
     if faults:
-        raise ConfigError(f"swc {command} cannot be run so:\n" + "\n".join(faults))
+        raise ConfigError(f"swc {command} cannot run:\n" + "\n".join(faults))
     return options
 
 
-def _three(options: dict[str, object], key: str) -> tuple[float, float, float]:
-    """`1,0.33,0.33` or `[1, 0.33, 0.33]` as z y x."""
+def _choose(key: str, value: object, choices: tuple[C, ...]) -> C:
+    """The choice that `value` names. Raises ConfigError when there is none."""
+    for choice in choices:
+        if choice == str(value):
+            return choice
+    raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}")
+
+
+def _parse_triple(
+    options: Options, key: str, default: tuple[float, float, float] | None
+) -> tuple[float, float, float] | None:
+    """`1,0.33,0.33` or `[1, 0.33, 0.33]` as z y x; `default` if the key is not given."""
+    if key not in options:
+        return default
     value = options[key]
     parts = value if isinstance(value, list) else str(value).split(",")
     try:
-        z, y, x = (float(str(p)) for p in parts)
+        z, y, x = (float(str(part)) for part in parts)
     except ValueError:
         raise ConfigError(f"{key}={value} is not three numbers Z,Y,X") from None
     return z, y, x
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")

@@ -11,7 +11,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "hpc_neuro"
 FLOOR_0 = {"core", "pipeline"}
 FLOOR_1 = {"data", "models", "losses", "tracing", "metrics", "report"}
-FLOOR_2 = {"prepare", "precompute", "train", "infer", "evaluate", "search", "doctor", "info", "swc_tool", "history"}
+FLOOR_2 = {
+    "prepare",
+    "precompute",
+    "train",
+    "infer",
+    "evaluate",
+    "search",
+    "doctor",
+    "info",
+    "score_tool",
+    "swc_tool",
+    "history",
+}
 FLOOR_2 |= {"fetch_teacher"}
 FLOOR_3 = {"demo", "cli", "__main__"}  # the demo walks through the other verbs
 HOMES = {

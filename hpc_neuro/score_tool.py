@@ -1,0 +1,90 @@
+"""`hpc-neuro score PRED.swc GOLD.swc [tolerance=4] [json=yes]`: how well a traced tree agrees with a gold tree."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
+from hpc_neuro.core.files import format_count
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.data import swc
+from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.metrics.tree import distances
+
+HELP = """usage: hpc-neuro score PRED.swc GOLD.swc [tolerance=4] [json=yes]
+
+Prints one JSON object with the agreement of two trees, which must be in the same unit:
+  f1, precision, recall   by cable length: cable agrees where it lies within the tolerance of the other tree
+  esa, dsa, pds           distances of Vaa3D (Peng et al. 2010), lower is better
+  tolerance=4             in the unit of the trees (voxels, as a rule)
+  json=no                 lines for people instead"""
+
+_TOLERANCE = 4.0
+"""Default tolerance, in the unit of the trees."""
+
+
+def score(predicted: Tree | Path | str, gold: Tree | Path | str, tolerance: float = _TOLERANCE) -> dict[str, float]:
+    """Agreement of two trees, each a tree or the path of an SWC file, in one unit.
+
+    Returns `f1`, `precision` and `recall` of the cable at `tolerance` (see `metrics.cable.match_cable`), and the
+    distances `esa`, `dsa` and `pds` (see `metrics.tree.distances`); all in the unit of the trees.
+    Raises InputError for unreadable files, or files in different units; ValueError unless `tolerance` is positive.
+    """
+    units = {path: swc.read_header(path).unit for path in (predicted, gold) if not isinstance(path, Tree)}
+    if len(set(units.values()) - {None}) > 1:
+        stated = " and ".join(f"{path} is in {unit}" for path, unit in units.items())
+        raise InputError(f"{stated}; bring one into the unit of the other with `hpc-neuro swc convert`")
+
+    trees = [tree if isinstance(tree, Tree) else swc.read(tree) for tree in (predicted, gold)]
+
+    # As in `evaluate`: pieces of 1 voxel, or of a quarter of a tolerance in micrometres.
+    step = min(1.0, tolerance / 4) if "um" in units.values() else 1.0
+    match = match_cable(trees[0], trees[1], tolerance, step)
+    return {
+        "f1": match.f1,
+        "precision": match.precision,
+        "recall": match.recall,
+        **distances(trees[0], trees[1]),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the scores of two SWC files. Raises ConfigError for wrong arguments, InputError for unreadable files."""
+    if not argv or {"-h", "--help"} & set(argv):
+        sys.stdout.write(HELP + "\n")
+        return EXIT_DONE if argv else EXIT_BAD_INPUT
+
+    # A file may have `=` in its name.
+    paths = [argument for argument in argv if "=" not in argument or Path(argument).exists()]
+    options = dict(argument.split("=", 1) for argument in argv if argument not in paths)
+    unknown = sorted(set(options) - {"tolerance", "json"})
+    if unknown:
+        raise ConfigError(f"score does not know {unknown[0]}=; its keys are tolerance= and json=")
+    if len(paths) != 2:
+        raise ConfigError(
+            f"score got {format_count(len(paths), 'file')}, expected two:  hpc-neuro score PRED.swc GOLD.swc"
+        )
+    if options.get("json", "yes") not in ("yes", "no"):
+        raise ConfigError(f"json={options['json']} is not yes or no")
+
+    scores = score(paths[0], paths[1], _parse_tolerance(options.get("tolerance", str(_TOLERANCE))))
+    if options.get("json", "yes") == "yes":
+        sys.stdout.write(json.dumps(scores, allow_nan=False) + "\n")
+    else:
+        sys.stdout.writelines(f"{name:<10} {value:.4f}\n" for name, value in scores.items())
+    return EXIT_DONE
+
+
+def _parse_tolerance(text: str) -> float:
+    try:
+        tolerance = float(text)
+    except ValueError:
+        tolerance = math.nan
+    if not 0 < tolerance < math.inf:
+        raise ConfigError(f"tolerance={text} is not a number above 0")
+    return tolerance

@@ -1,0 +1,89 @@
+"""The Python API: lazy, typed, and named as documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+import hpc_neuro
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.pipeline import VERBS
+
+
+def test_every_public_name_is_there_and_has_a_type() -> None:
+    """The names in __all__, those that are imported lazily, and those that type checkers see are the same."""
+    tree = ast.parse(Path(inspect.getsourcefile(hpc_neuro) or "").read_text())
+    typed = next(node for node in tree.body if isinstance(node, ast.If))
+    names = [
+        alias.asname or alias.name for node in typed.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    ]
+    assert sorted(names) == sorted(hpc_neuro.__all__) == sorted(hpc_neuro._HOMES)
+    assert all(getattr(hpc_neuro, name) is not None for name in hpc_neuro.__all__)
+    assert set(hpc_neuro.__all__) <= set(dir(hpc_neuro))
+
+
+def test_each_verb_with_a_config_has_its_class_and_its_function() -> None:
+    for verb in VERBS.values():
+        if verb.config:
+            assert getattr(hpc_neuro, verb.config) is verb.load_config_class()
+            assert getattr(hpc_neuro, f"run_{verb.name}") is verb.load_module().run
+
+
+def test_subpackages_are_not_shadowed() -> None:
+    from hpc_neuro import evaluate, infer, precompute, prepare, train
+
+    assert all(inspect.ismodule(module) for module in (evaluate, infer, precompute, prepare, train))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        hpc_neuro.trian  # noqa: B018
+
+
+def test_importing_takes_no_torch() -> None:
+    code = "import sys, hpc_neuro; hpc_neuro.read_swc; hpc_neuro.score; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_volumes_and_trees(tmp_path: Path) -> None:
+    image = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack")
+    box = Box((1, 1, 1), (3, 4, 5))
+    assert np.array_equal(hpc_neuro.open_volume(tmp_path / "a.tif")[box], image[box.slices])
+
+    (tmp_path / "a.swc").write_text("1 1 0 0 0 5 -1\n2 3 6 0 0 1 1\n")
+    tree = hpc_neuro.read_swc(tmp_path / "a.swc")
+    hpc_neuro.write_swc(tmp_path / "b.swc", tree, unit="voxel")
+    assert np.array_equal(hpc_neuro.read_swc(tmp_path / "b.swc").points, tree.points)
+
+
+def test_scores_take_paths_and_trees(tmp_path: Path) -> None:
+    (tmp_path / "a.swc").write_text("1 1 0 0 0 5 -1\n2 3 60 0 0 1 1\n")
+    (tmp_path / "b.swc").write_text("1 1 0 1 0 5 -1\n2 3 60 1 0 1 1\n3 3 90 1 0 1 2\n")
+    tree = hpc_neuro.read_swc(tmp_path / "a.swc")
+    scores = hpc_neuro.score(tree, str(tmp_path / "b.swc"))
+    assert scores == hpc_neuro.score(tmp_path / "a.swc", tmp_path / "b.swc", tolerance=4)
+    assert list(scores) == ["f1", "precision", "recall", "esa", "dsa", "pds"]
+    assert scores["precision"] == 1.0
+    assert scores["recall"] == pytest.approx((60 + 4) / 90, abs=0.01)
+    assert hpc_neuro.score(tree, tree) == {"f1": 1, "precision": 1, "recall": 1, "esa": 0, "dsa": 0, "pds": 0}
+    with pytest.raises(ValueError, match="above 0"):
+        hpc_neuro.score(tree, tree, tolerance=0)
+
+
+def test_trees_in_different_units_are_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "raw.swc").write_text("1 1 0 0 0 5 -1\n2 3 60 0 0 1 1\n")
+    tree = hpc_neuro.read_swc(tmp_path / "raw.swc")
+    hpc_neuro.write_swc(tmp_path / "um.swc", tree, unit="um", voxel_size=(1.0, 1.0, 1.0))
+    hpc_neuro.write_swc(tmp_path / "voxel.swc", tree, unit="voxel")
+    with pytest.raises(InputError, match=r"um\.swc is in um and .*voxel\.swc is in voxel; .*swc convert"):
+        hpc_neuro.score(tmp_path / "um.swc", tmp_path / "voxel.swc")
+    assert hpc_neuro.score(tmp_path / "um.swc", tmp_path / "raw.swc")["f1"] == 1.0
