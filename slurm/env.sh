@@ -4,6 +4,8 @@
 #   export NCCL_SOCKET_IFNAME=ib0
 . "${HPC_NEURO_VENV:-.venv}/bin/activate"
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+# Since Slurm 22.05 srun does not inherit --cpus-per-task of sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 MAX_REQUEUE=${MAX_REQUEUE:-10}
 
 # ranks COMMAND...: every rank of the job runs it, with what torch.distributed and DeepSpeed ask for. One address (the

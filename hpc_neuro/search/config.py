@@ -37,7 +37,7 @@ class RandomSampler:
 
 @config
 class TpeSampler:
-    """Tree-structured Parzen estimator (Bergstra et al. 2011), of all dimensions together, knowing what is running."""
+    """Tree-structured Parzen estimator (Bergstra et al. 2011) of all dimensions together, aware of running trials."""
 
     kind: Literal["tpe"] = "tpe"
     seed: int = Field(default=0, ge=0)
@@ -51,7 +51,7 @@ Sampler = Annotated[GridSampler | RandomSampler | TpeSampler, Field(discriminato
 
 @config
 class StageConfig:
-    """The config of one verb of a trial, but for what the search fills in."""
+    """The config of one verb of a trial, without what the search fills in."""
 
     config: Path | None = None
     """A YAML file of this verb; none: its defaults."""
@@ -61,15 +61,15 @@ class StageConfig:
 
 @config
 class Objective:
-    """What a trial is worth."""
+    """The number that a trial is judged by."""
 
     key: str = "val.dice_best"
     """`val.KEY` or `train.KEY` of the train run's metrics.jsonl, or `evaluate.KEY`: the mean in evaluate's
     metrics.json."""
     goal: Goal = "maximize"
-    """Which way is better."""
+    """Which direction is better."""
     take: Literal["best", "last"] = "best"
-    """Of the rows of a training run: the best value (as weights/best holds it), or the last."""
+    """Which row of a training run counts: the best value (that of weights/best), or the last."""
 
     def __post_init__(self) -> None:
         source, dot, name = self.key.partition(".")
@@ -86,7 +86,7 @@ class TableMetric:
     title: str
     """Heading."""
     goal: Goal = "maximize"
-    """Which way is better."""
+    """Which direction is better."""
     digits: int = Field(default=3, ge=0)
     """Digits after the point."""
 
@@ -112,30 +112,31 @@ class SearchConfig:
     train: StageConfig = StageConfig()
     """Config that the values are put into."""
     infer: StageConfig = StageConfig()
-    """Of a recipe with infer."""
+    """Config of infer, for a recipe that has it."""
     evaluate: StageConfig = StageConfig()
-    """Of a recipe with evaluate."""
+    """Config of evaluate, for a recipe that has it."""
     sampler: Sampler = TpeSampler()
     """How values are chosen."""
     trials: int | None = Field(default=None, ge=1)
-    """How many; none: the whole grid."""
+    """Number of trials; none: the whole grid."""
     objective: Objective = Objective()
-    """What a trial is worth."""
+    """The number that a trial is judged by."""
     asha: AshaConfig | None = None
     """Early stopping; null: every trial runs to its end."""
     concurrent: int = Field(default=4, ge=1)
-    """Trials in the queue or at work at any time."""
+    """Number of trials that are queued or running at any time."""
     requeue: int = Field(default=3, ge=0)
-    """How often a trial that was killed, timed out or was preempted is sent again; it goes on from its checkpoint."""
+    """How often a trial that was killed, preempted or timed out is submitted again; it resumes from its checkpoint."""
     poll: float = Field(default=10.0, gt=0)
-    """[s] How often jobs and metrics are looked at; up to 6 times longer while nothing happens."""
+    """[s] Between two looks at jobs and metrics; up to 6 times as long while nothing happens."""
     table: tuple[TableMetric, ...] = _TABLE
     """Columns of the comparison that a recipe with evaluate ends with."""
     draws: int = Field(default=10_000, ge=100)
-    """Draws of its bootstrap."""
+    """Draws of the bootstrap behind the comparison."""
 
     def __post_init__(self) -> None:
         faults = spaces.find_structure_faults(self.space)
+
         if self.recipe not in (("train",), RECIPE):
             faults.append(f"recipe {list(self.recipe)} must be [train] or [{', '.join(RECIPE)}]")
         if self.objective.key.startswith("evaluate.") and "evaluate" not in self.recipe:
@@ -144,5 +145,6 @@ class SearchConfig:
             faults.append(f"trials: the sampler {self.sampler.kind} never ends; say how many")
         if self.asha and (self.asha.key or self.objective.key).startswith("evaluate."):
             faults.append("asha.key: early stopping judges training; give a key such as val.dice_best")
+
         if faults:
             raise ValueError("; ".join(faults))

@@ -16,6 +16,9 @@ from hpc_neuro.core.schema import InputError
 from launch import slurm
 from launch.executors import KILLED, JobState, job_file, read_exit_code
 
+_JOB_PART = b".job.part"
+"""Part of the name of the file that the shell renames before it begins the command."""
+
 # The shell stays to the end of the command, and ignores the signals that are sent to the whole group.
 _SHELL = (
     'trap : TERM INT USR1 USR2; echo $$ > "$0.job.part" && mv "$0.job.part" "$0.job"; '
@@ -135,11 +138,11 @@ def _read_command(pid: int) -> bytes:
     return b""
 
 
-def _list_session(leader: int) -> Iterator[int]:
-    """The processes of a session."""
+def _find_processes(*, parent: int | None = None, session: int | None = None) -> Iterator[int]:
+    """The processes of this machine with this parent, or of this session."""
     for path in Path("/proc").glob("[0-9]*"):
         fields = _read_stat(int(path.name))
-        if fields and int(fields[3]) == leader:
+        if fields and (int(fields[1]) == parent or int(fields[3]) == session):
             yield int(path.name)
 
 
@@ -147,13 +150,16 @@ def _await_command(shell: int) -> None:
     """Wait until a shell has begun its command, or is gone."""
     deadline = time.monotonic() + _BEGIN_SECONDS
     while time.monotonic() < deadline:
-        own_command = _read_command(shell)
-        others = [_read_command(pid) for pid in _list_session(shell) if pid != shell]
-        # A fork of the shell that has not become the command yet, and what the shell runs before it, do not count.
-        begun = [command for command in others if command not in (b"", own_command) and command[:3] != b"mv\0"]
-        if begun or not own_command:
+        shell_command = _read_command(shell)
+        child_commands = [_read_command(pid) for pid in _find_processes(parent=shell)]
+        if not shell_command or any(_is_begun(command, shell_command) for command in child_commands):
             return
         time.sleep(0.02)
+
+
+def _is_begun(command: bytes, shell_command: bytes) -> bool:
+    """Whether a child of a shell is its command: no fork that has yet to become it, not the `mv` before it."""
+    return command not in (b"", shell_command) and _JOB_PART not in command
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
@@ -169,6 +175,6 @@ def _kill_session(job: str) -> None:
     leader = _parse_pid(job)
     if _find_job_id(leader):
         return
-    for pid in _list_session(leader):
+    for pid in _find_processes(session=leader):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -13,12 +13,13 @@ from hpc_neuro.core import files
 from hpc_neuro.core.constants import EXIT_STOPPED
 from launch import job_end, slurm
 from launch.job_end import JobRecord, judge_start
-from launch.supervise import RankPlace
 
 FINE = {"code": 0, "words": []}
-BROKE = {"code": 1, "words": []}
+FAILED = {"code": 1, "words": []}
 SAVED = {"code": EXIT_STOPPED, "words": ["SIGUSR2"]}
-TERMED = {"code": EXIT_STOPPED, "words": ["SIGTERM", "SIGUSR2"]}
+TERMINATED = {"code": EXIT_STOPPED, "words": ["SIGTERM", "SIGUSR2"]}
+PREEMPTED = SAVED | {"stop_reason": "preemption"}
+OUT_OF_TIME = SAVED | {"stop_reason": "time limit"}
 RUNNING = {"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "2999-01-01T00:00:00", "signal_seconds": "20"}
 
 
@@ -30,21 +31,24 @@ def soon(seconds: float) -> str:
     ("notes", "silent", "facts", "reason", "code", "resumable"),
     [
         ({0: FINE, 1: FINE}, [], {}, "finished", 0, False),
-        ({0: BROKE, 1: FINE}, [], {}, "crash", 1, False),
-        ({0: BROKE, 1: {"code": -9, "words": []}}, [], {}, "most likely out of memory, rank 1", -9, False),
-        ({0: {"code": 2, "words": []}, 1: BROKE}, [], {}, "rank 0", 2, False),
+        ({0: FAILED, 1: FINE}, [], {}, "crash", 1, False),
+        ({0: FAILED, 1: {"code": -9, "words": []}}, [], {}, "most likely out of memory, rank 1", -9, False),
+        ({0: {"code": 2, "words": []}, 1: FAILED}, [], {}, "rank 0", 2, False),
         ({0: {"code": 3, "words": []}}, [], {}, "failures that are listed", 3, False),
-        ({0: BROKE}, [1], {}, "node failure (rank 1", EXIT_STOPPED, True),
-        ({0: BROKE}, [], {}, "crash", 1, False),
+        ({0: FAILED}, [1], {}, "node failure (rank 1", EXIT_STOPPED, True),
+        ({0: FAILED}, [], {}, "crash", 1, False),
         ({0: SAVED, 1: SAVED}, [], {}, "signal SIGUSR2", EXIT_STOPPED, True),
         ({0: SAVED, 1: SAVED}, [], {"EndTime": soon(15)}, "time limit", EXIT_STOPPED, True),
         ({0: {"code": EXIT_STOPPED, "words": []}}, [], {}, "time limit", EXIT_STOPPED, True),
         ({0: SAVED}, [], {"PreemptTime": "2026-01-01T00:00:00"}, "preemption", EXIT_STOPPED, True),
         ({0: SAVED}, [], {"JobState": "PENDING"}, "time limit, or preemption", EXIT_STOPPED, True),
-        ({0: TERMED}, [], {"JobState": "PENDING"}, "put back by an administrator", EXIT_STOPPED, True),
+        ({0: PREEMPTED, 1: SAVED}, [], {"JobState": "PENDING"}, "preemption", EXIT_STOPPED, True),
+        ({0: OUT_OF_TIME, 1: SAVED}, [], {"JobState": "COMPLETING"}, "time limit", EXIT_STOPPED, True),
+        ({0: PREEMPTED}, [], {"JobState": "CANCELLED"}, "cancelled", 143, False),
+        ({0: TERMINATED}, [], {"JobState": "PENDING"}, "put back by an administrator", EXIT_STOPPED, True),
         ({0: SAVED}, [], {"JobState": "CANCELLED"}, "cancelled", 143, False),
         ({0: {"code": -15, "words": ["SIGTERM"]}}, [], {}, "signal SIGTERM", EXIT_STOPPED, True),
-        ({0: SAVED, 1: BROKE}, [], {}, "crash", 1, False),
+        ({0: SAVED, 1: FAILED}, [], {}, "crash", 1, False),
         ({}, [], {}, "ended without a word", 7, False),
         ({0: FINE}, [1], {"code": 137, "NumNodes": "2"}, "kill from outside", EXIT_STOPPED, True),
         ({0: FINE}, [1], {"code": 137, "NumNodes": "1"}, "ended without a word", 137, False),
@@ -55,6 +59,7 @@ def test_verdicts(notes, silent, facts, reason, code, resumable):
     ranks = max([*notes, *silent, 0]) + 1
     verdict = judge_start(notes, silent, ranks, facts.get("code", 7), RUNNING | facts)
     assert reason in verdict.reason
+    assert verdict.reason == reason or reason not in ("preemption", "time limit")
     assert (verdict.exit, verdict.resumable) == (code, resumable)
 
 
@@ -132,6 +137,30 @@ def test_the_next_start_reads_why_the_last_one_stopped(tmp_path: Path, words: li
     assert reason in end["reason"]
 
 
+def test_the_next_start_knows_what_slurm_said_when_the_signal_came(tmp_path: Path):
+    start = tmp_path / "starts" / "9.0"
+    files.write_json(start / "start.json", {})
+    job_end.write_rank_note(start, 0, 75, ["SIGUSR2"], stop_reason="preemption")
+    assert job_end.close_earlier_starts(JobRecord(tmp_path, tmp_path / "out"), "9.1")
+    (end,) = files.read_json(tmp_path / job_end.ENDS_FILE, "")
+    assert (end["reason"], end["put_back"]) == ("preemption", True)
+
+
+@pytest.mark.parametrize(
+    ("job", "reason"),
+    [
+        ({"JobState": "RUNNING", "PreemptTime": "2026-01-01T00:00:00", "EndTime": "2026-01-01T00:00:30"}, "preemption"),
+        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": soon(20)}, "time limit"),
+        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": soon(3600)}, None),
+        ({"JobState": "PENDING", "PreemptTime": "None", "EndTime": soon(-5)}, None),
+        ({"JobState": "CANCELLED", "PreemptTime": "None", "EndTime": soon(-1)}, None),
+        ({"JobState": "RUNNING", "EndTime": "Unknown"}, None),
+    ],
+)
+def test_what_slurm_says_when_it_sends_a_signal(job: dict[str, str], reason: str | None):
+    assert job_end.explain_signal(job | {"signal_seconds": "20"}) == reason
+
+
 def test_a_job_that_was_cancelled_and_sent_again_by_hand_was_not_put_back(tmp_path: Path, monkeypatch):
     states = {"7": {"JobState": "CANCELLED"}, "8": {}}
     monkeypatch.setattr(slurm, "read_job", states.__getitem__)  # what scontrol says
@@ -144,12 +173,3 @@ def test_a_job_that_was_cancelled_and_sent_again_by_hand_was_not_put_back(tmp_pa
     assert "preemption" in ends["8.0"]["reason"]
     assert not ends["7.0"]["put_back"]
     assert not ends["8.0"]["put_back"]
-
-
-def test_places_of_srun_and_of_the_local_controller():
-    srun = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "7"}
-    assert (RankPlace.from_environment(srun).rank, RankPlace.from_environment(srun).start) == (3, "7.0")
-    array = srun | {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "1"}
-    assert RankPlace.from_environment(array).start == "6_2.1"
-    local = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"}
-    assert RankPlace.from_environment(srun | local | {"SUBMITIT_LOCAL_JOB_ID": "99"}).start == "local-99.0"

@@ -24,7 +24,7 @@ CLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "dev_cluster"
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """slurm/dev_cluster, up and nobody else's until the test ends; skips, saying why, where it is not up."""
+    """The folder of the development cluster, up and for this test alone; skips with the reason where it is not up."""
     if reason := os.environ.get("HPC_NEURO_NO_SLURM"):
         pytest.skip(f"no Slurm here: {reason}")
     folder = Path(os.environ.get("HPC_NEURO_SLURM_DIR", "/run/hpc_neuro_slurm"))
@@ -37,10 +37,10 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = set(slurm.read_job_states())
         yield CLUSTER
-        if left := [
-            job for job, state in slurm.read_job_states().items() if job not in before and slurm.is_active(state)
-        ]:
-            slurm.run_command("scancel", "--quiet", *left)
+        states = slurm.read_job_states()
+        new = [job for job, state in states.items() if job not in before and slurm.is_active(state)]
+        if new:
+            slurm.run_command("scancel", "--quiet", *new)
 
 
 @pytest.fixture(scope="session")
@@ -65,15 +65,15 @@ def site() -> Site:
     return load_site("dev", [])
 
 
-def steps(out: Path) -> int:
-    """Rows of training steps written so far."""
+def count_steps(out: Path) -> int:
+    """Training steps in the metrics so far."""
     with contextlib.suppress(FileNotFoundError):
         return (out / "metrics.jsonl").read_text().count('"train"')
     return 0
 
 
 def wait(what: str, holds: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Until `holds` does; fails the test when that takes too long."""
+    """Wait until `holds` returns True; fail the test when that takes too long."""
     until = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > until:
@@ -81,13 +81,13 @@ def wait(what: str, holds: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.2)
 
 
-def wait_all(sent: list[status.LaunchedJob], seconds: float = 200.0) -> dict[str, str]:
-    """Until all jobs are over; their states."""
+def wait_all(jobs: list[status.LaunchedJob], seconds: float = 200.0) -> dict[str, str]:
+    """Wait until all jobs have ended; their states."""
     poller, states = slurm.Poller(0.3, 1.0), dict[str, str]()
 
-    def over() -> bool:
-        states.update(status.poll_jobs(sent, poller))
-        return all(s not in ("queued", "running") for s in states.values())
+    def have_ended() -> bool:
+        states.update(status.poll_jobs(jobs, poller))
+        return all(state in status.ENDED for state in states.values())
 
-    wait("the jobs to end", over, seconds)
+    wait("the jobs to end", have_ended, seconds)
     return states

@@ -100,6 +100,29 @@ def test_cancelling_asks_first_and_kills_after_the_grace(tmp_path):
     assert wait(executor, deaf, tmp_path / "deaf").code in (None, 128 + 9)
 
 
+def test_a_cancelled_job_sees_the_signal_also_when_its_command_has_not_begun(tmp_path, monkeypatch):
+    """A slow `mv` holds the shell where it catches signals and has no command yet to pass them to."""
+    slow = tmp_path / "bin" / "mv"
+    slow.parent.mkdir()
+    slow.write_text('#!/bin/sh\nsleep 0.5\nexec /bin/mv "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}{os.pathsep}{os.environ['PATH']}")
+    executor = LocalExecutor(grace=60.0)
+    job = executor.submit(["sleep", "60"], tmp_path, "a")
+    executor.cancel([job])
+    assert wait(executor, job, tmp_path / "a") == JobState("ended", 128 + signal.SIGTERM)
+
+
+def test_a_job_is_no_rank_of_the_job_that_its_driver_runs_in(tmp_path, monkeypatch):
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SBATCH_X": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    executor = LocalExecutor()
+    job = executor.submit(["env"], tmp_path, "a")
+    assert wait(executor, job, tmp_path / "a") == JobState("ended", 0)
+    names = {line.partition("=")[0] for line in (tmp_path / "a.log").read_text().splitlines()}
+    assert not [name for name in names if name.startswith(("SLURM_", "SBATCH_")) or name == "WORLD_SIZE"]
+
+
 def test_a_job_of_another_machine_is_refused(tmp_path):
     with pytest.raises(InputError, match="runs on elsewhere; go on with this sweep there"):
         LocalExecutor().poll({"elsewhere:1:1": tmp_path / "a"})
