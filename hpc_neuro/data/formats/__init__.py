@@ -84,7 +84,7 @@ def open_volume(
         array = _add_z_axis(array)
 
     # The path is made absolute for processes that are started in another folder.
-    order = resolve_axes(path, array.axes, array.shape, axes=axes, channel=channel)
+    order = resolve_axes(path, array.axes, array.shape, axes=axes, channel=channel, names=array.axis_names)
     reopen = functools.partial(open_volume, path.resolve(), channel=channel, axes=axes, dataset=dataset)
     return Volume(path, array, order, reopen)
 

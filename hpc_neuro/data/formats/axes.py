@@ -10,6 +10,17 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 
 _NAMES = {"Z": "z", "Y": "y", "X": "x", "C": "channel", "T": "time", "S": "color sample", "Q": "unnamed"}
+_LETTERS = {
+    "z": "Z",
+    "y": "Y",
+    "x": "X",
+    "c": "C",
+    "channel": "C",
+    "channels": "C",
+    "t": "T",
+    "time": "T",
+}
+"""Names of axes as files write them. Any other name leaves open what the axis is: `zoom` is no z."""
 _MAX_COLORS = 4
 """An unnamed axis of at most this length may be colors as well as slices."""
 
@@ -42,14 +53,23 @@ class AxisOrder:
         return tuple(parts)
 
 
-def resolve_axes(path: Path, stored: str, shape: Sequence[int], *, axes: str | None, channel: int | None) -> AxisOrder:
+def resolve_axes(
+    path: Path,
+    stored: str,
+    shape: Sequence[int],
+    *,
+    axes: str | None,
+    channel: int | None,
+    names: Sequence[str] = (),
+) -> AxisOrder:
     """Decide what the axes of a stored array of `shape` are; the file names them `stored`.
 
-    `axes` overrules the file; `channel` picks one of several. Raises InputError for a 2D image, for several time
+    `names` are the file's own words where they are longer. `axes` overrules the file; `channel` picks one of several.
+    Raises InputError for a 2D image, for several time
     points, for an axis without a name, for color samples, and for several channels of which none is chosen.
     """
     # The user's word is final; the file's own names may be missing or ambiguous.
-    content = _describe_array(stored, shape)
+    content = _describe_array(stored, shape, names)
     if axes is None:
         letters = _check_stored_axes(path, stored, content, shape)
     else:
@@ -93,14 +113,25 @@ def default_axes(shape: Sequence[int]) -> str:
     return "Q" * len(shape)
 
 
+def letters_of_names(names: Sequence[object]) -> str:
+    """One letter per axis name, Q for a name that is no name of an axis."""
+    return "".join(_LETTERS.get(str(name).strip().strip('"').lower(), "Q") for name in names)
+
+
 def _check_stored_axes(path: Path, stored: str, content: str, shape: Sequence[int]) -> str:
     """The file's own names, without unnamed axes of length 1; InputError for axes that can be read in two ways."""
     letters = _neutralize_single_axes(stored, shape)
 
+    if repeated := [a for a in "ZYXCTS" if letters.count(a) > 1]:
+        raise InputError(
+            f"{path} holds {content} and names the axis {_NAMES[repeated[0]]} {letters.count(repeated[0])} times; "
+            f"say which axes they are, such as axes={_suggest_axes('Q' * len(letters))}"
+        )
+
     # An unnamed axis may be slices, channels or time points.
     if letters.count("Q") or any(a not in _NAMES for a in letters):
         raise InputError(
-            f"{path} holds {content} and does not name its axes; "
+            f"{path} holds {content} and does not name {'its axes' if set(letters) == {'Q'} else 'all of them'}; "
             f"say which they are, such as axes={_suggest_axes(letters)}"
         )
 
@@ -125,9 +156,10 @@ def _neutralize_single_axes(stored: str, shape: Sequence[int]) -> str:
 
 
 def _suggest_axes(letters: str) -> str:
-    """An `axes=` value for the advice in an error; the one unnamed axis of an image without z is the slices."""
-    if letters.count("Q") == 1 and "Z" not in letters:
-        return letters.replace("Q", "Z")
+    """An `axes=` value for the advice in an error; a single open axis is z, else channel, else time."""
+    unused = [a for a in "ZCT" if a not in letters]
+    if letters.count("Q") == 1 and unused and len(letters) > 2:
+        return letters.replace("Q", unused[0])
     return {3: "ZYX, YXC or CYX", 4: "CZYX, ZCYX or TZYX"}.get(len(letters), "TCZYX")
 
 
@@ -167,6 +199,7 @@ def _advise_for_2d(stored: str, shape: Sequence[int]) -> str:
     return "; a folder of slices opens by its own path, and axes=ZYX takes this as a stack of one slice"
 
 
-def _describe_array(stored: str, shape: Sequence[int]) -> str:
-    names = ", ".join(f"{_NAMES.get(a, a)} {n}" for a, n in zip(stored, shape, strict=True))
-    return f"an array of shape {tuple(shape)} with axes {stored} ({names})"
+def _describe_array(stored: str, shape: Sequence[int], names: Sequence[str]) -> str:
+    words = names if len(names) == len(shape) else [_NAMES.get(a, a) for a in stored]
+    sizes = ", ".join(f"{word} {n}" for word, n in zip(words, shape, strict=True))
+    return f"an array of shape {tuple(shape)} with axes {stored} ({sizes})"

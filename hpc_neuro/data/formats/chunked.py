@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats.axes import default_axes
+from hpc_neuro.data.formats.axes import default_axes, letters_of_names
 from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape
 
@@ -46,6 +46,8 @@ class _Level:
 
     path: Path
     axes: str = ""
+    names: tuple[str, ...] = ()
+    """The file's own names of the axes."""
     step: tuple[float, ...] | None = None
     """Micrometres per index along each axis; nan where the axis has no length."""
     begin: tuple[float, ...] | None = None
@@ -75,13 +77,17 @@ def open_zarr(path: Path, dataset: str | None) -> StoredArray:
     if not is_v3 and not (level.path / ".zarray").is_file():
         raise InputError(f"{path} has no zarr array {level.path.name!r}; it is incomplete, copy it again")
 
+    kind = "OME-Zarr" if level.axes else "zarr"
     # The axes: OME metadata first, then names at the array itself (zarr 3, or xarray's for zarr 2).
     meta = _read_json(level.path / ("zarr.json" if is_v3 else ".zarray"))
+    if is_v3:
+        _check_dimension_names(level.path, meta.get("dimension_names"))
     store = _open_store(level.path, "zarr3" if is_v3 else "zarr")
     names = meta.get("dimension_names") if is_v3 else _read_attributes(level.path).get("_ARRAY_DIMENSIONS")
-    axes = level.axes or _letters_from_names(names, store.shape)
+    axes, axis_names = (level.axes, level.names) if level.axes else _name_axes(names, store.shape)
     key = _first_zarr_chunk(meta, is_v3, len(store.shape))
-    return _build_array("OME-Zarr" if level.axes else "zarr", level, axes, store, key)
+    level = replace(level, axes=axes, names=axis_names)
+    return _build_array(kind, level, store, key)
 
 
 def open_n5(path: Path, dataset: str | None) -> StoredArray:
@@ -96,11 +102,13 @@ def open_n5(path: Path, dataset: str | None) -> StoredArray:
     above = _read_optional_json(folder.parent / "attributes.json")
     shared = {key: above[key] for key in _N5_SHARED_KEYS if key in above}
     meta = {**shared, **_read_json(folder / "attributes.json")}
-    axes = _letters_from_names(meta["axes"], store.shape) if "axes" in meta else ""
     # N5 lists dimensions fastest first.
-    axes = axes or {2: "XY", 3: "XYZ"}.get(count, "Q" * count)
+    axes, names = _name_axes(meta.get("axes"), store.shape)
+    if not names:
+        axes = {2: "XY", 3: "XYZ"}.get(count, "Q" * count)
     step, notes = _parse_n5_steps(meta, count)
-    return _build_array("N5", _Level(folder, axes, step, None, notes), axes, store, "/".join("0" * count))
+    level = _Level(folder, axes, names, step, None, notes)
+    return _build_array("N5", level, store, "/".join("0" * count))
 
 
 def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
@@ -125,8 +133,8 @@ def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     begin = (*(o * s for o, s in zip(origin, step[:3], strict=True)), 0.0)
     notes = (f"scale {key}, {scale.get('encoding')}, voxel offset {origin} (x y z)",)
     chunk = "0.shard" if "sharding" in scale else "0-64_0-64_0-64"
-    level = _Level(path / key, "XYZC", step, begin, notes)
-    return _build_array("Neuroglancer precomputed", level, "XYZC", store, chunk)
+    level = _Level(path / key, "XYZC", (), step, begin, notes)
+    return _build_array("Neuroglancer precomputed", level, store, chunk)
 
 
 def _open_store(path: Path, driver: str, **options: Any) -> Any:
@@ -145,7 +153,7 @@ def _open_store(path: Path, driver: str, **options: Any) -> Any:
         ) from None
 
 
-def _build_array(kind: str, level: _Level, axes: str, store: Any, key: str) -> StoredArray:
+def _build_array(kind: str, level: _Level, store: Any, key: str) -> StoredArray:
     """The open store as a StoredArray; `key` is the file name of its first chunk."""
     _require_chunks(level.path, key)
 
@@ -159,8 +167,8 @@ def _build_array(kind: str, level: _Level, axes: str, store: Any, key: str) -> S
         )
 
     # The matrix is known only where both the step and the position of index 0 are.
-    world = None
-    if level.step is not None and level.begin is not None and all(a in axes for a in "ZYX"):
+    world, axes = None, level.axes
+    if level.step is not None and level.begin is not None and all(axes.count(a) == 1 for a in "ZYX"):
         world = np.zeros((3, len(axes) + 1))
         for row, letter in enumerate("ZYX"):
             i = axes.index(letter)
@@ -170,7 +178,7 @@ def _build_array(kind: str, level: _Level, axes: str, store: Any, key: str) -> S
     count = math.prod(-(-n // c) for n, c in zip(shape, store.chunk_layout.write_chunk.shape, strict=True))
     absent = None if "shard" in key else functools.partial(_describe_absent_chunks, level.path, key, count)
     read = functools.partial(_read_part, store, tuple(int(o) for o in store.domain.origin))
-    return StoredArray(kind, shape, axes, dtype, read, level.step, world, level.notes, absent)
+    return StoredArray(kind, shape, axes, dtype, read, level.step, world, level.notes, level.names, absent)
 
 
 def _read_part(store: Any, origin: tuple[int, ...], index: Index) -> Array:
@@ -202,21 +210,26 @@ def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
 
     # Axes are mappings since 0.4 and plain names in 0.3; a type tells channel and time from space.
     axes = [a if isinstance(a, Mapping) else {"name": a} for a in image.get("axes", [])]
-    letters = "".join({"channel": "C", "time": "T"}.get(str(a.get("type")), str(a["name"])[:1].upper()) for a in axes)
-    _check_axes_count(path / name, [str(a["name"]) for a in axes])
+    names = tuple(str(a.get("name")) for a in axes)
+    types = [str(a.get("type")) for a in axes]
+    letters = "".join(
+        {"channel": "C", "time": "T"}.get(t, letters_of_names([n])) for t, n in zip(types, names, strict=True)
+    )
+    _check_axes_count(path / name, names)
     notes: tuple[str, ...] = (f"level {name} of {len(levels)}",)
-    scale, shift = _combine_transforms(path / name, levels[name], image, [str(a["name"]) for a in axes])
+    scale, shift = _combine_transforms(path / name, levels[name], image, names)
     if scale is None:
-        return _Level(path / name, letters, notes=(*notes, f"level {name} states no scale; give the voxel size in um"))
+        note = f"level {name} states no scale; give the voxel size in um"
+        return _Level(path / name, letters, names, notes=(*notes, note))
 
     # A size without a unit of length on all of z y x is no voxel size.
     per = [um_per(a.get("unit")) for a in axes]
     if any(p is None for p, a in zip(per, letters, strict=True) if a in "ZYX"):
         steps = ", ".join(f"{a} {s:.6g}" for a, s in zip(letters, scale, strict=True) if a in "ZYX")
-        return _Level(path / name, letters, None, None, (*notes, f"steps {steps} without a unit of length"))
+        return _Level(path / name, letters, names, notes=(*notes, f"steps {steps} without a unit of length"))
     step = tuple(float(s * (p or math.nan)) for s, p in zip(scale, per, strict=True))
     begin = tuple(float(s * (p or 0.0)) for s, p in zip(shift, per, strict=True))
-    return _Level(path / name, letters, step, begin, notes)
+    return _Level(path / name, letters, names, step, begin, notes)
 
 
 def _check_ome_version(path: Path, ome: Mapping[str, Any], image: Mapping[str, Any]) -> None:
@@ -331,6 +344,16 @@ def _is_zarr_array(path: Path) -> bool:
     return (path / "zarr.json").is_file() and _read_json(path / "zarr.json").get("node_type") == "array"
 
 
+def _check_dimension_names(path: Path, names: Any) -> None:
+    """Raise InputError for a repeated name; tensorstore would refuse the array without saying why."""
+    words = [name for name in names or [] if name]
+    if repeated := [name for name in words if words.count(name) > 1]:
+        raise InputError(
+            f"{path} names the axis {repeated[0]} {words.count(repeated[0])} times; correct dimension_names in its "
+            "zarr.json"
+        )
+
+
 def _first_zarr_chunk(meta: Mapping[str, Any], is_v3: bool, count: int) -> str:
     """The file name of the first chunk, such as c/0/0/0 or 0.0.0."""
     if not is_v3:
@@ -376,11 +399,12 @@ def _parse_n5_steps(meta: Mapping[str, Any], count: int) -> tuple[Any, tuple[str
     return tuple(float(s) * (um_per(u) or math.nan) * f for s, u, f in zip(steps, units, factors, strict=True)), ()
 
 
-def _letters_from_names(names: Any, shape: Sequence[int]) -> str:
-    """Axes from names such as z, y, x or time, channel; an axis that no name settles stays unnamed."""
-    if not isinstance(names, Sequence) or len(names) != len(shape) or not all(names):
-        return default_axes(shape)
-    return "".join(str(n)[:1].upper() if str(n)[:1].upper() in "ZYXCT" else "Q" for n in names)
+def _name_axes(names: Any, shape: Sequence[int]) -> tuple[str, tuple[str, ...]]:
+    """Letters of the axes, and the file's names for them; without any name, what is usual for the shape."""
+    if not isinstance(names, Sequence) or len(names) != len(shape) or not any(names):
+        return default_axes(shape), ()
+    words = tuple("unnamed" if name is None else str(name) for name in names)
+    return letters_of_names(words), words
 
 
 def _require_chunks(folder: Path, key: str) -> None:

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats.axes import default_axes
+from hpc_neuro.data.formats.axes import default_axes, letters_of_names
 from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape
 
@@ -45,10 +45,12 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     elif not data.id.get_storage_size():
         raise InputError(f"{path} describes {data.name} {shape} but holds none of its voxels; copy or export it again")
 
-    axes, spacing, notes = _parse_attributes(data, shape)
+    names = _read_axis_names(data)
+    axes, spacing, notes = _parse_attributes(data, shape, names)
     dtype = check_dtype(path, data.dtype)
     read = functools.partial(_read_part, data)
-    return StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=(*notes, f"dataset {data.name}"))
+    notes += (f"dataset {data.name}",)
+    return StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=notes, axis_names=names)
 
 
 def _read_part(data: Any, index: Index) -> Array:
@@ -109,16 +111,20 @@ def _check_virtual_sources(path: Path, data: Any) -> None:
             )
 
 
-def _parse_attributes(data: Any, shape: tuple[int, ...]) -> tuple[str, tuple[float, ...] | None, tuple[str, ...]]:
-    """Axes and voxel size as ilastik (axistags), netCDF-like dimension labels or Fiji (element_size_um) note them."""
-    # ilastik's tags carry one letter per axis, as netCDF-like labels may.
-    axes = ""
+def _read_axis_names(data: Any) -> tuple[str, ...]:
+    """Names of the axes as ilastik (axistags) or netCDF-like dimension labels note them; () where nothing does."""
     if "axistags" in data.attrs:
-        axes = "".join(a["key"].upper() for a in json.loads(_decode_text(data.attrs["axistags"]))["axes"])
-    elif all(len(d.label) == 1 for d in data.dims):
-        axes = "".join(d.label.upper() for d in data.dims)
+        return tuple(str(a["key"]) for a in json.loads(_decode_text(data.attrs["axistags"]))["axes"])
+    labels = tuple(str(d.label) for d in data.dims)
+    return labels if any(labels) else ()
 
+
+def _parse_attributes(
+    data: Any, shape: tuple[int, ...], names: tuple[str, ...]
+) -> tuple[str, tuple[float, ...] | None, tuple[str, ...]]:
+    """Letters of the axes, and the voxel size as Fiji (element_size_um) notes it."""
     # Without names, three axes are z y x by custom.
+    axes = letters_of_names(names)
     notes: tuple[str, ...] = ()
     if len(axes) != len(shape):
         axes = default_axes(shape)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.formats.axes import letters_of_names
 from hpc_neuro.data.formats.decompress import UnpackedArray, bzip2_stream, gzip_stream, raw_chunks
 from hpc_neuro.data.formats.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
@@ -108,7 +109,8 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
 
     axes = _parse_axes(header.fields, len(shape))
     spacing, world, notes = _parse_placement(header.fields, len(shape))
-    return StoredArray("NRRD", shape, axes, dtype, read, spacing, world, notes)
+    names = tuple(_parse_labels(header.fields)[::-1])
+    return StoredArray("NRRD", shape, axes, dtype, read, spacing, world, notes, axis_names=names)
 
 
 def _read_header(path: Path) -> _Header:
@@ -243,13 +245,26 @@ def _stream_file(header: _Header, file: Path, begin: int, dtype: np.dtype[Any], 
 
 
 def _parse_axes(fields: Mapping[str, Any], count: int) -> str:
-    """Letters in stored (slowest first) order, from labels, kinds and space directions."""
-    # Labels are the writer's own words for the axes.
-    labels = [str(v).strip('"').upper()[:1] for v in fields.get("labels") or []]
-    if len(labels) == count and len(set(labels)) == count and set(labels) <= set("XYZCT"):
-        return "".join(labels)[::-1]
+    """Letters in stored (slowest first) order, from labels, else from kinds and space directions."""
+    # Labels are the writer's own words for the axes. Words that begin like other axes than custom has it are no help,
+    # and custom none against them.
+    labels = _parse_labels(fields)
+    letters = letters_of_names(labels)
+    if len(letters) == count and "Q" not in letters and len(set(letters)) == count:
+        return letters[::-1]
+    initials = "".join(label[:1].upper() for label in labels)
+    by_custom = _axes_by_kind(fields, count)
+    if sorted(initials) == sorted(by_custom) and initials[::-1] != by_custom:
+        return "Q" * count
+    return by_custom
 
-    # Without labels, spatial axes are x y z in stored order.
+
+def _parse_labels(fields: Mapping[str, Any]) -> list[str]:
+    return [str(label).strip().strip('"') for label in fields.get("labels") or []]
+
+
+def _axes_by_kind(fields: Mapping[str, Any], count: int) -> str:
+    """Letters in stored (slowest first) order from kinds and space directions: spatial axes are x, y, z in turn."""
     kinds = [str(v) for v in fields.get("kinds") or ["???"] * count]
     directions = fields.get("space directions")
     spatial = itertools.cycle("XYZ")

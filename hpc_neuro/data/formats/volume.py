@@ -46,6 +46,8 @@ class StoredArray:
     """[3, len(axes) + 1] index -> micrometres z y x; the last column is the position of index 0. None: spacing only."""
     notes: tuple[str, ...] = ()
     """Remarks for people: what was assumed, what the file leaves open."""
+    axis_names: tuple[str, ...] = ()
+    """The file's own names of the axes, where they are longer than a letter."""
     absent: Callable[[], str | None] | None = None
     """For formats that read a chunk without a file as the fill value: a sentence on how many chunks that concerns."""
 

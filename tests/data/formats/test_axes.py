@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import h5py
+import nrrd
 import numpy as np
 import pytest
 import tifffile
@@ -13,6 +15,7 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.formats.axes import default_axes, resolve_axes
+from tests.data.formats.test_stores import write_store
 
 WRITTEN: dict[str, tuple[dict[str, object], str | None]] = {
     # how the stack was written -> None where it must open as slices, else the error message
@@ -149,3 +152,97 @@ def test_every_axis_order_becomes_z_y_x() -> None:
         box = Box((1, 1, 0), (3, 4, 4))
         part = stored[order.index(box)].transpose(order.transposition).reshape(box.shape)
         np.testing.assert_array_equal(part, data[1][box.slices])
+
+
+def write_named_zarr(path: Path, shape: tuple[int, ...], names: list[str | None]) -> np.ndarray:
+    data = np.arange(np.prod(shape)).reshape(shape).astype("uint16")
+    write_store(path, "zarr3", data)
+    described = json.loads((path / "zarr.json").read_text())
+    (path / "zarr.json").write_text(json.dumps(described | {"dimension_names": names}))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "advice"),
+    [
+        (["zoom", "z", "y", "x"], (2, 5, 6, 7), r"zoom 2.*axes=CZYX"),
+        (["z", "y", "x", "xyz"], (5, 6, 7, 3), r"xyz 3.*axes=ZYXC"),
+        (["component", "z", "y", "x"], (3, 5, 6, 7), r"component 3.*axes=CZYX"),
+        (["time_constant", "y", "x"], (5, 6, 7), r"time_constant 5.*axes=ZYX"),
+        ([None, "y", "z"], (5, 6, 7), r"unnamed 5.*axes=CYZ"),
+        (["z", "z", "y", "x"], (2, 5, 6, 7), r"names the axis z 2 times; correct dimension_names"),
+        (["x", "y", "x"], (5, 6, 7), r"names the axis x 2 times; correct dimension_names"),
+    ],
+)
+def test_names_that_are_no_axes_are_refused(
+    tmp_path: Path, names: list[str | None], shape: tuple[int, ...], advice: str
+) -> None:
+    write_named_zarr(tmp_path / "a.zarr", shape, names)
+    with pytest.raises(InputError, match=advice):
+        open_volume(tmp_path / "a.zarr")
+
+
+def test_repeated_names_of_an_older_zarr_are_refused(tmp_path: Path) -> None:
+    write_store(tmp_path / "a.zarr", "zarr", np.ones((2, 5, 6, 7), "uint8"))
+    (tmp_path / "a.zarr" / ".zattrs").write_text('{"_ARRAY_DIMENSIONS": ["z", "z", "y", "x"]}')
+    with pytest.raises(InputError, match=r"names the axis z 2 times; say which axes they are, such as axes=CZYX"):
+        open_volume(tmp_path / "a.zarr")
+    assert open_volume(tmp_path / "a.zarr", axes="CZYX", channel=1).shape == (5, 6, 7)
+
+
+def test_advice_for_an_axis_without_a_known_name(tmp_path: Path) -> None:
+    data = write_named_zarr(tmp_path / "a.zarr", (2, 5, 6, 7), ["zoom", "z", "y", "x"])
+    volume = open_volume(tmp_path / "a.zarr", axes="CZYX", channel=1)
+    np.testing.assert_array_equal(volume[Box.whole(volume.shape)], data[1])
+
+
+def test_long_names_of_axes(tmp_path: Path) -> None:
+    data = write_named_zarr(tmp_path / "a.zarr", (1, 2, 5, 6, 7), ["time", "channel", "Z", "Y", "X"])
+    volume = open_volume(tmp_path / "a.zarr", channel=1)
+    np.testing.assert_array_equal(volume[Box.whole(volume.shape)], data[0, 1])
+
+
+def test_ome_axis_is_known_by_its_type_or_its_whole_name(tmp_path: Path) -> None:
+    data = np.arange(2 * 5 * 6 * 7).reshape(2, 5, 6, 7).astype("uint16")
+    space = [{"name": a, "type": "space"} for a in "zyx"]
+    for first, opens in (({"name": "stain", "type": "channel"}, True), ({"name": "zoom", "type": "space"}, False)):
+        path = tmp_path / f"{first['name']}.zarr"
+        write_store(path / "0", "zarr3", data)
+        image = {"axes": [first, *space], "datasets": [{"path": "0"}]}
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": {"multiscales": [image]}}}
+        (path / "zarr.json").write_text(json.dumps(group))
+        if opens:
+            assert open_volume(path, channel=1).shape == (5, 6, 7)
+        else:
+            with pytest.raises(InputError, match=r"zoom 2, z 5, y 6, x 7\) and does not name all of them"):
+                open_volume(path)
+
+
+def test_hdf5_labels_that_are_no_axes_are_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = np.zeros((4, 5, 6), "uint8")
+        for dim, name in zip(file["image"].dims, ("zenith", "y", "x"), strict=True):
+            dim.label = name
+    with pytest.raises(InputError, match=r"zenith 4, y 5, x 6.*axes=ZYX"):
+        open_volume(tmp_path / "a.h5")
+
+
+def test_n5_axes_that_are_no_axes_are_refused(tmp_path: Path) -> None:
+    write_store(tmp_path / "a.n5", "n5", np.ones((4, 5, 6), "uint8"))
+    attributes = json.loads((tmp_path / "a.n5" / "attributes.json").read_text())
+    (tmp_path / "a.n5" / "attributes.json").write_text(json.dumps(attributes | {"axes": ["x", "y", "zoom"]}))
+    with pytest.raises(InputError, match=r"x 4, y 5, zoom 6.*axes=XYZ"):
+        open_volume(tmp_path / "a.n5")
+
+
+def test_nrrd_labels(tmp_path: Path) -> None:
+    """Whole names decide; words that begin like other axes than custom has it leave the order open."""
+    data = np.arange(5 * 6 * 7).reshape(5, 6, 7).astype("uint8")
+    nrrd.write(str(tmp_path / "a.nrrd"), data.T, {"labels": ["z", "y", "x"]}, index_order="F")
+    volume = open_volume(tmp_path / "a.nrrd")
+    np.testing.assert_array_equal(volume[Box.whole(volume.shape)], data.T)
+    nrrd.write(str(tmp_path / "b.nrrd"), data.T, {"labels": ["xcoord", "ycoord", "zcoord"]}, index_order="F")
+    assert open_volume(tmp_path / "b.nrrd").shape == (5, 6, 7)
+    nrrd.write(str(tmp_path / "c.nrrd"), data.T, {"labels": ["zcoord", "ycoord", "xcoord"]}, index_order="F")
+    with pytest.raises(InputError, match=r"xcoord 5, ycoord 6, zcoord 7\) and does not name its axes"):
+        open_volume(tmp_path / "c.nrrd")
