@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc_neuro.core import files
 from hpc_neuro.evaluate import confidence, learning_curves
 from hpc_neuro.evaluate.confidence import ConfidenceBin
 from hpc_neuro.evaluate.config import EvaluateConfig
@@ -36,7 +37,7 @@ def render_report(
     pictures: (volume, JPEG) in the order shown. training: the rows of a training run. runs: those behind the result,
     this one last. notices: sentences above all numbers. reliability: of the model's confidence.
     """
-    neurons = html.format_count(len(results.ids), "neuron")
+    neurons = files.format_count(len(results.ids), "neuron")
     sections = [
         ("Result", _render_result(results, cfg, notices)),
         ("Differences", _render_differences(results, cfg)),

@@ -28,7 +28,7 @@ from hpc_neuro.evaluate.predictions import (
 from hpc_neuro.evaluate.summary import Results, Scores, build_json, format_csv, format_latex
 from hpc_neuro.metrics.metric import MAX_VOXELS_IN_MEMORY, Comparison
 from hpc_neuro.metrics.tree import drop_soma_outline
-from hpc_neuro.report import html, provenance
+from hpc_neuro.report import provenance
 from hpc_neuro.report.provenance import RunRecord
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     if cfg.otsu:
         choose_trace_config(cfg, methods)
 
-    lines = [f"{html.format_count(len(ids), 'neuron')} of the {cfg.split} split of {cfg.store}: {', '.join(ids)}"]
+    lines = [f"{files.format_count(len(ids), 'neuron')} of the {cfg.split} split of {cfg.store}: {', '.join(ids)}"]
     for method in methods:
         folders = ", ".join(str(seed.path) for seed in method.seeds)
         lines.append(f"{method.name}: {folders or 'threshold of the raw image, traced from the same root'}")

@@ -128,7 +128,7 @@ def verify_cache(
     still_bad = _find_bad_shards(cfg, plan, slices, seed)
     for bad in still_bad:
         log.warning("%s, built again: %s", bad.file, bad.reason)
-    log.info("%d shards were built again, %d are bad now", len(bad_shards), len(still_bad))
+    log.info("built again: %s; bad now: %d", files.format_count(len(bad_shards), "shard"), len(still_bad))
     return EXIT_FAILURES if still_bad else EXIT_DONE
 
 
@@ -180,8 +180,8 @@ def _find_different_shards(
 
     uncompressed = f", uncompressed {lowest_raw:.4f}" if cfg.is_compressed else ""
     log.info(
-        "%d slices computed again: lowest cosine of a token to the live teacher %.6f (wanted %g)%s",
-        len(sample),
+        "%s computed again: lowest cosine of a token to the live teacher %.6f (wanted %g)%s",
+        files.format_count(len(sample), "slice"),
         lowest,
         MIN_COSINE,
         uncompressed,
@@ -215,14 +215,15 @@ def describe_cache(out: Path) -> list[str]:
         f"teacher {manifest['teacher']['name']}{random}, sha256 {manifest['teacher']['sha256']}",
         f"layers {manifest['layers']}, views {' '.join(manifest['views'])}, augment_views {orientations}",
         f"every {manifest['stride_v']} voxels, scale {manifest['scale']}, {channels} as {manifest['dtype']}",
-        f"{len(manifest['volumes'])} volumes: {', '.join(manifest['volumes'])}",
-        f"{len(shards)} shards, {_total_size(shards)}" + (f"; MISSING {', '.join(missing)}" if missing else ""),
+        f"{files.format_count(len(manifest['volumes']), 'volume')}: {', '.join(manifest['volumes'])}",
+        f"{files.format_count(len(shards), 'shard')}, {_total_size(shards)}"
+        + (f"; MISSING {', '.join(missing)}" if missing else ""),
         f"made from {manifest['store']} by {manifest['code']}",
         *compress.describe_quality(manifest["coding_quality"]),
     ]
     for view in manifest["views"]:
         view_shards = [entry for entry in shards if entry["unit"]["view"] == view]
-        lines.append(f"view {view}: {len(view_shards)} shards, {_total_size(view_shards)}")
+        lines.append(f"view {view}: {files.format_count(len(view_shards), 'shard')}, {_total_size(view_shards)}")
 
     uses = [f"used by {use['out']} on {use['host']}, first {use['first']}" for use in list_uses(out)]
     return lines + (uses or ["used by no training yet"])

@@ -73,9 +73,10 @@ def describe_plan(
     """The forecast in lines for people. space: from `check_space`. seconds: from `measure_speed`, of each rank."""
     total_bytes, todo_bytes = (estimate_bytes(cfg, listed, teacher.dim) for listed in (shards, todo))
     channels = "all channels" if cfg.pca is None else f"{cfg.pca} of {teacher.dim} components"
-    volumes = len({shard.volume for shard in shards})
+    volumes = files.format_count(len({shard.volume for shard in shards}), "volume")
     orientations = f" and those of {', '.join(cfg.augment_views)}" if cfg.augment_views else ""
     largest = shards[0]
+    largest_shape = [largest.count, len(cfg.layers), largest.rows, largest.columns]
     ranks = "1 rank" if len(seconds) == 1 else f"each of {len(seconds)} ranks"
     # A slower rank takes fewer slabs.
     shared_seconds = 1 / sum(1 / max(s, 1e-9) for s in seconds)
@@ -83,10 +84,10 @@ def describe_plan(
     return [
         f"teacher {teacher.identity['name']} (sha256 {teacher.identity['sha256'][:12]}), {teacher.depth} blocks, "
         f"{teacher.dim} channels, patch {teacher.patch}",
-        f"{volumes} volumes, views {' '.join(cfg.views)}{orientations}, layers {list(cfg.layers)}, {channels}: "
-        f"{len(shards)} shards of at most {[largest.count, len(cfg.layers), largest.rows, largest.columns]} slices, "
+        f"{volumes}, views {' '.join(cfg.views)}{orientations}, layers {list(cfg.layers)}, {channels}: "
+        f"{files.format_count(len(shards), 'shard')} of at most {largest_shape} slices, "
         f"layers, token rows, columns; {files.format_bytes(total_bytes)} {cfg.dtype} in {cfg.out}",
-        f"{len(todo)} shards to make, {files.format_bytes(todo_bytes)}; {space}",
+        f"{files.format_count(len(todo), 'shard')} to make, {files.format_bytes(todo_bytes)}; {space}",
         f"about {shared_seconds:.0f} s on {ranks}, by a timed probe",
     ]
 

@@ -112,7 +112,8 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
             summary = {"shards": len(plan.shards), "seconds": round(time.monotonic() - begin, 3)}
             record.finish(summary, outputs=[cfg.out / MANIFEST])
             size = sum((cfg.out / shard.name).stat().st_size for shard in plan.shards)
-            log.info("wrote %d shards, %s, to %s", len(plan.shards), files.format_bytes(size), cfg.out)
+            count = files.format_count(len(plan.shards), "shard")
+            log.info("wrote %s, %s, to %s", count, files.format_bytes(size), cfg.out)
     return 0
 
 

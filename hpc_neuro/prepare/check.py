@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a pair, found before anything is written."""
+"""Check a pair before anything is written: its files, their fit, and the voxels."""
 
 from __future__ import annotations
 
@@ -16,41 +16,47 @@ from hpc_neuro.data.formats import Volume as ImageVolume
 from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range
 from hpc_neuro.data.store import FORMAT, VolumeRecord, forecast_bytes
-from hpc_neuro.prepare.config import PrepareConfig
-from hpc_neuro.prepare.pairs import Pair
+from hpc_neuro.prepare.config import DISTANCE_CAP, PrepareConfig
+from hpc_neuro.prepare.pairs import ImagePair
 
-_OUTSIDE = 0.10  # more of the tree beyond the image than this is another image's tree
+MAX_OUTSIDE = 0.10
+"""A tree with a larger share of its nodes beyond the image belongs to another image."""
 
 
 @dataclass(frozen=True)
 class OpenedPair:
-    """A pair whose files open and fit together by their shapes; no voxel read yet."""
+    """A pair whose files open and fit together by their shapes; no voxel has been read."""
 
-    pair: Pair
+    pair: ImagePair
     image: ImageVolume
     size: VoxelSize  # um, z y x
     unit: str  # of the SWC file: "voxel" or "um"
     tree: Tree  # voxels; radii in fine voxels
     sources: dict[str, str]  # SHA-256 of image and SWC
     digest: str
-    remarks: tuple[str, ...]  # what a person should know, though it stops nothing
+    remarks: tuple[str, ...]  # what the user should know, though it stops nothing
+
+    @property
+    def id(self) -> str:
+        """Id of the volume."""
+        return self.pair.id
 
     @property
     def root(self) -> tuple[float, float, float] | None:
-        """The root to trace from, z y x voxel: the given one, else the tree's own when it has just one."""
+        """The root to trace from, z y x voxel: the pair's, else the tree's own when it has exactly one."""
         if self.pair.root or len(self.tree.roots) != 1:
             return self.pair.root
         z, y, x = (float(v) for v in self.tree.points[self.tree.roots[0]])
         return z, y, x
 
-    def bytes(self, cap: float) -> int:
+    def forecast_bytes(self) -> int:
         """About the most bytes of the volume's file."""
-        return forecast_bytes(self.tree, self.image.shape, self.image.dtype.itemsize, self.size, cap)
+        return forecast_bytes(self.tree, self.image.shape, self.image.dtype.itemsize, self.size, DISTANCE_CAP)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a pass over the voxels gave."""
+class PairMeasurement:
+    """The result of a pass over the voxels of a pair."""
 
     low: float
     high: float
@@ -58,7 +64,7 @@ class Measured:
     remarks: tuple[str, ...]
 
 
-def open_pair(pair: Pair, cfg: PrepareConfig) -> OpenedPair:
+def open_pair(pair: ImagePair, cfg: PrepareConfig) -> OpenedPair:
     """Open both files of a pair and check what needs no voxels; InputError names the volume and the file."""
     image = open_volume(pair.image, channel=pair.channel, axes=pair.axes)
     if min(image.shape) < 2:
@@ -67,64 +73,64 @@ def open_pair(pair: Pair, cfg: PrepareConfig) -> OpenedPair:
     size = pair.voxel_size or image.voxel_size
     if size is None:
         raise InputError(f"{pair.image} does not say its voxel size; give voxel_size=[z,y,x] in um")
-    header = swc.read_header(pair.swc)
-    unit = pair.swc_unit or header.unit or "voxel"
-    if unit == "um" and header.voxel_size and not np.allclose(header.voxel_size, size, rtol=0.01):
-        raise InputError(
-            f"the header of {pair.swc} says um, of voxels of {header.voxel_size} um (z y x), but {pair.id} has {size}; "
-            "correct voxel_size, or the header if it is wrong"
-        )
-    tree = in_voxels(swc.read(pair.swc), unit, size)
+
+    unit = _find_unit(pair, size)
+    tree = convert_to_voxels(swc.read(pair.swc), unit, size)
     if not len(tree):
         raise InputError(f"{pair.swc} holds no points; a traced tree is wanted")
     remarks = _require_inside(pair, unit, tree, image.shape, size)
-    if pair.root and outside_fraction(morphology.build_tree(np.asarray([pair.root]), np.asarray([-1])), image.shape):
-        raise InputError(
-            f"the root of {pair.id}, {pair.root} (z y x voxel), lies outside the image of shape {image.shape}"
-        )
+    _require_root_inside(pair, image.shape)
+
     sources = {"image": files.sha256(pair.image), "swc": files.sha256(pair.swc)}
-    return OpenedPair(pair, image, size, unit, tree, sources, _digest(pair, unit, size, sources, cfg), remarks)
+    digest = _compute_digest(pair, unit, size, sources, cfg)
+    return OpenedPair(pair, image, size, unit, tree, sources, digest, remarks)
 
 
-def in_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:
-    """A tree in `unit` ("voxel" or "um") as voxels, radii in fine voxels."""
+def convert_to_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:
+    """A tree in `unit` ("voxel" or "um") in voxels, radii in fine voxels."""
     if unit == "voxel":
         return tree
     return replace(tree, points=to_voxels(tree.points, size), radii=tree.radii / fine_voxel(size))
 
 
-def measure(opened: OpenedPair, misaligned: str) -> Measured:
-    """One or two passes over the voxels: NaN, contrast, range, and whether the tree lies on the neuron."""
+def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
+    """Measure range and contrast in one or two passes over the voxels, and check that the tree lies on the neuron.
+
+    misaligned: "error" raises InputError for a tree that fits better in another orientation, "warn" makes a remark.
+    """
     pair, image = opened.pair, opened.image
+    read = image.__getitem__
     try:
-        counts = compute_histogram(image.__getitem__, image.shape)
-        low, high = compute_intensity_range(image.__getitem__, image.shape, counts)
+        histogram = compute_histogram(read, image.shape)
+        low, high = compute_intensity_range(read, image.shape, histogram)
     except InputError as error:
         # What a reader refuses names the file already.
         prefix = "" if str(image.path) in str(error) else f"{pair.image}: "
         raise InputError(f"{prefix}{error}") from None
-    fit = compare_orientations(opened.tree, image.__getitem__, image.shape, counts, opened.size, opened.unit)
-    if fit.is_misaligned:
-        sentence = (
-            f"{pair.swc} fits {pair.image.name} better with {fit.best_change}: mean intensity percentile along "
-            f"the tree {100 * fit.best_score:.1f} against {100 * fit.score:.1f} as given; correct the SWC "
-            "(`hpc-neuro swc transform`) or set swc_unit, or take it as it is with misaligned=warn"
-        )
-        if misaligned == "error":
-            raise InputError(sentence)
-        return Measured(low, high, fit, (sentence,))
-    return Measured(low, high, fit, ())
+
+    fit = compare_orientations(opened.tree, read, image.shape, histogram, opened.size, opened.unit)
+    if not fit.is_misaligned:
+        return PairMeasurement(low, high, fit, ())
+
+    sentence = (
+        f"{pair.swc} fits {pair.image.name} better with {fit.best_change}: mean intensity percentile along "
+        f"the tree {100 * fit.best_score:.1f} against {100 * fit.score:.1f} as given; correct the SWC "
+        "(`hpc-neuro swc transform`) or set swc_unit, or take it as it is with misaligned=warn"
+    )
+    if misaligned == "error":
+        raise InputError(sentence)
+    return PairMeasurement(low, high, fit, (sentence,))
 
 
-def entry(opened: OpenedPair, measured: Measured) -> VolumeRecord:
+def make_record(opened: OpenedPair, measurement: PairMeasurement) -> VolumeRecord:
     """The volume as the store's index describes it."""
     return VolumeRecord(
-        id=opened.pair.id,
+        id=opened.id,
         shape=opened.image.shape,
         voxel_size=opened.size,
         dtype=opened.image.dtype,
-        low=measured.low,
-        high=measured.high,
+        low=measurement.low,
+        high=measurement.high,
         root=opened.root,
         split=opened.pair.split,
         digest=opened.digest,
@@ -132,28 +138,49 @@ def entry(opened: OpenedPair, measured: Measured) -> VolumeRecord:
     )
 
 
-def _require_inside(pair: Pair, unit: str, tree: Tree, shape: Shape, size: VoxelSize) -> tuple[str, ...]:
+def _find_unit(pair: ImagePair, size: VoxelSize) -> str:
+    """The unit of an SWC file: "voxel" or "um". InputError when its header contradicts the voxel size."""
+    header = swc.read_header(pair.swc)
+    unit = pair.swc_unit or header.unit or "voxel"
+    if unit == "um" and header.voxel_size and not np.allclose(header.voxel_size, size, rtol=0.01):
+        raise InputError(
+            f"the header of {pair.swc} says um, of voxels of {header.voxel_size} um (z y x), but {pair.id} has {size}; "
+            "correct voxel_size, or the header if it is wrong"
+        )
+    return unit
+
+
+def _require_inside(pair: ImagePair, unit: str, tree: Tree, shape: Shape, size: VoxelSize) -> tuple[str, ...]:
+    """Raise InputError when much of the tree lies outside the image; -> a remark when a little of it does."""
     share = outside_fraction(tree, shape)
-    if share > _OUTSIDE:
-        helps = list_changes_inside(tree, shape, size, unit)
-        low, high = (", ".join(f"{v:.0f}" for v in f(tree.points, axis=0)) for f in (np.min, np.max))
-        fits = f"it fits inside with {' or '.join(helps)}"
+    if share > MAX_OUTSIDE:
+        changes = list_changes_inside(tree, shape, size, unit)
+        low, high = (", ".join(f"{v:.0f}" for v in bound(tree.points, axis=0)) for bound in (np.min, np.max))
+        advice = (
+            f"it fits inside with {' or '.join(changes)}"
+            if changes
+            else "check unit, offset and that both are of one neuron"
+        )
         raise InputError(
             f"{100 * share:.0f} % of {pair.swc} lie outside {pair.image.name}: the tree spans ({low}) to ({high}) "
-            f"voxels, the image is {shape} (z y x); "
-            + (fits if helps else "check unit, offset and that both are of one neuron")
+            f"voxels, the image is {shape} (z y x); {advice}"
         )
-    return (f"{pair.id}: {100 * share:.1f} % of the nodes lie outside the image and are not drawn",) if share else ()
+    if share:
+        return (f"{pair.id}: {100 * share:.1f} % of the nodes lie outside the image and are not drawn",)
+    return ()
 
 
-def _digest(pair: Pair, unit: str, size: VoxelSize, sources: dict[str, str], cfg: PrepareConfig) -> str:
-    """Changes with whatever changes the volume's file."""
-    decides = {
+def _require_root_inside(pair: ImagePair, shape: Shape) -> None:
+    if pair.root and outside_fraction(morphology.build_tree(np.asarray([pair.root]), np.asarray([-1])), shape):
+        raise InputError(f"the root of {pair.id}, {pair.root} (z y x voxel), lies outside the image of shape {shape}")
+
+
+def _compute_digest(pair: ImagePair, unit: str, size: VoxelSize, sources: dict[str, str], cfg: PrepareConfig) -> str:
+    """SHA-256 of everything that decides the content of the volume's file."""
+    facts = {
         "format": FORMAT,
         "sources": sources,
         "pair": [pair.id, unit, pair.root, pair.channel, pair.axes, size],
-        "targets": schema.to_plain(
-            [cfg.radius, cfg.stretch, cfg.tube, cfg.distance_cap, cfg.ignore_margin, cfg.beyond_root]
-        ),
+        "targets": schema.to_plain([cfg.radius, cfg.tube, DISTANCE_CAP, cfg.ignore_margin, cfg.beyond_root]),
     }
-    return files.sha256_json(decides)
+    return files.sha256_json(facts)

@@ -1,4 +1,4 @@
-"""The knobs of prepare."""
+"""The root config of `prepare`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.radius import ImageRadius, RadiusConfig
 
+DISTANCE_CAP = 8.0
+"""[fine voxel] Largest stored distance to the centerline; the stored tangent is zero beyond it."""
+
 
 @config
-class Splits:
-    """Which neurons are held out. Whole neurons, never crops: a crop's neighbour must not be in another split."""
+class SplitConfig:
+    """Which neurons are held out. Whole neurons, never crops: neighboring crops must not be in different splits."""
 
     test: tuple[str, ...] = ()
     """Ids (or neurons) of the test split."""
@@ -25,7 +28,7 @@ class Splits:
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the neurons not named anywhere that is drawn for validation (at least one when above 0)."""
     seed: int = 0
-    """Decides the draw."""
+    """Seed of the draw."""
 
     def __post_init__(self) -> None:
         both = sorted(set(self.test) & set(self.val))
@@ -50,31 +53,26 @@ class PrepareConfig:
     voxel_size: VoxelSize | None = None
     """[um] z, y, x of all volumes; overrules meta.json, manifest and files."""
     swc_unit: Literal["voxel", "um"] | None = None
-    """Unit of the SWC coordinates where meta.json or the manifest does not say; none: what the file's header says, else
-    voxel."""
+    """Unit of the SWC coordinates where meta.json or the manifest does not give it; none: the unit in the file's
+    header, else voxel."""
     channel: int | None = None
-    """Channel of images with several, where the manifest does not say."""
+    """Channel of images with several, where the manifest does not give it."""
     axes: str | None = None
-    """Order of the stored axes, such as ZCYX, for files that do not say, where the manifest does not either."""
+    """Order of the stored axes, such as ZCYX, where neither the file nor the manifest gives it."""
     radius: RadiusConfig = ImageRadius()
-    """Where the mask's radius comes from. A fine voxel is as long as the middle one of a voxel's three sides."""
-    stretch: float | None = Field(default=None, ge=1)
-    """Length of the mask along the coarsest axis over its width across; none: as the image shows it where `radius` is
-    measured in the image, else 1 (round in space)."""
+    """Source of the mask's radius. A fine voxel is as long as the middle one of a voxel's three sides."""
     tube: float = Field(default=1.5, gt=0)
-    """[fine voxel] Radius of the tube around the centreline."""
-    distance_cap: float = Field(default=8.0, gt=0, le=1000)
-    """[fine voxel] Distances to the centreline end here, and so does the tangent."""
+    """[fine voxel] Radius of the tube around the centerline."""
     ignore_margin: float = Field(default=0.0, ge=0)
-    """[fine voxel] Shell around the mask that is marked unlabelled (255), for boundaries nobody can draw."""
+    """[fine voxel] Shell around the mask that is marked unlabelled (255), for boundaries that no annotator can draw."""
     beyond_root: Literal["unlabelled", "background"] = "unlabelled"
-    """A bright neurite that meets the root from outside the tree: annotators often start at the arbour and leave out
-    the axon that leads to it. Unlabelled (255) it neither teaches nor counts."""
-    split: Splits = Splits()
+    """Label of a bright neurite that meets the root from outside the tree: annotators often start at the arbor and
+    leave out the axon that leads to it. Unlabelled (255) it counts neither in training nor in a score."""
+    split: SplitConfig = SplitConfig()
     """Which neurons are held out."""
     share: tuple[int, int] | None = None
-    """[i, n]: do every n-th volume from the i-th and no more, with a record in OUT/shares; for tasks of job arrays. The
-    same command without it afterwards gathers what they made."""
+    """[i, n]: only every n-th volume from the i-th on, with a record in OUT/shares, for tasks of job arrays. Afterwards
+    the same command without it gathers the shares."""
     misaligned: Literal["error", "warn"] = "error"
     """What to do with a tree that fits better flipped, axis-swapped or in the other unit."""
 
@@ -83,5 +81,5 @@ class PrepareConfig:
             raise ValueError("give either images=FOLDER or manifest=FILE")
         if self.voxel_size is not None and min(self.voxel_size) <= 0:
             raise ValueError(f"voxel_size {self.voxel_size} must be above 0 um")
-        if self.tube > self.distance_cap:
-            raise ValueError(f"tube {self.tube} reaches beyond distance_cap {self.distance_cap}")
+        if self.tube > DISTANCE_CAP:
+            raise ValueError(f"tube {self.tube} is above {DISTANCE_CAP:g}, the largest distance that is stored")

@@ -1,11 +1,11 @@
-"""Which image goes with which tree: a folder of pairs, or a manifest; and which split each neuron belongs to."""
+"""Find the pairs of an image and a tree, in a folder or a manifest, and decide the split of each neuron."""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,22 @@ from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import READERS, is_image_folder
 from hpc_neuro.data.store import SPLITS
-from hpc_neuro.prepare.config import PrepareConfig, Splits
+from hpc_neuro.prepare.config import PrepareConfig, SplitConfig
 
 log = logging.getLogger(__name__)
 
 Triple = tuple[float, float, float]
+"""Three numbers in z y x order."""
+
 _COLUMNS = ("id", "image", "swc", "voxel_size", "root", "split", "neuron", "swc_unit", "channel", "axes")
+
+_META_COLUMNS = {"root_xyz": "root", "voxel_size_um_xyz": "voxel_size", "swc_unit": "swc_unit"}
+"""Key in meta.json -> column of a manifest."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One volume as it is asked for; None where the files or the defaults decide."""
+class ImagePair:
+    """One volume to prepare; None where the files or the defaults decide."""
 
     id: str
     image: Path
@@ -41,46 +46,58 @@ class Pair:
     axes: str | None
 
 
-def find_pairs(cfg: PrepareConfig) -> list[Pair]:
-    """All pairs with their splits, nothing opened yet. Raises InputError with one sentence for what is missing."""
-    pairs = _from_folder(cfg.images, cfg) if cfg.images else _from_manifest(cfg.manifest or Path(), cfg)
+def find_pairs(cfg: PrepareConfig) -> list[ImagePair]:
+    """All pairs with their splits; no file is opened yet. Raises InputError with one sentence for what is missing."""
+    pairs = _read_folder(cfg.images, cfg) if cfg.images else _read_manifest(cfg.manifest or Path(), cfg)
     if cfg.voxel_size:
-        pairs = [replace(p, voxel_size=cfg.voxel_size) for p in pairs]
-    return _with_splits(pairs, cfg.split)
+        pairs = [replace(pair, voxel_size=cfg.voxel_size) for pair in pairs]
+    return _assign_splits(pairs, cfg.split)
 
 
-def _from_folder(folder: Path, cfg: PrepareConfig) -> list[Pair]:
+def _read_folder(folder: Path, cfg: PrepareConfig) -> list[ImagePair]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give images=FOLDER with pairs ID.tif and ID.swc")
-    swcs = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() == ".swc"}
+    images, swcs = _list_by_stem(folder)
+    if not images and not swcs:
+        raise InputError(f"{folder} holds no image and no SWC; pairs with the same stem, ID.tif and ID.swc, are wanted")
+    _require_partner(images, swcs, "SWC")
+    _require_partner(swcs, images, "image")
+
+    meta_path = folder / "meta.json"
+    meta = _read_meta(meta_path, images)
+    pairs = []
+    for stem, image in images.items():
+        row = {"id": stem, "image": str(image.absolute()), "swc": str(swcs[stem].absolute()), **meta.get(stem, {})}
+        pairs.append(_make_pair(row, meta_path, folder, cfg))
+    return pairs
+
+
+def _list_by_stem(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The images and the SWC files of a folder by their stems. Raises InputError for two images of one stem."""
     images: dict[str, Path] = {}
+    swcs: dict[str, Path] = {}
+
     for path in sorted(folder.iterdir()):
+        if path.suffix.lower() == ".swc":
+            swcs[path.stem] = path
         stem = _image_stem(path)
         if stem is None:
             continue
         if stem in images:
             raise InputError(f"{folder} holds two images of {stem}: {images[stem].name} and {path.name}; keep one")
         images[stem] = path
-    if not images and not swcs:
-        raise InputError(f"{folder} holds no image and no SWC; pairs with the same stem, ID.tif and ID.swc, are wanted")
-    for have, lack, kind in ((images, swcs, "SWC"), (swcs, images, "image")):
-        alone = sorted(set(have) - set(lack))
-        if alone:
-            raise InputError(
-                f"{have[alone[0]]} has no {kind} of the same stem beside it ({len(alone)} such); "
-                f"put the {kind} there, move the file away, or name the pairs in a manifest"
-            )
-    meta = _meta(folder / "meta.json", images)
-    pairs = []
-    for stem in images:
-        entry = {
-            "id": stem,
-            "image": str(images[stem].absolute()),
-            "swc": str(swcs[stem].absolute()),
-            **meta.get(stem, {}),
-        }
-        pairs.append(_pair(entry, folder / "meta.json", folder, cfg))
-    return pairs
+
+    return images, swcs
+
+
+def _require_partner(paths: Mapping[str, Path], partners: Mapping[str, Path], kind: str) -> None:
+    """Raise InputError when a file has no partner of the same stem. kind: of the partners."""
+    alone = sorted(set(paths) - set(partners))
+    if alone:
+        raise InputError(
+            f"{paths[alone[0]]} has no {kind} of the same stem beside it ({len(alone)} such); "
+            f"put the {kind} there, move the file away, or name the pairs in a manifest"
+        )
 
 
 def _image_stem(path: Path) -> str | None:
@@ -88,131 +105,167 @@ def _image_stem(path: Path) -> str | None:
     name = path.name.lower()
     if path.is_dir():
         return path.name if not name.startswith(".") and is_image_folder(path) else None
-    suffixes = [s for reader in READERS for s in reader.suffixes if name.endswith(s)]
+
+    suffixes = [suffix for reader in READERS for suffix in reader.suffixes if name.endswith(suffix)]
     return path.name[: -len(max(suffixes, key=len))] if suffixes else None
 
 
-def _meta(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What meta.json says of each id, under the manifest's names and in z y x."""
+def _read_meta(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The entries of meta.json for `ids`, under the manifest's column names and in z y x order."""
     if not path.exists():
         return {}
     body = files.read_json(path, "write {ID: {root_xyz: [...], voxel_size_um_xyz: [...]}}, or remove it")
-    known = {"root_xyz": "root", "voxel_size_um_xyz": "voxel_size", "swc_unit": "swc_unit"}
-    found: dict[str, dict[str, Any]] = {}
+
+    rows: dict[str, dict[str, Any]] = {}
     for id_ in ids:
         entry = body.get(id_, {}) if isinstance(body, dict) else None
         if not isinstance(entry, dict):
             raise InputError(f"{path} holds no mapping for {id_}; write {{ID: {{root_xyz: [x, y, z]}}}}, or remove it")
-        for key in sorted(entry.keys() - known.keys()):
-            if meant := difflib.get_close_matches(key, known, n=1):
-                raise InputError(f"{path} says {key} of {id_}; write {meant[0]}, if that is meant, or drop it")
-        found[id_] = {
-            known[k]: list(reversed(v)) if k.endswith("_xyz") and isinstance(v, list) else v
-            for k, v in entry.items()
-            if k in known
-        }
-    if isinstance(body, dict) and (strange := sorted(body.keys() - found.keys())):
-        log.warning("%s names %s, of which there is no image beside it", path, ", ".join(strange[:8]))
-    log.info("%s: voxel sizes and roots of %d of %d volumes", path, sum(map(bool, found.values())), len(found))
-    return found
+        rows[id_] = _read_meta_entry(path, id_, entry)
+
+    if isinstance(body, dict) and (unknown := sorted(body.keys() - rows.keys())):
+        log.warning("%s names %s, of which there is no image beside it", path, ", ".join(unknown[:8]))
+    described = sum(1 for row in rows.values() if row)
+    log.info("%s: voxel sizes and roots of %d of %d volumes", path, described, len(rows))
+    return rows
 
 
-def _from_manifest(path: Path, cfg: PrepareConfig) -> list[Pair]:
+def _read_meta_entry(path: Path, id_: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry of meta.json as a manifest row. Unknown keys are free, unless they resemble a known one."""
+    for key in sorted(entry.keys() - _META_COLUMNS.keys()):
+        if similar := difflib.get_close_matches(key, _META_COLUMNS, n=1):
+            raise InputError(f"{path} says {key} of {id_}; write {similar[0]}, if that is meant, or drop it")
+
+    row = {}
+    for key, column in _META_COLUMNS.items():
+        if key in entry:
+            value = entry[key]
+            row[column] = value[::-1] if key.endswith("_xyz") and isinstance(value, list) else value
+    return row
+
+
+def _read_manifest(path: Path, cfg: PrepareConfig) -> list[ImagePair]:
+    rows = _read_rows(path)
+    unknown = sorted({str(column) for row in rows for column in row} - set(_COLUMNS))
+    if unknown:
+        raise InputError(f"{path} has unknown columns {', '.join(unknown)}; known are {', '.join(_COLUMNS)}")
+
+    pairs = []
+    for row in rows:
+        given = {column: value for column, value in row.items() if value not in (None, "")}
+        pairs.append(_make_pair(given, path, path.parent, cfg))
+
+    repeated = sorted({pair.id for pair in pairs if sum(other.id == pair.id for other in pairs) > 1})
+    if repeated:
+        raise InputError(f"{path} lists {', '.join(repeated)} more than once; ids must differ")
+    return pairs
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV or YAML manifest. Raises InputError for a file that lists no volumes."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give manifest=FILE, a CSV or YAML list of volumes") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text ({error}); a CSV or YAML list of volumes is wanted") from None
-    entries: Any
+
+    rows: Any
     if path.suffix.lower() in (".yaml", ".yml", ".json"):
         try:
-            entries = yaml.safe_load(text)
+            rows = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     else:
-        entries = list(csv.DictReader(text.splitlines(), skipinitialspace=True))
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        rows = list(csv.DictReader(text.splitlines(), skipinitialspace=True))
+
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} lists no volumes; one row each with id, image, swc is wanted")
-    unknown = sorted({str(k) for e in entries for k in e} - set(_COLUMNS))
-    if unknown:
-        raise InputError(f"{path} has unknown columns {', '.join(unknown)}; known are {', '.join(_COLUMNS)}")
-    pairs = [_pair({k: v for k, v in e.items() if v not in (None, "")}, path, path.parent, cfg) for e in entries]
-    twice = sorted({p.id for p in pairs if sum(q.id == p.id for q in pairs) > 1})
-    if twice:
-        raise InputError(f"{path} lists {', '.join(twice)} more than once; ids must differ")
-    return pairs
+    return rows
 
 
-def _pair(entry: dict[str, Any], source: Path, folder: Path, cfg: PrepareConfig) -> Pair:
-    lacking = [k for k in ("image", "swc") if k not in entry]
-    if lacking:
-        raise InputError(f"{source}: {entry.get('id', 'a row')} has no {' and no '.join(lacking)}")
-    image, swc = folder / str(entry["image"]), folder / str(entry["swc"])
-    id_ = str(entry.get("id") or _image_stem(image) or image.stem)
+def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareConfig) -> ImagePair:
+    """Check one row and fill in the defaults. source: the file that the row is from, for messages."""
+    missing = [column for column in ("image", "swc") if column not in row]
+    if missing:
+        raise InputError(f"{source}: {row.get('id', 'a row')} has no {' and no '.join(missing)}")
+    image, swc = folder / str(row["image"]), folder / str(row["swc"])
+
+    id_ = str(row.get("id") or _image_stem(image) or image.stem)
     if not files.is_plain_name(id_):
         raise InputError(f"{source}: id {id_!r} cannot be a file name; use letters, digits, - and _")
     for path in (image, swc):
         if not path.exists():
             raise InputError(f"{path} of volume {id_} does not exist; correct {source} or add the file")
-    unit = entry.get("swc_unit", cfg.swc_unit)
+
+    unit = row.get("swc_unit", cfg.swc_unit)
     if unit not in ("voxel", "um", None):
         raise InputError(f"{source}: swc_unit of {id_} is {unit!r}; voxel or um is wanted")
-    split = str(entry.get("split", ""))
+    split = str(row.get("split", ""))
     if split and split not in SPLITS:
         raise InputError(f"{source}: split of {id_} is {split!r}; train, val or test is wanted")
-    size = _triple(entry.get("voxel_size"), f"{source}: voxel_size of {id_}")
+    size = _parse_triple(row.get("voxel_size"), f"{source}: voxel_size of {id_}")
     if size and min(size) <= 0:
         raise InputError(f"{source}: voxel_size of {id_} is {size}; sizes above 0 um are wanted")
-    channel = entry.get("channel", cfg.channel)
+    channel = row.get("channel", cfg.channel)
     if channel is not None and not str(channel).isdigit():
         raise InputError(f"{source}: channel of {id_} is {channel!r}; a number from 0 is wanted")
-    return Pair(
+
+    return ImagePair(
         id=id_,
         image=image,
         swc=swc,
         swc_unit=unit,
         voxel_size=size,
-        root=_triple(entry.get("root"), f"{source}: root of {id_}"),
+        root=_parse_triple(row.get("root"), f"{source}: root of {id_}"),
         split=split,
-        neuron=str(entry.get("neuron", id_)),
+        neuron=str(row.get("neuron", id_)),
         channel=None if channel is None else int(channel),
-        axes=entry.get("axes", cfg.axes),
+        axes=row.get("axes", cfg.axes),
     )
 
 
-def _triple(value: Any, what: str) -> Triple | None:
+def _parse_triple(value: Any, name: str) -> Triple | None:
     """Three numbers from a list or from text such as `1.0 0.33 0.33` (also with ; or , between)."""
     if value is None:
         return None
+
     parts = value.replace(";", " ").replace(",", " ").strip("[] ").split() if isinstance(value, str) else value
     try:
-        z, y, x = (float(v) for v in parts)
+        z, y, x = (float(part) for part in parts)
     except (TypeError, ValueError):
-        raise InputError(f"{what} is {value!r}; three numbers z y x are wanted") from None
+        raise InputError(f"{name} is {value!r}; three numbers z y x are wanted") from None
     if not np.isfinite([z, y, x]).all():
-        raise InputError(f"{what} is {value!r}; three finite numbers z y x are wanted")
+        raise InputError(f"{name} is {value!r}; three finite numbers z y x are wanted")
     return z, y, x
 
 
-def _with_splits(pairs: list[Pair], splits: Splits) -> list[Pair]:
-    """Each neuron's split: the manifest's, else the config's lists, else drawn, else train."""
-    neurons = list(dict.fromkeys(p.neuron for p in pairs))
-    decided: dict[str, str] = {}
-    for pair in pairs:
-        named = [s for s in ("val", "test") if {pair.id, pair.neuron} & set(getattr(splits, s))]
-        for split in [*named, *([pair.split] if pair.split else [])]:
-            if decided.setdefault(pair.neuron, split) != split:
-                raise InputError(
-                    f"neuron {pair.neuron} is put into both {decided[pair.neuron]} and {split}; choose one"
-                )
-    unknown = [n for n in (*splits.val, *splits.test) if n not in {*neurons, *(p.id for p in pairs)}]
-    if unknown:
-        raise InputError(f"split names {', '.join(unknown)}, but the volumes are {', '.join(p.id for p in pairs)}")
-    free: Sequence[str] = [n for n in neurons if n not in decided]
-    order = [free[i] for i in np.random.default_rng(splits.seed).permutation(len(free))]
-    for name, fraction in (("test", splits.test_fraction), ("val", splits.val_fraction)):
+def _assign_splits(pairs: list[ImagePair], cfg: SplitConfig) -> list[ImagePair]:
+    """Set the split of each neuron: the config's lists, else the manifest's, else drawn, else train."""
+    splits = _named_splits(pairs, cfg)
+    neurons = list(dict.fromkeys(pair.neuron for pair in pairs))
+    ids = [pair.id for pair in pairs]
+    if unknown := [name for name in (*cfg.val, *cfg.test) if name not in {*neurons, *ids}]:
+        raise InputError(f"split names {', '.join(unknown)}, but the volumes are {', '.join(ids)}")
+
+    free: Sequence[str] = [neuron for neuron in neurons if neuron not in splits]
+    order = [free[i] for i in np.random.default_rng(cfg.seed).permutation(len(free))]
+    for split, fraction in (("test", cfg.test_fraction), ("val", cfg.val_fraction)):
         count = min(len(order), max(1, round(fraction * len(free)))) if fraction else 0
-        decided.update(dict.fromkeys(order[:count], name))
+        splits.update(dict.fromkeys(order[:count], split))
         order = order[count:]
-    return [replace(p, split=decided.get(p.neuron, "train")) for p in pairs]
+
+    return [replace(pair, split=splits.get(pair.neuron, "train")) for pair in pairs]
+
+
+def _named_splits(pairs: list[ImagePair], cfg: SplitConfig) -> dict[str, str]:
+    """Neuron -> split, for those that the config or the manifest names. InputError for a neuron in two splits."""
+    splits: dict[str, str] = {}
+    for pair in pairs:
+        named = [split for split in ("val", "test") if {pair.id, pair.neuron} & set(getattr(cfg, split))]
+        if pair.split:
+            named.append(pair.split)
+        for split in named:
+            if splits.setdefault(pair.neuron, split) != split:
+                raise InputError(f"neuron {pair.neuron} is put into both {splits[pair.neuron]} and {split}; choose one")
+    return splits

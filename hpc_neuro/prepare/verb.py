@@ -1,4 +1,4 @@
-"""The verb: check all pairs, then write one volume after the other, then the index."""
+"""Run `prepare`: check all pairs, write one volume after the other, then the index and the pictures."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hpc_neuro.data.alignment import Fit
 from hpc_neuro.data.proximal_axon import find_proximal_axon
 from hpc_neuro.data.radius import fit_radii
 from hpc_neuro.data.rasterize import DrawSettings
-from hpc_neuro.data.store import SPLITS, Store, VolumeRecord, is_written, write_index, write_volume
-from hpc_neuro.prepare.check import Measured, OpenedPair, entry, measure, open_pair
-from hpc_neuro.prepare.config import PrepareConfig
-from hpc_neuro.prepare.pairs import Pair, find_pairs
-from hpc_neuro.prepare.picture import draw
+from hpc_neuro.data.store import INDEX, SPLITS, Store, VolumeRecord, is_written, write_index, write_volume
+from hpc_neuro.prepare.check import OpenedPair, PairMeasurement, make_record, measure_pair, open_pair
+from hpc_neuro.prepare.config import DISTANCE_CAP, PrepareConfig
+from hpc_neuro.prepare.pairs import ImagePair, find_pairs
+from hpc_neuro.prepare.picture import draw_picture
 
 log = logging.getLogger(__name__)
 
 
 def forecast(cfg: PrepareConfig) -> list[str]:
-    """Check every pair down to its voxels; lines with volumes, voxels, bytes and splits. Raises like `run`."""
-    opened = _opened(cfg)
-    measured = [measure(o, cfg.misaligned) for o in opened]
-    return _lines(opened, measured, cfg)
+    """Check every pair down to its voxels; -> lines with volumes, voxels, bytes and splits. Raises like `run`."""
+    pairs = _open_pairs(cfg)
+    measurements = [measure_pair(opened, cfg.misaligned) for opened in pairs]
+    return _describe(pairs, measurements, cfg)
 
 
 def run(cfg: PrepareConfig) -> int:
@@ -35,151 +35,196 @@ def run(cfg: PrepareConfig) -> int:
 
     Raises InputError for unusable data or a full disk, ConfigError when `out` belongs to another config.
     """
-    opened = _opened(cfg)
+    pairs = _open_pairs(cfg)
     folder = run_folder.share_folder(cfg.out, cfg.share)
-    begun = (folder / "run.json").exists()  # an earlier start measured the same inputs, or runs.start refuses below
-    measured = {} if begun else {o.pair.id: _measured(o, cfg) for o in opened}
-    whole = cfg.share is not None or all(path.exists() for path in _outputs(cfg.out, opened))
-    raw = {f"{o.pair.id}.{k}": p for o in opened for k, p in (("image", o.pair.image), ("swc", o.pair.swc))}
-    with run_folder.start("prepare", cfg, folder, inputs=_inputs(opened, cfg), whole=whole, sources=raw) as record:
+
+    # An earlier start measured the same inputs, or run_folder.start refuses this one.
+    was_started = (folder / run_folder.RECORD).exists()
+    measurements = {} if was_started else {opened.id: _measure_or_read(opened, cfg) for opened in pairs}
+
+    is_whole = cfg.share is not None or all(path.exists() for path in _output_paths(cfg.out, pairs))
+    sources = {f"{p.id}.{kind}": path for p in pairs for kind, path in (("image", p.pair.image), ("swc", p.pair.swc))}
+    inputs = _list_inputs(pairs, cfg)
+    with run_folder.start("prepare", cfg, folder, inputs=inputs, whole=is_whole, sources=sources) as record:
         if record.complete:
             return 0
-        if measured:
-            for line in _lines(opened, list(measured.values()), cfg):
+        if measurements:
+            for line in _describe(pairs, list(measurements.values()), cfg):
                 log.info("%s", line)
-        volumes = []
-        for one in run_folder.track_progress(opened, "prepare", unit="volume"):
-            found = measured.get(one.pair.id) or _measured(one, cfg)
-            if cfg.share is not None:
-                files.write_json(_kept(one, cfg), {"digest": one.digest, **asdict(found)})
-            volume = entry(one, found)
-            _write(cfg.out / f"{volume.id}.h5", one, volume, cfg)
-            volumes.append((volume, found))
+
+        volumes = _write_volumes(pairs, measurements, cfg)
         if cfg.share is None:
             write_index(cfg.out, [volume for volume, _ in volumes])
-            _pictures(cfg.out, volumes)
-        voxels = sum(int(np.prod(v.shape)) for v, _ in volumes)
-        rest = (
-            "" if cfg.share is None else "; once all shares are done, the same command without share writes the index"
-        )
-        log.info("wrote %d volumes, %d million voxels, to %s%s", len(volumes), voxels // 1_000_000, cfg.out, rest)
-        record.finish(
-            {"volumes": len(volumes), "voxels": voxels}, outputs=[cfg.out / "dataset.json"] * (cfg.share is None)
-        )
+            _draw_pictures(cfg.out, volumes)
+
+        voxels = sum(int(np.prod(volume.shape)) for volume, _ in volumes)
+        advice = "; once all shares are done, the same command without share writes the index" if cfg.share else ""
+        count = files.format_count(len(volumes), "volume")
+        log.info("wrote %s, %d million voxels, to %s%s", count, voxels // 1_000_000, cfg.out, advice)
+        outputs = [] if cfg.share else [cfg.out / INDEX]
+        record.finish({"volumes": len(volumes), "voxels": voxels}, outputs=outputs)
     return 0
 
 
-def _measured(one: OpenedPair, cfg: PrepareConfig) -> Measured:
-    """What a pass over the voxels gives, or gave to a share of this run."""
-    path = _kept(one, cfg)
-    if path.exists():
-        held = files.read_json(path, f"remove {path}")
-        if held.pop("digest") == one.digest:
-            found = Measured(held["low"], held["high"], Fit(**held["fit"]), tuple(held["remarks"]))
-            if not (found.fit.is_misaligned and cfg.misaligned == "error"):
-                return found
-    return measure(one, cfg.misaligned)
-
-
-def _kept(one: OpenedPair, cfg: PrepareConfig) -> Path:
-    return cfg.out / "measured" / f"{one.pair.id}.json"
-
-
-def _opened(cfg: PrepareConfig) -> list[OpenedPair]:
+def _open_pairs(cfg: PrepareConfig) -> list[OpenedPair]:
+    """Open this share's pairs, and check what needs no voxels: files, names, splits, space."""
     pairs = find_pairs(cfg)
-    _apart(cfg.out, pairs)
-    opened = [open_pair(pair, cfg) for pair in run_folder.take_share(pairs, cfg.share)]
-    _once(opened)
-    written = sum(o.bytes(cfg.distance_cap) for o in opened if not is_written(cfg.out / f"{o.pair.id}.h5", o.digest))
-    files.require_space(cfg.out, written, "the store")
-    return opened
+    _require_separate_output(cfg.out, pairs)
+    opened_pairs = [open_pair(pair, cfg) for pair in run_folder.take_share(pairs, cfg.share)]
+    _require_one_split_per_image(opened_pairs)
+
+    needed = 0
+    for opened in opened_pairs:
+        if not is_written(_volume_path(cfg.out, opened.id), opened.digest):
+            needed += opened.forecast_bytes()
+    files.require_space(cfg.out, needed, "the store")
+    return opened_pairs
 
 
-def _apart(out: Path, pairs: list[Pair]) -> None:
-    """InputError where the store would be written over an image or a tree."""
-    written = {(out / f"{pair.id}.h5").resolve() for pair in pairs} | {(out / "dataset.json").resolve()}
+def _require_separate_output(out: Path, pairs: list[ImagePair]) -> None:
+    """Raise InputError where the store would be written over an image or a tree."""
+    outputs = {_volume_path(out, pair.id).resolve() for pair in pairs} | {(out / INDEX).resolve()}
     for pair in pairs:
         for path in (pair.image, pair.swc):
-            if path.resolve() in written:
+            if path.resolve() in outputs:
                 raise InputError(f"{path} would be replaced by the store's file of that name; choose another `out`")
 
 
-def _once(opened: list[OpenedPair]) -> None:
-    """InputError where one image is in two splits: what is tested would be what was trained on."""
+def _require_one_split_per_image(pairs: list[OpenedPair]) -> None:
+    """Raise InputError where one image is in two splits: a model would be tested on what it was trained on."""
     first: dict[tuple[str, int | None], OpenedPair] = {}
-    for one in opened:
-        other = first.setdefault((one.sources["image"], one.pair.channel), one)
-        if other.pair.split != one.pair.split:
+    for opened in pairs:
+        other = first.setdefault((opened.sources["image"], opened.pair.channel), opened)
+        if other.pair.split != opened.pair.split:
             raise InputError(
-                f"{other.pair.id} ({other.pair.split}) and {one.pair.id} ({one.pair.split}) are the same image; put "
+                f"{other.id} ({other.pair.split}) and {opened.id} ({opened.pair.split}) are the same image; put "
                 "both into one split (a manifest's `neuron` does so), or leave one out"
             )
 
 
-def _outputs(out: Path, opened: list[OpenedPair]) -> list[Path]:
-    ids = [o.pair.id for o in opened]
-    return [out / "dataset.json", *(out / f"{i}.h5" for i in ids), *(out / "pictures" / f"{i}.png" for i in ids)]
+def _measure_or_read(opened: OpenedPair, cfg: PrepareConfig) -> PairMeasurement:
+    """Measure a pair, unless a share of this run has done so."""
+    path = _measurement_path(cfg.out, opened.id)
+    if path.exists():
+        saved = files.read_json(path, f"remove {path}")
+        if saved.pop("digest") == opened.digest:
+            fit = Fit(**saved["fit"])
+            if not (fit.is_misaligned and cfg.misaligned == "error"):
+                return PairMeasurement(saved["low"], saved["high"], fit, tuple(saved["remarks"]))
+    return measure_pair(opened, cfg.misaligned)
 
 
-def _write(path: Path, one: OpenedPair, volume: VolumeRecord, cfg: PrepareConfig) -> None:
+def _write_volumes(
+    pairs: list[OpenedPair], measurements: dict[str, PairMeasurement], cfg: PrepareConfig
+) -> list[tuple[VolumeRecord, PairMeasurement]]:
+    """Write the file of each volume, and in a share its measurement, which the gathering run reads."""
+    volumes = []
+    for opened in run_folder.track_progress(pairs, "prepare", unit="volume"):
+        measurement = measurements.get(opened.id) or _measure_or_read(opened, cfg)
+        if cfg.share is not None:
+            body = {"digest": opened.digest, **asdict(measurement)}
+            files.write_json(_measurement_path(cfg.out, opened.id), body)
+
+        volume = make_record(opened, measurement)
+        _write_volume(_volume_path(cfg.out, volume.id), opened, volume, cfg)
+        volumes.append((volume, measurement))
+    return volumes
+
+
+def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: PrepareConfig) -> None:
+    """Fit the radii, find what lies before the root, and write the volume's file, unless it is already written."""
     if is_written(path, volume.digest):
         log.info("%s: already written", volume.id)
         return
-    read = one.image.__getitem__
-    drawn = fit_radii(one.tree, cfg.radius, read, volume.shape, volume.voxel_size)
-    drawing = DrawSettings(cfg.tube, cfg.distance_cap, cfg.ignore_margin, cfg.stretch or drawn.stretch)
-    region = None
+
+    read = opened.image.__getitem__
+    fitted = fit_radii(opened.tree, cfg.radius, read, volume.shape, volume.voxel_size)
+    axon = None
     if cfg.beyond_root == "unlabelled":
-        region = find_proximal_axon(drawn.tree, drawing.stretch, read, volume.shape, volume.voxel_size)
-    write_volume(path, volume, read, one.tree, drawn.tree, drawing, region.mask_in if region else None)
-    if region:
-        log.info("%s: a neurite before the root, %d voxels, is marked unlabelled", volume.id, int(region.inside.sum()))
+        axon = find_proximal_axon(fitted.tree, fitted.stretch, read, volume.shape, volume.voxel_size)
+
+    settings = DrawSettings(cfg.tube, DISTANCE_CAP, cfg.ignore_margin, fitted.stretch)
+    write_volume(path, volume, read, opened.tree, fitted.tree, settings, axon.mask_in if axon else None)
+
+    if axon:
+        log.info("%s: a neurite before the root, %d voxels, is marked unlabelled", volume.id, int(axon.inside.sum()))
     log.info(
         "%s: written, %s; median radius %.2f fine voxels (%.2f to %.2f), %.2f times that along the coarsest axis",
         volume.id,
         files.format_bytes(path.stat().st_size),
-        *np.percentile(drawn.tree.radii, [50, 5, 95]),
-        drawing.stretch,
+        *np.percentile(fitted.tree.radii, [50, 5, 95]),
+        fitted.stretch,
     )
 
 
-def _pictures(out: Path, volumes: list[tuple[VolumeRecord, Measured]]) -> None:
+def _draw_pictures(out: Path, volumes: list[tuple[VolumeRecord, PairMeasurement]]) -> None:
     store = Store(out)
-    for volume, found in volumes:
-        path = out / "pictures" / f"{volume.id}.png"
-        if not path.exists():
-            size = " x ".join(f"{v:.4g}" for v in volume.voxel_size)
-            title = (
-                f"{volume.id} ({volume.split}): {' x '.join(map(str, volume.shape))} voxels of {size} um (z y x), "
-                f"{volume.dtype}\nred: the tree, circle: its root, cyan: the mask, yellow: unlabelled; "
-                f"mean intensity percentile along the tree {100 * found.fit.score:.1f}"
-            )
-            draw(store[volume.id], path, title)
+    for volume, measurement in volumes:
+        path = _picture_path(out, volume.id)
+        if path.exists():
+            continue
+        shape = " x ".join(map(str, volume.shape))
+        title = (
+            f"{volume.id} ({volume.split}): {shape} voxels of {_format_size(volume.voxel_size)} um (z y x), "
+            f"{volume.dtype}\nred: the tree, circle: its root, cyan: the mask, yellow: unlabelled; "
+            f"mean intensity percentile along the tree {100 * measurement.fit.score:.1f}"
+        )
+        draw_picture(store[volume.id], path, title)
     store.close()
 
 
-def _inputs(opened: list[OpenedPair], cfg: PrepareConfig) -> dict[str, Path | str]:
-    """Digests by name; `pairs` holds what meta.json or the manifest said, of a share of them under the share's name."""
-    said = [[o.pair.id, o.pair.split, o.digest] for o in opened]
-    hashes: dict[str, Path | str] = {f"{o.pair.id}.{k}": v for o in opened for k, v in o.sources.items()}
-    return hashes | {run_folder.input_name("pairs", cfg.share): files.sha256_json(said)}
+def _list_inputs(pairs: list[OpenedPair], cfg: PrepareConfig) -> dict[str, Path | str]:
+    """Digests by name. `pairs` covers what meta.json or the manifest adds; each share has its own."""
+    inputs: dict[str, Path | str] = {}
+    for opened in pairs:
+        for kind, digest in opened.sources.items():
+            inputs[f"{opened.id}.{kind}"] = digest
+
+    described = [[opened.id, opened.pair.split, opened.digest] for opened in pairs]
+    inputs[run_folder.input_name("pairs", cfg.share)] = files.sha256_json(described)
+    return inputs
 
 
-def _lines(opened: list[OpenedPair], measured: list[Measured], cfg: PrepareConfig) -> list[str]:
-    voxels = sum(int(np.prod(o.image.shape, dtype=np.int64)) for o in opened)
-    needed = sum(o.bytes(cfg.distance_cap) for o in opened)
-    lines = [f"{len(opened)} volumes, {voxels:,} voxels, at most about {files.format_bytes(needed)} in {cfg.out}"]
+def _describe(pairs: list[OpenedPair], measurements: list[PairMeasurement], cfg: PrepareConfig) -> list[str]:
+    """The forecast in lines for people."""
+    voxels = sum(int(np.prod(opened.image.shape, dtype=np.int64)) for opened in pairs)
+    needed = files.format_bytes(sum(opened.forecast_bytes() for opened in pairs))
+    lines = [f"{files.format_count(len(pairs), 'volume')}, {voxels:,} voxels, at most about {needed} in {cfg.out}"]
+
     for split in SPLITS:
-        ids = [o.pair.id for o in opened if o.pair.split == split]
+        ids = [opened.id for opened in pairs if opened.pair.split == split]
         lines.append(f"{split}: {len(ids)} ({', '.join(ids)})" if ids else f"{split}: none")
-    for o, m in zip(opened, measured, strict=True):
-        z, y, x = o.image.shape
-        size = " x ".join(f"{v:.4g}" for v in o.size)
+
+    for opened, measurement in zip(pairs, measurements, strict=True):
+        z, y, x = opened.image.shape
+        fit = measurement.fit
         lines.append(
-            f"{o.pair.id}: {z} x {y} x {x} of {size} um, {o.image.dtype}, range {m.low:g} to {m.high:g}, "
-            f"{len(o.tree)} nodes, percentile along the tree {100 * m.fit.score:.1f} "
-            f"(best other {100 * m.fit.best_score:.1f}: {m.fit.best_change})"
+            f"{opened.id}: {z} x {y} x {x} of {_format_size(opened.size)} um, {opened.image.dtype}, range "
+            f"{measurement.low:g} to {measurement.high:g}, {len(opened.tree)} nodes, percentile along the tree "
+            f"{100 * fit.score:.1f} (best other {100 * fit.best_score:.1f}: {fit.best_change})"
         )
-        lines += [*o.remarks, *m.remarks]
+        lines += [*opened.remarks, *measurement.remarks]
+
     lines.append(f"radius: {schema.to_plain(cfg.radius)}")
     return lines
+
+
+def _format_size(size: tuple[float, float, float]) -> str:
+    return " x ".join(f"{v:.4g}" for v in size)
+
+
+def _volume_path(out: Path, id_: str) -> Path:
+    return out / f"{id_}.h5"
+
+
+def _picture_path(out: Path, id_: str) -> Path:
+    return out / "pictures" / f"{id_}.png"
+
+
+def _measurement_path(out: Path, id_: str) -> Path:
+    return out / "measured" / f"{id_}.json"
+
+
+def _output_paths(out: Path, pairs: list[OpenedPair]) -> list[Path]:
+    ids = [opened.id for opened in pairs]
+    return [out / INDEX, *(_volume_path(out, id_) for id_ in ids), *(_picture_path(out, id_) for id_ in ids)]

@@ -103,11 +103,6 @@ def format_number(value: float | None, digits: int) -> str:
     return f"{value:,.{digits}f}".replace(",", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
 
 
-def format_count(count: int, noun: str) -> str:
-    """`1 root`, `2 roots`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def _heading_cell(column: Column, sortable: bool) -> str:
     title = escape(column.title)
     content = f'<button type="button">{title}</button>' if sortable else title

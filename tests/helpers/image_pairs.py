@@ -14,7 +14,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render
+from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
 from hpc_neuro.prepare import PrepareConfig, forecast, run
 
 SHAPE = (20, 72, 80)
@@ -24,7 +24,7 @@ EASY = MicroscopeConfig(fragments=0, specks=0, gap_length=0.0)
 
 def pair(seed: int) -> tuple[Tree, Array]:
     tree = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=0))
-    return tree, render(tree, SHAPE, SIZE, EASY, seed)
+    return tree, render_stack(tree, SHAPE, SIZE, EASY, seed)
 
 
 def write_pair(folder: Path, id_: str, seed: int, image: Array | None = None, tree: Tree | None = None) -> None:

@@ -85,7 +85,7 @@ def test_damaged_and_missing_shards_are_listed_and_built_again(
     assert "b.y.000016.h5: missing" in text
     assert "b.x.000000.h5: of another teacher, image or config, or not readable" in text
     assert cache_tool.main(["verify", str(cache), "slices=2"]) == 0
-    assert "3 shards were built again, 0 are bad now" in said(caplog)
+    assert "built again: 3 shards; bad now: 0" in said(caplog)
     for shard in built.glob("*.h5"):
         assert (cache / shard.name).read_bytes() == shard.read_bytes()
     assert [s["sha256"] for s in FeatureCache(cache).manifest["shards"]] == [
@@ -118,7 +118,7 @@ def test_a_store_that_moved_is_given_anew(
     moved = shutil.copytree(store, tmp_path / "moved")
     (cache / "b.y.000016.h5").unlink()
     assert cache_tool.main(["verify", str(cache), f"store={moved}", "slices=1"]) == 0
-    assert "1 shards were built again" in said(caplog)
+    assert "built again: 1 shard" in said(caplog)
 
 
 def test_another_teacher_is_refused_before_a_shard_is_touched(cache: Path) -> None:

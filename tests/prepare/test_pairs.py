@@ -11,7 +11,7 @@ import yaml
 from hpc_neuro.core import schema
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.prepare import PrepareConfig
-from hpc_neuro.prepare.pairs import Pair, find_pairs
+from hpc_neuro.prepare.pairs import ImagePair, find_pairs
 
 
 def folder(path: Path, *ids: str) -> Path:
@@ -22,11 +22,11 @@ def folder(path: Path, *ids: str) -> Path:
     return path
 
 
-def find(*keys: str) -> list[Pair]:
+def find(*keys: str) -> list[ImagePair]:
     return find_pairs(schema.load(PrepareConfig, None, [*keys, "out=nowhere"]))
 
 
-def splits(pairs: list[Pair]) -> dict[str, str]:
+def splits(pairs: list[ImagePair]) -> dict[str, str]:
     return {p.id: p.split for p in pairs}
 
 
@@ -183,5 +183,5 @@ def test_contradictions_and_unknown_names_are_refused(tmp_path: Path) -> None:
         find(f"images={made}", "split.test_fraction=0.6", "split.val_fraction=0.5")
     with pytest.raises(ConfigError, match="either images=FOLDER or manifest=FILE"):
         find()
-    with pytest.raises(ConfigError, match="tube 9.0 reaches beyond distance_cap"):
+    with pytest.raises(ConfigError, match="tube 9.0 is above 8, the largest distance"):
         find(f"images={made}", "tube=9")

@@ -21,7 +21,7 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.rasterize import rasterize
 from hpc_neuro.data.store import Store
-from hpc_neuro.data.synthetic import render
+from hpc_neuro.data.synthetic import render_stack
 from hpc_neuro.prepare import PrepareConfig, forecast, run
 from tests.helpers.image_pairs import EASY, SHAPE, SIZE, config, contents, pair, write_pair
 
@@ -195,7 +195,7 @@ def test_an_ignored_margin_and_a_stub_before_the_root_are_255(tmp_path: Path) ->
     x = np.arange(0, 78, 1.0)
     points = np.stack([10 + 0 * x, 30 + 10 * np.sin(x / 30), x], axis=1)
     whole = morphology.build_tree(points, np.arange(-1, 77), 1.5)
-    image = render(whole, SHAPE, SIZE, EASY, 1)
+    image = render_stack(whole, SHAPE, SIZE, EASY, 1)
     half = morphology.select_nodes(whole, x >= 40)
     write_pair(tmp_path / "in", "a", 1, image, half)
     run(config(images=tmp_path / "in", out=tmp_path / "stub"))

@@ -1,10 +1,11 @@
-"""A folder of synthetic neurons as a lab would hold its own data: ID.tif, ID.swc and meta.json."""
+"""Write a folder of synthetic neurons as a lab would hold its own data: ID.tif, ID.swc and meta.json."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import tifffile
@@ -15,8 +16,14 @@ from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError, config
 from hpc_neuro.data import swc
-from hpc_neuro.data.synthetic.microscope import MicroscopeConfig, render
+from hpc_neuro.data.synthetic.microscope import MicroscopeConfig, render_stack
 from hpc_neuro.data.synthetic.trees import TreeConfig, grow_random_tree
+
+CLEAN_SHARE = 0.4
+"""Share of the volumes whose background is set to zero, as in many published stacks; the others stay noisy."""
+
+VARIETY = 0.25
+"""Standard deviation of the logarithm of brightness, blur, noise and radii between volumes."""
 
 
 @config
@@ -24,23 +31,15 @@ class SyntheticConfig:
     """Synthetic neurons, each with a stack of its own."""
 
     volumes: int = Field(default=4, ge=1, le=9999)
-    """How many."""
+    """Number of volumes."""
     shape: Shape = (48, 192, 192)
     """[voxel] z, y, x of each stack."""
     voxel_size: VoxelSize = (1.0, 0.33, 0.33)
     """[um] z, y, x."""
     seed: int = 0
-    """Decides everything; another seed gives other neurons."""
-    variety: float = Field(default=1.0, ge=0, le=3)
-    """How much the volumes differ in brightness, blur, noise and radii; 0: all alike."""
-    clean_background: float = Field(default=0.4, ge=0, le=1)
-    """Share of the volumes whose background is set to zero, as many published stacks are; the others stay noisy."""
+    """Seed of all random numbers; another seed gives other neurons."""
     trees: tuple[Path, ...] = ()
-    """SWC files (in voxels of `voxel_size`) to image instead of random trees, in turn; moved into the volume."""
-    tree: TreeConfig = TreeConfig()
-    """Shape of random neurons."""
-    microscope: MicroscopeConfig = MicroscopeConfig()
-    """The image."""
+    """SWC files (in voxels of `voxel_size`) to image in turn instead of random trees; moved into the volume."""
 
     def __post_init__(self) -> None:
         if min(self.shape) < 8:
@@ -52,69 +51,91 @@ class SyntheticConfig:
 def write_dataset(folder: Path, cfg: SyntheticConfig) -> None:
     """Write pairs and meta.json (roots and voxel sizes, x y z) into `folder`; the same config gives the same files."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.require_space(folder, cfg.volumes * math.prod(cfg.shape) * cfg.microscope.bits // 8, "the synthetic stacks")
-    meta = {}
+    stack_bytes = math.prod(cfg.shape) * MicroscopeConfig().bits // 8
+    files.require_space(folder, cfg.volumes * stack_bytes, "the synthetic stacks")
+
+    meta: dict[str, Any] = {}
+    digits = len(str(cfg.volumes))
     for number in range(cfg.volumes):
-        id_ = f"syn_{number + 1:0{len(str(cfg.volumes))}d}"
-        tree, microscope, clean = one(cfg, number)
-        seed = int(np.random.SeedSequence([cfg.seed, number, 2]).generate_state(1)[0])
-        image = render(tree, cfg.shape, cfg.voxel_size, microscope, seed, clean_background=clean)
-        with files.atomic(folder / f"{id_}.tif") as part:
-            tifffile.imwrite(part, image, compression="zlib", metadata={"axes": "ZYX"}, photometric="minisblack")
-        swc.write(folder / f"{id_}.swc", tree, unit="voxel", voxel_size=cfg.voxel_size)
-        root = tree.points[tree.roots[0]]
-        meta[id_] = {
-            "root_xyz": [round(float(v), 4) for v in root[::-1]],
-            "voxel_size_um_xyz": list(cfg.voxel_size[::-1]),
-        }
+        id_ = f"syn_{number + 1:0{digits}d}"
+        meta[id_] = _write_volume(folder, id_, cfg, number)
     files.write_json(folder / "meta.json", meta)
 
 
-def one(cfg: SyntheticConfig, number: int) -> tuple[Tree, MicroscopeConfig, bool]:
-    """The tree (voxels) of a volume, its microscope, and whether its background is clean."""
-    rng = np.random.default_rng([cfg.seed, number])
-    vary = {
-        name: float(np.exp(cfg.variety * 0.25 * rng.normal()))
-        for name in ("thick", "bright", "blur", "light", "tissue")
+def _write_volume(folder: Path, id_: str, cfg: SyntheticConfig, number: int) -> dict[str, Any]:
+    """Write the stack and the tree of one volume; -> its entry in meta.json."""
+    volume = _choose_volume(cfg, number)
+    seed = _derive_seed(cfg.seed, number, 2)
+    image = render_stack(
+        volume.tree, cfg.shape, cfg.voxel_size, volume.microscope, seed, clean_background=volume.is_clean
+    )
+
+    with files.atomic(folder / f"{id_}.tif") as part:
+        tifffile.imwrite(part, image, compression="zlib", metadata={"axes": "ZYX"}, photometric="minisblack")
+    swc.write(folder / f"{id_}.swc", volume.tree, unit="voxel", voxel_size=cfg.voxel_size)
+
+    root = volume.tree.points[volume.tree.roots[0]]
+    return {
+        "root_xyz": [round(float(v), 4) for v in root[::-1]],
+        "voxel_size_um_xyz": list(cfg.voxel_size[::-1]),
     }
-    m = cfg.microscope
-    blur = float(np.clip(vary["blur"], 0.7, 1.3))
+
+
+class _SyntheticVolume(NamedTuple):
+    tree: Tree  # voxels
+    microscope: MicroscopeConfig
+    is_clean: bool  # whether the background is zero
+
+
+def _choose_volume(cfg: SyntheticConfig, number: int) -> _SyntheticVolume:
+    """The tree of a volume, its microscope, and whether its background is clean."""
+    rng = np.random.default_rng([cfg.seed, number])
+    thickness, brightness, blur, light, tissue = (float(np.exp(VARIETY * rng.normal())) for _ in range(5))
+
+    microscope = MicroscopeConfig()
+    blur = float(np.clip(blur, 0.7, 1.3))
     microscope = replace(
-        m,
-        brightness=m.brightness * vary["bright"] ** 1.5,
-        psf=(m.psf[0] * blur, m.psf[1] * blur),
-        photons=m.photons * vary["light"] ** 1.5,
-        background=m.background * vary["tissue"] ** 2,
+        microscope,
+        brightness=microscope.brightness * brightness**1.5,
+        psf=(microscope.psf[0] * blur, microscope.psf[1] * blur),
+        photons=microscope.photons * light**1.5,
+        background=microscope.background * tissue**2,
     )
-    # a low-discrepancy walk over the volumes, so that few volumes hold both kinds
-    clean = (0.5 + cfg.seed * math.sqrt(2) + number * (math.sqrt(5) - 1) / 2) % 1 < cfg.clean_background
+
+    # A low-discrepancy walk over the volumes, so that even a few volumes are of both kinds.
+    golden_ratio = (math.sqrt(5) - 1) / 2
+    is_clean = (0.5 + cfg.seed * math.sqrt(2) + number * golden_ratio) % 1 < CLEAN_SHARE
+
     if cfg.trees:
-        return (
-            _placed(swc.read(cfg.trees[number % len(cfg.trees)]), cfg.shape, cfg.trees[number % len(cfg.trees)]),
-            microscope,
-            clean,
-        )
-    form = replace(
-        cfg.tree, trunk_radius=cfg.tree.trunk_radius * vary["thick"], tip_radius=cfg.tree.tip_radius * vary["thick"]
-    )
-    seed = int(np.random.SeedSequence([cfg.seed, number, 1]).generate_state(1)[0])
-    return grow_random_tree(seed, cfg.shape, cfg.voxel_size, form), microscope, clean
+        path = cfg.trees[number % len(cfg.trees)]
+        return _SyntheticVolume(_move_into_volume(swc.read(path), cfg.shape, path), microscope, is_clean)
+
+    form = TreeConfig()
+    form = replace(form, trunk_radius=form.trunk_radius * thickness, tip_radius=form.tip_radius * thickness)
+    tree = grow_random_tree(_derive_seed(cfg.seed, number, 1), cfg.shape, cfg.voxel_size, form)
+    return _SyntheticVolume(tree, microscope, is_clean)
 
 
-def _placed(tree: Tree, shape: Shape, path: Path) -> Tree:
-    """The tree moved so that the middle of its bounding box is the volume's; the largest part inside is kept."""
+def _derive_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def _move_into_volume(tree: Tree, shape: Shape, path: Path) -> Tree:
+    """Center the tree's bounding box in the volume, and keep the largest connected part that lies inside."""
     low, high = tree.points.min(axis=0), tree.points.max(axis=0)
-    last = np.asarray(shape) - 1
-    moved = replace(tree, points=tree.points + last / 2 - (low + high) / 2)
-    inside = np.all((moved.points >= 0) & (moved.points <= last), axis=1)
+    last_voxel = np.asarray(shape) - 1
+    moved = replace(tree, points=tree.points + last_voxel / 2 - (low + high) / 2)
+    inside = np.all((moved.points >= 0) & (moved.points <= last_voxel), axis=1)
     if inside.all():
         return moved
-    top = np.arange(len(moved))  # the root of each node's part, where edges to nodes outside are cut
+    if inside.sum() < 2:
+        raise InputError(f"{path} has no branch inside a volume of {shape} voxels; give a larger shape")
+
+    # Edges to nodes outside are cut; the top node of each part identifies it.
+    top = np.arange(len(moved))
     for i, parent in enumerate(moved.parents):
         if parent >= 0 and inside[i] and inside[parent]:
             top[i] = top[parent]
-    if inside.sum() < 2:
-        raise InputError(f"{path} has no branch inside a volume of {shape} voxels; give a larger shape")
     tops, counts = np.unique(top[inside], return_counts=True)
-    keep = inside & (top == tops[counts.argmax()])
-    return morphology.select_nodes(moved, keep)
+    largest = tops[counts.argmax()]
+    return morphology.select_nodes(moved, inside & (top == largest))

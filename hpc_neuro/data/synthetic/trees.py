@@ -14,11 +14,23 @@ from hpc_neuro.core.geometry import Shape, VoxelSize, fine_voxel, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import config
 
-_STEP = 0.7  # um between nodes
-_WALL = 2.5  # um from the border at which a neurite turns away
-_SHORTEST = 2.5  # um; shorter branches would be spines
-_CLEARANCE = 1.5  # um; a branch ends where it would come this close to another
-_SPACING = 2.5  # um that two branch points keep apart
+Vector = NDArray[np.float64]
+"""[3] z y x."""
+
+STEP = 0.7
+"""[um] Distance between nodes."""
+
+WALL = 2.5
+"""[um] Distance from the border at which a neurite turns away."""
+
+MIN_BRANCH = 2.5
+"""[um] Shorter side branches would be spines."""
+
+CLEARANCE = 1.5
+"""[um] A branch ends where it would come this close to another."""
+
+BRANCH_SPACING = 2.5
+"""[um] Smallest distance of two branch points along a branch."""
 
 
 @config
@@ -30,13 +42,13 @@ class TreeConfig:
     tip_radius: float = Field(default=0.25, gt=0)
     """[um] Radius that every branch tapers to."""
     winding: float = Field(default=0.14, ge=0)
-    """[rad per sqrt(um)] How fast the direction wanders along the trunk; branches wander more with every order."""
+    """[rad per sqrt(um)] How fast the direction of the trunk wanders; branches wander more with every order."""
     branch_every: float = Field(default=11.0, gt=0)
     """[um] Mean distance between branch points along a branch."""
     branch_length: float = Field(default=18.0, gt=0)
     """[um] Mean length of side branches; it falls with every order."""
     orders: int = Field(default=3, ge=0, le=8)
-    """Branches of branches of branches: the highest order."""
+    """Highest order of side branches; 0: only the trunk."""
     cable: float = Field(default=600.0, gt=0)
     """[um] No new branch starts once the tree is this long."""
     soma: float = Field(default=0.2, ge=0, le=1)
@@ -44,128 +56,153 @@ class TreeConfig:
     soma_radius: float = Field(default=3.0, gt=0)
     """[um] Radius of the soma."""
     flatness: float = Field(default=0.5, gt=0, le=1)
-    """How much of their wandering branches do along z; stacks are cut along the plane that neurons spread in."""
-
-
-@dataclass
-class _Shoot:
-    """A branch that has yet to grow."""
-
-    node: int  # where it leaves the tree; -1 for the trunk
-    place: NDArray[np.float64]  # [3] um
-    heading: NDArray[np.float64]  # [3]
-    length: float
-    radius: float
-    order: int
+    """Wandering along z relative to the plane; stacks are cut along the plane in which neurons spread."""
 
 
 def grow_random_tree(seed: int, shape: Shape, voxel_size: VoxelSize, cfg: TreeConfig | None = None) -> Tree:
     """A neuron inside a volume of `shape` voxels, in voxels with radii in fine voxels; a function of its arguments.
 
-    The trunk enters through a face of the volume (or starts at a soma of type 1) and heads for the far side; branches
-    leave it at random distances and angles of 45 to 90 degrees, thinner than what they leave,
-    and end before they meet another.
+    The trunk enters through a face of the volume (or starts at a soma of type 1) and heads for the far side. Branches
+    leave it at random distances and angles of 45 to 90 degrees, thinner than what they leave, and end before they meet
+    another.
     """
-    cfg = cfg or TreeConfig()
-    rng = np.random.default_rng(seed)
     extent = (np.asarray(shape) - 1) * np.asarray(voxel_size)  # [3] um
-    flat = np.asarray([cfg.flatness, 1.0, 1.0])
-    points: list[NDArray[np.float64]] = []
-    radii: list[float] = []
-    parents: list[int] = []
-    trunk, soma = _trunk(rng, extent, cfg)
-    pending = deque([trunk])
-    cable = 0.0
-    taken: dict[tuple[int, ...], int] = {}  # which branch runs through a cell of `_CLEARANCE` um
-    branch = 0
-    while pending:
-        branch += 1
-        shoot = pending.popleft()
-        place, heading, node = shoot.place, shoot.heading, shoot.node
-        if node < 0:
-            points.append(place)
-            radii.append(cfg.soma_radius if soma else shoot.radius)
-            parents.append(-1)
-            node = 0
-        steps = max(1, round(shoot.length / _STEP))
-        until = rng.exponential(cfg.branch_every)  # um to the next branch point
-        since = 0.0
-        for k in range(steps):
-            heading = _turned(rng, heading, place, extent, cfg.winding * (1 + 0.6 * shoot.order), flat)
-            place = place + _STEP * heading
-            cell = tuple(np.floor(place / _CLEARANCE).astype(int).tolist())
-            apart = k * _STEP > 2 * _CLEARANCE  # beyond the branch point itself
-            if np.any((place < 0) | (place > extent)) or (apart and taken.get(cell, branch) != branch):
-                break
-            taken.setdefault(cell, branch)
-            taper = shoot.radius + (cfg.tip_radius - shoot.radius) * (k + 1) / steps
-            points.append(place)
-            radii.append(max(cfg.tip_radius, taper) * float(np.exp(0.06 * rng.normal())))
-            parents.append(node)
-            node = len(points) - 1
-            cable += _STEP
-            since += _STEP
-            left = (steps - 1 - k) * _STEP
-            if since >= max(until, _SPACING) and left > _SPACING and shoot.order < cfg.orders and cable < cfg.cable:
-                pending.append(_side_shoot(rng, node, place, heading, radii[-1], shoot.order + 1, cfg, flat))
-                until, since = rng.exponential(cfg.branch_every), 0.0
-    types = np.full(len(points), 3)
-    if soma:
+    neuron = _GrowingNeuron(np.random.default_rng(seed), extent, cfg or TreeConfig())
+    has_soma = neuron.grow()
+
+    types = np.full(len(neuron.points), 3)
+    if has_soma:
         types[0] = 1
-    unit = fine_voxel(voxel_size)
-    voxels = to_voxels(np.asarray(points), voxel_size)
-    return morphology.build_tree(voxels, np.asarray(parents), np.asarray(radii) / unit, types)
+    voxels = to_voxels(np.asarray(neuron.points), voxel_size)
+    radii = np.asarray(neuron.radii) / fine_voxel(voxel_size)
+    return morphology.build_tree(voxels, np.asarray(neuron.parents), radii, types)
 
 
-def _trunk(rng: np.random.Generator, extent: NDArray[np.float64], cfg: TreeConfig) -> tuple[_Shoot, bool]:
-    """The first branch, and whether it starts at a soma."""
-    soma = bool(rng.random() < cfg.soma)
-    middle = extent * rng.uniform(0.3, 0.7, 3)
-    if soma:
-        margin = np.minimum(cfg.soma_radius + 1, 0.4 * extent)
-        place = margin + (extent - 2 * margin) * rng.uniform(0, 1, 3)
-    else:
-        place = extent * rng.uniform(0.15, 0.85, 3)
-        axis = int(rng.choice([1, 2]))
-        place[axis] = 0.0 if rng.random() < 0.5 else extent[axis]
-    heading = middle - place
-    away = float(np.linalg.norm(heading))
-    if away < 1e-6:
-        heading, away = np.asarray([0.0, 0.0, 1.0]), 1.0
-    length = float(np.linalg.norm(extent)) * rng.uniform(0.8, 1.3)
-    return _Shoot(-1, place, heading / away, length, cfg.trunk_radius * rng.uniform(0.8, 1.2), 0), soma
+@dataclass
+class _Shoot:
+    """A branch that has not grown yet."""
+
+    node: int  # where it leaves the tree; -1 for the trunk
+    position: Vector  # um
+    heading: Vector  # unit vector
+    length: float
+    radius: float
+    order: int
 
 
-def _side_shoot(
-    rng: np.random.Generator,
-    node: int,
-    place: NDArray[np.float64],
-    heading: NDArray[np.float64],
-    radius: float,
-    order: int,
-    cfg: TreeConfig,
-    flat: NDArray[np.float64],
-) -> _Shoot:
-    across = np.cross(heading, rng.normal(size=3)) * flat
-    across /= max(1e-9, float(np.linalg.norm(across)))
-    angle = rng.uniform(np.pi / 4, np.pi / 2)
-    turned = np.cos(angle) * heading + np.sin(angle) * across
-    length = max(_SHORTEST, rng.gamma(1.3, cfg.branch_length / 1.3) * 0.75 ** (order - 1))
-    thin = max(cfg.tip_radius, radius * rng.uniform(0.5, 0.85))
-    return _Shoot(node, place, turned / np.linalg.norm(turned), length, thin, order)
+class _GrowingNeuron:
+    """A tree in micrometers that grows branch by branch."""
 
+    def __init__(self, rng: np.random.Generator, extent: Vector, cfg: TreeConfig) -> None:
+        self.points: list[Vector] = []
+        self.radii: list[float] = []
+        self.parents: list[int] = []
+        self._rng = rng
+        self._extent = extent
+        self._cfg = cfg
+        self._flattening = np.asarray([cfg.flatness, 1.0, 1.0])
+        self._shoots: deque[_Shoot] = deque()
+        self._cable = 0.0
+        # Cell of CLEARANCE um -> number of the branch that runs through it.
+        self._occupied: dict[tuple[int, ...], int] = {}
 
-def _turned(
-    rng: np.random.Generator,
-    heading: NDArray[np.float64],
-    place: NDArray[np.float64],
-    extent: NDArray[np.float64],
-    winding: float,
-    flat: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """The direction of the next step: wandering, and pushed away from walls that are near (none blocks the way in)."""
-    wall = np.minimum(_WALL, 0.2 * extent + 1e-9)
-    push = np.clip(1 - place / wall, 0, 1) - np.clip(1 - (extent - place) / wall, 0, 1)
-    turned = heading + winding * np.sqrt(_STEP) * rng.normal(size=3) * flat + 0.15 * push
-    unit: NDArray[np.float64] = turned / max(1e-9, float(np.linalg.norm(turned)))
-    return unit
+    def grow(self) -> bool:
+        """Grow the trunk and its branches, breadth first; -> whether the neuron has a soma."""
+        trunk, has_soma = self._start_trunk()
+        self._add_node(trunk.position, self._cfg.soma_radius if has_soma else trunk.radius, parent=-1)
+        trunk.node = 0
+        self._shoots.append(trunk)
+
+        branch = 0
+        while self._shoots:
+            branch += 1
+            self._grow_branch(self._shoots.popleft(), branch)
+        return has_soma
+
+    def _add_node(self, position: Vector, radius: float, parent: int) -> int:
+        self.points.append(position)
+        self.radii.append(radius)
+        self.parents.append(parent)
+        return len(self.points) - 1
+
+    def _grow_branch(self, shoot: _Shoot, branch: int) -> None:
+        """Grow one branch until its length, the border, or another branch; start side branches on the way."""
+        cfg, rng = self._cfg, self._rng
+        position, heading, node = shoot.position, shoot.heading, shoot.node
+        steps = max(1, round(shoot.length / STEP))
+        branch_distance = rng.exponential(cfg.branch_every)
+        since_branch = 0.0
+
+        for k in range(steps):
+            heading = self._wander(heading, position, cfg.winding * (1 + 0.6 * shoot.order))
+            position = position + STEP * heading
+            # The first steps are next to the branch that this one leaves.
+            has_left_parent = k * STEP > 2 * CLEARANCE
+            if not self._occupy(position, branch, has_left_parent):
+                break
+
+            taper = shoot.radius + (cfg.tip_radius - shoot.radius) * (k + 1) / steps
+            radius = max(cfg.tip_radius, taper) * float(np.exp(0.06 * rng.normal()))
+            node = self._add_node(position, radius, node)
+            self._cable += STEP
+            since_branch += STEP
+
+            rest = (steps - 1 - k) * STEP
+            may_branch = shoot.order < cfg.orders and self._cable < cfg.cable and rest > BRANCH_SPACING
+            if may_branch and since_branch >= max(branch_distance, BRANCH_SPACING):
+                self._shoots.append(self._start_side_branch(node, position, heading, radius, shoot.order + 1))
+                branch_distance = rng.exponential(cfg.branch_every)
+                since_branch = 0.0
+
+    def _occupy(self, position: Vector, branch: int, avoid_others: bool) -> bool:
+        """Claim the cell of a position for a branch; False outside the volume or in a cell of another branch."""
+        cell = tuple(np.floor(position / CLEARANCE).astype(int).tolist())
+        if np.any((position < 0) | (position > self._extent)):
+            return False
+        if avoid_others and self._occupied.get(cell, branch) != branch:
+            return False
+        self._occupied.setdefault(cell, branch)
+        return True
+
+    def _wander(self, heading: Vector, position: Vector, winding: float) -> Vector:
+        """The direction of the next step: wandering, and pushed away from near walls; none blocks the way in."""
+        wall = np.minimum(WALL, 0.2 * self._extent + 1e-9)
+        push = np.clip(1 - position / wall, 0, 1) - np.clip(1 - (self._extent - position) / wall, 0, 1)
+        wandering = winding * np.sqrt(STEP) * self._rng.normal(size=3) * self._flattening
+        direction = heading + wandering + 0.15 * push
+        unit: Vector = direction / max(1e-9, float(np.linalg.norm(direction)))
+        return unit
+
+    def _start_trunk(self) -> tuple[_Shoot, bool]:
+        """The first branch, and whether it starts at a soma."""
+        cfg, rng, extent = self._cfg, self._rng, self._extent
+        has_soma = bool(rng.random() < cfg.soma)
+        goal = extent * rng.uniform(0.3, 0.7, 3)
+
+        if has_soma:
+            margin = np.minimum(cfg.soma_radius + 1, 0.4 * extent)
+            position = margin + (extent - 2 * margin) * rng.uniform(0, 1, 3)
+        else:
+            position = extent * rng.uniform(0.15, 0.85, 3)
+            axis = int(rng.choice([1, 2]))
+            position[axis] = 0.0 if rng.random() < 0.5 else extent[axis]
+
+        heading = goal - position
+        distance = float(np.linalg.norm(heading))
+        if distance < 1e-6:
+            heading, distance = np.asarray([0.0, 0.0, 1.0]), 1.0
+
+        length = float(np.linalg.norm(extent)) * rng.uniform(0.8, 1.3)
+        radius = cfg.trunk_radius * rng.uniform(0.8, 1.2)
+        return _Shoot(-1, position, heading / distance, length, radius, 0), has_soma
+
+    def _start_side_branch(self, node: int, position: Vector, heading: Vector, radius: float, order: int) -> _Shoot:
+        cfg, rng = self._cfg, self._rng
+        across = np.cross(heading, rng.normal(size=3)) * self._flattening
+        across /= max(1e-9, float(np.linalg.norm(across)))
+        angle = rng.uniform(np.pi / 4, np.pi / 2)
+        direction = np.cos(angle) * heading + np.sin(angle) * across
+
+        length = max(MIN_BRANCH, rng.gamma(1.3, cfg.branch_length / 1.3) * 0.75 ** (order - 1))
+        thin_radius = max(cfg.tip_radius, radius * rng.uniform(0.5, 0.85))
+        return _Shoot(node, position, direction / np.linalg.norm(direction), length, thin_radius, order)

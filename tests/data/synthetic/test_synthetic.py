@@ -22,7 +22,7 @@ from hpc_neuro.data.synthetic import (
     SyntheticConfig,
     TreeConfig,
     grow_random_tree,
-    render,
+    render_stack,
     write_dataset,
 )
 
@@ -76,26 +76,26 @@ def _rest(tree: morphology.Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_an_image_is_seeded_of_the_shape_and_dtype_asked_for() -> None:
     tree = grow_random_tree(1, SHAPE, SIZE)
-    a, b, c = (render(tree, SHAPE, SIZE, seed=s) for s in (5, 5, 6))
+    a, b, c = (render_stack(tree, SHAPE, SIZE, seed=s) for s in (5, 5, 6))
     assert a.shape == SHAPE
     assert a.dtype == np.uint8
     np.testing.assert_array_equal(a, b)
     assert (a != c).any()
-    deep = render(tree, SHAPE, SIZE, MicroscopeConfig(bits=16))
+    deep = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(bits=16))
     assert deep.dtype == np.uint16
     assert 255 < deep.max() <= 4095
 
 
 def test_the_signal_lies_on_the_tree() -> None:
     tree = grow_random_tree(2, SHAPE, SIZE, TreeConfig(soma=0))
-    image = render(tree, SHAPE, SIZE)
+    image = render_stack(tree, SHAPE, SIZE)
     drawn = rasterize(tree, Box.whole(SHAPE), SIZE)
     assert image[drawn.mask == 1].mean() > 8 * image[drawn.distance >= 8].mean()
 
 
 def test_blur_is_longer_along_z_by_what_the_psf_says() -> None:
     line = morphology.build_tree(np.array([[12, 48, 5], [12, 48, 90.0]]), np.array([-1, 0]), 0.6)
-    image = render(
+    image = render_stack(
         line, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "psf": (1.5, 0.3), "halo": 0.0, "bouton_every": 1e9})
     )
     mean = image[:, :, 20:76].astype(float).mean(axis=2)
@@ -107,8 +107,8 @@ def test_blur_is_longer_along_z_by_what_the_psf_says() -> None:
 def test_noise_is_poisson_and_read_noise() -> None:
     empty = morphology.build_tree(np.array([[2, 2, 2], [2, 2, 4.0]]), np.array([-1, 0]), 0.5)
     settings_ = {**vars(QUIET), "bits": 16, "read_noise": 0.01, "background": 0.2}
-    noisy = render(empty, SHAPE, SIZE, MicroscopeConfig(**{**settings_, "photons": 50.0}), 3)
-    calm = render(empty, SHAPE, SIZE, MicroscopeConfig(**{**settings_, "photons": 5000.0}), 3)
+    noisy = render_stack(empty, SHAPE, SIZE, MicroscopeConfig(**{**settings_, "photons": 50.0}), 3)
+    calm = render_stack(empty, SHAPE, SIZE, MicroscopeConfig(**{**settings_, "photons": 5000.0}), 3)
     local = [
         float(np.std(i[8:, 20:, 20:] - ndimage.gaussian_filter(i.astype(float), 4)[8:, 20:, 20:]))
         for i in (noisy, calm)
@@ -119,8 +119,8 @@ def test_noise_is_poisson_and_read_noise() -> None:
 
 def test_background_is_uneven_and_clean_stacks_have_none() -> None:
     tree = grow_random_tree(2, SHAPE, SIZE)
-    dirty = render(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05))
-    clean = render(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05), clean_background=True)
+    dirty = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05))
+    clean = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05), clean_background=True)
     far = rasterize(tree, Box.whole(SHAPE), SIZE).distance >= 8
     assert ndimage.gaussian_filter(dirty.astype(float), 6)[far].std() > 1
     assert (clean[far] == 0).mean() > 0.95
@@ -131,22 +131,22 @@ def test_background_is_uneven_and_clean_stacks_have_none() -> None:
 def test_gaps_break_the_signal_and_boutons_swell_it() -> None:
     line = morphology.build_tree(np.array([[12, 48, 0], [12, 48, 95.0]]), np.array([-1, 0]), 1.5)
     base = {**vars(QUIET), "bouton_every": 1e9}
-    whole = render(line, SHAPE, SIZE, MicroscopeConfig(**base), 1)[12, 48].astype(float)
-    broken = render(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "gap_every": 8.0, "gap_length": 2.5}), 1)[
+    whole = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**base), 1)[12, 48].astype(float)
+    broken = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "gap_every": 8.0, "gap_length": 2.5}), 1)[
         12, 48
     ].astype(float)
     assert whole[10:85].min() > 0.5 * whole[10:85].max()
     assert broken[10:85].min() < 0.5 * broken[10:85].max()
-    swollen = render(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "bouton_every": 4.0}), 1)
-    plain = render(line, SHAPE, SIZE, MicroscopeConfig(**base), 1)
+    swollen = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "bouton_every": 4.0}), 1)
+    plain = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**base), 1)
     assert (swollen > 60).sum() > 1.2 * (plain > 60).sum()
 
 
 def test_distractors_are_there_and_not_in_the_truth() -> None:
     tree = grow_random_tree(2, SHAPE, SIZE, TreeConfig(soma=0))
     far = rasterize(tree, Box.whole(SHAPE), SIZE).distance >= 8
-    bare = render(tree, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "halo": 0.0}), 4)
-    busy = render(
+    bare = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "halo": 0.0}), 4)
+    busy = render_stack(
         tree, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "halo": 0.0, "specks": 100.0, "fragments": 2}), 4
     )
     assert (busy[far] > 30).sum() > (bare[far] > 30).sum() + 20
