@@ -22,7 +22,7 @@ import tensorstore as ts
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats.axes import default_axes, letters_of_names
 from hpc_neuro.data.formats.units import um_per
-from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape
+from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape, reinterpret_array
 
 _CACHE_BYTES = 128 << 20
 """Bytes of decoded chunks that are kept: neighbouring boxes meet the same chunks."""
@@ -87,7 +87,7 @@ def open_zarr(path: Path, dataset: str | None) -> StoredArray:
     axes, axis_names = (level.axes, level.names) if level.axes else _name_axes(names, store.shape)
     key = _first_zarr_chunk(meta, is_v3, len(store.shape))
     level = replace(level, axes=axes, names=axis_names)
-    return _build_array(kind, level, store, key)
+    return reinterpret_array(path, _build_array(kind, level, store, key), _read_attributes(level.path))
 
 
 def open_n5(path: Path, dataset: str | None) -> StoredArray:

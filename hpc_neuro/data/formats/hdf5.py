@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ import numpy as np
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats.axes import default_axes, letters_of_names
 from hpc_neuro.data.formats.units import um_per
-from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape
+from hpc_neuro.data.formats.volume import (
+    Array,
+    Index,
+    StoredArray,
+    check_dtype,
+    check_shape,
+    read_as_unsigned,
+    reinterpret_array,
+)
 
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".ims", ".n5h5")
+_BIGDATAVIEWER = re.compile(r"/t\d+/s\d+/\d+/cells")
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
 _MAX_LISTED = 6
@@ -50,12 +60,34 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     dtype = check_dtype(path, data.dtype)
     read = functools.partial(_read_part, data)
     notes += (f"dataset {data.name}",)
-    return StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=notes, axis_names=names)
+    array = StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=notes, axis_names=names)
+    if _is_legacy_bigdataviewer(data):
+        return read_as_unsigned(array, "as BigDataViewer writes it")
+    return reinterpret_array(path, array, data.attrs)
 
 
 def _read_part(data: Any, index: Index) -> Array:
     array: Array = data[index]
     return array
+
+
+def _is_legacy_bigdataviewer(data: Any) -> bool:
+    """Whether a dataset is uint16 that BigDataViewer stored as int16: its HDF5 library knew no unsigned numbers.
+
+    Later versions state the type in an attribute `dataType`.
+    """
+    if data.dtype.kind != "i" or data.dtype.itemsize != 2 or not _BIGDATAVIEWER.fullmatch(data.name):
+        return False
+
+    # t00000/s00/0/cells: the attribute may be at any of these, or at the setup s00.
+    names = data.name.strip("/").split("/")
+    holders = ["/".join(names[:n]) or "/" for n in range(len(names) + 1)] + [names[1]]
+    stated = [data.file[name].attrs["dataType"] for name in holders if "dataType" in _attributes(data.file, name)]
+    return not stated or _decode_text(stated[0]) == "uint16"
+
+
+def _attributes(file: Any, name: str) -> Any:
+    return file[name].attrs if name in file else {}
 
 
 def _find_dataset(path: Path, file: Any, name: str | None) -> Any:

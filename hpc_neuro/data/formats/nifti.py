@@ -15,7 +15,7 @@ import numpy as np
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats.decompress import UnpackedArray, gzip_stream
 from hpc_neuro.data.formats.units import note_missing_unit, um_per
-from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape, map_array
+from hpc_neuro.data.formats.volume import StoredArray, check_dtype, check_shape, map_array, scale_array
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
 
@@ -56,16 +56,14 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     stored = shape[::-1]
     read = _make_reader(path, image, dtype, stored)
 
-    # nibabel blanks the header's own slope, so it is taken from the array proxy.
-    slope, inter = float(image.dataobj.slope), float(image.dataobj.inter)
-    if (slope, inter) != (1.0, 0.0):
-        dtype = np.dtype(np.float32)
-        read = functools.partial(_read_scaled, read, slope, inter)
-
     # NIfTI orders dimensions x y z t, then others; a fifth one holds channels.
     axes = {2: "XY", 3: "XYZ", 4: "XYZT", 5: "XYZTC"}.get(len(shape), "Q" * len(shape))[::-1]
     spacing, world, notes = _parse_placement(image, len(shape))
-    return StoredArray("NIfTI", stored, axes, dtype, read, spacing, world, notes)
+    array = StoredArray("NIfTI", stored, axes, dtype, read, spacing, world, notes)
+
+    # nibabel blanks the header's own slope, so it is taken from the array proxy.
+    slope, inter = float(image.dataobj.slope), float(image.dataobj.inter)
+    return array if (slope, inter) == (1.0, 0.0) else scale_array(array, slope, inter)
 
 
 def _load(path: Path) -> Any:
@@ -114,11 +112,6 @@ def _check_packed_size(path: Path, size: int) -> None:
         raise InputError(
             f"{path} declares {size} bytes of voxels, more than {packed} gzip bytes can hold; it is damaged"
         )
-
-
-def _read_scaled(read: Any, slope: float, inter: float, index: Index) -> Array:
-    values: Array = (read(index).astype(np.float64) * slope + inter).astype(np.float32)
-    return values
 
 
 def _parse_placement(image: Any, count: int) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from hpc_neuro.data.formats.volume import (
     StoredArray,
     check_dtype,
     check_shape,
+    invert_array,
     map_array,
     require_bytes,
 )
@@ -30,6 +31,16 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 CACHE_BYTES = 128 << 20
 """Bytes of decoded segments that are kept: neighbouring boxes of one slab meet the same strips."""
+
+_INTENSITIES = {
+    tifffile.PHOTOMETRIC.MINISWHITE,
+    tifffile.PHOTOMETRIC.MINISBLACK,
+    tifffile.PHOTOMETRIC.RGB,
+    tifffile.PHOTOMETRIC.MASK,
+    tifffile.PHOTOMETRIC.LINEAR_RAW,
+}
+"""Photometric interpretations under which a sample is an intensity; zero is white under MINISWHITE."""
+_JPEG = {tifffile.COMPRESSION.OJPEG, tifffile.COMPRESSION.JPEG}
 
 _MAX_EXPANSION = 100_000
 """Decoded bytes per stored byte; no codec in use packs tighter, so a segment that claims more has a damaged header."""
@@ -61,13 +72,16 @@ def open_source(path: Path, dataset: str | None, cache_bytes: int = CACHE_BYTES)
 
     # Uncompressed pages that follow one another are one plain array.
     if series.dataoffset is not None and palette is None:
-        read = map_array(path, np.dtype(tif.byteorder + dtype.char), shape, series.dataoffset)
+        read: Any = map_array(path, np.dtype(tif.byteorder + dtype.char), shape, series.dataoffset)
         tif.close()
-        return StoredArray("TIFF", shape, axes, dtype, read, spacing, notes=notes)
+    else:
+        read = _Pages(path, tif, series, shape, palette, cache_bytes)
+        dtype = dtype if palette is None else palette.dtype
 
-    pages = _Pages(path, tif, series, shape, palette, cache_bytes)
-    dtype = dtype if palette is None else palette.dtype
-    return StoredArray("TIFF", shape, axes, dtype, pages, spacing, notes=notes)
+    array = StoredArray("TIFF", shape, axes, dtype, read, spacing, notes=notes)
+    if series.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        return invert_array(path, array, series.keyframe.bitspersample)
+    return array
 
 
 class _Pages:
@@ -259,10 +273,16 @@ def _name_axes(stored: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...
 
 def _interpret_samples(path: Path, tif: tifffile.TiffFile, frame: Any) -> tuple[Array | None, tuple[str, ...]]:
     """The palette that turns stored samples into intensities (None: they are intensities), and notes."""
-    if frame.photometric == tifffile.PHOTOMETRIC.PALETTE:
+    photometric = tifffile.PHOTOMETRIC(frame.photometric)
+    if photometric == tifffile.PHOTOMETRIC.PALETTE:
         return _choose_palette(path, tif, frame)
-    if frame.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-        return None, ("zero is displayed as white; the stored values are read as they are",)
+
+    # tifffile turns JPEG's YCbCr into RGB, and leaves all other color spaces as they are.
+    is_converted = photometric == tifffile.PHOTOMETRIC.YCBCR and frame.compression in _JPEG
+    if photometric not in _INTENSITIES and not is_converted:
+        raise InputError(
+            f"{path} stores its samples as {photometric.name}, which are no intensities; save it as grey values"
+        )
     return None, ()
 
 

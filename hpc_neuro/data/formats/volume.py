@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,75 @@ def map_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: 
     """A function that reads parts of a plain C-ordered array that begins at byte `offset` of `path`."""
     require_bytes(path, offset, math.prod(shape) * dtype.itemsize, f"an array of shape {shape}, {dtype}")
     return functools.partial(_take, np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape))
+
+
+def invert_array(path: Path, array: StoredArray, bits: int) -> StoredArray:
+    """An array whose zero is displayed as white, with values turned so that bright is high.
+
+    `bits` are those of a sample. Raises InputError for real numbers, whose white is not defined.
+    """
+    if array.dtype.kind not in "uib":
+        raise InputError(
+            f"{path} displays zero as white, which says nothing of the values of {array.dtype}; invert the image and "
+            "save it with black as zero"
+        )
+    mask = True if array.dtype.kind == "b" else (1 << bits) - 1 if array.dtype.kind == "u" else -1
+    read = functools.partial(_read_inverted, array.read, np.array(mask, array.dtype.newbyteorder("=")))
+    note = "zero is displayed as white; the values are inverted"
+    return replace(array, read=read, notes=(*array.notes, note))
+
+
+def _read_inverted(read: Callable[[Index], Array], mask: Array, index: Index) -> Array:
+    """max - value for unsigned numbers, -1 - value for signed ones: all bits of a sample flip."""
+    return np.bitwise_xor(read(index), mask)
+
+
+def reinterpret_array(path: Path, array: StoredArray, attributes: Mapping[str, Any]) -> StoredArray:
+    """An array with the values that its attributes say are meant: netCDF's packing and HDF5's images.
+
+    `_Unsigned`: signed integers stand for unsigned ones. `scale_factor` and `add_offset`: value * factor + offset.
+    `IMAGE_WHITE_IS_ZERO`: zero is displayed as white.
+    """
+    if str(_scalar(attributes.get("_Unsigned", ""))).lower() == "true" and array.dtype.kind == "i":
+        array = read_as_unsigned(array, "by its attribute _Unsigned")
+
+    slope, offset = (float(_scalar(attributes.get(key, v))) for key, v in (("scale_factor", 1), ("add_offset", 0)))
+    if (slope, offset) != (1.0, 0.0):
+        array = scale_array(array, slope, offset)
+
+    if int(_scalar(attributes.get("IMAGE_WHITE_IS_ZERO", 0))):
+        array = invert_array(path, array, array.dtype.itemsize * 8)
+    return array
+
+
+def read_as_unsigned(array: StoredArray, reason: str) -> StoredArray:
+    """An array of signed integers that stand for unsigned ones of the same bits."""
+    dtype = np.dtype(f"u{array.dtype.itemsize}")
+    note = f"stored as {array.dtype}, read as {dtype} {reason}"
+    read = functools.partial(_read_as_type, array.read, dtype)
+    return replace(array, dtype=dtype, read=read, notes=(*array.notes, note))
+
+
+def _read_as_type(read: Callable[[Index], Array], dtype: np.dtype[Any], index: Index) -> Array:
+    return read(index).astype(dtype)
+
+
+def scale_array(array: StoredArray, slope: float, offset: float) -> StoredArray:
+    """An array of value * slope + offset, as float32."""
+    note = f"stored {array.dtype} times {slope:g} plus {offset:g}, as the file says"
+    read = functools.partial(_read_scaled, array.read, slope, offset)
+    return replace(array, dtype=np.dtype(np.float32), read=read, notes=(*array.notes, note))
+
+
+def _read_scaled(read: Callable[[Index], Array], slope: float, offset: float, index: Index) -> Array:
+    values: Array = (read(index).astype(np.float64) * slope + offset).astype(np.float32)
+    return values
+
+
+def _scalar(value: Any) -> Any:
+    """The one value of an attribute, which may be an array of length 1, in text where it is bytes."""
+    value = np.ravel(value)[0] if np.size(value) == 1 else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _take(array: Array, index: Index) -> Array:
