@@ -1,10 +1,10 @@
-"""One block of a volume reduced to strands: the few voxels of its foreground through which centre lines may run.
+"""The skeleton of one block of a volume: the few voxels of its foreground that centerlines may run through.
 
-The strands of all blocks are what the trees are made of, so memory is bounded by one block and the trees, and many
-processes can reduce blocks. What a voxel carries (probability, distance to the border) is read with context, so it does
-not depend on the blocks. Neighbouring blocks share a plane of voxels; every patch of foreground on it has a voxel,
-the most central (a long patch: several), through which both blocks' strands run: what hangs together in the volume
-does so in the strands.
+Trees are made from the skeletons of all blocks, so memory is bounded by one block and the trees, and many processes can
+skeletonize blocks. Blocks are read with a halo, so the probability and the border distance of a voxel do not depend on
+the blocks. Neighboring blocks share a plane of voxels. Every patch of foreground on a shared plane has a portal, its
+most central voxel (a long patch has several), and the skeletons of both blocks run through it. So what is connected in
+the volume is connected in the skeletons.
 
     |<--- block --->|            the plane at the end of one block
                     |<--- block --->|     is the first of the next
@@ -17,223 +17,274 @@ from collections.abc import Iterator
 import edt
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import label as labelled
+from scipy.ndimage import label as label_patches
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components, dijkstra
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.tracing.config import TraceConfig
+from hpc_neuro.tracing.probability import Bools, Floats, Ints, ReadBox, as_probability
 from hpc_neuro.tracing.voxel_graph import (
     BlockSkeleton,
-    Bools,
-    Floats,
-    Ints,
-    Read,
-    accumulated,
-    as_probability,
-    cost,
+    Indices,
+    compute_cost,
+    find_minimum_cost_paths,
     find_neighbor_pairs,
+    sum_to_root,
 )
 
 REACH = 32.0
-"""[voxel] Distances to the border are told up to this, and a block is read with so much context."""
-_FULL = 0.03  # of the voxels, from which distances are computed for all of them
-_NEAR = 8.0  # [voxel] a first look
-_DOOR = 2.0  # [voxel] more than its radius a patch may reach from its most central voxel
-_LONGER = 1.0  # a way that goes on for this many times the border distance
-_MORE = 0.5  # [voxel] and this much may be a branch; what is none is found out when all blocks are seen
+"""[voxel] Border distances are exact up to this, and a block is read with a halo of this width."""
+_DENSE = 0.03
+"""Share of foreground voxels above which a distance transform of the whole block is quicker than a search."""
+_LEAST_DISTANCE = 0.5
+"""[voxel] Border distance of foreground below the threshold."""
+_FIRST_REACH = 8.0
+"""[voxel] Reach of the first search for the border, enough for all but thick places."""
+_PORTAL_MARGIN = 2.0
+"""[voxel] How far a patch may reach beyond the radius around its portal before it gets another portal."""
+_BRANCH_RATIO = 1.0
+"""Path length beyond a voxel, in border distances, from which a path may be a branch."""
+_BRANCH_MARGIN = 0.5
+"""[voxel] Added to that length. What is no branch is sorted out when all blocks are known (see branch_test)."""
 
 
 def list_trace_blocks(shape: Shape, cfg: TraceConfig) -> list[Box]:
-    """The blocks of a volume, to be reduced one by one."""
+    """The blocks of a volume, to be skeletonized one by one."""
     return [block.write for block in tile_volume(shape, cfg.block)]
 
 
 def add_halo(box: Box, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> Box:
-    """What is read for a block."""
+    """The box that is read for a block."""
     z, y, x = (int(np.ceil(REACH / s)) for s in cfg.spacing(voxel_size))
-    return _closed(box, shape).grow((z, y, x)).clip(Box.whole(shape))
+    return _add_shared_planes(box, shape).grow((z, y, x)).clip(Box.whole(shape))
 
 
 def skeletonize_block(
-    read: Read, shape: Shape, box: Box, voxel_size: VoxelSize, cfg: TraceConfig
+    read: ReadBox, shape: Shape, box: Box, voxel_size: VoxelSize, cfg: TraceConfig
 ) -> BlockSkeleton | None:
-    """The strands of a block of a volume of `shape`; None when nothing in it reaches the lower threshold.
+    """The skeleton of a block of a volume of `shape`; None when no voxel of it reaches the lower threshold.
 
-    Raises InputError for what is no probability.
+    Raises InputError for values that are no probability.
     """
     spacing = cfg.spacing(voxel_size)
-    around, closed = add_halo(box, shape, voxel_size, cfg), _closed(box, shape)
-    inner = closed.relative_to(around.start).slices
-    array = as_probability(read(around), around)
-    mask = array[inner] >= cfg.floor
+    halo_box, closed_box = add_halo(box, shape, voxel_size, cfg), _add_shared_planes(box, shape)
+    array = as_probability(read(halo_box), halo_box)
+    inner = array[closed_box.relative_to(halo_box.start).slices]
+    mask = inner >= cfg.floor
     if not mask.any():
         return None
-    voxels = _places(mask).astype(np.int32)
-    places = voxels.astype(np.int64) + np.array(closed.start) - np.array(around.start)
-    distance = np.maximum(_to_border(array >= cfg.threshold, places, spacing), np.float32(0.5))
-    width = _to_border(array >= cfg.floor, places, spacing)
-    probability = array[inner][mask]
-    pairs, step = find_neighbor_pairs(voxels, closed.shape, spacing)
-    half = csr_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(len(voxels),) * 2)
-    components, component = connected_components(half, directed=False)
-    own = np.all(voxels < np.array(box.shape), axis=1)
-    count = np.bincount(component[own], minlength=components)
-    strong = np.bincount(component[own & (probability >= cfg.threshold)], minlength=components) > 0
-    centrality = np.zeros(mask.shape, dtype=np.float32)
-    centrality[mask] = distance * probability
-    shared = _doors(mask, centrality, _shared_planes(box, closed))
-    door = np.zeros(mask.shape, dtype=bool)
-    door[tuple(shared.T)] = True
-    must = np.flatnonzero(door[mask])
-    # what is too small is noise, unless it goes on in the next block
-    keep = (strong & (count >= cfg.min_voxels)) | (np.bincount(component[must], minlength=components) > 0)
-    kept = keep[component]
-    if not kept.any():
+
+    # Voxels are relative to the closed box, `halo_voxels` are the same relative to the box with its halo.
+    voxels = _find_true(mask).astype(np.int32)
+    halo_voxels = voxels.astype(np.int64) + np.array(closed_box.start) - np.array(halo_box.start)
+    probability = inner[mask]
+    distance = np.maximum(
+        _measure_border_distance(array >= cfg.threshold, halo_voxels, spacing), np.float32(_LEAST_DISTANCE)
+    )
+    width = _measure_border_distance(array >= cfg.floor, halo_voxels, spacing)
+    pairs, step = find_neighbor_pairs(voxels, closed_box.shape, spacing)
+    components, component = _label_components(len(voxels), pairs)
+
+    # The shared planes belong to the next blocks, which count their voxels.
+    is_own = np.all(voxels < np.array(box.shape), axis=1)
+    count = np.bincount(component[is_own], minlength=components)
+    strong = np.bincount(component[is_own & (probability >= cfg.threshold)], minlength=components) > 0
+    portals = _find_portals(mask, distance * probability, _list_shared_planes(box, closed_box))
+
+    # A component that is too small is noise, unless it goes on in the next block.
+    keep_component = (strong & (count >= cfg.min_voxels)) | (np.bincount(component[portals], minlength=components) > 0)
+    keep = keep_component[component]
+    if not keep.any():
         return None
-    place = np.cumsum(kept) - 1
-    part = BlockSkeleton(
-        voxels[kept] + np.array(closed.start, dtype=np.int32),
-        probability[kept],
-        distance[kept],
-        (np.cumsum(keep) - 1)[component[kept]].astype(np.int32),
-        count[keep],
-        strong[keep],
+
+    index = np.cumsum(keep) - 1
+    foreground = BlockSkeleton(
+        voxels[keep] + np.array(closed_box.start, dtype=np.int32),
+        probability[keep],
+        distance[keep],
+        (np.cumsum(keep_component) - 1)[component[keep]].astype(np.int32),
+        count[keep_component],
+        strong[keep_component],
     )
-    inside = kept[pairs[:, 0]]  # both ends of a pair are in one component
-    on = _centre_lines(part, width[kept], spacing, place[pairs[inside]], step[inside], place[must])
+    # Both voxels of a pair are in one component, so testing one is enough.
+    keep_pair = keep[pairs[:, 0]]
+    on = _select_centerlines(foreground, width[keep], spacing, index[pairs[keep_pair]], step[keep_pair], index[portals])
     return BlockSkeleton(
-        part.voxels[on], part.probability[on], part.distance[on], part.component[on], count[keep], strong[keep]
+        foreground.voxels[on],
+        foreground.probability[on],
+        foreground.distance[on],
+        foreground.component[on],
+        foreground.count,
+        foreground.strong,
     )
 
 
-def _to_border(inside: Bools, places: Ints, spacing: Floats) -> NDArray[np.float32]:
-    """[N] distance from each of `places` [N, 3] to the nearest voxel that is not `inside`, at most REACH.
-
-    Where little is inside, a search among the voxels that face it is quicker than a transform of all, and as exact; it
-    looks near first, which is enough for all but thick places.
-    """
-    if np.count_nonzero(inside) > _FULL * inside.size:
-        far = edt.edt(inside, anisotropy=tuple(spacing.tolist()), black_border=False, parallel=1)[tuple(places.T)]
-        return np.asarray(np.minimum(far, REACH), dtype=np.float32)
-    found = np.zeros(len(places), dtype=np.float32)
-    todo = np.flatnonzero(inside[tuple(places.T)])
-    for reach in (_NEAR, REACH):
-        if len(todo):
-            margin = np.ceil(reach / spacing).astype(np.int64) + 1
-            low = np.maximum(places[todo].min(axis=0) - margin, 0)
-            high = places[todo].max(axis=0) + margin + 1
-            part = inside[tuple(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))]
-            far = _searched(part, places[todo] - low, spacing)
-            found[todo] = np.minimum(far, REACH)
-            todo = todo[far > reach]
-    return found
-
-
-def _searched(inside: Bools, places: Ints, spacing: Floats) -> Floats:
-    """[N] distance from each of `places`, all inside, to the nearest voxel of the array that is not; else infinite."""
-    shell, voxels = [], _places(inside)
-    for axis in range(3):
-        for side in (-1, 1):
-            beside = voxels.copy()
-            beside[:, axis] += side
-            beside = beside[(beside[:, axis] >= 0) & (beside[:, axis] < inside.shape[axis])]
-            shell.append(np.ravel_multi_index(tuple(beside[~inside[tuple(beside.T)]].T), inside.shape))
-    flat = np.sort(np.concatenate(shell))  # many times quicker here than numpy's unique
-    border = np.unravel_index(flat[np.diff(flat, prepend=-1) > 0], inside.shape)
-    if not len(border[0]):
-        return np.full(len(places), np.inf)
-    return np.asarray(cKDTree(np.stack(border, axis=1) * spacing).query(places * spacing)[0], dtype=np.float64)
-
-
-def _places(inside: Bools) -> Ints:
-    """[N, 3] where an array is true, in raster order."""
-    return np.stack(np.unravel_index(np.flatnonzero(inside), inside.shape), axis=1)
-
-
-def _closed(box: Box, shape: Shape) -> Box:
-    """A block with the first plane of each next one."""
+def _add_shared_planes(box: Box, shape: Shape) -> Box:
+    """The block with the first plane of each next block."""
     z, y, x = (n + 1 for n in box.stop)
     return Box(box.start, (z, y, x)).clip(Box.whole(shape))
 
 
-def _shared_planes(box: Box, closed: Box) -> Iterator[tuple[int, int]]:
-    """(axis, index in the closed box) of the planes that a block shares with another."""
+def _list_shared_planes(box: Box, closed_box: Box) -> Iterator[tuple[int, int]]:
+    """(axis, index in the closed box) of each plane that the block shares with another one."""
     for axis in range(3):
         if box.start[axis] > 0:
             yield axis, 0
-        if closed.stop[axis] > box.stop[axis]:
-            yield axis, closed.shape[axis] - 1
+        if closed_box.stop[axis] > box.stop[axis]:
+            yield axis, closed_box.shape[axis] - 1
 
 
-def _doors(mask: Bools, centrality: NDArray[np.float32], planes: Iterator[tuple[int, int]]) -> Ints:
-    """[D, 3] the most central voxel of every patch on a shared plane, the first one in raster order of equals.
+def _label_components(count: int, pairs: Indices) -> tuple[int, NDArray[np.int32]]:
+    """The number of connected components, and [count] the component of each voxel."""
+    graph = csr_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    components, component = connected_components(graph, directed=False)
+    return int(components), component
 
-    A long patch, where a tube runs along the plane, has more of them: every voxel is within about the radius of one.
+
+def _measure_border_distance(inside: Bools, voxels: Ints, spacing: Floats) -> NDArray[np.float32]:
+    """[N] distance from each of `voxels` [N, 3] to the nearest voxel that is not `inside`, at most REACH.
+
+    Where little is inside, a search among the voxels at the border is quicker than a transform of the whole array, and
+    as exact. It searches near the voxels first, which is enough for all but thick places.
     """
-    found = [np.zeros((0, 3), dtype=np.int64)]
-    for axis, at in planes:
-        plane = np.take(mask, at, axis)
-        label = labelled(plane, np.ones((3, 3)))[0][plane]
-        places, value = np.argwhere(plane), np.take(centrality, at, axis)[plane]
-        chosen, left = [], np.lexsort((-value, label))
-        while len(left):
-            _, first = np.unique(label[left], return_index=True)
-            best = left[first]  # one in each patch
-            mine = best[np.searchsorted(label[best], label[left])]
-            away = np.linalg.norm(places[left] - places[mine], axis=1)
-            chosen.append(places[best])
-            left = left[away > value[mine] + _DOOR]
-        if chosen:
-            found.append(np.insert(np.concatenate(chosen), axis, at, axis=1))
-    return np.concatenate(found)
+    if np.count_nonzero(inside) > _DENSE * inside.size:
+        transform = edt.edt(inside, anisotropy=tuple(spacing.tolist()), black_border=False, parallel=1)
+        return np.asarray(np.minimum(transform[tuple(voxels.T)], REACH), dtype=np.float32)
+
+    distance = np.zeros(len(voxels), dtype=np.float32)
+    pending = np.flatnonzero(inside[tuple(voxels.T)])
+    for reach in (_FIRST_REACH, REACH):
+        if len(pending):
+            margin = np.ceil(reach / spacing).astype(np.int64) + 1
+            low = np.maximum(voxels[pending].min(axis=0) - margin, 0)
+            high = voxels[pending].max(axis=0) + margin + 1
+            part = inside[tuple(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))]
+            measured = _search_border(part, voxels[pending] - low, spacing)
+            distance[pending] = np.minimum(measured, REACH)
+            pending = pending[measured > reach]
+    return distance
 
 
-def _centre_lines(
-    part: BlockSkeleton, width: NDArray[np.float32], spacing: Floats, pairs: Ints, step: Floats, must: Ints
+def _search_border(inside: Bools, voxels: Ints, spacing: Floats) -> Floats:
+    """[N] distance from each of `voxels`, all inside, to the nearest voxel of the array that is not; else infinite."""
+    all_inside = _find_true(inside)
+    border_indices = []
+    for axis in range(3):
+        for side in (-1, 1):
+            beside = all_inside.copy()
+            beside[:, axis] += side
+            beside = beside[(beside[:, axis] >= 0) & (beside[:, axis] < inside.shape[axis])]
+            outside = beside[~inside[tuple(beside.T)]]
+            border_indices.append(np.ravel_multi_index(tuple(outside.T), inside.shape))
+
+    # Sorting and comparing is many times quicker here than numpy's unique.
+    indices = np.sort(np.concatenate(border_indices))
+    border = np.unravel_index(indices[np.diff(indices, prepend=-1) > 0], inside.shape)
+    if not len(border[0]):
+        return np.full(len(voxels), np.inf)
+    distance, _ = cKDTree(np.stack(border, axis=1) * spacing).query(voxels * spacing)
+    return np.asarray(distance, dtype=np.float64)
+
+
+def _find_true(array: Bools) -> Ints:
+    """[N, 3] where an array is true, in raster order."""
+    return np.stack(np.unravel_index(np.flatnonzero(array), array.shape), axis=1)
+
+
+def _find_portals(mask: Bools, centrality: NDArray[np.float32], planes: Iterator[tuple[int, int]]) -> Ints:
+    """Indices of the foreground voxels of `mask` that are portals, ascending; `centrality` [N] is of its N voxels.
+
+    Of equally central voxels of a patch the first one in raster order is the portal. A long patch, where a tube runs
+    along the plane, has more portals: every voxel is within about the radius of one.
+    """
+    volume = np.zeros(mask.shape, dtype=np.float32)
+    volume[mask] = centrality
+    is_portal = np.zeros(mask.shape, dtype=bool)
+    for axis, position in planes:
+        plane = np.take(mask, position, axis)
+        labels, _ = label_patches(plane, np.ones((3, 3)))
+        chosen = _choose_central(np.argwhere(plane), labels[plane], np.take(volume, position, axis)[plane])
+        is_portal[tuple(np.insert(chosen, axis, position, axis=1).T)] = True
+    return np.flatnonzero(is_portal[mask])
+
+
+def _choose_central(points: Ints, patch: Ints, centrality: NDArray[np.float32]) -> Ints:
+    """[P, 2] the most central of the points [N, 2] of each patch, until each point is near a chosen one."""
+    chosen = [np.zeros((0, 2), dtype=np.int64)]
+    remaining = np.lexsort((-centrality, patch))
+    while len(remaining):
+        _, first = np.unique(patch[remaining], return_index=True)
+        best = remaining[first]
+        chosen.append(points[best])
+
+        own_best = best[np.searchsorted(patch[best], patch[remaining])]
+        away = np.linalg.norm(points[remaining] - points[own_best], axis=1)
+        remaining = remaining[away > centrality[own_best] + _PORTAL_MARGIN]
+    return np.concatenate(chosen)
+
+
+def _select_centerlines(
+    foreground: BlockSkeleton,
+    width: NDArray[np.float32],
+    spacing: Floats,
+    pairs: Indices,
+    step: Floats,
+    portals: Ints,
 ) -> Bools:
-    """[N] voxels on the cheapest ways from every end, and from `must`, to the most central voxel of their component.
+    """[N] whether a voxel is on the path of an end or a portal to the most central voxel of its component.
 
-    An end is the farthest voxel beyond some voxel whose way goes on beyond it for longer than out of the tube it is in,
-    whose border is `width` [N] away.
+    An end is the farthest voxel beyond some voxel whose path goes on beyond it for longer than it takes to leave the
+    tube there, whose border is `width` [N] away.
     """
-    order = np.lexsort((np.arange(len(part.voxels)), -part.distance * part.probability, part.component))
-    _, first = np.unique(part.component[order], return_index=True)
-    sources = order[first]
-    way, hops = _ways_home(part, pairs, step, sources)
-    points = part.voxels * spacing
-    length = accumulated(np.linalg.norm(points - points[way], axis=1), way)
-    levels = np.lexsort((length, -hops))
-    levels = levels[hops[levels] > 0]
-    groups = np.split(levels, np.flatnonzero(np.diff(hops[levels])) + 1)
-    reach, end = length.copy(), np.arange(len(way))  # the farthest voxel beyond each one
-    for group in groups:  # from the ends home; in a group by length
-        above = way[group]
-        farther = reach[group] > reach[above]
-        rising = group[farther][np.argsort(reach[group[farther]], kind="stable")]
-        reach[way[rising]], end[way[rising]] = reach[rising], end[rising]  # the last one of equal places stays
-    goes_on = reach - length >= _LONGER * width + _MORE
-    on = np.zeros(len(way), dtype=bool)
-    on[end[goes_on]] = on[end[sources]] = on[sources] = on[must] = True
-    # a bead is shorter than that, and yet has two ends
-    across = np.linalg.norm(points - points[end[sources]][part.component], axis=1)
-    order = np.lexsort((across, part.component))
-    on[order[np.searchsorted(part.component[order], np.arange(len(sources)), side="right") - 1]] = True
-    for group in groups:
-        on[way[group[on[group]]]] = True
+    points = foreground.voxels * spacing
+    sources = _find_most_central(foreground)
+    cost = compute_cost(foreground.distance, foreground.probability)
+    following = find_minimum_cost_paths(foreground.component, pairs, step, cost, sources)
+    length = sum_to_root(np.linalg.norm(points - points[following], axis=1), following)
+    levels = _group_by_hops(following, sources, length)
+
+    reach, end = _find_farthest_beyond(following, length, levels)
+    goes_on = reach - length >= _BRANCH_RATIO * width + _BRANCH_MARGIN
+    on = np.zeros(len(following), dtype=bool)
+    on[end[goes_on]] = on[end[sources]] = on[sources] = on[portals] = True
+
+    # A bead is shorter than that, and yet has two ends: the second is the voxel farthest from the first.
+    across = np.linalg.norm(points - points[end[sources]][foreground.component], axis=1)
+    order = np.lexsort((across, foreground.component))
+    last = np.searchsorted(foreground.component[order], np.arange(len(sources)), side="right") - 1
+    on[order[last]] = True
+
+    for level in levels:
+        on[following[level[on[level]]]] = True
     return on
 
 
-def _ways_home(part: BlockSkeleton, pairs: Ints, step: Floats, sources: Ints) -> tuple[Ints, Ints]:
-    """[N] next voxel on the cheapest way to the component's source, and [N] the number of steps to it."""
-    price = cost(part.distance, part.probability)
-    n = len(part.voxels)
-    weight = step * (price[pairs[:, 0]] + price[pairs[:, 1]]) / 2
-    graph = csr_array((weight, (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    _, before, _ = dijkstra(graph, directed=False, indices=sources, min_only=True, return_predecessors=True)
-    way: Ints = np.asarray(before, dtype=np.int64)
-    way[sources] = sources
-    steps: Floats = np.ones(n)
-    steps[sources] = 0
-    return way, accumulated(steps, way).astype(np.int64)
+def _find_most_central(foreground: BlockSkeleton) -> Ints:
+    """[C] the voxel of each component with the largest distance times probability; the first one of equals."""
+    centrality = foreground.distance * foreground.probability
+    order = np.lexsort((np.arange(len(centrality)), -centrality, foreground.component))
+    _, first = np.unique(foreground.component[order], return_index=True)
+    return order[first]
+
+
+def _group_by_hops(following: Ints, sources: Ints, length: Floats) -> list[Ints]:
+    """The voxels by the number of steps to their source, most steps first, without the sources; each by path length."""
+    step: Floats = np.ones(len(following))
+    step[sources] = 0
+    hops = sum_to_root(step, following).astype(np.int64)
+    order = np.lexsort((length, -hops))
+    order = order[hops[order] > 0]
+    return np.split(order, np.flatnonzero(np.diff(hops[order])) + 1)
+
+
+def _find_farthest_beyond(following: Ints, length: Floats, levels: list[Ints]) -> tuple[Floats, Ints]:
+    """[N] path length to the source of the farthest voxel whose path runs through each voxel, and [N] that voxel."""
+    reach, end = length.copy(), np.arange(len(following))
+    for level in levels:
+        farther = level[reach[level] > reach[following[level]]]
+        # Numpy keeps the last of several values for one place, here the largest.
+        rising = farther[np.argsort(reach[farther], kind="stable")]
+        reach[following[rising]], end[following[rising]] = reach[rising], end[rising]
+    return reach, end

@@ -1,6 +1,10 @@
-"""Whether a path is a branch of its own, or only a bump, a slope or a flank of the branch it springs from."""
+"""Tell a branch of its own from a bump, a slope or a flank of the branch it springs from."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,114 +12,242 @@ from scipy.ndimage import median_filter
 from scipy.spatial import cKDTree
 
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.voxel_graph import Floats, Foreground, Ints
+from hpc_neuro.tracing.probability import Bools, Floats, Ints
+from hpc_neuro.tracing.voxel_graph import VoxelGraph
 
-_RAYS = 8  # directions round a path, in opposite pairs
-_DROP = 0.3  # a probability this share lower beside the path than on it makes the path a ridge
-_STRETCH = 4  # [nodes] to either side, for a path's direction
-_WIDEST = 4  # a flat cross section is followed to this many times the reach
-_AT_ONCE = 256  # nodes of a path that are looked at together, so that memory does not follow its length
-_WINDOW = 21  # [nodes] more than a side branch is wide
+_RAYS = 8
+"""Directions across a path, in opposite pairs."""
+_DROP = 0.3
+"""Share by which the probability beside a path must be lower than on it for the path to be a ridge."""
+_STRETCH = 4
+"""[nodes] To either side of a node, for the direction of its path."""
+_WIDEST = 4
+"""[reach] Up to where a flat cross section is followed."""
+_WINDOW = 21
+"""[nodes] Window of the median along a path; wider than a side branch is thick."""
+_NODES_AT_ONCE = 512
+"""Nodes whose surroundings are sampled together, so that memory does not follow the length of paths."""
+_LINE_SAMPLES = 10
+"""Samples on the straight line between a node and the nearest accepted path."""
 
 
-class Traced:
-    """The paths accepted so far, searchable by position."""
+@dataclass(frozen=True)
+class PathBatch:
+    """P paths of voxels, each from its tip to its joint with the tree, one after the other."""
 
-    def __init__(self, components: int) -> None:
-        self._trees: list[list[cKDTree]] = [[] for _ in range(components)]
-        self._nodes: list[list[Ints]] = [[] for _ in range(components)]
+    nodes: Ints
+    """[n] voxels of all paths."""
+    starts: Ints
+    """[P + 1] where each path begins in `nodes`."""
 
-    def add(self, component: int, points: Floats, nodes: Ints) -> None:
-        """Remember a path of a component: positions [n, 3] and voxel indices [n]."""
-        self._trees[component].append(cKDTree(points))
-        self._nodes[component].append(nodes)
+    def __len__(self) -> int:
+        return len(self.starts) - 1
 
-    def nearest(self, component: int, points: Floats) -> tuple[Floats, Ints]:
-        """Distance to, and voxel index of, the nearest path voxel of a component for each of [n, 3] points."""
-        best, index = np.full(len(points), np.inf), np.zeros(len(points), dtype=np.int64)
-        trees, nodes = self._trees[component], self._nodes[component]
-        if not trees:
-            return best, index
-        lows, highs = np.array([t.mins for t in trees]), np.array([t.maxes for t in trees])
-        beyond = np.maximum(0, np.maximum(lows - points.max(axis=0), points.min(axis=0) - highs))
-        apart = np.linalg.norm(beyond, axis=1)  # no point of a path is nearer to any of these points
-        for which in np.argsort(apart, kind="stable"):
-            near = np.flatnonzero(apart[which] < best)
-            if not len(near):
+    @property
+    def lengths(self) -> Ints:
+        """[P] nodes of each path."""
+        return np.diff(self.starts)
+
+    @property
+    def tips(self) -> Ints:
+        """[P] first voxel of each path."""
+        return self.nodes[self.starts[:-1]]
+
+    @property
+    def joints(self) -> Ints:
+        """[P] last voxel of each path."""
+        return self.nodes[self.starts[1:] - 1]
+
+    @property
+    def path_of_node(self) -> Ints:
+        """[n] number of each node's path."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def steps(self) -> Ints:
+        """[n - P] the places in `nodes` of all nodes but the joints; each is followed by the next node of its path."""
+        is_step = np.ones(len(self.nodes), dtype=bool)
+        is_step[self.starts[1:] - 1] = False
+        return np.flatnonzero(is_step)
+
+    def __iter__(self) -> Iterator[Ints]:
+        """The voxels of each path."""
+        return iter(np.split(self.nodes, self.starts[1:-1]))
+
+    def select(self, paths: Ints) -> PathBatch:
+        """The batch of some of the paths."""
+        lengths = self.lengths[paths]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        offset = np.repeat(self.starts[paths] - starts[:-1], lengths)
+        return PathBatch(self.nodes[np.arange(starts[-1]) + offset], starts)
+
+    def group_by_length(self) -> Iterator[tuple[Ints, Ints]]:
+        """For each length L that occurs: [p] the paths of that length, and [p, L] the places of their nodes."""
+        lengths = self.lengths
+        order = np.argsort(lengths, kind="stable")
+        for paths in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+            yield paths, self.starts[paths][:, None] + np.arange(lengths[paths[0]])
+
+
+class AcceptedPaths:
+    """The accepted paths of each component, searchable by position."""
+
+    def __init__(self, graph: VoxelGraph) -> None:
+        self._graph = graph
+        self._paths: defaultdict[int, list[Ints]] = defaultdict(list)
+        # Search trees are built when they are needed: most components have one path and are never searched.
+        self._kdtrees: defaultdict[int, list[cKDTree]] = defaultdict(list)
+
+    def add(self, path: Ints) -> None:
+        """Remember a path, given as voxels [n]."""
+        self._paths[int(self._graph.component[path[0]])].append(path)
+
+    def find_nearest(self, path: Ints) -> tuple[Floats, Ints]:
+        """[n] distance to the nearest accepted voxel of the component, and [n] that voxel, for each of [n] voxels.
+
+        The distance is infinite where the component has no accepted path.
+        """
+        component, points = int(self._graph.component[path[0]]), self._graph.points[path]
+        distance, nearest = np.full(len(path), np.inf), np.zeros(len(path), dtype=np.int64)
+        accepted, kdtrees = self._paths[component], self._kdtrees[component]
+        kdtrees.extend(cKDTree(self._graph.points[nodes]) for nodes in accepted[len(kdtrees) :])
+        if not kdtrees:
+            return distance, nearest
+
+        # No voxel of a path is nearer than its bounding box.
+        low, high = np.array([tree.mins for tree in kdtrees]), np.array([tree.maxes for tree in kdtrees])
+        beyond = np.maximum(0, np.maximum(low - points.max(axis=0), points.min(axis=0) - high))
+        least = np.linalg.norm(beyond, axis=1)
+        for number in np.argsort(least, kind="stable"):
+            candidates = np.flatnonzero(least[number] < distance)
+            if not len(candidates):
                 break
-            found, at = (np.atleast_1d(v) for v in trees[which].query(points[near]))
-            closer = found < best[near]
-            best[near[closer]], index[near[closer]] = found[closer], nodes[which][at[closer]]
-        return best, index
+            away, index = kdtrees[number].query(points[candidates])
+            is_closer = away < distance[candidates]
+            distance[candidates[is_closer]] = away[is_closer]
+            nearest[candidates[is_closer]] = accepted[number][index[is_closer]]
+        return distance, nearest
 
 
-def strength(found: Foreground, traced: Traced, path: Ints, outside: NDArray[np.bool_], cfg: TraceConfig) -> float:
-    """Length of a path (tip first, joint last) that speaks for a branch of its own, in the metric's unit.
+def measure_evidence(
+    graph: VoxelGraph, accepted: AcceptedPaths, batch: PathBatch, is_outside: Bools, cfg: TraceConfig
+) -> list[float]:
+    """[P] length of each path that speaks for a branch of its own, in the metric's unit.
 
-    Each step counts its length times
-    - its probability, from 0 at `floor` to 1 at `threshold`;
+    Only steps that begin `is_outside` [n] the tube they lead to count. Each step counts its length times
+    - its probability, from 0 at the lower threshold to 1 at the upper one;
     - how much of a ridge it is: in every direction across the path, the probability must fall off on one side at least.
       The slope beside a thick branch fails, for it is level along that branch;
-    - 1 where darker voxels lie between it and the nearest traced path, else only by how much it leads away from it: a
+    - 1 where darker voxels lie between it and the nearest accepted path, else only by how much it leads away from it: a
       second path along the same thick branch fails.
     """
-    points = found.points[path]
-    away, nearest = traced.nearest(int(found.component[path[0]]), points)
-    step = np.linalg.norm(np.diff(points, axis=0), axis=1)
-    growth = np.clip(away[:-1] - away[1:], 0, None)
-    apart = _gap_between(found, path, nearest)[:-1]
-    certain = np.clip((found.probability[path[:-1]] - cfg.floor) / max(cfg.threshold - cfg.floor, 1e-6), 0, 1)
-    ridge = _ridge(found, path)[:-1]
-    return float((np.where(apart, step, np.minimum(growth, step)) * certain * ridge)[outside[:-1]].sum())
+    searches = [accepted.find_nearest(path) for path in batch]
+    away, nearest = (np.concatenate(parts) for parts in zip(*searches, strict=True))
+    points, steps = graph.points[batch.nodes], batch.steps
+
+    length = np.linalg.norm(points[steps + 1] - points[steps], axis=1)
+    growth = np.clip(away[steps] - away[steps + 1], 0, None)
+    is_apart = _is_gap_between(graph, batch.nodes, nearest)[steps]
+    span = max(cfg.threshold - cfg.floor, 1e-6)
+    certainty = np.clip((graph.probability[batch.nodes[steps]] - cfg.floor) / span, 0, 1)
+    evidence = np.where(is_apart, length, np.minimum(growth, length)) * certainty * _measure_ridge(graph, batch)[steps]
+
+    # Each path is summed by itself: the sum must not depend on the other paths of the batch.
+    ends = batch.starts - np.arange(len(batch.starts))
+    is_counted = is_outside[steps]
+    return [
+        float(evidence[begin:end][is_counted[begin:end]].sum())
+        for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    ]
 
 
-def _gap_between(found: Foreground, path: Ints, nearest: Ints) -> NDArray[np.bool_]:
-    """[n] whether the straight line from a path voxel to the traced voxel nearest to it dips."""
-    share = np.linspace(0, 1, 12)[1:-1, None]
-    a, b = found.voxels[path].astype(np.float64), found.voxels[nearest].astype(np.float64)
-    line = a[:, None] * (1 - share) + b[:, None] * share  # [n, 10, 3]
-    values = found.at(line.reshape(-1, 3)).reshape(len(path), -1)
-    ends = np.minimum(found.probability[path], found.probability[nearest])
-    return np.asarray(values.min(axis=1) < (1 - _DROP) * ends)
+def _is_gap_between(graph: VoxelGraph, nodes: Ints, nearest: Ints) -> Bools:
+    """[n] whether the probability dips on the straight line from a node to the accepted voxel nearest to it."""
+    share = np.linspace(0, 1, _LINE_SAMPLES + 2)[1:-1, None]
+    lowest = np.empty(len(nodes), dtype=np.float32)
+    for part in _split_places(len(nodes)):
+        a, b = graph.voxels[nodes[part]].astype(np.float64), graph.voxels[nearest[part]].astype(np.float64)
+        line = a[:, None] * (1 - share) + b[:, None] * share  # [n, samples, 3]
+        lowest[part] = graph.sampler.sample(line.reshape(-1, 3)).reshape(line.shape[:2]).min(axis=1)
+    ends = np.minimum(graph.probability[nodes], graph.probability[nearest])
+    return np.asarray(lowest < (1 - _DROP) * ends)
 
 
-def _ridge(found: Foreground, path: Ints) -> Floats:
+def _measure_ridge(graph: VoxelGraph, batch: PathBatch) -> Floats:
     """[n] 0 to 1: fall-off of the probability across the path, in the direction where it falls off least."""
-    rays = _across(found.points[path])
-    reach = 1.5 * found.distance[path] + 1.5
-    beside = _along_rays(found, path, rays, reach[:, None] * np.linspace(0.25, 1, 5)).min(axis=2)
-    lower = np.minimum(beside[:, : _RAYS // 2], beside[:, _RAYS // 2 :]).max(axis=1)
-    return np.asarray(np.clip((1 - lower / found.probability[path]) / _DROP, 0, 1))
+    reach = 1.5 * graph.distance[batch.nodes] + 1.5
+    ridge = np.empty(len(batch.nodes))
+    for places in _split_places(len(batch.nodes)):
+        nodes, rays = batch.nodes[places], _find_rays_across(graph.points, batch, places)
+        beside = _sample_along_rays(graph, nodes, rays, reach[places], np.linspace(0.25, 1, 5)).min(axis=2)
+        lower = np.minimum(beside[:, : _RAYS // 2], beside[:, _RAYS // 2 :]).max(axis=1)
+        ridge[places] = np.clip((1 - lower / graph.probability[nodes]) / _DROP, 0, 1)
+    return ridge
 
 
-def flanks(found: Foreground, path: Ints, reach: Floats) -> tuple[Floats, Floats]:
-    """Places [M, 3] beside a path, and a radius for each, that cover its cross section where that is wide and flat.
+def cover_flat_sections(graph: VoxelGraph, batch: PathBatch, reach: Floats) -> tuple[Floats, Floats, Ints]:
+    """Balls beside the paths that cover their cross sections where these are wide and flat.
 
-    Along rays across the path, as far as the probability does not dip; the median over a stretch of path leaves real
-    side branches out.
+    `reach` [n] is the radius of the ball on each node. Returns the centers [M, 3], the radii [M] and the number of each
+    ball's path [M].
     """
-    rays = _across(found.points[path])
-    share = np.linspace(0.25, _WIDEST, 4 * _WIDEST)
-    values = _along_rays(found, path, rays, reach[path][:, None] * share)
-    inside = np.logical_and.accumulate(values >= (1 - _DROP) * found.probability[path][:, None, None], axis=2)
-    window = min(_WINDOW, len(path))
-    wide = median_filter(inside.sum(axis=2), size=(window, 1), mode="nearest")  # [n, rays] quarters of the reach
-    node, ray = np.nonzero(wide >= 5)
-    if not len(node):
-        return np.zeros((0, 3)), np.zeros(0)
-    steps = wide[node, ray] // 2 - 1  # balls half a reach apart, the last one just inside
-    node, ray = np.repeat(node, steps), np.repeat(ray, steps)
-    place = np.arange(len(node)) - np.repeat(np.cumsum(steps) - steps, steps) + 1
-    radius = reach[path][node]
-    return found.points[path][node] + rays[node, ray] * (radius * place / 2)[:, None], radius
+    # The median over a stretch of path leaves real side branches out.
+    width = _filter_median(_measure_flat_width(graph, batch, reach), batch)
+    place, ray = np.nonzero(width >= 5)
+    rays = _find_rays_across(graph.points, batch, place)[np.arange(len(place)), ray]
+
+    # Balls lie half a reach apart, the last one just inside.
+    counts = width[place, ray] // 2 - 1
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+    place, rays = np.repeat(place, counts), np.repeat(rays, counts, axis=0)
+    centers = graph.points[batch.nodes[place]] + rays * (reach[place] * number / 2)[:, None]
+    return centers, reach[place], batch.path_of_node[place]
 
 
-def _across(points: Floats) -> Floats:
-    """[n, rays, 3] unit vectors orthogonal to a path; the second half are the opposites of the first."""
-    n = len(points)
-    ahead = points[np.minimum(np.arange(n) + _STRETCH, n - 1)]
-    along = ahead - points[np.maximum(np.arange(n) - _STRETCH, 0)]
+def _measure_flat_width(graph: VoxelGraph, batch: PathBatch, reach: Floats) -> Ints:
+    """[n, rays] how far the probability does not dip along the rays across a path, in quarters of the reach [n]."""
+    width = np.empty((len(batch.nodes), _RAYS), dtype=np.int64)
+    for places in _split_places(len(batch.nodes)):
+        nodes, rays = batch.nodes[places], _find_rays_across(graph.points, batch, places)
+        values = _sample_along_rays(graph, nodes, rays, reach[places], np.linspace(0.25, _WIDEST, 4 * _WIDEST))
+        level = (1 - _DROP) * graph.probability[nodes]
+        width[places] = np.logical_and.accumulate(values >= level[:, None, None], axis=2).sum(axis=2)
+    return width
+
+
+def _filter_median(values: Ints, batch: PathBatch) -> Ints:
+    """[n, rays] running median of `values` [n, rays] along each path, whose ends are repeated beyond it."""
+    median = np.empty_like(values)
+    is_long = batch.lengths >= _WINDOW
+    for paths, places in batch.group_by_length():
+        if not is_long[paths[0]]:
+            median[places] = median_filter(values[places], size=(1, places.shape[1], 1), mode="nearest")
+    if not is_long.any():
+        return median
+
+    # Long paths are filtered in one go, with their repeated ends between them.
+    margin = _WINDOW // 2
+    parts, is_inner = [], []
+    for start, stop in zip(batch.starts[:-1][is_long].tolist(), batch.starts[1:][is_long].tolist(), strict=True):
+        padded = np.arange(start - margin, stop + margin)
+        is_inner.append((padded >= start) & (padded < stop))
+        parts.append(np.clip(padded, start, stop - 1))
+    place, inner = np.concatenate(parts), np.concatenate(is_inner)
+    median[place[inner]] = median_filter(values[place], size=(_WINDOW, 1), mode="nearest")[inner]
+    return median
+
+
+def _find_rays_across(points: Floats, batch: PathBatch, places: Ints) -> Floats:
+    """[n, rays, 3] unit vectors orthogonal to the path at the nodes at `places` [n] of a batch.
+
+    The second half of the rays are the opposites of the first.
+    """
+    path = np.searchsorted(batch.starts, places, side="right") - 1
+    ahead = batch.nodes[np.minimum(places + _STRETCH, batch.starts[path + 1] - 1)]
+    behind = batch.nodes[np.maximum(places - _STRETCH, batch.starts[path])]
+    along = points[ahead] - points[behind]
     along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-9)
+
     first = np.cross(along, np.eye(3)[np.abs(along).argmin(axis=1)])
     first /= np.maximum(np.linalg.norm(first, axis=1, keepdims=True), 1e-9)
     second = np.cross(along, first)
@@ -123,10 +255,17 @@ def _across(points: Floats) -> Floats:
     return np.asarray(first[:, None] * np.cos(angle)[:, None] + second[:, None] * np.sin(angle)[:, None])
 
 
-def _along_rays(found: Foreground, path: Ints, rays: Floats, distances: Floats) -> NDArray[np.float32]:
-    """[n, rays, steps] probability at `distances` [n, steps] from the path's voxels."""
-    points, values = found.points[path], np.empty((*rays.shape[:2], distances.shape[1]), dtype=np.float32)
-    for some in (slice(i, i + _AT_ONCE) for i in range(0, len(path), _AT_ONCE)):
-        at = points[some][:, None, None] + rays[some, :, None] * distances[some, None, :, None]
-        values[some] = found.at((at / found.spacing).reshape(-1, 3)).reshape(at.shape[:3])
-    return values
+def _sample_along_rays(
+    graph: VoxelGraph, nodes: Ints, rays: Floats, reach: Floats, shares: Floats
+) -> NDArray[np.float32]:
+    """[n, rays, S] probability along the rays of each node, at `shares` [S] of its reach [n]."""
+    away = reach[:, None] * shares
+    positions = graph.points[nodes][:, None, None] + rays[:, :, None] * away[:, None, :, None]
+    values = graph.sampler.sample((positions / graph.spacing).reshape(-1, 3))
+    return values.reshape(positions.shape[:3])
+
+
+def _split_places(count: int) -> Iterator[Ints]:
+    """The numbers 0 to count - 1 in parts of at most `_NODES_AT_ONCE`."""
+    for begin in range(0, count, _NODES_AT_ONCE):
+        yield np.arange(begin, min(begin + _NODES_AT_ONCE, count))

@@ -1,4 +1,4 @@
-"""The knobs of tracing."""
+"""The settings of tracing."""
 
 from __future__ import annotations
 
@@ -16,33 +16,25 @@ class TraceConfig:
     """How a probability becomes trees. Lengths are in voxels of the chosen metric."""
 
     threshold: float = 0.5
-    """A branch needs a stretch of at least this probability (0 to 1) to exist."""
+    """[probability] A branch must reach this somewhere along a stretch."""
     low: float | None = None
-    """Voxels down to this probability (0 to 1) belong to a branch that is above `threshold` elsewhere (hysteresis);
-    none: 0.6 of `threshold`."""
+    """[probability] Voxels down to this belong to a branch that reaches `threshold` elsewhere (hysteresis); none: 0.6
+    of `threshold`."""
     metric: Literal["voxel", "um"] = "voxel"
     """`voxel`: lengths count voxels alike along z, y, x, which suits optics whose blur grows with the z step;
-    `um`: lengths are physical, in units of the finest voxel edge, which suits labels without optical blur."""
+    `um`: lengths are physical, in fine voxels, which suits labels without optical blur."""
     block: Shape = (128, 256, 256)
-    """[voxel] What is looked at at once, besides 32 voxels around; memory follows it, and the trees hardly depend on it
-    (see tracing/block_skeleton.py)."""
+    """[voxel] What is skeletonized at once, besides a halo of 32 voxels; memory follows it, and the trees hardly depend
+    on it (see tracing/block_skeleton.py)."""
     min_voxels: int = 12
-    """[voxel] Connected pieces of fewer voxels are noise."""
+    """[voxel] Connected components of fewer voxels are noise."""
     min_branch: float = 5.0
     """[voxel] A side branch must reach this far out of the surface of the branch it leaves."""
-    cover_scale: float = 1.5
-    """Around a traced path everything within `cover_scale` times the local radius + `cover_margin` belongs to it."""
-    cover_margin: float = 3.0
-    """[voxel] See `cover_scale`."""
     gap: float = 20.0
-    """[voxel] Widest break that is bridged, and only straight ahead; 0 bridges none. Bends, and pieces shorter than the
-    break, bring it down (see tracing/gaps.py)."""
+    """[voxel] Longest gap that is bridged straight ahead; 0 bridges none. Bends, and pieces shorter than the gap, lower
+    it (see tracing/gaps.py)."""
     signal_gap: float = 35.0
-    """[voxel] Longest break that is bridged along a neurite that the image still shows; 0 bridges none."""
-    signal: float = 0.15
-    """Such a neurite is at least this share of the dimmer piece's brightness, above the local background."""
-    gap_angle: float = 60.0
-    """[degree] Largest angle between the direction of an end and the bridge that leaves it."""
+    """[voxel] Longest gap that is bridged along a neurite that the image still shows; 0 bridges none."""
     root_snap: float = 10.0
     """[voxel] A given root may lie this far off the foreground."""
     root_is_end: bool = False
@@ -51,9 +43,7 @@ class TraceConfig:
     min_cable: float = 30.0
     """[voxel] Without a given root, trees of less cable are dropped."""
     smooth: float = 1.0
-    """[voxel steps] Standard deviation of the Gaussian that smooths paths along their length; 0 keeps the staircase."""
-    step: float = 1.5
-    """[voxel] Nodes closer than this to their parent are merged into the path; branch points and ends stay."""
+    """[node] Standard deviation of the Gaussian that smooths paths along their length; 0 keeps the staircase."""
 
     def __post_init__(self) -> None:
         if not 0 < self.floor <= self.threshold <= 1:
@@ -62,23 +52,9 @@ class TraceConfig:
             )
         if min(self.block) < 8:
             raise ValueError(f"block {list(self.block)} must be at least 8 voxels along each axis")
-        for name in (
-            "min_branch",
-            "cover_scale",
-            "cover_margin",
-            "gap",
-            "signal_gap",
-            "root_snap",
-            "min_cable",
-            "smooth",
-            "step",
-        ):
+        for name in ("min_branch", "gap", "signal_gap", "root_snap", "min_cable", "smooth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
-        if not 0 < self.signal < 1:
-            raise ValueError(f"signal ({self.signal}) must lie between 0 and 1")
-        if not 0 <= self.gap_angle <= 90:
-            raise ValueError(f"gap_angle ({self.gap_angle}) must lie between 0 and 90 degrees")
 
     @property
     def floor(self) -> float:

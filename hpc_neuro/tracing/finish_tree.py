@@ -1,199 +1,267 @@
-"""From paths and bridges to rooted, pruned, smooth trees."""
+"""Turn the forest of centerlines into rooted, pruned, smooth trees."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, connected_components
+from scipy.sparse.csgraph import breadth_first_order
 from scipy.spatial import cKDTree
 
 from hpc_neuro.core.morphology import Tree, child_counts, edge_lengths, select_nodes, tips
-from hpc_neuro.tracing.graph import Wires
-from hpc_neuro.tracing.voxel_graph import Floats, Ints, accumulated, farthest
+from hpc_neuro.tracing.graph import CenterlineGraph
+from hpc_neuro.tracing.probability import Bools, Floats, Ints
+from hpc_neuro.tracing.voxel_graph import follow_to_end, sum_to_root
 
-_UNDEFINED, _SOMA = 0, 1  # SWC types
-_SOMA_RATIO = 3.0  # a node this many times thicker than the median, and
-_NEAR = 10.0  # [voxel] within which an end is as thick as its nodes are on average
-_SOMA_RADIUS = 4.0  # [voxel] at least this thick, is a soma
+_UNDEFINED, _SOMA = 0, 1
+"""SWC types of nodes."""
+_SOMA_RATIO = 3.0
+"""[median radius] Radius of a node from which it is a soma, and at least `_SOMA_RADIUS`."""
+_SOMA_RADIUS = 4.0
+"""[voxel] Smallest radius of a soma."""
+_END_REACH = 10.0
+"""[voxel] Reach of the mean of radii that tells how thick an end is."""
+_ROOT_BALL_RATIO = 3.0
+"""[radius of the root] Radius of the ball at whose surface the branches of a root are counted, plus
+`_ROOT_BALL_MARGIN`."""
+_ROOT_BALL_MARGIN = 2.0
+"""[voxel] See `_ROOT_BALL_RATIO`."""
+_STEP = 1.5
+"""[voxel] Nodes closer than this to their parent are merged into the path; branch points and tips stay."""
+_THINNEST = 0.5
+"""[voxel] Smallest radius."""
 
 
-def rooted(net: Wires, given: Sequence[int], min_branch: float) -> Iterator[Tree]:
-    """The trees of the pieces of the `given` roots, in their order, or those of all pieces when none is given.
+@dataclass(frozen=True)
+class _Root:
+    """Where a tree begins."""
 
-    No two roots lie in one piece.
+    node: int
+    type: int
+    """SWC type of the node."""
+
+
+def root_trees(
+    lines: CenterlineGraph, given: Sequence[int], min_branch: float, min_cable: float
+) -> Iterator[tuple[Tree, Ints]]:
+    """The trees of the pieces of the `given` roots in their order, each with the node of `lines` of each of its nodes.
+
+    Without given roots: the trees of all pieces with at least `min_cable` of cable. No two roots lie in one piece.
     """
-    n = len(net.points)
-    graph = csr_array((np.ones(len(net.edges)), (net.edges[:, 0], net.edges[:, 1])), shape=(n, n))
-    count, label = connected_components(graph, directed=False)
-    roots = [(root, _UNDEFINED) for root in given] or _roots(net, min_branch, count, label)
+    count, label = lines.label_pieces()
+    roots = [_Root(node, _UNDEFINED) for node in given]
+    if not roots:
+        roots = _choose_roots(lines, min_branch, min_cable, count, label)
     if not roots:
         return
-    # one search for all, from a node that leads to every root: thousands of trees would each look at all nodes
-    starts = np.array([start for start, _ in roots], dtype=np.int64)
-    rows = np.concatenate([net.edges[:, 0], net.edges[:, 1], np.full(len(starts), n)])
-    columns = np.concatenate([net.edges[:, 1], net.edges[:, 0], starts])
-    both = csr_array((np.ones(len(rows)), (rows, columns)), shape=(n + 1, n + 1))
-    order, above = breadth_first_order(both, n, return_predecessors=True)
+
+    # One search from an extra node that leads to every root: a search for each tree would look at all nodes each time.
+    n, starts = len(lines), np.array([root.node for root in roots], dtype=np.int64)
+    rows = np.concatenate([lines.edges[:, 0], lines.edges[:, 1], np.full(len(starts), n)])
+    columns = np.concatenate([lines.edges[:, 1], lines.edges[:, 0], starts])
+    extended = csr_array((np.ones(len(rows)), (rows, columns)), shape=(n + 1, n + 1))
+    order, predecessors = breadth_first_order(extended, n, return_predecessors=True)
     order = order[1:]
-    rank, owner = np.empty(n, dtype=np.int64), np.full(count, -1)
-    owner[label[starts]] = np.arange(len(starts))
-    whose = owner[label[order]]
-    ends = np.cumsum(np.bincount(whose))[:-1]
-    for (_, kind), nodes in zip(roots, np.split(order[np.argsort(whose, kind="stable")], ends), strict=True):
-        rank[nodes] = np.arange(len(nodes))
-        parents = np.concatenate([[-1], rank[above[nodes[1:]]]]).astype(np.int64)
+
+    tree_of_piece = np.full(count, -1)
+    tree_of_piece[label[starts]] = np.arange(len(starts))
+    tree_number = tree_of_piece[label[order]]
+    ends = np.cumsum(np.bincount(tree_number))[:-1]
+    index = np.empty(n, dtype=np.int64)
+    for root, nodes in zip(roots, np.split(order[np.argsort(tree_number, kind="stable")], ends), strict=True):
+        index[nodes] = np.arange(len(nodes))
+        parents = np.concatenate([[-1], index[predecessors[nodes[1:]]]]).astype(np.int64)
         types = np.full(len(nodes), _UNDEFINED, dtype=np.int64)
-        types[0] = kind
-        yield Tree(net.points[nodes], net.radii[nodes], parents, types)
+        types[0] = root.type
+        yield Tree(lines.points[nodes], lines.radii[nodes], parents, types), nodes.astype(np.int64)
 
 
-def _roots(net: Wires, min_branch: float, count: int, label: NDArray[np.int32]) -> list[tuple[int, int]]:
-    """Where each piece begins, and that node's type: the soma if one place is far thicker than the rest, else the
-    thickest end. What is left of an end at which a bridge begins is none (see pruned)."""
-    around = net.neighbor_lists()
-    degree = net.degree
+def _choose_roots(
+    lines: CenterlineGraph, min_branch: float, min_cable: float, count: int, label: NDArray[np.int32]
+) -> list[_Root]:
+    """The root of each piece: its soma, if one place is far thicker than the rest, else its thickest end.
+
+    What is left of an end at which a bridge begins is no end (see prune_tree).
+    """
+    cable = np.bincount(label[lines.edges[:, 0]], weights=lines.edge_lengths, minlength=count)
+    # The sum of a tree's edges may round otherwise than that of a piece's edges; the caller decides.
+    is_long = cable >= min_cable * (1 - 1e-9)
+    neighbors = lines.list_neighbors() if is_long.any() else []
     order = np.argsort(label, kind="stable")
-    found = []
-    for piece in np.split(order, np.searchsorted(label[order], np.arange(1, count))):
-        radii = net.radii[piece]
-        if radii.max() >= max(_SOMA_RATIO * np.median(radii), _SOMA_RADIUS):
-            found.append((int(piece[radii.argmax()]), _SOMA))
-            continue
-        ends = piece[degree[piece] <= 1]
-        stub = np.array([_is_stub(net, around, end, min_branch) for end in ends.tolist()])
-        ends = ends if stub.all() else ends[~stub]
-        balls = cKDTree(net.points[piece]).query_ball_point(net.points[ends], _NEAR, return_sorted=True)
-        thick = [float(radii[ball].mean()) for ball in balls]
-        found.append((int(ends[int(np.argmax(thick))]), _UNDEFINED))
-    return found
+    order = order[is_long[label[order]]]
+    pieces = np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else []
+    return [_choose_root(lines, neighbors, piece, min_branch) for piece in pieces]
 
 
-def _is_stub(net: Wires, around: Sequence[Sequence[int]], end: int, min_branch: float) -> bool:
+def _choose_root(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], piece: Ints, min_branch: float) -> _Root:
+    radii = lines.radii[piece]
+    if radii.max() >= max(_SOMA_RATIO * np.median(radii), _SOMA_RADIUS):
+        return _Root(int(piece[radii.argmax()]), _SOMA)
+
+    ends = piece[lines.degree[piece] <= 1]
+    is_stub = np.array([_is_stub(lines, neighbors, end, min_branch) for end in ends.tolist()])
+    ends = ends if is_stub.all() else ends[~is_stub]
+    balls = cKDTree(lines.points[piece]).query_ball_point(lines.points[ends], _END_REACH, return_sorted=True)
+    thickness = [float(radii[ball].mean()) for ball in balls]
+    return _Root(int(ends[int(np.argmax(thickness))]), _UNDEFINED)
+
+
+def _is_stub(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], end: int, min_branch: float) -> bool:
     """Whether an end hardly leaves the surface of the line that it springs from."""
-    before, here, gone = -1, end, 0.0
-    while len(around[here]) <= 2:
-        onward = [node for node in around[here] if node != before]
+    before, here, walked = -1, end, 0.0
+    while len(neighbors[here]) <= 2:
+        onward = [node for node in neighbors[here] if node != before]
         if not onward:
             return False
         before, here = here, onward[0]
-        gone += float(np.linalg.norm(net.points[here] - net.points[before]))
-    return bool(gone - net.radii[here] < min_branch)
+        walked += float(np.linalg.norm(lines.points[here] - lines.points[before]))
+    return bool(walked - lines.radii[here] < min_branch)
 
 
-def pruned(tree: Tree, min_branch: float) -> Tree:
-    """Without end branches that hardly leave the surface of the branch they spring from, shortest first."""
-    while True:
-        counts = child_counts(tree)
-        fork = counts >= 2
-        joint, away = _up_to_fork(tree, fork)
-        ends = tips(tree)
-        ends = ends[fork[joint[ends]]]
-        short = ends[away[ends] - tree.radii[joint[ends]] < min_branch]
-        if not len(short):
-            return tree
-        short = short[np.argsort(away[short], kind="stable")]
-        _, first = np.unique(joint[short], return_index=True)  # the shortest of each fork; its twin may go on
-        drop = np.zeros(len(tree), dtype=bool)
-        drop[short[first]] = True
-        below = np.arange(len(tree))
-        single = np.flatnonzero((tree.parents >= 0) & (counts[tree.parents] == 1))
-        below[tree.parents[single]] = single
-        drop = drop[farthest(below)] & ~fork & (tree.parents >= 0)  # a dropped tip takes its whole branch
-        tree = select_nodes(tree, ~drop)
+def prune_tree(tree: Tree, min_branch: float) -> Bools:
+    """[N] the nodes that stay: without end branches that hardly leave the surface of the branch they spring from.
+
+    The shortest branches go first.
+    """
+    keep, nodes = np.ones(len(tree), dtype=bool), np.arange(len(tree))
+    while len(dropped := _find_short_branches(tree, min_branch)):
+        keep[nodes[dropped]] = False
+        stays = np.ones(len(tree), dtype=bool)
+        stays[dropped] = False
+        tree, nodes = select_nodes(tree, stays), nodes[stays]
+    return keep
 
 
-def _up_to_fork(tree: Tree, fork: NDArray[np.bool_]) -> tuple[Ints, Floats]:
-    """For each node the nearest fork above it (the root where there is none) and the way's length."""
+def _find_short_branches(tree: Tree, min_branch: float) -> Ints:
+    """The nodes of the shortest end branch of each fork, where it is too short; its twin may go on."""
+    counts = child_counts(tree)
+    is_fork = counts >= 2
+    joint, away = _measure_up_to_fork(tree, is_fork)
+    ends = tips(tree)
+    ends = ends[is_fork[joint[ends]]]
+    short = ends[away[ends] - tree.radii[joint[ends]] < min_branch]
+    short = short[np.argsort(away[short], kind="stable")]
+    _, first = np.unique(joint[short], return_index=True)
+    is_dropped = np.zeros(len(tree), dtype=bool)
+    is_dropped[short[first]] = True
+
+    # A dropped tip takes its whole branch with it.
+    below = np.arange(len(tree))
+    single = np.flatnonzero((tree.parents >= 0) & (counts[tree.parents] == 1))
+    below[tree.parents[single]] = single
+    return np.flatnonzero(is_dropped[follow_to_end(below)] & ~is_fork & (tree.parents >= 0))
+
+
+def _measure_up_to_fork(tree: Tree, is_fork: Bools) -> tuple[Ints, Floats]:
+    """[N] the nearest fork above each node (the root where there is none), and [N] the length of the path to it."""
     above = np.maximum(tree.parents, 0)
-    stop = fork[above] | (tree.parents < 0)  # the way up ends here
-    up, step = np.where(stop, np.arange(len(tree)), above), edge_lengths(tree)
-    top = farthest(up)
-    away = accumulated(np.where(stop, 0.0, step), up) + np.where(tree.parents[top] >= 0, step[top], 0.0)
+    is_last = is_fork[above] | (tree.parents < 0)
+    step = edge_lengths(tree)
+    up = np.where(is_last, np.arange(len(tree)), above)
+    top = follow_to_end(up)
+    away = sum_to_root(np.where(is_last, 0.0, step), up) + np.where(tree.parents[top] >= 0, step[top], 0.0)
     return np.where(tree.parents[top] >= 0, above[top], top), away
 
 
-def main_side(tree: Tree) -> Tree:
-    """The part of the tree on the side of its root that holds most cable.
+def find_main_side(tree: Tree) -> Bools:
+    """[N] the nodes on the side of the root that holds most cable.
 
-    What leaves a ball of three radii round the root is judged by its direction: less than a right angle from that of
-    the branch with most cable stays, the rest is dropped.
+    What leaves a ball around the root is judged by its direction: at less than a right angle from the branch with most
+    cable it stays, the rest is dropped.
     """
+    keep = np.ones(len(tree), dtype=bool)
     step = edge_lengths(tree)
-    home = accumulated(step, np.maximum(tree.parents, 0))
-    ball = home <= 3 * tree.radii[0] + 2
-    leaving = np.flatnonzero(~ball & ball[tree.parents])
+    home = sum_to_root(step, np.maximum(tree.parents, 0))
+    is_in_ball = home <= _ROOT_BALL_RATIO * tree.radii[0] + _ROOT_BALL_MARGIN
+    leaving = np.flatnonzero(~is_in_ball & is_in_ball[tree.parents])
     if len(leaving) < 2:
-        return tree
+        return keep
+
     below = step.copy()
     for node in range(len(tree) - 1, 0, -1):
         below[tree.parents[node]] += below[node]
     out = tree.points[leaving] - tree.points[0]
     stays = leaving[out @ out[below[leaving].argmax()] > 0]
-    keep = np.zeros(len(tree), dtype=bool)
+
+    # What hangs below the branches that stay, then what leads to them.
+    keep[:] = False
     keep[stays] = True
-    for node in range(1, len(tree)):  # what hangs below
+    for node in range(1, len(tree)):
         keep[node] |= keep[tree.parents[node]]
-    for node in range(len(tree) - 1, 0, -1):  # and what leads there
+    for node in range(len(tree) - 1, 0, -1):
         keep[tree.parents[node]] |= keep[node]
-    return select_nodes(tree, keep)
+    return keep
 
 
-def runs(tree: Tree) -> list[Ints]:
-    """The tree as unbranched runs, each from its joint on an earlier run (or the root) to a tip, longest way first."""
-    n = len(tree)
-    step = edge_lengths(tree)
-    far, heir = np.zeros(n), np.full(n, -1, dtype=np.int64)
-    for node in range(n - 1, 0, -1):
-        parent = tree.parents[node]
-        if heir[parent] < 0 or far[node] + step[node] > far[parent]:
-            far[parent], heir[parent] = far[node] + step[node], node
-    found = []
-    starts = [node for node in range(n) if tree.parents[node] < 0 or heir[tree.parents[node]] != node]
-    for start in starts:
-        run = [start] if tree.parents[start] < 0 else [int(tree.parents[start]), start]
-        while heir[run[-1]] >= 0:
-            run.append(int(heir[run[-1]]))
-        found.append(np.array(run))
-    return found
+def smooth_tree(tree: Tree, sigma: float, thinnest: float = _THINNEST) -> Tree:
+    """Move nodes and radii along unbranched paths by a Gaussian of `sigma` nodes.
 
-
-def smoothed(tree: Tree, sigma: float) -> Tree:
-    """Nodes moved along their runs by a Gaussian of `sigma` nodes; root, tips and the hold on the parent run stay."""
+    The root, the tips and the joints with the parent path stay. Radii stay at or above `thinnest`.
+    """
     if sigma == 0:
         return tree
     width = int(np.ceil(3 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-width, width + 1) / sigma) ** 2)
     kernel /= kernel.sum()
+
     points, radii = tree.points.copy(), tree.radii.copy()
-    for run in runs(tree):  # an earlier run is final when a later one takes its joint from it
-        line = np.column_stack([points[run], radii[run]])
-        pad = min(width, len(run) - 1)
-        if pad < 1:
-            continue
-        # point reflection at both ends keeps them where they are
-        before, after = 2 * line[0] - line[pad:0:-1], 2 * line[-1] - line[-2 : -pad - 2 : -1]
-        full = np.concatenate([before, line, after])
-        small = kernel[width - pad : width + pad + 1]
-        small = small / small.sum()
-        line = np.stack([np.convolve(column, small, mode="valid") for column in full.T], axis=1)
-        points[run[1:]], radii[run[1:]] = line[1:, :3], np.maximum(line[1:, 3], 0.5)
+    # An earlier path is final when a later one takes its joint from it.
+    for path in list_long_paths(tree):
+        line = _smooth_line(np.column_stack([points[path], radii[path]]), kernel)
+        points[path[1:]], radii[path[1:]] = line[1:, :3], np.maximum(line[1:, 3], thinnest)
     return replace(tree, points=points, radii=radii)
 
 
-def thinned(tree: Tree, step: float) -> Tree:
-    """Without path nodes closer than `step` to the last kept node above; root, forks and tips stay."""
-    counts = child_counts(tree)
-    lengths = edge_lengths(tree)
-    keep = np.ones(len(tree), dtype=bool)
-    since = np.zeros(len(tree))
-    for node in range(1, len(tree)):
-        since[node] = lengths[node] + since[tree.parents[node]]
-        if counts[node] == 1 and since[node] < step:
+def _smooth_line(line: Floats, kernel: Floats) -> Floats:
+    """[n, 4] the columns of a line convolved with a kernel, which is cut to the line's length; both ends stay."""
+    width = len(kernel) // 2
+    pad = min(width, len(line) - 1)
+    if pad < 1:
+        return line
+
+    # Point reflection at both ends keeps them in place.
+    before, after = 2 * line[0] - line[pad:0:-1], 2 * line[-1] - line[-2 : -pad - 2 : -1]
+    padded = np.concatenate([before, line, after])
+    kernel = kernel[width - pad : width + pad + 1]
+    kernel = kernel / kernel.sum()
+    return np.stack([np.convolve(column, kernel, mode="valid") for column in padded.T], axis=1)
+
+
+def list_long_paths(tree: Tree) -> list[Ints]:
+    """The tree as unbranched paths, each from its joint with an earlier path (or the root) to a tip.
+
+    At a branch point the path goes on along the child with the longest way to a tip.
+    """
+    # Plain lists: single values of numpy's arrays are several times slower.
+    parents, step = tree.parents.tolist(), edge_lengths(tree).tolist()
+    farthest, heir = [0.0] * len(parents), [-1] * len(parents)
+    for node in range(len(parents) - 1, 0, -1):
+        parent, reach = parents[node], farthest[node] + step[node]
+        if parent >= 0 and (heir[parent] < 0 or reach > farthest[parent]):
+            farthest[parent], heir[parent] = reach, node
+
+    paths = []
+    for start, parent in enumerate(parents):
+        if parent >= 0 and heir[parent] == start:
+            continue
+        path = [start] if parent < 0 else [parent, start]
+        while heir[path[-1]] >= 0:
+            path.append(heir[path[-1]])
+        paths.append(np.array(path))
+    return paths
+
+
+def decimate_tree(tree: Tree) -> Tree:
+    """The tree without path nodes closer than `_STEP` to the last kept node above; root, forks and tips stay."""
+    parents, lengths, counts = tree.parents.tolist(), edge_lengths(tree).tolist(), child_counts(tree).tolist()
+    since = [0.0] * len(parents)
+    keep = np.ones(len(parents), dtype=bool)
+    for node in range(1, len(parents)):
+        walked = lengths[node] + since[parents[node]]
+        if counts[node] == 1 and walked < _STEP:
             keep[node] = False
-        else:
-            since[node] = 0.0
+            since[node] = walked
     return select_nodes(tree, keep)

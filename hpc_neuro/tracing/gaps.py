@@ -1,222 +1,252 @@
-"""Bridges over breaks: along what the image shows (see links), then blindly: an end that points at another piece is
-joined to it by a straight line of limited length."""
+"""Join pieces over gaps: first along what the image shows (see image_links), then by straight bridges.
+
+A straight bridge is blind: an end that points at another piece is joined to it, over a limited length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
-from hpc_neuro.tracing.centerlines import Skeleton
+from hpc_neuro.tracing.centerlines import Centerlines
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.graph import Join, Lines, Wires, straight, wires
-from hpc_neuro.tracing.image_links import links
-from hpc_neuro.tracing.voxel_graph import Floats, Foreground, Ints, Read
+from hpc_neuro.tracing.graph import (
+    Bridges,
+    CenterlineGraph,
+    CenterlineIndex,
+    DisjointSets,
+    LineEnds,
+    build_centerline_graph,
+    build_straight_bridges,
+    concatenate_bridges,
+    mark_first,
+    measure_ends,
+    no_bridges,
+)
+from hpc_neuro.tracing.image_links import find_image_links
+from hpc_neuro.tracing.probability import Bools, Floats, Ints, ReadBox
+from hpc_neuro.tracing.voxel_graph import VoxelGraph
 
-Bridge = tuple[int, int]
-_BASE = 8.0  # [voxel] shortest stretch behind an end that gives its direction
-_SLENDER = 3.0  # an end is a tube's, and has a direction, when that stretch is this many radii long
-_WORTH = 1.0  # a bridge may cost this many times the cable of the smaller piece it joins: specks are not worth a leap
-_HINTED = 0.5  # a bridge costs this share of its price where the probability between is almost `floor`
-_FLANK = 1.0  # [voxel] farther out than its radius, a voxel still lies on a centre line's flank
-_AT_ONCE = 256  # ends whose surroundings are held together
-_ROUNDS = 20  # a string of beads gets its direction bead by bead
+_WIDEST_ANGLE = 60.0
+"""[degree] Largest angle between the direction of an end and the bridge that leaves it."""
+_WORTH = 1.0
+"""[cable of the smaller piece] Highest cost of a bridge: specks are not worth a leap."""
+_HINTED = 0.5
+"""Factor on the cost of a bridge where the probability between is almost the lower threshold."""
+_FLANK = 1.0
+"""[voxel] How far outside the radius of a centerline a voxel still lies on its flank."""
+_ENDS_AT_ONCE = 4096
+"""Ends whose surroundings are held in memory together."""
+_ROUNDS = 20
+"""Rounds of bridges: a string of beads gets its direction bead by bead."""
 
 
 @dataclass(frozen=True)
-class _Ends:
-    anchor: Ints  # [E] node near the end
-    direction: Floats  # [E, 3] unit vector out of the piece; zero where the end is a blob's, not a tube's
+class _Pieces:
+    """P pieces: components joined by bridges."""
+
+    of_component: Ints
+    """[C] piece of each component."""
+    cable: Floats
+    """[P] in the metric's unit."""
+
+    def __len__(self) -> int:
+        return len(self.cable)
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    price: float
-    end: int
-    target: int
+class _Candidates:
+    """Possible bridges."""
+
+    cost: Floats
+    ends: Ints
+    """Voxel at which each begins."""
+    targets: Ints
+    """Voxel at which it arrives."""
+
+    def __len__(self) -> int:
+        return len(self.cost)
 
 
-def bridges(
-    found: Foreground, traced: Skeleton, cfg: TraceConfig, image: Read | None = None, starts: Sequence[int] = ()
-) -> list[Join]:
-    """What joins pieces, without a cycle: links along what the image, if one is given, shows, then blind bridges.
-
-    A blind bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to
-    half of that where the probability between is almost `floor`; it may cost `cfg.gap`. So the stated limit holds for
-    straight continuations and shrinks for bends. Two blobs without direction join over a third of it. Cheap ones come
-    first, and what they join has new ends in the next round. `starts`: voxels of given roots (see links).
-    """
-    lines = Lines(found, traced)
-    chosen = [] if image is None or cfg.signal_gap == 0 else links(found, traced, lines, image, cfg, starts)
-    used: set[int] = set()
-    for _ in range(_ROUNDS if cfg.gap > 0 else 0):
-        net = wires(found, traced, chosen)
-        piece, cable = _pieces(found, net)
-        if len(cable) < 2:
-            break
-        options = _candidates(found, net, piece, cable, cfg)
-        fresh = _spanning(options, piece, len(cable), used)
-        if not fresh:
-            break
-        used |= {end for end, _ in fresh}
-        chosen += [straight(found, end, _centred(found, lines, target)) for end, target in fresh]
-    return chosen
-
-
-def _centred(found: Foreground, lines: Lines, target: int) -> int:
-    """The voxel of the centre lines on whose flank a voxel is; itself where on none's."""
-    line = lines.beside(found.points[target], int(found.component[target]), _FLANK)
-    return target if line is None else line
-
-
-def _pieces(found: Foreground, net: Wires) -> tuple[NDArray[np.int32], Floats]:
-    """[N] piece of each foreground voxel (components joined by bridges), and [P] cable of each piece."""
-    n = len(net.points)
-    graph = csr_array((np.ones(len(net.edges)), (net.edges[:, 0], net.edges[:, 1])), shape=(n, n))
-    count, label = connected_components(graph, directed=False)
-    real = net.voxels >= 0
-    of_component = np.zeros(found.components, dtype=np.int32)
-    of_component[found.component[net.voxels[real]]] = label[real]
-    cable = np.bincount(label[net.edges[:, 0]], weights=net.lengths, minlength=count).astype(np.float64)
-    return of_component[found.component], cable
-
-
-def _ends(net: Wires) -> _Ends:
-    """Every node with one neighbour, looked at from a place a radius or so inside, where the path runs in the middle.
-
-    The direction is taken from there back along the way that holds most cable.
-    """
-    around = net.neighbor_lists()
-    behind = _cable_behind(net, around)
-    anchors, directions = [], []
-    for end, beside in enumerate(around):
-        if len(beside) <= 1:
-            anchor, direction = _look(net, around, behind, end)
-            anchors.append(anchor)
-            directions.append(direction)
-    return _Ends(np.array(anchors, dtype=np.int64), np.array(directions).reshape(-1, 3))
-
-
-def _cable_behind(net: Wires, around: Sequence[Sequence[int]]) -> dict[tuple[int, int], float]:
-    """For each step from a node to a neighbour, the cable that lies that way."""
-    parent = np.full(len(around), -2)
-    order: list[int] = []
-    for start in range(len(around)):
-        stack = [start] if parent[start] == -2 else []
-        if stack:
-            parent[start] = -1
-        while stack:
-            node = stack.pop()
-            order.append(node)
-            for other in around[node]:
-                if parent[other] == -2:
-                    parent[other] = node
-                    stack.append(other)
-    below = np.zeros(len(around))
-    for node in reversed(order):
-        if parent[node] >= 0:
-            below[parent[node]] += below[node] + np.linalg.norm(net.points[node] - net.points[parent[node]])
-    total = below.copy()
-    for node in order:
-        if parent[node] >= 0:
-            total[node] = total[parent[node]]
-    found = {}
-    for node, above in enumerate(parent.tolist()):
-        if above >= 0:
-            found[above, node] = float(below[node])
-            found[node, above] = float(total[node] - below[node])
-    return found
-
-
-def _look(
-    net: Wires, around: Sequence[Sequence[int]], behind: dict[tuple[int, int], float], end: int
-) -> tuple[int, Floats]:
-    """A node near the end from which it is looked at, and the unit vector that leads out (zero: nothing is slender)."""
-    before, here, anchor = -1, end, end
-    thick = net.radii[end]
-    while True:
-        if np.linalg.norm(net.points[here] - net.points[end]) <= 1.5 * net.radii[here] and net.voxels[here] >= 0:
-            anchor = here
-        away = float(np.linalg.norm(net.points[anchor] - net.points[here]))
-        if away >= max(_BASE, _SLENDER * thick):
-            break
-        onward = [node for node in around[here] if node != before]
-        if not onward:
-            break
-        ahead = max(onward, key=lambda node: behind[here, node])
-        before, here = here, ahead
-        thick = max(thick, net.radii[here])
-    if away < max(_BASE / 2, _SLENDER * thick):
-        return anchor, np.zeros(3)
-    return anchor, np.asarray((net.points[anchor] - net.points[here]) / away)
-
-
-def _candidates(
-    found: Foreground,
-    net: Wires,
-    piece: NDArray[np.int32],
-    cable: Floats,
+def join_gaps(
+    graph: VoxelGraph,
+    centerlines: Centerlines,
     cfg: TraceConfig,
-) -> list[_Candidate]:
-    points, ends = found.points, _ends(net)
-    anchors = net.voxels[ends.anchor]
-    steepest = np.cos(np.radians(cfg.gap_angle))
-    blob = np.ones(len(cable), dtype=bool)
-    blob[piece[anchors[ends.direction.any(axis=1)]]] = False
-    inside = net.radii[ends.anchor] + 0.5
-    options = []
-    thick = found.thickness
-    reach = cfg.gap + inside + thick.max()
-    some = (slice(i, i + _AT_ONCE) for i in range(0, len(anchors), _AT_ONCE))
-    balls = (ball for part in some for ball in found.near.query_ball_point(points[anchors[part]], reach[part]))
-    for anchor, direction, depth, ball in zip(anchors, ends.direction, inside, balls, strict=True):
-        others = np.array(ball, dtype=np.int64)
-        others = others[piece[others] != piece[anchor]]
-        if not direction.any():
-            others = others[blob[piece[others]]]
-        if not len(others):
-            continue
-        out = points[others] - points[anchor]
+    image: ReadBox | None = None,
+    roots: Sequence[int] = (),
+) -> Bridges:
+    """The bridges that join pieces, without a cycle: along what the image shows, if one is given, then straight ones.
+
+    A straight bridge of length g whose direction differs from the end's by an angle a costs g * (3 - 2 cos a), down to
+    half of that where the probability between is almost the lower threshold, and may cost `cfg.gap`. So the stated
+    limit holds for straight continuations and shrinks for bends. Two blobs without direction join over a third of it.
+    Cheap bridges come first, and what they join has new ends in the next round. `roots` are the voxels of given roots
+    (see find_image_links).
+    """
+    index = CenterlineIndex(graph, centerlines)
+    bridges = no_bridges()
+    if image is not None and cfg.signal_gap > 0:
+        bridges = find_image_links(graph, centerlines, index, image, cfg, roots)
+
+    is_used = np.zeros(len(graph.voxels), dtype=bool)
+    changed = np.arange(graph.components)
+    for _ in range(_ROUNDS if cfg.gap > 0 else 0):
+        lines = build_centerline_graph(graph, centerlines, bridges)
+        pieces = _measure_pieces(graph, lines)
+        if len(pieces) < 2:
+            break
+        candidates = _find_candidates(graph, lines, pieces, changed, cfg)
+        chosen = _choose_bridges(graph, pieces, candidates, is_used)
+        if not len(chosen):
+            break
+
+        ends, targets = candidates.ends[chosen], candidates.targets[chosen]
+        is_used[ends] = True
+        changed = np.unique(graph.component[np.concatenate([ends, targets])])
+        centered = index.find_beside(graph.points[targets], graph.component[targets], _FLANK)
+        targets = np.where(centered >= 0, centered, targets)
+        bridges = concatenate_bridges([bridges, build_straight_bridges(graph, ends, targets)])
+    return bridges
+
+
+def _measure_pieces(graph: VoxelGraph, lines: CenterlineGraph) -> _Pieces:
+    count, label = lines.label_pieces()
+    is_voxel = lines.voxels >= 0
+    of_component = np.zeros(graph.components, dtype=np.int64)
+    of_component[graph.component[lines.voxels[is_voxel]]] = label[is_voxel]
+    cable = np.bincount(label[lines.edges[:, 0]], weights=lines.edge_lengths, minlength=count)
+    return _Pieces(of_component, cable.astype(np.float64))
+
+
+def _find_candidates(
+    graph: VoxelGraph, lines: CenterlineGraph, pieces: _Pieces, changed: Ints, cfg: TraceConfig
+) -> _Candidates:
+    """The cheapest bridge from each end to each piece that its cost allows.
+
+    `changed` are components of the pieces that the last round joined. All bridges between other pieces have been
+    decided: they were built, or their end is used. So only bridges from or to the changed pieces are looked for.
+    """
+    ends = measure_ends(lines)
+    end_piece = pieces.of_component[graph.component[lines.voxels[ends.anchors]]]
+    is_changed = np.zeros(len(pieces), dtype=bool)
+    is_changed[pieces.of_component[changed]] = True
+    is_blob = np.ones(len(pieces), dtype=bool)
+    is_blob[end_piece[ends.has_direction]] = False
+    search = _BridgeSearch(graph, lines, ends, pieces, end_piece, is_blob, cfg)
+
+    everywhere = np.arange(len(graph.voxels))
+    parts = list(search.run(np.flatnonzero(is_changed[end_piece]), graph.kdtree, everywhere))
+    if not is_changed.all():
+        targets = np.flatnonzero(is_changed[pieces.of_component[graph.component]])
+        kdtree = cKDTree(graph.points[targets])
+        parts += search.run(np.flatnonzero(~is_changed[end_piece]), kdtree, targets)
+    return _Candidates(
+        np.concatenate([np.zeros(0), *(part.cost for part in parts)]),
+        np.concatenate([np.zeros(0, dtype=np.int64), *(part.ends for part in parts)]),
+        np.concatenate([np.zeros(0, dtype=np.int64), *(part.targets for part in parts)]),
+    )
+
+
+@dataclass(frozen=True)
+class _BridgeSearch:
+    """What the search for bridges of one round looks at."""
+
+    graph: VoxelGraph
+    lines: CenterlineGraph
+    ends: LineEnds
+    pieces: _Pieces
+    end_piece: Ints
+    """[E] piece of each end."""
+    is_blob: Bools
+    """[P] whether no end of a piece has a direction."""
+    cfg: TraceConfig
+
+    def run(self, ends: Ints, kdtree: cKDTree, targets: Ints) -> Iterator[_Candidates]:
+        """The candidates of some of the ends, chunk by chunk; `kdtree` is that of the voxels `targets`."""
+        cable = self.pieces.cable[self.end_piece[ends]]
+        depth = self.lines.radii[self.ends.anchors[ends]] + 0.5
+        thickest = self.graph.thickness.max()
+        # A longer bridge would cost too much even where the probability halves its cost.
+        reach = np.minimum(self.cfg.gap, _WORTH * cable / _HINTED) + depth + thickest
+
+        # The shortest bridge costs half a voxel: specks are dismissed before anything is searched.
+        ends, reach = (values[_WORTH * cable >= _HINTED] for values in (ends, reach))
+        for begin in range(0, len(ends), _ENDS_AT_ONCE):
+            part = slice(begin, begin + _ENDS_AT_ONCE)
+            voxels = self.lines.voxels[self.ends.anchors[ends[part]]]
+            balls = kdtree.query_ball_point(self.graph.points[voxels], reach[part], return_sorted=True)
+            counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
+            near = np.fromiter(chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
+            yield self._select(np.repeat(ends[part], counts), targets[near])
+
+    def _select(self, end: Ints, target: Ints) -> _Candidates:
+        """The cheapest of the bridges from `end` [n] to `target` [n] for each end and piece, where it is allowed."""
+        graph, pieces = self.graph, self.pieces
+        own_piece, other_piece = self.end_piece[end], pieces.of_component[graph.component[target]]
+        has_direction = self.ends.has_direction[end]
+        is_allowed = (own_piece != other_piece) & (has_direction | self.is_blob[other_piece])
+        end, target, own_piece, other_piece, has_direction = (
+            values[is_allowed] for values in (end, target, own_piece, other_piece, has_direction)
+        )
+
+        anchor = self.ends.anchors[end]
+        out = graph.points[target] - self.lines.points[anchor]
         away = np.linalg.norm(out, axis=1)
-        cosine = out @ direction / away
-        price = np.maximum(away - depth - thick[others], 1) * (3 - 2 * cosine)  # from surface to surface
-        allowed = (cosine >= steepest) | (not direction.any())
-        most = np.minimum(cfg.gap, _WORTH * np.minimum(cable[piece[others]], cable[piece[anchor]]))
-        # what half the price would be too much for is too dear whatever lies between: nearly all specks, in noise
-        worth = np.flatnonzero(allowed & (price * _HINTED <= most))
-        worth = worth[np.lexsort((price[worth], piece[others[worth]]))]
-        for best in worth[np.unique(piece[others[worth]], return_index=True)[1]]:  # the cheapest of each piece
-            hint = _between(found, cfg.floor, int(anchor), int(others[best])) / cfg.floor
-            total = float(price[best]) * (1 - (1 - _HINTED) * min(1.0, hint))
-            if total <= most[best]:
-                options.append(_Candidate(total, int(anchor), int(others[best])))
-    return options
+        cosine = np.vecdot(out, self.ends.directions[end]) / away
+        # From surface to surface.
+        gap = np.maximum(away - (self.lines.radii[anchor] + 0.5) - graph.thickness[target], 1)
+        cost = gap * (3 - 2 * cosine)
+        most = np.minimum(self.cfg.gap, _WORTH * np.minimum(pieces.cable[other_piece], pieces.cable[own_piece]))
+        is_ahead = (cosine >= np.cos(np.radians(_WIDEST_ANGLE))) | ~has_direction
+        worth = np.flatnonzero(is_ahead & (cost * _HINTED <= most))
+
+        # The cheapest to each piece; only for these the probability between is read.
+        worth = worth[np.lexsort((cost[worth], other_piece[worth], end[worth]))]
+        best = worth[mark_first(end[worth], other_piece[worth])]
+        voxels = self.lines.voxels[anchor[best]]
+        hint = _measure_probability_between(graph, self.cfg.floor, voxels, target[best]) / self.cfg.floor
+        total = cost[best] * (1 - (1 - _HINTED) * np.minimum(1.0, hint))
+        is_cheap = total <= most[best]
+        return _Candidates(total[is_cheap], voxels[is_cheap], target[best][is_cheap])
 
 
-def _spanning(options: list[_Candidate], piece: NDArray[np.int32], pieces: int, used: set[int]) -> list[Bridge]:
-    """The cheapest of the options that join pieces without a cycle, each end used once."""
-    joined = np.arange(pieces)
+def _measure_probability_between(graph: VoxelGraph, floor: float, starts: Ints, stops: Ints) -> Floats:
+    """[n] mean probability of the background on the straight line between two voxels; 1 where there is none."""
+    a, b = graph.voxels[starts].astype(np.int64), graph.voxels[stops].astype(np.int64)
+    counts = np.maximum(np.abs(b - a).max(axis=1, initial=0) - 1, 0)
+    line = np.repeat(np.arange(len(starts)), counts)
+    number = np.arange(len(line)) - np.repeat(np.cumsum(counts) - counts, counts)
+    share = ((number + 1) / (counts[line] + 1))[:, None]
+    values = graph.sampler.sample_background(a[line] * (1 - share) + b[line] * share)
+
+    is_dark = values < floor
+    values, dark_counts = values[is_dark], np.bincount(line[is_dark], minlength=len(starts))
+    firsts = np.cumsum(dark_counts) - dark_counts
+    mean = np.ones(len(starts))
+    # Lines of one length are averaged together, each by itself: the mean must not depend on the other lines.
+    for count in np.unique(dark_counts[dark_counts > 0]).tolist():
+        own = np.flatnonzero(dark_counts == count)
+        mean[own] = values[firsts[own][:, None] + np.arange(count)].mean(axis=1)
+    return mean
+
+
+def _choose_bridges(graph: VoxelGraph, pieces: _Pieces, candidates: _Candidates, is_used: Bools) -> Ints:
+    """The cheapest candidates that join pieces without a cycle, each end used once (Kruskal's algorithm)."""
+    order = np.lexsort((candidates.targets, candidates.ends, candidates.cost))
+    order = order[~is_used[candidates.ends[order]]]
+    ends = candidates.ends[order].tolist()
+    own_piece = pieces.of_component[graph.component[candidates.ends[order]]].tolist()
+    other_piece = pieces.of_component[graph.component[candidates.targets[order]]].tolist()
+
+    joined = DisjointSets(len(pieces))
+    used: set[int] = set()
     chosen = []
-    for option in sorted(options, key=lambda c: (c.price, c.end, c.target)):
-        a, b = (int(joined[piece[v]]) for v in (option.end, option.target))
-        if a != b and option.end not in used:
-            joined[joined == b] = a
-            used.add(option.end)
-            chosen.append((option.end, option.target))
-    return chosen
-
-
-def _between(found: Foreground, floor: float, a: int, b: int) -> float:
-    """Mean probability on the straight line between two voxels, where there is no foreground."""
-    ends = found.voxels[[a, b]].astype(np.int64)
-    count = int(np.abs(ends[1] - ends[0]).max()) - 1
-    if count < 1:
-        return 1.0
-    share = (np.arange(count) + 1)[:, None] / (count + 1)
-    values = found.at.plain(ends[0] * (1 - share) + ends[1] * share)
-    dark = values[values < floor]
-    return float(dark.mean()) if len(dark) else 1.0
+    for number, end, own, other in zip(order.tolist(), ends, own_piece, other_piece, strict=True):
+        if end not in used and joined.merge(own, other):
+            used.add(end)
+            chosen.append(number)
+    return np.array(chosen, dtype=np.int64)

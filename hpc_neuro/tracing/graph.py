@@ -1,99 +1,357 @@
-"""The undirected forest of centre lines."""
+"""The undirected forest of centerlines and bridges, and the directions of its ends and sections."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from hpc_neuro.tracing.centerlines import Skeleton
-from hpc_neuro.tracing.voxel_graph import Floats, Foreground, Ints
+from hpc_neuro.tracing.centerlines import Centerlines
+from hpc_neuro.tracing.probability import Bools, Floats, Ints
+from hpc_neuro.tracing.voxel_graph import VoxelGraph
+
+_BASE_LENGTH = 8.0
+"""[voxel] Shortest stretch of a line that gives its direction."""
+_SLENDERNESS = 3.0
+"""[radius] How long that stretch must be for the line to be a tube with a direction."""
+_ANCHOR_RATIO = 1.5
+"""[radius] How far inside an end its direction starts: there the path runs in the middle."""
 
 
 @dataclass(frozen=True)
-class Join:
-    """Two foreground voxels of different pieces to be joined, and the points between them."""
+class Bridges:
+    """B bridges between two voxels of different components or pieces, and V points on them."""
 
-    end: int
-    target: int
-    via: Floats  # [k, 3] from end to target, both excluded, in the metric's unit
+    ends: Ints
+    """[B] voxel of the graph at which each bridge begins."""
+    targets: Ints
+    """[B] voxel at which it arrives."""
+    counts: Ints
+    """[B] points between the two."""
+    points: Floats
+    """[V, 3] the points of all bridges from end to target, both excluded, in the metric's unit."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+def no_bridges() -> Bridges:
+    """No bridge."""
+    none = np.zeros(0, dtype=np.int64)
+    return Bridges(none, none, none, np.zeros((0, 3)))
+
+
+def concatenate_bridges(parts: Sequence[Bridges]) -> Bridges:
+    """All bridges of one part after the other."""
+    if not parts:
+        return no_bridges()
+    return Bridges(
+        np.concatenate([part.ends for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        np.concatenate([part.points for part in parts]),
+    )
+
+
+def build_straight_bridges(graph: VoxelGraph, ends: Ints, targets: Ints) -> Bridges:
+    """Straight bridges from `ends` [B] to `targets` [B], with a point about every voxel."""
+    a, b = graph.points[ends], graph.points[targets]
+    counts = np.maximum(np.ceil(measure_lengths(b - a)).astype(np.int64) - 1, 0)
+    bridge = np.repeat(np.arange(len(ends)), counts)
+    number = np.arange(len(bridge)) - np.repeat(np.cumsum(counts) - counts, counts)
+    share = ((number + 1) / (counts[bridge] + 1))[:, None]
+    return Bridges(ends, targets, counts, a[bridge] * (1 - share) + b[bridge] * share)
+
+
+def mark_first(*keys: Ints) -> Bools:
+    """[n] whether a row of sorted `keys`, each [n] and not negative, differs from the row before it."""
+    is_first = np.zeros(len(keys[0]), dtype=bool)
+    for key in keys:
+        is_first |= np.diff(key, prepend=-1) != 0
+    return is_first
+
+
+def measure_lengths(vectors: Floats) -> Floats:
+    """[n] Euclidean length of each of [n, 3] vectors."""
+    return np.asarray(np.sqrt(np.vecdot(vectors, vectors)))
 
 
 @dataclass(frozen=True)
-class Wires:
-    """K nodes in the metric's unit."""
+class CenterlineGraph:
+    """K nodes and E edges, without a cycle. Lengths are in the metric's unit."""
 
-    points: Floats  # [K, 3]
-    radii: Floats  # [K]
-    edges: Ints  # [E, 2]
-    voxels: Ints  # [K] foreground voxel of each node, -1 on a bridge
+    points: Floats
+    """[K, 3]"""
+    radii: Floats
+    """[K]"""
+    edges: Ints
+    """[E, 2]"""
+    voxels: Ints
+    """[K] voxel of each node, -1 on a bridge."""
 
-    @property
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @functools.cached_property
     def degree(self) -> Ints:
         """[K] number of edges at each node."""
         return np.bincount(self.edges.ravel(), minlength=len(self.points))
 
-    @property
-    def lengths(self) -> Floats:
-        """[E] length of each edge."""
+    @functools.cached_property
+    def edge_lengths(self) -> Floats:
+        """[E]"""
         a, b = self.edges.T
         return np.asarray(np.linalg.norm(self.points[a] - self.points[b], axis=1))
 
-    def neighbor_lists(self) -> list[list[int]]:
-        """The nodes joined to each node."""
-        around: list[list[int]] = [[] for _ in self.points]
-        for a, b in self.edges.tolist():
-            around[a].append(b)
-            around[b].append(a)
-        return around
+    @functools.cached_property
+    def adjacency(self) -> Adjacency:
+        """The neighbors of each node."""
+        sources = self.edges.ravel()
+        order = np.argsort(sources, kind="stable")
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        starts = np.concatenate([[0], np.cumsum(self.degree)])
+        # Neighbors in `edges` stand at places that differ in the last bit.
+        return Adjacency(starts, self.edges[:, ::-1].ravel()[order], place[order ^ 1])
+
+    def list_neighbors(self) -> list[list[int]]:
+        """The neighbors of each node, as lists."""
+        neighbors, starts = self.adjacency.neighbors.tolist(), self.adjacency.starts.tolist()
+        return [neighbors[begin:end] for begin, end in itertools.pairwise(starts)]
+
+    def label_pieces(self) -> tuple[int, NDArray[np.int32]]:
+        """The number of connected pieces, and [K] the piece of each node."""
+        graph = csr_array((np.ones(len(self.edges)), (self.edges[:, 0], self.edges[:, 1])), shape=(len(self),) * 2)
+        count, label = connected_components(graph, directed=False)
+        return int(count), label
 
 
-class Lines:
-    """The centre lines of a foreground, searchable by position."""
+@dataclass(frozen=True)
+class Adjacency:
+    """The 2 E directed edges of a graph, sorted by the node they leave."""
 
-    def __init__(self, found: Foreground, traced: Skeleton) -> None:
-        self._found, self._voxels = found, np.flatnonzero(traced.on_tree)
-        self._near = cKDTree(found.points[self._voxels])
+    starts: Ints
+    """[K + 1] where the edges of each node begin."""
+    neighbors: Ints
+    """[2 E] the node at which each edge arrives."""
+    reverse: Ints
+    """[2 E] the edge in the opposite direction."""
 
-    def beside(self, place: Floats, component: int, flank: float) -> int | None:
-        """The voxel of a component's centre lines from which a place is at most its radius and `flank` away."""
-        away, at = self._near.query(place)
-        line = int(self._voxels[int(at)])
-        mine = self._found.component[line] == component
-        return line if mine and away <= self._found.thickness[line] + flank else None
+    def list_edges(self, nodes: Ints) -> tuple[Ints, Ints]:
+        """All edges that leave `nodes` [n], and for each the place of its node in `nodes`."""
+        counts = self.starts[nodes + 1] - self.starts[nodes]
+        place = np.repeat(np.arange(len(nodes)), counts)
+        return np.arange(len(place)) + np.repeat(self.starts[nodes] - np.cumsum(counts) + counts, counts), place
 
 
-def wires(found: Foreground, traced: Skeleton, joins: Sequence[Join]) -> Wires:
-    """All paths and joins as one forest. A join goes on from its end and its target by these voxels' ways home."""
-    on_tree = traced.on_tree.copy()
-    for join in joins:
-        for voxel in (join.end, join.target):
-            while not on_tree[voxel]:
-                on_tree[voxel] = True
-                voxel = int(traced.way[voxel])
-    voxels = np.flatnonzero(on_tree)
-    index = np.full(len(on_tree), -1, dtype=np.int64)
+class CenterlineIndex:
+    """The centerlines of a voxel graph, searchable by position."""
+
+    def __init__(self, graph: VoxelGraph, centerlines: Centerlines) -> None:
+        self._graph, self._voxels = graph, np.flatnonzero(centerlines.on_path)
+        self._kdtree = cKDTree(graph.points[self._voxels])
+
+    def find_beside(self, positions: Floats, components: Ints, flank: float) -> Ints:
+        """[n] the centerline voxel nearest to each of `positions` [n, 3]; -1 where it is too far.
+
+        It must belong to the given component [n], and be at most its radius and `flank` away.
+        """
+        away, index = self._kdtree.query(positions)
+        voxels = self._voxels[index]
+        is_near = (self._graph.component[voxels] == components) & (away <= self._graph.thickness[voxels] + flank)
+        return np.where(is_near, voxels, -1)
+
+
+def build_centerline_graph(graph: VoxelGraph, centerlines: Centerlines, bridges: Bridges) -> CenterlineGraph:
+    """All centerlines and bridges as one forest.
+
+    A bridge from or to a voxel that is on no centerline goes on by that voxel's path home.
+    """
+    on_path = centerlines.on_path.copy()
+    open_ends = np.concatenate([bridges.ends, bridges.targets])
+    while len(open_ends := open_ends[~on_path[open_ends]]):
+        on_path[open_ends] = True
+        open_ends = centerlines.following[open_ends]
+
+    voxels = np.flatnonzero(on_path)
+    index = np.full(len(on_path), -1, dtype=np.int64)
     index[voxels] = np.arange(len(voxels))
-    inner = voxels[traced.way[voxels] != voxels]
-    thickness = found.thickness[voxels]
-    points, radii, count = [found.points[voxels]], [thickness], len(voxels)
-    edges = [np.stack([index[inner], index[traced.way[inner]]], axis=1)]
-    for join in joins:
-        a, b, between = index[join.end], index[join.target], len(join.via)
-        chain = np.concatenate([[a], np.arange(count, count + between), [b]])
-        points.append(join.via)
-        radii.append(np.full(between, min(thickness[a], thickness[b])))
-        edges.append(np.stack([chain[:-1], chain[1:]], axis=1))
-        count += between
-    origin = np.concatenate([voxels, np.full(count - len(voxels), -1)])
-    return Wires(np.concatenate(points), np.concatenate(radii), np.concatenate(edges).astype(np.int64), origin)
+    following = centerlines.following[voxels]
+    is_inner = following != voxels
+    edges = np.stack([index[voxels[is_inner]], index[following[is_inner]]], axis=1)
+
+    radii = graph.thickness[voxels]
+    bridge = np.repeat(np.arange(len(bridges)), bridges.counts)
+    bridge_radii = np.minimum(graph.thickness[bridges.ends], graph.thickness[bridges.targets])[bridge]
+    return CenterlineGraph(
+        np.concatenate([graph.points[voxels], bridges.points]),
+        np.concatenate([radii, bridge_radii]),
+        np.concatenate([edges, _list_bridge_edges(bridges, index, len(voxels))]),
+        np.concatenate([voxels, np.full(len(bridge), -1)]),
+    )
 
 
-def straight(found: Foreground, end: int, target: int) -> Join:
-    """A join in a straight line, with a point about every voxel."""
-    a, b = found.points[end], found.points[target]
-    between = max(int(np.ceil(np.linalg.norm(b - a))) - 1, 0)
-    share = (np.arange(1, between + 1) / (between + 1))[:, None]
-    return Join(end, target, a * (1 - share) + b * share)
+def _list_bridge_edges(bridges: Bridges, index: Ints, first: int) -> Ints:
+    """[V + B, 2] the edges along all bridges; `index` is the node of each voxel, `first` that of the first point."""
+    # One chain a bridge: its end, its points, its target.
+    lengths = bridges.counts + 2
+    starts = np.cumsum(lengths) - lengths
+    is_point = np.ones(int(lengths.sum()), dtype=bool)
+    is_point[starts] = is_point[starts + lengths - 1] = False
+    chain = np.empty(len(is_point), dtype=np.int64)
+    chain[starts], chain[starts + lengths - 1] = index[bridges.ends], index[bridges.targets]
+    chain[is_point] = np.arange(len(bridges.points)) + first
+
+    is_last = np.zeros(len(chain), dtype=bool)
+    is_last[starts + lengths - 1] = True
+    begins = np.flatnonzero(~is_last)
+    return np.stack([chain[begins], chain[begins + 1]], axis=1)
+
+
+@dataclass(frozen=True)
+class LineEnds:
+    """The E ends of the lines of a graph: the nodes with one neighbor or none."""
+
+    anchors: Ints
+    """[E] node near each end, a radius or so inside, where the path runs in the middle."""
+    directions: Floats
+    """[E, 3] unit vector out of the piece; zero where the end is that of a blob and not of a tube."""
+
+    @functools.cached_property
+    def has_direction(self) -> Bools:
+        """[E] whether the end is that of a tube."""
+        return np.asarray(self.directions.any(axis=1))
+
+
+def measure_ends(graph: CenterlineGraph) -> LineEnds:
+    """The ends of a graph, with the directions from a place inside to the anchor.
+
+    The way inside is the one that holds most cable. It is followed until it is long for its largest radius.
+    """
+    ends = np.flatnonzero(graph.degree <= 1)
+    here, anchors, thick = ends.copy(), ends.copy(), graph.radii[ends]
+    away, arrived_by = np.zeros(len(ends)), np.full(len(ends), -1)
+    cable_behind = _measure_cable_behind(graph)
+    moving = np.arange(len(ends))
+    while len(moving):
+        node = here[moving]
+        is_anchor = (
+            measure_lengths(graph.points[node] - graph.points[ends[moving]]) <= _ANCHOR_RATIO * graph.radii[node]
+        )
+        is_anchor &= graph.voxels[node] >= 0
+        anchors[moving[is_anchor]] = node[is_anchor]
+        away[moving] = measure_lengths(graph.points[anchors[moving]] - graph.points[node])
+
+        moving = moving[away[moving] < np.maximum(_BASE_LENGTH, _SLENDERNESS * thick[moving])]
+        edge = _choose_onward(graph.adjacency, cable_behind, here[moving], arrived_by[moving])
+        moving, edge = moving[edge >= 0], edge[edge >= 0]
+        arrived_by[moving] = edge
+        here[moving] = graph.adjacency.neighbors[edge]
+        thick[moving] = np.maximum(thick[moving], graph.radii[here[moving]])
+
+    is_tube = away >= np.maximum(_BASE_LENGTH / 2, _SLENDERNESS * thick)
+    directions = np.zeros((len(ends), 3))
+    out = graph.points[anchors[is_tube]] - graph.points[here[is_tube]]
+    directions[is_tube] = out / away[is_tube, None]
+    return LineEnds(anchors, directions)
+
+
+def _choose_onward(adjacency: Adjacency, cable_behind: Floats, nodes: Ints, arrived_by: Ints) -> Ints:
+    """[n] of the edges that leave each node, the one with most cable behind; never back; -1 where there is none."""
+    edges, place = adjacency.list_edges(nodes)
+    back = np.where(arrived_by >= 0, adjacency.reverse[arrived_by], -1)
+    is_onward = edges != back[place]
+    edges, place = edges[is_onward], place[is_onward]
+
+    # The first of equals wins.
+    order = np.lexsort((np.arange(len(edges)), -cable_behind[edges], place))
+    first = order[np.diff(place[order], prepend=-1) > 0]
+    chosen = np.full(len(nodes), -1, dtype=np.int64)
+    chosen[place[first]] = edges[first]
+    return chosen
+
+
+def _measure_cable_behind(graph: CenterlineGraph) -> Floats:
+    """[2 E] for each directed edge, the cable beyond the node at which it arrives."""
+    adjacency = graph.adjacency
+    _, label = graph.label_pieces()
+    _, roots = np.unique(label, return_index=True)
+
+    # Level by level from the roots; `edges` lead down.
+    levels, nodes = [], roots
+    came_by = np.full(len(graph), -1, dtype=np.int64)
+    while len(nodes):
+        edges, place = adjacency.list_edges(nodes)
+        back = came_by[nodes]
+        edges = edges[edges != np.where(back >= 0, adjacency.reverse[back], -1)[place]]
+        levels.append(edges)
+        nodes = adjacency.neighbors[edges]
+        came_by[nodes] = edges
+
+    below = np.zeros(len(graph))
+    for edges in reversed(levels):
+        children, parents = adjacency.neighbors[edges], adjacency.neighbors[adjacency.reverse[edges]]
+        step = measure_lengths(graph.points[children] - graph.points[parents])
+        np.add.at(below, parents, below[children] + step)
+
+    behind = np.zeros(len(adjacency.neighbors))
+    down = np.concatenate([np.zeros(0, dtype=np.int64), *levels])
+    child = adjacency.neighbors[down]
+    behind[down] = below[child]
+    behind[adjacency.reverse[down]] = below[roots][label[child]] - below[child]
+    return behind
+
+
+def measure_section_direction(
+    graph: CenterlineGraph, neighbors: Sequence[Sequence[int]], is_hub: Bools, node: int, first: int
+) -> Floats:
+    """[3] unit vector into the section that begins with node `first`, from the `node` of the hub where it begins.
+
+    The first radius bends towards the hub and is left out.
+    """
+    before, here, walked, anchor = node, first, 0.0, first
+    radius = float(graph.radii[first])
+    while walked < _BASE_LENGTH + _SLENDERNESS * radius:
+        onward = [other for other in neighbors[here] if other != before and not is_hub[other]]
+        if not onward:
+            break
+        before, here = here, onward[0]
+        walked += float(np.linalg.norm(graph.points[here] - graph.points[before]))
+        if walked <= radius:
+            anchor = here
+    out = graph.points[here] - graph.points[anchor if anchor != here else node]
+    return np.asarray(out / max(float(np.linalg.norm(out)), 1e-9))
+
+
+class DisjointSets:
+    """Disjoint sets of the numbers 0 to n - 1, merged two by two in almost constant time (union by size)."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+        self._size = [1] * count
+
+    def find(self, item: int) -> int:
+        """The number that stands for the set of `item`."""
+        parent = self._parent
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    def merge(self, a: int, b: int) -> bool:
+        """Merge the sets of two numbers; False if they were one already."""
+        a, b = self.find(a), self.find(b)
+        if a == b:
+            return False
+        if self._size[a] < self._size[b]:
+            a, b = b, a
+        self._parent[b] = a
+        self._size[a] += self._size[b]
+        return True

@@ -1,79 +1,389 @@
-"""Links along faint neurites: what joins pieces of a broken mask along what the image shows."""
+"""Join components of a broken mask along faint neurites that the image shows.
+
+The smoothed image around two components is cut at a level above its local background and the noise of that. If the two
+hang together above the level, the brightest path between them is a link. A mask has one threshold for the whole volume,
+or that of a network that has never seen so faint a neurite; the level of a link follows its surroundings.
+"""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
+import cc3d
 import numpy as np
-from scipy.cluster.hierarchy import DisjointSet
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
+from skimage.graph import MCP_Geometric
 
-from hpc_neuro.tracing.centerlines import Skeleton
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.tracing.centerlines import Centerlines
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.graph import Join, Lines, Wires, wires
-from hpc_neuro.tracing.image_paths import CHEAPEST, Link, Pair, Sight
-from hpc_neuro.tracing.voxel_graph import Floats, Foreground, Read
+from hpc_neuro.tracing.graph import (
+    Bridges,
+    CenterlineGraph,
+    CenterlineIndex,
+    DisjointSets,
+    build_centerline_graph,
+    mark_first,
+    no_bridges,
+)
+from hpc_neuro.tracing.probability import Bools, CellCache, Floats, Ints, ReadBox
+from hpc_neuro.tracing.voxel_graph import VoxelGraph
 
-_WORTH = 2.0  # a link may cost this many times the extent of the smaller piece
-_ENOUGH = 0.5  # of `min_cable`: two pieces that are less together are specks
+_SIGNAL = 0.15
+"""Brightness of a link above the local background, at least, as a share of the dimmer component's."""
+_NOISE_LEVEL = 4.0
+"""[standard deviation of the background] Brightness of a link and of the components it joins, at least."""
+_CHEAPEST = 0.5
+"""Cost of a link per length where the image between is as bright as the dimmer component; else up to 1."""
+_WORTH = 2.0
+"""[extent of the smaller component] Highest cost of a link."""
+_ENOUGH = 0.5
+"""[min_cable] Two components of less extent together are specks."""
+_BLUR = 1.0
+"""[voxel] Standard deviation of the Gaussian that smooths the image, against noise."""
+_MARGIN = 8.0
+"""[voxel] Surroundings of the two places that are looked at, plus `_BOW`."""
+_BOW = 0.25
+"""[distance of the two places] How far a path may bend aside."""
+_FLANK = 2.0
+"""[voxel] How far outside the radius of a centerline the foreground around it may reach."""
+_FREE = 1e-6
+"""Cost per length of a path within a component."""
+_NEAREST = 8
+"""Components with which an end is compared."""
+_ENDS_AT_ONCE = 1024
+"""Ends whose surroundings are held in memory together."""
+_KEPT_CELLS = 64
+"""Cells of the image that stay in memory as they are stored."""
+_KEPT_TILES = 512
+"""Tiles of the smoothed image and of the foreground that stay in memory."""
+_TILE: Shape = (32, 32, 32)
+"""[voxel] What is smoothed at once."""
 
-_Option = tuple[float, Pair, Link | None]  # price, who, and the link once it has been looked for
+Pair = tuple[int, int]
 
 
-def links(
-    found: Foreground, traced: Skeleton, lines: Lines, image: Read, cfg: TraceConfig, starts: Sequence[int] = ()
-) -> list[Join]:
-    """What joins components along what the image shows, cheap links first, without a cycle.
+@dataclass(frozen=True)
+class ImageLink:
+    """A possible bridge along the image."""
 
-    A link may cost so much of the extent of the smaller piece it joins; what is joined is larger, and may leap farther.
-    Specks are not looked at: what is shorter than `min_branch`, and two pieces that are too small together, unless one
-    is at a given root (`starts`, voxels).
+    cost: float
+    """Its length, down to half of it the brighter its darkest place is."""
+    end: int
+    """Voxel at which it begins."""
+    target: int
+    """Voxel at which it arrives."""
+    points: Floats
+    """[k, 3] between the two, in the metric's unit."""
+
+
+_Option = tuple[float, Pair, ImageLink | None]
+"""Cost, the two components, and their link; before it is searched, the cost is the least it can be."""
+
+
+def find_image_links(
+    graph: VoxelGraph,
+    centerlines: Centerlines,
+    index: CenterlineIndex,
+    image: ReadBox,
+    cfg: TraceConfig,
+    roots: Sequence[int] = (),
+) -> Bridges:
+    """The bridges that join components along what the image shows, cheap links first, without a cycle.
+
+    The cost of a link is limited by the extent of the smaller component it joins. What is joined is larger and may
+    leap farther. Specks are left out: components shorter than `min_branch`, and two that are too small together, unless
+    one is at a given root (`roots`, voxels).
     """
-    net = wires(found, traced, [])
-    extent, sets = _extent(found, net), DisjointSet(range(found.components))
-    sight = Sight(found, lines, image, cfg, extent >= cfg.min_branch)
-    seeds = found.component[list(starts)]
-    extent[seeds] = np.maximum(extent[seeds], cfg.min_cable)
-    chosen: list[Join] = []
-    for todo in _apart(sight.near(net.voxels[net.degree <= 1]), found.components):
-        while todo:
-            heapq.heapify(todo)
-            waiting, before = [], len(chosen)
-            while todo:
-                option = price, pair, link = heapq.heappop(todo)
-                a, b = sets[pair[0]], sets[pair[1]]
-                if a == b:
-                    continue
-                small, large = sorted((extent[a], extent[b]))
-                if price > _WORTH * small or small + large < _ENOUGH * cfg.min_cable:
-                    waiting.append(option)
-                elif link is None:  # so far the price is the least it can be
-                    if (link := sight.between(pair)) is not None:
-                        heapq.heappush(todo, (link.price, pair, link))
-                else:
-                    chosen.append(link.join)
-                    sets.merge(a, b)
-                    extent[sets[a]] = extent[a] + extent[b]
-            todo = waiting if len(chosen) > before else []
+    lines = build_centerline_graph(graph, centerlines, no_bridges())
+    extent = _measure_extent(graph, lines)
+    finder = ImagePathFinder(graph, index, image, cfg, extent >= cfg.min_branch)
+    at_root = graph.component[list(roots)]
+    extent[at_root] = np.maximum(extent[at_root], cfg.min_cable)
+
+    gaps = finder.find_nearby(lines.voxels[lines.degree <= 1])
+    sets = DisjointSets(graph.components)
+    links: list[ImageLink] = []
+    for options in _group_options(gaps, graph.components):
+        links += _link_components(options, finder, sets, extent, _ENOUGH * cfg.min_cable)
+    return _pack_links(links)
+
+
+def _measure_extent(graph: VoxelGraph, lines: CenterlineGraph) -> Floats:
+    """[C] cable of each component, plus the diameter of its thickest place: a bouton has no cable."""
+    component = graph.component[lines.voxels]
+    thickest = np.zeros(graph.components)
+    np.maximum.at(thickest, graph.component, graph.thickness)
+    cable = np.bincount(component[lines.edges[:, 0]], weights=lines.edge_lengths, minlength=graph.components)
+    return cable + 2 * thickest
+
+
+def _group_options(gaps: dict[Pair, float], components: int) -> Iterator[list[_Option]]:
+    """The pairs as options, in groups that have no component in common, so that what is read lies together."""
+    pairs = np.array(list(gaps), dtype=np.int64).reshape(-1, 2)
+    graph = csr_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(components, components))
+    _, label = connected_components(graph, directed=False)
+    groups: dict[int, list[_Option]] = {}
+    for pair, gap in gaps.items():
+        groups.setdefault(int(label[pair[0]]), []).append((gap * _CHEAPEST, pair, None))
+    for number in sorted(groups):
+        yield groups[number]
+
+
+def _link_components(
+    options: list[_Option], finder: ImagePathFinder, sets: DisjointSets, extent: Floats, enough: float
+) -> list[ImageLink]:
+    """Join components along the cheapest links of one group; `sets` and `extent` follow what is joined."""
+    chosen: list[ImageLink] = []
+    while options:
+        heapq.heapify(options)
+        postponed, count = [], len(chosen)
+        while options:
+            option = cost, pair, link = heapq.heappop(options)
+            a, b = sets.find(pair[0]), sets.find(pair[1])
+            if a == b:
+                continue
+
+            small, large = sorted((extent[a], extent[b]))
+            if cost > _WORTH * small or small + large < enough:
+                postponed.append(option)
+            elif link is None:
+                if (link := finder.find_link(pair)) is not None:
+                    heapq.heappush(options, (link.cost, pair, link))
+            else:
+                chosen.append(link)
+                sets.merge(a, b)
+                extent[sets.find(a)] = small + large
+
+        # What was too small before may have grown.
+        options = postponed if len(chosen) > count else []
     return chosen
 
 
-def _apart(near: dict[Pair, float], components: int) -> Iterator[list[_Option]]:
-    """The options in groups that have no component in common, so that what is read lies together."""
-    pairs = np.array(list(near), dtype=np.int64).reshape(-1, 2)
-    graph = csr_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(components, components))
-    _, group = connected_components(graph, directed=False)
-    found: dict[int, list[_Option]] = {}
-    for pair, gap in near.items():
-        found.setdefault(int(group[pair[0]]), []).append((gap * CHEAPEST, pair, None))
-    yield from (found[number] for number in sorted(found))
+def _pack_links(links: Sequence[ImageLink]) -> Bridges:
+    return Bridges(
+        np.array([link.end for link in links], dtype=np.int64),
+        np.array([link.target for link in links], dtype=np.int64),
+        np.array([len(link.points) for link in links], dtype=np.int64),
+        np.concatenate([np.zeros((0, 3)), *(link.points for link in links)]),
+    )
 
 
-def _extent(found: Foreground, net: Wires) -> Floats:
-    """[C] cable of each component, and the diameter of its thickest place: a bouton has no cable."""
-    of = found.component[net.voxels]
-    thickest = np.zeros(found.components)
-    np.maximum.at(thickest, found.component, found.thickness)
-    return np.bincount(of[net.edges[:, 0]], weights=net.lengths, minlength=found.components) + 2 * thickest
+@dataclass(frozen=True)
+class _Scene:
+    """A box around two places."""
+
+    start: Ints
+    """[3] its first voxel."""
+    signal: Floats
+    """[Z, Y, X] smoothed image above the background."""
+    noise: float
+    """Standard deviation of the background."""
+    component: NDArray[np.int32]
+    """[Z, Y, X] component of the foreground; -1 on background, specks, and patches without a graph voxel in the box."""
+    patch: NDArray[np.unsignedinteger]
+    """[Z, Y, X] number of the connected patch of foreground in the box, 0 on background."""
+
+
+class ImagePathFinder:
+    """Searches the image for paths between the `large` [C] components of a graph; the others are specks."""
+
+    def __init__(
+        self, graph: VoxelGraph, index: CenterlineIndex, image: ReadBox, cfg: TraceConfig, is_large: Bools
+    ) -> None:
+        self._graph, self._index, self._cfg, self._is_large = graph, index, cfg, is_large
+        self._image = CellCache(image, graph.shape, _KEPT_CELLS)
+        self._smoothed = CellCache(self._smooth_box, graph.shape, _KEPT_TILES, _TILE)
+        self._foreground = CellCache(graph.sampler.read_foreground, graph.shape, _KEPT_TILES, _TILE)
+        self._is_visible: dict[int, bool] = {}
+        self._places: dict[Pair, tuple[int, int]] = {}
+
+    def find_nearby(self, ends: Ints) -> dict[Pair, float]:
+        """The (component, other component) with ends within reach, and the distance from surface to surface.
+
+        Of the `ends` (voxels) of a component the one nearest to the other component counts. Each end is compared with
+        the nearest components only, however many there are.
+        """
+        ends = ends[self._is_large[self._graph.component[ends]]]
+        parts = [self._compare_ends(ends[i : i + _ENDS_AT_ONCE]) for i in range(0, len(ends), _ENDS_AT_ONCE)]
+        if not parts:
+            return {}
+        own, other, end, target, gap = (np.concatenate(values) for values in zip(*parts, strict=True))
+
+        # The first of equals wins.
+        order = np.lexsort((gap, other, own))
+        order = order[mark_first(own[order], other[order])]
+        pairs = list(zip(own[order].tolist(), other[order].tolist(), strict=True))
+        self._places = dict(zip(pairs, zip(end[order].tolist(), target[order].tolist(), strict=True), strict=True))
+        return dict(zip(pairs, gap[order].tolist(), strict=True))
+
+    def _compare_ends(self, ends: Ints) -> tuple[Ints, Ints, Ints, Ints, Floats]:
+        """Own and other component, end, nearest voxel of the other, and gap, of each end and nearby component."""
+        graph, reach = self._graph, self._cfg.signal_gap
+        radii = reach + graph.thickness[ends] + graph.thickness.max()
+        balls = graph.kdtree.query_ball_point(graph.points[ends], radii)
+        counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
+        target = np.fromiter(chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
+        place = np.repeat(np.arange(len(ends)), counts)
+        is_other = graph.component[target] != graph.component[ends[place]]
+        is_other &= self._is_large[graph.component[target]]
+        target, place = target[is_other], place[is_other]
+
+        away = np.linalg.norm(graph.points[target] - graph.points[ends[place]], axis=1)
+        away = away - graph.thickness[target] - graph.thickness[ends[place]]
+        order = np.lexsort((target, away, place))
+        target, place, away = target[order], place[order], away[order]
+
+        # The nearest voxel of each component, and the nearest components of each end.
+        component = graph.component[target]
+        _, first = np.unique(place * graph.components + component, return_index=True)
+        first = np.sort(first)
+        rank = np.arange(len(first)) - np.searchsorted(place[first], place[first])
+        first = first[(rank < _NEAREST) & (np.maximum(away[first], 0.0) <= reach)]
+        end = ends[place[first]]
+        return graph.component[end], component[first], end, target[first], np.maximum(away[first], 0.0)
+
+    def find_link(self, pair: Pair) -> ImageLink | None:
+        """The best link of two components that `find_nearby` named, None when the image shows none."""
+        if not all(self._check_visible(component) for component in pair):
+            return None
+        end, target = self._places[pair]
+        return self._find_brightest(self._read_scene(end, target), *pair)
+
+    def _check_visible(self, component: int) -> bool:
+        """Whether a component stands out of the noise where its probability is highest; noise itself does not."""
+        if component not in self._is_visible:
+            voxels = self._graph.voxels_of_component(component)
+            voxel = int(voxels[self._graph.probability[voxels].argmax()])
+            scene = self._read_scene(voxel, voxel)
+            brightness = _median(scene.signal[scene.component == component])
+            self._is_visible[component] = brightness > _NOISE_LEVEL * scene.noise
+        return self._is_visible[component]
+
+    def _read_scene(self, end: int, target: int) -> _Scene:
+        graph = self._graph
+        both = graph.voxels[[end, target]].astype(np.int64)
+        away = float(np.linalg.norm(graph.points[end] - graph.points[target]))
+        margin = np.ceil((_MARGIN + _BOW * away) / graph.spacing).astype(np.int64)
+        (z0, y0, x0), (z1, y1, x1) = (both.min(axis=0) - margin).tolist(), (both.max(axis=0) + margin + 1).tolist()
+        box = Box((z0, y0, x0), (z1, y1, x1)).clip(Box.whole(graph.shape))
+
+        smooth = self._smoothed.read_box(box)
+        inside = np.asarray(self._foreground.read_box(box), dtype=bool)
+        values = (smooth[~inside] if not inside.all() else smooth.ravel()).astype(np.float64)
+        background = _median(values)
+        # The median absolute deviation of a Gaussian is 1 / 1.4826 standard deviations.
+        noise = 1.4826 * _median(np.abs(values - background))
+
+        patch = cc3d.connected_components(inside, connectivity=26)
+        voxels = graph.voxels_in_box(box)
+        voxels = voxels[self._is_large[graph.component[voxels]]]
+        component_of_patch = np.full(int(patch.max(initial=0)) + 1, -1, dtype=np.int32)
+        component_of_patch[patch[tuple((graph.voxels[voxels] - box.start).T)]] = graph.component[voxels]
+        signal = smooth.astype(np.float64) - background
+        return _Scene(np.array(box.start), signal, noise, component_of_patch[patch], patch)
+
+    def _smooth_box(self, box: Box) -> NDArray[np.float32]:
+        """[Z, Y, X] the image in a box, smoothed; the volume is mirrored at its borders."""
+        halo = int(np.ceil(3 * _BLUR))
+        around = box.grow((halo, halo, halo)).clip(Box.whole(self._graph.shape))
+        blurred = gaussian_filter(self._image.read_box(around).astype(np.float32), _BLUR, truncate=3.0)
+        return blurred[box.relative_to(around.start).slices]
+
+    def _find_brightest(self, scene: _Scene, own: int, other: int) -> ImageLink | None:
+        """The cheapest path between two components above the level, None where there is none or it is too long."""
+        is_own, is_other = scene.component == own, scene.component == other
+        if not (is_own.any() and is_other.any()):
+            return None
+        dimmer = min(_median(scene.signal[is_own]), _median(scene.signal[is_other]))
+        level = max(_SIGNAL * dimmer, _NOISE_LEVEL * scene.noise)
+        if dimmer <= level:
+            return None
+
+        path = self._search_path(scene, is_own, is_other, level, dimmer)
+        if path is None:
+            return None
+        line = (path + scene.start) * self._graph.spacing
+        length = float(np.linalg.norm(np.diff(line, axis=0), axis=1).sum())
+        if length > self._cfg.signal_gap:
+            return None
+
+        darkest = float(np.min(scene.signal[tuple(path[1:-1].T)], initial=dimmer))
+        cost = length * (1 - (1 - _CHEAPEST) * min(darkest / dimmer, 1.0))
+        return ImageLink(cost, self._center(own, line[0]), self._center(other, line[-1]), line[1:-1])
+
+    def _search_path(self, scene: _Scene, is_own: Bools, is_other: Bools, level: float, dimmer: float) -> Ints | None:
+        """[k, 3] the path of least cost from a voxel of one component to one of the other; None where there is none.
+
+        It keeps one voxel away from third components: the light there is theirs.
+        """
+        is_third = (scene.component >= 0) & ~is_own & ~is_other
+        is_open = (scene.signal >= level) & ~_dilate(is_third) | is_own | is_other
+        crop = _find_bounds(is_open)
+        is_open, is_own, is_other = is_open[crop], is_own[crop], is_other[crop]
+
+        # Half of the pairs are not connected; labels tell so more quickly than a search.
+        label = cc3d.connected_components(is_open, connectivity=26)
+        if not np.intersect1d(label[is_own], label[is_other]).size:
+            return None
+        brightness = np.clip(scene.signal[crop], level, dimmer)
+        cost: Floats = np.where(is_open, (dimmer / brightness) ** 2, -1.0)
+        cost[is_own | is_other] = _FREE
+        search = MCP_Geometric(cost, fully_connected=True, sampling=tuple(self._graph.spacing.tolist()))
+        goals = _first_voxels(scene.patch[crop], is_other)
+        total, _ = search.find_costs(_first_voxels(scene.patch[crop], is_own), goals)
+
+        path: Ints = np.array(search.traceback(goals[total[tuple(goals.T)].argmin()]), dtype=np.int64)
+        path = path[np.flatnonzero(is_own[tuple(path.T)])[-1] :]
+        path = path[: np.flatnonzero(is_other[tuple(path.T)])[0] + 1]
+        return np.asarray(path + [part.start for part in crop])
+
+    def _center(self, component: int, position: Floats) -> int:
+        """The voxel of a component's centerlines that a position on its surface is nearest to.
+
+        Where none is near, the nearest of its voxels: then a path to it is laid.
+        """
+        graph = self._graph
+        (beside,) = self._index.find_beside(position[None], np.array([component]), _FLANK).tolist()
+        if beside >= 0:
+            return int(beside)
+        own = graph.voxels_of_component(component)
+        return int(own[np.linalg.norm(graph.points[own] - position, axis=1).argmin()])
+
+
+def _median(values: Floats) -> float:
+    """The median of values without NaN, quicker than numpy's."""
+    middle = len(values) // 2
+    values = np.partition(values, middle)
+    if len(values) % 2:
+        return float(values[middle])
+    return float((values[:middle].max() + values[middle]) / 2)
+
+
+def _dilate(mask: Bools) -> Bools:
+    """[Z, Y, X] the mask and all its 26-neighbors."""
+    for axis in range(3):
+        grown = np.moveaxis(mask.copy(), axis, 0)
+        source = np.moveaxis(mask, axis, 0)
+        grown[1:] |= source[:-1]
+        grown[:-1] |= source[1:]
+        mask = np.moveaxis(grown, 0, axis)
+    return mask
+
+
+def _find_bounds(mask: Bools) -> tuple[slice, slice, slice]:
+    """The smallest box that holds a mask with one voxel at least."""
+    z, y, x = (np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1)))
+    return slice(z[0], z[-1] + 1), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
+
+
+def _first_voxels(patch: NDArray[np.unsignedinteger], where: Bools) -> Ints:
+    """[P, 3] the first voxel of each patch in `where`, in raster order."""
+    _, first = np.unique(patch[where], return_index=True)
+    return np.asarray(np.argwhere(where)[np.sort(first)])

@@ -1,9 +1,9 @@
-"""Neurons that touch: what holds several roots is cut between them, where it is least likely to go on.
+"""Split touching neurons: what holds several roots is cut between them, where it is least likely to go on.
 
-The centre lines are taken apart into sections and the hubs where these meet: forks and crossings, stretches below the
-threshold, bridges. At a hub every two sections are worth as much as they lie in one line, times the lowest probability
-on the way through the hub. The best pairs are joined first, unless that would join two roots (on a forest this greedy
-choice keeps the largest sum of worths: it is Kruskal's algorithm with one root in every tree).
+The centerlines are taken apart into sections and the hubs where these meet: branch points and crossings, stretches
+below the threshold, bridges. At a hub, every two sections have a worth: how well they lie in one line, times the lowest
+probability on the path through the hub. The best pairs are joined first, unless that would join two roots. On a forest
+this greedy choice keeps the largest sum of worths: it is Kruskal's algorithm with one root in every tree.
 """
 
 from __future__ import annotations
@@ -11,193 +11,271 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from hpc_neuro.tracing.graph import Wires
-from hpc_neuro.tracing.voxel_graph import Bools, Floats, Foreground, Ints
+from hpc_neuro.tracing.graph import CenterlineGraph, measure_section_direction
+from hpc_neuro.tracing.probability import Bools, Floats, Ints
+from hpc_neuro.tracing.voxel_graph import VoxelGraph
 
-_BASE = 8.0  # [voxel] and
-_SLENDER = 3.0  # radii: how much of a section gives its direction
-_CROSSING = 1.5  # forks closer than this many times the sum of their radii
-_MORE = 2.0  # [voxel] and this much belong to one crossing
-_ROOT = 2.0  # more than any pair is worth
-_BRIDGE = 0.5  # of the floor: the probability that stands for a bridge
+_CROSSING_RATIO = 1.5
+"""[sum of the radii] Distance of two branch points below which they are one crossing, plus `_CROSSING_MARGIN`."""
+_CROSSING_MARGIN = 2.0
+"""[voxel] See `_CROSSING_RATIO`."""
+_ROOT_WORTH = 2.0
+"""Factor on the worth of a root and a section that begins there: more than any other pair is worth."""
+_BRIDGE_CERTAINTY = 0.5
+"""[lower threshold] The probability that stands for a bridge."""
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _Dissection:
+    """A graph taken apart into sections and hubs."""
+
+    graph: CenterlineGraph
+    neighbors: list[list[int]]
+    """The neighbors of each node."""
+    certainty: Floats
+    """[K] probability at each node."""
+    is_hub: Bools
+    """[K]"""
+    section: Ints
+    """[K] number of each node's section, -1 at a hub."""
+    root_of: dict[int, int]
+    """Number of the root at a node."""
+
+    @property
+    def sections(self) -> int:
+        """Number of sections."""
+        return int(self.section.max()) + 1
+
+
+class _Door(NamedTuple):
+    """Where a section, or a root, meets a hub."""
+
+    hub_node: int
+    node: int
+    """First node of the section; of a root, the hub's node itself."""
+    section: int
+    """Number of the section; that of a root comes after all sections."""
+
+
+class _Pair(NamedTuple):
+    """Two sections that meet at a hub."""
+
     worth: float
-    a: int  # section
+    path: tuple[int, ...]
+    """Nodes from the last one of `a` to the first one of `b`, these included."""
+    a: int
     b: int
-    way: tuple[int, ...]  # nodes from the last one of a to the first one of b, these included
 
 
-def split(net: Wires, found: Foreground, roots: Sequence[int], floor: float, threshold: float) -> Wires:
-    """The wires without what joins several of `roots` (nodes); a crossing's nodes stand there once for each neuron.
+def split_neurons(
+    lines: CenterlineGraph, graph: VoxelGraph, roots: Sequence[int], floor: float, threshold: float
+) -> CenterlineGraph:
+    """The graph without what joins several of `roots` (nodes).
 
-    Only what hangs on a root is kept. Root nodes keep their voxels, and no other node has those.
+    Only what is connected to a root is kept. The nodes of a crossing occur once for each neuron. Root nodes keep their
+    voxels, and no other node has those.
     """
-    around = net.neighbor_lists()
-    sure = np.where(net.voxels >= 0, found.probability[net.voxels], np.float32(_BRIDGE * floor))
-    degree = np.array([len(beside) for beside in around])
-    hub = (degree >= 3) | (sure < threshold)
-    hub[_crossings(net, around, degree)] = True
-    hub[list(roots)] = True
-    hub[_between_roots(net, around, hub, roots, sure)] = True
-    section = _labels(net, ~hub)
-    root_of = {node: number for number, node in enumerate(roots)}
-    pairs = list(_pairs(net, around, hub, section, sure, root_of))
-    sections = int(section.max()) + 1
-    joined = np.arange(sections + len(roots))  # a root counts as a section of its own
+    parts = _dissect(lines, graph, roots, floor, threshold)
+    chosen, owners = _join_sections(parts, len(roots))
+    return _rebuild(parts, owners, chosen, roots)
+
+
+def _dissect(
+    lines: CenterlineGraph, graph: VoxelGraph, roots: Sequence[int], floor: float, threshold: float
+) -> _Dissection:
+    neighbors = lines.list_neighbors()
+    certainty = np.where(lines.voxels >= 0, graph.probability[lines.voxels], np.float32(_BRIDGE_CERTAINTY * floor))
+    is_hub = (lines.degree >= 3) | (certainty < threshold)
+    is_hub[_find_crossings(lines, neighbors)] = True
+    is_hub[list(roots)] = True
+    is_hub[_find_weakest_between_roots(lines, neighbors, is_hub, roots, certainty)] = True
+    section = _label_groups(lines, ~is_hub)
+    return _Dissection(lines, neighbors, certainty, is_hub, section, {node: i for i, node in enumerate(roots)})
+
+
+def _find_crossings(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]]) -> list[int]:
+    """The nodes between two branch points that are so near to each other that they are one crossing."""
+    crossings = []
+    for fork in np.flatnonzero(lines.degree >= 3).tolist():
+        most = _CROSSING_RATIO * 2 * max(lines.radii[fork], 1.0) + _CROSSING_MARGIN
+        for first in neighbors[fork]:
+            path, end, length = _walk_to_fork(lines, neighbors, fork, first, most)
+            radii = lines.radii[fork] + lines.radii[end]
+            if lines.degree[end] >= 3 and length <= _CROSSING_RATIO * radii + _CROSSING_MARGIN:
+                crossings += path
+    return crossings
+
+
+def _walk_to_fork(
+    lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], start: int, first: int, most: float
+) -> tuple[list[int], int, float]:
+    """The nodes between `start` and the next fork or tip by way of `first`, that node, and the length of the path.
+
+    The walk ends early where it is longer than `most`.
+    """
+    before, here, path, walked = start, first, list[int](), 0.0
+    while True:
+        walked += float(np.linalg.norm(lines.points[here] - lines.points[before]))
+        if lines.degree[here] != 2 or walked > most:
+            return path, here, walked
+        path.append(here)
+        before, here = here, _step_on(neighbors, before, here)
+
+
+def _find_weakest_between_roots(
+    lines: CenterlineGraph,
+    neighbors: Sequence[Sequence[int]],
+    is_hub: Bools,
+    roots: Sequence[int],
+    certainty: Floats,
+) -> list[int]:
+    """The weakest node of each section that leads from one root straight to another."""
+    weakest, root_nodes = [], set(roots)
+    for root in roots:
+        for first in neighbors[root]:
+            before, here, path = root, first, list[int]()
+            while not is_hub[here] and len(neighbors[here]) == 2:
+                path.append(here)
+                before, here = here, _step_on(neighbors, before, here)
+            if path and here in root_nodes and here != root:
+                weakest.append(min(path, key=lambda node: (certainty[node] * lines.radii[node], node)))
+    return weakest
+
+
+def _step_on(neighbors: Sequence[Sequence[int]], before: int, here: int) -> int:
+    """The neighbor of a node on which a walk that comes from another one goes on."""
+    return next(node for node in neighbors[here] if node != before)
+
+
+def _label_groups(lines: CenterlineGraph, is_inside: Bools) -> Ints:
+    """[K] number of the connected group of each node that `is_inside` [K], -1 for the others."""
+    edges = lines.edges[is_inside[lines.edges].all(axis=1)]
+    graph = csr_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(lines), len(lines)))
+    _, label = connected_components(graph, directed=False)
+    group = np.full(len(lines), -1, dtype=np.int64)
+    _, group[is_inside] = np.unique(label[is_inside], return_inverse=True)
+    return group
+
+
+def _join_sections(parts: _Dissection, roots: int) -> tuple[list[_Pair], Ints]:
+    """The pairs that are joined, best first, and the root to which each section belongs (-1: none), roots last."""
+    # A root counts as a section of its own.
+    joined = np.arange(parts.sections + roots)
     owner = np.full(len(joined), -1)
-    owner[sections:] = np.arange(len(roots))
-    chosen: list[_Pair] = []
-    for pair in sorted(pairs, key=lambda p: (-p.worth, p.way)):
-        a, b = _top(joined, pair.a), _top(joined, pair.b)
+    owner[parts.sections :] = np.arange(roots)
+
+    chosen = []
+    for pair in sorted(_list_pairs(parts), key=lambda pair: (-pair.worth, pair.path)):
+        a, b = _find_top(joined, pair.a), _find_top(joined, pair.b)
         if a != b and min(owner[a], owner[b]) < 0:
             joined[b], owner[a] = a, max(owner[a], owner[b])
             chosen.append(pair)
-    owners = np.array([owner[_top(joined, s)] for s in range(len(joined))])
-    return _rebuilt(net, section, owners, chosen, roots)
+    return chosen, np.array([owner[_find_top(joined, section)] for section in range(len(joined))])
 
 
-def _top(joined: Ints, item: int) -> int:
+def _find_top(joined: Ints, item: int) -> int:
     while joined[item] != item:
         joined[item] = joined[joined[item]]
         item = int(joined[item])
     return item
 
 
-def _labels(net: Wires, inside: Bools) -> Ints:
-    """[K] number of the connected group of each node that is `inside`, -1 for the others."""
-    n = len(net.points)
-    edges = net.edges[inside[net.edges].all(axis=1)]
-    graph = csr_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(n, n))
-    _, label = connected_components(graph, directed=False)
-    found = np.full(n, -1, dtype=np.int64)
-    _, found[inside] = np.unique(label[inside], return_inverse=True)
-    return found
-
-
-def _crossings(net: Wires, around: Sequence[Sequence[int]], degree: Ints) -> list[int]:
-    """The nodes between two forks that are so near to each other that they are one crossing."""
-    found = []
-    for fork in np.flatnonzero(degree >= 3).tolist():
-        for first in around[fork]:
-            before, here, way, gone = fork, first, list[int](), 0.0
-            most = _CROSSING * 2 * max(net.radii[fork], 1.0) + _MORE
-            while True:
-                gone += float(np.linalg.norm(net.points[here] - net.points[before]))
-                if degree[here] != 2 or gone > most:
-                    break
-                way.append(here)
-                before, here = here, next(node for node in around[here] if node != before)
-            if degree[here] >= 3 and gone <= _CROSSING * (net.radii[fork] + net.radii[here]) + _MORE:
-                found += way
-    return found
-
-
-def _between_roots(
-    net: Wires, around: Sequence[Sequence[int]], hub: Bools, roots: Sequence[int], sure: Floats
-) -> list[int]:
-    """The weakest node of each section that leads from one root straight to another."""
-    found = []
-    for root in roots:
-        for first in around[root]:
-            before, here, way = root, first, list[int]()
-            while not hub[here] and len(around[here]) == 2:
-                way.append(here)
-                before, here = here, next(node for node in around[here] if node != before)
-            if way and here in roots and here != root:
-                found.append(min(way, key=lambda node: (sure[node] * net.radii[node], node)))
-    return found
-
-
-def _pairs(
-    net: Wires,
-    around: Sequence[Sequence[int]],
-    hub: Bools,
-    section: Ints,
-    sure: Floats,
-    root_of: dict[int, int],
-) -> Iterator[_Pair]:
+def _list_pairs(parts: _Dissection) -> Iterator[_Pair]:
     """Every two sections that meet at a hub, and each root with the sections that begin there."""
-    label, sections = _labels(net, hub), int(section.max()) + 1
+    label = _label_groups(parts.graph, parts.is_hub)
     order = np.argsort(label, kind="stable")
     order = order[label[order] >= 0]
-    for group in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
-        doors = [(node, out) for node in group.tolist() for out in around[node] if not hub[out]]
-        heads = {out: _direction(net, around, hub, node, out) for node, out in doors}
-        ends = [(node, out, int(section[out])) for node, out in doors]
-        ends += [(node, node, sections + root_of[node]) for node in group.tolist() if node in root_of]
-        ways = {node: _ways(around, hub, node) for node, _, _ in ends}
-        for (a, out_a, one), (b, out_b, other) in itertools.combinations(ends, 2):
-            inner = ways[a][b]
-            worth = float(sure[list(inner)].min())
-            if max(one, other) < sections:
-                worth *= float(1 - heads[out_a] @ heads[out_b]) / 2
-                worth = worth if not any(node in root_of for node in inner) else 0.0
-            else:
-                worth = worth * _ROOT if min(one, other) < sections else 0.0
-            way = [*([out_a] if out_a != a else []), *inner, *([out_b] if out_b != b else [])]
-            yield _Pair(worth, one, other, tuple(way))
+    for hub in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
+        doors = _list_doors(parts, hub.tolist())
+        directions = {
+            door.node: measure_section_direction(parts.graph, parts.neighbors, parts.is_hub, door.hub_node, door.node)
+            for door in doors
+            if door.node != door.hub_node
+        }
+        paths = {door.hub_node: _find_paths_inside(parts, door.hub_node) for door in doors}
+        for one, other in itertools.combinations(doors, 2):
+            inner = paths[one.hub_node][other.hub_node]
+            yield _Pair(
+                _measure_worth(parts, one, other, inner, directions),
+                (*_outer_node(one), *inner, *_outer_node(other)),
+                one.section,
+                other.section,
+            )
 
 
-def _ways(around: Sequence[Sequence[int]], hub: Bools, start: int) -> dict[int, tuple[int, ...]]:
-    """The way inside a hub from a node to each other one."""
-    found: dict[int, tuple[int, ...]] = {start: (start,)}
+def _list_doors(parts: _Dissection, hub: Sequence[int]) -> list[_Door]:
+    """The sections that begin at a hub, then its roots."""
+    doors = [
+        _Door(node, other, int(parts.section[other]))
+        for node in hub
+        for other in parts.neighbors[node]
+        if not parts.is_hub[other]
+    ]
+    return doors + [_Door(node, node, parts.sections + parts.root_of[node]) for node in hub if node in parts.root_of]
+
+
+def _outer_node(door: _Door) -> tuple[int, ...]:
+    """The node of the section; nothing for a root."""
+    return () if door.node == door.hub_node else (door.node,)
+
+
+def _measure_worth(
+    parts: _Dissection, one: _Door, other: _Door, inner: tuple[int, ...], directions: dict[int, Floats]
+) -> float:
+    """Worth of two sections; of two roots, and of sections that meet through a root, it is 0."""
+    lowest = float(parts.certainty[list(inner)].min())
+    if max(one.section, other.section) >= parts.sections:
+        return lowest * _ROOT_WORTH if min(one.section, other.section) < parts.sections else 0.0
+    if any(node in parts.root_of for node in inner):
+        return 0.0
+    return lowest * (float(1 - directions[one.node] @ directions[other.node]) / 2)
+
+
+def _find_paths_inside(parts: _Dissection, start: int) -> dict[int, tuple[int, ...]]:
+    """The path inside a hub from a node to each other one."""
+    paths: dict[int, tuple[int, ...]] = {start: (start,)}
     stack = [start]
     while stack:
         node = stack.pop()
-        for other in around[node]:
-            if hub[other] and other not in found:
-                found[other] = (*found[node], other)
+        for other in parts.neighbors[node]:
+            if parts.is_hub[other] and other not in paths:
+                paths[other] = (*paths[node], other)
                 stack.append(other)
-    return found
+    return paths
 
 
-def _direction(net: Wires, around: Sequence[Sequence[int]], hub: Bools, node: int, out: int) -> Floats:
-    """Unit vector into a section from where it meets a hub; its first radius bends towards the hub and is left out."""
-    before, here, gone, anchor = node, out, 0.0, out
-    radius = float(net.radii[out])
-    while gone < _BASE + _SLENDER * radius:
-        onward = [other for other in around[here] if other != before and not hub[other]]
-        if not onward:
-            break
-        before, here = here, onward[0]
-        gone += float(np.linalg.norm(net.points[here] - net.points[before]))
-        if gone <= radius:
-            anchor = here
-    ahead = net.points[here] - net.points[anchor if anchor != here else node]
-    return np.asarray(ahead / max(float(np.linalg.norm(ahead)), 1e-9))
+def _rebuild(parts: _Dissection, owners: Ints, chosen: Sequence[_Pair], roots: Sequence[int]) -> CenterlineGraph:
+    """The sections with an owner, and the chosen paths through the hubs, of which each owner has copies of its own."""
+    lines, section, sections = parts.graph, parts.section, parts.sections
+    is_kept = np.zeros(len(section), dtype=bool)
+    if sections:
+        is_kept = (section >= 0) & (owners[np.maximum(section, 0)] >= 0)
 
+    # The new number of each node, for each owner where it belongs to a hub.
+    copies = {(node, -1): number for number, node in enumerate(np.flatnonzero(is_kept).tolist())}
+    for number, root in enumerate(roots):
+        copies.setdefault((root, int(owners[sections + number])), len(copies))
 
-def _rebuilt(net: Wires, section: Ints, owners: Ints, chosen: Sequence[_Pair], roots: Sequence[int]) -> Wires:
-    """The sections with an owner, and the ways that were chosen through the hubs, each owner's own."""
-    sections = int(section.max()) + 1
-    kept = (section >= 0) & (owners[np.maximum(section, 0)] >= 0) if sections else np.zeros(len(section), dtype=bool)
-    copies = {(int(node), -1): i for i, node in enumerate(np.flatnonzero(kept))}
-    for root in roots:
-        copies.setdefault((root, owners[sections + list(roots).index(root)]), len(copies))
-    edges = {
-        (copies[a, -1], copies[b, -1])
-        for a, b in net.edges.tolist()
-        if section[a] >= 0 and section[a] == section[b] and kept[a]
-    }
+    a, b = lines.edges.T
+    inside = (section[a] >= 0) & (section[a] == section[b]) & is_kept[a]
+    edges = {(copies[a, -1], copies[b, -1]) for a, b in lines.edges[inside].tolist()}
     for pair in chosen:
-        who = int(owners[pair.a])
-        if who < 0:
-            continue
-        nodes = [(n, -1) if section[n] >= 0 else (n, who) for n in pair.way]
-        numbers = [copies.setdefault(node, len(copies)) for node in nodes]
-        edges |= {(min(a, b), max(a, b)) for a, b in itertools.pairwise(numbers)}
+        owner = int(owners[pair.a])
+        if owner >= 0:
+            nodes = [(node, -1 if section[node] >= 0 else owner) for node in pair.path]
+            numbers = [copies.setdefault(node, len(copies)) for node in nodes]
+            edges |= {(min(a, b), max(a, b)) for a, b in itertools.pairwise(numbers)}
+
     origin = np.array([node for node, _ in copies], dtype=np.int64)
-    return Wires(
-        net.points[origin],
-        net.radii[origin],
+    return CenterlineGraph(
+        lines.points[origin],
+        lines.radii[origin],
         np.array(sorted(edges), dtype=np.int64).reshape(-1, 2),
-        net.voxels[origin],
+        lines.voxels[origin],
     )

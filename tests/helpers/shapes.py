@@ -12,12 +12,11 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.tracing import TraceConfig
 from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_block
-from hpc_neuro.tracing.voxel_graph import Foreground, foreground
+from hpc_neuro.tracing.probability import Floats
+from hpc_neuro.tracing.voxel_graph import VoxelGraph, merge_block_skeletons
 
-Floats = NDArray[np.float64]
 
-
-def paint(volume: NDArray[np.float32], points: Floats, radius: float, value: float = 1.0) -> None:
+def paint_points(volume: NDArray[np.float32], points: Floats, radius: float, value: float = 1.0) -> None:
     """Raise `volume` to `value` within `radius` of each of the points (z y x voxels)."""
     reach = int(np.ceil(radius))
     steps = np.array(list(itertools.product(range(-reach, reach + 1), repeat=3)))
@@ -29,7 +28,7 @@ def paint(volume: NDArray[np.float32], points: Floats, radius: float, value: flo
         volume[index] = np.maximum(volume[index], value)
 
 
-def line(*corners: tuple[float, float, float], step: float = 0.5) -> Floats:
+def sample_line(*corners: tuple[float, float, float], step: float = 0.5) -> Floats:
     """Points along straight pieces."""
     parts = []
     for a, b in itertools.pairwise(np.array(corners, dtype=float)):
@@ -38,14 +37,14 @@ def line(*corners: tuple[float, float, float], step: float = 0.5) -> Floats:
     return np.concatenate(parts)
 
 
-def volume_of(tree: Tree, shape: Shape, radius: float = 2.0) -> NDArray[np.float32]:
+def paint_tree(tree: Tree, shape: Shape, radius: float = 2.0) -> NDArray[np.float32]:
     """The tree painted with one radius, as 0 and 1."""
     volume = np.zeros(shape, dtype=np.float32)
-    paint(volume, morphology.resample_tree(tree, 0.5).points, radius)
+    paint_points(volume, morphology.resample_tree(tree, 0.5).points, radius)
     return volume
 
 
-def crooked_tree(seed: int, shape: Shape, branches: int) -> Tree:
+def grow_crooked_tree(seed: int, shape: Shape, branches: int) -> Tree:
     """A random tree of smooth branches that keep clear of one another and of the border."""
     rng = np.random.default_rng(seed)
     size = np.array(shape)
@@ -97,12 +96,15 @@ def _grow(
         above = len(points) - 1
 
 
-def foreground_of(array: NDArray[np.generic], cfg: TraceConfig, voxel_size: VoxelSize = (1, 1, 1)) -> Foreground | None:
-    """The foreground of an array, by the blocks of `cfg`."""
+def build_voxel_graph(
+    array: NDArray[np.generic], cfg: TraceConfig, voxel_size: VoxelSize = (1, 1, 1)
+) -> VoxelGraph | None:
+    """The voxel graph of a probability, made from the blocks of `cfg`."""
     z, y, x = array.shape
 
     def read(box: Box) -> NDArray[np.generic]:
         return array[box.slices]
 
-    parts = [skeletonize_block(read, (z, y, x), box, voxel_size, cfg) for box in list_trace_blocks((z, y, x), cfg)]
-    return foreground([p for p in parts if p], read, (z, y, x), cfg.spacing(voxel_size), cfg.floor, cfg.min_voxels)
+    blocks = [skeletonize_block(read, (z, y, x), box, voxel_size, cfg) for box in list_trace_blocks((z, y, x), cfg)]
+    skeletons = [block for block in blocks if block is not None]
+    return merge_block_skeletons(skeletons, read, (z, y, x), cfg.spacing(voxel_size), cfg.floor, cfg.min_voxels)

@@ -15,7 +15,7 @@ from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.tracing import TraceConfig, trace, trace_reader
 from hpc_neuro.tracing.block_skeleton import add_halo, list_trace_blocks
-from tests.helpers.shapes import crooked_tree, line, paint, volume_of
+from tests.helpers.shapes import grow_crooked_tree, paint_points, paint_tree, sample_line
 
 ISO = (1.0, 1.0, 1.0)
 SHAPE = (48, 96, 160)
@@ -52,8 +52,8 @@ def check_same(whole: list[Tree], parts: list[Tree]) -> None:
 @pytest.mark.parametrize(("seed", "block"), [(0, (24, 40, 64)), (1, (17, 33, 29)), (1, (48, 48, 12))])
 def test_the_same_trees_whatever_the_blocks(seed: int, block: Shape) -> None:
     """A branched neuron with a blurred, noisy border, beside one with a break; cut in odd places, also along it."""
-    gold = crooked_tree(seed, SHAPE, branches=5)
-    mask = volume_of(gold, SHAPE)
+    gold = grow_crooked_tree(seed, SHAPE, branches=5)
+    mask = paint_tree(gold, SHAPE)
     noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=SHAPE), 1.0)
     image = np.clip(1.2 * ndimage.gaussian_filter(mask, 0.8) + 0.05 * noise / noise.std(), 0, 1).astype(np.float32)
     for roots in ([], [tuple(gold.points[0])]):
@@ -66,8 +66,8 @@ def test_the_same_trees_whatever_the_blocks(seed: int, block: Shape) -> None:
 def test_a_border_along_a_neurite_does_not_show(shift: int) -> None:
     """The border runs through the middle, beside it, or just touches a tube, which a bridge continues."""
     mask = np.zeros((40, 64, 160), np.float32)
-    paint(mask, line((20, 32 + shift, 8), (20, 32 + shift, 80)), 3.0)
-    paint(mask, line((20, 32 + shift, 94), (20, 32 + shift, 150)), 3.0)
+    paint_points(mask, sample_line((20, 32 + shift, 8), (20, 32 + shift, 80)), 3.0)
+    paint_points(mask, sample_line((20, 32 + shift, 94), (20, 32 + shift, 150)), 3.0)
     (whole,) = trace(mask, ISO)
     (parts,) = trace(mask, ISO, cfg=TraceConfig(block=(20, 32, 32)))
     check_same([whole], [parts])
@@ -77,8 +77,8 @@ def test_a_border_along_a_neurite_does_not_show(shift: int) -> None:
 
 def test_a_soma_in_a_corner_of_blocks_is_one_soma() -> None:
     mask = np.zeros((48, 64, 128), np.float32)
-    paint(mask, line((24, 32, 10), (24, 32, 120)), 2.0)
-    paint(mask, np.array([[24.0, 32.0, 64.0]]), 11.0)
+    paint_points(mask, sample_line((24, 32, 10), (24, 32, 120)), 2.0)
+    paint_points(mask, np.array([[24.0, 32.0, 64.0]]), 11.0)
     whole, parts = (trace(mask, ISO, cfg=TraceConfig(block=b)) for b in ((48, 64, 128), (24, 32, 64)))
     check_same(whole, parts)
     assert parts[0].types[0] == 1

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from hpc_neuro.core.morphology import Tree, length
 from hpc_neuro.tracing import TraceConfig, trace
-from hpc_neuro.tracing.finish_tree import rooted
-from hpc_neuro.tracing.graph import Wires
+from hpc_neuro.tracing.finish_tree import root_trees
+from hpc_neuro.tracing.graph import CenterlineGraph
 from tests.core.test_morphology import trees
 
 
 @given(trees(), st.booleans())
 def test_every_piece_is_rooted_as_if_it_were_alone(forest: Tree, given_roots: bool) -> None:
-    net = Wires(forest.points, forest.radii, forest.edges, np.arange(len(forest)))
+    lines = CenterlineGraph(forest.points, forest.radii, forest.edges, np.arange(len(forest)))
     starts = forest.roots[::-1].tolist() if given_roots else []
-    found = list(rooted(net, starts, 5.0))
-    assert len(found) == len(forest.roots)
+    rooted = [tree for tree, _ in root_trees(lines, starts, 5.0, 0.0)]
+    assert len(rooted) == len(forest.roots)
     below = {int(root): [int(root)] for root in forest.roots}
     for node in range(len(forest)):
         top = node
@@ -27,12 +27,12 @@ def test_every_piece_is_rooted_as_if_it_were_alone(forest: Tree, given_roots: bo
             top = int(forest.parents[top])
         below[top].extend([node] if node != top else [])
     order = starts or [int(r) for r in sorted(below, key=lambda r: min(below[r]))]
-    for root, tree in zip(order, found, strict=True):
+    for root, tree in zip(order, rooted, strict=True):
         nodes = np.sort(below[root])
         rank = {int(node): i for i, node in enumerate(nodes)}
         edges = np.array([[rank[a], rank[b]] for a, b in forest.edges.tolist() if a in rank], dtype=np.int64)
-        alone = Wires(forest.points[nodes], forest.radii[nodes], edges.reshape(-1, 2), np.arange(len(nodes)))
-        (same,) = rooted(alone, [rank[root]] if given_roots else [], 5.0)
+        alone = CenterlineGraph(forest.points[nodes], forest.radii[nodes], edges.reshape(-1, 2), np.arange(len(nodes)))
+        ((same, _),) = root_trees(alone, [rank[root]] if given_roots else [], 5.0, 0.0)
         for part in ("points", "radii", "parents", "types"):
             np.testing.assert_array_equal(getattr(tree, part), getattr(same, part))
         assert np.isclose(length(tree), sum(np.linalg.norm(alone.points[a] - alone.points[b]) for a, b in edges))

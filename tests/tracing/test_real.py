@@ -16,7 +16,7 @@ from hpc_neuro.data import swc
 from hpc_neuro.metrics.cable import match_cable, remove_stub
 from hpc_neuro.metrics.tree import distances
 from hpc_neuro.tracing import TraceConfig, trace
-from tests.helpers.shapes import volume_of
+from tests.helpers.shapes import paint_tree
 
 VOXEL = (0.9988, 0.32965, 0.32965)
 
@@ -32,7 +32,7 @@ def test_a_perfect_mask_gives_the_gold_tree(real_data: Path, name: str) -> None:
     gold, root = gold_of(folder, name)
     with tifffile.TiffFile(folder / f"{name}.tif") as tif:
         shape = (len(tif.pages), 512, 512)
-    (tree,) = trace(volume_of(gold, shape, 2.3), VOXEL, roots=[root])
+    (tree,) = trace(paint_tree(gold, shape, 2.3), VOXEL, roots=[root])
     assert match_cable(tree, gold, 4.0).f1 > 0.99
     assert distances(tree, gold)["esa"] < 0.6
     assert morphology.length(tree) == pytest.approx(morphology.length(gold), rel=0.065)

@@ -10,7 +10,7 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree, length, tips
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.tracing import TraceConfig, trace
-from tests.helpers.shapes import Floats, line, paint
+from tests.helpers.shapes import Floats, paint_points, sample_line
 
 ISO = (1.0, 1.0, 1.0)
 SHAPE = (40, 90, 140)
@@ -45,20 +45,22 @@ def check(mask: np.ndarray, courses: list[Floats], ends: list[int], cfg: TraceCo
 @pytest.mark.parametrize("apart", [0.0, 3.0])
 def test_two_neurons_that_cross(apart: float) -> None:
     """Each goes on straight over the crossing, whether they pass through each other or only touch."""
-    a, b = line((20, 15, 10), (20, 75, 130)), line((20 + apart, 75, 10), (20 + apart, 15, 130))
+    a, b = sample_line((20, 15, 10), (20, 75, 130)), sample_line((20 + apart, 75, 10), (20 + apart, 15, 130))
     mask = np.zeros(SHAPE, np.float32)
-    paint(mask, a, 2.0)
-    paint(mask, b, 2.0)
+    paint_points(mask, a, 2.0)
+    paint_points(mask, b, 2.0)
     check(mask, [a, b], [1, 1])
 
 
 def test_two_branched_neurons_of_which_one_touches_the_other_with_a_tip() -> None:
-    a = np.concatenate([line((20, 25, 10), (20, 25, 130)), line((20, 25, 40), (20, 10, 60))])
-    b = np.concatenate([line((20, 75, 10), (20, 75, 130)), line((20, 75, 60), (20, 31, 84))])
+    a = np.concatenate([sample_line((20, 25, 10), (20, 25, 130)), sample_line((20, 25, 40), (20, 10, 60))])
+    b = np.concatenate([sample_line((20, 75, 10), (20, 75, 130)), sample_line((20, 75, 60), (20, 31, 84))])
     mask = np.zeros(SHAPE, np.float32)
-    paint(mask, a, 2.0)
-    paint(mask, b, 2.0)
-    paint(mask, line((20, 31, 84), (20, 27, 86)), 1.4, 0.4)  # what a model leaves between them: below the threshold
+    paint_points(mask, a, 2.0)
+    paint_points(mask, b, 2.0)
+    paint_points(
+        mask, sample_line((20, 31, 84), (20, 27, 86)), 1.4, 0.4
+    )  # what a model leaves between them: below the threshold
     roots = [(20, 25, 10), (20, 75, 10)]
     assert len(trace(mask, ISO)) == 1
     first, second = trace(mask, ISO, roots=roots)
@@ -70,20 +72,20 @@ def test_two_branched_neurons_of_which_one_touches_the_other_with_a_tip() -> Non
 
 
 def test_a_bridge_between_two_neurons_is_cut_and_one_within_a_neuron_stays() -> None:
-    a = line((20, 30, 10), (20, 30, 130))
-    b = line((20, 75, 70), (20, 40, 70))
+    a = sample_line((20, 30, 10), (20, 30, 130))
+    b = sample_line((20, 75, 70), (20, 40, 70))
     mask = np.zeros(SHAPE, np.float32)
-    paint(mask, a, 2.0)
-    paint(mask, b, 2.0)
+    paint_points(mask, a, 2.0)
+    paint_points(mask, b, 2.0)
     mask[:, :, 94:104] = 0  # a break in the first one
     check(mask, [a, b], [1, 1])
 
 
 def test_two_somas_on_one_neurite_share_it_at_its_weakest_place() -> None:
     mask = np.zeros(SHAPE, np.float32)
-    paint(mask, line((20, 45, 15), (20, 45, 125)), 2.0)
+    paint_points(mask, sample_line((20, 45, 15), (20, 45, 125)), 2.0)
     mask[18:23, 42:49, 89:92] *= 0.6
-    paint(mask, np.array([[20.0, 45.0, 15.0], [20.0, 45.0, 125.0]]), 7.0)
+    paint_points(mask, np.array([[20.0, 45.0, 15.0], [20.0, 45.0, 125.0]]), 7.0)
     first, second = trace(mask, ISO, roots=[(20, 45, 15), (20, 45, 125)])
     assert first.points[:, 2].max() == pytest.approx(89, abs=4)
     assert second.points[:, 2].min() == pytest.approx(91, abs=4)
@@ -91,6 +93,6 @@ def test_two_somas_on_one_neurite_share_it_at_its_weakest_place() -> None:
 
 def test_two_roots_at_one_place_are_refused() -> None:
     mask = np.zeros(SHAPE, np.float32)
-    paint(mask, line((20, 45, 15), (20, 45, 125)), 2.0)
+    paint_points(mask, sample_line((20, 45, 15), (20, 45, 125)), 2.0)
     with pytest.raises(InputError, match="lie at one place of one neurite"):
         trace(mask, ISO, roots=[(20, 45, 60), (20, 44, 60)])

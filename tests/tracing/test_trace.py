@@ -14,19 +14,19 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree, branch_points, length, tips
 from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.tracing import TraceConfig, trace, trace_reader
-from tests.helpers.shapes import crooked_tree, line, paint, volume_of
+from tests.helpers.shapes import grow_crooked_tree, paint_points, paint_tree, sample_line
 
 ISO = (1.0, 1.0, 1.0)
 
 
-def f1(found: Tree, gold: Tree, tolerance: float = 2.0) -> float:
+def measure_f1(found: Tree, gold: Tree, tolerance: float = 2.0) -> float:
     a, b = (morphology.resample_tree(t, 1.0).points for t in (found, gold))
     precision = float((cKDTree(b).query(a)[0] <= tolerance).mean())
     recall = float((cKDTree(a).query(b)[0] <= tolerance).mean())
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def noisy(mask: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+def add_noise(mask: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     """A blurred mask with smooth noise, as a model gives it."""
     noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=mask.shape), 1.0)
     blurred = 1.2 * ndimage.gaussian_filter(mask, 0.8)
@@ -43,9 +43,9 @@ def noisy(mask: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     ],
 )
 def test_a_tube_becomes_its_centre_line(corners: list[tuple[float, float, float]], radius: float) -> None:
-    course = line(*corners)
+    course = sample_line(*corners)
     mask = np.zeros((40, 60, 100), dtype=np.float32)
-    paint(mask, course, radius)
+    paint_points(mask, course, radius)
     (tree,) = trace(mask, ISO, roots=[corners[0]])
     off = cKDTree(course).query(morphology.resample_tree(tree, 1.0).points)[0]
     assert tuple(tree.points[0]) == corners[0]
@@ -60,7 +60,7 @@ def test_a_helix_keeps_its_length() -> None:
     turn = np.linspace(0, 4 * np.pi, 600)
     course = np.stack([10 + 5 * turn, 32 + 16 * np.sin(turn), 32 + 16 * np.cos(turn)], axis=1)
     mask = np.zeros((84, 64, 64), dtype=np.float32)
-    paint(mask, course, 2.2)
+    paint_points(mask, course, 2.2)
     (tree,) = trace(mask, ISO, roots=[tuple(course[0])])
     true = np.linalg.norm(np.diff(course, axis=0), axis=1).sum()
     assert length(tree) == pytest.approx(true, rel=0.04)
@@ -69,35 +69,35 @@ def test_a_helix_keeps_its_length() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_branched_tree_comes_back_without_spurs(seed: int) -> None:
-    gold = crooked_tree(seed, (48, 96, 160), branches=6)
-    mask = volume_of(gold, (48, 96, 160))
-    for probability in (mask, noisy(mask, seed)):
+    gold = grow_crooked_tree(seed, (48, 96, 160), branches=6)
+    mask = paint_tree(gold, (48, 96, 160))
+    for probability in (mask, add_noise(mask, seed)):
         (tree,) = trace(probability, ISO, roots=[tuple(gold.points[0])])
         assert len(tips(tree)) == len(tips(gold)) == 7
         assert len(branch_points(tree)) == len(branch_points(gold))
-        assert f1(tree, gold) > 0.98
+        assert measure_f1(tree, gold) > 0.98
         assert length(tree) == pytest.approx(length(gold), rel=0.06)
 
 
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10_000), flips=st.tuples(st.booleans(), st.booleans(), st.booleans()))
 def test_a_mirrored_volume_gives_the_mirrored_tree(seed: int, flips: tuple[bool, bool, bool]) -> None:
-    gold = crooked_tree(seed, (40, 64, 96), branches=2)
-    mask = volume_of(gold, (40, 64, 96))
+    gold = grow_crooked_tree(seed, (40, 64, 96), branches=2)
+    mask = paint_tree(gold, (40, 64, 96))
     axes = [axis for axis, flip in enumerate(flips) if flip]
     mirror = np.array([n - 1 if flip else 0 for n, flip in zip(mask.shape, flips, strict=True)])
     sign = np.where(flips, -1, 1)
     (tree,) = trace(mask, ISO, roots=[tuple(gold.points[0])])
     (other,) = trace(np.flip(mask, axes), ISO, roots=[tuple(mirror + sign * gold.points[0])])
     back = Tree(mirror + sign * other.points, other.radii, other.parents, other.types)
-    assert f1(back, tree, tolerance=1.5) > 0.95
+    assert measure_f1(back, tree, tolerance=1.5) > 0.95
     assert length(back) == pytest.approx(length(tree), rel=0.03)
     assert len(tips(back)) == len(tips(tree))
 
 
 def test_the_same_tree_from_bool_uint8_float_and_from_boxes() -> None:
-    gold = crooked_tree(1, (40, 64, 300), branches=3)
-    mask = volume_of(gold, (40, 64, 300))
+    gold = grow_crooked_tree(1, (40, 64, 300), branches=3)
+    mask = paint_tree(gold, (40, 64, 300))
     root = tuple(gold.points[0])
     trees = [trace(m, ISO, roots=[root])[0] for m in (mask, mask.astype(bool), (mask * 255).astype(np.uint8))]
     trees += trace_reader(lambda box: mask[box.slices], mask.shape, ISO, roots=[root])
@@ -106,12 +106,12 @@ def test_the_same_tree_from_bool_uint8_float_and_from_boxes() -> None:
         np.testing.assert_array_equal(tree.parents, trees[0].parents)
 
 
-def broken(gap: float, sideways: float = 0.0, size: float = 60.0) -> tuple[NDArray[np.float32], float]:
+def paint_broken_tube(gap: float, sideways: float = 0.0, size: float = 60.0) -> tuple[NDArray[np.float32], float]:
     """A tube of 40 voxels, a break, and its continuation shifted sideways; the x where the continuation ends."""
     mask = np.zeros((32, 96, 160), dtype=np.float32)
-    paint(mask, line((16, 40, 8), (16, 40, 48)), 2.0)
+    paint_points(mask, sample_line((16, 40, 8), (16, 40, 48)), 2.0)
     begin = 48 + 4 + gap  # both ends are round
-    paint(mask, line((16, 40 + sideways, begin), (16, 40 + sideways, begin + size)), 2.0)
+    paint_points(mask, sample_line((16, 40 + sideways, begin), (16, 40 + sideways, begin + size)), 2.0)
     return mask, begin + size
 
 
@@ -119,7 +119,7 @@ def broken(gap: float, sideways: float = 0.0, size: float = 60.0) -> tuple[NDArr
     ("gap", "sideways", "bridged"), [(5, 0, True), (16, 0, True), (6, 4, True), (24, 0, False), (4, 16, False)]
 )
 def test_breaks_are_bridged_straight_ahead_up_to_the_limit(gap: float, sideways: float, bridged: bool) -> None:
-    mask, end = broken(gap, sideways)
+    mask, end = paint_broken_tube(gap, sideways)
     (tree,) = trace(mask, ISO, roots=[(16, 40, 8)])
     assert (tree.points[:, 2].max() > end - 3) == bridged
     assert len(tips(tree)) == 1
@@ -131,7 +131,7 @@ def test_breaks_are_bridged_straight_ahead_up_to_the_limit(gap: float, sideways:
 def test_a_string_of_beads_is_one_neurite() -> None:
     mask = np.zeros((32, 64, 160), dtype=np.float32)
     for x in range(8, 150, 9):
-        paint(mask, line((16, 32, x), (16, 32, x + 3)), 2.5)
+        paint_points(mask, sample_line((16, 32, x), (16, 32, x + 3)), 2.5)
     (tree,) = trace(mask, ISO, roots=[(16, 32, 8)])
     assert tree.points[:, 2].max() > 140
     assert len(tips(tree)) == 1
@@ -140,12 +140,12 @@ def test_a_string_of_beads_is_one_neurite() -> None:
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_thin_neurite_close_to_a_thick_one_is_not_swallowed(joined: bool) -> None:
     mask = np.zeros((40, 60, 130), dtype=np.float32)
-    paint(mask, line((20, 20, 10), (20, 20, 110)), 6.0)
-    paint(mask, line((20, 30, 8), (20, 30, 112)), 2.0)
+    paint_points(mask, sample_line((20, 20, 10), (20, 20, 110)), 6.0)
+    paint_points(mask, sample_line((20, 30, 8), (20, 30, 112)), 2.0)
     if joined:  # at one end
-        paint(mask, line((20, 20, 118), (20, 30, 118)), 2.0)
-        paint(mask, line((20, 20, 110), (20, 20, 118)), 2.0)
-        paint(mask, line((20, 30, 110), (20, 30, 118)), 2.0)
+        paint_points(mask, sample_line((20, 20, 118), (20, 30, 118)), 2.0)
+        paint_points(mask, sample_line((20, 20, 110), (20, 20, 118)), 2.0)
+        paint_points(mask, sample_line((20, 30, 110), (20, 30, 118)), 2.0)
     trees = trace(mask, ISO, cfg=TraceConfig(gap=0))
     assert len(trees) == (1 if joined else 2)
     places = np.concatenate([morphology.resample_tree(tree, 1.0).points for tree in trees])
@@ -155,9 +155,9 @@ def test_a_thin_neurite_close_to_a_thick_one_is_not_swallowed(joined: bool) -> N
 
 
 def test_bright_junk_beside_a_neurite_is_left_alone() -> None:
-    mask, _ = broken(gap=-4)
+    mask, _ = paint_broken_tube(gap=-4)
     for place in ((16, 50, 20), (16, 30, 60), (26, 40, 80), (16, 60, 100), (5, 70, 30)):
-        paint(mask, np.array([place], dtype=float), 4.0)
+        paint_points(mask, np.array([place], dtype=float), 4.0)
     (tree,) = trace(mask, ISO, roots=[(16, 40, 8)])
     assert np.abs(tree.points[:, 1] - 40).max() < 2
     assert len(tips(tree)) == 1
@@ -166,18 +166,18 @@ def test_bright_junk_beside_a_neurite_is_left_alone() -> None:
 def test_a_thick_flat_process_is_one_path_not_a_comb() -> None:
     mask = np.zeros((40, 40, 120), dtype=np.float32)
     for z in np.linspace(12, 28, 33):
-        paint(mask, line((z, 20, 10), (z, 20, 110)), 2.0)
+        paint_points(mask, sample_line((z, 20, 10), (z, 20, 110)), 2.0)
     (tree,) = trace(mask, ISO, roots=[(20, 20, 10)])
     assert length(tree) < 125
     assert len(tips(tree)) <= 2
-    (rough,) = trace(noisy(mask, 3), ISO, roots=[(20, 20, 10)])
+    (rough,) = trace(add_noise(mask, 3), ISO, roots=[(20, 20, 10)])
     assert length(rough) < 210
     assert len(tips(rough)) <= 4
 
 
 def test_a_root_off_the_mask_snaps_and_one_too_far_is_refused() -> None:
     mask = np.zeros((32, 64, 100), dtype=np.float32)
-    paint(mask, line((16, 20, 8), (16, 20, 90)), 2.0)
+    paint_points(mask, sample_line((16, 20, 8), (16, 20, 90)), 2.0)
     (tree,) = trace(mask, ISO, roots=[(16, 28, 10)])
     assert tuple(tree.points[0]) == (16, 28, 10)
     assert tree.points[1:, 1].max() < 28
@@ -191,8 +191,8 @@ def test_a_root_off_the_mask_snaps_and_one_too_far_is_refused() -> None:
 
 def test_a_speck_at_the_root_does_not_win_over_the_neurite_beside_it() -> None:
     mask = np.zeros((32, 64, 100), dtype=np.float32)
-    paint(mask, line((16, 20, 8), (16, 20, 90)), 2.0)
-    paint(mask, np.array([[16.0, 27.0, 40.0]]), 2.0)
+    paint_points(mask, sample_line((16, 20, 8), (16, 20, 90)), 2.0)
+    paint_points(mask, np.array([[16.0, 27.0, 40.0]]), 2.0)
     (tree,) = trace(mask, ISO, roots=[(16, 25, 40)], cfg=TraceConfig(gap=0))
     assert length(tree) > 80
 
@@ -200,8 +200,8 @@ def test_a_speck_at_the_root_does_not_win_over_the_neurite_beside_it() -> None:
 def test_a_root_at_a_string_of_beads_does_not_leap_to_a_longer_neurite_however_far_it_may() -> None:
     mask = np.zeros((32, 64, 160), dtype=np.float32)
     for x in range(8, 60, 12):  # beads of 8 voxels
-        paint(mask, line((16, 20, x), (16, 20, x + 4)), 2.0)
-    paint(mask, line((16, 50, 90), (16, 50, 150)), 2.0)
+        paint_points(mask, sample_line((16, 20, x), (16, 20, x + 4)), 2.0)
+    paint_points(mask, sample_line((16, 50, 90), (16, 50, 150)), 2.0)
     (tree,) = trace(mask, ISO, roots=[(16, 20, 8)], cfg=TraceConfig(root_snap=1000.0))
     assert tree.points[:, 1].max() < 25
     assert tree.points[:, 2].max() > 55
@@ -209,11 +209,11 @@ def test_a_root_at_a_string_of_beads_does_not_leap_to_a_longer_neurite_however_f
 
 def test_without_a_root_each_neuron_is_a_tree_from_its_soma_or_thick_end() -> None:
     mask = np.zeros((48, 96, 160), dtype=np.float32)
-    paint(mask, line((12, 20, 20), (12, 20, 150)), 2.0)
-    paint(mask, np.array([[12.0, 20.0, 60.0]]), 9.0)  # a soma in the middle
-    paint(mask, line((36, 70, 10), (36, 70, 60)), 1.6)
-    paint(mask, line((36, 70, 60), (36, 70, 100)), 3.0)
-    paint(mask, line((36, 20, 10), (36, 20, 25)), 2.0)  # too short to be told
+    paint_points(mask, sample_line((12, 20, 20), (12, 20, 150)), 2.0)
+    paint_points(mask, np.array([[12.0, 20.0, 60.0]]), 9.0)  # a soma in the middle
+    paint_points(mask, sample_line((36, 70, 10), (36, 70, 60)), 1.6)
+    paint_points(mask, sample_line((36, 70, 60), (36, 70, 100)), 3.0)
+    paint_points(mask, sample_line((36, 20, 10), (36, 20, 25)), 2.0)  # too short to be told
     trees = trace(mask, ISO)
     assert len(trees) == 2
     soma, thick = trees
@@ -226,8 +226,8 @@ def test_without_a_root_each_neuron_is_a_tree_from_its_soma_or_thick_end() -> No
 
 def test_a_root_can_be_where_the_neuron_begins() -> None:
     mask = np.zeros((32, 64, 160), dtype=np.float32)
-    paint(mask, line((16, 32, 5), (16, 32, 150)), 2.0)
-    paint(mask, line((16, 32, 100), (16, 55, 120)), 2.0)
+    paint_points(mask, sample_line((16, 32, 5), (16, 32, 150)), 2.0)
+    paint_points(mask, sample_line((16, 32, 100), (16, 55, 120)), 2.0)
     (both,) = trace(mask, ISO, roots=[(16, 32, 50)])
     (ahead,) = trace(mask, ISO, roots=[(16, 32, 50)], cfg=TraceConfig(root_is_end=True))
     assert both.points[:, 2].min() < 6
@@ -260,7 +260,7 @@ def test_what_is_no_probability_is_refused(probability: NDArray[np.generic], mes
         trace(probability, ISO)
 
 
-@pytest.mark.parametrize("bad", ["threshold=0", "low=0.9", "gap=-1", "gap_angle=120"])
+@pytest.mark.parametrize("bad", ["threshold=0", "low=0.9", "gap=-1", "smooth=-1"])
 def test_senseless_settings_are_refused(bad: str) -> None:
     with pytest.raises(ConfigError, match=bad.split("=")[0]):
         load(TraceConfig, None, [bad])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 
 from hpc_neuro.core.morphology import build_tree
-from hpc_neuro.tracing import measure_confidence, trace
+from hpc_neuro.tracing import measure_confidence, probability, trace
 
 
 def test_a_break_is_the_least_certain_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +20,7 @@ def test_a_break_is_the_least_certain_place(monkeypatch: pytest.MonkeyPatch) -> 
     x = tree.points[:, 2]
     assert np.all(found[(x > 43) & (x < 46)] == np.float32(0.1))
     assert np.all(found[(x < 36) | (x > 76)] == np.float32(0.9))
-    monkeypatch.setattr(sys.modules["hpc_neuro.tracing.confidence"], "_CELL", 5)
+    monkeypatch.setattr(probability, "_CONFIDENCE_CELL", 5)
     assert np.array_equal(measure_confidence(tree, lambda box: image[box.slices], image.shape), found)
 
 
