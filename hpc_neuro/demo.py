@@ -7,19 +7,21 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from hpc_neuro import prepare
 from hpc_neuro.core import files, morphology, run_folder
 from hpc_neuro.core.schema import ConfigError, InputError, config, load
-from hpc_neuro.data.store import Store
-from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
-from hpc_neuro.evaluate import EvaluateConfig
+from hpc_neuro.data.synthetic import SyntheticConfig
 from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.pipeline import STAGES
+
+# The stages are imported when they run: a config error answers within a second.
+if TYPE_CHECKING:
+    from hpc_neuro.data.store import Store
+    from hpc_neuro.evaluate import EvaluateConfig
 
 log = logging.getLogger(__name__)
 CROP = (16, 96, 96)
@@ -74,7 +76,7 @@ def forecast(cfg: DemoConfig) -> list[str]:
         return [f"synthetic neurons, then {', '.join(STAGES)}, all under {cfg.out}"]
 
     held_out = choose_held_out(cfg, cfg.data)
-    lines = prepare.forecast(stage_config(cfg, "prepare", cfg.data, held_out))
+    lines = STAGES["prepare"].load_module().forecast(stage_config(cfg, "prepare", cfg.data, held_out))
     return [f"held out: {', '.join(held_out)}; every other neuron is trained on", *lines]
 
 
@@ -173,6 +175,8 @@ def _check_keys(cfg: DemoConfig) -> None:
 
 def _run_stage(cfg: DemoConfig, name: str, label: str, data: Path) -> int:
     """Run one stage and log how long it took; returns its exit code."""
+    from hpc_neuro.data.store import Store
+
     log.info("%s ...", label)
     start = time.monotonic()
 
@@ -189,6 +193,8 @@ def _run_stage(cfg: DemoConfig, name: str, label: str, data: Path) -> int:
 
 
 def _make_neurons(folder: Path, cfg: SyntheticConfig) -> None:
+    from hpc_neuro.data.synthetic import write_dataset
+
     if folder.exists():
         return
     with files.atomic(folder) as part:

@@ -12,15 +12,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.core.schema import config
 from hpc_neuro.core.types import Batch, copy_to_device
+from hpc_neuro.data.config import AugmentConfig
 from hpc_neuro.data.crops import make_rng
-from hpc_neuro.data.orientation import parse_orientation
 
 FIELD_KNOTS = 4
 """Knots per axis of a smooth random field."""
@@ -42,51 +40,6 @@ STRIPE_CONTRAST = 0.3
 
 MAX_SPECKS = 12
 """Largest number of bright specks in one crop."""
-
-
-@config
-class AugmentConfig:
-    """How far training crops may differ from the stacks. Shares are probabilities per crop; 0 switches a change off."""
-
-    flip: bool = True
-    """Mirror along each axis with probability 1/2."""
-    rotate90: bool = True
-    """Quarter turns in the slice plane; crops whose y and x differ get half turns only."""
-    distilled: tuple[str, ...] | None = None
-    """Mirrors and turns of distilled crops, such as [flip_y, rot90], out of those that the cache holds (its
-    augment_views); none: all that it holds."""
-    warp: float = Field(default=0.3, ge=0, le=1)
-    """Share of crops turned, scaled and bent freely."""
-    angle: float = Field(default=20.0, ge=0, le=180)
-    """[degree] Largest turn in the slice plane."""
-    scale: float = Field(default=0.15, ge=0, lt=0.9)
-    """Largest relative change of size, drawn for each axis."""
-    bend: float = Field(default=4.0, ge=0)
-    """[voxel] Standard deviation of the smooth displacement in the slice plane."""
-    gamma: float = Field(default=0.6, ge=0)
-    """Largest change of gamma, as a logarithm: exp(0.6) = 1.8."""
-    contrast: float = Field(default=0.3, ge=0, lt=1)
-    """Largest relative change of contrast."""
-    uneven: float = Field(default=0.5, ge=0, le=1)
-    """Share of crops whose brightness varies smoothly from place to place."""
-    background: float = Field(default=0.6, ge=0, le=1)
-    """Share of crops that get a smooth background, as in stacks whose background was not masked away."""
-    noise: float = Field(default=0.7, ge=0, le=1)
-    """Share of crops with read noise (the same everywhere) and shot noise (variance grows with intensity)."""
-    blur: float = Field(default=0.3, ge=0, le=1)
-    """Share of crops blurred or sharpened."""
-    coarse: float = Field(default=0.1, ge=0, le=1)
-    """Share of crops brought to half the resolution in the slice plane and back."""
-    specks: float = Field(default=0.2, ge=0, le=1)
-    """Share of crops with small bright debris that is not neurite."""
-    missing: float = Field(default=0.1, ge=0, le=1)
-    """Share of crops with one or two black slices."""
-    stripes: float = Field(default=0.1, ge=0, le=1)
-    """Share of crops with brightness differences between lines, as laser scanning makes them."""
-
-    def __post_init__(self) -> None:
-        for name in self.distilled or ():
-            parse_orientation(name)
 
 
 def augment(batch: Batch, cfg: AugmentConfig, seed: int) -> Batch:

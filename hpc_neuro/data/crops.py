@@ -4,44 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from hpc_neuro.core.geometry import Box, Shape
-from hpc_neuro.core.schema import ConfigError, config
+from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.data.config import CropConfig
 from hpc_neuro.data.orientation import IDENTITY, Orientation
 
 KINDS = ("skeleton", "branch", "tip", "uniform")
 """What a crop is centered on; "uniform" crops lie anywhere in the volume."""
-
-
-@config
-class CropConfig:
-    """The size of training crops, and what they are centered on."""
-
-    size: tuple[int, int, int] = (32, 128, 128)
-    """[voxel] Crop along z, y, x; multiples of the student's patch."""
-    skeleton: float = Field(default=0.45, ge=0)
-    """Share of crops around a random point of the centerline."""
-    branch: float = Field(default=0.2, ge=0)
-    """Share of crops around a branch point."""
-    tip: float = Field(default=0.2, ge=0)
-    """Share of crops around a tip."""
-    uniform: float = Field(default=0.15, ge=0)
-    """Share of crops anywhere in the volume: background and everything else in it."""
-    jitter: float = Field(default=0.5, ge=0, le=1)
-    """Share of the crop, around its middle, in which the chosen point may lie; 0 centers the crop on the point."""
-    volumes: Literal["equal", "length", "size"] = "equal"
-    """How often a volume is drawn: all equally, by length of its centerline, or by its number of voxels."""
-
-    def __post_init__(self) -> None:
-        if min(self.size) < 1:
-            raise ValueError(f"size is {list(self.size)}; give three positive numbers of voxels")
-        if self.skeleton + self.branch + self.tip + self.uniform <= 0:
-            raise ValueError("skeleton, branch, tip and uniform are all 0; give at least one of them a share")
 
 
 @dataclass(frozen=True)

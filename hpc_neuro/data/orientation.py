@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hpc_neuro.core.schema import ConfigError
+
+# Import torch only for type checking: configs name orientations and stay fast to import.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VIEW_AXES = {"z": (0, 1, 2), "y": (1, 0, 2), "x": (2, 0, 1)}
 """View -> array axes of (slices, token rows, token columns)."""

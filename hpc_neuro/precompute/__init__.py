@@ -2,10 +2,25 @@
 
 It runs alone or as `mpiexec -n N hpc-neuro precompute ...`. The work is cut into slabs of slices. Ranks draw the next
 slab from one shared counter and each slab is one file, so the result does not depend on the number of ranks.
+Importing the package does not import torch.
 """
 
-from hpc_neuro.precompute.config import PrecomputeConfig
-from hpc_neuro.precompute.slices import plan_shards
-from hpc_neuro.precompute.verb import forecast, run
+from __future__ import annotations
 
-__all__ = ["PrecomputeConfig", "forecast", "plan_shards", "run"]
+from hpc_neuro.precompute.config import PrecomputeConfig
+
+__all__ = ["PrecomputeConfig", "forecast", "run"]
+
+
+def forecast(cfg: PrecomputeConfig) -> list[str]:
+    """Check everything that the run needs and describe what it will do, in lines. Writes nothing."""
+    from hpc_neuro.precompute import verb
+
+    return verb.forecast(cfg)
+
+
+def run(cfg: PrecomputeConfig) -> int:
+    """Compute the features, or resume. Returns the exit code."""
+    from hpc_neuro.precompute import verb
+
+    return verb.run(cfg)

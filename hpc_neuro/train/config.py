@@ -8,8 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from hpc_neuro.core.schema import config
-from hpc_neuro.data.augment import AugmentConfig
-from hpc_neuro.data.crops import CropConfig
+from hpc_neuro.data.config import AugmentConfig, CropConfig
 from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.losses import CrossEntropy, Dice, Distill, Loss
 from hpc_neuro.models.config import StudentConfig, TeacherConfig, TransferConfig

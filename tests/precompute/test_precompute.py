@@ -19,6 +19,7 @@ from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data.feature_cache import MANIFEST, FeatureCache
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import load_teacher
+from hpc_neuro.precompute.slices import plan_shards
 from tests.helpers.tiny_store import write_store
 
 KEYS = ["teacher.model=random", "stride_v=8", "slab=2", "layers=[3,-1]"]
@@ -92,7 +93,7 @@ def test_square_pixels_of_an_anisotropic_volume(tmp_path: Path) -> None:
     if volume.voxel_size != (3.0, 1.0, 1.0):
         pytest.fail(f"the test could not rewrite the voxel size, it is {volume.voxel_size}")
     cfg = configure(folder, tmp_path / "c")
-    (unit,) = precompute.plan_shards(cfg, volume, "y", 16)[:1]
+    (unit,) = plan_shards(cfg, volume, "y", 16)[:1]
     assert unit.cell == pytest.approx((16 / 3, 16))
     assert (unit.rows, unit.columns) == (4, 4)  # 20 * 3 = 60 and 56 pixels
 

@@ -45,7 +45,7 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.losses import sum_losses
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute.build import run_teacher
-from hpc_neuro.precompute.slices import iter_teacher_batches, read_pixels
+from hpc_neuro.precompute.slices import iter_teacher_batches, plan_shards, read_pixels
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.setup import build_parts
 from tools.bench import live_teacher
@@ -95,7 +95,7 @@ def measure_build(cfg: precompute.PrecomputeConfig) -> dict[str, float]:
     last_layer = [teacher.depth - 1]
     inputs = []
     for view in cfg.views:
-        for shard in precompute.plan_shards(cfg, store["a"], view, teacher.patch):
+        for shard in plan_shards(cfg, store["a"], view, teacher.patch):
             inputs += [read_pixels(store["a"], shard, b) for b in iter_teacher_batches(cfg, shard, teacher.patch, 8)]
 
     # The first call pays for set-up.

@@ -12,9 +12,9 @@ from hpc_neuro.data.feature_cache import CropCells
 from hpc_neuro.data.orientation import VIEW_AXES
 from hpc_neuro.data.store import StoredVolume
 from hpc_neuro.models.teacher import Teacher
-from hpc_neuro.precompute import PrecomputeConfig, plan_shards
+from hpc_neuro.precompute import PrecomputeConfig
 from hpc_neuro.precompute.build import run_teacher
-from hpc_neuro.precompute.slices import iter_teacher_batches, read_pixels
+from hpc_neuro.precompute.slices import iter_teacher_batches, plan_shards, read_pixels
 
 BATCH = 8
 """Slices per forward."""
