@@ -27,7 +27,7 @@ FLOOR_2 = {
 FLOOR_2 |= {"fetch_teacher"}
 FLOOR_3 = {"demo", "cli", "__main__"}  # the demo walks through the other verbs
 HOMES = {
-    "deepspeed": {"train/deepspeed/engine.py"},
+    "deepspeed": {"train/deepspeed/internals.py"},
     "wandb": {"train/tracker.py"},
     "timm": {"models/teacher.py"},
     "mpi4py": {"core/distributed.py"},

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from hpc_neuro.core import files, morphology, schema
+from hpc_neuro.core import morphology, schema
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.dataset import read_crop
@@ -40,7 +40,7 @@ from hpc_neuro.losses.distill import Distiller
 from hpc_neuro.models.student import Student
 from hpc_neuro.models.tubular import gather
 from hpc_neuro.train import setup
-from hpc_neuro.train.checkpoint import saver
+from hpc_neuro.train.checkpoint import folder as checkpoints
 from hpc_neuro.train.checkpoint.tensor_files import stream_tensors
 from hpc_neuro.train.config import TrainConfig
 
@@ -174,10 +174,10 @@ def _shape(values: NDArray[np.int64]) -> Shape:
 
 def _trained(run: Path, cfg: TrainConfig, cache: FeatureCache) -> tuple[Student, Distiller]:
     """Student and distiller with the weights of the run's newest checkpoint."""
-    folder = saver.find_newest(run / "checkpoints")
+    folder = checkpoints.find_newest(run / "checkpoints")
     if folder is None:
         raise InputError(f"{run} has no complete checkpoint; give a run whose checkpoints are still there")
-    shapes = files.read_json(folder / saver.TRAINING, "take another run")["shapes"]
+    shapes = checkpoints.read_training_state(folder).shapes
     held = setup.build_train_module(cfg, cache).eval()
     held.load_state_dict(dict(zip(shapes, stream_tensors(folder, "weight", shapes), strict=True)))
     assert held.distiller is not None  # there are a cache and `distill`

@@ -1,7 +1,7 @@
-"""What a pass holds, moment by moment: followed through a forward and a backward that compute nothing.
+"""Memory of a pass, event by event: traced through a forward and a backward pass that compute nothing.
 
 Tensors are counted between operations, each storage once. What an operation needs inside (workspaces of convolutions)
-and what an allocator wastes are not in it.
+and what an allocator wastes are not counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,80 +26,61 @@ from hpc_neuro.losses import Loss, sum_losses
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made while it is entered, and the most there were at once."""
+    """Counts the bytes of tensors created while it is entered: those alive now, and the most at once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self._seen: dict[int, int] = {}  # storage -> bytes
-        self._lock = threading.RLock()  # gloo's threads let go of tensors too
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._storage_bytes: dict[int, int] = {}
+        # gloo's threads release tensors, too.
+        self._lock = threading.RLock()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One operation."""
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        """Run one operation and count its results."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                self._note(leaf.untyped_storage())
-        return found
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen:
-            weakref.finalize(storage, self._gone, key)
-        with self._lock:
-            self.now += size - self._seen.get(key, 0)  # a storage may grow
-            self._seen[key] = size
-            self.most = max(self.most, self.now)
-
-    def _gone(self, key: int) -> None:
-        with self._lock:
-            self.now -= self._seen.pop(key)
+                self._count(leaf.untyped_storage())
+        return result
 
     def settle(self, quiet: float = 0.1, limit: float = 10.0) -> None:
-        """Return once no tensor has been let go of for `quiet` seconds, after `limit` seconds at the latest.
+        """Return once no tensor has been released for `quiet` seconds, after `limit` seconds at the latest.
 
-        A reduction is over for its caller a little before gloo's thread drops the tensors it worked on.
+        A reduction is over for its caller a little before gloo's thread releases the tensors it worked on.
         """
-        end, held, since = time.monotonic() + limit, self.now, time.monotonic()
+        end = time.monotonic() + limit
+        last_bytes, since = self.live_bytes, time.monotonic()
         while (now := time.monotonic()) < end and now - since < quiet:
             time.sleep(quiet / 10)
-            if self.now != held:
-                held, since = self.now, now
+            if self.live_bytes != last_bytes:
+                last_bytes, since = self.live_bytes, now
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storage_bytes:
+            weakref.finalize(storage, self._release, key)
+        with self._lock:
+            # A storage may grow.
+            self.live_bytes += size - self._storage_bytes.get(key, 0)
+            self._storage_bytes[key] = size
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _release(self, key: int) -> None:
+        with self._lock:
+            self.live_bytes -= self._storage_bytes.pop(key)
 
 
 @dataclass(frozen=True)
 class BackwardEvent:
-    """The gradient of a parameter has come out of a backward."""
+    """The gradient of a parameter is complete."""
 
-    numel: int  # of the parameter
-    most: int  # [bytes] held for the pass since the moment before: gradients and weights not counted
-    now: int
-
-
-class _Followed(LiveTensors):  # type: ignore[no-untyped-call]
-    """LiveTensors without numbers, on which the backward of a tube asks how many tokens its taps touch."""
-
-    def __init__(self, taps: int) -> None:
-        super().__init__()
-        self._entries = 4 * taps  # of a tube: four neighbours of every tap
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """One operation; as many tokens are touched as there are tubes."""
-        if func is torch.ops.aten.unique_consecutive.default:
-            found = args[0].new_empty(args[0].numel() // self._entries)
-            return found, found.new_empty(0), torch.empty_like(found)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class _Every:
-    """All crops of a pass are distilled, which a tensor without numbers cannot say."""
-
-    def __init__(self, crops: int) -> None:
-        self._crops = crops
-
-    def nonzero(self) -> Tensor:
-        """As that of a tensor of `crops` times True."""
-        return torch.arange(self._crops)[:, None]
+    numel: int
+    """Elements of the parameter."""
+    peak_bytes: int
+    """Most memory of the pass since the event before, without gradients and weights."""
+    live_bytes: int
+    """Memory of the pass at the event, without gradients and weights."""
 
 
 def trace_backward(
@@ -110,37 +91,87 @@ def trace_backward(
     dtype: torch.dtype,
     features: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[BackwardEvent, ...]:
-    """One pass of so many crops through a TrainModule and the losses, in the order in which gradients are ready.
+    """Trace one pass of `crops` crops through a TrainModule and the losses, in the order in which gradients complete.
 
-    module: its student may be on meta; features: view -> [L, D, z, y, x] of a distilled crop, all of them being so.
+    module: its student may be on meta; features: view -> [L, D, z, y, x] of a distilled crop, all crops being so.
     """
-    traced: Any = copy.deepcopy(module).to(dtype).train()
-    found: list[BackwardEvent] = []
-    # what is no parameter, such as a cache's statistics, has numbers
-    taps = 1 if traced.distiller is None else traced.distiller.cfg.taps
-    with FakeTensorMode(allow_non_fake_inputs=True), _Followed(taps) as alive:
-        # its attention is then the fused one, as on every device; on meta it would be the one that keeps all scores
-        traced._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
-        weights = alive.now
-        for parameter in traced.parameters():
-            parameter.register_post_accumulate_grad_hook(_noting(found, alive, weights))
-        image = torch.empty(crops, 1, *crop)
-        mask, index = torch.empty(image.shape, dtype=torch.uint8), torch.empty(crops, dtype=torch.int64)
-        cached = {view: torch.empty(crops, *shape, dtype=torch.float16) for view, shape in (features or {}).items()}
-        distilled: Any = _Every(crops)
-        batch = Batch(image, mask, torch.empty_like(mask), cached, distilled, index)
-        alive.most = alive.now
-        logits, distillation, _ = traced(vars(batch))
+    fake: Any = copy.deepcopy(module).to(dtype).train()
+    taps = 1 if fake.distiller is None else fake.distiller.cfg.taps
+
+    # Tensors that are no parameters, such as a cache's statistics, have numbers: they are let into the fake mode.
+    with FakeTensorMode(allow_non_fake_inputs=True), _FakeLiveTensors(taps) as live:
+        # Off meta, attention is the fused one, as on every device; on meta it would keep all scores.
+        fake._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        recorder = _EventRecorder(live)
+        recorder.watch(fake)
+        batch = _make_fake_batch(crop, crops, features or {})
+
+        live.peak_bytes = live.live_bytes
+        logits, distillation, _ = fake(vars(batch))
         loss, _ = sum_losses(losses, StudentOutput(logits, {}), batch)
         torch.autograd.backward(loss if distillation is None else loss + distillation)
-    return tuple(found)
+
+    return tuple(recorder.events)
 
 
-def _noting(found: list[BackwardEvent], alive: LiveTensors, weights: int) -> Callable[[nn.Parameter], None]:
-    def hook(parameter: nn.Parameter) -> None:
-        own = 0 if parameter.grad is None else parameter.grad.untyped_storage().nbytes()
+class _EventRecorder:
+    """Records an event for each parameter's gradient, and drops the gradient."""
+
+    def __init__(self, live: LiveTensors) -> None:
+        self.events: list[BackwardEvent] = []
+        self._live = live
+        self._weight_bytes = live.live_bytes
+
+    def watch(self, module: nn.Module) -> None:
+        """Record the events of a module's parameters."""
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(self._record)  # type: ignore[no-untyped-call]
+
+    def _record(self, parameter: Tensor) -> None:
+        gradient_bytes = 0 if parameter.grad is None else parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
-        found.append(BackwardEvent(parameter.numel(), alive.most - weights - own, alive.now - weights))
-        alive.most = alive.now
+        peak, live = self._live.peak_bytes, self._live.live_bytes
+        self.events.append(
+            BackwardEvent(parameter.numel(), peak - self._weight_bytes - gradient_bytes, live - self._weight_bytes)
+        )
+        self._live.peak_bytes = live
 
-    return hook
+
+def _make_fake_batch(crop: Shape, crops: int, features: Mapping[str, tuple[int, ...]]) -> Batch:
+    """A batch without numbers in which every crop is distilled."""
+    image = torch.empty(crops, 1, *crop)
+    mask = torch.empty(image.shape, dtype=torch.uint8)
+    index = torch.empty(crops, dtype=torch.int64)
+    cached = {view: torch.empty(crops, *shape, dtype=torch.float16) for view, shape in features.items()}
+    distilled: Any = _AllDistilled(crops)
+    return Batch(image, mask, torch.empty_like(mask), cached, distilled, index)
+
+
+class _AllDistilled:
+    """Stands for the flags of a batch in which every crop is distilled: a fake tensor has no flags to read.
+
+    The distiller asks a batch only for the indices of its distilled crops.
+    """
+
+    def __init__(self, crops: int) -> None:
+        self._crops = crops
+
+    def nonzero(self) -> Tensor:
+        """Indices [crops, 1] of the crops that are distilled."""
+        return torch.arange(self._crops)[:, None]
+
+
+class _FakeLiveTensors(LiveTensors):  # type: ignore[no-untyped-call]
+    """LiveTensors for fake tensors. The backward of a tube needs the number of tokens that its taps touch."""
+
+    def __init__(self, taps: int) -> None:
+        super().__init__()
+        # Entries of a tube: four neighbors of every tap.
+        self._entries = 4 * taps
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation; of a tube's entries as many are distinct as there are tubes."""
+        if func is torch.ops.aten.unique_consecutive.default:
+            values = args[0].new_empty(args[0].numel() // self._entries)
+            return values, values.new_empty(0), torch.empty_like(values)
+        return super().__torch_dispatch__(func, types, args, kwargs)

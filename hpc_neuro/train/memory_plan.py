@@ -1,4 +1,4 @@
-"""What a run would take on a machine that need not be there: operations, and memory per rank by ZeRO stage."""
+"""Plan a run on a machine that need not exist: operations, and memory per rank by ZeRO stage."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from hpc_neuro.core.geometry import Shape
 from hpc_neuro.models import cost
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.train.activation_memory import BackwardEvent
-from hpc_neuro.train.deepspeed.memory_audit import RankMemory, even_share
 
-# Dense operations per second in bf16 with float32 sums (V100, which has no bf16: fp16), from the makers' data sheets.
-# The first that a device's name contains counts.
 PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -38,33 +35,84 @@ PEAKS = {
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
 }
-_REDUCED = 500_000_000  # elements that DeepSpeed reduces at once at stage 0
-_FREE = 0.92  # of a GPU's memory; the driver, NCCL and what the allocator cannot use take the rest
+"""[1/s] Dense operations in bf16 with float32 sums (V100, which has no bf16: fp16), from the makers' data sheets; the
+first key that a device's name contains counts."""
+
+_REDUCED_AT_ONCE = 500_000_000
+"""[element] What DeepSpeed reduces at once at stage 0."""
+
+_USABLE_SHARE = 0.92
+"""Share of a GPU's memory that tensors can use; the driver, NCCL and the allocator's waste take the rest."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """[bytes] on one rank."""
+
+    parameters: int
+    """Working weights."""
+    gradients: int
+    """At their most: after the backward of any pass of a step."""
+    optimizer: int
+    """Adam's moments, and float32 master weights where they are a separate copy."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def even_share(parameters: int, ranks: int, stage: int, value_bytes: int) -> RankMemory:
+    """What ZeRO promises: from its stage on, each kind is sharded evenly (Rajbhandari et al., SC 2020, figure 1).
+
+    value_bytes: of a working weight and of its gradient, 4 for float32 and 2 for bf16 or fp16. DeepSpeed steps on a
+    float32 copy of a rank's share of the weights even where these are float32, except at stage 0.
+    """
+
+    def shards_from(first_stage: int) -> int:
+        return ranks if stage >= first_stage else 1
+
+    master = 4 if value_bytes < 4 or stage > 0 else 0
+    return RankMemory(
+        parameters=value_bytes * parameters // shards_from(3),
+        gradients=value_bytes * parameters // shards_from(2),
+        optimizer=(8 + master) * parameters // shards_from(1),
+    )
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step needs that no stage changes, and how it is spread."""
+    """A step, and how it is spread; independent of the ZeRO stage."""
 
-    parameters: int  # that are trained
-    largest: int  # elements of the largest of them
-    averaged: int  # parameters with a running average
+    parameters: int
+    """Trained parameters."""
+    largest: int
+    """Elements of the largest of them."""
+    averaged: int
+    """Parameters with a running average."""
     ranks: int
-    passes: int  # per step
-    value_bytes: int  # of a weight in use
-    bucket: int  # elements reduced or gathered at once
-    offload: bool  # of the optimizer
-    events: Sequence[BackwardEvent]  # of a pass on one rank
+    passes: int
+    """Passes per step."""
+    value_bytes: int
+    """[bytes] of a working weight."""
+    bucket: int
+    """[element] Reduced or gathered at once."""
+    offload: bool
+    """Whether the optimizer is in host memory."""
+    events: Sequence[BackwardEvent]
+    """Of a pass on one rank."""
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """[bytes] on one rank at one ZeRO stage, at the moment of a step at which it holds most."""
+    """[bytes] on one rank at one ZeRO stage, at the moment of a step that needs most."""
 
     stage: int
     held: RankMemory
-    average: int  # the running average of the weights
-    buffers: int  # of communication, parameters gathered for the layers at work, temporaries of Adam
+    average: int
+    """The running average of the weights."""
+    buffers: int
+    """Communication, parameters gathered for the layers at work, temporaries of Adam."""
     activations: int
 
     @property
@@ -75,64 +123,88 @@ class StageMemory:
 
 def plan_memory(work: StepWork) -> list[StageMemory]:
     """Memory by stage."""
-    found = []
+    rows = []
     for stage in range(4):
-        even = even_share(work.parameters, work.ranks, stage, work.value_bytes)
-        spared = work.offload and stage > 0
-        average = 0 if spared else 4 * work.averaged // (work.ranks if stage else 1)
-        optimizer = 0 if spared else even.optimizer
-        gradients, buffers, activations = max(_holdings(stage, work, spared), key=sum)
-        held = RankMemory(even.parameters, gradients, optimizer)
-        found.append(StageMemory(stage, held, average, buffers, activations))
-    return found
+        share = even_share(work.parameters, work.ranks, stage, work.value_bytes)
+        is_offloaded = work.offload and stage > 0
+
+        average = 0 if is_offloaded else 4 * work.averaged // (work.ranks if stage else 1)
+        optimizer = 0 if is_offloaded else share.optimizer
+        moments_of_step = [*_trace_last_pass(stage, work), *_trace_update(stage, work, is_offloaded)]
+        gradients, buffers, activations = max(moments_of_step, key=sum)
+
+        held = RankMemory(share.parameters, gradients, optimizer)
+        rows.append(StageMemory(stage, held, average, buffers, activations))
+    return rows
 
 
-def _holdings(stage: int, work: StepWork, spared: bool) -> Iterator[tuple[int, int, int]]:
-    """[bytes] of (gradients, buffers, activations) through the last pass of a step and the step itself.
+def _trace_last_pass(stage: int, work: StepWork) -> Iterator[tuple[int, int, int]]:
+    """[bytes] of (gradients, buffers, activations) through the last pass of a step, as DeepSpeed 0.19 does it.
 
-    As DeepSpeed 0.19 does it. From stage 1 on, gradients are gathered in a bucket; stages 2 and 3 empty it when it is
-    full, in place and by two copies of what is in it; stage 2 then adds its share to that of the passes before. Stage 0
-    reduces in the end, by one copy of all. The step of a shared optimizer makes its gradients float32, and of these
-    three stages only 2 lets go of the others; Adam takes two temporaries.
+    From stage 1 on, gradients are collected in a bucket; stages 2 and 3 empty it when it is full, in place and by two
+    copies of its content; stage 2 then adds its share to that of the passes before.
     """
     n, value = work.parameters, work.value_bytes
     part = -(-n // work.ranks)
     bucket = work.bucket if stage else 0
-    live = min(n, max(n // 4, 1 << 20)) if stage == 3 else 0  # see stage3_max_live_parameters
+    # See stage3_max_live_parameters.
+    live = min(n, max(n // 4, 1 << 20)) if stage == 3 else 0
+
     ready = filled = emptied = 0
-    for index, moment in enumerate(work.events):
+    for index, event in enumerate(work.events):
         whole = n if work.passes > 1 else ready
-        before = part if work.passes > 1 else 0
-        kept = (whole, whole, before + emptied // work.ranks, part)[stage]
-        yield value * kept, value * (bucket + live), moment.most
-        ready, filled = ready + moment.numel, filled + moment.numel
+        earlier = part if work.passes > 1 else 0
+
+        kept = (whole, whole, earlier + emptied // work.ranks, part)[stage]
+        yield value * kept, value * (bucket + live), event.peak_bytes
+
+        ready += event.numel
+        filled += event.numel
         if stage >= 2 and (filled >= bucket or index + 1 == len(work.events)):
-            kept = before + (emptied + filled) // work.ranks if stage == 2 else part
-            yield value * kept, value * (bucket + live + (stage == 3) * 2 * min(filled, bucket)), moment.now
-            emptied, filled = emptied + filled, 0
+            kept = earlier + (emptied + filled) // work.ranks if stage == 2 else part
+            copies = 2 * min(filled, bucket) if stage == 3 else 0
+            yield value * kept, value * (bucket + live + copies), event.live_bytes
+            emptied += filled
+            filled = 0
+
+
+def _trace_update(stage: int, work: StepWork, is_offloaded: bool) -> Iterator[tuple[int, int, int]]:
+    """[bytes] of (gradients, buffers, activations) in the optimizer's update, as DeepSpeed 0.19 does it.
+
+    Stage 0 reduces at the end, by one copy of all. A sharded optimizer makes its gradients float32, and only stage 2
+    releases the others; Adam takes two temporaries.
+    """
+    n, value = work.parameters, work.value_bytes
+    part = -(-n // work.ranks)
+
     if stage == 0:
-        yield value * n, value * min(n, _REDUCED) * (work.ranks > 1), 0
+        yield value * n, value * min(n, _REDUCED_AT_ONCE) * (work.ranks > 1), 0
         yield value * n, (4 * n if value < 4 else 0) + 2 * 4 * work.largest, 0
-    elif not spared:
-        yield (4 + value * (stage != 2)) * part, 2 * 4 * part + (value * bucket if stage == 3 else 0), 0
+    elif not is_offloaded:
+        gathered = value * work.bucket if stage == 3 else 0
+        yield (4 + value * (stage != 2)) * part, 2 * 4 * part + gathered, 0
 
 
 def format_memory_table(rows: list[StageMemory], memory: float | None) -> Iterator[str]:
-    """A table for people; memory: [bytes] of a GPU, None where there is none to fit into."""
+    """A table for people. memory: [bytes] of a GPU, None if none is planned."""
     kinds = ("parameters", "gradients", "optimizer", "average", "buffers", "activations", "total")
     yield "memory per rank at its most, in a step:"
     yield "                 " + "".join(f"{kind:>13}" for kind in kinds)
+
+    fitting = [] if memory is None else [row.stage for row in rows if row.total < _USABLE_SHARE * memory]
     for row in rows:
         values = [*vars(row.held).values(), row.average, row.buffers, row.activations, row.total]
-        fits = "" if memory is None else "   fits" if row.total < _FREE * memory else "   does not fit"
-        yield f"ZeRO stage {row.stage}     " + "".join(f"{format_bytes(v):>13}" for v in values) + fits
-    if memory is not None:
-        fit = [row.stage for row in rows if row.total < _FREE * memory]
+        verdict = "" if memory is None else "   fits" if row.stage in fitting else "   does not fit"
+        yield f"ZeRO stage {row.stage}     " + "".join(f"{format_bytes(v):>13}" for v in values) + verdict
+
+    if memory is None:
+        return
+    if fitting:
+        yield f"the lowest stage that fits a GPU of {format_bytes(memory)} is {fitting[0]}: it communicates least"
+    else:
         yield (
-            f"the lowest stage that fits a GPU of {format_bytes(memory)} is {fit[0]}: it communicates least"
-            if fit
-            else f"no stage fits a GPU of {format_bytes(memory)}; give engine.micro_batch=1, "
-            "student.checkpointing=true, a smaller crop.size or more GPUs"
+            f"no stage fits a GPU of {format_bytes(memory)}; give engine.micro_batch=1, student.checkpointing=true, a "
+            "smaller crop.size or more GPUs"
         )
 
 
@@ -144,11 +216,12 @@ def count_operations(student: StudentConfig, crop: Shape) -> tuple[int, float]:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations per second that a device can do in bf16; None for one that is not in the list, and for a CPU."""
+    """[1/s] Operations of a device in bf16; None for a device that is not listed, and for a CPU."""
     return look_up_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def look_up_peak(name: str) -> float | None:
-    """The entry of PEAKS that a device's name means: whole words of it, as an A4000 is no A40; laptops have less."""
-    held = (value for key, value in PEAKS.items() if re.search(rf"\b{key}\b", name))
-    return None if "Laptop" in name else next(held, None)
+    """The entry of PEAKS for a device's name: whole words of it, as an A4000 is no A40; laptops have less."""
+    if "Laptop" in name:
+        return None
+    return next((value for key, value in PEAKS.items() if re.search(rf"\b{key}\b", name)), None)

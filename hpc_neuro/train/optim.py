@@ -1,13 +1,18 @@
-"""Learning rates: functions of the step and of a parameter's name, nothing remembered."""
+"""Learning rates, parameter groups and the running average of the weights.
+
+Learning rates and the decay of the average depend on the step only, so nothing of them is saved.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hpc_neuro.train.config import OptimConfig
 
@@ -15,15 +20,20 @@ BETAS = (0.9, 0.98)
 """Decay rates of Adam's running mean and variance."""
 
 _BLOCK = re.compile(r"\.vit\.blocks\.(\d+)\.")
+_EMBEDDINGS = ("pos_embed", "depth_embed", "cls_token", "reg_token")
+
+
+# --- Learning rates ---
 
 
 def lr_at(step: int, cfg: OptimConfig) -> float:
-    """Learning rate of step 0, 1, ... relative to `lr`: linear rise, then a cosine down to `final`."""
+    """Learning rate of step 0, 1, ... relative to `lr`: a linear rise, then a cosine down to `final`."""
     rise = cfg.warmup * cfg.steps
     if step < rise:
         return (step + 1) / (rise + 1)
-    done = min(1.0, (step - rise) / max(1.0, cfg.steps - 1 - rise))
-    return cfg.final + (1 - cfg.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+    progress = min(1.0, (step - rise) / max(1.0, cfg.steps - 1 - rise))
+    return cfg.final + (1 - cfg.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass
@@ -32,7 +42,7 @@ class ParameterGroup:
 
     lr_scale: float
     weight_decay: float
-    names: list[str] = field(default_factory=list)  # of parameters
+    names: list[str] = field(default_factory=list)
 
 
 def group_parameters(
@@ -40,23 +50,66 @@ def group_parameters(
 ) -> list[ParameterGroup]:
     """Trainable parameters by learning rate and weight decay, in a fixed order.
 
-    depth: number of transformer blocks; transferred: names of the parameters that have a teacher's weights to keep.
+    depth: number of transformer blocks; transferred: names of the parameters that hold a teacher's weights.
     """
-    found: dict[tuple[float, float], ParameterGroup] = {}
+    groups: dict[tuple[float, float], ParameterGroup] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         scale = lr_scale(name, cfg, depth) if name in transferred else 1.0
-        plain = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in ("pos_embed", "depth_embed", "cls_token", "reg_token")
-        key = (scale, 0.0 if plain else cfg.weight_decay)
-        group = found.setdefault(key, ParameterGroup(*key))
-        group.names.append(name)
-    return [found[key] for key in sorted(found)]
+        has_decay = parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in _EMBEDDINGS
+        key = (scale, cfg.weight_decay if has_decay else 0.0)
+        groups.setdefault(key, ParameterGroup(*key)).names.append(name)
+    return [groups[key] for key in sorted(groups)]
 
 
 def lr_scale(name: str, cfg: OptimConfig, depth: int) -> float:
     """Relative learning rate of a transferred parameter of tokenizer or transformer, by its name."""
+    # The final norm learns as the last block; what comes before the blocks learns slowest.
+    blocks_after = 0 if ".vit.norm." in f".{name}" else depth
     block = _BLOCK.search(f".{name}")
-    outside = 0 if ".vit.norm." in f".{name}" else depth  # what comes before the blocks learns slowest
-    below = depth - 1 - int(block.group(1)) if block else outside
-    return cfg.vit_lr * cfg.layer_decay**below
+    if block:
+        blocks_after = depth - 1 - int(block.group(1))
+    return cfg.vit_lr * cfg.layer_decay**blocks_after
+
+
+# --- The running average of the weights, float32: what is validated and exported ---
+
+
+def decay_at(step: int, steps: int, window: float) -> float:
+    """Weight of the old average at step 0, 1, ...: the span is `window * steps`, at first a tenth of the steps done."""
+    span = max(1.0, min(window * steps, (step + 1) / 10))
+    return 1 - 1 / span
+
+
+class Ema:
+    """The average of this rank's share of the master weights, sharded as ZeRO shards them."""
+
+    def __init__(self, weights: Mapping[int, Tensor], refresh: Callable[[], None]) -> None:
+        """weights: float32, changed in place by the optimizer; refresh: brings them into use, on all ranks together."""
+        self._weights = dict(weights)
+        self._refresh = refresh
+        self.average = {key: weight.detach().clone() for key, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """Move the average towards the weights by 1 - decay."""
+        if self.average:
+            torch._foreach_lerp_(list(self.average.values()), list(self._weights.values()), 1 - decay)
+
+    @contextmanager
+    def swap_in(self) -> Iterator[None]:
+        """Use the average inside, and the weights again after, bit for bit. All ranks enter together.
+
+        After an error the weights are not restored: the ranks cannot meet to refresh them, and the run is over.
+        """
+        saved = {key: weight.detach().clone() for key, weight in self._weights.items()}
+        self._fill(self.average)
+        yield
+        self._fill(saved)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[int, Tensor]) -> None:
+        for key, weight in self._weights.items():
+            weight.copy_(values[key])
+        self._refresh()

@@ -18,103 +18,110 @@ from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.types import copy_to_device
 
 
-class Diverged(ConfigError):
+class DivergedError(ConfigError):
     """The loss or its gradient is no longer finite: these settings do not train."""
 
 
 class Meter:
-    """Collects the terms of every step since the last `rows`, without waiting for the device."""
+    """Collects the terms of every step since the last `collect_rows`, without waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._names: list[str] = []
-        self._sums: list[Tensor] = []  # per step [2, names]: weighted sums of the terms, and the weights
+        self._clear()
+
+    def _clear(self) -> None:
+        # Per step [2, names]: weighted sums of the terms, and the weights.
+        self._sums: list[Tensor] = []
         self._facts: list[dict[str, Any]] = []
         self._norms: list[Tensor | float] = []
-        self._begin()
-
-    def _begin(self) -> None:
-        self._sums, self._facts, self._norms = [], [], []
-        self._since, self._waited = time.monotonic(), 0.0
+        self._begin = time.monotonic()
+        self._waited = 0.0
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent in here counts as waiting for data."""
-        begun = time.monotonic()
+    def measure_wait(self) -> Iterator[None]:
+        """Count the time spent inside as waiting for data."""
+        begin = time.monotonic()
         try:
             yield
         finally:
-            self._waited += time.monotonic() - begun
+            self._waited += time.monotonic() - begin
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not count the time spent inside (validation, saving) as training time."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._begin += time.monotonic() - begin
 
     def new_step(self) -> None:
         """Begin a step."""
         self._sums.append(torch.zeros(2, max(1, len(self._names)), dtype=torch.float64, device=self._device))
 
     def add(self, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
-        """Terms of one pass, each with the number of samples it is the mean of; the same names in every pass."""
+        """Add the terms of one pass, each a mean over `weights` samples; the same names in every pass."""
         if not self._names:
             self._names = list(terms)
             self._sums[-1] = torch.zeros(2, len(terms), dtype=torch.float64, device=self._device)
+
+        values = []
+        for name in self._names:
+            value = terms[name].detach().double()
+            # A term of no sample is nan, and must not turn the sum into nan.
+            values.append(value.nan_to_num(0.0) if weights[name] == 0 else value)
+
         weight = copy_to_device(torch.tensor([weights[n] for n in self._names], dtype=torch.float64), self._device)
-        # a term of no sample is nan, and must not make the others so
-        values = torch.stack(
-            [
-                terms[n].detach().double().nan_to_num(0.0) if weights[n] == 0 else terms[n].detach().double()
-                for n in self._names
-            ]
-        )
-        self._sums[-1] += torch.stack([values.to(self._device) * weight, weight])
+        self._sums[-1] += torch.stack([torch.stack(values).to(self._device) * weight, weight])
 
     def end_step(self, norm: Tensor | float, facts: Mapping[str, Any]) -> None:
-        """End a step: the gradient's norm, and what the host knows already (step, lr)."""
+        """End a step. norm: of the gradient; facts: what the host knows already (step, lr)."""
         self._norms.append(norm)
         self._facts.append(dict(facts))
 
-    def rows(self, crops_per_step: int, steps_left: int, check_norm: bool) -> list[dict[str, Any]]:
-        """One row per step since the last call; the last one also says speed, waiting and memory. All ranks call this.
+    def collect_rows(self, crops_per_step: int, steps_left: int, check_norm: bool) -> list[dict[str, Any]]:
+        """One row per step since the last call; the last row has also speed, waiting and memory. All ranks call this.
 
-        Raises Diverged at the first step whose loss, or with `check_norm` whose gradient, is not finite.
+        Raises DivergedError at the first step whose loss, or with `check_norm` whose gradient, is not finite.
         """
         if not self._facts:
             return []
+
         sums = torch.stack(self._sums)  # [steps, 2, names]
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        means = (sums[:, 0] / sums[:, 1]).tolist()  # 0 / 0 is nan: no sample had that term
-        norms = [float(n) for n in self._norms]
-        result = []
-        for facts, values, norm in zip(self._facts, means, norms, strict=True):
+        # 0 / 0 is nan: no sample had that term.
+        means = (sums[:, 0] / sums[:, 1]).tolist()
+
+        rows = []
+        for facts, values, norm in zip(self._facts, means, map(float, self._norms), strict=True):
             terms = dict(zip(self._names, values, strict=True))
             if not math.isfinite(terms["loss"]) or (check_norm and not math.isfinite(norm)):
-                raise Diverged(
+                raise DivergedError(
                     f"step {facts['step']}: the loss is {terms['loss']:.4g} and its gradient {norm:.4g}; train in "
                     "another `out` with a lower optim.lr, a longer optim.warmup or a smaller optim.clip"
                 )
-            result.append({**facts, **terms, "grad_norm": norm})
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        steps, memory = len(result), _by_rank(int(_memory_peak(self._device)))
-        result[-1] |= {
+            rows.append({**facts, **terms, "grad_norm": norm})
+
+        rows[-1] |= self._measure_speed(len(rows), crops_per_step, steps_left)
+        self._clear()
+        return rows
+
+    def _measure_speed(self, steps: int, crops_per_step: int, steps_left: int) -> dict[str, Any]:
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        memory = _gather_from_ranks(int(_peak_memory(self._device)))
+        return {
             "crops_per_s": crops_per_step * steps / seconds,
             "data_wait_share": distributed.reduce_scalar(self._waited / seconds, "max", torch.device("cpu")),
             "memory_bytes": max(memory),
             "memory_bytes_by_rank": memory,
             "eta_s": seconds / steps * steps_left,
         }
-        self._begin()
-        return result
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent in here (validation, saving) is not training time."""
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self._since += time.monotonic() - begun
 
 
-def _by_rank(value: int) -> list[int]:
-    """A number of every rank."""
+def _gather_from_ranks(value: int) -> list[int]:
+    """A number of every rank, on all ranks."""
     values = torch.zeros(distributed.world_size(), dtype=torch.int64)
     values[distributed.rank()] = value
     if len(values) > 1:
@@ -122,7 +129,7 @@ def _by_rank(value: int) -> list[int]:
     return [int(v) for v in values]
 
 
-def _memory_peak(device: torch.device) -> float:
+def _peak_memory(device: torch.device) -> float:
     """[bytes] Most memory this rank held so far: of the GPU, or resident on the host."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))

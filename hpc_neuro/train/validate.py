@@ -1,5 +1,6 @@
-"""Validation on fixed crops, pooled, and on whole volumes, each by itself: foreground Dice and the threshold that
-serves it best.
+"""Validation: foreground Dice and its best threshold, on fixed crops (pooled) and on whole volumes (each by itself).
+
+Also the small pictures of the fixed crops that Weights & Biases shows.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_neuro.core import distributed
@@ -19,47 +22,60 @@ from hpc_neuro.core.types import Batch
 from hpc_neuro.data.dataset import read_crop, stack_samples
 from hpc_neuro.data.store import Store
 
-_BINS = 1000  # of probability; thresholds are multiples of 1 / _BINS
-_GRID = tuple(range(100, 901, 25))  # thresholds tried, in bins: 0.1 to 0.9
-_COLLAPSED = 0.02  # predicted foreground below this share of the true one
+_BINS = 1000
+"""Bins of probability; thresholds are multiples of 1 / _BINS."""
 
+_THRESHOLDS = tuple(range(100, 901, 25))
+"""[bin] Thresholds tried: 0.1 to 0.9."""
 
-@dataclass(frozen=True)
-class Score:
-    """Of crops pooled over ranks, of a volume, or the mean over volumes; voxels without a label do not count."""
+_COLLAPSED_SHARE = 0.02
+"""Predicted foreground relative to the true one below which a model counts as collapsed."""
 
-    dice: float  # foreground, at probability 0.5
-    precision: float
-    recall: float
-    dice_best: float  # at `threshold`
-    threshold: float  # best of 0.1, 0.125 ... 0.9
-    foreground: float  # predicted foreground voxels at 0.5 / true ones
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether next to nothing is predicted, which a mean with background would hide."""
-        return self.foreground < _COLLAPSED
-
+_PANEL_GAP = 2
+"""[pixel] Gap between the panels of a picture."""
 
 Predict = Callable[[Batch], Tensor]
 """A batch of one -> logits [1, 1, Z, Y, X]."""
 
 
-class Validator:
-    """The crops of this rank, read once."""
+@dataclass(frozen=True)
+class ValidationScore:
+    """Score of crops pooled over ranks, of a volume, or the mean over volumes; unlabelled voxels do not count."""
+
+    dice: float
+    """Of the foreground, at probability 0.5."""
+    precision: float
+    recall: float
+    dice_best: float
+    """At `threshold`."""
+    threshold: float
+    """Best of 0.1, 0.125 ... 0.9."""
+    foreground: float
+    """Predicted foreground voxels at 0.5 / true ones."""
+
+    @property
+    def is_collapsed(self) -> bool:
+        """Whether next to nothing is predicted, which a mean with background would hide."""
+        return self.foreground < _COLLAPSED_SHARE
+
+
+class CropValidator:
+    """Scores this rank's share of the fixed crops, which are read once."""
 
     def __init__(self, store: Store, boxes: Sequence[tuple[str, Box]]) -> None:
         self._count = len(boxes)
-        self._crops = [stack_samples([read_crop(store, *boxes[i])], [i]) for i in _mine(len(boxes))]
+        self._crops = [
+            stack_samples([read_crop(store, *boxes[index])], [index]) for index in _indices_of_rank(len(boxes))
+        ]
 
-    def __call__(self, predict: Predict, device: torch.device) -> Score:
+    def __call__(self, predict: Predict, device: torch.device) -> ValidationScore:
         """The same score on every rank."""
-        counts = _counted([0] * self._count, lambda i: self._crops[i], predict, device)
-        return score(counts[0])
+        counts = _count_voxels([0] * self._count, lambda i: self._crops[i], predict, device)
+        return compute_score(counts[0])
 
 
-class Volumes:
-    """Whole volumes, cut into windows of the training crop's size that overlap by half; read anew each time.
+class VolumeValidator:
+    """Scores whole volumes, cut into windows of the training crop's size that overlap by half; read anew each time.
 
     A voxel is scored once, by the window in whose middle it lies:
 
@@ -70,85 +86,148 @@ class Volumes:
     """
 
     def __init__(self, store: Store, ids: Sequence[str], window: Shape) -> None:
-        self._store, self._ids = store, list(ids)
-        self._tiles = [(i, *tile) for i in ids for tile in _tiles(store[i].shape, window)]
+        self._store = store
+        self._ids = list(ids)
+        self._tiles = [(id_, *tile) for id_ in ids for tile in _cut_tiles(store[id_].shape, window)]
 
-    def __call__(self, predict: Predict, device: torch.device) -> tuple[Score, dict[str, Score]]:
-        """(mean over the volumes, all at one threshold; each volume at its own); the same on every rank."""
-        mine = _mine(len(self._tiles))
+    def __call__(self, predict: Predict, device: torch.device) -> tuple[ValidationScore, dict[str, ValidationScore]]:
+        """(mean over the volumes, all at one threshold; each volume at its own threshold); the same on every rank."""
+        indices = _indices_of_rank(len(self._tiles))
         groups = [self._ids.index(volume) for volume, _, _ in self._tiles]
-        counts = _counted(groups, lambda i: self._read(*self._tiles[mine[i]]), predict, device)
-        return score(counts), {volume: score(own) for volume, own in zip(self._ids, counts, strict=True)}
+        counts = _count_voxels(groups, lambda i: self._read_tile(*self._tiles[indices[i]]), predict, device)
 
-    def _read(self, volume: str, box: Box, core: Box) -> Batch:
-        batch = stack_samples([read_crop(self._store, volume, box)], [0])
-        z, y, x = (slice(a - s, b - s) for a, b, s in zip(core.start, core.stop, box.start, strict=True))
+        mean = compute_score(counts)
+        by_volume = {id_: compute_score(own) for id_, own in zip(self._ids, counts, strict=True)}
+        return mean, by_volume
+
+    def _read_tile(self, volume: str, window: Box, core: Box) -> Batch:
+        """The window as a batch, unlabelled outside its core."""
+        batch = stack_samples([read_crop(self._store, volume, window)], [0])
+        z, y, x = (slice(a - s, b - s) for a, b, s in zip(core.start, core.stop, window.start, strict=True))
         mask = torch.full_like(batch.mask, UNLABELLED)
         mask[:, :, z, y, x] = batch.mask[:, :, z, y, x]
         return replace(batch, mask=mask)
 
 
-def _tiles(shape: Shape, window: Shape) -> list[tuple[Box, Box]]:
+def _cut_tiles(shape: Shape, window: Shape) -> list[tuple[Box, Box]]:
     """(window, core) for every core; windows stay within the volume where it is as large as they are."""
-    axes = []
-    for size, wide in zip(shape, window, strict=True):
-        core = max(wide // 2, 1)
-        starts = range(0, size, core)
-        axes.append(
-            [(min(max(s - (wide - core) // 2, 0), max(size - wide, 0)), s, min(s + core, size)) for s in starts]
-        )
-    found = []
+    axes = [_cut_axis(size, length) for size, length in zip(shape, window, strict=True)]
+
+    tiles = []
     for z, y, x in itertools.product(*axes):
-        core_box = Box((z[1], y[1], x[1]), (z[2], y[2], x[2]))
-        found.append((Box.at((z[0], y[0], x[0]), window), core_box))
-    return found
+        core = Box((z[1], y[1], x[1]), (z[2], y[2], x[2]))
+        tiles.append((Box.at((z[0], y[0], x[0]), window), core))
+    return tiles
 
 
-def _mine(count: int) -> list[int]:
-    """Which of so many items are this rank's; one that is left without takes the first, uncounted."""
+def _cut_axis(size: int, window: int) -> list[tuple[int, int, int]]:
+    """(start of the window, start and stop of its core) for every core along an axis of `size` voxels."""
+    core = max(window // 2, 1)
+    margin = (window - core) // 2
+    last_start = max(size - window, 0)
+    return [(min(max(start - margin, 0), last_start), start, min(start + core, size)) for start in range(0, size, core)]
+
+
+def _indices_of_rank(count: int) -> list[int]:
+    """Indices of this rank's items of `count`; a rank without any takes the first, which is then not counted."""
     return list(range(distributed.rank(), count, distributed.world_size())) or [0]
 
 
 @torch.no_grad()
-def _counted(groups: Sequence[int], take: Callable[[int], Batch], predict: Predict, device: torch.device) -> Tensor:
-    """[groups, 2, bins + 1] voxels by truth and probability of items that belong to groups 0, 1 ..., over all ranks.
+def _count_voxels(
+    groups: Sequence[int], read: Callable[[int], Batch], predict: Predict, device: torch.device
+) -> Tensor:
+    """[groups, 2, bins + 1] voxels by truth and probability, over all ranks.
 
-    `take(i)` is this rank's i-th item.
+    groups: of every item of all ranks, 0, 1 ...; read(i): this rank's i-th item.
     """
-    ranks, count = distributed.world_size(), len(groups)
-    mine = groups[distributed.rank() :: ranks]
-    counted = len(mine)
+    ranks = distributed.world_size()
+    own_groups = groups[distributed.rank() :: ranks]
     counts = torch.zeros(max(groups) + 1, 2, _BINS + 1, dtype=torch.int64, device=device)
-    # Every rank runs as many passes (ZeRO-3 meets inside each); one with fewer items repeats its last uncounted.
-    for i in range(-(-count // ranks)):
-        batch = take(min(i, max(counted - 1, 0))).to(device)
+
+    # Every rank runs as many passes (ZeRO-3 meets inside each); one with fewer items repeats its last one uncounted.
+    passes = -(-len(groups) // ranks)
+    for index in range(passes):
+        batch = read(min(index, max(len(own_groups) - 1, 0))).to(device)
         probability = predict(batch).float().sigmoid()
-        if i < counted:
+        if index < len(own_groups):
             bins = (probability * _BINS).to(torch.int64)
             for truth in (0, 1):
-                counts[mine[i], truth] += torch.bincount(bins[batch.mask == truth], minlength=_BINS + 1)
+                counts[own_groups[index], truth] += torch.bincount(bins[batch.mask == truth], minlength=_BINS + 1)
+
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
     return counts.cpu()
 
 
-def score(counts: Tensor) -> Score:
-    """[..., 2, bins + 1] voxels by truth and probability -> Score, the mean over what comes before the last two.
+def compute_score(counts: Tensor) -> ValidationScore:
+    """[..., 2, bins + 1] voxels by truth and probability -> score, the mean over the leading axes.
 
     Nothing true and nothing predicted is a Dice of 1.
     """
-    above = counts.flip(-1).cumsum(-1).flip(-1).double().view(-1, 2, _BINS + 1)  # voxels of at least this probability
+    # Voxels of at least this probability.
+    above = counts.flip(-1).cumsum(-1).flip(-1).double().view(-1, 2, _BINS + 1)
     false, true = above[:, 0], above[:, 1]  # [volumes, bins + 1]
-    total, half = true[:, :1], _BINS // 2  # [volumes, 1]
-    every = torch.where(false + true + total > 0, 2 * true / (false + true + total).clamp(min=1), 1.0)
-    dice = every.mean(0)  # [bins + 1]
-    best = max(_GRID, key=lambda i: (float(dice[i]), -abs(i - half)))
-    hit, predicted, wanted = true[:, half], (false + true)[:, half], total[:, 0].clamp(min=1)  # [volumes]
-    return Score(
+    total = true[:, :1]  # [volumes, 1]
+
+    dice_by_volume = torch.where(false + true + total > 0, 2 * true / (false + true + total).clamp(min=1), 1.0)
+    dice = dice_by_volume.mean(0)  # [bins + 1]
+
+    # Of equal thresholds the one nearest to 0.5.
+    half = _BINS // 2
+    best = max(_THRESHOLDS, key=lambda i: (float(dice[i]), -abs(i - half)))
+
+    hits, predicted, wanted = true[:, half], (false + true)[:, half], total[:, 0].clamp(min=1)  # [volumes]
+    return ValidationScore(
         dice=float(dice[half]),
-        precision=float((hit / predicted.clamp(min=1)).mean()),
-        recall=float((hit / wanted).mean()),
+        precision=float((hits / predicted.clamp(min=1)).mean()),
+        recall=float((hits / wanted).mean()),
         dice_best=float(dice[best]),
         threshold=best / _BINS,
         foreground=float((predicted / wanted).mean()),
     )
+
+
+# --- Pictures ---
+
+
+class PictureRecorder:
+    """Draws the first crops of one validation while it predicts."""
+
+    def __init__(self, most: int) -> None:
+        """most: pictures to draw; 0 costs nothing."""
+        self.most = most
+        self.pictures: list[NDArray[np.uint8]] = []
+
+    def wrap(self, predict: Predict) -> Predict:
+        """A `predict` that draws what it predicts."""
+
+        def predict_and_draw(batch: Batch) -> Tensor:
+            logits = predict(batch)
+            if len(self.pictures) < self.most:
+                self.pictures.append(draw_panels(batch.image, batch.mask, logits))
+            return logits
+
+        return predict_and_draw
+
+
+@torch.no_grad()
+def draw_panels(image: Tensor, mask: Tensor, logits: Tensor) -> NDArray[np.uint8]:
+    """[1, 1, Z, Y, X] each -> gray picture of maximum projections: columns image, truth, probability.
+
+    Above along z, below along y. Unlabelled voxels are gray in the truth.
+    """
+    truth = (mask == 1).float() + 0.3 * (mask == UNLABELLED).float()
+    # The square root lifts faint neurites.
+    volumes = (image.float().clamp(0, 1).sqrt(), truth, logits.float().sigmoid())
+
+    columns = []
+    for volume in volumes:
+        along_z, along_y = volume[0, 0].amax(0), volume[0, 0].amax(1)  # [Y, X], [Z, X]
+        gap = torch.ones_like(along_y[:1]).expand(_PANEL_GAP, -1)
+        columns.append(torch.cat([along_z, gap, along_y]))
+
+    gap = torch.ones_like(columns[0][:, :1]).expand(-1, _PANEL_GAP)
+    picture = torch.cat([columns[0], gap, columns[1], gap, columns[2]], dim=1)
+    pixels: NDArray[np.uint8] = (255 * picture).round().to(torch.uint8).cpu().numpy()
+    return pixels

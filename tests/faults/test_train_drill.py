@@ -9,7 +9,7 @@ import pytest
 
 from hpc_neuro import train
 from hpc_neuro.core.schema import load
-from hpc_neuro.train.checkpoint import saver
+from hpc_neuro.train.checkpoint import folder
 from tests.faults import train_drill
 from tests.helpers.tiny_store import write_store
 from tests.train.conftest import TINY
@@ -55,5 +55,5 @@ def test_a_step_that_is_done_twice_is_found(copy):
 
 
 def test_a_checkpoint_without_its_marker_does_not_count(copy):
-    (copy / "checkpoints/step_00000003" / saver.MARKER).unlink()
+    (copy / "checkpoints/step_00000003" / folder.MARKER).unlink()
     assert train_drill.saved(copy) == 2

@@ -41,9 +41,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from hpc_neuro import cli as command
-from hpc_neuro.train.checkpoint import saver
+from hpc_neuro.train.checkpoint import folder
 from hpc_neuro.train.checkpoint.tensor_files import list_kinds, stream_tensors
-from tools.ranks import environment
+from tools.ranks import rank_environments
 
 KEYS = ("tracker.every=1", "tracker.wandb=disabled", "engine.silence=5")
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -101,7 +101,7 @@ def _forked(words: list[str], env: dict[str, str], log: Path) -> None:
 
 def start(words: list[str], ranks: int, log: Path, fresh: bool = False) -> list[Rank]:
     """The ranks of one start of the run, as srun would start them; what they say is appended to `log`."""
-    return [Rank([*words, *KEYS], own | {"OMP_NUM_THREADS": "1"}, log, fresh) for own in environment(ranks)]
+    return [Rank([*words, *KEYS], own | {"OMP_NUM_THREADS": "1"}, log, fresh) for own in rank_environments(ranks)]
 
 
 def wait(ranks: list[Rank], limit: float = 600) -> tuple[list[int], bool]:
@@ -143,15 +143,15 @@ def identity(out: Path) -> int:
 
 def saved(out: Path) -> int:
     """Step of the newest checkpoint, after all of them were read to the last number; 0 without one."""
-    held = [p for p in (out / "checkpoints").glob("step_*") if (p / saver.MARKER).exists()]
+    held = [p for p in (out / "checkpoints").glob("step_*") if (p / folder.MARKER).exists()]
     for path in held:
-        shapes = json.loads((path / saver.TRAINING).read_text())["shapes"]
+        shapes = folder.read_training_state(path).shapes
         for kind in list_kinds(path):
             prefix = "student." if kind == "average" else ""  # all of which an average is kept
             wanted = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
             if not all(bool(torch.isfinite(tensor).all()) for tensor in stream_tensors(path, kind, wanted)):
                 raise SystemExit(f"{path} is broken")
-    return max((saver.read_marker(p).step for p in held), default=0)
+    return max((folder.read_marker(p).step for p in held), default=0)
 
 
 def until(ranks: list[Rank], seconds: float, reached: Callable[[], bool]) -> bool:

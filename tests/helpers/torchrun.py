@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.ranks import environment
+from tools.ranks import rank_environments
 
 HERE = Path(__file__).resolve().parent
 
@@ -35,5 +35,5 @@ def start(script: str, ranks: int, *arguments: object) -> list[subprocess.Popen[
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for own in environment(ranks)
+        for own in rank_environments(ranks)
     ]

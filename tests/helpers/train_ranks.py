@@ -20,7 +20,7 @@ from hpc_neuro.models.student import build_student
 from hpc_neuro.train import loop
 from hpc_neuro.train.activation_memory import LiveTensors
 from hpc_neuro.train.config import EngineConfig, OptimConfig
-from hpc_neuro.train.deepspeed import engine
+from hpc_neuro.train.deepspeed import engine, internals
 from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from tests.train.conftest import TINY
 
@@ -29,7 +29,7 @@ STORE, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 # a crash is played in a process that lives on, so nobody may take it for lost
 KEYS = ["optim.batch=4", "engine.silence=600"]
 SHORT = ["optim.steps=2", "validate.crops=1", "checkpoint.every=0", "crop.size=[8,16,32]"]
-step, shares, augment = loop.one_step, loop.shares, loop.augment
+step, shares, augment = loop.train_step, loop.share_step, loop.augment
 codes: dict[str, list[object]] = {}
 counted: dict[str, list[tuple[int, int]]] = {}  # run -> (step, sample) that this rank learnt from
 
@@ -42,20 +42,20 @@ def run(name: str, *overrides: str) -> None:
         seen.append(batch.index.tolist())
         return augment(batch, *rest)
 
-    at = loop.one_step
+    at = loop.train_step
 
     def watched(state, ready):
         seen.clear()
         begun = state.step
         at(state, ready)
-        for (first, stop), indices in zip(shares(cfg.optim.batch, state.parts.micro), seen, strict=True):
+        for (first, stop), indices in zip(shares(cfg.optim.batch, state.parts.workload.micro), seen, strict=True):
             counted.setdefault(name, []).extend((begun, i) for i in indices if stop > first)
 
-    loop.one_step, loop.augment = watched, note
+    loop.train_step, loop.augment = watched, note
     try:
         codes.setdefault(name, []).append(train.run(cfg))
     finally:
-        loop.one_step, loop.augment = at, augment
+        loop.train_step, loop.augment = at, augment
 
 
 def power_cut(state, ready):
@@ -71,20 +71,20 @@ def signal_to_one_rank(state, ready):
 
 
 run("whole")
-loop.one_step = power_cut
+loop.train_step = power_cut
 try:
     run("broken")
 except InterruptedError:
     codes["broken"] = ["cut"]
-loop.one_step = signal_to_one_rank
+loop.train_step = signal_to_one_rank
 run("broken")
 run("down", "engine.stage=1")  # saved by two ranks, goes on with one
-loop.one_step = step
+loop.train_step = step
 run("broken")
 run("up", "engine.stage=2", "optim.batch=3")  # saved by one rank, three crops for two ranks
 run("stage3", "engine.stage=3", "engine.micro_batch=1")
 run("stage0", "engine.stage=0")
-engine._quiet_deepspeed()
+internals.import_deepspeed()
 import deepspeed  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
@@ -104,9 +104,9 @@ def make() -> torch.nn.Module:
 
 values = {"vit.blocks.1.attn.qkv.weight": torch.randn(576, 192, generator=torch.Generator().manual_seed(1))}
 settings = build_deepspeed_settings(EngineConfig(stage=3), OptimConfig(batch=2), torch.bfloat16, 1, 1, [10**6])
-with LiveTensors() as alive:
-    sharded, exact = engine._built_sharded(make, values, settings, torch.bfloat16)
-most, alike = alive.most, []
+with LiveTensors() as live:
+    sharded, exact = internals.build_sharded_module(make, values, settings, torch.bfloat16)
+most, alike = live.peak_bytes, []
 for (name, plain), part in zip(engine.build_module(make, values).named_parameters(), sharded.parameters(), strict=True):
     with deepspeed.zero.GatheredParameters([part]):
         alike.append(torch.equal(part, plain.bfloat16()))

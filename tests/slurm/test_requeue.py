@@ -62,7 +62,7 @@ def test_preempted_and_robbed_of_a_node(
     assert all(end["put_back"] for end in ends[:2])
     executor.poll(undisturbed)
     assert json.loads((trial / "train" / "run.json").read_text())["exit"] == 0, (trial / "attempt_1.log").read_text()
-    assert "2 rank(s) x 1 crops" in (trial / "train" / "log.txt").read_text()
+    assert "2 ranks x 1 crop x" in (trial / "train" / "log.txt").read_text()
     weights = [out / "weights" / "last" / "model.safetensors" for out in (trial / "train", job.out)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

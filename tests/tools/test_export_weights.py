@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from hpc_neuro import train
 from hpc_neuro.core.schema import InputError, load
 from hpc_neuro.models.student import load_student
-from hpc_neuro.train.checkpoint import saver
+from hpc_neuro.train.checkpoint import folder
 from hpc_neuro.train.checkpoint.tensor_files import TensorRange, rank_file, write_ranges
 from tests.helpers.tiny_store import write_store
 from tests.train.conftest import TINY
@@ -44,10 +44,10 @@ def test_the_newest_checkpoint_gives_what_train_exported(run, tmp_path):
 
 
 def test_ranges_of_several_ranks_are_put_together_and_what_is_missing_is_said(run, tmp_path):
-    held = saver.find_newest(run / "checkpoints")
+    held = folder.find_newest(run / "checkpoints")
     cut = tmp_path / "step_00000003"
     cut.mkdir()
-    for name in (saver.MARKER, saver.TRAINING):
+    for name in (folder.MARKER, folder.TRAINING):
         (cut / name).write_bytes((held / name).read_bytes())
     ranges: tuple[list[TensorRange], list[TensorRange]] = ([], [])
     for key, values in load_file(rank_file(held, 0)).items():

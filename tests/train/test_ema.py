@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpc_neuro.train.ema import Ema, decay_at
+from hpc_neuro.train.optim import Ema, decay_at
 
 
 def nothing() -> None:
@@ -29,7 +29,7 @@ def test_inside_the_average_is_in_use_and_after_it_the_weights_again():
     master += 0.123456
     used.copy_(master)
     before = master.clone(), used.clone()
-    with ema.applied():
+    with ema.swap_in():
         assert torch.equal(used, torch.zeros(4, dtype=torch.bfloat16))
     assert torch.equal(master, before[0])
     assert torch.equal(used, before[1])
@@ -39,7 +39,7 @@ def test_a_rank_that_holds_nothing_meets_the_others_all_the_same():
     met = []
     ema = Ema({}, lambda: met.append(1))
     ema.update(0.5)
-    with ema.applied():
+    with ema.swap_in():
         assert met == [1]
     assert met == [1, 1]
 

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import signal
-import types
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.dataset import read_crop
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.student import load_student
-from hpc_neuro.train import loop
+from hpc_neuro.train import batches, loop
 from tests.helpers.tiny_store import write_store
 from tests.train.conftest import rows
 
@@ -100,7 +99,7 @@ def test_the_same_command_again_says_complete(whole, tiny, caplog):
 
 def test_a_crash_and_a_signal_end_with_the_same_bits(whole, tiny, tmp_path, monkeypatch):
     """Crash after step 3 (saved: 2), then SIGTERM during step 4, then to the end: weights and rows as uninterrupted."""
-    step, out = loop.one_step, tmp_path / "run"
+    step, out = loop.train_step, tmp_path / "run"
 
     def crash(state, ready):
         step(state, ready)
@@ -112,14 +111,14 @@ def test_a_crash_and_a_signal_end_with_the_same_bits(whole, tiny, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         step(state, ready)
 
-    monkeypatch.setattr(loop, "one_step", crash)
+    monkeypatch.setattr(loop, "train_step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         train.run(tiny(out))
-    monkeypatch.setattr(loop, "one_step", terminate)
+    monkeypatch.setattr(loop, "train_step", terminate)
     assert train.run(tiny(out)) == 75
     assert json.loads((out / "run.json").read_text())["exit"] == 75
     assert rows(out)[-1]["step"] == 4
-    monkeypatch.setattr(loop, "one_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     assert train.run(tiny(out)) == 0
     assert same_weights(whole, out)
     assert same_rows(whole, out)
@@ -128,14 +127,14 @@ def test_a_crash_and_a_signal_end_with_the_same_bits(whole, tiny, tmp_path, monk
 @pytest.mark.slow
 def test_reading_processes_that_get_signals_or_are_killed_cost_nothing(whole, tiny, tmp_path, monkeypatch, caplog):
     """One shrugs off SIGTERM and SIGUSR1, and is replaced after SIGKILL: weights and rows as without."""
-    step, out = loop.one_step, tmp_path / "run"
+    step, out = loop.train_step, tmp_path / "run"
 
     def harm(state, ready):
         step(state, ready)
         for child in multiprocessing.active_children():
             os.kill(child.pid, {1: signal.SIGTERM, 2: signal.SIGUSR1, 3: signal.SIGKILL}.get(state.step, 0))
 
-    monkeypatch.setattr(loop, "one_step", harm)
+    monkeypatch.setattr(loop, "train_step", harm)
     with caplog.at_level(logging.WARNING):
         assert train.run(tiny(out, "workers=1", "ahead=1")) == 0
     assert caplog.text.count("a process that reads crops was killed") == 1
@@ -158,14 +157,13 @@ def test_reading_processes_that_die_in_a_row_are_replaced_but_not_for_ever(tiny,
 
         yield read()
 
-    monkeypatch.setattr(loop, "load_batches", dying)
-    parts = types.SimpleNamespace(crops=None, micro=2)
-    state = types.SimpleNamespace(cfg=tiny(tmp_path / "run"), device=torch.device("cpu"), step=4, parts=parts)
+    monkeypatch.setattr(batches, "load_batches", dying)
+    cfg, device = tiny(tmp_path / "run"), torch.device("cpu")
     if deaths < 5:
-        assert list(loop.reading(state)) == [[8, 9], [10, 11]]
+        assert list(batches.read_batches(cfg, None, 2, 4, device)) == [[8, 9], [10, 11]]
     else:
         with pytest.raises(RuntimeError, match="DataLoader worker"):
-            list(loop.reading(state))
+            list(batches.read_batches(cfg, None, 2, 4, device))
 
 
 def test_steps_may_grow_and_the_run_goes_on(tiny, tmp_path, caplog):
@@ -173,7 +171,7 @@ def test_steps_may_grow_and_the_run_goes_on(tiny, tmp_path, caplog):
     assert train.run(tiny(out, "optim.steps=2")) == 0
     with caplog.at_level(logging.INFO):
         assert train.run(tiny(out, "optim.steps=4")) == 0
-    assert "going on after step 2" in caplog.text
+    assert "resumed after step 2" in caplog.text
     assert [r["step"] for r in rows(out)] == [1, 2, 3, 4]
     assert rows(out)[2]["lr"] == pytest.approx(2e-3 * loop.lr_at(2, tiny(out, "optim.steps=4").optim))
 
@@ -231,7 +229,7 @@ def test_the_forecast_knows_the_parameters_and_the_size_of_a_checkpoint(whole, t
 def test_a_planned_machine_gets_its_own_table(tiny, tmp_path):
     keys = ["plan.nodes=2", "plan.gpus=4", "plan.memory=0.02", "optim.batch=16", "ema.window=0"]
     lines = "\n".join(train.forecast(tiny(tmp_path / "run", *keys)))
-    assert "8 rank(s) x 2 crops x 1 pass(es)" in lines
+    assert "8 ranks x 2 crops x 1 pass" in lines
     assert "a step: 128 tokens" in lines
     assert "torch.bfloat16" in lines
     assert re.search(r"ZeRO stage 0 .* does not fit\n", lines)
@@ -254,7 +252,7 @@ def test_a_collapsed_model_raises_an_alarm(tiny, tmp_path, caplog):
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_bad(tiny, tmp_path, monkeypatch):
-    step = loop.one_step
+    step = loop.train_step
 
     def poison(state, ready):
         if state.step == 3:
@@ -262,7 +260,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_bad(tiny, tmp_path, monkeyp
                 next(state.engine.module.parameters()).fill_(float("nan"))
         step(state, ready)
 
-    monkeypatch.setattr(loop, "one_step", poison)
+    monkeypatch.setattr(loop, "train_step", poison)
     with pytest.raises(ConfigError, match=r"step 4: the loss is nan .* optim\.lr"):
         train.run(tiny(tmp_path / "run"))
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_00000002"]

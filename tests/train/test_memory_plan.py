@@ -17,7 +17,6 @@ from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import blank_student, build_student
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import activation_memory, memory_plan
-from hpc_neuro.train.deepspeed.memory_audit import even_share
 from hpc_neuro.train.setup import TrainModule
 
 REPO = Path(__file__).resolve().parents[2]
@@ -25,7 +24,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 def test_each_stage_shares_out_one_kind_more():
     """The known figures of mixed precision Adam: 16 bytes per parameter, of which 12 + 2 + 2 are shared in turn."""
-    held = [even_share(1000, 10, stage, 2) for stage in range(4)]
+    held = [memory_plan.even_share(1000, 10, stage, 2) for stage in range(4)]
     assert [h.total for h in held] == [16000, 4000 + 1200, 2000 + 1400, 1600]
 
 
@@ -59,13 +58,13 @@ def test_a_stage_holds_most_where_activations_and_gradients_do_together():
     assert (first.held.gradients, first.activations) == (4_000_000, 9_000_000)
 
 
-def test_the_peak_of_a_device_is_found_by_its_whole_name():
+def test_the_look_up_peak_a_device_is_found_by_its_whole_name():
     named = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12}
     named |= {"NVIDIA GH200 480GB": 989e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12, "Tesla V100-SXM2-32GB": 125e12}
     named |= {"NVIDIA GeForce RTX 3090": 71e12, "NVIDIA RTX A6000": 154.8e12, "NVIDIA A40": 149.7e12}
-    assert {name: memory_plan.peak_of(name) for name in named} == named
+    assert {name: memory_plan.look_up_peak(name) for name in named} == named
     for other in ("NVIDIA RTX A4000", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU", "Quadro T1000"):
-        assert memory_plan.peak_of(other) is None
+        assert memory_plan.look_up_peak(other) is None
 
 
 @pytest.mark.slow
@@ -88,17 +87,17 @@ def test_a_pass_holds_what_its_moments_say():
         cfg = StudentConfig(size="tiny", depth=4, stem_channels=(2, 2, 4), checkpointing=checkpointing)
         module = TrainModule(blank_student(cfg), None, sharded=False)
         planned = activation_memory.trace_backward(module, losses, (8, 64, 64), 2, torch.float32)
-        with activation_memory.LiveTensors() as alive:
+        with activation_memory.LiveTensors() as live:
             student = build_student(cfg).train()
-            weights = alive.most = alive.now
+            weights = live.peak_bytes = live.live_bytes
             mask = torch.zeros(2, 1, 8, 64, 64, dtype=torch.uint8)
             flags = torch.zeros(2, dtype=torch.bool)
             batch = Batch(torch.rand(mask.shape), mask, mask.clone(), {}, flags, flags.long())
             kept = sum_losses(losses, StudentOutput(student(batch.image).logits, {}), batch)[0]
-            forward = alive.most - weights
+            forward = live.peak_bytes - weights
             del kept
         assert sum(m.numel for m in planned) == sum(p.numel() for p in student.parameters())
-        assert planned[0].most == pytest.approx(forward, rel=0.05)
+        assert planned[0].peak_bytes == pytest.approx(forward, rel=0.05)
         most.append(forward)
     assert most[1] < 0.9 * most[0]
 
@@ -116,9 +115,9 @@ def test_a_pass_that_distils_holds_what_its_moments_say():
         planned = activation_memory.trace_backward(
             TrainModule(blank_student(cfg), build(), sharded=False), losses, crop, 2, torch.float32, cached
         )
-        with activation_memory.LiveTensors() as alive:
+        with activation_memory.LiveTensors() as live:
             module = TrainModule(build_student(cfg), build(), sharded=False).train()
-            weights = alive.most = alive.now
+            weights = live.peak_bytes = live.live_bytes
             mask, every = torch.zeros(2, 1, *crop, dtype=torch.uint8), torch.ones(2, dtype=torch.bool)
             features = {view: torch.rand(2, *shape).half() for view, shape in cached.items()}
             batch = Batch(torch.rand(mask.shape), mask, mask.clone(), features, every, every.long())
@@ -127,7 +126,7 @@ def test_a_pass_that_distils_holds_what_its_moments_say():
             logits, distillation, _ = module(vars(batch))
             loss, _ = sum_losses(losses, StudentOutput(logits, {}), batch)
             (loss if distillation is None else loss + distillation).backward()
-        most[distil] = alive.most - weights
+        most[distil] = live.peak_bytes - weights
         assert sum(m.numel for m in planned) == sum(p.numel() for p in module.parameters())
-        assert max(m.most for m in planned) == pytest.approx(most[distil], rel=0.05)
+        assert max(m.peak_bytes for m in planned) == pytest.approx(most[distil], rel=0.05)
     assert max(most.values()) > 1.3 * most[None]

@@ -22,14 +22,14 @@ def test_whole_volumes_are_scored_and_kept_at_milestones(tiny, tmp_path, caplog)
     assert [row["step"] for row in found] == [2, 4]
     assert all(row["volumes"] == 1 and 0 <= row["dice"] <= row["dice_best"] <= 1 for row in found)
     assert all(row["by_volume"].keys() == {"c"} and row["by_volume"]["c"]["dice"] == row["dice"] for row in found)
-    assert "step 2: 1 whole volume(s) in" in caplog.text
+    assert "step 2: 1 whole volume in" in caplog.text
     held = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     assert held == ["step_00000002", "step_00000004"]
 
 
 def test_what_a_stop_left_unscored_is_scored_by_the_next_start(tiny, tmp_path, monkeypatch):
     """Stopped in step 2, which is a milestone and to be validated; the next start is killed before it has saved."""
-    step, out = loop.one_step, tmp_path / "run"
+    step, out = loop.train_step, tmp_path / "run"
     keys = ["optim.steps=3", "checkpoint.every=0", "checkpoint.milestone=2", "validate.every=2"]
 
     def terminate(state, ready):
@@ -43,17 +43,17 @@ def test_what_a_stop_left_unscored_is_scored_by_the_next_start(tiny, tmp_path, m
     def marked():
         return json.loads((out / "checkpoints/step_00000002/checkpoint.json").read_text())["score"]
 
-    monkeypatch.setattr(loop, "one_step", terminate)
+    monkeypatch.setattr(loop, "train_step", terminate)
     assert train.run(tiny(out, *keys)) == 75
     assert [row["step"] for kind in ("val", "volumes") for row in rows(out, kind)] == [0]
     assert marked() is None
-    monkeypatch.setattr(loop, "one_step", crash)
+    monkeypatch.setattr(loop, "train_step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         train.run(tiny(out, *keys))
     found = [rows(out, kind)[-1] for kind in ("val", "volumes")]
     assert [row["step"] for row in found] == [2, 2]
     assert marked() == found[0]["dice_best"]
-    monkeypatch.setattr(loop, "one_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     assert train.run(tiny(out, *keys)) == 0
     assert [row["step"] for row in rows(out, "val")] == [0, 2, 3]
     assert [row["step"] for row in rows(out, "volumes")] == [2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpc_neuro.core.types import Batch
-from hpc_neuro.train.prefetch import OnDevice
+from hpc_neuro.train.batches import DevicePrefetcher
 
 
 def test_one_batch_is_brought_over_ahead_and_each_is_handed_out_once():
@@ -18,7 +18,7 @@ def test_one_batch_is_brought_over_ahead_and_each_is_handed_out_once():
             image = torch.full((1, 1, 2, 2, 2), float(i))
             yield Batch(image, image, image, {}, torch.tensor([False]), torch.tensor([i]))
 
-    ready = OnDevice(batches(), torch.device("cpu"))
+    ready = DevicePrefetcher(batches(), torch.device("cpu"))
     assert [int(ready.take().index), read] == [0, [0]]
     ready.fetch()
     ready.fetch()  # no more than one

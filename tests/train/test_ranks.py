@@ -82,8 +82,8 @@ def test_two_ranks_and_every_stage_have_the_losses_of_one_process(ranks, alone):
 def test_two_ranks_at_stage_1_then_one_at_stage_3_end_as_one_did(ranks, alone, tiny, caplog):
     with caplog.at_level("INFO"):
         assert train.run(tiny(ranks / "down", *KEYS, "engine.stage=3")) == 0
-    assert "going on after step 5" in caplog.text
-    assert "2 rank(s) -> 1 rank(s), ZeRO stage 1 -> ZeRO stage 3" in caplog.text
+    assert "resumed after step 5" in caplog.text
+    assert "2 ranks -> 1 rank, ZeRO stage 1 -> ZeRO stage 3" in caplog.text
     check_alike(ranks / "down", alone)
     for name, values in weights(ranks / "down").items():
         assert torch.allclose(values, weights(alone)[name], atol=1e-4), name  # Adam's steps are 2e-3 each

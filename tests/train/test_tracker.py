@@ -23,7 +23,7 @@ from PIL import Image
 from hpc_neuro import train
 from hpc_neuro.train.config import TrackerConfig
 from hpc_neuro.train.tracker import MetricsFile, WandbLogger, get_wandb_id
-from hpc_neuro.train.validation_pictures import panel
+from hpc_neuro.train.validate import draw_panels
 
 
 def rows(path: Path) -> list[dict]:
@@ -197,7 +197,7 @@ def test_a_picture_shows_image_truth_and_probability_along_two_axes():
     image[0, 0, 1, 2, 3], mask[0, 0, 1, 2, 4], mask[0, 0, 3, 5, 7] = 1.0, 1, 255
     logits = torch.full((1, 1, 4, 6, 8), -100.0)
     logits[0, 0, 1, 2, 5] = 100.0
-    found = panel(image, mask, logits)
+    found = draw_panels(image, mask, logits)
     assert found.shape == (6 + 2 + 4, 3 * 8 + 2 * 2)
     bright = {tuple(map(int, p)) for p in np.argwhere(found == 255)}
     columns = [0, 10, 20]

@@ -15,7 +15,7 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.data.crops import CropConfig, draw_validation_boxes
 from hpc_neuro.data.dataset import read_volume_points
 from hpc_neuro.data.store import Store
-from hpc_neuro.train.validate import Validator, Volumes, score
+from hpc_neuro.train.validate import CropValidator, VolumeValidator, compute_score
 from tests.helpers.tiny_store import write_store
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_scores_equal_a_direct_count(seed, share):
     draw = np.random.default_rng(seed)
     truth = (draw.random(500) < share).astype(np.uint8)
     probability = np.clip(0.4 * truth + draw.normal(0.3, 0.2, 500), 0, 1).astype(np.float32)
-    found = score(histogram(probability, truth))
+    found = compute_score(histogram(probability, truth))
 
     def dice(threshold: float) -> float:
         seen = (torch.from_numpy(probability) * 1000).long().numpy() >= round(threshold * 1000)
@@ -51,9 +51,9 @@ def test_scores_equal_a_direct_count(seed, share):
 
 def test_nothing_predicted_where_there_is_something_is_a_collapse():
     truth = np.array([1] * 100 + [0] * 900, dtype=np.uint8)
-    assert score(histogram(np.zeros(1000, np.float32), truth)).collapsed
-    assert not score(histogram(truth.astype(np.float32), truth)).collapsed
-    assert score(histogram(truth.astype(np.float32), truth)).dice == 1.0
+    assert compute_score(histogram(np.zeros(1000, np.float32), truth)).is_collapsed
+    assert not compute_score(histogram(truth.astype(np.float32), truth)).is_collapsed
+    assert compute_score(histogram(truth.astype(np.float32), truth)).dice == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -68,40 +68,40 @@ def boxes(store: Store, count: int) -> list:
 
 
 def test_a_perfect_guess_scores_one_and_unlabelled_voxels_do_not_count(store):
-    found = Validator(store, boxes(store, 4))(lambda b: torch.where(b.mask == 1, 20.0, -20.0), CPU)
+    found = CropValidator(store, boxes(store, 4))(lambda b: torch.where(b.mask == 1, 20.0, -20.0), CPU)
     assert (found.dice, found.precision, found.recall) == (1.0, 1.0, 1.0)
     padded = [("a", b.shift((10, 30, 30))) for _, b in boxes(store, 4)]
-    found = Validator(store, padded)(lambda b: torch.where(b.mask == 0, -20.0, 20.0), CPU)
+    found = CropValidator(store, padded)(lambda b: torch.where(b.mask == 0, -20.0, 20.0), CPU)
     assert found.dice == 1.0
 
 
 def test_ranks_share_the_crops_and_find_the_same(store, monkeypatch):
     all_boxes = boxes(store, 5)
     guess = lambda b: 8 * b.image - 3  # noqa: E731
-    whole = Validator(store, all_boxes)(guess, CPU)
+    whole = CropValidator(store, all_boxes)(guess, CPU)
     counts, passes = [], []
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: 3)
         calls: list[int] = []
         kept: list[torch.Tensor] = []
-        monkeypatch.setattr("hpc_neuro.train.validate.score", lambda c, kept=kept: kept.append(c))
-        Validator(store, all_boxes)(lambda b, calls=calls: calls.append(int(b.index)) or guess(b), CPU)
+        monkeypatch.setattr("hpc_neuro.train.validate.compute_score", lambda c, kept=kept: kept.append(c))
+        CropValidator(store, all_boxes)(lambda b, calls=calls: calls.append(int(b.index)) or guess(b), CPU)
         counts.append(kept[0])
         passes.append(len(calls))
     assert passes == [2, 2, 2]  # a rank that ran fewer would leave the others waiting in ZeRO-3
-    assert score(sum(counts)) == whole
+    assert compute_score(sum(counts)) == whole
 
 
 def test_every_labelled_voxel_of_a_volume_is_scored_once(store, monkeypatch):
     """Also of one that is smaller than a window along an axis, and on several ranks."""
     for window in ((16, 32, 32), (8, 16, 48), (24, 64, 64)):
         kept: list[torch.Tensor] = []
-        monkeypatch.setattr("hpc_neuro.train.validate.score", lambda c, kept=kept: kept.append(c))
+        monkeypatch.setattr("hpc_neuro.train.validate.compute_score", lambda c, kept=kept: kept.append(c))
         for rank, ranks in ((0, 1), (0, 3), (1, 3), (2, 3)):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             monkeypatch.setattr(distributed, "world_size", lambda ranks=ranks: ranks)
-            Volumes(store, store.ids, window)(lambda b: 8 * b.image - 3, CPU)
+            VolumeValidator(store, store.ids, window)(lambda b: 8 * b.image - 3, CPU)
         masks = [store[i].mask(Box.whole(store[i].shape)) for i in store.ids]
         assert kept[0].sum(-1).tolist() == [[int((mask == truth).sum()) for truth in (0, 1)] for mask in masks]
         by_rank = [counts for counts in kept if counts.ndim == 3]
@@ -118,7 +118,7 @@ def test_each_volume_is_scored_by_itself_and_the_mean_at_one_threshold(store):
 
     scores = {}
     for guess.volume in store.ids:
-        scores[guess.volume] = Volumes(store, [guess.volume], (16, 32, 32))(guess, CPU)[0]
+        scores[guess.volume] = VolumeValidator(store, [guess.volume], (16, 32, 32))(guess, CPU)[0]
     assert (scores["a"].dice, scores["b"].dice) == (1.0, 0.0)
     calls = iter(["a"] * 48 + ["b"] * 48)  # windows
 
@@ -126,7 +126,7 @@ def test_each_volume_is_scored_by_itself_and_the_mean_at_one_threshold(store):
         guess.volume = next(calls)
         return guess(batch)
 
-    mean, own = Volumes(store, ["a", "b"], (16, 32, 32))(both, CPU)
+    mean, own = VolumeValidator(store, ["a", "b"], (16, 32, 32))(both, CPU)
     assert own == scores
     assert mean.dice == mean.recall == mean.dice_best == 0.5
     assert own["b"].threshold < 0.45 < mean.threshold
@@ -143,7 +143,7 @@ def test_a_voxel_of_a_volume_is_seen_with_context(store):
         seen.append((labelled.min(0).values.tolist(), labelled.max(0).values.tolist()))
         return b.image
 
-    Volumes(store, ["a"], (16, 32, 32))(watch, CPU)
+    VolumeValidator(store, ["a"], (16, 32, 32))(watch, CPU)
     inner = [low for low, _ in seen if low[1] > 0]
     assert len(seen) == 3 * 4 * 4
     assert all(low[1] >= 8 for low in inner)
@@ -152,7 +152,7 @@ def test_a_voxel_of_a_volume_is_seen_with_context(store):
 
 def test_the_folder_of_a_store_may_go_after_the_crops_are_read(tmp_path: Path):
     store = Store(write_store(tmp_path / "store", {"a": "val"}))
-    validator = Validator(store, boxes(store, 2))
+    validator = CropValidator(store, boxes(store, 2))
     store.close()
     (tmp_path / "store" / "a.h5").unlink()
     assert 0 <= validator(lambda b: b.image - 0.5, CPU).dice <= 1

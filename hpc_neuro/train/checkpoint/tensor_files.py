@@ -1,8 +1,8 @@
 """Safetensors files written one tensor at a time, and checkpoints of ranges that any number of ranks can read.
 
-A checkpoint holds one file per rank that owns something. Its keys are `KIND/START/NAME`: the elements from START on of
-the flattened parameter NAME, of a KIND such as "weight" or "exp_avg". Together the files hold each element once,
-however many ranks and whichever ZeRO stage wrote them, so that a reader takes the ranges it needs and no more.
+A checkpoint has one file per rank that owns something. Its keys are `KIND/START/NAME`: the elements from START on of
+the flattened parameter NAME, of a KIND such as "weight" or "exp_avg". Together the files contain each element once,
+however many ranks and whichever ZeRO stage wrote them, so a reader takes the ranges it needs and no more.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,41 +23,52 @@ from torch import Tensor
 from hpc_neuro.core.schema import InputError
 
 PATTERN = "rank_*.safetensors"
-_CHUNK = 1 << 24  # elements brought to the host at once
+"""Files of tensors in a checkpoint."""
+
+_CHUNK = 1 << 24
+"""[element] Most elements copied to the host at once."""
 
 
 @dataclass(frozen=True)
 class TensorRange:
-    """A range of one flattened parameter, float32 [n]."""
+    """A range of one flattened parameter."""
 
     kind: str
     name: str
     start: int
     values: Tensor
+    """float32 [n]."""
+
+
+@dataclass(frozen=True)
+class _StoredRange:
+    """Where a range lies in an open file."""
+
+    key: str
+    kind: str
+    name: str
+    start: int
+    stop: int
 
 
 def rank_file(folder: Path, rank: int) -> Path:
-    """Where a rank writes what it owns."""
+    """File that a rank writes."""
     return folder / f"rank_{rank:05d}.safetensors"
+
+
+# --- Writing ---
 
 
 def write_tensors(
     path: Path, shapes: Mapping[str, Sequence[int]], values: Iterable[Tensor], meta: Mapping[str, str] | None = None
 ) -> None:
-    """Write float32 tensors in the order of `shapes`, never holding more than a part of one on the host; fsynced.
+    """Write float32 tensors in the order of `shapes`, with at most a part of one on the host; fsynced.
 
     The layout is that of safetensors: 8 bytes of header length, a JSON header, the raw numbers. Raises OSError.
     """
-    header: dict[str, object] = {"__metadata__": dict(meta or {})}
-    offset = 0
-    for key, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    header = _make_header(shapes, meta or {})
     with path.open("wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.write(len(header).to_bytes(8, "little") + header)
         for (key, shape), tensor in zip(shapes.items(), values, strict=True):
             if tensor.numel() != math.prod(shape):
                 raise ValueError(f"{key} has {tensor.numel()} elements, its shape {list(shape)} has others")
@@ -66,76 +78,119 @@ def write_tensors(
         os.fsync(handle.fileno())
 
 
+def _make_header(shapes: Mapping[str, Sequence[int]], meta: Mapping[str, str]) -> bytes:
+    """The JSON header, padded to a multiple of 8 bytes."""
+    header: dict[str, object] = {"__metadata__": dict(meta)}
+    offset = 0
+    for key, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8)
+
+
 def write_ranges(path: Path, ranges: Sequence[TensorRange]) -> None:
     """Write what one rank owns. Raises OSError."""
     shapes = {f"{r.kind}/{r.start}/{r.name}": [r.values.numel()] for r in ranges}
     write_tensors(path, shapes, (r.values for r in ranges))
 
 
+# --- Reading ---
+
+
 def read_ranges(folder: Path, wanted: Sequence[TensorRange], first: int = 0) -> None:
     """Fill the values of `wanted` from the files of a checkpoint, beginning with that of rank `first`.
 
-    Raises InputError when a file cannot be read or elements are in none of them.
+    Raises InputError when a file cannot be read, or elements are in none of them.
     """
     by_name: dict[tuple[str, str], list[TensorRange]] = {}
     for item in wanted:
         by_name.setdefault((item.kind, item.name), []).append(item)
-    left = sum(item.values.numel() for item in wanted)
-    paths = sorted(folder.glob(PATTERN), key=lambda p: (p != rank_file(folder, first), p))
-    for path in paths:
-        if left == 0:
+    missing = sum(item.values.numel() for item in wanted)
+
+    for path in sorted(folder.glob(PATTERN), key=lambda p: (p != rank_file(folder, first), p)):
+        if missing == 0:
             return
-        with _opened(path) as file:
-            for kind, name, start, stop, key in _keys(file):
-                for item in by_name.get((kind, name), ()):
-                    a, b = max(start, item.start), min(stop, item.start + item.values.numel())
-                    if a < b:
-                        item.values[a - item.start : b - item.start].copy_(file.get_slice(key)[a - start : b - start])
-                        left -= b - a
-    if left:
-        raise InputError(f"{folder} lacks {left} numbers that this model has; remove it, the one before is then taken")
+        with _open_file(path) as (file, stored_ranges):
+            for stored in stored_ranges:
+                for item in by_name.get((stored.kind, stored.name), ()):
+                    missing -= _copy_overlap(file, stored, item)
+
+    if missing:
+        raise InputError(
+            f"{folder} lacks {missing} numbers that this model has; remove it, the checkpoint before it is then used"
+        )
+
+
+def _copy_overlap(file: Any, stored: _StoredRange, item: TensorRange) -> int:
+    """Copy the elements that a stored range and an item share; returns their number."""
+    begin = max(stored.start, item.start)
+    end = min(stored.stop, item.start + item.values.numel())
+    if begin >= end:
+        return 0
+    values = file.get_slice(stored.key)[begin - stored.start : end - stored.start]
+    item.values[begin - item.start : end - item.start].copy_(values)
+    return end - begin
 
 
 def list_kinds(folder: Path) -> set[str]:
-    """The kinds that a checkpoint holds. Raises InputError when a file cannot be read."""
-    found = set()
+    """The kinds in a checkpoint. Raises InputError when a file cannot be read."""
+    kinds = set()
     for path in folder.glob(PATTERN):
-        with _opened(path) as file:
-            found |= {kind for kind, *_ in _keys(file)}
-    return found
+        with _open_file(path) as (_, stored_ranges):
+            kinds |= {stored.kind for stored in stored_ranges}
+    return kinds
 
 
 def stream_tensors(folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
     """Whole float32 tensors of one kind in the order of `shapes`, one at a time. Raises InputError."""
-    paths = sorted(folder.glob(PATTERN))
-    where: dict[str, list[Path]] = {}
-    for path in paths:
-        with _opened(path) as file:
-            for held, name, *_ in _keys(file):
-                if held == kind:
-                    where.setdefault(name, []).append(path)
+    paths = _find_files_by_name(folder, kind)
     for name, shape in shapes.items():
-        whole, left = torch.empty(math.prod(shape)), math.prod(shape)
-        for path in dict.fromkeys(where.get(name, ())):
-            with _opened(path) as file:
-                for held, other, start, stop, key in _keys(file):
-                    if (held, other) == (kind, name):
-                        whole[start:stop] = file.get_tensor(key)
-                        left -= stop - start
-        if left:
-            raise InputError(f"{folder} lacks {left} numbers of {kind} {name}; take another checkpoint")
-        yield whole.reshape(tuple(shape))
+        tensor = torch.empty(math.prod(shape))
+        missing = tensor.numel()
+
+        for path in paths.get(name, ()):
+            with _open_file(path) as (file, stored_ranges):
+                for stored in stored_ranges:
+                    if (stored.kind, stored.name) == (kind, name):
+                        tensor[stored.start : stored.stop] = file.get_tensor(stored.key)
+                        missing -= stored.stop - stored.start
+
+        if missing:
+            raise InputError(f"{folder} lacks {missing} numbers of {kind} {name}; use another checkpoint")
+        yield tensor.reshape(tuple(shape))
 
 
-def _opened(path: Path) -> Any:
+def _find_files_by_name(folder: Path, kind: str) -> dict[str, list[Path]]:
+    """Parameter name -> the files with ranges of it, of one kind."""
+    paths: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob(PATTERN)):
+        with _open_file(path) as (_, stored_ranges):
+            names = {stored.name for stored in stored_ranges if stored.kind == kind}
+        for name in names:
+            paths.setdefault(name, []).append(path)
+    return paths
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[tuple[Any, list[_StoredRange]]]:
+    """An open file and the ranges in it. Raises InputError when it cannot be read."""
     try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); remove the checkpoint, the one before is taken") from None
+        file: Any = safe_open(path, "pt")
+        stored_ranges = [_locate_range(file, key) for key in file.keys()]  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); remove the checkpoint, the one before it is then used"
+        ) from None
+
+    with file:
+        yield file, stored_ranges
 
 
-def _keys(file: Any) -> Iterator[tuple[str, str, int, int, str]]:
-    """(kind, name, first element, end, key) of every range in a file."""
-    for key in file.keys():  # noqa: SIM118  # no dict
-        kind, start, name = key.split("/", 2)
-        yield kind, name, int(start), int(start) + file.get_slice(key).get_shape()[0], key
+def _locate_range(file: Any, key: str) -> _StoredRange:
+    """Where a key's range lies. Raises ValueError for a key that is none of a range."""
+    kind, start, name = key.split("/", 2)
+    size = file.get_slice(key).get_shape()[0]
+    return _StoredRange(key, kind, name, int(start), int(start) + size)

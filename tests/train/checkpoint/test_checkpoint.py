@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from hpc_neuro import train
 from hpc_neuro.train import loop
-from hpc_neuro.train.checkpoint import saver as checkpoint
-from hpc_neuro.train.checkpoint.saver import Marker, Saver, find_newest
+from hpc_neuro.train.checkpoint import saver
+from hpc_neuro.train.checkpoint.folder import Marker, find_newest, read_marker
+from hpc_neuro.train.checkpoint.saver import Saver
 from hpc_neuro.train.config import CheckpointConfig
-from hpc_neuro.train.deepspeed import engine
 from tests.train.conftest import TINY, rows
 
 CFG = CheckpointConfig(keep=2)
@@ -41,9 +41,9 @@ def refuse(part: Path) -> None:
 
 
 def save(folder: Path, marker: Marker, write, cfg: CheckpointConfig) -> bool:
-    saver = Saver(folder, cfg)
-    saver.begin(marker, write)
-    return saver.complete()
+    writer = Saver(folder, cfg)
+    writer.begin(marker, write)
+    return writer.complete()
 
 
 def names(folder: Path) -> list[str]:
@@ -55,7 +55,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert save(tmp_path, marker(step, dice), write, CFG)
     assert names(tmp_path) == ["step_00000002", "step_00000005", "step_00000006"]
     assert find_newest(tmp_path) == tmp_path / "step_00000006"
-    assert checkpoint.read_marker(tmp_path / "step_00000002").score == 0.9
+    assert read_marker(tmp_path / "step_00000002").score == 0.9
 
 
 def test_milestones_stay_for_good(tmp_path):
@@ -75,33 +75,33 @@ def test_a_failed_save_leaves_the_last_good_one_and_says_so(tmp_path, caplog):
 
 def test_it_is_absent_while_it_is_written_and_the_next_one_waits(tmp_path, caplog):
     """The caller goes on meanwhile; what a thread fails to write is said when the next save begins."""
-    go, saver = threading.Event(), Saver(tmp_path, CFG)
+    go, writer = threading.Event(), Saver(tmp_path, CFG)
 
     def slow(part: Path) -> None:
         assert go.wait(60)
         write(part)
 
-    saver.begin(marker(1), slow)
-    assert not saver.written
+    writer.begin(marker(1), slow)
+    assert not writer.is_idle
     assert find_newest(tmp_path) is None
     threading.Timer(0.05, go.set).start()
-    saver.begin(marker(2), refuse)
+    writer.begin(marker(2), refuse)
     assert find_newest(tmp_path) == tmp_path / "step_00000001"
     with caplog.at_level(logging.WARNING):
-        saver.begin(marker(3), write)
+        writer.begin(marker(3), write)
     assert "the checkpoint of step 2 could not be written (no space left" in caplog.text
-    assert saver.complete()
+    assert writer.complete()
     assert names(tmp_path) == ["step_00000001", "step_00000003"]
-    saver.close()
+    writer.close()
 
 
 def test_what_a_run_does_meanwhile_is_not_in_the_checkpoint(tiny, tmp_path, monkeypatch):
     """Saved in the background or not, the files of a step hold the same numbers."""
-    stepped, one_step, write_ranges = threading.Event(), loop.one_step, engine.write_ranges
+    stepped, train_step, write_ranges = threading.Event(), loop.train_step, saver.write_ranges
     late = []
 
     def step(state, ready):
-        one_step(state, ready)
+        train_step(state, ready)
         if state.step == 3:
             stepped.set()
 
@@ -112,8 +112,8 @@ def test_what_a_run_does_meanwhile_is_not_in_the_checkpoint(tiny, tmp_path, monk
     held = []
     for name, keys in (("front", ["checkpoint.background=false"]), ("back", [])):
         if name == "back":
-            monkeypatch.setattr(loop, "one_step", step)
-            monkeypatch.setattr(engine, "write_ranges", wait_for_step_3)
+            monkeypatch.setattr(loop, "train_step", step)
+            monkeypatch.setattr(saver, "write_ranges", wait_for_step_3)
         assert train.run(tiny(tmp_path / name, *keys, "optim.steps=4", "checkpoint.keep=3")) == 0
         held.append(load_file(tmp_path / name / "checkpoints/step_00000002/rank_00000.safetensors"))
     assert late == [True, True]  # of steps 2 and 4
@@ -151,7 +151,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bits(tiny, sto
     job.wait()
     saved = find_newest(out / "checkpoints")
     assert saved is not None
-    assert 1 <= checkpoint.read_marker(saved).step < 10
+    assert 1 <= read_marker(saved).step < 10
     assert train.run(tiny(out, *keys)) == 0
     first, second = (load_file(d / "weights/last/model.safetensors") for d in (tmp_path / "whole", out))
     assert all(torch.equal(first[k], second[k]) for k in first)

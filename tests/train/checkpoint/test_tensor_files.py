@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from hpc_neuro.core import distributed
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.train import loop
+from hpc_neuro.train import batches
 from hpc_neuro.train.checkpoint.tensor_files import (
     TensorRange,
     rank_file,
@@ -82,11 +82,11 @@ def test_ranks_and_passes_share_a_step_and_meet_in_every_pass(batch, ranks, micr
         patch.setattr(distributed, "world_size", lambda: ranks)
         for rank in range(ranks):
             patch.setattr(distributed, "rank", lambda rank=rank: rank)
-            mine = loop.shares(batch, micro)
+            mine = batches.share_step(batch, micro)
             passes.add(len(mine))
             assert all(0 <= stop - first <= micro for first, stop in mine)
             found += [i for first, stop in mine for i in range(first, stop)]
-            chunks = list(loop.rank_chunks(1, 3, batch, micro))
+            chunks = list(batches.iterate_indices(1, 3, batch, micro))
             assert [len(c) for c in chunks] == [max(1, b - a) for a, b in mine * 2]
             assert all(batch <= i < 3 * batch for c in chunks for i in c)
     assert sorted(found) == list(range(batch))

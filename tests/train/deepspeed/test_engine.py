@@ -11,8 +11,9 @@ import torch
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import build_student
+from hpc_neuro.train.checkpoint import saver
 from hpc_neuro.train.config import EngineConfig, OptimConfig
-from hpc_neuro.train.deepspeed import engine
+from hpc_neuro.train.deepspeed import engine, internals
 from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import TrainModule
@@ -24,7 +25,7 @@ FP32 = torch.float32
 @pytest.fixture
 def half(monkeypatch):
     """A CPU that computes in fp16, as DeepSpeed sees it."""
-    engine._quiet_deepspeed()
+    internals.import_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
     dtypes = [torch.float32, torch.float16, torch.bfloat16]
@@ -89,10 +90,10 @@ def test_offload_trains_alike_and_its_checkpoints_fit_others(make, keys, tmp_pat
     plain, spared = make(FP32, stage=2), make(FP32, **keys)
     for one, other in zip(steps(plain, 3), steps(spared, 3), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
-    write, state = spared.saving({}, copied=True)
-    write(tmp_path)
-    plain.load(tmp_path, state, {})
-    mine, others = plain.whole(""), spared.whole("")
+    snapshot = saver.take_snapshot(spared.state, None, copy=True)
+    snapshot.write(tmp_path)
+    saver.restore_snapshot(tmp_path, plain.state, snapshot.engine, None)
+    mine, others = plain.gather_weights(""), spared.gather_weights("")
     assert all(torch.equal(mine[name], others[name]) for name in others)
 
 
@@ -100,29 +101,29 @@ def test_offload_trains_alike_and_its_checkpoints_fit_others(make, keys, tmp_pat
 def test_fp16_skips_a_step_that_overflows_and_goes_on(make, half, stage, tmp_path):
     """The scale of 2^14 is too large, and halved; each stage then trains, and what is saved holds the scale."""
     held, plain = make(torch.float16, stage=stage, scale=14), make(FP32, stage=2)
-    before = held.whole("")
+    before = held.gather_weights("")
     found = steps(held, 12)
     skipped = sum(norm in (-1.0, float("inf")) or norm != norm for _, norm in found)
     assert 0 < skipped < 12
-    assert held.shards.step() == 12 - skipped
-    state = held.shards.scaler()
+    assert held.state.count_updates() == 12 - skipped
+    state = held.state.read_loss_scale()
     assert state["cur_scale"] == 2 ** (14 - skipped)
     reference = steps(plain, 12 - skipped)
     assert found[0][0] == found[skipped][0]  # nothing was learnt from what overflowed
     assert [loss for loss, _ in found[skipped:]] == pytest.approx([loss for loss, _ in reference], rel=1e-2)
-    assert any(not torch.equal(held.whole("")[name], before[name]) for name in before)
-    write, saved = held.saving({}, copied=False)
-    write(tmp_path)
+    assert any(not torch.equal(held.gather_weights("")[name], before[name]) for name in before)
+    snapshot = saver.take_snapshot(held.state, None, copy=False)
+    snapshot.write(tmp_path)
     other = make(torch.float16, stage=stage)
-    other.load(tmp_path, saved, {})
-    assert other.shards.scaler() == state
+    saver.restore_snapshot(tmp_path, other.state, snapshot.engine, None)
+    assert other.state.read_loss_scale() == state
     assert steps(other, 2) == steps(held, 2)
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)
 def test_stage_3_starts_from_the_same_bits_as_stage_0(make, dtype):
     values = {"student.vit.blocks.0.attn.qkv.weight": torch.randn(576, 192), "student.vit.norm.bias": torch.ones(192)}
-    first, last = (make(dtype, values, stage=stage).whole("") for stage in (0, 3))
+    first, last = (make(dtype, values, stage=stage).gather_weights("") for stage in (0, 3))
     assert first.keys() == last.keys()
     assert all(torch.equal(first[name], last[name]) for name in first)
     assert all(torch.equal(last[name], value) for name, value in values.items())
@@ -130,6 +131,6 @@ def test_stage_3_starts_from_the_same_bits_as_stage_0(make, dtype):
 
 def test_fp16_is_for_devices_that_compute_in_it(half):
     cfg = EngineConfig(dtype="fp16")
-    assert engine.check(cfg, batch=4, world=1)[0] == torch.float16
+    assert engine.check_engine(cfg, batch=4, world=1).dtype == torch.float16
     with pytest.raises(ConfigError, match=r"stage 0 .* engine\.stage=1"):
-        engine.check(EngineConfig(dtype="fp16", stage=0), batch=4, world=1)
+        engine.check_engine(EngineConfig(dtype="fp16", stage=0), batch=4, world=1)

@@ -16,6 +16,7 @@ from torch.utils import cpp_extension
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import build_student
+from hpc_neuro.train.checkpoint import saver
 from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed import engine, nvme
 from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
@@ -75,7 +76,7 @@ def test_parameters_in_files_train_to_the_same_bits(tmp_path):
         pytest.skip(f"DeepSpeed's async_io needs {lacks}")
     if not compiled():
         pytest.skip("DeepSpeed's async_io is not compiled here, which takes minutes; one run with engine.nvme does it")
-    disk = nvme.folder(tmp_path, tmp_path / "run")
+    disk = nvme.folder_of_run(tmp_path, tmp_path / "run")
     plain = made(EngineConfig(stage=3))
     filed = made(EngineConfig(stage=3, offload_parameters="nvme", nvme=disk))
     try:
@@ -83,15 +84,15 @@ def test_parameters_in_files_train_to_the_same_bits(tmp_path):
         assert len(sizes) > 3
         assert min(sizes) >= 2**20
         assert losses(plain, 3) == losses(filed, 3)
-        write, state = plain.saving({}, copied=True)
-        write(tmp_path)
+        snapshot = saver.take_snapshot(plain.state, None, copy=True)
+        snapshot.write(tmp_path)
         assert losses(plain, 1) == losses(filed, 1)
         for held in (plain, filed):
             with torch.no_grad():
                 held(crop())
-            held.load(tmp_path, state, {})
+            saver.restore_snapshot(tmp_path, held.state, snapshot.engine, None)
         assert losses(plain, 2) == losses(filed, 2)
-        mine, others = plain.whole(""), filed.whole("")
+        mine, others = plain.gather_weights(""), filed.gather_weights("")
         assert all(torch.equal(mine[name], others[name]) for name in mine)
     finally:
         plain.close()
@@ -100,26 +101,26 @@ def test_parameters_in_files_train_to_the_same_bits(tmp_path):
 
 
 def test_runs_that_share_a_disk_have_folders_of_their_own(tmp_path):
-    assert nvme.folder(tmp_path, Path("a")) == nvme.folder(tmp_path, Path("a").resolve())
-    assert nvme.folder(tmp_path, Path("a")) != nvme.folder(tmp_path, Path("b"))
+    assert nvme.folder_of_run(tmp_path, Path("a")) == nvme.folder_of_run(tmp_path, Path("a").resolve())
+    assert nvme.folder_of_run(tmp_path, Path("a")) != nvme.folder_of_run(tmp_path, Path("b"))
 
 
 def test_buffers_hold_the_largest_part_and_what_is_live():
     sizes = [1 << 18] * 10 + [1 << 20, 1000]
-    assert nvme.buffers(sizes, 4, 1 << 18) == {"max_in_cpu": 0, "buffer_size": 1 << 20, "buffer_count": 9}
-    assert nvme.buffers(sizes, 4, 1 << 30)["buffer_count"] == 19
-    assert nvme.buffers([1000], 4, 1 << 30)["buffer_count"] == 8
+    assert nvme.plan_buffers(sizes, 4, 1 << 18) == {"max_in_cpu": 0, "buffer_size": 1 << 20, "buffer_count": 9}
+    assert nvme.plan_buffers(sizes, 4, 1 << 30)["buffer_count"] == 19
+    assert nvme.plan_buffers([1000], 4, 1 << 30)["buffer_count"] == 8
 
 
 def test_a_disk_or_a_limit_that_is_too_small_is_said(tmp_path, monkeypatch):
-    held = nvme.buffers([1 << 18, 10], 4, 1 << 18)
+    held = nvme.plan_buffers([1 << 18, 10], 4, 1 << 18)
     path = tmp_path / "run"
-    assert nvme.require(path, [1 << 18, 10], 4, held).startswith("1 of 2 parameters wait in")
+    assert nvme.require_room(path, [1 << 18, 10], 4, held).startswith("1 of 2 parameters wait in")
     with pytest.raises(ConfigError, match=r"parameters take .* of this node's disk"):
-        nvme.require(path, [1 << 60], 4, held)
+        nvme.require_room(path, [1 << 60], 4, held)
     monkeypatch.setattr(nvme, "_can_lock", lambda size: size < 1 << 21)
     with pytest.raises(ConfigError, match=r"DeepSpeed's buffers are 10\.5 MB .*ulimit -l"):
-        nvme.require(path, [1 << 18], 4, held)
+        nvme.require_room(path, [1 << 18], 4, held)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_what_the_operator_lacks_is_said_with_its_remedy(monkeypatch, change, me
     monkeypatch.setenv("CXX", "python3")
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
     change(monkeypatch)
-    assert message in str(nvme.lacks(lambda: False))
+    assert message in str(nvme.find_missing_tool(lambda: False))
 
 
 def _compile_and_die(root: Path) -> None:
@@ -145,7 +146,7 @@ def _compile_and_die(root: Path) -> None:
         (root / "async_io" / "lock").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    nvme.built_once(load)
+    nvme.compile_once(load)
 
 
 def test_a_compiler_that_was_killed_blocks_nobody(tmp_path, monkeypatch):
@@ -157,5 +158,5 @@ def test_a_compiler_that_was_killed_blocks_nobody(tmp_path, monkeypatch):
     left = tmp_path / "async_io" / "lock"
     assert left.exists()
     seen = []
-    nvme.built_once(lambda: seen.append(left.exists()))
+    nvme.compile_once(lambda: seen.append(left.exists()))
     assert seen == [False]
