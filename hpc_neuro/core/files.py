@@ -199,9 +199,9 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
 # --- Numbers for people ---
 
 
-def format_count(count: int, noun: str) -> str:
-    """`1 root`, `2 roots`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def format_count(count: int, noun: str, plural: str = "") -> str:
+    """`1 root`, `2 roots`; `plural` for a noun that takes more than an s."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def format_bytes(count: float) -> str:
@@ -211,8 +211,3 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} PB"
-
-
-def format_count(count: int, noun: str, plural: str = "") -> str:
-    """A number with its noun: "1 rank", "2 ranks"; `plural` where it is not the noun with an s."""
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"
