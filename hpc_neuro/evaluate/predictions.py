@@ -128,7 +128,11 @@ class PredictionFolder:
             )
 
         tree = swc.read(trees[0]) if trees else empty_tree()
-        return VolumePrediction(probability, tree, self._threshold or float(self._entries[volume_id]["threshold"]))
+        return VolumePrediction(probability, tree, self.read_threshold(volume_id))
+
+    def read_threshold(self, volume_id: str) -> float:
+        """The probability from which a voxel of a volume is foreground."""
+        return self._threshold or float(self._entries[volume_id]["threshold"])
 
     def read_flip_confidence(self, volume_id: str, nodes: int) -> dict[str, NDArray[np.float64]]:
         """[N] `mean` confidence of all flips and their `agreement` at each node of the tree; {} without flips.

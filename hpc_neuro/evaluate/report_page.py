@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import files
-from hpc_neuro.evaluate import confidence, learning_curves
+from hpc_neuro.evaluate import confidence, run_sections
 from hpc_neuro.evaluate.confidence import ConfidenceBin
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.pictures import CAPTION
 from hpc_neuro.evaluate.summary import Results, compute_difference, compute_mean
 from hpc_neuro.metrics.bootstrap import Interval
-from hpc_neuro.metrics.metric import Metric
+from hpc_neuro.metrics.metric import Metric, tolerance_key
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.provenance import RunRecord
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+_MAX_COLUMNS = 5
+"""Names beside one another in a table; more stand below one another."""
+
+_METHODS_NOTE = "For the methods section of a paper, from the records of the runs. Add what the records do not know."
+_ADVICE_MASK = (
+    "What to do next: see under Learning curves whether the validation Dice still rises, and train longer "
+    "(`optim.steps` of `train`) if it does; else add labelled neurons to the store that look like the worst ones under "
+    "Pictures."
+)
+_ADVICE_FALSE_CABLE = (
+    "What to do next: the model's mask is the better one, so change the tracing. It finds false cable: run `infer` "
+    "with a larger `trace.min_branch` or `trace.min_cable`, which keeps the probabilities, and evaluate again."
+)
+_ADVICE_MISSED_CABLE = (
+    "What to do next: the model's mask is the better one, so change the tracing. It misses cable: run `infer` with a "
+    "lower `threshold` or a larger `trace.gap`, and evaluate again."
+)
 
 
 def render_report(
@@ -31,11 +47,13 @@ def render_report(
     runs: Sequence[RunRecord],
     notices: Sequence[str],
     reliability: Mapping[str, Sequence[ConfidenceBin]],
+    methods: str,
 ) -> str:
     """The page as text.
 
     pictures: (volume, JPEG) in the order shown. training: the rows of a training run. runs: those behind the result,
-    this one last. notices: sentences above all numbers. reliability: of the model's confidence.
+    this one last. notices: sentences above all numbers. reliability: of the model's confidence. methods: a paragraph
+    for a paper.
     """
     neurons = files.format_count(len(results.ids), "neuron")
     sections = [
@@ -44,9 +62,10 @@ def render_report(
         ("Neurons", _render_neurons(results, cfg)),
         ("Pictures", _render_pictures(results, pictures)),
         ("Confidence", _note_first_seed(results) + confidence.render_section(reliability, cfg) if reliability else ""),
-        ("Learning curves", html.row(learning_curves.draw_curves(training)) if training else ""),
+        ("Learning curves", html.row(run_sections.draw_curves(training)) if training else ""),
+        ("Methods", html.paragraph(_METHODS_NOTE, "small") + html.paragraph(methods)),
         ("Definitions", _render_definitions(results, cfg)),
-        ("Provenance", _render_provenance(runs)),
+        ("Provenance", run_sections.render_provenance(runs)),
     ]
     code = str((runs[-1].record or {}).get("code", ""))
     subtitle = f"{neurons} of the {cfg.split} split · hpc_neuro {code}"
@@ -56,29 +75,79 @@ def render_report(
 
 
 def _render_result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]) -> str:
-    """The main table: methods down, metrics across, gold last."""
+    """The main table with gold, below it what to do when the baseline is better."""
     metrics = [m for m in cfg.list_metrics() if m.main]
-    rows = {method: [Cell(_name_method(method))] for method in results.methods}
-    gold = [Cell("Gold")]
-    for metric in metrics:
-        means = {method: compute_mean(results, method, metric.key, cfg) for method in results.methods}
-        best = metric.find_best([i.mean for i in means.values()])
-        for method, interval in means.items():
-            rows[method].append(_interval_cell(interval, metric.digits, best=interval.mean == best))
+    grid = [_list_result_cells(results, metric, cfg) for metric in metrics]
 
-        gold_mean = None
-        if metric.describes_tree:
-            gold_mean = sum(results.gold[i][metric.key] for i in results.ids) / len(results.ids)
-        gold.append(_gold_cell(gold_mean, metric.digits))
-
-    text = "One neuron: no interval can be given. The best of a column is bold."
-    if len(results.ids) > 1:
+    n = len(results.ids)
+    text = "One neuron: no interval can be given. The best value of each metric is bold."
+    if n > 1:
         text = (
-            f"Means over {len(results.ids)} neurons; in small type the 95 % bootstrap interval over neurons "
-            f"({cfg.draws:,} draws). The best mean of a column is bold."
+            f"Means over {n} neurons; in small type the 95 % bootstrap interval over neurons ({cfg.draws:,} draws). "
+            "The best mean of each metric is bold."
         )
-    above = [*(html.paragraph(notice, "notice") for notice in notices), html.paragraph(text, "small")]
-    return "".join(above) + html.table(_list_columns("Method", metrics), [*rows.values(), gold])
+    names = [*map(_name_method, results.methods), "Gold"]
+    parts = [*(html.paragraph(notice, "notice") for notice in notices), html.paragraph(text, "small")]
+    parts += [_render_grid(metrics, "Method", names, grid)]
+    parts += [html.paragraph(sentence, "notice") for sentence in advise(results, cfg)]
+    return "".join(parts)
+
+
+def _list_result_cells(results: Results, metric: Metric, cfg: EvaluateConfig) -> list[Cell]:
+    """One metric: its mean under each method, and of gold."""
+    means = [compute_mean(results, method, metric.key, cfg) for method in results.methods]
+    best = metric.find_best([interval.mean for interval in means])
+    cells = [_interval_cell(interval, metric.digits, best=interval.mean == best) for interval in means]
+
+    gold = None
+    if metric.describes_tree:
+        gold = sum(results.gold[i][metric.key] for i in results.ids) / len(results.ids)
+    return [*cells, _gold_cell(gold, metric.digits)]
+
+
+def _render_grid(metrics: Sequence[Metric], first: str, names: Sequence[str], grid: Sequence[Sequence[Cell]]) -> str:
+    """A table of `grid[metric][name]`.
+
+    Metrics run down the page, which a few columns of names fit; of many names there is one per row, to be sorted.
+    """
+    if len(names) > _MAX_COLUMNS:
+        rows = [[Cell(name), *column] for name, column in zip(names, zip(*grid, strict=True), strict=True)]
+        return html.table(_list_columns(first, metrics), rows)
+
+    columns = [Column("Metric", numeric=False), *(Column(name) for name in names)]
+    rows = [[Cell(_title_with_arrow(m), hint=m.definition), *cells] for m, cells in zip(metrics, grid, strict=True)]
+    return html.table(columns, rows, sortable=False)
+
+
+def advise(results: Results, cfg: EvaluateConfig) -> list[str]:
+    """What to do next where Otsu's threshold has a better F1 or Dice than the model; nothing where it has neither."""
+    if "otsu" not in results.methods:
+        return []
+
+    metrics = {m.key: m for m in cfg.list_metrics()}
+    means = {
+        key: [sum(results.list_values(m, key)) / len(results.ids) for m in ("model", "otsu")]
+        for key in (cfg.f1_key, "dice")
+    }
+    better = [
+        f"{metrics[key].heading} {otsu:.3f} against {model:.3f}" for key, (model, otsu) in means.items() if otsu > model
+    ]
+    if not better:
+        return []
+
+    model_dice, otsu_dice = means["dice"]
+    evidence = "" if len(results.ids) > 1 else " One neuron is little evidence: score more of them (`split`)."
+    advice = _ADVICE_MASK if otsu_dice > model_dice else _advise_on_tracing(results, cfg)
+    return [f"Otsu's threshold is better than the model: {' and '.join(better)}.{evidence} {advice}"]
+
+
+def _advise_on_tracing(results: Results, cfg: EvaluateConfig) -> str:
+    """The setting of the tracer to change where the model's mask is the better one and its tree is not."""
+    precision, recall = (
+        sum(results.list_values("model", tolerance_key(name, cfg.tolerance_vox))) / len(results.ids)
+        for name in ("precision", "recall")
+    )
+    return _ADVICE_FALSE_CABLE if precision < recall else _ADVICE_MISSED_CABLE
 
 
 def _render_differences(results: Results, cfg: EvaluateConfig) -> str:
@@ -113,53 +182,55 @@ def _draw_differences(results: Results, cfg: EvaluateConfig) -> list[str]:
             interval = compute_difference(results, "model", method, metric.key, cfg)
             rows.append((_name_method(method), interval.mean, interval.low, interval.high))
         side = "right" if metric.direction == "higher" else "left"
-        title = f"{metric.heading}: model less each other, mean and 95 % interval"
-        figures.append(charts.draw_differences(title, rows, f"{side} of zero the model is better"))
+        title = f"{metric.heading}: model minus each other method"
+        figures.append(
+            charts.draw_differences(title, rows, f"mean and 95 % interval; {side} of zero the model is better")
+        )
     return figures
 
 
 def _render_difference_table(results: Results, cfg: EvaluateConfig) -> str:
     metrics = [m for m in cfg.list_metrics() if m.main]
-    rows = []
-    for method in results.methods[1:]:
-        differences = [compute_difference(results, "model", method, m.key, cfg) for m in metrics]
-        cells = [_interval_cell(d, m.digits, signed=True) for d, m in zip(differences, metrics, strict=True)]
-        rows.append([Cell(_name_method(method)), *cells])
+    others = results.methods[1:]
+    grid = []
+    for metric in metrics:
+        differences = [compute_difference(results, "model", method, metric.key, cfg) for method in others]
+        grid.append([_interval_cell(d, metric.digits, signed=True) for d in differences])
+
     note = (
         "Means of the differences neuron by neuron, with their 95 % interval: an interval that holds zero shows no "
         "difference."
     )
-    return html.paragraph(note, "small") + html.table(_list_columns("Model \N{MINUS SIGN}", metrics), rows)
+    names = [f"Model \N{MINUS SIGN} {_name_method(method)}" for method in others]
+    return html.paragraph(note, "small") + _render_grid(metrics, "Difference", names, grid)
 
 
 def _render_neurons(results: Results, cfg: EvaluateConfig) -> str:
-    """All metrics of every neuron and method, and the table of volumes."""
-    metrics = sorted(cfg.list_metrics(), key=lambda m: not m.main)
-    columns = [Column("Neuron", numeric=False), *_list_columns("Method", metrics)]
-    rows = []
+    """The main metrics of every neuron and method; all metrics and the facts of the volumes on a click."""
+    metrics = cfg.list_metrics()
+    main = [m for m in metrics if m.main]
+    columns = [Column("Neuron", numeric=False), *_list_columns("Method", main)]
+    names = [*map(_name_method, results.methods), "Gold"]
+    rows, details = [], []
     for volume in results.rank_worst_first(cfg):
-        rows += _list_neuron_rows(results, volume, metrics)
+        cells = {m.key: _list_neuron_cells(results, volume, m) for m in metrics}
+        for i, name in enumerate(names):
+            rows.append([Cell(volume), Cell(name), *(cells[m.key][i] for m in main)])
+        details.append(
+            html.details(f"{volume}: all metrics", _render_grid(metrics, "Method", names, [*cells.values()]))
+        )
 
     note = "A click on a heading sorts; at first the worst neurons, by the model's F1, stand at the top."
     volumes = html.details("The volumes", _render_volumes(results))
-    return html.paragraph(note, "small") + html.table(columns, rows) + volumes
+    return html.paragraph(note, "small") + html.table(columns, rows) + volumes + "".join(details)
 
 
-def _list_neuron_rows(results: Results, volume: str, metrics: Sequence[Metric]) -> list[list[Cell]]:
-    """One row per method and one for gold."""
-    scores = {method: results.average_seeds(method, volume) for method in results.methods}
-    best = {m.key: m.find_best([s[m.key] for s in scores.values()]) for m in metrics}
-    rows = []
-    for method, values in scores.items():
-        cells = [
-            Cell(html.format_number(values[m.key], m.digits), values[m.key], best=values[m.key] == best[m.key])
-            for m in metrics
-        ]
-        rows.append([Cell(volume), Cell(_name_method(method)), *cells])
-
-    gold = results.gold[volume]
-    rows.append([Cell(volume), Cell("Gold"), *(_gold_cell(gold.get(m.key), m.digits) for m in metrics)])
-    return rows
+def _list_neuron_cells(results: Results, volume: str, metric: Metric) -> list[Cell]:
+    """One metric of one neuron: under each method, and of gold."""
+    values = [results.average_seeds(method, volume)[metric.key] for method in results.methods]
+    best = metric.find_best(values)
+    cells = [Cell(html.format_number(value, metric.digits), value, best=value == best) for value in values]
+    return [*cells, _gold_cell(results.gold[volume].get(metric.key), metric.digits)]
 
 
 def _render_volumes(results: Results) -> str:
@@ -204,25 +275,6 @@ def _render_definitions(results: Results, cfg: EvaluateConfig) -> str:
         "taken neuron by neuron first."
     )
     return html.definitions([*terms, ("Empty masks and trees", empty), ("95 % interval", interval)])
-
-
-def _render_provenance(runs: Sequence[RunRecord]) -> str:
-    """The runs behind the result, and their full records."""
-    titles = ("Stage", "Folder", "Code", "Finished", "Host", "Inputs (SHA-256)")
-    rows = []
-    records = []
-    for run in runs:
-        if run.record is None:
-            rows.append([run.verb, str(run.folder), "no record here", "", "", ""])
-            continue
-        inputs = ", ".join(f"{k} {str(v)[:12]}" for k, v in run.record.get("inputs", {}).items())
-        facts = (run.record.get("code", ""), run.record.get("end") or "not finished", run.record.get("host", ""))
-        rows.append([run.verb, str(run.folder), *map(str, facts), inputs])
-        records.append(html.details(f"{run.verb}: full record", html.code(json.dumps(run.record, indent=1))))
-
-    columns = [Column(title, numeric=False) for title in titles]
-    cells = [[Cell(text) for text in row] for row in rows]
-    return html.table(columns, cells, sortable=False) + "".join(records)
 
 
 def _list_columns(first: str, metrics: Sequence[Metric]) -> list[Column]:

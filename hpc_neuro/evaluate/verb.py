@@ -13,7 +13,7 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.store import Store, StoredVolume
-from hpc_neuro.evaluate import confidence, learning_curves, report_page
+from hpc_neuro.evaluate import confidence, report_page, run_sections
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.pictures import draw_picture
 from hpc_neuro.evaluate.predictions import (
@@ -44,7 +44,7 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     ids = list_volumes(cfg, store)
     methods = list_methods(cfg, ids)
     if cfg.train is not None:
-        learning_curves.read_metrics(cfg.train)
+        run_sections.read_metrics(cfg.train)
     if cfg.otsu:
         choose_trace_config(cfg, methods)
 
@@ -174,14 +174,17 @@ def _write_products(
         log.warning("%s", notice)
 
     reliability = confidence.measure_reliability(cfg, store, results.ids, methods[0].seeds[0])
+    runs.append(RunRecord("evaluate", cfg.out, {**record, "end": "this report"}))
+    thresholds = [methods[0].seeds[0].read_threshold(i) for i in results.ids]
     page = report_page.render_report(
         results,
         cfg,
         pictures=_draw_pictures(cfg, store, methods, results),
         training=_read_training(cfg, runs),
-        runs=[*runs, RunRecord("evaluate", cfg.out, {**record, "end": "this report"})],
+        runs=runs,
         notices=notices,
         reliability=reliability,
+        methods=run_sections.describe_methods(results, cfg, runs, thresholds, _count_training_volumes(store, runs)),
     )
     metrics = {**build_json(results, cfg), "confidence": confidence.build_json(reliability)}
     files.write_json(cfg.out / "metrics.json", metrics)
@@ -194,7 +197,15 @@ def _read_training(cfg: EvaluateConfig, runs: Sequence[RunRecord]) -> list[dict[
     """The rows of the training run's metrics.jsonl: of the config's folder, else of the run behind the predictions."""
     behind = [r.folder for r in runs if r.verb == "train" and (r.folder / "metrics.jsonl").exists()]
     folders = [cfg.train] if cfg.train else behind
-    return learning_curves.read_metrics(folders[0]) if folders else None
+    return run_sections.read_metrics(folders[0]) if folders else None
+
+
+def _count_training_volumes(store: Store, runs: Sequence[RunRecord]) -> int:
+    """How many volumes of the store the training run recorded as inputs, those of its validation included."""
+    digests = {
+        sha for run in runs if run.record and run.verb == "train" for sha in run.record.get("inputs", {}).values()
+    }
+    return sum(volume.digest in digests for volume in store)
 
 
 def _list_otsu_differences(cfg: EvaluateConfig, store: Store, results: Results, methods: Sequence[Method]) -> list[str]:

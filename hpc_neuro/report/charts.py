@@ -9,7 +9,7 @@ from html import escape
 
 _WIDTH, _HEIGHT = 520, 250
 """[pixel] Size of a line chart; charts of rows have the same width."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 30, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 22, 30, 40
 """[pixel] Margins around the data."""
 _COLORS = 6
 """Number of line colors: the classes s0 to s5 of the page's style."""
@@ -35,7 +35,11 @@ class Series:
 
 
 def draw_lines(title: str, series: Sequence[Series], x_label: str, y_label: str, log_y: bool = False) -> str:
-    """A line chart; points that are not finite (or not positive on a log axis) are left out."""
+    """A line chart; points that are not finite (or zero on a log axis) are left out.
+
+    Where a value is negative the axis is linear: a logarithm would hide the values that matter most.
+    """
+    log_y = log_y and not any(-math.inf < y < 0 for s in series for y in s.y)
     usable = [s for s in (_select_points(s, log_y) for s in series) if len(s.x)]
     if not usable:
         return _frame(title, "", "", "", "nothing was recorded")
@@ -182,7 +186,7 @@ def _draw_grid(x_axis: _Axis, y_axis: _Axis) -> str:
 def _frame(title: str, body: str, x_label: str, y_label: str, note: str, height: int = _HEIGHT) -> str:
     """The chart around `body`: title and axis labels; `note` stands in the middle."""
     middle = (_TOP + height - _BOTTOM) / 2
-    rotated = f'<g transform="translate(13 {middle}) rotate(-90)">{_text("axis", 0, 0, y_label)}</g>'
+    rotated = f'<g transform="translate(12 {middle}) rotate(-90)">{_text("axis", 0, 0, y_label)}</g>'
     return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
         f"{_text('title', 8, 16, title, 'start')}{body}{rotated}"
@@ -203,7 +207,7 @@ def _draw_legend(names: Sequence[str]) -> str:
 def _format_tick(value: float) -> str:
     if value == 0:
         return "0"
-    if abs(value) >= 1e5 or abs(value) < 1e-3:
+    if abs(value) >= 1e5 or abs(value) < 1e-4:
         mantissa, exponent = f"{value:.0e}".split("e")
         return f"{mantissa}e{int(exponent)}"
     return f"{value:.6g}"

@@ -23,6 +23,8 @@ class Cell:
     best: bool = False
     note: str = ""
     """Shown small below the text, such as an interval."""
+    hint: str = ""
+    """Shown when the pointer rests on the cell."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Column:
     hint: str = ""
     """What the column means; shown when the pointer rests on the heading."""
     numeric: bool = True
+    wrap: bool = False
+    """Whether long text breaks anywhere, as paths must."""
 
 
 def render_page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -112,9 +116,11 @@ def _heading_cell(column: Column, sortable: bool) -> str:
 
 def _cell(cell: Cell, column: Column) -> str:
     value = "" if cell.value is None or not math.isfinite(cell.value) else f' data-value="{cell.value!r}"'
-    kinds = ["number" if column.numeric else "text", *(["best"] if cell.best else [])]
+    kinds = ["number" if column.numeric else "text"]
+    kinds += [kind for kind, applies in (("best", cell.best), ("wrap", column.wrap)) if applies]
     note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
-    return f'<td class="{" ".join(kinds)}"{value}>{escape(cell.text)}{note}</td>'
+    hint = f' title="{escape(cell.hint)}"' if cell.hint else ""
+    return f'<td class="{" ".join(kinds)}"{value}{hint}>{escape(cell.text)}{note}</td>'
 
 
 def _anchor(heading: str) -> str:

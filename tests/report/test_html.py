@@ -65,6 +65,15 @@ def test_a_line_chart_puts_points_where_they_belong() -> None:
     assert log[1][1] == pytest.approx((log[0][1] + log[2][1]) / 2, abs=0.1)
 
 
+def test_an_axis_with_negative_values_is_linear() -> None:
+    series = [charts.Series("cosine", [0, 1, 2], [-0.5, 0.0, 0.5]), charts.Series("loss", [0, 1, 2], [1.0, 0.1, 0.01])]
+    chart = charts.draw_lines("t", series, "x", "y", log_y=True)
+    first = points(chart)
+    assert len(first) == 3
+    assert first[1][1] == pytest.approx((first[0][1] + first[2][1]) / 2, abs=0.1)
+    assert ">-0.5<" in chart
+
+
 def test_charts_of_nothing_little_and_much() -> None:
     assert "nothing was recorded" in charts.draw_lines("t", [charts.Series("s", [], [])], "x", "y")
     assert "nothing was recorded" in charts.draw_lines("t", [charts.Series("s", [1.0], [float("nan")])], "x", "y")
