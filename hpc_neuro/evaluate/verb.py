@@ -27,7 +27,6 @@ from hpc_neuro.evaluate.predictions import (
 )
 from hpc_neuro.evaluate.summary import Results, Scores, build_json, format_csv, format_latex
 from hpc_neuro.metrics.metric import MAX_VOXELS_IN_MEMORY, Comparison
-from hpc_neuro.metrics.tree import drop_soma_outline
 from hpc_neuro.report import provenance
 from hpc_neuro.report.provenance import RunRecord
 
@@ -136,12 +135,11 @@ def describe_gold(volume: StoredVolume, cfg: EvaluateConfig) -> Scores:
 
 
 def _compare(volume: StoredVolume, mask: Callable[[Box], Array], tree: Tree, cfg: EvaluateConfig) -> Comparison:
-    # The points of a three-point soma would count as two tips and as cable that no tracer finds.
     return Comparison(
         predicted_mask=mask,
         gold_mask=volume.mask,
-        predicted_tree=drop_soma_outline(tree),
-        gold_tree=drop_soma_outline(volume.tree()),
+        predicted_tree=tree,
+        gold_tree=volume.tree(),
         shape=volume.shape,
         voxel_size=volume.voxel_size,
         root=volume.root,

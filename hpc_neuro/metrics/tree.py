@@ -59,8 +59,8 @@ def distances(a: Tree, b: Tree, far: float = FAR) -> dict[str, float]:
 def drop_soma_outline(tree: Tree) -> Tree:
     """The tree without the points that only outline a soma, such as the second and third of a three-point soma.
 
-    These are nodes of SWC type 1 below another one from which no neurite leaves. They are neither cable nor tips. A
-    tree that has no nodes of other types stays as it is.
+    These are nodes of SWC type 1 below another one from which no neurite leaves. They are no tips. A tree that has no
+    nodes of other types stays as it is.
     """
     is_soma = tree.types == _SOMA
     has_neurite = ~is_soma
@@ -104,6 +104,10 @@ def _measure_distances_without_stub(comparison: Comparison) -> dict[str, float]:
 def _make_finite(values: dict[str, float], comparison: Comparison) -> dict[str, float]:
     """Put the diagonal of the volume in place of an infinite distance, so that a miss stays in the mean."""
     return {key: value if math.isfinite(value) else comparison.diagonal_vox for key, value in values.items()}
+
+
+def _drop_soma_outline(comparison: Comparison) -> Tree:
+    return drop_soma_outline(comparison.predicted_tree)
 
 
 def _scale_to_um(comparison: Comparison) -> Tree:
@@ -198,7 +202,7 @@ METRICS = (
         direction="",
         digits=0,
         definition="End points: nodes without children. Points that only outline a soma do not count.",
-        compute=lambda comparison: len(morphology.tips(comparison.predicted_tree)),
+        compute=lambda comparison: len(morphology.tips(comparison.once(_drop_soma_outline))),
         main=True,
     ),
     Metric(
@@ -207,8 +211,8 @@ METRICS = (
         unit="",
         direction="",
         digits=0,
-        definition="Nodes with two or more children (a root: three or more).",
-        compute=lambda comparison: len(morphology.branch_points(comparison.predicted_tree)),
+        definition="Nodes with two or more children (a root: three or more), without points that only outline a soma.",
+        compute=lambda comparison: len(morphology.branch_points(comparison.once(_drop_soma_outline))),
         main=True,
     ),
 )

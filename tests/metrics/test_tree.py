@@ -228,14 +228,14 @@ def test_a_tree_is_described_by_cable_tips_and_branch_points() -> None:
     assert describe(morphology.empty_tree()) == {"length_um": 0.0, "tips": 0, "branch_points": 0}
 
 
-def test_the_points_that_outline_a_soma_are_neither_tips_nor_cable() -> None:
+def test_the_points_that_outline_a_soma_are_no_tips() -> None:
     points = np.array([(0, 0, 0), (0, 3, 0), (0, -3, 0), (0, 0, 5), (0, 0, 9), (0, 4, 9)], dtype=float)
     parents, types = np.array([-1, 0, 0, 0, 3, 3]), np.array([1, 1, 1, 3, 3, 3])
     three_points = morphology.build_tree(points, parents, types=types)
     tree = metric.drop_soma_outline(three_points)
     assert len(tree) == 4
     assert describe(tree) == describe(morphology.build_tree(points[[0, 3, 4, 5]], np.array([-1, 0, 1, 1])))
-    assert describe(tree)["tips"] == 2
+    assert (describe(three_points)["tips"], describe(three_points)["branch_points"]) == (2, 1)
 
     # A soma from which a neurite leaves at its second point, and a tree that is all of type 1, stay.
     chain = morphology.build_tree(points, np.array([-1, 0, 1, 2, 3, 4]), types=types)
