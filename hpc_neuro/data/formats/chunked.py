@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.formats import chunk_decoder
 from hpc_neuro.data.formats.axes import default_axes, letters_of_names
 from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape, reinterpret_array
@@ -31,6 +32,8 @@ _MAX_CHUNK = 1 << 31
 _MAX_LISTED = 6
 """Arrays named in an error."""
 
+_CODEC_FAULT = re.compile(r"compress|codec|filter")
+"""What tensorstore names in an error about a codec."""
 _AS_ARRAY = "open the array {} itself, without the image metadata, and give the voxel size in um"
 """Advice where image metadata cannot be used."""
 
@@ -53,6 +56,21 @@ class _Level:
     begin: tuple[float, ...] | None = None
     """Micrometres of index 0."""
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Store:
+    """An open array, by whichever library."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk: tuple[int, ...]
+    """What is decoded at a time."""
+    file_chunk: tuple[int, ...]
+    """What one file holds; larger than a chunk in shards."""
+    read: Callable[[Index], Array]
+    origin: tuple[int, ...] = ()
+    """Index of the first voxel in the store's own coordinates."""
 
 
 def matches_zarr(path: Path, head: bytes = b"") -> bool:
@@ -82,7 +100,8 @@ def open_zarr(path: Path, dataset: str | None) -> StoredArray:
     meta = _read_json(level.path / ("zarr.json" if is_v3 else ".zarray"))
     if is_v3:
         _check_dimension_names(level.path, meta.get("dimension_names"))
-    store = _open_store(level.path, "zarr3" if is_v3 else "zarr")
+    read_grid = chunk_decoder.read_zarr3 if is_v3 else chunk_decoder.read_zarr2
+    store = _open_store(level.path, "zarr3" if is_v3 else "zarr", read_grid, meta)
     names = meta.get("dimension_names") if is_v3 else _read_attributes(level.path).get("_ARRAY_DIMENSIONS")
     axes, axis_names = (level.axes, level.names) if level.axes else _name_axes(names, store.shape)
     key = _first_zarr_chunk(meta, is_v3, len(store.shape))
@@ -96,7 +115,7 @@ def open_n5(path: Path, dataset: str | None) -> StoredArray:
     if not (folder / "attributes.json").is_file():
         raise InputError(f"{path} has no N5 array {dataset!r}; give one that has an attributes.json")
 
-    store = _open_store(folder, "n5")
+    store = _open_store(folder, "n5", chunk_decoder.read_n5, _read_json(folder / "attributes.json"))
     count = len(store.shape)
     # Viewers note axes and resolution at the array or at the group above it.
     above = _read_optional_json(folder.parent / "attributes.json")
@@ -129,7 +148,7 @@ def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     store = _open_store(path, "neuroglancer_precomputed", scale_index=number)
     # Resolutions are in nanometres, the voxel offset in voxels.
     step = (*(float(v) / 1000 for v in scale["resolution"]), math.nan)
-    origin = tuple(int(o) for o in store.domain.origin[:3])
+    origin = store.origin[:3]
     begin = (*(o * s for o, s in zip(origin, step[:3], strict=True)), 0.0)
     notes = (f"scale {key}, {scale.get('encoding')}, voxel offset {origin} (x y z)",)
     chunk = "0.shard" if "sharding" in scale else "0-64_0-64_0-64"
@@ -137,14 +156,27 @@ def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     return _build_array("Neuroglancer precomputed", level, store, chunk)
 
 
-def _open_store(path: Path, driver: str, **options: Any) -> Any:
-    """The array through tensorstore, read-only. Raises InputError for metadata or codecs that it refuses."""
+def _open_store(
+    path: Path,
+    driver: str,
+    read_grid: Callable[[Path, Mapping[str, Any]], chunk_decoder.ChunkGrid | None] | None = None,
+    meta: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> _Store:
+    """The array through tensorstore, or through `read_grid` of its metadata where tensorstore lacks the codec.
+
+    Raises InputError for metadata and codecs that neither takes.
+    """
     spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path.resolve()}/"}, **options}
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
     try:
-        return ts.open(spec, open=True, read=True, context=context).result()
+        store: Any = ts.open(spec, open=True, read=True, context=context).result()
     except ValueError as error:
+        grid = read_grid(path, meta or {}) if read_grid and _CODEC_FAULT.search(str(error)) else None
+        if grid is not None:
+            return _Store(grid.shape, grid.dtype, grid.chunk, grid.chunk, grid.make_reader(_CACHE_BYTES))
+
         # The reason, without the specification that tensorstore repeats after it.
         reason = str(error).partition(" [tensorstore_spec")[0].rpartition(f"{path.resolve()}/")[2].replace('"', "")
         raise InputError(
@@ -152,15 +184,21 @@ def _open_store(path: Path, driver: str, **options: Any) -> Any:
             "with blosc, zstd or gzip; otherwise its description is damaged, copy it again"
         ) from None
 
+    layout, origin = store.chunk_layout, tuple(int(o) for o in store.domain.origin)
+    read = functools.partial(_read_part, store, origin)
+    dtype = np.dtype(store.dtype.numpy_dtype)
+    chunk, file_chunk = (tuple(int(n) for n in part.shape) for part in (layout.read_chunk, layout.write_chunk))
+    return _Store(store.shape, dtype, chunk, file_chunk, read, origin)
 
-def _build_array(kind: str, level: _Level, store: Any, key: str) -> StoredArray:
+
+def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArray:
     """The open store as a StoredArray; `key` is the file name of its first chunk."""
     _require_chunks(level.path, key)
 
     # tensorstore allocates a whole chunk before it decodes it, and the process dies when it cannot.
     shape = check_shape(level.path, store.shape)
-    dtype = check_dtype(level.path, np.dtype(store.dtype.numpy_dtype))
-    chunk_bytes = math.prod(store.chunk_layout.read_chunk.shape) * dtype.itemsize
+    dtype = check_dtype(level.path, store.dtype)
+    chunk_bytes = math.prod(store.chunk) * dtype.itemsize
     if chunk_bytes > _MAX_CHUNK:
         raise InputError(
             f"{level.path} declares chunks of {chunk_bytes} bytes; its description is damaged, copy it again"
@@ -175,10 +213,9 @@ def _build_array(kind: str, level: _Level, store: Any, key: str) -> StoredArray:
             world[row, i], world[row, -1] = level.step[i], level.begin[i]
 
     # A shard holds many chunks, so a missing file says nothing of their number.
-    count = math.prod(-(-n // c) for n, c in zip(shape, store.chunk_layout.write_chunk.shape, strict=True))
+    count = math.prod(-(-n // c) for n, c in zip(shape, store.file_chunk, strict=True))
     absent = None if "shard" in key else functools.partial(_describe_absent_chunks, level.path, key, count)
-    read = functools.partial(_read_part, store, tuple(int(o) for o in store.domain.origin))
-    return StoredArray(kind, shape, axes, dtype, read, level.step, world, level.notes, level.names, absent)
+    return StoredArray(kind, shape, axes, dtype, store.read, level.step, world, level.notes, level.names, absent)
 
 
 def _read_part(store: Any, origin: tuple[int, ...], index: Index) -> Array:

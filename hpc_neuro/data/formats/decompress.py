@@ -11,6 +11,7 @@ A run-length code is a chain of operations: a code byte, then its data. A short 
 from __future__ import annotations
 
 import bz2
+import collections
 import gzip
 import math
 import tempfile
@@ -35,6 +36,33 @@ _RAW_CHUNK = 1 << 16
 """Bytes handed to a run-length decoder at a time; decoding takes about a hundred times as much memory."""
 
 _LITERAL, _DIFFERENCE, _REPEAT, _UNKNOWN = range(4)
+
+
+class DecodedCache:
+    """Keeps the pieces that were decoded last, up to a number of bytes, and always the last one.
+
+    A piece larger than the limit would otherwise be decoded again for every box that meets it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self.lock = threading.Lock()
+        self.pieces: collections.OrderedDict[Any, Array | None] = collections.OrderedDict()
+
+    def get(self, key: Any, decode: Callable[[], Array | None]) -> Array | None:
+        """The piece of this key, decoded where it is not kept. One thread decodes at a time."""
+        with self.lock:
+            if key in self.pieces:
+                self.pieces.move_to_end(key)
+                return self.pieces[key]
+
+            piece = decode()
+            self.pieces[key] = piece
+            self.size += 0 if piece is None else piece.nbytes
+            while self.size > self.limit and len(self.pieces) > 1:
+                _, oldest = self.pieces.popitem(last=False)
+                self.size -= 0 if oldest is None else oldest.nbytes
+            return piece
 
 
 class UnpackedArray:

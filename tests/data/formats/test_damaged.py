@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import struct
 import tracemalloc
@@ -11,6 +12,7 @@ from pathlib import Path
 import h5py
 import nibabel
 import nrrd
+import numcodecs
 import numpy as np
 import pytest
 import tifffile
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import open_volume
+from tests.data.formats.test_chunk_decoder import repack, write_n5, write_zarr
 from tests.data.formats.test_damaged_folders import DATA, SHAPE
 from tests.data.formats.test_stores import write_imaris, write_precomputed, write_store
 
@@ -160,7 +163,7 @@ def damage(data: st.DataObject, whole: bytes, header: int) -> bytes:
     return bytes(damaged)
 
 
-@pytest.mark.parametrize("kind", ["zarr", "zarr3", "n5", "precomputed", "imaris.ims"])
+@pytest.mark.parametrize("kind", ["zarr", "zarr3", "n5", "precomputed", "imaris.ims", "lz4.zarr", "old.n5"])
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_fuzzed_folders(tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject) -> None:
@@ -170,6 +173,11 @@ def test_fuzzed_folders(tmp_path_factory: pytest.TempPathFactory, kind: str, dat
         write_precomputed(path)
     elif kind == "imaris.ims":
         write_imaris(path, DATA[None])
+    elif kind == "lz4.zarr":
+        write_zarr(path, DATA, 2, compressors=numcodecs.LZ4())
+    elif kind == "old.n5":
+        write_n5(path, compression=None, compressionType="gzip")
+        repack(path, gzip.compress)
     else:
         write_store(path, kind, DATA)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

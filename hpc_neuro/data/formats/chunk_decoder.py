@@ -1,0 +1,271 @@
+"""zarr and N5 arrays whose codecs tensorstore does not know, decoded chunk by chunk in Python.
+
+zarr-python writes gzip of level -1, lz4, lzma, zstd with checksums and filters, zarr 3 under names such as
+`numcodecs.lz4`; N5 has lz4, and before version 2 named its codec in `compressionType`. A chunk is a file:
+
+    zarr: the values in C or Fortran order, filtered, compressed
+    N5:   a big-endian header (mode, dimensions, size of the chunk), then the big-endian values, compressed
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import itertools
+import lzma
+import math
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.formats.decompress import DecodedCache
+from hpc_neuro.data.formats.volume import Array, Index
+
+Decode = Callable[[bytes, int], bytes]
+"""Undoes one codec: its bytes, and how many should come out. What is longer is cut after one byte more."""
+
+_LZ4_BLOCK = struct.Struct("<8sBiii")
+"""Header of a block of lz4-java's stream: magic, method, packed bytes, bytes, checksum."""
+
+
+def _inflate(data: bytes, size: int) -> bytes:
+    """gzip or zlib, by the header of the stream."""
+    return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(data, size + 1)
+
+
+def _decode_bz2(data: bytes, size: int) -> bytes:
+    return bz2.BZ2Decompressor().decompress(data, size + 1)
+
+
+def _decode_xz(data: bytes, size: int) -> bytes:
+    return lzma.LZMADecompressor().decompress(data, size + 1)
+
+
+def _decode_lzma(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
+    kind = int(config.get("format") or lzma.FORMAT_AUTO)
+    engine = lzma.LZMADecompressor(kind, filters=config.get("filters") if kind == lzma.FORMAT_RAW else None)
+    return engine.decompress(data, size + 1)
+
+
+def _decode_lz4(data: bytes, size: int) -> bytes:
+    """numcodecs' lz4: the size in 4 bytes, then one block."""
+    (stated,) = struct.unpack_from("<I", data)
+    if stated > size:
+        raise ValueError(f"a chunk states {stated} bytes where {size} are expected")
+    return bytes(imagecodecs.lz4_decode(data[4:], out=stated))
+
+
+def _decode_lz4_blocks(data: bytes, size: int) -> bytes:
+    """lz4-java's stream, which N5 uses: blocks that are each packed or plain, up to an empty one."""
+    parts, at, total = [], 0, 0
+    while at < len(data):
+        magic, method, packed, count, _ = _LZ4_BLOCK.unpack_from(data, at)
+        at += _LZ4_BLOCK.size
+        total += count
+        if magic != b"LZ4Block" or min(packed, count) < 0 or at + packed > len(data) or total > size:
+            raise ValueError("its lz4 stream holds a damaged block")
+        if count == 0:
+            break
+
+        block = data[at : at + packed]
+        is_packed = method & 0xF0 == 0x20
+        parts.append(bytes(imagecodecs.lz4_decode(block, out=count)) if is_packed else block)
+        at += packed
+    return b"".join(parts)
+
+
+def _decode_zstd(data: bytes, size: int) -> bytes:
+    return bytes(imagecodecs.zstd_decode(data, out=size))
+
+
+def _decode_blosc(data: bytes, size: int) -> bytes:
+    return bytes(imagecodecs.blosc_decode(data, out=size))
+
+
+def _unshuffle(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
+    """Bytes of all values put together again, from planes of first bytes, second bytes and so on."""
+    width = int(config.get("elementsize", 4))
+    whole = len(data) // width * width
+    return np.frombuffer(data[:whole], np.uint8).reshape(width, -1).T.tobytes() + data[whole:]
+
+
+def _undo_delta(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
+    """Values from the first one and the differences that follow it."""
+    return np.cumsum(np.frombuffer(data, config["dtype"]), dtype=config["dtype"]).tobytes()
+
+
+# Codec -> how it is undone; those of the second table depend on their configuration in the metadata.
+_CODECS: dict[str, Decode] = {
+    "gzip": _inflate,
+    "zlib": _inflate,
+    "bz2": _decode_bz2,
+    "lz4": _decode_lz4,
+    "zstd": _decode_zstd,
+    "blosc": _decode_blosc,
+}
+_CONFIGURED = {"lzma": _decode_lzma, "shuffle": _unshuffle, "delta": _undo_delta}
+_N5_CODECS: dict[str, Decode] = {
+    "raw": lambda data, size: data,
+    "gzip": _inflate,
+    "bzip2": _decode_bz2,
+    "xz": _decode_xz,
+    "lz4": _decode_lz4_blocks,
+    "zstd": _decode_zstd,
+}
+
+
+@dataclass(frozen=True)
+class ChunkGrid:
+    """The chunks of one array: where each lies, and how its bytes become values."""
+
+    folder: Path
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fill: Any
+    key: Callable[[Sequence[int]], str]
+    """File of the chunk at a place in the grid, below the folder."""
+    decode: Callable[[bytes], Array]
+    """The values of a chunk's file, at most `chunk` along each axis."""
+
+    def make_reader(self, cache_bytes: int) -> Callable[[Index], Array]:
+        """A function that reads parts of the array and keeps decoded chunks up to `cache_bytes`."""
+        return functools.partial(_read_part, self, DecodedCache(cache_bytes))
+
+    def read_chunk(self, place: tuple[int, ...]) -> Array | None:
+        """The values of one chunk; None where it has no file and so is the fill value."""
+        try:
+            data = (self.folder / self.key(place)).read_bytes()
+        except FileNotFoundError:
+            return None
+        return self.decode(data)
+
+
+def read_zarr2(folder: Path, meta: Mapping[str, Any]) -> ChunkGrid | None:
+    """The grid of a zarr 2 array; None for a codec or filter that is not known here either."""
+    # Filters are applied in their order, then the compressor.
+    stages = [*(meta.get("filters") or []), *([meta["compressor"]] if meta.get("compressor") else [])]
+    decoders = _choose_decoders([(str(stage.get("id")), stage) for stage in stages])
+    if decoders is None:
+        return None
+
+    shape, chunk = tuple(meta["shape"]), tuple(meta["chunks"])
+    dtype, order = np.dtype(meta["dtype"]), meta.get("order", "C")
+    separator = meta.get("dimension_separator", ".")
+    decode = functools.partial(_decode_zarr, decoders, dtype, chunk, order)
+    return ChunkGrid(
+        folder, shape, chunk, dtype, meta.get("fill_value") or 0, lambda place: separator.join(map(str, place)), decode
+    )
+
+
+def read_zarr3(folder: Path, meta: Mapping[str, Any]) -> ChunkGrid | None:
+    """The grid of a zarr 3 array of plain chunks; None for shards and for codecs that are not known here."""
+    codecs = [dict(codec) for codec in meta["codecs"]]
+    names = [str(codec["name"]).removeprefix("numcodecs.") for codec in codecs]
+    stages = [(n, c.get("configuration") or {}) for n, c in zip(names, codecs, strict=True) if n != "bytes"]
+    decoders = _choose_decoders(stages)
+    if "bytes" not in names or decoders is None:
+        return None
+
+    # The codec `bytes` turns values into bytes, before all others.
+    endian = (codecs[names.index("bytes")].get("configuration") or {}).get("endian", "little")
+    dtype = np.dtype(meta["data_type"]).newbyteorder(">" if endian == "big" else "<")
+    chunk = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
+    encoding = meta.get("chunk_key_encoding", {})
+    is_v2_style = encoding.get("name") == "v2"
+    separator = encoding.get("configuration", {}).get("separator", "." if is_v2_style else "/")
+    prefix = [] if is_v2_style else ["c"]
+    decode = functools.partial(_decode_zarr, decoders, dtype, chunk, "C")
+    return ChunkGrid(
+        folder,
+        tuple(meta["shape"]),
+        chunk,
+        dtype,
+        meta.get("fill_value") or 0,
+        lambda place: separator.join([*prefix, *map(str, place)]),
+        decode,
+    )
+
+
+def read_n5(folder: Path, meta: Mapping[str, Any]) -> ChunkGrid | None:
+    """The grid of an N5 array of version 1 or 2, dimensions as stored; None for an unknown codec."""
+    compression = meta.get("compression", meta.get("compressionType", "raw"))
+    codec = str(compression.get("type") if isinstance(compression, Mapping) else compression)
+    if codec not in _N5_CODECS:
+        return None
+
+    dtype = np.dtype(meta["dataType"]).newbyteorder(">")
+    chunk = tuple(int(n) for n in meta["blockSize"])
+    decode = functools.partial(_decode_n5, _N5_CODECS[codec], dtype, chunk)
+    shape = tuple(int(n) for n in meta["dimensions"])
+    return ChunkGrid(folder, shape, chunk, dtype, 0, lambda place: "/".join(map(str, place)), decode)
+
+
+def _choose_decoders(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Decode] | None:
+    """What undoes codecs that were applied in this order, the last one first; None where one is not known."""
+    decoders: list[Decode] = []
+    for name, config in reversed(stages):
+        is_widening = config.get("astype") not in (None, config.get("dtype"))
+        if name in _CODECS:
+            decoders.append(_CODECS[name])
+        elif name in _CONFIGURED and not is_widening:
+            decoders.append(functools.partial(_CONFIGURED[name], config))
+        else:
+            return None
+    return decoders
+
+
+def _decode_zarr(
+    decoders: Sequence[Decode], dtype: np.dtype[Any], chunk: tuple[int, ...], order: Any, data: bytes
+) -> Array:
+    """The values of one zarr chunk; chunks at the end of the array are stored whole."""
+    expected = math.prod(chunk) * dtype.itemsize
+    for decode in decoders:
+        data = decode(data, expected)
+    if len(data) != expected:
+        raise ValueError(f"a chunk holds {len(data)} bytes where {expected} are expected")
+    return np.frombuffer(data, dtype).reshape(chunk, order=order)
+
+
+def _decode_n5(decode: Decode, dtype: np.dtype[Any], chunk: tuple[int, ...], data: bytes) -> Array:
+    """The values of one N5 chunk, dimensions as stored (fastest first); chunks at the end of the array are shorter."""
+    mode, count = struct.unpack_from(">HH", data)
+    if mode > 1 or count != len(chunk):
+        raise ValueError(f"a chunk of mode {mode} and {count} dimensions does not fit the array")
+    size = struct.unpack_from(f">{count}I", data, 4)
+    if any(n > limit for n, limit in zip(size, chunk, strict=True)):
+        raise ValueError(f"a chunk of {size} voxels is larger than the {chunk} of the array")
+
+    # Mode 1 states the number of values as well.
+    expected = math.prod(size) * dtype.itemsize
+    values = np.frombuffer(decode(data[4 + 4 * count + 4 * mode :], expected)[:expected], dtype)
+    return values.reshape(size, order="F")
+
+
+def _read_part(grid: ChunkGrid, cache: DecodedCache, index: Index) -> Array:
+    """One part of the array, from the chunks that it meets."""
+    out = np.full([s.stop - s.start for s in index], grid.fill, grid.dtype.newbyteorder("="))
+    ranges = [range(s.start // n, -(-s.stop // n)) for s, n in zip(index, grid.chunk, strict=True)]
+
+    for place in itertools.product(*ranges):
+        chunk = cache.get(place, functools.partial(grid.read_chunk, place))
+        if chunk is None:
+            continue
+
+        # The overlap, once in the chunk and once in the part.
+        begins = [i * n for i, n in zip(place, grid.chunk, strict=True)]
+        starts = [max(s.start, b) for s, b in zip(index, begins, strict=True)]
+        stops = [min(s.stop, b + n) for s, b, n in zip(index, begins, chunk.shape, strict=True)]
+        if any(a >= b for a, b in zip(starts, stops, strict=True)):
+            raise InputError(f"{grid.folder / grid.key(place)} is shorter than its place in the array; copy it again")
+        source = tuple(slice(a - b, c - b) for a, b, c in zip(starts, begins, stops, strict=True))
+        target = tuple(slice(a - s.start, c - s.start) for a, s, c in zip(starts, index, stops, strict=True))
+        out[target] = chunk[source]
+    return out
