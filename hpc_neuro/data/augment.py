@@ -48,9 +48,11 @@ def augment(batch: Batch, cfg: AugmentConfig, seed: int) -> Batch:
     Distilled samples keep their geometry: a mirrored feature map is not the map of the mirrored image. A sample depends
     on (seed, its index) only, not on the rest of the batch. The image stays within [0, 1].
     """
+    # Random numbers come from the sample's own index, so ranks and batch sizes do not matter.
     streams = [SampleStreams(seed, int(i)) for i in batch.index.tolist()]
     free = [i for i, is_distilled in enumerate(batch.distilled.tolist()) if not is_distilled]
 
+    # Geometry first: the noise of a detector is not turned or stretched with the tissue.
     image, mask, skeleton = _flip_and_turn(batch, cfg, streams, free)
     image, mask, skeleton = _warp(image, mask, skeleton, cfg, streams, free)
     image = _degrade(image, cfg, streams)
@@ -67,6 +69,7 @@ class SampleStreams:
 
     def stream(self, purpose: str) -> np.random.Generator:
         """The generator of one purpose, which keeps its state between calls."""
+        # A stream starts at its first draw and goes on with every further one.
         if purpose not in self._streams:
             self._streams[purpose] = make_rng(self.seed, purpose, self.index)
         return self._streams[purpose]
@@ -81,11 +84,13 @@ class SampleStreams:
 
     def normal(self, purpose: str, shape: Shape, device: torch.device) -> Tensor:
         """Standard normal noise [1, *shape], drawn on the device."""
+        # Noise of a whole crop is drawn on the device; only its seed comes from the stream.
         generator = torch.Generator(device).manual_seed(int(self.stream(purpose).integers(2**62)))
         return torch.randn((1, *shape), generator=generator, device=device)
 
     def field(self, purpose: str, shape: Shape, device: torch.device, channels: int = 1) -> Tensor:
         """A smooth random field [channels, *shape], standard normal at its knots."""
+        # A few knots, interpolated, make a field that varies over a quarter of the crop.
         knot_shape = (1, channels, FIELD_KNOTS, FIELD_KNOTS, FIELD_KNOTS)
         knots = torch.from_numpy(self.stream(purpose).standard_normal(knot_shape, np.float32))
         return F.interpolate(copy_to_device(knots, device), size=shape, mode="trilinear", align_corners=True)[0]
@@ -99,8 +104,11 @@ def _flip_and_turn(
     images, masks, skeletons = [], [], []
 
     for i, draws in enumerate(streams):
+        # Distilled samples keep their geometry: their features were computed for it.
         flips = [axis for axis in (1, 2, 3) if cfg.flip and draws.chance("flip", 0.5)] if i in free else []
         turns = int(draws.stream("turn").integers(4)) if cfg.rotate90 and i in free else 0
+
+        # A quarter turn of an oblong crop would have another shape than the rest of the batch.
         turns = turns if is_square else turns // 2 * 2
 
         images.append(torch.rot90(batch.image[i].flip(flips), turns, (2, 3)))
@@ -120,10 +128,12 @@ def _warp(
     picked = [i for i in free if streams[i].chance("warp", cfg.warp)]
     if not picked:
         return image, mask, skeleton
+
     shape = (image.shape[2], image.shape[3], image.shape[4])
     index = copy_to_device(torch.tensor(picked), image.device)
     grid = _warp_grid([streams[i] for i in picked], cfg, shape, image.device)  # [b, Z, Y, X, 3]
 
+    # Linear for intensities; labels are sampled below, without mixing classes.
     warped = F.grid_sample(
         image.index_select(0, index), grid, mode="bilinear", padding_mode="border", align_corners=False
     )
@@ -148,6 +158,7 @@ def _warp_grid(streams: list[SampleStreams], cfg: AugmentConfig, shape: Shape, d
     grid = F.affine_grid(theta, [len(streams), 1, *shape], align_corners=False)  # [b, Z, Y, X, 3]
 
     if cfg.bend > 0:
+        # Only y and x move: neurites bend in the plane that is resolved well.
         shift = torch.stack([draws.field("bend", shape, device, channels=2) for draws in streams])  # [b, 2, Z, Y, X]
         voxels_to_grid = copy_to_device(torch.tensor([2 * cfg.bend / shape[2], 2 * cfg.bend / shape[1]]), device)
         grid[..., :2] += shift.movedim(1, -1) * voxels_to_grid
@@ -156,6 +167,7 @@ def _warp_grid(streams: list[SampleStreams], cfg: AugmentConfig, shape: Shape, d
 
 def _affine_matrix(draws: SampleStreams, cfg: AugmentConfig, shape: Shape) -> list[list[float]]:
     """The 3x4 matrix [x y z order, unit cube] of a turn in the slice plane and a change of size."""
+    # Positions are scaled by 1 / (1 + s), so that the image grows by 1 + s.
     turn = math.radians(draws.between("warp", -cfg.angle, cfg.angle))
     x, y, z = (1 / (1 + draws.between("warp", -cfg.scale, cfg.scale)) for _ in range(3))
 
@@ -194,6 +206,7 @@ def _change_share(
     image: Tensor, streams: list[SampleStreams], purpose: str, share: float, change: Change, cfg: AugmentConfig
 ) -> Tensor:
     """Apply `change` to a random share of the crops."""
+    # The coin and the change itself draw from one stream, which no other change uses.
     picked = [i for i, draws in enumerate(streams) if draws.chance(purpose, share)]
     if len(picked) == len(streams):
         return change(image, streams, cfg)
@@ -215,6 +228,7 @@ def _shape_of(image: Tensor) -> Shape:
 
 
 def _change_gamma(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    # Values of exactly 0 are lifted a little, so that the power is well defined for every exponent.
     exponents = _per_crop([math.exp(draws.between("gamma", -cfg.gamma, cfg.gamma)) for draws in streams], image)
     return image.clamp(min=1e-6) ** exponents
 
@@ -240,6 +254,7 @@ def _halve_resolution(image: Tensor, streams: list[SampleStreams], cfg: AugmentC
 
 
 def _add_background(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
+    # The square makes faint backgrounds more frequent than bright ones.
     level = _per_crop([BACKGROUND_LEVEL * draws.between("back", 0, 1) ** 2 for draws in streams], image)
     fields = 1 + 0.5 * torch.stack([draws.field("back", _shape_of(image), image.device) for draws in streams])
     return image + (1 - image) * (level * fields).clamp(0, 1)
@@ -252,6 +267,8 @@ def _change_contrast(image: Tensor, streams: list[SampleStreams], cfg: AugmentCo
 def _add_noise(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
     read = _per_crop([READ_NOISE * draws.between("noise", 0, 1) ** 2 for draws in streams], image)
     shot = _per_crop([SHOT_NOISE * draws.between("noise", 0, 1) ** 2 for draws in streams], image)
+
+    # Read noise has the same variance everywhere; that of shot noise grows with the signal.
     sigma = torch.sqrt(read**2 + shot**2 * image.clamp(min=0))
     return torch.addcmul(
         image, torch.stack([draws.normal("noise", _shape_of(image), image.device) for draws in streams]), sigma
@@ -260,6 +277,7 @@ def _add_noise(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) 
 
 def _add_stripes(image: Tensor, streams: list[SampleStreams], cfg: AugmentConfig) -> Tensor:
     depth, rows, _ = _shape_of(image)
+    # One random factor per scan line, the same along the whole line.
     lines = torch.stack([draws.normal("stripes", (depth, rows, 1), image.device) for draws in streams])
     return image * (1 + _per_crop([draws.between("stripes", 0, STRIPE_CONTRAST) for draws in streams], image) * lines)
 
@@ -268,6 +286,7 @@ def _blacken_slices(image: Tensor, streams: list[SampleStreams], cfg: AugmentCon
     depth = image.shape[2]
     visible = torch.ones(len(streams), 1, depth, 1, 1)
     for i, draws in enumerate(streams):
+        # Both draws may hit the same slice, so one or two slices are black.
         visible[i, 0, draws.stream("missing").integers(depth, size=2)] = 0
     return image * copy_to_device(visible, image.device)
 

@@ -77,5 +77,6 @@ class AugmentConfig:
     """Share of crops with brightness differences between lines, as laser scanning makes them."""
 
     def __post_init__(self) -> None:
+        # A wrong name is reported with the config, not when the first crop is read.
         for name in self.distilled or ():
             parse_orientation(name)

@@ -64,6 +64,7 @@ class CropSampler:
         is_square = cfg.size[1] == cfg.size[2] and grid[1] == grid[2]
         self.orientations = tuple(o for o in orientations if is_square or not o.swap)
 
+        # One draw in [0, 1) and a binary search pick a volume, and a kind within it.
         self._volume_shares = _cumulate_shares([_weigh_volume(v, cfg) for v in self.volumes])
         self._kind_shares = [_cumulate_shares(_weigh_kinds(v, cfg)) for v in self.volumes]
 
@@ -81,19 +82,23 @@ class CropSampler:
         """The crop of a global sample index."""
         rng = make_rng(self.seed, "crop", index)
 
+        # The draws below must keep their order: it decides every crop of every run with this seed.
         number = int(np.searchsorted(self._volume_shares, rng.random(), side="right"))
         volume = self.volumes[number]
         kind = KINDS[int(np.searchsorted(self._kind_shares[number], rng.random(), side="right"))]
         if kind == "uniform":
+            # Coordinates are voxel edges here, so that every part of the volume is as likely.
             center = rng.random(3) * np.asarray(volume.shape)
         else:
             points = volume.points[kind]
             center = points[rng.integers(len(points))] + 0.5
 
+        # A point always in the middle would teach the model where to look.
         shift = (rng.random(3) - 0.5) * self.cfg.jitter * np.asarray(self.cfg.size)
         wanted_start = center - np.asarray(self.cfg.size) / 2 + shift
         padding_shares = rng.random(3)
 
+        # Features exist on the token grid only, so a distilled crop starts on it.
         distilled = self.is_distilled(index)
         step = self.grid if distilled else (1, 1, 1)
         z, y, x = (
@@ -104,6 +109,7 @@ class CropSampler:
         return Crop(volume.id, Box.at((z, y, x), self.cfg.size), distilled, orientation)
 
     def _draw_orientation(self, index: int) -> Orientation:
+        # Its own stream: crops without orientations do not change when a cache gets more of them.
         count = len(self.orientations)
         number = int(make_rng(self.seed, "orient", index).integers(count)) if count > 1 else 0
         return self.orientations[number]
@@ -111,7 +117,9 @@ class CropSampler:
 
 def make_rng(seed: int, stream: str, index: int) -> np.random.Generator:
     """The random numbers of one (seed, stream, index); counter-based (Philox, Salmon et al., SC 2011)."""
+    # The name of the stream is the second half of the key.
     key = np.array([seed, int.from_bytes(stream.encode()[:8], "little")], dtype=np.uint64)
+
     # The index has a counter word of its own, so neighboring samples never share numbers.
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, index, 0], dtype=np.uint64)))
 
@@ -121,6 +129,8 @@ def draw_validation_boxes(
 ) -> list[tuple[str, Box]]:
     """Draw `count` fixed crops for validation, the volumes in turn: half around the centerline, half anywhere."""
     validation = CropConfig(size=cfg.size, skeleton=0.5, branch=0.0, tip=0.0, uniform=0.5, jitter=cfg.jitter)
+
+    # A sampler per volume: a small volume is validated as often as a large one.
     samplers = [CropSampler(validation, [volume], seed, grid) for volume in volumes]
     crops = [samplers[i % len(samplers)](i) for i in range(count)]
     return [(crop.volume, crop.box) for crop in crops]
@@ -150,6 +160,7 @@ def _choose_start(wanted: float, length: int, crop: int, step: int, padding_shar
     """
     if length <= crop:
         return 0 if step > 1 else -int(padding_share * (crop - length + 1))
+
     # On the grid the last crop may pad less than one token at the end.
     last = length - crop if step == 1 else -(-(length - crop) // step) * step
     return int(min(max(round(wanted / step) * step, 0), last))
@@ -160,6 +171,7 @@ def _cumulate_shares(weights: Sequence[float]) -> NDArray[np.float64]:
     values = np.asarray(weights, dtype=np.float64)
     values = np.ones_like(values) if values.sum() <= 0 else values
     cumulated = np.cumsum(values / values.sum())
+
     # Rounding must neither make the last entry with a share unreachable nor let an entry without one be drawn.
     cumulated[np.flatnonzero(values)[-1] :] = 1.0
     return cumulated

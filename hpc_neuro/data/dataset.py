@@ -23,6 +23,7 @@ from hpc_neuro.data.crops import CropSampler, VolumePoints
 from hpc_neuro.data.feature_cache import FeatureCache
 from hpc_neuro.data.store import PointKind, Store
 
+# The signals by which a scheduler or a person stops a run.
 _BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -61,10 +62,13 @@ class CropDataset(Dataset[tuple[int, Sample]]):
 
     def __getitem__(self, index: int) -> tuple[int, Sample]:
         crop = self.sampler(index)
+
+        # Reading is the same for every crop; only distilled ones are oriented here, before augmentation.
         sample = read_crop(self.store, crop.volume, crop.box)
         if self.cache is None or not crop.distilled:
             return index, sample
 
+        # The features of the oriented crop are not the oriented features of the crop: the cache has them.
         orient = crop.orientation.apply
         sample = dataclasses.replace(
             sample,
@@ -92,9 +96,12 @@ class CropDataset(Dataset[tuple[int, Sample]]):
 def read_crop(store: Store, volume: str, box: Box) -> Sample:
     """Read one crop. Where the box leaves the volume, the image repeats its border and the mask is unlabelled."""
     stored = store[volume]
+
+    # The store refuses boxes that leave the volume.
     inside = box.clip(Box.whole(stored.shape))
     padding = [(a - b, c - d) for a, b, c, d in zip(inside.start, box.start, box.stop, inside.stop, strict=True)]
 
+    # A repeated border has the intensities of tissue; zeros would look like an edge.
     image = np.pad(stored.normalized_image(inside), padding, mode="edge")
     mask = np.pad(stored.mask(inside), padding, constant_values=UNLABELLED)
     skeleton = np.pad(stored.skeleton(inside), padding)
@@ -102,6 +109,7 @@ def read_crop(store: Store, volume: str, box: Box) -> Sample:
     return Sample(
         volume=volume,
         box=box,
+        # Workers share tensors through memory, which must be contiguous.
         image=torch.from_numpy(np.ascontiguousarray(image))[None],
         mask=torch.from_numpy(np.ascontiguousarray(mask))[None],
         skeleton=torch.from_numpy(np.ascontiguousarray(skeleton))[None],
@@ -143,6 +151,8 @@ def load_batches(
         prefetch_factor=ahead,
         multiprocessing_context="spawn",
     )
+
+    # iter() starts the workers.
     with _block_signals():
         batches = iter(loader)
 
@@ -173,6 +183,7 @@ def _load_in_thread(crops: CropDataset, indices: Iterable[list[int]], ahead: int
     try:
         yield loader.take()
     finally:
+        # The thread may be waiting for room in the queue; it looks at the flag every 0.1 s.
         loader.stop.set()
         thread.join()
 
@@ -194,6 +205,7 @@ class _ThreadLoader:
                     return
                 self._put(self._crops.collate([self._crops[i] for i in batch_indices]))
             self._put(None)
+
         # The training thread raises the error, whatever it is.
         except BaseException as error:
             self._put(error)
@@ -207,6 +219,7 @@ class _ThreadLoader:
 
     def _put(self, item: Batch | BaseException | None) -> None:
         while not self.stop.is_set():
+            # A timeout instead of waiting for ever: the consumer may have left.
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.1)
                 return

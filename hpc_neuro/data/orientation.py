@@ -27,6 +27,7 @@ class Orientation:
 
     def then(self, other: Orientation) -> Orientation:
         """The orientation that applies this one first and `other` second."""
+        # The second orientation exchanges the axes that the first one has flipped.
         z, y, x = self.flips
         own_flips = (z, x, y) if other.swap else (z, y, x)
         z, y, x = (a != b for a, b in zip(own_flips, other.flips, strict=True))
@@ -34,6 +35,7 @@ class Orientation:
 
     def apply(self, values: Tensor) -> Tensor:
         """[..., z, y, x] -> the same values in this orientation; `swap` exchanges the last two sizes."""
+        # Counting from the end leaves channel and batch dimensions alone.
         values = values.transpose(-1, -2) if self.swap else values
         return values.flip([axis - 3 for axis in range(3) if self.flips[axis]])
 
@@ -43,6 +45,7 @@ class Orientation:
         -> (view, layout). The layout is a text of letters: `t` exchanges rows and columns, then `r` mirrors along the
         rows and `c` along the columns.
         """
+        # Only z slices are transposed by a swap; y and x slices change their view instead.
         _, row_axis, column_axis = VIEW_AXES[view]
         layout = "t" * (self.swap and view == "z") + "r" * self.flips[row_axis] + "c" * self.flips[column_axis]
         return _SWAPPED_VIEW[view] if self.swap else view, layout
@@ -85,6 +88,7 @@ def slice_layouts(names: Iterable[str], view: str) -> list[str]:
 
     "" comes first.
     """
+    # A view of the oriented volume may need slices of another view of the stored one.
     sources = [o.source_slices(oriented_view) for o in parse_orientations(names) for oriented_view in VIEW_AXES]
     layouts = {layout for source_view, layout in sources if source_view == view}
     return sorted(layouts, key=lambda layout: (len(layout), layout))
@@ -98,6 +102,7 @@ def apply_layout(values: Tensor, layout: str) -> Tensor:
 
 def undo_layout(values: Tensor, layout: str) -> Tensor:
     """The inverse of `apply_layout`."""
+    # The steps of `apply_layout` in reverse; flips commute with each other.
     values = values.flip(_flipped_dimensions(layout))
     return values.transpose(-1, -2) if "t" in layout else values
 

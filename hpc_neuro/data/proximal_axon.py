@@ -64,6 +64,8 @@ def find_proximal_axon(tree: Tree, stretch: float, read: ReadBox, shape: Shape, 
     Only for a tree of one root that is not a soma. Reads at most 512 fine voxels a side around the root.
     """
     roots = tree.roots
+
+    # Nothing enters at a soma, and with several roots it is unknown which one is the entry.
     if len(roots) != 1 or tree.types[roots[0]] == 1 or len(tree) < 2:
         return None
     root = tree.points[roots[0]]
@@ -71,18 +73,21 @@ def find_proximal_axon(tree: Tree, stretch: float, read: ReadBox, shape: Shape, 
     image = read(box).astype(np.float32)
 
     # Bright components outside the drawn tree and its halo.
+    # The margin covers the blurred surface of the tree itself.
     prepared = prepare_tree(tree, size, DrawSettings(ignore_margin=TREE_HALO, stretch=stretch))
     near_tree = cast(NDArray[np.bool_], draw_body(prepared, box)[1])
     is_bright = image > _brightness_threshold(tree, root, image, box, size)
     labels = cc3d.connected_components(is_bright & ~near_tree, connectivity=26)
 
     # Of these, the ones that touch the root.
+    # Touching means: within the root's radius and its halo on both sides.
     distance = _distance_from(root, box, size)
     touching = np.unique(labels[distance <= (tree.radii[roots[0]] + 2 * TREE_HALO)])
     is_kept = np.zeros(int(labels.max()) + 1, dtype=bool)
     is_kept[touching[touching > 0]] = True
     inside = is_kept[labels]
 
+    # The blurred end of the tree is bright, too, but short.
     if not inside.any() or float(distance[inside].max()) < MIN_LENGTH:
         return None
     if inside.mean() > MAX_SHARE:
@@ -100,6 +105,8 @@ def find_proximal_axon(tree: Tree, stretch: float, read: ReadBox, shape: Shape, 
 
 def _search_box(root: NDArray[np.float64], shape: Shape, size: VoxelSize) -> Box:
     reach = np.ceil(SEARCH_RADIUS * fine_voxel(size) / np.asarray(size)).astype(np.int64)
+
+    # A root may lie slightly outside the image.
     center = np.clip(np.rint(root), 0, np.asarray(shape) - 1).astype(np.int64)
     box = Box(cast(Shape, tuple(center - reach)), cast(Shape, tuple(center + reach + 1)))
     return box.clip(Box.whole(shape))
@@ -113,6 +120,7 @@ def _brightness_threshold(
     nodes = tree.points[distance <= ROOT_NEIGHBORHOOD]
     voxels = np.clip(np.rint(nodes), box.start, np.asarray(box.stop) - 1).astype(np.int64) - np.asarray(box.start)
 
+    # Neurites fill little of the box, so its median is background.
     background = float(np.median(image))
     tree_brightness = float(np.median(image[tuple(voxels.T)]))
     return background + BRIGHTNESS_SHARE * (tree_brightness - background)

@@ -138,6 +138,7 @@ class TreePath(NamedTuple):
 
 def cut_into_paths(tree: Tree) -> list[TreePath]:
     """Cut a tree into long paths, each continuing along its longest child; every node belongs to one path."""
+    # Long paths are smoothed and filtered as a whole; short ones have too few nodes for it.
     lengths = morphology.edge_lengths(tree)
 
     # Tips to root: the height of a node is its longest way to a tip, its heir the child on that way.
@@ -184,12 +185,16 @@ class _Image:
         last_voxel = np.asarray(self.shape) - 1
         voxels = to_voxels(points, self.size)
         values = np.empty(points.shape[:2])
+
+        # A node belongs to the block that holds the center of its samples.
         centers = np.clip(np.rint(voxels.mean(axis=1)), 0, last_voxel).astype(np.int64)
 
         for block in tile_volume(self.shape, READ_BLOCK):
             rows = np.flatnonzero(np.all((centers >= block.write.start) & (centers < block.write.stop), axis=1))
             if not len(rows):
                 continue
+
+            # Samples may reach past the block, so the box is that of the samples.
             positions = np.clip(voxels[rows], 0, last_voxel)
             low = np.floor(positions.min(axis=(0, 1))).astype(int)
             high = np.ceil(positions.max(axis=(0, 1))).astype(int) + 1
@@ -205,6 +210,7 @@ def _make_frames(points: Floats, paths: list[TreePath], coarse_axis: int) -> tup
     tangent = np.zeros_like(points)
     for path in paths:
         if len(path.nodes) > 1:
+            # The direction between neighboring nodes is dominated by the annotator's steps.
             smooth = ndimage.gaussian_filter1d(points[path.nodes], 2.0, axis=0, mode="nearest")
             tangent[path.nodes[path.own]] = np.gradient(smooth, axis=0)[path.own]
 
@@ -264,6 +270,8 @@ class _RaySamples:
 
 def _sample_rays(points: Floats, paths: list[TreePath], cfg: ImageRadius, image: _Image) -> _RaySamples:
     first, second = _make_frames(points, paths, image.coarse_axis)
+
+    # Rays go around the neurite in the plane across it.
     angle = 2 * np.pi * np.arange(RAYS) / RAYS
     rays = np.cos(angle)[:, None] * first[:, None] + np.sin(angle)[:, None] * second[:, None]  # [N, R, 3]
 
@@ -294,6 +302,7 @@ def _measure_half_widths(
         radii[path.nodes[path.own]] = widths[path.own]
         stretches.append(path_stretches)
 
+    # The blur along z is a property of the microscope: one value for the whole volume.
     every_stretch = np.concatenate(stretches)
     stretch = max(1.0, float(np.median(every_stretch))) if len(every_stretch) >= MIN_STRETCH_NODES else 1.0
     return np.clip(radii, cfg.smallest, cfg.largest), stretch
@@ -307,6 +316,7 @@ def _measure_path(path: TreePath, samples: _RaySamples, cfg: ImageRadius) -> tup
     height = values[:, :, samples.distances <= 1].mean(axis=(1, 2)) - background
     is_clear = height > np.maximum(3 * samples.noise[nodes], 1e-6)
 
+    # The surface of a blurred tube is where its profile falls to the half maximum.
     ends = _first_below(values, background + EDGE_LEVEL * height) * SAMPLE_STEP  # [n, R]
     widths = np.nanquantile(np.where(samples.is_valid[nodes], ends, np.nan), RAY_QUANTILE, axis=1)
 
@@ -317,6 +327,7 @@ def _measure_path(path: TreePath, samples: _RaySamples, cfg: ImageRadius) -> tup
     stretches = (steepest_end / np.maximum(widths, SAMPLE_STEP))[is_clear & has_upright_ray]
 
     if is_clear.any():
+        # Unclear nodes take the width between their clear neighbors.
         widths = np.interp(np.arange(len(widths)), np.flatnonzero(is_clear), widths[is_clear])
     else:
         widths[:] = cfg.smallest
@@ -327,6 +338,8 @@ def _measure_path(path: TreePath, samples: _RaySamples, cfg: ImageRadius) -> tup
 def _first_below(values: Floats, level: Floats) -> Floats:
     """values [n, R, S], level [n] -> [n, R] index, between samples, at which each ray first falls below the level."""
     below = values < level[:, None, None]
+
+    # A ray that never falls ends at its last sample.
     below[..., -1] = True
     after = np.maximum(below.argmax(axis=2), 1)
 

@@ -105,11 +105,13 @@ def draw_targets(prepared: PreparedTree, box: Box) -> Targets:
     inside, in_margin = draw_body(prepared, box)
     skeleton, distance, tangent = _draw_centerline(prepared, box)
 
+    # A neurite thinner than a voxel may cover no voxel center.
     z, y, x = (list_centerline_voxels(prepared.tree, box) - np.asarray(box.start)).T
     inside[z, y, x] = True
     skeleton &= inside
     skeleton[z, y, x] = True
 
+    # A view instead of a copy: bool and uint8 have the same bytes.
     mask = inside.view(np.uint8)
     if in_margin is not None:
         mask[in_margin & ~inside] = UNLABELLED
@@ -138,6 +140,7 @@ def draw_body(prepared: PreparedTree, box: Box) -> tuple[NDArray[np.bool_], NDAr
 
 def list_centerline_voxels(tree: Tree, box: Box) -> NDArray[np.int64]:
     """[N, 3] the distinct voxels (z y x) of `box` that the tree's edges run through, sorted; the tree is in voxels."""
+    # In steps of a quarter voxel, so that hardly a voxel that an edge runs through is missed.
     dense = np.rint(morphology.resample_tree(_crop_tree(tree, box), 0.25).points).astype(np.int64)
     inside = np.all((dense >= box.start) & (dense < box.stop), axis=1)
     return np.unique(dense[inside], axis=0).reshape(-1, 3)
@@ -175,9 +178,11 @@ def _cut_edges(
 
     own_radius: the margin begins at the surface of the edge, not at its centerline. whole: long edges are not cut.
     """
+    # Drawing is in micrometers, where distances are Euclidean.
     radii = np.maximum(tree.radii * unit, 0)
     um = replace(tree, points=to_um(tree.points, size), radii=radii)
     if not whole:
+        # The bounding box of a long diagonal edge would hold mostly voxels out of its reach.
         widest = margin + (float(radii.max(initial=0)) if own_radius else 0.0)
         um = morphology.resample_tree(um, max(2 * widest, 8 * unit))
 
@@ -243,6 +248,8 @@ def _draw_centerline(
     tube = np.zeros(box.shape, dtype=bool)
     distance = np.full(box.shape, prepared.settings.cap, dtype=np.float32)
     tangent = np.zeros((3, *box.shape), dtype=np.int8)
+
+    # Directions are unit vectors; an edge without length has none.
     length = np.linalg.norm(edges.step, axis=1, keepdims=True)
     directions = np.rint(127 * edges.step / np.where(length > 0, length, 1)).astype(np.int8)
 
@@ -264,6 +271,8 @@ def _draw_centerline(
 def _crop_tree(tree: Tree, box: Box) -> Tree:
     """The edges of a tree whose bounding box comes within a voxel of `box`, and their nodes."""
     parent = np.where(tree.parents >= 0, tree.parents, np.arange(len(tree)))
+
+    # Resampling the whole tree for every box would cost more than drawing it.
     low = np.minimum(tree.points, tree.points[parent])
     high = np.maximum(tree.points, tree.points[parent])
     is_near = np.all((high >= np.asarray(box.start) - 1) & (low <= np.asarray(box.stop)), axis=1)

@@ -64,13 +64,17 @@ def build_shards(
         writes: deque[Future[None]] = deque()
         try:
             for step, pixels in _read_ahead(_iter_steps(cfg, teacher, shards), store, readers):
+                # Returns at once on a GPU: the writer waits for the copy.
                 features = run_teacher(teacher, pixels, layers, step.shard.layout)
                 writes.append(writer.submit(output.put, step, features))
                 if len(writes) > WRITE_BEHIND:
                     writes.popleft().result()
+
+            # Errors of the last writes must not be lost.
             for write in writes:
                 write.result()
         except BaseException:
+            # The writing thread must be idle before its open shard is removed.
             writer.shutdown(cancel_futures=True)
             output.abandon()
             raise
@@ -87,6 +91,7 @@ def run_teacher(teacher: Teacher, pixels: NDArray[np.float32], layers: list[int]
     half = torch.bfloat16 if not is_cuda or torch.cuda.is_bf16_supported(False) else torch.float16
 
     images = torch.from_numpy(pixels)
+
     if is_cuda:
         images = images.pin_memory().to(device, non_blocking=True)
     with torch.inference_mode(), torch.autocast(device.type, half, enabled=is_cuda):
@@ -105,6 +110,7 @@ def _copy_to_host(maps: torch.Tensor, device: torch.device) -> Features:
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         host = torch.empty(maps.shape, dtype=maps.dtype, pin_memory=True).copy_(maps, non_blocking=True)
+
         # The next forward must not get the memory before it is copied.
         maps.record_stream(stream)
         copied = stream.record_event()
@@ -133,6 +139,7 @@ def choose_batch_size(cfg: PrecomputeConfig, teacher: Teacher, shard: ShardSpec)
     run_teacher(teacher, pixels, [n % teacher.depth for n in cfg.layers])()
     bytes_per_slice = max(1, torch.cuda.max_memory_allocated(device) - before) / len(pixels)
 
+    # Half of the free memory leaves room for fragmentation and for the copies.
     free_bytes = torch.cuda.mem_get_info(device)[0]
     return int(min(MAX_BATCH, max(1, free_bytes / 2 // bytes_per_slice)))
 
@@ -141,6 +148,7 @@ def _iter_steps(cfg: PrecomputeConfig, teacher: Teacher, shards: Iterable[ShardS
     """Every forward of every shard."""
     batch_sizes: dict[tuple[int, int], int] = {}
     for shard in shards:
+        # Shards of one view of one volume have the same maps; measuring is slow.
         map_shape = (shard.rows, shard.columns)
         if map_shape not in batch_sizes:
             batch_sizes[map_shape] = choose_batch_size(cfg, teacher, shard)
@@ -158,6 +166,8 @@ def _read_ahead(
     while reads:
         step, read = reads.popleft()
         pixels = read.result()
+
+        # The next read starts before the teacher does, so that both overlap.
         reads.extend(_start_read(next_step, store, readers) for next_step in itertools.islice(steps, 1))
         yield step, pixels
 
@@ -206,6 +216,7 @@ class _ShardOutput:
 
     def _start(self, shard: ShardSpec) -> tuple[contextlib.ExitStack, ShardWriter]:
         with contextlib.ExitStack() as stack:
+            # The stack closes the HDF5 file before the part file is renamed.
             part = stack.enter_context(files.atomic(self.out / shard.name))
             coding = self.codings.get(shard.view, RAW)
             writer = ShardWriter(part, shard, self.layers, self.dim, self.make_key(shard), self.tile, coding)

@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(HELP + "\n")
         return EXIT_DONE if argv else EXIT_BAD_INPUT
 
+    # Keys may stand anywhere among the words.
     words = [argument for argument in argv if "=" not in argument]
     keys = [argument for argument in argv if "=" in argument]
     if len(words) != 2 or words[0] not in ("verify", "info"):
@@ -77,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write("\n".join(describe_cache(out)) + "\n")
         return EXIT_DONE
 
+    # All other keys go to the config of `precompute`, which checks them.
     own = _parse_own_keys(keys)
     overrides = [key for key in keys if key.partition("=")[0] not in _OWN_KEYS]
     return verify_cache(out, overrides, int(own["slices"]), int(own["seed"]), bool(own["rebuild"]))
@@ -89,6 +91,8 @@ def _parse_own_keys(keys: Sequence[str]) -> dict[str, Any]:
         name, _, value = text.partition("=")
         if name not in _OWN_KEYS:
             continue
+
+        # A bool is an int in Python, so the types are compared exactly.
         own[name] = yaml.safe_load(value)
         if type(own[name]) is not type(_OWN_KEYS[name]) or (name == "slices" and own[name] < 1):
             wanted = type(_OWN_KEYS[name]).__name__
@@ -104,6 +108,8 @@ def verify_cache(
     overrides: keys of precompute for what moved. Raises InputError when `out` holds no finished cache.
     """
     manifest = read_manifest(out, "an unfinished cache is finished by the same `hpc-neuro precompute` command")
+
+    # The cache's own config decides what its shards should hold.
     cfg = schema.load(PrecomputeConfig, out / "config.yaml", [*overrides, f"out={out}"])
     plan = verb.open_plan(cfg)
     if manifest["teacher"] != plan.teacher.identity:
@@ -125,6 +131,8 @@ def verify_cache(
 
     if verb.run(cfg, again={bad.file for bad in bad_shards}) != 0:
         return EXIT_FAILURES
+
+    # A rebuilt shard is checked like any other.
     still_bad = _find_bad_shards(cfg, plan, slices, seed)
     for bad in still_bad:
         log.warning("%s, built again: %s", bad.file, bad.reason)
@@ -136,6 +144,8 @@ def _find_bad_shards(cfg: PrecomputeConfig, plan: verb.CachePlan, slices: int, s
     """Shards that fail their own checksum or the manifest's, then shards that differ from the live teacher."""
     manifest = read_manifest(cfg.out, "run precompute")
     checksums = {entry["file"]: entry["sha256"] for entry in manifest["shards"]}
+
+    # The key in a shard covers teacher, volume and settings.
     stale = {shard.name for shard in plan.list_missing(cfg)}
 
     bad_shards, sound = [], []
@@ -164,6 +174,7 @@ def _find_different_shards(
     lowest, lowest_raw = 1.0, 1.0
 
     for shard, batch in sample:
+        # Compression changes features far more than a sound recomputation does, so both sides get it.
         coding = codings.get(shard.view, RAW)
         window = (batch.slices, batch.rows, batch.columns)
         cached = read_shard_values(cfg.out / shard.name, window, coding)[0]  # [L, h, w, D]

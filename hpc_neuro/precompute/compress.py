@@ -38,11 +38,14 @@ def sample_slices(
 ) -> list[tuple[ShardSpec, TeacherBatch]]:
     """Pick at most `count` slices, spread evenly over `shards`, one tile of each; the same ones for the same seed."""
     rng = np.random.default_rng(seed)
+
+    # One random position in each of `count` equal parts of all slices.
     ends = np.cumsum([shard.count for shard in shards])
     positions = (np.arange(count) + rng.random(count)) * ends[-1] / count
 
     sample = []
     for position in np.unique(positions.astype(np.int64)):
+        # The shard, and the slice in it, at this position.
         number = int(np.searchsorted(ends, position, side="right"))
         shard = shards[number]
         slice_number = int(position - (ends[number] - shard.count))
@@ -58,12 +61,15 @@ def fit_codings(
     codings: dict[str, FeatureCoding] = {}
     quality: Quality = {}
     for view in cfg.views:
+        # The order decides which slices are drawn.
         view_shards = sorted((shard for shard in shards if shard.view == view), key=lambda shard: shard.name)
         seen, unseen = _sample_tokens(cfg, store, teacher, view_shards)
         codings[view], quality[view] = fit_coding(seen, unseen, cfg.pca, cfg.dtype == "int8")
 
     for line in describe_quality(quality):
         log.info(line)
+
+    # The note ties the file to its recipe; a restart with the same recipe uses it.
     save_codings(cfg.out / CODING, codings)
     note = {
         "recipe": hash_recipe(cfg, store, teacher),
@@ -86,6 +92,7 @@ def _sample_tokens(
     even: list[Tensor] = []
     odd: list[Tensor] = []
     for i, (shard, batch) in enumerate(sample):
+        # The same way as in the build, so that the sample has the features that will be stored.
         pixels = read_pixels(store[shard.volume], shard, batch)
         features = run_teacher(teacher, pixels, layers, shard.layout)()[0]  # [L, h, w, D]
         tokens = torch.from_numpy(features[:, batch.inner_rows, batch.inner_columns]).flatten(1, 2)  # [L, M, D]
@@ -113,6 +120,7 @@ def describe_quality(quality: Quality) -> list[str]:
 
 def hash_recipe(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> str:
     """SHA-256 of everything that the fit depends on."""
+    # The sample is drawn from all volumes of the splits, so each of them matters.
     volumes = {volume: store[volume].digest for split in cfg.splits for volume in store.split(split)}
     settings = [cfg.pca, cfg.dtype, SAMPLE_SLICES, cfg.layers, cfg.views, cfg.augment_views, cfg.stride_v, cfg.scale]
     return files.sha256_json([teacher.identity, volumes, settings, cfg.tile, cfg.halo, cfg.slab])

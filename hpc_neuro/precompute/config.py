@@ -54,6 +54,7 @@ class PrecomputeConfig:
     """[s] An MPI rank without a sign of life for this long is lost: the other ranks name it and stop."""
 
     def __post_init__(self) -> None:
+        # A quarter turn makes the y slices of the oriented volume from x slices of the stored one.
         has_quarter_turn = any(parse_orientation(name).swap for name in self.augment_views)
         if has_quarter_turn and ("y" in self.views) != ("x" in self.views):
             raise ValueError(
@@ -61,6 +62,7 @@ class PrecomputeConfig:
                 "give both y and x, or leave the turns out"
             )
 
+        # A repeated name would build the same shards twice.
         for names in (self.splits, self.views, self.layers, self.augment_views):
             if len(set(names)) < len(names):
                 raise ValueError(f"{list(names)} names something twice; give each split, view, layer, orientation once")

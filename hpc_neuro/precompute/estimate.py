@@ -49,6 +49,7 @@ def plan_all_shards(cfg: PrecomputeConfig, store: Store, patch: int) -> list[Sha
 
 def estimate_bytes(cfg: PrecomputeConfig, shards: Sequence[ShardSpec], dim: int) -> int:
     """Bytes of the shards: whole chunks of tokens, their index, header and sums."""
+    # HDF5 stores whole chunks, also at the border of a token map.
     channels = dim if cfg.pca is None else cfg.pca
     bytes_per_token = len(cfg.layers) * channels * (1 if cfg.dtype == "int8" else 2)
     bytes_per_sums = 16 * len(cfg.layers) * dim
@@ -78,6 +79,7 @@ def describe_plan(
     largest = shards[0]
     largest_shape = [largest.count, len(cfg.layers), largest.rows, largest.columns]
     ranks = "1 rank" if len(seconds) == 1 else f"each of {len(seconds)} ranks"
+
     # A slower rank takes fewer slabs.
     shared_seconds = 1 / sum(1 / max(s, 1e-9) for s in seconds)
 
@@ -100,6 +102,7 @@ def measure_speed(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: S
     """
     layers = [n % teacher.depth for n in cfg.layers]
     is_cuda = distributed.device().type == "cuda"
+
     # Seconds of a forward by shape of its images: two views often have the same.
     forward_seconds: dict[tuple[int, ...], float] = {}
     total = 0.0
@@ -135,6 +138,8 @@ def measure_speed(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: S
 def check_space(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: Sequence[ShardSpec]) -> str:
     """The free space, and whether a quota allows its use. InputError, with smaller settings, when it is short."""
     needed = estimate_bytes(cfg, todo, teacher.dim)
+
+    # The output folder may not exist yet; its file system does.
     folder = cfg.out
     while not folder.exists():
         folder = folder.parent
@@ -147,6 +152,7 @@ def check_space(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: Seq
             f"there; remove some, choose another `out`, or put more slices into each with slab={2 * cfg.slab}"
         )
 
+    # A file system may have room that a quota does not grant, so it is asked for the bytes.
     free = shutil.disk_usage(folder).free
     usable = int(USABLE_SHARE * free)
     is_granted = needed <= USABLE_SHARE * free and _is_granted(folder, needed)
@@ -191,6 +197,8 @@ def _is_granted(folder: Path, size: int) -> bool | None:
 def _find_quota(folder: Path, refused: int) -> int:
     """The most bytes that `folder` grants, to one part in a thousand of the `refused` size; by bisection."""
     low, high = 0, refused
+
+    # Every probe gives its bytes back at once.
     while high - low > max(1, refused // 1000):
         middle = (low + high) // 2
         if _is_granted(folder, middle):
@@ -206,6 +214,7 @@ def list_alternatives(cfg: PrecomputeConfig, store: Store, patch: int, dim: int,
     for key, values in _list_milder_values(cfg, dim):
         line = ""
         for value in values:
+            # Planned anew, since most settings change the number of shards or their shapes.
             smaller = dataclasses.replace(cfg, **{key: value})
             size = estimate_bytes(smaller, plan_all_shards(smaller, store, patch), dim)
             setting = f"{key}=[{','.join(map(str, value))}]" if isinstance(value, tuple) else f"{key}={value}"
@@ -227,6 +236,7 @@ def _list_milder_values(cfg: PrecomputeConfig, dim: int) -> Iterator[tuple[str, 
     fewer_views = [v for n in range(len(cfg.views) - 1, 0, -1) for v in itertools.combinations(cfg.views, n)]
     yield "views", [views for views in fewer_views if not has_quarter_turn or ("y" in views) == ("x" in views)]
 
+    # The last entries are dropped first.
     yield "augment_views", [cfg.augment_views[:n] for n in range(len(cfg.augment_views) - 1, -1, -1)]
     yield "stride_v", [cfg.stride_v * n for n in (2, 3, 4, 6, 8, 12, 16)]
     yield "layers", [cfg.layers[-n:] for n in range(len(cfg.layers) - 1, 0, -1)]

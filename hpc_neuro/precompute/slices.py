@@ -46,6 +46,7 @@ def plan_shards(cfg: PrecomputeConfig, volume: StoredVolume, view: SliceView, pa
     columns = math.ceil(volume.shape[column_axis] * column_factor / patch)
     cell = (patch / row_factor, patch / column_factor)
 
+    # A slab without a full stride still has its slice.
     stride = cfg.stride_v
     count = math.ceil(volume.shape[slice_axis] / stride)
     return [
@@ -57,9 +58,11 @@ def plan_shards(cfg: PrecomputeConfig, volume: StoredVolume, view: SliceView, pa
 
 def iter_teacher_batches(cfg: PrecomputeConfig, shard: ShardSpec, patch: int, batch: int) -> Iterator[TeacherBatch]:
     """Batches of slices, tile by tile."""
+    # The config makes sure that tile and halo are multiples of the patch.
     halo = cfg.halo // patch
 
     for rows, columns in iter_tiles(shard.rows, shard.columns, cfg.tile // patch):
+        # A tile with context around it; at the border of the slice there is none to have.
         input_rows = _grow(rows, halo, shard.rows)
         input_columns = _grow(columns, halo, shard.columns)
         for i in range(0, shard.count, batch):
@@ -83,6 +86,7 @@ def read_pixels(volume: StoredVolume, shard: ShardSpec, batch: TeacherBatch) -> 
     row_taps = _interpolate(batch.pixel_rows, volume.shape[row_axis])
     column_taps = _interpolate(batch.pixel_columns, volume.shape[column_axis])
 
+    # Normalized before it is stretched, so that values stay within [0, 1].
     values = _read_slices(volume, shard, batch, row_taps.voxels, column_taps.voxels)
     pixels = normalize(values, volume.low, volume.high)
     pixels = row_taps.apply(pixels, axis=1)
@@ -102,6 +106,7 @@ def _read_slices(volume: StoredVolume, shard: ShardSpec, batch: TeacherBatch, ro
     middles = shard.first + numbers * shard.stride + shard.stride // 2
     middles = np.minimum(middles, volume.shape[slice_axis] - 1)
 
+    # Several slices share a chunk: reading them one by one would read each chunk many times.
     plane_bytes = (rows.stop - rows.start) * (columns.stop - columns.start) * volume.dtype.itemsize
     group = max(1, READ_BYTES // (plane_bytes * shard.stride))
     start, stop = [0, 0, 0], [0, 0, 0]
@@ -113,6 +118,7 @@ def _read_slices(volume: StoredVolume, shard: ShardSpec, batch: TeacherBatch, ro
         neighbors = middles[i : i + group]
         start[slice_axis], stop[slice_axis] = int(neighbors[0]), int(neighbors[-1]) + 1
         block = volume.image(Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])))
+
         # Moving the slice axis first keeps the order of rows and columns.
         parts.append(np.moveaxis(block, slice_axis, 0)[neighbors - neighbors[0]])
     return np.concatenate(parts)
@@ -120,6 +126,7 @@ def _read_slices(volume: StoredVolume, shard: ShardSpec, batch: TeacherBatch, ro
 
 def _pixel_centers(tokens: slice, cell: float, patch: int) -> NDArray[np.float64]:
     """[voxel] Centers of the pixels of some tokens, each `patch` pixels and `cell` voxels wide; voxel 0's is at 0."""
+    # The grid of pixels begins at the volume's border, half a voxel before its first center.
     numbers = np.arange(tokens.start * patch, tokens.stop * patch, dtype=np.float64)
     centers: NDArray[np.float64] = (numbers + 0.5) * (cell / patch) - 0.5
     return centers
@@ -142,6 +149,7 @@ class _LinearTaps:
         """Interpolate values [s, H, W] of `voxels` along an axis, 1 or 2."""
         first = int(self.low.min())
         result = values.take(self.low - first, axis)
+
         # Where pixels are voxels there is nothing to blend.
         if self.share.any():
             weight = self.share[:, None] if axis == 1 else self.share
@@ -152,6 +160,7 @@ class _LinearTaps:
 
 def _interpolate(positions: NDArray[np.float64], count: int) -> _LinearTaps:
     """Neighbors and weight of linear interpolation at positions along an axis of `count` voxels, clamped to it."""
+    # Beyond the border its value is repeated.
     inside = np.clip(positions, 0, count - 1)
     low = np.floor(inside).astype(np.int64)
     return _LinearTaps(low, np.minimum(low + 1, count - 1), (inside - low).astype(np.float32))

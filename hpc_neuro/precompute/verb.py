@@ -38,11 +38,13 @@ class CachePlan:
 
     def make_key(self, cfg: PrecomputeConfig, shard: ShardSpec, coding_digest: str) -> str:
         """SHA-256 of everything a shard's content depends on. A file with this key need not be built again."""
+        # Where the shard lies and who built it has no influence on it.
         settings = [feature_cache.FORMAT, cfg.layers, cfg.tile, cfg.halo, coding_digest]
         return files.sha256_json([shard.to_json(), self.digests[shard.volume], self.teacher.identity, *settings])
 
     def list_missing(self, cfg: PrecomputeConfig, rebuild: Collection[str] = ()) -> list[ShardSpec]:
         """The shards that are missing, were built from something else, or are named in `rebuild`."""
+        # A new coding changes the bytes of every shard.
         coding_digest, _ = compress.read_coding_note(cfg, self.store, self.teacher)
         if cfg.is_compressed and not coding_digest:
             return self.shards
@@ -96,6 +98,8 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
             main=ranks.is_main,
             whole=not todo.shards,
         )
+
+        # Every rank enters, so that an error on the first one ends them all.
         record = ranks.run(lambda: stack.enter_context(start))
         if record.complete:
             return 0
@@ -104,8 +108,12 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
 
         seconds = _measure_speed(cfg, todo, ranks)
         ranks.run_on_main(lambda: _log_plan_and_fit(cfg, todo, seconds))
+
+        # The coding exists before any rank encodes with it.
         coding_digest, codings = ranks.run(lambda: _load_codings(cfg))
         ranks.run(lambda: _build_share(cfg, todo, ranks, coding_digest, codings))
+
+        # The manifest comes last: a cache without it is not complete.
         ranks.run_on_main(lambda: _write_manifest(cfg, plan))
 
         if ranks.is_main:
@@ -120,6 +128,8 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
 def open_plan(cfg: PrecomputeConfig) -> CachePlan:
     """Open and check the store and the teacher, and list the shards. Raises ConfigError or InputError."""
     store = Store(cfg.store)
+
+    # A wrong split is reported before the teacher is loaded, which takes seconds.
     for split in cfg.splits:
         store.split(split)
 
@@ -137,6 +147,7 @@ def _require_fit(cfg: PrecomputeConfig, teacher: Teacher) -> None:
         raise ConfigError(f"layers: the teacher has blocks 0 to {teacher.depth - 1}, not {bad}")
 
     if cfg.tile % teacher.patch or cfg.halo % teacher.patch:
+        # Nearest multiples, to be copied into the command.
         tile, halo = (max(teacher.patch, round(n / teacher.patch) * teacher.patch) for n in (cfg.tile, cfg.halo))
         raise ConfigError(
             f"tile={cfg.tile} halo={cfg.halo}: multiples of the teacher's patch, {teacher.patch}, are wanted, such as "
@@ -162,6 +173,7 @@ def _plan(cfg: PrecomputeConfig, ranks: Ranks, again: Collection[str] = ()) -> _
     A config that does not fit the disk is refused here, so that a smaller one may use the same folder.
     """
     plan = ranks.run(lambda: open_plan(cfg))
+
     # All ranks get the first rank's list: a rank that starts late would miss what the early ones have already built.
     missing = ranks.run_on_main(lambda: plan.list_missing(cfg, again))
     space = ranks.run_on_main(lambda: estimate.check_space(cfg, plan.store, plan.teacher, missing))
@@ -219,6 +231,8 @@ def _build_share(
 
 def _write_manifest(cfg: PrecomputeConfig, plan: CachePlan) -> None:
     teacher = plan.teacher
+
+    # Sorted, so that the manifest does not depend on the order of building.
     shards = sorted(plan.shards, key=lambda shard: shard.name)
     coding_digest, quality = compress.read_coding_note(cfg, plan.store, teacher)
 

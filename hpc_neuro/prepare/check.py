@@ -66,21 +66,27 @@ class PairMeasurement:
 
 def open_pair(pair: ImagePair, cfg: PrepareConfig) -> OpenedPair:
     """Open both files of a pair and check what needs no voxels; InputError names the volume and the file."""
+    # Opening reads headers only.
     image = open_volume(pair.image, channel=pair.channel, axes=pair.axes)
     if min(image.shape) < 2:
         z, y, x = image.shape
         raise InputError(f"{pair.image} is {z} x {y} x {x} voxels (z y x), a 2D image; a 3D stack is wanted")
+
+    # A size in meta.json, the manifest or the config corrects the file's own.
     size = pair.voxel_size or image.voxel_size
     if size is None:
         raise InputError(f"{pair.image} does not say its voxel size; give voxel_size=[z,y,x] in um")
 
     unit = _find_unit(pair, size)
+
+    # From here on everything is in voxels, whatever the unit of the file.
     tree = convert_to_voxels(swc.read(pair.swc), unit, size)
     if not len(tree):
         raise InputError(f"{pair.swc} holds no points; a traced tree is wanted")
     remarks = _require_inside(pair, unit, tree, image.shape, size)
     _require_root_inside(pair, image.shape)
 
+    # Hashing reads both files once, before anything is written.
     sources = {"image": files.sha256(pair.image), "swc": files.sha256(pair.swc)}
     digest = _compute_digest(pair, unit, size, sources, cfg)
     return OpenedPair(pair, image, size, unit, tree, sources, digest, remarks)
@@ -90,6 +96,8 @@ def convert_to_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:
     """A tree in `unit` ("voxel" or "um") in voxels, radii in fine voxels."""
     if unit == "voxel":
         return tree
+
+    # An SWC radius is one number, so it is measured in one unit along all axes.
     return replace(tree, points=to_voxels(tree.points, size), radii=tree.radii / fine_voxel(size))
 
 
@@ -101,6 +109,7 @@ def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
     pair, image = opened.pair, opened.image
     read = image.__getitem__
     try:
+        # The histogram serves the intensity range and the percentiles along the tree.
         histogram = compute_histogram(read, image.shape)
         low, high = compute_intensity_range(read, image.shape, histogram)
     except InputError as error:
@@ -108,6 +117,7 @@ def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
         prefix = "" if str(image.path) in str(error) else f"{pair.image}: "
         raise InputError(f"{prefix}{error}") from None
 
+    # A flipped or swapped tree lies on background, where percentiles are low.
     fit = compare_orientations(opened.tree, read, image.shape, histogram, opened.size, opened.unit)
     if not fit.is_misaligned:
         return PairMeasurement(low, high, fit, ())
@@ -140,8 +150,11 @@ def make_record(opened: OpenedPair, measurement: PairMeasurement) -> VolumeRecor
 
 def _find_unit(pair: ImagePair, size: VoxelSize) -> str:
     """The unit of an SWC file: "voxel" or "um". InputError when its header contradicts the voxel size."""
+    # The pair's unit overrules the header; files without either are in voxels.
     header = swc.read_header(pair.swc)
     unit = pair.swc_unit or header.unit or "voxel"
+
+    # A tree in um that was made for other voxels would be scaled wrongly.
     if unit == "um" and header.voxel_size and not np.allclose(header.voxel_size, size, rtol=0.01):
         raise InputError(
             f"the header of {pair.swc} says um, of voxels of {header.voxel_size} um (z y x), but {pair.id} has {size}; "
@@ -154,6 +167,7 @@ def _require_inside(pair: ImagePair, unit: str, tree: Tree, shape: Shape, size: 
     """Raise InputError when much of the tree lies outside the image; -> a remark when a little of it does."""
     share = outside_fraction(tree, shape)
     if share > MAX_OUTSIDE:
+        # The most common reasons are another unit and another order of the axes.
         changes = list_changes_inside(tree, shape, size, unit)
         low, high = (", ".join(f"{v:.0f}" for v in bound(tree.points, axis=0)) for bound in (np.min, np.max))
         advice = (
@@ -165,6 +179,8 @@ def _require_inside(pair: ImagePair, unit: str, tree: Tree, shape: Shape, size: 
             f"{100 * share:.0f} % of {pair.swc} lie outside {pair.image.name}: the tree spans ({low}) to ({high}) "
             f"voxels, the image is {shape} (z y x); {advice}"
         )
+
+    # A few nodes beyond the border come from cropped stacks.
     if share:
         return (f"{pair.id}: {100 * share:.1f} % of the nodes lie outside the image and are not drawn",)
     return ()
@@ -177,6 +193,7 @@ def _require_root_inside(pair: ImagePair, shape: Shape) -> None:
 
 def _compute_digest(pair: ImagePair, unit: str, size: VoxelSize, sources: dict[str, str], cfg: PrepareConfig) -> str:
     """SHA-256 of everything that decides the content of the volume's file."""
+    # Whatever is missing here is not written again when it changes.
     facts = {
         "format": FORMAT,
         "sources": sources,

@@ -34,6 +34,7 @@ class SplitConfig:
         both = sorted(set(self.test) & set(self.val))
         if both:
             raise ValueError(f"{', '.join(both)} stand in both test and val")
+
         if self.test_fraction + self.val_fraction >= 1:
             raise ValueError("test_fraction and val_fraction leave nothing to train on")
 
@@ -77,9 +78,12 @@ class PrepareConfig:
     """What to do with a tree that fits better flipped, axis-swapped or in the other unit."""
 
     def __post_init__(self) -> None:
+        # Contradictions within the config are found before any file is opened.
         if (self.images is None) == (self.manifest is None):
             raise ValueError("give either images=FOLDER or manifest=FILE")
+
         if self.voxel_size is not None and min(self.voxel_size) <= 0:
             raise ValueError(f"voxel_size {self.voxel_size} must be above 0 um")
+
         if self.tube > DISTANCE_CAP:
             raise ValueError(f"tube {self.tube} is above {DISTANCE_CAP:g}, the largest distance that is stored")

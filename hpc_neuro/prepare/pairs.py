@@ -48,6 +48,7 @@ class ImagePair:
 
 def find_pairs(cfg: PrepareConfig) -> list[ImagePair]:
     """All pairs with their splits; no file is opened yet. Raises InputError with one sentence for what is missing."""
+    # The config makes sure that exactly one of the two is set.
     pairs = _read_folder(cfg.images, cfg) if cfg.images else _read_manifest(cfg.manifest or Path(), cfg)
     if cfg.voxel_size:
         pairs = [replace(pair, voxel_size=cfg.voxel_size) for pair in pairs]
@@ -57,6 +58,8 @@ def find_pairs(cfg: PrepareConfig) -> list[ImagePair]:
 def _read_folder(folder: Path, cfg: PrepareConfig) -> list[ImagePair]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give images=FOLDER with pairs ID.tif and ID.swc")
+
+    # A forgotten file is an error: half of a data set would go unnoticed.
     images, swcs = _list_by_stem(folder)
     if not images and not swcs:
         raise InputError(f"{folder} holds no image and no SWC; pairs with the same stem, ID.tif and ID.swc, are wanted")
@@ -67,6 +70,7 @@ def _read_folder(folder: Path, cfg: PrepareConfig) -> list[ImagePair]:
     meta = _read_meta(meta_path, images)
     pairs = []
     for stem, image in images.items():
+        # Absolute paths: a row's relative paths would start at the folder.
         row = {"id": stem, "image": str(image.absolute()), "swc": str(swcs[stem].absolute()), **meta.get(stem, {})}
         pairs.append(_make_pair(row, meta_path, folder, cfg))
     return pairs
@@ -102,10 +106,12 @@ def _require_partner(paths: Mapping[str, Path], partners: Mapping[str, Path], ki
 
 def _image_stem(path: Path) -> str | None:
     """The stem of a file of a known image format or of a folder that is one image; None for anything else."""
+    # Microscopes write .TIF as often as .tif.
     name = path.name.lower()
     if path.is_dir():
         return path.name if not name.startswith(".") and is_image_folder(path) else None
 
+    # The longest suffix wins: .ome.tif before .tif.
     suffixes = [suffix for reader in READERS for suffix in reader.suffixes if name.endswith(suffix)]
     return path.name[: -len(max(suffixes, key=len))] if suffixes else None
 
@@ -118,11 +124,13 @@ def _read_meta(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
 
     rows: dict[str, dict[str, Any]] = {}
     for id_ in ids:
+        # Volumes without an entry use the defaults.
         entry = body.get(id_, {}) if isinstance(body, dict) else None
         if not isinstance(entry, dict):
             raise InputError(f"{path} holds no mapping for {id_}; write {{ID: {{root_xyz: [x, y, z]}}}}, or remove it")
         rows[id_] = _read_meta_entry(path, id_, entry)
 
+    # A misspelled id would silently lose its root.
     if isinstance(body, dict) and (unknown := sorted(body.keys() - rows.keys())):
         log.warning("%s names %s, of which there is no image beside it", path, ", ".join(unknown[:8]))
     described = sum(1 for row in rows.values() if row)
@@ -133,12 +141,14 @@ def _read_meta(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
 def _read_meta_entry(path: Path, id_: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """One entry of meta.json as a manifest row. Unknown keys are free, unless they resemble a known one."""
     for key in sorted(entry.keys() - _META_COLUMNS.keys()):
+        # A key that resembles a known one is a typing error, not a note.
         if similar := difflib.get_close_matches(key, _META_COLUMNS, n=1):
             raise InputError(f"{path} says {key} of {id_}; write {similar[0]}, if that is meant, or drop it")
 
     row = {}
     for key, column in _META_COLUMNS.items():
         if key in entry:
+            # The file is in x y z order, everything else in z y x.
             value = entry[key]
             row[column] = value[::-1] if key.endswith("_xyz") and isinstance(value, list) else value
     return row
@@ -146,12 +156,15 @@ def _read_meta_entry(path: Path, id_: str, entry: Mapping[str, Any]) -> dict[str
 
 def _read_manifest(path: Path, cfg: PrepareConfig) -> list[ImagePair]:
     rows = _read_rows(path)
+
+    # A misspelled column would silently have no effect.
     unknown = sorted({str(column) for row in rows for column in row} - set(_COLUMNS))
     if unknown:
         raise InputError(f"{path} has unknown columns {', '.join(unknown)}; known are {', '.join(_COLUMNS)}")
 
     pairs = []
     for row in rows:
+        # An empty cell of a CSV is an empty text.
         given = {column: value for column, value in row.items() if value not in (None, "")}
         pairs.append(_make_pair(given, path, path.parent, cfg))
 
@@ -164,6 +177,7 @@ def _read_manifest(path: Path, cfg: PrepareConfig) -> list[ImagePair]:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a CSV or YAML manifest. Raises InputError for a file that lists no volumes."""
     try:
+        # Spreadsheets begin their CSV with a byte-order mark.
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give manifest=FILE, a CSV or YAML list of volumes") from None
@@ -189,15 +203,20 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
     missing = [column for column in ("image", "swc") if column not in row]
     if missing:
         raise InputError(f"{source}: {row.get('id', 'a row')} has no {' and no '.join(missing)}")
+
+    # An absolute path stays as it is.
     image, swc = folder / str(row["image"]), folder / str(row["swc"])
 
     id_ = str(row.get("id") or _image_stem(image) or image.stem)
+
+    # The id becomes a file name in the store.
     if not files.is_plain_name(id_):
         raise InputError(f"{source}: id {id_!r} cannot be a file name; use letters, digits, - and _")
     for path in (image, swc):
         if not path.exists():
             raise InputError(f"{path} of volume {id_} does not exist; correct {source} or add the file")
 
+    # Each fault is reported under the volume's id, since a table may have hundreds of rows.
     unit = row.get("swc_unit", cfg.swc_unit)
     if unit not in ("voxel", "um", None):
         raise InputError(f"{source}: swc_unit of {id_} is {unit!r}; voxel or um is wanted")
@@ -243,6 +262,8 @@ def _parse_triple(value: Any, name: str) -> Triple | None:
 def _assign_splits(pairs: list[ImagePair], cfg: SplitConfig) -> list[ImagePair]:
     """Set the split of each neuron: the config's lists, else the manifest's, else drawn, else train."""
     splits = _named_splits(pairs, cfg)
+
+    # The order of the volumes, not of a set, so that the draw is reproducible.
     neurons = list(dict.fromkeys(pair.neuron for pair in pairs))
     ids = [pair.id for pair in pairs]
     if unknown := [name for name in (*cfg.val, *cfg.test) if name not in {*neurons, *ids}]:
@@ -251,6 +272,7 @@ def _assign_splits(pairs: list[ImagePair], cfg: SplitConfig) -> list[ImagePair]:
     free: Sequence[str] = [neuron for neuron in neurons if neuron not in splits]
     order = [free[i] for i in np.random.default_rng(cfg.seed).permutation(len(free))]
     for split, fraction in (("test", cfg.test_fraction), ("val", cfg.val_fraction)):
+        # At least one neuron, so that a fraction is never without effect.
         count = min(len(order), max(1, round(fraction * len(free)))) if fraction else 0
         splits.update(dict.fromkeys(order[:count], split))
         order = order[count:]
@@ -262,6 +284,7 @@ def _named_splits(pairs: list[ImagePair], cfg: SplitConfig) -> dict[str, str]:
     """Neuron -> split, for those that the config or the manifest names. InputError for a neuron in two splits."""
     splits: dict[str, str] = {}
     for pair in pairs:
+        # Two volumes of one neuron in different splits would leak it from training to test.
         named = [split for split in ("val", "test") if {pair.id, pair.neuron} & set(getattr(cfg, split))]
         if pair.split:
             named.append(pair.split)

@@ -43,6 +43,7 @@ class _Projections(NamedTuple):
 
 def draw_picture(volume: StoredVolume, path: Path, title: str) -> None:
     """Write a PNG: the maximum along z, beside it along x, below it along y; and again with tree and mask over it."""
+    # The two halves have the same scale, so that the overlay can be compared with the bare image.
     projections = _project(volume)
     z, y, x = (n * s for n, s in zip(volume.shape, volume.voxel_size, strict=True))  # um
     z = max(z, MIN_THICKNESS * max(y, x))
@@ -85,6 +86,7 @@ def _extent(volume: StoredVolume, view: tuple[int, int, int]) -> tuple[float, fl
 
 
 def _draw_image(axes: Any, projections: _Projections, view: tuple[int, int, int], extent: tuple[float, ...]) -> None:
+    # Axes in micrometers: a neurite looks as it is in space.
     image = _orient(projections.images, view)
     axes.imshow(image**GAMMA, cmap="gray", extent=extent, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
 
@@ -110,10 +112,12 @@ def _draw_overlay(
 
     for pictures, color in ((projections.masks, "tab:cyan"), (projections.unlabelled, "yellow")):
         mask = _orient(pictures, view)
+
         # There is no contour where a mask is constant.
         if mask.any() and not mask.all():
             axes.contour(mask, levels=[0.5], extent=extent, origin="upper", colors=color, linewidths=0.5)
 
+    # The annotator's tree, not the fitted one: the picture is to show its faults.
     tree = volume.tree()
     lines = to_um(tree.points, volume.voxel_size)[tree.edges][:, :, [across, down]]
     axes.add_collection(LineCollection(list(lines), colors="red", linewidths=0.6))
@@ -121,6 +125,7 @@ def _draw_overlay(
         root = np.asarray(volume.root) * np.asarray(volume.voxel_size)
         axes.plot(root[across], root[down], "o", markersize=7, markerfacecolor="none", markeredgecolor="yellow")
 
+    # A tree that leaves the image must not widen the view.
     axes.set_xlim(extent[0], extent[1])
     axes.set_ylim(extent[2], extent[3])
 
@@ -133,6 +138,7 @@ def _orient(pictures: list[NDArray[Any]], view: tuple[int, int, int]) -> NDArray
 
 def _project(volume: StoredVolume) -> _Projections:
     """Maxima of normalized image, mask and unlabelled voxels; streamed, thinned to MAX_PIXELS a side."""
+    # One pass over the volume for all three projections.
     planes = [tuple(n for a, n in enumerate(volume.shape) if a != axis) for axis in range(3)]
     images = [np.zeros(plane, dtype=np.float32) for plane in planes]
     masks = [np.zeros(plane, dtype=bool) for plane in planes]
@@ -157,6 +163,8 @@ def _thin(image: NDArray[Any]) -> NDArray[Any]:
     factor = -(-max(image.shape) // MAX_PIXELS)
     if factor == 1:
         return image
+
+    # Zeros do not change a maximum of values from 0 to 1.
     padded = np.pad(image, [(0, -n % factor) for n in image.shape])
     rows, columns = (n // factor for n in padded.shape)
     tiles: NDArray[Any] = padded.reshape(rows, factor, columns, factor)

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 def forecast(cfg: PrepareConfig) -> list[str]:
     """Check every pair down to its voxels; -> lines with volumes, voxels, bytes and splits. Raises like `run`."""
+    # A forecast reads every voxel once: a bad volume is found before the run.
     pairs = _open_pairs(cfg)
     measurements = [measure_pair(opened, cfg.misaligned) for opened in pairs]
     return _describe(pairs, measurements, cfg)
@@ -42,18 +43,22 @@ def run(cfg: PrepareConfig) -> int:
     was_started = (folder / run_folder.RECORD).exists()
     measurements = {} if was_started else {opened.id: _measure_or_read(opened, cfg) for opened in pairs}
 
+    # A share writes no index and no pictures, so its record alone says that it is done.
     is_whole = cfg.share is not None or all(path.exists() for path in _output_paths(cfg.out, pairs))
     sources = {f"{p.id}.{kind}": path for p in pairs for kind, path in (("image", p.pair.image), ("swc", p.pair.swc))}
     inputs = _list_inputs(pairs, cfg)
     with run_folder.start("prepare", cfg, folder, inputs=inputs, whole=is_whole, sources=sources) as record:
         if record.complete:
             return 0
+
+        # A resumed run has logged these lines at its first start.
         if measurements:
             for line in _describe(pairs, list(measurements.values()), cfg):
                 log.info("%s", line)
 
         volumes = _write_volumes(pairs, measurements, cfg)
         if cfg.share is None:
+            # The index comes last: a store without it is not complete.
             write_index(cfg.out, [volume for volume, _ in volumes])
             _draw_pictures(cfg.out, volumes)
 
@@ -68,11 +73,13 @@ def run(cfg: PrepareConfig) -> int:
 
 def _open_pairs(cfg: PrepareConfig) -> list[OpenedPair]:
     """Open this share's pairs, and check what needs no voxels: files, names, splits, space."""
+    # All pairs, also in a share, so that every share sees the same faults.
     pairs = find_pairs(cfg)
     _require_separate_output(cfg.out, pairs)
     opened_pairs = [open_pair(pair, cfg) for pair in run_folder.take_share(pairs, cfg.share)]
     _require_one_split_per_image(opened_pairs)
 
+    # Volumes that are already written need no space.
     needed = 0
     for opened in opened_pairs:
         if not is_written(_volume_path(cfg.out, opened.id), opened.digest):
@@ -83,6 +90,7 @@ def _open_pairs(cfg: PrepareConfig) -> list[OpenedPair]:
 
 def _require_separate_output(out: Path, pairs: list[ImagePair]) -> None:
     """Raise InputError where the store would be written over an image or a tree."""
+    # An image in HDF5 may have the very name of the volume's file.
     outputs = {_volume_path(out, pair.id).resolve() for pair in pairs} | {(out / INDEX).resolve()}
     for pair in pairs:
         for path in (pair.image, pair.swc):
@@ -94,6 +102,7 @@ def _require_one_split_per_image(pairs: list[OpenedPair]) -> None:
     """Raise InputError where one image is in two splits: a model would be tested on what it was trained on."""
     first: dict[tuple[str, int | None], OpenedPair] = {}
     for opened in pairs:
+        # Copies under another id are recognized by their content.
         other = first.setdefault((opened.sources["image"], opened.pair.channel), opened)
         if other.pair.split != opened.pair.split:
             raise InputError(
@@ -106,6 +115,7 @@ def _measure_or_read(opened: OpenedPair, cfg: PrepareConfig) -> PairMeasurement:
     """Measure a pair, unless a share of this run has done so."""
     path = _measurement_path(cfg.out, opened.id)
     if path.exists():
+        # A measurement of another image or other settings is not used.
         saved = files.read_json(path, f"remove {path}")
         if saved.pop("digest") == opened.digest:
             fit = Fit(**saved["fit"])
@@ -139,6 +149,8 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
 
     read = opened.image.__getitem__
     fitted = fit_radii(opened.tree, cfg.radius, read, volume.shape, volume.voxel_size)
+
+    # The fitted tree has the radii that tell the axon from the tree's own halo.
     axon = None
     if cfg.beyond_root == "unlabelled":
         axon = find_proximal_axon(fitted.tree, fitted.stretch, read, volume.shape, volume.voxel_size)
@@ -158,6 +170,7 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
 
 
 def _draw_pictures(out: Path, volumes: list[tuple[VolumeRecord, PairMeasurement]]) -> None:
+    # Drawn from the store, the pictures show what training will read.
     store = Store(out)
     for volume, measurement in volumes:
         path = _picture_path(out, volume.id)
@@ -180,6 +193,7 @@ def _list_inputs(pairs: list[OpenedPair], cfg: PrepareConfig) -> dict[str, Path 
         for kind, digest in opened.sources.items():
             inputs[f"{opened.id}.{kind}"] = digest
 
+    # The split is not part of a volume's digest: it does not change the volume's file.
     described = [[opened.id, opened.pair.split, opened.digest] for opened in pairs]
     inputs[run_folder.input_name("pairs", cfg.share)] = files.sha256_json(described)
     return inputs

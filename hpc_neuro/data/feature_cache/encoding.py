@@ -41,12 +41,14 @@ class FeatureCoding:
         if self.mean is None:
             return values.half(), 0
 
+        # Without a mean there is no coding, only the cast to float16.
         flat = values.float().flatten(1, -2) - self.mean[:, None]  # [L, M, D]
         if self.basis is not None:
             flat = flat @ self.basis.transpose(1, 2)
 
         clipped = 0
         if self.scale is not None:
+            # -128 is not used, so that the range is symmetric.
             steps = (flat / self.scale[:, None]).round()
             clipped = int((steps.abs() > 127).sum())
             flat = steps.clamp(-127, 127)
@@ -59,6 +61,7 @@ class FeatureCoding:
         if self.mean is None:
             return codes.float()
 
+        # The steps of `encode` in reverse.
         flat = codes.float().flatten(1, -2)
         if self.scale is not None:
             flat = flat * self.scale[:, None]
@@ -84,6 +87,8 @@ def fit_coding(
             f"pca={components}: the features have {seen.shape[2]} channels, the sample {seen.shape[1]} tokens; "
             "ask for fewer components, or prepare more or larger volumes"
         )
+
+    # Sums over thousands of tokens lose digits in single precision.
     seen = seen.double()
     mean = seen.mean(1)
     residuals = seen - mean[:, None]
@@ -95,6 +100,7 @@ def fit_coding(
 
     scale = None
     if int8:
+        # One step size per component: the strongest are orders of magnitude larger than the weakest.
         scale = (residuals.abs().amax(1) * INT8_MARGIN / 127).clamp(min=1e-12).float()
 
     coding = FeatureCoding(mean.float(), basis, scale)
@@ -110,6 +116,7 @@ def _principal_axes(residuals: Tensor, components: int) -> Tensor:
 
 def _measure_loss(coding: FeatureCoding, values: Tensor) -> dict[str, list[float]]:
     """What a coding loses of features [L, N, D], per layer."""
+    # The loss is measured on tokens that the fit has not seen.
     decoded = coding.decode(coding.encode(values)[0])
     lost = (decoded - values).double().square().sum((1, 2))
     variance = (values.double() - values.double().mean(1, keepdim=True)).square().sum((1, 2))
@@ -129,6 +136,7 @@ def save_codings(path: Path, codings: Mapping[str, FeatureCoding]) -> None:
             if values is not None:
                 arrays[f"{view}_{name}"] = values.numpy()
 
+    # np.savez adds .npz to a path, but not to a buffer; the part file has another ending.
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     with files.atomic(path) as part:
@@ -146,6 +154,7 @@ def load_codings(path: Path) -> dict[str, FeatureCoding]:
             "build it again with `hpc-neuro precompute`"
         ) from None
 
+    # The names are VIEW_PART.
     views = sorted({name.partition("_")[0] for name in arrays})
     parts = ("mean", "basis", "scale")
     return {view: FeatureCoding(*(arrays.get(f"{view}_{part}") for part in parts)) for view in views}

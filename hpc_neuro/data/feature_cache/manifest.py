@@ -59,6 +59,7 @@ class ShardSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The entry of the manifest."""
+        # The manifest's key for the layout is `how`.
         entry = {**vars(self), "how": self.layout}
         del entry["layout"]
         return entry
@@ -74,6 +75,8 @@ class ShardSpec:
 def read_manifest(folder: Path, hint: str) -> dict[str, Any]:
     """The manifest of a cache. InputError when it is missing (the message ends with `hint`) or of another format."""
     manifest = files.read_json(folder / MANIFEST, hint)
+
+    # Shards of another format may read without an error, but wrongly.
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(
             f"{folder / MANIFEST} is not of format {FORMAT}; build the cache again in another folder with `hpc-neuro "
@@ -84,6 +87,7 @@ def read_manifest(folder: Path, hint: str) -> dict[str, Any]:
 
 def hash_manifest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of everything that decides a cache's features; not of the store's path and the code version."""
+    # A cache may be moved, or repaired by another version, and still hold the same features.
     facts = {key: value for key, value in manifest.items() if key not in ("store", "code")}
     return files.sha256_json(facts)
 
@@ -98,6 +102,8 @@ def iter_tiles(rows: int, columns: int, size: int) -> Iterator[tuple[slice, slic
 def record_use(cache: Path, out: Path) -> None:
     """Note that the training in `out` reads `cache`. A training that is started again keeps its first date."""
     training = str(out.resolve())
+
+    # One file per training folder: a restart writes the same name.
     path = cache / USES / f"{hashlib.sha256(training.encode()).hexdigest()[:16]}.json"
     if path.exists():
         return
@@ -111,5 +117,6 @@ def record_use(cache: Path, out: Path) -> None:
 
 def list_uses(cache: Path) -> list[dict[str, Any]]:
     """What `record_use` wrote, the earliest first: {"out", "host", "first"}."""
+    # ISO dates of one time zone sort as texts.
     uses = [files.read_json(path, "remove it") for path in (cache / USES).glob("*.json")]
     return sorted(uses, key=lambda use: str(use["first"]))

@@ -39,12 +39,14 @@ class FeatureCache:
         self.dim = int(self.manifest["dim"])
         self.orientations: tuple[Orientation, ...] = parse_orientations(self.manifest.get("augment_views", ()))
 
+        # The student is compared with normalized features.
         statistics = self.manifest["statistics"]
         self.mean = {v: torch.tensor(statistics[v]["mean"], dtype=torch.float32) for v in self.views}  # [L, D]
         self.std = {v: torch.tensor(statistics[v]["std"], dtype=torch.float32) for v in self.views}  # [L, D]
 
         self._codings = self._read_codings()
         self._require_whole_shards()
+
         # (volume, view, layout) -> its shards in slice order
         self._shards: dict[tuple[str, str, str], list[ShardSpec]] = {}
         for entry in self.manifest["shards"]:
@@ -59,6 +61,8 @@ class FeatureCache:
             return dict.fromkeys(self.views, RAW)
 
         path = self.path / CODING
+
+        # Another coding would decode the shards to wrong features without an error.
         if not path.exists() or files.sha256(path) != digest:
             raise InputError(
                 f"{path}, without which the features cannot be decoded, is missing or not the one they were made with; "
@@ -70,6 +74,8 @@ class FeatureCache:
         damaged = []
         for entry in self.manifest["shards"]:
             file = self.path / entry["file"]
+
+            # Sizes are checked at once; the checksums by `cache verify`, which reads everything.
             if not file.exists() or file.stat().st_size != entry["bytes"]:
                 damaged.append(entry["file"])
 
@@ -162,6 +168,7 @@ class FeatureCache:
 
         features = {}
         for view in self.views if views is None else views:
+            # A mirrored map is not the map of the mirrored slice, so oriented slices are stored on their own.
             source_view, layout = orientation.source_slices(view)
             if (volume, source_view, layout) not in self._shards:
                 raise InputError(
@@ -180,6 +187,7 @@ class FeatureCache:
 
         parts = []
         for shard in shards:
+            # Slice numbers of the shard within the whole view.
             offset = (shard.first - shards[0].first) // shard.stride
             first = max(cells.slices.start, offset) - offset
             stop = min(cells.slices.stop, offset + shard.count) - offset
@@ -187,6 +195,7 @@ class FeatureCache:
                 parts.append(self._read_codes(shard, (slice(first, stop), slice(None), cells.rows, cells.columns)))
         codes = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])  # [s, L, r, c, n]
 
+        # Decoding is affine, so averaging first gives the same and decodes fewer values.
         token_codes = cells.average_onto_tokens(codes).movedim(1, -1)  # [L, z, y, x, n]
         return self._codings[view].decode(token_codes).movedim(-1, 1)
 
@@ -207,6 +216,7 @@ class FeatureCache:
         if self._pid != os.getpid():
             self._forget_handles()
 
+        # Popped and inserted again, it becomes the one used last.
         data = self._open.pop(shard.name, None)
         if data is None:
             while len(self._open) >= MAX_OPEN_FILES:

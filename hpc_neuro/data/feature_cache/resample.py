@@ -27,6 +27,7 @@ class CropCells:
     @staticmethod
     def for_box(box: Box, patch: Shape, shards: Sequence[ShardSpec]) -> CropCells:
         """shards: all of the view, in the order of their slices. The box may reach past the last cell."""
+        # The cells of all shards of a view form one regular grid.
         first, last = shards[0], shards[-1]
         slice_count = (last.first - first.first) // first.stride + last.count
         slice_axis, row_axis, column_axis = VIEW_AXES[first.view]
@@ -39,6 +40,8 @@ class CropCells:
     def average_onto_tokens(self, values: Tensor) -> Tensor:
         """Average the cells' values [s, L, r, c, n] -> [L, n, z, y, x] float32."""
         slice_weights, row_weights, column_weights = self.weights
+
+        # One axis after the other: the weights of a box are a product of those of its axes.
         tokens = values.float()
         if not _is_identity(slice_weights):
             tokens = (slice_weights @ tokens.flatten(1)).view(-1, *tokens.shape[1:])
@@ -57,16 +60,21 @@ def weigh_cells(box: Box, patch: Shape, axis: int, cell: float, count: int) -> t
 
     Source cell i covers voxels [i * cell, (i + 1) * cell), i < count; a target covers patch[axis] voxels.
     """
+    # The borders of the targets, in voxels.
     edges = np.arange(box.start[axis], box.stop[axis] + 1, patch[axis], dtype=np.float64)
+
     # A target wholly past the end takes the last cell.
     low = np.minimum(edges[:-1], (count - 0.5) * cell)
     high = np.maximum(np.minimum(edges[1:], count * cell), low + 1e-6 * cell)
 
+    # Rounding must not add a cell that only touches the last border.
     first = int(low[0] // cell)
     stop = min(count, max(first + 1, int(np.ceil(high[-1] / cell - 1e-9))))
     cell_starts = np.arange(first, stop) * cell
     overlap = np.minimum(high[:, None], cell_starts + cell) - np.maximum(low[:, None], cell_starts)
     weights = np.clip(overlap, 0.0, None)
+
+    # Weights are shares, also where a target reaches past the last cell.
     weights /= weights.sum(axis=1, keepdims=True)
     return slice(first, stop), torch.from_numpy(weights).float()
 

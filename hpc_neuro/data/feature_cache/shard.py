@@ -56,12 +56,16 @@ class ShardWriter:
         self._sum = torch.zeros(layers, dim, dtype=torch.float64)
         self._squares = torch.zeros(layers, dim, dtype=torch.float64)
 
+        # A crop reads a few slices and a window of tokens, with all layers and channels of each.
         width = coding.width(dim)
         shape = (shard.count, layers, shard.rows, shard.columns, width)
         chunk = (1, layers, min(TOKEN_CHUNK, shard.rows), min(TOKEN_CHUNK, shard.columns), width)
         chunk_count = math.prod(-(-n // c) for n, c in zip(shape, chunk, strict=True))
+
+        # Index, header and sums; the features themselves are allocated below.
         files.reserve_space(path.parent, SPARE_BYTES + 40 * layers * dim + 16 * chunk_count)
 
+        # All chunks get their place when the dataset is created, not when they are written.
         allocate_early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         allocate_early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         self._file = h5py.File(path, "w", libver="latest")
@@ -75,10 +79,12 @@ class ShardWriter:
                 fill_time="never",
                 dcpl=allocate_early,
             )
+
             # Attributes, too, take their space now; `finish` sets their values.
             zeros = np.zeros((layers, dim))
             self._file.attrs.update(key=key, tile=tile, sha256=_NO_DIGEST, sum=zeros, squares=zeros, clipped=0)
             self._file.flush()
+
             # Take the blocks of this file itself, so that no other writer can have them.
             os.posix_fallocate(self._file.id.get_vfd_handle(), 0, path.stat().st_size)
         except BaseException:
@@ -87,6 +93,7 @@ class ShardWriter:
 
     def write(self, slices: slice, rows: slice, columns: slice, values: NDArray[np.floating[Any]]) -> None:
         """Encode and write features [s, L, r, c, D]. Raises ValueError when another piece is next."""
+        # The checksum covers the features in this order, which `is_shard_sound` repeats.
         for i in range(slices.start, slices.stop):
             if (expected := next(self._expected_pieces, None)) != (i, rows, columns):
                 raise ValueError(f"slice {i}, rows {rows}, columns {columns} were given, {expected} were to come")
@@ -97,6 +104,8 @@ class ShardWriter:
 
         for slice_codes in codes:
             self._digest.update(slice_codes.numpy())
+
+            # Statistics of what a reader will see, not of what the teacher gave.
             decoded = self._coding.decode(slice_codes).flatten(1, -2)  # [L, r*c, D]
             self._sum += decoded.sum(1, dtype=torch.float64)
             self._squares += decoded.square().sum(1, dtype=torch.float64)
@@ -108,6 +117,7 @@ class ShardWriter:
         if (expected := next(self._expected_pieces, None)) is not None:
             raise ValueError(f"a shard is to be finished without slice, rows, columns {expected}")
 
+        # `modify` writes in place: no new space is needed on a full disk.
         self._file.attrs.modify("sha256", self._digest.hexdigest().encode())
         self._file.attrs.modify("sum", self._sum.numpy())
         self._file.attrs.modify("squares", self._squares.numpy())
@@ -176,6 +186,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], records: Sequence[Map
 
     entries = []
     for shard, record in zip(shards, records, strict=True):
+        # The sums have become mean and std.
         listed = {key: record[key] for key in ("unit", "bytes", "sha256", "clipped")}
         entries.append({"file": shard.name, **listed})
     files.write_json(folder / MANIFEST, {"format": FORMAT, **facts, "statistics": statistics, "shards": entries})
@@ -187,6 +198,7 @@ def _compute_statistics(view: str, shards: Sequence[ShardSpec], records: Sequenc
     tokens = sum(shards[i].tokens for i in own)
     mean = np.sum([records[i]["sum"] for i in own], axis=0) / tokens
     variance = np.sum([records[i]["squares"] for i in own], axis=0) / tokens - mean**2
+
     # A channel that never changes would be divided by zero.
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 1e-12)).tolist()}
 

@@ -60,7 +60,9 @@ class Store:
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise InputError(f"{self.path / INDEX} is not a store of format {FORMAT}; {REMAKE}")
 
+        # The index alone describes the volumes, so a store opens without touching their files.
         self._volumes = {id_: _volume_from_index(self, id_, entry) for id_, entry in index["volumes"].items()}
+
         missing = [id_ for id_ in self._volumes if not self.file(id_).exists()]
         if missing:
             raise InputError(f"{self.path} lacks the files of {', '.join(missing)}; {REMAKE}")
@@ -75,6 +77,8 @@ class Store:
         """The ids of "train", "val" or "test"; InputError for any other name."""
         if name not in SPLITS:
             raise InputError(f"{name!r} is not a split; {', '.join(SPLITS)} are")
+
+        # The order of the index is the order of training data: it must not depend on a set.
         return tuple(id_ for id_, volume in self._volumes.items() if volume.split == name)
 
     def __getitem__(self, id_: str) -> StoredVolume:
@@ -99,6 +103,7 @@ class Store:
             self._forget_handles()
 
         if id_ not in self._handles:
+            # A file that was prepared again differs from what the index says of it.
             handle = open_file(self.file(id_))
             if handle.attrs.get("digest") != self[id_].digest:
                 handle.close()
@@ -108,6 +113,7 @@ class Store:
 
     def close(self) -> None:
         """Close this process's handles; the store stays usable."""
+        # Handles of a parent process belong to the parent.
         if self._pid == os.getpid():
             for handle in self._handles.values():
                 handle.close()
@@ -118,6 +124,7 @@ class Store:
         self._handles: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
+        # A pid that no process has: the receiver opens its own handles.
         return self.__dict__ | {"_handles": {}, "_pid": -1}
 
 
@@ -165,8 +172,11 @@ class StoredVolume(VolumeRecord):
         return points
 
     def _read(self, name: str, box: Box) -> Array:
+        # HDF5 would silently shorten the selection.
         if not Box.whole(self.shape).contains(box):
             raise InputError(f"box {box.start} to {box.stop} leaves volume {self.id}, which is {self.shape} voxels")
+
+        # The leading ellipsis covers the channels of `tangent`.
         array: Array = self.store.open_handle(self.id)[name][(..., *box.slices)]
         return array
 

@@ -61,6 +61,7 @@ def write_volume(
         files.atomic(path) as part,
         h5py.File(part, "w", libver="v110", locking=False) as file,
     ):
+        # HDF5 ends the process with a segmentation fault when a write finds the disk full.
         _reserve(file, 200 * (len(tree) + len(fitted)))
         _write_attributes(file, volume, drawing)
         _write_trees(file, tree, fitted)
@@ -73,6 +74,8 @@ def is_written(path: Path, digest: str) -> bool:
     """Whether `path` is a finished file of the volume with this digest."""
     if not path.exists():
         return False
+
+    # The part file was renamed when it was complete, so a header means that the data is there.
     with open_file(path) as file:
         return bool(file.attrs.get("digest") == digest and file.attrs.get("format") == FORMAT)
 
@@ -95,6 +98,7 @@ def forecast_bytes(tree: Tree, shape: Shape, itemsize: int, voxel_size: VoxelSiz
 
 def write_index(out: Path, volumes: list[VolumeRecord]) -> None:
     """Write dataset.json: each volume, the splits, totals."""
+    # The digests tie each entry to its file; `Store` compares them.
     index = {
         "format": FORMAT,
         "code": run_folder.code_version(),
@@ -139,6 +143,7 @@ def _write_attributes(file: Any, volume: VolumeRecord, drawing: DrawSettings) ->
         **{f"sha256_{name}": digest for name, digest in volume.sources.items()},
         **{f"drawing_{name}": value for name, value in asdict(drawing).items()},
     }
+
     for name, value in attributes.items():
         file.attrs[name] = value
 
@@ -153,10 +158,13 @@ def _write_trees(file: Any, tree: Tree, fitted: Tree) -> None:
 def _write_points(file: Any, volume: VolumeRecord, fitted: Tree) -> None:
     """The voxels that crops may be centered on."""
     group = file.create_group("points")
+
+    # The fitted tree: crops should be centered on the signal, not beside it.
     centerline = list_centerline_voxels(fitted, Box.whole(volume.shape))
     group.create_dataset("skeleton", data=centerline.astype(np.int32))
 
     for name, nodes in (("branch", morphology.branch_points(fitted)), ("tip", morphology.tips(fitted))):
+        # Nodes outside the image were not drawn, and several may share a voxel.
         voxels = np.rint(fitted.points[nodes]).astype(np.int32)
         inside = np.all((voxels >= 0) & (voxels < volume.shape), axis=1)
         group.create_dataset(name, data=np.unique(voxels[inside], axis=0).reshape(-1, 3))
@@ -167,7 +175,9 @@ def _write_image(file: Any, volume: VolumeRecord, read: ReadBox) -> None:
     image = _create_dataset(file, "image", volume.shape, volume.dtype, fill=0)
 
     for slab in iter_slabs(volume.shape, volume.dtype.itemsize, depth=CHUNK[0]):
+        # Slabs begin at chunk borders, so that no chunk is written twice.
         values = read(slab)
+
         _reserve(file, _count_chunk_voxels(slab.shape) * volume.dtype.itemsize)
         for chunk in tile_volume(slab.shape, CHUNK):
             chunk_values = values[chunk.write.slices]
@@ -184,6 +194,7 @@ def _write_targets(
     _create_dataset(file, "skeleton", shape, np.dtype("u1"), fill=0)
     _create_dataset(file, "distance", shape, np.dtype("f2"), fill=drawing.cap)
     _create_dataset(file, "tangent", shape, np.dtype("i1"), fill=0, channels=(3,))
+
     prepared = prepare_tree(fitted, volume.voxel_size, drawing)
 
     for block in tile_volume(shape, DRAW_BOX):
@@ -205,6 +216,8 @@ def _write_target_chunks(file: Any, targets: Targets, box: Box, cap: float) -> N
     for chunk in tile_volume(box.shape, CHUNK):
         source = chunk.write.slices
         destination = chunk.write.shift(box.start).slices
+
+        # Most chunks of a large volume are far from the tree and stay unallocated.
         if (targets.distance[source] < cap).any() or targets.mask[source].any():
             file["mask"][destination] = targets.mask[source]
             file["skeleton"][destination] = targets.skeleton[source]
@@ -215,6 +228,7 @@ def _write_target_chunks(file: Any, targets: Targets, box: Box, cap: float) -> N
 def _create_dataset(
     file: Any, name: str, shape: Shape, dtype: np.dtype[Any], fill: float, channels: tuple[int, ...] = ()
 ) -> Any:
+    # A volume smaller than a chunk has smaller chunks.
     chunk = tuple(max(1, min(n, c)) for n, c in zip(shape, CHUNK, strict=True))
     return file.create_dataset(name, shape=(*channels, *shape), dtype=dtype, chunks=(*channels, *chunk), fillvalue=fill)
 

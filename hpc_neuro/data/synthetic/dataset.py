@@ -55,6 +55,8 @@ def write_dataset(folder: Path, cfg: SyntheticConfig) -> None:
     files.require_space(folder, cfg.volumes * stack_bytes, "the synthetic stacks")
 
     meta: dict[str, Any] = {}
+
+    # Leading zeros, so that names sort by number.
     digits = len(str(cfg.volumes))
     for number in range(cfg.volumes):
         id_ = f"syn_{number + 1:0{digits}d}"
@@ -65,6 +67,8 @@ def write_dataset(folder: Path, cfg: SyntheticConfig) -> None:
 def _write_volume(folder: Path, id_: str, cfg: SyntheticConfig, number: int) -> dict[str, Any]:
     """Write the stack and the tree of one volume; -> its entry in meta.json."""
     volume = _choose_volume(cfg, number)
+
+    # Tree and image have seeds of their own: one may change without the other.
     seed = _derive_seed(cfg.seed, number, 2)
     image = render_stack(
         volume.tree, cfg.shape, cfg.voxel_size, volume.microscope, seed, clean_background=volume.is_clean
@@ -93,6 +97,7 @@ def _choose_volume(cfg: SyntheticConfig, number: int) -> _SyntheticVolume:
     thickness, brightness, blur, light, tissue = (float(np.exp(VARIETY * rng.normal())) for _ in range(5))
 
     microscope = MicroscopeConfig()
+    # A blur far from the default would no longer be that of a microscope.
     blur = float(np.clip(blur, 0.7, 1.3))
     microscope = replace(
         microscope,

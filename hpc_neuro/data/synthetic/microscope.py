@@ -83,7 +83,9 @@ def render_stack(
     light += _render_specks(shape, cfg, rng)
     light += _render_background(shape, cfg, rng)
 
+    # Shot noise of the photons, then read noise of the camera.
     image = rng.poisson(np.maximum(light, 0) * cfg.photons) / cfg.photons + cfg.read_noise * rng.normal(size=shape)
+
     # Cameras are set so that tissue is nearly black.
     image -= 0.5 * cfg.background
     if clean_background:
@@ -98,10 +100,12 @@ def _render_light(
     tree: Tree, shape: Shape, size: VoxelSize, cfg: MicroscopeConfig, rng: np.random.Generator, fragments: int
 ) -> Image:
     """The neurites' light after the blur, painted with z as fine as the plane so that none slips between slices."""
+    # A neurite thinner than a slice would fall between two of them.
     factor = max(1, round(size[0] / fine_voxel(size)))
     grid = (size[0] / factor, size[1], size[2])
     painted = _paint_living_tree(tree, shape, size, factor, cfg, rng)
     for _ in range(fragments):
+        # Fragments are dim, as neurites of weakly labelled neighbors are.
         dimming = np.float32(rng.uniform(0.1, 0.35))
         fragment = _paint_living_tree(_grow_fragment(shape, size, rng), shape, size, factor, cfg, rng)
         np.maximum(painted, dimming * fragment, out=painted)
@@ -128,6 +132,8 @@ def _paint_living_tree(
     """[Z * factor, Y, X] a tree with uneven brightness and swellings, before the blur."""
     grid = (size[0] / factor, size[1], size[2])
     fine, grid_fine = fine_voxel(size), fine_voxel(grid)
+
+    # Nodes every two fine voxels, so that brightness and radius can vary along an edge.
     um = replace(tree, points=to_um(tree.points, size), radii=tree.radii * fine)
     um = morphology.resample_tree(um, 2 * fine)
     swelling, glow = _vary_along_branches(um, cfg, rng)
@@ -153,6 +159,7 @@ def _vary_along_branches(
 
     swelling = np.ones(len(um))
     tips = morphology.tips(um)
+
     boutons = np.flatnonzero(rng.random(len(um)) < steps / cfg.bouton_every)
     boutons = np.concatenate([boutons, tips[rng.random(len(tips)) < 0.5]])
     for node in boutons.tolist():
@@ -218,6 +225,7 @@ def _render_specks(shape: Shape, cfg: MicroscopeConfig, rng: np.random.Generator
 
 def _render_background(shape: Shape, cfg: MicroscopeConfig, rng: np.random.Generator) -> Image:
     """Tissue: smooth clouds, in half of the stacks fainter with depth (z)."""
+    # Noise on a coarse grid, enlarged, has structures of about 24 voxels.
     coarse = rng.normal(size=tuple(max(2, n // 24) for n in shape))
     zoom = [n / c for n, c in zip(shape, coarse.shape, strict=True)]
     clouds = ndimage.zoom(ndimage.gaussian_filter(coarse, 0.7), zoom, order=1)
@@ -231,6 +239,8 @@ def _render_background(shape: Shape, cfg: MicroscopeConfig, rng: np.random.Gener
 def _find_bright_objects(image: NDArray[np.floating], cfg: MicroscopeConfig) -> NDArray[np.bool_]:
     """What a person who cleans a stack keeps: bright objects of some size and their surroundings."""
     smooth = ndimage.gaussian_filter(image, [0.7, 1.0, 1.0])
+
+    # Well above the tissue and its noise.
     threshold = 2.5 * cfg.background + 3 * cfg.read_noise + 0.02
     labels, count = ndimage.label(smooth > threshold)
     is_kept = np.bincount(labels.ravel(), minlength=count + 1) >= MIN_OBJECT

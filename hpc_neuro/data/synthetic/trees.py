@@ -103,6 +103,7 @@ class _GrowingNeuron:
         self._flattening = np.asarray([cfg.flatness, 1.0, 1.0])
         self._shoots: deque[_Shoot] = deque()
         self._cable = 0.0
+
         # Cell of CLEARANCE um -> number of the branch that runs through it.
         self._occupied: dict[tuple[int, ...], int] = {}
 
@@ -113,6 +114,7 @@ class _GrowingNeuron:
         trunk.node = 0
         self._shoots.append(trunk)
 
+        # Breadth first: the branches of low order fill the space before their side branches.
         branch = 0
         while self._shoots:
             branch += 1
@@ -136,17 +138,20 @@ class _GrowingNeuron:
         for k in range(steps):
             heading = self._wander(heading, position, cfg.winding * (1 + 0.6 * shoot.order))
             position = position + STEP * heading
+
             # The first steps are next to the branch that this one leaves.
             has_left_parent = k * STEP > 2 * CLEARANCE
             if not self._occupy(position, branch, has_left_parent):
                 break
 
+            # Radii shrink from the shoot's to the tip's, with some variation.
             taper = shoot.radius + (cfg.tip_radius - shoot.radius) * (k + 1) / steps
             radius = max(cfg.tip_radius, taper) * float(np.exp(0.06 * rng.normal()))
             node = self._add_node(position, radius, node)
             self._cable += STEP
             since_branch += STEP
 
+            # A side branch near the end would look like a fork.
             rest = (steps - 1 - k) * STEP
             may_branch = shoot.order < cfg.orders and self._cable < cfg.cable and rest > BRANCH_SPACING
             if may_branch and since_branch >= max(branch_distance, BRANCH_SPACING):
@@ -156,6 +161,7 @@ class _GrowingNeuron:
 
     def _occupy(self, position: Vector, branch: int, avoid_others: bool) -> bool:
         """Claim the cell of a position for a branch; False outside the volume or in a cell of another branch."""
+        # A grid of cells is a cheap stand-in for distances to all other nodes.
         cell = tuple(np.floor(position / CLEARANCE).astype(int).tolist())
         if np.any((position < 0) | (position > self._extent)):
             return False
@@ -166,6 +172,7 @@ class _GrowingNeuron:
 
     def _wander(self, heading: Vector, position: Vector, winding: float) -> Vector:
         """The direction of the next step: wandering, and pushed away from near walls; none blocks the way in."""
+        # A small volume has a thinner border zone.
         wall = np.minimum(WALL, 0.2 * self._extent + 1e-9)
         push = np.clip(1 - position / wall, 0, 1) - np.clip(1 - (self._extent - position) / wall, 0, 1)
         wandering = winding * np.sqrt(STEP) * self._rng.normal(size=3) * self._flattening
@@ -177,12 +184,15 @@ class _GrowingNeuron:
         """The first branch, and whether it starts at a soma."""
         cfg, rng, extent = self._cfg, self._rng, self._extent
         has_soma = bool(rng.random() < cfg.soma)
+
+        # The trunk heads for the middle of the volume.
         goal = extent * rng.uniform(0.3, 0.7, 3)
 
         if has_soma:
             margin = np.minimum(cfg.soma_radius + 1, 0.4 * extent)
             position = margin + (extent - 2 * margin) * rng.uniform(0, 1, 3)
         else:
+            # Entry through a face across y or x: stacks are cut along the plane of the neuron.
             position = extent * rng.uniform(0.15, 0.85, 3)
             axis = int(rng.choice([1, 2]))
             position[axis] = 0.0 if rng.random() < 0.5 else extent[axis]
@@ -198,11 +208,14 @@ class _GrowingNeuron:
 
     def _start_side_branch(self, node: int, position: Vector, heading: Vector, radius: float, order: int) -> _Shoot:
         cfg, rng = self._cfg, self._rng
+
+        # A random direction perpendicular to the heading, flattened along z.
         across = np.cross(heading, rng.normal(size=3)) * self._flattening
         across /= max(1e-9, float(np.linalg.norm(across)))
         angle = rng.uniform(np.pi / 4, np.pi / 2)
         direction = np.cos(angle) * heading + np.sin(angle) * across
 
+        # Gamma-distributed lengths: many short branches, few long ones.
         length = max(MIN_BRANCH, rng.gamma(1.3, cfg.branch_length / 1.3) * 0.75 ** (order - 1))
         thin_radius = max(cfg.tip_radius, radius * rng.uniform(0.5, 0.85))
         return _Shoot(node, position, direction / np.linalg.norm(direction), length, thin_radius, order)
