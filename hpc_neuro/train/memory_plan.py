@@ -108,7 +108,8 @@ class StageMemory:
     """[bytes] on one rank at one ZeRO stage, at the moment of a step that needs most."""
 
     stage: int
-    held: RankMemory
+    state: RankMemory
+    """What ZeRO shards."""
     average: int
     """The running average of the weights."""
     buffers: int
@@ -118,7 +119,7 @@ class StageMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.held.total + self.average + self.buffers + self.activations
+        return self.state.total + self.average + self.buffers + self.activations
 
 
 def plan_memory(work: StepWork) -> list[StageMemory]:
@@ -133,8 +134,8 @@ def plan_memory(work: StepWork) -> list[StageMemory]:
         moments_of_step = [*_trace_last_pass(stage, work), *_trace_update(stage, work, is_offloaded)]
         gradients, buffers, activations = max(moments_of_step, key=sum)
 
-        held = RankMemory(share.parameters, gradients, optimizer)
-        rows.append(StageMemory(stage, held, average, buffers, activations))
+        state = RankMemory(share.parameters, gradients, optimizer)
+        rows.append(StageMemory(stage, state, average, buffers, activations))
     return rows
 
 
@@ -193,7 +194,7 @@ def format_memory_table(rows: list[StageMemory], memory: float | None) -> Iterat
 
     fitting = [] if memory is None else [row.stage for row in rows if row.total < _USABLE_SHARE * memory]
     for row in rows:
-        values = [*vars(row.held).values(), row.average, row.buffers, row.activations, row.total]
+        values = [*vars(row.state).values(), row.average, row.buffers, row.activations, row.total]
         verdict = "" if memory is None else "   fits" if row.stage in fitting else "   does not fit"
         yield f"ZeRO stage {row.stage}     " + "".join(f"{format_bytes(v):>13}" for v in values) + verdict
 

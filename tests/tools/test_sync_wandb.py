@@ -55,7 +55,7 @@ def test_the_files_of_a_run_go_together_and_in_order_and_only_once(tmp_path, cal
     grown = study / "trials/0001/train/wandb/offline-run-20260101_000000-bbb/run-bbb.wandb"
     grown.write_text("more rows")
     os.utime(grown, (time.time() + 5, time.time() + 5))
-    assert list(sync_wandb.find(study)) == ["bbb"], "one that grew since is"
+    assert list(sync_wandb.find_runs(study)) == ["bbb"], "one that grew since is"
 
 
 def test_a_run_that_cannot_be_sent_is_named_and_the_others_go(tmp_path, calls, capsys):
@@ -82,4 +82,4 @@ def test_what_the_tracker_writes_is_found(tmp_path):
     tracker = WandbLogger(TrackerConfig(), tmp_path / "train", {})
     tracker.write([{"step": 1, "kind": "train", "loss": 1.0}])
     tracker.close()
-    assert list(sync_wandb.find(tmp_path)) == [get_wandb_id(tmp_path / "train")]
+    assert list(sync_wandb.find_runs(tmp_path)) == [get_wandb_id(tmp_path / "train")]

@@ -43,7 +43,7 @@ def test_the_lowest_stage_that_fits_is_named():
     spared = memory_plan.plan_memory(
         work([activation_memory.BackwardEvent(10**6, 1000, 0)], averaged=10**6, offload=True)
     )[2]
-    assert (spared.held.optimizer, spared.average) == (0, 0)
+    assert (spared.state.optimizer, spared.average) == (0, 0)
 
 
 def test_a_stage_holds_most_where_activations_and_gradients_do_together():
@@ -53,9 +53,9 @@ def test_a_stage_holds_most_where_activations_and_gradients_do_together():
         activation_memory.BackwardEvent(600_000, 7_000_000, 0),
     ]
     first = memory_plan.plan_memory(work(late, value_bytes=4, ranks=1))[0]
-    assert (first.held.gradients, first.activations) == (0, 9_000_000)
+    assert (first.state.gradients, first.activations) == (0, 9_000_000)
     first = memory_plan.plan_memory(work(late, value_bytes=4, ranks=1, passes=2))[0]
-    assert (first.held.gradients, first.activations) == (4_000_000, 9_000_000)
+    assert (first.state.gradients, first.activations) == (4_000_000, 9_000_000)
 
 
 def test_the_look_up_peak_a_device_is_found_by_its_whole_name():

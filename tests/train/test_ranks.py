@@ -25,16 +25,16 @@ pytestmark = pytest.mark.slow
 def ranks(store, tmp_path_factory):
     """The folder of all runs that ranks.py does."""
     folder = tmp_path_factory.mktemp("ranks")
-    one_step = loop.one_step
+    train_step = loop.train_step
 
     def stopped(state, ready):
         if state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        one_step(state, ready)
+        train_step(state, ready)
 
     keys = [f"store={store}", f"out={folder / 'up'}", *TINY, *KEYS, "engine.stage=3", "optim.batch=3"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "one_step", stopped)
+        patch.setattr(loop, "train_step", stopped)
         assert train.run(load(train.TrainConfig, None, keys)) == 75
     done = launch("train_ranks.py", 2, store, folder)
     assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:6000]

@@ -120,7 +120,7 @@ def _settle_collectives(live: LiveTensors) -> Iterator[None]:
 def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bool) -> dict[str, Any]:
     """The most memory of any rank in two steps at one stage, the even shares, and the plan."""
     student = StudentConfig(size=args.size, depth=args.depth, checkpointing=checkpointing)
-    held, sizes = _measure_steps(args, student, stage, passes)
+    most, sizes = _measure_steps(args, student, stage, passes)
 
     ranks, dtype = distributed.world_size(), DTYPES[args.dtype]
     work = memory_plan.StepWork(
@@ -140,9 +140,9 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
         "passes": passes,
         "checkpointing": checkpointing,
         "numel": sum(sizes),
-        "held": dict(zip(even, held[:3], strict=True)),
+        "held": dict(zip(even, most[:3], strict=True)),
         "even": even,
-        "peak": held[3],
+        "peak": most[3],
         "planned": memory_plan.plan_memory(work)[stage].total,
     }
 
@@ -174,9 +174,9 @@ def _measure_steps(
             peak = max(peak, pass_peak)
         engine.close()
 
-    held = torch.cat([most, torch.tensor([peak])]).to(engine.device)
-    dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    return [int(value) for value in held], sizes
+    on_fullest_rank = torch.cat([most, torch.tensor([peak])]).to(engine.device)
+    dist.all_reduce(on_fullest_rank, op=dist.ReduceOp.MAX)
+    return [int(value) for value in on_fullest_rank], sizes
 
 
 def _measure_pass(
