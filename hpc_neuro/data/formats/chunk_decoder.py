@@ -139,12 +139,12 @@ class ChunkGrid:
         """A function that reads parts of the array and keeps decoded chunks up to `cache_bytes`."""
         return functools.partial(_read_part, self, DecodedCache(cache_bytes))
 
-    def read_chunk(self, place: tuple[int, ...]) -> Array | None:
-        """The values of one chunk; None where it has no file and so is the fill value."""
+    def read_chunk(self, place: tuple[int, ...]) -> Array:
+        """The values of one chunk; an empty array where it has no file and so is the fill value."""
         try:
             data = (self.folder / self.key(place)).read_bytes()
         except FileNotFoundError:
-            return None
+            return np.empty(0, self.dtype)
         return self.decode(data)
 
 
@@ -256,7 +256,7 @@ def _read_part(grid: ChunkGrid, cache: DecodedCache, index: Index) -> Array:
 
     for place in itertools.product(*ranges):
         chunk = cache.get(place, functools.partial(grid.read_chunk, place))
-        if chunk is None:
+        if not chunk.size:
             continue
 
         # The overlap, once in the chunk and once in the part.

@@ -23,12 +23,24 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import chunk_decoder
 from hpc_neuro.data.formats.axes import default_axes, letters_of_names
 from hpc_neuro.data.formats.units import um_per
-from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_dtype, check_shape, reinterpret_array
+from hpc_neuro.data.formats.volume import (
+    MAX_SPARSITY,
+    Array,
+    Index,
+    StoredArray,
+    allocated_bytes,
+    check_density,
+    check_dtype,
+    check_shape,
+    reinterpret_array,
+)
 
 _CACHE_BYTES = 128 << 20
 """Bytes of decoded chunks that are kept: neighbouring boxes meet the same chunks."""
 _MAX_CHUNK = 1 << 31
 """Bytes of one decoded chunk; no codec in use packs larger ones, so metadata with a larger one are damaged."""
+_MAX_JSON = 64 << 20
+"""Bytes of the largest description that is read."""
 _MAX_LISTED = 6
 """Arrays named in an error."""
 
@@ -203,6 +215,8 @@ def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArr
         raise InputError(
             f"{level.path} declares chunks of {chunk_bytes} bytes; its description is damaged, copy it again"
         )
+
+    check_density(level.path, shape, dtype, _count_stored_bytes(level.path, math.prod(shape) * dtype.itemsize))
 
     # The matrix is known only where both the step and the position of index 0 are.
     world, axes = None, level.axes
@@ -464,6 +478,17 @@ def _require_chunks(folder: Path, key: str) -> None:
     raise InputError(f"{folder} holds files such as {other}, but no chunk with a name like {key}; {advice}")
 
 
+def _count_stored_bytes(folder: Path, declared: int) -> int:
+    """Bytes in the files below `folder`, counted until they are plausible for the `declared` ones."""
+    total = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            total += allocated_bytes(Path(inside) / name)
+            if total * MAX_SPARSITY >= declared:
+                return total
+    return total
+
+
 def _describe_absent_chunks(folder: Path, key: str, count: int) -> str | None:
     """A sentence on the chunks, of `count` in all, that are not stored; None when all are."""
     absent = count - sum(is_chunk for _, is_chunk in _iter_chunk_files(folder, key))
@@ -491,6 +516,8 @@ def _read_attributes(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON:
+        raise InputError(f"{path} is larger than any description of an array; the folder is damaged, copy it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

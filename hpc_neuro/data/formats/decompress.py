@@ -47,9 +47,9 @@ class DecodedCache:
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
         self.lock = threading.Lock()
-        self.pieces: collections.OrderedDict[Any, Array | None] = collections.OrderedDict()
+        self.pieces: collections.OrderedDict[Any, Array] = collections.OrderedDict()
 
-    def get(self, key: Any, decode: Callable[[], Array | None]) -> Array | None:
+    def get(self, key: Any, decode: Callable[[], Array]) -> Array:
         """The piece of this key, decoded where it is not kept. One thread decodes at a time."""
         with self.lock:
             if key in self.pieces:
@@ -58,10 +58,9 @@ class DecodedCache:
 
             piece = decode()
             self.pieces[key] = piece
-            self.size += 0 if piece is None else piece.nbytes
+            self.size += piece.nbytes
             while self.size > self.limit and len(self.pieces) > 1:
-                _, oldest = self.pieces.popitem(last=False)
-                self.size -= 0 if oldest is None else oldest.nbytes
+                self.size -= self.pieces.popitem(last=False)[1].nbytes
             return piece
 
 

@@ -19,10 +19,14 @@ from hpc_neuro.data.formats.volume import (
     Array,
     Index,
     StoredArray,
+    allocated_bytes,
+    check_density,
     check_dtype,
     check_shape,
+    note_outside,
     read_as_unsigned,
     reinterpret_array,
+    require_regular_file,
 )
 
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".ims", ".n5h5")
@@ -50,6 +54,9 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     # HDF5 reads what is not stored as the fill value, so both kinds of missing data are looked for.
     data = _find_dataset(path, file, dataset)
     shape = check_shape(path, data.shape)
+    outside = _list_other_files(path, data)
+    for file in outside:
+        require_regular_file(file)
     if data.is_virtual:
         _check_virtual_sources(path, data)
     elif not data.id.get_storage_size():
@@ -57,9 +64,11 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
 
     names = _read_axis_names(data)
     axes, spacing, notes = _parse_attributes(data, shape, names)
+    if not data.is_virtual and not data.external:
+        check_density(path, shape, data.dtype, min(data.id.get_storage_size(), allocated_bytes(path)))
     dtype = check_dtype(path, data.dtype)
     read = functools.partial(_read_part, data)
-    notes += (f"dataset {data.name}",)
+    notes += (f"dataset {data.name}", *note_outside(path, outside))
     array = StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=notes, axis_names=names)
     if _is_legacy_bigdataviewer(data):
         return read_as_unsigned(array, "as BigDataViewer writes it")
@@ -93,6 +102,9 @@ def _attributes(file: Any, name: str) -> Any:
 def _find_dataset(path: Path, file: Any, name: str | None) -> Any:
     """The dataset called `name`, or the only one that could be the image."""
     if name is not None:
+        link = file.get(name, getlink=True)
+        if isinstance(link, h5py.ExternalLink):
+            require_regular_file(path.parent / link.filename)
         if name not in file or not isinstance(file[name], h5py.Dataset):
             raise InputError(f"{path} has no dataset {name!r}; it has {_describe_datasets(_list_datasets(file))}")
         return file[name]
@@ -123,6 +135,14 @@ def _list_datasets(file: Any) -> list[Any]:
 def _describe_datasets(datasets: list[Any]) -> str:
     shown = ", ".join(f"{d.name} {d.shape} {d.dtype}" for d in datasets[:_MAX_LISTED])
     return (shown or "none") + (f" and {len(datasets) - _MAX_LISTED} more" if len(datasets) > _MAX_LISTED else "")
+
+
+def _list_other_files(path: Path, data: Any) -> list[Path]:
+    """Other files from which HDF5 reads the voxels of a dataset: behind a link, gathered, or raw."""
+    names = [s.file_name for s in data.virtual_sources()] if data.is_virtual else []
+    names += [name for name, _, _ in data.external or []]
+    own = Path(data.file.filename)
+    return sorted({own, *(own.parent / name for name in names if name != ".")} - {path})
 
 
 def _check_virtual_sources(path: Path, data: Any) -> None:
@@ -190,6 +210,8 @@ def _open_imaris(path: Path, file: Any) -> StoredArray:
 
     spacing, world = _parse_imaris_extent(info, sizes)
     dtype = check_dtype(path, stored[0][0].dtype)
+    held = sum(data.id.get_storage_size() for row in stored for data in row)
+    check_density(path, shape, dtype, min(held, allocated_bytes(path)))
     read = functools.partial(_read_imaris_part, stored)
     notes = () if spacing is not None else ("an extent without a unit of length; give the voxel size in um",)
     return StoredArray("Imaris", shape, "TCZYX", dtype, read, spacing, world, notes)

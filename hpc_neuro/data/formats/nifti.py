@@ -15,7 +15,14 @@ import numpy as np
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats.decompress import UnpackedArray, gzip_stream
 from hpc_neuro.data.formats.units import note_missing_unit, um_per
-from hpc_neuro.data.formats.volume import StoredArray, check_dtype, check_shape, map_array, scale_array
+from hpc_neuro.data.formats.volume import (
+    StoredArray,
+    check_dtype,
+    check_shape,
+    map_array,
+    require_regular_file,
+    scale_array,
+)
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
 
@@ -107,6 +114,7 @@ def _stream_voxels(path: Path, begin: int, size: int) -> Iterator[bytes]:
 
 def _check_packed_size(path: Path, size: int) -> None:
     """Raise InputError when the gzip file is too small for `size` bytes of voxels."""
+    require_regular_file(path)
     packed = path.stat().st_size
     if size > packed * _MAX_DEFLATE + 4096:
         raise InputError(

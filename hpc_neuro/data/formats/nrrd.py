@@ -19,7 +19,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats.axes import letters_of_names
 from hpc_neuro.data.formats.decompress import UnpackedArray, bzip2_stream, gzip_stream, raw_chunks
 from hpc_neuro.data.formats.units import note_missing_unit, um_per
-from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
+from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array, note_outside
 
 SUFFIXES = (".nrrd", ".nhdr")
 
@@ -97,6 +97,7 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     # Voxels stand behind the header, or in the files that it names.
     named = header.get("data file", "datafile")
     sources = [(path, header.end)] if named is None and not header.listed else _find_data_files(header, str(named))
+    _check_skips(header)
     sources = [(file, _skip_lines(file, at, header.line_skip)) for file, at in sources]
 
     # One raw file is mapped; anything else is unpacked once.
@@ -109,6 +110,7 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
 
     axes = _parse_axes(header.fields, len(shape))
     spacing, world, notes = _parse_placement(header.fields, len(shape))
+    notes += note_outside(path, [file for file, _ in sources])
     names = tuple(_parse_labels(header.fields)[::-1])
     return StoredArray("NRRD", shape, axes, dtype, read, spacing, world, notes, axis_names=names)
 
@@ -178,6 +180,18 @@ def _find_data_files(header: _Header, named: str) -> list[tuple[Path, int]]:
     return [(file, 0) for file in files]
 
 
+def _check_skips(header: _Header) -> None:
+    """Raise InputError for skips that mean nothing: below -1, or -1 for data that is not raw."""
+    skip = header.byte_skip
+    if skip < -1 or header.line_skip < 0:
+        raise InputError(
+            f"{header.path} asks for byte skip {skip} and line skip {header.line_skip}; byte skip must be -1 or more, "
+            "line skip 0 or more: correct its header"
+        )
+    if skip == -1 and header.encoding != "raw":
+        raise InputError(f"{header.path} asks for byte skip {skip}, which only raw data can have (-1); save it anew")
+
+
 def _skip_lines(path: Path, begin: int, count: int) -> int:
     """The byte behind `count` lines of text from byte `begin` on."""
     if not count:
@@ -207,10 +221,6 @@ def _find_raw_begin(header: _Header, file: Path, begin: int, shape: tuple[int, .
 
 def _stream_files(header: _Header, sources: list[tuple[Path, int]], dtype: np.dtype[Any], each: int) -> Iterator[bytes]:
     """The bytes of all data files in order. Each file must hold `each` bytes: a short one would shift all others."""
-    skip = header.byte_skip
-    if skip < -1 or (skip == -1 and header.encoding != "raw"):
-        raise InputError(f"{header.path} asks for byte skip {skip}, which only raw data can have (-1); save it anew")
-
     for file, begin in sources:
         # The sum over all files may be right although one is short and another long.
         count = 0

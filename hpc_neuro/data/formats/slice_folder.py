@@ -14,11 +14,12 @@ import tifffile
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff, tiff_voxel_size
+from hpc_neuro.data.formats.decompress import DecodedCache
 from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, translate_errors
 
 _MAX_OPEN = 64
-"""Slices that are kept open; together they may keep as much decoded as one file."""
+"""Slices that are kept open."""
 
 
 def matches(path: Path, head: bytes = b"") -> bool:
@@ -113,6 +114,7 @@ class _SliceStack:
 
     def __init__(self, path: Path, names: Sequence[str], first: StoredArray) -> None:
         self.path, self.names, self.first = path, names, first
+        self.cache = DecodedCache(tiff.CACHE_BYTES)
         self.get_slice = functools.lru_cache(_MAX_OPEN)(self._open_slice)
 
     def __call__(self, index: Index) -> Array:
@@ -123,9 +125,8 @@ class _SliceStack:
         return out
 
     def _open_slice(self, number: int) -> StoredArray:
-        # Open slices share one file's budget of decoded segments.
         path = self.path / self.names[number]
-        array = tiff.open_source(path, None, tiff.CACHE_BYTES // _MAX_OPEN)
+        array = tiff.open_source(path, None, self.cache)
 
         if (array.shape, array.dtype) != (self.first.shape, self.first.dtype):
             raise InputError(

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff, vaa3d
+from hpc_neuro.data.formats.decompress import DecodedCache
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, check_shape, translate_errors
 
 _LEVEL_NAME = re.compile(r"RES\((\d+)x(\d+)x(\d+)\)$")
 _TILE_SUFFIXES = (".tif", ".tiff", ".v3draw", ".raw")
 _MAX_OPEN = 32
-"""Tiles that are kept open; together they may keep as much decoded as one file."""
+"""Tiles that are kept open."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     first = next((t.path for t in plan.tiles if t.path is not None), None)
     if first is None:
         raise InputError(f"{folder} declares only empty tiles; it is incomplete, copy it again")
-    sample = _open_tile(first)
+    sample = _open_tile(None, first)
     shape = check_shape(folder, (sample.shape[0], z, y, x))
 
     spacing, world = None, None
@@ -87,7 +88,7 @@ class _Mosaic:
         self.tiles, self.sample = tiles, sample
         self.starts = np.array([t.box.start for t in tiles])
         self.stops = np.array([t.box.stop for t in tiles])
-        self.get_tile = functools.lru_cache(_MAX_OPEN)(_open_tile)
+        self.get_tile = functools.lru_cache(_MAX_OPEN)(functools.partial(_open_tile, DecodedCache(tiff.CACHE_BYTES)))
 
     def __call__(self, index: Index) -> Array:
         # Tiles that meet the box, found for all tiles at once: a brain has thousands.
@@ -124,12 +125,12 @@ class _Mosaic:
             return array.read((channels, *part.relative_to(own.start).slices))
 
 
-def _open_tile(path: Path) -> StoredArray:
+def _open_tile(cache: DecodedCache | None, path: Path) -> StoredArray:
     """A tile as c z y x, whatever its format keeps."""
     with translate_errors(path, "a TeraFly tile"):
         if path.suffix.lower() in (".v3draw", ".raw"):
             return vaa3d.open_raw(path, None)
-        array = tiff.open_source(path, None, tiff.CACHE_BYTES // _MAX_OPEN)
+        array = tiff.open_source(path, None, cache)
 
     if array.axes not in ("YX", "ZYX", "CZYX"):
         raise InputError(f"{path} has the axes {array.axes}; a tile holds one grey stack, export the volume again")
@@ -287,12 +288,15 @@ def _measure_along(grid: dict[tuple[int, ...], Path], places: list[list[int]], a
     """Voxels along one axis of the tiles that lie on the first edge of the grid along it."""
     corner = tuple(p[0] for p in places)
     keys = [(*corner[:axis], place, *corner[axis + 1 :]) for place in places[axis]]
-    return [_open_tile(grid[key]).shape[1 + axis] for key in keys]
+    return [_open_tile(None, grid[key]).shape[1 + axis] for key in keys]
 
 
 def _by_last_number(paths: Sequence[Path]) -> dict[int, Path]:
-    """Paths by the last number in their names; names without a number are no part of the volume."""
-    return {_parse_numbers(p)[-1]: p for p in paths if _parse_numbers(p)}
+    """Paths by the last number in their names. Names without a number and hidden files are no part of the volume.
+
+    macOS writes a hidden `._NAME` beside each file on disks of other systems.
+    """
+    return {_parse_numbers(p)[-1]: p for p in paths if _parse_numbers(p) and not p.name.startswith(".")}
 
 
 def _parse_numbers(path: Path) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import math
 import struct
@@ -15,6 +16,7 @@ import tifffile
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff_voxel_size
+from hpc_neuro.data.formats.decompress import DecodedCache
 from hpc_neuro.data.formats.volume import (
     Array,
     Index,
@@ -24,13 +26,14 @@ from hpc_neuro.data.formats.volume import (
     invert_array,
     map_array,
     require_bytes,
+    require_regular_file,
 )
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 CACHE_BYTES = 128 << 20
-"""Bytes of decoded segments that are kept: neighbouring boxes of one slab meet the same strips."""
+"""Bytes of decoded segments that a volume keeps: neighbouring boxes of one slab meet the same strips."""
 
 _INTENSITIES = {
     tifffile.PHOTOMETRIC.MINISWHITE,
@@ -51,12 +54,15 @@ def matches(path: Path, head: bytes) -> bool:
     return head[:4] in MAGIC
 
 
-def open_source(path: Path, dataset: str | None, cache_bytes: int = CACHE_BYTES) -> StoredArray:
+def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = None) -> StoredArray:
     """The stack in a TIFF; `dataset` is the number of the series where a file holds several.
+
+    Files that make up one volume share a `cache` of decoded segments.
 
     Raises InputError for a chain of pages that leaves the file, for pages that are missing and for samples that no
     reader could mean as intensity (a color palette).
     """
+    require_regular_file(path)
     # tifffile stops silently at a broken chain, and would return the pages before it.
     _check_page_chain(path)
 
@@ -75,7 +81,7 @@ def open_source(path: Path, dataset: str | None, cache_bytes: int = CACHE_BYTES)
         read: Any = map_array(path, np.dtype(tif.byteorder + dtype.char), shape, series.dataoffset)
         tif.close()
     else:
-        read = _Pages(path, tif, series, shape, palette, cache_bytes)
+        read = _Pages(path, tif, series, shape, palette, cache or DecodedCache(CACHE_BYTES))
         dtype = dtype if palette is None else palette.dtype
 
     array = StoredArray("TIFF", shape, axes, dtype, read, spacing, notes=notes)
@@ -94,7 +100,7 @@ class _Pages:
         series: Any,
         shape: tuple[int, ...],
         palette: Array | None,
-        cache_bytes: int,
+        cache: DecodedCache,
     ) -> None:
         self.path, self.tif, self.series, self.palette = path, tif, series, palette
         frame = series.keyframe
@@ -120,10 +126,7 @@ class _Pages:
         self.grid = (math.ceil(length / self.tile[0]), math.ceil(width / self.tile[1]))
         self._check_segments()
 
-        self.lock = threading.Lock()
-        self.cache_bytes = cache_bytes
-        self.cache: collections.OrderedDict[tuple[int, int], Array] = collections.OrderedDict()
-        self.cached_bytes = 0
+        self.lock, self.cache = threading.Lock(), cache
 
     def __call__(self, index: Index) -> Array:
         # `lead` picks pages; what follows it lies inside a page.
@@ -191,7 +194,8 @@ class _Pages:
             range(columns.start // width, -(-columns.stop // width)),
         ):
             # The part of the segment that lies inside the rows and columns.
-            segment = self._get_segment(number, (plane * down + i) * across + j)
+            key = (self.path, number, (plane * down + i) * across + j)
+            segment = self.cache.get(key, functools.partial(self._decode_segment, *key[1:]))
             top, left = i * height, j * width
 
             y0, y1 = max(rows.start, top), min(rows.stop, top + segment.shape[0])
@@ -199,21 +203,8 @@ class _Pages:
             part = segment[y0 - top : y1 - top, x0 - left : x1 - left]
             out[plane, y0 - rows.start : y1 - rows.start, x0 - columns.start : x1 - columns.start] = part
 
-    def _get_segment(self, number: int, i: int) -> Array:
-        """One decoded strip or tile, [rows, columns, samples], from the cache where it is."""
-        if (number, i) in self.cache:
-            self.cache.move_to_end((number, i))
-            return self.cache[number, i]
-
-        # The segments used longest ago go first.
-        segment = self._decode_segment(number, i)
-        self.cache[number, i] = segment
-        self.cached_bytes += segment.nbytes
-        while self.cached_bytes > self.cache_bytes:
-            self.cached_bytes -= self.cache.popitem(last=False)[1].nbytes
-        return segment
-
     def _decode_segment(self, number: int, i: int) -> Array:
+        """One strip or tile, [rows, columns, samples]."""
         # A multi-file series closes its other files after opening.
         page = self.series.pages[number]
         handle = page.parent.filehandle

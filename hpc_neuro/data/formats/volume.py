@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ Array = NDArray[Any]
 Index = tuple[slice, ...]
 """One slice with start and stop, step 1, per axis of a stored array."""
 
+_MAX_SPARSE_BYTES = 64 << 30
+"""Arrays up to this size may be stored in as few bytes as they like."""
+MAX_SPARSITY = 1_000_000
+"""Declared bytes per stored byte of larger arrays, at most."""
 _MAX_VOXELS = 1 << 56
 """Most voxels of an array; a header that declares more is damaged, since no disk holds as much."""
 
@@ -151,11 +155,48 @@ def translate_errors(path: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
+def require_regular_file(path: Path) -> None:
+    """Raise InputError for a FIFO, a device or a socket, which would block or never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is no regular file (a FIFO, device or socket); give the path of an image")
+
+
+def check_density(path: Path, shape: Sequence[int], dtype: np.dtype[Any], stored: int) -> None:
+    """Raise InputError for an array that declares far more than the `stored` bytes of it could hold.
+
+    No image packs a million to one; a header that says so would keep a program busy for years.
+    """
+    declared = math.prod(shape) * dtype.itemsize
+    if declared > _MAX_SPARSE_BYTES and declared > MAX_SPARSITY * max(stored, 1):
+        raise InputError(
+            f"{path} declares {files.format_bytes(declared)} of voxels but stores only {files.format_bytes(stored)}; "
+            "its header is damaged, or most of it was not copied"
+        )
+
+
+def allocated_bytes(path: Path) -> int:
+    """Bytes of a file that the disk really holds: a sparse file has a size without them."""
+    status = path.stat()
+    # Some network file systems do not count blocks.
+    return min(status.st_size, status.st_blocks * 512) if status.st_blocks else status.st_size
+
+
+def note_outside(path: Path, sources: Iterable[Path]) -> tuple[str, ...]:
+    """A note on files outside the image's own folder from which voxels are read."""
+    folder = path.resolve().parent
+    outside = sorted({str(file.resolve()) for file in sources if not file.resolve().is_relative_to(folder)})
+    if not outside:
+        return ()
+    more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+    return (f"voxels are read from {outside[0]}{more}, outside the folder of the image",)
+
+
 def require_bytes(path: Path, begin: int, count: int, content: str) -> None:
     """Raise InputError unless the file holds `count` bytes from `begin` on.
 
     Called before memory is allocated for what a header declares.
     """
+    require_regular_file(path)
     size = path.stat().st_size
     if begin + count > size:
         raise InputError(
@@ -184,6 +225,7 @@ def check_dtype(path: Path, dtype: np.dtype[Any]) -> np.dtype[Any]:
 def map_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Callable[[Index], Array]:
     """A function that reads parts of a plain C-ordered array that begins at byte `offset` of `path`."""
     require_bytes(path, offset, math.prod(shape) * dtype.itemsize, f"an array of shape {shape}, {dtype}")
+    check_density(path, shape, dtype, allocated_bytes(path))
     return functools.partial(_take, np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape))
 
 

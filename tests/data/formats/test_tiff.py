@@ -91,7 +91,7 @@ def test_small_box_decodes_few_segments(tmp_path: Path) -> None:
     )
     volume = open_volume(tmp_path / "a.tif")
     volume[Box((3, 0, 0), (5, 16, 16))]
-    assert len(volume._array.read.cache) == 2
+    assert len(volume._array.read.cache.pieces) == 2
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32", "float32", "float64"])
