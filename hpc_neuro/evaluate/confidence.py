@@ -53,6 +53,7 @@ def judge_cable(tree: Tree, confidence: Floats, gold: Tree, tolerance: float) ->
 
     `confidence` [N] is that of the edge from each node to its parent.
     """
+    # `resample_tree` cuts each edge into this many parts, in the order of the nodes: so a piece knows its edge.
     fine = resample_tree(tree, 1.0)
     parts = np.maximum(1, np.ceil(edge_lengths(tree) - 1e-9)).astype(np.int64)
     parts[tree.parents < 0] = 1
@@ -61,20 +62,25 @@ def judge_cable(tree: Tree, confidence: Floats, gold: Tree, tolerance: float) ->
     piece = fine.parents >= 0
     middle = (fine.points[piece] + fine.points[fine.parents[piece]]) / 2
     is_right = SegmentIndex(gold).query(middle) <= tolerance
+
     return JudgedCable(edge_lengths(fine)[piece], confidence[owner[piece]], is_right)
 
 
 def bin_by_confidence(cable: JudgedCable) -> list[ConfidenceBin]:
     """The bins that hold any cable, from the least confident to the most."""
+    # A confidence of exactly 1 belongs to the last bin.
     number = np.minimum((cable.confidence * _BINS).astype(np.int64), _BINS - 1)
     bins = []
     for i in range(_BINS):
         inside = (number == i) & (cable.lengths > 0)
         total = float(cable.lengths[inside].sum())
+
+        # An empty bin has neither a mean nor a share.
         if total > 0:
             mean = float((cable.lengths * cable.confidence)[inside].sum()) / total
             right = float(cable.lengths[inside & cable.is_right].sum()) / total
             bins.append(ConfidenceBin(i / _BINS, (i + 1) / _BINS, total, mean, right))
+
     return bins
 
 
@@ -100,6 +106,7 @@ def measure_reliability(
         if not len(tree):
             continue
 
+        # The flips' confidence is in a table of `infer`; the plain one is measured again from the probability.
         traced += 1
         confidences = {"confidence": measure_confidence(tree, prediction.probability, volume.shape)}
         confidences |= model.read_flip_confidence(volume.id, len(tree))
@@ -124,12 +131,15 @@ def build_json(reliability: Mapping[str, Sequence[ConfidenceBin]]) -> dict[str, 
         name: {"bins": [asdict(b) for b in bins], "error": compute_calibration_error(bins)}
         for name, bins in reliability.items()
     }
+    # The plain confidence has always stood at the top level, where programs read it.
     views = {name: table for name, table in tables.items() if name != "confidence"}
+
     return tables.get("confidence", {"bins": [], "error": 0.0}) | ({"views": views} if views else {})
 
 
 def render_section(reliability: Mapping[str, Sequence[ConfidenceBin]], cfg: EvaluateConfig) -> str:
     """The table, the curve, and what they mean; then those with flipped images."""
+    # Say what the two words mean before the numbers.
     bins = reliability["confidence"]
     explanation = html.paragraph(
         f"The model's confidence in a piece of cable is the lowest probability on it; right is what lies within "
@@ -139,6 +149,8 @@ def render_section(reliability: Mapping[str, Sequence[ConfidenceBin]], cfg: Eval
         "table, not from the confidence.",
         "small",
     )
+
+    # The diagonal is what a calibrated confidence would follow.
     curve = charts.draw_lines(
         "Confidence and share that is right",
         [
@@ -148,6 +160,8 @@ def render_section(reliability: Mapping[str, Sequence[ConfidenceBin]], cfg: Eval
         "confidence",
         "share of cable that is right",
     )
+
+    # One bin is a point and no curve.
     parts = [explanation, _render_table("Confidence", bins), html.row([curve]) if len(bins) > 1 else ""]
 
     if "agreement" in reliability:
@@ -161,10 +175,12 @@ def render_section(reliability: Mapping[str, Sequence[ConfidenceBin]], cfg: Eval
             _render_table("Mean of all flips", reliability["mean"]),
             _render_table("Agreement", reliability["agreement"]),
         ]
+
     return "".join(parts)
 
 
 def _render_table(title: str, bins: Sequence[ConfidenceBin]) -> str:
+    # Cells sort by the numbers behind their texts.
     total = sum(b.cable for b in bins)
     columns = [Column(title), Column("Share of the cable"), Column(f"Mean {title.lower()}"), Column("Right")]
     rows = [
@@ -176,4 +192,5 @@ def _render_table(title: str, bins: Sequence[ConfidenceBin]) -> str:
         ]
         for b in bins
     ]
+
     return html.table(columns, rows)

@@ -49,9 +49,12 @@ class EvaluateConfig:
     """The folder that `train` wrote, for its learning curves; none: the one that `infer` recorded, if it exists."""
 
     def __post_init__(self) -> None:
+        # These names have columns of their own in every table.
         for name in self.compare:
             if name in ("otsu", "gold"):
                 raise ValueError(f"compare.{name}: this name is taken; choose another for these predictions")
+
+        # A model without predictions would be a method without scores.
         if empty := [name for name, folders in self.compare.items() if not folders]:
             raise ValueError(f"compare.{empty[0]}: no folder is given")
 

@@ -44,6 +44,7 @@ def draw_picture(
     volume: StoredVolume, prediction: VolumePrediction, trees: dict[str, Tree], tolerance: float, title: str
 ) -> bytes:
     """A JPEG. `trees` are the traced trees (voxels) by the name of their method; `title` stands over the image."""
+    # One pass over the volume serves all panels with the image.
     image = project_maxima(volume.normalized_image, volume.shape)
     probability = project_maxima(prediction.probability, volume.shape)
     gold, size = volume.tree(), volume.voxel_size
@@ -56,16 +57,21 @@ def draw_picture(
         Panel("mask against gold", rgb=_project_errors(volume, prediction.mask)),
         Panel("gold tree", gray=image, brightness=_DIM, lines=[gold_lines], root=root),
     ]
+
+    # Compare every traced tree with gold in its own panel.
     for name, tree in trees.items():
         lines = _compare_trees(tree, gold, tolerance, size)
         panels.append(Panel(f"{name}: traced tree", gray=image, brightness=_DIM, lines=lines, root=root))
+
     return draw_panels(panels, volume.shape, size)
 
 
 def _compare_trees(tree: Tree, gold: Tree, tolerance: float, voxel_size: VoxelSize) -> list[TreeLines]:
     """The cable of both trees (voxels) by agreement, as colored lines in um."""
+    # Gold cable near the traced tree is already drawn as right, so only its missed part is added.
     right, wrong = _split_cable(tree, gold, tolerance, voxel_size)
     _, missed = _split_cable(gold, tree, tolerance, voxel_size)
+
     return [
         TreeLines(missed, MISSED, "missed"),
         TreeLines(right, RIGHT, "on gold"),
@@ -77,6 +83,7 @@ def _split_cable(
     tree: Tree, other: Tree, tolerance: float, voxel_size: VoxelSize
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Pieces of at most a voxel of `tree` within `tolerance` of `other`, and the rest, [E, 2, 3] um."""
+    # Pieces of a voxel are finer than a pixel of the picture.
     fine = resample_tree(tree, 1.0)
     ends = fine.points[fine.edges]
     is_near = SegmentIndex(other).query(ends.mean(axis=1)) <= tolerance
@@ -90,6 +97,7 @@ def _project_errors(volume: StoredVolume, mask: Callable[[Box], Array]) -> tuple
     def project(choose: Callable[[Mask, Mask], Mask]) -> Projections:
         return project_maxima(lambda box: choose(*drop_unlabelled(mask(box), volume.mask(box))), volume.shape)
 
+    # Each kind is projected by itself: a maximum of colors would mix them.
     both = project(lambda p, g: p & g)
     only_predicted = project(lambda p, g: p & ~g)
     only_gold = project(lambda p, g: g & ~p)
@@ -103,7 +111,9 @@ def _project_errors(volume: StoredVolume, mask: Callable[[Box], Array]) -> tuple
             plane = np.where(getattr(only_predicted, axis) > 0, middle, plane)
             planes.append(np.where(getattr(both, axis) > 0, front, plane).astype(np.float32))
         channels.append(Projections(*planes))
+
     red, green, blue = channels
+
     return red, green, blue
 
 

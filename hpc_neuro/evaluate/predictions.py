@@ -46,6 +46,7 @@ class VolumePrediction:
 
     def probability(self, box: Box) -> NDArray[np.float32]:
         """[Z, Y, X] in [0, 1]."""
+        # `infer` stores 0 to 1 in the whole range of an unsigned integer.
         values = self.image[box]
         if values.dtype.kind == "u":
             return values.astype(np.float32) / np.float32(np.iinfo(values.dtype).max)
@@ -64,6 +65,7 @@ class PredictionFolder:
     """One folder that `infer` wrote. Raises InputError when it is not one, or lacks a file of one of `ids`."""
 
     def __init__(self, path: Path, ids: Sequence[str], cfg: EvaluateConfig) -> None:
+        # A volume without a prediction would drop out of the mean, so it ends the run.
         self.path = path
         self._threshold = cfg.threshold
         self._entries: dict[str, Any] = files.read_json(path / INDEX, _REMAKE)
@@ -73,6 +75,7 @@ class PredictionFolder:
                 "run `hpc-neuro infer` on that split, or choose another `split`"
             )
 
+        # Predictions of other programs have no record; the config is then empty.
         self.config: dict[str, Any] = {}
         record = path / "run.json"
         if record.exists():
@@ -88,6 +91,7 @@ class PredictionFolder:
             if not path.exists():
                 raise InputError(f"{self.path / INDEX} names {path}, which does not exist; {_REMAKE} again")
 
+        # A tree that a person corrected is not the model's work.
         entry = self._entries[volume_id]
         tree, digest = entry["swc_voxel"], entry.get("sha256", {}).get("swc_voxel")
         if tree and digest and files.sha256(self.path / tree) != digest:
@@ -113,12 +117,14 @@ class PredictionFolder:
 
     def _list_files(self, volume_id: str) -> list[Path]:
         """The probability, and the tree in voxels unless nothing was traced."""
+        # Where nothing was traced there is no tree file, and the entry says so with a null.
         entry = self._entries[volume_id]
         names = [entry["probability"], entry["swc_voxel"]]
         return [self.path / n for n in names if n is not None]
 
     def read(self, volume_id: str, expected_shape: Shape) -> VolumePrediction:
         """The prediction of a volume. Raises InputError when its shape is not `expected_shape`."""
+        # Compare shapes before values: a mask of another volume would only look like a bad model.
         image, *trees = self._list_files(volume_id)
         probability = open_volume(image)
         if probability.shape != expected_shape:
@@ -128,6 +134,7 @@ class PredictionFolder:
             )
 
         tree = swc.read(trees[0]) if trees else empty_tree()
+
         return VolumePrediction(probability, tree, self.read_threshold(volume_id))
 
     def read_threshold(self, volume_id: str) -> float:
@@ -143,6 +150,7 @@ class PredictionFolder:
         if name is None:
             return {}
 
+        # Without flips the table has no column of disagreement.
         path = self.path / name
         try:
             with path.open(encoding="utf-8") as file:
@@ -153,8 +161,10 @@ class PredictionFolder:
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} cannot be read as confidences of nodes ({error}); {_REMAKE} again") from None
 
+        # Rows belong to nodes by their order, so another number means another tree.
         if len(values) != nodes:
             raise InputError(f"{path} is of {len(values)} nodes, but the tree has {nodes}; {_REMAKE} again")
+
         return {"mean": values[:, 0], "agreement": values[:, 1]}
 
     def read_roots(self, volume_id: str) -> list[list[float]] | None:
@@ -182,6 +192,7 @@ class PredictionFolder:
                 f"{self.path} was traced by a version without {', '.join(absent)}, and Otsu's mask would be traced "
                 f"otherwise; {_REMAKE} again, which keeps the probabilities"
             )
+
         return trace
 
 
@@ -196,11 +207,14 @@ class Method:
 
 def list_methods(cfg: EvaluateConfig, ids: Sequence[str]) -> list[Method]:
     """`model` first, then what it is compared with, Otsu last. Raises InputError for what cannot be read."""
+    # `compare.model` adds seeds to the model, so the main folder comes first in its list.
     folders = {"model": [cfg.predictions], **{name: [] for name in cfg.compare if name != "model"}}
     for name, more in cfg.compare.items():
         folders[name] += more
 
+    # Reading checks every folder before anything is scored.
     methods = [Method(name, tuple(PredictionFolder(p, ids, cfg) for p in paths)) for name, paths in folders.items()]
+
     return [*methods, Method("otsu", ())] if cfg.otsu else methods
 
 
@@ -243,8 +257,10 @@ def compute_otsu_threshold(volume: StoredVolume) -> float:
     is_exact = volume.dtype.kind == "u" and volume.dtype.itemsize <= 2
     counts, values = _count_values(volume) if is_exact else _bin_values(volume)
 
+    # Empty bins at the ends would only slow the search, and scikit-image trims them as well.
     present = np.flatnonzero(counts)
     kept = slice(int(present[0]), int(present[-1]) + 1)
+
     return float(threshold_otsu(hist=(counts[kept], values[kept])))
 
 
@@ -259,6 +275,7 @@ def _count_values(volume: StoredVolume) -> tuple[NDArray[np.int64], NDArray[np.f
 
 def _bin_values(volume: StoredVolume) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Histogram with `_BINS` bins between the extremes of the image."""
+    # A first pass finds the range, a second one fills the bins.
     low, high = math.inf, -math.inf
     for block in tile_volume(volume.shape, _BLOCK):
         image = volume.image(block.write)
@@ -267,11 +284,13 @@ def _bin_values(volume: StoredVolume) -> tuple[NDArray[np.int64], NDArray[np.flo
     counts = np.zeros(_BINS, dtype=np.int64)
     for block in tile_volume(volume.shape, _BLOCK):
         counts += np.histogram(volume.image(block.write), bins=_BINS, range=(low, high))[0]
+
     return counts, low + (np.arange(_BINS) + 0.5) * (high - low) / _BINS
 
 
 def trace_otsu_mask(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) -> Tree:
     """The tree (voxels) of Otsu's mask, from the volume's root; empty, with a warning, when nothing can be traced."""
+    # The same tracer, settings, root and image as for the model: only the mask differs.
     try:
         trees = trace_reader(
             baseline.probability,

@@ -56,6 +56,7 @@ def render_report(
     for a paper.
     """
     neurons = files.format_count(len(results.ids), "neuron")
+    # The order is that of a reader's questions; a section without content is left out.
     sections = [
         ("Result", _render_result(results, cfg, notices)),
         ("Differences", _render_differences(results, cfg)),
@@ -67,8 +68,11 @@ def render_report(
         ("Definitions", _render_definitions(results, cfg)),
         ("Provenance", run_sections.render_provenance(runs)),
     ]
+
+    # The version that computed the numbers identifies the page.
     code = str((runs[-1].record or {}).get("code", ""))
     subtitle = f"{neurons} of the {cfg.split} split · hpc_neuro {code}"
+
     return html.render_page(
         "Neuron segmentation and tracing", subtitle, [(title, body) for title, body in sections if body]
     )
@@ -76,9 +80,11 @@ def render_report(
 
 def _render_result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]) -> str:
     """The main table with gold, below it what to do when the baseline is better."""
+    # A table of all metrics would hide the ten that people compare.
     metrics = [m for m in cfg.list_metrics() if m.main]
     grid = [_list_result_cells(results, metric, cfg) for metric in metrics]
 
+    # Say what the small type is, or why there is none.
     n = len(results.ids)
     text = "One neuron: no interval can be given. The best value of each metric is bold."
     if n > 1:
@@ -86,15 +92,19 @@ def _render_result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]
             f"Means over {n} neurons; in small type the 95 % bootstrap interval over neurons ({cfg.draws:,} draws). "
             "The best mean of each metric is bold."
         )
+
+    # Warnings stand above the numbers, because they decide what the numbers mean.
     names = [*map(_name_method, results.methods), "Gold"]
     parts = [*(html.paragraph(notice, "notice") for notice in notices), html.paragraph(text, "small")]
     parts += [_render_grid(metrics, "Method", names, grid)]
     parts += [html.paragraph(sentence, "notice") for sentence in advise(results, cfg)]
+
     return "".join(parts)
 
 
 def _list_result_cells(results: Results, metric: Metric, cfg: EvaluateConfig) -> list[Cell]:
     """One metric: its mean under each method, and of gold."""
+    # Gold is no competitor: the best is the best of the methods.
     means = [compute_mean(results, method, metric.key, cfg) for method in results.methods]
     best = metric.find_best([interval.mean for interval in means])
     cells = [_interval_cell(interval, metric.digits, best=interval.mean == best) for interval in means]
@@ -102,6 +112,7 @@ def _list_result_cells(results: Results, metric: Metric, cfg: EvaluateConfig) ->
     gold = None
     if metric.describes_tree:
         gold = sum(results.gold[i][metric.key] for i in results.ids) / len(results.ids)
+
     return [*cells, _gold_cell(gold, metric.digits)]
 
 
@@ -114,8 +125,10 @@ def _render_grid(metrics: Sequence[Metric], first: str, names: Sequence[str], gr
         rows = [[Cell(name), *column] for name, column in zip(names, zip(*grid, strict=True), strict=True)]
         return html.table(_list_columns(first, metrics), rows)
 
+    # Numbers of different metrics cannot be sorted by one another.
     columns = [Column("Metric", numeric=False), *(Column(name) for name in names)]
     rows = [[Cell(_title_with_arrow(m), hint=m.definition), *cells] for m, cells in zip(metrics, grid, strict=True)]
+
     return html.table(columns, rows, sortable=False)
 
 
@@ -124,6 +137,7 @@ def advise(results: Results, cfg: EvaluateConfig) -> list[str]:
     if "otsu" not in results.methods:
         return []
 
+    # F1 judges the tree and Dice the mask: which of them is worse decides what to change.
     metrics = {m.key: m for m in cfg.list_metrics()}
     means = {
         key: [sum(results.list_values(m, key)) / len(results.ids) for m in ("model", "otsu")]
@@ -135,9 +149,11 @@ def advise(results: Results, cfg: EvaluateConfig) -> list[str]:
     if not better:
         return []
 
+    # A worse mask is the likelier cause of a worse tree, so it comes first.
     model_dice, otsu_dice = means["dice"]
     evidence = "" if len(results.ids) > 1 else " One neuron is little evidence: score more of them (`split`)."
     advice = _ADVICE_MASK if otsu_dice > model_dice else _advise_on_tracing(results, cfg)
+
     return [f"Otsu's threshold is better than the model: {' and '.join(better)}.{evidence} {advice}"]
 
 
@@ -154,8 +170,11 @@ def _render_differences(results: Results, cfg: EvaluateConfig) -> str:
     """The model against each other method, neuron by neuron; empty with one neuron or one method."""
     if len(results.ids) < 2 or len(results.methods) < 2:
         return ""
+
+    # The table first, then the neurons behind its means, then the means with their intervals.
     note = "In the first charts, one thin line per neuron; the bar is the mean. Arrows say which way is better."
     figures = [*_draw_pairs(results, cfg), *_draw_differences(results, cfg)]
+
     return _render_difference_table(results, cfg) + html.paragraph(note, "small") + html.row(figures)
 
 
@@ -167,6 +186,7 @@ def _draw_pairs(results: Results, cfg: EvaluateConfig) -> list[str]:
     for key in ("dice", cfg.f1_key, "hd95_um", "esa"):
         values = zip(*(results.list_values(method, key) for method in results.methods), strict=True)
         figures.append(charts.draw_pairs(_title_with_arrow(metrics[key]), names, list(values), ""))
+
     return figures
 
 
@@ -177,15 +197,19 @@ def _draw_differences(results: Results, cfg: EvaluateConfig) -> list[str]:
         if not metric.main or metric.describes_tree:
             continue
 
+        # The model is the first method, and the others are what it is compared with.
         rows = []
         for method in results.methods[1:]:
             interval = compute_difference(results, "model", method, metric.key, cfg)
             rows.append((_name_method(method), interval.mean, interval.low, interval.high))
+
+        # Where lower is better, a better model lies left of zero.
         side = "right" if metric.direction == "higher" else "left"
         title = f"{metric.heading}: model minus each other method"
         figures.append(
             charts.draw_differences(title, rows, f"mean and 95 % interval; {side} of zero the model is better")
         )
+
     return figures
 
 
@@ -202,6 +226,7 @@ def _render_difference_table(results: Results, cfg: EvaluateConfig) -> str:
         "difference."
     )
     names = [f"Model \N{MINUS SIGN} {_name_method(method)}" for method in others]
+
     return html.paragraph(note, "small") + _render_grid(metrics, "Difference", names, grid)
 
 
@@ -211,6 +236,8 @@ def _render_neurons(results: Results, cfg: EvaluateConfig) -> str:
     main = [m for m in metrics if m.main]
     columns = [Column("Neuron", numeric=False), *_list_columns("Method", main)]
     names = [*map(_name_method, results.methods), "Gold"]
+
+    # Ten columns fit the page; the other metrics of each neuron are a click away.
     rows, details = [], []
     for volume in results.rank_worst_first(cfg):
         cells = {m.key: _list_neuron_cells(results, volume, m) for m in metrics}
@@ -222,11 +249,13 @@ def _render_neurons(results: Results, cfg: EvaluateConfig) -> str:
 
     note = "A click on a heading sorts; at first the worst neurons, by the model's F1, stand at the top."
     volumes = html.details("The volumes", _render_volumes(results))
+
     return html.paragraph(note, "small") + html.table(columns, rows) + volumes + "".join(details)
 
 
 def _list_neuron_cells(results: Results, volume: str, metric: Metric) -> list[Cell]:
     """One metric of one neuron: under each method, and of gold."""
+    # Seeds are averaged first, as in the means.
     values = [results.average_seeds(method, volume)[metric.key] for method in results.methods]
     best = metric.find_best(values)
     cells = [Cell(html.format_number(value, metric.digits), value, best=value == best) for value in values]
@@ -274,6 +303,7 @@ def _render_definitions(results: Results, cfg: EvaluateConfig) -> str:
         f"Percentile bootstrap: the neurons are drawn {cfg.draws:,} times with replacement (seed 0); differences are "
         "taken neuron by neuron first."
     )
+
     return html.definitions([*terms, ("Empty masks and trees", empty), ("95 % interval", interval)])
 
 
@@ -282,12 +312,16 @@ def _list_columns(first: str, metrics: Sequence[Metric]) -> list[Column]:
 
 
 def _interval_cell(interval: Interval, digits: int, best: bool = False, signed: bool = False) -> Cell:
+    # What rounds to zero has no sign.
     text = html.format_number(interval.mean, digits)
     if signed and round(interval.mean, digits) > 0:
         text = "+" + text
+
+    # One neuron has no interval.
     note = ""
     if interval.low is not None and interval.high is not None:
         note = f"{html.format_number(interval.low, digits)} … {html.format_number(interval.high, digits)}"
+
     return Cell(text, interval.mean, best, note)
 
 

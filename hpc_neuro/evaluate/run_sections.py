@@ -40,6 +40,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise InputError(f"{path} does not exist; give the `out` of a `train` run as `train`, or leave it out")
 
+    # One JSON object per line, as `train` appends them.
     rows = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
@@ -49,17 +50,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             # The last line of a run that is at work, or was killed, may be incomplete.
             if number < len(lines):
                 raise InputError(f"line {number} of {path} is no JSON ({error}); the file is damaged") from None
+
     return rows
 
 
 def draw_curves(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Charts: the loss and its terms, those of the distillation, validation, learning rate."""
+    # The terms depend on the losses of the run, so they are taken from the rows.
     train = [r for r in rows if r.get("kind") == "train"]
     validation = [r for r in rows if r.get("kind") == "val"]
     terms = list(dict.fromkeys(k for r in train for k, v in r.items() if k not in _NOT_LOSSES and _is_number(v)))
     distillation = [t for t in terms if t.startswith("distill_")]
     others = [t for t in terms if t not in distillation]
 
+    # Terms of the distillation have a scale of their own.
     figures = []
     for title, keys in (("Training loss and its terms", others), ("Terms of the distillation", distillation)):
         if keys:
@@ -69,10 +73,12 @@ def draw_curves(rows: Sequence[dict[str, Any]]) -> list[str]:
     scores = [_build_series(validation, k) for k in _VALIDATION]
     figures.append(charts.draw_lines("Validation on fixed crops", scores, "step", "share"))
     figures.append(charts.draw_lines("Learning rate", [_build_series(train, "lr")], "step", "learning rate"))
+
     return figures
 
 
 def _build_series(rows: Sequence[dict[str, Any]], key: str) -> charts.Series:
+    # A term may be missing from some steps, or null.
     points = [(r["step"], r[key]) for r in rows if _is_number(r.get(key))]
     return charts.Series(_NAMES.get(key, key.replace("_", " ")), [x for x, _ in points], [y for _, y in points])
 
@@ -94,6 +100,7 @@ def describe_methods(
     the store the model was trained or validated on; 0 where that is not known. A run without a record, and a setting
     that its record lacks, is left out.
     """
+    # Of several runs of one verb the last is nearest to the result.
     records = {run.verb: run.record for run in runs if run.record}
     sentences = [
         _describe_training(records.get("train"), training_volumes),
@@ -102,12 +109,16 @@ def describe_methods(
         _describe_data(results, cfg),
         _describe_scores(results, cfg),
     ]
+
+    # The version makes the numbers reproducible.
     if code := records.get("evaluate", {}).get("code"):
         sentences.append(f"Software: hpc_neuro {code}.")
+
     return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _describe_data(results: Results, cfg: EvaluateConfig) -> str:
+    # Volumes of one data set share their voxel size as a rule; others are listed.
     sizes = dict.fromkeys(str(facts["Voxel size [µm]"]) for facts in results.volume_facts.values())
     steps = "; ".join(sizes)
     scored = f"Scores are of {files.format_count(len(results.ids), 'neuron')} of the {cfg.split} split"
@@ -120,10 +131,13 @@ def _describe_training(record: Mapping[str, Any] | None, volumes: int) -> str:
     if not config:
         return ""
 
+    # What the network is and where its weights come from.
     patch, crop = _look_up(config, "student.patch"), _look_up(config, "crop.size")
     text = f"A 3D vision transformer (size {_look_up(config, 'student.size')}, patches of {_join(patch)} voxels)"
     if (teacher := _look_up(config, "teacher.model")) is not None:
         text += f", initialized from the 2D teacher {teacher} (rule {_look_up(config, 'transfer.rule')}),"
+
+    # How it was trained.
     text += (
         f" was trained for {_look_up(config, 'optim.steps')} steps of {_look_up(config, 'optim.batch')} crops of "
         f"{_join(crop)} voxels (AdamW, peak learning rate {_look_up(config, 'optim.lr')}, seed {config.get('seed')})"
@@ -131,11 +145,14 @@ def _describe_training(record: Mapping[str, Any] | None, volumes: int) -> str:
 
     if volumes:
         text += f" on {files.format_count(volumes, 'neuron')}, those of the validation included,"
+
+    # What it was trained for.
     losses = [str(loss.get("kind")).replace("_", " ") for loss in config.get("losses") or []]
     if losses:
         text += f" with the loss {' + '.join(losses)}"
     if weight := _look_up(config, "distill.weight"):
         text += f" and feature distillation from the teacher (weight {weight:g})"
+
     return text + "."
 
 
@@ -147,12 +164,15 @@ def _describe_prediction(record: Mapping[str, Any] | None, thresholds: Sequence[
     if flips := config.get("flips"):
         text.append(f"averaged over {len(flips) + 1} orientations")
     if thresholds:
+        # Every volume may have a threshold of its own.
         values = " to ".join(f"{value:g}" for value in dict.fromkeys((min(thresholds), max(thresholds))))
         text.append(f"cut at a probability of {values}")
+
     return f"Volumes were {_join_words(text)}." if text else ""
 
 
 def _describe_tracing(record: Mapping[str, Any] | None) -> str:
+    # The settings that people ask for; all others are under Provenance.
     trace = _look_up((record or {}).get("config", {}), "trace") or {}
     phrases = [text.format(trace[key]) for key, text in _TRACE_PHRASES.items() if _is_number(trace.get(key))]
     return f"Trees were traced from the probability with {_join_words(phrases)}." if phrases else ""
@@ -163,6 +183,8 @@ def _describe_scores(results: Results, cfg: EvaluateConfig) -> str:
         f"Cable agrees within {cfg.tolerance_vox:g} voxels of the other tree; ESA follows Vaa3D's neuron_distance, "
         "HD95 MONAI, clDice Shit et al. (2021)."
     )
+
+    # What was averaged, and over what.
     seeds = len(results.seeds["model"])
     if seeds > 1:
         text += f" Scores of {seeds} trained models were averaged neuron by neuron."
@@ -170,11 +192,13 @@ def _describe_scores(results: Results, cfg: EvaluateConfig) -> str:
         text += f" Intervals are 95 % percentile bootstrap intervals over neurons ({cfg.draws:,} draws)."
     if "otsu" in results.methods:
         text += " The baseline is Otsu's threshold of the raw image, traced by the same tracer."
+
     return text
 
 
 def _look_up(config: Mapping[str, Any], key: str) -> Any:
     """The value under a dotted key; None where a part of it is missing."""
+    # Records of older versions lack newer settings.
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -194,6 +218,8 @@ def render_provenance(runs: Sequence[RunRecord]) -> str:
     """A table of the runs behind the result, and what each recorded."""
     columns = [Column("Stage", numeric=False), Column("Folder", numeric=False, wrap=True)]
     columns += [Column(title, numeric=False) for title in ("Code", "Finished", "Host")]
+
+    # A run whose folder is gone still stands in the chain.
     rows, records = [], []
     for run in runs:
         if run.record is None:
@@ -204,6 +230,7 @@ def render_provenance(runs: Sequence[RunRecord]) -> str:
         records.append(html.details(f"{run.verb}: command, inputs and settings", _render_record(run.record)))
 
     cells = [[Cell(text) for text in row] for row in rows]
+
     return html.table(columns, cells, sortable=False) + "".join(records)
 
 
@@ -216,11 +243,20 @@ def _render_record(record: Mapping[str, Any]) -> str:
         ("Inputs (SHA-256)", ", ".join(f"{name} {str(sha)[:12]}" for name, sha in record.get("inputs", {}).items())),
         ("Result", ", ".join(_describe_result(record.get("summary", {})))),
     ]
+
+    # YAML is the language in which people write configs.
     settings = yaml.safe_dump(record.get("config", {}), sort_keys=False, default_flow_style=None, width=100)
+
     return html.definitions([(term, text) for term, text in terms if text]) + html.code(settings)
 
 
 def _describe_result(summary: Mapping[str, Any]) -> list[str]:
     """`best val dice 0.81` for each plain value of a run's summary; tables are elsewhere on the page."""
-    plain = {key: v for key, v in summary.items() if isinstance(v, (str, int, float))}
-    return [f"{key.replace('_', ' ')} {f'{v:g}' if _is_number(v) else v}" for key, v in plain.items()]
+    phrases = []
+    for key, value in summary.items():
+        if isinstance(value, (str, int, float)):
+            # Counts keep all digits, measurements six.
+            text = f"{value:.6g}" if isinstance(value, float) else f"{value:,}" if _is_number(value) else str(value)
+            phrases.append(f"{key.replace('_', ' ')} {text}")
+
+    return phrases

@@ -29,6 +29,7 @@ class Results:
 
     def average_seeds(self, method: str, volume: str) -> Scores:
         """Scores of a volume, averaged over seeds."""
+        # Every seed has the same keys.
         scores = [seed[volume] for seed in self.seeds[method]]
         return {key: sum(s[key] for s in scores) / len(scores) for key in scores[0]}
 
@@ -38,6 +39,7 @@ class Results:
 
     def rank_worst_first(self, cfg: EvaluateConfig) -> list[str]:
         """Volumes by the model's F1, lowest first."""
+        # `sorted` is stable: equal neurons keep the order of the store.
         f1 = dict(zip(self.ids, self.list_values("model", cfg.f1_key), strict=True))
         return sorted(self.ids, key=lambda i: f1[i])
 
@@ -54,12 +56,15 @@ def compute_difference(results: Results, first: str, second: str, key: str, cfg:
 
 def build_json(results: Results, cfg: EvaluateConfig) -> dict[str, object]:
     """metrics.json: `volumes` and `mean` as other programs read them; the rest under keys of its own."""
+    # Seeds are averaged neuron by neuron first, so that a neuron weighs the same whatever the number of seeds.
     keys = [m.key for m in cfg.list_metrics()]
     volumes = {i: {method: results.average_seeds(method, i) for method in results.methods} for i in results.ids}
     means = {
         method: {key: sum(results.list_values(method, key)) / len(results.ids) for key in keys}
         for method in results.methods
     }
+
+    # Intervals and differences are over neurons.
     intervals = {
         method: {key: _list_bounds(compute_mean(results, method, key, cfg)) for key in keys}
         for method in results.methods
@@ -70,7 +75,10 @@ def build_json(results: Results, cfg: EvaluateConfig) -> dict[str, object]:
         }
         for method in results.methods[1:]
     }
+
+    # The single seeds are given only where there is more than one.
     seeds = {method: [dict(s) for s in results.seeds[method]] for method in results.methods}
+
     return {
         "volumes": volumes,
         "mean": means,
@@ -90,6 +98,7 @@ def format_csv(results: Results, cfg: EvaluateConfig) -> str:
         writer = csv.DictWriter(text, ["volume", "method", "seed", *keys], lineterminator="\n")
         writer.writeheader()
         for volume in results.ids:
+            # Every seed has a line, so that other programs can take the means their own way.
             for method in results.methods:
                 for number, scores in enumerate(results.seeds[method]):
                     writer.writerow({"volume": volume, "method": method, "seed": number, **scores[volume]})
@@ -99,6 +108,7 @@ def format_csv(results: Results, cfg: EvaluateConfig) -> str:
 
 def format_latex(results: Results, cfg: EvaluateConfig) -> str:
     """The main table: methods down, metrics across, mean and 95 % interval; the best mean is bold. Needs booktabs."""
+    # Lengths and counts have no best value, and gold no row.
     metrics = [m for m in cfg.list_metrics() if m.main and m.direction]
     head = " & ".join(["Method", *(f"{_escape_latex(m.heading)} ${_arrow(m)}$" for m in metrics)])
 
@@ -110,6 +120,7 @@ def format_latex(results: Results, cfg: EvaluateConfig) -> str:
         for method, interval in means.items():
             cells[method].append(_format_latex_cell(interval, metric.digits, is_best=interval.mean == best))
 
+    # The comment travels with the table into the paper's source.
     n = len(results.ids)
     lines = [
         f"% {n} neuron{'s' if n > 1 else ''}; in brackets the 95 % bootstrap interval over neurons",
@@ -121,6 +132,7 @@ def format_latex(results: Results, cfg: EvaluateConfig) -> str:
         r"\bottomrule",
         r"\end{tabular}",
     ]
+
     return "\n".join(lines) + "\n"
 
 
@@ -130,6 +142,7 @@ def _format_latex_cell(interval: Interval, digits: int, is_best: bool) -> str:
         text = rf"\textbf{{{text}}}"
     if interval.low is not None and interval.high is not None:
         text += rf" {{\tiny [{interval.low:.{digits}f}, {interval.high:.{digits}f}]}}"
+
     return text
 
 

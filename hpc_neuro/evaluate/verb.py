@@ -11,6 +11,7 @@ from typing import Any
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import to_plain
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate import confidence, report_page, run_sections
@@ -39,6 +40,7 @@ _BYTES_PER_VOXEL = 12
 
 def forecast(cfg: EvaluateConfig) -> list[str]:
     """Check that every prediction of the split exists; say what will be compared."""
+    # Read whatever the run will read, so that bad input ends it before anything is written.
     store = Store(cfg.store)
     ids = list_volumes(cfg, store)
     methods = list_methods(cfg, ids)
@@ -47,24 +49,29 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     if cfg.otsu:
         choose_trace_config(cfg, methods)
 
+    # Name every folder: a comparison with the wrong one looks like any other.
     lines = [f"{files.format_count(len(ids), 'neuron')} of the {cfg.split} split of {cfg.store}: {', '.join(ids)}"]
     for method in methods:
         folders = ", ".join(str(seed.path) for seed in method.seeds)
         lines.append(f"{method.name}: {folders or 'threshold of the raw image, traced from the same root'}")
 
+    # Beyond the limit masks are compared block by block, and memory stays.
     largest = max(math.prod(store[i].shape) for i in ids)
     memory = files.format_bytes(min(largest, MAX_VOXELS_IN_MEMORY) * _BYTES_PER_VOXEL)
     lines.append(f"largest volume {largest:,} voxels, about {memory} of memory")
+
     return lines
 
 
 def run(cfg: EvaluateConfig) -> int:
     """Score what is not scored yet, then write metrics, pictures and the report. 0 when done."""
+    # Hash what decides the result, so that a changed input is noticed at the next start.
     lines = forecast(cfg)
     inputs: dict[str, Path | str] = {"store": cfg.store / "dataset.json", "predictions": cfg.predictions / INDEX}
     for name, folders in cfg.compare.items():
         inputs |= {f"{name}.{i}": folder / INDEX for i, folder in enumerate(folders)}
 
+    # A product that was deleted is written again, from the scores that are kept.
     is_whole = cfg.share is not None or all((cfg.out / name).exists() for name in _PRODUCTS)
     out = run_folder.share_folder(cfg.out, cfg.share)
     with run_folder.start("evaluate", cfg, out, inputs, whole=is_whole) as current_run:
@@ -73,9 +80,12 @@ def run(cfg: EvaluateConfig) -> int:
 
         for line in lines:
             log.info("%s", line)
+        # Scores take nearly all the time, and may come from several jobs.
         store = Store(cfg.store)
         methods = list_methods(cfg, list_volumes(cfg, store))
         results = _score_all(cfg, store, methods)
+
+        # A share has scored its part; the run without `share` gathers all of them.
         if cfg.share is not None:
             current_run.finish({"volumes": len(results.ids)})
             return 0
@@ -84,11 +94,13 @@ def run(cfg: EvaluateConfig) -> int:
         summary = {"volumes": len(results.ids), "mean": build_json(results, cfg)["mean"]}
         current_run.finish(summary, outputs=[cfg.out / name for name in _PRODUCTS])
         log.info("report: %s", cfg.out / "report.html")
+
     return 0
 
 
 def _score_all(cfg: EvaluateConfig, store: Store, methods: Sequence[Method]) -> Results:
     """Score all volumes; each score is kept in OUT/scores, so that a killed run continues with the next."""
+    # The baseline has no seeds, and one score.
     ids = tuple(run_folder.take_share(list_volumes(cfg, store), cfg.share))
     seeds: dict[str, list[dict[str, Scores]]] = {m.name: [{} for _ in m.seeds or (None,)] for m in methods}
     jobs = [(i, method, number) for i in ids for method in methods for number in range(len(seeds[method.name]))]
@@ -98,6 +110,8 @@ def _score_all(cfg: EvaluateConfig, store: Store, methods: Sequence[Method]) -> 
         if not path.exists():
             mask, tree = _predict(cfg, store[volume_id], method, number, methods)
             files.write_json(path, score_volume(store[volume_id], mask, tree, cfg))
+
+        # Read back also what was just written: the results are then the same in a run that was interrupted.
         scores = files.read_json(path, f"remove {path} and run again")
         seeds[method.name][number][volume_id] = scores
         log.info("%s, %s: Dice %.3f, F1 %.3f", volume_id, method.name, scores["dice"], scores[cfg.f1_key])
@@ -115,6 +129,7 @@ def _predict(
     cfg: EvaluateConfig, volume: StoredVolume, method: Method, number: int, methods: Sequence[Method]
 ) -> tuple[Callable[[Box], Array], Tree]:
     """Mask (by box) and tree (voxels) of a volume by one seed of a method."""
+    # Otsu's mask is cheap to make, so it is not kept.
     if method.seeds:
         prediction = method.seeds[number].read(volume.id, volume.shape)
         return prediction.mask, prediction.tree
@@ -130,6 +145,7 @@ def score_volume(volume: StoredVolume, mask: Callable[[Box], Array], tree: Tree,
 
 def describe_gold(volume: StoredVolume, cfg: EvaluateConfig) -> Scores:
     """The metrics that describe a tree alone, of the gold tree."""
+    # Gold takes the place of the prediction; its masks are not read.
     comparison = _compare(volume, volume.mask, volume.tree(), cfg)
     return {metric.key: metric.compute(comparison) for metric in cfg.list_metrics() if metric.describes_tree}
 
@@ -162,6 +178,7 @@ def _write_products(
     cfg: EvaluateConfig, store: Store, methods: Sequence[Method], results: Results, record: Mapping[str, Any]
 ) -> None:
     """Write the tables and the report."""
+    # Sentences that decide what the numbers mean go to the log as well.
     runs = provenance.follow_runs(
         {"infer": cfg.predictions, "prepare": cfg.store, **({"train": cfg.train} if cfg.train else {})}
     )
@@ -171,6 +188,7 @@ def _write_products(
     for notice in notices:
         log.warning("%s", notice)
 
+    # The page is built before anything is written, so that an error leaves no half of the tables.
     reliability = confidence.measure_reliability(cfg, store, results.ids, methods[0].seeds[0])
     runs.append(RunRecord("evaluate", cfg.out, {**record, "end": "this report"}))
     thresholds = [methods[0].seeds[0].read_threshold(i) for i in results.ids]
@@ -184,6 +202,8 @@ def _write_products(
         reliability=reliability,
         methods=run_sections.describe_methods(results, cfg, runs, thresholds, _count_training_volumes(store, runs)),
     )
+
+    # metrics.json first: it is what other programs wait for.
     metrics = {**build_json(results, cfg), "confidence": confidence.build_json(reliability)}
     files.write_json(cfg.out / "metrics.json", metrics)
     files.write_text(cfg.out / "metrics.csv", format_csv(results, cfg))
@@ -193,6 +213,7 @@ def _write_products(
 
 def _read_training(cfg: EvaluateConfig, runs: Sequence[RunRecord]) -> list[dict[str, Any]] | None:
     """The rows of the training run's metrics.jsonl: of the config's folder, else of the run behind the predictions."""
+    # A run whose folder was removed has no curves.
     behind = [r.folder for r in runs if r.verb == "train" and (r.folder / "metrics.jsonl").exists()]
     folders = [cfg.train] if cfg.train else behind
     return run_sections.read_metrics(folders[0]) if folders else None
@@ -200,6 +221,7 @@ def _read_training(cfg: EvaluateConfig, runs: Sequence[RunRecord]) -> list[dict[
 
 def _count_training_volumes(store: Store, runs: Sequence[RunRecord]) -> int:
     """How many volumes of the store the training run recorded as inputs, those of its validation included."""
+    # `train` records the digest of every volume it reads.
     digests = {
         sha for run in runs if run.record and run.verb == "train" for sha in run.record.get("inputs", {}).values()
     }
@@ -208,22 +230,26 @@ def _count_training_volumes(store: Store, runs: Sequence[RunRecord]) -> int:
 
 def _list_otsu_differences(cfg: EvaluateConfig, store: Store, results: Results, methods: Sequence[Method]) -> list[str]:
     """Sentences on how the tracing of Otsu's mask differs from that of the model's probability."""
+    # The comparison is fair when only the mask differs.
     model = methods[0].seeds[0]
     sentences = []
-    recorded = model.read_trace_config()
-    if cfg.trace is not None and recorded is not None and cfg.trace != recorded:
+    recorded = model.config.get("trace")
+    if cfg.trace is not None and recorded is not None and recorded != to_plain(cfg.trace):
         sentences.append("Otsu's mask was traced with other settings than the model's (`trace` of evaluate).")
 
+    # A tracer that starts elsewhere leaves out other cable.
     others = [i for i in results.ids if _has_other_roots(store[i], model.read_roots(i))]
     if others:
         sentences.append(
             f"Otsu's mask was traced from the store's root, the model's from others or none: {', '.join(others)}."
         )
+
     return sentences
 
 
 def _has_other_roots(volume: StoredVolume, traced_roots: list[list[float]] | None) -> bool:
     """Whether a volume was traced from other roots than the store's; False where that is not recorded."""
+    # `infer` records roots with three decimals.
     root = [] if volume.root is None else [[round(float(c), 3) for c in volume.root]]
     return traced_roots is not None and traced_roots != root
 
@@ -232,6 +258,7 @@ def _draw_pictures(
     cfg: EvaluateConfig, store: Store, methods: Sequence[Method], results: Results
 ) -> list[tuple[str, Path]]:
     """Draw the worst volumes into OUT/pictures; existing pictures are kept."""
+    # Failures teach more than successes, so the worst neurons are shown.
     worst = results.rank_worst_first(cfg)[: cfg.pictures]
     pictures = []
     for volume_id in run_folder.track_progress(worst, "pictures", unit="picture"):
@@ -240,6 +267,7 @@ def _draw_pictures(
             with files.atomic(path) as part:
                 part.write_bytes(_draw_volume(cfg, store[volume_id], methods))
         pictures.append((volume_id, path))
+
     return pictures
 
 

@@ -28,4 +28,5 @@ def list_metrics(tolerance_vox: float = 4.0, tolerance_um: float | None = None) 
     ]
     if tolerance_um is not None:
         metrics += cable.list_metrics_at(Tolerance(tolerance_um, "um"))
+
     return metrics

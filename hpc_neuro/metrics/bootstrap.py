@@ -32,6 +32,8 @@ def mean_interval(values: Sequence[float], draws: int = 10_000, seed: int = 0, l
     data = np.asarray(values, dtype=np.float64)
     if not len(data) or not np.isfinite(data).all():
         raise ValueError(f"a mean over {len(data)} neurons needs finite values, found {data.tolist()[:8]}")
+
+    # Every draw from one neuron is that neuron, so its interval would have no width and mean nothing.
     if len(data) < 2:
         return Interval(float(data.mean()), None, None, len(data))
 
@@ -52,6 +54,8 @@ def paired_difference(
     """Mean of `first` minus `second`, neuron by neuron, with its interval; both have the neurons in the same order."""
     if len(first) != len(second):
         raise ValueError(f"{len(first)} values cannot be paired with {len(second)}")
+
+    # Neurons differ far more than methods do; the difference within each neuron removes what they share.
     return mean_interval([a - b for a, b in zip(first, second, strict=True)], draws, seed, level)
 
 
@@ -66,6 +70,7 @@ def crossed_interval(values: NDArray[np.float64], draws: int = 10_000, seed: int
     if data.ndim != 2 or not data.size or not np.isfinite(data).all():
         raise ValueError(f"expected an array [seeds, neurons] of finite values, found shape {data.shape}")
 
+    # One neuron has no interval, as in `mean_interval`, however many seeds have scored it.
     rows, columns = data.shape
     if columns < 2:
         return Interval(float(data.mean()), None, None, columns)

@@ -42,12 +42,14 @@ def match_cable(predicted: Tree, gold: Tree, tolerance: float, step: float = 1.0
     if tolerance <= 0 or step <= 0:
         raise ValueError(f"tolerance {tolerance} and step {step} must both be above 0")
 
+    # Nothing to find and nothing found is agreement.
     lengths = morphology.length(predicted), morphology.length(gold)
     if not len(predicted) and not len(gold):
         return CableMatch(1.0, 1.0, 1.0, *lengths)
 
     precision = _measure_coverage(predicted, gold, tolerance, step)
     recall = _measure_coverage(gold, predicted, tolerance, step)
+
     return CableMatch(precision, recall, harmonic_mean(precision, recall), *lengths)
 
 
@@ -61,6 +63,7 @@ def _measure_coverage(tree: Tree, other: Tree, tolerance: float, step: float) ->
         lengths, total = np.ones(len(lengths)), float(len(lengths))
     if not total:
         return 0.0
+
     return float(lengths[SegmentIndex(other).query(middles) <= tolerance].sum() / total)
 
 
@@ -86,18 +89,23 @@ def remove_stub(
     if not len(predicted) or not len(gold):
         return predicted
 
+    # Cut edges short, so that the place where an arm leaves the ball is exact to a quarter of the tolerance.
     reach = 2 * tolerance if reach is None else reach
     center = gold.points[gold.roots[0]] if root is None else np.asarray(root, dtype=np.float64)
     rerooted = _reroot_near(morphology.resample_tree(predicted, tolerance / 4), center, tolerance)
     if rerooted is None:
         return predicted
 
+    # From the node at the gold root, every arm leads outwards.
     distance = np.linalg.norm(rerooted.points - center, axis=1)
     seed = int(rerooted.roots[distance[rerooted.roots].argmin()])
     arm = _number_arms(rerooted, seed, distance <= reach)
+
+    # Remove the longest false arm, if there is one.
     lengths = _measure_false_arms(rerooted, gold, arm, tolerance)
     if not len(lengths) or lengths.max() == 0.0:
         return predicted
+
     return morphology.select_nodes(rerooted, arm != int(lengths.argmax()))
 
 
@@ -113,6 +121,7 @@ def _reroot_near(tree: Tree, center: NDArray[np.float64], tolerance: float) -> T
     above, node = -1, nearest
     while node >= 0:
         parents[node], above, node = above, node, int(tree.parents[node])
+
     return morphology.build_tree(tree.points, parents, tree.radii, tree.types)
 
 
@@ -125,6 +134,7 @@ def _number_arms(tree: Tree, seed: int, is_near: NDArray[np.bool_]) -> NDArray[n
     is_inside = np.zeros(len(tree), dtype=bool)  # reached from the seed without leaving `is_near`
     is_inside[seed] = True
 
+    # Parents come before their children, so the state of the parent is known.
     count = 0
     for node, parent in enumerate(tree.parents):
         if parent < 0:
@@ -135,6 +145,7 @@ def _number_arms(tree: Tree, seed: int, is_near: NDArray[np.bool_]) -> NDArray[n
             is_inside[node] = True
         elif is_inside[parent]:
             arm[node], count = count, count + 1
+
     return arm
 
 
@@ -146,7 +157,10 @@ def _measure_false_arms(tree: Tree, gold: Tree, arm: NDArray[np.int64], toleranc
 
     weights = morphology.edge_lengths(tree)[in_arm]
     lengths = np.bincount(arm[in_arm], weights=weights, minlength=count).astype(np.float64)
+
+    # One node on gold makes the whole arm a neurite of the gold tree.
     lengths[np.bincount(arm[in_arm & is_on_gold], minlength=count) > 0] = 0.0
+
     return lengths
 
 
@@ -165,17 +179,20 @@ def _match_voxels_without_stub(comparison: Comparison) -> CableMatch:
 
 def _match_um(comparison: Comparison) -> CableMatch:
     """Agreement at the tolerance in um, in pieces of at most a quarter of it."""
+    # Only `list_metrics_at` a tolerance in um asks for this, and it needs that tolerance.
     tolerance = comparison.tolerance_um
     if tolerance is None:
         raise ValueError("metrics at a tolerance in um need a comparison with `tolerance_um`")
     predicted, gold = (
         morphology.scale_tree(t, comparison.voxel_size) for t in (comparison.predicted_tree, comparison.gold_tree)
     )
+
     return match_cable(predicted, gold, tolerance, step=min(1.0, tolerance / 4))
 
 
 def list_metrics_at(tolerance: Tolerance) -> list[Metric]:
     """Precision, recall and F1 at a tolerance; at one in voxels also without the stub before the gold root."""
+    # The tolerance in um is beside the one in voxels, which the first table shows.
     if tolerance.unit == "um":
         return [replace(metric, main=False) for metric in _list_matches(tolerance, _match_um)]
     return [*_list_matches(tolerance, _match_voxels), *_list_matches_without_stub(tolerance)]

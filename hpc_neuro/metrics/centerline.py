@@ -38,6 +38,7 @@ def skeletonize_mask(mask: Mask) -> Mask:
     labels = cc3d.connected_components(cropped, connectivity=26)
     statistics = cc3d.statistics(labels)
 
+    # A component that no line runs through was thinned away; label 0 is the background.
     is_lost = np.ones(len(statistics["voxel_counts"]), dtype=bool)
     is_lost[0] = is_lost[labels[lines]] = False
     for number in np.flatnonzero(is_lost).tolist():
@@ -46,7 +47,9 @@ def skeletonize_mask(mask: Mask) -> Mask:
         is_speck = statistics["voxel_counts"][number] < _SPECK
         lines[bounds] |= _keep_one_voxel(component) if is_speck else _skeletonize_trimmed(component)
 
+    # Take the padding off again.
     skeleton[box.slices] = lines[1:-1, 1:-1, 1:-1]
+
     return skeleton
 
 
@@ -54,12 +57,14 @@ def _skeletonize_trimmed(component: Mask) -> Mask:
     """The centerline of a component that thinning removes whole: of its rest without one layer, else one voxel."""
     # Trim along all three axes first, then along fewer.
     for trims in sorted(itertools.product((0, 1), repeat=3), reverse=True):
+        # A voxel stays where its next one along the axis is in the component, which removes the last layer.
         rest = component.copy()
         for axis in np.flatnonzero(trims).tolist():
             along = np.moveaxis(rest, axis, 0)
             along[:-1] &= along[1:].copy()
             along[-1] = False
 
+        # An odd width has a middle, so thinning now leaves a line.
         lines: Mask = skeletonize(rest).astype(bool)
         if lines.any():
             return lines
@@ -96,6 +101,7 @@ class _SkeletonCounts:
 
     @property
     def cldice(self) -> float:
+        """clDice, by the rule for empty masks where one is empty."""
         if not self.has_predicted or not self.has_gold:
             return float(self.has_predicted == self.has_gold)
         return harmonic_mean(
@@ -125,6 +131,7 @@ def cldice_blockwise(
 
     Equal to `cldice` as long as thinning does not reach farther than the halo (neurites thinner than it).
     """
+    # The halo gives a block the context that thinning needs; only voxels of the block itself are counted.
     total = _SkeletonCounts()
     for tile in tile_volume(shape, block, halo):
         p, g = drop_unlabelled(predicted(tile.read), gold(tile.read))
@@ -134,9 +141,11 @@ def cldice_blockwise(
 
 def _count_skeletons(predicted: Mask, gold: Mask, own: Box) -> _SkeletonCounts:
     """Counts inside the box `own` of masks [Z, Y, X] that are skeletonized whole."""
+    # Skeletonize before cropping: the crop's faces would end lines that go on.
     predicted_lines = skeletonize_mask(predicted)[own.slices]
     gold_lines = skeletonize_mask(gold)[own.slices]
     p, g = predicted[own.slices], gold[own.slices]
+
     return _SkeletonCounts(
         has_predicted=bool(p.any()),
         has_gold=bool(g.any()),

@@ -54,6 +54,7 @@ class Metric:
 
     def find_best(self, values: Sequence[float]) -> float | None:
         """The best of several values; None where none is better than another."""
+        # Where all methods are equal, none of them stands out.
         if not self.direction or len(set(values)) < 2:
             return None
         return max(values) if self.direction == "higher" else min(values)
@@ -74,6 +75,7 @@ class Tolerance:
     @property
     def text(self) -> str:
         """`4 voxels`, `1 voxel` or `2.5 µm`."""
+        # Micrometers are written as a symbol, which has no plural.
         plural = "s" if self.unit == "vox" and self.value != 1 else ""
         return f"{self.value:g} {self.unit_name}{plural}"
 
@@ -115,6 +117,7 @@ class Comparison:
 
     def once(self, step: Callable[[Comparison], T]) -> T:
         """Result of `step(self)`, computed at the first call."""
+        # A step is a function, so it is its own key.
         if step not in self._results:
             self._results[step] = step(self)
         return cast(T, self._results[step])

@@ -20,11 +20,13 @@ class SegmentIndex:
     """
 
     def __init__(self, tree: Tree) -> None:
+        # A tree of single nodes still has places to be near to.
         edges = tree.edges
         if len(edges):
             self.start, self.stop = tree.points[edges[:, 0]], tree.points[edges[:, 1]]  # [E, 3] child, parent
         else:
             self.start = self.stop = tree.points
+
         self.lengths = np.linalg.norm(self.stop - self.start, axis=1)  # [E]
 
         # Cut long edges, so that a small ball around a piece's middle holds the piece. Pieces of the mean length are at
@@ -34,6 +36,7 @@ class SegmentIndex:
         if mean > 0:
             parts = np.maximum(1, np.ceil(self.lengths / mean)).astype(np.int64)
 
+        # A query goes from a piece's middle to its edge, so the distance is to the whole edge and stays exact.
         middles, self._edge = _cut_segments(self.start, self.stop, parts)
         self._half_piece = 0.5 * float((self.lengths / parts).max(initial=0.0))
         self._kd_tree = cKDTree(middles) if len(middles) else None
@@ -60,6 +63,7 @@ class SegmentIndex:
                 unsettled.append(part[~is_settled])
             pending = np.concatenate(unsettled)
             k = min(4 * k, count)
+
         return distances
 
     def _query_nearest(self, points: NDArray[np.float64], k: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -71,6 +75,7 @@ class SegmentIndex:
 
         # The middle of an unseen piece is beyond the k-th, so no part of it is nearer than that minus half a piece.
         nearest_unseen = np.asarray(to_middles)[:, -1] - self._half_piece
+
         return distances, (distances <= nearest_unseen) | (k >= self._kd_tree.n)
 
 
@@ -85,8 +90,11 @@ def cut_cable(tree: Tree, step: float) -> tuple[NDArray[np.float64], NDArray[np.
 
     start, stop = tree.points[edges[:, 0]], tree.points[edges[:, 1]]
     lengths = np.linalg.norm(stop - start, axis=1)
+
+    # The margin keeps rounding from cutting an edge of exactly n steps into n + 1 pieces.
     parts = np.maximum(1, np.ceil(lengths / step - 1e-9)).astype(np.int64)
     middles, edge = _cut_segments(start, stop, parts)
+
     return middles, (lengths / parts)[edge]
 
 
@@ -94,8 +102,10 @@ def _cut_segments(
     start: NDArray[np.float64], stop: NDArray[np.float64], parts: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The middles of `parts` equal pieces of each segment, and the segment each belongs to."""
+    # Number the pieces of each segment from 0.
     edge = np.repeat(np.arange(len(parts)), parts)
-    number = np.arange(len(edge)) - np.repeat(np.cumsum(parts) - parts, parts)  # of the piece along its segment
+    number = np.arange(len(edge)) - np.repeat(np.cumsum(parts) - parts, parts)
+
     share = ((number + 0.5) / parts[edge])[:, None]
     return start[edge] * (1 - share) + stop[edge] * share, edge
 
@@ -106,6 +116,9 @@ def _measure_to_segments(
     """Distance from points to segments, by broadcasting over all but the last axis."""
     along = stop - start
     square = (along * along).sum(axis=-1)
+
+    # The share of the way at which a point projects onto the segment; a segment of no length has only its start.
     share = ((points - start) * along).sum(axis=-1) / np.where(square > 0, square, 1.0)
     nearest = start + np.clip(share, 0.0, 1.0)[..., None] * along
+
     return np.asarray(np.linalg.norm(points - nearest, axis=-1))

@@ -52,6 +52,7 @@ def find_surface(mask: Mask) -> Mask:
     for step in (mask.shape[1] * mask.shape[2], mask.shape[2], 1):
         flat[step:] &= source[:-step]
         flat[:-step] &= source[step:]
+
     for axis in range(3):
         np.moveaxis(inner, axis, 0)[[0, -1]] = False
 
@@ -60,17 +61,20 @@ def find_surface(mask: Mask) -> Mask:
 
 def find_extent(mask: Mask) -> Box:
     """The smallest box that holds the True voxels; of zero size when there are none."""
+    # Two reductions serve all three axes: the second axis and the third come from the projection along the first.
     depth, flat = mask.max(axis=0), mask.reshape(len(mask), -1).max(axis=1)
     hits = [np.flatnonzero(flat), np.flatnonzero(depth.max(axis=1)), np.flatnonzero(depth.max(axis=0))]
     if not len(hits[0]):
         return Box((0, 0, 0), (0, 0, 0))
 
     z, y, x = ((int(h[0]), int(h[-1]) + 1) for h in hits)
+
     return Box((z[0], y[0], x[0]), (z[1], y[1], x[1]))
 
 
 def find_surface_points(read: Callable[[Box], Mask], shape: Shape, block: Shape = (256, 256, 256)) -> Points:
     """Indices [N, 3] of the surface voxels of a mask that is read block by block with one voxel of context."""
+    # Begin with an empty array, which is the result where the mask is empty.
     points = [np.zeros((0, 3), dtype=np.int32)]
     for tile in tile_volume(shape, block, halo=(1, 1, 1)):
         mask = read(tile.read)
@@ -78,6 +82,7 @@ def find_surface_points(read: Callable[[Box], Mask], shape: Shape, block: Shape 
             own = tile.write.relative_to(tile.read.start).slices
             indices = np.argwhere(find_surface(mask)[own]) + np.asarray(tile.write.start)
             points.append(indices.astype(np.int32))
+
     return np.concatenate(points)
 
 
@@ -88,10 +93,12 @@ class SurfacePair:
     """
 
     def __init__(self, a: Mask, b: Mask, voxel_size: VoxelSize) -> None:
+        # What distance an empty mask has is a rule of the metric and not geometry.
         box_a, box_b = find_extent(a), find_extent(b)
         if not box_a.size or not box_b.size:
             raise ValueError("an empty mask has no surface; apply the rule for empty masks before measuring")
 
+        # Distances do not depend on what lies around the two masks.
         common = tuple(
             slice(min(p.start, q.start), max(p.stop, q.stop)) for p, q in zip(box_a.slices, box_b.slices, strict=True)
         )
@@ -129,10 +136,12 @@ class _Surface:
         if np.count_nonzero(flat) > _SPARSE * flat.size:
             return np.flatnonzero(find_surface(padded))
 
+        # The margin makes all six neighbors exist, so no index runs into the next row.
         foreground = np.flatnonzero(flat)
         inner = np.ones(len(foreground), dtype=bool)
         for step in (self.shape[1] * self.shape[2], self.shape[2], 1):
             inner &= flat.take(foreground - step) & flat.take(foreground + step)
+
         return foreground[~inner]
 
     def to_points(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -151,6 +160,7 @@ class _Surface:
             for z in order:
                 np.add(distances[z - order.step], 1, out=step)
                 np.minimum(distances[z], step, out=distances[z])
+
         return distances.ravel()
 
     def query(self, points: NDArray[np.int64]) -> Distances:
@@ -162,7 +172,10 @@ def _measure_directed(source: _Surface, target: _Surface) -> Distances:
     """Distance in um from each surface voxel of `source` to the nearest of `target`."""
     nearby = _search_nearby(source.indices, target)
     distances = nearby.distances
+
+    # What the nearby search leaves open goes to the KD-tree.
     distances[nearby.unsettled] = target.query(source.to_points(source.indices[nearby.unsettled]))
+
     return distances
 
 
@@ -176,6 +189,7 @@ def _measure_percentile(source: _Surface, target: _Surface, percent: float) -> f
     bounds = _estimate_bounds(source, target, share)
     distances = _measure_within_bounds(source, target, bounds)
 
+    # The percentile interpolates between the values at the two ranks around it.
     rank = share * (len(distances) - 1)
     first, last = int(np.floor(rank)), int(np.ceil(rank))
     distances.partition((first, last))
@@ -183,6 +197,7 @@ def _measure_percentile(source: _Surface, target: _Surface, percent: float) -> f
     # Outside the bounds the values are not distances, so a misleading sample costs the full measurement.
     if distances[first] < bounds.low or distances[last] > bounds.high:
         return float(np.percentile(_measure_directed(source, target), percent))
+
     return float(distances[first] + (distances[last] - distances[first]) * (rank - first))
 
 
@@ -202,6 +217,7 @@ def _estimate_bounds(source: _Surface, target: _Surface, share: float) -> _Bound
     margin = 4 * np.sqrt(share * (1 - share) * _SAMPLE_STEP / len(source.indices))
     low_share, high_share = max(share - margin, 0.0), min(share + margin, 1.0)
 
+    # Flat indices are in raster order, so every n-th one spreads the sample over the whole surface.
     indices = source.indices[::_SAMPLE_STEP]
     nearby = _search_nearby(indices, target)
     at_most = nearby.distances
@@ -211,9 +227,11 @@ def _estimate_bounds(source: _Surface, target: _Surface, share: float) -> _Bound
     if np.quantile(at_most, high_share, method="higher") > nearby.reach:
         at_most[nearby.unsettled] = target.query(source.to_points(indices[nearby.unsettled]))
 
+    # An unsettled voxel of the sample is only known to be beyond the reach.
     low = float(np.quantile(at_most, low_share, method="lower")) * (1 - _ROUNDING)
     high = float(np.quantile(at_most, high_share, method="higher")) * (1 + _ROUNDING)
     at_least = np.where(np.isfinite(at_most), at_most, nearby.reach)
+
     return _Bounds(low, high, indices, at_least, at_most)
 
 
@@ -233,8 +251,10 @@ def _measure_within_bounds(source: _Surface, target: _Surface, bounds: _Bounds) 
     at_least, at_most = bounds.at_least[neighbor] - path, bounds.at_most[neighbor] + path
     distances[far[at_most < bounds.low]] = 0.0
 
+    # Only voxels that may lie between the bounds need their distance.
     undecided = far[(at_most >= bounds.low) & (at_least <= bounds.high)]
     distances[undecided] = target.query(source.to_points(source.indices[undecided]))
+
     return distances
 
 
@@ -262,6 +282,7 @@ def _search_nearby(indices: NDArray[np.int64], target: _Surface, enough: float =
     rise[_FAR] = np.inf
     column_limit = (_FAR * size_z) ** 2  # um^2; a voxel that a column distance cannot hold is at least this far
 
+    # Squared distances are compared until a voxel is settled; the root is taken once.
     distances = np.empty(len(indices))
     pending = np.arange(len(indices))
     best = np.full(len(indices), np.inf)  # um^2 of the pending voxels
@@ -278,6 +299,7 @@ def _search_nearby(indices: NDArray[np.int64], target: _Surface, enough: float =
         if number % _RINGS_PER_CHECK and not is_last:
             continue
 
+        # A voxel is settled when the next ring, and any column that a byte cannot hold, is farther than its best.
         limit = min(lateral if is_last else rings[number + 1][0], column_limit)
         unsettled = (best > limit) & (best >= enough * enough)
         distances[pending[~unsettled]] = np.sqrt(best[~unsettled])
@@ -290,6 +312,7 @@ def _search_nearby(indices: NDArray[np.int64], target: _Surface, enough: float =
 
 def _take_smallest(values: NDArray[np.uint8], indices: NDArray[np.int64], shifts: list[int]) -> NDArray[np.uint8]:
     """The smallest of `values` at `indices` + each shift."""
+    # The first shift makes the array that the others are compared with in place.
     smallest = values[shifts[0] :].take(indices)
     for shift in shifts[1:]:
         np.minimum(smallest, values[shift:].take(indices), out=smallest)
@@ -311,6 +334,7 @@ def _list_rings(size_y: float, size_x: float) -> list[tuple[float, NDArray[np.in
     inside = square <= (_REACH * min(size_y, size_x)) ** 2
     values, ring = np.unique(square[inside], return_inverse=True)
     offsets = np.stack([dy, dx], axis=1)[inside]
+
     return [(float(value), offsets[ring == i]) for i, value in enumerate(values)]
 
 
@@ -319,7 +343,9 @@ def _query_nearest(points: NDArray[np.integer], others: NDArray[np.integer], vox
     if not len(points):
         return np.zeros(0)
 
+    # Millions of points are queried once: a tree that is quick to build beats one that is quick to query.
     scale = np.asarray(voxel_size)
     tree = cKDTree(others * scale, balanced_tree=False, compact_nodes=False)
     distances, _ = tree.query(points * scale, workers=len(os.sched_getaffinity(0)))
+
     return np.asarray(distances, dtype=np.float64)

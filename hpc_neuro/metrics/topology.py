@@ -46,11 +46,15 @@ def compare_topology(
     if not len(predicted) or not len(gold):
         return Topology(0, 0, 0.0)
 
+    # A split is a break in gold cable; a merge is a break in predicted cable, seen from the other side.
     gold_pieces = _find_pieces(gold, predicted, tolerance, scale)
     predicted_pieces = _find_pieces(predicted, gold, tolerance, scale)
+
+    # A run of a tree that joins two gold trees would have to be cut by hand, so it is worth nothing.
     runs = np.where(_is_unmerged(gold_pieces), gold_pieces.length, 0.0)
     total = morphology.length(morphology.scale_tree(gold, scale))
     run_length = float((runs**2).sum() / total) if total else 0.0
+
     return Topology(gold_pieces.count_breaks(), predicted_pieces.count_breaks(), run_length)
 
 
@@ -70,6 +74,7 @@ class _Pieces:
 
 def _is_unmerged(pieces: _Pieces) -> NDArray[np.bool_]:
     """[P] whether the other tree's component of a piece has long pieces of one component of this tree at most."""
+    # Short pieces do not count: two neurites that cross are near each other without being one.
     visited: dict[int, set[int]] = {}
     for own, other in zip(pieces.component[pieces.is_long], pieces.other_component[pieces.is_long], strict=True):
         visited.setdefault(int(other), set()).add(int(own))
@@ -94,9 +99,11 @@ def _find_pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, 
     piece, count = _number_pieces(overlap, is_joined)
     length, scaled_length = _measure_pieces(overlap, is_joined, piece, count, scale)
 
+    # All nodes of a piece are of one component of this tree; of the other tree the majority decides.
     is_found = overlap.is_found
     first = np.unique(piece[is_found], return_index=True)[1]
     guide_component = morphology.label_components(overlap.guide)[overlap.counterpart[is_found]]
+
     return _Pieces(
         component=morphology.label_components(overlap.fine)[is_found][first],
         other_component=_find_majority(np.stack([piece[is_found], guide_component], axis=1), count),
@@ -106,6 +113,7 @@ def _find_pieces(tree: Tree, other: Tree, tolerance: float, scale: tuple[float, 
 
 
 def _overlay(tree: Tree, other: Tree, tolerance: float) -> _Overlap:
+    # Cable is found or not at its nodes, so nodes must stand closer than the tolerance.
     fine, guide = (morphology.resample_tree(t, tolerance / _NODES_PER_TOLERANCE) for t in (tree, other))
     is_found = SegmentIndex(other).query(fine.points) <= tolerance
     fine, is_found = _reroot_at_found(fine, is_found)
@@ -115,6 +123,7 @@ def _overlay(tree: Tree, other: Tree, tolerance: float) -> _Overlap:
 
 def _reroot_at_found(tree: Tree, is_found: NDArray[np.bool_]) -> tuple[Tree, NDArray[np.bool_]]:
     """Root each component at a found node, where it has one, so that every other found node has one above it."""
+    # Turn the path from the first found node of each component up to its root.
     parents = tree.parents.copy()
     component = morphology.label_components(tree)
     _, first = np.unique(component[is_found], return_index=True)
@@ -123,7 +132,9 @@ def _reroot_at_found(tree: Tree, is_found: NDArray[np.bool_]) -> tuple[Tree, NDA
         while node >= 0:
             parents[node], above, node = above, node, int(tree.parents[node])
 
+    # `build_tree` sorts the nodes, and the flags must follow.
     order = morphology.order_parents_first(parents)
+
     return morphology.build_tree(tree.points, parents, tree.radii, tree.types), is_found[order]
 
 
@@ -141,17 +152,21 @@ def _find_joined(overlap: _Overlap, tolerance: float) -> NDArray[np.bool_]:
     guide, above, counterpart = overlap.guide, overlap.above, overlap.counterpart
     below = np.flatnonzero(overlap.is_found & (above >= 0))
     is_joined = np.zeros(len(overlap.fine), dtype=bool)
+
+    # Neighbors nearly always have counterparts that meet after a few edges, which is quick to test for all at once.
     is_joined[below] = _share_ancestor(guide.parents, counterpart[below], counterpart[above[below]])
 
     # Few pairs are left, so a search through the guide around each is affordable.
     kd_tree = cKDTree(guide.points)
     for child in below[~is_joined[below]].tolist():
         is_joined[child] = _is_connected_nearby(overlap, child, kd_tree, tolerance)
+
     return is_joined
 
 
 def _share_ancestor(parents: NDArray[np.int64], a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Whether nodes a and b have a common ancestor at most _MAX_HOPS up from both."""
+    # Compare every ancestor of a with every ancestor of b, for all pairs of nodes at a time.
     is_shared = np.zeros(len(a), dtype=bool)
     from_a = a
     for _ in range(_MAX_HOPS + 1):
@@ -160,6 +175,7 @@ def _share_ancestor(parents: NDArray[np.int64], a: NDArray[np.int64], b: NDArray
             is_shared |= (from_a == from_b) & (from_a >= 0)
             from_b = np.where(from_b >= 0, parents[from_b], -1)
         from_a = np.where(from_a >= 0, parents[from_a], -1)
+
     return is_shared
 
 
@@ -179,14 +195,17 @@ def _is_connected_nearby(overlap: _Overlap, node: int, kd_tree: cKDTree, toleran
     for i in sorted(allowed):
         top[i] = top.get(int(guide.parents[i]), i)
 
+    # Connected, when one part of the guide reaches both ends.
     at_node, at_above = (
         {top[i] for i in kd_tree.query_ball_point(fine.points[end], tolerance * _WIDER)} for end in (node, above)
     )
+
     return bool(at_node & at_above)
 
 
 def _number_pieces(overlap: _Overlap, is_joined: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
     """[N] number of the piece of each found node, -1 elsewhere, and how many pieces there are."""
+    # The found node above comes first in the order, so its piece is known.
     piece = np.full(len(overlap.fine), -1)
     count = 0
     for node in np.flatnonzero(overlap.is_found).tolist():
@@ -194,6 +213,7 @@ def _number_pieces(overlap: _Overlap, is_joined: NDArray[np.bool_]) -> tuple[NDA
             piece[node] = piece[overlap.above[node]]
         else:
             piece[node], count = count, count + 1
+
     return piece, count
 
 
@@ -214,6 +234,7 @@ def _measure_pieces(
 
 def _find_majority(votes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """For each of `count` first numbers of `votes` [V, 2], the second number that stands beside it most often."""
+    # Sorted by how often they occur, the most frequent pair of each first number is written last and stays.
     winner = np.full(count, -1)
     pairs, times = np.unique(votes, axis=0, return_counts=True)
     order = np.argsort(times, kind="stable")

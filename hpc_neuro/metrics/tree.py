@@ -45,10 +45,14 @@ def distances(a: Tree, b: Tree, far: float = FAR) -> dict[str, float]:
     if not len(a) or not len(b):
         return _ONE_EMPTY.copy()
 
+    # Both directions: one alone would not see cable that only the other tree has.
     directed = [SegmentIndex(b).query(sample_tree(a)), SegmentIndex(a).query(sample_tree(b))]
     different = [d[d >= far] for d in directed]
+
+    # A direction without distant samples has no mean; Vaa3D averages the others.
     means = [float(d.mean()) for d in different if len(d)]
     shares = [len(apart) / len(d) for apart, d in zip(different, directed, strict=True)]
+
     return {
         "esa": float(np.mean([d.mean() for d in directed])),
         "dsa": float(np.mean(means)) if means else 0.0,
@@ -71,9 +75,11 @@ def drop_soma_outline(tree: Tree) -> Tree:
         if parent >= 0:
             has_neurite[parent] |= has_neurite[node]
 
+    # A root stays, whatever its type: the tree hangs on it.
     component = morphology.label_components(tree)
     is_child_of_soma = (tree.parents >= 0) & is_soma[tree.parents]
     is_outline = is_soma & ~has_neurite & is_child_of_soma & has_neurite[tree.roots][component]
+
     return morphology.select_nodes(tree, ~is_outline) if is_outline.any() else tree
 
 
@@ -83,6 +89,7 @@ def sample_tree(tree: Tree) -> NDArray[np.float64]:
     if not len(edges):
         return tree.points
 
+    # The cast truncates, which is Vaa3D's rounding.
     child, parent = tree.points[edges[:, 0]], tree.points[edges[:, 1]]
     counts = (1 + np.linalg.norm(parent - child, axis=1) + 0.5).astype(np.int64)
 
@@ -90,6 +97,7 @@ def sample_tree(tree: Tree) -> NDArray[np.float64]:
     edge = np.repeat(np.arange(len(edges)), counts)
     number = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts)
     share = (number / np.maximum(counts - 1, 1)[edge])[:, None]
+
     return np.asarray(child[edge] + share * (parent - child)[edge])
 
 

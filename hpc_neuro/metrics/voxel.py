@@ -66,10 +66,12 @@ def drop_unlabelled(predicted: Array, gold: Array) -> tuple[Mask, Mask]:
     if predicted.shape != gold.shape:
         raise ValueError(f"the prediction has shape {predicted.shape}, gold has {gold.shape}")
 
+    # A boolean mask has no room for the value 255, so all of it is labelled.
     p, g = predicted.astype(bool, copy=False), gold.astype(bool, copy=False)
     if gold.dtype != np.bool_:
         labelled = gold != UNLABELLED
         p, g = p & labelled, g & labelled
+
     return p, g
 
 
@@ -81,6 +83,7 @@ def read_masks(comparison: Comparison) -> tuple[Mask, Mask]:
 
 def count_voxels(predicted: Array, gold: Array) -> Counts:
     """Count two masks [Z, Y, X]: non-zero is foreground, gold 255 is unlabelled. ValueError when shapes differ."""
+    # The three disjoint counts give every overlap score.
     p, g = drop_unlabelled(predicted, gold)
     both = int(np.count_nonzero(p & g))
     return Counts(both, int(np.count_nonzero(p)) - both, int(np.count_nonzero(g)) - both)
@@ -212,6 +215,7 @@ def hd95_pooled(predicted: Array, gold: Array, voxel_size: VoxelSize = (1.0, 1.0
 
 
 def _summarize_distances(forward: NDArray[np.float64], backward: NDArray[np.float64]) -> SurfaceDistances:
+    # MONAI keeps the directions apart, medpy pools them.
     return SurfaceDistances(
         hd95=float(max(np.percentile(forward, 95), np.percentile(backward, 95))),
         hd95_pooled=float(np.percentile(np.concatenate([forward, backward]), 95)),
@@ -226,7 +230,10 @@ def _apply_empty_rule(
     """The distances when a mask is empty, None when neither is."""
     if has_predicted and has_gold:
         return None
+
+    # No distance can be larger than the diagonal, so no failure looks better than a bad success.
     value = 0.0 if has_predicted == has_gold else measure_diagonal(shape, voxel_size)
+
     return SurfaceDistances(value, value, value, is_miss=has_predicted != has_gold)
 
 

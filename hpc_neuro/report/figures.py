@@ -93,14 +93,18 @@ class _Layout:
 
 def project_maxima(read: Callable[[Box], Array], shape: Shape) -> Projections:
     """Maximum projections of a volume read slab by slab; large ones are thinned by maxima, so that neurites stay."""
+    # All three projections in one pass, in slabs of bounded memory.
     planes = [np.full([n for a, n in enumerate(shape) if a != k], -np.inf, dtype=np.float32) for k in range(3)]
     depth = max(1, _SLAB // (shape[1] * shape[2]))
     for start in range(0, shape[0], depth):
         box = Box((start, 0, 0), (min(start + depth, shape[0]), shape[1], shape[2]))
         block = read(box)
+
+        # The projection along z takes maxima over slabs; the other two fill their own rows.
         for k, plane in enumerate(planes):
             part = plane if k == 0 else plane[box.slices[0]]
             np.maximum(part, block.max(axis=k), out=part)
+
     return Projections(*(_thin_plane(p) for p in planes))
 
 
@@ -113,12 +117,14 @@ def draw_panels(panels: Sequence[Panel], shape: Shape, voxel_size: VoxelSize, qu
     |  z x  |
     +-------+
     """
+    # Axes are in um, so that anisotropic voxels have their true proportions.
     depth, height, width = (n * s for n, s in zip(shape, voxel_size, strict=True))
     layout = _Layout(depth, height, width, gap=0.02 * max(depth, height, width))
     across = min(_PANELS_ACROSS, len(panels))
     down = math.ceil(len(panels) / across)
     panel_height = _PANEL_WIDTH * layout.total_height / layout.total_width + _TITLE_HEIGHT
 
+    # No pyplot: it would keep every figure of a long run in memory.
     figure = Figure(figsize=(across * _PANEL_WIDTH, down * panel_height), facecolor=_BACKGROUND)
     FigureCanvasAgg(figure)
     for i, panel in enumerate(panels):
@@ -144,6 +150,7 @@ def _add_axes(figure: Figure, bounds: tuple[float, float, float, float], title: 
     axes.set_xlim(-0.5 * layout.gap, layout.total_width + 0.5 * layout.gap)
     axes.set_ylim(layout.total_height + 0.5 * layout.gap, -0.5 * layout.gap)
     axes.set_title(title, color=_INK, fontsize=13, loc="left", pad=4, x=0.01)
+
     return axes
 
 
@@ -153,6 +160,8 @@ def _draw_background(axes: Any, panel: Panel, layout: _Layout) -> None:
         "x": (layout.x_offset, layout.total_width, layout.height, 0),
         "y": (0, layout.width, layout.total_height, layout.y_offset),
     }
+
+    # `antialiased` keeps thin neurites visible where the picture is smaller than the data.
     for axis, extent in extents.items():
         image = _compose_image(panel, axis)
         axes.imshow(np.clip(image, 0, 1), extent=extent, interpolation="antialiased", aspect="equal")
@@ -160,11 +169,13 @@ def _draw_background(axes: Any, panel: Panel, layout: _Layout) -> None:
 
 def _compose_image(panel: Panel, axis: str) -> NDArray[np.floating]:
     """[rows, columns, 3] the background of the view along an axis; black when the panel has none."""
+    # Colors are masks and stay as they are; gray values are brightened or dimmed.
     if panel.rgb is not None:
         return np.stack([_orient_plane(projections, axis) for projections in panel.rgb], axis=-1)
     if panel.gray is not None:
         gray = panel.brightness * np.clip(_orient_plane(panel.gray, axis), 0, 1) ** panel.gamma
         return np.repeat(gray[..., None], 3, axis=-1)
+
     return np.zeros((1, 1, 3))
 
 
@@ -176,6 +187,7 @@ def _orient_plane(projections: Projections, axis: str) -> NDArray[np.float32]:
 
 def _draw_lines(axes: Any, panel: Panel, layout: _Layout) -> None:
     """Tree lines and the root in all three views, and the legend in the empty corner."""
+    # One collection for the three views: thousands of edges are drawn at once.
     for i, line in enumerate(panel.lines):
         z, y, x = (line.segments[..., a] for a in range(3))
         views = ((x, y), (z + layout.x_offset, y), (x, z + layout.y_offset))
@@ -185,6 +197,7 @@ def _draw_lines(axes: Any, panel: Panel, layout: _Layout) -> None:
         corner = (layout.x_offset, layout.height + layout.gap * (1.2 + 2.2 * i))
         axes.text(*corner, line.label, color=line.color, fontsize=10, va="top", ha="left", clip_on=True)
 
+    # The ring is hollow, so that the cable below it can be seen.
     if panel.root is not None:
         z0, y0, x0 = panel.root
         points = ([x0, z0 + layout.x_offset, x0], [y0, y0, z0 + layout.y_offset])
@@ -193,6 +206,7 @@ def _draw_lines(axes: Any, panel: Panel, layout: _Layout) -> None:
 
 def _draw_scale_bar(axes: Any, layout: _Layout) -> None:
     """A bar of 1, 2 or 5 times a power of ten um, at most a fifth of the width."""
+    # The longest round length that is not in the way.
     target = 0.2 * layout.width
     unit = 10.0 ** math.floor(math.log10(target))
     length = unit * max(m for m in (1, 2, 5) if m * unit <= target)
@@ -209,7 +223,9 @@ def _thin_plane(plane: NDArray[np.float32]) -> NDArray[np.float32]:
     if factor == 1:
         return plane
 
+    # Pad to whole tiles with the border, which adds no maximum.
     padded = np.pad(plane, [(0, -n % factor) for n in plane.shape], mode="edge")
     rows, columns = (n // factor for n in padded.shape)
     thinned: NDArray[np.float32] = padded.reshape(rows, factor, columns, factor).max(axis=(1, 3))
+
     return thinned

@@ -41,8 +41,10 @@ class Column:
 
 def render_page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) -> str:
     """A whole page from (heading, HTML) sections, with links to them at the top."""
+    # Everything is inside the page, so that one file can be mailed or archived.
     links = "".join(f'<a href="#{_anchor(h)}">{escape(h)}</a>' for h, _ in sections)
     body = "".join(f'<section id="{_anchor(h)}"><h2>{escape(h)}</h2>{html}</section>' for h, html in sections)
+
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -61,6 +63,7 @@ def paragraph(text: str, kind: str = "") -> str:
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], sortable: bool = True) -> str:
     """A table; a click on a heading sorts by it, numbers by value. The best cells of a row stand out."""
+    # The container scrolls where a table is wider than the screen; the page itself never does.
     head = "".join(_heading_cell(column, sortable) for column in columns)
     lines = ["".join(_cell(cell, column) for cell, column in zip(row, columns, strict=True)) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
@@ -75,6 +78,7 @@ def definitions(terms: Sequence[tuple[str, str]]) -> str:
 
 def picture(image: bytes, caption: str, kind: str = "jpeg") -> str:
     """An image file's bytes inside the page, with its caption."""
+    # The caption is also the text for those who do not see the picture.
     data = base64.b64encode(image).decode("ascii")
     alt = escape(caption)
     return f'<figure><img src="data:image/{kind};base64,{data}" alt="{alt}"/><figcaption>{alt}</figcaption></figure>'
@@ -104,10 +108,12 @@ def format_number(value: float | None, digits: int) -> str:
 
     # `or 0.0`: a negative number that rounds to zero loses its sign.
     value = round(value, digits) or 0.0
+
     return f"{value:,.{digits}f}".replace(",", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
 
 
 def _heading_cell(column: Column, sortable: bool) -> str:
+    # A button can be reached by keyboard, a bare heading cannot.
     title = escape(column.title)
     content = f'<button type="button">{title}</button>' if sortable else title
     kind = "number" if column.numeric else "text"
@@ -115,11 +121,13 @@ def _heading_cell(column: Column, sortable: bool) -> str:
 
 
 def _cell(cell: Cell, column: Column) -> str:
+    # The script sorts by `data-value`; what has none stays last.
     value = "" if cell.value is None or not math.isfinite(cell.value) else f' data-value="{cell.value!r}"'
     kinds = ["number" if column.numeric else "text"]
     kinds += [kind for kind, applies in (("best", cell.best), ("wrap", column.wrap)) if applies]
     note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
     hint = f' title="{escape(cell.hint)}"' if cell.hint else ""
+
     return f'<td class="{" ".join(kinds)}"{value}{hint}>{escape(cell.text)}{note}</td>'
 
 

@@ -60,3 +60,15 @@ def test_a_random_teacher_is_said_in_log_and_report(
         assert evaluate.run(cfg) == 0
     assert "random weights" in caplog.text
     assert "The teacher had random weights" in (cfg.out / "report.html").read_text()
+
+
+def test_settings_of_the_tracer_that_this_version_does_not_take_can_be_replaced(store: Path, tmp_path: Path) -> None:
+    """The advice of the error is obeyed, and the report says that the two were traced with other settings."""
+    predictions = write_predictions(tmp_path / "p", store)
+    files.write_json(predictions / "run.json", {"verb": "infer", "config": {"trace": {"old": 1}}})
+    keys = [f"store={store}", f"predictions={predictions}", f"out={tmp_path / 'e'}", "draws=100", "pictures=0"]
+    with pytest.raises(InputError, match=r"give `trace=\{\}`"):
+        evaluate.run(load(evaluate.EvaluateConfig, None, keys))
+
+    assert evaluate.run(load(evaluate.EvaluateConfig, None, [*keys, "trace={}"])) == 0
+    assert "was traced with other settings than the model" in (tmp_path / "e" / "report.html").read_text()

@@ -104,6 +104,7 @@ def compare(
         f"{files.format_bytes(first.peak_bytes):>11}{files.format_bytes(second.peak_bytes):>12}{note}",
         flush=True,
     )
+
     return {
         "ours_s": first.wall_s,
         "ours_cpu_s": first.cpu_s,
@@ -130,6 +131,7 @@ def measure_alone(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Meas
     child.close()
     measurement: Measurement = parent.recv()
     process.join()
+
     return measurement
 
 
@@ -198,6 +200,7 @@ def plain_esa(a: Tree, b: Tree, seconds: float) -> tuple[float, float]:
                 break
         means.append(sum(distances) / len(distances))
         scales.append(len(samples) / len(distances))
+
     return sum(means) / 2, sum(scales) / 2
 
 
@@ -207,6 +210,7 @@ def _measure_to_segment(p: list[float], a: list[float], b: list[float]) -> float
     t = 0.0
     if square:
         t = min(1.0, max(0.0, sum((p[k] - a[k]) * d[k] for k in range(3)) / square))
+
     return math.sqrt(sum((p[k] - a[k] - t * d[k]) ** 2 for k in range(3)))
 
 
@@ -227,6 +231,7 @@ def plain_rasterizer(tree: Tree, side: int, seconds: float) -> tuple[float, floa
         done += 1
         if time.perf_counter() - begin > seconds:
             break
+
     return float(mask.sum()), len(tree.edges) / done
 
 
@@ -269,6 +274,7 @@ def grow_tree(nodes: int, seed: int, step: float = 2.5) -> Tree:
         heading = heading + rng.normal(size=3) * 0.3
         heading /= np.linalg.norm(heading)
         points[i] = points[parents[i]] + heading * step
+
     return morphology.build_tree(points, parents, radii=2.0)
 
 
