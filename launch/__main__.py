@@ -35,8 +35,10 @@ _EXIT_JOB_FAILED = 1
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; see USAGE."""
+    # Every error that a user can cause is one sentence and exit code 2.
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else ""
+
     try:
         if command in _OTHER_COMMANDS:
             return int(importlib.import_module(_OTHER_COMMANDS[command]).main(words[1:]))
@@ -64,8 +66,10 @@ def _run_submit_command(words: Sequence[str]) -> int:
     if not has_verb and not args.chain:
         sys.stdout.write(USAGE)
         return EXIT_BAD_INPUT
+
     if args.array < 1:
         raise ConfigError(f"--array {args.array}: give the number of tasks, 1 or more")
+
     return _check_and_submit(args)
 
 
@@ -73,9 +77,11 @@ def _check_and_submit(args: argparse.Namespace) -> int:
     from launch import preflight, slurm
     from launch.site import load_site
 
+    # Fail within seconds where there is no cluster, before anything else is checked.
     if args.on == "slurm":
         slurm.require_controller()
 
+    # Keys of the site may stand anywhere among the others.
     words = [word for word in args.words if not word.startswith(_SITE_PREFIX)]
     site_keys = [word.removeprefix(_SITE_PREFIX) for word in args.words if word.startswith(_SITE_PREFIX)]
     site = load_site(args.cluster, site_keys)
@@ -83,6 +89,7 @@ def _check_and_submit(args: argparse.Namespace) -> int:
 
     for line in preflight.check(stages, site, args.on, args.array, args.after):
         sys.stdout.write(line + "\n")
+
     return EXIT_DONE if args.dry_run else _submit_stages(stages, site, args)
 
 
@@ -94,6 +101,7 @@ def _plan_stages(verbs: str | None, words: list[str]) -> list[tuple[str, Any]]:
     config = Path(words.pop(0)) if words and "=" not in words[0] else None
     if verb is None:
         return chain.plan_chain(str(verbs).split(","), config, words)
+
     return [(verb, submit.load_config(verb, config, words))]
 
 
@@ -119,6 +127,7 @@ def _submit_stages(stages: Sequence[tuple[str, Any]], site: Site, args: argparse
 
     if args.on == "slurm" and args.watch:
         return status.follow_jobs(jobs, slurm.Poller())
+
     return EXIT_DONE
 
 
@@ -130,15 +139,19 @@ def _run_folder_command(words: Sequence[str]) -> int:
     parser.add_argument("out", nargs="+", type=Path, help="run folders")
     if command == "logs":
         parser.add_argument("--follow", action="store_true", help="until the jobs end")
+
     args = parser.parse_args(words[1:])
 
+    # Several run folders are shown together, with one question to Slurm.
     jobs = [job for out in args.out for job in status.read_jobs(out)]
     if command == "logs" and args.follow:
         return status.follow_jobs(jobs, slurm.Poller())
     if command == "logs":
         return _print_logs(jobs)
+
     if command == "cancel":
         status.cancel_jobs(jobs)
+
     return _print_states(jobs)
 
 

@@ -25,9 +25,11 @@ def plan_chain(verbs: Sequence[str], configs: Path | None, keys: Sequence[str]) 
     if list(verbs) != sorted(set(verbs), key=list(STAGES).index):
         raise ConfigError(f"--chain: {','.join(verbs)} is not in the order of the pipeline, {','.join(STAGES)}")
 
+    # One root for all verbs: their folders follow from it.
     roots = [key.partition("=")[2] for key in keys if key.startswith("out=")]
     if len(roots) != 1:
         raise ConfigError("--chain wants out=FOLDER once; each verb gets a folder under it")
+
     stray = [key for key in keys if not key.startswith("out=") and key.partition(".")[0] not in verbs]
     if stray:
         raise ConfigError(f"--chain: {stray[0]} is of no verb of the chain; write VERB.key=value")
@@ -38,6 +40,7 @@ def plan_chain(verbs: Sequence[str], configs: Path | None, keys: Sequence[str]) 
 
 def _load_stage(verb: str, verbs: Sequence[str], root: Path, configs: Path | None, keys: Sequence[str]) -> Any:
     """Load the config of one verb of a chain, with the folders under `root` filled in."""
+    # Keys of this verb, without its name.
     overrides = [key.partition(".")[2] for key in keys if key.startswith(f"{verb}.")]
     values: dict[str, Any] = {**STAGES[verb].folders_under(root, present=verbs)}
     cfg = submit.load_config(verb, _find_config(configs, verb), overrides, values)
@@ -51,6 +54,7 @@ def _load_stage(verb: str, verbs: Sequence[str], root: Path, configs: Path | Non
     # The trainings of one chain share a group in the tracker, unless the config names another.
     if cfg.tracker.group is None:
         cfg = dataclasses.replace(cfg, tracker=dataclasses.replace(cfg.tracker, group=root.resolve().name))
+
     return cfg
 
 
@@ -58,8 +62,10 @@ def _find_config(configs: Path | None, verb: str) -> Path | None:
     """The config file of a verb in a folder of configs."""
     if configs is None:
         return None
+
     candidates = (configs / f"{verb}.yaml", configs / verb / "default.yaml")
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         raise ConfigError(f"{configs} has neither {verb}.yaml nor {verb}/default.yaml")
+
     return path

@@ -35,6 +35,7 @@ def forecast_verb(verb: str, cfg: Any, resources: Resources, site: Site, written
     """Forecast a verb. written: folders that jobs before it will write, which are not opened as inputs."""
     faults, lines = forecast_training(cfg, resources, site) if verb == "train" else ([], [])
 
+    # Inputs that do not exist yet cannot be opened.
     keys = [item.key for item in VERBS[verb].inputs if item.in_chain != "never"]
     folders = set(written)
     later = [key for key in keys if (path := getattr(cfg, key)) and Path(path).resolve() in folders]
@@ -50,12 +51,14 @@ def forecast_verb(verb: str, cfg: Any, resources: Resources, site: Site, written
 
 def run_limited(seconds: float, work: Callable[[], list[str]], ranks: int) -> Forecast:
     """Run `work` in a process of its own, which is killed when it takes longer than `seconds`."""
+    # A fork inherits the loaded modules and starts in milliseconds.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_forecast, args=(sender, work, ranks))
     process.start()
     sender.close()
 
+    # A check of a large store may take minutes on a slow file system.
     try:
         if not receiver.poll(seconds):
             return [], [f"the whole check takes longer than {seconds:.0f} s and is left to the job"]
@@ -124,6 +127,7 @@ def forecast_training(cfg: Any, resources: Resources, site: Site) -> Forecast:
     cost = estimate_cost(cfg, resources)
     faults, lines = _find_memory_faults(cost, resources, site), [str(cost)]
 
+    # Without a measured or a stated speed, time cannot be foreseen.
     seconds = _estimate_step_seconds(cfg, site, cost.operations)
     if seconds is None:
         return faults, lines
@@ -135,6 +139,7 @@ def forecast_training(cfg: Any, resources: Resources, site: Site) -> Forecast:
             f"time: {cfg.optim.steps} steps of {seconds:.2f} s take {minutes:.0f} min, but {starts} starts of "
             f"{resources.minutes} min are all it gets; give more minutes, nodes or cluster.max_requeue"
         )
+
     needed_starts = -(-minutes // resources.minutes)
     return faults, [*lines, f"about {seconds:.2f} s per step, {minutes:.0f} min in all, {needed_starts:.0f} start(s)"]
 
@@ -145,11 +150,13 @@ def estimate_cost(cfg: Any, resources: Resources) -> TrainingCost:
     from hpc_neuro.train import activation_memory, memory_plan
     from hpc_neuro.train.deepspeed import settings
 
+    # The same division of the batch as the training makes.
     crops_per_rank = -(-cfg.optim.batch // resources.tasks)
     micro_batch = min(cfg.engine.micro_batch or crops_per_rank, crops_per_rank)
     passes = -(-crops_per_rank // micro_batch)
     value_bytes = 2 if resources.gpus_per_task > 0 and cfg.engine.dtype != "fp32" else 4
 
+    # Counted from the shapes of the layers.
     parts = cost.costs(cfg.student, cfg.crop.size, micro_batch, value_bytes)
     activations = sum(part.kept for part in parts)
     parameters = sum(part.parameters for part in parts)
@@ -178,9 +185,11 @@ def _find_memory_faults(cost: TrainingCost, resources: Resources, site: Site) ->
             ]
         return []
 
+    # CPU ranks share the memory of their node.
     needed = resources.tasks_per_node * (cost.memory + _PROCESS_BYTES)
     if resources.memory_gb and needed > 1e9 * resources.memory_gb:
         return [f"memory: {cost}, for {resources.tasks_per_node} ranks on a node of memory_gb {resources.memory_gb:g}"]
+
     return []
 
 
@@ -192,6 +201,8 @@ def _estimate_step_seconds(cfg: Any, site: Site, operations: float) -> float | N
     whole_rows = [json.loads(row) for row in rows[-_RECENT_ROWS:] if row.endswith("}")]
     speeds = [row["crops_per_s"] for row in whole_rows if row.get("crops_per_s")]
 
+    # The latest speed, as the first steps include compilation and warm-up.
     if speeds:
         return float(cfg.optim.batch / speeds[-1])
+
     return operations / (1e12 * site.teraflops) if site.teraflops else None

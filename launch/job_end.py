@@ -95,6 +95,7 @@ class JobRecord:
             "put_back": is_requeued,
             "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         }
+        # A start is judged again when requeueing it fails: the later entry replaces the earlier.
         ends = [*(e for e in self.read_ends() if e["start"] != start), end]
         files.write_json(self.ends_file, ends)
 
@@ -138,26 +139,31 @@ def judge_start(
         if note["code"] not in (0, EXIT_STOPPED) and not note["words"]
     }
 
+    # What a person or Slurm decided comes before what the ranks report.
     if job.get("JobState", "").startswith("CANCELLED"):
         return Verdict("cancelled", _CANCELLED_EXIT)
     if SUPERSEDED in events:
         return Verdict(SUPERSEDED, 1)
     if REQUEUE_LIMIT in events:
         return Verdict(REQUEUE_LIMIT, EXIT_STOPPED)
+    # Ranks that lost their peers fail too, so a silent rank explains the failures of others.
     if silent and (failures or events):
         return Verdict(f"node failure (rank {_join(sorted(silent))} fell silent)", EXIT_STOPPED, True)
     if failures:
         return _judge_failures(failures, ranks)
+    # No rank failed by itself: all that are left saved and stopped.
     if any(note["code"] for note in notes.values()):
         return Verdict(_explain_stop(notes, job), EXIT_STOPPED, True)
     if len(notes) == ranks:
         return Verdict("finished", 0)
 
+    # A rank left no note although none fell silent before a failure.
     missing = sorted(set(range(ranks)) - set(notes))
     # A bug would have left a note: srun loses a node, and kills what is left of the step at once.
     has_several_nodes = job.get("NumNodes", "1") != "1"
     if code in _SRUN_KILLED and has_several_nodes and job.get("JobState") != "OUT_OF_MEMORY":
         return Verdict("node failure or a kill from outside", EXIT_STOPPED, True)
+
     return Verdict(f"rank {_join(missing)} ended without a word (exit code {code} of srun)", code or 1)
 
 
@@ -177,11 +183,13 @@ def _explain_stop(notes: Mapping[int, RankNote], job: Mapping[str, str]) -> str:
         return reason
 
     first_signals = _first_events(notes.values())
+    # Slurm has requeued the job already, and its times are those of the next start.
     if _is_leaving(job):
         return _explain_requeue(first_signals)
     if not first_signals:
         # Nobody sent a signal: the verb's own clock stopped it.
         return "time limit"
+
     return "signal " + ", ".join(sorted(s for s in first_signals if s.startswith("SIG")))
 
 
@@ -195,9 +203,12 @@ def explain_signal(job: Mapping[str, str]) -> str | None:
     # Of a cancelled job, the end of the limit is the time of the cancellation.
     if _is_leaving(job) or job.get("JobState", "").startswith("CANCELLED"):
         return None
+
+    # Slurm may send the warning up to a minute early, and ranks need a moment to react.
     seconds_left = _seconds_until(job.get("EndTime", ""))
     if seconds_left is not None and seconds_left < float(job.get("signal_seconds", 0)) + 30:
         return "time limit"
+
     return None
 
 
@@ -246,17 +257,21 @@ def settle_start(record: JobRecord, start: str, ranks: int, code: int, max_reque
     facts = {**slurm.read_job(job), "signal_seconds": str(signal_seconds)} if is_on_slurm else {}
     verdict = judge_start(notes, _find_silent_ranks(folder, ranks, notes), ranks, code, facts)
 
+    # Without a queue nothing can be requeued; a budget keeps a job from cycling for ever.
     is_requeued = verdict.resumable and is_on_slurm and int(restarts) < max_requeue
     reason = verdict.reason
     if verdict.resumable and not is_requeued:
         reason += f"; not put back: {f'that was done {restarts} times' if is_on_slurm else 'no queue here'}"
+
     # The record comes first: scontrol requeue kills this process.
     record.write_end(start, reason, verdict.exit, is_requeued)
 
+    # Slurm requeues by itself after a preemption or a node failure; here the job still runs.
     if is_requeued and facts.get("JobState") == "RUNNING":
         result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
         if result.returncode:
             record.write_end(start, f"{reason}; could not be put back: {result.stderr.strip()}", verdict.exit, False)
+
     return verdict.exit
 
 
@@ -265,12 +280,14 @@ def close_earlier_starts(record: JobRecord, start: str) -> bool:
 
     Returns True when there was one: its ranks may still be running.
     """
+    # Starts have a folder as soon as rank 0 begins, and an entry only when they ended in good order.
     recorded = {end["start"] for end in record.read_ends()}
     begun = sorted((record.folder / "starts").glob("*/start.json"), key=lambda path: path.stat().st_mtime)
     unfinished = [path.parent for path in begun if path.parent.name not in recorded and path.parent.name != start]
 
     for folder in unfinished:
         notes = [files.read_json(path, "written by a rank") for path in folder.glob("rank_*.json")]
+        # Ranks that were warned left notes even if their batch script did not live to read them.
         first_signals = _first_events(notes)
         if first_signals & {WARNING, "SIGTERM"}:
             reason = _known_stop_reason(notes) or _explain_requeue(first_signals)
@@ -283,6 +300,7 @@ def close_earlier_starts(record: JobRecord, start: str) -> bool:
         if not is_requeued and not job.startswith("local-"):
             state = slurm.read_job(job).get("JobState", "")
             reason = "cancelled" if state.startswith("CANCELLED") else reason
+
         record.write_end(folder.name, reason, EXIT_STOPPED, is_requeued)
 
     return bool(unfinished)
@@ -296,6 +314,7 @@ def _read_notes(start: Path, ranks: int) -> dict[int, RankNote]:
 
 def _find_silent_ranks(start: Path, ranks: int, notes: Mapping[int, RankNote]) -> list[int]:
     """Ranks without a note whose last sign of life is not later than the first failure of the others."""
+    # A rank without a note may be lost, or killed by srun because another failed.
     failure_times = [(start / f"rank_{rank}.json").stat().st_mtime for rank, note in notes.items() if note["code"]]
     if not failure_times:
         return []
@@ -307,6 +326,7 @@ def _find_silent_ranks(start: Path, ranks: int, notes: Mapping[int, RankNote]) -
 
 def is_any_rank_lost(start: Path, ranks: int, seconds: float = 5.0) -> bool:
     """Whether a rank neither leaves a note nor gives a sign of life for so long: srun may wait for it to the end."""
+    # A rank that has not begun yet is not lost.
     before = _read_signs_of_life(start, ranks)
     if not before:
         return False

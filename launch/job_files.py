@@ -34,8 +34,10 @@ def snapshot_code(folder: Path, keep: bool = False) -> Path:
     Where `folder` holds other code, from an earlier start, the copy goes beside it (`folder`.2), for jobs may still run
     the other; with `keep` the code in `folder` is taken, and a warning says that it differs.
     """
+    # Submitting unchanged code again needs no second copy.
     digest = _hash_packages(ROOT)
     number, target = 1, folder
+
     while target.exists() and not keep and _hash_packages(target) != digest:
         number += 1
         target = folder.with_name(f"{folder.name}.{number}")
@@ -48,20 +50,25 @@ def snapshot_code(folder: Path, keep: bool = False) -> Path:
 
     if number > 1:
         log.info("the code has changed since the last start: the present one is copied to %s and run", target)
+
+    # A job must never see half a copy.
     with files.atomic(target) as part:
         for package in PACKAGES:
             shutil.copytree(ROOT / package, part / package, ignore=shutil.ignore_patterns("__pycache__"))
         (part / run_folder.VERSION_FILE).write_text(run_folder.code_version() + "\n", encoding="utf-8")
+
     return target.resolve()
 
 
 def _hash_packages(folder: Path) -> str:
     """Hex SHA-256 of the names and bytes of the packages' files."""
     digest = hashlib.sha256()
+
     for package in PACKAGES:
         for path in sorted((folder / package).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+
     return digest.hexdigest()
 
 
@@ -69,7 +76,9 @@ def write_private_text(path: Path, text: str) -> None:
     """Write a text atomically into a file that its owner alone can read, at no moment readable by others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    # The mode is given when the file is created: to restrict it later would leave a moment.
     handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -86,6 +95,8 @@ def make_protected_folder(folder: Path) -> None:
     Raises InputError when either exists and others can write into it: they could replace what a job will load.
     """
     folder.parent.parent.mkdir(parents=True, exist_ok=True)
+
+    # Who can write into a folder can replace the files and folders in it.
     for path in (folder.parent, folder):
         with protect_new_files():
             path.mkdir(exist_ok=True)
@@ -99,8 +110,10 @@ def make_protected_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def protect_new_files() -> Iterator[None]:
     """Let files that are created meanwhile, by this process and its children, be writable by their owner alone."""
+    # The jobs started meanwhile inherit this umask; `RankTask` restores the user's.
     umask = read_umask()
     os.umask(umask | _WRITABLE_BY_OTHERS)
+
     try:
         yield
     finally:
@@ -116,6 +129,7 @@ def read_umask() -> int:
 
 def refuse_writable_pickle(logs: Path) -> str:
     """A line of a batch script that ends the job when others can change the pickle it is about to load."""
+    # submitit names the pickle after the job, or after array and index.
     job = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
     pickle = f"{shlex.quote(str(logs))}/${{job:-$SLURM_JOB_ID}}_submitted.pkl"
     return (

@@ -43,6 +43,7 @@ def check(
 
     for verb, cfg in stages:
         resources = site.resources(verb)
+        # Collect everything: a user should not have to submit once per fault.
         faults += _find_folder_faults(verb, cfg, on, submit.count_shares(verb, count, len(stages) == 1))
         verb_faults, verb_lines = forecast.forecast_verb(verb, cfg, resources, site, written)
         verb_faults += find_task_faults(verb, resources)
@@ -51,8 +52,10 @@ def check(
 
         faults += [f"{verb}: {fault}" for fault in verb_faults]
         lines += [f"{verb}: {line}" for line in verb_lines]
+        # Verbs after this one will find its folder when they start.
         written.add(cfg.out.resolve())
 
+    # The cluster is asked last: it takes longest.
     if on == "slurm":
         try:
             faults += _find_cluster_faults(stages, site, count, after)
@@ -60,10 +63,12 @@ def check(
                 lines += [line for verb, _ in stages for line in describe_partition(site.resources(verb))]
         except InputError as error:
             faults.append(str(error))
+
     faults += find_container_faults(site) + _find_interface_faults(site)
 
     if faults:
         raise ConfigError("not submitted:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
+
     return list(dict.fromkeys(lines))
 
 
@@ -73,6 +78,7 @@ def check(
 def _find_folder_faults(verb: str, cfg: Any, on: str, shares: int) -> list[str]:
     """Faults of the run folder, and of dividing the verb into shares."""
     faults = []
+
     try:
         require_plain_path("out", cfg.out)
         status.require_idle(cfg.out)
@@ -80,28 +86,35 @@ def _find_folder_faults(verb: str, cfg: Any, on: str, shares: int) -> list[str]:
             submit.require_divisible(verb, on)
     except (ConfigError, InputError) as error:
         faults.append(str(error))
+
     return faults
 
 
 def find_task_faults(verb: str, resources: Resources) -> list[str]:
     """Faults of the number of processes of a verb, and of how they find each other."""
     tasks, row = resources.tasks, VERBS[verb]
+    # torch.distributed gets its variables from the supervisor; MPI needs help from srun.
     if tasks == 1 or row.ranks == "torch":
         return []
+
     if row.ranks is None:
         advice = "; share volumes out with --array" if row.divisible else ""
         return [f"nodes, tasks_per_node: {verb} runs in one process, {tasks} would do the same{advice}"]
+
     if resources.mpi == "none":
         return [f"mpi: {tasks} processes of {verb} find each other by MPI; give pmi2 (MPICH) or pmix (Open MPI)"]
+
     return []
 
 
 def find_time_faults(cfg: Any, resources: Resources, site: Site) -> list[str]:
     """Faults of the time limit of one start against what starting and stopping take."""
     checkpoint = getattr(cfg, "checkpoint", None)
+    # Training has a clock of its own besides the signal; the earlier of the two stops it.
     margin = max(site.signal_seconds, getattr(checkpoint, "margin", 0.0))
     if 60 * resources.minutes >= margin + _START_SECONDS:
         return []
+
     return [
         f"minutes: {resources.minutes} min leave no time to work: a start takes {_START_SECONDS} s, stopping begins "
         f"{margin:.0f} s before the end; give more minutes, or less cluster.signal_seconds (and checkpoint.margin)"
@@ -110,6 +123,7 @@ def find_time_faults(cfg: Any, resources: Resources, site: Site) -> list[str]:
 
 def find_container_faults(site: Site) -> list[str]:
     """Faults of the image files that the container's words name."""
+    # Words that are no image files are commands or options, which cannot be checked here.
     images = [word for word in shlex.split(site.container) if word.endswith((".sif", ".sqsh", ".img"))]
     return [
         f"cluster.container: {image} does not exist; give the image's path"
@@ -119,9 +133,11 @@ def find_container_faults(site: Site) -> list[str]:
 
 
 def _find_interface_faults(site: Site) -> list[str]:
+    # NCCL and gloo fail after minutes with an obscure message when the interface is absent.
     folder = Path("/sys/class/net")
     if not site.interface or not site.interface_on_login or (folder / site.interface).exists():
         return []
+
     interfaces = ", ".join(sorted(path.name for path in folder.iterdir()))
     return [
         f"cluster.interface: there is no {site.interface} here, only {interfaces}; correct it, or say "
@@ -137,17 +153,20 @@ def _find_cluster_faults(stages: Sequence[Stage], site: Site, count: int, after:
     faults = []
     for verb, _ in stages:
         faults += [f"{verb}: {fault}" for fault in find_partition_faults(site.resources(verb), site)]
+
     faults += find_account_faults(site)
 
     states = slurm.read_job_states()
     faults += _find_queue_faults(stages, site, count, states)
     for job in after:
         faults += _find_dependency_faults(job, states)
+
     return faults
 
 
 def find_partition_faults(resources: Resources, site: Site) -> list[str]:
     """Faults of the resources of a verb against the partition, by scontrol and sinfo."""
+    # Without a partition nothing else can be checked.
     partitions = slurm.read_partitions()
     name = slurm.choose_partition(partitions, resources.partition)
     if name is None:
@@ -170,6 +189,7 @@ def find_partition_faults(resources: Resources, site: Site) -> list[str]:
             "done"
         )
 
+    # MaxNodes limits one job, TotalNodes the partition.
     max_nodes = partition.get("MaxNodes", "UNLIMITED")
     nodes = int(partition.get("TotalNodes", "0"))
     nodes = min(nodes, int(max_nodes)) if max_nodes.isdigit() else nodes
@@ -182,10 +202,12 @@ def find_partition_faults(resources: Resources, site: Site) -> list[str]:
 def _find_mpi_faults(resources: Resources) -> list[str]:
     if resources.mpi == "none":
         return []
+
     # The first words are `MPI plugin types are...`.
     plugins = slurm.run_command("srun", "--mpi=list").split()
     if resources.mpi in plugins:
         return []
+
     return [f"mpi: this srun does not know {resources.mpi}; it knows {', '.join(plugins[4:])}"]
 
 
@@ -208,16 +230,19 @@ def _find_node_faults(partition: str, resources: Resources, site: Site) -> list[
 
     faults += _find_gpu_faults(partition, kinds, resources, site)
 
+    # Operators between features are & and |; each feature must exist somewhere.
     required = set(filter(None, re.split("[|&]", site.constraint or "")))
     unknown = required.difference(*(kind.features for kind in kinds))
     if unknown:
         faults.append(f"cluster.constraint: no node of {partition} has {', '.join(sorted(unknown))}")
+
     return faults
 
 
 def _find_gpu_faults(partition: str, kinds: Sequence[slurm.NodeKind], resources: Resources, site: Site) -> list[str]:
     tasks, gpus, faults = resources.tasks_per_node, resources.gpus_per_node, []
 
+    # A number in cluster.gres must agree with what the tasks take.
     gpu_type, requested = slurm.parse_gres(str(site.gpu_options(resources).get("gres", f"gpu:{gpus}")))
     if requested != gpus:
         faults.append(
@@ -231,6 +256,7 @@ def _find_gpu_faults(partition: str, kinds: Sequence[slurm.NodeKind], resources:
         faults.append(
             f"{tasks} tasks of {resources.gpus_per_task} {name} want {gpus} per node, {partition} has {most_gpus}"
         )
+
     return faults
 
 
@@ -248,16 +274,19 @@ def find_account_faults(site: Site) -> list[str]:
             "`sacctmgr show assoc user=$USER`"
         ]
 
+    # A quality of service may be open in one account only.
     services = dict.fromkeys(qos for a in usable for qos in a.qos)
     if site.qos and site.qos not in services:
         user = f"account {site.account}" if site.account else "you"
         return [f"cluster.qos: {site.qos} is not open to {user}; open are {', '.join(services) or 'none'}"]
+
     return []
 
 
 def find_max_jobs(site: Site) -> int | None:
     """How many jobs the account may have queued; None: no limit is known."""
     limits = [a.max_jobs for a in slurm.read_associations() or () if site.account in (None, a.account)]
+    # One account without a limit means that no limit applies.
     finite = [limit for limit in limits if limit is not None]
     return max(finite) if finite and len(finite) == len(limits) else None
 
@@ -272,22 +301,26 @@ def _find_queue_faults(stages: Sequence[Stage], site: Site, count: int, states: 
 
     # The job that gathers comes after the shares.
     new = sum(len(submit.find_missing_shares(out, number)) + 1 if number > 1 else 1 for out, number in shares)
+    # Limits count every task of an array.
     waiting = sum(map(slurm.is_active, states.values()))
     limits = {
         "cluster.max_jobs": site.max_jobs,
         "your account's MaxSubmitJobs": find_max_jobs(site),
         "Slurm's MaxJobCount": int(configuration["MaxJobCount"]),
     }
+
     for name, limit in limits.items():
         if limit is not None and waiting + new > limit:
             faults.append(
                 f"{new} new jobs beside {waiting} that are queued exceed {name}, {limit}; give a smaller --array"
             )
+
     return faults
 
 
 def _find_dependency_faults(job: str, states: Mapping[str, str]) -> list[str]:
     """Faults of a job, or of an array, to wait for."""
+    # An array is known by its tasks.
     own_states = {state for name, state in states.items() if name == job or name.startswith(f"{job}_")}
     if not own_states:
         return [f"--after {job}: Slurm knows no such job"]
@@ -295,6 +328,7 @@ def _find_dependency_faults(job: str, states: Mapping[str, str]) -> list[str]:
     failed = sorted(state for state in own_states if not slurm.is_active(state) and state != "COMPLETED")
     if failed:
         return [f"--after {job}: it ended as {failed[0]}, so a job that waits for it would never start"]
+
     return []
 
 
@@ -318,13 +352,16 @@ def _describe_preemption(partition: dict[str, str]) -> Iterator[str]:
     mode, grace = partition.get("PreemptMode", "OFF"), partition.get("GraceTime", "0")
     if mode == "OFF":
         return
+
     if mode != "REQUEUE":
         yield f"Slurm does not put preempted jobs back here (PreemptMode={mode}); a job told in time does it by itself"
         return
+
     if grace == "0":
         yield "preemption comes without warning (GraceTime=0); a job goes on from its last checkpoint"
         return
 
+    # Without this parameter Slurm preempts with SIGTERM, whatever signal the job asked for.
     parameters = slurm.read_configuration().get("SlurmctldParameters", "")
     sends_warning = "preempt_send_user_signal" in parameters
     warning = "the stop signal" if sends_warning else "SIGTERM, as preempt_send_user_signal is not set"

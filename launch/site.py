@@ -104,11 +104,14 @@ class ClusterFacts:
     """How many tasks of an array run at the same time."""
 
     def __post_init__(self) -> None:
+        # All faults at once, each by its key.
         faults = []
         for name in _OPTION_FIELDS:
             faults += find_option_faults(name, getattr(self, name) or "")
+
         for module in self.modules:
             faults += find_option_faults("modules", module)
+
         faults += find_line_faults("container", self.container)
         faults += find_line_faults("scratch", str(self.scratch or ""))
         faults += _find_setup_faults(self.setup)
@@ -130,6 +133,7 @@ class ClusterFacts:
         if self.gres is None:
             return {"gpus_per_node": count}
 
+        # `gpu:a100` lacks the number, `gpu:a100:4` has it.
         has_number = self.gres.rpartition(":")[2].isdigit()
         return {"gres": self.gres if has_number else f"{self.gres}:{count}"}
 
@@ -170,12 +174,16 @@ class ClusterFacts:
 
     def environment_for(self, resources: Resources) -> dict[str, str]:
         """Variables of every process of a verb."""
+        # Libraries would otherwise start a thread per core of the node, in every rank.
         variables = {"OMP_NUM_THREADS": str(resources.cpus_per_task)}
         if self.scratch:
             variables["TMPDIR"] = str(self.scratch)
+
+        # What the user sets wins over the defaults above.
         variables |= self.environment
         if self.interface:
             variables |= {"NCCL_SOCKET_IFNAME": self.interface, "GLOO_SOCKET_IFNAME": self.interface}
+
         return variables
 
 
@@ -201,6 +209,7 @@ def load_site(name: str | None, overrides: list[str]) -> Site:
 
     Raises ConfigError.
     """
+    # A name without the ending of a file is a shipped site.
     path = None
     if name is not None:
         path = Path(name) if name.endswith((".yaml", ".yml")) else SITE_FOLDER / f"{name}.yaml"
@@ -227,6 +236,7 @@ def split_secrets(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[st
 
 def find_line_faults(key: str, text: str) -> list[str]:
     """Faults of a text that becomes part of a shell script: a line break in it would begin a command of its own."""
+    # Covers line breaks, escape sequences and undecodable bytes.
     if text.isprintable():
         return []
     return [f"{key} {text!r} has a line break or another control character; write it on one line without it"]
@@ -248,6 +258,7 @@ def require_plain_path(key: str, path: Path) -> None:
 
 def _find_setup_faults(lines: Iterable[str]) -> list[str]:
     faults = []
+
     for line in lines:
         faults += find_line_faults("setup", line.replace("\t", " "))
         # The lines stand in the batch script, which people share when they ask for help.
@@ -258,16 +269,19 @@ def _find_setup_faults(lines: Iterable[str]) -> list[str]:
                 f"setup sets {secrets[0]} in a file that others can read; set it under `environment`, whose secrets "
                 "are kept in a file of mode 0600"
             )
+
     return faults
 
 
 def _find_environment_faults(variables: Mapping[str, str]) -> list[str]:
     faults = []
+
     for name, value in variables.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             faults.append(f"environment: {name!r} is no name of a variable; use letters, digits and _")
         elif not value.isprintable():
             faults.append(f"environment: the value of {name} has a line break or another control character")
+
     return faults
 
 

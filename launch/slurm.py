@@ -41,12 +41,15 @@ def run_command(*words: str, timeout: float = 30.0) -> str:
             f"{words[0]} is not on this machine; submit from a login node of the cluster, or use --on local"
         )
 
+    # A login node must not hang when the controller does.
     command = " ".join(words)
+
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         raise InputError(f"`{command}` did not answer in {timeout:.0f} s; is the Slurm controller up?") from None
 
+    # Slurm is installed but not configured, as on a workstation.
     if "Could not establish a configuration source" in result.stderr:
         raise InputError(
             f"`{words[0]}` is here but knows no cluster; set SLURM_CONF to a slurm.conf, submit from a login node, or "
@@ -54,6 +57,7 @@ def run_command(*words: str, timeout: float = 30.0) -> str:
         )
     if result.returncode:
         raise InputError(f"`{command}` failed: {' '.join(result.stderr.split()) or result.returncode}")
+
     return result.stdout
 
 
@@ -92,6 +96,7 @@ def hide_own_job() -> Iterator[None]:
     sbatch reads SBATCH_* and SLURM_* as options, and a trial would take itself for a rank of its driver's job.
     """
     hidden = {name: os.environ.pop(name) for name in list_job_variables(os.environ)}
+
     try:
         yield
     finally:
@@ -113,10 +118,12 @@ def read_job(job: str) -> dict[str, str]:
 def parse_fields(line: str) -> dict[str, str]:
     """Parse one line of `scontrol show -o` into field -> value; the first of equal fields counts."""
     fields: dict[str, str] = {}
+
     for part in line.split():
         name, equals, value = part.partition("=")
         if equals:
             fields.setdefault(name, value)
+
     return fields
 
 
@@ -127,9 +134,11 @@ def read_job_states() -> dict[str, str]:
     states: dict[str, str] = {}
 
     for line in run_command("squeue", *options).splitlines():
+        # One line may stand for several tasks of an array that wait.
         job, _, state = line.strip().partition("|")
         for task in expand_array_id(job):
             states[task] = state
+
     return states
 
 
@@ -139,13 +148,17 @@ def expand_array_id(job: str) -> list[str]:
     A list that squeue has shortened (`12_[1,3,...]`) ends with `12_*`, which stands for the indices left out.
     """
     match = _ARRAY_ID.match(job)
+    # A single job, or a task that squeue lists by itself.
     if match is None:
         return [job]
 
+    # Without its end, the list was cut by the width of squeue's column.
     array, ranges = match.groups()
     tasks, is_complete = [], "]" in job or "%" in job
+
     for part in ranges.split(","):
         bounds = _INDEX_RANGE.fullmatch(part)
+        # `...`, or a number that was cut.
         if bounds is None:
             is_complete = False
             continue
@@ -157,6 +170,7 @@ def expand_array_id(job: str) -> list[str]:
 
 def find_state(states: Mapping[str, str], job: str) -> str | None:
     """State of a job among those of `read_job_states`; None when Slurm does not know it (any more)."""
+    # Tasks that have ended are listed one by one, so this concerns tasks that wait.
     unlisted = f"{job.partition('_')[0]}_{_UNLISTED}"
     return states.get(job, states.get(unlisted) if "_" in job else None)
 
@@ -190,6 +204,7 @@ class Poller:
         if self.pause:
             self.sleep(self.pause)
 
+        # A controller that restarts is silent for a while: the last known states serve meanwhile.
         try:
             all_states = self._read()
         except InputError:
@@ -201,6 +216,7 @@ class Poller:
 
         self.failures = 0
         states = {job: state for job in jobs if (state := find_state(all_states, job)) is not None}
+        # Ask often while things happen, ever more rarely while nothing does.
         has_changed = states != self._last or not self.pause
         self.pause = self.first if has_changed else min(self.longest, 1.5 * self.pause)
         self._last = states
@@ -238,10 +254,12 @@ def read_node_kinds(partition: str) -> list[NodeKind]:
     """Read the kinds of nodes of a partition."""
     lines = run_command("sinfo", "-h", "-e", "-p", partition, "-o", "%c|%m|%G|%f").splitlines()
     kinds = []
+
     for line in lines:
         cores, memory, gres, features = line.split("|")
         # `4+`: at least so many, where sinfo puts unlike nodes on one line.
         kinds.append(NodeKind(int(cores.rstrip("+")), int(memory.rstrip("+")), gres, frozenset(features.split(","))))
+
     return kinds
 
 
@@ -254,6 +272,7 @@ def read_node_states(partition: str) -> dict[str, str]:
 def parse_gres(gres: str) -> tuple[str, int]:
     """Parse `gpu:a100:4`, `gpu:4` or `gpu:a100` into (type, number); "" stands for any type."""
     _, *words = gres.split(":")
+    # The type may be absent, and so may the number.
     number = int(words.pop()) if words and words[-1].isdigit() else 1
     return (words[0] if words else "", number)
 
@@ -268,6 +287,7 @@ def parse_minutes(limit: str) -> int | None:
     """Parse Slurm's `1-02:30:00` into minutes; None for UNLIMITED."""
     if not limit[0].isdigit():
         return None
+    # Days are optional, hours are not.
     days, _, clock = limit.rpartition("-")
     hours, minutes, _ = (int(number) for number in clock.split(":"))
     return int(days or 0) * 1440 + hours * 60 + minutes
@@ -291,6 +311,7 @@ class Association:
 
 def read_associations() -> tuple[Association, ...] | None:
     """Read the associations of this user; None where Slurm does not enforce them and takes every account."""
+    # Where associations are not enforced, there may be no accounting daemon to ask.
     enforced = read_configuration().get("AccountingStorageEnforce", "none").split(",")
     if not {"associations", "limits", "qos", "safe"} & set(enforced):
         return None

@@ -74,6 +74,7 @@ def require_idle(out: Path) -> None:
     if not (out / "launch" / JOBS_FILE).exists():
         return
 
+    # A folder whose jobs have all ended may be submitted into again.
     states = poll_jobs(read_jobs(out), slurm.Poller())
     busy = [job for job, state in states.items() if state in ("queued", "running")]
     if busy:
@@ -84,6 +85,7 @@ def require_idle(out: Path) -> None:
 
 def poll_jobs(jobs: Sequence[LaunchedJob], poller: slurm.Poller) -> dict[str, JobStatus]:
     """State of every job by id, with one call to Slurm for all; waits as the poller says."""
+    # Without jobs on Slurm, Slurm need not be there.
     on_slurm = [job.id for job in jobs if job.on == "slurm"]
     slurm_states = poller.poll(on_slurm) if on_slurm else {}
     return {job.id: _judge_state(job, slurm_states.get(job.id)) for job in jobs}
@@ -101,9 +103,12 @@ def _judge_state(job: LaunchedJob, slurm_state: str | None) -> JobStatus:
             return "done"
         return "cancelled" if end["reason"] == "cancelled" else "failed"
 
+    # No end was recorded: the state is all there is.
     if slurm_state is not None:
         by_slurm: dict[str, JobStatus] = {"CANCELLED": "cancelled", "COMPLETED": "done"}
         return by_slurm.get(slurm_state, "failed")
+
+    # Neither Slurm nor the folder knows it.
     return "running" if job.on == "local" and Path(f"/proc/{job.id}").exists() else "lost"
 
 
@@ -131,6 +136,7 @@ def follow_jobs(
     while True:
         states = poll_jobs(jobs, poller)
         _write_lines(logs, 0, write)
+        # Only changes are written.
         for job in jobs:
             if last.get(job.id) != states[job.id]:
                 write(f"[{job.title}] {describe_job(job, states[job.id])}\n")
@@ -143,10 +149,12 @@ def follow_jobs(
 def _write_lines(logs: Sequence[LogReader], seconds: float, write: Callable[[str], object]) -> None:
     """Write the lines that appear in logs within `seconds`, those that are there at once."""
     deadline = time.monotonic() + seconds
+
     while True:
         for log in logs:
             for line in log.read_new_lines():
                 write(line + "\n")
+        # Look once a second, so that lines appear soon without reading all the time.
         left = deadline - time.monotonic()
         if left <= 0:
             return
@@ -155,11 +163,14 @@ def _write_lines(logs: Sequence[LogReader], seconds: float, write: Callable[[str
 
 def describe_job(job: LaunchedJob, state: JobStatus) -> str:
     """One line about a job: id, state, step, and why its last start ended."""
+    # State first, then what is known beyond it.
     parts = [f"job {job.id}: {state}"]
     if step := describe_last_step(job.out):
         parts.append(step)
+
     if end := job.read_end():
         parts.append(f"{end['reason']}{', put back' if end['put_back'] else ''} ({end['at']})")
+
     return "; ".join(parts)
 
 
@@ -178,6 +189,7 @@ def describe_last_step(out: Path) -> str:
         if row.get("kind") == "train":
             loss = row.get("loss")
             return f"step {row['step']}" if loss is None else f"step {row['step']}, loss {loss:.4f}"
+
     return ""
 
 
@@ -190,6 +202,7 @@ class LogReader:
 
     def list_logs(self) -> list[Path]:
         """The logs of all ranks, by rank."""
+        # submitit names logs JOB_RANK_log.out, and JOB_RANK_log.err without Slurm.
         folder = self.job.out / "launch" / "logs"
         paths = [path for kind in ("out", "err") for path in folder.glob(f"{self.job.id}_*_log.{kind}")]
         return sorted(paths, key=lambda path: (_rank_of(path), path.name))
@@ -200,9 +213,12 @@ class LogReader:
 
     def _read_log(self, path: Path) -> list[str]:
         offset = self._offsets.get(path, 0)
+
         with path.open("rb") as log:
             log.seek(offset)
             data = log.read()
+
+        # A line that is still being written comes with the next call.
         whole_lines = data[: data.rfind(b"\n") + 1]
         self._offsets[path] = offset + len(whole_lines)
 

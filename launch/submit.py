@@ -65,20 +65,27 @@ def submit_verb(
     """
     if on == "slurm" and shutil.which("sbatch") is None:
         raise InputError("sbatch is not on this machine; submit from a login node of the cluster, or use --on local")
+
     if count > 1:
         require_divisible(verb, on)
+
+    # Two jobs must never write into one folder.
     require_idle(cfg.out)
 
-    submission = Submission(verb, cfg, site, on, code or cfg.out.resolve() / "launch" / "code", tuple(command))
+    code = code or cfg.out.resolve() / "launch" / "code"
+    submission = Submission(verb, cfg, site, on, code, tuple(command))
     if count == 1:
         return submission.submit(after)
 
+    # Slurm refuses longer arrays; shares that ended well are not repeated.
     longest = int(slurm.read_configuration()["MaxArraySize"])
     jobs = [
         job
         for shares in split_into_arrays(find_missing_shares(cfg.out, count), longest)
         for job in submission.submit(after, shares)
     ]
+
+    # What runs in place of the verb has no results to gather.
     if command:
         return jobs
     return jobs + submission.submit([*after, *list_arrays(jobs)])
@@ -120,6 +127,7 @@ def split_into_arrays(shares: Sequence[Share], size: int) -> list[list[Share]]:
     """Split shares into arrays of `size` tasks at most (Slurm's MaxArraySize), as even as can be."""
     if not shares:
         return []
+    # Even sizes keep all arrays busy for about as long.
     number = -(-len(shares) // size)
     bounds = [round(i * len(shares) / number) for i in range(number + 1)]
     return [list(shares[start:stop]) for start, stop in itertools.pairwise(bounds)]
@@ -133,6 +141,7 @@ def list_arrays(jobs: Sequence[LaunchedJob]) -> list[str]:
 def describe_jobs(jobs: Sequence[LaunchedJob]) -> str:
     """`job 12`, or `40 tasks in arrays 12, 13, then job 14`."""
     shares = [job for job in jobs if job.share]
+    # Shares first, as the single job waits for them.
     parts = [f"{len(shares)} tasks in arrays {', '.join(list_arrays(shares))}"] if shares else []
     if not jobs[-1].share:
         parts.append(f"job {jobs[-1].id}")
@@ -170,9 +179,12 @@ class Submission:
 
     def submit(self, after: Sequence[str], shares: Sequence[Share] = ()) -> list[LaunchedJob]:
         """Submit one job, or an array with a task for each share."""
+        # Refuse before anything is written.
         require_plain_path("out", self.out)
         logs = self.launch_folder / "logs"
         job_files.make_protected_folder(logs)
+
+        # The job reads these hours later: later edits of the code or the config file must not reach it.
         code = job_files.snapshot_code(self.code)
         files.write_text(self.launch_folder / "config.yaml", schema.dump(self.cfg))
 
@@ -182,12 +194,14 @@ class Submission:
         else:
             executor = self._make_slurm_executor(logs, code, tasks, after)
 
+        # A sweep or a script may submit from within a job, whose variables sbatch would take for options.
         with slurm.hide_own_job(), job_files.protect_new_files():
             try:
                 handles = executor.submit_array(tasks)
             except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
                 raise InputError(f"no job was taken: {' '.join(str(error).split())}") from None
 
+        # submitit returns the tasks of an array in the order of its shares.
         names = [share_name(*share) for share in shares] or [""]
         jobs = [
             LaunchedJob(handle.job_id, self.on, self.verb, self.out, name)
@@ -198,18 +212,16 @@ class Submission:
 
     def make_task(self, code: Path, share: Share | None) -> RankTask:
         """What each rank of a job runs."""
-        words = [*self.command] or [
-            sys.executable,
-            "-m",
-            "hpc_neuro",
-            self.verb,
-            str(self.launch_folder / "config.yaml"),
-        ]
+        config = str(self.launch_folder / "config.yaml")
+        words = [*self.command] or [sys.executable, "-m", "hpc_neuro", self.verb, config]
         if share:
             words.append(f"share=[{share[0]},{share[1]}]")
+
+        # On Slurm, srun starts the ranks.
         if self.on == "local" and self.resources.mpi != "none" and self.resources.tasks > 1:
             words = [_find_mpiexec(), "-n", str(self.resources.tasks), *words]
 
+        # The environment of every rank, without what others must not read.
         public, secrets = split_secrets(self.site.environment_for(self.resources))
         secrets_file = self.launch_folder / SECRETS_FILE if secrets else None
         if secrets_file:
@@ -257,16 +269,20 @@ class Submission:
             "srun_args": [f"--mpi={resources.mpi}", *site.srun_options(resources)],
             "additional_parameters": {"requeue": True},
         }
+
+        # A job whose dependency failed would otherwise stay in the queue for ever.
         if after:
             options["dependency"] = f"afterok:{':'.join(after)}"
             options["additional_parameters"] = {"requeue": True, "kill-on-invalid-dep": "yes"}
 
+        # submitit writes the batch script, and the tasks as pickles, into the folder of logs.
         executor = submitit.SlurmExecutor(logs)
         executor.update_parameters(**options)
         return executor
 
     def _make_script_head(self, logs: Path, code: Path, tasks: Sequence[RankTask]) -> list[str]:
         """Lines of the batch script before srun."""
+        # The tasks of an array share one script: each finds its folder by its index.
         folders = " ".join(shlex.quote(str(task.folder)) for task in tasks)
         outs = " ".join(shlex.quote(str(task.out)) for task in tasks)
         return [
@@ -289,6 +305,7 @@ class Submission:
     def _record_jobs(self, jobs: Sequence[LaunchedJob], code: Path, after: Sequence[str]) -> None:
         """Append jobs to OUT/launch/jobs.json."""
         path = self.launch_folder / JOBS_FILE
+        # Jobs of earlier submissions stay: `status` shows how each ended.
         rows = files.read_json(path, f"remove {path}") if path.exists() else []
         facts = {
             "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),

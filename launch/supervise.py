@@ -77,10 +77,12 @@ class RankPlace:
 
         Raises TimeoutError when rank 0 has written nothing for `patience` seconds.
         """
+        # One rank chooses: all must know the same address before any can connect.
         if self.rank == 0:
             nodes = os.environ.get("SLURM_JOB_NODELIST", self.host)
             files.write_json(path, {"host": self.host, "port": _find_free_port(), "nodes": nodes})
 
+        # The file appears whole, by a rename.
         deadline = time.monotonic() + patience
         while not path.exists():
             if time.monotonic() > deadline:
@@ -137,9 +139,10 @@ class RankTask:
 
     def __call__(self) -> int:
         """Run the verb to its end. Returns 0, or exits with the child's code (128 + number for a signal)."""
+        # Handlers come first: a signal may arrive before the child exists.
+        relay = SignalRelay(self.signal_seconds)
         place = RankPlace.from_environment()
         start = self.record.start_folder(place.start)
-        relay = SignalRelay(self.signal_seconds)
         if place.rank == 0:
             self._take_folder(place)
         address = place.agree_on_address(start / "start.json")
@@ -147,16 +150,21 @@ class RankTask:
         # Slurm requeues jobs by itself when a node fails, and does not count.
         if place.restarts > self.max_requeue:
             self._leave_before_start(place, [job_end.REQUEUE_LIMIT])
+
+        # Asked to stop before there was anything to stop.
         if relay.events:
             self._leave_before_start(place, relay.events)
 
+        # The exit code tells srun, and through it the batch script, how this rank ended.
         code = self._run_child(place, address, relay)
         if code:
             sys.exit(code if code > 0 else 128 - code)
+
         return 0
 
     def _take_folder(self, place: RankPlace) -> None:
         """Record why the last start ended if it could not, and become the owner of the folder."""
+        # Close the record of earlier starts before this one begins its own.
         has_unfinished = job_end.close_earlier_starts(self.record, place.start)
         files.write_text(self.folder / "owner", place.start)
         if has_unfinished:
@@ -173,14 +181,14 @@ class RankTask:
         """Run the child, leave a note of its end and, where no batch script will do it, settle the start."""
         start = self.record.start_folder(place.start)
         environment = self._build_environment(address)
-
         inquiry = StopInquiry(place, self.signal_seconds)
 
         # close_fds: PMI2 hands its connection down as an open file.
         with subprocess.Popen(self.command, cwd=self.cwd, env=environment, close_fds=False, umask=self.umask) as child:
-            relay.child = child
+            relay.attach(child)
             code = self._wait_for_child(child, place, relay, inquiry)
 
+        # A child that stopped at once left no time to ask.
         if relay.has_signals:
             inquiry.begin()
         events = [*relay.events, *(["killed, as it did not stop in time"] if relay.is_late else [])]
@@ -191,15 +199,18 @@ class RankTask:
             relay.is_late or not place.is_on_slurm or (code and job_end.is_any_rank_lost(start, place.size))
         ):
             code = job_end.settle_start(self.record, place.start, place.size, 0, self.max_requeue, self.signal_seconds)
+
         return code
 
     def _build_environment(self, address: Mapping[str, str]) -> dict[str, str]:
+        # Later entries win: the site overrides the login environment, and ranks override both.
         secrets = files.read_json(self.secrets_file, "submit again") if self.secrets_file else {}
         env = {**os.environ, **self.environment, **secrets, **address}
         env["PYTHONPATH"] = os.pathsep.join([str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])])
         # submitit's local controller hides all GPUs from jobs that ask for none.
         if env.get("CUDA_VISIBLE_DEVICES") == "":
             del env["CUDA_VISIBLE_DEVICES"]
+
         return env
 
     def _wait_for_child(
@@ -213,12 +224,18 @@ class RankTask:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(timeout=_POLL_SECONDS)
 
+            # A sign of life, which tells a slow rank from a lost one.
             alive.touch()
+
+            # After a node failure, an older start may still be running here.
             if owner.read_text(encoding="utf-8") != place.start and job_end.SUPERSEDED not in relay.events:
                 relay.events.append(job_end.SUPERSEDED)
                 child.kill()
+
+            # A rank that does not stop in time would be killed by Slurm with no record of why.
             if relay.check_is_late():
                 child.kill()
+
             if relay.has_signals:
                 inquiry.begin()
 
@@ -238,6 +255,7 @@ class StopInquiry:
 
     def begin(self) -> None:
         """Ask, unless that was done. One rank asks: hundreds would be a burden to the controller."""
+        # Only Slurm knows why, and it forgets.
         if self._thread is not None or self._place.rank != 0 or not self._place.is_on_slurm:
             return
         self._thread = threading.Thread(target=self._ask, daemon=True)
@@ -259,9 +277,9 @@ class SignalRelay:
     """Passes signals on to the child; from the first one on, the child has `signal_seconds` to stop."""
 
     def __init__(self, signal_seconds: int) -> None:
-        self.child: subprocess.Popen[bytes] | None = None
         self.events: list[str] = []
         """Names of the signals in order, and what else happened."""
+        self._child: subprocess.Popen[bytes] | None = None
         self.is_late = False
         self._patience = max(signal_seconds - _RESERVED_SECONDS, signal_seconds / 2)
         self._since: float | None = None
@@ -270,11 +288,19 @@ class SignalRelay:
         for number in _RELAYED_SIGNALS:
             signal.signal(number, self._relay)
 
+    def attach(self, child: subprocess.Popen[bytes]) -> None:
+        """Relay signals to this child, also those that came while it was being started."""
+        self._child = child
+        for name in list(self.events):
+            child.send_signal(signal.Signals[name])
+
     def _relay(self, number: int, frame: FrameType | None) -> None:
         self.events.append(signal.Signals(number).name)
         self._since = time.monotonic() if self._since is None else self._since
-        if self.child is not None and self.child.poll() is None:
-            self.child.send_signal(number)
+
+        # The child decides what a signal means: train saves and stops.
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)
 
     @property
     def has_signals(self) -> bool:

@@ -44,11 +44,14 @@ def draw_parallel_coordinates(
 
     shades: 0 to 1 per run, 1 drawn strongest and last; None: a thin line.
     """
+    # Axes at equal distances.
     width = _WIDTH - _PARALLEL_LEFT - _PARALLEL_RIGHT
     xs = [_PARALLEL_LEFT + width * i / max(1, len(axes) - 1) for i in range(len(axes))]
     scales = [_make_scale(axis, [row[i] for row in rows]) for i, axis in enumerate(axes)]
 
     body = []
+
+    # Strong lines lie over thin ones.
     for index in sorted(range(len(rows)), key=lambda i: _drawing_order(shades[i])):
         ys = [_place_value(*column) for column in zip(axes, scales, rows[index], strict=True)]
         style = _line_style(shades[index])
@@ -63,6 +66,7 @@ def draw_parallel_coordinates(
         body += [_text("tick over", x + 6, y + 4, label, "start") for y, label in scale.ticks]
         if axis.absent:
             body.append(_text("tick over", x + 6, _PARALLEL_HEIGHT - _BOTTOM + 4, "none", "start"))
+
     return _frame(title, "".join(body), _PARALLEL_HEIGHT)
 
 
@@ -90,13 +94,16 @@ def _place_value(axis: ParallelAxis, scale: _Scale, value: float | None) -> floa
 def draw_shares(title: str, shares: Mapping[str, float]) -> str:
     """Horizontal bars of shares that add up to 1."""
     left, right = _SHARES_LEFT, _WIDTH - _SHARES_RIGHT
+    # The longest bar fills the width.
     largest = max(shares.values(), default=1.0) or 1.0
     body = []
+
     for index, (name, share) in enumerate(shares.items()):
         y, end = _TOP + _SHARE_HEIGHT * index + 6, left + (right - left) * share / largest
         body.append(_text("tick", left - 10, y + 4, name, "end"))
         body.append(f'<line class="bar s0" style="stroke-width:14" x1="{left}" x2="{end:.1f}" y1="{y}" y2="{y}"/>')
         body.append(_text("tick", end + 8, y + 4, f"{share:.0%}", "start"))
+
     return _frame(title, "".join(body), _TOP + 16 + _SHARE_HEIGHT * len(shares))
 
 
@@ -130,8 +137,10 @@ def draw_factorial(
         body.append(f'<line class="zero" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(_text("tick", right, y - 4, level[0], "end"))
 
+    # Dots of a group stand side by side around its middle.
     group_width = (right - left) / max(1, len(groups))
     spacing = min(_DOT_SPACING, 0.8 * group_width / len(colors))
+
     for group_index, group in enumerate(groups):
         middle = left + group_width * (group_index + 0.5)
         body.append(_text("axis", middle, bottom + 20, group))
@@ -197,22 +206,26 @@ def _make_scale(axis: ParallelAxis, values: Sequence[float | None]) -> _Scale:
 
 def _make_number_scale(values: Sequence[float], log: bool, bottom: float, top: float) -> _Scale:
     """A scale over all values with round ticks; its ends are round, too, or, of a logarithm, the extreme values."""
+    # A logarithm has no place for zero and below.
     usable = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
     places = [math.log10(value) if log else value for value in usable] or [0.0]
     low, high = min(places), max(places)
     if low == high:
         low, high = low - (abs(low) or 1) * 0.05, high + (abs(high) or 1) * 0.05
 
+    # Round numbers rarely meet the ends of a logarithmic scale, so its ends stay.
     if log:
         ticks = _choose_log_ticks(10**low, 10**high)
     else:
         ticks = _choose_ticks(low, high)
         low, high = ticks[0], ticks[-1]
+
     return _Scale(low, high, bottom, top, log).with_ticks({tick: f"{tick:.3g}" for tick in ticks})
 
 
 def _choose_ticks(low: float, high: float) -> list[float]:
     """About six round values, the first not above `low` and the last not below `high`."""
+    # The least of the round steps that gives at most five intervals.
     rough_step = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough_step))
     step = unit * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough_step * (1 - 1e-9))
@@ -223,12 +236,15 @@ def _choose_ticks(low: float, high: float) -> list[float]:
 def _choose_log_ticks(low: float, high: float) -> list[float]:
     """At most seven round values between two, as many as can be; the two themselves where fewer than two are round."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    # Ever coarser digits, until they are few enough.
     ticks: list[float] = []
+
     for digits in ((1, 2, 5), (1, 3), (1,)):
         candidates = [digit * 10.0**decade for decade in decades for digit in digits]
         ticks = [tick for tick in candidates if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
         if len(ticks) <= _MAX_LOG_TICKS:
             return ticks if len(ticks) > 1 else [low, high]
+
     return ticks[:: -(-len(ticks) // _MAX_LOG_TICKS)]
 
 
@@ -238,11 +254,13 @@ def _choose_log_ticks(low: float, high: float) -> list[float]:
 def _split_at_gaps(points: Sequence[tuple[float, float | None]]) -> list[list[Point]]:
     """The stretches of a line between missing values, of two points at least."""
     parts: list[list[Point]] = [[]]
+
     for x, y in points:
         if y is None:
             parts.append([])
         else:
             parts[-1].append((x, y))
+
     return [part for part in parts if len(part) > 1]
 
 

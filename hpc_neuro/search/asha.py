@@ -42,9 +42,11 @@ def is_promoted(value: float, others: Sequence[float], cfg: AshaConfig, goal: Go
 
     It must be among the best max(1, n // factor) of all n values at the rung, its own included.
     """
+    # A few values say little about a rung.
     if len(others) < cfg.startup:
         return True
 
+    # Equal values do not stop one another.
     sign = 1 if goal == "maximize" else -1
     better = sum(sign * other > sign * value for other in others)
     return better < max(1, (len(others) + 1) // cfg.factor)

@@ -59,6 +59,7 @@ class Comparison:
         What neurons and seeds have in common drops out, so the interval is narrower than that of `compute_interval`.
         """
         scores, base_scores = self.scores[setting], self.scores[base]
+        # Trials may have failed under some seeds.
         common_seeds = [seed for seed in scores if seed in base_scores]
         if not common_seeds:
             return None
@@ -79,6 +80,7 @@ def read_comparison(cfg: SearchConfig, trials: Sequence[Trial]) -> Comparison | 
 
     Raises InputError when two trials scored different neurons, or where the table asks for a metric that is not there.
     """
+    # Seeds repeat a setting: they are no part of it.
     names = [name for name in cfg.space if name != SEED]
     scores: dict[Setting, dict[str, NeuronScores]] = {}
     baseline: NeuronScores = {}
@@ -87,23 +89,29 @@ def read_comparison(cfg: SearchConfig, trials: Sequence[Trial]) -> Comparison | 
     for t in trials:
         if t.state != "done":
             continue
+        # All trials must have scored the same neurons, or their means could not be compared.
         volumes = _read_volumes(t.folder, neurons)
         neurons = neurons or tuple(volumes)
         seeds = scores.setdefault(_name_setting(t, names), {})
         # Without a dimension of this name, every trial is a repetition.
         seed = format_value(t.values.get(SEED, len(seeds)))
         seeds[seed] = {neuron: volumes[neuron]["model"] for neuron in neurons}
+        # Otsu's baseline is the same for every trial.
         baseline = {neuron: volumes[neuron]["otsu"] for neuron in neurons if "otsu" in volumes[neuron]}
 
     if not scores:
         return None
+
+    # The first dimension groups the charts, the others together are their colors.
     dimensions = (names[0] if names else "setting", ", ".join(names[1:]))
     comparison = Comparison(dimensions, neurons, _sort_settings(scores), baseline)
+    # Every trial wrote the same metrics.
     missing = [metric.key for metric in cfg.table if metric.key not in comparison.metrics]
     if missing:
         raise InputError(
             f"table: evaluate wrote no {missing[0]}; look into a trial's evaluate/metrics.json for the keys"
         )
+
     return comparison
 
 
@@ -125,12 +133,14 @@ def _name_setting(t: Trial, names: Sequence[str]) -> Setting:
 def _sort_settings(scores: dict[Setting, dict[str, NeuronScores]]) -> dict[Setting, dict[str, NeuronScores]]:
     """Settings by the first part, then by the second, each in the order in which its values first occurred."""
     first, second = (list(dict.fromkeys(setting[i] for setting in scores)) for i in (0, 1))
+    # Trials end in any order; the table follows the order of the space.
     order = sorted(scores, key=lambda setting: (first.index(setting[0]), second.index(setting[1])))
     return {setting: scores[setting] for setting in order}
 
 
 def format_csv(comparison: Comparison) -> str:
     """One line per setting, seed and neuron, with every metric that evaluate wrote."""
+    # A study of one dimension has no second column.
     metrics, has_second_part = comparison.metrics, bool(comparison.dimensions[1])
     dimensions = comparison.dimensions if has_second_part else comparison.dimensions[:1]
 

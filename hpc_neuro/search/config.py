@@ -135,14 +135,18 @@ class SearchConfig:
     """Draws of the bootstrap behind the comparison."""
 
     def __post_init__(self) -> None:
+        # Faults of keys that depend on one another; each key alone is checked by its type.
         faults = spaces.find_structure_faults(self.space)
 
         if self.recipe not in (("train",), RECIPE):
             faults.append(f"recipe {list(self.recipe)} must be [train] or [{', '.join(RECIPE)}]")
+
         if self.objective.key.startswith("evaluate.") and "evaluate" not in self.recipe:
             faults.append(f"objective.key {self.objective.key} needs recipe [{', '.join(RECIPE)}]")
+
         if self.trials is None and self.sampler.kind != "grid":
             faults.append(f"trials: the sampler {self.sampler.kind} never ends; say how many")
+
         if self.asha and (self.asha.key or self.objective.key).startswith("evaluate."):
             faults.append("asha.key: early stopping judges training; give a key such as val.dice_best")
 

@@ -37,6 +37,7 @@ def build_page(
     """The page as text; self-contained. code: version of the package."""
     sections = [("Result", _render_result(cfg, trials, best))]
 
+    # Only a recipe with evaluate has scored neurons.
     if comparison is not None:
         sections.append(("Comparison", _render_comparison(cfg, comparison)))
         if len(comparison.scores) > 1:
@@ -47,6 +48,7 @@ def build_page(
     if importances:
         chart = sweep_charts.draw_shares("Importance for the objective", importances)
         sections.append(("Importance", html.paragraph(_IMPORTANCE_NOTE, "small") + chart))
+
     sections.append(("Trials", _render_trials(cfg, trials, best)))
 
     return html.render_page(f"Search {cfg.out.resolve().name}", f"{len(trials)} trials · hpc_neuro {code}", sections)
@@ -55,9 +57,11 @@ def build_page(
 def format_trials_csv(cfg: SearchConfig, trials: Sequence[Trial]) -> str:
     """One line per trial."""
     names = list(cfg.space)
+
     with io.StringIO(newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["trial", "state", cfg.objective.key, *names, "step", "attempts", "seconds", "jobs", "note"])
+
         for t in trials:
             values = [format_value(t.values[name]) if name in t.values else "" for name in names]
             jobs = " ".join(attempt.job or "" for attempt in t.attempts)
@@ -65,6 +69,7 @@ def format_trials_csv(cfg: SearchConfig, trials: Sequence[Trial]) -> str:
             writer.writerow(
                 [t.number, t.state, objective, *values, t.step, len(t.attempts), round(t.seconds, 1), jobs, t.note]
             )
+
         return out.getvalue()
 
 
@@ -72,6 +77,7 @@ def format_trials_csv(cfg: SearchConfig, trials: Sequence[Trial]) -> str:
 
 
 def _render_result(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | None) -> str:
+    # States without trials are left out.
     counts = {state: sum(t.state == state for t in trials) for state in ENDED_STATES}
     not_ended = len(trials) - sum(counts.values())
     parts = [f"{count} {state}" for state, count in counts.items() if count]
@@ -101,6 +107,7 @@ def _format_short(value: object) -> str:
 def _best_so_far(cfg: SearchConfig, trials: Sequence[Trial]) -> charts.Series:
     better = max if cfg.objective.goal == "maximize" else min
     ended = sorted((t for t in trials if t.value is not None), key=lambda t: t.attempts[-1].ended or 0.0)
+    # Each value is the better of the last one and the new one.
     values: list[float] = []
     for t in ended:
         values.append(better([*values[-1:], float(t.value or 0.0)]))
@@ -113,6 +120,7 @@ def _render_values(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | Non
     columns: list[list[float | None]] = []
 
     for name, dimension in cfg.space.items():
+        # Where a dimension does not apply, the line passes below its axis.
         is_conditional = bool(dimension.when)
         if is_numeric(dimension):
             axes.append(ParallelAxis(name, log=isinstance(dimension, LogDimension), absent=is_conditional))
@@ -135,8 +143,10 @@ def _render_values(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | Non
 def _rank_shades(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | None) -> list[float | None]:
     """Shade of each trial's line by its rank: 0 for the worst, 1 for the best, None without a value."""
     is_minimized = cfg.objective.goal == "minimize"
+    # Ranks rather than values: one outlier would leave all others alike.
     values = sorted((float(t.value) for t in trials if t.value is not None), reverse=is_minimized)
     shades: list[float | None] = []
+
     for t in trials:
         if t is best:
             shades.append(1.0)
@@ -144,6 +154,7 @@ def _rank_shades(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | None)
             shades.append(None)
         else:
             shades.append(min(values.index(t.value) / max(1, len(values) - 1), _MAX_SHADE))
+
     return shades
 
 
@@ -159,7 +170,9 @@ def _render_trials(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | Non
         Column("Time [s]", "all attempts, the wait in the queue included"),
         Column("Note", numeric=False),
     ]
+    # Cells carry their numbers, by which a click on a heading sorts.
     rows = []
+
     for t in trials:
         objective = "" if t.value is None else f"{t.value:.4g}"
         rows.append(
@@ -172,6 +185,7 @@ def _render_trials(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | Non
                 Cell(t.note),
             ]
         )
+
     return html.table(columns, rows)
 
 
@@ -180,6 +194,7 @@ def _value_cell(t: Trial, name: str) -> Cell:
     if name not in t.values:
         return Cell("")
     value = t.values[name]
+    # True is an int in Python, and here a word.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return Cell(_format_short(value), float(value) if is_number else None)
 
@@ -193,9 +208,11 @@ def _render_comparison(cfg: SearchConfig, comparison: Comparison) -> str:
     means = {m.key: {s: comparison.compute_interval(s, m.key, cfg.draws) for s in comparison.scores} for m in cfg.table}
 
     rows = []
+
     for setting, seeds in comparison.scores.items():
         cells = [_mean_cell(m, means[m.key][setting], _best_mean(m, means[m.key].values())) for m in cfg.table]
         rows.append([*_setting_cells(comparison, setting), *cells, Cell(str(len(seeds)), len(seeds))])
+
     if comparison.baseline:
         blanks = [Cell("") for _ in _setting_columns(comparison)[1:]]
         cells = [_number_cell(_baseline_mean(comparison, m), m) for m in cfg.table]
@@ -208,6 +225,7 @@ def _render_comparison(cfg: SearchConfig, comparison: Comparison) -> str:
 
 def _describe_means(cfg: SearchConfig, comparison: Comparison) -> str:
     """What the table of means shows."""
+    # Failed trials leave settings with fewer seeds.
     counts = sorted({len(seeds) for seeds in comparison.scores.values()})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     neurons = len(comparison.neurons)
@@ -217,6 +235,7 @@ def _describe_means(cfg: SearchConfig, comparison: Comparison) -> str:
         note += f"in small type the 95 % bootstrap interval over both ({cfg.draws:,} draws). "
     else:
         note += "of one neuron no interval can be given. "
+
     return note + "The best mean of a column is bold."
 
 
@@ -245,6 +264,7 @@ def _format_range(low: float | None, high: float | None, metric: TableMetric) ->
 
 def _render_differences(cfg: SearchConfig, comparison: Comparison) -> str:
     """Every setting against the first one, paired by neuron and seed."""
+    # The first setting of the space is the reference.
     base, *others = comparison.scores
     base_name = ", ".join(part for part in base if part)
     note = (
@@ -254,10 +274,12 @@ def _render_differences(cfg: SearchConfig, comparison: Comparison) -> str:
     )
     columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in cfg.table)]
     rows = []
+
     for setting in others:
         intervals = [comparison.compute_difference(setting, base, m.key, cfg.draws) for m in cfg.table]
         cells = [_difference_cell(m, interval) for m, interval in zip(cfg.table, intervals, strict=True)]
         rows.append([*_setting_cells(comparison, setting), *cells])
+
     return html.paragraph(note, "small") + html.table(columns, rows)
 
 
@@ -265,9 +287,12 @@ def _difference_cell(metric: TableMetric, interval: Interval | None) -> Cell:
     """A difference, bold where its interval does not hold 0; empty without a common seed."""
     if interval is None:
         return Cell("")
+
     text = f"{interval.mean:+.{metric.digits}f}"
+    # One neuron with one seed has no interval.
     if interval.low is None or interval.high is None:
         return Cell(text, interval.mean)
+
     note = f"{interval.low:+.{metric.digits}f} … {interval.high:+.{metric.digits}f}"
     return Cell(text, interval.mean, interval.low * interval.high > 0, note)
 
@@ -277,6 +302,7 @@ def _render_neurons(cfg: SearchConfig, comparison: Comparison) -> str:
     columns = [Column("Neuron", numeric=False), *_setting_columns(comparison)]
     columns += [Column(_metric_title(m), "mean over seeds; below it the lowest and highest seed") for m in cfg.table]
     rows = []
+
     for index, neuron in enumerate(comparison.neurons):
         for setting in comparison.scores:
             cells = [Cell(neuron), *_setting_cells(comparison, setting)]
@@ -285,6 +311,7 @@ def _render_neurons(cfg: SearchConfig, comparison: Comparison) -> str:
                 note = _format_range(values.min(), values.max(), m) if len(values) > 1 else ""
                 cells.append(_number_cell(float(values.mean()), m, note))
             rows.append(cells)
+
     return html.table(columns, rows)
 
 

@@ -90,6 +90,7 @@ class BundleDimension:
 
 def _find_kind(value: Any) -> str:
     """The key that says which dimension this is, else the first key, for the error to name."""
+    # pydantic calls this for a mapping read from YAML and for an instance alike.
     kinds = ("choice", "range", "log", "integer", "bundle")
     keys = list(value) if isinstance(value, dict) else [kind for kind in kinds if hasattr(value, kind)]
     return next((key for key in keys if key in kinds), str(keys[0]) if keys else "nothing")
@@ -114,6 +115,7 @@ def list_values(dimension: Dimension) -> list[Any] | None:
         return list(dimension.bundle)
     if isinstance(dimension, IntegerDimension):
         return list(range(dimension.integer[0], dimension.integer[1] + 1, dimension.step))
+
     return None
 
 
@@ -132,6 +134,7 @@ def list_grid_points(space: Space) -> list[Point]:
 
     Raises ConfigError for a dimension whose values cannot be counted.
     """
+    # A range has no end of values.
     endless = [name for name, dimension in space.items() if list_values(dimension) is None]
     if endless:
         raise ConfigError(
@@ -139,9 +142,11 @@ def list_grid_points(space: Space) -> list[Point]:
             "or take the sampler `random` or `tpe`"
         )
 
+    # Each dimension multiplies the points before it, where it applies.
     points: list[Point] = [{}]
     for name, dimension in space.items():
         points = [extended for point in points for extended in _extend(point, name, dimension)]
+
     return points
 
 
@@ -155,16 +160,20 @@ def _extend(point: Point, name: str, dimension: Dimension) -> list[Point]:
 def format_keys(space: Space, point: Point) -> list[str]:
     """A point as `dotted.key=value`, in the order of the space."""
     pairs: list[tuple[str, Any]] = []
+
     for name, dimension in space.items():
         if name not in point:
             continue
+        # A bundle stands for the keys of its option.
         value = point[name]
         pairs += dimension.bundle[value].items() if isinstance(dimension, BundleDimension) else [(name, value)]
+
     return [f"{key}={format_value(value)}" for key, value in pairs]
 
 
 def format_value(value: Any) -> str:
     """A value as YAML on one line."""
+    # YAML ends a scalar document with dots.
     line = str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6))
     return line.removesuffix("\n").removesuffix("\n...")
 
@@ -179,24 +188,29 @@ def find_structure_faults(space: Space) -> list[str]:
     owners: dict[str, str] = {}
 
     for name, dimension in space.items():
+        # A condition may only name a dimension whose value is already chosen.
         faults += _find_condition_faults(space, name, earlier)
         earlier.add(name)
         for key in sorted(_list_keys(name, dimension)):
             if key in owners:
                 faults.append(f"space.{name}: {key} is already set by {owners[key]}")
             owners[key] = name
+
     return faults
 
 
 def _find_condition_faults(space: Space, name: str, earlier: set[str]) -> list[str]:
     faults = []
+
     for other, values in space[name].when.items():
         if other not in earlier:
             faults.append(f"space.{name}.when: {other} is no earlier dimension of the space")
             continue
+        # Of a range, every value between its ends is possible.
         possible = list_values(space[other])
         if possible is not None:
             faults += [f"space.{name}.when: {other} is never {v!r}" for v in values if v not in possible]
+
     return faults
 
 
@@ -214,7 +228,9 @@ def find_value_faults(space: Space, every_point: bool, load: Callable[[Sequence[
     others (of a range its ends and its middle), and some random combinations.
     """
     faults: dict[str, str] = {}
+
     for point in list_grid_points(space) if every_point else iterate_probes(space):
+        # The same fault shows at many points: the first one is named as its cause.
         try:
             load(format_keys(space, point))
         except ConfigError as error:
@@ -222,6 +238,7 @@ def find_value_faults(space: Space, every_point: bool, load: Callable[[Sequence[
             for line in str(error).splitlines()[1:] or [str(error)]:
                 fault = line.strip()
                 faults.setdefault(fault, _describe_cause(fault, space, point))
+
     return [f"{fault} (with {cause})" for fault, cause in faults.items()]
 
 
@@ -231,6 +248,7 @@ def iterate_probes(space: Space) -> Iterator[Point]:
         for value in _probe_values(dimension):
             yield _complete_point(space, {**_collect_conditions(space, name), name: value}, lambda values: values[0])
 
+    # Faults of combinations show only when values meet; the seed makes a check repeatable.
     draw = np.random.default_rng(0)
     for _ in range(_COMBINATIONS):
         yield _complete_point(space, {}, lambda values: values[int(draw.integers(len(values)))])
@@ -238,6 +256,7 @@ def iterate_probes(space: Space) -> Iterator[Point]:
 
 def cover_values(space: Space) -> list[Point]:
     """The fewest points in which each value (of a range its ends and its middle) occurs once, conditions met."""
+    # The dimension with most values sets the number of points.
     count = max((len(_probe_values(dimension)) for dimension in space.values()), default=1)
     return [_complete_point(space, {}, lambda values, i=i: values[i % len(values)]) for i in range(count)]  # type: ignore[misc]
 
@@ -247,10 +266,12 @@ def _probe_values(dimension: Dimension) -> list[Any]:
     if isinstance(dimension, RangeDimension):
         low, high = dimension.range
         return [low, (low + high) / 2, high]
+
     if isinstance(dimension, LogDimension):
         low, high = dimension.log
         return [low, math.sqrt(low * high), high]
 
+    # Of a long list, its ends and its middle stand for it.
     values = list_values(dimension) or []
     return values if len(values) <= _COMBINATIONS else [values[0], values[len(values) // 2], values[-1]]
 
@@ -258,6 +279,7 @@ def _probe_values(dimension: Dimension) -> list[Any]:
 def _collect_conditions(space: Space, name: str) -> Point:
     """The values that must be chosen so that `name` applies."""
     conditions: Point = {}
+    # A condition may have conditions of its own.
     for other, values in space[name].when.items():
         if other in space:
             conditions |= _collect_conditions(space, other) | {other: values[0]}
@@ -275,6 +297,7 @@ def _complete_point(space: Space, fixed: Point, pick: Callable[[list[Any]], Any]
 
 def _describe_cause(fault: str, space: Space, point: Point) -> str:
     """The values that a fault is about: those of its key, else the whole point."""
+    # A fault begins with the dotted key that it is about.
     key = fault.partition(":")[0]
     names = [name for name in point if key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.")]
     names += [name for name, value in point.items() if _is_set_by_bundle(key, space[name], value)]

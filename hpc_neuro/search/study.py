@@ -60,7 +60,9 @@ def lock_study(out: Path) -> Iterator[None]:
     Raises ConfigError while another driver lives.
     """
     out.mkdir(parents=True, exist_ok=True)
+
     with (out / LOCK_FILE).open("a+", encoding="utf-8") as handle:
+        # The lock of a killed process is released by the kernel.
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -70,6 +72,7 @@ def lock_study(out: Path) -> Iterator[None]:
                 f"{out} is already driven by {owner}; a study has one driver: wait for it or end it"
             ) from None
 
+        # Who holds the lock, for the message to the next one.
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {platform.node()}\n")
         handle.flush()
@@ -84,6 +87,7 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.cfg = cfg
         cfg.out.mkdir(parents=True, exist_ok=True)
+        # Optuna stops at a torn line.
         _repair_journal(cfg.out / JOURNAL_FILE)
         self._study = optuna.create_study(
             study_name=_STUDY_NAME,
@@ -96,6 +100,7 @@ class Study:
     @property
     def trial_count(self) -> int:
         """How many trials there will be."""
+        # A grid ends by itself; `trials` may end it earlier.
         grid_size = len(self._grid) if self._grid is not None else None
         return min(count for count in (self.cfg.trials, grid_size) if count is not None)
 
@@ -114,10 +119,12 @@ class Study:
 
         A trial whose proposal was interrupted by a kill is completed first.
         """
+        # A kill between the first and the last value of a point leaves a trial without the attribute.
         trials = self._read_trials()
         unfinished = [t for t in trials if t.state == TrialState.RUNNING and _POINT_ATTRIBUTE not in t.user_attrs]
         waiting = [t for t in trials if t.state == TrialState.WAITING]
         number = unfinished[0].number if unfinished else len(trials) - len(waiting)
+        # All trials have been asked for.
         if number >= self.trial_count:
             return None
 
@@ -130,23 +137,30 @@ class Study:
                 self._study.enqueue_trial(_to_optuna(self.cfg, self._grid[number]))
             trial = self._study.ask()
 
+        # The values in order: whether a dimension applies depends on those before it.
         point: Point = {}
+
         for name, dimension in self.cfg.space.items():
             if is_applicable(dimension, point):
                 point[name] = _suggest_value(trial, name, dimension)
+
         trial.set_user_attr(_POINT_ATTRIBUTE, format_value(point))
         return trial.number, point
 
     def tell(self, number: int, state: State, value: float | None, rungs: Mapping[int, float]) -> None:
         """Record how a trial ended: done with a value, pruned, or failed. Telling again changes nothing."""
+        # A driver that was killed after telling tells again.
         frozen: FrozenTrial = self._read_trials()[number]
         if frozen.state.is_finished():
             return
 
         trial = optuna.trial.Trial(self._study, frozen._trial_id)
+
+        # The values at the rungs let the sampler learn from trials that were stopped.
         for step, reached in rungs.items():
             if step not in frozen.intermediate_values:
                 trial.report(reached, step)
+
         self._study.tell(number, value if state == "done" else None, state=_OPTUNA_STATES[state])
 
     def _read_trials(self) -> list[FrozenTrial]:
@@ -158,19 +172,23 @@ def compute_importances(study_folder: Path, names: Sequence[str]) -> dict[str, f
 
     Each is measured over the finished trials that have it; {} with fewer than 8 of them, or where all are equal.
     """
+    # Read without the lock: the sweep may be running.
     study = optuna.load_study(study_name=_STUDY_NAME, storage=_open_storage(study_folder))
     completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     weights = {}
+
     for name in names:
         trials = [t for t in completed if name in t.params]
         has_variety = len({t.value for t in trials}) > 1 and len({str(t.params[name]) for t in trials}) > 1
         if len(trials) >= _MIN_TRIALS_FOR_IMPORTANCE and has_variety:
             weights[name] = _measure_importance(study.direction, trials, name)
 
+    # Shares add up to 1.
     total = sum(weights.values())
     if total <= 0:
         return {}
+
     by_weight = sorted(weights.items(), key=lambda item: -item[1])
     return {name: weight / total for name, weight in by_weight}
 
@@ -179,11 +197,13 @@ def _measure_importance(direction: Any, trials: Sequence[FrozenTrial], name: str
     """Importance of one dimension, in a study of its own without the others."""
     study = optuna.create_study(direction=direction)
     study.add_trials([_keep_parameter(t, name) for t in trials])
+
     with warnings.catch_warnings():
         # Optuna marks the estimator as experimental.
         warnings.simplefilter("ignore")
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         importances = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+
     return float(importances[name])
 
 
@@ -204,9 +224,11 @@ def _make_sampler(cfg: SearchConfig, number: int) -> optuna.samplers.BaseSampler
         # Every value is fixed beforehand.
         return optuna.samplers.RandomSampler(seed=0)
 
+    # Independent streams from one seed, one for each trial.
     seed = int(np.random.SeedSequence([cfg.sampler.seed, number]).generate_state(1)[0])
     if cfg.sampler.kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
+
     with warnings.catch_warnings():
         # Optuna marks `multivariate` and its companions as experimental.
         warnings.simplefilter("ignore")
@@ -248,6 +270,8 @@ def _repair_journal(journal: Path) -> None:
     Path(f"{journal}.lock").unlink(missing_ok=True)
     if not journal.exists():
         return
+
+    # Every entry of the journal is one line.
     data = journal.read_bytes()
     end_of_last_line = data.rfind(b"\n") + 1
     if end_of_last_line < len(data):

@@ -99,12 +99,15 @@ def _load_trial(folder: Path) -> Trial:
 
 def read_metric_rows(path: Path) -> list[MetricRow]:
     """Read the whole rows of a metrics.jsonl; [] while it does not exist."""
+    # A torn character at the end must not hide the rows before it.
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
 
+    # Rows without a step are remarks of the run, not measurements.
     rows = []
+
     for line in lines:
         try:
             row = json.loads(line)
@@ -113,6 +116,7 @@ def read_metric_rows(path: Path) -> list[MetricRow]:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
+
     return rows
 
 
@@ -131,6 +135,7 @@ def find_value_at(rows: list[MetricRow], key: str, step: int) -> float | None:
 
 def read_objective(folder: Path, objective: Objective) -> float | None:
     """Read the value of a finished trial; None when it left no such number."""
+    # The prefix says which file holds the number.
     source, _, name = objective.key.partition(".")
     if source == "evaluate":
         metrics = files.read_json(folder / "evaluate" / "metrics.json", "remove the trial's folder to run it again")
@@ -142,6 +147,8 @@ def read_objective(folder: Path, objective: Objective) -> float | None:
     values = [value for step, value in iterate_values(rows, objective.key) if step > 0]
     if not values:
         return None
+    # `best` agrees with the weights that the training keeps as its best.
     if objective.take == "last":
         return values[-1]
+
     return max(values) if objective.goal == "maximize" else min(values)

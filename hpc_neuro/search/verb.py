@@ -22,11 +22,13 @@ log = logging.getLogger(__name__)
 def forecast(cfg: SearchConfig) -> list[str]:
     """What will be tried, in lines. Raises ConfigError."""
     lines = []
+
     for name, dimension in cfg.space.items():
         values = list_values(dimension)
         text = f"{len(values)} values" if values is not None else "a range"
         lines.append(f"{name}: {text}" + (f", where {dimension.when}" if dimension.when else ""))
 
+    # A grid may be cut short by `trials`.
     is_grid = cfg.sampler.kind == "grid"
     count = min(len(list_grid_points(cfg.space)), cfg.trials or 10**9) if is_grid else cfg.trials
     stopping = f"early stopping from step {cfg.asha.first}" if cfg.asha else "no early stopping"
@@ -44,8 +46,11 @@ def run(cfg: SearchConfig) -> int:
         raise InputError(
             f"{cfg.out} holds no trials yet; start them with `python -m launch sweep CONFIG --on local|slurm`"
         )
+
+    # Values under another heading would mislead.
     _require_same_study(cfg)
 
+    # The seed is no choice, so its importance means nothing.
     names = [name for name in cfg.space if name != SEED]
     importances = compute_importances(cfg.out, names) if (cfg.out / JOURNAL_FILE).exists() else {}
     settings = comparison.read_comparison(cfg, trials) if "evaluate" in cfg.recipe else None
@@ -53,8 +58,10 @@ def run(cfg: SearchConfig) -> int:
 
     if best is not None:
         _write_best_config(cfg, best)
+
     if settings is not None:
         files.write_text(cfg.out / "comparison.csv", comparison.format_csv(settings))
+
     files.write_text(cfg.out / "trials.csv", report_page.format_trials_csv(cfg, trials))
     page = report_page.build_page(cfg, trials, best, importances, settings, run_folder.code_version())
     files.write_text(cfg.out / "report.html", page)
@@ -63,18 +70,21 @@ def run(cfg: SearchConfig) -> int:
     log.info("search: %d trials: %s; report: %s", len(trials), counts, cfg.out / "report.html")
     if best is not None:
         log.info("search: best is trial %d, %s %.4g: %s", best.number, cfg.objective.key, best.value, best.values)
+
     return EXIT_FAILURES if any(t.state == "failed" for t in trials) else EXIT_DONE
 
 
 def find_best_trial(cfg: SearchConfig, trials: Sequence[Trial]) -> Trial | None:
     """The finished trial of the best value, the first of equals; None when none has finished."""
     done = [t for t in trials if t.state == "done" and t.value is not None]
+    # The lowest number of equals: the first one found.
     sign = -1 if cfg.objective.goal == "maximize" else 1
     return min(done, key=lambda t: (sign * float(t.value or 0.0), t.number), default=None)
 
 
 def _require_same_study(cfg: SearchConfig) -> None:
     """Raise ConfigError where the trials were made for another space or judged by another objective."""
+    # The folder may have been moved, and some keys may differ.
     record = files.read_json(cfg.out / "run.json", "start the sweep again with `python -m launch sweep`")["config"]
     config = {key: value for key, value in schema.to_plain(cfg).items() if key != "out"}
     if differences := run_folder.differences(config, record, MAY_CHANGE):
@@ -85,6 +95,7 @@ def _require_same_study(cfg: SearchConfig) -> None:
 
 def _write_best_config(cfg: SearchConfig, best: Trial) -> None:
     """Write the train config of the best trial, which trains as it is into a folder of its own."""
+    # Its own folder belongs to the study.
     tree = yaml.safe_load((best.folder / "train.yaml").read_text(encoding="utf-8"))
     tree["out"] = str(cfg.out.absolute() / "best")
     text = f"# Trial {best.number} of {cfg.out}: {cfg.objective.key} {best.value!r}\n"

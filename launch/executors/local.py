@@ -39,6 +39,7 @@ class LocalExecutor:
 
     def submit(self, command: Sequence[str], folder: Path, name: str) -> str:
         """Start a job now."""
+        # A session of its own: signals to the driver, such as Ctrl-C, must not reach the job.
         child = subprocess.Popen(
             ["/bin/sh", "-c", _SHELL, str(folder / name), *command],
             stdin=subprocess.DEVNULL,
@@ -61,6 +62,7 @@ class LocalExecutor:
         path = job_file(folder / name, "job")
         if not path.exists():
             return None
+        # A job that is gone is found, too: it may have left its exit code.
         pid = int(path.read_text(encoding="utf-8"))
         return _find_job_id(pid) or _make_ended_id(pid)
 
@@ -82,9 +84,11 @@ class LocalExecutor:
         """The environment of a job: without the variables of the job that the driver itself may be running in."""
         own_job = slurm.list_job_variables(os.environ)
         env = {name: value for name, value in os.environ.items() if name not in own_job}
+        # The snapshot of the code comes before what the driver itself runs.
         paths = [*([str(self.code)] if self.code else []), *filter(None, [os.environ.get("PYTHONPATH")])]
         if paths:
             env["PYTHONPATH"] = os.pathsep.join(paths)
+
         return env
 
     def _read_state(self, job: str, base: Path) -> JobState:
@@ -97,15 +101,19 @@ class LocalExecutor:
         code = read_exit_code(base)
         if code is None:
             _kill_session(job)
+
         return JobState("ended", KILLED if code is None else code)
 
     def _is_alive(self, job: str) -> bool:
         if job in self._children:
             # Reap the child once it has ended.
             self._children[job].poll()
+
+        # Processes of another machine cannot be seen from here, so they would look dead.
         host = job.partition(":")[0]
         if host != platform.node():
             raise InputError(f"job {job} runs on {host}; go on with this sweep there")
+
         return _find_job_id(_parse_pid(job)) == job
 
 
@@ -149,6 +157,7 @@ def _find_processes(*, parent: int | None = None, session: int | None = None) ->
 def _await_command(shell: int) -> None:
     """Wait until a shell has begun its command, or is gone."""
     deadline = time.monotonic() + _BEGIN_SECONDS
+
     while time.monotonic() < deadline:
         shell_command = _read_command(shell)
         child_commands = [_read_command(pid) for pid in _find_processes(parent=shell)]
@@ -172,9 +181,11 @@ def _kill_session(job: str) -> None:
 
     A killed leader stays in /proc until its parent reaps it: only a living process of that number is another one.
     """
+    # A later process may have the number of the leader, but not its session.
     leader = _parse_pid(job)
     if _find_job_id(leader):
         return
+
     for pid in _find_processes(session=leader):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -39,6 +39,7 @@ class SlurmExecutor:
         if path.exists():
             return path.read_text(encoding="utf-8").strip()
 
+        # A job that still waits has written nothing.
         queue = slurm.run_command("squeue", "--noheader", "--user", getpass.getuser(), "--format", "%i|%k")
         pairs = (line.strip().partition("|") for line in queue.splitlines())
         return next((job for job, _, comment in pairs if comment == str(folder / name)), None)
@@ -58,14 +59,17 @@ class SlurmExecutor:
             self._gone_since.pop(job, None)
             return JobState("queued" if state in ("PENDING", "CONFIGURING") else "running")
 
+        # squeue forgets a job at once, while its last file may still be on its way.
         code = read_exit_code(base)
         since = self._gone_since.setdefault(job, time.monotonic())
         if code is None and time.monotonic() - since < _SETTLE_SECONDS:
             return JobState("running")
+
         return JobState("ended", code)
 
     def make_script(self, command: Sequence[str], base: Path) -> str:
         """The batch script of a trial."""
+        # BASE is STUDY/trials/NUMBER/attempt_N.
         trial, study = base.parent, base.parent.parent.parent
         options = {
             "job_name": f"{study.name}-{trial.name}",
@@ -94,6 +98,7 @@ class SlurmExecutor:
 
     def _make_setup(self) -> list[str]:
         """Shell lines of the site, and the environment of every rank."""
+        # PYTHONPATH comes last, so that a site cannot hide the snapshot of the code.
         *setup, path = self.site.setup_lines(self.code)
         variables = self.site.environment_for(self.site.resources("train"))
         return [*setup, *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()), path]

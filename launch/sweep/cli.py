@@ -47,6 +47,7 @@ def main(words: Sequence[str]) -> int:
     args = parser.parse_intermixed_args([word for word in words if not word.startswith(_SITE_PREFIX)])
     args.site_keys = [word.removeprefix(_SITE_PREFIX) for word in words if word.startswith(_SITE_PREFIX)]
     _log_to_console()
+
     try:
         return run_sweep(args)
     except (ConfigError, InputError) as error:
@@ -57,9 +58,11 @@ def main(words: Sequence[str]) -> int:
 def run_sweep(args: argparse.Namespace) -> int:
     """Do what `main` does, with its arguments parsed."""
     cfg = schema.load(SearchConfig, args.config, args.keys)
+    # Jobs start in other folders.
     cfg = dataclasses.replace(cfg, out=cfg.out.absolute())
     recipe = TrialRecipe(cfg)
 
+    # A driver that lives is asked by a signal instead: the lock refuses this.
     if args.cancel:
         with lock_study(cfg.out):
             log.info("sweep: %d jobs asked to end", _make_driver(cfg, recipe, args).cancel_all())
@@ -70,11 +73,13 @@ def run_sweep(args: argparse.Namespace) -> int:
         sys.stdout.write("\n".join(lines) + "\n")
         return EXIT_DONE
 
+    # A finished study only gets its report again.
     with lock_study(cfg.out), run_folder.start("search", cfg, cfg.out, {"base": recipe.digest}, MAY_CHANGE) as run:
         if not run.complete:
             for line in lines:
                 log.info("sweep: %s", line)
             return drive_to_end(cfg, _make_driver(cfg, recipe, args), run)
+
     return search.run(cfg)
 
 
@@ -103,12 +108,14 @@ def _check_trials(recipe: TrialRecipe, args: argparse.Namespace) -> list[str]:
 
     Raises ConfigError or InputError.
     """
+    # Every value is assembled once before the first trial starts.
     configs = recipe.load_train_configs()
     if args.on == "local":
         forecasts = [train.forecast(cfg) for cfg in configs]
     else:
         slurm.require_controller()
         forecasts = [preflight.check([("train", cfg)], _load_site(args), "slurm") for cfg in configs]
+
     return forecasts[0]
 
 

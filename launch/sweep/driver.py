@@ -64,6 +64,7 @@ class SweepDriver:
     def run(self, stop: Callable[[], bool] = lambda: False, sleep: Callable[[float], None] = time.sleep) -> bool:
         """Run until every trial has ended (True), or until `stop` returns True (False; trials run on)."""
         pause, unanswered = self.cfg.poll, 0
+
         while not stop():
             try:
                 has_changed = self.step()
@@ -78,8 +79,10 @@ class SweepDriver:
 
             if self.is_finished:
                 return True
+
             pause = self.cfg.poll if has_changed else min(_MAX_PAUSE * self.cfg.poll, 1.25 * pause)
             sleep(pause)
+
         return False
 
     @property
@@ -89,10 +92,12 @@ class SweepDriver:
 
     def step(self) -> bool:
         """Look at every job once, then fill the queue. True when anything changed."""
+        # One question to the scheduler for all jobs.
         before = self._summarize()
 
         active = [t for t in self.trials.values() if t.job is not None]
         states = self.executor.poll({str(t.job): t.folder / t.attempt_name for t in active})
+
         for t in active:
             state = states[str(t.job)]
             # A trial that has ended may have passed rungs since the last look.
@@ -120,6 +125,7 @@ class SweepDriver:
             if number not in self.trials:
                 self._make_trial(number, values)
 
+        # The old driver may have been killed between any two of its steps.
         for t in self.trials.values():
             if t.state in ENDED_STATES:
                 self.study.tell(t.number, t.state, t.value, t.rungs)
@@ -149,8 +155,10 @@ class SweepDriver:
 
     def _fill_queue(self) -> None:
         """Submit trials until `concurrent` of them are queued or running."""
+        # Trials that were interrupted come before new ones.
         free = self.cfg.concurrent - sum(t.job is not None for t in self.trials.values())
         waiting = [t for t in self.trials.values() if t.state == "waiting"]
+
         for _ in range(free):
             t = waiting.pop(0) if waiting else self._ask_for_trial()
             if t is None:
@@ -177,15 +185,19 @@ class SweepDriver:
         size = path.stat().st_size if path.exists() else 0
         if size == self._metric_sizes.get(t.number):
             return
+
+        # Only files that have grown are read.
         self._metric_sizes[t.number] = size
 
         rows = trial.read_metric_rows(path)
         t.step = max((row["step"] for row in rows), default=0)
+
         for rung in self.rungs if t.state == "running" else ():
             if not self._pass_rung(t, rung, rows):
                 t.state = "stopping"
                 log.info("sweep: trial %d is stopped: %s", t.number, t.note)
                 break
+
         t.save()
 
     def _pass_rung(self, t: Trial, rung: int, rows: list[trial.MetricRow]) -> bool:
@@ -196,10 +208,12 @@ class SweepDriver:
         if value is None or rung in t.rungs:
             return True
 
+        # Asynchronous: judged against those that came before, without waiting for others.
         others = [other.rungs[rung] for other in self.trials.values() if rung in other.rungs]
         t.rungs[rung] = value
         if asha.is_promoted(value, others, cfg, cfg.goal or self.cfg.objective.goal):
             return True
+
         t.note = f"{value:.4g} at step {rung} is not among the best of {len(others) + 1}"
         return False
 
@@ -209,6 +223,7 @@ class SweepDriver:
 
     def _settle(self, t: Trial, state: JobState) -> None:
         """Decide what becomes of a trial whose job has ended."""
+        # An exit code from 1 to 127 other than 75 is a failure of the trial itself: repeating it would not help.
         last, code = t.attempts[-1], state.code
         last.ended = time.time()
         last.reason = _explain_exit(code)
@@ -220,6 +235,7 @@ class SweepDriver:
                 self._end(t, "failed", f"it left no {self.cfg.objective.key}")
             else:
                 self._end(t, "done", "")
+        # Cancelled by this driver, whatever its exit code.
         elif t.state == "stopping":
             self._end(t, "pruned", t.note)
         elif is_own_failure:
@@ -246,4 +262,5 @@ def _explain_exit(code: int | None) -> str:
         return "finished"
     if code == EXIT_STOPPED:
         return "stopped by a signal or the clock"
+
     return f"signal {code - _FIRST_SIGNAL}" if code > _FIRST_SIGNAL else f"exit code {code}"

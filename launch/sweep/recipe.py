@@ -25,12 +25,14 @@ class TrialRecipe:
     def __init__(self, cfg: SearchConfig) -> None:
         """Raises ConfigError with every value of the space that a verb's config refuses, by dotted key."""
         self.cfg = cfg
+        # Keys that the sweep fills in would make every value of the space look wrong.
         faults = self._find_key_faults() or spaces.find_value_faults(
             cfg.space, cfg.sampler.kind == "grid", lambda keys: self._load_configs(cfg.out, keys)
         )
         if faults:
             raise ConfigError(f"{cfg.out.name} is not a usable search:\n" + "\n".join(f"  {f}" for f in faults))
 
+        # The number of steps is the same for all trials: rungs depend on it.
         first_point = spaces.cover_values(cfg.space)[0]
         configs = self._load_configs(cfg.out, spaces.format_keys(cfg.space, first_point))
         self.steps = int(configs["train"].optim.steps)
@@ -57,12 +59,14 @@ class TrialRecipe:
 
     def write_trial(self, folder: Path, number: int, point: Point) -> None:
         """Write the YAML file of every verb into a trial's folder; with absolute paths, they run from anywhere."""
+        # Trials stand together in the tracker.
         name = self.cfg.out.resolve().name
         keys = [
             f"tracker.group={spaces.format_value(name)}",
             f"tracker.name={spaces.format_value(f'{name}-{number:04d}')}",
             *spaces.format_keys(self.cfg.space, point),
         ]
+
         for verb, config in self._load_configs(folder, keys).items():
             text = yaml.safe_dump(schema.to_plain(_make_paths_absolute(config)), sort_keys=False, width=120)
             files.write_text(folder / f"{verb}.yaml", text)
@@ -77,6 +81,7 @@ class TrialRecipe:
         ]
         if "out" in self.cfg.space:
             faults.append("space.out: filled in for each trial; leave it out")
+
         return faults
 
     def _load_configs(self, folder: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -84,6 +89,7 @@ class TrialRecipe:
         configs: dict[str, Any] = {}
 
         for verb, stage in self._stages():
+            # Verbs after train score the volumes of its store, unless their config says otherwise.
             values: dict[str, Any] = {**self._link_folders(folder, verb)}
             if verb != "train" and not _names_volumes(stage):
                 values["store"] = configs["train"].store
@@ -116,6 +122,7 @@ def _make_paths_absolute(value: Any) -> Any:
         return {key: _make_paths_absolute(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_make_paths_absolute(item) for item in value]
+
     return value
 
 

@@ -32,9 +32,11 @@ def main(words: Sequence[str]) -> int:
         )
         return EXIT_BAD_INPUT
 
+    # Two processes in one folder would spoil its files: the first rank holds a lock.
     folder = Path(words[0])
     ranks = join_ranks(folder)
     is_first_rank = os.environ.get("RANK", "0") == "0"
+
     with lock_folder(folder) if is_first_rank else contextlib.nullcontext(True) as is_locked:
         if not is_locked:
             sys.stderr.write(f"{folder} is at work in another process\n")
@@ -46,11 +48,13 @@ def _run_verbs(folder: Path, ranks: int) -> int:
     """Run the verbs of a recipe until one fails; with several ranks, those that all ranks share."""
     for verb in STAGES.values():
         config = folder / f"{verb.name}.yaml"
+        # The job starts this module again in one task for the verbs that all ranks do not share.
         if not config.exists() or (ranks > 1 and verb.ranks != "torch"):
             continue
         code = cli.main([verb.name, str(config)])
         if code:
             return code
+
     return EXIT_DONE
 
 
@@ -63,6 +67,7 @@ def lock_folder(folder: Path, patience: float = _PATIENCE) -> Iterator[bool]:
 
 def _acquire_lock(file: int, patience: float) -> bool:
     deadline = time.monotonic() + patience
+
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
