@@ -2,8 +2,8 @@
 
     python tests/faults/stand_in_trial.py FOLDER
 
-reads FOLDER/train.yaml, minimises (log10(lr) + 3)^2 by steps, writes FOLDER/train/metrics.jsonl as training does, saves
-its step so that a killed one goes on, and notes in FOLDER/spans.txt that it began, so that a drill can see two at work.
+Reads FOLDER/train.yaml, minimizes (log10(lr) + 3)^2 by steps, writes FOLDER/train/metrics.jsonl as training does, saves
+its step so that a killed trial resumes, and notes in FOLDER/spans.txt that it began, so that a drill sees two at work.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ BEST = 1e-3
 
 def dice(lr: float, step: int, steps: int) -> float:
     """What a trial of this learning rate reaches after `step` steps: a saturating curve, lower off `BEST`."""
-    reach = 0.9 * math.exp(-((math.log10(lr / BEST)) ** 2))
-    return reach * (1 - math.exp(-4 * step / steps))
+    limit = 0.9 * math.exp(-((math.log10(lr / BEST)) ** 2))
+    return limit * (1 - math.exp(-4 * step / steps))
 
 
 def main(folder: Path) -> int:
-    """Run, or go on with, one trial; its exit code is the key `exit` of train.yaml."""
+    """Run or resume one trial; its exit code is the key `exit` of train.yaml."""
     cfg = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))
     lock = (folder / "lock").open("a")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        word = "begins"
+        event = "begins"
     except OSError:
-        word = "DOUBLE"
+        event = "DOUBLE"
     with (folder / "spans.txt").open("a", encoding="utf-8") as spans:
-        spans.write(f"{word} {os.getpid()} {time.time()}\n")
-    if word == "DOUBLE":
+        spans.write(f"{event} {os.getpid()} {time.time()}\n")
+    if event == "DOUBLE":
         return 1
+
     out = folder / "train"
     out.mkdir(exist_ok=True)
-    saved = out / "step"
-    step = int(saved.read_text(encoding="utf-8")) if saved.exists() else 0
+    checkpoint = out / "step"
+    step = int(checkpoint.read_text(encoding="utf-8")) if checkpoint.exists() else 0
     while step < cfg["steps"]:
         time.sleep(cfg["seconds"] / cfg["steps"])
         step += 1
@@ -54,7 +55,7 @@ def main(folder: Path) -> int:
                 metrics.write(json.dumps(row) + "\n")
             part = out / "step.part"
             part.write_text(str(step), encoding="utf-8")
-            part.replace(saved)
+            part.replace(checkpoint)
     return int(cfg.get("exit", 0))
 
 

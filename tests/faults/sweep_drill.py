@@ -1,10 +1,10 @@
-"""A sweep under fire: 40 small trials, 3 at a time, early stopping, a fifth of them killed, the driver killed twice.
+"""A sweep with kills: 40 small trials, 3 at a time, early stopping, a fifth of them killed, the driver killed twice.
 
     python tests/faults/sweep_drill.py OUT [--on local|slurm] [--real] [--trials 40]
 
 Without --real the trials train nothing (tests/faults/stand_in_trial.py); the driver, jobs, journal and kills are real.
 With it each trial is a `train` run of a tiny student on a synthetic store. Prints a table and, as its last line,
-one JSON object; the exit code is 1 when a trial is unaccounted for or two were at work in one folder.
+one JSON object; the exit code is 1 when a trial is unaccounted for or two processes were at work in one folder.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,15 @@ from launch.site import load_site
 from launch.sweep.driver import SweepDriver
 
 STEPS = 27
-REAL_STEPS = 108  # some seconds, of which the driver sees the first tenth in time
+"""Steps of a stand-in trial."""
+REAL_STEPS = 108
+"""Steps of a real trial: some seconds, of which the driver sees the first tenth in time."""
 STAND_IN = Path(__file__).resolve().with_name("stand_in_trial.py")
-_SITE = ["train.nodes=1"]
+_SITE_KEYS = ["train.nodes=1"]
 
 
 def main() -> int:
-    """See the top of the file."""
+    """Run the drill, or with --drive be its driver."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--on", choices=("local", "slurm"), default="local")
@@ -55,43 +58,44 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=4.0, help="what a stand-in trial takes when it is not stopped")
     parser.add_argument("--drive", action="store_true", help="be the driver; this is how the drill starts it")
-    asked = parser.parse_args()
-    asked.out = asked.out.absolute()
-    if asked.drive:
-        return drive(asked)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    config = asked.out / "search.yaml"
+    args = parser.parse_args()
+    args.out = args.out.absolute()
+
+    if args.drive:
+        return drive(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = args.out / "search.yaml"
     if not config.exists():
-        config.write_text(yaml.safe_dump(plan(asked), sort_keys=False), encoding="utf-8")
-    return fire(asked, schema.load(SearchConfig, config))
+        config.write_text(yaml.safe_dump(make_search_config(args), sort_keys=False), encoding="utf-8")
+    return run_drill(args, schema.load(SearchConfig, config))
 
 
-def plan(asked: argparse.Namespace) -> dict[str, Any]:
+def make_search_config(args: argparse.Namespace) -> dict[str, Any]:
     """The search config as plain values."""
     tree: dict[str, Any] = {
-        "out": str(asked.out / "study"),
+        "out": str(args.out / "study"),
         "space": {"lr": {"log": [1e-5, 1e-1]}},
         "sampler": {"kind": "tpe", "startup": 10},
-        "trials": asked.trials,
+        "trials": args.trials,
         "objective": {"key": "val.dice"},
         "asha": {"first": 3, "factor": 3},
         "concurrent": 3,
         "poll": 0.3,
     }
-    if asked.real:
-        keys = [f"store={_store(asked.out)}", "transfer.rule=scratch", "distill=null", f"optim.steps={REAL_STEPS}"]
+    if args.real:
+        keys = [f"store={make_store(args.out)}", "transfer.rule=scratch", "distill=null", f"optim.steps={REAL_STEPS}"]
         keys += ["student.depth=1", "student.stem_channels=[4,4,8]", "crop.size=[16,32,32]", "optim.batch=2"]
         keys += ["validate.every=27", "validate.crops=2", "checkpoint.every=12", "tracker.wandb=disabled"]
         tree["train"] = {"keys": [*keys, "tracker.every=3"]}
         tree["objective"] = {"key": "val.dice_best"}
-        # validation says nothing yet so early: Dice is 0 for most
+        # The loss decides: so early, the Dice of most trials is 0.
         tree["asha"] = {"first": 12, "factor": 3, "key": "train.loss", "goal": "minimize"}
         tree["space"] = {"optim.lr": {"log": [1e-4, 3e-2]}, "optim.weight_decay": {"log": [1e-3, 0.3]}}
     return tree
 
 
-def _store(out: Path) -> Path:
-    """A training store of small synthetic neurons."""
+def make_store(out: Path) -> Path:
+    """The training store of small synthetic neurons."""
     from hpc_neuro import prepare
     from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 
@@ -102,80 +106,93 @@ def _store(out: Path) -> Path:
     return out / "store"
 
 
-def drive(asked: argparse.Namespace) -> int:
+def drive(args: argparse.Namespace) -> int:
     """Drive the stand-in trials to their end."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    cfg = schema.load(SearchConfig, asked.out / "search.yaml")
+    cfg = schema.load(SearchConfig, args.out / "search.yaml")
 
-    def write(folder: Path, number: int, point: Point) -> None:
-        text = yaml.safe_dump({"steps": STEPS, "every": 3, "seconds": asked.seconds, **point})
+    def write_trial(folder: Path, number: int, point: Point) -> None:
+        text = yaml.safe_dump({"steps": STEPS, "every": 3, "seconds": args.seconds, **point})
         (folder / "train.yaml").write_text(text, encoding="utf-8")
 
-    executor: Executor = (
-        LocalExecutor() if asked.on == "local" else SlurmExecutor(load_site(asked.cluster, _SITE), ROOT)
-    )
+    def make_command(folder: Path) -> list[str]:
+        return [sys.executable, str(STAND_IN), str(folder)]
+
+    site = load_site(args.cluster, _SITE_KEYS)
+    executor: Executor = LocalExecutor() if args.on == "local" else SlurmExecutor(site, ROOT)
     with lock_study(cfg.out):
-        SweepDriver(cfg, STEPS, write, executor, lambda folder: [sys.executable, str(STAND_IN), str(folder)]).run()
+        SweepDriver(cfg, STEPS, write_trial, executor, make_command).run()
         return search.run(cfg)
 
 
-def fire(asked: argparse.Namespace, cfg: SearchConfig) -> int:
-    """Start the driver, kill what is to be killed, start it again, and count."""
-    draw = random.Random(0)
-    doomed = set(draw.sample(range(asked.trials), asked.trials // 5))
-    deaths = [asked.trials // 5, asked.trials // 2]  # of the driver, when so many trials have ended
-    begun, killed, drivers = time.monotonic(), set[int](), 1
-    driver = _start(asked)
-    while driver.poll() is None or drivers <= len(deaths):
-        trials = _read(cfg.out)
+@dataclass
+class Casualties:
+    """What the drill has killed."""
+
+    trials: set[int] = field(default_factory=set)
+    drivers: int = 0
+
+
+def run_drill(args: argparse.Namespace, cfg: SearchConfig) -> int:
+    """Start the driver, kill what is to be killed, start it again, and account for every trial."""
+    targets = set(random.Random(0).sample(range(args.trials), args.trials // 5))
+    # The driver is killed when so many trials have ended.
+    driver_deaths = [args.trials // 5, args.trials // 2]
+    killed, begin = Casualties(), time.monotonic()
+    driver = start_driver(args)
+
+    while driver.poll() is None or killed.drivers < len(driver_deaths):
+        trials = load_trials(cfg.out)
         for t in trials:
-            if t.number in doomed - killed and t.job and t.state == "running" and (t.folder / "train").exists():
-                _kill(asked.on, t.job)
-                killed.add(t.number)
+            is_at_work = t.state == "running" and (t.folder / "train").exists()
+            if t.number in targets - killed.trials and t.job and is_at_work:
+                kill_job(args.on, t.job)
+                killed.trials.add(t.number)
+
         ended = sum(t.state in ENDED_STATES for t in trials)
-        if drivers <= len(deaths) and ended >= deaths[drivers - 1]:
+        if killed.drivers < len(driver_deaths) and ended >= driver_deaths[killed.drivers]:
             driver.kill()
             driver.wait()
-            sys.stdout.write(f"driver {drivers} killed after {ended} trials, {len(killed)} trials killed so far\n")
-            sys.stdout.flush()
-            drivers += 1
-            driver = _start(asked)
+            killed.drivers += 1
+            count = len(killed.trials)
+            print(f"driver {killed.drivers} killed after {ended} trials, {count} trials killed so far", flush=True)
+            driver = start_driver(args)
         time.sleep(0.1)
-    return account(cfg, asked, killed, drivers - 1, time.monotonic() - begun, driver.returncode)
+
+    result = account_for_trials(cfg, args, killed)
+    result |= {"wall_s": round(time.monotonic() - begin, 1), "last_driver_exit": driver.returncode}
+    sys.stdout.write("".join(f"{key:>26}  {value}\n" for key, value in result.items()) + json.dumps(result) + "\n")
+    return 0 if result["every_trial_accounted_for"] and not result["two_in_one_folder"] else 1
 
 
-def account(cfg: SearchConfig, asked: argparse.Namespace, killed: set[int], deaths: int, wall: float, code: int) -> int:
-    """Print where every trial is; the exit code of the drill."""
-    trials = _read(cfg.out)
-    agree = Study(cfg).read_states() == [t.state for t in trials]
-    counts: dict[str, int] = {s: sum(t.state == s for t in trials) for s in ENDED_STATES}
-    steps = sum(t.step for t in trials)
-    doubles = sum(_doubles(t) for t in trials)
-    winner = max((t for t in trials if t.value is not None), key=lambda t: float(t.value or 0))
-    accounted = agree and sum(counts.values()) == asked.trials == len(trials) == len({t.folder for t in trials})
-    result = {
+def account_for_trials(cfg: SearchConfig, args: argparse.Namespace, killed: Casualties) -> dict[str, Any]:
+    """What became of every trial."""
+    trials = load_trials(cfg.out)
+    counts: dict[str, int] = {state: sum(t.state == state for t in trials) for state in ENDED_STATES}
+    steps = REAL_STEPS if args.real else STEPS
+    best = max((t for t in trials if t.value is not None), key=lambda t: float(t.value or 0))
+
+    agrees = Study(cfg).read_states() == [t.state for t in trials]
+    folders = {t.folder for t in trials}
+    return {
         "trials": len(trials),
         **counts,
-        "every_trial_accounted_for": accounted,
-        "two_in_one_folder": doubles,
-        "trials_killed": len(killed),
+        "every_trial_accounted_for": agrees and sum(counts.values()) == args.trials == len(trials) == len(folders),
+        "two_in_one_folder": sum(count_doubles(t) for t in trials),
+        "trials_killed": len(killed.trials),
         "trials_sent_again": sum(len(t.attempts) > 1 for t in trials),
-        "driver_killed": deaths,
+        "driver_killed": killed.drivers,
         "jobs": sum(len(t.attempts) for t in trials),
         "pruned_share": round(counts["pruned"] / len(trials), 3),
-        "steps_share": round(steps / (len(trials) * (REAL_STEPS if asked.real else STEPS)), 3),
-        "best_value": winner.value,
-        "best": winner.values,
-        "wall_s": round(wall, 1),
-        "on": asked.on,
-        "real_training": asked.real,
-        "last_driver_exit": code,
+        "steps_share": round(sum(t.step for t in trials) / (len(trials) * steps), 3),
+        "best_value": best.value,
+        "best": best.values,
+        "on": args.on,
+        "real_training": args.real,
     }
-    sys.stdout.write("".join(f"{k:>26}  {v}\n" for k, v in result.items()) + json.dumps(result) + "\n")
-    return 0 if accounted and not doubles else 1
 
 
-def _doubles(t: Trial) -> int:
+def count_doubles(t: Trial) -> int:
     """How often two processes were at work in a trial's folder: by the lock they ask for, else by starts and jobs."""
     spans, record = t.folder / "spans.txt", t.folder / "train" / "run.json"
     if spans.exists():
@@ -184,25 +201,28 @@ def _doubles(t: Trial) -> int:
     return max(0, starts - len(t.attempts))
 
 
-def _start(asked: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """The driver as a process of its own; what it says goes to OUT/driver.log."""
-    if asked.real:
-        words = ["-m", "launch", "sweep", str(asked.out / "search.yaml"), "--on", asked.on]
-        words += ["--cluster", asked.cluster, *(f"cluster.{k}" for k in _SITE)] if asked.on == "slurm" else []
+def start_driver(args: argparse.Namespace) -> subprocess.Popen[bytes]:
+    """Start the driver as a process of its own, with OUT/driver.log as its log."""
+    if args.real:
+        words = ["-m", "launch", "sweep", str(args.out / "search.yaml"), "--on", args.on]
+        if args.on == "slurm":
+            words += ["--cluster", args.cluster, *(f"cluster.{key}" for key in _SITE_KEYS)]
     else:
-        words = [__file__, str(asked.out), "--drive", "--on", asked.on, "--cluster", asked.cluster]
-        words += ["--trials", str(asked.trials), "--seconds", str(asked.seconds)]
+        words = [__file__, str(args.out), "--drive", "--on", args.on, "--cluster", args.cluster]
+        words += ["--trials", str(args.trials), "--seconds", str(args.seconds)]
+
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (asked.out / "driver.log").open("ab") as said:
-        return subprocess.Popen([sys.executable, *words], stdout=said, stderr=said, env=env)
+    with (args.out / "driver.log").open("ab") as log:
+        return subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=env)
 
 
-def _read(out: Path) -> list[Trial]:
+def load_trials(out: Path) -> list[Trial]:
     """The records as they are now."""
     return trial.load_trials(out) if (out / "trials").exists() else []
 
 
-def _kill(on: str, job: str) -> None:
+def kill_job(on: str, job: str) -> None:
+    """Kill every process of a job."""
     if on == "slurm":
         slurm.run_command("scancel", "--signal=KILL", "--full", job)
         return

@@ -1,4 +1,4 @@
-"""The drill in small, with real SIGKILLs of trials and of the driver's process."""
+"""The drill of sweeps in small, with real SIGKILLs of trials and of the driver's process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,8 @@ from tests.conftest import REPO
 
 @pytest.mark.slow
 def test_every_trial_is_accounted_for_after_kills_of_trials_and_driver(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(REPO / "tests" / "faults" / "sweep_drill.py"),
-        str(tmp_path),
-        "--trials",
-        "10",
-        "--seconds",
-        "1",
-    ]
+    drill = REPO / "tests" / "faults" / "sweep_drill.py"
+    command = [sys.executable, str(drill), str(tmp_path), "--trials", "10", "--seconds", "1"]
     done = subprocess.run(command, cwd=REPO, timeout=280, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

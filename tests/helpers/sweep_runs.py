@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ STAND_IN = Path(__file__).resolve().parents[1] / "faults" / "stand_in_trial.py"
 STEPS = 12
 
 
-def search(out: Path, **more: Any) -> SearchConfig:
+def make_search(out: Path, **keys: Any) -> SearchConfig:
     tree = {
         "out": out,
         "space": {"lr": {"log": [1e-5, 1e-1]}},
@@ -28,34 +29,34 @@ def search(out: Path, **more: Any) -> SearchConfig:
         "objective": {"key": "val.dice"},
         "concurrent": 2,
         "poll": 0.05,
-        **more,
+        **keys,
     }
     return TypeAdapter(SearchConfig).validate_python(tree)
 
 
-def command(folder: Path) -> list[str]:
+def make_stand_in_command(folder: Path) -> list[str]:
     return [sys.executable, str(STAND_IN), str(folder)]
 
 
-def make(cfg: SearchConfig, seconds: float = 0.1, **more: Any) -> SweepDriver:
+def make_driver(cfg: SearchConfig, seconds: float = 0.1, **keys: Any) -> SweepDriver:
     """A driver as it starts, also after another one died."""
 
-    def write(folder: Path, number: int, point: Point) -> None:
-        own = {"lr": 1e-3, "steps": STEPS, "every": 2, "seconds": seconds, **more, **point}
-        (folder / "train.yaml").write_text(yaml.safe_dump(own))
+    def write_trial(folder: Path, number: int, point: Point) -> None:
+        tree = {"lr": 1e-3, "steps": STEPS, "every": 2, "seconds": seconds, **keys, **point}
+        (folder / "train.yaml").write_text(yaml.safe_dump(tree))
 
-    return SweepDriver(cfg, STEPS, write, LocalExecutor(grace=5), command)
+    return SweepDriver(cfg, STEPS, write_trial, LocalExecutor(grace=5), make_stand_in_command)
 
 
-def step_until(driver: SweepDriver, condition: Any, patience: float = 60.0) -> None:
-    until = time.monotonic() + patience
+def step_until(driver: SweepDriver, condition: Callable[[], bool], patience: float = 60.0) -> None:
+    deadline = time.monotonic() + patience
     while not condition():
-        assert time.monotonic() < until, [(t.number, t.state, t.step) for t in driver.trials.values()]
+        assert time.monotonic() < deadline, [(t.number, t.state, t.step) for t in driver.trials.values()]
         driver.step()
         time.sleep(0.05)
 
 
-def spans(cfg: SearchConfig) -> dict[str, list[str]]:
-    """Trial folder -> what each process that entered it said."""
-    found = sorted((cfg.out / "trials").glob("*/spans.txt"))
-    return {p.parent.name: [line.split()[0] for line in p.read_text().splitlines()] for p in found}
+def read_events(cfg: SearchConfig) -> dict[str, list[str]]:
+    """Trial folder -> what each process that entered it noted."""
+    paths = sorted((cfg.out / "trials").glob("*/spans.txt"))
+    return {path.parent.name: [line.split()[0] for line in path.read_text().splitlines()] for path in paths}

@@ -15,7 +15,7 @@ from launch.executors.slurm import SlurmExecutor
 from launch.job_files import ROOT
 from launch.site import Site, load_site
 from launch.sweep.driver import SweepDriver
-from tests.helpers.sweep_runs import STEPS, command, search, spans, step_until
+from tests.helpers.sweep_runs import STEPS, make_search, make_stand_in_command, read_events, step_until
 from tests.slurm.conftest import wait
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -27,16 +27,16 @@ def small() -> Site:
     return load_site("dev", ["train.nodes=1"])
 
 
-def make(cfg, site: Site, seconds: float) -> SweepDriver:
-    def write(folder, number, point) -> None:
-        keys = {"lr": 1e-3, "steps": STEPS, "every": 2, "seconds": seconds, **point}
-        (folder / "train.yaml").write_text(yaml.safe_dump(keys))
+def make_driver(cfg, site: Site, seconds: float) -> SweepDriver:
+    def write_trial(folder, number, point) -> None:
+        tree = {"lr": 1e-3, "steps": STEPS, "every": 2, "seconds": seconds, **point}
+        (folder / "train.yaml").write_text(yaml.safe_dump(tree))
 
-    return SweepDriver(cfg, STEPS, write, SlurmExecutor(site, ROOT), command)
+    return SweepDriver(cfg, STEPS, write_trial, SlurmExecutor(site, ROOT), make_stand_in_command)
 
 
 def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(cluster, small, tmp_path):
-    cfg = search(
+    cfg = make_search(
         tmp_path / "study",
         space={"lr": {"choice": [1e-3, 1e-5]}, "seed": {"choice": [0, 1]}},
         sampler={"kind": "grid"},
@@ -45,23 +45,23 @@ def test_trials_are_jobs_that_are_stopped_killed_sent_again_and_taken_over(clust
         concurrent=2,
         poll=0.3,
     )
-    first = make(cfg, small, 6)
+    first = make_driver(cfg, small, 6)
     first.step()
     assert len(slurm.read_job_states()) >= 2
     victim = first.trials[0]
     step_until(first, lambda: victim.step >= 2)
     subprocess.run(["scancel", "--signal=KILL", "--full", str(victim.job)], check=True)
-    lost = first.trials[1].job
+    forgotten = first.trials[1].job
     first.trials[1].attempts[-1].job = None  # the driver is killed between submission and note
     first.trials[1].save()
-    second = make(cfg, small, 6)
-    assert second.trials[1].job == lost
+    second = make_driver(cfg, small, 6)
+    assert second.trials[1].job == forgotten
     assert second.run()
     ended = trial.load_trials(cfg.out)
     assert {t.state for t in ended if t.values["lr"] == 1e-3} == {"done"}
     assert {t.state for t in ended if t.values["lr"] == 1e-5} == {"pruned"}
     assert len(ended[0].attempts) >= 2
-    assert all(set(said) == {"begins"} for said in spans(cfg).values()), "two were at work in one folder"
+    assert all(set(events) == {"begins"} for events in read_events(cfg).values()), "two were at work in one folder"
     jobs = [a.job for t in ended for a in t.attempts]
     assert len(set(jobs)) == len(jobs) >= 5, "a job was counted twice"
     wait(

@@ -15,31 +15,30 @@ from hpc_neuro.search.trial import Attempt
 from launch.executors import JobState
 from launch.executors.local import LocalExecutor
 from tests.faults.stand_in_trial import dice
-from tests.helpers.sweep_runs import make, search, spans, step_until
+from tests.helpers.sweep_runs import make_driver, make_search, read_events, step_until
 
 
-def states(driver):
+def list_states(driver):
     return [t.state for t in sorted(driver.trials.values(), key=lambda t: t.number)]
 
 
-def kill(job: str) -> None:
+def kill_job(job: str) -> None:
     os.killpg(int(job.split(":")[1]), signal.SIGKILL)
 
 
 def test_every_trial_runs_once_in_a_folder_of_its_own_and_the_queue_stays_short(tmp_path):
-    cfg = search(tmp_path / "study")
-    driver, most = make(cfg), 0
+    cfg = make_search(tmp_path / "study")
+    driver, counts = make_driver(cfg), []
 
-    def watched(seconds: float) -> None:
-        nonlocal most
-        most = max(most, sum(t.job is not None for t in driver.trials.values()))
+    def count_jobs(seconds: float) -> None:
+        counts.append(sum(t.job is not None for t in driver.trials.values()))
         if not driver.is_finished:
             time.sleep(seconds)
 
-    assert driver.run(sleep=watched)
-    assert states(driver) == ["done"] * 6
-    assert most == cfg.concurrent
-    assert spans(cfg) == {f"{n:04d}": ["begins"] for n in range(6)}
+    assert driver.run(sleep=count_jobs)
+    assert list_states(driver) == ["done"] * 6
+    assert max(counts) == cfg.concurrent
+    assert read_events(cfg) == {f"{n:04d}": ["begins"] for n in range(6)}
     for t in driver.trials.values():
         assert t.value == pytest.approx(dice(t.values["lr"], 12, 12))
         assert [a.reason for a in t.attempts] == ["finished"]
@@ -47,49 +46,49 @@ def test_every_trial_runs_once_in_a_folder_of_its_own_and_the_queue_stays_short(
 
 
 def test_a_driver_that_died_is_succeeded_by_one_that_goes_on_with_running_trials(tmp_path):
-    cfg = search(tmp_path / "study", trials=4)
-    first = make(cfg, seconds=1.0)
+    cfg = make_search(tmp_path / "study", trials=4)
+    first = make_driver(cfg, seconds=1.0)
     first.step()
     jobs = [t.job for t in first.trials.values()]
-    second = make(cfg, seconds=1.0)  # the first one is never heard of again
+    second = make_driver(cfg, seconds=1.0)  # the first one is never heard of again
     assert [t.job for t in second.trials.values()] == jobs
     second.run()
-    assert states(second) == ["done"] * 4
-    assert set(map(tuple, spans(cfg).values())) == {("begins",)}
+    assert list_states(second) == ["done"] * 4
+    assert set(map(tuple, read_events(cfg).values())) == {("begins",)}
     assert [t.values for t in second.trials.values()][:2] == [t.values for t in first.trials.values()]
 
 
 def test_a_driver_killed_around_a_submission_submits_neither_twice_nor_never(tmp_path):
-    cfg = search(tmp_path / "study", trials=2)
-    first = make(cfg, seconds=0.5)
+    cfg = make_search(tmp_path / "study", trials=2)
+    first = make_driver(cfg, seconds=0.5)
     first.step()
-    noted, lost = first.trials[0], first.trials[1]
+    noted, forgotten = first.trials[0], first.trials[1]
     job = noted.job
     noted.attempts[-1].job = None  # killed between submission and note
     noted.save()
-    kill(str(lost.job))  # killed between note and submission: nothing was ever started
-    (lost.folder / f"{lost.attempt_name}.job").unlink()
-    lost.attempts[-1].job = None
-    lost.save()
-    second = make(cfg, seconds=0.5)
+    kill_job(str(forgotten.job))  # killed between note and submission: nothing was ever started
+    (forgotten.folder / f"{forgotten.attempt_name}.job").unlink()
+    forgotten.attempts[-1].job = None
+    forgotten.save()
+    second = make_driver(cfg, seconds=0.5)
     assert second.trials[0].job == job
     assert second.trials[1].state == "waiting"
     second.run()
-    assert states(second) == ["done", "done"]
-    assert spans(cfg)["0000"] == ["begins"]
+    assert list_states(second) == ["done", "done"]
+    assert read_events(cfg)["0000"] == ["begins"]
 
 
 def test_a_driver_killed_after_asking_makes_the_folder(tmp_path):
-    cfg = search(tmp_path / "study", trials=1)
-    number, values = make(cfg).study.ask()
-    driver = make(cfg)
+    cfg = make_search(tmp_path / "study", trials=1)
+    number, values = make_driver(cfg).study.ask()
+    driver = make_driver(cfg)
     assert driver.trials[number].values == values
     driver.run()
-    assert states(driver) == ["done"]
+    assert list_states(driver) == ["done"]
 
 
 def test_losers_are_cancelled_at_a_rung_and_counted_as_pruned(tmp_path):
-    cfg = search(
+    cfg = make_search(
         tmp_path / "study",
         space={"lr": {"choice": [1e-3, 1e-5, 1e-1]}, "seed": {"choice": [0, 1]}},
         sampler={"kind": "grid"},
@@ -97,7 +96,7 @@ def test_losers_are_cancelled_at_a_rung_and_counted_as_pruned(tmp_path):
         asha={"first": 4, "factor": 3},
         concurrent=2,
     )
-    driver = make(cfg, seconds=4)
+    driver = make_driver(cfg, seconds=4)
     driver.run()
     by_lr = {(t.values["lr"], t.values["seed"]): t for t in driver.trials.values()}
     assert by_lr[1e-3, 0].state == by_lr[1e-3, 1].state == "done"
@@ -105,19 +104,19 @@ def test_losers_are_cancelled_at_a_rung_and_counted_as_pruned(tmp_path):
     assert {t.state for t in losers} == {"pruned"}
     assert all(t.step < 12 and t.value is None and set(t.rungs) == {4} for t in losers)
     assert "is not among the best of" in losers[0].note
-    assert make(cfg).study.read_states()[losers[0].number] == "pruned"
+    assert make_driver(cfg).study.read_states()[losers[0].number] == "pruned"
 
 
 def test_a_killed_trial_goes_on_where_it_was_until_it_was_killed_too_often(tmp_path):
-    cfg = search(tmp_path / "study", trials=2, requeue=2)
-    driver = make(cfg, seconds=1.0)
+    cfg = make_search(tmp_path / "study", trials=2, requeue=2)
+    driver = make_driver(cfg, seconds=1.0)
     driver.step()
     lucky, unlucky = driver.trials[0], driver.trials[1]
     step_until(driver, lambda: lucky.step >= 4)
-    kill(str(lucky.job))
+    kill_job(str(lucky.job))
     for attempt in (1, 2, 3):
         step_until(driver, lambda n=attempt: len(unlucky.attempts) == n and unlucky.job is not None)
-        kill(str(unlucky.job))
+        kill_job(str(unlucky.job))
     step_until(driver, lambda: driver.is_finished)
     assert (lucky.state, unlucky.state) == ("done", "failed")
     assert len(lucky.attempts) == 2
@@ -125,68 +124,68 @@ def test_a_killed_trial_goes_on_where_it_was_until_it_was_killed_too_often(tmp_p
     assert "killed" in unlucky.note
     steps = [json.loads(r)["step"] for r in (lucky.folder / "train" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)), "it began anew"
-    assert make(cfg).study.read_states()[1] == "failed"
+    assert make_driver(cfg).study.read_states()[1] == "failed"
 
 
 @pytest.mark.parametrize(("code", "attempts"), [(1, 1), (2, 1), (75, 3)])
 def test_bugs_and_bad_input_are_not_tried_again_but_stops_are(tmp_path, code, attempts):
-    cfg = search(tmp_path / "study", trials=1, requeue=2)
-    driver = make(cfg, seconds=0.02, exit=code)
+    cfg = make_search(tmp_path / "study", trials=1, requeue=2)
+    driver = make_driver(cfg, seconds=0.02, exit=code)
     driver.run()
-    assert states(driver) == ["failed"]
+    assert list_states(driver) == ["failed"]
     assert len(driver.trials[0].attempts) == attempts
 
 
 def test_a_trial_without_the_objective_has_failed(tmp_path):
-    cfg = search(tmp_path / "study", trials=1, objective={"key": "val.recall"})
-    driver = make(cfg, seconds=0.02)
+    cfg = make_search(tmp_path / "study", trials=1, objective={"key": "val.recall"})
+    driver = make_driver(cfg, seconds=0.02)
     driver.run()
     assert driver.trials[0].note == "it left no val.recall"
 
 
 def test_a_scheduler_that_does_not_answer_is_asked_again(tmp_path):
-    cfg = search(tmp_path / "study", trials=1)
-    driver, calls = make(cfg, seconds=0.02), []
-    real = driver.executor.poll
+    cfg = make_search(tmp_path / "study", trials=1)
+    driver, calls = make_driver(cfg, seconds=0.02), []
+    poll_jobs = driver.executor.poll
 
     def poll(jobs):
         calls.append(len(jobs))
         if len(calls) == 2:
             raise InputError("slurmctld is being restarted")
-        return real(jobs)
+        return poll_jobs(jobs)
 
     driver.executor.poll = poll  # injected: the failure of a scheduler
     assert driver.run()
-    assert states(driver) == ["done"]
+    assert list_states(driver) == ["done"]
     assert len(calls) > 2
 
 
 def test_one_call_asks_for_all_jobs(tmp_path):
     class Counted(LocalExecutor):
-        asked: list[int]
+        polled: list[int]
 
         def poll(self, jobs):
-            self.asked.append(len(jobs))
+            self.polled.append(len(jobs))
             return {job: JobState("running") for job in jobs}
 
-    cfg = search(tmp_path / "study", trials=5, concurrent=5)
-    driver = make(cfg, seconds=0.02)
+    cfg = make_search(tmp_path / "study", trials=5, concurrent=5)
+    driver = make_driver(cfg, seconds=0.02)
     counted = Counted()
-    counted.asked = []
+    counted.polled = []
     driver.executor = counted
     driver.step()
     driver.step()
-    assert counted.asked == [0, 5]
+    assert counted.polled == [0, 5]
 
 
 def test_a_stopped_driver_leaves_trials_running_and_cancelling_ends_them(tmp_path):
-    cfg = search(tmp_path / "study", trials=2)
-    driver = make(cfg, seconds=30)
+    cfg = make_search(tmp_path / "study", trials=2)
+    driver = make_driver(cfg, seconds=30)
     driver.step()
     assert not driver.run(stop=lambda: True)
     jobs = {str(t.job): t.folder / t.attempt_name for t in driver.trials.values()}
     assert {s.kind for s in driver.executor.poll(jobs).values()} == {"running"}
-    assert make(cfg).cancel_all() == 2
+    assert make_driver(cfg).cancel_all() == 2
     step_until(driver, lambda: len(driver.trials[0].attempts) == 2)  # ended by a signal: to be sent again
     driver.cancel_all()
 
