@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.core.files import format_bytes
+from hpc_neuro.core.files import format_bytes, format_count
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import VERBS
 from launch.site import Resources, Site
@@ -140,8 +140,8 @@ def forecast_training(cfg: Any, resources: Resources, site: Site) -> Forecast:
             f"{resources.minutes} min are all it gets; give more minutes, nodes or cluster.max_requeue"
         )
 
-    needed_starts = -(-minutes // resources.minutes)
-    return faults, [*lines, f"about {seconds:.2f} s per step, {minutes:.0f} min in all, {needed_starts:.0f} start(s)"]
+    needed_starts = format_count(int(-(-minutes // resources.minutes)), "start")
+    return faults, [*lines, f"about {seconds:.2f} s per step, {minutes:.0f} min in all, {needed_starts}"]
 
 
 def estimate_cost(cfg: Any, resources: Resources) -> TrainingCost:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hpc_neuro.core.files import format_count
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import VERBS
 from launch import forecast, slurm, status, submit
@@ -311,8 +312,9 @@ def _find_queue_faults(stages: Sequence[Stage], site: Site, count: int, states: 
 
     for name, limit in limits.items():
         if limit is not None and waiting + new > limit:
+            jobs = format_count(new, "new job")
             faults.append(
-                f"{new} new jobs beside {waiting} that are queued exceed {name}, {limit}; give a smaller --array"
+                f"{jobs} beside {waiting} that are queued would exceed {name}, {limit}; give a smaller --array"
             )
 
     return faults

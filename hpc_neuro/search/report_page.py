@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
+from hpc_neuro.core import files
 from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.report import charts, html, sweep_charts
 from hpc_neuro.report.html import Cell, Column
@@ -51,7 +52,8 @@ def build_page(
 
     sections.append(("Trials", _render_trials(cfg, trials, best)))
 
-    return html.render_page(f"Search {cfg.out.resolve().name}", f"{len(trials)} trials · hpc_neuro {code}", sections)
+    subtitle = f"{files.format_count(len(trials), 'trial')} · hpc_neuro {code}"
+    return html.render_page(f"Search {cfg.out.resolve().name}", subtitle, sections)
 
 
 def format_trials_csv(cfg: SearchConfig, trials: Sequence[Trial]) -> str:
@@ -83,7 +85,8 @@ def _render_result(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | Non
     parts = [f"{count} {state}" for state, count in counts.items() if count]
     parts += [f"{not_ended} not ended yet"] if not_ended else []
     restarts = sum(max(0, len(t.attempts) - 1) for t in trials)
-    summary = f"{len(trials)} trials: {', '.join(parts)}; {restarts} restarts."
+    total = files.format_count(len(trials), "trial")
+    summary = f"{total}: {', '.join(parts)}; {files.format_count(restarts, 'restart')}."
     if best is None:
         return html.paragraph(summary) + html.paragraph("No trial has finished.", "notice")
 

@@ -32,8 +32,9 @@ def forecast(cfg: SearchConfig) -> list[str]:
     is_grid = cfg.sampler.kind == "grid"
     count = min(len(list_grid_points(cfg.space)), cfg.trials or 10**9) if is_grid else cfg.trials
     stopping = f"early stopping from step {cfg.asha.first}" if cfg.asha else "no early stopping"
+    trials = files.format_count(int(count or 0), "trial")
     lines.append(
-        f"{count} trials of {' + '.join(cfg.recipe)} by {cfg.sampler.kind}, {cfg.concurrent} at a time, {stopping}; "
+        f"{trials} of {' + '.join(cfg.recipe)} by {cfg.sampler.kind}, {cfg.concurrent} at a time, {stopping}; "
         f"{cfg.objective.goal} {cfg.objective.key}"
     )
     return lines
@@ -67,7 +68,8 @@ def run(cfg: SearchConfig) -> int:
     files.write_text(cfg.out / "report.html", page)
 
     counts = ", ".join(f"{sum(t.state == state for t in trials)} {state}" for state in trial.ENDED_STATES)
-    log.info("search: %d trials: %s; report: %s", len(trials), counts, cfg.out / "report.html")
+    total = files.format_count(len(trials), "trial")
+    log.info("search: %s: %s; report: %s", total, counts, cfg.out / "report.html")
     if best is not None:
         log.info("search: best is trial %d, %s %.4g: %s", best.number, cfg.objective.key, best.value, best.values)
 

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from hpc_neuro import search, train
-from hpc_neuro.core import run_folder, schema
+from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.search import trial
@@ -65,7 +65,8 @@ def run_sweep(args: argparse.Namespace) -> int:
     # A driver that lives is asked by a signal instead: the lock refuses this.
     if args.cancel:
         with lock_study(cfg.out):
-            log.info("sweep: %d jobs asked to end", _make_driver(cfg, recipe, args).cancel_all())
+            jobs = _make_driver(cfg, recipe, args).cancel_all()
+            log.info("sweep: %s asked to end", files.format_count(jobs, "job"))
         return EXIT_DONE
 
     lines = [*search.forecast(cfg), *_check_trials(recipe, args)]
@@ -89,7 +90,7 @@ def drive_to_end(cfg: SearchConfig, driver: SweepDriver, run: run_folder.Run) ->
         if not driver.run(stop=lambda: bool(signals.names)):
             running = sum(t.job is not None for t in driver.trials.values())
             log.warning(
-                "sweep: stopped by %s; %d trials run on, and the same command goes on with them",
+                "sweep: stopped by %s; trials still running: %d; the same command continues with them",
                 signals.names[0],
                 running,
             )

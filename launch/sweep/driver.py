@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hpc_neuro.core import files
 from hpc_neuro.core.constants import EXIT_STOPPED
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.search import asha, trial
@@ -135,7 +136,8 @@ class SweepDriver:
         running = [t.number for t in self.trials.values() if t.job is not None]
         if running:
             numbers = ", ".join(map(str, sorted(running)))
-            log.info("sweep: going on with %d trials; attached to %s", len(self.trials), numbers)
+            trials = files.format_count(len(self.trials), "trial")
+            log.info("sweep: going on with %s; attached to %s", trials, numbers)
 
     def _find_job(self, t: Trial) -> None:
         """Look for the job that was about to be submitted; without one the trial waits again."""

@@ -84,14 +84,14 @@ def test_the_comparison_has_a_line_per_setting_seed_and_neuron_and_misses_only_w
 
 
 def test_differences_are_paired_by_neuron_and_seed(factorial):
-    found = comparison.read_comparison(factorial, trial.load_trials(factorial.out))
-    base, *_, last = found.scores
+    settings = comparison.read_comparison(factorial, trial.load_trials(factorial.out))
+    base, *_, last = settings.scores
     apart = [
-        found.scores[last][seed][neuron]["dice"] - found.scores[base][seed][neuron]["dice"]
-        for seed in found.scores[last]
-        for neuron in found.neurons
+        settings.scores[last][seed][neuron]["dice"] - settings.scores[base][seed][neuron]["dice"]
+        for seed in settings.scores[last]
+        for neuron in settings.neurons
     ]
-    shown = found.compute_difference(last, base, "dice", 1000)
+    shown = settings.compute_difference(last, base, "dice", 1000)
     assert shown.mean == pytest.approx(np.mean(apart))
     assert f"{shown.mean:+.3f}" in (factorial.out / "report.html").read_text()
     # what seeds and neurons have in common drops out, however far apart they are
@@ -139,8 +139,8 @@ def test_a_study_of_numbers_has_parallel_axes_and_importance(tmp_path):
     tree = {"out": tmp_path, "space": space, "sampler": {"kind": "random"}, "trials": 24, "asha": {"first": 10}}
     cfg = TypeAdapter(SearchConfig).validate_python(tree)
     study = Study(cfg)
-    while (asked := study.ask()) is not None:
-        number, point = asked
+    while (proposal := study.ask()) is not None:
+        number, point = proposal
         state = "pruned" if number % 3 == 2 else "done"
         value = 1 - abs(np.log10(point["optim.lr"] / 1e-3)) if state == "done" else None
         folder = trial.trial_folder(tmp_path, number)

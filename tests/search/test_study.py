@@ -29,37 +29,37 @@ def search(out: Path, **more: object) -> SearchConfig:
     return TypeAdapter(SearchConfig).validate_python(tree)
 
 
-def points(cfg: SearchConfig, reopen: bool) -> list[dict]:
+def ask_for_all(cfg: SearchConfig, reopen: bool) -> list[dict]:
     """Ask for all trials, telling each a value; `reopen`: as if the driver died after every one."""
-    study, found = Study(cfg), []
-    while (asked := study.ask()) is not None:
-        number, point = asked
-        assert number == len(found)
-        found.append(point)
+    study, points = Study(cfg), []
+    while (proposal := study.ask()) is not None:
+        number, point = proposal
+        assert number == len(points)
+        points.append(point)
         study.tell(number, "done", point["lr"], {})
         study = Study(cfg) if reopen else study
-    assert list(study.read_points().values()) == found
-    return found
+    assert list(study.read_points().values()) == points
+    return points
 
 
 @pytest.mark.parametrize("kind", ["random", "tpe"])
 def test_what_is_asked_does_not_depend_on_restarts(tmp_path, kind):
     one, other = (search(tmp_path / n, sampler={"kind": kind}) for n in "ab")
-    found = points(one, reopen=False)
-    assert found == points(other, reopen=True)
-    assert len({p["lr"] for p in found}) == len(found)
-    assert all(("share" in p) == (p["rule"] == "average") for p in found)
-    assert all(p["size"] in ([1, 2], [3, 4]) and p["batch"] in (2, 4, 6) for p in found)
+    points = ask_for_all(one, reopen=False)
+    assert points == ask_for_all(other, reopen=True)
+    assert len({p["lr"] for p in points}) == len(points)
+    assert all(("share" in p) == (p["rule"] == "average") for p in points)
+    assert all(p["size"] in ([1, 2], [3, 4]) and p["batch"] in (2, 4, 6) for p in points)
 
 
 def test_a_grid_is_asked_in_order_across_restarts(tmp_path):
     space = {k: v for k, v in SPACE.items() if k not in ("lr", "share")}
     cfg = search(tmp_path, space=space, sampler={"kind": "grid"}, trials=None)
-    study, found = Study(cfg), []
-    while (asked := study.ask()) is not None:
-        found.append(asked[1])
+    study, points = Study(cfg), []
+    while (proposal := study.ask()) is not None:
+        points.append(proposal[1])
         study = Study(cfg)
-    assert found == list_grid_points(cfg.space)
+    assert points == list_grid_points(cfg.space)
     assert study.trial_count == 12
 
 
@@ -74,7 +74,7 @@ def test_a_trial_half_asked_for_is_asked_to_its_end(tmp_path):
     assert number == 0
     assert point["rule"] == half.params["rule"]
     assert {"lr", "size", "batch"} <= set(point)
-    assert Study(cfg).ask()[1] == points(whole, reopen=False)[1]
+    assert Study(cfg).ask()[1] == ask_for_all(whole, reopen=False)[1]
 
 
 def test_a_torn_journal_and_a_stale_lock_are_mended(tmp_path):
@@ -96,9 +96,9 @@ def test_telling_twice_changes_nothing_and_rungs_are_kept(tmp_path):
         number, _ = study.ask()
         for _ in range(2):
             study.tell(number, state, value, {10: 0.25})
-    held = Study(cfg)._study.get_trials()
-    assert [t.state.name for t in held] == ["PRUNED", "COMPLETE", "FAIL"]
-    assert [t.intermediate_values for t in held] == [{10: 0.25}] * 3
+    trials = Study(cfg)._study.get_trials()
+    assert [t.state.name for t in trials] == ["PRUNED", "COMPLETE", "FAIL"]
+    assert [t.intermediate_values for t in trials] == [{10: 0.25}] * 3
     study.tell(1, "done", 0.9, {})
     assert Study(cfg)._study.get_trials()[1].value == 0.5
 
@@ -106,11 +106,12 @@ def test_telling_twice_changes_nothing_and_rungs_are_kept(tmp_path):
 def test_what_decides_is_found_important(tmp_path):
     cfg = search(tmp_path, trials=60, sampler={"kind": "random"})
     study = Study(cfg)
-    while (asked := study.ask()) is not None:
-        study.tell(asked[0], "done", -abs(asked[1]["batch"] - 4) + 0.01 * asked[1]["lr"], {})
-    found = compute_importances(tmp_path, list(SPACE))
-    assert next(iter(found)) == "batch"
-    assert sum(found.values()) == pytest.approx(1)
+    while (proposal := study.ask()) is not None:
+        number, point = proposal
+        study.tell(number, "done", -abs(point["batch"] - 4) + 0.01 * point["lr"], {})
+    importances = compute_importances(tmp_path, list(SPACE))
+    assert next(iter(importances)) == "batch"
+    assert sum(importances.values()) == pytest.approx(1)
 
 
 def test_a_second_driver_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):

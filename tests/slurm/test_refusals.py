@@ -42,12 +42,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "keys", "site_keys", "said"), CASES, ids=[c[0] for c in CASES])
+@pytest.mark.parametrize(("name", "keys", "site_keys", "message"), CASES, ids=[c[0] for c in CASES])
 def test_a_bad_submission_is_refused(
     name: str,
     keys: list[str],
     site_keys: list[str],
-    said: str,
+    message: str,
     cluster: Path,
     tiny_train: Callable[..., TrainConfig],
     tmp_path: Path,
@@ -56,7 +56,7 @@ def test_a_bad_submission_is_refused(
     with pytest.raises(ConfigError) as refused:
         stages: list[tuple[str, Any]] = [("train", tiny_train(tmp_path / "out", *keys))]
         preflight.check(stages, load_site("dev", site_keys), "slurm")
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert set(slurm.read_job_states()) == before
     assert not (tmp_path / "out").exists()
 
@@ -78,7 +78,7 @@ def test_a_good_submission_is_told_what_it_needs_and_how_it_will_be_stopped(
     lines = preflight.check([("train", cfg)], load_site("dev", ["partition=low", "teraflops=0.01"]), "slurm")
     text = "\n".join(lines)
     assert "per rank" in text
-    assert "start(s)" in text
+    assert " min in all, 1 start" in text
     assert "6 steps of 2 crops" in text
     assert "told by the stop signal and has 30 s" in text
     assert not cfg.out.exists()

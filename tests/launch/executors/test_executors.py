@@ -29,10 +29,10 @@ def wait(executor: LocalExecutor, job: str, base: Path, until: Callable[[JobStat
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_the_exit_code_arrives_also_at_a_later_driver(tmp_path, code):
     first = LocalExecutor()
-    job = first.submit(["sh", "-c", f"echo said; exit {code}"], tmp_path, "attempt_1")
+    job = first.submit(["sh", "-c", f"echo hello; exit {code}"], tmp_path, "attempt_1")
     assert wait(first, job, tmp_path / "attempt_1") == JobState("ended", code)
     assert LocalExecutor().poll({job: tmp_path / "attempt_1"})[job] == JobState("ended", code)
-    assert (tmp_path / "attempt_1.log").read_text() == "said\n"
+    assert (tmp_path / "attempt_1.log").read_text() == "hello\n"
 
 
 def test_a_job_outlives_its_submitter_and_is_found(tmp_path):
@@ -41,8 +41,8 @@ def test_a_job_outlives_its_submitter_and_is_found(tmp_path):
         "work = ['sh', '-c', 'until [ -e enough ]; do sleep 0.05; done']\n"
         "print(LocalExecutor().submit(work, Path(sys.argv[1]), 'attempt_1'))"
     )
-    said = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    executor, job = LocalExecutor(), said.stdout.strip()
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    executor, job = LocalExecutor(), done.stdout.strip()
     assert executor.find(tmp_path, "attempt_1") == job
     assert executor.poll({job: tmp_path / "attempt_1"})[job].kind == "running"
     (tmp_path / "enough").touch()

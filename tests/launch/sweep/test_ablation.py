@@ -90,11 +90,11 @@ def test_every_combination_is_trained_traced_and_scored(study):
     combinations = {(t.values["transfer"], t.values["distillation"]) for t in trials}
     assert len(combinations) == 4
     for t in trials:
-        made = json.loads((t.folder / "train" / "run.json").read_text())["config"]
-        assert made["transfer"]["rule"] == t.values["transfer"]
-        assert (made["student"]["tokenizer"]["kind"] == "tubular") == ("tubular" in t.values["transfer"])
-        assert (made["distill"] or {}).get("axes", "none") == t.values["distillation"]
-        assert made["tracker"]["group"] == "study"
+        config = json.loads((t.folder / "train" / "run.json").read_text())["config"]
+        assert config["transfer"]["rule"] == t.values["transfer"]
+        assert (config["student"]["tokenizer"]["kind"] == "tubular") == ("tubular" in t.values["transfer"])
+        assert (config["distill"] or {}).get("axes", "none") == t.values["distillation"]
+        assert config["tracker"]["group"] == "study"
         scored = json.loads((t.folder / "evaluate" / "metrics.json").read_text())
         assert t.value == scored["mean"]["model"]["dice"]
     caches = {json.loads((t.folder / "train" / "run.json").read_text())["config"]["cache"] for t in trials}
@@ -163,16 +163,16 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
     cfg = schema.load(SearchConfig, REPO / "configs" / "search" / "ablation.yaml")
     given = [f"store={store}", f"cache={cache}", f"out={tmp_path / 'run'}", "teacher.model=random", *SMALL]
 
-    def made(point):
+    def load_config(point):
         return schema.load(TrainConfig, None, [*given, "distill_fraction=1.0", *format_keys(cfg.space, point)])
 
     points = [p for p in list_grid_points(cfg.space) if p["seed"] == 0]
-    crops = setup.build_parts(made(next(p for p in points if p["distillation"] == "point"))).crops
+    crops = setup.build_parts(load_config(next(p for p in points if p["distillation"] == "point"))).crops
     batch = crops.collate([crops[0], crops[1]])
     first, heads, rest, later = {}, {}, {}, {}
     for point in points:
         setting = point["transfer"], point["distillation"]
-        parts = setup.build_parts(made(point))
+        parts = setup.build_parts(load_config(point))
         module = build_module(parts.make, parts.values).train()
         named = dict(module.named_parameters())
         assert parts.transferred <= named.keys()
@@ -186,7 +186,7 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
             if step == 0:
                 first[setting] = logits.detach()
                 heads[setting] = None if distillation is None else float(distillation.detach())
-            loss = sum_losses(made(point).losses, StudentOutput(logits, {}), batch)[0]
+            loss = sum_losses(load_config(point).losses, StudentOutput(logits, {}), batch)[0]
             optimiser.zero_grad()
             (loss if distillation is None else loss + distillation).backward()
             optimiser.step()

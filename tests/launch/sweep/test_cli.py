@@ -49,7 +49,7 @@ def test_a_sweep_trains_reports_and_is_complete(written, tmp_path, monkeypatch, 
     assert record["code"] == (study / "code" / "CODE_VERSION").read_text().strip(), "it ran the copy of the code"
     assert only.value == record["summary"]["best_val_dice"]
     assert schema.load(TrainConfig, study / "best.yaml").optim.lr == only.values["optim.lr"]
-    assert "1 trials: 1 done" in (study / "report.html").read_text()
+    assert "1 trial: 1 done" in (study / "report.html").read_text()
     (study / "report.html").unlink()
     assert cli.main([str(written)]) == 0, "a finished sweep writes its report again"
     assert (study / "report.html").exists()
@@ -60,9 +60,9 @@ def test_a_sweep_trains_reports_and_is_complete(written, tmp_path, monkeypatch, 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(written, tmp_path, capsys):
     assert cli.main([str(written), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "1 trials of train by random" in said
-    assert "6 steps of 2 crops" in said
+    output = capsys.readouterr().out
+    assert "1 trial of train by random" in output
+    assert "6 steps of 2 crops" in output
     assert not (tmp_path / "study").exists()
 
 
