@@ -210,8 +210,8 @@ def _open_imaris(path: Path, file: Any) -> StoredArray:
 
     spacing, world = _parse_imaris_extent(info, sizes)
     dtype = check_dtype(path, stored[0][0].dtype)
-    held = sum(data.id.get_storage_size() for row in stored for data in row)
-    check_density(path, shape, dtype, min(held, allocated_bytes(path)))
+    stored_bytes = sum(data.id.get_storage_size() for row in stored for data in row)
+    check_density(path, shape, dtype, min(stored_bytes, allocated_bytes(path)))
     read = functools.partial(_read_imaris_part, stored)
     notes = () if spacing is not None else ("an extent without a unit of length; give the voxel size in um",)
     return StoredArray("Imaris", shape, "TCZYX", dtype, read, spacing, world, notes)
