@@ -12,7 +12,9 @@ the volume is connected in the skeletons.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import edt
 import numpy as np
@@ -23,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
-from hpc_neuro.tracing.config import TraceConfig
+from hpc_neuro.tracing.config import TraceConfig, measure_physical_spacing
 from hpc_neuro.tracing.probability import Bools, Floats, Ints, ReadBox, as_probability
 from hpc_neuro.tracing.voxel_graph import (
     BlockSkeleton,
@@ -36,10 +38,16 @@ from hpc_neuro.tracing.voxel_graph import (
 
 REACH = 32.0
 """[voxel] Border distances are exact up to this, and a block is read with a halo of this width."""
+_UPHILL_REACH = 8.0
+"""[fine voxel] How far the physical middle of a neurite may lie beside a path."""
+_UPHILL_SLACK = 1.0
+"""[fine voxel] By how much the ball around a voxel may leave the ball around the middle, since voxels are coarse."""
+_VOXELS_AT_ONCE = 16384
+"""Voxels whose neighbors are held in memory together."""
 _DENSE = 0.03
 """Share of foreground voxels above which a distance transform of the whole block is quicker than a search."""
 _LEAST_DISTANCE = 0.5
-"""[voxel] Border distance of foreground below the threshold."""
+"""[finest edge] Border distance of foreground below the threshold."""
 _FIRST_REACH = 8.0
 """[voxel] Reach of the first search for the border, enough for all but thick places."""
 _PORTAL_MARGIN = 2.0
@@ -57,8 +65,48 @@ def list_trace_blocks(shape: Shape, cfg: TraceConfig) -> list[Box]:
 
 def add_halo(box: Box, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> Box:
     """The box that is read for a block."""
-    z, y, x = (int(np.ceil(REACH / s)) for s in cfg.spacing(voxel_size))
+    # Wide enough for distances in the metric and for physical ones.
+    finest = np.minimum(cfg.spacing(voxel_size), measure_physical_spacing(voxel_size))
+    z, y, x = (int(np.ceil(REACH / s)) for s in finest)
     return _add_shared_planes(box, shape).grow((z, y, x)).clip(Box.whole(shape))
+
+
+@dataclass(frozen=True)
+class _Foreground:
+    """N foreground voxels of a block in raster order, in C connected components."""
+
+    voxels: NDArray[np.int32]
+    """[N, 3] z y x in the block with its shared planes."""
+    probability: NDArray[np.float32]
+    """[N]"""
+    distance: NDArray[np.float32]
+    """[N] to the nearest voxel below the threshold; see BlockSkeleton."""
+    width: NDArray[np.float32]
+    """[N] distance to the nearest voxel that is not foreground."""
+    pairs: Indices
+    """[M, 2] pairs of 26-neighbors."""
+    step: Floats
+    """[M] their distances."""
+    component: NDArray[np.int32]
+    """[N] number of the component."""
+    components: int
+    """C."""
+
+    def select_components(self, keep: Bools) -> _Foreground:
+        """The foreground of the components to `keep` [C]."""
+        keep_voxel = keep[self.component]
+        # Both voxels of a pair are in one component, so testing one is enough.
+        keep_pair = keep_voxel[self.pairs[:, 0]]
+        return _Foreground(
+            self.voxels[keep_voxel],
+            self.probability[keep_voxel],
+            self.distance[keep_voxel],
+            self.width[keep_voxel],
+            (np.cumsum(keep_voxel) - 1)[self.pairs[keep_pair]],
+            self.step[keep_pair],
+            (np.cumsum(keep) - 1)[self.component[keep_voxel]].astype(np.int32),
+            int(keep.sum()),
+        )
 
 
 def skeletonize_block(
@@ -71,53 +119,62 @@ def skeletonize_block(
     spacing = cfg.spacing(voxel_size)
     halo_box, closed_box = add_halo(box, shape, voxel_size, cfg), _add_shared_planes(box, shape)
     array = as_probability(read(halo_box), halo_box)
-    inner = array[closed_box.relative_to(halo_box.start).slices]
+    inner_box = closed_box.relative_to(halo_box.start)
+    foreground = _measure_foreground(array, inner_box, spacing, cfg)
+    if foreground is None:
+        return None
+
+    # The shared planes belong to the next blocks, which count their voxels.
+    is_own = np.all(foreground.voxels < np.array(box.shape), axis=1)
+    count = np.bincount(foreground.component[is_own], minlength=foreground.components)
+    is_strong = is_own & (foreground.probability >= cfg.threshold)
+    strong = np.bincount(foreground.component[is_strong], minlength=foreground.components) > 0
+    is_portal = _find_portals(foreground, closed_box.shape, _list_shared_planes(box, closed_box))
+
+    # A component that is too small is noise, unless it goes on in the next block.
+    has_portal = np.bincount(foreground.component[is_portal], minlength=foreground.components) > 0
+    keep = (strong & (count >= cfg.min_voxels)) | has_portal
+    if not keep.any():
+        return None
+    is_portal = is_portal[keep[foreground.component]]
+    foreground = foreground.select_components(keep)
+    on = _select_centerlines(foreground, spacing, is_portal)
+
+    physical_distance, physical_spacing = foreground.distance[on], measure_physical_spacing(voxel_size)
+    if not np.array_equal(physical_spacing, spacing):
+        halo_voxels = foreground.voxels[on].astype(np.int64) + inner_box.start
+        physical_distance = _measure_physical_distance(array >= cfg.threshold, halo_voxels, physical_spacing)
+    return BlockSkeleton(
+        foreground.voxels[on] + np.array(closed_box.start, dtype=np.int32),
+        foreground.probability[on],
+        foreground.distance[on],
+        physical_distance,
+        foreground.component[on],
+        count[keep],
+        strong[keep],
+    )
+
+
+def _measure_foreground(array: NDArray[np.float32], box: Box, spacing: Floats, cfg: TraceConfig) -> _Foreground | None:
+    """The foreground in a box of a probability that was read with a halo; None when there is none."""
+    inner = array[box.slices]
     mask = inner >= cfg.floor
     if not mask.any():
         return None
-
-    # Voxels are relative to the closed box, `halo_voxels` are the same relative to the box with its halo.
     voxels = _find_true(mask).astype(np.int32)
-    halo_voxels = voxels.astype(np.int64) + np.array(closed_box.start) - np.array(halo_box.start)
-    probability = inner[mask]
-    distance = np.maximum(
-        _measure_border_distance(array >= cfg.threshold, halo_voxels, spacing), np.float32(_LEAST_DISTANCE)
-    )
-    width = _measure_border_distance(array >= cfg.floor, halo_voxels, spacing)
-    pairs, step = find_neighbor_pairs(voxels, closed_box.shape, spacing)
+    halo_voxels = voxels.astype(np.int64) + box.start
+    distance = _measure_border_distance(array >= cfg.threshold, halo_voxels, spacing)
+    pairs, step = find_neighbor_pairs(voxels, box.shape, spacing)
     components, component = _label_components(len(voxels), pairs)
-
-    # The shared planes belong to the next blocks, which count their voxels.
-    is_own = np.all(voxels < np.array(box.shape), axis=1)
-    count = np.bincount(component[is_own], minlength=components)
-    strong = np.bincount(component[is_own & (probability >= cfg.threshold)], minlength=components) > 0
-    portals = _find_portals(mask, distance * probability, _list_shared_planes(box, closed_box))
-
-    # A component that is too small is noise, unless it goes on in the next block.
-    keep_component = (strong & (count >= cfg.min_voxels)) | (np.bincount(component[portals], minlength=components) > 0)
-    keep = keep_component[component]
-    if not keep.any():
-        return None
-
-    index = np.cumsum(keep) - 1
-    foreground = BlockSkeleton(
-        voxels[keep] + np.array(closed_box.start, dtype=np.int32),
-        probability[keep],
-        distance[keep],
-        (np.cumsum(keep_component) - 1)[component[keep]].astype(np.int32),
-        count[keep_component],
-        strong[keep_component],
-    )
-    # Both voxels of a pair are in one component, so testing one is enough.
-    keep_pair = keep[pairs[:, 0]]
-    on = _select_centerlines(foreground, width[keep], spacing, index[pairs[keep_pair]], step[keep_pair], index[portals])
-    return BlockSkeleton(
-        foreground.voxels[on],
-        foreground.probability[on],
-        foreground.distance[on],
-        foreground.component[on],
-        foreground.count,
-        foreground.strong,
+    return _Foreground(
+        voxels,
+        inner[mask],
+        np.maximum(distance, np.float32(_LEAST_DISTANCE * spacing.min())),
+        _measure_border_distance(array >= cfg.floor, halo_voxels, spacing),
+        pairs,
+        step,
+        component,
+        components,
     )
 
 
@@ -167,6 +224,52 @@ def _measure_border_distance(inside: Bools, voxels: Ints, spacing: Floats) -> ND
     return distance
 
 
+def _measure_physical_distance(inside: Bools, voxels: Ints, spacing: Floats) -> NDArray[np.float32]:
+    """[N] border distance at the physical middle of the neurite at each of `voxels` [N, 3], in fine voxels.
+
+    Paths in the `voxel` metric run beside the physical middle where voxels are not cubes. So from each voxel the
+    distance is followed uphill, as long as the ball around the voxel stays within the ball around the place reached:
+    across the neurite to its middle, and not along it to a thicker place.
+    """
+    margin = np.ceil(_UPHILL_REACH / spacing).astype(np.int64)
+    low, high = np.maximum(voxels.min(axis=0) - margin, 0), voxels.max(axis=0) + margin + 1
+    window = inside[tuple(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))]
+    places = _find_true(window)
+
+    # A border of one voxel spares the test whether a neighbor is in the window.
+    field = np.zeros([n + 2 for n in window.shape], dtype=np.float32)
+    field[tuple(places.T + 1)] = _measure_border_distance(inside, places + low, spacing)
+    starts = voxels - low + 1
+    parts = [
+        _climb(field, starts[begin : begin + _VOXELS_AT_ONCE], spacing)
+        for begin in range(0, len(starts), _VOXELS_AT_ONCE)
+    ]
+    return np.concatenate(parts)
+
+
+def _climb(field: NDArray[np.float32], starts: Ints, spacing: Floats) -> NDArray[np.float32]:
+    """[n] the border distance that is reached uphill in a `field` of distances from each of `starts` [n, 3]."""
+    here, least = starts.copy(), field[tuple(starts.T)]
+    distance: NDArray[np.float32] = least.copy()
+    climbing = np.flatnonzero(least > 0)
+    steps = np.array([step for step in itertools.product((-1, 0, 1), repeat=3) if any(step)])
+    for _ in range(int(2 * _UPHILL_REACH)):
+        around = here[climbing, None] + steps  # [n, 26, 3]
+        heights = field[tuple(np.moveaxis(around, 2, 0))]
+        away = np.linalg.norm((around - starts[climbing, None]) * spacing, axis=2)
+        heights[away > heights - least[climbing, None] + _UPHILL_SLACK] = 0
+
+        best = heights.argmax(axis=1)
+        highest = heights[np.arange(len(best)), best]
+        is_higher = highest > distance[climbing]
+        climbing, best, highest = climbing[is_higher], best[is_higher], highest[is_higher]
+        if not len(climbing):
+            break
+        here[climbing] += steps[best]
+        distance[climbing] = highest
+    return distance
+
+
 def _search_border(inside: Bools, voxels: Ints, spacing: Floats) -> Floats:
     """[N] distance from each of `voxels`, all inside, to the nearest voxel of the array that is not; else infinite."""
     all_inside = _find_true(inside)
@@ -193,21 +296,23 @@ def _find_true(array: Bools) -> Ints:
     return np.stack(np.unravel_index(np.flatnonzero(array), array.shape), axis=1)
 
 
-def _find_portals(mask: Bools, centrality: NDArray[np.float32], planes: Iterator[tuple[int, int]]) -> Ints:
-    """Indices of the foreground voxels of `mask` that are portals, ascending; `centrality` [N] is of its N voxels.
+def _find_portals(foreground: _Foreground, shape: Shape, planes: Iterator[tuple[int, int]]) -> Bools:
+    """[N] whether a foreground voxel of a block of `shape` is a portal.
 
     Of equally central voxels of a patch the first one in raster order is the portal. A long patch, where a tube runs
     along the plane, has more portals: every voxel is within about the radius of one.
     """
-    volume = np.zeros(mask.shape, dtype=np.float32)
-    volume[mask] = centrality
-    is_portal = np.zeros(mask.shape, dtype=bool)
+    index = tuple(foreground.voxels.T)
+    mask, is_portal = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    mask[index] = True
+    centrality = np.zeros(shape, dtype=np.float32)
+    centrality[index] = foreground.distance * foreground.probability
     for axis, position in planes:
         plane = np.take(mask, position, axis)
         labels, _ = label_patches(plane, np.ones((3, 3)))
-        chosen = _choose_central(np.argwhere(plane), labels[plane], np.take(volume, position, axis)[plane])
+        chosen = _choose_central(np.argwhere(plane), labels[plane], np.take(centrality, position, axis)[plane])
         is_portal[tuple(np.insert(chosen, axis, position, axis=1).T)] = True
-    return np.flatnonzero(is_portal[mask])
+    return np.asarray(is_portal[index])
 
 
 def _choose_central(points: Ints, patch: Ints, centrality: NDArray[np.float32]) -> Ints:
@@ -225,35 +330,28 @@ def _choose_central(points: Ints, patch: Ints, centrality: NDArray[np.float32]) 
     return np.concatenate(chosen)
 
 
-def _select_centerlines(
-    foreground: BlockSkeleton,
-    width: NDArray[np.float32],
-    spacing: Floats,
-    pairs: Indices,
-    step: Floats,
-    portals: Ints,
-) -> Bools:
+def _select_centerlines(foreground: _Foreground, spacing: Floats, is_portal: Bools) -> Bools:
     """[N] whether a voxel is on the path of an end or a portal to the most central voxel of its component.
 
     An end is the farthest voxel beyond some voxel whose path goes on beyond it for longer than it takes to leave the
-    tube there, whose border is `width` [N] away.
+    tube there.
     """
-    points = foreground.voxels * spacing
+    points, component = foreground.voxels * spacing, foreground.component
     sources = _find_most_central(foreground)
     cost = compute_cost(foreground.distance, foreground.probability)
-    following = find_minimum_cost_paths(foreground.component, pairs, step, cost, sources)
+    following = find_minimum_cost_paths(component, foreground.pairs, foreground.step, cost, sources)
     length = sum_to_root(np.linalg.norm(points - points[following], axis=1), following)
     levels = _group_by_hops(following, sources, length)
 
     reach, end = _find_farthest_beyond(following, length, levels)
-    goes_on = reach - length >= _BRANCH_RATIO * width + _BRANCH_MARGIN
-    on = np.zeros(len(following), dtype=bool)
-    on[end[goes_on]] = on[end[sources]] = on[sources] = on[portals] = True
+    goes_on = reach - length >= _BRANCH_RATIO * foreground.width + _BRANCH_MARGIN
+    on = is_portal.copy()
+    on[end[goes_on]] = on[end[sources]] = on[sources] = True
 
     # A bead is shorter than that, and yet has two ends: the second is the voxel farthest from the first.
-    across = np.linalg.norm(points - points[end[sources]][foreground.component], axis=1)
-    order = np.lexsort((across, foreground.component))
-    last = np.searchsorted(foreground.component[order], np.arange(len(sources)), side="right") - 1
+    across = np.linalg.norm(points - points[end[sources]][component], axis=1)
+    order = np.lexsort((across, component))
+    last = np.searchsorted(component[order], np.arange(len(sources)), side="right") - 1
     on[order[last]] = True
 
     for level in levels:
@@ -261,7 +359,7 @@ def _select_centerlines(
     return on
 
 
-def _find_most_central(foreground: BlockSkeleton) -> Ints:
+def _find_most_central(foreground: _Foreground) -> Ints:
     """[C] the voxel of each component with the largest distance times probability; the first one of equals."""
     centrality = foreground.distance * foreground.probability
     order = np.lexsort((np.arange(len(centrality)), -centrality, foreground.component))

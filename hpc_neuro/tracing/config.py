@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.geometry import Shape, VoxelSize, fine_voxel
 from hpc_neuro.core.schema import config
 
 
@@ -62,6 +62,10 @@ class TraceConfig:
         return 0.6 * self.threshold if self.low is None else self.low
 
     def spacing(self, voxel_size: VoxelSize) -> NDArray[np.float64]:
-        """[3] length of one voxel along z, y, x in the metric's unit (its finest edge is 1)."""
-        size = np.asarray(voxel_size, dtype=np.float64)
-        return size / size.min() if self.metric == "um" else np.ones(3)
+        """[3] length of one voxel along z, y, x in the metric's unit."""
+        return measure_physical_spacing(voxel_size) if self.metric == "um" else np.ones(3)
+
+
+def measure_physical_spacing(voxel_size: VoxelSize) -> NDArray[np.float64]:
+    """[3] length of one voxel along z, y, x in fine voxels."""
+    return np.asarray(voxel_size, dtype=np.float64) / fine_voxel(voxel_size)

@@ -32,7 +32,7 @@ _ROOT_BALL_MARGIN = 2.0
 _STEP = 1.5
 """[voxel] Nodes closer than this to their parent are merged into the path; branch points and tips stay."""
 _THINNEST = 0.5
-"""[voxel] Smallest radius."""
+"""[fine voxel] Smallest radius."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def root_trees(
 ) -> Iterator[tuple[Tree, Ints]]:
     """The trees of the pieces of the `given` roots in their order, each with the node of `lines` of each of its nodes.
 
-    Without given roots: the trees of all pieces with at least `min_cable` of cable. No two roots lie in one piece.
+    Without given roots: the trees of all pieces with at least `min_cable` of cable. No two roots lie in one piece. The
+    radii of the trees are their thickness in the metric's unit.
     """
     count, label = lines.label_pieces()
     roots = [_Root(node, _UNDEFINED) for node in given]
@@ -76,7 +77,7 @@ def root_trees(
         parents = np.concatenate([[-1], index[predecessors[nodes[1:]]]]).astype(np.int64)
         types = np.full(len(nodes), _UNDEFINED, dtype=np.int64)
         types[0] = root.type
-        yield Tree(lines.points[nodes], lines.radii[nodes], parents, types), nodes.astype(np.int64)
+        yield Tree(lines.points[nodes], lines.thickness[nodes], parents, types), nodes.astype(np.int64)
 
 
 def _choose_roots(
@@ -97,7 +98,7 @@ def _choose_roots(
 
 
 def _choose_root(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], piece: Ints, min_branch: float) -> _Root:
-    radii = lines.radii[piece]
+    radii = lines.thickness[piece]
     if radii.max() >= max(_SOMA_RATIO * np.median(radii), _SOMA_RADIUS):
         return _Root(int(piece[radii.argmax()]), _SOMA)
 
@@ -118,7 +119,7 @@ def _is_stub(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], end: in
             return False
         before, here = here, onward[0]
         walked += float(np.linalg.norm(lines.points[here] - lines.points[before]))
-    return bool(walked - lines.radii[here] < min_branch)
+    return bool(walked - lines.thickness[here] < min_branch)
 
 
 def prune_tree(tree: Tree, min_branch: float) -> Bools:
@@ -196,10 +197,10 @@ def find_main_side(tree: Tree) -> Bools:
     return keep
 
 
-def smooth_tree(tree: Tree, sigma: float, thinnest: float = _THINNEST) -> Tree:
+def smooth_tree(tree: Tree, sigma: float) -> Tree:
     """Move nodes and radii along unbranched paths by a Gaussian of `sigma` nodes.
 
-    The root, the tips and the joints with the parent path stay. Radii stay at or above `thinnest`.
+    The root, the tips and the joints with the parent path stay.
     """
     if sigma == 0:
         return tree
@@ -211,7 +212,7 @@ def smooth_tree(tree: Tree, sigma: float, thinnest: float = _THINNEST) -> Tree:
     # An earlier path is final when a later one takes its joint from it.
     for path in list_long_paths(tree):
         line = _smooth_line(np.column_stack([points[path], radii[path]]), kernel)
-        points[path[1:]], radii[path[1:]] = line[1:, :3], np.maximum(line[1:, 3], thinnest)
+        points[path[1:]], radii[path[1:]] = line[1:, :3], np.maximum(line[1:, 3], _THINNEST)
     return replace(tree, points=points, radii=radii)
 
 

@@ -168,7 +168,7 @@ class _BridgeSearch:
     def run(self, ends: Ints, kdtree: cKDTree, targets: Ints) -> Iterator[_Candidates]:
         """The candidates of some of the ends, chunk by chunk; `kdtree` is that of the voxels `targets`."""
         cable = self.pieces.cable[self.end_piece[ends]]
-        depth = self.lines.radii[self.ends.anchors[ends]] + 0.5
+        depth = self.lines.thickness[self.ends.anchors[ends]] + 0.5
         thickest = self.graph.thickness.max()
         # A longer bridge would cost too much even where the probability halves its cost.
         reach = np.minimum(self.cfg.gap, _WORTH * cable / _HINTED) + depth + thickest
@@ -198,7 +198,7 @@ class _BridgeSearch:
         away = np.linalg.norm(out, axis=1)
         cosine = np.vecdot(out, self.ends.directions[end]) / away
         # From surface to surface.
-        gap = np.maximum(away - (self.lines.radii[anchor] + 0.5) - graph.thickness[target], 1)
+        gap = np.maximum(away - (self.lines.thickness[anchor] + 0.5) - graph.thickness[target], 1)
         cost = gap * (3 - 2 * cosine)
         most = np.minimum(self.cfg.gap, _WORTH * np.minimum(pieces.cable[other_piece], pieces.cable[own_piece]))
         is_ahead = (cosine >= np.cos(np.radians(_WIDEST_ANGLE))) | ~has_direction

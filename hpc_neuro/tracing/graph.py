@@ -89,8 +89,10 @@ class CenterlineGraph:
 
     points: Floats
     """[K, 3]"""
+    thickness: Floats
+    """[K] radius of the neurite in the metric's unit, in which paths are measured."""
     radii: Floats
-    """[K]"""
+    """[K] radius of the neurite in fine voxels, as trees carry it."""
     edges: Ints
     """[E, 2]"""
     voxels: Ints
@@ -187,12 +189,16 @@ def build_centerline_graph(graph: VoxelGraph, centerlines: Centerlines, bridges:
     is_inner = following != voxels
     edges = np.stack([index[voxels[is_inner]], index[following[is_inner]]], axis=1)
 
-    radii = graph.thickness[voxels]
+    # A bridge is as thick as the thinner of the two voxels that it joins.
     bridge = np.repeat(np.arange(len(bridges)), bridges.counts)
-    bridge_radii = np.minimum(graph.thickness[bridges.ends], graph.thickness[bridges.targets])[bridge]
+    thickness, radii = (
+        np.concatenate([values[voxels], np.minimum(values[bridges.ends], values[bridges.targets])[bridge]])
+        for values in (graph.thickness, graph.radii)
+    )
     return CenterlineGraph(
         np.concatenate([graph.points[voxels], bridges.points]),
-        np.concatenate([radii, bridge_radii]),
+        thickness,
+        radii,
         np.concatenate([edges, _list_bridge_edges(bridges, index, len(voxels))]),
         np.concatenate([voxels, np.full(len(bridge), -1)]),
     )
@@ -236,14 +242,14 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
     The way inside is the one that holds most cable. It is followed until it is long for its largest radius.
     """
     ends = np.flatnonzero(graph.degree <= 1)
-    here, anchors, thick = ends.copy(), ends.copy(), graph.radii[ends]
+    here, anchors, thick = ends.copy(), ends.copy(), graph.thickness[ends]
     away, arrived_by = np.zeros(len(ends)), np.full(len(ends), -1)
     cable_behind = _measure_cable_behind(graph)
     moving = np.arange(len(ends))
     while len(moving):
         node = here[moving]
         is_anchor = (
-            measure_lengths(graph.points[node] - graph.points[ends[moving]]) <= _ANCHOR_RATIO * graph.radii[node]
+            measure_lengths(graph.points[node] - graph.points[ends[moving]]) <= _ANCHOR_RATIO * graph.thickness[node]
         )
         is_anchor &= graph.voxels[node] >= 0
         anchors[moving[is_anchor]] = node[is_anchor]
@@ -254,7 +260,7 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
         moving, edge = moving[edge >= 0], edge[edge >= 0]
         arrived_by[moving] = edge
         here[moving] = graph.adjacency.neighbors[edge]
-        thick[moving] = np.maximum(thick[moving], graph.radii[here[moving]])
+        thick[moving] = np.maximum(thick[moving], graph.thickness[here[moving]])
 
     is_tube = away >= np.maximum(_BASE_LENGTH / 2, _SLENDERNESS * thick)
     directions = np.zeros((len(ends), 3))
@@ -317,7 +323,7 @@ def measure_section_direction(
     The first radius bends towards the hub and is left out.
     """
     before, here, walked, anchor = node, first, 0.0, first
-    radius = float(graph.radii[first])
+    radius = float(graph.thickness[first])
     while walked < _BASE_LENGTH + _SLENDERNESS * radius:
         onward = [other for other in neighbors[here] if other != before and not is_hub[other]]
         if not onward:

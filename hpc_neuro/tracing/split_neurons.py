@@ -103,10 +103,10 @@ def _find_crossings(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]]) 
     """The nodes between two branch points that are so near to each other that they are one crossing."""
     crossings = []
     for fork in np.flatnonzero(lines.degree >= 3).tolist():
-        most = _CROSSING_RATIO * 2 * max(lines.radii[fork], 1.0) + _CROSSING_MARGIN
+        most = _CROSSING_RATIO * 2 * max(lines.thickness[fork], 1.0) + _CROSSING_MARGIN
         for first in neighbors[fork]:
             path, end, length = _walk_to_fork(lines, neighbors, fork, first, most)
-            radii = lines.radii[fork] + lines.radii[end]
+            radii = lines.thickness[fork] + lines.thickness[end]
             if lines.degree[end] >= 3 and length <= _CROSSING_RATIO * radii + _CROSSING_MARGIN:
                 crossings += path
     return crossings
@@ -144,7 +144,7 @@ def _find_weakest_between_roots(
                 path.append(here)
                 before, here = here, _step_on(neighbors, before, here)
             if path and here in root_nodes and here != root:
-                weakest.append(min(path, key=lambda node: (certainty[node] * lines.radii[node], node)))
+                weakest.append(min(path, key=lambda node: (certainty[node] * lines.thickness[node], node)))
     return weakest
 
 
@@ -275,6 +275,7 @@ def _rebuild(parts: _Dissection, owners: Ints, chosen: Sequence[_Pair], roots: S
     origin = np.array([node for node, _ in copies], dtype=np.int64)
     return CenterlineGraph(
         lines.points[origin],
+        lines.thickness[origin],
         lines.radii[origin],
         np.array(sorted(edges), dtype=np.int64).reshape(-1, 2),
         lines.voxels[origin],

@@ -51,7 +51,8 @@ def trace(
     (where it is far thicker than elsewhere), else at its thickest end.
 
     With `image` [Z, Y, X] (any intensity scale, bright on dark), gaps are also bridged along neurites that it shows.
-    Types are 0 (undefined), and 1 at a root that is a soma. Radii are distances to the border, in fine voxels.
+    Types are 0 (undefined), and 1 at a root that is a soma. Radii are physical distances to the
+    border in fine voxels (the middle edge, see core.geometry.fine_voxel), whatever the metric.
 
     Raises InputError for values outside [0, 1], NaN, other dtypes or axes, a root outside the volume or too far from
     any foreground, two roots at one place, and a root where there is no foreground at all.
@@ -134,13 +135,17 @@ def _finish_trees(
 ) -> list[Tree]:
     """The trees of all roots in their order, or without roots the trees with enough cable, longest first."""
     trees: list[Tree] = []
-    for tree, _ in root_trees(lines, _find_nodes(lines, root_voxels), cfg.min_branch, cfg.min_cable):
-        tree = select_nodes(tree, prune_tree(tree, cfg.min_branch))
+    for tree, nodes in root_trees(lines, _find_nodes(lines, root_voxels), cfg.min_branch, cfg.min_cable):
+        keep = prune_tree(tree, cfg.min_branch)
+        tree, nodes = select_nodes(tree, keep), nodes[keep]
         if not roots and length(tree) < cfg.min_cable:
             continue
         if roots and cfg.root_is_end:
-            tree = select_nodes(tree, find_main_side(tree))
+            keep = find_main_side(tree)
+            tree, nodes = select_nodes(tree, keep), nodes[keep]
 
+        # So far the radii were in the metric's unit, as lengths are.
+        tree = replace(tree, radii=lines.radii[nodes])
         tree = decimate_tree(smooth_tree(tree, cfg.smooth))
         points = tree.points / spacing
         # The root stays where it was given, which may be off the foreground.

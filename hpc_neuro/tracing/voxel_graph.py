@@ -39,7 +39,9 @@ class BlockSkeleton:
     probability: NDArray[np.float32]
     """[N]"""
     distance: NDArray[np.float32]
-    """[N] to the nearest voxel below the threshold, in the metric's unit; 0.5 where the voxel itself is below it."""
+    """[N] to the nearest voxel below the threshold, in the metric's unit; half a voxel where it is below itself."""
+    physical_distance: NDArray[np.float32]
+    """[N] the same in fine voxels."""
     component: NDArray[np.int32]
     """[N] number of the component, from 0."""
     count: Ints
@@ -64,6 +66,8 @@ class VoxelGraph:
     """[N] in (0, 1]."""
     distance: Floats
     """[N] to the nearest background voxel, in the metric's unit; what lies outside the volume is not background."""
+    physical_distance: Floats
+    """[N] the same in fine voxels."""
     pairs: Indices
     """[M, 2] neighbors, each pair once."""
     step: Floats
@@ -85,8 +89,13 @@ class VoxelGraph:
 
     @functools.cached_property
     def thickness(self) -> Floats:
-        """[N] radius of the neurite, in the metric's unit."""
+        """[N] radius of the neurite, in the metric's unit, in which paths and gaps are measured."""
         return np.maximum(self.distance - _BORDER, _THINNEST)
+
+    @functools.cached_property
+    def radii(self) -> Floats:
+        """[N] radius of the neurite in fine voxels, as trees carry it whatever the metric."""
+        return np.maximum(self.physical_distance - _BORDER, _THINNEST)
 
     def voxels_of_component(self, component: int) -> Ints:
         """Indices of the voxels of one component, ascending."""
@@ -166,6 +175,7 @@ def merge_block_skeletons(
         voxels[keep],
         np.concatenate([block.probability for block in blocks])[once][keep],
         np.concatenate([block.distance for block in blocks])[once][keep].astype(np.float64),
+        np.concatenate([block.physical_distance for block in blocks])[once][keep].astype(np.float64),
         index[pairs[keep_pair]].astype(pairs.dtype),
         step[keep_pair],
         (np.cumsum(keep_label) - 1)[label[keep]],

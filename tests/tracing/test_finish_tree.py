@@ -16,7 +16,7 @@ from tests.core.test_morphology import trees
 
 @given(trees(), st.booleans())
 def test_every_piece_is_rooted_as_if_it_were_alone(forest: Tree, given_roots: bool) -> None:
-    lines = CenterlineGraph(forest.points, forest.radii, forest.edges, np.arange(len(forest)))
+    lines = CenterlineGraph(forest.points, forest.radii, forest.radii, forest.edges, np.arange(len(forest)))
     starts = forest.roots[::-1].tolist() if given_roots else []
     rooted = [tree for tree, _ in root_trees(lines, starts, 5.0, 0.0)]
     assert len(rooted) == len(forest.roots)
@@ -31,7 +31,9 @@ def test_every_piece_is_rooted_as_if_it_were_alone(forest: Tree, given_roots: bo
         nodes = np.sort(below[root])
         rank = {int(node): i for i, node in enumerate(nodes)}
         edges = np.array([[rank[a], rank[b]] for a, b in forest.edges.tolist() if a in rank], dtype=np.int64)
-        alone = CenterlineGraph(forest.points[nodes], forest.radii[nodes], edges.reshape(-1, 2), np.arange(len(nodes)))
+        alone = CenterlineGraph(
+            forest.points[nodes], forest.radii[nodes], forest.radii[nodes], edges.reshape(-1, 2), np.arange(len(nodes))
+        )
         ((same, _),) = root_trees(alone, [rank[root]] if given_roots else [], 5.0, 0.0)
         for part in ("points", "radii", "parents", "types"):
             np.testing.assert_array_equal(getattr(tree, part), getattr(same, part))
