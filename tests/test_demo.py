@@ -114,6 +114,47 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+def test_settings_of_evaluate_decide_what_is_printed(pairs: Path, tmp_path: Path) -> None:
+    """Another tolerance, no Otsu; and of the user's own neurons, five stages run."""
+    keys = [f"data={pairs}", "evaluate=[tolerance_vox=2,otsu=false,draws=100]"]
+    small = [key for key in SMALL if not key.startswith(("synthetic.", "evaluate="))]
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_neuro", "demo", f"out={tmp_path / 'out'}", *small, *keys],
+        capture_output=True, text=True, timeout=280, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number, stage in enumerate(STAGES, start=1):
+        assert f"[{number}/5] {stage} done in" in done.stderr
+    assert "F1 of the tree at 2 voxels" in done.stderr
+    assert "Otsu" not in done.stderr
+    summary = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
+    assert set(summary) == {"model", "seconds"}
+    assert set(summary["model"]) == {"dice", "f1_2vox", "esa", "hd95_um"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "f1", "methods"),
+    [
+        ([], "f1_4vox", ["model", "otsu"]),
+        (["tolerance_vox=2"], "f1_2vox", ["model", "otsu"]),
+        (["tolerance_vox=1.5", "otsu=false"], "f1_1.5vox", ["model"]),
+    ],
+)
+def test_the_closing_table_has_the_metrics_that_were_scored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keys: list[str], f1: str, methods: list[str]
+) -> None:
+    cfg = load(demo.DemoConfig, None, [f"out={tmp_path}", f"evaluate={json.dumps(keys)}"])
+    mean = {method: {"dice": 0.8, f1: 0.9, "esa": 1.0, "hd95_um": 2.0} for method in methods}
+    (tmp_path / "metrics.json").write_text(json.dumps({"mean": mean}))
+    with caplog.at_level("INFO", "hpc_neuro"):
+        demo._log_result(cfg)
+    rows = [record.getMessage().split() for record in caplog.records]
+    values = [row[-len(methods) :] for row in rows[1:5]]
+    assert values == [[value] * len(methods) for value in ("0.800", "0.900", "1.000", "2.000")]
+    assert ("Otsu" in caplog.text) == ("otsu" in methods)
+
+
 def missing_image(folder: Path) -> None:
     (folder / "syn_1.tif").unlink()
 
