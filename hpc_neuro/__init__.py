@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_neuro.pipeline import VERBS
 
+# Type checkers and editors read these imports; at run time `__getattr__` does the same on demand.
 if TYPE_CHECKING:
     from hpc_neuro.core.geometry import Box
     from hpc_neuro.core.morphology import Tree
@@ -57,6 +58,7 @@ _HOMES = {
     "write_swc": ("hpc_neuro.data.swc", "write"),
 }
 """Public name -> module and name in it."""
+# Each verb with a config adds its config class and its function.
 _HOMES |= {verb.config: (verb.module, verb.config) for verb in VERBS.values() if verb.config}
 _HOMES |= {f"run_{verb.name}": (verb.module, "run") for verb in VERBS.values() if verb.config}
 
@@ -91,6 +93,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'hpc_neuro' has no attribute {name!r}")
+    # The value is stored in the module, so that Python calls this function once per name.
     module, attribute = _HOMES[name]
     value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     name, *rest = arguments
     if name == "--version":
+        # Asking git takes longer than any other answer here; the module is imported only for it.
         from hpc_neuro.core.run_folder import code_version
 
         sys.stdout.write(code_version() + "\n")
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"hpc-neuro: {name!r} is not one of the verbs {', '.join(VERBS)}\n")
         return EXIT_BAD_INPUT
 
+    # Verbs report through logging; only results that programs read go to standard output.
     _log_to_console()
     try:
         return _run_verb(VERBS[name], rest)
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
     except OSError as error:
+        # The user can free space; any other OSError here is a bug and keeps its traceback.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.stderr.write(
@@ -89,6 +92,7 @@ def format_help(verb: Verb, all_keys: bool) -> str:
         if field.text:
             lines.append(f"  {'':<{width}}   {field.text}")
 
+    # Otherwise a reader takes the short list for all keys.
     if len(shown) < len(fields):
         lines.append(f"\n{len(shown)} of {len(fields)} keys; `hpc-neuro {verb.name} --help all` lists every key.")
     return "\n".join(lines) + "\n"
@@ -96,6 +100,7 @@ def format_help(verb: Verb, all_keys: bool) -> str:
 
 def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
     """Run a verb with its arguments. Raises ConfigError or InputError."""
+    # A subcommand, such as `infer verify`, reads its own arguments.
     commands = dict(verb.commands)
     if arguments and arguments[0] in commands:
         return int(importlib.import_module(commands[arguments[0]]).main(arguments[1:]))
@@ -103,6 +108,7 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
         return int(verb.load_module().main(arguments))
 
     flags = [argument for argument in arguments if argument.startswith("-")]
+    # Flags may stand anywhere among the keys.
     words = [argument for argument in arguments if not argument.startswith("-")]
     if any(flag in _HELP_FLAGS for flag in flags):
         sys.stdout.write(format_help(verb, all_keys="all" in words))
@@ -114,7 +120,9 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
             f"{unknown[0]} is not a flag; keys are given as key=value, flags are --dry-run and --help"
         )
 
+    # A config file comes first; it is told from a key by the missing `=`.
     path = Path(words.pop(0)) if words and "=" not in words[0] else None
+    # The verb itself is imported only after its config is known to be good: a config error answers at once.
     cfg: Any = schema.load(verb.load_config_class(), path, words)
 
     if "--dry-run" in flags:
@@ -127,7 +135,9 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
 
 def _log_to_console() -> None:
     """Send messages to standard error as plain lines; ranks other than the first only warn."""
+    # Of several ranks, one reports progress; a warning matters from any of them.
     log.setLevel(logging.INFO if is_main() else logging.WARNING)
+    # Libraries may have configured the root logger; a message must not appear twice.
     log.propagate = False
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)

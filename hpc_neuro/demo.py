@@ -66,6 +66,7 @@ class DemoConfig:
 
 def forecast(cfg: DemoConfig) -> list[str]:
     """Check the keys of every stage and the data of the first one; a later stage checks its input when it starts."""
+    # A typing error in a key of the last stage must not appear after an hour of training.
     _check_keys(cfg)
     if (cfg.out / "swc").exists() and not (cfg.out / "run.json").exists():
         raise InputError(
@@ -85,6 +86,7 @@ def run(cfg: DemoConfig) -> int:
     forecast(cfg)
     start = time.monotonic()
     inputs = {"data": digest_pairs(cfg.data) if cfg.data else "synthetic"}
+    # A report that was deleted is made again.
     has_report = (cfg.out / "report.html").exists()
 
     with run_folder.start("demo", cfg, cfg.out, inputs, whole=has_report) as record:
@@ -92,7 +94,9 @@ def run(cfg: DemoConfig) -> int:
             _log_result(cfg)
             return 0
 
+        # Only the stages that run are numbered: the user's own data needs no synthetic neurons.
         names = list(STAGES) if cfg.data else ["synthetic", *STAGES]
+        # Synthetic neurons are written where the user's own would be read from.
         data = cfg.data or cfg.out / "raw"
         for number, name in enumerate(names, start=1):
             label = f"[{number}/{len(names)}] {name}"
@@ -134,6 +138,7 @@ def stage_config(
 
 def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:
     """The neurons to test on, by the rule of the key `test`. Raises InputError when none is left to train on."""
+    # Natural order, as people number their neurons: OP_2 before OP_10.
     names = sorted((path.stem for path in data.glob("*.swc")), key=run_folder.natural_key) if data.is_dir() else []
     if unknown := [name for name in cfg.test if name not in names]:
         raise ConfigError(
@@ -219,6 +224,7 @@ def _publish(cfg: DemoConfig, held_out: Sequence[str]) -> dict[str, Any]:
     with files.atomic(cfg.out / "swc") as part:
         shutil.copytree(cfg.out / "infer" / "swc", part)
 
+    # Probabilities are large: a link is enough.
     for volume in held_out:
         link = cfg.out / f"{volume}.ome.zarr"
         if not link.exists():
@@ -230,6 +236,7 @@ def _publish(cfg: DemoConfig, held_out: Sequence[str]) -> dict[str, Any]:
 
 def _headline_metrics(cfg: DemoConfig) -> dict[str, str]:
     """Metrics of the closing table: key in metrics.json -> what is printed."""
+    # The tolerance is part of the key, so it is read from the config that evaluate ran with.
     evaluate: EvaluateConfig = stage_config(cfg, "evaluate", cfg.data or cfg.out / "raw")
     tolerance = evaluate.tolerance_vox
     return {
@@ -242,6 +249,7 @@ def _headline_metrics(cfg: DemoConfig) -> dict[str, str]:
 
 def _read_means(cfg: DemoConfig) -> dict[str, dict[str, float]]:
     """Means over the held-out neurons, by method: the model, and Otsu's threshold where it was scored."""
+    # Seeds and other methods that `compare` adds are in the report, not in this table.
     means = files.read_json(cfg.out / "metrics.json", "run the demo again")["mean"]
     return {method: means[method] for method in ("model", "otsu") if method in means}
 

@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_BAD_INPUT
 
     lines = [diagnosis for check in CHECKS for diagnosis in check()]
+    # Of one width, so that subjects start in one column.
     marks = {True: "ok     ", False: "MISSING", None: "       "}
     width = max(len(line.subject) for line in lines)
     for line in lines:
@@ -82,6 +83,7 @@ def check_devices() -> Iterator[Diagnosis]:
     if not torch.cuda.device_count():
         yield Diagnosis("GPU", None, "torch sees none; training runs on the CPU with gloo")
 
+    # Cores that this process may use: a container or a job often has fewer than the machine.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
     yield Diagnosis("CPU", True, f"{cores} cores for this process, {format_bytes(memory)} memory")
@@ -115,6 +117,7 @@ def check_hdf5() -> Iterator[Diagnosis]:
     """The HDF5 library and its file locking."""
     import h5py
 
+    # Locks fail on many network file systems, so files are opened without them.
     locking = os.environ.get("HDF5_USE_FILE_LOCKING", "not set")
     text = f"{h5py.version.hdf5_version}; files are read without locks (environment: {locking})"
     yield Diagnosis("HDF5", True, text)
@@ -122,11 +125,13 @@ def check_hdf5() -> Iterator[Diagnosis]:
 
 def check_slurm() -> Iterator[Diagnosis]:
     """Whether Slurm's commands are installed and its controller answers."""
+    # Without Slurm everything runs on this machine, so a missing sinfo is no fault.
     command = shutil.which("sinfo")
     if command is None:
         yield Diagnosis("Slurm", None, "no sinfo here: verbs run on this machine; on a login node `module load slurm`")
         return
 
+    # One line per partition: name, nodes, time limit.
     arguments = [command, "-h", "-o", "%P %D nodes %l"]
     try:
         sinfo = subprocess.run(arguments, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False)

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     if len(names) != 1 or len(keys) != 1 or not keys[0].startswith("out=") or keys[0] == "out=":
         raise ConfigError(f"fetch-teacher {' '.join(argv)}: expected  hpc-neuro fetch-teacher NAME out=FOLDER")
 
+    # What was fetched, and the keys under which the verbs use it.
     for line in fetch(names[0], Path(keys[0].removeprefix("out="))):
         log.info(line)
     return EXIT_DONE

@@ -114,6 +114,7 @@ def measure_volume(volume: Volume) -> tuple[Statistics, tuple[Array, Array, Arra
     is_small = volume.dtype.kind in "ub" and volume.dtype.itemsize <= 2
     counts = np.zeros(_BINS, np.int64)
 
+    # One pass finds the range and draws the projections; types with large ranges need a second pass for percentiles.
     for box, values in _iter_blocks(volume):
         if is_small:
             counts += np.bincount(values.ravel(), minlength=_BINS)
@@ -168,12 +169,14 @@ class _Projection:
             plane = np.maximum.reduceat(plane, firsts, axis=axis)
             window.append(slice(int(pixel[0]), int(pixel[-1]) + 1))
 
+        # A pixel on the border keeps the larger of what two blocks put there.
         target = self.pixels[tuple(window)]
         np.maximum(target, plane, out=target)
 
 
 def _iter_blocks(volume: Volume) -> Iterator[tuple[Box, Array]]:
     """The volume in boxes of bounded size: slabs of slices, cut along y and x where one slice is too large."""
+    # Whole slices where they fit, because most formats store slices together.
     z, y, x = volume.shape
     voxels = _BLOCK_BYTES // volume.dtype.itemsize
     x = min(x, voxels)
@@ -212,6 +215,7 @@ def _draw_projections(
     unit = "um" if volume.voxel_size else "voxel"
     z, y, x = (n * size for n, size in zip(volume.shape, voxel_size, strict=True))
 
+    # The darkest and brightest few percent are clipped: one bright soma would leave the rest black.
     low, high = (float(v) for v in np.percentile(np.nan_to_num(projections[0].astype(np.float64)), (5, 99.7)))
     if high <= low:
         high = statistics.high if statistics.high > low else low + 1
@@ -244,6 +248,7 @@ def _describe_tree(path: Path, picture: Path | None) -> Iterator[str]:
     """Lines about a tree; draws its branches into `picture`."""
     tree, header = swc.read(path), swc.read_header(path)
     unit = header.unit or "units of the file, which does not say"
+    # The file may not state its unit; then no unit is printed as if it did.
     low, high = tree.points.min(0), tree.points.max(0)
     types = [f"{kind} ({count})" for kind, count in zip(*np.unique(tree.types, return_counts=True), strict=True)]
 
@@ -276,6 +281,7 @@ def _draw_tree(path: Path, title: str, tree: morphology.Tree, unit: str) -> None
     from matplotlib.figure import Figure
 
     z, y, x = np.ptp(tree.points, axis=0) + 1e-9
+    # A wide tree leaves room below, a tall one beside.
     rows, columns = (2, 1) if x > y + z else (1, 2)
     figure = Figure(figsize=(9, 5 if rows == 2 else 6), dpi=150, layout="constrained")
     edges = tree.edges

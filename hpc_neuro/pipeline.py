@@ -76,10 +76,12 @@ class Verb:
         its folder exists.
         """
         assert self.folder is not None, f"{self.name} is no stage of the pipeline"
+        # `out` comes first, as in the configs that people write.
         folders = {"out": root / self.folder}
 
         for item in self.inputs:
             folder = root / str(VERBS[item.verb].folder)
+            # What is optional must exist, or be made by an earlier verb, before a config may name it.
             is_present = item.verb in present or folder.exists()
             if item.in_chain == "always" or (item.in_chain == "if present" and is_present):
                 folders[item.key] = folder
@@ -87,7 +89,9 @@ class Verb:
         return folders
 
 
+# Rows are in the order of `hpc-neuro --help`; the stages among them, in the order in which they run.
 _ROWS = (
+    # --- Stages ---
     Verb(
         name="prepare",
         module="hpc_neuro.prepare",
@@ -117,6 +121,7 @@ _ROWS = (
         artifacts=("manifest.json",),
         history_check="check_precompute",
         launchable=True,
+        # Ranks draw slabs of slices from one counter, so a job array would add nothing.
         ranks="mpi",
     ),
     Verb(
@@ -173,6 +178,7 @@ _ROWS = (
         launchable=True,
         divisible=True,
     ),
+    # --- Verbs that run other verbs ---
     Verb(
         name="search",
         module="hpc_neuro.search",
@@ -196,6 +202,7 @@ _ROWS = (
         history_check="check_demo",
         launchable=True,
     ),
+    # --- Tools, which read their arguments themselves ---
     Verb(
         name="fetch-teacher",
         module="hpc_neuro.fetch_teacher",

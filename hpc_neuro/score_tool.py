@@ -35,6 +35,7 @@ def score(predicted: Tree | Path | str, gold: Tree | Path | str, tolerance: floa
     distances `esa`, `dsa` and `pds` (see `metrics.tree.distances`); all in the unit of the trees.
     Raises InputError for unreadable files, or files in different units; ValueError unless `tolerance` is positive.
     """
+    # A tree in voxels and one in micrometres would be scored without a warning, and wrongly.
     units = {path: swc.read_header(path).unit for path in (predicted, gold) if not isinstance(path, Tree)}
     if len(set(units.values()) - {None}) > 1:
         stated = " and ".join(f"{path} is in {unit}" for path, unit in units.items())
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if options.get("json", "yes") not in ("yes", "no"):
         raise ConfigError(f"json={options['json']} is not yes or no")
 
+    # Programs call this verb: one line of JSON by default, and nothing else on standard output.
     scores = score(paths[0], paths[1], _parse_tolerance(options.get("tolerance", str(_TOLERANCE))))
     if options.get("json", "yes") == "yes":
         sys.stdout.write(json.dumps(scores, allow_nan=False) + "\n")

@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
     command, *names = words
     if command not in _COMMANDS:
         raise ConfigError(f"swc {command} is not one of: swc {', swc '.join(_COMMANDS)}")
+    # Keys differ between commands; one that belongs to another command is refused.
     run, keys = _COMMANDS[command]
     options = _parse_options([argument for argument in argv if argument not in words], keys, command)
     if not names:
@@ -67,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
     if "out" in options:
         _refuse_same_names(names, options["out"])
 
+    # One unreadable file must not keep the others from being processed.
     codes = []
     for name in names:
         try:
@@ -100,6 +102,7 @@ def _check(path: Path, options: Options) -> int:
 def _fix(path: Path, options: Options) -> int:
     choices: tuple[Roots | Literal["split"], ...] = (*get_args(Roots), "split")
     roots = _choose("roots", options.get("roots", "join"), choices)
+    # Splitting needs all trees: joining or dropping them first would lose them.
     repair = swc.fix(path, "keep" if roots == "split" else roots)
     trees = swc.split_by_length(repair.tree) if roots == "split" else [repair.tree]
 
@@ -135,6 +138,7 @@ def _transform(path: Path, options: Options) -> int:
         shift=_parse_triple(options, "shift", None) or (0.0, 0.0, 0.0),
     )
 
+    # The header of the result records what was done to the file.
     tree = swc.transform(swc.read(path), transform)
     comments = [f"moved from {path.name}: {transform}"]
     _write(path, _target_path(path, "moved", options), tree, comments, options, transform.scale)
@@ -166,6 +170,7 @@ def _write(
     scale: of the tree relative to the file, z y x. A tree in voxels then has voxels smaller by it; of one in um, the
     voxel size is no longer known.
     """
+    # A unit is converted, never relabelled: coordinates would be wrong by the voxel size.
     header = swc.read_header(path)
     unit = _choose("unit", options.get("unit", header.unit or "voxel"), _UNITS)
     if header.unit and unit != header.unit:
@@ -179,6 +184,7 @@ def _write(
         voxel_size = scaled if unit == "voxel" else None
 
     swc.write(target, tree, unit=unit, voxel_size=voxel_size, comments=comments)
+    # Printed after writing: the line confirms that the file exists.
     counts = f"{format_count(len(tree), 'node')}, {format_count(len(tree.roots), 'root')}"
     _print(f"{target}: {counts}, length {morphology.length(tree):.6g}")
 

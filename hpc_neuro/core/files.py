@@ -35,11 +35,13 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{path} cannot be written: {path.parent} is not a folder and cannot become one") from error
+    # Beside the target, because a rename is atomic only within one file system.
     part = _part_path(path.parent, path.name)
 
     try:
         yield part
 
+        # Everything must be on the disk before the name: after a power cut the name would stand for less.
         written = [part, *part.rglob("*")] if part.is_dir() else [part]
         _apply_umask(written)
         for file in written:
@@ -50,6 +52,7 @@ def atomic(path: Path) -> Iterator[Path]:
         # A rename cannot replace a folder that is not empty.
         if path.is_dir():
             shutil.rmtree(path)
+        # The rename is what makes the file appear whole or not at all.
         part.replace(path)
         _fsync(path.parent)
     finally:
@@ -134,10 +137,12 @@ def sha256(path: Path) -> str:
     digest = hashlib.sha256()
 
     if path.is_dir():
+        # Sorted: the order in which a file system lists files differs between machines.
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{file.relative_to(path)}\0{sha256(file)}\n".encode())
         return digest.hexdigest()
 
+    # In pieces: volumes can be larger than the memory.
     with path.open("rb") as handle:
         while block := handle.read(_READ_BYTES):
             digest.update(block)
@@ -154,6 +159,7 @@ def sha256_json(value: Any) -> str:
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise InputError if the file system of `folder` has fewer than `needed` bytes free, after a margin of 1 %."""
+    # The folder itself may not exist yet.
     existing = folder
     while not existing.exists():
         existing = existing.parent
@@ -174,6 +180,7 @@ def reserve_space(folder: Path, needed: int) -> None:
     if needed <= 0:
         return
     probe = _part_path(folder, "reserve")
+    # The space is allocated, not only looked up: a quota may be smaller than the free space.
     handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o600)
     try:
         os.posix_fallocate(handle, 0, needed)
@@ -188,6 +195,7 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # HDF5 and tensorstore report a full disk in the text only.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
             raise
         raise InputError(

@@ -66,6 +66,7 @@ class Box:
 
     def clip(self, other: Box) -> Box:
         """The part of this box inside `other`; of size zero when they do not overlap."""
+        # Boxes that do not overlap give a box of size zero on the near face of `other`.
         start = _triple(min(max(a, oa), ob) for a, oa, ob in zip(self.start, other.start, other.stop, strict=True))
         stop = _triple(max(min(b, ob), s) for b, ob, s in zip(self.stop, other.stop, start, strict=True))
         return Box(start, stop)
@@ -105,6 +106,7 @@ def tile_volume(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator
 
     Blocks come in z y x order. The last one of an axis may be shorter.
     """
+    # The last block of an axis is clipped to the volume, and so is every halo.
     whole = Box.whole(shape)
     counts = [math.ceil(n / w) for n, w in zip(shape, write, strict=True)]
 
@@ -126,6 +128,7 @@ def fine_voxel(voxel_size: VoxelSize) -> float:
 
 def zyx_from_xyz(points: NDArray[np.floating]) -> NDArray[np.float64]:
     """[N, 3] x y z -> [N, 3] z y x, and back: the order is its own inverse."""
+    # A copy in memory order: a reversed view is slow in every later operation.
     return np.ascontiguousarray(np.asarray(points, dtype=np.float64)[:, ::-1])
 
 

@@ -68,6 +68,7 @@ def build_tree(
     n = len(points)
     parents = np.asarray(parents, dtype=np.int64)
 
+    # `rank` is the inverse of `order`: old index -> new index.
     order = order_parents_first(parents)
     rank = np.empty(n, dtype=np.int64)
     rank[order] = np.arange(n)
@@ -166,6 +167,7 @@ def select_nodes(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
 
 def label_components(tree: Tree) -> NDArray[np.int64]:
     """[N] number of the root above each node, in the order of the roots."""
+    # Pointer doubling, as in `order_parents_first`: log2(N) passes instead of one per generation.
     ancestor = np.where(tree.parents >= 0, tree.parents, np.arange(len(tree)))
     for _ in range(len(tree).bit_length()):
         ancestor = ancestor[ancestor]
@@ -176,6 +178,7 @@ def split_components(tree: Tree) -> list[Tree]:
     """The separate trees of a forest, in the order of their roots; nodes keep their order."""
     if not len(tree):
         return []
+    # One sort for all components: a mask for each would take as many passes as there are trees.
     labels = label_components(tree)
     order = np.argsort(labels, kind="stable")
     firsts = np.searchsorted(labels[order], np.arange(1, len(tree.roots)))
@@ -195,6 +198,7 @@ def concatenate_trees(trees: Sequence[Tree]) -> Tree:
     """Several trees as one forest, one after the other; the inverse of `split_components`."""
     if not trees:
         return empty_tree()
+    # Indices of a tree shift by the number of nodes before it.
     offsets = np.cumsum([0, *map(len, trees)])
     parents = [np.where(t.parents >= 0, t.parents + offset, -1) for t, offset in zip(trees, offsets, strict=False)]
 

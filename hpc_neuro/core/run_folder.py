@@ -91,12 +91,15 @@ def start(
     main = is_main() if main is None else main
     # `out` is left out of the comparison: a run folder may move.
     resolved = {key: value for key, value in schema.to_plain(cfg).items() if key != "out"}
+    # One rank hashes; the others would read the same bytes again.
     hashes = {name: _digest(source) for name, source in inputs.items()} if main else {}
 
+    # All ranks check the folder, so that all of them stop.
     previous = _read_previous(verb, out, resolved, hashes, may_change)
     if main:
         _check_shares(out, resolved, hashes, may_change)
 
+    # A setting that may change, such as the number of steps, starts a complete run again.
     if whole and previous.get("exit") == EXIT_DONE and not differences(resolved, previous["config"]):
         log.info("%s: %s is already complete (%s)", verb, out, previous["end"])
         yield Run(out, previous, complete=True)
@@ -119,6 +122,7 @@ def _record_and_log(run: Run, cfg: Any) -> Iterator[None]:
     files.write_json(run.out / RECORD, run.record)
     files.write_text(run.out / CONFIG, schema.dump(cfg))
 
+    # The verb's own messages and those of the modules it calls, until the run ends.
     handler = logging.FileHandler(run.out / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("hpc_neuro").addHandler(handler)
@@ -192,6 +196,7 @@ def _read_previous(
             + "\n  ".join(different)
         )
 
+    # The same config over other data is another run.
     changed = _other_inputs(hashes, record)
     if changed:
         raise ConfigError(f"the input {', '.join(changed)} changed since {out} was made; choose another `out`")
@@ -200,6 +205,7 @@ def _read_previous(
 
 def _check_shares(out: Path, resolved: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]) -> None:
     """Raise ConfigError if shares of the run in `out`, or the other shares beside this one, are of another run."""
+    # The folder of one share lies in OUT/shares/NAME.
     root = out.parent.parent if out.parent.name == _SHARES else out
     own = {key: value for key, value in resolved.items() if key != "share"}
 
@@ -250,6 +256,7 @@ def take_share(items: Sequence[T], share: tuple[int, int] | None) -> list[T]:
     """Every n-th item from the i-th of `share` (i, n); all items for None. Raises ConfigError unless 0 <= i < n."""
     if share is None:
         return list(items)
+    # Every n-th, not n-th parts: volumes that were listed together are often of one size.
     index, count = share
     if not 0 <= index < count:
         raise ConfigError(f"share: [{index}, {count}] has index {index}; expected 0 to {count - 1} of {count} shares")
@@ -282,6 +289,7 @@ def track_progress(items: Iterable[T], label: str, total: int | None = None, uni
 
 
 def _log_progress(items: Iterable[T], label: str, total: int | None, unit: str) -> Iterator[T]:
+    # A line every few seconds, and none for short loops, keeps logs of long jobs readable.
     begin = last_line = time.monotonic()
 
     for done, item in enumerate(items, start=1):
@@ -305,6 +313,7 @@ def natural_key(text: str) -> list[tuple[int, str]]:
 @functools.cache
 def code_version() -> str:
     """Package version, with the git commit (and `+changed`) when the package runs from a checkout."""
+    # A copy that `launch` made has no git; a file in it says what it is a copy of.
     version = importlib.metadata.version("hpc_neuro")
     root = Path(__file__).resolve().parents[2]
 

@@ -48,6 +48,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     values: dotted key -> value that the program sets; it replaces the file's value, and an override replaces it.
     Raises ConfigError that lists all faults, each by its dotted key.
     """
+    # Faults are collected, not raised one by one: a user corrects all of them in one edit.
     source = str(path) if path else "the command line"
     tree = _read_yaml(path) if path else {}
 
@@ -55,6 +56,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     faults += [_apply_override(cls, tree, text) for text in overrides]
     faults += _find_conflicts(overrides)
 
+    # Even after a faulty override the rest is validated, for the same reason.
     try:
         value = TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
@@ -69,6 +71,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
 
 def to_plain(value: Any) -> Any:
     """`value` as plain dicts, lists and scalars that YAML and JSON can hold."""
+    # A class of a config is a dataclass too; only instances have values.
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -125,6 +128,7 @@ def _apply_override(cls: Any, tree: dict[str, Any], text: str) -> str | None:
     except yaml.YAMLError:
         if raw[:1] in ("[", "{"):
             return f'{dotted}: {raw} is not YAML; quote an item that holds brackets or colons, as in a=["b=[1,2]"]'
+        # Text that is not YAML, such as `a: b`, is taken as it stands.
         value = raw
 
     return _set_key(cls, tree, dotted, value)
@@ -146,6 +150,7 @@ def _set_key(cls: Any, tree: dict[str, Any], dotted: str, value: Any) -> str | N
                 return _index_fault(dotted, node)
             node, owner = node[int(key)], None
         elif isinstance(node, dict):
+            # A section that the file leaves out starts from its defaults, so that one key of it can be set.
             if node.get(key) is None:
                 node[key] = _default_tree(owner, key)
             node, owner = node[key], _field_class(owner, key)
@@ -220,6 +225,7 @@ def _default_tree(owner: Any, key: str) -> Any:
 
 def _describe_fault(cls: Any, item: Any) -> str:
     """One of pydantic's errors as `dotted.key: what is wrong`; an unknown key comes with a suggestion."""
+    # pydantic names validators and union members in the path; people know only the keys.
     path = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "tagged-")))
     message = str(item["msg"]).removeprefix("Value error, ")
 
@@ -235,6 +241,7 @@ def _describe_fault(cls: Any, item: Any) -> str:
 
 def _suggest_key(cls: Any, path: str) -> str:
     """`; did you mean KEY?` for keys of the same last name in other sections, else for the nearest key, else ""."""
+    # Kinds in brackets are for `--help` only; a key does not contain them.
     keys = [re.sub(r"\[[^]]*\]", "", field.key) for field in describe(cls)]
     last = path.rpartition(".")[2]
 
@@ -269,6 +276,7 @@ def describe(cls: Any, prefix: str = "") -> Iterator[FieldHelp]:
         text = " ".join(docstrings.get(field.name, "").split())
         yield FieldHelp(key, _type_name(hint), _default_text(field), text)
 
+        # Sections, and the members of unions and lists, are described below their own key.
         members = [leaf for leaf in _leaf_types(hint) if dataclasses.is_dataclass(leaf)]
         index = ".N" if typing.get_origin(hint) in (list, tuple) else ""
         for member in members:
@@ -320,6 +328,7 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     if isinstance(default, (list, tuple)) and any(dataclasses.is_dataclass(item) for item in default):
         return "[" + ", ".join(_kind_of(type(item)) for item in default) + "]"
 
+    # YAML, so that a default can be copied into a file or a key; `...` ends YAML's scalars.
     text = yaml.safe_dump(to_plain(default), default_flow_style=True, width=1000)
     return str(text).replace("\n...", "").strip()
 

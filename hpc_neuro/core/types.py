@@ -57,6 +57,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`. Copies from pinned memory do not block the host."""
+        # Every field, so that a new one cannot be forgotten here.
         return Batch(**{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
 

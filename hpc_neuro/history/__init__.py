@@ -55,6 +55,7 @@ def _check_chain(path: Path, quick: bool) -> Iterator[RunCheck]:
     if folder is None:
         raise InputError(f"{path} lies in no run's folder: there is no {RECORD} beside or above it")
 
+    # The verb of the folder is not known yet; its record names it.
     runs = provenance.follow_runs({"": folder})
     for run in runs:
         for check_function in (checks.check_raw_files, _check_run):
@@ -114,6 +115,7 @@ def _check_file(path: Path, run: RunRecord, folder: Path) -> RunCheck:
 
 
 def _format_verdict(broken: Sequence[str], results: Sequence[RunCheck]) -> str:
+    # Links that were not compared are counted apart: they are neither whole nor broken.
     counts = f"{sum(check.passed for check in results)} links hold"
     skipped = sum(check.skipped for check in results)
     if skipped:

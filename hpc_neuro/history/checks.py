@@ -143,6 +143,7 @@ def check_raw_files(run: RunRecord, quick: bool) -> RunCheck | None:
     if run.verb not in ("prepare", "infer"):
         return None
     record = run.record or {}
+    # As the two verbs name their inputs: `image ID`, `ID.image`, `ID.swc`.
     raw = {
         name: digest
         for name, digest in record.get("inputs", {}).items()
@@ -173,6 +174,7 @@ def check_record(check: RunCheck) -> None:
     """Code, config, jobs, end, and the outputs by their hashes."""
     record = check.record
     jobs = record.get("jobs") or [record.get("host", "an unknown host")]
+    # Everything is read with get: an old record may lack what later versions write.
     check.note(f"code {record.get('code')}, config {shorten(files.sha256_json(record.get('config')))}")
     check.note(
         f"started {', '.join(record.get('starts', []))}, ended {record.get('end')}, "
@@ -202,6 +204,7 @@ def _check_config(check: RunCheck) -> None:
         check.fail(f"{path} cannot be read as YAML ({' '.join(str(error).split())})")
         return
 
+    # `out` is not part of the record: it changes when the folder is moved.
     recorded = check.config
     config = {key: value for key, value in tree.items() if key != "out"} if isinstance(tree, dict) else tree
     if config == recorded:
@@ -246,6 +249,7 @@ def check_prepare(check: RunCheck) -> None:
             check.compare(f"the {kind} that {_STORE} names for {name}", digest, check.inputs.get(f"{name}.{kind}"))
         check.note(f"{name} ({entry['split']})  {shorten(entry['digest'])}  {entry['file']}", "volumes")
 
+    # Opening finds files that are missing or truncated; digests are compared by the runs that read the volumes.
     store: Store | None = check.attempt(lambda: Store(check.run.folder))
     if store is None:
         return
@@ -289,6 +293,7 @@ def check_train(check: RunCheck) -> None:
     if "teacher" in check.inputs:
         _check_teacher(check, {"name": check.config["teacher"]["model"], "sha256": check.inputs["teacher"]})
 
+    # Step numbers have leading zeros, so the largest name is the newest.
     newest = max((check.run.folder / "checkpoints").glob("step_*/checkpoint.json"), default=None)
     if newest is None:
         check.note("no checkpoint is kept")
@@ -319,6 +324,7 @@ def check_infer(check: RunCheck) -> None:
 def _check_weights(check: RunCheck) -> None:
     """The student's weights: `model` names their folder, or the folder of the training."""
     model = check.run.locate(check.config.get("model", ""))
+    # A weights folder holds the file itself, the folder of a training holds it under best or last.
     weights = model / "model.safetensors"
     if not weights.is_file():
         weights = model / "weights" / check.config.get("weights", "best") / "model.safetensors"
@@ -341,6 +347,7 @@ def _check_tree(check: RunCheck, name: str | None, digest: str | None) -> None:
 def _check_blocks(check: RunCheck, name: str, folder: str) -> int:
     """Check that every block of a probability has its marker and the checksum in it; returns how many do."""
     out = check.run.folder
+    # Each block has a marker with the checksum of what was read back after writing.
     digests: dict[Shape, str] = {}
     for path in sorted((out / "blocks" / name).glob("[0-9]*.json")):
         marker = check.read_json(path)
@@ -386,6 +393,7 @@ def check_evaluate(check: RunCheck) -> None:
     f1 = tolerance_key("f1", check.config.get("tolerance_vox", 4.0))
     metrics = check.read_json(check.run.folder / STAGES["evaluate"].index) or {}
     for method, mean in (metrics.get("mean") or {}).items():
+        # The record keeps the means too, so an edited metrics.json is found.
         recorded = check.record["summary"]["mean"].get(method)
         if check.compare(f"the mean of {method} in metrics.json", mean, recorded):
             keys = [key for key in ("dice", "cldice", "hd95_um", f1, "esa") if key in mean]
@@ -399,6 +407,7 @@ def check_evaluate(check: RunCheck) -> None:
 def check_demo(check: RunCheck) -> None:
     """The files that the demo copied to the top of its folder must be those that its stages wrote."""
     evaluate, infer = (check.run.folder / str(STAGES[stage].folder) for stage in ("evaluate", "infer"))
+    # A copy that differs from its source was edited, or belongs to another run.
     copies = {evaluate / name: name for name in STAGES["evaluate"].artifacts}
     copies |= {path: path.relative_to(infer).as_posix() for path in sorted((infer / "swc").rglob("*.swc"))}
 

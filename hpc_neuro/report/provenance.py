@@ -39,6 +39,7 @@ class RunRecord:
         start = Path(record.get("cwd", Path.cwd()))
         recorded = Path(os.path.normpath(start / path))
 
+        # Where the run was, and where it is now, give what moved with it.
         old_home = Path(record.get("folder") or os.path.normpath(start / _read_out(self.folder)))
         home = self.folder.resolve()
         moved = Path(os.path.normpath(home / os.path.relpath(recorded, old_home)))
@@ -83,6 +84,7 @@ def follow_runs(starts: Mapping[str, Path]) -> list[RunRecord]:
 
 def _follow(verb: str, path: Path, visited: Mapping[Path, RunRecord]) -> dict[Path, RunRecord]:
     """`visited` (resolved folder -> run), with the run at `path` and those it was built on added before it."""
+    # A run that several others read is listed once, before the first of them.
     runs = dict(visited)
     folder = find_run_folder(path)
     record = _read_record(folder) if folder else None
@@ -91,6 +93,7 @@ def _follow(verb: str, path: Path, visited: Mapping[Path, RunRecord]) -> dict[Pa
     if folder != path and record and record.get("verb") != verb:
         folder = record = None
 
+    # Links and relative paths may lead to one folder by several names.
     key = (folder or path).resolve()
     if key in runs:
         return runs
@@ -132,6 +135,7 @@ def list_notices(runs: list[RunRecord], digests: Mapping[str, str]) -> list[str]
     notices = []
     records = [(run.verb, run.record) for run in runs if run.record]
 
+    # A random teacher is meant for tests of the pipeline; its scores must not be read as results.
     teachers = [record.get("config", {}).get("teacher") for verb, record in records if verb in ("train", "precompute")]
     if any((teacher or {}).get("model") == "random" for teacher in teachers):
         notices.append(
@@ -139,6 +143,7 @@ def list_notices(runs: list[RunRecord], digests: Mapping[str, str]) -> list[str]
             "knowledge."
         )
 
+    # By digest and not by name: a renamed volume is still the same neuron.
     trained_on = {digest for verb, record in records if verb == "train" for digest in record.get("inputs", {}).values()}
     leaked = [name for name, digest in digests.items() if digest in trained_on]
     if leaked:
