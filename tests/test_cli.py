@@ -66,44 +66,44 @@ def test_an_unknown_verb_and_an_unknown_flag_are_refused(capsys: pytest.CaptureF
 
 
 def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
+    def raise_full_disk(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", "store/OP_1.h5")
 
-    monkeypatch.setattr(cli, "_run_verb", full)
+    monkeypatch.setattr(cli, "_run_verb", raise_full_disk)
     assert cli.main(["prepare"]) == 2
     assert "no space left on the disk (store/OP_1.h5)" in capsys.readouterr().err
 
 
-def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> int:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_io_error(*_: object) -> int:
         raise OSError(errno.EIO, "I/O error")
 
-    monkeypatch.setattr(cli, "_run_verb", broken)
+    monkeypatch.setattr(cli, "_run_verb", raise_io_error)
     with pytest.raises(OSError, match="I/O error"):
         cli.main(["prepare"])
 
 
-def test_an_interrupt_says_that_the_same_command_goes_on(
+def test_an_interrupt_says_that_the_same_command_resumes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> int:
+    def interrupt(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run_verb", interrupted)
+    monkeypatch.setattr(cli, "_run_verb", interrupt)
     assert cli.main(["train"]) == 75
     assert "the same command resumes" in capsys.readouterr().err
 
 
 def test_config_errors_reach_the_user(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def bad(*_: object) -> int:
+    def raise_config_error(*_: object) -> int:
         raise ConfigError("a: b")
 
-    monkeypatch.setattr(cli, "_run_verb", bad)
+    monkeypatch.setattr(cli, "_run_verb", raise_config_error)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "hpc-neuro train: a: b\n"
 
 
-def test_doctor_reports_and_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     code = cli.main(["doctor"])
     text = capsys.readouterr().out
     assert all(word in text for word in ("torch", "MPI", "HDF5", "Slurm", "disk", "GPU"))

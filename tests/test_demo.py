@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "out"
     done = subprocess.run(command(out), capture_output=True, text=True, timeout=280, env=environment(), check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -57,36 +57,36 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_everything_is_where_people_look_for_it(undisturbed: Path) -> None:
-    (held,) = json.loads((undisturbed / "store" / "dataset.json").read_text())["splits"]["test"]
-    metrics = json.loads((undisturbed / "metrics.json").read_text())
+def test_results_are_at_the_top_of_the_folder(finished_demo: Path) -> None:
+    (held_out,) = json.loads((finished_demo / "store" / "dataset.json").read_text())["splits"]["test"]
+    metrics = json.loads((finished_demo / "metrics.json").read_text())
     keys = {"dice", "cldice", "hd95_um", "precision_4vox", "recall_4vox", "f1_4vox", "esa", "dsa", "pds"}
     keys |= {"length_um", "tips", "branch_points"}
-    for who in ("model", "otsu"):
-        assert keys <= metrics["volumes"][held][who].keys()
-        assert keys <= metrics["mean"][who].keys()
-    assert len(swc.read(undisturbed / "swc" / f"{held}.swc"))
-    assert len(swc.read(undisturbed / "swc" / f"{held}.voxel.swc"))
-    assert (undisturbed / f"{held}.ome.zarr" / "zarr.json").exists()
-    assert "random weights" in (undisturbed / "report.html").read_text()
+    for method in ("model", "otsu"):
+        assert keys <= metrics["volumes"][held_out][method].keys()
+        assert keys <= metrics["mean"][method].keys()
+    assert len(swc.read(finished_demo / "swc" / f"{held_out}.swc"))
+    assert len(swc.read(finished_demo / "swc" / f"{held_out}.voxel.swc"))
+    assert (finished_demo / f"{held_out}.ome.zarr" / "zarr.json").exists()
+    assert "random weights" in (finished_demo / "report.html").read_text()
     for stage in ("store", "cache", "train", "infer", "evaluate"):
-        record = json.loads((undisturbed / stage / "run.json").read_text())
+        record = json.loads((finished_demo / stage / "run.json").read_text())
         assert record["exit"] == 0
-        assert (undisturbed / stage / "config.yaml").exists()
-        assert (undisturbed / stage / "log.txt").stat().st_size
+        assert (finished_demo / stage / "config.yaml").exists()
+        assert (finished_demo / stage / "log.txt").stat().st_size
 
 
 @pytest.mark.slow
-def test_a_second_call_says_complete_and_changes_nothing(undisturbed: Path) -> None:
-    stamps = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
-    done = subprocess.run(command(undisturbed), capture_output=True, text=True, env=environment(), check=True)
+def test_a_second_call_says_complete_and_changes_nothing(finished_demo: Path) -> None:
+    stamps = {p: p.stat().st_mtime_ns for p in finished_demo.rglob("*") if p.is_file()}
+    done = subprocess.run(command(finished_demo), capture_output=True, text=True, env=environment(), check=True)
     assert "already complete" in done.stderr
-    assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()} == stamps
+    assert {p: p.stat().st_mtime_ns for p in finished_demo.rglob("*") if p.is_file()} == stamps
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_in_every_stage_it_ends_with_the_same_result(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_in_every_stage_it_ends_with_the_same_result(finished_demo: Path, tmp_path: Path) -> None:
     """SIGKILL at a random moment of each stage; the same command goes on."""
     rng, out = random.Random(1), tmp_path / "out"
     for stage in ("store", "cache", "train", "infer", "evaluate"):
@@ -98,12 +98,12 @@ def test_killed_in_every_stage_it_ends_with_the_same_result(undisturbed: Path, t
         process.wait()
     subprocess.run(command(out), check=True, capture_output=True, timeout=280, env=environment())
     for name in ("metrics.csv",):
-        assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
-    for tree in (undisturbed / "swc").rglob("*.voxel.swc"):
-        ours, theirs = (swc.read(p) for p in (out / tree.relative_to(undisturbed), tree))
-        assert np.array_equal(ours.points, theirs.points)
+        assert (out / name).read_bytes() == (finished_demo / name).read_bytes()
+    for tree in (finished_demo / "swc").rglob("*.voxel.swc"):
+        resumed, expected = (swc.read(p) for p in (out / tree.relative_to(finished_demo), tree))
+        assert np.array_equal(resumed.points, expected.points)
     for file in ("store/syn_1.h5", "train/weights/last/model.safetensors"):
-        assert (out / file).read_bytes() == (undisturbed / file).read_bytes()
+        assert (out / file).read_bytes() == (finished_demo / file).read_bytes()
     assert not list(out.rglob(".*.part"))
 
 
@@ -155,62 +155,62 @@ def test_the_closing_table_has_the_metrics_that_were_scored(
     assert ("Otsu" in caplog.text) == ("otsu" in methods)
 
 
-def missing_image(folder: Path) -> None:
+def drop_image(folder: Path) -> None:
     (folder / "syn_1.tif").unlink()
 
 
-def missing_swc(folder: Path) -> None:
+def drop_swc(folder: Path) -> None:
     (folder / "syn_1.swc").unlink()
 
 
-def nothing(folder: Path) -> None:
+def drop_all(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
 
 
-def flat(folder: Path) -> None:
+def make_flat(folder: Path) -> None:
     tifffile.imwrite(folder / "syn_1.tif", np.arange(48 * 48, dtype=np.uint8).reshape(48, 48))
 
 
-def constant(folder: Path) -> None:
+def make_constant(folder: Path) -> None:
     tifffile.imwrite(folder / "syn_1.tif", np.full((16, 48, 48), 7, np.uint8), photometric="minisblack")
 
 
-def nan(folder: Path) -> None:
+def add_nan(folder: Path) -> None:
     image = np.random.default_rng(0).random((16, 48, 48), dtype=np.float32)
     image[3, 4, 5] = np.nan
     tifffile.imwrite(folder / "syn_1.tif", image, photometric="minisblack")
 
 
-def outside(folder: Path) -> None:
+def move_tree_outside(folder: Path) -> None:
     (folder / "syn_1.swc").write_text("1 2 400 400 4 1 -1\n2 2 410 400 4 1 1\n")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "word"),
+    ("damage", "word"),
     [
-        (missing_image, "syn_1"),
-        (missing_swc, "syn_1"),
-        (nothing, "raw"),
-        (flat, "3D"),
-        (constant, "every voxel is 7"),
-        (nan, "NaN"),
-        (outside, "outside"),
+        (drop_image, "syn_1"),
+        (drop_swc, "syn_1"),
+        (drop_all, "raw"),
+        (make_flat, "3D"),
+        (make_constant, "every voxel is 7"),
+        (add_nan, "NaN"),
+        (move_tree_outside, "outside"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
-    pairs: Path, tmp_path: Path, spoil: Callable[[Path], None], word: str
+    pairs: Path, tmp_path: Path, damage: Callable[[Path], None], word: str
 ) -> None:
     folder = tmp_path / "raw"
     shutil.copytree(pairs, folder)
-    spoil(folder)
+    damage(folder)
     cfg = load(demo.DemoConfig, None, [f"data={folder}", f"out={tmp_path / 'out'}", *SMALL])
     with pytest.raises((InputError, ConfigError), match=word):
         demo.run(cfg)
     assert not (tmp_path / "out").exists()
 
 
-def test_trees_that_lie_in_the_way_are_not_replaced(tmp_path: Path) -> None:
+def test_trees_of_others_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "swc").mkdir()
     (tmp_path / "swc" / "mine.swc").write_text("1 2 0 0 0 1 -1\n")
     with pytest.raises(InputError, match="swc exists, but no demo wrote it"):

@@ -1,4 +1,4 @@
-"""`hpc-neuro info`: what is printed is what is there, in bounded memory, with a picture that shows it."""
+"""`hpc-neuro info`: printed values are those of numpy, in bounded memory, with a picture."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_numbers_are_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(info, "_MOST_PIXELS", 16)
     image = line_image(dtype)
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack")
-    found, planes = info.measure_volume(open_volume(tmp_path / "a.tif"))
-    assert (found.low, found.high) == (image.min(), image.max())
-    assert found.zero_share == pytest.approx((image == 0).mean())
-    for percent, value in found.percentiles.items():
+    statistics, planes = info.measure_volume(open_volume(tmp_path / "a.tif"))
+    assert (statistics.low, statistics.high) == (image.min(), image.max())
+    assert statistics.zero_share == pytest.approx((image == 0).mean())
+    for percent, value in statistics.percentiles.items():
         expected = np.percentile(image, percent, method="inverted_cdf")
         assert value == pytest.approx(expected, abs=200 / 65535 + 1e-6)
     for along, plane in enumerate(planes):

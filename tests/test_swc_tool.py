@@ -1,4 +1,4 @@
-"""`hpc-neuro swc`: exit codes, what is said, what is written."""
+"""`hpc-neuro swc`: exit codes, what is printed, what is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_check_says_where_and_what(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_lists_place_and_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(folder / "good.swc")]) == 0
     assert "good.swc: clean, 3 nodes, length 14" in capsys.readouterr().out
     assert main(["check", str(folder / "good.swc"), str(folder / "cycle.swc")]) == 3
@@ -107,7 +107,7 @@ def test_transform(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["repair", "a.swc"], "swc repair is not one of: swc check, swc fix"),
         (["check"], "one SWC file or more"),
@@ -120,9 +120,9 @@ def test_transform(folder: Path) -> None:
         (["convert", "good.swc", "voxel_size=[1,2"], "voxel_size=\\[1,2: \\[1,2 is not readable"),
     ],
 )
-def test_wrong_words_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str) -> None:
+def test_wrong_words_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str) -> None:
     monkeypatch.chdir(folder)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         main(argv)
 
 

@@ -80,7 +80,7 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         (["one.side=7", "one.kind=square"], "one.kind=square would undo one.side=7; give it first"),
         (["section.steps=3", "section={box: [1, 1, 1]}"], "would undo section.steps=3; give it first"),
@@ -88,10 +88,10 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
         (["section=null", "section.steps=3"], "section.steps=3 is below section=null"),
     ],
 )
-def test_an_override_that_would_be_lost_without_a_word_is_refused(keys: list[str], says: str) -> None:
+def test_an_override_that_would_be_lost_without_a_word_is_refused(keys: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(*keys)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_list_that_is_no_yaml_says_what_to_quote() -> None:

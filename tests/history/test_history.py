@@ -18,42 +18,42 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("history") / "out"
     done = subprocess.run(command(out), capture_output=True, text=True, timeout=280, env=environment(), check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert main(["history", str(out)]) == 0
-    return out.rename(out.with_name("moved"))  # what a copy lacks must not be found where it was made
+    return out.rename(out.with_name("moved"))  # what a copy lacks must not be found where it was written
 
 
 @pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
+def copy(finished_demo: Path, tmp_path: Path) -> Path:
     """A copy to break: its links must lead inside the copy, as the folder was moved whole."""
-    shutil.copytree(made, tmp_path / "copy", symlinks=True)
+    shutil.copytree(finished_demo, tmp_path / "copy", symlinks=True)
     return tmp_path / "copy"
 
 
-def test_the_chain_is_whole_from_raw_to_metrics(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["history", str(made)]) == 0
-    said = capsys.readouterr().out
-    stages = [line.split()[1].rstrip(":") for line in said.splitlines() if line[:1].isdigit()]
+def test_the_chain_is_whole_from_raw_to_metrics(finished_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["history", str(finished_demo)]) == 0
+    output = capsys.readouterr().out
+    stages = [line.split()[1].rstrip(":") for line in output.splitlines() if line[:1].isdigit()]
     assert stages == ["raw", "prepare", "precompute", "train", "infer", "evaluate", "demo"]
-    assert "the chain is whole" in said
-    assert "not compared" not in said
-    held = json.loads((made / "store" / "dataset.json").read_text())
-    for volume in held["volumes"].values():
-        assert volume["sha256"]["image"][:12] in said
-        assert volume["digest"][:12] in said
+    assert "the chain is whole" in output
+    assert "not compared" not in output
+    index = json.loads((finished_demo / "store" / "dataset.json").read_text())
+    for volume in index["volumes"].values():
+        assert volume["sha256"]["image"][:12] in output
+        assert volume["digest"][:12] in output
     for word in ("syn_1.tif", "teacher random", "shards", "checkpoint of step 8", "weights", "1 blocks", "dice 0"):
-        assert word in said
+        assert word in output
 
 
-def test_a_moved_folder_and_a_file_in_it(copy: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_moved_folder_and_a_file_in_it(copy: Path, finished_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = next((copy / "swc").glob("*[0-9].swc"))
     assert main(["history", str(tree)]) == 0
-    said = capsys.readouterr().out
-    assert str(made) not in said
-    assert f"asked for: {tree}" in said
+    output = capsys.readouterr().out
+    assert str(finished_demo) not in output
+    assert f"asked for: {tree}" in output
     tree.write_text(tree.read_text() + "# one more line\n")
     assert main(["history", str(tree), "quick=true"]) == 3
     assert f"{tree.name} was changed" in capsys.readouterr().out
@@ -104,7 +104,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         "0_0_0.json is not of the form it was written in",
     ),
     "store gone": (lambda c: shutil.rmtree(c / "store"), "store does not exist"),
-    "store made again": (
+    "store written again": (
         lambda c: edit(c / "store" / "dataset.json", '"digest": "', '"digest": "0'),
         "volume syn_1 of",
     ),
@@ -131,21 +131,21 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_link_is_named(name: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    breaks, says = BREAKS[name]
-    breaks(copy)
+    break_link, message = BREAKS[name]
+    break_link(copy)
     assert main(["history", str(copy)]) == 3
-    said = capsys.readouterr().out
-    assert says in said.partition(" broken link")[2], said[-2000:]
+    output = capsys.readouterr().out
+    assert message in output.partition(" broken link")[2], output[-2000:]
 
 
-def test_a_record_that_is_none_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("[]", '{"verb": "infer", "config": 3}', '{"verb": "infer", "config": {"model": 3, "store": []}}'):
         (copy / "infer" / "run.json").write_text(text)
         assert main(["history", str(copy)]) == 2
         assert "infer/run.json" in capsys.readouterr().err
 
 
-def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_outside_of_any_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["history", str(tmp_path / "nothing")]) == 2
     assert main(["history", str(tmp_path)]) == 2
     assert "no run.json" in capsys.readouterr().err
