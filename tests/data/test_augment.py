@@ -68,6 +68,7 @@ def test_crops_that_are_not_square_keep_their_shape():
 def test_distilled_samples_keep_their_geometry():
     given_batch = batch(4, distilled=(1, 3))
     result = augment(given_batch, dataclasses.replace(AugmentConfig(), warp=1.0), seed=2)
+
     for i in (1, 3):
         assert torch.equal(result.mask[i], given_batch.mask[i])
         assert torch.equal(result.skeleton[i], given_batch.skeleton[i])
@@ -98,6 +99,7 @@ def test_a_quarter_turn_by_warp_equals_the_exact_one():
     theta = torch.tensor([_affine_matrix(Quarter(), AugmentConfig(), (2, 6, 6))])
     grid = torch.nn.functional.affine_grid(theta, [1, 1, 2, 6, 6], align_corners=False)
     turned = torch.nn.functional.grid_sample(image, grid, align_corners=False)
+
     assert torch.allclose(turned, torch.rot90(image, 1, (3, 4)), atol=1e-5)
     oblong = torch.tensor([_affine_matrix(Quarter(), AugmentConfig(), (2, 4, 8))])
     corner = oblong[0, :2, :2] @ torch.tensor([0.5, 0.0])  # 2 voxels along x
@@ -151,6 +153,7 @@ def test_masked_background_gets_noise_like_an_unmasked_stack():
     empty = given_batch.mask == 0
     spread = torch.stack([r[e].std() for r, e in zip(result.image, empty, strict=True)])
     level = torch.stack([r[e].mean() for r, e in zip(result.image, empty, strict=True)])
+
     assert 0.5 < (spread > 0.003).float().mean() < 0.99
     assert (level > 0.01).float().mean() > 0.3
     assert all(r[~e].mean() > r[e].mean() + 0.3 for r, e in zip(result.image, empty, strict=True))

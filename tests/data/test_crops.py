@@ -30,6 +30,7 @@ def test_every_crop_covers_its_volume_or_lies_inside(shape, index, seed, jitter)
     cfg = CropConfig(size=(16, 64, 48), jitter=jitter)
     sampler = CropSampler(cfg, [place("a", shape)], seed, GRID, distill_fraction=0.5)
     draw = sampler(index)
+
     assert draw.box.shape == cfg.size
     for start, stop, length, size, patch in zip(draw.box.start, draw.box.stop, shape, cfg.size, GRID, strict=True):
         if draw.distilled:
@@ -49,6 +50,7 @@ def test_a_sample_depends_on_seed_and_index_only():
     cfg = CropConfig()
     first = [CropSampler(cfg, places, 3, GRID, 0.5)(i) for i in range(40)]
     one = CropSampler(cfg, places, 3, GRID, 0.5)
+
     assert [one(i) for i in reversed(range(40))] == first[::-1]
     assert [one.is_distilled(i) for i in range(40)] == [d.distilled for d in first]
     assert [CropSampler(cfg, places, 4, GRID, 0.5)(i) for i in range(40)] != first

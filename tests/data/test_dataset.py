@@ -50,6 +50,7 @@ def crops(store: Store, fraction: float = 0.0, size: tuple[int, int, int] = (16,
 def test_a_crop_holds_what_the_volume_holds(store):
     box = Box((2, 5, 7), (18, 37, 39))
     sample = read_crop(store, "a", box)
+
     assert sample.image.shape == (1, 16, 32, 32)
     assert np.array_equal(sample.image[0], store["a"].normalized_image(box))
     assert np.array_equal(sample.mask[0], store["a"].mask(box))
@@ -61,9 +62,11 @@ def test_past_the_volume_the_image_repeats_its_border_and_nothing_is_labelled(st
     box = Box((-3, 40, -2), (21, 64, 60))
     sample = read_crop(store, "a", box)
     whole = store["a"].normalized_image(Box.whole(SHAPE))
+
     assert np.array_equal(sample.image[0], np.pad(whole, [(3, 1), (0, 12), (2, 4)], mode="edge")[:, 40:])
     outside = torch.ones(sample.mask.shape, dtype=torch.bool)
     outside[:, 3:23, :12, 2:58] = False
+
     assert (sample.mask[outside] == 255).all()
     assert (sample.mask[~outside] != 255).any()
     assert not sample.skeleton[outside].any()
@@ -81,10 +84,12 @@ def test_batches_hold_the_samples_of_their_indices(store):
 def test_distilled_samples_carry_features_others_zeros(store):
     data = crops(store, fraction=0.5)
     batch = data.collate([data[i] for i in range(8)])
+
     assert batch.features.keys() == {"z"}
     assert batch.features["z"].shape == (8, 1, 3, 2, 2, 2)
     assert batch.features["z"].dtype == torch.float16
     assert 0 < int(batch.distilled.sum()) < 8
+
     for i in range(8):
         draw = data.sampler(i)
         assert bool(batch.distilled[i]) == draw.distilled
@@ -95,9 +100,9 @@ def test_distilled_samples_carry_features_others_zeros(store):
 def test_read_ahead_keeps_order_and_content(store):
     data, chunks = crops(store), [[4, 1], [0, 7], [9, 2]]
     with load_batches(data, chunks, 0, ahead=2, pin=False) as ready:
-        found = list(ready)
-    assert [b.index.tolist() for b in found] == chunks
-    for batch, chunk in zip(found, chunks, strict=True):
+        loaded = list(ready)
+    assert [b.index.tolist() for b in loaded] == chunks
+    for batch, chunk in zip(loaded, chunks, strict=True):
         assert torch.equal(batch.image, torch.stack([data[i][1].image for i in chunk]))
 
 

@@ -119,11 +119,14 @@ def test_a_missing_or_short_shard_and_a_missing_manifest_are_named(tmp_path: Pat
     shard = next(tmp_path.glob("v.y.*.h5"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
+
     with pytest.raises(InputError, match=shard.name):
         fc.FeatureCache(tmp_path)
+
     shard.unlink()
     with pytest.raises(InputError, match="lacks 1 of its"):
         fc.FeatureCache(tmp_path)
+
     (tmp_path / fc.MANIFEST).unlink()
     with pytest.raises(InputError, match="hpc-neuro precompute"):
         fc.FeatureCache(tmp_path)
@@ -132,11 +135,13 @@ def test_a_missing_or_short_shard_and_a_missing_manifest_are_named(tmp_path: Pat
 def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     build(tmp_path)
     shard = next(tmp_path.glob("v.z.*.h5"))
+
     assert fc.is_shard_sound(shard)
     content = bytearray(shard.read_bytes())
     place = content.find(build_bytes(tmp_path))
     content[place] ^= 1
     shard.write_bytes(content)
+
     assert not fc.is_shard_sound(shard)
     assert fc.read_shard_key(tmp_path / "nothing.h5") is None
 
@@ -154,6 +159,7 @@ def test_tiles_are_hashed_as_they_come_however_many_slices_at_once(tmp_path: Pat
             digest.update(piece.tobytes())
             writer.write(slices, rows, columns, piece)
     writer.finish()
+
     np.testing.assert_array_equal(
         fc.read_shard_values(tmp_path / "v.h5", (slice(0, 5), slice(0, 10), slice(0, 7))), values
     )
@@ -165,10 +171,12 @@ def test_features_out_of_turn_and_a_shard_that_lacks_some_are_errors(tmp_path: P
     unit, values = fc.ShardSpec("v", "z", 0, 1, 2, 4, 8, (4.0, 4.0)), np.zeros((1, 2, 4, 4, 3), np.float16)
     writer = fc.ShardWriter(tmp_path / "v.h5", unit, 2, 3, "key", tile=4)
     writer.write(slice(0, 1), slice(0, 4), slice(0, 4), values)
+
     with pytest.raises(ValueError, match="is to be finished without"):
         writer.finish()
     with pytest.raises(ValueError, match="were to come"):
         writer.write(slice(1, 2), slice(0, 4), slice(4, 8), values)
+
     writer.close()
     assert not fc.is_shard_sound(tmp_path / "v.h5")
 
@@ -185,12 +193,14 @@ def test_another_teacher_volume_view_or_image_is_refused(tmp_path: Path) -> None
     build(tmp_path)
     cache = fc.FeatureCache(tmp_path)
     cache.require_match({"v": "digest"}, TEACHER, ["z"])
+
     with pytest.raises(fc.CacheMismatch, match="teacher.model=t"):
         cache.require_match({"v": "digest"}, {"name": "other"}, ["z"])
     with pytest.raises(fc.CacheMismatch, match="no features of w"):
         cache.require_match({"w": "digest"}, TEACHER, ["z"])
     with pytest.raises(fc.CacheMismatch, match="other images of v"):
         cache.require_match({"v": "changed"}, TEACHER, ["z"])
+
     cache.views = ("z",)
     with pytest.raises(fc.CacheMismatch, match="no view x"):
         cache.require_match({"v": "digest"}, TEACHER, ["z", "x"])
@@ -213,8 +223,8 @@ def test_an_open_cache_goes_to_other_processes(tmp_path: Path, method: str) -> N
 
 def test_a_repair_by_another_version_does_not_make_another_cache() -> None:
     """What trainings remember of a cache is what decides its features."""
-    held = {"teacher": {"sha256": "1a"}, "shards": [{"file": "a", "sha256": "2b"}], "store": "/here", "code": "1"}
-    same = hash_manifest({**held, "store": "/there", "code": "2"})
-    assert same == hash_manifest(held)
-    assert hash_manifest({**held, "shards": [{"file": "a", "sha256": "3c"}]}) != same
-    assert hash_manifest({**held, "teacher": {"sha256": "4d"}}) != same
+    manifest = {"teacher": {"sha256": "1a"}, "shards": [{"file": "a", "sha256": "2b"}], "store": "/here", "code": "1"}
+    same = hash_manifest({**manifest, "store": "/there", "code": "2"})
+    assert same == hash_manifest(manifest)
+    assert hash_manifest({**manifest, "shards": [{"file": "a", "sha256": "3c"}]}) != same
+    assert hash_manifest({**manifest, "teacher": {"sha256": "4d"}}) != same

@@ -43,9 +43,11 @@ def find(tree: Tree, image: Array) -> VoxelRegion | None:
 def test_a_stub_is_found_whole_and_the_tree_is_left_alone() -> None:
     region = find(cut(60), picture(full()))
     assert region is not None
+
     found = region.mask_in(Box.whole(SHAPE))
     stub = rasterize(full(), Box.whole(SHAPE), SIZE).mask.astype(bool)
     stub[:, :, 52:] = False
+
     assert found[stub].mean() > 0.95
     assert not found[:, :, 70:].any()
     assert found.sum() < 9 * stub.sum()
@@ -60,9 +62,11 @@ def test_a_soma_several_roots_and_a_lone_node_have_none() -> None:
     tree, image = cut(60), picture(full())
     soma = tree.types.copy()
     soma[0] = 1
+
     assert find(replace(tree, types=soma), image) is None
     parents = tree.parents.copy()
     parents[10] = -1
+
     assert find(replace(tree, parents=parents), image) is None
     assert find(Tree(tree.points[:1], tree.radii[:1], tree.parents[:1], tree.types[:1]), image) is None
 

@@ -28,17 +28,17 @@ SHAPE = (40, 120, 160)
 ISO = (0.5, 0.5, 0.5)
 
 
-def reader(image: Array) -> Callable[[Box], Array]:
+def make_reader(image: Array) -> Callable[[Box], Array]:
     return lambda box: image[box.slices]
 
 
-def bent(radii: float | np.ndarray = 3.0, n: int = 30) -> Tree:
+def make_bent_tree(radii: float | np.ndarray = 3.0, n: int = 30) -> Tree:
     x = np.linspace(15, 145, n)
     points = np.stack([20 + 4 * np.sin(x / 30), 60 + 15 * np.sin(x / 25), x], axis=1)
     return morphology.build_tree(points, np.arange(-1, n - 1), radii)
 
 
-def picture(
+def render_picture(
     tree: Tree, size: tuple[float, float, float], blur: tuple[float, float, float], noise: float = 0.0
 ) -> Array:
     rng = np.random.default_rng(0)
@@ -48,41 +48,49 @@ def picture(
 
 @pytest.mark.parametrize("radius", [1.5, 2.5, 4.0, 6.0])
 def test_the_radius_of_a_tube_is_found(radius: float) -> None:
-    tree = bent(radius)
-    found = measure_radii(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3, noise=3.0)), SHAPE, ISO).tree
-    assert np.median(found.radii) == pytest.approx(radius, abs=0.5)
-    assert np.percentile(found.radii, 90) - np.percentile(found.radii, 10) < 0.8
+    tree = make_bent_tree(radius)
+    fitted = measure_radii(
+        tree, ImageRadius(), make_reader(render_picture(tree, ISO, (0.7,) * 3, noise=3.0)), SHAPE, ISO
+    ).tree
+    assert np.median(fitted.radii) == pytest.approx(radius, abs=0.5)
+    assert np.percentile(fitted.radii, 90) - np.percentile(fitted.radii, 10) < 0.8
 
 
 def test_a_taper_is_followed() -> None:
-    tree = bent(np.linspace(6, 2, 30))
-    found = measure_radii(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3, noise=3.0)), SHAPE, ISO).tree
-    expected = np.interp(found.points[:, 2], tree.points[:, 2], tree.radii)
-    assert np.abs(found.radii - expected)[10:-10].mean() < 0.5
+    tree = make_bent_tree(np.linspace(6, 2, 30))
+    fitted = measure_radii(
+        tree, ImageRadius(), make_reader(render_picture(tree, ISO, (0.7,) * 3, noise=3.0)), SHAPE, ISO
+    ).tree
+    expected = np.interp(fitted.points[:, 2], tree.points[:, 2], tree.radii)
+    assert np.abs(fitted.radii - expected)[10:-10].mean() < 0.5
 
 
 def test_the_radius_ignores_the_blur_along_coarse_z_and_the_stretch_measures_it() -> None:
     size = (1.5, 0.5, 0.5)
-    tree = bent(2.5)
-    image = picture(tree, size, (2.0, 0.6, 0.6), noise=2.0)
-    found = measure_radii(tree, ImageRadius(), reader(image), SHAPE, size)
-    assert np.median(found.tree.radii) == pytest.approx(2.5, abs=0.6)
-    assert 2.0 < found.stretch < 4.5
-    assert measure_radii(tree, ImageRadius(), reader(picture(tree, ISO, (0.6,) * 3)), SHAPE, ISO).stretch < 1.2
+    tree = make_bent_tree(2.5)
+    image = render_picture(tree, size, (2.0, 0.6, 0.6), noise=2.0)
+    fitted = measure_radii(tree, ImageRadius(), make_reader(image), SHAPE, size)
+
+    assert np.median(fitted.tree.radii) == pytest.approx(2.5, abs=0.6)
+    assert 2.0 < fitted.stretch < 4.5
+    assert (
+        measure_radii(tree, ImageRadius(), make_reader(render_picture(tree, ISO, (0.6,) * 3)), SHAPE, ISO).stretch < 1.2
+    )
 
 
 @pytest.mark.parametrize("offset", [(0.0, 1.5, 0.0), (0.8, -1.0, 0.0)])
 def test_an_offset_centreline_is_moved_onto_the_ridge_and_no_farther_than_allowed(offset: tuple[float, ...]) -> None:
-    tree = bent(2.0)
-    image = picture(tree, ISO, (0.7,) * 3, noise=3.0)
+    tree = make_bent_tree(2.0)
+    image = render_picture(tree, ISO, (0.7,) * 3, noise=3.0)
     moved = Tree(tree.points + offset, tree.radii, tree.parents, tree.types)
     dense = morphology.resample_tree(tree, 0.1).points
 
     def off(points: np.ndarray) -> float:
         return float(np.median(np.linalg.norm(points[:, None] - dense[None], axis=2).min(axis=1)[5:-5]))
 
-    still = measure_radii(moved, ImageRadius(recentre=0), reader(image), SHAPE, ISO).tree
-    there = measure_radii(moved, ImageRadius(recentre=2), reader(image), SHAPE, ISO).tree
+    still = measure_radii(moved, ImageRadius(recentre=0), make_reader(image), SHAPE, ISO).tree
+    there = measure_radii(moved, ImageRadius(recentre=2), make_reader(image), SHAPE, ISO).tree
+
     assert off(still.points) > 0.9
     assert off(there.points) < 0.4
     assert np.linalg.norm(there.points - still.points, axis=1).max() <= 2 + 1e-6
@@ -90,19 +98,19 @@ def test_an_offset_centreline_is_moved_onto_the_ridge_and_no_farther_than_allowe
 
 
 def test_a_gap_takes_its_radius_from_the_neighbours() -> None:
-    tree = bent(3.0)
-    image = picture(tree, ISO, (0.7,) * 3, noise=2.0)
+    tree = make_bent_tree(3.0)
+    image = render_picture(tree, ISO, (0.7,) * 3, noise=2.0)
     image[:, :, 75:85] = 20
-    found = measure_radii(tree, ImageRadius(recentre=0), reader(image), SHAPE, ISO).tree
-    gap = (found.points[:, 2] > 76) & (found.points[:, 2] < 84)
-    assert np.abs(found.radii[gap] - 3.0).max() < 1.2
+    fitted = measure_radii(tree, ImageRadius(recentre=0), make_reader(image), SHAPE, ISO).tree
+    gap = (fitted.points[:, 2] > 76) & (fitted.points[:, 2] < 84)
+    assert np.abs(fitted.radii[gap] - 3.0).max() < 1.2
 
 
 def test_radii_stay_within_the_bounds_even_without_any_signal() -> None:
     flat = np.random.default_rng(0).normal(50, 3, SHAPE)
-    found = measure_radii(bent(), ImageRadius(smallest=1.5, largest=2.5), reader(flat), SHAPE, ISO).tree
-    assert found.radii.min() >= 1.5
-    assert found.radii.max() <= 2.5
+    fitted = measure_radii(make_bent_tree(), ImageRadius(smallest=1.5, largest=2.5), make_reader(flat), SHAPE, ISO).tree
+    assert fitted.radii.min() >= 1.5
+    assert fitted.radii.max() <= 2.5
 
 
 def test_a_branch_point_is_not_swollen_by_its_branches() -> None:
@@ -110,27 +118,29 @@ def test_a_branch_point_is_not_swollen_by_its_branches() -> None:
     twig = np.stack([np.full(15, 20.0), 60 + np.linspace(3, 45, 15), np.full(15, stem[20, 2])], axis=1)
     parents = np.concatenate([np.arange(-1, 39), [20], np.arange(40, 54)])
     tree = morphology.build_tree(np.concatenate([stem, twig]), parents, 2.0)
-    found = measure_radii(tree, ImageRadius(), reader(picture(tree, ISO, (0.7,) * 3)), SHAPE, ISO).tree
-    assert found.radii.max() < 3.2
+    fitted = measure_radii(tree, ImageRadius(), make_reader(render_picture(tree, ISO, (0.7,) * 3)), SHAPE, ISO).tree
+    assert fitted.radii.max() < 3.2
 
 
 def test_memory_is_read_block_by_block_near_the_tree_alone() -> None:
-    image = picture(bent(), ISO, (0.7,) * 3)
+    image = render_picture(make_bent_tree(), ISO, (0.7,) * 3)
     read: list[Box] = []
 
     def noting(box: Box) -> Array:
         read.append(box)
         return image[box.slices]
 
-    measure_radii(bent(), ImageRadius(), noting, SHAPE, ISO)
+    measure_radii(make_bent_tree(), ImageRadius(), noting, SHAPE, ISO)
     assert max(b.size for b in read) < 100 * 180 * 180
 
 
 def test_swc_and_constant_radii() -> None:
-    tree = bent(np.linspace(0.1, 3, 30))
-    none = reader(np.zeros((1, 1, 1)))
+    tree = make_bent_tree(np.linspace(0.1, 3, 30))
+    none = make_reader(np.zeros((1, 1, 1)))
+
     assert fit_radii(tree, SwcRadius(scale=2.0), none, SHAPE, ISO).tree.radii[[0, -1]] == pytest.approx([0.5, 6])
     constant = fit_radii(tree, ConstantRadius(radius=2.5), none, SHAPE, ISO)
+
     assert np.all(constant.tree.radii == 2.5)
     assert constant.stretch == 1.0
     np.testing.assert_array_equal(constant.tree.points, tree.points)
@@ -142,6 +152,7 @@ def test_paths_cover_every_node_once_and_side_paths_begin_at_their_branch_point(
     tree = morphology.build_tree(rng.normal(size=(60, 3)), parents)
     lines = cut_into_paths(tree)
     owned = np.concatenate([line.nodes[line.own] for line in lines])
+
     assert sorted(owned) == list(range(60))
     for line in lines:
         assert np.all(tree.parents[line.nodes[1:]] == line.nodes[:-1])

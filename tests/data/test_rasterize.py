@@ -88,10 +88,12 @@ def test_mask_and_distance_are_the_definition(seed: int, size: VoxelSize) -> Non
     drawn = rasterize(tree, Box.whole(shape), size)
     distance, inside = plain(tree, shape, size)
     unit = fine_voxel(size)
+
     np.testing.assert_allclose(drawn.distance, np.minimum(distance / unit, 8.0), atol=2e-3)
     on_line = np.zeros(shape, dtype=bool)
     on_line[tuple(list_centerline_voxels(tree, Box.whole(shape)).T)] = True
     drawn_in, must = drawn.mask == 1, inside | on_line
+
     assert (must & ~drawn_in).mean() < 1e-4  # voxels on the surface to within rounding
     # a long tapering edge is drawn in pieces, whose round joints may stand out of the plain cone, not of its spheres
     assert (~swept(tree, np.argwhere(drawn_in & ~must), size)).sum() < 1e-4 * must.size
@@ -106,6 +108,7 @@ def test_a_box_is_the_same_part_of_the_whole(seed: int, z: int, y: int, x: int) 
     whole = rasterize(tree, Box.whole(shape), size, drawing)
     box = Box.at((z // 4, y, x), (13, 17, 19)).clip(Box.whole(shape))
     part = rasterize(tree, box, size, drawing)
+
     for name in ("mask", "skeleton", "distance", "tangent"):
         np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[(..., *box.slices)], err_msg=name)
 
@@ -118,6 +121,7 @@ def test_axes_are_permutations_of_one_another(seed: int, order: list[int]) -> No
     turned = Tree(tree.points[:, order], tree.radii, tree.parents, tree.types)
     a = rasterize(tree, Box.whole(tuple(shape)), tuple(size))
     b = rasterize(turned, Box.whole(tuple(shape[order])), tuple(size[order]))
+
     np.testing.assert_allclose(a.distance.transpose(order), b.distance, atol=1e-4)
     assert (a.mask.transpose(order) != b.mask).mean() < 1e-4
 
@@ -144,6 +148,7 @@ def test_tangents_run_along_the_edge_and_are_zero_beyond_the_cap() -> None:
     drawn = rasterize(
         line([5.0, 10.0, 5.0], [10.0, 10.0, 25.0], 1, 1), Box.whole((16, 40, 32)), size, DrawSettings(cap=4)
     )
+
     assert np.all(drawn.tangent[:, drawn.distance >= 4] == 0)
     along = np.rint(127 * np.array([10, 0, 20]) / np.sqrt(500))  # in space, not in voxels
     near = drawn.tangent[:, drawn.distance < 4].T
@@ -172,8 +177,10 @@ def test_a_lone_node_is_a_sphere_and_an_empty_tree_draws_nothing() -> None:
     ball = rasterize(
         morphology.build_tree(np.array([[10.0, 10.0, 10.0]]), np.array([-1]), 6.0), box, (1.0, 1.0, 1.0)
     ).mask
+
     assert ball.sum() == pytest.approx(4 / 3 * np.pi * 216, rel=0.03)
     nothing = rasterize(morphology.empty_tree(), box, (1.0, 1.0, 1.0))
+
     assert not nothing.mask.any()
     assert np.all(nothing.distance == 8)
 
@@ -196,6 +203,7 @@ def test_paint_is_bright_inside_soft_at_the_edge_and_keeps_the_brighter() -> Non
     )
     glow = np.array([1.0, 3.0, 9.0, 9.0])
     image = paint_tree(tree, glow, Box.whole((21, 41, 33)), (1.0, 1.0, 1.0))
+
     assert image[10, 10, 2] == pytest.approx(1, abs=0.01)
     assert image[10, 10, 28] == pytest.approx(1 + 2 * 26 / 28, rel=0.01)
     assert image[10, 20, 16] == pytest.approx(9)

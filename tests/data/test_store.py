@@ -73,6 +73,7 @@ def test_every_box_comes_back_as_it_was(tmp_path: Path, dtype: str) -> None:
     store = write(tmp_path, volume(dtype=dtype), drawing=DrawSettings(ignore_margin=1.0, stretch=1.5))
     stored = store["a"]
     drawn = rasterize(stored.fitted_tree(), BOX, SIZE, DrawSettings(ignore_margin=1.0, stretch=1.5))
+
     np.testing.assert_array_equal(stored.image(BOX), image(dtype)[BOX.slices])
     assert stored.image(BOX).dtype == np.dtype(dtype)
     np.testing.assert_array_equal(stored.normalized_image(BOX), intensity.normalize(image(dtype)[BOX.slices], 3, 50))
@@ -90,6 +91,7 @@ def test_the_header_and_the_trees_come_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored.tree().points, tree().points)
     np.testing.assert_array_equal(stored.tree().parents, tree().parents)
     np.testing.assert_allclose(stored.fitted_tree().points, tree().points + 0.3)
+
     with h5py.File(tmp_path / "a.h5", locking=False) as file:
         np.testing.assert_allclose(file.attrs["affine"], np.diag([*SIZE, 1]))
         assert file.attrs["sha256_image"] == "i"
@@ -115,6 +117,7 @@ def test_splits_order_and_unknown_ids(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'valid' is not a split; train, val, test are"):
         store.split("valid")
     assert [v.id for v in store] == ["b", "a", "c"]
+
     index = json.loads((tmp_path / "dataset.json").read_text())
     assert index["splits"] == {"train": ["b", "c"], "val": [], "test": ["a"]}
     assert index["totals"]["volumes"] == 3
@@ -151,6 +154,7 @@ def test_a_sparse_giant_stays_small_in_file_and_memory(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(intensity, "_PASS_BYTES", 8 << 20)
     write_volume(tmp_path / "a.h5", replace(volume(dtype="u1"), shape=shape), read, thin, thin, DrawSettings())
+
     assert (tmp_path / "a.h5").stat().st_size < 40e6
     assert largest <= 8 << 20
 
@@ -172,6 +176,7 @@ def test_unlabelled_voxels_become_255_outside_the_neurite(tmp_path: Path) -> Non
     write_index(tmp_path, [volume()])
     mask = Store(tmp_path)["a"].mask(Box.whole(SHAPE))
     plain = rasterize(tree(), Box.whole(SHAPE), SIZE).mask
+
     np.testing.assert_array_equal(mask == 1, plain == 1)
     np.testing.assert_array_equal(mask == 255, blank & (plain == 0))
 
@@ -207,6 +212,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypa
 def test_reserve_asks_the_file_system_and_leaves_nothing(tmp_path: Path) -> None:
     files.reserve_space(tmp_path, 1 << 20)
     files.reserve_space(tmp_path, 0)
+
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match=r"space|large") as caught:
         files.reserve_space(tmp_path, 1 << 60)
@@ -234,11 +240,14 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 def test_missing_broken_and_exchanged_files_are_named(tmp_path: Path) -> None:
     write(tmp_path, volume("a"), volume("b"))
     (tmp_path / "a.h5").write_bytes((tmp_path / "b.h5").read_bytes())
+
     with pytest.raises(InputError, match=r"a\.h5 is not the file that dataset\.json describes"):
         Store(tmp_path)["a"].image(BOX)
+
     (tmp_path / "a.h5").write_bytes(b"no HDF5")
     with pytest.raises(InputError, match=r"a\.h5 cannot be read as HDF5"):
         Store(tmp_path)["a"].image(BOX)
+
     (tmp_path / "a.h5").unlink()
     with pytest.raises(InputError, match="lacks the files of a"):
         Store(tmp_path)
@@ -260,10 +269,13 @@ def test_an_open_store_works_in_other_processes(tmp_path: Path, method: str) -> 
 def test_pickling_leaves_the_handles_behind(tmp_path: Path) -> None:
     store = write(tmp_path, volume())
     _sum(store)
+
     assert store._handles
     assert not pickle.loads(pickle.dumps(store))._handles
+
     stored = pickle.loads(pickle.dumps(store["a"]))
     assert int(stored.image(BOX).sum()) == _sum(store)
+
     store.close()
     assert _sum(store) == int(stored.image(BOX).sum())
 

@@ -22,34 +22,34 @@ SIZE = (1.0, 0.4, 0.4)
 EASY = MicroscopeConfig(fragments=0, specks=0, gap_length=0.0)
 
 
-def pair(seed: int) -> tuple[Tree, Array]:
+def make_pair(seed: int) -> tuple[Tree, Array]:
     tree = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=0))
     return tree, render_stack(tree, SHAPE, SIZE, EASY, seed)
 
 
 def write_pair(folder: Path, id_: str, seed: int, image: Array | None = None, tree: Tree | None = None) -> None:
     folder.mkdir(exist_ok=True, parents=True)
-    made, seen = pair(seed)
+    made, seen = make_pair(seed)
     tifffile.imwrite(
         folder / f"{id_}.tif", seen if image is None else image, photometric="minisblack", metadata={"axes": "ZYX"}
     )
     swc.write(folder / f"{id_}.swc", made if tree is None else tree, unit="voxel")
 
 
-def config(*keys: str, **paths: Any) -> PrepareConfig:
+def make_config(*keys: str, **paths: Any) -> PrepareConfig:
     keys = (*(f"{k}={v}" for k, v in paths.items()), *keys)
     if not any(k.startswith(("voxel_size", "manifest")) for k in keys):
         keys = (*keys, "voxel_size=[1.0,0.4,0.4]")
     return schema.load(PrepareConfig, None, keys)
 
 
-def contents(folder: Path) -> dict[str, str]:
+def hash_results(folder: Path) -> dict[str, str]:
     """Digest of every file that is a result."""
     kept = [*folder.glob("*.h5"), folder / "dataset.json", *folder.glob("pictures/*.png")]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
 
 
-def refused(cfg: PrepareConfig, match: str) -> str:
+def assert_refused(cfg: PrepareConfig, match: str) -> str:
     """The sentence `run` and `forecast` answer with; nothing may be written."""
     with pytest.raises((InputError, ConfigError), match=match):
         forecast(cfg)

@@ -42,13 +42,13 @@ def write_store(
             sources={"image": "0", "swc": "0"},
         )
         drawing = DrawSettings()
-        write_volume(folder / f"{name}.h5", volume, functools.partial(_cut, image), tree, tree, drawing)
+        write_volume(folder / f"{name}.h5", volume, functools.partial(read_box, image), tree, tree, drawing)
         volumes.append(volume)
     write_index(folder, volumes)
     return folder
 
 
-def _cut(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
+def read_box(image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
     return image[box.slices]
 
 
@@ -75,11 +75,11 @@ def make_image(draw: np.random.Generator, shape: tuple[int, int, int], tree: Tre
 def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 6) -> Path:
     """A feature cache of the store's training volumes: random channels, one token per 8 x 16 x 16 voxels and view."""
     folder.mkdir(parents=True)
-    held, records = Store(store), []
-    train = held.split("train")
+    stored, records = Store(store), []
+    train = stored.split("train")
     for number, name in enumerate(train):
         for view, (across, down, right) in VIEW_AXES.items():
-            shape, patch = held[name].shape, (8, 16, 16)
+            shape, patch = stored[name].shape, (8, 16, 16)
             slices, rows, columns = (-(-shape[a] // patch[a]) for a in (across, down, right))
             cell = (float(patch[down]), float(patch[right]))
             unit = feature_cache.ShardSpec(name, view, 0, patch[across], slices, rows, columns, cell)
@@ -88,7 +88,7 @@ def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 
             writer.write(slice(0, slices), slice(0, rows), slice(0, columns), values)
             writer.finish()
             records.append(feature_cache.read_shard_record(folder / unit.name, unit))
-    digests = {name: held[name].digest for name in train}
+    digests = {name: stored[name].digest for name in train}
     facts = {
         "layers": [11],
         "views": list(VIEW_AXES),
@@ -97,5 +97,5 @@ def write_cache(folder: Path, store: Path, identity: dict[str, str], dim: int = 
         "volumes": digests,
     }
     feature_cache.write_manifest(folder, facts, records)
-    held.close()
+    stored.close()
     return folder

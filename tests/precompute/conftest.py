@@ -27,7 +27,7 @@ def configure(store: Path) -> Configure:
 
 
 @pytest.fixture(scope="session")
-def built(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_folder(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "cache"
     assert precompute.run(configure(out)) == 0
     return out

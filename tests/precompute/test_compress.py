@@ -29,12 +29,12 @@ def low_rank(tokens: int, seed: int) -> torch.Tensor:
 
 def test_pca_is_the_truncated_singular_value_decomposition() -> None:
     seen, unseen = low_rank(400, 1), low_rank(300, 2)
-    found, quality = encoding.fit_coding(seen, unseen, 2, False)
+    coding, quality = encoding.fit_coding(seen, unseen, 2, False)
     for layer in range(2):
         mean = seen[layer].numpy().mean(0)
         axes = np.linalg.svd(seen[layer].numpy() - mean)[2][:2]
         again = (unseen[layer].numpy() - mean) @ axes.T @ axes + mean
-        ours = found.decode(found.encode(unseen)[0])[layer].numpy()
+        ours = coding.decode(coding.encode(unseen)[0])[layer].numpy()
         np.testing.assert_allclose(ours, again, atol=2e-2)  # kept as float16
         lost = np.square(again - unseen[layer].numpy()).sum() / np.square(unseen[layer] - unseen[layer].mean(0)).sum()
         assert quality["explained_variance"][layer] == pytest.approx(1 - float(lost), abs=1e-3)
@@ -44,28 +44,34 @@ def test_pca_is_the_truncated_singular_value_decomposition() -> None:
 @pytest.mark.parametrize("components", [None, 3])
 def test_int8_is_off_by_half_a_step_at_most_and_counts_what_it_clips(components: int | None) -> None:
     seen = low_rank(400, 1)
-    found, quality = encoding.fit_coding(seen, low_rank(300, 2), components, True)
-    assert found.scale is not None
-    kept, clipped = found.encode(seen)
+    coding, quality = encoding.fit_coding(seen, low_rank(300, 2), components, True)
+
+    assert coding.scale is not None
+    kept, clipped = coding.encode(seen)
+
     assert (kept.dtype, clipped) == (torch.int8, 0)
-    plain = encoding.FeatureCoding(found.mean, found.basis)
-    between = plain.decode(plain.encode(seen)[0]) - found.decode(kept)
+    plain = encoding.FeatureCoding(coding.mean, coding.basis)
+    between = plain.decode(plain.encode(seen)[0]) - coding.decode(kept)
     if components is None:
-        assert ((seen - found.decode(kept)).abs() <= 0.501 * found.scale[:, None]).all()
+        assert ((seen - coding.decode(kept)).abs() <= 0.501 * coding.scale[:, None]).all()
+
     assert between.abs().max() < 0.2
     assert min(quality["cosine"]) > 0.999
-    assert found.encode(seen * 100)[1] > 0
+    assert coding.encode(seen * 100)[1] > 0
 
 
 def test_a_codings_file_is_read_back(tmp_path: Path) -> None:
     written = {v: encoding.fit_coding(low_rank(50, n), low_rank(50, n), 4, n > 0)[0] for n, v in enumerate(("y", "z"))}
     for name in ("a.npz", "b.npz"):
         encoding.save_codings(tmp_path / name, written)
+
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    for view, found in encoding.load_codings(tmp_path / "a.npz").items():
+    for view, coding in encoding.load_codings(tmp_path / "a.npz").items():
         assert torch.equal(
-            found.decode(found.encode(low_rank(9, 3))[0]), written[view].decode(written[view].encode(low_rank(9, 3))[0])
+            coding.decode(coding.encode(low_rank(9, 3))[0]),
+            written[view].decode(written[view].encode(low_rank(9, 3))[0]),
         )
+
     (tmp_path / "a.npz").write_bytes(b"no")
     with pytest.raises(InputError, match="without which the features cannot be decoded"):
         encoding.load_codings(tmp_path / "a.npz")
@@ -74,12 +80,14 @@ def test_a_codings_file_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [["dtype=int8"], ["pca=24"], ["pca=24", "dtype=int8"]])
 def test_readers_see_all_channels_and_the_manifest_the_loss(
-    configure: Configure, built: Path, tmp_path: Path, keys: list[str]
+    configure: Configure, cache_folder: Path, tmp_path: Path, keys: list[str]
 ) -> None:
     cfg = configure(tmp_path / "c", *keys)
     assert precompute.run(cfg) == 0
-    whole, small = FeatureCache(built), FeatureCache(cfg.out)
+
+    whole, small = FeatureCache(cache_folder), FeatureCache(cfg.out)
     assert small.dim == whole.dim == 192
+
     for view in ("z", "y", "x"):
         near, exact = (c.read_crop("a", BOX, PATCH)[view].float() for c in (small, whole))
         assert near.shape == exact.shape
@@ -88,11 +96,14 @@ def test_readers_see_all_channels_and_the_manifest_the_loss(
         torch.testing.assert_close(cosine, reported.float(), atol=0.02, rtol=0)
         assert (cosine > 0.97).all()
         torch.testing.assert_close(small.mean[view], whole.mean[view], atol=0.05, rtol=0.05)
-    size = {p: sum(f.stat().st_size for f in p.glob("*.h5")) for p in (built, cfg.out)}
-    assert size[cfg.out] < 0.8 * size[built]
+    size = {p: sum(f.stat().st_size for f in p.glob("*.h5")) for p in (cache_folder, cfg.out)}
+
+    assert size[cfg.out] < 0.8 * size[cache_folder]
     assert cache_tool.main(["verify", str(cfg.out)]) == 0
+
     before = {p.name: p.read_bytes() for p in cfg.out.glob("*.h5")}
     (cfg.out / CODING).unlink()
+
     with pytest.raises(InputError, match="missing or not the one they were made with"):
         FeatureCache(cfg.out)
     assert precompute.run(cfg) == 0

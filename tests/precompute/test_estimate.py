@@ -23,10 +23,10 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_the_bytes_are_those_that_are_written(configure: Configure, store: Path, built: Path) -> None:
-    cfg = configure(built)
+def test_the_bytes_are_those_that_are_written(configure: Configure, store: Path, cache_folder: Path) -> None:
+    cfg = configure(cache_folder)
     planned = estimate.estimate_bytes(cfg, estimate.plan_all_shards(cfg, Store(store), 16), 192)
-    written = sum(p.stat().st_size for p in built.glob("*.h5"))
+    written = sum(p.stat().st_size for p in cache_folder.glob("*.h5"))
     assert written <= planned < 1.15 * written + 1e5
 
 
@@ -46,20 +46,23 @@ def test_what_is_refused_says_for_every_knob_what_would_fit(
     size = estimate.estimate_bytes(cfg, estimate.plan_all_shards(cfg, Store(store), 16), 192)
     free = int(size * 0.75)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(size, size - free, free))
+
     with pytest.raises(InputError, match=r"needs .* but only .* are free there; make room") as refusal:
         precompute.run(cfg)
     assert not (tmp_path / "c").exists()  # so that the milder config can have it
+
     text = str(refusal.value)
     proposals = [line.split()[0] for line in text.splitlines() if "would fit" in line]
+
     assert {p.partition("=")[0] for p in proposals} >= {"views", "augment_views", "stride_v", "pca"}
     for proposal in proposals:  # each is a key as it is typed, and does fit
         key, value = proposal.split("=", 1)
-        less = load(precompute.PrecomputeConfig, None, _typed(cfg, key, value))
+        less = load(precompute.PrecomputeConfig, None, make_keys(cfg, key, value))
         assert estimate.estimate_bytes(less, estimate.plan_all_shards(less, Store(store), 16), 192) <= 0.99 * free
     assert "layers alone would not do" in text or "layers=[-1] would fit" in text
 
 
-def _typed(cfg: precompute.PrecomputeConfig, key: str, value: str) -> list[str]:
+def make_keys(cfg: precompute.PrecomputeConfig, key: str, value: str) -> list[str]:
     keys = {"store": cfg.store, "out": cfg.out, "teacher.model": "random", "stride_v": 8, "slab": 2, "layers": "[3,-1]"}
     return [f"{k}={v}" for k, v in {**keys, "augment_views": "[flip_y,rot90]", key: value}.items()]
 
@@ -80,10 +83,13 @@ def test_a_quota_is_asked_how_much_it_allows(
     cfg = configure(tmp_path / "c")
     size = estimate.estimate_bytes(cfg, estimate.plan_all_shards(cfg, Store(store), 16), 192)
     monkeypatch.setattr(estimate, "_is_granted", lambda folder, asked: asked <= size * 0.75)
+
     with pytest.raises(InputError, match="your quota allows only .* are free") as refusal:
         precompute.forecast(cfg)
+
     text = str(refusal.value)
     room = float(text.partition("allows only ")[2].split()[0])
+
     assert room == pytest.approx(size * 0.75 / 1e3, rel=0.02)
     assert "views=[z,y] would fit" in text
 

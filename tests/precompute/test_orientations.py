@@ -70,7 +70,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def held(images: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def oriented_cache(images: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "held"
     keys = [f"store={images['']}", f"out={out}", f"augment_views=[{','.join(NAMES)}]", *KEYS]
     assert precompute.run(load(precompute.PrecomputeConfig, None, keys)) == 0
@@ -80,24 +80,26 @@ def held(images: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_turned_crop_has_the_turned_volumes_features(
-    images: dict[str, Path], held: Path, tmp_path: Path, name: str
+    images: dict[str, Path], oriented_cache: Path, tmp_path: Path, name: str
 ) -> None:
     keys = [f"store={images[name]}", f"out={tmp_path / 'c'}", *KEYS]
     precompute.run(load(precompute.PrecomputeConfig, None, keys))
     turn = orientation.parse_orientation(name)
     shape = (16, 48, 32) if turn.swap else (16, 32, 48)
     wanted = FeatureCache(tmp_path / "c").read_crop("v", Box.whole(shape), (8, 16, 16))
-    found = FeatureCache(held).read_crop("v", Box.whole((16, 32, 48)), (8, 16, 16), turn)
+    features = FeatureCache(oriented_cache).read_crop("v", Box.whole((16, 32, 48)), (8, 16, 16), turn)
+
     for view in ("z", "y", "x"):
-        torch.testing.assert_close(found[view].float(), wanted[view].float(), atol=4e-3, rtol=4e-3)
-    plain = FeatureCache(held).read_crop("v", Box.whole((16, 32, 48)), (8, 16, 16))
+        torch.testing.assert_close(features[view].float(), wanted[view].float(), atol=4e-3, rtol=4e-3)
+
+    plain = FeatureCache(oriented_cache).read_crop("v", Box.whole((16, 32, 48)), (8, 16, 16))
     naive = {v: turn.apply(plain[turn.source_slices(v)[0]]).float() for v in plain}
     alike = [float(torch.cosine_similarity(naive[v], wanted[v].float(), dim=1).mean()) for v in naive]
     assert min(alike) < 0.9995  # a mirrored map is not the map of the mirrored slice
 
 
-def test_training_turns_distilled_crops_within_what_is_held(images: dict[str, Path], held: Path) -> None:
-    store, cache = Store(images[""]), FeatureCache(held)
+def test_training_turns_distilled_crops_within_what_is_held(images: dict[str, Path], oriented_cache: Path) -> None:
+    store, cache = Store(images[""]), FeatureCache(oriented_cache)
     crop = CropConfig(size=(8, 32, 32), skeleton=0, branch=0, tip=0, uniform=1)
     sampler = CropSampler(crop, read_volume_points(store, ["v"]), 0, (8, 16, 16), 1.0, cache.select_orientations(None))
     crops = CropDataset(store, sampler, (8, 16, 16), cache, ("z", "x"))
@@ -108,6 +110,7 @@ def test_training_turns_distilled_crops_within_what_is_held(images: dict[str, Pa
         image = torch.from_numpy(store["v"].normalized_image(draw.box))[None]
         assert torch.equal(sample.image, draw.orientation.apply(image))
         assert torch.equal(sample.features["x"], cache.read_crop("v", draw.box, (8, 16, 16), draw.orientation)["x"])
+
     assert seen == set(cache.orientations)
     oblong = CropSampler(
         CropConfig(size=(8, 16, 32)), read_volume_points(store, ["v"]), 0, (8, 16, 16), 1.0, cache.orientations
@@ -119,6 +122,7 @@ def test_more_than_is_held_is_an_error_that_names_the_command(images: dict[str, 
     keys = [f"store={images['']}", f"out={tmp_path / 'c'}", "augment_views=[flip_z]", *KEYS, "stride_v=16"]
     precompute.run(load(precompute.PrecomputeConfig, None, keys))
     cache = FeatureCache(tmp_path / "c")
+
     assert [o.flips for o in cache.select_orientations(["flip_z"])] == [(False, False, False), (True, False, False)]
     assert not list((tmp_path / "c").glob("v.z-*"))  # slices along z are the same ones, in the other order
     with pytest.raises(CacheMismatch, match=r"hpc-neuro precompute .* augment_views=\[flip_z,rot90\]"):

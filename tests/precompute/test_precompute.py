@@ -35,7 +35,7 @@ def configure(store: Path, out: Path, *keys: str) -> precompute.PrecomputeConfig
 
 
 @pytest.fixture(scope="module")
-def built(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_folder(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "cache"
     assert precompute.run(configure(store, out)) == 0
     return out
@@ -45,42 +45,46 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.glob("*.h5")}
 
 
-def test_the_cache_holds_what_the_live_teacher_gives(store: Path, built: Path) -> None:
-    cache, volume = FeatureCache(built), Store(store)["a"]
-    teacher = load_teacher(configure(store, built).teacher)
+def test_the_cache_holds_what_the_live_teacher_gives(store: Path, cache_folder: Path) -> None:
+    cache, volume = FeatureCache(cache_folder), Store(store)["a"]
+    teacher = load_teacher(configure(store, cache_folder).teacher)
     plane = volume.normalized_image(Box((4, 0, 0), (5, *volume.shape[1:])))[0]  # the middle slice of the first eight
     padded = np.pad(plane, [(0, -n % 16) for n in plane.shape], mode="edge")
     live = teacher.features(torch.from_numpy(padded)[None], [3, 11])[:, 0].permute(0, 3, 1, 2)  # [L, D, h, w]
-    held = cache.read_crop("a", Box((0, 0, 0), (8, 64, 64)), (8, 16, 16))["z"][:, :, 0].float()
-    assert torch.cosine_similarity(live, held, dim=1).min() > 0.9999
-    torch.testing.assert_close(held, live, atol=5e-3, rtol=5e-3)
+    cached = cache.read_crop("a", Box((0, 0, 0), (8, 64, 64)), (8, 16, 16))["z"][:, :, 0].float()
+
+    assert torch.cosine_similarity(live, cached, dim=1).min() > 0.9999
+    torch.testing.assert_close(cached, live, atol=5e-3, rtol=5e-3)
 
 
-def test_only_the_asked_splits_are_held(built: Path) -> None:
-    assert FeatureCache(built).volumes == ("a", "b")
+def test_only_the_asked_splits_are_held(cache_folder: Path) -> None:
+    assert FeatureCache(cache_folder).volumes == ("a", "b")
 
 
-def test_a_lost_shard_is_made_again_alike(store: Path, built: Path, caplog: pytest.LogCaptureFixture) -> None:
-    before = contents(built)
+def test_a_lost_shard_is_made_again_alike(store: Path, cache_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = contents(cache_folder)
     lost = sorted(before)[1]
-    (built / lost).unlink()
+    (cache_folder / lost).unlink()
+
     with pytest.raises(InputError, match=lost):
-        FeatureCache(built)
-    assert precompute.run(configure(store, built)) == 0
-    assert contents(built) == before
+        FeatureCache(cache_folder)
+    assert precompute.run(configure(store, cache_folder)) == 0
+    assert contents(cache_folder) == before
 
 
-def test_a_second_run_says_complete(store: Path, built: Path) -> None:
-    stamp = (built / MANIFEST).stat().st_mtime_ns
-    assert precompute.run(configure(store, built)) == 0
-    assert (built / MANIFEST).stat().st_mtime_ns == stamp
+def test_a_second_run_says_complete(store: Path, cache_folder: Path) -> None:
+    stamp = (cache_folder / MANIFEST).stat().st_mtime_ns
+    assert precompute.run(configure(store, cache_folder)) == 0
+    assert (cache_folder / MANIFEST).stat().st_mtime_ns == stamp
 
 
-def test_tiles_with_context_differ_little_from_the_whole_slice(store: Path, tmp_path: Path, built: Path) -> None:
+def test_tiles_with_context_differ_little_from_the_whole_slice(store: Path, tmp_path: Path, cache_folder: Path) -> None:
     """Tiling changes the attention's context, not the place of a token."""
     precompute.run(configure(store, tmp_path / "c", "tile=32", "halo=32"))
     box = Box((0, 0, 0), (16, 32, 48))
-    whole, tiled = (FeatureCache(p).read_crop("a", box, (8, 16, 16))["z"].float() for p in (built, tmp_path / "c"))
+    whole, tiled = (
+        FeatureCache(p).read_crop("a", box, (8, 16, 16))["z"].float() for p in (cache_folder, tmp_path / "c")
+    )
     assert torch.cosine_similarity(whole, tiled, dim=1).mean() > 0.95
 
 
@@ -94,6 +98,7 @@ def test_square_pixels_of_an_anisotropic_volume(tmp_path: Path) -> None:
         pytest.fail(f"the test could not rewrite the voxel size, it is {volume.voxel_size}")
     cfg = configure(folder, tmp_path / "c")
     (unit,) = plan_shards(cfg, volume, "y", 16)[:1]
+
     assert unit.cell == pytest.approx((16 / 3, 16))
     assert (unit.rows, unit.columns) == (4, 4)  # 20 * 3 = 60 and 56 pixels
 
@@ -122,18 +127,21 @@ def command(store: Path, out: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.mpi
 @pytest.mark.parametrize("ranks", ["2", "4"])
-def test_however_many_mpi_ranks_make_the_same_files(store: Path, built: Path, tmp_path: Path, ranks: str) -> None:
+def test_however_many_mpi_ranks_make_the_same_files(
+    store: Path, cache_folder: Path, tmp_path: Path, ranks: str
+) -> None:
     mpiexec = Path(sys.executable).with_name("mpiexec")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = [str(mpiexec), "-n", ranks, *command(store, tmp_path / "c")]
     subprocess.run(run, check=True, timeout=200, env=environment, capture_output=True)
-    assert contents(tmp_path / "c") == contents(built)
-    ours, theirs = (FeatureCache(p).manifest for p in (tmp_path / "c", built))
-    assert {k: v for k, v in ours.items() if k != "code"} == {k: v for k, v in theirs.items() if k != "code"}
+
+    assert contents(tmp_path / "c") == contents(cache_folder)
+    ours, expected = (FeatureCache(p).manifest for p in (tmp_path / "c", cache_folder))
+    assert {k: v for k, v in ours.items() if k != "code"} == {k: v for k, v in expected.items() if k != "code"}
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_files(store: Path, built: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again_it_ends_with_the_same_files(store: Path, cache_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     process = subprocess.Popen(command(store, out), stderr=subprocess.DEVNULL)  # a pipe nobody reads may fill
     latest = time.monotonic() + 200
@@ -141,9 +149,10 @@ def test_killed_and_started_again_it_ends_with_the_same_files(store: Path, built
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
+
     assert not (out / MANIFEST).exists()
     assert precompute.run(configure(store, out)) == 0
-    assert contents(out) == contents(built)
+    assert contents(out) == contents(cache_folder)
     assert not list(out.glob(".*"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.prepare import run
-from tests.helpers.image_pairs import config, write_pair
+from tests.helpers.image_pairs import make_config, write_pair
 
 
 @pytest.fixture(scope="module")
@@ -30,5 +30,5 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of all three, made in one go; tests leave it as it is."""
     out = tmp_path_factory.mktemp("stores") / "whole"
-    assert run(config("split.test=[b]", "split.val=[c]", images=raw, out=out)) == 0
+    assert run(make_config("split.test=[b]", "split.val=[c]", images=raw, out=out)) == 0
     return out

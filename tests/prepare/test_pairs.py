@@ -45,6 +45,7 @@ def test_a_folder_pairs_by_stem_and_ignores_the_rest(tmp_path: Path) -> None:
     (made / "notes.txt").write_text("x")
     (made / ".hidden.tif").mkdir()
     pairs = find(f"images={made}")
+
     assert [p.id for p in pairs] == ["a", "b.1"]
     assert pairs[1].image == made / "b.1.tif"
     assert splits(pairs) == {"a": "train", "b.1": "train"}
@@ -66,6 +67,7 @@ def test_a_manifest_gives_everything(tmp_path: Path, suffix: str) -> None:
         {"id": "n2", "image": "raw/two.tif", "swc": "raw/one.swc"},
     ]  # fmt: skip
     a, b = find(f"manifest={manifest(tmp_path / f'list.{suffix}', rows)}")
+
     assert (a.id, a.image, a.swc) == ("n1", tmp_path / "raw/one.tif", tmp_path / "raw/two.swc")
     assert (a.voxel_size, a.root, a.split, a.swc_unit, a.channel, a.axes) == (
         (1.0, 0.3, 0.4), (3.0, 4.0, 5.0), "test", "um", 1, "CZYX")  # fmt: skip
@@ -113,13 +115,16 @@ def test_bad_manifests_are_named(tmp_path: Path) -> None:
         find(f"manifest={manifest(tmp_path / 'l.csv', [ROW, ROW])}")
     with pytest.raises(InputError, match="a has no swc"):
         find(f"manifest={manifest(tmp_path / 'l.csv', [{'id': 'a', 'image': 'a.tif'}])}")
+
     for text, name in (("", "e.csv"), ("a: 1", "m.yaml"), ("[1, 2]", "n.yaml")):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match="lists no volumes"):
             find(f"manifest={tmp_path / name}")
     (tmp_path / "bad.yaml").write_text("[1, {")
+
     with pytest.raises(InputError, match="is not YAML"):
         find(f"manifest={tmp_path / 'bad.yaml'}")
+
     (tmp_path / "bad.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as text"):
         find(f"manifest={tmp_path / 'bad.csv'}")
@@ -128,11 +133,14 @@ def test_bad_manifests_are_named(tmp_path: Path) -> None:
 def test_bad_meta_json_is_named(tmp_path: Path) -> None:
     folder(tmp_path, "a")
     (tmp_path / "meta.json").write_text("{")
+
     with pytest.raises(InputError, match=r"meta\.json is not readable JSON"):
         find(f"images={tmp_path}")
+
     (tmp_path / "meta.json").write_text('{"a": 3}')
     with pytest.raises(InputError, match=r"meta\.json holds no mapping for a"):
         find(f"images={tmp_path}")
+
     (tmp_path / "meta.json").write_text('{"a": {"root_xyz": [1, 2]}}')
     with pytest.raises(InputError, match="three numbers z y x are wanted"):
         find(f"images={tmp_path}")
@@ -141,10 +149,13 @@ def test_bad_meta_json_is_named(tmp_path: Path) -> None:
 def test_lists_and_fractions_decide_the_splits(tmp_path: Path) -> None:
     made = folder(tmp_path, *"abcdefghij")
     listed = splits(find(f"images={made}", "split.test=[c]", "split.val=[a]"))
+
     assert {i for i, s in listed.items() if s == "test"} == {"c"}
     assert {i for i, s in listed.items() if s == "val"} == {"a"}
+
     drawn = splits(find(f"images={made}", "split.test_fraction=0.3", "split.val_fraction=0.1", "split.test=[c]"))
     assert drawn["c"] == "test"
+
     counts = {s: sum(v == s for v in drawn.values()) for s in ("train", "val", "test")}
     assert counts == {"train": 5, "val": 1, "test": 4}
     assert splits(find(f"images={made}", "split.test_fraction=0.3", "split.seed=1")) != splits(
@@ -165,10 +176,12 @@ def test_volumes_of_one_neuron_share_a_split(tmp_path: Path) -> None:
     rows = [{"image": f"{i}.tif", "swc": f"{i}.swc", "neuron": n} for i, n in zip("abcd", "uuvv", strict=True)]
     path = manifest(tmp_path / "l.csv", rows)
     for seed in range(5):
-        found = splits(find(f"manifest={path}", "split.test_fraction=0.5", f"split.seed={seed}"))
-        assert found["a"] == found["b"] != found["c"] == found["d"]
+        pairs = splits(find(f"manifest={path}", "split.test_fraction=0.5", f"split.seed={seed}"))
+        assert pairs["a"] == pairs["b"] != pairs["c"] == pairs["d"]
+
     assert splits(find(f"manifest={path}", "split.test=[a]")) == {"a": "test", "b": "test", "c": "train", "d": "train"}
     rows[0]["split"], rows[1]["split"] = "train", "test"
+
     with pytest.raises(InputError, match="neuron u is put into both train and test"):
         find(f"manifest={manifest(tmp_path / 'l.csv', rows)}")
 

@@ -23,14 +23,15 @@ from hpc_neuro.data.rasterize import rasterize
 from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import render_stack
 from hpc_neuro.prepare import PrepareConfig, forecast, run
-from tests.helpers.image_pairs import EASY, SHAPE, SIZE, config, contents, pair, write_pair
+from tests.helpers.image_pairs import EASY, SHAPE, SIZE, hash_results, make_config, make_pair, write_pair
 
 
 def test_a_folder_becomes_a_store(raw: Path, whole: Path) -> None:
     store = Store(whole)
     assert (store.split("train"), store.split("val"), store.split("test")) == (("a",), ("c",), ("b",))
+
     for number, stored in enumerate(store):
-        tree, image = pair(number + 1)
+        tree, image = make_pair(number + 1)
         np.testing.assert_array_equal(stored.image(Box.whole(SHAPE)), image)
         np.testing.assert_allclose(stored.tree().points, tree.points, atol=1e-4)
         assert stored.voxel_size == SIZE
@@ -41,8 +42,10 @@ def test_a_folder_becomes_a_store(raw: Path, whole: Path) -> None:
         assert (mask & truth).sum() > 0.7 * truth.sum()
         assert (whole / "pictures" / f"{stored.id}.png").stat().st_size > 10_000
     index = json.loads((whole / "dataset.json").read_text())
+
     assert index["volumes"]["a"]["sha256"]["image"] == files.sha256(raw / "a.tif")
     record = json.loads((whole / "run.json").read_text())
+
     assert record["exit"] == 0
     assert record["summary"]["volumes"] == 3
     assert (whole / "config.yaml").exists()
@@ -51,29 +54,31 @@ def test_a_folder_becomes_a_store(raw: Path, whole: Path) -> None:
 def test_again_it_is_complete_and_nothing_is_touched(raw: Path, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
     with caplog.at_level(logging.INFO, "hpc_neuro"):
-        assert run(config("split.test=[b]", "split.val=[c]", images=raw, out=whole)) == 0
+        assert run(make_config("split.test=[b]", "split.val=[c]", images=raw, out=whole)) == 0
+
     assert "already complete" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
     with pytest.raises(ConfigError, match="made with another config"):
-        run(config("tube=2", images=raw, out=whole))
+        run(make_config("tube=2", images=raw, out=whole))
 
 
 def test_a_file_that_went_missing_is_made_again(single: Path, tmp_path: Path) -> None:
-    cfg = config(images=single, out=tmp_path / "store")
+    cfg = make_config(images=single, out=tmp_path / "store")
     run(cfg)
-    before = contents(tmp_path / "store")
+    before = hash_results(tmp_path / "store")
     (tmp_path / "store" / "a.h5").unlink()
     (tmp_path / "store" / "pictures" / "a.png").unlink()
     run(cfg)
-    assert contents(tmp_path / "store") == before
+    assert hash_results(tmp_path / "store") == before
 
 
 def test_changed_input_is_refused(single: Path, tmp_path: Path) -> None:
     for path in single.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    cfg = config(images=tmp_path, out=tmp_path / "store")
+    cfg = make_config(images=tmp_path, out=tmp_path / "store")
     run(cfg)
     write_pair(tmp_path, "a", 9)
+
     with pytest.raises(ConfigError, match=r"the input a\.image, a\.swc.* changed since"):
         run(cfg)
 
@@ -101,19 +106,22 @@ def test_killed_anywhere_it_ends_with_the_same_files(raw: Path, whole: Path, tmp
         assert process.stdout is not None
         assert "in the middle" in process.stdout.readline()
         process.send_signal(signal.SIGKILL)
+
     assert (out / "a.h5").exists()
     assert not (out / "b.h5").exists()
     assert list(out.glob(".b.h5.*.part"))
+
     written = (out / "a.h5").stat().st_mtime_ns
     time.sleep(0.01)
-    run(config("split.test=[b]", "split.val=[c]", images=raw, out=out))
-    assert contents(out) == contents(whole)
+    run(make_config("split.test=[b]", "split.val=[c]", images=raw, out=out))
+
+    assert hash_results(out) == hash_results(whole)
     assert (out / "a.h5").stat().st_mtime_ns == written
     assert not list(out.rglob("*.part"))
 
 
 def test_the_forecast_names_volumes_voxels_bytes_and_splits(raw: Path, tmp_path: Path) -> None:
-    text = "\n".join(forecast(config("split.test=[b]", images=raw, out=tmp_path / "store")))
+    text = "\n".join(forecast(make_config("split.test=[b]", images=raw, out=tmp_path / "store")))
     assert f"3 volumes, {3 * np.prod(SHAPE):,} voxels" in text
     assert "train: 2 (a, c)" in text
     assert "val: none" in text
@@ -125,14 +133,16 @@ def test_the_forecast_names_volumes_voxels_bytes_and_splits(raw: Path, tmp_path:
 def test_meta_json_gives_roots_voxel_sizes_and_units(
     raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tree, _ = pair(1)
+    tree, _ = make_pair(1)
     write_pair(tmp_path / "in", "a", 1, tree=replace(tree, points=to_um(tree.points, SIZE)))
     meta = {"a": {"root_xyz": [7, 8, 9.5], "voxel_size_um_xyz": [0.4, 0.4, 1.0], "swc_unit": "um"}, "other": {}}
     (tmp_path / "in" / "meta.json").write_text(json.dumps(meta))
     with caplog.at_level(logging.INFO, "hpc_neuro"):
         run(schema.load(PrepareConfig, None, [f"images={tmp_path / 'in'}", f"out={tmp_path / 'out'}"]))
+
     assert "voxel sizes and roots of 1 of 1 volumes" in caplog.text
     stored = Store(tmp_path / "out")["a"]
+
     assert stored.root == (9.5, 8, 7)
     assert stored.voxel_size == SIZE
     np.testing.assert_allclose(stored.tree().points, tree.points, atol=1e-4)
@@ -143,42 +153,45 @@ def test_a_misspelt_key_of_meta_json_is_refused(tmp_path: Path, key: str) -> Non
     write_pair(tmp_path / "in", "a", 1)
     (tmp_path / "in" / "meta.json").write_text(json.dumps({"a": {key: [1, 1, 1], "comment": "free"}}))
     with pytest.raises(InputError, match=f"says {key} of a; write "):
-        run(config(images=tmp_path / "in", out=tmp_path / "out"))
+        run(make_config(images=tmp_path / "in", out=tmp_path / "out"))
 
 
 def test_what_meta_json_says_of_no_image_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_pair(tmp_path / "in", "a", 1)
     (tmp_path / "in" / "meta.json").write_text(json.dumps({"a.tif": {"root_xyz": [1, 1, 1]}, "a": {"comment": "free"}}))
-    run(config(images=tmp_path / "in", out=tmp_path / "out"))
+    run(make_config(images=tmp_path / "in", out=tmp_path / "out"))
     assert "names a.tif, of which there is no image beside it" in caplog.text
 
 
 def test_a_tree_in_um_of_other_voxels_is_refused(tmp_path: Path) -> None:
-    tree, _ = pair(1)
+    tree, _ = make_pair(1)
     write_pair(tmp_path / "in", "a", 1)
     um = replace(tree, points=to_um(tree.points, SIZE), radii=tree.radii * 0.4)
     swc.write(tmp_path / "in" / "a.swc", um, unit="um", voxel_size=(1.0, 0.33, 0.33))
+
     with pytest.raises(InputError, match=r"says um, of voxels of \(1\.0, 0\.33, 0\.33\) um .* correct voxel_size"):
-        run(config(images=tmp_path / "in", out=tmp_path / "out"))
+        run(make_config(images=tmp_path / "in", out=tmp_path / "out"))
+
     swc.write(tmp_path / "in" / "a.swc", um, unit="um", voxel_size=SIZE)
-    assert run(config(images=tmp_path / "in", out=tmp_path / "out")) == 0
+    assert run(make_config(images=tmp_path / "in", out=tmp_path / "out")) == 0
 
 
 def test_the_unit_in_the_header_of_an_swc_is_used(tmp_path: Path) -> None:
-    tree, _ = pair(1)
+    tree, _ = make_pair(1)
     write_pair(tmp_path / "in", "a", 1)
     swc.write(
         tmp_path / "in" / "a.swc", replace(tree, points=to_um(tree.points, SIZE), radii=tree.radii * 0.4), unit="um"
     )
-    run(config(images=tmp_path / "in", out=tmp_path / "out"))
+    run(make_config(images=tmp_path / "in", out=tmp_path / "out"))
     stored = Store(tmp_path / "out")["a"].tree()
+
     np.testing.assert_allclose(stored.points, tree.points, atol=1e-4)
     np.testing.assert_allclose(stored.radii, tree.radii, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "stretch"), [("swc", 1.0), ("constant", 1.0), ("image", None)])
 def test_each_source_of_the_radius(single: Path, tmp_path: Path, kind: str, stretch: float | None) -> None:
-    run(config(f"radius.kind={kind}", images=single, out=tmp_path / "out"))
+    run(make_config(f"radius.kind={kind}", images=single, out=tmp_path / "out"))
     stored = Store(tmp_path / "out")["a"]
     radii = stored.fitted_tree().radii
     if kind == "swc":
@@ -198,10 +211,11 @@ def test_an_ignored_margin_and_a_stub_before_the_root_are_255(tmp_path: Path) ->
     image = render_stack(whole, SHAPE, SIZE, EASY, 1)
     half = morphology.select_nodes(whole, x >= 40)
     write_pair(tmp_path / "in", "a", 1, image, half)
-    run(config(images=tmp_path / "in", out=tmp_path / "stub"))
-    run(config("beyond_root=background", images=tmp_path / "in", out=tmp_path / "none"))
-    run(config("beyond_root=background", "ignore_margin=2", images=tmp_path / "in", out=tmp_path / "margin"))
+    run(make_config(images=tmp_path / "in", out=tmp_path / "stub"))
+    run(make_config("beyond_root=background", images=tmp_path / "in", out=tmp_path / "none"))
+    run(make_config("beyond_root=background", "ignore_margin=2", images=tmp_path / "in", out=tmp_path / "margin"))
     masks = {n: Store(tmp_path / n)["a"].mask(Box.whole(SHAPE)) for n in ("stub", "none", "margin")}
+
     assert set(np.unique(masks["none"])) == {0, 1}
     assert masks["stub"][10, 30 + 3, 10] == 255
     assert not (masks["stub"][:, :, 50:] == 255).any()
@@ -217,9 +231,11 @@ def test_real_neurons_become_masks_that_lie_on_them(real_data: Path, tmp_path: P
     stored = Store(tmp_path / "out")["OP_6"]
     whole = Box.whole(stored.shape)
     image, mask = stored.normalized_image(whole), stored.mask(whole)
+
     assert image[mask == 1].mean() > 0.5
     assert 0.0003 < (mask == 1).mean() < 0.001
     assert stored.root == pytest.approx((10, 412.01, 15.074))
+
     # the given tree misses the ridge by a voxel or two, the drawn one does not
     on = [
         image[tuple(np.clip(np.rint(t.points), 0, np.array(stored.shape) - 1).astype(int).T)].mean()

@@ -36,6 +36,7 @@ QUIET = MicroscopeConfig(photons=1e6, read_noise=0, background=0, specks=0, frag
 def test_a_tree_is_seeded_single_inside_and_positive(seed: int, soma: float) -> None:
     tree = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=soma))
     again = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=soma))
+
     np.testing.assert_array_equal(tree.points, again.points)
     assert len(tree.roots) == 1
     assert np.all((tree.points >= 0) & (tree.points <= np.asarray(SHAPE) - 1))
@@ -48,6 +49,7 @@ def test_seeds_differ_and_trees_branch_wind_and_taper() -> None:
     trees = [grow_random_tree(seed, (48, 192, 192), SIZE) for seed in range(8)]
     assert len({len(t) for t in trees}) > 4
     assert np.median([len(morphology.branch_points(t)) for t in trees]) >= 4
+
     for tree in trees:
         um = to_um(tree.points, SIZE)
         tips, root = morphology.tips(tree), tree.roots[0]
@@ -60,10 +62,12 @@ def test_seeds_differ_and_trees_branch_wind_and_taper() -> None:
 def test_winding_and_branching_do_what_they_say() -> None:
     straight = grow_random_tree(3, SHAPE, SIZE, TreeConfig(winding=0.0, orders=0, soma=0))
     assert len(morphology.branch_points(straight)) == 0
+
     ends = np.linalg.norm(np.diff(to_um(straight.points[[0, len(straight) // 2]], SIZE), axis=0))
     half = morphology.edge_lengths(morphology.Tree(to_um(straight.points, SIZE), *_rest(straight)))[
         : len(straight) // 2 + 1
     ]
+
     assert half.sum() < 1.1 * ends
     few = grow_random_tree(3, (48, 192, 192), SIZE, TreeConfig(branch_every=60, soma=0))
     many = grow_random_tree(3, (48, 192, 192), SIZE, TreeConfig(branch_every=6, soma=0))
@@ -77,10 +81,12 @@ def _rest(tree: morphology.Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_an_image_is_seeded_of_the_shape_and_dtype_asked_for() -> None:
     tree = grow_random_tree(1, SHAPE, SIZE)
     a, b, c = (render_stack(tree, SHAPE, SIZE, seed=s) for s in (5, 5, 6))
+
     assert a.shape == SHAPE
     assert a.dtype == np.uint8
     np.testing.assert_array_equal(a, b)
     assert (a != c).any()
+
     deep = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(bits=16))
     assert deep.dtype == np.uint16
     assert 255 < deep.max() <= 4095
@@ -100,6 +106,7 @@ def test_blur_is_longer_along_z_by_what_the_psf_says() -> None:
     )
     mean = image[:, :, 20:76].astype(float).mean(axis=2)
     z, y = mean.sum(axis=1), mean.sum(axis=0)
+
     assert np.sqrt((z * (np.arange(24) - 12) ** 2).sum() / z.sum()) == pytest.approx(1.5, rel=0.12)
     assert np.sqrt((y * (np.arange(96) - 48) ** 2).sum() / y.sum()) * 0.33 == pytest.approx(0.32, rel=0.2)
 
@@ -113,6 +120,7 @@ def test_noise_is_poisson_and_read_noise() -> None:
         float(np.std(i[8:, 20:, 20:] - ndimage.gaussian_filter(i.astype(float), 4)[8:, 20:, 20:]))
         for i in (noisy, calm)
     ]
+
     assert local[0] > 3 * local[1]
     assert local[1] > 0.009 * 4095
 
@@ -122,8 +130,10 @@ def test_background_is_uneven_and_clean_stacks_have_none() -> None:
     dirty = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05))
     clean = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05), clean_background=True)
     far = rasterize(tree, Box.whole(SHAPE), SIZE).distance >= 8
+
     assert ndimage.gaussian_filter(dirty.astype(float), 6)[far].std() > 1
     assert (clean[far] == 0).mean() > 0.95
+
     near = rasterize(tree, Box.whole(SHAPE), SIZE).skeleton == 1
     assert clean[near].mean() == pytest.approx(dirty[near].mean(), rel=0.1)
 
@@ -135,8 +145,10 @@ def test_gaps_break_the_signal_and_boutons_swell_it() -> None:
     broken = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "gap_every": 8.0, "gap_length": 2.5}), 1)[
         12, 48
     ].astype(float)
+
     assert whole[10:85].min() > 0.5 * whole[10:85].max()
     assert broken[10:85].min() < 0.5 * broken[10:85].max()
+
     swollen = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "bouton_every": 4.0}), 1)
     plain = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**base), 1)
     assert (swollen > 60).sum() > 1.2 * (plain > 60).sum()
@@ -157,9 +169,11 @@ def test_a_folder_looks_like_a_users_own_data(tmp_path: Path) -> None:
     write_dataset(tmp_path / "one", cfg)
     write_dataset(tmp_path / "two", cfg)
     names = sorted(p.name for p in (tmp_path / "one").iterdir())
+
     assert names == ["meta.json", *sorted(f"syn_{i}.{e}" for i in (1, 2) for e in ("swc", "tif"))]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
     meta = json.loads((tmp_path / "one" / "meta.json").read_text())
     for id_, entry in meta.items():
         image = tifffile.imread(tmp_path / "one" / f"{id_}.tif")
@@ -186,6 +200,7 @@ def test_a_given_tree_is_imaged_and_moved_into_the_volume(tmp_path: Path) -> Non
     cfg = SyntheticConfig(volumes=1, shape=SHAPE, trees=(tmp_path / "mine.swc",))
     write_dataset(tmp_path / "out", cfg)
     read = swc.read(tmp_path / "out" / "syn_1.swc")
+
     assert np.all((read.points >= 0) & (read.points <= np.asarray(SHAPE) - 1))
     assert len(read.roots) == 1
     assert len(read) > 10
