@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpc_neuro.core.schema import ConfigError
@@ -96,6 +97,8 @@ class Ranks:
         self.comm = comm
         self.rank: int = 0 if comm is None else comm.Get_rank()
         self.size: int = 1 if comm is None else comm.Get_size()
+        self._store: Any = None
+        self._stores_opened = 0
 
     @classmethod
     def join(cls) -> Ranks:
@@ -167,6 +170,28 @@ class Ranks:
         if self.comm is not None:
             self.comm.Barrier()
 
+    def open_store(self) -> Any:
+        """A torch store with keys of its own that all ranks see. Its server is a thread of rank 0 that needs no Python.
+
+        The store of a process alone lives in its memory.
+        """
+        import torch.distributed
+
+        stores: Any = torch.distributed
+        if self._store is None:
+            self._store = stores.HashStore() if self.size == 1 else self._connect_store(stores.TCPStore)
+        self._stores_opened += 1
+        return stores.PrefixStore(str(self._stores_opened), self._store)
+
+    def _connect_store(self, tcp_store: Any) -> Any:
+        """A client of the store that rank 0 serves on a free port."""
+        # On one node the loopback address works even where the host's name does not resolve.
+        is_one_node = len(set(self.gather(platform.node()))) == 1
+        host = "127.0.0.1" if is_one_node else platform.node()
+        server = self.run(lambda: tcp_store(host, 0, is_master=True, wait_for_workers=False) if self.is_main else None)
+        main_host, port = self.gather((host, server.port if server else 0))[0]
+        return self.run(lambda: server or tcp_store(main_host, port, is_master=False, wait_for_workers=False))
+
     def share_threads(self) -> None:
         """Divide the cores of each node among its ranks, unless the launcher did so already.
 
@@ -192,41 +217,3 @@ def _torch_group() -> Any:
     """
     group = sys.modules.get("torch.distributed")
     return group if group is not None and group.is_initialized() else None
-
-
-def mpi_comm() -> Any:
-    """The communicator of `Ranks.join`; None when alone."""
-    return Ranks.join().comm
-
-
-def share_threads(comm: Any) -> None:
-    """See Ranks.share_threads."""
-    Ranks(comm).share_threads()
-
-
-def together(step: Callable[[], T], comm: Any) -> T:
-    """See Ranks.run."""
-    return Ranks(comm).run(step)
-
-
-def turns(count: int, comm: Any) -> Iterator[int]:
-    """Share the numbers 0 to count - 1 among the ranks of `comm`; each takes the next one that no rank has."""
-    if comm is None:
-        yield from range(count)
-        return
-    import numpy as np
-    from mpi4py import MPI
-
-    window = MPI.Win.Allocate(8 if comm.Get_rank() == 0 else 0, 8, comm=comm)
-    if comm.Get_rank() == 0:
-        np.asarray(window.tomemory()).view(np.int64)[0] = 0
-    comm.Barrier()
-    one, number = np.ones(1, np.int64), np.zeros(1, np.int64)
-    while True:
-        window.Lock(0)
-        window.Fetch_and_op(one, number, 0)
-        window.Unlock(0)
-        if number[0] >= count:
-            break
-        yield int(number[0])
-    window.Free()

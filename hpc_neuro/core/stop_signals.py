@@ -7,6 +7,7 @@ back on the way out, and the verb returns EXIT_STOPPED, which the launcher takes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -55,6 +56,8 @@ class StopSignals:
         self._old_handlers: dict[int, Any] = {}
         self._deadline = float("inf") if margin is None else _job_end(walltime) - margin
         self._is_left = threading.Event()
+        self._callbacks: list[Callable[[], None]] = []
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -82,16 +85,24 @@ class StopSignals:
         if self.is_requested:
             raise Stopped(self.reason)
 
-    def call_on_request(self, callback: Callable[[], None]) -> None:
-        """Call `callback` from a thread soon after a request to stop, also while the main thread is busy."""
-        threading.Thread(target=self._wait_for_request, args=(callback,), name="stop", daemon=True).start()
+    @contextlib.contextmanager
+    def call_on_request(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile, a request to stop calls `callback` soon, from a thread: also while the main thread is busy."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._wait_for_request, name="stop signals", daemon=True)
+            self._thread.start()
+        self._callbacks.append(callback)
+        try:
+            yield
+        finally:
+            self._callbacks.remove(callback)
 
-    def _wait_for_request(self, callback: Callable[[], None]) -> None:
+    def _wait_for_request(self) -> None:
         # The handler runs inside the main thread, so it may not take a lock: the flag is polled instead.
         while not self._is_left.wait(_POLL_SECONDS):
             if self.is_requested:
-                callback()
-                return
+                for callback in tuple(self._callbacks):
+                    callback()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
@@ -114,10 +125,11 @@ def is_requested() -> bool:
     return any(stop.is_requested for stop in tuple(_entered))
 
 
-def call_on_request(callback: Callable[[], None]) -> None:
-    """Call `callback` from a thread soon after the running verb is asked to stop."""
-    if _entered:
-        _entered[-1].call_on_request(callback)
+@contextlib.contextmanager
+def call_on_request(callback: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile, a request to stop the running verb calls `callback` soon, from a thread."""
+    with _entered[-1].call_on_request(callback) if _entered else contextlib.nullcontext():
+        yield
 
 
 def until_stopped(items: Iterable[T]) -> Iterator[T]:

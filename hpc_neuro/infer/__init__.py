@@ -5,9 +5,9 @@ Importing the package does not import torch.
 
 from __future__ import annotations
 
-from hpc_neuro.infer.config import EmptyConfig, InferConfig
+from hpc_neuro.infer.config import InferConfig
 
-__all__ = ["EmptyConfig", "InferConfig", "forecast", "run"]
+__all__ = ["InferConfig", "forecast", "run"]
 
 
 def forecast(cfg: InferConfig) -> list[str]:

@@ -1,18 +1,15 @@
-"""Block by block: read, predict, write one shard, read it back, mark it done. A killed run goes on at the next block.
+"""Block by block: read, predict, write one shard, read it back, mark it done. A killed run resumes at the next block.
 
-While the student looks at one block the next is read and the one before is written. A block that fails is tried again
-at the end, and parked with its traceback when it fails every time; the others go on.
+While the student sees one block, the next is read and the one before is written. The worker of core.task_queue tries a
+block that fails again, and leaves it out when it fails at every try; the others go on.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import logging
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,231 +18,292 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core import files
+from hpc_neuro.core import files, stop_signals
 from hpc_neuro.core.geometry import Block, Shape
+from hpc_neuro.core.task_queue import RETRYABLE, RetryLimits, Task, TaskFailure, TaskLedger, try_all
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.infer.config import EmptyConfig
-from hpc_neuro.infer.done_markers import Empty, Mark, Marks, where
-from hpc_neuro.infer.empty_blocks import brightest, chosen
-from hpc_neuro.infer.progress import Meter
-from hpc_neuro.infer.tiling import MASK, Plan, least, quantised
-from hpc_neuro.infer.volumes import Source
+from hpc_neuro.infer.done_markers import BlockMarker, DoneMarkers, EmptyEvidence, make_block_task
+from hpc_neuro.infer.progress import WindowProgress
+from hpc_neuro.infer.tiling import MASK, Tiling, quantize, quantize_threshold
+from hpc_neuro.infer.volumes import InputVolume
 
-log = logging.getLogger(__name__)
 Image = NDArray[np.float32]
-Predict = Callable[[Image, Callable[[int], None]], Image]
-"""Normalised image [Z, Y, X] -> probability [Z, Y, X]; calls back with the number of windows of each forward."""
-_BEHIND = 2  # blocks that wait for the disk at most
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors after which no other block will fare better."""
+PredictImage = Callable[[Image, Callable[[int], None]], Image]
+"""Normalized image [Z, Y, X] -> probability [Z, Y, X]; calls back with the number of windows of each forward."""
+_PENDING_WRITES = 2
+"""Blocks that wait for the disk at most."""
+_CELL: Shape = (2, 4, 4)
+"""[voxel] Means over cells are compared with the empty level: noise averages out there, and a thin neurite does not."""
+_CELL_SLAB = 64
+"""[voxel] Planes that are averaged at once: the copy in float64 stays small."""
 
 
 @dataclass(frozen=True)
-class Work:
+class EmptyRule:
+    """Which blocks the student need not see."""
+
+    level: float | None = 0.0
+    """Normalized brightness: a block is empty when no cell is above it; None: no block is empty."""
+    proof_share: float = 0.02
+    """Share of the empty blocks, drawn at random, that are predicted nevertheless, to prove the rule."""
+
+
+@dataclass(frozen=True)
+class VolumeRun:
     """All that the blocks of one volume are made with."""
 
-    source: Source
-    plan: Plan
-    predict: Predict
+    source: InputVolume
+    tiling: Tiling
+    predict: PredictImage
     threshold: float
-    empty: EmptyConfig
-    tries: int
-    deaths: int
+    empty: EmptyRule
+    limits: RetryLimits
     folder: Path
-    marks: Marks
+    """OUT/ID.ome.zarr"""
+    markers: DoneMarkers
 
     @classmethod
     def open(
         cls,
-        source: Source,
-        plan: Plan,
-        predict: Predict,
+        source: InputVolume,
+        tiling: Tiling,
+        predict: PredictImage,
         threshold: float,
         key: str,
         out: Path,
-        empty: EmptyConfig | None = None,
-        tries: int = 1,
-        deaths: int = 3,
-    ) -> Work:
-        """Work that writes OUT/ID.ome.zarr, and marks under OUT/blocks/ID what belongs to `key`."""
-        folder, marks = out / f"{source.id}.ome.zarr", Marks(out, source.id, key)
-        return cls(source, plan, predict, threshold, empty or EmptyConfig(), tries, deaths, folder, marks)
+        empty: EmptyRule | None = None,
+        limits: RetryLimits | None = None,
+    ) -> VolumeRun:
+        """A run that writes OUT/ID.ome.zarr, and under OUT/blocks/ID the markers that belong to `key`."""
+        return cls(
+            source=source,
+            tiling=tiling,
+            predict=predict,
+            threshold=threshold,
+            empty=empty or EmptyRule(),
+            limits=limits or RetryLimits(),
+            folder=out / f"{source.id}.ome.zarr",
+            markers=DoneMarkers(out, source.id, key),
+        )
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the image's folder says of itself: enough to check it without the student."""
+        """What the image's folder records of itself: enough to check it without the student."""
         return {
-            "key": self.marks.key,
+            "key": self.markers.key,
             "shape": list(self.source.shape),
             "voxel_size": list(self.source.voxel_size),
-            "shard": list(self.plan.write),
-            "chunk": list(self.plan.chunk),
+            "shard": list(self.tiling.write),
+            "chunk": list(self.tiling.chunk),
         }
 
-    def fresh(self) -> bool:
-        """Whether the folder is there and of this work."""
+    def has_folder(self) -> bool:
+        """Whether the image's folder exists and is of this run."""
         return bool(ome_zarr.read_record(self.folder) == self.record)
 
-    def create(self) -> None:
+    def create_folder(self) -> None:
         """Make the image's folder."""
-        source, plan = self.source, self.plan
+        source, tiling = self.source, self.tiling
         ome_zarr.create(
-            self.folder, "probability", source.shape, source.voxel_size, plan.write, plan.chunk, MASK, self.record
+            self.folder, "probability", source.shape, source.voxel_size, tiling.write, tiling.chunk, MASK, self.record
         )
 
-
-@dataclass(frozen=True)
-class _Failure:
-    block: Block
-    error: BaseException
+    def list_blocks(self) -> list[Block]:
+        """The blocks of this run's share of the volume."""
+        return self.tiling.take_share(self.tiling.list_blocks(self.source.shape), self.source.share)
 
 
-def predict_blocks(work: Work, todo: Iterable[Block], meter: Meter, alone: bool = False) -> None:
-    """Make blocks; the ones that fail `work.tries` times are parked (see Marks).
-
-    `alone`: only one block is in hand at any time, so that if the process is killed it is known at which.
-    """
-
-    def once(some: Iterable[Block], attempt: int) -> list[_Failure]:
-        if alone:
-            return [failure for block in some for failure in _pass(work, [block], meter, attempt)]
-        return _pass(work, some, meter, attempt)
-
-    failed = once(todo, 1)
-    for attempt in range(2, work.tries + 1):
-        failed = once([f.block for f in failed], attempt)
-    for failure in failed:
-        trace = "".join(traceback.format_exception(failure.error))
-        work.marks.park(failure.block.index, where(failure.block), str(failure.error), trace, work.tries)
+def predict_blocks(volume: VolumeRun, blocks: Iterable[Block], progress: WindowProgress) -> list[TaskFailure]:
+    """Predict and write blocks in this process alone; those that are left out."""
+    name = volume.source.id
+    pipeline = BlockPipeline(volume, progress)
+    with TaskLedger[Block, None]({name: volume.markers}, volume.limits) as ledger:
+        try_all((make_block_task(block, name) for block in blocks), pipeline.run, ledger)
+    return ledger.report.failures
 
 
-def _pass(work: Work, todo: Iterable[Block], meter: Meter, attempt: int) -> list[_Failure]:
-    """Every block once; the failed ones."""
-    failed: list[_Failure] = []
+class BlockPipeline:
+    """Reads, predicts and writes blocks of one volume at the same time; `run` is a Worker of core.task_queue."""
 
-    def caught(block: Block, error: OSError | ValueError | RuntimeError) -> None:
-        if getattr(error, "errno", None) in FULL:
-            raise error
-        tries = f"try {attempt} of {work.tries}"
-        log.warning("%s: block %s failed (%s): %s", work.source.id, block.index, tries, error)
-        failed.append(_Failure(block, error))
-        release(block)
+    def __init__(self, volume: VolumeRun, progress: WindowProgress) -> None:
+        self._volume, self._progress = volume, progress
+        self._arrays = ome_zarr.open_level(volume.folder), ome_zarr.open_level(volume.folder, label=MASK)
 
-    in_hand: dict[Shape, Block] = {}
+    def run(self, tasks: Iterable[Task[Block]], ledger: TaskLedger[Block, None]) -> None:
+        """Work through tasks and report each to the ledger."""
+        pending: deque[tuple[Task[Block], Future[None]]] = deque()
 
-    def begin(block: Block) -> Future[tuple[Image | None, Empty | None]]:
-        in_hand[block.index] = block
-        work.marks.begin(block.index)  # counted before, for a killed process cannot say so afterwards
-        return reader.submit(_read, work, block)
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+            try:
+                for task, reading in self._read_ahead(tasks, reader, ledger):
+                    started_at = time.monotonic()
+                    try:
+                        image, evidence = reading.result()
+                        arrived_at = time.monotonic()
+                        levels = self._predict(task.payload, image)
+                    except RETRYABLE as error:
+                        ledger.fail(task, error)
+                        continue
 
-    def release(block: Block) -> None:
-        del in_hand[block.index]
-        work.marks.end(block.index)
+                    predicted_at = time.monotonic()
+                    seconds = predicted_at - started_at
+                    writing = writer.submit(
+                        write_block, self._volume, task.payload, levels, evidence, self._arrays, seconds
+                    )
+                    pending.append((task, writing))
+                    _settle(pending, ledger, _PENDING_WRITES)
+                    self._count_waits(arrived_at - started_at, predicted_at - arrived_at, predicted_at)
+                _settle(pending, ledger, 0)
+            except stop_signals.Stopped:
+                # Predicted blocks are soon written, and would else have to be predicted again.
+                _settle(pending, ledger, 0)
+                raise
+            except BaseException:
+                reader.shutdown(cancel_futures=True)
+                writer.shutdown(cancel_futures=True)
+                raise
 
-    arrays = ome_zarr.open_level(work.folder), ome_zarr.open_level(work.folder, label=MASK)
-    remaining = iter(todo)
-    with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-        behind: deque[tuple[Block, Future[None]]] = deque()
+    def _read_ahead(
+        self, tasks: Iterable[Task[Block]], reader: ThreadPoolExecutor, ledger: TaskLedger[Block, None]
+    ) -> Iterator[tuple[Task[Block], Future[tuple[Image | None, EmptyEvidence | None]]]]:
+        """Each task with its voxels, once the next one is being read."""
+        ahead = None
+        for task in tasks:
+            ledger.begin(task)
+            following = task, reader.submit(read_block, self._volume, task.payload)
+            if ahead is not None:
+                yield ahead
+            ahead = following
+        if ahead is not None:
+            yield ahead
 
-        def settle(most: int) -> None:
-            while len(behind) > most:
-                block, future = behind.popleft()
-                try:
-                    future.result()
-                    release(block)
-                except (OSError, ValueError, RuntimeError) as error:
-                    caught(block, error)
+    def _predict(self, block: Block, image: Image | None) -> NDArray[np.uint8] | None:
+        """The probability of the block itself, 0 to 255; None for a block that the student need not see."""
+        if image is None:
+            self._progress.skip(self._volume.tiling.count_windows(block))
+            return None
+        inner = block.write.relative_to(block.read.start).slices
+        return quantize(self._volume.predict(image, self._count_windows)[inner])
 
-        try:
-            block = next(remaining, None)
-            ahead = None if block is None else begin(block)
-            while block is not None and ahead is not None:
-                now, seen, block = block, ahead, next(remaining, None)
-                begun = time.monotonic()
-                try:
-                    image, empty = seen.result()
-                    if block is not None:
-                        ahead = begin(block)
-                    arrived = time.monotonic()
-                    values = None if image is None else _look(work, now, image, meter)
-                except (OSError, ValueError, RuntimeError) as error:
-                    if block is not None and ahead is seen:  # the reading failed, and the next one is not begun
-                        ahead = begin(block)
-                    caught(now, error)
-                    continue
-                if values is None:
-                    meter.skip(work.plan.cost(now))
-                looked = time.monotonic()
-                behind.append((now, writer.submit(_write, work, now, values, empty, arrays, looked - begun)))
-                settle(_BEHIND)
-                for name, seconds in (
-                    ("reading", arrived - begun),
-                    ("student", looked - arrived),
-                    ("writing", time.monotonic() - looked),
-                ):
-                    meter.waited[name] += seconds
-            settle(0)
-        except BaseException:
-            reader.shutdown(cancel_futures=True)
-            writer.shutdown(cancel_futures=True)
-            for block in list(in_hand.values()):  # stopped in good order: no death
-                release(block)
-            raise
-    return failed
+    def _count_windows(self, windows: int) -> None:
+        self._progress.advance(windows)
+        # A block may take minutes, and a warning may leave less: the block is given back after this forward.
+        stop_signals.check()
+
+    def _count_waits(self, reading: float, student: float, predicted_at: float) -> None:
+        waited = self._progress.waited
+        waited["reading"] += reading
+        waited["student"] += student
+        waited["writing"] += time.monotonic() - predicted_at
 
 
-def _read(work: Work, block: Block) -> tuple[Image | None, Empty | None]:
-    """The block with its context, and why it is empty, if it is; None for the image where it need not be looked at."""
-    level, source = work.empty.level, work.source
+def read_block(volume: VolumeRun, block: Block) -> tuple[Image | None, EmptyEvidence | None]:
+    """The voxels that the student must see, None where it need not; and why the block is empty, None for others."""
+    level, source = volume.empty.level, volume.source
     if level is None:
         return source.read(block.read), None
+
+    # Most empty blocks are found in the overview without being read.
     if source.overview is not None:
-        bright = source.overview(block.read)
-        if bright > level:
+        brightness = source.overview(block.read)
+        if brightness > level:
             return source.read(block.read), None
-        proving = chosen(work.empty.prove, work.marks.key, block.index)
-        return source.read(block.read) if proving else None, Empty(bright, level)
+        is_proof = is_drawn_as_proof(volume, block)
+        return source.read(block.read) if is_proof else None, EmptyEvidence(brightness, level)
+
     image = source.read(block.read)
-    bright = brightest(image, work.empty.cell)
-    if bright > level:
+    brightness = brightest_cell(image, _CELL)
+    if brightness > level:
         return image, None
-    # a black image was shown to the student before (see verb), so only what is not quite black is left to prove
-    proving = bright > 0 and chosen(work.empty.prove, work.marks.key, block.index)
-    return image if proving else None, Empty(bright, level)
+    # The student has seen a black image before (see verb.py), so only what is not quite black is left to prove.
+    is_proof = brightness > 0 and is_drawn_as_proof(volume, block)
+    return image if is_proof else None, EmptyEvidence(brightness, level)
 
 
-def _look(work: Work, block: Block, image: Image, meter: Meter) -> NDArray[np.uint8]:
-    inner = block.write.relative_to(block.read.start).slices
-    return quantised(work.predict(image, meter.add)[inner])
-
-
-def _write(
-    work: Work,
+def write_block(
+    volume: VolumeRun,
     block: Block,
-    values: NDArray[np.uint8] | None,
-    empty: Empty | None,
+    levels: NDArray[np.uint8] | None,
+    evidence: EmptyEvidence | None,
     arrays: tuple[Any, Any],
     seconds: float,
 ) -> None:
-    """Write both shards, read them back, and mark the block done."""
+    """Write both shards of a block, read them back, and mark the block done. levels None: the block is skipped.
+
+    Raises OSError when the read-back differs.
+    """
     index, start = block.index, block.write.start
     shards = [ome_zarr.shard_path(index), ome_zarr.shard_path(index, label=MASK)]
+    # A shard that a kill has torn cannot be updated.
     for shard in shards:
-        (work.folder / shard).unlink(missing_ok=True)  # a torn one is not read
-    if values is None:
-        work.marks.write(Mark(work.marks.key, index, start, {}, "", skipped=empty))
+        (volume.folder / shard).unlink(missing_ok=True)
+    if levels is None:
+        volume.markers.write(BlockMarker(volume.markers.key, index, start, {}, "", skipped=evidence))
         return
-    above = (values >= least(work.threshold)).astype(np.uint8)
-    for array, content in zip(arrays, (values, above), strict=True):
+
+    mask = (levels >= quantize_threshold(volume.threshold)).astype(np.uint8)
+    for array, content in zip(arrays, (levels, mask), strict=True):
         ome_zarr.write_box(array, block.write, content)
-        if digest(np.asarray(ome_zarr.read_box(array, block.write))) != digest(content):
+        if hash_array(np.asarray(ome_zarr.read_box(array, block.write))) != hash_array(content):
             raise OSError(f"the block at {start} reads back other than it was written; is the disk sound?")
-    sums = {shard: files.sha256(work.folder / shard) for shard in shards if (work.folder / shard).exists()}
-    mark = Mark(work.marks.key, index, start, sums, digest(values), int(above.sum()), round(seconds, 3), proof=empty)
-    work.marks.write(mark)
+
+    checksums = {shard: files.sha256(volume.folder / shard) for shard in shards if (volume.folder / shard).exists()}
+    volume.markers.write(
+        BlockMarker(
+            key=volume.markers.key,
+            index=index,
+            start=start,
+            files=checksums,
+            sha256=hash_array(levels),
+            foreground=int(mask.sum()),
+            seconds=round(seconds, 3),
+            proof=evidence,
+        )
+    )
 
 
-def digest(values: Array) -> str:
+def brightest_cell(image: Image, cell: Shape) -> float:
+    """The largest mean of any cell of a normalized image [Z, Y, X]; cells at the end may be smaller.
+
+    The mean over a cell sets a thin dim neurite off from noise, which the largest voxel of millions does not.
+    """
+    if not image.any():
+        return 0.0
+
+    brightest = 0.0
+    planes = max(_CELL_SLAB // cell[0], 1) * cell[0]
+    for first in range(0, len(image), planes):
+        sums, counts = image[first : first + planes].astype(np.float64), np.ones(1)
+        for axis, size in enumerate(cell):
+            starts = np.arange(0, sums.shape[axis], size)
+            widths = np.diff(np.append(starts, sums.shape[axis]))
+            sums = np.add.reduceat(sums, starts, axis=axis)
+            counts = counts * widths.reshape([-1 if a == axis else 1 for a in range(3)])
+        brightest = max(brightest, float((sums / counts).max()))
+    return brightest
+
+
+def is_drawn_as_proof(volume: VolumeRun, block: Block) -> bool:
+    """Whether an empty block belongs to the random share that is predicted; the same blocks on every rank."""
+    digest = hashlib.sha256(f"{volume.markers.key} {block.index}".encode()).hexdigest()
+    return int(digest[:8], 16) / 2**32 < volume.empty.proof_share
+
+
+def hash_array(values: Array) -> str:
     """SHA-256 of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+def _settle(
+    pending: deque[tuple[Task[Block], Future[None]]], ledger: TaskLedger[Block, None], most_pending: int
+) -> None:
+    """Report finished writes, oldest first, until at most `most_pending` wait."""
+    while len(pending) > most_pending:
+        task, writing = pending.popleft()
+        try:
+            writing.result()
+        except RETRYABLE as error:
+            ledger.fail(task, error)
+        else:
+            ledger.finish(task)

@@ -1,4 +1,4 @@
-"""The knobs of `infer`."""
+"""The settings of `infer`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class VolumeConfig:
     root: tuple[float, float, float] | None = None
     """[voxel] z, y, x where the neuron begins; none: every piece that is long enough becomes a tree."""
     roots: tuple[tuple[float, float, float], ...] = ()
-    """[voxel] Where several neurons begin: each becomes one tree; what they hang together in is cut between them."""
+    """[voxel] Where several neurons begin: each becomes one tree, and pieces that connect them are cut between them."""
     channel: int | None = None
     """Channel of an image that has several."""
     axes: str | None = None
@@ -53,22 +53,8 @@ class VolumeConfig:
 
 
 @config
-class EmptyConfig:
-    """Which blocks the student need not see. They are recorded as skipped, with the rule."""
-
-    level: float | None = Field(default=0.0, ge=0, lt=1)
-    """Normalised brightness. A block is skipped when no cell of it and its surroundings is above it; 0: only what is
-    black throughout; none: nothing is skipped."""
-    cell: Shape = (2, 4, 4)
-    """[voxel] Means over cells are compared: noise does not reach far there, and a thin neurite does."""
-    prove: float = Field(default=0.02, ge=0, le=1)
-    """Share of the skipped blocks, drawn at random, that are predicted nevertheless; any voxel above the threshold in
-    one is listed as a failure. Black blocks need no proof: the student is shown one before."""
-
-
-@config
 class InferConfig:
-    """Which volumes a student looks at, and how its probability becomes trees."""
+    """Which volumes a student predicts, and how its probability becomes trees."""
 
     model: Path
     """The folder that `train` wrote, or one of its weights folders."""
@@ -94,46 +80,44 @@ class InferConfig:
     """Windows at once; halved by itself when the memory is too small."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Probability from which a voxel is neurite; none: the one that training found best."""
-    empty: EmptyConfig = EmptyConfig()
-    """What is skipped."""
+    empty_level: float | None = Field(default=0.0, ge=0, lt=1)
+    """Normalized brightness. A block is skipped, and recorded as skipped, when no cell of 2 x 4 x 4 voxels of it and of
+    its surroundings is above it; 0: only black blocks; none: nothing is skipped. Of the blocks skipped above 0, 2 % are
+    predicted nevertheless: a neurite in one is listed as a failure."""
     share: tuple[int, int] | None = None
     """[i, n]: do every n-th volume from the i-th and no more, with a record in OUT/shares; for tasks of job arrays. Of
-    fewer than n volumes, a share does its part of the blocks of one. The same command without it gathers what they
-    made, and does what is missing."""
-    tries: int = Field(default=2, ge=1)
-    """How often a block, or another part of the work, that fails is tried before it is left out and listed."""
+    fewer than n volumes, a share does its part of the blocks of one. The same command without it gathers what the
+    shares wrote, and does what is missing."""
     deaths: int = Field(default=3, ge=1)
-    """How often a process may be killed while it is at a block, or another part of the work, before that is left out
-    and listed."""
+    """How often a process may be killed while it is at a block, or another task, before that is left out and listed."""
     silence: float = Field(default=300.0, gt=0)
-    """[s] An MPI rank that gives no sign of life for so long is lost: the others say so and stop. One step of tracing
-    lets none through for about 0.3 s per million voxels of strands."""
+    """[s] An MPI rank that gives no sign of life for so long is lost: the others report it and stop. One step of
+    tracing lets none through for about 0.3 s per million voxels of centerlines."""
     trees: bool = True
     """Whether to trace."""
     page: bool = True
-    """Whether to write infer.html: the block map, the volumes with their trees, what to look at first."""
+    """Whether to write infer.html: the block map, the volumes with their trees, what to proofread first."""
     trace: TraceConfig = TraceConfig()
     """How the probability becomes trees."""
     flips: tuple[str, ...] = ()
-    """Mirrored views, such as [flip_x, flip_y+flip_x], in which the student looks again at every window through which a
-    tree runs; how far the confidence then differs is told in proofread/. Each costs as much as those windows did at
+    """Mirrored views, such as [flip_x, flip_y+flip_x], in which the student predicts every window through which a tree
+    runs once more; proofread/ shows how far the confidence then differs. Each costs as much as those windows did at
     first; none: off."""
 
     def __post_init__(self) -> None:
         if (self.store is None) == (not self.inputs):
             raise ValueError("give either store=FOLDER or inputs=[{image: FILE}]")
-        if min(*self.block, *self.chunk, *self.empty.cell) < 1:
-            raise ValueError(
-                f"block {list(self.block)}, chunk {list(self.chunk)} and empty.cell {list(self.empty.cell)} must be at "
-                "least 1 voxel"
-            )
+        if min(*self.block, *self.chunk) < 1:
+            raise ValueError(f"block {list(self.block)} and chunk {list(self.chunk)} must be at least 1 voxel")
+
         views = [parse_orientation(name) for name in self.flips]
         if any(view.swap or not any(view.flips) for view in views) or len(set(views)) < len(views):
             raise ValueError(
-                f"flips {list(self.flips)}: want different mirrors, such as [flip_z, flip_y, flip_x, flip_y+flip_x]"
+                f"flips {list(self.flips)}: expected different mirrors, such as [flip_z, flip_y, flip_x, flip_y+flip_x]"
             )
         if self.flips and not self.trees:
             raise ValueError("flips looks at trees; give trees=true, or no flips")
-        names = [v.name for v in self.inputs]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"inputs: {', '.join(twice)} would be written twice; give each volume an `id` of its own")
+
+        names = [item.name for item in self.inputs]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"inputs: {', '.join(repeated)} would be written twice; give each volume its own `id`")

@@ -12,59 +12,67 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 _SECONDS_PER_LINE = 10.0
+"""[s] A log gets one progress line this often."""
 
 
-class Meter:
-    """Counts windows and says their rate and when the rest will be done: a bar on a terminal, else lines in the log."""
+class WindowProgress:
+    """Counts windows; shows their rate and when the rest will be done, as a bar on a terminal, else as log lines."""
 
     def __init__(self, label: str, total: int, show: bool = True) -> None:
+        """label: of what; total: windows to predict, as known so far."""
         self.label, self.total, self.done = label, total, 0
-        self.waited = {"reading": 0.0, "student": 0.0, "writing": 0.0}  # [s] what this process waited for
-        self._show, self._begun = show, time.monotonic()
-        self._said = self._begun
-        self._bar = (
-            tqdm(desc=label, total=total, unit="window", dynamic_ncols=True, leave=False)
-            if show and sys.stderr.isatty()
-            else None
-        )
+        self.waited = {"reading": 0.0, "student": 0.0, "writing": 0.0}
+        """[s] What this process waited for."""
+        self._show, self._started_at = show, time.monotonic()
+        self._logged_at = self._started_at
 
-    def __enter__(self) -> Meter:
+        self._bar = None
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(desc=label, total=total, unit="window", dynamic_ncols=True, leave=False)
+
+    def __enter__(self) -> WindowProgress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
 
-    def add(self, windows: int) -> None:
-        """So many windows are done."""
+    def advance(self, windows: int) -> None:
+        """Count windows as done."""
         self.done += windows
         if self._bar is not None:
             self._bar.update(windows)
+
         now = time.monotonic()
-        if self._show and self._bar is None and now - self._said >= _SECONDS_PER_LINE:
-            self._said = now
-            log.info("%s", self.line(now - self._begun))
+        if self._show and self._bar is None and now - self._logged_at >= _SECONDS_PER_LINE:
+            self._logged_at = now
+            log.info("%s", self.describe(now - self._started_at))
 
     def skip(self, windows: int) -> None:
-        """So many windows need not be looked at."""
+        """Count windows as not needed."""
         self.expect(-windows)
 
     def expect(self, windows: int) -> None:
-        """So many windows more are to be looked at."""
+        """Count more windows as to be done."""
         self.total += windows
         if self._bar is not None:
             self._bar.total = self.total
             self._bar.refresh()
 
-    def line(self, seconds: float) -> str:
+    def describe(self, seconds: float) -> str:
         """`cell: 40/100 windows, 8.0 windows/s, done at 14:05:31 (8 s left), waiting: reading 1 %, student 99 %`."""
         rate = self.done / max(seconds, 1e-9)
-        left = max(self.total - self.done, 0) / max(rate, 1e-9)
-        at = (dt.datetime.now() + dt.timedelta(seconds=min(left, 1e9))).strftime("%a %H:%M:%S")
-        text = f"{self.label}: {self.done}/{self.total} windows, {rate:.3g} windows/s, done {at} ({left:.0f} s left)"
-        return text + (f", waiting: {self.shares()}" if any(self.waited.values()) else "")
+        seconds_left = max(self.total - self.done, 0) / max(rate, 1e-9)
+        end = dt.datetime.now() + dt.timedelta(seconds=min(seconds_left, 1e9))
+        text = (
+            f"{self.label}: {self.done}/{self.total} windows, {rate:.3g} windows/s, "
+            f"done {end.strftime('%a %H:%M:%S')} ({seconds_left:.0f} s left)"
+        )
+        return text + (f", waiting: {self.describe_waits()}" if any(self.waited.values()) else "")
 
-    def shares(self) -> str:
+    def describe_waits(self) -> str:
         """`reading 1 %, student 98 %, writing 1 %`: what the time of this process went to."""
-        whole = max(sum(self.waited.values()), 1e-9)
-        return ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in self.waited.items())
+        total = max(sum(self.waited.values()), 1e-9)
+        return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in self.waited.items())

@@ -1,4 +1,4 @@
-"""Where a person should look first: a score for each neuron, and the doubtful places, worst first, without any truth.
+"""What a person should look at first: a score for each neuron, and the doubtful places, worst first, without any truth.
 
 OUT/proofread/ID.csv                 places, ranked
 OUT/proofread/ID.neurons.csv         neurons, least sure first
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,261 +27,393 @@ from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
 
-_RED = "void main() { emitRGB(vec3(toNormalized(getDataValue()), 0.0, 0.0)); }"  # over the image
-KINDS = ("csv", "neurons.csv", "blocks.csv", "swc", "confidence.csv", "neuroglancer.json")
-"""Endings of what is written of a volume."""
-DOUBTFUL = 7  # SWC type: the last of those left to the user
-_BORDER = 3.0  # [voxel] an end this near to the border of the volume leaves it, and is no doubt
-_TURN = 75.0  # [degree] a path that turns more than this within `_ARM` may have changed to another neuron
-_ARM = 6.0  # [voxel] before and behind a turn
-
-
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+FILE_KINDS = ("csv", "neurons.csv", "blocks.csv", "swc", "confidence.csv", "neuroglancer.json")
+"""Endings of the files of a volume."""
+DOUBTFUL_TYPE = 7
+"""SWC type of a doubtful node: the last of those left to the user."""
+_BORDER = 3.0
+"""[voxel] An end this near to the border of the volume leaves it, and is not doubtful."""
+_TURN_DEGREES = 75.0
+"""[degree] A path that turns more than this within `_TURN_ARM` may have changed to another neuron."""
+_TURN_ARM = 6.0
+"""[voxel] Cable before and behind a turn over which its direction is measured."""
+_TURN_DOUBT = 0.5
+"""Doubt of a turn, whatever its confidence."""
+_RED_SHADER = "void main() { emitRGB(vec3(toNormalized(getDataValue()), 0.0, 0.0)); }"
+"""Shader of the probability, which lies over the image."""
 
 
 @dataclass(frozen=True)
-class Sure:
-    """What is known of the nodes of a tree without any truth."""
+class NodeConfidence:
+    """How sure the nodes of a tree are, without any truth."""
 
-    confidence: Floats  # [N] see tracing.confidence
-    views: Floats  # [K, N] the same in K mirrored views; none were looked at: K is 0
-    low: float  # an edge below it was bridged
+    plain: Floats
+    """[N] See tracing.measure_confidence."""
+    views: Floats
+    """[K, N] The same in K mirrored views."""
+    low: float
+    """An edge below it was bridged."""
     threshold: float
+    """From it an edge is sure."""
 
     @property
     def disagreement(self) -> Floats | None:
-        """[N] mean over the mirrored views of how far the confidence is from that in the plain one, 0 to 1."""
-        return np.abs(self.views - self.confidence).mean(axis=0) if len(self.views) else None
+        """[N] Mean over the mirrored views of how far the confidence is from the plain one, 0 to 1; None without."""
+        return np.abs(self.views - self.plain).mean(axis=0) if len(self.views) else None
 
     @property
     def mean(self) -> Floats:
-        """[N] mean over all views."""
-        return np.asarray(np.vstack([self.confidence, self.views]).mean(axis=0))
+        """[N] Mean over all views."""
+        return np.asarray(np.vstack([self.plain, self.views]).mean(axis=0))
 
     @property
     def lowest(self) -> Floats:
-        """[N] lowest of all views."""
-        return np.asarray(np.vstack([self.confidence, self.views]).min(axis=0))
+        """[N] Lowest of all views."""
+        return np.asarray(np.vstack([self.plain, self.views]).min(axis=0))
 
 
 @dataclass(frozen=True)
-class Place:
-    """One place to look at."""
+class DoubtfulPlace:
+    """One place to look at. The fields are the columns of ID.csv."""
 
     rank: int
-    kind: str  # gap, faint, unsteady, turn or end
-    z: float  # [voxel]
+    kind: str
+    """gap, faint, unsteady, turn or end."""
+    z: float
+    """[voxel]"""
     y: float
     x: float
-    doubt: float  # 0 to 1: one minus the lowest confidence of the place, or the disagreement where that is larger
-    disagreement: float | None  # of mirrored views, 0 to 1; none: not looked at
-    cable_um: float  # what would be lost or gained: the cable behind it
-    neuron: int  # from 1, as swc/ID/0001.swc
-    node: int  # SWC id in swc/ID.swc
+    doubt: float
+    """0 to 1: one minus the lowest confidence of the place, or the disagreement where that is larger."""
+    disagreement: float | None
+    """Of mirrored views, 0 to 1; None without them."""
+    cable_um: float
+    """[um] The cable behind the place, which would be lost or gained."""
+    neuron: int
+    """From 1, as swc/ID/0001.swc."""
+    node: int
+    """SWC id in swc/ID.swc."""
 
 
 @dataclass(frozen=True)
-class Neuron:
-    """How sure a whole tree is."""
+class NeuronScore:
+    """How sure a whole tree is. The fields are the columns of ID.neurons.csv."""
 
     neuron: int
-    score: float  # share of the cable that is as sure as the threshold
-    mean: float  # confidence, by cable
+    score: float
+    """Share of the cable that is as sure as the threshold."""
+    mean: float
+    """Confidence, by cable."""
     cable_um: float
     gaps: int
     gap_um: float
-    disagreement: float | None  # by cable
+    disagreement: float | None
+    """By cable."""
 
 
 @dataclass(frozen=True)
 class BlockScore:
-    """How sure the cable in one block of the image is."""
+    """How sure the cable in one block of the image is. The fields are the columns of ID.blocks.csv."""
 
-    block: str  # z_y_x, as blocks/ID/z_y_x.json
-    score: float  # as of a neuron
+    block: str
+    """z_y_x, as blocks/ID/z_y_x.json."""
+    score: float
+    """As of a neuron."""
     mean: float
     cable_um: float
     disagreement: float | None
 
 
-def places(tree: Tree, known: Sure, shape: Shape, size: VoxelSize) -> list[Place]:
+@dataclass(frozen=True)
+class _ScoredForest:
+    """Trees in voxels with their confidence, and what is measured of them once."""
+
+    tree: Tree
+    confidence: NodeConfidence
+    voxel_size: VoxelSize
+
+    @cached_property
+    def edge_um(self) -> Floats:
+        """[N] um from each node to its parent; 0 for roots."""
+        lengths = morphology.edge_lengths(morphology.scale_tree(self.tree, self.voxel_size))
+        return np.where(self.tree.parents >= 0, lengths, 0.0)
+
+    @cached_property
+    def cable_behind_um(self) -> Floats:
+        """[N] um of cable behind each node, its own edge included."""
+        cable = morphology.edge_lengths(morphology.scale_tree(self.tree, self.voxel_size)).copy()
+        for node in range(len(self.tree) - 1, -1, -1):
+            if self.tree.parents[node] >= 0:
+                cable[self.tree.parents[node]] += cable[node]
+        return cable
+
+    @cached_property
+    def neuron_of(self) -> Ints:
+        """[N] number of each node's tree, from 0."""
+        return morphology.label_components(self.tree)
+
+    @cached_property
+    def swc_ids(self) -> Ints:
+        """[N] id of each node in swc/ID.swc."""
+        return np.asarray(swc.node_ids(self.tree))
+
+    def make_place(self, kind: str, node: int, doubt: float) -> DoubtfulPlace:
+        """A place, not ranked yet."""
+        z, y, x = (round(float(coordinate), 2) for coordinate in self.tree.points[node])
+        disagreement = self.confidence.disagreement
+        own_disagreement = None if disagreement is None else round(float(disagreement[node]), 4)
+        return DoubtfulPlace(
+            rank=0,
+            kind=kind,
+            z=z,
+            y=y,
+            x=x,
+            doubt=round(max(doubt, own_disagreement or 0.0), 4),
+            disagreement=own_disagreement,
+            cable_um=round(float(self.cable_behind_um[node]), 2),
+            neuron=int(self.neuron_of[node]) + 1,
+            node=int(self.swc_ids[node]),
+        )
+
+
+def find_places(tree: Tree, confidence: NodeConfidence, shape: Shape, voxel_size: VoxelSize) -> list[DoubtfulPlace]:
     """The doubtful places of trees in voxels, worst first: by doubt times the square root of the cable behind.
 
     A gap is a run of edges below `low` (it was bridged), a faint stretch one below `threshold`, an unsteady one is
     below that in a mirrored view only, a turn is a bend of more than 75 degrees; an end counts where the neurite is
     still bright.
     """
-    sure, low, threshold, apart = known.confidence, known.low, known.threshold, known.disagreement
-    um = morphology.scale_tree(tree, size)
-    step = morphology.edge_lengths(um)
-    below = step.copy()
-    for node in range(len(tree) - 1, -1, -1):
-        if tree.parents[node] >= 0:
-            below[tree.parents[node]] += below[node]
-    neuron, numbers = morphology.label_components(tree) + 1, swc.node_ids(tree)
-    found = []
-
-    def add(kind: str, node: int, doubt: float) -> None:
-        z, y, x = (round(float(v), 2) for v in tree.points[node])
-        behind, off = round(float(below[node]), 2), None if apart is None else round(float(apart[node]), 4)
-        doubt = round(max(doubt, off or 0.0), 4)
-        found.append(Place(0, kind, z, y, x, doubt, off, behind, int(neuron[node]), int(numbers[node])))
-
-    kinds = np.where(sure < low, 3, np.where(sure < threshold, 2, np.where(known.lowest < threshold, 1, 0)))
-    for run in _runs(tree, kinds):
-        worst = int(run[known.lowest[run].argmin()])
-        kind = ("unsteady", "faint", "gap")[kinds[worst] - 1]
-        add(kind, worst, 0.0 if kind == "unsteady" else float(1 - sure[run].min()))
-    for node in _turns(tree):
-        add("turn", node, 0.5)
-    rim = np.minimum(tree.points, np.array(shape) - 1 - tree.points).min(axis=1)
-    for node in morphology.tips(tree).tolist():
-        if rim[node] > _BORDER and sure[node] >= max(threshold, 0.5 * (1 + threshold)):
-            add("end", node, float(sure[node] - threshold) / 2)
-    found.sort(key=lambda p: (-p.doubt * (1 + p.cable_um) ** 0.5, p.node))
-    return [replace(place, rank=i) for i, place in enumerate(found, start=1)]
+    forest = _ScoredForest(tree, confidence, voxel_size)
+    places = [*_find_weak_stretches(forest), *_find_turns(forest), *_find_bright_ends(forest, shape)]
+    places.sort(key=lambda place: (-place.doubt * (1 + place.cable_um) ** 0.5, place.node))
+    return [replace(place, rank=rank) for rank, place in enumerate(places, start=1)]
 
 
-def neurons(tree: Tree, known: Sure, size: VoxelSize) -> list[Neuron]:
+def score_neurons(tree: Tree, confidence: NodeConfidence, voxel_size: VoxelSize) -> list[NeuronScore]:
     """A score for each tree of a forest in voxels, least sure first."""
-    of, step = morphology.label_components(tree), _cable(tree, size)
-    weak = (tree.parents >= 0) & (known.confidence < known.low)
-    gaps = np.bincount([of[run[0]] for run in _runs(tree, weak.astype(np.int64))], minlength=len(tree.roots))
-    broken = np.bincount(of, weights=step * weak)
-    scores = _scores(step, known, of)
-    found = [
-        Neuron(i, score, mean, cable, int(gaps[i - 1]), round(float(broken[i - 1]), 2), apart)
-        for i, (score, mean, cable, apart) in enumerate(scores, start=1)
+    forest = _ScoredForest(tree, confidence, voxel_size)
+    neuron_of = forest.neuron_of
+
+    # A gap is a run of bridged edges.
+    is_bridged = (tree.parents >= 0) & (confidence.plain < confidence.low)
+    runs = _find_runs(tree, is_bridged.astype(np.int64))
+    gaps = np.bincount([neuron_of[run[0]] for run in runs], minlength=len(tree.roots))
+    gap_um = np.bincount(neuron_of, weights=forest.edge_um * is_bridged)
+
+    scores = [
+        NeuronScore(number + 1, score, mean, cable, int(gaps[number]), round(float(gap_um[number]), 2), disagreement)
+        for number, (score, mean, cable, disagreement) in enumerate(_score_groups(forest, neuron_of))
     ]
-    return sorted(found, key=lambda n: (n.score, n.neuron))
+    return sorted(scores, key=lambda neuron: (neuron.score, neuron.neuron))
 
 
-def by_block(tree: Tree, known: Sure, block: Shape, size: VoxelSize) -> list[BlockScore]:
+def score_blocks(tree: Tree, confidence: NodeConfidence, block: Shape, voxel_size: VoxelSize) -> list[BlockScore]:
     """A score for each block of `block` voxels that holds cable, least sure first."""
-    places = np.rint(tree.points).astype(np.int64).clip(0) // np.array(block)
-    indices, of = np.unique(places, axis=0, return_inverse=True)
-    scores = zip(indices.tolist(), _scores(_cable(tree, size), known, of.ravel()), strict=True)
-    found = [BlockScore("_".join(map(str, index)), *score) for index, score in scores if score[2] > 0]
-    return sorted(found, key=lambda b: (b.score, b.block))
+    forest = _ScoredForest(tree, confidence, voxel_size)
+    block_of_node = np.rint(tree.points).astype(np.int64).clip(0) // np.array(block)
+    indices, group_of = np.unique(block_of_node, axis=0, return_inverse=True)
+
+    scores = list[BlockScore]()
+    for index, values in zip(indices.tolist(), _score_groups(forest, group_of.ravel()), strict=True):
+        score = BlockScore("_".join(map(str, index)), *values)
+        if score.cable_um > 0:
+            scores.append(score)
+    return sorted(scores, key=lambda score: (score.score, score.block))
 
 
-def _cable(tree: Tree, size: VoxelSize) -> Floats:
-    """[N] um from each node to its parent; 0 for roots."""
-    return np.where(tree.parents >= 0, morphology.edge_lengths(morphology.scale_tree(tree, size)), 0.0)
-
-
-def _scores(step: Floats, known: Sure, of: NDArray[np.int64]) -> list[tuple[float, float, float, float | None]]:
-    """For each group of nodes (`of` [N]): share of the cable that is as sure as the threshold, mean confidence, cable,
-    mean disagreement."""
-    cable, apart = np.bincount(of, weights=step), known.disagreement
-
-    def mean(values: Floats) -> list[float]:
-        each = np.bincount(of, weights=step * values) / np.maximum(cable, 1e-9)
-        return [round(value, 4) for value in each.tolist()]
-
-    score, sure = mean((known.confidence >= known.threshold).astype(np.float64)), mean(known.confidence)
-    off = [None] * len(cable) if apart is None else mean(apart)
-    return list(zip(score, sure, np.round(cable, 2).tolist(), off, strict=True))
-
-
-def write(
-    out: Path, name: str, tree: Tree, known: Sure, shape: Shape, size: VoxelSize, block: Shape
-) -> tuple[list[Place], list[Neuron]]:
+def write_tables(
+    out: Path,
+    name: str,
+    tree: Tree,
+    confidence: NodeConfidence,
+    shape: Shape,
+    voxel_size: VoxelSize,
+    block: Shape,
+) -> tuple[list[DoubtfulPlace], list[NeuronScore]]:
     """Write all six files of a volume; what is in the first two tables."""
     folder = out / "proofread"
-    found, scores = places(tree, known, shape, size), neurons(tree, known, size)
-    blocks = by_block(tree, known, block, size)
-    for path, kind, rows in (
-        (f"{name}.csv", Place, found),
-        (f"{name}.neurons.csv", Neuron, scores),
-        (f"{name}.blocks.csv", BlockScore, blocks),
-    ):
-        files.write_text(folder / path, _table([asdict(row) for row in rows], list(kind.__dataclass_fields__)))
-    columns = {"confidence": known.confidence}
-    if (apart := known.disagreement) is not None:
-        columns |= {"disagreement": apart, "mean": known.mean}
-    lines = zip(*(np.round(column, 4).tolist() for column in columns.values()), strict=True)
-    numbers = swc.node_ids(tree).tolist()
-    nodes = [dict(zip(("node", *columns), (i, *line), strict=True)) for i, line in zip(numbers, lines, strict=True)]
-    files.write_text(folder / f"{name}.confidence.csv", _table(nodes, ["node", *columns]))
-    types = np.where(_in_section(tree, known.lowest < known.threshold), DOUBTFUL, tree.types)
-    marked = morphology.scale_tree(replace(tree, types=types), size)
-    about = [f"type {DOUBTFUL}: somewhere less sure than {known.threshold:g}"]
-    swc.write(folder / f"{name}.swc", marked, unit="um", voxel_size=size, comments=about)
-    files.write_json(folder / f"{name}.neuroglancer.json", neuroglancer(name, found, shape, size))
-    return found, scores
+    places = find_places(tree, confidence, shape, voxel_size)
+    neurons = score_neurons(tree, confidence, voxel_size)
+    blocks = score_blocks(tree, confidence, block, voxel_size)
+    _write_rows(folder / f"{name}.csv", DoubtfulPlace, places)
+    _write_rows(folder / f"{name}.neurons.csv", NeuronScore, neurons)
+    _write_rows(folder / f"{name}.blocks.csv", BlockScore, blocks)
+    files.write_text(folder / f"{name}.confidence.csv", _confidence_table(tree, confidence))
+
+    types = np.where(_spread_over_sections(tree, confidence.lowest < confidence.threshold), DOUBTFUL_TYPE, tree.types)
+    marked = morphology.scale_tree(replace(tree, types=types), voxel_size)
+    comments = [f"type {DOUBTFUL_TYPE}: somewhere less sure than {confidence.threshold:g}"]
+    swc.write(folder / f"{name}.swc", marked, unit="um", voxel_size=voxel_size, comments=comments)
+
+    state = build_neuroglancer_state(name, places, shape, voxel_size)
+    files.write_json(folder / f"{name}.neuroglancer.json", state)
+    return places, neurons
 
 
-def tables(out: Path, name: str) -> tuple[Path, Path]:
+def table_paths(out: Path, name: str) -> tuple[Path, Path]:
     """Where the tables of places and of neurons of a volume are."""
     return out / "proofread" / f"{name}.csv", out / "proofread" / f"{name}.neurons.csv"
 
 
-def neuroglancer(
-    name: str, found: Sequence[Place], shape: Shape, size: VoxelSize, base: str = "http://HOST"
+def build_neuroglancer_state(
+    name: str, places: Sequence[DoubtfulPlace], shape: Shape, voxel_size: VoxelSize, base: str = "http://HOST"
 ) -> dict[str, Any]:
     """A state that shows the probability, the mask and the places; base: where OUT is served (`infer serve`)."""
     url = f"zarr3://{base}/{name}.ome.zarr/"
+    center = [size / 2 for size in shape]
     points = [
-        {"type": "point", "id": str(p.rank), "point": [p.z, p.y, p.x], "description": f"{p.kind}, doubt {p.doubt:.2f}"}
-        for p in found
+        {
+            "type": "point",
+            "id": str(place.rank),
+            "point": [place.z, place.y, place.x],
+            "description": f"{place.kind}, doubt {place.doubt:.2f}",
+        }
+        for place in places
     ]
     return {
-        "dimensions": {axis: [v * 1e-6, "m"] for axis, v in zip("zyx", size, strict=True)},
+        "dimensions": {axis: [size * 1e-6, "m"] for axis, size in zip("zyx", voxel_size, strict=True)},
         "displayDimensions": ["x", "y", "z"],
-        "position": [found[0].z, found[0].y, found[0].x] if found else [n / 2 for n in shape],
+        "position": [places[0].z, places[0].y, places[0].x] if places else center,
         "layers": [
-            {"type": "image", "name": "probability", "source": url, "shader": _RED, "blend": "additive", "opacity": 1},
+            {
+                "type": "image",
+                "name": "probability",
+                "source": url,
+                "shader": _RED_SHADER,
+                "blend": "additive",
+                "opacity": 1,
+            },
             {"type": "segmentation", "name": "mask", "source": f"{url}labels/mask/", "visible": False},
             {"type": "annotation", "name": "doubtful places", "source": "local://annotations", "annotations": points},
         ],
     }
 
 
-def _in_section(tree: Tree, at: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[N] whether any node of the unbranched section of each is so; an SWC section has one type."""
+def _find_weak_stretches(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:
+    """A place for each run of gap, faint or unsteady edges, at its least sure node."""
+    confidence = forest.confidence
+    lowest = confidence.lowest
+    kinds = np.zeros(len(forest.tree), dtype=np.int64)
+    kinds[lowest < confidence.threshold] = 1
+    kinds[confidence.plain < confidence.threshold] = 2
+    kinds[confidence.plain < confidence.low] = 3
+
+    for run in _find_runs(forest.tree, kinds):
+        worst = int(run[lowest[run].argmin()])
+        kind = ("unsteady", "faint", "gap")[kinds[worst] - 1]
+        # The doubt of an unsteady place is the disagreement alone.
+        doubt = 0.0 if kind == "unsteady" else float(1 - confidence.plain[run].min())
+        yield forest.make_place(kind, worst, doubt)
+
+
+def _find_bright_ends(forest: _ScoredForest, shape: Shape) -> Iterator[DoubtfulPlace]:
+    """A place for each tip inside the volume whose neurite is still bright: it may go on."""
+    tree, confidence = forest.tree, forest.confidence
+    threshold = confidence.threshold
+    distance_to_border = np.minimum(tree.points, np.array(shape) - 1 - tree.points).min(axis=1)
+    is_bright = confidence.plain >= max(threshold, 0.5 * (1 + threshold))
+
+    for node in morphology.tips(tree).tolist():
+        if distance_to_border[node] > _BORDER and is_bright[node]:
+            yield forest.make_place("end", node, float(confidence.plain[node] - threshold) / 2)
+
+
+def _find_turns(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:
+    """A place for each sharp bend of an unbranched path; of bends that lie close together the first."""
+    tree = forest.tree
+    last_turn = None
+    for node in _list_sharp_nodes(tree):
+        if last_turn is None or np.linalg.norm(tree.points[last_turn] - tree.points[node]) >= 2 * _TURN_ARM:
+            last_turn = node
+            yield forest.make_place("turn", node, _TURN_DOUBT)
+
+
+def _list_sharp_nodes(tree: Tree) -> list[int]:
+    """Inner nodes of unbranched paths whose direction changes by more than `_TURN_DEGREES` within `_TURN_ARM`."""
+    length, counts = morphology.edge_lengths(tree), morphology.child_counts(tree)
+    child = np.full(len(tree), -1, dtype=np.int64)
+    child[tree.parents[tree.parents >= 0]] = np.flatnonzero(tree.parents >= 0)
+    nodes = np.flatnonzero((counts == 1) & (tree.parents >= 0))
+
+    # All nodes walk along their paths at once, away from the root ...
+    ahead, reach_ahead = nodes.copy(), np.zeros(len(nodes))
+    while (walks := (reach_ahead < _TURN_ARM) & (counts[ahead] == 1)).any():
+        ahead[walks] = child[ahead[walks]]
+        reach_ahead[walks] += length[ahead[walks]]
+    # ... and towards it.
+    behind, reach_behind = nodes.copy(), np.zeros(len(nodes))
+    while (walks := (reach_behind < _TURN_ARM) & (tree.parents[behind] >= 0)).any():
+        reach_behind[walks] += length[behind[walks]]
+        behind[walks] = tree.parents[behind[walks]]
+
+    arriving = tree.points[nodes] - tree.points[behind]
+    leaving = tree.points[ahead] - tree.points[nodes]
+    norms = np.linalg.norm(arriving, axis=1) * np.linalg.norm(leaving, axis=1)
+    cosine = (arriving * leaving).sum(axis=1) / np.maximum(norms, 1e-9)
+    has_arms = np.minimum(reach_ahead, reach_behind) >= _TURN_ARM
+    sharp: list[int] = nodes[has_arms & (cosine < np.cos(np.radians(_TURN_DEGREES)))].tolist()
+    return sharp
+
+
+def _score_groups(forest: _ScoredForest, group_of: Ints) -> list[tuple[float, float, float, float | None]]:
+    """For each group of nodes (`group_of` [N]): share of the cable that is as sure as the threshold, mean confidence,
+    cable in um, mean disagreement."""
+    confidence, edge_um = forest.confidence, forest.edge_um
+    cable = np.bincount(group_of, weights=edge_um)
+
+    def average(values: Floats) -> list[float]:
+        means = np.bincount(group_of, weights=edge_um * values) / np.maximum(cable, 1e-9)
+        return [round(value, 4) for value in means.tolist()]
+
+    score = average((confidence.plain >= confidence.threshold).astype(np.float64))
+    mean = average(confidence.plain)
+    disagreement: list[float | None] = [None] * len(cable)
+    if confidence.disagreement is not None:
+        disagreement = [*average(confidence.disagreement)]
+    return list(zip(score, mean, np.round(cable, 2).tolist(), disagreement, strict=True))
+
+
+def _confidence_table(tree: Tree, confidence: NodeConfidence) -> str:
+    columns = {"confidence": confidence.plain}
+    if confidence.disagreement is not None:
+        columns |= {"disagreement": confidence.disagreement, "mean": confidence.mean}
+    rounded = [np.round(column, 4).tolist() for column in columns.values()]
+    header = ("node", *columns)
+    rows = [
+        dict(zip(header, (node, *values), strict=True))
+        for node, *values in zip(swc.node_ids(tree).tolist(), *rounded, strict=True)
+    ]
+    return _format_csv(rows, list(header))
+
+
+def _spread_over_sections(tree: Tree, marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[N] whether any node of the unbranched section of each is marked; an SWC section has one type."""
     counts, section = morphology.child_counts(tree), np.arange(len(tree))
     for node, parent in enumerate(tree.parents.tolist()):
         if parent >= 0 and counts[parent] == 1:
             section[node] = section[parent]
-    return np.isin(section, section[at])
+    return np.isin(section, section[marked])
 
 
-def _runs(tree: Tree, kinds: NDArray[np.integer[Any]]) -> list[NDArray[np.int64]]:
+def _find_runs(tree: Tree, kinds: NDArray[np.integer[Any]]) -> list[Ints]:
     """Connected nodes of one kind other than 0."""
     label = np.full(len(tree), -1, dtype=np.int64)
     for node, parent in enumerate(tree.parents.tolist()):
         if kinds[node]:
             label[node] = label[parent] if parent >= 0 and kinds[parent] == kinds[node] else node
+
     order = np.argsort(label, kind="stable")
     order = order[np.searchsorted(label[order], 0) :]
     return np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else []
 
 
-def _turns(tree: Tree) -> list[int]:
-    """Inner nodes of unbranched paths where the way turns sharply."""
-    step, counts = morphology.edge_lengths(tree), morphology.child_counts(tree)
-    child = np.full(len(tree), -1, dtype=np.int64)
-    child[tree.parents[tree.parents >= 0]] = np.flatnonzero(tree.parents >= 0)
-    nodes = np.flatnonzero((counts == 1) & (tree.parents >= 0))
-    ahead, behind, gone, there = nodes.copy(), nodes.copy(), np.zeros(len(nodes)), np.zeros(len(nodes))
-    while (on := (gone < _ARM) & (counts[ahead] == 1)).any():
-        ahead[on] = child[ahead[on]]
-        gone[on] += step[ahead[on]]
-    while (on := (there < _ARM) & (tree.parents[behind] >= 0)).any():
-        there[on] += step[behind[on]]
-        behind[on] = tree.parents[behind[on]]
-    a, b = tree.points[nodes] - tree.points[behind], tree.points[ahead] - tree.points[nodes]
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine = (a * b).sum(axis=1) / np.maximum(lengths, 1e-9)
-    found = list[int]()
-    for node in nodes[(np.minimum(gone, there) >= _ARM) & (cosine < np.cos(np.radians(_TURN)))].tolist():
-        if not (found and np.linalg.norm(tree.points[found[-1]] - tree.points[node]) < 2 * _ARM):
-            found.append(node)
-    return found
+def _write_rows(path: Path, kind: type[Any], rows: Sequence[Any]) -> None:
+    files.write_text(path, _format_csv([asdict(row) for row in rows], list(kind.__dataclass_fields__)))
 
 
-def _table(rows: Sequence[dict[str, Any]], columns: list[str]) -> str:
+def _format_csv(rows: Sequence[dict[str, Any]], columns: list[str]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

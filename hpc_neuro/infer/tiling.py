@@ -1,4 +1,4 @@
-"""How volumes are cut: blocks to write, context to read, windows to look at, and who does which.
+"""How volumes are cut: blocks to write, context to read, windows to predict, and shares of the blocks.
 
 The windows lie on one lattice over the whole volume (see models.sliding_window), and a block is read with the context
 of every window that touches it, so the blocks' borders do not show: the result is that of the whole volume at once.
@@ -19,16 +19,19 @@ from hpc_neuro.core.geometry import Block, Shape, tile_volume
 from hpc_neuro.models import sliding_window
 
 MASK = "mask"
+"""Name of the label image: 1 where the probability is at least the threshold."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     """How volumes are cut. All in voxels, z y x."""
 
     window: Shape
     overlap: float
+    """Share of a window that the next one covers again."""
     patch: Shape
-    block: Shape  # as asked for
+    block: Shape
+    """As configured; `write` is what is used."""
     chunk: Shape
 
     @property
@@ -39,8 +42,8 @@ class Plan:
     @property
     def write(self) -> Shape:
         """The block rounded up to whole window steps and whole chunks."""
-        unit = [math.lcm(s, c) for s, c in zip(self.step, self.chunk, strict=True)]
-        z, y, x = (math.ceil(b / u) * u for b, u in zip(self.block, unit, strict=True))
+        units = [math.lcm(step, chunk) for step, chunk in zip(self.step, self.chunk, strict=True)]
+        z, y, x = (math.ceil(size / unit) * unit for size, unit in zip(self.block, units, strict=True))
         return z, y, x
 
     @property
@@ -48,47 +51,49 @@ class Plan:
         """Context read around a block: all that the windows touching it see, which is what its voxels depend on."""
         return sliding_window.halo(self.window, self.overlap, self.patch)
 
-    def blocks(self, shape: Shape) -> list[Block]:
+    def list_blocks(self, shape: Shape) -> list[Block]:
         """The blocks of a volume."""
         return list(tile_volume(shape, self.write, self.halo))
 
-    def second(self, shape: Shape) -> list[Block]:
-        """The blocks for a second look (views.py), where a place also depends on the voxels next to it: read a step
-        farther."""
-        z, y, x = (h + s for h, s in zip(self.halo, self.step, strict=True))
+    def list_flip_blocks(self, shape: Shape) -> list[Block]:
+        """The blocks for flipped views (flip_tta.py), read a step farther: there a place also depends on the voxels
+        next to it."""
+        z, y, x = (halo + step for halo, step in zip(self.halo, self.step, strict=True))
         return list(tile_volume(shape, self.write, (z, y, x)))
 
-    def cost(self, block: Block) -> int:
+    def count_windows(self, block: Block) -> int:
         """How often the student runs for a block."""
-        pairs = zip(block.read.shape, self.window, self.step, strict=True)
-        return math.prod(max(math.ceil((n - w) / s), 0) + 1 for n, w, s in pairs)
+        axes = zip(block.read.shape, self.window, self.step, strict=True)
+        return math.prod(max(math.ceil((size - window) / step), 0) + 1 for size, window, step in axes)
 
-    def windows(self, shape: Shape) -> int:
+    def count_all_windows(self, shape: Shape) -> int:
         """How often the student runs on a volume of this shape."""
-        return sum(self.cost(block) for block in self.blocks(shape))
+        return sum(self.count_windows(block) for block in self.list_blocks(shape))
 
-    def share(self, found: Sequence[Block], share: tuple[int, int] | None) -> list[Block]:
-        """The i-th of n shares (i, n) of blocks, of nearly equal cost; all of them for None.
-
-        The dearest block goes to whoever has least so far, so neighbours, which tend to be empty together, are spread.
-        """
+    def take_share(self, blocks: Sequence[Block], share: tuple[int, int] | None) -> list[Block]:
+        """Share i of n (i, n) of blocks; shares cost nearly the same. All blocks for None."""
         if share is None:
-            return list(found)
-        mine, load = [], [(0, i) for i in range(share[1])]
-        for block in sorted(found, key=lambda b: (-self.cost(b), b.index)):
-            total, who = heapq.heappop(load)
-            heapq.heappush(load, (total + self.cost(block), who))
-            if who == share[0]:
-                mine.append(block)
-        return sorted(mine, key=lambda b: b.index)
+            return list(blocks)
+
+        index, count = share
+        own = list[Block]()
+        # The dearest block goes to the share with the least load, so neighbors, which tend to be empty together, are
+        # spread.
+        loads = [(0, i) for i in range(count)]
+        for block in sorted(blocks, key=lambda b: (-self.count_windows(b), b.index)):
+            load, lightest = heapq.heappop(loads)
+            heapq.heappush(loads, (load + self.count_windows(block), lightest))
+            if lightest == index:
+                own.append(block)
+        return sorted(own, key=lambda b: b.index)
 
 
-def quantised(probability: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+def quantize(probability: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     """Probability [0, 1] as 0 to 255."""
     levels: NDArray[np.uint8] = np.rint(probability * 255).astype(np.uint8)
     return levels
 
 
-def least(threshold: float) -> int:
+def quantize_threshold(threshold: float) -> int:
     """The smallest of 0 to 255 that counts as at least `threshold`."""
     return math.ceil(threshold * 255 - 1e-9)

@@ -1,9 +1,9 @@
-"""A finished probability becomes trees: SWC in micrometres and in voxels, and an entry in predictions.json.
+"""A finished probability becomes trees: SWC in micrometers and in voxels, and an entry in predictions.json.
 
-Each step leaves a file in OUT/strands, with which the next start goes on:
+Each step leaves a file in OUT/strands, with which the next start resumes:
 
-    reduce (per block) -> strands    trace (per volume) -> forest.npz    look again (per block, views.py) -> views
-                                                                         finished (per volume) -> swc, proofread, entry
+    skeletonize (per block) -> Z_Y_X.npz    trace (per volume) -> forest.npz    flip_tta.py (per block) -> view_*.npz
+                                                                     finish (per volume) -> swc, proofread, entry
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core import files, morphology, run_folder, schema
+from hpc_neuro.core import files, morphology, run_folder, schema, stop_signals
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.types import Array
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.infer import proofread
-from hpc_neuro.infer.block_pipeline import Work
+from hpc_neuro.infer.block_pipeline import VolumeRun
 from hpc_neuro.infer.config import InferConfig
-from hpc_neuro.infer.volumes import Source
+from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.tracing import (
     BlockSkeleton,
     add_halo,
@@ -38,165 +39,209 @@ from hpc_neuro.tracing import (
     trace_block_skeletons,
 )
 
+A = TypeVar("A", bound=Array)
 log = logging.getLogger(__name__)
-Entry = dict[str, Any]
+PredictionEntry = dict[str, Any]
+"""What predictions.json says of one volume."""
 Floats = NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class VolumeTrees:
+    """The trees of one volume, on their way from its probability to their files."""
+
+    cfg: InferConfig
+    volume: VolumeRun
+
+    @property
+    def key(self) -> str:
+        """All that the trees depend on, hashed."""
+        cfg, source = self.cfg, self.volume.source
+        facts = (
+            f"{self.volume.markers.key} {cfg.trees} {schema.dump(cfg.trace)} {source.roots} {source.voxel_size} "
+            f"{cfg.flips}"
+        )
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    @property
+    def scratch(self) -> Path:
+        """Folder of the files that wait for the next step; they belong to the same probability and settings."""
+        return self.cfg.out / "strands" / self.volume.source.id / self.key[:16]
+
+    def read_entry(self) -> PredictionEntry | None:
+        """The entry that an earlier run, or a share of this one, left of the same probability and settings."""
+        path = entry_path(self.cfg.out, self.volume.source.id)
+        if not path.exists():
+            return None
+        record = files.read_json(path, f"remove {path}")
+        is_whole = all((self.cfg.out / file).exists() for file in record["files"])
+        return dict(record["entry"]) if record["key"] == self.key and is_whole else None
+
+    def list_blocks_to_skeletonize(self) -> list[Box]:
+        """The blocks whose skeleton is missing before the volume can be traced; a block without a shard has none."""
+        if not self.needs_tracing():
+            return []
+        source, cfg = self.volume.source, self.cfg.trace
+        return [
+            box
+            for box in list_trace_blocks(source.shape, cfg)
+            if not self._skeleton_path(box).exists()
+            and ome_zarr.has_shards(self.volume.folder, add_halo(box, source.shape, source.voxel_size, cfg))
+        ]
+
+    def skeletonize(self, box: Box) -> None:
+        """Skeletonize one block and keep the result until the volume is traced."""
+        source = self.volume.source
+        read = open_probability(self.volume.folder)
+        skeleton = skeletonize_block(read, source.shape, box, source.voxel_size, self.cfg.trace)
+        if skeleton is not None:
+            save_arrays(self._skeleton_path(box), skeleton)
+
+    def needs_tracing(self) -> bool:
+        """Whether the trees of the volume are still to be found."""
+        return self.cfg.trees and self.read_entry() is None and not self.has_forest()
+
+    def has_forest(self) -> bool:
+        """Whether the trees of the volume are found and wait to be written."""
+        return self._forest_path.exists()
+
+    def trace(self) -> None:
+        """Find the trees of the volume and keep them until they are written. InputError for a root off the trees."""
+        source, started_at = self.volume.source, time.monotonic()
+        trees = trace_block_skeletons(
+            self._load_skeletons(),
+            open_probability(self.volume.folder),
+            source.shape,
+            source.voxel_size,
+            roots=source.roots,
+            cfg=self.cfg.trace,
+            image=_stop_on_request(source.read),
+        )
+        save_arrays(self._forest_path, morphology.concatenate_trees(trees))
+
+        seconds, nodes = time.monotonic() - started_at, sum(map(len, trees))
+        log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(trees), nodes, seconds)
+
+    def load_forest(self) -> Tree:
+        """What `trace` found, in voxels."""
+        with np.load(self._forest_path) as arrays:
+            return Tree(**arrays)
+
+    def finish(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
+        """Write the trees; the volume's entry in predictions.json, whose paths are relative to `out`.
+
+        `load_views` gives the confidence in mirrored views. Nothing is written again that was before.
+        """
+        entry = self.read_entry()
+        if entry is None:
+            entry = self._write_files(load_views)
+        shutil.rmtree(self.scratch.parent, ignore_errors=True)
+        # Scratch of other volumes may still be there.
+        with contextlib.suppress(OSError):
+            (self.cfg.out / "strands").rmdir()
+        return entry
+
+    def _write_files(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
+        out, name = self.cfg.out, self.volume.source.id
+        entry = describe_volume(self.volume)
+        _remove_old_trees(out, name)
+        # From here to the record below, what lies at these paths is ours and half written.
+        files.write_json(entry_path(out, name), {"key": "", "entry": {}, "files": {}, "writing": True})
+
+        if self.cfg.trees:
+            entry |= self._write_trees(load_views)
+        checksums = {path.relative_to(out).as_posix(): files.sha256(path) for path in list_tree_files(out, name)}
+        if entry["swc"]:
+            entry["sha256"] = {kind: checksums[entry[kind]] for kind in ("swc", "swc_voxel")}
+        files.write_json(entry_path(out, name), {"key": self.key, "entry": entry, "files": checksums})
+        return entry
+
+    def _write_trees(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
+        """Write SWC files and what to proofread; what the entry says of them."""
+        source, out, cfg = self.volume.source, self.cfg.out, self.cfg.trace
+        forest = self.load_forest()
+        if not len(forest):
+            return {"trees": 0}
+
+        plain = measure_confidence(forest, open_probability(self.volume.folder), source.shape)
+        confidence = proofread.NodeConfidence(plain, load_views(forest), cfg.floor, cfg.threshold)
+        places, scores = proofread.write_tables(
+            out, source.id, forest, confidence, source.shape, source.voxel_size, self.volume.tiling.write
+        )
+
+        comments = [f"traced by hpc_neuro {run_folder.code_version()} from {source.image}"]
+        _write_swc(out / "swc", source.id, forest, source, comments)
+        if len(forest.roots) > 1:
+            for number, tree in enumerate(morphology.split_components(forest), start=1):
+                _write_swc(out / "swc" / source.id, f"{number:04d}", tree, source, comments)
+
+        return {
+            "trees": len(forest.roots),
+            "proofread": {"places": len(places), "sure_share": _mean_score(scores)},
+            "confidence": f"proofread/{source.id}.confidence.csv",
+            "swc": f"swc/{source.id}.swc",
+            "swc_voxel": f"swc/{source.id}.voxel.swc",
+        }
+
+    def _load_skeletons(self) -> list[BlockSkeleton]:
+        """The skeletons of all blocks of the volume, in the blocks' order."""
+        skeletons = []
+        for box in list_trace_blocks(self.volume.source.shape, self.cfg.trace):
+            path = self._skeleton_path(box)
+            if path.exists():
+                with np.load(path) as arrays:
+                    skeletons.append(BlockSkeleton(**arrays))
+        return skeletons
+
+    def _skeleton_path(self, box: Box) -> Path:
+        return self.scratch / f"{'_'.join(map(str, box.start))}.npz"
+
+    @property
+    def _forest_path(self) -> Path:
+        return self.scratch / "forest.npz"
+
+
 def entry_path(out: Path, name: str) -> Path:
-    """Where a volume's entry waits for the others."""
+    """Where a volume's entry waits for those of the others."""
     return out / "entries" / f"{name}.json"
 
 
-def tree_files(out: Path, name: str) -> list[Path]:
-    """The files of a volume's trees that are there: SWC of all and of each, and what to proofread."""
-    own = [out / "swc" / f"{name}.{kind}" for kind in ("swc", "voxel.swc")]
-    own += [out / "proofread" / f"{name}.{kind}" for kind in proofread.KINDS]
-    return [p for p in own if p.exists()] + sorted((out / "swc" / name).glob("*"))
+def list_tree_files(out: Path, name: str) -> list[Path]:
+    """The files of a volume's trees that exist: SWC of all and of each, and what to proofread."""
+    paths = [out / "swc" / f"{name}.{kind}" for kind in ("swc", "voxel.swc")]
+    paths += [out / "proofread" / f"{name}.{kind}" for kind in proofread.FILE_KINDS]
+    return [path for path in paths if path.exists()] + sorted((out / "swc" / name).glob("*"))
 
 
-def held(cfg: InferConfig, work: Work) -> Entry | None:
-    """A volume's entry from an earlier run, or a share of this one, of the same probability and settings."""
-    path = entry_path(cfg.out, work.source.id)
-    if not path.exists():
-        return None
-    found = files.read_json(path, f"remove {path}")
-    whole = found["key"] == _key(cfg, work) and all((cfg.out / file).exists() for file in found["files"])
-    return dict(found["entry"]) if whole else None
-
-
-def to_reduce(cfg: InferConfig, work: Work) -> list[Box]:
-    """The blocks whose strands are still to be found before a volume can be traced; one without a shard has none."""
-    if not to_trace(cfg, work):
-        return []
-    source = work.source
-    return [
-        box
-        for box in list_trace_blocks(source.shape, cfg.trace)
-        if not _strands_path(cfg, work, box).exists()
-        and ome_zarr.has_shards(work.folder, add_halo(box, source.shape, source.voxel_size, cfg.trace))
-    ]
-
-
-def reduce(cfg: InferConfig, work: Work, box: Box) -> None:
-    """Find the strands of one block and keep them until the volume is traced."""
-    source = work.source
-    found = skeletonize_block(reader(work.folder), source.shape, box, source.voxel_size, cfg.trace)
-    if found is not None:
-        save(_strands_path(cfg, work, box), found)
-
-
-def to_trace(cfg: InferConfig, work: Work) -> bool:
-    """Whether the trees of a volume, all of whose blocks are reduced, are still to be found."""
-    return cfg.trees and held(cfg, work) is None and not traced(cfg, work)
-
-
-def traced(cfg: InferConfig, work: Work) -> bool:
-    """Whether the trees of a volume are found and wait to be written."""
-    return _forest_path(cfg, work).exists()
-
-
-def trace(cfg: InferConfig, work: Work) -> None:
-    """Find the trees of a volume and keep them until they are written. Raises InputError for a root off the trees."""
-    source, begun = work.source, time.monotonic()
-    kept, read = _kept(cfg, work), reader(work.folder)
-    found = trace_block_skeletons(
-        kept, read, source.shape, source.voxel_size, roots=source.roots, cfg=cfg.trace, image=source.read
-    )
-    save(_forest_path(cfg, work), morphology.concatenate_trees(found))
-    seconds = time.monotonic() - begun
-    log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(found), sum(map(len, found)), seconds)
-
-
-def forest(cfg: InferConfig, work: Work) -> Tree:
-    """What `trace` found, in voxels."""
-    with np.load(_forest_path(cfg, work)) as arrays:
-        return Tree(**arrays)
-
-
-def finished(cfg: InferConfig, work: Work, views: Callable[[Tree], Floats]) -> Entry:
-    """A volume's entry in predictions.json (paths relative to `out`), its trees written.
-
-    `views` gives the confidence in mirrored views. Nothing is written again that was before.
-    """
-    entry = held(cfg, work)
-    if entry is None:
-        entry = untraced(work)
-        _forget(cfg.out, work.source.id)
-        # from here to the whole record below, what lies there is ours and half written
-        files.write_json(entry_path(cfg.out, work.source.id), {"key": "", "entry": {}, "files": {}, "writing": True})
-        if cfg.trees:
-            _write_trees(cfg, work, entry, views)
-        written = {p.relative_to(cfg.out).as_posix(): files.sha256(p) for p in tree_files(cfg.out, work.source.id)}
-        if entry["swc"]:
-            entry["sha256"] = {kind: written[entry[kind]] for kind in ("swc", "swc_voxel")}
-        record = {"key": _key(cfg, work), "entry": entry, "files": written}
-        files.write_json(entry_path(cfg.out, work.source.id), record)
-    shutil.rmtree(scratch(cfg, work).parent, ignore_errors=True)
-    with contextlib.suppress(OSError):  # others may still be there
-        (cfg.out / "strands").rmdir()
-    return entry
-
-
-def save(path: Path, value: BlockSkeleton | Tree) -> None:
+def save_arrays(path: Path, value: BlockSkeleton | Tree) -> None:
     """The arrays of a dataclass in one npz file, whole or not at all."""
     with files.atomic(path) as part, part.open("wb") as handle:
         np.savez(handle, **{field.name: getattr(value, field.name) for field in fields(value)})
 
 
-def scratch(cfg: InferConfig, work: Work) -> Path:
-    """Where things wait that belong to the same probability and settings."""
-    return cfg.out / "strands" / work.source.id / _key(cfg, work)[:16]
-
-
-def _key(cfg: InferConfig, work: Work) -> str:
-    """All that the trees depend on, hashed."""
-    source = work.source
-    facts = f"{work.marks.key} {cfg.trees} {schema.dump(cfg.trace)} {source.roots} {source.voxel_size} {cfg.flips}"
-    return hashlib.sha256(facts.encode()).hexdigest()
-
-
-def _strands_path(cfg: InferConfig, work: Work, box: Box) -> Path:
-    return scratch(cfg, work) / f"{'_'.join(map(str, box.start))}.npz"
-
-
-def _forest_path(cfg: InferConfig, work: Work) -> Path:
-    return scratch(cfg, work) / "forest.npz"
-
-
-def _kept(cfg: InferConfig, work: Work) -> list[BlockSkeleton]:
-    """The strands of all blocks of a volume, in the blocks' order."""
-    paths = (_strands_path(cfg, work, box) for box in list_trace_blocks(work.source.shape, cfg.trace))
-    found = []
-    for path in paths:
-        if path.exists():
-            with np.load(path) as arrays:
-                found.append(BlockSkeleton(**arrays))
-    return found
-
-
-def reader(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:
-    """Reads boxes of a finished probability, 255 is 1."""
+def open_probability(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:
+    """Reads boxes of a finished probability, 255 is 1. Raises Stopped on a request to stop."""
     array = ome_zarr.open_level(folder)
-    return lambda box: np.asarray(ome_zarr.read_box(array, box), dtype=np.uint8)
+    return _stop_on_request(lambda box: np.asarray(ome_zarr.read_box(array, box), dtype=np.uint8))
 
 
-def untraced(work: Work) -> Entry:
-    """A volume's entry as long as it has no trees."""
-    source, marks = work.source, list(work.marks.all(work.plan.blocks(work.source.shape)))
-    skipped = [m for m in marks if m.skipped is not None]
+def describe_volume(volume: VolumeRun) -> PredictionEntry:
+    """A volume's entry while it has no trees."""
+    source = volume.source
+    markers = list(volume.markers.read_all(volume.tiling.list_blocks(source.shape)))
+    skipped = [marker.skipped for marker in markers if marker.skipped is not None]
     return {
         "image": source.image,
         "voxel_size": source.voxel_size,
         "roots": source.roots,
-        "threshold": work.threshold,
-        "probability": work.folder.name,
-        "foreground_voxels": sum(m.foreground for m in marks),
+        "threshold": volume.threshold,
+        "probability": volume.folder.name,
+        "foreground_voxels": sum(marker.foreground for marker in markers),
         "blocks": {
-            "all": len(marks),
+            "all": len(markers),
             "skipped": len(skipped),
-            "skipped_above_black": sum(m.skipped.brightest > 0 for m in skipped if m.skipped),
-            "proved": sum(m.proof is not None for m in marks),
+            "skipped_above_black": sum(evidence.brightest > 0 for evidence in skipped),
+            "proved": sum(marker.proof is not None for marker in markers),
         },
         "trees": 0,
         "swc": None,
@@ -204,43 +249,13 @@ def untraced(work: Work) -> Entry:
     }
 
 
-def _write_trees(cfg: InferConfig, work: Work, entry: Entry, views: Callable[[Tree], Floats]) -> None:
-    source, tree = work.source, forest(cfg, work)
-    entry["trees"] = len(tree.roots)
-    if not len(tree):
-        return
-    sure = measure_confidence(tree, reader(work.folder), source.shape)
-    known = proofread.Sure(sure, views(tree), cfg.trace.floor, cfg.trace.threshold)
-    doubts, scores = proofread.write(cfg.out, source.id, tree, known, source.shape, source.voxel_size, work.plan.write)
-    entry["proofread"] = {"places": len(doubts), "sure_share": _mean(scores)}
-    entry["confidence"] = f"proofread/{source.id}.confidence.csv"
-    about = [f"traced by hpc_neuro {run_folder.code_version()} from {source.image}"]
-    entry["swc"], entry["swc_voxel"] = f"swc/{source.id}.swc", f"swc/{source.id}.voxel.swc"
-    _write(cfg.out / "swc", source.id, tree, source, about)
-    for number, one in enumerate(morphology.split_components(tree) if len(tree.roots) > 1 else [], start=1):
-        _write(cfg.out / "swc" / source.id, f"{number:04d}", one, source, about)
-
-
-def _forget(out: Path, name: str) -> None:
-    """Remove the trees that other settings left: more trees, perhaps, than there are now. Somebody's work stays."""
-    path = entry_path(out, name)
-    record = files.read_json(path, f"remove {path}") if path.exists() else {"files": {}}
-    for file in tree_files(out, name):
-        wanted = record["files"].get(file.relative_to(out).as_posix())
-        if record.get("writing") or wanted == files.sha256(file):
-            file.unlink()
-        else:
-            set_aside(out, file)
-    with contextlib.suppress(OSError):
-        (out / "swc" / name).rmdir()
-
-
 def set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
-    """Move a tree or table, if it is there, to where nothing is made or removed; the entry that names it is stale."""
+    """Move a tree or table, if it exists, to where nothing is written or removed; the entry that names it is stale."""
     if entry is not None:
         files.write_json(entry, {**files.read_json(entry, f"remove {entry}"), "key": ""})
     if not file.exists():
         return
+
     target, number = out / "set_aside" / file.relative_to(out), 1
     while target.exists():
         number += 1
@@ -250,13 +265,38 @@ def set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
     log.info("%s is now %s", file, target)
 
 
-def _mean(scores: list[proofread.Neuron]) -> float:
+def _remove_old_trees(out: Path, name: str) -> None:
+    """Remove the trees that other settings left: more trees, perhaps, than there are now. Files of people stay."""
+    path = entry_path(out, name)
+    record = files.read_json(path, f"remove {path}") if path.exists() else {"files": {}}
+    for file in list_tree_files(out, name):
+        checksum = record["files"].get(file.relative_to(out).as_posix())
+        if record.get("writing") or checksum == files.sha256(file):
+            file.unlink()
+        else:
+            set_aside(out, file)
+    with contextlib.suppress(OSError):
+        (out / "swc" / name).rmdir()
+
+
+def _mean_score(scores: list[proofread.NeuronScore]) -> float:
     """Share of all cable that is as sure as the threshold."""
-    return round(sum(n.score * n.cable_um for n in scores) / max(sum(n.cable_um for n in scores), 1e-9), 4)
+    cable = sum(neuron.cable_um for neuron in scores)
+    return round(sum(neuron.score * neuron.cable_um for neuron in scores) / max(cable, 1e-9), 4)
 
 
-def _write(folder: Path, name: str, tree: Tree, source: Source, about: list[str]) -> None:
-    """NAME.swc in micrometres and NAME.voxel.swc in voxels."""
+def _write_swc(folder: Path, name: str, tree: Tree, source: InputVolume, comments: list[str]) -> None:
+    """NAME.swc in micrometers and NAME.voxel.swc in voxels."""
     um = morphology.scale_tree(tree, source.voxel_size)
-    swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=about)
-    swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=about)
+    swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=comments)
+    swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=comments)
+
+
+def _stop_on_request(read: Callable[[Box], A]) -> Callable[[Box], A]:
+    """`read`, which raises Stopped on a request to stop: tracing a volume takes long, and reads often."""
+
+    def read_unless_stopped(box: Box) -> A:
+        stop_signals.check()
+        return read(box)
+
+    return read_unless_stopped

@@ -1,199 +1,224 @@
-"""`infer` from config to predictions.json, alone or on all ranks of an MPI job."""
+"""`infer` from config to predictions.json, in one process or on all ranks of an MPI job."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
-from hpc_neuro.core import distributed, files, run_folder
+from hpc_neuro.core import files, run_folder, stop_signals
+from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.geometry import Block
 from hpc_neuro.core.liveness import MpiRankWatch
 from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.task_queue import Task, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.infer import status_page
-from hpc_neuro.infer.block_pipeline import Work, predict_blocks
+from hpc_neuro.infer.block_pipeline import BlockPipeline, VolumeRun
 from hpc_neuro.infer.config import InferConfig
-from hpc_neuro.infer.done_markers import by_deaths, where
-from hpc_neuro.infer.model import Job, lines, weights_folder
-from hpc_neuro.infer.progress import Meter
-from hpc_neuro.infer.shared_tasks import KILLED, drawn, is_main
-from hpc_neuro.infer.trees import Entry
-from hpc_neuro.infer.volume_stages import pyramid, traced
-from hpc_neuro.infer.volumes import Source, known, sources
+from hpc_neuro.infer.done_markers import make_block_task
+from hpc_neuro.infer.model import Predictor, describe_run, find_weights
+from hpc_neuro.infer.progress import WindowProgress
+from hpc_neuro.infer.trees import PredictionEntry
+from hpc_neuro.infer.volume_stages import build_pyramid, trace_volumes
+from hpc_neuro.infer.volumes import InputVolume, list_measurements, open_inputs
 
 log = logging.getLogger(__name__)
 INDEX = "predictions.json"
-_BELOW = ("blocks", "entries", "failed", "proofread", "swc")  # folders of OUT whose files are written one by one
-# which no probability depends on; trees know what they depend on
-_MAY_CHANGE = ("page", "tries", "deaths", "batch", "silence", "flips", "trees", "trace")
+"""File of OUT that lists the volumes and their results."""
+_RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "swc")
+"""Folders of OUT whose files are written one by one."""
+_MAY_CHANGE = ("page", "deaths", "batch", "silence", "flips", "trees", "trace")
+"""Settings that no probability depends on. Trees record the settings that they depend on."""
 
 
 def forecast(cfg: InferConfig) -> list[str]:
-    """Check the weights, the volumes and the space; say how much there is to do, timed by one window."""
-    return lines(cfg, Job(cfg), list(sources(cfg)))
+    """Check the weights, the volumes and the space; how much there is to do, timed by one window."""
+    return describe_run(cfg, Predictor(cfg), list(open_inputs(cfg)))
 
 
+@stop_signals.resumable("infer")
 def run(cfg: InferConfig) -> int:
-    """Predict and trace every volume. Exit code 3 when something failed; the same command tries that again.
+    """Predict and trace every volume. Exit code 3 when a task failed; the same command tries it again.
 
-    All MPI ranks call this. A rank that dies takes the others with it, and the same command goes on.
+    All MPI ranks call this. A rank that dies takes the others with it, and the same command resumes.
     """
-    comm = distributed.mpi_comm()
-    main, ranks = is_main(comm), 1 if comm is None else comm.Get_size()
-    if not main:
+    ranks = Ranks.join()
+    if not ranks.is_main:
         logging.getLogger("hpc_neuro").setLevel(logging.WARNING)
-    distributed.share_threads(comm)
-    job = distributed.together(lambda: Job(cfg), comm)
-    volumes = _opened(cfg, comm, main)
-    inputs = {"weights": job.digest, **{f"volume {v.id}": v.digest for v in volumes}}
-    inputs[run_folder.input_name("volumes", cfg.share)] = files.sha256_json([v.id for v in volumes])
-    inputs |= {f"image {v.id}": v.content for v in volumes if v.file}
-    behind = {"weights": weights_folder(cfg) / "model.safetensors"}
-    behind |= {f"image {v.id}": v.file for v in volumes if v.file}
-    folder, whole = run_folder.share_folder(cfg.out, cfg.share), cfg.share is not None or (cfg.out / INDEX).exists()
+    ranks.share_threads()
+
+    predictor = ranks.run(lambda: Predictor(cfg))
+    sources = _open_on_all_ranks(cfg, ranks)
+    folder = run_folder.share_folder(cfg.out, cfg.share)
+
     with contextlib.ExitStack() as stack:
-        start = run_folder.start("infer", cfg, folder, inputs, _MAY_CHANGE, main=main, whole=whole, sources=behind)
-        this = distributed.together(lambda: stack.enter_context(start), comm)
-        if this.complete:
-            return 0
-        stack.enter_context(MpiRankWatch(folder / ".ranks.part", Ranks(comm), cfg.silence))
-        begun, failures = time.monotonic(), list[str]()
-        if main and volumes:  # a share may be empty
-            log.info("\n".join(lines(cfg, job, volumes, ranks)))
-        if cfg.share is None:  # other shares may be at work, and what one of them leaves goes when they are gathered
-            distributed.together(lambda: _remove_parts(cfg.out) if main else None, comm)
-        works = distributed.together(lambda: _works(job, volumes) if volumes else [], comm)
-        good = []
-        for work in works:
-            lost = _predict(work, comm, main)
-            failures += lost
-            if not lost and work.source.part is None:
-                good.append(work)
-        index, lost = traced(job, good, comm)
-        failures += lost
-        seconds = round(time.monotonic() - begun, 1)
-        distributed.together(lambda: _finish(cfg, this, works, index, failures, seconds) if main else None, comm)
-    return 3 if failures else 0
+        record = ranks.run(lambda: stack.enter_context(_start_record(cfg, folder, predictor, sources, ranks)))
+        if record.complete:
+            return EXIT_DONE
+        stack.enter_context(MpiRankWatch(folder / ".ranks.part", ranks, cfg.silence))
+        return _predict_and_trace(cfg, predictor, sources, record, ranks)
+
+
+def _predict_and_trace(
+    cfg: InferConfig, predictor: Predictor, sources: list[InputVolume], record: run_folder.Run, ranks: Ranks
+) -> int:
+    started_at = time.monotonic()
+    # A share may be empty.
+    if sources:
+        ranks.run_on_main(lambda: log.info("\n".join(describe_run(cfg, predictor, sources, ranks.size))))
+    # Other shares may be writing, so what killed writers left of them is removed when they are gathered.
+    if cfg.share is None:
+        ranks.run_on_main(lambda: _remove_parts(cfg.out))
+
+    empty_level = ranks.run(lambda: _check_empty_level(predictor) if sources else None)
+    volumes = [predictor.open_volume(source, empty_level) for source in sources]
+    failures = list[str]()
+    whole_volumes = list[VolumeRun]()
+    for volume in volumes:
+        volume_failures = predict_volume(volume, ranks)
+        failures += volume_failures
+        # A share of a volume's blocks is traced by the run that gathers the shares.
+        if not volume_failures and volume.source.share is None:
+            whole_volumes.append(volume)
+
+    entries, task_failures = trace_volumes(predictor, whole_volumes, ranks)
+    failures += [failure.line for failure in task_failures]
+    seconds = round(time.monotonic() - started_at, 1)
+    ranks.run_on_main(lambda: _finish(cfg, record, volumes, entries, failures, seconds))
+    return EXIT_FAILURES if failures else EXIT_DONE
+
+
+def predict_volume(volume: VolumeRun, ranks: Ranks) -> list[str]:
+    """Predict the missing blocks of one volume and build its pyramid; a line for each task that failed. Collective."""
+    name, blocks = volume.source.id, volume.list_blocks()
+    journals = {name: volume.markers}
+
+    ranks.run_on_main(lambda: _prepare_folder(volume))
+    plan = ranks.run_on_main(lambda: plan_tasks(_list_block_tasks(volume, blocks), journals, volume.limits))
+    windows = sum(volume.tiling.count_windows(task.payload) for task in plan.tasks) // ranks.size
+    label = name if ranks.size == 1 else f"{name}, rank 0 of {ranks.size}"
+    with WindowProgress(label, windows, show=ranks.is_main) as progress:
+        pipeline = BlockPipeline(volume, progress)
+        run_tasks(plan, pipeline.run, journals, volume.limits, ranks)
+        if plan.tasks and ranks.is_main:
+            log.debug("%s: waiting: %s", name, progress.describe_waits())
+
+    failures = ranks.run_on_main(lambda: _list_failures(volume, blocks))
+    if failures or volume.source.share is not None:
+        return failures
+    return [failure.line for failure in build_pyramid(volume, ranks)]
+
+
+def _open_on_all_ranks(cfg: InferConfig, ranks: Ranks) -> list[InputVolume]:
+    """The volumes; only the first rank reads whole files to measure them."""
+    volumes = ranks.run(lambda: list(open_inputs(cfg)) if ranks.is_main else [])
+    measurements = ranks.run_on_main(lambda: list_measurements(volumes))
+    return ranks.run(lambda: volumes if ranks.is_main else list(open_inputs(cfg, measurements)))
+
+
+def _start_record(
+    cfg: InferConfig, folder: Path, predictor: Predictor, sources: list[InputVolume], ranks: Ranks
+) -> contextlib.AbstractContextManager[run_folder.Run]:
+    """The record of this run, with its inputs and the files behind them."""
+    inputs = {"weights": predictor.digest}
+    inputs |= {f"volume {source.id}": source.digest for source in sources}
+    inputs[run_folder.input_name("volumes", cfg.share)] = files.sha256_json([source.id for source in sources])
+    inputs |= {f"image {source.id}": source.content for source in sources if source.file}
+
+    input_files = {"weights": find_weights(cfg) / "model.safetensors"}
+    input_files |= {f"image {source.id}": source.file for source in sources if source.file}
+    is_whole = cfg.share is not None or (cfg.out / INDEX).exists()
+    return run_folder.start(
+        "infer", cfg, folder, inputs, _MAY_CHANGE, main=ranks.is_main, whole=is_whole, sources=input_files
+    )
 
 
 def _remove_parts(out: Path) -> None:
-    """Remove what killed writers left beside their targets below `out`; `runs.start` does so in `out` itself."""
-    for kind in _BELOW:
-        for folder in [out / kind, *(p for p in (out / kind).glob("*") if p.is_dir())]:
+    """Remove what killed writers left beside their targets below `out`; `run_folder.start` does so in `out` itself."""
+    for name in _RESULT_FOLDERS:
+        for folder in [out / name, *(path for path in (out / name).glob("*") if path.is_dir())]:
             files.remove_parts(folder)
+
+
+def _check_empty_level(predictor: Predictor) -> float | None:
+    """The empty level of the config; None where the student sees neurite in a black image."""
+    level = predictor.cfg.empty_level
+    if level is None:
+        return None
+    probability = predictor.predict_black()
+    if probability < predictor.threshold:
+        return level
+    log.warning("the student sees neurite in a black image (probability %.2f), so no block is skipped", probability)
+    return None
+
+
+def _prepare_folder(volume: VolumeRun) -> None:
+    """Make the folder of a volume's image, unless it is there and of this run. Raises ConfigError for another's."""
+    if volume.has_folder():
+        return
+
+    if volume.folder.exists():
+        if ome_zarr.read_record(volume.folder) is None:
+            raise ConfigError(f"{volume.folder} is there, and no result; choose another `out`, or move it away")
+        if volume.source.share is not None:
+            raise ConfigError(
+                f"{volume.folder} holds results of other settings, which a share cannot replace while others may be "
+                "at work; choose another `out`, or remove it"
+            )
+        ome_zarr.remove(volume.folder)
+    if volume.source.share is None:
+        volume.markers.clear()
+    volume.create_folder()
+
+
+def _list_block_tasks(volume: VolumeRun, blocks: list[Block]) -> list[Task[Block]]:
+    """The missing blocks; the dearest first, so that ranks end together."""
+    missing = volume.markers.list_missing(blocks)
+    ordered = sorted(missing, key=lambda block: (-volume.tiling.count_windows(block), block.index))
+    return [make_block_task(block, volume.source.id) for block in ordered]
+
+
+def _list_failures(volume: VolumeRun, blocks: list[Block]) -> list[str]:
+    """A line for each missing block that failed, and for each that shows the empty rule to be wrong."""
+    name = volume.source.id
+    missing = {block.index for block in volume.markers.list_missing(blocks)}
+    lines = [
+        f"{name} block {tuple(failure['index'])} at {tuple(failure['start'])}: {failure['error']}"
+        for failure in volume.markers.read_failed_blocks()
+        if tuple(failure["index"]) in missing
+    ]
+
+    for marker in volume.markers.read_all(blocks):
+        if marker.contradicts_rule and marker.proof is not None:
+            lines.append(
+                f"{name} block {marker.index} would have been skipped (brightest cell {marker.proof.brightest:.3g}, "
+                f"level {marker.proof.level:.3g}), but holds {marker.foreground} voxels of neurite; lower empty_level "
+                "in a new `out`"
+            )
+    return lines
 
 
 def _finish(
     cfg: InferConfig,
-    this: run_folder.Run,
-    works: list[Work],
-    index: dict[str, Entry],
+    record: run_folder.Run,
+    volumes: list[VolumeRun],
+    entries: dict[str, PredictionEntry],
     failures: list[str],
     seconds: float,
 ) -> None:
     """Write what is written once. Only the first rank does."""
-    for work in works:
-        work.marks.tidy()
+    for volume in volumes:
+        volume.markers.remove_empty_folders()
     if cfg.share is None:
-        files.write_json(cfg.out / INDEX, index)
+        files.write_json(cfg.out / INDEX, entries)
         if cfg.page:
-            status_page.write(cfg.out, works)
+            status_page.write_page(cfg.out, volumes)
     for line in failures:
         log.error("failed: %s", line)
+
     outputs = [cfg.out / INDEX] if cfg.share is None else []
-    this.finish({"volumes": len(index), "seconds": seconds}, failures, outputs)
-    log.info("wrote %d volumes and their trees to %s", len(index), cfg.out)
-
-
-def _opened(cfg: InferConfig, comm: Any, main: bool) -> list[Source]:
-    """The volumes; only the first rank reads whole files to measure them."""
-    found = distributed.together(lambda: list(sources(cfg)) if main else [], comm)
-    if comm is None:
-        return found
-    measured = comm.bcast(known(found))
-    return found if main else list(sources(cfg, measured))
-
-
-def _works(job: Job, volumes: list[Source]) -> list[Work]:
-    empty = job.cfg.empty
-    if empty.level is not None and (dark := job.dark()) >= job.threshold:
-        log.warning("the student sees neurite in a black image (probability %.2f), so no block is skipped", dark)
-        empty = dataclasses.replace(empty, level=None)
-    return [job.work(source, empty) for source in volumes]
-
-
-def _predict(work: Work, comm: Any, main: bool) -> list[str]:
-    """Make the missing blocks and the pyramid of one volume; a line for each block that failed."""
-    blocks = work.plan.share(work.plan.blocks(work.source.shape), work.source.part)
-    groups = distributed.together(
-        lambda: (
-            by_deaths(_todo(work, blocks), lambda b: work.marks.deaths(b.index), work.deaths) if main else ([], [], [])
-        ),
-        comm,
-    )
-    fresh, suspects, last = groups if comm is None else comm.bcast(groups)
-    todo = [*fresh, *suspects, *last]
-    ranks = 1 if comm is None else comm.Get_size()
-    windows = sum(map(work.plan.cost, todo)) // ranks
-    label = work.source.id if ranks == 1 else f"{work.source.id}, rank 0 of {ranks}"
-
-    def make(some: list[Block], alone: bool) -> None:
-        with drawn(len(some), comm) as mine:
-            predict_blocks(work, (some[i] for i in mine), meter, alone)
-
-    with Meter(label, windows, show=main) as meter:
-        distributed.together(lambda: make(fresh, alone=False), comm)
-        distributed.together(lambda: make(suspects, alone=True), comm)
-        # with nobody else at work, for when a rank dies, all die, and who was it?
-        distributed.together(lambda: predict_blocks(work, last if main else [], meter, alone=True), comm)
-        if todo and main:
-            log.debug("%s: waiting: %s", work.source.id, meter.shares())
-    failures = distributed.together(lambda: _failures(work, blocks) if main else [], comm)
-    failures = failures if comm is None else comm.bcast(failures)
-    if not failures and work.source.part is None:
-        return pyramid(work, comm)
-    return failures
-
-
-def _todo(work: Work, blocks: list[Block]) -> list[Block]:
-    """What is missing of a volume, whose folder is made if need be; the dearest blocks first."""
-    if not work.fresh():
-        if work.folder.exists():
-            if ome_zarr.read_record(work.folder) is None:
-                raise ConfigError(f"{work.folder} is there, and no result; choose another `out`, or move it away")
-            if work.source.part is not None:
-                raise ConfigError(
-                    f"{work.folder} holds results of other settings, which a share cannot replace while others may be "
-                    "at work; choose another `out`, or remove it"
-                )
-            ome_zarr.remove(work.folder)
-        if work.source.part is None:
-            work.marks.clear()
-        work.create()
-    todo = work.marks.todo(blocks)
-    for block in todo:
-        if (deaths := work.marks.deaths(block.index)) >= work.deaths:
-            work.marks.park(block.index, where(block), KILLED.format(deaths), "", deaths)
-    todo = [block for block in todo if work.marks.deaths(block.index) < work.deaths]
-    return sorted(todo, key=lambda b: (-work.plan.cost(b), b.index))
-
-
-def _failures(work: Work, blocks: list[Block]) -> list[str]:
-    """A line for each block that is parked, and for each that shows the rule of what is empty to be wrong."""
-    name = work.source.id
-    missing = {block.index for block in work.marks.todo(blocks)}
-    parked = [p for p in work.marks.parked() if tuple(p["index"]) in missing]
-    found = [f"{name} block {tuple(p['index'])} at {tuple(p['start'])}: {p['error']}" for p in parked]
-    for mark in work.marks.all(blocks):
-        if mark.wrong and mark.proof is not None:
-            found.append(
-                f"{name} block {mark.index} would have been skipped (brightest cell {mark.proof.brightest:.3g}, level "
-                f"{mark.proof.level:.3g}), but holds {mark.foreground} voxels of neurite; lower empty.level in a new "
-                "`out`"
-            )
-    return found
+    record.finish({"volumes": len(entries), "seconds": seconds}, failures, outputs)
+    log.info("wrote %s with trees to %s", files.format_count(len(entries), "volume"), cfg.out)

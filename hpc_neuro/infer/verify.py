@@ -1,11 +1,12 @@
-"""`hpc-neuro infer verify OUT`: everything checked against the checksums of its read-back, and repaired.
+"""`hpc-neuro infer verify OUT`: check everything against the checksums of its read-back, and repair it.
 
-    --check   only say what is wrong
+    --check   only report what is wrong
 
-Found are shards that are missing, have other bytes, or that nobody wrote; done markers that are missing or torn; levels
-of the pyramid; the images' metadata; trees and the tables beside them. A repair forgets what is broken and runs `infer`
-with the config in OUT, which makes just that again. Trees and tables that are other than written, or that nobody wrote,
-may be somebody's work: they are moved to OUT/set_aside. Exit code 0: all is whole (again); 3: something is not.
+Reported are shards that are missing, have other bytes, or that no marker names; done markers that are missing or torn;
+levels of the pyramid; the images' metadata; trees and the tables beside them. A repair forgets what is broken and runs
+`infer` with the config in OUT, which writes just that again. Trees and tables that differ from what was written, or
+that `infer` did not write, may be the work of people: they are moved to OUT/set_aside. Exit code 0: all is whole
+(again); 3: something is not.
 """
 
 from __future__ import annotations
@@ -17,37 +18,40 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
+from hpc_neuro.core.files import format_count
 from hpc_neuro.core.geometry import Block, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.infer.config import InferConfig
-from hpc_neuro.infer.done_markers import Marks
+from hpc_neuro.infer.done_markers import DoneMarkers
 from hpc_neuro.infer.tiling import MASK
-from hpc_neuro.infer.trees import entry_path, set_aside, tree_files
+from hpc_neuro.infer.trees import entry_path, list_tree_files, set_aside
 from hpc_neuro.infer.verb import INDEX, run
 
 log = logging.getLogger(__name__)
 _USAGE = "hpc-neuro infer verify OUT [--check]"
-_AGAIN = "run the same `hpc-neuro infer` again"
+_HINT = "run the same `hpc-neuro infer` again"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it was written, and how to forget it, so that it is made again."""
+    """One thing that is not as it was written, and how to forget it, so that it is written again."""
 
     text: str
     forget: Callable[[], None]
 
 
 @dataclass(frozen=True)
-class _Image:
-    """One volume of a run folder, as its own folder describes it."""
+class _ProbabilityImage:
+    """The image of one volume of a run folder, as its own folder describes it."""
 
     name: str
     folder: Path
-    marks: Marks
+    markers: DoneMarkers
     shape: Shape
     voxel_size: VoxelSize
     shard: Shape
@@ -60,47 +64,65 @@ class _Image:
 
 def main(args: Sequence[str]) -> int:
     """Check OUT and repair it. Raises InputError for a folder that `infer` did not write."""
-    words, flags = [a for a in args if not a.startswith("-")], [a for a in args if a.startswith("-")]
+    words = [arg for arg in args if not arg.startswith("-")]
+    flags = [arg for arg in args if arg.startswith("-")]
     if flags in (["-h"], ["--help"]):
         sys.stdout.write(f"{_USAGE}\n{__doc__}")
-        return 0
+        return EXIT_DONE
     if len(words) != 1 or flags not in ([], ["--check"]):
-        raise ConfigError(f"wanted: {_USAGE}")
+        raise ConfigError(f"expected: {_USAGE}")
+
     out = Path(words[0])
-    found = check(out)
-    for problem in found:
+    problems = check(out)
+    for problem in problems:
         log.warning("%s", problem.text)
-    if not found or flags:
-        log.info("%s: %s", out, f"{len(found)} problems" if found else "whole")
-        return 3 if found else 0
-    cfg = schema.load(InferConfig, out / "config.yaml", [f"out={out}"])
-    for problem in found:
-        problem.forget()
-    (out / INDEX).unlink(missing_ok=True)
-    code = run(cfg)
-    left = check(out)
-    for problem in left:
-        log.error("not repaired: %s", problem.text)
-    log.info("%s: %d problems, %s", out, len(found), "not all repaired" if left or code else "all repaired")
-    return 3 if left or code else 0
+    if not problems or flags:
+        log.info("%s: %s", out, format_count(len(problems), "problem") if problems else "whole")
+        return EXIT_FAILURES if problems else EXIT_DONE
+    return _repair(out, problems)
 
 
 def check(out: Path) -> list[Problem]:
     """Everything that is not as `infer` wrote it. Reads every byte of every shard once."""
-    if files.read_json(out / "run.json", f"give a folder that `infer` wrote, or {_AGAIN}").get("verb") != "infer":
+    record = files.read_json(out / "run.json", f"give a folder that `infer` wrote, or {_HINT}")
+    if record.get("verb") != "infer":
         raise InputError(f"{out} was not written by `infer`; give a folder that was")
-    found, names = list[Problem](), {p.name.removesuffix(".ome.zarr") for p in out.glob("*.ome.zarr")}
-    names |= {p.name for p in (out / "blocks").glob("*")}
+
+    names = {path.name.removesuffix(".ome.zarr") for path in out.glob("*.ome.zarr")}
+    names |= {path.name for path in (out / "blocks").glob("*")}
+    problems = list[Problem]()
     for name in sorted(names, key=run_folder.natural_key):
-        image = _described(out, name)
+        image = _open_image(out, name)
         if isinstance(image, Problem):
-            found.append(image)
+            problems.append(image)
         else:
-            found += [*_metadata(image), *_blocks(image), *_levels(image), *_strangers(image)]
-    return found + list(_trees(out))
+            problems += [
+                *_check_metadata(image),
+                *_check_blocks(image),
+                *_check_levels(image),
+                *_check_unknown_files(image),
+            ]
+    return problems + list(_check_trees(out))
 
 
-def _described(out: Path, name: str) -> _Image | Problem:
+def _repair(out: Path, problems: list[Problem]) -> int:
+    cfg = schema.load(InferConfig, out / "config.yaml", [f"out={out}"])
+    for problem in problems:
+        problem.forget()
+    # Without the index the run is not taken for complete.
+    (out / INDEX).unlink(missing_ok=True)
+    exit_code = run(cfg)
+
+    remaining = check(out)
+    for problem in remaining:
+        log.error("not repaired: %s", problem.text)
+    is_repaired = not remaining and exit_code == EXIT_DONE
+    outcome = "all repaired" if is_repaired else "not all repaired"
+    log.info("%s: %s, %s", out, format_count(len(problems), "problem"), outcome)
+    return EXIT_DONE if is_repaired else EXIT_FAILURES
+
+
+def _open_image(out: Path, name: str) -> _ProbabilityImage | Problem:
     folder = out / f"{name}.ome.zarr"
 
     def forget() -> None:
@@ -112,123 +134,157 @@ def _described(out: Path, name: str) -> _Image | Problem:
     except (InputError, KeyError, TypeError) as error:
         return Problem(f"{name}: what its folder holds cannot be read ({error})", forget)
     if record is None:
-        return Problem(f"{name}: {folder} is missing or says nothing of itself", forget)
-    marks = Marks(out, name, record["key"])
+        return Problem(f"{name}: {folder} is missing, or does not say what it belongs to", forget)
+
     z, y, x = record["shape"]
-    return _Image(
-        name, folder, marks, (z, y, x), tuple(record["voxel_size"]), tuple(record["shard"]), tuple(record["chunk"])
+    return _ProbabilityImage(
+        name=name,
+        folder=folder,
+        markers=DoneMarkers(out, name, record["key"]),
+        shape=(z, y, x),
+        voxel_size=tuple(record["voxel_size"]),
+        shard=tuple(record["shard"]),
+        chunk=tuple(record["chunk"]),
     )
 
 
-def _metadata(image: _Image) -> Iterator[Problem]:
-    """The zarr.json files, compared with what would be written today."""
+def _check_metadata(image: _ProbabilityImage) -> Iterator[Problem]:
+    """Compare the zarr.json files with what would be written today."""
     with tempfile.TemporaryDirectory() as fresh:
-        same = Path(fresh) / image.folder.name
+        expected_folder = Path(fresh) / image.folder.name
         record = ome_zarr.read_record(image.folder)
-        ome_zarr.create(same, "probability", image.shape, image.voxel_size, image.shard, image.chunk, MASK, record)
-        for file in sorted(same.rglob("zarr.json")):
-            held, wanted = image.folder / file.relative_to(same), file.read_text(encoding="utf-8")
-            if not held.exists() or held.read_text(encoding="utf-8", errors="replace") != wanted:
-                state = "other than written" if held.exists() else "missing"
-                what = f"{image.name}: the metadata {held.relative_to(image.folder)} is {state}"
-                yield Problem(what, functools.partial(files.write_text, held, wanted))
+        ome_zarr.create(
+            expected_folder, "probability", image.shape, image.voxel_size, image.shard, image.chunk, MASK, record
+        )
+        for file in sorted(expected_folder.rglob("zarr.json")):
+            path, expected = image.folder / file.relative_to(expected_folder), file.read_text(encoding="utf-8")
+            if path.exists() and path.read_text(encoding="utf-8", errors="replace") == expected:
+                continue
+            state = "other than written" if path.exists() else "missing"
+            text = f"{image.name}: the metadata {path.relative_to(image.folder)} is {state}"
+            yield Problem(text, functools.partial(files.write_text, path, expected))
 
 
-def _blocks(image: _Image) -> Iterator[Problem]:
+def _check_blocks(image: _ProbabilityImage) -> Iterator[Problem]:
+    """Compare the shards of level 0 with the checksums in their markers."""
     for block in image.blocks:
-        mark, path = image.marks.read(block.index), image.marks.path(block.index)
-        where = f"{image.name} block {block.index}"
-        if mark is None:
+        marker, path = image.markers.read(block.index), image.markers.path(block.index)
+        label = f"{image.name} block {block.index}"
+        if marker is None:
             state = "cannot be read or is of another run" if path.exists() else "is missing"
-
-            def unmarked(path: Path = path) -> None:
-                # what the trees and the pyramid were made from is not known any more
-                path.unlink(missing_ok=True)
-                image.marks.drop_levels()
-                entry_path(path.parents[2], image.name).unlink(missing_ok=True)
-
-            yield Problem(f"{where}: its done marker {path.name} {state}", unmarked)
+            text = f"{label}: its done marker {path.name} {state}"
+            yield Problem(text, functools.partial(_forget_block, image, path))
             continue
+
         for shard in (ome_zarr.shard_path(block.index), ome_zarr.shard_path(block.index, label=MASK)):
-            if fault := _fault(image, shard, mark.files.get(shard, "")):
-                yield Problem(f"{where}: {fault}", functools.partial(path.unlink, missing_ok=True))
+            if fault := _find_shard_fault(image, shard, marker.files.get(shard, "")):
+                yield Problem(f"{label}: {fault}", functools.partial(path.unlink, missing_ok=True))
 
 
-def _levels(image: _Image) -> Iterator[Problem]:
-    for number, pieces in enumerate(ome_zarr.plan_shards(image.shape, image.voxel_size, image.shard, MASK), start=1):
-        sums = image.marks.level(number)
-        if sums is None:
-            yield Problem(f"{image.name} level {number}: its done marker is missing or torn", image.marks.drop_levels)
+def _forget_block(image: _ProbabilityImage, marker_path: Path) -> None:
+    """Without its marker it is unknown whether the pyramid and the trees belong to a block, so they go too."""
+    marker_path.unlink(missing_ok=True)
+    image.markers.remove_levels()
+    entry_path(marker_path.parents[2], image.name).unlink(missing_ok=True)
+
+
+def _check_levels(image: _ProbabilityImage) -> Iterator[Problem]:
+    """Compare the shards of the pyramid with the checksums in their level's marker."""
+    levels = ome_zarr.plan_shards(image.shape, image.voxel_size, image.shard, MASK)
+    for number, shards in enumerate(levels, start=1):
+        checksums = image.markers.read_level(number)
+        if checksums is None:
+            text = f"{image.name} level {number}: its done marker is missing or torn"
+            yield Problem(text, image.markers.remove_levels)
             continue
-        for piece in pieces:
-            if piece.path not in sums:
-                fault = f"the shard {piece.path} is in no marker"
+
+        for shard in shards:
+            if shard.path in checksums:
+                fault = _find_shard_fault(image, shard.path, checksums[shard.path])
             else:
-                fault = _fault(image, piece.path, sums[piece.path])
+                fault = f"the shard {shard.path} is in no marker"
             if fault:
-
-                def forget(number: int = number, shard: str = piece.path) -> None:
-                    held = image.marks.level(number) or {}
-                    image.marks.write_level(number, {k: v for k, v in held.items() if k != shard})
-
+                forget = functools.partial(_forget_level_shard, image, number, shard.path)
                 yield Problem(f"{image.name} level {number}: {fault}", forget)
 
 
-def _fault(image: _Image, shard: str, wanted: str) -> str:
-    """What is wrong with a shard of which `wanted` is the SHA-256 (none: it has no file); nothing if all is well."""
+def _forget_level_shard(image: _ProbabilityImage, number: int, shard: str) -> None:
+    checksums = image.markers.read_level(number) or {}
+    image.markers.write_level(number, {path: digest for path, digest in checksums.items() if path != shard})
+
+
+def _find_shard_fault(image: _ProbabilityImage, shard: str, checksum: str) -> str:
+    """What is wrong with a shard whose SHA-256 is `checksum` ("": it has no file); "" when nothing is."""
     path = image.folder / shard
     if not path.exists():
-        return f"the shard {shard} is missing" if wanted else ""
-    if not wanted:
-        return ""  # a file where none should be is a stranger
-    return "" if files.sha256(path) == wanted else f"the shard {shard} has other bytes than were written"
+        return f"the shard {shard} is missing" if checksum else ""
+    # A file where none should be is found by `_check_unknown_files`.
+    if not checksum or files.sha256(path) == checksum:
+        return ""
+    return f"the shard {shard} has other bytes than were written"
 
 
-def _strangers(image: _Image) -> Iterator[Problem]:
+def _check_unknown_files(image: _ProbabilityImage) -> Iterator[Problem]:
     """Files that no marker names: where a block is empty, they would show."""
-    known = {shard for mark in image.marks.all(image.blocks) for shard in mark.files}
+    expected = set[str]()
+    for block in image.blocks:
+        marker = image.markers.read(block.index)
+        shards = [ome_zarr.shard_path(block.index, label=label) for label in (None, MASK)]
+        # The shards of a block without a marker are written again, whatever they hold.
+        expected |= set(shards if marker is None else marker.files)
     for number, _ in enumerate(ome_zarr.plan_levels(image.shape, image.voxel_size)):
-        known |= {k for k, v in (image.marks.level(number) or {}).items() if v}
-    marked = {image.marks.path(b.index) for b in image.blocks if image.marks.read(b.index) is not None}
-    unmarked = {
-        ome_zarr.shard_path(b.index, label=label)
-        for b in image.blocks
-        if image.marks.path(b.index) not in marked
-        for label in (None, MASK)
-    }
+        checksums = image.markers.read_level(number) or {}
+        expected |= {shard for shard, checksum in checksums.items() if checksum}
+
     for path in sorted(image.folder.rglob("*")):
         shard = path.relative_to(image.folder).as_posix()
-        if path.is_file() and path.name != "zarr.json" and shard not in known | unmarked:
-            yield Problem(f"{image.name}: nobody wrote {shard}", path.unlink)
+        if path.is_file() and path.name != "zarr.json" and shard not in expected:
+            yield Problem(f"{image.name}: `infer` did not write {shard}", path.unlink)
 
 
-def _trees(out: Path) -> Iterator[Problem]:
-    """predictions.json, and the files of trees that the volumes' entries name, each and no others."""
+def _check_trees(out: Path) -> Iterator[Problem]:
+    """Compare predictions.json and the files of trees with the volumes' entries."""
     try:
-        index, known = files.read_json(out / INDEX, _AGAIN), set[Path]()
+        index = files.read_json(out / INDEX, _HINT)
     except InputError as error:
         yield Problem(str(error), lambda: None)
         return
+
+    expected = set[Path]()
     for name in index:
-        path = entry_path(out, name)
-        try:
-            record = files.read_json(path, _AGAIN)
-            written = {out / file: digest for file, digest in record["files"].items()}
-        except (InputError, KeyError, TypeError, AttributeError):
-            known |= set(tree_files(out, name))
-            yield Problem(
-                f"{name}: its entry {path.name} is missing or torn", functools.partial(path.unlink, missing_ok=True)
-            )
-            continue
-        known |= set(written)
-        if record["entry"] != index[name]:
-            yield Problem(f"{name}: {INDEX} says other than its entry does", lambda: None)
-        for file, wanted in written.items():
-            if not file.exists() or files.sha256(file) != wanted:
-                state = "has other bytes than were written" if file.exists() else "is missing"
-                forget = functools.partial(set_aside, out, file, path)
-                yield Problem(f"{name}: {file.relative_to(out)} {state}", forget)
+        record = _read_entry_record(out, name)
+        if record is None:
+            expected |= set(list_tree_files(out, name))
+            path = entry_path(out, name)
+            forget = functools.partial(path.unlink, missing_ok=True)
+            yield Problem(f"{name}: its entry {path.name} is missing or torn", forget)
+        else:
+            expected |= {out / file for file in record["files"]}
+            yield from _check_entry(out, name, record, index[name])
+
     for kind in ("swc", "proofread"):
         for file in sorted((out / kind).rglob("*")):
-            if file.is_file() and file not in known:
-                yield Problem(f"nobody wrote {file.relative_to(out)}", functools.partial(set_aside, out, file))
+            if file.is_file() and file not in expected:
+                forget = functools.partial(set_aside, out, file)
+                yield Problem(f"`infer` did not write {file.relative_to(out)}", forget)
+
+
+def _read_entry_record(out: Path, name: str) -> dict[str, Any] | None:
+    """The record of a volume's entry; None when it is missing or torn."""
+    try:
+        record = files.read_json(entry_path(out, name), _HINT)
+        return record if isinstance(record["files"], dict) and "entry" in record else None
+    except (InputError, KeyError, TypeError):
+        return None
+
+
+def _check_entry(out: Path, name: str, record: dict[str, Any], indexed: Any) -> Iterator[Problem]:
+    """Compare one volume's entry with the index, and its files with their checksums."""
+    if record["entry"] != indexed:
+        yield Problem(f"{name}: {INDEX} differs from its entry", lambda: None)
+    for file, checksum in record["files"].items():
+        path = out / file
+        if not path.exists() or files.sha256(path) != checksum:
+            state = "has other bytes than were written" if path.exists() else "is missing"
+            forget = functools.partial(set_aside, out, path, entry_path(out, name))
+            yield Problem(f"{name}: {file} {state}", forget)

@@ -1,8 +1,8 @@
-"""`hpc-neuro infer serve OUT [port=8000]`: the result of `infer` in Neuroglancer, from where it lies.
+"""`hpc-neuro infer serve OUT [port=8000]`: the result of `infer` in Neuroglancer, without a copy of it.
 
 Prints a link per volume, to image, probability, mask, trees and the places to proofread, and serves them until Ctrl-C.
-Nothing is copied or written. Only this machine can ask, and in a browser only the viewer's page. With OUT on a cluster:
-`ssh -L 8000:127.0.0.1:8000 HOST` on your own computer, and open the link there.
+Nothing is copied or written. Only this machine can connect, and in a browser only the viewer's page. With OUT on a
+cluster: `ssh -L 8000:127.0.0.1:8000 HOST` on your own computer, and open the link there.
 
 port    where the browser finds it; 0: any that is free
 viewer  the Neuroglancer to link to
@@ -13,23 +13,33 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import sys
+import threading
 import urllib.parse
 from collections.abc import Sequence
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import Field
 
 from hpc_neuro.core import schema
 from hpc_neuro.core.schema import ConfigError, InputError, config
-from hpc_neuro.infer.viewer_layers import Layers
+from hpc_neuro.infer.viewer_layers import ViewerLayers
 
 log = logging.getLogger(__name__)
-_HOST = "127.0.0.1"  # tunnels end here too; a page that came by https may read from no other plain http
+_ADDRESS = "127.0.0.1"
+"""Tunnels end here too; a page that came by https may read from no other plain http."""
+_LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
+"""Host names under which a browser reaches this machine, or the end of a tunnel to it."""
 _USAGE = "hpc-neuro infer serve OUT [port=8000]"
+_MAX_CONNECTIONS = 64
+"""Connections at once, each with a thread; a browser opens six."""
+_IDLE_SECONDS = 60.0
+"""[s] A connection on which nothing moves for so long is closed."""
+_PIECE_BYTES = 1 << 20
+"""[byte] Files are sent in pieces of this size."""
 
 
 @config
@@ -45,18 +55,19 @@ class ServeConfig:
 
 
 def main(args: Sequence[str]) -> int:
-    """Serve until Ctrl-C. Raises ConfigError or InputError for a folder or a port that will not do."""
-    if any(a in ("-h", "--help") for a in args):
+    """Serve until Ctrl-C. Raises ConfigError or InputError for a folder or a port that cannot be used."""
+    if any(arg in ("-h", "--help") for arg in args):
         sys.stdout.write(f"{_USAGE}\n{__doc__}")
         return 0
     if not args or "=" in args[0] or args[0].startswith("-"):
-        raise ConfigError(f"wanted: {_USAGE}")
+        raise ConfigError(f"expected: {_USAGE}")
+
     cfg = schema.load(ServeConfig, None, [f"out={args[0]}", *args[1:]])
-    with Server(cfg) as server:
-        for line in server.links():
+    with ViewerServer(cfg) as server:
+        for line in server.list_links():
             log.info("%s", line)
         port = server.server_port
-        tunnel = f"ssh -L {port}:{_HOST}:{port} {os.uname().nodename}"
+        tunnel = f"ssh -L {port}:{_ADDRESS}:{port} {os.uname().nodename}"
         log.info("from another computer: %s, then the same link; Ctrl-C ends", tunnel)
         try:
             server.serve_forever()
@@ -65,112 +76,181 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-class Server(ThreadingHTTPServer):
-    """Files below OUT and its Layers."""
+class ViewerServer(ThreadingHTTPServer):
+    """Files below OUT, and its ViewerLayers."""
 
     daemon_threads = True
 
     def __init__(self, cfg: ServeConfig) -> None:
         """Raises ConfigError when the port is taken, InputError for a folder that `infer` did not finish."""
-        self.cfg, self.layers, self.root = cfg, Layers(cfg.out), cfg.out.resolve()
-        self.page = "://".join(urllib.parse.urlsplit(cfg.viewer)[:2])  # its origin
+        self.cfg, self.layers, self.root = cfg, ViewerLayers(cfg.out), cfg.out.resolve()
+        self.viewer_origin = "://".join(urllib.parse.urlsplit(cfg.viewer)[:2])
+        self._free_connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         try:
-            super().__init__((_HOST, cfg.port), _Handler)
+            super().__init__((_ADDRESS, cfg.port), _Handler)
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
             raise ConfigError(f"port {cfg.port} cannot be had ({error.strerror}); give another, or port=0") from None
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own, or refuse it when there are too many."""
+        if self._free_connections.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        refusal = (
+            f"HTTP/1.1 {HTTPStatus.SERVICE_UNAVAILABLE.value} busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
+        try:
+            request.sendall(refusal.encode())
+        except OSError:
+            log.debug("a refused connection is gone", exc_info=True)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """One connection, from its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free_connections.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Silence where a browser hung up, as it does with all that it asked for when the view moves on."""
-        if not isinstance(sys.exception(), ConnectionError):
+        """Ignore a browser that hangs up, as it does with pending requests when the view moves on."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
-    def links(self) -> list[str]:
+    def list_links(self) -> list[str]:
         """One line per volume: its name and the link that shows it."""
-        base = f"{self.cfg.viewer.rstrip('/')}/#!http://{_HOST}:{self.server_port}"
+        base = f"{self.cfg.viewer.rstrip('/')}/#!http://{_ADDRESS}:{self.server_port}"
         return [f"{name}: {base}/{urllib.parse.quote(name)}.json" for name in self.layers.names]
 
 
 class _Handler(BaseHTTPRequestHandler):
     """GET and HEAD, whole or by one range of bytes: shards are read in parts."""
 
-    server: Server
-    protocol_version = "HTTP/1.1"  # connections stay open: a view asks for hundreds of chunks
+    server: ViewerServer
+    protocol_version = "HTTP/1.1"  # connections stay open: a view needs hundreds of chunks
+    timeout = _IDLE_SECONDS
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        self._answer(has_body=True)
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self._answer(has_body=False)
 
     def do_OPTIONS(self) -> None:
-        """A browser's question whether a page from elsewhere may ask with a Range header."""
-        self._head(204, 0, {"Access-Control-Allow-Headers": "*", "Access-Control-Allow-Private-Network": "true"})
+        """The question of a browser whether a page from elsewhere may send a Range header."""
+        self._send_head(
+            HTTPStatus.NO_CONTENT,
+            0,
+            {"Access-Control-Allow-Headers": "*", "Access-Control-Allow-Private-Network": "true"},
+        )
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: a view makes thousands of requests."""
 
-    def _answer(self, body: bool) -> None:
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).lstrip("/")
+    def _answer(self, has_body: bool) -> None:
+        # Another name that resolves to this machine would let any page read what is served (DNS rebinding).
+        host = self.headers.get("Host", "")
+        if not _is_loopback(host):
+            return self._send_head(HTTPStatus.FORBIDDEN, 0, {})
+        path = _parse_path(self.path)
+        if path is None:
+            return self._send_head(HTTPStatus.NOT_FOUND, 0, {})
+
         try:
-            made = self.server.layers.get(path, f"http://{self.headers.get('Host', '')}")
-        except InputError as error:
+            layer = self.server.layers.get(path, f"http://{host}")
+        except (InputError, OSError, ValueError) as error:
             log.warning("%s: %s", path, error)
-            return self._fail(500)
-        if made is not None:
-            self._head(200, len(made), {})
-            if body:
-                self.wfile.write(made)
-            return None
-        if "\0" in path:  # which no file's name has
-            return self._fail(404)
-        file = (self.server.root / path).resolve()
-        if not file.is_relative_to(self.server.root) or not file.is_file():
-            return self._fail(404)  # a shard without signal has no file; viewers take it for zeros
-        with file.open("rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            found = _range(self.headers.get("Range"), size)
-            if found is None:
-                return self._fail(416)
-            first, stop = found
-            part = (first, stop) != (0, size)
-            self._head(
-                206 if part else 200,
-                stop - first,
-                {"Content-Range": f"bytes {first}-{stop - 1}/{size}"} if part else {},
-            )
-            if body and stop > first:
-                handle.seek(first)
-                if part:
-                    self.wfile.write(handle.read(stop - first))
-                else:
-                    shutil.copyfileobj(handle, self.wfile)
+            return self._send_head(HTTPStatus.INTERNAL_SERVER_ERROR, 0, {})
+        if layer is None:
+            return self._send_file(path, has_body)
+        self._send_head(HTTPStatus.OK, len(layer), {})
+        if has_body:
+            self.wfile.write(layer)
         return None
 
-    def _fail(self, code: int) -> None:
-        self._head(code, 0, {})
+    def _send_file(self, path: str, has_body: bool) -> None:
+        """A file below OUT, or the range of it that is wanted."""
+        try:
+            file = (self.server.root / path).resolve()
+            # A shard without signal has no file; viewers take it for zeros.
+            handle = file.open("rb") if file.is_relative_to(self.server.root) and file.is_file() else None
+        except (OSError, ValueError, RuntimeError):
+            # A name that is too long, has a null byte, or leads round in circles.
+            handle = None
+        if handle is None:
+            return self._send_head(HTTPStatus.NOT_FOUND, 0, {})
 
-    def _head(self, code: int, length: int, more: dict[str, str]) -> None:
-        self.send_response(code)
-        always = {
-            "Access-Control-Allow-Origin": self.server.page,
+        with handle:
+            size = os.fstat(handle.fileno()).st_size
+            byte_range = _parse_range(self.headers.get("Range"), size)
+            if byte_range is None:
+                return self._send_head(
+                    HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, {"Content-Range": f"bytes */{size}"}
+                )
+            start, stop = byte_range
+            if (start, stop) == (0, size):
+                self._send_head(HTTPStatus.OK, size, {})
+            else:
+                content_range = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
+                self._send_head(HTTPStatus.PARTIAL_CONTENT, stop - start, content_range)
+            if has_body:
+                self._send_pieces(handle, start, stop)
+        return None
+
+    def _send_pieces(self, handle: BinaryIO, start: int, stop: int) -> None:
+        handle.seek(start)
+        remaining = stop - start
+        while remaining > 0 and (piece := handle.read(min(_PIECE_BYTES, remaining))):
+            self.wfile.write(piece)
+            remaining -= len(piece)
+        # A file that has shrunk meanwhile: the length in the head is wrong, so the connection cannot go on.
+        self.close_connection = self.close_connection or remaining > 0
+
+    def _send_head(self, status: HTTPStatus, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        common = {
+            "Access-Control-Allow-Origin": self.server.viewer_origin,
             "Access-Control-Expose-Headers": "*",
             "Accept-Ranges": "bytes",
         }
-        for key, value in {**always, "Content-Length": str(length), **more}.items():
+        for key, value in {**common, "Content-Length": str(length), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
 
 
-def _range(asked: str | None, size: int) -> tuple[int, int] | None:
-    """(first, end) of the bytes asked for: `bytes=A-B`, `bytes=A-`, `bytes=-N`; all without. None: not to be had."""
-    if asked is None or not asked.startswith("bytes=") or "," in asked:
+def _is_loopback(host: str) -> bool:
+    """Whether a Host header names this machine. The port may be that of a tunnel."""
+    try:
+        return urllib.parse.urlsplit(f"//{host}").hostname in _LOOPBACK_NAMES
+    except ValueError:
+        return False
+
+
+def _parse_path(target: str) -> str | None:
+    """The path of a request's target, relative to OUT; None for what is no path."""
+    try:
+        return urllib.parse.unquote(urllib.parse.urlsplit(target).path).lstrip("/")
+    except ValueError:
+        return None
+
+
+def _parse_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """(first, end) of the bytes wanted: `bytes=A-B`, `bytes=A-`, `bytes=-N`; all without. None: not to be had."""
+    if header is None or not header.startswith("bytes=") or "," in header:
         return 0, size
-    first, _, last = asked.removeprefix("bytes=").partition("-")
+    first, _, last = header.removeprefix("bytes=").partition("-")
     if not (first + last).isdecimal():
         return 0, size
+
     if not first:
-        return max(size - int(last), 0), size
-    stop = min(int(last) + 1, size) if last else size
-    return (int(first), stop) if int(first) < stop else None
+        return max(size - _parse_size(last), 0), size
+    start = _parse_size(first)
+    stop = min(_parse_size(last) + 1, size) if last else size
+    return (start, stop) if start < stop else None
+
+
+def _parse_size(digits: str) -> int:
+    """A number of bytes; one that no file has for thousands of digits, which `int` refuses."""
+    return int(digits) if len(digits) < 20 else sys.maxsize

@@ -1,115 +1,183 @@
-"""What follows the blocks of a volume: its pyramid, its trees, and the second look at them. Shared by all ranks."""
+"""What follows the blocks of a volume: its pyramid, its trees, and their confidence in mirrors. Shared by all ranks."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from hpc_neuro.core import files
+from hpc_neuro.core import files, stop_signals
+from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.geometry import Block, Box
+from hpc_neuro.core.task_queue import Task, TaskFailure, TaskReport, do_each, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.infer import flip_tta, trees
-from hpc_neuro.infer.block_pipeline import Work
-from hpc_neuro.infer.model import Job
-from hpc_neuro.infer.progress import Meter
-from hpc_neuro.infer.shared_tasks import Part, is_main, made
+from hpc_neuro.infer import flip_tta
+from hpc_neuro.infer.block_pipeline import VolumeRun
+from hpc_neuro.infer.done_markers import name_block
+from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import MASK
-from hpc_neuro.infer.trees import Entry
+from hpc_neuro.infer.trees import PredictionEntry, VolumeTrees, describe_volume
 
-Step = Callable[[Callable[[int, Work], Iterable[Part[Any]]], Callable[[Part[Any]], None]], None]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def pyramid(work: Work, comm: Any) -> list[str]:
-    """Make the levels above 0 that are not marked done, each by all ranks; a line for each shard that failed."""
-    source, folder, main = work.source, work.folder, is_main(comm)
-    for number, level in enumerate(
-        ome_zarr.plan_shards(source.shape, source.voxel_size, work.plan.write, MASK), start=1
-    ):
-        held = work.marks.level(number) or {}
-        todo = [
-            Part(0, f"pyramid_{piece.path.replace('/', '_')}", f"shard {piece.path} of the pyramid", piece)
-            for piece in level
-            if piece.path not in held
-        ]
-        sums: dict[str, str] = {}
+@dataclass(frozen=True)
+class VolumeStep:
+    """One step that volumes take, divided into tasks."""
 
-        def make(part: Part[ome_zarr.LevelShard], sums: dict[str, str] = sums) -> None:
-            ome_zarr.build_shard(folder, source.shape, source.voxel_size, part.what)
-            path = folder / part.what.path
-            sums[part.what.path] = files.sha256(path) if path.exists() else ""
+    list_tasks: Callable[[VolumeTrees], Sequence[Task[Any]]]
+    """What is missing of a volume; only the first rank asks."""
+    make: Callable[[VolumeTrees, Task[Any]], Any]
+    """Does one task; a result other than None goes into the report."""
 
-        failures = made([work], functools.partial(list, todo), make, comm)
-        for part in [sums] if comm is None else comm.allgather(sums):
-            held |= part
-        if main and todo:
-            work.marks.write_level(number, held)
-        if failures:
-            return [failure.line for failure in failures]
+
+def build_pyramid(volume: VolumeRun, ranks: Ranks) -> list[TaskFailure]:
+    """Build the levels above 0 that are not marked done, one after the other, each on all ranks. Collective."""
+    source = volume.source
+    levels = ome_zarr.plan_shards(source.shape, source.voxel_size, volume.tiling.write, MASK)
+    for number, shards in enumerate(levels, start=1):
+        # All ranks get what the first one reads: a file system may show the others an older marker.
+        checksums = ranks.run_on_main(functools.partial(volume.markers.read_level, number)) or {}
+        tasks = [_make_shard_task(shard, source.id) for shard in shards if shard.path not in checksums]
+        if not tasks:
+            continue
+
+        report = _run_on_volumes(
+            functools.partial(list, tasks), functools.partial(_build_shard, volume), [volume], ranks
+        )
+        checksums |= dict(report.results)
+        if ranks.is_main:
+            volume.markers.write_level(number, checksums)
+        # A level is built from the one below, which must be whole.
+        if report.failures:
+            return report.failures
     return []
 
 
-def traced(job: Job, works: list[Work], comm: Any) -> tuple[dict[str, Entry], list[str]]:
-    """Entries of volumes by id, complete on the first rank, and a line for each part that failed.
+def trace_volumes(
+    predictor: Predictor, volumes: Sequence[VolumeRun], ranks: Ranks
+) -> tuple[dict[str, PredictionEntry], list[TaskFailure]]:
+    """Entries of volumes by id, complete on the first rank, and the tasks that failed. Collective.
 
-    Ranks share the blocks that are reduced to strands, then the volumes whose strands become trees, then the blocks
-    that are looked at again, then the volumes whose trees are written. A volume with a failure is not gone on with,
-    and its entry names no trees.
+    A volume with a failed task takes no further step, and its entry names no trees.
     """
-    cfg, lines, bad = job.cfg, list[str](), set[int]()
-    found: dict[str, Entry] = {}
+    all_trees = {volume.source.id: VolumeTrees(predictor.cfg, volume) for volume in volumes}
+    failures = list[TaskFailure]()
+    report = TaskReport[tuple[str, PredictionEntry]]()
 
-    def step(todo: Callable[[int, Work], Iterable[Part[Any]]], make: Callable[[Part[Any]], None]) -> None:
-        good = [(i, work) for i, work in enumerate(works) if i not in bad]
-        for failure in made(works, lambda: (part for i, work in good for part in todo(i, work)), make, comm):
-            bad.add(failure.volume)
-            lines.append(failure.line)
+    with WindowProgress("mirrored views", 0, show=ranks.is_main) as progress:
+        steps = [SKELETONIZE_BLOCKS, TRACE_FOREST]
+        if predictor.cfg.flips:
+            steps.append(_predict_views_step(predictor, progress, ranks))
+        for step in [*steps, WRITE_FILES]:
+            failed_ids = {failure.group for failure in failures}
+            remaining = {name: trees for name, trees in all_trees.items() if name not in failed_ids}
+            report = _take_step(step, remaining, ranks)
+            failures += report.failures
 
-    def blocks(i: int, work: Work) -> Iterator[Part[Box]]:
-        for box in trees.to_reduce(cfg, work):
-            yield Part(i, f"strands_{'_'.join(map(str, box.start))}", f"block of tracing at {box.start}", box)
+    entries = dict(report.results)
+    if ranks.is_main:
+        failed_ids = {failure.group for failure in failures}
+        entries |= {name: describe_volume(all_trees[name].volume) for name in failed_ids}
+    return {name: entries[name] for name in all_trees if name in entries}, failures
 
-    def finish(part: Part[None]) -> None:
-        work = works[part.volume]
-        found[work.source.id] = trees.finished(cfg, work, lambda tree: flip_tta.looked(cfg, work, tree))
-        work.marks.end_all()
 
-    step(blocks, lambda part: trees.reduce(cfg, works[part.volume], part.what))
-    step(
-        lambda i, work: [Part(i, "trees", "its trees", None)] if trees.to_trace(cfg, work) else [],
-        lambda part: trees.trace(cfg, works[part.volume]),
+def _take_step(step: VolumeStep, all_trees: Mapping[str, VolumeTrees], ranks: Ranks) -> TaskReport[Any]:
+    """Do a step's missing tasks of several volumes on all ranks. Collective."""
+    return _run_on_volumes(
+        lambda: [task for trees in all_trees.values() for task in step.list_tasks(trees)],
+        lambda task: step.make(all_trees[task.group], task),
+        [trees.volume for trees in all_trees.values()],
+        ranks,
     )
-    if cfg.flips:
-        _look_again(job, works, step, comm)
-    step(lambda i, work: [Part(i, "files", "its files", None)], finish)
-    for part in [] if comm is None else comm.allgather(found):
-        found |= part
-    if is_main(comm):
-        found |= {works[i].source.id: trees.untraced(works[i]) for i in bad}
-    return {work.source.id: found[work.source.id] for work in works if work.source.id in found}, lines
 
 
-def _look_again(job: Job, works: list[Work], step: Step, comm: Any) -> None:
-    """Look again at all blocks through which a tree runs."""
-    cfg, ranks = job.cfg, 1 if comm is None else comm.Get_size()
-    held: tuple[int, flip_tta.Samples] | None = None  # those of one volume at a time
+def _run_on_volumes(
+    list_tasks: Callable[[], Sequence[Task[T]]],
+    make: Callable[[Task[T]], R | None],
+    volumes: Sequence[VolumeRun],
+    ranks: Ranks,
+) -> TaskReport[R]:
+    """Do tasks of volumes, which only the first rank lists, on all ranks. Collective."""
+    if not volumes:
+        return TaskReport()
+    journals = {volume.source.id: volume.markers for volume in volumes}
+    # The limits come from the config, so they are the same for all volumes.
+    limits = volumes[0].limits
+    plan = ranks.run_on_main(lambda: plan_tasks(list_tasks(), journals, limits))
+    return run_tasks(plan, do_each(make), journals, limits, ranks)
 
-    def of(i: int) -> flip_tta.Samples:
-        nonlocal held
-        if held is None or held[0] != i:
-            held = i, flip_tta.samples(cfg, works[i])
-        return held[1]
 
-    def todo(i: int, work: Work) -> list[Part[Block]]:
-        blocks = flip_tta.to_look(cfg, work, of(i)) if trees.traced(cfg, work) else []
-        meter.expect(len(cfg.flips) * sum(flip_tta.windows(of(i), work.plan, block) for block in blocks) // ranks)
+def _make_shard_task(shard: ome_zarr.LevelShard, volume: str) -> Task[ome_zarr.LevelShard]:
+    name = f"pyramid_{shard.path.replace('/', '_')}"
+    return _make_task(name, f"shard {shard.path} of the pyramid", shard, volume)
+
+
+def _build_shard(volume: VolumeRun, task: Task[ome_zarr.LevelShard]) -> tuple[str, str]:
+    """Build one shard of a level; its path and the checksum of its bytes, "" for a shard of zeros."""
+    source, shard = volume.source, task.payload
+    ome_zarr.build_shard(volume.folder, source.shape, source.voxel_size, shard)
+    path = volume.folder / shard.path
+    return shard.path, files.sha256(path) if path.exists() else ""
+
+
+def _list_skeleton_tasks(trees: VolumeTrees) -> list[Task[Box]]:
+    name = trees.volume.source.id
+    return [
+        _make_task(f"strands_{'_'.join(map(str, box.start))}", f"block of tracing at {box.start}", box, name)
+        for box in trees.list_blocks_to_skeletonize()
+    ]
+
+
+def _list_forest_task(trees: VolumeTrees) -> list[Task[None]]:
+    return [_make_task("trees", "its trees", None, trees.volume.source.id)] if trees.needs_tracing() else []
+
+
+def _list_files_task(trees: VolumeTrees) -> list[Task[None]]:
+    return [_make_task("files", "its files", None, trees.volume.source.id)]
+
+
+def _write_files(trees: VolumeTrees, task: Task[None]) -> tuple[str, PredictionEntry]:
+    entry = trees.finish(functools.partial(flip_tta.load_views, trees))
+    trees.volume.markers.end_all()
+    return task.group, entry
+
+
+SKELETONIZE_BLOCKS = VolumeStep(_list_skeleton_tasks, lambda trees, task: trees.skeletonize(task.payload))
+TRACE_FOREST = VolumeStep(_list_forest_task, lambda trees, task: trees.trace())
+WRITE_FILES = VolumeStep(_list_files_task, _write_files)
+
+
+def _predict_views_step(predictor: Predictor, progress: WindowProgress, ranks: Ranks) -> VolumeStep:
+    """Predict the blocks through which a tree runs once more, in mirrored views."""
+    # The samples of one volume at a time, of which tasks come in a row.
+    sample_forest = functools.lru_cache(maxsize=1)(flip_tta.sample_forest)
+
+    def list_tasks(trees: VolumeTrees) -> list[Task[Block]]:
+        if not trees.has_forest():
+            return []
+        samples, tiling = sample_forest(trees), trees.volume.tiling
+        blocks = flip_tta.list_missing_blocks(trees, samples)
+        windows = sum(flip_tta.count_windows(samples, tiling, block) for block in blocks)
+        progress.expect(len(predictor.cfg.flips) * windows // ranks.size)
+        name = trees.volume.source.id
         return [
-            Part(i, f"view_{'_'.join(map(str, block.index))}", f"second look at block {block.index}", block)
+            _make_task(f"view_{name_block(block.index)}", f"second look at block {block.index}", block, name)
             for block in blocks
         ]
 
-    def make(part: Part[Block]) -> None:
-        flip_tta.look(cfg, job, works[part.volume], of(part.volume), part.what, meter.add)
+    def count_windows(windows: int) -> None:
+        progress.advance(windows)
+        stop_signals.check()
 
-    with Meter("second look in mirrors", 0, show=is_main(comm)) as meter:
-        step(todo, make)
+    def predict_views(trees: VolumeTrees, task: Task[Block]) -> None:
+        flip_tta.predict_views(trees, predictor, sample_forest(trees), task.payload, count_windows)
+
+    return VolumeStep(list_tasks, predict_views)
+
+
+def _make_task(name: str, label: str, payload: T, volume: str) -> Task[T]:
+    return Task(name, label, payload, volume, {"part": label})

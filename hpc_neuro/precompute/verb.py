@@ -7,11 +7,13 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from hpc_neuro.core import distributed, files, run_folder
 from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.liveness import MpiRankWatch
 from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.task_queue import draw_indices
 from hpc_neuro.data import feature_cache
 from hpc_neuro.data.feature_cache import CODING, MANIFEST, FeatureCoding, ShardSpec
 from hpc_neuro.data.feature_cache.encoding import load_codings
@@ -111,7 +113,8 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
 
         # The coding exists before any rank encodes with it.
         coding_digest, codings = ranks.run(lambda: _load_codings(cfg))
-        ranks.run(lambda: _build_share(cfg, todo, ranks, coding_digest, codings))
+        queue_store = ranks.open_store()
+        ranks.run(lambda: _build_share(cfg, todo, ranks, queue_store, coding_digest, codings))
 
         # The manifest comes last: a cache without it is not complete.
         ranks.run_on_main(lambda: _write_manifest(cfg, plan))
@@ -205,28 +208,29 @@ def _load_codings(cfg: PrecomputeConfig) -> tuple[str, dict[str, FeatureCoding]]
 
 
 def _build_share(
-    cfg: PrecomputeConfig, todo: _Todo, ranks: Ranks, coding_digest: str, codings: dict[str, FeatureCoding]
+    cfg: PrecomputeConfig,
+    todo: _Todo,
+    ranks: Ranks,
+    queue_store: Any,
+    coding_digest: str,
+    codings: dict[str, FeatureCoding],
 ) -> None:
     """Build this rank's share of the shards: the rank takes the next shard that no rank has taken."""
     plan = todo.plan
-    numbers = distributed.turns(len(todo.shards), ranks.comm)
     label = "teacher features" if ranks.size == 1 else f"teacher features, rank 0 of {ranks.size}"
     total = -(-len(todo.shards) // ranks.size)
-    tracked = run_folder.track_progress(numbers, label, total=total, unit="slab") if ranks.is_main else numbers
 
-    try:
+    with draw_indices(queue_store, len(todo.shards)) as indices:
+        if ranks.is_main:
+            indices = run_folder.track_progress(indices, label, total=total, unit="slab")
         build_shards(
             cfg,
             plan.store,
             plan.teacher,
-            (todo.shards[number] for number in tracked),
+            (todo.shards[index] for index in indices),
             lambda shard: plan.make_key(cfg, shard, coding_digest),
             codings,
         )
-    finally:
-        # After a failure, take the rest of the shards without building them, so that the other ranks stop soon.
-        for _ in numbers:
-            pass
 
 
 def _write_manifest(cfg: PrecomputeConfig, plan: CachePlan) -> None:

@@ -2,7 +2,7 @@
 
     mpiexec -n 2 python -m tests.helpers.silent_infer KEY=VALUE ...
 
-Each rank first says how many threads it computes with.
+Each rank first prints how many threads it computes with.
 """
 
 from __future__ import annotations
@@ -16,27 +16,24 @@ import torch
 from mpi4py import MPI
 
 from hpc_neuro.cli import main
-from hpc_neuro.infer import block_pipeline
+from hpc_neuro.infer import block_pipeline, verb
 
-read = block_pipeline._read
+read_block, predict_volume = block_pipeline.read_block, verb.predict_volume
 
 
-def suspended(*given: Any) -> Any:
-    """Reads a block of the first rank."""
+def read_or_suspend(*args: Any) -> Any:
+    """Read a block on the first rank; suspend the second one."""
     if MPI.COMM_WORLD.Get_rank() == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return read(*given)
+    return read_block(*args)
 
 
-def told(*given: Any, **more: Any) -> None:
-    """As it is, and says the threads."""
+def print_threads_and_predict(*args: Any) -> Any:
+    """Print the number of threads, and predict."""
     print(f"{torch.get_num_threads()} threads", flush=True)
-    predict(*given, **more)
+    return predict_volume(*args)
 
 
 if __name__ == "__main__":
-    from hpc_neuro.infer import verb
-
-    predict = verb.predict_blocks
-    block_pipeline._read, verb.predict_blocks = suspended, told
+    block_pipeline.read_block, verb.predict_volume = read_or_suspend, print_threads_and_predict
     sys.exit(main(["infer", *sys.argv[1:]]))

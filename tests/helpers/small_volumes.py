@@ -13,11 +13,12 @@ import tifffile
 from hpc_neuro import infer
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import load
+from hpc_neuro.core.task_queue import RetryLimits
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.infer.block_pipeline import Work, predict_blocks
-from hpc_neuro.infer.progress import Meter
-from hpc_neuro.infer.tiling import Plan
-from hpc_neuro.infer.volumes import Source
+from hpc_neuro.infer.block_pipeline import EmptyRule, VolumeRun, predict_blocks
+from hpc_neuro.infer.progress import WindowProgress
+from hpc_neuro.infer.tiling import Tiling
+from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
 
@@ -33,7 +34,7 @@ def probability(out: Path, name: str) -> np.ndarray:
     return np.asarray(ome_zarr.open_level(out / f"{name}.ome.zarr").read().result())
 
 
-def crossing(path: Path) -> str:
+def write_crossing(path: Path) -> str:
     """Write an image of two neurites that cross; its entry of `inputs`, with a root for each."""
     image = np.zeros((16, 64, 64), dtype=np.uint8)
     for i in range(4, 60):
@@ -44,7 +45,7 @@ def crossing(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Plain:
+class ArrayVolume:
     """A volume that is an array."""
 
     image: np.ndarray
@@ -59,24 +60,30 @@ class Plain:
         return self.image[box.slices]
 
 
-def work_on(model: Path, volume: Any, out: Path, read: Callable[[Box], Any] | None = None, **more: Any) -> Work:
-    """Work on one volume, its folder made; `more` are keys of EmptyConfig, and `tries`."""
+def open_run(
+    model: Path,
+    volume: Any,
+    out: Path,
+    read: Callable[[Box], Any] | None = None,
+    tries: int = 1,
+    empty: EmptyRule | None = None,
+) -> VolumeRun:
+    """A run of one volume, whose folder exists."""
     student, _ = load_student(model / "weights" / "best")
-    plan = Plan(WINDOW, 0.5, student.patch, (8, 32, 32), (4, 16, 16))
-    source = Source("a", "a", volume.shape, volume.voxel_size, (), "d", read or volume.normalized_image)
+    tiling = Tiling(WINDOW, 0.5, student.patch, (8, 32, 32), (4, 16, 16))
+    source = InputVolume("a", "a", volume.shape, volume.voxel_size, (), "d", read or volume.normalized_image)
 
     def predict(image: np.ndarray, seen: Callable[[int], None]) -> np.ndarray:
         return sliding_window.predict(student, image, WINDOW, seen=seen)
 
-    tries = more.pop("tries", 1)
-    work = Work.open(source, plan, predict, 0.45, "key", out, infer.EmptyConfig(**more), tries)
-    work.create()
-    return work
+    run = VolumeRun.open(source, tiling, predict, 0.45, "key", out, empty, RetryLimits(tries=tries))
+    run.create_folder()
+    return run
 
 
-def make_all(work: Work) -> Meter:
-    """What is missing, made; the meter that counted."""
-    todo = work.marks.todo(work.plan.blocks(work.source.shape))
-    meter = Meter("a", sum(map(work.plan.cost, todo)))
-    predict_blocks(work, todo, meter)
-    return meter
+def predict_missing(run: VolumeRun) -> WindowProgress:
+    """Predict the missing blocks; the progress that counted their windows."""
+    missing = run.markers.list_missing(run.list_blocks())
+    progress = WindowProgress("a", sum(map(run.tiling.count_windows, missing)))
+    predict_blocks(run, missing, progress)
+    return progress

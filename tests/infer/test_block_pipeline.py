@@ -9,24 +9,25 @@ import numpy as np
 import pytest
 
 from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.task_queue import group_by_deaths
 from hpc_neuro.data.store import Store
-from hpc_neuro.infer import progress as meters
-from hpc_neuro.infer.done_markers import by_deaths
-from hpc_neuro.infer.empty_blocks import brightest
-from hpc_neuro.infer.tiling import Plan, quantised
+from hpc_neuro.infer import progress as progress_module
+from hpc_neuro.infer.block_pipeline import EmptyRule, brightest_cell
+from hpc_neuro.infer.done_markers import name_block
+from hpc_neuro.infer.tiling import Tiling, quantize
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
-from tests.helpers.small_volumes import WINDOW, Plain, make_all, probability, work_on
+from tests.helpers.small_volumes import WINDOW, ArrayVolume, open_run, predict_missing, probability
 
 
 def test_what_is_written_is_the_whole_volumes_result(model: Path, store: Path, tmp_path: Path) -> None:
     volume = Store(store)["a"]
-    work = work_on(model, volume, tmp_path)
-    meter = make_all(work)
-    assert meter.done == meter.total == work.plan.windows(volume.shape)
+    run = open_run(model, volume, tmp_path)
+    progress = predict_missing(run)
+    assert progress.done == progress.total == run.tiling.count_all_windows(volume.shape)
     student, _ = load_student(model / "weights" / "best")
     whole = sliding_window.predict(student, volume.normalized_image(Box.whole(volume.shape)), WINDOW)
-    off = np.abs(probability(tmp_path, "a").astype(int) - quantised(whole))
+    off = np.abs(probability(tmp_path, "a").astype(int) - quantize(whole))
     assert off.max() <= 1  # 1e-4 may tip a rounding
     assert np.mean(off > 0) < 0.01
 
@@ -41,16 +42,16 @@ def test_a_block_that_always_fails_is_parked_and_tried_again(model: Path, store:
             raise OSError("bad sector")
         return volume.normalized_image(box)
 
-    work = work_on(model, volume, tmp_path, read, tries=2)
-    make_all(work)
-    parked = work.marks.parked()
+    run = open_run(model, volume, tmp_path, read, tries=2)
+    predict_missing(run)
+    parked = run.markers.read_failed_blocks()
     assert parked
     assert all(p["error"] == "bad sector" and p["tries"] == 2 for p in parked)
     assert any("in read" in line for line in parked[0]["traceback"])
-    assert calls == len(work.plan.blocks(volume.shape)) + len(parked)  # a second try for those only
+    assert calls == len(run.tiling.list_blocks(volume.shape)) + len(parked)  # a second try for those only
     before, poison = calls, False
-    make_all(work)
-    assert not work.marks.parked()
+    predict_missing(run)
+    assert not run.markers.read_failed_blocks()
     assert calls - before == len(parked)  # only the failed ones ran again
 
 
@@ -67,14 +68,13 @@ def test_empty_blocks_are_skipped_and_the_rule_is_recorded(
     model: Path, tmp_path: Path, level: float | None, dark: float
 ) -> None:
     image = _scene()
-    work = work_on(model, Plain(image), tmp_path, level=level, prove=0)
-    meter = make_all(work)
-    blocks = work.plan.blocks(image.shape)
-    marks = list(work.marks.all(blocks))
+    run = open_run(model, ArrayVolume(image), tmp_path, empty=EmptyRule(level, 0))
+    progress = predict_missing(run)
+    blocks = run.tiling.list_blocks(image.shape)
+    marks = list(run.markers.read_all(blocks))
     assert len(marks) == len(blocks) == 25
-    assert (
-        meter.done == meter.total == sum(work.plan.cost(b) for b, m in zip(blocks, marks, strict=True) if not m.skipped)
-    )
+    predicted = [block for block, mark in zip(blocks, marks, strict=True) if not mark.skipped]
+    assert progress.done == progress.total == sum(map(run.tiling.count_windows, predicted))
     for block, mark in zip(blocks, marks, strict=True):
         assert (mark.skipped is not None) == (image[block.read.slices].max() <= dark)
         if mark.skipped is not None:
@@ -86,12 +86,12 @@ def test_empty_blocks_are_skipped_and_the_rule_is_recorded(
 def test_a_rule_that_loses_something_is_found_out(model: Path, tmp_path: Path) -> None:
     """With the level above the neurite every block would be skipped; the proof on all of them says so."""
     image = _scene()
-    work = work_on(model, Plain(image), tmp_path, level=0.95, prove=1)
-    make_all(work)
-    blocks = work.plan.blocks(image.shape)
-    proofs = [m for m in work.marks.all(blocks) if m.proof]
+    run = open_run(model, ArrayVolume(image), tmp_path, empty=EmptyRule(0.95, 1))
+    predict_missing(run)
+    blocks = run.tiling.list_blocks(image.shape)
+    proofs = [m for m in run.markers.read_all(blocks) if m.proof]
     assert proofs
-    assert all((m.foreground > 0) == m.wrong for m in proofs)
+    assert all((m.foreground > 0) == m.contradicts_rule for m in proofs)
     bright = [b.index for b in blocks if image[b.read.slices].max() > 0]
     assert {m.index for m in proofs} == set(bright)  # black blocks need no proof
 
@@ -101,43 +101,43 @@ def test_cells_set_a_thin_neurite_off_from_noise() -> None:
     noise = np.clip(draw.normal(0.05, 0.05, (31, 64, 65)), 0, 1).astype(np.float32)
     line = noise.copy()
     line[15, 30, :] = 0.8
-    assert brightest(noise, (2, 4, 4)) < 0.12 < noise.max() < 0.4
-    assert brightest(line, (2, 4, 4)) > 0.12
+    assert brightest_cell(noise, (2, 4, 4)) < 0.12 < noise.max() < 0.4
+    assert brightest_cell(line, (2, 4, 4)) > 0.12
     cells = noise[:30, :, :64].reshape(15, 2, 16, 4, 16, 4).mean((1, 3, 5))
-    assert brightest(noise[:30, :, :64], (2, 4, 4)) == pytest.approx(float(cells.max()), rel=1e-5)
-    assert brightest(noise, (1, 1, 1)) == pytest.approx(float(noise.max()))
+    assert brightest_cell(noise[:30, :, :64], (2, 4, 4)) == pytest.approx(float(cells.max()), rel=1e-5)
+    assert brightest_cell(noise, (1, 1, 1)) == pytest.approx(float(noise.max()))
 
 
 def test_a_volume_of_one_block_shows_progress(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(meters, "_SECONDS_PER_LINE", 0.0)
+    monkeypatch.setattr(progress_module, "_SECONDS_PER_LINE", 0.0)
     image = np.random.default_rng(0).random((8, 32, 64)).astype(np.float32)
     with caplog.at_level(logging.INFO, logger="hpc_neuro"):
-        meter = make_all(work_on(model, Plain(image[:, :, :32]), tmp_path))
-        assert meter.total == 1
-        meter = make_all(work_on(model, Plain(image), tmp_path / "two"))
+        progress = predict_missing(open_run(model, ArrayVolume(image[:, :, :32]), tmp_path))
+        assert progress.total == 1
+        progress = predict_missing(open_run(model, ArrayVolume(image), tmp_path / "two"))
     lines = [r.getMessage() for r in caplog.records if "windows/s" in r.getMessage()]
-    assert len(lines) == 1 + meter.total
-    assert lines[-1].startswith(f"a: {meter.total}/{meter.total} windows")
+    assert len(lines) == 1 + progress.total
+    assert lines[-1].startswith(f"a: {progress.total}/{progress.total} windows")
     assert "(0 s left)" in lines[-1]
 
 
 def test_the_finish_is_foretold_from_the_rate() -> None:
-    meter = meters.Meter("cell", 100, show=False)
-    meter.add(30)
-    meter.skip(20)
-    assert "30/80 windows, 3 windows/s" in meter.line(10.0)
-    assert "(17 s left)" in meter.line(10.0)
+    progress = progress_module.WindowProgress("cell", 100, show=False)
+    progress.advance(30)
+    progress.skip(20)
+    assert "30/80 windows, 3 windows/s" in progress.describe(10.0)
+    assert "(17 s left)" in progress.describe(10.0)
 
 
 def test_shares_are_of_equal_cost_and_cover_all(model: Path) -> None:
-    plan = Plan(WINDOW, 0.5, (4, 16, 16), (8, 32, 32), (4, 16, 16))
-    blocks = plan.blocks((20, 200, 170))
-    parts = [plan.share(blocks, (i, 3)) for i in range(3)]
+    plan = Tiling(WINDOW, 0.5, (4, 16, 16), (8, 32, 32), (4, 16, 16))
+    blocks = plan.list_blocks((20, 200, 170))
+    parts = [plan.take_share(blocks, (i, 3)) for i in range(3)]
     assert sorted(b.index for part in parts for b in part) == [b.index for b in blocks]
-    costs = [sum(map(plan.cost, part)) for part in parts]
-    assert max(costs) - min(costs) <= max(map(plan.cost, blocks))
+    costs = [sum(map(plan.count_windows, part)) for part in parts]
+    assert max(costs) - min(costs) <= max(map(plan.count_windows, blocks))
 
 
 def test_who_is_tried_when_by_deaths_and_a_stop_in_good_order_is_none(model: Path, tmp_path: Path) -> None:
@@ -151,14 +151,14 @@ def test_who_is_tried_when_by_deaths_and_a_stop_in_good_order_is_none(model: Pat
             raise Stop
         return image[box.slices]
 
-    work = work_on(model, Plain(image), tmp_path, read)
+    run = open_run(model, ArrayVolume(image), tmp_path, read)
     with pytest.raises(Stop):
-        make_all(work)
+        predict_missing(run)
     assert not list(tmp_path.glob("begun/*/*"))
-    blocks = work.plan.blocks(image.shape)
+    blocks = run.tiling.list_blocks(image.shape)
     for deaths, block in enumerate(blocks):
         for _ in range(deaths):
-            work.marks.begin(block.index)
-    fresh, suspects, last = by_deaths(blocks[:3], lambda b: work.marks.deaths(b.index), 3)
+            run.markers.begin(name_block(block.index))
+    fresh, suspects, last = group_by_deaths(blocks[:3], lambda b: run.markers.count_deaths(name_block(b.index)), 3)
     assert [b.index for b in (*fresh, *suspects, *last)] == [b.index for b in blocks[:3]]
     assert len(fresh) == len(suspects) == len(last) == 1

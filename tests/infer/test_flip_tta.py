@@ -21,18 +21,19 @@ from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.morphology import Tree, build_tree
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.types import StudentOutput
-from hpc_neuro.infer import flip_tta, trees
-from hpc_neuro.infer import model as jobs
-from hpc_neuro.infer.model import Job
-from hpc_neuro.infer.proofread import Sure
-from hpc_neuro.infer.tiling import Plan, quantised
-from hpc_neuro.infer.volumes import Source
+from hpc_neuro.infer import flip_tta
+from hpc_neuro.infer import model as models
+from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.proofread import NodeConfidence
+from hpc_neuro.infer.tiling import Tiling, quantize
+from hpc_neuro.infer.trees import VolumeTrees, save_arrays
+from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
 from hpc_neuro.tracing import measure_confidence
 from tests.helpers.small_volumes import WINDOW, configure
 
-TRACED = ["trees=true", "trace.min_voxels=1", "trace.threshold=0.5", "empty.level=null"]
+TRACED = ["trees=true", "trace.min_voxels=1", "trace.threshold=0.5", "empty_level=null"]
 
 
 class Sees(nn.Module):
@@ -62,7 +63,7 @@ def _table(path: Path) -> list[dict[str, str]]:
 
 
 def _seen_by(monkeypatch: pytest.MonkeyPatch, student: nn.Module) -> None:
-    monkeypatch.setattr(jobs, "load_student", lambda folder: (student, {"window": list(WINDOW)}))
+    monkeypatch.setattr(models, "load_student", lambda folder: (student, {"window": list(WINDOW)}))
 
 
 def test_a_student_that_sees_the_same_in_mirrors_disagrees_nowhere(
@@ -135,36 +136,38 @@ def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, bloc
         f"overlap={overlap}",
         "flips=[flip_x, flip_z+flip_y]",
     )
-    job = Job(cfg)
-    work = job.work(Source("v", "v", shape, (1.0, 1.0, 1.0), (), "d", lambda box: image[box.slices]))
-    trees.save(trees.scratch(cfg, work) / "forest.npz", tree)
-    found, windows, foretold = flip_tta.samples(cfg, work), 0, 0
+    predictor = Predictor(cfg)
+    source = InputVolume("v", "v", shape, (1.0, 1.0, 1.0), (), "d", lambda box: image[box.slices])
+    trees = VolumeTrees(cfg, predictor.open_volume(source, 0.0))
+    tiling = trees.volume.tiling
+    save_arrays(trees.scratch / "forest.npz", tree)
+    samples, windows, expected_windows = flip_tta.sample_forest(trees), 0, 0
 
     def seen(count: int) -> None:
         nonlocal windows
         windows += count
 
     for number in range(2):
-        todo = flip_tta.to_look(cfg, work, found)
+        todo = flip_tta.list_missing_blocks(trees, samples)
         assert bool(todo) == (number == 0)  # what was looked at is not looked at again
         for one in todo:
-            foretold += 2 * flip_tta.windows(found, work.plan, one)
-            flip_tta.look(cfg, job, work, found, one, seen)
-    values = flip_tta.looked(cfg, work, tree)
+            expected_windows += 2 * flip_tta.count_windows(samples, tiling, one)
+            flip_tta.predict_views(trees, predictor, samples, one, seen)
+    values = flip_tta.load_views(trees, tree)
     student, _ = load_student(model / "weights" / "best")
     for row, flip in zip(values, [(2,), (0, 1)], strict=True):
-        whole = quantised(sliding_window.predict(student, image, WINDOW, overlap, flip=flip))
+        whole = quantize(sliding_window.predict(student, image, WINDOW, overlap, flip=flip))
         off = np.abs(row - measure_confidence(tree, lambda box, whole=whole: whole[box.slices], shape))
         assert off.max() <= 1 / 255 + 1e-9  # 1e-4 may tip a rounding
         assert np.mean(off > 0) < 0.02
     assert np.abs(values[0] - values[1]).max() > 0.01
-    assert windows == foretold < 2 * sum(map(work.plan.cost, work.plan.second(shape)))
+    assert windows == expected_windows < 2 * sum(map(tiling.count_windows, tiling.list_flip_blocks(shape)))
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.75])
 def test_a_second_look_reads_all_that_the_voxels_next_to_a_block_depend_on(overlap: float) -> None:
-    plan, shape = Plan((8, 32, 32), overlap, (4, 16, 16), (8, 32, 48), (4, 16, 16)), (16, 80, 110)
-    for block in plan.second(shape):
+    plan, shape = Tiling((8, 32, 32), overlap, (4, 16, 16), (8, 32, 48), (4, 16, 16)), (16, 80, 110)
+    for block in plan.list_flip_blocks(shape):
         assert all(start % step == 0 for start, step in zip(block.read.start, plan.step, strict=True))
         around = block.write.grow((1, 1, 1)).clip(Box.whole(shape))
         for corner in itertools.product(*(range(0, n, s) for n, s in zip(shape, plan.step, strict=True))):
@@ -188,16 +191,16 @@ def test_a_kill_in_the_second_look_changes_nothing(
     class Killed(BaseException):
         pass
 
-    look, calls = flip_tta.look, 0
+    predict_views, calls = flip_tta.predict_views, 0
 
     def struck(*given: Any) -> None:
         nonlocal calls
         calls += 1
         if calls in (2, 3):
             raise Killed
-        look(*given)
+        predict_views(*given)
 
-    monkeypatch.setattr(flip_tta, "look", struck)
+    monkeypatch.setattr(flip_tta, "predict_views", struck)
     for _ in range(2):
         with pytest.raises(Killed):
             infer.run(killed)
@@ -212,7 +215,7 @@ def test_the_forecast_says_what_mirrors_cost(model: Path, line: str, tmp_path: P
         return "\n".join(infer.forecast(configure(model, tmp_path / "o", line, "trees=true", *keys)))
 
     assert "mirrored" not in said()
-    assert "once more in 2 mirrored view(s): at most 2 windows" in said("flips=[flip_x, flip_y]")  # one block
+    assert "once more in 2 mirrored views: at most 2 windows" in said("flips=[flip_x, flip_y]")  # one block
 
 
 @pytest.mark.parametrize(
@@ -231,16 +234,16 @@ def test_mirrors_want_trees_and_a_student_that_knows_them(model: Path, tmp_path:
     saved["extra"]["mirrored"] = False
     (student / "student.yaml").write_text(yaml.safe_dump(saved))
     with pytest.raises(ConfigError, match="trained without mirrored crops"):
-        Job(configure(student, tmp_path / "o", "store=x", "trees=true", "flips=[flip_x]"))
-    Job(configure(student, tmp_path / "o", "store=x"))
+        Predictor(configure(student, tmp_path / "o", "store=x", "trees=true", "flips=[flip_x]"))
+    Predictor(configure(student, tmp_path / "o", "store=x"))
     with pytest.raises(ConfigError, match="holds weights itself and no `last`"):
-        Job(configure(student, tmp_path / "o", "store=x", "weights=last"))
+        Predictor(configure(student, tmp_path / "o", "store=x", "weights=last"))
 
 
 def test_views_are_summed_up_per_node() -> None:
-    known = Sure(np.array([0.9, 0.2]), np.array([[0.9, 0.5], [0.6, 0.1]]), 0.3, 0.5)
-    assert known.disagreement is not None
-    np.testing.assert_allclose(known.disagreement, [0.15, 0.2])
-    np.testing.assert_allclose(known.mean, [0.8, 0.8 / 3])
-    np.testing.assert_allclose(known.lowest, [0.6, 0.1])
-    assert Sure(known.confidence, np.zeros((0, 2)), 0.3, 0.5).disagreement is None
+    confidence = NodeConfidence(np.array([0.9, 0.2]), np.array([[0.9, 0.5], [0.6, 0.1]]), 0.3, 0.5)
+    assert confidence.disagreement is not None
+    np.testing.assert_allclose(confidence.disagreement, [0.15, 0.2])
+    np.testing.assert_allclose(confidence.mean, [0.8, 0.8 / 3])
+    np.testing.assert_allclose(confidence.lowest, [0.6, 0.1])
+    assert NodeConfidence(confidence.plain, np.zeros((0, 2)), 0.3, 0.5).disagreement is None

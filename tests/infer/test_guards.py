@@ -16,8 +16,8 @@ from hpc_neuro.core.constants import EXIT_FAILURES
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.infer.volumes import sources
-from tests.helpers.small_volumes import configure, crossing
+from hpc_neuro.infer.volumes import open_inputs
+from tests.helpers.small_volumes import configure, write_crossing
 from tests.helpers.tiny_store import write_store
 
 TRACED = ["trees=true", "trace.threshold=0.6", "trace.low=0.55"]
@@ -57,7 +57,7 @@ def test_a_folder_of_somebody_elses_is_not_replaced(model: Path, store: Path, tm
 
 
 def test_a_tree_that_lies_in_the_way_is_set_aside(model: Path, tmp_path: Path) -> None:
-    line = f"inputs=[{crossing(tmp_path / 'cells.tif')}]"
+    line = f"inputs=[{write_crossing(tmp_path / 'cells.tif')}]"
     out = tmp_path / "out"
     (out / "swc").mkdir(parents=True)
     (out / "swc" / "cells.swc").write_text("gold")
@@ -73,7 +73,7 @@ def test_a_tree_that_lies_in_the_way_is_set_aside(model: Path, tmp_path: Path) -
 
 
 def test_half_written_trees_of_a_killed_run_are_its_own(model: Path, tmp_path: Path) -> None:
-    line, out = f"inputs=[{crossing(tmp_path / 'cells.tif')}]", tmp_path / "out"
+    line, out = f"inputs=[{write_crossing(tmp_path / 'cells.tif')}]", tmp_path / "out"
     assert infer.run(configure(model, out, line, *TRACED)) == 0
     before = bytes_of(out / "swc")
     files.write_json(out / "entries" / "cells.json", {"key": "", "entry": {}, "files": {}, "writing": True})
@@ -110,11 +110,11 @@ def test_another_split_of_the_store_is_another_run(model: Path, done: Path, tmp_
 
 def test_an_image_folder_that_was_written_anew_is_another_image(model: Path, tmp_path: Path) -> None:
     cfg = configure(model, tmp_path / "o", f"inputs=[{{image: {image(tmp_path / 'b.ome.zarr')}, range: [0, 255]}}]")
-    (before,) = sources(cfg)
-    (again,) = sources(cfg)
+    (before,) = open_inputs(cfg)
+    (again,) = open_inputs(cfg)
     shutil.rmtree(tmp_path / "b.ome.zarr")
     image(tmp_path / "b.ome.zarr", value=9)
-    (after,) = sources(cfg)
+    (after,) = open_inputs(cfg)
     assert before.digest == again.digest != after.digest
 
 

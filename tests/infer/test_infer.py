@@ -18,11 +18,11 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.store import Store
-from hpc_neuro.infer.model import Job
-from hpc_neuro.infer.tiling import Plan
+from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
-from tests.helpers.small_volumes import WINDOW, configure, crossing, probability
+from tests.helpers.small_volumes import WINDOW, configure, probability, write_crossing
 
 
 @pytest.mark.parametrize(
@@ -33,11 +33,11 @@ def test_blocks_do_not_show(model: Path, store: Path, block: Shape, overlap: flo
     """The blocked float probability is the whole volume's."""
     student, _ = load_student(model / "weights" / "best")
     volume = Store(store)["a"]
-    plan = Plan(WINDOW, overlap, student.patch, block, (4, 16, 16))
+    plan = Tiling(WINDOW, overlap, student.patch, block, (4, 16, 16))
     image = volume.normalized_image(Box.whole(volume.shape))
     whole = sliding_window.predict(student, image, WINDOW, overlap)
     parts = np.zeros_like(whole)
-    for b in plan.blocks(volume.shape):
+    for b in plan.list_blocks(volume.shape):
         inner = b.write.relative_to(b.read.start).slices
         parts[b.write.slices] = sliding_window.predict(student, image[b.read.slices], WINDOW, overlap)[inner]
     np.testing.assert_allclose(parts, whole, atol=1e-4)
@@ -121,7 +121,7 @@ def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:
     page = (cfg.out / "infer.html").read_text()
     assert page.count("<rect ") == entry["blocks"]["all"]
     assert "data:image/jpeg" in page
-    assert "1 trees, the least sure first" in page
+    assert "1 tree, the least sure first" in page
     assert (cfg.out / "proofread" / "cell.csv").exists()
 
 
@@ -131,7 +131,7 @@ def test_a_root_far_from_everything_is_listed_and_its_volume_has_no_trees(
     image = np.zeros((8, 32, 64), dtype=np.uint8)
     image[3:6, 14:18, 4:30] = 255
     tifffile.imwrite(tmp_path / "cell.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
-    monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: image)
+    monkeypatch.setattr(Predictor, "predict", lambda self, image, seen=None: image)
     inputs = f"inputs=[{{image: {tmp_path / 'cell.tif'}, voxel_size: [1, 1, 1], root: [4, 16, 60]}}]"
     cfg = configure(model, tmp_path / "o", inputs, "trees=true", "page=true")
     assert infer.run(cfg) == 3
@@ -149,7 +149,7 @@ def test_a_neurite_too_faint_for_the_student_is_followed_in_the_image(
     image[6:10, 14:18, 4:90] = 50
     image[6:10, 14:18, 4:30] = image[6:10, 14:18, 58:90] = 200
     tifffile.imwrite(tmp_path / "cell.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
-    monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: (image > 0.5).astype(np.float32))
+    monkeypatch.setattr(Predictor, "predict", lambda self, image, seen=None: (image > 0.5).astype(np.float32))
     inputs = f"inputs=[{{image: {tmp_path / 'cell.tif'}, voxel_size: [1, 1, 1], root: [8, 16, 5]}}]"
     ends = {}
     for gap in (35, 0):
@@ -167,8 +167,8 @@ def test_two_neurons_that_touch_become_a_tree_each(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two crossing neurites with a root each; traced in blocks, which are not kept."""
-    monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: image)  # a student that is right
-    inputs = f"inputs=[{crossing(tmp_path / 'cells.tif')}]"
+    monkeypatch.setattr(Predictor, "predict", lambda self, image, seen=None: image)  # a student that is right
+    inputs = f"inputs=[{write_crossing(tmp_path / 'cells.tif')}]"
     cfg = configure(model, tmp_path / "o", inputs, "trees=true", "page=true", "trace.block=[16,32,32]")
     assert infer.run(cfg) == 0
     entry = json.loads((cfg.out / "predictions.json").read_text())["cells"]
@@ -194,7 +194,7 @@ def test_a_finished_run_is_traced_anew_by_other_settings(
     image[3:6, 6:10, 4:60] = 255
     image[3:6, 22:26, 4:30] = 255
     tifffile.imwrite(tmp_path / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
-    monkeypatch.setattr(Job, "predict", lambda self, image, seen=None: image)
+    monkeypatch.setattr(Predictor, "predict", lambda self, image, seen=None: image)
     inputs = f"inputs=[{{image: {tmp_path / 'cells.tif'}, voxel_size: [1, 1, 1]}}]"
     out, fresh = tmp_path / "o", tmp_path / "fresh"
 
@@ -251,5 +251,5 @@ def test_config_faults_are_said(model: Path, tmp_path: Path) -> None:
 def test_the_forecast_counts_blocks_and_windows(model: Path, store: Path, tmp_path: Path) -> None:
     text = "\n".join(infer.forecast(configure(model, tmp_path / "o", f"store={store}")))
     assert "2 volumes" in text
-    plan = Plan(WINDOW, 0.5, (4, 16, 16), (8, 32, 32), (4, 16, 16))
-    assert f"{2 * len(plan.blocks(Store(store)['a'].shape))} blocks" in text
+    plan = Tiling(WINDOW, 0.5, (4, 16, 16), (8, 32, 32), (4, 16, 16))
+    assert f"{2 * len(plan.list_blocks(Store(store)['a'].shape))} blocks" in text

@@ -1,4 +1,4 @@
-"""Parts that fail or kill their process: tried so often, then left out and listed; all else is done."""
+"""Tasks that fail or kill their process: tried so often, then left out and listed; all else is done."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.infer import shared_tasks
-from hpc_neuro.infer.block_pipeline import Work
-from hpc_neuro.infer.shared_tasks import Failure, Part
-from tests.helpers.poisoned_infer import DEATHS, FEWER, PARTS
-from tests.helpers.small_volumes import Plain, probability, work_on
+from hpc_neuro.core.task_queue import Task, TaskFailure, do_each, plan_tasks, run_tasks
+from hpc_neuro.infer.block_pipeline import VolumeRun
+from tests.helpers.poisoned_infer import BLOCK_DEATHS, TASK_DEATHS, TASKS
+from tests.helpers.small_volumes import ArrayVolume, open_run, probability
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,9 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
     starts = [json.loads(line) for line in done.stdout.splitlines()]
     assert [s["code"] for s in starts] == [
-        *[-signal.SIGKILL] * DEATHS,
+        *[-signal.SIGKILL] * BLOCK_DEATHS,
         0,
-        *[*[-signal.SIGKILL] * FEWER, 0] * len(PARTS),
+        *[*[-signal.SIGKILL] * TASK_DEATHS, 0] * len(TASKS),
     ], done.stderr
     return out, starts
 
@@ -52,55 +53,66 @@ def test_a_block_that_kills_its_process_is_left_out_after_so_many_deaths(
     np.testing.assert_array_equal(probability(out, "v"), wanted)  # whatever was cut off in the middle
 
 
-@pytest.mark.parametrize("poison", list(PARTS))
+@pytest.mark.parametrize("poison", list(TASKS))
 def test_so_is_any_other_part_and_the_other_volume_is_finished(
     poisoned: tuple[Path, list[dict[str, Any]]], poison: str
 ) -> None:
     out, starts = poisoned
     mine = [s for s in starts if s["poison"] == poison]
     (line,) = mine[-1]["failures"]
-    assert line.startswith(f"a, {PARTS[poison]}: 2 times the process that was at it was killed")
+    assert line.startswith(f"a, {TASKS[poison]}: 2 times the process that was at it was killed")
     assert "a higher `deaths` tries it again" in line
     assert mine[-1]["done"] == ["b"]
     assert (out / poison / "swc/b.swc").exists()
     assert [p.name for p in out.glob(f"{poison}/begun/a/*")] == [poison]
     assert not list(out.glob(f"{poison}/begun/b/*"))
-    assert json.loads((out / poison / f"failed/a/{poison}.json").read_text())["part"] == PARTS[poison]
+    assert json.loads((out / poison / f"failed/a/{poison}.json").read_text())["part"] == TASKS[poison]
 
 
-def _work(model: Path, tmp_path: Path) -> Work:
-    return work_on(model, Plain(np.zeros((8, 32, 32), np.float32)), tmp_path, tries=2)
+def _open_run(model: Path, tmp_path: Path) -> VolumeRun:
+    return open_run(model, ArrayVolume(np.zeros((8, 32, 32), np.float32)), tmp_path, tries=2)
 
 
-def test_a_part_that_raises_is_tried_again_and_then_listed_with_its_traceback(model: Path, tmp_path: Path) -> None:
-    work, tried, sick = _work(model, tmp_path), list[str](), True
+def _run(run: VolumeRun, tasks: list[Task[str]], make: Callable[[Task[str]], None]) -> list[TaskFailure]:
+    journals = {"a": run.markers}
+    plan = plan_tasks(tasks, journals, run.limits)
+    return run_tasks(plan, do_each(make), journals, run.limits, Ranks()).failures
 
-    def make(part: Part[str]) -> None:
-        tried.append(part.name)
-        if part.what == "bad input":
+
+def test_a_task_that_raises_is_tried_again_and_then_listed_with_its_traceback(model: Path, tmp_path: Path) -> None:
+    run, tried, is_sick = _open_run(model, tmp_path), list[str](), True
+
+    def make(task: Task[str]) -> None:
+        tried.append(task.name)
+        if task.payload == "bad input":
             raise InputError("the root lies outside")
-        if part.what in ("ill", "shaky") and sick and (part.what == "ill" or tried.count(part.name) == 1):
+        if is_sick and (task.payload == "ill" or (task.payload == "shaky" and tried.count(task.name) == 1)):
             raise OSError("bad sector")
 
-    todo = [Part(0, f"part_{kind}", f"part {kind}", kind) for kind in ("well", "ill", "shaky", "bad input")]
-    failures = shared_tasks.made([work], lambda: todo, make, None)
-    assert failures == [Failure(0, "a, part ill: bad sector"), Failure(0, "a, part bad input: the root lies outside")]
-    assert [tried.count(part.name) for part in todo] == [1, 2, 2, 1]
+    kinds = ("well", "ill", "shaky", "bad input")
+    tasks = [Task(f"part_{kind}", f"part {kind}", kind, "a", {"part": f"part {kind}"}) for kind in kinds]
+    failures = _run(run, tasks, make)
+    assert [failure.line for failure in failures] == [
+        "a, part ill: bad sector",
+        "a, part bad input: the root lies outside",
+    ]
+    assert [tried.count(task.name) for task in tasks] == [1, 2, 2, 1]
     assert not list(tmp_path.glob("begun/a/*"))
-    kept = json.loads((tmp_path / "failed/a/part_ill.json").read_text())
-    assert (kept["part"], kept["tries"]) == ("part ill", 2)
-    assert any("in make" in line for line in kept["traceback"])
-    assert not work.marks.parked()  # these are the blocks
-    sick = False
-    assert not shared_tasks.made([work], lambda: todo[1:2], make, None)
+    record = json.loads((tmp_path / "failed/a/part_ill.json").read_text())
+    assert (record["part"], record["tries"]) == ("part ill", 2)
+    assert any("in make" in line for line in record["traceback"])
+    # Only blocks count as failed blocks.
+    assert not run.markers.read_failed_blocks()
+    is_sick = False
+    assert not _run(run, tasks[1:2], make)
     assert not (tmp_path / "failed/a/part_ill.json").exists()
 
 
 def test_a_full_disk_ends_the_run(model: Path, tmp_path: Path) -> None:
-    def make(part: Part[None]) -> None:
+    def make(task: Task[str]) -> None:
         raise OSError(28, "No space left on device")
 
-    work = _work(model, tmp_path)
+    run = _open_run(model, tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        shared_tasks.made([work], lambda: [Part(0, "one", "one", None), Part(0, "two", "two", None)], make, None)
+        _run(run, [Task("one", "one", "", "a"), Task("two", "two", "", "a")], make)
     assert not list(tmp_path.glob("begun/a/*"))

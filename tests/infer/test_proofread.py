@@ -12,13 +12,13 @@ import pytest
 from hpc_neuro.core.morphology import Tree, build_tree
 from hpc_neuro.data import swc
 from hpc_neuro.infer import proofread
-from hpc_neuro.infer.proofread import Sure
+from hpc_neuro.infer.proofread import NodeConfidence
 
 SHAPE, SIZE = (40, 60, 120), (2.0, 0.5, 0.5)
 
 
-def _known(sure: np.ndarray, *views: np.ndarray) -> Sure:
-    return Sure(sure, np.array(views).reshape(-1, len(sure)), 0.3, 0.5)
+def _known(sure: np.ndarray, *views: np.ndarray) -> NodeConfidence:
+    return NodeConfidence(sure, np.array(views).reshape(-1, len(sure)), 0.3, 0.5)
 
 
 def _cell() -> tuple[Tree, np.ndarray]:
@@ -36,7 +36,7 @@ def _cell() -> tuple[Tree, np.ndarray]:
 
 def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:
     tree, sure = _cell()
-    found = proofread.places(tree, _known(sure), SHAPE, SIZE)
+    found = proofread.find_places(tree, _known(sure), SHAPE, SIZE)
     assert [p.rank for p in found] == list(range(1, len(found) + 1))
     first = found[0]
     assert (first.kind, first.neuron, first.doubt) == ("gap", 1, 0.9)
@@ -52,7 +52,7 @@ def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:
 
 def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
     tree, sure = _cell()
-    a, b = proofread.neurons(tree, _known(sure), SIZE)
+    a, b = proofread.score_neurons(tree, _known(sure), SIZE)
     assert (a.neuron, b.neuron, b.score, b.gaps) == (1, 2, 1.0, 0)
     assert (a.gaps, a.gap_um) == (1, 3.0)
     assert a.cable_um == (89 + 28) * 0.5
@@ -61,12 +61,12 @@ def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
 
 def test_files_open_and_agree(tmp_path: Path) -> None:
     tree, sure = _cell()
-    found, _ = proofread.write(tmp_path, "cell", tree, _known(sure), SHAPE, SIZE, (20, 60, 60))
+    found, _ = proofread.write_tables(tmp_path, "cell", tree, _known(sure), SHAPE, SIZE, (20, 60, 60))
     folder = tmp_path / "proofread"
     rows = list(csv.DictReader((folder / "cell.csv").open()))
     assert [int(r["rank"]) for r in rows] == [p.rank for p in found]
     back = swc.read(folder / "cell.swc")
-    assert set(np.flatnonzero(back.types == proofread.DOUBTFUL)) == set(range(90))  # the trunk's two sections
+    assert set(np.flatnonzero(back.types == proofread.DOUBTFUL_TYPE)) == set(range(90))  # the trunk's two sections
     swc.write(tmp_path / "all.swc", tree, unit="voxel")
     lines = [line.split() for line in (tmp_path / "all.swc").read_text().splitlines() if not line.startswith("#")]
     places = {int(i): tuple(map(float, zyx)) for i, _, *zyx, _, _ in (line for line in lines)}

@@ -12,7 +12,7 @@ import pytest
 from hpc_neuro import cli, evaluate, infer
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.infer import verify
-from tests.helpers.small_volumes import configure, crossing, probability
+from tests.helpers.small_volumes import configure, probability, write_crossing
 
 SHARD = "0/c/1/0/1"
 
@@ -56,7 +56,7 @@ def stray(path: Path) -> None:
         ("blocks/a/1_0_1.json", delete, "a block (1, 0, 1): its done marker 1_0_1.json is missing"),
         ("a.ome.zarr/0/zarr.json", cut, "a: the metadata 0/zarr.json is other than written"),
         ("a.ome.zarr/zarr.json", delete, "a: "),
-        ("a.ome.zarr/0/c/9", stray, "a: nobody wrote 0/c/9"),
+        ("a.ome.zarr/0/c/9", stray, "a: `infer` did not write 0/c/9"),
         ("predictions.json", cut, "predictions.json is not readable JSON"),
     ],
 )
@@ -80,7 +80,7 @@ def test_each_harm_is_named_and_repaired(copy: Path, file: str, harm: Callable[[
 def with_trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two crossing neurites of two roots, traced."""
     folder = tmp_path_factory.mktemp("cells")
-    item = crossing(folder / "cells.tif")
+    item = write_crossing(folder / "cells.tif")
     keys = ["trees=true", "trace.threshold=0.01", "trace.root_snap=100", "trace.min_voxels=1", "trace.signal_gap=0"]
     cfg = configure(model, folder / "out", f"inputs=[{item}]", *keys)
     assert infer.run(cfg) == 0
@@ -95,8 +95,8 @@ def with_trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("swc/cells/0002.swc", delete, "cells: swc/cells/0002.swc is missing"),
         ("swc/cells/0001.voxel.swc", flip, "cells: swc/cells/0001.voxel.swc has other bytes than were written"),
         ("proofread/cells.confidence.csv", cut, "cells: proofread/cells.confidence.csv has other bytes"),
-        ("swc/mine.swc", stray, "nobody wrote swc/mine.swc"),
-        ("swc/cells/0003.swc", stray, "nobody wrote swc/cells/0003.swc"),
+        ("swc/mine.swc", stray, "`infer` did not write swc/mine.swc"),
+        ("swc/cells/0003.swc", stray, "`infer` did not write swc/cells/0003.swc"),
         ("entries/cells.json", cut, "cells: its entry cells.json is missing or torn"),
         ("entries/cells.json", delete, "cells: its entry cells.json is missing or torn"),
     ],
@@ -132,7 +132,7 @@ def test_an_index_that_says_other_than_its_entries(with_trees: Path, tmp_path: P
     out = Path(shutil.copytree(with_trees, tmp_path / "out"))
     index = (out / "predictions.json").read_text()
     (out / "predictions.json").write_text(index.replace('"trees": 2', '"trees": 3'))
-    assert [p.text for p in verify.check(out)] == ["cells: predictions.json says other than its entry does"]
+    assert [p.text for p in verify.check(out)] == ["cells: predictions.json differs from its entry"]
     assert cli.main(["infer", "verify", str(out)]) == 0
     assert (out / "predictions.json").read_text() == index
 
@@ -164,13 +164,13 @@ def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:
     """Level by level: the engine's markers hold a checksum of each shard above level 0."""
     from hpc_neuro.core.geometry import Box
     from hpc_neuro.data import ome_zarr
-    from hpc_neuro.infer.done_markers import Marks
+    from hpc_neuro.infer.done_markers import DoneMarkers
 
-    marks = Marks(tmp_path, "a", "k")
+    marks = DoneMarkers(tmp_path, "a", "k")
     marks.write_level(1, {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""})
-    assert marks.level(1) == {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""}
+    assert marks.read_level(1) == {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""}
     flip(tmp_path / "blocks/a/level_1.json")
-    assert marks.level(2) is None
+    assert marks.read_level(2) is None
     shape, shard = (8, 600, 64), (8, 64, 64)
     ome_zarr.create(tmp_path / "v", "p", shape, (1.0, 1.0, 1.0), shard, (8, 32, 32), "mask", {})
     spot = Box((0, 64, 0), (8, 128, 64))

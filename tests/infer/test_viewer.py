@@ -24,7 +24,7 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer import proofread
-from hpc_neuro.infer.viewer import ServeConfig, Server
+from hpc_neuro.infer.viewer import ServeConfig, ViewerServer
 from tests.helpers.small_volumes import probability
 
 SHAPE, SIZE, LANDMARK = (40, 80, 96), (2.0, 0.5, 0.5), (11, 21, 31)
@@ -33,7 +33,7 @@ SHAPE, SIZE, LANDMARK = (40, 80, 96), (2.0, 0.5, 0.5), (11, 21, 31)
 @contextmanager
 def serving(out: Path, **keys: Any) -> Iterator[int]:
     """The port at which `out` is served meanwhile."""
-    with Server(ServeConfig(out=out, port=0, **keys)) as server:
+    with ViewerServer(ServeConfig(out=out, port=0, **keys)) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -73,8 +73,8 @@ def landmark(tmp_path: Path) -> Path:
     tree = morphology.build_tree(points * SIZE, np.array([-1, -1, 0, 2]))
     (out / "swc").mkdir()
     swc.write(out / "swc" / "brain.swc", tree, unit="um", voxel_size=SIZE)
-    place = proofread.Place(1, "gap", 11.0, 21.0, 31.0, 0.5, None, 4.0, 1, 1)
-    state = proofread.neuroglancer("brain", [place], SHAPE, SIZE)
+    place = proofread.DoubtfulPlace(1, "gap", 11.0, 21.0, 31.0, 0.5, None, 4.0, 1, 1)
+    state = proofread.build_neuroglancer_state("brain", [place], SHAPE, SIZE)
     files.write_json(out / "proofread" / "brain.neuroglancer.json", state)
     entry = {"voxel_size": SIZE, "swc": "swc/brain.swc", "trees": 2}
     files.write_json(out / "predictions.json", {"brain": entry})
@@ -169,11 +169,11 @@ def test_a_browser_that_hangs_up_is_not_told_of(done: Path, capfd: pytest.Captur
 
 
 def test_links_lead_to_the_state_of_each_volume(done: Path) -> None:
-    with Server(ServeConfig(out=done, port=0)) as server:
+    with ViewerServer(ServeConfig(out=done, port=0)) as server:
         at = f"https://neuroglancer-demo.appspot.com/#!http://127.0.0.1:{server.server_port}"
-        assert server.links() == [f"a: {at}/a.json", f"b: {at}/b.json"]
+        assert server.list_links() == [f"a: {at}/a.json", f"b: {at}/b.json"]
         with pytest.raises(ConfigError, match=rf"port {server.server_port} cannot be had .* give another, or port=0"):
-            Server(ServeConfig(out=done, port=server.server_port))
+            ViewerServer(ServeConfig(out=done, port=server.server_port))
 
 
 def test_what_it_cannot_serve(tmp_path: Path, landmark: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +182,7 @@ def test_what_it_cannot_serve(tmp_path: Path, landmark: Path, capsys: pytest.Cap
     assert cli.main(["infer", "serve", str(tmp_path / "brain.tif")]) == 2
     assert "brain.tif/predictions.json does not exist" in capsys.readouterr().err
     assert cli.main(["infer", "serve"]) == 2
-    assert "wanted: hpc-neuro infer serve OUT" in capsys.readouterr().err
+    assert "expected: hpc-neuro infer serve OUT" in capsys.readouterr().err
     assert cli.main(["infer", "serve", str(landmark), "prot=1"]) == 2
     assert "prot" in capsys.readouterr().err
     assert cli.main(["infer", "serve", "--help"]) == 0
@@ -192,5 +192,5 @@ def test_what_it_cannot_serve(tmp_path: Path, landmark: Path, capsys: pytest.Cap
         assert ask(port, "/brain.ome.zarr/zarr.json")[0] == 200
     with pytest.raises(InputError, match="names no image for brain"):
         files.write_text(landmark / "config.yaml", f"model: x\nout: {landmark}\ninputs: [{{image: other.tif}}]\n")
-        with Server(ServeConfig(out=landmark, port=0)) as server:
+        with ViewerServer(ServeConfig(out=landmark, port=0)) as server:
             server.layers.get("brain.image/zarr.json", "")

@@ -5,8 +5,8 @@
     python -m tools.bench.infer sparse   [--model FOLDER | --stand-in] [--occupied 0.01]
     python -m tools.bench.infer overlap  --model FOLDER --store STORE --volume ID
 
-Without --model a small untrained student is used. In `sparse --stand-in` one takes the student's place that gives the
-image back as its probability, so that the engine itself is timed. Last line: JSON with ratios and peaks.
+Without --model a small untrained student is used. In `sparse --stand-in` the image itself is the probability, so that
+the pipeline is timed without a student. Last line: JSON with ratios and peaks.
 """
 
 from __future__ import annotations
@@ -29,87 +29,76 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core.geometry import Block, Box, Shape
 from hpc_neuro.data.store import Store
-from hpc_neuro.infer.block_pipeline import Predict, Work, predict_blocks
-from hpc_neuro.infer.config import EmptyConfig
-from hpc_neuro.infer.progress import Meter
-from hpc_neuro.infer.tiling import Plan
-from hpc_neuro.infer.volumes import Source
+from hpc_neuro.infer.block_pipeline import EmptyRule, Image, PredictImage, VolumeRun, predict_blocks
+from hpc_neuro.infer.progress import WindowProgress
+from hpc_neuro.infer.tiling import Tiling
+from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.metrics import voxel
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import Student, build_student, load_student
 
 _BRAIN: Shape = (2048, 4096, 4096)
-_SMALL = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
+_SMALL_STUDENT = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
 _SMALL_WINDOW: Shape = (16, 64, 64)
+_ROUNDS = 4
+"""Timed runs of each of two programs that are compared."""
 
 
 def main() -> None:
     """Run one benchmark."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("what", nargs="?", default="monai", choices=("monai", "memory", "sparse", "overlap", "one"))
-    ask.add_argument("--model", type=Path)
-    ask.add_argument("--shape", type=int, nargs=3, default=(32, 192, 192))
-    ask.add_argument("--overlap", type=float, default=0.5)
-    ask.add_argument("--occupied", type=float, default=0.01)
-    ask.add_argument("--stand-in", action="store_true")
-    ask.add_argument("--store", type=Path)
-    ask.add_argument("--volume")
-    args = ask.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="monai", choices=tuple(BENCHMARKS))
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--shape", type=int, nargs=3, default=(32, 192, 192))
+    parser.add_argument("--overlap", type=float, default=0.5)
+    parser.add_argument("--occupied", type=float, default=0.01)
+    parser.add_argument("--stand-in", action="store_true")
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--volume")
+    args = parser.parse_args()
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
-    facts: dict[str, Any] = {
-        "monai": monai, "memory": memory, "sparse": sparse, "overlap": overlaps, "one": one
-    }[args.what](args)  # fmt: skip
-    print(json.dumps(facts))
+    print(json.dumps(BENCHMARKS[args.what](args)))
 
 
-def monai(args: argparse.Namespace) -> dict[str, Any]:
+def compare_with_monai(args: argparse.Namespace) -> dict[str, Any]:
     """Our sliding window and MONAI's: the same student, windows, overlap, Gaussian, batch of one."""
     from monai.inferers import SlidingWindowInferer
 
-    student, window = _student(args.model)
+    student, window = _open_student(args.model)
     z, y, x = args.shape
     image = np.random.default_rng(0).random((z, y, x), dtype=np.float32)
     inferer = SlidingWindowInferer(
         window, sw_batch_size=1, overlap=args.overlap, mode="gaussian", sigma_scale=0.125, progress=False
     )
 
-    def theirs() -> NDArray[np.float32]:
+    def predict_with_monai() -> Image:
         with torch.inference_mode():
-            found = inferer(torch.from_numpy(image)[None, None], lambda patch: student(patch).logits.sigmoid())
-        whole: NDArray[np.float32] = np.asarray(found, dtype=np.float32)
-        return whole.reshape(image.shape)
+            output = inferer(torch.from_numpy(image)[None, None], lambda patch: student(patch).logits.sigmoid())
+        probability: Image = np.asarray(output, dtype=np.float32).reshape(image.shape)
+        return probability
 
-    def ours() -> NDArray[np.float32]:
+    def predict() -> Image:
         return sliding_window.predict(student, image, window, args.overlap)
 
-    ours(), theirs()
-    seconds = {"ours": list[float](), "monai": list[float]()}
-    turns = [("ours", ours), ("monai", theirs)]
-    for _ in range(4):  # in turns and either first, so that both meet the same machine
-        turns.reverse()
-        for name, run in turns:
-            begun = time.process_time()  # of all threads: a machine that others use too does not blur it
-            run()
-            seconds[name].append(time.process_time() - begun)
-    best = {name: min(s) for name, s in seconds.items()}
-    off = float(np.abs(ours() - theirs()).max())
-    voxels = image.size
-    for name, s in best.items():
-        print(f"{name:>6}: {s:.2f} s of CPU, {voxels / s / 1e6:.2f} M voxels/s")
+    difference = float(np.abs(predict() - predict_with_monai()).max())
+    seconds = _time_in_turns({"ours": predict, "monai": predict_with_monai})
+    for name, best in seconds.items():
+        print(f"{name:>6}: {best:.2f} s of CPU, {image.size / best / 1e6:.2f} M voxels/s")
     return {
-        "throughput_to_monai": round(best["monai"] / best["ours"], 3),
-        "largest_difference": off,
-        "cpu_seconds": best,
+        "throughput_to_monai": round(seconds["monai"] / seconds["ours"], 3),
+        "largest_difference": difference,
+        "cpu_seconds": seconds,
     }
 
 
-def memory(args: argparse.Namespace) -> dict[str, Any]:
+def compare_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of a process for volumes 1, 8 and 64 times as large, blocks of one size."""
     peaks = {}
-    for times, n in ((1, 3), (8, 6), (64, 12)):
-        shape = [32 * n, 64 * n, 64 * n]
+    for times, blocks_per_axis in ((1, 3), (8, 6), (64, 12)):
+        shape = [32 * blocks_per_axis, 64 * blocks_per_axis, 64 * blocks_per_axis]
         command = [sys.executable, "-m", "tools.bench.infer", "one", "--shape", *map(str, shape)]
         if args.model:
             command += ["--model", str(args.model)]
@@ -119,145 +108,200 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     return {"peak_8_to_1": round(peaks[8] / peaks[1], 3), "peak_64_to_1": round(peaks[64] / peaks[1], 3)}
 
 
-def one(args: argparse.Namespace) -> dict[str, Any]:
-    """One volume of noise made up as it is read; its peak memory. Every eighth block of large ones is looked at."""
+def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of one volume of noise, made up as it is read. About sixteen blocks are predicted."""
     z, y, x = args.shape
     shape: Shape = (z, y, x)
+    student, window = _open_student(args.model)
+    tiling = Tiling(window, 0.25, student.patch, (32, 64, 64), (16, 32, 32))
+    blocks = tiling.list_blocks(shape)
+    predicted = {block.index for block in blocks[:: max(len(blocks) // 16, 1)]}
 
-    def read(box: Box) -> NDArray[np.float32]:
+    def read(box: Box) -> Image:
         return np.random.default_rng(box.start).random(box.shape, dtype=np.float32)
 
-    student, window = _student(args.model)
-    plan = Plan(window, 0.25, student.patch, (32, 64, 64), (16, 32, 32))
-    blocks = plan.blocks(shape)
-    few = max(len(blocks) // 16, 1)
-    looked = {b.index for b in blocks[::few]}
+    predict = _student_predict(student, tiling)
     with tempfile.TemporaryDirectory() as folder:
-        work = _work(shape, read, _by(student, plan), plan, Path(folder), lambda block: block.index in looked)
-        predict_blocks(work, blocks, Meter("one", 1, show=False))
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        run = _open_run(shape, read, predict, tiling, Path(folder), lambda block: block.index in predicted)
+        predict_blocks(run, blocks, WindowProgress("one", 1, show=False))
+    return {"peak_bytes": _peak_bytes()}
 
 
-def sparse(args: argparse.Namespace) -> dict[str, Any]:
+def time_sparse_brain(args: argparse.Namespace) -> dict[str, Any]:
     """A brain of 2048 x 4096 x 4096 voxels, made up as it is read, of whose blocks few hold a neurite."""
-    predict: Predict = _stand_in
-    if args.stand_in:
-        plan = Plan((16, 64, 64), 0.5, (8, 16, 16), (128, 512, 512), (32, 64, 64))
-        who = "a stand-in for the student (the image itself)"
-    else:
-        student, window = _student(args.model)
-        plan = Plan(window, 0.25, student.patch, (128, 512, 512), (32, 64, 64))
-        predict, who = _by(student, plan), f"the student of {args.model}" if args.model else "a small untrained student"
-    blocks = plan.blocks(_BRAIN)
-    draw = np.random.default_rng(0)
-    chosen = draw.choice(len(blocks), max(round(args.occupied * len(blocks)), 1), replace=False)
-    tubes = [Box(_inner(blocks[i], 0.25), _inner(blocks[i], 0.75)) for i in sorted(chosen)]
+    name, predict, tiling = _choose_predictor(args)
+    blocks = tiling.list_blocks(_BRAIN)
+    read, is_occupied = _make_up_brain(blocks, args.occupied)
 
-    def read(box: Box) -> NDArray[np.float32]:
-        image = np.zeros(box.shape, np.float32)
-        for tube in tubes:
-            part = tube.clip(box)
-            if part.size:  # a bundle of thin neurites along x
-                image[part.relative_to(box.start).slices][::9, ::9] = 0.9
-        return image
-
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        touched = {b.index for b in blocks if any(t.clip(b.read).size for t in tubes)}
-        work = _work(_BRAIN, read, predict, plan, Path(folder), lambda block: block.index in touched)
-        meter = Meter("brain", sum(map(plan.cost, blocks)))
-        predict_blocks(work, blocks, meter)
-        marks = list(work.marks.all(blocks))
-        written = sum(p.stat().st_size for p in work.folder.rglob("*") if p.is_file())
-        lit = sum(m.foreground for m in marks)
-    seconds = time.perf_counter() - begun
-    skipped = sum(m.skipped is not None for m in marks)
-    rate = Box.whole(_BRAIN).size / seconds
-    print(f"{who}: {len(blocks)} blocks of {plan.write}, {skipped} skipped ({skipped / len(blocks):.1%})")
-    print(f"{meter.done} windows in {seconds:.0f} s, {meter.done / seconds:.0f} windows/s, {rate / 1e6:.0f} M voxels/s")
+        run = _open_run(_BRAIN, read, predict, tiling, Path(folder), is_occupied)
+        progress = WindowProgress("brain", sum(map(tiling.count_windows, blocks)))
+        predict_blocks(run, blocks, progress)
+        markers = list(run.markers.read_all(blocks))
+        bytes_on_disk = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+    seconds = time.perf_counter() - started_at
+
+    skipped_share = sum(marker.skipped is not None for marker in markers) / len(blocks)
+    windows_per_s, voxels_per_s = progress.done / seconds, Box.whole(_BRAIN).size / seconds
+    print(f"{name}: {len(blocks)} blocks of {tiling.write}, {skipped_share:.1%} skipped")
+    print(
+        f"{progress.done} windows in {seconds:.0f} s, {windows_per_s:.0f} windows/s, "
+        f"{voxels_per_s / 1e6:.0f} M voxels/s"
+    )
     return {
-        "student": who,
+        "student": name,
         "blocks": len(blocks),
-        "skipped_share": round(skipped / len(blocks), 4),
+        "skipped_share": round(skipped_share, 4),
         "seconds": round(seconds, 1),
-        "windows": meter.done,
-        "voxels_per_s": round(rate),
-        "foreground": lit,
-        "bytes_on_disk": written,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "windows": progress.done,
+        "voxels_per_s": round(voxels_per_s),
+        "foreground": sum(marker.foreground for marker in markers),
+        "bytes_on_disk": bytes_on_disk,
+        "peak_bytes": _peak_bytes(),
     }
 
 
-def overlaps(args: argparse.Namespace) -> dict[str, Any]:
-    """Dice and time by overlap and window, on the part of a labelled volume with most neurite."""
-    student, window = _student(args.model)
-    _, meta = load_student(_weights(args.model))
+def compare_overlaps(args: argparse.Namespace) -> dict[str, Any]:
+    """Dice and time by overlap and window, on the part of a labeled volume with most neurite."""
+    student, window = _open_student(args.model)
+    _, meta = load_student(_weights_folder(args.model))
     volume = Store(args.store)[args.volume]
-    box = _richest(volume.mask, volume.shape, tuple(args.shape))
+    box = _find_densest_box(volume.mask, volume.shape, tuple(args.shape))
     image, gold = volume.normalized_image(box), volume.mask(box)
+
+    deep_window: Shape = (window[0] * 2, window[1], window[2])
+    large_window: Shape = (window[0] * 2, window[1] * 2, window[2] * 2)
+    cases = [(overlap, window) for overlap in (0.5, 0.375, 0.25, 0.0)]
     rows = []
-    wider: Shape = (window[0] * 2, window[1], window[2])
-    larger: Shape = (window[0] * 2, window[1] * 2, window[2] * 2)
-    for overlap, size in ((0.5, window), (0.375, window), (0.25, window), (0.0, window), (0.5, wider), (0.25, larger)):
-        begun = time.perf_counter()
-        found = sliding_window.predict(student, image, size, overlap)
-        seconds = time.perf_counter() - begun
-        dice = voxel.dice(*voxel.drop_unlabelled(found >= meta["threshold"], gold))
+    for overlap, size in [*cases, (0.5, deep_window), (0.25, large_window)]:
+        started_at = time.perf_counter()
+        probability = sliding_window.predict(student, image, size, overlap)
+        seconds = time.perf_counter() - started_at
+        dice = voxel.dice(*voxel.drop_unlabelled(probability >= meta["threshold"], gold))
         rows.append({"window": size, "overlap": overlap, "dice": round(dice, 4), "seconds": round(seconds, 1)})
         print(f"window {size} overlap {overlap}: Dice {dice:.4f}, {seconds:.1f} s")
     return {"volume": args.volume, "box": [box.start, box.stop], "rows": rows}
 
 
-def _student(model: Path | None) -> tuple[Student, Shape]:
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "monai": compare_with_monai,
+    "memory": compare_memory,
+    "sparse": time_sparse_brain,
+    "overlap": compare_overlaps,
+    "one": measure_memory,
+}
+"""`one` is a process of `memory`."""
+
+
+def _time_in_turns(programs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """[s] Least CPU time of each program: of all threads, so that other users of the machine do not blur it."""
+    seconds = {name: list[float]() for name in programs}
+    turns = list(programs.items())
+    for _ in range(_ROUNDS):
+        # Either goes first in turns, so that both meet the same machine.
+        turns.reverse()
+        for name, run in turns:
+            started_at = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - started_at)
+    return {name: min(times) for name, times in seconds.items()}
+
+
+def _choose_predictor(args: argparse.Namespace) -> tuple[str, PredictImage, Tiling]:
+    """Its name for people, the prediction, and how volumes are cut."""
+    if args.stand_in:
+        tiling = Tiling((16, 64, 64), 0.5, (8, 16, 16), (128, 512, 512), (32, 64, 64))
+        return "a stand-in for the student (the image itself)", _echo_image, tiling
+
+    student, window = _open_student(args.model)
+    tiling = Tiling(window, 0.25, student.patch, (128, 512, 512), (32, 64, 64))
+    name = f"the student of {args.model}" if args.model else "a small untrained student"
+    return name, _student_predict(student, tiling), tiling
+
+
+def _make_up_brain(
+    blocks: list[Block], occupied_share: float
+) -> tuple[Callable[[Box], Image], Callable[[Block], bool]]:
+    """A function that reads boxes of a brain with bundles of thin neurites along x in few blocks, and one that tells
+    the blocks which see any."""
+    draw = np.random.default_rng(0)
+    occupied = draw.choice(len(blocks), max(round(occupied_share * len(blocks)), 1), replace=False)
+    bundles = [Box(_corner_at(blocks[i], 0.25), _corner_at(blocks[i], 0.75)) for i in sorted(occupied)]
+    seeing = {block.index for block in blocks if any(bundle.clip(block.read).size for bundle in bundles)}
+
+    def read(box: Box) -> Image:
+        image = np.zeros(box.shape, np.float32)
+        for bundle in bundles:
+            part = bundle.clip(box)
+            if part.size:
+                image[part.relative_to(box.start).slices][::9, ::9] = 0.9
+        return image
+
+    return read, lambda block: block.index in seeing
+
+
+def _open_student(model: Path | None) -> tuple[Student, Shape]:
+    """A student and its window."""
     if model is None:
-        return build_student(_SMALL).eval(), _SMALL_WINDOW
-    student, meta = load_student(_weights(model))
+        return build_student(_SMALL_STUDENT).eval(), _SMALL_WINDOW
+    student, meta = load_student(_weights_folder(model))
     z, y, x = meta["window"]
     return student.eval(), (z, y, x)
 
 
-def _weights(model: Path) -> Path:
+def _weights_folder(model: Path) -> Path:
     best = model / "weights" / "best"
     return best if best.exists() else model
 
 
-def _by(student: Student, plan: Plan) -> Predict:
-    return lambda image, seen: sliding_window.predict(student, image, plan.window, plan.overlap, seen=seen)
+def _student_predict(student: Student, tiling: Tiling) -> PredictImage:
+    return lambda image, count_windows: sliding_window.predict(
+        student, image, tiling.window, tiling.overlap, seen=count_windows
+    )
 
 
-def _stand_in(image: NDArray[np.float32], seen: Callable[[int], None]) -> NDArray[np.float32]:
-    seen(1)
+def _echo_image(image: Image, count_windows: Callable[[int], None]) -> Image:
+    count_windows(1)
     return image
 
 
-def _work(
+def _open_run(
     shape: Shape,
-    read: Callable[[Box], NDArray[np.float32]],
-    predict: Predict,
-    plan: Plan,
+    read: Callable[[Box], Image],
+    predict: PredictImage,
+    tiling: Tiling,
     folder: Path,
-    occupied: Callable[[Block], bool],
-) -> Work:
-    boxes = {block.read: float(occupied(block)) for block in plan.blocks(shape)}
-    source = Source("v", "made up", shape, (1.0, 1.0, 1.0), (), "", read, overview=boxes.__getitem__)
-    work = Work.open(source, plan, predict, 0.5, "", folder, EmptyConfig(prove=0))
-    work.create()
-    return work
+    is_occupied: Callable[[Block], bool],
+) -> VolumeRun:
+    """A run of a volume whose overview knows the occupied blocks."""
+    brightness = {block.read: float(is_occupied(block)) for block in tiling.list_blocks(shape)}
+    source = InputVolume("v", "made up", shape, (1.0, 1.0, 1.0), (), "", read, overview=brightness.__getitem__)
+    run = VolumeRun.open(source, tiling, predict, 0.5, "", folder, EmptyRule(proof_share=0))
+    run.create_folder()
+    return run
 
 
-def _inner(block: Block, share: float) -> Shape:
+def _corner_at(block: Block, share: float) -> Shape:
+    """The voxel at a share of the way from a block's first to its last corner."""
     z, y, x = (a + round(share * n) for a, n in zip(block.write.start, block.write.shape, strict=True))
     return z, y, x
 
 
-def _richest(mask: Callable[[Box], Any], shape: Shape, size: Shape) -> Box:
+def _find_densest_box(mask: Callable[[Box], Any], shape: Shape, size: Shape) -> Box:
+    """The box of `size` with most foreground, from a summed-volume table."""
     size_z, size_y, size_x = (min(a, b) for a, b in zip(size, shape, strict=True))
-    on = mask(Box.whole(shape)) == 1
-    table = np.pad(on.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)
+    is_foreground = mask(Box.whole(shape)) == 1
+    table: NDArray[Any] = np.pad(is_foreground.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)
     for axis, n in enumerate((size_z, size_y, size_x)):
-        table = np.take(table, range(n, table.shape[axis]), axis) - np.take(table, range(table.shape[axis] - n), axis)
+        count = table.shape[axis] - n
+        table = np.take(table, range(n, n + count), axis) - np.take(table, range(count), axis)
     z, y, x = np.unravel_index(table.argmax(), table.shape)
     return Box.at((int(z), int(y), int(x)), (size_z, size_y, size_x))
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

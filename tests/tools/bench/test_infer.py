@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_neuro.infer.tiling import Plan
+from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import build_student, save_student
 from tests.helpers.tiny_store import write_store
@@ -39,10 +39,10 @@ def test_a_student_sees_what_is_not_skipped(
 ) -> None:
     monkeypatch.setattr(infer, "_BRAIN", (16, 64, 1152))
     found = figures(capsys, monkeypatch, "sparse", "--occupied", "0.5")
-    plan = Plan((16, 64, 64), 0.25, (4, 16, 16), (128, 512, 512), (32, 64, 64))
-    blocks = plan.blocks((16, 64, 1152))
+    plan = Tiling((16, 64, 64), 0.25, (4, 16, 16), (128, 512, 512), (32, 64, 64))
+    blocks = plan.list_blocks((16, 64, 1152))
     assert (found["blocks"], found["skipped_share"]) == (len(blocks), 0.5) == (2, 0.5)
-    assert found["windows"] == plan.cost(blocks[0])
+    assert found["windows"] == plan.count_windows(blocks[0])
 
 
 def test_overlaps_and_windows_are_compared_on_a_labelled_volume(
