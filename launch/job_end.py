@@ -308,6 +308,7 @@ def close_earlier_starts(record: JobRecord, start: str) -> bool:
 
 def _read_notes(start: Path, ranks: int) -> dict[int, RankNote]:
     """Read the notes of the ranks that left one."""
+    # A rank that was killed leaves no note.
     paths = {rank: start / f"rank_{rank}.json" for rank in range(ranks)}
     return {rank: files.read_json(path, "written by a rank") for rank, path in paths.items() if path.exists()}
 

@@ -180,6 +180,7 @@ def describe_last_step(out: Path) -> str:
     if not path.exists():
         return ""
 
+    # The last row of training says where the run is.
     for line in reversed(path.read_text(encoding="utf-8").splitlines()):
         try:
             row = json.loads(line)

@@ -46,6 +46,7 @@ class Comparison:
 
     def collect_values(self, setting: Setting, metric: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """[seeds, neurons] of one metric."""
+        # Seeds are the rows, as the bootstrap draws both rows and columns.
         seeds = self.scores[setting].values()
         return np.array([[volumes[neuron][metric] for neuron in self.neurons] for volumes in seeds])
 
@@ -126,6 +127,7 @@ def _read_volumes(folder: Path, neurons: tuple[str, ...]) -> dict[str, Any]:
 
 def _name_setting(t: Trial, names: Sequence[str]) -> Setting:
     """A trial's setting; a dash stands for a dimension that does not apply."""
+    # Numbers and words alike are named as in the config.
     values = [str(t.values[name]) if name in t.values else "\N{EN DASH}" for name in names]
     return (values[0] if values else "all", ", ".join(values[1:]))
 

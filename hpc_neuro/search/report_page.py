@@ -252,6 +252,7 @@ def _best_mean(metric: TableMetric, intervals: Iterable[Interval]) -> float | No
 
 def _mean_cell(metric: TableMetric, interval: Interval, best: float | None) -> Cell:
     """A mean, and below it its interval."""
+    # Digits as the metric has them.
     note = "" if interval.low is None else _format_range(interval.low, interval.high, metric)
     text = html.format_number(interval.mean, metric.digits)
     return Cell(text, interval.mean, interval.mean == best, note)
@@ -302,6 +303,7 @@ def _difference_cell(metric: TableMetric, interval: Interval | None) -> Cell:
 
 def _render_neurons(cfg: SearchConfig, comparison: Comparison) -> str:
     """The scores of every neuron and setting, mean and range over seeds."""
+    # One row for each neuron under each setting, so that a hard neuron shows.
     columns = [Column("Neuron", numeric=False), *_setting_columns(comparison)]
     columns += [Column(_metric_title(m), "mean over seeds; below it the lowest and highest seed") for m in cfg.table]
     rows = []
@@ -329,6 +331,7 @@ def _setting_cells(comparison: Comparison, setting: Setting) -> list[Cell]:
 
 
 def _draw_metric(comparison: Comparison, metric: TableMetric, means: Mapping[Setting, Interval]) -> str:
+    # The same intervals as in the table.
     bars = {setting: (interval.mean, interval.low, interval.high) for setting, interval in means.items()}
     level = ("Otsu", _baseline_mean(comparison, metric)) if comparison.baseline else None
     groups, colours = comparison.list_parts(0), comparison.list_parts(1)

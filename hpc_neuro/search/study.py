@@ -196,6 +196,7 @@ def compute_importances(study_folder: Path, names: Sequence[str]) -> dict[str, f
 def _measure_importance(direction: Any, trials: Sequence[FrozenTrial], name: str) -> float:
     """Importance of one dimension, in a study of its own without the others."""
     study = optuna.create_study(direction=direction)
+    # Other dimensions would share the credit.
     study.add_trials([_keep_parameter(t, name) for t in trials])
 
     with warnings.catch_warnings():

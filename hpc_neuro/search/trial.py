@@ -59,6 +59,7 @@ class Trial:
     @property
     def job(self) -> str | None:
         """The job that is queued or running, None when there is none."""
+        # Earlier attempts have ended.
         last = self.attempts[-1] if self.attempts else None
         return last.job if last is not None and last.ended is None else None
 
@@ -85,6 +86,7 @@ def trial_folder(out: Path, number: int) -> Path:
 
 def load_trials(out: Path) -> list[Trial]:
     """Load the trials of a study, by number."""
+    # A folder without a record is one whose making was interrupted.
     trials = [_load_trial(path.parent) for path in (out / "trials").glob(f"*/{RECORD_FILE}")]
     return sorted(trials, key=lambda trial: trial.number)
 

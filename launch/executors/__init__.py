@@ -45,6 +45,7 @@ class Executor(Protocol):
 
 def read_exit_code(base: Path) -> int | None:
     """Read FOLDER/NAME.exit; None while it does not exist."""
+    # The shell renames it into place, so it is whole.
     path = job_file(base, "exit")
     return int(path.read_text(encoding="utf-8")) if path.exists() else None
 

@@ -99,6 +99,7 @@ class LocalExecutor:
 
         # Final, as it is read after the shell was seen to be gone.
         code = read_exit_code(base)
+        # The shell was killed before it could write: its command may still run.
         if code is None:
             _kill_session(job)
 

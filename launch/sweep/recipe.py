@@ -101,6 +101,7 @@ class TrialRecipe:
 
     def _link_folders(self, folder: Path, verb: str) -> dict[str, Path]:
         """Keys of a verb's config that name folders of the trial: `out`, and what earlier verbs of the recipe write."""
+        # As in a chain, but only for the verbs of this recipe.
         folders = {"out": folder / str(STAGES[verb].folder)}
         for item in STAGES[verb].inputs:
             if item.in_chain != "never" and item.verb in self.cfg.recipe:

@@ -6,7 +6,7 @@ export SLURM_CONF=$DIR/slurm.conf
 
 birth() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
-# alive PID BIRTH: a pid counts only while its start time is the recorded one, so a stale file never hits a stranger
+# alive PID BIRTH: a pid counts only while its start time is the recorded one, so a stale file never names another process
 alive() { [ -n "$2" ] && [ "$(birth "$1")" = "$2" ] && ! grep -q '^State:.Z' "/proc/$1/status" 2>/dev/null; }
 
 # start NAME COMMAND...: in a session of its own, without a terminal; pid, birth and name are recorded
@@ -36,7 +36,7 @@ wait_for() {
   shift 2
   until "$@" >/dev/null 2>&1; do
     if [ $SECONDS -ge $until ]; then
-      echo "waited in vain for $what; the last words of the daemons:" >&2
+      echo "$what did not come up in time; the last lines of the daemons' logs:" >&2
       tail -n 5 "$DIR"/log/* >&2
       return 1
     fi

@@ -4,13 +4,13 @@
 HERE=$(cd "$(dirname "$0")" && pwd)
 . "$HERE/common.sh"
 before=$([ -s "$DIR/pids" ] && timeout 5 scontrol ping >/dev/null 2>&1 && echo up)
-if said=$("$HERE/up.sh" 2>&1 >/dev/null); then
+if message=$("$HERE/up.sh" 2>&1 >/dev/null); then
   "$@"
   code=$?
   [ "$before" = up ] || "$HERE/down.sh"
 else
-  echo "no Slurm here, its tests are skipped: $said" >&2
-  HPC_NEURO_NO_SLURM=$(head -n 1 <<<"$said") "$@"
+  echo "no Slurm here, its tests are skipped: $message" >&2
+  HPC_NEURO_NO_SLURM=$(head -n 1 <<<"$message") "$@"
   code=$?
 fi
 exit $code
