@@ -44,6 +44,8 @@ _SILENCE_SECONDS = 10.0
 """[s] A rank that gave a sign of life this long after another failed was alive then."""
 _CANCELLED_EXIT = 143
 """Exit code of a cancelled start: 128 + SIGTERM."""
+_LIMITED_STATES = ("RUNNING", "SUSPENDED", "TIMEOUT")
+"""States of a job whose EndTime is the end of its time limit."""
 _FAILURE_REASONS = {
     EXIT_BAD_INPUT: "bad input or config",
     EXIT_FAILURES: "finished with failures that are listed",
@@ -148,7 +150,7 @@ def judge_start(
         return Verdict(REQUEUE_LIMIT, EXIT_STOPPED)
     # Ranks that lost their peers fail too, so a silent rank explains the failures of others.
     if silent and (failures or events):
-        return Verdict(f"node failure (rank {_join(sorted(silent))} fell silent)", EXIT_STOPPED, True)
+        return Verdict(_explain_silence(silent), EXIT_STOPPED, True)
     if failures:
         return _judge_failures(failures, ranks)
     # No rank failed by itself: all that are left saved and stopped.
@@ -200,8 +202,8 @@ def explain_signal(job: Mapping[str, str]) -> str | None:
     """
     if job.get("PreemptTime", "None") not in ("None", "Unknown", ""):
         return "preemption"
-    # Of a cancelled job, the end of the limit is the time of the cancellation.
-    if _is_leaving(job) or job.get("JobState", "").startswith("CANCELLED"):
+    # Of a job that was cancelled, requeued or robbed of a node, EndTime is not the end of its limit.
+    if job.get("JobState") not in _LIMITED_STATES:
         return None
 
     # Slurm may send the warning up to a minute early, and ranks need a moment to react.
@@ -286,14 +288,7 @@ def close_earlier_starts(record: JobRecord, start: str) -> bool:
     unfinished = [path.parent for path in begun if path.parent.name not in recorded and path.parent.name != start]
 
     for folder in unfinished:
-        notes = [files.read_json(path, "written by a rank") for path in folder.glob("rank_*.json")]
-        # Ranks that were warned left notes even if their batch script did not live to read them.
-        first_signals = _first_events(notes)
-        if first_signals & {WARNING, "SIGTERM"}:
-            reason = _known_stop_reason(notes) or _explain_requeue(first_signals)
-        else:
-            reason = "node failure or kill: no word was left"
-
+        reason = _explain_unfinished_start(folder)
         job = folder.name.rpartition(".")[0]
         is_requeued = job == start.rpartition(".")[0]
         # Another job of the same folder was not requeued: it was cancelled, and submitted again by hand.
@@ -304,6 +299,27 @@ def close_earlier_starts(record: JobRecord, start: str) -> bool:
         record.write_end(folder.name, reason, EXIT_STOPPED, is_requeued)
 
     return bool(unfinished)
+
+
+def _explain_unfinished_start(start: Path) -> str:
+    """Why a start ended whose batch script did not live to settle it, from the notes of its ranks."""
+    # How many ranks there were, nothing tells but the files that each of them left.
+    traces = [*start.glob("alive_*"), *start.glob("rank_*.json")]
+    ranks = 1 + max((int(path.stem.split("_")[1]) for path in traces), default=0)
+    notes = _read_notes(start, ranks)
+    first_signals = _first_events(notes.values())
+    if not first_signals & {WARNING, "SIGTERM"}:
+        return "node failure or kill: no word was left"
+    if reason := _known_stop_reason(notes.values()):
+        return reason
+
+    # When a node fails, Slurm sends the ranks of the other nodes a signal, as it does before it requeues a job.
+    silent = _find_silent_ranks(start, ranks, notes)
+    return _explain_silence(silent) if silent else _explain_requeue(first_signals)
+
+
+def _explain_silence(silent: Sequence[int]) -> str:
+    return f"node failure (rank {_join(sorted(silent))} fell silent)"
 
 
 def _read_notes(start: Path, ranks: int) -> dict[int, RankNote]:

@@ -137,6 +137,18 @@ def test_the_next_start_reads_why_the_last_one_stopped(tmp_path: Path, words: li
     assert reason in end["reason"]
 
 
+def test_a_signal_after_a_node_failed_is_no_requeue_by_hand(tmp_path: Path):
+    """Slurm ends the ranks of the other nodes with the signal that it also sends before it requeues a job."""
+    start = tmp_path / "starts" / "9.0"
+    files.write_json(start / "start.json", {})
+    for rank in (0, 1):
+        (start / f"alive_{rank}").touch()
+    job_end.write_rank_note(start, 0, 75, ["SIGTERM"])
+    assert job_end._explain_unfinished_start(start) == "node failure (rank 1 fell silent)"
+    job_end.write_rank_note(start, 1, 75, ["SIGTERM"])
+    assert "administrator" in job_end._explain_unfinished_start(start)
+
+
 def test_the_next_start_knows_what_slurm_said_when_the_signal_came(tmp_path: Path):
     start = tmp_path / "starts" / "9.0"
     files.write_json(start / "start.json", {})
@@ -154,6 +166,7 @@ def test_the_next_start_knows_what_slurm_said_when_the_signal_came(tmp_path: Pat
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": soon(3600)}, None),
         ({"JobState": "PENDING", "PreemptTime": "None", "EndTime": soon(-5)}, None),
         ({"JobState": "CANCELLED", "PreemptTime": "None", "EndTime": soon(-1)}, None),
+        ({"JobState": "NODE_FAIL", "PreemptTime": "None", "EndTime": soon(-1)}, None),
         ({"JobState": "RUNNING", "EndTime": "Unknown"}, None),
     ],
 )
