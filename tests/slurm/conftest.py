@@ -72,7 +72,7 @@ def count_steps(out: Path) -> int:
     return 0
 
 
-def wait(what: str, holds: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait(what: str, holds: Callable[[], bool], seconds: float = 300.0) -> None:
     """Wait until `holds` returns True; fail the test when that takes too long."""
     until = time.monotonic() + seconds
     while not holds():
@@ -81,7 +81,7 @@ def wait(what: str, holds: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.2)
 
 
-def wait_all(jobs: list[status.LaunchedJob], seconds: float = 200.0) -> dict[str, str]:
+def wait_all(jobs: list[status.LaunchedJob], seconds: float = 400.0) -> dict[str, str]:
     """Wait until all jobs have ended; their states."""
     poller, states = slurm.Poller(0.3, 1.0), dict[str, str]()
 

@@ -19,7 +19,7 @@ from launch.site import Site, load_site
 from launch.sweep import driver
 from tests.slurm.conftest import count_steps, wait, wait_all
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 KEYS = ["optim.steps=60", "checkpoint.every=15", "validate.every=60", "tracker.every=2", "augment.warp=0"]
 
 
