@@ -88,9 +88,11 @@ def _parse_plain(text: str, findings: list[SwcFinding]) -> SwcTable | None:
         begin, number = end + 1, number + 1
 
     # The rows: seven columns of the right type, or it is no plain file.
-    body = text[begin:].rstrip().split("\n")
-    if body == [""]:
+    plain = text[begin:].rstrip()
+    # NumPy's parser can crash on text that is not ASCII or holds NUL.
+    if not plain or not plain.isascii() or "\0" in plain:
         return None
+    body = plain.split("\n")
     try:
         rows = np.loadtxt(body, dtype=_ROW_DTYPE, comments=None, ndmin=1)
     except ValueError:
