@@ -195,7 +195,7 @@ def transferred(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
     else:
         rest = [k for k in teacher.backbone.state_dict() if not k.startswith("patch_embed.proj.")]
         report.unused = dict.fromkeys(rest, "transfer.blocks=false")
-    free = ["stem.", "decoder.", "tokenizer.offsets", "vit.depth_embed"]
+    free = ["encoder.", "decoder.", "to_tokens.", "from_tokens.", "token_gain.", "tokenizer.offsets", "vit.depth_embed"]
     free += ["tokenizer.block"] * (cfg.block == "zero") + ["vit."] * (not cfg.blocks)
     left = [name for name in own if name not in values and not name.startswith(tuple(free))]
     _refuse_leftovers(teacher, own, values, left)

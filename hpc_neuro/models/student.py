@@ -1,4 +1,4 @@
-"""The student: tokenizer, 3D transformer, full-resolution convolutional stem and decoder; saved as plain torch."""
+"""The student: a convolutional encoder and decoder, and a 3D transformer beside them; saved as plain torch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,44 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.models import tokenizer
 from hpc_neuro.models.config import BlockTokens, SavedStudent, StudentConfig
-from hpc_neuro.models.stem import Stem, level_strides
+from hpc_neuro.models.encoder_decoder import Decoder, Encoder, level_strides
+from hpc_neuro.models.layers import Downsample, Gain, Upsample, divide_shape, init_zero
+from hpc_neuro.models.tokenizer import check_image
 from hpc_neuro.models.vit3d import ViT3D
+
+_TOKEN_GAIN = 0.1
+"""Start of the factor on what the transformer adds to the coarsest features."""
 
 
 class Student(nn.Module):
-    """Image -> logits, and token maps of the layers asked for."""
+    """Image -> logits, and token maps of the layers asked for.
+
+        image --> encoder --> coarsest features --(+)--> decoder --> logits
+          |                     |                ^
+          +--> tokenizer --(+)--+--> transformer |
+                                          +------+
+
+    A token is the tokenizer's embedding of its block of voxels, which a teacher's patch kernel can fill, plus a
+    projection of the encoder's features. The projection starts at zero: a transferred transformer first sees exactly
+    what the teacher would see.
+    """
 
     def __init__(self, cfg: StudentConfig) -> None:
         super().__init__()
-        dim, depth, heads = cfg.width
-        strides = level_strides(cfg.patch)
-        channels = cfg.stem_channels[: len(strides)]
+        channels = cfg.level_channels
         self.cfg, self.patch = cfg, cfg.patch
-        # The tokenizer comes last, for tokenizers draw different numbers of random values: with one seed, students
-        # that differ in it alone start alike in everything else.
-        self.stem = Stem(strides, channels)
-        self.decoder = cfg.decoder.build(dim, depth, cfg.patch, strides, channels)
+        self.encoder = Encoder(cfg.unshuffle, channels, cfg.tubes)
+        self.decoder = Decoder(cfg.unshuffle, channels)
+        if not cfg.transformer:
+            self.vit = self.tokenizer = None
+            return
+
+        dim, depth, heads = cfg.width
+        block = divide_shape(cfg.patch, level_strides(cfg.unshuffle)[-1])
+        self.to_tokens = Downsample(channels[-1], dim, block)
+        self.to_tokens.apply(init_zero)
+        self.from_tokens = Upsample(dim, channels[-1], block)
+        self.token_gain = Gain(channels[-1], _TOKEN_GAIN)
         self.vit = ViT3D(
             dim,
             depth,
@@ -48,29 +69,47 @@ class Student(nn.Module):
             norm_eps=cfg.norm_eps,
             checkpointing=cfg.checkpointing,
         )
-        self.tokenizer = _tokenizer(cfg, dim)
+        # The tokenizer comes last, because tokenizers draw different numbers of random values: with one seed, students
+        # that differ in the tokenizer alone start alike in everything else.
+        self.tokenizer = _build_tokenizer(cfg, dim)
+
+    @property
+    def dim(self) -> int:
+        """Channels of the tokens; 0 without a transformer."""
+        return 0 if self.vit is None else self.vit.dim
+
+    @property
+    def depth(self) -> int:
+        """Transformer blocks; 0 without a transformer."""
+        return 0 if self.vit is None else self.vit.depth
 
     def forward(self, image: Tensor, layers: Sequence[int] = ()) -> StudentOutput:
         """image [B, 1, Z, Y, X] in [0, 1], Z Y X multiples of the patch -> logits [B, 1, Z, Y, X], features as asked.
 
         Features are patch tokens after the final norm, as the teacher's. Raises InputError for another shape or layer.
         """
-        wrong = [i for i in layers if not 0 <= i < self.vit.depth]
+        wrong = [i for i in layers if not 0 <= i < self.depth]
         if wrong:
-            raise InputError(f"layers {wrong} do not exist; this student has blocks 0 to {self.vit.depth - 1}")
-        image = image.to(self.stem.first.weight.dtype)
-        tokens = self.tokenizer(image)  # [B, C, z, y, x]; first, for it checks the image's shape
-        _, maps = self.vit(tokens, tuple({*layers, *self.decoder.layers}))
-        return StudentOutput(self.decoder(self.stem(image), maps), {i: maps[i] for i in layers})
+            raise InputError(f"layers {wrong} do not exist; this student has {self.depth} transformer blocks")
+        check_image(image, self.patch)
+
+        image = image.to(self.encoder.first.weight.dtype)
+        features = self.encoder(image)
+        maps: dict[int, Tensor] = {}
+        if self.vit is not None and self.tokenizer is not None:
+            tokens = self.tokenizer(image) + self.to_tokens(features[-1])  # [B, C, z, y, x]
+            last, maps = self.vit(tokens, tuple(layers))
+            features[-1] = features[-1] + self.token_gain(self.from_tokens(last))
+        return StudentOutput(self.decoder(features), maps)
 
     @property
     def halo(self) -> Shape:
         """Reach of the convolutional path in voxels, rounded up to whole patches, z y x.
 
-        Attention sees the whole window besides; what a blocked prediction must read is `sliding_window.halo`.
+        Attention and norms see the whole window besides; a blocked prediction must read `sliding_window.halo`.
         """
-        strides = level_strides(self.patch)
-        reach = [3 * sum(level) + strides[-1][axis] for axis, level in enumerate(zip(*strides, strict=True))]
+        strides = level_strides(self.cfg.unshuffle)
+        reach = [4 * sum(level) for level in zip(*strides, strict=True)]
         z, y, x = (math.ceil(r / p) * p for r, p in zip(reach, self.patch, strict=True))
         return z, y, x
 
@@ -86,7 +125,7 @@ def blank_student(cfg: StudentConfig) -> Student:
         return Student(cfg)
 
 
-def _tokenizer(cfg: StudentConfig, dim: int) -> nn.Module:
+def _build_tokenizer(cfg: StudentConfig, dim: int) -> nn.Module:
     if isinstance(cfg.tokenizer, BlockTokens):
         return tokenizer.BlockTokenizer(cfg.patch, dim)
     t = cfg.tokenizer

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.models.layers import fold_voxels
 from hpc_neuro.models.tubular import gather
 
 _HIDDEN = 32
@@ -26,9 +27,8 @@ class BlockTokenizer(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 1, Z, Y, X], Z Y X multiples of `patch` -> [B, dim, z, y, x]; InputError for any other shape."""
-        _check(image, self.patch)
-        tokens: Tensor = self.proj(image)
-        return tokens
+        check_image(image, self.patch)
+        return embed_blocks(image, self.proj.weight, self.proj.bias)
 
 
 class TubularTokenizer(nn.Module):
@@ -70,7 +70,7 @@ class TubularTokenizer(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 1, Z, Y, X], Z Y X multiples of `patch` -> [B, dim, z, y, x]; InputError for any other shape."""
-        _check(image, self.patch)
+        check_image(image, self.patch)
         lines = []
         for axis, steps in enumerate(self._steps(image)):
             taps = gather(image, steps, axis)[:, 0]  # [B, K, z, y, x]
@@ -82,7 +82,7 @@ class TubularTokenizer(nn.Module):
             tokens = lines[0] + lines[1] + lines[2]
             tokens = tokens / 3 if self.how == "mean" else tokens
         if self.block is not None:
-            tokens = tokens + self.block(image)
+            tokens = tokens + embed_blocks(image, self.block.weight, None)
         return tokens + self.bias.view(-1, 1, 1, 1)
 
     def _steps(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -94,6 +94,16 @@ class TubularTokenizer(nn.Module):
         raw = self.offsets(image)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return (self.extent * torch.tanh(raw)).chunk(3, 1)
+
+
+def embed_blocks(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution whose stride is its kernel, as one matrix product.
+
+    image [B, 1, Z, Y, X], weight [O, 1, d, h, w], bias [O] -> [B, O, Z/d, Y/h, X/w].
+    """
+    _, _, depth, height, width = weight.shape
+    blocks = fold_voxels(image, (depth, height, width)).permute(0, 2, 3, 4, 1)  # [B, z, y, x, d*h*w]
+    return F.linear(blocks, weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
 
 
 def _offset_net(patch: Shape, taps: int) -> nn.Sequential:
@@ -109,7 +119,7 @@ def _zero(layer: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
-def _check(image: Tensor, patch: Shape) -> None:
+def check_image(image: Tensor, patch: Shape) -> None:
     """InputError unless `image` is [B, 1, Z, Y, X] with Z, Y, X multiples of `patch`."""
     shape = tuple(image.shape)
     if len(shape) != 5 or shape[1] != 1 or any(n % p or n == 0 for n, p in zip(shape[2:], patch, strict=True)):

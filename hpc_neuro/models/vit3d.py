@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc_neuro.core.geometry import Shape
 
+_DEPTH_AMPLITUDE = 0.1
+"""Amplitude of the depth code at the start; learned 2D tables of DINO teachers have a standard deviation near 0.1."""
 TEMPERATURE = 100.0  # ratio of the longest to the shortest rotary period, DINOv3's
 
 
@@ -104,7 +106,8 @@ class ViT3D(nn.Module):
     """Transformer blocks over a token grid of any size.
 
     Positions `grid`: a learnt 2D table `pos_embed` [1, H, W, C], resampled to the token grid and shared over depth,
-    plus a learnt depth table `depth_embed` [1, D, C] that starts at zero. Positions `rotary`: 3D rotary, no table.
+    plus a learned depth table `depth_embed` [1, D, C] that starts as a sine-cosine code, so that the transformer can
+    order slices from the first step. The code's mean over depth is zero: a grid of depth 1 sees the 2D table alone. Positions `rotary`: 3D rotary, no table.
     Class and register tokens carry no position of their own (a teacher's is folded into them).
     """
 
@@ -146,30 +149,42 @@ class ViT3D(nn.Module):
         prefix = [t.expand(b, -1, -1).to(x.dtype) for t in (self.cls_token, self.reg_token) if t is not None]
         x = torch.cat([*prefix, x], dim=1)
         rotation = None if self.pos_embed is not None else rotary(shape, self.dim // self.heads).to(x.device)
-        found: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation)
             if index in layers or index == self.depth - 1:
-                found[index] = self.norm(x)[:, self.prefix :].transpose(1, 2).reshape(b, c, *shape)
-        return found[self.depth - 1], {i: found[i] for i in layers}
+                maps[index] = self.norm(x)[:, self.prefix :].transpose(1, 2).reshape(b, c, *shape)
+        return maps[self.depth - 1], {i: maps[i] for i in layers}
 
 
 def _start(module: nn.Module) -> None:
     """The start of a linear layer and of the transformer's tokens, which its layers' constructors do not know."""
     if isinstance(module, nn.Linear):
-        drawn(module.weight, nn.init.trunc_normal_, std=0.02)
+        fill_parameter(module.weight, nn.init.trunc_normal_, std=0.02)
         nn.init.zeros_(module.bias)
     if isinstance(module, ViT3D):
         for token in (module.cls_token, module.reg_token, module.pos_embed):
             if token is not None:
-                drawn(token, nn.init.trunc_normal_, std=0.02)
+                fill_parameter(token, nn.init.trunc_normal_, std=0.02)
+        if module.depth_embed is not None:
+            fill_parameter(module.depth_embed, _write_depth_code)
+
+
+def _write_depth_code(table: Tensor) -> Tensor:
+    """Fill `table` [1, D, C] with sines and cosines of the depth, `_DEPTH_AMPLITUDE` high, of mean 0 over depth."""
+    _, depth, channels = table.shape
+    octaves = torch.arange((channels + 1) // 2) / max(channels // 2 - 1, 1)
+    period = 4.0 * (2.0 * depth / 4.0) ** octaves  # from four slices to twice the table
+    angle = 2 * math.pi * torch.arange(depth)[:, None] / period  # [D, C/2]
+    code = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :channels]
+    return table.copy_(_DEPTH_AMPLITUDE * (code - code.mean(0)))
 
 
 @torch.no_grad()
-def drawn(parameter: Tensor, how: Callable[..., Tensor], **knobs: float) -> None:
+def fill_parameter(parameter: Tensor, how: Callable[..., Tensor], **knobs: float) -> None:
     """Fill a parameter by one of `nn.init`, with numbers that do not depend on the device it lies on.
 
     To be called by `Module.apply`, around which ZeRO-3 gathers a layer's parameters that it has shared out already.
