@@ -88,7 +88,7 @@ class StudentConfig:
     depth: Positive | None = None
     """Transformer blocks; none: the size's own. A student with fewer than the teacher takes the first ones."""
     patch: tuple[Positive, Positive, Positive] = (8, 16, 16)
-    """[voxel] Block of one token, z y x; a multiple of four times `unshuffle`."""
+    """[voxel] Block of one token, z y x."""
     unshuffle: tuple[Positive, Positive, Positive] = (1, 2, 2)
     """[voxel] Block folded into channels before the first convolution; (2, 2, 2) suits isotropic voxels."""
     channels: tuple[Positive, Positive, Positive] | None = None
@@ -115,12 +115,6 @@ class StudentConfig:
     """Drop-path rate of the last block, falling linearly to 0 at the first."""
     checkpointing: bool = False
     """Recompute each transformer block in the backward pass: less memory, a third more time."""
-
-    def __post_init__(self) -> None:
-        if any(p % (4 * u) for p, u in zip(self.patch, self.unshuffle, strict=True)):
-            raise ValueError(
-                f"patch {list(self.patch)} must be a multiple of four times unshuffle {list(self.unshuffle)}"
-            )
 
     @property
     def width(self) -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ per product, as papers count them. The backward pass computes twice as many. Mem
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.models.config import FeatureTubesConfig, StudentConfig
-from hpc_neuro.models.encoder_decoder import level_strides
+from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import Student, blank_student
 
 _STATE_BYTES = 16
@@ -72,13 +70,14 @@ def estimate_costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int
         weights = {name: torch.empty(p.shape, requires_grad=True) for name, p in student.named_parameters()}
         image = torch.empty(batch, 1, *crop)
 
+        kept = _KeptBytes(student, weights.values())
+        with kept:
+            functional_call(student, weights, (image,))
+
         # The counter knows plain attention, which is two products, but not the fused kernels of some devices.
-        counter, kept = FlopCounterMode(display=False), _KeptBytes(student, weights.values())
-        with sdpa_kernel(SDPBackend.MATH), kept, counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             functional_call(student, weights, (image,))
     forward = _operations_by_child(counter)
-    if cfg.tubes is not None:
-        forward["encoder"] += _tube_operations(cfg.tubes, crop, batch, level_strides(cfg.unshuffle)[1])
 
     parts = []
     for part, names in _PARTS.items():
@@ -111,12 +110,6 @@ def summarize_costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: in
     state = format_bytes(_STATE_BYTES * costs.total.parameters)
     lines.append(f"weights, gradients and Adam in float32: {state} over all ranks")
     return lines
-
-
-def _tube_operations(cfg: FeatureTubesConfig, crop: Shape, batch: int, stride: Shape) -> int:
-    """Operations of three tube convolutions, which run in kernels that torch's counter does not know."""
-    positions = batch * math.prod(n // s for n, s in zip(crop, stride, strict=True))
-    return 3 * 2 * cfg.taps * cfg.width**2 * positions
 
 
 def _operations_by_child(counter: FlopCounterMode) -> dict[str, int]:

@@ -63,7 +63,15 @@ class Encoder(nn.Module):
         self.tubes = FeatureTubes(middle, tubes) if tubes else None
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """image [B, 1, Z, Y, X] -> per level [B, c, Z/sz, Y/sy, X/sx], finest first."""
+        """image [B, 1, Z, Y, X] -> per level [B, c, Z/sz, Y/sy, X/sx], finest first.
+
+        An image that the coarsest stride does not divide is padded with zeros at its far ends.
+        """
+        coarsest = level_strides(self.unshuffle)[-1]
+        missing = [-n % s for n, s in zip(image.shape[2:], coarsest, strict=True)]
+        if any(missing):
+            image = F.pad(image, [pad for n in reversed(missing) for pad in (0, n)])
+
         fine = self.blocks[0](self.first(fold_voxels(image, self.unshuffle)))
         middle = self.blocks[1](self.down[0](fine))
         if self.tubes is not None:

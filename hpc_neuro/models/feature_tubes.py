@@ -44,7 +44,8 @@ class FeatureTubes(nn.Module):
                 for axis, steps in enumerate(self.bend(narrow))
             ]
         ).sum(0)
-        return x + self.gain(self.expand(branch))
+        y: Tensor = x + self.gain(self.expand(branch))
+        return y
 
     def bend(self, x: Tensor) -> tuple[Tensor, ...]:
         """Sideways steps of the tubes along z, y and x: three [B, 2*(K-1), Z, Y, X] in voxels of `x`, float32."""

@@ -216,10 +216,10 @@ def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) 
             f"set {' '.join(keys)}, or transfer.rule={rules}"
         )
     proj = teacher.backbone.patch_embed.proj
-    if proj.bias is None or proj.weight.shape[1] != 3 or len(proj.weight) != student.vit.dim:
+    if proj.bias is None or proj.weight.shape[1] != 3 or len(proj.weight) != student.dim:
         raise InputError(
             f"the patch kernel of {teacher.identity['name']} is {tuple(proj.weight.shape)}"
-            f"{'' if proj.bias is not None else ' without a bias'}; want [{student.vit.dim}, 3, h, w] with a bias; "
+            f"{'' if proj.bias is not None else ' without a bias'}; want [{student.dim}, 3, h, w] with a bias; "
             "choose a teacher of the student's size"
         )
     weight, bias = proj.weight.detach().float().cpu(), proj.bias.detach().float().cpu()

@@ -8,6 +8,7 @@ on tensor cores alike. Strided and transposed convolutions do not overlap, so ea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,6 @@ from hpc_neuro.models.vit3d import fill_parameter
 LAYOUT = torch.channels_last_3d
 SLOPE = 0.1
 """Slope of the leaky ReLU below zero."""
-
-
-def divide_shape(a: Shape, b: Shape) -> Shape:
-    """Elementwise quotient of two triples that divide."""
-    z, y, x = (i // j for i, j in zip(a, b, strict=True))
-    return z, y, x
 
 
 def fold_voxels(x: Tensor, block: Shape) -> Tensor:
@@ -54,7 +49,8 @@ class Conv3d(nn.Conv3d):
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: Shape) -> None:
-        super().__init__(inputs, outputs, kernel, padding=tuple(k // 2 for k in kernel))
+        self._pad = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(inputs, outputs, kernel, padding=self._pad)
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +58,7 @@ class Conv3d(nn.Conv3d):
         if _wants_onednn(x):
             weight = self.weight.contiguous(memory_format=LAYOUT)
             y: Tensor = torch.mkldnn_convolution(
-                x, weight, self.bias, self.padding, self.stride, self.dilation, self.groups
+                x, weight, self.bias, self._pad, self.stride, self.dilation, self.groups
             )
             return y
         return super().forward(x)
@@ -95,6 +91,41 @@ class Upsample(nn.Linear):
         """x [B, C, z, y, x] -> [B, O, z*bz, y*by, x*bx]."""
         y: Tensor = super().forward(x.permute(0, 2, 3, 4, 1))
         return unfold_voxels(y.permute(0, 4, 1, 2, 3), self.block)
+
+
+class ResampleLinear(nn.Module):
+    """Features on one grid of cells -> other channels on another grid, by area; grids start at the same corner.
+
+    A cell of the new grid gets the mean of the old cells that it overlaps, weighted by the overlap.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.linear.apply(_init_weights)
+
+    def forward(self, x: Tensor, cell: Shape, grid: Sequence[int], new_cell: Shape) -> Tensor:
+        """x [B, C, z, y, x] of cells of `cell` voxels -> [B, O, *grid] of cells of `new_cell` voxels."""
+        for axis in range(3):
+            weights = overlap_weights(x.shape[2], cell[axis], grid[axis], new_cell[axis], x.device)
+            # The axis that is resampled moves to the end, so that the next one is axis 2 again.
+            x = torch.tensordot(x, weights.to(x.dtype), dims=([2], [1]))
+        y: Tensor = self.linear(x.permute(0, 2, 3, 4, 1))
+        return y.permute(0, 4, 1, 2, 3)
+
+
+def overlap_weights(count: int, cell: int, new_count: int, new_cell: int, device: torch.device | str = "cpu") -> Tensor:
+    """[new_count, count] float32: share of each new cell that each old one covers; rows sum to 1.
+
+    A new cell beyond the last old one takes the last.
+    """
+    index = torch.arange(count, device=device)
+    starts, stops = index * cell, (index + 1) * cell
+    stops = torch.where(index == count - 1, max(count * cell, new_count * new_cell), stops)
+    new_starts = torch.arange(new_count, device=device)[:, None] * new_cell
+
+    overlap = torch.minimum(new_starts + new_cell, stops) - torch.maximum(new_starts, starts)
+    return overlap.clamp(min=0) / new_cell
 
 
 class SpaceNorm(nn.GroupNorm):
@@ -143,7 +174,7 @@ def init_zero(layer: nn.Module) -> None:
 def _wants_onednn(x: Tensor) -> bool:
     """Whether a convolution of `x` is for oneDNN, called past torch's choice of kernel."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    return plain and torch.backends.mkldnn.is_available()
+    return plain and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _init_weights(layer: nn.Module) -> None:

@@ -19,7 +19,7 @@ from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.models import tokenizer
 from hpc_neuro.models.config import BlockTokens, SavedStudent, StudentConfig
 from hpc_neuro.models.encoder_decoder import Decoder, Encoder, level_strides
-from hpc_neuro.models.layers import Downsample, Gain, Upsample, divide_shape, init_zero
+from hpc_neuro.models.layers import Gain, ResampleLinear, init_zero
 from hpc_neuro.models.tokenizer import check_image
 from hpc_neuro.models.vit3d import ViT3D
 
@@ -46,15 +46,15 @@ class Student(nn.Module):
         self.cfg, self.patch = cfg, cfg.patch
         self.encoder = Encoder(cfg.unshuffle, channels, cfg.tubes)
         self.decoder = Decoder(cfg.unshuffle, channels)
+        self.vit: ViT3D | None = None
+        self.tokenizer: nn.Module | None = None
         if not cfg.transformer:
-            self.vit = self.tokenizer = None
             return
 
         dim, depth, heads = cfg.width
-        block = divide_shape(cfg.patch, level_strides(cfg.unshuffle)[-1])
-        self.to_tokens = Downsample(channels[-1], dim, block)
+        self.to_tokens = ResampleLinear(channels[-1], dim)
         self.to_tokens.apply(init_zero)
-        self.from_tokens = Upsample(dim, channels[-1], block)
+        self.from_tokens = ResampleLinear(dim, channels[-1])
         self.token_gain = Gain(channels[-1], _TOKEN_GAIN)
         self.vit = ViT3D(
             dim,
@@ -73,6 +73,12 @@ class Student(nn.Module):
         # that differ in the tokenizer alone start alike in everything else.
         self.tokenizer = _build_tokenizer(cfg, dim)
 
+    def require_transformer(self) -> ViT3D:
+        """The transformer. Raises InputError for a student without one."""
+        if self.vit is None:
+            raise InputError("this student has no transformer; set student.transformer=true")
+        return self.vit
+
     @property
     def dim(self) -> int:
         """Channels of the tokens; 0 without a transformer."""
@@ -90,17 +96,30 @@ class Student(nn.Module):
         """
         wrong = [i for i in layers if not 0 <= i < self.depth]
         if wrong:
-            raise InputError(f"layers {wrong} do not exist; this student has {self.depth} transformer blocks")
+            blocks = f"has blocks 0 to {self.depth - 1}" if self.depth else "has no transformer"
+            raise InputError(f"layers {wrong} do not exist; this student {blocks}")
         check_image(image, self.patch)
 
         image = image.to(self.encoder.first.weight.dtype)
         features = self.encoder(image)
         maps: dict[int, Tensor] = {}
-        if self.vit is not None and self.tokenizer is not None:
-            tokens = self.tokenizer(image) + self.to_tokens(features[-1])  # [B, C, z, y, x]
-            last, maps = self.vit(tokens, tuple(layers))
-            features[-1] = features[-1] + self.token_gain(self.from_tokens(last))
-        return StudentOutput(self.decoder(features), maps)
+        if self.vit is not None:
+            features[-1], maps = self._attend(image, features[-1], layers)
+
+        # The encoder pads images that its strides do not divide.
+        z, y, x = image.shape[2:]
+        return StudentOutput(self.decoder(features)[:, :, :z, :y, :x], maps)
+
+    def _attend(self, image: Tensor, coarse: Tensor, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """The coarsest features with what the transformer adds, and the token maps of `layers`."""
+        assert self.vit is not None
+        assert self.tokenizer is not None
+        stride = level_strides(self.cfg.unshuffle)[-1]
+
+        tokens = self.tokenizer(image)  # [B, C, z, y, x]
+        tokens = tokens + self.to_tokens(coarse, stride, tokens.shape[2:], self.patch)
+        last, maps = self.vit(tokens, tuple(layers))
+        return coarse + self.token_gain(self.from_tokens(last, self.patch, coarse.shape[2:], stride)), maps
 
     @property
     def halo(self) -> Shape:
@@ -109,7 +128,9 @@ class Student(nn.Module):
         Attention and norms see the whole window besides; a blocked prediction must read `sliding_window.halo`.
         """
         strides = level_strides(self.cfg.unshuffle)
-        reach = [4 * sum(level) for level in zip(*strides, strict=True)]
+        # Each level has at most two convolutions in the encoder and two in the decoder; blocks of the coarsest level
+        # add what lies between a voxel and the edge of its block.
+        reach = [4 * sum(level) + level[-1] for level in zip(*strides, strict=True)]
         z, y, x = (math.ceil(r / p) * p for r, p in zip(reach, self.patch, strict=True))
         return z, y, x
 

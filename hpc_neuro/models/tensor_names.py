@@ -74,15 +74,17 @@ def translate(teacher: Teacher, student: Student) -> Translation:
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if name.startswith("head."):
             out.unused[name] = "the classifier's head"
-        elif block and int(block[1]) >= student.vit.depth:
-            out.unused[name] = f"blocks beyond the student's {student.vit.depth}"
+        elif block and int(block[1]) >= student.require_transformer().depth:
+            out.unused[name] = f"blocks beyond the student's {student.require_transformer().depth}"
         elif block and block[2] in ("attn.q_bias", "attn.v_bias"):
             biases.setdefault(block[1], {})[block[2][5]] = tensor
         elif block:
             out.same[f"blocks.{block[1]}.{_RENAMED.get(block[2], block[2])}"] = tensor
         elif name != "pos_embed":
             out.same[name] = tensor
-    for index in range(student.vit.depth):  # DINOv3 has no key bias, and a query and value bias only where retrained
+    for index in range(
+        student.require_transformer().depth
+    ):  # DINOv3 has no key bias, and a query and value bias only where retrained
         key = f"blocks.{index}.attn.qkv.bias"
         if key not in out.same:
             zero = torch.zeros(teacher.dim)
@@ -104,10 +106,11 @@ def _positions(table: Tensor, vit: Any, student: Student, out: Translation) -> N
                 position, prefix = prefix[:, : token.shape[1]], prefix[:, token.shape[1] :]
                 out.changed[name] = (token + position, "the teacher's plus its position")
     plane = table.reshape(1, *vit.patch_embed.grid_size, -1)  # [1, H, W, C]
-    if student.vit.pos_embed is None:
+    table_2d = student.require_transformer().pos_embed
+    if table_2d is None:
         out.unused["pos_embed"] = "learnt positions, replaced by rotary ones"
         return
-    size = student.vit.pos_embed.shape[1:3]
+    size = table_2d.shape[1:3]
     if plane.shape[1:3] == size:
         out.same["pos_embed"] = plane
     else:

@@ -105,9 +105,10 @@ class TransformerBlock(nn.Module):
 class ViT3D(nn.Module):
     """Transformer blocks over a token grid of any size.
 
-    Positions `grid`: a learnt 2D table `pos_embed` [1, H, W, C], resampled to the token grid and shared over depth,
-    plus a learned depth table `depth_embed` [1, D, C] that starts as a sine-cosine code, so that the transformer can
-    order slices from the first step. The code's mean over depth is zero: a grid of depth 1 sees the 2D table alone. Positions `rotary`: 3D rotary, no table.
+    Positions `grid`: a learned 2D table `pos_embed` [1, H, W, C], resampled to the token grid and shared over depth,
+    plus a learned depth table `depth_embed` [1, D, C] that starts as sines of the depth from the middle, so that the
+    transformer can order slices from the first step. A grid of depth 1 sees the 2D table alone.
+    Positions `rotary`: 3D rotary, no table.
     Class and register tokens carry no position of their own (a teacher's is folded into them).
     """
 
@@ -174,13 +175,17 @@ def _start(module: nn.Module) -> None:
 
 
 def _write_depth_code(table: Tensor) -> Tensor:
-    """Fill `table` [1, D, C] with sines and cosines of the depth, `_DEPTH_AMPLITUDE` high, of mean 0 over depth."""
+    """Fill `table` [1, D, C] with sines of the depth from the middle, `_DEPTH_AMPLITUDE` high.
+
+    They are odd about the middle: reversed slices get other codes, and a grid resampled to depth 1 gets zero.
+    """
     _, depth, channels = table.shape
-    octaves = torch.arange((channels + 1) // 2) / max(channels // 2 - 1, 1)
+    octaves = torch.arange(channels) / max(channels - 1, 1)
     period = 4.0 * (2.0 * depth / 4.0) ** octaves  # from four slices to twice the table
-    angle = 2 * math.pi * torch.arange(depth)[:, None] / period  # [D, C/2]
-    code = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :channels]
-    return table.copy_(_DEPTH_AMPLITUDE * (code - code.mean(0)))
+    offset = torch.arange(depth)[:, None] - (depth - 1) / 2
+    # A code that is equal in all channels would be lost in the next layer norm.
+    sign = 1.0 - 2.0 * (torch.arange(channels) % 2)
+    return table.copy_(_DEPTH_AMPLITUDE * sign * torch.sin(2 * math.pi * offset / period))
 
 
 @torch.no_grad()

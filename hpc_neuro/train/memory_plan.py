@@ -213,7 +213,7 @@ def format_memory_table(rows: list[StageMemory], memory: float | None) -> Iterat
 def count_operations(student: StudentConfig, crop: Shape) -> tuple[int, float]:
     """(tokens, operations of a training step without recomputation) of one crop: three times those of forward."""
     tokens = math.prod(n // p for n, p in zip(crop, student.patch, strict=True))
-    return tokens, 3 * sum(part.forward for part in cost.costs(student, crop, 1))
+    return tokens, 3.0 * cost.estimate_costs(student, crop, 1).total.forward
 
 
 def peak_flops(device: torch.device) -> float | None:

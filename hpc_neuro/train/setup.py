@@ -129,7 +129,7 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
         blank=TrainModule(blank, distiller, sharded=cfg.engine.stage == 3),
         make=functools.partial(build_train_module, cfg, cache),
         values=values,
-        depth=blank.vit.depth,
+        depth=blank.depth,
         transferred=transferred,
         transfer_lines=transfer_lines,
         crops=crops,
@@ -171,8 +171,8 @@ def _build_distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | N
     # Seeded anew, so that heads start alike whatever student was drawn before them.
     torch.manual_seed(cfg.seed + 1)
     return cfg.distill.build(
-        student_dim=student.vit.dim,
-        student_depth=student.vit.depth,
+        student_dim=student.dim,
+        student_depth=student.depth,
         teacher_layers=cache.layers,
         mean=cache.mean,
         std=cache.std,
@@ -273,7 +273,7 @@ def _describe_nvme(cfg: TrainConfig, parts: RunParts) -> str:
 def describe_memory(cfg: TrainConfig, parts: RunParts, ranks: int) -> Iterator[str]:
     """Operations and memory by part of the student, and memory by ZeRO stage; takes some seconds."""
     workload = parts.workload
-    yield from cost.summary(cfg.student, cfg.crop.size, workload.micro, workload.dtype.itemsize)
+    yield from cost.summarize_costs(cfg.student, cfg.crop.size, workload.micro, workload.dtype.itemsize)
 
     sizes = {name: p.numel() for name, p in parts.blank.named_parameters()}
     averaged = sum(size for name, size in sizes.items() if name.startswith(STUDENT))

@@ -141,10 +141,10 @@ def _snapshot(code: Path) -> Path:
 
 def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
     torch.manual_seed(0)
-    cfg = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
+    cfg = StudentConfig(depth=1, patch=(4, 16, 16), channels=(2, 4, 4))
     student = build_student(cfg)
     with torch.no_grad():  # black is background, and what is bright may be neurite
-        weight, bias = (student.get_parameter(f"decoder.head.linear.{name}") for name in ("weight", "bias"))
+        weight, bias = (student.get_parameter(f"decoder.head.{name}") for name in ("weight", "bias"))
         weight.mul_(50)
         bias.sub_(student(torch.zeros(1, 1, *_WINDOW)).logits.max() + 0.5)
     extra = {"window": list(_WINDOW), "threshold": 0.5}

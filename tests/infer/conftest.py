@@ -19,10 +19,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A train folder whose student has random weights, biased so that bright voxels are foreground."""
     folder = tmp_path_factory.mktemp("train")
     torch.manual_seed(0)
-    cfg = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
+    cfg = StudentConfig(depth=1, patch=(4, 16, 16), channels=(2, 4, 4))
     student = build_student(cfg)
     with torch.no_grad():  # voxels on either side of the threshold, and black on the lower one
-        weight, bias = (student.get_parameter(f"decoder.head.linear.{name}") for name in ("weight", "bias"))
+        weight, bias = (student.get_parameter(f"decoder.head.{name}") for name in ("weight", "bias"))
         weight *= 50
         dark = student(torch.zeros(1, 1, *WINDOW)).logits.max()
         bias -= dark + 0.5

@@ -82,8 +82,9 @@ def read_box(store: Store, volume: str, margin: int) -> tuple[NDArray[np.float32
     points = entry.points("skeleton")
     start = np.maximum(points.min(axis=0) - margin, 0)
     stop = np.minimum(points.max(axis=0) + 1 + margin, entry.shape)
-    box = Box(tuple(int(n) for n in start), tuple(int(n) for n in stop))
-    return entry.normalized(box), entry.mask(box)
+    (z0, y0, x0), (z1, y1, x1) = start.tolist(), stop.tolist()
+    box = Box((z0, y0, x0), (z1, y1, x1))
+    return entry.normalized_image(box), entry.mask(box)
 
 
 def score(probability: NDArray[np.float32], mask: NDArray[np.uint8], threshold: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import TrainModule
 
-STUDENT = StudentConfig(size="tiny", depth=1, stem_channels=(4, 4, 8))
+STUDENT = StudentConfig(size="tiny", depth=1, channels=(4, 4, 8))
 FP32 = torch.float32
 
 
