@@ -17,18 +17,32 @@ _HIDDEN = 32
 """Channels between image and tube offsets."""
 
 
+class BlockConv(nn.Conv3d):
+    """A convolution whose stride is its kernel, as one matrix product."""
+
+    def __init__(self, dim: int, block: Shape, bias: bool = True) -> None:
+        super().__init__(1, dim, block, block, bias=bias)
+        self.block = block
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image [B, 1, Z, Y, X] -> [B, dim, Z/d, Y/h, X/w]."""
+        blocks = fold_voxels(image, self.block).permute(0, 2, 3, 4, 1)  # [B, z, y, x, d*h*w]
+        return F.linear(blocks, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+
+
 class BlockTokenizer(nn.Module):
     """One strided convolution: each block of `patch` voxels becomes one token of `dim` channels."""
 
     def __init__(self, patch: Shape, dim: int) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv3d(1, dim, kernel_size=patch, stride=patch)
+        self.proj = BlockConv(dim, patch)
 
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 1, Z, Y, X], Z Y X multiples of `patch` -> [B, dim, z, y, x]; InputError for any other shape."""
         check_image(image, self.patch)
-        return embed_blocks(image, self.proj.weight, self.proj.bias)
+        tokens: Tensor = self.proj(image)
+        return tokens
 
 
 class TubularTokenizer(nn.Module):
@@ -59,7 +73,7 @@ class TubularTokenizer(nn.Module):
         self.line_weight = nn.Parameter(torch.empty(3, dim, taps))
         self.bias = nn.Parameter(torch.zeros(dim))
         nn.init.trunc_normal_(self.line_weight, std=0.02)
-        self.block = nn.Conv3d(1, dim, patch, patch, bias=False) if keep_block else None
+        self.block = BlockConv(dim, patch, bias=False) if keep_block else None
         if self.block is not None:
             nn.init.zeros_(self.block.weight)
         self.fuse = nn.Conv3d(3 * dim, dim, 1, bias=False) if fuse == "concat" else None
@@ -82,7 +96,7 @@ class TubularTokenizer(nn.Module):
             tokens = lines[0] + lines[1] + lines[2]
             tokens = tokens / 3 if self.how == "mean" else tokens
         if self.block is not None:
-            tokens = tokens + embed_blocks(image, self.block.weight, None)
+            tokens = tokens + self.block(image)
         return tokens + self.bias.view(-1, 1, 1, 1)
 
     def _steps(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -94,16 +108,6 @@ class TubularTokenizer(nn.Module):
         raw = self.offsets(image)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return (self.extent * torch.tanh(raw)).chunk(3, 1)
-
-
-def embed_blocks(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution whose stride is its kernel, as one matrix product.
-
-    image [B, 1, Z, Y, X], weight [O, 1, d, h, w], bias [O] -> [B, O, Z/d, Y/h, X/w].
-    """
-    _, _, depth, height, width = weight.shape
-    blocks = fold_voxels(image, (depth, height, width)).permute(0, 2, 3, 4, 1)  # [B, z, y, x, d*h*w]
-    return F.linear(blocks, weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
 
 
 def _offset_net(patch: Shape, taps: int) -> nn.Sequential:

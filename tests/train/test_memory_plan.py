@@ -104,7 +104,7 @@ def test_a_pass_holds_what_its_moments_say():
 
 def test_a_pass_that_distils_holds_what_its_moments_say():
     """Features of three views and the temporaries of tubes, through the backward too."""
-    cfg, crop, views = StudentConfig(size="tiny", depth=1, channels=(2, 2, 4)), (16, 64, 64), ("z", "y", "x")
+    cfg, crop, views = StudentConfig(size="tiny", depth=1, channels=(4, 4, 8)), (16, 64, 64), ("z", "y", "x")
     statistics = {view: torch.ones(1, 2048) for view in views}
     shapes = dict.fromkeys(views, (1, 2048, 2, 4, 4))
     most = {}
