@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import threading
 from collections.abc import Mapping
@@ -53,19 +54,23 @@ def _unreachable() -> str:
         return ""
     url = urlsplit(constants.ENDPOINT)
     host, port = str(url.hostname), url.port or (443 if url.scheme == "https" else 80)
-    found = [f"{host} did not answer within {SECONDS:.0f} s"]
 
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), timeout=SECONDS).close()
-            found[0] = ""
-        except OSError as error:
-            found[0] = f"{host} cannot be reached ({line(error)})"
+    # Resolving a name has no timeout of its own, so the attempt runs in a thread that the process does not wait for.
+    answers: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: answers.put(_connect(host, port)), daemon=True).start()
+    try:
+        return answers.get(timeout=SECONDS)
+    except queue.Empty:
+        return f"{host} did not answer within {SECONDS:.0f} s"
 
-    thread = threading.Thread(target=connect, daemon=True)  # resolving a name knows no timeout
-    thread.start()
-    thread.join(SECONDS)
-    return found[0]
+
+def _connect(host: str, port: int) -> str:
+    """Why a connection fails; "" if it does not."""
+    try:
+        socket.create_connection((host, port), timeout=SECONDS).close()
+    except OSError as error:
+        return f"{host} cannot be reached ({line(error)})"
+    return ""
 
 
 def line(error: BaseException) -> str:

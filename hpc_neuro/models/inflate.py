@@ -35,7 +35,7 @@ class TransferReport:
     unused: dict[str, str] = dataclasses.field(default_factory=dict)  # teacher tensor -> why the student has no place
 
     @property
-    def kept(self) -> frozenset[str]:
+    def teacher_tensors(self) -> frozenset[str]:
         """The student's tensors that hold the teacher's knowledge, or lie inside its transformer.
 
         The depth positions are added to the teacher's own, so that they belong here; a bending tube's offsets do not.
@@ -143,15 +143,18 @@ def _tube_tensors(kernel: Tensor, bias: Tensor, student: Student, cfg: TransferC
         raise InputError(
             f"transfer.block={cfg.block} fills a block kernel that student.tokenizer.keep_block=false omits"
         )
-    found = {"line_weight": tubular(kernel, tokens.taps, cfg.flatten), "bias": bias}
+    tensors = {"line_weight": tubular(kernel, tokens.taps, cfg.flatten), "bias": bias}
+
+    # A concatenation starts as the sum.
     eye = torch.eye(len(kernel))
     if tokens.fuse == "concat":
-        found["fuse.weight"] = torch.cat([eye, eye, eye], dim=1)[:, :, None, None, None]  # starts as the sum
+        tensors["fuse.weight"] = torch.cat([eye, eye, eye], dim=1)[:, :, None, None, None]
+
     if tokens.keep_block and cfg.block != "zero":
         depth, *plane = student.patch
         lay = center if cfg.block == "center" else average
-        found["block.weight"] = lay(resize_kernel(kernel, (plane[0], plane[1])), depth)
-    return found
+        tensors["block.weight"] = lay(resize_kernel(kernel, (plane[0], plane[1])), depth)
+    return tensors
 
 
 RULES: dict[str, tuple[str, Callable[[Tensor, Tensor, Student, TransferConfig], dict[str, Tensor]]]] = {
@@ -164,13 +167,13 @@ RULES: dict[str, tuple[str, Callable[[Tensor, Tensor, Student, TransferConfig], 
 
 
 def transfer(teacher: Teacher, student: Student, cfg: TransferConfig) -> TransferReport:
-    """Write the teacher's weights into `student` in place and say what went where; errors as `transferred`'s."""
-    values, report = transferred(teacher, student, cfg)
+    """Write the teacher's weights into `student` in place and say what went where; errors as those of `map_weights`."""
+    values, report = map_weights(teacher, student, cfg)
     student.load_state_dict({**student.state_dict(), **values})
     return report
 
 
-def transferred(teacher: Teacher, student: Student, cfg: TransferConfig) -> tuple[dict[str, Tensor], TransferReport]:
+def map_weights(teacher: Teacher, student: Student, cfg: TransferConfig) -> tuple[dict[str, Tensor], TransferReport]:
     """What the teacher gives to the student's tensors, by name; of `student`, which may be on meta, only shapes count.
 
     Raises InputError when rule and tokenizer or student and teacher do not fit (naming the keys to set), and when a
@@ -183,18 +186,22 @@ def transferred(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
         report.initial = {name: tensor.numel() for name, tensor in own.items()}
         report.unused = dict.fromkeys(teacher.backbone.state_dict(), "rule scratch")
         return {}, report
-    found = translate(teacher, student) if cfg.blocks else None  # first, for its errors name the keys to set
+
+    # Translate first: its errors name the keys to set.
+    translation = translate(teacher, student) if cfg.blocks else None
     values = {f"tokenizer.{k}": v for k, v in _tokenizer_tensors(teacher, student, cfg).items()}
     report.resampled = {k: (v.numel(), f"from the teacher's patch kernel, rule {cfg.rule}") for k, v in values.items()}
-    if found:
-        values |= {f"vit.{k}": v for k, v in found.same.items()}
-        values |= {f"vit.{k}": v for k, (v, _) in found.changed.items()}
-        report.copied = {f"vit.{k}": v.numel() for k, v in found.same.items()}
-        report.resampled |= {f"vit.{k}": (v.numel(), how) for k, (v, how) in found.changed.items()}
-        report.unused = found.unused
+    if translation:
+        values |= {f"vit.{k}": v for k, v in translation.same.items()}
+        values |= {f"vit.{k}": v for k, (v, _) in translation.changed.items()}
+        report.copied = {f"vit.{k}": v.numel() for k, v in translation.same.items()}
+        report.resampled |= {f"vit.{k}": (v.numel(), how) for k, (v, how) in translation.changed.items()}
+        report.unused = translation.unused
     else:
         rest = [k for k in teacher.backbone.state_dict() if not k.startswith("patch_embed.proj.")]
         report.unused = dict.fromkeys(rest, "transfer.blocks=false")
+
+    # What has no source in a teacher keeps its start; anything else must have one.
     free = ["encoder.", "decoder.", "to_tokens.", "from_tokens.", "token_gain.", "tokenizer.offsets", "vit.depth_embed"]
     free += ["tokenizer.block"] * (cfg.block == "zero") + ["vit."] * (not cfg.blocks)
     left = [name for name in own if name not in values and not name.startswith(tuple(free))]
@@ -206,15 +213,16 @@ def transferred(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
 def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) -> dict[str, Tensor]:
     wanted, lay = RULES[cfg.rule]
     tokens = student.cfg.tokenizer
-    found = tokens.kind if not isinstance(tokens, TubularTokens) else ("deformable " * tokens.deformable) + tokens.kind
-    if found != wanted:
+    kind = tokens.kind if not isinstance(tokens, TubularTokens) else ("deformable " * tokens.deformable) + tokens.kind
+    if kind != wanted:
         keys = [f"student.tokenizer.kind={wanted.split()[-1]}"]
         keys += [f"student.tokenizer.deformable={str('deformable' in wanted).lower()}"] if "tubular" in wanted else []
-        rules = " or ".join(rule for rule, (needs, _) in RULES.items() if needs == found)
+        rules = " or ".join(rule for rule, (needs, _) in RULES.items() if needs == kind)
         raise InputError(
-            f"transfer.rule={cfg.rule} fills a {wanted} tokenizer, but the student has a {found} one; "
+            f"transfer.rule={cfg.rule} fills a {wanted} tokenizer, but the student has a {kind} one; "
             f"set {' '.join(keys)}, or transfer.rule={rules}"
         )
+
     proj = teacher.backbone.patch_embed.proj
     if proj.bias is None or proj.weight.shape[1] != 3 or len(proj.weight) != student.dim:
         raise InputError(
@@ -222,6 +230,7 @@ def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) 
             f"{'' if proj.bias is not None else ' without a bias'}; want [{student.dim}, 3, h, w] with a bias; "
             "choose a teacher of the student's size"
         )
+
     weight, bias = proj.weight.detach().float().cpu(), proj.bias.detach().float().cpu()
     return lay(*grey_kernel(weight, bias, teacher.mean, teacher.std), student, cfg)
 

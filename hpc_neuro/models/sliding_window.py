@@ -101,15 +101,15 @@ def predict(
             part.addcmul_(probability, weight)
         else:
             part += (probability * weight).cpu()
-    found = total.numpy()
+    probability_sum = total.numpy()
     for axis, (profile, first) in enumerate(zip(profiles, starts, strict=True)):
         # the windows form a lattice, so their summed weight factorises
         summed = np.zeros(reach[axis], dtype=np.float32)
         for start in first:
             summed[start : start + len(profile)] += profile
-        found /= summed.reshape([-1 if a == axis else 1 for a in range(3)])
+        probability_sum /= summed.reshape([-1 if a == axis else 1 for a in range(3)])
     z, y, x = np.shape(image)
-    return np.ascontiguousarray(np.clip(found[:z, :y, :x], 0, 1))
+    return np.ascontiguousarray(np.clip(probability_sum[:z, :y, :x], 0, 1))
 
 
 def _starts(size: int, window: int, step: int) -> list[int]:
@@ -135,29 +135,30 @@ def _run(
     """Each box with its probability [z, y, x] on `device`, float32."""
     done = 0
     while done < len(boxes):
-        some = boxes[done : done + batch.windows]
-        images = torch.stack([image[b.slices] for b in some])[:, None]
+        chunk = boxes[done : done + batch.windows]
+        images = torch.stack([image[b.slices] for b in chunk])[:, None]
         try:
-            prediction: StudentOutput = student(_flipped(images.to(device), mirrored))
-            probability = _flipped(prediction.logits[:, 0].float().sigmoid(), mirrored)
+            prediction: StudentOutput = student(_flip(images.to(device), mirrored))
+            probability = _flip(prediction.logits[:, 0].float().sigmoid(), mirrored)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
             if batch.windows == 1:
                 raise InputError(
-                    f"one window of {some[0].shape} voxels does not fit in the memory of {device}; use a smaller window"
+                    f"one window of {chunk[0].shape} voxels does not fit in the memory of {device}; "
+                    "use a smaller window"
                 ) from None
             batch.windows = max(batch.windows // 2, 1)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
-        yield from zip(some, probability, strict=True)
-        done += len(some)
+        yield from zip(chunk, probability, strict=True)
+        done += len(chunk)
         if seen is not None:
-            seen(len(some))
+            seen(len(chunk))
 
 
-def _flipped(x: Tensor, axes: list[int]) -> Tensor:
+def _flip(x: Tensor, axes: list[int]) -> Tensor:
     return x.flip(axes) if axes else x  # which copies, even along no axis
 
 

@@ -104,10 +104,10 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
         digest = _tensor_digest(vit.state_dict())
         return Teacher(vit, {"name": f"random {cfg.arch} seed {cfg.seed}", "sha256": digest}, mean, std)
     if cfg.model in BUNDLED:
-        return _bundled(cfg)
+        return _load_bundled(cfg)
     if cfg.model == "trained" and cfg.weights:
         hint = "give the folder that tools.teacher.pretrain wrote as teacher.weights"
-        return _carded(cfg, cfg.weights / teacher_folder.NOTE, hint)
+        return _load_by_card(cfg, cfg.weights / teacher_folder.NOTE, hint)
     vit = _create(cfg.model)
     path, pinned = teacher_folder.weights_of(
         cfg.weights or huggingface.weights(cfg.model, vit.pretrained_cfg), cfg.model
@@ -124,14 +124,14 @@ def fetch(name: str, out: Path) -> list[str]:
     Where they are already there, the hub is not asked.
     """
     vit = _create(name)
-    if already := teacher_folder.held(out, name):
+    if already := teacher_folder.find_weights(out, name):
         return already
     path = huggingface.weights(name, vit.pretrained_cfg)
     _fill(vit, path)
     return teacher_folder.keep(out, name, path, vit.pretrained_cfg)
 
 
-def _bundled(cfg: TeacherConfig) -> Teacher:
+def _load_bundled(cfg: TeacherConfig) -> Teacher:
     """A teacher inside the package; its card says how it was made and what its file's digest must be."""
     path, card_path = (ASSETS / f"{BUNDLED[cfg.model]}.{kind}" for kind in ("safetensors", "json"))
     if not path.exists() or not card_path.exists():
@@ -139,10 +139,10 @@ def _bundled(cfg: TeacherConfig) -> Teacher:
             f"this installation has no bundled teacher ({path} is missing); "
             "use teacher.model=random or a timm name such as vit_small_patch16_224.dino"
         )
-    return _carded(cfg, card_path, "reinstall the package, or use teacher.model=random")
+    return _load_by_card(cfg, card_path, "reinstall the package, or use teacher.model=random")
 
 
-def _carded(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
+def _load_by_card(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
     """The teacher whose card is `path`, its weights beside it, built as the card says: timm knows no name for it."""
     card = files.read_json(path, hint)
     try:
@@ -167,8 +167,8 @@ def _create(name: str, **overrides: int) -> Any:
         near = difflib.get_close_matches(name, timm().list_models("vit_*"), n=3, cutoff=0.1)
         raise InputError(f"timm {timm().__version__} has no model {name!r}; close to it are {', '.join(near)}")
     families = timm().models
-    known = (families.vision_transformer.__name__, families.eva.__name__)
-    if timm().model_entrypoint(name.partition(".")[0]).__module__ not in known:
+    plain = (families.vision_transformer.__name__, families.eva.__name__)
+    if timm().model_entrypoint(name.partition(".")[0]).__module__ not in plain:
         raise InputError(
             f"{name} is not a plain ViT; want one of timm's VisionTransformer or Eva classes "
             "(supervised, DINO, DINOv2, DINOv3, MAE), e.g. vit_small_patch16_224.dino"
@@ -189,8 +189,8 @@ def _fill(vit: Any, path: Path) -> None:
     state = {k: v.float() for k, v in state.items() if not k.startswith("head.") and k != "mask_token"}
     wanted = vit.state_dict()
     missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    held = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in state}
-    other = [f"{k} {found} for {want}" for k, (found, want) in held.items() if found != want]
+    shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in state}
+    other = [f"{k} {stored} for {expected}" for k, (stored, expected) in shapes.items() if stored != expected]
     if missing or left or other:
         raise InputError(
             f"{path} does not hold the weights of {vit.pretrained_cfg['architecture']}: missing {_names(missing)}; "

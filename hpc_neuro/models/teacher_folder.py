@@ -38,7 +38,7 @@ def weights_of(path: Path, name: str) -> tuple[Path, str | None]:
     return path / str(note["file"]), str(note["sha256"])
 
 
-def held(out: Path, name: str) -> list[str]:
+def find_weights(out: Path, name: str) -> list[str]:
     """A line for people when the folder `out` already holds the teacher, unchanged; nothing when it is to be fetched.
 
     Raises InputError when `out` is there and is something else.

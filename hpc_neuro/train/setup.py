@@ -155,8 +155,8 @@ def _transfer_weights(
     if teacher is None or cfg.transfer.rule == "scratch":
         return {}, frozenset(), ("transfer: none, the student starts from random weights",)
 
-    values, report = inflate.transferred(teacher, blank, cfg.transfer)
-    kept = report.kept if cfg.transfer.blocks else frozenset[str]()
+    values, report = inflate.map_weights(teacher, blank, cfg.transfer)
+    kept = report.teacher_tensors if cfg.transfer.blocks else frozenset[str]()
     return (
         {f"{STUDENT}{name}": value for name, value in values.items()},
         frozenset(f"{STUDENT}{name}" for name in kept),

@@ -128,9 +128,9 @@ def test_a_block_beside_the_tubes_adds_its_own_embedding(tiny: Teacher) -> None:
         found[block] = student.tokenizer(image)
         own = {n for n in student.state_dict() if n.startswith("tokenizer.")}
         fresh = {n for n in own if "offsets" in n} | ({"tokenizer.block.weight"} if block == "zero" else set())
-        assert own - report.kept == fresh == own & report.initial.keys()
-        assert "vit.depth_embed" in report.kept
-        assert not {n for n in report.kept if n.startswith(("encoder.", "decoder."))}
+        assert own - report.teacher_tensors == fresh == own & report.initial.keys()
+        assert "vit.depth_embed" in report.teacher_tensors
+        assert not {n for n in report.teacher_tensors if n.startswith(("encoder.", "decoder."))}
     plain = student_for(tiny)
     transfer(tiny, plain, TransferConfig(rule="center"))
     centre = plain.tokenizer(image) - plain.tokenizer.proj.bias.view(1, -1, 1, 1, 1)

@@ -48,8 +48,8 @@ def gather(
     grids are equal; for a coarser grid that divides the volume the middle voxel i*s + s//2 of each block of s voxels.
     Raises InputError for shapes, an axis or a grid that do not fit.
     """
-    found = _apply(x, offsets, None, axis, positions, backend)  # [B, P, K*C]
-    taps = found.view(len(x), *offsets.shape[2:], offsets.shape[1] // 2 + 1, x.shape[1])
+    rows = _apply(x, offsets, None, axis, positions, backend)  # [B, P, K*C]
+    taps = rows.view(len(x), *offsets.shape[2:], offsets.shape[1] // 2 + 1, x.shape[1])
     return taps.permute(0, 5, 4, 1, 2, 3)
 
 

@@ -47,11 +47,12 @@ def forward(rows: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes) 
     for b, p in _chunks(rows, offsets, tubes):
         index, share, _ = _corners(offsets[b, :, p], tubes, b, p)
         if window is None:
-            found = _bags(rows, index, share).flatten(1)  # [m, K*C]
-        else:  # the whole tube is one bag
-            found = _bags(rows, index.flatten(1), (share * window[:, None]).flatten(1))  # [m, C]
+            samples = _bags(rows, index, share).flatten(1)  # [m, K*C]
+        else:
+            # The whole tube is one bag.
+            samples = _bags(rows, index.flatten(1), (share * window[:, None]).flatten(1))  # [m, C]
         place = out[b, p]
-        place.copy_((found if matrix is None else found @ matrix).view(place.shape))
+        place.copy_((samples if matrix is None else samples @ matrix).view(place.shape))
     return out
 
 
@@ -96,8 +97,8 @@ def _mixing(weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, T
 def _bags(rows: Tensor, index: Tensor, amounts: Tensor) -> Tensor:
     """sum over j of amounts[..., j] * rows[index[..., j]]: [m, K, 4], [m, K, 4] -> [m, K, C]."""
     entries = index.shape[-1]
-    found = F.embedding_bag(index.view(-1, entries), rows, per_sample_weights=amounts.view(-1, entries), mode="sum")
-    return found.view(*index.shape[:-1], rows.shape[1])
+    sums = F.embedding_bag(index.view(-1, entries), rows, per_sample_weights=amounts.view(-1, entries), mode="sum")
+    return sums.view(*index.shape[:-1], rows.shape[1])
 
 
 def _scatter(into: Tensor, index: Tensor, amounts: Tensor, values: Tensor) -> None:
@@ -105,8 +106,8 @@ def _scatter(into: Tensor, index: Tensor, amounts: Tensor, values: Tensor) -> No
 
     Sorted by row, all that falls on one row is again one bag, so that a row of `into` is read and written once.
     """
-    found, order = index.flatten().sort()
-    row, count = torch.unique_consecutive(found, return_counts=True)
+    sorted_rows, order = index.flatten().sort()
+    row, count = torch.unique_consecutive(sorted_rows, return_counts=True)
     source = order >> 2  # the tap
     source = source if values.shape[1] == index.shape[1] else source // index.shape[1]  # the tube
     values = values.flatten(0, 1)
