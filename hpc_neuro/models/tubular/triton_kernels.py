@@ -146,8 +146,9 @@ def _scatter(into, r, share, values, c, channels, mask):
     )
 
 
+# One kernel for three modes: each mode's branch is decided when the kernel is compiled.
 @triton.jit
-def input_grad_kernel(
+def input_grad_kernel(  # noqa: C901
     rows, path, centres, weight, grad, grad_rows, grad_path, grad_window, box, tubes, taps, half, channels, width,
     MODE: tl.constexpr, ROWS: tl.constexpr, PATH: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
