@@ -97,6 +97,8 @@ class _Foreground:
         keep_voxel = keep[self.component]
         # Both voxels of a pair are in one component, so testing one is enough.
         keep_pair = keep_voxel[self.pairs[:, 0]]
+
+        # Voxels and components are renumbered, so that their numbers stay indices into the smaller arrays.
         return _Foreground(
             self.voxels[keep_voxel],
             self.probability[keep_voxel],
@@ -117,6 +119,8 @@ def skeletonize_block(
     Raises InputError for values that are no probability.
     """
     spacing = cfg.spacing(voxel_size)
+
+    # Distances near the border of the block depend on voxels beyond it, so more is read than is skeletonized.
     halo_box, closed_box = add_halo(box, shape, voxel_size, cfg), _add_shared_planes(box, shape)
     array = as_probability(read(halo_box), halo_box)
     inner_box = closed_box.relative_to(halo_box.start)
@@ -127,8 +131,11 @@ def skeletonize_block(
     # The shared planes belong to the next blocks, which count their voxels.
     is_own = np.all(foreground.voxels < np.array(box.shape), axis=1)
     count = np.bincount(foreground.component[is_own], minlength=foreground.components)
+
+    # Hysteresis is decided for the whole component. This block can only tell whether its own part is strong.
     is_strong = is_own & (foreground.probability >= cfg.threshold)
     strong = np.bincount(foreground.component[is_strong], minlength=foreground.components) > 0
+
     is_portal = _find_portals(foreground, closed_box.shape, _list_shared_planes(box, closed_box))
 
     # A component that is too small is noise, unless it goes on in the next block.
@@ -136,14 +143,17 @@ def skeletonize_block(
     keep = (strong & (count >= cfg.min_voxels)) | has_portal
     if not keep.any():
         return None
+
     is_portal = is_portal[keep[foreground.component]]
     foreground = foreground.select_components(keep)
     on = _select_centerlines(foreground, spacing, is_portal)
 
+    # Radii are physical in every metric. A second measurement is spared where the two spacings are equal.
     physical_distance, physical_spacing = foreground.distance[on], measure_physical_spacing(voxel_size)
     if not np.array_equal(physical_spacing, spacing):
         halo_voxels = foreground.voxels[on].astype(np.int64) + inner_box.start
         physical_distance = _measure_physical_distance(array >= cfg.threshold, halo_voxels, physical_spacing)
+
     return BlockSkeleton(
         foreground.voxels[on] + np.array(closed_box.start, dtype=np.int32),
         foreground.probability[on],
@@ -161,11 +171,18 @@ def _measure_foreground(array: NDArray[np.float32], box: Box, spacing: Floats, c
     mask = inner >= cfg.floor
     if not mask.any():
         return None
+
     voxels = _find_true(mask).astype(np.int32)
     halo_voxels = voxels.astype(np.int64) + box.start
+
+    # Distances stop at the upper threshold, not at the floor: the blurred rim of a neurite does not count as its
+    # thickness.
     distance = _measure_border_distance(array >= cfg.threshold, halo_voxels, spacing)
+
     pairs, step = find_neighbor_pairs(voxels, box.shape, spacing)
     components, component = _label_components(len(voxels), pairs)
+
+    # A voxel between the thresholds has distance 0, and a cost needs a positive one.
     return _Foreground(
         voxels,
         inner[mask],
@@ -212,12 +229,16 @@ def _measure_border_distance(inside: Bools, voxels: Ints, spacing: Floats) -> ND
 
     distance = np.zeros(len(voxels), dtype=np.float32)
     pending = np.flatnonzero(inside[tuple(voxels.T)])
+
+    # A window around the pending voxels spares a look at the rest of the array.
     for reach in (_FIRST_REACH, REACH):
         if len(pending):
             margin = np.ceil(reach / spacing).astype(np.int64) + 1
             low = np.maximum(voxels[pending].min(axis=0) - margin, 0)
             high = voxels[pending].max(axis=0) + margin + 1
             part = inside[tuple(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))]
+
+            # What is farther than the margin of the window may have a nearer border outside it.
             measured = _search_border(part, voxels[pending] - low, spacing)
             distance[pending] = np.minimum(measured, REACH)
             pending = pending[measured > reach]
@@ -239,7 +260,10 @@ def _measure_physical_distance(inside: Bools, voxels: Ints, spacing: Floats) -> 
     # A border of one voxel spares the test whether a neighbor is in the window.
     field = np.zeros([n + 2 for n in window.shape], dtype=np.float32)
     field[tuple(places.T + 1)] = _measure_border_distance(inside, places + low, spacing)
+
     starts = voxels - low + 1
+
+    # The neighbors of all voxels at once would take too much memory.
     parts = [
         _climb(field, starts[begin : begin + _VOXELS_AT_ONCE], spacing)
         for begin in range(0, len(starts), _VOXELS_AT_ONCE)
@@ -253,9 +277,13 @@ def _climb(field: NDArray[np.float32], starts: Ints, spacing: Floats) -> NDArray
     distance: NDArray[np.float32] = least.copy()
     climbing = np.flatnonzero(least > 0)
     steps = np.array([step for step in itertools.product((-1, 0, 1), repeat=3) if any(step)])
+
+    # The middle is expected within the reach, so the number of steps is bounded.
     for _ in range(int(2 * _UPHILL_REACH)):
         around = here[climbing, None] + steps  # [n, 26, 3]
         heights = field[tuple(np.moveaxis(around, 2, 0))]
+
+        # A higher place whose ball does not hold the ball around the start is a thicker place along the neurite.
         away = np.linalg.norm((around - starts[climbing, None]) * spacing, axis=2)
         heights[away > heights - least[climbing, None] + _UPHILL_SLACK] = 0
 
@@ -265,6 +293,7 @@ def _climb(field: NDArray[np.float32], starts: Ints, spacing: Floats) -> NDArray
         climbing, best, highest = climbing[is_higher], best[is_higher], highest[is_higher]
         if not len(climbing):
             break
+
         here[climbing] += steps[best]
         distance[climbing] = highest
     return distance
@@ -273,11 +302,15 @@ def _climb(field: NDArray[np.float32], starts: Ints, spacing: Floats) -> NDArray
 def _search_border(inside: Bools, voxels: Ints, spacing: Floats) -> Floats:
     """[N] distance from each of `voxels`, all inside, to the nearest voxel of the array that is not; else infinite."""
     all_inside = _find_true(inside)
+
+    # Only voxels beside the inside can be nearest, and they are few.
     border_indices = []
     for axis in range(3):
         for side in (-1, 1):
             beside = all_inside.copy()
             beside[:, axis] += side
+
+            # What lies beyond the array is unknown, and no border.
             beside = beside[(beside[:, axis] >= 0) & (beside[:, axis] < inside.shape[axis])]
             outside = beside[~inside[tuple(beside.T)]]
             border_indices.append(np.ravel_multi_index(tuple(outside.T), inside.shape))
@@ -305,8 +338,11 @@ def _find_portals(foreground: _Foreground, shape: Shape, planes: Iterator[tuple[
     index = tuple(foreground.voxels.T)
     mask, is_portal = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     mask[index] = True
+
+    # Both blocks see the same values on the plane, so they choose the same portals without a message.
     centrality = np.zeros(shape, dtype=np.float32)
     centrality[index] = foreground.distance * foreground.probability
+
     for axis, position in planes:
         plane = np.take(mask, position, axis)
         labels, _ = label_patches(plane, np.ones((3, 3)))
@@ -319,6 +355,8 @@ def _choose_central(points: Ints, patch: Ints, centrality: NDArray[np.float32]) 
     """[P, 2] the most central of the points [N, 2] of each patch, until each point is near a chosen one."""
     chosen = [np.zeros((0, 2), dtype=np.int64)]
     remaining = np.lexsort((-centrality, patch))
+
+    # One portal a patch and round: patches are independent, so all are served together.
     while len(remaining):
         _, first = np.unique(patch[remaining], return_index=True)
         best = remaining[first]
@@ -338,13 +376,18 @@ def _select_centerlines(foreground: _Foreground, spacing: Floats, is_portal: Boo
     """
     points, component = foreground.voxels * spacing, foreground.component
     sources = _find_most_central(foreground)
+
+    # The paths should run like those of the trees, so the cost is the same.
     cost = compute_cost(foreground.distance, foreground.probability)
     following = find_minimum_cost_paths(component, foreground.pairs, foreground.step, cost, sources)
     length = sum_to_root(np.linalg.norm(points - points[following], axis=1), following)
+
     levels = _group_by_hops(following, sources, length)
 
+    # A path that only leaves its tube is a ray to the surface. Every surface voxel has one.
     reach, end = _find_farthest_beyond(following, length, levels)
     goes_on = reach - length >= _BRANCH_RATIO * foreground.width + _BRANCH_MARGIN
+
     on = is_portal.copy()
     on[end[goes_on]] = on[end[sources]] = on[sources] = True
 
@@ -354,6 +397,7 @@ def _select_centerlines(foreground: _Foreground, spacing: Floats, is_portal: Boo
     last = np.searchsorted(component[order], np.arange(len(sources)), side="right") - 1
     on[order[last]] = True
 
+    # Levels with most hops come first, so one pass carries a mark up to the source.
     for level in levels:
         on[following[level[on[level]]]] = True
     return on
@@ -362,6 +406,8 @@ def _select_centerlines(foreground: _Foreground, spacing: Floats, is_portal: Boo
 def _find_most_central(foreground: _Foreground) -> Ints:
     """[C] the voxel of each component with the largest distance times probability; the first one of equals."""
     centrality = foreground.distance * foreground.probability
+
+    # Ties are broken by the raster order, so that the result does not depend on the sort.
     order = np.lexsort((np.arange(len(centrality)), -centrality, foreground.component))
     _, first = np.unique(foreground.component[order], return_index=True)
     return order[first]
@@ -372,6 +418,7 @@ def _group_by_hops(following: Ints, sources: Ints, length: Floats) -> list[Ints]
     step: Floats = np.ones(len(following))
     step[sources] = 0
     hops = sum_to_root(step, following).astype(np.int64)
+
     order = np.lexsort((length, -hops))
     order = order[hops[order] > 0]
     return np.split(order, np.flatnonzero(np.diff(hops[order])) + 1)
@@ -380,6 +427,8 @@ def _group_by_hops(following: Ints, sources: Ints, length: Floats) -> list[Ints]
 def _find_farthest_beyond(following: Ints, length: Floats, levels: list[Ints]) -> tuple[Floats, Ints]:
     """[N] path length to the source of the farthest voxel whose path runs through each voxel, and [N] that voxel."""
     reach, end = length.copy(), np.arange(len(following))
+
+    # All voxels beyond a level are final before it is reached.
     for level in levels:
         farther = level[reach[level] > reach[following[level]]]
         # Numpy keeps the last of several values for one place, here the largest.

@@ -79,6 +79,7 @@ class PathBatch:
         lengths = self.lengths[paths]
         starts = np.concatenate([[0], np.cumsum(lengths)])
         offset = np.repeat(self.starts[paths] - starts[:-1], lengths)
+
         return PathBatch(self.nodes[np.arange(starts[-1]) + offset], starts)
 
     def group_by_length(self) -> Iterator[tuple[Ints, Ints]]:
@@ -109,6 +110,7 @@ class AcceptedPaths:
         """
         component, points = int(self._graph.component[path[0]]), self._graph.points[path]
         distance, nearest = np.full(len(path), np.inf), np.zeros(len(path), dtype=np.int64)
+
         accepted, kdtrees = self._paths[component], self._kdtrees[component]
         kdtrees.extend(cKDTree(self._graph.points[nodes]) for nodes in accepted[len(kdtrees) :])
         if not kdtrees:
@@ -118,10 +120,13 @@ class AcceptedPaths:
         low, high = np.array([tree.mins for tree in kdtrees]), np.array([tree.maxes for tree in kdtrees])
         beyond = np.maximum(0, np.maximum(low - points.max(axis=0), points.min(axis=0) - high))
         least = np.linalg.norm(beyond, axis=1)
+
+        # The nearest boxes come first, so that most of the others are ruled out by their boxes alone.
         for number in np.argsort(least, kind="stable"):
             candidates = np.flatnonzero(least[number] < distance)
             if not len(candidates):
                 break
+
             away, index = kdtrees[number].query(points[candidates])
             is_closer = away < distance[candidates]
             distance[candidates[is_closer]] = away[is_closer]
@@ -143,13 +148,19 @@ def measure_evidence(
     """
     searches = [accepted.find_nearest(path) for path in batch]
     away, nearest = (np.concatenate(parts) for parts in zip(*searches, strict=True))
+
     points, steps = graph.points[batch.nodes], batch.steps
 
     length = np.linalg.norm(points[steps + 1] - points[steps], axis=1)
+
+    # Steps back towards an accepted path do not undo the evidence of earlier steps.
     growth = np.clip(away[steps] - away[steps + 1], 0, None)
     is_apart = _is_gap_between(graph, batch.nodes, nearest)[steps]
+
+    # The two thresholds may be equal.
     span = max(cfg.threshold - cfg.floor, 1e-6)
     certainty = np.clip((graph.probability[batch.nodes[steps]] - cfg.floor) / span, 0, 1)
+
     evidence = np.where(is_apart, length, np.minimum(growth, length)) * certainty * _measure_ridge(graph, batch)[steps]
 
     # Each path is summed by itself: the sum must not depend on the other paths of the batch.
@@ -165,21 +176,28 @@ def _is_gap_between(graph: VoxelGraph, nodes: Ints, nearest: Ints) -> Bools:
     """[n] whether the probability dips on the straight line from a node to the accepted voxel nearest to it."""
     share = np.linspace(0, 1, _LINE_SAMPLES + 2)[1:-1, None]
     lowest = np.empty(len(nodes), dtype=np.float32)
+
     for part in _split_places(len(nodes)):
         a, b = graph.voxels[nodes[part]].astype(np.float64), graph.voxels[nearest[part]].astype(np.float64)
         line = a[:, None] * (1 - share) + b[:, None] * share  # [n, samples, 3]
         lowest[part] = graph.sampler.sample(line.reshape(-1, 3)).reshape(line.shape[:2]).min(axis=1)
+
+    # The dimmer end sets the level: a dim branch beside a bright one is no gap by itself.
     ends = np.minimum(graph.probability[nodes], graph.probability[nearest])
     return np.asarray(lowest < (1 - _DROP) * ends)
 
 
 def _measure_ridge(graph: VoxelGraph, batch: PathBatch) -> Floats:
     """[n] 0 to 1: fall-off of the probability across the path, in the direction where it falls off least."""
+    # The ray has to leave the tube and the blur around it.
     reach = 1.5 * graph.distance[batch.nodes] + 1.5
     ridge = np.empty(len(batch.nodes))
+
     for places in _split_places(len(batch.nodes)):
         nodes, rays = batch.nodes[places], _find_rays_across(graph.points, batch, places)
         beside = _sample_along_rays(graph, nodes, rays, reach[places], np.linspace(0.25, 1, 5)).min(axis=2)
+
+        # One side is enough, since the other may face the thick branch.
         lower = np.minimum(beside[:, : _RAYS // 2], beside[:, _RAYS // 2 :]).max(axis=1)
         ridge[places] = np.clip((1 - lower / graph.probability[nodes]) / _DROP, 0, 1)
     return ridge
@@ -210,6 +228,8 @@ def _measure_flat_width(graph: VoxelGraph, batch: PathBatch, reach: Floats) -> I
     for places in _split_places(len(batch.nodes)):
         nodes, rays = batch.nodes[places], _find_rays_across(graph.points, batch, places)
         values = _sample_along_rays(graph, nodes, rays, reach[places], np.linspace(0.25, _WIDEST, 4 * _WIDEST))
+
+        # Only the stretch up to the first dip counts. What is bright beyond it is another neurite.
         level = (1 - _DROP) * graph.probability[nodes]
         width[places] = np.logical_and.accumulate(values >= level[:, None, None], axis=2).sum(axis=2)
     return width
@@ -219,6 +239,8 @@ def _filter_median(values: Ints, batch: PathBatch) -> Ints:
     """[n, rays] running median of `values` [n, rays] along each path, whose ends are repeated beyond it."""
     median = np.empty_like(values)
     is_long = batch.lengths >= _WINDOW
+
+    # Paths of one length form an array, which takes one call.
     for paths, places in batch.group_by_length():
         if not is_long[paths[0]]:
             median[places] = median_filter(values[places], size=(1, places.shape[1], 1), mode="nearest")
@@ -242,15 +264,20 @@ def _find_rays_across(points: Floats, batch: PathBatch, places: Ints) -> Floats:
 
     The second half of the rays are the opposites of the first.
     """
+    # A single step has one of 26 directions, which is too coarse. A stretch of path is smoother.
     path = np.searchsorted(batch.starts, places, side="right") - 1
     ahead = batch.nodes[np.minimum(places + _STRETCH, batch.starts[path + 1] - 1)]
     behind = batch.nodes[np.maximum(places - _STRETCH, batch.starts[path])]
     along = points[ahead] - points[behind]
+
+    # A path of one node has no direction, and must not divide by zero.
     along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-9)
 
+    # The axis farthest from the direction of the path gives a product that never vanishes.
     first = np.cross(along, np.eye(3)[np.abs(along).argmin(axis=1)])
     first /= np.maximum(np.linalg.norm(first, axis=1, keepdims=True), 1e-9)
     second = np.cross(along, first)
+
     angle = 2 * np.pi * np.arange(_RAYS) / _RAYS
     return np.asarray(first[:, None] * np.cos(angle)[:, None] + second[:, None] * np.sin(angle)[:, None])
 

@@ -48,11 +48,13 @@ def find_centerlines(graph: VoxelGraph, sources: Ints, cfg: TraceConfig, require
 
     A component has one path at least.
     """
+    # Required paths come first, so that the voxels they cover raise no tips of their own.
     search = _PathSearch(graph, sources, cfg)
     for tip in required:
         search.trace_required(tip)
 
     queue = _TipQueue(graph.component, search.length)
+
     while len(tips := queue.advance(search.is_covered)):
         for begin in range(0, len(tips), _PATHS_AT_ONCE):
             search.trace_tips(tips[begin : begin + _PATHS_AT_ONCE])
@@ -62,9 +64,13 @@ def find_centerlines(graph: VoxelGraph, sources: Ints, cfg: TraceConfig, require
 def find_far_ends(graph: VoxelGraph) -> tuple[Ints, Floats]:
     """[C] one end of every component, the voxel farthest from an arbitrary one of it, and [C] how far that is."""
     _, starts = np.unique(graph.component, return_index=True)
+
+    # Only lengths matter here, so every voxel costs the same.
     _, length = find_paths_home(graph, starts, np.ones(len(graph.voxels)))
+
     order = np.lexsort((length, graph.component))
     last = np.searchsorted(graph.component[order], np.arange(graph.components), side="right") - 1
+
     ends = order[last]
     return ends, length[ends]
 
@@ -83,9 +89,12 @@ class _PathSearch:
         self._graph, self._cfg = graph, cfg
         cost = compute_cost(graph.distance, graph.probability)
         self.following, self.length = find_paths_home(graph, sources, cost)
+
         self.is_covered = np.zeros(len(self.following), dtype=bool)
         self.on_path = np.zeros(len(self.following), dtype=bool)
         self.on_path[sources] = True
+
+        # Without one path that needs no evidence, a short or dim component would vanish.
         self._is_empty = np.ones(graph.components, dtype=bool)
         self._reach = _COVER_SCALE * graph.distance + _COVER_MARGIN
         self._accepted = AcceptedPaths(graph)
@@ -111,6 +120,8 @@ class _PathSearch:
             is_outside = self.length[paths.nodes] - self.length[joints] > graph.distance[joints]
             evidence = measure_evidence(graph, self._accepted, paths, is_outside, self._cfg)
             is_accepted[tested] = np.array(evidence) >= self._cfg.min_branch
+
+        # A path that fails covers its voxels, too: else the next tip would be its neighbor.
         self._accept(batch.select(np.flatnonzero(is_accepted)))
         self._cover(batch)
 
@@ -126,6 +137,7 @@ class _PathSearch:
         """The paths from `tips` up to the tree so far."""
         paths, current = np.arange(len(tips)), tips
         path_parts, node_parts = [paths], [current]
+
         while True:
             is_open = ~self.on_path[current]
             paths, current = paths[is_open], self.following[current[is_open]]
@@ -134,6 +146,7 @@ class _PathSearch:
             path_parts.append(paths)
             node_parts.append(current)
 
+        # For the last few paths the overhead of numpy exceeds the work.
         for path, voxel in zip(paths.tolist(), current.tolist(), strict=True):
             nodes = [voxel]
             while not self.on_path[nodes[-1]]:
@@ -141,6 +154,7 @@ class _PathSearch:
             path_parts.append(np.full(len(nodes), path))
             node_parts.append(np.array(nodes, dtype=np.int64))
 
+        # The order by path is stable, so the nodes of a path stay in the order in which they were walked.
         path_of_node = np.concatenate(path_parts)
         order = np.argsort(path_of_node, kind="stable")
         starts = np.searchsorted(path_of_node[order], np.arange(len(tips) + 1))
@@ -162,17 +176,22 @@ class _PathSearch:
     def _choose_centers(self, batch: PathBatch) -> Bools:
         """[n] whether a node is the center of a ball: a third of a radius apart, they leave no notch worth a branch."""
         is_center = np.empty(len(batch.nodes), dtype=bool)
+
         length, reach = self.length[batch.nodes], self._reach[batch.nodes]
         for _, places in batch.group_by_length():
             step = np.diff(length[places], axis=1, prepend=length[places[:, :1]])
             ball = np.floor(np.cumsum(np.abs(step) / (reach[places] / 3), axis=1))
             is_center[places] = np.diff(ball, axis=1, prepend=-1) != 0
+
+        # Without a ball on the joint, a notch could stay between the path and the tree.
         is_center[batch.starts[1:] - 1] = True
         return is_center
 
     def _mark_balls(self, centers: Floats, radii: Floats, component: Ints, own_share: float) -> None:
         """Cover the voxels of `component` [B] in the balls, with their own thickness up to a share of the radius."""
         graph = self._graph
+
+        # Voxels in many overlapping balls are listed many times, so memory has to be bounded.
         for begin in range(0, len(centers), _BALLS_AT_ONCE):
             part = slice(begin, begin + _BALLS_AT_ONCE)
             balls = graph.kdtree.query_ball_point(centers[part], radii[part], return_sorted=False)
@@ -180,8 +199,10 @@ class _PathSearch:
             voxels = np.fromiter(chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
             ball = np.repeat(np.arange(len(balls)) + begin, counts)
 
+            # Another component may be near. It must not lose its voxels.
             is_own = graph.component[voxels] == component[ball]
             voxels, ball = voxels[is_own], ball[is_own]
+
             away = np.linalg.norm(graph.points[voxels] - centers[ball], axis=1)
             thickness = np.minimum(graph.thickness[voxels], own_share * radii[ball])
             self.is_covered[voxels[away + thickness <= radii[ball]]] = True
@@ -198,12 +219,18 @@ class _TipQueue:
     def advance(self, is_covered: Bools) -> Ints:
         """The first voxel of each component that is not covered; components without one are left out for good."""
         pending = np.arange(len(self._next))
+
+        # Covered voxels stay covered, so places that were passed are never looked at again.
         while len(pending):
             # Few components are searched farther at once than many.
             width = int(np.clip(65536 // len(pending), 8, 4096))
             places = self._next[pending][:, None] + np.arange(width)
+
             is_open = ~is_covered[self._order[np.minimum(places, len(self._order) - 1)]]
+
+            # The end of a component stops the search, as an open voxel would.
             is_open |= places >= self._stop[pending][:, None]
+
             self._next[pending] += np.where(is_open.any(axis=1), is_open.argmax(axis=1), width)
             pending = pending[~is_open.any(axis=1)]
 

@@ -50,8 +50,10 @@ class TraceConfig:
             raise ValueError(
                 f"low ({self.low}) and threshold ({self.threshold}) must satisfy 0 < low <= threshold <= 1"
             )
+
         if min(self.block) < 8:
             raise ValueError(f"block {list(self.block)} must be at least 8 voxels along each axis")
+
         for name in ("min_branch", "gap", "signal_gap", "root_snap", "min_cable", "smooth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")

@@ -67,14 +67,18 @@ def root_trees(
     order, predecessors = breadth_first_order(extended, n, return_predecessors=True)
     order = order[1:]
 
+    # Pieces without a root are not reached by the search, so only the pieces of the roots get a number.
     tree_of_piece = np.full(count, -1)
     tree_of_piece[label[starts]] = np.arange(len(starts))
     tree_number = tree_of_piece[label[order]]
     ends = np.cumsum(np.bincount(tree_number))[:-1]
+
+    # Each tree numbers its nodes from its root. The order of the search puts parents before their children.
     index = np.empty(n, dtype=np.int64)
     for root, nodes in zip(roots, np.split(order[np.argsort(tree_number, kind="stable")], ends), strict=True):
         index[nodes] = np.arange(len(nodes))
         parents = np.concatenate([[-1], index[predecessors[nodes[1:]]]]).astype(np.int64)
+
         types = np.full(len(nodes), _UNDEFINED, dtype=np.int64)
         types[0] = root.type
         yield Tree(lines.points[nodes], lines.thickness[nodes], parents, types), nodes.astype(np.int64)
@@ -90,10 +94,14 @@ def _choose_roots(
     cable = np.bincount(label[lines.edges[:, 0]], weights=lines.edge_lengths, minlength=count)
     # The sum of a tree's edges may round otherwise than that of a piece's edges; the caller decides.
     is_long = cable >= min_cable * (1 - 1e-9)
+
+    # Listing the neighbors is slow, and often no piece is long enough.
     neighbors = lines.list_neighbors() if is_long.any() else []
+
     order = np.argsort(label, kind="stable")
     order = order[is_long[label[order]]]
     pieces = np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else []
+
     return [_choose_root(lines, neighbors, piece, min_branch) for piece in pieces]
 
 
@@ -104,7 +112,11 @@ def _choose_root(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], pie
 
     ends = piece[lines.degree[piece] <= 1]
     is_stub = np.array([_is_stub(lines, neighbors, end, min_branch) for end in ends.tolist()])
+
+    # A piece has to have a root, even if all its ends are stubs.
     ends = ends if is_stub.all() else ends[~is_stub]
+
+    # The radius of a single node is noisy at an end, so a mean decides.
     balls = cKDTree(lines.points[piece]).query_ball_point(lines.points[ends], _END_REACH, return_sorted=True)
     thickness = [float(radii[ball].mean()) for ball in balls]
     return _Root(int(ends[int(np.argmax(thickness))]), _UNDEFINED)
@@ -113,10 +125,13 @@ def _choose_root(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], pie
 def _is_stub(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], end: int, min_branch: float) -> bool:
     """Whether an end hardly leaves the surface of the line that it springs from."""
     before, here, walked = -1, end, 0.0
+
     while len(neighbors[here]) <= 2:
+        # The other end was reached without a fork, so the line springs from nothing.
         onward = [node for node in neighbors[here] if node != before]
         if not onward:
             return False
+
         before, here = here, onward[0]
         walked += float(np.linalg.norm(lines.points[here] - lines.points[before]))
     return bool(walked - lines.thickness[here] < min_branch)
@@ -128,6 +143,8 @@ def prune_tree(tree: Tree, min_branch: float) -> Bools:
     The shortest branches go first.
     """
     keep, nodes = np.ones(len(tree), dtype=bool), np.arange(len(tree))
+
+    # Without its shortest branch a fork may be none, and its other branch may then be long enough.
     while len(dropped := _find_short_branches(tree, min_branch)):
         keep[nodes[dropped]] = False
         stays = np.ones(len(tree), dtype=bool)
@@ -141,18 +158,25 @@ def _find_short_branches(tree: Tree, min_branch: float) -> Ints:
     counts = child_counts(tree)
     is_fork = counts >= 2
     joint, away = _measure_up_to_fork(tree, is_fork)
+
+    # A tip without a fork above it is the end of the whole tree, and stays.
     ends = tips(tree)
     ends = ends[is_fork[joint[ends]]]
+
+    # One branch of a fork goes at a time: the other may be what continues the neurite.
     short = ends[away[ends] - tree.radii[joint[ends]] < min_branch]
     short = short[np.argsort(away[short], kind="stable")]
     _, first = np.unique(joint[short], return_index=True)
+
     is_dropped = np.zeros(len(tree), dtype=bool)
     is_dropped[short[first]] = True
 
     # A dropped tip takes its whole branch with it.
     below = np.arange(len(tree))
+
     single = np.flatnonzero((tree.parents >= 0) & (counts[tree.parents] == 1))
     below[tree.parents[single]] = single
+
     return np.flatnonzero(is_dropped[follow_to_end(below)] & ~is_fork & (tree.parents >= 0))
 
 
@@ -161,8 +185,12 @@ def _measure_up_to_fork(tree: Tree, is_fork: Bools) -> tuple[Ints, Floats]:
     above = np.maximum(tree.parents, 0)
     is_last = is_fork[above] | (tree.parents < 0)
     step = edge_lengths(tree)
+
+    # Chains are cut below each fork, so that every branch is summed by itself.
     up = np.where(is_last, np.arange(len(tree)), above)
     top = follow_to_end(up)
+
+    # The step from the top of a chain to its fork belongs to the branch, too.
     away = sum_to_root(np.where(is_last, 0.0, step), up) + np.where(tree.parents[top] >= 0, step[top], 0.0)
     return np.where(tree.parents[top] >= 0, above[top], top), away
 
@@ -175,15 +203,21 @@ def find_main_side(tree: Tree) -> Bools:
     """
     keep = np.ones(len(tree), dtype=bool)
     step = edge_lengths(tree)
+
+    # Near the root directions are noise, so branches are compared where they leave a ball.
     home = sum_to_root(step, np.maximum(tree.parents, 0))
     is_in_ball = home <= _ROOT_BALL_RATIO * tree.radii[0] + _ROOT_BALL_MARGIN
+
     leaving = np.flatnonzero(~is_in_ball & is_in_ball[tree.parents])
     if len(leaving) < 2:
         return keep
 
     below = step.copy()
+
+    # Children come after their parents, so one backward pass sums what hangs below.
     for node in range(len(tree) - 1, 0, -1):
         below[tree.parents[node]] += below[node]
+
     out = tree.points[leaving] - tree.points[0]
     stays = leaving[out @ out[below[leaving].argmax()] > 0]
 
@@ -204,6 +238,8 @@ def smooth_tree(tree: Tree, sigma: float) -> Tree:
     """
     if sigma == 0:
         return tree
+
+    # Beyond three standard deviations the weights are negligible.
     width = int(np.ceil(3 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-width, width + 1) / sigma) ** 2)
     kernel /= kernel.sum()
@@ -239,6 +275,8 @@ def list_long_paths(tree: Tree) -> list[Ints]:
     # Plain lists: single values of numpy's arrays are several times slower.
     parents, step = tree.parents.tolist(), edge_lengths(tree).tolist()
     farthest, heir = [0.0] * len(parents), [-1] * len(parents)
+
+    # Children come after their parents, so the way below a node is final when it is reached.
     for node in range(len(parents) - 1, 0, -1):
         parent, reach = parents[node], farthest[node] + step[node]
         if parent >= 0 and (heir[parent] < 0 or reach > farthest[parent]):
@@ -248,6 +286,8 @@ def list_long_paths(tree: Tree) -> list[Ints]:
     for start, parent in enumerate(parents):
         if parent >= 0 and heir[parent] == start:
             continue
+
+        # The joint belongs to the path, so that smoothing does not tear it off.
         path = [start] if parent < 0 else [parent, start]
         while heir[path[-1]] >= 0:
             path.append(heir[path[-1]])
@@ -260,6 +300,8 @@ def decimate_tree(tree: Tree) -> Tree:
     parents, lengths, counts = tree.parents.tolist(), edge_lengths(tree).tolist(), child_counts(tree).tolist()
     since = [0.0] * len(parents)
     keep = np.ones(len(parents), dtype=bool)
+
+    # Lengths add up over dropped nodes, so a run of short edges keeps some of its nodes.
     for node in range(1, len(parents)):
         walked = lengths[node] + since[parents[node]]
         if counts[node] == 1 and walked < _STEP:

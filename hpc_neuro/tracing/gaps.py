@@ -89,16 +89,21 @@ def join_gaps(
     """
     index = CenterlineIndex(graph, centerlines)
     bridges = no_bridges()
+
+    # Links along the image come first: they rest on evidence, and straight bridges on none.
     if image is not None and cfg.signal_gap > 0:
         bridges = find_image_links(graph, centerlines, index, image, cfg, roots)
 
     is_used = np.zeros(len(graph.voxels), dtype=bool)
     changed = np.arange(graph.components)
+
+    # What a round joins has longer pieces and new ends, which may allow further bridges.
     for _ in range(_ROUNDS if cfg.gap > 0 else 0):
         lines = build_centerline_graph(graph, centerlines, bridges)
         pieces = _measure_pieces(graph, lines)
         if len(pieces) < 2:
             break
+
         candidates = _find_candidates(graph, lines, pieces, changed, cfg)
         chosen = _choose_bridges(graph, pieces, candidates, is_used)
         if not len(chosen):
@@ -107,17 +112,23 @@ def join_gaps(
         ends, targets = candidates.ends[chosen], candidates.targets[chosen]
         is_used[ends] = True
         changed = np.unique(graph.component[np.concatenate([ends, targets])])
+
+        # A bridge should reach the middle of the neurite and not its surface.
         centered = index.find_beside(graph.points[targets], graph.component[targets], _FLANK)
         targets = np.where(centered >= 0, centered, targets)
+
         bridges = concatenate_bridges([bridges, build_straight_bridges(graph, ends, targets)])
     return bridges
 
 
 def _measure_pieces(graph: VoxelGraph, lines: CenterlineGraph) -> _Pieces:
     count, label = lines.label_pieces()
+
+    # Points on bridges belong to no component.
     is_voxel = lines.voxels >= 0
     of_component = np.zeros(graph.components, dtype=np.int64)
     of_component[graph.component[lines.voxels[is_voxel]]] = label[is_voxel]
+
     cable = np.bincount(label[lines.edges[:, 0]], weights=lines.edge_lengths, minlength=count)
     return _Pieces(of_component, cable.astype(np.float64))
 
@@ -132,18 +143,24 @@ def _find_candidates(
     """
     ends = measure_ends(lines)
     end_piece = pieces.of_component[graph.component[lines.voxels[ends.anchors]]]
+
     is_changed = np.zeros(len(pieces), dtype=bool)
     is_changed[pieces.of_component[changed]] = True
+
+    # Two blobs have no direction that could speak against a bridge between them.
     is_blob = np.ones(len(pieces), dtype=bool)
     is_blob[end_piece[ends.has_direction]] = False
+
     search = _BridgeSearch(graph, lines, ends, pieces, end_piece, is_blob, cfg)
 
+    # Changed pieces may reach out to all others. The others can only gain a bridge to a changed one.
     everywhere = np.arange(len(graph.voxels))
     parts = list(search.run(np.flatnonzero(is_changed[end_piece]), graph.kdtree, everywhere))
     if not is_changed.all():
         targets = np.flatnonzero(is_changed[pieces.of_component[graph.component]])
         kdtree = cKDTree(graph.points[targets])
         parts += search.run(np.flatnonzero(~is_changed[end_piece]), kdtree, targets)
+
     return _Candidates(
         np.concatenate([np.zeros(0), *(part.cost for part in parts)]),
         np.concatenate([np.zeros(0, dtype=np.int64), *(part.ends for part in parts)]),
@@ -169,18 +186,25 @@ class _BridgeSearch:
         """The candidates of some of the ends, chunk by chunk; `kdtree` is that of the voxels `targets`."""
         cable = self.pieces.cable[self.end_piece[ends]]
         depth = self.lines.thickness[self.ends.anchors[ends]] + 0.5
+
+        # The gap is measured between surfaces, but the search between centers. The thickest target bounds the
+        # difference.
         thickest = self.graph.thickness.max()
         # A longer bridge would cost too much even where the probability halves its cost.
         reach = np.minimum(self.cfg.gap, _WORTH * cable / _HINTED) + depth + thickest
 
         # The shortest bridge costs half a voxel: specks are dismissed before anything is searched.
         ends, reach = (values[_WORTH * cable >= _HINTED] for values in (ends, reach))
+
+        # The ends of a large volume may have more neighbors than memory holds.
         for begin in range(0, len(ends), _ENDS_AT_ONCE):
             part = slice(begin, begin + _ENDS_AT_ONCE)
             voxels = self.lines.voxels[self.ends.anchors[ends[part]]]
+
             balls = kdtree.query_ball_point(self.graph.points[voxels], reach[part], return_sorted=True)
             counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
             near = np.fromiter(chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
+
             yield self._select(np.repeat(ends[part], counts), targets[near])
 
     def _select(self, end: Ints, target: Ints) -> _Candidates:
@@ -188,6 +212,8 @@ class _BridgeSearch:
         graph, pieces = self.graph, self.pieces
         own_piece, other_piece = self.end_piece[end], pieces.of_component[graph.component[target]]
         has_direction = self.ends.has_direction[end]
+
+        # An end without direction may only meet a piece without direction: nothing else tells where it points.
         is_allowed = (own_piece != other_piece) & (has_direction | self.is_blob[other_piece])
         end, target, own_piece, other_piece, has_direction = (
             values[is_allowed] for values in (end, target, own_piece, other_piece, has_direction)
@@ -199,17 +225,22 @@ class _BridgeSearch:
         cosine = np.vecdot(out, self.ends.directions[end]) / away
         # From surface to surface.
         gap = np.maximum(away - (self.lines.thickness[anchor] + 0.5) - graph.thickness[target], 1)
+
         cost = gap * (3 - 2 * cosine)
         most = np.minimum(self.cfg.gap, _WORTH * np.minimum(pieces.cable[other_piece], pieces.cable[own_piece]))
+
+        # The probability between can at best halve the cost, so all that is above twice the limit is out.
         is_ahead = (cosine >= np.cos(np.radians(_WIDEST_ANGLE))) | ~has_direction
         worth = np.flatnonzero(is_ahead & (cost * _HINTED <= most))
 
         # The cheapest to each piece; only for these the probability between is read.
         worth = worth[np.lexsort((cost[worth], other_piece[worth], end[worth]))]
         best = worth[mark_first(end[worth], other_piece[worth])]
+
         voxels = self.lines.voxels[anchor[best]]
         hint = _measure_probability_between(graph, self.cfg.floor, voxels, target[best]) / self.cfg.floor
         total = cost[best] * (1 - (1 - _HINTED) * np.minimum(1.0, hint))
+
         is_cheap = total <= most[best]
         return _Candidates(total[is_cheap], voxels[is_cheap], target[best][is_cheap])
 
@@ -218,14 +249,19 @@ def _measure_probability_between(graph: VoxelGraph, floor: float, starts: Ints, 
     """[n] mean probability of the background on the straight line between two voxels; 1 where there is none."""
     a, b = graph.voxels[starts].astype(np.int64), graph.voxels[stops].astype(np.int64)
     counts = np.maximum(np.abs(b - a).max(axis=1, initial=0) - 1, 0)
+
+    # The points of all lines lie in one array, so that each cell is read once.
     line = np.repeat(np.arange(len(starts)), counts)
     number = np.arange(len(line)) - np.repeat(np.cumsum(counts) - counts, counts)
+
     share = ((number + 1) / (counts[line] + 1))[:, None]
     values = graph.sampler.sample_background(a[line] * (1 - share) + b[line] * share)
 
+    # Foreground on the line would count as a hint, though it is a piece of its own.
     is_dark = values < floor
     values, dark_counts = values[is_dark], np.bincount(line[is_dark], minlength=len(starts))
     firsts = np.cumsum(dark_counts) - dark_counts
+
     mean = np.ones(len(starts))
     # Lines of one length are averaged together, each by itself: the mean must not depend on the other lines.
     for count in np.unique(dark_counts[dark_counts > 0]).tolist():
@@ -236,8 +272,11 @@ def _measure_probability_between(graph: VoxelGraph, floor: float, starts: Ints, 
 
 def _choose_bridges(graph: VoxelGraph, pieces: _Pieces, candidates: _Candidates, is_used: Bools) -> Ints:
     """The cheapest candidates that join pieces without a cycle, each end used once (Kruskal's algorithm)."""
+    # Equal costs are ordered by voxels, so that the choice does not depend on the search.
     order = np.lexsort((candidates.targets, candidates.ends, candidates.cost))
     order = order[~is_used[candidates.ends[order]]]
+
+    # Plain lists: single values of numpy's arrays are slow in a loop.
     ends = candidates.ends[order].tolist()
     own_piece = pieces.of_component[graph.component[candidates.ends[order]]].tolist()
     other_piece = pieces.of_component[graph.component[candidates.targets[order]]].tolist()

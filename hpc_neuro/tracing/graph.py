@@ -64,8 +64,11 @@ def build_straight_bridges(graph: VoxelGraph, ends: Ints, targets: Ints) -> Brid
     """Straight bridges from `ends` [B] to `targets` [B], with a point about every voxel."""
     a, b = graph.points[ends], graph.points[targets]
     counts = np.maximum(np.ceil(measure_lengths(b - a)).astype(np.int64) - 1, 0)
+
     bridge = np.repeat(np.arange(len(ends)), counts)
     number = np.arange(len(bridge)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+    # Both ends are voxels of the graph already, so the points lie strictly between.
     share = ((number + 1) / (counts[bridge] + 1))[:, None]
     return Bridges(ends, targets, counts, a[bridge] * (1 - share) + b[bridge] * share)
 
@@ -117,8 +120,10 @@ class CenterlineGraph:
         """The neighbors of each node."""
         sources = self.edges.ravel()
         order = np.argsort(sources, kind="stable")
+
         place = np.empty(len(order), dtype=np.int64)
         place[order] = np.arange(len(order))
+
         starts = np.concatenate([[0], np.cumsum(self.degree)])
         # Neighbors in `edges` stand at places that differ in the last bit.
         return Adjacency(starts, self.edges[:, ::-1].ravel()[order], place[order ^ 1])
@@ -150,6 +155,7 @@ class Adjacency:
         """All edges that leave `nodes` [n], and for each the place of its node in `nodes`."""
         counts = self.starts[nodes + 1] - self.starts[nodes]
         place = np.repeat(np.arange(len(nodes)), counts)
+
         return np.arange(len(place)) + np.repeat(self.starts[nodes] - np.cumsum(counts) + counts, counts), place
 
 
@@ -182,10 +188,12 @@ def build_centerline_graph(graph: VoxelGraph, centerlines: Centerlines, bridges:
         on_path[open_ends] = True
         open_ends = centerlines.following[open_ends]
 
+    # Nodes are numbered by voxel. Sources lead to themselves and have no edge.
     voxels = np.flatnonzero(on_path)
     index = np.full(len(on_path), -1, dtype=np.int64)
     index[voxels] = np.arange(len(voxels))
     following = centerlines.following[voxels]
+
     is_inner = following != voxels
     edges = np.stack([index[voxels[is_inner]], index[following[is_inner]]], axis=1)
 
@@ -209,8 +217,10 @@ def _list_bridge_edges(bridges: Bridges, index: Ints, first: int) -> Ints:
     # One chain a bridge: its end, its points, its target.
     lengths = bridges.counts + 2
     starts = np.cumsum(lengths) - lengths
+
     is_point = np.ones(int(lengths.sum()), dtype=bool)
     is_point[starts] = is_point[starts + lengths - 1] = False
+
     chain = np.empty(len(is_point), dtype=np.int64)
     chain[starts], chain[starts + lengths - 1] = index[bridges.ends], index[bridges.targets]
     chain[is_point] = np.arange(len(bridges.points)) + first
@@ -244,17 +254,23 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
     ends = np.flatnonzero(graph.degree <= 1)
     here, anchors, thick = ends.copy(), ends.copy(), graph.thickness[ends]
     away, arrived_by = np.zeros(len(ends)), np.full(len(ends), -1)
+
+    # The way with most cable behind is most likely the neurite, and not a side branch near its end.
     cable_behind = _measure_cable_behind(graph)
+
     moving = np.arange(len(ends))
     while len(moving):
         node = here[moving]
         is_anchor = (
             measure_lengths(graph.points[node] - graph.points[ends[moving]]) <= _ANCHOR_RATIO * graph.thickness[node]
         )
+
+        # A bridge starts at a voxel, and points on bridges are none.
         is_anchor &= graph.voxels[node] >= 0
         anchors[moving[is_anchor]] = node[is_anchor]
         away[moving] = measure_lengths(graph.points[anchors[moving]] - graph.points[node])
 
+        # A thick line needs a longer stretch, since its path may wander within its radius.
         moving = moving[away[moving] < np.maximum(_BASE_LENGTH, _SLENDERNESS * thick[moving])]
         edge = _choose_onward(graph.adjacency, cable_behind, here[moving], arrived_by[moving])
         moving, edge = moving[edge >= 0], edge[edge >= 0]
@@ -262,6 +278,7 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
         here[moving] = graph.adjacency.neighbors[edge]
         thick[moving] = np.maximum(thick[moving], graph.thickness[here[moving]])
 
+    # A stretch that is short for its thickness belongs to a blob, and its direction would be chance.
     is_tube = away >= np.maximum(_BASE_LENGTH / 2, _SLENDERNESS * thick)
     directions = np.zeros((len(ends), 3))
     out = graph.points[anchors[is_tube]] - graph.points[here[is_tube]]
@@ -274,11 +291,13 @@ def _choose_onward(adjacency: Adjacency, cable_behind: Floats, nodes: Ints, arri
     edges, place = adjacency.list_edges(nodes)
     back = np.where(arrived_by >= 0, adjacency.reverse[arrived_by], -1)
     is_onward = edges != back[place]
+
     edges, place = edges[is_onward], place[is_onward]
 
     # The first of equals wins.
     order = np.lexsort((np.arange(len(edges)), -cable_behind[edges], place))
     first = order[np.diff(place[order], prepend=-1) > 0]
+
     chosen = np.full(len(nodes), -1, dtype=np.int64)
     chosen[place[first]] = edges[first]
     return chosen
@@ -296,17 +315,22 @@ def _measure_cable_behind(graph: CenterlineGraph) -> Floats:
     while len(nodes):
         edges, place = adjacency.list_edges(nodes)
         back = came_by[nodes]
+
+        # The edge back to the parent would lead up again.
         edges = edges[edges != np.where(back >= 0, adjacency.reverse[back], -1)[place]]
         levels.append(edges)
+
         nodes = adjacency.neighbors[edges]
         came_by[nodes] = edges
 
+    # Children are summed before their parents, so the levels are taken from the tips.
     below = np.zeros(len(graph))
     for edges in reversed(levels):
         children, parents = adjacency.neighbors[edges], adjacency.neighbors[adjacency.reverse[edges]]
         step = measure_lengths(graph.points[children] - graph.points[parents])
         np.add.at(below, parents, below[children] + step)
 
+    # Against the direction of the search, what lies behind is the rest of the piece.
     behind = np.zeros(len(adjacency.neighbors))
     down = np.concatenate([np.zeros(0, dtype=np.int64), *levels])
     child = adjacency.neighbors[down]
@@ -324,14 +348,19 @@ def measure_section_direction(
     """
     before, here, walked, anchor = node, first, 0.0, first
     radius = float(graph.thickness[first])
+
+    # A thick section needs a longer stretch, since its path may wander within its radius.
     while walked < _BASE_LENGTH + _SLENDERNESS * radius:
         onward = [other for other in neighbors[here] if other != before and not is_hub[other]]
         if not onward:
             break
+
         before, here = here, onward[0]
         walked += float(np.linalg.norm(graph.points[here] - graph.points[before]))
         if walked <= radius:
             anchor = here
+
+    # A section within the first radius has no other place to measure from than the hub.
     out = graph.points[here] - graph.points[anchor if anchor != here else node]
     return np.asarray(out / max(float(np.linalg.norm(out)), 1e-9))
 
@@ -346,6 +375,8 @@ class DisjointSets:
     def find(self, item: int) -> int:
         """The number that stands for the set of `item`."""
         parent = self._parent
+
+        # Halving the path on the way keeps later searches short.
         while parent[item] != item:
             parent[item] = parent[parent[item]]
             item = parent[item]
@@ -356,6 +387,8 @@ class DisjointSets:
         a, b = self.find(a), self.find(b)
         if a == b:
             return False
+
+        # The smaller set goes below the larger one, so paths stay short.
         if self._size[a] < self._size[b]:
             a, b = b, a
         self._parent[b] = a
