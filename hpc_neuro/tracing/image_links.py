@@ -101,13 +101,18 @@ def find_image_links(
     leap farther. Specks are left out: components shorter than `min_branch`, and two that are too small together, unless
     one is at a given root (`roots`, voxels).
     """
+    # Links are chosen between components, so no bridge is in place yet.
     lines = build_centerline_graph(graph, centerlines, no_bridges())
     extent = _measure_extent(graph, lines)
     finder = ImagePathFinder(graph, index, image, cfg, extent >= cfg.min_branch)
+
+    # What lies at a root is no speck, however small it is.
     at_root = graph.component[list(roots)]
     extent[at_root] = np.maximum(extent[at_root], cfg.min_cable)
 
     gaps = finder.find_nearby(lines.voxels[lines.degree <= 1])
+
+    # A group is finished before the next one begins, so that the tiles it reads stay in memory.
     sets = DisjointSets(graph.components)
     links: list[ImageLink] = []
     for options in _group_options(gaps, graph.components):
@@ -120,6 +125,7 @@ def _measure_extent(graph: VoxelGraph, lines: CenterlineGraph) -> Floats:
     component = graph.component[lines.voxels]
     thickest = np.zeros(graph.components)
     np.maximum.at(thickest, graph.component, graph.thickness)
+
     cable = np.bincount(component[lines.edges[:, 0]], weights=lines.edge_lengths, minlength=graph.components)
     return cable + 2 * thickest
 
@@ -130,8 +136,11 @@ def _group_options(gaps: dict[Pair, float], components: int) -> Iterator[list[_O
     graph = csr_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(components, components))
     _, label = connected_components(graph, directed=False)
     groups: dict[int, list[_Option]] = {}
+
+    # The least cost is a lower bound, so a link is searched only when no cheaper option is left.
     for pair, gap in gaps.items():
         groups.setdefault(int(label[pair[0]]), []).append((gap * _CHEAPEST, pair, None))
+
     for number in sorted(groups):
         yield groups[number]
 
@@ -141,11 +150,14 @@ def _link_components(
 ) -> list[ImageLink]:
     """Join components along the cheapest links of one group; `sets` and `extent` follow what is joined."""
     chosen: list[ImageLink] = []
+
     while options:
         heapq.heapify(options)
         postponed, count = [], len(chosen)
         while options:
             option = cost, pair, link = heapq.heappop(options)
+
+            # The two of a pair may have been joined by way of others, and a second link would close a cycle.
             a, b = sets.find(pair[0]), sets.find(pair[1])
             if a == b:
                 continue
@@ -214,6 +226,7 @@ class ImagePathFinder:
         parts = [self._compare_ends(ends[i : i + _ENDS_AT_ONCE]) for i in range(0, len(ends), _ENDS_AT_ONCE)]
         if not parts:
             return {}
+
         own, other, end, target, gap = (np.concatenate(values) for values in zip(*parts, strict=True))
 
         # The first of equals wins.
@@ -227,16 +240,22 @@ class ImagePathFinder:
         """Own and other component, end, nearest voxel of the other, and gap, of each end and nearby component."""
         graph, reach = self._graph, self._cfg.signal_gap
         radii = reach + graph.thickness[ends] + graph.thickness.max()
+
+        # The reach holds between surfaces, but the search is between centers.
         balls = graph.kdtree.query_ball_point(graph.points[ends], radii)
         counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
         target = np.fromiter(chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
+
         place = np.repeat(np.arange(len(ends)), counts)
         is_other = graph.component[target] != graph.component[ends[place]]
         is_other &= self._is_large[graph.component[target]]
+
         target, place = target[is_other], place[is_other]
 
         away = np.linalg.norm(graph.points[target] - graph.points[ends[place]], axis=1)
         away = away - graph.thickness[target] - graph.thickness[ends[place]]
+
+        # Equal distances are ordered by voxel, so that the choice does not depend on the search.
         order = np.lexsort((target, away, place))
         target, place, away = target[order], place[order], away[order]
 
@@ -246,21 +265,26 @@ class ImagePathFinder:
         first = np.sort(first)
         rank = np.arange(len(first)) - np.searchsorted(place[first], place[first])
         first = first[(rank < _NEAREST) & (np.maximum(away[first], 0.0) <= reach)]
+
         end = ends[place[first]]
         return graph.component[end], component[first], end, target[first], np.maximum(away[first], 0.0)
 
     def find_link(self, pair: Pair) -> ImageLink | None:
         """The best link of two components that `find_nearby` named, None when the image shows none."""
+        # A component that is noise would be joined along noise.
         if not all(self._check_visible(component) for component in pair):
             return None
+
         end, target = self._places[pair]
         return self._find_brightest(self._read_scene(end, target), *pair)
 
     def _check_visible(self, component: int) -> bool:
         """Whether a component stands out of the noise where its probability is highest; noise itself does not."""
         if component not in self._is_visible:
+            # A component takes part in many pairs, so its brightness is measured once.
             voxels = self._graph.voxels_of_component(component)
             voxel = int(voxels[self._graph.probability[voxels].argmax()])
+
             scene = self._read_scene(voxel, voxel)
             brightness = _median(scene.signal[scene.component == component])
             self._is_visible[component] = brightness > _NOISE_LEVEL * scene.noise
@@ -270,6 +294,8 @@ class ImagePathFinder:
         graph = self._graph
         both = graph.voxels[[end, target]].astype(np.int64)
         away = float(np.linalg.norm(graph.points[end] - graph.points[target]))
+
+        # A longer link may bend farther aside, so the box grows with the distance.
         margin = np.ceil((_MARGIN + _BOW * away) / graph.spacing).astype(np.int64)
         (z0, y0, x0), (z1, y1, x1) = (both.min(axis=0) - margin).tolist(), (both.max(axis=0) + margin + 1).tolist()
         box = Box((z0, y0, x0), (z1, y1, x1)).clip(Box.whole(graph.shape))
@@ -277,20 +303,26 @@ class ImagePathFinder:
         smooth = self._smoothed.read_box(box)
         inside = np.asarray(self._foreground.read_box(box), dtype=bool)
         values = (smooth[~inside] if not inside.all() else smooth.ravel()).astype(np.float64)
+
+        # The median ignores the few bright voxels of faint neurites outside the mask.
         background = _median(values)
         # The median absolute deviation of a Gaussian is 1 / 1.4826 standard deviations.
         noise = 1.4826 * _median(np.abs(values - background))
 
         patch = cc3d.connected_components(inside, connectivity=26)
+
+        # The skeleton tells which component a patch belongs to. The full foreground is not stored by component.
         voxels = graph.voxels_in_box(box)
         voxels = voxels[self._is_large[graph.component[voxels]]]
         component_of_patch = np.full(int(patch.max(initial=0)) + 1, -1, dtype=np.int32)
         component_of_patch[patch[tuple((graph.voxels[voxels] - box.start).T)]] = graph.component[voxels]
+
         signal = smooth.astype(np.float64) - background
         return _Scene(np.array(box.start), signal, noise, component_of_patch[patch], patch)
 
     def _smooth_box(self, box: Box) -> NDArray[np.float32]:
         """[Z, Y, X] the image in a box, smoothed; the volume is mirrored at its borders."""
+        # A halo as wide as the truncated Gaussian makes the tiles fit together.
         halo = int(np.ceil(3 * _BLUR))
         around = box.grow((halo, halo, halo)).clip(Box.whole(self._graph.shape))
         blurred = gaussian_filter(self._image.read_box(around).astype(np.float32), _BLUR, truncate=3.0)
@@ -301,6 +333,8 @@ class ImagePathFinder:
         is_own, is_other = scene.component == own, scene.component == other
         if not (is_own.any() and is_other.any()):
             return None
+
+        # The dimmer component sets the level: a link can hardly be brighter than what it joins.
         dimmer = min(_median(scene.signal[is_own]), _median(scene.signal[is_other]))
         level = max(_SIGNAL * dimmer, _NOISE_LEVEL * scene.noise)
         if dimmer <= level:
@@ -309,11 +343,13 @@ class ImagePathFinder:
         path = self._search_path(scene, is_own, is_other, level, dimmer)
         if path is None:
             return None
+
         line = (path + scene.start) * self._graph.spacing
         length = float(np.linalg.norm(np.diff(line, axis=0), axis=1).sum())
         if length > self._cfg.signal_gap:
             return None
 
+        # The darkest place decides, since a mean would hide a break.
         darkest = float(np.min(scene.signal[tuple(path[1:-1].T)], initial=dimmer))
         cost = length * (1 - (1 - _CHEAPEST) * min(darkest / dimmer, 1.0))
         return ImageLink(cost, self._center(own, line[0]), self._center(other, line[-1]), line[1:-1])
@@ -325,6 +361,8 @@ class ImagePathFinder:
         """
         is_third = (scene.component >= 0) & ~is_own & ~is_other
         is_open = (scene.signal >= level) & ~_dilate(is_third) | is_own | is_other
+
+        # The search takes time with the size of the box, and much of it is closed.
         crop = _find_bounds(is_open)
         is_open, is_own, is_other = is_open[crop], is_own[crop], is_other[crop]
 
@@ -332,14 +370,22 @@ class ImagePathFinder:
         label = cc3d.connected_components(is_open, connectivity=26)
         if not np.intersect1d(label[is_own], label[is_other]).size:
             return None
+
+        # The square makes a detour along the neurite cheaper than a shortcut through the dark.
         brightness = np.clip(scene.signal[crop], level, dimmer)
         cost: Floats = np.where(is_open, (dimmer / brightness) ** 2, -1.0)
+
+        # Paths within a component are almost free, so that the path leaves it at the best place.
         cost[is_own | is_other] = _FREE
         search = MCP_Geometric(cost, fully_connected=True, sampling=tuple(self._graph.spacing.tolist()))
+
+        # One voxel stands for each patch, as the way inside costs next to nothing.
         goals = _first_voxels(scene.patch[crop], is_other)
         total, _ = search.find_costs(_first_voxels(scene.patch[crop], is_own), goals)
 
         path: Ints = np.array(search.traceback(goals[total[tuple(goals.T)].argmin()]), dtype=np.int64)
+
+        # Only the part between the two surfaces is new.
         path = path[np.flatnonzero(is_own[tuple(path.T)])[-1] :]
         path = path[: np.flatnonzero(is_other[tuple(path.T)])[0] + 1]
         return np.asarray(path + [part.start for part in crop])
@@ -353,6 +399,7 @@ class ImagePathFinder:
         (beside,) = self._index.find_beside(position[None], np.array([component]), _FLANK).tolist()
         if beside >= 0:
             return int(beside)
+
         own = graph.voxels_of_component(component)
         return int(own[np.linalg.norm(graph.points[own] - position, axis=1).argmin()])
 

@@ -36,6 +36,8 @@ def as_probability(array: NDArray[np.generic], box: Box) -> NDArray[np.float32]:
         return array.astype(np.float32)
     if array.dtype == np.uint8:
         return array.astype(np.float32) / np.float32(255)
+
+    # Other integers have no agreed scale.
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"a probability is bool, uint8 or float, found {array.dtype}; convert it first")
 
@@ -66,12 +68,15 @@ class CellCache:
     def read_box(self, box: Box) -> NDArray[np.generic]:
         """[Z, Y, X] the voxels of a box that lies inside the volume and holds one voxel at least."""
         spans = [_split_span(*ends) for ends in zip(box.start, box.stop, self._cell, strict=True)]
+
+        # The dtype is that of the cells, which is unknown before the first one is read.
         values: NDArray[np.generic] | None = None
         for z, y, x in itertools.product(*spans):
             cell = self.read_cell((z.cell, y.cell, x.cell))
             if values is None:
                 values = np.empty(box.shape, dtype=cell.dtype)
             values[z.inside_box, y.inside_box, x.inside_box] = cell[z.inside_cell, y.inside_cell, x.inside_cell]
+
         assert values is not None, f"{box} is empty"
         return values
 
@@ -85,6 +90,7 @@ class CellCache:
         box = Box.at(start, self._cell).clip(Box.whole(self._shape))
         # A copy: a view would keep alive all that the reader has read.
         values = self._cells[index] = np.array(self._read(box))
+
         if len(self._cells) > self._keep:
             self._cells.popitem(last=False)
         return values
@@ -101,6 +107,7 @@ class _Span(NamedTuple):
 def _split_span(start: int, stop: int, cell: int) -> list[_Span]:
     """Cut the voxels start to stop of one axis at the borders of the cells."""
     spans = []
+
     for index in range(start // cell, -(-stop // cell)):
         low, high = max(start, index * cell), min(stop, (index + 1) * cell)
         inside_cell = slice(low - index * cell, high - index * cell)
@@ -132,12 +139,17 @@ class ProbabilitySampler:
             return values
 
         cells, within = np.divmod(voxels[inside], _CELL)
+
+        # Voxels are grouped by cell, so that a cell is looked up once however many voxels it holds.
         keys = np.ravel_multi_index(tuple(cells.T), self._cells.grid)
         order = np.argsort(keys, kind="stable")
+
         stored = []
         for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
             z, y, x = cells[group[0]].tolist()
             stored.append(self._cells.read_cell((z, y, x))[tuple(within[group].T)])
+
+        # Checking once for all cells is cheaper than once for each.
         values[inside[order]] = as_probability(np.concatenate(stored), Box.whole(self._shape))
         return values
 
@@ -154,6 +166,8 @@ def measure_confidence(tree: Tree, read: ReadBox, shape: Shape) -> Floats:
     break is.
     """
     nodes, voxels = sample_edges(tree, shape)
+
+    # Several samples belong to one node, and plain indexing would keep only the last of them.
     lowest = np.ones(len(tree))
     np.minimum.at(lowest, nodes, read_neighborhood_max(voxels, read, shape))
     return lowest
@@ -162,6 +176,8 @@ def measure_confidence(tree: Tree, read: ReadBox, shape: Shape) -> Floats:
 def sample_edges(tree: Tree, shape: Shape) -> tuple[Ints, Ints]:
     """The samples of `measure_confidence`: [M] nodes and [M, 3] voxels on the edge from each node to its parent."""
     parents = np.maximum(tree.parents, 0)
+
+    # A root has no edge, so its edge shrinks to its own place.
     starts, stops = tree.points, np.where(tree.parents[:, None] >= 0, tree.points[parents], tree.points)
     counts = np.maximum(np.ceil(2 * np.linalg.norm(stops - starts, axis=1)).astype(np.int64), 1) + 1
 
@@ -169,6 +185,8 @@ def sample_edges(tree: Tree, shape: Shape) -> tuple[Ints, Ints]:
     index_on_edge = np.arange(len(nodes)) - np.repeat(np.cumsum(counts) - counts, counts)
     share = (index_on_edge / (np.repeat(counts, counts) - 1))[:, None]
     voxels = np.rint(starts[nodes] * (1 - share) + stops[nodes] * share).astype(np.int64)
+
+    # Rounding at the border may lead out of the volume.
     return nodes, np.clip(voxels, 0, np.array(shape) - 1)
 
 
@@ -183,6 +201,7 @@ def read_neighborhood_max(voxels: Ints, read: ReadBox, shape: Shape) -> Floats:
     for group in np.split(order, breaks):
         (z0, y0, x0), (z1, y1, x1) = voxels[group].min(axis=0), voxels[group].max(axis=0) + 1
         box = Box((z0, y0, x0), (z1, y1, x1)).grow((1, 1, 1)).clip(Box.whole(shape))
+
         array = as_probability(read(box), box)
         highest[group] = _gather_neighborhood_max(array, voxels[group] - box.start)
     return highest

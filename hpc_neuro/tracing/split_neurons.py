@@ -91,10 +91,15 @@ def _dissect(
 ) -> _Dissection:
     neighbors = lines.list_neighbors()
     certainty = np.where(lines.voxels >= 0, graph.probability[lines.voxels], np.float32(_BRIDGE_CERTAINTY * floor))
+
+    # Neurons may touch where the probability is low, so a cut has to be possible there.
     is_hub = (lines.degree >= 3) | (certainty < threshold)
     is_hub[_find_crossings(lines, neighbors)] = True
     is_hub[list(roots)] = True
+
+    # Two roots on one section would leave no place for a cut.
     is_hub[_find_weakest_between_roots(lines, neighbors, is_hub, roots, certainty)] = True
+
     section = _label_groups(lines, ~is_hub)
     return _Dissection(lines, neighbors, certainty, is_hub, section, {node: i for i, node in enumerate(roots)})
 
@@ -103,6 +108,7 @@ def _find_crossings(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]]) 
     """The nodes between two branch points that are so near to each other that they are one crossing."""
     crossings = []
     for fork in np.flatnonzero(lines.degree >= 3).tolist():
+        # The other branch point is not known yet. Twice the radius of this one bounds the walk.
         most = _CROSSING_RATIO * 2 * max(lines.thickness[fork], 1.0) + _CROSSING_MARGIN
         for first in neighbors[fork]:
             path, end, length = _walk_to_fork(lines, neighbors, fork, first, most)
@@ -120,10 +126,12 @@ def _walk_to_fork(
     The walk ends early where it is longer than `most`.
     """
     before, here, path, walked = start, first, list[int](), 0.0
+
     while True:
         walked += float(np.linalg.norm(lines.points[here] - lines.points[before]))
         if lines.degree[here] != 2 or walked > most:
             return path, here, walked
+
         path.append(here)
         before, here = here, _step_on(neighbors, before, here)
 
@@ -143,6 +151,8 @@ def _find_weakest_between_roots(
             while not is_hub[here] and len(neighbors[here]) == 2:
                 path.append(here)
                 before, here = here, _step_on(neighbors, before, here)
+
+            # A thin place is as likely a false contact as a faint one. The number of the node breaks ties.
             if path and here in root_nodes and here != root:
                 weakest.append(min(path, key=lambda node: (certainty[node] * lines.thickness[node], node)))
     return weakest
@@ -156,8 +166,11 @@ def _step_on(neighbors: Sequence[Sequence[int]], before: int, here: int) -> int:
 def _label_groups(lines: CenterlineGraph, is_inside: Bools) -> Ints:
     """[K] number of the connected group of each node that `is_inside` [K], -1 for the others."""
     edges = lines.edges[is_inside[lines.edges].all(axis=1)]
+
     graph = csr_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(lines), len(lines)))
     _, label = connected_components(graph, directed=False)
+
+    # Numbers without holes can serve as indices.
     group = np.full(len(lines), -1, dtype=np.int64)
     _, group[is_inside] = np.unique(label[is_inside], return_inverse=True)
     return group
@@ -171,8 +184,12 @@ def _join_sections(parts: _Dissection, roots: int) -> tuple[list[_Pair], Ints]:
     owner[parts.sections :] = np.arange(roots)
 
     chosen = []
+
+    # Equal worths are ordered by path, so that the result does not depend on the order of hubs.
     for pair in sorted(_list_pairs(parts), key=lambda pair: (-pair.worth, pair.path)):
         a, b = _find_top(joined, pair.a), _find_top(joined, pair.b)
+
+        # Two groups that both have a root must stay apart.
         if a != b and min(owner[a], owner[b]) < 0:
             joined[b], owner[a] = a, max(owner[a], owner[b])
             chosen.append(pair)
@@ -181,6 +198,7 @@ def _join_sections(parts: _Dissection, roots: int) -> tuple[list[_Pair], Ints]:
 
 def _find_top(joined: Ints, item: int) -> int:
     while joined[item] != item:
+        # Halving the path on the way keeps later searches short.
         joined[item] = joined[joined[item]]
         item = int(joined[item])
     return item
@@ -198,7 +216,10 @@ def _list_pairs(parts: _Dissection) -> Iterator[_Pair]:
             for door in doors
             if door.node != door.hub_node
         }
+
+        # A hub may have many doors at one node, so paths are searched once a node.
         paths = {door.hub_node: _find_paths_inside(parts, door.hub_node) for door in doors}
+
         for one, other in itertools.combinations(doors, 2):
             inner = paths[one.hub_node][other.hub_node]
             yield _Pair(
@@ -230,16 +251,24 @@ def _measure_worth(
 ) -> float:
     """Worth of two sections; of two roots, and of sections that meet through a root, it is 0."""
     lowest = float(parts.certainty[list(inner)].min())
+
+    # A root goes with the sections that begin there, rather than these with one another.
     if max(one.section, other.section) >= parts.sections:
         return lowest * _ROOT_WORTH if min(one.section, other.section) < parts.sections else 0.0
+
+    # What runs through a root belongs to it already.
     if any(node in parts.root_of for node in inner):
         return 0.0
+
+    # Both directions lead away from the hub, so sections in one line point in opposite directions.
     return lowest * (float(1 - directions[one.node] @ directions[other.node]) / 2)
 
 
 def _find_paths_inside(parts: _Dissection, start: int) -> dict[int, tuple[int, ...]]:
     """The path inside a hub from a node to each other one."""
     paths: dict[int, tuple[int, ...]] = {start: (start,)}
+
+    # A forest has one path between two nodes, so any order of search finds it.
     stack = [start]
     while stack:
         node = stack.pop()
@@ -265,6 +294,8 @@ def _rebuild(parts: _Dissection, owners: Ints, chosen: Sequence[_Pair], roots: S
     a, b = lines.edges.T
     inside = (section[a] >= 0) & (section[a] == section[b]) & is_kept[a]
     edges = {(copies[a, -1], copies[b, -1]) for a, b in lines.edges[inside].tolist()}
+
+    # Groups without a root belong to no neuron and are left out.
     for pair in chosen:
         owner = int(owners[pair.a])
         if owner >= 0:
@@ -272,6 +303,7 @@ def _rebuild(parts: _Dissection, owners: Ints, chosen: Sequence[_Pair], roots: S
             numbers = [copies.setdefault(node, len(copies)) for node in nodes]
             edges |= {(min(a, b), max(a, b)) for a, b in itertools.pairwise(numbers)}
 
+    # Dictionaries keep their order, so the keys stand in the order of the new numbers.
     origin = np.array([node for node, _ in copies], dtype=np.int64)
     return CenterlineGraph(
         lines.points[origin],

@@ -86,11 +86,14 @@ def trace_reader(
 ) -> list[Tree]:
     """As `trace`, for a volume that is read box by box: memory is bounded by one block and the trees."""
     cfg = cfg or TraceConfig()
+
+    # Most blocks of a sparse volume hold nothing, and are not kept.
     skeletons = []
     for box in list_trace_blocks(shape, cfg):
         skeleton = skeletonize_block(read, shape, box, voxel_size, cfg)
         if skeleton is not None:
             skeletons.append(skeleton)
+
     return trace_block_skeletons(skeletons, read, shape, voxel_size, roots=roots, cfg=cfg, image=image)
 
 
@@ -108,6 +111,8 @@ def trace_block_skeletons(
     cfg = cfg or TraceConfig()
     _check_inside(roots, shape)
     graph = merge_block_skeletons(skeletons, read, shape, cfg.spacing(voxel_size), cfg.floor, cfg.min_voxels)
+
+    # Without roots no tree is a valid result. A root without any foreground is a mistake.
     if graph is None:
         if not roots:
             return []
@@ -117,11 +122,15 @@ def trace_block_skeletons(
         )
 
     sources, extent = find_far_ends(graph)
+
     root_voxels = _snap_roots(graph, extent, roots, cfg)
     # Of several roots in one component the first one is its source.
     for voxel in reversed(root_voxels):
         sources[graph.component[voxel]] = voxel
+
+    # A tree must pass through its root, so paths to the roots are required.
     centerlines = find_centerlines(graph, sources, cfg, root_voxels)
+
     bridges = join_gaps(graph, centerlines, cfg, image, root_voxels)
 
     lines = build_centerline_graph(graph, centerlines, bridges)
@@ -138,8 +147,11 @@ def _finish_trees(
     for tree, nodes in root_trees(lines, _find_nodes(lines, root_voxels), cfg.min_branch, cfg.min_cable):
         keep = prune_tree(tree, cfg.min_branch)
         tree, nodes = select_nodes(tree, keep), nodes[keep]
+
+        # Pruning may have made a tree too short, so its cable is measured again.
         if not roots and length(tree) < cfg.min_cable:
             continue
+
         if roots and cfg.root_is_end:
             keep = find_main_side(tree)
             tree, nodes = select_nodes(tree, keep), nodes[keep]
@@ -151,6 +163,7 @@ def _finish_trees(
         # The root stays where it was given, which may be off the foreground.
         if roots:
             points[0] = roots[len(trees)]
+
         trees.append(replace(tree, points=points))
     return trees if roots else sorted(trees, key=length, reverse=True)
 
@@ -174,6 +187,7 @@ def _snap_roots(graph: VoxelGraph, extent: Floats, roots: Sequence[Point], cfg: 
                 f"the roots {other} and {_format_point(root)} (z y x voxels) lie at one place of one neurite, and a "
                 "neuron has one root; remove one, or lower trace.root_snap"
             )
+
         voxels.append(voxel)
     return voxels
 
@@ -185,8 +199,11 @@ def _snap_root(graph: VoxelGraph, extent: Floats, root: Point, cfg: TraceConfig)
     to five voxels farther away. `extent` [C] is the length of each component.
     """
     position = np.asarray(root) * graph.spacing
+
+    # The limit holds for surfaces, but the search is between centers.
     near = graph.kdtree.query_ball_point(position, cfg.root_snap + graph.thickness.max())
     voxels = np.array(near, dtype=np.int64)
+
     to_middle = np.linalg.norm(graph.points[voxels] - position, axis=1)
     to_surface = np.maximum(to_middle - graph.thickness[voxels], 0)
 

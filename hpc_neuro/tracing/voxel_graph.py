@@ -113,6 +113,8 @@ class VoxelGraph:
         row = (z * rows + y) * columns
         begins, ends = np.searchsorted(keys, row + low[2]), np.searchsorted(keys, row + high[2], side="right")
         near = np.concatenate([order[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)])
+
+        # Tiles reach beyond the box.
         voxels = self.voxels[near]
         return near[np.all((voxels >= box.start) & (voxels < box.stop), axis=1)]
 
@@ -127,6 +129,7 @@ class VoxelGraph:
         """[N] voxels sorted by tile, [N] their sorted tile numbers, and the number of tiles along z, y, x."""
         z, y, x = (-(-n // _SEARCH_TILE) for n in self.shape)
         tiles = np.ravel_multi_index(tuple((self.voxels // _SEARCH_TILE).T.astype(np.int64)), (z, y, x))
+
         order = np.argsort(tiles, kind="stable")
         return order, tiles[order], (z, y, x)
 
@@ -146,6 +149,8 @@ def merge_block_skeletons(
     all_voxels = np.concatenate([block.voxels for block in blocks])
     _, once, copy_of = np.unique(_raster_keys(all_voxels, shape), return_index=True, return_inverse=True)
     voxels = all_voxels[once]
+
+    # Blocks do not carry their pairs, and neighbors may lie in different blocks.
     pairs, step = find_neighbor_pairs(voxels, shape, spacing)
 
     firsts = np.cumsum([0, *(len(block.count) for block in blocks)])
@@ -153,6 +158,7 @@ def merge_block_skeletons(
         [block.component + first for block, first in zip(blocks, firsts, strict=False)]
     ).astype(np.int64)
     label_of_block_component, labels = _merge_components(block_component, once, copy_of, pairs, int(firsts[-1]))
+
     label = label_of_block_component[block_component[once]]
 
     # Hysteresis and size are those of the whole component, over all blocks.
@@ -165,9 +171,11 @@ def merge_block_skeletons(
     if not keep.any():
         return None
 
+    # What is dropped leaves holes in the numbers, and indices must have none.
     index = np.cumsum(keep) - 1
     # Both voxels of a pair are in one component, so testing one is enough.
     keep_pair = keep[pairs[:, 0]]
+
     return VoxelGraph(
         shape,
         spacing,
@@ -191,12 +199,17 @@ def _merge_components(block_component: Ints, once: Ints, copy_of: Ints, pairs: I
     and its indices do not follow the number of voxels. Components are numbered by their first voxel in raster order.
     """
     owner = block_component[once]
+
+    # Copies of one voxel, and neighbors in different blocks, join components.
     links = np.concatenate([np.stack([block_component, owner[copy_of]], axis=1), owner[pairs]])
     links = links[links[:, 0] != links[:, 1]]
     graph = csr_array((np.ones(len(links), dtype=np.int8), (links[:, 0], links[:, 1])), shape=(count, count))
+
     labels, label = connected_components(graph, directed=False)
 
     _, first_voxel = np.unique(label[owner], return_index=True)
+
+    # The numbers of scipy depend on the blocks. The raster order does not.
     rank = np.empty(labels, dtype=np.int64)
     rank[np.argsort(first_voxel)] = np.arange(labels)
     return rank[label], labels
@@ -206,6 +219,7 @@ def find_neighbor_pairs(voxels: NDArray[np.int32], shape: Shape, spacing: Floats
     """[M, 2] all pairs of 26-neighbors among [N, 3] voxels in raster order, each once, and [M] their distances."""
     keys = _raster_keys(voxels, shape)
     dtype = np.int32 if len(keys) <= np.iinfo(np.int32).max else np.int64
+
     row, plane = shape[2] + 2, (shape[1] + 2) * (shape[2] + 2)
     # Searches may end behind the last key.
     padded = np.concatenate([keys, np.full(3, -1)])
@@ -213,6 +227,8 @@ def find_neighbor_pairs(voxels: NDArray[np.int32], shape: Shape, spacing: Floats
     after = np.arange(len(keys)) + 1
     first = np.flatnonzero(padded[after] == keys + 1)
     firsts, seconds, steps = [first.astype(dtype)], [after[first].astype(dtype)], [np.full(len(first), spacing[2])]
+
+    # Half of the 26 directions are enough, since each pair is wanted once.
     for dz, dy in ((0, 1), (1, -1), (1, 0), (1, 1)):
         # The three x neighbors of a line stand next to one another in the sorted keys, so one search finds all three.
         wanted = keys + dz * plane + dy * row
@@ -223,6 +239,8 @@ def find_neighbor_pairs(voxels: NDArray[np.int32], shape: Shape, spacing: Floats
             firsts.append(first.astype(dtype))
             seconds.append(candidate[first].astype(dtype))
             steps.append(np.full(len(first), np.linalg.norm(np.array([dz, dy, dx]) * spacing)))
+
+            # A match moves the search on to the next key. Without one the same key may match the next neighbor.
             candidate = candidate + is_match
     return np.stack([np.concatenate(firsts), np.concatenate(seconds)], axis=1), np.concatenate(steps)
 
@@ -254,10 +272,12 @@ def find_minimum_cost_paths(component: Indices, pairs: Indices, step: Floats, co
     if len(cost) <= _DIJKSTRA_VOXELS:
         return _run_dijkstra(pairs, weight, len(cost), sources)
 
+    # Paths stay within a component, so groups of components can be searched one after the other.
     following = np.empty(len(cost), dtype=np.int64)
     index = np.empty(len(cost), dtype=np.int64)
     for voxels, pair_numbers, components in _split_components(component, pairs):
         index[voxels] = np.arange(len(voxels))
+
         local = _run_dijkstra(index[pairs[pair_numbers]], weight[pair_numbers], len(voxels), index[sources[components]])
         following[voxels] = voxels[local]
     return following
@@ -266,6 +286,8 @@ def find_minimum_cost_paths(component: Indices, pairs: Indices, step: Floats, co
 def _run_dijkstra(pairs: Indices, weight: Floats, count: int, sources: Ints) -> Ints:
     graph = csr_array((weight, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     _, previous, _ = dijkstra(graph, directed=False, indices=sources, min_only=True, return_predecessors=True)
+
+    # Scipy marks a source by a negative number, which would be taken for an index.
     following: Ints = np.asarray(previous, dtype=np.int64)
     following[sources] = sources
     return following
@@ -275,20 +297,27 @@ def _split_components(component: Indices, pairs: Indices) -> Iterator[tuple[Ints
     """Groups of whole components with about `_DIJKSTRA_VOXELS` voxels: their voxels, pairs and component numbers."""
     pair_component = component[pairs[:, 0]]
     voxel_order, pair_order = np.argsort(component, kind="stable"), np.argsort(pair_component, kind="stable")
+
+    # A component is never split, as its paths may run anywhere in it.
     sizes = np.bincount(component)
     group = (np.cumsum(sizes) - 1) // _DIJKSTRA_VOXELS
+
     for number in np.unique(group).tolist():
         low, high = np.searchsorted(group, number), np.searchsorted(group, number, side="right")
         voxels = slice(*np.searchsorted(component[voxel_order], [low, high]))
         own_pairs = slice(*np.searchsorted(pair_component[pair_order], [low, high]))
+
         yield voxel_order[voxels], pair_order[own_pairs], slice(int(low), int(high))
 
 
 def sum_to_root(step: Floats, parent: Ints) -> Floats:
     """[N] sum of `step` from each node up to its root (its own parent, with step 0), by pointer doubling."""
     total, above = step.copy(), parent
+
+    # Each round doubles the way that is summed, so long chains take few rounds.
     while True:
         total += total[above]
+
         further = above[above]
         if np.array_equal(further, above):
             return total
