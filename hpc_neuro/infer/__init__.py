@@ -12,6 +12,7 @@ __all__ = ["InferConfig", "forecast", "run"]
 
 def forecast(cfg: InferConfig) -> list[str]:
     """Check everything that the run needs and describe what it will do, in lines. Writes nothing."""
+    # Imported late, because it imports torch, which takes seconds.
     from hpc_neuro.infer import verb
 
     return verb.forecast(cfg)

@@ -94,6 +94,7 @@ class VolumeRun:
             "key": self.markers.key,
             "shape": list(self.source.shape),
             "voxel_size": list(self.source.voxel_size),
+            # The block as it is written, not as it was configured: shards have this shape.
             "shard": list(self.tiling.write),
             "chunk": list(self.tiling.chunk),
         }
@@ -105,6 +106,8 @@ class VolumeRun:
     def create_folder(self) -> None:
         """Make the image's folder."""
         source, tiling = self.source, self.tiling
+
+        # Image and mask are created together, so that neither is there without the other.
         ome_zarr.create(
             self.folder, "probability", source.shape, source.voxel_size, tiling.write, tiling.chunk, MASK, self.record
         )
@@ -118,6 +121,8 @@ def predict_blocks(volume: VolumeRun, blocks: Iterable[Block], progress: WindowP
     """Predict and write blocks in this process alone; those that are left out."""
     name = volume.source.id
     pipeline = BlockPipeline(volume, progress)
+
+    # The ledger counts tries and deaths as it does on several ranks.
     with TaskLedger[Block, None]({name: volume.markers}, volume.limits) as ledger:
         try_all((make_block_task(block, name) for block in blocks), pipeline.run, ledger)
     return ledger.report.failures
@@ -128,17 +133,23 @@ class BlockPipeline:
 
     def __init__(self, volume: VolumeRun, progress: WindowProgress) -> None:
         self._volume, self._progress = volume, progress
+
+        # Opened once, so that no block reads the metadata again.
         self._arrays = ome_zarr.open_level(volume.folder), ome_zarr.open_level(volume.folder, label=MASK)
 
     def run(self, tasks: Iterable[Task[Block]], ledger: TaskLedger[Block, None]) -> None:
         """Work through tasks and report each to the ledger."""
         pending: deque[tuple[Task[Block], Future[None]]] = deque()
 
+        # One thread each keeps few blocks in memory, and the writes in the order of their tasks.
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
+            # The stop signal and all other errors differ in what becomes of the pending writes.
             try:
                 for task, reading in self._read_ahead(tasks, reader, ledger):
                     started_at = time.monotonic()
                     try:
+                        # An error of the reading thread is raised here, so that a failed reading is tried again as
+                        # well.
                         image, evidence = reading.result()
                         arrived_at = time.monotonic()
                         levels = self._predict(task.payload, image)
@@ -146,20 +157,26 @@ class BlockPipeline:
                         ledger.fail(task, error)
                         continue
 
+                    # The clock ends here: a write may wait behind others, which this block does not cost.
                     predicted_at = time.monotonic()
                     seconds = predicted_at - started_at
                     writing = writer.submit(
                         write_block, self._volume, task.payload, levels, evidence, self._arrays, seconds
                     )
+
+                    # A slow disk must not let predicted blocks pile up in memory.
                     pending.append((task, writing))
                     _settle(pending, ledger, _PENDING_WRITES)
                     self._count_waits(arrived_at - started_at, predicted_at - arrived_at, predicted_at)
+
+                # A task counts as done only once its shards are on the disk.
                 _settle(pending, ledger, 0)
             except stop_signals.Stopped:
                 # Predicted blocks are soon written, and would else have to be predicted again.
                 _settle(pending, ledger, 0)
                 raise
             except BaseException:
+                # Leaving the pools waits for all that is queued, which would delay the error.
                 reader.shutdown(cancel_futures=True)
                 writer.shutdown(cancel_futures=True)
                 raise
@@ -169,20 +186,30 @@ class BlockPipeline:
     ) -> Iterator[tuple[Task[Block], Future[tuple[Image | None, EmptyEvidence | None]]]]:
         """Each task with its voxels, once the next one is being read."""
         ahead = None
+
+        # The next task is drawn early, so that it is read while the student is busy.
         for task in tasks:
+            # Reading may kill the process too, so the task is counted as begun before it.
             ledger.begin(task)
+
             following = task, reader.submit(read_block, self._volume, task.payload)
+
             if ahead is not None:
                 yield ahead
             ahead = following
+
+        # No further task pushes the last one out.
         if ahead is not None:
             yield ahead
 
     def _predict(self, block: Block, image: Image | None) -> NDArray[np.uint8] | None:
         """The probability of the block itself, 0 to 255; None for a block that the student need not see."""
+        # Windows that are not needed leave the total, or the time left would be too long.
         if image is None:
             self._progress.skip(self._volume.tiling.count_windows(block))
             return None
+
+        # The context belongs to other blocks, which write it.
         inner = block.write.relative_to(block.read.start).slices
         return quantize(self._volume.predict(image, self._count_windows)[inner])
 
@@ -209,9 +236,12 @@ def read_block(volume: VolumeRun, block: Block) -> tuple[Image | None, EmptyEvid
         brightness = source.overview(block.read)
         if brightness > level:
             return source.read(block.read), None
+
+        # The voxels are needed only where the student is to prove the rule.
         is_proof = is_drawn_as_proof(volume, block)
         return source.read(block.read) if is_proof else None, EmptyEvidence(brightness, level)
 
+    # Without an overview a block must be read to see whether it is empty.
     image = source.read(block.read)
     brightness = brightest_cell(image, _CELL)
     if brightness > level:
@@ -235,20 +265,28 @@ def write_block(
     """
     index, start = block.index, block.write.start
     shards = [ome_zarr.shard_path(index), ome_zarr.shard_path(index, label=MASK)]
+
     # A shard that a kill has torn cannot be updated.
     for shard in shards:
         (volume.folder / shard).unlink(missing_ok=True)
+
+    # An empty block needs no shards: where no file is, viewers read zeros.
     if levels is None:
         volume.markers.write(BlockMarker(volume.markers.key, index, start, {}, "", skipped=evidence))
         return
 
+    # The threshold is applied to the stored levels, so that mask and probability agree exactly.
     mask = (levels >= quantize_threshold(volume.threshold)).astype(np.uint8)
     for array, content in zip(arrays, (levels, mask), strict=True):
         ome_zarr.write_box(array, block.write, content)
+        # A disk that fails is noticed while the block can still be computed again.
         if hash_array(np.asarray(ome_zarr.read_box(array, block.write))) != hash_array(content):
             raise OSError(f"the block at {start} reads back other than it was written; is the disk sound?")
 
+    # A shard of zeros has no file, and so no checksum.
     checksums = {shard: files.sha256(volume.folder / shard) for shard in shards if (volume.folder / shard).exists()}
+
+    # The marker comes last: a block whose process dies before it is written again.
     volume.markers.write(
         BlockMarker(
             key=volume.markers.key,
@@ -268,24 +306,31 @@ def brightest_cell(image: Image, cell: Shape) -> float:
 
     The mean over a cell sets a thin dim neurite off from noise, which the largest voxel of millions does not.
     """
+    # Black blocks are frequent, and need no means.
     if not image.any():
         return 0.0
 
     brightest = 0.0
+
+    # Slabs end between two cells, so that no cell is divided.
     planes = max(_CELL_SLAB // cell[0], 1) * cell[0]
     for first in range(0, len(image), planes):
         sums, counts = image[first : first + planes].astype(np.float64), np.ones(1)
+
+        # reduceat lets the last cell of an axis be narrower than the others.
         for axis, size in enumerate(cell):
             starts = np.arange(0, sums.shape[axis], size)
             widths = np.diff(np.append(starts, sums.shape[axis]))
             sums = np.add.reduceat(sums, starts, axis=axis)
             counts = counts * widths.reshape([-1 if a == axis else 1 for a in range(3)])
+
         brightest = max(brightest, float((sums / counts).max()))
     return brightest
 
 
 def is_drawn_as_proof(volume: VolumeRun, block: Block) -> bool:
     """Whether an empty block belongs to the random share that is predicted; the same blocks on every rank."""
+    # A hash needs no shared random state: every rank, and every resumed run, draws the same blocks.
     digest = hashlib.sha256(f"{volume.markers.key} {block.index}".encode()).hexdigest()
     return int(digest[:8], 16) / 2**32 < volume.empty.proof_share
 
@@ -299,6 +344,7 @@ def _settle(
     pending: deque[tuple[Task[Block], Future[None]]], ledger: TaskLedger[Block, None], most_pending: int
 ) -> None:
     """Report finished writes, oldest first, until at most `most_pending` wait."""
+    # One thread writes, so the oldest write is the first to end.
     while len(pending) > most_pending:
         task, writing = pending.popleft()
         try:

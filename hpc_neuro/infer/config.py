@@ -43,6 +43,8 @@ class VolumeConfig:
     def __post_init__(self) -> None:
         if self.root is not None and self.roots:
             raise ValueError("give either root=[z, y, x] or roots=[[z, y, x], ...], not both")
+
+        # The name becomes that of files and folders in `out`.
         if not files.is_plain_name(self.name):
             raise ValueError(f"id {self.name!r} cannot be a file name; use letters, digits, - and _")
 
@@ -107,17 +109,23 @@ class InferConfig:
     def __post_init__(self) -> None:
         if (self.store is None) == (not self.inputs):
             raise ValueError("give either store=FOLDER or inputs=[{image: FILE}]")
+
+        # A block or chunk without voxels cannot tile a volume.
         if min(*self.block, *self.chunk) < 1:
             raise ValueError(f"block {list(self.block)} and chunk {list(self.chunk)} must be at least 1 voxel")
 
+        # A view that mirrors nothing, or occurs twice, would count one confidence twice.
         views = [parse_orientation(name) for name in self.flips]
         if any(view.swap or not any(view.flips) for view in views) or len(set(views)) < len(views):
             raise ValueError(
                 f"flips {list(self.flips)}: expected different mirrors, such as [flip_z, flip_y, flip_x, flip_y+flip_x]"
             )
+
+        # Mirrored views are predicted only where trees run.
         if self.flips and not self.trees:
             raise ValueError("flips looks at trees; give trees=true, or no flips")
 
+        # Results are named by volume, so two of one name would overwrite each other.
         names = [item.name for item in self.inputs]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"inputs: {', '.join(repeated)} would be written twice; give each volume its own `id`")

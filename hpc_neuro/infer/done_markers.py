@@ -60,6 +60,7 @@ class BlockMarker:
         return self.proof is not None and self.foreground > 0
 
 
+# Building an adapter takes far longer than validating with it.
 _MARKER = TypeAdapter(BlockMarker)
 _LEVEL = TypeAdapter(dict[str, str])
 
@@ -82,6 +83,8 @@ class DoneMarkers:
             marker: BlockMarker = _MARKER.validate_json(self.path(index).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
+
+        # Other settings leave another key; a file that was renamed or copied has another index.
         return marker if marker.key == self.key and marker.index == index else None
 
     def write(self, marker: BlockMarker) -> None:
@@ -100,20 +103,25 @@ class DoneMarkers:
 
     def clear(self) -> None:
         """Remove all markers, failures and counts."""
+        # What was done, or failed, with other settings says nothing about these.
         for path in [*self.folder.glob("*.json"), *self.failed.glob("*.json")]:
             path.unlink()
+
         self.end_all()
 
     def count_deaths(self, name: str) -> int:
         """How often a process was killed while it was at a task."""
         try:
+            # A kill between creating and writing the file leaves it empty: the task was begun once.
             return int((self._begun / name).read_text(encoding="utf-8") or 1)
         except FileNotFoundError:
             return 0
 
     def begin(self, name: str) -> None:
         """Count a task as begun, until `end`. Not flushed to the disk: it is processes that die here, not machines."""
+        # Counted beforehand, because a task that kills its process cannot report it.
         count = self.count_deaths(name) + 1
+
         self._begun.mkdir(parents=True, exist_ok=True)
         (self._begun / name).write_text(str(count), encoding="utf-8")
 
@@ -129,11 +137,13 @@ class DoneMarkers:
     def remove_empty_folders(self) -> None:
         """Remove the folder of counts when it holds none."""
         for folder in (self._begun, self._begun.parent):
+            # Counts of other volumes may still be there.
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
     def record_failure(self, name: str, facts: Mapping[str, Any], error: str, trace: str, tries: int) -> None:
         """Keep what made a task be left out; `facts` say where it is."""
+        # A list of lines keeps the traceback readable in JSON.
         record = {**facts, "tries": tries, "error": error, "traceback": trace.splitlines()}
         files.write_json(self._failure_path(name), record)
 
@@ -143,6 +153,7 @@ class DoneMarkers:
 
     def read_failed_blocks(self) -> list[dict[str, Any]]:
         """The records of blocks that failed at every try."""
+        # The names of blocks begin with a digit, those of other tasks with a letter.
         return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.failed.glob("[0-9]*.json"))]
 
     def read_level(self, number: int) -> dict[str, str] | None:
@@ -154,6 +165,7 @@ class DoneMarkers:
 
     def write_level(self, number: int, checksums: Mapping[str, str]) -> None:
         """Mark a pyramid level done."""
+        # Sorted, so that the file does not depend on which rank ended first.
         files.write_json(self._level_path(number), dict(sorted(checksums.items())))
 
     def remove_levels(self) -> None:

@@ -45,10 +45,14 @@ def sample_forest(trees: VolumeTrees) -> ConfidenceSamples:
     volume = trees.volume
     nodes, voxels = tracing.sample_edges(trees.load_forest(), volume.source.shape)
 
+    # Blocks are predicted one at a time, so the samples of each must lie together.
     indices, block_of = np.unique(voxels // np.array(volume.tiling.write), axis=0, return_inverse=True)
+
+    # A stable sort keeps the order of the tree within a block, and makes runs repeatable.
     order = np.argsort(block_of.ravel(), kind="stable")
     ends = np.cumsum(np.bincount(block_of.ravel()))
     slices = [slice(int(start), int(stop)) for start, stop in pairwise([0, *ends])]
+
     blocks = dict(zip(map(tuple, indices.tolist()), slices, strict=True))
     return ConfidenceSamples(nodes[order], voxels[order], blocks)
 
@@ -56,11 +60,13 @@ def sample_forest(trees: VolumeTrees) -> ConfidenceSamples:
 def list_missing_blocks(trees: VolumeTrees, samples: ConfidenceSamples) -> list[Block]:
     """The blocks through which a tree runs and whose views are missing."""
     blocks = trees.volume.tiling.list_flip_blocks(trees.volume.source.shape)
+    # A block without samples cannot change any confidence.
     return [block for block in blocks if block.index in samples.blocks and not _view_path(trees, block).exists()]
 
 
 def count_windows(samples: ConfidenceSamples, tiling: Tiling, block: Block) -> int:
     """How many windows of a block are predicted in each view: those that hold a sample or a voxel next to one."""
+    # The lattice of windows starts at the first voxel that is read.
     voxels = samples.voxels[samples.blocks[block.index]] - np.array(block.read.start)
     window, step = np.array(tiling.window), np.array(tiling.step)
 
@@ -69,6 +75,7 @@ def count_windows(samples: ConfidenceSamples, tiling: Tiling, block: Block) -> i
     low = np.clip(-((window - voxels) // step), 0, last)
     high = np.clip((voxels + 1) // step, 0, last)
 
+    # A window may hold many samples, and runs once.
     is_needed = np.zeros(last + 1, dtype=bool)
     for offset in np.ndindex(*(np.max(high - low, axis=0) + 1)):
         is_needed[tuple(np.minimum(low + np.array(offset), high).T)] = True
@@ -87,18 +94,25 @@ def predict_views(
     own = samples.blocks[block.index]
     voxels = samples.voxels[own]
     nodes, node_of_sample = np.unique(samples.nodes[own], return_inverse=True)
+
+    # All views share one reading of the image.
     image, where = source.read(block.read), _mark_neighborhoods(voxels, block.read)
 
+    # Ones are neutral, since a node keeps the lowest of its samples.
     values = np.ones((len(flips), len(nodes)))
     for row, name in zip(values, flips, strict=True):
         axes = [axis for axis, is_flipped in enumerate(parse_orientation(name).flips) if is_flipped]
+
+        # Rounded as the stored probability is, so that rounding alone shows no disagreement.
         probability = quantize(predictor.predict(image, count_windows, axes, where))
 
+        # The default binds the array of this view, not the variable of the loop.
         def read(box: Box, probability: NDArray[np.uint8] = probability) -> NDArray[np.uint8]:
             return probability[box.relative_to(block.read.start).slices]
 
         np.minimum.at(row, node_of_sample, tracing.read_neighborhood_max(voxels, read, source.shape))
 
+    # A file that is there counts as done, so it must be whole.
     with files.atomic(_view_path(trees, block)) as part, part.open("wb") as handle:
         np.savez(handle, nodes=nodes, values=values)
 
@@ -112,19 +126,26 @@ def load_views(trees: VolumeTrees, forest: Tree) -> Floats:
     # A node whose edge crosses blocks has its lowest confidence in one of them.
     for block in trees.volume.tiling.list_flip_blocks(trees.volume.source.shape):
         path = _view_path(trees, block)
+
+        # A block through which no tree runs has no file.
         if path.exists():
             with np.load(path) as arrays:
                 nodes = arrays["nodes"]
                 views[:, nodes] = np.minimum(views[:, nodes], arrays["values"])
+
     return views
 
 
 def _mark_neighborhoods(voxels: Ints, box: Box) -> NDArray[np.bool_]:
     """[Z, Y, X] of a box: whether a voxel is one of `voxels` [M, 3] or next to one."""
     marked = np.zeros(box.shape, dtype=bool)
+
+    # The confidence at a sample is the highest of its neighborhood, which therefore must be predicted too.
     for offset in np.ndindex(3, 3, 3):
+        # At a border the clipped neighbor is another voxel of the same neighborhood.
         neighbors = np.clip(voxels - np.array(box.start) + np.array(offset) - 1, 0, np.array(box.shape) - 1)
         marked[tuple(neighbors.T)] = True
+
     return marked
 
 

@@ -36,19 +36,29 @@ class Predictor:
         self.student, self.meta = load_student(folder)
         self.device = distributed.device()
         self.student.to(self.device)
+
+        # Results depend on the bytes of the weights, wherever they lie.
         self.digest = files.sha256(folder / "model.safetensors")
 
+        # By default the student sees as much at once as in training.
         window = cfg.window or self.meta.get("window")
         if window is None:
             raise ConfigError(f"{folder} does not say on what crop it was trained; give window=[z, y, x]")
         z, y, x = (int(size) for size in window)
         self.tiling = Tiling((z, y, x), cfg.overlap, self.student.patch, cfg.block, cfg.chunk)
+
+        # The student divides a window into whole patches.
         if any(size % patch for size, patch in zip(self.tiling.window, self.student.patch, strict=True)):
             raise ConfigError(f"window: {[z, y, x]} must be a multiple of the student's patch {self.student.patch}")
 
         _check_flips(cfg, folder, bool(self.meta.get("mirrored", True)))
+
+        # The threshold that training found best belongs to the weights.
         self.threshold = float(cfg.threshold or self.meta.get("threshold", 0.5))
+
+        # Shared by all calls: a batch that was halved once stays so.
         self.batch = sliding_window.BatchSize(cfg.batch)
+
         self.cfg = cfg
 
     def predict(
@@ -81,6 +91,8 @@ class Predictor:
         """Everything that the probability of a volume depends on, hashed."""
         tiling, cfg = self.tiling, self.cfg
         facts = [self.digest, source.digest, tiling.window, tiling.overlap, tiling.write, tiling.chunk, self.threshold]
+
+        # Which blocks are skipped depends on these.
         facts += [cfg.empty_level, [item.overview for item in cfg.inputs]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -92,8 +104,11 @@ class Predictor:
     def time_window(self) -> float:
         """[s] Time of one window; the first pass pays for set-up."""
         image = torch.zeros(1, 1, *self.tiling.window, device=self.device)
+
         for _ in range(2):
             started_at = time.monotonic()
+
+            # `item` waits for the device; without it only the launch would be timed.
             self.student(image).logits.sum().item()
         return time.monotonic() - started_at
 
@@ -101,11 +116,15 @@ class Predictor:
 def find_weights(cfg: InferConfig) -> Path:
     """The folder of the weights: `model` itself, or weights/best|last in a train folder."""
     has_weights = (cfg.model / "model.safetensors").is_file()
+
+    # A folder of weights stands for itself; the wish for others would be ignored silently.
     if has_weights and cfg.weights == "last" and cfg.model.resolve().name != "last":
         raise ConfigError(f"weights: {cfg.model} holds weights itself and no `last`; give the folder that train wrote")
+
     for folder in (cfg.model, cfg.model / "weights" / cfg.weights):
         if (folder / "model.safetensors").is_file():
             return folder
+
     raise InputError(
         f"{cfg.model} holds no weights; give a folder that `hpc-neuro train` has finished, or its weights/best"
     )
@@ -114,12 +133,17 @@ def find_weights(cfg: InferConfig) -> Path:
 def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[InputVolume], ranks: int = 1) -> list[str]:
     """What there is to do, timed by one window. Raises InputError when the disk is too small."""
     tiling = predictor.tiling
+
     voxels = sum(int(np.prod(volume.shape, dtype=np.int64)) for volume in volumes)
+
+    # A disk that is too small is reported before hours of computing.
     files.require_space(cfg.out, 2 * voxels, "the probability and the mask (uncompressed)")
 
     blocks = [tiling.take_share(tiling.list_blocks(volume.shape), volume.share) for volume in volumes]
     block_count = sum(map(len, blocks))
+
     windows = sum(tiling.count_windows(block) for own in blocks for block in own)
+
     levels = [level for v in volumes for level in ome_zarr.plan_shards(v.shape, v.voxel_size, tiling.write, MASK)]
     pyramid_shards = sum(map(len, levels))
 
@@ -127,8 +151,10 @@ def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[Input
     flip_blocks = [b for v in volumes if cfg.flips and v.share is None for b in tiling.list_flip_blocks(v.shape)]
     voxels_in_memory = max((block.read.size for own in [*blocks, flip_blocks] for block in own[:8]), default=0)
 
+    # One window is timed, because its cost differs widely between devices and students.
     seconds = predictor.time_window()
     count, ranks_text = files.format_count, files.format_count(ranks, "rank")
+
     lines = [
         f"student of {sum(p.numel() for p in predictor.student.parameters()) / 1e6:.1f} M parameters on "
         f"{predictor.device}, threshold {predictor.threshold:.2f}",
@@ -139,12 +165,15 @@ def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[Input
         f"{files.format_bytes(voxels_in_memory * _BYTES_PER_VOXEL)} of memory per rank besides the network, at most "
         f"{seconds * windows / ranks:.0f} s on {ranks_text} and the time to trace",
     ]
+
+    # Which windows trees touch is not known before tracing, so this is an upper bound.
     if cfg.flips:
         flip_windows = len(cfg.flips) * sum(map(tiling.count_windows, flip_blocks))
         lines.append(
             f"the windows through which trees run once more in {count(len(cfg.flips), 'mirrored view')}: at most "
             f"{count(flip_windows, 'window')}, {seconds * flip_windows / ranks:.0f} s on {ranks_text}"
         )
+
     return lines
 
 

@@ -26,6 +26,7 @@ class WindowProgress:
         self._show, self._started_at = show, time.monotonic()
         self._logged_at = self._started_at
 
+        # A bar in a log file would be one endless line.
         self._bar = None
         if show and sys.stderr.isatty():
             self._bar = tqdm(desc=label, total=total, unit="window", dynamic_ncols=True, leave=False)
@@ -45,6 +46,7 @@ class WindowProgress:
         if self._bar is not None:
             self._bar.update(windows)
 
+        # A log without a bar must still show that the run goes on.
         now = time.monotonic()
         if self._show and self._bar is None and now - self._logged_at >= _SECONDS_PER_LINE:
             self._logged_at = now
@@ -64,12 +66,19 @@ class WindowProgress:
     def describe(self, seconds: float) -> str:
         """`cell: 40/100 windows, 8.0 windows/s, done at 14:05:31 (8 s left), waiting: reading 1 %, student 99 %`."""
         rate = self.done / max(seconds, 1e-9)
+
+        # Before the first window the rate is zero.
         seconds_left = max(self.total - self.done, 0) / max(rate, 1e-9)
+
+        # A rate near zero would lead beyond the last year that datetime knows.
         end = dt.datetime.now() + dt.timedelta(seconds=min(seconds_left, 1e9))
+
         text = (
             f"{self.label}: {self.done}/{self.total} windows, {rate:.3g} windows/s, "
             f"done {end.strftime('%a %H:%M:%S')} ({seconds_left:.0f} s left)"
         )
+
+        # Mirrored views count no waits.
         return text + (f", waiting: {self.describe_waits()}" if any(self.waited.values()) else "")
 
     def describe_waits(self) -> str:

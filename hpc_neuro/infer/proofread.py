@@ -144,6 +144,7 @@ class _ScoredForest:
     def cable_behind_um(self) -> Floats:
         """[N] um of cable behind each node, its own edge included."""
         cable = morphology.edge_lengths(morphology.scale_tree(self.tree, self.voxel_size)).copy()
+        # Parents come before their children, so one pass from the end suffices.
         for node in range(len(self.tree) - 1, -1, -1):
             if self.tree.parents[node] >= 0:
                 cable[self.tree.parents[node]] += cable[node]
@@ -162,14 +163,18 @@ class _ScoredForest:
     def make_place(self, kind: str, node: int, doubt: float) -> DoubtfulPlace:
         """A place, not ranked yet."""
         z, y, x = (round(float(coordinate), 2) for coordinate in self.tree.points[node])
+
         disagreement = self.confidence.disagreement
         own_disagreement = None if disagreement is None else round(float(disagreement[node]), 4)
+
+        # The rank depends on all places, and is set once they are sorted.
         return DoubtfulPlace(
             rank=0,
             kind=kind,
             z=z,
             y=y,
             x=x,
+            # Where views disagree a place is doubtful, however sure the plain view is.
             doubt=round(max(doubt, own_disagreement or 0.0), 4),
             disagreement=own_disagreement,
             cable_um=round(float(self.cable_behind_um[node]), 2),
@@ -187,7 +192,10 @@ def find_places(tree: Tree, confidence: NodeConfidence, shape: Shape, voxel_size
     """
     forest = _ScoredForest(tree, confidence, voxel_size)
     places = [*_find_weak_stretches(forest), *_find_turns(forest), *_find_bright_ends(forest, shape)]
+
+    # The square root keeps long cable from hiding doubt. The node breaks ties, so that runs agree.
     places.sort(key=lambda place: (-place.doubt * (1 + place.cable_um) ** 0.5, place.node))
+
     return [replace(place, rank=rank) for rank, place in enumerate(places, start=1)]
 
 
@@ -199,27 +207,35 @@ def score_neurons(tree: Tree, confidence: NodeConfidence, voxel_size: VoxelSize)
     # A gap is a run of bridged edges.
     is_bridged = (tree.parents >= 0) & (confidence.plain < confidence.low)
     runs = _find_runs(tree, is_bridged.astype(np.int64))
+
     gaps = np.bincount([neuron_of[run[0]] for run in runs], minlength=len(tree.roots))
+
     gap_um = np.bincount(neuron_of, weights=forest.edge_um * is_bridged)
 
     scores = [
         NeuronScore(number + 1, score, mean, cable, int(gaps[number]), round(float(gap_um[number]), 2), disagreement)
         for number, (score, mean, cable, disagreement) in enumerate(_score_groups(forest, neuron_of))
     ]
+
     return sorted(scores, key=lambda neuron: (neuron.score, neuron.neuron))
 
 
 def score_blocks(tree: Tree, confidence: NodeConfidence, block: Shape, voxel_size: VoxelSize) -> list[BlockScore]:
     """A score for each block of `block` voxels that holds cable, least sure first."""
     forest = _ScoredForest(tree, confidence, voxel_size)
+
+    # A point may lie a little before the center of the first voxel.
     block_of_node = np.rint(tree.points).astype(np.int64).clip(0) // np.array(block)
     indices, group_of = np.unique(block_of_node, axis=0, return_inverse=True)
 
     scores = list[BlockScore]()
     for index, values in zip(indices.tolist(), _score_groups(forest, group_of.ravel()), strict=True):
         score = BlockScore("_".join(map(str, index)), *values)
+
+        # A lone node has no cable of which a share could be sure.
         if score.cable_um > 0:
             scores.append(score)
+
     return sorted(scores, key=lambda score: (score.score, score.block))
 
 
@@ -234,16 +250,21 @@ def write_tables(
 ) -> tuple[list[DoubtfulPlace], list[NeuronScore]]:
     """Write all six files of a volume; what is in the first two tables."""
     folder = out / "proofread"
+
     places = find_places(tree, confidence, shape, voxel_size)
     neurons = score_neurons(tree, confidence, voxel_size)
     blocks = score_blocks(tree, confidence, block, voxel_size)
+
+    # The tables come first, because the tree and the state only show what they hold.
     _write_rows(folder / f"{name}.csv", DoubtfulPlace, places)
     _write_rows(folder / f"{name}.neurons.csv", NeuronScore, neurons)
     _write_rows(folder / f"{name}.blocks.csv", BlockScore, blocks)
     files.write_text(folder / f"{name}.confidence.csv", _confidence_table(tree, confidence))
 
+    # An SWC section has one type, so a doubtful node marks all of its section.
     types = np.where(_spread_over_sections(tree, confidence.lowest < confidence.threshold), DOUBTFUL_TYPE, tree.types)
     marked = morphology.scale_tree(replace(tree, types=types), voxel_size)
+
     comments = [f"type {DOUBTFUL_TYPE}: somewhere less sure than {confidence.threshold:g}"]
     swc.write(folder / f"{name}.swc", marked, unit="um", voxel_size=voxel_size, comments=comments)
 
@@ -263,6 +284,8 @@ def build_neuroglancer_state(
     """A state that shows the probability, the mask and the places; base: where OUT is served (`infer serve`)."""
     url = f"zarr3://{base}/{name}.ome.zarr/"
     center = [size / 2 for size in shape]
+
+    # Places are kept inside the state, so that it needs no further file.
     points = [
         {
             "type": "point",
@@ -272,9 +295,13 @@ def build_neuroglancer_state(
         }
         for place in places
     ]
+
     return {
+        # Neuroglancer takes meters.
         "dimensions": {axis: [size * 1e-6, "m"] for axis, size in zip("zyx", voxel_size, strict=True)},
+        # Arrays are z y x, and x points to the right on a screen.
         "displayDimensions": ["x", "y", "z"],
+        # The worst place is where a person begins.
         "position": [places[0].z, places[0].y, places[0].x] if places else center,
         "layers": [
             {
@@ -282,9 +309,11 @@ def build_neuroglancer_state(
                 "name": "probability",
                 "source": url,
                 "shader": _RED_SHADER,
+                # Added to the layer below, which so stays visible.
                 "blend": "additive",
                 "opacity": 1,
             },
+            # Hidden at first, because it covers the probability.
             {"type": "segmentation", "name": "mask", "source": f"{url}labels/mask/", "visible": False},
             {"type": "annotation", "name": "doubtful places", "source": "local://annotations", "annotations": points},
         ],
@@ -295,6 +324,8 @@ def _find_weak_stretches(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:
     """A place for each run of gap, faint or unsteady edges, at its least sure node."""
     confidence = forest.confidence
     lowest = confidence.lowest
+
+    # Later kinds replace earlier ones: the most serious one names an edge.
     kinds = np.zeros(len(forest.tree), dtype=np.int64)
     kinds[lowest < confidence.threshold] = 1
     kinds[confidence.plain < confidence.threshold] = 2
@@ -302,9 +333,11 @@ def _find_weak_stretches(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:
 
     for run in _find_runs(forest.tree, kinds):
         worst = int(run[lowest[run].argmin()])
+
         kind = ("unsteady", "faint", "gap")[kinds[worst] - 1]
         # The doubt of an unsteady place is the disagreement alone.
         doubt = 0.0 if kind == "unsteady" else float(1 - confidence.plain[run].min())
+
         yield forest.make_place(kind, worst, doubt)
 
 
@@ -312,7 +345,11 @@ def _find_bright_ends(forest: _ScoredForest, shape: Shape) -> Iterator[DoubtfulP
     """A place for each tip inside the volume whose neurite is still bright: it may go on."""
     tree, confidence = forest.tree, forest.confidence
     threshold = confidence.threshold
+
+    # A neurite that leaves the volume ends there rightly.
     distance_to_border = np.minimum(tree.points, np.array(shape) - 1 - tree.points).min(axis=1)
+
+    # A neurite that fades has ended; one that is still bright may go on.
     is_bright = confidence.plain >= max(threshold, 0.5 * (1 + threshold))
 
     for node in morphology.tips(tree).tolist():
@@ -324,6 +361,8 @@ def _find_turns(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:
     """A place for each sharp bend of an unbranched path; of bends that lie close together the first."""
     tree = forest.tree
     last_turn = None
+
+    # One bend is sharp at several neighboring nodes, and one look suffices.
     for node in _list_sharp_nodes(tree):
         if last_turn is None or np.linalg.norm(tree.points[last_turn] - tree.points[node]) >= 2 * _TURN_ARM:
             last_turn = node
@@ -333,8 +372,11 @@ def _find_turns(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:
 def _list_sharp_nodes(tree: Tree) -> list[int]:
     """Inner nodes of unbranched paths whose direction changes by more than `_TURN_DEGREES` within `_TURN_ARM`."""
     length, counts = morphology.edge_lengths(tree), morphology.child_counts(tree)
+
+    # Walks pass nodes with one child only, so it does not matter which child a branch point keeps.
     child = np.full(len(tree), -1, dtype=np.int64)
     child[tree.parents[tree.parents >= 0]] = np.flatnonzero(tree.parents >= 0)
+
     nodes = np.flatnonzero((counts == 1) & (tree.parents >= 0))
 
     # All nodes walk along their paths at once, away from the root ...
@@ -342,18 +384,24 @@ def _list_sharp_nodes(tree: Tree) -> list[int]:
     while (walks := (reach_ahead < _TURN_ARM) & (counts[ahead] == 1)).any():
         ahead[walks] = child[ahead[walks]]
         reach_ahead[walks] += length[ahead[walks]]
+
     # ... and towards it.
     behind, reach_behind = nodes.copy(), np.zeros(len(nodes))
     while (walks := (reach_behind < _TURN_ARM) & (tree.parents[behind] >= 0)).any():
         reach_behind[walks] += length[behind[walks]]
         behind[walks] = tree.parents[behind[walks]]
 
+    # Chords over an arm are steadier than single edges, which follow the voxels.
     arriving = tree.points[nodes] - tree.points[behind]
     leaving = tree.points[ahead] - tree.points[nodes]
+
     norms = np.linalg.norm(arriving, axis=1) * np.linalg.norm(leaving, axis=1)
     cosine = (arriving * leaving).sum(axis=1) / np.maximum(norms, 1e-9)
+
+    # Near an end an arm is too short to have a direction.
     has_arms = np.minimum(reach_ahead, reach_behind) >= _TURN_ARM
     sharp: list[int] = nodes[has_arms & (cosine < np.cos(np.radians(_TURN_DEGREES)))].tolist()
+
     return sharp
 
 
@@ -363,47 +411,61 @@ def _score_groups(forest: _ScoredForest, group_of: Ints) -> list[tuple[float, fl
     confidence, edge_um = forest.confidence, forest.edge_um
     cable = np.bincount(group_of, weights=edge_um)
 
+    # Weighted by cable, so that a densely sampled stretch counts no more than another.
     def average(values: Floats) -> list[float]:
         means = np.bincount(group_of, weights=edge_um * values) / np.maximum(cable, 1e-9)
         return [round(value, 4) for value in means.tolist()]
 
     score = average((confidence.plain >= confidence.threshold).astype(np.float64))
     mean = average(confidence.plain)
+
     disagreement: list[float | None] = [None] * len(cable)
     if confidence.disagreement is not None:
         disagreement = [*average(confidence.disagreement)]
+
     return list(zip(score, mean, np.round(cable, 2).tolist(), disagreement, strict=True))
 
 
 def _confidence_table(tree: Tree, confidence: NodeConfidence) -> str:
     columns = {"confidence": confidence.plain}
     if confidence.disagreement is not None:
+        # Without mirrored views these would repeat the first column or say nothing.
         columns |= {"disagreement": confidence.disagreement, "mean": confidence.mean}
+
+    # Four digits tell stored levels apart, of which there are 256.
     rounded = [np.round(column, 4).tolist() for column in columns.values()]
+
     header = ("node", *columns)
     rows = [
         dict(zip(header, (node, *values), strict=True))
         for node, *values in zip(swc.node_ids(tree).tolist(), *rounded, strict=True)
     ]
+
     return _format_csv(rows, list(header))
 
 
 def _spread_over_sections(tree: Tree, marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """[N] whether any node of the unbranched section of each is marked; an SWC section has one type."""
     counts, section = morphology.child_counts(tree), np.arange(len(tree))
+
+    # Parents come before their children, so the section that is copied is final.
     for node, parent in enumerate(tree.parents.tolist()):
         if parent >= 0 and counts[parent] == 1:
             section[node] = section[parent]
+
     return np.isin(section, section[marked])
 
 
 def _find_runs(tree: Tree, kinds: NDArray[np.integer[Any]]) -> list[Ints]:
     """Connected nodes of one kind other than 0."""
     label = np.full(len(tree), -1, dtype=np.int64)
+
+    # Parents come before their children, so a run is named by its first node.
     for node, parent in enumerate(tree.parents.tolist()):
         if kinds[node]:
             label[node] = label[parent] if parent >= 0 and kinds[parent] == kinds[node] else node
 
+    # One sort gathers all runs, where a search for each label would cost a pass each.
     order = np.argsort(label, kind="stable")
     order = order[np.searchsorted(label[order], 0) :]
     return np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else []
@@ -415,7 +477,10 @@ def _write_rows(path: Path, kind: type[Any], rows: Sequence[Any]) -> None:
 
 def _format_csv(rows: Sequence[dict[str, Any]], columns: list[str]) -> str:
     text = io.StringIO()
+
+    # The csv module would end lines with CR LF.
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+
     return text.getvalue()

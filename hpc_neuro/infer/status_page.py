@@ -46,21 +46,29 @@ def read_block_states(volume: VolumeRun) -> dict[Shape, str]:
     """The state of each block: written, empty, proof (predicted though empty), failed or missing."""
     failed = {tuple(failure["index"]) for failure in volume.markers.read_failed_blocks()}
     states = dict[Shape, str]()
+
+    # A marker outranks a recorded failure: the block may have been done since.
     for block in volume.tiling.list_blocks(volume.source.shape):
         marker = volume.markers.read(block.index)
+
         if marker is None:
             states[block.index] = "failed" if block.index in failed else "missing"
         elif marker.skipped:
             states[block.index] = "empty"
         else:
             states[block.index] = "proof" if marker.proof else "written"
+
     return states
 
 
 def draw_block_map(states: dict[Shape, str]) -> str:
     """An SVG with a square per block, a panel per layer of blocks along z."""
     layers, rows, columns = (max(index[axis] for index in states) + 1 for axis in range(3))
+
+    # One column stays free between two panels.
     width, height = (columns + 1) * _SQUARE, (rows + 1) * _SQUARE
+
+    # Squares are a pixel smaller than their cells, so that neighbors of one state stay apart.
     squares = [
         f'<rect x="{z * width + x * _SQUARE}" y="{y * _SQUARE}" width="{_SQUARE - 1}" height="{_SQUARE - 1}" '
         f'fill="{_COLORS[state]}" stroke="#888" stroke-width="0.3"><title>{z} {y} {x}: {state}</title></rect>'
@@ -68,8 +76,11 @@ def draw_block_map(states: dict[Shape, str]) -> str:
     ]
 
     counts = Counter(states.values())
+
+    # Always in the order of the colors, so that pages can be compared.
     counts_text = ", ".join(f"{counts[state]} {state}" for state in _COLORS if counts[state])
     blocks_text = files.format_count(len(states), "block")
+
     picture = f'<svg viewBox="0 0 {layers * width} {height}" width="{layers * width}" height="{height}" role="img">'
     caption = html.paragraph(f"{blocks_text} ({counts_text}); one panel per layer of blocks along z", "small")
     return f'<div class="scroll">{picture}{"".join(squares)}</svg></div>{caption}'
@@ -77,16 +88,22 @@ def draw_block_map(states: dict[Shape, str]) -> str:
 
 def _volume_section(out: Path, volume: VolumeRun) -> str:
     parts = [draw_block_map(read_block_states(volume)), _draw_volume(out, volume)]
+
+    # A volume that was not traced has no tables.
     if all(path.exists() for path in proofread.table_paths(out, volume.source.id)):
         places_path, neurons_path = proofread.table_paths(out, volume.source.id)
+
         places, neurons = _read_table(places_path), _read_table(neurons_path)
         parts += [*_show_tables(places, neurons), *_draw_sheets(out, volume, places, neurons)]
+
     return "".join(parts)
 
 
 def _draw_volume(out: Path, volume: VolumeRun) -> str:
     """The probability from three sides, with the trees; from the finest level of the pyramid that is small enough."""
     source, path = volume.source, out / "swc" / f"{volume.source.id}.swc"
+
+    # A volume without trees is shown all the same.
     lines = [_tree_lines(swc.read(path), np.zeros(3))] if path.exists() else []
     image = _draw_probability(volume, Box.whole(source.shape), lines, _VOLUME_VOXELS)
     return html.picture(image, f"{source.id}: largest probability along z, x (right) and y (below)")
@@ -99,10 +116,15 @@ def _draw_probability(volume: VolumeRun, box: Box, lines: Sequence[figures.TreeL
     """
     source = volume.source
     levels = ome_zarr.plan_levels(source.shape, source.voxel_size)
+
+    # A picture has far fewer pixels than a volume has voxels.
     small_enough = [i for i, level in enumerate(levels) if box.size <= most_voxels * int(np.prod(level.factor))]
+    # Where no level is small enough the coarsest must do.
     number = small_enough[0] if small_enough else len(levels) - 1
+
     level, array = levels[number], ome_zarr.open_level(volume.folder, number)
 
+    # Rounded outwards, so that no voxel of the box is lost.
     z, y, x = (a // factor for a, factor in zip(box.start, level.factor, strict=True))
     z_stop, y_stop, x_stop = (-(-b // factor) for b, factor in zip(box.stop, level.factor, strict=True))
     level_box = Box((z, y, x), (z_stop, y_stop, x_stop)).clip(Box.whole(level.shape))
@@ -111,11 +133,16 @@ def _draw_probability(volume: VolumeRun, box: Box, lines: Sequence[figures.TreeL
         return np.asarray(ome_zarr.read_box(array, piece.shift(level_box.start)), dtype=np.float32) / np.float32(255)
 
     projections = figures.project_maxima(read, level_box.shape)
+
+    # A coarse voxel spans several fine ones, and the picture is to scale.
     dz, dy, dx = (size * factor for size, factor in zip(source.voxel_size, level.factor, strict=True))
+
+    # Dimmed behind the lines, which would not stand out otherwise.
     panels = [
         figures.Panel("probability", projections),
         figures.Panel("traced", projections, lines=lines, brightness=0.5),
     ]
+
     return figures.draw_panels(panels, level_box.shape, (dz, dy, dx))
 
 
@@ -128,6 +155,7 @@ def _draw_sheets(
     out: Path, volume: VolumeRun, places: list[dict[str, str]], neurons: list[dict[str, str]]
 ) -> list[str]:
     """A picture of each of the least sure neurons with its doubtful places, where a volume holds several."""
+    # The picture of the volume shows an only neuron already.
     if len(neurons) < 2:
         return []
 
@@ -135,8 +163,10 @@ def _draw_sheets(
     for neuron in neurons[:_SHEETS]:
         own_places = [place for place in places if place["neuron"] == neuron["neuron"]]
         sheets.append(_draw_sheet(out, volume, neuron, own_places))
+
     more = len(neurons) - _SHEETS
     more_text = f" ({more} more are in swc/)" if more > 0 else ""
+
     return [html.paragraph(f"The least sure neurons, each by itself{more_text}"), *sheets]
 
 
@@ -148,16 +178,21 @@ def _draw_sheet(out: Path, volume: VolumeRun, neuron: dict[str, str], places: li
     low, high = np.floor(tree.points.min(axis=0) / voxel_size), np.ceil(tree.points.max(axis=0) / voxel_size)
     start, stop = (low - _MARGIN).astype(int), (high + _MARGIN + 1).astype(int)
     box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clip(Box.whole(source.shape))
+
     origin = np.array(box.start) * voxel_size
 
+    # A neuron without doubtful places still needs an array of three columns.
     points = np.array([[float(place[axis]) for axis in "zyx"] for place in places]).reshape(-1, 3) * voxel_size
     crosses = _draw_crosses(points - origin, 4 * voxel_size.min())
+
     lines = [_tree_lines(tree, origin), figures.TreeLines(crosses, figures.WRONG, "doubt")]
+
     caption = (
         f"Neuron {neuron['neuron']}: {neuron['cable_um']} um of cable, {float(neuron['score']):.1%} of it sure, "
         f"{files.format_count(int(neuron['gaps']), 'gap')}, {files.format_count(len(places), 'place')} to look at "
         f"(crosses); voxels {box.start} to {box.stop}"
     )
+
     return html.picture(_draw_probability(volume, box, lines, _SHEET_VOXELS), caption)
 
 
@@ -179,10 +214,12 @@ def _show_tables(places: list[dict[str, str]], neurons: list[dict[str, str]]) ->
 
 def _show_table(rows: list[dict[str, str]], kind: Any) -> str:
     columns = [html.Column(title) for title in kind.__dataclass_fields__]
+
     cells = [
         [html.Cell(text, float(text) if text[:1].isdigit() else None) for text in row.values()]
         for row in rows[:_TABLE_ROWS]
     ]
+
     return html.table(columns, cells)
 
 

@@ -42,7 +42,9 @@ class Tiling:
     @property
     def write(self) -> Shape:
         """The block rounded up to whole window steps and whole chunks."""
+        # Blocks of whole steps share one lattice of windows, and a shard holds whole chunks.
         units = [math.lcm(step, chunk) for step, chunk in zip(self.step, self.chunk, strict=True)]
+
         z, y, x = (math.ceil(size / unit) * unit for size, unit in zip(self.block, units, strict=True))
         return z, y, x
 
@@ -77,14 +79,19 @@ class Tiling:
 
         index, count = share
         own = list[Block]()
+
         # The dearest block goes to the share with the least load, so neighbors, which tend to be empty together, are
         # spread.
         loads = [(0, i) for i in range(count)]
+
+        # The index breaks ties, so that all shares sort alike.
         for block in sorted(blocks, key=lambda b: (-self.count_windows(b), b.index)):
             load, lightest = heapq.heappop(loads)
             heapq.heappush(loads, (load + self.count_windows(block), lightest))
+
             if lightest == index:
                 own.append(block)
+
         return sorted(own, key=lambda b: b.index)
 
 
@@ -96,4 +103,5 @@ def quantize(probability: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 def quantize_threshold(threshold: float) -> int:
     """The smallest of 0 to 255 that counts as at least `threshold`."""
+    # The product may exceed a whole number by its rounding alone.
     return math.ceil(threshold * 255 - 1e-9)

@@ -61,6 +61,7 @@ class VolumeTrees:
             f"{self.volume.markers.key} {cfg.trees} {schema.dump(cfg.trace)} {source.roots} {source.voxel_size} "
             f"{cfg.flips}"
         )
+
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
@@ -73,15 +74,21 @@ class VolumeTrees:
         path = entry_path(self.cfg.out, self.volume.source.id)
         if not path.exists():
             return None
+
         record = files.read_json(path, f"remove {path}")
+
+        # A file that is missing is written again, with all others.
         is_whole = all((self.cfg.out / file).exists() for file in record["files"])
+
         return dict(record["entry"]) if record["key"] == self.key and is_whole else None
 
     def list_blocks_to_skeletonize(self) -> list[Box]:
         """The blocks whose skeleton is missing before the volume can be traced; a block without a shard has none."""
         if not self.needs_tracing():
             return []
+
         source, cfg = self.volume.source, self.cfg.trace
+
         return [
             box
             for box in list_trace_blocks(source.shape, cfg)
@@ -92,8 +99,10 @@ class VolumeTrees:
     def skeletonize(self, box: Box) -> None:
         """Skeletonize one block and keep the result until the volume is traced."""
         source = self.volume.source
+
         read = open_probability(self.volume.folder)
         skeleton = skeletonize_block(read, source.shape, box, source.voxel_size, self.cfg.trace)
+
         if skeleton is not None:
             save_arrays(self._skeleton_path(box), skeleton)
 
@@ -108,6 +117,7 @@ class VolumeTrees:
     def trace(self) -> None:
         """Find the trees of the volume and keep them until they are written. InputError for a root off the trees."""
         source, started_at = self.volume.source, time.monotonic()
+
         trees = trace_block_skeletons(
             self._load_skeletons(),
             open_probability(self.volume.folder),
@@ -115,8 +125,11 @@ class VolumeTrees:
             source.voxel_size,
             roots=source.roots,
             cfg=self.cfg.trace,
+            # Besides the probability, tracing may read the image for long.
             image=_stop_on_request(source.read),
         )
+
+        # Kept for the later steps: a kill in one of them does not cost the tracing.
         save_arrays(self._forest_path, morphology.concatenate_trees(trees))
 
         seconds, nodes = time.monotonic() - started_at, sum(map(len, trees))
@@ -133,44 +146,64 @@ class VolumeTrees:
         `load_views` gives the confidence in mirrored views. Nothing is written again that was before.
         """
         entry = self.read_entry()
+        # A run that was killed late may have written all files already.
         if entry is None:
             entry = self._write_files(load_views)
+
+        # The scratch of earlier settings goes too.
         shutil.rmtree(self.scratch.parent, ignore_errors=True)
+
         # Scratch of other volumes may still be there.
         with contextlib.suppress(OSError):
             (self.cfg.out / "strands").rmdir()
+
         return entry
 
     def _write_files(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
         out, name = self.cfg.out, self.volume.source.id
         entry = describe_volume(self.volume)
+
+        # Trees are numbered, so fewer new ones would leave the last old ones behind.
         _remove_old_trees(out, name)
+
         # From here to the record below, what lies at these paths is ours and half written.
         files.write_json(entry_path(out, name), {"key": "", "entry": {}, "files": {}, "writing": True})
 
         if self.cfg.trees:
             entry |= self._write_trees(load_views)
+
+        # Taken from the disk, so that any later change of a file is noticed.
         checksums = {path.relative_to(out).as_posix(): files.sha256(path) for path in list_tree_files(out, name)}
+
         if entry["swc"]:
             entry["sha256"] = {kind: checksums[entry[kind]] for kind in ("swc", "swc_voxel")}
+
+        # The record comes last: with it the volume counts as done.
         files.write_json(entry_path(out, name), {"key": self.key, "entry": entry, "files": checksums})
+
         return entry
 
     def _write_trees(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
         """Write SWC files and what to proofread; what the entry says of them."""
         source, out, cfg = self.volume.source, self.cfg.out, self.cfg.trace
         forest = self.load_forest()
+
+        # A volume may hold no neurite, and a tree of no nodes is no SWC.
         if not len(forest):
             return {"trees": 0}
 
         plain = measure_confidence(forest, open_probability(self.volume.folder), source.shape)
         confidence = proofread.NodeConfidence(plain, load_views(forest), cfg.floor, cfg.threshold)
+
         places, scores = proofread.write_tables(
             out, source.id, forest, confidence, source.shape, source.voxel_size, self.volume.tiling.write
         )
 
+        # SWC files are passed on without their folder, so each says where it comes from.
         comments = [f"traced by hpc_neuro {run_folder.code_version()} from {source.image}"]
         _write_swc(out / "swc", source.id, forest, source, comments)
+
+        # A single tree would only repeat the file of all.
         if len(forest.roots) > 1:
             for number, tree in enumerate(morphology.split_components(forest), start=1):
                 _write_swc(out / "swc" / source.id, f"{number:04d}", tree, source, comments)
@@ -186,11 +219,16 @@ class VolumeTrees:
     def _load_skeletons(self) -> list[BlockSkeleton]:
         """The skeletons of all blocks of the volume, in the blocks' order."""
         skeletons = []
+
+        # In the order of blocks, not of ending, so that the trees are the same in every run.
         for box in list_trace_blocks(self.volume.source.shape, self.cfg.trace):
             path = self._skeleton_path(box)
+
+            # A block without foreground leaves no file.
             if path.exists():
                 with np.load(path) as arrays:
                     skeletons.append(BlockSkeleton(**arrays))
+
         return skeletons
 
     def _skeleton_path(self, box: Box) -> Path:
@@ -210,6 +248,7 @@ def list_tree_files(out: Path, name: str) -> list[Path]:
     """The files of a volume's trees that exist: SWC of all and of each, and what to proofread."""
     paths = [out / "swc" / f"{name}.{kind}" for kind in ("swc", "voxel.swc")]
     paths += [out / "proofread" / f"{name}.{kind}" for kind in proofread.FILE_KINDS]
+
     return [path for path in paths if path.exists()] + sorted((out / "swc" / name).glob("*"))
 
 
@@ -229,7 +268,9 @@ def describe_volume(volume: VolumeRun) -> PredictionEntry:
     """A volume's entry while it has no trees."""
     source = volume.source
     markers = list(volume.markers.read_all(volume.tiling.list_blocks(source.shape)))
+
     skipped = [marker.skipped for marker in markers if marker.skipped is not None]
+
     return {
         "image": source.image,
         "voxel_size": source.voxel_size,
@@ -240,6 +281,7 @@ def describe_volume(volume: VolumeRun) -> PredictionEntry:
         "blocks": {
             "all": len(markers),
             "skipped": len(skipped),
+            # A black block proves nothing; only the others put the rule to the test.
             "skipped_above_black": sum(evidence.brightest > 0 for evidence in skipped),
             "proved": sum(marker.proof is not None for marker in markers),
         },
@@ -251,17 +293,22 @@ def describe_volume(volume: VolumeRun) -> PredictionEntry:
 
 def set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
     """Move a tree or table, if it exists, to where nothing is written or removed; the entry that names it is stale."""
+    # Without a key the entry does not count, and the next run writes the files again.
     if entry is not None:
         files.write_json(entry, {**files.read_json(entry, f"remove {entry}"), "key": ""})
+
     if not file.exists():
         return
 
+    # What was set aside earlier is not replaced.
     target, number = out / "set_aside" / file.relative_to(out), 1
     while target.exists():
         number += 1
         target = target.with_name(f"{file.stem}.{number}{file.suffix}")
+
     target.parent.mkdir(parents=True, exist_ok=True)
     file.rename(target)
+
     log.info("%s is now %s", file, target)
 
 
@@ -269,12 +316,17 @@ def _remove_old_trees(out: Path, name: str) -> None:
     """Remove the trees that other settings left: more trees, perhaps, than there are now. Files of people stay."""
     path = entry_path(out, name)
     record = files.read_json(path, f"remove {path}") if path.exists() else {"files": {}}
+
     for file in list_tree_files(out, name):
         checksum = record["files"].get(file.relative_to(out).as_posix())
+
+        # A file with the recorded bytes is ours; another may be the work of a person.
         if record.get("writing") or checksum == files.sha256(file):
             file.unlink()
         else:
             set_aside(out, file)
+
+    # There is no such folder where there was one tree, or none.
     with contextlib.suppress(OSError):
         (out / "swc" / name).rmdir()
 
@@ -282,12 +334,14 @@ def _remove_old_trees(out: Path, name: str) -> None:
 def _mean_score(scores: list[proofread.NeuronScore]) -> float:
     """Share of all cable that is as sure as the threshold."""
     cable = sum(neuron.cable_um for neuron in scores)
+
     return round(sum(neuron.score * neuron.cable_um for neuron in scores) / max(cable, 1e-9), 4)
 
 
 def _write_swc(folder: Path, name: str, tree: Tree, source: InputVolume, comments: list[str]) -> None:
     """NAME.swc in micrometers and NAME.voxel.swc in voxels."""
     um = morphology.scale_tree(tree, source.voxel_size)
+
     swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=comments)
     swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=comments)
 
