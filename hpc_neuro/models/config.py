@@ -157,12 +157,16 @@ class TeacherConfig:
     """Seed of the weights of `model: random`."""
 
     def __post_init__(self) -> None:
+        # A setting without effect is an error, because its author believes that it has one.
         if self.weights and self.model in (*BUNDLED, "random"):
             raise ValueError(f"`weights` needs `model` to name the timm architecture in the file, not `{self.model}`")
+
         if self.model == "trained" and not self.weights:
             raise ValueError("`model: trained` needs `weights`, the folder that tools.teacher.pretrain wrote")
+
         if self.model != "random" and (self.arch, self.seed) != (TeacherConfig.arch, TeacherConfig.seed):
             raise ValueError(f"`arch` and `seed` are those of `model: random`, a `{self.model}` teacher has its own")
+
         if self.sha256 and self.model == "random":
             raise ValueError("`sha256` has no file to check with `model: random`")
 

@@ -40,8 +40,10 @@ class Cost:
 
     part: str
     parameters: int
-    forward: int  # operations
-    kept: int  # bytes held from forward to backward
+    # In operations, two for each product.
+    forward: int
+    # In bytes that are held from forward to backward.
+    kept: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class Costs:
 def estimate_costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int = 4) -> Costs:
     """Cost of a training step. `crop` in voxels, a multiple of the patch; `value_bytes` 4 for float32, 2 for bf16."""
     student = blank_student(cfg).train()
+
+    # Fake tensors carry shapes alone, so that a student larger than the memory is priced, too.
     with FakeTensorMode():
+        # The student's own parameters lie on meta. Fake ones stand in for them on the CPU, where the image lies.
         weights = {name: torch.empty(p.shape, requires_grad=True) for name, p in student.named_parameters()}
         image = torch.empty(batch, 1, *crop)
 
@@ -77,20 +82,28 @@ def estimate_costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int
         # The counter knows plain attention, which is two products, but not the fused kernels of some devices.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             functional_call(student, weights, (image,))
+
     forward = _operations_by_child(counter)
 
     parts = []
     for part, names in _PARTS.items():
         modules = [module for name in names if (module := getattr(student, name, None)) is not None]
+        # A student without a transformer lacks some parts.
         if modules:
             parameters = sum(p.numel() for module in modules for p in module.parameters())
             operations = sum(forward.get(name, 0) for name in names)
+
+            # The pass ran in float32. Training keeps the same values at `value_bytes` each.
             kept_bytes = sum(kept.bytes.get(name, 0) for name in names) * value_bytes // 4
             parts.append(Cost(part, parameters, operations, kept_bytes))
 
+    # The backward pass has a product for the gradient of each of the two factors.
     step = 3 * sum(part.forward for part in parts)
+
+    # A checkpointed transformer runs its forward pass twice.
     if cfg.checkpointing:
         step += sum(part.forward for part in parts if part.part == "transformer")
+
     return Costs(parts, step)
 
 
@@ -103,12 +116,17 @@ def summarize_costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: in
         f"student {cfg.size}, crop {' x '.join(map(str, crop))}, batch {batch}: {grid} tokens",
         f"{'part':<12}{'parameters':>12}{'GFLOP forward':>15}{'kept for backward':>19}",
     ]
+
     for row in (*costs.parts, costs.total):
         numbers = f"{row.forward / 1e9:>15.2f}{format_bytes(row.kept):>19}"
         lines.append(f"{row.part:<12}{row.parameters / 1e6:>10.2f} M{numbers}")
+
     lines.append(f"a step, forward and backward: {costs.step / 1e9:.2f} GFLOP")
+
+    # The state is divided over the ranks. The sum holds for any number of them.
     state = format_bytes(_STATE_BYTES * costs.total.parameters)
     lines.append(f"weights, gradients and Adam in float32: {state} over all ranks")
+
     return lines
 
 
@@ -117,8 +135,10 @@ def _operations_by_child(counter: FlopCounterMode) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, operations in counter.get_flop_counts().items():
         path = name.split(".")
+        # The counter lists modules of every depth. Only direct children are disjoint.
         if len(path) == 2 and path[0] == Student.__name__:
             counts[path[1]] = sum(operations.values())
+
     return counts
 
 
@@ -131,9 +151,13 @@ class _KeptBytes:
     def __init__(self, student: Student, weights: Iterable[Tensor]) -> None:
         self.bytes: dict[str, int] = {}
         self._child = ""
+
+        # Parameters take their memory with or without a backward pass.
         self._own = {weight.untyped_storage()._cdata for weight in weights}
+
         # By storage. The tensors are held, because the address of a freed storage would be given out again.
         self._kept: dict[int, Tensor] = {}
+
         self._children = list(student.named_children())
         self._handles: list[Any] = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
@@ -141,6 +165,7 @@ class _KeptBytes:
     def __enter__(self) -> _KeptBytes:
         for name, child in self._children:
             self._handles.append(child.register_forward_pre_hook(functools.partial(self._enter_child, name)))
+
         self._hooks.__enter__()
         return self
 
@@ -154,7 +179,10 @@ class _KeptBytes:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+
+        # Several operations may keep views of one storage, which takes its memory once.
         if storage._cdata not in self._own and storage._cdata not in self._kept:
             self._kept[storage._cdata] = tensor
             self.bytes[self._child] = self.bytes.get(self._child, 0) + storage.nbytes()
+
         return tensor

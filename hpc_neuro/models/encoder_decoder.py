@@ -54,12 +54,15 @@ class Encoder(nn.Module):
         super().__init__()
         fine, middle, coarse = channels
         self.unshuffle = unshuffle
+
+        # The first convolution sees folded voxels, so that no tensor of few channels is at full resolution.
         self.first = Conv3d(math.prod(unshuffle), fine, (3, 3, 3))
         self.down = nn.ModuleList([Downsample(fine, middle, HALVE), Downsample(middle, coarse, HALVE)])
         self.blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
             for width, count in zip(channels, BLOCKS, strict=True)
         )
+
         self.tubes = FeatureTubes(middle, tubes) if tubes else None
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -67,6 +70,7 @@ class Encoder(nn.Module):
 
         An image that the coarsest stride does not divide is padded with zeros at its far ends.
         """
+        # Each level halves the one before, so that a size which suits the coarsest level suits all.
         coarsest = level_strides(self.unshuffle)[-1]
         missing = [-n % s for n, s in zip(image.shape[2:], coarsest, strict=True)]
         if any(missing):
@@ -74,8 +78,11 @@ class Encoder(nn.Module):
 
         fine = self.blocks[0](self.first(fold_voxels(image, self.unshuffle)))
         middle = self.blocks[1](self.down[0](fine))
+
+        # The gain of the tubes starts at zero: a student with tubes starts as the one without.
         if self.tubes is not None:
             middle = self.tubes(middle)
+
         coarse = self.blocks[2](self.down[1](middle))
         return [fine, middle, coarse]
 
@@ -86,12 +93,15 @@ class Decoder(nn.Module):
     def __init__(self, unshuffle: Shape, channels: Sequence[int]) -> None:
         super().__init__()
         fine, middle, coarse = channels
+
         self.unshuffle = unshuffle
         self.up = nn.ModuleList([Upsample(middle, fine, HALVE), Upsample(coarse, middle, HALVE)])
         self.blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
             for width, count in zip(channels, BLOCKS, strict=True)
         )
+
+        # One position stands for a block of voxels, so that the head has a logit for each of them.
         self.norm = SpaceNorm(fine)
         self.head = nn.Linear(fine, math.prod(unshuffle))
         self.head.apply(_init_head)
@@ -102,6 +112,7 @@ class Decoder(nn.Module):
         for level in (1, 0):
             x = self.blocks[level](features[level] + self.up[level](x))
 
+        # A linear layer works on the last axis, where the channels lie in memory already.
         logits = self.head(F.leaky_relu(self.norm(x), SLOPE).permute(0, 2, 3, 4, 1))
         return unfold_voxels(logits.permute(0, 4, 1, 2, 3), self.unshuffle)
 
@@ -109,6 +120,7 @@ class Decoder(nn.Module):
 def _init_head(layer: nn.Module) -> None:
     for name, parameter in layer.named_parameters():
         if name == "bias":
+            # The untrained logits lie near the bias, so that the bias is the log odds of the prior.
             nn.init.constant_(parameter, math.log(_PRIOR / (1 - _PRIOR)))
         else:
             fill_parameter(parameter, nn.init.normal_, std=0.1)

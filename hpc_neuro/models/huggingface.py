@@ -27,22 +27,31 @@ def weights(name: str, card: Mapping[str, Any]) -> Path:
     repository, _, revision = str(card.get("hf_hub_id") or "").partition("@")
     if not repository:
         raise InputError(f"timm knows no hub weights for {name}; {teacher_folder.advice(name)}")
+
     names = (card["hf_hub_filename"],) if card.get("hf_hub_filename") else FILES
+
+    # The cache is asked first, so that a machine without a network works.
     for file in names:
         cached = try_to_load_from_cache(repository, file, revision=revision or None)
         if isinstance(cached, str):
             return Path(cached)
+
+    # The hub's client retries for minutes before it gives up, so that a reason to fail is looked for first.
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable()
     if reason:
         raise InputError(
             f"the weights of {name} are not in the cache {constants.HF_HUB_CACHE} and {reason}; "
             f"{teacher_folder.advice(name)}"
         )
+
+    # A card need not name the file, so that the usual names are tried in turn.
     for file in names:
         try:
             return Path(hf_hub_download(repository, file, revision=revision or None))
-        except (OSError, RuntimeError, ValueError) as error:  # the hub's errors derive from these
+        except (OSError, RuntimeError, ValueError) as error:
+            # The hub's errors derive from these.
             reason = line(error)
+
     raise InputError(
         f"the weights of {name} cannot be downloaded from {repository} ({reason}); {teacher_folder.advice(name)}"
     )
@@ -50,8 +59,10 @@ def weights(name: str, card: Mapping[str, Any]) -> Path:
 
 def _unreachable() -> str:
     """Why the hub cannot be reached, or ''. The hub's own client retries for minutes; behind a proxy it must try."""
+    # A proxy connects on our behalf, so that a failed connection from here proves nothing.
     if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return ""
+
     url = urlsplit(constants.ENDPOINT)
     host, port = str(url.hostname), url.port or (443 if url.scheme == "https" else 80)
 

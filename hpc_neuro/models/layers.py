@@ -27,6 +27,8 @@ def fold_voxels(x: Tensor, block: Shape) -> Tensor:
     b, c, *size = x.shape
     bz, by, bx = block
     z, y, x_ = (n // k for n, k in zip(size, block, strict=True))
+
+    # Channels come last before the copy, so that the result lies channels last in memory without a second one.
     cells = x.reshape(b, c, z, bz, y, by, x_, bx).permute(0, 2, 4, 6, 1, 3, 5, 7)  # [B, z, y, x, C, bz, by, bx]
     return cells.reshape(b, z, y, x_, c * math.prod(block)).permute(0, 4, 1, 2, 3)
 
@@ -36,6 +38,8 @@ def unfold_voxels(x: Tensor, block: Shape) -> Tensor:
     b, c, z, y, x_ = x.shape
     bz, by, bx = block
     channels = c // math.prod(block)
+
+    # Channels stay last in the copy, as in `fold_voxels`.
     cells = x.permute(0, 2, 3, 4, 1).reshape(b, z, y, x_, channels, bz, by, bx)
     voxels = cells.permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, z, bz, y, by, x, bx, C]
     return voxels.reshape(b, z * bz, y * by, x_ * bx, channels).permute(0, 4, 1, 2, 3)
@@ -61,6 +65,7 @@ class Conv3d(nn.Conv3d):
                 x, weight, self.bias, self._pad, self.stride, self.dilation, self.groups
             )
             return y
+
         return super().forward(x)
 
 
@@ -107,9 +112,12 @@ class ResampleLinear(nn.Module):
     def forward(self, x: Tensor, cell: Shape, grid: Sequence[int], new_cell: Shape) -> Tensor:
         """x [B, C, z, y, x] of cells of `cell` voxels -> [B, O, *grid] of cells of `new_cell` voxels."""
         for axis in range(3):
+            # Overlaps of boxes are products over the axes, so that one small matrix per axis suffices.
             weights = overlap_weights(x.shape[2], cell[axis], grid[axis], new_cell[axis], x.device)
+
             # The axis that is resampled moves to the end, so that the next one is axis 2 again.
             x = torch.tensordot(x, weights.to(x.dtype), dims=([2], [1]))
+
         y: Tensor = self.linear(x.permute(0, 2, 3, 4, 1))
         return y.permute(0, 4, 1, 2, 3)
 
@@ -121,6 +129,7 @@ def overlap_weights(count: int, cell: int, new_count: int, new_cell: int, device
     """
     index = torch.arange(count, device=device)
     starts, stops = index * cell, (index + 1) * cell
+    # The old cells may end before the new grid. The last one reaches to its end, so that rows sum to 1.
     stops = torch.where(index == count - 1, max(count * cell, new_count * new_cell), stops)
     new_starts = torch.arange(new_count, device=device)[:, None] * new_cell
 

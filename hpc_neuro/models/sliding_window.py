@@ -25,8 +25,10 @@ from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import StudentOutput
 
-_SIGMA = 0.125  # of the window, as nnU-Net and MONAI have it
-_FLOOR = 1e-3  # of the centre's weight, so that a corner seen by one window only is still divided by something
+# Share of the window, as nnU-Net and MONAI have it.
+_SIGMA = 0.125
+# Share of the centre's weight, so that a corner seen by one window only is still divided by something.
+_FLOOR = 1e-3
 
 
 @dataclass
@@ -77,30 +79,45 @@ def predict(
     patch: Shape = student.patch  # type: ignore[assignment]
     if any(w % p or w == 0 for w, p in zip(window, patch, strict=True)):
         raise InputError(f"window {window} must be a multiple of the student's patch {patch}; round it")
+
     size = batch if isinstance(batch, BatchSize) else BatchSize(batch)
     if not 0 <= overlap < 1 or size.windows < 1:
         raise InputError(f"overlap {overlap} must be in [0, 1) and batch {size.windows} at least 1")
+
     array = np.asarray(image.cpu() if isinstance(image, Tensor) else image, dtype=np.float32)
     if array.ndim != 3 or 0 in array.shape:
         raise InputError(f"the image is {array.shape}, want a volume [Z, Y, X] with voxels in it")
+
     student.eval()
     steps = step(window, overlap, patch)
+
+    # The last windows reach over the end. A mirrored image keeps its texture there, where zeros would make an edge.
     starts = [_starts(n, w, s) for n, w, s in zip(array.shape, window, steps, strict=True)]
     reach = [s[-1] + w for s, w in zip(starts, window, strict=True)]
     padded = np.pad(array, [(0, r - n) for r, n in zip(reach, array.shape, strict=True)], mode="reflect")
+
+    # A window's middle has context on all sides, so that it counts more than the rim.
     profiles = [_gaussian(w) for w in window]
     weight = torch.from_numpy(np.einsum("z,y,x->zyx", *profiles)).to(device)
     total = torch.zeros(padded.shape)
+
     boxes = [Box.at((z, y, x), window) for z, y, x in itertools.product(*starts)]
+
+    # All windows over a wanted voxel stay, so that its probability does not change.
     if where is not None:
         boxes = [box for box in boxes if where[box.slices].any()]
+
+    # Axes are counted from the end, because images have a batch and a channel axis and probabilities have none.
     mirrored = [axis - 3 for axis in flip]
+
     for box, probability in _run(student, torch.from_numpy(padded), boxes, size, torch.device(device), seen, mirrored):
         part = total[box.slices]
         if probability.device == total.device:
+            # In place, without a temporary of the window's size.
             part.addcmul_(probability, weight)
         else:
             part += (probability * weight).cpu()
+
     probability_sum = total.numpy()
     for axis, (profile, first) in enumerate(zip(profiles, starts, strict=True)):
         # the windows form a lattice, so their summed weight factorises
@@ -108,6 +125,8 @@ def predict(
         for start in first:
             summed[start : start + len(profile)] += profile
         probability_sum /= summed.reshape([-1 if a == axis else 1 for a in range(3)])
+
+    # Rounding of the sums leaves values just outside [0, 1].
     z, y, x = np.shape(image)
     return np.ascontiguousarray(np.clip(probability_sum[:z, :y, :x], 0, 1))
 
@@ -137,21 +156,30 @@ def _run(
     while done < len(boxes):
         chunk = boxes[done : done + batch.windows]
         images = torch.stack([image[b.slices] for b in chunk])[:, None]
+
         try:
             prediction: StudentOutput = student(_flip(images.to(device), mirrored))
             probability = _flip(prediction.logits[:, 0].float().sigmoid(), mirrored)
         except (torch.OutOfMemoryError, RuntimeError) as error:
+            # RuntimeError stands for any fault. Only a lack of memory is mended by a smaller batch.
             if not _out_of_memory(error):
                 raise
+
             if batch.windows == 1:
                 raise InputError(
                     f"one window of {chunk[0].shape} voxels does not fit in the memory of {device}; "
                     "use a smaller window"
                 ) from None
+
+            # What did not fit once would not fit the next time. The batch stays small.
             batch.windows = max(batch.windows // 2, 1)
+
+            # Cached blocks have the sizes of the larger batch and would be in the way of the smaller one.
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
+
+        # Only windows that succeeded are counted, so that the others run again.
         yield from zip(chunk, probability, strict=True)
         done += len(chunk)
         if seen is not None:
@@ -159,7 +187,8 @@ def _run(
 
 
 def _flip(x: Tensor, axes: list[int]) -> Tensor:
-    return x.flip(axes) if axes else x  # which copies, even along no axis
+    # `flip` copies, even along no axis.
+    return x.flip(axes) if axes else x
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -46,16 +46,21 @@ class Student(nn.Module):
         self.cfg, self.patch = cfg, cfg.patch
         self.encoder = Encoder(cfg.unshuffle, channels, cfg.tubes)
         self.decoder = Decoder(cfg.unshuffle, channels)
+
         self.vit: ViT3D | None = None
         self.tokenizer: nn.Module | None = None
+
+        # The control without a transformer has none of its tensors, so that its cost and its file are its own.
         if not cfg.transformer:
             return
 
         dim, depth, heads = cfg.width
         self.to_tokens = ResampleLinear(channels[-1], dim)
+        # A projection of zero: the transformer first sees exactly what the teacher would see.
         self.to_tokens.apply(init_zero)
         self.from_tokens = ResampleLinear(dim, channels[-1])
         self.token_gain = Gain(channels[-1], _TOKEN_GAIN)
+
         self.vit = ViT3D(
             dim,
             depth,
@@ -69,6 +74,7 @@ class Student(nn.Module):
             norm_eps=cfg.norm_eps,
             checkpointing=cfg.checkpointing,
         )
+
         # The tokenizer comes last, because tokenizers draw different numbers of random values: with one seed, students
         # that differ in the tokenizer alone start alike in everything else.
         self.tokenizer = _build_tokenizer(cfg, dim)
@@ -100,9 +106,11 @@ class Student(nn.Module):
             raise InputError(f"layers {wrong} do not exist; this student {blocks}")
         check_image(image, self.patch)
 
+        # The weights may be bfloat16 where the image is float32.
         image = image.to(self.encoder.first.weight.dtype)
         features = self.encoder(image)
         maps: dict[int, Tensor] = {}
+
         if self.vit is not None:
             features[-1], maps = self._attend(image, features[-1], layers)
 
@@ -119,6 +127,8 @@ class Student(nn.Module):
         tokens = self.tokenizer(image)  # [B, C, z, y, x]
         tokens = tokens + self.to_tokens(coarse, stride, tokens.shape[2:], self.patch)
         last, maps = self.vit(tokens, tuple(layers))
+
+        # The transformer's result lies on the token grid. The coarsest level has a stride of its own.
         return coarse + self.token_gain(self.from_tokens(last, self.patch, coarse.shape[2:], stride)), maps
 
     @property
@@ -128,9 +138,11 @@ class Student(nn.Module):
         Attention and norms see the whole window besides; a blocked prediction must read `sliding_window.halo`.
         """
         strides = level_strides(self.cfg.unshuffle)
+
         # Each level has at most two convolutions in the encoder and two in the decoder; blocks of the coarsest level
         # add what lies between a voxel and the edge of its block.
         reach = [4 * sum(level) + level[-1] for level in zip(*strides, strict=True)]
+
         z, y, x = (math.ceil(r / p) * p for r, p in zip(reach, self.patch, strict=True))
         return z, y, x
 
@@ -149,6 +161,7 @@ def blank_student(cfg: StudentConfig) -> Student:
 def _build_tokenizer(cfg: StudentConfig, dim: int) -> nn.Module:
     if isinstance(cfg.tokenizer, BlockTokens):
         return tokenizer.BlockTokenizer(cfg.patch, dim)
+
     t = cfg.tokenizer
     return tokenizer.TubularTokenizer(
         cfg.patch, dim, t.taps, fuse=t.fuse, deformable=t.deformable, extent=t.extent, keep_block=t.keep_block
@@ -157,8 +170,11 @@ def _build_tokenizer(cfg: StudentConfig, dim: int) -> nn.Module:
 
 def save_student(folder: Path, cfg: StudentConfig, state: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
     """Write `folder`/student.yaml and model.safetensors (float32), whole or not at all. `extra`: plain YAML values."""
+    # The file does not depend on the device and precision of training. Tensors are copied, because safetensors
+    # refuses those that share memory.
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous().clone() for name, tensor in state.items()}
     saved = SavedStudent(student=cfg, code=run_folder.code_version(), extra=dict(extra))
+
     with files.atomic(folder) as part:
         part.mkdir()
         (part / "student.yaml").write_text(schema.dump(saved), encoding="utf-8")
@@ -173,21 +189,27 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise InputError(f"{folder} holds no trained student (no model.safetensors); give a folder that train wrote")
+
     saved = schema.load(SavedStudent, folder / "student.yaml")
     student = Student(saved.student)
+
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy the folder again") from None
+
+    # `load_state_dict` would raise torch's own error, which does not say what to do.
     wanted = student.state_dict()
     faults = [f"{n} is missing" for n in wanted.keys() - state.keys()]
     faults += [f"{n} is left over" for n in state.keys() - wanted.keys()]
     faults += [
         f"{n} is {tuple(state[n].shape)}" for n in wanted.keys() & state.keys() if state[n].shape != wanted[n].shape
     ]
+
     if faults:
         raise InputError(
             f"{path} does not fit the student.yaml beside it: {', '.join(sorted(faults))}; save both again"
         )
+
     student.load_state_dict(state)
     return student.eval(), {**saved.extra, "code": saved.code}

@@ -22,7 +22,8 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import huggingface, teacher_folder
 from hpc_neuro.models.config import BUNDLED, TeacherConfig
 
-_schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object, so it lives as long as we do
+# A fragment's schemas vanish with the object, so that it lives as long as the process.
+_schemas: list[torch.library.Library] = []
 ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
 
 
@@ -38,14 +39,20 @@ def timm() -> Any:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-        new_library: Any = torch.library.Library  # which torch leaves without types
+
+        # The class has no types in torch.
+        new_library: Any = torch.library.Library
         library = new_library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _schemas.append(library)
+
+        # Half imported modules would be found again, and `import` would not run them a second time.
         for module in [m for m in sys.modules if m.split(".")[0] in ("torchvision", "timm")]:
-            del sys.modules[module]  # half imported
+            del sys.modules[module]
+
         import timm
+
     return timm
 
 
@@ -55,10 +62,14 @@ class Teacher(nn.Module):
     def __init__(self, backbone: Any, identity: dict[str, str], mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.backbone = backbone.eval().requires_grad_(False)
-        self.identity = identity  # {"name", "sha256"}: what a feature cache must have been made with
+        # A feature cache must have been made with the same {"name", "sha256"}.
+        self.identity = identity
+
         self.random = identity["name"].startswith("random")
-        self.mean = tuple(float(v) for v in mean)  # per RGB channel, for images in [0, 1]
+        # Per RGB channel, for images in [0, 1].
+        self.mean = tuple(float(v) for v in mean)
         self.std = tuple(float(v) for v in std)
+
         self.dim = int(backbone.embed_dim)
         self.depth = len(backbone.blocks)
         self.heads = int(backbone.blocks[0].attn.num_heads)
@@ -79,14 +90,19 @@ class Teacher(nn.Module):
             raise InputError(
                 f"teacher images are {tuple(grey.shape)}, want [N, H, W] with H, W multiples of {self.patch}; pad them"
             )
+
         wrong = [i for i in layers if not 0 <= i < self.depth]
         if wrong or not layers:
             raise InputError(f"layers {list(layers)}: want one or more block indices 0 to {self.depth - 1}")
+
         dtype = next(self.backbone.parameters()).dtype
         mean, std = (torch.tensor(v, device=grey.device, dtype=dtype).view(1, 3, 1, 1) for v in (self.mean, self.std))
         rgb = (grey.to(dtype)[:, None] - mean) / std  # [N, 3, H, W]
-        order = sorted(set(layers))  # timm gives maps in the order of depth, once each
+
+        # timm gives maps in the order of depth, once each.
+        order = sorted(set(layers))
         maps = self.backbone.forward_intermediates(rgb, order, norm=True, stop_early=True, intermediates_only=True)
+
         return torch.stack([maps[order.index(i)].permute(0, 2, 3, 1) for i in layers])
 
 
@@ -97,23 +113,31 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
     hub weights that are neither cached nor reachable (found out within seconds; HF_HUB_OFFLINE is honoured).
     """
     if cfg.model == "random":
+        # The caller's random numbers must not depend on the teacher that it loads.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             vit = _create(cfg.arch)
+
         mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
+        # There is no file, so that the tensors themselves identify the teacher to a feature cache.
         digest = _tensor_digest(vit.state_dict())
         return Teacher(vit, {"name": f"random {cfg.arch} seed {cfg.seed}", "sha256": digest}, mean, std)
+
     if cfg.model in BUNDLED:
         return _load_bundled(cfg)
     if cfg.model == "trained" and cfg.weights:
         hint = "give the folder that tools.teacher.pretrain wrote as teacher.weights"
         return _load_by_card(cfg, cfg.weights / teacher_folder.NOTE, hint)
+
     vit = _create(cfg.model)
     path, pinned = teacher_folder.weights_of(
         cfg.weights or huggingface.weights(cfg.model, vit.pretrained_cfg), cfg.model
     )
+
+    # A fetched folder states the digest of its weights. The config may state one too.
     digest = _checked_digest(path, cfg.sha256, advice=teacher_folder.advice(cfg.model))
     _checked_digest(path, pinned, digest)
+
     _fill(vit, path)
     return Teacher(vit, {"name": cfg.model, "sha256": digest}, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
 
@@ -124,8 +148,11 @@ def fetch(name: str, out: Path) -> list[str]:
     Where they are already there, the hub is not asked.
     """
     vit = _create(name)
+
     if already := teacher_folder.find_weights(out, name):
         return already
+
+    # Weights are tried before they are kept: a folder that cannot be loaded helps nobody.
     path = huggingface.weights(name, vit.pretrained_cfg)
     _fill(vit, path)
     return teacher_folder.keep(out, name, path, vit.pretrained_cfg)
@@ -134,17 +161,21 @@ def fetch(name: str, out: Path) -> list[str]:
 def _load_bundled(cfg: TeacherConfig) -> Teacher:
     """A teacher inside the package; its card says how it was made and what its file's digest must be."""
     path, card_path = (ASSETS / f"{BUNDLED[cfg.model]}.{kind}" for kind in ("safetensors", "json"))
+
     if not path.exists() or not card_path.exists():
         raise InputError(
             f"this installation has no bundled teacher ({path} is missing); "
             "use teacher.model=random or a timm name such as vit_small_patch16_224.dino"
         )
+
     return _load_by_card(cfg, card_path, "reinstall the package, or use teacher.model=random")
 
 
 def _load_by_card(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
     """The teacher whose card is `path`, its weights beside it, built as the card says: timm knows no name for it."""
     card = files.read_json(path, hint)
+
+    # The note of a fetched teacher has the same file name, but no recipe.
     try:
         weights, wanted, arch = path.parent / str(card["file"]), str(card["sha256"]), str(card["arch"])
         size, depth = int(card["input"]["size"]), int(card["recipe"]["depth"])
@@ -154,8 +185,11 @@ def _load_by_card(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
         raise InputError(
             f"{path} is no card of tools.teacher.pretrain; for a teacher that was fetched set teacher.model to its name"
         ) from None
+
+    # The card's digest finds a damaged file, the config's digest finds another teacher.
     digest = _checked_digest(weights, wanted)
     _checked_digest(weights, cfg.sha256, digest)
+
     vit = _create(arch, **shape)
     _fill(vit, weights)
     return Teacher(vit, {"name": cfg.model, "sha256": digest}, mean, std)
@@ -163,9 +197,12 @@ def _load_by_card(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
 
 def _create(name: str, **overrides: int) -> Any:
     """An untrained timm ViT without a head that takes any image size in multiples of its patch."""
+    # To timm a colon or a slash belongs to a place to load from, not to the name of an architecture.
     if "/" in name or ":" in name or not timm().is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, timm().list_models("vit_*"), n=3, cutoff=0.1)
         raise InputError(f"timm {timm().__version__} has no model {name!r}; close to it are {', '.join(near)}")
+
+    # Other families have windows, pyramids or convolutions, which the student's blocks do not have.
     families = timm().models
     plain = (families.vision_transformer.__name__, families.eva.__name__)
     if timm().model_entrypoint(name.partition(".")[0]).__module__ not in plain:
@@ -173,9 +210,11 @@ def _create(name: str, **overrides: int) -> Any:
             f"{name} is not a plain ViT; want one of timm's VisionTransformer or Eva classes "
             "(supervised, DINO, DINOv2, DINOv3, MAE), e.g. vit_small_patch16_224.dino"
         )
+
     try:
         return timm().create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **overrides)
-    except (RuntimeError, ValueError) as error:  # an unknown tag after the dot
+    except (RuntimeError, ValueError) as error:
+        # A known architecture may still have an unknown tag after the dot.
         raise InputError(f"timm cannot build {name!r}: {error}") from None
 
 
@@ -183,26 +222,36 @@ def _fill(vit: Any, path: Path) -> None:
     """Load a weights file into `vit`, strictly. timm's own filter converts foreign names and resizes positions."""
     families = timm().models
     family = families.eva if isinstance(vit, families.eva.Eva) else families.vision_transformer
+
     state = _read(path)
+    # This check comes before timm's filter, which would resample the kernel without a word.
     _same_patch(state, vit, path)
     state = family.checkpoint_filter_fn(state, vit)
+
+    # The head and the mask token serve pretraining alone.
     state = {k: v.float() for k, v in state.items() if not k.startswith("head.") and k != "mask_token"}
+
+    # Torch's own error of a strict load does not say which setting to change.
     wanted = vit.state_dict()
     missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in state}
     other = [f"{k} {stored} for {expected}" for k, (stored, expected) in shapes.items() if stored != expected]
+
     if missing or left or other:
         raise InputError(
             f"{path} does not hold the weights of {vit.pretrained_cfg['architecture']}: missing {_names(missing)}; "
             f"left over {_names(left)}; of another shape {_names(other)}; set teacher.model to the file's architecture"
         )
+
     vit.load_state_dict(state)
 
 
 def _same_patch(state: Mapping[str, Tensor], vit: Any, path: Path) -> None:
     """InputError where the file's patch kernel has another size: timm would resample it without a word."""
     *channels, height, width = vit.patch_embed.proj.weight.shape
-    for kernel in state.values():  # by its shape, for families name it differently, and no other tensor has four axes
+
+    # The kernel is found by its shape, because families name it differently and no other tensor has four axes.
+    for kernel in state.values():
         if kernel.ndim == 4 and [*kernel.shape[:2]] == channels and kernel.shape[2:] != (height, width):
             raise InputError(
                 f"{path} holds a teacher with patches of {kernel.shape[2]} x {kernel.shape[3]} pixels, but "
@@ -215,6 +264,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors or torch file, unwrapped from the containers training programs save them in."""
     try:
         plain = path.suffix == ".safetensors"
+        # `weights_only` refuses pickles that run code.
         state: Any = load_file(path) if plain else torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
@@ -224,29 +274,39 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} cannot be read as weights ({huggingface.line(error)}); want .safetensors or a torch file"
         ) from None
+
+    # Training programs save the model beside their optimizer, under one of these names.
     for key in ("teacher", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
+
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds no state dict; save only the model's tensors by name")
+
+    # Wrappers of the model, such as DistributedDataParallel, prefix the names.
     return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
 
 
 def _checked_digest(path: Path, wanted: str | None, digest: str | None = None, advice: str = "reinstall") -> str:
     if not path.is_file():
         raise InputError(f"the teacher's weights file {path} does not exist; {advice}")
+
+    # Weights are large, so that a caller passes the digest that it has computed before.
     digest = digest or files.sha256(path)
     if wanted and digest != wanted.lower():
         raise InputError(
             f"{path} has sha256 {digest}, but {wanted.lower()} is wanted; "
             "fetch the file again, or set teacher.sha256 to what it has"
         )
+
     return digest
 
 
 def _tensor_digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
+    # Names are sorted, because the order of a state dict is that of construction.
     for name, tensor in sorted(state.items()):
+        # The same bytes in another shape are another tensor.
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -30,11 +30,14 @@ def weights_of(path: Path, name: str) -> tuple[Path, str | None]:
     """
     if not path.is_dir():
         return path, None
+
     note = files.read_json(path / NOTE, advice(name))
+    # Another teacher's weights can have the same shapes and would load without a word.
     if note["name"] != name:
         raise InputError(
             f"{path} holds the teacher {note['name']}, but teacher.model is {name}; set it to that, or " + advice(name)
         )
+
     return path / str(note["file"]), str(note["sha256"])
 
 
@@ -45,9 +48,12 @@ def find_weights(out: Path, name: str) -> list[str]:
     """
     if not out.exists():
         return []
+
     file, wanted = weights_of(out, name) if (out / NOTE).exists() else (out, None)
     if wanted is None:
         raise InputError(f"{out} is there and holds no fetched teacher; give another out=FOLDER")
+
+    # A damaged file counts as missing, so that it is fetched again.
     sound = file.exists() and files.sha256(file) == wanted
     return [f"{out} already holds {name}, sha256 {wanted}"] if sound else []
 
@@ -59,10 +65,13 @@ def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[st
     """
     digest, licence = files.sha256(source), str(card.get("license") or "not stated by timm")
     origin = str(card.get("hf_hub_id") or card.get("url") or "not stated by timm")
+
+    # A full disk is noticed before the copy begins.
     files.require_space(out.parent, source.stat().st_size, f"the teacher {name}")
     with files.explain_full_disk(out.parent, f"the teacher {name}"), files.atomic(out) as part:
         part.mkdir()
         shutil.copyfile(source, part / f"model{source.suffix}")
+
         files.write_json(
             part / NOTE,
             {
@@ -74,12 +83,15 @@ def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[st
                 "fetched": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             },
         )
+
+        # The licence goes where the weights go, because their users may never see the hub's page.
         files.write_text(
             part / LICENCE,
             f"Weights of {name}, from {origin}.\nLicence, as timm states it: {licence}.\n"
             f"Paper: {card.get('paper_name') or 'not stated'} {card.get('paper_ids') or ''}\n"
             "Read the licence at the origin before you publish or sell what was trained with these weights.\n",
         )
+
     return [
         f"{name}: {files.format_bytes(source.stat().st_size)}, sha256 {digest}, licence {licence}, in {out}",
         f"use it with  teacher.model={name} teacher.weights={out}",

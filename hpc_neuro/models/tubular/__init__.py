@@ -92,6 +92,7 @@ def tube_conv(
             f"the weight is {tuple(weight.shape)} for {x.shape[1]} channels and offsets {tuple(offsets.shape)}; "
             "want [O, C, K] and 2*(K-1) offset channels"
         )
+
     out = _as_volume(_apply(x, offsets, weight, axis, positions, backend), offsets)
     return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1, 1)
 
@@ -113,10 +114,14 @@ class _Tube(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes, how: ModuleType) -> Tensor:
         with _exact(x):
+            # A neighbour of a tap is then one contiguous read.
             rows = x.permute(0, 2, 3, 4, 1).flatten(0, 3).contiguous()  # [B*N, C]
             result: Tensor = how.forward(rows, _steps(x, offsets), weight, tubes)
-        ctx.save_for_backward(rows, offsets, weight)  # rows: no copy where x lies channels last, else not copied twice
+
+        # The rows are saved and not x: they are no copy where x lies channels last, and not copied twice elsewhere.
+        ctx.save_for_backward(rows, offsets, weight)
         ctx.tubes, ctx.how, ctx.shape = tubes, how, x.shape
+
         return result.to(x.dtype)
 
     @staticmethod
@@ -126,11 +131,14 @@ class _Tube(torch.autograd.Function):
         with _exact(rows):
             grads = ctx.how.backward(rows, _steps(rows, offsets), weight, grad, ctx.tubes, ctx.needs_input_grad[:3])
         of_x, of_offsets, of_weight = grads
+
+        # Implementations compute in float32 on flat rows. Autograd wants the shape and the dtype of each input.
         if of_x is not None:
             batch, channels, *size = ctx.shape
             of_x = of_x.view(batch, *size, channels).permute(0, 4, 1, 2, 3).to(rows.dtype)
         if of_offsets is not None:
             of_offsets = of_offsets.reshape(offsets.shape).to(offsets.dtype)
+
         return of_x, of_offsets, None if of_weight is None else of_weight.to(weight.dtype), None, None
 
 
@@ -154,10 +162,14 @@ def _as_volume(rows: Tensor, offsets: Tensor) -> Tensor:
 def _implementation(x: Tensor, backend: Backend) -> ModuleType:
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return torch_impl
+
     if importlib.util.find_spec("triton") is not None:
-        from hpc_neuro.models.tubular import triton_impl  # imported late: a CPU build of torch comes without triton
+        # Imported late, because a CPU build of torch comes without triton.
+        from hpc_neuro.models.tubular import triton_impl
 
         return triton_impl
+
+    # `auto` may fall back to another implementation, an explicit choice may not.
     if backend == "triton":
         raise InputError("backend='triton' needs the package triton, which is not installed; use backend='torch'")
     return torch_impl
@@ -167,22 +179,28 @@ def _tubes(x: Tensor, offsets: Tensor, axis: int, positions: Tensor | None) -> T
     """The tubes that the arguments of `gather` describe; InputError where they do not fit together."""
     if axis not in (0, 1, 2):
         raise InputError(f"axis is {axis!r}; want 0, 1 or 2 for z, y, x")
+
     if x.ndim != 5 or offsets.ndim != 5 or len(x) != len(offsets) or offsets.shape[1] % 2 or offsets.device != x.device:
         raise InputError(
             f"x is {tuple(x.shape)} on {x.device}, offsets are {tuple(offsets.shape)} on {offsets.device}; "
             "want [B, C, Z, Y, X] and [B, 2*(K-1), z, y, x] on one device"
         )
+
     if not x.is_floating_point() or not offsets.is_floating_point():
         raise InputError(f"x is {x.dtype} and offsets are {offsets.dtype}; want floating point")
+
+    # A tap outside the volume takes the nearest voxel, which an empty volume lacks.
     grid = offsets.shape[2:]
     if grid.numel() and not x.shape[2:].numel():
         raise InputError(
             f"x is {tuple(x.shape)}, a volume without voxels, and tubes are asked for at {grid.numel()} positions"
         )
+
     if positions is None:
         positions = _block_centres(x, offsets)
     elif positions.shape != (3, *grid) or positions.is_floating_point():
         raise InputError(f"positions are {tuple(positions.shape)} {positions.dtype}; want integers {(3, *grid)}")
+
     size = (x.shape[2], x.shape[3], x.shape[4])
     centres = positions.to(x.device, torch.int64).reshape(3, -1)
     return Tubes(size=size, axis=axis, taps=offsets.shape[1] // 2 + 1, centres=centres)
@@ -195,5 +213,7 @@ def _block_centres(x: Tensor, offsets: Tensor) -> Tensor:
         raise InputError(
             f"the grid of offsets {tuple(offsets.shape[2:])} does not divide {tuple(x.shape[2:])}; give positions"
         )
+
+    # An empty grid has no block size to divide by.
     lines = [torch.arange(m, device=x.device) * (n // m) + n // m // 2 if m else torch.arange(0) for n, m in pairs]
     return torch.stack(torch.meshgrid(*lines, indexing="ij"))

@@ -18,16 +18,23 @@ import triton.language as tl
 @triton.jit
 def path_kernel(steps, path, tubes, taps, half, BP: tl.constexpr):
     """`tubular_torch.displacements`. One program: a block of tubes along one of the two axes across them."""
+    # The offsets of a large batch do not fit in 32 bits.
     row = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     live = p < tubes
+
     total = tl.zeros((BP,), dtype=tl.float32)
     steps += row * (taps - 1) * tubes + p
     path += row * taps * tubes + p
+
+    # The centre never moves.
     tl.store(path + half * tubes, total, mask=live)
+
+    # Each tap hangs on the one before it, so that sums run outwards from the centre.
     for k in range(half + 1, taps):
         total += tl.load(steps + (k - 1) * tubes, mask=live, other=0.0)
         tl.store(path + k * tubes, total, mask=live)
+
     total = tl.zeros((BP,), dtype=tl.float32)
     for k in range(1, half + 1):
         total += tl.load(steps + (half - k) * tubes, mask=live, other=0.0)
@@ -41,11 +48,15 @@ def step_grad_kernel(slope, grad, tubes, taps, half, BP: tl.constexpr):
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     live = p < tubes
     total = tl.zeros((BP,), dtype=tl.float32)
+
     slope += row * taps * tubes + p
     grad += row * (taps - 1) * tubes + p
+
+    # A step moves its own tap and all beyond it, so that sums run inwards from the ends.
     for k in range(0, half):
         total += tl.load(slope + k * tubes, mask=live, other=0.0)
         tl.store(grad + k * tubes, total, mask=live)
+
     total = tl.zeros((BP,), dtype=tl.float32)
     for k in range(1, taps - half):
         total += tl.load(slope + (taps - k) * tubes, mask=live, other=0.0)
@@ -55,26 +66,38 @@ def step_grad_kernel(slope, grad, tubes, taps, half, BP: tl.constexpr):
 @triton.jit
 def _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE: tl.constexpr):
     """Rows of the four neighbours of tap k of tubes p, and the two fractions; see `tubular_torch._corners`."""
-    na, sa, nu, su, nv, sv, voxels = box  # size and stride along the axis and across it, voxels of a volume
+    # Size and stride along the axis and across it, and the voxels of a volume.
+    na, sa, nu, su, nv, sv, voxels = box
+
     at = (b * 2 * taps + k).to(tl.int64) * tubes
     after = ((b * 2 + 1) * taps + k).to(tl.int64) * tubes
     mu = tl.load(path + at + p, mask=live, other=0.0)
     mv = tl.load(path + after + p, mask=live, other=0.0)
+
+    # The fraction is split off before the centre is added: a float32 coordinate would lose it in a large volume.
     wu = tl.floor(mu)
     wv = tl.floor(mv)
+
     along = tl.load(centres + p, mask=live, other=0) + (k - half)
+
     # a displacement beyond all bounds still ends at the right face
     u = tl.load(centres + tubes + p, mask=live, other=0) + tl.clamp(wu, -1073741824.0, 1073741824.0).to(tl.int32)
     v = tl.load(centres + 2 * tubes + p, mask=live, other=0) + tl.clamp(wv, -1073741824.0, 1073741824.0).to(tl.int32)
+
     start = tl.minimum(tl.maximum(along, 0), na - 1) * sa
+
+    # Offsets of large inputs overflow 32 bits.
     if WIDE:
         start = start.to(tl.int64) + b.to(tl.int64) * voxels
     else:
         start += b * voxels
+
+    # Beyond a face both neighbours are the face's voxel, so that the slope is zero there.
     u0 = start + tl.minimum(tl.maximum(u, 0), nu - 1) * su
     u1 = start + tl.minimum(tl.maximum(u + 1, 0), nu - 1) * su
     v0 = tl.minimum(tl.maximum(v, 0), nv - 1) * sv
     v1 = tl.minimum(tl.maximum(v + 1, 0), nv - 1) * sv
+
     return u0 + v0, u0 + v1, u1 + v0, u1 + v1, mu - wu, mv - wv
 
 
@@ -100,17 +123,23 @@ def sample_kernel(
     b = tl.program_id(1)
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(2) * BC + tl.arange(0, BC)
+
     live = p < tubes
     mask = live[:, None] & (c < channels)[None, :]
+
     total = tl.zeros((BP, BC), dtype=tl.float32)
     place = (b.to(tl.int64) * tubes + p)[:, None]
+
     for k in range(taps):
         r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
         tap = _tap(rows, r00, r01, r10, r11, fu, fv, c, channels, mask)
+
+        # A window is summed in registers, so that its taps are never written.
         if WINDOW:
             total += tap * tl.load(window + k)
         else:
             tl.store(out + (place * taps + k) * channels + c[None, :], tap, mask=mask)
+
     if WINDOW:
         tl.store(out + place * channels + c[None, :], total, mask=mask)
 
@@ -125,15 +154,20 @@ def conv_kernel(
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     o = tl.program_id(2) * BO + tl.arange(0, BO)
     live = p < tubes
+
     total = tl.zeros((BP, BO), dtype=tl.float32)
+
+    # Taps are made between the products, so that they are never written.
     for k in range(taps):
         r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
         for first in range(0, channels, BC):
             c = first + tl.arange(0, BC)
             tap = _tap(rows, r00, r01, r10, r11, fu, fv, c, channels, live[:, None] & (c < channels)[None, :])
+
             at = (k * channels + c)[:, None] * width + o[None, :]
             part = tl.load(matrix + at, mask=(c < channels)[:, None] & (o < width)[None, :], other=0.0)
             total = tl.dot(tap.to(part.dtype), part, total, input_precision=PRECISION)
+
     place = (b.to(tl.int64) * tubes + p)[:, None] * width + o[None, :]
     tl.store(out + place, total, mask=live[:, None] & (o < width)[None, :])
 
@@ -162,21 +196,28 @@ def input_grad_kernel(  # noqa: C901
     b = tl.program_id(1)
     p = (tl.program_id(0) // taps) * BP + tl.arange(0, BP)
     live = p < tubes
+
     r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
     gu, gv = 1 - fu, 1 - fv
     place = (b.to(tl.int64) * tubes + p)[:, None]
+
     slope_u = tl.zeros((BP,), dtype=tl.float32)
     slope_v = tl.zeros((BP,), dtype=tl.float32)
+
+    # A window has one number for each tap, so that it scales the sums and not every value.
     scale = 1.0
     if MODE == "window":
         scale = tl.load(weight + k)
+
     for first in range(0, channels, BC):
         c = first + tl.arange(0, BC)
         mask = live[:, None] & (c < channels)[None, :]
+
         if MODE == "conv":
             below = tl.zeros((BP, BC), dtype=tl.float32)
             for start in range(0, width, BO):
                 o = start + tl.arange(0, BO)
+
                 above = tl.load(grad + place * width + o[None, :], mask=live[:, None] & (o < width)[None, :], other=0.0)
                 at = (k * channels + c)[None, :] * width + o[:, None]
                 part = tl.load(weight + at, mask=(c < channels)[None, :] & (o < width)[:, None], other=0.0)
@@ -185,24 +226,31 @@ def input_grad_kernel(  # noqa: C901
             below = tl.load(grad + place * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
         else:
             below = tl.load(grad + (place * taps + k) * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+
+        # Values are read again, because the forward pass keeps no taps.
         if PATH or WEIGHT:
             x00 = _read(rows, r00, c, channels, mask)
             x01 = _read(rows, r01, c, channels, mask)
             x10 = _read(rows, r10, c, channels, mask)
             x11 = _read(rows, r11, c, channels, mask)
+
             if PATH:
                 slope_u += scale * tl.sum(below * ((x10 - x00) * gv[:, None] + (x11 - x01) * fv[:, None]), 1)
                 slope_v += scale * tl.sum(below * ((x01 - x00) * gu[:, None] + (x11 - x10) * fu[:, None]), 1)
+
             if WEIGHT:
                 tap = (x00 * gv[:, None] + x01 * fv[:, None]) * gu[:, None]
                 tap += (x10 * gv[:, None] + x11 * fv[:, None]) * fu[:, None]
                 tl.atomic_add(grad_window + k, tl.sum(tl.sum(below * tap, 1), 0), sem="relaxed")
+
         if ROWS:
             below *= scale
             _scatter(grad_rows, r00, gu * gv, below, c, channels, mask)
             _scatter(grad_rows, r01, gu * fv, below, c, channels, mask)
             _scatter(grad_rows, r10, fu * gv, below, c, channels, mask)
             _scatter(grad_rows, r11, fu * fv, below, c, channels, mask)
+
+    # One program alone holds a tap's slopes, so that no atomics are needed.
     if PATH:
         tl.store(grad_path + (b * 2 * taps + k).to(tl.int64) * tubes + p, slope_u, mask=live)
         tl.store(grad_path + ((b * 2 + 1) * taps + k).to(tl.int64) * tubes + p, slope_v, mask=live)
@@ -217,16 +265,23 @@ def weight_grad_kernel(
     k = tl.program_id(0)
     c = (tl.program_id(1) // tl.cdiv(width, BO)) * BC + tl.arange(0, BC)
     o = (tl.program_id(1) % tl.cdiv(width, BO)) * BO + tl.arange(0, BO)
+
     total = tl.zeros((BC, BO), dtype=tl.float32)
     per_volume = tl.cdiv(tubes, BP)
+
+    # Blocks are dealt out in turn, so that programs differ by one block at most.
     for block in range(tl.program_id(2), batch * per_volume, tl.num_programs(2)):
         b = block // per_volume
         p = (block % per_volume) * BP + tl.arange(0, BP)
         live = p < tubes
+
         r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
         tap = _tap(rows, r00, r01, r10, r11, fu, fv, c, channels, live[:, None] & (c < channels)[None, :])
+
         place = (b.to(tl.int64) * tubes + p)[:, None] * width + o[None, :]
         above = tl.load(grad + place, mask=live[:, None] & (o < width)[None, :], other=0.0)
         total = tl.dot(tl.trans(tap).to(above.dtype), above, total, input_precision=PRECISION)
+
+    # Several programs add to one tile of the matrix.
     at = (k * channels + c)[:, None] * width + o[None, :]
     tl.atomic_add(grad_matrix + at, total, (c < channels)[:, None] & (o < width)[None, :], sem="relaxed")
