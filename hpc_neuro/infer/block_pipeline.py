@@ -143,13 +143,11 @@ class BlockPipeline:
 
         # One thread each keeps few blocks in memory, and the writes in the order of their tasks.
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-            # The stop signal and all other errors differ in what becomes of the pending writes.
             try:
                 for task, reading in self._read_ahead(tasks, reader, ledger):
                     started_at = time.monotonic()
                     try:
-                        # An error of the reading thread is raised here, so that a failed reading is tried again as
-                        # well.
+                        # An error of the reading thread is raised here, so a failed reading is tried again too.
                         image, evidence = reading.result()
                         arrived_at = time.monotonic()
                         levels = self._predict(task.payload, image)
@@ -191,7 +189,6 @@ class BlockPipeline:
         for task in tasks:
             # Reading may kill the process too, so the task is counted as begun before it.
             ledger.begin(task)
-
             following = task, reader.submit(read_block, self._volume, task.payload)
 
             if ahead is not None:
@@ -323,7 +320,6 @@ def brightest_cell(image: Image, cell: Shape) -> float:
             widths = np.diff(np.append(starts, sums.shape[axis]))
             sums = np.add.reduceat(sums, starts, axis=axis)
             counts = counts * widths.reshape([-1 if a == axis else 1 for a in range(3)])
-
         brightest = max(brightest, float((sums / counts).max()))
     return brightest
 

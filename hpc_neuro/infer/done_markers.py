@@ -106,7 +106,6 @@ class DoneMarkers:
         # What was done, or failed, with other settings says nothing about these.
         for path in [*self.folder.glob("*.json"), *self.failed.glob("*.json")]:
             path.unlink()
-
         self.end_all()
 
     def count_deaths(self, name: str) -> int:
@@ -121,7 +120,6 @@ class DoneMarkers:
         """Count a task as begun, until `end`. Not flushed to the disk: it is processes that die here, not machines."""
         # Counted beforehand, because a task that kills its process cannot report it.
         count = self.count_deaths(name) + 1
-
         self._begun.mkdir(parents=True, exist_ok=True)
         (self._begun / name).write_text(str(count), encoding="utf-8")
 

@@ -132,7 +132,6 @@ def load_views(trees: VolumeTrees, forest: Tree) -> Floats:
             with np.load(path) as arrays:
                 nodes = arrays["nodes"]
                 views[:, nodes] = np.minimum(views[:, nodes], arrays["values"])
-
     return views
 
 
@@ -145,7 +144,6 @@ def _mark_neighborhoods(voxels: Ints, box: Box) -> NDArray[np.bool_]:
         # At a border the clipped neighbor is another voxel of the same neighborhood.
         neighbors = np.clip(voxels - np.array(box.start) + np.array(offset) - 1, 0, np.array(box.shape) - 1)
         marked[tuple(neighbors.T)] = True
-
     return marked
 
 

@@ -58,7 +58,6 @@ class Predictor:
 
         # Shared by all calls: a batch that was halved once stays so.
         self.batch = sliding_window.BatchSize(cfg.batch)
-
         self.cfg = cfg
 
     def predict(
@@ -104,7 +103,6 @@ class Predictor:
     def time_window(self) -> float:
         """[s] Time of one window; the first pass pays for set-up."""
         image = torch.zeros(1, 1, *self.tiling.window, device=self.device)
-
         for _ in range(2):
             started_at = time.monotonic()
 
@@ -133,7 +131,6 @@ def find_weights(cfg: InferConfig) -> Path:
 def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[InputVolume], ranks: int = 1) -> list[str]:
     """What there is to do, timed by one window. Raises InputError when the disk is too small."""
     tiling = predictor.tiling
-
     voxels = sum(int(np.prod(volume.shape, dtype=np.int64)) for volume in volumes)
 
     # A disk that is too small is reported before hours of computing.
@@ -141,7 +138,6 @@ def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[Input
 
     blocks = [tiling.take_share(tiling.list_blocks(volume.shape), volume.share) for volume in volumes]
     block_count = sum(map(len, blocks))
-
     windows = sum(tiling.count_windows(block) for own in blocks for block in own)
 
     levels = [level for v in volumes for level in ome_zarr.plan_shards(v.shape, v.voxel_size, tiling.write, MASK)]
@@ -173,7 +169,6 @@ def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[Input
             f"the windows through which trees run once more in {count(len(cfg.flips), 'mirrored view')}: at most "
             f"{count(flip_windows, 'window')}, {seconds * flip_windows / ranks:.0f} s on {ranks_text}"
         )
-
     return lines
 
 

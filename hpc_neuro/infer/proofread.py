@@ -163,7 +163,6 @@ class _ScoredForest:
     def make_place(self, kind: str, node: int, doubt: float) -> DoubtfulPlace:
         """A place, not ranked yet."""
         z, y, x = (round(float(coordinate), 2) for coordinate in self.tree.points[node])
-
         disagreement = self.confidence.disagreement
         own_disagreement = None if disagreement is None else round(float(disagreement[node]), 4)
 
@@ -195,7 +194,6 @@ def find_places(tree: Tree, confidence: NodeConfidence, shape: Shape, voxel_size
 
     # The square root keeps long cable from hiding doubt. The node breaks ties, so that runs agree.
     places.sort(key=lambda place: (-place.doubt * (1 + place.cable_um) ** 0.5, place.node))
-
     return [replace(place, rank=rank) for rank, place in enumerate(places, start=1)]
 
 
@@ -207,16 +205,13 @@ def score_neurons(tree: Tree, confidence: NodeConfidence, voxel_size: VoxelSize)
     # A gap is a run of bridged edges.
     is_bridged = (tree.parents >= 0) & (confidence.plain < confidence.low)
     runs = _find_runs(tree, is_bridged.astype(np.int64))
-
     gaps = np.bincount([neuron_of[run[0]] for run in runs], minlength=len(tree.roots))
-
     gap_um = np.bincount(neuron_of, weights=forest.edge_um * is_bridged)
 
     scores = [
         NeuronScore(number + 1, score, mean, cable, int(gaps[number]), round(float(gap_um[number]), 2), disagreement)
         for number, (score, mean, cable, disagreement) in enumerate(_score_groups(forest, neuron_of))
     ]
-
     return sorted(scores, key=lambda neuron: (neuron.score, neuron.neuron))
 
 
@@ -235,7 +230,6 @@ def score_blocks(tree: Tree, confidence: NodeConfidence, block: Shape, voxel_siz
         # A lone node has no cable of which a share could be sure.
         if score.cable_um > 0:
             scores.append(score)
-
     return sorted(scores, key=lambda score: (score.score, score.block))
 
 
@@ -250,12 +244,10 @@ def write_tables(
 ) -> tuple[list[DoubtfulPlace], list[NeuronScore]]:
     """Write all six files of a volume; what is in the first two tables."""
     folder = out / "proofread"
-
     places = find_places(tree, confidence, shape, voxel_size)
     neurons = score_neurons(tree, confidence, voxel_size)
     blocks = score_blocks(tree, confidence, block, voxel_size)
 
-    # The tables come first, because the tree and the state only show what they hold.
     _write_rows(folder / f"{name}.csv", DoubtfulPlace, places)
     _write_rows(folder / f"{name}.neurons.csv", NeuronScore, neurons)
     _write_rows(folder / f"{name}.blocks.csv", BlockScore, blocks)
@@ -333,11 +325,9 @@ def _find_weak_stretches(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:
 
     for run in _find_runs(forest.tree, kinds):
         worst = int(run[lowest[run].argmin()])
-
         kind = ("unsteady", "faint", "gap")[kinds[worst] - 1]
         # The doubt of an unsteady place is the disagreement alone.
         doubt = 0.0 if kind == "unsteady" else float(1 - confidence.plain[run].min())
-
         yield forest.make_place(kind, worst, doubt)
 
 
@@ -376,7 +366,6 @@ def _list_sharp_nodes(tree: Tree) -> list[int]:
     # Walks pass nodes with one child only, so it does not matter which child a branch point keeps.
     child = np.full(len(tree), -1, dtype=np.int64)
     child[tree.parents[tree.parents >= 0]] = np.flatnonzero(tree.parents >= 0)
-
     nodes = np.flatnonzero((counts == 1) & (tree.parents >= 0))
 
     # All nodes walk along their paths at once, away from the root ...
@@ -401,7 +390,6 @@ def _list_sharp_nodes(tree: Tree) -> list[int]:
     # Near an end an arm is too short to have a direction.
     has_arms = np.minimum(reach_ahead, reach_behind) >= _TURN_ARM
     sharp: list[int] = nodes[has_arms & (cosine < np.cos(np.radians(_TURN_DEGREES)))].tolist()
-
     return sharp
 
 
@@ -422,7 +410,6 @@ def _score_groups(forest: _ScoredForest, group_of: Ints) -> list[tuple[float, fl
     disagreement: list[float | None] = [None] * len(cable)
     if confidence.disagreement is not None:
         disagreement = [*average(confidence.disagreement)]
-
     return list(zip(score, mean, np.round(cable, 2).tolist(), disagreement, strict=True))
 
 
@@ -440,7 +427,6 @@ def _confidence_table(tree: Tree, confidence: NodeConfidence) -> str:
         dict(zip(header, (node, *values), strict=True))
         for node, *values in zip(swc.node_ids(tree).tolist(), *rounded, strict=True)
     ]
-
     return _format_csv(rows, list(header))
 
 
@@ -452,7 +438,6 @@ def _spread_over_sections(tree: Tree, marked: NDArray[np.bool_]) -> NDArray[np.b
     for node, parent in enumerate(tree.parents.tolist()):
         if parent >= 0 and counts[parent] == 1:
             section[node] = section[parent]
-
     return np.isin(section, section[marked])
 
 
@@ -482,5 +467,4 @@ def _format_csv(rows: Sequence[dict[str, Any]], columns: list[str]) -> str:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-
     return text.getvalue()

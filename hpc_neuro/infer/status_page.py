@@ -50,14 +50,12 @@ def read_block_states(volume: VolumeRun) -> dict[Shape, str]:
     # A marker outranks a recorded failure: the block may have been done since.
     for block in volume.tiling.list_blocks(volume.source.shape):
         marker = volume.markers.read(block.index)
-
         if marker is None:
             states[block.index] = "failed" if block.index in failed else "missing"
         elif marker.skipped:
             states[block.index] = "empty"
         else:
             states[block.index] = "proof" if marker.proof else "written"
-
     return states
 
 
@@ -92,10 +90,8 @@ def _volume_section(out: Path, volume: VolumeRun) -> str:
     # A volume that was not traced has no tables.
     if all(path.exists() for path in proofread.table_paths(out, volume.source.id)):
         places_path, neurons_path = proofread.table_paths(out, volume.source.id)
-
         places, neurons = _read_table(places_path), _read_table(neurons_path)
         parts += [*_show_tables(places, neurons), *_draw_sheets(out, volume, places, neurons)]
-
     return "".join(parts)
 
 
@@ -121,7 +117,6 @@ def _draw_probability(volume: VolumeRun, box: Box, lines: Sequence[figures.TreeL
     small_enough = [i for i, level in enumerate(levels) if box.size <= most_voxels * int(np.prod(level.factor))]
     # Where no level is small enough the coarsest must do.
     number = small_enough[0] if small_enough else len(levels) - 1
-
     level, array = levels[number], ome_zarr.open_level(volume.folder, number)
 
     # Rounded outwards, so that no voxel of the box is lost.
@@ -142,7 +137,6 @@ def _draw_probability(volume: VolumeRun, box: Box, lines: Sequence[figures.TreeL
         figures.Panel("probability", projections),
         figures.Panel("traced", projections, lines=lines, brightness=0.5),
     ]
-
     return figures.draw_panels(panels, level_box.shape, (dz, dy, dx))
 
 
@@ -166,7 +160,6 @@ def _draw_sheets(
 
     more = len(neurons) - _SHEETS
     more_text = f" ({more} more are in swc/)" if more > 0 else ""
-
     return [html.paragraph(f"The least sure neurons, each by itself{more_text}"), *sheets]
 
 
@@ -178,13 +171,11 @@ def _draw_sheet(out: Path, volume: VolumeRun, neuron: dict[str, str], places: li
     low, high = np.floor(tree.points.min(axis=0) / voxel_size), np.ceil(tree.points.max(axis=0) / voxel_size)
     start, stop = (low - _MARGIN).astype(int), (high + _MARGIN + 1).astype(int)
     box = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clip(Box.whole(source.shape))
-
     origin = np.array(box.start) * voxel_size
 
     # A neuron without doubtful places still needs an array of three columns.
     points = np.array([[float(place[axis]) for axis in "zyx"] for place in places]).reshape(-1, 3) * voxel_size
     crosses = _draw_crosses(points - origin, 4 * voxel_size.min())
-
     lines = [_tree_lines(tree, origin), figures.TreeLines(crosses, figures.WRONG, "doubt")]
 
     caption = (
@@ -192,7 +183,6 @@ def _draw_sheet(out: Path, volume: VolumeRun, neuron: dict[str, str], places: li
         f"{files.format_count(int(neuron['gaps']), 'gap')}, {files.format_count(len(places), 'place')} to look at "
         f"(crosses); voxels {box.start} to {box.stop}"
     )
-
     return html.picture(_draw_probability(volume, box, lines, _SHEET_VOXELS), caption)
 
 
@@ -214,12 +204,10 @@ def _show_tables(places: list[dict[str, str]], neurons: list[dict[str, str]]) ->
 
 def _show_table(rows: list[dict[str, str]], kind: Any) -> str:
     columns = [html.Column(title) for title in kind.__dataclass_fields__]
-
     cells = [
         [html.Cell(text, float(text) if text[:1].isdigit() else None) for text in row.values()]
         for row in rows[:_TABLE_ROWS]
     ]
-
     return html.table(columns, cells)
 
 

@@ -44,7 +44,6 @@ class Tiling:
         """The block rounded up to whole window steps and whole chunks."""
         # Blocks of whole steps share one lattice of windows, and a shard holds whole chunks.
         units = [math.lcm(step, chunk) for step, chunk in zip(self.step, self.chunk, strict=True)]
-
         z, y, x = (math.ceil(size / unit) * unit for size, unit in zip(self.block, units, strict=True))
         return z, y, x
 
@@ -91,7 +90,6 @@ class Tiling:
 
             if lightest == index:
                 own.append(block)
-
         return sorted(own, key=lambda b: b.index)
 
 

@@ -61,7 +61,6 @@ class VolumeTrees:
             f"{self.volume.markers.key} {cfg.trees} {schema.dump(cfg.trace)} {source.roots} {source.voxel_size} "
             f"{cfg.flips}"
         )
-
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
@@ -74,19 +73,16 @@ class VolumeTrees:
         path = entry_path(self.cfg.out, self.volume.source.id)
         if not path.exists():
             return None
-
         record = files.read_json(path, f"remove {path}")
 
         # A file that is missing is written again, with all others.
         is_whole = all((self.cfg.out / file).exists() for file in record["files"])
-
         return dict(record["entry"]) if record["key"] == self.key and is_whole else None
 
     def list_blocks_to_skeletonize(self) -> list[Box]:
         """The blocks whose skeleton is missing before the volume can be traced; a block without a shard has none."""
         if not self.needs_tracing():
             return []
-
         source, cfg = self.volume.source, self.cfg.trace
 
         return [
@@ -99,10 +95,8 @@ class VolumeTrees:
     def skeletonize(self, box: Box) -> None:
         """Skeletonize one block and keep the result until the volume is traced."""
         source = self.volume.source
-
         read = open_probability(self.volume.folder)
         skeleton = skeletonize_block(read, source.shape, box, source.voxel_size, self.cfg.trace)
-
         if skeleton is not None:
             save_arrays(self._skeleton_path(box), skeleton)
 
@@ -117,7 +111,6 @@ class VolumeTrees:
     def trace(self) -> None:
         """Find the trees of the volume and keep them until they are written. InputError for a root off the trees."""
         source, started_at = self.volume.source, time.monotonic()
-
         trees = trace_block_skeletons(
             self._load_skeletons(),
             open_probability(self.volume.folder),
@@ -156,7 +149,6 @@ class VolumeTrees:
         # Scratch of other volumes may still be there.
         with contextlib.suppress(OSError):
             (self.cfg.out / "strands").rmdir()
-
         return entry
 
     def _write_files(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
@@ -180,7 +172,6 @@ class VolumeTrees:
 
         # The record comes last: with it the volume counts as done.
         files.write_json(entry_path(out, name), {"key": self.key, "entry": entry, "files": checksums})
-
         return entry
 
     def _write_trees(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
@@ -224,11 +215,10 @@ class VolumeTrees:
         for box in list_trace_blocks(self.volume.source.shape, self.cfg.trace):
             path = self._skeleton_path(box)
 
-            # A block without foreground leaves no file.
+            # A block without neurite leaves no file.
             if path.exists():
                 with np.load(path) as arrays:
                     skeletons.append(BlockSkeleton(**arrays))
-
         return skeletons
 
     def _skeleton_path(self, box: Box) -> Path:
@@ -248,7 +238,6 @@ def list_tree_files(out: Path, name: str) -> list[Path]:
     """The files of a volume's trees that exist: SWC of all and of each, and what to proofread."""
     paths = [out / "swc" / f"{name}.{kind}" for kind in ("swc", "voxel.swc")]
     paths += [out / "proofread" / f"{name}.{kind}" for kind in proofread.FILE_KINDS]
-
     return [path for path in paths if path.exists()] + sorted((out / "swc" / name).glob("*"))
 
 
@@ -268,7 +257,6 @@ def describe_volume(volume: VolumeRun) -> PredictionEntry:
     """A volume's entry while it has no trees."""
     source = volume.source
     markers = list(volume.markers.read_all(volume.tiling.list_blocks(source.shape)))
-
     skipped = [marker.skipped for marker in markers if marker.skipped is not None]
 
     return {
@@ -308,7 +296,6 @@ def set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     file.rename(target)
-
     log.info("%s is now %s", file, target)
 
 
@@ -334,14 +321,12 @@ def _remove_old_trees(out: Path, name: str) -> None:
 def _mean_score(scores: list[proofread.NeuronScore]) -> float:
     """Share of all cable that is as sure as the threshold."""
     cable = sum(neuron.cable_um for neuron in scores)
-
     return round(sum(neuron.score * neuron.cable_um for neuron in scores) / max(cable, 1e-9), 4)
 
 
 def _write_swc(folder: Path, name: str, tree: Tree, source: InputVolume, comments: list[str]) -> None:
     """NAME.swc in micrometers and NAME.voxel.swc in voxels."""
     um = morphology.scale_tree(tree, source.voxel_size)
-
     swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=comments)
     swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=comments)
 

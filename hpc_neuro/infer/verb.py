@@ -46,10 +46,15 @@ def run(cfg: InferConfig) -> int:
     All MPI ranks call this. A rank that dies takes the others with it, and the same command resumes.
     """
     ranks = Ranks.join()
+
+    # All ranks would log the same, so the first one speaks for all.
     if not ranks.is_main:
         logging.getLogger("hpc_neuro").setLevel(logging.WARNING)
+
+    # Some launchers leave every rank all cores of its node.
     ranks.share_threads()
 
+    # Where a step fails on one rank all must end, or the others would wait for it for ever.
     predictor = ranks.run(lambda: Predictor(cfg))
     sources = _open_on_all_ranks(cfg, ranks)
     folder = run_folder.share_folder(cfg.out, cfg.share)
@@ -58,6 +63,8 @@ def run(cfg: InferConfig) -> int:
         record = ranks.run(lambda: stack.enter_context(_start_record(cfg, folder, predictor, sources, ranks)))
         if record.complete:
             return EXIT_DONE
+
+        # A rank that hangs raises nothing, so silence is watched for.
         stack.enter_context(MpiRankWatch(folder / ".ranks.part", ranks, cfg.silence))
         return _predict_and_trace(cfg, predictor, sources, record, ranks)
 
@@ -66,26 +73,33 @@ def _predict_and_trace(
     cfg: InferConfig, predictor: Predictor, sources: list[InputVolume], record: run_folder.Run, ranks: Ranks
 ) -> int:
     started_at = time.monotonic()
+
     # A share may be empty.
     if sources:
         ranks.run_on_main(lambda: log.info("\n".join(describe_run(cfg, predictor, sources, ranks.size))))
+
     # Other shares may be writing, so what killed writers left of them is removed when they are gathered.
     if cfg.share is None:
         ranks.run_on_main(lambda: _remove_parts(cfg.out))
 
     empty_level = ranks.run(lambda: _check_empty_level(predictor) if sources else None)
     volumes = [predictor.open_volume(source, empty_level) for source in sources]
+
     failures = list[str]()
     whole_volumes = list[VolumeRun]()
+
     for volume in volumes:
         volume_failures = predict_volume(volume, ranks)
         failures += volume_failures
+
         # A share of a volume's blocks is traced by the run that gathers the shares.
         if not volume_failures and volume.source.share is None:
             whole_volumes.append(volume)
 
+    # All volumes at once: a rank that has no task left of one takes a task of the next.
     entries, task_failures = trace_volumes(predictor, whole_volumes, ranks)
     failures += [failure.line for failure in task_failures]
+
     seconds = round(time.monotonic() - started_at, 1)
     ranks.run_on_main(lambda: _finish(cfg, record, volumes, entries, failures, seconds))
     return EXIT_FAILURES if failures else EXIT_DONE
@@ -96,17 +110,24 @@ def predict_volume(volume: VolumeRun, ranks: Ranks) -> list[str]:
     name, blocks = volume.source.id, volume.list_blocks()
     journals = {name: volume.markers}
 
+    # One rank decides what is missing: a file system may show the others older markers.
     ranks.run_on_main(lambda: _prepare_folder(volume))
     plan = ranks.run_on_main(lambda: plan_tasks(_list_block_tasks(volume, blocks), journals, volume.limits))
+
+    # Only the first rank shows progress, and it does about its share.
     windows = sum(volume.tiling.count_windows(task.payload) for task in plan.tasks) // ranks.size
     label = name if ranks.size == 1 else f"{name}, rank 0 of {ranks.size}"
+
     with WindowProgress(label, windows, show=ranks.is_main) as progress:
         pipeline = BlockPipeline(volume, progress)
         run_tasks(plan, pipeline.run, journals, volume.limits, ranks)
+
         if plan.tasks and ranks.is_main:
             log.debug("%s: waiting: %s", name, progress.describe_waits())
 
     failures = ranks.run_on_main(lambda: _list_failures(volume, blocks))
+
+    # A pyramid needs all blocks, which neither a failure nor a share leaves.
     if failures or volume.source.share is not None:
         return failures
     return [failure.line for failure in build_pyramid(volume, ranks)]
@@ -125,12 +146,17 @@ def _start_record(
     """The record of this run, with its inputs and the files behind them."""
     inputs = {"weights": predictor.digest}
     inputs |= {f"volume {source.id}": source.digest for source in sources}
+
+    # The list itself is an input: with a volume more or less, the run is another.
     inputs[run_folder.input_name("volumes", cfg.share)] = files.sha256_json([source.id for source in sources])
     inputs |= {f"image {source.id}": source.content for source in sources if source.file}
 
     input_files = {"weights": find_weights(cfg) / "model.safetensors"}
     input_files |= {f"image {source.id}": source.file for source in sources if source.file}
+
+    # Without its index a run must go on, however complete its record is.
     is_whole = cfg.share is not None or (cfg.out / INDEX).exists()
+
     return run_folder.start(
         "infer", cfg, folder, inputs, _MAY_CHANGE, main=ranks.is_main, whole=is_whole, sources=input_files
     )
@@ -139,6 +165,7 @@ def _start_record(
 def _remove_parts(out: Path) -> None:
     """Remove what killed writers left beside their targets below `out`; `run_folder.start` does so in `out` itself."""
     for name in _RESULT_FOLDERS:
+        # Results of a volume may lie in a folder of its own, one level deeper.
         for folder in [out / name, *(path for path in (out / name).glob("*") if path.is_dir())]:
             files.remove_parts(folder)
 
@@ -148,9 +175,12 @@ def _check_empty_level(predictor: Predictor) -> float | None:
     level = predictor.cfg.empty_level
     if level is None:
         return None
+
+    # Skipping is sound only if the student finds nothing where there is nothing.
     probability = predictor.predict_black()
     if probability < predictor.threshold:
         return level
+
     log.warning("the student sees neurite in a black image (probability %.2f), so no block is skipped", probability)
     return None
 
@@ -161,14 +191,18 @@ def _prepare_folder(volume: VolumeRun) -> None:
         return
 
     if volume.folder.exists():
+        # What is not ours may be somebody's data, and is never removed.
         if ome_zarr.read_record(volume.folder) is None:
             raise ConfigError(f"{volume.folder} is there, and no result; choose another `out`, or move it away")
+
         if volume.source.share is not None:
             raise ConfigError(
                 f"{volume.folder} holds results of other settings, which a share cannot replace while others may be "
                 "at work; choose another `out`, or remove it"
             )
         ome_zarr.remove(volume.folder)
+
+    # Other shares may have marked blocks of this volume already.
     if volume.source.share is None:
         volume.markers.clear()
     volume.create_folder()
@@ -185,12 +219,15 @@ def _list_failures(volume: VolumeRun, blocks: list[Block]) -> list[str]:
     """A line for each missing block that failed, and for each that shows the empty rule to be wrong."""
     name = volume.source.id
     missing = {block.index for block in volume.markers.list_missing(blocks)}
+
+    # A failure stays on record, and counts while its block is missing.
     lines = [
         f"{name} block {tuple(failure['index'])} at {tuple(failure['start'])}: {failure['error']}"
         for failure in volume.markers.read_failed_blocks()
         if tuple(failure["index"]) in missing
     ]
 
+    # Neurite in a block of the sample means that blocks outside it may have lost some.
     for marker in volume.markers.read_all(blocks):
         if marker.contradicts_rule and marker.proof is not None:
             lines.append(
@@ -212,13 +249,17 @@ def _finish(
     """Write what is written once. Only the first rank does."""
     for volume in volumes:
         volume.markers.remove_empty_folders()
+
+    # The index and the page show all volumes, which a share does not know.
     if cfg.share is None:
         files.write_json(cfg.out / INDEX, entries)
         if cfg.page:
             status_page.write_page(cfg.out, volumes)
+
     for line in failures:
         log.error("failed: %s", line)
 
+    # The record is finished last, because with it the run counts as complete.
     outputs = [cfg.out / INDEX] if cfg.share is None else []
     record.finish({"volumes": len(entries), "seconds": seconds}, failures, outputs)
     log.info("wrote %s with trees to %s", files.format_count(len(entries), "volume"), cfg.out)

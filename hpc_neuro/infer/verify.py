@@ -66,9 +66,11 @@ def main(args: Sequence[str]) -> int:
     """Check OUT and repair it. Raises InputError for a folder that `infer` did not write."""
     words = [arg for arg in args if not arg.startswith("-")]
     flags = [arg for arg in args if arg.startswith("-")]
+
     if flags in (["-h"], ["--help"]):
         sys.stdout.write(f"{_USAGE}\n{__doc__}")
         return EXIT_DONE
+
     if len(words) != 1 or flags not in ([], ["--check"]):
         raise ConfigError(f"expected: {_USAGE}")
 
@@ -76,6 +78,8 @@ def main(args: Sequence[str]) -> int:
     problems = check(out)
     for problem in problems:
         log.warning("%s", problem.text)
+
+    # The only flag is --check, which asks for no repair.
     if not problems or flags:
         log.info("%s: %s", out, format_count(len(problems), "problem") if problems else "whole")
         return EXIT_FAILURES if problems else EXIT_DONE
@@ -88,11 +92,15 @@ def check(out: Path) -> list[Problem]:
     if record.get("verb") != "infer":
         raise InputError(f"{out} was not written by `infer`; give a folder that was")
 
+    # A volume whose image is gone still has its markers.
     names = {path.name.removesuffix(".ome.zarr") for path in out.glob("*.ome.zarr")}
     names |= {path.name for path in (out / "blocks").glob("*")}
+
     problems = list[Problem]()
     for name in sorted(names, key=run_folder.natural_key):
         image = _open_image(out, name)
+
+        # Without its record nothing else of an image can be checked.
         if isinstance(image, Problem):
             problems.append(image)
         else:
@@ -106,16 +114,21 @@ def check(out: Path) -> list[Problem]:
 
 
 def _repair(out: Path, problems: list[Problem]) -> int:
+    # The folder may have been moved since its config was written.
     cfg = schema.load(InferConfig, out / "config.yaml", [f"out={out}"])
+
     for problem in problems:
         problem.forget()
+
     # Without the index the run is not taken for complete.
     (out / INDEX).unlink(missing_ok=True)
     exit_code = run(cfg)
 
+    # What was repaired is read once more: the disk may be the cause.
     remaining = check(out)
     for problem in remaining:
         log.error("not repaired: %s", problem.text)
+
     is_repaired = not remaining and exit_code == EXIT_DONE
     outcome = "all repaired" if is_repaired else "not all repaired"
     log.info("%s: %s, %s", out, format_count(len(problems), "problem"), outcome)
@@ -133,6 +146,7 @@ def _open_image(out: Path, name: str) -> _ProbabilityImage | Problem:
         record = ome_zarr.read_record(folder)
     except (InputError, KeyError, TypeError) as error:
         return Problem(f"{name}: what its folder holds cannot be read ({error})", forget)
+
     if record is None:
         return Problem(f"{name}: {folder} is missing, or does not say what it belongs to", forget)
 
@@ -153,13 +167,19 @@ def _check_metadata(image: _ProbabilityImage) -> Iterator[Problem]:
     with tempfile.TemporaryDirectory() as fresh:
         expected_folder = Path(fresh) / image.folder.name
         record = ome_zarr.read_record(image.folder)
+
         ome_zarr.create(
             expected_folder, "probability", image.shape, image.voxel_size, image.shard, image.chunk, MASK, record
         )
+
+        # Metadata follow from the record, so they can be restored without predicting anything.
         for file in sorted(expected_folder.rglob("zarr.json")):
             path, expected = image.folder / file.relative_to(expected_folder), file.read_text(encoding="utf-8")
+
+            # A torn file may hold bytes that are no text.
             if path.exists() and path.read_text(encoding="utf-8", errors="replace") == expected:
                 continue
+
             state = "other than written" if path.exists() else "missing"
             text = f"{image.name}: the metadata {path.relative_to(image.folder)} is {state}"
             yield Problem(text, functools.partial(files.write_text, path, expected))
@@ -170,12 +190,15 @@ def _check_blocks(image: _ProbabilityImage) -> Iterator[Problem]:
     for block in image.blocks:
         marker, path = image.markers.read(block.index), image.markers.path(block.index)
         label = f"{image.name} block {block.index}"
+
         if marker is None:
             state = "cannot be read or is of another run" if path.exists() else "is missing"
             text = f"{label}: its done marker {path.name} {state}"
+
             yield Problem(text, functools.partial(_forget_block, image, path))
             continue
 
+        # Without its marker a block is written again, both shards of it.
         for shard in (ome_zarr.shard_path(block.index), ome_zarr.shard_path(block.index, label=MASK)):
             if fault := _find_shard_fault(image, shard, marker.files.get(shard, "")):
                 yield Problem(f"{label}: {fault}", functools.partial(path.unlink, missing_ok=True))
@@ -198,11 +221,13 @@ def _check_levels(image: _ProbabilityImage) -> Iterator[Problem]:
             yield Problem(text, image.markers.remove_levels)
             continue
 
+        # Shards of a level are built one by one, so only the faulty ones are forgotten.
         for shard in shards:
             if shard.path in checksums:
                 fault = _find_shard_fault(image, shard.path, checksums[shard.path])
             else:
                 fault = f"the shard {shard.path} is in no marker"
+
             if fault:
                 forget = functools.partial(_forget_level_shard, image, number, shard.path)
                 yield Problem(f"{image.name} level {number}: {fault}", forget)
@@ -218,6 +243,7 @@ def _find_shard_fault(image: _ProbabilityImage, shard: str, checksum: str) -> st
     path = image.folder / shard
     if not path.exists():
         return f"the shard {shard} is missing" if checksum else ""
+
     # A file where none should be is found by `_check_unknown_files`.
     if not checksum or files.sha256(path) == checksum:
         return ""
@@ -232,12 +258,16 @@ def _check_unknown_files(image: _ProbabilityImage) -> Iterator[Problem]:
         shards = [ome_zarr.shard_path(block.index, label=label) for label in (None, MASK)]
         # The shards of a block without a marker are written again, whatever they hold.
         expected |= set(shards if marker is None else marker.files)
+
+    # Level 0 has no marker of its own, and adds nothing here.
     for number, _ in enumerate(ome_zarr.plan_levels(image.shape, image.voxel_size)):
         checksums = image.markers.read_level(number) or {}
         expected |= {shard for shard, checksum in checksums.items() if checksum}
 
     for path in sorted(image.folder.rglob("*")):
         shard = path.relative_to(image.folder).as_posix()
+
+        # The metadata are compared in a check of their own.
         if path.is_file() and path.name != "zarr.json" and shard not in expected:
             yield Problem(f"{image.name}: `infer` did not write {shard}", path.unlink)
 
@@ -247,12 +277,15 @@ def _check_trees(out: Path) -> Iterator[Problem]:
     try:
         index = files.read_json(out / INDEX, _HINT)
     except InputError as error:
+        # A repair writes the index anyhow, so there is nothing to forget.
         yield Problem(str(error), lambda: None)
         return
 
     expected = set[Path]()
     for name in index:
         record = _read_entry_record(out, name)
+
+        # Without the record no file can be told from that of a person, so none is reported.
         if record is None:
             expected |= set(list_tree_files(out, name))
             path = entry_path(out, name)
@@ -280,11 +313,15 @@ def _read_entry_record(out: Path, name: str) -> dict[str, Any] | None:
 
 def _check_entry(out: Path, name: str, record: dict[str, Any], indexed: Any) -> Iterator[Problem]:
     """Compare one volume's entry with the index, and its files with their checksums."""
+    # The index is written again by every repair.
     if record["entry"] != indexed:
         yield Problem(f"{name}: {INDEX} differs from its entry", lambda: None)
+
     for file, checksum in record["files"].items():
         path = out / file
         if not path.exists() or files.sha256(path) != checksum:
             state = "has other bytes than were written" if path.exists() else "is missing"
+
+            # The file may be the corrected work of a person, so it is moved and not removed.
             forget = functools.partial(set_aside, out, path, entry_path(out, name))
             yield Problem(f"{name}: {file} {state}", forget)

@@ -59,6 +59,7 @@ def main(args: Sequence[str]) -> int:
     if any(arg in ("-h", "--help") for arg in args):
         sys.stdout.write(f"{_USAGE}\n{__doc__}")
         return 0
+
     if not args or "=" in args[0] or args[0].startswith("-"):
         raise ConfigError(f"expected: {_USAGE}")
 
@@ -66,9 +67,12 @@ def main(args: Sequence[str]) -> int:
     with ViewerServer(cfg) as server:
         for line in server.list_links():
             log.info("%s", line)
+
+        # A result often lies on a cluster, and the browser runs on a desk.
         port = server.server_port
         tunnel = f"ssh -L {port}:{_ADDRESS}:{port} {os.uname().nodename}"
         log.info("from another computer: %s, then the same link; Ctrl-C ends", tunnel)
+
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -84,11 +88,15 @@ class ViewerServer(ThreadingHTTPServer):
     def __init__(self, cfg: ServeConfig) -> None:
         """Raises ConfigError when the port is taken, InputError for a folder that `infer` did not finish."""
         self.cfg, self.layers, self.root = cfg, ViewerLayers(cfg.out), cfg.out.resolve()
+
+        # Browsers compare origins, which have no path.
         self.viewer_origin = "://".join(urllib.parse.urlsplit(cfg.viewer)[:2])
         self._free_connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+
         try:
             super().__init__((_ADDRESS, cfg.port), _Handler)
         except OSError as error:
+            # Only a port that is taken or reserved can be mended by another choice.
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
             raise ConfigError(f"port {cfg.port} cannot be had ({error.strerror}); give another, or port=0") from None
@@ -98,9 +106,12 @@ class ViewerServer(ThreadingHTTPServer):
         if self._free_connections.acquire(blocking=False):
             super().process_request(request, client_address)
             return
+
+        # Waiting for a free thread here would keep the server from all other connections.
         refusal = (
             f"HTTP/1.1 {HTTPStatus.SERVICE_UNAVAILABLE.value} busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         )
+
         try:
             request.sendall(refusal.encode())
         except OSError:
@@ -129,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
     """GET and HEAD, whole or by one range of bytes: shards are read in parts."""
 
     server: ViewerServer
-    protocol_version = "HTTP/1.1"  # connections stay open: a view needs hundreds of chunks
+    # Connections stay open, because a view needs hundreds of chunks.
+    protocol_version = "HTTP/1.1"
     timeout = _IDLE_SECONDS
 
     def do_GET(self) -> None:
@@ -154,6 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         if not _is_loopback(host):
             return self._send_head(HTTPStatus.FORBIDDEN, 0, {})
+
         path = _parse_path(self.path)
         if path is None:
             return self._send_head(HTTPStatus.NOT_FOUND, 0, {})
@@ -161,10 +174,13 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             layer = self.server.layers.get(path, f"http://{host}")
         except (InputError, OSError, ValueError) as error:
+            # One image that cannot be read must not end the server.
             log.warning("%s: %s", path, error)
             return self._send_head(HTTPStatus.INTERNAL_SERVER_ERROR, 0, {})
+
         if layer is None:
             return self._send_file(path, has_body)
+
         self._send_head(HTTPStatus.OK, len(layer), {})
         if has_body:
             self.wfile.write(layer)
@@ -173,28 +189,35 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, path: str, has_body: bool) -> None:
         """A file below OUT, or the range of it that is wanted."""
         try:
+            # Resolved before the comparison, so that neither `..` nor a link leads out of OUT.
             file = (self.server.root / path).resolve()
+
             # A shard without signal has no file; viewers take it for zeros.
             handle = file.open("rb") if file.is_relative_to(self.server.root) and file.is_file() else None
         except (OSError, ValueError, RuntimeError):
             # A name that is too long, has a null byte, or leads round in circles.
             handle = None
+
         if handle is None:
             return self._send_head(HTTPStatus.NOT_FOUND, 0, {})
 
         with handle:
+            # Taken from the open file, since the name may lead to another by now.
             size = os.fstat(handle.fileno()).st_size
+
             byte_range = _parse_range(self.headers.get("Range"), size)
             if byte_range is None:
                 return self._send_head(
                     HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, 0, {"Content-Range": f"bytes */{size}"}
                 )
+
             start, stop = byte_range
             if (start, stop) == (0, size):
                 self._send_head(HTTPStatus.OK, size, {})
             else:
                 content_range = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
                 self._send_head(HTTPStatus.PARTIAL_CONTENT, stop - start, content_range)
+
             if has_body:
                 self._send_pieces(handle, start, stop)
         return None
@@ -202,19 +225,25 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_pieces(self, handle: BinaryIO, start: int, stop: int) -> None:
         handle.seek(start)
         remaining = stop - start
+
+        # In pieces, because many shards may be sent at once.
         while remaining > 0 and (piece := handle.read(min(_PIECE_BYTES, remaining))):
             self.wfile.write(piece)
             remaining -= len(piece)
+
         # A file that has shrunk meanwhile: the length in the head is wrong, so the connection cannot go on.
         self.close_connection = self.close_connection or remaining > 0
 
     def _send_head(self, status: HTTPStatus, length: int, headers: dict[str, str]) -> None:
         self.send_response(status)
+
+        # No page but the viewer's may read what is served.
         common = {
             "Access-Control-Allow-Origin": self.server.viewer_origin,
             "Access-Control-Expose-Headers": "*",
             "Accept-Ranges": "bytes",
         }
+
         for key, value in {**common, "Content-Length": str(length), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
@@ -238,8 +267,10 @@ def _parse_path(target: str) -> str | None:
 
 def _parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     """(first, end) of the bytes wanted: `bytes=A-B`, `bytes=A-`, `bytes=-N`; all without. None: not to be had."""
+    # HTTP lets a server ignore ranges that it does not know; it then sends the whole file.
     if header is None or not header.startswith("bytes=") or "," in header:
         return 0, size
+
     first, _, last = header.removeprefix("bytes=").partition("-")
     if not (first + last).isdecimal():
         return 0, size
@@ -247,6 +278,8 @@ def _parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     if not first:
         return max(size - _parse_size(last), 0), size
     start = _parse_size(first)
+
+    # HTTP cuts a range that reaches over the end of the file.
     stop = min(_parse_size(last) + 1, size) if last else size
     return (start, stop) if start < stop else None
 

@@ -46,8 +46,11 @@ class ViewerLayers:
         hint = "give a folder that `infer` wrote; if it is not finished, give the same command again"
         self._entries: dict[str, Any] = files.read_json(out / "predictions.json", hint)
         self._out, self._cfg = out, schema.load(InferConfig, out / "config.yaml")
+
         # One reader at a time: HDF5 and TIFF files have one position.
         self._reading = threading.Lock()
+
+        # A view makes hundreds of requests, and opening a file or parsing trees takes long.
         self._image, self._trees = cache(self._open_image), cache(self._read_trees)
 
     @property
@@ -62,6 +65,7 @@ class ViewerLayers:
         """
         head, _, rest = path.partition("/")
         name, _, kind = head.rpartition(".")
+
         if name not in self._entries:
             return None
 
@@ -80,8 +84,12 @@ class ViewerLayers:
         state = self._read_state(name, base)
 
         image = {"type": "image", "name": "image", "source": f"zarr3://{base}/{name}.image/"}
+
+        # Measured where the view begins, since brightness may differ across an image.
         contrast = {"normalized": {"range": self._measure_contrast(name, state["position"])}}
         state["layers"].insert(0, {**image, "shaderControls": contrast})
+
+        # Trees come above the mask, and below the places to look at.
         if entry.get("swc"):
             source = f"precomputed://{base}/{name}.trees"
             numbers = [str(number) for number in range(1, entry["trees"] + 1)]
@@ -92,9 +100,11 @@ class ViewerLayers:
         """The state that `infer` wrote for proofreading; a plain one for a volume without trees."""
         path = self._out / "proofread" / f"{name}.neuroglancer.json"
         if path.exists():
+            # The address of the server was not known when the file was written.
             text = path.read_text(encoding="utf-8").replace("http://HOST/", f"{base}/")
             state: dict[str, Any] = json.loads(text)
             return state
+
         _, shape, _ = self._image(name)
         return build_neuroglancer_state(name, (), shape, _voxel_size(self._entries[name]), base)
 
@@ -103,6 +113,7 @@ class ViewerLayers:
         if cfg.store is not None and name in (store := Store(cfg.store)).ids:
             stored = store[name]
             return stored.dtype, stored.shape, stored.image
+
         for item in cfg.inputs:
             if name == item.name:
                 volume = open_image(item, item.dataset)
@@ -112,9 +123,13 @@ class ViewerLayers:
     def _measure_contrast(self, name: str, position: list[float]) -> list[float]:
         """The brightness to show as black and as white, of the voxels around a position."""
         _, shape, read = self._image(name)
+
+        # A part suffices: reading all of a brain would take too long.
         z, y, x = (round(center) - size // 2 for center, size in zip(position, _CONTRAST_BOX, strict=True))
         values = read(Box.at((z, y, x), _CONTRAST_BOX).clip(Box.whole(shape))).astype(np.float32)
         low, high = (float(value) for value in np.percentile(values, _CONTRAST_PERCENTILES))
+
+        # An image of one brightness would give an empty range.
         return [low, max(high, low + 1e-6)]
 
     def _get_image_file(self, name: str, rest: str) -> bytes | None:
@@ -124,8 +139,10 @@ class ViewerLayers:
             voxel_size = _voxel_size(self._entries[name])
             ome = ome_zarr.build_multiscales(name, ome_zarr.plan_levels(shape, voxel_size)[:1], voxel_size)
             return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {"ome": ome}}).encode()
+
         if rest == "0/zarr.json":
             return json.dumps(_describe_array(shape, dtype)).encode()
+
         if rest.startswith("0/c/"):
             return self._read_chunk(name, rest.removeprefix("0/c/").split("/"))
         return None
@@ -133,12 +150,15 @@ class ViewerLayers:
     def _read_chunk(self, name: str, index: list[str]) -> bytes | None:
         dtype, shape, read = self._image(name)
         counts = [-(-size // chunk) for size, chunk in zip(shape, _CHUNK, strict=True)]
+
+        # The index comes with a request, and may be anything.
         numbers = [_parse_number(text) for text in index]
         if len(numbers) != 3 or not all(0 <= n < count for n, count in zip(numbers, counts, strict=True)):
             return None
 
         z, y, x = (number * chunk for number, chunk in zip(numbers, _CHUNK, strict=True))
         box = Box.at((z, y, x), _CHUNK).clip(Box.whole(shape))
+
         # The last chunk of an axis is as large as the others.
         values = np.zeros(_CHUNK, _viewer_dtype(dtype))
         values[box.relative_to((z, y, x)).slices] = read(box)
@@ -149,8 +169,11 @@ class ViewerLayers:
         if rest == "info":
             return json.dumps({"@type": "neuroglancer_skeletons"}).encode()
         number = _parse_number(rest)
+
+        # Trees are numbered from 1, and what is no number gives -1.
         if number < 1:
             return None
+
         trees = self._trees(name)
         return _encode_skeleton(trees[number - 1]) if number <= len(trees) else None
 
@@ -169,6 +192,7 @@ def _describe_array(shape: Shape, dtype: np.dtype[Any]) -> dict[str, Any]:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(_CHUNK)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0,
+        # Uncompressed, so that a chunk costs no more than its reading.
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         "dimension_names": ["z", "y", "x"],
     }
@@ -194,5 +218,7 @@ def _viewer_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def _encode_skeleton(tree: Tree) -> bytes:
     """Counts of vertices and edges, vertices x y z in nanometers, edges: all little-endian, 32 bits."""
     counts = np.array([len(tree), len(tree.edges)], "<u4")
+
+    # Neuroglancer takes x y z, where trees here are z y x.
     vertices = (tree.points[:, ::-1] * _NM_PER_UM).astype("<f4")
     return counts.tobytes() + vertices.tobytes() + tree.edges.astype("<u4").tobytes()

@@ -38,9 +38,12 @@ def build_pyramid(volume: VolumeRun, ranks: Ranks) -> list[TaskFailure]:
     """Build the levels above 0 that are not marked done, one after the other, each on all ranks. Collective."""
     source = volume.source
     levels = ome_zarr.plan_shards(source.shape, source.voxel_size, volume.tiling.write, MASK)
+
     for number, shards in enumerate(levels, start=1):
         # All ranks get what the first one reads: a file system may show the others an older marker.
         checksums = ranks.run_on_main(functools.partial(volume.markers.read_level, number)) or {}
+
+        # A failure or a repair may have left part of a level.
         tasks = [_make_shard_task(shard, source.id) for shard in shards if shard.path not in checksums]
         if not tasks:
             continue
@@ -48,9 +51,13 @@ def build_pyramid(volume: VolumeRun, ranks: Ranks) -> list[TaskFailure]:
         report = _run_on_volumes(
             functools.partial(list, tasks), functools.partial(_build_shard, volume), [volume], ranks
         )
+
+        # What was built stays on record, also where other shards failed.
         checksums |= dict(report.results)
+
         if ranks.is_main:
             volume.markers.write_level(number, checksums)
+
         # A level is built from the one below, which must be whole.
         if report.failures:
             return report.failures
@@ -72,16 +79,24 @@ def trace_volumes(
         steps = [SKELETONIZE_BLOCKS, TRACE_FOREST]
         if predictor.cfg.flips:
             steps.append(_predict_views_step(predictor, progress, ranks))
+
+        # Each step is taken by all volumes before the next, so that ranks share all of its tasks.
         for step in [*steps, WRITE_FILES]:
+            # A step needs what the one before it wrote.
             failed_ids = {failure.group for failure in failures}
             remaining = {name: trees for name, trees in all_trees.items() if name not in failed_ids}
+
             report = _take_step(step, remaining, ranks)
             failures += report.failures
 
+    # Only the last step, which writes the files, returns entries.
     entries = dict(report.results)
+
     if ranks.is_main:
         failed_ids = {failure.group for failure in failures}
         entries |= {name: describe_volume(all_trees[name].volume) for name in failed_ids}
+
+    # In the order of the volumes, whichever ended first.
     return {name: entries[name] for name in all_trees if name in entries}, failures
 
 
@@ -105,6 +120,7 @@ def _run_on_volumes(
     if not volumes:
         return TaskReport()
     journals = {volume.source.id: volume.markers for volume in volumes}
+
     # The limits come from the config, so they are the same for all volumes.
     limits = volumes[0].limits
     plan = ranks.run_on_main(lambda: plan_tasks(list_tasks(), journals, limits))
@@ -142,6 +158,8 @@ def _list_files_task(trees: VolumeTrees) -> list[Task[None]]:
 
 def _write_files(trees: VolumeTrees, task: Task[None]) -> tuple[str, PredictionEntry]:
     entry = trees.finish(functools.partial(flip_tta.load_views, trees))
+
+    # The last task of a volume ends here, so no count of deaths is needed any more.
     trees.volume.markers.end_all()
     return task.group, entry
 
@@ -159,10 +177,14 @@ def _predict_views_step(predictor: Predictor, progress: WindowProgress, ranks: R
     def list_tasks(trees: VolumeTrees) -> list[Task[Block]]:
         if not trees.has_forest():
             return []
+
         samples, tiling = sample_forest(trees), trees.volume.tiling
         blocks = flip_tta.list_missing_blocks(trees, samples)
         windows = sum(flip_tta.count_windows(samples, tiling, block) for block in blocks)
+
+        # Only the first rank shows progress, and it does about its share.
         progress.expect(len(predictor.cfg.flips) * windows // ranks.size)
+
         name = trees.volume.source.id
         return [
             _make_task(f"view_{name_block(block.index)}", f"second look at block {block.index}", block, name)
@@ -171,6 +193,8 @@ def _predict_views_step(predictor: Predictor, progress: WindowProgress, ranks: R
 
     def count_windows(windows: int) -> None:
         progress.advance(windows)
+
+        # A block takes long, so a request to stop is obeyed between two forwards.
         stop_signals.check()
 
     def predict_views(trees: VolumeTrees, task: Task[Block]) -> None:

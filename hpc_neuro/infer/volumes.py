@@ -70,6 +70,8 @@ def open_inputs(cfg: InferConfig, measurements: Mapping[str, Measurement] | None
     """
     if cfg.store is not None:
         yield from _open_store(cfg.store, cfg)
+
+    # A mistake is reported before whole images are read.
     _require_separate_results(cfg)
     for item, share in _divide(cfg.inputs, cfg.share):
         yield _open_file(item, share, (measurements or {}).get(item.name))
@@ -91,6 +93,7 @@ def _open_store(path: Path, cfg: InferConfig) -> Iterator[InputVolume]:
     if not names:
         raise InputError(f"{path} has no volume in the split {cfg.split}; choose another with split=NAME")
 
+    # A store knows the brightness range of its volumes, so nothing is measured.
     for name, share in _divide(names, cfg.share):
         volume = store[name]
         yield InputVolume(
@@ -107,8 +110,10 @@ def _open_store(path: Path, cfg: InferConfig) -> Iterator[InputVolume]:
 
 def _require_separate_results(cfg: InferConfig) -> None:
     """InputError where results would be written over an image, into it, or around it."""
+    # A result inside an image folder, or around one, would damage the image.
     names = [f"{item.name}.ome.zarr" for item in cfg.inputs]
     results = [(cfg.out / name).resolve() for name in (*names, *_RESULT_FOLDERS)]
+
     for item in cfg.inputs:
         image = item.image.resolve()
         for result in results:
@@ -121,11 +126,15 @@ def _divide(items: tuple[T, ...], share: ShareOf | None) -> Iterator[tuple[T, Sh
     if not items:
         return
     own = run_folder.take_share(items, share)
+
+    # Whole volumes cost no gathering of blocks.
     if share is None or share[1] <= len(items):
         yield from ((item, None) for item in own)
         return
 
+    # Shares go to the items in turn, so that no two items differ by more than one.
     index, count = share
+
     number = index % len(items)
     sharers = len(range(number, count, len(items)))
     yield items[number], (index // len(items), sharers) if sharers > 1 else None
@@ -134,18 +143,25 @@ def _divide(items: tuple[T, ...], share: ShareOf | None) -> Iterator[tuple[T, Sh
 def _open_file(item: VolumeConfig, share: ShareOf | None, measurement: Measurement | None) -> InputVolume:
     volume = open_image(item, item.dataset)
     voxel_size = item.voxel_size or volume.voxel_size
+
     if voxel_size is None:
         raise InputError(
             f"{item.image} does not say its voxel size, and trees are written in micrometres; give voxel_size=[z, y, x]"
         )
+
     roots = item.roots if item.root is None else (item.root,)
     _check_roots(item, roots, volume.shape)
+
     if item.range is not None and not item.range[0] < item.range[1]:
         raise InputError(f"{item.image}: range {list(item.range)} must rise; give [darkest, brightest]")
 
+    # Measuring reads every voxel, so no second rank does it.
     measurement = measurement or _measure(item, volume)
     low, high = measurement.range
+
+    # All that changes a normalized voxel belongs here.
     facts = f"{measurement.content} {item.channel} {item.axes} {item.dataset} {low} {high}"
+
     return InputVolume(
         id=item.name,
         image=str(item.image),
@@ -171,6 +187,8 @@ def _check_roots(item: VolumeConfig, roots: tuple[tuple[float, float, float], ..
 
 def _measure(item: VolumeConfig, volume: Volume) -> Measurement:
     intensity_range = item.range or compute_intensity_range(lambda box: volume[box], volume.shape)
+
+    # A folder may hold millions of chunks, so their bytes are not read.
     content = files.sha256(item.image) if item.image.is_file() else _describe_folder(item.image)
     return Measurement(intensity_range, content)
 
@@ -182,6 +200,8 @@ def _describe_folder(image: Path) -> str:
     Its chunks may be millions, so that one replaced in place is not noticed.
     """
     metadata = [path for name in _METADATA_FILES for pattern in (name, f"*/{name}") for path in image.glob(pattern)]
+
+    # Sorted, because file systems list folders in orders of their own.
     facts = [(p.relative_to(image).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(metadata)]
     return f"{image.resolve()} {facts}"
 
@@ -190,6 +210,7 @@ def _open_overview(item: VolumeConfig, fine: Volume, low: float, high: float) ->
     """The brightest voxel of a box (in fine voxels) in a coarser level of the same image."""
     coarse = open_image(item, item.overview)
     factor = [size / coarse_size for size, coarse_size in zip(fine.shape, coarse.shape, strict=True)]
+
     if any(f < 1 for f in factor):
         raise InputError(
             f"{item.image}: overview {item.overview} is {coarse.shape} voxels and the image {fine.shape}; it must be a "
@@ -197,8 +218,10 @@ def _open_overview(item: VolumeConfig, fine: Volume, low: float, high: float) ->
         )
 
     def read_maximum(box: Box) -> float:
+        # Rounded outwards, so that no fine voxel is missed.
         z, y, x = (int(a / f) for a, f in zip(box.start, factor, strict=True))
         z_stop, y_stop, x_stop = (int(np.ceil(b / f)) for b, f in zip(box.stop, factor, strict=True))
+
         # One voxel more on each side, for levels whose voxels do not begin where those of the fine level do.
         coarse_box = Box((z, y, x), (z_stop, y_stop, x_stop)).grow((1, 1, 1))
         return float(normalize(coarse[coarse_box.clip(Box.whole(coarse.shape))], low, high).max())
