@@ -111,7 +111,7 @@ class DoneMarkers:
     def count_deaths(self, name: str) -> int:
         """How often a process was killed while it was at a task."""
         try:
-            # A kill between creating and writing the file leaves it empty: the task was begun once.
+            # A kill between creating and writing the file leaves it empty: the task was begun at least once.
             return int((self._begun / name).read_text(encoding="utf-8") or 1)
         except FileNotFoundError:
             return 0

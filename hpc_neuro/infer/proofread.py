@@ -227,7 +227,7 @@ def score_blocks(tree: Tree, confidence: NodeConfidence, block: Shape, voxel_siz
     for index, values in zip(indices.tolist(), _score_groups(forest, group_of.ravel()), strict=True):
         score = BlockScore("_".join(map(str, index)), *values)
 
-        # A lone node has no cable of which a share could be sure.
+        # A block that holds no more than a root has no cable to be sure of.
         if score.cable_um > 0:
             scores.append(score)
     return sorted(scores, key=lambda score: (score.score, score.block))
