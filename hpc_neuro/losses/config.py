@@ -47,8 +47,10 @@ class Distill:
     def __post_init__(self) -> None:
         if self.taps % 2 == 0:
             raise ValueError(f"taps is {self.taps}; a tube has its token in the middle, so it must be odd")
+
         if not self.views or len(set(self.views)) != len(self.views):
             raise ValueError(f"views is {list(self.views)}; name one to three of z, y, x, each once")
+
         if not self.layers or len(set(self.layers)) != len(self.layers):
             pairs = [list(pair) for pair in self.layers]
             raise ValueError(f"layers is {pairs}; give [student block, teacher layer] pairs, each once")
@@ -69,8 +71,10 @@ class Distill:
         in the cache, in its order; mean, std: view -> [L, D] of the cache; tube_sum: `models.tubular.tube_sum`.
         Raises ConfigError for a view, layer or block that does not exist.
         """
+        # Only building needs torch, and a config is read without it.
         from hpc_neuro.losses.distill import Distiller
 
+        # All faults are reported together, so that one correction is enough.
         faults = [
             f"distill.views: the cache holds the views {sorted(mean)}, not {v!r}; drop it or run precompute with it"
             for v in self.views
@@ -80,6 +84,7 @@ class Distill:
         if faults:
             raise ConfigError("\n".join(faults))
 
+        # Negative numbers end here: the module counts from the first block and the first row.
         pairs = [(block % student_depth, _index_of_layer(layer, teacher_layers)) for block, layer in self.layers]
         return Distiller(self, student_dim, pairs, {v: (mean[v], std[v]) for v in self.views}, tube_sum)
 
@@ -89,6 +94,7 @@ class Distill:
         for block, layer in self.layers:
             if not -student_depth <= block < student_depth:
                 faults.append(f"distill.layers: the student has blocks 0 to {student_depth - 1}, not {block}")
+
             if layer not in teacher_layers and not -len(teacher_layers) <= layer < 0:
                 faults.append(
                     f"distill.layers: the cache holds layers {list(teacher_layers)}, not {layer}; precompute it"

@@ -68,10 +68,12 @@ class Distiller(nn.Module):
         window = _make_window(cfg.window, cfg.taps)
         self._constants: tuple[Tensor, ...] = (mean, std, window)  # [V, L, D], [V, L, D], [K]
 
+        # The features of a view depend on its axis, so each view has heads of its own.
         teacher_dim = int(mean.shape[-1])
         heads = {f"{v}_{i}": nn.Linear(student_dim, teacher_dim) for i in range(len(pairs)) for v in self.views}
         self.heads = nn.ModuleDict(heads)
 
+        # Straight tubes and single tokens have nothing to learn about the shape of a tube.
         self.offsets = nn.ModuleList()
         if cfg.axes == "deformable":
             self.offsets.extend(_make_offset_conv(student_dim, cfg.taps) for _ in pairs)
@@ -84,6 +86,7 @@ class Distiller(nn.Module):
         batch is distilled the terms are nan, and the scalar is a zero that still reaches every parameter.
         Raises InputError when a feature is missing or the token grids differ.
         """
+        # A module moves its parameters and buffers to the device, but no plain tensors.
         self._constants = tuple(c.to(batch.image.device) for c in self._constants)
 
         chosen = batch.distilled.nonzero()[:, 0]
@@ -92,6 +95,8 @@ class Distiller(nn.Module):
         chosen = copy_to_device(chosen, batch.image.device)
 
         self._check_features(features, batch)
+
+        # Neurites fill a small part of a crop, and the background would dominate a plain mean.
         share = self._measure_neurite_share(features, batch)[chosen]  # [b, z, y, x]
         weight = self.cfg.floor + (1 - self.cfg.floor) * share
 
@@ -138,6 +143,8 @@ class Distiller(nn.Module):
             flat = line.movedim(1, -1)  # [b, z, y, x, C]
             for view, target in zip(self.views, targets.chunk(len(self.views), 1), strict=True):
                 guess = _apply_in_own_dtype(self.heads[f"{view}_{pair}"], flat)  # [b, z, y, x, D]
+
+                # Cosines are logged without weights, so that runs with other weights can be compared.
                 cosine, distance = self._measure_distance(guess, target.movedim(1, -1))
                 distances.append((weight * distance).mean())
                 cosines[view].append(cosine.detach().mean())
@@ -160,6 +167,7 @@ class Distiller(nn.Module):
 
     def _measure_distance(self, guess: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """(cosine similarity, mixed distance) of [b, z, y, x, D], each [b, z, y, x]."""
+        # The cosine ignores the length of a token. The smooth L1 term ties it to the teacher's.
         cosine = F.cosine_similarity(guess, goal, dim=-1)
         smooth_l1 = F.smooth_l1_loss(guess, goal, reduction="none").mean(-1)
         return cosine, self.cfg.cosine * (1 - cosine) + (1 - self.cfg.cosine) * smooth_l1
@@ -169,6 +177,8 @@ class Distiller(nn.Module):
         loss = _average([distance for pair in terms for distance in pair.distances], zero)
         roughness = _average([pair.roughness for pair in terms if pair.roughness is not None], zero)
         bend = _average([pair.bend for pair in terms if pair.bend is not None], zero)
+
+        # The logged loss is free of `weight`, so that runs with other weights can be compared.
         loss = loss + self.cfg.smoothness * roughness
 
         logged = {"distill": loss.detach(), "distill_bend": bend}
@@ -181,6 +191,8 @@ class Distiller(nn.Module):
         tokens = []
         for index, view in enumerate(self.views):
             cached = batch.features[view][:, layer].detach().float()  # [B, D, z, y, x]
+
+            # Without it the channels of the largest scale would decide the loss.
             mean, std = (s[index, layer].view(1, -1, 1, 1, 1) for s in self._constants[:2])
             tokens.append(((cached - mean) / std)[chosen])
         return torch.cat(tokens, 1)
@@ -191,6 +203,7 @@ class Distiller(nn.Module):
         labelled = batch.mask != UNLABELLED
         neurite = (batch.mask > 0) & labelled
 
+        # Both are shares of the whole block, so their ratio is the share among the labelled voxels.
         labelled_share = F.adaptive_avg_pool3d(labelled.float(), (z, y, x))
         neurite_share = F.adaptive_avg_pool3d(neurite.float(), (z, y, x)) / labelled_share.clamp(min=1e-6)
         return neurite_share[:, 0]
@@ -205,6 +218,7 @@ class Distiller(nn.Module):
                 f"request {self.student_layers} from the student and {self.views} from the cache"
             )
 
+        # Tokens are compared place by place, which has a meaning on one grid only.
         grids = {tuple(features[b].shape[2:]) for b in self.student_layers}
         grids |= {tuple(batch.features[v].shape[3:]) for v in self.views}
         if len(grids) > 1:
@@ -216,6 +230,8 @@ class Distiller(nn.Module):
     def _make_zero_loss(self, like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """A zero that reaches every parameter, so that a rank with nothing to distil joins the reductions of others."""
         zero = torch.stack([p.float().sum() * 0 for p in self.parameters()]).sum()
+
+        # A nan marks a term of no sample. It gets no weight in the mean over passes.
         nan = like.new_full((), float("nan"), dtype=torch.float32)
         names = ["distill", "distill_bend", *(f"distill_cosine_{v}" for v in self.views)]
         return zero, dict.fromkeys(names, nan)
@@ -239,6 +255,8 @@ def _stack_statistics(statistics: Mapping[str, tuple[Array | Tensor, Array | Ten
     """Mean and std of all views, each [V, L, D] float32. Raises InputError for other shapes or a std of 0."""
     mean = torch.stack([torch.as_tensor(mean).float() for mean, _ in statistics.values()])
     std = torch.stack([torch.as_tensor(std).float() for _, std in statistics.values()])
+
+    # A channel without variance would be divided by 0.
     if mean.ndim != 3 or mean.shape != std.shape or not bool((std > 0).all()):
         raise InputError(
             f"the cache's mean {tuple(mean.shape)} and std {tuple(std.shape)} must be views x layers x channels "
@@ -251,6 +269,7 @@ def _make_window(kind: str, taps: int) -> Tensor:
     """Normalized weights [K] of a tube's taps; triangular falls to zero one step beyond the ends."""
     half = taps // 2
     distance = torch.arange(-half, half + 1).abs().float()
+
     weight = half + 1 - distance if kind == "triangular" else torch.ones(taps)
     return weight / weight.sum()
 
@@ -275,6 +294,7 @@ def _measure_roughness(offsets: Tensor) -> Tensor:
     slanted tube then costs nothing.
     """
     steps = torch.stack(offsets.chunk(2, 1), 1)  # [b, 2, K-1, z, y, x]
+
     half = steps.shape[2] // 2
     along = torch.cat([-steps[:, :, :half], steps[:, :, half:]], 2)
     return along.diff(dim=2).square().sum(1).mean()

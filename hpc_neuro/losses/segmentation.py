@@ -42,6 +42,8 @@ class CrossEntropy:
         truth, labelled = _split_mask(logits, batch.mask)
         loss = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
         weight = labelled * (1 + (self.foreground - 1) * truth)
+
+        # A crop without any label must not divide by zero.
         return (_sum_per_sample(loss * weight) / _sum_per_sample(weight).clamp(min=1)).mean()
 
 
@@ -59,6 +61,8 @@ class Dice:
         """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
         truth, labelled = _split_mask(logits, batch.mask)
         prob = logits.float().sigmoid() * labelled
+
+        # Each crop has a ratio of its own: a pooled one would let thick neurites decide.
         overlap = 2 * _sum_per_sample(prob * truth) + self.smooth  # [B]
         return (1 - overlap / (_sum_per_sample(prob) + _sum_per_sample(truth) + self.smooth)).mean()
 
@@ -81,7 +85,9 @@ class Focal:
         import torch.nn.functional as F
 
         truth, labelled = _split_mask(logits, batch.mask)
-        signed = logits.float() * (2 * truth - 1)  # positive where the class is right
+
+        # Positive where the class is right.
+        signed = logits.float() * (2 * truth - 1)
 
         # (1 - p)^gamma = exp(gamma * log sigmoid(-signed)): gradients stay finite where 1 - p underflows
         loss = -F.logsigmoid(signed) * torch.exp(self.gamma * F.logsigmoid(-signed))
@@ -109,10 +115,12 @@ class ClDice:
         truth, labelled = _split_mask(logits, batch.mask)
         prob = logits.float().sigmoid() * labelled
 
+        # The truth has nothing to learn, so its skeleton needs no graph.
         with torch.no_grad():
             true_line = soft_skeletonize(truth, self.iterations)
         line = soft_skeletonize(prob, self.iterations)
 
+        # Without the smoothing term an empty crop would divide zero by zero.
         precision = (_sum_per_sample(line * truth) + _SMOOTH) / (_sum_per_sample(line) + _SMOOTH)  # [B]
         recall = (_sum_per_sample(true_line * prob) + _SMOOTH) / (_sum_per_sample(true_line) + _SMOOTH)  # [B]
         return (1 - 2 * precision * recall / (precision + recall)).mean()
@@ -136,6 +144,8 @@ class SkeletonRecall:
             raise InputError(
                 f"the skeleton is {tuple(batch.skeleton.shape)}, the logits are {tuple(logits.shape)}; want one shape"
             )
+
+        # An unlabelled part of the line can be neither hit nor missed.
         line = (batch.skeleton > 0) * labelled
         hits = _sum_per_sample(logits.float().sigmoid() * line)
         return (1 - (hits + _SMOOTH) / (_sum_per_sample(line) + _SMOOTH)).mean()
@@ -172,7 +182,11 @@ def soft_skeletonize(image: Tensor, iterations: int) -> Tensor:
     line = F.relu(image - _dilate(eroded))
     for _ in range(iterations):
         image, eroded = eroded, _erode(eroded)
-        rest = F.relu(image - _dilate(eroded))  # what an opening removes
+
+        # The rest is what an opening removes.
+        rest = F.relu(image - _dilate(eroded))
+
+        # What is on the line already is not added again, so that values stay within 1.
         line = line + F.relu(rest - line * rest)
     return line
 
@@ -182,6 +196,7 @@ def _erode(image: Tensor) -> Tensor:
     import torch
     import torch.nn.functional as F
 
+    # Torch pools by maximum only, and the minimum is that of the negative.
     z, y, x = (-F.max_pool3d(-image, size, 1, pad) for size, pad in _LINES)
     return torch.minimum(torch.minimum(z, y), x)
 
@@ -190,6 +205,7 @@ def _dilate(image: Tensor) -> Tensor:
     """The maximum over a voxel and its 26 neighbors, taken one axis at a time."""
     import torch.nn.functional as F
 
+    # Three lines are cheaper than one cube, and give the same maximum.
     for size, pad in _LINES:
         image = F.max_pool3d(image, size, 1, pad)
     return image
@@ -205,6 +221,8 @@ def _split_mask(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"the mask is {tuple(mask.shape)}, the logits are {tuple(logits.shape)}; want one shape [B, 1, Z, Y, X]"
         )
+
+    # Unlabelled voxels are no background: they must not count as true negatives.
     labelled = mask != UNLABELLED
     return ((mask > 0) & labelled).float(), labelled.float()
 

@@ -39,6 +39,8 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and count its results."""
         result = func(*args, **(kwargs or {}))
+
+        # Tensors on meta have no memory.
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 self._count(leaf.untyped_storage())
@@ -51,6 +53,8 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         end = time.monotonic() + limit
         last_bytes, since = self.live_bytes, time.monotonic()
+
+        # Each release restarts the quiet time, as others may follow.
         while (now := time.monotonic()) < end and now - since < quiet:
             time.sleep(quiet / 10)
             if self.live_bytes != last_bytes:
@@ -58,8 +62,11 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
+
+        # Views share a storage, which counts once and is released once.
         if key not in self._storage_bytes:
             weakref.finalize(storage, self._release, key)
+
         with self._lock:
             # A storage may grow.
             self.live_bytes += size - self._storage_bytes.get(key, 0)
@@ -102,10 +109,12 @@ def trace_backward(
     with FakeTensorMode(allow_non_fake_inputs=True), _FakeLiveTensors(taps) as live:
         # Off meta, attention is the fused one, as on every device; on meta it would keep all scores.
         fake._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+
         recorder = _EventRecorder(live)
         recorder.watch(fake)
         batch = _make_fake_batch(crop, crops, features or {})
 
+        # What was needed to build module and batch must not count as the peak of the pass.
         live.peak_bytes = live.live_bytes
         logits, distillation, _ = fake(vars(batch))
         loss, _ = sum_losses(losses, StudentOutput(logits, {}), batch)
@@ -129,11 +138,15 @@ class _EventRecorder:
 
     def _record(self, parameter: Tensor) -> None:
         gradient_bytes = 0 if parameter.grad is None else parameter.grad.untyped_storage().nbytes()
+
+        # Gradients are planned by stage elsewhere, so they are dropped here.
         parameter.grad = None
         peak, live = self._live.peak_bytes, self._live.live_bytes
+
         self.events.append(
             BackwardEvent(parameter.numel(), peak - self._weight_bytes - gradient_bytes, live - self._weight_bytes)
         )
+
         self._live.peak_bytes = live
 
 

@@ -35,6 +35,8 @@ def read_batches(
     micro: crops per pass. Raises RuntimeError when reading processes die again and again at the same batch.
     """
     is_gpu = device.type == "cuda"
+
+    # Beside a GPU the host is free to read. On a CPU the readers would compete with the training.
     workers = cfg.workers if cfg.workers is not None else _GPU_WORKERS * is_gpu
     count, deaths, last_death = 0, 0, -1
 
@@ -61,6 +63,8 @@ def _remove_child_handler() -> None:
     """Remove torch's handler of SIGCHLD, which raises wherever the step is; the next batch notices a death, too."""
     handler = signal.getsignal(signal.SIGCHLD)
     is_torchs = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+
+    # Python sets handlers in the main thread only.
     if is_torchs and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -108,8 +112,10 @@ class DevicePrefetcher:
         if batch is None:
             return
 
+        # The copy runs on a stream of its own, so that it does not queue behind the backward pass.
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             moved = batch.to(self._device)
+
         self._next = dataclasses.replace(moved, index=batch.index, distilled=batch.distilled)
 
     def take(self) -> Batch:
@@ -119,6 +125,7 @@ class DevicePrefetcher:
             raise StopIteration
         batch, self._next = self._next, None
 
+        # The copy may still be under way on its own stream.
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)

@@ -196,6 +196,7 @@ class TrainConfig:
     """Seed of samples, augmentation, initial weights and drop path."""
 
     def __post_init__(self) -> None:
+        # All faults are reported together, so that one correction is enough.
         faults = [*self._check_crop(), *self._check_losses()]
         if faults:
             raise ValueError("; ".join(faults))
@@ -208,6 +209,7 @@ class TrainConfig:
         if any(n % p for n, p in zip(size, patch, strict=True)):
             faults.append(f"crop.size {list(size)} must be a multiple of student.patch {list(patch)}")
 
+        # A rotation by 90 degrees swaps y and x, so both must have the same size.
         swapped = [name for name in self.augment.distilled or () if parse_orientation(name).swap]
         if swapped and (size[1] != size[2] or patch[1] != patch[2]):
             faults.append(
@@ -225,6 +227,7 @@ class TrainConfig:
                 "distill needs teacher features: give `cache` (see hpc-neuro precompute), or set distill=null"
             )
 
+        # Distillation alone is a valid run, so one weight above 0 is enough.
         parts = [*self.losses, *([self.distill] if self.distill else [])]
         if not any(part.weight > 0 for part in parts):
             faults.append(

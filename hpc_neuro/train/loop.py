@@ -89,6 +89,8 @@ def _explain_lost_rank(watch: TorchRankWatch) -> Iterator[None]:
         yield
     except RuntimeError as error:
         lost = watch.explain(error)
+
+        # Other errors have nothing to do with a lost rank, and keep their traceback.
         if not lost:
             raise
         log.error("train: %s; the others stop. The same command resumes from the last checkpoint", lost)
@@ -188,8 +190,10 @@ def train_step(run: TrainingRun, prefetcher: DevicePrefetcher) -> None:
         weights |= dict.fromkeys(distill_terms, float(distilled if count else 0))
         run.meter.add({"loss": loss, **terms, **distill_terms}, weights)
 
+    # The weights change with the last pass of a step only, so the average moves once a step.
     if run.ema is not None:
         run.ema.update(decay_at(run.step, cfg.optim.steps, cfg.ema.window))
+
     run.step += 1
     run.meter.end_step(norm, {"step": run.step, "kind": "train", "lr": lr})
 

@@ -29,9 +29,12 @@ _EMBEDDINGS = ("pos_embed", "depth_embed", "cls_token", "reg_token")
 def lr_at(step: int, cfg: OptimConfig) -> float:
     """Learning rate of step 0, 1, ... relative to `lr`: a linear rise, then a cosine down to `final`."""
     rise = cfg.warmup * cfg.steps
+
+    # Adam's variance is a poor estimate at first, and full steps would harm a teacher's weights.
     if step < rise:
         return (step + 1) / (rise + 1)
 
+    # The last step, and not the one after it, is at `final`.
     progress = min(1.0, (step - rise) / max(1.0, cfg.steps - 1 - rise))
     return cfg.final + (1 - cfg.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -56,10 +59,16 @@ def group_parameters(
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
+
+        # New parameters start from nothing and learn at the full rate. A teacher's weights are to be kept.
         scale = lr_scale(name, cfg, depth) if name in transferred else 1.0
+
+        # Decay of biases, norms and embeddings has no use as a regularizer.
         has_decay = parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in _EMBEDDINGS
         key = (scale, cfg.weight_decay if has_decay else 0.0)
         groups.setdefault(key, ParameterGroup(*key)).names.append(name)
+
+    # A sorted order does not depend on the order of the parameters, so it is the same on every rank and start.
     return [groups[key] for key in sorted(groups)]
 
 
@@ -70,6 +79,7 @@ def lr_scale(name: str, cfg: OptimConfig, depth: int) -> float:
     block = _BLOCK.search(f".{name}")
     if block:
         blocks_after = depth - 1 - int(block.group(1))
+
     return cfg.vit_lr * cfg.layer_decay**blocks_after
 
 
@@ -104,6 +114,7 @@ class Ema:
         After an error the weights are not restored: the ranks cannot meet to refresh them, and the run is over.
         """
         saved = {key: weight.detach().clone() for key, weight in self._weights.items()}
+
         self._fill(self.average)
         yield
         self._fill(saved)

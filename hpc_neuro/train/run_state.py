@@ -57,11 +57,14 @@ class TrainingRun:
         # The latest validation of crops, and the steps after which crops and volumes were last validated.
         self.score: ValidationScore | None = None
         self.scored_step = self.volumes_scored_step = -1
+
+        # A resumed run reports the time of all its starts.
         self._earlier_seconds, self._begin = 0.0, time.monotonic()
         newest = folder.find_newest(self.checkpoints)
         if newest is not None:
             self._resume(newest)
 
+        # The clock of the checkpoints starts here, as what was read needs no saving.
         self.saved_time = time.monotonic()
         self.saver = saver.Saver(self.checkpoints, cfg.checkpoint)
         self.validator = CropValidator(parts.store, parts.boxes)
@@ -73,6 +76,8 @@ class TrainingRun:
             log.info("train: model FLOPs utilization is not logged: the peak of this device is not known")
 
         self.metrics = MetricsFile(cfg.out / METRICS)
+
+        # A kill may leave parts of checkpoints. One rank removes them, since all share the folder.
         if self.is_main:
             files.remove_parts(self.checkpoints)
             self._resume_metrics(is_resumed=newest is not None)
@@ -91,6 +96,7 @@ class TrainingRun:
             )
 
         saver.restore_snapshot(checkpoint, self.engine.state, state.engine, self._averages())
+
         self.step = state.step
         self._earlier_seconds = state.seconds
         self.best = state.best
@@ -122,6 +128,8 @@ class TrainingRun:
     def log_steps(self) -> None:
         """Write the rows since the last call, and a line. Raises DivergedError before anything bad is saved."""
         steps_left = self.cfg.optim.steps - self.step
+
+        # In fp16 a step whose gradient overflows is skipped, so that is no failure.
         check_norm = self.parts.workload.dtype != torch.float16
         try:
             rows = self.meter.collect_rows(self.cfg.optim.batch, steps_left, check_norm)
@@ -137,6 +145,7 @@ class TrainingRun:
         # Utilization: operations of the student, without recomputation and distiller, relative to those of the GPU.
         if self._peak is not None:
             last["mfu"] = last["crops_per_s"] / distributed.world_size() * self._operations / self._peak
+
         self._write_rows(rows)
         log.info("train: %s", format_progress(last, self.cfg.optim.steps))
 
@@ -159,6 +168,8 @@ class TrainingRun:
     def validate_crops(self) -> None:
         """Score the averaged weights on the fixed crops; export them when they are the best so far."""
         self.engine.module.eval()
+
+        # The average is what is exported, so it is what is validated.
         recorder = PictureRecorder(self.wandb.pictures)
         with self._use_average():
             score = self.validator(recorder.wrap(self._predict), self.device)
@@ -174,6 +185,8 @@ class TrainingRun:
             "train: step %d: validation Dice %.4f (%.4f at threshold %.3f), precision %.3f, recall %.3f",
             *(self.step, score.dice, score.dice_best, score.threshold, score.precision, score.recall),
         )
+
+        # A model that predicts nothing is normal early in a run.
         if self.is_main and score.is_collapsed and self.step > _ALARM_SHARE * self.cfg.optim.steps:
             log.warning(
                 "train: ALARM at step %d: next to no foreground is predicted (%.2g of the true amount); "
@@ -192,6 +205,7 @@ class TrainingRun:
 
         self.engine.module.eval()
         begin = time.monotonic()
+
         validator = VolumeValidator(self.parts.store, ids, self.cfg.crop.size)
         with self._use_average():
             mean, by_volume = validator(self._predict, self.device)
@@ -229,8 +243,11 @@ class TrainingRun:
             score=self._metric_of(self.score) if self.score is not None and is_scored else None,
         )
 
+        # Training changes the weights while a thread writes, so the thread gets a copy.
         wait = wait or not self.cfg.checkpoint.background
         snapshot = saver.take_snapshot(self.engine.state, self._averages(), copy=not wait)
+
+        # The state is taken now: it changes with the next step.
         state = asdict(self._training_state(snapshot.engine))
 
         def write(part: Path) -> None:
@@ -269,6 +286,7 @@ class TrainingRun:
 
     def _export(self, name: str, score: ValidationScore) -> bool:
         """Write OUT/weights/`name` in float32; all ranks call this. Returns False, after a warning, on failure."""
+        # The master weights are gathered by all ranks together, though only one of them writes.
         weights = self.engine.gather_weights(STUDENT, self._averages())
         extra = {
             "window": list(self.cfg.crop.size),
@@ -278,6 +296,7 @@ class TrainingRun:
             "val_dice": score.dice_best,
         }
 
+        # A full disk must not end the training: a later export may succeed. All ranks have to agree on the result.
         has_failed = False
         if self.is_main:
             try:
@@ -295,6 +314,8 @@ class TrainingRun:
         """Export the last weights. Returns the summary of the run."""
         if self.score is None or self.scored_step != self.step:
             self.validate_crops()
+
+        # Without exported weights the run is not done, and the same command tries again.
         if self.score is None or not self._export("last", self.score):
             raise InputError(
                 f"the trained weights could not be written to {self.cfg.out / 'weights'}; "
@@ -331,6 +352,8 @@ class TrainingRun:
 def _build_engine(cfg: TrainConfig, parts: RunParts) -> Engine:
     """The engine with the module at its start; writes OUT/deepspeed.json."""
     workload = parts.workload
+
+    # DeepSpeed removes what it finds in its folder, so each run has its own.
     nvme_folder = None if cfg.engine.nvme is None else nvme.folder_of_run(cfg.engine.nvme, cfg.out)
     sizes = [p.numel() for p in parts.blank.parameters() if p.requires_grad]
     settings = build_deepspeed_settings(
@@ -355,6 +378,7 @@ def _build_ema(cfg: TrainConfig, engine: Engine) -> Ema | None:
     """The running average of the student's weights; the distiller's are dropped in the end."""
     if cfg.ema.window == 0:
         return None
+
     weights = {index: shard.weight for index, shard in enumerate(engine.state.shards) if shard.name.startswith(STUDENT)}
     return Ema(weights, engine.state.refresh_parameters)
 
@@ -363,6 +387,8 @@ def format_progress(row: dict[str, Any], steps: int) -> str:
     """The console line of a row."""
     own_place = {"step", "kind", "lr", "loss", "grad_norm", "crops_per_s", "tokens_per_s", "mfu", "data_wait_share"}
     own_place |= {"memory_bytes", "memory_bytes_by_rank", "eta_s"}
+
+    # A term that no sample of the step had is nan and not worth a place.
     terms = ", ".join(f"{key} {v:.3f}" for key, v in row.items() if key not in own_place and math.isfinite(v))
     utilization = f", {row['mfu']:.1%} of the GPU's peak" if "mfu" in row else ""
     columns = [

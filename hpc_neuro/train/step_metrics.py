@@ -88,6 +88,7 @@ class Meter:
         if not self._facts:
             return []
 
+        # One reduction for all steps is cheaper than one a step, and the host waits for the device once.
         sums = torch.stack(self._sums)  # [steps, 2, names]
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
@@ -102,14 +103,18 @@ class Meter:
                     f"step {facts['step']}: the loss is {terms['loss']:.4g} and its gradient {norm:.4g}; train in "
                     "another `out` with a lower optim.lr, a longer optim.warmup or a smaller optim.clip"
                 )
+
             rows.append({**facts, **terms, "grad_norm": norm})
 
+        # Speed is a mean over the steps, so one row has it.
         rows[-1] |= self._measure_speed(len(rows), crops_per_step, steps_left)
         self._clear()
         return rows
 
     def _measure_speed(self, steps: int, crops_per_step: int, steps_left: int) -> dict[str, Any]:
         seconds = max(time.monotonic() - self._begin, 1e-9)
+
+        # One rank that runs out of memory ends the run, so the largest counts.
         memory = _gather_from_ranks(int(_peak_memory(self._device)))
         return {
             "crops_per_s": crops_per_step * steps / seconds,
@@ -124,6 +129,8 @@ def _gather_from_ranks(value: int) -> list[int]:
     """A number of every rank, on all ranks."""
     values = torch.zeros(distributed.world_size(), dtype=torch.int64)
     values[distributed.rank()] = value
+
+    # A sum gathers, since every other rank has zero there.
     if len(values) > 1:
         dist.all_reduce(values)
     return [int(v) for v in values]

@@ -54,6 +54,8 @@ class MetricsFile:
 
         lines = self.path.read_bytes().splitlines()
         positions = [_position_of_row(line, again) for line in lines]
+
+        # A kill tears the last lines only. A bad line before a good one has another cause, and is not dropped silently.
         last_kept = max((i for i, position in enumerate(positions) if position <= step), default=-1)
         for number, position in enumerate(positions[: last_kept + 1], start=1):
             if math.isnan(position):
@@ -68,7 +70,10 @@ class MetricsFile:
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append rows; numbers that are not finite become null."""
         self._waiting += [json.dumps(replace_nonfinite(row), allow_nan=False) for row in rows]
+
+        # The size before tells where to cut after a failure.
         size = self.path.stat().st_size if self.path.exists() else 0
+
         try:
             with self.path.open("a", encoding="utf-8") as handle:
                 handle.write("".join(f"{line}\n" for line in self._waiting))
@@ -115,6 +120,8 @@ class WandbLogger:
         self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(maxsize=_QUEUE_ROWS)
         self._thread: threading.Thread | None = None
         self._is_finished = False
+
+        # A daemon does not keep the process alive when the network hangs.
         if cfg.wandb != "disabled":
             self._thread = threading.Thread(target=self._copy_rows, args=(dict(run_config),), name="wandb", daemon=True)
             self._thread.start()
@@ -138,6 +145,7 @@ class WandbLogger:
         """Copy rows; never waits."""
         if not self.is_running:
             return
+
         for row in rows:
             try:
                 self._rows.put_nowait(row)
@@ -193,6 +201,8 @@ class WandbLogger:
         )
         # Later jobs of the same run know more than the first one did.
         run.config.update({**run_config, **collect_run_facts(self.out, self._inputs)}, allow_val_change=True)
+
+        # Validations are rarer than steps, so every kind has the step as its axis.
         for kind in ("train", "val", "volumes"):
             run.define_metric(f"{kind}/*", step_metric="step")
         return run
@@ -203,6 +213,7 @@ def _name_values(row: Mapping[str, Any]) -> dict[str, Any]:
     import wandb
 
     named: dict[str, Any] = {"step": row["step"]}
+
     for key, value in row.items():
         if key not in ("kind", "step", "pictures") and value is not None:
             named[f"{row['kind']}/{key}"] = value
@@ -225,6 +236,7 @@ def collect_run_facts(out: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What identifies a run besides its config: code, versions, inputs, and the jobs it has had so far."""
     record = out / run_folder.RECORD
     jobs = files.read_json(record, "made by every run").get("jobs", []) if record.exists() else []
+
     facts = {
         "code": run_folder.code_version(),
         "versions": run_folder.package_versions(),

@@ -104,6 +104,8 @@ class VolumeValidator:
         """The window as a batch, unlabelled outside its core."""
         batch = stack_samples([read_crop(self._store, volume, window)], [0])
         z, y, x = (slice(a - s, b - s) for a, b, s in zip(core.start, core.stop, window.start, strict=True))
+
+        # Unlabelled voxels do not count, so every voxel of the volume is scored by one window.
         mask = torch.full_like(batch.mask, UNLABELLED)
         mask[:, :, z, y, x] = batch.mask[:, :, z, y, x]
         return replace(batch, mask=mask)
@@ -124,7 +126,10 @@ def _cut_axis(size: int, window: int) -> list[tuple[int, int, int]]:
     """(start of the window, start and stop of its core) for every core along an axis of `size` voxels."""
     core = max(window // 2, 1)
     margin = (window - core) // 2
+
+    # At the borders a window is moved inwards and its core is not, so that it lies within the volume.
     last_start = max(size - window, 0)
+
     return [(min(max(start - margin, 0), last_start), start, min(start + core, size)) for start in range(0, size, core)]
 
 
@@ -143,6 +148,8 @@ def _count_voxels(
     """
     ranks = distributed.world_size()
     own_groups = groups[distributed.rank() :: ranks]
+
+    # Integers are added exactly, so the score does not depend on the number of ranks.
     counts = torch.zeros(max(groups) + 1, 2, _BINS + 1, dtype=torch.int64, device=device)
 
     # Every rank runs as many passes (ZeRO-3 meets inside each); one with fewer items repeats its last one uncounted.
@@ -177,6 +184,7 @@ def compute_score(counts: Tensor) -> ValidationScore:
     half = _BINS // 2
     best = max(_THRESHOLDS, key=lambda i: (float(dice[i]), -abs(i - half)))
 
+    # A volume without any foreground must not divide by zero.
     hits, predicted, wanted = true[:, half], (false + true)[:, half], total[:, 0].clamp(min=1)  # [volumes]
     return ValidationScore(
         dice=float(dice[half]),
@@ -229,5 +237,6 @@ def draw_panels(image: Tensor, mask: Tensor, logits: Tensor) -> NDArray[np.uint8
 
     gap = torch.ones_like(columns[0][:, :1]).expand(-1, _PANEL_GAP)
     picture = torch.cat([columns[0], gap, columns[1], gap, columns[2]], dim=1)
+
     pixels: NDArray[np.uint8] = (255 * picture).round().to(torch.uint8).cpu().numpy()
     return pixels

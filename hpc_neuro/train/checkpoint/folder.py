@@ -117,6 +117,7 @@ def read_training_state(path: Path) -> TrainingState:
 def _read_checked(path: Path, cls: type) -> Any:
     hint = f"remove {path.parent}; the checkpoint before it is then used"
     content = files.read_json(path, hint)
+
     try:
         return TypeAdapter(cls).validate_python(content)
     except ValidationError as error:
@@ -141,10 +142,14 @@ def part_of_step(folder: Path, step: int) -> Path:
 def publish(part: Path, target: Path, marker: Marker) -> None:
     """Mark what all ranks wrote to `part` as complete and move it to its place. Raises OSError."""
     files.write_json(part / MARKER, asdict(marker) | {"code": run_folder.code_version()})
+
+    # The marker must be on the disk before the folder has its final name.
     _fsync(part)
+
     if target.exists():
         _remove(target)
     part.replace(target)
+
     _fsync(target.parent)
 
 
@@ -153,6 +158,8 @@ def note_score(folder: Path, step: int, score: float) -> None:
     path = path_of_step(folder, step)
     if not (path / MARKER).exists():
         return
+
+    # The score only decides which checkpoint is kept, and is not worth the end of a run.
     try:
         files.write_json(path / MARKER, asdict(replace(read_marker(path), score=score)))
     except OSError as error:
@@ -168,6 +175,8 @@ def prune(folder: Path, cfg: CheckpointConfig) -> None:
     """Remove all checkpoints but the newest ones, the best validated one and the milestones."""
     paths = find_checkpoints(folder)
     markers = {path: read_marker(path) for path in paths}
+
+    # Of equal scores the later step wins.
     scored = [(marker.score, path) for path, marker in markers.items() if marker.score is not None]
     best = max(scored)[1] if scored else None
 
@@ -180,6 +189,7 @@ def _remove(path: Path) -> None:
     """Remove a checkpoint; a kill meanwhile leaves a hidden rest, never half a checkpoint under its own name."""
     part = path.parent / f".{path.name}.old.part"
     shutil.rmtree(part, ignore_errors=True)
+
     path.replace(part)
     shutil.rmtree(part, ignore_errors=True)
 

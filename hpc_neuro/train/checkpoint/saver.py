@@ -51,6 +51,8 @@ def take_snapshot(state: ShardedState, averages: Mapping[int, Tensor] | None, co
     snapshot is written; without it the numbers of the moment of writing are written.
     """
     ranges = _collect_ranges(state, averages) if state.owns_ranges else []
+
+    # A copy on the device would take memory that the training needs.
     if copy:
         ranges = [replace(r, values=r.values.detach().to("cpu", copy=True)) for r in ranges]
     return Snapshot(ranges, OptimizerState(state.count_updates(), state.read_loss_scale()))
@@ -72,12 +74,15 @@ def restore_snapshot(
 
 def _collect_ranges(state: ShardedState, averages: Mapping[int, Tensor] | None) -> list[TensorRange]:
     ranges = [TensorRange("weight", shard.name, shard.start, shard.weight) for shard in state.shards]
+
+    # Adam's moments and the averages lie as the weights do, so they have the same ranges.
     for shard in state.shards:
         for kind, values in state.moments_of(shard).items():
             ranges.append(TensorRange(kind, shard.name, shard.start, values))
     for index, values in (averages or {}).items():
         shard = state.shards[index]
         ranges.append(TensorRange("average", shard.name, shard.start, values))
+
     return ranges
 
 
@@ -113,6 +118,7 @@ class Saver:
         self.complete()
         self._marker, self._failures = marker, []
 
+        # A rest of an earlier start may be of other ranks, whose files would be read as part of this one.
         part = part_of_step(self._folder, marker.step)
         if distributed.is_main():
             shutil.rmtree(part, ignore_errors=True)
@@ -129,9 +135,12 @@ class Saver:
         """
         if self._marker is None:
             return True
+
+        # A second call must find nothing to complete, even after a failure.
         marker, self._marker = self._marker, None
         part, target = part_of_step(self._folder, marker.step), path_of_step(self._folder, marker.step)
 
+        # The ranks agree only after their own writing is over.
         if self._future is not None:
             self._future.result()
             self._future = None
@@ -139,6 +148,7 @@ class Saver:
         if not self._has_failed() and distributed.is_main():
             self._try(lambda: publish(part, target, marker))
 
+        # Moving may fail, too, and only one rank knows.
         if self._has_failed():
             if distributed.is_main():
                 shutil.rmtree(part, ignore_errors=True)

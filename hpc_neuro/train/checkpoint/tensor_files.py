@@ -72,8 +72,12 @@ def write_tensors(
         for (key, shape), tensor in zip(shapes.items(), values, strict=True):
             if tensor.numel() != math.prod(shape):
                 raise ValueError(f"{key} has {tensor.numel()} elements, its shape {list(shape)} has others")
+
+            # A large tensor is copied in parts, so that the host never holds all of it.
             for part in torch.split(tensor.detach().reshape(-1), _CHUNK):
                 part.to("cpu", torch.float32).numpy().tofile(handle)
+
+        # A checkpoint is published right after, and must survive a loss of power.
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -87,6 +91,7 @@ def _make_header(shapes: Mapping[str, Sequence[int]], meta: Mapping[str, str]) -
         header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
 
+    # Readers map the numbers into memory, so these begin at a multiple of 8 bytes.
     text = json.dumps(header).encode()
     return text + b" " * (-len(text) % 8)
 
@@ -108,6 +113,8 @@ def read_ranges(folder: Path, wanted: Sequence[TensorRange], first: int = 0) -> 
     by_name: dict[tuple[str, str], list[TensorRange]] = {}
     for item in wanted:
         by_name.setdefault((item.kind, item.name), []).append(item)
+
+    # Files together have each element once, so counting tells when all are read.
     missing = sum(item.values.numel() for item in wanted)
 
     for path in sorted(folder.glob(PATTERN), key=lambda p: (p != rank_file(folder, first), p)):
@@ -130,6 +137,8 @@ def _copy_overlap(file: Any, stored: _StoredRange, item: TensorRange) -> int:
     end = min(stored.stop, item.start + item.values.numel())
     if begin >= end:
         return 0
+
+    # Only the slice is read from the file, however large the stored range is.
     values = file.get_slice(stored.key)[begin - stored.start : end - stored.start]
     item.values[begin - item.start : end - item.start].copy_(values)
     return end - begin
@@ -146,6 +155,7 @@ def list_kinds(folder: Path) -> set[str]:
 
 def stream_tensors(folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
     """Whole float32 tensors of one kind in the order of `shapes`, one at a time. Raises InputError."""
+    # Each file is looked through once, and not once for each parameter.
     paths = _find_files_by_name(folder, kind)
     for name, shape in shapes.items():
         tensor = torch.empty(math.prod(shape))
@@ -169,6 +179,7 @@ def _find_files_by_name(folder: Path, kind: str) -> dict[str, list[Path]]:
     for path in sorted(folder.glob(PATTERN)):
         with _open_file(path) as (_, stored_ranges):
             names = {stored.name for stored in stored_ranges if stored.kind == kind}
+
         for name in names:
             paths.setdefault(name, []).append(path)
     return paths
@@ -192,5 +203,6 @@ def _open_file(path: Path) -> Iterator[tuple[Any, list[_StoredRange]]]:
 def _locate_range(file: Any, key: str) -> _StoredRange:
     """Where a key's range lies. Raises ValueError for a key that is none of a range."""
     kind, start, name = key.split("/", 2)
+
     size = file.get_slice(key).get_shape()[0]
     return _StoredRange(key, kind, name, int(start), int(start) + size)

@@ -44,6 +44,7 @@ def check_engine(cfg: EngineConfig, batch: int, world: int) -> Workload:
     if name == "auto":
         name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
+    # All faults are reported together, so that one correction is enough.
     faults = [*_check_fp16(cfg, name), *_check_offload(cfg), *_check_nvme(cfg)]
     if world > batch:
         faults.append(
@@ -52,6 +53,7 @@ def check_engine(cfg: EngineConfig, batch: int, world: int) -> Workload:
     if faults:
         raise ConfigError("the engine cannot run as configured:\n  " + "\n  ".join(faults))
 
+    # A pass needs no more crops than a rank has in a step.
     crops_per_rank = -(-batch // world)
     micro = min(cfg.micro_batch or crops_per_rank, crops_per_rank)
     return Workload(_DTYPES[name], micro, passes=-(-batch // (micro * world)))
@@ -191,6 +193,7 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self.device = torch.device(self._engine.device)
 
+        # DeepSpeed keeps no names, so parameters are told apart by identity.
         names = {id(p): name for name, p in named.items()}
         self.state = internals.ShardedState(self.optimizer, self.stage, names, distributed.rank())
         internals.leave_buffers_free(module)
@@ -232,6 +235,7 @@ class Engine:
 
         instead: index of a shard -> values that replace its weight. All ranks call this together.
         """
+        # At stage 0 every rank has all weights, and one rank needs no reduction.
         is_alone = self.stage == 0 or distributed.world_size() == 1
         if is_alone and not distributed.is_main():
             return {}
@@ -241,6 +245,7 @@ class Engine:
             values = shard.weight if instead is None else instead.get(index, shard.weight)
             parts.setdefault(shard.name, []).append((shard.start, values))
 
+        # One parameter at a time, so that no device holds the whole model.
         weights = {}
         for name, shape in self.shapes.items():
             if not name.startswith(prefix):
@@ -260,6 +265,7 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks, buffers and files."""
         self._engine.destroy()
+
         if self._nvme_folder is not None:
             nvme.remove_files(self._nvme_folder)
 

@@ -49,6 +49,8 @@ def import_deepspeed() -> Any:
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+    # DeepSpeed reads these variables when it is imported.
     import deepspeed
     import deepspeed.ops
     from deepspeed.runtime import compiler

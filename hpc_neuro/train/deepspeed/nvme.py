@@ -50,6 +50,7 @@ def remove_files(path: Path) -> None:
     for own in path.glob(f"zero_stage_3/*/rank{distributed.rank()}"):
         shutil.rmtree(own, ignore_errors=True)
 
+    # A folder that is not empty still has files of another rank, which removes it in the end.
     for folder in (*path.glob("zero_stage_3/*"), path / "zero_stage_3", path):
         try:
             folder.rmdir()
@@ -63,6 +64,8 @@ def remove_files(path: Path) -> None:
 def plan_buffers(sizes: Sequence[int], value_bytes: int, live: int) -> dict[str, int]:
     """DeepSpeed's buffer keys. A buffer holds any part; there are enough for `live` elements and two layers."""
     parts = sorted(_sizes_in_files(sizes, value_bytes))
+
+    # Small parts come first, so the count is the most that can be live at once.
     count = elements = 0
     for part in parts:
         elements += part * distributed.world_size()
@@ -81,6 +84,8 @@ def require_room(path: Path, sizes: Sequence[int], value_bytes: int, buffers: Ma
     Raises ConfigError if the disk is full or the buffers cannot be locked in memory.
     """
     parts = _sizes_in_files(sizes, value_bytes)
+
+    # The ranks of a node share its disk.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     needed, free = value_bytes * sum(parts) * local_ranks, shutil.disk_usage(path.parent).free
@@ -118,6 +123,7 @@ def _can_lock(size: int) -> bool:
     pointer = ctypes.c_void_p(block.data_ptr())
     if libc.mlock(pointer, ctypes.c_size_t(size)):
         return False
+
     libc.munlock(pointer, ctypes.c_size_t(size))
     return True
 
@@ -136,6 +142,8 @@ def find_missing_tool(links: Callable[[], bool]) -> str | None:
         return "ninja: `pip install ninja`, and its folder in PATH"
     if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
         return "the headers of CUDA: `module load cuda`, or CUDA_HOME naming its folder"
+
+    # The test of the library needs the compiler, so it comes last.
     if not links():
         return "libaio: `apt install libaio-dev`, or CFLAGS and LDFLAGS naming its folders (-I, -L)"
     return None

@@ -65,10 +65,13 @@ def _build_zero_settings(cfg: EngineConfig, dtype: torch.dtype, sizes: Sequence[
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live
         zero["stage3_prefetch_bucket_size"] = live // 4
 
+    # Locked memory can be copied while the GPU computes.
     if cfg.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if cfg.offload_parameters != "none":
         zero["offload_param"] = {"device": cfg.offload_parameters, "pin_memory": True}
+
+    # What is read ahead needs buffers, too, besides the live parameters.
     if cfg.offload_parameters != "none" and cfg.nvme is not None:
         buffers = nvme.plan_buffers(sizes, dtype.itemsize, live + live // 4)
         zero["offload_param"] |= {"nvme_path": str(cfg.nvme), **buffers}
