@@ -192,7 +192,7 @@ class Distiller(nn.Module):
         for index, view in enumerate(self.views):
             cached = batch.features[view][:, layer].detach().float()  # [B, D, z, y, x]
 
-            # Without it the channels of the largest scale would decide the loss.
+            # Without normalization the channels of the largest scale would decide the loss.
             mean, std = (s[index, layer].view(1, -1, 1, 1, 1) for s in self._constants[:2])
             tokens.append(((cached - mean) / std)[chosen])
         return torch.cat(tokens, 1)

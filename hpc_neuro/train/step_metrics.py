@@ -140,4 +140,6 @@ def _peak_memory(device: torch.device) -> float:
     """[bytes] Most memory this rank held so far: of the GPU, or resident on the host."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
+
+    # Linux counts resident memory in KiB.
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

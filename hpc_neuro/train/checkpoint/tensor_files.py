@@ -155,7 +155,7 @@ def list_kinds(folder: Path) -> set[str]:
 
 def stream_tensors(folder: Path, kind: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[Tensor]:
     """Whole float32 tensors of one kind in the order of `shapes`, one at a time. Raises InputError."""
-    # Each file is looked through once, and not once for each parameter.
+    # Names are looked up once, and not in every file for each parameter.
     paths = _find_files_by_name(folder, kind)
     for name, shape in shapes.items():
         tensor = torch.empty(math.prod(shape))

@@ -245,7 +245,7 @@ class Engine:
             values = shard.weight if instead is None else instead.get(index, shard.weight)
             parts.setdefault(shard.name, []).append((shard.start, values))
 
-        # One parameter at a time, so that no device holds the whole model.
+        # One parameter at a time, so that the device needs no second copy of the model.
         weights = {}
         for name, shape in self.shapes.items():
             if not name.startswith(prefix):
