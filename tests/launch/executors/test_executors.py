@@ -114,6 +114,7 @@ def test_a_cancelled_job_sees_the_signal_also_when_its_command_has_not_begun(tmp
 
 
 def test_a_job_is_no_rank_of_the_job_that_its_driver_runs_in(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_CONF", raising=False)  # it names the cluster, not a job, and is passed on
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SBATCH_X": "1", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     executor = LocalExecutor()

@@ -41,4 +41,4 @@ def test_the_table_gives_ratios() -> None:
         found[key] = {"student": 0.25}
     lines = bench.table(found).splitlines()
     assert lines[2].split() == ["student", "1.50", "M", "1.000", "0.250", "1.000", "0.250", "1", "MiB", "0.250"]
-    assert lines[4].split()[3:5] == ["4.000", "1.000"]
+    assert lines[3].split()[3:5] == ["4.000", "1.000"]
