@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -16,6 +17,7 @@ torch.set_num_threads(1)  # several workers share the cores
 settings.register_profile("here", deadline=None, derandomize=True)  # first calls into torch are slow
 settings.load_profile("here")
 
+_LINEAR = torch.nn.functional.linear
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -26,3 +28,10 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real neurons at {folder}; set HPC_NEURO_DATA to run this test")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_linear() -> Iterator[None]:
+    """DeepSpeed's stage 3 replaces torch's linear function for the rest of the process; the next test gets torch's."""
+    yield
+    torch.nn.functional.linear = _LINEAR
