@@ -157,8 +157,9 @@ def estimate_cost(cfg: Any, resources: Resources) -> TrainingCost:
     value_bytes = 2 if resources.gpus_per_task > 0 and cfg.engine.dtype != "fp32" else 4
 
     # Counted from the shapes of the layers.
-    student = cost.estimate_costs(cfg.student, cfg.crop.size, micro_batch, value_bytes)
-    activations, parameters = student.total.kept, student.total.parameters
+    parts = cost.costs(cfg.student, cfg.crop.size, micro_batch, value_bytes)
+    activations = sum(part.kept for part in parts)
+    parameters = sum(part.parameters for part in parts)
     work = memory_plan.StepWork(
         parameters=parameters,
         largest=0,
@@ -172,7 +173,7 @@ def estimate_cost(cfg: Any, resources: Resources) -> TrainingCost:
         events=[activation_memory.BackwardEvent(parameters, activations, 0)],
     )
     memory = memory_plan.plan_memory(work)[cfg.engine.stage].total
-    return TrainingCost(memory, activations, student.step * passes)
+    return TrainingCost(memory, activations, sum(part.step for part in parts) * passes)
 
 
 def _find_memory_faults(cost: TrainingCost, resources: Resources, site: Site) -> list[str]:

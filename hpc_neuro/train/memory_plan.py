@@ -129,11 +129,8 @@ def plan_memory(work: StepWork) -> list[StageMemory]:
         share = even_share(work.parameters, work.ranks, stage, work.value_bytes)
         is_offloaded = work.offload and stage > 0
 
-        # What is offloaded is in host memory, and counts for no GPU.
         average = 0 if is_offloaded else 4 * work.averaged // (work.ranks if stage else 1)
         optimizer = 0 if is_offloaded else share.optimizer
-
-        # Gradients and activations peak at different moments, so the moment with the largest sum counts.
         moments_of_step = [*_trace_last_pass(stage, work), *_trace_update(stage, work, is_offloaded)]
         gradients, buffers, activations = max(moments_of_step, key=sum)
 
@@ -156,7 +153,6 @@ def _trace_last_pass(stage: int, work: StepWork) -> Iterator[tuple[int, int, int
 
     ready = filled = emptied = 0
     for index, event in enumerate(work.events):
-        # With several passes the gradients of earlier ones are there from the start.
         whole = n if work.passes > 1 else ready
         earlier = part if work.passes > 1 else 0
 
@@ -217,9 +213,7 @@ def format_memory_table(rows: list[StageMemory], memory: float | None) -> Iterat
 def count_operations(student: StudentConfig, crop: Shape) -> tuple[int, float]:
     """(tokens, operations of a training step without recomputation) of one crop: three times those of forward."""
     tokens = math.prod(n // p for n, p in zip(crop, student.patch, strict=True))
-
-    # Backward takes two products for each one of forward: for the input and for the weights.
-    return tokens, 3.0 * cost.estimate_costs(student, crop, 1).total.forward
+    return tokens, 3 * sum(part.forward for part in cost.costs(student, crop, 1))
 
 
 def peak_flops(device: torch.device) -> float | None:
