@@ -43,9 +43,12 @@ def costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int = 4) -> 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # no pool of threads is left behind: a process that is forked later would wait for it
     skips = trace.run(stem, torch.zeros(1, 1, *cfg.patch))
-    (stem_operations, stem_bytes), tokens = trace.taken(), torch.zeros(1, student.vit.dim, 1, 1, 1, requires_grad=True)
+    (stem_operations, stem_bytes), tokens = (
+        trace.take_counts(),
+        torch.zeros(1, student.vit.dim, 1, 1, 1, requires_grad=True),
+    )
     trace.run(decoder, skips, dict.fromkeys(decoder.layers, tokens))
-    decoder_operations, decoder_bytes = trace.taken()
+    decoder_operations, decoder_bytes = trace.take_counts()
     torch.set_num_threads(threads)
     voxels, patches = math.prod(crop) * batch, grid * batch
     first = 2 * stem.first.weight.numel() * voxels  # the image itself needs no gradient
@@ -133,11 +136,11 @@ class _Trace:
             handle.remove()
         return output
 
-    def taken(self) -> tuple[float, int]:
+    def take_counts(self) -> tuple[float, int]:
         """Operations and bytes since the last call; a tensor kept before is not counted again."""
-        found = self._operations, self._bytes
+        counts = self._operations, self._bytes
         self._operations, self._bytes = 0.0, 0
-        return found
+        return counts
 
     def _count(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         positions = inputs[0] if isinstance(layer, nn.ConvTranspose3d) else output

@@ -130,8 +130,8 @@ class Stem(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         """image [B, 1, Z, Y, X] -> per level [B, c, Z/s, Y/s, X/s]."""
         x = F.leaky_relu(self.first(image).contiguous(memory_format=LAYOUT))
-        found = [x]
+        levels = [x]
         for down, block in zip(self.down, self.blocks, strict=True):
             x = block(down(x))
-            found.append(x)
-        return found
+            levels.append(x)
+        return levels

@@ -78,7 +78,7 @@ def _tile(x: Tensor) -> tuple[int, dict[str, int]]:
 
 
 @triton.jit
-def _normed(x, at, live, eps, C: tl.constexpr):
+def _normalize_rows(x, at, live, eps, C: tl.constexpr):
     """(x - mean) / deviation [BR, BC] of the rows at these places, zero where not live, and 1 / deviation [BR, 1]."""
     value = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
     value = tl.where(live, value - (tl.sum(value, 1) / C)[:, None], 0.0)
@@ -93,7 +93,7 @@ def norm_kernel(x, weight, bias, out, count, eps, C: tl.constexpr, BR: tl.conste
     c = tl.arange(0, BC)
     at = row[:, None] * C + c[None, :]
     live = (row < count)[:, None] & (c < C)[None, :]
-    value, _ = _normed(x, at, live, eps, C)
+    value, _ = _normalize_rows(x, at, live, eps, C)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
     b = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(out + at, value * w[None, :] + b[None, :], mask=live)
@@ -124,7 +124,7 @@ def norm_grad_kernel(
         row = tl.cast(block, tl.int64) * BR + tl.arange(0, BR)
         at = row[:, None] * C + c[None, :]
         live = (row < count)[:, None] & (c < C)[None, :]
-        value, scale = _normed(x, at, live, eps, C)
+        value, scale = _normalize_rows(x, at, live, eps, C)
         g = tl.load(grad + at, mask=live, other=0.0).to(tl.float32)
         if WEIGHT:
             of_weight += g * value
