@@ -186,7 +186,7 @@ _ROWS = (
         summary="a study's trials -> table, figures, best config",
         main_keys=(
             "out space recipe train.config train.keys infer.keys evaluate.keys sampler trials "
-            "objective.key objective.goal objective.take asha concurrent requeue"
+            "objective.key objective.goal asha concurrent requeue"
         ),
     ),
     Verb(

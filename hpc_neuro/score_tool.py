@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, TOLERANCE_VOX
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError
@@ -24,11 +24,8 @@ Prints one JSON object with the agreement of two trees, which must be in the sam
   tolerance=4             in the unit of the trees (voxels, as a rule)
   json=no                 lines for people instead"""
 
-_TOLERANCE = 4.0
-"""Default tolerance, in the unit of the trees."""
 
-
-def score(predicted: Tree | Path | str, gold: Tree | Path | str, tolerance: float = _TOLERANCE) -> dict[str, float]:
+def score(predicted: Tree | Path | str, gold: Tree | Path | str, tolerance: float = TOLERANCE_VOX) -> dict[str, float]:
     """Agreement of two trees, each a tree or the path of an SWC file, in one unit.
 
     Returns `f1`, `precision` and `recall` of the cable at `tolerance` (see `metrics.cable.match_cable`), and the
@@ -74,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"json={options['json']} is not yes or no")
 
     # Programs call this verb: one line of JSON by default, and nothing else on standard output.
-    scores = score(paths[0], paths[1], _parse_tolerance(options.get("tolerance", str(_TOLERANCE))))
+    scores = score(paths[0], paths[1], _parse_tolerance(options.get("tolerance", str(TOLERANCE_VOX))))
     if options.get("json", "yes") == "yes":
         sys.stdout.write(json.dumps(scores, allow_nan=False) + "\n")
     else:

@@ -33,6 +33,7 @@ from skimage.morphology import skeletonize
 
 from hpc_neuro import demo
 from hpc_neuro.core import files, morphology, run_folder
+from hpc_neuro.core.constants import TOLERANCE_VOX
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError, load
@@ -40,11 +41,13 @@ from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.predictions import OtsuMask
 from hpc_neuro.evaluate.verb import score_volume
+from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.tracing import TraceConfig, trace
 from hpc_neuro.tracing.voxel_graph import find_neighbor_pairs
 
 METHODS = ("model", "raw", "otsu", "thin")
-KEYS = ("f1_4vox", "precision_4vox", "recall_4vox", "esa", "f1_4vox_no_stub", "esa_no_stub", "tips")
+_CABLE_KEYS = tuple(tolerance_key(name, TOLERANCE_VOX) for name in ("f1", "precision", "recall"))
+KEYS = (*_CABLE_KEYS, "esa", f"{_CABLE_KEYS[0]}_no_stub", "esa_no_stub", "tips")
 _FULL = 0.999  # Otsu's threshold as a share of the brightness can be this at most
 
 

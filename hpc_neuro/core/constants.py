@@ -5,6 +5,9 @@ from __future__ import annotations
 UNLABELLED = 255
 """Mask value of a voxel without a label; such voxels count neither in a loss nor in a metric."""
 
+TOLERANCE_VOX = 4.0
+"""[voxel] How near cable must lie to agree, where no other tolerance is given; the keys name it (`f1_4vox`)."""
+
 EXIT_DONE = 0
 """The command did what was asked."""
 EXIT_BAD_INPUT = 2

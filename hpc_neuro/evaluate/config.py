@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from hpc_neuro.core.constants import TOLERANCE_VOX
 from hpc_neuro.core.schema import config
 from hpc_neuro.metrics import list_metrics
 from hpc_neuro.metrics.metric import Metric, tolerance_key
-from hpc_neuro.tracing import TraceConfig
 
 
 @config
@@ -29,12 +29,11 @@ class EvaluateConfig:
     split: Literal["train", "val", "test"] = "test"
     """Which of the store's neurons are scored."""
     otsu: bool = True
-    """Score Otsu's threshold of the raw image too, its mask traced from the same root."""
-    trace: TraceConfig | None = None
-    """How Otsu's mask is traced; none: with the settings that `infer` recorded, so that both are traced alike."""
+    """Score Otsu's threshold of the raw image too, its mask traced from the same root with the settings that `infer`
+    recorded, so that both are traced alike."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Probability from which a voxel is foreground; none: the one that `infer` recorded."""
-    tolerance_vox: float = Field(default=4.0, gt=0)
+    tolerance_vox: float = Field(default=TOLERANCE_VOX, gt=0)
     """[voxel] How near cable must lie to count as found; part of the keys (`f1_4vox`)."""
     tolerance_um: float | None = Field(default=None, gt=0)
     """[um] A second tolerance, in micrometers, with scores of its own (`f1_2um`); none: no second one."""

@@ -183,7 +183,7 @@ class PredictionFolder:
             first = error.errors()[0]
             raise InputError(
                 f"{self.path / 'run.json'} holds settings of the tracer that this version does not take "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); give `trace={{}}` or settings in the config"
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}); {_REMAKE} again, which keeps the probabilities"
             ) from None
 
         # A setting that the record lacks would take its default here, which may not be how that version traced.
@@ -227,9 +227,9 @@ def list_volumes(cfg: EvaluateConfig, store: Store) -> tuple[str, ...]:
     return ids
 
 
-def choose_trace_config(cfg: EvaluateConfig, methods: Sequence[Method]) -> TraceConfig:
-    """How Otsu's mask is traced: the config's settings, else those that `infer` recorded, else the defaults."""
-    return cfg.trace or methods[0].seeds[0].read_trace_config() or TraceConfig()
+def choose_trace_config(methods: Sequence[Method]) -> TraceConfig:
+    """How Otsu's mask is traced: with the settings that `infer` recorded, else the defaults."""
+    return methods[0].seeds[0].read_trace_config() or TraceConfig()
 
 
 class OtsuMask:

@@ -11,7 +11,6 @@ from typing import Any
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.core.schema import to_plain
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate import confidence, report_page, run_sections
@@ -47,7 +46,7 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     if cfg.train is not None:
         run_sections.read_metrics(cfg.train)
     if cfg.otsu:
-        choose_trace_config(cfg, methods)
+        choose_trace_config(methods)
 
     # Name every folder: a comparison with the wrong one looks like any other.
     lines = [f"{files.format_count(len(ids), 'neuron')} of the {cfg.split} split of {cfg.store}: {', '.join(ids)}"]
@@ -134,7 +133,7 @@ def _predict(
         prediction = method.seeds[number].read(volume.id, volume.shape)
         return prediction.mask, prediction.tree
     baseline = OtsuMask(volume)
-    return baseline.mask, trace_otsu_mask(volume, baseline, choose_trace_config(cfg, methods))
+    return baseline.mask, trace_otsu_mask(volume, baseline, choose_trace_config(methods))
 
 
 def score_volume(volume: StoredVolume, mask: Callable[[Box], Array], tree: Tree, cfg: EvaluateConfig) -> Scores:
@@ -184,7 +183,7 @@ def _write_products(
     )
     notices = provenance.list_notices(runs, {i: store[i].digest for i in results.ids})
     if cfg.otsu:
-        notices += _list_otsu_differences(cfg, store, results, methods)
+        notices += _list_otsu_differences(store, results, methods)
     for notice in notices:
         log.warning("%s", notice)
 
@@ -228,23 +227,15 @@ def _count_training_volumes(store: Store, runs: Sequence[RunRecord]) -> int:
     return sum(volume.digest in digests for volume in store)
 
 
-def _list_otsu_differences(cfg: EvaluateConfig, store: Store, results: Results, methods: Sequence[Method]) -> list[str]:
+def _list_otsu_differences(store: Store, results: Results, methods: Sequence[Method]) -> list[str]:
     """Sentences on how the tracing of Otsu's mask differs from that of the model's probability."""
     # The comparison is fair when only the mask differs.
     model = methods[0].seeds[0]
-    sentences = []
-    recorded = model.config.get("trace")
-    if cfg.trace is not None and recorded is not None and recorded != to_plain(cfg.trace):
-        sentences.append("Otsu's mask was traced with other settings than the model's (`trace` of evaluate).")
-
     # A tracer that starts elsewhere leaves out other cable.
     others = [i for i in results.ids if _has_other_roots(store[i], model.read_roots(i))]
-    if others:
-        sentences.append(
-            f"Otsu's mask was traced from the store's root, the model's from others or none: {', '.join(others)}."
-        )
-
-    return sentences
+    if not others:
+        return []
+    return [f"Otsu's mask was traced from the store's root, the model's from others or none: {', '.join(others)}."]
 
 
 def _has_other_roots(volume: StoredVolume, traced_roots: list[list[float]] | None) -> bool:
@@ -275,5 +266,5 @@ def _draw_volume(cfg: EvaluateConfig, volume: StoredVolume, methods: Sequence[Me
     prediction = methods[0].seeds[0].read(volume.id, volume.shape)
     trees = {"model": prediction.tree}
     if cfg.otsu:
-        trees["Otsu"] = trace_otsu_mask(volume, OtsuMask(volume), choose_trace_config(cfg, methods))
+        trees["Otsu"] = trace_otsu_mask(volume, OtsuMask(volume), choose_trace_config(methods))
     return draw_picture(volume, prediction, trees, cfg.tolerance_vox, f"{volume.id}: image")

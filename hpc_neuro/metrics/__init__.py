@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hpc_neuro.core.constants import TOLERANCE_VOX
+
 if TYPE_CHECKING:
     from hpc_neuro.metrics.metric import Metric
 
 
-def list_metrics(tolerance_vox: float = 4.0, tolerance_um: float | None = None) -> list[Metric]:
+def list_metrics(tolerance_vox: float = TOLERANCE_VOX, tolerance_um: float | None = None) -> list[Metric]:
     """List all metrics in the order of the tables; those at `tolerance_um` come last, if there is one."""
     # Imported here, so that code which needs only a bootstrap interval does not wait for SciPy and scikit-image.
     from hpc_neuro.metrics import cable, centerline, topology, tree, voxel

@@ -7,10 +7,12 @@ A metric is one number per volume. Its row, a `Metric`, stands in the file of it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
+from hpc_neuro.core.constants import TOLERANCE_VOX
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.types import Array
@@ -89,6 +91,12 @@ def tolerance_key(name: str, tolerance: float, unit: ToleranceUnit = "vox") -> s
     return f"{name}_{tolerance:g}{unit}"
 
 
+def read_tolerance(keys: Iterable[str]) -> float:
+    """[voxel] the tolerance that the keys of one evaluation name: 4 for `f1_4vox`."""
+    (value,) = {match[1] for key in keys if (match := re.fullmatch(r"f1_(.+)vox", key))}
+    return float(value)
+
+
 @dataclass(eq=False)
 class Comparison:
     """The prediction and the gold standard of one volume: what every metric is computed from.
@@ -109,7 +117,7 @@ class Comparison:
     voxel_size: VoxelSize
     root: tuple[float, float, float] | None = None
     """[voxel] z y x of the gold root; None: the first root of `gold_tree`."""
-    tolerance_vox: float = 4.0
+    tolerance_vox: float = TOLERANCE_VOX
     """[voxel] How near cable must lie to agree."""
     tolerance_um: float | None = None
     """[um] A second tolerance; None: no second one."""

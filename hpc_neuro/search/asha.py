@@ -22,10 +22,6 @@ class AshaConfig:
     """Of the trials that reach a rung, the best 1 / factor are promoted, at least one."""
     startup: int = Field(default=0, ge=0)
     """Number of trials that pass a rung before the first is stopped there."""
-    key: str | None = None
-    """The metric that is judged, a key of metrics.jsonl such as `val.dice_best`; none: the objective."""
-    goal: Goal | None = None
-    """Which direction is better; none: that of the objective."""
 
 
 def list_rungs(cfg: AshaConfig, steps: int) -> list[int]:

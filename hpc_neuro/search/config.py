@@ -15,7 +15,7 @@ from hpc_neuro.search.space import Space
 
 RECIPE = stages_from("train")
 """The verbs of a trial that ends with scored neurons."""
-MAY_CHANGE = ("concurrent", "requeue", "poll", "table", "draws", "trials")
+MAY_CHANGE = ("concurrent", "requeue", "poll", "draws", "trials")
 """Keys that may differ between starts of a sweep, and between the sweep and its report."""
 
 
@@ -64,39 +64,15 @@ class Objective:
     """The number that a trial is judged by."""
 
     key: str = "val.dice_best"
-    """`val.KEY` or `train.KEY` of the train run's metrics.jsonl, or `evaluate.KEY`: the mean in evaluate's
-    metrics.json."""
+    """`val.KEY` or `train.KEY` of the train run's metrics.jsonl (the best row counts), or `evaluate.KEY`: the mean in
+    evaluate's metrics.json."""
     goal: Goal = "maximize"
     """Which direction is better."""
-    take: Literal["best", "last"] = "best"
-    """Which row of a training run counts: the best value (that of weights/best), or the last."""
 
     def __post_init__(self) -> None:
         source, dot, name = self.key.partition(".")
         if source not in ("train", "val", "evaluate") or not dot or not name:
             raise ValueError(f"key {self.key!r} must begin with `val.`, `train.` or `evaluate.`")
-
-
-@config
-class TableMetric:
-    """A column of the comparison, from evaluate's metrics.json."""
-
-    key: str
-    """Key there."""
-    title: str
-    """Heading."""
-    goal: Goal = "maximize"
-    """Which direction is better."""
-    digits: int = Field(default=3, ge=0)
-    """Digits after the point."""
-
-
-_TABLE = (
-    TableMetric(key="dice", title="Dice"),
-    TableMetric(key="hd95_um", title="HD95 [µm]", goal="minimize", digits=2),
-    TableMetric(key="esa", title="ESA [voxel]", goal="minimize", digits=2),
-    TableMetric(key="f1_4vox", title="F1 @ 4 voxels"),
-)
 
 
 @config
@@ -129,8 +105,6 @@ class SearchConfig:
     """How often a trial that was killed, preempted or timed out is submitted again; it resumes from its checkpoint."""
     poll: float = Field(default=10.0, gt=0)
     """[s] Between two looks at jobs and metrics; up to 6 times as long while nothing happens."""
-    table: tuple[TableMetric, ...] = _TABLE
-    """Columns of the comparison that a recipe with evaluate ends with."""
     draws: int = Field(default=10_000, ge=100)
     """Draws of the bootstrap behind the comparison."""
 
@@ -147,8 +121,8 @@ class SearchConfig:
         if self.trials is None and self.sampler.kind != "grid":
             faults.append(f"trials: the sampler {self.sampler.kind} never ends; say how many")
 
-        if self.asha and (self.asha.key or self.objective.key).startswith("evaluate."):
-            faults.append("asha.key: early stopping judges training; give a key such as val.dice_best")
+        if self.asha and self.objective.key.startswith("evaluate."):
+            faults.append("asha: early stopping judges training; give an objective.key such as val.dice_best")
 
         if faults:
             raise ValueError("; ".join(faults))

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hpc_neuro.core import files
 from hpc_neuro.metrics.bootstrap import Interval
+from hpc_neuro.metrics.metric import Metric
 from hpc_neuro.report import charts, html, sweep_charts
 from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.sweep_charts import ParallelAxis
 from hpc_neuro.search.comparison import Comparison, Setting
-from hpc_neuro.search.config import SearchConfig, TableMetric
+from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import LogDimension, format_value, is_numeric, list_values
 from hpc_neuro.search.trial import ENDED_STATES, Trial
 
@@ -207,22 +208,23 @@ def _value_cell(t: Trial, name: str) -> Cell:
 
 def _render_comparison(cfg: SearchConfig, comparison: Comparison) -> str:
     """The mean scores of every setting with their intervals, as a table and as charts."""
-    columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in cfg.table), Column("Seeds")]
-    means = {m.key: {s: comparison.compute_interval(s, m.key, cfg.draws) for s in comparison.scores} for m in cfg.table}
+    metrics = comparison.list_columns()
+    columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in metrics), Column("Seeds")]
+    means = {m.key: {s: comparison.compute_interval(s, m.key, cfg.draws) for s in comparison.scores} for m in metrics}
 
     rows = []
 
     for setting, seeds in comparison.scores.items():
-        cells = [_mean_cell(m, means[m.key][setting], _best_mean(m, means[m.key].values())) for m in cfg.table]
+        cells = [_mean_cell(m, means[m.key][setting], _best_mean(m, means[m.key].values())) for m in metrics]
         rows.append([*_setting_cells(comparison, setting), *cells, Cell(str(len(seeds)), len(seeds))])
 
     if comparison.baseline:
         blanks = [Cell("") for _ in _setting_columns(comparison)[1:]]
-        cells = [_number_cell(_baseline_mean(comparison, m), m) for m in cfg.table]
+        cells = [_number_cell(_baseline_mean(comparison, m), m) for m in metrics]
         rows.append([Cell("Otsu"), *blanks, *cells, Cell("")])
 
     note = html.paragraph(_describe_means(cfg, comparison), "small")
-    figures = "".join(_draw_metric(comparison, m, means[m.key]) for m in cfg.table)
+    figures = "".join(_draw_metric(comparison, m, means[m.key]) for m in metrics)
     return note + html.table(columns, rows) + figures
 
 
@@ -242,15 +244,12 @@ def _describe_means(cfg: SearchConfig, comparison: Comparison) -> str:
     return note + "The best mean of a column is bold."
 
 
-def _best_mean(metric: TableMetric, intervals: Iterable[Interval]) -> float | None:
+def _best_mean(metric: Metric, intervals: Iterable[Interval]) -> float | None:
     """The best mean of a column; None where all are equal."""
-    means = {interval.mean for interval in intervals}
-    if len(means) < 2:
-        return None
-    return max(means) if metric.goal == "maximize" else min(means)
+    return metric.find_best([interval.mean for interval in intervals])
 
 
-def _mean_cell(metric: TableMetric, interval: Interval, best: float | None) -> Cell:
+def _mean_cell(metric: Metric, interval: Interval, best: float | None) -> Cell:
     """A mean, and below it its interval."""
     # Digits as the metric has them.
     note = "" if interval.low is None else _format_range(interval.low, interval.high, metric)
@@ -258,16 +257,17 @@ def _mean_cell(metric: TableMetric, interval: Interval, best: float | None) -> C
     return Cell(text, interval.mean, interval.mean == best, note)
 
 
-def _number_cell(value: float, metric: TableMetric, note: str = "") -> Cell:
+def _number_cell(value: float, metric: Metric, note: str = "") -> Cell:
     return Cell(html.format_number(value, metric.digits), value, note=note)
 
 
-def _format_range(low: float | None, high: float | None, metric: TableMetric) -> str:
+def _format_range(low: float | None, high: float | None, metric: Metric) -> str:
     return f"{html.format_number(low, metric.digits)} … {html.format_number(high, metric.digits)}"
 
 
 def _render_differences(cfg: SearchConfig, comparison: Comparison) -> str:
     """Every setting against the first one, paired by neuron and seed."""
+    metrics = comparison.list_columns()
     # The first setting of the space is the reference.
     base, *others = comparison.scores
     base_name = ", ".join(part for part in base if part)
@@ -276,18 +276,18 @@ def _render_differences(cfg: SearchConfig, comparison: Comparison) -> str:
         f"bootstrap interval over both ({cfg.draws:,} draws). An interval that holds 0 shows no difference (others are "
         f"bold); of {len(others)} settings about one in twenty leaves it out by chance."
     )
-    columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in cfg.table)]
+    columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in metrics)]
     rows = []
 
     for setting in others:
-        intervals = [comparison.compute_difference(setting, base, m.key, cfg.draws) for m in cfg.table]
-        cells = [_difference_cell(m, interval) for m, interval in zip(cfg.table, intervals, strict=True)]
+        intervals = [comparison.compute_difference(setting, base, m.key, cfg.draws) for m in metrics]
+        cells = [_difference_cell(m, interval) for m, interval in zip(metrics, intervals, strict=True)]
         rows.append([*_setting_cells(comparison, setting), *cells])
 
     return html.paragraph(note, "small") + html.table(columns, rows)
 
 
-def _difference_cell(metric: TableMetric, interval: Interval | None) -> Cell:
+def _difference_cell(metric: Metric, interval: Interval | None) -> Cell:
     """A difference, bold where its interval does not hold 0; empty without a common seed."""
     if interval is None:
         return Cell("")
@@ -303,15 +303,16 @@ def _difference_cell(metric: TableMetric, interval: Interval | None) -> Cell:
 
 def _render_neurons(cfg: SearchConfig, comparison: Comparison) -> str:
     """The scores of every neuron and setting, mean and range over seeds."""
+    metrics = comparison.list_columns()
     # One row for each neuron under each setting, so that a hard neuron shows.
     columns = [Column("Neuron", numeric=False), *_setting_columns(comparison)]
-    columns += [Column(_metric_title(m), "mean over seeds; below it the lowest and highest seed") for m in cfg.table]
+    columns += [Column(_metric_title(m), "mean over seeds; below it the lowest and highest seed") for m in metrics]
     rows = []
 
     for index, neuron in enumerate(comparison.neurons):
         for setting in comparison.scores:
             cells = [Cell(neuron), *_setting_cells(comparison, setting)]
-            for m in cfg.table:
+            for m in metrics:
                 values = comparison.collect_values(setting, m.key)[:, index]
                 note = _format_range(values.min(), values.max(), m) if len(values) > 1 else ""
                 cells.append(_number_cell(float(values.mean()), m, note))
@@ -330,7 +331,7 @@ def _setting_cells(comparison: Comparison, setting: Setting) -> list[Cell]:
     return [Cell(part) for part, name in zip(setting, comparison.dimensions, strict=True) if name]
 
 
-def _draw_metric(comparison: Comparison, metric: TableMetric, means: Mapping[Setting, Interval]) -> str:
+def _draw_metric(comparison: Comparison, metric: Metric, means: Mapping[Setting, Interval]) -> str:
     # The same intervals as in the table.
     bars = {setting: (interval.mean, interval.low, interval.high) for setting, interval in means.items()}
     level = ("Otsu", _baseline_mean(comparison, metric)) if comparison.baseline else None
@@ -338,10 +339,10 @@ def _draw_metric(comparison: Comparison, metric: TableMetric, means: Mapping[Set
     return sweep_charts.draw_factorial(_metric_title(metric), groups, colours, bars, level)
 
 
-def _baseline_mean(comparison: Comparison, metric: TableMetric) -> float:
+def _baseline_mean(comparison: Comparison, metric: Metric) -> float:
     return sum(scores[metric.key] for scores in comparison.baseline.values()) / len(comparison.baseline)
 
 
-def _metric_title(metric: TableMetric) -> str:
+def _metric_title(metric: Metric) -> str:
     """Heading with an arrow to the better direction."""
-    return f"{metric.title} {'↑' if metric.goal == 'maximize' else '↓'}"
+    return f"{metric.heading} {'↑' if metric.direction == 'higher' else '↓'}"

@@ -149,8 +149,5 @@ def read_objective(folder: Path, objective: Objective) -> float | None:
     values = [value for step, value in iterate_values(rows, objective.key) if step > 0]
     if not values:
         return None
-    # `best` agrees with the weights that the training keeps as its best.
-    if objective.take == "last":
-        return values[-1]
-
+    # The best row is that of the weights that the training keeps as its best.
     return max(values) if objective.goal == "maximize" else min(values)

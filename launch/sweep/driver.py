@@ -206,14 +206,14 @@ class SweepDriver:
         """Note the value at a rung that a trial has just reached; False, with a note why, when it is not promoted."""
         cfg = self.cfg.asha
         assert cfg is not None
-        value = trial.find_value_at(rows, cfg.key or self.cfg.objective.key, rung)
+        value = trial.find_value_at(rows, self.cfg.objective.key, rung)
         if value is None or rung in t.rungs:
             return True
 
         # Asynchronous: judged against those that came before, without waiting for others.
         others = [other.rungs[rung] for other in self.trials.values() if rung in other.rungs]
         t.rungs[rung] = value
-        if asha.is_promoted(value, others, cfg, cfg.goal or self.cfg.objective.goal):
+        if asha.is_promoted(value, others, cfg, self.cfg.objective.goal):
             return True
 
         t.note = f"{value:.4g} at step {rung} is not among the best of {len(others) + 1}"

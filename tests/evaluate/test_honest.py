@@ -9,7 +9,8 @@ import pytest
 
 from hpc_neuro import evaluate
 from hpc_neuro.core import files
-from hpc_neuro.core.schema import InputError, load
+from hpc_neuro.core.schema import InputError, load, to_plain
+from hpc_neuro.tracing import TraceConfig
 from tests.evaluate.conftest import write_predictions
 
 
@@ -62,13 +63,13 @@ def test_a_random_teacher_is_said_in_log_and_report(
     assert "The teacher had random weights" in (cfg.out / "report.html").read_text()
 
 
-def test_settings_of_the_tracer_that_this_version_does_not_take_can_be_replaced(store: Path, tmp_path: Path) -> None:
-    """The advice of the error is obeyed, and the report says that the two were traced with other settings."""
+def test_settings_of_the_tracer_that_this_version_does_not_take_are_refused(store: Path, tmp_path: Path) -> None:
+    """Obeying the advice leaves a record of the present settings, with which Otsu's mask is traced too."""
     predictions = write_predictions(tmp_path / "p", store)
     files.write_json(predictions / "run.json", {"verb": "infer", "config": {"trace": {"old": 1}}})
     keys = [f"store={store}", f"predictions={predictions}", f"out={tmp_path / 'e'}", "draws=100", "pictures=0"]
-    with pytest.raises(InputError, match=r"give `trace=\{\}`"):
+    with pytest.raises(InputError, match="does not take .*old.* again, which keeps the probabilities"):
         evaluate.run(load(evaluate.EvaluateConfig, None, keys))
 
-    assert evaluate.run(load(evaluate.EvaluateConfig, None, [*keys, "trace={}"])) == 0
-    assert "was traced with other settings than the model" in (tmp_path / "e" / "report.html").read_text()
+    files.write_json(predictions / "run.json", {"verb": "infer", "config": {"trace": to_plain(TraceConfig())}})
+    assert evaluate.run(load(evaluate.EvaluateConfig, None, keys)) == 0
