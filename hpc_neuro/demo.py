@@ -243,7 +243,7 @@ def _headline_metrics(cfg: DemoConfig) -> dict[str, str]:
         "dice": "Dice of the foreground",
         tolerance_key("f1", tolerance): f"F1 of the tree at {tolerance:g} voxel{'s' * (tolerance != 1)}",
         "esa": "ESA, voxels (lower is better)",
-        "hd95_um": "HD95, micrometres (lower is better)",
+        "hd95_um": "HD95, micrometers (lower is better)",
     }
 
 

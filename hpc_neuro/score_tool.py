@@ -32,7 +32,7 @@ def score(predicted: Tree | Path | str, gold: Tree | Path | str, tolerance: floa
     distances `esa`, `dsa` and `pds` (see `metrics.tree.distances`); all in the unit of the trees.
     Raises InputError for unreadable files, or files in different units; ValueError unless `tolerance` is positive.
     """
-    # A tree in voxels and one in micrometres would be scored without a warning, and wrongly.
+    # A tree in voxels and one in micrometers would be scored without a warning, and wrongly.
     units = {path: swc.read_header(path).unit for path in (predicted, gold) if not isinstance(path, Tree)}
     if len(set(units.values()) - {None}) > 1:
         stated = " and ".join(f"{path} is in {unit}" for path, unit in units.items())
@@ -40,7 +40,7 @@ def score(predicted: Tree | Path | str, gold: Tree | Path | str, tolerance: floa
 
     trees = [tree if isinstance(tree, Tree) else swc.read(tree) for tree in (predicted, gold)]
 
-    # As in `evaluate`: pieces of 1 voxel, or of a quarter of a tolerance in micrometres.
+    # As in `evaluate`: pieces of 1 voxel, or of a quarter of a tolerance in micrometers.
     step = min(1.0, tolerance / 4) if "um" in units.values() else 1.0
     match = match_cable(trees[0], trees[1], tolerance, step)
     return {

@@ -142,7 +142,7 @@ def describe_jobs(jobs: Sequence[LaunchedJob]) -> str:
     """`job 12`, or `40 tasks in arrays 12, 13, then job 14`."""
     shares = [job for job in jobs if job.share]
     # Shares first, as the single job waits for them.
-    parts = [f"{len(shares)} tasks in arrays {', '.join(list_arrays(shares))}"] if shares else []
+    parts = [f"{files.format_count(len(shares), 'task')} in arrays {', '.join(list_arrays(shares))}"] if shares else []
     if not jobs[-1].share:
         parts.append(f"job {jobs[-1].id}")
     return ", then ".join(parts)

@@ -133,7 +133,7 @@ def hub(weights: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_many_processes_download_once_and_offline_is_honoured(hub: str, tmp_path: Path) -> None:
+def test_many_processes_download_once_and_offline_is_honored(hub: str, tmp_path: Path) -> None:
     inherited = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     environment = {**inherited, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     script = (

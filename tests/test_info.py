@@ -115,7 +115,7 @@ def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert command_line(["info", str(tmp_path / "b.tif"), f"picture={tmp_path / 'b.tif'}"]) == 2
     assert "is not named as a picture" in capsys.readouterr().err
     assert (tmp_path / "b.tif").read_bytes() == b"an image"
-    for argv, says in ((["a", "b"], "2 paths"), ([], "0 paths"), (["a", "colour=1"], "unknown colour")):
+    for argv, says in ((["a", "b"], "2 paths"), ([], "0 paths"), (["a", "color=1"], "unknown color")):
         with pytest.raises(ConfigError, match=says):
             info.main(argv)
     with pytest.raises(ConfigError, match="channel=x"):

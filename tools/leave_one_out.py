@@ -1,4 +1,4 @@
-"""Each neuron held out once: the model against tracing the raw image and against skeletonising Otsu's mask.
+"""Each neuron held out once: the model against tracing the raw image and against skeletonizing Otsu's mask.
 
     python -m tools.leave_one_out --out OUT --pairs FOLDER... [--meta FILE] [--only ID...] [--budget STEPS]
                                   [--demo KEY=VALUE ...]
@@ -8,7 +8,7 @@ has none ({ID: {"voxel_size_um_xyz": [..], "root_xyz": [..]}}). For every neuron
 steps (none: the demo's own) and traces the one held out; more keys go to the demo. The baselines are given the same
 root:
 
-    raw    the normalised image, traced by our tracer with Otsu's threshold
+    raw    the normalized image, traced by our tracer with Otsu's threshold
     otsu   Otsu's mask, traced by our tracer
     thin   Otsu's mask, thinned (scikit-image, Lee 1994); the skeleton that hangs on the root, as a tree
 

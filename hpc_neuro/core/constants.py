@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 UNLABELLED = 255
 """Mask value of a voxel without a label; such voxels count neither in a loss nor in a metric."""
 
@@ -16,3 +18,35 @@ EXIT_FAILURES = 3
 """The command finished, with failures that it lists."""
 EXIT_STOPPED = 75
 """The command was stopped by a signal; the same command resumes it (EX_TEMPFAIL of sysexits.h)."""
+
+
+@dataclass(frozen=True)
+class ExitCode:
+    """What an exit code of `hpc-neuro VERB` tells."""
+
+    meaning: str
+    advice: str
+    """What the user does next."""
+    effect: str
+    """What the launcher does with the job."""
+
+
+EXIT_CODES = {
+    EXIT_DONE: ExitCode("done, or already complete", "nothing", "the job ends; dependent jobs start"),
+    EXIT_BAD_INPUT: ExitCode(
+        "bad input or config; nothing was written",
+        "read the message: it names what was found, what was expected and the fix",
+        "the job ends and is not requeued; dependent jobs are removed",
+    ),
+    EXIT_FAILURES: ExitCode(
+        "finished, with failures that are listed",
+        "run the same command again; only the failed pieces are retried",
+        f"as for {EXIT_BAD_INPUT}",
+    ),
+    EXIT_STOPPED: ExitCode(
+        "stopped by a signal or the time limit, state saved",
+        "run the same command again; it resumes",
+        "the job is requeued, at most `max_requeue` times",
+    ),
+}
+"""Every exit code that a verb returns on purpose."""

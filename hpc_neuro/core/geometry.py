@@ -1,4 +1,4 @@
-"""Boxes, voxel sizes and tilings. Arrays are z y x, lengths micrometres; the first voxel's center is the origin."""
+"""Boxes, voxel sizes and tilings. Arrays are z y x, lengths micrometers; the first voxel's center is the origin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Shape = tuple[int, int, int]
 """Voxels along z, y, x."""
 VoxelSize = tuple[float, float, float]
-"""Micrometres per voxel along z, y, x."""
+"""Micrometers per voxel along z, y, x."""
 
 
 @dataclass(frozen=True, order=True)
@@ -117,7 +117,7 @@ def tile_volume(shape: Shape, write: Shape, halo: Shape = (0, 0, 0)) -> Iterator
 
 
 def fine_voxel(voxel_size: VoxelSize) -> float:
-    """Micrometres per fine voxel, the unit of every radius and distance that is given in voxels.
+    """Micrometers per fine voxel, the unit of every radius and distance that is given in voxels.
 
     The fine voxel is the middle one of the three edges. An SWC radius is one number, so no unit is right along all
     axes of anisotropic voxels. Microscopes sample two axes alike, whichever axis is the coarse or the fine one, and the
@@ -133,13 +133,13 @@ def zyx_from_xyz(points: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def to_um(voxels: NDArray[np.floating], voxel_size: VoxelSize) -> NDArray[np.float64]:
-    """[N, 3] voxel coordinates (z y x) -> micrometres."""
+    """[N, 3] voxel coordinates (z y x) -> micrometers."""
     um: NDArray[np.float64] = np.asarray(voxels, dtype=np.float64) * np.asarray(voxel_size)
     return um
 
 
 def to_voxels(um: NDArray[np.floating], voxel_size: VoxelSize) -> NDArray[np.float64]:
-    """[N, 3] micrometres (z y x) -> voxel coordinates."""
+    """[N, 3] micrometers (z y x) -> voxel coordinates."""
     voxels: NDArray[np.float64] = np.asarray(um, dtype=np.float64) / np.asarray(voxel_size)
     return voxels
 

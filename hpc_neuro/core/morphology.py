@@ -1,6 +1,6 @@
 """A neuron's tree as a parent array, and pure functions on it.
 
-Coordinates are z y x. A tree carries no unit: the caller knows whether it is in voxels or micrometres, and `scale_tree`
+Coordinates are z y x. A tree carries no unit: the caller knows whether it is in voxels or micrometers, and `scale_tree`
 converts one to the other.
 """
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hpc_neuro.core.files import format_count
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.metrics.bootstrap import Interval, mean_interval, paired_difference
 from hpc_neuro.metrics.metric import Metric
@@ -123,7 +124,7 @@ def format_latex(results: Results, cfg: EvaluateConfig) -> str:
     # The comment travels with the table into the paper's source.
     n = len(results.ids)
     lines = [
-        f"% {n} neuron{'s' if n > 1 else ''}; in brackets the 95 % bootstrap interval over neurons",
+        f"% {format_count(n, 'neuron')}; in brackets the 95 % bootstrap interval over neurons",
         rf"\begin{{tabular}}{{l{'c' * len(metrics)}}}",
         r"\toprule",
         head + r" \\",

@@ -152,7 +152,7 @@ def check_raw_files(run: RunRecord, quick: bool) -> RunCheck | None:
     if not raw:
         return None
 
-    check = RunCheck(f"raw data of {run.folder}: {len(raw)} files", run, quick)
+    check = RunCheck(f"raw data of {run.folder}: {files.format_count(len(raw), 'file')}", run, quick)
     sources = record.get("sources", {})
     names = sorted(raw, key=run_folder.natural_key)
 
@@ -268,7 +268,9 @@ def check_precompute(check: RunCheck) -> None:
     _check_teacher(check, manifest["teacher"])
     cache: feature_cache.FeatureCache | None = check.attempt(lambda: feature_cache.FeatureCache(check.run.folder))
     shards = manifest["shards"]
-    check.note(f"{len(shards)} shards, views {' '.join(manifest['views'])}, layers {manifest['layers']}")
+    check.note(
+        f"{files.format_count(len(shards), 'shard')}, views {' '.join(manifest['views'])}, layers {manifest['layers']}"
+    )
     if not cache or check.quick:
         return
 

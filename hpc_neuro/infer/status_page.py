@@ -32,6 +32,23 @@ _SHEETS = 6
 """Neurons with a picture of their own, the least sure first."""
 _VOLUME_VOXELS, _SHEET_VOXELS = 1 << 26, 1 << 24
 """Voxels that a picture of a volume, and of a neuron, is made of at most; larger ones are shown coarser."""
+_TITLES = {
+    "rank": "Rank",
+    "kind": "What",
+    "z": "z [voxel]",
+    "y": "y [voxel]",
+    "x": "x [voxel]",
+    "doubt": "Doubt",
+    "disagreement": "Disagreement",
+    "cable_um": "Cable [µm]",
+    "neuron": "Neuron",
+    "node": "SWC id",
+    "score": "Share sure",
+    "mean": "Mean confidence",
+    "gaps": "Gaps",
+    "gap_um": "Length of gaps [µm]",
+}
+"""Headings of the columns of proofread/*.csv."""
 _MARGIN = 12
 """[voxel] Around a neuron in its picture."""
 
@@ -179,7 +196,7 @@ def _draw_sheet(out: Path, volume: VolumeRun, neuron: dict[str, str], places: li
     lines = [_tree_lines(tree, origin), figures.TreeLines(crosses, figures.WRONG, "doubt")]
 
     caption = (
-        f"Neuron {neuron['neuron']}: {neuron['cable_um']} um of cable, {float(neuron['score']):.1%} of it sure, "
+        f"Neuron {neuron['neuron']}: {neuron['cable_um']} µm of cable, {float(neuron['score']):.1%} of it sure, "
         f"{files.format_count(int(neuron['gaps']), 'gap')}, {files.format_count(len(places), 'place')} to look at "
         f"(crosses); voxels {box.start} to {box.stop}"
     )
@@ -203,7 +220,7 @@ def _show_tables(places: list[dict[str, str]], neurons: list[dict[str, str]]) ->
 
 
 def _show_table(rows: list[dict[str, str]], kind: Any) -> str:
-    columns = [html.Column(title) for title in kind.__dataclass_fields__]
+    columns = [html.Column(_TITLES[name]) for name in kind.__dataclass_fields__]
     cells = [
         [html.Cell(text, float(text) if text[:1].isdigit() else None) for text in row.values()]
         for row in rows[:_TABLE_ROWS]

@@ -146,7 +146,7 @@ def _open_file(item: VolumeConfig, share: ShareOf | None, measurement: Measureme
 
     if voxel_size is None:
         raise InputError(
-            f"{item.image} does not say its voxel size, and trees are written in micrometres; give voxel_size=[z, y, x]"
+            f"{item.image} does not say its voxel size, and trees are written in micrometers; give voxel_size=[z, y, x]"
         )
 
     roots = item.roots if item.root is None else (item.root,)

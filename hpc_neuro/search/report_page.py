@@ -232,10 +232,10 @@ def _describe_means(cfg: SearchConfig, comparison: Comparison) -> str:
     """What the table of means shows."""
     # Failed trials leave settings with fewer seeds.
     counts = sorted({len(seeds) for seeds in comparison.scores.values()})
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    fewest = "" if len(counts) == 1 else f"{counts[0]} to "
     neurons = len(comparison.neurons)
-    note = f"Means over {neurons} held-out neuron{'s' if neurons > 1 else ''} and "
-    note += f"{seeds} seed{'s' if counts != [1] else ''}; "
+    note = f"Means over {files.format_count(neurons, 'held-out neuron')} and "
+    note += f"{fewest}{files.format_count(counts[-1], 'seed')}; "
     if neurons > 1:
         note += f"in small type the 95 % bootstrap interval over both ({cfg.draws:,} draws). "
     else:
@@ -335,8 +335,8 @@ def _draw_metric(comparison: Comparison, metric: Metric, means: Mapping[Setting,
     # The same intervals as in the table.
     bars = {setting: (interval.mean, interval.low, interval.high) for setting, interval in means.items()}
     level = ("Otsu", _baseline_mean(comparison, metric)) if comparison.baseline else None
-    groups, colours = comparison.list_parts(0), comparison.list_parts(1)
-    return sweep_charts.draw_factorial(_metric_title(metric), groups, colours, bars, level)
+    groups, colors = comparison.list_parts(0), comparison.list_parts(1)
+    return sweep_charts.draw_factorial(_metric_title(metric), groups, colors, bars, level)
 
 
 def _baseline_mean(comparison: Comparison, metric: Metric) -> float:

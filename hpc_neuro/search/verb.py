@@ -25,7 +25,7 @@ def forecast(cfg: SearchConfig) -> list[str]:
 
     for name, dimension in cfg.space.items():
         values = list_values(dimension)
-        text = f"{len(values)} values" if values is not None else "a range"
+        text = files.format_count(len(values), "value") if values is not None else "a range"
         lines.append(f"{name}: {text}" + (f", where {dimension.when}" if dimension.when else ""))
 
     # A grid may be cut short by `trials`.

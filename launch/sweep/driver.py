@@ -243,7 +243,7 @@ class SweepDriver:
         elif is_own_failure:
             self._end(t, "failed", f"{last.reason}, see {t.folder / t.attempt_name}.log")
         elif len(t.attempts) > self.cfg.requeue:
-            self._end(t, "failed", f"{last.reason}, {len(t.attempts)} times")
+            self._end(t, "failed", f"{last.reason}, {files.format_count(len(t.attempts), 'time')}")
         else:
             t.state = "waiting"
             t.save()

@@ -1,4 +1,4 @@
-"""The intensity range: exact order statistics, streamed; refusals; the normalisation."""
+"""The intensity range: exact order statistics, streamed; refusals; the normalization."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_the_radius_ignores_the_blur_along_coarse_z_and_the_stretch_measures_it(
 
 
 @pytest.mark.parametrize("offset", [(0.0, 1.5, 0.0), (0.8, -1.0, 0.0)])
-def test_an_offset_centreline_is_moved_onto_the_ridge_and_no_farther_than_allowed(offset: tuple[float, ...]) -> None:
+def test_an_offset_centerline_is_moved_onto_the_ridge_and_no_farther_than_allowed(offset: tuple[float, ...]) -> None:
     tree = make_bent_tree(2.0)
     image = render_picture(tree, ISO, (0.7,) * 3, noise=3.0)
     moved = Tree(tree.points + offset, tree.radii, tree.parents, tree.types)
@@ -97,7 +97,7 @@ def test_an_offset_centreline_is_moved_onto_the_ridge_and_no_farther_than_allowe
     np.testing.assert_allclose(morphology.resample_tree(moved, 1.0).points, still.points, atol=1e-9)
 
 
-def test_a_gap_takes_its_radius_from_the_neighbours() -> None:
+def test_a_gap_takes_its_radius_from_the_neighbors() -> None:
     tree = make_bent_tree(3.0)
     image = render_picture(tree, ISO, (0.7,) * 3, noise=2.0)
     image[:, :, 75:85] = 20

@@ -43,7 +43,7 @@ def student_for(guide: Teacher, **changes: object) -> Student:
     return build_student(fit_config(StudentConfig(patch=(4, guide.patch, guide.patch), **changes), guide)).eval()
 
 
-def embedding(guide: Teacher, grey: Tensor) -> Tensor:
-    """The teacher's own patch embedding of grey [N, p, p] in [0, 1] -> [N, C]."""
-    rgb = torch.stack([(grey - m) / s for m, s in zip(guide.mean, guide.std, strict=True)], dim=1)
+def embedding(guide: Teacher, gray: Tensor) -> Tensor:
+    """The teacher's own patch embedding of gray [N, p, p] in [0, 1] -> [N, C]."""
+    rgb = torch.stack([(gray - m) / s for m, s in zip(guide.mean, guide.std, strict=True)], dim=1)
     return guide.backbone.patch_embed.proj(rgb)[:, :, 0, 0].detach()

@@ -31,7 +31,7 @@ KEYS = ["optim.batch=4", "engine.silence=600"]
 SHORT = ["optim.steps=2", "validate.crops=1", "checkpoint.every=0", "crop.size=[8,16,32]"]
 step, shares, augment = loop.train_step, loop.share_step, loop.augment
 codes: dict[str, list[object]] = {}
-counted: dict[str, list[tuple[int, int]]] = {}  # run -> (step, sample) that this rank learnt from
+counted: dict[str, list[tuple[int, int]]] = {}  # run -> (step, sample) that this rank learned from
 
 
 def run(name: str, *overrides: str) -> None:

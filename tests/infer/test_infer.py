@@ -65,7 +65,7 @@ def test_other_libraries_open_it(done: Path, store: Path) -> None:
 
 
 def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
-    """The centre of mass of a blob, in micrometres, is the same on every level."""
+    """The center of mass of a blob, in micrometers, is the same on every level."""
     shape, size = (24, 80, 520), (1.0, 0.3, 0.3)
     ome_zarr.create(tmp_path / "v", "p", shape, size, (32, 64, 256), (32, 64, 64), "mask", {})
     blob = np.zeros(shape, np.uint8)
@@ -79,9 +79,9 @@ def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
     for number in range(len(levels)):
         volume = open_volume(tmp_path / "v", dataset=str(number))
         values = volume[Box.whole(volume.shape)].astype(float)
-        centre = [np.average(i, weights=values.ravel()) for i in np.unravel_index(np.arange(values.size), values.shape)]
+        center = [np.average(i, weights=values.ravel()) for i in np.unravel_index(np.arange(values.size), values.shape)]
         assert volume.affine is not None
-        um = (volume.affine @ [*centre, 1.0])[:3]
+        um = (volume.affine @ [*center, 1.0])[:3]
         off = np.abs(um - np.array([13.5 * 1.0, 27.5 * 0.3, 331.5 * 0.3]))
         assert np.all(off < 0.5 * np.array(size))  # half a voxel of the finest level
 
@@ -122,6 +122,8 @@ def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:
     assert page.count("<rect ") == entry["blocks"]["all"]
     assert "data:image/jpeg" in page
     assert "1 tree, the least sure first" in page
+    assert "Cable [µm]" in page
+    assert "cable_um" not in page
     assert (cfg.out / "proofread" / "cell.csv").exists()
 
 

@@ -114,7 +114,7 @@ def test_image_probability_trees_and_places_lie_on_one_another(landmark: Path) -
         tree = ask(port, "/brain.trees/1")[1]
         vertices, edges = np.frombuffer(tree[:8], "<u4")
         assert (vertices, edges) == (3, 2)
-        nodes = np.frombuffer(tree[8 : 8 + 12 * vertices], "<f4").reshape(-1, 3)  # x y z in nanometres
+        nodes = np.frombuffer(tree[8 : 8 + 12 * vertices], "<f4").reshape(-1, 3)  # x y z in nanometers
         voxels = nodes[:, ::-1] / 1000 / SIZE
         np.testing.assert_allclose(voxels, [[11, 21, 31], [11, 21, 39], [11, 30, 39]], atol=1e-3)
         assert np.frombuffer(tree[8 + 12 * vertices :], "<u4").tolist() == [1, 0, 2, 1]

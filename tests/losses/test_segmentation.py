@@ -91,7 +91,7 @@ def test_cross_entropy_is_torchs_mean_and_weighs_the_foreground() -> None:
     torch.testing.assert_close(CrossEntropy(foreground=5.0)(given, batch(truth)), weighed / (1 + 4 * truth).sum())
 
 
-def test_skeleton_recall_asks_only_for_the_centreline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skeleton_recall_asks_only_for_the_centerline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segmentation, "_SMOOTH", 1e-6)
     line = tube(radius=0.5)
     loss = SkeletonRecall()

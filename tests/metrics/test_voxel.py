@@ -183,7 +183,7 @@ def test_cldice_of_lines() -> None:
     thick[9:12, 14:17, 5:35] = True
     assert centerline.cldice(gold, gold) == 1.0
     assert centerline.cldice(half, gold) == pytest.approx(2 * 1.0 * 0.5 / 1.5)
-    assert centerline.cldice(thick, gold) == 1.0  # thickness does not matter, the centreline does
+    assert centerline.cldice(thick, gold) == 1.0  # thickness does not matter, the centerline does
     assert voxel.dice(thick, gold) < 0.25
 
 
@@ -206,7 +206,7 @@ def test_no_part_is_thinned_away(part: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("line", ["11", "101", "10110101", "1000000001"])
-def test_a_mask_of_single_voxels_in_a_row_has_a_centreline(line: str, axis: int) -> None:
+def test_a_mask_of_single_voxels_in_a_row_has_a_centerline(line: str, axis: int) -> None:
     """cc3d fails on such a row by itself."""
     mask = np.zeros((12, 13, 14), dtype=bool)
     row = np.array([c == "1" for c in line])

@@ -89,7 +89,7 @@ def test_tiles_with_context_differ_little_from_the_whole_slice(store: Path, tmp_
 
 
 def test_square_pixels_of_an_anisotropic_volume(tmp_path: Path) -> None:
-    """A plane three times as coarse along z is stretched, so that a token is as high as wide in micrometres."""
+    """A plane three times as coarse along z is stretched, so that a token is as high as wide in micrometers."""
     folder = write_store(tmp_path / "s", {"a": "train"})
     index = folder / "dataset.json"
     index.write_text(index.read_text().replace("1.0,\n    1.0,\n    1.0", "3.0,\n    1.0,\n    1.0"))

@@ -98,7 +98,7 @@ ROW = {"id": "a", "image": "a.tif", "swc": "a.swc"}
         ({"swc_unit": "mm"}, "swc_unit of a is 'mm'; voxel or um is wanted"),
         ({"channel": "red"}, "channel of a is 'red'; a number from 0 is wanted"),
         ({"id": "../a"}, "cannot be a file name"),
-        ({"colour": "red"}, "unknown columns colour; known are id, image, swc"),
+        ({"color": "red"}, "unknown columns color; known are id, image, swc"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, str], match: str) -> None:

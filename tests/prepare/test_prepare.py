@@ -149,7 +149,7 @@ def test_meta_json_gives_roots_voxel_sizes_and_units(
 
 
 @pytest.mark.parametrize("key", ["root", "voxel_size_xyz_um", "swc_units"])
-def test_a_misspelt_key_of_meta_json_is_refused(tmp_path: Path, key: str) -> None:
+def test_a_misspelled_key_of_meta_json_is_refused(tmp_path: Path, key: str) -> None:
     write_pair(tmp_path / "in", "a", 1)
     (tmp_path / "in" / "meta.json").write_text(json.dumps({"a": {key: [1, 1, 1], "comment": "free"}}))
     with pytest.raises(InputError, match=f"says {key} of a; write "):

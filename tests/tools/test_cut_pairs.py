@@ -21,7 +21,7 @@ SHAPE = (20, 52, 96)
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """One neuron in a corner of a larger stack, its root beside the tree, its SWC in micrometres."""
+    """One neuron in a corner of a larger stack, its root beside the tree, its SWC in micrometers."""
     folder = tmp_path / "pairs"
     folder.mkdir()
     draw = np.random.default_rng(0)

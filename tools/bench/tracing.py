@@ -91,7 +91,7 @@ def compared(file: Path, size: int, neurites: int, repeat: int) -> dict[str, Any
 
 
 def write_volume(file: Path, size: int, neurites: int) -> Points:
-    """Write the probability [size, size, size] as uint8; samples of the true centre lines, a voxel apart."""
+    """Write the probability [size, size, size] as uint8; samples of the true center lines, a voxel apart."""
     shape: Shape = (size, size, size)
     cfg = TreeConfig(orders=0, soma=0.0)
     trees = [grow_random_tree(seed, shape, _VOXEL, cfg) for seed in range(neurites)]

@@ -1,4 +1,4 @@
-"""Masked autoencoder around a timm ViT: encoder on visible patches, convolutional decoder, normalised pixels.
+"""Masked autoencoder around a timm ViT: encoder on visible patches, convolutional decoder, normalized pixels.
 
 He et al., "Masked autoencoders are scalable vision learners", CVPR 2022; positions are fixed 2D sine-cosine codes,
 evaluated at real coordinates so that one encoder learns every token spacing that timm's resampling can produce.
@@ -48,7 +48,7 @@ def encoder(patch: int, **overrides: int) -> nn.Module:
     code = sincos(y.flatten(), x.flatten(), int(vit.embed_dim))  # type: ignore[arg-type]  # [N, D]
     table = vit.pos_embed
     if not isinstance(table, nn.Parameter):
-        raise TypeError(f"{ARCH} has no learnt position table in this timm version; use timm >= 1.0.15")
+        raise TypeError(f"{ARCH} has no learned position table in this timm version; use timm >= 1.0.15")
     with torch.no_grad():
         table[0, 0] = 0  # class token
         table[0, 1:] = code
@@ -73,7 +73,7 @@ def patchify(image: Tensor, patch: int) -> Tensor:
     return F.unfold(image, patch, stride=patch).transpose(1, 2)
 
 
-def normalised(patches: Tensor) -> Tensor:
+def normalized(patches: Tensor) -> Tensor:
     """Per-patch zero mean and unit variance, [B, N, P] -> [B, N, P]; the floor keeps JPEG noise of flat sky small."""
     mean = patches.mean(-1, keepdim=True)
     return (patches - mean) / (patches.var(-1, keepdim=True) + 1e-4).sqrt()
@@ -89,7 +89,7 @@ def attend_near(blocks: nn.Module) -> None:
 
     Query and key weights of a head are one random orthogonal projection (Trockman & Kolter, "Mimetic initialization
     of self-attention layers", ICML 2023). From near-uniform attention a short training never gets to copying from
-    neighbours.
+    neighbors.
     """
     for block in blocks.children():
         attention: nn.Module = block.attn  # type: ignore[assignment]
@@ -178,6 +178,6 @@ class MaskedAutoencoder(nn.Module):
         grid = grid.scatter(1, seen[..., None].expand(-1, -1, width), tokens)  # [B, N, W]
         decoded = self.blocks(grid.mT.reshape(-1, width, n, n)).flatten(2).mT  # [B, N, W]
         decoded = pick(decoded, unseen)
-        wanted = normalised(pick(patchify(target, self.patch), unseen))
+        wanted = normalized(pick(patchify(target, self.patch), unseen))
         guess: Tensor = self.predict(self.norm(decoded)).float()
         return (guess - wanted).square().sum() / wanted.square().sum().clamp_min(1)

@@ -86,7 +86,7 @@ def _tiles(path: Path, side: int) -> list[npt.NDArray[np.uint8]]:
 class Batch:
     """What one training step sees."""
 
-    image: Tensor  # [B, 3, S, S] normalised to -1..1, noise added
+    image: Tensor  # [B, 3, S, S] normalized to -1..1, noise added
     target: Tensor  # [B, 3, S, S] the same without noise: the encoder learns to see through it
     order: Tensor  # [B, N] tokens in random order
     y: Tensor  # [B, N] token coordinates in units of the encoder's own grid
@@ -133,7 +133,7 @@ def uniform(draws: torch.Generator, count: int, low: float, high: float) -> Tens
 def coordinates(draws: torch.Generator, count: int, n: int, grid: int) -> tuple[Tensor, Tensor]:
     """Token coordinates y, x [count, n * n] of n x n tokens somewhere on the encoder's grid x grid table.
 
-    timm squeezes its table onto any image, so the spacing of neighbours is grid / tokens: half of the crops keep the
+    timm squeezes its table onto any image, so the spacing of neighbors is grid / tokens: half of the crops keep the
     spacing 1, the others draw one between what a twice larger and what this small image would get.
     """
     widest = (grid - 1) / max(1, n - 1)
@@ -147,9 +147,9 @@ def coordinates(draws: torch.Generator, count: int, n: int, grid: int) -> tuple[
 
 
 def augment(tiles: Tensor, crop: int, draws: torch.Generator) -> Tensor:
-    """Crop, turn, grey, invert and re-tone tiles [B, 3, side, side] in 0..1 -> [B, 3, crop, crop] in -1..1.
+    """Crop, turn, gray, invert and re-tone tiles [B, 3, side, side] in 0..1 -> [B, 3, crop, crop] in -1..1.
 
-    The teacher will look at grey microscopy slices: bright on dark or dark on bright, at any magnification.
+    The teacher will look at gray microscopy slices: bright on dark or dark on bright, at any magnification.
     """
     count, device = len(tiles), tiles.device
     extent = uniform(draws, count, math.log(0.25), 0.0).exp()  # side of the crop, as a share of the tile
@@ -165,9 +165,9 @@ def augment(tiles: Tensor, crop: int, draws: torch.Generator) -> Tensor:
     def draw(low: float, high: float) -> Tensor:
         return uniform(draws, count, low, high).view(-1, 1, 1, 1).to(device)
 
-    weights = torch.rand(count, 3, 1, 1, generator=draws).add(0.1).to(device)  # random channel mix: more greys
-    grey = (image * (weights / weights.sum(1, keepdim=True))).sum(1, keepdim=True)
-    image = torch.where(draw(0, 1) < 0.8, grey, image)
+    weights = torch.rand(count, 3, 1, 1, generator=draws).add(0.1).to(device)  # random channel mix: more grays
+    gray = (image * (weights / weights.sum(1, keepdim=True))).sum(1, keepdim=True)
+    image = torch.where(draw(0, 1) < 0.8, gray, image)
     image = torch.where(draw(0, 1) < 0.5, 1 - image, image)
     image = image.clamp(1e-3, 1) ** draw(math.log(0.5), math.log(2.5)).exp()  # dark fields are common in microscopy
     image = (image - 0.5) * draw(0.4, 1.4) + 0.5 + draw(-0.15, 0.15)

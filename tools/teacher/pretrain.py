@@ -1,4 +1,4 @@
-"""Pre-train a small natural-image ViT teacher from a folder of photographs by masked image modelling.
+"""Pre-train a small natural-image ViT teacher from a folder of photographs by masked image modeling.
 
 For machines and institutes that reach no model hub. The result is timm's `vit_tiny_patch16_224` without a head:
 
@@ -224,7 +224,7 @@ def export(
         "sha256": files.sha256(out / "teacher.safetensors"),
         "dtype": "float16",
         "license": "Apache-2.0",
-        "input": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "range": "0..1 before normalisation", "size": 224},
+        "input": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "range": "0..1 before normalization", "size": 224},
         "data": {
             "photographs": len(pictures.train) + len(pictures.held),
             "held_out": len(pictures.held),

@@ -26,9 +26,9 @@ def reconstruction(
     keep: int,
     crop: int,
 ) -> dict[str, float]:
-    """Loss on held-out photographs (grey, centre crops, fixed masks); predicting each patch's mean scores 1."""
+    """Loss on held-out photographs (gray, center crops, fixed masks); predicting each patch's mean scores 1."""
     device = next(network.parameters()).device
-    image = F.interpolate(_grey(pictures, pictures.held), (crop, crop), mode="area").to(device)  # [B, 3, S, S]
+    image = F.interpolate(_gray(pictures, pictures.held), (crop, crop), mode="area").to(device)  # [B, 3, S, S]
     count, n = len(image), crop // network.patch
     order = torch.rand(count, n * n, generator=torch.Generator().manual_seed(1)).argsort(1).to(device)
     axis = torch.arange(n, dtype=torch.float32, device=device) + (SIZE // network.patch - n) / 2
@@ -43,17 +43,17 @@ def reconstruction(
 def frozen_features(vits: dict[str, nn.Module], pictures: photos.Photos, patch: int) -> dict[str, Any]:
     """R^2 of ridge regressions from single frozen patch tokens, per task, encoder and depth.
 
-    Photographs: fitted on training ones, scored on held-out ones. `pixels` regresses from the patch's own grey values.
+    Photographs: fitted on training ones, scored on held-out ones. `pixels` regresses from the patch's own gray values.
     Tasks: `orientation`, the dominant direction of the token's own patch, a quadratic function of its pixels;
-    `edges`, the gradient magnitude of its own patch, 4 x 4; `neighbours`, the gradient histograms of its four
-    neighbours, which the token can know through attention only; `curves`, the share of curve in each 4 x 4 part of the
+    `edges`, the gradient magnitude of its own patch, 4 x 4; `neighbors`, the gradient histograms of its four
+    neighbors, which the token can know through attention only; `curves`, the share of curve in each 4 x 4 part of the
     patch on synthetic noisy slices of thin bright curves, which no encoder was trained on.
     """
-    fit = _grey(pictures, pictures.train[:: max(1, len(pictures.train) // FIT)][:FIT])
-    held = _grey(pictures, pictures.held)
+    fit = _gray(pictures, pictures.train[:: max(1, len(pictures.train) // FIT)][:FIT])
+    held = _gray(pictures, pictures.held)
     slices, truth = curves(len(fit) + len(held))
     share = F.unfold(F.avg_pool2d(truth, patch // 4), 4, stride=4).transpose(1, 2)  # [n, N, 16]
-    own = {"orientation": orientation, "edges": edges, "neighbours": neighbours}
+    own = {"orientation": orientation, "edges": edges, "neighbors": neighbors}
     sets = [
         (fit, {k: f(fit, patch) for k, f in own.items()}, held, {k: f(held, patch) for k, f in own.items()}),
         (slices[: len(fit)], {"curves": share[: len(fit)]}, slices[len(fit) :], {"curves": share[len(fit) :]}),
@@ -76,7 +76,7 @@ def frozen_features(vits: dict[str, nn.Module], pictures: photos.Photos, patch: 
 
 @torch.no_grad()
 def tokens(vit: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Grey image [B, 3, 224, 224] in -1..1 -> {block number: patch tokens [B, N, D]} at four depths, on the CPU."""
+    """Gray image [B, 3, 224, 224] in -1..1 -> {block number: patch tokens [B, N, D]} at four depths, on the CPU."""
     device = next(vit.parameters()).device
     depth = len(vit.blocks)  # type: ignore[arg-type]
     chosen = sorted({math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
@@ -127,15 +127,15 @@ def _scores(
     return scores
 
 
-def _grey(pictures: photos.Photos, chosen: list[int]) -> Tensor:
+def _gray(pictures: photos.Photos, chosen: list[int]) -> Tensor:
     image = F.interpolate(pictures.square(chosen), (SIZE, SIZE), mode="area").mean(1, keepdim=True)
     return image.expand(-1, 3, -1, -1) * 2 - 1  # [n, 3, 224, 224]
 
 
 def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
     """Central differences of the first channel, [B, 3, H, W] -> two [B, 1, H, W]."""
-    grey = F.pad(image[:, :1], (1, 1, 1, 1), mode="replicate")
-    return grey[:, :, 2:, 1:-1] - grey[:, :, :-2, 1:-1], grey[:, :, 1:-1, 2:] - grey[:, :, 1:-1, :-2]
+    gray = F.pad(image[:, :1], (1, 1, 1, 1), mode="replicate")
+    return gray[:, :, 2:, 1:-1] - gray[:, :, :-2, 1:-1], gray[:, :, 1:-1, 2:] - gray[:, :, 1:-1, :-2]
 
 
 def orientation(image: Tensor, patch: int) -> Tensor:
@@ -151,8 +151,8 @@ def edges(image: Tensor, patch: int) -> Tensor:
     return masked_autoencoder.patchify(F.avg_pool2d((gx * gx + gy * gy).sqrt(), patch // 4), 4)
 
 
-def neighbours(image: Tensor, patch: int) -> Tensor:
-    """Normalised orientation histograms of the patches above, below, left and right, [B, N, 4 * BINS]."""
+def neighbors(image: Tensor, patch: int) -> Tensor:
+    """Normalized orientation histograms of the patches above, below, left and right, [B, N, 4 * BINS]."""
     gy, gx = _gradient(image)
     strength = (gx * gx + gy * gy).sqrt()
     bin_of = ((torch.atan2(gy, gx) % math.pi) / math.pi * BINS).long().clamp(0, BINS - 1)

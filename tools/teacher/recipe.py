@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 DATA = "natural photographs, one per ImageNet class where 1,000 are given; not distributed with the weights"
 
 METHOD = (
-    "masked autoencoder (He et al., CVPR 2022) with a convolutional decoder; target: pixels normalised per patch; "
+    "masked autoencoder (He et al., CVPR 2022) with a convolutional decoder; target: pixels normalized per patch; "
     "fixed sine-cosine positions at random offset and spacing; patch embedding started from whitened principal "
-    "components; crops of 1/4 to 1 of the tile's side, quarter turns, mirroring, grey with probability 0.8, inversion, "
+    "components; crops of 1/4 to 1 of the tile's side, quarter turns, mirroring, gray with probability 0.8, inversion, "
     "gamma, contrast, noise on the input and not on the target; losses are shares of what the patch mean makes"
 )
 

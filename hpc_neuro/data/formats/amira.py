@@ -150,7 +150,7 @@ def _parse_numbers(path: Path, begin: int, dtype: np.dtype[Any], count: int) -> 
 
 
 def _parse_placement(text: str, shape: tuple[int, ...]) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:
-    """Micrometres along each stored axis, the world matrix, and a note where the unit is missing."""
+    """Micrometers along each stored axis, the world matrix, and a note where the unit is missing."""
     box = re.search(r"BoundingBox\s+([-+.\deE\s]+)", text)
     values = [float(v) for v in box[1].split()] if box else []
     if len(values) != 6:

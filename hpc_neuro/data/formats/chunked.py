@@ -36,7 +36,7 @@ from hpc_neuro.data.formats.volume import (
 )
 
 _CACHE_BYTES = 128 << 20
-"""Bytes of decoded chunks that are kept: neighbouring boxes meet the same chunks."""
+"""Bytes of decoded chunks that are kept: neighboring boxes meet the same chunks."""
 _MAX_CHUNK = 1 << 31
 """Bytes of one decoded chunk; no codec in use packs larger ones, so metadata with a larger one are damaged."""
 _MAX_JSON = 64 << 20
@@ -64,9 +64,9 @@ class _Level:
     names: tuple[str, ...] = ()
     """The file's own names of the axes."""
     step: tuple[float, ...] | None = None
-    """Micrometres per index along each axis; nan where the axis has no length."""
+    """Micrometers per index along each axis; nan where the axis has no length."""
     begin: tuple[float, ...] | None = None
-    """Micrometres of index 0."""
+    """Micrometers of index 0."""
     notes: tuple[str, ...] = ()
 
 
@@ -158,7 +158,7 @@ def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
 
     # Levels are stored finest first, and tensorstore opens them by number.
     store = _open_store(path, "neuroglancer_precomputed", scale_index=number)
-    # Resolutions are in nanometres, the voxel offset in voxels.
+    # Resolutions are in nanometers, the voxel offset in voxels.
     step = (*(float(v) / 1000 for v in scale["resolution"]), math.nan)
     origin = store.origin[:3]
     begin = (*(o * s for o, s in zip(origin, step[:3], strict=True)), 0.0)
@@ -433,7 +433,7 @@ def _find_n5_array(path: Path) -> Path:
 
 
 def _parse_n5_steps(meta: Mapping[str, Any], count: int) -> tuple[Any, tuple[str, ...]]:
-    """Micrometres along each axis as N5 viewers and Saalfeld's tools note them."""
+    """Micrometers along each axis as N5 viewers and Saalfeld's tools note them."""
     pixel = meta.get("pixelResolution")
     # Two conventions: `resolution` and `units` per axis, or `pixelResolution` with one unit.
     steps, units = meta.get("resolution"), meta.get("units")

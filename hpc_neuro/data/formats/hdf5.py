@@ -228,7 +228,7 @@ def _check_imaris_data(path: Path, data: Any, sizes: list[int], dtype: np.dtype[
 
 
 def _parse_imaris_extent(info: Any, sizes: list[int]) -> tuple[tuple[float, ...] | None, Any]:
-    """Micrometres along t c z y x, and the world matrix. Extents run from voxel face to voxel face."""
+    """Micrometers along t c z y x, and the world matrix. Extents run from voxel face to voxel face."""
     low = [float(_decode_text(info[f"ExtMin{i}"])) for i in (2, 1, 0)]
     high = [float(_decode_text(info[f"ExtMax{i}"])) for i in (2, 1, 0)]
     steps = [(b - a) / n for a, b, n in zip(low, high, sizes, strict=True)]

@@ -123,7 +123,7 @@ def _check_packed_size(path: Path, size: int) -> None:
 
 
 def _parse_placement(image: Any, count: int) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:
-    """Micrometres along each stored axis, the world matrix, and notes where the header leaves the size open."""
+    """Micrometers along each stored axis, the world matrix, and notes where the header leaves the size open."""
     per = um_per(_UNITS.get(image.header.get_xyzt_units()[0], ""))
     zooms = [float(z) for z in image.header.get_zooms()]
     if per is None:

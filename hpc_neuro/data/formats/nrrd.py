@@ -44,7 +44,7 @@ _DTYPES = {name: code for code, names in _TYPE_NAMES.items() for name in names}
 _TEXT = ("ascii", "txt", "text")
 
 Placement = tuple[tuple[float, ...] | None, NDArray[np.float64] | None, tuple[str, ...]]
-"""Micrometres along each stored axis, the world matrix, and notes where a unit is missing."""
+"""Micrometers along each stored axis, the world matrix, and notes where a unit is missing."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _axes_by_kind(fields: Mapping[str, Any], count: int) -> str:
 
 
 def _parse_placement(fields: Mapping[str, Any], count: int) -> Placement:
-    """Step sizes and world matrix in micrometres, from `space directions` or else from `spacings`."""
+    """Step sizes and world matrix in micrometers, from `space directions` or else from `spacings`."""
     directions = fields.get("space directions")
     if directions is None:
         return _parse_spacings(fields, count)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
+from hpc_neuro.core.files import format_count
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff, tiff_voxel_size
 from hpc_neuro.data.formats.decompress import DecodedCache
@@ -45,7 +46,7 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     spacing = None if first.spacing is None else (_read_slice_distance(path / names[0]), *first.spacing)
     # A slice never states a size along z; the note below says it for the stack.
     notes = tuple(n for n in first.notes if "no size along" not in n)
-    notes += (f"{len(names)} slices, {names[0]} to {names[-1]}",)
+    notes += (f"{format_count(len(names), 'slice')}, {names[0]} to {names[-1]}",)
     if spacing is not None and not math.isfinite(spacing[0]):
         y, x = spacing[1:3]
         notes += (f"the slices give {y:.6g} x {x:.6g} um along y x, but no distance between them",)
@@ -137,7 +138,7 @@ class _SliceStack:
 
 
 def _read_slice_distance(path: Path) -> float:
-    """Micrometres between slices as ImageJ notes it in a slice; nan where it does not."""
+    """Micrometers between slices as ImageJ notes it in a slice; nan where it does not."""
     with tifffile.TiffFile(path) as tif:
         meta = tif.imagej_metadata or {}
     per = um_per(tiff_voxel_size.imagej_unit(meta, "Z"))

@@ -1,7 +1,7 @@
 """TeraFly and TeraStitcher volumes: tiles in `RES(YxXxZ)/Y/Y_X/Y_X_Z.tif`, placed by mdata.bin, else by their names.
 
-Names hold tenths of a micrometre; mdata.bin (version 2) holds the place of every tile in voxels, the voxel size in
-micrometres and the origin in millimetres.
+Names hold tenths of a micrometer; mdata.bin (version 2) holds the place of every tile in voxels, the voxel size in
+micrometers and the origin in millimeters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_neuro.core.files import format_count
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff, vaa3d
@@ -45,7 +46,7 @@ class _TilePlan:
     tiles: tuple[Tile, ...]
     voxel_size: tuple[float, float, float] | None = None
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Micrometres z y x."""
+    """Micrometers z y x."""
 
 
 def matches(path: Path, head: bytes = b"") -> bool:
@@ -77,7 +78,7 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     if plan.voxel_size is not None:
         spacing, world = (math.nan, *plan.voxel_size), np.zeros((3, 5))
         world[:, 1:4], world[:, 4] = np.diag(plan.voxel_size), plan.origin
-    notes = (f"{len(plan.tiles)} tiles in {folder.name}",)
+    notes = (f"{format_count(len(plan.tiles), 'tile')} in {folder.name}",)
     return StoredArray("TeraFly", shape, "CZYX", sample.dtype, _Mosaic(plan.tiles, sample), spacing, world, notes)
 
 
@@ -133,7 +134,7 @@ def _open_tile(cache: DecodedCache | None, path: Path) -> StoredArray:
         array = tiff.open_source(path, None, cache)
 
     if array.axes not in ("YX", "ZYX", "CZYX"):
-        raise InputError(f"{path} has the axes {array.axes}; a tile holds one grey stack, export the volume again")
+        raise InputError(f"{path} has the axes {array.axes}; a tile holds one gray stack, export the volume again")
     # A single slice or channel is stored without that axis.
     missing = 4 - len(array.shape)
 
@@ -264,7 +265,7 @@ def _plan_from_names(folder: Path) -> _TilePlan:
         start: Shape = (int(begins[0][order[0]]), int(begins[1][order[1]]), int(begins[2][order[2]]))
         tiles.append(Tile(file, Box.at(start, (sizes[0][order[0]], sizes[1][order[1]], sizes[2][order[2]]))))
 
-    # Two neighbours along an axis give its voxel size; with one tile along it, it stays unknown.
+    # Two neighbors along an axis give its voxel size; with one tile along it, it stays unknown.
     steps = [(p[1] - p[0]) / 10 / s[0] if len(p) > 1 else 0.0 for p, s in zip(places, sizes, strict=True)]
     voxel_size = (steps[0], steps[1], steps[2])
     return _TilePlan(tuple(tiles), voxel_size if min(voxel_size) > 0 else None)

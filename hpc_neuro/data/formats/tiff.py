@@ -33,7 +33,7 @@ SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 CACHE_BYTES = 128 << 20
-"""Bytes of decoded segments that a volume keeps: neighbouring boxes of one slab meet the same strips."""
+"""Bytes of decoded segments that a volume keeps: neighboring boxes of one slab meet the same strips."""
 
 _INTENSITIES = {
     tifffile.PHOTOMETRIC.MINISWHITE,
@@ -272,25 +272,25 @@ def _interpret_samples(path: Path, tif: tifffile.TiffFile, frame: Any) -> tuple[
     is_converted = photometric == tifffile.PHOTOMETRIC.YCBCR and frame.compression in _JPEG
     if photometric not in _INTENSITIES and not is_converted:
         raise InputError(
-            f"{path} stores its samples as {photometric.name}, which are no intensities; save it as grey values"
+            f"{path} stores its samples as {photometric.name}, which are no intensities; save it as gray values"
         )
     return None, ()
 
 
 def _choose_palette(path: Path, tif: tifffile.TiffFile, frame: Any) -> tuple[Array | None, tuple[str, ...]]:
-    """The grey values of palette indices; None where the index is the intensity and the palette is for display."""
+    """The gray values of palette indices; None where the index is the intensity and the palette is for display."""
     # [3, 2^bits] uint16
     colors = np.asarray(frame.colormap)
-    is_grey = bool((colors[0] == colors[1]).all() and (colors[0] == colors[2]).all())
+    is_gray = bool((colors[0] == colors[1]).all() and (colors[0] == colors[2]).all())
     is_rising = bool((np.diff(colors.astype(np.int64).sum(0)) >= 0).all())
     if tif.is_imagej or is_rising:
         return None, ("a palette for display; the stored indices are the intensities",)
 
-    if is_grey:
-        # 8-bit greys are stored as multiples of 257.
+    if is_gray:
+        # 8-bit grays are stored as multiples of 257.
         has_16_bits = (colors[0] % 257).any()
-        return colors[0] if has_16_bits else (colors[0] // 257).astype(np.uint8), ("grey palette, applied",)
-    raise InputError(f"{path} stores colors by a palette, which have no order as intensities; save it as grey values")
+        return colors[0] if has_16_bits else (colors[0] // 257).astype(np.uint8), ("gray palette, applied",)
+    raise InputError(f"{path} stores colors by a palette, which have no order as intensities; save it as gray values")
 
 
 def _check_page_chain(path: Path) -> None:

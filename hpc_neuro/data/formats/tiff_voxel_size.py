@@ -11,16 +11,16 @@ import tifffile
 from hpc_neuro.data.formats.units import um_per
 
 Scale = dict[str, float]
-"""Micrometres per step by axis letter."""
+"""Micrometers per step by axis letter."""
 
 _UM_PER_RESOLUTION_UNIT = {2: 25400.0, 3: 10000.0}
-"""Micrometres in the unit of the tag ResolutionUnit: 2 inch, 3 centimeter."""
+"""Micrometers in the unit of the tag ResolutionUnit: 2 inch, 3 centimeter."""
 _MAX_PIXEL_UM = 100
 """Largest pixel from resolution tags alone: writers fill in 72, 96 or 300 dots per inch, for paper."""
 
 
 def read_spacing(tif: tifffile.TiffFile, series: Any, axes: str) -> tuple[tuple[float, ...] | None, tuple[str, ...]]:
-    """Micrometres along each of `axes` (nan where unknown), and notes. None where the file states no size."""
+    """Micrometers along each of `axes` (nan where unknown), and notes. None where the file states no size."""
     scale, notes = _read_scale(tif, series)
     if not scale:
         return None, notes

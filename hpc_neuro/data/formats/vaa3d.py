@@ -139,5 +139,5 @@ def _note_byte_order(path: Path, sample: Array) -> tuple[str, ...]:
 
 
 def _roughness(values: Array) -> float:
-    """Mean absolute difference of neighbours along x."""
+    """Mean absolute difference of neighbors along x."""
     return float(np.abs(np.diff(values.astype(np.int64))).mean()) if values.shape[-1] > 1 else 0.0

@@ -45,9 +45,9 @@ class StoredArray:
     read: Callable[[Index], Array]
     """Returns one part with as many axes as `shape`; called with an index inside the array."""
     spacing: tuple[float, ...] | None = None
-    """Micrometres per step along each axis; nan for C, T, S and where the file does not state it."""
+    """Micrometers per step along each axis; nan for C, T, S and where the file does not state it."""
     world: NDArray[np.float64] | None = None
-    """[3, len(axes) + 1] index -> micrometres z y x; the last column is the position of index 0. None: spacing only."""
+    """[3, len(axes) + 1] index -> micrometers z y x; the last column is the position of index 0. None: spacing only."""
     notes: tuple[str, ...] = ()
     """Remarks for people: what was assumed, what the file leaves open."""
     axis_names: tuple[str, ...] = ()
@@ -76,9 +76,9 @@ class Volume:
         self.channel = order.channel
 
         self.voxel_size: VoxelSize | None = _get_voxel_size(array, order.zyx)
-        """Micrometres along z, y, x; None where the file does not state them."""
+        """Micrometers along z, y, x; None where the file does not state them."""
         self.affine: NDArray[np.float64] | None = _build_affine(array, order.zyx, self.voxel_size)
-        """[4, 4] voxel (z, y, x, 1) -> micrometres (z, y, x, 1); None where the voxel size is unknown."""
+        """[4, 4] voxel (z, y, x, 1) -> micrometers (z, y, x, 1); None where the voxel size is unknown."""
         self.notes = (*array.notes, *order.notes, *_note_permuted_world(self.axes, self.affine))
 
         self._array, self._order, self._reopen = array, order, reopen
@@ -303,7 +303,7 @@ def _take(array: Array, index: Index) -> Array:
 
 
 def _get_voxel_size(array: StoredArray, zyx: tuple[int, int, int]) -> VoxelSize | None:
-    """Micrometres along z, y, x; None unless all three are finite and above 0."""
+    """Micrometers along z, y, x; None unless all three are finite and above 0."""
     if array.spacing is None:
         return None
     z, y, x = (abs(float(array.spacing[i])) for i in zyx)
@@ -313,7 +313,7 @@ def _get_voxel_size(array: StoredArray, zyx: tuple[int, int, int]) -> VoxelSize 
 def _build_affine(
     array: StoredArray, zyx: tuple[int, int, int], voxel_size: VoxelSize | None
 ) -> NDArray[np.float64] | None:
-    """[4, 4] voxel -> micrometres, from the file's own matrix where it has one."""
+    """[4, 4] voxel -> micrometers, from the file's own matrix where it has one."""
     if voxel_size is None:
         return None
 

@@ -1,4 +1,4 @@
-"""Trees between voxels and micrometres, and onto images that lie flipped, shifted or scaled."""
+"""Trees between voxels and micrometers, and onto images that lie flipped, shifted or scaled."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def transform(tree: Tree, by: Transform) -> Tree:
 
 
 def convert(tree: Tree, target: Path | str, *, to: Unit, voxel_size: VoxelSize, stated: Unit | None = None) -> Tree:
-    """Write a tree in the other unit: voxels to micrometres (`to="um"`) or back, and return it as written.
+    """Write a tree in the other unit: voxels to micrometers (`to="um"`) or back, and return it as written.
 
     `stated` is the unit its file states, if any. Raises InputError when that is `to` already.
     """

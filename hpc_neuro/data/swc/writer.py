@@ -190,7 +190,7 @@ def _build_header(
 ) -> list[str]:
     """Header lines, without their #."""
     lines = [f"written by hpc_neuro {importlib.metadata.version('hpc_neuro')}"]
-    lines.append(f"unit: {unit}" + ("" if unit == "um" else " (array index, the first voxel's centre is 0)"))
+    lines.append(f"unit: {unit}" + ("" if unit == "um" else " (array index, the first voxel's center is 0)"))
 
     # How coordinates relate to the image; with a voxel size, how to get to the other unit.
     axes = "x y z are column, row, slice of the image, without offset or flip"

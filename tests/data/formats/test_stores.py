@@ -215,7 +215,7 @@ def test_precomputed(tmp_path: Path) -> None:
 def write_terafly(
     folder: Path, data: np.ndarray, cut: tuple[int, int, int], write: Callable[[Path, np.ndarray], None]
 ) -> None:
-    """Tiles Y/Y_X/Y_X_Z.tif named by tenths of a micrometre."""
+    """Tiles Y/Y_X/Y_X_Z.tif named by tenths of a micrometer."""
     z, y, x = data.shape
     root = folder / f"RES({y}x{x}x{z})"
     for i in range(0, y, cut[1]):

@@ -180,16 +180,16 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
         rest[setting] = [
             p.detach().clone() for n, p in named.items() if n.startswith(("student.stem.", "student.decoder."))
         ]
-        optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
         for step in range(2):
             logits, distillation, _ = module(dict(vars(batch)))
             if step == 0:
                 first[setting] = logits.detach()
                 heads[setting] = None if distillation is None else float(distillation.detach())
             loss = sum_losses(load_config(point).losses, StudentOutput(logits, {}), batch)[0]
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (loss if distillation is None else loss + distillation).backward()
-            optimiser.step()
+            optimizer.step()
         with torch.no_grad():
             later[setting] = module.student(batch.image).logits
 
@@ -203,7 +203,7 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
         assert heads[rule, "none"] is None
         assert heads[rule, "straight"] == heads[rule, "deformable"] != heads[rule, "point"]
     for one, other in itertools.combinations(rules, 2):
-        straight_yet = {one, other} == {"tubular", "deformable_tubular"}  # tubes bend only once they have learnt to
+        straight_yet = {one, other} == {"tubular", "deformable_tubular"}  # tubes bend only once they have learned to
         assert torch.equal(first[one, "none"], first[other, "none"]) == straight_yet
     assert not [pair for pair in itertools.combinations(later, 2) if torch.equal(later[pair[0]], later[pair[1]])]
 

@@ -36,7 +36,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures of smooth stripes, not square, one of them grey."""
+    """Ten pictures of smooth stripes, not square, one of them gray."""
     path = tmp_path_factory.mktemp("photos")
     y, x = np.mgrid[:70, :90]
     for number in range(10):
@@ -83,7 +83,7 @@ def test_the_card_tells_what_was_done(finished: Path) -> None:
     assert card["data"]["photographs"] == 10
     assert [step for step, _ in card["loss_curve"]] == [2, 4, 6, 8, 10, 12]
     scores = card["probes"]["frozen_features"]
-    for task in ("orientation", "edges", "neighbours", "curves"):
+    for task in ("orientation", "edges", "neighbors", "curves"):
         assert set(scores[task]) == {"pixels", "trained", "random_weights", "random_weights_timm"}
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
