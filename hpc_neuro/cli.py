@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.core import schema
+from hpc_neuro.core import schema, stop_signals
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.core.distributed import is_main
 from hpc_neuro.pipeline import VERBS, Verb
@@ -130,7 +130,8 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
         if lines and is_main():
             sys.stdout.write("\n".join(lines) + "\n")
         return EXIT_DONE
-    return int(verb.load_module().run(cfg))
+    run = stop_signals.resumable(verb.name)(verb.load_module().run)
+    return int(run(cfg))
 
 
 def _log_to_console() -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from hpc_neuro.core import files, morphology, run_folder
 from hpc_neuro.core.schema import ConfigError, InputError, config, load
+from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.synthetic import SyntheticConfig
 from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.models.config import TeacherConfig
@@ -98,7 +99,7 @@ def run(cfg: DemoConfig) -> int:
         names = list(STAGES) if cfg.data else ["synthetic", *STAGES]
         # Synthetic neurons are written where the user's own would be read from.
         data = cfg.data or cfg.out / "raw"
-        for number, name in enumerate(names, start=1):
+        for number, name in enumerate(until_stopped(names), start=1):
             label = f"[{number}/{len(names)}] {name}"
             code = _run_stage(cfg, name, label, data)
             if code:

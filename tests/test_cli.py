@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from hpc_neuro import cli
-from hpc_neuro.core import schema
+from hpc_neuro.core import schema, stop_signals
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.pipeline import VERBS
 
@@ -109,3 +111,16 @@ def test_doctor_reports_what_is_missing(capsys: pytest.CaptureFixture[str]) -> N
     assert all(word in text for word in ("torch", "MPI", "HDF5", "Slurm", "disk", "GPU"))
     assert (code == 3) == ("MISSING" in text)
     assert cli.main(["doctor", "x"]) == 2
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_every_verb_stops_between_two_items_when_it_is_asked_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(cfg: object) -> int:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return len(list(stop_signals.until_stopped([1, 2])))
+
+    monkeypatch.setattr(VERBS[name].load_module(), "run", run)
+    monkeypatch.setattr(schema, "load", lambda *_: None)
+    before = signal.getsignal(signal.SIGUSR1)
+    assert cli.main([name]) == 75
+    assert signal.getsignal(signal.SIGUSR1) is before

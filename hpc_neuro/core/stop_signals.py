@@ -1,8 +1,9 @@
 """Stopping on request: a signal handler sets a flag, and the program ends at its next safe point.
 
-Slurm sends SIGTERM, SIGUSR1 or SIGUSR2 before a time limit or a preemption. A verb marked with `resumable` notes these
-signals while it runs. Its loops call `check`, which raises `Stopped` where nothing is half done; work in hand is given
-back on the way out, and the verb returns EXIT_STOPPED, which the launcher takes for "queue the same command again".
+Slurm sends SIGTERM, SIGUSR1 or SIGUSR2 before a time limit or a preemption. The command line runs every verb as
+`resumable`, which notes these signals. Loops of a verb call `check` between two items, or draw their items from
+`until_stopped`, or read through `stop_on_request`: each raises `Stopped` where nothing is half done. Work in hand is
+given back on the way out. The exit code is EXIT_STOPPED, which the launcher takes for "queue the same command again".
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class StopSignals:
                 process(item)
 
     A second Ctrl-C ends the process at once. Python delivers signals to the main thread only: elsewhere no handler is
-    installed, and only the clock counts.
+    installed, and only the clock counts. Inside another one, a request that the outer one noted counts too, and what
+    the inner one noted counts for the outer one afterwards: a verb that runs other verbs stops with them.
     """
 
     def __init__(self, margin: float | None = None, walltime: float = 0.0) -> None:
@@ -62,6 +64,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._old_handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self.reason = self.reason or next((outer.reason for outer in _entered if outer.reason), "")
         _entered.append(self)
         return self
 
@@ -70,6 +73,8 @@ class StopSignals:
     ) -> None:
         self._is_left.set()
         _entered.remove(self)
+        for outer in _entered:
+            outer.reason = outer.reason or self.reason
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
@@ -137,6 +142,17 @@ def until_stopped(items: Iterable[T]) -> Iterator[T]:
     for item in items:
         check()
         yield item
+
+
+def stop_on_request(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, such as the reading of a box, which first raises Stopped when the verb was asked to stop."""
+
+    @functools.wraps(function)
+    def call_unless_stopped(*args: P.args, **kwargs: P.kwargs) -> T:
+        check()
+        return function(*args, **kwargs)
+
+    return call_unless_stopped
 
 
 def resumable(verb: str) -> Callable[[Callable[P, int]], Callable[P, int]]:

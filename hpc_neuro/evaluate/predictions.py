@@ -19,6 +19,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.morphology import Tree, concatenate_trees, empty_tree
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.stop_signals import stop_on_request
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, open_volume
@@ -293,12 +294,12 @@ def trace_otsu_mask(volume: StoredVolume, baseline: OtsuMask, cfg: TraceConfig) 
     # The same tracer, settings, root and image as for the model: only the mask differs.
     try:
         trees = trace_reader(
-            baseline.probability,
+            stop_on_request(baseline.probability),
             volume.shape,
             volume.voxel_size,
             roots=() if volume.root is None else (volume.root,),
             cfg=cfg,
-            image=volume.normalized_image,
+            image=stop_on_request(volume.normalized_image),
         )
     except InputError as error:
         log.warning("%s: Otsu's mask gives no tree and counts as a miss: %s", volume.id, error)

@@ -11,6 +11,7 @@ from typing import Any
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.stop_signals import stop_on_request, until_stopped
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate import confidence, report_page, run_sections
@@ -104,7 +105,7 @@ def _score_all(cfg: EvaluateConfig, store: Store, methods: Sequence[Method]) -> 
     seeds: dict[str, list[dict[str, Scores]]] = {m.name: [{} for _ in m.seeds or (None,)] for m in methods}
     jobs = [(i, method, number) for i in ids for method in methods for number in range(len(seeds[method.name]))]
 
-    for volume_id, method, number in run_folder.track_progress(jobs, "evaluate", unit="score"):
+    for volume_id, method, number in until_stopped(run_folder.track_progress(jobs, "evaluate", unit="score")):
         path = cfg.out / "scores" / f"{method.name}.{number}" / f"{volume_id}.json"
         if not path.exists():
             mask, tree = _predict(cfg, store[volume_id], method, number, methods)
@@ -131,9 +132,9 @@ def _predict(
     # Otsu's mask is cheap to make, so it is not kept.
     if method.seeds:
         prediction = method.seeds[number].read(volume.id, volume.shape)
-        return prediction.mask, prediction.tree
+        return stop_on_request(prediction.mask), prediction.tree
     baseline = OtsuMask(volume)
-    return baseline.mask, trace_otsu_mask(volume, baseline, choose_trace_config(methods))
+    return stop_on_request(baseline.mask), trace_otsu_mask(volume, baseline, choose_trace_config(methods))
 
 
 def score_volume(volume: StoredVolume, mask: Callable[[Box], Array], tree: Tree, cfg: EvaluateConfig) -> Scores:
@@ -252,7 +253,7 @@ def _draw_pictures(
     # Failures teach more than successes, so the worst neurons are shown.
     worst = results.rank_worst_first(cfg)[: cfg.pictures]
     pictures = []
-    for volume_id in run_folder.track_progress(worst, "pictures", unit="picture"):
+    for volume_id in until_stopped(run_folder.track_progress(worst, "pictures", unit="picture")):
         path = cfg.out / "pictures" / f"{volume_id}.jpg"
         if not path.exists():
             with files.atomic(path) as part:

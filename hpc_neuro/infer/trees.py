@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files, morphology, run_folder, schema, stop_signals
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.core.types import Array
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.infer import proofread
 from hpc_neuro.infer.block_pipeline import VolumeRun
@@ -39,7 +38,6 @@ from hpc_neuro.tracing import (
     trace_block_skeletons,
 )
 
-A = TypeVar("A", bound=Array)
 log = logging.getLogger(__name__)
 PredictionEntry = dict[str, Any]
 """What predictions.json says of one volume."""
@@ -119,7 +117,7 @@ class VolumeTrees:
             roots=source.roots,
             cfg=self.cfg.trace,
             # Besides the probability, tracing may read the image for long.
-            image=_stop_on_request(source.read),
+            image=stop_signals.stop_on_request(source.read),
         )
 
         # Kept for the later steps: a kill in one of them does not cost the tracing.
@@ -250,7 +248,7 @@ def save_arrays(path: Path, value: BlockSkeleton | Tree) -> None:
 def open_probability(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:
     """Reads boxes of a finished probability, 255 is 1. Raises Stopped on a request to stop."""
     array = ome_zarr.open_level(folder)
-    return _stop_on_request(lambda box: np.asarray(ome_zarr.read_box(array, box), dtype=np.uint8))
+    return stop_signals.stop_on_request(lambda box: np.asarray(ome_zarr.read_box(array, box), dtype=np.uint8))
 
 
 def describe_volume(volume: VolumeRun) -> PredictionEntry:
@@ -329,13 +327,3 @@ def _write_swc(folder: Path, name: str, tree: Tree, source: InputVolume, comment
     um = morphology.scale_tree(tree, source.voxel_size)
     swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=comments)
     swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=comments)
-
-
-def _stop_on_request(read: Callable[[Box], A]) -> Callable[[Box], A]:
-    """`read`, which raises Stopped on a request to stop: tracing a volume takes long, and reads often."""
-
-    def read_unless_stopped(box: Box) -> A:
-        stop_signals.check()
-        return read(box)
-
-    return read_unless_stopped

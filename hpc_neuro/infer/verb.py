@@ -7,7 +7,7 @@ import logging
 import time
 from pathlib import Path
 
-from hpc_neuro.core import files, run_folder, stop_signals
+from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.geometry import Block
@@ -39,7 +39,6 @@ def forecast(cfg: InferConfig) -> list[str]:
     return describe_run(cfg, Predictor(cfg), list(open_inputs(cfg)))
 
 
-@stop_signals.resumable("infer")
 def run(cfg: InferConfig) -> int:
     """Predict and trace every volume. Exit code 3 when a task failed; the same command tries it again.
 

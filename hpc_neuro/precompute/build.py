@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from hpc_neuro.core import distributed, files
+from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.feature_cache import RAW, FeatureCoding, ShardSpec, ShardWriter
 from hpc_neuro.data.orientation import apply_layout, undo_layout
 from hpc_neuro.data.store import Store
@@ -154,7 +155,7 @@ def _iter_steps(cfg: PrecomputeConfig, teacher: Teacher, shards: Iterable[ShardS
             batch_sizes[map_shape] = choose_batch_size(cfg, teacher, shard)
 
         batches = list(iter_teacher_batches(cfg, shard, teacher.patch, batch_sizes[map_shape]))
-        for i, batch in enumerate(batches, start=1):
+        for i, batch in enumerate(until_stopped(batches), start=1):
             yield _Step(shard, batch, is_last=i == len(batches))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpc_neuro.core import files
+from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.feature_cache import CODING, FeatureCoding, ShardSpec
 from hpc_neuro.data.feature_cache.encoding import fit_coding, save_codings
 from hpc_neuro.data.store import Store
@@ -91,7 +92,7 @@ def _sample_tokens(
 
     even: list[Tensor] = []
     odd: list[Tensor] = []
-    for i, (shard, batch) in enumerate(sample):
+    for i, (shard, batch) in enumerate(until_stopped(sample)):
         # The same way as in the build, so that the sample has the features that will be stored.
         pixels = read_pixels(store[shard.volume], shard, batch)
         features = run_teacher(teacher, pixels, layers, shard.layout)()[0]  # [L, h, w, D]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hpc_neuro.core import files, morphology, schema
+from hpc_neuro.core import files, morphology, schema, stop_signals
 from hpc_neuro.core.geometry import Shape, VoxelSize, fine_voxel, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
@@ -107,7 +107,7 @@ def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
     misaligned: "error" raises InputError for a tree that fits better in another orientation, "warn" makes a remark.
     """
     pair, image = opened.pair, opened.image
-    read = image.__getitem__
+    read = stop_signals.stop_on_request(image.__getitem__)
     try:
         # The histogram serves the intensity range and the percentiles along the tree.
         histogram = compute_histogram(read, image.shape)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.stop_signals import stop_on_request, until_stopped
 from hpc_neuro.data.alignment import Fit
 from hpc_neuro.data.proximal_axon import find_proximal_axon
 from hpc_neuro.data.radius import fit_radii
@@ -129,7 +130,7 @@ def _write_volumes(
 ) -> list[tuple[VolumeRecord, PairMeasurement]]:
     """Write the file of each volume, and in a share its measurement, which the gathering run reads."""
     volumes = []
-    for opened in run_folder.track_progress(pairs, "prepare", unit="volume"):
+    for opened in until_stopped(run_folder.track_progress(pairs, "prepare", unit="volume")):
         measurement = measurements.get(opened.id) or _measure_or_read(opened, cfg)
         if cfg.share is not None:
             body = {"digest": opened.digest, **asdict(measurement)}
@@ -147,7 +148,8 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
         log.info("%s: already written", volume.id)
         return
 
-    read = opened.image.__getitem__
+    # A large volume takes long; its file appears whole or not at all.
+    read = stop_on_request(opened.image.__getitem__)
     fitted = fit_radii(opened.tree, cfg.radius, read, volume.shape, volume.voxel_size)
 
     # The fitted tree has the radii that tell the axon from the tree's own halo.
@@ -172,7 +174,7 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
 def _draw_pictures(out: Path, volumes: list[tuple[VolumeRecord, PairMeasurement]]) -> None:
     # Drawn from the store, the pictures show what training will read.
     store = Store(out)
-    for volume, measurement in volumes:
+    for volume, measurement in until_stopped(volumes):
         path = _picture_path(out, volume.id)
         if path.exists():
             continue

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from hpc_neuro.core import distributed
-from hpc_neuro.core.stop_signals import StopSignals
+from hpc_neuro.core.stop_signals import Stopped, StopSignals, stop_on_request, until_stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
@@ -66,3 +66,27 @@ def test_outside_the_main_thread_no_handler_is_installed():
     thread.join()
     assert found == [[False, True, False]]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_verb_inside_a_verb_hears_and_passes_on_what_was_asked():
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopSignals() as inner:
+            assert inner.reason == "SIGUSR1"
+    with StopSignals() as outer:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert outer.reason == "SIGUSR2"
+        with pytest.raises(Stopped, match="75"):
+            next(until_stopped([1]))
+
+
+def test_a_reader_reads_until_the_verb_was_asked_to_stop():
+    read = stop_on_request(lambda box: 2 * box)
+    assert read(2) == 4
+    with StopSignals():
+        assert read(3) == 6
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            read(4)
+    assert read(5) == 10

@@ -69,7 +69,7 @@ def drill(
     """Kill until `kills` have struck, then finish; compare with one undisturbed run."""
     folder = folder.resolve()
     keys = _inputs(folder, shape)
-    quiet, killed, code = folder / "quiet", folder / "killed", _snapshot(folder / "code")
+    quiet, killed, code = folder / "quiet", folder / "killed", snapshot_code(folder / "code")
     subprocess.run(command(quiet, keys, 1), check=True, capture_output=True, cwd=code)
     draw, struck, starts, begun = random.Random(seed), 0, 0, time.monotonic()
     when: list[tuple[int, int]] = []
@@ -131,7 +131,7 @@ def command(out: Path, keys: list[str], ranks: int) -> list[str]:
     return [*launcher, sys.executable, "-m", "hpc_neuro", "infer", f"out={out}", *keys]
 
 
-def _snapshot(code: Path) -> Path:
+def snapshot_code(code: Path) -> Path:
     """A copy of the package to run from: trees name the version of the code, which may change under a long drill."""
     package = Path(hpc_neuro.__file__).parent
     shutil.copytree(package, code / package.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -139,16 +139,21 @@ def _snapshot(code: Path) -> Path:
     return code
 
 
-def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
+def save_random_student(folder: Path) -> None:
+    """A tiny student to which black is background, and what is bright may be neurite."""
     torch.manual_seed(0)
     cfg = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
     student = build_student(cfg)
-    with torch.no_grad():  # black is background, and what is bright may be neurite
+    with torch.no_grad():
         weight, bias = (student.get_parameter(f"decoder.head.linear.{name}") for name in ("weight", "bias"))
         weight.mul_(50)
         bias.sub_(student(torch.zeros(1, 1, *_WINDOW)).logits.max() + 0.5)
     extra = {"window": list(_WINDOW), "threshold": 0.5}
-    save_student(folder / "model", cfg, student.state_dict(), extra)
+    save_student(folder, cfg, student.state_dict(), extra)
+
+
+def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
+    save_random_student(folder / "model")
     draw, names = np.random.default_rng(0), ("a", "b")
     for name in names:
         image = draw.integers(0, 20, shape, dtype=np.uint8)
