@@ -6,7 +6,9 @@ import errno
 import importlib
 import logging
 import os
+import platform
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from hpc_neuro.core import schema, stop_signals
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.core.distributed import is_main
+from hpc_neuro.core.hardware_faults import find_hardware_fault
 from hpc_neuro.pipeline import VERBS, Verb
 
 log = logging.getLogger("hpc_neuro")
@@ -52,15 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
-    except OSError as error:
-        # The user can free space; any other OSError here is a bug and keeps its traceback.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        code = _report_fault(name, error)
+        # Whatever is neither a full disk nor failing hardware is a bug, and keeps its traceback.
+        if code is None:
             raise
-        sys.stderr.write(
-            f"hpc-neuro {name}: no space left on the disk ({error.filename or error}); no half-written file was kept: "
-            "make room and give the same command again\n"
-        )
-        return EXIT_BAD_INPUT
+        return code
     except KeyboardInterrupt:
         sys.stderr.write(f"hpc-neuro {name}: stopped; the same command resumes\n")
         return EXIT_STOPPED
@@ -132,6 +132,27 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
         return EXIT_DONE
     run = stop_signals.resumable(verb.name)(verb.load_module().run)
     return int(run(cfg))
+
+
+def _report_fault(name: str, error: Exception) -> int | None:
+    """Say what the user can do about a full disk or failing hardware; the exit code, None for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        sys.stderr.write(
+            f"hpc-neuro {name}: no space left on the disk ({error.filename or error}); no half-written file was kept: "
+            "make room and give the same command again\n"
+        )
+        return EXIT_BAD_INPUT
+
+    fault = find_hardware_fault(error)
+    if fault is None:
+        return None
+    # Administrators want the whole of it.
+    sys.stderr.write("".join(traceback.format_exception(error)))
+    sys.stderr.write(
+        f"hpc-neuro {name}: hardware fault on {platform.node()}: {fault.text}. What was finished is kept: give the "
+        "same command again, on another node if it fails again\n"
+    )
+    return fault.exit_code
 
 
 def _log_to_console() -> None:

@@ -7,6 +7,7 @@
 | all ranks ended with 0              | finished                                | no       |
 | saved and stopped on a signal       | time limit, preemption, signal          | yes      |
 | a rank fell silent, others failed   | node failure                            | yes      |
+| a device or a file system failed    | hardware fault                          | a few times |
 | a rank failed by itself             | crash, out of memory, bad input, ...    | no       |
 
 A start of a job is named JOB.RESTARTS and has a folder FOLDER/starts/JOB.RESTARTS, in which every rank leaves a note,
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import files
-from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_FAILURES, EXIT_STOPPED
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_FAILURES, EXIT_HARDWARE, EXIT_NETWORK, EXIT_STOPPED
 from launch import slurm
 
 ENDS_FILE = "ends.json"
@@ -37,6 +38,11 @@ SUPERSEDED = "superseded by a later start"
 """Event of a rank whose folder another start has taken over."""
 REQUEUE_LIMIT = "requeue limit"
 """Event of a rank whose job has been requeued more often than allowed."""
+
+HARDWARE_FAULT = "hardware fault"
+"""How the reason begins for a start that failing hardware ended."""
+HARDWARE_BUDGET = 3
+"""How often a job is requeued after hardware faults: a node that fails again and again must not hold the queue."""
 
 _SRUN_KILLED = (9, 137)
 """Exit codes of srun after SIGKILL."""
@@ -152,7 +158,7 @@ def judge_start(
     if silent and (failures or events):
         return Verdict(_explain_silence(silent), EXIT_STOPPED, True)
     if failures:
-        return _judge_failures(failures, ranks)
+        return _find_hardware_fault(failures, notes) or _judge_failures(failures, ranks)
     # No rank failed by itself: all that are left saved and stopped.
     if any(note["code"] for note in notes.values()):
         return Verdict(_explain_stop(notes, job), EXIT_STOPPED, True)
@@ -169,9 +175,23 @@ def judge_start(
     return Verdict(f"rank {_join(missing)} ended without a word (exit code {code} of srun)", code or 1)
 
 
+def _find_hardware_fault(failures: Mapping[int, int], notes: Mapping[int, RankNote]) -> Verdict | None:
+    """The verdict of a start that failing hardware ended; None where a rank's own failure ended it."""
+    # The network also fails for the peers of a rank that crashed, which is then the cause.
+    code = EXIT_HARDWARE if EXIT_HARDWARE in failures.values() else EXIT_NETWORK
+    if code == EXIT_NETWORK and set(failures.values()) != {EXIT_NETWORK}:
+        return None
+
+    places = [
+        f"rank {rank} on {notes[rank].get('host') or 'its node'}" for rank in sorted(failures) if failures[rank] == code
+    ]
+    what = "device or file system" if code == EXIT_HARDWARE else "network between ranks"
+    return Verdict(f"{HARDWARE_FAULT} ({what}, {', '.join(places)}; the log names it)", code, True)
+
+
 def _judge_failures(failures: Mapping[int, int], ranks: int) -> Verdict:
-    """Name the rank whose failure caused the others: one that was killed before one that ended by itself."""
-    rank = min(failures, key=lambda r: (failures[r] >= 0, r))
+    """Name the rank whose failure caused the others: killed ones first, those that only lost their peers last."""
+    rank = min(failures, key=lambda r: (failures[r] >= 0, failures[r] == EXIT_NETWORK, r))
     code = failures[rank]
     reason = _FAILURE_REASONS.get(code, f"crash (exit code {code})")
     return Verdict(f"{reason}, rank {rank}" if ranks > 1 else reason, code)
@@ -249,7 +269,7 @@ def settle_start(record: JobRecord, start: str, ranks: int, code: int, max_reque
 
     Returns the exit code of the job.
     """
-    job, _, restarts = start.rpartition(".")
+    job = start.rpartition(".")[0]
     is_on_slurm = not job.startswith("local-")
     folder = record.start_folder(start)
 
@@ -260,10 +280,11 @@ def settle_start(record: JobRecord, start: str, ranks: int, code: int, max_reque
     verdict = judge_start(notes, _find_silent_ranks(folder, ranks, notes), ranks, code, facts)
 
     # Without a queue nothing can be requeued; a budget keeps a job from cycling for ever.
-    is_requeued = verdict.resumable and is_on_slurm and int(restarts) < max_requeue
+    obstacle = _find_obstacle(verdict, record, start, max_requeue) if is_on_slurm else "no queue here"
+    is_requeued = verdict.resumable and obstacle is None
     reason = verdict.reason
     if verdict.resumable and not is_requeued:
-        reason += f"; not put back: {f'that was done {restarts} times' if is_on_slurm else 'no queue here'}"
+        reason += f"; not put back: {obstacle}"
 
     # The record comes first: scontrol requeue kills this process.
     record.write_end(start, reason, verdict.exit, is_requeued)
@@ -275,6 +296,21 @@ def settle_start(record: JobRecord, start: str, ranks: int, code: int, max_reque
             record.write_end(start, f"{reason}; could not be put back: {result.stderr.strip()}", verdict.exit, False)
 
     return verdict.exit
+
+
+def _find_obstacle(verdict: Verdict, record: JobRecord, start: str, max_requeue: int) -> str | None:
+    """Why a job on Slurm that could go on is not requeued; None where it may be."""
+    job, _, restarts = start.rpartition(".")
+    if int(restarts) >= max_requeue:
+        return f"that was done {files.format_count(int(restarts), 'time')}"
+    if not verdict.reason.startswith(HARDWARE_FAULT):
+        return None
+
+    earlier = [end for end in record.read_ends() if end["start"].rpartition(".")[0] == job and end["start"] != start]
+    faults = sum(end["reason"].startswith(HARDWARE_FAULT) for end in earlier)
+    if faults < HARDWARE_BUDGET:
+        return None
+    return f"hardware failed {files.format_count(faults, 'time')} before; report the node, and submit again"
 
 
 def close_earlier_starts(record: JobRecord, start: str) -> bool:

@@ -207,6 +207,11 @@ class RankTask:
         secrets = files.read_json(self.secrets_file, "submit again") if self.secrets_file else {}
         env = {**os.environ, **self.environment, **secrets, **address}
         env["PYTHONPATH"] = os.pathsep.join([str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # Compilers of torch and Triton write thousands of small files, which a shared file system serves slowly.
+        caches = Path(env.get("TMPDIR") or "/tmp") / f"hpc_neuro_compilers_{os.getuid()}"
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "torchinductor"))
+        env.setdefault("TRITON_CACHE_DIR", str(caches / "triton"))
+
         # submitit's local controller hides all GPUs from jobs that ask for none.
         if env.get("CUDA_VISIBLE_DEVICES") == "":
             del env["CUDA_VISIBLE_DEVICES"]

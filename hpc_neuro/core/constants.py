@@ -16,6 +16,10 @@ EXIT_BAD_INPUT = 2
 """The input or the configuration cannot be used; nothing was written."""
 EXIT_FAILURES = 3
 """The command finished, with failures that it lists."""
+EXIT_NETWORK = 69
+"""The network between ranks failed, or a peer was lost (EX_UNAVAILABLE of sysexits.h)."""
+EXIT_HARDWARE = 71
+"""A device or a file system failed, which is no bug (EX_OSERR of sysexits.h)."""
 EXIT_STOPPED = 75
 """The command was stopped by a signal; the same command resumes it (EX_TEMPFAIL of sysexits.h)."""
 
@@ -42,6 +46,16 @@ EXIT_CODES = {
         "finished, with failures that are listed",
         "run the same command again; only the failed pieces are retried",
         f"as for {EXIT_BAD_INPUT}",
+    ),
+    EXIT_NETWORK: ExitCode(
+        "the network between GPUs failed, or a peer was lost",
+        "run the same command again; where it fails again, `hpc-neuro doctor` on these nodes",
+        "requeued, where no rank crashed",
+    ),
+    EXIT_HARDWARE: ExitCode(
+        "a device or a file system failed; the message names what",
+        "run the same command again, on another node where it fails again",
+        "requeued, a few times at most",
     ),
     EXIT_STOPPED: ExitCode(
         "stopped by a signal or the time limit, state saved",

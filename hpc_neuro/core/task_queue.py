@@ -24,6 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from hpc_neuro.core import stop_signals
 from hpc_neuro.core.distributed import Ranks
+from hpc_neuro.core.hardware_faults import find_hardware_fault
 from hpc_neuro.core.schema import InputError
 
 T = TypeVar("T")
@@ -363,8 +364,9 @@ class TaskLedger(Generic[T, R]):
         self._settle(task)
 
     def fail(self, task: Task[T], error: BaseException) -> None:
-        """A task has failed this time. Raises the error of a full disk: no other task will fare better."""
-        if getattr(error, "errno", None) in FULL_DISK:
+        """A task has failed this time. Raises the error of a full disk or a lost GPU: others would fail as well."""
+        fault = find_hardware_fault(error)
+        if getattr(error, "errno", None) in FULL_DISK or (fault is not None and fault.is_lasting):
             raise error
         # Bad input does not become good when it is read again, so it is not worth a warning either.
         is_bad_input = isinstance(error, InputError)

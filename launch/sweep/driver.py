@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpc_neuro.core import files
-from hpc_neuro.core.constants import EXIT_STOPPED
+from hpc_neuro.core.constants import EXIT_HARDWARE, EXIT_NETWORK, EXIT_STOPPED
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.search import asha, trial
 from hpc_neuro.search.config import SearchConfig
@@ -27,6 +27,8 @@ from hpc_neuro.search.trial import ENDED_STATES, Attempt, State, Trial
 from launch.executors import Executor, JobState
 
 log = logging.getLogger("hpc_neuro.sweep")
+_REPEATED = (EXIT_HARDWARE, EXIT_NETWORK, EXIT_STOPPED)
+"""Exit codes of trials that are submitted again."""
 _FIRST_SIGNAL = 128
 """Exit codes above this are signals."""
 _MAX_PAUSE = 6
@@ -225,11 +227,12 @@ class SweepDriver:
 
     def _settle(self, t: Trial, state: JobState) -> None:
         """Decide what becomes of a trial whose job has ended."""
-        # An exit code from 1 to 127 other than 75 is a failure of the trial itself: repeating it would not help.
+        # An exit code from 1 to 127 is a failure of the trial itself, and repeating it would not help, unless the trial
+        # was stopped or hardware failed under it.
         last, code = t.attempts[-1], state.code
         last.ended = time.time()
         last.reason = _explain_exit(code)
-        is_own_failure = code is not None and code != EXIT_STOPPED and code <= _FIRST_SIGNAL
+        is_own_failure = code is not None and code not in _REPEATED and code <= _FIRST_SIGNAL
 
         if code == 0:
             t.value = trial.read_objective(t.folder, self.cfg.objective)
@@ -264,5 +267,7 @@ def _explain_exit(code: int | None) -> str:
         return "finished"
     if code == EXIT_STOPPED:
         return "stopped by a signal or the clock"
+    if code in (EXIT_HARDWARE, EXIT_NETWORK):
+        return "hardware fault"
 
     return f"signal {code - _FIRST_SIGNAL}" if code > _FIRST_SIGNAL else f"exit code {code}"

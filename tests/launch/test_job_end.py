@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from hpc_neuro.core import files
-from hpc_neuro.core.constants import EXIT_STOPPED
+from hpc_neuro.core.constants import EXIT_HARDWARE, EXIT_NETWORK, EXIT_STOPPED
 from launch import job_end, slurm
 from launch.job_end import JobRecord, judge_start
 
 FINE = {"code": 0, "words": []}
 FAILED = {"code": 1, "words": []}
+BROKEN, CUT_OFF = ({"code": code, "words": [], "host": "n1"} for code in (EXIT_HARDWARE, EXIT_NETWORK))
 SAVED = {"code": EXIT_STOPPED, "words": ["SIGUSR2"]}
 TERMINATED = {"code": EXIT_STOPPED, "words": ["SIGTERM", "SIGUSR2"]}
 PREEMPTED = SAVED | {"stop_reason": "preemption"}
@@ -49,6 +51,9 @@ def soon(seconds: float) -> str:
         ({0: SAVED}, [], {"JobState": "CANCELLED"}, "cancelled", 143, False),
         ({0: {"code": -15, "words": ["SIGTERM"]}}, [], {}, "signal SIGTERM", EXIT_STOPPED, True),
         ({0: SAVED, 1: FAILED}, [], {}, "crash", 1, False),
+        ({0: FAILED, 1: BROKEN}, [], {}, "hardware fault (device or file system, rank 1 on n1", 71, True),
+        ({0: CUT_OFF, 1: CUT_OFF}, [], {}, "hardware fault (network between ranks, rank 0", 69, True),
+        ({0: CUT_OFF, 1: FAILED}, [], {}, "crash", 1, False),
         ({}, [], {}, "ended without a word", 7, False),
         ({0: FINE}, [1], {"code": 137, "NumNodes": "2"}, "kill from outside", EXIT_STOPPED, True),
         ({0: FINE}, [1], {"code": 137, "NumNodes": "1"}, "ended without a word", 137, False),
@@ -186,3 +191,23 @@ def test_a_job_that_was_cancelled_and_sent_again_by_hand_was_not_put_back(tmp_pa
     assert "preemption" in ends["8.0"]["reason"]
     assert not ends["7.0"]["put_back"]
     assert not ends["8.0"]["put_back"]
+
+
+def test_hardware_faults_are_put_back_within_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(job_end.slurm, "read_job", lambda job: RUNNING)
+    requeued = []
+    done = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(job_end.subprocess, "run", lambda words, **_: requeued.append(words[-1]) or done)
+    record = JobRecord(tmp_path / "launch", tmp_path)
+
+    for restart in range(job_end.HARDWARE_BUDGET + 1):
+        start = f"7.{restart}"
+        job_end.write_rank_note(record.start_folder(start), 0, EXIT_HARDWARE, [], "n1")
+        assert job_end.settle_start(record, start, 1, EXIT_HARDWARE, 10, 20) == EXIT_HARDWARE
+
+    assert requeued == ["7"] * job_end.HARDWARE_BUDGET
+    *earlier, last = record.read_ends()
+    assert all(end["put_back"] for end in earlier)
+    assert "rank 0 on n1" in earlier[0]["reason"]
+    assert last["put_back"] is False
+    assert "not put back: hardware failed 3 times before" in last["reason"]

@@ -155,6 +155,17 @@ def test_secrets_are_in_a_file_of_the_owner_alone_and_reach_the_verb(tmp_path: P
     assert make_submission(tmp_path, Site()).make_task(tmp_path, None).secrets_file is None
 
 
+def test_compilers_keep_their_caches_on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    task = make_submission(tmp_path, load_site(None, ["scratch=/scratch"])).make_task(tmp_path, None)
+    folder = f"/scratch/hpc_neuro_compilers_{os.getuid()}"
+    environment = task._build_environment({})
+    assert environment["TRITON_CACHE_DIR"] == f"{folder}/triton"
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == f"{folder}/torchinductor"
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    assert task._build_environment({})["TRITON_CACHE_DIR"] == "/mine"
+
+
 def test_the_script_of_a_trial_which_holds_secrets_is_read_by_its_owner_alone(tmp_path: Path, monkeypatch, open_umask):
     write_command(tmp_path / "bin", "sbatch", "echo 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
