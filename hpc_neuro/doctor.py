@@ -78,7 +78,8 @@ def check_devices() -> Iterator[Diagnosis]:
     """The GPUs that torch sees, the cores and the memory."""
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train with engine.dtype=fp16"
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = "bf16" if is_native else "no bf16: train with engine.dtype=fp16"
         yield Diagnosis(f"GPU {index}", True, f"{gpu.name}, {format_bytes(gpu.total_memory)}, {bf16}")
     if not torch.cuda.device_count():
         yield Diagnosis("GPU", None, "torch sees none; training runs on the CPU with gloo")

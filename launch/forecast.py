@@ -167,6 +167,7 @@ def estimate_cost(cfg: Any, resources: Resources) -> TrainingCost:
         ranks=resources.tasks,
         passes=passes,
         value_bytes=value_bytes,
+        has_float32_sums=value_bytes == 2 and cfg.engine.dtype != "fp16",
         bucket=settings.bucket_size(parameters),
         offload=cfg.engine.offload_optimizer,
         # All gradients at once: an upper bound that needs no run of the student.

@@ -62,10 +62,11 @@ class RankMemory:
         return self.parameters + self.gradients + self.optimizer
 
 
-def even_share(parameters: int, ranks: int, stage: int, value_bytes: int) -> RankMemory:
+def even_share(parameters: int, ranks: int, stage: int, value_bytes: int, has_float32_sums: bool = False) -> RankMemory:
     """What ZeRO promises: from its stage on, each kind is sharded evenly (Rajbhandari et al., SC 2020, figure 1).
 
-    value_bytes: of a working weight and of its gradient, 4 for float32 and 2 for bf16 or fp16. DeepSpeed steps on a
+    value_bytes: of a working weight and of its gradient, 4 for float32 and 2 for bf16 or fp16. has_float32_sums: see
+    StepWork; gradients are then float32 and sharded from stage 1 on. DeepSpeed steps on a
     float32 copy of a rank's share of the weights even where these are float32, except at stage 0.
     """
 
@@ -73,9 +74,10 @@ def even_share(parameters: int, ranks: int, stage: int, value_bytes: int) -> Ran
         return ranks if stage >= first_stage else 1
 
     master = 4 if value_bytes < 4 or stage > 0 else 0
+    gradient_bytes = 4 if has_float32_sums and stage > 0 else value_bytes
     return RankMemory(
         parameters=value_bytes * parameters // shards_from(3),
-        gradients=value_bytes * parameters // shards_from(2),
+        gradients=gradient_bytes * parameters // shards_from(1 if has_float32_sums else 2),
         optimizer=(8 + master) * parameters // shards_from(1),
     )
 
@@ -95,12 +97,19 @@ class StepWork:
     """Passes per step."""
     value_bytes: int
     """[bytes] of a working weight."""
+    has_float32_sums: bool
+    """Whether gradients of half precision are summed in float32 over passes and ranks."""
     bucket: int
     """[element] Reduced or gathered at once."""
     offload: bool
     """Whether the optimizer is in host memory."""
     events: Sequence[BackwardEvent]
     """Of a pass on one rank."""
+
+    @property
+    def sum_bytes(self) -> int:
+        """[bytes] of a gradient that is summed, at stages 1 to 3."""
+        return 4 if self.has_float32_sums else self.value_bytes
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,9 @@ def plan_memory(work: StepWork) -> list[StageMemory]:
 
         average = 0 if is_offloaded else 4 * work.averaged // (work.ranks if stage else 1)
         optimizer = 0 if is_offloaded else share.optimizer
-        moments_of_step = [*_trace_last_pass(stage, work), *_trace_update(stage, work, is_offloaded)]
+        # See `build_deepspeed_settings`.
+        inside = 2 if stage == 1 and work.has_float32_sums else stage
+        moments_of_step = [*_trace_last_pass(inside, work), *_trace_update(inside, work, is_offloaded)]
         gradients, buffers, activations = max(moments_of_step, key=sum)
 
         state = RankMemory(share.parameters, gradients, optimizer)
@@ -146,6 +157,7 @@ def _trace_last_pass(stage: int, work: StepWork) -> Iterator[tuple[int, int, int
     copies of its content; stage 2 then adds its share to that of the passes before.
     """
     n, value = work.parameters, work.value_bytes
+    summed = work.sum_bytes if stage else value
     part = -(-n // work.ranks)
     bucket = work.bucket if stage else 0
     # See stage3_max_live_parameters.
@@ -154,17 +166,18 @@ def _trace_last_pass(stage: int, work: StepWork) -> Iterator[tuple[int, int, int
     ready = filled = emptied = 0
     for index, event in enumerate(work.events):
         whole = n if work.passes > 1 else ready
-        earlier = part if work.passes > 1 else 0
+        # float32 sums have their place from the first pass on.
+        earlier = part if work.passes > 1 or work.has_float32_sums else 0
 
         kept = (whole, whole, earlier + emptied // work.ranks, part)[stage]
-        yield value * kept, value * (bucket + live), event.peak_bytes
+        yield summed * kept, summed * bucket + value * live, event.peak_bytes
 
         ready += event.numel
         filled += event.numel
         if stage >= 2 and (filled >= bucket or index + 1 == len(work.events)):
             kept = earlier + (emptied + filled) // work.ranks if stage == 2 else part
             copies = 2 * min(filled, bucket) if stage == 3 else 0
-            yield value * kept, value * (bucket + live + copies), event.live_bytes
+            yield summed * kept, summed * (bucket + copies) + value * live, event.live_bytes
             emptied += filled
             filled = 0
 
@@ -179,11 +192,12 @@ def _trace_update(stage: int, work: StepWork, is_offloaded: bool) -> Iterator[tu
     part = -(-n // work.ranks)
 
     if stage == 0:
-        yield value * n, value * min(n, _REDUCED_AT_ONCE) * (work.ranks > 1), 0
+        copies = value + (4 if work.has_float32_sums else 0)
+        yield value * n, copies * min(n, _REDUCED_AT_ONCE) * (work.ranks > 1), 0
         yield value * n, (4 * n if value < 4 else 0) + 2 * 4 * work.largest, 0
     elif not is_offloaded:
         gathered = value * work.bucket if stage == 3 else 0
-        yield (4 + value * (stage != 2)) * part, 2 * 4 * part + gathered, 0
+        yield (4 + work.sum_bytes * (stage != 2)) * part, 2 * 4 * part + gathered, 0
 
 
 def format_memory_table(rows: list[StageMemory], memory: float | None) -> Iterator[str]:

@@ -284,6 +284,7 @@ def describe_memory(cfg: TrainConfig, parts: RunParts, ranks: int) -> Iterator[s
         ranks=ranks,
         passes=workload.passes,
         value_bytes=workload.dtype.itemsize,
+        has_float32_sums=workload.dtype == torch.bfloat16,
         bucket=bucket_size(sum(sizes.values())),
         offload=cfg.engine.offload_optimizer,
         events=activation_memory.trace_backward(

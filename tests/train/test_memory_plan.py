@@ -28,8 +28,14 @@ def test_each_stage_shares_out_one_kind_more():
     assert [h.total for h in held] == [16000, 4000 + 1200, 2000 + 1400, 1600]
 
 
+def test_float32_sums_of_bf16_take_four_bytes_from_stage_1_on():
+    shares = [memory_plan.even_share(1000, 10, stage, 2, has_float32_sums=True) for stage in range(4)]
+    assert [share.gradients for share in shares] == [2000, 400, 400, 400]
+
+
 def work(events: list[activation_memory.BackwardEvent], **other: int | bool) -> memory_plan.StepWork:
     facts = {"parameters": 10**6, "largest": 1000, "averaged": 0, "ranks": 4, "passes": 1, "value_bytes": 2}
+    facts["has_float32_sums"] = False
     return memory_plan.StepWork(**{**facts, "bucket": 1024, "offload": False, "events": events, **other})
 
 

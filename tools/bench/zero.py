@@ -130,11 +130,12 @@ def measure(args: argparse.Namespace, stage: Any, passes: int, checkpointing: bo
         ranks=ranks,
         passes=passes,
         value_bytes=dtype.itemsize,
+        has_float32_sums=dtype == torch.bfloat16,
         bucket=bucket_size(sum(sizes)),
         offload=False,
         events=_trace_events(student, tuple(args.distill), tuple(args.crop), dtype),
     )
-    even = asdict(memory_plan.even_share(sum(sizes), ranks, stage, dtype.itemsize))
+    even = asdict(memory_plan.even_share(sum(sizes), ranks, stage, dtype.itemsize, work.has_float32_sums))
     return {
         "stage": stage,
         "passes": passes,

@@ -42,10 +42,10 @@ def check_engine(cfg: EngineConfig, batch: int, world: int) -> Workload:
     """The workload of `world` ranks on this machine. Raises ConfigError with every fault at once."""
     name = cfg.dtype
     if name == "auto":
-        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+        name = "bf16" if torch.cuda.is_available() and has_native_bf16() else "fp32"
 
     # All faults are reported together, so that one correction is enough.
-    faults = [*_check_fp16(cfg, name), *_check_offload(cfg), *_check_nvme(cfg)]
+    faults = [*_check_bf16(name), *_check_fp16(cfg, name), *_check_offload(cfg), *_check_nvme(cfg)]
     if world > batch:
         faults.append(
             f"optim.batch: {batch} crops leave some of the {world} ranks without any; start at most {batch} ranks"
@@ -57,6 +57,18 @@ def check_engine(cfg: EngineConfig, batch: int, world: int) -> Workload:
     crops_per_rank = -(-batch // world)
     micro = min(cfg.micro_batch or crops_per_rank, crops_per_rank)
     return Workload(_DTYPES[name], micro, passes=-(-batch // (micro * world)))
+
+
+def has_native_bf16() -> bool:
+    """Whether this rank's GPU computes in bf16 (compute capability 8.0 and later); older ones emulate it slowly."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _check_bf16(name: str) -> list[str]:
+    if name != "bf16" or not torch.cuda.is_available() or has_native_bf16():
+        return []
+    device = torch.cuda.get_device_name()
+    return [f"engine.dtype: {device} emulates bf16, slower than fp32; set fp32, or fp16 at stages 1 to 3"]
 
 
 def _check_fp16(cfg: EngineConfig, name: str) -> list[str]:
@@ -122,7 +134,7 @@ def join_group(cfg: EngineConfig) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = dt.timedelta(seconds=cfg.timeout)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=_choose_device())
     else:
         # A store in memory needs no port, which could be taken.
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -130,6 +142,17 @@ def join_group(cfg: EngineConfig) -> None:
         # DeepSpeed reads it.
         os.environ.setdefault("LOCAL_RANK", "0")
     atexit.register(_leave_group)
+
+
+def _choose_device() -> torch.device | None:
+    """This rank's GPU, for NCCL and for DeepSpeed, which reads LOCAL_RANK; None on a CPU."""
+    device = distributed.device()
+    if device.type != "cuda":
+        return None
+
+    # A launcher may show each rank only its own GPU, whose number is then 0 on every rank.
+    os.environ["LOCAL_RANK"] = str(device.index)
+    return device
 
 
 def _leave_group() -> None:

@@ -25,6 +25,13 @@ def build_deepspeed_settings(
     cfg: EngineConfig, optim: OptimConfig, dtype: torch.dtype, micro: int, passes: int, sizes: Sequence[int]
 ) -> dict[str, Any]:
     """DeepSpeed's configuration. micro: crops per rank and pass; sizes: elements of each trained parameter."""
+    # Sums of many small gradients lose their last bits in bf16, over passes and over ranks.
+    is_bf16 = dtype == torch.bfloat16
+    sums: dict[str, Any] = {"communication_data_type": "fp32"} if is_bf16 else {}
+    # At stage 0 DeepSpeed refuses another type of sums over passes.
+    if is_bf16 and cfg.stage > 0:
+        sums["data_types"] = {"grad_accum_dtype": "fp32"}
+
     adam = {"lr": optim.lr, "betas": list(BETAS), "eps": 1e-8, "weight_decay": optim.weight_decay}
     return {
         "train_micro_batch_size_per_gpu": micro,
@@ -36,7 +43,8 @@ def build_deepspeed_settings(
         "zero_optimization": _build_zero_settings(cfg, dtype, sizes),
         # torch's AdamW steps offloaded state, too.
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": is_bf16},
+        **sums,
         "fp16": {"enabled": dtype == torch.float16},
         "wall_clock_breakdown": False,
     }
@@ -48,7 +56,10 @@ def _build_zero_settings(cfg: EngineConfig, dtype: torch.dtype, sizes: Sequence[
 
     # DeepSpeed allocates whole buckets, by default of 2 GB, whatever the size of the model.
     bucket = bucket_size(parameters)
-    zero: dict[str, Any] = {"stage": cfg.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    # With float32 sums of bf16, DeepSpeed's stage 1 is an optimizer of another kind, with another layout inside. Its
+    # stage 2 shards what stage 1 does, and the gradients as well.
+    stage = 2 if cfg.stage == 1 and dtype == torch.bfloat16 else cfg.stage
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
 
     # By default a bucket is copied, reduced on all ranks all the same, and copied back. In place it is the same
     # communication; divided first, as by default, so that sums of fp16 do not overflow sooner.

@@ -5,6 +5,9 @@ DeepSpeed's CPU accelerator runs offload as well, host memory to host memory; fp
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from hpc_neuro.train.deepspeed import engine, internals
 from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import TrainModule
+from tests.helpers import torchrun
 
 STUDENT = StudentConfig(size="tiny", depth=1, stem_channels=(4, 4, 8))
 FP32 = torch.float32
@@ -134,3 +138,41 @@ def test_fp16_is_for_devices_that_compute_in_it(half):
     assert engine.check_engine(cfg, batch=4, world=1).dtype == torch.float16
     with pytest.raises(ConfigError, match=r"stage 0 .* engine\.stage=1"):
         engine.check_engine(EngineConfig(dtype="fp16", stage=0), batch=4, world=1)
+
+
+@pytest.mark.parametrize(("stage", "passes"), [(1, 4), (2, 4), (3, 4)])
+def test_gradients_of_bf16_are_summed_in_float32_over_ranks_and_passes(tmp_path, stage, passes):
+    done = torchrun.launch("gradient_sums.py", 2, tmp_path, stage, passes)
+    assert done.returncode == 0, done.stderr
+    expected = (1 + (2 * passes - 1) * 2**-9) / (2 * passes)
+    for rank in (0, 1):
+        norm = json.loads((tmp_path / f"norm{rank}.json").read_text())
+        assert norm == pytest.approx(expected, rel=1e-4), (norm, expected)
+
+
+def test_bf16_is_for_devices_that_compute_in_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert engine.check_engine(EngineConfig(), 2, 1).dtype == torch.float32
+    with pytest.raises(ConfigError, match="Tesla V100 emulates bf16"):
+        engine.check_engine(EngineConfig(dtype="bf16"), 2, 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert engine.check_engine(EngineConfig(), 2, 1).dtype == torch.bfloat16
+
+
+def test_a_rank_uses_the_gpu_that_it_sees(monkeypatch):
+    """Rank 3 of a node, to which the launcher shows one GPU only."""
+    joined = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(engine.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(engine.dist, "init_process_group", lambda backend, **keys: joined.update(keys, backend=backend))
+    monkeypatch.setattr(engine.atexit, "register", lambda function: None)
+    for name, value in {"LOCAL_RANK": "3", "WORLD_SIZE": "4", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    engine.join_group(EngineConfig())
+    assert joined["device_id"] == torch.device("cuda", 0)
+    assert joined["backend"] == "cpu:gloo,cuda:nccl"
+    assert os.environ["LOCAL_RANK"] == "0"
