@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -71,19 +73,52 @@ def reduce_scalar(value: float, op: str, on: torch.device) -> float:
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """Whether each flag holds on any torch rank; the same on every rank.
+    """Whether each flag holds on any torch rank; the same on every rank."""
+    return [bool(number) for number in largest_of_ranks(*flags)]
 
-    The flags are reduced on the CPU, so that the accelerator's queue is not waited for.
+
+def largest_of_ranks(*numbers: int) -> list[int]:
+    """Each number as it is on the torch rank that has the largest; the same on every rank.
+
+    The numbers are reduced on the CPU, so that the accelerator's queue is not waited for.
     """
     group = _torch_group()
     if group is None or group.get_world_size() == 1:
-        return [bool(flag) for flag in flags]
+        return [int(number) for number in numbers]
 
     import torch
 
-    tensor = torch.tensor(flags, dtype=torch.int64)
+    tensor = torch.tensor(numbers, dtype=torch.int64)
     group.all_reduce(tensor, op=group.ReduceOp.MAX)
-    return [bool(flag) for flag in tensor]
+    return [int(number) for number in tensor]
+
+
+class PacedAgreement:
+    """Flags that all torch ranks agree on after some steps, about once per `seconds`: the same steps on every rank.
+
+    At hundreds of ranks and many steps per second, an agreement after each step would be the longest part of a step.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next_step = 0
+        self._last_step = 0
+        self._last_time = time.monotonic()
+
+    def agree(self, step: int, *flags: bool) -> list[bool] | None:
+        """Whether each flag holds on any rank; None after a step at which the ranks do not ask one another."""
+        if step < self._next_step and world_size() > 1:
+            return None
+
+        now = time.monotonic()
+        steps = max(1, step - self._last_step)
+        milliseconds = math.ceil(1000 * (now - self._last_time) / steps)
+        *answers, slowest = largest_of_ranks(*flags, milliseconds)
+
+        # The slowest rank's time decides, so that the next agreement is at the same step on all of them.
+        self._next_step = step + max(1, int(1000 * self._seconds / max(1, slowest)))
+        self._last_step, self._last_time = step, now
+        return [bool(answer) for answer in answers]
 
 
 class Ranks:

@@ -37,6 +37,8 @@ _MAY_CHANGE = (
     "engine",
 )
 """Keys that may differ when a run is resumed."""
+_AGREEMENT_SECONDS = 1.0
+"""[s] About how often ranks agree whether to stop, and whether a checkpoint is due by the clock."""
 
 
 def forecast(cfg: TrainConfig) -> list[str]:
@@ -115,17 +117,18 @@ def train(run: TrainingRun, stop_signals: StopSignals, watch: TorchRankWatch) ->
             watch.activity = f"the validation of step {run.step}"
             run.validate_if_due()
 
+        agreement = distributed.PacedAgreement(_AGREEMENT_SECONDS)
         while run.step < last_step:
             watch.activity = f"step {run.step + 1}"
             train_step(run, prefetcher)
             is_last = run.step == last_step
 
-            # Signals and clocks differ between ranks, so all ranks agree on them here.
+            # Signals and clocks differ between ranks, so all ranks agree on them, about once per second.
             minutes_since_save = (time.monotonic() - run.saved_time) / 60
             is_overdue = 0 < checkpoint.minutes < minutes_since_save
-            stop, is_overdue, is_writing = distributed.any_rank(
-                stop_signals.is_requested, is_overdue, not run.saver.is_idle
-            )
+            answers = agreement.agree(run.step, stop_signals.is_requested, is_overdue, not run.saver.is_idle)
+            # Where they did not ask one another, nothing is done that all must do.
+            stop, is_overdue, is_writing = answers or (False, False, True)
 
             # Log before saving: this raises when the loss is not finite, and such weights must not be saved.
             is_due = checkpoint.every > 0 and run.step % checkpoint.every == 0

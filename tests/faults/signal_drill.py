@@ -1,6 +1,6 @@
 """Random warnings (TERM, USR1, USR2) to prepare, precompute, infer and evaluate; are the results those of quiet runs?
 
-    python -m tests.faults.signal_drill [--warnings 100] [--seed 0] [--folder FOLDER]
+    python -m tests.faults.signal_drill [--warnings 100] [--verbs infer ...] [--seed 0] [--folder FOLDER]
 
 Each verb runs once in quiet. Then it is warned at random moments, again and again, until its share of the warnings has
 struck, and is left alone to its end. A start that is warned must end with exit code 75, or 0 if it was about to end; it
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,12 @@ def main() -> int:
     """Run the drill; exit code 1 when anything differs or a death was counted."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--warnings", type=int, default=100)
+    ask.add_argument("--verbs", nargs="+", default=list(_RESULTS), choices=list(_RESULTS), help="which are warned")
     ask.add_argument("--seed", type=int, default=0, help="of what is sent, and when")
     ask.add_argument("--folder", type=Path, help="for all runs; none: a temporary one, removed when all is well")
     args = ask.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="signal_drill_"))
-    facts = drill(folder, args.warnings, args.seed)
+    facts = drill(folder, args.warnings, args.verbs, args.seed)
     print(json.dumps(facts))
     if not facts["passed"]:
         print(f"all runs are kept in {folder}", file=sys.stderr)
@@ -77,8 +79,8 @@ def main() -> int:
     return 0
 
 
-def drill(folder: Path, warnings: int, seed: int = 0) -> dict[str, Any]:
-    """Warn each verb about `warnings` / 4 times; compare with one quiet run of each."""
+def drill(folder: Path, warnings: int, verbs: Sequence[str] = tuple(_RESULTS), seed: int = 0) -> dict[str, Any]:
+    """Warn each of `verbs` its share of `warnings` times; compare with one quiet run of each."""
     folder, begin = folder.resolve(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     code = snapshot_code(folder / "code")
@@ -86,8 +88,8 @@ def drill(folder: Path, warnings: int, seed: int = 0) -> dict[str, Any]:
     write_dataset(folder / "raw", SyntheticConfig(volumes=4, shape=(16, 64, 64)))
 
     draw, tally = random.Random(seed), Tally()
-    for number, verb in enumerate(_RESULTS):
-        share = warnings // len(_RESULTS) + (number < warnings % len(_RESULTS))
+    for verb in _RESULTS:
+        share = -(-warnings // len(verbs)) if verb in verbs else 0
         _drill_verb(verb, folder, code, share, draw, tally)
 
     return {
@@ -170,7 +172,7 @@ def _start(verb: str, folder: Path, out: Path, code: Path) -> subprocess.Popen[b
         "precompute": [store, "teacher.model=random", "stride_v=4", "slab=2", "batch=1"],
         "infer": [
             *(store, f"model={folder / 'model'}", "split=test", "block=[8,32,32]", "chunk=[8,32,32]"),
-            *("trace.block=[8,32,32]", "flips=[flip_x]", "deaths=1", "trace.root_snap=1000"),
+            *("trace.block=[8,32,32]", "flips=[flip_x]", "deaths=1", "trace.threshold=0.01", "trace.root_snap=1000"),
         ],
         "evaluate": [store, f"predictions={folder / 'infer' / 'quiet'}", "draws=100", "pictures=2"],
     }

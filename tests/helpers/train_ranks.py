@@ -30,6 +30,7 @@ STORE, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
 KEYS = ["optim.batch=4", "engine.silence=600"]
 SHORT = ["optim.steps=2", "validate.crops=1", "checkpoint.every=0", "crop.size=[8,16,32]"]
 step, shares, augment = loop.train_step, loop.share_step, loop.augment
+loop._AGREEMENT_SECONDS = 0.0  # a signal stops the step in which it comes
 codes: dict[str, list[object]] = {}
 counted: dict[str, list[tuple[int, int]]] = {}  # run -> (step, sample) that this rank learned from
 
