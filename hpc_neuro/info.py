@@ -266,6 +266,11 @@ def _describe_tree(path: Path, picture: Path | None) -> Iterator[str]:
     if header.voxel_size:
         yield "voxel size: " + " x ".join(f"{size:.6g}" for size in header.voxel_size) + " um (z y x)"
 
+    if header.unit:
+        yield f"unit: {header.unit}, by line {header.unit_line} of the header"
+    if header.conflict:
+        yield f"note: {header.conflict}"
+
     findings = swc.check(path)
     if findings:
         yield f"note: {format_count(len(findings), 'finding')}; list them with:  hpc-neuro swc check {path}"

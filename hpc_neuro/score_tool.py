@@ -33,7 +33,7 @@ def score(predicted: Tree | Path | str, gold: Tree | Path | str, tolerance: floa
     Raises InputError for unreadable files, or files in different units; ValueError unless `tolerance` is positive.
     """
     # A tree in voxels and one in micrometers would be scored without a warning, and wrongly.
-    units = {path: swc.read_header(path).unit for path in (predicted, gold) if not isinstance(path, Tree)}
+    units = {path: swc.require_header(path).unit for path in (predicted, gold) if not isinstance(path, Tree)}
     if len(set(units.values()) - {None}) > 1:
         stated = " and ".join(f"{path} is in {unit}" for path, unit in units.items())
         raise InputError(f"{stated}; bring one into the unit of the other with `hpc-neuro swc convert`")

@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-import yaml
-
-from hpc_neuro.core import morphology
+from hpc_neuro.core import morphology, yaml_text
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.yaml_text import YamlError
 from hpc_neuro.data import swc
+from hpc_neuro.data.swc.header import Unit
 from hpc_neuro.data.swc.repair import Roots
-from hpc_neuro.data.swc.writer import Unit
 
 HELP = """usage: hpc-neuro swc check|fix|convert|transform FILE... [key=value ...]
 
@@ -32,14 +31,14 @@ transform  write FILE.moved.swc: flip, then scale, then shift
              shape=         [voxel] of the image along z,y,x
              scale=1,1,1    factors along z,y,x
              shift=0,0,0    added along z,y,x, in the tree's unit
-All that write: out=FOLDER puts the results there instead of beside FILE; unit=um|voxel states the unit of a file that
-does not state it (fix and transform; voxel if left out). FILE itself is never changed.
+All that write: out=FOLDER puts the results there instead of beside FILE; unit=um|voxel states the unit of a file
+whose header does not state it (fix and transform; voxel if left out). FILE itself is never changed.
 Exit code: 0 done (check: clean), 2 a file that cannot be read, 3 check found something."""
 
 Options = dict[str, Any]
 """Key -> value of the `key=value` arguments."""
 C = TypeVar("C", bound=str)
-_UNITS: tuple[Unit, ...] = get_args(Unit)
+_UNITS: tuple[Unit, ...] = ("um", "voxel")
 _MILD = {"unsorted", "line ends", "BOM", "type", "type change", "several roots", "repeated line", "extra columns"}
 """Kinds of findings that strict=false leaves out."""
 _TEXT_KEYS = ("flip", "out")
@@ -108,9 +107,11 @@ def _fix(path: Path, options: Options) -> int:
 
     for change in repair.changes:
         _print(f"{path}: {change}")
+    # `changed:` keeps a change from being read as a statement of the file.
+    comments = [f"repaired from {path.name}", *(f"changed: {change}" for change in repair.changes), *repair.comments]
     for number, tree in enumerate(trees, start=1):
         target = _target_path(path, f"fixed.{number}" if len(trees) > 1 else "fixed", options)
-        _write(path, target, tree, [f"repaired from {path.name}", *repair.changes], options)
+        _write(path, target, tree, comments, options)
     if not repair.changes:
         _print(f"{path}: nothing to repair")
     return EXIT_DONE
@@ -118,13 +119,15 @@ def _fix(path: Path, options: Options) -> int:
 
 def _convert(path: Path, options: Options) -> int:
     to = _choose("to", options.get("to", "um"), _UNITS)
-    header = swc.read_header(path)
+    header = swc.require_header(path)
     voxel_size = _parse_triple(options, "voxel_size", header.voxel_size)
-    if voxel_size is None or min(voxel_size) <= 0:
+    needs_size = to == "voxel" or header.unit in (None, "voxel")
+    if needs_size and (voxel_size is None or min(voxel_size) <= 0):
         raise InputError(f"{path} does not state its voxel size; give it in um as voxel_size=Z,Y,X, each above 0")
 
     target = _target_path(path, to, options)
-    tree = swc.convert(swc.read(path), target, to=to, voxel_size=voxel_size, stated=header.unit)
+    tree, comments = swc.read(path), [f"converted from {path.name}", *swc.read_comments(path)]
+    tree = swc.convert(tree, target, to=to, voxel_size=voxel_size, stated=header.unit, comments=comments)
     _print(f"{target}: {format_count(len(tree), 'node')} in {to}, length {morphology.length(tree):.6g}")
     return EXIT_DONE
 
@@ -140,7 +143,7 @@ def _transform(path: Path, options: Options) -> int:
 
     # The header of the result records what was done to the file.
     tree = swc.transform(swc.read(path), transform)
-    comments = [f"moved from {path.name}: {transform}"]
+    comments = [f"moved from {path.name}: {transform}", *swc.read_comments(path)]
     _write(path, _target_path(path, "moved", options), tree, comments, options, transform.scale)
     return EXIT_DONE
 
@@ -171,8 +174,9 @@ def _write(
     voxel size is no longer known.
     """
     # A unit is converted, never relabelled: coordinates would be wrong by the voxel size.
-    header = swc.read_header(path)
-    unit = _choose("unit", options.get("unit", header.unit or "voxel"), _UNITS)
+    header = swc.read_header(path) if "unit" in options else swc.require_header(path)
+    choices = _UNITS if header.unit in (None, *_UNITS) else (*_UNITS, str(header.unit))
+    unit = _choose("unit", options.get("unit", header.unit or "voxel"), choices)
     if header.unit and unit != header.unit:
         raise ConfigError(
             f"unit={unit}, but the header of {path} says {header.unit}; `hpc-neuro swc convert` converts units"
@@ -187,6 +191,8 @@ def _write(
     # Printed after writing: the line confirms that the file exists.
     counts = f"{format_count(len(tree), 'node')}, {format_count(len(tree.roots), 'root')}"
     _print(f"{target}: {counts}, length {morphology.length(tree):.6g}")
+    if not header.unit and "unit" not in options:
+        _print(f"{target}: written as voxels, since {path.name} does not state its unit; unit=um states another")
 
 
 def _target_path(path: Path, mark: str, options: Options) -> Path:
@@ -224,8 +230,8 @@ def _parse_options(arguments: Sequence[str], keys: set[str], command: str) -> Op
         if not equals or key not in keys:
             faults.append(f"  {argument}: swc {command} knows {', '.join(f'{name}=' for name in sorted(keys))}")
         try:
-            options[key] = value if key in _TEXT_KEYS else yaml.safe_load(value)
-        except yaml.YAMLError:
+            options[key] = value if key in _TEXT_KEYS else yaml_text.parse(value)
+        except YamlError:
             faults.append(f"  {argument}: {value} is not readable")
 
     if faults:

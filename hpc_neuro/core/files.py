@@ -13,10 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc_neuro.core.bounded_read import UnboundedFileError, read_bounded, require_regular
 from hpc_neuro.core.schema import InputError
 
 _READ_BYTES = 1 << 22
 """[bytes] Size of the pieces in which a file is read for its checksum."""
+_MAX_JSON_BYTES = 1 << 28
+"""[bytes] Size of a JSON file that is read."""
 _SPACE_MARGIN = 0.01
 """Share of the free space that stays unused."""
 
@@ -73,11 +76,40 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, hint: str) -> Any:
     """Read a JSON file. Raises InputError, which ends with `hint`: what to do when the file is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bounded(path, _MAX_JSON_BYTES).decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; {hint}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); {hint}") from None
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for text that is damaged or nested too deeply, and for NaN."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    # Python alone reads and writes NaN and Infinity, which JSON does not have.
+    raise ValueError(f"{name} is no JSON value")
+
+
+def require_regular_file(path: Path, expected: str) -> None:
+    """Raise InputError for a FIFO, a device or a socket, which would block or never end."""
+    try:
+        require_regular(path)
+    except UnboundedFileError as error:
+        raise InputError(f"{path} {error}; give the path of {expected}") from None
+
+
+def read_limited(path: Path, limit: int, expected: str) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; InputError names what is `expected` otherwise."""
+    try:
+        return read_bounded(path, limit)
+    except UnboundedFileError as error:
+        raise InputError(f"{path} {error}; give the path of {expected}") from None
 
 
 def remove_parts(folder: Path) -> None:

@@ -23,10 +23,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from tqdm import tqdm
 
-from hpc_neuro.core import files, schema
+from hpc_neuro.core import files, schema, yaml_text
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.distributed import is_main
 from hpc_neuro.core.schema import ConfigError
@@ -244,8 +243,7 @@ def _other_inputs(hashes: Mapping[str, str], record: Mapping[str, Any]) -> list[
 
 def _shorten(value: Any) -> str:
     """A value as YAML on one line, cut if it is long."""
-    text = str(yaml.safe_dump(value, default_flow_style=True)).replace("\n...", "")
-    text = " ".join(text.split())
+    text = " ".join(yaml_text.dump_line(value).split())
     return text if len(text) < _SHORT_TEXT else text[: _SHORT_TEXT - 3] + "..."
 
 

@@ -11,14 +11,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, dataclass_transform
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from hpc_neuro.core import yaml_text
+from hpc_neuro.core.bounded_read import read_bounded
+from hpc_neuro.core.yaml_text import YamlError
 
 T = TypeVar("T")
 _PYDANTIC_CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _NULLS = ("null", "~", "")
 """Texts that YAML reads as null."""
+_MAX_YAML_BYTES = 16 << 20
+"""[bytes] Size of a YAML file that is read."""
+_SHORT_VALUE = 200
+"""Characters of a value in a fault."""
 
 
 class ConfigError(ValueError):
@@ -50,7 +57,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     """
     # Faults are collected, not raised one by one: a user corrects all of them in one edit.
     source = str(path) if path else "the command line"
-    tree = _read_yaml(path) if path else {}
+    tree = _read_section(path) if path else {}
 
     faults = [_set_key(cls, tree, key, to_plain(value)) for key, value in (values or {}).items()]
     faults += [_apply_override(cls, tree, text) for text in overrides]
@@ -58,7 +65,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
 
     # Even after a faulty override the rest is validated, for the same reason.
     try:
-        value = TypeAdapter(cls).validate_python(tree)
+        value = TypeAdapter(cls).validate_python(_settle_numbers(cls, tree))
     except ValidationError as error:
         faults += [_describe_fault(cls, item) for item in error.errors()]
 
@@ -83,35 +90,54 @@ def to_plain(value: Any) -> Any:
 
 def dump(value: Any) -> str:
     """`value` as YAML text that `load` reads back to an equal value."""
-    return yaml.safe_dump(to_plain(value), sort_keys=False, width=120)
+    return yaml_text.dump(to_plain(value))
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that appears twice in one section; plain YAML keeps the last one and drops the first in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` stands twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, {} for an empty file. Raises ConfigError."""
+def read_yaml(path: Path, keep_text: bool = False) -> Any:
+    """The value in a YAML file, as `yaml_text.parse` reads it. Raises ConfigError with one sentence."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        return yaml_text.parse(read_bounded(path, _MAX_YAML_BYTES).decode("utf-8-sig"), keep_text)
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; give the path of a YAML file, or leave it out to use the defaults"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
 
+
+def _read_section(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, {} for an empty file. Raises ConfigError."""
+    tree = read_yaml(path, keep_text=True)
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}; expected lines of `key: value`")
     return tree or {}
+
+
+def _settle_numbers(hint: Any, value: Any) -> Any:
+    """A parsed value with numbers as they are written where `hint` wants a text, and plain everywhere else.
+
+    An id 010 must not become 10, nor a module 12.10 become 12.1.
+    """
+    leaves = _leaf_types(hint)
+    if isinstance(value, dict):
+        hints = _section_hints(leaves, value)
+        items = next((typing.get_args(leaf)[1] for leaf in leaves if typing.get_origin(leaf) in (dict, Mapping)), Any)
+        return {key: _settle_numbers(hints.get(key, items), item) for key, item in value.items()}
+    if isinstance(value, list):
+        # Lists are flat in `leaves`.
+        return [_settle_numbers(hint, item) for item in value]
+
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_text = any(leaf in (str, Path) for leaf in leaves) and not any(leaf in (int, float, Any) for leaf in leaves)
+    return yaml_text.as_written(value) if is_number and is_text else yaml_text.strip_text(value)
+
+
+def _section_hints(leaves: Sequence[Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the config that a mapping stands for; {} where that is not decided."""
+    sections = [leaf for leaf in leaves if dataclasses.is_dataclass(leaf)]
+    if len(sections) > 1:
+        sections = [section for section in sections if _kind_of(section) == value.get("kind")]
+    return typing.get_type_hints(sections[0]) if len(sections) == 1 else {}
 
 
 # --- Overrides ---
@@ -124,8 +150,8 @@ def _apply_override(cls: Any, tree: dict[str, Any], text: str) -> str | None:
         return f"{text!r} is not `key=value`"
 
     try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
+        value = yaml_text.parse(raw, keep_text=True)
+    except YamlError:
         if raw[:1] in ("[", "{"):
             return f'{dotted}: {raw} is not YAML; quote an item that holds brackets or colons, as in a=["b=[1,2]"]'
         # Text that is not YAML, such as `a: b`, is taken as it stands.
@@ -234,7 +260,8 @@ def _describe_fault(cls: Any, item: Any) -> str:
     elif item["type"] == "unexpected_keyword_argument":
         message += _suggest_key(cls, path)
     elif item["type"] not in ("missing", "value_error"):
-        message += f", found {item['input']!r}"
+        shown = repr(item["input"])
+        message += f", found {shown if len(shown) <= _SHORT_VALUE else shown[:_SHORT_VALUE] + '...'}"
 
     return f"{path}: {message}" if path else message
 
@@ -328,9 +355,8 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     if isinstance(default, (list, tuple)) and any(dataclasses.is_dataclass(item) for item in default):
         return "[" + ", ".join(_kind_of(type(item)) for item in default) + "]"
 
-    # YAML, so that a default can be copied into a file or a key; `...` ends YAML's scalars.
-    text = yaml.safe_dump(to_plain(default), default_flow_style=True, width=1000)
-    return str(text).replace("\n...", "").strip()
+    # YAML, so that a default can be copied into a file or a key.
+    return yaml_text.dump_line(to_plain(default))
 
 
 def _default_value(field: dataclasses.Field[Any]) -> Any:

@@ -135,6 +135,12 @@ class PredictionFolder:
             )
 
         tree = swc.read(trees[0]) if trees else empty_tree()
+        unit = swc.require_header(trees[0]).unit if trees else None
+        if unit not in (None, "voxel"):
+            raise InputError(
+                f"{trees[0]} is in {unit} by its header, and trees of predictions are compared in voxels; convert "
+                f"it with:  hpc-neuro swc convert {trees[0]} to=voxel"
+            )
 
         return VolumePrediction(probability, tree, self.read_threshold(volume_id))
 

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hpc_neuro.core import files
+from hpc_neuro.core import files, yaml_text
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.summary import Results
@@ -245,7 +243,7 @@ def _render_record(record: Mapping[str, Any]) -> str:
     ]
 
     # YAML is the language in which people write configs.
-    settings = yaml.safe_dump(record.get("config", {}), sort_keys=False, default_flow_style=None, width=100)
+    settings = yaml_text.dump(record.get("config", {}), default_flow_style=None, width=100)
 
     return html.definitions([(term, text) for term, text in terms if text]) + html.code(settings)
 

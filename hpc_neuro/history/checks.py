@@ -9,9 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hpc_neuro.core import files, run_folder
+from hpc_neuro.core import files, run_folder, yaml_text
 from hpc_neuro.core.geometry import Shape, tile_volume
 from hpc_neuro.core.run_folder import CONFIG, RECORD
 from hpc_neuro.core.schema import InputError
@@ -196,11 +194,11 @@ def _check_config(check: RunCheck) -> None:
     """config.yaml must agree with the record, except for `out`: the folder may have moved."""
     path = check.run.folder / CONFIG
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml_text.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         check.fail(f"{CONFIG} is missing: {path} does not exist")
         return
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         check.fail(f"{path} cannot be read as YAML ({' '.join(str(error).split())})")
         return
 

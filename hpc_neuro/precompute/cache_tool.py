@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from hpc_neuro.core import files, schema
+from hpc_neuro.core import files, schema, yaml_text
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.feature_cache import (
@@ -93,7 +92,7 @@ def _parse_own_keys(keys: Sequence[str]) -> dict[str, Any]:
             continue
 
         # A bool is an int in Python, so the types are compared exactly.
-        own[name] = yaml.safe_load(value)
+        own[name] = yaml_text.parse(value)
         if type(own[name]) is not type(_OWN_KEYS[name]) or (name == "slices" and own[name] < 1):
             wanted = type(_OWN_KEYS[name]).__name__
             raise ConfigError(f"{text}: want a {wanted}, such as {name}={_OWN_KEYS[name]}")

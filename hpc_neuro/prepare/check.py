@@ -80,7 +80,12 @@ def open_pair(pair: ImagePair, cfg: PrepareConfig) -> OpenedPair:
     unit = _find_unit(pair, size)
 
     # From here on everything is in voxels, whatever the unit of the file.
-    tree = convert_to_voxels(swc.read(pair.swc), unit, size)
+    tree = swc.read(pair.swc)
+    if unit not in ("um", "voxel"):
+        # nm and the like differ from um by a factor only.
+        scale = swc.unit_in_um(unit) or 1.0
+        tree, unit = morphology.scale_tree(tree, (scale, scale, scale)), "um"
+    tree = convert_to_voxels(tree, unit, size)
     if not len(tree):
         raise InputError(f"{pair.swc} holds no points; a traced tree is wanted")
     remarks = _require_inside(pair, unit, tree, image.shape, size)
@@ -149,9 +154,9 @@ def make_record(opened: OpenedPair, measurement: PairMeasurement) -> VolumeRecor
 
 
 def _find_unit(pair: ImagePair, size: VoxelSize) -> str:
-    """The unit of an SWC file: "voxel" or "um". InputError when its header contradicts the voxel size."""
+    """The unit of an SWC file: "voxel", "um", "nm" ...; InputError when its header contradicts the voxel size."""
     # The pair's unit overrules the header; files without either are in voxels.
-    header = swc.read_header(pair.swc)
+    header = swc.read_header(pair.swc) if pair.swc_unit else swc.require_header(pair.swc)
     unit = pair.swc_unit or header.unit or "voxel"
 
     # A tree in um that was made for other voxels would be scaled wrongly.

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from hpc_neuro.core import files
+from hpc_neuro.core import files, yaml_text
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.yaml_text import YamlError
 from hpc_neuro.data.formats import READERS, is_image_folder
 from hpc_neuro.data.store import SPLITS
 from hpc_neuro.prepare.config import PrepareConfig, SplitConfig
 
 log = logging.getLogger(__name__)
+
+_MAX_MANIFEST_BYTES = 64 << 20
+"""[bytes] Size of a manifest that is read."""
 
 Triple = tuple[float, float, float]
 """Three numbers in z y x order."""
@@ -165,7 +168,7 @@ def _read_manifest(path: Path, cfg: PrepareConfig) -> list[ImagePair]:
     pairs = []
     for row in rows:
         # An empty cell of a CSV is an empty text.
-        given = {column: value for column, value in row.items() if value not in (None, "")}
+        given = {column: value for column, value in row.items() if value is not None and value != ""}
         pairs.append(_make_pair(given, path, path.parent, cfg))
 
     repeated = sorted({pair.id for pair in pairs if sum(other.id == pair.id for other in pairs) > 1})
@@ -178,7 +181,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a CSV or YAML manifest. Raises InputError for a file that lists no volumes."""
     try:
         # Spreadsheets begin their CSV with a byte-order mark.
-        text = path.read_text(encoding="utf-8-sig")
+        text = files.read_limited(path, _MAX_MANIFEST_BYTES, "a manifest").decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; give manifest=FILE, a CSV or YAML list of volumes") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -187,9 +190,9 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: Any
     if path.suffix.lower() in (".yaml", ".yml", ".json"):
         try:
-            rows = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+            rows = yaml_text.parse(text, keep_text=True)
+        except YamlError as error:
+            raise InputError(f"{path} is not YAML: {error}") from None
     else:
         rows = list(csv.DictReader(text.splitlines(), skipinitialspace=True))
 
@@ -205,9 +208,10 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
         raise InputError(f"{source}: {row.get('id', 'a row')} has no {' and no '.join(missing)}")
 
     # An absolute path stays as it is.
-    image, swc = folder / str(row["image"]), folder / str(row["swc"])
+    image, swc = (folder / _read_text(row, column, source) for column in ("image", "swc"))
 
-    id_ = str(row.get("id") or _image_stem(image) or image.stem)
+    # A name that looks like a number stays as it is written: 010 is not 8.
+    id_ = _read_text(row, "id", source) if "id" in row else _image_stem(image) or image.stem
 
     # The id becomes a file name in the store.
     if not files.is_plain_name(id_):
@@ -220,7 +224,7 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
     unit = row.get("swc_unit", cfg.swc_unit)
     if unit not in ("voxel", "um", None):
         raise InputError(f"{source}: swc_unit of {id_} is {unit!r}; voxel or um is wanted")
-    split = str(row.get("split", ""))
+    split = str(row.get("split") or "")
     if split and split not in SPLITS:
         raise InputError(f"{source}: split of {id_} is {split!r}; train, val or test is wanted")
     size = _parse_triple(row.get("voxel_size"), f"{source}: voxel_size of {id_}")
@@ -238,10 +242,19 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
         voxel_size=size,
         root=_parse_triple(row.get("root"), f"{source}: root of {id_}"),
         split=split,
-        neuron=str(row.get("neuron", id_)),
+        neuron=_read_text(row, "neuron", source) if "neuron" in row else id_,
         channel=None if channel is None else int(channel),
-        axes=row.get("axes", cfg.axes),
+        axes=_read_text(row, "axes", source) if "axes" in row else cfg.axes,
     )
+
+
+def _read_text(row: Mapping[str, Any], column: str, source: Path) -> str:
+    """A cell that is a name, as it is written. Raises InputError for what YAML reads as no text or number."""
+    value = row[column]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value):
+        shown = repr(value)[:60]
+        raise InputError(f'{source}: {column} is {shown}; a text is wanted, in quotation marks where needed: "{shown}"')
+    return yaml_text.as_written(value)
 
 
 def _parse_triple(value: Any, name: str) -> Triple | None:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from hpc_neuro.core import files
+from hpc_neuro.core import files, yaml_text
 from hpc_neuro.core.run_folder import CONFIG, RECORD
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.pipeline import STAGES, VERBS
@@ -121,8 +119,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def _read_out(folder: Path) -> str:
     """The `out` that the config in a run's folder names; the folder itself when the config cannot be read."""
     try:
-        tree = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = yaml_text.parse((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return str(folder.resolve())
     return str(tree["out"]) if isinstance(tree, dict) and tree.get("out") else str(folder.resolve())
 

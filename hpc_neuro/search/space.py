@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
-import yaml
 from pydantic import Discriminator, Field, Tag
 
+from hpc_neuro.core import yaml_text
 from hpc_neuro.core.schema import ConfigError, config
 
 When = dict[str, list[Any]]
@@ -173,9 +173,7 @@ def format_keys(space: Space, point: Point) -> list[str]:
 
 def format_value(value: Any) -> str:
     """A value as YAML on one line."""
-    # YAML ends a scalar document with dots.
-    line = str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6))
-    return line.removesuffix("\n").removesuffix("\n...")
+    return yaml_text.dump_line(value)
 
 
 # ------------------------------------------------------------------------------------------------ checks of a space

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from hpc_neuro.core import yaml_text
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import (
@@ -107,7 +107,7 @@ class Study:
     def read_points(self) -> dict[int, Point]:
         """Read the points that have been asked for, by trial number."""
         points = {t.number: t.user_attrs.get(_POINT_ATTRIBUTE) for t in self._read_trials()}
-        return {number: yaml.safe_load(text) for number, text in points.items() if text is not None}
+        return {number: yaml_text.parse(text) for number, text in points.items() if text is not None}
 
     def read_states(self) -> list[State | None]:
         """Read how each trial that was asked for ended; None: the study has not been told yet."""

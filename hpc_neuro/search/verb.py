@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import yaml
-
-from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core import files, run_folder, schema, yaml_text
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.search import comparison, report_page, trial
@@ -98,8 +96,8 @@ def _require_same_study(cfg: SearchConfig) -> None:
 def _write_best_config(cfg: SearchConfig, best: Trial) -> None:
     """Write the train config of the best trial, which trains as it is into a folder of its own."""
     # Its own folder belongs to the study.
-    tree = yaml.safe_load((best.folder / "train.yaml").read_text(encoding="utf-8"))
+    tree = schema.read_yaml(best.folder / "train.yaml")
     tree["out"] = str(cfg.out.absolute() / "best")
     text = f"# Trial {best.number} of {cfg.out}: {cfg.objective.key} {best.value!r}\n"
-    text += "# hpc-neuro train best.yaml\n" + yaml.safe_dump(tree, sort_keys=False, width=120)
+    text += "# hpc-neuro train best.yaml\n" + yaml_text.dump(tree)
     files.write_text(cfg.out / "best.yaml", text)

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hpc_neuro import train
 from hpc_neuro.core import files, schema
 from hpc_neuro.core.schema import ConfigError
@@ -68,7 +66,7 @@ class TrialRecipe:
         ]
 
         for verb, config in self._load_configs(folder, keys).items():
-            text = yaml.safe_dump(schema.to_plain(_make_paths_absolute(config)), sort_keys=False, width=120)
+            text = schema.dump(_make_paths_absolute(config))
             files.write_text(folder / f"{verb}.yaml", text)
 
     def _find_key_faults(self) -> list[str]:
@@ -129,5 +127,5 @@ def _make_paths_absolute(value: Any) -> Any:
 
 def _names_volumes(stage: StageConfig) -> bool:
     """Whether a stage names its volumes itself, by a store or by inputs."""
-    config = yaml.safe_load(stage.config.read_text(encoding="utf-8")) if stage.config else None
+    config = schema.read_yaml(stage.config) if stage.config else None
     return "store" in (config or {}) or any(key.partition("=")[0] in ("store", "inputs") for key in stage.keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,19 @@ def test_other_formats_are_refused(file: Put, tmp_path: Path) -> None:
         swc.read(tmp_path / "none.swc")
     with pytest.raises(InputError, match="is a folder"):
         swc.read(tmp_path)
+
+
+def test_what_never_ends_is_refused(tmp_path: Path) -> None:
+    fifo, device, sparse = (tmp_path / name for name in ("fifo.swc", "device.swc", "sparse.swc"))
+    os.mkfifo(fifo)
+    device.symlink_to("/dev/zero")
+    with sparse.open("wb") as handle:
+        handle.write(GOOD.encode())
+        handle.truncate(1 << 40)
+    for path, message in ((fifo, "no regular file"), (device, "no regular file"), (sparse, "has more than 1024 MiB")):
+        for act in (swc.read, swc.check, swc.fix, swc.read_header):
+            with pytest.raises(InputError, match=message):
+                act(path)
 
 
 def test_long_error_is_shortened(file: Put) -> None:

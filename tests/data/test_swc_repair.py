@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import morphio
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.swc.standardize import standardize
 from tests.helpers.swc_cases import GOOD, REFUSED, TOLERATED, Put
-from tests.helpers.swc_oracles import assert_all_agree
+from tests.helpers.swc_oracles import assert_all_agree, load_with_morphio, trees_equal
 
 MILD = {
     "type": "1 12 0 0 0 1 -1\n2 12 1 0 0 1 1\n",
@@ -31,7 +32,26 @@ MILD = {
     "extra columns": TOLERATED["extra columns"],
     "header": TOLERATED["header without #"],
     "repeated line": TOLERATED["repeated line"],
+    "semicolon decimals": TOLERATED["semicolons and decimal commas"],
+    "large id": f"{1 << 31} 3 0 0 0 1 -1\n{(1 << 32) + 1} 3 1 0 0 1 {1 << 31}\n",
 }
+
+
+BEYOND_REPAIR = {
+    "empty",
+    "comments only",
+    "half an id",
+    "NaN id",
+    "thousands",
+    "empty column",
+    "empty column between semicolons",
+    "semicolons and commas",
+    "underscore",
+    "id of 64 bits",
+    "commas for both",
+    "commas for both in all lines",
+}
+"""Files of which no line is a node, or whose columns no rule tells apart."""
 
 
 @pytest.mark.parametrize("kind", MILD)
@@ -52,7 +72,7 @@ def test_clean_file_has_no_findings(file: Put) -> None:
     assert swc.fix(file(GOOD)).changes == ()
 
 
-@pytest.mark.parametrize("kind", [k for k in REFUSED if k not in ("empty", "comments only", "half an id", "NaN id")])
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind not in BEYOND_REPAIR])
 def test_fix_makes_one_readable_tree(file: Put, tmp_path: Path, kind: str) -> None:
     if kind == "infinite":
         with pytest.raises(InputError, match="no node"):
@@ -64,6 +84,79 @@ def test_fix_makes_one_readable_tree(file: Put, tmp_path: Path, kind: str) -> No
     swc.write(tmp_path / "fixed.swc", fixed.tree)
     assert not [f for f in swc.check(tmp_path / "fixed.swc") if f.kind != "single point"]
     assert_all_agree(tmp_path / "fixed.swc", fixed.tree)
+
+
+@pytest.mark.parametrize("kind", sorted(BEYOND_REPAIR))
+def test_fix_refuses_what_no_rule_settles(file: Put, kind: str) -> None:
+    with pytest.raises(InputError, match=r"no node|no rule"):
+        swc.fix(file(REFUSED[kind][0]))
+
+
+TWICE = "1 2 0 0 0 1 -1\n2 2 10 0 0 1 1\n3 2 20 0 0 1 2\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TWICE * 2,
+        TWICE.replace("3 2", "2 2 10 0 0 1 1\n3 2"),
+        TWICE + "2 2 10 0 0 1 1\n",
+        TWICE.replace("1 2 0", "1 2 0 0 0 1 -1\n1 2 0", 1),
+    ],
+)
+def test_fix_reads_repeated_lines_as_read_does(file: Put, text: str) -> None:
+    assert trees_equal(swc.fix(file(text)).tree, swc.read(file(text)))
+    assert morphology.length(swc.fix(file(text)).tree) == 20
+
+
+def test_fix_drops_repeats_of_any_row_of_an_id(file: Put) -> None:
+    rows = "1 3 0 0 0 1 -1\n2 3 1 0 0 1 1\n2 3 0 5 0 1 1\n2 3 0 5 0 1 1\n3 3 0 6 0 1 2\n"
+    tree = swc.fix(file(rows)).tree
+    assert (len(tree), morphology.length(tree)) == (4, 1 + 5 + 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (
+            "1 1 0 0 0 1 -1\n2 1 0 0 1 1 1\n3 1 0 0 2 1 2\n4 1 0 1 1 1 2\n5 3 0 0 6 1 3\n6 3 0 6 1 1 4\n",
+            "soma branches",
+        ),
+        ("1 5 0 0 0 1 -1\n2 2 0 0 5 1 1\n3 2 0 0 9 1 2\n", "type turns from 5 to 2"),
+        (f"{1 << 31} 3 0 0 0 1 -1\n1 3 0 0 1 1 {1 << 31}\n", "programs that keep ids in 32 bits"),
+        (f"{1 << 32} 3 0 0 0 1 -1\n1 3 0 0 1 1 {1 << 32}\n", "the largest that MorphIO and NeuroM read"),
+        ("01234567890123456789 1 0 0 1 .5 -1\n", "id 1234567890123456789 is above"),
+    ],
+)
+def test_check_names_what_other_readers_refuse(file: Put, rows: str, text: str) -> None:
+    assert any(text in finding.text for finding in swc.check(file(rows)))
+
+
+def test_three_point_soma_is_clean(file: Put) -> None:
+    rows = "1 1 0 0 0 2 -1\n2 1 0 -2 0 2 1\n3 1 0 2 0 2 1\n4 3 0 0 6 1 1\n5 3 0 0 9 1 4\n"
+    assert swc.check(file(rows)) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clean_trees_open_in_other_readers(tmp_path: Path, seed: int) -> None:
+    """Small random trees: MorphIO, and with it NeuroM, opens what `check` calls clean, and what `fix` wrote."""
+    rng = np.random.default_rng(seed)
+    path, fixed = tmp_path / "a.swc", tmp_path / "fixed.swc"
+    for _ in range(60):
+        rows = []
+        for i in range(1, int(rng.integers(2, 9))):
+            parent = -1 if i == 1 or rng.random() < 0.05 else int(rng.integers(1, i))
+            x, y, z = rng.integers(0, 4, 3)
+            rows.append(f"{i} {rng.choice([1, 1, 3, 3, 2, 0])} {x} {y} {z} 1 {parent}\n")
+        path.write_text("".join(rows))
+        if not swc.check(path):
+            # It warns of a missing soma, but reads.
+            morphio.Morphology(str(path), warning_handler=morphio.WarningHandlerCollector())
+        tree = swc.fix(path).tree
+        swc.write(fixed, tree)
+        if len(tree) > 1:
+            assert swc.check(fixed) == []
+            load_with_morphio(fixed)
 
 
 def test_fix_reports_what_it_does(file: Put) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import amira, chunked, hdf5, nifti, nrrd, slice_folder, terafly, tiff, vaa3d
 from hpc_neuro.data.formats.axes import resolve_axes
-from hpc_neuro.data.formats.volume import StoredArray, Volume, require_regular_file, translate_errors
+from hpc_neuro.data.formats.volume import StoredArray, Volume, translate_errors
 
 __all__ = ["READERS", "Volume", "is_image_folder", "open_volume"]
 
@@ -130,7 +131,7 @@ def _read_head(path: Path) -> bytes:
     """The first 512 bytes of a file that exists, can be opened, and is not empty."""
     if not path.exists():
         raise InputError(f"{path} does not exist; give the path of an image file or folder")
-    require_regular_file(path)
+    files.require_regular_file(path, "an image")
 
     try:
         with path.open("rb") as handle:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.decompress import BYTE_RLE, UnpackedArray, decode_runs, raw_chunks, zlib_stream
-from hpc_neuro.data.formats.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
 
 SUFFIXES = (".am", ".amira")

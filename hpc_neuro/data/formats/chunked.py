@@ -20,9 +20,9 @@ import numpy as np
 import tensorstore as ts
 
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.units import um_per
 from hpc_neuro.data.formats import chunk_decoder
 from hpc_neuro.data.formats.axes import default_axes, letters_of_names
-from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import (
     MAX_SPARSITY,
     Array,

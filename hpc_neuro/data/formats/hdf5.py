@@ -12,9 +12,10 @@ from typing import Any
 import h5py
 import numpy as np
 
+from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.units import um_per
 from hpc_neuro.data.formats.axes import default_axes, letters_of_names
-from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import (
     Array,
     Index,
@@ -26,7 +27,6 @@ from hpc_neuro.data.formats.volume import (
     note_outside,
     read_as_unsigned,
     reinterpret_array,
-    require_regular_file,
 )
 
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".ims", ".n5h5")
@@ -56,7 +56,7 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     shape = check_shape(path, data.shape)
     outside = _list_other_files(path, data)
     for file in outside:
-        require_regular_file(file)
+        files.require_regular_file(file, "an image")
     if data.is_virtual:
         _check_virtual_sources(path, data)
     elif not data.id.get_storage_size():
@@ -104,7 +104,7 @@ def _find_dataset(path: Path, file: Any, name: str | None) -> Any:
     if name is not None:
         link = file.get(name, getlink=True)
         if isinstance(link, h5py.ExternalLink):
-            require_regular_file(path.parent / link.filename)
+            files.require_regular_file(path.parent / link.filename, "an image")
         if name not in file or not isinstance(file[name], h5py.Dataset):
             raise InputError(f"{path} has no dataset {name!r}; it has {_describe_datasets(_list_datasets(file))}")
         return file[name]

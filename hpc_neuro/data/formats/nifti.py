@@ -12,15 +12,15 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.decompress import UnpackedArray, gzip_stream
-from hpc_neuro.data.formats.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.volume import (
     StoredArray,
     check_dtype,
     check_shape,
     map_array,
-    require_regular_file,
     scale_array,
 )
 
@@ -114,7 +114,7 @@ def _stream_voxels(path: Path, begin: int, size: int) -> Iterator[bytes]:
 
 def _check_packed_size(path: Path, size: int) -> None:
     """Raise InputError when the gzip file is too small for `size` bytes of voxels."""
-    require_regular_file(path)
+    files.require_regular_file(path, "an image")
     packed = path.stat().st_size
     if size > packed * _MAX_DEFLATE + 4096:
         raise InputError(

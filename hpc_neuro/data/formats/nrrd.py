@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.axes import letters_of_names
 from hpc_neuro.data.formats.decompress import UnpackedArray, bzip2_stream, gzip_stream, raw_chunks
-from hpc_neuro.data.formats.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array, note_outside
 
 SUFFIXES = (".nrrd", ".nhdr")

@@ -14,9 +14,9 @@ import tifffile
 
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.units import um_per
 from hpc_neuro.data.formats import tiff, tiff_voxel_size
 from hpc_neuro.data.formats.decompress import DecodedCache
-from hpc_neuro.data.formats.units import um_per
 from hpc_neuro.data.formats.volume import Array, Index, StoredArray, translate_errors
 
 _MAX_OPEN = 64

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff_voxel_size
 from hpc_neuro.data.formats.decompress import DecodedCache
@@ -26,7 +27,6 @@ from hpc_neuro.data.formats.volume import (
     invert_array,
     map_array,
     require_bytes,
-    require_regular_file,
 )
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
@@ -62,7 +62,7 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
     Raises InputError for a chain of pages that leaves the file, for pages that are missing and for samples that no
     reader could mean as intensity (a color palette).
     """
-    require_regular_file(path)
+    files.require_regular_file(path, "an image")
     # tifffile stops silently at a broken chain, and would return the pages before it.
     _check_page_chain(path)
 

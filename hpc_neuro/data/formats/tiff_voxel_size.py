@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import tifffile
 
-from hpc_neuro.data.formats.units import um_per
+from hpc_neuro.core.units import um_per
 
 Scale = dict[str, float]
 """Micrometers per step by axis letter."""

@@ -155,12 +155,6 @@ def translate_errors(path: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-def require_regular_file(path: Path) -> None:
-    """Raise InputError for a FIFO, a device or a socket, which would block or never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"{path} is no regular file (a FIFO, device or socket); give the path of an image")
-
-
 def check_density(path: Path, shape: Sequence[int], dtype: np.dtype[Any], stored: int) -> None:
     """Raise InputError for an array that declares far more than the `stored` bytes of it could hold.
 
@@ -196,7 +190,7 @@ def require_bytes(path: Path, begin: int, count: int, content: str) -> None:
 
     Called before memory is allocated for what a header declares.
     """
-    require_regular_file(path)
+    files.require_regular_file(path, "an image")
     size = path.stat().st_size
     if begin + count > size:
         raise InputError(

@@ -7,10 +7,11 @@ from pathlib import Path
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.convert import Transform, convert, transform
+from hpc_neuro.data.swc.header import SwcHeader, parse_header, unit_in_um
 from hpc_neuro.data.swc.repair import RepairResult, fix, split_by_length
 from hpc_neuro.data.swc.structure import build_tree, link
 from hpc_neuro.data.swc.table import SwcFinding, parse
-from hpc_neuro.data.swc.writer import SwcHeader, drop_added_nodes, node_ids, parse_header, write
+from hpc_neuro.data.swc.writer import drop_added_nodes, node_ids, write
 
 __all__ = [
     "RepairResult",
@@ -22,9 +23,12 @@ __all__ = [
     "fix",
     "node_ids",
     "read",
+    "read_comments",
     "read_header",
+    "require_header",
     "split_by_length",
     "transform",
+    "unit_in_um",
     "write",
 ]
 
@@ -35,10 +39,10 @@ _MAX_SHOWN = 8
 def read(path: Path | str) -> Tree:
     """The tree of an SWC file, z y x in the file's own unit, parents first; several roots stay several.
 
-    Takes what has one meaning: Windows lines, byte-order marks, commas between columns, ids like `1.0`, more columns,
-    any order of nodes, repeated lines. A radius that is not finite and positive becomes its parent's (a root's: the
-    median; 1 where no radius is good), so that every radius is above 0. Nodes that `write` added for other readers are
-    removed again. Raises InputError listing by line what has no single meaning.
+    Takes what has one meaning: Windows lines, byte-order marks, commas or semicolons between columns, ids like `1.0`,
+    more columns, any order of nodes, repeated lines. A radius that is not finite and positive becomes its parent's (a
+    root's: the median; 1 where no radius is good), so that every radius is above 0. Nodes that `write` added for other
+    readers are removed again. Raises InputError listing by line what has no single meaning.
     """
     path = Path(path)
     linked = link(parse(path))
@@ -60,9 +64,30 @@ def check(path: Path | str) -> list[SwcFinding]:
 
     Raises InputError for a file that is missing or no SWC text at all.
     """
-    return link(parse(Path(path))).findings
+    table = parse(Path(path))
+    conflict = parse_header(table.comments).conflict
+    unit = [SwcFinding(0, "unit", conflict)] if conflict else []
+    return sorted([*unit, *link(table).findings])
 
 
 def read_header(path: Path | str) -> SwcHeader:
-    """Unit and voxel size that a file written here states; None for what it does not state."""
+    """Unit and voxel size that a file states in the words of any common program; None for what it does not state.
+
+    A header whose lines exclude each other says so in `conflict`. Raises InputError for a file that is no SWC text.
+    """
     return parse_header(parse(Path(path)).comments)
+
+
+def require_header(path: Path | str) -> SwcHeader:
+    """As `read_header`; raises InputError for statements that exclude each other, which no caller may choose from."""
+    header = read_header(path)
+    if header.conflict:
+        raise InputError(
+            f"{path}: {header.conflict}; state which holds with:  hpc-neuro swc fix {path} unit=um  (or unit=voxel)"
+        )
+    return header
+
+
+def read_comments(path: Path | str) -> list[str]:
+    """The comment lines of a file, without their #."""
+    return [comment.text for comment in parse(Path(path)).comments if comment.is_whole_line]

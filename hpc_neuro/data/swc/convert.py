@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.swc.writer import Unit, write
+from hpc_neuro.data.swc.header import Unit, unit_in_um
+from hpc_neuro.data.swc.writer import write
 
 _NO_SCALE = (1.0, 1.0, 1.0)
 _NO_SHIFT = (0.0, 0.0, 0.0)
@@ -61,17 +63,34 @@ def transform(tree: Tree, by: Transform) -> Tree:
     return replace(tree, points=tree.points + np.asarray(by.shift))
 
 
-def convert(tree: Tree, target: Path | str, *, to: Unit, voxel_size: VoxelSize, stated: Unit | None = None) -> Tree:
+def convert(
+    tree: Tree,
+    target: Path | str,
+    *,
+    to: Unit,
+    voxel_size: VoxelSize | None,
+    stated: Unit | None = None,
+    comments: Sequence[str] = (),
+) -> Tree:
     """Write a tree in the other unit: voxels to micrometers (`to="um"`) or back, and return it as written.
 
-    `stated` is the unit its file states, if any. Raises InputError when that is `to` already.
+    `stated` is the unit its file states, if any; a tree in another length, such as nm, is scaled by what that length is
+    in um, and needs no voxel size for `to="um"`. Raises InputError when `stated` is `to` already, or without the voxel
+    size that is needed.
     """
     # Converting twice would scale twice, and nothing in the result would show it.
     if stated == to:
         raise InputError(f"the tree is in {to} already, by its header; nothing to convert for {target}")
 
-    factor = voxel_size if to == "um" else (1 / voxel_size[0], 1 / voxel_size[1], 1 / voxel_size[2])
-    converted = morphology.scale_tree(tree, factor)
-    write(target, converted, unit=to, voxel_size=voxel_size)
+    # Lengths first become um. A file that states nothing is in the other unit.
+    um = unit_in_um(stated or ("voxel" if to == "um" else "um"))
+    factor = np.full(3, um or 1.0)
+    if um is None or to == "voxel":
+        if voxel_size is None or min(voxel_size) <= 0:
+            raise InputError(f"{target} needs the voxel size in um, above 0 along each axis; give voxel_size=Z,Y,X")
+        factor = factor * voxel_size if um is None else factor / voxel_size
+
+    converted = morphology.scale_tree(tree, (float(factor[0]), float(factor[1]), float(factor[2])))
+    write(target, converted, unit=to, voxel_size=voxel_size, comments=comments)
 
     return converted

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from hpc_neuro.core import morphology
+from hpc_neuro.core.files import format_count
 from hpc_neuro.core.geometry import zyx_from_xyz
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.standardize import standardize
-from hpc_neuro.data.swc.structure import ROOT, fill_bad_radii, find_cycles
+from hpc_neuro.data.swc.structure import LARGEST_INT, ROOT, drop_repeated_rows, fill_bad_radii, find_cycles
 from hpc_neuro.data.swc.table import SwcTable, parse
 
 Roots = Literal["join", "keep", "largest"]
@@ -33,6 +34,8 @@ _REWRITTEN = {
     "float ids": "ids written as whole numbers",
     "extra columns": "columns after the seventh dropped",
     "decimal comma": "decimal commas made points",
+    "semicolon decimals": "semicolons between columns made blanks, decimal commas made points",
+    "column names": "columns put in the order of SWC, by the names in the header",
     "header": "header line made a comment",
 }
 
@@ -44,13 +47,14 @@ class RepairResult:
     tree: Tree
     changes: tuple[str, ...]
     comments: tuple[str, ...]
-    """The file's own comment lines."""
+    """The file's own comment lines, without what stands behind nodes."""
 
 
 def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
     """Read any SWC text and make one usable tree of it.
 
-    Lines that are no node are dropped. A node without a place is dropped and its parent takes over its children. Of a
+    Lines that are no node are dropped, and lines that repeat an earlier one. Columns that the header names in another
+    order are put in order. A node without a place is dropped and its parent takes over its children. Of a
     repeated id the later rows become nodes of their own; children mean the last row of that id above them. A node whose
     parent is missing becomes a root; of a cycle the first node becomes a root. Several roots: `join` connects each
     further tree to the nearest node of what is joined already (turning it so that it grows from there), `keep` leaves
@@ -59,12 +63,19 @@ def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
     Raises InputError for a file without any node.
     """
     # Rows: which lines are nodes, and which of them have a place.
-    table = parse(Path(path))
+    table = parse(Path(path), by_header=True)
+    if fault := next((f for f in table.findings if f.kind == "commas or decimals"), None):
+        raise InputError(f"{path} cannot be repaired, as no rule tells the columns apart: {fault}")
     changes = _list_rewritten(table)
     table, more = _drop_unplaced(table)
     changes += more
+    table, repeats = drop_repeated_rows(table)
+    changes += [f"line {f.line} dropped: {f.text}" for f in repeats if f.kind == "repeated line"]
     if not len(table):
         raise InputError(f"{path} holds no node, nothing can be repaired; export the tree again")
+
+    if (table.id > LARGEST_INT).any():
+        changes.append(f"ids above {LARGEST_INT}, now from 1")
 
     # Edges: one parent row for each node, and no cycle.
     parent_rows, more = _resolve_parents(table)
@@ -84,7 +95,8 @@ def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
     tree, more = _root_at_soma(tree)
     changes += more
     tree, more = standardize(tree)
-    return RepairResult(tree, (*changes, *more), table.comments)
+    comments = tuple(comment.text for comment in table.comments if comment.is_whole_line)
+    return RepairResult(tree, (*changes, *more), comments)
 
 
 def split_by_length(tree: Tree) -> list[Tree]:
@@ -97,6 +109,8 @@ def _list_rewritten(table: SwcTable) -> list[str]:
     # Each kind once, in the order of the file.
     kinds = dict.fromkeys(f.kind for f in table.findings)
     changes = [_REWRITTEN[kind] for kind in kinds if kind in _REWRITTEN]
+    if count := sum(not comment.is_whole_line for comment in table.comments):
+        changes.append(f"{format_count(count, 'comment')} behind nodes left out")
     dropped = [f"line {f.line} dropped, {f.text}" for f in table.findings if f.kind in ("text", "columns", "id")]
     return [*changes, *_shorten(dropped, "lines dropped")]
 

@@ -16,6 +16,8 @@ from hpc_neuro.data.swc.table import SwcFinding, SwcTable
 ROOT, MISSING = -1, -2
 """Parent rows of a root, and of a node whose parent is not in the file."""
 
+LARGEST_INT, _LARGEST_UINT = (1 << 31) - 1, (1 << 32) - 1
+"""Largest ids of programs that keep them in 32 bits."""
 _MAX_LISTED = 5
 """Findings of one kind that are listed by name; one more counts the rest."""
 
@@ -122,7 +124,14 @@ def drop_repeated_rows(table: SwcTable) -> tuple[SwcTable, list[SwcFinding]]:
         return table, []
     original = first[group]
     again = np.flatnonzero(original != np.arange(len(table)))
-    is_equal = np.array([_rows_equal(table, i, int(original[i])) for i in again.tolist()], dtype=bool)
+
+    # A row may repeat any earlier row of its id, not only the first.
+    contents: dict[int, set[tuple[float, ...]]] = {}
+    is_equal = np.zeros(len(again), dtype=bool)
+    for place, i in enumerate(again.tolist()):
+        earlier = contents.setdefault(int(table.id[i]), {_row_content(table, int(original[i]))})
+        is_equal[place] = _row_content(table, i) in earlier
+        earlier.add(_row_content(table, i))
 
     def describe_conflict(i: int) -> str:
         return f"id {table.id[i]} again with other content (first in line {table.line[original[i]]})"
@@ -139,11 +148,9 @@ def drop_repeated_rows(table: SwcTable) -> tuple[SwcTable, list[SwcFinding]]:
     return table.take(keep), findings
 
 
-def _rows_equal(table: SwcTable, i: int, j: int) -> bool:
-    same_place = np.array_equal(table.xyz[i], table.xyz[j])
-    a = (table.type[i], table.radius[i], table.parent[i])
-    b = (table.type[j], table.radius[j], table.parent[j])
-    return bool(same_place and a == b)
+def _row_content(table: SwcTable, i: int) -> tuple[float, ...]:
+    """All of a row but its id."""
+    return (*table.xyz[i].tolist(), float(table.radius[i]), int(table.type[i]), int(table.parent[i]))
 
 
 def _resolve_parents(table: SwcTable) -> NDArray[np.int64]:
@@ -208,6 +215,16 @@ def _check_values(table: SwcTable) -> Iterator[SwcFinding]:
     yield from _report(table, bad_type, "type", describe_type)
     negative = np.flatnonzero(table.id < 0)
     yield from _report(table, negative, "negative id", lambda i: f"id {table.id[i]} is negative")
+    yield from _report(
+        table, np.flatnonzero(table.id > LARGEST_INT), "large id", lambda i: _describe_large_id(table, i)
+    )
+
+
+def _describe_large_id(table: SwcTable, i: int) -> str:
+    number = int(table.id[i])
+    if number > _LARGEST_UINT:
+        return f"id {number} is above {_LARGEST_UINT}, the largest that MorphIO and NeuroM read"
+    return f"id {number} is above {LARGEST_INT}, the largest in programs that keep ids in 32 bits"
 
 
 def _check_order(table: SwcTable, parent_rows: NDArray[np.int64]) -> Iterator[SwcFinding]:
@@ -234,11 +251,14 @@ def _check_types(table: SwcTable, parent_rows: NDArray[np.int64]) -> Iterator[Sw
     parent = parent_rows[child]
     is_soma = table.type == 1
 
-    # A type may change at a branch point, at the soma and at the root.
+    # A type may change at a branch point and at the soma.
     is_only_child = np.bincount(parent, minlength=len(parent_rows)) == 1
     changes = is_only_child[parent] & ~is_soma[parent] & ~is_soma[child] & (table.type[parent] != table.type[child])
     turns = child[changes]
-    turns = turns[parent_rows[parent_rows[turns]] >= 0]
+
+    # A soma is one unbranched run of cylinders; only its first point may have several (three-point somas, contours).
+    soma_children = np.bincount(parent[is_soma[child]], minlength=len(parent_rows))
+    forks = np.flatnonzero(is_soma & (parent_rows >= 0) & (soma_children > 1))
 
     def describe_soma(i: int) -> str:
         return f"node {table.id[i]} is soma (type 1) on a parent that is not"
@@ -248,6 +268,7 @@ def _check_types(table: SwcTable, parent_rows: NDArray[np.int64]) -> Iterator[Sw
 
     yield from _report(table, child[is_soma[child] & ~is_soma[parent]], "soma", describe_soma)
     further_somas = np.flatnonzero(is_soma & (parent_rows < 0))[1:]
+    yield from _report(table, forks, "soma", lambda i: f"the soma branches at node {table.id[i]}")
     yield from _report(table, further_somas, "soma", lambda i: f"node {table.id[i]} begins a second soma")
     yield from _report(table, turns, "type change", describe_turn)
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.swc.header import COLUMNS, DIAMETER, SwcComment, find_other_columns, order_columns
 
-COLUMNS = "id type x y z radius parent"
-
-_MAX_ID = 1 << 53
-"""Largest id: beyond it a float no longer tells two ids apart."""
-_ROW_DTYPE = np.dtype([(n, "f8" if n in ("x", "y", "z", "radius") else "i8") for n in COLUMNS.split()])
+_MAX_BYTES = 1 << 30
+"""[bytes] Size of a file that is read: some ten million nodes."""
+_MAX_ID = (1 << 63) - 1
+"""Largest id that an array of 64 bits holds."""
+_MAX_FLOAT_ID = 1 << 53
+"""Largest id written as a decimal number: beyond it a float no longer tells two apart."""
+_ROW_DTYPE = np.dtype([(n, "f8" if n in ("x", "y", "z", "radius") else "i8") for n in COLUMNS])
+_Row = tuple[int, float, float, float, float, float, int]
+"""Id, type, x, y, z, radius and parent."""
+_NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?|nan|inf(?:inity)?)", re.IGNORECASE)
+"""A number as other programs read it; Python's float takes `1_0` and digits of other scripts too."""
+_DECIMAL_COMMA = re.compile(r"[-+]?[0-9]*,[0-9]+(?:e[-+]?[0-9]+)?", re.IGNORECASE)
 _ODDITIES = {
     "commas": "commas or semicolons between the columns",
+    "semicolon decimals": "semicolons between the columns, and decimal commas",
     "extra columns": "more than seven columns (ESWC or the like); those after the seventh are not read",
     "float ids": "ids, types or parents written as decimal numbers",
 }
@@ -54,8 +64,8 @@ class SwcTable:
     radius: NDArray[np.float64]
     parent: NDArray[np.int64]
     """[N] an id; negative for a root."""
-    comments: tuple[str, ...]
-    """Header and other comment lines, without their #."""
+    comments: tuple[SwcComment, ...]
+    """Header and other comments."""
     findings: list[SwcFinding] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -67,30 +77,51 @@ class SwcTable:
         return SwcTable(line, number, kind, xyz, self.radius[keep], self.parent[keep], self.comments, self.findings)
 
 
-def parse(path: Path) -> SwcTable:
-    """Read a file's lines. Raises InputError when it is missing, is no text, or is another format."""
+def parse(path: Path, by_header: bool = False) -> SwcTable:
+    """Read a file's lines. Raises InputError when it is missing, is no text, or is another format.
+
+    by_header: take the columns in the order that the file's header names, and halve a column of diameters.
+    """
     # Nearly every file is plain, and numpy parses it at once; any other is parsed line by line.
     text, findings = _read_text(path)
-    return _parse_plain(text, findings) or _parse_lines(text, findings)
+    table = _parse_plain(text, findings) or _parse_lines(text, findings)
+
+    others = [(c, find_other_columns(c.text)) for c in table.comments if c.is_whole_line]
+    other = next(((comment, names) for comment, names in others if names), None)
+    if other is None:
+        return table
+
+    # Which column is which decides every number of the tree.
+    comment, names = other
+    finding = SwcFinding(comment.line, "column names", _describe_columns(names), fatal=True)
+    if not by_header:
+        table.findings.append(finding)
+        return table
+
+    text, findings = _read_text(path)
+    table = _parse_lines(text, findings, order_columns(names))
+    table.findings.append(finding)
+    return replace(table, radius=table.radius / 2) if DIAMETER in names else table
 
 
 def _parse_plain(text: str, findings: list[SwcFinding]) -> SwcTable | None:
     """A file of a comment header and rows of seven plain numbers, parsed at once; None for any other."""
     # The header: comments and empty lines.
     begin = number = 0
-    comments: list[str] = []
+    comments: list[SwcComment] = []
     while text.startswith(("#", "\n"), begin):
         end = text.find("\n", begin)
         if end < 0:
             return None
+        number += 1
         if end > begin:
-            comments.append(text[begin:end].lstrip("#").strip())
-        begin, number = end + 1, number + 1
+            comments.append(SwcComment(number, text[begin:end].lstrip("#").strip()))
+        begin = end + 1
 
     # The rows: seven columns of the right type, or it is no plain file.
     plain = text[begin:].rstrip()
-    # NumPy's parser can crash on text that is not ASCII or holds NUL.
-    if not plain or not plain.isascii() or "\0" in plain:
+    # NumPy's parser can crash on text that is not ASCII or holds NUL, and takes 1_0 for 10.
+    if not plain or not plain.isascii() or "\0" in plain or "_" in plain:
         return None
     body = plain.split("\n")
     try:
@@ -108,98 +139,153 @@ def _parse_plain(text: str, findings: list[SwcFinding]) -> SwcTable | None:
     return SwcTable(line, rows["id"], rows["type"], xyz, radius, rows["parent"], tuple(comments), findings)
 
 
-def _parse_lines(text: str, findings: list[SwcFinding]) -> SwcTable:
-    """Any file: each line is read as far as it has a meaning, and its deviations become findings."""
-    comments: list[str] = []
-    rows: list[list[float]] = []
+def _parse_lines(text: str, findings: list[SwcFinding], order: Sequence[int] = ()) -> SwcTable:
+    """Any file: each line is read as far as it has a meaning, and its deviations become findings.
+
+    order: place of each column in a line; () for that of SWC.
+    """
+    comments: list[SwcComment] = []
+    rows: list[_Row] = []
     lines: list[int] = []
     first_line: dict[str, int] = {}
+    comma_lines: list[tuple[int, int]] = []
 
     for number, raw in enumerate(text.split("\n"), start=1):
         body, hash_, comment = raw.partition("#")
+        body = body.strip()
         if hash_:
-            comments.append(comment.lstrip("#").strip())
-        if not body.split():
+            comments.append(SwcComment(number, comment.lstrip("#").strip(), not body))
+        if not body:
             continue
 
-        # What stands between the numbers.
+        # What stands between the numbers, and in which order they are wanted.
         parts, separator = _split_columns(body)
-        shown = repr(body.strip()[:60])
         if separator == "decimal comma":
-            findings.append(SwcFinding(number, "decimal comma", f"decimal commas in {shown}", fatal=True))
-        elif separator:
-            first_line.setdefault(separator, number)
+            findings.append(SwcFinding(number, separator, f"decimal commas in {body[:60]!r}", fatal=True))
+        elif separator == "commas":
+            comma_lines.append((number, len(parts)))
+        if order and len(parts) > max(order):
+            parts = [parts[place] for place in order]
 
         # What the line is: a header, no node, or a node.
-        if not rows and not any(_is_number(p) for p in parts):
-            findings.append(SwcFinding(number, "header", f"a header line without #: {shown}"))
+        if not rows and not any(_NUMBER.fullmatch(p) for p in parts):
+            findings.append(SwcFinding(number, "header", f"a header line without #: {body[:60]!r}"))
+            comments.append(SwcComment(number, body))
         elif fault := _find_fault(parts):
             findings.append(SwcFinding(number, *fault, fatal=True))
         else:
-            rows.append([float(p) for p in parts[:7]])
+            rows.append(_parse_row(parts))
             lines.append(number)
-            for kind in _list_oddities(parts):
+            for kind in _list_oddities(parts, separator):
                 first_line.setdefault(kind, number)
 
+    findings += _check_comma_lines(comma_lines, has_points="." in text)
     findings += [SwcFinding(line, kind, _ODDITIES[kind]) for kind, line in first_line.items()]
     return _build_table(rows, lines, comments, findings)
 
 
 def _split_columns(body: str) -> tuple[list[str], str]:
     """The columns of a line as plain numbers, and the finding that their separator is ("" for blanks)."""
-    # "0,5" inside a number is a decimal comma, "0, 5" or "0,5,1,..." separates columns.
+    if ";" in body:
+        # Whoever separates by semicolons keeps the comma for decimals.
+        parts = [p.strip() for p in body.removesuffix(";").split(";")]
+        is_decimal = [bool(_DECIMAL_COMMA.fullmatch(p)) for p in parts]
+        parts = [p.replace(",", ".") if decimal else p for p, decimal in zip(parts, is_decimal, strict=True)]
+        return parts, "semicolon decimals" if any(is_decimal) else "commas"
+    if "," not in body:
+        return body.split(), ""
+
+    # "0,5" inside one of seven columns is a decimal comma, "0, 5" or "0,5,1,..." separates columns.
     parts = body.split()
-    if "," not in body and ";" not in body:
-        return parts, ""
-    if _has_decimal_commas(parts):
-        return [p.replace(",", ".") for p in parts], "decimal comma"
-    return [p for p in re.split(r"[,;\s]+", body) if p], "commas"
+    if len(parts) >= len(COLUMNS) and any("," in p.strip(",") for p in parts[: len(COLUMNS)]):
+        is_decimal = [bool(_DECIMAL_COMMA.fullmatch(p)) for p in parts]
+        return [p.replace(",", ".") if decimal else p for p, decimal in zip(parts, is_decimal, strict=True)], (
+            "decimal comma"
+        )
+    # An empty column between two commas stays one: without it the others would move.
+    return re.split(r"\s*,\s*|\s+", body.removesuffix(",").rstrip()), "commas"
 
 
-def _has_decimal_commas(parts: list[str]) -> bool:
-    """Whether commas lie inside the numbers: there are seven columns without a cut at the commas."""
-    return len(parts) >= 7 and any(re.fullmatch(r"[-+]?\d*,\d+(e[-+]?\d+)?", p, re.IGNORECASE) for p in parts[:7])
+def _check_comma_lines(lines: Sequence[tuple[int, int]], has_points: bool) -> Iterable[SwcFinding]:
+    """A fatal finding where commas may separate columns as well as decimals: `1,3,0,5,1,5,0,1,-1`.
+
+    lines: number and columns of each line whose columns commas separate. has_points: whether the file has any point.
+    """
+    counts = Counter(count for _, count in lines)
+    most = max(counts, default=0)
+    if most > len(COLUMNS) and (len(counts) > 1 or not has_points):
+        line = next(number for number, count in lines if count == most)
+        text = f"{most} columns between commas, in other lines {min(counts)}" if len(counts) > 1 else f"{most} columns"
+        yield SwcFinding(
+            line, "commas or decimals", f"{text}: commas may be decimal points; export the tree with points", fatal=True
+        )
 
 
 def _find_fault(parts: list[str]) -> tuple[str, str] | None:
     """Kind and text of what keeps a line from being a node; None for a node."""
-    try:
-        row = [float(p) for p in parts[:7]]
-    except ValueError:
-        return "text", f"not seven numbers: {' '.join(parts)[:60]!r}"
+    shown = repr(" ".join(parts)[:60])
+    if not all(_NUMBER.fullmatch(p) for p in parts[: len(COLUMNS)]):
+        return "text", f"not seven numbers: {shown}"
 
     # More columns are harmless; fewer leave open which one is missing.
-    if len(row) < 7:
-        return "columns", f"{len(row)} columns where {COLUMNS} are wanted: {' '.join(parts)[:60]!r}"
-    if not all(v.is_integer() and abs(v) <= _MAX_ID for v in (row[0], row[6])):
-        return "id", f"id {parts[0]} or parent {parts[6]} is no whole number"
+    if len(parts) < len(COLUMNS):
+        return "columns", f"{len(parts)} columns where {' '.join(COLUMNS)} are wanted: {shown}"
+    if _parse_whole(parts[0]) is None or _parse_whole(parts[6]) is None:
+        return "id", f"id {parts[0][:30]} or parent {parts[6][:30]} is no whole number of at most 63 bits"
     return None
 
 
-def _list_oddities(parts: list[str]) -> Iterable[str]:
+def _parse_whole(text: str) -> int | None:
+    """The whole number that an id is, also one written as 1.0; None for any other."""
+    # Python refuses to convert thousands of digits, and no id has as many.
+    if len(text) > 40:
+        return None
+    if re.fullmatch(r"[-+]?[0-9]+", text):
+        return int(text) if abs(int(text)) <= _MAX_ID else None
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) <= _MAX_FLOAT_ID else None
+
+
+def _parse_row(parts: list[str]) -> _Row:
+    """The seven numbers of a line without a fault."""
+    kind, x, y, z, radius = (float(p) for p in parts[1:6])
+    return _parse_whole(parts[0]) or 0, kind, x, y, z, radius, _parse_whole(parts[6]) or 0
+
+
+def _list_oddities(parts: list[str], separator: str) -> Iterable[str]:
     """Kinds of harmless deviations of a line that is a node."""
-    if len(parts) > 7:
+    if separator in _ODDITIES:
+        yield separator
+    if len(parts) > len(COLUMNS):
         yield "extra columns"
     if any("." in parts[i] for i in (0, 1, 6)):
         yield "float ids"
 
 
+def _describe_columns(names: Sequence[str]) -> str:
+    shown = " ".join(name or "?" for name in names)
+    return f"the header names the columns {shown}; those of SWC are {' '.join(COLUMNS)}"
+
+
 def _build_table(
-    rows: list[list[float]], lines: list[int], comments: list[str], findings: list[SwcFinding]
+    rows: Sequence[_Row],
+    lines: list[int],
+    comments: Sequence[SwcComment],
+    findings: list[SwcFinding],
 ) -> SwcTable:
     """The table of parsed rows; a type that is no whole number becomes 0, with a finding."""
-    # reshape keeps seven columns where there is no row.
-    values = np.array(rows, dtype=np.float64).reshape(len(rows), 7)
+    # Ids stay whole numbers: a float does not hold more than 53 bits. reshape keeps the columns where there is no row.
+    ids = np.array([(row[0], row[6]) for row in rows], dtype=np.int64).reshape(len(rows), 2)
+    values = np.array([row[1:6] for row in rows], dtype=np.float64).reshape(len(rows), 5)
     line = np.array(lines, dtype=np.int64)
 
-    kind = values[:, 1]
-    is_odd = ~np.isfinite(kind) | (kind != np.round(kind)) | (np.abs(kind) > _MAX_ID)
+    kind = values[:, 0]
+    is_odd = ~np.isfinite(kind) | (kind != np.round(kind)) | (np.abs(kind) > _MAX_FLOAT_ID)
     for i in np.flatnonzero(is_odd).tolist():
         findings.append(SwcFinding(int(line[i]), "type", f"type {kind[i]:g} is no whole number, taken as 0"))
     types = np.where(is_odd, 0, kind).astype(np.int64)
 
-    ids = values[:, [0, 6]].astype(np.int64)
-    xyz, radius = values[:, 2:5], values[:, 5]
+    xyz, radius = values[:, 1:4], values[:, 4]
     return SwcTable(line, ids[:, 0], types, xyz, radius, ids[:, 1], tuple(comments), findings)
 
 
@@ -209,7 +295,7 @@ def _read_text(path: Path) -> tuple[str, list[SwcFinding]]:
         fault = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {fault}; give the path of an SWC file")
     # Files of other programs that are often taken for SWC.
-    data = path.read_bytes()
+    data = files.read_limited(path, _MAX_BYTES, "an SWC file")
     if data[:2] == b"\x1f\x8b":
         raise InputError(f"{path} is gzip-compressed (SNT .traces are), not SWC text; export it as SWC, or gunzip it")
 
@@ -241,10 +327,3 @@ def _decode(path: Path, data: bytes) -> tuple[str, list[SwcFinding]]:
         return data.decode("utf-8"), findings
     except UnicodeDecodeError:
         return data.decode("latin-1"), findings
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

@@ -10,9 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,22 +19,23 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.swc.header import COLUMNS, WRITTEN_BY, SwcComment, Unit, find_other_columns, states_other
 from hpc_neuro.data.swc.standardize import SOMA, standardize
-
-Unit = Literal["um", "voxel"]
 
 _ADDED = "added:"
 """Begin of the header line that lists the ids of added nodes."""
 _DECIMALS = 6
 """Digits after the point of coordinates and radii."""
-
-
-@dataclass(frozen=True)
-class SwcHeader:
-    """What the header of a file states about its coordinates; None where it does not."""
-
-    unit: Unit | None
-    voxel_size: VoxelSize | None
+_SOURCE = "source:"
+"""Begin of a comment line that holds for the file that a tree was made from, and no longer for the tree."""
+_OWN_LINES = (
+    "transform:",
+    "voxel size um z y x:",
+    "roots:",
+    _ADDED,
+    "the added nodes have length 0",
+)
+"""Begins of the header lines that `write` makes after those of the program and the unit."""
 
 
 def write(
@@ -52,7 +51,8 @@ def write(
     Parents come first, ids run from 1, a root's parent is -1, types are 0 to 7, radii finite and above 0, coordinates
     rounded to 1e-6. Several roots stay several trees in the file, and the header counts them (some readers take one
     tree only: `swc fix` joins or splits them). The header also lists what had to change, and the `voxel_size`
-    (um, z y x).
+    (um, z y x). Comments are kept line by line; one that states another unit, voxel size or order of columns than the
+    file's is marked as its source's.
     Raises InputError for a tree without nodes or with coordinates that are no numbers.
     """
     path = Path(path)
@@ -66,7 +66,7 @@ def write(
     standard, changes = standardize(tree)
     full, added = _add_nodes(standard)
     header = _build_header(standard, unit, voxel_size, changes, added)
-    header += [*_split_lines(comments), "id type x y z radius parent"]
+    header += [*_settle_comments(comments, unit, voxel_size), " ".join(COLUMNS)]
     files.write_text(path, "".join(f"# {line}\n" for line in header) + _format_rows(full))
 
 
@@ -86,27 +86,12 @@ def node_ids(tree: Tree) -> NDArray[np.int64]:
     return np.setdiff1d(np.arange(len(full)), added) + 1
 
 
-def parse_header(comments: Sequence[str]) -> SwcHeader:
-    """Unit and voxel size as `write` states them in the comment lines of a file."""
-    # The last line of a kind counts.
-    unit: Unit | None = None
-    size: VoxelSize | None = None
-    for line in comments:
-        if line.startswith("unit: um"):
-            unit = "um"
-        elif line.startswith("unit: voxel"):
-            unit = "voxel"
-        elif match := re.fullmatch(r"voxel size um z y x: (\S+) (\S+) (\S+)", line):
-            z, y, x = (float(v) for v in match.groups())
-            size = (z, y, x)
-
-    return SwcHeader(unit, size)
-
-
-def drop_added_nodes(tree: Tree, comments: Sequence[str]) -> Tree:
+def drop_added_nodes(tree: Tree, comments: Sequence[SwcComment]) -> Tree:
     """The tree without the nodes its header lists as added, where they still look like added nodes."""
-    listed = next((c.removeprefix(_ADDED) for c in comments if c.startswith(_ADDED)), None)
-    if listed is None:
+    texts = [comment.text for comment in comments]
+    listed = next((text.removeprefix(_ADDED) for text in texts if text.startswith(_ADDED)), None)
+    # Another program's comment may begin with the same word.
+    if listed is None or not any(text.startswith(WRITTEN_BY) for text in texts):
         return tree
     numbers = np.array([int(n) - 1 for n in re.findall(r"\d+", listed)], dtype=np.int64)
     numbers = numbers[numbers < len(tree)]
@@ -189,15 +174,15 @@ def _build_header(
     tree: Tree, unit: Unit, voxel_size: VoxelSize | None, changes: Sequence[str], added: NDArray[np.int64]
 ) -> list[str]:
     """Header lines, without their #."""
-    lines = [f"written by hpc_neuro {importlib.metadata.version('hpc_neuro')}"]
-    lines.append(f"unit: {unit}" + ("" if unit == "um" else " (array index, the first voxel's center is 0)"))
+    lines = [f"{WRITTEN_BY} {importlib.metadata.version('hpc_neuro')}"]
+    lines.append(f"unit: {unit}" + (" (array index, the first voxel's center is 0)" if unit == "voxel" else ""))
 
     # How coordinates relate to the image; with a voxel size, how to get to the other unit.
     axes = "x y z are column, row, slice of the image, without offset or flip"
     if voxel_size is None:
         lines.append(f"transform: none; {axes}")
     else:
-        formula = "um = voxel index * voxel size" if unit == "um" else "voxel index = um / voxel size"
+        formula = "voxel index = um / voxel size" if unit == "voxel" else "um = voxel index * voxel size"
         lines.append(f"transform: {formula}; {axes}")
         lines.append("voxel size um z y x: " + " ".join(repr(float(v)) for v in voxel_size))
 
@@ -228,6 +213,17 @@ def _format_rows(tree: Tree) -> str:
     return (line * len(tree)) % tuple(table.ravel().tolist())
 
 
-def _split_lines(comments: Sequence[str]) -> list[str]:
-    """Comments as single lines, without their own #."""
-    return [part.lstrip("# ") for comment in comments for part in (comment.splitlines() or [""])]
+def _settle_comments(comments: Sequence[str], unit: Unit, voxel_size: VoxelSize | None) -> list[str]:
+    """Comments as single lines without their own #, as they may stand in a header with this unit and voxel size."""
+    lines = [part.lstrip("# ").rstrip() for comment in comments for part in (comment.splitlines() or [""])]
+    # What an earlier `write` stated is stated anew: the program, the unit in the line after it, and the rest.
+    own = [number for number, line in enumerate(lines) if line.startswith(WRITTEN_BY)]
+    if own:
+        dropped = {*own, *(number + 1 for number in own)}
+        lines = [line for n, line in enumerate(lines) if n not in dropped and not line.startswith(_OWN_LINES)]
+
+    settled = []
+    for line in lines:
+        is_other = states_other(line, unit, voxel_size) or find_other_columns(line) or line.startswith(_ADDED)
+        settled.append(f"{_SOURCE} {line}" if is_other else line)
+    return [line for line in settled if line != " ".join(COLUMNS)]

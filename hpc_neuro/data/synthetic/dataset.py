@@ -39,7 +39,8 @@ class SyntheticConfig:
     seed: int = 0
     """Seed of all random numbers; another seed gives other neurons."""
     trees: tuple[Path, ...] = ()
-    """SWC files (in voxels of `voxel_size`) to image in turn instead of random trees; moved into the volume."""
+    """SWC files (in the unit that their headers state, else in voxels of `voxel_size`) to image in turn instead of
+    random trees; moved into the volume."""
 
     def __post_init__(self) -> None:
         if min(self.shape) < 8:
@@ -113,12 +114,25 @@ def _choose_volume(cfg: SyntheticConfig, number: int) -> _SyntheticVolume:
 
     if cfg.trees:
         path = cfg.trees[number % len(cfg.trees)]
-        return _SyntheticVolume(_move_into_volume(swc.read(path), cfg.shape, path), microscope, is_clean)
+        tree = _read_in_voxels(path, cfg.voxel_size)
+        return _SyntheticVolume(_move_into_volume(tree, cfg.shape, path), microscope, is_clean)
 
     form = TreeConfig()
     form = replace(form, trunk_radius=form.trunk_radius * thickness, tip_radius=form.tip_radius * thickness)
     tree = grow_random_tree(_derive_seed(cfg.seed, number, 1), cfg.shape, cfg.voxel_size, form)
     return _SyntheticVolume(tree, microscope, is_clean)
+
+
+def _read_in_voxels(path: Path, voxel_size: VoxelSize) -> Tree:
+    """The tree of an SWC file in voxels; a file that states no unit is in voxels already."""
+    unit = swc.require_header(path).unit or "voxel"
+    um = swc.unit_in_um(unit)
+    tree = swc.read(path)
+    return (
+        tree
+        if um is None
+        else morphology.scale_tree(tree, (um / voxel_size[0], um / voxel_size[1], um / voxel_size[2]))
+    )
 
 
 def _derive_seed(*parts: int) -> int:

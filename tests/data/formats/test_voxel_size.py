@@ -12,8 +12,8 @@ import pytest
 
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.units import um_per
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.formats.units import um_per
 from tests.data.formats.test_stores import write_imaris, write_store
 from tests.helpers.volume_checks import SHAPE, UM, assert_reads, make_image, write_tiff
 
@@ -33,7 +33,7 @@ CHANNEL = {"name": "c", "type": "channel"}
         ("\u00b5m", 1.0),
         ("\u03bcm", 1.0),
         ("\\u00B5m", 1.0),
-        ("micrometres", 1.0),
+        ("micrometers", 1.0),
         ("Nanometers", 1e-3),
         ("pixel", None),
         ("", None),
