@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -70,16 +71,20 @@ def render_stack(
     seed: int = 0,
     *,
     clean_background: bool = False,
+    labeling: Sequence[float] | None = None,
 ) -> Array:
     """[Z, Y, X] uint8 or uint16: the image of `tree` (voxels, radii in fine voxels).
 
-    clean_background: everything away from bright signal is set to zero, as in many published stacks. A function of its
+    clean_background: everything away from bright signal is set to zero, as in many published stacks. labeling: the
+    share of the brightness that each neuron of a forest has, in the order of the roots; by default 1. A function of its
     arguments. Memory: about 40 bytes per voxel, times the anisotropy.
     """
     cfg = cfg or MicroscopeConfig()
     rng = np.random.default_rng(seed)
+    shares = np.ones(len(tree.roots)) if labeling is None else np.asarray(labeling, dtype=np.float64)
 
-    light = _render_light(tree, shape, voxel_size, cfg, rng, 0 if clean_background else cfg.fragments)
+    fragments = 0 if clean_background else cfg.fragments
+    light = _render_light(tree, shape, voxel_size, cfg, rng, fragments, shares)
     light += _render_specks(shape, cfg, rng)
     light += _render_background(shape, cfg, rng)
 
@@ -97,17 +102,26 @@ def render_stack(
 
 
 def _render_light(
-    tree: Tree, shape: Shape, size: VoxelSize, cfg: MicroscopeConfig, rng: np.random.Generator, fragments: int
+    tree: Tree,
+    shape: Shape,
+    size: VoxelSize,
+    cfg: MicroscopeConfig,
+    rng: np.random.Generator,
+    fragments: int,
+    shares: NDArray[np.float64],
 ) -> Image:
-    """The neurites' light after the blur, painted with z as fine as the plane so that none slips between slices."""
+    """The neurites' light after the blur, painted with z as fine as the plane so that none slips between slices.
+
+    `shares` are the brightness of each tree of a forest, as a share.
+    """
     # A neurite thinner than a slice would fall between two of them.
     factor = max(1, round(size[0] / fine_voxel(size)))
     grid = (size[0] / factor, size[1], size[2])
-    painted = _paint_living_tree(tree, shape, size, factor, cfg, rng)
+    painted = _paint_living_tree(tree, shape, size, factor, cfg, rng, shares)
     for _ in range(fragments):
         # Fragments are dim, as neurites of weakly labelled neighbors are.
         dimming = np.float32(rng.uniform(0.1, 0.35))
-        fragment = _paint_living_tree(_grow_fragment(shape, size, rng), shape, size, factor, cfg, rng)
+        fragment = _paint_living_tree(_grow_fragment(shape, size, rng), shape, size, factor, cfg, rng, np.ones(1))
         np.maximum(painted, dimming * fragment, out=painted)
 
     sigma = [cfg.psf[0] / grid[0], cfg.psf[1] / grid[1], cfg.psf[1] / grid[2]]
@@ -121,13 +135,19 @@ def _render_light(
 
     # The blur dims thin neurites, so the brightness is set after it.
     centerline = np.clip(np.rint(tree.points), 0, np.asarray(shape) - 1).astype(np.int64)
-    median = float(np.median(light[tuple(centerline.T)]))
+    median = float(np.median(light[tuple(centerline.T)] / shares[morphology.label_components(tree)]))
     light *= cfg.brightness / max(median, 1e-6)
     return light
 
 
 def _paint_living_tree(
-    tree: Tree, shape: Shape, size: VoxelSize, factor: int, cfg: MicroscopeConfig, rng: np.random.Generator
+    tree: Tree,
+    shape: Shape,
+    size: VoxelSize,
+    factor: int,
+    cfg: MicroscopeConfig,
+    rng: np.random.Generator,
+    shares: NDArray[np.float64],
 ) -> Image:
     """[Z * factor, Y, X] a tree with uneven brightness and swellings, before the blur."""
     grid = (size[0] / factor, size[1], size[2])
@@ -137,6 +157,7 @@ def _paint_living_tree(
     um = replace(tree, points=to_um(tree.points, size), radii=tree.radii * fine)
     um = morphology.resample_tree(um, 2 * fine)
     swelling, glow = _vary_along_branches(um, cfg, rng)
+    glow *= shares[morphology.label_components(um)]
 
     # The first fine slice lies before the center of the first coarse one.
     points = um.points / np.asarray(grid) + [(factor - 1) / 2, 0, 0]

@@ -221,3 +221,18 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="above 0 um"):
         SyntheticConfig(voxel_size=(0, 1, 1))
     assert fine_voxel(SIZE) == pytest.approx(0.33)
+
+
+def test_labeling_dims_one_neuron_of_a_forest_and_leaves_the_other() -> None:
+    shape, size = (16, 48, 96), (1.0, 0.33, 0.33)
+    lines = [
+        morphology.build_tree(np.array([[8.0, y, 10.0], [8.0, y, 86.0]]), np.array([-1, 0]), 2.0) for y in (12.0, 36.0)
+    ]
+    light = MicroscopeConfig(unevenness=0, gap_every=1e9, fragments=0, specks=0, photons=1e6, bouton_every=1e9)
+    forest = morphology.concatenate_trees(lines)
+    even = render_stack(forest, shape, size, light, 0).astype(float)
+    dimmed = render_stack(forest, shape, size, light, 0, labeling=[1.0, 0.4]).astype(float)
+
+    first, second = (slice(8, 9), 12, slice(30, 60)), (slice(8, 9), 36, slice(30, 60))
+    assert dimmed[first].mean() == pytest.approx(even[first].mean(), rel=0.05)
+    assert dimmed[second].mean() == pytest.approx(0.4 * even[second].mean(), rel=0.1)
