@@ -2,13 +2,16 @@
 
 from hpc_neuro.tracing.block_skeleton import add_halo, list_trace_blocks, skeletonize_block
 from hpc_neuro.tracing.config import TraceConfig
+from hpc_neuro.tracing.contacts import Contact
 from hpc_neuro.tracing.probability import measure_confidence, read_neighborhood_max, sample_edges
-from hpc_neuro.tracing.trace import trace, trace_block_skeletons, trace_reader
+from hpc_neuro.tracing.trace import TracedVolume, trace, trace_block_skeletons, trace_reader, trace_volume
 from hpc_neuro.tracing.voxel_graph import BlockSkeleton
 
 __all__ = [
     "BlockSkeleton",
+    "Contact",
     "TraceConfig",
+    "TracedVolume",
     "add_halo",
     "list_trace_blocks",
     "measure_confidence",
@@ -18,4 +21,5 @@ __all__ = [
     "trace",
     "trace_block_skeletons",
     "trace_reader",
+    "trace_volume",
 ]

@@ -40,6 +40,9 @@ class TraceConfig:
     root_is_end: bool = False
     """A given root is where the neuron begins: what continues on its far side (an axon that enters the view, say) is
     left out. Off: the tree grows from the root in every direction."""
+    contacts: bool = True
+    """Cut off what a given root is joined to and that is a neighbor's, at crossings and where neurites touch (see
+    tracing/contacts.py)."""
     min_cable: float = 30.0
     """[voxel] Without a given root, trees of less cable are dropped."""
     smooth: float = 1.0

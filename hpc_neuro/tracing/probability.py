@@ -80,6 +80,37 @@ class CellCache:
         assert values is not None, f"{box} is empty"
         return values
 
+    def sample(self, voxels: Ints) -> NDArray[np.generic]:
+        """[M] the values at [M, 3] voxels inside the volume, of which there is one at least."""
+        cells, within = np.divmod(voxels, self._cell)
+        order, groups = self._group_by_cell(cells)
+        stored = [self.read_cell(index)[tuple(within[group].T)] for index, group in groups]
+
+        values = np.concatenate(stored)
+        sampled = np.empty_like(values)
+        sampled[order] = values
+        return sampled
+
+    def sample_medians(self, voxels: Ints) -> Floats:
+        """[M] the median of the cell that holds each of [M, 3] voxels inside the volume."""
+        medians = np.empty(len(voxels))
+        for index, group in self._group_by_cell(voxels // self._cell)[1]:
+            medians[group] = np.median(self.read_cell(index).astype(np.float64))
+        return medians
+
+    def _group_by_cell(self, cells: Ints) -> tuple[Ints, list[tuple[Shape, Ints]]]:
+        """An order of [M, 3] cells that sorts equal ones together, and for each distinct cell its places in `cells`.
+
+        A cell is looked up once however many voxels it holds.
+        """
+        keys = np.ravel_multi_index(tuple(cells.T), self.grid)
+        order = np.argsort(keys, kind="stable")
+        groups = []
+        for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            z, y, x = cells[group[0]].tolist()
+            groups.append(((z, y, x), group))
+        return order, groups
+
     def read_cell(self, index: Shape) -> NDArray[np.generic]:
         """The voxels of one cell, fewer at the end of the volume."""
         if index in self._cells:
@@ -138,19 +169,8 @@ class ProbabilitySampler:
         if not len(inside):
             return values
 
-        cells, within = np.divmod(voxels[inside], _CELL)
-
-        # Voxels are grouped by cell, so that a cell is looked up once however many voxels it holds.
-        keys = np.ravel_multi_index(tuple(cells.T), self._cells.grid)
-        order = np.argsort(keys, kind="stable")
-
-        stored = []
-        for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            z, y, x = cells[group[0]].tolist()
-            stored.append(self._cells.read_cell((z, y, x))[tuple(within[group].T)])
-
         # Checking once for all cells is cheaper than once for each.
-        values[inside[order]] = as_probability(np.concatenate(stored), Box.whole(self._shape))
+        values[inside] = as_probability(self._cells.sample(voxels[inside]), Box.whole(self._shape))
         return values
 
     def read_foreground(self, box: Box) -> Bools:

@@ -32,7 +32,7 @@ _BRIDGE_CERTAINTY = 0.5
 
 
 @dataclass(frozen=True)
-class _Dissection:
+class Dissection:
     """A graph taken apart into sections and hubs."""
 
     graph: CenterlineGraph
@@ -81,14 +81,15 @@ def split_neurons(
     Only what is connected to a root is kept. The nodes of a crossing occur once for each neuron. Root nodes keep their
     voxels, and no other node has those.
     """
-    parts = _dissect(lines, graph, roots, floor, threshold)
+    parts = dissect(lines, graph, roots, floor, threshold)
     chosen, owners = _join_sections(parts, len(roots))
     return _rebuild(parts, owners, chosen, roots)
 
 
-def _dissect(
+def dissect(
     lines: CenterlineGraph, graph: VoxelGraph, roots: Sequence[int], floor: float, threshold: float
-) -> _Dissection:
+) -> Dissection:
+    """Take a graph apart into hubs (branch points, crossings, roots, stretches below the threshold) and sections."""
     neighbors = lines.list_neighbors()
     certainty = np.where(lines.voxels >= 0, graph.probability[lines.voxels], np.float32(_BRIDGE_CERTAINTY * floor))
 
@@ -101,7 +102,7 @@ def _dissect(
     is_hub[_find_weakest_between_roots(lines, neighbors, is_hub, roots, certainty)] = True
 
     section = _label_groups(lines, ~is_hub)
-    return _Dissection(lines, neighbors, certainty, is_hub, section, {node: i for i, node in enumerate(roots)})
+    return Dissection(lines, neighbors, certainty, is_hub, section, {node: i for i, node in enumerate(roots)})
 
 
 def _find_crossings(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]]) -> list[int]:
@@ -176,7 +177,7 @@ def _label_groups(lines: CenterlineGraph, is_inside: Bools) -> Ints:
     return group
 
 
-def _join_sections(parts: _Dissection, roots: int) -> tuple[list[_Pair], Ints]:
+def _join_sections(parts: Dissection, roots: int) -> tuple[list[_Pair], Ints]:
     """The pairs that are joined, best first, and the root to which each section belongs (-1: none), roots last."""
     # A root counts as a section of its own.
     joined = np.arange(parts.sections + roots)
@@ -204,13 +205,18 @@ def _find_top(joined: Ints, item: int) -> int:
     return item
 
 
-def _list_pairs(parts: _Dissection) -> Iterator[_Pair]:
-    """Every two sections that meet at a hub, and each root with the sections that begin there."""
+def list_hubs(parts: Dissection) -> list[list[int]]:
+    """The nodes of each hub."""
     label = _label_groups(parts.graph, parts.is_hub)
     order = np.argsort(label, kind="stable")
     order = order[label[order] >= 0]
-    for hub in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
-        doors = _list_doors(parts, hub.tolist())
+    return [hub.tolist() for hub in np.split(order, np.flatnonzero(np.diff(label[order])) + 1)]
+
+
+def _list_pairs(parts: Dissection) -> Iterator[_Pair]:
+    """Every two sections that meet at a hub, and each root with the sections that begin there."""
+    for hub in list_hubs(parts):
+        doors = _list_doors(parts, hub)
         directions = {
             door.node: measure_section_direction(parts.graph, parts.neighbors, parts.is_hub, door.hub_node, door.node)
             for door in doors
@@ -230,7 +236,7 @@ def _list_pairs(parts: _Dissection) -> Iterator[_Pair]:
             )
 
 
-def _list_doors(parts: _Dissection, hub: Sequence[int]) -> list[_Door]:
+def _list_doors(parts: Dissection, hub: Sequence[int]) -> list[_Door]:
     """The sections that begin at a hub, then its roots."""
     doors = [
         _Door(node, other, int(parts.section[other]))
@@ -247,7 +253,7 @@ def _outer_node(door: _Door) -> tuple[int, ...]:
 
 
 def _measure_worth(
-    parts: _Dissection, one: _Door, other: _Door, inner: tuple[int, ...], directions: dict[int, Floats]
+    parts: Dissection, one: _Door, other: _Door, inner: tuple[int, ...], directions: dict[int, Floats]
 ) -> float:
     """Worth of two sections; of two roots, and of sections that meet through a root, it is 0."""
     lowest = float(parts.certainty[list(inner)].min())
@@ -264,7 +270,7 @@ def _measure_worth(
     return lowest * (float(1 - directions[one.node] @ directions[other.node]) / 2)
 
 
-def _find_paths_inside(parts: _Dissection, start: int) -> dict[int, tuple[int, ...]]:
+def _find_paths_inside(parts: Dissection, start: int) -> dict[int, tuple[int, ...]]:
     """The path inside a hub from a node to each other one."""
     paths: dict[int, tuple[int, ...]] = {start: (start,)}
 
@@ -279,7 +285,7 @@ def _find_paths_inside(parts: _Dissection, start: int) -> dict[int, tuple[int, .
     return paths
 
 
-def _rebuild(parts: _Dissection, owners: Ints, chosen: Sequence[_Pair], roots: Sequence[int]) -> CenterlineGraph:
+def _rebuild(parts: Dissection, owners: Ints, chosen: Sequence[_Pair], roots: Sequence[int]) -> CenterlineGraph:
     """The sections with an owner, and the chosen paths through the hubs, of which each owner has copies of its own."""
     lines, section, sections = parts.graph, parts.section, parts.sections
     is_kept = np.zeros(len(section), dtype=bool)

@@ -5,13 +5,14 @@ voxel_graph      the skeletons of all blocks as one sparse graph; hysteresis cho
 centerlines      centered paths, longest first; each is kept only if it is a branch of its own (branch_test)
 gaps             pieces are joined along what the image shows (image_links), then by straight bridges
 split_neurons    what holds several roots is cut between them
+contacts         what hangs on a root and is a neighbor's is cut off
 finish_tree      trees are rooted, pruned and smoothed
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_block
 from hpc_neuro.tracing.centerlines import find_centerlines, find_far_ends
 from hpc_neuro.tracing.config import TraceConfig
+from hpc_neuro.tracing.contacts import Contact, cut_contacts
 from hpc_neuro.tracing.finish_tree import decimate_tree, find_main_side, prune_tree, root_trees, smooth_tree
 from hpc_neuro.tracing.gaps import join_gaps
 from hpc_neuro.tracing.graph import CenterlineGraph, build_centerline_graph
@@ -35,6 +37,14 @@ _SPECK_PENALTY = 5.0
 """[voxel] How much farther away a component without length counts when a root looks for its neurite."""
 
 
+@dataclass(frozen=True)
+class TracedVolume:
+    """The trees of a volume, and where neighbors were cut off them."""
+
+    trees: list[Tree]
+    contacts: list[Contact]
+
+
 def trace(
     probability: NDArray[np.generic],
     voxel_size: VoxelSize,
@@ -46,7 +56,8 @@ def trace(
     """Trees in voxels (z y x) from a probability [Z, Y, X]: float in [0, 1], uint8 (255 is 1), or a bool mask.
 
     With `roots` (z y x voxels): one tree for each, in their order; its first node is the root. A root may lie up to
-    `cfg.root_snap` off the foreground. What several roots are connected to is cut between them (see split_neurons).
+    `cfg.root_snap` off the foreground. What several roots are connected to is cut between them (see split_neurons), and
+    what seems to be a neighbor's is cut off (see contacts).
     Without roots: a tree for each piece with at least `cfg.min_cable` of cable, longest first, rooted in its soma
     (where it is far thicker than elsewhere), else at its thickest end.
 
@@ -108,6 +119,20 @@ def trace_block_skeletons(
     image: ReadBox | None = None,
 ) -> list[Tree]:
     """As `trace_reader`, from the skeletons of all blocks (`list_trace_blocks`, `skeletonize_block`)."""
+    return trace_volume(skeletons, read, shape, voxel_size, roots=roots, cfg=cfg, image=image).trees
+
+
+def trace_volume(
+    skeletons: Sequence[BlockSkeleton],
+    read: ReadBox,
+    shape: Shape,
+    voxel_size: VoxelSize,
+    *,
+    roots: Sequence[Point] = (),
+    cfg: TraceConfig | None = None,
+    image: ReadBox | None = None,
+) -> TracedVolume:
+    """As `trace_block_skeletons`, with the contacts at which neighbors were cut off the trees of given roots."""
     cfg = cfg or TraceConfig()
     _check_inside(roots, shape)
     graph = merge_block_skeletons(skeletons, read, shape, cfg.spacing(voxel_size), cfg.floor, cfg.min_voxels)
@@ -115,7 +140,7 @@ def trace_block_skeletons(
     # Without roots no tree is a valid result. A root without any foreground is a mistake.
     if graph is None:
         if not roots:
-            return []
+            return TracedVolume([], [])
         raise InputError(
             f"no piece of {cfg.min_voxels} connected voxels reaches the probability {cfg.threshold}, so nothing can be "
             "traced from the root; lower threshold (trace.threshold) or look at the probability"
@@ -136,7 +161,13 @@ def trace_block_skeletons(
     lines = build_centerline_graph(graph, centerlines, bridges)
     if len(roots) > 1:
         lines = split_neurons(lines, graph, _find_nodes(lines, root_voxels), cfg.floor, cfg.threshold)
-    return _finish_trees(lines, root_voxels, roots, graph.spacing, cfg)
+
+    # Without a root nothing tells the neuron from its neighbors.
+    contacts: list[Contact] = []
+    if roots and cfg.contacts:
+        nodes = _find_nodes(lines, root_voxels)
+        lines, contacts = cut_contacts(lines, graph, nodes, voxel_size, cfg.floor, cfg.threshold, image)
+    return TracedVolume(_finish_trees(lines, root_voxels, roots, graph.spacing, cfg), contacts)
 
 
 def _finish_trees(

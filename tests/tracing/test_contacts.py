@@ -1,0 +1,89 @@
+"""One root gives one neuron: what touches or crosses it is cut off, and nothing of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree, length, tips
+from hpc_neuro.tracing import TraceConfig, list_trace_blocks, skeletonize_block, trace, trace_volume
+from tests.helpers.shapes import Floats, paint_points, sample_line
+
+ISO = (1.0, 1.0, 1.0)
+SHAPE = (40, 90, 140)
+ROOT = (20.0, 45.0, 8.0)
+OWN = sample_line(ROOT, (20, 45, 130))
+CROSSING = sample_line((20, 8, 40), (20, 82, 96))
+
+
+def paint_stack(*neurites: tuple[Floats, float, float]) -> np.ndarray:
+    """An image of neurites, each given by its course, radius and brightness."""
+    image = np.zeros(SHAPE, np.float32)
+    for course, radius, brightness in neurites:
+        paint_points(image, course, radius, brightness)
+    return gaussian_filter(image, 0.7)
+
+
+def trace_root(image: np.ndarray, level: float = 0.12, **settings: object) -> Tree:
+    (tree,) = trace(image > level, ISO, roots=[ROOT], cfg=TraceConfig(**settings), image=image)  # type: ignore[arg-type]
+    return tree
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
+def test_dimmer_neuron_that_crosses_is_cut_off(ratio: float) -> None:
+    image = paint_stack((OWN, 2.0, 1.0), (CROSSING, 2.0, ratio))
+    tree, whole = trace_root(image), trace_root(image, contacts=False)
+    assert length(tree) == pytest.approx(122, rel=0.05)
+    assert len(tips(tree)) == 1
+    assert length(whole) == pytest.approx(122 + 93, rel=0.05)
+
+
+def test_crossing_line_is_cut_off_without_image_or_difference() -> None:
+    mask = paint_stack((OWN, 2.0, 1.0), (CROSSING, 2.0, 1.0)) > 0.4
+    (tree,) = trace(mask, ISO, roots=[ROOT])
+    assert length(tree) == pytest.approx(122, rel=0.05)
+
+
+def test_trunk_that_is_entered_from_the_side_is_cut_off() -> None:
+    trunk = sample_line((20, 8, 70), (20, 82, 70))
+    image = paint_stack((sample_line(ROOT, (20, 45, 66)), 1.5, 1.0), (trunk, 4.0, 1.0))
+    assert length(trace_root(image)) < 70
+    assert length(trace_root(image, contacts=False)) > 120
+
+
+def test_own_branches_stay() -> None:
+    """Side branches are thinner and dimmer, leave opposite each other, and fade little by little."""
+    side = sample_line((20, 45, 50), (20, 80, 70))
+    opposite = sample_line((20, 45, 53), (20, 12, 80))
+    image = paint_stack((OWN, 2.5, 1.0), (side, 1.2, 0.5), (opposite, 1.4, 0.6))
+
+    fading = np.linspace(1, 0.25, 40)
+    for share, brightness in zip(np.array_split(sample_line((20, 45, 100), (34, 80, 130)), 40), fading, strict=True):
+        paint_points(image, share, 1.4, float(brightness))
+
+    tree, whole = trace_root(image), trace_root(image, contacts=False)
+    np.testing.assert_array_equal(tree.points, whole.points)
+    np.testing.assert_array_equal(tree.parents, whole.parents)
+
+
+def test_cuts_are_reported() -> None:
+    image = paint_stack((OWN, 2.0, 1.0), (CROSSING, 2.0, 0.4))
+    mask = image > 0.12
+    voxel_size, cfg = (2.0, 0.5, 0.5), TraceConfig()
+
+    def read(box: Box) -> np.ndarray:
+        return np.asarray(mask[box.slices])
+
+    blocks = [skeletonize_block(read, SHAPE, box, voxel_size, cfg) for box in list_trace_blocks(SHAPE, cfg)]
+    skeletons = [block for block in blocks if block is not None]
+    traced = trace_volume(
+        skeletons, read, SHAPE, voxel_size, roots=[ROOT], cfg=cfg, image=lambda box: image[box.slices]
+    )
+
+    (contact,) = traced.contacts
+    assert np.linalg.norm(np.array(contact.position) - (20, 45, 68)) < 6
+    assert 0.5 < contact.certainty <= 1
+    assert contact.cable_um == pytest.approx(93 * 0.5, rel=0.2)
+    assert len(traced.trees) == 1
