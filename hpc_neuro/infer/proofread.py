@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from hpc_neuro.core import files, morphology
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
+from hpc_neuro.tracing import Contact
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -182,15 +184,26 @@ class _ScoredForest:
         )
 
 
-def find_places(tree: Tree, confidence: NodeConfidence, shape: Shape, voxel_size: VoxelSize) -> list[DoubtfulPlace]:
+def find_places(
+    tree: Tree,
+    confidence: NodeConfidence,
+    shape: Shape,
+    voxel_size: VoxelSize,
+    contacts: Sequence[Contact] = (),
+) -> list[DoubtfulPlace]:
     """The doubtful places of trees in voxels, worst first: by doubt times the square root of the cable behind.
 
     A gap is a run of edges below `low` (it was bridged), a faint stretch one below `threshold`, an unsteady one is
     below that in a mirrored view only, a turn is a bend of more than 75 degrees; an end counts where the neurite is
-    still bright.
+    still bright; a contact is where the tracer cut a neighbor off, whose cable it states.
     """
     forest = _ScoredForest(tree, confidence, voxel_size)
-    places = [*_find_weak_stretches(forest), *_find_turns(forest), *_find_bright_ends(forest, shape)]
+    places = [
+        *_find_weak_stretches(forest),
+        *_find_turns(forest),
+        *_find_bright_ends(forest, shape),
+        *_list_contacts(forest, contacts),
+    ]
 
     # The square root keeps long cable from hiding doubt. The node breaks ties, so that runs agree.
     places.sort(key=lambda place: (-place.doubt * (1 + place.cable_um) ** 0.5, place.node))
@@ -241,10 +254,11 @@ def write_tables(
     shape: Shape,
     voxel_size: VoxelSize,
     block: Shape,
+    contacts: Sequence[Contact] = (),
 ) -> tuple[list[DoubtfulPlace], list[NeuronScore]]:
     """Write all six files of a volume; what is in the first two tables."""
     folder = out / "proofread"
-    places = find_places(tree, confidence, shape, voxel_size)
+    places = find_places(tree, confidence, shape, voxel_size, contacts)
     neurons = score_neurons(tree, confidence, voxel_size)
     blocks = score_blocks(tree, confidence, block, voxel_size)
 
@@ -345,6 +359,19 @@ def _find_bright_ends(forest: _ScoredForest, shape: Shape) -> Iterator[DoubtfulP
     for node in morphology.tips(tree).tolist():
         if distance_to_border[node] > _BORDER and is_bright[node]:
             yield forest.make_place("end", node, float(confidence.plain[node] - threshold) / 2)
+
+
+def _list_contacts(forest: _ScoredForest, contacts: Sequence[Contact]) -> Iterator[DoubtfulPlace]:
+    """A place for each contact, at the node of the tree that is nearest to it."""
+    if not contacts:
+        return
+    positions = np.array([contact.position for contact in contacts])
+    nodes = np.asarray(cKDTree(forest.tree.points).query(positions)[1]).tolist()
+
+    for contact, node in zip(contacts, nodes, strict=True):
+        # What was cut off is no longer part of the tree, but it is what a wrong cut costs.
+        place = forest.make_place("contact", node, 2 * (1 - contact.certainty))
+        yield replace(place, cable_um=round(contact.cable_um, 2))
 
 
 def _find_turns(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:

@@ -14,7 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.tracing import (
     BlockSkeleton,
+    Contact,
     add_halo,
     list_trace_blocks,
     measure_confidence,
     skeletonize_block,
-    trace_block_skeletons,
+    trace_volume,
 )
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class VolumeTrees:
     def trace(self) -> None:
         """Find the trees of the volume and keep them until they are written. InputError for a root off the trees."""
         source, started_at = self.volume.source, time.monotonic()
-        trees = trace_block_skeletons(
+        traced = trace_volume(
             self._load_skeletons(),
             open_probability(self.volume.folder),
             source.shape,
@@ -120,16 +121,31 @@ class VolumeTrees:
             image=stop_signals.stop_on_request(source.read),
         )
 
-        # Kept for the later steps: a kill in one of them does not cost the tracing.
-        save_arrays(self._forest_path, morphology.concatenate_trees(trees))
+        # Kept for the later steps: a kill in one of them does not cost the tracing. With the forest, which comes last,
+        # the volume counts as traced.
+        files.write_json(self._contacts_path, [asdict(contact) for contact in traced.contacts])
+        save_arrays(self._forest_path, morphology.concatenate_trees(traced.trees))
 
-        seconds, nodes = time.monotonic() - started_at, sum(map(len, trees))
-        log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(trees), nodes, seconds)
+        seconds, nodes = time.monotonic() - started_at, sum(map(len, traced.trees))
+        log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(traced.trees), nodes, seconds)
+        if traced.contacts:
+            cable = sum(contact.cable_um for contact in traced.contacts)
+            log.info(
+                "%s: %.0f um of neighbors cut off at %d contacts (trace.contacts=no keeps them)",
+                source.id,
+                cable,
+                len(traced.contacts),
+            )
 
     def load_forest(self) -> Tree:
         """What `trace` found, in voxels."""
         with np.load(self._forest_path) as arrays:
             return Tree(**arrays)
+
+    def _load_contacts(self) -> list[Contact]:
+        """Where `trace` cut neighbors off."""
+        records = files.read_json(self._contacts_path, f"remove {self.scratch}")
+        return [Contact(tuple(record["position"]), record["certainty"], record["cable_um"]) for record in records]
 
     def finish(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
         """Write the trees; the volume's entry in predictions.json, whose paths are relative to `out`.
@@ -185,7 +201,14 @@ class VolumeTrees:
         confidence = proofread.NodeConfidence(plain, load_views(forest), cfg.floor, cfg.threshold)
 
         places, scores = proofread.write_tables(
-            out, source.id, forest, confidence, source.shape, source.voxel_size, self.volume.tiling.write
+            out,
+            source.id,
+            forest,
+            confidence,
+            source.shape,
+            source.voxel_size,
+            self.volume.tiling.write,
+            self._load_contacts(),
         )
 
         # SWC files are passed on without their folder, so each says where it comes from.
@@ -225,6 +248,10 @@ class VolumeTrees:
     @property
     def _forest_path(self) -> Path:
         return self.scratch / "forest.npz"
+
+    @property
+    def _contacts_path(self) -> Path:
+        return self.scratch / "contacts.json"
 
 
 def entry_path(out: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from hpc_neuro.core.morphology import Tree, build_tree
 from hpc_neuro.data import swc
 from hpc_neuro.infer import proofread
 from hpc_neuro.infer.proofread import NodeConfidence
+from hpc_neuro.tracing import Contact
 
 SHAPE, SIZE = (40, 60, 120), (2.0, 0.5, 0.5)
 
@@ -48,6 +49,15 @@ def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:
     assert abs(kinds["turn"].x - 70) <= 6
     ends = [p for p in found if p.kind == "end"]
     assert sorted(round(p.x) for p in ends) == [29, 84, 99]
+
+
+def test_contacts_are_places_at_the_nearest_node_with_the_cable_that_was_cut_off() -> None:
+    tree, sure = _cell()
+    contacts = [Contact((21.0, 33.0, 20.0), 0.9, 50.0), Contact((6.0, 6.0, 10.0), 0.5, 8.0)]
+    places = proofread.find_places(tree, _known(sure), SHAPE, SIZE, contacts)
+    first, second = (place for place in places if place.kind == "contact")
+    assert (first.neuron, first.y, first.x, first.doubt, first.cable_um) == (2, 5.0, 10.0, 1.0, 8.0)
+    assert (second.neuron, second.y, second.x, second.doubt, second.cable_um) == (1, 30.0, 20.0, 0.2, 50.0)
 
 
 def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
