@@ -70,5 +70,5 @@ setup(
         "dev": TEST + LINT,
         "compare": ["kimimaro>=5.8", "navis>=1.10"],  # GPL-3 comparisons, never imported by the core
     },
-    entry_points={"console_scripts": ["hpc-neuro=hpc_neuro.cli:main"]},
+    entry_points={"console_scripts": ["hpc-neuro=hpc_neuro.cli:run_process"]},
 )

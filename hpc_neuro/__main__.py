@@ -2,7 +2,7 @@
 
 import sys
 
-from hpc_neuro.cli import main
+from hpc_neuro.cli import run_process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process())

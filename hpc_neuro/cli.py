@@ -66,6 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
 
 
+def run_process() -> int:
+    """`main` for a process that ends with it: a signal while the interpreter shuts down changes no exit code."""
+    code = main()
+    stop_signals.ignore_signals()
+    return code
+
+
 def format_usage() -> str:
     """The overview that `hpc-neuro --help` prints."""
     width = max(map(len, VERBS))

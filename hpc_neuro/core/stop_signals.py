@@ -173,6 +173,12 @@ def resumable(verb: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
     return decorate
 
 
+def ignore_signals() -> None:
+    """Ignore all further requests to stop: this process has done its work and ends."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _job_end(walltime: float) -> float:
     """Unix time at which the Slurm job, or `walltime` minutes from now, ends; infinity when neither is known."""
     slurm = os.environ.get("SLURM_JOB_END_TIME", "")

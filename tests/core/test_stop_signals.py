@@ -90,3 +90,13 @@ def test_a_reader_reads_until_the_verb_was_asked_to_stop():
         with pytest.raises(Stopped):
             read(4)
     assert read(5) == 10
+
+
+def test_a_signal_after_the_end_does_not_change_the_exit_code():
+    code = (
+        "import atexit, os, signal, sys; from hpc_neuro import cli\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "cli.main = lambda: 3\n"
+        "sys.exit(cli.run_process())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 3
