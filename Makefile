@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	for tool in cache infer links metrics student tracing train tubular zero; do echo "== $$tool"; $(BIN)/python -m tools.bench.$$tool || exit 1; done
+	for tool in cache infer links metrics pyramid student tracing train tubular zero; do echo "== $$tool"; $(BIN)/python -m tools.bench.$$tool || exit 1; done
 
 # what only a machine with an NVIDIA GPU can show: the tests of its kernels, then its benchmarks
 gpu: $(VENV)/.dev

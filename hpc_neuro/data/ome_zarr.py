@@ -24,6 +24,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Block, Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
+from hpc_neuro.data.pooling import halve
 
 _COARSEST = 256
 """Voxels along the longest axis of the coarsest level, at most."""
@@ -154,7 +155,8 @@ def build_shard(folder: Path, shape: Shape, voxel_size: VoxelSize, shard: LevelS
     """
     pyramid = plan_levels(shape, voxel_size)
     fine, coarse = pyramid[shard.level - 1], pyramid[shard.level]
-    step = tuple(c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
+    step_z, step_y, step_x = (c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
+    step = (step_z, step_y, step_x)
     box = shard.block.write
     fine_box = Box(_multiply(box.start, step), _multiply(box.stop, step)).clip(Box.whole(fine.shape))
 
@@ -166,7 +168,7 @@ def build_shard(folder: Path, shape: Shape, voxel_size: VoxelSize, shard: LevelS
     # Where nothing is stored, all is zero.
     if has_shards(folder, fine_box, shard.level - 1, shard.label):
         method: Literal["mean", "max"] = "max" if shard.label else "mean"
-        write_box(target, box, _pool(read_box(source, fine_box), step, method))
+        write_box(target, box, halve(read_box(source, fine_box).astype(np.uint8, copy=False), step, method))
 
 
 def has_shards(folder: Path, box: Box, number: int = 0, label: str | None = None) -> bool:
@@ -192,20 +194,9 @@ def build_multiscales(name: str, pyramid: list[PyramidLevel], voxel_size: VoxelS
     return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
 
 
-def _multiply(corner: Shape, step: tuple[int, ...]) -> Shape:
+def _multiply(corner: Shape, step: Shape) -> Shape:
     z, y, x = (c * s for c, s in zip(corner, step, strict=True))
     return z, y, x
-
-
-def _pool(values: Array, step: tuple[int, ...], method: Literal["mean", "max"]) -> Array:
-    """Pool by `step`; an odd end repeats its last voxel."""
-    padded = np.pad(values, [(0, -n % s) for n, s in zip(values.shape, step, strict=True)], mode="edge")
-    z, y, x = padded.shape
-
-    # [z, step, y, step, x, step]: each cell becomes one voxel.
-    cells = padded.reshape(z // step[0], step[0], y // step[1], step[1], x // step[2], step[2])
-    pooled: Array = cells.max((1, 3, 5)) if method == "max" else np.rint(cells.mean((1, 3, 5))).astype(values.dtype)
-    return pooled
 
 
 def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
