@@ -5,6 +5,9 @@
     volume = hpc_neuro.open_volume("brain.tif")
     crop = volume[hpc_neuro.Box((0, 0, 0), (64, 128, 128))]
 
+    trees = hpc_neuro.trace("brain.tif", voxel_size=(1.0, 0.33, 0.33))
+    hpc_neuro.write_swc("neuron.swc", trees[0], unit="voxel")
+
     tree = hpc_neuro.read_swc("neuron.swc")
     print(hpc_neuro.score(tree, "gold.swc")["f1"])
 
@@ -24,6 +27,7 @@ from hpc_neuro.pipeline import VERBS
 
 # Type checkers and editors read these imports; at run time `__getattr__` does the same on demand.
 if TYPE_CHECKING:
+    from hpc_neuro.api import trace
     from hpc_neuro.core.geometry import Box
     from hpc_neuro.core.morphology import Tree
     from hpc_neuro.core.schema import ConfigError, InputError
@@ -43,6 +47,8 @@ if TYPE_CHECKING:
     from hpc_neuro.score_tool import score
     from hpc_neuro.search import SearchConfig
     from hpc_neuro.search import run as run_search
+    from hpc_neuro.trace_stacks import TraceStacksConfig
+    from hpc_neuro.trace_stacks import run as run_trace
     from hpc_neuro.train import TrainConfig
     from hpc_neuro.train import run as run_train
 
@@ -55,6 +61,7 @@ _HOMES = {
     "open_volume": ("hpc_neuro.data.formats", "open_volume"),
     "read_swc": ("hpc_neuro.data.swc", "read"),
     "score": ("hpc_neuro.score_tool", "score"),
+    "trace": ("hpc_neuro.api", "trace"),
     "write_swc": ("hpc_neuro.data.swc", "write"),
 }
 """Public name -> module and name in it."""
@@ -72,6 +79,7 @@ __all__ = [
     "PrecomputeConfig",
     "PrepareConfig",
     "SearchConfig",
+    "TraceStacksConfig",
     "TrainConfig",
     "Tree",
     "Volume",
@@ -83,8 +91,10 @@ __all__ = [
     "run_precompute",
     "run_prepare",
     "run_search",
+    "run_trace",
     "run_train",
     "score",
+    "trace",
     "write_swc",
 ]
 

@@ -91,7 +91,8 @@ def format_help(verb: Verb, all_keys: bool) -> str:
     main_keys = verb.main_keys.split()
     shown = [field for field in fields if all_keys or field.key in main_keys]
     width = min(_KEY_COLUMN, max(len(field.key) for field in shown))
-    lines = [f"hpc-neuro {verb.name} [CONFIG.yaml] [key=value ...] [--dry-run]: {verb.summary}\n"]
+    plain = f" {verb.positional.removesuffix('s').upper()}..." if verb.positional else ""
+    lines = [f"hpc-neuro {verb.name}{plain} [CONFIG.yaml] [key=value ...] [--dry-run]: {verb.summary}\n"]
 
     for field in shown:
         default = f" = {field.default}" if field.default else ""
@@ -127,10 +128,9 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
             f"{unknown[0]} is not a flag; keys are given as key=value, flags are --dry-run and --help"
         )
 
-    # A config file comes first; it is told from a key by the missing `=`.
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
+    path, words, values = _sort_words(verb, words)
     # The verb itself is imported only after its config is known to be good: a config error answers at once.
-    cfg: Any = schema.load(verb.load_config_class(), path, words)
+    cfg: Any = schema.load(verb.load_config_class(), path, words, values)
 
     if "--dry-run" in flags:
         lines = verb.load_module().forecast(cfg)
@@ -160,6 +160,20 @@ def _report_fault(name: str, error: Exception) -> int | None:
         "same command again, on another node if it fails again\n"
     )
     return fault.exit_code
+
+
+def _sort_words(verb: Verb, words: list[str]) -> tuple[Path | None, list[str], dict[str, Any]]:
+    """The config file, the `key=value` words, and the values that plain words stand for."""
+    if verb.positional is None:
+        # A config file comes first; it is told from a key by the missing `=`.
+        path = Path(words.pop(0)) if words and "=" not in words[0] else None
+        return path, words, {}
+
+    # A file may have `=` in its name.
+    plain = [word for word in words if "=" not in word or Path(word).exists()]
+    keys = [word for word in words if word not in plain]
+    path = Path(plain.pop(0)) if plain and plain[0].lower().endswith((".yaml", ".yml")) else None
+    return path, keys, {verb.positional: plain} if plain else {}
 
 
 def _log_to_console() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from hpc_neuro.core import files, morphology, run_folder
+from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.schema import ConfigError, InputError, config, load
 from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.synthetic import SyntheticConfig
@@ -21,7 +21,6 @@ from hpc_neuro.pipeline import STAGES
 
 # The stages are imported when they run: a config error answers within a second.
 if TYPE_CHECKING:
-    from hpc_neuro.data.store import Store
     from hpc_neuro.evaluate import EvaluateConfig
 
 log = logging.getLogger(__name__)
@@ -113,12 +112,10 @@ def run(cfg: DemoConfig) -> int:
     return 0
 
 
-def stage_config(
-    cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str] = (), roots_at_ends: bool = False
-) -> Any:
+def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str] = ()) -> Any:
     """The config of one stage: the folders under `out` and the demo's values, then the user's overrides.
 
-    data: folder of the image + SWC pairs. roots_at_ends: see `has_roots_at_ends`.
+    data: folder of the image + SWC pairs.
     """
     stage = STAGES[name]
     values: dict[str, Any] = {**stage.folders_under(cfg.out, present=STAGES)}
@@ -131,8 +128,6 @@ def stage_config(
         steps, batch = (SYNTHETIC_STEPS, SYNTHETIC_BATCH) if cfg.data is None else (REAL_STEPS, REAL_BATCH)
         values |= {"teacher": cfg.teacher, "crop.size": CROP}
         values |= {"optim.steps": cfg.steps or steps, "optim.batch": batch}
-    elif name == "infer":
-        values |= {"trace.root_is_end": roots_at_ends}
 
     return load(stage.load_config_class(), None, getattr(cfg, name), values)
 
@@ -181,8 +176,6 @@ def _check_keys(cfg: DemoConfig) -> None:
 
 def _run_stage(cfg: DemoConfig, name: str, label: str, data: Path) -> int:
     """Run one stage and log how long it took; returns its exit code."""
-    from hpc_neuro.data.store import Store
-
     log.info("%s ...", label)
     start = time.monotonic()
 
@@ -190,8 +183,7 @@ def _run_stage(cfg: DemoConfig, name: str, label: str, data: Path) -> int:
         _make_neurons(data, cfg.synthetic)
         code = 0
     else:
-        roots_at_ends = name == "infer" and has_roots_at_ends(Store(cfg.out / "store"))
-        stage_cfg = stage_config(cfg, name, data, choose_held_out(cfg, data), roots_at_ends)
+        stage_cfg = stage_config(cfg, name, data, choose_held_out(cfg, data))
         code = int(STAGES[name].load_module().run(stage_cfg))
 
     log.info("%s done in %.0f s", label, time.monotonic() - start)
@@ -206,12 +198,6 @@ def _make_neurons(folder: Path, cfg: SyntheticConfig) -> None:
     with files.atomic(folder) as part:
         part.mkdir()
         write_dataset(part, cfg)
-
-
-def has_roots_at_ends(store: Store) -> bool:
-    """Whether every training tree starts at an end of its cable, where an axon enters, and not at a soma."""
-    trees = [store[volume].tree() for volume in store.split("train")]
-    return all(morphology.child_counts(tree)[tree.roots].max() < 2 for tree in trees)
 
 
 def _publish(cfg: DemoConfig, held_out: Sequence[str]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Verb:
     summary: str
     config: str | None = None
     """Name of the config class in `module`; None: the verb reads its arguments itself."""
+    positional: str | None = None
+    """Key that plain words after the verb are put into, as a list; None: the verb takes no plain words but a config."""
     main_keys: str = ""
     """The dotted keys that people set most, separated by spaces: `--help` lists them, `--help all` lists every key."""
     commands: tuple[tuple[str, str], ...] = ()
@@ -177,6 +179,19 @@ _ROWS = (
         history_check="check_evaluate",
         launchable=True,
         divisible=True,
+    ),
+    # --- One stack in, trees out ---
+    Verb(
+        name="trace",
+        module="hpc_neuro.trace_stacks",
+        config="TraceStacksConfig",
+        positional="stacks",
+        summary="image stacks -> trees (SWC), without labels",
+        main_keys=(
+            "out voxel_size channel root seeds axes dataset somas trace.metric trace.min_branch trace.gap "
+            "trace.root_is_end"
+        ),
+        artifacts=("trace.json", "trace.html"),
     ),
     # --- Verbs that run other verbs ---
     Verb(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats import Volume, open_volume
+from hpc_neuro.data.formats import Volume, describe_image_folder, open_volume
 from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
@@ -24,8 +24,6 @@ ShareOf = tuple[int, int]
 """(i, n): the i-th of n shares."""
 _RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "shares", "strands", "swc")
 """Folders of results in `out`."""
-_METADATA_FILES = ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json")
-"""Files that describe the arrays of an image folder."""
 
 
 @dataclass(frozen=True)
@@ -189,21 +187,8 @@ def _measure(item: VolumeConfig, volume: Volume) -> Measurement:
     intensity_range = item.range or compute_intensity_range(lambda box: volume[box], volume.shape)
 
     # A folder may hold millions of chunks, so their bytes are not read.
-    content = files.sha256(item.image) if item.image.is_file() else _describe_folder(item.image)
+    content = files.sha256(item.image) if item.image.is_file() else describe_image_folder(item.image)
     return Measurement(intensity_range, content)
-
-
-def _describe_folder(image: Path) -> str:
-    """A folder's place, and the names, sizes and times of the files that describe its arrays: they change when the
-    folder is written anew.
-
-    Its chunks may be millions, so that one replaced in place is not noticed.
-    """
-    metadata = [path for name in _METADATA_FILES for pattern in (name, f"*/{name}") for path in image.glob(pattern)]
-
-    # Sorted, because file systems list folders in orders of their own.
-    facts = [(p.relative_to(image).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(metadata)]
-    return f"{image.resolve()} {facts}"
 
 
 def _open_overview(item: VolumeConfig, fine: Volume, low: float, high: float) -> Callable[[Box], float]:

@@ -15,7 +15,7 @@ import numpy as np
 from hpc_neuro.core import files, yaml_text
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.yaml_text import YamlError
-from hpc_neuro.data.formats import READERS, is_image_folder
+from hpc_neuro.data.formats import image_stem
 from hpc_neuro.data.store import SPLITS
 from hpc_neuro.prepare.config import PrepareConfig, SplitConfig
 
@@ -87,7 +87,7 @@ def _list_by_stem(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() == ".swc":
             swcs[path.stem] = path
-        stem = _image_stem(path)
+        stem = image_stem(path)
         if stem is None:
             continue
         if stem in images:
@@ -105,18 +105,6 @@ def _require_partner(paths: Mapping[str, Path], partners: Mapping[str, Path], ki
             f"{paths[alone[0]]} has no {kind} of the same stem beside it ({len(alone)} such); "
             f"put the {kind} there, move the file away, or name the pairs in a manifest"
         )
-
-
-def _image_stem(path: Path) -> str | None:
-    """The stem of a file of a known image format or of a folder that is one image; None for anything else."""
-    # Microscopes write .TIF as often as .tif.
-    name = path.name.lower()
-    if path.is_dir():
-        return path.name if not name.startswith(".") and is_image_folder(path) else None
-
-    # The longest suffix wins: .ome.tif before .tif.
-    suffixes = [suffix for reader in READERS for suffix in reader.suffixes if name.endswith(suffix)]
-    return path.name[: -len(max(suffixes, key=len))] if suffixes else None
 
 
 def _read_meta(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -211,7 +199,7 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
     image, swc = (folder / _read_text(row, column, source) for column in ("image", "swc"))
 
     # A name that looks like a number stays as it is written: 010 is not 8.
-    id_ = _read_text(row, "id", source) if "id" in row else _image_stem(image) or image.stem
+    id_ = _read_text(row, "id", source) if "id" in row else image_stem(image) or image.stem
 
     # The id becomes a file name in the store.
     if not files.is_plain_name(id_):

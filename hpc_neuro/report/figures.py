@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -108,11 +108,18 @@ def project_maxima(read: Callable[[Box], Array], shape: Shape) -> Projections:
     return Projections(*(_thin_plane(p) for p in planes))
 
 
-def draw_panels(panels: Sequence[Panel], shape: Shape, voxel_size: VoxelSize, quality: int = 85) -> bytes:
-    """A JPEG of panels in rows of three. Each panel shows the view along z, that along x at its right, along y below.
+def draw_panels(
+    panels: Sequence[Panel],
+    shape: Shape,
+    voxel_size: VoxelSize,
+    quality: int = 85,
+    kind: Literal["jpeg", "png"] = "jpeg",
+    unit: str = "\N{MICRO SIGN}m",
+) -> bytes:
+    """A picture of panels in rows of three. A panel shows the view along z, that along x at its right, along y below.
 
     +-------+--+
-    |  y x  |yz|      all in um on one scale, with a scale bar
+    |  y x  |yz|      all in um on one scale, with a scale bar in `unit`
     +-------+--+
     |  z x  |
     +-------+
@@ -133,12 +140,12 @@ def draw_panels(panels: Sequence[Panel], shape: Shape, voxel_size: VoxelSize, qu
         axes = _add_axes(figure, bounds, panel.title, layout)
         _draw_background(axes, panel, layout)
         _draw_lines(axes, panel, layout)
-        _draw_scale_bar(axes, layout)
+        _draw_scale_bar(axes, layout, unit)
 
     # Chroma subsampling would blur the colors of thin lines.
-    options = {"quality": quality, "optimize": True, "subsampling": 0}
+    options = {"quality": quality, "optimize": True, "subsampling": 0} if kind == "jpeg" else {}
     with io.BytesIO() as target:
-        figure.savefig(target, format="jpeg", dpi=100, facecolor=_BACKGROUND, pil_kwargs=options)
+        figure.savefig(target, format=kind, dpi=100, facecolor=_BACKGROUND, pil_kwargs=options)
         return target.getvalue()
 
 
@@ -204,8 +211,8 @@ def _draw_lines(axes: Any, panel: Panel, layout: _Layout) -> None:
         axes.plot(*points, "o", markersize=8, markerfacecolor="none", markeredgecolor="white", markeredgewidth=1.2)
 
 
-def _draw_scale_bar(axes: Any, layout: _Layout) -> None:
-    """A bar of 1, 2 or 5 times a power of ten um, at most a fifth of the width."""
+def _draw_scale_bar(axes: Any, layout: _Layout, unit_name: str) -> None:
+    """A bar of 1, 2 or 5 times a power of ten units, at most a fifth of the width."""
     # The longest round length that is not in the way.
     target = 0.2 * layout.width
     unit = 10.0 ** math.floor(math.log10(target))
@@ -213,7 +220,7 @@ def _draw_scale_bar(axes: Any, layout: _Layout) -> None:
 
     x, y = layout.width - layout.gap - length, layout.height - layout.gap
     axes.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
-    label = f"{length:g} \N{MICRO SIGN}m"
+    label = f"{length:g} {unit_name}"
     axes.text(x + length / 2, y - 0.4 * layout.gap, label, color="white", fontsize=10, ha="center", va="bottom")
 
 

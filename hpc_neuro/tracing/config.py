@@ -37,9 +37,10 @@ class TraceConfig:
     """[voxel] Longest gap that is bridged along a neurite that the image still shows; 0 bridges none."""
     root_snap: float = 10.0
     """[voxel] A given root may lie this far off the foreground."""
-    root_is_end: bool = False
-    """A given root is where the neuron begins: what continues on its far side (an axon that enters the view, say) is
-    left out. Off: the tree grows from the root in every direction."""
+    root_is_end: bool | None = None
+    """Whether a given root is where the neuron begins: what continues on its far side is left out. none: decided for
+    each root; it is where an unbranched cable comes from the border of the volume to the root and all branches lie on
+    the other side, and never at a soma."""
     contacts: bool = True
     """Cut off what a given root is joined to and that is a neighbor's, at crossings and where neurites touch (see
     tracing/contacts.py)."""

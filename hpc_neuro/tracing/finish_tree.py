@@ -29,6 +29,8 @@ _ROOT_BALL_RATIO = 3.0
 `_ROOT_BALL_MARGIN`."""
 _ROOT_BALL_MARGIN = 2.0
 """[voxel] See `_ROOT_BALL_RATIO`."""
+_BORDER_MARGIN = 3.0
+"""[voxel] Surface of a tip that is this near to the border of the volume: the neurite comes from outside."""
 _STEP = 1.5
 """[voxel] Nodes closer than this to their parent are merged into the path; branch points and tips stay."""
 _THINNEST = 0.5
@@ -107,7 +109,7 @@ def _choose_roots(
 
 def _choose_root(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], piece: Ints, min_branch: float) -> _Root:
     radii = lines.thickness[piece]
-    if radii.max() >= max(_SOMA_RATIO * np.median(radii), _SOMA_RADIUS):
+    if is_soma(radii.max(), radii):
         return _Root(int(piece[radii.argmax()]), _SOMA)
 
     ends = piece[lines.degree[piece] <= 1]
@@ -229,6 +231,32 @@ def find_main_side(tree: Tree) -> Bools:
     for node in range(len(tree) - 1, 0, -1):
         keep[tree.parents[node]] |= keep[node]
     return keep
+
+
+def is_cable_end(tree: Tree, extent: Floats) -> bool:
+    """Whether the root is where the neuron begins, and not a soma or a place on its way.
+
+    So it is where the far side (see `find_main_side`) is one unbranched cable from the border of the volume, of
+    `extent` [3], to the root, and the near side branches. Lengths are in the tree's unit.
+    """
+    keep = find_main_side(tree)
+    if keep.all() or is_soma(tree.radii[0], tree.radii):
+        return False
+
+    counts = child_counts(tree)
+    counts[0] = 1
+    far_tips = np.flatnonzero(~keep & (counts == 0))
+    branches = counts >= 2
+    if len(far_tips) != 1 or not (branches & keep).any():
+        return False
+
+    to_border = np.minimum(tree.points[far_tips[0]], extent - tree.points[far_tips[0]]).min()
+    return bool(to_border <= tree.radii[far_tips[0]] + _BORDER_MARGIN)
+
+
+def is_soma(radius: float, radii: Floats) -> bool:
+    """Whether a place of this radius is far thicker than most of a neuron with these radii."""
+    return bool(radius >= max(_SOMA_RATIO * np.median(radii), _SOMA_RADIUS))
 
 
 def smooth_tree(tree: Tree, sigma: float) -> Tree:

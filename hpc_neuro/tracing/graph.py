@@ -104,6 +104,14 @@ class CenterlineGraph:
     def __len__(self) -> int:
         return len(self.points)
 
+    def select(self, keep: Bools) -> CenterlineGraph:
+        """The nodes where `keep` [K] is true, and the edges between them."""
+        index = np.cumsum(keep) - 1
+        edges = index[self.edges[keep[self.edges].all(axis=1)]]
+        return CenterlineGraph(
+            self.points[keep], self.thickness[keep], self.radii[keep], edges.reshape(-1, 2), self.voxels[keep]
+        )
+
     @functools.cached_property
     def degree(self) -> Ints:
         """[K] number of edges at each node."""

@@ -24,7 +24,14 @@ from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_bloc
 from hpc_neuro.tracing.centerlines import find_centerlines, find_far_ends
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.contacts import Contact, cut_contacts
-from hpc_neuro.tracing.finish_tree import decimate_tree, find_main_side, prune_tree, root_trees, smooth_tree
+from hpc_neuro.tracing.finish_tree import (
+    decimate_tree,
+    find_main_side,
+    is_cable_end,
+    prune_tree,
+    root_trees,
+    smooth_tree,
+)
 from hpc_neuro.tracing.gaps import join_gaps
 from hpc_neuro.tracing.graph import CenterlineGraph, build_centerline_graph
 from hpc_neuro.tracing.probability import Floats, Ints, ReadBox
@@ -117,9 +124,15 @@ def trace_block_skeletons(
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
     image: ReadBox | None = None,
+    keep_rest: bool = False,
 ) -> list[Tree]:
-    """As `trace_reader`, from the skeletons of all blocks (`list_trace_blocks`, `skeletonize_block`)."""
-    return trace_volume(skeletons, read, shape, voxel_size, roots=roots, cfg=cfg, image=image).trees
+    """As `trace_reader`, from the skeletons of all blocks (`list_trace_blocks`, `skeletonize_block`).
+
+    keep_rest: with roots, the pieces that hang on none of them become trees as without roots, after the others.
+    """
+    return trace_volume(
+        skeletons, read, shape, voxel_size, roots=roots, cfg=cfg, image=image, keep_rest=keep_rest
+    ).trees
 
 
 def trace_volume(
@@ -131,6 +144,7 @@ def trace_volume(
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
     image: ReadBox | None = None,
+    keep_rest: bool = False,
 ) -> TracedVolume:
     """As `trace_block_skeletons`, with the contacts at which neighbors were cut off the trees of given roots."""
     cfg = cfg or TraceConfig()
@@ -159,6 +173,7 @@ def trace_volume(
     bridges = join_gaps(graph, centerlines, cfg, image, root_voxels)
 
     lines = build_centerline_graph(graph, centerlines, bridges)
+    rest = _select_rest(lines, _find_nodes(lines, root_voxels)) if roots and keep_rest else None
     if len(roots) > 1:
         lines = split_neurons(lines, graph, _find_nodes(lines, root_voxels), cfg.floor, cfg.threshold)
 
@@ -167,14 +182,28 @@ def trace_volume(
     if roots and cfg.contacts:
         nodes = _find_nodes(lines, root_voxels)
         lines, contacts = cut_contacts(lines, graph, nodes, voxel_size, cfg.floor, cfg.threshold, image)
-    return TracedVolume(_finish_trees(lines, root_voxels, roots, graph.spacing, cfg), contacts)
+    trees = _finish_trees(lines, root_voxels, roots, graph, cfg)
+    if rest is not None:
+        trees += _finish_trees(rest, [], (), graph, cfg)
+    return TracedVolume(trees, contacts)
+
+
+def _select_rest(lines: CenterlineGraph, root_nodes: Sequence[int]) -> CenterlineGraph:
+    """The pieces without a root."""
+    count, label = lines.label_pieces()
+    has_root = np.zeros(count, dtype=bool)
+    has_root[label[list(root_nodes)]] = True
+    return lines.select(~has_root[label])
 
 
 def _finish_trees(
-    lines: CenterlineGraph, root_voxels: Sequence[int], roots: Sequence[Point], spacing: Floats, cfg: TraceConfig
+    lines: CenterlineGraph, root_voxels: Sequence[int], roots: Sequence[Point], graph: VoxelGraph, cfg: TraceConfig
 ) -> list[Tree]:
     """The trees of all roots in their order, or without roots the trees with enough cable, longest first."""
     trees: list[Tree] = []
+    # Voxel centers lie at whole numbers, so the last one is at the far border.
+    extent = (np.array(graph.shape) - 1) * graph.spacing
+
     for tree, nodes in root_trees(lines, _find_nodes(lines, root_voxels), cfg.min_branch, cfg.min_cable):
         keep = prune_tree(tree, cfg.min_branch)
         tree, nodes = select_nodes(tree, keep), nodes[keep]
@@ -183,14 +212,15 @@ def _finish_trees(
         if not roots and length(tree) < cfg.min_cable:
             continue
 
-        if roots and cfg.root_is_end:
+        is_end = cfg.root_is_end
+        if roots and (is_cable_end(tree, extent) if is_end is None else is_end):
             keep = find_main_side(tree)
             tree, nodes = select_nodes(tree, keep), nodes[keep]
 
         # So far the radii were in the metric's unit, as lengths are.
         tree = replace(tree, radii=lines.radii[nodes])
         tree = decimate_tree(smooth_tree(tree, cfg.smooth))
-        points = tree.points / spacing
+        points = tree.points / graph.spacing
         # The root stays where it was given, which may be off the foreground.
         if roots:
             points[0] = roots[len(trees)]

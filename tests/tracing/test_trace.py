@@ -13,7 +13,14 @@ from scipy.spatial import cKDTree
 from hpc_neuro.core import morphology
 from hpc_neuro.core.morphology import Tree, branch_points, length, tips
 from hpc_neuro.core.schema import ConfigError, InputError, load
-from hpc_neuro.tracing import TraceConfig, trace, trace_reader
+from hpc_neuro.tracing import (
+    TraceConfig,
+    list_trace_blocks,
+    skeletonize_block,
+    trace,
+    trace_block_skeletons,
+    trace_reader,
+)
 from tests.helpers.shapes import grow_crooked_tree, paint_points, paint_tree, sample_line
 
 ISO = (1.0, 1.0, 1.0)
@@ -228,11 +235,68 @@ def test_a_root_can_be_where_the_neuron_begins() -> None:
     mask = np.zeros((32, 64, 160), dtype=np.float32)
     paint_points(mask, sample_line((16, 32, 5), (16, 32, 150)), 2.0)
     paint_points(mask, sample_line((16, 32, 100), (16, 55, 120)), 2.0)
-    (both,) = trace(mask, ISO, roots=[(16, 32, 50)])
+    (both,) = trace(mask, ISO, roots=[(16, 32, 50)], cfg=TraceConfig(root_is_end=False))
     (ahead,) = trace(mask, ISO, roots=[(16, 32, 50)], cfg=TraceConfig(root_is_end=True))
     assert both.points[:, 2].min() < 6
     assert ahead.points[:, 2].min() > 49
     assert len(tips(ahead)) == len(tips(both)) - 1 == 2
+
+
+def paint_neuron(start: float) -> NDArray[np.float32]:
+    """An axon along x from `start`, with a branch from x = 100."""
+    mask = np.zeros((32, 64, 160), dtype=np.float32)
+    paint_points(mask, sample_line((16, 32, start), (16, 32, 150)), 2.0)
+    paint_points(mask, sample_line((16, 32, 100), (16, 55, 120)), 2.0)
+    return mask
+
+
+def test_an_unbranched_cable_from_the_border_to_the_root_is_left_out() -> None:
+    (tree,) = trace(paint_neuron(0), ISO, roots=[(16, 32, 50)])
+    assert tree.points[:, 2].min() > 49
+    assert len(tips(tree)) == 2
+
+
+def test_a_root_at_an_end_keeps_the_whole_neuron() -> None:
+    (tree,) = trace(paint_neuron(0), ISO, roots=[(16, 32, 0)])
+    assert tree.points[:, 2].max() > 148
+    assert length(tree) > 170
+
+
+def test_a_root_on_a_passing_cable_grows_both_ways() -> None:
+    # The far side ends inside the volume, so it is no axon that enters the view.
+    (tree,) = trace(paint_neuron(20), ISO, roots=[(16, 32, 50)])
+    assert tree.points[:, 2].min() < 24
+
+    # Without a branch on either side nothing tells where the neuron begins.
+    cable = np.zeros((32, 64, 160), dtype=np.float32)
+    paint_points(cable, sample_line((16, 32, 0), (16, 32, 159)), 2.0)
+    (tree,) = trace(cable, ISO, roots=[(16, 32, 50)])
+    assert np.ptp(tree.points[:, 2]) > 150
+
+
+def test_a_soma_in_the_middle_is_no_end() -> None:
+    mask = paint_neuron(0)
+    paint_points(mask, np.array([[16.0, 32.0, 50.0]]), 8.0)
+    (tree,) = trace(mask, ISO, roots=[(16, 32, 50)])
+    assert tree.points[:, 2].min() < 4
+    assert tree.points[:, 2].max() > 146
+
+
+def test_pieces_without_a_root_are_kept_on_request() -> None:
+    mask = paint_neuron(0)
+    paint_points(mask, sample_line((5, 5, 20), (5, 5, 90)), 2.0)
+    cfg, shape = TraceConfig(), (32, 64, 160)
+    skeletons = [
+        skeletonize_block(lambda b: mask[b.slices], shape, box, ISO, cfg) for box in list_trace_blocks(shape, cfg)
+    ]
+    found = [skeleton for skeleton in skeletons if skeleton is not None]
+    roots = [(16.0, 32.0, 0.0), (16.0, 32.0, 149.0)]
+    for starts in (roots[:1], roots):
+        trees = trace_block_skeletons(
+            found, lambda b: mask[b.slices], shape, ISO, roots=starts, cfg=cfg, keep_rest=True
+        )
+        assert len(trees) == len(starts) + 1
+        assert np.allclose(trees[-1].points[:, 1], 5, atol=1)
 
 
 def test_physical_lengths_undo_a_coarse_z_step() -> None:

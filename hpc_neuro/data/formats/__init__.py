@@ -18,7 +18,7 @@ from hpc_neuro.data.formats import amira, chunked, hdf5, nifti, nrrd, slice_fold
 from hpc_neuro.data.formats.axes import resolve_axes
 from hpc_neuro.data.formats.volume import StoredArray, Volume, translate_errors
 
-__all__ = ["READERS", "Volume", "is_image_folder", "open_volume"]
+__all__ = ["READERS", "Volume", "describe_image_folder", "image_stem", "is_image_folder", "open_volume"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ READERS = (
     Reader("folder of TIFF slices", slice_folder.matches, slice_folder.open_source),
 )
 
+_METADATA_FILES = ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json")
+"""Files that describe the arrays of an image folder."""
 _ARCHIVES = (
     ("gzip", b"\x1f\x8b"),
     ("zip", b"PK\x03\x04"),
@@ -93,6 +95,31 @@ def open_volume(
 def is_image_folder(path: Path) -> bool:
     """Whether the folder is one image of a known format."""
     return any(reader.is_folder and reader.matches(path, b"") for reader in READERS)
+
+
+def image_stem(path: Path) -> str | None:
+    """The stem of a file of a known image format or of a folder that is one image; None for anything else."""
+    # Microscopes write .TIF as often as .tif.
+    name = path.name.lower()
+    if path.is_dir():
+        return path.name if not name.startswith(".") and is_image_folder(path) else None
+
+    # The longest suffix wins: .ome.tif before .tif.
+    suffixes = [suffix for reader in READERS for suffix in reader.suffixes if name.endswith(suffix)]
+    return path.name[: -len(max(suffixes, key=len))] if suffixes else None
+
+
+def describe_image_folder(image: Path) -> str:
+    """A folder's place, and the names, sizes and times of the files that describe its arrays: they change when the
+    folder is written anew.
+
+    Its chunks may be millions, so that one replaced in place is not noticed.
+    """
+    metadata = [path for name in _METADATA_FILES for pattern in (name, f"*/{name}") for path in image.glob(pattern)]
+
+    # Sorted, because file systems list folders in orders of their own.
+    facts = [(p.relative_to(image).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(metadata)]
+    return f"{image.resolve()} {facts}"
 
 
 def _add_z_axis(array: StoredArray) -> StoredArray:

@@ -1,0 +1,56 @@
+"""The settings of `trace`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from hpc_neuro.core.schema import config
+from hpc_neuro.tracing import TraceConfig
+
+
+def _split_triple(value: Any) -> Any:
+    """`z,y,x`, as people write it at the command line, as three numbers; other values as they are."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+Triple = Annotated[tuple[float, float, float], BeforeValidator(_split_triple)]
+
+
+@config
+class TraceStacksConfig:
+    """Which stacks are traced, and how."""
+
+    stacks: tuple[Path, ...] = ()
+    """Image files, folders of images, OME-Zarr folders, or patterns such as `*.tif`; plain paths after the verb."""
+    out: Path = Path("trace")
+    """Folder of the results."""
+    voxel_size: Triple | None = None
+    """[um] z,y,x; none: as each file says. A stack without one is traced in voxels, and no micrometers are written."""
+    channel: int | None = None
+    """Channel of images that have several, from 0."""
+    root: Triple | None = None
+    """[voxel] z,y,x where the neuron begins, for a single stack; none: its seed file, else its somas, else the thickest
+    end of every piece."""
+    seeds: Path | None = None
+    """Seed file of Vaa3D (.marker or .apo) with a root for each neuron, for a single stack; none: a file of that kind
+    beside a stack with its name, where there is one."""
+    axes: str | None = None
+    """Order of the stored axes, such as ZCYX, where a file does not say."""
+    dataset: str | None = None
+    """Array inside a file that holds several."""
+    somas: bool = True
+    """Whether somas are searched for where no root is given."""
+    trace: TraceConfig = TraceConfig()
+    """How the foreground becomes trees."""
+
+    def __post_init__(self) -> None:
+        if not self.stacks:
+            raise ValueError("no stack is given:  hpc-neuro trace STACK... [key=value ...]")
+        if self.voxel_size is not None and not all(0 < size < math.inf for size in self.voxel_size):
+            raise ValueError(f"voxel_size {list(self.voxel_size)} must be three numbers above 0, in um")
+        if self.root is not None and self.seeds is not None:
+            raise ValueError("give either root=z,y,x or seeds=FILE, not both")

@@ -1,0 +1,345 @@
+"""The foreground of an image without a network: bright against its surroundings, its noise, and its neighbors.
+
+The image is smoothed, and the local background is subtracted. What is left, the signal, is foreground where it exceeds
+the largest of three levels:
+
+    floor   one value for the volume: a share of Otsu's threshold, raised until little of the mask lies in specks
+    noise   a multiple of the local noise
+    peak    a share of the brightest signal nearby, so that the blurred halo of a bright neurite is no neurite
+
+`probability` is 0.5 at the level and grows in proportion to the signal, so that the hysteresis of the tracer applies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import cc3d
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
+
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
+from hpc_neuro.data.intensity import iter_slabs
+
+ReadBox = Callable[[Box], Array]
+Floats = NDArray[np.float32]
+
+_BLUR = (0.5, 0.7, 0.7)
+"""[voxel] Standard deviations of the Gaussian against noise; less along z, where optics blur already."""
+_BLUR_HALO: Shape = (2, 3, 3)
+"""[voxel] Reach of the truncated Gaussian."""
+_TILE: Shape = (8, 32, 32)
+"""[voxel] Tiles whose median is the background, and whose spread is the noise."""
+_OPENING = 3
+"""[tile] Bright regions narrower than this, such as somas, are no background."""
+_PEAK_TILE: Shape = (3, 4, 4)
+"""[voxel] The brightest signal nearby is taken among 3 x 3 x 3 tiles of this size."""
+_PEAK_SHARE = 0.45
+"""[signal] Share of the brightest signal nearby that a voxel must reach."""
+_NOISE_RATIO = 4.0
+"""[standard deviation] Signal of a voxel above the noise, at least."""
+_FLOOR_STEPS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+"""[Otsu's threshold] Candidates for the floor. The least one whose mask is clean is taken."""
+_SPECK_VOXELS = 12
+"""[voxel] Smaller connected components of a mask are specks, as in `TraceConfig.min_voxels`."""
+_SPECK_SHARE = 0.02
+"""Share of the mask in specks up to which it is clean."""
+_MASK_SHARE = 0.15
+"""Share of the volume that a clean mask fills at most."""
+_DARK_RATIO = 2.0
+"""An image is dark on bright where its dark tail is this much longer than its bright one."""
+_TAIL = 0.001
+"""Share of the voxels beyond which the tails of an image are measured."""
+_BINS = 4096
+"""Bins of the histogram of the signal."""
+_SPREAD_TO_DEVIATION = 1.4826
+"""Standard deviation of a Gaussian per median absolute deviation."""
+_MEASURED_VOXELS = 1 << 26
+"""[voxel] Of larger volumes a sample of about this size is measured."""
+_SLAB_ITEMSIZE = 8
+"""[bytes] What a voxel of a slab takes while it is smoothed; slabs are planned with it."""
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """The foreground of one image, read by box. Made by `measure_foreground`."""
+
+    read: ReadBox
+    """Reads the image."""
+    shape: Shape
+    top: float | None
+    """Brightness that becomes 0 where the image is dark on bright; None: bright on dark."""
+    background: Floats
+    """[tiles along z, y, x] brightness of the background."""
+    noise: Floats
+    """[tiles along z, y, x] standard deviation of the background."""
+    otsu: float = 0.0
+    """Otsu's threshold of the signal."""
+    floor: float = 0.0
+    """[signal] Least level of the volume."""
+    speck_share: float = 0.0
+    """Share of the mask at the floor that lies in specks."""
+    mask_share: float = 0.0
+    """Share of the volume that exceeds floor and noise."""
+    brightness: float = 0.0
+    """Median signal of the voxels above floor and noise; 0 without any."""
+
+    whole_signal: Floats | None = None
+    """The signal of the whole volume where it is small enough to be kept."""
+
+    @property
+    def is_inverted(self) -> bool:
+        """Whether the image is dark on bright."""
+        return self.top is not None
+
+    @property
+    def noise_level(self) -> float:
+        """Median of the local noise."""
+        return float(np.median(self.noise))
+
+    def read_image(self, box: Box) -> Floats:
+        """[Z, Y, X] the image as it is, bright on dark."""
+        voxels = np.asarray(self.read(box), dtype=np.float32)
+        return voxels if self.top is None else np.float32(self.top) - voxels
+
+    def signal(self, box: Box) -> Floats:
+        """[Z, Y, X] the smoothed image above the local background; negative below it."""
+        if self.whole_signal is not None:
+            return self.whole_signal[box.slices]
+
+        smooth = _smooth(self.read_image, box, self.shape)
+        smooth -= _interpolate(self.background, _TILE, box)
+        return smooth
+
+    def probability(self, box: Box) -> NDArray[np.uint8]:
+        """[Z, Y, X] 128 at the level, in proportion to the signal, at most 255."""
+        # Tiles are counted from the volume's origin, so that the result does not depend on the box.
+        around = _align(box.grow((2 * _PEAK_TILE[0], 2 * _PEAK_TILE[1], 2 * _PEAK_TILE[2])), _PEAK_TILE, self.shape)
+        signal = self.signal(around)
+        own = box.relative_to(around.start)
+        if signal.max(initial=0) < 0.5 * self.floor:
+            return np.zeros(box.shape, dtype=np.uint8)
+
+        peaks = maximum_filter(_tile_maxima(signal, _PEAK_TILE), 3, mode="nearest")
+        level = np.maximum(_PEAK_SHARE * _interpolate(peaks, _PEAK_TILE, own), self.floor)
+        if self.noise.any():
+            level = np.maximum(level, _NOISE_RATIO * _interpolate(self.noise, _TILE, box))
+        scaled = signal[own.slices] * (127.5 / level) + 0.5
+        return np.asarray(np.clip(scaled, 0, 255), dtype=np.uint8)
+
+
+def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
+    """Measure background, noise and level of an image that is read by box.
+
+    Of an image of more than `_MEASURED_VOXELS` voxels, evenly spaced slabs give the level. Raises InputError for an
+    image that is constant.
+    """
+    top = _find_top(read, shape)
+
+    def read_bright(box: Box) -> Floats:
+        voxels = np.asarray(read(box), dtype=np.float32)
+        return voxels if top is None else np.float32(top) - voxels
+
+    # A small volume is smoothed once.
+    is_small = math.prod(shape) <= _MEASURED_VOXELS
+    smooth = _smooth(read_bright, Box.whole(shape), shape) if is_small else None
+    background, noise = _measure_background(smooth, read_bright, shape)
+
+    if smooth is not None:
+        for box in iter_slabs(shape, _SLAB_ITEMSIZE):
+            smooth[box.slices] -= _interpolate(background, _TILE, box)
+    draft = Foreground(read, shape, top, background, noise, whole_signal=smooth)
+    sample = _sample_signal(draft)
+
+    counts, width = _count_signal(sample)
+    otsu = _compute_otsu(counts, width)
+    floor, speck_share = _choose_floor(sample, otsu)
+
+    above = np.concatenate([part.signal[part.mask(floor)] for part in sample])
+    voxels = sum(part.signal.size for part in sample)
+    return replace(
+        draft,
+        otsu=otsu,
+        floor=floor,
+        speck_share=speck_share,
+        mask_share=len(above) / voxels,
+        brightness=float(np.median(above)) if len(above) else 0.0,
+    )
+
+
+# --- Measurements ---
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The signal of one slab, and the level of its noise (0 for none)."""
+
+    signal: Floats
+    noise_level: Floats | float
+
+    def mask(self, floor: float) -> NDArray[np.bool_]:
+        """[Z, Y, X] where the signal exceeds floor and noise."""
+        return np.asarray(self.signal >= np.maximum(self.noise_level, np.float32(floor)))
+
+
+def _find_top(read: ReadBox, shape: Shape) -> float | None:
+    """The brightest value of an image that is dark on bright; None for one that is bright on dark."""
+    slabs = _choose_slabs(shape)
+    values = np.concatenate([np.asarray(read(box))[:, ::4, ::4].astype(np.float32).ravel() for box in slabs])
+    lowest, low, middle, high, highest = np.quantile(values, [0.0, _TAIL, 0.5, 1 - _TAIL, 1.0]).tolist()
+
+    # A single bright voxel may lie between the sampled ones.
+    if not highest > lowest and all(np.ptp(np.asarray(read(box))) == 0 for box in slabs):
+        raise InputError(
+            f"every voxel is {lowest:g}, an image with contrast is expected; check the file and its channel"
+        )
+    return float(highest) if middle - low > _DARK_RATIO * (high - middle) else None
+
+
+def _choose_slabs(shape: Shape) -> list[Box]:
+    """Slabs over the whole volume, or evenly spaced ones of a large volume."""
+    slabs = list(iter_slabs(shape, _SLAB_ITEMSIZE, depth=_TILE[0]))
+    every = max(1, math.ceil(math.prod(shape) / _MEASURED_VOXELS))
+    return slabs[every // 2 :: every] if every < len(slabs) else slabs[len(slabs) // 2 :][:1] if every > 1 else slabs
+
+
+def _measure_background(
+    smooth_image: Floats | None, read: Callable[[Box], Floats], shape: Shape
+) -> tuple[Floats, Floats]:
+    """Brightness and noise of the background in every tile, of the smoothed image where it is at hand."""
+    z, y, x = (-(-n // t) for n, t in zip(shape, _TILE, strict=True))
+    background, noise = np.zeros((z, y, x), dtype=np.float32), np.zeros((z, y, x), dtype=np.float32)
+
+    for box in iter_slabs(shape, _SLAB_ITEMSIZE, depth=_TILE[0]):
+        smooth = _smooth(read, box, shape) if smooth_image is None else smooth_image[box.slices]
+        first = [a // t for a, t in zip(box.start, _TILE, strict=True)]
+        for index in np.ndindex(*(-(-n // t) for n, t in zip(smooth.shape, _TILE, strict=True))):
+            part = smooth[tuple(slice(i * t, (i + 1) * t) for i, t in zip(index, _TILE, strict=True))]
+            # Every other row and column are enough for a median.
+            values = part[:, ::2, ::2].ravel()
+            middle = np.partition(values, len(values) // 2)[len(values) // 2]
+            spread = np.partition(np.abs(values - middle), len(values) // 2)[len(values) // 2]
+            place = tuple(a + i for a, i in zip(first, index, strict=True))
+            background[place], noise[place] = middle, _SPREAD_TO_DEVIATION * spread
+
+    # A soma may fill a tile, and would be its own background.
+    background = maximum_filter(minimum_filter(background, _OPENING, mode="nearest"), _OPENING, mode="nearest")
+    noise = maximum_filter(minimum_filter(noise, _OPENING, mode="nearest"), _OPENING, mode="nearest")
+    return (
+        np.asarray(gaussian_filter(background, 1.0, mode="nearest"), dtype=np.float32),
+        np.asarray(gaussian_filter(noise, 1.0, mode="nearest"), dtype=np.float32),
+    )
+
+
+def _sample_signal(draft: Foreground) -> list[_Part]:
+    """The signal of the slabs that are measured."""
+    parts = []
+    for box in _choose_slabs(draft.shape):
+        # Many images have a background of exactly 0, without noise.
+        level = _NOISE_RATIO * _interpolate(draft.noise, _TILE, box) if draft.noise.any() else 0.0
+        parts.append(_Part(draft.signal(box), level))
+    return parts
+
+
+def _count_signal(sample: list[_Part]) -> tuple[NDArray[np.int64], float]:
+    """Histogram of the signal, [_BINS] voxels, and the width of a bin; what is below the background is in the first."""
+    width = max(max(float(part.signal.max()) for part in sample), 1e-6) / _BINS
+    counts = np.zeros(_BINS, dtype=np.int64)
+    for part in sample:
+        bins = np.clip(part.signal / np.float32(width), 0, _BINS - 1).astype(np.int32)
+        counts += np.bincount(bins.ravel(), minlength=_BINS)
+    return counts, width
+
+
+def _compute_otsu(counts: NDArray[np.int64], width: float) -> float:
+    """Otsu's threshold of a histogram: the greatest variance between the classes on both sides (Otsu 1979)."""
+    centers = (np.arange(len(counts)) + 0.5) * width
+    below = np.cumsum(counts).astype(np.float64)
+    sums = np.cumsum(counts * centers)
+    above = below[-1] - below
+
+    # The classes below the first and above the last voxel are empty.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(centers[int(np.argmax(np.nan_to_num(variance)))])
+
+
+def _choose_floor(sample: list[_Part], otsu: float) -> tuple[float, float]:
+    """The least floor whose mask is clean, else the one with the fewest specks; and the share of its mask in specks.
+
+    Noise has more specks at a lower level, and a broken neurite fewer. Otsu's threshold itself may lie within the noise
+    where neurites are few.
+    """
+    candidates = []
+    for step in _FLOOR_STEPS:
+        share, fill = _measure_specks(sample, step * otsu)
+        if fill == 0:
+            break
+        if fill > _MASK_SHARE:
+            continue
+        if share <= _SPECK_SHARE:
+            return step * otsu, share
+        candidates.append((share, step * otsu))
+
+    # A mask that fills the volume at every level has no specks to compare.
+    share, floor = min(candidates, default=(0.0, otsu))
+    return floor, share
+
+
+def _measure_specks(sample: list[_Part], floor: float) -> tuple[float, float]:
+    """Share of the mask at a floor that lies in specks, and the share of the sample that the mask fills."""
+    specks = voxels = size = 0
+    for part in sample:
+        mask = part.mask(floor)
+        size += mask.size
+        count = int(np.count_nonzero(mask))
+        voxels += count
+
+        # Labels of a full mask take long, and it is no candidate.
+        if count <= _MASK_SHARE * mask.size:
+            sizes = np.bincount(cc3d.connected_components(mask, connectivity=26)[mask])[1:]
+            specks += int(sizes[sizes < _SPECK_VOXELS].sum())
+    return specks / max(voxels, 1), voxels / size
+
+
+# --- Arrays on tiles ---
+
+
+def _smooth(read: Callable[[Box], Floats], box: Box, shape: Shape) -> Floats:
+    """[Z, Y, X] the smoothed image in a box; the volume is mirrored at its borders."""
+    # A halo as wide as the truncated Gaussian makes boxes fit together.
+    around = box.grow(_BLUR_HALO).clip(Box.whole(shape))
+    smooth = gaussian_filter(read(around), _BLUR, truncate=3.0)
+    return np.asarray(smooth[box.relative_to(around.start).slices])
+
+
+def _align(box: Box, tile: Shape, shape: Shape) -> Box:
+    """The box grown to whole tiles, inside the volume."""
+    start = tuple(a // t * t for a, t in zip(box.start, tile, strict=True))
+    stop = tuple(-(-b // t) * t for b, t in zip(box.stop, tile, strict=True))
+    return Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).clip(Box.whole(shape))
+
+
+def _tile_maxima(values: Floats, tile: Shape) -> Floats:
+    """[tiles along z, y, x] maximum of each tile; the last ones of an axis may be smaller."""
+    for axis, width in enumerate(tile):
+        values = np.maximum.reduceat(values, np.arange(0, values.shape[axis], width), axis=axis)
+    return values
+
+
+def _interpolate(grid: Floats, tile: Shape, box: Box) -> Floats:
+    """[Z, Y, X] linear interpolation between the centers of tiles, in a box of voxels."""
+    for axis in range(3):
+        # Beyond the first and the last center the value stays.
+        places = (np.arange(box.start[axis], box.stop[axis]) + 0.5) / tile[axis] - 0.5
+        places = np.clip(places, 0, grid.shape[axis] - 1)
+        low = np.floor(places).astype(np.int64)
+        high = np.minimum(low + 1, grid.shape[axis] - 1)
+        weight = (places - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        grid = np.take(grid, low, axis) * (1 - weight) + np.take(grid, high, axis) * weight
+    return grid

@@ -1,0 +1,189 @@
+"""OUT/trace.html and the pictures of the stacks: what a person looks at first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_neuro.core import files, geometry
+from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.data.formats import Volume
+from hpc_neuro.report import figures, html
+from hpc_neuro.trace_stacks.foreground import Foreground
+
+PAGE = "trace.html"
+"""File of OUT."""
+_TABLE_ROWS = 20
+"""Places of a stack that the page shows."""
+_BRIGHTEST = 0.997
+"""Quantile of a projection that is drawn white: a soma must not hide its dendrites."""
+_DIM = 0.55
+"""Brightness of the image under a tree."""
+_COLORS = ("#5bc0ff", "#f2c14e", "#ff6b4a", "#8fe388", "#c9a0ff", "#ff9ecb")
+"""Colors of the trees in turn."""
+
+
+def draw_overlay(volume: Volume, foreground: Foreground, trees: Sequence[Tree], voxel_size: VoxelSize | None) -> bytes:
+    """A PNG: the maximum projections of a stack, and beside them the same with its trees and their roots."""
+    size = voxel_size or (1.0, 1.0, 1.0)
+    projections = _normalize(figures.project_maxima(foreground.read_image, volume.shape))
+
+    lines = [
+        figures.TreeLines(
+            geometry.to_um(tree.points, size)[tree.edges],
+            _COLORS[number % len(_COLORS)],
+            "tree" if len(trees) == 1 else "trees" if number == 0 else "",
+        )
+        for number, tree in enumerate(trees)
+    ]
+    # A ring shows where the first tree begins; more of them would hide the trees.
+    root = tuple(geometry.to_um(trees[0].points[:1], size)[0].tolist()) if trees else None
+    panels = [
+        figures.Panel("image", projections),
+        figures.Panel("traced", projections, lines=lines, brightness=_DIM, root=root),
+    ]
+    unit = "voxels" if voxel_size is None else "\N{MICRO SIGN}m"
+    return figures.draw_panels(panels, volume.shape, size, kind="png", unit=unit)
+
+
+def _normalize(projections: figures.Projections) -> figures.Projections:
+    """The projections scaled to 0 to 1 from the median of the view along z to its brightest neurites."""
+    low, high = np.quantile(projections.z, [0.05, _BRIGHTEST])
+    scale = max(float(high - low), 1e-6)
+    z, y, x = ((plane - low) / scale for plane in (projections.z, projections.y, projections.x))
+    return figures.Projections(z, y, x)
+
+
+def write_page(out: Path, results: dict[str, dict[str, Any]], failures: Sequence[str]) -> None:
+    """Write the page from what trace.json says of each stack."""
+    sections = [("Stacks", _show_table(results, failures))]
+    sections += [(name, _show_stack(out, name, result)) for name, result in results.items()]
+    sections.append(("Open the results", _show_advice(results, out)))
+    files.write_text(out / PAGE, html.render_page("Traced stacks", str(out), sections))
+
+
+def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> str:
+    columns = [
+        html.Column("stack", numeric=False),
+        html.Column("trees"),
+        html.Column("somas"),
+        html.Column("cable", "length of all trees, in the unit of the next column"),
+        html.Column("unit", numeric=False),
+        html.Column("tips", "ends of branches"),
+        html.Column("agreement", "agreement with the tree that a higher brightness level gives; 1 is full agreement"),
+        html.Column("contrast", "median brightness of the foreground over the noise of the background"),
+        html.Column("seconds"),
+        html.Column("warnings"),
+    ]
+    rows = []
+    for name, result in results.items():
+        measured = result["figures"]
+        numbers = (measured["agreement"], measured["contrast_to_noise"], result["seconds"])
+        rows.append(
+            [
+                html.Cell(name),
+                *(html.Cell(str(measured[key]), measured[key]) for key in ("trees", "somas")),
+                html.Cell(html.format_number(result["cable"], 0), result["cable"]),
+                html.Cell(result["unit"]),
+                html.Cell(str(measured["tips"]), measured["tips"]),
+                *(html.Cell(html.format_number(number, 2), number) for number in numbers),
+                html.Cell(str(len(result["warnings"])), len(result["warnings"])),
+            ]
+        )
+    faults = "".join(html.paragraph(f"failed: {failure}", "notice") for failure in failures)
+    return faults + html.table(columns, rows)
+
+
+def _show_stack(out: Path, name: str, result: dict[str, Any]) -> str:
+    parts = [html.paragraph(warning, "notice") for warning in result["warnings"]]
+    parts.append(html.paragraph(_describe(result)))
+    parts.append(html.picture((out / result["overlay"]).read_bytes(), _caption(result), kind="png"))
+
+    places = result["places"]
+    if places:
+        shown = min(len(places), _TABLE_ROWS)
+        count = files.format_count(len(places), "place")
+        parts.append(html.paragraph(f"{count} to look at, the worst first; z, y, x in voxels ({shown} shown)"))
+        columns = [html.Column("kind", numeric=False), *(html.Column(key) for key in ("z", "y", "x", "doubt", "cable"))]
+        rows = [
+            [html.Cell(place["kind"])]
+            + [html.Cell(f"{place[key]:g}", place[key]) for key in ("z", "y", "x", "doubt", "cable")]
+            for place in places[:_TABLE_ROWS]
+        ]
+        parts.append(html.table(columns, rows))
+    return "".join(parts)
+
+
+def _describe(result: dict[str, Any]) -> str:
+    measured = result["figures"]
+    shape = " x ".join(map(str, result["shape"]))
+    size = result["voxel_size"]
+    scale = "unknown voxel size" if size is None else " x ".join(f"{s:.4g}" for s in size) + " \N{MICRO SIGN}m a voxel"
+    trees = files.format_count(measured["trees"], "tree")
+    left_out = files.format_count(measured["left_out_trees"], "shorter piece")
+    rest = f", {left_out} left out" if measured["left_out_trees"] else ""
+    return (
+        f"{result['image']}: {shape} voxels (z, y, x), {scale}. {trees} {result['start']}, "
+        f"{html.format_number(result['cable'], 0)} {result['unit']} of cable{rest}."
+    )
+
+
+def _caption(result: dict[str, Any]) -> str:
+    return (
+        "Maximum projections along z (large), x (right) and y (below): the image, and the same with the trees. "
+        f"The ring marks where the first tree begins. File: {result['overlay']}"
+    )
+
+
+def _show_advice(results: dict[str, dict[str, Any]], out: Path) -> str:
+    first = next((result for result in results.values() if result["swc_voxel"]), None)
+    return html.code("\n".join(list_advice(first, out)))
+
+
+def list_advice(result: dict[str, Any] | None, out: Path) -> list[str]:
+    """How to open the trees of a stack in `out` in common viewers, in lines."""
+    if result is None or not result["swc_voxel"]:
+        return []
+    image, voxel = result["image"], str(out / result["swc_voxel"])
+    um = out / result["swc"] if result["swc"] else None
+    # SNT scales by the voxel size of the image, and takes plain voxels where there is none.
+    return [
+        f"Fiji/SNT      open {image}, then Plugins > Neuroanatomy > SNT, File > Load Tracings > SWC: {um or voxel}",
+        f"napari        napari {image}, and in its console:  import hpc_neuro; "
+        f"t = hpc_neuro.read_swc({voxel!r}); viewer.add_shapes(t.points[t.edges], shape_type='line', edge_width=1)",
+        f"Neuroglancer  paste {out / result['neuroglancer']} into the JSON editor ({{}}) of a viewer and add the image",
+    ]
+
+
+def build_neuroglancer_state(trees: Sequence[Tree], shape: Shape, voxel_size: VoxelSize | None) -> dict[str, Any]:
+    """A state of Neuroglancer that shows the trees as lines; it needs no server."""
+    layers = []
+    for number, tree in enumerate(trees, start=1):
+        # Neuroglancer counts from the corner of the first voxel, trees from its center.
+        ends = np.round(tree.points + 0.5, 2)
+        lines = [
+            {"type": "line", "id": str(i), "pointA": ends[parent].tolist(), "pointB": ends[child].tolist()}
+            for i, (child, parent) in enumerate(tree.edges.tolist())
+        ]
+        color = _COLORS[(number - 1) % len(_COLORS)]
+        layers.append(
+            {
+                "type": "annotation",
+                "name": f"tree {number}",
+                "source": "local://annotations",
+                "annotationColor": color,
+                "annotations": lines,
+            }
+        )
+    # Neuroglancer takes meters; a space without a unit is in voxels.
+    scale: list[Any] = [[1, ""]] * 3 if voxel_size is None else [[size * 1e-6, "m"] for size in voxel_size]
+    return {
+        "dimensions": dict(zip("zyx", scale, strict=True)),
+        "displayDimensions": ["x", "y", "z"],
+        "position": [size / 2 for size in shape],
+        "layers": layers,
+    }

@@ -1,0 +1,58 @@
+"""Warnings in words, where the figures of a trace say that its trees cannot be trusted."""
+
+from __future__ import annotations
+
+from hpc_neuro.trace_stacks.tracer import TraceFigures
+
+_MOST_MASK = 0.06
+"""Share of the volume that neurites fill at most."""
+_LEAST_CONTRAST = 6.0
+"""[standard deviation of the background] Median brightness of neurites, at least."""
+_MOST_SPECKS = 0.1
+"""Share of the foreground in specks, at most."""
+_LEAST_KEPT = 0.5
+"""Share of the cable that hangs together in the trees, at least."""
+_LEAST_AGREEMENT = 0.6
+"""F1 against the tree of a higher level, at least."""
+_MOST_TIPS = 12.0
+"""[per 100 voxels of cable] Ends of branches, at most."""
+
+
+def list_warnings(figures: TraceFigures, is_inverted: bool) -> list[str]:
+    """What a person must know before using the trees; [] where nothing is suspicious."""
+    if not figures.trees:
+        return ["nothing that looks like a neurite was traced; is it the right channel, and is it in focus?"]
+
+    warnings = []
+    if is_inverted:
+        warnings.append("the image is dark on bright and was traced inverted; if it is not, give another channel")
+    if figures.mask_share > _MOST_MASK:
+        warnings.append(
+            f"the foreground fills {figures.mask_share:.0%} of the volume, neurites rarely fill {_MOST_MASK:.0%}: "
+            "tissue, nuclei or haze may be traced as neurites"
+        )
+    if figures.contrast_to_noise is not None and figures.contrast_to_noise < _LEAST_CONTRAST:
+        warnings.append(
+            f"the foreground is only {figures.contrast_to_noise:.1f} times as bright as the noise of the background "
+            f"(expected {_LEAST_CONTRAST:g}): noise may be traced as neurites"
+        )
+    if figures.speck_share > _MOST_SPECKS:
+        warnings.append(
+            f"{figures.speck_share:.0%} of the foreground lies in specks: the image is noisy, or neurites are broken"
+        )
+    kept = figures.cable / max(figures.cable + figures.left_out_cable, 1e-9)
+    if kept < _LEAST_KEPT:
+        warnings.append(
+            f"only {kept:.0%} of the cable hangs together; {figures.left_out_trees} short pieces are left out"
+        )
+    if 100 * figures.tips / max(figures.cable, 1.0) > _MOST_TIPS:
+        warnings.append(
+            f"there are {figures.tips} tips on {figures.cable:.0f} voxels of cable: the trees fill tissue rather than "
+            "follow neurites"
+        )
+    if figures.agreement is not None and figures.agreement < _LEAST_AGREEMENT:
+        warnings.append(
+            f"a higher level gives another tree (agreement {figures.agreement:.2f}, expected {_LEAST_AGREEMENT:g}): "
+            "the result depends on the brightness chosen"
+        )
+    return warnings

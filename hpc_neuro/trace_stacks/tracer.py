@@ -1,0 +1,211 @@
+"""Trace one image without a network: foreground, somas, trees, and how far the result can be trusted."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_neuro.core import morphology, stop_signals
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
+from hpc_neuro.infer.proofread import DoubtfulPlace, NodeConfidence, find_places
+from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.trace_stacks.foreground import Foreground, measure_foreground
+from hpc_neuro.tracing import (
+    BlockSkeleton,
+    Soma,
+    TraceConfig,
+    find_somas,
+    list_trace_blocks,
+    measure_confidence,
+    skeletonize_block,
+    trace_block_skeletons,
+)
+
+log = logging.getLogger(__name__)
+ReadBox = Callable[[Box], Array]
+Point = tuple[float, float, float]
+
+_SOMA_TYPE = 1
+"""SWC type of a soma."""
+_LEAST_SHARE = 0.05
+"""[longest tree] Without a given root, shorter trees are left out."""
+_STRICT_RATIO = 1.6
+"""[level] The level of the second opinion."""
+_AGREEMENT_VOXELS = 4.0
+"""[voxel] Tolerance of the agreement with the second opinion."""
+_KEPT_VOXELS = 1 << 28
+"""[voxel] The probability of a volume up to this size is kept in memory, one byte a voxel."""
+
+
+@dataclass(frozen=True)
+class TraceFigures:
+    """What is measured of an image and its trees. Lengths are in voxels."""
+
+    mask_share: float
+    """Share of the volume that is foreground."""
+    speck_share: float
+    """Share of the foreground in connected components of fewer than 12 voxels."""
+    contrast_to_noise: float | None
+    """Median brightness of the foreground over the noise of the background; None where there is no noise."""
+    trees: int
+    somas: int
+    cable: float
+    tips: int
+    left_out_trees: int
+    """Pieces that were too short to be trees."""
+    left_out_cable: float
+    agreement: float | None
+    """F1 of the cable against that of a level 1.6 times as high, at 4 voxels; None without a tree."""
+
+
+@dataclass(frozen=True)
+class ImageTrace:
+    """The trees of one image, and what was measured on the way."""
+
+    trees: list[Tree]
+    """In voxels: those of the roots or somas in their order, then the longest first."""
+    somas: list[Soma]
+    foreground: Foreground
+    figures: TraceFigures
+    places: list[DoubtfulPlace]
+    """Places to look at, worst first."""
+
+
+def trace_image(
+    read: ReadBox,
+    shape: Shape,
+    voxel_size: VoxelSize | None,
+    *,
+    roots: Sequence[Point] = (),
+    cfg: TraceConfig | None = None,
+    search_somas: bool = True,
+) -> ImageTrace:
+    """Trace an image that is read by box.
+
+    With `roots` (z y x voxels): one tree for each. Without: one tree for each soma, which has type 1 there, and for
+    each other piece that is long enough, from its thickest end. `voxel_size` (um, z y x) None: voxels are taken for
+    cubes. Raises InputError for an image without contrast, and for a root off the foreground.
+    """
+    cfg, size = cfg or TraceConfig(), voxel_size or (1.0, 1.0, 1.0)
+    foreground = measure_foreground(_stop_on_request(read), shape)
+    probability = _keep_in_memory(foreground, shape)
+
+    skeletons = _skeletonize(probability, shape, size, cfg)
+    somas = list[Soma]()
+    if search_somas and not roots:
+        somas = find_somas(skeletons, probability, foreground.read_image, shape, size, cfg)
+    starts = list(roots) or [soma.point for soma in somas]
+
+    trees = trace_block_skeletons(
+        skeletons,
+        probability,
+        shape,
+        size,
+        roots=starts,
+        cfg=cfg,
+        image=foreground.read_image,
+        keep_rest=not roots,
+    )
+    trees, left_out = _select_trees(trees, len(starts), bool(roots))
+    trees = [_mark_soma(tree) if number < len(somas) else tree for number, tree in enumerate(trees)]
+
+    forest = morphology.concatenate_trees(trees)
+    agreement = _ask_second_opinion(trees, probability, foreground, shape, size, cfg) if trees else None
+    noise = foreground.noise_level
+    figures = TraceFigures(
+        mask_share=round(foreground.mask_share, 5),
+        speck_share=round(foreground.speck_share, 4),
+        contrast_to_noise=round(foreground.brightness / noise, 1) if noise > 1e-3 * foreground.brightness else None,
+        trees=len(trees),
+        somas=len(somas),
+        cable=round(morphology.length(forest), 1),
+        tips=len(morphology.tips(forest)),
+        left_out_trees=len(left_out),
+        left_out_cable=round(sum(map(morphology.length, left_out)), 1),
+        agreement=agreement,
+    )
+    places = list[DoubtfulPlace]()
+    if len(forest):
+        plain = measure_confidence(forest, probability, shape)
+        confidence = NodeConfidence(plain, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
+        places = find_places(forest, confidence, shape, size)
+    return ImageTrace(trees, somas, foreground, figures, places)
+
+
+def _keep_in_memory(foreground: Foreground, shape: Shape) -> ReadBox:
+    """Reads the probability by box; that of a small volume is computed once."""
+    if math.prod(shape) > _KEPT_VOXELS:
+        return foreground.probability
+
+    whole: NDArray[np.uint8] = np.empty(shape, dtype=np.uint8)
+    for z in range(0, shape[0], 16):
+        box = Box((z, 0, 0), (min(z + 16, shape[0]), shape[1], shape[2]))
+        whole[box.slices] = foreground.probability(box)
+    return lambda box: whole[box.slices]
+
+
+def _stop_on_request(read: ReadBox) -> ReadBox:
+    """`read`, which raises Stopped on a request to stop."""
+
+    def read_unless_stopped(box: Box) -> Array:
+        stop_signals.check()
+        return read(box)
+
+    return read_unless_stopped
+
+
+def _skeletonize(probability: ReadBox, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> list[BlockSkeleton]:
+    skeletons = []
+    for box in list_trace_blocks(shape, cfg):
+        stop_signals.check()
+        skeleton = skeletonize_block(probability, shape, box, voxel_size, cfg)
+        # Most blocks of a sparse volume hold nothing.
+        if skeleton is not None:
+            skeletons.append(skeleton)
+    return skeletons
+
+
+def _select_trees(trees: list[Tree], rooted: int, is_given: bool) -> tuple[list[Tree], list[Tree]]:
+    """The trees that stay, and those that are left out because they are short beside the longest one."""
+    if is_given or not trees:
+        return trees, []
+    least = _LEAST_SHARE * max(map(morphology.length, trees))
+
+    # Many small pieces are specks and fragments of other neurons; a soma counts however short its tree is.
+    stays = [number < rooted or morphology.length(tree) >= least for number, tree in enumerate(trees)]
+    return (
+        [tree for tree, stay in zip(trees, stays, strict=True) if stay],
+        [tree for tree, stay in zip(trees, stays, strict=True) if not stay],
+    )
+
+
+def _mark_soma(tree: Tree) -> Tree:
+    types = tree.types.copy()
+    types[0] = _SOMA_TYPE
+    return replace(tree, types=types)
+
+
+def _ask_second_opinion(
+    trees: Sequence[Tree], probability: ReadBox, foreground: Foreground, shape: Shape, size: VoxelSize, cfg: TraceConfig
+) -> float:
+    """Agreement of the trees with those that a higher level gives from the same roots; 0 where it gives none."""
+    strict = replace(cfg, threshold=min(_STRICT_RATIO * cfg.threshold, 1.0), low=None)
+    roots = [tuple(tree.points[0].tolist()) for tree in trees]
+    skeletons = _skeletonize(probability, shape, size, strict)
+    try:
+        others = trace_block_skeletons(
+            skeletons, probability, shape, size, roots=roots, cfg=strict, image=foreground.read_image
+        )
+    except InputError:
+        return 0.0
+
+    forests = morphology.concatenate_trees(trees), morphology.concatenate_trees(others)
+    return round(match_cable(*forests, _AGREEMENT_VOXELS).f1, 3)

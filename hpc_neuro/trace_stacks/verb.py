@@ -1,0 +1,291 @@
+"""`trace` from config to trace.json: one stack after the other, each complete or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hpc_neuro.core import files, morphology, run_folder, schema, stop_signals
+from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
+from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.data import swc
+from hpc_neuro.data.formats import Volume, describe_image_folder
+from hpc_neuro.trace_stacks import page
+from hpc_neuro.trace_stacks.config import TraceStacksConfig
+from hpc_neuro.trace_stacks.sanity import list_warnings
+from hpc_neuro.trace_stacks.stacks import Stack, choose_voxel_size, list_stacks
+from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
+
+log = logging.getLogger(__name__)
+INDEX = "trace.json"
+"""File of OUT that lists the stacks and their results."""
+_MAY_CHANGE = tuple(name for name in TraceStacksConfig.__dataclass_fields__ if name != "out")
+"""Settings that may differ from an earlier run in the folder: each stack records those that its trees depend on."""
+_METHOD = 1
+"""Version of the method. Results of another version are traced again."""
+
+Result = dict[str, Any]
+"""What trace.json says of one stack."""
+
+
+def forecast(cfg: TraceStacksConfig) -> list[str]:
+    """Open every stack and describe it in a line. Raises InputError for one that cannot be opened."""
+    lines = []
+    for stack in list_stacks(cfg):
+        volume = stack.open(cfg)
+        size = choose_voxel_size(cfg, volume)
+        roots = stack.read_roots(cfg, volume.shape)
+        scale = "in voxels, for want of a voxel size" if size is None else f"voxel size {_format_size(size)} um"
+        start = files.format_count(len(roots), "root") if roots else "no root"
+        lines.append(f"{stack.id}: {stack.path}, {' x '.join(map(str, volume.shape))} voxels, {scale}, {start}")
+    return [*lines, f"{files.format_count(len(lines), 'stack')} into {cfg.out}"]
+
+
+@stop_signals.resumable("trace")
+def run(cfg: TraceStacksConfig) -> int:
+    """Trace every stack. A stack that fails is listed, and the others are traced: exit code 3.
+
+    Raises InputError where the only stack cannot be traced.
+    """
+    stacks = list_stacks(cfg)
+    _require_separate_results(cfg, stacks)
+    # A mistake in a single command is an error at once, before a folder is made.
+    if len(stacks) == 1:
+        volume = stacks[0].open(cfg)
+        stacks[0].read_roots(cfg, volume.shape)
+
+    is_whole = (cfg.out / INDEX).exists() and all(_read_result(cfg, stack) for stack in stacks)
+    with run_folder.start("trace", cfg, cfg.out, {}, _MAY_CHANGE, whole=is_whole) as record:
+        results, failures = dict[str, Result](), list[str]()
+        for number, stack in enumerate(stacks, start=1):
+            stop_signals.check()
+            label = f"[{number}/{len(stacks)}] {stack.id}"
+            try:
+                results[stack.id] = _read_result(cfg, stack) or _trace_stack(cfg, stack, label)
+            except InputError as error:
+                if len(stacks) == 1:
+                    raise
+                failures.append(f"{stack.path}: {error}")
+                log.error("%s: failed: %s", label, error)
+
+        if not record.complete:
+            _write_index(cfg, results, failures)
+            record.finish({"stacks": len(results)}, failures)
+        _log_results(cfg, results, failures)
+    return EXIT_FAILURES if failures else EXIT_DONE
+
+
+def _require_separate_results(cfg: TraceStacksConfig, stacks: list[Stack]) -> None:
+    """InputError where results would lie inside an image folder, or would replace an image."""
+    out = cfg.out.resolve()
+    for stack in stacks:
+        image = stack.path.resolve()
+        if image == out or image in out.parents:
+            raise InputError(f"{cfg.out} lies in the image {stack.path}; give another place:  out=FOLDER")
+
+
+def _trace_stack(cfg: TraceStacksConfig, stack: Stack, label: str) -> Result:
+    """Trace one stack and write its files; what trace.json says of it."""
+    started_at = time.monotonic()
+    volume = stack.open(cfg)
+    size = choose_voxel_size(cfg, volume)
+    roots = stack.read_roots(cfg, volume.shape)
+    key = _make_key(cfg, stack)
+    log.info("%s: %s voxels ...", label, " x ".join(map(str, volume.shape)))
+    if size is None:
+        log.warning(
+            "%s: the file does not say its voxel size; traced in voxels, and no micrometers are written. Give "
+            "voxel_size=z,y,x",
+            stack.id,
+        )
+
+    trace = trace_image(volume.__getitem__, volume.shape, size, roots=roots, cfg=cfg.trace, search_somas=cfg.somas)
+    warnings = list_warnings(trace.figures, trace.foreground.is_inverted)
+    for warning in warnings:
+        log.warning("%s: %s", stack.id, warning)
+
+    # From here to the entry below the files are half written, and the entry of earlier ones is stale.
+    _set_changed_files_aside(cfg.out, stack.id)
+    files.write_json(_entry_path(cfg.out, stack.id), {"key": "", "files": {}, "result": {}})
+    paths = _write_trees(cfg.out, stack, trace.trees, size)
+    files.write_json(
+        cfg.out / "neuroglancer" / f"{stack.id}.json",
+        page.build_neuroglancer_state(trace.trees, volume.shape, size),
+    )
+    overlay = cfg.out / "overlay" / f"{stack.id}.png"
+    with files.atomic(overlay) as part:
+        part.write_bytes(page.draw_overlay(volume, trace.foreground, trace.trees, size))
+
+    result = _describe(stack, volume, trace, size, roots, warnings)
+    result["seconds"] = round(time.monotonic() - started_at, 1)
+    checksums = {path.relative_to(cfg.out).as_posix(): files.sha256(path) for path in [*paths, overlay]}
+    # The entry comes last: with it the stack counts as done.
+    files.write_json(_entry_path(cfg.out, stack.id), {"key": key, "files": checksums, "result": result})
+    log.info(
+        "%s: %s, %s of cable, %.1f s",
+        label,
+        files.format_count(trace.figures.trees, "tree"),
+        f"{result['cable']:.0f} {result['unit']}",
+        result["seconds"],
+    )
+    return result
+
+
+def _describe(
+    stack: Stack,
+    volume: Volume,
+    trace: ImageTrace,
+    size: VoxelSize | None,
+    roots: tuple[tuple[float, float, float], ...],
+    warnings: list[str],
+) -> Result:
+    """What trace.json says of a stack; paths are relative to OUT."""
+    unit = "voxels" if size is None else "um"
+    scaled = [tree if size is None else morphology.scale_tree(tree, size) for tree in trace.trees]
+    start = "from the given roots" if roots else "from somas" if trace.somas else "from the thickest ends"
+    has_trees = bool(trace.trees)
+    return {
+        "image": str(stack.path),
+        "shape": volume.shape,
+        "voxel_size": size,
+        "model": "none",
+        "start": start,
+        "roots": [tree.points[0].round(3).tolist() for tree in trace.trees],
+        "somas": [asdict(soma) for soma in trace.somas],
+        "unit": unit,
+        "cable": round(sum(map(morphology.length, scaled)), 2),
+        "figures": asdict(trace.figures),
+        "level": {
+            "inverted": trace.foreground.is_inverted,
+            "otsu": round(trace.foreground.otsu, 4),
+            "floor": round(trace.foreground.floor, 4),
+            "noise": round(trace.foreground.noise_level, 4),
+        },
+        "warnings": warnings,
+        # The cable behind a place is in the unit of the trees.
+        "places": [
+            {"kind": p.kind, "z": p.z, "y": p.y, "x": p.x, "doubt": p.doubt, "cable": p.cable_um, "tree": p.neuron}
+            for p in trace.places
+        ],
+        "swc": f"swc/{stack.id}.swc" if has_trees and size is not None else None,
+        "swc_voxel": f"swc/{stack.id}.voxel.swc" if has_trees else None,
+        "overlay": f"overlay/{stack.id}.png",
+        "neuroglancer": f"neuroglancer/{stack.id}.json",
+    }
+
+
+# --- Files of a stack ---
+
+
+def _write_trees(out: Path, stack: Stack, trees: list[Tree], size: VoxelSize | None) -> list[Path]:
+    """Write all trees of a stack in one file, and each in its own where there are several; the paths."""
+    if not trees:
+        return []
+    comments = [f"traced by hpc_neuro {run_folder.code_version()} from {stack.path}, without a network"]
+    paths = _write_swc(out / "swc", stack.id, morphology.concatenate_trees(trees), size, comments)
+    if len(trees) > 1:
+        for number, tree in enumerate(trees, start=1):
+            paths += _write_swc(out / "swc" / stack.id, f"{number:04d}", tree, size, comments)
+    return paths
+
+
+def _write_swc(folder: Path, name: str, tree: Tree, size: VoxelSize | None, comments: list[str]) -> list[Path]:
+    """NAME.voxel.swc in voxels, and where the voxel size is known NAME.swc in micrometers."""
+    paths = [folder / f"{name}.voxel.swc"]
+    swc.write(paths[0], tree, unit="voxel", voxel_size=size, comments=comments)
+    if size is not None:
+        paths.append(folder / f"{name}.swc")
+        swc.write(paths[1], morphology.scale_tree(tree, size), unit="um", voxel_size=size, comments=comments)
+    return paths
+
+
+def _list_tree_files(out: Path, name: str) -> list[Path]:
+    """The SWC files of a stack that exist."""
+    paths = [out / "swc" / f"{name}.{kind}" for kind in ("swc", "voxel.swc")]
+    return [path for path in paths if path.exists()] + sorted((out / "swc" / name).glob("*.swc"))
+
+
+def _set_changed_files_aside(out: Path, name: str) -> None:
+    """Remove the trees of an earlier run; a file that a person changed goes to OUT/set_aside."""
+    path = _entry_path(out, name)
+    entry: dict[str, Any] = {"key": "", "files": {}}
+    if path.exists():
+        entry = files.read_json(path, f"remove {path}")
+    for file in _list_tree_files(out, name):
+        checksum = entry["files"].get(file.relative_to(out).as_posix())
+
+        # An entry without a key was being written, so what lies there is half a result of ours.
+        if checksum == files.sha256(file) or (path.exists() and not entry["key"]):
+            file.unlink()
+        else:
+            target = _free_path(out / "set_aside" / file.relative_to(out))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
+            log.info("%s was changed since it was traced, and is now %s", file, target)
+
+
+def _free_path(path: Path) -> Path:
+    """The path, with a number where a file has it already."""
+    target, number = path, 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.stem}.{number}{path.suffix}")
+    return target
+
+
+# --- Results of earlier runs ---
+
+
+def _entry_path(out: Path, name: str) -> Path:
+    return out / "entries" / f"{name}.json"
+
+
+def _make_key(cfg: TraceStacksConfig, stack: Stack) -> str:
+    """All that the trees of a stack depend on, hashed."""
+    content = files.sha256(stack.path) if stack.path.is_file() else describe_image_folder(stack.path)
+    seed_file = stack.find_seed_file(cfg)
+    settings = {k: v for k, v in schema.to_plain(cfg).items() if k not in ("stacks", "out", "seeds")}
+    seeds = files.sha256(seed_file) if seed_file is not None and seed_file.is_file() else ""
+    facts = json.dumps([_METHOD, content, seeds, str(stack.path.resolve()), settings], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _read_result(cfg: TraceStacksConfig, stack: Stack) -> Result | None:
+    """The result that an earlier run left of the same image and settings, whose files all exist; None without."""
+    path = _entry_path(cfg.out, stack.id)
+    # What cannot be opened fails where it is traced.
+    if not path.exists() or not stack.path.exists():
+        return None
+    entry = files.read_json(path, f"remove {path}")
+    is_whole = all((cfg.out / file).exists() for file in entry["files"])
+    return dict(entry["result"]) if is_whole and entry["key"] == _make_key(cfg, stack) else None
+
+
+def _write_index(cfg: TraceStacksConfig, results: dict[str, Result], failures: list[str]) -> None:
+    """Write trace.json and trace.html."""
+    settings = {k: v for k, v in schema.to_plain(cfg).items() if k != "stacks"}
+    files.write_json(cfg.out / INDEX, {"settings": settings, "stacks": results, "failures": failures})
+    page.write_page(cfg.out, results, failures)
+
+
+def _log_results(cfg: TraceStacksConfig, results: dict[str, Result], failures: list[str]) -> None:
+    """Say where the results are, and how to open them."""
+    lines = []
+    for name, result in results.items():
+        trees = [str(cfg.out / result[key]) for key in ("swc", "swc_voxel") if result[key]]
+        lines.append(f"{name}: {', '.join([*trees, str(cfg.out / result['overlay'])])}")
+    lines += [f"failed: {failure}" for failure in failures]
+    lines.append(f"page: {(cfg.out / page.PAGE).resolve()}")
+    first = next((result for result in results.values() if result["swc_voxel"]), None)
+    log.info("%s", "\n".join([*lines, *page.list_advice(first, cfg.out)]))
+
+
+def _format_size(size: VoxelSize) -> str:
+    return " x ".join(f"{value:.4g}" for value in size)

@@ -1,0 +1,150 @@
+"""Tracing an image without a network: known neurons under noise, haze, inversion and somas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+
+import hpc_neuro
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree, concatenate_trees, length
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.trace_stacks.foreground import measure_foreground
+from hpc_neuro.trace_stacks.sanity import list_warnings
+from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
+from tests.helpers.shapes import paint_points, sample_line
+from tests.helpers.stacks import SHAPE, make_neuron, take_picture
+
+ISO = (1.0, 1.0, 1.0)
+
+
+def trace_array(image: NDArray[np.generic], roots: tuple[tuple[float, float, float], ...] = ()) -> ImageTrace:
+    z, y, x = image.shape
+    return trace_image(lambda box: image[box.slices], (z, y, x), ISO, roots=roots)
+
+
+def measure_f1(trace: ImageTrace, gold: Tree) -> float:
+    return match_cable(concatenate_trees(trace.trees), gold, 3.0).f1
+
+
+@pytest.fixture(scope="module")
+def gold() -> Tree:
+    return make_neuron()
+
+
+def test_a_plain_stack_gives_its_neuron_without_warnings(gold: Tree) -> None:
+    trace = trace_array(take_picture(gold))
+    assert measure_f1(trace, gold) > 0.95
+    assert len(trace.trees) == 1
+    assert not trace.somas
+    assert list_warnings(trace.figures, trace.foreground.is_inverted) == []
+
+
+def test_the_result_does_not_depend_on_the_type_or_the_scale(gold: Tree) -> None:
+    image = take_picture(gold)
+    plain = trace_array(image)
+    for other in (image.astype(np.uint16) * 37 + 900, image.astype(np.float32) / 255 - 3):
+        trace = trace_array(other)
+        assert trace.figures.cable == pytest.approx(plain.figures.cable, rel=0.02)
+        assert measure_f1(trace, gold) > 0.95
+
+
+def test_haze_and_a_brightness_gradient_are_background(gold: Tree) -> None:
+    image = take_picture(gold).astype(np.float32)
+    haze = 150 * np.exp(-(((np.indices(SHAPE)[2] - 30) / 60.0) ** 2))
+    trace = trace_array((image + haze).astype(np.uint16))
+    assert measure_f1(trace, gold) > 0.93
+
+
+def test_a_dark_neuron_on_a_bright_ground_is_traced_inverted_and_told(gold: Tree) -> None:
+    trace = trace_array(255 - take_picture(gold))
+    assert trace.foreground.is_inverted
+    assert measure_f1(trace, gold) > 0.95
+    assert any("dark on bright" in warning for warning in list_warnings(trace.figures, True))
+
+
+def test_hot_pixels_are_no_neurites(gold: Tree) -> None:
+    image = take_picture(gold)
+    places = np.random.default_rng(1).integers(0, image.size, 200)
+    image.ravel()[places] = 255
+    trace = trace_array(image)
+    assert measure_f1(trace, gold) > 0.93
+
+
+@pytest.mark.parametrize("mean", [100.0, -10.0], ids=["plain", "clipped at 0"])
+def test_pure_noise_gives_no_forest(mean: float) -> None:
+    noise = np.clip(np.random.default_rng(0).normal(mean, 20, SHAPE), 0, 255).astype(np.uint8)
+    trace = trace_array(noise)
+    assert trace.figures.cable < 60 or list_warnings(trace.figures, trace.foreground.is_inverted)
+
+
+def test_an_image_without_contrast_is_refused() -> None:
+    with pytest.raises(InputError, match="every voxel is 7"):
+        trace_array(np.full((8, 16, 16), 7, dtype=np.uint8))
+
+
+def test_boxes_fit_together(gold: Tree) -> None:
+    image = take_picture(gold)
+    foreground = measure_foreground(lambda box: image[box.slices], SHAPE)
+    whole = foreground.probability(Box.whole(SHAPE))
+    box = Box((5, 17, 33), (29, 70, 101))
+    np.testing.assert_array_equal(foreground.probability(box), whole[box.slices])
+
+
+def test_each_soma_becomes_one_tree_of_type_1_and_a_given_root_wins() -> None:
+    body = np.zeros((40, 120, 160), dtype=np.float32)
+    for y, x in ((40, 40), (85, 115)):
+        paint_points(body, np.array([[20.0, y, x]]), 9.0)
+        paint_points(body, sample_line((20, y, x - 35), (20, y, x + 35)), 1.8, 0.6)
+        paint_points(body, sample_line((20, y, x), (20, y + 30, x + 5)), 1.8, 0.6)
+    image = 20 + 150 * body + np.random.default_rng(0).normal(0, 3, body.shape)
+
+    trace = trace_array(image.astype(np.uint8))
+    assert len(trace.somas) == len(trace.trees) == 2
+    centers = sorted(np.round(tree.points[0]).astype(int).tolist() for tree in trace.trees)
+    np.testing.assert_allclose(centers, [[20, 40, 40], [20, 85, 115]], atol=2)
+    assert all(tree.types.tolist() == [1] + [0] * (len(tree) - 1) for tree in trace.trees)
+    # A soma is no end of the cable: both dendrites stay.
+    assert all(np.ptp(tree.points[:, 2]) > 60 for tree in trace.trees)
+
+    given = trace_array(image.astype(np.uint8), roots=((20.0, 40.0, 5.0),))
+    assert len(given.trees) == 1
+    assert given.trees[0].types[0] == 0
+    np.testing.assert_allclose(given.trees[0].points[0], (20, 40, 5))
+
+
+def test_a_thick_trunk_and_a_dim_blob_are_no_somas() -> None:
+    body = np.zeros((40, 96, 160), dtype=np.float32)
+    paint_points(body, sample_line((20, 30, 10), (20, 30, 150)), 1.5)
+    paint_points(body, sample_line((20, 30, 60), (20, 30, 120)), 7.0)
+    paint_points(body, np.array([[20.0, 75.0, 60.0]]), 9.0, 0.35)
+    image = 20 + 150 * body + np.random.default_rng(0).normal(0, 3, body.shape)
+    assert not trace_array(image.astype(np.uint8)).somas
+
+
+def test_the_python_function_takes_arrays_and_paths(gold: Tree, tmp_path: Path) -> None:
+    image = take_picture(gold)
+    tifffile.imwrite(tmp_path / "n.tif", image)
+    root = tuple(gold.points[0].tolist())
+    for source in (image, tmp_path / "n.tif", str(tmp_path / "n.tif")):
+        (tree,) = hpc_neuro.trace(source, voxel_size=ISO, root=root)
+        assert match_cable(tree, gold, 3.0).f1 > 0.95
+        assert length(tree) > 100
+    with pytest.raises(InputError, match="three axes"):
+        hpc_neuro.trace(image[0])
+
+
+@pytest.mark.parametrize(("name", "least"), [("OP_1", 0.97), ("OP_7", 0.97)])
+def test_a_diadem_neuron_is_traced_without_warnings(real_data: Path, name: str, least: float) -> None:
+    gold = hpc_neuro.read_swc(real_data / "diadem_op" / f"{name}.swc")
+    image = tifffile.imread(real_data / "diadem_op" / f"{name}.tif")
+    z, y, x = image.shape
+    root = tuple(gold.points[0].tolist())
+    trace = trace_image(lambda box: image[box.slices], (z, y, x), (0.9988, 0.32965, 0.32965), roots=[root])
+    assert match_cable(trace.trees[0], gold, 4.0).f1 > least
+    assert list_warnings(trace.figures, trace.foreground.is_inverted) == []

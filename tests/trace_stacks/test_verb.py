@@ -1,0 +1,162 @@
+"""`hpc-neuro trace` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from hpc_neuro import cli
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
+from hpc_neuro.data import swc
+from hpc_neuro.metrics.cable import match_cable
+from tests.helpers.stacks import make_neuron, take_picture
+
+SIZE = "voxel_size=1,0.5,0.5"
+
+
+@pytest.fixture
+def stacks(tmp_path: Path) -> Path:
+    folder = tmp_path / "stacks"
+    folder.mkdir()
+    for seed, name in ((3, "n2"), (4, "n10")):
+        tifffile.imwrite(folder / f"{name}.tif", take_picture(make_neuron(seed)))
+    return folder
+
+
+def read_index(out: Path) -> dict[str, object]:
+    return dict(json.loads((out / "trace.json").read_text()))
+
+
+def test_one_stack_gives_trees_pictures_and_advice(stacks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["trace", str(stacks / "n2.tif"), SIZE, f"out={out}"]) == EXIT_DONE
+
+    gold = make_neuron(3)
+    voxel, um = swc.read(out / "swc" / "n2.voxel.swc"), swc.read(out / "swc" / "n2.swc")
+    assert match_cable(voxel, gold, 3.0).f1 > 0.95
+    np.testing.assert_allclose(um.points, voxel.points * (1, 0.5, 0.5), atol=1e-4)
+    assert swc.read_header(out / "swc" / "n2.swc").unit == "um"
+
+    page = (out / "trace.html").read_text()
+    assert "data:image/png" in page
+    assert (out / "overlay" / "n2.png").read_bytes().startswith(b"\x89PNG")
+    state = json.loads((out / "neuroglancer" / "n2.json").read_text())
+    assert len(state["layers"][0]["annotations"]) == len(voxel.edges)
+    for word in ("Fiji/SNT", "napari", "Neuroglancer", str(out / "swc" / "n2.swc"), "trace.html"):
+        assert word in (out / "log.txt").read_text()
+
+
+def test_a_folder_is_resumed_where_it_was_interrupted(stacks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks), SIZE, f"out={out}"]
+    assert cli.main(command) == EXIT_DONE
+    assert list(read_index(out)["stacks"]) == ["n2", "n10"]  # type: ignore[call-overload]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.swc")}
+
+    # Nothing is done again; what is missing is, and nothing else.
+    assert cli.main(command) == EXIT_DONE
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    (out / "overlay" / "n2.png").unlink()
+    assert cli.main(command) == EXIT_DONE
+    after = {path: path.stat().st_mtime_ns for path in before}
+    changed = {path.name.partition(".")[0] for path in before if after[path] != before[path]}
+    assert changed == {"n2"}
+
+    # Other settings, or another image, are another result.
+    assert cli.main([*command, "trace.min_branch=9"]) == EXIT_DONE
+    assert all(path.stat().st_mtime_ns > after[path] for path in before)
+
+
+def test_a_tree_that_a_person_changed_is_set_aside(stacks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}"]
+    assert cli.main(command) == EXIT_DONE
+    tree = out / "swc" / "n2.swc"
+    tree.write_text(tree.read_text() + "# mine\n")
+    assert cli.main([*command, "trace.min_branch=9"]) == EXIT_DONE
+    assert "# mine" in (out / "set_aside" / "swc" / "n2.swc").read_text()
+    assert "# mine" not in tree.read_text()
+
+
+def test_without_a_voxel_size_no_micrometers_are_written(stacks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["trace", str(stacks / "n2.tif"), f"out={out}"]) == EXIT_DONE
+    assert (out / "swc" / "n2.voxel.swc").exists()
+    assert not (out / "swc" / "n2.swc").exists()
+    assert "voxel_size=z,y,x" in (out / "log.txt").read_text()
+    entry = read_index(out)["stacks"]["n2"]  # type: ignore[index]
+    assert entry["unit"] == "voxels"
+    assert entry["swc"] is None
+
+
+def test_a_bad_stack_is_listed_and_the_others_are_done(stacks: Path, tmp_path: Path) -> None:
+    (stacks / "bad.tif").write_bytes(b"II*\x00" + bytes(20))
+    out = tmp_path / "out"
+    assert cli.main(["trace", str(stacks), SIZE, f"out={out}"]) == EXIT_FAILURES
+    index = read_index(out)
+    assert len(index["stacks"]) == 2  # type: ignore[arg-type]
+    assert "bad.tif" in index["failures"][0]  # type: ignore[index]
+    assert "bad.tif" in (out / "trace.html").read_text()
+
+
+def test_a_single_bad_stack_writes_nothing(stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (stacks / "bad.tif").write_bytes(b"II*\x00" + bytes(20))
+    assert cli.main(["trace", str(stacks / "bad.tif"), f"out={tmp_path / 'out'}"]) == EXIT_BAD_INPUT
+    assert "bad.tif" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no stack is given"),
+        (["absent.tif"], "absent.tif does not exist"),
+        (["no_*.tif"], "no file matches"),
+        (["STACK", "root=1,2"], "root"),
+        (["STACK", "root=1,2,900"], "lies outside"),
+        (["STACK", "voxel_size=1,0,1"], "above 0"),
+        (["STACK", "root=1,2,3", "seeds=a.marker"], "not both"),
+        (["STACK", "STACK10", "root=1,2,3"], "holds for one stack"),
+        (["STACK", "colour=3"], "colour"),
+    ],
+)
+def test_a_faulty_command_is_one_sentence(
+    stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    paths = {"STACK": str(stacks / "n2.tif"), "STACK10": str(stacks / "n10.tif")}
+    out = tmp_path / "out"
+    assert cli.main(["trace", *(paths.get(word, word) for word in words), f"out={out}"]) == EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_seed_file_beside_the_stack_gives_the_roots(stacks: Path, tmp_path: Path) -> None:
+    z, y, x = make_neuron(3).points[-1]
+    (stacks / "n2.marker").write_text(f"{x + 1},{y + 1},{z + 1}\n")
+    out = tmp_path / "out"
+    assert cli.main(["trace", str(stacks / "n2.tif"), SIZE, f"out={out}"]) == EXIT_DONE
+    np.testing.assert_allclose(swc.read(out / "swc" / "n2.voxel.swc").points[0], (z, y, x), atol=1e-3)
+
+
+def test_stacks_of_one_stem_get_names_of_their_own(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tifffile.imwrite(tmp_path / folder / "n.tif", take_picture(make_neuron(3)))
+    out = tmp_path / "out"
+    assert cli.main(["trace", str(tmp_path / "*" / "n.tif"), SIZE, f"out={out}"]) == EXIT_DONE
+    assert list(read_index(out)["stacks"]) == ["a_n_tif", "b_n_tif"]  # type: ignore[call-overload]
+
+
+def test_no_torch_is_imported(stacks: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from hpc_neuro import cli; "
+        f"code = cli.main(['trace', {str(stacks / 'n2.tif')!r}, 'out={tmp_path / 'out'}']); "
+        "sys.exit(code or ('torch' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
