@@ -49,6 +49,8 @@ _SPECK_VOXELS = 12
 """[voxel] Smaller connected components of a mask are specks, as in `TraceConfig.min_voxels`."""
 _SPECK_SHARE = 0.02
 """Share of the mask in specks up to which it is clean."""
+_NOISE_SHARE = 0.25
+"""Share of the mask in specks from which they are noise, and not a broken neurite."""
 _MASK_SHARE = 0.15
 """Share of the volume that a clean mask fills at most."""
 _DARK_RATIO = 2.0
@@ -288,7 +290,9 @@ def _choose_floor(sample: list[_Part], otsu: float) -> tuple[float, float]:
 
     # A mask that fills the volume at every level has no specks to compare.
     share, floor = min(candidates, default=(0.0, otsu))
-    return floor, share
+
+    # So many specks are noise at every level, and a low one would make a forest of it.
+    return (floor, share) if share <= _NOISE_SHARE else max((level, specks) for specks, level in candidates)
 
 
 def _measure_specks(sample: list[_Part], floor: float) -> tuple[float, float]:
