@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import logging
 import os
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.core import schema, stop_signals
+from hpc_neuro.core import files, schema, stop_signals
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.core.distributed import is_main
 from hpc_neuro.core.hardware_faults import find_hardware_fault
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     except Exception as error:
         code = _report_fault(name, error)
-        # Whatever is neither a full disk nor failing hardware is a bug, and keeps its traceback.
+        # Whatever is neither the place of a file nor failing hardware is a bug, and keeps its traceback.
         if code is None:
             raise
         return code
@@ -142,12 +141,12 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
 
 
 def _report_fault(name: str, error: Exception) -> int | None:
-    """Say what the user can do about a full disk or failing hardware; the exit code, None for any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        sys.stderr.write(
-            f"hpc-neuro {name}: no space left on the disk ({error.filename or error}); no half-written file was kept: "
-            "make room and give the same command again\n"
-        )
+    """Say what the user can do about a place, a name or failing hardware; the exit code, None for any other error."""
+    sentence = files.explain_os_error(error) if isinstance(error, OSError) else None
+    if isinstance(error, UnicodeEncodeError):
+        sentence = f"{ascii(error.object)[:200]} is not UTF-8; rename the file, or give another id"
+    if sentence is not None:
+        sys.stderr.write(f"hpc-neuro {name}: {sentence}; no half-written file was kept\n")
         return EXIT_BAD_INPUT
 
     fault = find_hardware_fault(error)

@@ -16,6 +16,7 @@ from hpc_neuro.core.schema import ConfigError, InputError, config, load
 from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.synthetic import SyntheticConfig
 from hpc_neuro.metrics.metric import tolerance_key
+from hpc_neuro.metrics.score_file import read_scores
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.pipeline import STAGES
 
@@ -87,9 +88,9 @@ def run(cfg: DemoConfig) -> int:
     start = time.monotonic()
     inputs = {"data": digest_pairs(cfg.data) if cfg.data else "synthetic"}
     # A report that was deleted is made again.
-    has_report = (cfg.out / "report.html").exists()
+    is_whole = (cfg.out / "report.html").exists() and not _list_damaged_stages(cfg)
 
-    with run_folder.start("demo", cfg, cfg.out, inputs, whole=has_report) as record:
+    with run_folder.start("demo", cfg, cfg.out, inputs, whole=is_whole) as record:
         if record.complete:
             _log_result(cfg)
             return 0
@@ -106,7 +107,9 @@ def run(cfg: DemoConfig) -> int:
                 return code
 
         summary = _publish(cfg, choose_held_out(cfg, data))
-        record.finish({**summary, "seconds": round(time.monotonic() - start)})
+        outputs = [cfg.out / name for name in STAGES["evaluate"].artifacts]
+        outputs += sorted(path for path in (cfg.out / "swc").rglob("*") if path.is_file())
+        record.finish({**summary, "seconds": round(time.monotonic() - start)}, outputs=outputs)
 
     _log_result(cfg)
     return 0
@@ -190,6 +193,21 @@ def _run_stage(cfg: DemoConfig, name: str, label: str, data: Path) -> int:
     return code
 
 
+def _list_damaged_stages(cfg: DemoConfig) -> list[str]:
+    """The stages that left no readable record, or whose outputs are not as they were written."""
+    damaged = []
+    for name, stage in STAGES.items():
+        folder = cfg.out / str(stage.folder)
+        try:
+            record = run_folder.read_record(folder, "the stage runs again")
+        except InputError:
+            damaged.append(name)
+            continue
+        if run_folder.list_damaged(folder, record):
+            damaged.append(name)
+    return damaged
+
+
 def _make_neurons(folder: Path, cfg: SyntheticConfig) -> None:
     from hpc_neuro.data.synthetic import write_dataset
 
@@ -237,7 +255,7 @@ def _headline_metrics(cfg: DemoConfig) -> dict[str, str]:
 def _read_means(cfg: DemoConfig) -> dict[str, dict[str, float]]:
     """Means over the held-out neurons, by method: the model, and Otsu's threshold where it was scored."""
     # Seeds and other methods that `compare` adds are in the report, not in this table.
-    means = files.read_json(cfg.out / "metrics.json", "run the demo again")["mean"]
+    means = read_scores(cfg.out, "give the same command again")["mean"]
     return {method: means[method] for method in ("model", "otsu") if method in means}
 
 

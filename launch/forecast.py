@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import sys
@@ -13,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from hpc_neuro.core import metric_rows
 from hpc_neuro.core.files import format_bytes, format_count
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import VERBS
@@ -197,10 +197,10 @@ def _find_memory_faults(cost: TrainingCost, resources: Resources, site: Site) ->
 def _estimate_step_seconds(cfg: Any, site: Site, operations: float) -> float | None:
     """[s] Per step, as measured in this run folder, else by the site's `teraflops`, else unknown."""
     path = cfg.out / "metrics.jsonl"
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # The last row may still be being written.
-    whole_rows = [json.loads(row) for row in rows[-_RECENT_ROWS:] if row.endswith("}")]
-    speeds = [row["crops_per_s"] for row in whole_rows if row.get("crops_per_s")]
+    rows = metric_rows.list_rows(metric_rows.read_lines(path)[-_RECENT_ROWS:])
+    speeds = [
+        row["crops_per_s"] for row in rows if isinstance(row.get("crops_per_s"), float) and row["crops_per_s"] > 0
+    ]
 
     # The latest speed, as the first steps include compilation and warm-up.
     if speeds:

@@ -16,6 +16,7 @@ A start of a job is named JOB.RESTARTS and has a folder FOLDER/starts/JOB.RESTAR
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import subprocess
@@ -26,8 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.core import files
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_FAILURES, EXIT_HARDWARE, EXIT_NETWORK, EXIT_STOPPED
+from hpc_neuro.core.schema import InputError
 from launch import slurm
 
 ENDS_FILE = "ends.json"
@@ -62,6 +67,20 @@ RankNote = Mapping[str, Any]
 """What a rank leaves: `code`, `words` (signals and events, in order), `host`, and `stop_reason` where it is certain."""
 
 
+@with_config(ConfigDict(extra="allow"))
+class _NoteForm(TypedDict):
+    code: int
+    words: list[str]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _EndForm(TypedDict):
+    start: str
+    reason: str
+    put_back: bool
+    at: str
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How a start ended."""
@@ -92,7 +111,10 @@ class JobRecord:
     def read_ends(self) -> list[dict[str, Any]]:
         """Read the ends that are recorded so far."""
         path = self.ends_file
-        return list(files.read_json(path, f"remove {path}")) if path.exists() else []
+        # A list that cannot be read is begun anew: a job must not fail at the record of the jobs before it.
+        with contextlib.suppress(InputError):
+            return list(map(dict, files.read_json(path, "", list[_EndForm])))
+        return []
 
     def write_end(self, start: str, reason: str, code: int, is_requeued: bool) -> None:
         """Record the end of a start, here and in the run's own record where it has one."""
@@ -107,9 +129,10 @@ class JobRecord:
         ends = [*(e for e in self.read_ends() if e["start"] != start), end]
         files.write_json(self.ends_file, ends)
 
-        run = self.out / "run.json"
-        if run.exists():
-            files.write_json(run, files.read_json(run, f"remove {run}") | {"ends": ends})
+        # Without a readable record the next start says what to do.
+        with contextlib.suppress(InputError):
+            record = run_folder.read_record(self.out, "")
+            files.write_json(self.out / run_folder.RECORD, record | {"ends": ends})
 
 
 def read_job_id(env: Mapping[str, str]) -> str:
@@ -361,8 +384,11 @@ def _explain_silence(silent: Sequence[int]) -> str:
 def _read_notes(start: Path, ranks: int) -> dict[int, RankNote]:
     """Read the notes of the ranks that left one."""
     # A rank that was killed leaves no note.
-    paths = {rank: start / f"rank_{rank}.json" for rank in range(ranks)}
-    return {rank: files.read_json(path, "written by a rank") for rank, path in paths.items() if path.exists()}
+    notes = dict[int, RankNote]()
+    for rank in range(ranks):
+        with contextlib.suppress(InputError):
+            notes[rank] = dict(files.read_json(start / f"rank_{rank}.json", "", _NoteForm))
+    return notes
 
 
 def _find_silent_ranks(start: Path, ranks: int, notes: Mapping[int, RankNote]) -> list[int]:

@@ -6,7 +6,6 @@ OUT/launch/jobs.json lists the jobs of a run folder, the oldest first.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -16,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc_neuro.core import files
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from hpc_neuro.core import files, metric_rows
 from hpc_neuro.core.schema import InputError
 from launch import slurm
 from launch.job_end import JobRecord
@@ -62,10 +64,21 @@ class LaunchedJob:
         return ends[-1] if ends else None
 
 
+@with_config(ConfigDict(extra="allow"))
+class _JobRow(TypedDict):
+    """What jobs.json holds of one job at least."""
+
+    id: str
+    on: Literal["slurm", "local"]
+    verb: str
+    share: str
+
+
 def read_jobs(out: Path) -> list[LaunchedJob]:
     """Read the jobs that were submitted into a run folder, the oldest first. Raises InputError when there are none."""
     path = out / "launch" / JOBS_FILE
-    rows = files.read_json(path, f"nothing was launched into {out}; give the run folder of a launched verb")
+    hint = f"nothing was launched into {out}; give the run folder of a launched verb"
+    rows = files.read_json(path, hint if not path.exists() else f"remove {path} to launch again", list[_JobRow])
     return [LaunchedJob(row["id"], row["on"], row["verb"], out.resolve(), row["share"]) for row in rows]
 
 
@@ -180,16 +193,12 @@ def describe_last_step(out: Path) -> str:
     if not path.exists():
         return ""
 
-    # The last row of training says where the run is.
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            # The last line is being written.
-            continue
-        if row.get("kind") == "train":
+    # The last row of training says where the run is; the last line may still be written.
+    for line in reversed(metric_rows.read_lines(path)):
+        row = metric_rows.parse_row(line)
+        if row is not None and row.get("kind") == "train":
             loss = row.get("loss")
-            return f"step {row['step']}" if loss is None else f"step {row['step']}, loss {loss:.4f}"
+            return f"step {row['step']}, loss {loss:.4f}" if isinstance(loss, float) else f"step {row['step']}"
 
     return ""
 

@@ -306,7 +306,7 @@ class Submission:
         """Append jobs to OUT/launch/jobs.json."""
         path = self.launch_folder / JOBS_FILE
         # Jobs of earlier submissions stay: `status` shows how each ended.
-        rows = files.read_json(path, f"remove {path}") if path.exists() else []
+        rows = files.read_json(path, f"remove {path}", list[dict[str, Any]]) if path.exists() else []
         facts = {
             "at": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             "after": list(after),

@@ -91,7 +91,7 @@ class RankPlace:
                 )
             time.sleep(0.1)
 
-        address = files.read_json(path, "rank 0 writes it")
+        address = files.read_json(path, f"remove {path} and start the job again", dict[str, str])
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
@@ -204,7 +204,7 @@ class RankTask:
 
     def _build_environment(self, address: Mapping[str, str]) -> dict[str, str]:
         # Later entries win: the site overrides the login environment, and ranks override both.
-        secrets = files.read_json(self.secrets_file, "submit again") if self.secrets_file else {}
+        secrets = files.read_json(self.secrets_file, "submit again", dict[str, str]) if self.secrets_file else {}
         env = {**os.environ, **self.environment, **secrets, **address}
         env["PYTHONPATH"] = os.pathsep.join([str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])])
         # Compilers of torch and Triton write thousands of small files, which a shared file system serves slowly.

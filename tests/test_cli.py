@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
 from hpc_neuro import cli
 from hpc_neuro.core import schema, stop_signals
@@ -67,21 +71,76 @@ def test_an_unknown_verb_and_an_unknown_flag_are_refused(capsys: pytest.CaptureF
     assert "--dryrun is not a flag" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_full_disk(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device", "store/OP_1.h5")
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "the disk is full; make room"),
+        (errno.EDQUOT, "the quota is used up; make room"),
+        (errno.EFBIG, "raise the limit"),
+        (errno.EROFS, "read-only; choose another `out`"),
+        (errno.EACCES, "no permission; choose another `out`"),
+        (errno.ENAMETOOLONG, "shorten the id or the path"),
+        (errno.EEXIST, "a file has the place of a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_one_sentence(
+    number: int, advice: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number), "store/OP_1.h5")
 
-    monkeypatch.setattr(cli, "_run_verb", raise_full_disk)
+    monkeypatch.setattr(cli, "_run_verb", refuse)
     assert cli.main(["prepare"]) == 2
-    assert "no space left on the disk (store/OP_1.h5)" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert text.startswith("hpc-neuro prepare: store/OP_1.h5: ")
+    assert advice in text
+    assert text.count("\n") == 1
+
+
+def write_pair(folder: Path, name: str) -> None:
+    folder.mkdir(exist_ok=True)
+    image = np.random.default_rng(0).integers(0, 50, (8, 32, 32)).astype(np.uint8)
+    image[4, 16, 2:30] = 250
+    tifffile.imwrite(folder / f"{name}.tif", image)
+    (folder / f"{name}.swc").write_text("".join(f"{i} 2 {i + 1} 16 4 1 {i - 1 or -1}\n" for i in range(1, 28)))
+
+
+def run_prepare(tmp_path: Path, name: str, out: str, before: str) -> subprocess.CompletedProcess[bytes]:
+    write_pair(tmp_path / "raw", name)
+    keys = f"images='{tmp_path / 'raw'}' out='{tmp_path / out}' voxel_size=[1,1,1] split.val_fraction=0"
+    command = f"{before} {sys.executable} -m hpc_neuro prepare {keys} split.test_fraction=0 misaligned=warn"
+    return subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["out is a file", "a part of out is a file", "file size limit", "long id", "not UTF-8"]
+)
+def test_prepare_where_it_cannot_write(case: str, tmp_path: Path) -> None:
+    name, out, before = "n1", "out", ""
+    if "out is a file" in case:
+        (tmp_path / "file").touch()
+        out = "file" if case == "out is a file" else "file/out"
+    elif case == "file size limit":
+        before = "ulimit -f 8;"
+    elif case == "long id":
+        name = "n" * 245
+    else:
+        name = os.fsdecode(b"n\xff1")
+
+    done = run_prepare(tmp_path, name, out, before)
+    text = done.stderr.decode(errors="replace")
+    assert done.returncode == 2, text
+    assert "Traceback" not in text
+    assert not list(tmp_path.rglob(".*.part"))
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def raise_io_error(*_: object) -> int:
-        raise OSError(errno.EIO, "I/O error")
+        raise OSError(errno.EBADF, "Bad file descriptor")
 
     monkeypatch.setattr(cli, "_run_verb", raise_io_error)
-    with pytest.raises(OSError, match="I/O error"):
+    with pytest.raises(OSError, match="Bad file descriptor"):
         cli.main(["prepare"])
 
 

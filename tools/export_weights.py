@@ -21,10 +21,8 @@ from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.models.config import SavedStudent
 from hpc_neuro.train.checkpoint import folder
-from hpc_neuro.train.checkpoint.folder import TrainingState
-from hpc_neuro.train.checkpoint.tensor_files import list_kinds, stream_tensors, write_tensors
-
-_PREFIX = "student."
+from hpc_neuro.train.checkpoint.student_weights import open_weights
+from hpc_neuro.train.checkpoint.tensor_files import write_tensors
 
 
 def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
@@ -33,22 +31,18 @@ def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
     Raises InputError when there is no complete checkpoint, or its files lack something.
     """
     checkpoint = _find_checkpoint(source)
-    state = folder.read_training_state(checkpoint)
-    is_averaged = not plain and "average" in list_kinds(checkpoint)
-    extra = _make_extra(state, is_averaged)
-    content = {"student": state.student, "code": run_folder.code_version(), "extra": extra}
-    saved = TypeAdapter(SavedStudent).validate_python(content)
+    weights = open_weights(checkpoint, plain)
+    extra = weights.make_extra() | {"averaged": weights.is_averaged}
+    content = {"student": weights.state.student, "code": run_folder.code_version(), "extra": extra}
 
     if out.exists() and not (out / "student.yaml").is_file():
         raise InputError(f"{out} exists and holds no exported student; give a new folder")
 
-    shapes = {name: shape for name, shape in state.shapes.items() if name.startswith(_PREFIX)}
-    tensors = stream_tensors(checkpoint, "average" if is_averaged else "weight", shapes)
     with files.atomic(out) as part:
         part.mkdir()
+        digest = write_tensors(part / "model.safetensors", weights.shapes, weights.stream(), {"format": "pt"})
+        saved = TypeAdapter(SavedStudent).validate_python(content | {"sha256": digest})
         (part / "student.yaml").write_text(schema.dump(saved), encoding="utf-8")
-        own_shapes = {name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}
-        write_tensors(part / "model.safetensors", own_shapes, tensors, {"format": "pt"})
     return extra
 
 
@@ -62,19 +56,6 @@ def _find_checkpoint(source: Path) -> Path:
             f"{source} is no complete checkpoint and has none in checkpoints/; give a folder that train wrote"
         )
     return newest
-
-
-def _make_extra(state: TrainingState, is_averaged: bool) -> dict[str, Any]:
-    """What student.yaml has besides the config, as `train` writes it."""
-    is_scored = state.score is not None and state.scored == state.step
-    return {
-        "window": list(state.window),
-        "mirrored": state.mirrored,
-        "threshold": 0.5 if state.score is None else state.score.threshold,
-        "step": state.step,
-        "val_dice": state.score.dice_best if state.score is not None and is_scored else None,
-        "averaged": is_averaged,
-    }
 
 
 def main() -> int:

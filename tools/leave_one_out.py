@@ -120,7 +120,7 @@ def baselines(fold: Path, name: str) -> None:
     It is traced with the settings of the model's tree, and again when these have changed.
     """
     path = fold / "baselines.json"
-    settings = files.read_json(fold / "infer" / "run.json", "run the fold again")["config"]["trace"]
+    settings = run_folder.read_record(fold / "infer", "run the fold again")["config"]["trace"]
     if path.exists() and files.read_json(path, f"remove {path}").get("trace") == settings:
         return
     volume = Store(fold / "store")[name]
@@ -173,7 +173,7 @@ def table(out: Path, names: list[str]) -> dict[str, Any]:
     folds, configs = {}, dict[str, Any]()
     for name in names:
         if (out / name / "baselines.json").exists():
-            config = files.read_json(out / name / "run.json", "run the fold again")["config"]
+            config = run_folder.read_record(out / name, "run the fold again")["config"]
             configs[name] = {key: value for key, value in config.items() if key not in ("test", "data")}
             first = next(iter(configs))
             if other := run_folder.differences(configs[name], configs[first]):

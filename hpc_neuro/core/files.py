@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast, overload
+
+from pydantic import TypeAdapter, ValidationError
 
 from hpc_neuro.core.bounded_read import UnboundedFileError, read_bounded, require_regular
 from hpc_neuro.core.schema import InputError
+
+T = TypeVar("T")
 
 _READ_BYTES = 1 << 22
 """[bytes] Size of the pieces in which a file is read for its checksum."""
@@ -22,6 +29,8 @@ _MAX_JSON_BYTES = 1 << 28
 """[bytes] Size of a JSON file that is read."""
 _SPACE_MARGIN = 0.01
 """Share of the free space that stays unused."""
+_PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)
+"""Names of files and folders that are being written."""
 
 
 # --- Atomic writing ---
@@ -73,14 +82,49 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, hint: str) -> Any:
-    """Read a JSON file. Raises InputError, which ends with `hint`: what to do when the file is missing or damaged."""
+@overload
+def read_json(path: Path, hint: str) -> Any: ...
+@overload
+def read_json(path: Path, hint: str, form: type[T]) -> T: ...
+def read_json(path: Path, hint: str, form: Any = None) -> Any:
+    """Read a JSON file of a certain form: a dataclass, which is built, or any other type, such as a TypedDict.
+
+    The value of any other type is returned as it was read, keys that the form does not name included.
+    Raises InputError, which ends with `hint`: what to do when the file is missing, damaged or of another form.
+    """
     try:
-        return parse_json(read_bounded(path, _MAX_JSON_BYTES).decode("utf-8"))
+        value = parse_json(read_bounded(path, _MAX_JSON_BYTES).decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; {hint}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {hint}") from None
+    # Text that is not UTF-8, not JSON, has numbers of thousands of digits, or is nested thousands of levels deep.
+    except ValueError as error:
         raise InputError(f"{path} is not readable JSON ({error}); {hint}") from None
+
+    return value if form is None else check_form(value, form, str(path), hint)
+
+
+def check_form(value: Any, form: type[T], place: str, hint: str) -> T:
+    """What JSON holds, as `form` (see `read_json`). Raises InputError, which names `place` and ends with `hint`."""
+    # JSON has no tuples, so only what is built from it may turn lists into them.
+    is_built = dataclasses.is_dataclass(form)
+    adapter: TypeAdapter[T] = _adapter_of(cast(Hashable, form))
+    try:
+        checked = adapter.validate_python(value, strict=not is_built)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) or "it"
+        raise InputError(
+            f"{place} is not of the form it was written in ({where}: {fault['msg'].lower()}); {hint}"
+        ) from None
+    return checked if is_built else value
+
+
+@functools.cache
+def _adapter_of(form: Hashable) -> TypeAdapter[Any]:
+    # Building an adapter takes far longer than validating with it.
+    return TypeAdapter(form)
 
 
 def parse_json(text: str) -> Any:
@@ -114,13 +158,20 @@ def read_limited(path: Path, limit: int, expected: str) -> bytes:
 
 def remove_parts(folder: Path) -> None:
     """Remove what killed writers left in `folder`. Call it only while no other writer works there."""
+    # Hidden files of people may end in .part, too; only the names that `atomic` makes are ours.
     for part in folder.glob(".*.part"):
-        _remove(part)
+        if _PART_NAME.fullmatch(part.name):
+            _remove(part)
 
 
 def is_plain_name(text: str) -> bool:
     """Whether a text can name a file in a folder: it leads nowhere else and is not hidden."""
     return text == Path(text).name and not text.startswith(".")
+
+
+def part_path_of_all(path: Path) -> Path:
+    """The part of `path` whose name all processes know, for what several of them write together."""
+    return path.parent / f".{path.name}.{0:08x}.part"
 
 
 def _part_path(folder: Path, name: str) -> Path:
@@ -219,6 +270,35 @@ def reserve_space(folder: Path, needed: int) -> None:
     finally:
         os.close(handle)
         probe.unlink()
+
+
+_UNUSABLE_PLACE = {
+    errno.ENOSPC: "the disk is full; make room",
+    errno.EDQUOT: "the quota is used up; make room",
+    errno.EFBIG: "the file would be larger than the file system or `ulimit -f` allows; raise the limit",
+    errno.EROFS: "the file system is read-only; choose another `out`",
+    errno.EACCES: "no permission; choose another `out`, or ask its owner for access",
+    errno.EPERM: "no permission; choose another `out`, or ask its owner for access",
+    errno.ENAMETOOLONG: "the name is too long; shorten the id or the path",
+    errno.ENOTDIR: "a part of the path is a file; choose another path, or move that file away",
+    errno.EEXIST: "a file has the place of a folder; choose another path, or move that file away",
+    errno.EISDIR: "a folder has the place of a file; choose another path, or move that folder away",
+    errno.ELOOP: "the links of the path lead round in circles; mend them",
+    errno.EILSEQ: "the file system does not take the characters of the name; rename it",
+    errno.EMFILE: "too many files are open; raise `ulimit -n`",
+    errno.ENFILE: "too many files are open on this machine; try again later",
+}
+"""Errors that a user can mend: what is wrong, and what to do."""
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """What is wrong with a file or its place, and what to do, in one sentence; None for an error that is a bug."""
+    # HDF5 and tensorstore report a full disk in the text only.
+    number = errno.ENOSPC if "No space left" in str(error) else error.errno
+    if number not in _UNUSABLE_PLACE:
+        return None
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(names) or error}: {_UNUSABLE_PLACE[number]}, then give the same command again"
 
 
 @contextlib.contextmanager

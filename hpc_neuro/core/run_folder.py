@@ -3,6 +3,7 @@
 OUT/config.yaml   the resolved config
 OUT/run.json      code version, versions, host, command, input hashes, starts, end, exit code, summary, output hashes
 OUT/log.txt       the log of every start
+OUT/run.lock      who works in the folder, while somebody does (see folder_lock.py)
 OUT/shares/       the records of the tasks of a job array, one folder each
 """
 
@@ -21,14 +22,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypeVar
 
+from pydantic import ConfigDict, with_config
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
-from hpc_neuro.core import files, schema, yaml_text
+from hpc_neuro.core import files, folder_lock, schema, yaml_text
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.distributed import is_main
-from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError, InputError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -41,31 +44,75 @@ VERSION_FILE = "CODE_VERSION"
 """File in a copy of the code without git that names the version it is a copy of."""
 _SHARES = "shares"
 _PACKAGES = ("torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "tensorstore")
+_DEEPEST_OUTPUT = 3
+"""Folders between an output and its run: OUT/weights/best/student.yaml."""
 _SECONDS_PER_LINE = 10.0
 """[s] Time between progress lines in a log."""
 _SHORT_TEXT = 80
 """Characters of a value in the list of differences."""
 
 
+@with_config(ConfigDict(extra="allow"))
+class _RecordForm(TypedDict):
+    """What run.json holds at least; an old record may lack what later versions write."""
+
+    verb: str
+    config: dict[str, Any]
+    inputs: NotRequired[dict[str, str]]
+    sources: NotRequired[dict[str, str]]
+    outputs: NotRequired[dict[str, str]]
+    sizes: NotRequired[dict[str, int]]
+    damaged: NotRequired[list[str]]
+    summary: NotRequired[dict[str, Any]]
+    failures: NotRequired[list[str]]
+    starts: NotRequired[list[str]]
+    jobs: NotRequired[list[str]]
+    ends: NotRequired[list[dict[str, Any]]]
+    command: NotRequired[list[str]]
+    host: NotRequired[str]
+    folder: NotRequired[str]
+    cwd: NotRequired[str]
+    code: NotRequired[str]
+    end: NotRequired[str | None]
+    exit: NotRequired[int | str | None]
+
+
+def read_record(out: Path, hint: str) -> dict[str, Any]:
+    """The record of the run in `out`. Raises InputError, which ends with `hint`."""
+    return dict(files.read_json(out / RECORD, hint, _RecordForm))
+
+
 class Run:
     """One start of a verb in its folder."""
 
-    def __init__(self, out: Path, record: dict[str, Any], complete: bool) -> None:
-        """complete: the run was finished before; there is nothing left to do."""
+    def __init__(self, out: Path, record: dict[str, Any], complete: bool, damaged: Sequence[str] = ()) -> None:
+        """complete: the run was finished before; there is nothing left to do.
+
+        damaged: outputs of a finished run that are missing or not as they were written, relative to `out`.
+        """
         self.out = out
         self.record = record
         self.complete = complete
+        self.damaged = tuple(damaged)
 
     def finish(
-        self, summary: Mapping[str, Any] | None = None, failures: Sequence[str] = (), outputs: Iterable[Path] = ()
+        self,
+        summary: Mapping[str, Any] | None = None,
+        failures: Sequence[str] = (),
+        outputs: Iterable[Path] = (),
+        large_outputs: Iterable[Path] = (),
     ) -> None:
         """Mark the run complete, or finished with `failures`, which the next start tries again.
 
-        outputs: files in the folder that later runs read; `hpc-neuro history` compares their SHA-256.
+        outputs: files in the folder that later runs read; the next start and `hpc-neuro history` compare their SHA-256.
+        large_outputs: files that are too large to be read at every start, which compares their sizes.
         """
+        names = {path: path.relative_to(self.out).as_posix() for path in (*outputs, *large_outputs)}
         self.record["summary"] = dict(summary or {})
-        self.record["outputs"] = {path.relative_to(self.out).as_posix(): files.sha256(path) for path in outputs}
+        self.record["outputs"] = {names[path]: files.sha256(path) for path in outputs}
+        self.record["sizes"] = {name: path.stat().st_size for path, name in names.items()}
         self.record["failures"] = list(failures)
+        self.record["damaged"] = []
         self.record["exit"] = EXIT_FAILURES if failures else EXIT_DONE
 
 
@@ -98,19 +145,80 @@ def start(
     if main:
         _check_shares(out, resolved, hashes, may_change)
 
-    # A setting that may change, such as the number of steps, starts a complete run again.
-    if whole and previous.get("exit") == EXIT_DONE and not differences(resolved, previous["config"]):
+    # Only the run that is to write keeps others out.
+    damaged = list_damaged(out, previous)
+    if whole and not damaged and _is_complete(previous, resolved):
         log.info("%s: %s is already complete (%s)", verb, out, previous["end"])
         yield Run(out, previous, complete=True)
         return
 
+    for line in damaged.values():
+        log.warning("%s: %s; it is made again", verb, line)
+
     input_files = {name: source for name, source in inputs.items() if isinstance(source, Path)} | dict(sources or {})
-    run = Run(out, _new_record(verb, out, resolved, hashes, input_files, previous), complete=False)
+    run = Run(out, _new_record(verb, out, resolved, hashes, input_files, previous, damaged), False, list(damaged))
     if main:
-        with _record_and_log(run, cfg):
+        with _keep_others_out(out), _record_and_log(run, cfg):
             yield run
     else:
         yield run
+
+
+@contextlib.contextmanager
+def _keep_others_out(out: Path) -> Iterator[None]:
+    """Hold the folder of a run. Shares of a run have folders of their own, and may work beside one another."""
+    is_share = out.parent.name == _SHARES
+    others = (
+        [out.parent.parent] if is_share else [path.parent for path in (out / _SHARES).glob(f"*/{folder_lock.LOCK}")]
+    )
+    for other in others:
+        folder_lock.require_idle(other)
+    with folder_lock.hold_folder(out):
+        yield
+
+
+def _is_complete(record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    # A setting that may change, such as the number of steps, starts a complete run again.
+    return record.get("exit") == EXIT_DONE and not differences(config, record["config"])
+
+
+def require_unchanged(path: Path) -> None:
+    """Raise InputError for an output of a finished run that does not have the SHA-256 which the run recorded.
+
+    A file that no run has recorded passes.
+    """
+    for folder in list(path.absolute().parents)[:_DEEPEST_OUTPUT]:
+        if not (folder / RECORD).is_file():
+            continue
+        record = read_record(folder, f"remove it and the {CONFIG} beside it, and run that stage again")
+        digest = record.get("outputs", {}).get(path.absolute().relative_to(folder).as_posix())
+        # While a run is at work, its outputs are those of the run before it, or not complete.
+        if record.get("exit") == EXIT_DONE and digest not in (None, files.sha256(path)):
+            raise InputError(
+                f"{path} has other bytes than `{record['verb']}` wrote: it is damaged, or was edited; the same "
+                f"`hpc-neuro {record['verb']}` again writes it anew"
+            )
+        return
+
+
+def list_damaged(out: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> what is wrong, for the outputs of a finished run that are missing or not as they were written.
+
+    Small files are compared by their SHA-256, large ones by their size.
+    """
+    hashes, faults = record.get("outputs", {}), {}
+    # Records of earlier versions have no sizes.
+    for name in {**record.get("sizes", {}), **hashes}:
+        path = out / name
+        if not path.is_file():
+            faults[name] = f"{path} is missing"
+        elif path.stat().st_size != record.get("sizes", {}).get(name, path.stat().st_size):
+            faults[name] = f"{path} has {path.stat().st_size} bytes, but was written with {record['sizes'][name]}"
+        elif name in hashes and files.sha256(path) != hashes[name]:
+            faults[name] = f"{path} has other bytes than were written"
+
+    # A start that was to make them again was stopped.
+    return {**{name: f"{out / name} was damaged" for name in record.get("damaged", [])}, **faults}
 
 
 @contextlib.contextmanager
@@ -122,7 +230,8 @@ def _record_and_log(run: Run, cfg: Any) -> Iterator[None]:
     files.write_text(run.out / CONFIG, schema.dump(cfg))
 
     # The verb's own messages and those of the modules it calls, until the run ends.
-    handler = logging.FileHandler(run.out / "log.txt", encoding="utf-8")
+    # Names of files may hold bytes that are no UTF-8.
+    handler = logging.FileHandler(run.out / "log.txt", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("hpc_neuro").addHandler(handler)
     try:
@@ -146,6 +255,7 @@ def _new_record(
     hashes: Mapping[str, str],
     input_files: Mapping[str, Path],
     previous: Mapping[str, Any],
+    damaged: Iterable[str],
 ) -> dict[str, Any]:
     """The content of run.json at the start of a run; `previous` is the record of the starts before it."""
     return {
@@ -163,6 +273,8 @@ def _new_record(
         "jobs": [*previous.get("jobs", []), _job_name()],
         # Why each Slurm job before this start ended; written by `launch`.
         "ends": previous.get("ends", []),
+        # Until the run is complete again, also after a kill.
+        "damaged": list(damaged),
         "end": None,
         "exit": None,
     }
@@ -184,9 +296,9 @@ def _read_previous(
             )
         return {}
 
-    record: dict[str, Any] = files.read_json(path, f"remove {out} to start again")
-    if record.get("verb") != verb:
-        raise ConfigError(f"{out} holds a `{record.get('verb')}` run; give `{verb}` another `out`")
+    record = read_record(out, f"remove {out} to start again")
+    if record["verb"] != verb:
+        raise ConfigError(f"{out} holds a `{record['verb']}` run; give `{verb}` another `out`")
 
     different = differences(resolved, record["config"], may_change)
     if different:
@@ -211,7 +323,7 @@ def _check_shares(out: Path, resolved: dict[str, Any], hashes: Mapping[str, str]
     for path in sorted((root / _SHARES).glob(f"*/{RECORD}")):
         if path.parent == out:
             continue
-        record = files.read_json(path, f"remove {path.parent}")
+        record = read_record(path.parent, f"remove {path.parent}")
         other = {key: value for key, value in record["config"].items() if key != "share"}
 
         different = differences(own, other, may_change)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
 import queue
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, shared_memory
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Batch, Sample
 from hpc_neuro.data.crops import CropSampler, VolumePoints
 from hpc_neuro.data.feature_cache import FeatureCache
@@ -142,6 +144,8 @@ def load_batches(
             yield (_pin_memory(batch) if pin else batch for batch in batches)
         return
 
+    _require_shared_memory(workers)
+
     # Workers are spawned, not forked: gloo, CUDA and HDF5 do not survive a fork.
     loader: DataLoader[tuple[int, Sample]] = DataLoader(
         crops,
@@ -158,9 +162,27 @@ def load_batches(
 
     try:
         yield (_pin_memory(batch) if pin else batch for batch in batches)
+    except InputError as error:
+        # torch adds the traceback of the worker; people need the sentence at its end.
+        raise InputError(str(error).strip().rpartition("InputError: ")[2]) from error
     finally:
         # End the workers now, not when the garbage collector runs.
         batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _require_shared_memory(workers: int) -> None:
+    """Raise InputError where processes cannot share memory, as in a container with a read-only /dev/shm."""
+    try:
+        # What the queues and the tensors of the workers need.
+        multiprocessing.get_context("spawn").Semaphore()
+        memory = shared_memory.SharedMemory(create=True, size=1)
+        memory.close()
+        memory.unlink()
+    except OSError as error:
+        raise InputError(
+            f"workers={workers}: processes cannot share memory here ({error}); make /dev/shm writable, or "
+            "give workers=0"
+        ) from None
 
 
 @contextlib.contextmanager

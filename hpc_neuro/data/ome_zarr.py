@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 import tensorstore as ts
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
 
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Block, Box, Shape, VoxelSize, tile_volume
@@ -94,11 +96,19 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+@with_config(ConfigDict(extra="allow"))
+class _GroupForm(TypedDict):
+    """The part of a group's zarr.json that is read here."""
+
+    attributes: dict[str, Any]
+
+
 def read_record(folder: Path) -> Any:
     """The `record` that `create` was given; None when there is no such folder."""
     if not (folder / "zarr.json").exists():
         return None
-    return files.read_json(folder / "zarr.json", "remove the folder")["attributes"].get("hpc_neuro")
+    group = files.read_json(folder / "zarr.json", f"remove {folder}", _GroupForm)
+    return group["attributes"].get("hpc_neuro")
 
 
 def open_level(folder: Path, number: int = 0, label: str | None = None) -> Any:

@@ -15,21 +15,22 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from skimage.filters import threshold_otsu
 
-from hpc_neuro.core import files
+from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.morphology import Tree, concatenate_trees, empty_tree
+from hpc_neuro.core.run_folder import RECORD
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.stop_signals import stop_on_request
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, open_volume
+from hpc_neuro.data.predictions import INDEX, read_predictions
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.tracing import TraceConfig, trace_reader
 
 log = logging.getLogger(__name__)
 
-INDEX = "predictions.json"
 _REMAKE = "make the predictions with `hpc-neuro infer`"
 _BLOCK: Shape = (64, 512, 512)
 """[voxel] Blocks in which an image is read for its histogram."""
@@ -69,7 +70,7 @@ class PredictionFolder:
         # A volume without a prediction would drop out of the mean, so it ends the run.
         self.path = path
         self._threshold = cfg.threshold
-        self._entries: dict[str, Any] = files.read_json(path / INDEX, _REMAKE)
+        self._entries = read_predictions(path, _REMAKE)
         if missing := [i for i in ids if i not in self._entries]:
             raise InputError(
                 f"{path} holds no prediction of {', '.join(missing)}, which the {cfg.split} split of {cfg.store} has; "
@@ -78,9 +79,8 @@ class PredictionFolder:
 
         # Predictions of other programs have no record; the config is then empty.
         self.config: dict[str, Any] = {}
-        record = path / "run.json"
-        if record.exists():
-            self.config = files.read_json(record, _REMAKE).get("config", {})
+        if (path / RECORD).exists():
+            self.config = run_folder.read_record(path, _REMAKE)["config"]
 
         for volume_id in ids:
             self._check_files(volume_id)
@@ -146,7 +146,11 @@ class PredictionFolder:
 
     def read_threshold(self, volume_id: str) -> float:
         """The probability from which a voxel of a volume is foreground."""
-        return self._threshold or float(self._entries[volume_id]["threshold"])
+        if self._threshold is not None:
+            return self._threshold
+        if "threshold" not in self._entries[volume_id]:
+            raise InputError(f"{self.path / INDEX} states no threshold for {volume_id}; give threshold=VALUE")
+        return float(self._entries[volume_id]["threshold"])
 
     def read_flip_confidence(self, volume_id: str, nodes: int) -> dict[str, NDArray[np.float64]]:
         """[N] `mean` confidence of all flips and their `agreement` at each node of the tree; {} without flips.

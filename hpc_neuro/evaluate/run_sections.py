@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.core import files, yaml_text
+from hpc_neuro.core import files, metric_rows, yaml_text
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.summary import Results
@@ -38,18 +37,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise InputError(f"{path} does not exist; give the `out` of a `train` run as `train`, or leave it out")
 
-    # One JSON object per line, as `train` appends them.
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            # The last line of a run that is at work, or was killed, may be incomplete.
-            if number < len(lines):
-                raise InputError(f"line {number} of {path} is no JSON ({error}); the file is damaged") from None
-
-    return rows
+    # The last lines of a run that is at work, or was killed, may be incomplete.
+    lines = metric_rows.read_lines(path)
+    if number := metric_rows.find_damaged_line(lines):
+        raise InputError(f"line {number} of {path} is no row of metrics; remove that line, or leave `train` out")
+    return metric_rows.list_rows(lines)
 
 
 def draw_curves(rows: Sequence[dict[str, Any]]) -> list[str]:

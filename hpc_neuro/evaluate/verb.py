@@ -11,14 +11,15 @@ from typing import Any
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.stop_signals import stop_on_request, until_stopped
 from hpc_neuro.core.types import Array
+from hpc_neuro.data.predictions import INDEX
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate import confidence, report_page, run_sections
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.pictures import draw_picture
 from hpc_neuro.evaluate.predictions import (
-    INDEX,
     Method,
     OtsuMask,
     choose_trace_config,
@@ -90,9 +91,17 @@ def run(cfg: EvaluateConfig) -> int:
             current_run.finish({"volumes": len(results.ids)})
             return 0
 
+        # Pictures that are there are kept, the others are drawn.
+        for name in current_run.damaged:
+            (cfg.out / name).unlink(missing_ok=True)
+
         _write_products(cfg, store, methods, results, current_run.record)
         summary = {"volumes": len(results.ids), "mean": build_json(results, cfg)["mean"]}
-        current_run.finish(summary, outputs=[cfg.out / name for name in _PRODUCTS])
+        current_run.finish(
+            summary,
+            outputs=[cfg.out / name for name in _PRODUCTS],
+            large_outputs=sorted((cfg.out / "pictures").glob("[!.]*.jpg")),
+        )
         log.info("report: %s", cfg.out / "report.html")
 
     return 0
@@ -107,12 +116,13 @@ def _score_all(cfg: EvaluateConfig, store: Store, methods: Sequence[Method]) -> 
 
     for volume_id, method, number in until_stopped(run_folder.track_progress(jobs, "evaluate", unit="score")):
         path = cfg.out / "scores" / f"{method.name}.{number}" / f"{volume_id}.json"
-        if not path.exists():
+        if _read_scores(path, cfg) is None:
             mask, tree = _predict(cfg, store[volume_id], method, number, methods)
             files.write_json(path, score_volume(store[volume_id], mask, tree, cfg))
 
         # Read back also what was just written: the results are then the same in a run that was interrupted.
-        scores = files.read_json(path, f"remove {path} and run again")
+        scores = _read_scores(path, cfg)
+        assert scores is not None, f"{path} was written with all scores"
         seeds[method.name][number][volume_id] = scores
         log.info("%s, %s: Dice %.3f, F1 %.3f", volume_id, method.name, scores["dice"], scores[cfg.f1_key])
 
@@ -123,6 +133,18 @@ def _score_all(cfg: EvaluateConfig, store: Store, methods: Sequence[Method]) -> 
         gold={i: describe_gold(store[i], cfg) for i in ids},
         volume_facts={i: _list_volume_facts(store[i]) for i in ids},
     )
+
+
+def _read_scores(path: Path, cfg: EvaluateConfig) -> Scores | None:
+    """The scores that an earlier start or a share wrote; None where there are none, or they cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        scores = files.read_json(path, "it is scored again", Scores)
+    except InputError as error:
+        log.warning("%s", error)
+        return None
+    return scores if {metric.key for metric in cfg.list_metrics()} <= scores.keys() else None
 
 
 def _predict(

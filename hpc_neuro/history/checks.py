@@ -13,7 +13,9 @@ from hpc_neuro.core import files, run_folder, yaml_text
 from hpc_neuro.core.geometry import Shape, tile_volume
 from hpc_neuro.core.run_folder import CONFIG, RECORD
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Array
 from hpc_neuro.data import feature_cache, ome_zarr
+from hpc_neuro.data.predictions import read_predictions
 from hpc_neuro.data.store import Store
 from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.models.teacher_folder import NOTE
@@ -220,15 +222,15 @@ def recorded_hashes(run: RunRecord) -> dict[str, str]:
     hashes = dict((run.record or {}).get("outputs", {}))
 
     if run.verb == "infer" and (run.folder / _PREDICTIONS).is_file():
-        for entry in files.read_json(run.folder / _PREDICTIONS, "run `infer` again").values():
-            hashes |= {entry[kind]: digest for kind, digest in entry.get("sha256", {}).items()}
+        for entry in read_predictions(run.folder, "run `infer` again").values():
+            hashes |= {entry[kind]: digest for kind, digest in entry.get("sha256", {}).items() if entry.get(kind)}
 
     # A demo copies the files of these stages to the top of its folder, under the same names.
     if run.verb == "demo":
         for stage in ("evaluate", "infer"):
             folder = run.folder / str(STAGES[stage].folder)
             if (folder / RECORD).is_file():
-                record = files.read_json(folder / RECORD, "run the demo again")
+                record = run_folder.read_record(folder, "run the demo again")
                 hashes |= recorded_hashes(RunRecord(stage, folder, record))
     return hashes
 
@@ -247,12 +249,12 @@ def check_prepare(check: RunCheck) -> None:
             check.compare(f"the {kind} that {_STORE} names for {name}", digest, check.inputs.get(f"{name}.{kind}"))
         check.note(f"{name} ({entry['split']})  {shorten(entry['digest'])}  {entry['file']}", "volumes")
 
-    # Opening finds files that are missing or truncated; digests are compared by the runs that read the volumes.
+    # Opening finds files that are missing or truncated, reading finds flipped bits.
     store: Store | None = check.attempt(lambda: Store(check.run.folder))
     if store is None:
         return
-    for name in store.ids:
-        check.attempt(functools.partial(store.open_handle, name))
+    for name in run_folder.track_progress(store.ids, "volumes of the store", unit="volume"):
+        check.attempt(functools.partial(store.open_handle, name) if check.quick else store[name].verify)
     store.close()
 
 
@@ -301,6 +303,10 @@ def check_train(check: RunCheck) -> None:
         facts = check.read_json(newest) or {}
         ranks = f"{facts.get('world_size')} ranks, ZeRO {facts.get('stage')}"
         check.note(f"checkpoint of step {facts.get('step')} ({ranks})")
+        for name, digest in {} if check.quick else facts.get("files", {}).items():
+            check.compare_file(
+                newest.parent / name, digest, f"checkpoint {newest.parent.name}, {name}", "checkpoint files"
+            )
 
     for path in (check.run.folder / name for name in STAGES["train"].artifacts):
         if not path.is_file():
@@ -347,12 +353,13 @@ def _check_tree(check: RunCheck, name: str | None, digest: str | None) -> None:
 def _check_blocks(check: RunCheck, name: str, folder: str) -> int:
     """Check that every block of a probability has its marker and the checksum in it; returns how many do."""
     out = check.run.folder
-    # Each block has a marker with the checksum of what was read back after writing.
+    # Each block has a marker with the checksum of what was read back after writing; "": it was skipped.
     digests: dict[Shape, str] = {}
     for path in sorted((out / "blocks" / name).glob("[0-9]*.json")):
         marker = check.read_json(path)
         if marker is not None:
-            digests[tuple(marker["start"])] = marker["sha256"]
+            z, y, x = marker["start"]
+            digests[z, y, x] = str(marker["sha256"]) if marker.get("skipped") is None else ""
 
     array = check.attempt(lambda: ome_zarr.open_level(out / folder), f"{out / folder} cannot be read")
     if array is None:
@@ -370,13 +377,21 @@ def _check_blocks(check: RunCheck, name: str, folder: str) -> int:
             continue
 
         values = None if check.quick else check.attempt(functools.partial(ome_zarr.read_box, array, box))
-        if values is not None and hashlib.sha256(values.tobytes()).hexdigest() != digests[box.start]:
-            check.fail(f"the block of {folder} at {box.start} does not have the checksum it was written with")
+        if values is not None and (fault := _find_block_fault(values, digests[box.start])):
+            check.fail(f"the block of {folder} at {box.start} {fault}")
             continue
         sound += 1
 
     check.passed += sound
     return sound
+
+
+def _find_block_fault(values: Array, digest: str) -> str:
+    """What is wrong with the values of a block of this SHA-256 ("": skipped, so that it has no file); "" if nothing."""
+    if not digest:
+        return "was skipped as empty, but holds values" if values.any() else ""
+    is_sound = hashlib.sha256(values.tobytes()).hexdigest() == digest
+    return "" if is_sound else "does not have the checksum it was written with"
 
 
 def check_evaluate(check: RunCheck) -> None:

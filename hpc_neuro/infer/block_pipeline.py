@@ -290,6 +290,7 @@ def write_block(
             index=index,
             start=start,
             files=checksums,
+            sizes={shard: (volume.folder / shard).stat().st_size for shard in checksums},
             sha256=hash_array(levels),
             foreground=int(mask.sum()),
             seconds=round(seconds, 3),

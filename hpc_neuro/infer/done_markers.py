@@ -10,16 +10,17 @@ OUT/failed/ID/trees.json, OUT/begun/ID/trees, ...     the same for the other tas
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Block, Shape
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.task_queue import Task
 
 
@@ -51,6 +52,8 @@ class BlockMarker:
     seconds: float = 0.0
     """[s] From the wait for its voxels to its probability."""
     skipped: EmptyEvidence | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    """[bytes] Of the same shards as `files`: compared at every start, where reading all of them would take long."""
     proof: EmptyEvidence | None = None
     """Set where the block was predicted to prove the rule, although it could have been skipped."""
 
@@ -58,6 +61,15 @@ class BlockMarker:
     def contradicts_rule(self) -> bool:
         """Whether skipping this block would have lost foreground."""
         return self.proof is not None and self.foreground > 0
+
+
+@with_config(ConfigDict(extra="allow"))
+class _FailureForm(TypedDict):
+    """The record of a block that failed."""
+
+    index: list[int]
+    start: list[int]
+    error: str
 
 
 # Building an adapter takes far longer than validating with it.
@@ -81,7 +93,7 @@ class DoneMarkers:
         """A block's marker; None when it is missing, torn, or has another key."""
         try:
             marker: BlockMarker = _MARKER.validate_json(self.path(index).read_bytes())
-        except (FileNotFoundError, ValidationError):
+        except (OSError, ValidationError):
             return None
 
         # Other settings leave another key; a file that was renamed or copied has another index.
@@ -101,6 +113,17 @@ class DoneMarkers:
         """The blocks that are not done."""
         return [block for block in blocks if self.read(block.index) is None]
 
+    def forget_damaged(self, image: Path) -> list[str]:
+        """Forget the blocks and levels whose shards are missing below `image` or have other sizes; those shards."""
+        damaged = list_damaged_shards(self.folder, image)
+        for path in damaged:
+            path.unlink(missing_ok=True)
+
+        # What is built from a block may belong to other values than it will have.
+        if damaged:
+            self.remove_levels()
+        return sorted(shard for shards in damaged.values() for shard in shards)
+
     def clear(self) -> None:
         """Remove all markers, failures and counts."""
         # What was done, or failed, with other settings says nothing about these.
@@ -111,10 +134,12 @@ class DoneMarkers:
     def count_deaths(self, name: str) -> int:
         """How often a process was killed while it was at a task."""
         try:
-            # A kill between creating and writing the file leaves it empty: the task was begun at least once.
-            return int((self._begun / name).read_text(encoding="utf-8") or 1)
+            return int((self._begun / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return 0
+        # A kill while the file was written leaves it empty or torn: the task was begun at least once.
+        except ValueError:
+            return 1
 
     def begin(self, name: str) -> None:
         """Count a task as begun, until `end`. Not flushed to the disk: it is processes that die here, not machines."""
@@ -152,13 +177,18 @@ class DoneMarkers:
     def read_failed_blocks(self) -> list[dict[str, Any]]:
         """The records of blocks that failed at every try."""
         # The names of blocks begin with a digit, those of other tasks with a letter.
-        return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.failed.glob("[0-9]*.json"))]
+        records = []
+        for path in sorted(self.failed.glob("[0-9]*.json")):
+            # A record that cannot be read is not written; its block is missing, and done again by the next start.
+            with contextlib.suppress(InputError):
+                records.append(dict(files.read_json(path, "", _FailureForm)))
+        return records
 
     def read_level(self, number: int) -> dict[str, str] | None:
         """Checksums of a finished pyramid level, by shard; None when it is not done or its marker is torn."""
         try:
             return _LEVEL.validate_json(self._level_path(number).read_bytes())
-        except (FileNotFoundError, ValidationError):
+        except (OSError, ValidationError):
             return None
 
     def write_level(self, number: int, checksums: Mapping[str, str]) -> None:
@@ -176,6 +206,38 @@ class DoneMarkers:
 
     def _failure_path(self, name: str) -> Path:
         return self.failed / f"{name}.json"
+
+
+def list_damaged_shards(markers: Path, image: Path) -> dict[Path, list[str]]:
+    """Marker in the folder `markers` -> its shards that are missing below `image` or have other sizes.
+
+    A marker that cannot be read counts as damaged; it is of no block.
+    """
+    damaged = dict[Path, list[str]]()
+    for path in sorted(markers.glob("*.json")):
+        try:
+            if path.name.startswith("level_"):
+                # A shard of zeros has no file, and no checksum.
+                shards = {shard for shard, digest in _LEVEL.validate_json(path.read_bytes()).items() if digest}
+                sizes = dict[str, int]()
+            else:
+                marker: BlockMarker = _MARKER.validate_json(path.read_bytes())
+                shards, sizes = set(marker.files), marker.sizes
+        except (OSError, ValidationError):
+            damaged[path] = []
+            continue
+
+        if faulty := [shard for shard in sorted(shards) if not _is_whole(image / shard, sizes.get(shard))]:
+            damaged[path] = faulty
+    return damaged
+
+
+def _is_whole(shard: Path, size: int | None) -> bool:
+    try:
+        actual = shard.stat().st_size
+    except OSError:
+        return False
+    return actual > 0 if size is None else actual == size
 
 
 def name_block(index: Shape) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hpc_neuro.core import distributed, files
+from hpc_neuro.core import distributed, files, run_folder
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.task_queue import RetryLimits
 from hpc_neuro.data import ome_zarr
@@ -121,6 +121,8 @@ def find_weights(cfg: InferConfig) -> Path:
 
     for folder in (cfg.model, cfg.model / "weights" / cfg.weights):
         if (folder / "model.safetensors").is_file():
+            for name in ("student.yaml", "model.safetensors"):
+                run_folder.require_unchanged(folder / name)
             return folder
 
     raise InputError(

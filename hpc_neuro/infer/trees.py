@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files, morphology, run_folder, schema, stop_signals
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.infer import proofread
 from hpc_neuro.infer.block_pipeline import VolumeRun
@@ -69,14 +70,13 @@ class VolumeTrees:
 
     def read_entry(self) -> PredictionEntry | None:
         """The entry that an earlier run, or a share of this one, left of the same probability and settings."""
-        path = entry_path(self.cfg.out, self.volume.source.id)
-        if not path.exists():
+        record = read_entry_record(self.cfg.out, self.volume.source.id)
+        if record is None:
             return None
-        record = files.read_json(path, f"remove {path}")
 
         # A file that is missing is written again, with all others.
-        is_whole = all((self.cfg.out / file).exists() for file in record["files"])
-        return dict(record["entry"]) if record["key"] == self.key and is_whole else None
+        is_whole = all((self.cfg.out / file).exists() for file in record.files)
+        return record.entry if record.key == self.key and is_whole else None
 
     def list_blocks_to_skeletonize(self) -> list[Box]:
         """The blocks whose skeleton is missing before the volume can be traced; a block without a shard has none."""
@@ -259,6 +259,25 @@ def entry_path(out: Path, name: str) -> Path:
     return out / "entries" / f"{name}.json"
 
 
+@dataclass(frozen=True)
+class EntryRecord:
+    """What entries/ID.json holds."""
+
+    key: str
+    """Hash of all that the trees depend on; "": the entry is stale, or its files are being written."""
+    entry: PredictionEntry
+    files: dict[str, str]
+    """File of the trees, relative to `out` -> SHA-256."""
+    writing: bool = False
+
+
+def read_entry_record(out: Path, name: str) -> EntryRecord | None:
+    """The record of a volume's entry; None when it is missing or torn."""
+    with contextlib.suppress(InputError):
+        return files.read_json(entry_path(out, name), "", EntryRecord)
+    return None
+
+
 def list_tree_files(out: Path, name: str) -> list[Path]:
     """The files of a volume's trees that exist: SWC of all and of each, and what to proofread."""
     paths = [out / "swc" / f"{name}.{kind}" for kind in ("swc", "voxel.swc")]
@@ -307,8 +326,8 @@ def describe_volume(volume: VolumeRun) -> PredictionEntry:
 def set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
     """Move a tree or table, if it exists, to where nothing is written or removed; the entry that names it is stale."""
     # Without a key the entry does not count, and the next run writes the files again.
-    if entry is not None:
-        files.write_json(entry, {**files.read_json(entry, f"remove {entry}"), "key": ""})
+    if entry is not None and (record := read_entry_record(out, entry.stem)) is not None:
+        files.write_json(entry, {**asdict(record), "key": ""})
 
     if not file.exists():
         return
@@ -326,14 +345,13 @@ def set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
 
 def _remove_old_trees(out: Path, name: str) -> None:
     """Remove the trees that other settings left: more trees, perhaps, than there are now. Files of people stay."""
-    path = entry_path(out, name)
-    record = files.read_json(path, f"remove {path}") if path.exists() else {"files": {}}
+    record = read_entry_record(out, name) or EntryRecord("", {}, {})
 
     for file in list_tree_files(out, name):
-        checksum = record["files"].get(file.relative_to(out).as_posix())
+        checksum = record.files.get(file.relative_to(out).as_posix())
 
         # A file with the recorded bytes is ours; another may be the work of a person.
-        if record.get("writing") or checksum == files.sha256(file):
+        if record.writing or checksum == files.sha256(file):
             file.unlink()
         else:
             set_aside(out, file)

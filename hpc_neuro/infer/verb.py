@@ -15,19 +15,18 @@ from hpc_neuro.core.liveness import MpiRankWatch
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.task_queue import Task, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
+from hpc_neuro.data.predictions import INDEX
 from hpc_neuro.infer import status_page
 from hpc_neuro.infer.block_pipeline import BlockPipeline, VolumeRun
 from hpc_neuro.infer.config import InferConfig
-from hpc_neuro.infer.done_markers import make_block_task
+from hpc_neuro.infer.done_markers import list_damaged_shards, make_block_task, name_block
 from hpc_neuro.infer.model import Predictor, describe_run, find_weights
 from hpc_neuro.infer.progress import WindowProgress
-from hpc_neuro.infer.trees import PredictionEntry
+from hpc_neuro.infer.trees import PredictionEntry, entry_path
 from hpc_neuro.infer.volume_stages import build_pyramid, trace_volumes
 from hpc_neuro.infer.volumes import InputVolume, list_measurements, open_inputs
 
 log = logging.getLogger(__name__)
-INDEX = "predictions.json"
-"""File of OUT that lists the volumes and their results."""
 _RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "swc")
 """Folders of OUT whose files are written one by one."""
 _MAY_CHANGE = ("page", "deaths", "batch", "silence", "flips", "trees", "trace")
@@ -64,7 +63,7 @@ def run(cfg: InferConfig) -> int:
             return EXIT_DONE
 
         # A rank that hangs raises nothing, so silence is watched for.
-        stack.enter_context(MpiRankWatch(folder / ".ranks.part", ranks, cfg.silence))
+        stack.enter_context(MpiRankWatch(files.part_path_of_all(folder / "ranks"), ranks, cfg.silence))
         return _predict_and_trace(cfg, predictor, sources, record, ranks)
 
 
@@ -98,6 +97,9 @@ def _predict_and_trace(
     # All volumes at once: a rank that has no task left of one takes a task of the next.
     entries, task_failures = trace_volumes(predictor, whole_volumes, ranks)
     failures += [failure.line for failure in task_failures]
+
+    changes = ranks.run_on_main(lambda: [change for source in sources if (change := source.find_change())])
+    failures += changes
 
     seconds = round(time.monotonic() - started_at, 1)
     ranks.run_on_main(lambda: _finish(cfg, record, volumes, entries, failures, seconds))
@@ -153,12 +155,25 @@ def _start_record(
     input_files = {"weights": find_weights(cfg) / "model.safetensors"}
     input_files |= {f"image {source.id}": source.file for source in sources if source.file}
 
-    # Without its index a run must go on, however complete its record is.
-    is_whole = cfg.share is not None or (cfg.out / INDEX).exists()
+    # Without its index, or a shard, a run must go on, however complete its record is.
+    is_whole = cfg.share is not None or ((cfg.out / INDEX).exists() and _has_all_shards(cfg.out, predictor, sources))
 
     return run_folder.start(
         "infer", cfg, folder, inputs, _MAY_CHANGE, main=ranks.is_main, whole=is_whole, sources=input_files
     )
+
+
+def _has_all_shards(out: Path, predictor: Predictor, sources: list[InputVolume]) -> bool:
+    """Whether all blocks are marked, and all shards that the markers name are there."""
+    for source in sources:
+        markers = out / "blocks" / source.id
+        names = {path.name for path in markers.glob("*.json")}
+        blocks = predictor.tiling.list_blocks(source.shape)
+        if not names.issuperset(f"{name_block(block.index)}.json" for block in blocks):
+            return False
+        if list_damaged_shards(markers, out / f"{source.id}.ome.zarr"):
+            return False
+    return True
 
 
 def _remove_parts(out: Path) -> None:
@@ -187,6 +202,7 @@ def _check_empty_level(predictor: Predictor) -> float | None:
 def _prepare_folder(volume: VolumeRun) -> None:
     """Make the folder of a volume's image, unless it is there and of this run. Raises ConfigError for another's."""
     if volume.has_folder():
+        _forget_damaged(volume)
         return
 
     if volume.folder.exists():
@@ -205,6 +221,17 @@ def _prepare_folder(volume: VolumeRun) -> None:
     if volume.source.share is None:
         volume.markers.clear()
     volume.create_folder()
+
+
+def _forget_damaged(volume: VolumeRun) -> None:
+    """Let the blocks be predicted again whose shards are gone or were cut short, and with them what they lead to."""
+    # Shares may be at work on other blocks; the run that gathers them looks at all.
+    if volume.source.share is not None:
+        return
+    damaged = volume.markers.forget_damaged(volume.folder)
+    if damaged:
+        log.warning("%s: %s missing or cut short, made again", volume.source.id, ", ".join(damaged[:3]))
+        entry_path(volume.folder.parent, volume.source.id).unlink(missing_ok=True)
 
 
 def _list_block_tasks(volume: VolumeRun, blocks: list[Block]) -> list[Task[Block]]:

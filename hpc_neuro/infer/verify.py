@@ -18,19 +18,22 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from hpc_neuro.core import files, run_folder, schema
+from pydantic import Field
+
+from hpc_neuro.core import files, folder_lock, run_folder, schema
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.geometry import Block, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr
+from hpc_neuro.data.predictions import INDEX, read_predictions
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.done_markers import DoneMarkers
 from hpc_neuro.infer.tiling import MASK
-from hpc_neuro.infer.trees import entry_path, list_tree_files, set_aside
-from hpc_neuro.infer.verb import INDEX, run
+from hpc_neuro.infer.trees import EntryRecord, entry_path, list_tree_files, read_entry_record, set_aside
+from hpc_neuro.infer.verb import run
 
 log = logging.getLogger(__name__)
 _USAGE = "hpc-neuro infer verify OUT [--check]"
@@ -43,6 +46,20 @@ class Problem:
 
     text: str
     forget: Callable[[], None]
+
+
+_Size = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class _ImageRecord:
+    """What the folder of an image says of it; see VolumeRun.record."""
+
+    key: str
+    shape: tuple[_Size, _Size, _Size]
+    voxel_size: tuple[float, float, float]
+    shard: tuple[_Size, _Size, _Size]
+    chunk: tuple[_Size, _Size, _Size]
 
 
 @dataclass(frozen=True)
@@ -88,8 +105,8 @@ def main(args: Sequence[str]) -> int:
 
 def check(out: Path) -> list[Problem]:
     """Everything that is not as `infer` wrote it. Reads every byte of every shard once."""
-    record = files.read_json(out / "run.json", f"give a folder that `infer` wrote, or {_HINT}")
-    if record.get("verb") != "infer":
+    record = run_folder.read_record(out, f"give a folder that `infer` wrote, or {_HINT}")
+    if record["verb"] != "infer":
         raise InputError(f"{out} was not written by `infer`; give a folder that was")
 
     # A volume whose image is gone still has its markers.
@@ -117,12 +134,13 @@ def _repair(out: Path, problems: list[Problem]) -> int:
     # The folder may have been moved since its config was written.
     cfg = schema.load(InferConfig, out / "config.yaml", [f"out={out}"])
 
-    for problem in problems:
-        problem.forget()
+    with folder_lock.hold_folder(out):
+        for problem in problems:
+            problem.forget()
 
-    # Without the index the run is not taken for complete.
-    (out / INDEX).unlink(missing_ok=True)
-    exit_code = run(cfg)
+        # Without the index the run is not taken for complete.
+        (out / INDEX).unlink(missing_ok=True)
+        exit_code = run(cfg)
 
     # What was repaired is read once more: the disk may be the cause.
     remaining = check(out)
@@ -143,22 +161,21 @@ def _open_image(out: Path, name: str) -> _ProbabilityImage | Problem:
             ome_zarr.remove(folder)
 
     try:
-        record = ome_zarr.read_record(folder)
-    except (InputError, KeyError, TypeError) as error:
+        content = ome_zarr.read_record(folder)
+        if content is None:
+            return Problem(f"{name}: {folder} is missing, or does not say what it belongs to", forget)
+        record = files.check_form(content, _ImageRecord, str(folder / "zarr.json"), "it is made again")
+    except InputError as error:
         return Problem(f"{name}: what its folder holds cannot be read ({error})", forget)
 
-    if record is None:
-        return Problem(f"{name}: {folder} is missing, or does not say what it belongs to", forget)
-
-    z, y, x = record["shape"]
     return _ProbabilityImage(
         name=name,
         folder=folder,
-        markers=DoneMarkers(out, name, record["key"]),
-        shape=(z, y, x),
-        voxel_size=tuple(record["voxel_size"]),
-        shard=tuple(record["shard"]),
-        chunk=tuple(record["chunk"]),
+        markers=DoneMarkers(out, name, record.key),
+        shape=record.shape,
+        voxel_size=record.voxel_size,
+        shard=record.shard,
+        chunk=record.chunk,
     )
 
 
@@ -275,7 +292,7 @@ def _check_unknown_files(image: _ProbabilityImage) -> Iterator[Problem]:
 def _check_trees(out: Path) -> Iterator[Problem]:
     """Compare predictions.json and the files of trees with the volumes' entries."""
     try:
-        index = files.read_json(out / INDEX, _HINT)
+        index = read_predictions(out, _HINT)
     except InputError as error:
         # A repair writes the index anyhow, so there is nothing to forget.
         yield Problem(str(error), lambda: None)
@@ -283,7 +300,7 @@ def _check_trees(out: Path) -> Iterator[Problem]:
 
     expected = set[Path]()
     for name in index:
-        record = _read_entry_record(out, name)
+        record = read_entry_record(out, name)
 
         # Without the record no file can be told from that of a person, so none is reported.
         if record is None:
@@ -292,7 +309,7 @@ def _check_trees(out: Path) -> Iterator[Problem]:
             forget = functools.partial(path.unlink, missing_ok=True)
             yield Problem(f"{name}: its entry {path.name} is missing or torn", forget)
         else:
-            expected |= {out / file for file in record["files"]}
+            expected |= {out / file for file in record.files}
             yield from _check_entry(out, name, record, index[name])
 
     for kind in ("swc", "proofread"):
@@ -302,22 +319,13 @@ def _check_trees(out: Path) -> Iterator[Problem]:
                 yield Problem(f"`infer` did not write {file.relative_to(out)}", forget)
 
 
-def _read_entry_record(out: Path, name: str) -> dict[str, Any] | None:
-    """The record of a volume's entry; None when it is missing or torn."""
-    try:
-        record = files.read_json(entry_path(out, name), _HINT)
-        return record if isinstance(record["files"], dict) and "entry" in record else None
-    except (InputError, KeyError, TypeError):
-        return None
-
-
-def _check_entry(out: Path, name: str, record: dict[str, Any], indexed: Any) -> Iterator[Problem]:
+def _check_entry(out: Path, name: str, record: EntryRecord, indexed: Any) -> Iterator[Problem]:
     """Compare one volume's entry with the index, and its files with their checksums."""
     # The index is written again by every repair.
-    if record["entry"] != indexed:
+    if record.entry != indexed:
         yield Problem(f"{name}: {INDEX} differs from its entry", lambda: None)
 
-    for file, checksum in record["files"].items():
+    for file, checksum in record.files.items():
         path = out / file
         if not path.exists() or files.sha256(path) != checksum:
             state = "has other bytes than were written" if path.exists() else "is missing"

@@ -53,6 +53,14 @@ class ServeConfig:
     viewer: str = "https://neuroglancer-demo.appspot.com"
     """The Neuroglancer that links lead to."""
 
+    def __post_init__(self) -> None:
+        try:
+            scheme, host = urllib.parse.urlsplit(self.viewer)[:2]
+        except ValueError as error:
+            raise ValueError(f"viewer: {self.viewer} is no address ({error}); give one such as https://HOST") from None
+        if scheme not in ("http", "https") or not host:
+            raise ValueError(f"viewer: {self.viewer} is no address; give one such as https://HOST")
+
 
 def main(args: Sequence[str]) -> int:
     """Serve until Ctrl-C. Raises ConfigError or InputError for a folder or a port that cannot be used."""

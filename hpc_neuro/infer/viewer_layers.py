@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from hpc_neuro.core import files, morphology, schema
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
@@ -22,6 +24,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.data.predictions import read_predictions
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.proofread import build_neuroglancer_state
@@ -38,13 +41,21 @@ _MAX_DIGITS = 18
 _NM_PER_UM = 1000.0
 
 
+@with_config(ConfigDict(extra="allow"))
+class _StateForm(TypedDict):
+    """The parts of a state of Neuroglancer that are read here."""
+
+    position: Annotated[list[float], Field(min_length=3, max_length=3)]
+    layers: list[dict[str, Any]]
+
+
 class ViewerLayers:
     """The layers of every volume of a run folder. `get` may be called by several threads."""
 
     def __init__(self, out: Path) -> None:
         """Raises InputError for a folder that `infer` did not write, or has not finished."""
         hint = "give a folder that `infer` wrote; if it is not finished, give the same command again"
-        self._entries: dict[str, Any] = files.read_json(out / "predictions.json", hint)
+        self._entries = read_predictions(out, hint)
         self._out, self._cfg = out, schema.load(InferConfig, out / "config.yaml")
 
         # One reader at a time: HDF5 and TIFF files have one position.
@@ -92,7 +103,7 @@ class ViewerLayers:
         # Trees come above the mask, and below the places to look at.
         if entry.get("swc"):
             source = f"precomputed://{base}/{name}.trees"
-            numbers = [str(number) for number in range(1, entry["trees"] + 1)]
+            numbers = [str(number) for number in range(1, len(self._trees(name)) + 1)]
             state["layers"].insert(3, {"type": "segmentation", "name": "trees", "source": source, "segments": numbers})
         return state
 
@@ -100,10 +111,9 @@ class ViewerLayers:
         """The state that `infer` wrote for proofreading; a plain one for a volume without trees."""
         path = self._out / "proofread" / f"{name}.neuroglancer.json"
         if path.exists():
+            state = files.read_json(path, f"`hpc-neuro infer verify {self._out}` writes it again", _StateForm)
             # The address of the server was not known when the file was written.
-            text = path.read_text(encoding="utf-8").replace("http://HOST/", f"{base}/")
-            state: dict[str, Any] = json.loads(text)
-            return state
+            return dict(json.loads(json.dumps(state).replace("http://HOST/", f"{base}/")))
 
         _, shape, _ = self._image(name)
         return build_neuroglancer_state(name, (), shape, _voxel_size(self._entries[name]), base)
@@ -204,6 +214,8 @@ def _parse_number(text: str) -> int:
 
 
 def _voxel_size(entry: dict[str, Any]) -> VoxelSize:
+    if "voxel_size" not in entry:
+        raise InputError("predictions.json states no voxel size; run the same `hpc-neuro infer` again")
     z, y, x = (float(size) for size in entry["voxel_size"])
     return z, y, x
 

@@ -52,6 +52,17 @@ class InputVolume:
     range: tuple[float, float] = (0.0, 1.0)
     """The brightness that becomes 0 and 1."""
 
+    def find_change(self) -> str:
+        """A sentence when the image is not the one that was hashed before it was read; "" when it is."""
+        # A store's volume has its own digest, which is compared when it is opened.
+        path = Path(self.image)
+        if not self.content or _describe_content(path) == self.content:
+            return ""
+        return (
+            f"{self.id}: {path} was changed while it was read, so that the result is of a mixture; wait until nothing "
+            "writes to it, then give another `out`"
+        )
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -184,11 +195,16 @@ def _check_roots(item: VolumeConfig, roots: tuple[tuple[float, float, float], ..
 
 
 def _measure(item: VolumeConfig, volume: Volume) -> Measurement:
+    # Hashed before it is read: what changes later is noticed at the end.
+    content = _describe_content(item.image)
     intensity_range = item.range or compute_intensity_range(lambda box: volume[box], volume.shape)
 
-    # A folder may hold millions of chunks, so their bytes are not read.
-    content = files.sha256(item.image) if item.image.is_file() else describe_image_folder(item.image)
     return Measurement(intensity_range, content)
+
+
+def _describe_content(image: Path) -> str:
+    # A folder may hold millions of chunks, so their bytes are not read.
+    return files.sha256(image) if image.is_file() else describe_image_folder(image)
 
 
 def _open_overview(item: VolumeConfig, fine: Volume, low: float, high: float) -> Callable[[Box], float]:

@@ -158,6 +158,8 @@ class SavedStudent:
     """Version of the package that saved it."""
     extra: Annotated[dict[str, Any], Field(default_factory=dict)]
     """What the trainer adds: `window` (training crop), normalization, threshold, step ..."""
+    sha256: str = ""
+    """Of model.safetensors; "": saved by a version that did not note it."""
 
 
 @config

@@ -98,11 +98,13 @@ def _tokenizer(cfg: StudentConfig, dim: int) -> nn.Module:
 def save_student(folder: Path, cfg: StudentConfig, state: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
     """Write `folder`/student.yaml and model.safetensors (float32), whole or not at all. `extra`: plain YAML values."""
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous().clone() for name, tensor in state.items()}
-    saved = SavedStudent(student=cfg, code=run_folder.code_version(), extra=dict(extra))
     with files.atomic(folder) as part:
         part.mkdir()
+        path = part / "model.safetensors"
+        save_file(plain, path)
+        digest = files.sha256(path)
+        saved = SavedStudent(student=cfg, code=run_folder.code_version(), extra=dict(extra), sha256=digest)
         (part / "student.yaml").write_text(schema.dump(saved), encoding="utf-8")
-        save_file(plain, part / "model.safetensors")
 
 
 def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
@@ -114,6 +116,11 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{folder} holds no trained student (no model.safetensors); give a folder that train wrote")
     saved = schema.load(SavedStudent, folder / "student.yaml")
+    if saved.sha256 and files.sha256(path) != saved.sha256:
+        raise InputError(
+            f"{path} does not have the checksum in the student.yaml beside it: it is damaged; copy the folder "
+            "again, or give the same `hpc-neuro train` again, which writes it anew"
+        )
     student = Student(saved.student)
     try:
         state = load_file(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from hpc_neuro.core.schema import InputError
 
 NOTE = "teacher.json"
 LICENCE = "LICENCE.txt"
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What teacher.json says of the weights; see `keep` for the rest."""
+
+    name: str
+    file: str
+    sha256: str
 
 
 def advice(name: str) -> str:
@@ -31,14 +41,14 @@ def weights_of(path: Path, name: str) -> tuple[Path, str | None]:
     if not path.is_dir():
         return path, None
 
-    note = files.read_json(path / NOTE, advice(name))
+    note = files.read_json(path / NOTE, advice(name), _Note)
     # Another teacher's weights can have the same shapes and would load without a word.
-    if note["name"] != name:
+    if note.name != name:
         raise InputError(
-            f"{path} holds the teacher {note['name']}, but teacher.model is {name}; set it to that, or " + advice(name)
+            f"{path} holds the teacher {note.name}, but teacher.model is {name}; set it to that, or " + advice(name)
         )
 
-    return path / str(note["file"]), str(note["sha256"])
+    return path / note.file, note.sha256
 
 
 def find_weights(out: Path, name: str) -> list[str]:

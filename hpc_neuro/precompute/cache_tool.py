@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, with_config
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from hpc_neuro.core import files, schema, yaml_text
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.feature_cache import (
     CODING,
+    MANIFEST,
     RAW,
     ShardSpec,
     is_shard_sound,
@@ -211,9 +214,31 @@ def _lowest_cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.cosine_similarity(a, b, dim=-1).min())
 
 
+@with_config(ConfigDict(extra="allow"))
+class _DescriptionForm(TypedDict):
+    """The parts of a manifest that only people need, and those that they see as they are."""
+
+    teacher: dict[str, str]
+    random_teacher: bool
+    dim: int
+    layers: list[int]
+    views: list[str]
+    stride_v: int
+    scale: float
+    augment_views: list[str]
+    dtype: str
+    pca: int | None
+    coding_quality: dict[str, dict[str, list[float]]]
+    volumes: dict[str, str]
+    store: str
+    code: str
+    shards: list[dict[str, Any]]
+
+
 def describe_cache(out: Path) -> list[str]:
     """The content of a cache in lines for people. Raises InputError when there is none."""
-    manifest = read_manifest(out, "give the folder that `hpc-neuro precompute` wrote")
+    hint = "give the folder that `hpc-neuro precompute` wrote"
+    manifest = files.check_form(read_manifest(out, hint), _DescriptionForm, str(out / MANIFEST), hint)
     shards = manifest["shards"]
     missing = [entry["file"] for entry in shards if not (out / entry["file"]).exists()]
     orientations = ", ".join(manifest["augment_views"]) or "none"

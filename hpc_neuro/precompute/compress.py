@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hpc_neuro.core import files
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.feature_cache import CODING, FeatureCoding, ShardSpec
 from hpc_neuro.data.feature_cache.encoding import fit_coding, save_codings
@@ -32,6 +34,15 @@ _QUALITY = "coding.json"
 
 Quality = dict[str, dict[str, list[float]]]
 """View -> measure -> one number per layer."""
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What ties a coding to its recipe."""
+
+    recipe: str
+    sha256: str
+    quality: Quality
 
 
 def sample_slices(
@@ -72,12 +83,8 @@ def fit_codings(
 
     # The note ties the file to its recipe; a restart with the same recipe uses it.
     save_codings(cfg.out / CODING, codings)
-    note = {
-        "recipe": hash_recipe(cfg, store, teacher),
-        "sha256": files.sha256(cfg.out / CODING),
-        "quality": quality,
-    }
-    files.write_json(cfg.out / _QUALITY, note)
+    note = _Note(hash_recipe(cfg, store, teacher), files.sha256(cfg.out / CODING), quality)
+    files.write_json(cfg.out / _QUALITY, asdict(note))
     return codings
 
 
@@ -133,7 +140,12 @@ def read_coding_note(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> t
     if not cfg.is_compressed or not note_path.exists() or not path.exists():
         return "", {}
 
-    note = files.read_json(note_path, f"remove {note_path}")
-    if note["recipe"] != hash_recipe(cfg, store, teacher) or note["sha256"] != files.sha256(path):
+    # A note that cannot be read is not written: the coding is fitted again.
+    try:
+        note = files.read_json(note_path, "", _Note)
+    except InputError as error:
+        log.warning("%s", error)
         return "", {}
-    return str(note["sha256"]), note["quality"]
+    if note.recipe != hash_recipe(cfg, store, teacher) or note.sha256 != files.sha256(path):
+        return "", {}
+    return note.sha256, note.quality

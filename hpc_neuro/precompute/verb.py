@@ -12,7 +12,7 @@ from typing import Any
 from hpc_neuro.core import distributed, files, run_folder
 from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.liveness import MpiRankWatch
-from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.task_queue import draw_indices
 from hpc_neuro.data import feature_cache
 from hpc_neuro.data.feature_cache import CODING, MANIFEST, FeatureCoding, ShardSpec
@@ -51,12 +51,26 @@ class CachePlan:
         if cfg.is_compressed and not coding_digest:
             return self.shards
 
+        sizes = _read_sizes(cfg)
         missing = []
         for shard in self.shards:
-            key = feature_cache.read_shard_key(cfg.out / shard.name)
-            if shard.name in rebuild or key != self.make_key(cfg, shard, coding_digest):
+            path = cfg.out / shard.name
+            is_built = feature_cache.read_shard_key(path) == self.make_key(cfg, shard, coding_digest)
+            if (
+                shard.name in rebuild
+                or not is_built
+                or path.stat().st_size != sizes.get(shard.name, path.stat().st_size)
+            ):
                 missing.append(shard)
         return missing
+
+
+def _read_sizes(cfg: PrecomputeConfig) -> dict[str, int]:
+    """[bytes] The shards' sizes by the manifest; {} without a readable one, which is then written again."""
+    if (cfg.out / MANIFEST).exists():
+        with contextlib.suppress(InputError):
+            return {entry["file"]: entry["bytes"] for entry in feature_cache.read_manifest(cfg.out, "")["shards"]}
+    return {}
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
         record = ranks.run(lambda: stack.enter_context(start))
         if record.complete:
             return 0
-        stack.enter_context(MpiRankWatch(cfg.out / ".ranks.part", ranks, cfg.silence))
+        stack.enter_context(MpiRankWatch(files.part_path_of_all(cfg.out / "ranks"), ranks, cfg.silence))
         begin = time.monotonic()
 
         seconds = _measure_speed(cfg, todo, ranks)
@@ -121,7 +135,9 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
 
         if ranks.is_main:
             summary = {"shards": len(plan.shards), "seconds": round(time.monotonic() - begin, 3)}
-            record.finish(summary, outputs=[cfg.out / MANIFEST])
+            coding_paths = [cfg.out / CODING] if cfg.is_compressed else []
+            shard_paths = [cfg.out / shard.name for shard in plan.shards]
+            record.finish(summary, outputs=[cfg.out / MANIFEST, *coding_paths], large_outputs=shard_paths)
             size = sum((cfg.out / shard.name).stat().st_size for shard in plan.shards)
             count = files.format_count(len(plan.shards), "shard")
             log.info("wrote %s, %s, to %s", count, files.format_bytes(size), cfg.out)

@@ -49,6 +49,15 @@ class OpenedPair:
         z, y, x = (float(v) for v in self.tree.points[self.tree.roots[0]])
         return z, y, x
 
+    def require_unchanged(self) -> None:
+        """Raise InputError when a file does not have the hash of the volume: it was written to while it was read."""
+        for kind, path in (("image", self.pair.image), ("swc", self.pair.swc)):
+            if files.sha256(path) != self.sources[kind]:
+                raise InputError(
+                    f"{path} was changed while it was read, and {self.id} would hold a mixture; wait until nothing "
+                    "writes to it, then prepare it into another `out`"
+                )
+
     def forecast_bytes(self) -> int:
         """About the most bytes of the volume's file."""
         return forecast_bytes(self.tree, self.image.shape, self.image.dtype.itemsize, self.size, DISTANCE_CAP)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,17 @@ from hpc_neuro.prepare.pairs import ImagePair, find_pairs
 from hpc_neuro.prepare.picture import draw_picture
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _SavedMeasurement:
+    """What a share keeps of a pair for the run that gathers the shares; see PairMeasurement."""
+
+    digest: str
+    low: float
+    high: float
+    fit: Fit
+    remarks: tuple[str, ...]
 
 
 def forecast(cfg: PrepareConfig) -> list[str]:
@@ -57,6 +69,8 @@ def run(cfg: PrepareConfig) -> int:
             for line in _describe(pairs, list(measurements.values()), cfg):
                 log.info("%s", line)
 
+        for name in record.damaged:
+            (cfg.out / name).unlink(missing_ok=True)
         volumes = _write_volumes(pairs, measurements, cfg)
         if cfg.share is None:
             # The index comes last: a store without it is not complete.
@@ -67,8 +81,8 @@ def run(cfg: PrepareConfig) -> int:
         advice = "; once all shares are done, the same command without share writes the index" if cfg.share else ""
         count = files.format_count(len(volumes), "volume")
         log.info("wrote %s, %d million voxels, to %s%s", count, voxels // 1_000_000, cfg.out, advice)
-        outputs = [] if cfg.share else [cfg.out / INDEX]
-        record.finish({"volumes": len(volumes), "voxels": voxels}, outputs=outputs)
+        outputs, large_outputs = ([], []) if cfg.share else ([cfg.out / INDEX], _output_paths(cfg.out, pairs)[1:])
+        record.finish({"volumes": len(volumes), "voxels": voxels}, outputs=outputs, large_outputs=large_outputs)
     return 0
 
 
@@ -114,14 +128,11 @@ def _require_one_split_per_image(pairs: list[OpenedPair]) -> None:
 
 def _measure_or_read(opened: OpenedPair, cfg: PrepareConfig) -> PairMeasurement:
     """Measure a pair, unless a share of this run has done so."""
-    path = _measurement_path(cfg.out, opened.id)
-    if path.exists():
-        # A measurement of another image or other settings is not used.
-        saved = files.read_json(path, f"remove {path}")
-        if saved.pop("digest") == opened.digest:
-            fit = Fit(**saved["fit"])
-            if not (fit.is_misaligned and cfg.misaligned == "error"):
-                return PairMeasurement(saved["low"], saved["high"], fit, tuple(saved["remarks"]))
+    # A measurement that cannot be read, of another image, or of other settings, is not used.
+    with contextlib.suppress(InputError):
+        saved = files.read_json(_measurement_path(cfg.out, opened.id), "", _SavedMeasurement)
+        if saved.digest == opened.digest and not (saved.fit.is_misaligned and cfg.misaligned == "error"):
+            return PairMeasurement(saved.low, saved.high, saved.fit, saved.remarks)
     return measure_pair(opened, cfg.misaligned)
 
 
@@ -158,7 +169,8 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
         axon = find_proximal_axon(fitted.tree, fitted.stretch, read, volume.shape, volume.voxel_size)
 
     settings = DrawSettings(cfg.tube, DISTANCE_CAP, cfg.ignore_margin, fitted.stretch)
-    write_volume(path, volume, read, opened.tree, fitted.tree, settings, axon.mask_in if axon else None)
+    mask = axon.mask_in if axon else None
+    write_volume(path, volume, read, opened.tree, fitted.tree, settings, mask, confirm=opened.require_unchanged)
 
     if axon:
         log.info("%s: a neurite before the root, %d voxels, is marked unlabelled", volume.id, int(axon.inside.sum()))

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_neuro.core import files, yaml_text
+from hpc_neuro.core import run_folder, yaml_text
 from hpc_neuro.core.run_folder import CONFIG, RECORD
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.pipeline import STAGES, VERBS
 
-_SECTIONS = ("config", "inputs", "outputs", "sources", "summary")
-"""Keys of a record that hold a mapping."""
-_HINT = "remove it and run that stage again"
+_HINT = "remove it and the config.yaml beside it, and run that stage again"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class RunRecord:
 
 def find_run_folder(path: Path) -> Path | None:
     """The folder of the run that `path` is or lies in; None when there is none."""
-    return next((folder for folder in (path, *path.parents) if (folder / RECORD).is_file()), None)
+    return next((folder for folder in (path, *path.parents) if (folder / RECORD).exists()), None)
 
 
 def follow_runs(starts: Mapping[str, Path]) -> list[RunRecord]:
@@ -109,11 +107,7 @@ def _follow(verb: str, path: Path, visited: Mapping[Path, RunRecord]) -> dict[Pa
 
 def _read_record(folder: Path) -> dict[str, Any]:
     """The run.json of a folder. Raises InputError when it is damaged."""
-    path = folder / RECORD
-    record = files.read_json(path, _HINT)
-    if not isinstance(record, dict) or any(not isinstance(record.get(key, {}), dict) for key in _SECTIONS):
-        raise InputError(f"{path} is not the record of a run; {_HINT}")
-    return record
+    return run_folder.read_record(folder, _HINT)
 
 
 def _read_out(folder: Path) -> str:

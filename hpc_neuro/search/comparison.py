@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.metrics import list_metrics
 from hpc_neuro.metrics.bootstrap import Interval, crossed_interval
 from hpc_neuro.metrics.metric import Metric, read_tolerance, tolerance_key
+from hpc_neuro.metrics.score_file import SCORE_FILE, read_scores
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import SEED, format_value
 from hpc_neuro.search.trial import Trial
@@ -119,8 +119,10 @@ def read_comparison(cfg: SearchConfig, trials: Sequence[Trial]) -> Comparison | 
 
 def _read_volumes(folder: Path, neurons: tuple[str, ...]) -> dict[str, Any]:
     """Read the scores of a trial by volume. neurons: those of the other trials, () for the first one."""
-    path = folder / "evaluate" / "metrics.json"
-    volumes: dict[str, Any] = files.read_json(path, "remove the trial's folder to run it again")["volumes"]
+    path = folder / "evaluate" / SCORE_FILE
+    volumes: dict[str, Any] = read_scores(path.parent, f"remove {folder} to run the trial again")["volumes"]
+    if without_model := [neuron for neuron, scores in volumes.items() if "model" not in scores]:
+        raise InputError(f"{path} has no scores of the model of {without_model[0]}; remove {folder} to run it again")
     if neurons and set(volumes) != set(neurons):
         raise InputError(f"{path} scores {sorted(volumes)}, other trials {sorted(neurons)}; compare on one split")
     return volumes

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from hpc_neuro.core import files
+from hpc_neuro.core.metric_rows import MetricRow, list_rows, read_lines
+from hpc_neuro.metrics.score_file import read_scores
 from hpc_neuro.search.config import Objective
 from hpc_neuro.search.space import Point
 
@@ -20,8 +21,6 @@ METRICS_FILE = Path("train") / "metrics.jsonl"
 State = Literal["waiting", "running", "stopping", "done", "pruned", "failed"]
 ENDED_STATES: tuple[State, ...] = ("done", "pruned", "failed")
 """States of trials that are over."""
-MetricRow = dict[str, Any]
-"""One line of metrics.jsonl."""
 
 
 @dataclass
@@ -92,34 +91,15 @@ def load_trials(out: Path) -> list[Trial]:
 
 
 def _load_trial(folder: Path) -> Trial:
-    record = files.read_json(folder / RECORD_FILE, f"remove {folder}; the study then makes this trial again")
-    record["attempts"] = [Attempt(**attempt) for attempt in record["attempts"]]
-    # The keys of a JSON object are texts.
-    record["rungs"] = {int(step): value for step, value in record["rungs"].items()}
-    return Trial(folder=folder, **record)
+    hint = f"remove {folder}; the study then makes this trial again"
+    record = files.read_json(folder / RECORD_FILE, hint, dict[str, Any])
+    return files.check_form({**record, "folder": folder}, Trial, str(folder / RECORD_FILE), hint)
 
 
 def read_metric_rows(path: Path) -> list[MetricRow]:
     """Read the whole rows of a metrics.jsonl; [] while it does not exist."""
-    # A torn character at the end must not hide the rows before it.
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return []
-
-    # Rows without a step are remarks of the run, not measurements.
-    rows = []
-
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            # The last line is still being written, or a kill has torn it.
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-
-    return rows
+    # The last line may still be written, and lines without a step are remarks of the run.
+    return list_rows(read_lines(path))
 
 
 def iterate_values(rows: list[MetricRow], key: str) -> Iterator[tuple[int, float]]:
@@ -140,8 +120,11 @@ def read_objective(folder: Path, objective: Objective) -> float | None:
     # The prefix says which file holds the number.
     source, _, name = objective.key.partition(".")
     if source == "evaluate":
-        metrics = files.read_json(folder / "evaluate" / "metrics.json", "remove the trial's folder to run it again")
-        mean = metrics["mean"]["model"].get(name)
+        mean = (
+            read_scores(folder / "evaluate", f"remove {folder} to run the trial again")["mean"]
+            .get("model", {})
+            .get(name)
+        )
         return None if mean is None else float(mean)
 
     rows = read_metric_rows(folder / METRICS_FILE)

@@ -85,7 +85,7 @@ def find_best_trial(cfg: SearchConfig, trials: Sequence[Trial]) -> Trial | None:
 def _require_same_study(cfg: SearchConfig) -> None:
     """Raise ConfigError where the trials were made for another space or judged by another objective."""
     # The folder may have been moved, and some keys may differ.
-    record = files.read_json(cfg.out / "run.json", "start the sweep again with `python -m launch sweep`")["config"]
+    record = run_folder.read_record(cfg.out, "start the sweep again with `python -m launch sweep`")["config"]
     config = {key: value for key, value in schema.to_plain(cfg).items() if key != "out"}
     if differences := run_folder.differences(config, record, MAY_CHANGE):
         raise ConfigError(

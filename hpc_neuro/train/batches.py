@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hpc_neuro.core import distributed
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Batch
 from hpc_neuro.data.dataset import CropDataset, load_batches
 from hpc_neuro.train.config import TrainConfig
@@ -32,7 +33,7 @@ def read_batches(
 ) -> Generator[Batch, None, None]:
     """This rank's batches on the host, from `first_step` on. A reading process that is killed is replaced.
 
-    micro: crops per pass. Raises RuntimeError when reading processes die again and again at the same batch.
+    micro: crops per pass. Raises InputError when reading processes die again and again at the same batch.
     """
     is_gpu = device.type == "cuda"
 
@@ -53,9 +54,14 @@ def read_batches(
         except RuntimeError as error:
             deaths = deaths + 1 if last_death == count else 1
             last_death = count
-            # Readers that always die at the same batch die of it.
-            if "DataLoader worker" not in str(error) or deaths == _MOST_DEATHS:
+            if "DataLoader worker" not in str(error):
                 raise
+            # Readers that always die at the same batch die of it.
+            if deaths == _MOST_DEATHS:
+                raise InputError(
+                    f"{deaths} times a process that reads crops was killed at the same batch ({error}); give "
+                    "workers=0, or more memory, of which /dev/shm is a part"
+                ) from error
             log.warning("train: a process that reads crops was killed (%s); others take its place", error)
 
 

@@ -80,7 +80,7 @@ def run(cfg: TrainConfig) -> int:
                     )
                     record.record["exit"] = EXIT_STOPPED
                     return EXIT_STOPPED
-                record.finish(training.finish(), outputs=sorted((cfg.out / "weights").glob("*/*.*")))
+                record.finish(training.finish(record.damaged), outputs=sorted((cfg.out / "weights").glob("*/*.*")))
     return EXIT_DONE
 
 

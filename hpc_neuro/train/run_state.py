@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hpc_neuro.models.student import save_student
 from hpc_neuro.train import memory_plan
 from hpc_neuro.train.checkpoint import folder, saver
 from hpc_neuro.train.checkpoint.folder import BestScore, Marker, TrainingState
+from hpc_neuro.train.checkpoint.student_weights import open_weights
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.deepspeed import nvme
 from hpc_neuro.train.deepspeed.engine import Engine
@@ -88,6 +90,7 @@ class TrainingRun:
     # --- Resuming ---
 
     def _resume(self, checkpoint: Path) -> None:
+        self._require_intact(checkpoint)
         state = folder.read_training_state(checkpoint)
         if state.step > self.cfg.optim.steps:
             raise InputError(
@@ -105,6 +108,12 @@ class TrainingRun:
 
         changes = self._describe_changes(folder.read_marker(checkpoint))
         log.info("train: resumed after step %d of %s%s", self.step, checkpoint, changes)
+
+    def _require_intact(self, checkpoint: Path) -> None:
+        """Raise InputError on all ranks when one finds a damaged file; each reads a share of the checkpoint."""
+        damaged = folder.list_damaged(checkpoint, distributed.rank(), distributed.world_size())
+        if distributed.any_rank(bool(damaged))[0]:
+            raise InputError(folder.describe_damage(checkpoint, damaged[0] if damaged else "a file of another rank"))
 
     def _describe_changes(self, marker: Marker) -> str:
         """How the work is spread now, where the checkpoint was saved by a run spread otherwise."""
@@ -310,8 +319,11 @@ class TrainingRun:
 
     # --- The end ---
 
-    def finish(self) -> dict[str, Any]:
-        """Export the last weights. Returns the summary of the run."""
+    def finish(self, damaged: Sequence[str] = ()) -> dict[str, Any]:
+        """Export the last weights. Returns the summary of the run.
+
+        damaged: files below `out` that an earlier start had written and that are not as they were written.
+        """
         if self.score is None or self.scored_step != self.step:
             self.validate_crops()
 
@@ -324,6 +336,11 @@ class TrainingRun:
         # No validation of a later step than 0 could be exported as the best.
         if self.best.step < 0 and self._export("best", self.score):
             self.best = BestScore(self._metric_of(self.score), self.step)
+
+        best = self.cfg.out / "weights" / "best"
+        is_damaged = any(name.startswith("weights/best/") for name in damaged)
+        if distributed.any_rank(is_damaged or not (best / "model.safetensors").is_file())[0]:
+            self._restore_best(best)
 
         seconds = self._total_seconds()
         metric = self.cfg.checkpoint.metric.removesuffix("_best")
@@ -341,6 +358,24 @@ class TrainingRun:
             "seconds": round(seconds, 1),
             "crops_per_s": round(self.step * self.cfg.optim.batch / seconds, 3),
         }
+
+    def _restore_best(self, best: Path) -> None:
+        """Write OUT/weights/best again, from the checkpoint of its step. Raises InputError when that is gone."""
+        if self.score is not None and self.best.step == self.step and self._export("best", self.score):
+            return
+
+        checkpoint = folder.path_of_step(self.checkpoints, self.best.step)
+        weights = open_weights(checkpoint) if (checkpoint / folder.MARKER).exists() else None
+        if weights is None or not weights.is_scored:
+            raise InputError(
+                f"{best} is missing or damaged, and the checkpoint of its step, {self.best.step}, is gone; copy it "
+                "from a backup, or train again in another `out`"
+            )
+        if self.is_main:
+            tensors = dict(zip(weights.shapes, weights.stream(), strict=True))
+            save_student(best, self.cfg.student, tensors, weights.make_extra())
+        log.warning("train: %s was written again from %s", best, checkpoint)
+        distributed.barrier()
 
     def close(self) -> None:
         """Release saver, logger and engine."""

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, run_folder
+from hpc_neuro.core.metric_rows import parse_row, read_lines
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.train.config import TrackerConfig
 
@@ -52,7 +53,7 @@ class MetricsFile:
         if not self.path.exists():
             return
 
-        lines = self.path.read_bytes().splitlines()
+        lines = read_lines(self.path)
         positions = [_position_of_row(line, again) for line in lines]
 
         # A kill tears the last lines only. A bad line before a good one has another cause, and is not dropped silently.
@@ -93,11 +94,8 @@ def replace_nonfinite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _position_of_row(line: bytes, again: Collection[str]) -> float:
     """The step of a row, half a step later for kinds in `again`; nan for a line that is no row."""
-    try:
-        row = json.loads(line.decode())
-        return float(row["step"]) + 0.5 * (row["kind"] in again)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.nan
+    row = parse_row(line)
+    return math.nan if row is None else row["step"] + 0.5 * (row.get("kind") in again)
 
 
 # --- Weights & Biases ---
@@ -234,8 +232,8 @@ def _kill_wandb_service() -> None:
 
 def collect_run_facts(out: Path, inputs: Mapping[str, str]) -> dict[str, Any]:
     """What identifies a run besides its config: code, versions, inputs, and the jobs it has had so far."""
-    record = out / run_folder.RECORD
-    jobs = files.read_json(record, "made by every run").get("jobs", []) if record.exists() else []
+    has_record = (out / run_folder.RECORD).exists()
+    jobs = run_folder.read_record(out, f"remove {out} to start again").get("jobs", []) if has_record else []
 
     facts = {
         "code": run_folder.code_version(),

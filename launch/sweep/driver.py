@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hpc_neuro.core import files
 from hpc_neuro.core.constants import EXIT_HARDWARE, EXIT_NETWORK, EXIT_STOPPED
+from hpc_neuro.core.metric_rows import MetricRow
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.search import asha, trial
 from hpc_neuro.search.config import SearchConfig
@@ -204,7 +205,7 @@ class SweepDriver:
 
         t.save()
 
-    def _pass_rung(self, t: Trial, rung: int, rows: list[trial.MetricRow]) -> bool:
+    def _pass_rung(self, t: Trial, rung: int, rows: list[MetricRow]) -> bool:
         """Note the value at a rung that a trial has just reached; False, with a note why, when it is not promoted."""
         cfg = self.cfg.asha
         assert cfg is not None

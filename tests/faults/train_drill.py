@@ -175,7 +175,7 @@ def hit(way: str, ranks: list[Rank], out: Path, draw: random.Random, moment: flo
 
     target = draw.choice(ranks)
     if way == "saving":
-        until(ranks, 60, lambda: any((out / "checkpoints").glob(".step_*[0-9].part")))
+        until(ranks, 60, lambda: any((out / "checkpoints").glob(".step_????????.00000000.part")))
         time.sleep(draw.uniform(0, 0.02))
     elif way == "reader":
         for _ in range(draw.randint(2, 4)):
@@ -214,7 +214,7 @@ def signals(words: list[str], out: Path, alone: Path, args: argparse.Namespace) 
         counts.update(sent)
         codes, killed = wait(ranks)
         found["before_joining"] += killed
-        found["in_mid_save"] += way == "saving" and any((out / "checkpoints").glob(".step_*[0-9].part"))
+        found["in_mid_save"] += way == "saving" and any((out / "checkpoints").glob(".step_????????.00000000.part"))
         newest = saved(out)
         if 75 in codes:
             found["most_steps_lost"] = max(found["most_steps_lost"], before - newest)

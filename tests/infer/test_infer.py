@@ -95,8 +95,18 @@ def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Pa
     ome_zarr.write_box(image, Box((0, 0, 0), (8, 32, 32)), np.full((8, 32, 32), 9, np.uint8))
     (cfg.out / "blocks" / "a" / "0_0_0.json").unlink()
     (cfg.out / "predictions.json").unlink()
-    torn = [cfg.out / p for p in ("blocks/a/.0_0_1.json.1.part", "entries/.a.json.1.part", "swc/a/.0001.swc.1.part")]
-    torn += [cfg.out / p for p in ("failed/a/.0_0_0.json.1.part", "proofread/.a.csv.1.part", "swc/.a.swc.1.part")]
+    torn = [
+        cfg.out / p
+        for p in (
+            "blocks/a/.0_0_1.json.00000001.part",
+            "entries/.a.json.00000001.part",
+            "swc/a/.0001.swc.00000001.part",
+        )
+    ]
+    torn += [
+        cfg.out / p
+        for p in ("failed/a/.0_0_0.json.00000001.part", "proofread/.a.csv.00000001.part", "swc/.a.swc.00000001.part")
+    ]
     for part in torn:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("what a killed writer leaves")

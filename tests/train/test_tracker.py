@@ -166,7 +166,9 @@ def test_the_real_thing_writes_offline_files(tmp_path):
 
 
 def test_a_run_is_known_by_group_code_cache_and_all_its_jobs(tmp_path, monkeypatch):
-    (tmp_path / "run.json").write_text(json.dumps({"jobs": ["Slurm job 7 on n1", "Slurm job 9 on n2"]}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"verb": "train", "config": {}, "jobs": ["Slurm job 7 on n1", "Slurm job 9 on n2"]})
+    )
     recorder, asked = Recorder(), {}
     fake(monkeypatch, lambda **kw: asked.update(kw) or recorder)
     cfg = TrackerConfig(group="study", name="study-0003")

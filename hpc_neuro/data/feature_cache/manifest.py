@@ -9,7 +9,10 @@ import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import ConfigError, InputError
@@ -24,6 +27,8 @@ MANIFEST = "manifest.json"
 
 CODING = "coding.npz"
 """File name of the codings of compressed features."""
+
+_Count = Annotated[int, Field(ge=0)]
 
 USES = "uses"
 """Folder with one small file per training that reads the cache, so that many may start at once."""
@@ -72,17 +77,77 @@ class ShardSpec:
         return ShardSpec(**fields)
 
 
+@with_config(ConfigDict(extra="allow"))
+class _UnitForm(TypedDict):
+    """A ShardSpec as JSON."""
+
+    volume: str
+    view: str
+    first: _Count
+    stride: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1)]
+    rows: Annotated[int, Field(ge=1)]
+    columns: Annotated[int, Field(ge=1)]
+    cell: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)]
+    how: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class _ShardForm(TypedDict):
+    """One shard of the manifest."""
+
+    file: str
+    unit: _UnitForm
+    bytes: _Count
+    sha256: str
+
+
+class _StatisticsForm(TypedDict):
+    """Mean and standard deviation of the channels, [L][D]."""
+
+    mean: list[list[float]]
+    std: list[list[float]]
+
+
+class _TeacherForm(TypedDict):
+    name: str
+    sha256: str
+
+
+@with_config(ConfigDict(extra="allow"))
+class _ManifestForm(TypedDict):
+    """What a reader of manifest.json needs; `cache info` needs more."""
+
+    teacher: _TeacherForm
+    dim: Annotated[int, Field(ge=1)]
+    layers: Annotated[list[int], Field(min_length=1)]
+    views: Annotated[list[Literal["z", "y", "x"]], Field(min_length=1)]
+    augment_views: NotRequired[list[str]]
+    coding: NotRequired[str | None]
+    volumes: dict[str, str]
+    statistics: dict[str, _StatisticsForm]
+    shards: list[_ShardForm]
+
+
+class _UseForm(TypedDict):
+    """A file in OUT/uses."""
+
+    out: str
+    host: str
+    first: str
+
+
 def read_manifest(folder: Path, hint: str) -> dict[str, Any]:
     """The manifest of a cache. InputError when it is missing (the message ends with `hint`) or of another format."""
     manifest = files.read_json(folder / MANIFEST, hint)
 
-    # Shards of another format may read without an error, but wrongly.
+    # Shards of another format may be read without an error, but wrongly.
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(
             f"{folder / MANIFEST} is not of format {FORMAT}; build the cache again in another folder with `hpc-neuro "
             "precompute`"
         )
-    return manifest
+    return dict(files.check_form(manifest, _ManifestForm, str(folder / MANIFEST), hint))
 
 
 def hash_manifest(manifest: Mapping[str, Any]) -> str:
@@ -118,5 +183,5 @@ def record_use(cache: Path, out: Path) -> None:
 def list_uses(cache: Path) -> list[dict[str, Any]]:
     """What `record_use` wrote, the earliest first: {"out", "host", "first"}."""
     # ISO dates of one time zone sort as texts.
-    uses = [files.read_json(path, "remove it") for path in (cache / USES).glob("*.json")]
-    return sorted(uses, key=lambda use: str(use["first"]))
+    uses = [files.read_json(path, f"remove {path}", _UseForm) for path in (cache / USES).glob("*.json")]
+    return sorted(map(dict, uses), key=lambda use: str(use["first"]))

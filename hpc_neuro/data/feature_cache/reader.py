@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_neuro.core import files
+from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.feature_cache.encoding import RAW, FeatureCoding, load_codings
-from hpc_neuro.data.feature_cache.manifest import CODING, CacheMismatch, ShardSpec, read_manifest
+from hpc_neuro.data.feature_cache.manifest import CODING, MANIFEST, CacheMismatch, ShardSpec, read_manifest
 from hpc_neuro.data.feature_cache.resample import CropCells
 from hpc_neuro.data.orientation import IDENTITY, Orientation, parse_orientation, parse_orientations
 
@@ -34,6 +34,7 @@ class FeatureCache:
         self.path = Path(path)
         hint = "build the cache with `hpc-neuro precompute`; an interrupted build goes on with the same command"
         self.manifest = read_manifest(self.path, hint)
+        run_folder.require_unchanged(self.path / MANIFEST)
         self.layers: tuple[int, ...] = tuple(self.manifest["layers"])
         self.views: tuple[str, ...] = tuple(self.manifest["views"])
         self.dim = int(self.manifest["dim"])

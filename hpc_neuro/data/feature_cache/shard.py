@@ -78,6 +78,8 @@ class ShardWriter:
                 track_times=False,
                 fill_time="never",
                 dcpl=allocate_early,
+                # Compared whenever a crop is read; `cache verify` compares all of the shard's.
+                fletcher32=True,
             )
 
             # Attributes, too, take their space now; `finish` sets their values.

@@ -205,7 +205,10 @@ def _open_store(
 
 def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArray:
     """The open store as a StoredArray; `key` is the file name of its first chunk."""
-    _require_chunks(level.path, key)
+    # `infer` writes no file for a block without signal, so that its results may have none at all.
+    is_result = any("hpc_neuro" in _read_attributes(group) for group in list(level.path.parents)[:3])
+    if not is_result:
+        _require_chunks(level.path, key)
 
     # tensorstore allocates a whole chunk before it decodes it, and the process dies when it cannot.
     shape = check_shape(level.path, store.shape)
@@ -216,7 +219,8 @@ def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArr
             f"{level.path} declares chunks of {chunk_bytes} bytes; its description is damaged, copy it again"
         )
 
-    check_density(level.path, shape, dtype, _count_stored_bytes(level.path, math.prod(shape) * dtype.itemsize))
+    if not is_result:
+        check_density(level.path, shape, dtype, _count_stored_bytes(level.path, math.prod(shape) * dtype.itemsize))
 
     # The matrix is known only where both the step and the position of index 0 are.
     world, axes = None, level.axes

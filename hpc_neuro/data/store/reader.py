@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
-from hpc_neuro.core import files
+from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.hardware_faults import find_hardware_fault
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
@@ -30,6 +34,21 @@ INDEX = "dataset.json"
 
 REMAKE = "make the store with `hpc-neuro prepare`"
 """What to do about a store that cannot be read."""
+
+
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_dtype(text: str) -> str:
+    """Raise ValueError for a name that numpy does not know, or of values that are no numbers."""
+    try:
+        is_numeric = np.dtype(text).kind in "biuf"
+    except TypeError:
+        is_numeric = False
+    if not is_numeric:
+        raise ValueError(f"{text} is no type of numbers")
+    return text
+
 
 PointKind = Literal["skeleton", "branch", "tip"]
 
@@ -50,15 +69,45 @@ class VolumeRecord:
     sources: Mapping[str, str]  # "image", "swc": SHA-256
 
 
+@with_config(ConfigDict(extra="allow"))
+class _VolumeForm(TypedDict):
+    """What dataset.json holds of one volume."""
+
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)]
+    voxel_size_um: Annotated[list[_Positive], Field(min_length=3, max_length=3)]
+    dtype: Annotated[str, AfterValidator(_check_dtype)]
+    low: float
+    high: float
+    root_voxel: Annotated[list[float], Field(min_length=3, max_length=3)] | None
+    split: Literal["train", "val", "test"]
+    digest: str
+    sha256: dict[str, str]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _IndexForm(TypedDict):
+    """What dataset.json holds."""
+
+    volumes: dict[str, _VolumeForm]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of `folder`/dataset.json. Raises InputError when it is missing, damaged or of another format."""
+    path = folder / INDEX
+    index = files.read_json(path, REMAKE)
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise InputError(f"{path} is not a store of format {FORMAT}; {REMAKE}")
+    run_folder.require_unchanged(path)
+    return dict(files.check_form(index, _IndexForm, str(path), REMAKE))
+
+
 class Store:
     """A finished store, read by id. Each process opens its own handles on first use; pickling leaves them behind."""
 
     def __init__(self, path: Path) -> None:
         """Read `path`/dataset.json. InputError when it or a volume's file is missing or of another format."""
         self.path = Path(path)
-        index = files.read_json(self.path / INDEX, REMAKE)
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise InputError(f"{self.path / INDEX} is not a store of format {FORMAT}; {REMAKE}")
+        index = read_index(self.path)
 
         # The index alone describes the volumes, so a store opens without touching their files.
         self._volumes = {id_: _volume_from_index(self, id_, entry) for id_, entry in index["volumes"].items()}
@@ -111,6 +160,20 @@ class Store:
             self._handles[id_] = handle
         return self._handles[id_]
 
+    @contextlib.contextmanager
+    def explain_damage(self, id_: str) -> Iterator[None]:
+        """Turn the error of HDF5 for a volume's file that does not have its checksums into an InputError."""
+        try:
+            yield
+        except (OSError, KeyError, RuntimeError) as error:
+            # A disk that fails is another matter than a file that is damaged on a sound one.
+            if find_hardware_fault(error):
+                raise
+            raise InputError(
+                f"{self.file(id_)} is damaged ({' '.join(str(error).split())}); remove it and give the same "
+                "`hpc-neuro prepare` again, which writes just that"
+            ) from error
+
     def close(self) -> None:
         """Close this process's handles; the store stays usable."""
         # Handles of a parent process belong to the parent.
@@ -160,16 +223,17 @@ class StoredVolume(VolumeRecord):
 
     def tree(self) -> Tree:
         """The annotator's tree, in voxels."""
-        return _read_tree(self.store.open_handle(self.id)["tree"])
+        return self._read_tree("tree")
 
     def fitted_tree(self) -> Tree:
         """The tree that mask, skeleton, distance and tangent were drawn from, in voxels (radii in fine voxels)."""
-        return _read_tree(self.store.open_handle(self.id)["fitted"])
+        return self._read_tree("fitted")
 
     def points(self, kind: PointKind) -> NDArray[np.int64]:
         """[N, 3] voxels z y x inside the volume: the centerline's, the branch points, or the tips."""
-        points: NDArray[np.int64] = self.store.open_handle(self.id)["points"][kind][()].astype(np.int64)
-        return points
+        with self.store.explain_damage(self.id):
+            points: NDArray[np.int64] = self.store.open_handle(self.id)["points"][kind][()].astype(np.int64)
+            return points
 
     def _read(self, name: str, box: Box) -> Array:
         # HDF5 would silently shorten the selection.
@@ -177,8 +241,19 @@ class StoredVolume(VolumeRecord):
             raise InputError(f"box {box.start} to {box.stop} leaves volume {self.id}, which is {self.shape} voxels")
 
         # The leading ellipsis covers the channels of `tangent`.
-        array: Array = self.store.open_handle(self.id)[name][(..., *box.slices)]
-        return array
+        with self.store.explain_damage(self.id):
+            array: Array = self.store.open_handle(self.id)[name][(..., *box.slices)]
+            return array
+
+    def _read_tree(self, name: str) -> Tree:
+        with self.store.explain_damage(self.id):
+            group = self.store.open_handle(self.id)[name]
+            return Tree(*(group[part][()] for part in ("points", "radii", "parents", "types")))
+
+    def verify(self) -> None:
+        """Read every byte of the file against its checksums. Raises InputError for a damaged one."""
+        with self.store.explain_damage(self.id):
+            self.store.open_handle(self.id).visititems(_read_dataset)
 
 
 def open_file(path: Path) -> Any:
@@ -189,8 +264,11 @@ def open_file(path: Path) -> Any:
         raise InputError(f"{path} cannot be read as HDF5 ({error}); {REMAKE} again") from error
 
 
-def _read_tree(group: Any) -> Tree:
-    return Tree(*(group[part][()] for part in ("points", "radii", "parents", "types")))
+def _read_dataset(name: str, item: Any) -> None:
+    """Read a dataset chunk by chunk; HDF5 compares the checksum of each."""
+    if isinstance(item, h5py.Dataset):
+        for chunk in item.iter_chunks() if item.chunks else [()]:
+            item[chunk]
 
 
 def _volume_from_index(store: Store, id_: str, entry: Mapping[str, Any]) -> StoredVolume:

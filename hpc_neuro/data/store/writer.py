@@ -16,6 +16,7 @@ from hpc_neuro.core import files, morphology, run_folder
 from hpc_neuro.core.constants import UNLABELLED
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, tile_volume
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.intensity import ReadBox, iter_slabs
 from hpc_neuro.data.rasterize import (
     DrawSettings,
@@ -50,24 +51,25 @@ def write_volume(
     fitted: Tree,
     drawing: DrawSettings,
     unlabelled: MaskBox | None = None,
+    confirm: Callable[[], None] = lambda: None,
 ) -> None:
     """Write one volume's file, whole or not at all; the same input gives the same bytes. Streams the image.
+
+    confirm: called when all is read, before the file appears; raises for an input that changed meanwhile.
 
     `tree` is stored as given and `fitted` is drawn; both are in voxels. Voxels of `unlabelled` outside the neurite
     become 255. Raises InputError when the disk is full.
     """
-    with (
-        files.explain_full_disk(path.parent, path.name),
-        files.atomic(path) as part,
-        h5py.File(part, "w", libver="v110", locking=False) as file,
-    ):
-        # HDF5 ends the process with a segmentation fault when a write finds the disk full.
-        _reserve(file, 200 * (len(tree) + len(fitted)))
-        _write_attributes(file, volume, drawing)
-        _write_trees(file, tree, fitted)
-        _write_points(file, volume, fitted)
-        _write_image(file, volume, read)
-        _write_targets(file, volume, fitted, drawing, unlabelled)
+    with files.explain_full_disk(path.parent, path.name), files.atomic(path) as part:
+        with h5py.File(part, "w", libver="v110", locking=False) as file:
+            # HDF5 ends the process with a segmentation fault when a write finds the disk full.
+            _reserve(file, 200 * (len(tree) + len(fitted)))
+            _write_attributes(file, volume, drawing)
+            _write_trees(file, tree, fitted)
+            _write_points(file, volume, fitted)
+            _write_image(file, volume, read)
+            _write_targets(file, volume, fitted, drawing, unlabelled)
+        confirm()
 
 
 def is_written(path: Path, digest: str) -> bool:
@@ -75,9 +77,13 @@ def is_written(path: Path, digest: str) -> bool:
     if not path.exists():
         return False
 
-    # The part file was renamed when it was complete, so a header means that the data is there.
-    with open_file(path) as file:
-        return bool(file.attrs.get("digest") == digest and file.attrs.get("format") == FORMAT)
+    # The part file was renamed when it was complete, so a header means that the data is there. A file that cannot be
+    # read, such as one that was cut short, is not written.
+    try:
+        with open_file(path) as file:
+            return bool(file.attrs.get("digest") == digest and file.attrs.get("format") == FORMAT)
+    except (InputError, OSError, KeyError):
+        return False
 
 
 def forecast_bytes(tree: Tree, shape: Shape, itemsize: int, voxel_size: VoxelSize, cap: float) -> int:
@@ -152,7 +158,7 @@ def _write_trees(file: Any, tree: Tree, fitted: Tree) -> None:
     for name, written_tree in (("tree", tree), ("fitted", fitted)):
         group = file.create_group(name)
         for part in ("points", "radii", "parents", "types"):
-            group.create_dataset(part, data=getattr(written_tree, part))
+            _create_list(group, part, getattr(written_tree, part))
 
 
 def _write_points(file: Any, volume: VolumeRecord, fitted: Tree) -> None:
@@ -161,13 +167,13 @@ def _write_points(file: Any, volume: VolumeRecord, fitted: Tree) -> None:
 
     # The fitted tree: crops should be centered on the signal, not beside it.
     centerline = list_centerline_voxels(fitted, Box.whole(volume.shape))
-    group.create_dataset("skeleton", data=centerline.astype(np.int32))
+    _create_list(group, "skeleton", centerline.astype(np.int32))
 
     for name, nodes in (("branch", morphology.branch_points(fitted)), ("tip", morphology.tips(fitted))):
         # Nodes outside the image were not drawn, and several may share a voxel.
         voxels = np.rint(fitted.points[nodes]).astype(np.int32)
         inside = np.all((voxels >= 0) & (voxels < volume.shape), axis=1)
-        group.create_dataset(name, data=np.unique(voxels[inside], axis=0).reshape(-1, 3))
+        _create_list(group, name, np.unique(voxels[inside], axis=0).reshape(-1, 3))
 
 
 def _write_image(file: Any, volume: VolumeRecord, read: ReadBox) -> None:
@@ -230,7 +236,14 @@ def _create_dataset(
 ) -> Any:
     # A volume smaller than a chunk has smaller chunks.
     chunk = tuple(max(1, min(n, c)) for n, c in zip(shape, CHUNK, strict=True))
-    return file.create_dataset(name, shape=(*channels, *shape), dtype=dtype, chunks=(*channels, *chunk), fillvalue=fill)
+    return file.create_dataset(
+        name, shape=(*channels, *shape), dtype=dtype, chunks=(*channels, *chunk), fillvalue=fill, fletcher32=True
+    )
+
+
+def _create_list(group: Any, name: str, values: NDArray[Any]) -> None:
+    """A small array with its checksum; HDF5 keeps none of an empty one."""
+    group.create_dataset(name, data=values, fletcher32=len(values) > 0)
 
 
 def _reserve(file: Any, needed: int) -> None:

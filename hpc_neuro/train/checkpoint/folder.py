@@ -3,7 +3,7 @@
 checkpoints/step_00000500/checkpoint.json        the marker: step, ranks, stage, score; written last
                           training.json          everything that is no tensor
                           rank_00000.safetensors ranges of tensors, one file per rank that owns some
-checkpoints/.step_00001000.part/                 being written, or left by a kill
+checkpoints/.step_00001000.00000000.part/        being written, or left by a kill
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.train.checkpoint.tensor_files import DIGEST_SUFFIX
 from hpc_neuro.train.config import CheckpointConfig
 from hpc_neuro.train.validate import ValidationScore
 
@@ -44,6 +45,8 @@ class Marker:
     score: float | None
     """checkpoint.metric of the validation at this very step."""
     code: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    """File of the checkpoint -> its SHA-256; {} in a checkpoint of an earlier version."""
 
 
 @dataclass(frozen=True)
@@ -104,26 +107,42 @@ def find_newest(folder: Path) -> Path | None:
 
 def read_marker(path: Path) -> Marker:
     """Read the marker of a checkpoint. Raises InputError."""
-    marker: Marker = _read_checked(path / MARKER, Marker)
-    return marker
+    return files.read_json(path / MARKER, _advice(path), Marker)
+
+
+def list_damaged(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """The files of a checkpoint that are missing or do not have their SHA-256; of several ranks each reads a share.
+
+    Raises InputError for a marker that cannot be read, or is of another step.
+    """
+    marker = read_marker(path)
+    if path.name.startswith("step_") and path.name != path_of_step(path.parent, marker.step).name:
+        raise InputError(f"{path / MARKER} is of step {marker.step}; {_advice(path)}")
+    return [
+        name
+        for name, digest in sorted(marker.files.items())[rank::ranks]
+        if not (path / name).is_file() or files.sha256(path / name) != digest
+    ]
+
+
+def require_intact(path: Path) -> None:
+    """Raise InputError for a checkpoint that is not as it was written."""
+    if damaged := list_damaged(path):
+        raise InputError(describe_damage(path, damaged[0]))
+
+
+def describe_damage(path: Path, name: str) -> str:
+    """The sentence on a damaged file of a checkpoint."""
+    return f"{path / name} does not have the checksum it was written with; {_advice(path)}"
 
 
 def read_training_state(path: Path) -> TrainingState:
     """Read what is no tensor of a checkpoint. Raises InputError."""
-    state: TrainingState = _read_checked(path / TRAINING, TrainingState)
-    return state
+    return files.read_json(path / TRAINING, _advice(path), TrainingState)
 
 
-def _read_checked(path: Path, cls: type) -> Any:
-    hint = f"remove {path.parent}; the checkpoint before it is then used"
-    content = files.read_json(path, hint)
-
-    try:
-        return TypeAdapter(cls).validate_python(content)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "it"
-        raise InputError(f"{path} is damaged: {where}: {fault['msg']}; {hint}") from None
+def _advice(path: Path) -> str:
+    return f"remove {path}; the checkpoint before it is then used"
 
 
 # --- Writing ---
@@ -136,12 +155,16 @@ def path_of_step(folder: Path, step: int) -> Path:
 
 def part_of_step(folder: Path, step: int) -> Path:
     """Folder of the checkpoint of a step while it is written. All ranks must know it, so its name is not random."""
-    return folder / f".step_{step:08d}.part"
+    return files.part_path_of_all(path_of_step(folder, step))
 
 
 def publish(part: Path, target: Path, marker: Marker) -> None:
     """Mark what all ranks wrote to `part` as complete and move it to its place. Raises OSError."""
-    files.write_json(part / MARKER, asdict(marker) | {"code": run_folder.code_version()})
+    digests = {TRAINING: files.sha256(part / TRAINING)}
+    for path in sorted(part.glob(f"*{DIGEST_SUFFIX}")):
+        digests[path.with_suffix(".safetensors").name] = path.read_text(encoding="utf-8")
+        path.unlink()
+    files.write_json(part / MARKER, asdict(marker) | {"code": run_folder.code_version(), "files": digests})
 
     # The marker must be on the disk before the folder has its final name.
     _fsync(part)
@@ -187,7 +210,7 @@ def prune(folder: Path, cfg: CheckpointConfig) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint; a kill meanwhile leaves a hidden rest, never half a checkpoint under its own name."""
-    part = path.parent / f".{path.name}.old.part"
+    part = files.part_path_of_all(path.with_name(f"{path.name}.old"))
     shutil.rmtree(part, ignore_errors=True)
 
     path.replace(part)

@@ -7,6 +7,7 @@ however many ranks and whichever ZeRO stage wrote them, so a reader takes the ra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,9 @@ from hpc_neuro.core.schema import InputError
 
 PATTERN = "rank_*.safetensors"
 """Files of tensors in a checkpoint."""
+
+DIGEST_SUFFIX = ".sha256"
+"""Of the file beside a rank's tensors that holds their SHA-256 while a checkpoint is written."""
 
 _CHUNK = 1 << 24
 """[element] Most elements copied to the host at once."""
@@ -61,25 +65,31 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 def write_tensors(
     path: Path, shapes: Mapping[str, Sequence[int]], values: Iterable[Tensor], meta: Mapping[str, str] | None = None
-) -> None:
+) -> str:
     """Write float32 tensors in the order of `shapes`, with at most a part of one on the host; fsynced.
 
-    The layout is that of safetensors: 8 bytes of header length, a JSON header, the raw numbers. Raises OSError.
+    Returns the SHA-256 of the file. The layout is that of safetensors: 8 bytes of header length, a JSON header, the raw
+    numbers. Raises OSError.
     """
     header = _make_header(shapes, meta or {})
+    start = len(header).to_bytes(8, "little") + header
+    digest = hashlib.sha256(start)
     with path.open("wb") as handle:
-        handle.write(len(header).to_bytes(8, "little") + header)
+        handle.write(start)
         for (key, shape), tensor in zip(shapes.items(), values, strict=True):
             if tensor.numel() != math.prod(shape):
                 raise ValueError(f"{key} has {tensor.numel()} elements, its shape {list(shape)} has others")
 
             # A large tensor is copied in parts, so that the host never holds all of it.
             for part in torch.split(tensor.detach().reshape(-1), _CHUNK):
-                part.to("cpu", torch.float32).numpy().tofile(handle)
+                numbers = part.to("cpu", torch.float32).contiguous().numpy()
+                numbers.tofile(handle)
+                digest.update(numbers.data)
 
         # A checkpoint is published right after, and must survive a loss of power.
         handle.flush()
         os.fsync(handle.fileno())
+    return digest.hexdigest()
 
 
 def _make_header(shapes: Mapping[str, Sequence[int]], meta: Mapping[str, str]) -> bytes:
@@ -97,9 +107,10 @@ def _make_header(shapes: Mapping[str, Sequence[int]], meta: Mapping[str, str]) -
 
 
 def write_ranges(path: Path, ranges: Sequence[TensorRange]) -> None:
-    """Write what one rank owns. Raises OSError."""
+    """Write what one rank owns, and its SHA-256 beside it until the marker has it. Raises OSError."""
     shapes = {f"{r.kind}/{r.start}/{r.name}": [r.values.numel()] for r in ranges}
-    write_tensors(path, shapes, (r.values for r in ranges))
+    digest = write_tensors(path, shapes, (r.values for r in ranges))
+    path.with_suffix(DIGEST_SUFFIX).write_text(digest, encoding="utf-8")
 
 
 # --- Reading ---

@@ -103,7 +103,7 @@ def test_a_killed_run_ends_with_the_same_bits(folder: Path, finished: Path, tmp_
     assert (out / "checkpoint.pt").exists()
     interrupted = torch.load(out / "checkpoint.pt", weights_only=True)["at"]["step"]
     assert interrupted % 2 == 0
-    (out / ".checkpoint.pt.0.part").write_bytes(b"half")  # what a kill inside a save leaves
+    (out / ".checkpoint.pt.00000000.part").write_bytes(b"half")  # what a kill inside a save leaves
     with (out / "metrics.jsonl").open("a") as log:
         log.write('{"step": 99, "loss"')  # and inside a line
     pretrain.main([str(folder), str(out), *TINY])

@@ -129,8 +129,8 @@ def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path):
 
 
 def test_the_rest_of_a_killed_save_is_written_over(tmp_path):
-    (tmp_path / ".step_00000001.part").mkdir(parents=True)
-    (tmp_path / ".step_00000001.part" / "rank_00007.safetensors").write_text("old")
+    (tmp_path / ".step_00000001.00000000.part").mkdir(parents=True)
+    (tmp_path / ".step_00000001.00000000.part" / "rank_00007.safetensors").write_text("old")
     assert save(tmp_path, marker(1), write, CFG)
     assert names(tmp_path / "step_00000001") == ["checkpoint.json", "rank_00000.safetensors"]
     assert names(tmp_path) == ["step_00000001"]
