@@ -17,10 +17,10 @@ _Point = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 @with_config(ConfigDict(extra="allow"))
 class _EntryForm(TypedDict):
-    """What is said of one volume at least; folders of other programs may lack what only `infer` knows."""
+    """What may be said of one volume; folders of other programs lack what only `infer` knows."""
 
-    probability: str
-    swc_voxel: str | None
+    probability: NotRequired[str]
+    swc_voxel: NotRequired[str | None]
     swc: NotRequired[str | None]
     image: NotRequired[str]
     voxel_size: NotRequired[_Point]

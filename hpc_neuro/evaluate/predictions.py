@@ -120,6 +120,8 @@ class PredictionFolder:
         """The probability, and the tree in voxels unless nothing was traced."""
         # Where nothing was traced there is no tree file, and the entry says so with a null.
         entry = self._entries[volume_id]
+        if absent := {"probability", "swc_voxel"} - entry.keys():
+            raise InputError(f"{self.path / INDEX} does not say {min(absent)} of {volume_id}; {_REMAKE} again")
         names = [entry["probability"], entry["swc_voxel"]]
         return [self.path / n for n in names if n is not None]
 

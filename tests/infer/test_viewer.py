@@ -194,3 +194,19 @@ def test_what_it_cannot_serve(tmp_path: Path, landmark: Path, capsys: pytest.Cap
         files.write_text(landmark / "config.yaml", f"model: x\nout: {landmark}\ninputs: [{{image: other.tif}}]\n")
         with ViewerServer(ServeConfig(out=landmark, port=0)) as server:
             server.layers.get("brain.image/zarr.json", "")
+
+
+@pytest.mark.parametrize("viewer", ["http://[bad/x", "viewer.example", "ftp://viewer.example"])
+def test_a_viewer_that_is_no_address(viewer: str, landmark: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["infer", "serve", str(landmark), f"viewer={viewer}"]) == 2
+    assert "is no address" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", ["/" + "a" * 5000, "/brain.trees/" + "9" * 5000, "//[bad/x", "/%00", "/brain.image/0/c/x/0/0"]
+)
+def test_nonsense_is_not_found(path: str, landmark: Path) -> None:
+    with serving(landmark) as port:
+        assert ask(port, path)[0] == 404
+        # A number of 5,000 digits is beyond the end of every file.
+        assert ask(port, "/brain.ome.zarr/zarr.json", Range=f"bytes={'9' * 5000}-")[0] == 416

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -22,7 +24,7 @@ from hpc_neuro.data import swc
 from hpc_neuro.data.rasterize import rasterize
 from hpc_neuro.data.store import Store
 from hpc_neuro.data.synthetic import render_stack
-from hpc_neuro.prepare import PrepareConfig, forecast, run
+from hpc_neuro.prepare import PrepareConfig, forecast, run, verb
 from tests.helpers.image_pairs import EASY, SHAPE, SIZE, hash_results, make_config, make_pair, write_pair
 
 
@@ -242,3 +244,24 @@ def test_real_neurons_become_masks_that_lie_on_them(real_data: Path, tmp_path: P
         for t in (morphology.resample_tree(stored.tree(), 1.0), stored.fitted_tree())
     ]
     assert on[1] > on[0] + 0.2
+
+
+def test_an_image_that_changes_while_it_is_read_is_not_stored(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    shutil.copytree(single, raw)
+    fit = verb.fit_radii
+
+    def change_and_fit(*args: Any) -> Any:
+        content = bytearray((raw / "a.tif").read_bytes())
+        content[-1] ^= 1
+        (raw / "a.tif").write_bytes(bytes(content))
+        return fit(*args)
+
+    monkeypatch.setattr(verb, "fit_radii", change_and_fit)
+    with pytest.raises(InputError, match="a.tif was changed while it was read.* into another `out`"):
+        run(make_config(images=raw, out=out))
+    assert not list(out.glob("*.h5"))
+    monkeypatch.undo()
+    assert run(make_config(images=raw, out=tmp_path / "another")) == 0
