@@ -222,7 +222,7 @@ def recorded_hashes(run: RunRecord) -> dict[str, str]:
     hashes = dict((run.record or {}).get("outputs", {}))
 
     if run.verb == "infer" and (run.folder / _PREDICTIONS).is_file():
-        for entry in read_predictions(run.folder, "run `infer` again").values():
+        for entry in read_predictions(run.folder, "run `infer` again", compare=False).values():
             hashes |= {entry[kind]: digest for kind, digest in entry.get("sha256", {}).items() if entry.get(kind)}
 
     # A demo copies the files of these stages to the top of its folder, under the same names.
