@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from hpc_neuro.core import files, run_folder
+from hpc_neuro.core.image_names import is_system_file
 from hpc_neuro.core.schema import ConfigError, InputError, config, load
 from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.synthetic import SyntheticConfig
@@ -138,7 +139,9 @@ def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str]
 def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:
     """The neurons to test on, by the rule of the key `test`. Raises InputError when none is left to train on."""
     # Natural order, as people number their neurons: OP_2 before OP_10.
-    names = sorted((path.stem for path in data.glob("*.swc")), key=run_folder.natural_key) if data.is_dir() else []
+    # As `prepare` lists them: hidden files are no trees, and .SWC is as good as .swc.
+    trees = [path for path in data.iterdir() if path.suffix.lower() == ".swc"] if data.is_dir() else []
+    names = sorted((path.stem for path in trees if not is_system_file(path)), key=run_folder.natural_key)
     if unknown := [name for name in cfg.test if name not in names]:
         raise ConfigError(
             f"test: {data} has no {', '.join(unknown)}.swc; it has {', '.join(names) or 'no trees at all'}"
@@ -155,7 +158,7 @@ def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:
 
 def digest_pairs(data: Path) -> str:
     """Digest of a folder of pairs: names and sizes of all files, and the bytes of those that are no images."""
-    paths = [path for path in sorted(data.iterdir()) if not path.name.startswith(".")]
+    paths = [path for path in sorted(data.iterdir()) if not is_system_file(path)]
     facts = []
     for path in paths:
         size = path.is_file() and path.stat().st_size

@@ -27,6 +27,8 @@ _READ_BYTES = 1 << 22
 """[bytes] Size of the pieces in which a file is read for its checksum."""
 _MAX_JSON_BYTES = 1 << 28
 """[bytes] Size of a JSON file that is read."""
+_MAX_NAME_BYTES = 200
+"""[bytes] Length of a name; a file system takes 255 with the endings."""
 _SPACE_MARGIN = 0.01
 """Share of the free space that stays unused."""
 _PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part", re.DOTALL)
@@ -165,8 +167,27 @@ def remove_parts(folder: Path) -> None:
 
 
 def is_plain_name(text: str) -> bool:
-    """Whether a text can name a file in a folder: it leads nowhere else and is not hidden."""
-    return text == Path(text).name and not text.startswith(".")
+    """Whether a text can name a file in a folder: it leads nowhere else, is not hidden, and is short."""
+    is_short = 0 < len(text.encode("utf-8", errors="replace")) <= _MAX_NAME_BYTES
+    return is_short and text.isprintable() and text == Path(text).name and not text.startswith(".")
+
+
+def require_plain_names(names: Any, source: Path, hint: str) -> None:
+    """Raise InputError unless `names` are keys of a mapping read from `source` that can name files in a folder."""
+    if not isinstance(names, dict):
+        raise InputError(f"{source} holds no mapping of volumes; {hint}")
+    for name in names:
+        if not is_plain_name(str(name)):
+            raise InputError(f"{source} names {str(name)[:60]!r}, which cannot be the name of a file; {hint}")
+
+
+def resolve_inside(folder: Path, name: Any, source: Path, hint: str) -> Path:
+    """The file `name` of a folder, as `source` names it. Raises InputError for a name that leads out of the folder."""
+    path = Path(str(name))
+    is_text = isinstance(name, str) and bool(name) and name.isprintable()
+    if not is_text or ".." in path.parts or path.is_absolute():
+        raise InputError(f"{source} names the file {str(name)[:60]!r}, which is not inside {folder}; {hint}")
+    return folder / path
 
 
 def part_path_of_all(path: Path) -> Path:

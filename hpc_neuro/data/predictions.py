@@ -38,6 +38,7 @@ def read_predictions(out: Path, hint: str, compare: bool = True) -> dict[str, An
     compare: with the SHA-256 that `infer` recorded; False for what finds differences by itself.
     """
     entries = files.read_json(out / INDEX, hint, dict[str, _EntryForm])
+    files.require_plain_names(entries, out / INDEX, hint)
     if compare:
         run_folder.require_unchanged(out / INDEX)
     return dict(entries)

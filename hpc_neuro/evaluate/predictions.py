@@ -123,7 +123,7 @@ class PredictionFolder:
         if absent := {"probability", "swc_voxel"} - entry.keys():
             raise InputError(f"{self.path / INDEX} does not say {min(absent)} of {volume_id}; {_REMAKE} again")
         names = [entry["probability"], entry["swc_voxel"]]
-        return [self.path / n for n in names if n is not None]
+        return [files.resolve_inside(self.path, n, self.path / INDEX, _REMAKE) for n in names if n is not None]
 
     def read(self, volume_id: str, expected_shape: Shape) -> VolumePrediction:
         """The prediction of a volume. Raises InputError when its shape is not `expected_shape`."""
@@ -164,7 +164,7 @@ class PredictionFolder:
             return {}
 
         # Without flips the table has no column of disagreement.
-        path = self.path / name
+        path = files.resolve_inside(self.path, name, self.path / INDEX, _REMAKE)
         try:
             with path.open(encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))

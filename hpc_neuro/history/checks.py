@@ -189,7 +189,12 @@ def check_record(check: RunCheck) -> None:
 
     _check_config(check)
     for name, digest in record.get("outputs", {}).items():
-        check.compare_file(check.run.folder / name, digest, name)
+        hint = "the record was changed"
+        path = check.attempt(
+            functools.partial(files.resolve_inside, check.run.folder, name, check.run.folder / RECORD, hint)
+        )
+        if path is not None:
+            check.compare_file(path, digest, name)
 
 
 def _check_config(check: RunCheck) -> None:
@@ -320,11 +325,23 @@ def check_infer(check: RunCheck) -> None:
         _check_volumes(check, "volume ")
 
     predictions = check.read_json(check.run.folder / _PREDICTIONS) or {}
-    for name, entry in predictions.items():
+    is_sound = check.attempt(functools.partial(_require_names_inside, check.run.folder, predictions))
+    for name, entry in predictions.items() if is_sound else ():
         count = _check_blocks(check, name, entry["probability"])
         check.note(f"{name}: {count} blocks, {entry.get('foreground_voxels')} voxels of foreground")
         for kind in ("swc", "swc_voxel"):
             _check_tree(check, entry.get(kind), entry.get("sha256", {}).get(kind))
+
+
+def _require_names_inside(folder: Path, predictions: Any) -> bool:
+    """True; InputError for an entry whose name, or one of whose files, leads out of the folder."""
+    source, hint = folder / _PREDICTIONS, "make it again with `hpc-neuro infer`"
+    files.require_plain_names(predictions, source, hint)
+    for entry in predictions.values():
+        for kind in ("probability", "swc", "swc_voxel"):
+            if entry.get(kind) is not None:
+                files.resolve_inside(folder, entry[kind], source, hint)
+    return True
 
 
 def _check_weights(check: RunCheck) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.image_names import strip_ending
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.tracing import TraceConfig
@@ -51,7 +52,7 @@ class VolumeConfig:
     @property
     def name(self) -> str:
         """The `id`, or the file's name without its ending."""
-        return self.id or self.image.name.partition(".")[0]
+        return self.id or strip_ending(self.image)
 
 
 @config

@@ -274,7 +274,12 @@ class EntryRecord:
 def read_entry_record(out: Path, name: str) -> EntryRecord | None:
     """The record of a volume's entry; None when it is missing or torn."""
     with contextlib.suppress(InputError):
-        return files.read_json(entry_path(out, name), "", EntryRecord)
+        path = entry_path(out, name)
+        record = files.read_json(path, "", EntryRecord)
+        # A repair moves and removes the files that a record names.
+        for file in record.files:
+            files.resolve_inside(out, file, path, "")
+        return record
     return None
 
 

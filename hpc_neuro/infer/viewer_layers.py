@@ -189,7 +189,11 @@ class ViewerLayers:
 
     def _read_trees(self, name: str) -> list[Tree]:
         entry = self._entries[name]
-        return morphology.split_components(swc.read(self._out / entry["swc"])) if entry.get("swc") else []
+        if not entry.get("swc"):
+            return []
+        index = self._out / "predictions.json"
+        path = files.resolve_inside(self._out, entry["swc"], index, "make it again with `hpc-neuro infer`")
+        return morphology.split_components(swc.read(path))
 
 
 def _describe_array(shape: Shape, dtype: np.dtype[Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def weights_of(path: Path, name: str) -> tuple[Path, str | None]:
             f"{path} holds the teacher {note.name}, but teacher.model is {name}; set it to that, or " + advice(name)
         )
 
-    return path / note.file, note.sha256
+    return files.resolve_inside(path, note.file, path / NOTE, advice(name)), note.sha256
 
 
 def find_weights(out: Path, name: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpc_neuro.core import files, yaml_text
+from hpc_neuro.core.image_names import is_system_file
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.yaml_text import YamlError
 from hpc_neuro.data.formats import image_stem
@@ -85,7 +86,11 @@ def _list_by_stem(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     swcs: dict[str, Path] = {}
 
     for path in sorted(folder.iterdir()):
+        if is_system_file(path):
+            continue
         if path.suffix.lower() == ".swc":
+            if path.stem in swcs:
+                raise InputError(f"{folder} holds two trees of {path.stem}: {swcs[path.stem].name} and {path.name}")
             swcs[path.stem] = path
         stem = image_stem(path)
         if stem is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpc_neuro.core import files
+from hpc_neuro.core.image_names import is_system_file
 from tools.teacher.recipe import BadInput
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
@@ -51,7 +52,7 @@ class Photos:
 
 def load(folder: Path, cache: Path, side: int, held: int) -> Photos:
     """Open the decoded photographs of `folder`, decoding them on first use into `cache` (196 kB a tile at side 256)."""
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not is_system_file(p))
     if len(names) <= held:
         raise BadInput(f"{folder} holds {len(names)} photographs, fewer than the {held} to hold out and one more")
     array, manifest = cache / f"tiles{side}.npy", cache / f"tiles{side}.json"

@@ -147,7 +147,12 @@ def read_manifest(folder: Path, hint: str) -> dict[str, Any]:
             f"{folder / MANIFEST} is not of format {FORMAT}; build the cache again in another folder with `hpc-neuro "
             "precompute`"
         )
-    return dict(files.check_form(manifest, _ManifestForm, str(folder / MANIFEST), hint))
+    checked = dict(files.check_form(manifest, _ManifestForm, str(folder / MANIFEST), hint))
+
+    # Shards are named after what the manifest says, and written again by a repair.
+    for shard in manifest["shards"]:
+        files.resolve_inside(folder, shard["file"], folder / MANIFEST, hint)
+    return checked
 
 
 def hash_manifest(manifest: Mapping[str, Any]) -> str:

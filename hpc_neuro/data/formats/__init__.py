@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpc_neuro.core import files
+from hpc_neuro.core.image_names import is_system_file, strip_ending
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import amira, chunked, hdf5, nifti, nrrd, slice_folder, terafly, tiff, vaa3d
 from hpc_neuro.data.formats.axes import resolve_axes
@@ -102,11 +103,10 @@ def image_stem(path: Path) -> str | None:
     # Microscopes write .TIF as often as .tif.
     name = path.name.lower()
     if path.is_dir():
-        return path.name if not name.startswith(".") and is_image_folder(path) else None
+        return strip_ending(path) if not is_system_file(path) and is_image_folder(path) else None
 
-    # The longest suffix wins: .ome.tif before .tif.
-    suffixes = [suffix for reader in READERS for suffix in reader.suffixes if name.endswith(suffix)]
-    return path.name[: -len(max(suffixes, key=len))] if suffixes else None
+    is_image = any(name.endswith(suffix) for reader in READERS for suffix in reader.suffixes)
+    return strip_ending(path) if is_image and not is_system_file(path) else None
 
 
 def describe_image_folder(image: Path) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import tifffile
 
 from hpc_neuro.core.files import format_count
+from hpc_neuro.core.image_names import is_system_file
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import um_per
 from hpc_neuro.data.formats import tiff, tiff_voxel_size
@@ -146,4 +147,4 @@ def _read_slice_distance(path: Path) -> float:
 
 
 def _is_slice(path: Path) -> bool:
-    return path.suffix.lower() in (".tif", ".tiff") and not path.name.startswith(".")
+    return path.suffix.lower() in (".tif", ".tiff") and not is_system_file(path)

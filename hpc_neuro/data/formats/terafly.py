@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.image_names import is_system_file
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import tiff, vaa3d
 from hpc_neuro.data.formats.decompress import DecodedCache
@@ -163,7 +164,7 @@ def _list_levels(path: Path) -> list[Path]:
     sizes = {}
     for folder in path.iterdir():
         match = _LEVEL_NAME.search(folder.name)
-        if match and folder.is_dir():
+        if match and folder.is_dir() and not is_system_file(folder):
             sizes[folder] = math.prod(int(n) for n in match.groups())
 
     return sorted(sizes, key=lambda folder: (sizes[folder], folder))
@@ -275,10 +276,10 @@ def _list_named_tiles(folder: Path) -> dict[tuple[int, ...], Path]:
     """The tiles of a level by the numbers z y x in their names."""
     # The layout is Y/Y_X/Y_X_Z.tif: the last number of each name is the one that is new.
     grid: dict[tuple[int, ...], Path] = {}
-    for row in _by_last_number([p for p in folder.iterdir() if p.is_dir()]).values():
-        for leaf in _by_last_number([p for p in row.iterdir() if p.is_dir()]).values():
+    for row in _by_last_number([p for p in folder.iterdir() if p.is_dir() and not is_system_file(p)]).values():
+        for leaf in _by_last_number([p for p in row.iterdir() if p.is_dir() and not is_system_file(p)]).values():
             y, x = _parse_numbers(leaf)[-2:]
-            files = [p for p in leaf.iterdir() if p.suffix.lower() in _TILE_SUFFIXES]
+            files = [p for p in leaf.iterdir() if p.suffix.lower() in _TILE_SUFFIXES and not is_system_file(p)]
             for z, file in _by_last_number(files).items():
                 grid[z, y, x] = file
 

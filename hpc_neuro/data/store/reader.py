@@ -109,6 +109,9 @@ class Store:
         self.path = Path(path)
         index = read_index(self.path)
 
+        # The ids become names of files here and in every folder that is made of the store.
+        files.require_plain_names(index.get("volumes"), self.path / INDEX, REMAKE)
+
         # The index alone describes the volumes, so a store opens without touching their files.
         self._volumes = {id_: _volume_from_index(self, id_, entry) for id_, entry in index["volumes"].items()}
 

@@ -1,0 +1,43 @@
+"""The name of a volume from that of its image file, alike in every verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ENDINGS = (
+    *(".tif", ".tiff", ".btf", ".tf8", ".lsm", ".nii", ".nii.gz", ".hdr", ".img", ".nrrd", ".nhdr", ".am", ".amira"),
+    *(
+        ".h5",
+        ".hdf5",
+        ".hdf",
+        ".ims",
+        ".n5h5",
+        ".v3draw",
+        ".raw",
+        ".vaa3draw",
+        ".v3dpbd",
+        ".zarr",
+        ".n5",
+        ".precomputed",
+    ),
+)
+"""Endings of image files and folders; a test keeps them complete."""
+_SECOND_ENDINGS = (".ome",)
+"""Endings before the last one: neuron.ome.tif is an image of `neuron`."""
+
+
+def strip_ending(path: Path) -> str:
+    """The name of an image without its endings; other dots stay: brain.1.tif and brain.2.tif are two volumes."""
+    name = path.name
+    # The longest ending wins: .nii.gz before .gz.
+    ending = max((e for e in ENDINGS if name.lower().endswith(e)), key=len, default="")
+    for second in _SECOND_ENDINGS:
+        if ending and name.lower().endswith(second + ending):
+            ending = second + ending
+    # A file that is named like an ending has no other name.
+    return name[: len(name) - len(ending)] or name
+
+
+def is_system_file(path: Path) -> bool:
+    """Whether a file is hidden: macOS writes `._NAME` beside every file on other disks, and it is no image or tree."""
+    return path.name.startswith(".")

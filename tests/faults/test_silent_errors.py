@@ -1,0 +1,164 @@
+"""The table of inputs that were once read wrong in silence: each case, what is right, and what happens.
+
+Sibling kinds that were found beside the reported ones stand in the same table; the columns are: name, a function that
+makes the input and runs the command line, the exit code, and a part of what is printed or the value that is right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from hpc_neuro.cli import main
+from hpc_neuro.core import morphology
+from hpc_neuro.data import swc
+
+ROWS = "1 1 3 6 3 0.66 -1\n2 3 6 6 3 0.33 1\n3 3 9 9 4 0.33 2\n"
+SEMICOLONS = "1;1;10;20;3;2;-1\n2;3;14;22;3,5;1;1\n3;3;16;23;4;1;2\n"
+THREE_POINTS = "1 1 0 0 0 2 -1\n2 1 0 -2 0 2 1\n3 1 0 2 0 2 1\n4 3 0 0 6 1 1\n5 3 0 0 9 1 4\n"
+
+Case = tuple[str, bytes, list[str], int, str]
+"""File name, its bytes, command with FILE for the path, exit code, part of the output."""
+
+CASES: dict[str, Case] = {
+    # Reported: headers in the words of other programs.
+    "SNT header": ("a.swc", f"# All positions and radii in µm\n{ROWS}".encode(), ["info", "FILE"], 0, "unit: um"),
+    "SNT header, converted": (
+        *("a.swc", f"# All positions and radii in µm\n{ROWS}".encode()),
+        *(["swc", "convert", "FILE", "voxel_size=1,0.3,0.3"], 2, "in um already"),
+    ),
+    "NeuroMorpho header": ("a.swc", f"# SCALE 1.0 1.0 1.0\n{ROWS}".encode(), ["info", "FILE"], 0, "unit: um"),
+    "units nm": ("a.swc", f"# units nm\n{ROWS}".encode(), ["info", "FILE"], 0, "unit: nm"),
+    "columns z y x": ("a.swc", f"# id type z y x r parent\n{ROWS}".encode(), ["swc", "check", "FILE"], 3, "columns"),
+    # Siblings of them.
+    "latin-1 header": ("a.swc", b"# Positions in \xb5m\n" + ROWS.encode(), ["info", "FILE"], 0, "unit: um"),
+    "lost micro sign": ("a.swc", f"# All positions in ?m\n{ROWS}".encode(), ["info", "FILE"], 0, "unit: um"),
+    "navis units": ("a.swc", f'# Meta: {{"units": "8 nanometer"}}\n{ROWS}'.encode(), ["info", "FILE"], 0, "8 nm"),
+    "two units": ("a.swc", f"# unit: um\n# in pixels\n{ROWS}".encode(), ["swc", "fix", "FILE"], 2, "two units"),
+    "a scale to apply": ("a.swc", f"# SCALE 2 2 1\n{ROWS}".encode(), ["swc", "fix", "FILE"], 2, "leaves open"),
+    "diameters": ("a.swc", f"# id type x y z diameter p\n{ROWS}".encode(), ["info", "FILE"], 2, "diameter"),
+    # Reported: tables.
+    "semicolons": ("a.swc", SEMICOLONS.encode(), ["info", "FILE"], 0, "1 tip, 0 branch points"),
+    "repeated lines": ("a.swc", (ROWS * 2).encode(), ["swc", "fix", "FILE"], 0, "3 nodes"),
+    "large id": ("a.swc", b"5000000000 1 0 0 1 .5 -1\n", ["swc", "check", "FILE"], 3, "MorphIO and NeuroM"),
+    "type turns at root": (
+        *("a.swc", b"1 5 0 0 0 1 -1\n2 2 0 0 5 1 1\n3 2 0 0 9 1 2\n"),
+        *(["swc", "check", "FILE"], 3, "type turns"),
+    ),
+    "branching soma": (
+        *("a.swc", b"1 1 0 0 0 1 -1\n2 1 0 0 1 1 1\n3 1 0 0 2 1 2\n4 1 0 1 1 1 2\n5 3 0 0 6 1 3\n"),
+        *(["swc", "check", "FILE"], 3, "soma branches"),
+    ),
+    # Siblings of them.
+    "commas for all": ("a.swc", b"1,3,0,5,1,5,0,1,-1\n2,3,1,5,1,5,0,1,1\n", ["info", "FILE"], 2, "decimal points"),
+    "empty column": ("a.swc", b"1,3,,0,0,1,-1,7\n", ["info", "FILE"], 2, "not seven numbers"),
+    "underscore": ("a.swc", b"1 3 1_0 0 0 1 -1\n", ["info", "FILE"], 2, "not seven numbers"),
+    "three-point soma": ("a.swc", THREE_POINTS.encode(), ["swc", "check", "FILE"], 0, "clean"),
+    # Reported: YAML 1.1, bombs.
+    "minutes by clock": ("c.yaml", b"out: o\nstore: s\noptim: {steps: 12:00:00}\n", ["train", "FILE"], 2, "12:00:00"),
+    "key twice": ("c.yaml", b"out: a\nout: b\n", ["prepare", "FILE"], 2, "stands twice"),
+    "deep YAML": ("c.yaml", b"images: " + b"[" * 5000, ["prepare", "FILE"], 2, "nested too deeply"),
+    "YAML that holds itself": ("c.yaml", b"images: &a [*a]\n", ["prepare", "FILE"], 2, "nested"),
+    "YAML tags": ("c.yaml", b"images: !!python/name:os.system\n", ["prepare", "FILE"], 2, "constructor"),
+    # Reported: an index with an id of elsewhere.
+    "id of elsewhere": (
+        *("dataset.json", json.dumps({"format": 1, "volumes": {"../../victim": {}}}).encode()),
+        *(["evaluate", "store=FOLDER", "predictions=FOLDER", "out=FOLDER/out"], 2, "'../../victim'"),
+    ),
+    "deep JSON": (
+        *("dataset.json", b"[" * 200_000),
+        *(["evaluate", "store=FOLDER", "predictions=FOLDER", "out=FOLDER/out"], 2, "nested too deeply"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_right_or_refused(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, content, words, code, text = CASES[case]
+    path = tmp_path / "data" / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    arguments = [word.replace("FILE", str(path)).replace("FOLDER", str(path.parent)) for word in words]
+
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert text in captured.out + captured.err
+    assert "Traceback" not in captured.err
+    # Nothing is written outside the folder.
+    assert [item.name for item in tmp_path.iterdir()] == ["data"]
+
+
+def test_ids_stay_as_written(tmp_path: Path) -> None:
+    for name in ("010", "8"):
+        (tmp_path / f"{name}.swc").write_text("1 3 8 8 4 1 -1\n2 3 16 8 4 1 1\n")
+        rng = np.random.default_rng(int(name))
+        tifffile.imwrite(tmp_path / f"{name}.tif", rng.integers(0, 255, (8, 16, 24), dtype=np.uint8))
+    rows = [f"- {{id: {i}, image: {name}.tif, swc: {name}.swc}}\n" for i, name in (("010", "010"), ("8", "8"))]
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text("".join(rows))
+    arguments = [f"manifest={manifest}", f"out={tmp_path / 'store'}", "voxel_size=[1,1,1]", "misaligned=warn"]
+
+    assert main(["prepare", *arguments, "split.test=[010]"]) == 0
+    index = json.loads((tmp_path / "store" / "dataset.json").read_text())
+    assert list(index["volumes"]) == ["010", "8"]
+    assert index["volumes"]["010"]["split"] == "test"
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def make_sparse(path: Path) -> None:
+    with path.open("wb") as handle:
+        handle.truncate(1 << 40)
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_device, make_sparse])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.swc", ["info", "FILE"]),
+        ("a.swc", ["swc", "check", "FILE"]),
+        ("a.swc", ["swc", "fix", "FILE"]),
+        ("c.yaml", ["prepare", "FILE"]),
+        ("dataset.json", ["evaluate", "store=FOLDER", "predictions=FOLDER", "out=FOLDER/out"]),
+        ("predictions.json", ["infer", "serve", "FOLDER"]),
+        ("m.yaml", ["prepare", "manifest=FILE", "out=FOLDER/out"]),
+        ("m.csv", ["prepare", "manifest=FILE", "out=FOLDER/out"]),
+    ],
+)
+def test_files_that_never_end(
+    make: Callable[[Path], None], name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / name)
+    arguments = [word.replace("FILE", str(tmp_path / name)).replace("FOLDER", str(tmp_path)) for word in words]
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_semicolons_have_the_right_length(tmp_path: Path) -> None:
+    (tmp_path / "a.swc").write_text(SEMICOLONS)
+    plain = SEMICOLONS.replace(",", ".").replace(";", " ")
+    (tmp_path / "b.swc").write_text(plain)
+    assert morphology.length(swc.read(tmp_path / "a.swc")) == morphology.length(swc.read(tmp_path / "b.swc"))
+
+
+def test_files_of_macos_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "n1.swc").write_text("1 3 8 8 4 1 -1\n2 3 16 8 4 1 1\n")
+    image = np.random.default_rng(0).integers(0, 255, (8, 16, 24), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "n1.ome.tif", image)
+    for name in ("._n1.ome.tif", "._n1.swc", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X")
+    arguments = [f"images={tmp_path}", f"out={tmp_path / 'store'}", "voxel_size=[1,1,1]", "misaligned=warn"]
+    assert main(["prepare", *arguments]) == 0
+    assert list(json.loads((tmp_path / "store" / "dataset.json").read_text())["volumes"]) == ["n1"]
