@@ -1,0 +1,113 @@
+"""Mutated text, JSON and YAML files: every verb that reads one ends with 0, 2 or 3, and never with a traceback.
+
+HPC_NEURO_FUZZ sets the number of mutations of each file; the long run takes 2000.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+
+from hpc_neuro.cli import main
+from tests.helpers.swc_cases import GOOD
+
+COUNT = int(os.environ.get("HPC_NEURO_FUZZ", "60"))
+"""Mutations of each file."""
+
+PIECES = [
+    *("nan", "inf", "-1", "0", "1e400", "9" * 40, "010", "12:00:00", "true", "null", "~", "[", "]", "{", "}", ":", ","),
+    *(
+        ";",
+        "\t",
+        "\n",
+        "\r",
+        "\0",
+        "#",
+        "&a",
+        "*a",
+        "<<",
+        "!!x",
+        '"',
+        "'",
+        "../../victim",
+        "\ufeff",
+        "µ",
+        "\u2028",
+        "-",
+    ),
+]
+
+SWC = (
+    "# All positions and radii in µm\n# Voxel separation (x,y,z): 0.33, 0.33, 1.0\n# id type x y z radius parent\n"
+    + GOOD
+)
+INDEX = {
+    "format": 1,
+    "volumes": {"n1": {"shape": [8, 8, 8], "voxel_size_um": [1, 1, 1], "dtype": "uint8"}},
+    "splits": {},
+}
+FILES = {
+    "tree.swc": (SWC, [["swc", "check", "FILE"], ["swc", "fix", "FILE", "out=OUT"], ["info", "FILE"]]),
+    "config.yaml": ("images: nowhere\nout: out\nsplit: {test: [007, 010]}\n", [["prepare", "FILE", "out=OUT"]]),
+    "manifest.yaml": (
+        "- {id: 010, image: n1.tif, swc: n1.swc, voxel_size: [1, 1, 1]}\n",
+        [["prepare", "manifest=FILE", "out=OUT", "misaligned=warn"]],
+    ),
+    "manifest.csv": (
+        "id,image,swc,voxel_size\n010,n1.tif,n1.swc,1 1 1\n",
+        [["prepare", "manifest=FILE", "out=OUT", "misaligned=warn"]],
+    ),
+    "meta.json": (
+        json.dumps({"n1": {"root_xyz": [1, 2, 3], "voxel_size_um_xyz": [1, 1, 1]}}),
+        [["prepare", "images=FOLDER", "out=OUT", "misaligned=warn"]],
+    ),
+    "dataset.json": (json.dumps(INDEX), [["evaluate", "store=FOLDER", "predictions=FOLDER", "out=OUT"]]),
+}
+"""Name -> content, and the commands that read it."""
+
+
+def mutate(text: str, rng: random.Random) -> bytes:
+    """A text with some pieces removed, doubled, replaced or moved, or with damaged bytes."""
+    for _ in range(rng.randint(1, 4)):
+        begin = rng.randint(0, len(text))
+        end = min(len(text), begin + rng.randint(0, 12))
+        piece = rng.choice([*PIECES, "", text[begin:end] * 2, text[begin:]])
+        text = text[:begin] + piece + text[end:]
+    data = bytearray(text.encode("utf-8", errors="replace"))
+    if data and rng.random() < 0.2:
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_mutations_end_with_a_sentence(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, commands = FILES[name]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    image = np.random.default_rng(0).integers(0, 255, (8, 16, 24), dtype=np.uint8)
+    tifffile.imwrite(folder / "n1.tif", image, metadata={"axes": "ZYX"})
+    (folder / "n1.swc").write_text("1 3 8 8 4 1 -1\n2 3 16 8 4 1 1\n")
+    rng = random.Random(name)
+
+    for number in range(COUNT):
+        data = mutate(text, rng)
+        (folder / name).write_bytes(data)
+        for command in commands:
+            values = {"FILE": folder / name, "FOLDER": folder, "OUT": tmp_path / "out" / str(number)}
+            arguments = list(command)
+            for word, value in values.items():
+                arguments = [argument.replace(word, str(value)) for argument in arguments]
+            try:
+                code = main(arguments)
+            except SystemExit as error:
+                code = error.code
+            assert code in (0, 2, 3), (data, capsys.readouterr().err)
+            assert "Traceback" not in capsys.readouterr().err, data
+        # Nothing is written beside the folders.
+        assert {path.name for path in tmp_path.iterdir()} <= {"data", "out"}, data
