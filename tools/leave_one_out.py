@@ -35,7 +35,7 @@ from hpc_neuro import demo
 from hpc_neuro.core import files, morphology, run_folder
 from hpc_neuro.core.constants import TOLERANCE_VOX
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.core.image_names import strip_ending, is_system_file
+from hpc_neuro.core.image_names import is_system_file, strip_ending
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data.store import Store, StoredVolume
@@ -98,7 +98,9 @@ def gathered(folders: list[Path], meta: Path | None, into: Path) -> list[str]:
             told = {**files.read_json(folder / "meta.json", "mend it or remove it"), **told}
         paths = [path for path in sorted(folder.iterdir()) if not is_system_file(path)]
         for tree in (path for path in paths if path.suffix == ".swc"):
-            images = [path for path in paths if path.suffix not in (".swc", ".json") and strip_ending(path) == tree.stem]
+            images = [
+                path for path in paths if path.suffix not in (".swc", ".json") and strip_ending(path) == tree.stem
+            ]
             if len(images) != 1:
                 raise InputError(f"{tree} has {len(images)} images of its name beside it, wanted one")
             if tree.stem in names:

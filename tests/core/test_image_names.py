@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.core import files
-from hpc_neuro.core.image_names import ENDINGS, strip_ending, is_system_file
+from hpc_neuro.core.image_names import ENDINGS, is_system_file, strip_ending
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import READERS
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
