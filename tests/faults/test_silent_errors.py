@@ -23,6 +23,16 @@ ROWS = "1 1 3 6 3 0.66 -1\n2 3 6 6 3 0.33 1\n3 3 9 9 4 0.33 2\n"
 SEMICOLONS = "1;1;10;20;3;2;-1\n2;3;14;22;3,5;1;1\n3;3;16;23;4;1;2\n"
 THREE_POINTS = "1 1 0 0 0 2 -1\n2 1 0 -2 0 2 1\n3 1 0 2 0 2 1\n4 3 0 0 6 1 1\n5 3 0 0 9 1 4\n"
 
+VOLUME = {
+    **{"file": "a.h5", "shape": [8, 8, 8], "voxel_size_um": [1.0, 1.0, 1.0], "dtype": "uint8", "low": 0.0, "high": 9.0},
+    **{"root_voxel": None, "split": "test", "digest": "0" * 64, "sha256": {"image": "0" * 64, "swc": "0" * 64}},
+}
+TOTALS = {
+    "code": "",
+    "splits": {"train": [], "val": [], "test": ["../../victim"]},
+    "totals": {"volumes": 1, "voxels": 512, "bytes": 1},
+}
+
 Case = tuple[str, bytes, list[str], int, str]
 """File name, its bytes, command with FILE for the path, exit code, part of the output."""
 
@@ -68,7 +78,7 @@ CASES: dict[str, Case] = {
     "YAML tags": ("c.yaml", b"images: !!python/name:os.system\n", ["prepare", "FILE"], 2, "constructor"),
     # Reported: an index with an id of elsewhere.
     "id of elsewhere": (
-        *("dataset.json", json.dumps({"format": 1, "volumes": {"../../victim": {}}}).encode()),
+        *("dataset.json", json.dumps({"format": 1, "volumes": {"../../victim": VOLUME}} | TOTALS).encode()),
         *(["evaluate", "store=FOLDER", "predictions=FOLDER", "out=FOLDER/out"], 2, "'../../victim'"),
     ),
     "deep JSON": (
