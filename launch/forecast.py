@@ -157,9 +157,8 @@ def estimate_cost(cfg: Any, resources: Resources) -> TrainingCost:
     value_bytes = 2 if resources.gpus_per_task > 0 and cfg.engine.dtype != "fp32" else 4
 
     # Counted from the shapes of the layers.
-    parts = cost.costs(cfg.student, cfg.crop.size, micro_batch, value_bytes)
-    activations = sum(part.kept for part in parts)
-    parameters = sum(part.parameters for part in parts)
+    student = cost.estimate_costs(cfg.student, cfg.crop.size, micro_batch, value_bytes)
+    activations, parameters = student.total.kept, student.total.parameters
     work = memory_plan.StepWork(
         parameters=parameters,
         largest=0,
@@ -174,7 +173,7 @@ def estimate_cost(cfg: Any, resources: Resources) -> TrainingCost:
         events=[activation_memory.BackwardEvent(parameters, activations, 0)],
     )
     memory = memory_plan.plan_memory(work)[cfg.engine.stage].total
-    return TrainingCost(memory, activations, sum(part.step for part in parts) * passes)
+    return TrainingCost(memory, activations, student.step * passes)
 
 
 def _find_memory_faults(cost: TrainingCost, resources: Resources, site: Site) -> list[str]:

@@ -1,4 +1,4 @@
-"""Configurations of the student, its tokenizer and decoder, the 2D teacher and the weight transfer.
+"""Configurations of the student and its tokenizer, the 2D teacher and the weight transfer.
 
 This file does not import torch, so that the command line checks a config within a second. The networks themselves are
 in the file that each class names.
@@ -6,23 +6,21 @@ in the file that each class names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import config
-
-if TYPE_CHECKING:
-    from hpc_neuro.models.decoder import Light, Linear, Unetr
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 """Size -> width, depth and heads of the transformer, equal to timm's ViTs of the same names."""
+
+CHANNELS = {"tiny": (16, 32, 64), "small": (32, 64, 128), "base": (64, 128, 256), "large": (96, 192, 384)}
+"""Size -> channels of the convolutional path, finest level first."""
 
 BUNDLED = {"bundled": "teacher_vit_tiny_patch16", "bundled8": "teacher_vit_tiny_patch8"}
 """`TeacherConfig.model` -> file stem in hpc_neuro/assets, for teachers that ship in the package."""
@@ -64,48 +62,21 @@ Tokens = Annotated[BlockTokens | TubularTokens, Field(discriminator="kind")]
 
 
 @config
-class LightConfig:
-    """Tokens unfolded onto the stem's coarsest level, then one skip and one block per level: cheap and fast."""
+class FeatureTubesConfig:
+    """Tubes on the features of the encoder's middle level, as a residual branch (models/feature_tubes.py)."""
 
-    kind: Literal["light"] = "light"
+    kind: Literal["straight", "deformable"] = "deformable"
+    """Whether the tubes bend; the bends start at zero."""
+    taps: Annotated[int, Field(ge=3)] = 9
+    """Taps of a tube, odd."""
+    width: Annotated[int, Field(ge=1)] = 16
+    """Channels inside the branch."""
+    extent: Annotated[float, Field(gt=0)] = 1.0
+    """[voxel of the level] Largest sideways step of a tube between neighboring taps."""
 
-    def build(self, dim: int, depth: int, patch: Shape, strides: Sequence[Shape], channels: Sequence[int]) -> Light:
-        """Build the network. dim, depth: of the transformer; strides, channels: of the stem's levels."""
-        from hpc_neuro.models.decoder import Light
-
-        return Light(dim, depth, patch, strides, channels)
-
-
-@config
-class UnetrConfig:
-    """Hidden states of several depths unfolded onto every level, two blocks per level (UNETR, WACV 2022)."""
-
-    kind: Literal["unetr"] = "unetr"
-    width: Annotated[int, Field(ge=1)] = 48
-    """Channels of the levels between the stem's coarsest and the tokens."""
-
-    def build(self, dim: int, depth: int, patch: Shape, strides: Sequence[Shape], channels: Sequence[int]) -> Unetr:
-        """Build the network. dim, depth: of the transformer; strides, channels: of the stem's levels."""
-        from hpc_neuro.models.decoder import Unetr
-
-        return Unetr(dim, depth, patch, strides, channels, self.width)
-
-
-@config
-class LinearConfig:
-    """A linear readout of the tokens and of every level of the stem: shows what the features alone hold."""
-
-    kind: Literal["linear"] = "linear"
-
-    def build(self, dim: int, depth: int, patch: Shape, strides: Sequence[Shape], channels: Sequence[int]) -> Linear:
-        """Build the network. dim, depth: of the transformer; strides, channels: of the stem's levels."""
-        from hpc_neuro.models.decoder import Linear
-
-        return Linear(dim, depth, patch, strides, channels)
-
-
-Decoder = Annotated[LightConfig | UnetrConfig | LinearConfig, Field(discriminator="kind")]
-"""Any decoder, selected by `kind`."""
+    def __post_init__(self) -> None:
+        if self.taps % 2 == 0:
+            raise ValueError(f"a tube on features has an odd number of taps, not {self.taps}")
 
 
 @config
@@ -113,17 +84,21 @@ class StudentConfig:
     """The 3D student (models/student.py)."""
 
     size: Literal["tiny", "small", "base", "large"] = "tiny"
-    """Width, heads and default depth of the transformer: 192/3/12, 384/6/12, 768/12/12, 1024/16/24."""
+    """Width, heads and depth of the transformer, and channels of the convolutional path."""
     depth: Positive | None = None
     """Transformer blocks; none: the size's own. A student with fewer than the teacher takes the first ones."""
     patch: tuple[Positive, Positive, Positive] = (8, 16, 16)
     """[voxel] Block of one token, z y x."""
+    unshuffle: tuple[Positive, Positive, Positive] = (1, 2, 2)
+    """[voxel] Block folded into channels before the first convolution; (2, 2, 2) suits isotropic voxels."""
+    channels: tuple[Positive, Positive, Positive] | None = None
+    """Channels of the convolutional path, finest level first; none: the size's own."""
+    transformer: bool = True
+    """Run the transformer; false leaves the convolutional path alone, as a control."""
     tokenizer: Tokens = BlockTokens()
     """How a block of voxels becomes a token."""
-    decoder: Decoder = LightConfig()
-    """How tokens and stem features become logits."""
-    stem_channels: tuple[Positive, Positive, Positive] = (8, 16, 48)
-    """Channels of the convolutional path at its three resolutions, finest first."""
+    tubes: FeatureTubesConfig | None = None
+    """Tubes on encoder features; null: none."""
     positions: Literal["grid", "rotary"] = "grid"
     """Learned table shared over depth (DINO, DINOv2, MAE, supervised teachers), or 3D rotary (DINOv3)."""
     grid: tuple[Positive, Positive, Positive] = (8, 14, 14)
@@ -146,6 +121,11 @@ class StudentConfig:
         """Channels, blocks and heads of the transformer."""
         dim, depth, heads = SIZES[self.size]
         return dim, self.depth or depth, heads
+
+    @property
+    def level_channels(self) -> tuple[int, int, int]:
+        """Channels of the convolutional path, finest level first."""
+        return self.channels or CHANNELS[self.size]
 
 
 @config
@@ -179,12 +159,16 @@ class TeacherConfig:
     """Seed of the weights of `model: random`."""
 
     def __post_init__(self) -> None:
+        # A setting without effect is an error, because its author believes that it has one.
         if self.weights and self.model in (*BUNDLED, "random"):
             raise ValueError(f"`weights` needs `model` to name the timm architecture in the file, not `{self.model}`")
+
         if self.model == "trained" and not self.weights:
             raise ValueError("`model: trained` needs `weights`, the folder that tools.teacher.pretrain wrote")
+
         if self.model != "random" and (self.arch, self.seed) != (TeacherConfig.arch, TeacherConfig.seed):
             raise ValueError(f"`arch` and `seed` are those of `model: random`, a `{self.model}` teacher has its own")
+
         if self.sha256 and self.model == "random":
             raise ValueError("`sha256` has no file to check with `model: random`")
 

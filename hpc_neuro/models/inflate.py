@@ -29,10 +29,14 @@ class TransferReport:
 
     rule: str
     teacher: Mapping[str, str]
-    copied: dict[str, int] = dataclasses.field(default_factory=dict)  # student tensor -> elements
-    resampled: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)  # -> elements, what was done
-    initial: dict[str, int] = dataclasses.field(default_factory=dict)  # left at its start -> elements
-    unused: dict[str, str] = dataclasses.field(default_factory=dict)  # teacher tensor -> why the student has no place
+    # Student's tensor -> elements.
+    copied: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Student's tensor -> elements, and what was done to them.
+    resampled: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    # Student's tensor that was left at its start -> elements.
+    initial: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Teacher's tensor -> why the student has no place for it.
+    unused: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def teacher_tensors(self) -> frozenset[str]:
@@ -46,17 +50,24 @@ class TransferReport:
         changed = sum(n for n, _ in self.resampled.values())
         copied, left = sum(self.copied.values()), sum(self.initial.values())
         share = (copied + changed) / max(copied + changed + left, 1)
+
         lines = [f"transfer: {share:.1%} of the student's weights come from {self.teacher['name']} (rule {self.rule})"]
         lines.append(f"  copied unchanged: {_million(copied)} in {len(self.copied)} tensors")
+
+        # Tensors that were changed in the same way share a line, because every block has some.
         for how in dict.fromkeys(how for _, how in self.resampled.values()):
             names = [name for name, (_, h) in self.resampled.items() if h == how]
             lines.append(f"  {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {how}")
+
         parts = sorted({name.rpartition(".")[0].partition(".")[0] or name for name in self.initial})
         lines.append(f"  left at the start: {_million(left)} in {len(self.initial)} tensors ({', '.join(parts)})")
+
+        # Reasons repeat over the tensors, so that they are counted.
         why: dict[str, int] = {}
         for reason in self.unused.values():
             why[reason] = why.get(reason, 0) + 1
         lines += [f"  not used of the teacher: {n} tensors, {reason}" for reason, n in why.items()]
+
         return "\n".join(lines)
 
 
@@ -65,6 +76,7 @@ def grey_kernel(weight: Tensor, bias: Tensor, mean: tuple[float, ...], std: tupl
 
     On a grey image in [0, 1] the result gives exactly what the teacher gives for it repeated to RGB and normalised.
     """
+    # (image - mean) / std is linear, so that the kernel takes up the scale and the bias takes up the shift.
     scaled = weight / torch.tensor(std, dtype=weight.dtype).view(1, 3, 1, 1)
     shift = torch.tensor(mean, dtype=weight.dtype).view(1, 3, 1, 1)
     return scaled.sum(1), bias - (scaled * shift).sum((1, 2, 3))
@@ -78,9 +90,12 @@ def resize_kernel(weight: Tensor, size: tuple[int, int]) -> Tensor:
     h, w = weight.shape[1:]
     if (h, w) == tuple(size):
         return weight
+
+    # Resizing is linear: its matrix is what it makes of each unit patch.
     basis = torch.eye(h * w, dtype=torch.float64).view(h * w, 1, h, w)
     resize = F.interpolate(basis, size=size, mode="bicubic", antialias=True).flatten(1)  # [h*w, new]: x @ resize
     inverse: Tensor = torch.linalg.pinv(resize)  # [new, h*w]
+
     return (weight.double().flatten(1) @ inverse.T).to(weight.dtype).view(-1, *size)
 
 
@@ -100,9 +115,12 @@ def shorten_line(line: Tensor, taps: int) -> Tensor:
     length = line.shape[1]
     if taps > length:
         raise InputError(f"a patch of {length} pixels gives at most {length} taps, not {taps}; lower tokenizer.taps")
+
+    # Taps stand for equal stretches of the line. A pixel across an end belongs to both stretches by its shares.
     ends = torch.arange(taps + 1, dtype=torch.float64) * length / taps
     pixel = torch.arange(length, dtype=torch.float64)[:, None]
     share = (torch.minimum(pixel + 1, ends[1:]) - torch.maximum(pixel, ends[:-1])).clamp(min=0)  # [N, taps], rows sum 1
+
     return (line.double() @ share).to(line.dtype)
 
 
@@ -139,18 +157,25 @@ def _tube_tensors(kernel: Tensor, bias: Tensor, student: Student, cfg: TransferC
     tokens = student.cfg.tokenizer
     if not isinstance(tokens, TubularTokens):
         raise InputError(f"rule {cfg.rule} needs student.tokenizer.kind=tubular")
+
     if cfg.block != "zero" and not tokens.keep_block:
         raise InputError(
             f"transfer.block={cfg.block} fills a block kernel that student.tokenizer.keep_block=false omits"
         )
+
     tensors = {"line_weight": tubular(kernel, tokens.taps, cfg.flatten), "bias": bias}
+
+    # A concatenation starts as the sum.
     eye = torch.eye(len(kernel))
     if tokens.fuse == "concat":
-        tensors["fuse.weight"] = torch.cat([eye, eye, eye], dim=1)[:, :, None, None, None]  # starts as the sum
+        tensors["fuse.weight"] = torch.cat([eye, eye, eye], dim=1)[:, :, None, None, None]
+
+    # A block kernel at zero leaves the token to the tubes.
     if tokens.keep_block and cfg.block != "zero":
         depth, *plane = student.patch
         lay = center if cfg.block == "center" else average
         tensors["block.weight"] = lay(resize_kernel(kernel, (plane[0], plane[1])), depth)
+
     return tensors
 
 
@@ -179,6 +204,8 @@ def map_weights(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
     """
     report = TransferReport(cfg.rule, teacher.identity)
     own = student.state_dict()
+
+    # A student from scratch is reported in the same form, so that runs can be compared.
     if cfg.rule == "scratch":
         report.initial = {name: tensor.numel() for name, tensor in own.items()}
         report.unused = dict.fromkeys(teacher.backbone.state_dict(), "rule scratch")
@@ -188,6 +215,7 @@ def map_weights(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
     translation = translate(teacher, student) if cfg.blocks else None
     values = {f"tokenizer.{k}": v for k, v in _tokenizer_tensors(teacher, student, cfg).items()}
     report.resampled = {k: (v.numel(), f"from the teacher's patch kernel, rule {cfg.rule}") for k, v in values.items()}
+
     if translation:
         values |= {f"vit.{k}": v for k, v in translation.same.items()}
         values |= {f"vit.{k}": v for k, (v, _) in translation.changed.items()}
@@ -195,12 +223,18 @@ def map_weights(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
         report.resampled |= {f"vit.{k}": (v.numel(), how) for k, (v, how) in translation.changed.items()}
         report.unused = translation.unused
     else:
+        # Only the patch kernel goes over, so that all other tensors of the teacher are listed.
         rest = [k for k in teacher.backbone.state_dict() if not k.startswith("patch_embed.proj.")]
         report.unused = dict.fromkeys(rest, "transfer.blocks=false")
-    free = ["stem.", "decoder.", "tokenizer.offsets", "vit.depth_embed"]
+
+    # What has no source in a teacher keeps its start; anything else must have one.
+    free = ["encoder.", "decoder.", "to_tokens.", "from_tokens.", "token_gain.", "tokenizer.offsets", "vit.depth_embed"]
     free += ["tokenizer.block"] * (cfg.block == "zero") + ["vit."] * (not cfg.blocks)
     left = [name for name in own if name not in values and not name.startswith(tuple(free))]
+
+    # A tensor that stayed random by mistake would cost accuracy without a sign.
     _refuse_leftovers(teacher, own, values, left)
+
     report.initial = {name: own[name].numel() for name in own if name not in values}
     return values, report
 
@@ -209,6 +243,8 @@ def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) 
     wanted, lay = RULES[cfg.rule]
     tokens = student.cfg.tokenizer
     kind = tokens.kind if not isinstance(tokens, TubularTokens) else ("deformable " * tokens.deformable) + tokens.kind
+
+    # The rule and the tokenizer are two keys of a config, so that the message names the keys which make them agree.
     if kind != wanted:
         keys = [f"student.tokenizer.kind={wanted.split()[-1]}"]
         keys += [f"student.tokenizer.deformable={str('deformable' in wanted).lower()}"] if "tubular" in wanted else []
@@ -217,13 +253,17 @@ def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) 
             f"transfer.rule={cfg.rule} fills a {wanted} tokenizer, but the student has a {kind} one; "
             f"set {' '.join(keys)}, or transfer.rule={rules}"
         )
+
+    # Inflation adds an axis and nothing else: the widths must be equal, and three channels fold to grey.
     proj = teacher.backbone.patch_embed.proj
-    if proj.bias is None or proj.weight.shape[1] != 3 or len(proj.weight) != student.vit.dim:
+    if proj.bias is None or proj.weight.shape[1] != 3 or len(proj.weight) != student.dim:
         raise InputError(
             f"the patch kernel of {teacher.identity['name']} is {tuple(proj.weight.shape)}"
-            f"{'' if proj.bias is not None else ' without a bias'}; want [{student.vit.dim}, 3, h, w] with a bias; "
+            f"{'' if proj.bias is not None else ' without a bias'}; want [{student.dim}, 3, h, w] with a bias; "
             "choose a teacher of the student's size"
         )
+
+    # The teacher may lie on a GPU or in half precision. Its kernel is folded once, in float32 on the CPU.
     weight, bias = proj.weight.detach().float().cpu(), proj.bias.detach().float().cpu()
     return lay(*grey_kernel(weight, bias, teacher.mean, teacher.std), student, cfg)
 
@@ -233,9 +273,12 @@ def _refuse_leftovers(
 ) -> None:
     faults = [f"the teacher's {n.removeprefix('vit.')} has no place in the student" for n in values.keys() - own.keys()]
     faults += [f"the student's {n} has no source in the teacher" for n in left]
+
     for name in values.keys() & own.keys():
         if values[name].shape != own[name].shape:
             faults.append(f"{name} is {tuple(values[name].shape)}, the student's {tuple(own[name].shape)}")
+
+    # One fault at a time would send the reader from error to error.
     if faults:
         raise InputError(
             f"{teacher.identity['name']} cannot be transferred: {'; '.join(sorted(faults))}. Choose a plain ViT of the "

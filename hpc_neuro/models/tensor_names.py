@@ -19,16 +19,20 @@ from hpc_neuro.models.student import Student
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.models.vit3d import TEMPERATURE, resample_plane
 
-_RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}  # Eva's layer scale
+# Eva's names of the layer scale.
+_RENAMED = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
 
 
 @dataclass
 class Translation:
     """The student's tensors (names below `vit.`) and what became of the teacher's."""
 
-    same: dict[str, Tensor] = field(default_factory=dict)  # taken as they are
-    changed: dict[str, tuple[Tensor, str]] = field(default_factory=dict)  # with what was done to them
-    unused: dict[str, str] = field(default_factory=dict)  # teacher's name -> why
+    # Taken as they are.
+    same: dict[str, Tensor] = field(default_factory=dict)
+    # With what was done to them.
+    changed: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    # Teacher's name -> why.
+    unused: dict[str, str] = field(default_factory=dict)
 
 
 def fit_config(cfg: StudentConfig, teacher: Teacher) -> StudentConfig:
@@ -37,6 +41,7 @@ def fit_config(cfg: StudentConfig, teacher: Teacher) -> StudentConfig:
     Patch, tokenizer, decoder and stem stay; the depth is at most the teacher's. Raises InputError for a teacher whose
     width and heads are no student's size.
     """
+    # Heads divide the width, so that equal width with other heads is another network.
     size: Any = next((n for n, (dim, _, heads) in SIZES.items() if (dim, heads) == (teacher.dim, teacher.heads)), None)
     if size is None:
         raise InputError(
@@ -44,10 +49,14 @@ def fit_config(cfg: StudentConfig, teacher: Teacher) -> StudentConfig:
             + ", ".join(f"{n} ({d}, {h})" for n, (d, _, h) in SIZES.items())
             + "; choose a teacher of one of these sizes"
         )
+
     vit = teacher.backbone
     first = dict(vit.blocks[0].named_parameters())
+
+    # Rotary positions need no table, so that the student's own grid stays.
     rotary = getattr(vit, "rope", None) is not None
     plane = cfg.grid[1:] if rotary else tuple(vit.patch_embed.grid_size)
+
     return replace(
         cfg,
         size=size,
@@ -67,35 +76,45 @@ def translate(teacher: Teacher, student: Student) -> Translation:
     Raises InputError for a setting of the student that the teacher contradicts, naming the key to change.
     """
     _check(teacher, student.cfg)
+
     vit, out = teacher.backbone, Translation()
     state = {k: v.float() for k, v in vit.state_dict().items() if not k.startswith("patch_embed.")}
+
     biases: dict[str, dict[str, Tensor]] = {}
+
     for name, tensor in state.items():
         block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         if name.startswith("head."):
             out.unused[name] = "the classifier's head"
-        elif block and int(block[1]) >= student.vit.depth:
-            out.unused[name] = f"blocks beyond the student's {student.vit.depth}"
+        elif block and int(block[1]) >= student.require_transformer().depth:
+            out.unused[name] = f"blocks beyond the student's {student.require_transformer().depth}"
         elif block and block[2] in ("attn.q_bias", "attn.v_bias"):
+            # Eva keeps the biases apart. They are joined once all are seen.
             biases.setdefault(block[1], {})[block[2][5]] = tensor
         elif block:
             out.same[f"blocks.{block[1]}.{_RENAMED.get(block[2], block[2])}"] = tensor
         elif name != "pos_embed":
             out.same[name] = tensor
-    for index in range(student.vit.depth):  # DINOv3 has no key bias, and a query and value bias only where retrained
+
+    # DINOv3 has no key bias, and a query and value bias only where retrained.
+    for index in range(student.require_transformer().depth):
         key = f"blocks.{index}.attn.qkv.bias"
         if key not in out.same:
             zero = torch.zeros(teacher.dim)
             parts = biases.get(str(index), {})
             joined = torch.cat([parts.get("q", zero), zero, parts.get("v", zero)])
             out.changed[key] = (joined, "the teacher's query and value bias" if parts else "zero, as in the teacher")
+
+    # DINOv3 has no table.
     if "pos_embed" in state:
         _positions(state["pos_embed"], vit, student, out)
+
     return out
 
 
 def _positions(table: Tensor, vit: Any, student: Student, out: Translation) -> None:
     """Split the teacher's table [1, prefix + H*W, C]: the prefix is folded into its tokens, the plane is resampled."""
+    # A table that covers the prefix gives positions to the class and register tokens too. The student's have none.
     if not vit.no_embed_class:
         prefix, table = table[:, : vit.num_prefix_tokens], table[:, vit.num_prefix_tokens :]
         for name in ("cls_token", "reg_token"):
@@ -103,11 +122,16 @@ def _positions(table: Tensor, vit: Any, student: Student, out: Translation) -> N
                 token = out.same.pop(name)
                 position, prefix = prefix[:, : token.shape[1]], prefix[:, token.shape[1] :]
                 out.changed[name] = (token + position, "the teacher's plus its position")
+
     plane = table.reshape(1, *vit.patch_embed.grid_size, -1)  # [1, H, W, C]
-    if student.vit.pos_embed is None:
+
+    table_2d = student.require_transformer().pos_embed
+    if table_2d is None:
         out.unused["pos_embed"] = "learnt positions, replaced by rotary ones"
         return
-    size = student.vit.pos_embed.shape[1:3]
+
+    # The report tells a copy from a change.
+    size = table_2d.shape[1:3]
     if plane.shape[1:3] == size:
         out.same["pos_embed"] = plane
     else:
@@ -119,16 +143,21 @@ def _check(teacher: Teacher, cfg: StudentConfig) -> None:
     """Settings that no tensor's name or shape would betray."""
     rope = getattr(teacher.backbone, "rope", None)
     if rope is not None:
+        # Each of these changes the rotation and leaves no trace in the tensors.
         ours = {"temperature": TEMPERATURE, "rotate_half": True, "normalize_coords": "separate", "grid_offset": 0.0}
         if any(getattr(rope, key, None) != value for key, value in ours.items()):
             raise InputError(
                 f"{teacher.identity['name']} turns its tokens by {type(rope).__name__}, which this 3D transformer does "
                 "not have; choose a DINOv3 teacher or one with learnt positions"
             )
+
+    # The config that a full transfer would give is the reference, so that the message is the fix.
     fitting = fit_config(cfg, teacher)
     keys = ["size", "class_token", "registers", "layer_scale", "norm_eps", "positions"]
+    # A student may be shallower than its teacher, but not deeper.
     if cfg.width[1] > teacher.depth:
         keys.append("depth")
     wrong = [f"student.{key}={getattr(fitting, key)}" for key in keys if getattr(cfg, key) != getattr(fitting, key)]
+
     if wrong:
         raise InputError(f"the student does not fit the teacher {teacher.identity['name']}; set {' '.join(wrong)}")

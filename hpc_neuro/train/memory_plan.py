@@ -138,10 +138,13 @@ def plan_memory(work: StepWork) -> list[StageMemory]:
         share = even_share(work.parameters, work.ranks, stage, work.value_bytes)
         is_offloaded = work.offload and stage > 0
 
+        # What is offloaded is in host memory, and counts for no GPU.
         average = 0 if is_offloaded else 4 * work.averaged // (work.ranks if stage else 1)
         optimizer = 0 if is_offloaded else share.optimizer
+
         # See `build_deepspeed_settings`.
         inside = 2 if stage == 1 and work.has_float32_sums else stage
+        # Gradients and activations peak at different moments, so the moment with the largest sum counts.
         moments_of_step = [*_trace_last_pass(inside, work), *_trace_update(inside, work, is_offloaded)]
         gradients, buffers, activations = max(moments_of_step, key=sum)
 
@@ -165,6 +168,7 @@ def _trace_last_pass(stage: int, work: StepWork) -> Iterator[tuple[int, int, int
 
     ready = filled = emptied = 0
     for index, event in enumerate(work.events):
+        # With several passes the gradients of earlier ones are there from the start.
         whole = n if work.passes > 1 else ready
         # float32 sums have their place from the first pass on.
         earlier = part if work.passes > 1 or work.has_float32_sums else 0
@@ -227,7 +231,9 @@ def format_memory_table(rows: list[StageMemory], memory: float | None) -> Iterat
 def count_operations(student: StudentConfig, crop: Shape) -> tuple[int, float]:
     """(tokens, operations of a training step without recomputation) of one crop: three times those of forward."""
     tokens = math.prod(n // p for n, p in zip(crop, student.patch, strict=True))
-    return tokens, 3 * sum(part.forward for part in cost.costs(student, crop, 1))
+
+    # Backward takes two products for each one of forward: for the input and for the weights.
+    return tokens, 3.0 * cost.estimate_costs(student, crop, 1).total.forward
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -115,21 +115,26 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
         digests = {id_: store[id_].digest for id_ in train_ids}
         cache.require_match(digests, teacher.identity, cfg.distill.views)
 
+    # Shapes are enough for all checks, and a student without numbers takes no memory.
     blank = blank_student(cfg.student)
     values, transferred, transfer_lines = _transfer_weights(cfg, teacher, blank)
     distiller = _build_distiller(cfg, blank, cache)
 
     crops = _build_crops(cfg, store, cache, distiller)
+
+    # A small data set may have no volume to spare. The forecast then says that the score is optimistic.
     validates_on = "val" if store.split("val") else "train"
     points = read_volume_points(store, store.split(validates_on))
     boxes = draw_validation_boxes(points, cfg.crop, cfg.student.patch, cfg.validate.crops, cfg.seed)
+
+    # Each process opens handles of its own when it reads, so none is kept open here.
     store.close()
 
     return RunParts(
         blank=TrainModule(blank, distiller, sharded=cfg.engine.stage == 3),
         make=functools.partial(build_train_module, cfg, cache),
         values=values,
-        depth=blank.vit.depth,
+        depth=blank.depth,
         transferred=transferred,
         transfer_lines=transfer_lines,
         crops=crops,
@@ -144,6 +149,7 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
 def build_train_module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:
     """Student and distiller (none without `cache` or `distill`) at their start, in float32 on the CPU."""
     torch.manual_seed(cfg.seed)
+
     student = build_student(cfg.student)
     return TrainModule(student, _build_distiller(cfg, student, cache), sharded=cfg.engine.stage == 3)
 
@@ -156,6 +162,8 @@ def _transfer_weights(
         return {}, frozenset(), ("transfer: none, the student starts from random weights",)
 
     values, report = inflate.map_weights(teacher, blank, cfg.transfer)
+
+    # Without transferred blocks nothing is worth a slow learning rate.
     kept = report.teacher_tensors if cfg.transfer.blocks else frozenset[str]()
     return (
         {f"{STUDENT}{name}": value for name, value in values.items()},
@@ -171,8 +179,8 @@ def _build_distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | N
     # Seeded anew, so that heads start alike whatever student was drawn before them.
     torch.manual_seed(cfg.seed + 1)
     return cfg.distill.build(
-        student_dim=student.vit.dim,
-        student_depth=student.vit.depth,
+        student_dim=student.dim,
+        student_depth=student.depth,
         teacher_layers=cache.layers,
         mean=cache.mean,
         std=cache.std,
@@ -185,6 +193,8 @@ def _build_crops(
 ) -> CropDataset:
     """The training crops."""
     fraction = cfg.distill_fraction if distiller is not None else 0.0
+
+    # The cache has features of some orientations only, and a distilled crop must have one of them.
     orientations = (IDENTITY,) if cache is None else cache.select_orientations(cfg.augment.distilled)
     points = read_volume_points(store, store.split("train"))
     sampler = CropSampler(cfg.crop, points, cfg.seed, cfg.student.patch, fraction, orientations)
@@ -196,6 +206,8 @@ def _hash_inputs(store: Store, teacher: Teacher | None, cache: FeatureCache | No
     """Name -> digest of everything besides the config that decides the result."""
     splits = {split: sorted(store.split(split)) for split in ("train", "val")}
     digests = {id_: store[id_].digest for id_ in store.ids if store[id_].split in splits}
+
+    # A resumed run compares these, so another split counts as another input.
     digests["split"] = files.sha256_json(splits)
     if teacher is not None:
         digests["teacher"] = str(teacher.identity["sha256"])
@@ -214,6 +226,7 @@ def describe_run(cfg: TrainConfig, parts: RunParts, ranks: int) -> Iterator[str]
 
     yield _describe_volumes(parts)
     yield from parts.transfer_lines
+
     heads = f", {(total - student) / 1e6:.2f} M for distillation" if total > student else ", no distillation"
     yield f"student: {student / 1e6:.2f} M parameters{heads}; ZeRO stage {cfg.engine.stage}, {parts.workload.dtype}"
     yield from _describe_steps(cfg, parts.workload, ranks)
@@ -244,6 +257,7 @@ def _describe_steps(cfg: TrainConfig, workload: Workload, ranks: int) -> Iterato
     )
     yield f"{format_count(cfg.optim.steps, 'step')} of {crops}: {spread}"
 
+    # Recomputation is no progress, so it is left out, as in the utilization that is logged.
     tokens, operations = memory_plan.count_operations(cfg.student, cfg.crop.size)
     yield (
         f"a step: {tokens * cfg.optim.batch} tokens, {operations * cfg.optim.batch / 1e12:.3g} TFLOP of the "
@@ -254,7 +268,11 @@ def _describe_steps(cfg: TrainConfig, workload: Workload, ranks: int) -> Iterato
 def _describe_disk(cfg: TrainConfig, student: int, total: int) -> str:
     # Master weights, two Adam moments, the average; the same for every stage and number of ranks.
     checkpoint = 4 * (3 * total + student * (cfg.ema.window > 0))
+
+    # The best and the last weights are exported, both in float32.
     weights = 2 * 4 * student
+
+    # Besides those kept, there are the best one and one that is being written.
     needed = checkpoint * (cfg.checkpoint.keep + 2) + weights
     files.require_space(cfg.out, needed, "training")
     return f"disk: {files.format_bytes(needed)} at most ({files.format_bytes(checkpoint)} per checkpoint)"
@@ -273,10 +291,12 @@ def _describe_nvme(cfg: TrainConfig, parts: RunParts) -> str:
 def describe_memory(cfg: TrainConfig, parts: RunParts, ranks: int) -> Iterator[str]:
     """Operations and memory by part of the student, and memory by ZeRO stage; takes some seconds."""
     workload = parts.workload
-    yield from cost.summary(cfg.student, cfg.crop.size, workload.micro, workload.dtype.itemsize)
+    yield from cost.summarize_costs(cfg.student, cfg.crop.size, workload.micro, workload.dtype.itemsize)
 
+    # Only the student is averaged: the distiller is dropped in the end.
     sizes = {name: p.numel() for name, p in parts.blank.named_parameters()}
     averaged = sum(size for name, size in sizes.items() if name.startswith(STUDENT))
+
     work = memory_plan.StepWork(
         parameters=sum(sizes.values()),
         largest=max(sizes.values()),
@@ -291,6 +311,7 @@ def describe_memory(cfg: TrainConfig, parts: RunParts, ranks: int) -> Iterator[s
             parts.blank, cfg.losses, cfg.crop.size, workload.micro, workload.dtype, _feature_shapes(cfg, parts.crops)
         ),
     )
+
     memory = 1e9 * cfg.plan.memory if cfg.plan.ranks else None
     yield from memory_plan.format_memory_table(memory_plan.plan_memory(work), memory)
 

@@ -26,13 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-import torch
 
 import hpc_neuro
 from hpc_neuro.core import run_folder
 from hpc_neuro.infer import verify
-from hpc_neuro.models.config import StudentConfig
-from hpc_neuro.models.student import build_student, save_student
+from hpc_neuro.models.student import save_student
+from tests.helpers.bright_student import CONFIG, build_bright_student
 
 _SHAPE = (24, 160, 170)
 _WINDOW = (8, 32, 32)
@@ -139,21 +138,9 @@ def snapshot_code(code: Path) -> Path:
     return code
 
 
-def save_random_student(folder: Path) -> None:
-    """A tiny student to which black is background, and what is bright may be neurite."""
-    torch.manual_seed(0)
-    cfg = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
-    student = build_student(cfg)
-    with torch.no_grad():
-        weight, bias = (student.get_parameter(f"decoder.head.linear.{name}") for name in ("weight", "bias"))
-        weight.mul_(50)
-        bias.sub_(student(torch.zeros(1, 1, *_WINDOW)).logits.max() + 0.5)
-    extra = {"window": list(_WINDOW), "threshold": 0.5}
-    save_student(folder, cfg, student.state_dict(), extra)
-
-
 def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
-    save_random_student(folder / "model")
+    extra = {"window": list(_WINDOW), "threshold": 0.5}
+    save_student(folder / "model", CONFIG, build_bright_student().state_dict(), extra)
     draw, names = np.random.default_rng(0), ("a", "b")
     for name in names:
         image = draw.integers(0, 20, shape, dtype=np.uint8)

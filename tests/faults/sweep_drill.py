@@ -84,7 +84,7 @@ def make_search_config(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.real:
         keys = [f"store={make_store(args.out)}", "transfer.rule=scratch", "distill=null", f"optim.steps={REAL_STEPS}"]
-        keys += ["student.depth=1", "student.stem_channels=[4,4,8]", "crop.size=[16,32,32]", "optim.batch=2"]
+        keys += ["student.depth=1", "student.channels=[4,4,8]", "crop.size=[16,32,32]", "optim.batch=2"]
         keys += ["validate.every=27", "validate.crops=2", "checkpoint.every=12", "tracker.wandb=disabled"]
         tree["train"] = {"keys": [*keys, "tracker.every=3"]}
         tree["objective"] = {"key": "val.dice_best"}

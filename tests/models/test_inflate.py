@@ -130,7 +130,7 @@ def test_a_block_beside_the_tubes_adds_its_own_embedding(tiny: Teacher) -> None:
         fresh = {n for n in own if "offsets" in n} | ({"tokenizer.block.weight"} if block == "zero" else set())
         assert own - report.teacher_tensors == fresh == own & report.initial.keys()
         assert "vit.depth_embed" in report.teacher_tensors
-        assert not {n for n in report.teacher_tensors if n.startswith(("stem.", "decoder."))}
+        assert not {n for n in report.teacher_tensors if n.startswith(("encoder.", "decoder."))}
     plain = student_for(tiny)
     transfer(tiny, plain, TransferConfig(rule="center"))
     centre = plain.tokenizer(image) - plain.tokenizer.proj.bias.view(1, -1, 1, 1, 1)

@@ -83,8 +83,8 @@ def test_blocks_read_with_the_halo_equal_the_whole(
 
 def test_blocks_of_a_real_student_equal_the_whole() -> None:
     torch.manual_seed(0)
-    student = build_student(StudentConfig(depth=2, patch=(4, 8, 8), stem_channels=(4, 6, 8)))
-    nn.init.normal_(student.decoder.head.linear.weight, std=2)
+    student = build_student(StudentConfig(depth=2, patch=(4, 8, 8), channels=(4, 6, 8)))
+    nn.init.normal_(student.decoder.head.weight, std=2)
     image, window = _image((13, 24, 44)), (8, 16, 16)
     whole = sliding_window.predict(student, image, window, 0.5, batch=3)
     assert whole.std() > 0.01
@@ -127,7 +127,7 @@ def test_a_window_that_never_fits_and_other_errors_are_told() -> None:
 
 
 def test_tensors_and_training_mode_are_taken() -> None:
-    student = build_student(StudentConfig(depth=1, patch=PATCH, stem_channels=(4, 6, 8), drop_path=0.5)).train()
+    student = build_student(StudentConfig(depth=1, patch=PATCH, channels=(4, 6, 8), drop_path=0.5)).train()
     image = _image((4, 8, 8))
     a, b = (sliding_window.predict(student, v, WINDOW) for v in (image, torch.from_numpy(image)))
     np.testing.assert_array_equal(a, b)

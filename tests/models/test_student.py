@@ -10,14 +10,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hpc_neuro.core import schema
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.models.config import SIZES, BlockTokens, LinearConfig, StudentConfig, TubularTokens, UnetrConfig
+from hpc_neuro.models.config import SIZES, BlockTokens, FeatureTubesConfig, StudentConfig, TubularTokens
 from hpc_neuro.models.student import build_student, load_student, save_student
 from hpc_neuro.models.teacher import timm
 
-SMALL = StudentConfig(depth=2, patch=(4, 8, 8), stem_channels=(4, 6, 8), grid=(2, 4, 4))
+SMALL = StudentConfig(depth=2, patch=(4, 8, 8), channels=(4, 6, 8), grid=(2, 4, 4))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -56,8 +57,9 @@ def test_layers_that_do_not_exist_are_refused() -> None:
     "changes",
     [
         {},
-        {"decoder": UnetrConfig(), "depth": 4},
-        {"decoder": LinearConfig(), "positions": "rotary", "registers": 2},
+        {"patch": (8, 16, 16), "depth": 4, "tubes": FeatureTubesConfig(taps=3)},
+        {"positions": "rotary", "registers": 2},
+        {"transformer": False},
         {"layer_scale": True, "class_token": False, "checkpointing": True},
         {"tokenizer": TubularTokens(taps=5, keep_block=True)},
         {"tokenizer": TubularTokens(taps=5, deformable=False, fuse="concat", keep_block=False)},
@@ -84,17 +86,37 @@ def test_all_parts_of_a_crop_are_seen() -> None:
     assert image.grad[0, 0, -1, -8:, -8:].any()
 
 
-def test_halo_is_the_reach_of_the_convolutions() -> None:
-    """With the tokens silenced, voxels farther than the halo do not act."""
-    student = build_student(StudentConfig(depth=1, patch=(2, 4, 4), stem_channels=(4, 6, 8)))
-    with torch.no_grad():
-        student.decoder.unfold.weight.zero_()
-    image = torch.rand(1, 1, 32, 56, 56, requires_grad=True)
-    student(image).logits[0, 0, 16, 28, 28].backward()
+def test_halo_covers_the_reach_of_the_convolutions() -> None:
+    """Without transformer and norms, voxels farther than the halo do not act."""
+    student = build_student(StudentConfig(transformer=False, patch=(4, 8, 8), channels=(4, 6, 8)))
+    for name, module in list(student.named_modules()):
+        if isinstance(module, nn.GroupNorm):
+            student.get_submodule(name.rpartition(".")[0]).norm = nn.Identity()
+    at = (64, 128, 128)
+    image = torch.rand(1, 1, 128, 256, 256, requires_grad=True)
+    student(image).logits[0, 0, *at].backward()
     assert image.grad is not None
-    for axis, (reach, at) in enumerate(zip(student.halo, (16, 28, 28), strict=True)):
+    for axis, (reach, center) in enumerate(zip(student.halo, at, strict=True)):
         acting = image.grad[0, 0].movedim(axis, 0).flatten(1).any(1).nonzero()
-        assert at - reach <= acting.min() < at < acting.max() <= at + reach
+        assert center - reach <= acting.min() < center < acting.max() <= center + reach
+
+
+def test_the_transformer_orders_slices_from_the_first_step() -> None:
+    """Tokens in reversed order along z give other features, and not only reversed ones."""
+    torch.manual_seed(0)
+    student = build_student(SMALL).eval()
+    tokens = torch.randn(1, student.dim, 2, 3, 3)
+    assert student.vit is not None
+    with torch.inference_mode():
+        forward, backward = student.vit(tokens)[0], student.vit(tokens.flip(2))[0].flip(2)
+    assert (forward - backward).abs().mean() > 1e-3
+
+
+def test_a_transferred_transformer_first_sees_the_image_alone() -> None:
+    """The projection of the encoder's features onto the tokens starts at zero."""
+    student = build_student(SMALL).eval()
+    assert not student.to_tokens.linear.weight.any()
+    assert not student.to_tokens.linear.bias.any()
 
 
 def test_half_precision_runs() -> None:
@@ -112,7 +134,7 @@ def test_a_student_learns_a_thin_line() -> None:
     image = 0.3 * torch.rand_like(mask) + 0.7 * mask
     image[..., 5:, 16:, 3:8] = 1.0  # a bright blob that is no neurite
     optimiser = torch.optim.AdamW(student.parameters(), lr=3e-3)
-    for _ in range(50):
+    for _ in range(100):
         logits = student(image).logits
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, mask, pos_weight=torch.tensor(5.0))
         optimiser.zero_grad()
@@ -173,7 +195,10 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_configs_come_back_from_yaml(tmp_path: Path) -> None:
-    for cfg in (SMALL, StudentConfig(tokenizer=TubularTokens(fuse="mean"), decoder=UnetrConfig(width=9), size="large")):
+    for cfg in (
+        SMALL,
+        StudentConfig(tokenizer=TubularTokens(fuse="mean"), tubes=FeatureTubesConfig(taps=5), size="large"),
+    ):
         (tmp_path / "c.yaml").write_text(schema.dump(cfg))
         assert schema.load(StudentConfig, tmp_path / "c.yaml") == cfg
     assert schema.load(StudentConfig, None, ["tokenizer.kind=block"]).tokenizer == BlockTokens()

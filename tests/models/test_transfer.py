@@ -37,8 +37,11 @@ def test_a_volume_one_token_deep_gives_the_teachers_own_features(arch: str) -> N
     own = student.state_dict()
     assert set(own) == {*report.copied, *report.resampled, *report.initial}
     assert {n.partition(".")[0] for n in report.initial} == {
-        "stem",
+        "encoder",
         "decoder",
+        "to_tokens",
+        "from_tokens",
+        "token_gain",
         *["vit"] * (student.cfg.positions == "grid"),
     }
     assert not {n for n in report.initial if n.startswith("vit.")} - {"vit.depth_embed"}

@@ -29,7 +29,7 @@ from launch.__main__ import main as launch
 from launch.site import load_site
 
 DEV_CLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "dev_cluster"
-MODEL = ["student.depth=1", "student.stem_channels=[4,4,8]", "crop.size=[8,32,32]", "optim.batch=2"]
+MODEL = ["student.depth=1", "student.channels=[4,4,8]", "crop.size=[8,32,32]", "optim.batch=2"]
 QUIET = ["validate.crops=2", "tracker.wandb=offline", "tracker.every=5"]
 STEPS = 500
 FRESH = ["transfer.rule=scratch", "distill=null", "augment.warp=0"]

@@ -15,7 +15,7 @@ from tests.helpers.tiny_store import write_store
 
 TINY = [
     "student.depth=1",
-    "student.stem_channels=[4,4,8]",
+    "student.channels=[4,4,8]",
     "crop.size=[16,32,32]",
     "optim.batch=2",
     "optim.steps=6",

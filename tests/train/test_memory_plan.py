@@ -90,7 +90,7 @@ def test_a_pass_holds_what_its_moments_say():
     """Followed without computing, and counted in a real pass; recomputation saves what it promises."""
     losses, most = (Dice(), CrossEntropy()), []
     for checkpointing in (False, True):
-        cfg = StudentConfig(size="tiny", depth=4, stem_channels=(2, 2, 4), checkpointing=checkpointing)
+        cfg = StudentConfig(size="tiny", depth=4, channels=(2, 2, 4), checkpointing=checkpointing)
         module = TrainModule(blank_student(cfg), None, sharded=False)
         planned = activation_memory.trace_backward(module, losses, (8, 64, 64), 2, torch.float32)
         with activation_memory.LiveTensors() as live:
@@ -110,7 +110,7 @@ def test_a_pass_holds_what_its_moments_say():
 
 def test_a_pass_that_distils_holds_what_its_moments_say():
     """Features of three views and the temporaries of tubes, through the backward too."""
-    cfg, crop, views = StudentConfig(size="tiny", depth=1, stem_channels=(2, 2, 4)), (16, 64, 64), ("z", "y", "x")
+    cfg, crop, views = StudentConfig(size="tiny", depth=1, channels=(4, 4, 8)), (16, 64, 64), ("z", "y", "x")
     statistics = {view: torch.ones(1, 2048) for view in views}
     shapes = dict.fromkeys(views, (1, 2048, 2, 4, 4))
     most = {}

@@ -43,7 +43,7 @@ def test_transferred_blocks_learn_slower_the_deeper_they_lie():
         "student.tokenizer.proj.weight": 0.5 * 0.8**12,
     }
     assert {n: lr_scale(n, cfg, 12) for n in names} == pytest.approx(names)
-    fresh = ["student.stem.first.weight", "student.tokenizer.offsets.0.weight", "distiller.heads.z_0.weight"]
+    fresh = ["student.encoder.first.weight", "student.tokenizer.offsets.0.weight", "distiller.heads.z_0.weight"]
     named = [(n, nn.Parameter(torch.zeros(1))) for n in (*names, *fresh)]
     found = {n: g.lr_scale for g in group_parameters(named, cfg, depth=12, transferred=set(names)) for n in g.names}
     assert found == pytest.approx({**names, **dict.fromkeys(fresh, 1.0)})

@@ -39,7 +39,7 @@ from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import Student, build_student, load_student
 
 _BRAIN: Shape = (2048, 4096, 4096)
-_SMALL_STUDENT = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
+_SMALL_STUDENT = StudentConfig(depth=1, patch=(4, 16, 16), channels=(2, 4, 4))
 _SMALL_WINDOW: Shape = (16, 64, 64)
 _ROUNDS = 4
 """Timed runs of each of two programs that are compared."""

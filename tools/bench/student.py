@@ -27,18 +27,18 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR
 from torch import Tensor, nn
 
-from hpc_neuro.models.config import SIZES, LightConfig, StudentConfig, UnetrConfig
-from hpc_neuro.models.cost import costs
+from hpc_neuro.models.config import SIZES, StudentConfig
+from hpc_neuro.models.cost import estimate_costs
 from hpc_neuro.models.student import build_student
 
 PATCH = (16, 16, 16)
-WAYS = ("light", "unetr", "monai_unetr")
-"""The student with its default decoder, the student with its UNETR decoder, and MONAI's UNETR."""
+WAYS = ("student", "monai_unetr")
+"""The student, and MONAI's UNETR of the same tokens."""
 
 
 def config(way: str, size: Any) -> StudentConfig:
     """The student of a way."""
-    return StudentConfig(size=size, patch=PATCH, decoder=UnetrConfig() if way == "unetr" else LightConfig())
+    return StudentConfig(size=size, patch=PATCH)
 
 
 def build(way: str, args: argparse.Namespace) -> nn.Module:
@@ -142,8 +142,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.device != "cpu":
         speed = matrix_speed(args.device)
         crop = (args.crop[0], args.crop[1], args.crop[2])
-        for way in WAYS[:2]:
-            work = sum(c.step for c in costs(config(way, args.size), crop, args.batch))
+        for way in WAYS[:1]:
+            work = estimate_costs(config(way, args.size), crop, args.batch).step
             found.setdefault("matrix_speed_share", {})[way] = work / best[way] / speed
     del steps
     found["peak_bytes"] = {}
@@ -151,7 +151,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found["peak_bytes"][way] = pool.apply(peak, (way, args))
     for name, values in (("time_ratio", best), ("cpu_time_ratio", cpu), ("memory_ratio", found["peak_bytes"])):
-        found[name] = {way: values[way] / values["monai_unetr"] for way in WAYS[:2]}
+        found[name] = {way: values[way] / values["monai_unetr"] for way in WAYS[:1]}
     return found
 
 

@@ -75,7 +75,7 @@ def _make_module(size: Any, sharded: bool) -> TrainModule:
 def _build_deepspeed(stage: Any, size: Any, dtype: torch.dtype) -> Trainer:
     with torch.device("meta"):
         blank = _make_module(size, sharded=stage == 3)
-    groups = group_parameters(blank.named_parameters(), OPTIM, blank.student.vit.depth, ())
+    groups = group_parameters(blank.named_parameters(), OPTIM, blank.student.depth, ())
     sizes = [p.numel() for p in blank.parameters()]
     settings = build_deepspeed_settings(EngineConfig(stage=stage), OPTIM, dtype, 1, 1, sizes)
 
@@ -87,7 +87,7 @@ def _build_deepspeed(stage: Any, size: Any, dtype: torch.dtype) -> Trainer:
 def _build_plain(variant: str, size: Any, dtype: torch.dtype) -> Trainer:
     device = distributed.device()
     net: Any = _make_module(size, sharded=False).to(device)
-    depth = net.student.vit.depth
+    depth = net.student.depth
     if variant == "ddp":
         net = DistributedDataParallel(net)
     else:

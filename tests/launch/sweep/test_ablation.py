@@ -178,7 +178,7 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
         assert parts.transferred <= named.keys()
         assert bool(parts.transferred) == (point["transfer"] != "scratch")
         rest[setting] = [
-            p.detach().clone() for n, p in named.items() if n.startswith(("student.stem.", "student.decoder."))
+            p.detach().clone() for n, p in named.items() if n.startswith(("student.encoder.", "student.decoder."))
         ]
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
         for step in range(2):

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.models.stem import VoxelNorm
 from hpc_neuro.models.tubular import gather
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -39,7 +38,7 @@ def compiled(kernel: Any, values: str, constants: dict[str, object]) -> Any:
     pointers |= dict.fromkeys(
         ("path", "steps", "slope", "window", "grad_rows", "grad_path", "grad_window", "grad_matrix"), "*fp32"
     )
-    pointers |= {"grad_weight": "*fp32", "grad_bias": "*fp32", "eps": "fp32"}  # of the norm
+    pointers |= {"grad_weight": "*fp32"}
     pointers |= {"centres": "*i32", "box": ("i32",) * 7, **dict.fromkeys(constants, "constexpr")}
     signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
     return build(ASTSource(kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
@@ -51,7 +50,6 @@ def test_kernels_compile_for_a_gpu(values: str, tmp_path: Path, monkeypatch: pyt
     """The interpreter does not know what a GPU cannot do; the compiler does, and needs no GPU."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
-    from hpc_neuro.models import voxel_norm_triton as n
     from hpc_neuro.models.tubular import triton_kernels as t
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -63,8 +61,6 @@ def test_kernels_compile_for_a_gpu(values: str, tmp_path: Path, monkeypatch: pyt
         (t.conv_kernel, product),
         (t.input_grad_kernel, gradient),
         (t.weight_grad_kernel, product),
-        (n.norm_kernel, {"C": 48, "BR": 32, "BC": 64}),
-        (n.norm_grad_kernel, {"C": 8, "BR": 256, "BC": 8, "ROWS": True, "WEIGHT": True}),
     ):
         assert compiled(kernel, values, constants).asm["cubin"]
     if values == "fp32":
@@ -85,22 +81,9 @@ def test_float64_is_refused_by_name() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_on_a_gpu_equal_plain_torch() -> None:
-    from tests.helpers.tubular_interpreted import compare, compare_norm
+    from tests.helpers.tubular_interpreted import compare
 
     compare("cuda")
-    compare_norm("cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_norm_on_a_gpu_writes_the_dtype_of_autocast() -> None:
-    norm, x = VoxelNorm(8).cuda(), torch.randn(2, 8, 5, 6, 7, device="cuda")
-    with torch.autocast("cuda", torch.bfloat16):
-        found = norm(x)
-    assert found.dtype == torch.bfloat16
-    assert norm(x).dtype == torch.float32
-    assert norm.double()(x.double()).dtype == torch.float64
-    torch.testing.assert_close(found.double(), norm(x.double()), atol=0.02, rtol=0.02)
 
 
 @pytest.mark.gpu

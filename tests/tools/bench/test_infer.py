@@ -48,7 +48,7 @@ def test_a_student_sees_what_is_not_skipped(
 def test_overlaps_and_windows_are_compared_on_a_labelled_volume(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cfg = StudentConfig(depth=1, patch=(4, 16, 16), stem_channels=(2, 4, 4))
+    cfg = StudentConfig(depth=1, patch=(4, 16, 16), channels=(2, 4, 4))
     extra = {"window": [8, 32, 32], "threshold": 0.5}
     save_student(tmp_path / "model", cfg, build_student(cfg).state_dict(), extra)
     store = write_store(tmp_path / "store", {"a": "test"})

@@ -22,7 +22,7 @@ from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import TrainModule
 from tests.helpers import torchrun
 
-STUDENT = StudentConfig(size="tiny", depth=1, stem_channels=(4, 4, 8))
+STUDENT = StudentConfig(size="tiny", depth=1, channels=(4, 4, 8))
 FP32 = torch.float32
 
 
@@ -103,15 +103,15 @@ def test_offload_trains_alike_and_its_checkpoints_fit_others(make, keys, tmp_pat
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_skips_a_step_that_overflows_and_goes_on(make, half, stage, tmp_path):
-    """The scale of 2^14 is too large, and halved; each stage then trains, and what is saved holds the scale."""
-    held, plain = make(torch.float16, stage=stage, scale=14), make(FP32, stage=2)
+    """The scale of 2^20 is too large, and halved; each stage then trains, and what is saved holds the scale."""
+    held, plain = make(torch.float16, stage=stage, scale=20), make(FP32, stage=2)
     before = held.gather_weights("")
     found = steps(held, 12)
     skipped = sum(norm in (-1.0, float("inf")) or norm != norm for _, norm in found)
     assert 0 < skipped < 12
     assert held.state.count_updates() == 12 - skipped
     state = held.state.read_loss_scale()
-    assert state["cur_scale"] == 2 ** (14 - skipped)
+    assert state["cur_scale"] == 2 ** (20 - skipped)
     reference = steps(plain, 12 - skipped)
     assert found[0][0] == found[skipped][0]  # nothing was learnt from what overflowed
     assert [loss for loss, _ in found[skipped:]] == pytest.approx([loss for loss, _ in reference], rel=1e-2)

@@ -23,7 +23,7 @@ from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from hpc_neuro.train.optim import group_parameters
 from hpc_neuro.train.setup import TrainModule
 
-STUDENT = StudentConfig(size="small", depth=1, stem_channels=(4, 4, 8))  # whose matrices have more than 1 MiB
+STUDENT = StudentConfig(size="small", depth=1, channels=(4, 4, 8))  # whose matrices have more than 1 MiB
 
 
 def compiled() -> bool:
