@@ -6,8 +6,10 @@
       encoder 1    32 channels       stride (2, 4, 4)    ------ skip ---- decoder 1
       encoder 2    64 channels       stride (4, 8, 8)    -- + tokens -- decoder 2
 
-Channels are those of size `tiny`. Level 0 holds most of the voxels and has one block; the others have two. Skips are
-added, which keeps the decoder as narrow as the encoder.
+Channels are those of size `tiny`. Level 0 holds most of the voxels and has one convolution in the encoder; the others
+have a residual block of two. The decoder has a residual block of one on the two finer levels. Skips are added, which
+keeps the decoder as narrow as the encoder. Nothing is normalized, so that a voxel's features depend on its neighborhood
+alone.
 """
 
 from __future__ import annotations
@@ -22,11 +24,9 @@ from hpc_neuro.core.geometry import Shape
 from hpc_neuro.models.config import FeatureTubesConfig
 from hpc_neuro.models.feature_tubes import FeatureTubes
 from hpc_neuro.models.layers import (
-    SLOPE,
-    Conv3d,
+    ConvLayer,
     Downsample,
     ResidualBlock,
-    SpaceNorm,
     Upsample,
     fold_voxels,
     unfold_voxels,
@@ -35,8 +35,8 @@ from hpc_neuro.models.vit3d import fill_parameter
 
 HALVE: Shape = (2, 2, 2)
 """From each level to the next coarser one."""
-BLOCKS = (1, 2, 2)
-"""Residual blocks of each level, finest first."""
+ENCODER_LAYERS, DECODER_LAYERS = 2, 1
+"""Convolutions of a residual block."""
 _PRIOR = 0.01
 """Share of neurite that the untrained student predicts: a rare class starts as rare (RetinaNet, ICCV 2017)."""
 
@@ -56,12 +56,9 @@ class Encoder(nn.Module):
         self.unshuffle = unshuffle
 
         # The first convolution sees folded voxels, so that no tensor of few channels is at full resolution.
-        self.first = Conv3d(math.prod(unshuffle), fine, (3, 3, 3))
+        self.first = ConvLayer(math.prod(unshuffle), fine)
         self.down = nn.ModuleList([Downsample(fine, middle, HALVE), Downsample(middle, coarse, HALVE)])
-        self.blocks = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
-            for width, count in zip(channels, BLOCKS, strict=True)
-        )
+        self.blocks = nn.ModuleList([ResidualBlock(middle, ENCODER_LAYERS), ResidualBlock(coarse, ENCODER_LAYERS)])
 
         self.tubes = FeatureTubes(middle, tubes) if tubes else None
 
@@ -76,14 +73,14 @@ class Encoder(nn.Module):
         if any(missing):
             image = F.pad(image, [pad for n in reversed(missing) for pad in (0, n)])
 
-        fine = self.blocks[0](self.first(fold_voxels(image, self.unshuffle)))
-        middle = self.blocks[1](self.down[0](fine))
+        fine = self.first(fold_voxels(image, self.unshuffle))
+        middle = self.blocks[0](self.down[0](fine))
 
         # The gain of the tubes starts at zero: a student with tubes starts as the one without.
         if self.tubes is not None:
             middle = self.tubes(middle)
 
-        coarse = self.blocks[2](self.down[1](middle))
+        coarse = self.blocks[1](self.down[1](middle))
         return [fine, middle, coarse]
 
 
@@ -96,24 +93,20 @@ class Decoder(nn.Module):
 
         self.unshuffle = unshuffle
         self.up = nn.ModuleList([Upsample(middle, fine, HALVE), Upsample(coarse, middle, HALVE)])
-        self.blocks = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(width) for _ in range(count)))
-            for width, count in zip(channels, BLOCKS, strict=True)
-        )
+        self.blocks = nn.ModuleList([ResidualBlock(fine, DECODER_LAYERS), ResidualBlock(middle, DECODER_LAYERS)])
 
         # One position stands for a block of voxels, so that the head has a logit for each of them.
-        self.norm = SpaceNorm(fine)
         self.head = nn.Linear(fine, math.prod(unshuffle))
         self.head.apply(_init_head)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Per level [B, c, Z/sz, Y/sy, X/sx], finest first -> logits [B, 1, Z, Y, X]."""
-        x = self.blocks[2](features[2])
+        x = features[2]
         for level in (1, 0):
             x = self.blocks[level](features[level] + self.up[level](x))
 
         # A linear layer works on the last axis, where the channels lie in memory already.
-        logits = self.head(F.leaky_relu(self.norm(x), SLOPE).permute(0, 2, 3, 4, 1))
+        logits = self.head(x.permute(0, 2, 3, 4, 1))
         return unfold_voxels(logits.permute(0, 4, 1, 2, 3), self.unshuffle)
 
 

@@ -107,7 +107,7 @@ class Student(nn.Module):
         check_image(image, self.patch)
 
         # The weights may be bfloat16 where the image is float32.
-        image = image.to(self.encoder.first.weight.dtype)
+        image = image.to(self.encoder.first.conv.weight.dtype)
         features = self.encoder(image)
         maps: dict[int, Tensor] = {}
 

@@ -22,13 +22,13 @@ class OptimConfig:
     """[step] Optimizer steps of the whole run; raise it to continue a finished run."""
     batch: int = Field(default=4, ge=1)
     """[crop] Crops per step over all ranks; smaller passes are accumulated (engine.micro_batch)."""
-    lr: float = Field(default=2e-3, gt=0)
+    lr: float = Field(default=4e-3, gt=0)
     """Peak learning rate of the convolutional path, the decoder and the heads."""
-    vit_lr: float = Field(default=0.3, gt=0)
+    vit_lr: float = Field(default=0.15, gt=0)
     """Learning rate of the last transformer block when its weights were transferred, relative to `lr`."""
     layer_decay: float = Field(default=0.9, gt=0, le=1)
     """Learning rate of each transferred block relative to the next one; 1: all blocks alike."""
-    warmup: float = Field(default=0.05, ge=0, lt=1)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
     final: float = Field(default=0.01, ge=0, le=1)
     """Learning rate at the last step, relative to `lr`; a cosine leads there."""
@@ -42,7 +42,7 @@ class OptimConfig:
 class EmaConfig:
     """Exponential moving average of the weights: what is validated and exported (train/optim.py)."""
 
-    window: float = Field(default=0.05, ge=0, lt=1)
+    window: float = Field(default=0.1, ge=0, lt=1)
     """Share of `optim.steps` averaged over, at first a tenth of the steps done; 0: off."""
 
 
