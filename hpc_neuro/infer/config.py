@@ -77,15 +77,16 @@ class InferConfig:
     """[voxel] What a viewer reads at once; the block is a multiple of it."""
     window: Shape | None = None
     """[voxel] What the student sees at once; none: the crop it was trained on."""
-    overlap: float = Field(default=0.5, ge=0, lt=1)
+    overlap: float = Field(default=0.25, ge=0, lt=1)
     """Share of a window that the next one covers again."""
-    batch: int = Field(default=1, ge=1)
+    batch: int = Field(default=4, ge=1)
     """Windows at once; halved by itself when the memory is too small."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Probability from which a voxel is neurite; none: the one that training found best."""
     empty_level: float | None = Field(default=0.0, ge=0, lt=1)
     """Normalized brightness. A block is skipped, and recorded as skipped, when no cell of 2 x 4 x 4 voxels of it and of
-    its surroundings is above it; 0: only black blocks; none: nothing is skipped. Of the blocks skipped above 0, 2 % are
+    its surroundings is above it; 0: only black blocks; none: nothing is skipped, else windows of zeros
+    are not run, and count as probability 0. Of the blocks skipped above 0, 2 % are
     predicted nevertheless: a neurite in one is listed as a failure."""
     share: tuple[int, int] | None = None
     """[i, n]: do every n-th volume from the i-th and no more, with a record in OUT/shares; for tasks of job arrays. Of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -70,7 +71,16 @@ class Predictor:
         """Normalized image [Z, Y, X] -> probability float32 [Z, Y, X]; the rest as of sliding_window.predict."""
         tiling = self.tiling
         return sliding_window.predict(
-            self.student, image, tiling.window, tiling.overlap, self.batch, self.device, count_windows, flip, where
+            self.student,
+            image,
+            tiling.window,
+            tiling.overlap,
+            self.batch,
+            self.device,
+            count_windows,
+            flip,
+            where,
+            skip_black=self.skips_black,
         )
 
     def open_volume(self, source: InputVolume, empty_level: float | None) -> VolumeRun:
@@ -95,9 +105,17 @@ class Predictor:
         facts += [cfg.empty_level, [item.overview for item in cfg.inputs]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    @functools.cached_property
+    def skips_black(self) -> bool:
+        """Whether black windows and blocks need not be run: it is asked for, and the student finds nothing in them."""
+        return self.cfg.empty_level is not None and self.predict_black() < self.threshold
+
     def predict_black(self) -> float:
         """The largest probability the student gives to a black window."""
-        return float(self.predict(np.zeros(self.tiling.window, np.float32)).max())
+        # No window may be left out here, or every student would pass.
+        window = self.tiling.window
+        black = np.zeros(window, np.float32)
+        return float(sliding_window.predict(self.student, black, window, device=self.device).max())
 
     @torch.inference_mode()
     def time_window(self) -> float:

@@ -186,16 +186,13 @@ def _remove_parts(out: Path) -> None:
 
 def _check_empty_level(predictor: Predictor) -> float | None:
     """The empty level of the config; None where the student sees neurite in a black image."""
-    level = predictor.cfg.empty_level
-    if level is None:
-        return None
-
     # Skipping is sound only if the student finds nothing where there is nothing.
-    probability = predictor.predict_black()
-    if probability < predictor.threshold:
+    level = predictor.cfg.empty_level
+    if level is None or predictor.skips_black:
         return level
 
-    log.warning("the student sees neurite in a black image (probability %.2f), so no block is skipped", probability)
+    probability = predictor.predict_black()
+    log.warning("the student sees neurite in a black image (probability %.2f), so nothing is skipped", probability)
     return None
 
 

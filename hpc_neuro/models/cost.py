@@ -32,6 +32,8 @@ _PARTS = {
     "decoder": ("decoder",),
 }
 """Part -> the student's modules that it holds."""
+_FIRST_LAYER = "encoder.first"
+"""The convolution that reads the image."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def estimate_costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: int
             kept_bytes = sum(kept.bytes.get(name, 0) for name in names) * value_bytes // 4
             parts.append(Cost(part, parameters, operations, kept_bytes))
 
-    # The backward pass has a product for the gradient of each of the two factors.
-    step = 3 * sum(part.forward for part in parts)
+    # The backward pass has a product for the gradient of each of the two factors; the image needs none.
+    step = 3 * sum(part.forward for part in parts) - forward.get(_FIRST_LAYER, 0)
 
     # A checkpointed transformer runs its forward pass twice.
     if cfg.checkpointing:
@@ -131,13 +133,13 @@ def summarize_costs(cfg: StudentConfig, crop: Shape, batch: int, value_bytes: in
 
 
 def _operations_by_child(counter: FlopCounterMode) -> dict[str, int]:
-    """Forward operations so far, by direct child of the student."""
+    """Forward operations so far, by direct child of the student, and of the first layer."""
     counts: dict[str, int] = {}
     for name, operations in counter.get_flop_counts().items():
-        path = name.split(".")
+        root, _, path = name.partition(".")
         # The counter lists modules of every depth. Only direct children are disjoint.
-        if len(path) == 2 and path[0] == Student.__name__:
-            counts[path[1]] = sum(operations.values())
+        if root == Student.__name__ and path and ("." not in path or path == _FIRST_LAYER):
+            counts[path] = sum(operations.values())
 
     return counts
 

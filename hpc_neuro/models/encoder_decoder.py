@@ -37,6 +37,8 @@ HALVE: Shape = (2, 2, 2)
 """From each level to the next coarser one."""
 ENCODER_LAYERS, DECODER_LAYERS = 2, 1
 """Convolutions of a residual block."""
+LAYERS = (1 + DECODER_LAYERS, ENCODER_LAYERS + DECODER_LAYERS, ENCODER_LAYERS)
+"""Convolutions of 3 x 3 x 3 at each level, encoder and decoder, finest first."""
 _PRIOR = 0.01
 """Share of neurite that the untrained student predicts: a rare class starts as rare (RetinaNet, ICCV 2017)."""
 

@@ -65,6 +65,7 @@ def predict(
     seen: Callable[[int], None] | None = None,
     flip: Sequence[int] = (),
     where: NDArray[np.bool_] | None = None,
+    skip_black: bool = False,
 ) -> NDArray[np.float32]:
     """Probability of neurite, float32 [Z, Y, X], of a normalised image [Z, Y, X] of any size.
 
@@ -72,9 +73,11 @@ def predict(
     memory is too small the batch is halved and the windows run again; a BatchSize keeps the smaller number for the next
     call. `seen` is told after each forward how many windows it was. `flip`: axes (0 to 2) along which every window is
     mirrored in its place for the student, and its probability mirrored back. `where` [Z, Y, X]: only windows that hold
-    a true voxel are looked at; the probability of those voxels is as without it, others' is not to be used. Raises
-    InputError for a window that is no
-    multiple of the patch, an overlap outside [0, 1), an image that is not 3D, and a window too large for the memory.
+    a true voxel are looked at; the probability of those voxels is as without it, others' is not to be used.
+    `skip_black`: a window of zeros is not run, and counts as probability 0.
+
+    Raises InputError for a window that is no multiple of the patch, an overlap outside [0, 1), an image that is not
+    3D, and a window too large for the memory.
     """
     patch: Shape = student.patch  # type: ignore[assignment]
     if any(w % p or w == 0 for w, p in zip(window, patch, strict=True)):
@@ -101,11 +104,10 @@ def predict(
     weight = torch.from_numpy(np.einsum("z,y,x->zyx", *profiles)).to(device)
     total = torch.zeros(padded.shape)
 
-    boxes = [Box.at((z, y, x), window) for z, y, x in itertools.product(*starts)]
-
-    # All windows over a wanted voxel stay, so that its probability does not change.
-    if where is not None:
-        boxes = [box for box in boxes if where[box.slices].any()]
+    lattice = [Box.at((z, y, x), window) for z, y, x in itertools.product(*starts)]
+    boxes = _choose_windows(lattice, padded, where, skip_black)
+    if seen is not None and where is None and len(boxes) < len(lattice):
+        seen(len(lattice) - len(boxes))
 
     # Axes are counted from the end, because images have a batch and a channel axis and probabilities have none.
     mirrored = [axis - 3 for axis in flip]
@@ -134,6 +136,19 @@ def predict(
 def _starts(size: int, window: int, step: int) -> list[int]:
     """First voxels of the windows along one axis: as few as cover it."""
     return [k * step for k in range(max(math.ceil((size - window) / step), 0) + 1)]
+
+
+def _choose_windows(
+    boxes: list[Box], image: NDArray[np.float32], where: NDArray[np.bool_] | None, skip_black: bool
+) -> list[Box]:
+    """The windows that are run; see `predict`."""
+    # All windows over a wanted voxel stay, so that its probability does not change.
+    if where is not None:
+        boxes = [box for box in boxes if where[box.slices].any()]
+
+    # Most windows of a sparse stack are black. Whether one is depends on its own voxels alone, so that a block still
+    # predicts what the whole volume does.
+    return [box for box in boxes if image[box.slices].any()] if skip_black else boxes
 
 
 def _gaussian(size: int) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import StudentOutput
 from hpc_neuro.models import tokenizer
 from hpc_neuro.models.config import BlockTokens, SavedStudent, StudentConfig
-from hpc_neuro.models.encoder_decoder import Decoder, Encoder, level_strides
+from hpc_neuro.models.encoder_decoder import LAYERS, Decoder, Encoder, level_strides
 from hpc_neuro.models.layers import Gain, ResampleLinear, init_zero
 from hpc_neuro.models.tokenizer import check_image
 from hpc_neuro.models.vit3d import ViT3D
@@ -135,13 +135,15 @@ class Student(nn.Module):
     def halo(self) -> Shape:
         """Reach of the convolutional path in voxels, rounded up to whole patches, z y x.
 
-        Attention and norms see the whole window besides; a blocked prediction must read `sliding_window.halo`.
+        Attention sees the whole window besides; a blocked prediction must read `sliding_window.halo`.
         """
         strides = level_strides(self.cfg.unshuffle)
 
-        # Each level has at most two convolutions in the encoder and two in the decoder; blocks of the coarsest level
-        # add what lies between a voxel and the edge of its block.
-        reach = [4 * sum(level) + level[-1] for level in zip(*strides, strict=True)]
+        # The convolutions of a level reach one of its cells each. Blocks of the coarsest level add what lies between a
+        # voxel and the edge of its block.
+        reach = [
+            sum(n * s for n, s in zip(LAYERS, axis, strict=True)) + axis[-1] for axis in zip(*strides, strict=True)
+        ]
 
         z, y, x = (math.ceil(r / p) * p for r, p in zip(reach, self.patch, strict=True))
         return z, y, x

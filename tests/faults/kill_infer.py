@@ -138,9 +138,14 @@ def snapshot_code(code: Path) -> Path:
     return code
 
 
-def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
+def write_bright_student(folder: Path) -> None:
+    """The student that calls bright voxels neurite, as `train` would save it."""
     extra = {"window": list(_WINDOW), "threshold": 0.5}
-    save_student(folder / "model", CONFIG, build_bright_student().state_dict(), extra)
+    save_student(folder, CONFIG, build_bright_student().state_dict(), extra)
+
+
+def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
+    write_bright_student(folder / "model")
     draw, names = np.random.default_rng(0), ("a", "b")
     for name in names:
         image = draw.integers(0, 20, shape, dtype=np.uint8)

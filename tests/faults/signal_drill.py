@@ -28,7 +28,7 @@ from typing import Any
 
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
-from tests.faults.kill_infer import save_random_student, snapshot_code
+from tests.faults.kill_infer import snapshot_code, write_bright_student
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _RESULTS = {
@@ -84,7 +84,7 @@ def drill(folder: Path, warnings: int, verbs: Sequence[str] = tuple(_RESULTS), s
     folder, begin = folder.resolve(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     code = snapshot_code(folder / "code")
-    save_random_student(folder / "model")
+    write_bright_student(folder / "model")
     write_dataset(folder / "raw", SyntheticConfig(volumes=4, shape=(16, 64, 64)))
 
     draw, tally = random.Random(seed), Tally()

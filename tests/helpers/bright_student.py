@@ -10,22 +10,25 @@ from hpc_neuro.models.student import Student, build_student
 CONFIG = StudentConfig(depth=1, patch=(4, 16, 16), channels=(4, 4, 4))
 
 
-def build_bright_student(gain: float = 2.0, level: float = 2.0) -> Student:
+def build_bright_student(gain: float = 20.0, level: float = 0.3) -> Student:
     """The voxels pass through the finest level; context and transformer change them a little.
 
-    gain: slope of the logit over the brightness in standard deviations of its window; level: where it is zero.
+    gain: slope of the logit over the brightness; level: the brightness where it is zero.
     """
     torch.manual_seed(0)
     student = build_student(CONFIG)
+    first, head = student.encoder.first.conv, student.decoder.head
     with torch.no_grad():
-        for block in (*student.encoder.blocks[0], *student.decoder.blocks[0]):
-            block.conv.weight *= 0.1
+        for layer in student.decoder.blocks[0].layers:
+            layer.conv.weight *= 0.1
         for up in student.decoder.up:
             up.weight *= 0.1
-        for weight, center in ((student.encoder.first.weight, (1, 1, 1)), (student.decoder.head.weight, ())):
+
+        for weight, center in ((first.weight, (1, 1, 1)), (head.weight, ())):
             weight *= 0.1
             for channel in range(4):
                 weight[(channel, channel, *center)] = 1.0
-        student.decoder.head.weight *= gain
-        student.decoder.head.bias.fill_(-gain * level)
+
+        head.weight *= gain
+        head.bias.fill_(-gain * level)
     return student

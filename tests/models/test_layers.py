@@ -52,9 +52,12 @@ def test_the_cpu_path_without_gradients_is_the_same_convolution(kernel: tuple[in
     torch.testing.assert_close(fast, F.conv3d(x, conv.weight, conv.bias, padding=conv.padding))
 
 
-def test_space_norm_is_over_a_whole_sample() -> None:
-    norm, x = layers.SpaceNorm(6), torch.randn(2, 6, 2, 3, 4)
-    torch.testing.assert_close(norm(x)[1], F.layer_norm(x[1], x[1].shape))
+def test_a_residual_block_adds_its_chain() -> None:
+    block, x = layers.ResidualBlock(3, 2), torch.randn(2, 3, 4, 5, 6)
+    expected = x
+    for layer in block.layers:
+        expected = F.leaky_relu(F.conv3d(expected, layer.conv.weight, layer.conv.bias, padding=1), layers.SLOPE)
+    torch.testing.assert_close(block(x), x + expected)
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 6), st.integers(1, 5))

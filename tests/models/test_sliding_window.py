@@ -183,3 +183,29 @@ def test_only_windows_that_hold_a_wanted_voxel_are_looked_at() -> None:
     assert 0 < len(student.batches) < everything / 3
     none = sliding_window.predict(student, image, WINDOW, 0.5, where=np.zeros(image.shape, dtype=bool))
     assert not none.any()
+
+
+def test_black_windows_are_not_run_and_count_as_background() -> None:
+    image = np.zeros((4, 8, 40), dtype=np.float32)
+    image[1, 2, 3] = 0.9
+    student, windows = Fake(), []
+    probability = sliding_window.predict(student, image, WINDOW, 0.5, 8, seen=windows.append, skip_black=True)
+
+    # Voxel 3 lies in the first of nine windows alone; the others are reported without being run.
+    assert sum(student.batches) == 1
+    assert sum(windows) == 9
+    np.testing.assert_allclose(probability[:, :, :4], image[:, :, :4], atol=1e-5)
+    assert not probability[:, :, 8:].any()
+
+
+@pytest.mark.parametrize("start", [0, 8, 16])
+def test_a_block_skips_the_black_windows_that_the_whole_volume_skips(start: int) -> None:
+    image = _image((4, 8, 40))
+    image[:, :, 9:30] = 0
+    whole = sliding_window.predict(PositionBound(), image, WINDOW, 0.5, skip_black=True)
+    halo = sliding_window.halo(WINDOW, 0.5, PATCH)[2]
+    first, stop = max(start - halo, 0), min(start + 8 + halo, 40)
+    block = sliding_window.predict(PositionBound(), image[:, :, first:stop], WINDOW, 0.5, skip_black=True)
+    np.testing.assert_allclose(
+        block[:, :, start - first : start - first + 8], whole[:, :, start : start + 8], atol=1e-6
+    )
