@@ -10,7 +10,7 @@ from hpc_neuro.models.student import Student, build_student
 CONFIG = StudentConfig(depth=1, patch=(4, 16, 16), channels=(4, 4, 4))
 
 
-def build_bright_student(gain: float = 20.0, level: float = 0.3) -> Student:
+def build_bright_student(gain: float = 8.0, level: float = 0.3) -> Student:
     """The voxels pass through the finest level; context and transformer change them a little.
 
     gain: slope of the logit over the brightness; level: the brightness where it is zero.

@@ -173,7 +173,7 @@ def test_steps_may_grow_and_the_run_goes_on(tiny, tmp_path, caplog):
         assert train.run(tiny(out, "optim.steps=4")) == 0
     assert "resumed after step 2" in caplog.text
     assert [r["step"] for r in rows(out)] == [1, 2, 3, 4]
-    assert rows(out)[2]["lr"] == pytest.approx(2e-3 * loop.lr_at(2, tiny(out, "optim.steps=4").optim))
+    assert rows(out)[2]["lr"] == pytest.approx((optim := tiny(out, "optim.steps=4").optim).lr * loop.lr_at(2, optim))
 
 
 def test_a_run_that_is_beyond_the_steps_asked_for_is_not_cut_short(tiny, tmp_path):
