@@ -83,13 +83,14 @@ def compare_with_monai(args: argparse.Namespace) -> dict[str, Any]:
     def predict() -> Image:
         return sliding_window.predict(student, image, window, args.overlap)
 
-    difference = float(np.abs(predict() - predict_with_monai()).max())
+    # MONAI bounds the weights of a window from below, we those of each axis: corners of windows may differ.
+    difference = float(np.abs(predict() - predict_with_monai()).mean())
     seconds = _time_in_turns({"ours": predict, "monai": predict_with_monai})
     for name, best in seconds.items():
         print(f"{name:>6}: {best:.2f} s of CPU, {image.size / best / 1e6:.2f} M voxels/s")
     return {
         "throughput_to_monai": round(seconds["monai"] / seconds["ours"], 3),
-        "largest_difference": difference,
+        "mean_difference": difference,
         "cpu_seconds": seconds,
     }
 

@@ -22,8 +22,8 @@ def figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 
 def test_monai_gives_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = figures(capsys, monkeypatch, "monai", "--shape", "16", "96", "128")
-    assert found["largest_difference"] < 0.02  # type: ignore[operator]
+    found = figures(capsys, monkeypatch, "monai", "--shape", "16", "96", "144")
+    assert found["mean_difference"] < 5e-3  # type: ignore[operator]
     assert found["throughput_to_monai"] > 0  # type: ignore[operator]
 
 
