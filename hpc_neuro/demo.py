@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CROP = (16, 96, 96)
 """[voxel] Size of the training crops, z y x."""
-SYNTHETIC_STEPS, SYNTHETIC_BATCH = 250, 2
+SYNTHETIC_STEPS, SYNTHETIC_BATCH = 400, 2
 """Training steps and crops per step on synthetic neurons."""
 REAL_STEPS, REAL_BATCH = 1500, 4
 """Training steps and crops per step on the user's own neurons."""

@@ -1,6 +1,6 @@
 """What inference costs: against MONAI, over volumes of growing size, over an empty brain, and by overlap.
 
-    python -m tools.bench.infer monai    [--model FOLDER] [--shape 32 192 192] [--overlap 0.5]
+    python -m tools.bench.infer monai    [--model FOLDER] [--shape 32 192 192] [--overlap 0.25]
     python -m tools.bench.infer memory   [--model FOLDER]
     python -m tools.bench.infer sparse   [--model FOLDER | --stand-in] [--occupied 0.01]
     python -m tools.bench.infer overlap  --model FOLDER --store STORE --volume ID
@@ -12,6 +12,7 @@ the pipeline is timed without a student. Last line: JSON with ratios and peaks.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import resource
@@ -42,7 +43,9 @@ _BRAIN: Shape = (2048, 4096, 4096)
 _SMALL_STUDENT = StudentConfig(depth=1, patch=(4, 16, 16), channels=(2, 4, 4))
 _SMALL_WINDOW: Shape = (16, 64, 64)
 _ROUNDS = 4
-"""Timed runs of each of two programs that are compared."""
+"""Timed runs of each program that is compared."""
+_BATCHES = (1, 2, 4)
+"""Windows at once."""
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", default="monai", choices=tuple(BENCHMARKS))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--shape", type=int, nargs=3, default=(32, 192, 192))
-    parser.add_argument("--overlap", type=float, default=0.5)
+    parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--occupied", type=float, default=0.01)
     parser.add_argument("--stand-in", action="store_true")
     parser.add_argument("--store", type=Path)
@@ -64,34 +67,43 @@ def main() -> None:
 
 
 def compare_with_monai(args: argparse.Namespace) -> dict[str, Any]:
-    """Our sliding window and MONAI's: the same student, windows, overlap, Gaussian, batch of one."""
+    """Our sliding window and MONAI's: the same student, windows, overlap and Gaussian, each at its fastest batch."""
     from monai.inferers import SlidingWindowInferer
 
     student, window = _open_student(args.model)
     z, y, x = args.shape
     image = np.random.default_rng(0).random((z, y, x), dtype=np.float32)
-    inferer = SlidingWindowInferer(
-        window, sw_batch_size=1, overlap=args.overlap, mode="gaussian", sigma_scale=0.125, progress=False
-    )
 
-    def predict_with_monai() -> Image:
+    def predict_with_monai(batch: int) -> Image:
+        inferer = SlidingWindowInferer(
+            window, sw_batch_size=batch, overlap=args.overlap, mode="gaussian", sigma_scale=0.125, progress=False
+        )
         with torch.inference_mode():
             output = inferer(torch.from_numpy(image)[None, None], lambda patch: student(patch).logits.sigmoid())
         probability: Image = np.asarray(output, dtype=np.float32).reshape(image.shape)
         return probability
 
-    def predict() -> Image:
-        return sliding_window.predict(student, image, window, args.overlap)
+    def predict(batch: int) -> Image:
+        return sliding_window.predict(student, image, window, args.overlap, batch)
 
     # MONAI bounds the weights of a window from below, we those of each axis: corners of windows may differ.
-    difference = float(np.abs(predict() - predict_with_monai()).mean())
-    seconds = _time_in_turns({"ours": predict, "monai": predict_with_monai})
-    for name, best in seconds.items():
-        print(f"{name:>6}: {best:.2f} s of CPU, {image.size / best / 1e6:.2f} M voxels/s")
+    difference = float(np.abs(predict(1) - predict_with_monai(1)).mean())
+
+    # A peer runs at its best setting, or the ratio would praise the wrong program.
+    programs = {
+        (name, batch): run for name, run in (("ours", predict), ("monai", predict_with_monai)) for batch in _BATCHES
+    }
+    timed = _time_in_turns(
+        {f"{name} {batch}": functools.partial(run, batch) for (name, batch), run in programs.items()}
+    )
+    for name, best in timed.items():
+        print(f"{name:>8}: {best:.2f} s of CPU, {image.size / best / 1e6:.2f} M voxels/s")
+
+    fastest = {name: min(timed[f"{name} {batch}"] for batch in _BATCHES) for name in ("ours", "monai")}
     return {
-        "throughput_to_monai": round(seconds["monai"] / seconds["ours"], 3),
+        "throughput_to_monai": round(fastest["monai"] / fastest["ours"], 3),
         "mean_difference": difference,
-        "cpu_seconds": seconds,
+        "cpu_seconds": timed,
     }
 
 

@@ -22,7 +22,7 @@ def figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 
 def test_monai_gives_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = figures(capsys, monkeypatch, "monai", "--shape", "16", "96", "144")
+    found = figures(capsys, monkeypatch, "monai", "--shape", "16", "96", "144", "--overlap", "0.5")
     assert found["mean_difference"] < 5e-3  # type: ignore[operator]
     assert found["throughput_to_monai"] > 0  # type: ignore[operator]
 
