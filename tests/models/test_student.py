@@ -180,6 +180,12 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     state = load_file(path)
     bias = state.pop("vit.norm.bias")
     save_file({**state, "extra": bias, "vit.norm.weight": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match="does not have the checksum"):
+        load_student(tmp_path)
+
+    # A file with the right checksum may still be that of another network.
+    saved = yaml.safe_load((tmp_path / "student.yaml").read_text())
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump({k: v for k, v in saved.items() if k != "sha256"}))
     with pytest.raises(InputError, match=r"extra is left over, vit.norm.bias is missing, vit.norm.weight is \(3,\)"):
         load_student(tmp_path)
     path.write_bytes(path.read_bytes()[:100])
