@@ -53,6 +53,10 @@ class ValidationScore:
     foreground: float
     """Predicted foreground voxels at 0.5 / true ones."""
 
+    def keep_half(self) -> ValidationScore:
+        """The same score with 0.5 as its threshold."""
+        return replace(self, dice_best=self.dice, threshold=0.5)
+
     @property
     def is_collapsed(self) -> bool:
         """Whether next to nothing is predicted, which a mean with background would hide."""

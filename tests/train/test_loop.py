@@ -166,6 +166,15 @@ def test_reading_processes_that_die_in_a_row_are_replaced_but_not_for_ever(tiny,
             list(batches.read_batches(cfg, None, 2, 4, device))
 
 
+def test_no_threshold_is_chosen_on_volumes_that_are_trained_on(tiny, tmp_path):
+    folder = tmp_path / "store"
+    write_store(folder, {"a": "train", "b": "train"})
+    out = tmp_path / "run"
+    assert train.run(tiny(out, f"store={folder}", "optim.steps=2")) == 0
+    assert {(r["threshold"], r["dice_best"] == r["dice"]) for r in rows(out, "val")} == {(0.5, True)}
+    assert load_student(out / "weights/best")[1]["threshold"] == 0.5
+
+
 def test_steps_may_grow_and_the_run_goes_on(tiny, tmp_path, caplog):
     out = tmp_path / "run"
     assert train.run(tiny(out, "optim.steps=2")) == 0
