@@ -1,0 +1,266 @@
+"""README.md and docs/: every link leads somewhere, and every command line is one that the program accepts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import launch.__main__ as launch_cli
+from hpc_neuro import cli
+from hpc_neuro.core import schema
+from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.infer.viewer import ServeConfig
+from hpc_neuro.pipeline import VERBS, Verb
+from launch import chain, submit
+from launch.site import Site
+
+REPO = Path(__file__).resolve().parent.parent
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+QUESTIONS = (
+    "trace-one-stack",
+    "my-voxel-size-is-missing-or-wrong",
+    "several-neurons-and-somas",
+    "sparse-labels",
+    "train-on-five-neurons",
+    "own-dino-weights",
+    "four-gpus",
+    "stop-and-resume",
+    "a-whole-brain-in-a-night",
+    "choose-a-threshold",
+    "proofread",
+    "read-the-report",
+    "sweeps-without-internet",
+    "fiji-and-snt",
+    "napari",
+    "neuroglancer",
+    "neurom",
+    "how-many-labels-do-i-need",
+    "how-much-gpu-memory-do-i-need",
+    "how-long-does-it-take",
+)
+"""Anchors of docs/howto.md that docs/index.md must link to."""
+FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
+PROGRAM = re.compile(r"^.*?(?P<program>hpc-neuro|-m hpc_neuro|-m launch|slurm/\w+\.sbatch) (?P<rest>.*)$")
+NOT_GIVEN = ("Field required", "Missing")
+"""Faults of examples that leave out what does not matter to them."""
+
+
+def find_anchors(text: str) -> set[str]:
+    """Anchors of the headings of a page, as GitHub forms them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def find_broken_links(page: Path) -> list[str]:
+    """Relative links of a page whose file or anchor does not exist."""
+    broken = []
+    for match in LINK.finditer(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if match["target"].startswith(("http:", "https:", "mailto:")):
+            continue
+
+        target = page.parent / match["target"] if match["target"] else page
+        anchors = find_anchors(target.read_text(encoding="utf-8")) if target.suffix == ".md" and target.exists() else ()
+        if not target.exists() or (match["anchor"] and match["anchor"] not in anchors):
+            broken.append(match[0])
+    return broken
+
+
+def list_code_lines(text: str) -> list[str]:
+    """Lines of the code blocks of a page, fenced or indented, with continued lines joined."""
+    blocks = [match["body"] for match in FENCE.finditer(text) if match["language"] != "python"]
+    # A block in a list is indented further than its item.
+    indented = re.findall(r"^ {4,}(?=\S).*(?:\n {4,}.*)*", FENCE.sub("", text), re.MULTILINE)
+    code = "\n".join([*blocks, *indented])
+    return [line.strip().removeprefix("$ ") for line in re.sub(r"\\\n\s*", "", code).splitlines()]
+
+
+def list_commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(program, arguments) of every command line of a page; programs are `hpc-neuro` and `launch`."""
+    commands = []
+    for line in list_code_lines(page.read_text(encoding="utf-8")):
+        match = PROGRAM.match(line)
+        # The lines of diagrams and of printed output do not begin with a program.
+        if match is None or re.match(r"(?!hpc-neuro|python|torchrun|mpiexec|srun|sbatch|job=|OMP_)", line):
+            continue
+
+        words = shlex.split(match["rest"].rstrip(")") if line.startswith("job=") else match["rest"], comments=True)
+        program = "launch" if match["program"].endswith("launch") else "hpc-neuro"
+        # These scripts run the verb that they are named after.
+        script = re.fullmatch(r"slurm/(train|precompute)\.sbatch", match["program"])
+        verb = [script[1]] if script else []
+        # What "..." stands for is not known.
+        commands.append((program, verb + [word for word in words if word != "..."]))
+    return commands
+
+
+COMMANDS = [(page.name, program, words) for page in PAGES for program, words in list_commands(page)]
+
+
+def accept(*_: Any) -> int:
+    """Stands for the work of a verb."""
+    return 0
+
+
+def drop_missing_configs(words: list[str]) -> list[str]:
+    """The words without config files that exist only in the reader's folder."""
+    return [word for word in words if not (word.endswith(".yaml") and "=" not in word and not (REPO / word).exists())]
+
+
+def list_faults(text: str) -> list[str]:
+    """Faults of an error message, one a line, without those of keys that an example leaves out."""
+    lines = text.splitlines()
+    # Several faults stand below a heading.
+    return [line for line in lines[1:] or lines if not any(reason in line for reason in NOT_GIVEN)]
+
+
+def check_tool(verb: Verb, words: list[str]) -> list[str]:
+    """Keys and subcommands of a tool, which has no config, that its help does not name."""
+    module = importlib.import_module(dict(verb.commands).get(words[0] if words else "", verb.module))
+    text = getattr(module, "HELP", None) or module.__doc__
+    keys = [word.partition("=")[0] for word in words if "=" in word]
+    subcommands = words[:1] if verb.name in ("swc", "cache") else []
+    names = [*(f"{key}=" for key in keys), *subcommands]
+    return [name for name in names if not re.search(rf"\b{re.escape(name)}", text)]
+
+
+def check_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Faults of the arguments of `hpc-neuro`."""
+    name, *rest = words
+    if name.startswith("-"):
+        return [] if name in ("--help", "--version") else [name]
+    if name not in VERBS:
+        return [f"{name} is no verb"]
+
+    verb = VERBS[name]
+    if verb.config is None or (rest and rest[0] == "verify"):
+        return check_tool(verb, rest)
+    if rest and rest[0] == "serve":
+        schema.load(ServeConfig, None, [f"out={rest[1]}", *rest[2:]])
+        return []
+
+    capsys.readouterr()
+    code = cli.main([name, *drop_missing_configs(rest)])
+    faults = list_faults(capsys.readouterr().err)
+    assert code in (0, 2)
+    return faults
+
+
+def check_launch(words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Faults of the arguments of `python -m launch VERB` or `--chain`."""
+    parsed: list[argparse.Namespace] = []
+    monkeypatch.setattr(launch_cli, "_check_and_submit", lambda args: parsed.append(args) or 0)
+    assert launch_cli.main(words) == 0
+    (args,) = parsed
+
+    site_keys = [word.removeprefix("cluster.") for word in args.words if word.startswith("cluster.")]
+    keys = [word for word in drop_missing_configs(args.words) if not word.startswith("cluster.")]
+    faults = []
+    try:
+        schema.load(Site, None, site_keys)
+        if args.chain:
+            chain.plan_chain(args.chain.split(","), None, keys)
+        else:
+            verb, *keys = keys
+            config = REPO / keys.pop(0) if keys and "=" not in keys[0] else None
+            submit.load_config(verb, config, keys)
+    except ConfigError as error:
+        faults = list_faults(str(error))
+    return faults
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs are named relative to the repository, and no verb does any work."""
+    monkeypatch.chdir(REPO)
+    classes = {name: verb.load_config_class() for name, verb in VERBS.items() if verb.config}
+    monkeypatch.setattr(Verb, "load_config_class", lambda verb: classes[verb.name])
+    work = SimpleNamespace(run=accept, forecast=lambda _: [])
+    monkeypatch.setattr(Verb, "load_module", lambda _: work)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    assert find_broken_links(page) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "words"), COMMANDS, ids=[f"{name}-{shlex.join(words)}"[:90] for name, _, words in COMMANDS]
+)
+def test_every_command_is_accepted(
+    name: str,
+    program: str,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if program == "hpc-neuro":
+        assert check_command(words, capsys) == []
+    elif words[0] == "sweep":
+        assert words[1] == "CONFIG" or Path(words[1]).exists()
+    elif words[0] not in ("status", "cancel", "logs"):
+        assert check_launch(words, monkeypatch) == []
+
+
+def test_the_check_of_commands_finds_wrong_ones(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wrong in (
+        "trace a.tif voxelsize=1,1,1",
+        "infer out=o 'inputs=[{picture: a.tif}]'",
+        "train optim.step=3",
+        "train --dryrun",
+    ):
+        assert check_command(shlex.split(wrong), capsys), wrong
+    for wrong in ("swc convert a.swc size=1", "swc repair a.swc", "score a.swc b.swc limit=4", "tracing a.tif"):
+        assert check_command(shlex.split(wrong), capsys), wrong
+
+    assert check_launch(["train", "optim.step=3"], monkeypatch)
+    assert check_launch(["--chain", "prepare,train", "out=runs/a", "train.optim.step=3"], monkeypatch)
+    assert check_launch(["train", "cluster.train.gpu=3"], monkeypatch)
+
+
+def test_the_check_of_links_finds_broken_ones(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Sizes (um)\n[a](#sizes-um) [b](#size) [c](other.md) [d](https://example.org/x#y)\n")
+    assert find_broken_links(page) == ["[b](#size)", "[c](other.md)"]
+
+
+def test_commands_of_all_forms_are_read(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```\nhpc-neuro trace a.tif \\\n    out=o   # a comment\n```\n\n    mpiexec -n 2 hpc-neuro infer x=1\n\n"
+        "```\njob=$(sbatch --array=0-9 slurm/shares.sbatch infer c.yaml)\ninfer: hpc-neuro is done\n```\n"
+    )
+    assert list_commands(page) == [
+        ("hpc-neuro", ["trace", "a.tif", "out=o"]),
+        ("hpc-neuro", ["infer", "c.yaml"]),
+        ("hpc-neuro", ["infer", "x=1"]),
+    ]
+
+
+def test_the_index_answers_every_question_in_two_clicks() -> None:
+    assert "(docs/index.md)" in (REPO / "README.md").read_text(encoding="utf-8")
+    index = (REPO / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [anchor for anchor in QUESTIONS if f"(howto.md#{anchor})" not in index] == []
+    answers = find_anchors((REPO / "docs" / "howto.md").read_text(encoding="utf-8")) - {"how-to"}
+    assert answers == set(QUESTIONS)
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (REPO / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if page.name != "index.md" and f"({page.name})" not in index] == []
+
+
+def test_the_readme_is_short_and_begins_with_trace() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    assert COMMANDS[0][2][0] == "trace"
