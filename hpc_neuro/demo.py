@@ -104,6 +104,7 @@ def run(cfg: DemoConfig) -> int:
             label = f"[{number}/{len(names)}] {name}"
             code = _run_stage(cfg, name, label, data)
             if code:
+                record.record["exit"] = code
                 log.error("demo: %s ended with exit code %d; the same command resumes there", name, code)
                 return code
 

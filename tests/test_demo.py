@@ -218,6 +218,12 @@ def test_trees_of_others_are_not_replaced(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["swc", "mine.swc"]
 
 
+def test_the_exit_code_of_a_stage_that_stops_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_run_stage", lambda *arguments: 75)
+    assert demo.run(demo.DemoConfig(out=tmp_path)) == 75
+    assert json.loads((tmp_path / "run.json").read_text())["exit"] == 75
+
+
 def test_faulty_keys_of_every_stage_come_at_once_before_the_first(tmp_path: Path) -> None:
     keys = ["prepare=[radus=1]", "precompute=[views=q]", "train=[optim.lrr=1]", "infer=[blok=1]", "evaluate=[draw=1]"]
     cfg = load(demo.DemoConfig, None, [f"out={tmp_path / 'out'}", *keys])

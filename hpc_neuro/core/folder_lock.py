@@ -123,6 +123,25 @@ def require_idle(folder: Path) -> None:
         raise InputError(_describe_conflict(folder, _read_owner(path)))
 
 
+def describe_holder(folder: Path) -> str | None:
+    """Who works in `folder`, for people; None when nobody does.
+
+    Writes nothing and does not wait: a process elsewhere counts as gone when its lock is older than STALE_SECONDS by
+    the clock of this machine.
+    """
+    beat = _read_beat(folder / LOCK)
+    if beat is None:
+        return None
+
+    owner = _read_owner(folder / LOCK)
+    is_gone = owner.is_gone() if owner else None
+    if is_gone is None:
+        is_gone = time.time() - beat / 1e9 > STALE_SECONDS
+    if is_gone:
+        return None
+    return owner.describe() if owner else "a process that left no name"
+
+
 def _acquire(folder: Path, owner: Owner) -> None:
     path = folder / LOCK
     while not _create(path, owner):

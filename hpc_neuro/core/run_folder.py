@@ -40,9 +40,10 @@ RECORD = "run.json"
 """Name of the record in a run folder."""
 CONFIG = "config.yaml"
 """Name of the resolved config in a run folder."""
+SHARES = "shares"
+"""Folder in a run folder with the records of the tasks of a job array."""
 VERSION_FILE = "CODE_VERSION"
 """File in a copy of the code without git that names the version it is a copy of."""
-_SHARES = "shares"
 _PACKAGES = ("torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "tensorstore")
 _DEEPEST_OUTPUT = 3
 """Folders between an output and its run: OUT/weights/best/student.yaml."""
@@ -66,6 +67,7 @@ class _RecordForm(TypedDict):
     summary: NotRequired[dict[str, Any]]
     failures: NotRequired[list[str]]
     starts: NotRequired[list[str]]
+    stops: NotRequired[list[str | None]]
     jobs: NotRequired[list[str]]
     ends: NotRequired[list[dict[str, Any]]]
     command: NotRequired[list[str]]
@@ -167,10 +169,8 @@ def start(
 @contextlib.contextmanager
 def _keep_others_out(out: Path) -> Iterator[None]:
     """Hold the folder of a run. Shares of a run have folders of their own, and may work beside one another."""
-    is_share = out.parent.name == _SHARES
-    others = (
-        [out.parent.parent] if is_share else [path.parent for path in (out / _SHARES).glob(f"*/{folder_lock.LOCK}")]
-    )
+    is_share = out.parent.name == SHARES
+    others = [out.parent.parent] if is_share else [path.parent for path in (out / SHARES).glob(f"*/{folder_lock.LOCK}")]
     for other in others:
         folder_lock.require_idle(other)
     with folder_lock.hold_folder(out):
@@ -270,6 +270,8 @@ def _new_record(
         "sources": {name: str(path.resolve()) for name, path in input_files.items()},
         "config": resolved,
         "starts": [*previous.get("starts", []), _now()],
+        # When each start before this one ended; None after a kill.
+        "stops": [*previous.get("stops", []), previous.get("end")] if previous else [],
         "jobs": [*previous.get("jobs", []), _job_name()],
         # Why each Slurm job before this start ended; written by `launch`.
         "ends": previous.get("ends", []),
@@ -317,10 +319,10 @@ def _read_previous(
 def _check_shares(out: Path, resolved: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]) -> None:
     """Raise ConfigError if shares of the run in `out`, or the other shares beside this one, are of another run."""
     # The folder of one share lies in OUT/shares/NAME.
-    root = out.parent.parent if out.parent.name == _SHARES else out
+    root = out.parent.parent if out.parent.name == SHARES else out
     own = {key: value for key, value in resolved.items() if key != "share"}
 
-    for path in sorted((root / _SHARES).glob(f"*/{RECORD}")):
+    for path in sorted((root / SHARES).glob(f"*/{RECORD}")):
         if path.parent == out:
             continue
         record = read_record(path.parent, f"remove {path.parent}")
@@ -375,7 +377,7 @@ def take_share(items: Sequence[T], share: tuple[int, int] | None) -> list[T]:
 
 def share_folder(out: Path, share: tuple[int, int] | None) -> Path:
     """Folder of the record of one share; `out` itself for None."""
-    return out if share is None else out / _SHARES / f"{share[0]:04d}_of_{share[1]:04d}"
+    return out if share is None else out / SHARES / f"{share[0]:04d}_of_{share[1]:04d}"
 
 
 def input_name(name: str, share: tuple[int, int] | None) -> str:

@@ -92,13 +92,15 @@ def test_a_run_is_recorded_resumed_and_then_complete(tmp_path: Path) -> None:
         logging.getLogger("hpc_neuro").warning("hello")
         raise KeyError("boom")
     record = json.loads((out / "run.json").read_text())
-    assert record["exit"] == "KeyError: 'boom'"
+    assert (record["exit"], record["stops"]) == ("KeyError: 'boom'", [])
+    first_end = record["end"]
     assert "hello" in (out / "log.txt").read_text()
     with run_folder.start("train", Cfg(out=out), out, {"in": source}) as run:
         assert not run.complete
         run.finish({"dice": 1})
     record = json.loads((out / "run.json").read_text())
     assert (record["exit"], len(record["starts"]), record["summary"]) == (0, 2, {"dice": 1})
+    assert record["stops"] == [first_end]
     with run_folder.start("train", Cfg(out=out), out, {"in": source}) as run:
         assert run.complete
     with run_folder.start("train", Cfg(out=out), out, {"in": source}, whole=False) as run:

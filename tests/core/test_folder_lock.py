@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.core import files, folder_lock, run_folder
-from hpc_neuro.core.folder_lock import LOCK, Owner, hold_folder, require_idle
+from hpc_neuro.core.folder_lock import LOCK, Owner, describe_holder, hold_folder, require_idle
 from hpc_neuro.core.schema import InputError, config
 
 
@@ -94,6 +94,27 @@ def test_a_process_elsewhere_is_gone_when_it_falls_silent(tmp_path: Path, monkey
     with pytest.raises(InputError, match="on node7"), hold_folder(tmp_path):
         pass
     assert json.loads((tmp_path / LOCK).read_text())["token"] == owner.token
+
+
+def test_the_holder_of_a_folder_is_named_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(folder_lock.time, "sleep")
+    assert describe_holder(tmp_path) is None
+    with hold_folder(tmp_path):
+        assert f"process {os.getpid()} on" in str(describe_holder(tmp_path))
+
+    # Its process has ended, although the lock is young.
+    write_owner(tmp_path, started="0")
+    assert describe_holder(tmp_path) is None
+
+    # Of a process elsewhere, the age of the lock tells.
+    write_owner(tmp_path, age=30, system="another boot", host="node7")
+    assert "on node7" in str(describe_holder(tmp_path))
+    write_owner(tmp_path, age=61, system="another boot", host="node7")
+    assert describe_holder(tmp_path) is None
+
+    (tmp_path / LOCK).write_text("{")
+    assert describe_holder(tmp_path) == "a process that left no name"
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_torn_lock_is_taken_over_when_it_is_old(tmp_path: Path) -> None:
