@@ -236,6 +236,7 @@ _ROWS = (
         module="hpc_neuro.score_tool",
         summary="agreement of two trees: F1, precision and recall of cable, ESA, DSA, PDS",
     ),
+    Verb(name="runs", module="hpc_neuro.runs", summary="list run folders: state, best scores, hours, code version"),
     Verb(name="history", module="hpc_neuro.history", summary="the chain behind a result, and whether it is whole"),
 )
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "swc check": (["swc", "check", "tree.swc"], 0),
     "info of a tree": (["info", "tree.swc"], 0),
     "info of a missing file": (["info", "nothing.tif"], 2),
+    "runs": (["runs", "."], 0),
     "score": (["score", "tree.swc", "tree.swc"], 0),
 }
 HEAVY = {"torch", "deepspeed", "timm", "wandb", "matplotlib"}
