@@ -10,11 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 
+import hpc_neuro
 import launch.__main__ as launch_cli
 from hpc_neuro import cli
 from hpc_neuro.core import schema
+from hpc_neuro.core.morphology import build_tree
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.infer.viewer import ServeConfig
 from hpc_neuro.pipeline import VERBS, Verb
@@ -245,6 +249,28 @@ def test_commands_of_all_forms_are_read(tmp_path: Path) -> None:
         ("hpc-neuro", ["infer", "c.yaml"]),
         ("hpc-neuro", ["infer", "x=1"]),
     ]
+
+
+def test_the_python_examples_of_the_how_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (REPO / "docs" / "howto.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    tifffile.imwrite("neuron.tif", np.zeros((64, 400, 500), np.uint8), metadata={"axes": "ZYX"})
+    tree = build_tree(np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 4.0], [1.0, 5.0, 4.0]]), np.array([-1, 0, 1]))
+    Path("trace/swc").mkdir(parents=True)
+    for name in ("neuron.swc", "neuron.voxel.swc"):
+        hpc_neuro.write_swc(Path("trace/swc") / name, tree, unit="voxel")
+
+    shapes: list[Any] = []
+    layer = SimpleNamespace(scale=(1.0, 0.33, 0.33))
+    viewer = SimpleNamespace(layers=[layer], add_shapes=lambda lines, **_: shapes.append(lines))
+    examples = [match["body"] for match in FENCE.finditer(text) if match["language"] == "python"]
+    for example in examples:
+        exec(example, {"viewer": viewer})
+
+    assert len(examples) == 3
+    assert tifffile.imread("cut.tif").shape == (60, 300, 300)
+    # Lines of two points each, z y x.
+    assert shapes[0].shape == (2, 2, 3)
 
 
 def test_the_index_answers_every_question_in_two_clicks() -> None:
