@@ -20,11 +20,6 @@ def _split_triple(value: Any) -> Any:
 Triple = Annotated[tuple[float, float, float], BeforeValidator(_split_triple)]
 
 
-TRACER = TraceConfig(contacts=False)
-"""Default settings of the tracer. Neighbors are not cut off: where the foreground follows the local brightness, the
-test of contacts takes a break in a faint neurite for a contact (DIADEM OP_3: F1 0.41 with it, 0.98 without)."""
-
-
 @config
 class TraceStacksConfig:
     """Which stacks are traced, and how."""
@@ -49,7 +44,7 @@ class TraceStacksConfig:
     """Array inside a file that holds several."""
     somas: bool = True
     """Whether somas are searched for where no root is given."""
-    trace: TraceConfig = TRACER
+    trace: TraceConfig = TraceConfig()
     """How the foreground becomes trees."""
 
     def __post_init__(self) -> None:

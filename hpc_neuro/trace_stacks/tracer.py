@@ -17,7 +17,6 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.infer.proofread import DoubtfulPlace, NodeConfidence, find_places
 from hpc_neuro.metrics.cable import match_cable
-from hpc_neuro.trace_stacks.config import TRACER
 from hpc_neuro.trace_stacks.foreground import Foreground, measure_foreground
 from hpc_neuro.tracing import (
     BlockSkeleton,
@@ -95,7 +94,7 @@ def trace_image(
     each other piece that is long enough, from its thickest end. `voxel_size` (um, z y x) None: voxels are taken for
     cubes. Raises InputError for an image without contrast, and for a root off the foreground.
     """
-    cfg, size = cfg or TRACER, voxel_size or (1.0, 1.0, 1.0)
+    cfg, size = cfg or TraceConfig(), voxel_size or (1.0, 1.0, 1.0)
     foreground = measure_foreground(_stop_on_request(read), shape)
     probability = _keep_in_memory(foreground, shape)
 

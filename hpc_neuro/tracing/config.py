@@ -41,9 +41,9 @@ class TraceConfig:
     """Whether a given root is where the neuron begins: what continues on its far side is left out. none: decided for
     each root; it is where an unbranched cable comes from the border of the volume to the root and all branches lie on
     the other side, and never at a soma."""
-    contacts: bool = True
+    contacts: bool = False
     """Cut off what a given root is joined to and that is a neighbor's, at crossings and where neurites touch (see
-    tracing/contacts.py)."""
+    tracing/contacts.py). For crowded stacks: a break in a faint neurite may be taken for a contact."""
     min_cable: float = 30.0
     """[voxel] Without a given root, trees of less cable are dropped."""
     smooth: float = 1.0

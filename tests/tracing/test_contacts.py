@@ -27,7 +27,7 @@ def paint_stack(*neurites: tuple[Floats, float, float]) -> np.ndarray:
 
 
 def trace_root(image: np.ndarray, level: float = 0.12, **settings: object) -> Tree:
-    (tree,) = trace(image > level, ISO, roots=[ROOT], cfg=TraceConfig(**settings), image=image)  # type: ignore[arg-type]
+    (tree,) = trace(image > level, ISO, roots=[ROOT], cfg=TraceConfig(**{"contacts": True, **settings}), image=image)  # type: ignore[arg-type]
     return tree
 
 
@@ -71,7 +71,7 @@ def test_own_branches_stay() -> None:
 def test_cuts_are_reported() -> None:
     image = paint_stack((OWN, 2.0, 1.0), (CROSSING, 2.0, 0.4))
     mask = image > 0.12
-    voxel_size, cfg = (2.0, 0.5, 0.5), TraceConfig()
+    voxel_size, cfg = (2.0, 0.5, 0.5), TraceConfig(contacts=True)
 
     def read(box: Box) -> np.ndarray:
         return np.asarray(mask[box.slices])
