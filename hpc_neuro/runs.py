@@ -251,8 +251,11 @@ def _read_best_validation(folder: Path, record: Mapping[str, Any]) -> dict[str, 
     if not isinstance(metric, str):
         raise InputError(f"{folder / RECORD} names no checkpoint.metric in its config; {_HINT}")
 
-    # Only a run that is complete has a summary. Step 0 is the untrained student.
-    rows = metric_rows.list_rows(metric_rows.read_lines(folder / "metrics.jsonl"))
+    # Only a run that is complete has a summary. Every step has a row, and parsing all of them takes seconds.
+    lines = metric_rows.read_lines(folder / "metrics.jsonl")
+    rows = metric_rows.list_rows(line for line in lines if b'"val"' in line)
+
+    # Step 0 is the untrained student.
     scores = [
         (float(row[metric]), int(row["step"]))
         for row in rows
