@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def run(cfg: TraceStacksConfig) -> int:
 
         if not record.complete:
             _write_index(cfg, results, failures)
-            record.finish({"stacks": len(results)}, failures)
+            record.finish({"stacks": len(results)}, failures, outputs=[cfg.out / INDEX, cfg.out / page.PAGE])
         _log_results(cfg, results, failures)
     return EXIT_FAILURES if failures else EXIT_DONE
 
@@ -214,15 +215,12 @@ def _list_tree_files(out: Path, name: str) -> list[Path]:
 
 def _set_changed_files_aside(out: Path, name: str) -> None:
     """Remove the trees of an earlier run; a file that a person changed goes to OUT/set_aside."""
-    path = _entry_path(out, name)
-    entry: dict[str, Any] = {"key": "", "files": {}}
-    if path.exists():
-        entry = files.read_json(path, f"remove {path}")
+    entry = _read_entry(out, name)
     for file in _list_tree_files(out, name):
-        checksum = entry["files"].get(file.relative_to(out).as_posix())
+        checksum = entry.files.get(file.relative_to(out).as_posix()) if entry else None
 
         # An entry without a key was being written, so what lies there is half a result of ours.
-        if checksum == files.sha256(file) or (path.exists() and not entry["key"]):
+        if checksum == files.sha256(file) or (entry is not None and not entry.key):
             file.unlink()
         else:
             target = _free_path(out / "set_aside" / file.relative_to(out))
@@ -247,6 +245,24 @@ def _entry_path(out: Path, name: str) -> Path:
     return out / "entries" / f"{name}.json"
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """What entries/ID.json holds."""
+
+    key: str
+    """Hash of all that the trees depend on; "": they are being written."""
+    files: dict[str, str]
+    """File, relative to `out` -> SHA-256."""
+    result: Result
+
+
+def _read_entry(out: Path, name: str) -> _Entry | None:
+    """The entry of a stack; None where there is none, or it cannot be read: the stack is then traced again."""
+    with contextlib.suppress(InputError):
+        return files.read_json(_entry_path(out, name), "", _Entry)
+    return None
+
+
 def _make_key(cfg: TraceStacksConfig, stack: Stack) -> str:
     """All that the trees of a stack depend on, hashed."""
     content = files.sha256(stack.path) if stack.path.is_file() else describe_image_folder(stack.path)
@@ -259,13 +275,12 @@ def _make_key(cfg: TraceStacksConfig, stack: Stack) -> str:
 
 def _read_result(cfg: TraceStacksConfig, stack: Stack) -> Result | None:
     """The result that an earlier run left of the same image and settings, whose files all exist; None without."""
-    path = _entry_path(cfg.out, stack.id)
+    entry = _read_entry(cfg.out, stack.id)
     # What cannot be opened fails where it is traced.
-    if not path.exists() or not stack.path.exists():
+    if entry is None or not stack.path.exists():
         return None
-    entry = files.read_json(path, f"remove {path}")
-    is_whole = all((cfg.out / file).exists() for file in entry["files"])
-    return dict(entry["result"]) if is_whole and entry["key"] == _make_key(cfg, stack) else None
+    is_whole = all((cfg.out / file).exists() for file in entry.files)
+    return entry.result if is_whole and entry.key == _make_key(cfg, stack) else None
 
 
 def _write_index(cfg: TraceStacksConfig, results: dict[str, Result], failures: list[str]) -> None:
