@@ -146,7 +146,7 @@ def test_the_closing_table_has_the_metrics_that_were_scored(
 ) -> None:
     cfg = load(demo.DemoConfig, None, [f"out={tmp_path}", f"evaluate={json.dumps(keys)}"])
     mean = {method: {"dice": 0.8, f1: 0.9, "esa": 1.0, "hd95_um": 2.0} for method in methods}
-    (tmp_path / "metrics.json").write_text(json.dumps({"mean": mean}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"volumes": {}, "mean": mean}))
     with caplog.at_level("INFO", "hpc_neuro"):
         demo._log_result(cfg)
     rows = [record.getMessage().split() for record in caplog.records]

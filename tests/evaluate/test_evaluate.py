@@ -153,11 +153,11 @@ def test_blockwise_scores_equal_whole_ones(store: Path, tmp_path: Path, monkeypa
         (lambda p: (p / "b.tif").unlink(), "b.tif, which does not exist"),
         (lambda p: (p / "predictions.json").write_text("{"), "is not readable JSON"),
         (
-            lambda p: (p / "run.json").write_text('{"config": {"trace": {"old": 1}}}'),
+            lambda p: (p / "run.json").write_text('{"verb": "infer", "config": {"trace": {"old": 1}}}'),
             "settings of the tracer that this version does not take (old:",
         ),
         (
-            lambda p: (p / "run.json").write_text('{"config": {"trace": {"threshold": 0.5}}}'),
+            lambda p: (p / "run.json").write_text('{"verb": "infer", "config": {"trace": {"threshold": 0.5}}}'),
             "was traced by a version without block, ",
         ),
     ],

@@ -39,7 +39,9 @@ def test_a_random_teacher_is_seen(tmp_path: Path) -> None:
 def test_neurons_that_the_model_has_seen_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"verb": "train", "inputs": {"a": "1a", "b": "2b", "split": "3c"}}))
+    (folder / "run.json").write_text(
+        json.dumps({"verb": "train", "config": {}, "inputs": {"a": "1a", "b": "2b", "split": "3c"}})
+    )
     links = provenance.follow_runs({"train": folder})
     assert provenance.list_notices(links, {"c": "4d"}) == []
     assert provenance.list_notices(links, {"c": "4d", "renamed": "2b"}) == [

@@ -105,7 +105,7 @@ def test_a_rank_is_lost_that_gives_neither_a_sign_nor_a_word(tmp_path: Path, mon
 
 
 def test_settle_writes_the_reason_into_run_json(tmp_path: Path):
-    files.write_json(tmp_path / "run.json", {"verb": "train", "exit": 75})
+    files.write_json(tmp_path / "run.json", {"verb": "train", "config": {}, "exit": 75})
     folder = tmp_path / "launch"
     for rank in (0, 1):
         job_end.write_rank_note(folder / "starts" / "local-5.0", rank, 75, ["SIGTERM"])

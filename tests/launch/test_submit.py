@@ -87,7 +87,8 @@ def test_arrays_hold_every_share_once_and_fit(count: int, size: int):
 def test_only_shares_that_did_not_end_well_are_missing(tmp_path: Path):
     for index, code in ((0, 0), (1, 1), (3, 0)):
         ends = tmp_path / "launch" / submit.share_name(index, 5) / job_end.ENDS_FILE
-        files.write_json(ends, [{"exit": 1}, {"exit": code}])
+        end = {"start": "5.0", "reason": "", "put_back": False, "at": ""}
+        files.write_json(ends, [{**end, "exit": 1}, {**end, "exit": code}])
     assert [i for i, _ in submit.find_missing_shares(tmp_path, 5)] == [1, 2, 4]
 
 
@@ -156,7 +157,8 @@ def test_secrets_are_in_a_file_of_the_owner_alone_and_reach_the_verb(tmp_path: P
 
 
 def test_compilers_keep_their_caches_on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     task = make_submission(tmp_path, load_site(None, ["scratch=/scratch"])).make_task(tmp_path, None)
     folder = f"/scratch/hpc_neuro_compilers_{os.getuid()}"
     environment = task._build_environment({})

@@ -45,7 +45,7 @@ def test_pairs_of_several_folders_become_one(tmp_path: Path) -> None:
         gathered([tmp_path / "one", tmp_path / "one"], None, tmp_path / "other")
     with pytest.raises(InputError, match="hold 1 pairs"):
         gathered([tmp_path / "one"], None, tmp_path / "third")
-    (tmp_path / "one/a.png").write_bytes(b"image")
+    (tmp_path / "one/a.nrrd").write_bytes(b"image")
     with pytest.raises(InputError, match="2 images of its name"):
         gathered(folders, None, tmp_path / "fourth")
 
@@ -72,7 +72,7 @@ def test_baselines_and_table(
     z, y, x = volume.tree().points[0]
     monkeypatch.setattr(leave_one_out, "Store", lambda _: {"a": replace(volume, root=(z, y, x))})
     trace = {"threshold": 0.9, "gap": 5.0, "min_voxels": 4, "root_snap": 30.0}
-    files.write_json(fold / "infer/run.json", {"config": {"trace": trace}})
+    files.write_json(fold / "infer/run.json", {"verb": "infer", "config": {"trace": trace}})
     baselines(fold, "a")
     found = json.loads((fold / "baselines.json").read_text())
     assert found.pop("trace") == trace
@@ -83,13 +83,13 @@ def test_baselines_and_table(
     stamp = (fold / "baselines.json").stat().st_mtime_ns
     baselines(fold, "a")
     assert (fold / "baselines.json").stat().st_mtime_ns == stamp
-    files.write_json(fold / "infer/run.json", {"config": {"trace": {**trace, "signal_gap": 0.0}}})
+    files.write_json(fold / "infer/run.json", {"verb": "infer", "config": {"trace": {**trace, "signal_gap": 0.0}}})
     baselines(fold, "a")
     assert json.loads((fold / "baselines.json").read_text())["trace"]["signal_gap"] == 0
     model = dict.fromkeys(KEYS, 0.5)
     gold = {"tips": 4.0}
-    files.write_json(fold / "metrics.json", {"volumes": {"a": {"model": model}}, "gold": {"a": gold}})
-    files.write_json(fold / "run.json", {"config": {"test": ["a"], "steps": 500}})
+    files.write_json(fold / "metrics.json", {"volumes": {"a": {"model": model}}, "mean": {}, "gold": {"a": gold}})
+    files.write_json(fold / "run.json", {"verb": "demo", "config": {"test": ["a"], "steps": 500}})
     facts = table(tmp_path, ["a", "not_done"])
     assert set(facts["folds"]) == {"a"}
     assert set(facts["mean"]) == set(METHODS)
@@ -98,6 +98,6 @@ def test_baselines_and_table(
     assert printed.count("\n") == 1 + 2 * len(METHODS)
     assert "/4" in printed
     shutil.copytree(fold, tmp_path / "b")
-    files.write_json(tmp_path / "b" / "run.json", {"config": {"test": ["b"], "steps": 50}})
+    files.write_json(tmp_path / "b" / "run.json", {"verb": "demo", "config": {"test": ["b"], "steps": 50}})
     with pytest.raises(InputError, match=r"the folds a and b were made otherwise .*steps: 500 -> 50"):
         table(tmp_path, ["a", "b"])

@@ -42,7 +42,7 @@ def test_dimmer_neuron_that_crosses_is_cut_off(ratio: float) -> None:
 
 def test_crossing_line_is_cut_off_without_image_or_difference() -> None:
     mask = paint_stack((OWN, 2.0, 1.0), (CROSSING, 2.0, 1.0)) > 0.4
-    (tree,) = trace(mask, ISO, roots=[ROOT])
+    (tree,) = trace(mask, ISO, roots=[ROOT], cfg=TraceConfig(contacts=True))
     assert length(tree) == pytest.approx(122, rel=0.05)
 
 

@@ -32,6 +32,7 @@ def marker(step: int, score: float | None = None) -> Marker:
 
 
 def write(part: Path) -> None:
+    (part / "training.json").write_text("{}")
     (part / "rank_00000.safetensors").write_text("whole")
 
 
@@ -132,7 +133,7 @@ def test_the_rest_of_a_killed_save_is_written_over(tmp_path):
     (tmp_path / ".step_00000001.00000000.part").mkdir(parents=True)
     (tmp_path / ".step_00000001.00000000.part" / "rank_00007.safetensors").write_text("old")
     assert save(tmp_path, marker(1), write, CFG)
-    assert names(tmp_path / "step_00000001") == ["checkpoint.json", "rank_00000.safetensors"]
+    assert names(tmp_path / "step_00000001") == ["checkpoint.json", "rank_00000.safetensors", "training.json"]
     assert names(tmp_path) == ["step_00000001"]
 
 
