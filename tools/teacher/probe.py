@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hpc_neuro.models import linear_probe
 from tools.teacher import masked_autoencoder, photos
 
 SIZE = 224
@@ -69,7 +70,7 @@ def frozen_features(vits: dict[str, nn.Module], pictures: photos.Photos, patch: 
         for images, wanted, others, right in sets:
             seen, unseen = read(images), read(others)
             for block in seen:
-                for task, score in ridge(seen[block], wanted, unseen[block], right).items():
+                for task, score in linear_probe.ridge(seen[block], wanted, unseen[block], right).items():
                     table[task][name][block] = round(score, 4)
     return {"score": "R^2 on held-out images, by encoder and block", **table}
 
@@ -89,42 +90,6 @@ def tokens(vit: nn.Module, image: Tensor) -> dict[str, Tensor]:
             )
         )
     return {str(block + 1): torch.cat([p[i] for p in parts]).float().cpu() for i, block in enumerate(chosen)}
-
-
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of the features' variance, which is 1
-
-
-def ridge(seen: Tensor, wanted: dict[str, Tensor], unseen: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
-    """Fit every task's wanted [n, N, T] from seen [n, N, D]; R^2 of truth [m, N, T] from unseen [m, N, D] by task.
-
-    The penalty is tuned on the last fifth of the images to fit on, so that no score has seen its own tuning.
-    """
-    cut = max(1, len(seen) * 4 // 5)
-    tuning = _scores(seen[:cut], _each(wanted, slice(0, cut)), seen[cut:], _each(wanted, slice(cut, None)))
-    final = _scores(seen, wanted, unseen, truth)
-    return {task: final[task][tuning[task].index(max(tuning[task]))] for task in wanted}
-
-
-def _each(tensors: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
-    return {name: tensor[part] for name, tensor in tensors.items()}
-
-
-def _scores(
-    seen: Tensor, wanted: dict[str, Tensor], unseen: Tensor, truth: dict[str, Tensor]
-) -> dict[str, list[float]]:
-    """R^2 by task and penalty, averaged over the task's targets."""
-    a, c = seen.flatten(0, 1).double(), unseen.flatten(0, 1).double()
-    mean, deviation = a.mean(0), a.std(0) + 1e-6
-    a, c = (a - mean) / deviation, (c - mean) / deviation
-    values, basis = torch.linalg.eigh(a.T @ a / len(a))  # one factorisation serves all tasks and penalties
-    c = c @ basis
-    scores: dict[str, list[float]] = {}
-    for task in wanted:
-        b, d = wanted[task].flatten(0, 1).double(), truth[task].flatten(0, 1).double()
-        slopes = basis.T @ (a.T @ (b - b.mean(0)) / len(a))  # [D, T]
-        guesses = (c @ (slopes / (values + penalty)[:, None]) + b.mean(0) for penalty in PENALTIES)
-        scores[task] = [float((1 - (g - d).square().mean(0) / (d.var(0) + 1e-12)).mean()) for g in guesses]
-    return scores
 
 
 def _gray(pictures: photos.Photos, chosen: list[int]) -> Tensor:

@@ -1,0 +1,59 @@
+"""The linear probe: ridge regression from the frozen features of tokens, scored on tokens it was not fitted on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Ridge penalties that are tried, as shares of the features' variance, which is 1."""
+
+
+def ridge(
+    seen: Tensor,
+    wanted: dict[str, Tensor],
+    unseen: Tensor,
+    truth: dict[str, Tensor],
+    weigh_by_variance: bool = False,
+) -> dict[str, float]:
+    """R^2 by task of truth [m, N, T] from unseen [m, N, D], after a fit of wanted [n, N, T] from seen [n, N, D].
+
+    A task's R^2 is the mean over its T targets; with `weigh_by_variance` in proportion to their variance, so that a
+    target that is almost constant in the truth does not decide.
+    The penalty is tuned on the last fifth of the images to fit on, so that no score has seen its own tuning.
+    """
+    cut = max(1, len(seen) * 4 // 5)
+    fit_part = {task: values[:cut] for task, values in wanted.items()}
+    tuning_part = {task: values[cut:] for task, values in wanted.items()}
+
+    tuning = _score_penalties(seen[:cut], fit_part, seen[cut:], tuning_part, weigh_by_variance)
+    final = _score_penalties(seen, wanted, unseen, truth, weigh_by_variance)
+    return {task: final[task][tuning[task].index(max(tuning[task]))] for task in wanted}
+
+
+def _score_penalties(
+    seen: Tensor,
+    wanted: dict[str, Tensor],
+    unseen: Tensor,
+    truth: dict[str, Tensor],
+    weigh_by_variance: bool,
+) -> dict[str, list[float]]:
+    """R^2 by task and penalty, averaged over the task's targets."""
+    fit, held = seen.flatten(0, 1).double(), unseen.flatten(0, 1).double()
+    mean, deviation = fit.mean(0), fit.std(0) + 1e-6
+    fit, held = (fit - mean) / deviation, (held - mean) / deviation
+
+    # One factorization serves all tasks and penalties.
+    values, basis = torch.linalg.eigh(fit.T @ fit / len(fit))
+    held = held @ basis
+
+    scores: dict[str, list[float]] = {}
+    for task in wanted:
+        target, right = wanted[task].flatten(0, 1).double(), truth[task].flatten(0, 1).double()
+        slopes = basis.T @ (fit.T @ (target - target.mean(0)) / len(fit))  # [D, T]
+        variance = right.var(0) + 1e-12
+        weight = variance / variance.sum() if weigh_by_variance else torch.full_like(variance, 1 / len(variance))
+
+        guesses = (held @ (slopes / (values + penalty)[:, None]) + target.mean(0) for penalty in PENALTIES)
+        scores[task] = [float((weight * (1 - (g - right).square().mean(0) / variance)).sum()) for g in guesses]
+    return scores
