@@ -142,6 +142,30 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
     return Teacher(vit, {"name": cfg.model, "sha256": digest}, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
 
 
+def make_untrained_copy(teacher: Teacher, seed: int = 0) -> Teacher:
+    """The same architecture with timm's random start of every weight: what the teacher's training is measured against.
+
+    A table of positions is copied, because it holds no image: the two differ in what they learned from pixels.
+    """
+    trained = teacher.backbone
+    shape = {
+        "patch_size": teacher.patch,
+        "img_size": int(trained.patch_embed.img_size[0]),
+        "depth": teacher.depth,
+    }
+
+    # The caller's random numbers must not depend on the gate.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit = _create(str(trained.pretrained_cfg["architecture"]), **shape)
+
+    if getattr(trained, "pos_embed", None) is not None:
+        vit.pos_embed.data.copy_(trained.pos_embed)
+    device, dtype = trained.patch_embed.proj.weight.device, trained.patch_embed.proj.weight.dtype
+    identity = {"name": f"random copy of {teacher.identity['name']}", "sha256": _tensor_digest(vit.state_dict())}
+    return Teacher(vit.to(device, dtype), identity, teacher.mean, teacher.std)
+
+
 def fetch(name: str, out: Path) -> list[str]:
     """Put the weights of a timm ViT, tried on the model, into the folder `out`; lines for people. Raises InputError.
 

@@ -14,6 +14,7 @@ from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.models import teacher as module
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import Teacher, load_teacher, timm
+from tests.helpers.tiny_teachers import family
 
 ARCH = "vit_tiny_patch16_224"
 
@@ -218,3 +219,18 @@ def test_an_unrelated_import_failure_is_not_swallowed(monkeypatch: pytest.Monkey
     monkeypatch.delitem(module.sys.modules, "timm", raising=False)
     with pytest.raises(RuntimeError, match="another reason"):
         module.timm.__wrapped__()
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3"])
+def test_an_untrained_copy_shares_the_shape_and_the_positions_only(arch: str) -> None:
+    trained = family(arch)
+    before = torch.random.get_rng_state()
+    copy, again = (module.make_untrained_copy(trained, seed=3) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+    state, copied, repeated = (net.backbone.state_dict() for net in (trained, copy, again))
+    assert {k: v.shape for k, v in copied.items()} == {k: v.shape for k, v in state.items()}
+    assert all(torch.equal(copied[k], repeated[k]) for k in copied)
+    assert [k for k in state if torch.equal(state[k], copied[k])] == [k for k in state if k == "pos_embed"]
+    assert copy.identity != trained.identity
+    assert (copy.mean, copy.std, copy.patch, copy.depth) == (trained.mean, trained.std, trained.patch, trained.depth)
