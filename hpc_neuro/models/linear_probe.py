@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,36 +11,33 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Ridge penalties that are tried, as shares of the features' variance, which is 1."""
 
 
-def ridge(
-    seen: Tensor,
-    wanted: dict[str, Tensor],
-    unseen: Tensor,
-    truth: dict[str, Tensor],
-    weigh_by_variance: bool = False,
-) -> dict[str, float]:
+def ridge(seen: Tensor, wanted: dict[str, Tensor], unseen: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
     """R^2 by task of truth [m, N, T] from unseen [m, N, D], after a fit of wanted [n, N, T] from seen [n, N, D].
 
-    A task's R^2 is the mean over its T targets; with `weigh_by_variance` in proportion to their variance, so that a
-    target that is almost constant in the truth does not decide.
     The penalty is tuned on the last fifth of the images to fit on, so that no score has seen its own tuning.
     """
     cut = max(1, len(seen) * 4 // 5)
     fit_part = {task: values[:cut] for task, values in wanted.items()}
     tuning_part = {task: values[cut:] for task, values in wanted.items()}
 
-    tuning = _score_penalties(seen[:cut], fit_part, seen[cut:], tuning_part, weigh_by_variance)
-    final = _score_penalties(seen, wanted, unseen, truth, weigh_by_variance)
+    tuning = score_penalties(seen[:cut], fit_part, seen[cut:], tuning_part)
+    final = score_penalties(seen, wanted, unseen, truth)
     return {task: final[task][tuning[task].index(max(tuning[task]))] for task in wanted}
 
 
-def _score_penalties(
+def score_penalties(
     seen: Tensor,
     wanted: dict[str, Tensor],
     unseen: Tensor,
     truth: dict[str, Tensor],
-    weigh_by_variance: bool,
+    penalties: Sequence[float] = PENALTIES,
+    weigh_by_variance: bool = False,
 ) -> dict[str, list[float]]:
-    """R^2 by task and penalty, averaged over the task's targets."""
+    """R^2 by task and penalty; arguments as of `ridge`.
+
+    A task's R^2 is the mean over its T targets; with `weigh_by_variance` in proportion to their variance, so that a
+    target that is almost constant in the truth does not decide.
+    """
     fit, held = seen.flatten(0, 1).double(), unseen.flatten(0, 1).double()
     mean, deviation = fit.mean(0), fit.std(0) + 1e-6
     fit, held = (fit - mean) / deviation, (held - mean) / deviation
@@ -54,6 +53,6 @@ def _score_penalties(
         variance = right.var(0) + 1e-12
         weight = variance / variance.sum() if weigh_by_variance else torch.full_like(variance, 1 / len(variance))
 
-        guesses = (held @ (slopes / (values + penalty)[:, None]) + target.mean(0) for penalty in PENALTIES)
+        guesses = (held @ (slopes / (values + penalty)[:, None]) + target.mean(0) for penalty in penalties)
         scores[task] = [float((weight * (1 - (g - right).square().mean(0) / variance)).sum()) for g in guesses]
     return scores
