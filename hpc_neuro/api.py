@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.core.geometry import Point, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import open_volume
 from hpc_neuro.trace_stacks.tracer import trace_image
 from hpc_neuro.tracing import TraceConfig
-
-Point = tuple[float, float, float]
 
 
 def trace(

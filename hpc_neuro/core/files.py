@@ -190,6 +190,19 @@ def resolve_inside(folder: Path, name: Any, source: Path, hint: str) -> Path:
     return folder / path
 
 
+def set_aside(out: Path, file: Path) -> Path:
+    """Move a file below `out` to OUT/set_aside, where nothing is written or removed; its new path."""
+    # What was set aside earlier is not replaced.
+    target, number = out / "set_aside" / file.relative_to(out), 1
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{file.stem}.{number}{file.suffix}")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(target)
+    return target
+
+
 def part_path_of_all(path: Path) -> Path:
     """The part of `path` whose name all processes know, for what several of them write together."""
     return path.parent / f".{path.name}.{0:08x}.part"

@@ -14,6 +14,8 @@ Shape = tuple[int, int, int]
 """Voxels along z, y, x."""
 VoxelSize = tuple[float, float, float]
 """Micrometers per voxel along z, y, x."""
+Point = tuple[float, float, float]
+"""A place in a volume, z y x; in voxels unless it says otherwise."""
 
 
 @dataclass(frozen=True, order=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from hpc_neuro.core.geometry import Point
 from hpc_neuro.core.schema import InputError
 
-Point = tuple[float, float, float]
 SUFFIXES = (".marker", ".apo")
 """Endings of seed files."""
 _COLUMNS = {".marker": (2, 1, 0), ".apo": (4, 6, 5)}

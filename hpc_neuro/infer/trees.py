@@ -334,18 +334,8 @@ def set_aside(out: Path, file: Path, entry: Path | None = None) -> None:
     if entry is not None and (record := read_entry_record(out, entry.stem)) is not None:
         files.write_json(entry, {**asdict(record), "key": ""})
 
-    if not file.exists():
-        return
-
-    # What was set aside earlier is not replaced.
-    target, number = out / "set_aside" / file.relative_to(out), 1
-    while target.exists():
-        number += 1
-        target = target.with_name(f"{file.stem}.{number}{file.suffix}")
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    file.rename(target)
-    log.info("%s is now %s", file, target)
+    if file.exists():
+        log.info("%s is now %s", file, files.set_aside(out, file))
 
 
 def _remove_old_trees(out: Path, name: str) -> None:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_neuro.core import files, run_folder
-from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.geometry import Point, Shape, VoxelSize
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import seeds
 from hpc_neuro.data.formats import Volume, image_stem, open_volume
 from hpc_neuro.trace_stacks.config import TraceStacksConfig
-
-Point = tuple[float, float, float]
 
 
 @dataclass(frozen=True)

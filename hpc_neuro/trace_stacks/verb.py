@@ -223,19 +223,7 @@ def _set_changed_files_aside(out: Path, name: str) -> None:
         if checksum == files.sha256(file) or (entry is not None and not entry.key):
             file.unlink()
         else:
-            target = _free_path(out / "set_aside" / file.relative_to(out))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.rename(target)
-            log.info("%s was changed since it was traced, and is now %s", file, target)
-
-
-def _free_path(path: Path) -> Path:
-    """The path, with a number where a file has it already."""
-    target, number = path, 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.stem}.{number}{path.suffix}")
-    return target
+            log.info("%s was changed since it was traced, and is now %s", file, files.set_aside(out, file))
 
 
 # --- Results of earlier runs ---

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.geometry import Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, length, select_nodes
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_block
@@ -37,8 +37,6 @@ from hpc_neuro.tracing.graph import CenterlineGraph, build_centerline_graph
 from hpc_neuro.tracing.probability import Floats, Ints, ReadBox
 from hpc_neuro.tracing.split_neurons import split_neurons
 from hpc_neuro.tracing.voxel_graph import BlockSkeleton, VoxelGraph, merge_block_skeletons
-
-Point = tuple[float, float, float]
 
 _SPECK_PENALTY = 5.0
 """[voxel] How much farther away a component without length counts when a root looks for its neurite."""
