@@ -106,8 +106,7 @@ class Foreground:
 
     def read_image(self, box: Box) -> Floats:
         """[Z, Y, X] the image as it is, bright on dark."""
-        voxels = np.asarray(self.read(box), dtype=np.float32)
-        return voxels if self.top is None else np.float32(self.top) - voxels
+        return _brighten(self.read(box), self.top)
 
     def signal(self, box: Box) -> Floats:
         """[Z, Y, X] the smoothed image above the local background; negative below it."""
@@ -144,8 +143,7 @@ def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
     top = _find_top(read, shape)
 
     def read_bright(box: Box) -> Floats:
-        voxels = np.asarray(read(box), dtype=np.float32)
-        return voxels if top is None else np.float32(top) - voxels
+        return _brighten(read(box), top)
 
     # A small volume is smoothed once.
     is_small = math.prod(shape) <= _MEASURED_VOXELS
@@ -172,6 +170,12 @@ def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
         mask_share=len(above) / voxels,
         brightness=float(np.median(above)) if len(above) else 0.0,
     )
+
+
+def _brighten(voxels: Array, top: float | None) -> Floats:
+    """Voxels bright on dark: those of a dark image are taken from its brightest value."""
+    values = np.asarray(voxels, dtype=np.float32)
+    return values if top is None else np.float32(top) - values
 
 
 # --- Measurements ---

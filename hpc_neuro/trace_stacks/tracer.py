@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import morphology, stop_signals
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
@@ -31,7 +31,6 @@ from hpc_neuro.tracing import (
 
 log = logging.getLogger(__name__)
 ReadBox = Callable[[Box], Array]
-Point = tuple[float, float, float]
 
 _SOMA_TYPE = 1
 """SWC type of a soma."""
@@ -95,7 +94,7 @@ def trace_image(
     cubes. Raises InputError for an image without contrast, and for a root off the foreground.
     """
     cfg, size = cfg or TraceConfig(), voxel_size or (1.0, 1.0, 1.0)
-    foreground = measure_foreground(_stop_on_request(read), shape)
+    foreground = measure_foreground(stop_signals.stop_on_request(read), shape)
     probability = _keep_in_memory(foreground, shape)
 
     skeletons = _skeletonize(probability, shape, size, cfg)
@@ -152,20 +151,9 @@ def _keep_in_memory(foreground: Foreground, shape: Shape) -> ReadBox:
     return lambda box: whole[box.slices]
 
 
-def _stop_on_request(read: ReadBox) -> ReadBox:
-    """`read`, which raises Stopped on a request to stop."""
-
-    def read_unless_stopped(box: Box) -> Array:
-        stop_signals.check()
-        return read(box)
-
-    return read_unless_stopped
-
-
 def _skeletonize(probability: ReadBox, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> list[BlockSkeleton]:
     skeletons = []
-    for box in list_trace_blocks(shape, cfg):
-        stop_signals.check()
+    for box in stop_signals.until_stopped(list_trace_blocks(shape, cfg)):
         skeleton = skeletonize_block(probability, shape, box, voxel_size, cfg)
         # Most blocks of a sparse volume hold nothing.
         if skeleton is not None:
