@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from hpc_neuro.core import files, folder_lock, metric_rows, run_folder
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES, EXIT_STOPPED
-from hpc_neuro.core.run_folder import CONFIG, RECORD, SHARES
+from hpc_neuro.core.run_folder import RECORD, REMAKE, SHARES
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import STAGES, VERBS
 from hpc_neuro.report import html
@@ -40,7 +40,6 @@ Exit code: 0 done, 2 a folder that does not exist, 3 some run.json cannot be rea
 
 _STATES = ("complete", "running", "stopped", "failed", "broken")
 _DEFAULT_FOLDER = Path("runs")
-_HINT = f"remove it and the {CONFIG} beside it, and run that stage again"
 _LABELS = {"dice": "Dice", "val_dice": "validation Dice", "f1": "F1"}
 """Names for people of metrics; others have the name of their key."""
 
@@ -166,7 +165,7 @@ def _walk_runs(root: Path) -> Iterator[RunRow]:
 def read_row(folder: Path) -> RunRow:
     """The row of the run in `folder`; one in the state `broken` that says why, if its record cannot be read."""
     try:
-        record = run_folder.read_record(folder, _HINT)
+        record = run_folder.read_record(folder, REMAKE)
         holder = folder_lock.describe_holder(folder)
         state, note = _judge_state(record, holder)
         starts = record.get("starts", [])
@@ -224,7 +223,7 @@ def _parse_time(text: str, folder: Path) -> dt.datetime:
     try:
         return dt.datetime.fromisoformat(text).astimezone(dt.UTC)
     except (ValueError, OverflowError):
-        raise InputError(f"{folder / RECORD} holds {text!r} where a time is expected; {_HINT}") from None
+        raise InputError(f"{folder / RECORD} holds {text!r} where a time is expected; {REMAKE}") from None
 
 
 def _read_metrics(folder: Path, record: Mapping[str, Any]) -> dict[str, float]:
@@ -249,7 +248,7 @@ def _read_best_validation(folder: Path, record: Mapping[str, Any]) -> dict[str, 
     checkpoint = record["config"].get("checkpoint")
     metric = checkpoint.get("metric") if isinstance(checkpoint, dict) else None
     if not isinstance(metric, str):
-        raise InputError(f"{folder / RECORD} names no checkpoint.metric in its config; {_HINT}")
+        raise InputError(f"{folder / RECORD} names no checkpoint.metric in its config; {REMAKE}")
 
     # Only a run that is complete has a summary. Every step has a row, and parsing all of them takes seconds.
     lines = metric_rows.read_lines(folder / "metrics.jsonl")

@@ -42,6 +42,8 @@ CONFIG = "config.yaml"
 """Name of the resolved config in a run folder."""
 SHARES = "shares"
 """Folder in a run folder with the records of the tasks of a job array."""
+REMAKE = f"remove it and the {CONFIG} beside it, and run that stage again"
+"""What to do about a record that cannot be read."""
 VERSION_FILE = "CODE_VERSION"
 """File in a copy of the code without git that names the version it is a copy of."""
 _PACKAGES = ("torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "tensorstore")
@@ -190,7 +192,7 @@ def require_unchanged(path: Path) -> None:
     for folder in list(path.absolute().parents)[:_DEEPEST_OUTPUT]:
         if not (folder / RECORD).is_file():
             continue
-        record = read_record(folder, f"remove it and the {CONFIG} beside it, and run that stage again")
+        record = read_record(folder, REMAKE)
         digest = record.get("outputs", {}).get(path.absolute().relative_to(folder).as_posix())
         # While a run is at work, its outputs are those of the run before it, or not complete.
         if record.get("exit") == EXIT_DONE and digest not in (None, files.sha256(path)):

@@ -324,24 +324,24 @@ def check_infer(check: RunCheck) -> None:
     if check.config.get("store"):
         _check_volumes(check, "volume ")
 
-    predictions = check.read_json(check.run.folder / _PREDICTIONS) or {}
-    is_sound = check.attempt(functools.partial(_require_names_inside, check.run.folder, predictions))
-    for name, entry in predictions.items() if is_sound else ():
+    check.last_file = check.run.folder / _PREDICTIONS
+    predictions = check.attempt(functools.partial(_read_predictions, check.run.folder)) or {}
+    for name, entry in predictions.items():
         count = _check_blocks(check, name, entry["probability"])
         check.note(f"{name}: {count} blocks, {entry.get('foreground_voxels')} voxels of foreground")
         for kind in ("swc", "swc_voxel"):
             _check_tree(check, entry.get(kind), entry.get("sha256", {}).get(kind))
 
 
-def _require_names_inside(folder: Path, predictions: Any) -> bool:
-    """True; InputError for an entry whose name, or one of whose files, leads out of the folder."""
-    source, hint = folder / _PREDICTIONS, "make it again with `hpc-neuro infer`"
-    files.require_plain_names(predictions, source, hint)
+def _read_predictions(folder: Path) -> dict[str, Any]:
+    """The entries of predictions.json; InputError for one of whose files the name leads out of the folder."""
+    hint = "make it again with `hpc-neuro infer`"
+    predictions = read_predictions(folder, hint, compare=False)
     for entry in predictions.values():
         for kind in ("probability", "swc", "swc_voxel"):
             if entry.get(kind) is not None:
-                files.resolve_inside(folder, entry[kind], source, hint)
-    return True
+                files.resolve_inside(folder, entry[kind], folder / _PREDICTIONS, hint)
+    return predictions
 
 
 def _check_weights(check: RunCheck) -> None:

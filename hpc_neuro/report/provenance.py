@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import run_folder, yaml_text
-from hpc_neuro.core.run_folder import CONFIG, RECORD
+from hpc_neuro.core.run_folder import CONFIG, RECORD, REMAKE
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.pipeline import STAGES, VERBS
-
-_HINT = "remove it and the config.yaml beside it, and run that stage again"
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def _follow(verb: str, path: Path, visited: Mapping[Path, RunRecord]) -> dict[Pa
     try:
         inputs = list(run.iter_inputs())
     except (TypeError, AttributeError, ValueError):
-        raise InputError(f"{run.folder / RECORD} names folders that are not paths; {_HINT}") from None
+        raise InputError(f"{run.folder / RECORD} names folders that are not paths; {REMAKE}") from None
 
     for input_verb, input_path in inputs:
         runs = _follow(input_verb, input_path, runs)
@@ -107,7 +105,7 @@ def _follow(verb: str, path: Path, visited: Mapping[Path, RunRecord]) -> dict[Pa
 
 def _read_record(folder: Path) -> dict[str, Any]:
     """The run.json of a folder. Raises InputError when it is damaged."""
-    return run_folder.read_record(folder, _HINT)
+    return run_folder.read_record(folder, REMAKE)
 
 
 def _read_out(folder: Path) -> str:
