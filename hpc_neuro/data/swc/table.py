@@ -84,7 +84,7 @@ def parse(path: Path, by_header: bool = False) -> SwcTable:
     """
     # Nearly every file is plain, and numpy parses it at once; any other is parsed line by line.
     text, findings = _read_text(path)
-    table = _parse_plain(text, findings) or _parse_lines(text, findings)
+    table = _parse_plain(text, list(findings)) or _parse_lines(text, list(findings))
 
     others = [(c, find_other_columns(c.text)) for c in table.comments if c.is_whole_line]
     other = next(((comment, names) for comment, names in others if names), None)
@@ -98,7 +98,6 @@ def parse(path: Path, by_header: bool = False) -> SwcTable:
         table.findings.append(finding)
         return table
 
-    text, findings = _read_text(path)
     table = _parse_lines(text, findings, order_columns(names))
     table.findings.append(finding)
     return replace(table, radius=table.radius / 2) if DIAMETER in names else table
