@@ -90,16 +90,14 @@ def compare_with_monai(args: argparse.Namespace) -> dict[str, Any]:
     difference = float(np.abs(predict(1) - predict_with_monai(1)).mean())
 
     # A peer runs at its best setting, or the ratio would praise the wrong program.
-    programs = {
-        (name, batch): run for name, run in (("ours", predict), ("monai", predict_with_monai)) for batch in _BATCHES
-    }
+    programs = {"ours": predict, "monai": predict_with_monai}
     timed = _time_in_turns(
-        {f"{name} {batch}": functools.partial(run, batch) for (name, batch), run in programs.items()}
+        {f"{name} {batch}": functools.partial(run, batch) for name, run in programs.items() for batch in _BATCHES}
     )
     for name, best in timed.items():
         print(f"{name:>8}: {best:.2f} s of CPU, {image.size / best / 1e6:.2f} M voxels/s")
 
-    fastest = {name: min(timed[f"{name} {batch}"] for batch in _BATCHES) for name in ("ours", "monai")}
+    fastest = {name: min(timed[f"{name} {batch}"] for batch in _BATCHES) for name in programs}
     return {
         "throughput_to_monai": round(fastest["monai"] / fastest["ours"], 3),
         "mean_difference": difference,
