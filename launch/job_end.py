@@ -208,8 +208,8 @@ def _find_hardware_fault(failures: Mapping[int, int], notes: Mapping[int, RankNo
     places = [
         f"rank {rank} on {notes[rank].get('host') or 'its node'}" for rank in sorted(failures) if failures[rank] == code
     ]
-    what = "device or file system" if code == EXIT_HARDWARE else "network between ranks"
-    return Verdict(f"{HARDWARE_FAULT} ({what}, {', '.join(places)}; the log names it)", code, True)
+    part = "device or file system" if code == EXIT_HARDWARE else "network between ranks"
+    return Verdict(f"{HARDWARE_FAULT} ({part}, {', '.join(places)}; the log names it)", code, True)
 
 
 def _judge_failures(failures: Mapping[int, int], ranks: int) -> Verdict:

@@ -38,13 +38,13 @@ def score_penalties(
     A task's R^2 is the mean over its T targets; with `weigh_by_variance` in proportion to their variance, so that a
     target that is almost constant in the truth does not decide.
     """
-    fit, held = seen.flatten(0, 1).double(), unseen.flatten(0, 1).double()
+    fit, scored = seen.flatten(0, 1).double(), unseen.flatten(0, 1).double()
     mean, deviation = fit.mean(0), fit.std(0) + 1e-6
-    fit, held = (fit - mean) / deviation, (held - mean) / deviation
+    fit, scored = (fit - mean) / deviation, (scored - mean) / deviation
 
     # One factorization serves all tasks and penalties.
     values, basis = torch.linalg.eigh(fit.T @ fit / len(fit))
-    held = held @ basis
+    scored = scored @ basis
 
     scores: dict[str, list[float]] = {}
     for task in wanted:
@@ -53,6 +53,6 @@ def score_penalties(
         variance = right.var(0) + 1e-12
         weight = variance / variance.sum() if weigh_by_variance else torch.full_like(variance, 1 / len(variance))
 
-        guesses = (held @ (slopes / (values + penalty)[:, None]) + target.mean(0) for penalty in penalties)
+        guesses = (scored @ (slopes / (values + penalty)[:, None]) + target.mean(0) for penalty in penalties)
         scores[task] = [float((weight * (1 - (g - right).square().mean(0) / variance)).sum()) for g in guesses]
     return scores

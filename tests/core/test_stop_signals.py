@@ -54,17 +54,17 @@ def test_the_walltime_of_the_config_counts_where_slurm_says_nothing(monkeypatch)
 
 
 def test_outside_the_main_thread_no_handler_is_installed():
-    found = []
+    answers = []
 
     def work() -> None:
         with StopSignals(0) as stop:
-            found.append(distributed.any_rank(stop.is_requested, True, False))
+            answers.append(distributed.any_rank(stop.is_requested, True, False))
 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [[False, True, False]]
+    assert answers == [[False, True, False]]
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -105,7 +105,7 @@ def drill(
         if process.returncode == 0:  # done before it was struck: begin again with what is there but some blocks
             _forget_some(killed, draw)
     subprocess.run(command(killed, keys, ranks), check=True, capture_output=True, cwd=code)
-    found, want, have = verify.check(killed), contents(quiet), contents(killed)
+    faults, want, have = verify.check(killed), contents(quiet), contents(killed)
     return {
         "kills": struck,
         "starts": starts,
@@ -113,7 +113,7 @@ def drill(
         "done_at_kills": when,
         "equal": want == have,
         "differs": sorted(name for name in want | have if want.get(name) != have.get(name))[:20],
-        "verified": not found,
+        "verified": not faults,
         "seconds": round(time.monotonic() - begun),
     }
 
@@ -173,12 +173,12 @@ def _ranks(launcher: int) -> list[int]:
     below = {launcher}
     while more := {p for p, above in parents.items() if above in below} - below:
         below |= more
-    found = []
+    ids = []
     for pid in sorted(below - {launcher}):
         with contextlib.suppress(OSError):
             if b"hpc_neuro" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                found.append(pid)
-    return found
+                ids.append(pid)
+    return ids
 
 
 def _forget_some(out: Path, draw: random.Random) -> None:

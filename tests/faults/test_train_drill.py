@@ -31,7 +31,7 @@ def copy(run, tmp_path):
 
 
 def test_a_whole_run_passes(run, copy):
-    assert train_drill.saved(copy) == 3
+    assert train_drill.read_newest_step(copy) == 3
     assert train_drill.step_of(copy) == 3
     train_drill.check_steps(copy)
     assert train_drill.distance(run, copy) == 0
@@ -43,7 +43,7 @@ def test_a_number_that_is_not_finite_is_found_in_any_checkpoint(copy):
     content[-4:] = b"\x00\x00\xc0\x7f"
     path.write_bytes(content)
     with pytest.raises(SystemExit, match="step_00000002 is broken"):
-        train_drill.saved(copy)
+        train_drill.read_newest_step(copy)
 
 
 def test_a_step_that_is_done_twice_is_found(copy):
@@ -56,4 +56,4 @@ def test_a_step_that_is_done_twice_is_found(copy):
 
 def test_a_checkpoint_without_its_marker_does_not_count(copy):
     (copy / "checkpoints/step_00000003" / folder.MARKER).unlink()
-    assert train_drill.saved(copy) == 2
+    assert train_drill.read_newest_step(copy) == 2

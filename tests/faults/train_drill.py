@@ -47,7 +47,7 @@ from tools.ranks import rank_environments
 
 KEYS = ("tracker.every=1", "tracker.wandb=disabled", "engine.silence=5")
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-WAYS = ("ask", "ask", "kill", "saving", "reader")
+SCENARIOS = ("ask", "ask", "kill", "saving", "reader")
 LOSSES = 1e-4  # by how much rounding alone may change the loss of a step
 PATIENCE = 15.0  # [s] that ranks may outlive one that was killed before it joined them
 
@@ -58,9 +58,9 @@ class Rank:
     def __init__(self, words: list[str], env: dict[str, str], log: Path, fresh: bool) -> None:
         self._process: Any
         if fresh:
-            with log.open("ab") as said:
+            with log.open("ab") as log_file:
                 line = [sys.executable, "-m", "hpc_neuro", "train", *words]
-                self._process = subprocess.Popen(line, env=os.environ | env, stdout=said, stderr=said)
+                self._process = subprocess.Popen(line, env=os.environ | env, stdout=log_file, stderr=log_file)
         else:
             context = multiprocessing.get_context("fork")
             self._process = context.Process(target=_forked, args=(words, env, log))
@@ -69,10 +69,10 @@ class Rank:
 
     def code(self) -> int | None:
         """The exit code; None while it lives."""
-        found: int | None = (
+        status: int | None = (
             self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
         )
-        return found
+        return status
 
     def send(self, number: int) -> None:
         """Send a signal, unless it has ended."""
@@ -141,17 +141,17 @@ def identity(out: Path) -> int:
     return path.stat().st_ino if path.exists() else 0
 
 
-def saved(out: Path) -> int:
+def read_newest_step(out: Path) -> int:
     """Step of the newest checkpoint, after all of them were read to the last number; 0 without one."""
-    held = [p for p in (out / "checkpoints").glob("step_*") if (p / folder.MARKER).exists()]
-    for path in held:
+    finished = [p for p in (out / "checkpoints").glob("step_*") if (p / folder.MARKER).exists()]
+    for path in finished:
         shapes = folder.read_training_state(path).shapes
         for kind in list_kinds(path):
             prefix = "student." if kind == "average" else ""  # all of which an average is kept
             wanted = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
             if not all(bool(torch.isfinite(tensor).all()) for tensor in stream_tensors(path, kind, wanted)):
                 raise SystemExit(f"{path} is broken")
-    return max((folder.read_marker(p).step for p in held), default=0)
+    return max((folder.read_marker(p).step for p in finished), default=0)
 
 
 def until(ranks: list[Rank], seconds: float, reached: Callable[[], bool]) -> bool:
@@ -164,8 +164,8 @@ def until(ranks: list[Rank], seconds: float, reached: Callable[[], bool]) -> boo
     return False
 
 
-def hit(way: str, ranks: list[Rank], out: Path, draw: random.Random, moment: float) -> list[str]:
-    """Send what a way asks for, at its moments; the names of what was sent, in order."""
+def hit(scenario: str, ranks: list[Rank], out: Path, draw: random.Random, moment: float) -> list[str]:
+    """Send what a scenario asks for, at its moments; the names of what was sent, in order."""
     sent: list[str] = []
 
     def send(pid: int, number: int, whose: str) -> None:
@@ -174,10 +174,10 @@ def hit(way: str, ranks: list[Rank], out: Path, draw: random.Random, moment: flo
             sent.append(f"{signal.Signals(number).name} {whose}")
 
     target = draw.choice(ranks)
-    if way == "saving":
+    if scenario == "saving":
         until(ranks, 60, lambda: any((out / "checkpoints").glob(".step_????????.00000000.part")))
         time.sleep(draw.uniform(0, 0.02))
-    elif way == "reader":
+    elif scenario == "reader":
         for _ in range(draw.randint(2, 4)):
             until(ranks, 60, lambda: bool(target.readers()))
             time.sleep(draw.uniform(0, moment / 4))
@@ -185,7 +185,7 @@ def hit(way: str, ranks: list[Rank], out: Path, draw: random.Random, moment: flo
                 send(draw.choice(readers), draw.choice([*ASKED, signal.SIGKILL]), "reader")
     else:
         until(ranks, draw.uniform(0, moment), lambda: False)
-    if way in ("kill", "saving"):
+    if scenario in ("kill", "saving"):
         if target.code() is None:
             send(target.pid, signal.SIGKILL, "rank")
         return sent
@@ -200,39 +200,39 @@ def hit(way: str, ranks: list[Rank], out: Path, draw: random.Random, moment: flo
 def signals(words: list[str], out: Path, alone: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Signals at random moments until enough are sent, then to the end."""
     draw, counts = random.Random(args.seed), Counter[str]()
-    found = {"starts": 0, "runs": 0, "most_steps_lost": 0, "in_mid_save": 0, "before_joining": 0, "differ_by": 0.0}
+    tally = {"starts": 0, "runs": 0, "most_steps_lost": 0, "in_mid_save": 0, "before_joining": 0, "differ_by": 0.0}
     log = out.with_suffix(".log")
     while True:
         done = counts.total() >= args.signals
-        way = draw.choice(WAYS)
-        keys = ["workers=1"] if way == "reader" else []
-        held, written = saved(out), identity(out)
-        ranks = start([*words, *keys], args.ranks, log, fresh=found["starts"] % args.fresh == args.fresh - 1)
-        found["starts"] += 1
-        sent = [] if done else hit(way, ranks, out, draw, args.moment)
-        before = held if identity(out) == written else step_of(out)
+        scenario = draw.choice(SCENARIOS)
+        keys = ["workers=1"] if scenario == "reader" else []
+        saved_step, written = read_newest_step(out), identity(out)
+        ranks = start([*words, *keys], args.ranks, log, fresh=tally["starts"] % args.fresh == args.fresh - 1)
+        tally["starts"] += 1
+        sent = [] if done else hit(scenario, ranks, out, draw, args.moment)
+        before = saved_step if identity(out) == written else step_of(out)
         counts.update(sent)
         codes, killed = wait(ranks)
-        found["before_joining"] += killed
-        found["in_mid_save"] += way == "saving" and any((out / "checkpoints").glob(".step_????????.00000000.part"))
-        newest = saved(out)
+        tally["before_joining"] += killed
+        tally["in_mid_save"] += scenario == "saving" and any((out / "checkpoints").glob(".step_????????.00000000.part"))
+        newest = read_newest_step(out)
         if 75 in codes:
-            found["most_steps_lost"] = max(found["most_steps_lost"], before - newest)
+            tally["most_steps_lost"] = max(tally["most_steps_lost"], before - newest)
         if not set(codes) <= {0, 1, 75, -signal.SIGKILL} | {-number for number in ASKED}:
-            raise SystemExit(f"{way}: exit codes {codes} after {sent}; see {log}")
+            raise SystemExit(f"{scenario}: exit codes {codes} after {sent}; see {log}")
         if all(code == 0 for code in codes):  # came to its end: once more from the beginning
-            found["runs"] += 1
-            found["differ_by"] = max(found["differ_by"], distance(out, alone))
+            tally["runs"] += 1
+            tally["differ_by"] = max(tally["differ_by"], distance(out, alone))
             check_steps(out)
             if done:
-                return found | {"signals": dict(counts), "sent": counts.total()}
-            out.rename(out.with_name(f"{out.name}_finished_{found['runs']}"))
-        print(f"{counts.total()} signals, {way}: {sent}, codes {codes}, step {before}, saved {newest}", flush=True)
+                return tally | {"signals": dict(counts), "sent": counts.total()}
+            out.rename(out.with_name(f"{out.name}_finished_{tally['runs']}"))
+        print(f"{counts.total()} signals, {scenario}: {sent}, codes {codes}, step {before}, saved {newest}", flush=True)
 
 
 def elastic(words: list[str], out: Path, alone: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One link of the chain after the other; a rank is asked to stop when its share of the steps is done."""
-    found = []
+    legs = []
     for index, link in enumerate(args.chain):
         ranks, stage = map(int, link.split(":"))
         processes = start([*words, f"engine.stage={stage}"], ranks, out.with_suffix(".log"))
@@ -241,10 +241,10 @@ def elastic(words: list[str], out: Path, alone: Path, args: argparse.Namespace) 
             until(processes, 3600, lambda share=share: step_of(out) >= share)  # type: ignore[misc]
             processes[-1].send(signal.SIGUSR1)
         codes, _ = wait(processes, 3600)
-        found.append({"ranks": ranks, "stage": stage, "codes": codes, "saved": saved(out)})
+        legs.append({"ranks": ranks, "stage": stage, "codes": codes, "saved": read_newest_step(out)})
     check_steps(out)
     losses = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows(out), rows(alone), strict=True))
-    return {"chain": found, "losses_differ_by": losses, "differ_by": distance(out, alone)}
+    return {"chain": legs, "losses_differ_by": losses, "differ_by": distance(out, alone)}
 
 
 def check_steps(out: Path) -> None:
@@ -283,11 +283,11 @@ def main() -> int:
         codes, _ = wait(start([*words, f"out={alone}"], ranks, out.with_suffix(".log")), 3600)
         if any(codes):
             raise SystemExit(f"the undisturbed run failed with {codes}; see {out.with_suffix('.log')}")
-    found = (signals if args.drill == "signals" else elastic)([*words, f"out={out}"], out, alone, args)
-    print(json.dumps(found))
+    result = (signals if args.drill == "signals" else elastic)([*words, f"out={out}"], out, alone, args)
+    print(json.dumps(result))
     near = 0.0 if args.drill == "signals" else 2 * json.loads((out / "run.json").read_text())["config"]["optim"]["lr"]
     bounds = {"differ_by": near, "losses_differ_by": LOSSES, "most_steps_lost": 1}
-    return int(any(found.get(key, 0) > most for key, most in bounds.items()))
+    return int(any(result.get(key, 0) > most for key, most in bounds.items()))
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def test_a_finished_run_is_traced_anew_by_other_settings(
     inputs = f"inputs=[{{image: {tmp_path / 'cells.tif'}, voxel_size: [1, 1, 1]}}]"
     out, fresh = tmp_path / "o", tmp_path / "fresh"
 
-    def traced(folder: Path, *keys: str) -> dict[str, bytes]:
+    def trace_again(folder: Path, *keys: str) -> dict[str, bytes]:
         assert infer.run(configure(model, folder, inputs, "trees=true", *keys)) == 0
         return {
             path.relative_to(folder).as_posix(): path.read_bytes()
@@ -219,16 +219,16 @@ def test_a_finished_run_is_traced_anew_by_other_settings(
             if path.is_file()
         }
 
-    both = traced(out, "trace.min_cable=10")
+    both = trace_again(out, "trace.min_cable=10")
     assert {"swc/cells/0001.swc", "swc/cells/0002.swc"} < set(both)
     marks = {p: p.stat().st_mtime_ns for p in (out / "blocks").rglob("*.json")}
-    one = traced(out, "trace.min_cable=40")
-    assert one == traced(fresh, "trace.min_cable=40")
+    one = trace_again(out, "trace.min_cable=40")
+    assert one == trace_again(fresh, "trace.min_cable=40")
     assert "swc/cells.swc" in one
     assert "swc/cells/0001.swc" not in one
-    assert traced(out, "trace.min_cable=400") == {}
+    assert trace_again(out, "trace.min_cable=400") == {}
     assert json.loads((out / "predictions.json").read_text())["cells"]["trees"] == 0
-    assert traced(out, "trees=false") == {}
+    assert trace_again(out, "trees=false") == {}
     assert marks == {p: p.stat().st_mtime_ns for p in (out / "blocks").rglob("*.json")}
 
 

@@ -18,7 +18,7 @@ from hpc_neuro.tracing import Contact
 SHAPE, SIZE = (40, 60, 120), (2.0, 0.5, 0.5)
 
 
-def _known(sure: np.ndarray, *views: np.ndarray) -> NodeConfidence:
+def _make_confidence(sure: np.ndarray, *views: np.ndarray) -> NodeConfidence:
     return NodeConfidence(sure, np.array(views).reshape(-1, len(sure)), 0.3, 0.5)
 
 
@@ -37,24 +37,24 @@ def _cell() -> tuple[Tree, np.ndarray]:
 
 def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:
     tree, sure = _cell()
-    found = proofread.find_places(tree, _known(sure), SHAPE, SIZE)
-    assert [p.rank for p in found] == list(range(1, len(found) + 1))
-    first = found[0]
+    places = proofread.find_places(tree, _make_confidence(sure), SHAPE, SIZE)
+    assert [p.rank for p in places] == list(range(1, len(places) + 1))
+    first = places[0]
     assert (first.kind, first.neuron, first.doubt) == ("gap", 1, 0.9)
     assert 40 <= first.x <= 45
     assert abs(first.cable_um - (99 - first.x + 28) * 0.5) < 1.1
-    kinds = {p.kind: p for p in found}
+    kinds = {p.kind: p for p in places}
     assert 89 <= kinds["faint"].x <= 93
     assert abs(kinds["turn"].y - 44) <= 6
     assert abs(kinds["turn"].x - 70) <= 6
-    ends = [p for p in found if p.kind == "end"]
+    ends = [p for p in places if p.kind == "end"]
     assert sorted(round(p.x) for p in ends) == [29, 84, 99]
 
 
 def test_contacts_are_places_at_the_nearest_node_with_the_cable_that_was_cut_off() -> None:
     tree, sure = _cell()
     contacts = [Contact((21.0, 33.0, 20.0), 0.9, 50.0), Contact((6.0, 6.0, 10.0), 0.5, 8.0)]
-    places = proofread.find_places(tree, _known(sure), SHAPE, SIZE, contacts)
+    places = proofread.find_places(tree, _make_confidence(sure), SHAPE, SIZE, contacts)
     first, second = (place for place in places if place.kind == "contact")
     assert (first.neuron, first.y, first.x, first.doubt, first.cable_um) == (2, 5.0, 10.0, 1.0, 8.0)
     assert (second.neuron, second.y, second.x, second.doubt, second.cable_um) == (1, 30.0, 20.0, 0.2, 50.0)
@@ -62,7 +62,7 @@ def test_contacts_are_places_at_the_nearest_node_with_the_cable_that_was_cut_off
 
 def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
     tree, sure = _cell()
-    a, b = proofread.score_neurons(tree, _known(sure), SIZE)
+    a, b = proofread.score_neurons(tree, _make_confidence(sure), SIZE)
     assert (a.neuron, b.neuron, b.score, b.gaps) == (1, 2, 1.0, 0)
     assert (a.gaps, a.gap_um) == (1, 3.0)
     assert a.cable_um == (89 + 28) * 0.5
@@ -71,10 +71,10 @@ def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
 
 def test_files_open_and_agree(tmp_path: Path) -> None:
     tree, sure = _cell()
-    found, _ = proofread.write_tables(tmp_path, "cell", tree, _known(sure), SHAPE, SIZE, (20, 60, 60))
+    doubtful, _ = proofread.write_tables(tmp_path, "cell", tree, _make_confidence(sure), SHAPE, SIZE, (20, 60, 60))
     folder = tmp_path / "proofread"
     rows = list(csv.DictReader((folder / "cell.csv").open()))
-    assert [int(r["rank"]) for r in rows] == [p.rank for p in found]
+    assert [int(r["rank"]) for r in rows] == [p.rank for p in doubtful]
     back = swc.read(folder / "cell.swc")
     assert set(np.flatnonzero(back.types == proofread.DOUBTFUL_TYPE)) == set(range(90))  # the trunk's two sections
     swc.write(tmp_path / "all.swc", tree, unit="voxel")
@@ -84,7 +84,7 @@ def test_files_open_and_agree(tmp_path: Path) -> None:
         assert places[int(row["node"])] == pytest.approx([float(row[k]) for k in "xyz"], abs=0.01)
     state = json.loads((folder / "cell.neuroglancer.json").read_text())
     assert list(state["dimensions"]) == ["z", "y", "x"]
-    assert state["layers"][2]["annotations"][0]["point"] == [found[0].z, found[0].y, found[0].x]
+    assert state["layers"][2]["annotations"][0]["point"] == [doubtful[0].z, doubtful[0].y, doubtful[0].x]
     table = list(csv.DictReader((folder / "cell.confidence.csv").open()))
     assert len(table) == len(sure)
     for row, point in zip(table, tree.points, strict=True):

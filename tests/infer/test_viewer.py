@@ -52,7 +52,7 @@ def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int,
     return answer.status, body, dict(answer.getheaders())
 
 
-def opened(port: int, path: str) -> Any:
+def open_array(port: int, path: str) -> Any:
     """An array as tensorstore sees it: shards by ranges of bytes."""
     return np.asarray(
         ts.open({"driver": "zarr3", "kvstore": f"http://127.0.0.1:{port}/{path}/"}).result().read().result()
@@ -86,10 +86,12 @@ def landmark(tmp_path: Path) -> Path:
 def test_another_library_reads_image_and_sharded_probability_through_it(done: Path, store: Path) -> None:
     with serving(done) as port:
         for name in ("a", "b"):
-            np.testing.assert_array_equal(opened(port, f"{name}.ome.zarr/0"), probability(done, name))
-            held = Store(store)[name]
-            whole = tuple(slice(0, n) for n in held.shape)
-            np.testing.assert_array_equal(opened(port, f"{name}.image/0"), held.store.open_handle(name)["image"][whole])
+            np.testing.assert_array_equal(open_array(port, f"{name}.ome.zarr/0"), probability(done, name))
+            volume = Store(store)[name]
+            whole = tuple(slice(0, n) for n in volume.shape)
+            np.testing.assert_array_equal(
+                open_array(port, f"{name}.image/0"), volume.store.open_handle(name)["image"][whole]
+            )
 
 
 def test_image_probability_trees_and_places_lie_on_one_another(landmark: Path) -> None:
@@ -104,7 +106,7 @@ def test_image_probability_trees_and_places_lie_on_one_another(landmark: Path) -
         ]  # fmt: skip
         assert state["layers"][3]["segments"] == ["1", "2"]
         for folder in ("brain.image", "brain.ome.zarr"):
-            lit = np.argwhere(opened(port, f"{folder}/0"))
+            lit = np.argwhere(open_array(port, f"{folder}/0"))
             assert lit.tolist() == [list(LANDMARK)]
         first = [json.loads(ask(port, f"/{f}/zarr.json")[1])["attributes"]["ome"]["multiscales"][0] for f in
                  ("brain.image", "brain.ome.zarr")]  # fmt: skip

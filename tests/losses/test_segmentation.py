@@ -71,9 +71,9 @@ def test_dice_focal_and_cldice_equal_monais(monai_losses: Any) -> None:
         (Focal(gamma=1.5, alpha=0.8), monai_losses.FocalLoss(gamma=1.5, alpha=0.8)),
         *[(ClDice(iterations=n), monai_losses.SoftclDiceLoss(iter_=n, sigmoid=True, smooth=1e-9)) for n in (1, 3, 6)],
     ]
-    for ours, theirs in oracles:
+    for ours, reference in oracles:
         a, b = given.clone().requires_grad_(), given.clone().requires_grad_()
-        value, want = ours(a, batch(truth)), theirs(b, truth)
+        value, want = ours(a, batch(truth)), reference(b, truth)
         torch.testing.assert_close(value, want, atol=2e-5, rtol=1e-4, msg=lambda m, o=ours: f"{o}: {m}")
         value.backward()
         want.backward()
@@ -197,9 +197,9 @@ def test_sums_run_in_float32_whatever_the_logits(loss: Any) -> None:
     """70000 foreground voxels overflow float16 and stall a bf16 sum at 256."""
     truth = torch.ones(1, 1, 40, 44, 40)
     given = torch.full(truth.shape, 0.5)
-    found = loss(given.bfloat16(), batch(truth))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, loss(given, batch(truth)))
+    value = loss(given.bfloat16(), batch(truth))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(given, batch(truth)))
 
 
 @pytest.mark.parametrize("loss", EVERY, ids=lambda v: v.kind)
@@ -236,8 +236,8 @@ def test_no_losses_are_a_zero_that_reaches_the_logits() -> None:
 
 def test_losses_are_told_apart_by_kind() -> None:
     adapter = TypeAdapter(list[Loss])
-    found = adapter.validate_python([{"kind": "dice"}, {"kind": "cldice", "iterations": 2}, {"kind": "focal"}])
-    assert [type(v) for v in found] == [Dice, ClDice, Focal]
+    losses = adapter.validate_python([{"kind": "dice"}, {"kind": "cldice", "iterations": 2}, {"kind": "focal"}])
+    assert [type(v) for v in losses] == [Dice, ClDice, Focal]
     for bad in ({"kind": "dicee"}, {"kind": "dice", "weight": -1}, {"kind": "cldice", "iterations": 0}):
         with pytest.raises(ValidationError):
             adapter.validate_python([bad])
