@@ -8,6 +8,9 @@
     trees = hpc_neuro.trace("brain.tif", voxel_size=(1.0, 0.33, 0.33))
     hpc_neuro.write_swc("neuron.swc", trees[0], unit="voxel")
 
+    probability = hpc_neuro.predict("brain.tif", "runs/mine/train")
+    trees = hpc_neuro.trace_probability(probability, (1.0, 0.33, 0.33))
+
     tree = hpc_neuro.read_swc("neuron.swc")
     print(hpc_neuro.score(tree, "gold.swc")["f1"])
 
@@ -27,7 +30,7 @@ from hpc_neuro.pipeline import VERBS
 
 # Type checkers and editors read these imports; at run time `__getattr__` does the same on demand.
 if TYPE_CHECKING:
-    from hpc_neuro.api import trace
+    from hpc_neuro.api import predict, trace
     from hpc_neuro.core.geometry import Box
     from hpc_neuro.core.morphology import Tree
     from hpc_neuro.core.schema import ConfigError, InputError
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from hpc_neuro.search import run as run_search
     from hpc_neuro.trace_stacks import TraceStacksConfig
     from hpc_neuro.trace_stacks import run as run_trace
+    from hpc_neuro.tracing import TraceConfig
+    from hpc_neuro.tracing import trace as trace_probability
     from hpc_neuro.train import TrainConfig
     from hpc_neuro.train import run as run_train
 
@@ -56,12 +61,15 @@ _HOMES = {
     "Box": ("hpc_neuro.core.geometry", "Box"),
     "ConfigError": ("hpc_neuro.core.schema", "ConfigError"),
     "InputError": ("hpc_neuro.core.schema", "InputError"),
+    "TraceConfig": ("hpc_neuro.tracing", "TraceConfig"),
     "Tree": ("hpc_neuro.core.morphology", "Tree"),
     "Volume": ("hpc_neuro.data.formats", "Volume"),
     "open_volume": ("hpc_neuro.data.formats", "open_volume"),
+    "predict": ("hpc_neuro.api", "predict"),
     "read_swc": ("hpc_neuro.data.swc", "read"),
     "score": ("hpc_neuro.score_tool", "score"),
     "trace": ("hpc_neuro.api", "trace"),
+    "trace_probability": ("hpc_neuro.tracing", "trace"),
     "write_swc": ("hpc_neuro.data.swc", "write"),
 }
 """Public name -> module and name in it."""
@@ -79,11 +87,13 @@ __all__ = [
     "PrecomputeConfig",
     "PrepareConfig",
     "SearchConfig",
+    "TraceConfig",
     "TraceStacksConfig",
     "TrainConfig",
     "Tree",
     "Volume",
     "open_volume",
+    "predict",
     "read_swc",
     "run_demo",
     "run_evaluate",
@@ -95,6 +105,7 @@ __all__ = [
     "run_train",
     "score",
     "trace",
+    "trace_probability",
     "write_swc",
 ]
 

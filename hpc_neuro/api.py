@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.geometry import Point, VoxelSize
+from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import open_volume
+from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.trace_stacks.tracer import trace_image
 from hpc_neuro.tracing import TraceConfig
 
@@ -35,13 +36,71 @@ def trace(
     """
     starts = [root] if root is not None else list(roots)
     if isinstance(image, np.ndarray):
-        array = image
-        if array.ndim != 3:
-            raise InputError(f"an image has three axes z, y, x, found shape {array.shape}; drop the others")
-        z, y, x = array.shape
-        result = trace_image(lambda box: array[box.slices], (z, y, x), voxel_size, roots=starts, cfg=cfg)
+        array = _require_volume(image)
+        result = trace_image(lambda box: array[box.slices], _shape_of(array), voxel_size, roots=starts, cfg=cfg)
     else:
         volume = open_volume(image, channel=channel)
         size = voxel_size or volume.voxel_size
         result = trace_image(volume.__getitem__, volume.shape, size, roots=starts, cfg=cfg)
     return result.trees
+
+
+def predict(
+    image: NDArray[Any] | Path | str,
+    model: Path | str,
+    *,
+    channel: int | None = None,
+    intensity_range: tuple[float, float] | None = None,
+    weights: Literal["best", "last"] = "best",
+    overlap: float = 0.25,
+    batch: int = 4,
+) -> NDArray[np.float32]:
+    """Probability of neurite, float32 [Z, Y, X], from a student; the same as `hpc-neuro infer` writes by default.
+
+    `image` is an array [Z, Y, X] or the path of any format that `open_volume` reads. `model` is the folder that `train`
+    wrote, or one of its weights folders; `weights` chooses among those of a train folder. `intensity_range` is the
+    brightness that becomes 0 and 1; None: measured. `overlap` is the share of a window that the next one covers again,
+    and `batch` the number of windows at once.
+
+    Image and probability are held in memory; `run_infer` goes through larger volumes block by block. The student runs
+    on the GPU where torch sees one. `trace_probability` makes trees of the result.
+    Raises InputError for an image or weights that cannot be used, ConfigError for weights without a window.
+    """
+    # Imported late, because it imports torch, which takes seconds.
+    from hpc_neuro.core import distributed
+    from hpc_neuro.infer.model import choose_window, find_weights, predict_black
+    from hpc_neuro.models import sliding_window
+    from hpc_neuro.models.student import load_student
+
+    folder = find_weights(Path(model), weights)
+    student, meta = load_student(folder)
+    window = choose_window(folder, meta, student.patch, None)
+    array = _read_image(image, channel)
+    low, high = intensity_range or compute_intensity_range(lambda box: array[box.slices], _shape_of(array))
+
+    # Most windows of a sparse stack are black, and most students find nothing there.
+    device = distributed.device()
+    student.to(device)
+    skip_black = predict_black(student, window, device) < float(meta.get("threshold", 0.5))
+    return sliding_window.predict(
+        student, normalize(array, low, high), window, overlap, batch, device, skip_black=skip_black
+    )
+
+
+def _read_image(image: NDArray[Any] | Path | str, channel: int | None) -> NDArray[Any]:
+    """[Z, Y, X] voxels of an array, or of a file."""
+    if isinstance(image, np.ndarray):
+        return _require_volume(image)
+    volume = open_volume(image, channel=channel)
+    return volume[Box.whole(volume.shape)]
+
+
+def _require_volume(image: NDArray[Any]) -> NDArray[Any]:
+    if image.ndim != 3:
+        raise InputError(f"an image has three axes z, y, x, found shape {image.shape}; drop the others")
+    return image
+
+
+def _shape_of(image: NDArray[Any]) -> Shape:
+    z, y, x = image.shape
+    return z, y, x

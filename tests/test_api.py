@@ -13,9 +13,15 @@ import pytest
 import tifffile
 
 import hpc_neuro
+from hpc_neuro import infer
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.data import ome_zarr
+from hpc_neuro.infer.tiling import quantize
+from hpc_neuro.models.student import save_student
 from hpc_neuro.pipeline import VERBS
+from tests.helpers.bright_student import CONFIG, build_bright_student
+from tests.helpers.small_volumes import WINDOW, configure
 
 
 def test_every_public_name_is_there_and_has_a_type() -> None:
@@ -49,7 +55,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_importing_takes_no_torch() -> None:
-    code = "import sys, hpc_neuro; hpc_neuro.read_swc; hpc_neuro.score; assert 'torch' not in sys.modules"
+    names = "h.read_swc, h.score, h.trace, h.predict, h.trace_probability"
+    code = f"import sys, hpc_neuro as h; {names}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -87,3 +94,57 @@ def test_trees_in_different_units_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"um\.swc is in um and .*voxel\.swc is in voxel; .*swc convert"):
         hpc_neuro.score(tmp_path / "um.swc", tmp_path / "voxel.swc")
     assert hpc_neuro.score(tmp_path / "um.swc", tmp_path / "raw.swc")["f1"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A train folder whose student calls bright voxels neurite."""
+    folder = tmp_path_factory.mktemp("train")
+    extra = {"window": list(WINDOW), "threshold": 0.45}
+    save_student(folder / "weights" / "best", CONFIG, build_bright_student().state_dict(), extra)
+    return folder
+
+
+def draw_neurite() -> np.ndarray:
+    """[Z, Y, X] uint16, one straight neurite along x."""
+    image = np.random.default_rng(0).integers(90, 110, (20, 48, 70), dtype=np.uint16)
+    image[9:12, 20:24, 5:65] += 2000
+    return image
+
+
+def test_a_prediction_is_that_of_infer(model: Path, tmp_path: Path) -> None:
+    image = draw_neurite()
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    probability = hpc_neuro.predict(image, model)
+    assert probability.dtype == np.float32
+    assert probability.shape == image.shape
+
+    item = f"{{image: {tmp_path / 'a.tif'}, voxel_size: [1, 0.5, 0.5]}}"
+    assert infer.run(configure(model, tmp_path / "out", f"inputs=[{item}]")) == 0
+    written = ome_zarr.open_level(tmp_path / "out" / "a.ome.zarr").read().result()
+    # A sum in another order may round to the next of 256 levels.
+    assert np.abs(quantize(probability).astype(int) - np.asarray(written).astype(int)).max() <= 1
+    assert np.array_equal(hpc_neuro.predict(tmp_path / "a.tif", str(model / "weights" / "best")), probability)
+
+
+def test_a_prediction_becomes_a_tree(model: Path) -> None:
+    probability = hpc_neuro.predict(draw_neurite(), model)
+    (tree,) = hpc_neuro.trace_probability(probability, (1.0, 0.5, 0.5), roots=[(10, 21, 6)])
+    assert np.allclose(tree.points[:, 0], 10, atol=1.5)
+    assert tree.points[:, 2].max() - tree.points[:, 2].min() > 50
+
+
+def test_the_range_of_a_prediction_can_be_given(model: Path) -> None:
+    image = draw_neurite()
+    dim = hpc_neuro.predict(image, model, intensity_range=(0.0, 60000.0))
+    assert dim.max() < hpc_neuro.predict(image, model).max()
+
+
+def test_what_cannot_be_predicted_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="three axes"):
+        hpc_neuro.predict(np.zeros((4, 5)), model)
+    with pytest.raises(InputError, match="holds no weights"):
+        hpc_neuro.predict(draw_neurite(), tmp_path)
+    save_student(tmp_path / "w", CONFIG, build_bright_student().state_dict(), {})
+    with pytest.raises(ConfigError, match="does not say on what crop"):
+        hpc_neuro.predict(draw_neurite(), tmp_path / "w")

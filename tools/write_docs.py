@@ -8,18 +8,27 @@ A page marks the place of a table by `<!-- table: NAME -->` and `<!-- end of tab
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import hpc_neuro
 from hpc_neuro.core import schema
 from hpc_neuro.core.constants import EXIT_CODES
 from hpc_neuro.metrics import list_metrics
+from hpc_neuro.pipeline import VERBS
 from launch.site import ClusterFacts, Resources
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 """Folder of the pages."""
+_CODE_WIDTH = 100
+"""Characters of a signature that stands on one line."""
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
 
 
@@ -66,17 +75,103 @@ def format_resources() -> str:
     return _format_config(Resources)
 
 
+def format_settings() -> str:
+    """Every key of every verb that has a config, one table for each verb."""
+    sections = []
+    for verb in VERBS.values():
+        if verb.config:
+            table = _format_config(verb.load_config_class())
+            sections.append(f"## {verb.name}\n\n`hpc-neuro {verb.name}`: {verb.summary}\n\n{table}")
+    return "\n".join(sections)
+
+
+def format_functions() -> str:
+    """The functions of the Python API that are no verbs."""
+    names = [name for name in hpc_neuro.__all__ if name.islower() and not name.startswith("run_")]
+    return "\n".join(_describe_function(name) for name in names)
+
+
+def format_classes() -> str:
+    """The classes of the Python API that are no configs of verbs."""
+    configs = {verb.config for verb in VERBS.values()}
+    names = [name for name in hpc_neuro.__all__ if not name.islower() and name not in configs]
+    return "\n".join(_describe_class(name) for name in names)
+
+
+def format_verb_functions() -> str:
+    """The verbs as functions, with their config classes."""
+    rows = [
+        (f"`run_{verb.name}(cfg)`", f"`{verb.config}`", verb.summary, f"[keys](settings.md#{verb.name})")
+        for verb in VERBS.values()
+        if verb.config
+    ]
+    return _format_table(("function", "config", "what it does", "settings"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "metrics": format_metrics,
     "exit_codes": format_exit_codes,
     "site_keys": format_site_keys,
     "resources": format_resources,
+    "settings": format_settings,
+    "functions": format_functions,
+    "classes": format_classes,
+    "verb_functions": format_verb_functions,
 }
 """Text of each table, by the name that pages use."""
 
 
+def _describe_function(name: str) -> str:
+    """A heading, the signature and the docstring."""
+    function = getattr(hpc_neuro, name)
+    return f"### {name}\n\n```python\n{_format_signature(name, function)}\n```\n\n{inspect.getdoc(function)}\n"
+
+
+def _format_signature(name: str, function: Callable[..., Any]) -> str:
+    """The signature on one line, or with a line for each parameter."""
+    signature = inspect.signature(function)
+    parts = list[str]()
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        parts.append(f"{parameter.name}: {parameter.annotation}{default}")
+
+    result = signature.return_annotation
+    line = f"{name}({', '.join(parts)}) -> {result}"
+    if len(line) <= _CODE_WIDTH:
+        return line
+    return f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + f") -> {result}"
+
+
+def _describe_class(name: str) -> str:
+    """A heading, the docstring, and a table of the public fields, properties and methods with a docstring."""
+    cls = getattr(hpc_neuro, name)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    rows = [(f"`{member}`", text) for member, text in _list_members(definition) if not member.startswith("_")]
+    table = f"\n{_format_table(('member', 'meaning'), rows)}" if rows else ""
+    return f"### {name}\n\n{inspect.getdoc(cls)}\n{table}"
+
+
+def _list_members(definition: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    """(name, first paragraph of the docstring) of each field and method of a class that has a docstring."""
+    for statement, following in itertools.pairwise([*definition.body, ast.Pass()]):
+        text = None
+        if isinstance(statement, ast.FunctionDef):
+            name, text = statement.name, ast.get_docstring(statement)
+        elif isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            # The docstring of a field is the expression below it.
+            name, text = ast.unparse(statement.target), str(ast.literal_eval(following.value))
+        if text:
+            yield name, " ".join(text.split("\n\n")[0].split())
+
+
 def _format_config(cls: type) -> str:
-    rows = [(f"`{field.key}`", field.type, f"`{field.default}`", field.text) for field in schema.describe(cls)]
+    rows = [
+        (f"`{field.key}`", field.type, f"`{field.default}`" if field.default else "", field.text)
+        for field in schema.describe(cls)
+    ]
     return _format_table(("key", "type", "default", "meaning"), rows)
 
 

@@ -6,14 +6,17 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from hpc_neuro.core import distributed, files, run_folder
+from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.task_queue import RetryLimits
 from hpc_neuro.data import ome_zarr
@@ -33,7 +36,7 @@ class Predictor:
 
     def __init__(self, cfg: InferConfig) -> None:
         """Raises ConfigError and InputError for weights or a window that cannot be used."""
-        folder = find_weights(cfg)
+        folder = find_weights(cfg.model, cfg.weights)
         self.student, self.meta = load_student(folder)
         self.device = distributed.device()
         self.student.to(self.device)
@@ -41,16 +44,8 @@ class Predictor:
         # Results depend on the bytes of the weights, wherever they lie.
         self.digest = files.sha256(folder / "model.safetensors")
 
-        # By default the student sees as much at once as in training.
-        window = cfg.window or self.meta.get("window")
-        if window is None:
-            raise ConfigError(f"{folder} does not say on what crop it was trained; give window=[z, y, x]")
-        z, y, x = (int(size) for size in window)
-        self.tiling = Tiling((z, y, x), cfg.overlap, self.student.patch, cfg.block, cfg.chunk)
-
-        # The student divides a window into whole patches.
-        if any(size % patch for size, patch in zip(self.tiling.window, self.student.patch, strict=True)):
-            raise ConfigError(f"window: {[z, y, x]} must be a multiple of the student's patch {self.student.patch}")
+        window = choose_window(folder, self.meta, self.student.patch, cfg.window)
+        self.tiling = Tiling(window, cfg.overlap, self.student.patch, cfg.block, cfg.chunk)
 
         _check_flips(cfg, folder, bool(self.meta.get("mirrored", True)))
 
@@ -108,14 +103,9 @@ class Predictor:
     @functools.cached_property
     def skips_black(self) -> bool:
         """Whether black windows and blocks need not be run: it is asked for, and the student finds nothing in them."""
-        return self.cfg.empty_level is not None and self.predict_black() < self.threshold
-
-    def predict_black(self) -> float:
-        """The largest probability the student gives to a black window."""
-        # No window may be left out here, or every student would pass.
-        window = self.tiling.window
-        black = np.zeros(window, np.float32)
-        return float(sliding_window.predict(self.student, black, window, device=self.device).max())
+        if self.cfg.empty_level is None:
+            return False
+        return predict_black(self.student, self.tiling.window, self.device) < self.threshold
 
     @torch.inference_mode()
     def time_window(self) -> float:
@@ -129,23 +119,46 @@ class Predictor:
         return time.monotonic() - started_at
 
 
-def find_weights(cfg: InferConfig) -> Path:
+def find_weights(model: Path, weights: Literal["best", "last"]) -> Path:
     """The folder of the weights: `model` itself, or weights/best|last in a train folder."""
-    has_weights = (cfg.model / "model.safetensors").is_file()
+    has_weights = (model / "model.safetensors").is_file()
 
     # A folder of weights stands for itself; the wish for others would be ignored silently.
-    if has_weights and cfg.weights == "last" and cfg.model.resolve().name != "last":
-        raise ConfigError(f"weights: {cfg.model} holds weights itself and no `last`; give the folder that train wrote")
+    if has_weights and weights == "last" and model.resolve().name != "last":
+        raise ConfigError(f"weights: {model} holds weights itself and no `last`; give the folder that train wrote")
 
-    for folder in (cfg.model, cfg.model / "weights" / cfg.weights):
+    for folder in (model, model / "weights" / weights):
         if (folder / "model.safetensors").is_file():
             for name in ("student.yaml", "model.safetensors"):
                 run_folder.require_unchanged(folder / name)
             return folder
 
     raise InputError(
-        f"{cfg.model} holds no weights; give a folder that `hpc-neuro train` has finished, or its weights/best"
+        f"{model} holds no weights; give a folder that `hpc-neuro train` has finished, or its weights/best"
     )
+
+
+def choose_window(folder: Path, meta: Mapping[str, Any], patch: Shape, window: Shape | None) -> Shape:
+    """[voxel] z y x of what the student sees at once: as asked for, else as much as in training.
+
+    meta: what was saved beside the weights in `folder`. Raises ConfigError where neither says it, and for a window that
+    does not divide into patches.
+    """
+    sizes = window or meta.get("window")
+    if sizes is None:
+        raise ConfigError(f"{folder} does not say on what crop it was trained; give window=[z, y, x]")
+
+    # The student divides a window into whole patches.
+    z, y, x = (int(size) for size in sizes)
+    if any(size % patch_size for size, patch_size in zip((z, y, x), patch, strict=True)):
+        raise ConfigError(f"window: {[z, y, x]} must be a multiple of the student's patch {patch}")
+    return z, y, x
+
+
+def predict_black(student: nn.Module, window: Shape, device: torch.device) -> float:
+    """The largest probability that the student gives to a black window."""
+    # No window may be left out here, or every student would pass.
+    return float(sliding_window.predict(student, np.zeros(window, np.float32), window, device=device).max())
 
 
 def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[InputVolume], ranks: int = 1) -> list[str]:

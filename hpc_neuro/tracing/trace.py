@@ -62,7 +62,7 @@ def trace(
 
     With `roots` (z y x voxels): one tree for each, in their order; its first node is the root. A root may lie up to
     `cfg.root_snap` off the foreground. What several roots are connected to is cut between them (see split_neurons), and
-    what seems to be a neighbor's is cut off (see contacts).
+    with `cfg.contacts` what seems to be a neighbor's is cut off (see contacts).
     Without roots: a tree for each piece with at least `cfg.min_cable` of cable, longest first, rooted in its soma
     (where it is far thicker than elsewhere), else at its thickest end.
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import hpc_neuro
+from hpc_neuro.core import schema
+from hpc_neuro.pipeline import VERBS
 from tools import write_docs
 
 
@@ -29,3 +32,23 @@ def test_an_edit_by_hand_is_found_and_undone(tmp_path: Path, monkeypatch: pytest
     assert page.read_text(encoding="utf-8") != whole
     assert write_docs.main([]) == 0
     assert page.read_text(encoding="utf-8") == whole
+
+
+def test_the_python_api_is_described_whole() -> None:
+    page = (write_docs.DOCS / "api.md").read_text(encoding="utf-8")
+    configs = [name for name in hpc_neuro.__all__ if name.endswith("Config") and name != "TraceConfig"]
+    headings = [name for name in hpc_neuro.__all__ if not name.startswith("run_") and name not in configs]
+    assert [name for name in headings if f"\n### {name}\n" not in page] == []
+    assert [name for name in hpc_neuro.__all__ if name.startswith("run_") and f"`{name}(cfg)`" not in page] == []
+    assert "weights: Literal['best', 'last'] = 'best'," in page
+    assert "| `points` | [N, 3] z y x. |" in page
+    assert "__" not in page
+
+
+def test_every_key_of_every_verb_is_described() -> None:
+    page = (write_docs.DOCS / "settings.md").read_text(encoding="utf-8")
+    for verb in VERBS.values():
+        if verb.config:
+            section = page.split(f"\n## {verb.name}\n")[1].split("\n## ")[0]
+            keys = [field.key for field in schema.describe(verb.load_config_class())]
+            assert [key for key in keys if f"| `{key}` |" not in section] == []
