@@ -30,14 +30,18 @@ _UM_PER_UNIT = {
 }
 
 
-def um_per(unit: str | None) -> float | None:
+def um_per(unit: object) -> float | None:
     """Micrometres in one `unit` (um, µm, micron, micrometre, nm, mm, inch ...); None for a text that is no length."""
+    if not isinstance(unit, str):
+        return None
     # ImageJ writes characters beyond ASCII as escapes, such as \u00B5 for the micro sign.
-    text = (unit or "").strip().strip('"')
+    text = unit.strip().strip('"')
     text = re.sub(r"\\u([0-9A-Fa-f]{4})", lambda match: chr(int(match[1], 16)), text)
 
     # Lower case maps the angstrom sign to the letter å; Unicode has two characters that look like the micro sign.
     text = text.lower().replace("\u00b5", "u").replace("\u03bc", "u").replace("metre", "meter")
+    # UTF-8 that was read as latin-1 has an Â before the micro sign.
+    text = text.removeprefix("â") if text.startswith("âu") else text
     return _UM_PER_UNIT.get(text) or _UM_PER_UNIT.get(text.removesuffix("s"))
 
 

@@ -65,6 +65,18 @@ _ARCHIVES = (
     ("xz", b"\xfd7zXZ"),
     ("7z", b"7z\xbc\xaf"),
 )
+_OTHERS = (
+    ("Zeiss CZI", 0, b"ZISRAWFILE"),
+    ("Nikon ND2", 0, b"\xda\xce\xbe\x0a"),
+    ("Leica LIF", 0, b"\x70\0\0\0"),
+    ("Olympus OIB", 0, b"\xd0\xcf\x11\xe0"),
+    ("DICOM", 128, b"DICM"),
+    ("MetaImage", 0, b"ObjectType"),
+    ("NumPy", 0, b"\x93NUMPY"),
+    ("PNG", 0, b"\x89PNG"),
+    ("JPEG", 0, b"\xff\xd8\xff"),
+)
+"""Formats of images that are not read, with the place and the bytes by which they are recognized."""
 
 
 def open_volume(
@@ -177,6 +189,12 @@ def _explain_unknown(path: Path, head: bytes) -> str:
     for kind, magic in _ARCHIVES:
         if head.startswith(magic):
             return f"{path} is a {kind} archive; unpack it and give its content"
+
+    for kind, begin, magic in _OTHERS:
+        if head[begin:].startswith(magic):
+            return f"{path} is a {kind} file, which is not read; export the image as OME-TIFF"
+    if b"<SpimData" in head:
+        return f"{path} describes images of BigDataViewer; give the .h5 or .n5 beside it, and the voxel size in um"
 
     # A known suffix with another content is a truncated or misnamed file.
     name = path.name.lower()

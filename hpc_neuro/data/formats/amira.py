@@ -14,7 +14,7 @@ import numpy as np
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import note_missing_unit, um_per
-from hpc_neuro.data.formats.decompress import BYTE_RLE, UnpackedArray, decode_runs, raw_chunks, zlib_stream
+from hpc_neuro.data.formats.decompress import BYTE_RLE, UnpackedArray, decode_runs, raw_chunks, text_values, zlib_stream
 from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
 
 SUFFIXES = (".am", ".amira")
@@ -145,8 +145,15 @@ def _parse_numbers(path: Path, begin: int, dtype: np.dtype[Any], count: int) -> 
         handle.seek(begin)
         words = handle.read().split(b"\n@")[0].split()
 
-    # float64 holds every integer of the other types exactly.
-    yield np.array(words[:count], dtype=np.float64).astype(dtype).tobytes()
+    yield text_values(path, words[:count], dtype)
+
+
+def _is_transformed(text: str) -> bool:
+    """Whether the header turns or scales the lattice after its bounding box; a shift changes no size."""
+    match = re.search(r"TransformationMatrix((?:\s+[-+.\deE]+){16})", text)
+    # The matrix is listed column by column; its last four numbers are the shift.
+    numbers = [float(number) for number in match[1].split()] if match else list(np.eye(4).ravel())
+    return not np.allclose(np.reshape(numbers, (4, 4))[:3, :3], np.eye(3), atol=1e-6)
 
 
 def _parse_placement(text: str, shape: tuple[int, ...]) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:
@@ -163,6 +170,8 @@ def _parse_placement(text: str, shape: tuple[int, ...]) -> tuple[tuple[float, ..
     per = um_per(unit[1] if unit else None)
     if per is None:
         return None, None, (note_missing_unit(steps, "z y x"),)
+    if _is_transformed(text):
+        return None, None, ("its TransformationMatrix turns or scales the image; give the voxel size in um",)
 
     # A component axis has no length.
     spacing = tuple(s * per for s in steps) + (math.nan,) * (len(shape) - 3)

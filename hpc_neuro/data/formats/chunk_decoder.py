@@ -1,6 +1,6 @@
 """zarr and N5 arrays whose codecs tensorstore does not know, decoded chunk by chunk in Python.
 
-zarr-python writes gzip of level -1, lz4, lzma, zstd with checksums and filters, zarr 3 under names such as
+zarr-python writes gzip of level -1, lz4, lzma, zstd with checksums, and filters, in zarr 3 under names such as
 `numcodecs.lz4`; N5 has lz4, and before version 2 named its codec in `compressionType`. A chunk is a file:
 
     zarr: the values in C or Fortran order, filtered, compressed
@@ -98,7 +98,49 @@ def _unshuffle(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
 
 def _undo_delta(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
     """Values from the first one and the differences that follow it."""
-    return np.cumsum(np.frombuffer(data, config["dtype"]), dtype=config["dtype"]).tobytes()
+    differences = np.frombuffer(data, config.get("astype") or config["dtype"])
+    return np.cumsum(differences, dtype=config["dtype"]).astype(config["dtype"]).tobytes()
+
+
+def _undo_scale_offset(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
+    """Values that were stored as (value - offset) * scale, rounded."""
+    stored = np.frombuffer(data, config.get("astype") or config["dtype"])
+    values: Array = stored / config["scale"] + config["offset"]
+    return values.astype(config["dtype"]).tobytes()
+
+
+def _undo_quantize(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
+    """Values that were rounded, and perhaps stored in a smaller type."""
+    return np.frombuffer(data, config.get("astype") or config["dtype"]).astype(config["dtype"]).tobytes()
+
+
+def _undo_type(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
+    return np.frombuffer(data, config["encode_dtype"]).astype(config["decode_dtype"]).tobytes()
+
+
+def _unpack_bits(config: Mapping[str, Any], data: bytes, size: int) -> bytes:
+    """Booleans from bits; the first byte is the number of bits that fill up the last one."""
+    bits = np.unpackbits(np.frombuffer(data[1:], np.uint8))
+    return bits[: len(bits) - data[0]].tobytes()
+
+
+def _check_sum(
+    compute: Callable[[bytes], int], at_end: bool, config: Mapping[str, Any], data: bytes, size: int
+) -> bytes:
+    """Data without the checksum of 4 bytes that it is checked against."""
+    is_behind = config.get("location", "end" if at_end else "start") == "end"
+    stated, body = (data[-4:], data[:-4]) if is_behind else (data[:4], data[4:])
+    if struct.unpack("<I", stated)[0] != compute(body):
+        raise ValueError("the checksum of a chunk does not fit its values")
+    return body
+
+
+def _fletcher32(data: bytes) -> int:
+    """HDF5's checksum: sums of 16-bit words, and of these sums, modulo 65535."""
+    words = np.frombuffer(data + b"\0" * (len(data) % 2), ">u2").astype(np.int64)
+    first = int(words.sum()) % 65535
+    second = int((words * (np.arange(len(words), 0, -1) % 65535) % 65535).sum()) % 65535
+    return second << 16 | first
 
 
 # Codec -> how it is undone; those of the second table depend on their configuration in the metadata.
@@ -110,7 +152,21 @@ _CODECS: dict[str, Decode] = {
     "zstd": _decode_zstd,
     "blosc": _decode_blosc,
 }
-_CONFIGURED = {"lzma": _decode_lzma, "shuffle": _unshuffle, "delta": _undo_delta}
+_CONFIGURED: dict[str, Callable[[Mapping[str, Any], bytes, int], bytes]] = {
+    "lzma": _decode_lzma,
+    "shuffle": _unshuffle,
+    "delta": _undo_delta,
+    "fixedscaleoffset": _undo_scale_offset,
+    "quantize": _undo_quantize,
+    "bitround": lambda config, data, size: data,
+    "astype": _undo_type,
+    "packbits": _unpack_bits,
+    "crc32": functools.partial(_check_sum, zlib.crc32, False),
+    "adler32": functools.partial(_check_sum, zlib.adler32, False),
+    "fletcher32": functools.partial(_check_sum, _fletcher32, True),
+}
+_MAX_WIDENING = 8
+"""Bytes of a value in the widest type that a filter may store it in."""
 _N5_CODECS: dict[str, Decode] = {
     "raw": lambda data, size: data,
     "gzip": _inflate,
@@ -169,10 +225,13 @@ def read_zarr3(folder: Path, meta: Mapping[str, Any]) -> ChunkGrid | None:
     """The grid of a zarr 3 array of plain chunks; None for shards and for codecs that are not known here."""
     codecs = [dict(codec) for codec in meta["codecs"]]
     names = [str(codec["name"]).removeprefix("numcodecs.") for codec in codecs]
-    stages = [(n, c.get("configuration") or {}) for n, c in zip(names, codecs, strict=True) if n != "bytes"]
+    is_transposed = names[0] == "transpose"
+    stages = [(n, c.get("configuration") or {}) for n, c in zip(names, codecs, strict=True)]
+    stages = [stage for stage in stages[is_transposed:] if stage[0] != "bytes"]
     decoders = _choose_decoders(stages)
     if "bytes" not in names or decoders is None:
         return None
+    order = tuple(codecs[0]["configuration"]["order"]) if is_transposed else "C"
 
     # The codec `bytes` turns values into bytes, before all others.
     endian = (codecs[names.index("bytes")].get("configuration") or {}).get("endian", "little")
@@ -182,7 +241,7 @@ def read_zarr3(folder: Path, meta: Mapping[str, Any]) -> ChunkGrid | None:
     is_v2_style = encoding.get("name") == "v2"
     separator = encoding.get("configuration", {}).get("separator", "." if is_v2_style else "/")
     prefix = [] if is_v2_style else ["c"]
-    decode = functools.partial(_decode_zarr, decoders, dtype, chunk, "C")
+    decode = functools.partial(_decode_zarr, decoders, dtype, chunk, order)
     return ChunkGrid(
         folder,
         tuple(meta["shape"]),
@@ -212,10 +271,9 @@ def _choose_decoders(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> list[De
     """What undoes codecs that were applied in this order, the last one first; None where one is not known."""
     decoders: list[Decode] = []
     for name, config in reversed(stages):
-        is_widening = config.get("astype") not in (None, config.get("dtype"))
         if name in _CODECS:
             decoders.append(_CODECS[name])
-        elif name in _CONFIGURED and not is_widening:
+        elif name in _CONFIGURED:
             decoders.append(functools.partial(_CONFIGURED[name], config))
         else:
             return None
@@ -225,13 +283,19 @@ def _choose_decoders(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> list[De
 def _decode_zarr(
     decoders: Sequence[Decode], dtype: np.dtype[Any], chunk: tuple[int, ...], order: Any, data: bytes
 ) -> Array:
-    """The values of one zarr chunk; chunks at the end of the array are stored whole."""
+    """The values of one zarr chunk (`order` C, F or a transposition); chunks at the end of the array are whole."""
     expected = math.prod(chunk) * dtype.itemsize
+    # Filters store values in other types, and checksums beside them.
+    limit = expected if len(decoders) == 1 else math.prod(chunk) * _MAX_WIDENING + 64
     for decode in decoders:
-        data = decode(data, expected)
+        data = decode(data, limit)
     if len(data) != expected:
         raise ValueError(f"a chunk holds {len(data)} bytes where {expected} are expected")
-    return np.frombuffer(data, dtype).reshape(chunk, order=order)
+    values: Array = np.frombuffer(data, dtype)
+    # The codec `transpose` of zarr 3 lists which axis of the array each stored axis is.
+    if isinstance(order, tuple):
+        return values.reshape([chunk[axis] for axis in order]).transpose(np.argsort(order))
+    return values.reshape(chunk, order=order)
 
 
 def _decode_n5(decode: Decode, dtype: np.dtype[Any], chunk: tuple[int, ...], data: bytes) -> Array:

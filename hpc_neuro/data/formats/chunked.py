@@ -32,6 +32,7 @@ from hpc_neuro.data.formats.volume import (
     check_density,
     check_dtype,
     check_shape,
+    note_outside,
     reinterpret_array,
 )
 
@@ -144,7 +145,8 @@ def open_n5(path: Path, dataset: str | None) -> StoredArray:
 
 def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     """A Neuroglancer precomputed volume at its finest scale, or the scale whose key is `dataset`."""
-    scales = _read_json(path / "info").get("scales")
+    info = _read_json(path / "info")
+    scales = info.get("scales")
     if not scales:
         raise InputError(f"{path} holds an info file without scales (meshes or annotations); wanted an image volume")
 
@@ -152,6 +154,12 @@ def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     if dataset is not None and dataset not in keys:
         raise InputError(f"{path} has no scale {dataset!r}; it has {', '.join(keys)}")
     number = keys.index(dataset) if dataset else 0
+    finest = min(range(len(scales)), key=lambda i: math.prod(scales[i].get("resolution") or [math.inf]))
+    if not dataset and finest != 0 and scales[finest].get("resolution") != scales[0].get("resolution"):
+        raise InputError(
+            f"{path} lists its scales in another order than from fine to coarse ({_list_names(keys)}); choose one with "
+            f"dataset={keys[finest]}"
+        )
     scale, key = scales[number], keys[number]
     if "sharding" not in scale and not (path / key).is_dir():
         raise InputError(f"{path} lacks the folder {key} of its scale; it is incomplete, copy it again")
@@ -162,7 +170,9 @@ def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     step = (*(float(v) / 1000 for v in scale["resolution"]), math.nan)
     origin = store.origin[:3]
     begin = (*(o * s for o, s in zip(origin, step[:3], strict=True)), 0.0)
-    notes = (f"scale {key}, {scale.get('encoding')}, voxel offset {origin} (x y z)",)
+    notes: tuple[str, ...] = (f"scale {key}, {scale.get('encoding')}, voxel offset {origin} (x y z)",)
+    if info.get("type") == "segmentation":
+        notes += ("a segmentation: its values are labels, not intensities",)
     chunk = "0.shard" if "sharding" in scale else "0-64_0-64_0-64"
     level = _Level(path / key, "XYZC", (), step, begin, notes)
     return _build_array("Neuroglancer precomputed", level, store, chunk)
@@ -253,9 +263,8 @@ def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
         return _find_plain_zarr(path, dataset, ome)
 
     # The first dataset of the first image is the full resolution, by the specification.
-    image = multiscales[0]
+    image, levels = _parse_multiscales(path, multiscales)
     _check_ome_version(path, ome, image)
-    levels = {str(d["path"]): d for d in image["datasets"]}
     name = dataset or next(iter(levels))
     if name not in levels:
         # Another image in the group, such as labels/NAME.
@@ -263,15 +272,26 @@ def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
             return _find_zarr_level(path / name, None)
         raise InputError(f"{path} has no resolution level {name!r}; it has {', '.join(levels)}")
 
-    # Axes are mappings since 0.4 and plain names in 0.3; a type tells channel and time from space.
-    axes = [a if isinstance(a, Mapping) else {"name": a} for a in image.get("axes", [])]
+    if not dataset:
+        _check_level_order(path, list(levels))
+
+    # Axes are mappings since 0.4 and plain names in 0.3; a type tells channel and time from space. Up to 0.2 they are
+    # fixed, and images of other axes break the specification.
+    stated = image.get("axes") or ("tczyx" if len(_read_shape(path / name)) == 5 else [])
+    axes = [a if isinstance(a, Mapping) else {"name": a} for a in stated]
+    if not axes:
+        return _Level(path / name, notes=(f"level {name}, whose axes the image metadata do not name",))
     names = tuple(str(a.get("name")) for a in axes)
     types = [str(a.get("type")) for a in axes]
     letters = "".join(
         {"channel": "C", "time": "T"}.get(t, letters_of_names([n])) for t, n in zip(types, names, strict=True)
     )
     _check_axes_count(path / name, names)
-    notes: tuple[str, ...] = (f"level {name} of {len(levels)}",)
+    notes = (
+        f"level {name} of {len(levels)}",
+        *_note_image_metadata(ome, multiscales),
+        *note_outside(path, [path / name]),
+    )
     scale, shift = _combine_transforms(path / name, levels[name], image, names)
     if scale is None:
         note = f"level {name} states no scale; give the voxel size in um"
@@ -284,7 +304,56 @@ def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
         return _Level(path / name, letters, names, notes=(*notes, f"steps {steps} without a unit of length"))
     step = tuple(float(s * (p or math.nan)) for s, p in zip(scale, per, strict=True))
     begin = tuple(float(s * (p or 0.0)) for s, p in zip(shift, per, strict=True))
+    if backward := [a for a, s in zip(letters, step, strict=True) if s < 0]:
+        notes += (f"{' '.join(backward)} runs backwards by its scale; it is read as stored",)
     return _Level(path / name, letters, names, step, begin, notes)
+
+
+def _parse_multiscales(path: Path, multiscales: Any) -> tuple[Mapping[str, Any], dict[str, Mapping[str, Any]]]:
+    """The first image of a group and its levels by their paths. Raises InputError for metadata of another form."""
+    image = multiscales[0] if isinstance(multiscales, list) else None
+    image = image if isinstance(image, Mapping) else {}
+    datasets = image.get("datasets")
+    datasets = datasets if isinstance(datasets, list) else []
+
+    if not datasets or not all(isinstance(d, Mapping) and "path" in d for d in datasets):
+        raise InputError(
+            f"{path} has image metadata without a list of levels (multiscales[0].datasets[N].path); correct them, or "
+            f"{_AS_ARRAY.format(path / 'NAME')}"
+        )
+    return image, {str(d["path"]): d for d in datasets}
+
+
+def _check_level_order(path: Path, names: Sequence[str]) -> None:
+    """Raise InputError when the first level is not the largest: it would be read for the full resolution."""
+    voxels = {name: math.prod(_read_shape(path / name)) for name in names}
+    largest = max(names, key=lambda name: voxels[name])
+    if voxels[largest] > voxels[names[0]]:
+        raise InputError(
+            f"{path} lists its levels in another order than from fine to coarse ({_list_names(names)}); choose one "
+            f"with dataset={largest}"
+        )
+
+
+def _read_shape(array: Path) -> tuple[int, ...]:
+    """The shape that the description of an array states; () where there is none."""
+    meta = {**_read_optional_json(array / ".zarray"), **_read_optional_json(array / "zarr.json")}
+    shape = meta.get("shape")
+    is_shape = isinstance(shape, list) and all(isinstance(n, int) for n in shape)
+    return tuple(shape) if is_shape and isinstance(shape, list) else ()
+
+
+def _note_image_metadata(ome: Mapping[str, Any], multiscales: Sequence[Any]) -> tuple[str, ...]:
+    """Notes on what the metadata say of further images and of the display of this one."""
+    notes: tuple[str, ...] = ()
+    if len(multiscales) > 1:
+        names = [str(image.get("name", "without a name")) for image in multiscales if isinstance(image, Mapping)]
+        notes += (f"the first of {len(multiscales)} images ({_list_names(names)})",)
+    omero = ome.get("omero")
+    channels = omero.get("channels") if isinstance(omero, Mapping) else None
+    if any(isinstance(channel, Mapping) and channel.get("inverted") for channel in channels or []):
+        notes += ("channels are displayed inverted by the omero metadata; the values are read as stored",)
+    return notes
 
 
 def _check_ome_version(path: Path, ome: Mapping[str, Any], image: Mapping[str, Any]) -> None:
@@ -295,7 +364,7 @@ def _check_ome_version(path: Path, ome: Mapping[str, Any], image: Mapping[str, A
     if not is_new and "coordinateSystems" not in image:
         return
 
-    first = next((str(d.get("path")) for d in image.get("datasets", []) if isinstance(d, Mapping)), "0")
+    first = str(image["datasets"][0]["path"])
     raise InputError(
         f"{path} is OME-Zarr {version or '0.6'}, and versions up to 0.5 are read; {_AS_ARRAY.format(path / first)}"
     )
@@ -303,10 +372,10 @@ def _check_ome_version(path: Path, ome: Mapping[str, Any], image: Mapping[str, A
 
 def _check_axes_count(array: Path, names: Sequence[str]) -> None:
     """Raise InputError when the image metadata name more or fewer axes than the array has."""
-    shape = {**_read_optional_json(array / ".zarray"), **_read_optional_json(array / "zarr.json")}.get("shape", names)
+    shape = _read_shape(array) or names
     if len(shape) != len(names):
         raise InputError(
-            f"{array} has {len(shape)} axes {tuple(shape)}, but its image metadata name {len(names)} "
+            f"{array} has {len(shape)} axes {shape}, but its image metadata name {len(names)} "
             f"({', '.join(names)}); correct them, or {_AS_ARRAY.format(array)}"
         )
 
@@ -319,7 +388,7 @@ def _combine_transforms(
     (None, None) where no scale is stated or where another transformation takes part: then the voxel size is unknown.
     Raises InputError for a scale or translation of another number of axes.
     """
-    own, shared = (part.get("coordinateTransformations") or [] for part in (level, image))
+    own, shared = (_list_transforms(array, part.get("coordinateTransformations")) for part in (level, image))
     scale, shift = np.ones(len(names)), np.zeros(len(names))
     for transform in [*own, *shared]:
         kind = transform.get("type")
@@ -335,6 +404,17 @@ def _combine_transforms(
     stated = [*own, *(shared if len(image["datasets"]) == 1 else [])]
     is_stated = any(transform.get("type") == "scale" for transform in stated)
     return (scale, shift) if is_stated else (None, None)
+
+
+def _list_transforms(array: Path, value: Any) -> list[Mapping[str, Any]]:
+    """The transformations of a level or an image. Raises InputError for anything but a list of mappings."""
+    transforms = value or []
+    if not isinstance(transforms, list) or not all(isinstance(transform, Mapping) for transform in transforms):
+        raise InputError(
+            f"{array} has coordinateTransformations that are no list of mappings; correct its metadata, or "
+            f"{_AS_ARRAY.format(array)}"
+        )
+    return transforms
 
 
 def _parse_vector(array: Path, kind: str, values: Any, names: Sequence[str]) -> Any:
@@ -444,6 +524,9 @@ def _parse_n5_steps(meta: Mapping[str, Any], count: int) -> tuple[Any, tuple[str
     if isinstance(pixel, Mapping):
         steps, units = pixel.get("dimensions"), [pixel.get("unit")] * count
 
+    elif isinstance(pixel, Sequence) and len(pixel) == count and steps is None:
+        return None, (f"steps {list(pixel)} without a unit of length; give the voxel size in um",)
+
     if not isinstance(steps, Sequence) or len(steps) != count:
         return None, ()
     if not isinstance(units, Sequence) or len(units) != count or any(um_per(u) is None for u in units[:3]):
@@ -523,7 +606,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_JSON:
         raise InputError(f"{path} is larger than any description of an array; the folder is damaged, copy it again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not readable JSON ({error}); the folder is damaged, copy it again") from None
     if not isinstance(value, dict):

@@ -17,7 +17,7 @@ import math
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,6 +117,21 @@ class UnpackedArray:
                 f"{self.shape}; copy or export it again"
             )
         scratch.flush()
+
+
+def text_values(path: Path, words: Sequence[bytes], dtype: np.dtype[Any]) -> bytes:
+    """Numbers that are written as text, as bytes of `dtype`. Raises InputError for one that the type cannot hold."""
+    # float64 holds every integer below 2^53 exactly.
+    numbers = np.array(words, dtype=np.float64)
+    if dtype.kind in "ui":
+        limits = np.iinfo(dtype)
+        is_bad = ~((numbers >= limits.min) & (numbers <= limits.max) & (numbers == np.floor(numbers)))
+        if is_bad.any():
+            word = words[int(np.argmax(is_bad))].decode(errors="replace")
+            raise InputError(
+                f"{path} holds the value {word[:40]}, which {dtype} cannot; state the right type in its header"
+            )
+    return numbers.astype(dtype).tobytes()
 
 
 def gzip_stream(path: Path, offset: int, skip: int = 0) -> Iterator[bytes]:

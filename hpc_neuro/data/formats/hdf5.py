@@ -25,7 +25,7 @@ from hpc_neuro.data.formats.volume import (
     check_dtype,
     check_shape,
     note_outside,
-    read_as_unsigned,
+    read_as_integer,
     reinterpret_array,
 )
 
@@ -38,8 +38,8 @@ _MAX_LISTED = 6
 
 
 def matches(path: Path, head: bytes) -> bool:
-    """Whether the file begins as an HDF5 file does."""
-    return head.startswith(MAGIC)
+    """Whether the file begins as an HDF5 file does, by itself or behind a block of other content as MATLAB's do."""
+    return head.startswith(MAGIC) or (path.name.lower().endswith((*SUFFIXES, ".mat")) and bool(h5py.is_hdf5(path)))
 
 
 def open_source(path: Path, dataset: str | None) -> StoredArray:
@@ -62,6 +62,7 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     elif not data.id.get_storage_size():
         raise InputError(f"{path} describes {data.name} {shape} but holds none of its voxels; copy or export it again")
 
+    _check_filters(path, data)
     names = _read_axis_names(data)
     axes, spacing, notes = _parse_attributes(data, shape, names)
     if not data.is_virtual and not data.external:
@@ -71,8 +72,21 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     notes += (f"dataset {data.name}", *note_outside(path, outside))
     array = StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=notes, axis_names=names)
     if _is_legacy_bigdataviewer(data):
-        return read_as_unsigned(array, "as BigDataViewer writes it")
+        return read_as_integer(array, "u", "as BigDataViewer writes it")
     return reinterpret_array(path, array, data.attrs)
+
+
+def _check_filters(path: Path, data: Any) -> None:
+    """Raise InputError for a dataset that is packed by a filter which this HDF5 library lacks."""
+    pipeline = data.id.get_create_plist()
+    for number in range(pipeline.get_nfilters()):
+        code, _, _, name = pipeline.get_filter(number)
+        if not h5py.h5z.filter_avail(code):
+            shown = name.decode(errors="replace") or "without a name"
+            raise InputError(
+                f"{path} packs {data.name} by the HDF5 filter {code} ({shown}), which is not part of HDF5; write it "
+                "again with gzip, such as by:  h5repack -f GZIP=4 OLD NEW"
+            )
 
 
 def _read_part(data: Any, index: Index) -> Array:
@@ -164,11 +178,13 @@ def _check_virtual_sources(path: Path, data: Any) -> None:
 
 
 def _read_axis_names(data: Any) -> tuple[str, ...]:
-    """Names of the axes as ilastik (axistags) or netCDF-like dimension labels note them; () where nothing does."""
+    """Names of the axes as ilastik (axistags) or dimension labels note them, or as MATLAB has them; else ()."""
     if "axistags" in data.attrs:
         return tuple(str(a["key"]) for a in json.loads(_decode_text(data.attrs["axistags"]))["axes"])
     labels = tuple(str(d.label) for d in data.dims)
-    return labels if any(labels) else ()
+    # MATLAB's arrays are y x z, and its files list dimensions in the reverse order.
+    is_matlab = "MATLAB_class" in data.attrs and data.ndim == 3
+    return labels if any(labels) else ("z", "x", "y") if is_matlab else ()
 
 
 def _parse_attributes(

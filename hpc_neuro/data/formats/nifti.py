@@ -66,6 +66,7 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     # NIfTI orders dimensions x y z t, then others; a fifth one holds channels.
     axes = {2: "XY", 3: "XYZ", 4: "XYZT", 5: "XYZTC"}.get(len(shape), "Q" * len(shape))[::-1]
     spacing, world, notes = _parse_placement(image, len(shape))
+    notes += _note_further_bytes(path, image, math.prod(stored) * dtype.itemsize)
     array = StoredArray("NIfTI", stored, axes, dtype, read, spacing, world, notes)
 
     # nibabel blanks the header's own slope, so it is taken from the array proxy.
@@ -76,6 +77,10 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
 def _load(path: Path) -> Any:
     """nibabel's image, without its voxels. Raises InputError for ANALYZE, OSError or EOFError for damaged gzip."""
     if path.name.lower().endswith(".gz"):
+        with path.open("rb") as handle:
+            is_packed = handle.read(2) == b"\x1f\x8b"
+        if not is_packed:
+            raise InputError(f"{path} is named .gz, but is not packed by gzip; name it {path.name[:-3]}")
         # nibabel hides what is wrong with a damaged archive; gzip says it.
         with gzip.open(path) as stream:
             stream.read(1)
@@ -92,8 +97,13 @@ def _make_reader(path: Path, image: Any, dtype: np.dtype[Any], stored: tuple[int
     data = Path(image.file_map["image"].filename or path)
     # nibabel blanks the header's own offset, so it is taken from the array proxy.
     begin = int(image.dataobj.offset)
-    if begin < 0:
-        raise InputError(f"{path} puts its voxels at byte {begin}; its header is damaged")
+    # In a single file the header takes 348 or 540 bytes and four more; readers that take 0 for 352 guess.
+    least = image.header.template_dtype.itemsize + 4 if image.header.is_single else 0
+    if begin < least:
+        raise InputError(
+            f"{path} puts its voxels at byte {begin}, before the end of its header at byte {least}; correct its "
+            f"vox_offset, which is mostly {least}"
+        )
 
     # A plain file is mapped; gzip allows no access in between.
     if not data.name.lower().endswith(".gz"):
@@ -101,6 +111,13 @@ def _make_reader(path: Path, image: Any, dtype: np.dtype[Any], stored: tuple[int
     size = math.prod(stored) * dtype.itemsize
     _check_packed_size(data, size)
     return UnpackedArray(data, dtype, stored, functools.partial(_stream_voxels, data, begin, size))
+
+
+def _note_further_bytes(path: Path, image: Any, size: int) -> tuple[str, ...]:
+    """A note on bytes behind the voxels of a plain file: its dimensions may be too small."""
+    data = Path(image.file_map["image"].filename or path)
+    extra = 0 if data.name.lower().endswith(".gz") else data.stat().st_size - int(image.dataobj.offset) - size
+    return (f"{files.format_count(extra, 'byte')} behind the voxels are not read",) if extra > 0 else ()
 
 
 def _stream_voxels(path: Path, begin: int, size: int) -> Iterator[bytes]:
@@ -124,7 +141,12 @@ def _check_packed_size(path: Path, size: int) -> None:
 
 def _parse_placement(image: Any, count: int) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:
     """Micrometers along each stored axis, the world matrix, and notes where the header leaves the size open."""
-    per = um_per(_UNITS.get(image.header.get_xyzt_units()[0], ""))
+    try:
+        unit = image.header.get_xyzt_units()[0]
+    except KeyError:
+        # A code that the format does not have.
+        unit = ""
+    per = um_per(_UNITS.get(unit))
     zooms = [float(z) for z in image.header.get_zooms()]
     if per is None:
         return None, None, (note_missing_unit(zooms[:3][::-1], "z y x"),)

@@ -15,10 +15,11 @@ import nrrd
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.axes import letters_of_names
-from hpc_neuro.data.formats.decompress import UnpackedArray, bzip2_stream, gzip_stream, raw_chunks
+from hpc_neuro.data.formats.decompress import UnpackedArray, bzip2_stream, gzip_stream, raw_chunks, text_values
 from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array, note_outside
 
 SUFFIXES = (".nrrd", ".nhdr")
@@ -126,7 +127,7 @@ def _read_header(path: Path) -> _Header:
                 break
 
             # pynrrd does not read the file names below `data file: LIST`, so they are kept apart.
-            line = raw.decode("ascii", "replace").rstrip()
+            line = _decode_line(raw)
             if in_list:
                 listed.append(line)
             elif re.match(r"data ?file:\s*LIST", line):
@@ -141,9 +142,17 @@ def _read_header(path: Path) -> _Header:
     return _Header(path, nrrd.read_header([f"{line}\n" for line in lines]), listed, end)
 
 
+def _decode_line(raw: bytes) -> str:
+    """A line of a header: ASCII by the format, but for a unit such as µm in UTF-8 or latin-1."""
+    try:
+        return raw.decode("utf-8").rstrip()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1").rstrip()
+
+
 def _parse_dtype(header: _Header) -> np.dtype[Any]:
     """The voxel type in its stored byte order. Raises InputError for an unknown type and a missing byte order."""
-    kind = str(header.fields.get("type"))
+    kind = str(header.fields.get("type")).lower()
     if kind not in _DTYPES:
         raise InputError(
             f"{header.path} holds values of type {kind!r}, which is no NRRD number type; convert it to uint8 or uint16"
@@ -207,16 +216,33 @@ def _skip_lines(path: Path, begin: int, count: int) -> int:
 
 def _find_raw_begin(header: _Header, file: Path, begin: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     """The first byte of the voxels in the one raw data file."""
-    at = begin + header.byte_skip
+    at, count = begin + header.byte_skip, math.prod(shape) * dtype.itemsize
 
     # -1 counts from the end: whatever stands before the voxels is a foreign header.
     if header.byte_skip == -1:
-        at = file.stat().st_size - math.prod(shape) * dtype.itemsize
+        at = file.stat().st_size - count
     if at < 0:
         raise InputError(
             f"{file} is shorter than the array of shape {shape} that {header.path} declares; copy it again"
         )
+
+    _check_raw_size(header, file, at + count)
     return at
+
+
+def _check_raw_size(header: _Header, file: Path, end: int) -> None:
+    """Raise InputError for raw data that is packed, or that goes on behind the last voxel: then it begins elsewhere."""
+    with file.open("rb") as handle:
+        is_packed = file != header.path and handle.read(2) == b"\x1f\x8b"
+    if is_packed:
+        raise InputError(f"{file} is packed by gzip; write `encoding: gzip` in place of raw into {header.path}")
+
+    extra = file.stat().st_size - end
+    if extra > 0:
+        raise InputError(
+            f"{file} holds {files.format_count(extra, 'byte')} more than the voxels that {header.path} declares; "
+            "correct its sizes or type, or write `byte skip: -1` where the voxels are the last bytes of the file"
+        )
 
 
 def _stream_files(header: _Header, sources: list[tuple[Path, int]], dtype: np.dtype[Any], each: int) -> Iterator[bytes]:
@@ -247,9 +273,7 @@ def _stream_file(header: _Header, file: Path, begin: int, dtype: np.dtype[Any], 
     elif encoding in ("bzip2", "bz2"):
         yield from bzip2_stream(file, begin, skip)
     elif encoding in _TEXT:
-        # float64 holds every integer below 2^53 exactly.
-        words = file.read_bytes()[begin + skip :].split()
-        yield np.array(words, dtype=np.float64).astype(dtype).tobytes()
+        yield text_values(file, file.read_bytes()[begin + skip :].split(), dtype)
     else:
         raise InputError(f"{header.path} has the encoding {encoding!r}; wanted raw, gzip, bzip2 or ascii: convert it")
 

@@ -142,8 +142,8 @@ def _read_slice_distance(path: Path) -> float:
     """Micrometers between slices as ImageJ notes it in a slice; nan where it does not."""
     with tifffile.TiffFile(path) as tif:
         meta = tif.imagej_metadata or {}
-    per = um_per(tiff_voxel_size.imagej_unit(meta, "Z"))
-    return float(meta.get("spacing", math.nan)) * per if per else math.nan
+    per, distance = um_per(tiff_voxel_size.imagej_unit(meta, "Z")), tiff_voxel_size.parse_number(meta.get("spacing"))
+    return distance * per if per and distance else math.nan
 
 
 def _is_slice(path: Path) -> bool:

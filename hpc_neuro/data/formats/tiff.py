@@ -8,6 +8,7 @@ import itertools
 import math
 import struct
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from hpc_neuro.data.formats.volume import (
     invert_array,
     map_array,
     require_bytes,
+    scale_array,
 )
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".lsm")
@@ -44,6 +46,11 @@ _INTENSITIES = {
 }
 """Photometric interpretations under which a sample is an intensity; zero is white under MINISWHITE."""
 _JPEG = {tifffile.COMPRESSION.OJPEG, tifffile.COMPRESSION.JPEG}
+
+_CALIBRATION_KINDS = (0, 20)
+"""ImageJ's calibration functions that are read: a straight line, and none."""
+_COUNTED_KINDS = ("imagej", "ome", "shaped")
+"""Kinds of series whose number of pages is that of a description, which may differ from the pages of the file."""
 
 _MAX_EXPANSION = 100_000
 """Decoded bytes per stored byte; no codec in use packs tighter, so a segment that claims more has a damaged header."""
@@ -64,9 +71,10 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
     """
     files.require_regular_file(path, "an image")
     # tifffile stops silently at a broken chain, and would return the pages before it.
-    _check_page_chain(path)
+    pages = _check_page_chain(path)
 
     tif, series = _choose_series(path, dataset)
+    _check_page_count(path, tif, series, pages)
     shape = check_shape(path, series.shape)
     dtype = check_dtype(path, np.dtype(series.dtype))
 
@@ -74,7 +82,7 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
     axes, notes = _name_axes(series.axes, shape)
     spacing, size_notes = tiff_voxel_size.read_spacing(tif, series, axes)
     palette, photometric_notes = _interpret_samples(path, tif, series.keyframe)
-    notes += size_notes + photometric_notes
+    notes += size_notes + photometric_notes + _note_orientation(series.keyframe)
 
     # Uncompressed pages that follow one another are one plain array.
     if series.dataoffset is not None and palette is None:
@@ -85,6 +93,8 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
         dtype = dtype if palette is None else palette.dtype
 
     array = StoredArray("TIFF", shape, axes, dtype, read, spacing, notes=notes)
+    if tif.is_imagej:
+        array = _calibrate_values(path, array, tif.imagej_metadata or {})
     if series.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         return invert_array(path, array, series.keyframe.bitspersample)
     return array
@@ -254,6 +264,51 @@ def _choose_series(path: Path, dataset: str | None) -> tuple[tifffile.TiffFile, 
     raise InputError(f"{path} holds {len(series)} images ({shown}); choose one with dataset=0 to {len(series) - 1}")
 
 
+def _check_page_count(path: Path, tif: tifffile.TiffFile, series: Any, pages: int) -> None:
+    """Raise InputError when the descriptions in a file speak of fewer pages than it has, or of pages that it lacks.
+
+    A single page may stand for a whole stack, whose slices follow it without pages of their own.
+    """
+    if series.kind not in _COUNTED_KINDS or pages == 1:
+        return
+
+    described = sum(math.prod(s.shape) // math.prod(s.keyframe.shape) for s in tif.series)
+    # An OME series may have pages in other files.
+    if described < pages or (described > pages and series.kind == "shaped"):
+        raise InputError(
+            f"{path} has {pages} pages, but its description speaks of {described}; open it in ImageJ by "
+            "File > Import > Bio-Formats and save it again, or correct the description"
+        )
+
+
+def _calibrate_values(path: Path, array: StoredArray, meta: Mapping[str, Any]) -> StoredArray:
+    """An array with the values that ImageJ shows: signed 16-bit images are stored as unsigned ones and an offset.
+
+    Raises InputError for a calibration that is no straight line.
+    """
+    kind = meta.get("cf")
+    if kind is None:
+        return array
+
+    numbers = [tiff_voxel_size.parse_number(meta.get(key, default)) for key, default in (("c0", 0), ("c1", 1))]
+    offset, slope = (math.nan if number is None else number for number in numbers)
+    is_line = math.isfinite(offset) and math.isfinite(slope) and slope != 0
+    if kind not in _CALIBRATION_KINDS or not is_line:
+        raise InputError(
+            f"{path} gives its values by ImageJ's calibration function {kind}, and only straight lines are read; take "
+            "it away with Analyze > Calibrate > None, and save the image again"
+        )
+    return array if (slope, offset) == (1.0, 0.0) or kind != 0 else scale_array(array, slope, offset)
+
+
+def _note_orientation(frame: Any) -> tuple[str, ...]:
+    """A note on a tag that asks viewers to turn or mirror the image; programs of microscopy do not."""
+    tag = frame.tags.get("Orientation") if hasattr(frame, "tags") else None
+    if tag is None or tag.value == 1:
+        return ()
+    return (f"its tag Orientation {int(tag.value)} asks to turn or mirror it for display; it is read as stored",)
+
+
 def _name_axes(stored: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
     """tifffile's axes in our letters, and notes. Pages without a name are slices: stacks are kept as separate pages."""
     letters = "".join(a if a in "ZYXCTS" else "Q" for a in stored)
@@ -293,8 +348,8 @@ def _choose_palette(path: Path, tif: tifffile.TiffFile, frame: Any) -> tuple[Arr
     raise InputError(f"{path} stores colors by a palette, which have no order as intensities; save it as gray values")
 
 
-def _check_page_chain(path: Path) -> None:
-    """Follow the chain of pages; InputError where it leaves the file or turns back (a truncated or damaged file)."""
+def _check_page_chain(path: Path) -> int:
+    """Number of pages in the chain; InputError where it leaves the file or turns back (truncated or damaged)."""
     # BigTIFF (version 43) has the same layout with wider numbers.
     size = path.stat().st_size
     with path.open("rb") as handle:
@@ -321,6 +376,7 @@ def _check_page_chain(path: Path) -> None:
             require_bytes(path, end, struct.calcsize(offset_form), f"page {len(seen)}")
             handle.seek(end)
             offset = _read_number(path, handle, order + offset_form)
+    return len(seen)
 
 
 def _read_number(path: Path, handle: Any, form: str) -> int:

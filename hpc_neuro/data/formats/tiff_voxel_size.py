@@ -48,20 +48,24 @@ def _read_scale(tif: tifffile.TiffFile, series: Any) -> tuple[Scale, tuple[str, 
     plane = _read_resolution(series.keyframe)
     if tif.is_imagej:
         return _parse_imagej(tif.imagej_metadata or {}, plane)
+    notes = ("its OME description does not fit its pages and is not used",) if tif.is_ome else ()
 
     # Plain TIFF: the tags alone, if they can be those of a microscope.
     unit = series.keyframe.tags.get("ResolutionUnit")
     per = _UM_PER_RESOLUTION_UNIT.get(int(unit.value) if unit else 0)
     if per is None or not plane or min(plane.values()) * per > _MAX_PIXEL_UM:
-        return {}, ()
-    return {a: v * per for a, v in plane.items()}, ()
+        return {}, notes
+    return {a: v * per for a, v in plane.items()}, notes
 
 
 def _parse_imagej(meta: dict[str, Any], plane: Scale) -> tuple[Scale, tuple[str, ...]]:
     """ImageJ keeps the pixel size in the resolution tags, its unit and the distance of slices in a description."""
     steps = dict(plane)
-    if float(meta.get("spacing", 0) or 0) > 0:
-        steps["Z"] = float(meta["spacing"])
+    distance = parse_number(meta.get("spacing", 0) or 0)
+    if distance is None:
+        return {}, (f"the distance of slices is {meta['spacing']!r}, which is no number; give the voxel size in um",)
+    if distance > 0:
+        steps["Z"] = distance
 
     # ImageJ writes 1 x 1 for an image that is not calibrated.
     if not steps or steps == {"Y": 1.0, "X": 1.0}:
@@ -76,6 +80,14 @@ def _parse_imagej(meta: dict[str, Any], plane: Scale) -> tuple[Scale, tuple[str,
     texts = ", ".join(repr(unit) for unit in dict.fromkeys(units[a] for a in steps if a not in scale))
     sizes = ", ".join(f"{a} {steps[a]:.6g}" for a in "ZYX" if a in steps and a not in scale)
     return scale, (f"steps {sizes} in the unit {texts}, which is no length; give the voxel size in um",)
+
+
+def parse_number(value: object) -> float | None:
+    """A number of ImageJ's metadata; None for a text that is none, such as `2,5`."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return None
 
 
 def imagej_unit(meta: dict[str, Any], letter: str) -> str:
@@ -99,8 +111,8 @@ def _read_resolution(page: Any) -> Scale:
 def _parse_ome(text: str, number: int) -> tuple[Scale, tuple[str, ...]]:
     """The physical sizes of image `number` in an OME-XML description."""
     root = ElementTree.fromstring(text)
-    # Namespaces differ between versions of the schema.
-    pixels = [e for e in root.iter() if e.tag.endswith("}Pixels")]
+    # Namespaces differ between versions of the schema, and some writers leave them out.
+    pixels = [e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"]
     if not pixels:
         return {}, ()
 
@@ -109,9 +121,8 @@ def _parse_ome(text: str, number: int) -> tuple[Scale, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     for letter in "ZYX":
         text = attributes.get(f"PhysicalSize{letter}", "nan")
-        try:
-            size = float(text)
-        except ValueError:
+        size = parse_number(text)
+        if size is None:
             notes += (f"PhysicalSize{letter} is {text!r}, which is no number; give the voxel size in um",)
             continue
 

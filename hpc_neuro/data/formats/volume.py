@@ -247,24 +247,56 @@ def _read_inverted(read: Callable[[Index], Array], mask: Array, index: Index) ->
 def reinterpret_array(path: Path, array: StoredArray, attributes: Mapping[str, Any]) -> StoredArray:
     """An array with the values that its attributes say are meant: netCDF's packing and HDF5's images.
 
-    `_Unsigned`: signed integers stand for unsigned ones. `scale_factor` and `add_offset`: value * factor + offset.
-    `IMAGE_WHITE_IS_ZERO`: zero is displayed as white.
+    `_Unsigned`: integers stand for those of the other sign. `scale_factor` and `add_offset`: value * factor + offset.
+    `IMAGE_WHITE_IS_ZERO`: zero is displayed as white. Raises InputError for a value that none of these can have.
     """
-    if str(_scalar(attributes.get("_Unsigned", ""))).lower() == "true" and array.dtype.kind == "i":
-        array = read_as_unsigned(array, "by its attribute _Unsigned")
+    if "_Unsigned" in attributes and array.dtype.kind in "ui":
+        kind = "u" if _parse_flag(path, "_Unsigned", attributes["_Unsigned"]) else "i"
+        if kind != array.dtype.kind:
+            array = read_as_integer(array, kind, "by its attribute _Unsigned")
 
-    slope, offset = (float(_scalar(attributes.get(key, v))) for key, v in (("scale_factor", 1), ("add_offset", 0)))
+    slope, offset = (
+        _parse_real(path, key, attributes.get(key, v)) for key, v in (("scale_factor", 1), ("add_offset", 0))
+    )
+    if slope == 0:
+        raise InputError(f"{path} has the attribute scale_factor 0, which makes all values equal; correct it")
     if (slope, offset) != (1.0, 0.0):
         array = scale_array(array, slope, offset)
 
-    if int(_scalar(attributes.get("IMAGE_WHITE_IS_ZERO", 0))):
+    if _parse_flag(path, "IMAGE_WHITE_IS_ZERO", attributes.get("IMAGE_WHITE_IS_ZERO", 0)):
         array = invert_array(path, array, array.dtype.itemsize * 8)
-    return array
+
+    # 0 marks what is empty, as does the background.
+    missing = [_scalar(attributes[key]) for key in ("_FillValue", "missing_value") if key in attributes]
+    is_marked = array.dtype.kind in "ui" and any(str(value) not in ("0", "0.0") for value in missing)
+    note = (
+        f"the value {missing[0]} stands for missing voxels by its attributes; it is read as it is" if is_marked else ""
+    )
+    return replace(array, notes=(*array.notes, note)) if note else array
 
 
-def read_as_unsigned(array: StoredArray, reason: str) -> StoredArray:
-    """An array of signed integers that stand for unsigned ones of the same bits."""
-    dtype = np.dtype(f"u{array.dtype.itemsize}")
+def _parse_flag(path: Path, key: str, value: Any) -> bool:
+    """A yes or no as netCDF and HDF5 write it: true, false, 1, 0."""
+    text = str(_scalar(value)).strip().lower()
+    if text not in ("true", "false", "1", "0"):
+        raise InputError(f"{path} has the attribute {key} {text[:40]!r}; true or false is wanted: correct it")
+    return text in ("true", "1")
+
+
+def _parse_real(path: Path, key: str, value: Any) -> float:
+    """A finite number that an attribute holds, also as text."""
+    try:
+        number = float(_scalar(value))
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{path} has the attribute {key} {str(value)[:40]}; one finite number is wanted: correct it")
+    return number
+
+
+def read_as_integer(array: StoredArray, kind: str, reason: str) -> StoredArray:
+    """An array of integers that stand for those of the other sign (`kind` u or i) with the same bits."""
+    dtype = np.dtype(f"{kind}{array.dtype.itemsize}")
     note = f"stored as {array.dtype}, read as {dtype} {reason}"
     read = functools.partial(_read_as_type, array.read, dtype)
     return replace(array, dtype=dtype, read=read, notes=(*array.notes, note))

@@ -114,8 +114,7 @@ def test_damaged_chunk_is_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_unknown_filter_is_refused(tmp_path: Path) -> None:
-    scaling = numcodecs.FixedScaleOffset(offset=0, scale=2, dtype="<u2", astype="<u2")
-    write_zarr(tmp_path / "a.zarr", make_image(), 2, filters=[scaling], compressors=numcodecs.Zstd())
+    write_zarr(tmp_path / "a.zarr", make_image(), 2, filters=[numcodecs.Base64()], compressors=numcodecs.Zstd())
     with pytest.raises(InputError, match="cannot be opened by tensorstore.*filters"):
         open_volume(tmp_path / "a.zarr")
 

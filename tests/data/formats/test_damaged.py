@@ -235,7 +235,8 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.tif", b"", "is empty"),
         ("a.xyz", b"hello world", "no known image format .*TIFF, HDF5, v3draw"),
-        ("b.tif", b"\x89PNG\r\n\x1a\n1234", "named as TIFF, but does not begin as one"),
+        ("b.tif", b"\x89PNG\r\n\x1a\n1234", "is a PNG file, which is not read"),
+        ("f.tif", b"hello", "named as TIFF, but does not begin as one"),
         ("c.tif", b"II*\0", "ends inside its TIFF header"),
         ("d.tif", b"II*\0\x08\0\0\0", "leaves the file"),
         ("a.v3draw.gz", b"\x1f\x8b\x08\0", "is a gzip archive; unpack it"),
