@@ -9,7 +9,7 @@ PINS   := -c requirements.lock $(if $(GPU),,-c constraints-cpu.txt)
 LOCKS  := requirements.lock constraints-cpu.txt
 WORKERS ?= 2
 
-.PHONY: demo test lint env env-dev bench gpu slurm-up slurm-down lock clean
+.PHONY: demo test lint docs env env-dev bench gpu slurm-up slurm-down lock clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/hpc-neuro demo out=runs/demo $(ARGS)
@@ -21,6 +21,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site, in build/docs; open build/docs/index.html
+docs: $(VENV)/.dev
+	$(BIN)/python -m tools.write_docs --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.dev
 	for tool in cache infer links metrics pyramid student tracing train tubular zero; do echo "== $$tool"; $(BIN)/python -m tools.bench.$$tool || exit 1; done

@@ -45,12 +45,16 @@ TEST = [
     "swcgeom>=0.19",
     "ome-zarr-models>=1.0",
     "zarr>=3.0",
+    "nbclient>=0.10",  # runs docs/notebooks
+    "ipykernel>=6.29",
     "triton>=3.0; platform_machine == 'x86_64' and sys_platform == 'linux'",  # its interpreter runs on a CPU
 ]
 
 SEARCH = ["optuna>=4.4"]
 TEST += SEARCH
 LINT = ["ruff>=0.8", "mypy>=1.13", "pre-commit>=4", "types-PyYAML", "types-tqdm", "scipy-stubs"]
+
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"]  # mkdocs 2 has other plugins and themes
 
 setup(
     name="hpc_neuro",
@@ -67,7 +71,8 @@ setup(
         "test": TEST,
         "lint": LINT,
         "search": SEARCH,
-        "dev": TEST + LINT,
+        "docs": DOCS,
+        "dev": TEST + LINT + DOCS,
         "compare": ["kimimaro>=5.8", "navis>=1.10"],  # GPL-3 comparisons, never imported by the core
     },
     entry_points={"console_scripts": ["hpc-neuro=hpc_neuro.cli:run_process"]},

@@ -45,11 +45,10 @@ QUESTIONS = (
     "napari",
     "neuroglancer",
     "neurom",
-    "how-many-labels-do-i-need",
-    "how-much-gpu-memory-do-i-need",
-    "how-long-does-it-take",
 )
 """Anchors of docs/howto.md that docs/index.md must link to."""
+COMMON_QUESTIONS = ("how-many-labels-do-i-need", "how-much-gpu-memory-do-i-need", "how-long-does-it-take")
+"""Anchors of docs/faq.md that docs/index.md must link to."""
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 PROGRAM = re.compile(r"^.*?(?P<program>hpc-neuro|-m hpc_neuro|-m launch|slurm/\w+\.sbatch) (?P<rest>.*)$")
@@ -279,6 +278,31 @@ def test_the_index_answers_every_question_in_two_clicks() -> None:
     assert [anchor for anchor in QUESTIONS if f"(howto.md#{anchor})" not in index] == []
     answers = find_anchors((REPO / "docs" / "howto.md").read_text(encoding="utf-8")) - {"how-to"}
     assert answers == set(QUESTIONS)
+
+    assert [anchor for anchor in COMMON_QUESTIONS if f"(faq.md#{anchor})" not in index] == []
+    assert set(COMMON_QUESTIONS) <= find_anchors((REPO / "docs" / "faq.md").read_text(encoding="utf-8"))
+
+
+def list_pages(nav: list[Any]) -> list[str]:
+    """Pages of a navigation of mkdocs, in order."""
+    pages = []
+    for item in nav:
+        for value in item.values():
+            pages += list_pages(value) if isinstance(value, list) else [value]
+    return pages
+
+
+def test_the_site_shows_every_page_and_begins_with_the_index() -> None:
+    pages = list_pages(schema.read_yaml(REPO / "mkdocs.yml")["nav"])
+    assert pages[:2] == ["index.md", "quickstart.md"]
+    assert sorted(pages) == [page.name for page in PAGES[1:]]
+
+
+def test_anchors_are_those_of_the_site() -> None:
+    """mkdocs makes one hyphen of several spaces, and GitHub several; links must work on both."""
+    for page in PAGES:
+        for match in LINK.finditer(FENCE.sub("", page.read_text(encoding="utf-8"))):
+            assert "--" not in (match["anchor"] or ""), f"{page.name}: {match[0]}; change the heading"
 
 
 def test_the_index_lists_every_page() -> None:

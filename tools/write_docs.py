@@ -169,10 +169,14 @@ def _list_members(definition: ast.ClassDef) -> Iterator[tuple[str, str]]:
 
 def _format_config(cls: type) -> str:
     rows = [
-        (f"`{field.key}`", field.type, f"`{field.default}`" if field.default else "", field.text)
-        for field in schema.describe(cls)
+        (f"`{field.key}`", field.type, _format_default(field.default), field.text) for field in schema.describe(cls)
     ]
     return _format_table(("key", "type", "default", "meaning"), rows)
+
+
+def _format_default(default: str) -> str:
+    """A default as code; a section has none, and `(required)` is no value."""
+    return default.strip("()") if default in ("", "(required)") else f"`{default}`"
 
 
 def _format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
