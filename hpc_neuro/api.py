@@ -57,10 +57,10 @@ def predict(
 ) -> NDArray[np.float32]:
     """Probability of neurite, float32 [Z, Y, X], from a student; the same as `hpc-neuro infer` writes by default.
 
-    `image` is an array [Z, Y, X] or the path of any format that `open_volume` reads. `model` is the folder that `train`
-    wrote, or one of its weights folders; `weights` chooses among those of a train folder. `intensity_range` is the
-    brightness that becomes 0 and 1; None: measured. `overlap` is the share of a window that the next one covers again,
-    and `batch` the number of windows at once.
+    `image` is an array [Z, Y, X] or the path of any format that `open_volume` reads. `model` is `bundled`, the folder
+    that `train` wrote, or one of its weights folders; `weights` chooses among those of a train folder.
+    `intensity_range` is the brightness that becomes 0 and 1; None: measured. `overlap` is the share of a window that
+    the next one covers again, and `batch` the number of windows at once.
 
     Image and probability are held in memory; `run_infer` goes through larger volumes block by block. The student runs
     on the GPU where torch sees one. `trace_probability` makes trees of the result.
@@ -68,11 +68,12 @@ def predict(
     """
     # Imported late, because it imports torch, which takes seconds.
     from hpc_neuro.core import distributed
-    from hpc_neuro.infer.model import choose_window, find_weights, predict_black
+    from hpc_neuro.infer.model import choose_window, predict_black
     from hpc_neuro.models import sliding_window
     from hpc_neuro.models.student import load_student
+    from hpc_neuro.models.student_folder import find_student
 
-    folder = find_weights(Path(model), weights)
+    folder = find_student(Path(model), weights)
     student, meta = load_student(folder)
     window = choose_window(folder, meta, student.patch, None)
     array = _read_image(image, channel)

@@ -8,16 +8,16 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hpc_neuro.core import distributed, files, run_folder
+from hpc_neuro.core import distributed, files
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.task_queue import RetryLimits
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.infer.block_pipeline import EmptyRule, VolumeRun
@@ -26,6 +26,7 @@ from hpc_neuro.infer.tiling import MASK, Tiling
 from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
+from hpc_neuro.models.student_folder import find_student
 
 _BYTES_PER_VOXEL = 20
 """Memory that a block takes for each voxel it reads, besides the network: the image, its padded copy, the sums."""
@@ -36,7 +37,7 @@ class Predictor:
 
     def __init__(self, cfg: InferConfig) -> None:
         """Raises ConfigError and InputError for weights or a window that cannot be used."""
-        folder = find_weights(cfg.model, cfg.weights)
+        folder = find_student(cfg.model, cfg.weights)
         self.student, self.meta = load_student(folder)
         self.device = distributed.device()
         self.student.to(self.device)
@@ -117,25 +118,6 @@ class Predictor:
             # `item` waits for the device; without it only the launch would be timed.
             self.student(image).logits.sum().item()
         return time.monotonic() - started_at
-
-
-def find_weights(model: Path, weights: Literal["best", "last"]) -> Path:
-    """The folder of the weights: `model` itself, or weights/best|last in a train folder."""
-    has_weights = (model / "model.safetensors").is_file()
-
-    # A folder of weights stands for itself; the wish for others would be ignored silently.
-    if has_weights and weights == "last" and model.resolve().name != "last":
-        raise ConfigError(f"weights: {model} holds weights itself and no `last`; give the folder that train wrote")
-
-    for folder in (model, model / "weights" / weights):
-        if (folder / "model.safetensors").is_file():
-            for name in ("student.yaml", "model.safetensors"):
-                run_folder.require_unchanged(folder / name)
-            return folder
-
-    raise InputError(
-        f"{model} holds no weights; give a folder that `hpc-neuro train` has finished, or its weights/best"
-    )
 
 
 def choose_window(folder: Path, meta: Mapping[str, Any], patch: Shape, window: Shape | None) -> Shape:

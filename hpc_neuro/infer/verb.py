@@ -20,11 +20,12 @@ from hpc_neuro.infer import status_page
 from hpc_neuro.infer.block_pipeline import BlockPipeline, VolumeRun
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.done_markers import list_damaged_shards, make_block_task, name_block
-from hpc_neuro.infer.model import Predictor, describe_run, find_weights, predict_black
+from hpc_neuro.infer.model import Predictor, describe_run, predict_black
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.trees import PredictionEntry, entry_path
 from hpc_neuro.infer.volume_stages import build_pyramid, trace_volumes
 from hpc_neuro.infer.volumes import InputVolume, list_measurements, open_inputs
+from hpc_neuro.models.student_folder import find_student
 
 log = logging.getLogger(__name__)
 _RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "swc")
@@ -152,7 +153,7 @@ def _start_record(
     inputs[run_folder.input_name("volumes", cfg.share)] = files.sha256_json([source.id for source in sources])
     inputs |= {f"image {source.id}": source.content for source in sources if source.file}
 
-    input_files = {"weights": find_weights(cfg.model, cfg.weights) / "model.safetensors"}
+    input_files = {"weights": find_student(cfg.model, cfg.weights) / "model.safetensors"}
     input_files |= {f"image {source.id}": source.file for source in sources if source.file}
 
     # Without its index, or a shard, a run must go on, however complete its record is.

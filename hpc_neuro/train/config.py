@@ -32,6 +32,8 @@ class OptimConfig:
     """Share of the steps over which the learning rate rises from zero."""
     final: float = Field(default=0.01, ge=0, le=1)
     """Learning rate at the last step, relative to `lr`; a cosine leads there."""
+    init_lr: float = Field(default=0.25, gt=0, le=1)
+    """Learning rate of the parameters that `init` gave, relative to `lr`."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled weight decay of matrices and kernels; biases, norms and embeddings have none."""
     clip: float = Field(default=1.0, ge=0)
@@ -158,6 +160,11 @@ class TrainConfig:
     """Run folder: metrics.jsonl, checkpoints/, weights/best and weights/last."""
     cache: Path | None = None
     """The folder that `precompute` wrote; required for distillation."""
+    init: Path | None = None
+    """Student to start from: `bundled`, the folder of a finished run, or one of its weights folders. What it lacks,
+    such as a transformer, is added without changing what it predicts; none: a new student."""
+    freeze: tuple[Literal["encoder", "decoder", "transformer"], ...] = ()
+    """Parts of the student that stay as `init` gave them."""
     student: StudentConfig = Field(default_factory=StudentConfig)
     """The network to train."""
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -198,6 +205,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # All faults are reported together, so that one correction is enough.
         faults = [*self._check_crop(), *self._check_losses()]
+        if self.freeze and self.init is None:
+            faults.append("freeze keeps parts of a trained student, and there is none; give init=bundled or init=RUN")
         if faults:
             raise ValueError("; ".join(faults))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -49,23 +49,23 @@ class ParameterGroup:
 
 
 def group_parameters(
-    named: Iterable[tuple[str, nn.Parameter]], cfg: OptimConfig, depth: int, transferred: Collection[str]
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, lr_scales: Mapping[str, float]
 ) -> list[ParameterGroup]:
     """Trainable parameters by learning rate and weight decay, in a fixed order.
 
-    depth: number of transformer blocks; transferred: names of the parameters that hold a teacher's weights.
+    lr_scales: learning rates relative to that of a new parameter, by name; 0 for one that does not change.
     """
     groups: dict[tuple[float, float], ParameterGroup] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
 
-        # New parameters start from nothing and learn at the full rate. A teacher's weights are to be kept.
-        scale = lr_scale(name, cfg, depth) if name in transferred else 1.0
+        # New parameters start from nothing and learn at the full rate.
+        scale = lr_scales.get(name, 1.0)
 
         # Decay of biases, norms and embeddings has no use as a regularizer.
         has_decay = parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in _EMBEDDINGS
-        key = (scale, cfg.weight_decay if has_decay else 0.0)
+        key = (scale, weight_decay if has_decay and scale else 0.0)
         groups.setdefault(key, ParameterGroup(*key)).names.append(name)
 
     # A sorted order does not depend on the order of the parameters, so it is the same on every rank and start.

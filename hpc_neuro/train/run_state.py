@@ -406,7 +406,7 @@ def _build_engine(cfg: TrainConfig, parts: RunParts) -> Engine:
     if distributed.is_main():
         files.write_json(cfg.out / "deepspeed.json", settings)
 
-    groups = group_parameters(parts.blank.named_parameters(), cfg.optim, parts.depth, parts.transferred)
+    groups = group_parameters(parts.blank.named_parameters(), cfg.optim.weight_decay, parts.lr_scales)
     engine = Engine(parts.make, parts.values, groups, settings, workload.dtype)
     # Releases the teacher's memory.
     parts.values.clear()

@@ -31,6 +31,14 @@ from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.deepspeed import nvme
 from hpc_neuro.train.deepspeed.engine import Workload, check_engine
 from hpc_neuro.train.deepspeed.settings import bucket_size, build_deepspeed_settings
+from hpc_neuro.train.optim import lr_scale
+from hpc_neuro.train.start_weights import (
+    InitialStudent,
+    StartWeights,
+    add_initial_student,
+    freeze_parts,
+    open_initial_student,
+)
 
 STUDENT = "student."
 """Prefix of the names of the student's parameters in a TrainModule."""
@@ -79,12 +87,11 @@ class RunParts:
     make: Callable[[], TrainModule]
     """Builds the module in float32, alike on all ranks."""
     values: dict[str, Tensor]
-    """Of the module's parameters, the teacher's values that replace those that `make` draws."""
-    depth: int
-    """Transformer blocks."""
-    transferred: frozenset[str]
-    """Parameters of the module that hold a teacher's weights."""
-    transfer_lines: tuple[str, ...]
+    """Of the module's parameters, the values of `init` and the teacher that replace those that `make` draws."""
+    lr_scales: dict[str, float]
+    """Learning rates relative to that of a new parameter, of the module's parameters that are not new."""
+    start_lines: tuple[str, ...]
+    """Where the weights come from, for people."""
     crops: CropDataset
     store: Store
     boxes: list[tuple[str, Box]]
@@ -110,14 +117,15 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
 
     # The cache is opened before the teacher is loaded, which takes seconds: a missing cache is reported at once.
     cache = FeatureCache(cfg.cache) if cfg.distill is not None and cfg.cache is not None else None
-    teacher = load_teacher(cfg.teacher) if cfg.distill or cfg.transfer.rule != "scratch" else None
+    start = None if cfg.init is None else open_initial_student(cfg.init)
+    teacher = load_teacher(cfg.teacher) if _needs_teacher(cfg, start) else None
     if cfg.distill is not None and cache is not None and teacher is not None:
         digests = {id_: store[id_].digest for id_ in train_ids}
         cache.require_match(digests, teacher.identity, cfg.distill.views)
 
     # Shapes are enough for all checks, and a student without numbers takes no memory.
     blank = blank_student(cfg.student)
-    values, transferred, transfer_lines = _transfer_weights(cfg, teacher, blank)
+    weights = _collect_weights(cfg, start, teacher, blank)
     distiller = _build_distiller(cfg, blank, cache)
 
     crops = _build_crops(cfg, store, cache, distiller)
@@ -133,16 +141,15 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
     return RunParts(
         blank=TrainModule(blank, distiller, sharded=cfg.engine.stage == 3),
         make=functools.partial(build_train_module, cfg, cache),
-        values=values,
-        depth=blank.depth,
-        transferred=transferred,
-        transfer_lines=transfer_lines,
+        values={f"{STUDENT}{name}": value for name, value in weights.values.items()},
+        lr_scales={f"{STUDENT}{name}": scale for name, scale in weights.lr_scales.items()},
+        start_lines=weights.lines,
         crops=crops,
         store=store,
         boxes=boxes,
         validates_on=validates_on,
         workload=workload,
-        inputs=_hash_inputs(store, teacher, cache),
+        inputs=_hash_inputs(store, start, teacher, cache),
     )
 
 
@@ -154,22 +161,38 @@ def build_train_module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainMod
     return TrainModule(student, _build_distiller(cfg, student, cache), sharded=cfg.engine.stage == 3)
 
 
+def _needs_teacher(cfg: TrainConfig, start: InitialStudent | None) -> bool:
+    """Whether the run uses a teacher's weights or features."""
+    # A trained transformer is not replaced by that of a teacher.
+    has_start = start is not None and (start.has_transformer or not cfg.student.transformer)
+    return cfg.distill is not None or (cfg.transfer.rule != "scratch" and not has_start)
+
+
+def _collect_weights(
+    cfg: TrainConfig, start: InitialStudent | None, teacher: Teacher | None, blank: Student
+) -> StartWeights:
+    """The weights that the student starts from, of a teacher and of `init`; those of `init` win."""
+    weights = _transfer_weights(cfg, start, teacher, blank)
+    if start is not None:
+        weights = add_initial_student(weights, start, blank, cfg.optim.init_lr)
+    return freeze_parts(weights, blank, cfg.freeze)
+
+
 def _transfer_weights(
-    cfg: TrainConfig, teacher: Teacher | None, blank: Student
-) -> tuple[dict[str, Tensor], frozenset[str], tuple[str, ...]]:
-    """(values of the module's parameters, names of those that learn as transferred ones, lines for people)."""
+    cfg: TrainConfig, start: InitialStudent | None, teacher: Teacher | None, blank: Student
+) -> StartWeights:
+    """The weights that a teacher gives."""
+    if start is not None and (start.has_transformer or not cfg.student.transformer):
+        return StartWeights()
     if teacher is None or cfg.transfer.rule == "scratch":
-        return {}, frozenset(), ("transfer: none, the student starts from random weights",)
+        return StartWeights(lines=("transfer: none, the student starts from random weights",))
 
     values, report = inflate.map_weights(teacher, blank, cfg.transfer)
 
     # Without transferred blocks nothing is worth a slow learning rate.
     kept = report.teacher_tensors if cfg.transfer.blocks else frozenset[str]()
-    return (
-        {f"{STUDENT}{name}": value for name, value in values.items()},
-        frozenset(f"{STUDENT}{name}" for name in kept),
-        tuple(str(report).splitlines()),
-    )
+    scales = {name: lr_scale(name, cfg.optim, blank.depth) for name in kept}
+    return StartWeights(values, scales, tuple(str(report).splitlines()))
 
 
 def _build_distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | None) -> Distiller | None:
@@ -202,13 +225,17 @@ def _build_crops(
     return CropDataset(store, sampler, cfg.student.patch, cache, views)
 
 
-def _hash_inputs(store: Store, teacher: Teacher | None, cache: FeatureCache | None) -> dict[str, str]:
+def _hash_inputs(
+    store: Store, start: InitialStudent | None, teacher: Teacher | None, cache: FeatureCache | None
+) -> dict[str, str]:
     """Name -> digest of everything besides the config that decides the result."""
     splits = {split: sorted(store.split(split)) for split in ("train", "val")}
     digests = {id_: store[id_].digest for id_ in store.ids if store[id_].split in splits}
 
     # A resumed run compares these, so another split counts as another input.
     digests["split"] = files.sha256_json(splits)
+    if start is not None:
+        digests["init"] = start.digest
     if teacher is not None:
         digests["teacher"] = str(teacher.identity["sha256"])
     if cache is not None:
@@ -225,7 +252,7 @@ def describe_run(cfg: TrainConfig, parts: RunParts, ranks: int) -> Iterator[str]
     total = sum(p.numel() for p in parts.blank.parameters())
 
     yield _describe_volumes(parts)
-    yield from parts.transfer_lines
+    yield from parts.start_lines
 
     heads = f", {(total - student) / 1e6:.2f} M for distillation" if total > student else ", no distillation"
     yield f"student: {student / 1e6:.2f} M parameters{heads}; ZeRO stage {cfg.engine.stage}, {parts.workload.dtype}"

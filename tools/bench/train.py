@@ -75,7 +75,7 @@ def _make_module(size: Any, sharded: bool) -> TrainModule:
 def _build_deepspeed(stage: Any, size: Any, dtype: torch.dtype) -> Trainer:
     with torch.device("meta"):
         blank = _make_module(size, sharded=stage == 3)
-    groups = group_parameters(blank.named_parameters(), OPTIM, blank.student.depth, ())
+    groups = group_parameters(blank.named_parameters(), OPTIM.weight_decay, {})
     sizes = [p.numel() for p in blank.parameters()]
     settings = build_deepspeed_settings(EngineConfig(stage=stage), OPTIM, dtype, 1, 1, sizes)
 
@@ -87,7 +87,6 @@ def _build_deepspeed(stage: Any, size: Any, dtype: torch.dtype) -> Trainer:
 def _build_plain(variant: str, size: Any, dtype: torch.dtype) -> Trainer:
     device = distributed.device()
     net: Any = _make_module(size, sharded=False).to(device)
-    depth = net.student.depth
     if variant == "ddp":
         net = DistributedDataParallel(net)
     else:
@@ -99,7 +98,7 @@ def _build_plain(variant: str, size: Any, dtype: torch.dtype) -> Trainer:
     named = {name.removeprefix("module."): p for name, p in net.named_parameters()}
     groups = [
         {"params": [named[name] for name in group.names], "weight_decay": group.weight_decay}
-        for group in group_parameters(named.items(), OPTIM, depth, ())
+        for group in group_parameters(named.items(), OPTIM.weight_decay, {})
     ]
     optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=BETAS)
 

@@ -160,7 +160,7 @@ def _measure_steps(
         blank = _build_blank(student, views)
         sizes = [p.numel() for p in blank.parameters()]
         settings = build_deepspeed_settings(EngineConfig(stage=stage), optim, dtype, 1, passes, sizes)
-        groups = group_parameters(blank.named_parameters(), optim, student.width[1], ())
+        groups = group_parameters(blank.named_parameters(), optim.weight_decay, {})
         engine = Engine(make, {}, groups, settings, dtype)
         engine.module.train()
 

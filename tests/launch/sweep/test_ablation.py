@@ -175,8 +175,8 @@ def test_each_of_the_twenty_settings_does_something_else(tmp_path, monkeypatch):
         parts = setup.build_parts(load_config(point))
         module = build_module(parts.make, parts.values).train()
         named = dict(module.named_parameters())
-        assert parts.transferred <= named.keys()
-        assert bool(parts.transferred) == (point["transfer"] != "scratch")
+        assert parts.lr_scales.keys() <= named.keys()
+        assert bool(parts.lr_scales) == (point["transfer"] != "scratch")
         rest[setting] = [
             p.detach().clone() for n, p in named.items() if n.startswith(("student.encoder.", "student.decoder."))
         ]

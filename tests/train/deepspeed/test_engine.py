@@ -50,7 +50,7 @@ def make():
         settings = build_deepspeed_settings(cfg, optim, dtype, 1, 2, sizes)
         if scale is not None:
             settings["fp16"] |= {"initial_scale_power": scale, "hysteresis": 1}
-        wanted = group_parameters(module.named_parameters(), optim, 1, ())
+        wanted = group_parameters(module.named_parameters(), optim.weight_decay, {})
         made.append(engine.Engine(lambda: module_of(cfg.stage), values or {}, wanted, settings, dtype))
         made[-1].set_lr(1e-3)
         return made[-1]

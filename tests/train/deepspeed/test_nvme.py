@@ -49,7 +49,7 @@ def made(cfg: EngineConfig) -> engine.Engine:
     settings = build_deepspeed_settings(
         cfg, OptimConfig(batch=1), torch.float32, 1, 1, [p.numel() for p in named.values()]
     )
-    wanted = group_parameters(named.items(), OptimConfig(), 1, ())
+    wanted = group_parameters(named.items(), OptimConfig().weight_decay, {})
     return engine.Engine(module, {}, wanted, settings, torch.float32)
 
 
