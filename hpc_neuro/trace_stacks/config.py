@@ -20,6 +20,10 @@ def _split_triple(value: Any) -> Any:
 Triple = Annotated[tuple[float, float, float], BeforeValidator(_split_triple)]
 
 
+NO_MODEL = "none"
+"""`model` of a stack whose brightness alone is traced."""
+
+
 @config
 class TraceStacksConfig:
     """Which stacks are traced, and how."""
@@ -28,6 +32,9 @@ class TraceStacksConfig:
     """Image files, folders of images, OME-Zarr folders, or patterns such as `*.tif`; plain paths after the verb."""
     out: Path = Path("trace")
     """Folder of the results."""
+    model: Path = Path("none")
+    """What finds the neurites: `none`, the brightness of the image itself; `bundled`, the student in the package; or a
+    student that you trained, as the folder of its run."""
     voxel_size: Triple | None = None
     """[um] z,y,x; none: as each file says. A stack without one is traced in voxels, and no micrometers are written."""
     channel: int | None = None

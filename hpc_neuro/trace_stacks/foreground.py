@@ -63,6 +63,8 @@ _SPREAD_TO_DEVIATION = 1.4826
 """Standard deviation of a Gaussian per median absolute deviation."""
 _MEASURED_VOXELS = 1 << 26
 """[voxel] Of larger volumes a sample of about this size is measured."""
+_MASK_SLAB = 64
+"""[slice] Of a mask, what is measured at once."""
 _SLAB_ITEMSIZE = 8
 """[bytes] What a voxel of a slab takes while it is smoothed; slabs are planned with it."""
 
@@ -310,9 +312,24 @@ def _measure_specks(sample: list[_Part], floor: float) -> tuple[float, float]:
 
         # Labels of a full mask take long, and it is no candidate.
         if count <= _MASK_SHARE * mask.size:
-            sizes = np.bincount(cc3d.connected_components(mask, connectivity=26)[mask])[1:]
-            specks += int(sizes[sizes < _SPECK_VOXELS].sum())
+            specks += _count_specks(mask)
     return specks / max(voxels, 1), voxels / size
+
+
+def _count_specks(mask: NDArray[np.bool_]) -> int:
+    """Voxels of a mask in connected components that are specks."""
+    sizes = np.bincount(cc3d.connected_components(mask, connectivity=26)[mask])[1:]
+    return int(sizes[sizes < _SPECK_VOXELS].sum())
+
+
+def measure_mask(probability: NDArray[np.uint8]) -> tuple[float, float]:
+    """Share of a volume that is at least 128, and the share of that mask in specks."""
+    voxels = specks = 0
+    for z in range(0, len(probability), _MASK_SLAB):
+        mask = probability[z : z + _MASK_SLAB] >= 128
+        voxels += int(np.count_nonzero(mask))
+        specks += _count_specks(mask)
+    return voxels / probability.size, specks / max(voxels, 1)
 
 
 # --- Arrays on tiles ---

@@ -12,6 +12,7 @@ from hpc_neuro.core import files, geometry
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.formats import Volume
+from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.report import figures, html
 from hpc_neuro.trace_stacks.foreground import Foreground
 
@@ -27,8 +28,14 @@ _COLORS = ("#5bc0ff", "#f2c14e", "#ff6b4a", "#8fe388", "#c9a0ff", "#ff9ecb")
 """Colors of the trees in turn."""
 
 
-def draw_overlay(volume: Volume, foreground: Foreground, trees: Sequence[Tree], voxel_size: VoxelSize | None) -> bytes:
-    """A PNG: the maximum projections of a stack, and beside them the same with its trees and their roots."""
+def draw_overlay(
+    volume: Volume,
+    foreground: Foreground,
+    probability: ReadBox | None,
+    trees: Sequence[Tree],
+    voxel_size: VoxelSize | None,
+) -> bytes:
+    """A PNG: the maximum projections of a stack, what the student found if there is one, and the trees."""
     size = voxel_size or (1.0, 1.0, 1.0)
     projections = _normalize(figures.project_maxima(foreground.read_image, volume.shape))
 
@@ -42,10 +49,13 @@ def draw_overlay(volume: Volume, foreground: Foreground, trees: Sequence[Tree], 
     ]
     # A ring shows where the first tree begins; more of them would hide the trees.
     root = tuple(geometry.to_um(trees[0].points[:1], size)[0].tolist()) if trees else None
-    panels = [
-        figures.Panel("image", projections),
-        figures.Panel("traced", projections, lines=lines, brightness=_DIM, root=root),
-    ]
+    panels = [figures.Panel("image", projections)]
+    if probability is not None:
+        levels = figures.project_maxima(probability, volume.shape)
+        full = np.float32(255)
+        shares = figures.Projections(levels.z / full, levels.y / full, levels.x / full)
+        panels.append(figures.Panel("probability", shares))
+    panels.append(figures.Panel("traced", projections, lines=lines, brightness=_DIM, root=root))
     unit = "voxels" if voxel_size is None else "\N{MICRO SIGN}m"
     return figures.draw_panels(panels, volume.shape, size, kind="png", unit=unit)
 
@@ -74,7 +84,10 @@ def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> 
         html.Column("cable", "length of all trees, in the unit of the next column"),
         html.Column("unit", numeric=False),
         html.Column("tips", "ends of branches"),
-        html.Column("agreement", "agreement with the tree that a higher brightness level gives; 1 is full agreement"),
+        html.Column(
+            "agreement",
+            "agreement with a second opinion: the image itself beside a student, else a higher level; 1 is the best",
+        ),
         html.Column("contrast", "median brightness of the foreground over the noise of the background"),
         html.Column("seconds"),
         html.Column("warnings"),

@@ -18,7 +18,7 @@ _MOST_TIPS = 12.0
 """[per 100 voxels of cable] Ends of branches, at most."""
 
 
-def list_warnings(figures: TraceFigures, is_inverted: bool) -> list[str]:
+def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = False) -> list[str]:
     """What a person must know before using the trees; [] where nothing is suspicious."""
     if not figures.trees:
         return ["nothing that looks like a neurite was traced; is it the right channel, and is it in focus?"]
@@ -51,8 +51,11 @@ def list_warnings(figures: TraceFigures, is_inverted: bool) -> list[str]:
             "follow neurites"
         )
     if figures.agreement is not None and figures.agreement < _LEAST_AGREEMENT:
+        measured = f"(agreement {figures.agreement:.2f}, expected {_LEAST_AGREEMENT:g})"
         warnings.append(
-            f"a higher level gives another tree (agreement {figures.agreement:.2f}, expected {_LEAST_AGREEMENT:g}): "
-            "the result depends on the brightness chosen"
+            f"the image itself gives another tree than the student {measured}: the student may not know such images; "
+            "compare with model=none"
+            if has_student
+            else f"a higher level gives another tree {measured}: the result depends on the brightness chosen"
         )
     return warnings

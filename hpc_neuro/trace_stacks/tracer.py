@@ -1,4 +1,4 @@
-"""Trace one image without a network: foreground, somas, trees, and how far the result can be trusted."""
+"""Trace one image, with a student or without: foreground, somas, trees, and how far the result can be trusted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.infer.proofread import DoubtfulPlace, NodeConfidence, find_places
 from hpc_neuro.metrics.cable import match_cable
-from hpc_neuro.trace_stacks.foreground import Foreground, measure_foreground
+from hpc_neuro.trace_stacks.foreground import Foreground, measure_foreground, measure_mask
 from hpc_neuro.tracing import (
     BlockSkeleton,
     Soma,
@@ -28,6 +29,10 @@ from hpc_neuro.tracing import (
     skeletonize_block,
     trace_block_skeletons,
 )
+
+# It imports torch, which a stack that is traced without a student does not need.
+if TYPE_CHECKING:
+    from hpc_neuro.trace_stacks.predictor import StackPredictor
 
 log = logging.getLogger(__name__)
 ReadBox = Callable[[Box], Array]
@@ -62,7 +67,8 @@ class TraceFigures:
     """Pieces that were too short to be trees."""
     left_out_cable: float
     agreement: float | None
-    """F1 of the cable against that of a level 1.6 times as high, at 4 voxels; None without a tree."""
+    """F1 of the cable against a second opinion, at 4 voxels: with a student that of the image itself, else that of a
+    level 1.6 times as high. None without a tree."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class ImageTrace:
     """In voxels: those of the roots or somas in their order, then the longest first."""
     somas: list[Soma]
     foreground: Foreground
+    probability: ReadBox | None
+    """[Z, Y, X] what the student found, 128 at its threshold; None without a student."""
     figures: TraceFigures
     places: list[DoubtfulPlace]
     """Places to look at, worst first."""
@@ -86,8 +94,10 @@ def trace_image(
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
     search_somas: bool = True,
+    predictor: StackPredictor | None = None,
+    label: str = "trace",
 ) -> ImageTrace:
-    """Trace an image that is read by box.
+    """Trace an image that is read by box: its own foreground, or with `predictor` what a student finds in it.
 
     With `roots` (z y x voxels): one tree for each. Without: one tree for each soma, which has type 1 there, and for
     each other piece that is long enough, from its thickest end. `voxel_size` (um, z y x) None: voxels are taken for
@@ -95,7 +105,14 @@ def trace_image(
     """
     cfg, size = cfg or TraceConfig(), voxel_size or (1.0, 1.0, 1.0)
     foreground = measure_foreground(stop_signals.stop_on_request(read), shape)
-    probability = _keep_in_memory(foreground, shape)
+    mask_share, speck_share = foreground.mask_share, foreground.speck_share
+
+    if predictor is None:
+        probability = _keep_in_memory(foreground, shape)
+    else:
+        prediction = predictor.predict(foreground.read_image, shape, label)
+        mask_share, speck_share = measure_mask(prediction)
+        probability = _read_from(prediction)
 
     skeletons = _skeletonize(probability, shape, size, cfg)
     somas = list[Soma]()
@@ -117,11 +134,17 @@ def trace_image(
     trees = [_mark_soma(tree) if number < len(somas) else tree for number, tree in enumerate(trees)]
 
     forest = morphology.concatenate_trees(trees)
-    agreement = _ask_second_opinion(trees, probability, foreground, shape, size, cfg) if trees else None
+    agreement = None
+    if trees and predictor is None:
+        strict = replace(cfg, threshold=min(_STRICT_RATIO * cfg.threshold, 1.0), low=None)
+        agreement = _ask_second_opinion(trees, probability, foreground, shape, size, strict)
+    elif trees:
+        own = _keep_in_memory(foreground, shape)
+        agreement = _ask_second_opinion(trees, own, foreground, shape, size, cfg)
     noise = foreground.noise_level
     figures = TraceFigures(
-        mask_share=round(foreground.mask_share, 5),
-        speck_share=round(foreground.speck_share, 4),
+        mask_share=round(mask_share, 5),
+        speck_share=round(speck_share, 4),
         contrast_to_noise=round(foreground.brightness / noise, 1) if noise > 1e-3 * foreground.brightness else None,
         trees=len(trees),
         somas=len(somas),
@@ -136,7 +159,8 @@ def trace_image(
         plain = measure_confidence(forest, probability, shape)
         confidence = NodeConfidence(plain, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
         places = find_places(forest, confidence, shape, size)
-    return ImageTrace(trees, somas, foreground, figures, places)
+    shown = None if predictor is None else probability
+    return ImageTrace(trees, somas, foreground, shown, figures, places)
 
 
 def _keep_in_memory(foreground: Foreground, shape: Shape) -> ReadBox:
@@ -148,7 +172,12 @@ def _keep_in_memory(foreground: Foreground, shape: Shape) -> ReadBox:
     for z in range(0, shape[0], 16):
         box = Box((z, 0, 0), (min(z + 16, shape[0]), shape[1], shape[2]))
         whole[box.slices] = foreground.probability(box)
-    return lambda box: whole[box.slices]
+    return _read_from(whole)
+
+
+def _read_from(array: NDArray[np.uint8]) -> ReadBox:
+    """Reads boxes of an array."""
+    return lambda box: array[box.slices]
 
 
 def _skeletonize(probability: ReadBox, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> list[BlockSkeleton]:
@@ -184,13 +213,12 @@ def _mark_soma(tree: Tree) -> Tree:
 def _ask_second_opinion(
     trees: Sequence[Tree], probability: ReadBox, foreground: Foreground, shape: Shape, size: VoxelSize, cfg: TraceConfig
 ) -> float:
-    """Agreement of the trees with those that a higher level gives from the same roots; 0 where it gives none."""
-    strict = replace(cfg, threshold=min(_STRICT_RATIO * cfg.threshold, 1.0), low=None)
+    """Agreement of the trees with those that another probability, or level, gives from the same roots; 0 for none."""
     roots = [tuple(tree.points[0].tolist()) for tree in trees]
-    skeletons = _skeletonize(probability, shape, size, strict)
+    skeletons = _skeletonize(probability, shape, size, cfg)
     try:
         others = trace_block_skeletons(
-            skeletons, probability, shape, size, roots=roots, cfg=strict, image=foreground.read_image
+            skeletons, probability, shape, size, roots=roots, cfg=cfg, image=foreground.read_image
         )
     except InputError:
         return 0.0

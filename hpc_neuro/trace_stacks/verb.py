@@ -9,7 +9,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpc_neuro.core import files, morphology, run_folder, schema, stop_signals
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
@@ -18,11 +18,15 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, describe_image_folder
+from hpc_neuro.models.student_folder import find_student
 from hpc_neuro.trace_stacks import page
-from hpc_neuro.trace_stacks.config import TraceStacksConfig
+from hpc_neuro.trace_stacks.config import NO_MODEL, TraceStacksConfig
 from hpc_neuro.trace_stacks.sanity import list_warnings
 from hpc_neuro.trace_stacks.stacks import Stack, choose_voxel_size, list_stacks
 from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
+
+if TYPE_CHECKING:
+    from hpc_neuro.trace_stacks.predictor import StackPredictor
 
 log = logging.getLogger(__name__)
 INDEX = "trace.json"
@@ -62,14 +66,17 @@ def run(cfg: TraceStacksConfig) -> int:
         volume = stacks[0].open(cfg)
         stacks[0].read_roots(cfg, volume.shape)
 
-    is_whole = (cfg.out / INDEX).exists() and all(_read_result(cfg, stack) for stack in stacks)
+    # Weights that cannot be used are reported before a folder is made, too.
+    weights = _hash_weights(cfg)
+    is_whole = (cfg.out / INDEX).exists() and all(_read_result(cfg, stack, weights) for stack in stacks)
     with run_folder.start("trace", cfg, cfg.out, {}, _MAY_CHANGE, whole=is_whole) as record:
         results, failures = dict[str, Result](), list[str]()
+        predictor = None if is_whole else _load_predictor(cfg)
         for number, stack in enumerate(stacks, start=1):
             stop_signals.check()
             label = f"[{number}/{len(stacks)}] {stack.id}"
             try:
-                results[stack.id] = _read_result(cfg, stack) or _trace_stack(cfg, stack, label)
+                results[stack.id] = _read_result(cfg, stack, weights) or _trace_stack(cfg, stack, label, predictor)
             except InputError as error:
                 if len(stacks) == 1:
                     raise
@@ -92,13 +99,13 @@ def _require_separate_results(cfg: TraceStacksConfig, stacks: list[Stack]) -> No
             raise InputError(f"{cfg.out} lies in the image {stack.path}; give another place:  out=FOLDER")
 
 
-def _trace_stack(cfg: TraceStacksConfig, stack: Stack, label: str) -> Result:
+def _trace_stack(cfg: TraceStacksConfig, stack: Stack, label: str, predictor: StackPredictor | None) -> Result:
     """Trace one stack and write its files; what trace.json says of it."""
     started_at = time.monotonic()
     volume = stack.open(cfg)
     size = choose_voxel_size(cfg, volume)
     roots = stack.read_roots(cfg, volume.shape)
-    key = _make_key(cfg, stack)
+    key = _make_key(cfg, stack, _hash_weights(cfg))
     log.info("%s: %s voxels ...", label, " x ".join(map(str, volume.shape)))
     if size is None:
         log.warning(
@@ -107,24 +114,33 @@ def _trace_stack(cfg: TraceStacksConfig, stack: Stack, label: str) -> Result:
             stack.id,
         )
 
-    trace = trace_image(volume.__getitem__, volume.shape, size, roots=roots, cfg=cfg.trace, search_somas=cfg.somas)
-    warnings = list_warnings(trace.figures, trace.foreground.is_inverted)
+    trace = trace_image(
+        volume.__getitem__,
+        volume.shape,
+        size,
+        roots=roots,
+        cfg=cfg.trace,
+        search_somas=cfg.somas,
+        predictor=predictor,
+        label=label,
+    )
+    warnings = list_warnings(trace.figures, trace.foreground.is_inverted, predictor is not None)
     for warning in warnings:
         log.warning("%s: %s", stack.id, warning)
 
     # From here to the entry below the files are half written, and the entry of earlier ones is stale.
     _set_changed_files_aside(cfg.out, stack.id)
     files.write_json(_entry_path(cfg.out, stack.id), {"key": "", "files": {}, "result": {}})
-    paths = _write_trees(cfg.out, stack, trace.trees, size)
+    paths = _write_trees(cfg, stack, trace.trees, size)
     files.write_json(
         cfg.out / "neuroglancer" / f"{stack.id}.json",
         page.build_neuroglancer_state(trace.trees, volume.shape, size),
     )
     overlay = cfg.out / "overlay" / f"{stack.id}.png"
     with files.atomic(overlay) as part:
-        part.write_bytes(page.draw_overlay(volume, trace.foreground, trace.trees, size))
+        part.write_bytes(page.draw_overlay(volume, trace.foreground, trace.probability, trace.trees, size))
 
-    result = _describe(stack, volume, trace, size, roots, warnings)
+    result = _describe(cfg, stack, volume, trace, size, roots, warnings)
     result["seconds"] = round(time.monotonic() - started_at, 1)
     checksums = {path.relative_to(cfg.out).as_posix(): files.sha256(path) for path in [*paths, overlay]}
     # The entry comes last: with it the stack counts as done.
@@ -140,6 +156,7 @@ def _trace_stack(cfg: TraceStacksConfig, stack: Stack, label: str) -> Result:
 
 
 def _describe(
+    cfg: TraceStacksConfig,
     stack: Stack,
     volume: Volume,
     trace: ImageTrace,
@@ -156,7 +173,7 @@ def _describe(
         "image": str(stack.path),
         "shape": volume.shape,
         "voxel_size": size,
-        "model": "none",
+        "model": str(cfg.model),
         "start": start,
         "roots": [tree.points[0].round(3).tolist() for tree in trace.trees],
         "somas": [asdict(soma) for soma in trace.somas],
@@ -182,18 +199,37 @@ def _describe(
     }
 
 
+# --- The student ---
+
+
+def _hash_weights(cfg: TraceStacksConfig) -> str:
+    """SHA-256 of the student's weights; "" without a student. Raises InputError where there are none."""
+    return "" if str(cfg.model) == NO_MODEL else files.sha256(find_student(cfg.model) / "model.safetensors")
+
+
+def _load_predictor(cfg: TraceStacksConfig) -> StackPredictor | None:
+    """The student, ready; None without one."""
+    if str(cfg.model) == NO_MODEL:
+        return None
+    # Torch takes seconds to import, and a stack that is traced without a student does not need it.
+    from hpc_neuro.trace_stacks.predictor import StackPredictor
+
+    return StackPredictor(cfg.model)
+
+
 # --- Files of a stack ---
 
 
-def _write_trees(out: Path, stack: Stack, trees: list[Tree], size: VoxelSize | None) -> list[Path]:
+def _write_trees(cfg: TraceStacksConfig, stack: Stack, trees: list[Tree], size: VoxelSize | None) -> list[Path]:
     """Write all trees of a stack in one file, and each in its own where there are several; the paths."""
     if not trees:
         return []
-    comments = [f"traced by hpc_neuro {run_folder.code_version()} from {stack.path}, without a network"]
-    paths = _write_swc(out / "swc", stack.id, morphology.concatenate_trees(trees), size, comments)
+    finder = "without a network" if str(cfg.model) == NO_MODEL else f"with the student {cfg.model}"
+    comments = [f"traced by hpc_neuro {run_folder.code_version()} from {stack.path}, {finder}"]
+    paths = _write_swc(cfg.out / "swc", stack.id, morphology.concatenate_trees(trees), size, comments)
     if len(trees) > 1:
         for number, tree in enumerate(trees, start=1):
-            paths += _write_swc(out / "swc" / stack.id, f"{number:04d}", tree, size, comments)
+            paths += _write_swc(cfg.out / "swc" / stack.id, f"{number:04d}", tree, size, comments)
     return paths
 
 
@@ -251,24 +287,24 @@ def _read_entry(out: Path, name: str) -> _Entry | None:
     return None
 
 
-def _make_key(cfg: TraceStacksConfig, stack: Stack) -> str:
+def _make_key(cfg: TraceStacksConfig, stack: Stack, weights: str) -> str:
     """All that the trees of a stack depend on, hashed."""
     content = files.sha256(stack.path) if stack.path.is_file() else describe_image_folder(stack.path)
     seed_file = stack.find_seed_file(cfg)
     settings = {k: v for k, v in schema.to_plain(cfg).items() if k not in ("stacks", "out", "seeds")}
     seeds = files.sha256(seed_file) if seed_file is not None and seed_file.is_file() else ""
-    facts = json.dumps([_METHOD, content, seeds, str(stack.path.resolve()), settings], sort_keys=True)
+    facts = json.dumps([_METHOD, content, seeds, weights, str(stack.path.resolve()), settings], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def _read_result(cfg: TraceStacksConfig, stack: Stack) -> Result | None:
+def _read_result(cfg: TraceStacksConfig, stack: Stack, weights: str) -> Result | None:
     """The result that an earlier run left of the same image and settings, whose files all exist; None without."""
     entry = _read_entry(cfg.out, stack.id)
     # What cannot be opened fails where it is traced.
     if entry is None or not stack.path.exists():
         return None
     is_whole = all((cfg.out / file).exists() for file in entry.files)
-    return entry.result if is_whole and entry.key == _make_key(cfg, stack) else None
+    return entry.result if is_whole and entry.key == _make_key(cfg, stack, weights) else None
 
 
 def _write_index(cfg: TraceStacksConfig, results: dict[str, Result], failures: list[str]) -> None:

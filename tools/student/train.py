@@ -19,18 +19,15 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from hpc_neuro.core import files, run_folder
-from hpc_neuro.models.student import load_student
-from hpc_neuro.models.student_folder import find_student
-from tools.student.card import write_card
+from tools.student.card import export_weights
 from tools.student.scenes import MANIFEST, join_stores, write_scenes
 
 log = logging.getLogger(__name__)
 
 RECIPE = (
     "student.transformer=false",
+    "student.patch=[4,8,8]",
     "transfer.rule=scratch",
     "distill=null",
     "crop.size=[24,96,96]",
@@ -83,14 +80,13 @@ def _build(args: argparse.Namespace) -> None:
 
     first, second = args.steps
     _run("train", f"store={own_store}", f"out={out / 'first'}", f"optim.steps={first}", *RECIPE)
-    if not second:
-        return
-    join_stores(out / "store_all", stores)
-    init = f"init={out / 'first'}"
-    _run("train", f"store={out / 'store_all'}", f"out={out / 'second'}", f"optim.steps={second}", init, *RECIPE, *_SECOND)
+    joint = out / "store_all"
+    join_stores(joint, stores)
+    more = (f"optim.steps={second}", f"init={out / 'first'}", *RECIPE, *_SECOND)
+    _run("train", f"store={joint}", f"out={out / 'second'}", *more)
 
     if args.export:
-        export_weights(out / "second", args.export, _list_volumes(stores))
+        export_weights([out / "first", out / "second"], joint, args.export)
         log.info("wrote %s", args.export)
 
 
@@ -99,3 +95,7 @@ def _run(verb: str, *settings: str) -> None:
     command = [sys.executable, "-m", "hpc_neuro", verb, *settings]
     log.info("hpc-neuro %s", " ".join([verb, *settings]))
     subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""A student that finds the neurites of a stack: its probability, read by box, as `trace` reads the foreground."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_neuro.core import distributed, files, stop_signals
+from hpc_neuro.core.geometry import Shape
+from hpc_neuro.data.intensity import ReadBox, compute_intensity_range, normalize
+from hpc_neuro.infer.progress import WindowProgress
+from hpc_neuro.infer.tiling import Tiling
+from hpc_neuro.models import sliding_window
+from hpc_neuro.models.student import load_student
+from hpc_neuro.models.student_folder import find_student
+
+_OVERLAP = 0.25
+"""Share of a window that the next one covers again, as in `infer`."""
+_BATCH = 4
+"""Windows at once; halved where the memory does not suffice."""
+_BLOCK: Shape = (128, 512, 512)
+"""[voxel] Predicted at once in a large volume."""
+_KEPT_VOXELS = 1 << 28
+"""[voxel] The probability of a volume up to this size is kept in memory."""
+_WHOLE_VOXELS = 1 << 25
+"""[voxel] A volume up to this size is predicted at once, so that no window runs twice."""
+
+
+class StackPredictor:
+    """A student, ready to predict stacks."""
+
+    def __init__(self, model: Path) -> None:
+        """`model` as of `find_student`. Raises InputError and ConfigError for weights that cannot be used."""
+        self.folder = find_student(model)
+        self.student, meta = load_student(self.folder)
+        self.device = distributed.device()
+        self.student.to(self.device)
+        self.digest = files.sha256(self.folder / "model.safetensors")
+
+        self.threshold = float(meta.get("threshold", 0.5))
+        z, y, x = (int(size) for size in meta["window"])
+        self.window: Shape = (z, y, x)
+        self._batch = sliding_window.BatchSize(_BATCH)
+
+    def predict(self, read: ReadBox, shape: Shape, label: str) -> NDArray[np.uint8]:
+        """[Z, Y, X] probability of a stack that is bright on dark; 128 stands for the student's threshold.
+
+        Takes one byte a voxel: in memory, of a large stack in a temporary file. Raises InputError for an image without
+        contrast.
+        """
+        low, high = compute_intensity_range(read, shape)
+        tiling = Tiling(self.window, _OVERLAP, self.student.patch, self._choose_block(shape), (1, 1, 1))
+        blocks = tiling.list_blocks(shape)
+        scale = _make_scale(self.threshold)
+
+        probability = _allocate(shape)
+        with WindowProgress(label, tiling.count_all_windows(shape)) as progress:
+            for block in stop_signals.until_stopped(blocks):
+                image = normalize(read(block.read), low, high)
+                values = sliding_window.predict(
+                    self.student,
+                    image,
+                    tiling.window,
+                    tiling.overlap,
+                    self._batch,
+                    self.device,
+                    lambda count: _advance(progress, count),
+                    skip_black=self.skips_black,
+                )
+                own = values[block.write.relative_to(block.read.start).slices]
+                probability[block.write.slices] = scale[np.rint(own * 255).astype(np.uint8)]
+        return probability
+
+    @functools.cached_property
+    def skips_black(self) -> bool:
+        """Whether windows of zeros need not be run, because the student finds nothing in them."""
+        black = np.zeros(self.window, dtype=np.float32)
+        values = sliding_window.predict(self.student, black, self.window, device=self.device)
+        return float(values.max()) < self.threshold
+
+    def _choose_block(self, shape: Shape) -> Shape:
+        return shape if math.prod(shape) <= _WHOLE_VOXELS else _BLOCK
+
+
+def _allocate(shape: Shape) -> NDArray[np.uint8]:
+    """An array of bytes; one that is too large for the memory lies in a file without a name, which ends with it."""
+    if math.prod(shape) <= _KEPT_VOXELS:
+        return np.empty(shape, dtype=np.uint8)
+    return np.memmap(tempfile.TemporaryFile(), dtype=np.uint8, mode="w+", shape=shape)
+
+
+def _advance(progress: WindowProgress, count: int) -> None:
+    """Count windows; a stop request ends the block."""
+    stop_signals.check()
+    progress.advance(count)
+
+
+def _make_scale(threshold: float) -> NDArray[np.uint8]:
+    """[256] probability as one byte -> the same with the threshold moved to 128, linear on both sides of it."""
+    levels = np.linspace(0, 1, 256)
+    below = levels / threshold * 128
+    above = 128 + (levels - threshold) / (1 - threshold) * 127
+    return np.where(levels < threshold, np.minimum(below, 127), above).astype(np.uint8)
