@@ -65,7 +65,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hpc_neuro", "hpc_neuro.*", "launch", "launch.*"]),
-    package_data={"hpc_neuro": ["py.typed", "assets/*"]},
+    package_data={"hpc_neuro": ["py.typed", "assets/*", "assets/student/*"]},
     install_requires=RUNTIME,
     extras_require={
         "test": TEST,

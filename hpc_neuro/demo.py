@@ -18,7 +18,8 @@ from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.synthetic import SyntheticConfig
 from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.metrics.score_file import read_scores
-from hpc_neuro.models.config import TeacherConfig
+from hpc_neuro.models.config import SavedStudent, TeacherConfig
+from hpc_neuro.models.student_folder import find_student
 from hpc_neuro.pipeline import STAGES
 
 # The stages are imported when they run: a config error answers within a second.
@@ -32,6 +33,8 @@ SYNTHETIC_STEPS, SYNTHETIC_BATCH = 400, 2
 """Training steps and crops per step on synthetic neurons."""
 REAL_STEPS, REAL_BATCH = 1500, 4
 """Training steps and crops per step on the user's own neurons."""
+FINE_TUNING_STEPS = 400
+"""Training steps of a student that was trained before."""
 
 
 @config
@@ -44,6 +47,9 @@ class DemoConfig:
     """Folder of image + SWC pairs of the same stem, and an optional meta.json; none: synthetic neurons are made."""
     test: list[str] = Field(default_factory=list)
     """Neurons held out of training; empty: every fifth in order, the fourth first (of three or fewer, the last)."""
+    init: Path | None = None
+    """Student to go on from: `bundled`, or the folder of a run; none: a new one. The network then has its form, and no
+    teacher takes part."""
     steps: int | None = Field(default=None, ge=1)
     """Training steps; none: as many as two cores do in the time that the README promises."""
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
@@ -76,7 +82,7 @@ def forecast(cfg: DemoConfig) -> list[str]:
         )
 
     if cfg.data is None:
-        return [f"synthetic neurons, then {', '.join(STAGES)}, all under {cfg.out}"]
+        return [f"synthetic neurons, then {', '.join(list_stages(cfg))}, all under {cfg.out}"]
 
     held_out = choose_held_out(cfg, cfg.data)
     lines = STAGES["prepare"].load_module().forecast(stage_config(cfg, "prepare", cfg.data, held_out))
@@ -97,7 +103,7 @@ def run(cfg: DemoConfig) -> int:
             return 0
 
         # Only the stages that run are numbered: the user's own data needs no synthetic neurons.
-        names = list(STAGES) if cfg.data else ["synthetic", *STAGES]
+        names = list_stages(cfg) if cfg.data else ["synthetic", *list_stages(cfg)]
         # Synthetic neurons are written where the user's own would be read from.
         data = cfg.data or cfg.out / "raw"
         for number, name in enumerate(until_stopped(names), start=1):
@@ -117,6 +123,11 @@ def run(cfg: DemoConfig) -> int:
     return 0
 
 
+def list_stages(cfg: DemoConfig) -> list[str]:
+    """The stages that run. Features of a teacher are of use to a new student alone."""
+    return [name for name in STAGES if cfg.init is None or name != "precompute"]
+
+
 def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str] = ()) -> Any:
     """The config of one stage: the folders under `out` and the demo's values, then the user's overrides.
 
@@ -133,8 +144,24 @@ def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str]
         steps, batch = (SYNTHETIC_STEPS, SYNTHETIC_BATCH) if cfg.data is None else (REAL_STEPS, REAL_BATCH)
         values |= {"teacher": cfg.teacher, "crop.size": CROP}
         values |= {"optim.steps": cfg.steps or steps, "optim.batch": batch}
+        if cfg.init is not None:
+            values |= _continue_training(cfg.init, cfg.steps)
 
     return load(stage.load_config_class(), None, getattr(cfg, name), values)
+
+
+def _continue_training(init: Path, steps: int | None) -> dict[str, Any]:
+    """What `train` needs to go on from a student: its form and its crops. Raises InputError where there is none."""
+    saved = load(SavedStudent, find_student(init) / "student.yaml")
+    return {
+        "init": init,
+        "student": saved.student,
+        "cache": None,
+        "distill": None,
+        "transfer.rule": "scratch",
+        "crop.size": saved.extra["window"],
+        "optim.steps": steps or FINE_TUNING_STEPS,
+    }
 
 
 def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:
@@ -171,7 +198,7 @@ def digest_pairs(data: Path) -> str:
 def _check_keys(cfg: DemoConfig) -> None:
     """Raise ConfigError with the faults of all stages, so that none appears only when its stage starts."""
     faults = []
-    for name in STAGES:
+    for name in list_stages(cfg):
         try:
             stage_config(cfg, name, cfg.data or cfg.out / "raw")
         except ConfigError as error:
@@ -200,8 +227,8 @@ def _run_stage(cfg: DemoConfig, name: str, label: str, data: Path) -> int:
 def _list_damaged_stages(cfg: DemoConfig) -> list[str]:
     """The stages that left no readable record, or whose outputs are not as they were written."""
     damaged = []
-    for name, stage in STAGES.items():
-        folder = cfg.out / str(stage.folder)
+    for name in list_stages(cfg):
+        folder = cfg.out / str(STAGES[name].folder)
         try:
             record = run_folder.read_record(folder, "the stage runs again")
         except InputError:

@@ -132,7 +132,7 @@ _ROWS = (
         config="TrainConfig",
         summary="store + cache -> 3D student",
         main_keys=(
-            "store cache out teacher.model teacher.weights student.size student.patch crop.size "
+            "store cache out init teacher.model teacher.weights student.size crop.size "
             "optim.steps optim.batch optim.lr losses distill engine.stage tracker.wandb seed"
         ),
         folder="train",
@@ -188,7 +188,7 @@ _ROWS = (
         positional="stacks",
         summary="image stacks -> trees (SWC), without labels",
         main_keys=(
-            "out voxel_size channel root seeds axes dataset somas trace.metric trace.min_branch trace.gap "
+            "out model voxel_size channel root seeds axes dataset somas trace.metric trace.min_branch trace.gap "
             "trace.root_is_end"
         ),
         artifacts=("trace.json", "trace.html"),
@@ -210,7 +210,7 @@ _ROWS = (
         config="DemoConfig",
         summary="all of the above on a small data set",
         main_keys=(
-            "out data test steps teacher.model teacher.weights synthetic.volumes synthetic.shape "
+            "out data test init steps teacher.model teacher.weights synthetic.volumes synthetic.shape "
             "prepare precompute train infer evaluate"
         ),
         artifacts=("metrics.json", "metrics.csv", "report.html"),

@@ -21,6 +21,7 @@ from hpc_neuro import demo
 from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data import swc
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
+from hpc_neuro.models.config import SavedStudent
 from hpc_neuro.pipeline import STAGES
 
 SMALL = [
@@ -131,6 +132,28 @@ def test_settings_of_evaluate_decide_what_is_printed(pairs: Path, tmp_path: Path
     summary = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
     assert set(summary) == {"model", "seconds"}
     assert set(summary["model"]) == {"dice", "f1_2vox", "esa", "hd95_um"}
+
+
+@pytest.mark.slow
+def test_the_demo_goes_on_from_a_trained_student(finished_demo: Path, pairs: Path, tmp_path: Path) -> None:
+    """Its form and its crops come from there, and no teacher takes part."""
+    keys = [f"data={pairs}", f"init={finished_demo}/train", "steps=3"]
+    keys += ["train=[validate.crops=2,tracker.wandb=disabled]", *(key for key in SMALL if key.startswith("infer="))]
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_neuro", "demo", f"out={tmp_path / 'out'}", *keys, "evaluate=[draws=100]"],
+        capture_output=True, text=True, timeout=280, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[4/4] evaluate done" in done.stderr
+    assert "tensors come from" in done.stderr
+    assert not (tmp_path / "out" / "cache").exists()
+
+    first, second = (
+        folder / "train" / "weights" / "best" / "student.yaml" for folder in (finished_demo, tmp_path / "out")
+    )
+    forms = [load(SavedStudent, path) for path in (first, second)]
+    assert forms[0].student == forms[1].student
+    assert forms[0].extra["window"] == forms[1].extra["window"] == [8, 32, 32]
 
 
 @pytest.mark.parametrize(

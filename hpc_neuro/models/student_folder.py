@@ -10,7 +10,7 @@ from hpc_neuro.core.schema import ConfigError, InputError
 
 BUNDLED = "bundled"
 """Name of the student that ships in the package."""
-FILES = ("student.yaml", "model.safetensors")
+STUDENT_FILES = ("student.yaml", "model.safetensors")
 """Files of a folder of weights."""
 _ASSET = Path(__file__).parent.parent / "assets" / "student"
 
@@ -24,14 +24,14 @@ def find_student(model: Path, which: Literal["best", "last"] = "best") -> Path:
     if str(model) == BUNDLED:
         return _ASSET
 
-    has_weights = (model / FILES[1]).is_file()
+    has_weights = (model / STUDENT_FILES[1]).is_file()
     # A folder of weights stands for itself; the wish for others would be ignored silently.
     if has_weights and which == "last" and model.resolve().name != "last":
         raise ConfigError(f"weights: {model} holds weights itself and no `last`; give the folder that train wrote")
 
     for folder in (model, model / "weights" / which):
-        if (folder / FILES[1]).is_file():
-            for name in FILES:
+        if (folder / STUDENT_FILES[1]).is_file():
+            for name in STUDENT_FILES:
                 run_folder.require_unchanged(folder / name)
             return folder
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import distributed, files, stop_signals
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.data.intensity import ReadBox, compute_intensity_range, normalize
+from hpc_neuro.infer.model import choose_window, predict_black
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window
@@ -43,8 +44,7 @@ class StackPredictor:
         self.digest = files.sha256(self.folder / "model.safetensors")
 
         self.threshold = float(meta.get("threshold", 0.5))
-        z, y, x = (int(size) for size in meta["window"])
-        self.window: Shape = (z, y, x)
+        self.window = choose_window(self.folder, meta, self.student.patch, None)
         self._batch = sliding_window.BatchSize(_BATCH)
 
     def predict(self, read: ReadBox, shape: Shape, label: str) -> NDArray[np.uint8]:
@@ -79,9 +79,7 @@ class StackPredictor:
     @functools.cached_property
     def skips_black(self) -> bool:
         """Whether windows of zeros need not be run, because the student finds nothing in them."""
-        black = np.zeros(self.window, dtype=np.float32)
-        values = sliding_window.predict(self.student, black, self.window, device=self.device)
-        return float(values.max()) < self.threshold
+        return predict_black(self.student, self.window, self.device) < self.threshold
 
     def _choose_block(self, shape: Shape) -> Shape:
         return shape if math.prod(shape) <= _WHOLE_VOXELS else _BLOCK

@@ -18,7 +18,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, describe_image_folder
-from hpc_neuro.models.student_folder import find_student
+from hpc_neuro.models.student_folder import STUDENT_FILES, find_student
 from hpc_neuro.trace_stacks import page
 from hpc_neuro.trace_stacks.config import NO_MODEL, TraceStacksConfig
 from hpc_neuro.trace_stacks.sanity import list_warnings
@@ -203,8 +203,11 @@ def _describe(
 
 
 def _hash_weights(cfg: TraceStacksConfig) -> str:
-    """SHA-256 of the student's weights; "" without a student. Raises InputError where there are none."""
-    return "" if str(cfg.model) == NO_MODEL else files.sha256(find_student(cfg.model) / "model.safetensors")
+    """Hash of the student's files, with its threshold; "" without a student. Raises InputError where there is none."""
+    if str(cfg.model) == NO_MODEL:
+        return ""
+    folder = find_student(cfg.model)
+    return " ".join(files.sha256(folder / name) for name in STUDENT_FILES)
 
 
 def _load_predictor(cfg: TraceStacksConfig) -> StackPredictor | None:

@@ -1,0 +1,127 @@
+"""A student in `trace`: whole and blocked alike, scaled to its threshold, and its tree beside that of the image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from hpc_neuro import cli
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.data import swc
+from hpc_neuro.data.intensity import compute_intensity_range, normalize
+from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.models import sliding_window
+from hpc_neuro.models.config import StudentConfig
+from hpc_neuro.models.student import build_student, save_student
+from hpc_neuro.trace_stacks import predictor as module
+from hpc_neuro.trace_stacks.predictor import StackPredictor
+from tests.helpers.stacks import make_neuron, take_picture
+
+WINDOW = (16, 32, 32)
+
+
+def save_brightness_student(folder: Path, threshold: float = 0.3) -> Path:
+    """A student whose probability rises with the brightness of a voxel: the head sees what the first layer saw."""
+    cfg = StudentConfig(transformer=False, patch=(4, 8, 8), channels=(8, 4, 4))
+    student = build_student(cfg)
+    state = {name: torch.zeros_like(value) for name, value in student.state_dict().items()}
+
+    # Each of the four voxels of a folded cell passes through a channel of its own.
+    weight = state["encoder.first.conv.weight"]
+    for voxel in range(4):
+        weight[voxel, voxel, 1, 1, 1] = 1.0
+        state["decoder.head.weight"][voxel, voxel] = 20.0
+    state["decoder.head.bias"] -= 6.0
+    save_student(folder, cfg, state, {"window": list(WINDOW), "mirrored": True, "threshold": threshold})
+    return folder
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    return save_brightness_student(tmp_path / "weights")
+
+
+def test_blocks_predict_what_the_whole_stack_does_and_the_threshold_is_128(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = take_picture(make_neuron(3))
+    z, y, x = image.shape
+    student = StackPredictor(weights)
+    whole = student.predict(lambda box: image[box.slices], (z, y, x), "n")
+
+    # The same numbers as those of `infer`, scaled.
+    low, high = compute_intensity_range(lambda box: image[box.slices], (z, y, x))
+    exact = sliding_window.predict(student.student, normalize(image, low, high), WINDOW, 0.25)
+    np.testing.assert_array_equal(whole >= 128, np.rint(exact * 255) / 255 >= 0.3)
+    assert whole.max() > 200
+
+    monkeypatch.setattr(module, "_WHOLE_VOXELS", 0)
+    monkeypatch.setattr(module, "_BLOCK", (16, 64, 64))
+    monkeypatch.setattr(module, "_KEPT_VOXELS", 0)
+    blocked = student.predict(lambda box: image[box.slices], (z, y, x), "n")
+    assert np.abs(blocked.astype(int) - whole).max() <= 1
+
+
+def test_the_student_finds_the_neurites_and_the_page_shows_them(weights: Path, tmp_path: Path) -> None:
+    stack, out = tmp_path / "n.tif", tmp_path / "out"
+    tifffile.imwrite(stack, take_picture(make_neuron(3)))
+    command = ["trace", str(stack), f"model={weights}", "voxel_size=1,1,1", f"out={out}"]
+    assert cli.main(command) == EXIT_DONE
+    assert match_cable(swc.read(out / "swc" / "n.voxel.swc"), make_neuron(3), 3.0).f1 > 0.9
+
+    result = json.loads((out / "trace.json").read_text())["stacks"]["n"]
+    assert result["model"] == str(weights)
+    assert result["figures"]["agreement"] > 0.9
+    assert "with the student" in (out / "swc" / "n.swc").read_text()
+
+    # Other weights are another result, and the same ones are none.
+    tree = out / "swc" / "n.swc"
+    before = tree.stat().st_mtime_ns
+    assert cli.main(command) == EXIT_DONE
+    assert tree.stat().st_mtime_ns == before
+    save_brightness_student(weights, threshold=0.6)
+    assert cli.main(command) == EXIT_DONE
+    after = tree.stat().st_mtime_ns
+    assert after > before
+    assert cli.main([*command[:2], "model=none", *command[3:]]) == EXIT_DONE
+    assert tree.stat().st_mtime_ns > after
+
+
+def test_a_student_that_finds_another_tree_than_the_image_is_doubted(tmp_path: Path) -> None:
+    weights = save_brightness_student(tmp_path / "weights", threshold=0.9999)
+    stack, out = tmp_path / "n.tif", tmp_path / "out"
+    image = take_picture(make_neuron(3))
+    # Only one half of the neuron is bright enough for the student.
+    image[:, :, image.shape[2] // 2 :] //= 3
+    tifffile.imwrite(stack, image)
+    assert cli.main(["trace", str(stack), f"model={weights}", f"out={out}"]) == EXIT_DONE
+    warnings = json.loads((out / "trace.json").read_text())["stacks"]["n"]["warnings"]
+    assert any("compare with model=none" in warning for warning in warnings)
+
+
+def test_weights_that_are_not_there_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stack, out = tmp_path / "n.tif", tmp_path / "out"
+    tifffile.imwrite(stack, take_picture(make_neuron(3)))
+    assert cli.main(["trace", str(stack), f"model={tmp_path}", f"out={out}"]) == EXIT_BAD_INPUT
+    assert "holds no weights" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_stack_that_is_dark_on_bright_is_inverted_for_the_student(weights: Path) -> None:
+    image = take_picture(make_neuron(3))
+    z, y, x = image.shape
+    from hpc_neuro.trace_stacks.tracer import trace_image
+
+    dark = 255 - image
+    student = StackPredictor(weights)
+    trace = trace_image(lambda box: dark[box.slices], (z, y, x), (1, 1, 1), predictor=student)
+    assert trace.foreground.is_inverted
+    assert trace.probability is not None
+    mask = np.asarray(trace.probability(Box.whole((z, y, x))), dtype=np.uint8) >= 128
+    assert mask.mean() < 0.05
