@@ -2,9 +2,9 @@
 
     python -m tools.bench.trace_stacks STORE... [--models none bundled RUN ...] [--only ID ...] [--without-links]
 
-Every method gets the same root (that of the gold tree) and the same tracer. Otsu's mask is that of the raw image. One
-row for each neuron and method, then the means; the last line is JSON. Dice is that of the mask before tracing; the
-cable is compared at 4 voxels, from the root on. Seconds are CPU seconds of this process.
+Every method gets the same tracer, and the same root where the store has one; without a root all trees are compared.
+Otsu's mask is that of the raw image. One row for each neuron and method, then the means; the last line is JSON. Dice is
+that of the mask before tracing; the cable is compared at 4 voxels. Seconds are CPU seconds of this process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     cfg = TraceConfig(signal_gap=0.0) if args.without_links else TraceConfig()
-    methods: dict[str, Callable[[StoredVolume, Point], Outcome]] = {OTSU: lambda v, root: _trace_otsu(v, root, cfg)}
+    methods: dict[str, Callable[[StoredVolume], Outcome]] = {OTSU: lambda volume: _trace_otsu(volume, cfg)}
     for model in args.models:
         methods[model] = _make_method(model, cfg)
 
@@ -73,12 +73,9 @@ def main() -> int:
                 continue
             gold = volume.tree()
             tips = len(morphology.tips(gold))
-            # The tree of a cropped stack may begin just outside it.
-            start = volume.root or gold.points[0]
-            z, y, x = np.clip(start, 0, np.asarray(volume.shape) - 1).tolist()
             for name, method in methods.items():
-                outcome = method(volume, (z, y, x))
-                row = _score(volume, outcome, (z, y, x))
+                outcome = method(volume)
+                row = _score(volume, outcome)
                 table[name][volume.id] = row
                 print(_format_row(volume.id, name, row, tips), flush=True)
 
@@ -92,33 +89,45 @@ def main() -> int:
     return 0
 
 
-def _make_method(model: str, cfg: TraceConfig) -> Callable[[StoredVolume, Point], Outcome]:
+def _make_method(model: str, cfg: TraceConfig) -> Callable[[StoredVolume], Outcome]:
     predictor = None if model == NO_MODEL else StackPredictor(Path(model))
 
-    def run(volume: StoredVolume, root: Point) -> Outcome:
+    def run(volume: StoredVolume) -> Outcome:
         started_at = time.process_time()
         result = trace_image(
-            volume.image, volume.shape, volume.voxel_size, roots=[root], cfg=cfg, predictor=predictor, label=volume.id
+            volume.image,
+            volume.shape,
+            volume.voxel_size,
+            roots=_list_roots(volume),
+            cfg=cfg,
+            predictor=predictor,
+            label=volume.id,
         )
         seconds = time.process_time() - started_at
         probability = result.probability or measure_foreground(volume.image, volume.shape).probability
         mask = np.asarray(probability(Box.whole(volume.shape)), dtype=np.uint8) >= 128
         warnings = list_warnings(result.figures, result.foreground.is_inverted, predictor is not None)
-        return Outcome(result.trees[0], _measure_dice(volume, mask), seconds, len(warnings))
+        return Outcome(morphology.concatenate_trees(result.trees), _measure_dice(volume, mask), seconds, len(warnings))
 
     return run
 
 
-def _trace_otsu(volume: StoredVolume, root: Point, cfg: TraceConfig) -> Outcome:
+def _list_roots(volume: StoredVolume) -> list[Point]:
+    return [] if volume.root is None else [volume.root]
+
+
+def _trace_otsu(volume: StoredVolume, cfg: TraceConfig) -> Outcome:
     started_at = time.process_time()
     whole = Box.whole(volume.shape)
     mask = OtsuMask(volume).mask(whole)
     try:
-        tree = trace(mask, volume.voxel_size, roots=[root], cfg=cfg, image=volume.normalized_image(whole))[0]
+        trees = trace(mask, volume.voxel_size, roots=_list_roots(volume), cfg=cfg, image=volume.normalized_image(whole))
     except InputError as error:
         logging.warning("%s: %s: %s; counts as a miss", volume.id, OTSU, error)
-        tree = morphology.empty_tree()
-    return Outcome(tree, _measure_dice(volume, mask), time.process_time() - started_at, 0)
+        trees = []
+    return Outcome(
+        morphology.concatenate_trees(trees), _measure_dice(volume, mask), time.process_time() - started_at, 0
+    )
 
 
 def _measure_dice(volume: StoredVolume, mask: NDArray[np.bool_]) -> float:
@@ -129,7 +138,7 @@ def _measure_dice(volume: StoredVolume, mask: NDArray[np.bool_]) -> float:
     return float(2 * np.count_nonzero(truth & predicted) / max(truth.sum() + predicted.sum(), 1))
 
 
-def _score(volume: StoredVolume, outcome: Outcome, root: Point) -> Row:
+def _score(volume: StoredVolume, outcome: Outcome) -> Row:
     comparison = Comparison(
         predicted_mask=volume.mask,
         gold_mask=volume.mask,
@@ -137,7 +146,7 @@ def _score(volume: StoredVolume, outcome: Outcome, root: Point) -> Row:
         gold_tree=volume.tree(),
         shape=volume.shape,
         voxel_size=volume.voxel_size,
-        root=root,
+        root=volume.root,
         tolerance_vox=TOLERANCE_VOX,
         tolerance_um=None,
     )
