@@ -171,8 +171,11 @@ def _sort_words(verb: Verb, words: list[str]) -> tuple[Path | None, list[str], d
     # A file may have `=` in its name.
     plain = [word for word in words if "=" not in word or Path(word).exists()]
     keys = [word for word in words if word not in plain]
-    path = Path(plain.pop(0)) if plain and plain[0].lower().endswith((".yaml", ".yml")) else None
-    return path, keys, {verb.positional: plain} if plain else {}
+    configs = [word for word in plain if word.lower().endswith((".yaml", ".yml"))]
+    if len(configs) > 1:
+        raise schema.ConfigError(f"{' and '.join(configs)} are two configs; give one")
+    plain = [word for word in plain if word not in configs]
+    return Path(configs[0]) if configs else None, keys, {verb.positional: plain} if plain else {}
 
 
 def _log_to_console() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology
 from hpc_neuro.core.constants import EXIT_DONE
-from hpc_neuro.core.files import format_count
+from hpc_neuro.core.files import format_count, quote_path
 from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
@@ -273,7 +273,7 @@ def _describe_tree(path: Path, picture: Path | None) -> Iterator[str]:
 
     findings = swc.check(path)
     if findings:
-        yield f"note: {format_count(len(findings), 'finding')}; list them with:  hpc-neuro swc check {path}"
+        yield f"note: {format_count(len(findings), 'finding')}; list them with:  hpc-neuro swc check {quote_path(path)}"
     if picture is not None:
         _draw_tree(picture, path.name, tree, unit)
         yield f"picture: {picture}"

@@ -88,7 +88,7 @@ def _check(path: Path, options: Options) -> int:
 
     for finding in findings:
         place = f"{path}:{finding.line}" if finding.line else str(path)
-        advice = "  [not readable before `swc fix`]" if finding.fatal else ""
+        advice = f"  [{_explain_fatal(findings)}]" if finding.fatal else ""
         _print(f"{place}: {finding.text}{advice}")
     if findings:
         return EXIT_FAILURES
@@ -96,6 +96,11 @@ def _check(path: Path, options: Options) -> int:
     tree = swc.read(path)
     _print(f"{path}: clean, {format_count(len(tree), 'node')}, length {morphology.length(tree):.6g}")
     return EXIT_DONE
+
+
+def _explain_fatal(findings: Sequence[swc.SwcFinding]) -> str:
+    is_empty = any(finding.kind == "empty" for finding in findings)
+    return "not readable; export the tree again" if is_empty else "not readable before `swc fix`"
 
 
 def _fix(path: Path, options: Options) -> int:

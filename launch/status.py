@@ -92,7 +92,8 @@ def require_idle(out: Path) -> None:
     busy = [job for job, state in states.items() if state in ("queued", "running")]
     if busy:
         raise InputError(
-            f"{out} already has a job, {', '.join(busy[:5])}; wait for it, or `python -m launch cancel {out}` first"
+            f"{out} already has a job, {', '.join(busy[:5])}; wait for it, or "
+            f"`python -m launch cancel {files.quote_path(out)}` first"
         )
 
 

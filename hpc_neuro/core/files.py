@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import uuid
 from collections.abc import Hashable, Iterator, Sequence
@@ -95,7 +96,8 @@ def read_json(path: Path, hint: str, form: Any = None) -> Any:
     Raises InputError, which ends with `hint`: what to do when the file is missing, damaged or of another form.
     """
     try:
-        value = parse_json(read_bounded(path, _MAX_JSON_BYTES).decode("utf-8"))
+        # Editors of Windows begin a text with a byte-order mark.
+        value = parse_json(read_bounded(path, _MAX_JSON_BYTES).decode("utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist; {hint}") from None
     except OSError as error:
@@ -130,11 +132,20 @@ def _adapter_of(form: Hashable) -> TypeAdapter[Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError for text that is damaged or nested too deeply, and for NaN."""
+    """The value of a JSON text. Raises ValueError for damaged text, for NaN, and for a key that stands twice."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_build_mapping)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _build_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # JSON leaves open which of two values holds, and Python keeps the last one in silence.
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return mapping
 
 
 def _refuse_constant(name: str) -> None:
@@ -351,6 +362,11 @@ def explain_full_disk(folder: Path, what: str) -> Iterator[None]:
 
 
 # --- Numbers for people ---
+
+
+def quote_path(path: Path | str) -> str:
+    """A path as a shell takes it, for the commands that messages advise."""
+    return shlex.quote(str(path))
 
 
 def format_count(count: int, noun: str, plural: str = "") -> str:

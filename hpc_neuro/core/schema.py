@@ -69,7 +69,8 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     except ValidationError as error:
         faults += [_describe_fault(cls, item) for item in error.errors()]
 
-    messages = [fault for fault in faults if fault is not None]
+    # A list that is too short has one fault for each entry that it lacks.
+    messages = list(dict.fromkeys(fault for fault in faults if fault is not None))
     if messages:
         lines = "\n".join(f"  {message}" for message in messages)
         raise ConfigError(f"{source} is not a usable {cls.__name__}:\n{lines}")
@@ -171,6 +172,7 @@ def _set_key(cls: Any, tree: dict[str, Any], dotted: str, value: Any) -> str | N
     owner: Any = cls
 
     for key in parents:
+        _begin_entry(node, key)
         if isinstance(node, list):
             if not _is_index(key, node):
                 return _index_fault(dotted, node)
@@ -196,12 +198,18 @@ def _set_key(cls: Any, tree: dict[str, Any], dotted: str, value: Any) -> str | N
     return None
 
 
+def _begin_entry(node: Any, key: str) -> None:
+    """Add an empty section to a list that ends before it: `inputs.0.image=FILE` begins the first entry."""
+    if isinstance(node, list) and key == str(len(node)):
+        node.append({})
+
+
 def _is_index(key: str, items: Sequence[Any]) -> bool:
     return key.isdigit() and int(key) < len(items)
 
 
 def _index_fault(dotted: str, items: Sequence[Any]) -> str:
-    return f"{dotted}: the list has {len(items)} entries, 0 to {len(items) - 1}"
+    return f"{dotted}: the list has {len(items)} entries, numbered from 0" if items else f"{dotted}: the list is empty"
 
 
 def _find_conflicts(overrides: Sequence[str]) -> list[str]:
@@ -259,11 +267,35 @@ def _describe_fault(cls: Any, item: Any) -> str:
         message = f"{item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
     elif item["type"] == "unexpected_keyword_argument":
         message += _suggest_key(cls, path)
+    elif (tuple_fault := _describe_tuple_fault(cls, item)) is not None:
+        return tuple_fault
     elif item["type"] not in ("missing", "value_error"):
         shown = repr(item["input"])
         message += f", found {shown if len(shown) <= _SHORT_VALUE else shown[:_SHORT_VALUE] + '...'}"
 
     return f"{path}: {message}" if path else message
+
+
+def _describe_tuple_fault(cls: Any, item: Any) -> str | None:
+    """The fault of a list with too few or too many entries, or of no list, with the key's help; None for another."""
+    place = [str(part) for part in item["loc"]]
+    if item["type"] == "missing" and place[-1].isdigit():
+        place.pop()
+    elif item["type"] not in ("tuple_type", "too_long"):
+        return None
+
+    path = ".".join(place)
+    name = ".".join("N" if part.isdigit() else part for part in place)
+    field = next((field for field in describe(cls) if re.sub(r"\[[^]]*\]", "", field.key) == name), None)
+    wanted = re.match(r"\[((?:int|float|str)(?:, (?:int|float|str))*)\]", field.type) if field else None
+    if field is None or wanted is None:
+        return None
+
+    value = item["input"]
+    shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    noun = "texts" if "str" in wanted[1] else "numbers"
+    count, meaning = wanted[1].count(",") + 1, field.text.partition(";")[0]
+    return f"{path}: {count} {noun} are expected, found {shown[:_SHORT_VALUE]}; {path} is {meaning}"
 
 
 def _suggest_key(cls: Any, path: str) -> str:

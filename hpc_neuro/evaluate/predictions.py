@@ -98,7 +98,8 @@ class PredictionFolder:
         if tree and digest and files.sha256(self.path / tree) != digest:
             raise InputError(
                 f"{self.path / tree} was changed after `infer` wrote it, so that its scores would not be the model's; "
-                f"`hpc-neuro infer verify {self.path}` sets it aside and writes the model's tree again"
+                f"`hpc-neuro infer verify {files.quote_path(self.path)}` sets it aside and writes the model's tree "
+                "again"
             )
 
     def _check_shards(self, volume_id: str) -> None:
@@ -108,12 +109,12 @@ class PredictionFolder:
         """
         image = self.path / self._entries[volume_id]["probability"]
         for marker in sorted((self.path / "blocks" / volume_id).glob("[0-9]*.json")):
-            record = files.read_json(marker, f"run `hpc-neuro infer verify {self.path}`")
+            record = files.read_json(marker, f"run `hpc-neuro infer verify {files.quote_path(self.path)}`")
             shards = record.get("files", {}) if isinstance(record, dict) else {}
             if missing := [image / shard for shard in shards if not (image / shard).is_file()]:
                 raise InputError(
                     f"{missing[0]} does not exist, although `infer` wrote it ({marker}); its voxels would be scored as "
-                    f"background. `hpc-neuro infer verify {self.path}` computes it again"
+                    f"background. `hpc-neuro infer verify {files.quote_path(self.path)}` computes it again"
                 )
 
     def _list_files(self, volume_id: str) -> list[Path]:

@@ -111,7 +111,9 @@ class ViewerLayers:
         """The state that `infer` wrote for proofreading; a plain one for a volume without trees."""
         path = self._out / "proofread" / f"{name}.neuroglancer.json"
         if path.exists():
-            state = files.read_json(path, f"`hpc-neuro infer verify {self._out}` writes it again", _StateForm)
+            state = files.read_json(
+                path, f"`hpc-neuro infer verify {files.quote_path(self._out)}` writes it again", _StateForm
+            )
             # The address of the server was not known when the file was written.
             return dict(json.loads(json.dumps(state).replace("http://HOST/", f"{base}/")))
 

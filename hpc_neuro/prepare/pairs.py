@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,7 +147,9 @@ def _read_meta_entry(path: Path, id_: str, entry: Mapping[str, Any]) -> dict[str
         if key in entry:
             # The file is in x y z order, everything else in z y x.
             value = entry[key]
-            row[column] = value[::-1] if key.endswith("_xyz") and isinstance(value, list) else value
+            if key.endswith("_xyz") and value is not None:
+                value = _parse_triple(value, f"{path}: {key} of {id_}", order="x y z")
+            row[column] = value[::-1] if isinstance(value, tuple) else value
     return row
 
 
@@ -187,10 +190,30 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         except YamlError as error:
             raise InputError(f"{path} is not YAML: {error}") from None
     else:
-        rows = list(csv.DictReader(text.splitlines(), skipinitialspace=True))
+        rows = _parse_csv(path, text)
 
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} lists no volumes; one row each with id, image, swc is wanted")
+    return rows
+
+
+def _parse_csv(path: Path, text: str) -> list[dict[str, Any]]:
+    """The rows of a table with a header, separated by commas, semicolons or tabs, as spreadsheets of any country do."""
+    lines = text.splitlines()
+    delimiter = max(",;\t", key=lines[0].count) if lines else ","
+    reader = csv.DictReader(lines, skipinitialspace=True, delimiter=delimiter)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise InputError(f"{path} is no table of comma-separated values: {error}") from None
+
+    names = list(reader.fieldnames or [])
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{path} has the column {repeated[0]} {names.count(repeated[0])} times; keep one of them")
+    # DictReader keeps cells without a name under None.
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise InputError(f"{path}: row {number} below the header has more cells than the header has names")
     return rows
 
 
@@ -250,19 +273,19 @@ def _read_text(row: Mapping[str, Any], column: str, source: Path) -> str:
     return yaml_text.as_written(value)
 
 
-def _parse_triple(value: Any, name: str) -> Triple | None:
-    """Three numbers from a list or from text such as `1.0 0.33 0.33` (also with ; or , between)."""
+def _parse_triple(value: Any, name: str, order: str = "z y x") -> Triple | None:
+    """Three numbers from a list or from text such as `1.0 0.33 0.33` (also with ; or , between), in their order."""
     if value is None:
         return None
 
     parts = value.replace(";", " ").replace(",", " ").strip("[] ").split() if isinstance(value, str) else value
     try:
-        z, y, x = (float(part) for part in parts)
+        first, second, third = (math.nan if isinstance(part, bool) else float(part) for part in parts)
     except (TypeError, ValueError):
-        raise InputError(f"{name} is {value!r}; three numbers z y x are wanted") from None
-    if not np.isfinite([z, y, x]).all():
-        raise InputError(f"{name} is {value!r}; three finite numbers z y x are wanted")
-    return z, y, x
+        raise InputError(f"{name} is {value!r}; three numbers {order} are wanted") from None
+    if not np.isfinite([first, second, third]).all():
+        raise InputError(f"{name} is {value!r}; three finite numbers {order} are wanted")
+    return first, second, third
 
 
 def _assign_splits(pairs: list[ImagePair], cfg: SplitConfig) -> list[ImagePair]:

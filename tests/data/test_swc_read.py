@@ -40,7 +40,8 @@ def test_ambiguous_files_are_refused_by_line(file: Put, kind: str) -> None:
     content, message = REFUSED[kind]
     with pytest.raises(InputError, match=message) as caught:
         swc.read(file(content))
-    assert "hpc-neuro swc fix" in str(caught.value)
+    # Nothing can be repaired where there is no node.
+    assert ("hpc-neuro swc fix" in str(caught.value)) != ("no node" in str(caught.value))
     assert any(f.fatal for f in swc.check(file(content)))
 
 

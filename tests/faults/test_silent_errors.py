@@ -69,10 +69,23 @@ CASES: dict[str, Case] = {
     "commas for all": ("a.swc", b"1,3,0,5,1,5,0,1,-1\n2,3,1,5,1,5,0,1,1\n", ["info", "FILE"], 2, "decimal points"),
     "empty column": ("a.swc", b"1,3,,0,0,1,-1,7\n", ["info", "FILE"], 2, "not seven numbers"),
     "underscore": ("a.swc", b"1 3 1_0 0 0 1 -1\n", ["info", "FILE"], 2, "not seven numbers"),
+    "an offset": ("a.swc", f"# OFFSET 10 20 30\n{ROWS}".encode(), ["swc", "check", "FILE"], 3, "shift=30,20,10"),
+    "no offset": ("a.swc", f"# OFFSET 0 0 0\n{ROWS}".encode(), ["swc", "check", "FILE"], 0, "clean"),
+    "quoted numbers": ("a.swc", b'1 1 0 0 1 .5 "-1"\n', ["info", "FILE"], 2, "Export it again"),
+    "a page of a web site": ("a.swc", b"404: Not Found\n", ["swc", "check", "FILE"], 3, "export the tree again"),
     "three-point soma": ("a.swc", THREE_POINTS.encode(), ["swc", "check", "FILE"], 0, "clean"),
     # Reported: YAML 1.1, bombs.
     "minutes by clock": ("c.yaml", b"out: o\nstore: s\noptim: {steps: 12:00:00}\n", ["train", "FILE"], 2, "12:00:00"),
     "key twice": ("c.yaml", b"out: a\nout: b\n", ["prepare", "FILE"], 2, "stands twice"),
+    "two numbers for three": (
+        "c.yaml",
+        b"root: [1, 2]\n",
+        ["trace", "x.tif", "FILE"],
+        2,
+        "3 numbers are expected, found 1, 2",
+    ),
+    "a number for three": ("c.yaml", b"voxel_size: 1\n", ["trace", "x.tif", "FILE"], 2, "voxel_size is [um] z,y,x"),
+    "four numbers for three": ("c.yaml", b"root: 1,2,3,4\n", ["trace", "x.tif", "FILE"], 2, "z,y,x where the neuron"),
     "deep YAML": ("c.yaml", b"images: " + b"[" * 5000, ["prepare", "FILE"], 2, "nested too deeply"),
     "YAML that holds itself": ("c.yaml", b"images: &a [*a]\n", ["prepare", "FILE"], 2, "nested"),
     "YAML tags": ("c.yaml", b"images: !!python/name:os.system\n", ["prepare", "FILE"], 2, "constructor"),
@@ -118,6 +131,59 @@ def test_ids_stay_as_written(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "store" / "dataset.json").read_text())
     assert list(index["volumes"]) == ["010", "8"]
     assert index["volumes"]["010"]["split"] == "test"
+
+
+PAIR_CASES: dict[str, tuple[str, bytes, int, str]] = {
+    # What stands beside a pair n1.tif and n1.swc; exit code of `prepare`; the voxel size or a part of the message.
+    "x y z as text": ("meta.json", b'{"n1": {"voxel_size_um_xyz": "0.3 0.4 1"}}', 0, "[1.0, 0.4, 0.3]"),
+    "x y z as texts": ("meta.json", b'{"n1": {"voxel_size_um_xyz": ["0.3", "0.4", "1"]}}', 0, "[1.0, 0.4, 0.3]"),
+    "byte-order mark": ("meta.json", b'\xef\xbb\xbf{"n1": {"voxel_size_um_xyz": [1, 2, 3]}}', 0, "[3.0, 2.0, 1.0]"),
+    "an id twice": (
+        *("meta.json", b'{"n1": {"voxel_size_um_xyz": [1, 1, 1]}, "n1": {"voxel_size_um_xyz": [2, 2, 2]}}'),
+        *(2, "the key 'n1' stands twice"),
+    ),
+    "a key twice": ("meta.json", b'{"n1": {"swc_unit": "um", "swc_unit": "voxel"}}', 2, "'swc_unit' stands twice"),
+    "true for 1": ("meta.json", b'{"n1": {"voxel_size_um_xyz": [true, 1, 1]}}', 2, "three finite numbers x y z"),
+    "two sizes": ("meta.json", b'{"n1": {"voxel_size_um_xyz": [1, 1]}}', 2, "three numbers x y z"),
+    "semicolons": ("m.csv", b"id;image;swc;voxel_size\n010;n1.tif;n1.swc;1 2 3\n", 0, "[1.0, 2.0, 3.0]"),
+    "tabs": ("m.csv", b"id\timage\tswc\tvoxel_size\n010\tn1.tif\tn1.swc\t1 2 3\n", 0, "[1.0, 2.0, 3.0]"),
+    "decimal commas": ("m.csv", b"image;swc;voxel_size\nn1.tif;n1.swc;1 0,3 0,3\n", 2, "three numbers z y x"),
+    "a column twice": ("m.csv", b"image,swc,swc\nn1.tif,n1.swc,x.swc\n", 2, "the column swc 2 times"),
+    "more cells than names": ("m.csv", b"image,swc\nn1.tif,n1.swc,1 1 1\n", 2, "row 1 below the header has more cells"),
+    "an id that is no text": ("m.yaml", b"- {id: true, image: n1.tif, swc: n1.swc}\n", 2, "a text is wanted"),
+    "a date": ("m.yaml", b"- {id: 2026-11-30, image: n1.tif, swc: n1.swc, voxel_size: [1, 2, 3]}\n", 0, "2026-11-30"),
+    "Norway": ("m.yaml", b"- {id: NO, image: n1.tif, swc: n1.swc, voxel_size: [1, 2, 3]}\n", 0, '"NO"'),
+    "an exponent": (
+        "m.yaml",
+        b"- {id: 1e5, image: n1.tif, swc: n1.swc, voxel_size: 1 2 3}\n",
+        0,
+        '"1e5"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PAIR_CASES)
+def test_what_describes_a_pair(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, content, code, text = PAIR_CASES[case]
+    image = np.random.default_rng(0).integers(0, 255, (8, 16, 24), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "n1.tif", image, metadata={"axes": "ZYX"})
+    (tmp_path / "n1.swc").write_text("1 3 8 8 4 1 -1\n2 3 16 8 4 1 1\n")
+    (tmp_path / name).write_bytes(content)
+    source = f"images={tmp_path}" if name == "meta.json" else f"manifest={tmp_path / name}"
+
+    assert main(["prepare", source, f"out={tmp_path / 'out'}", "misaligned=warn"]) == code
+    index = tmp_path / "out" / "dataset.json"
+    volumes = json.loads(index.read_text())["volumes"] if index.exists() else {}
+    sizes = [volume["voxel_size_um"] for volume in volumes.values()]
+    assert text in f"{json.dumps(list(volumes))} {sizes} {capsys.readouterr().err}"
+
+
+def test_the_first_entry_of_a_list_is_given_by_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [f"model={tmp_path}", f"out={tmp_path / 'out'}", "inputs.0.image=a.tif", "inputs.0.range=[0,189]"]
+    assert main(["infer", *keys, "inputs.2.image=c.tif"]) == 2
+    assert "inputs.2.image: the list has 1 entries" in capsys.readouterr().err
+    assert main(["infer", *keys]) == 2
+    assert "inputs" not in capsys.readouterr().err
 
 
 def make_fifo(path: Path) -> None:

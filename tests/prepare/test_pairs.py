@@ -142,7 +142,7 @@ def test_bad_meta_json_is_named(tmp_path: Path) -> None:
         find(f"images={tmp_path}")
 
     (tmp_path / "meta.json").write_text('{"a": {"root_xyz": [1, 2]}}')
-    with pytest.raises(InputError, match="three numbers z y x are wanted"):
+    with pytest.raises(InputError, match="root_xyz of a is .*three numbers x y z are wanted"):
         find(f"images={tmp_path}")
 
 

@@ -84,7 +84,7 @@ class FeatureCache:
             raise InputError(
                 f"{self.path} lacks {len(damaged)} of its {len(self.manifest['shards'])} shards, or they were cut "
                 f"short ({', '.join(damaged[:3])}); `hpc-neuro precompute` with the same config, or "
-                f"`hpc-neuro cache verify {self.path}`, rebuilds just those"
+                f"`hpc-neuro cache verify {files.quote_path(self.path)}`, rebuilds just those"
             )
 
     def _forget_handles(self) -> None:
@@ -109,7 +109,7 @@ class FeatureCache:
 
         digests: volume -> content digest as the store gives it. teacher: Teacher.identity.
         """
-        command = f"hpc-neuro precompute store=... out={self.path}"
+        command = f"hpc-neuro precompute store=... out={files.quote_path(self.path)}"
         cached_teacher = self.manifest["teacher"]
         if dict(cached_teacher) != dict(teacher):
             raise CacheMismatch(
@@ -207,7 +207,7 @@ class FeatureCache:
         except (OSError, KeyError) as error:
             raise InputError(
                 f"the shard {self.path / shard.name} cannot be read ({error}); "
-                f"`hpc-neuro cache verify {self.path}` finds and rebuilds damaged shards"
+                f"`hpc-neuro cache verify {files.quote_path(self.path)}` finds and rebuilds damaged shards"
             ) from error
         return codes
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from hpc_neuro.core.files import quote_path
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.convert import Transform, convert, transform
-from hpc_neuro.data.swc.header import SwcHeader, parse_header, unit_in_um
+from hpc_neuro.data.swc.header import SwcHeader, find_offset, parse_header, unit_in_um
 from hpc_neuro.data.swc.repair import RepairResult, fix, split_by_length
 from hpc_neuro.data.swc.structure import build_tree, link
-from hpc_neuro.data.swc.table import SwcFinding, parse
+from hpc_neuro.data.swc.table import SwcFinding, SwcTable, parse
 from hpc_neuro.data.swc.writer import drop_added_nodes, node_ids, write
 
 __all__ = [
@@ -52,8 +54,9 @@ def read(path: Path | str) -> Tree:
         lines = [f"  {finding}" for finding in linked.fatal[:_MAX_SHOWN]]
         if len(linked.fatal) > _MAX_SHOWN:
             lines.append(f"  and {len(linked.fatal) - _MAX_SHOWN} more")
-        findings = "\n".join(lines)
-        raise InputError(f"{path} is not a usable SWC file:\n{findings}\nRepair it with:  hpc-neuro swc fix {path}")
+        # Without a node there is nothing that `fix` could repair.
+        advice = f"Repair it with:  hpc-neuro swc fix {quote_path(path)}" if len(linked.table) else "Export it again."
+        raise InputError("\n".join([f"{path} is not a usable SWC file:", *lines, advice]))
 
     # What `write` added is no part of the tree.
     return drop_added_nodes(build_tree(linked), linked.table.comments)
@@ -67,7 +70,19 @@ def check(path: Path | str) -> list[SwcFinding]:
     table = parse(Path(path))
     conflict = parse_header(table.comments).conflict
     unit = [SwcFinding(0, "unit", conflict)] if conflict else []
-    return sorted([*unit, *link(table).findings])
+    return sorted([*unit, *_find_offsets(table), *link(table).findings])
+
+
+def _find_offsets(table: SwcTable) -> Iterator[SwcFinding]:
+    """Findings on lines that state an offset other than 0, which may be applied already or not."""
+    for comment in table.comments:
+        if comment.is_whole_line and (offset := find_offset(comment.text)):
+            z, y, x = offset
+            text = (
+                f"the header states an offset of {x:g} {y:g} {z:g} (x y z), which is not applied; where it has to be, "
+                f"use `hpc-neuro swc transform FILE shift={z:g},{y:g},{x:g}`"
+            )
+            yield SwcFinding(comment.line, "offset", text)
 
 
 def read_header(path: Path | str) -> SwcHeader:
@@ -83,7 +98,8 @@ def require_header(path: Path | str) -> SwcHeader:
     header = read_header(path)
     if header.conflict:
         raise InputError(
-            f"{path}: {header.conflict}; state which holds with:  hpc-neuro swc fix {path} unit=um  (or unit=voxel)"
+            f"{path}: {header.conflict}; state which holds with:  hpc-neuro swc fix {quote_path(path)} unit=um  "
+            "(or unit=voxel)"
         )
     return header
 

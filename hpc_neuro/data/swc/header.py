@@ -78,6 +78,7 @@ _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _THREE_NUMBERS = re.compile(rf"(?<![\w.])({_NUMBER})[\s,;x*\u00d7]+({_NUMBER})[\s,;x*\u00d7]+({_NUMBER})(?![\w.])")
 _SIZE_UNIT = re.compile(_WORD.split("(?!")[0] + r"(?![a-z])")
 _SCALE = re.compile(rf"^scale\s*[:=]?\s*({_NUMBER})[\s,]+({_NUMBER})[\s,]+({_NUMBER})")
+_OFFSET = re.compile(_SCALE.pattern.replace("scale", "offset", 1))
 _UNSCALED_SOURCES = re.compile(r"original_source.*(?:cloudvolume|kimimaro|igneous|osteoid)")
 """Programs whose SCALE is a matrix of theirs, and whose coordinates are in nanometres as a rule."""
 
@@ -181,6 +182,15 @@ def parse_header(comments: Sequence[SwcComment]) -> SwcHeader:
     return SwcHeader(unit_name, size if isinstance(size, tuple) else None, unit.line if unit else 0)
 
 
+def find_offset(text: str) -> tuple[float, float, float] | None:
+    """The offset z y x that a line such as `OFFSET 10 20 30` of cvapp's header states; None for none, and for 0."""
+    match = _OFFSET.match(_normalize(text))
+    if not match:
+        return None
+    x, y, z = (float(number) for number in match.groups())
+    return (z, y, x) if any((z, y, x)) else None
+
+
 def states_other(text: str, unit: Unit, voxel_size: VoxelSize | None) -> bool:
     """Whether a comment line states another unit or voxel size than these."""
     header = parse_header([SwcComment(1, text)])
@@ -188,7 +198,8 @@ def states_other(text: str, unit: Unit, voxel_size: VoxelSize | None) -> bool:
         # A voxel size whose unit is that of the positions says nothing without them.
         header = parse_header([SwcComment(1, f"unit: {unit}"), SwcComment(2, text)])
     is_other_size = header.voxel_size is not None and header.voxel_size != voxel_size
-    return bool(header.conflict) or header.unit not in (None, unit) or is_other_size
+    # An offset is that of the file which was read.
+    return bool(header.conflict or find_offset(text)) or header.unit not in (None, unit) or is_other_size
 
 
 def _find_units(line: SwcComment) -> Iterator[_Statement]:
