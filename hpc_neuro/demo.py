@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from hpc_neuro.core import files, run_folder
+from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.image_names import is_system_file
 from hpc_neuro.core.schema import ConfigError, InputError, config, load
 from hpc_neuro.core.stop_signals import until_stopped
@@ -106,10 +107,14 @@ def run(cfg: DemoConfig) -> int:
         names = list_stages(cfg) if cfg.data else ["synthetic", *list_stages(cfg)]
         # Synthetic neurons are written where the user's own would be read from.
         data = cfg.data or cfg.out / "raw"
+        left_out: list[str] = []
         for number, name in enumerate(until_stopped(names), start=1):
             label = f"[{number}/{len(names)}] {name}"
             code = _run_stage(cfg, name, label, data)
-            if code:
+            # Images that cannot be used are left out of a store, and the others go on.
+            if code == EXIT_FAILURES and name == "prepare":
+                left_out = list(run_folder.read_record(cfg.out / "store", "the stage runs again")["failures"])
+            elif code:
                 record.record["exit"] = code
                 log.error("demo: %s ended with exit code %d; the same command resumes there", name, code)
                 return code
@@ -117,10 +122,12 @@ def run(cfg: DemoConfig) -> int:
         summary = _publish(cfg, choose_held_out(cfg, data))
         outputs = [cfg.out / name for name in STAGES["evaluate"].artifacts]
         outputs += sorted(path for path in (cfg.out / "swc").rglob("*") if path.is_file())
-        record.finish({**summary, "seconds": round(time.monotonic() - start)}, outputs=outputs)
+        record.finish({**summary, "seconds": round(time.monotonic() - start)}, left_out, outputs)
 
     _log_result(cfg)
-    return 0
+    for line in left_out:
+        log.error("left out: %s", line)
+    return EXIT_FAILURES if left_out else EXIT_DONE
 
 
 def list_stages(cfg: DemoConfig) -> list[str]:
@@ -263,7 +270,8 @@ def _publish(cfg: DemoConfig, held_out: Sequence[str]) -> dict[str, Any]:
     # Probabilities are large: a link is enough.
     for volume in held_out:
         link = cfg.out / f"{volume}.ome.zarr"
-        if not link.exists():
+        # A volume that was left out has none.
+        if not link.exists() and (cfg.out / "infer" / link.name).exists():
             link.symlink_to(Path("infer") / link.name)
 
     means = _read_means(cfg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from hpc_neuro.core import files, run_folder
@@ -12,7 +13,7 @@ from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.geometry import Block
 from hpc_neuro.core.liveness import MpiRankWatch
-from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.task_queue import Task, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.data.predictions import INDEX
@@ -24,7 +25,7 @@ from hpc_neuro.infer.model import Predictor, describe_run, predict_black
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.trees import PredictionEntry, entry_path
 from hpc_neuro.infer.volume_stages import build_pyramid, trace_volumes
-from hpc_neuro.infer.volumes import InputVolume, list_measurements, open_inputs
+from hpc_neuro.infer.volumes import InputVolume, UnusableVolume, list_measurements, open_inputs, split_usable
 from hpc_neuro.models.student_folder import find_student
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,13 @@ _MAY_CHANGE = ("page", "deaths", "batch", "silence", "flips", "trees", "trace")
 
 def forecast(cfg: InferConfig) -> list[str]:
     """Check the weights, the volumes and the space; how much there is to do, timed by one window."""
-    return describe_run(cfg, Predictor(cfg), list(open_inputs(cfg)))
+    predictor = Predictor(cfg)
+    sources, failures = _require_usable(cfg, open_inputs(cfg))
+    return [*describe_run(cfg, predictor, sources), *(f"left out: {line}" for line in failures)]
 
 
 def run(cfg: InferConfig) -> int:
-    """Predict and trace every volume. Exit code 3 when a task failed; the same command tries it again.
+    """Predict and trace every volume. Exit code 3 when a task or a volume failed; the same command tries it again.
 
     All MPI ranks call this. A rank that dies takes the others with it, and the same command resumes.
     """
@@ -55,7 +58,7 @@ def run(cfg: InferConfig) -> int:
 
     # Where a step fails on one rank all must end, or the others would wait for it for ever.
     predictor = ranks.run(lambda: Predictor(cfg))
-    sources = _open_on_all_ranks(cfg, ranks)
+    sources, unusable = _require_usable(cfg, _open_on_all_ranks(cfg, ranks))
     folder = run_folder.share_folder(cfg.out, cfg.share)
 
     with contextlib.ExitStack() as stack:
@@ -65,12 +68,18 @@ def run(cfg: InferConfig) -> int:
 
         # A rank that hangs raises nothing, so silence is watched for.
         stack.enter_context(MpiRankWatch(files.part_path_of_all(folder / "ranks"), ranks, cfg.silence))
-        return _predict_and_trace(cfg, predictor, sources, record, ranks)
+        return _predict_and_trace(cfg, predictor, sources, unusable, record, ranks)
 
 
 def _predict_and_trace(
-    cfg: InferConfig, predictor: Predictor, sources: list[InputVolume], record: run_folder.Run, ranks: Ranks
+    cfg: InferConfig,
+    predictor: Predictor,
+    sources: list[InputVolume],
+    unusable: list[str],
+    record: run_folder.Run,
+    ranks: Ranks,
 ) -> int:
+    """Do what is missing of all volumes. `unusable`: sentences on volumes that cannot be predicted."""
     started_at = time.monotonic()
 
     # A share may be empty.
@@ -84,7 +93,7 @@ def _predict_and_trace(
     empty_level = ranks.run(lambda: _check_empty_level(predictor) if sources else None)
     volumes = [predictor.open_volume(source, empty_level) for source in sources]
 
-    failures = list[str]()
+    failures = list(unusable)
     whole_volumes = list[VolumeRun]()
 
     for volume in volumes:
@@ -135,7 +144,18 @@ def predict_volume(volume: VolumeRun, ranks: Ranks) -> list[str]:
     return [failure.line for failure in build_pyramid(volume, ranks)]
 
 
-def _open_on_all_ranks(cfg: InferConfig, ranks: Ranks) -> list[InputVolume]:
+def _require_usable(
+    cfg: InferConfig, volumes: Iterable[InputVolume | UnusableVolume]
+) -> tuple[list[InputVolume], list[str]]:
+    """The volumes that can be predicted, and a sentence on each other one. InputError where none can."""
+    sources, unusable = split_usable(volumes)
+    # A share may hold none of the volumes that can.
+    if unusable and not sources and cfg.share is None:
+        raise InputError("\n".join(unusable))
+    return sources, unusable
+
+
+def _open_on_all_ranks(cfg: InferConfig, ranks: Ranks) -> list[InputVolume | UnusableVolume]:
     """The volumes; only the first rank reads whole files to measure them."""
     volumes = ranks.run(lambda: list(open_inputs(cfg)) if ranks.is_main else [])
     measurements = ranks.run_on_main(lambda: list_measurements(volumes))

@@ -96,6 +96,14 @@ def main(args: Sequence[str]) -> int:
     for problem in problems:
         log.warning("%s", problem.text)
 
+    # What failed left nothing behind that could be compared.
+    failures = [] if problems else run_folder.read_record(out, _HINT).get("failures", [])
+    if failures:
+        for line in failures:
+            log.warning("failed when it ran: %s", line)
+        log.info("%s: what was written is whole; %s failed, which the same command tries again", out, len(failures))
+        return EXIT_FAILURES
+
     # The only flag is --check, which asks for no repair.
     if not problems or flags:
         log.info("%s: %s", out, format_count(len(problems), "problem") if problems else "whole")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -72,8 +72,19 @@ class Measurement:
     content: str
 
 
-def open_inputs(cfg: InferConfig, measurements: Mapping[str, Measurement] | None = None) -> Iterator[InputVolume]:
-    """All volumes of this share, opened lazily. Raises InputError for what cannot be read or has no voxel size.
+@dataclass(frozen=True)
+class UnusableVolume:
+    """A volume whose brightness cannot be measured: it is constant, damaged, or holds NaN."""
+
+    id: str
+    error: str
+    """A sentence that names the file."""
+
+
+def open_inputs(
+    cfg: InferConfig, measurements: Mapping[str, Measurement | UnusableVolume] | None = None
+) -> Iterator[InputVolume | UnusableVolume]:
+    """All volumes of this share, opened lazily. Raises InputError for what cannot be opened or has no voxel size.
 
     `measurements` by id spare the reading of whole files.
     """
@@ -86,9 +97,22 @@ def open_inputs(cfg: InferConfig, measurements: Mapping[str, Measurement] | None
         yield _open_file(item, share, (measurements or {}).get(item.name))
 
 
-def list_measurements(volumes: list[InputVolume]) -> dict[str, Measurement]:
+def split_usable(volumes: Iterable[InputVolume | UnusableVolume]) -> tuple[list[InputVolume], list[str]]:
+    """The volumes that can be predicted, and a sentence on each other one."""
+    opened = list(volumes)
+    usable = [volume for volume in opened if isinstance(volume, InputVolume)]
+    return usable, [volume.error for volume in opened if isinstance(volume, UnusableVolume)]
+
+
+def list_measurements(volumes: list[InputVolume | UnusableVolume]) -> dict[str, Measurement | UnusableVolume]:
     """What other ranks need not measure again, by id."""
-    return {volume.id: Measurement(volume.range, volume.content) for volume in volumes if volume.content}
+    measurements: dict[str, Measurement | UnusableVolume] = {}
+    for volume in volumes:
+        if isinstance(volume, UnusableVolume):
+            measurements[volume.id] = volume
+        elif volume.content:
+            measurements[volume.id] = Measurement(volume.range, volume.content)
+    return measurements
 
 
 def open_image(item: VolumeConfig, dataset: str | None) -> Volume:
@@ -149,7 +173,9 @@ def _divide(items: tuple[T, ...], share: ShareOf | None) -> Iterator[tuple[T, Sh
     yield items[number], (index // len(items), sharers) if sharers > 1 else None
 
 
-def _open_file(item: VolumeConfig, share: ShareOf | None, measurement: Measurement | None) -> InputVolume:
+def _open_file(
+    item: VolumeConfig, share: ShareOf | None, measurement: Measurement | UnusableVolume | None
+) -> InputVolume | UnusableVolume:
     volume = open_image(item, item.dataset)
     voxel_size = item.voxel_size or volume.voxel_size
 
@@ -167,6 +193,8 @@ def _open_file(item: VolumeConfig, share: ShareOf | None, measurement: Measureme
 
     # Measuring reads every voxel, so no second rank does it.
     measurement = measurement or _measure(item, volume)
+    if isinstance(measurement, UnusableVolume):
+        return measurement
     low, high = measurement.range
 
     # All that changes a normalized voxel belongs here.
@@ -195,10 +223,15 @@ def _check_roots(item: VolumeConfig, roots: tuple[tuple[float, float, float], ..
             raise InputError(f"the root {root} lies outside {item.image}, whose shape is {shape} (z y x)")
 
 
-def _measure(item: VolumeConfig, volume: Volume) -> Measurement:
+def _measure(item: VolumeConfig, volume: Volume) -> Measurement | UnusableVolume:
     # Hashed before it is read: what changes later is noticed at the end.
     content = _describe_content(item.image)
-    intensity_range = item.range or compute_intensity_range(lambda box: volume[box], volume.shape)
+    try:
+        intensity_range = item.range or compute_intensity_range(lambda box: volume[box], volume.shape)
+    except InputError as error:
+        # What a reader refuses names the file already.
+        prefix = "" if str(item.image) in str(error) else f"{item.image}: "
+        return UnusableVolume(item.name, f"{prefix}{error}")
 
     return Measurement(intensity_range, content)
 

@@ -23,6 +23,10 @@ MAX_OUTSIDE = 0.10
 """A tree with a larger share of its nodes beyond the image belongs to another image."""
 
 
+class UnusableImageError(InputError):
+    """An image whose voxels cannot be used: it is constant, damaged, or holds NaN. The message names the file."""
+
+
 @dataclass(frozen=True)
 class OpenedPair:
     """A pair whose files open and fit together by their shapes; no voxel has been read."""
@@ -119,6 +123,7 @@ def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
     """Measure range and contrast in one or two passes over the voxels, and check that the tree lies on the neuron.
 
     misaligned: "error" raises InputError for a tree that fits better in another orientation, "warn" makes a remark.
+    Raises UnusableImageError for an image without contrast and for voxels that cannot be read.
     """
     pair, image = opened.pair, opened.image
     read = stop_signals.stop_on_request(image.__getitem__)
@@ -129,7 +134,7 @@ def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
     except InputError as error:
         # What a reader refuses names the file already.
         prefix = "" if str(image.path) in str(error) else f"{pair.image}: "
-        raise InputError(f"{prefix}{error}") from None
+        raise UnusableImageError(f"{prefix}{error}") from None
 
     # A flipped or swapped tree lies on background, where percentiles are low.
     fit = compare_orientations(opened.tree, read, image.shape, histogram, opened.size, opened.unit)

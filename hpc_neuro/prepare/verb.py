@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hpc_neuro.core import files, run_folder, schema
+from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.stop_signals import stop_on_request, until_stopped
 from hpc_neuro.data.alignment import Fit
@@ -17,7 +18,14 @@ from hpc_neuro.data.proximal_axon import find_proximal_axon
 from hpc_neuro.data.radius import fit_radii
 from hpc_neuro.data.rasterize import DrawSettings
 from hpc_neuro.data.store import INDEX, SPLITS, Store, VolumeRecord, is_written, write_index, write_volume
-from hpc_neuro.prepare.check import OpenedPair, PairMeasurement, make_record, measure_pair, open_pair
+from hpc_neuro.prepare.check import (
+    OpenedPair,
+    PairMeasurement,
+    UnusableImageError,
+    make_record,
+    measure_pair,
+    open_pair,
+)
 from hpc_neuro.prepare.config import DISTANCE_CAP, PrepareConfig
 from hpc_neuro.prepare.pairs import ImagePair, find_pairs
 from hpc_neuro.prepare.picture import draw_picture
@@ -40,13 +48,14 @@ def forecast(cfg: PrepareConfig) -> list[str]:
     """Check every pair down to its voxels; -> lines with volumes, voxels, bytes and splits. Raises like `run`."""
     # A forecast reads every voxel once: a bad volume is found before the run.
     pairs = _open_pairs(cfg)
-    measurements = [measure_pair(opened, cfg.misaligned) for opened in pairs]
-    return _describe(pairs, measurements, cfg)
+    measurements, failures = _measure_pairs(pairs, cfg)
+    return [*_describe(pairs, measurements, cfg), *(f"left out: {line}" for line in failures.values())]
 
 
 def run(cfg: PrepareConfig) -> int:
-    """Write the store. All pairs are checked before anything is written; finished volumes are skipped. Returns 0.
+    """Write the store. All pairs are checked before anything is written; finished volumes are skipped.
 
+    Returns 0, or 3 when images without contrast or with voxels that cannot be read were left out.
     Raises InputError for unusable data or a full disk, ConfigError when `out` belongs to another config.
     """
     pairs = _open_pairs(cfg)
@@ -54,10 +63,11 @@ def run(cfg: PrepareConfig) -> int:
 
     # An earlier start measured the same inputs, or run_folder.start refuses this one.
     was_started = (folder / run_folder.RECORD).exists()
-    measurements = {} if was_started else {opened.id: _measure_or_read(opened, cfg) for opened in pairs}
+    measurements, unusable = ({}, {}) if was_started else _measure_pairs(pairs, cfg)
 
     # A share writes no index and no pictures, so its record alone says that it is done.
-    is_whole = cfg.share is not None or all(path.exists() for path in _output_paths(cfg.out, pairs))
+    paths = _output_paths(cfg.out, [opened.id for opened in pairs])
+    is_whole = cfg.share is not None or all(path.exists() for path in paths)
     sources = {f"{p.id}.{kind}": path for p in pairs for kind, path in (("image", p.pair.image), ("swc", p.pair.swc))}
     inputs = _list_inputs(pairs, cfg)
     with run_folder.start("prepare", cfg, folder, inputs=inputs, whole=is_whole, sources=sources) as record:
@@ -66,12 +76,14 @@ def run(cfg: PrepareConfig) -> int:
 
         # A resumed run has logged these lines at its first start.
         if measurements:
-            for line in _describe(pairs, list(measurements.values()), cfg):
+            for line in _describe(pairs, measurements, cfg):
                 log.info("%s", line)
 
         for name in record.damaged:
             (cfg.out / name).unlink(missing_ok=True)
-        volumes = _write_volumes(pairs, measurements, cfg)
+        usable = [opened for opened in pairs if opened.id not in unusable]
+        volumes, later_failures = _write_volumes(usable, measurements, cfg)
+        failures = [*unusable.values(), *later_failures]
         if cfg.share is None:
             # The index comes last: a store without it is not complete.
             write_index(cfg.out, [volume for volume, _ in volumes])
@@ -81,9 +93,12 @@ def run(cfg: PrepareConfig) -> int:
         advice = "; once all shares are done, the same command without share writes the index" if cfg.share else ""
         count = files.format_count(len(volumes), "volume")
         log.info("wrote %s, %d million voxels, to %s%s", count, voxels // 1_000_000, cfg.out, advice)
-        outputs, large_outputs = ([], []) if cfg.share else ([cfg.out / INDEX], _output_paths(cfg.out, pairs)[1:])
-        record.finish({"volumes": len(volumes), "voxels": voxels}, outputs=outputs, large_outputs=large_outputs)
-    return 0
+        for line in failures:
+            log.error("left out: %s", line)
+        index, *large = _output_paths(cfg.out, [volume.id for volume, _ in volumes])
+        outputs, large_outputs = ([], []) if cfg.share else ([index], large)
+        record.finish({"volumes": len(volumes), "voxels": voxels}, failures, outputs, large_outputs)
+    return EXIT_FAILURES if failures else EXIT_DONE
 
 
 def _open_pairs(cfg: PrepareConfig) -> list[OpenedPair]:
@@ -126,6 +141,21 @@ def _require_one_split_per_image(pairs: list[OpenedPair]) -> None:
             )
 
 
+def _measure_pairs(pairs: list[OpenedPair], cfg: PrepareConfig) -> tuple[dict[str, PairMeasurement], dict[str, str]]:
+    """Measurements by id, and by id a sentence on each image that cannot be used. InputError where none can."""
+    measurements: dict[str, PairMeasurement] = {}
+    failures: dict[str, str] = {}
+    for opened in pairs:
+        try:
+            measurements[opened.id] = _measure_or_read(opened, cfg)
+        except UnusableImageError as error:
+            failures[opened.id] = str(error)
+
+    if failures and not measurements:
+        raise InputError("\n".join(failures.values()))
+    return measurements, failures
+
+
 def _measure_or_read(opened: OpenedPair, cfg: PrepareConfig) -> PairMeasurement:
     """Measure a pair, unless a share of this run has done so."""
     # A measurement that cannot be read, of another image, or of other settings, is not used.
@@ -138,11 +168,18 @@ def _measure_or_read(opened: OpenedPair, cfg: PrepareConfig) -> PairMeasurement:
 
 def _write_volumes(
     pairs: list[OpenedPair], measurements: dict[str, PairMeasurement], cfg: PrepareConfig
-) -> list[tuple[VolumeRecord, PairMeasurement]]:
-    """Write the file of each volume, and in a share its measurement, which the gathering run reads."""
-    volumes = []
+) -> tuple[list[tuple[VolumeRecord, PairMeasurement]], list[str]]:
+    """Write the file of each volume, and in a share its measurement, which the gathering run reads.
+
+    Returns the volumes, and a sentence on each image that cannot be used.
+    """
+    volumes, failures = [], []
     for opened in until_stopped(run_folder.track_progress(pairs, "prepare", unit="volume")):
-        measurement = measurements.get(opened.id) or _measure_or_read(opened, cfg)
+        try:
+            measurement = measurements.get(opened.id) or _measure_or_read(opened, cfg)
+        except UnusableImageError as error:
+            failures.append(str(error))
+            continue
         if cfg.share is not None:
             body = {"digest": opened.digest, **asdict(measurement)}
             files.write_json(_measurement_path(cfg.out, opened.id), body)
@@ -150,7 +187,7 @@ def _write_volumes(
         volume = make_record(opened, measurement)
         _write_volume(_volume_path(cfg.out, volume.id), opened, volume, cfg)
         volumes.append((volume, measurement))
-    return volumes
+    return volumes, failures
 
 
 def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: PrepareConfig) -> None:
@@ -213,8 +250,9 @@ def _list_inputs(pairs: list[OpenedPair], cfg: PrepareConfig) -> dict[str, Path 
     return inputs
 
 
-def _describe(pairs: list[OpenedPair], measurements: list[PairMeasurement], cfg: PrepareConfig) -> list[str]:
-    """The forecast in lines for people."""
+def _describe(pairs: list[OpenedPair], measurements: dict[str, PairMeasurement], cfg: PrepareConfig) -> list[str]:
+    """The forecast in lines for people, for the pairs that were measured."""
+    pairs = [opened for opened in pairs if opened.id in measurements]
     voxels = sum(int(np.prod(opened.image.shape, dtype=np.int64)) for opened in pairs)
     needed = files.format_bytes(sum(opened.forecast_bytes() for opened in pairs))
     lines = [f"{files.format_count(len(pairs), 'volume')}, {voxels:,} voxels, at most about {needed} in {cfg.out}"]
@@ -223,7 +261,8 @@ def _describe(pairs: list[OpenedPair], measurements: list[PairMeasurement], cfg:
         ids = [opened.id for opened in pairs if opened.pair.split == split]
         lines.append(f"{split}: {len(ids)} ({', '.join(ids)})" if ids else f"{split}: none")
 
-    for opened, measurement in zip(pairs, measurements, strict=True):
+    for opened in pairs:
+        measurement = measurements[opened.id]
         z, y, x = opened.image.shape
         fit = measurement.fit
         lines.append(
@@ -253,6 +292,5 @@ def _measurement_path(out: Path, id_: str) -> Path:
     return out / "measured" / f"{id_}.json"
 
 
-def _output_paths(out: Path, pairs: list[OpenedPair]) -> list[Path]:
-    ids = [opened.id for opened in pairs]
+def _output_paths(out: Path, ids: list[str]) -> list[Path]:
     return [out / INDEX, *(_volume_path(out, id_) for id_ in ids), *(_picture_path(out, id_) for id_ in ids)]

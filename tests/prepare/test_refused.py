@@ -62,7 +62,9 @@ BAD: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("kind", list(BAD))
 def test_bad_images_are_refused_before_anything_is_written(tmp_path: Path, kind: str) -> None:
     image, match = BAD[kind]
-    write_pair(tmp_path / "in", "b", 2)
+    # Beside a good pair, one whose voxels cannot be used is left out (test_unusable_images.py).
+    if kind not in ("nan", "constant"):
+        write_pair(tmp_path / "in", "b", 2)
     write_pair(tmp_path / "in", "a", 1)
     axes = {2: "YX", 3: "ZYX"}[image.ndim]
     tifffile.imwrite(tmp_path / "in" / "a.tif", image, photometric="minisblack", metadata={"axes": axes})
