@@ -153,14 +153,15 @@ def scale_tree(tree: Tree, factor: VoxelSize) -> Tree:
 
 def select_nodes(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
     """The nodes where `keep` is true; one whose parent is dropped hangs on its nearest kept ancestor, or is a root."""
-    # Nearest kept node on the path to the root, the node itself included; -1 for none.
-    anchor = np.empty(len(tree), dtype=np.int64)
-    for node, parent in enumerate(tree.parents):
-        anchor[node] = node if keep[node] else (anchor[parent] if parent >= 0 else -1)
+    # Nearest kept node above each node; -1 for none. Of dropped ones in a row each round skips twice as many.
+    anchor = tree.parents[keep]
+    above = tree.parents
+    while len(pending := np.flatnonzero((anchor >= 0) & ~keep[anchor])):
+        anchor[pending] = above[anchor[pending]]
+        above = np.where((above >= 0) & ~keep[above], above[above], above)
 
     new_index = np.cumsum(keep) - 1
-    old_parents = np.where(tree.parents >= 0, anchor[tree.parents], -1)[keep] if len(tree) else tree.parents
-    parents = np.where(old_parents >= 0, new_index[old_parents], -1)
+    parents = np.where(anchor >= 0, new_index[anchor], -1)
 
     return Tree(tree.points[keep], tree.radii[keep], parents.astype(np.int64), tree.types[keep])
 
