@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ _WINDOW = 21
 """[nodes] Window of the median along a path; wider than a side branch is thick."""
 _NODES_AT_ONCE = 512
 """Nodes whose surroundings are sampled together, so that memory does not follow the length of paths."""
+_PATH_CELL = 32.0
+"""[voxel] Edge of the cells in which the accepted paths of a component are looked up."""
 _LINE_SAMPLES = 10
 """Samples on the straight line between a node and the nearest accepted path."""
 
@@ -95,43 +99,86 @@ class AcceptedPaths:
 
     def __init__(self, graph: VoxelGraph) -> None:
         self._graph = graph
-        self._paths: defaultdict[int, list[Ints]] = defaultdict(list)
         # Search trees are built when they are needed: most components have one path and are never searched.
-        self._kdtrees: defaultdict[int, list[cKDTree]] = defaultdict(list)
+        self._pending: defaultdict[int, list[Ints]] = defaultdict(list)
+        self._paths: defaultdict[int, _ComponentPaths] = defaultdict(_ComponentPaths)
 
     def add(self, path: Ints) -> None:
         """Remember a path, given as voxels [n]."""
-        self._paths[int(self._graph.component[path[0]])].append(path)
+        self._pending[int(self._graph.component[path[0]])].append(path)
 
     def find_nearest(self, path: Ints) -> tuple[Floats, Ints]:
         """[n] distance to the nearest accepted voxel of the component, and [n] that voxel, for each of [n] voxels.
 
-        The distance is infinite where the component has no accepted path.
+        The last voxel of `path` is that of an accepted path, or the component has none; then the distance is infinite.
         """
         component, points = int(self._graph.component[path[0]]), self._graph.points[path]
         distance, nearest = np.full(len(path), np.inf), np.zeros(len(path), dtype=np.int64)
 
-        accepted, kdtrees = self._paths[component], self._kdtrees[component]
-        kdtrees.extend(cKDTree(self._graph.points[nodes]) for nodes in accepted[len(kdtrees) :])
-        if not kdtrees:
+        paths = self._paths[component]
+        for nodes in self._pending.pop(component, []):
+            paths.add(nodes, self._graph.points[nodes])
+        if not paths.kdtrees:
             return distance, nearest
 
         # No voxel of a path is nearer than its bounding box.
-        low, high = np.array([tree.mins for tree in kdtrees]), np.array([tree.maxes for tree in kdtrees])
-        beyond = np.maximum(0, np.maximum(low - points.max(axis=0), points.min(axis=0) - high))
-        least = np.linalg.norm(beyond, axis=1)
+        numbers = paths.list_near(points)
+        beyond = np.maximum(paths.low[numbers] - points.max(axis=0), points.min(axis=0) - paths.high[numbers])
+        least = np.linalg.norm(np.maximum(0, beyond), axis=1)
 
         # The nearest boxes come first, so that most of the others are ruled out by their boxes alone.
-        for number in np.argsort(least, kind="stable"):
-            candidates = np.flatnonzero(least[number] < distance)
+        order = np.argsort(least, kind="stable")
+        for number, bound in zip(numbers[order].tolist(), least[order].tolist(), strict=True):
+            candidates = np.flatnonzero(bound < distance)
             if not len(candidates):
                 break
 
-            away, index = kdtrees[number].query(points[candidates])
+            away, index = paths.kdtrees[number].query(points[candidates])
             is_closer = away < distance[candidates]
             distance[candidates[is_closer]] = away[is_closer]
-            nearest[candidates[is_closer]] = accepted[number][index[is_closer]]
+            nearest[candidates[is_closer]] = paths.nodes[number][index[is_closer]]
         return distance, nearest
+
+
+class _ComponentPaths:
+    """The accepted paths of one component."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Ints] = []
+        """The voxels of each path."""
+        self.kdtrees: list[cKDTree] = []
+        self.low = np.empty((1, 3))
+        """[P or more, 3] low corners of the bounding boxes."""
+        self.high = np.empty((1, 3))
+        """[P or more, 3] high corners."""
+        self._cells: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+
+    def add(self, nodes: Ints, points: Floats) -> None:
+        """Add a path, given as voxels [n] and their positions [n, 3]."""
+        number = len(self.nodes)
+        # Arrays that double in length are copied seldom.
+        if number == len(self.low):
+            self.low, self.high = (np.concatenate([corners, corners]) for corners in (self.low, self.high))
+
+        self.nodes.append(nodes)
+        self.kdtrees.append(cKDTree(points))
+        self.low[number], self.high[number] = points.min(axis=0), points.max(axis=0)
+        for cell in set(map(tuple, (points // _PATH_CELL).astype(np.int64).tolist())):
+            self._cells[cell].append(number)
+
+    def list_near(self, points: Floats) -> Ints:
+        """The ascending numbers of the paths that may be nearest to some of `points` [n, 3]; the last is on a path."""
+        reach = float(np.linalg.norm(points - points[-1], axis=1).max())
+        low = ((points.min(axis=0) - reach) // _PATH_CELL).astype(np.int64).tolist()
+        high = ((points.max(axis=0) + reach) // _PATH_CELL).astype(np.int64).tolist()
+
+        # A look at all paths is quicker than one at more cells.
+        spans = [range(a, b + 1) for a, b in zip(low, high, strict=True)]
+        if math.prod(map(len, spans)) >= len(self.nodes):
+            return np.arange(len(self.nodes))
+
+        near = {number for cell in itertools.product(*spans) for number in self._cells.get(cell, ())}
+        return np.array(sorted(near), dtype=np.int64)
 
 
 def measure_evidence(
