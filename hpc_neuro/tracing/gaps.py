@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from hpc_neuro.tracing.centerlines import Centerlines
 from hpc_neuro.tracing.config import TraceConfig
@@ -19,7 +17,6 @@ from hpc_neuro.tracing.graph import (
     CenterlineGraph,
     CenterlineIndex,
     DisjointSets,
-    LineEnds,
     build_centerline_graph,
     build_straight_bridges,
     concatenate_bridges,
@@ -29,7 +26,7 @@ from hpc_neuro.tracing.graph import (
 )
 from hpc_neuro.tracing.image_links import find_image_links
 from hpc_neuro.tracing.probability import Bools, Floats, Ints, ReadBox
-from hpc_neuro.tracing.voxel_graph import VoxelGraph
+from hpc_neuro.tracing.voxel_graph import SurfaceIndex, VoxelGraph
 
 _WIDEST_ANGLE = 60.0
 """[degree] Largest angle between the direction of an end and the bridge that leaves it."""
@@ -51,11 +48,23 @@ class _Pieces:
 
     of_component: Ints
     """[C] piece of each component."""
+    of_node: Ints
+    """[K] piece of each node of the centerlines and bridges."""
     cable: Floats
     """[P] in the metric's unit."""
 
     def __len__(self) -> int:
         return len(self.cable)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """E ends of the centerlines (see LineEnds), by voxels of the graph, which no round renumbers."""
+
+    voxels: Ints
+    """[E] the anchor of each."""
+    directions: Floats
+    """[E, 3] unit vector out of the piece; zero where the end is that of a blob."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ def join_gaps(
 
     is_used = np.zeros(len(graph.voxels), dtype=bool)
     changed = np.arange(graph.components)
+    ends = _Ends(np.zeros(0, dtype=np.int64), np.zeros((0, 3)))
 
     # What a round joins has longer pieces and new ends, which may allow further bridges.
     for _ in range(_ROUNDS if cfg.gap > 0 else 0):
@@ -104,20 +114,24 @@ def join_gaps(
         if len(pieces) < 2:
             break
 
-        candidates = _find_candidates(graph, lines, pieces, changed, cfg)
+        is_changed = np.zeros(len(pieces), dtype=bool)
+        is_changed[pieces.of_component[changed]] = True
+
+        ends = _update_ends(graph, lines, pieces, is_changed, ends)
+        candidates = _find_candidates(graph, ends, pieces, is_changed, cfg)
         chosen = _choose_bridges(graph, pieces, candidates, is_used)
         if not len(chosen):
             break
 
-        ends, targets = candidates.ends[chosen], candidates.targets[chosen]
-        is_used[ends] = True
-        changed = np.unique(graph.component[np.concatenate([ends, targets])])
+        starts, targets = candidates.ends[chosen], candidates.targets[chosen]
+        is_used[starts] = True
+        changed = np.unique(graph.component[np.concatenate([starts, targets])])
 
         # A bridge should reach the middle of the neurite and not its surface.
         centered = index.find_beside(graph.points[targets], graph.component[targets], _FLANK)
         targets = np.where(centered >= 0, centered, targets)
 
-        bridges = concatenate_bridges([bridges, build_straight_bridges(graph, ends, targets)])
+        bridges = concatenate_bridges([bridges, build_straight_bridges(graph, starts, targets)])
     return bridges
 
 
@@ -130,36 +144,43 @@ def _measure_pieces(graph: VoxelGraph, lines: CenterlineGraph) -> _Pieces:
     of_component[graph.component[lines.voxels[is_voxel]]] = label[is_voxel]
 
     cable = np.bincount(label[lines.edges[:, 0]], weights=lines.edge_lengths, minlength=count)
-    return _Pieces(of_component, cable.astype(np.float64))
+    return _Pieces(of_component, label.astype(np.int64), cable.astype(np.float64))
+
+
+def _update_ends(graph: VoxelGraph, lines: CenterlineGraph, pieces: _Pieces, is_changed: Bools, ends: _Ends) -> _Ends:
+    """The ends of all pieces: those that are changed [P] are measured, and the `ends` of the others are kept."""
+    part = lines if is_changed.all() else lines.select(is_changed[pieces.of_node])
+    measured = measure_ends(part)
+
+    is_kept = ~is_changed[pieces.of_component[graph.component[ends.voxels]]]
+    return _Ends(
+        np.concatenate([ends.voxels[is_kept], part.voxels[measured.anchors]]),
+        np.concatenate([ends.directions[is_kept], measured.directions]),
+    )
 
 
 def _find_candidates(
-    graph: VoxelGraph, lines: CenterlineGraph, pieces: _Pieces, changed: Ints, cfg: TraceConfig
+    graph: VoxelGraph, ends: _Ends, pieces: _Pieces, is_changed: Bools, cfg: TraceConfig
 ) -> _Candidates:
     """The cheapest bridge from each end to each piece that its cost allows.
 
-    `changed` are components of the pieces that the last round joined. All bridges between other pieces have been
-    decided: they were built, or their end is used. So only bridges from or to the changed pieces are looked for.
+    The last round joined the pieces that are changed [P]. All bridges between other pieces have been decided: they were
+    built, or their end is used. So only bridges from or to the changed pieces are looked for.
     """
-    ends = measure_ends(lines)
-    end_piece = pieces.of_component[graph.component[lines.voxels[ends.anchors]]]
-
-    is_changed = np.zeros(len(pieces), dtype=bool)
-    is_changed[pieces.of_component[changed]] = True
+    end_piece = pieces.of_component[graph.component[ends.voxels]]
 
     # Two blobs have no direction that could speak against a bridge between them.
+    has_direction = np.asarray(ends.directions.any(axis=1))
     is_blob = np.ones(len(pieces), dtype=bool)
-    is_blob[end_piece[ends.has_direction]] = False
+    is_blob[end_piece[has_direction]] = False
 
-    search = _BridgeSearch(graph, lines, ends, pieces, end_piece, is_blob, cfg)
+    search = _BridgeSearch(graph, ends, pieces, end_piece, has_direction, is_blob, cfg)
 
     # Changed pieces may reach out to all others. The others can only gain a bridge to a changed one.
-    everywhere = np.arange(len(graph.voxels))
-    parts = list(search.run(np.flatnonzero(is_changed[end_piece]), graph.kdtree, everywhere))
+    parts = list(search.run(np.flatnonzero(is_changed[end_piece]), graph.surfaces))
     if not is_changed.all():
         targets = np.flatnonzero(is_changed[pieces.of_component[graph.component]])
-        kdtree = cKDTree(graph.points[targets])
-        parts += search.run(np.flatnonzero(~is_changed[end_piece]), kdtree, targets)
+        parts += search.run(np.flatnonzero(~is_changed[end_piece]), SurfaceIndex(graph, targets))
 
     return _Candidates(
         np.concatenate([np.zeros(0), *(part.cost for part in parts)]),
@@ -173,45 +194,45 @@ class _BridgeSearch:
     """What the search for bridges of one round looks at."""
 
     graph: VoxelGraph
-    lines: CenterlineGraph
-    ends: LineEnds
+    ends: _Ends
     pieces: _Pieces
     end_piece: Ints
     """[E] piece of each end."""
+    has_direction: Bools
+    """[E] whether each end is that of a tube."""
     is_blob: Bools
     """[P] whether no end of a piece has a direction."""
     cfg: TraceConfig
 
-    def run(self, ends: Ints, kdtree: cKDTree, targets: Ints) -> Iterator[_Candidates]:
-        """The candidates of some of the ends, chunk by chunk; `kdtree` is that of the voxels `targets`."""
+    def run(self, ends: Ints, surfaces: SurfaceIndex) -> Iterator[_Candidates]:
+        """The candidates of some of the ends, chunk by chunk; `surfaces` are those of the voxels they may reach."""
         cable = self.pieces.cable[self.end_piece[ends]]
-        depth = self.lines.thickness[self.ends.anchors[ends]] + 0.5
 
-        # The gap is measured between surfaces, but the search between centers. The thickest target bounds the
-        # difference.
-        thickest = self.graph.thickness.max()
-        # A longer bridge would cost too much even where the probability halves its cost.
-        reach = np.minimum(self.cfg.gap, _WORTH * cable / _HINTED) + depth + thickest
+        # The gap is measured between surfaces. A longer bridge would cost too much even where the probability halves
+        # its cost.
+        depth = self.graph.thickness[self.ends.voxels[ends]] + 0.5
+        reach = np.minimum(self.cfg.gap, _WORTH * cable / _HINTED) + depth
 
         # The shortest bridge costs half a voxel: specks are dismissed before anything is searched.
-        ends, reach = (values[_WORTH * cable >= _HINTED] for values in (ends, reach))
+        is_worth = _WORTH * cable >= _HINTED
+        ends, reach = ends[is_worth], reach[is_worth]
+
+        # After the first round, few ends of a large volume are near what has changed.
+        if surfaces is not self.graph.surfaces:
+            is_near = surfaces.mark_near(self.graph.points[self.ends.voxels[ends]], float(reach.max(initial=0.0)))
+            ends, reach = ends[is_near], reach[is_near]
 
         # The ends of a large volume may have more neighbors than memory holds.
         for begin in range(0, len(ends), _ENDS_AT_ONCE):
             part = slice(begin, begin + _ENDS_AT_ONCE)
-            voxels = self.lines.voxels[self.ends.anchors[ends[part]]]
-
-            balls = kdtree.query_ball_point(self.graph.points[voxels], reach[part], return_sorted=True)
-            counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
-            near = np.fromiter(chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
-
-            yield self._select(np.repeat(ends[part], counts), targets[near])
+            place, target = surfaces.find_within(self.graph.points[self.ends.voxels[ends[part]]], reach[part])
+            yield self._select(ends[part][place], target)
 
     def _select(self, end: Ints, target: Ints) -> _Candidates:
         """The cheapest of the bridges from `end` [n] to `target` [n] for each end and piece, where it is allowed."""
         graph, pieces = self.graph, self.pieces
         own_piece, other_piece = self.end_piece[end], pieces.of_component[graph.component[target]]
-        has_direction = self.ends.has_direction[end]
+        has_direction = self.has_direction[end]
 
         # An end without direction may only meet a piece without direction: nothing else tells where it points.
         is_allowed = (own_piece != other_piece) & (has_direction | self.is_blob[other_piece])
@@ -219,12 +240,12 @@ class _BridgeSearch:
             values[is_allowed] for values in (end, target, own_piece, other_piece, has_direction)
         )
 
-        anchor = self.ends.anchors[end]
-        out = graph.points[target] - self.lines.points[anchor]
+        anchor = self.ends.voxels[end]
+        out = graph.points[target] - graph.points[anchor]
         away = np.linalg.norm(out, axis=1)
         cosine = np.vecdot(out, self.ends.directions[end]) / away
         # From surface to surface.
-        gap = np.maximum(away - (self.lines.thickness[anchor] + 0.5) - graph.thickness[target], 1)
+        gap = np.maximum(away - (graph.thickness[anchor] + 0.5) - graph.thickness[target], 1)
 
         cost = gap * (3 - 2 * cosine)
         most = np.minimum(self.cfg.gap, _WORTH * np.minimum(pieces.cable[other_piece], pieces.cable[own_piece]))
@@ -233,11 +254,11 @@ class _BridgeSearch:
         is_ahead = (cosine >= np.cos(np.radians(_WIDEST_ANGLE))) | ~has_direction
         worth = np.flatnonzero(is_ahead & (cost * _HINTED <= most))
 
-        # The cheapest to each piece; only for these the probability between is read.
-        worth = worth[np.lexsort((cost[worth], other_piece[worth], end[worth]))]
+        # The cheapest to each piece; only for these the probability between is read. Of equals the first voxel wins.
+        worth = worth[np.lexsort((target[worth], cost[worth], other_piece[worth], end[worth]))]
         best = worth[mark_first(end[worth], other_piece[worth])]
 
-        voxels = self.lines.voxels[anchor[best]]
+        voxels = anchor[best]
         hint = _measure_probability_between(graph, self.cfg.floor, voxels, target[best]) / self.cfg.floor
         total = cost[best] * (1 - (1 - _HINTED) * np.minimum(1.0, hint))
 

@@ -248,11 +248,6 @@ class LineEnds:
     directions: Floats
     """[E, 3] unit vector out of the piece; zero where the end is that of a blob and not of a tube."""
 
-    @functools.cached_property
-    def has_direction(self) -> Bools:
-        """[E] whether the end is that of a tube."""
-        return np.asarray(self.directions.any(axis=1))
-
 
 def measure_ends(graph: CenterlineGraph) -> LineEnds:
     """The ends of a graph, with the directions from a place inside to the anchor.

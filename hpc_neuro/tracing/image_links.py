@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import cc3d
 import numpy as np
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
-from skimage.graph import MCP_Geometric
 
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.tracing.centerlines import Centerlines
@@ -30,10 +28,11 @@ from hpc_neuro.tracing.graph import (
     DisjointSets,
     build_centerline_graph,
     mark_first,
+    measure_lengths,
     no_bridges,
 )
 from hpc_neuro.tracing.probability import Bools, CellCache, Floats, Ints, ReadBox
-from hpc_neuro.tracing.voxel_graph import VoxelGraph
+from hpc_neuro.tracing.voxel_graph import VoxelGraph, find_cheapest_path, find_neighbor_pairs
 
 _SIGNAL = 0.15
 """Brightness of a link above the local background, at least, as a share of the dimmer component's."""
@@ -57,11 +56,11 @@ _FREE = 1e-6
 """Cost per length of a path within a component."""
 _NEAREST = 8
 """Components with which an end is compared."""
-_ENDS_AT_ONCE = 1024
+_ENDS_AT_ONCE = 256
 """Ends whose surroundings are held in memory together."""
 _KEPT_CELLS = 64
 """Cells of the image that stay in memory as they are stored."""
-_KEPT_TILES = 512
+_KEPT_TILES = 1024
 """Tiles of the smoothed image and of the foreground that stay in memory."""
 _TILE: Shape = (32, 32, 32)
 """[voxel] What is smoothed at once."""
@@ -197,10 +196,33 @@ class _Scene:
     """[Z, Y, X] smoothed image above the background."""
     noise: float
     """Standard deviation of the background."""
-    component: NDArray[np.int32]
-    """[Z, Y, X] component of the foreground; -1 on background, specks, and patches without a graph voxel in the box."""
+    foreground: Ints
+    """[F] ascending places of the foreground in the box: numbers of voxels in raster order."""
     patch: NDArray[np.unsignedinteger]
-    """[Z, Y, X] number of the connected patch of foreground in the box, 0 on background."""
+    """[F] number of the patch of foreground, connected in the box, to which each belongs."""
+    component: NDArray[np.int32]
+    """[F] component of each; -1 in specks, and in patches without a graph voxel in the box."""
+
+    @property
+    def shape(self) -> Shape:
+        """Voxels along z, y, x."""
+        z, y, x = self.signal.shape
+        return z, y, x
+
+    def mark_others(self, own: int, other: int) -> Bools:
+        """[Z, Y, X] the foreground of all components but two."""
+        is_other = (self.component >= 0) & (self.component != own) & (self.component != other)
+        return _mark_places(self.foreground[is_other], self.shape)
+
+    def list_patches(self, component: int) -> Ints:
+        """[p] the first place of each patch of a component, ascending."""
+        is_own = self.component == component
+        places, patch = self.foreground[is_own], self.patch[is_own]
+
+        # Numpy keeps the last of several values for one place, so the places are taken backwards.
+        first = np.full(int(patch.max(initial=0)) + 1, -1, dtype=np.int64)
+        first[patch[::-1]] = places[::-1]
+        return np.sort(first[first >= 0])
 
 
 class ImagePathFinder:
@@ -213,6 +235,7 @@ class ImagePathFinder:
         self._image = CellCache(image, graph.shape, _KEPT_CELLS)
         self._smoothed = CellCache(self._smooth_box, graph.shape, _KEPT_TILES, _TILE)
         self._foreground = CellCache(graph.sampler.read_foreground, graph.shape, _KEPT_TILES, _TILE)
+        self._number = np.zeros(graph.components, dtype=np.int64)
         self._is_visible: dict[int, bool] = {}
         self._places: dict[Pair, tuple[int, int]] = {}
 
@@ -239,35 +262,46 @@ class ImagePathFinder:
     def _compare_ends(self, ends: Ints) -> tuple[Ints, Ints, Ints, Ints, Floats]:
         """Own and other component, end, nearest voxel of the other, and gap, of each end and nearby component."""
         graph, reach = self._graph, self._cfg.signal_gap
-        radii = reach + graph.thickness[ends] + graph.thickness.max()
 
         # The reach holds between surfaces, but the search is between centers.
-        balls = graph.kdtree.query_ball_point(graph.points[ends], radii)
-        counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
-        target = np.fromiter(chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
-
-        place = np.repeat(np.arange(len(ends)), counts)
+        place, target = graph.surfaces.find_within(graph.points[ends], reach + graph.thickness[ends])
         is_other = graph.component[target] != graph.component[ends[place]]
         is_other &= self._is_large[graph.component[target]]
-
         target, place = target[is_other], place[is_other]
 
-        away = np.linalg.norm(graph.points[target] - graph.points[ends[place]], axis=1)
+        away = measure_lengths(graph.points[target] - graph.points[ends[place]])
         away = away - graph.thickness[target] - graph.thickness[ends[place]]
 
-        # Equal distances are ordered by voxel, so that the choice does not depend on the search.
-        order = np.lexsort((target, away, place))
-        target, place, away = target[order], place[order], away[order]
+        # The nearest voxel of each component; of equals, the first voxel, so that the choice does not depend on the
+        # search.
+        nearest = self._find_least(place, graph.component[target], away)
+        nearest = nearest[np.maximum(away[nearest], 0.0) <= reach]
+        nearest = nearest[np.lexsort((target[nearest], away[nearest], place[nearest]))]
+        _, first = np.unique(place[nearest] * graph.components + graph.component[target[nearest]], return_index=True)
+        nearest = nearest[np.sort(first)]
 
-        # The nearest voxel of each component, and the nearest components of each end.
-        component = graph.component[target]
-        _, first = np.unique(place * graph.components + component, return_index=True)
-        first = np.sort(first)
-        rank = np.arange(len(first)) - np.searchsorted(place[first], place[first])
-        first = first[(rank < _NEAREST) & (np.maximum(away[first], 0.0) <= reach)]
+        # The nearest components of each end.
+        rank = np.arange(len(nearest)) - np.searchsorted(place[nearest], place[nearest])
+        nearest = nearest[rank < _NEAREST]
 
-        end = ends[place[first]]
-        return graph.component[end], component[first], end, target[first], np.maximum(away[first], 0.0)
+        end, target = ends[place[nearest]], target[nearest]
+        return graph.component[end], graph.component[target], end, target, np.maximum(away[nearest], 0.0)
+
+    def _find_least(self, place: Ints, component: Ints, away: Floats) -> Ints:
+        """The pairs of a place [n] and a component [n] that are the least `away` [n] of their kind, equals included."""
+        if not len(place):
+            return place
+
+        # Components get numbers without holes, without a sort: the last pair of each component stands for it.
+        number = np.arange(len(component))
+        self._number[component] = number
+        distinct = component[self._number[component] == number]
+        self._number[distinct] = np.arange(len(distinct))
+
+        key = place * len(distinct) + self._number[component]
+        least = np.full((int(place.max()) + 1) * len(distinct), np.inf)
+        np.minimum.at(least, key, away)
+        return np.flatnonzero(away == least[key])
 
     def find_link(self, pair: Pair) -> ImageLink | None:
         """The best link of two components that `find_nearby` named, None when the image shows none."""
@@ -286,39 +320,42 @@ class ImagePathFinder:
             voxel = int(voxels[self._graph.probability[voxels].argmax()])
 
             scene = self._read_scene(voxel, voxel)
-            brightness = _median(scene.signal[scene.component == component])
+            brightness = _median(scene.signal.take(scene.foreground[scene.component == component]))
             self._is_visible[component] = brightness > _NOISE_LEVEL * scene.noise
         return self._is_visible[component]
 
     def _read_scene(self, end: int, target: int) -> _Scene:
         graph = self._graph
-        both = graph.voxels[[end, target]].astype(np.int64)
+        a, b = graph.voxels[end], graph.voxels[target]
         away = float(np.linalg.norm(graph.points[end] - graph.points[target]))
 
         # A longer link may bend farther aside, so the box grows with the distance.
         margin = np.ceil((_MARGIN + _BOW * away) / graph.spacing).astype(np.int64)
-        (z0, y0, x0), (z1, y1, x1) = (both.min(axis=0) - margin).tolist(), (both.max(axis=0) + margin + 1).tolist()
-        box = Box((z0, y0, x0), (z1, y1, x1)).clip(Box.whole(graph.shape))
+        z0, y0, x0 = np.maximum(np.minimum(a, b) - margin, 0).tolist()
+        z1, y1, x1 = np.minimum(np.maximum(a, b) + margin + 1, graph.shape).tolist()
+        box = Box((z0, y0, x0), (z1, y1, x1))
 
-        smooth = self._smoothed.read_box(box)
+        smooth = self._smoothed.read_box(box).astype(np.float32, copy=False)
         inside = np.asarray(self._foreground.read_box(box), dtype=bool)
-        values = (smooth[~inside] if not inside.all() else smooth.ravel()).astype(np.float64)
+        values = smooth[~inside] if not inside.all() else smooth.ravel()
 
         # The median ignores the few bright voxels of faint neurites outside the mask.
         background = _median(values)
         # The median absolute deviation of a Gaussian is 1 / 1.4826 standard deviations.
-        noise = 1.4826 * _median(np.abs(values - background))
+        noise = 1.4826 * _median(np.abs(values.astype(np.float64) - background))
 
-        patch = cc3d.connected_components(inside, connectivity=26)
+        label, patches = cc3d.connected_components(inside, connectivity=26, return_N=True)
 
         # The skeleton tells which component a patch belongs to. The full foreground is not stored by component.
         voxels = graph.voxels_in_box(box)
         voxels = voxels[self._is_large[graph.component[voxels]]]
-        component_of_patch = np.full(int(patch.max(initial=0)) + 1, -1, dtype=np.int32)
-        component_of_patch[patch[tuple((graph.voxels[voxels] - box.start).T)]] = graph.component[voxels]
+        component_of_patch = np.full(patches + 1, -1, dtype=np.int32)
+        component_of_patch[label[tuple((graph.voxels[voxels] - box.start).T)]] = graph.component[voxels]
 
+        foreground = np.flatnonzero(inside)
+        patch = label.take(foreground)
         signal = smooth.astype(np.float64) - background
-        return _Scene(np.array(box.start), signal, noise, component_of_patch[patch], patch)
+        return _Scene(np.array(box.start), signal, noise, foreground, patch, component_of_patch.take(patch))
 
     def _smooth_box(self, box: Box) -> NDArray[np.float32]:
         """[Z, Y, X] the image in a box, smoothed; the volume is mirrored at its borders."""
@@ -330,17 +367,17 @@ class ImagePathFinder:
 
     def _find_brightest(self, scene: _Scene, own: int, other: int) -> ImageLink | None:
         """The cheapest path between two components above the level, None where there is none or it is too long."""
-        is_own, is_other = scene.component == own, scene.component == other
-        if not (is_own.any() and is_other.any()):
+        own_places, other_places = (scene.foreground[scene.component == component] for component in (own, other))
+        if not (len(own_places) and len(other_places)):
             return None
 
         # The dimmer component sets the level: a link can hardly be brighter than what it joins.
-        dimmer = min(_median(scene.signal[is_own]), _median(scene.signal[is_other]))
+        dimmer = min(_median(scene.signal.take(own_places)), _median(scene.signal.take(other_places)))
         level = max(_SIGNAL * dimmer, _NOISE_LEVEL * scene.noise)
         if dimmer <= level:
             return None
 
-        path = self._search_path(scene, is_own, is_other, level, dimmer)
+        path = self._search_path(scene, own, other, level, dimmer)
         if path is None:
             return None
 
@@ -354,41 +391,44 @@ class ImagePathFinder:
         cost = length * (1 - (1 - _CHEAPEST) * min(darkest / dimmer, 1.0))
         return ImageLink(cost, self._center(own, line[0]), self._center(other, line[-1]), line[1:-1])
 
-    def _search_path(self, scene: _Scene, is_own: Bools, is_other: Bools, level: float, dimmer: float) -> Ints | None:
+    def _search_path(self, scene: _Scene, own: int, other: int, level: float, dimmer: float) -> Ints | None:
         """[k, 3] the path of least cost from a voxel of one component to one of the other; None where there is none.
 
         It keeps one voxel away from third components: the light there is theirs.
         """
-        is_third = (scene.component >= 0) & ~is_own & ~is_other
-        is_open = (scene.signal >= level) & ~_dilate(is_third) | is_own | is_other
-
-        # The search takes time with the size of the box, and much of it is closed.
-        crop = _find_bounds(is_open)
-        is_open, is_own, is_other = is_open[crop], is_own[crop], is_other[crop]
+        own_places, other_places = (scene.foreground[scene.component == component] for component in (own, other))
+        is_open = (scene.signal >= level) & ~_dilate(scene.mark_others(own, other))
+        is_open.put(own_places, True)
+        is_open.put(other_places, True)
 
         # Half of the pairs are not connected; labels tell so more quickly than a search.
-        label = cc3d.connected_components(is_open, connectivity=26)
-        if not np.intersect1d(label[is_own], label[is_other]).size:
+        label, labels = cc3d.connected_components(is_open, connectivity=26, return_N=True)
+        is_joint = _mark_labels(label.take(own_places), labels) & _mark_labels(label.take(other_places), labels)
+        if not is_joint.any():
             return None
 
         # The square makes a detour along the neurite cheaper than a shortcut through the dark.
-        brightness = np.clip(scene.signal[crop], level, dimmer)
-        cost: Floats = np.where(is_open, (dimmer / brightness) ** 2, -1.0)
+        is_joint_voxel = is_joint.take(label)
+        places = np.flatnonzero(is_joint_voxel)
+        cost: Floats = (dimmer / np.clip(scene.signal.take(places), level, dimmer)) ** 2
 
         # Paths within a component are almost free, so that the path leaves it at the best place.
+        is_own, is_other = (_mark_places(part, scene.shape).take(places) for part in (own_places, other_places))
         cost[is_own | is_other] = _FREE
-        search = MCP_Geometric(cost, fully_connected=True, sampling=tuple(self._graph.spacing.tolist()))
 
         # One voxel stands for each patch, as the way inside costs next to nothing.
-        goals = _first_voxels(scene.patch[crop], is_other)
-        total, _ = search.find_costs(_first_voxels(scene.patch[crop], is_own), goals)
-
-        path: Ints = np.array(search.traceback(goals[total[tuple(goals.T)].argmin()]), dtype=np.int64)
+        starts, goals = (
+            np.searchsorted(places, first[is_joint_voxel.take(first)])
+            for first in (scene.list_patches(own), scene.list_patches(other))
+        )
+        voxels = np.stack(np.unravel_index(places, scene.shape), axis=1).astype(np.int32)
+        pairs, step = find_neighbor_pairs(voxels, scene.shape, self._graph.spacing)
+        path = find_cheapest_path(pairs, step, cost, starts, goals)
 
         # Only the part between the two surfaces is new.
-        path = path[np.flatnonzero(is_own[tuple(path.T)])[-1] :]
-        path = path[: np.flatnonzero(is_other[tuple(path.T)])[0] + 1]
-        return np.asarray(path + [part.start for part in crop])
+        path = path[np.flatnonzero(is_own[path])[-1] :]
+        path = path[: np.flatnonzero(is_other[path])[0] + 1]
+        return voxels[path].astype(np.int64)
 
     def _center(self, component: int, position: Floats) -> int:
         """The voxel of a component's centerlines that a position on its surface is nearest to.
@@ -404,33 +444,49 @@ class ImagePathFinder:
         return int(own[np.linalg.norm(graph.points[own] - position, axis=1).argmin()])
 
 
-def _median(values: Floats) -> float:
+def _median(values: NDArray[np.floating]) -> float:
     """The median of values without NaN, quicker than numpy's."""
-    middle = len(values) // 2
+    middle, is_even = len(values) // 2, len(values) % 2 == 0
+    lowest = values.min()
+    is_lowest = values == lowest
+    count = int(np.count_nonzero(is_lowest))
+    if count > middle:
+        return float(lowest)
+
+    # A partition is slow where many values are equal, as where a stack has no background.
+    if count > len(values) // 8:
+        values, middle = values[~is_lowest], middle - count
+
     values = np.partition(values, middle)
-    if len(values) % 2:
-        return float(values[middle])
-    return float((values[:middle].max() + values[middle]) / 2)
+    upper = float(values[middle])
+    return (float(values[:middle].max(initial=lowest)) + upper) / 2 if is_even else upper
 
 
 def _dilate(mask: Bools) -> Bools:
     """[Z, Y, X] the mask and all its 26-neighbors."""
-    for axis in range(3):
-        grown = np.moveaxis(mask.copy(), axis, 0)
-        source = np.moveaxis(mask, axis, 0)
-        grown[1:] |= source[:-1]
-        grown[:-1] |= source[1:]
-        mask = np.moveaxis(grown, 0, axis)
+    # A border of one voxel keeps rows apart, so that all of them can be shifted at once.
+    shape = [n + 2 for n in mask.shape]
+    grown = np.zeros(shape, dtype=bool)
+    inner = (slice(1, -1),) * 3
+    grown[inner] = mask
+
+    for shift in (1, shape[2], shape[1] * shape[2]):
+        source, flat = grown.ravel(), grown.ravel().copy()
+        flat[shift:] |= source[:-shift]
+        flat[:-shift] |= source[shift:]
+        grown = flat.reshape(shape)
+    return grown[inner]
+
+
+def _mark_labels(values: NDArray[np.unsignedinteger], count: int) -> Bools:
+    """[count + 1] which of the numbers from 0 to `count` occur among some values."""
+    occurs = np.zeros(count + 1, dtype=bool)
+    occurs[values] = True
+    return occurs
+
+
+def _mark_places(places: Ints, shape: Shape) -> Bools:
+    """[Z, Y, X] whether a voxel of a box is at one of some places."""
+    mask = np.zeros(shape, dtype=bool)
+    mask.put(places, True)
     return mask
-
-
-def _find_bounds(mask: Bools) -> tuple[slice, slice, slice]:
-    """The smallest box that holds a mask with one voxel at least."""
-    z, y, x = (np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1)))
-    return slice(z[0], z[-1] + 1), slice(y[0], y[-1] + 1), slice(x[0], x[-1] + 1)
-
-
-def _first_voxels(patch: NDArray[np.unsignedinteger], where: Bools) -> Ints:
-    """[P, 3] the first voxel of each patch in `where`, in raster order."""
-    _, first = np.unique(patch[where], return_index=True)
-    return np.asarray(np.argwhere(where)[np.sort(first)])

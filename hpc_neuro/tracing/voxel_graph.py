@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ _THINNEST = 0.5
 """[voxel] Smallest radius."""
 _SEARCH_TILE = 32
 """[voxel] Edge of the tiles in which the voxels of a box are looked up."""
+_THIN = 2.0
+"""[voxel] Radius up to which neurites are searched together; each further class is twice as thick."""
 _DIJKSTRA_VOXELS = 1 << 28
 """Voxels searched at once: the indices of scipy's graphs have 32 bits."""
 
@@ -88,6 +91,11 @@ class VoxelGraph:
         return cKDTree(self.points)
 
     @functools.cached_property
+    def surfaces(self) -> SurfaceIndex:
+        """All voxels, searchable by the distance to their surface."""
+        return SurfaceIndex(self, np.arange(len(self.voxels)))
+
+    @functools.cached_property
     def thickness(self) -> Floats:
         """[N] radius of the neurite, in the metric's unit, in which paths and gaps are measured."""
         return np.maximum(self.distance - _BORDER, _THINNEST)
@@ -105,18 +113,22 @@ class VoxelGraph:
     def voxels_in_box(self, box: Box) -> Ints:
         """Indices of the voxels in a box of the volume."""
         order, keys, (_, rows, columns) = self._tile_order
-        low = np.asarray(box.start) // _SEARCH_TILE
-        high = (np.asarray(box.stop) - 1) // _SEARCH_TILE
+        z, y, x = (
+            range(start // _SEARCH_TILE, (stop - 1) // _SEARCH_TILE + 1)
+            for start, stop in zip(box.start, box.stop, strict=True)
+        )
 
         # The tiles of one row along x stand next to one another in the sorted keys.
-        z, y = (grid.ravel() for grid in np.meshgrid(*map(np.arange, low[:2], high[:2] + 1), indexing="ij"))
-        row = (z * rows + y) * columns
-        begins, ends = np.searchsorted(keys, row + low[2]), np.searchsorted(keys, row + high[2], side="right")
+        row = np.array([(i * rows + j) * columns for i, j in itertools.product(z, y)])
+        begins, ends = np.searchsorted(keys, row + x.start), np.searchsorted(keys, row + x.stop)
         near = np.concatenate([order[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)])
 
         # Tiles reach beyond the box.
         voxels = self.voxels[near]
-        return near[np.all((voxels >= box.start) & (voxels < box.stop), axis=1)]
+        is_inside = (voxels >= box.start) & (voxels < box.stop)
+        # Quicker than numpy's `all` along so short an axis.
+        inner: Ints = near[is_inside[:, 0] & is_inside[:, 1] & is_inside[:, 2]]
+        return inner
 
     @functools.cached_property
     def _component_order(self) -> tuple[Ints, Ints]:
@@ -132,6 +144,56 @@ class VoxelGraph:
 
         order = np.argsort(tiles, kind="stable")
         return order, tiles[order], (z, y, x)
+
+
+class SurfaceIndex:
+    """Some voxels of a graph, searchable by the distance to the surface of the neurite around them.
+
+    One thick place must not widen the search among all the thin ones, so there is a search tree for each class of
+    thickness.
+    """
+
+    def __init__(self, graph: VoxelGraph, voxels: Ints) -> None:
+        thickness = graph.thickness[voxels]
+        doublings = np.ceil(np.log2(np.maximum(thickness / _THIN, 1))).astype(np.int64)
+
+        self._classes: list[tuple[cKDTree, Ints, float]] = []
+        for number in np.unique(doublings).tolist():
+            members = voxels[doublings == number]
+            points = graph.points[members] if len(members) < len(graph.voxels) else None
+            kdtree = graph.kdtree if points is None else cKDTree(points)
+            self._classes.append((kdtree, members, float(thickness[doublings == number].max())))
+
+    def mark_near(self, positions: Floats, reach: float) -> Bools:
+        """[n] whether a surface may be within `reach` of each of `positions` [n, 3]: a look-up, no search."""
+        edge = reach + max((thickest for _, _, thickest in self._classes), default=0.0)
+        cells = [(kdtree.data // edge).astype(np.int64) for kdtree, _, _ in self._classes]
+        own = (positions // edge).astype(np.int64)
+        if not (len(cells) and len(own)):
+            return np.zeros(len(own), dtype=bool)
+
+        # Cells have a border, so that all their neighbors have numbers.
+        shape = np.max([cell.max(axis=0) for cell in (own, *cells)], axis=0) + 3
+        weights = np.array([shape[1] * shape[2], shape[2], 1])
+        occupied = np.unique(np.concatenate([(cell + 1) @ weights for cell in cells]))
+
+        # Within one edge of a position lie only its cell and the neighbors of that.
+        steps = np.array(list(itertools.product((-1, 0, 1), repeat=3))) @ weights
+        return np.isin((own + 1) @ weights, np.unique(occupied[:, None] + steps))
+
+    def find_within(self, positions: Floats, reach: Floats) -> tuple[Ints, Ints]:
+        """The pairs of a position and a voxel whose surface may be within the position's `reach` [n].
+
+        [m] places in `positions` [n, 3], and [m] voxels; in no order. All pairs that are within reach are among them.
+        """
+        places, voxels = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for kdtree, members, thickest in self._classes:
+            balls = kdtree.query_ball_point(positions, reach + thickest, return_sorted=False)
+            counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
+            index = np.fromiter(itertools.chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
+            places.append(np.repeat(np.arange(len(balls)), counts))
+            voxels.append(members[index])
+        return np.concatenate(places), np.concatenate(voxels)
 
 
 def merge_block_skeletons(
@@ -281,6 +343,22 @@ def find_minimum_cost_paths(component: Indices, pairs: Indices, step: Floats, co
         local = _run_dijkstra(index[pairs[pair_numbers]], weight[pair_numbers], len(voxels), index[sources[components]])
         following[voxels] = voxels[local]
     return following
+
+
+def find_cheapest_path(pairs: Indices, step: Floats, cost: Floats, starts: Ints, goals: Ints) -> Ints:
+    """[k] the voxels of the path of least cost from one of `starts` to one of `goals`, of which it can reach one.
+
+    Steps cost as in `find_minimum_cost_paths`.
+    """
+    weight = step * (cost[pairs[:, 0]] + cost[pairs[:, 1]]) / 2
+    graph = csr_array((weight, (pairs[:, 0], pairs[:, 1])), shape=(len(cost), len(cost)))
+    total, previous, _ = dijkstra(graph, directed=False, indices=starts, min_only=True, return_predecessors=True)
+
+    path = [int(goals[total[goals].argmin()])]
+    # Scipy marks a start by a negative number.
+    while (before := int(previous[path[-1]])) >= 0:
+        path.append(before)
+    return np.array(path[::-1], dtype=np.int64)
 
 
 def _run_dijkstra(pairs: Indices, weight: Floats, count: int, sources: Ints) -> Ints:

@@ -16,7 +16,7 @@ from hpc_neuro.tracing import TraceConfig, voxel_graph
 from hpc_neuro.tracing.block_skeleton import REACH
 from hpc_neuro.tracing.centerlines import find_far_ends, find_paths_home
 from hpc_neuro.tracing.probability import ProbabilitySampler
-from hpc_neuro.tracing.voxel_graph import find_neighbor_pairs
+from hpc_neuro.tracing.voxel_graph import SurfaceIndex, find_neighbor_pairs
 from tests.helpers.shapes import build_voxel_graph
 
 
@@ -153,3 +153,41 @@ def test_voxels_are_looked_up_by_box_and_by_component() -> None:
     for component in (0, 7, graph.components - 1):
         expected = np.flatnonzero(graph.component == component)
         np.testing.assert_array_equal(graph.voxels_of_component(component), expected)
+
+
+def test_surfaces_are_searched_by_their_distance() -> None:
+    """A soma beside thin neurites: pairs are found by the distance to the surface, whatever the thickness."""
+    mask = np.zeros((40, 60, 120), dtype=bool)
+    z, y, x = np.indices(mask.shape)
+    mask |= (z - 20) ** 2 + (y - 30) ** 2 + (x - 20) ** 2 <= 14**2
+    mask[20, 5:55:10, 40:110] = True
+    graph = build_voxel_graph(mask, TraceConfig())
+    assert graph is not None
+    assert graph.thickness.max() > 8 * graph.thickness.min()
+
+    rng = np.random.default_rng(6)
+    positions = rng.uniform(0, mask.shape, (50, 3))
+    reach = rng.uniform(1, 12, 50)
+    away = np.linalg.norm(positions[:, None] - graph.points, axis=2) - graph.thickness
+    is_near = away <= reach[:, None]
+    assert 0 < is_near.any(axis=1).sum() < 50
+
+    for voxels in (np.arange(len(graph.voxels)), np.flatnonzero(rng.random(len(graph.voxels)) < 0.3)):
+        surfaces = SurfaceIndex(graph, voxels)
+        pairs = set(zip(*(part.tolist() for part in surfaces.find_within(positions, reach)), strict=True))
+        expected = {(place, voxel) for place, voxel in np.argwhere(is_near).tolist() if voxel in set(voxels.tolist())}
+        assert expected <= pairs
+        # The soma does not widen the search among the thin neurites.
+        assert all(away[pair] <= reach[pair[0]] + graph.thickness[pair[1]] + 2 for pair in pairs)
+        is_marked = surfaces.mark_near(positions, 12.0)
+        assert is_marked[[place for place, _ in expected]].all()
+        assert not surfaces.mark_near(positions + 500, 12.0).any()
+
+
+def test_nothing_is_near_no_voxels() -> None:
+    graph = build_voxel_graph(np.ones((4, 4, 20), dtype=bool), TraceConfig())
+    assert graph is not None
+    surfaces = SurfaceIndex(graph, np.zeros(0, dtype=np.int64))
+    positions = np.zeros((3, 3))
+    assert not surfaces.mark_near(positions, 5.0).any()
+    assert [len(part) for part in surfaces.find_within(positions, np.full(3, 5.0))] == [0, 0]
