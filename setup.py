@@ -73,7 +73,11 @@ setup(
         "search": SEARCH,
         "docs": DOCS,
         "dev": TEST + LINT + DOCS,
+        "napari": ["napari[pyqt6]>=0.9"],
         "compare": ["kimimaro>=5.8", "navis>=1.10"],  # GPL-3 comparisons, never imported by the core
     },
-    entry_points={"console_scripts": ["hpc-neuro=hpc_neuro.cli:run_process"]},
+    entry_points={
+        "console_scripts": ["hpc-neuro=hpc_neuro.cli:run_process"],
+        "napari.manifest": ["hpc_neuro = hpc_neuro.napari_plugin:napari.yaml"],
+    },
 )

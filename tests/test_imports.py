@@ -12,7 +12,7 @@ from hpc_neuro.pipeline import VERBS
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hpc_neuro"
 # The demo and `trace` use the other verbs, so they are above them.
-TOP = {"demo", "trace_stacks", "api", "cli", "__main__"}
+TOP = {"demo", "trace_stacks", "api", "napari_plugin", "cli", "__main__"}
 LAYERS = (
     {"core", "pipeline"},
     {"data", "models", "losses", "tracing", "metrics", "report"},
@@ -27,6 +27,8 @@ HOMES = {
     "h5py": {"data/store", "data/feature_cache", "data/formats", "doctor.py"},
     "tensorstore": {"data/formats", "data/ome_zarr.py"},
     "optuna": {"search/study.py"},
+    "napari": {"napari_plugin"},
+    "qtpy": {"napari_plugin/places_table.py"},
     "submitit": set(),
     "monai": set(),
 }

@@ -49,6 +49,19 @@ class _StateForm(TypedDict):
     layers: list[dict[str, Any]]
 
 
+def open_run_image(cfg: InferConfig, name: str) -> tuple[np.dtype[Any], Shape, Callable[[Box], Array]]:
+    """Type, shape and reader of the image that a run of `infer` predicted. Raises InputError if it cannot be read."""
+    if cfg.store is not None and name in (store := Store(cfg.store)).ids:
+        stored = store[name]
+        return stored.dtype, stored.shape, stored.image
+
+    for item in cfg.inputs:
+        if name == item.name:
+            volume = open_image(item, item.dataset)
+            return volume.dtype, volume.shape, volume.__getitem__
+    raise InputError(f"{cfg.out}/config.yaml names no image for {name}")
+
+
 class ViewerLayers:
     """The layers of every volume of a run folder. `get` may be called by several threads."""
 
@@ -121,16 +134,7 @@ class ViewerLayers:
         return build_neuroglancer_state(name, (), shape, _voxel_size(self._entries[name]), base)
 
     def _open_image(self, name: str) -> tuple[np.dtype[Any], Shape, Callable[[Box], Array]]:
-        cfg = self._cfg
-        if cfg.store is not None and name in (store := Store(cfg.store)).ids:
-            stored = store[name]
-            return stored.dtype, stored.shape, stored.image
-
-        for item in cfg.inputs:
-            if name == item.name:
-                volume = open_image(item, item.dataset)
-                return volume.dtype, volume.shape, volume.__getitem__
-        raise InputError(f"{self._out}/config.yaml names no image for {name}")
+        return open_run_image(self._cfg, name)
 
     def _measure_contrast(self, name: str, position: list[float]) -> list[float]:
         """The brightness to show as black and as white, of the voxels around a position."""
