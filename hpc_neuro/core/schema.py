@@ -117,7 +117,7 @@ def _read_section(path: Path) -> dict[str, Any]:
 def _settle_numbers(hint: Any, value: Any) -> Any:
     """A parsed value with numbers as they are written where `hint` wants a text, and plain everywhere else.
 
-    An id 010 must not become 10, nor a module 12.10 become 12.1.
+    An id 010 must not become 10, nor a module 12.10 become 12.1. `z,y,x` without brackets are the numbers of a list.
     """
     leaves = _leaf_types(hint)
     if isinstance(value, dict):
@@ -128,9 +128,22 @@ def _settle_numbers(hint: Any, value: Any) -> Any:
         # Lists are flat in `leaves`.
         return [_settle_numbers(hint, item) for item in value]
 
+    if isinstance(value, str) and "," in value and _is_list_of_numbers(hint):
+        return value.split(",")
+
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_text = any(leaf in (str, Path) for leaf in leaves) and not any(leaf in (int, float, Any) for leaf in leaves)
     return yaml_text.as_written(value) if is_number and is_text else yaml_text.strip_text(value)
+
+
+def _is_list_of_numbers(hint: Any) -> bool:
+    """Whether a hint wants a flat list of numbers, or none."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _is_list_of_numbers(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return all(arg is type(None) or _is_list_of_numbers(arg) for arg in args)
+    return origin in (list, tuple) and all(arg in (int, float, Ellipsis) for arg in args)
 
 
 def _section_hints(leaves: Sequence[Any], value: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def open_pair(pair: ImagePair, cfg: PrepareConfig) -> OpenedPair:
     # A size in meta.json, the manifest or the config corrects the file's own.
     size = pair.voxel_size or image.voxel_size
     if size is None:
-        raise InputError(f"{pair.image} does not say its voxel size; give voxel_size=[z,y,x] in um")
+        raise InputError(f"{pair.image} does not say its voxel size; give voxel_size=z,y,x in um")
 
     unit = _find_unit(pair, size)
 

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BeforeValidator
-
+from hpc_neuro.core.geometry import Point, VoxelSize
 from hpc_neuro.core.schema import config
 from hpc_neuro.tracing import TraceConfig
-
-
-def _split_triple(value: Any) -> Any:
-    """`z,y,x`, as people write it at the command line, as three numbers; other values as they are."""
-    return value.split(",") if isinstance(value, str) else value
-
-
-Triple = Annotated[tuple[float, float, float], BeforeValidator(_split_triple)]
-
 
 NO_MODEL = "none"
 """`model` of a stack whose brightness alone is traced."""
@@ -35,11 +24,11 @@ class TraceStacksConfig:
     model: Path = Path("none")
     """What finds the neurites: `none`, the brightness of the image itself; `bundled`, the student in the package; or a
     student that you trained, as the folder of its run."""
-    voxel_size: Triple | None = None
+    voxel_size: VoxelSize | None = None
     """[um] z,y,x; none: as each file says. A stack without one is traced in voxels, and no micrometers are written."""
     channel: int | None = None
     """Channel of images that have several, from 0."""
-    root: Triple | None = None
+    root: Point | None = None
     """[voxel] z,y,x where the neuron begins, for a single stack; none: its seed file, else its somas, else the thickest
     end of every piece."""
     seeds: Path | None = None

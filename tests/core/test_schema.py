@@ -187,3 +187,18 @@ def test_dump_and_load_are_inverse(steps: int, radius: float, maybe: int | None)
         file = Path(folder) / "c.yaml"
         file.write_text(schema.dump(cfg))
         assert schema.load(Root, file) == cfg
+
+
+@pytest.mark.parametrize("text", ["4,5,6", "4, 5, 6", "[4,5,6]"])
+def test_a_list_of_numbers_needs_no_brackets(text: str, tmp_path: Path) -> None:
+    assert schema.load(Root, None, ["out=o", f"section.box={text}"]).section.box == (4, 5, 6)
+    (tmp_path / "c.yaml").write_text(f"out: o\nsection:\n  box: {text}\n")
+    assert schema.load(Root, tmp_path / "c.yaml").section.box == (4, 5, 6)
+
+
+def test_commas_elsewhere_are_text() -> None:
+    assert schema.load(Root, None, ["out=a,b"]).out == Path("a,b")
+    with pytest.raises(ConfigError, match=r"section\.box\.1: .*found 'x'"):
+        schema.load(Root, None, ["out=o", "section.box=4,x,6"])
+    with pytest.raises(ConfigError, match=r"section\.steps: .*found '1,2'"):
+        schema.load(Root, None, ["out=o", "section.steps=1,2"])

@@ -112,7 +112,7 @@ def test_an_swc_outside_the_image_is_named_with_both_extents(tmp_path: Path) -> 
 def test_a_volume_without_voxel_size_asks_for_it(tmp_path: Path) -> None:
     write_pair(tmp_path / "in", "a", 1)
     cfg = schema.load(PrepareConfig, None, [f"images={tmp_path / 'in'}", f"out={tmp_path / 'out'}"])
-    assert_refused(cfg, r"does not say its voxel size; give voxel_size=\[z,y,x\] in um")
+    assert_refused(cfg, r"does not say its voxel size; give voxel_size=z,y,x in um")
 
 
 def test_a_root_outside_the_image_is_refused(tmp_path: Path) -> None:
