@@ -1,6 +1,6 @@
 """A 2D teacher's weights become a 3D student's.
 
-The patch kernel is folded to grey, then laid out in 3D by one of RULES; transformer blocks, norms, class and register
+The patch kernel is folded to gray, then laid out in 3D by one of RULES; transformer blocks, norms, class and register
 tokens are copied by name; positions are resampled in the plane and shared over depth, or become 3D rotary ones.
 
 Average and center inflation: Carreira & Zisserman, CVPR 2017 (also arXiv 2405.02686); kernel resize: FlexiViT, CVPR
@@ -71,10 +71,10 @@ class TransferReport:
         return "\n".join(lines)
 
 
-def grey_kernel(weight: Tensor, bias: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Fold RGB and the teacher's normalisation into one channel: weight [C, 3, h, w], bias [C] -> [C, h, w], [C].
+def gray_kernel(weight: Tensor, bias: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Fold RGB and the teacher's normalization into one channel: weight [C, 3, h, w], bias [C] -> [C, h, w], [C].
 
-    On a grey image in [0, 1] the result gives exactly what the teacher gives for it repeated to RGB and normalised.
+    On a gray image in [0, 1] the result gives exactly what the teacher gives for it repeated to RGB and normalized.
     """
     # (image - mean) / std is linear, so that the kernel takes up the scale and the bias takes up the shift.
     scaled = weight / torch.tensor(std, dtype=weight.dtype).view(1, 3, 1, 1)
@@ -185,7 +185,7 @@ RULES: dict[str, tuple[str, Callable[[Tensor, Tensor, Student, TransferConfig], 
     "tubular": ("tubular", _tube_tensors),
     "deformable_tubular": ("deformable tubular", _tube_tensors),
 }
-"""Rule -> the tokenizer it needs, and the tokenizer's tensors from the grey kernel [C, h, w] and bias [C]."""
+"""Rule -> the tokenizer it needs, and the tokenizer's tensors from the gray kernel [C, h, w] and bias [C]."""
 
 
 def transfer(teacher: Teacher, student: Student, cfg: TransferConfig) -> TransferReport:
@@ -254,7 +254,7 @@ def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) 
             f"set {' '.join(keys)}, or transfer.rule={rules}"
         )
 
-    # Inflation adds an axis and nothing else: the widths must be equal, and three channels fold to grey.
+    # Inflation adds an axis and nothing else: the widths must be equal, and three channels fold to gray.
     proj = teacher.backbone.patch_embed.proj
     if proj.bias is None or proj.weight.shape[1] != 3 or len(proj.weight) != student.dim:
         raise InputError(
@@ -265,7 +265,7 @@ def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) 
 
     # The teacher may lie on a GPU or in half precision. Its kernel is folded once, in float32 on the CPU.
     weight, bias = proj.weight.detach().float().cpu(), proj.bias.detach().float().cpu()
-    return lay(*grey_kernel(weight, bias, teacher.mean, teacher.std), student, cfg)
+    return lay(*gray_kernel(weight, bias, teacher.mean, teacher.std), student, cfg)
 
 
 def _refuse_leftovers(

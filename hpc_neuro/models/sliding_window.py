@@ -27,7 +27,7 @@ from hpc_neuro.core.types import StudentOutput
 
 # Share of the window, as nnU-Net and MONAI have it.
 _SIGMA = 0.125
-# Share of the centre's weight, so that a corner seen by one window only is still divided by something.
+# Share of the center's weight, so that a corner seen by one window only is still divided by something.
 _FLOOR = 1e-3
 
 
@@ -67,7 +67,7 @@ def predict(
     where: NDArray[np.bool_] | None = None,
     skip_black: bool = False,
 ) -> NDArray[np.float32]:
-    """Probability of neurite, float32 [Z, Y, X], of a normalised image [Z, Y, X] of any size.
+    """Probability of neurite, float32 [Z, Y, X], of a normalized image [Z, Y, X] of any size.
 
     `student` lies on `device`, has `.patch` and gives a Prediction. `batch` windows run at once; when the device's
     memory is too small the batch is halved and the windows run again; a BatchSize keeps the smaller number for the next
@@ -122,7 +122,7 @@ def predict(
 
     probability_sum = total.numpy()
     for axis, (profile, first) in enumerate(zip(profiles, starts, strict=True)):
-        # the windows form a lattice, so their summed weight factorises
+        # the windows form a lattice, so their summed weight factorizes
         summed = np.zeros(reach[axis], dtype=np.float32)
         for start in first:
             summed[start : start + len(profile)] += profile

@@ -150,7 +150,7 @@ class Student(nn.Module):
 
 
 def build_student(cfg: StudentConfig) -> Student:
-    """A freshly initialised student, float32 on the CPU. Seed torch before for reproducible weights."""
+    """A freshly initialized student, float32 on the CPU. Seed torch before for reproducible weights."""
     return Student(cfg)
 
 

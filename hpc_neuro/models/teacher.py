@@ -57,7 +57,7 @@ def timm() -> Any:
 
 
 class Teacher(nn.Module):
-    """A frozen ViT in eval mode that maps grey slices to token maps."""
+    """A frozen ViT in eval mode that maps gray slices to token maps."""
 
     def __init__(self, backbone: Any, identity: dict[str, str], mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -80,15 +80,15 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def features(self, grey: Tensor, layers: Sequence[int]) -> Tensor:
+    def features(self, gray: Tensor, layers: Sequence[int]) -> Tensor:
         """Token maps of `layers` (block indices from 0, in the order given) after the final norm.
 
-        grey [N, H, W] in [0, 1], H and W multiples of the patch; repeated to RGB and normalised with the teacher's own
+        gray [N, H, W] in [0, 1], H and W multiples of the patch; repeated to RGB and normalized with the teacher's own
         mean and std -> [L, N, H/patch, W/patch, dim] in the dtype of the teacher's weights. Raises InputError.
         """
-        if grey.ndim != 3 or any(n % self.patch or n == 0 for n in grey.shape[1:]):
+        if gray.ndim != 3 or any(n % self.patch or n == 0 for n in gray.shape[1:]):
             raise InputError(
-                f"teacher images are {tuple(grey.shape)}, want [N, H, W] with H, W multiples of {self.patch}; pad them"
+                f"teacher images are {tuple(gray.shape)}, want [N, H, W] with H, W multiples of {self.patch}; pad them"
             )
 
         wrong = [i for i in layers if not 0 <= i < self.depth]
@@ -96,8 +96,8 @@ class Teacher(nn.Module):
             raise InputError(f"layers {list(layers)}: want one or more block indices 0 to {self.depth - 1}")
 
         dtype = next(self.backbone.parameters()).dtype
-        mean, std = (torch.tensor(v, device=grey.device, dtype=dtype).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        rgb = (grey.to(dtype)[:, None] - mean) / std  # [N, 3, H, W]
+        mean, std = (torch.tensor(v, device=gray.device, dtype=dtype).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        rgb = (gray.to(dtype)[:, None] - mean) / std  # [N, 3, H, W]
 
         # timm gives maps in the order of depth, once each.
         order = sorted(set(layers))
@@ -110,7 +110,7 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
     """Build the teacher `cfg` names, on the CPU in float32.
 
     Raises InputError for an unknown model, an unsupported family, a missing, broken or changed weights file, and for
-    hub weights that are neither cached nor reachable (found out within seconds; HF_HUB_OFFLINE is honoured).
+    hub weights that are neither cached nor reachable (found out within seconds; HF_HUB_OFFLINE is honored).
     """
     if cfg.model == "random":
         # The caller's random numbers must not depend on the teacher that it loads.

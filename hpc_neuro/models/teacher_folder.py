@@ -73,7 +73,7 @@ def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[st
 
     card: timm's description of the weights.
     """
-    digest, licence = files.sha256(source), str(card.get("license") or "not stated by timm")
+    digest, terms = files.sha256(source), str(card.get("license") or "not stated by timm")
     origin = str(card.get("hf_hub_id") or card.get("url") or "not stated by timm")
 
     # A full disk is noticed before the copy begins.
@@ -89,20 +89,20 @@ def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[st
                 "file": f"model{source.suffix}",
                 "sha256": digest,
                 "origin": origin,
-                "licence": licence,
+                "licence": terms,
                 "fetched": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             },
         )
 
-        # The licence goes where the weights go, because their users may never see the hub's page.
+        # The license goes where the weights go, because their users may never see the hub's page.
         files.write_text(
             part / LICENCE,
-            f"Weights of {name}, from {origin}.\nLicence, as timm states it: {licence}.\n"
+            f"Weights of {name}, from {origin}.\nLicense, as timm states it: {terms}.\n"
             f"Paper: {card.get('paper_name') or 'not stated'} {card.get('paper_ids') or ''}\n"
-            "Read the licence at the origin before you publish or sell what was trained with these weights.\n",
+            "Read the license at the origin before you publish or sell what was trained with these weights.\n",
         )
 
     return [
-        f"{name}: {files.format_bytes(source.stat().st_size)}, sha256 {digest}, licence {licence}, in {out}",
+        f"{name}: {files.format_bytes(source.stat().st_size)}, sha256 {digest}, license {terms}, in {out}",
         f"use it with  teacher.model={name} teacher.weights={out}",
     ]

@@ -52,7 +52,7 @@ class TubularTokenizer(nn.Module):
 
     `deformable`: a small network sees the image and bends the tubes sideways, at most `extent` voxels per step; its
     last layer starts at zero, so that training starts from straight tubes. `keep_block` adds a strided convolution of
-    the whole block, which starts at zero, too. An even K has one tap more before the centre than after it.
+    the whole block, which starts at zero, too. An even K has one tap more before the center than after it.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class TubularTokenizer(nn.Module):
 
 
 def _offset_net(patch: Shape, taps: int) -> nn.Sequential:
-    """Image -> raw steps of three tubes per block, [B, 3*2*(K-1), z, y, x]; sees a block and its neighbours."""
+    """Image -> raw steps of three tubes per block, [B, 3*2*(K-1), z, y, x]; sees a block and its neighbors."""
     # Steps of zero keep the tubes straight at the start.
     last = nn.Conv3d(_HIDDEN, 3 * 2 * (taps - 1), 1)
     last.apply(_zero)

@@ -256,7 +256,7 @@ def grid_positions(plane: Tensor, depth: Tensor, shape: Shape) -> Tensor:
 def rotary(shape: Shape, head_dim: int) -> Tensor:
     """Sine and cosine of 3D rotary positions for a token grid -> [2, z*y*x, head_dim] float32.
 
-    A quarter of the channel pairs turns with y, a quarter with x, at DINOv3's periods; coordinates are token centres
+    A quarter of the channel pairs turns with y, a quarter with x, at DINOv3's periods; coordinates are token centers
     scaled to [-1, 1] per axis. Depth, in units of the longer in-plane axis, is added to the angle of every second
     frequency and taken from the others, oppositely for y and x. So a grid of depth 1 gets exactly the teacher's 2D
     rotation, no channel is taken from it, and still no two 3D displacements look alike.

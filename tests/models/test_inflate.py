@@ -1,4 +1,4 @@
-"""models/inflate.py: the fold to grey, the kernel resize, and each rule's exact test for every family."""
+"""models/inflate.py: the fold to gray, the kernel resize, and each rule's exact test for every family."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.helpers.tiny_teachers import FAMILIES, embedding, family, student_for
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.lists(st.floats(0.05, 2), min_size=3, max_size=3))
-def test_grey_fold_is_exact_for_any_normalisation(mean: list[float], std: list[float]) -> None:
+def test_grey_fold_is_exact_for_any_normalization(mean: list[float], std: list[float]) -> None:
     weight, bias = torch.randn(5, 3, 4, 6, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    grey = torch.rand(2, 4, 6, dtype=torch.float64)
-    rgb = torch.stack([(grey - m) / s for m, s in zip(mean, std, strict=True)], dim=1)
-    kernel, shift = inflate.grey_kernel(weight, bias, tuple(mean), tuple(std))
+    gray = torch.rand(2, 4, 6, dtype=torch.float64)
+    rgb = torch.stack([(gray - m) / s for m, s in zip(mean, std, strict=True)], dim=1)
+    kernel, shift = inflate.gray_kernel(weight, bias, tuple(mean), tuple(std))
     expected = F.conv2d(rgb, weight, bias)
-    torch.testing.assert_close(F.conv2d(grey[:, None], kernel[:, None], shift), expected)
+    torch.testing.assert_close(F.conv2d(gray[:, None], kernel[:, None], shift), expected)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (14, 14), (32, 32), (8, 16), (16, 16)])
@@ -49,7 +49,7 @@ def test_flatten_orders() -> None:
     assert inflate.flatten_kernel(kernel, "boustrophedon")[0].tolist() == [0, 1, 2, 5, 4, 3]
 
 
-def test_boustrophedon_neighbours_are_neighbours_in_the_patch() -> None:
+def test_boustrophedon_neighbors_are_neighbors_in_the_patch() -> None:
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     path = inflate.flatten_kernel(torch.stack([y, x]), "boustrophedon")
     assert path.diff(dim=1).abs().sum(0).eq(1).all()
@@ -75,12 +75,12 @@ def test_tubular_gives_a_line_that_holds_the_flattened_patch_its_2d_embedding(
     tiny: Teacher, order: inflate.Order
 ) -> None:
     proj = tiny.backbone.patch_embed.proj
-    kernel, bias = inflate.grey_kernel(proj.weight, proj.bias, tiny.mean, tiny.std)
-    grey = torch.rand(3, 16, 16)
-    lines = inflate.flatten_kernel(grey, order)
+    kernel, bias = inflate.gray_kernel(proj.weight, proj.bias, tiny.mean, tiny.std)
+    gray = torch.rand(3, 16, 16)
+    lines = inflate.flatten_kernel(gray, order)
     weight = inflate.tubular(kernel, 256, order)
     for axis in range(3):
-        torch.testing.assert_close(lines @ weight[axis].T + bias, embedding(tiny, grey), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lines @ weight[axis].T + bias, embedding(tiny, gray), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("taps", [9, 255, 256])
@@ -98,9 +98,9 @@ def test_a_tubular_tokenizer_embeds_a_line_of_voxels(tiny: Teacher, axis: int, t
     values = torch.rand(taps)
     volume = torch.zeros([g * p for g, p in zip(grid, patch, strict=True)])
     line = [p // 2 for p in patch]
-    centre = middle * patch[axis] + patch[axis] // 2
+    center = middle * patch[axis] + patch[axis] // 2
     index: list[object] = list(line)
-    index[axis] = slice(centre - taps // 2, centre - taps // 2 + taps)
+    index[axis] = slice(center - taps // 2, center - taps // 2 + taps)
     volume[tuple(index)] = values
     fine = values.repeat_interleave(256).view(256, taps).mean(1).view(1, 16, 16)
     found = tokens(volume[None, None]).select(2 + axis, middle).flatten()
@@ -133,28 +133,28 @@ def test_a_block_beside_the_tubes_adds_its_own_embedding(tiny: Teacher) -> None:
         assert not {n for n in report.teacher_tensors if n.startswith(("encoder.", "decoder."))}
     plain = student_for(tiny)
     transfer(tiny, plain, TransferConfig(rule="center"))
-    centre = plain.tokenizer(image) - plain.tokenizer.proj.bias.view(1, -1, 1, 1, 1)
-    torch.testing.assert_close(found["center"] - found["zero"], centre, atol=1e-4, rtol=1e-4)
+    center = plain.tokenizer(image) - plain.tokenizer.proj.bias.view(1, -1, 1, 1, 1)
+    torch.testing.assert_close(found["center"] - found["zero"], center, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_every_rule_is_exact_for_every_family(arch: str) -> None:
-    """Width, patch size and normalisation differ; a block, its centre slice or a line holds the teacher's patch."""
+    """Width, patch size and normalization differ; a block, its center slice or a line holds the teacher's patch."""
     guide = family(arch)
     p = guide.patch
-    grey = torch.rand(p, p)
-    want = embedding(guide, grey[None])[0]
+    gray = torch.rand(p, p)
+    want = embedding(guide, gray[None])[0]
     any_block = torch.rand(4, p, p)
-    any_block[2] = grey
+    any_block[2] = gray
     line = torch.full((4, p, p * (p + 2)), 0.5)  # p + 2 blocks along x; the line fills the middle p of them
-    centre = p * ((p + 2) // 2) + p // 2
-    line[2, p // 2, centre - p * p // 2 : centre - p * p // 2 + p * p] = grey.flatten()
+    center = p * ((p + 2) // 2) + p // 2
+    line[2, p // 2, center - p * p // 2 : center - p * p // 2 + p * p] = gray.flatten()
     block, straight, bending = (
         student_for(guide, depth=1, tokenizer=tokens)
         for tokens in (BlockTokens(), *(TubularTokens(taps=p * p, deformable=d, keep_block=False) for d in (0, 1)))
     )
     for rule, student, volume in (
-        ("average", block, grey.expand(4, p, p)),
+        ("average", block, gray.expand(4, p, p)),
         ("center", block, any_block),
         ("tubular", straight, line),
         ("deformable_tubular", bending, line),
@@ -171,7 +171,7 @@ def test_every_rule_is_exact_for_every_family(arch: str) -> None:
 def test_a_teacher_of_another_patch_size_is_resized_as_timm_does(patch: tuple[int, int, int]) -> None:
     guide = family("vit_small_patch14_dinov2")
     proj = guide.backbone.patch_embed.proj
-    kernel, bias = inflate.grey_kernel(proj.weight, proj.bias, guide.mean, guide.std)
+    kernel, bias = inflate.gray_kernel(proj.weight, proj.bias, guide.mean, guide.std)
     small = timm().layers.resample_patch_embed(kernel[:, None], list(patch[1:]))
     image = torch.rand(2, 1, *patch[1:])
     student = build_student(fit_config(StudentConfig(patch=patch, depth=1), guide))

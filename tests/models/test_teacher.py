@@ -27,11 +27,11 @@ def untrained() -> Teacher:
 @pytest.mark.parametrize(
     ("arch", "patch"), [(ARCH, 16), ("vit_small_patch14_reg4_dinov2", 14), ("vit_tiny_patch16_dinov3_qkvb", 16)]
 )
-def test_features_are_timms_for_the_normalised_rgb_image(arch: str, patch: int) -> None:
+def test_features_are_timms_for_the_normalized_rgb_image(arch: str, patch: int) -> None:
     teacher = load_teacher(TeacherConfig(model="random", arch=arch))
-    grey = torch.rand(2, 2 * patch, 3 * patch)
-    got = teacher.features(grey, [11, 2, 11])
-    rgb = torch.stack([(grey - m) / s for m, s in zip(teacher.mean, teacher.std, strict=True)], dim=1)
+    gray = torch.rand(2, 2 * patch, 3 * patch)
+    got = teacher.features(gray, [11, 2, 11])
+    rgb = torch.stack([(gray - m) / s for m, s in zip(teacher.mean, teacher.std, strict=True)], dim=1)
     with torch.no_grad():
         last = teacher.backbone.forward_features(rgb)[:, teacher.backbone.num_prefix_tokens :]
         third = teacher.backbone.forward_intermediates(rgb, indices=[2], norm=True, intermediates_only=True)[0]
@@ -40,7 +40,7 @@ def test_features_are_timms_for_the_normalised_rgb_image(arch: str, patch: int) 
     torch.testing.assert_close(got[2], got[0])
     torch.testing.assert_close(got[1], third.permute(0, 2, 3, 1))
     teacher.backbone.blocks[3].register_forward_hook(lambda *_: pytest.fail("a block beyond the last one wanted ran"))
-    torch.testing.assert_close(teacher.features(grey, [2])[0], got[1])
+    torch.testing.assert_close(teacher.features(gray, [2])[0], got[1])
 
 
 def test_facts_are_the_backbones(untrained: Teacher) -> None:

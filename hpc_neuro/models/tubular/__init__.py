@@ -1,17 +1,17 @@
 """Deformable tubes: sample and convolve features along lines that bend through a volume (method section 2).
 
-A tube of K taps along axis a, centred on voxel p, with steps d orthogonal to a:
+A tube of K taps along axis a, centered on voxel p, with steps d orthogonal to a:
 
     P_0 = p        P_{+c} = p + c*e_a + d_{+1} + .. + d_{+c}        P_{-c} = p - c*e_a + d_{-1} + .. + d_{-c}
 
-                      o---o            the centre never moves; each tap hangs on the one before it, so a tube whose
+                      o---o            the center never moves; each tap hangs on the one before it, so a tube whose
                 o---o                  steps are bounded stays connected; along a all positions are integers, so a
-          o---O                        tap has four neighbours. Outside the volume lies the value of the nearest voxel.
-      o--/     centre
+          o---O                        tap has four neighbors. Outside the volume lies the value of the nearest voxel.
+      o--/     center
 
 Offsets [B, 2*(K-1), z, y, x] hold d in voxels: the first orthogonal axis (in z y x order), then the second; within each
-the steps from tap -h to tap +h without the centre (h = K // 2): entry h-1 leads to tap -1, entry h to tap +1. K is odd;
-an even K has one tap more before the centre than after it.
+the steps from tap -h to tap +h without the center (h = K // 2): entry h-1 leads to tap -1, entry h to tap +1. K is odd;
+an even K has one tap more before the center than after it.
 
 Positions and interpolation are float32 whatever the dtype of x (float64 for float64). Dynamic Snake Convolution
 (Qi et al., ICCV 2023) had the idea of a chained kernel; nothing here follows its code.
@@ -44,7 +44,7 @@ def gather(
 
     x [B, C, Z, Y, X]; offsets [B, 2*(K-1), z, y, x] in voxels; axis 0, 1, 2 for z, y, x. -> [B, C, K, z, y, x], dtype
     of x, channels last in memory.
-    positions: integers [3, z, y, x], the centre voxel (z, y, x) of every tube. None: the voxels themselves when the
+    positions: integers [3, z, y, x], the center voxel (z, y, x) of every tube. None: the voxels themselves when the
     grids are equal; for a coarser grid that divides the volume the middle voxel i*s + s//2 of each block of s voxels.
     Raises InputError for shapes, an axis or a grid that do not fit.
     """
@@ -114,7 +114,7 @@ class _Tube(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes, how: ModuleType) -> Tensor:
         with _exact(x):
-            # A neighbour of a tap is then one contiguous read.
+            # A neighbor of a tap is then one contiguous read.
             rows = x.permute(0, 2, 3, 4, 1).flatten(0, 3).contiguous()  # [B*N, C]
             result: Tensor = how.forward(rows, _steps(x, offsets), weight, tubes)
 
@@ -197,16 +197,16 @@ def _tubes(x: Tensor, offsets: Tensor, axis: int, positions: Tensor | None) -> T
         )
 
     if positions is None:
-        positions = _block_centres(x, offsets)
+        positions = _block_centers(x, offsets)
     elif positions.shape != (3, *grid) or positions.is_floating_point():
         raise InputError(f"positions are {tuple(positions.shape)} {positions.dtype}; want integers {(3, *grid)}")
 
     size = (x.shape[2], x.shape[3], x.shape[4])
-    centres = positions.to(x.device, torch.int64).reshape(3, -1)
-    return Tubes(size=size, axis=axis, taps=offsets.shape[1] // 2 + 1, centres=centres)
+    centers = positions.to(x.device, torch.int64).reshape(3, -1)
+    return Tubes(size=size, axis=axis, taps=offsets.shape[1] // 2 + 1, centers=centers)
 
 
-def _block_centres(x: Tensor, offsets: Tensor) -> Tensor:
+def _block_centers(x: Tensor, offsets: Tensor) -> Tensor:
     """[3, z, y, x]: the middle voxel of every block."""
     pairs = list(zip(x.shape[2:], offsets.shape[2:], strict=True))
     if any(m and n % m for n, m in pairs):

@@ -1,6 +1,6 @@
 """The tube operator in plain PyTorch, chunk by chunk: a tap is a weighted bag of four rows of a table.
 
-Values lie channels last, one row of C numbers per voxel, so that every neighbour of a tap is one contiguous read, and
+Values lie channels last, one row of C numbers per voxel, so that every neighbor of a tap is one contiguous read, and
 `embedding_bag` reads, weighs and sums them in one pass. Only one chunk of tubes is in memory at a time; the backward
 pass makes the taps again. Works on any device, in float32 and float64.
 """
@@ -22,17 +22,17 @@ _CHUNK_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 @dataclass(frozen=True)
 class Tubes:
-    """Where tubes lie: K taps along `axis` through a volume of `size` voxels, centred on P voxels."""
+    """Where tubes lie: K taps along `axis` through a volume of `size` voxels, centered on P voxels."""
 
     size: Shape
     axis: int
     taps: int
-    # [3, P] int64, the z y x voxel of each tube's centre.
-    centres: Tensor
+    # [3, P] int64, the z y x voxel of each tube's center.
+    centers: Tensor
 
     @property
     def half(self) -> int:
-        """Taps before the centre."""
+        """Taps before the center."""
         return self.taps // 2
 
 
@@ -148,7 +148,7 @@ def _chunks(rows: Tensor, offsets: Tensor, tubes: Tubes) -> Iterator[tuple[slice
     if not rows.numel():
         return
 
-    # With few channels the indices and shares of the four neighbours take the most.
+    # With few channels the indices and shares of the four neighbors take the most.
     per_tube = tubes.taps * max(rows.shape[1], 4) * rows.element_size()
     room = max(_CHUNK_BYTES.get(rows.device.type, 1 << 28) // per_tube, 16)  # tubes
     volumes = max(room // max(count, 1), 1)
@@ -159,10 +159,10 @@ def _chunks(rows: Tensor, offsets: Tensor, tubes: Tubes) -> Iterator[tuple[slice
 
 
 def _corners(offsets: Tensor, tubes: Tubes, b: slice, p: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """The four neighbours of every tap: row [m, K, 4], share of the tap [m, K, 4] and fractions [2, m, K].
+    """The four neighbors of every tap: row [m, K, 4], share of the tap [m, K, 4] and fractions [2, m, K].
 
-    m tubes of several volumes, volume by volume. Neighbours beyond a face are the face's voxel, so both neighbours are
-    one and the slope is zero there. Displacements are split before the centre is added: a float32 coordinate would
+    m tubes of several volumes, volume by volume. Neighbors beyond a face are the face's voxel, so both neighbors are
+    one and the slope is zero there. Displacements are split before the center is added: a float32 coordinate would
     lose its fraction in a large volume, and integers are exact.
     """
     volumes, _, count = offsets.shape
@@ -178,8 +178,8 @@ def _corners(offsets: Tensor, tubes: Tubes, b: slice, p: slice) -> tuple[Tensor,
     # Indices of 32 bits halve the memory traffic, where all rows can be counted in them.
     dtype = torch.int32 if b.stop * voxels < 2**31 else torch.int64
 
-    centre = tubes.centres[:, p, None].to(dtype).repeat(1, volumes, 1)  # [3, m, 1]
-    along = torch.arange(-tubes.half, tubes.taps - tubes.half, device=offsets.device, dtype=dtype) + centre[tubes.axis]
+    center = tubes.centers[:, p, None].to(dtype).repeat(1, volumes, 1)  # [3, m, 1]
+    along = torch.arange(-tubes.half, tubes.taps - tubes.half, device=offsets.device, dtype=dtype) + center[tubes.axis]
     along.clamp_(0, tubes.size[tubes.axis] - 1).mul_(strides[tubes.axis])  # [m, K]
 
     start = torch.arange(b.start, b.stop, device=offsets.device, dtype=dtype) * voxels
@@ -187,7 +187,7 @@ def _corners(offsets: Tensor, tubes: Tubes, b: slice, p: slice) -> tuple[Tensor,
 
     sides = []
     for i, a in enumerate(n for n in range(3) if n != tubes.axis):
-        low = whole[i].to(dtype).add_(centre[a])
+        low = whole[i].to(dtype).add_(center[a])
         high = (low + 1).clamp_(0, tubes.size[a] - 1).mul_(strides[a])
         sides.append((low.clamp_(0, tubes.size[a] - 1).mul_(strides[a]), high))
 
@@ -211,14 +211,14 @@ def _slopes(fraction: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def displacements(offsets: Tensor, tubes: Tubes) -> Tensor:
-    """Steps [B, 2*(K-1), P] -> displacement of every tap [B, 2, K, P]: sums outwards from the centre, which is zero."""
+    """Steps [B, 2*(K-1), P] -> displacement of every tap [B, 2, K, P]: sums outwards from the center, which is zero."""
     batch, _, count = offsets.shape
     half = tubes.half
 
     steps = offsets.reshape(batch, 2, tubes.taps - 1, count)
     move = offsets.new_zeros(batch, 2, tubes.taps, count)
 
-    # The centre keeps its zero, because it never moves.
+    # The center keeps its zero, because it never moves.
     move[:, :, :half] = steps[:, :, :half].flip(2).cumsum(2).flip(2)
     move[:, :, half + 1 :] = steps[:, :, half:].cumsum(2)
 

@@ -55,7 +55,7 @@ class _Plan:
     width: int
     box: tuple[int, ...]
     # [3, P] int32: along the axis, then across.
-    centres: Tensor
+    centers: Tensor
     # [B, 2, K, P] float32.
     path: Tensor
     # Matrix [K, C, O] in the dtype of rows, or window [K] float32, or the path where nothing is mixed.
@@ -84,9 +84,9 @@ def _plan(rows: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes) ->
     # Offsets of 64 bits take more registers, so that they are compiled in only where they are needed.
     tiles: dict[str, Any] = {"WIDE": rows.numel() >= 2**31, "BC": _block(channels)}
     box = (*(n for a in order for n in (tubes.size[a], stride[a])), voxels)
-    centres = tubes.centres[list(order)].int()
+    centers = tubes.centers[list(order)].int()
 
-    return _Plan(mode, len(offsets), offsets.shape[2], channels, width, box, centres, path, mix, tiles)
+    return _Plan(mode, len(offsets), offsets.shape[2], channels, width, box, centers, path, mix, tiles)
 
 
 def _displacements(offsets: Tensor, tubes: Tubes) -> Tensor:
@@ -136,7 +136,7 @@ def forward(rows: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes) 
     if not out.numel():
         return out
 
-    source = (rows, plan.path, plan.centres)
+    source = (rows, plan.path, plan.centers)
     shape = (plan.box, plan.count, tubes.taps, tubes.half, plan.channels)
 
     if plan.mode == "conv":
@@ -161,7 +161,7 @@ def backward(
     grad_path = torch.zeros_like(plan.path) if needs[1] else None
     grad_mix = torch.zeros_like(plan.mix, dtype=torch.float32) if needs[2] else None
 
-    source = (rows, plan.path, plan.centres)
+    source = (rows, plan.path, plan.centers)
     shape = (tubes.taps, tubes.half, plan.channels, plan.width)
 
     window = grad_mix if plan.mode == "window" else None

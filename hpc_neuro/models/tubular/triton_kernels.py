@@ -1,9 +1,9 @@
 """Triton kernels of the tube operator; `tubular_triton` launches them.
 
 A program holds a block of BP tubes and walks along their taps. Values are read channels last, BC channels at a time, so
-that a neighbour is one contiguous read. What is not float32 is interpolated in float32 and multiplied on tensor cores.
+that a neighbor is one contiguous read. What is not float32 is interpolated in float32 and multiplied on tensor cores.
 
-Shapes as in `tubular_torch`: rows [B*N, C], path [B, 2, K, P] displacements, centres [3, P] (along the axis first).
+Shapes as in `tubular_torch`: rows [B*N, C], path [B, 2, K, P] displacements, centers [3, P] (along the axis first).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def path_kernel(steps, path, tubes, taps, half, BP: tl.constexpr):
     steps += row * (taps - 1) * tubes + p
     path += row * taps * tubes + p
 
-    # The centre never moves.
+    # The center never moves.
     tl.store(path + half * tubes, total, mask=live)
 
-    # Each tap hangs on the one before it, so that sums run outwards from the centre.
+    # Each tap hangs on the one before it, so that sums run outwards from the center.
     for k in range(half + 1, taps):
         total += tl.load(steps + (k - 1) * tubes, mask=live, other=0.0)
         tl.store(path + k * tubes, total, mask=live)
@@ -64,8 +64,8 @@ def step_grad_kernel(slope, grad, tubes, taps, half, BP: tl.constexpr):
 
 
 @triton.jit
-def _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE: tl.constexpr):
-    """Rows of the four neighbours of tap k of tubes p, and the two fractions; see `tubular_torch._corners`."""
+def _neighbors(path, centers, box, b, k, p, live, tubes, taps, half, WIDE: tl.constexpr):
+    """Rows of the four neighbors of tap k of tubes p, and the two fractions; see `tubular_torch._corners`."""
     # Size and stride along the axis and across it, and the voxels of a volume.
     na, sa, nu, su, nv, sv, voxels = box
 
@@ -74,15 +74,15 @@ def _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE: tl.c
     mu = tl.load(path + at + p, mask=live, other=0.0)
     mv = tl.load(path + after + p, mask=live, other=0.0)
 
-    # The fraction is split off before the centre is added: a float32 coordinate would lose it in a large volume.
+    # The fraction is split off before the center is added: a float32 coordinate would lose it in a large volume.
     wu = tl.floor(mu)
     wv = tl.floor(mv)
 
-    along = tl.load(centres + p, mask=live, other=0) + (k - half)
+    along = tl.load(centers + p, mask=live, other=0) + (k - half)
 
     # a displacement beyond all bounds still ends at the right face
-    u = tl.load(centres + tubes + p, mask=live, other=0) + tl.clamp(wu, -1073741824.0, 1073741824.0).to(tl.int32)
-    v = tl.load(centres + 2 * tubes + p, mask=live, other=0) + tl.clamp(wv, -1073741824.0, 1073741824.0).to(tl.int32)
+    u = tl.load(centers + tubes + p, mask=live, other=0) + tl.clamp(wu, -1073741824.0, 1073741824.0).to(tl.int32)
+    v = tl.load(centers + 2 * tubes + p, mask=live, other=0) + tl.clamp(wv, -1073741824.0, 1073741824.0).to(tl.int32)
 
     start = tl.minimum(tl.maximum(along, 0), na - 1) * sa
 
@@ -92,7 +92,7 @@ def _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE: tl.c
     else:
         start += b * voxels
 
-    # Beyond a face both neighbours are the face's voxel, so that the slope is zero there.
+    # Beyond a face both neighbors are the face's voxel, so that the slope is zero there.
     u0 = start + tl.minimum(tl.maximum(u, 0), nu - 1) * su
     u1 = start + tl.minimum(tl.maximum(u + 1, 0), nu - 1) * su
     v0 = tl.minimum(tl.maximum(v, 0), nv - 1) * sv
@@ -116,7 +116,7 @@ def _tap(rows, r00, r01, r10, r11, fu, fv, c, channels, mask):
 
 @triton.jit
 def sample_kernel(
-    rows, path, centres, window, out, box, tubes, taps, half, channels,
+    rows, path, centers, window, out, box, tubes, taps, half, channels,
     WINDOW: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Taps [B, P, K, C], or their weighted sum [B, P, C]. One program: a block of tubes, a block of channels."""
@@ -131,7 +131,7 @@ def sample_kernel(
     place = (b.to(tl.int64) * tubes + p)[:, None]
 
     for k in range(taps):
-        r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
+        r00, r01, r10, r11, fu, fv = _neighbors(path, centers, box, b, k, p, live, tubes, taps, half, WIDE)
         tap = _tap(rows, r00, r01, r10, r11, fu, fv, c, channels, mask)
 
         # A window is summed in registers, so that its taps are never written.
@@ -146,7 +146,7 @@ def sample_kernel(
 
 @triton.jit
 def conv_kernel(
-    rows, path, centres, matrix, out, box, tubes, taps, half, channels, width,
+    rows, path, centers, matrix, out, box, tubes, taps, half, channels, width,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Convolution [B, P, O] with matrix [K, C, O]. One program: a block of tubes, a block of output channels."""
@@ -159,7 +159,7 @@ def conv_kernel(
 
     # Taps are made between the products, so that they are never written.
     for k in range(taps):
-        r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
+        r00, r01, r10, r11, fu, fv = _neighbors(path, centers, box, b, k, p, live, tubes, taps, half, WIDE)
         for first in range(0, channels, BC):
             c = first + tl.arange(0, BC)
             tap = _tap(rows, r00, r01, r10, r11, fu, fv, c, channels, live[:, None] & (c < channels)[None, :])
@@ -174,7 +174,7 @@ def conv_kernel(
 
 @triton.jit
 def _scatter(into, r, share, values, c, channels, mask):
-    """Add share of values [tubes, channels] to rows r; whole voxels have three neighbours without a share."""
+    """Add share of values [tubes, channels] to rows r; whole voxels have three neighbors without a share."""
     tl.atomic_add(
         into + r[:, None] * channels + c[None, :], values * share[:, None], mask & (share != 0)[:, None], sem="relaxed"
     )
@@ -183,7 +183,7 @@ def _scatter(into, r, share, values, c, channels, mask):
 # One kernel for three modes: each mode's branch is decided when the kernel is compiled.
 @triton.jit
 def input_grad_kernel(  # noqa: C901
-    rows, path, centres, weight, grad, grad_rows, grad_path, grad_window, box, tubes, taps, half, channels, width,
+    rows, path, centers, weight, grad, grad_rows, grad_path, grad_window, box, tubes, taps, half, channels, width,
     MODE: tl.constexpr, ROWS: tl.constexpr, PATH: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,7 @@ def input_grad_kernel(  # noqa: C901
     p = (tl.program_id(0) // taps) * BP + tl.arange(0, BP)
     live = p < tubes
 
-    r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
+    r00, r01, r10, r11, fu, fv = _neighbors(path, centers, box, b, k, p, live, tubes, taps, half, WIDE)
     gu, gv = 1 - fu, 1 - fv
     place = (b.to(tl.int64) * tubes + p)[:, None]
 
@@ -258,7 +258,7 @@ def input_grad_kernel(  # noqa: C901
 
 @triton.jit
 def weight_grad_kernel(
-    rows, path, centres, grad, grad_matrix, box, batch, tubes, taps, half, channels, width,
+    rows, path, centers, grad, grad_matrix, box, batch, tubes, taps, half, channels, width,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the matrix [K, C, O]. One program: one tap, a tile of the matrix, every n-th block of tubes."""
@@ -275,7 +275,7 @@ def weight_grad_kernel(
         p = (block % per_volume) * BP + tl.arange(0, BP)
         live = p < tubes
 
-        r00, r01, r10, r11, fu, fv = _neighbours(path, centres, box, b, k, p, live, tubes, taps, half, WIDE)
+        r00, r01, r10, r11, fu, fv = _neighbors(path, centers, box, b, k, p, live, tubes, taps, half, WIDE)
         tap = _tap(rows, r00, r01, r10, r11, fu, fv, c, channels, live[:, None] & (c < channels)[None, :])
 
         place = (b.to(tl.int64) * tubes + p)[:, None] * width + o[None, :]

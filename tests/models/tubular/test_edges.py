@@ -98,13 +98,13 @@ def test_more_voxels_than_float32_can_count() -> None:
 
 def test_rows_beyond_32_bits_are_named_by_64() -> None:
     size = (2048, 1024, 1024)  # 2^31 voxels
-    centre = torch.tensor([[2047], [1023], [5]])
-    tubes = Tubes(size, 2, 3, centre)
+    center = torch.tensor([[2047], [1023], [5]])
+    tubes = Tubes(size, 2, 3, center)
     index, share, _ = torch_impl._corners(torch.zeros(1, 4, 1), tubes, slice(1, 2), slice(0, 1))
     assert index.dtype == torch.int64
     assert index[0, :, 0].tolist() == [2**32 - 1024 + x for x in (4, 5, 6)]
     assert share[0, :, 0].tolist() == [1, 1, 1]
-    small = Tubes((64, 64, 64), 2, 3, centre % 64)
+    small = Tubes((64, 64, 64), 2, 3, center % 64)
     assert torch_impl._corners(torch.zeros(1, 4, 1), small, slice(1, 2), slice(0, 1))[0].dtype == torch.int32
 
 

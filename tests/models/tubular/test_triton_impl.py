@@ -39,7 +39,7 @@ def compiled(kernel: Any, values: str, constants: dict[str, object]) -> Any:
         ("path", "steps", "slope", "window", "grad_rows", "grad_path", "grad_window", "grad_matrix"), "*fp32"
     )
     pointers |= {"grad_weight": "*fp32"}
-    pointers |= {"centres": "*i32", "box": ("i32",) * 7, **dict.fromkeys(constants, "constexpr")}
+    pointers |= {"centers": "*i32", "box": ("i32",) * 7, **dict.fromkeys(constants, "constexpr")}
     signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
     return build(ASTSource(kernel, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32))
 

@@ -169,15 +169,15 @@ def test_a_straight_tube_is_a_convolution_along_its_axis(axis: int, taps: int) -
 def test_the_centre_tap_never_moves(axis: int, taps: int) -> None:
     x, offsets = example((4, 5, 3), taps, dtype=torch.float32)
     offsets = (3 * offsets).requires_grad_()
-    centre = gather(x, offsets, axis)[:, :, taps // 2]
-    torch.testing.assert_close(centre, x, rtol=0, atol=0)
+    center = gather(x, offsets, axis)[:, :, taps // 2]
+    torch.testing.assert_close(center, x, rtol=0, atol=0)
     if taps > 1:
-        (slope,) = torch.autograd.grad(centre.sum(), offsets)
+        (slope,) = torch.autograd.grad(center.sum(), offsets)
         assert not slope.any()
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_neighbouring_taps_stay_connected(axis: int) -> None:
+def test_neighboring_taps_stay_connected(axis: int) -> None:
     """Sampling a volume of coordinates gives the positions themselves: one voxel along, at most the extent across."""
     n, taps, extent = 40, 9, 0.75
     grid = torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float64)] * 3, indexing="ij"))[None]
