@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-UNLABELLED = 255
+UNLABELED = 255
 """Mask value of a voxel without a label; such voxels count neither in a loss nor in a metric."""
 
 TOLERANCE_VOX = 4.0

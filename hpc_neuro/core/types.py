@@ -29,7 +29,7 @@ class Sample:
     image: Tensor
     """[1, Z, Y, X] float32, normalized by the volume's percentiles."""
     mask: Tensor
-    """[1, Z, Y, X] uint8, 1 on neurite, UNLABELLED where there is no label."""
+    """[1, Z, Y, X] uint8, 1 on neurite, UNLABELED where there is no label."""
     skeleton: Tensor
     """[1, Z, Y, X] uint8, 1 in a tube around the centerline."""
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Batch:
     image: Tensor
     """[B, 1, Z, Y, X] float32."""
     mask: Tensor
-    """[B, 1, Z, Y, X] uint8, UNLABELLED where there is no label."""
+    """[B, 1, Z, Y, X] uint8, UNLABELED where there is no label."""
     skeleton: Tensor
     """[B, 1, Z, Y, X] uint8."""
     features: dict[str, Tensor]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.types import Batch, copy_to_device
 from hpc_neuro.data.config import AugmentConfig
@@ -142,7 +142,7 @@ def _warp(
     labels = torch.cat([mask.index_select(0, index).float() + 1, skeleton.index_select(0, index).float()], 1)
     labels = F.grid_sample(labels, grid, mode="nearest", padding_mode="zeros", align_corners=False)  # [b, 2, Z, Y, X]
     inside = labels[:, :1] > 0
-    warped_mask = torch.where(inside, labels[:, :1] - 1, float(UNLABELLED)).to(mask.dtype)
+    warped_mask = torch.where(inside, labels[:, :1] - 1, float(UNLABELED)).to(mask.dtype)
     warped_skeleton = labels[:, 1:].to(skeleton.dtype)
 
     return (

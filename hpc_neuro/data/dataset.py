@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Batch, Sample
@@ -105,7 +105,7 @@ def read_crop(store: Store, volume: str, box: Box) -> Sample:
 
     # A repeated border has the intensities of tissue; zeros would look like an edge.
     image = np.pad(stored.normalized_image(inside), padding, mode="edge")
-    mask = np.pad(stored.mask(inside), padding, constant_values=UNLABELLED)
+    mask = np.pad(stored.mask(inside), padding, constant_values=UNLABELED)
     skeleton = np.pad(stored.skeleton(inside), padding)
 
     return Sample(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Box, VoxelSize, fine_voxel, to_um
 from hpc_neuro.core.morphology import Tree
 
@@ -114,7 +114,7 @@ def draw_targets(prepared: PreparedTree, box: Box) -> Targets:
     # A view instead of a copy: bool and uint8 have the same bytes.
     mask = inside.view(np.uint8)
     if in_margin is not None:
-        mask[in_margin & ~inside] = UNLABELLED
+        mask[in_margin & ~inside] = UNLABELED
     return Targets(mask, skeleton.view(np.uint8), distance, tangent)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array, Batch, copy_to_device
 from hpc_neuro.losses.config import Distill
@@ -198,14 +198,14 @@ class Distiller(nn.Module):
         return torch.cat(tokens, 1)
 
     def _measure_neurite_share(self, features: Mapping[int, Tensor], batch: Batch) -> Tensor:
-        """Share of neurite among the labelled voxels of every token's block, [B, z, y, x]; 0 where none is labelled."""
+        """Share of neurite among the labeled voxels of every token's block, [B, z, y, x]; 0 where none is labeled."""
         z, y, x = features[self.student_layers[0]].shape[2:]
-        labelled = batch.mask != UNLABELLED
-        neurite = (batch.mask > 0) & labelled
+        labeled = batch.mask != UNLABELED
+        neurite = (batch.mask > 0) & labeled
 
-        # Both are shares of the whole block, so their ratio is the share among the labelled voxels.
-        labelled_share = F.adaptive_avg_pool3d(labelled.float(), (z, y, x))
-        neurite_share = F.adaptive_avg_pool3d(neurite.float(), (z, y, x)) / labelled_share.clamp(min=1e-6)
+        # Both are shares of the whole block, so their ratio is the share among the labeled voxels.
+        labeled_share = F.adaptive_avg_pool3d(labeled.float(), (z, y, x))
+        neurite_share = F.adaptive_avg_pool3d(neurite.float(), (z, y, x)) / labeled_share.clamp(min=1e-6)
         return neurite_share[:, 0]
 
     def _check_features(self, features: Mapping[int, Tensor], batch: Batch) -> None:

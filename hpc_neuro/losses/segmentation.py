@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.schema import InputError, config
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ _SMOOTH = 1.0
 
 @config
 class CrossEntropy:
-    """Binary cross entropy, mean over the labelled voxels of a sample, per sample.
+    """Binary cross entropy, mean over the labeled voxels of a sample, per sample.
 
-    A mean over the labelled voxels of a pass would depend on which samples share it, hence on the number of ranks.
+    A mean over the labeled voxels of a pass would depend on which samples share it, hence on the number of ranks.
     """
 
     kind: Literal["cross_entropy"] = "cross_entropy"
@@ -39,9 +39,9 @@ class CrossEntropy:
         """logits [B, 1, Z, Y, X] -> scalar >= 0."""
         import torch.nn.functional as F
 
-        truth, labelled = _split_mask(logits, batch.mask)
+        truth, labeled = _split_mask(logits, batch.mask)
         loss = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="none")
-        weight = labelled * (1 + (self.foreground - 1) * truth)
+        weight = labeled * (1 + (self.foreground - 1) * truth)
 
         # A crop without any label must not divide by zero.
         return (_sum_per_sample(loss * weight) / _sum_per_sample(weight).clamp(min=1)).mean()
@@ -59,8 +59,8 @@ class Dice:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
-        truth, labelled = _split_mask(logits, batch.mask)
-        prob = logits.float().sigmoid() * labelled
+        truth, labeled = _split_mask(logits, batch.mask)
+        prob = logits.float().sigmoid() * labeled
 
         # Each crop has a ratio of its own: a pooled one would let thick neurites decide.
         overlap = 2 * _sum_per_sample(prob * truth) + self.smooth  # [B]
@@ -80,11 +80,11 @@ class Focal:
     """Weight of neurite voxels, background gets 1 - alpha; none: both weigh 1."""
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        """logits [B, 1, Z, Y, X] -> scalar >= 0, mean over the labelled voxels of each sample."""
+        """logits [B, 1, Z, Y, X] -> scalar >= 0, mean over the labeled voxels of each sample."""
         import torch
         import torch.nn.functional as F
 
-        truth, labelled = _split_mask(logits, batch.mask)
+        truth, labeled = _split_mask(logits, batch.mask)
 
         # Positive where the class is right.
         signed = logits.float() * (2 * truth - 1)
@@ -94,7 +94,7 @@ class Focal:
         if self.alpha is not None:
             loss = loss * (truth * self.alpha + (1 - truth) * (1 - self.alpha))
 
-        return (_sum_per_sample(loss * labelled) / _sum_per_sample(labelled).clamp(min=1)).mean()
+        return (_sum_per_sample(loss * labeled) / _sum_per_sample(labeled).clamp(min=1)).mean()
 
 
 @config
@@ -111,9 +111,9 @@ class ClDice:
         """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
         import torch
 
-        # Unlabelled voxels become background before anything is skeletonized, so that no gradient reaches them.
-        truth, labelled = _split_mask(logits, batch.mask)
-        prob = logits.float().sigmoid() * labelled
+        # Unlabeled voxels become background before anything is skeletonized, so that no gradient reaches them.
+        truth, labeled = _split_mask(logits, batch.mask)
+        prob = logits.float().sigmoid() * labeled
 
         # The truth has nothing to learn, so its skeleton needs no graph.
         with torch.no_grad():
@@ -139,14 +139,14 @@ class SkeletonRecall:
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """logits [B, 1, Z, Y, X] -> scalar in [0, 1]."""
-        _, labelled = _split_mask(logits, batch.mask)
+        _, labeled = _split_mask(logits, batch.mask)
         if batch.skeleton.shape != logits.shape:
             raise InputError(
                 f"the skeleton is {tuple(batch.skeleton.shape)}, the logits are {tuple(logits.shape)}; want one shape"
             )
 
-        # An unlabelled part of the line can be neither hit nor missed.
-        line = (batch.skeleton > 0) * labelled
+        # An unlabeled part of the line can be neither hit nor missed.
+        line = (batch.skeleton > 0) * labeled
         hits = _sum_per_sample(logits.float().sigmoid() * line)
         return (1 - (hits + _SMOOTH) / (_sum_per_sample(line) + _SMOOTH)).mean()
 
@@ -216,15 +216,15 @@ _LINES = [((3, 1, 1), (1, 0, 0)), ((1, 3, 1), (0, 1, 0)), ((1, 1, 3), (0, 0, 1))
 
 
 def _split_mask(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Truth (1 on neurite) and labelled (1 where a label exists), both float32 [B, 1, Z, Y, X]. Raises InputError."""
+    """Truth (1 on neurite) and labeled (1 where a label exists), both float32 [B, 1, Z, Y, X]. Raises InputError."""
     if logits.shape != mask.shape:
         raise InputError(
             f"the mask is {tuple(mask.shape)}, the logits are {tuple(logits.shape)}; want one shape [B, 1, Z, Y, X]"
         )
 
-    # Unlabelled voxels are no background: they must not count as true negatives.
-    labelled = mask != UNLABELLED
-    return ((mask > 0) & labelled).float(), labelled.float()
+    # Unlabeled voxels are no background: they must not count as true negatives.
+    labeled = mask != UNLABELED
+    return ((mask > 0) & labeled).float(), labeled.float()
 
 
 def _sum_per_sample(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.types import Array
 from hpc_neuro.metrics.metric import Comparison, Metric, divide, measure_diagonal
@@ -69,7 +69,7 @@ def drop_unlabelled(predicted: Array, gold: Array) -> tuple[Mask, Mask]:
     # A boolean mask has no room for the value 255, so all of it is labelled.
     p, g = predicted.astype(bool, copy=False), gold.astype(bool, copy=False)
     if gold.dtype != np.bool_:
-        labelled = gold != UNLABELLED
+        labelled = gold != UNLABELED
         p, g = p & labelled, g & labelled
 
     return p, g

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import StoredVolume
@@ -189,7 +189,7 @@ def _probe_neurites(features: Tensor, patch: int, mask: Tensor) -> float:
     """R^2 of the share of neurite in the parts of each token, from features [2n, h, w, D]; mean of both ways."""
     parts = _count_parts(patch)
     share = _split_tokens(_pool((mask == 1).float(), patch // parts), parts)  # [2n, h, w, T]
-    is_labeled = _pool((mask == UNLABELLED).float(), patch) == 0  # [2n, h, w]
+    is_labeled = _pool((mask == UNLABELED).float(), patch) == 0  # [2n, h, w]
 
     half = len(features) // 2
     sides = []

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import to_um
 from hpc_neuro.data.intensity import iter_slabs, normalize
 from hpc_neuro.data.store import StoredVolume
@@ -151,7 +151,7 @@ def _project(volume: StoredVolume) -> _Projections:
             window = tuple(s for a, s in enumerate(box.slices) if a != axis)
             np.maximum(images[axis][window], image.max(axis=axis), out=images[axis][window])
             masks[axis][window] |= (mask == 1).any(axis=axis)
-            unlabelled[axis][window] |= (mask == UNLABELLED).any(axis=axis)
+            unlabelled[axis][window] |= (mask == UNLABELED).any(axis=axis)
 
     return _Projections(
         [_thin(image) for image in images], [_thin(mask) for mask in masks], [_thin(mask) for mask in unlabelled]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_neuro.core import distributed
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.types import Batch
 from hpc_neuro.data.dataset import read_crop, stack_samples
@@ -40,7 +40,7 @@ Predict = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class ValidationScore:
-    """Score of crops pooled over ranks, of a volume, or the mean over volumes; unlabelled voxels do not count."""
+    """Score of crops pooled over ranks, of a volume, or the mean over volumes; unlabeled voxels do not count."""
 
     dice: float
     """Of the foreground, at probability 0.5."""
@@ -105,12 +105,12 @@ class VolumeValidator:
         return mean, by_volume
 
     def _read_tile(self, volume: str, window: Box, core: Box) -> Batch:
-        """The window as a batch, unlabelled outside its core."""
+        """The window as a batch, unlabeled outside its core."""
         batch = stack_samples([read_crop(self._store, volume, window)], [0])
         z, y, x = (slice(a - s, b - s) for a, b, s in zip(core.start, core.stop, window.start, strict=True))
 
-        # Unlabelled voxels do not count, so every voxel of the volume is scored by one window.
-        mask = torch.full_like(batch.mask, UNLABELLED)
+        # Unlabeled voxels do not count, so every voxel of the volume is scored by one window.
+        mask = torch.full_like(batch.mask, UNLABELED)
         mask[:, :, z, y, x] = batch.mask[:, :, z, y, x]
         return replace(batch, mask=mask)
 
@@ -227,9 +227,9 @@ class PictureRecorder:
 def draw_panels(image: Tensor, mask: Tensor, logits: Tensor) -> NDArray[np.uint8]:
     """[1, 1, Z, Y, X] each -> gray picture of maximum projections: columns image, truth, probability.
 
-    Above along z, below along y. Unlabelled voxels are gray in the truth.
+    Above along z, below along y. Unlabeled voxels are gray in the truth.
     """
-    truth = (mask == 1).float() + 0.3 * (mask == UNLABELLED).float()
+    truth = (mask == 1).float() + 0.3 * (mask == UNLABELED).float()
     # The square root lifts faint neurites.
     volumes = (image.float().clamp(0, 1).sqrt(), truth, logits.float().sigmoid())
 

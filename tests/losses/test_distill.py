@@ -171,7 +171,7 @@ def test_smoothness_prices_changes_of_direction_only() -> None:
     """A straight but slanted tube is free; a zigzag costs."""
     both = {"axes": "deformable", "weight": 1.0, "layers": ((1, 5), (3, 11))}
     distiller, free = build(smoothness=2.0, **both), build(smoothness=0.0, **both)
-    slanted = torch.tensor([-1.0, -1, 1, 1]).repeat(2)  # steps point away from the centre
+    slanted = torch.tensor([-1.0, -1, 1, 1]).repeat(2)  # steps point away from the center
     zigzag = torch.tensor([-1.0, 1, 1, -1]).repeat(2)
     for raw, price in ((slanted, 0.0), (zigzag, 2.0 * 2 * (2 * math.tanh(1)) ** 2)):
         for conv in (*distiller.offsets, *free.offsets):

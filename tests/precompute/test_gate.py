@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.config import TeacherConfig
@@ -116,7 +116,7 @@ def test_position_added_to_content_does_not_change_the_agreement(tiles: Tiles) -
 def test_tokens_without_labels_are_left_out(tiles: Tiles) -> None:
     mask = tiles.mask.clone()
     # What is neurite there counts for nothing: neither in the fit nor in the score.
-    mask[:, :PATCH] = UNLABELLED
+    mask[:, :PATCH] = UNLABELED
     wrong = tiles.pixels.clone()
     wrong[:, :PATCH] = 1
 

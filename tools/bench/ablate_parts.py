@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import Store
@@ -89,7 +89,7 @@ def read_box(store: Store, volume: str, margin: int) -> tuple[NDArray[np.float32
 
 def score(probability: NDArray[np.float32], mask: NDArray[np.uint8], threshold: float) -> dict[str, float]:
     """Scores over the labelled voxels of one volume."""
-    labelled = mask != UNLABELLED
+    labelled = mask != UNLABELED
     values, truth = probability[labelled], mask[labelled] == 1
     dice = {float(level): dice_at(values, truth, level) for level in THRESHOLDS}
     best = max(dice, key=lambda level: dice[level])

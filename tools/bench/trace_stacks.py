@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import morphology
-from hpc_neuro.core.constants import TOLERANCE_VOX, UNLABELLED
+from hpc_neuro.core.constants import TOLERANCE_VOX, UNLABELED
 from hpc_neuro.core.geometry import Box, Point
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
@@ -132,7 +132,7 @@ def _trace_otsu(volume: StoredVolume, cfg: TraceConfig) -> Outcome:
 
 def _measure_dice(volume: StoredVolume, mask: NDArray[np.bool_]) -> float:
     gold = volume.mask(Box.whole(volume.shape))
-    is_labeled = gold != UNLABELLED
+    is_labeled = gold != UNLABELED
     truth = (gold == 1) & is_labeled
     predicted = mask & is_labeled
     return float(2 * np.count_nonzero(truth & predicted) / max(truth.sum() + predicted.sum(), 1))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology, run_folder
-from hpc_neuro.core.constants import UNLABELLED
+from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, tile_volume
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
@@ -212,7 +212,7 @@ def _write_targets(
 
         targets = draw_targets(prepared, box)
         if without_label is not None:
-            targets.mask[without_label & (targets.mask == 0)] = UNLABELLED
+            targets.mask[without_label & (targets.mask == 0)] = UNLABELED
         _reserve(file, _count_chunk_voxels(box.shape) * TARGET_BYTES)
         _write_target_chunks(file, targets, box, drawing.cap)
 
