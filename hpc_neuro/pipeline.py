@@ -146,10 +146,11 @@ _ROWS = (
         name="infer",
         module="hpc_neuro.infer",
         config="InferConfig",
+        positional="images",
         summary="student + volumes -> probabilities and SWC trees; verify OUT, serve OUT",
         main_keys=(
-            "model store split inputs out weights block window overlap batch threshold trees "
-            "trace.root_snap trace.min_cable flips"
+            "model images store split out voxel_size channel range inputs block batch "
+            "threshold trees trace.root_snap trace.min_cable flips"
         ),
         commands=(("verify", "hpc_neuro.infer.verify"), ("serve", "hpc_neuro.infer.viewer")),
         folder="infer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -67,8 +68,17 @@ class InferConfig:
     """Take the volumes of this store's `split` ..."""
     split: Literal["train", "val", "test"] = "test"
     """... this one."""
+    images: tuple[Path, ...] = ()
+    """Volumes that are in no store: image files, folders of images, OME-Zarr folders, or patterns such as `*.tif`;
+    plain paths after the verb. They are kept as `inputs`."""
     inputs: tuple[VolumeConfig, ...] = ()
-    """Volumes that are in no store; `inputs=[{image: brain.tif, root: [3, 40, 20]}]`."""
+    """The same with settings of their own; `inputs=[{image: brain.tif, root: [3, 40, 20]}]`."""
+    voxel_size: VoxelSize | None = None
+    """[um] z, y, x of all `inputs` that have none of their own; none: as the files say."""
+    channel: int | None = None
+    """Channel of all `inputs` that have none of their own."""
+    range: tuple[float, float] | None = None
+    """Brightness that becomes 0 and 1 in all `inputs` that have none of their own; none: measured."""
     weights: Literal["best", "last"] = "best"
     """Which of a train folder's weights."""
     block: Shape = (128, 512, 512)
@@ -109,8 +119,12 @@ class InferConfig:
     first; none: off."""
 
     def __post_init__(self) -> None:
+        # A frozen dataclass allows no plain assignment. The record of a run then holds one list of its volumes.
+        object.__setattr__(self, "inputs", self._list_inputs())
+        object.__setattr__(self, "images", ())
+
         if (self.store is None) == (not self.inputs):
-            raise ValueError("give either store=FOLDER or inputs=[{image: FILE}]")
+            raise ValueError("give either images, as in  hpc-neuro infer model=M IMAGE..., or store=FOLDER")
 
         # A block or chunk without voxels cannot tile a volume.
         if min(*self.block, *self.chunk) < 1:
@@ -131,3 +145,22 @@ class InferConfig:
         names = [item.name for item in self.inputs]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"inputs: {', '.join(repeated)} would be written twice; give each volume its own `id`")
+
+    def _list_inputs(self) -> tuple[VolumeConfig, ...]:
+        """`inputs` and `images`, with the settings that hold for all of them."""
+        items = list(self.inputs)
+        if self.images:
+            # Imported late: it opens image formats, which most configs do not need.
+            from hpc_neuro.data.image_list import expand_images
+
+            items += [VolumeConfig(image=path) for named in self.images for path in expand_images(named)]
+
+        return tuple(
+            dataclasses.replace(
+                item,
+                voxel_size=item.voxel_size or self.voxel_size,
+                channel=self.channel if item.channel is None else item.channel,
+                range=item.range or self.range,
+            )
+            for item in items
+        )

@@ -181,8 +181,8 @@ def _open_file(
 
     if voxel_size is None:
         raise InputError(
-            f"{item.image} does not say its voxel size, and trees are written in micrometers; give it in um, as in "
-            f"'inputs=[{{image: {item.image}, voxel_size: [1, 0.3, 0.3]}}]' (z y x)"
+            f"{item.image} does not say its voxel size, and trees are written in micrometers; give voxel_size=z,y,x "
+            "in um"
         )
 
     roots = item.roots if item.root is None else (item.root,)

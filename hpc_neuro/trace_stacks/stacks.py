@@ -6,11 +6,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_neuro.core import files, run_folder
+from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Point, Shape, VoxelSize
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import seeds
 from hpc_neuro.data.formats import Volume, image_stem, open_volume
+from hpc_neuro.data.image_list import expand_images
 from hpc_neuro.trace_stacks.config import TraceStacksConfig
 
 
@@ -51,7 +52,7 @@ def choose_voxel_size(cfg: TraceStacksConfig, volume: Volume) -> VoxelSize | Non
 
 def list_stacks(cfg: TraceStacksConfig) -> list[Stack]:
     """All stacks in the order of the command, in natural order within a folder. Raises ConfigError or InputError."""
-    paths = list(dict.fromkeys(path for named in cfg.stacks for path in _expand(named)))
+    paths = list(dict.fromkeys(path for named in cfg.stacks for path in expand_images(named)))
     if len(paths) > 1 and (cfg.root is not None or cfg.seeds is not None):
         key = "root" if cfg.root is not None else "seeds"
         raise ConfigError(
@@ -59,30 +60,6 @@ def list_stacks(cfg: TraceStacksConfig) -> list[Stack]:
             "NAME.tif, or trace them one by one"
         )
     return [Stack(name, path) for name, path in zip(_name_stacks(paths), paths, strict=True)]
-
-
-def _expand(named: Path) -> list[Path]:
-    """The images that a path of the command line names."""
-    # A pattern reaches the program where the shell does not expand it.
-    if not named.exists() and any(character in str(named) for character in "*?["):
-        anchor = Path(named.anchor)
-        paths = sorted(anchor.glob(str(named.relative_to(anchor))))
-        if not paths:
-            raise InputError(f"no file matches {named}; give the path of an image")
-        return [path for path in paths if path.is_dir() or image_stem(path)]
-
-    if not named.is_dir():
-        return [named]
-
-    # A folder is an image itself, such as an OME-Zarr or a series of slices, or it holds images.
-    try:
-        open_volume(named)
-    except InputError:
-        images = [path for path in named.iterdir() if not path.name.startswith(".") and image_stem(path)]
-        if not images:
-            raise
-        return sorted(images, key=lambda path: run_folder.natural_key(path.name))
-    return [named]
 
 
 def _name_stacks(paths: list[Path]) -> list[str]:

@@ -11,18 +11,19 @@ import pytest
 import tifffile
 import zarr
 
-from hpc_neuro import infer
+from hpc_neuro import cli, infer
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box, Shape
-from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.data.formats import open_volume
+from hpc_neuro.data.predictions import read_predictions
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.model import Predictor
 from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
-from tests.helpers.small_volumes import WINDOW, configure, probability, write_crossing
+from tests.helpers.small_volumes import KEYS, WINDOW, configure, probability, write_crossing
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 
 
 def test_config_faults_are_said(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give either store=FOLDER or inputs"):
+    with pytest.raises(ConfigError, match="give either images, .*or store=FOLDER"):
         configure(model, tmp_path)
     with pytest.raises(ConfigError, match="give either root="):
         configure(model, tmp_path, "inputs=[{image: x.tif, root: [1, 2, 3], roots: [[1, 2, 3]]}]")
@@ -265,3 +266,35 @@ def test_the_forecast_counts_blocks_and_windows(model: Path, store: Path, tmp_pa
     assert "2 volumes" in text
     plan = Tiling(WINDOW, 0.5, (4, 16, 16), (8, 32, 32), (4, 16, 16))
     assert f"{2 * len(plan.list_blocks(Store(store)['a'].shape))} blocks" in text
+
+
+def test_plain_paths_and_folders_are_predicted(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stacks"
+    folder.mkdir()
+    image = np.zeros((8, 32, 32), np.uint8)
+    image[3:5, 10:14, 4:28] = 200
+    for name in ("n10", "n2"):
+        tifffile.imwrite(folder / f"{name}.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+
+    out = tmp_path / "out"
+    words = ["infer", str(folder), f"model={model}", f"out={out}", "voxel_size=1,0.5,0.5", "range=0,200", *KEYS]
+    assert cli.main(words) == 0
+    assert list(read_predictions(out, "")) == ["n2", "n10"]
+    assert open_volume(out / "n2.ome.zarr").voxel_size == pytest.approx((1, 0.5, 0.5))
+
+    # The record holds one list of volumes, and resumes as it was given.
+    cfg = load(infer.InferConfig, out / "config.yaml")
+    assert cfg.images == ()
+    assert [item.range for item in cfg.inputs] == [(0, 200), (0, 200)]
+    assert cli.main(words) == 0
+    assert load(infer.InferConfig, out / "config.yaml") == cfg
+
+
+def test_a_volume_keeps_its_own_settings(model: Path, tmp_path: Path) -> None:
+    items = "inputs=[{image: a.tif, voxel_size: [2, 1, 1], channel: 0}, {image: b.tif}]"
+    cfg = configure(model, tmp_path, items, "images=[c.tif]", "voxel_size=1,0.5,0.5", "channel=1")
+    assert [item.image.name for item in cfg.inputs] == ["a.tif", "b.tif", "c.tif"]
+    assert [item.voxel_size for item in cfg.inputs] == [(2, 1, 1), (1, 0.5, 0.5), (1, 0.5, 0.5)]
+    assert [item.channel for item in cfg.inputs] == [0, 1, 1]
+    with pytest.raises(ConfigError, match=r"no file matches .*nothing\*\.tif"):
+        configure(model, tmp_path, f"images=[{tmp_path}/nothing*.tif]")
