@@ -14,6 +14,8 @@ import bz2
 import collections
 import gzip
 import math
+import os
+import shutil
 import tempfile
 import threading
 import zlib
@@ -32,6 +34,10 @@ from hpc_neuro.data.formats.volume import Array, Index
 _CHUNK = 1 << 22
 """Bytes decompressed at a time."""
 
+_SPARE_DISK = 1 << 30
+"""[bytes] Free space that scratch files leave to others."""
+_MAX_CALL = (1 << 31) - (1 << 12)
+"""[bytes] The most that Linux reads or writes in one call."""
 _RAW_CHUNK = 1 << 16
 """Bytes handed to a run-length decoder at a time; decoding takes about a hundred times as much memory."""
 
@@ -41,13 +47,18 @@ _LITERAL, _DIFFERENCE, _REPEAT, _UNKNOWN = range(4)
 class DecodedCache:
     """Keeps the pieces that were decoded last, up to a number of bytes, and always the last one.
 
-    A piece larger than the limit would otherwise be decoded again for every box that meets it.
+    Boxes of one slab meet the same pieces, which may be more than memory keeps: strips of a large page, above all. A
+    piece that is decoded a second time is therefore kept in a nameless scratch file, and never decoded again. One that
+    is needed once, as in a pass over the volume, takes no disk.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
         self.lock = threading.Lock()
         self.pieces: collections.OrderedDict[Any, Array] = collections.OrderedDict()
+        self.known: set[Any] = set()
+        """Keys of the pieces that were decoded."""
+        self.scratch = ScratchFile()
 
     def get(self, key: Any, decode: Callable[[], Array]) -> Array:
         """The piece of this key, decoded where it is not kept. One thread decodes at a time."""
@@ -56,12 +67,65 @@ class DecodedCache:
                 self.pieces.move_to_end(key)
                 return self.pieces[key]
 
-            piece = decode()
+            piece = self.scratch.read(key)
+            if piece is None:
+                piece = decode()
+                if key in self.known:
+                    self.scratch.write(key, piece)
+                self.known.add(key)
+
             self.pieces[key] = piece
             self.size += piece.nbytes
             while self.size > self.limit and len(self.pieces) > 1:
                 self.size -= self.pieces.popitem(last=False)[1].nbytes
             return piece
+
+
+class ScratchFile:
+    """Arrays in a nameless file in TMPDIR, by key; each process has its own file."""
+
+    file: Any
+    places: dict[Any, tuple[int, np.dtype[Any], tuple[int, ...]]]
+    """Key -> first byte, type and shape."""
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def read(self, key: Any) -> Array | None:
+        """The array of this key; None where it was not written."""
+        place = self.places.get(key) if self.process == os.getpid() else None
+        if place is None:
+            return None
+
+        # `pread` leaves the file's position alone, which forked processes share.
+        begin, dtype, shape = place
+        data = os.pread(self.file.fileno(), math.prod(shape) * dtype.itemsize, begin)
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def write(self, key: Any, array: Array) -> None:
+        """Keep an array, unless the disk has little space left: then it is decoded again when it is needed."""
+        # A forked process must not write where its parent writes.
+        if self.process != os.getpid():
+            self._forget()
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if free < _SPARE_DISK + array.nbytes or array.nbytes > _MAX_CALL:
+            return
+
+        try:
+            if not self.places:
+                self.file = tempfile.TemporaryFile(prefix="hpc_neuro_")  # noqa: SIM115
+            data = np.ascontiguousarray(array).tobytes()
+            if os.pwrite(self.file.fileno(), data, self.size) != len(data):
+                return
+        except OSError:
+            # The disk filled up after all, or has a quota.
+            return
+        self.places[key] = (self.size, array.dtype, array.shape)
+        self.size += array.nbytes
+
+    def _forget(self) -> None:
+        self.process, self.size = os.getpid(), 0
+        self.places, self.file = {}, None
 
 
 class UnpackedArray:
