@@ -102,8 +102,8 @@ def make_protected_folder(folder: Path) -> None:
             path.mkdir(exist_ok=True)
         if path.stat().st_mode & _WRITABLE_BY_OTHERS:
             raise InputError(
-                f"others can write into {path} and so change what the job will run; `chmod go-w {path}`, then submit "
-                "again"
+                f"others can write into {path} and so change what the job will run; "
+                f"`chmod go-w {files.quote_path(path)}`, then submit again"
             )
 
 

@@ -100,9 +100,7 @@ class Study:
     @property
     def trial_count(self) -> int:
         """How many trials there will be."""
-        # A grid ends by itself; `trials` may end it earlier.
-        grid_size = len(self._grid) if self._grid is not None else None
-        return min(count for count in (self.cfg.trials, grid_size) if count is not None)
+        return count_trials(self.cfg, self._grid)
 
     def read_points(self) -> dict[int, Point]:
         """Read the points that have been asked for, by trial number."""
@@ -165,6 +163,14 @@ class Study:
 
     def _read_trials(self) -> list[FrozenTrial]:
         return list(self._study.get_trials(deepcopy=False))
+
+
+def count_trials(cfg: SearchConfig, grid: Sequence[Point] | None = None) -> int:
+    """How many trials a study has; `grid`: its points where they are known already."""
+    # A grid ends by itself; `trials` may end it earlier.
+    if cfg.sampler.kind == "grid" and grid is None:
+        grid = list_grid_points(cfg.space)
+    return min(count for count in (cfg.trials, None if grid is None else len(grid)) if count is not None)
 
 
 def compute_importances(study_folder: Path, names: Sequence[str]) -> dict[str, float]:

@@ -43,7 +43,7 @@ def run(cfg: SearchConfig) -> int:
     trials = trial.load_trials(cfg.out)
     if not trials:
         raise InputError(
-            f"{cfg.out} holds no trials yet; start them with `python -m launch sweep CONFIG --on local|slurm`"
+            f"{cfg.out} holds no trials yet; start them with `python -m launch sweep CONFIG --on local`, or on slurm"
         )
 
     # Values under another heading would mislead.

@@ -18,7 +18,8 @@ from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.search import trial
 from hpc_neuro.search.config import MAY_CHANGE, SearchConfig
-from hpc_neuro.search.study import lock_study
+from hpc_neuro.search.study import count_trials, lock_study
+from hpc_neuro.search.trial import RECORD_FILE
 from launch import preflight, slurm
 from launch.executors import Executor
 from launch.executors.local import LocalExecutor
@@ -75,13 +76,20 @@ def run_sweep(args: argparse.Namespace) -> int:
         return EXIT_DONE
 
     # A finished study only gets its report again.
-    with lock_study(cfg.out), run_folder.start("search", cfg, cfg.out, {"base": recipe.digest}, MAY_CHANGE) as run:
+    inputs, is_whole = {"base": recipe.digest}, _has_all_trials(cfg)
+    with lock_study(cfg.out), run_folder.start("search", cfg, cfg.out, inputs, MAY_CHANGE, whole=is_whole) as run:
         if not run.complete:
             for line in lines:
                 log.info("sweep: %s", line)
             return drive_to_end(cfg, _make_driver(cfg, recipe, args), run)
 
     return search.run(cfg)
+
+
+def _has_all_trials(cfg: SearchConfig) -> bool:
+    """Whether every trial of the study has its record; one that was removed is made again."""
+    records = list((cfg.out / "trials").glob(f"*/{RECORD_FILE}"))
+    return len(records) >= count_trials(cfg)
 
 
 def drive_to_end(cfg: SearchConfig, driver: SweepDriver, run: run_folder.Run) -> int:

@@ -282,3 +282,32 @@ def test_a_folder_in_the_place_of_a_record(
     assert "Is a directory" in capsys.readouterr().err
     # Not every reader needs the record.
     assert {call(damaged_demo, words) for words in commands[1:]} <= {0, 2, 3}
+
+
+# --- Ids of elsewhere: nothing outside the folder is read as a result, written or removed ---
+
+
+@pytest.mark.parametrize("pattern", ["infer/predictions.json", "store/dataset.json", "infer/run.json"])
+@pytest.mark.parametrize(
+    "words", [["evaluate", "out={new}"], ["history", "{demo}/infer"], ["infer", "verify", "{demo}/infer"]]
+)
+def test_ids_that_lead_elsewhere(
+    damaged_demo: Path, tmp_path: Path, pattern: str, words: list[str], restored: Callable[[str], Path]
+) -> None:
+    # From a run folder, and from a folder in it.
+    victims = [damaged_demo.parent / "victim", damaged_demo / "victim"]
+    for victim in victims:
+        victim.mkdir(exist_ok=True)
+        (victim / "precious").write_text("kept")
+    path = restored(pattern)
+    saved = restored("infer/predictions.json"), restored("infer/run.json")
+    name = next(iter(json.loads((damaged_demo / "infer" / "predictions.json").read_text())))
+    path.write_text(path.read_text().replace(f'"{name}"', '"../../victim"'))
+    before = sorted(damaged_demo.parent.rglob("*victim*"))
+
+    code = call(damaged_demo, [word.replace("{new}", str(tmp_path / "new")) for word in words])
+    # Verifying makes a damaged index anew; the record of a run is no list of ids.
+    assert code in ((0, 2, 3) if "verify" in words or "run.json" in pattern else (2, 3))
+    assert all((victim / "precious").read_text() == "kept" for victim in victims)
+    assert sorted(damaged_demo.parent.rglob("*victim*")) == before
+    assert all(file.is_file() for file in saved)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import yaml
 
 from hpc_neuro.cli import main
+from launch.__main__ import main as launch
+from tests.faults import test_silent_image_errors as images
 from tests.helpers.swc_cases import GOOD
 
 COUNT = int(os.environ.get("HPC_NEURO_FUZZ", "60"))
@@ -111,3 +115,102 @@ def test_mutations_end_with_a_sentence(name: str, tmp_path: Path, capsys: pytest
             assert code in (0, 2, 3), (data, capsys.readouterr().err)
         # Nothing is written beside the folders.
         assert {path.name for path in tmp_path.iterdir()} <= {"data", "out"}, data
+
+
+def make_search(folder: Path) -> Path:
+    """A search whose store is not there: its keys are checked before it is looked for."""
+    tree = {
+        "out": str(folder / "study"),
+        "train": {"keys": [f"store={folder / 'store'}", "distill=null"]},
+        "space": {"optim.lr": {"log": [1e-3, 1e-2]}, "seed": {"choice": [0, 1]}},
+        "sampler": {"kind": "random"},
+        "trials": 2,
+        "asha": {"first": 2},
+    }
+    (folder / "search.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def make_jobs(folder: Path) -> Path:
+    (folder / "launch").mkdir()
+    jobs = [{"id": "7", "on": "local", "verb": "infer", "share": ""}]
+    (folder / "launch" / "jobs.json").write_text(json.dumps(jobs))
+    return folder
+
+
+def make_site(folder: Path) -> Path:
+    site = {"partition": "gpu", "modules": ["cuda/12.1"], "environment": {"A_KEY": "x"}, "train": {"minutes": 60}}
+    (folder / "site.yaml").write_text(yaml.safe_dump(site))
+    return folder
+
+
+def make_seeds(folder: Path) -> Path:
+    for name, lines in (("a.marker", "3,4,5,0,1,x,y,255,0,0\n"), ("a.apo", "1,,1,x,3,4,5,0,0,0,50,1\n")):
+        (folder / name).write_text(f"##x,y,z\n{lines}")
+    image = np.random.default_rng(0).integers(0, 255, (8, 16, 24), dtype=np.uint8)
+    tifffile.imwrite(folder / "a.tif", image, metadata={"axes": "ZYX"})
+    return folder
+
+
+def make_tree(folder: Path) -> Path:
+    (folder / "a.swc").write_text(SWC)
+    (folder / "b.swc").write_text(SWC)
+    return folder
+
+
+DESCRIPTIONS: dict[str, tuple[Callable[[Path], Path], str, list[list[str]]]] = {
+    # What makes the folder or the image (PATH in the commands), the file in it that is mutated, and the commands.
+    "OME-Zarr": (images.multiscales(lambda a: None), ".zattrs", [["info", "PATH"]]),
+    "zarr 2": (images.filtered(images.IMAGE, images.numcodecs.Delta("<u2")), ".zarray", [["info", "PATH"]]),
+    "zarr 3": (images.filtered(images.IMAGE, version=3), "zarr.json", [["info", "PATH"]]),
+    "N5": (images.n5(resolution=[1, 1, 1], units=["um"] * 3), "attributes.json", [["info", "PATH"]]),
+    "precomputed": (images.precomputed(lambda i: None), "info", [["info", "PATH"]]),
+    "NHDR": (images.nhdr(images.IMAGE.tobytes()), "", [["info", "PATH"]]),
+    "search": (
+        make_search,
+        "search.yaml",
+        [["search", "PATH/search.yaml"], ["search", "PATH/search.yaml", "--dry-run"]],
+    ),
+    "jobs": (make_jobs, "launch/jobs.json", [["launch", "status", "PATH"]]),
+    "site": (
+        make_site,
+        "site.yaml",
+        [["launch", "evaluate", "store=x", "predictions=y", "--cluster", "PATH/site.yaml", "--dry-run"]],
+    ),
+    "trees": (
+        make_tree,
+        "a.swc",
+        [
+            ["swc", "convert", "PATH/a.swc", "voxel_size=1,1,1"],
+            ["swc", "transform", "PATH/a.swc", "scale=2,1,1"],
+            ["score", "PATH/a.swc", "PATH/b.swc"],
+        ],
+    ),
+    "markers": (make_seeds, "a.marker", [["trace", "PATH/a.tif", "seeds=PATH/a.marker", "out=OUT", "--dry-run"]]),
+    "apo": (make_seeds, "a.apo", [["trace", "PATH/a.tif", "seeds=PATH/a.apo", "out=OUT", "--dry-run"]]),
+}
+
+
+@pytest.mark.parametrize("kind", DESCRIPTIONS)
+def test_mutated_descriptions_end_with_a_sentence(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, name, commands = DESCRIPTIONS[kind]
+    (tmp_path / "data").mkdir()
+    path = make(tmp_path / "data")
+    file = path / name if name else path
+    text = file.read_text()
+    rng = random.Random(kind)
+    monkeypatch.chdir(tmp_path / "data")
+
+    for _ in range(COUNT if "HPC_NEURO_FUZZ" in os.environ else COUNT // 3):
+        data = mutate(text, rng)
+        file.write_bytes(data)
+        for command in commands:
+            words = [w.replace("PATH", str(path)).replace("OUT", str(tmp_path / "data" / "out")) for w in command]
+            try:
+                code = launch(words[1:]) if words[0] == "launch" else main(words)
+            except SystemExit as error:
+                code = error.code
+            assert code in (0, 2, 3), (data, capsys.readouterr().err)
+        assert [item.name for item in tmp_path.iterdir()] == ["data"], data
