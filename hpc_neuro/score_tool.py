@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_neuro.core import morphology
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, TOLERANCE_VOX
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.morphology import Tree
@@ -15,6 +16,9 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.metrics.tree import distances
+
+_MAX_PIECES = 100_000_000
+"""Pieces into which the cable of a tree is cut at most: 100 m in um."""
 
 HELP = """usage: hpc-neuro score PRED.swc GOLD.swc [tolerance=4] [json=yes]
 
@@ -42,6 +46,14 @@ def score(predicted: Tree | Path | str, gold: Tree | Path | str, tolerance: floa
 
     # As in `evaluate`: pieces of 1 voxel, or of a quarter of a tolerance in micrometers.
     step = min(1.0, tolerance / 4) if "um" in units.values() else 1.0
+    for name, tree in zip((predicted, gold), trees, strict=True):
+        length = morphology.length(tree)
+        if not length / step <= _MAX_PIECES:
+            path = "a tree" if isinstance(name, Tree) else name
+            raise InputError(
+                f"{path} has {length:.3g} of cable in its unit, more than any neuron has in voxels or um; correct its "
+                "coordinates, or convert a tree in nm with `hpc-neuro swc convert`"
+            )
     match = match_cable(trees[0], trees[1], tolerance, step)
     return {
         "f1": match.f1,

@@ -73,6 +73,10 @@ CASES: dict[str, Case] = {
     "no offset": ("a.swc", f"# OFFSET 0 0 0\n{ROWS}".encode(), ["swc", "check", "FILE"], 0, "clean"),
     "quoted numbers": ("a.swc", b'1 1 0 0 1 .5 "-1"\n', ["info", "FILE"], 2, "Export it again"),
     "a page of a web site": ("a.swc", b"404: Not Found\n", ["swc", "check", "FILE"], 3, "export the tree again"),
+    "a point beyond all": (
+        *("a.swc", b"1 3 0 0 0 1 -1\n2 3 1e41 0 0 1 1\n", ["score", "FILE", "FILE"], 2),
+        *("more than any neuron has",),
+    ),
     "three-point soma": ("a.swc", THREE_POINTS.encode(), ["swc", "check", "FILE"], 0, "clean"),
     # Reported: YAML 1.1, bombs.
     "minutes by clock": ("c.yaml", b"out: o\nstore: s\noptim: {steps: 12:00:00}\n", ["train", "FILE"], 2, "12:00:00"),
