@@ -240,17 +240,19 @@ def map_weights(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
 
 
 def _tokenizer_tensors(teacher: Teacher, student: Student, cfg: TransferConfig) -> dict[str, Tensor]:
-    wanted, lay = RULES[cfg.rule]
+    required, lay = RULES[cfg.rule]
     tokens = student.cfg.tokenizer
     kind = tokens.kind if not isinstance(tokens, TubularTokens) else ("deformable " * tokens.deformable) + tokens.kind
 
     # The rule and the tokenizer are two keys of a config, so that the message names the keys which make them agree.
-    if kind != wanted:
-        keys = [f"student.tokenizer.kind={wanted.split()[-1]}"]
-        keys += [f"student.tokenizer.deformable={str('deformable' in wanted).lower()}"] if "tubular" in wanted else []
+    if kind != required:
+        keys = [f"student.tokenizer.kind={required.split()[-1]}"]
+        keys += (
+            [f"student.tokenizer.deformable={str('deformable' in required).lower()}"] if "tubular" in required else []
+        )
         rules = " or ".join(rule for rule, (needs, _) in RULES.items() if needs == kind)
         raise InputError(
-            f"transfer.rule={cfg.rule} fills a {wanted} tokenizer, but the student has a {kind} one; "
+            f"transfer.rule={cfg.rule} fills a {required} tokenizer, but the student has a {kind} one; "
             f"set {' '.join(keys)}, or transfer.rule={rules}"
         )
 

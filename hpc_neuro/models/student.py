@@ -208,11 +208,11 @@ def load_student(folder: Path) -> tuple[Student, dict[str, Any]]:
         raise InputError(f"{path} cannot be read ({error}); copy the folder again") from None
 
     # `load_state_dict` would raise torch's own error, which does not say what to do.
-    wanted = student.state_dict()
-    faults = [f"{n} is missing" for n in wanted.keys() - state.keys()]
-    faults += [f"{n} is left over" for n in state.keys() - wanted.keys()]
+    expected = student.state_dict()
+    faults = [f"{n} is missing" for n in expected.keys() - state.keys()]
+    faults += [f"{n} is left over" for n in state.keys() - expected.keys()]
     faults += [
-        f"{n} is {tuple(state[n].shape)}" for n in wanted.keys() & state.keys() if state[n].shape != wanted[n].shape
+        f"{n} is {tuple(state[n].shape)}" for n in expected.keys() & state.keys() if state[n].shape != expected[n].shape
     ]
 
     if faults:

@@ -201,7 +201,7 @@ def _load_by_card(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
 
     # The note of a fetched teacher has the same file name, but no recipe.
     try:
-        weights, wanted, arch = path.parent / str(card["file"]), str(card["sha256"]), str(card["arch"])
+        weights, card_digest, arch = path.parent / str(card["file"]), str(card["sha256"]), str(card["arch"])
         size, depth = int(card["input"]["size"]), int(card["recipe"]["depth"])
         shape = {"patch_size": int(card["patch"]), "img_size": size, "depth": depth}
         mean, std = ([float(v) for v in card["input"][key]] for key in ("mean", "std"))
@@ -211,7 +211,7 @@ def _load_by_card(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
         ) from None
 
     # The card's digest finds a damaged file, the config's digest finds another teacher.
-    digest = _checked_digest(weights, wanted)
+    digest = _checked_digest(weights, card_digest)
     _checked_digest(weights, cfg.sha256, digest)
 
     vit = _create(arch, **shape)
@@ -256,9 +256,9 @@ def _fill(vit: Any, path: Path) -> None:
     state = {k: v.float() for k, v in state.items() if not k.startswith("head.") and k != "mask_token"}
 
     # Torch's own error of a strict load does not say which setting to change.
-    wanted = vit.state_dict()
-    missing, left = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in state}
+    own = vit.state_dict()
+    missing, left = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in own.items() if k in state}
     other = [f"{k} {stored} for {expected}" for k, (stored, expected) in shapes.items() if stored != expected]
 
     if missing or left or other:

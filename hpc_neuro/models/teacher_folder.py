@@ -59,13 +59,13 @@ def find_weights(out: Path, name: str) -> list[str]:
     if not out.exists():
         return []
 
-    file, wanted = weights_of(out, name) if (out / NOTE).exists() else (out, None)
-    if wanted is None:
+    file, digest = weights_of(out, name) if (out / NOTE).exists() else (out, None)
+    if digest is None:
         raise InputError(f"{out} is there and holds no fetched teacher; give another out=FOLDER")
 
     # A damaged file counts as missing, so that it is fetched again.
-    sound = file.exists() and files.sha256(file) == wanted
-    return [f"{out} already holds {name}, sha256 {wanted}"] if sound else []
+    sound = file.exists() and files.sha256(file) == digest
+    return [f"{out} already holds {name}, sha256 {digest}"] if sound else []
 
 
 def keep(out: Path, name: str, source: Path, card: Mapping[str, Any]) -> list[str]:

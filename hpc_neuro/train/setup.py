@@ -190,8 +190,8 @@ def _transfer_weights(
     values, report = inflate.map_weights(teacher, blank, cfg.transfer)
 
     # Without transferred blocks nothing is worth a slow learning rate.
-    kept = report.teacher_tensors if cfg.transfer.blocks else frozenset[str]()
-    scales = {name: lr_scale(name, cfg.optim, blank.depth) for name in kept}
+    names = report.teacher_tensors if cfg.transfer.blocks else frozenset[str]()
+    scales = {name: lr_scale(name, cfg.optim, blank.depth) for name in names}
     return StartWeights(values, scales, tuple(str(report).splitlines()))
 
 

@@ -189,14 +189,14 @@ def compute_score(counts: Tensor) -> ValidationScore:
     best = max(_THRESHOLDS, key=lambda i: (float(dice[i]), -abs(i - half)))
 
     # A volume without any foreground must not divide by zero.
-    hits, predicted, wanted = true[:, half], (false + true)[:, half], total[:, 0].clamp(min=1)  # [volumes]
+    hits, predicted, actual = true[:, half], (false + true)[:, half], total[:, 0].clamp(min=1)  # [volumes]
     return ValidationScore(
         dice=float(dice[half]),
         precision=float((hits / predicted.clamp(min=1)).mean()),
-        recall=float((hits / wanted).mean()),
+        recall=float((hits / actual).mean()),
         dice_best=float(dice[best]),
         threshold=best / _BINS,
-        foreground=float((predicted / wanted).mean()),
+        foreground=float((predicted / actual).mean()),
     )
 
 

@@ -42,7 +42,7 @@ def forward(rows: Tensor, offsets: Tensor, weight: Tensor | None, tubes: Tubes) 
     rows [B*N, C] values of the N voxels of B volumes; offsets [B, 2*(K-1), P], whose dtype computes. Gives the taps
     [B, P, K*C] without weight, their weighted sum [B, P, C] for a window [K], the convolution [B, P, O] for [O, C, K].
     """
-    rows, (matrix, window) = rows.to(offsets.dtype), _mixing(weight, offsets.dtype)
+    rows, (matrix, window) = rows.to(offsets.dtype), _split_weight(weight, offsets.dtype)
     width = matrix.shape[1] if matrix is not None else rows.shape[1] * (1 if window is not None else tubes.taps)
     out = rows.new_zeros(offsets.shape[0], offsets.shape[2], width)
 
@@ -66,7 +66,7 @@ def backward(
     rows: Tensor, offsets: Tensor, weight: Tensor | None, grad: Tensor, tubes: Tubes, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of rows, offsets and weight from that of `forward`'s result, each only where `needs` says so."""
-    rows, (matrix, window) = rows.to(offsets.dtype), _mixing(weight, offsets.dtype)
+    rows, (matrix, window) = rows.to(offsets.dtype), _split_weight(weight, offsets.dtype)
 
     # A gradient that nobody wants is not even allocated.
     grad_rows = torch.zeros_like(rows) if needs[0] else None
@@ -107,7 +107,7 @@ def backward(
     return grad_rows, grad_offsets, grad_window
 
 
-def _mixing(weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _split_weight(weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The kernel as a matrix [K*C, O], or the window [K]."""
     if weight is None or weight.ndim == 1:
         return None, weight if weight is None else weight.to(dtype)

@@ -165,14 +165,14 @@ def backward(
     shape = (tubes.taps, tubes.half, plan.channels, plan.width)
 
     window = grad_mix if plan.mode == "window" else None
-    wanted = {"ROWS": needs[0], "PATH": needs[1], "WEIGHT": window is not None}
+    is_needed = {"ROWS": needs[0], "PATH": needs[1], "WEIGHT": window is not None}
 
-    if grad.numel() and any(wanted.values()):
+    if grad.numel() and any(is_needed.values()):
         # A launch needs a pointer even where a gradient is unwanted. Any will do.
         outputs = [plan.path if g is None else g for g in (grad_rows, grad_path, window)]
         tiles = _dot(plan, "gradient")
         input_grad_kernel[(triton.cdiv(plan.count, tiles["BP"]) * tubes.taps, plan.batch)](
-            *source, plan.mix, grad, *outputs, plan.box, plan.count, *shape, MODE=plan.mode, **wanted, **tiles
+            *source, plan.mix, grad, *outputs, plan.box, plan.count, *shape, MODE=plan.mode, **is_needed, **tiles
         )
 
     # The matrix's gradient is a sum over all tubes, so that its kernel has a grid of its own.
