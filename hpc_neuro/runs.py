@@ -55,6 +55,8 @@ class RunRow:
     """Scores of the result, or counts of what was made. The first one ranks the run if it is a score."""
     hours: float | None = None
     """[h] Wall time of all starts whose end is recorded."""
+    gpu_hours: float | None = None
+    """[h] The same times the GPUs of each start; None where an earlier version did not record them."""
     has_all_hours: bool = True
     """False after a start that was killed: no record says how long it ran."""
     starts: int = 0
@@ -169,15 +171,16 @@ def read_row(folder: Path) -> RunRow:
         holder = folder_lock.describe_holder(folder)
         state, note = _judge_state(record, holder)
         starts = record.get("starts", [])
-        hours, has_all_hours = _measure_hours(folder, record, is_running=holder is not None)
+        seconds = _measure_seconds(folder, record, is_running=holder is not None)
 
         return RunRow(
             path=_show_path(folder),
             verb=record["verb"],
             state=state,
             metrics=_read_metrics(folder, record),
-            hours=hours,
-            has_all_hours=has_all_hours,
+            hours=sum(seconds.values()) / 3600 if seconds else None,
+            gpu_hours=_sum_gpu_hours(record, seconds),
+            has_all_hours=len(seconds) == len(starts),
             starts=len(starts),
             date=starts[-1] if starts else "",
             code=record.get("code", ""),
@@ -208,15 +211,22 @@ def _judge_state(record: Mapping[str, Any], holder: str | None) -> tuple[str, st
     return "failed", f"exit code {code}" if isinstance(code, int) else code
 
 
-def _measure_hours(folder: Path, record: Mapping[str, Any], is_running: bool) -> tuple[float | None, bool]:
-    """[h] Wall time of the starts whose end is known (None: of none), and whether these are all starts."""
+def _measure_seconds(folder: Path, record: Mapping[str, Any], is_running: bool) -> dict[int, float]:
+    """[s] Wall time of each start whose end is known, by its index."""
     # Records are matched from their ends: those of earlier versions lack the first stops.
     end = dt.datetime.now(dt.UTC).isoformat() if is_running else record.get("end")
     starts = [_parse_time(text, folder) for text in reversed(record.get("starts", []))]
     stops = [text and _parse_time(text, folder) for text in reversed([*record.get("stops", []), end])]
+    pairs = enumerate(zip(starts, stops, strict=False), start=1)
+    return {len(starts) - number: (stop - start).total_seconds() for number, (start, stop) in pairs if stop}
 
-    seconds = [(stop - start).total_seconds() for start, stop in zip(starts, stops, strict=False) if stop]
-    return (sum(seconds) / 3600 if seconds else None), len(seconds) == len(starts)
+
+def _sum_gpu_hours(record: Mapping[str, Any], seconds: Mapping[int, float]) -> float | None:
+    """[h] Wall time of the starts times their GPUs."""
+    gpus: list[int] = record.get("gpus", [])
+    if not seconds or len(gpus) != len(record.get("starts", [])):
+        return None
+    return sum(gpus[index] * duration for index, duration in seconds.items()) / 3600
 
 
 def _parse_time(text: str, folder: Path) -> dt.datetime:
@@ -305,6 +315,7 @@ _COLUMNS = (
     Column("state", numeric=False),
     Column("result", "sorted by the Dice of the model"),
     Column("hours", "wall time of all starts; + after a start that was killed, whose time no record has"),
+    Column("GPU hours", "the same times the GPUs of each start; empty for runs of versions that did not record them"),
     Column("starts"),
     Column("date (UTC)", "of the last start", numeric=False),
     Column("code", "version of the package and its commit", numeric=False),
@@ -322,7 +333,7 @@ def format_table(rows: Sequence[RunRow]) -> list[str]:
     lines = []
     for texts in table:
         parts = [
-            text.rjust(width) if column.title in ("hours", "starts") else text.ljust(width)
+            text.rjust(width) if column.title in ("hours", "GPU hours", "starts") else text.ljust(width)
             for text, width, column in zip(texts, widths, _COLUMNS, strict=True)
         ]
         lines.append("  ".join(parts).rstrip())
@@ -355,6 +366,7 @@ def _list_cells(row: RunRow) -> list[Cell]:
         Cell(row.state),
         Cell(", ".join(metrics), row.best),
         Cell(hours, row.hours),
+        Cell("" if row.gpu_hours is None else f"{row.gpu_hours:.2f}", row.gpu_hours),
         Cell(str(row.starts) if row.starts else "", float(row.starts)),
         Cell(date),
         Cell(row.code),

@@ -187,6 +187,25 @@ def test_hours_are_the_sum_over_all_starts(tmp_path: Path, monkeypatch: pytest.M
     assert row.date == "2026-11-30T05:00:00+00:00"
 
 
+def test_gpu_hours_count_the_gpus_of_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1 h on four GPUs, then 2 h on two.
+    times = (f"2026-11-30T{hour:02d}:00:00+00:00" for hour in (1, 2, 5, 7))
+    gpus = iter((4, 2))
+    monkeypatch.setattr(run_folder, "_now", lambda: next(times))
+    monkeypatch.setattr(run_folder, "count_gpus", lambda: next(gpus))
+    with pytest.raises(KeyError), start("infer", tmp_path):
+        raise KeyError
+    finish("infer", tmp_path)
+    assert read_row(tmp_path).gpu_hours == 8.0
+
+    # A record of a version that did not count them.
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["gpus"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert read_row(tmp_path).gpu_hours is None
+    assert read_row(tmp_path).hours == 3.0
+
+
 def test_hours_of_a_start_that_was_killed_are_said_to_lack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,6 +52,15 @@ def device() -> torch.device:
     return torch.device("cuda", index)
 
 
+def count_gpus() -> int:
+    """GPUs that the processes of this job use, one for each process; 0 without CUDA, or before torch is imported."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return 0
+    mpi_sizes = [int(os.environ[name]) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if name in os.environ]
+    return max(world_size(), *mpi_sizes, 1)
+
+
 def barrier() -> None:
     """Wait for all ranks of the torch group; return at once when alone."""
     if (group := _torch_group()) and group.get_world_size() > 1:

@@ -30,8 +30,9 @@ from typing_extensions import TypedDict
 
 from hpc_neuro.core import files, folder_lock, schema, yaml_text
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
-from hpc_neuro.core.distributed import is_main
+from hpc_neuro.core.distributed import count_gpus, is_main
 from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.pipeline import VERBS
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class _RecordForm(TypedDict):
     summary: NotRequired[dict[str, Any]]
     failures: NotRequired[list[str]]
     starts: NotRequired[list[str]]
+    gpus: NotRequired[list[int]]
     stops: NotRequired[list[str | None]]
     jobs: NotRequired[list[str]]
     ends: NotRequired[list[dict[str, Any]]]
@@ -274,6 +276,8 @@ def _new_record(
         "starts": [*previous.get("starts", []), _now()],
         # When each start before this one ended; None after a kill.
         "stops": [*previous.get("stops", []), previous.get("end")] if previous else [],
+        # Of each start; only verbs that run on several ranks compute on GPUs.
+        "gpus": [*previous.get("gpus", []), count_gpus() if verb in VERBS and VERBS[verb].ranks else 0],
         "jobs": [*previous.get("jobs", []), _job_name()],
         # Why each Slurm job before this start ended; written by `launch`.
         "ends": previous.get("ends", []),
