@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.intensity import compute_intensity_range, normalize
+from hpc_neuro.data.intensity import Contrast, compute_intensity_range, normalize
 from hpc_neuro.trace_stacks.tracer import trace_image
 from hpc_neuro.tracing import TraceConfig
 
@@ -59,8 +60,8 @@ def predict(
 
     `image` is an array [Z, Y, X] or the path of any format that `open_volume` reads. `model` is `bundled`, the folder
     that `train` wrote, or one of its weights folders; `weights` chooses among those of a train folder.
-    `intensity_range` is the brightness that becomes 0 and 1; None: measured. `overlap` is the share of a window that
-    the next one covers again, and `batch` the number of windows at once.
+    `intensity_range` is the brightness that becomes 0 and 1; None: measured. A student of local contrast does without.
+    `overlap` is the share of a window that the next one covers again, and `batch` the number of windows at once.
 
     Image and probability are held in memory; `run_infer` goes through larger volumes block by block. The student runs
     on the GPU where torch sees one. `trace_probability` makes trees of the result.
@@ -77,15 +78,24 @@ def predict(
     student, meta = load_student(folder)
     window = choose_window(folder, meta, student.patch, None)
     array = _read_image(image, channel)
-    low, high = intensity_range or compute_intensity_range(lambda box: array[box.slices], _shape_of(array))
+    normalized = _normalize(array, meta.get("contrast", "range"), intensity_range)
 
     # Most windows of a sparse stack are black, and most students find nothing there.
     device = distributed.device()
     student.to(device)
     skip_black = predict_black(student, window, device) < float(meta.get("threshold", 0.5))
-    return sliding_window.predict(
-        student, normalize(array, low, high), window, overlap, batch, device, skip_black=skip_black
-    )
+    return sliding_window.predict(student, normalized, window, overlap, batch, device, skip_black=skip_black)
+
+
+def _normalize(
+    image: NDArray[Any], contrast: Contrast, intensity_range: tuple[float, float] | None
+) -> NDArray[np.float32]:
+    """[Z, Y, X] in [0, 1], as the student saw its training volumes."""
+    shape = _shape_of(image)
+    if contrast == "local":
+        foreground = measure_foreground(lambda box: image[box.slices], shape)
+        return foreground.probability(Box.whole(shape)).astype(np.float32) / np.float32(255)
+    return normalize(image, *(intensity_range or compute_intensity_range(lambda box: image[box.slices], shape)))
 
 
 def _read_image(image: NDArray[Any] | Path | str, channel: int | None) -> NDArray[Any]:

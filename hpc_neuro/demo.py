@@ -145,6 +145,9 @@ def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str]
 
     if name == "prepare":
         values |= {"images": data, "split.test": held_out}
+        # A student that was trained before must see what it saw then.
+        if cfg.init is not None:
+            values["contrast"] = _read_student(cfg.init).extra.get("contrast", "range")
     elif name == "precompute":
         values |= {"teacher": cfg.teacher}
     elif name == "train":
@@ -159,7 +162,7 @@ def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str]
 
 def _continue_training(init: Path, steps: int | None) -> dict[str, Any]:
     """What `train` needs to go on from a student: its form and its crops. Raises InputError where there is none."""
-    saved = load(SavedStudent, find_student(init) / "student.yaml")
+    saved = _read_student(init)
     return {
         "init": init,
         "student": saved.student,
@@ -169,6 +172,10 @@ def _continue_training(init: Path, steps: int | None) -> dict[str, Any]:
         "crop.size": saved.extra["window"],
         "optim.steps": steps or FINE_TUNING_STEPS,
     }
+
+
+def _read_student(init: Path) -> SavedStudent:
+    return load(SavedStudent, find_student(init) / "student.yaml")
 
 
 def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:

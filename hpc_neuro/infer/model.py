@@ -20,6 +20,7 @@ from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.task_queue import RetryLimits
 from hpc_neuro.data import ome_zarr
+from hpc_neuro.data.intensity import Contrast
 from hpc_neuro.infer.block_pipeline import EmptyRule, VolumeRun
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.tiling import MASK, Tiling
@@ -52,6 +53,9 @@ class Predictor:
 
         # The threshold that training found best belongs to the weights.
         self.threshold = float(cfg.threshold or self.meta.get("threshold", 0.5))
+
+        # The student must see what it saw in training.
+        self.contrast: Contrast = self.meta.get("contrast", "range")
 
         # Shared by all calls: a batch that was halved once stays so.
         self.batch = sliding_window.BatchSize(cfg.batch)

@@ -16,6 +16,7 @@ from hpc_neuro.core.liveness import MpiRankWatch
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.task_queue import Task, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
+from hpc_neuro.data.intensity import Contrast
 from hpc_neuro.data.predictions import INDEX
 from hpc_neuro.infer import status_page
 from hpc_neuro.infer.block_pipeline import BlockPipeline, VolumeRun
@@ -38,7 +39,7 @@ _MAY_CHANGE = ("page", "deaths", "batch", "silence", "flips", "trees", "trace")
 def forecast(cfg: InferConfig) -> list[str]:
     """Check the weights, the volumes and the space; how much there is to do, timed by one window."""
     predictor = Predictor(cfg)
-    sources, failures = _require_usable(cfg, open_inputs(cfg))
+    sources, failures = _require_usable(cfg, open_inputs(cfg, contrast=predictor.contrast))
     return [*describe_run(cfg, predictor, sources), *(f"left out: {line}" for line in failures)]
 
 
@@ -58,7 +59,7 @@ def run(cfg: InferConfig) -> int:
 
     # Where a step fails on one rank all must end, or the others would wait for it for ever.
     predictor = ranks.run(lambda: Predictor(cfg))
-    sources, unusable = _require_usable(cfg, _open_on_all_ranks(cfg, ranks))
+    sources, unusable = _require_usable(cfg, _open_on_all_ranks(cfg, predictor.contrast, ranks))
     folder = run_folder.share_folder(cfg.out, cfg.share)
 
     with contextlib.ExitStack() as stack:
@@ -155,11 +156,11 @@ def _require_usable(
     return sources, unusable
 
 
-def _open_on_all_ranks(cfg: InferConfig, ranks: Ranks) -> list[InputVolume | UnusableVolume]:
+def _open_on_all_ranks(cfg: InferConfig, contrast: Contrast, ranks: Ranks) -> list[InputVolume | UnusableVolume]:
     """The volumes; only the first rank reads whole files to measure them."""
-    volumes = ranks.run(lambda: list(open_inputs(cfg)) if ranks.is_main else [])
+    volumes = ranks.run(lambda: list(open_inputs(cfg, contrast=contrast)) if ranks.is_main else [])
     measurements = ranks.run_on_main(lambda: list_measurements(volumes))
-    return ranks.run(lambda: volumes if ranks.is_main else list(open_inputs(cfg, measurements)))
+    return ranks.run(lambda: volumes if ranks.is_main else list(open_inputs(cfg, measurements, contrast)))
 
 
 def _start_record(

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.formats import Volume, describe_image_folder, open_volume
-from hpc_neuro.data.intensity import compute_intensity_range, normalize
+from hpc_neuro.data.intensity import Contrast, compute_intensity_range, normalize
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
 
@@ -82,19 +83,21 @@ class UnusableVolume:
 
 
 def open_inputs(
-    cfg: InferConfig, measurements: Mapping[str, Measurement | UnusableVolume] | None = None
+    cfg: InferConfig,
+    measurements: Mapping[str, Measurement | UnusableVolume] | None = None,
+    contrast: Contrast = "range",
 ) -> Iterator[InputVolume | UnusableVolume]:
     """All volumes of this share, opened lazily. Raises InputError for what cannot be opened or has no voxel size.
 
-    `measurements` by id spare the reading of whole files.
+    `measurements` by id spare the reading of whole files. `contrast`: that of the student's training.
     """
     if cfg.store is not None:
-        yield from _open_store(cfg.store, cfg)
+        yield from _open_store(cfg.store, cfg, contrast)
 
     # A mistake is reported before whole images are read.
     _require_separate_results(cfg)
     for item, share in _divide(cfg.inputs, cfg.share):
-        yield _open_file(item, share, (measurements or {}).get(item.name))
+        yield _open_file(item, share, (measurements or {}).get(item.name), contrast)
 
 
 def split_usable(volumes: Iterable[InputVolume | UnusableVolume]) -> tuple[list[InputVolume], list[str]]:
@@ -120,7 +123,7 @@ def open_image(item: VolumeConfig, dataset: str | None) -> Volume:
     return open_volume(item.image, channel=item.channel, axes=item.axes, dataset=dataset)
 
 
-def _open_store(path: Path, cfg: InferConfig) -> Iterator[InputVolume]:
+def _open_store(path: Path, cfg: InferConfig, contrast: Contrast) -> Iterator[InputVolume]:
     store = Store(path)
     names = store.split(cfg.split)
     if not names:
@@ -129,6 +132,11 @@ def _open_store(path: Path, cfg: InferConfig) -> Iterator[InputVolume]:
     # A store knows the brightness range of its volumes, so nothing is measured.
     for name, share in _divide(names, cfg.share):
         volume = store[name]
+        if volume.contrast != contrast:
+            raise InputError(
+                f"{path}: {name} was prepared with contrast={volume.contrast}, and the student was trained with "
+                f"{contrast}; prepare the store again in another folder, with contrast={contrast}"
+            )
         yield InputVolume(
             id=name,
             image=f"{path}:{name}",
@@ -174,7 +182,7 @@ def _divide(items: tuple[T, ...], share: ShareOf | None) -> Iterator[tuple[T, Sh
 
 
 def _open_file(
-    item: VolumeConfig, share: ShareOf | None, measurement: Measurement | UnusableVolume | None
+    item: VolumeConfig, share: ShareOf | None, measurement: Measurement | UnusableVolume | None, contrast: Contrast
 ) -> InputVolume | UnusableVolume:
     volume = open_image(item, item.dataset)
     voxel_size = item.voxel_size or volume.voxel_size
@@ -199,6 +207,8 @@ def _open_file(
 
     # All that changes a normalized voxel belongs here.
     facts = f"{measurement.content} {item.channel} {item.axes} {item.dataset} {low} {high}"
+    if contrast == "local":
+        facts += f" {contrast}"
 
     return InputVolume(
         id=item.name,
@@ -207,13 +217,21 @@ def _open_file(
         voxel_size=voxel_size,
         roots=roots,
         digest=hashlib.sha256(facts.encode()).hexdigest(),
-        read=lambda box: normalize(volume[box], low, high),
+        read=_make_reader(volume, low, high, contrast),
         file=item.image if item.image.is_file() else None,
         content=measurement.content,
         share=share,
         overview=None if item.overview is None else _open_overview(item, volume, low, high),
         range=(low, high),
     )
+
+
+def _make_reader(volume: Volume, low: float, high: float, contrast: Contrast) -> Callable[[Box], NDArray[np.float32]]:
+    """Reads what the student sees of a box."""
+    if contrast == "range":
+        return lambda box: normalize(volume[box], low, high)
+    foreground = measure_foreground(volume.__getitem__, volume.shape)
+    return lambda box: foreground.probability(box).astype(np.float32) / np.float32(255)
 
 
 def _check_roots(item: VolumeConfig, roots: tuple[tuple[float, float, float], ...], shape: Shape) -> None:

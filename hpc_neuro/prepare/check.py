@@ -14,7 +14,7 @@ from hpc_neuro.data import swc
 from hpc_neuro.data.alignment import Fit, compare_orientations, list_changes_inside, outside_fraction
 from hpc_neuro.data.formats import Volume as ImageVolume
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range
+from hpc_neuro.data.intensity import Contrast, compute_histogram, compute_intensity_range
 from hpc_neuro.data.store import FORMAT, VolumeRecord, forecast_bytes
 from hpc_neuro.prepare.config import DISTANCE_CAP, PrepareConfig
 from hpc_neuro.prepare.pairs import ImagePair
@@ -151,7 +151,7 @@ def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
     return PairMeasurement(low, high, fit, (sentence,))
 
 
-def make_record(opened: OpenedPair, measurement: PairMeasurement) -> VolumeRecord:
+def make_record(opened: OpenedPair, measurement: PairMeasurement, contrast: Contrast) -> VolumeRecord:
     """The volume as the store's index describes it."""
     return VolumeRecord(
         id=opened.id,
@@ -164,6 +164,7 @@ def make_record(opened: OpenedPair, measurement: PairMeasurement) -> VolumeRecor
         split=opened.pair.split,
         digest=opened.digest,
         sources=opened.sources,
+        contrast=contrast,
     )
 
 
@@ -219,4 +220,6 @@ def _compute_digest(pair: ImagePair, unit: str, size: VoxelSize, sources: dict[s
         "pair": [pair.id, unit, pair.root, pair.channel, pair.axes, size],
         "targets": schema.to_plain([cfg.radius, cfg.tube, DISTANCE_CAP, cfg.ignore_margin, cfg.beyond_root]),
     }
+    if cfg.contrast != "range":
+        facts["contrast"] = cfg.contrast
     return files.sha256_json(facts)

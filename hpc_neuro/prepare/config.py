@@ -60,6 +60,10 @@ class PrepareConfig:
     """Channel of images with several, where the manifest does not give it."""
     axes: str | None = None
     """Order of the stored axes, such as ZCYX, where neither the file nor the manifest gives it."""
+    contrast: Literal["range", "local"] = "range"
+    """How brightness becomes 0 to 1 for networks. `range`: by the range of the whole volume; `local`: above the local
+    background, 0.5 at the level of the foreground (docs/trace.md), which suits noise and uneven light. The student
+    bundled with the package wants `local`."""
     radius: RadiusConfig = ImageRadius()
     """Source of the mask's radius. A fine voxel is as long as the middle one of a voxel's three sides."""
     tube: float = Field(default=1.5, gt=0)

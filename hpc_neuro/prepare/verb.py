@@ -184,7 +184,7 @@ def _write_volumes(
             body = {"digest": opened.digest, **asdict(measurement)}
             files.write_json(_measurement_path(cfg.out, opened.id), body)
 
-        volume = make_record(opened, measurement)
+        volume = make_record(opened, measurement, cfg.contrast)
         _write_volume(_volume_path(cfg.out, volume.id), opened, volume, cfg)
         volumes.append((volume, measurement))
     return volumes, failures

@@ -11,10 +11,10 @@ import numpy as np
 from hpc_neuro.core import files, geometry
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.data.foreground import Foreground
 from hpc_neuro.data.formats import Volume
 from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.report import figures, html
-from hpc_neuro.trace_stacks.foreground import Foreground
 
 PAGE = "trace.html"
 """File of OUT."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import distributed, files, stop_signals
-from hpc_neuro.core.geometry import Shape
-from hpc_neuro.data.intensity import ReadBox, compute_intensity_range, normalize
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.data.foreground import Foreground
+from hpc_neuro.data.intensity import Contrast, compute_intensity_range, normalize
 from hpc_neuro.infer.model import choose_window, predict_black
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import Tiling
@@ -45,15 +47,17 @@ class StackPredictor:
 
         self.threshold = float(meta.get("threshold", 0.5))
         self.window = choose_window(self.folder, meta, self.student.patch, None)
+        self.contrast: Contrast = meta.get("contrast", "range")
         self._batch = sliding_window.BatchSize(_BATCH)
 
-    def predict(self, read: ReadBox, shape: Shape, label: str) -> NDArray[np.uint8]:
-        """[Z, Y, X] probability of a stack that is bright on dark; 128 stands for the student's threshold.
+    def predict(self, foreground: Foreground, label: str) -> NDArray[np.uint8]:
+        """[Z, Y, X] probability of neurite in the image of a foreground; 128 stands for the student's threshold.
 
         Takes one byte a voxel: in memory, of a large stack in a temporary file. Raises InputError for an image without
         contrast.
         """
-        low, high = compute_intensity_range(read, shape)
+        shape = foreground.shape
+        read = self._make_reader(foreground)
         tiling = Tiling(self.window, _OVERLAP, self.student.patch, self._choose_block(shape), (1, 1, 1))
         blocks = tiling.list_blocks(shape)
         scale = _make_scale(self.threshold)
@@ -61,10 +65,9 @@ class StackPredictor:
         probability = _allocate(shape)
         with WindowProgress(label, tiling.count_all_windows(shape)) as progress:
             for block in stop_signals.until_stopped(blocks):
-                image = normalize(read(block.read), low, high)
                 values = sliding_window.predict(
                     self.student,
-                    image,
+                    read(block.read),
                     tiling.window,
                     tiling.overlap,
                     self._batch,
@@ -75,6 +78,13 @@ class StackPredictor:
                 own = values[block.write.relative_to(block.read.start).slices]
                 probability[block.write.slices] = scale[np.rint(own * 255).astype(np.uint8)]
         return probability
+
+    def _make_reader(self, foreground: Foreground) -> Callable[[Box], NDArray[np.float32]]:
+        """Reads what the student sees of a box, as in its training."""
+        if self.contrast == "local":
+            return lambda box: foreground.probability(box).astype(np.float32) / np.float32(255)
+        low, high = compute_intensity_range(foreground.read_image, foreground.shape)
+        return lambda box: normalize(foreground.read_image(box), low, high)
 
     @functools.cached_property
     def skips_black(self) -> bool:

@@ -16,9 +16,9 @@ from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
+from hpc_neuro.data.foreground import Foreground, measure_foreground, measure_mask
 from hpc_neuro.infer.proofread import DoubtfulPlace, NodeConfidence, find_places
 from hpc_neuro.metrics.cable import match_cable
-from hpc_neuro.trace_stacks.foreground import Foreground, measure_foreground, measure_mask
 from hpc_neuro.tracing import (
     BlockSkeleton,
     Soma,
@@ -110,7 +110,7 @@ def trace_image(
     if predictor is None:
         probability = _keep_in_memory(foreground, shape)
     else:
-        prediction = predictor.predict(foreground.read_image, shape, label)
+        prediction = predictor.predict(foreground, label)
         mask_share, speck_share = measure_mask(prediction)
         probability = _read_from(prediction)
 
@@ -135,12 +135,14 @@ def trace_image(
 
     forest = morphology.concatenate_trees(trees)
     agreement = None
-    if trees and predictor is None:
+    if trees:
+        # A student is compared with the image itself, and the image with a higher level.
+        other = probability if predictor is None else _keep_in_memory(foreground, shape)
         strict = replace(cfg, threshold=min(_STRICT_RATIO * cfg.threshold, 1.0), low=None)
-        agreement = _ask_second_opinion(trees, probability, foreground, shape, size, strict)
-    elif trees:
-        own = _keep_in_memory(foreground, shape)
-        agreement = _ask_second_opinion(trees, own, foreground, shape, size, cfg)
+        other_cfg = strict if predictor is None else cfg
+        others = _trace_again(other, foreground, shape, size, other_cfg, roots)
+        agreement = round(match_cable(forest, others, _AGREEMENT_VOXELS).f1, 3)
+
     noise = foreground.noise_level
     figures = TraceFigures(
         mask_share=round(mask_share, 5),
@@ -210,18 +212,20 @@ def _mark_soma(tree: Tree) -> Tree:
     return replace(tree, types=types)
 
 
-def _ask_second_opinion(
-    trees: Sequence[Tree], probability: ReadBox, foreground: Foreground, shape: Shape, size: VoxelSize, cfg: TraceConfig
-) -> float:
-    """Agreement of the trees with those that another probability, or level, gives from the same roots; 0 for none."""
-    roots = [tuple(tree.points[0].tolist()) for tree in trees]
+def _trace_again(
+    probability: ReadBox,
+    foreground: Foreground,
+    shape: Shape,
+    size: VoxelSize,
+    cfg: TraceConfig,
+    roots: Sequence[Point],
+) -> Tree:
+    """All trees that a second opinion gives, from the given roots if there are any; an empty tree where it fails."""
     skeletons = _skeletonize(probability, shape, size, cfg)
     try:
-        others = trace_block_skeletons(
-            skeletons, probability, shape, size, roots=roots, cfg=cfg, image=foreground.read_image
+        trees = trace_block_skeletons(
+            skeletons, probability, shape, size, roots=roots, cfg=cfg, image=foreground.read_image, keep_rest=not roots
         )
     except InputError:
-        return 0.0
-
-    forests = morphology.concatenate_trees(trees), morphology.concatenate_trees(others)
-    return round(match_cable(*forests, _AGREEMENT_VOXELS).f1, 3)
+        return morphology.empty_tree()
+    return morphology.concatenate_trees(_select_trees(trees, 0, bool(roots))[0])

@@ -283,6 +283,7 @@ class TrainingRun:
             volumes_scored=self.volumes_scored_step,
             student=schema.to_plain(self.cfg.student),
             window=self.cfg.crop.size,
+            contrast=self.parts.contrast,
             mirrored=self._has_mirrored_crops(),
             shapes=self.engine.shapes,
             engine=engine,
@@ -303,6 +304,7 @@ class TrainingRun:
         weights = self.engine.gather_weights(STUDENT, self._averages())
         extra = {
             "window": list(self.cfg.crop.size),
+            "contrast": self.parts.contrast,
             "mirrored": self._has_mirrored_crops(),
             "threshold": score.threshold,
             "step": self.step,

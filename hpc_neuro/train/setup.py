@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from hpc_neuro.core.types import Batch
 from hpc_neuro.data.crops import CropSampler, draw_validation_boxes
 from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.feature_cache import FeatureCache, hash_manifest
+from hpc_neuro.data.intensity import Contrast
 from hpc_neuro.data.orientation import IDENTITY
 from hpc_neuro.data.store import Store
 from hpc_neuro.losses.distill import Distiller
@@ -96,6 +97,8 @@ class RunParts:
     store: Store
     boxes: list[tuple[str, Box]]
     """Of validation."""
+    contrast: Contrast
+    """How the volumes' brightness becomes [0, 1]."""
     validates_on: str
     """Split of the boxes: val, or train if val is empty."""
     workload: Workload
@@ -115,6 +118,8 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
     if not train_ids:
         raise InputError(f"{cfg.store} has no volume in its `train` split; prepare it again with some")
 
+    contrast = _find_contrast(store, train_ids)
+
     # The cache is opened before the teacher is loaded, which takes seconds: a missing cache is reported at once.
     cache = FeatureCache(cfg.cache) if cfg.distill is not None and cfg.cache is not None else None
     start = None if cfg.init is None else open_initial_student(cfg.init)
@@ -125,6 +130,8 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
 
     # Shapes are enough for all checks, and a student without numbers takes no memory.
     blank = blank_student(cfg.student)
+    if start is not None:
+        start.require_contrast(contrast)
     weights = _collect_weights(cfg, start, teacher, blank)
     distiller = _build_distiller(cfg, blank, cache)
 
@@ -147,10 +154,20 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
         crops=crops,
         store=store,
         boxes=boxes,
+        contrast=contrast,
         validates_on=validates_on,
         workload=workload,
         inputs=_hash_inputs(store, start, teacher, cache),
     )
+
+
+def _find_contrast(store: Store, ids: Sequence[str]) -> Contrast:
+    """The contrast of all volumes. Raises InputError where they differ."""
+    contrasts = {store[id_].contrast: id_ for id_ in ids}
+    if len(contrasts) > 1:
+        examples = " and ".join(f"{name} ({id_})" for name, id_ in sorted(contrasts.items()))
+        raise InputError(f"{store.path} has volumes of the contrasts {examples}; prepare all of them with one")
+    return next(iter(contrasts))
 
 
 def build_train_module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:

@@ -48,19 +48,30 @@ class InitialStudent:
     values: dict[str, Tensor]
     digest: str
     """SHA-256 of its weights."""
+    contrast: str
+    """How brightness became [0, 1] in its training."""
 
     @property
     def has_transformer(self) -> bool:
         """Whether it has a transformer."""
         return self.cfg.transformer
 
+    def require_contrast(self, contrast: str) -> None:
+        """Raise ConfigError where a store has another contrast than the student was trained on."""
+        if contrast != self.contrast:
+            raise ConfigError(
+                f"init: the student of {self.folder} was trained on volumes of contrast {self.contrast}, and the store "
+                f"has {contrast}; prepare the store again in another folder, with contrast={self.contrast}"
+            )
+
 
 def open_initial_student(init: Path) -> InitialStudent:
     """The student that `train init=` names. Raises InputError where there is none, or it is damaged."""
     folder = find_student(init)
-    student, _ = load_student(folder)
+    student, extra = load_student(folder)
     values = {name: value.clone() for name, value in student.state_dict().items()}
-    return InitialStudent(folder, student.cfg, values, files.sha256(folder / "model.safetensors"))
+    digest = files.sha256(folder / "model.safetensors")
+    return InitialStudent(folder, student.cfg, values, digest, extra.get("contrast", "range"))
 
 
 def add_initial_student(weights: StartWeights, start: InitialStudent, blank: Student, scale: float) -> StartWeights:

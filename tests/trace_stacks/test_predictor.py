@@ -14,6 +14,7 @@ from hpc_neuro import cli
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.data import swc
+from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.models import sliding_window
@@ -26,7 +27,7 @@ from tests.helpers.stacks import make_neuron, take_picture
 WINDOW = (16, 32, 32)
 
 
-def save_brightness_student(folder: Path, threshold: float = 0.3) -> Path:
+def save_brightness_student(folder: Path, threshold: float = 0.3, contrast: str = "range") -> Path:
     """A student whose probability rises with the brightness of a voxel: the head sees what the first layer saw."""
     cfg = StudentConfig(transformer=False, patch=(4, 8, 8), channels=(8, 4, 4))
     student = build_student(cfg)
@@ -38,7 +39,8 @@ def save_brightness_student(folder: Path, threshold: float = 0.3) -> Path:
         weight[voxel, voxel, 1, 1, 1] = 1.0
         state["decoder.head.weight"][voxel, voxel] = 20.0
     state["decoder.head.bias"] -= 6.0
-    save_student(folder, cfg, state, {"window": list(WINDOW), "mirrored": True, "threshold": threshold})
+    extra = {"window": list(WINDOW), "mirrored": True, "threshold": threshold, "contrast": contrast}
+    save_student(folder, cfg, state, extra)
     return folder
 
 
@@ -53,7 +55,8 @@ def test_blocks_predict_what_the_whole_stack_does_and_the_threshold_is_128(
     image = take_picture(make_neuron(3))
     z, y, x = image.shape
     student = StackPredictor(weights)
-    whole = student.predict(lambda box: image[box.slices], (z, y, x), "n")
+    foreground = measure_foreground(lambda box: image[box.slices], (z, y, x))
+    whole = student.predict(foreground, "n")
 
     # The same numbers as those of `infer`, scaled.
     low, high = compute_intensity_range(lambda box: image[box.slices], (z, y, x))
@@ -64,8 +67,20 @@ def test_blocks_predict_what_the_whole_stack_does_and_the_threshold_is_128(
     monkeypatch.setattr(module, "_WHOLE_VOXELS", 0)
     monkeypatch.setattr(module, "_BLOCK", (16, 64, 64))
     monkeypatch.setattr(module, "_KEPT_VOXELS", 0)
-    blocked = student.predict(lambda box: image[box.slices], (z, y, x), "n")
+    blocked = student.predict(foreground, "n")
     assert np.abs(blocked.astype(int) - whole).max() <= 1
+
+
+def test_a_student_of_local_contrast_sees_the_foreground(tmp_path: Path) -> None:
+    image = take_picture(make_neuron(3)).astype(np.float32)
+    z, y, x = image.shape
+    # A bright side, on which the range of the whole volume would be spent.
+    image += 4 * image.max() * (np.arange(x) > 0.9 * x)
+    foreground = measure_foreground(lambda box: image[box.slices], (z, y, x))
+    student = StackPredictor(save_brightness_student(tmp_path / "weights", contrast="local"))
+    seen = foreground.probability(Box.whole((z, y, x))).astype(np.float32) / np.float32(255)
+    exact = sliding_window.predict(student.student, seen, WINDOW, 0.25)
+    np.testing.assert_array_equal(student.predict(foreground, "n") >= 128, np.rint(exact * 255) / 255 >= 0.3)
 
 
 def test_the_student_finds_the_neurites_and_the_page_shows_them(weights: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import hpc_neuro
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree, concatenate_trees, length
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.metrics.cable import match_cable
-from hpc_neuro.trace_stacks.foreground import measure_foreground
 from hpc_neuro.trace_stacks.sanity import list_warnings
 from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
 from tests.helpers.shapes import paint_points, sample_line

@@ -25,12 +25,12 @@ from hpc_neuro.core.constants import TOLERANCE_VOX, UNLABELED
 from hpc_neuro.core.geometry import Box, Point
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.predictions import OtsuMask
 from hpc_neuro.metrics import list_metrics
 from hpc_neuro.metrics.metric import Comparison, tolerance_key
 from hpc_neuro.trace_stacks.config import NO_MODEL
-from hpc_neuro.trace_stacks.foreground import measure_foreground
 from hpc_neuro.trace_stacks.predictor import StackPredictor
 from hpc_neuro.trace_stacks.sanity import list_warnings
 from hpc_neuro.trace_stacks.tracer import trace_image

@@ -50,9 +50,9 @@ _BLACK_SHARE = 0.4
 """Share of scenes whose background is exactly zero, as in many published stacks."""
 _TISSUE = (0.01, 0.4)
 """[median brightness of the neurites] Mean brightness of tissue, log-uniform."""
-_PHOTONS = (8.0, 300.0)
+_PHOTONS = (3.0, 300.0)
 """Photons of a neurite of median brightness, log-uniform."""
-_READ_NOISE = (0.003, 0.08)
+_READ_NOISE = (0.003, 0.7)
 """[median brightness of the neurites] Standard deviation of the camera's noise, log-uniform."""
 _VESSEL_SHARE, _NUCLEI_SHARE, _SPECK_SHARE, _STRIPE_SHARE, _SHIFT_SHARE = 0.15, 0.2, 0.4, 0.15, 0.1
 """Shares of scenes with large vessels or fibers, nuclei, bright specks, scan lines, and slices out of place."""
@@ -275,7 +275,8 @@ def _photograph(rng: np.random.Generator, light: Image, size: VoxelSize, facts: 
         # Denoised or resampled stacks have smooth noise.
         noisy = ndimage.gaussian_filter(noisy, rng.uniform(0.3, 0.9))
     noise = math.sqrt(read_noise**2 + (0.0 if is_black else tissue) / photons)
-    visible = 1.5 * noise + 0.02
+    # The eye and the student average over some voxels.
+    visible = 0.5 * noise + 0.02
     if is_black:
         visible = 3 * read_noise + rng.uniform(0.05, 0.2)
         noisy = np.where(_find_bright_objects(noisy, visible), noisy, np.float32(0))

@@ -25,6 +25,8 @@ from tools.student.scenes import MANIFEST, join_stores, write_scenes
 
 log = logging.getLogger(__name__)
 
+_PREPARE = ("contrast=local", "misaligned=warn")
+"""Settings of all stores. Local contrast makes stacks of any brightness, haze and noise alike."""
 RECIPE = (
     "student.transformer=false",
     "student.patch=[4,8,8]",
@@ -34,6 +36,12 @@ RECIPE = (
     "crop.uniform=0.25",
     "crop.volumes=size",
     "optim.batch=4",
+    # What local contrast takes away need not be simulated.
+    "augment.background=0",
+    "augment.contrast=0.1",
+    "augment.gamma=0.3",
+    "augment.noise=0.3",
+    "augment.specks=0",
     "validate.every=500",
     "validate.crops=48",
     "tracker.wandb=disabled",
@@ -71,11 +79,11 @@ def _build(args: argparse.Namespace) -> None:
     write_scenes(scenes, seed=0, count=args.scenes, gold=gold, workers=args.workers)
 
     # The trees of scenes have the widths that the neurites were painted with.
-    _run("prepare", f"manifest={scenes / MANIFEST}", f"out={own_store}", "radius.kind=swc", "misaligned=warn")
+    _run("prepare", f"manifest={scenes / MANIFEST}", f"out={own_store}", "radius.kind=swc", *_PREPARE)
     stores = [own_store, *args.store]
     for number, manifest in enumerate(args.pairs, start=1):
         store = out / f"store_pairs_{number}"
-        _run("prepare", f"manifest={manifest}", f"out={store}", "misaligned=warn")
+        _run("prepare", f"manifest={manifest}", f"out={store}", *_PREPARE)
         stores.append(store)
 
     first, second = args.steps

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NotRequired, cast
 
 import h5py
 import numpy as np
@@ -21,7 +21,7 @@ from hpc_neuro.core.hardware_faults import find_hardware_fault
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.intensity import normalize
+from hpc_neuro.data.intensity import Contrast, normalize
 
 FORMAT = 1
 """Raised when files of an older version can no longer be read, or would hold other targets."""
@@ -67,6 +67,7 @@ class VolumeRecord:
     split: str
     digest: str  # of the image's content, the tree and the settings of the targets
     sources: Mapping[str, str]  # "image", "swc": SHA-256
+    contrast: Contrast = "range"  # how `normalized_image` is made
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -82,6 +83,7 @@ class _VolumeForm(TypedDict):
     split: Literal["train", "val", "test"]
     digest: str
     sha256: dict[str, str]
+    contrast: NotRequired[Contrast]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -205,7 +207,9 @@ class StoredVolume(VolumeRecord):
         return self._read("image", box)
 
     def normalized_image(self, box: Box) -> NDArray[np.float32]:
-        """[Z, Y, X] float32 in [0, 1], by the intensity range of the whole volume."""
+        """[Z, Y, X] float32 in [0, 1]: what networks see, by the volume's `contrast`."""
+        if self.contrast == "local":
+            return self._read("local", box).astype(np.float32) / np.float32(255)
         return normalize(self._read("image", box), self.low, self.high)
 
     def mask(self, box: Box) -> NDArray[np.uint8]:
@@ -287,5 +291,6 @@ def _volume_from_index(store: Store, id_: str, entry: Mapping[str, Any]) -> Stor
         split=entry["split"],
         digest=entry["digest"],
         sources=entry["sha256"],
+        contrast=entry.get("contrast", "range"),
         store=store,
     )

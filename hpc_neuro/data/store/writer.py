@@ -17,6 +17,7 @@ from hpc_neuro.core.constants import UNLABELED
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, tile_volume
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.intensity import ReadBox, iter_slabs
 from hpc_neuro.data.rasterize import (
     DrawSettings,
@@ -67,7 +68,10 @@ def write_volume(
             _write_attributes(file, volume, drawing)
             _write_trees(file, tree, fitted)
             _write_points(file, volume, fitted)
-            _write_image(file, volume, read)
+            _write_image(file, "image", volume.shape, volume.dtype, read)
+            if volume.contrast == "local":
+                local = measure_foreground(read, volume.shape).probability
+                _write_image(file, "local", volume.shape, np.dtype("u1"), local)
             _write_targets(file, volume, fitted, drawing, unlabelled)
         confirm()
 
@@ -131,6 +135,7 @@ def _index_entry(volume: VolumeRecord) -> dict[str, Any]:
         "split": volume.split,
         "digest": volume.digest,
         "sha256": dict(volume.sources),
+        "contrast": volume.contrast,
     }
 
 
@@ -176,15 +181,15 @@ def _write_points(file: Any, volume: VolumeRecord, fitted: Tree) -> None:
         _create_list(group, name, np.unique(voxels[inside], axis=0).reshape(-1, 3))
 
 
-def _write_image(file: Any, volume: VolumeRecord, read: ReadBox) -> None:
-    """Write the image slab by slab; chunks of zeros stay unallocated."""
-    image = _create_dataset(file, "image", volume.shape, volume.dtype, fill=0)
+def _write_image(file: Any, name: str, shape: Shape, dtype: np.dtype[Any], read: ReadBox) -> None:
+    """Write an image slab by slab; chunks of zeros stay unallocated."""
+    image = _create_dataset(file, name, shape, dtype, fill=0)
 
-    for slab in iter_slabs(volume.shape, volume.dtype.itemsize, depth=CHUNK[0]):
+    for slab in iter_slabs(shape, dtype.itemsize, depth=CHUNK[0]):
         # Slabs begin at chunk borders, so that no chunk is written twice.
         values = read(slab)
 
-        _reserve(file, _count_chunk_voxels(slab.shape) * volume.dtype.itemsize)
+        _reserve(file, _count_chunk_voxels(slab.shape) * dtype.itemsize)
         for chunk in tile_volume(slab.shape, CHUNK):
             chunk_values = values[chunk.write.slices]
             if chunk_values.any():

@@ -90,6 +90,8 @@ class TrainingState:
     shapes: dict[str, tuple[int, ...]]
     """Name -> shape of every trained parameter, in order."""
     engine: OptimizerState
+    contrast: str
+    """How brightness became [0, 1]: range or local."""
 
 
 # --- Finding and reading ---

@@ -47,6 +47,7 @@ class SavedWeights:
         state = self.state
         return {
             "window": list(state.window),
+            "contrast": state.contrast,
             "mirrored": state.mirrored,
             "threshold": 0.5 if state.score is None else state.score.threshold,
             "step": state.step,

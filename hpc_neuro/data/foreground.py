@@ -206,6 +206,9 @@ def _find_top(read: ReadBox, shape: Shape) -> float | None:
         raise InputError(
             f"every voxel is {lowest:g}, an image with contrast is expected; check the file and its channel"
         )
+    # Neurites that fill less than the tails lie beyond both.
+    if low == high:
+        low, high = lowest, highest
     return float(highest) if middle - low > _DARK_RATIO * (high - middle) else None
 
 

@@ -1,0 +1,170 @@
+"""Do the warnings of `trace` tell bad trees from good ones?
+
+    python -m tools.bench.trace_warnings STORE... [--model none] [--only ID ...] [--copies NAME ...]
+
+Every neuron is traced as it is and from degraded copies: noise, blur, inverted, and voxels four times as large. A tree
+counts as bad where its F1 at 4 voxels (of the copy) is below that of Otsu's mask of the same copy, or below 0.5. The
+area under the ROC curve is that of the number of warnings, 0.5 for warnings that say nothing. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+
+from hpc_neuro.core import morphology
+from hpc_neuro.core.constants import TOLERANCE_VOX
+from hpc_neuro.core.geometry import Box, Point, VoxelSize
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.store import Store, StoredVolume
+from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.trace_stacks.config import NO_MODEL
+from hpc_neuro.trace_stacks.predictor import StackPredictor
+from hpc_neuro.trace_stacks.sanity import list_warnings
+from hpc_neuro.trace_stacks.tracer import trace_image
+from hpc_neuro.tracing import trace
+
+_BAD = 0.5
+"""F1 below which a tree is bad whatever Otsu's is."""
+_MOST_MASK = 0.05
+"""Share of a volume above which Otsu's mask counts as a miss."""
+_COARSE = 4
+"""Voxels of a degraded copy are so many times as large in the plane."""
+Image = NDArray[np.float32]
+
+
+def main() -> int:
+    """Print a row for each copy, and the area under the curve."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("stores", type=Path, nargs="+")
+    ask.add_argument("--model", default=NO_MODEL)
+    ask.add_argument("--only", nargs="+", default=[])
+    ask.add_argument("--copies", nargs="+", default=list(COPIES), choices=list(COPIES))
+    args = ask.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    predictor = None if args.model == NO_MODEL else StackPredictor(Path(args.model))
+    rows: list[dict[str, Any]] = []
+    for volume in (volume for path in args.stores for volume in Store(path)):
+        if args.only and volume.id not in args.only:
+            continue
+        for name in args.copies:
+            degrade = COPIES[name]
+            row = {"neuron": volume.id, "copy": name, **_judge(volume, degrade, predictor)}
+            rows.append(row)
+            print(
+                f"{volume.id:>16} {name:>8} F1 {row['f1']:.3f} Otsu {row['otsu']:.3f} {'bad' if row['bad'] else ''} "
+                f"{len(row['warnings'])} warnings: {'; '.join(w[:60] for w in row['warnings'])}",
+                flush=True,
+            )
+
+    scores = np.asarray([len(row["warnings"]) for row in rows])
+    bad = np.asarray([row["bad"] for row in rows])
+    area = measure_area(scores, bad)
+    print(f"{bad.sum()} of {len(bad)} trees are bad; area under the curve {area:.3f}")
+    print(json.dumps({"area": area, "rows": rows}))
+    return 0
+
+
+def measure_area(scores: NDArray[np.integer[Any]], positive: NDArray[np.bool_]) -> float:
+    """Area under the ROC curve: how often a positive one scores higher than a negative one, ties by half."""
+    above = scores[positive][:, None] - scores[~positive][None, :]
+    if not above.size:
+        return float("nan")
+    return float(np.mean((above > 0) + 0.5 * (above == 0)))
+
+
+Degrade = Callable[[Image, Tree, VoxelSize], tuple[Image, Tree, VoxelSize]]
+"""Image, gold tree and voxel size -> those of the copy."""
+
+
+def _keep(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+    return image, tree, size
+
+
+def _add_noise(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+    """As strong as the neurites are bright."""
+    noise = np.random.default_rng(0).normal(0, 1, image.shape).astype(np.float32)
+    return image + np.float32(_measure_brightness(image, tree)) * noise, tree, size
+
+
+def _blur(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+    return np.asarray(ndimage.gaussian_filter(image, [2.0, 5.0, 5.0]), dtype=np.float32), tree, size
+
+
+def _invert(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+    return image.max() - image, tree, size
+
+
+def _coarsen(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+    z, y, x = (n // _COARSE * _COARSE if axis else n for axis, n in enumerate(image.shape))
+    cells = image[:z, :y, :x].reshape(z, y // _COARSE, _COARSE, x // _COARSE, _COARSE).mean(axis=(2, 4))
+    # The first coarse voxel is centered on the middle of its fine ones.
+    shift = (_COARSE - 1) / 2
+    points = (tree.points - [0, shift, shift]) / [1, _COARSE, _COARSE]
+    coarse_size = (size[0], size[1] * _COARSE, size[2] * _COARSE)
+    return cells, replace(tree, points=points), coarse_size
+
+
+COPIES: dict[str, Degrade] = {
+    "as it is": _keep,
+    "noise": _add_noise,
+    "blur": _blur,
+    "inverted": _invert,
+    "coarse": _coarsen,
+}
+
+
+def _measure_brightness(image: Image, tree: Tree) -> float:
+    places = np.clip(np.rint(tree.points), 0, np.asarray(image.shape) - 1).astype(np.int64)
+    return float(np.median(image[tuple(places.T)]))
+
+
+def _judge(volume: StoredVolume, degrade: Degrade, predictor: StackPredictor | None) -> dict[str, Any]:
+    whole = volume.image(Box.whole(volume.shape)).astype(np.float32)
+    gold = volume.tree()
+    image, tree, size = degrade(whole, gold, volume.voxel_size)
+    z, y, x = image.shape
+
+    roots: list[Point] = []
+    if volume.root is not None:
+        first = np.clip(tree.points[0], 0, np.asarray(image.shape) - 1)
+        roots = [(float(first[0]), float(first[1]), float(first[2]))]
+
+    try:
+        result = trace_image(lambda box: image[box.slices], (z, y, x), size, roots=roots, predictor=predictor)
+        traced = morphology.concatenate_trees(result.trees)
+        warnings = list_warnings(result.figures, result.foreground.is_inverted, predictor is not None)
+    except InputError as error:
+        traced, warnings = morphology.empty_tree(), [str(error)]
+    own = match_cable(traced, tree, TOLERANCE_VOX).f1 if len(traced) else 0.0
+    other = _trace_otsu(image, size, roots, tree)
+    return {"f1": own, "otsu": other, "bad": bool(own < min(other, 1.0) - 0.05 or own < _BAD), "warnings": warnings}
+
+
+def _trace_otsu(image: Image, size: VoxelSize, roots: list[Point], gold: Tree) -> float:
+    mask = image > threshold_otsu(image)
+    # Such a mask is noise, and its forest takes hours.
+    if mask.mean() > _MOST_MASK:
+        return 0.0
+    try:
+        trees = trace(mask, size, roots=roots, image=image)
+    except InputError:
+        return 0.0
+    forest = morphology.concatenate_trees(trees)
+    return match_cable(forest, gold, TOLERANCE_VOX).f1 if len(forest) else 0.0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
