@@ -68,6 +68,18 @@ def test_a_dark_neuron_on_a_bright_ground_is_traced_inverted_and_told(gold: Tree
     assert any("dark on bright" in warning for warning in list_warnings(trace.figures, True))
 
 
+def test_a_dark_neuron_that_fills_less_than_a_thousandth_is_found_too(gold: Tree) -> None:
+    # In most stacks of one neuron the background is one value, and the neuron is rarer than any quantile.
+    image = np.where(take_picture(gold) > 100, take_picture(gold), 0)
+    wide = np.zeros((image.shape[0], 6 * image.shape[1], 6 * image.shape[2]), dtype=np.uint8)
+    wide[:, : image.shape[1], : image.shape[2]] = image
+    assert (wide > 0).mean() < 0.001
+    trace = trace_array(255 - wide)
+    assert trace.foreground.is_inverted
+    assert measure_f1(trace, gold) > 0.9
+    assert not trace_array(wide).foreground.is_inverted
+
+
 def test_hot_pixels_are_no_neurites(gold: Tree) -> None:
     image = take_picture(gold)
     places = np.random.default_rng(1).integers(0, image.size, 200)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.stats import mannwhitneyu
 from skimage.filters import threshold_otsu
 
 from hpc_neuro.core import morphology
@@ -78,11 +79,11 @@ def main() -> int:
 
 
 def measure_area(scores: NDArray[np.integer[Any]], positive: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve: how often a positive one scores higher than a negative one, ties by half."""
-    above = scores[positive][:, None] - scores[~positive][None, :]
-    if not above.size:
+    """Area under the ROC curve, as Mann and Whitney's U; NaN where all are positive or none is."""
+    if positive.all() or not positive.any():
         return float("nan")
-    return float(np.mean((above > 0) + 0.5 * (above == 0)))
+    pairs = np.count_nonzero(positive) * np.count_nonzero(~positive)
+    return float(mannwhitneyu(scores[positive], scores[~positive]).statistic / pairs)
 
 
 Degrade = Callable[[Image, Tree, VoxelSize], tuple[Image, Tree, VoxelSize]]
