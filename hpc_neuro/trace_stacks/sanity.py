@@ -23,6 +23,8 @@ def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = 
     if not figures.trees:
         return ["nothing that looks like a neurite was traced; is it the right channel, and is it in focus?"]
 
+    # A student that knows noise may see through it.
+    advice = "" if has_student else "; compare with model=bundled"
     warnings = []
     if is_inverted:
         warnings.append("the image is dark on bright and was traced inverted; if it is not, give another channel")
@@ -34,11 +36,11 @@ def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = 
     if figures.contrast_to_noise is not None and figures.contrast_to_noise < _LEAST_CONTRAST:
         warnings.append(
             f"the foreground is only {figures.contrast_to_noise:.1f} times as bright as the noise of the background "
-            f"(expected {_LEAST_CONTRAST:g}): noise may be traced as neurites"
+            f"(expected {_LEAST_CONTRAST:g}): noise may be traced as neurites{advice}"
         )
     if figures.speck_share > _MOST_SPECKS:
         warnings.append(
-            f"{figures.speck_share:.0%} of the foreground lies in specks: the image is noisy, or neurites are broken"
+            f"{figures.speck_share:.0%} of the foreground lies in specks: the image is noisy, or neurites are broken{advice}"
         )
     kept = figures.cable / max(figures.cable + figures.left_out_cable, 1e-9)
     if kept < _LEAST_KEPT:
