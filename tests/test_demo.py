@@ -216,8 +216,6 @@ def move_tree_outside(folder: Path) -> None:
         (drop_swc, "syn_1"),
         (drop_all, "raw"),
         (make_flat, "3D"),
-        (make_constant, "every voxel is 7"),
-        (add_nan, "NaN"),
         (move_tree_outside, "outside"),
     ],
 )
@@ -231,6 +229,22 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     with pytest.raises((InputError, ConfigError), match=word):
         demo.run(cfg)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("damage", "word"), [(make_constant, "every voxel is 7"), (add_nan, "NaN")])
+def test_an_image_that_cannot_be_used_is_left_out_and_named(
+    pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], word: str
+) -> None:
+    folder = tmp_path / "raw"
+    shutil.copytree(pairs, folder)
+    damage(folder)
+    small = [key for key in SMALL if not key.startswith("synthetic.")]
+    assert demo.run(load(demo.DemoConfig, None, [f"data={folder}", f"out={tmp_path / 'out'}", *small])) == 3
+    assert word in caplog.text
+    assert "syn_1.tif" in caplog.text
+    # The others are trained on, and the one held out is scored.
+    assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())["volumes"]) == {"syn_3"}
 
 
 def test_trees_of_others_are_not_replaced(tmp_path: Path) -> None:

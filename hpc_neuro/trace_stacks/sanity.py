@@ -40,7 +40,8 @@ def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = 
         )
     if figures.speck_share > _MOST_SPECKS:
         warnings.append(
-            f"{figures.speck_share:.0%} of the foreground lies in specks: the image is noisy, or neurites are broken{advice}"
+            f"{figures.speck_share:.0%} of the foreground lies in specks: the image is noisy, or neurites are "
+            f"broken{advice}"
         )
     kept = figures.cable / max(figures.cable + figures.left_out_cable, 1e-9)
     if kept < _LEAST_KEPT:

@@ -175,7 +175,8 @@ def test_a_flipped_tree_fits_after_the_advised_change(tmp_path: Path, capsys: py
 
 def test_a_machine_without_slurm_runs_it_here(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     store = write_store(tmp_path / "store", {"a": "train", "b": "val"})
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    # Slurm may be installed where all other programs are.
+    monkeypatch.setenv("PATH", str(tmp_path))
     command = ["train", f"store={store}", f"out={tmp_path / 'out'}", *TINY, "--dry-run"]
     assert launch(command) == 2
     assert "use --on local" in capsys.readouterr().err
