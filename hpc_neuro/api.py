@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.intensity import Contrast, compute_intensity_range, normalize
+from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.trace_stacks.tracer import trace_image
 from hpc_neuro.tracing import TraceConfig
 
@@ -72,13 +73,13 @@ def predict(
     from hpc_neuro.infer.model import choose_window, predict_black
     from hpc_neuro.models import sliding_window
     from hpc_neuro.models.student import load_student
-    from hpc_neuro.models.student_folder import find_student
+    from hpc_neuro.models.student_folder import find_student, read_contrast
 
     folder = find_student(Path(model), weights)
     student, meta = load_student(folder)
     window = choose_window(folder, meta, student.patch, None)
     array = _read_image(image, channel)
-    normalized = _normalize(array, meta.get("contrast", "range"), intensity_range)
+    normalized = _normalize(array, read_contrast(meta), intensity_range)
 
     # Most windows of a sparse stack are black, and most students find nothing there.
     device = distributed.device()
@@ -93,8 +94,7 @@ def _normalize(
     """[Z, Y, X] in [0, 1], as the student saw its training volumes."""
     shape = _shape_of(image)
     if contrast == "local":
-        foreground = measure_foreground(lambda box: image[box.slices], shape)
-        return foreground.probability(Box.whole(shape)).astype(np.float32) / np.float32(255)
+        return measure_foreground(lambda box: image[box.slices], shape).local_contrast(Box.whole(shape))
     return normalize(image, *(intensity_range or compute_intensity_range(lambda box: image[box.slices], shape)))
 
 

@@ -20,7 +20,7 @@ from hpc_neuro.data.synthetic import SyntheticConfig
 from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.metrics.score_file import read_scores
 from hpc_neuro.models.config import SavedStudent, TeacherConfig
-from hpc_neuro.models.student_folder import find_student
+from hpc_neuro.models.student_folder import find_student, read_contrast
 from hpc_neuro.pipeline import STAGES
 
 # The stages are imported when they run: a config error answers within a second.
@@ -147,7 +147,7 @@ def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str]
         values |= {"images": data, "split.test": held_out}
         # A student that was trained before must see what it saw then.
         if cfg.init is not None:
-            values["contrast"] = _read_student(cfg.init).extra.get("contrast", "range")
+            values["contrast"] = read_contrast(_read_student(cfg.init).extra)
     elif name == "precompute":
         values |= {"teacher": cfg.teacher}
     elif name == "train":

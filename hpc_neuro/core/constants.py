@@ -10,6 +10,9 @@ UNLABELED = 255
 TOLERANCE_VOX = 4.0
 """[voxel] How near cable must lie to agree, where no other tolerance is given; the keys name it (`f1_4vox`)."""
 
+TREE_COLORS = ("#5bc0ff", "#f2c14e", "#ff6b4a", "#8fe388", "#c9a0ff", "#ff9ecb")
+"""Colors of the trees of a stack, in turn."""
+
 EXIT_DONE = 0
 """The command did what was asked."""
 EXIT_BAD_INPUT = 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 """A numpy array of any shape and dtype; the docstring that uses it gives both."""
+
+Contrast = Literal["range", "local"]
+"""How brightness becomes [0, 1]: by the range of the whole volume (data/intensity.py), or above the local background
+and relative to the level of the foreground (data/foreground.py)."""
 
 
 @dataclass(frozen=True)

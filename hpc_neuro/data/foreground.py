@@ -135,6 +135,10 @@ class Foreground:
         scaled = signal[own.slices] * (127.5 / level) + 0.5
         return np.asarray(np.clip(scaled, 0, 255), dtype=np.uint8)
 
+    def local_contrast(self, box: Box) -> Floats:
+        """[Z, Y, X] `probability` in [0, 1]: what a student of local contrast sees."""
+        return self.probability(box).astype(np.float32) / np.float32(255)
+
 
 def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
     """Measure background, noise and level of an image that is read by box.

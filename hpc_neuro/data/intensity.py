@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,6 @@ from numpy.typing import NDArray
 from hpc_neuro.core.geometry import Box, Shape, tile_volume
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
-
-Contrast = Literal["range", "local"]
-"""How brightness becomes [0, 1]: by the range of the whole volume (`normalize`), or above the local background and
-relative to the level of the foreground (data/foreground.py)."""
 
 ReadBox = Callable[[Box], Array]
 """Reads one box of a volume as [Z, Y, X] in its own dtype."""

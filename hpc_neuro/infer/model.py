@@ -20,14 +20,13 @@ from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.task_queue import RetryLimits
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.data.intensity import Contrast
 from hpc_neuro.infer.block_pipeline import EmptyRule, VolumeRun
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.tiling import MASK, Tiling
 from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
-from hpc_neuro.models.student_folder import find_student
+from hpc_neuro.models.student_folder import find_student, read_contrast
 
 _BYTES_PER_VOXEL = 20
 """Memory that a block takes for each voxel it reads, besides the network: the image, its padded copy, the sums."""
@@ -55,7 +54,7 @@ class Predictor:
         self.threshold = float(cfg.threshold or self.meta.get("threshold", 0.5))
 
         # The student must see what it saw in training.
-        self.contrast: Contrast = self.meta.get("contrast", "range")
+        self.contrast = read_contrast(self.meta)
 
         # Shared by all calls: a batch that was halved once stays so.
         self.batch = sliding_window.BatchSize(cfg.batch)

@@ -15,8 +15,8 @@ from hpc_neuro.core.geometry import Block
 from hpc_neuro.core.liveness import MpiRankWatch
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.task_queue import Task, plan_tasks, run_tasks
+from hpc_neuro.core.types import Contrast
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.data.intensity import Contrast
 from hpc_neuro.data.predictions import INDEX
 from hpc_neuro.infer import status_page
 from hpc_neuro.infer.block_pipeline import BlockPipeline, VolumeRun

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.formats import Volume, describe_image_folder, open_volume
-from hpc_neuro.data.intensity import Contrast, compute_intensity_range, normalize
+from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
 
@@ -230,8 +231,7 @@ def _make_reader(volume: Volume, low: float, high: float, contrast: Contrast) ->
     """Reads what the student sees of a box."""
     if contrast == "range":
         return lambda box: normalize(volume[box], low, high)
-    foreground = measure_foreground(volume.__getitem__, volume.shape)
-    return lambda box: foreground.probability(box).astype(np.float32) / np.float32(255)
+    return measure_foreground(volume.__getitem__, volume.shape).local_contrast
 
 
 def _check_roots(item: VolumeConfig, roots: tuple[tuple[float, float, float], ...], shape: Shape) -> None:

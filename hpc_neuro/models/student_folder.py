@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hpc_neuro.core import run_folder
 from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.types import Contrast
 
 BUNDLED = "bundled"
 """Name of the student that ships in the package."""
@@ -38,3 +40,10 @@ def find_student(model: Path, which: Literal["best", "last"] = "best") -> Path:
     raise InputError(
         f"{model} holds no weights; give a folder that `hpc-neuro train` has finished, or its weights/best"
     )
+
+
+def read_contrast(extra: Mapping[str, Any]) -> Contrast:
+    """How brightness became [0, 1] in a student's training, from the `extra` of its student.yaml."""
+    # Students that were saved before there was a choice saw the range of the whole volume.
+    contrast: Contrast = extra.get("contrast", "range")
+    return contrast

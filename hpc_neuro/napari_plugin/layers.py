@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology, schema
+from hpc_neuro.core.constants import TREE_COLORS
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
@@ -26,16 +27,13 @@ from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.predictions import INDEX, read_predictions
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.viewer_layers import open_run_image
-from hpc_neuro.trace_stacks import TraceStacksConfig
+from hpc_neuro.trace_stacks.config import INDEX as TRACE_INDEX
+from hpc_neuro.trace_stacks.config import TraceStacksConfig
 
 log = logging.getLogger(__name__)
 LayerData = tuple[Any, dict[str, Any], str]
 PLACES = "hpc_neuro places"
 """Key in the metadata of a layer that holds places to proofread."""
-_TRACE_INDEX = "trace.json"
-"""File that `trace` writes."""
-_COLORS = ("#5bc0ff", "#f2c14e", "#ff6b4a", "#8fe388", "#c9a0ff", "#ff9ecb")
-"""Colors of the trees in turn."""
 _SAMPLE: Shape = (16, 256, 256)
 """[voxel] Part in the middle of an image whose brightness sets the contrast."""
 _CONTRAST = (0.01, 0.999)
@@ -65,7 +63,7 @@ def _find_reader(path: Path) -> Callable[[Path], list[LayerData]] | None:
     """The function for one path by its name and by the files beside it."""
     if path.suffix.lower() == ".swc":
         return _read_swc
-    if path.name == _TRACE_INDEX:
+    if path.name == TRACE_INDEX:
         return _read_traces
     if path.name == INDEX:
         return _read_predictions
@@ -231,7 +229,7 @@ def build_trees_layer(name: str, trees: Sequence[Tree], size: VoxelSize | None) 
         "scale": size or (1.0, 1.0, 1.0),
         "shape_type": "path",
         "edge_width": 1.0,
-        "edge_color": [_COLORS[(number - 1) % len(_COLORS)] for number, _ in sections],
+        "edge_color": [TREE_COLORS[(number - 1) % len(TREE_COLORS)] for number, _ in sections],
         "face_color": "transparent",
         "features": {"tree": [number for number, _ in sections]},
     }

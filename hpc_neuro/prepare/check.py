@@ -10,11 +10,12 @@ from hpc_neuro.core import files, morphology, schema, stop_signals
 from hpc_neuro.core.geometry import Shape, VoxelSize, fine_voxel, to_voxels
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Contrast
 from hpc_neuro.data import swc
 from hpc_neuro.data.alignment import Fit, compare_orientations, list_changes_inside, outside_fraction
 from hpc_neuro.data.formats import Volume as ImageVolume
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.intensity import Contrast, compute_histogram, compute_intensity_range
+from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range
 from hpc_neuro.data.store import FORMAT, VolumeRecord, forecast_bytes
 from hpc_neuro.prepare.config import DISTANCE_CAP, PrepareConfig
 from hpc_neuro.prepare.pairs import ImagePair

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.schema import config
+from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.radius import ImageRadius, RadiusConfig
 
 DISTANCE_CAP = 8.0
@@ -60,7 +61,7 @@ class PrepareConfig:
     """Channel of images with several, where the manifest does not give it."""
     axes: str | None = None
     """Order of the stored axes, such as ZCYX, where neither the file nor the manifest gives it."""
-    contrast: Literal["range", "local"] = "range"
+    contrast: Contrast = "range"
     """How brightness becomes 0 to 1 for networks. `range`: by the range of the whole volume; `local`: above the local
     background, 0.5 at the level of the foreground (docs/trace.md), which suits noise and uneven light. The student
     bundled with the package wants `local`."""

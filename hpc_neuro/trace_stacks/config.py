@@ -9,6 +9,8 @@ from hpc_neuro.core.geometry import Point, VoxelSize
 from hpc_neuro.core.schema import config
 from hpc_neuro.tracing import TraceConfig
 
+INDEX = "trace.json"
+"""File of OUT that lists the stacks and their results."""
 NO_MODEL = "none"
 """`model` of a stack whose brightness alone is traced."""
 
@@ -50,3 +52,8 @@ class TraceStacksConfig:
             raise ValueError(f"voxel_size {list(self.voxel_size)} must be three numbers above 0, in um")
         if self.root is not None and self.seeds is not None:
             raise ValueError("give either root=z,y,x or seeds=FILE, not both")
+
+    @property
+    def has_student(self) -> bool:
+        """Whether a student finds the neurites."""
+        return str(self.model) != NO_MODEL

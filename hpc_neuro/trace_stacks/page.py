@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hpc_neuro.core import files, geometry
+from hpc_neuro.core.constants import TREE_COLORS
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.foreground import Foreground
@@ -24,8 +25,6 @@ _BRIGHTEST = 0.997
 """Quantile of a projection that is drawn white: a soma must not hide its dendrites."""
 _DIM = 0.55
 """Brightness of the image under a tree."""
-_COLORS = ("#5bc0ff", "#f2c14e", "#ff6b4a", "#8fe388", "#c9a0ff", "#ff9ecb")
-"""Colors of the trees in turn."""
 
 
 def draw_overlay(
@@ -42,7 +41,7 @@ def draw_overlay(
     lines = [
         figures.TreeLines(
             geometry.to_um(tree.points, size)[tree.edges],
-            _COLORS[number % len(_COLORS)],
+            TREE_COLORS[number % len(TREE_COLORS)],
             "tree" if len(trees) == 1 else "trees" if number == 0 else "",
         )
         for number, tree in enumerate(trees)
@@ -182,7 +181,7 @@ def build_neuroglancer_state(trees: Sequence[Tree], shape: Shape, voxel_size: Vo
             {"type": "line", "id": str(i), "pointA": ends[parent].tolist(), "pointB": ends[child].tolist()}
             for i, (child, parent) in enumerate(tree.edges.tolist())
         ]
-        color = _COLORS[(number - 1) % len(_COLORS)]
+        color = TREE_COLORS[(number - 1) % len(TREE_COLORS)]
         layers.append(
             {
                 "type": "annotation",

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core import distributed, files, stop_signals
+from hpc_neuro.core import distributed, stop_signals
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.data.foreground import Foreground
-from hpc_neuro.data.intensity import Contrast, compute_intensity_range, normalize
+from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.infer.model import choose_window, predict_black
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
-from hpc_neuro.models.student_folder import find_student
+from hpc_neuro.models.student_folder import find_student, read_contrast
+from hpc_neuro.trace_stacks.tracer import KEPT_VOXELS
 
 _OVERLAP = 0.25
 """Share of a window that the next one covers again, as in `infer`."""
@@ -28,8 +29,6 @@ _BATCH = 4
 """Windows at once; halved where the memory does not suffice."""
 _BLOCK: Shape = (128, 512, 512)
 """[voxel] Predicted at once in a large volume."""
-_KEPT_VOXELS = 1 << 28
-"""[voxel] The probability of a volume up to this size is kept in memory."""
 _WHOLE_VOXELS = 1 << 25
 """[voxel] A volume up to this size is predicted at once, so that no window runs twice."""
 
@@ -39,15 +38,14 @@ class StackPredictor:
 
     def __init__(self, model: Path) -> None:
         """`model` as of `find_student`. Raises InputError and ConfigError for weights that cannot be used."""
-        self.folder = find_student(model)
-        self.student, meta = load_student(self.folder)
+        folder = find_student(model)
+        self.student, meta = load_student(folder)
         self.device = distributed.device()
         self.student.to(self.device)
-        self.digest = files.sha256(self.folder / "model.safetensors")
 
         self.threshold = float(meta.get("threshold", 0.5))
-        self.window = choose_window(self.folder, meta, self.student.patch, None)
-        self.contrast: Contrast = meta.get("contrast", "range")
+        self.window = choose_window(folder, meta, self.student.patch, None)
+        self.contrast = read_contrast(meta)
         self._batch = sliding_window.BatchSize(_BATCH)
 
     def predict(self, foreground: Foreground, label: str) -> NDArray[np.uint8]:
@@ -82,7 +80,7 @@ class StackPredictor:
     def _make_reader(self, foreground: Foreground) -> Callable[[Box], NDArray[np.float32]]:
         """Reads what the student sees of a box, as in its training."""
         if self.contrast == "local":
-            return lambda box: foreground.probability(box).astype(np.float32) / np.float32(255)
+            return foreground.local_contrast
         low, high = compute_intensity_range(foreground.read_image, foreground.shape)
         return lambda box: normalize(foreground.read_image(box), low, high)
 
@@ -97,7 +95,7 @@ class StackPredictor:
 
 def _allocate(shape: Shape) -> NDArray[np.uint8]:
     """An array of bytes; one that is too large for the memory lies in a file without a name, which ends with it."""
-    if math.prod(shape) <= _KEPT_VOXELS:
+    if math.prod(shape) <= KEPT_VOXELS:
         return np.empty(shape, dtype=np.uint8)
     return np.memmap(tempfile.TemporaryFile(), dtype=np.uint8, mode="w+", shape=shape)
 

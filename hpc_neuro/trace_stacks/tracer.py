@@ -45,7 +45,7 @@ _STRICT_RATIO = 1.6
 """[level] The level of the second opinion."""
 _AGREEMENT_VOXELS = 4.0
 """[voxel] Tolerance of the agreement with the second opinion."""
-_KEPT_VOXELS = 1 << 28
+KEPT_VOXELS = 1 << 28
 """[voxel] The probability of a volume up to this size is kept in memory, one byte a voxel."""
 
 
@@ -167,7 +167,7 @@ def trace_image(
 
 def _keep_in_memory(foreground: Foreground, shape: Shape) -> ReadBox:
     """Reads the probability by box; that of a small volume is computed once."""
-    if math.prod(shape) > _KEPT_VOXELS:
+    if math.prod(shape) > KEPT_VOXELS:
         return foreground.probability
 
     whole: NDArray[np.uint8] = np.empty(shape, dtype=np.uint8)

@@ -20,7 +20,7 @@ from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, describe_image_folder
 from hpc_neuro.models.student_folder import STUDENT_FILES, find_student
 from hpc_neuro.trace_stacks import page
-from hpc_neuro.trace_stacks.config import NO_MODEL, TraceStacksConfig
+from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
 from hpc_neuro.trace_stacks.sanity import list_warnings
 from hpc_neuro.trace_stacks.stacks import Stack, choose_voxel_size, list_stacks
 from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from hpc_neuro.trace_stacks.predictor import StackPredictor
 
 log = logging.getLogger(__name__)
-INDEX = "trace.json"
-"""File of OUT that lists the stacks and their results."""
 _MAY_CHANGE = tuple(name for name in TraceStacksConfig.__dataclass_fields__ if name != "out")
 """Settings that may differ from an earlier run in the folder: each stack records those that its trees depend on."""
 _METHOD = 1
@@ -76,7 +74,8 @@ def run(cfg: TraceStacksConfig) -> int:
             stop_signals.check()
             label = f"[{number}/{len(stacks)}] {stack.id}"
             try:
-                results[stack.id] = _read_result(cfg, stack, weights) or _trace_stack(cfg, stack, label, predictor)
+                result = _read_result(cfg, stack, weights)
+                results[stack.id] = result or _trace_stack(cfg, stack, label, predictor, weights)
             except InputError as error:
                 if len(stacks) == 1:
                     raise
@@ -99,13 +98,15 @@ def _require_separate_results(cfg: TraceStacksConfig, stacks: list[Stack]) -> No
             raise InputError(f"{cfg.out} lies in the image {stack.path}; give another place:  out=FOLDER")
 
 
-def _trace_stack(cfg: TraceStacksConfig, stack: Stack, label: str, predictor: StackPredictor | None) -> Result:
-    """Trace one stack and write its files; what trace.json says of it."""
+def _trace_stack(
+    cfg: TraceStacksConfig, stack: Stack, label: str, predictor: StackPredictor | None, weights: str
+) -> Result:
+    """Trace one stack and write its files; what trace.json says of it. `weights`: hash of those of the predictor."""
     started_at = time.monotonic()
     volume = stack.open(cfg)
     size = choose_voxel_size(cfg, volume)
     roots = stack.read_roots(cfg, volume.shape)
-    key = _make_key(cfg, stack, _hash_weights(cfg))
+    key = _make_key(cfg, stack, weights)
     log.info("%s: %s voxels ...", label, " x ".join(map(str, volume.shape)))
     if size is None:
         log.warning(
@@ -204,7 +205,7 @@ def _describe(
 
 def _hash_weights(cfg: TraceStacksConfig) -> str:
     """Hash of the student's files, with its threshold; "" without a student. Raises InputError where there is none."""
-    if str(cfg.model) == NO_MODEL:
+    if not cfg.has_student:
         return ""
     folder = find_student(cfg.model)
     return " ".join(files.sha256(folder / name) for name in STUDENT_FILES)
@@ -212,7 +213,7 @@ def _hash_weights(cfg: TraceStacksConfig) -> str:
 
 def _load_predictor(cfg: TraceStacksConfig) -> StackPredictor | None:
     """The student, ready; None without one."""
-    if str(cfg.model) == NO_MODEL:
+    if not cfg.has_student:
         return None
     # Torch takes seconds to import, and a stack that is traced without a student does not need it.
     from hpc_neuro.trace_stacks.predictor import StackPredictor
@@ -227,7 +228,7 @@ def _write_trees(cfg: TraceStacksConfig, stack: Stack, trees: list[Tree], size: 
     """Write all trees of a stack in one file, and each in its own where there are several; the paths."""
     if not trees:
         return []
-    finder = "without a network" if str(cfg.model) == NO_MODEL else f"with the student {cfg.model}"
+    finder = f"with the student {cfg.model}" if cfg.has_student else "without a network"
     comments = [f"traced by hpc_neuro {run_folder.code_version()} from {stack.path}, {finder}"]
     paths = _write_swc(cfg.out / "swc", stack.id, morphology.concatenate_trees(trees), size, comments)
     if len(trees) > 1:

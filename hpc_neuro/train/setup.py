@@ -15,11 +15,10 @@ from hpc_neuro.core import distributed, files
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.core.types import Batch
+from hpc_neuro.core.types import Batch, Contrast
 from hpc_neuro.data.crops import CropSampler, draw_validation_boxes
 from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.feature_cache import FeatureCache, hash_manifest
-from hpc_neuro.data.intensity import Contrast
 from hpc_neuro.data.orientation import IDENTITY
 from hpc_neuro.data.store import Store
 from hpc_neuro.losses.distill import Distiller
@@ -123,7 +122,8 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
     # The cache is opened before the teacher is loaded, which takes seconds: a missing cache is reported at once.
     cache = FeatureCache(cfg.cache) if cfg.distill is not None and cfg.cache is not None else None
     start = None if cfg.init is None else open_initial_student(cfg.init)
-    teacher = load_teacher(cfg.teacher) if _needs_teacher(cfg, start) else None
+    is_transferred = cfg.transfer.rule != "scratch" and _needs_transfer(cfg, start)
+    teacher = load_teacher(cfg.teacher) if cfg.distill or is_transferred else None
     if cfg.distill is not None and cache is not None and teacher is not None:
         digests = {id_: store[id_].digest for id_ in train_ids}
         cache.require_match(digests, teacher.identity, cfg.distill.views)
@@ -178,11 +178,9 @@ def build_train_module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainMod
     return TrainModule(student, _build_distiller(cfg, student, cache), sharded=cfg.engine.stage == 3)
 
 
-def _needs_teacher(cfg: TrainConfig, start: InitialStudent | None) -> bool:
-    """Whether the run uses a teacher's weights or features."""
-    # A trained transformer is not replaced by that of a teacher.
-    has_start = start is not None and (start.has_transformer or not cfg.student.transformer)
-    return cfg.distill is not None or (cfg.transfer.rule != "scratch" and not has_start)
+def _needs_transfer(cfg: TrainConfig, start: InitialStudent | None) -> bool:
+    """Whether the student has a transformer that `init` does not give: a trained one is not replaced."""
+    return start is None or (cfg.student.transformer and not start.has_transformer)
 
 
 def _collect_weights(
@@ -199,7 +197,7 @@ def _transfer_weights(
     cfg: TrainConfig, start: InitialStudent | None, teacher: Teacher | None, blank: Student
 ) -> StartWeights:
     """The weights that a teacher gives."""
-    if start is not None and (start.has_transformer or not cfg.student.transformer):
+    if not _needs_transfer(cfg, start):
         return StartWeights()
     if teacher is None or cfg.transfer.rule == "scratch":
         return StartWeights(lines=("transfer: none, the student starts from random weights",))

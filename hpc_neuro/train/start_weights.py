@@ -16,7 +16,7 @@ from hpc_neuro.core import files, schema
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import Student, load_student
-from hpc_neuro.models.student_folder import find_student
+from hpc_neuro.models.student_folder import find_student, read_contrast
 
 PARTS = {
     "encoder": ("encoder.",),
@@ -71,7 +71,7 @@ def open_initial_student(init: Path) -> InitialStudent:
     student, extra = load_student(folder)
     values = {name: value.clone() for name, value in student.state_dict().items()}
     digest = files.sha256(folder / "model.safetensors")
-    return InitialStudent(folder, student.cfg, values, digest, extra.get("contrast", "range"))
+    return InitialStudent(folder, student.cfg, values, digest, read_contrast(extra))
 
 
 def add_initial_student(weights: StartWeights, start: InitialStudent, blank: Student, scale: float) -> StartWeights:
@@ -116,12 +116,12 @@ def freeze_parts(weights: StartWeights, blank: Student, parts: Sequence[str]) ->
 
 
 def _describe_misfit(start: InitialStudent, cfg: StudentConfig, misfits: list[str]) -> str:
-    theirs, ours = schema.to_plain(start.cfg), schema.to_plain(cfg)
+    start_settings, settings = schema.to_plain(start.cfg), schema.to_plain(cfg)
     # A transformer may be added, but not left out.
     keys = [
-        f"student.{key}={_format_value(theirs[key])}"
-        for key in theirs
-        if theirs[key] != ours[key] and (key != "transformer" or start.has_transformer)
+        f"student.{key}={_format_value(value)}"
+        for key, value in start_settings.items()
+        if value != settings[key] and (key != "transformer" or start.has_transformer)
     ]
     return (
         f"init: {len(misfits)} tensors of {start.folder}, among them {misfits[0]}, have no place in this student; give "

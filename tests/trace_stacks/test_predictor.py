@@ -66,7 +66,7 @@ def test_blocks_predict_what_the_whole_stack_does_and_the_threshold_is_128(
 
     monkeypatch.setattr(module, "_WHOLE_VOXELS", 0)
     monkeypatch.setattr(module, "_BLOCK", (16, 64, 64))
-    monkeypatch.setattr(module, "_KEPT_VOXELS", 0)
+    monkeypatch.setattr(module, "KEPT_VOXELS", 0)
     blocked = student.predict(foreground, "n")
     assert np.abs(blocked.astype(int) - whole).max() <= 1
 

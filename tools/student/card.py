@@ -20,10 +20,11 @@ CARD = "card.json"
 """File of the folder that tells people what the weights are."""
 
 
-def export_weights(runs: list[Path], store: Path, folder: Path) -> None:
+def export_weights(runs: list[Path], store: Path, folder: Path, shapes: int) -> None:
     """Write the best weights of the last run as float16, student.yaml and the card into `folder`, whole or not at all.
 
-    runs: the trainings in their order; store: the volumes of the last one.
+    runs: the trainings in their order; store: the volumes of the last one; shapes: reconstructions that lent the scenes
+    their shapes.
     """
     source = find_student(runs[-1])
     student, extra = load_student(source)
@@ -43,7 +44,7 @@ def export_weights(runs: list[Path], store: Path, folder: Path) -> None:
             "sha256": digest,
             "parameters": sum(value.numel() for value in half.values()),
             "threshold": round(float(extra["threshold"]), 4),
-            "data": _describe_data(Store(store)),
+            "data": {**_describe_data(Store(store)), "reconstructions_that_lent_shapes": shapes},
             "trainings": [_describe_run(run) for run in runs],
             "code": run_folder.code_version(),
         }

@@ -25,6 +25,7 @@ from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
 from hpc_neuro.data.rasterize import paint_tree
 from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.data.synthetic.microscope import find_bright_objects
 
 Image = NDArray[np.float32]
 
@@ -279,7 +280,7 @@ def _photograph(rng: np.random.Generator, light: Image, size: VoxelSize, facts: 
     visible = 0.5 * noise + 0.02
     if is_black:
         visible = 3 * read_noise + rng.uniform(0.05, 0.2)
-        noisy = np.where(_find_bright_objects(noisy, visible), noisy, np.float32(0))
+        noisy = np.where(find_bright_objects(noisy, visible), noisy, np.float32(0))
 
     facts |= {"black": is_black, "tissue": 0.0 if is_black else round(tissue, 3), "photons": round(photons, 1)}
     return _digitize(rng, noisy), visible
@@ -365,14 +366,6 @@ def _shift_slices(rng: np.random.Generator, image: Image) -> Image:
     for z in np.flatnonzero(rng.random(len(image)) < 0.15).tolist():
         moved[z] = np.roll(image[z], rng.integers(-2, 3, 2).tolist(), axis=(0, 1))
     return moved
-
-
-def _find_bright_objects(image: Image, threshold: float) -> NDArray[np.bool_]:
-    """What a person who cleans a stack keeps: bright objects of some size."""
-    labels, count = ndimage.label(ndimage.gaussian_filter(image, [0.7, 1.0, 1.0]) > threshold)
-    is_kept = np.bincount(labels.ravel(), minlength=count + 1) >= 30
-    is_kept[0] = False
-    return np.asarray(is_kept[labels])
 
 
 def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:

@@ -94,7 +94,7 @@ def _build(args: argparse.Namespace) -> None:
     _run("train", f"store={joint}", f"out={out / 'second'}", *more)
 
     if args.export:
-        export_weights([out / "first", out / "second"], joint, args.export)
+        export_weights([out / "first", out / "second"], joint, args.export, len(gold))
         log.info("wrote %s", args.export)
 
 

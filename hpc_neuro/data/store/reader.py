@@ -20,8 +20,8 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.hardware_faults import find_hardware_fault
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.core.types import Array
-from hpc_neuro.data.intensity import Contrast, normalize
+from hpc_neuro.core.types import Array, Contrast
+from hpc_neuro.data.intensity import normalize
 
 FORMAT = 1
 """Raised when files of an older version can no longer be read, or would hold other targets."""

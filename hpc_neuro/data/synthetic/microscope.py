@@ -94,7 +94,9 @@ def render_stack(
     # Cameras are set so that tissue is nearly black.
     image -= 0.5 * cfg.background
     if clean_background:
-        image = np.where(_find_bright_objects(image, cfg), image, 0)
+        # Well above the tissue and its noise.
+        threshold = 2.5 * cfg.background + 3 * cfg.read_noise + 0.02
+        image = np.where(find_bright_objects(image, threshold), image, 0)
 
     full_scale = 254 if cfg.bits == 8 else 4095
     counts = np.clip(np.rint(image * full_scale), 0, full_scale)
@@ -257,12 +259,9 @@ def _render_background(shape: Shape, cfg: MicroscopeConfig, rng: np.random.Gener
     return tissue
 
 
-def _find_bright_objects(image: NDArray[np.floating], cfg: MicroscopeConfig) -> NDArray[np.bool_]:
-    """What a person who cleans a stack keeps: bright objects of some size and their surroundings."""
+def find_bright_objects(image: NDArray[np.floating], threshold: float) -> NDArray[np.bool_]:
+    """[Z, Y, X] what a person who cleans a stack keeps: bright objects of some size and their surroundings."""
     smooth = ndimage.gaussian_filter(image, [0.7, 1.0, 1.0])
-
-    # Well above the tissue and its noise.
-    threshold = 2.5 * cfg.background + 3 * cfg.read_noise + 0.02
     labels, count = ndimage.label(smooth > threshold)
     is_kept = np.bincount(labels.ravel(), minlength=count + 1) >= MIN_OBJECT
     is_kept[0] = False
