@@ -20,8 +20,8 @@ from hpc_neuro.data import ome_zarr
 from hpc_neuro.infer.tiling import quantize
 from hpc_neuro.models.student import save_student
 from hpc_neuro.pipeline import VERBS
-from tests.helpers.bright_student import CONFIG, build_bright_student
-from tests.helpers.small_volumes import WINDOW, configure
+from tests.helpers.bright_student import CONFIG, build_bright_student, save_bright_student
+from tests.helpers.small_volumes import configure
 
 
 def test_every_public_name_is_there_and_has_a_type() -> None:
@@ -100,8 +100,7 @@ def test_trees_in_different_units_are_not_compared(tmp_path: Path) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A train folder whose student calls bright voxels neurite."""
     folder = tmp_path_factory.mktemp("train")
-    extra = {"window": list(WINDOW), "threshold": 0.45}
-    save_student(folder / "weights" / "best", CONFIG, build_bright_student().state_dict(), extra)
+    save_bright_student(folder / "weights" / "best")
     return folder
 
 

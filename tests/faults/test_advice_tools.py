@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from hpc_neuro.cli import main
 from hpc_neuro.core import files
@@ -27,6 +26,7 @@ from launch.site import load_site
 from launch.sweep import cli as sweep
 from tests.conftest import REPO
 from tests.helpers.image_pairs import SHAPE, make_pair, write_pair
+from tests.helpers.small_search import write_search
 from tests.helpers.tiny_store import write_store
 from tests.launch.test_slurm_answers import write_command
 from tests.train.conftest import TINY
@@ -249,23 +249,6 @@ def test_a_queued_job_is_canceled(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 # --- search ---
-
-
-def write_search(folder: Path, **keys: object) -> Path:
-    """A search of one trial on a tiny store."""
-    store = write_store(folder / "store", {"a": "train", "b": "val"})
-    tree = {
-        "out": str(folder / "study"),
-        "train": {"keys": [f"store={store}", *TINY]},
-        "space": {"optim.lr": {"log": [1e-3, 1e-2]}},
-        "sampler": {"kind": "random"},
-        "trials": 1,
-        "poll": 0.2,
-        **keys,
-    }
-    path = folder / "search.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return path
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from hpc_neuro.models.config import StudentConfig
-from hpc_neuro.models.student import Student, build_student
+from hpc_neuro.models.student import Student, build_student, save_student
+from tests.helpers.small_volumes import WINDOW
 
 CONFIG = StudentConfig(depth=1, patch=(4, 16, 16), channels=(4, 4, 4))
 
@@ -32,3 +35,9 @@ def build_bright_student(gain: float = 8.0, level: float = 0.3) -> Student:
         head.weight *= gain
         head.bias.fill_(-gain * level)
     return student
+
+
+def save_bright_student(folder: Path) -> None:
+    """Write its weights with the window and the threshold that the tests of inference use."""
+    extra = {"window": list(WINDOW), "threshold": 0.45}
+    save_student(folder, CONFIG, build_bright_student().state_dict(), extra)

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro import infer
-from hpc_neuro.models.student import save_student
-from tests.helpers.bright_student import CONFIG, build_bright_student
-from tests.helpers.small_volumes import WINDOW, configure
+from tests.helpers.bright_student import save_bright_student
+from tests.helpers.small_volumes import configure
 from tests.helpers.tiny_store import write_store
 
 
@@ -17,8 +16,7 @@ from tests.helpers.tiny_store import write_store
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A train folder whose student has random weights, biased so that bright voxels are foreground."""
     folder = tmp_path_factory.mktemp("train")
-    extra = {"window": list(WINDOW), "threshold": 0.45}
-    save_student(folder / "weights" / "best", CONFIG, build_bright_student().state_dict(), extra)
+    save_bright_student(folder / "weights" / "best")
     return folder
 
 

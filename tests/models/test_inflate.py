@@ -39,8 +39,8 @@ def test_kernel_resize_is_timms(size: tuple[int, int]) -> None:
 def test_a_larger_kernel_embeds_the_enlarged_patch_alike() -> None:
     weight, patch = torch.randn(3, 8, 8), torch.rand(8, 8)
     large = F.interpolate(patch[None, None], size=(16, 16), mode="bicubic", antialias=True)[0, 0]
-    found = (inflate.resize_kernel(weight, (16, 16)) * large).sum((1, 2))
-    torch.testing.assert_close(found, (weight * patch).sum((1, 2)), atol=1e-4, rtol=1e-4)
+    response = (inflate.resize_kernel(weight, (16, 16)) * large).sum((1, 2))
+    torch.testing.assert_close(response, (weight * patch).sum((1, 2)), atol=1e-4, rtol=1e-4)
 
 
 def test_flatten_orders() -> None:
@@ -103,29 +103,29 @@ def test_a_tubular_tokenizer_embeds_a_line_of_voxels(tiny: Teacher, axis: int, t
     index[axis] = slice(center - taps // 2, center - taps // 2 + taps)
     volume[tuple(index)] = values
     fine = values.repeat_interleave(256).view(256, taps).mean(1).view(1, 16, 16)
-    found = tokens(volume[None, None]).select(2 + axis, middle).flatten()
-    torch.testing.assert_close(found, embedding(tiny, fine)[0], atol=1e-4, rtol=1e-4)
+    response = tokens(volume[None, None]).select(2 + axis, middle).flatten()
+    torch.testing.assert_close(response, embedding(tiny, fine)[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fuse", ["sum", "mean", "concat"])
 @pytest.mark.parametrize("block", ["zero", "average", "center"])
 def test_deformable_with_zero_offsets_is_tubular_exactly(tiny: Teacher, fuse: str, block: str) -> None:
-    found = []
+    outputs = []
     for deformable in (False, True):
         tokens = TubularTokens(taps=9, deformable=deformable, fuse=fuse)
         student = student_for(tiny, tokenizer=tokens)
         rule = "deformable_tubular" if deformable else "tubular"
         transfer(tiny, student, TransferConfig(rule=rule, block=block))
-        found.append(student.tokenizer(torch.rand(2, 1, 8, 32, 32, generator=torch.Generator().manual_seed(2))))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+        outputs.append(student.tokenizer(torch.rand(2, 1, 8, 32, 32, generator=torch.Generator().manual_seed(2))))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
 
 
 def test_a_block_beside_the_tubes_adds_its_own_embedding(tiny: Teacher) -> None:
-    image, found = torch.rand(1, 1, 8, 32, 32), {}
+    image, outputs = torch.rand(1, 1, 8, 32, 32), {}
     for block in ("zero", "center"):
         student = student_for(tiny, tokenizer=TubularTokens(taps=9))
         report = transfer(tiny, student, TransferConfig(rule="deformable_tubular", block=block))
-        found[block] = student.tokenizer(image)
+        outputs[block] = student.tokenizer(image)
         own = {n for n in student.state_dict() if n.startswith("tokenizer.")}
         fresh = {n for n in own if "offsets" in n} | ({"tokenizer.block.weight"} if block == "zero" else set())
         assert own - report.teacher_tensors == fresh == own & report.initial.keys()
@@ -134,7 +134,7 @@ def test_a_block_beside_the_tubes_adds_its_own_embedding(tiny: Teacher) -> None:
     plain = student_for(tiny)
     transfer(tiny, plain, TransferConfig(rule="center"))
     center = plain.tokenizer(image) - plain.tokenizer.proj.bias.view(1, -1, 1, 1, 1)
-    torch.testing.assert_close(found["center"] - found["zero"], center, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs["center"] - outputs["zero"], center, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
@@ -163,8 +163,8 @@ def test_every_rule_is_exact_for_every_family(arch: str) -> None:
         if volume is line:
             with torch.no_grad():
                 student.tokenizer.line_weight[:2] = 0  # the other two lines cross this one
-        found = student.tokenizer(volume[None, None])[0, :, 0, 0]
-        torch.testing.assert_close(found[:, found.shape[1] // 2], want, atol=2e-4, rtol=2e-4)
+        response = student.tokenizer(volume[None, None])[0, :, 0, 0]
+        torch.testing.assert_close(response[:, response.shape[1] // 2], want, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("patch", [(4, 16, 16), (2, 8, 12)])
@@ -177,5 +177,5 @@ def test_a_teacher_of_another_patch_size_is_resized_as_timm_does(patch: tuple[in
     student = build_student(fit_config(StudentConfig(patch=patch, depth=1), guide))
     report = transfer(guide, student, TransferConfig(rule="average", blocks=False))
     assert "proj.weight" in str(report)
-    found = student.tokenizer(image[:, :, None].expand(-1, -1, patch[0], -1, -1))[:, :, 0, 0, 0]
-    torch.testing.assert_close(found, F.conv2d(image, small, bias)[:, :, 0, 0], atol=1e-4, rtol=1e-4)
+    response = student.tokenizer(image[:, :, None].expand(-1, -1, patch[0], -1, -1))[:, :, 0, 0, 0]
+    torch.testing.assert_close(response, F.conv2d(image, small, bias)[:, :, 0, 0], atol=1e-4, rtol=1e-4)

@@ -88,10 +88,10 @@ def test_a_local_file_gives_its_weights_and_digest(untrained: Teacher, tmp_path:
     state = untrained.backbone.state_dict()
     save_file({**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    found = load_teacher(_local(path, sha256=digest.upper()))
-    assert found.identity == {"name": ARCH, "sha256": digest}
-    assert not found.random
-    for name, tensor in found.backbone.state_dict().items():
+    teacher = load_teacher(_local(path, sha256=digest.upper()))
+    assert teacher.identity == {"name": ARCH, "sha256": digest}
+    assert not teacher.random
+    for name, tensor in teacher.backbone.state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
 
 
@@ -99,10 +99,10 @@ def test_a_training_checkpoint_is_unwrapped(untrained: Teacher, tmp_path: Path) 
     path = tmp_path / "checkpoint.pth"
     state = {f"module.backbone.{k}": v.half() for k, v in untrained.backbone.state_dict().items()}
     torch.save({"teacher": {**state, "module.head.mlp.0.weight": torch.zeros(3)}}, path)
-    found = load_teacher(_local(path)).backbone.state_dict()
+    state = load_teacher(_local(path)).backbone.state_dict()
     wanted = untrained.backbone.state_dict()
-    assert all(t.dtype == torch.float32 for t in found.values())
-    torch.testing.assert_close(found["norm.weight"], wanted["norm.weight"].half().float())
+    assert all(t.dtype == torch.float32 for t in state.values())
+    torch.testing.assert_close(state["norm.weight"], wanted["norm.weight"].half().float())
 
 
 def test_a_wrong_hash_names_both(untrained: Teacher, tmp_path: Path) -> None:
@@ -171,11 +171,11 @@ def test_offline_hub_weights_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("hangs", [True, False])
 def test_an_unreachable_hub_does_not_hang(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
-    held, answered = threading.Event(), list[bool]()
+    release, answered = threading.Event(), list[bool]()
 
     def connect(*_: object, **__: object) -> None:
         if hangs:
-            answered.append(held.wait(60))
+            answered.append(release.wait(60))
         raise OSError("no route")
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
@@ -187,7 +187,7 @@ def test_an_unreachable_hub_does_not_hang(monkeypatch: pytest.MonkeyPatch, hangs
     with pytest.raises(InputError, match="did not answer" if hangs else "no route"):
         load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
     assert not answered  # the connection is still held
-    held.set()
+    release.set()
 
 
 def test_cached_hub_weights_need_no_network(
@@ -202,9 +202,9 @@ def test_cached_hub_weights_need_no_network(
 
     monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", cached)
     monkeypatch.setattr(module.huggingface, "_unreachable", lambda: pytest.fail("the network was tried"))
-    found = load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
+    teacher = load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
     assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k", "model.safetensors")]
-    torch.testing.assert_close(found.backbone.norm.weight, untrained.backbone.norm.weight)
+    torch.testing.assert_close(teacher.backbone.norm.weight, untrained.backbone.norm.weight)
 
 
 @pytest.mark.parametrize("fields", [["weights=x.pth"], ["model=random", "sha256=ab"], ["model=trained"]])

@@ -19,17 +19,16 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import build_tree
 from hpc_neuro.core.schema import InputError, load
 from hpc_neuro.data import swc
-from hpc_neuro.models.student import save_student
 from hpc_neuro.napari_plugin import layers
-from tests.helpers.bright_student import CONFIG, build_bright_student
-from tests.helpers.small_volumes import WINDOW, write_crossing
+from tests.helpers.bright_student import save_bright_student
+from tests.helpers.small_volumes import write_crossing
 from tests.helpers.stacks import make_neuron, take_picture
 
 SIZE = (1.0, 0.5, 0.5)
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trace_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The index of a result of `trace`."""
     folder = tmp_path_factory.mktemp("traced")
     tifffile.imwrite(folder / "n.tif", take_picture(make_neuron(3)))
@@ -39,11 +38,10 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def infer_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The index of a result of `infer` with two trees."""
     folder = tmp_path_factory.mktemp("predicted")
-    extra = {"window": list(WINDOW), "threshold": 0.45}
-    save_student(folder / "model", CONFIG, build_bright_student().state_dict(), extra)
+    save_bright_student(folder / "model")
     item = write_crossing(folder / "cross.tif")
     keys = [f"model={folder / 'model'}", f"out={folder / 'out'}", "block=[8,32,32]", "chunk=[4,16,16]", "page=false"]
     assert infer.run(load(infer.InferConfig, None, [*keys, f"inputs=[{item}]"])) == 0
@@ -54,17 +52,17 @@ def by_name(result: list[layers.LayerData]) -> dict[str, layers.LayerData]:
     return {arguments["name"]: (data, arguments, kind) for data, arguments, kind in result}
 
 
-def test_a_result_of_trace_is_its_image_and_its_trees(traced: Path) -> None:
-    reader = layers.get_reader(str(traced))
+def test_a_result_of_trace_is_its_image_and_its_trees(trace_index: Path) -> None:
+    reader = layers.get_reader(str(trace_index))
     assert reader is not None
-    result = by_name(reader(str(traced)))
+    result = by_name(reader(str(trace_index)))
     image, arguments, kind = result["n"]
     assert kind == "image"
     assert arguments["scale"] == SIZE
-    assert np.array_equal(np.asarray(image), tifffile.imread(traced.parent.parent / "n.tif"))
+    assert np.array_equal(np.asarray(image), tifffile.imread(trace_index.parent.parent / "n.tif"))
 
     paths, arguments, kind = result["n trees"]
-    tree = swc.read(traced.parent / "swc" / "n.voxel.swc")
+    tree = swc.read(trace_index.parent / "swc" / "n.voxel.swc")
     assert kind == "shapes"
     assert arguments["shape_type"] == "path"
     assert arguments["scale"] == SIZE
@@ -74,23 +72,23 @@ def test_a_result_of_trace_is_its_image_and_its_trees(traced: Path) -> None:
 
 
 def test_a_result_whose_image_is_gone_shows_its_trees(
-    traced: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trace_index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    record = json.loads(traced.read_text())
+    record = json.loads(trace_index.read_text())
     record["stacks"]["n"]["image"] = str(tmp_path / "gone.tif")
     out = tmp_path / "out"
     (out / "swc").mkdir(parents=True)
     (out / "trace.json").write_text(json.dumps(record))
-    (out / "config.yaml").write_text((traced.parent / "config.yaml").read_text())
-    (out / "swc" / "n.voxel.swc").write_text((traced.parent / "swc" / "n.voxel.swc").read_text())
+    (out / "config.yaml").write_text((trace_index.parent / "config.yaml").read_text())
+    (out / "swc" / "n.voxel.swc").write_text((trace_index.parent / "swc" / "n.voxel.swc").read_text())
     with caplog.at_level(logging.WARNING):
         assert "n" not in by_name(layers.read_paths(str(out / "trace.json")))
     assert "gone.tif is not there" in caplog.text
 
 
-def test_a_result_of_infer_is_image_probability_trees_and_places(predicted: Path) -> None:
-    whole = by_name(layers.read_paths(str(predicted)))
-    one = by_name(layers.read_paths(str(predicted.parent / "cross.ome.zarr")))
+def test_a_result_of_infer_is_image_probability_trees_and_places(infer_index: Path) -> None:
+    whole = by_name(layers.read_paths(str(infer_index)))
+    one = by_name(layers.read_paths(str(infer_index.parent / "cross.ome.zarr")))
     assert list(whole) == list(one)
     assert list(whole)[:3] == ["cross", "cross probability", "cross trees"]
 
@@ -100,7 +98,7 @@ def test_a_result_of_infer_is_image_probability_trees_and_places(predicted: Path
     assert probability[image > 0].mean() > 200 > 60 > probability[image == 0].mean()
     assert set(whole["cross trees"][1]["features"]["tree"]) == {1, 2}
 
-    rows = (predicted.parent / "proofread" / "cross.csv").read_text().splitlines()[1:]
+    rows = (infer_index.parent / "proofread" / "cross.csv").read_text().splitlines()[1:]
     assert ("cross places" in whole) == bool(rows)
 
 
@@ -143,9 +141,9 @@ def test_what_is_no_result_is_left_to_other_plugins(tmp_path: Path) -> None:
     assert layers.get_reader([str(tmp_path / "a.swc"), str(tmp_path / "b.tif")]) is None
 
 
-def test_a_folder_that_the_index_does_not_name_is_refused(predicted: Path) -> None:
+def test_a_folder_that_the_index_does_not_name_is_refused(infer_index: Path) -> None:
     with pytest.raises(InputError, match=r"does not name other\.ome\.zarr; open one of cross"):
-        layers.read_paths(str(predicted.parent / "other.ome.zarr"))
+        layers.read_paths(str(infer_index.parent / "other.ome.zarr"))
 
 
 def test_a_lazy_image_is_indexed_as_an_array() -> None:

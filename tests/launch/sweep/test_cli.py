@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from hpc_neuro.core import schema
 from hpc_neuro.search import trial
@@ -14,25 +13,13 @@ from hpc_neuro.search.study import lock_study
 from hpc_neuro.train import TrainConfig
 from launch.sweep import cli
 from tests.conftest import REPO
-from tests.helpers.tiny_store import write_store
-from tests.train.conftest import TINY
+from tests.helpers.small_search import write_search
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     """A search of one trial on a tiny store, as a file."""
-    store = write_store(tmp_path / "store", {"a": "train", "b": "val"})
-    tree = {
-        "out": str(tmp_path / "study"),
-        "train": {"keys": [f"store={store}", *TINY]},
-        "space": {"optim.lr": {"log": [1e-3, 1e-2]}},
-        "sampler": {"kind": "random"},
-        "trials": 1,
-        "poll": 0.2,
-    }
-    path = tmp_path / "search.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return path
+    return write_search(tmp_path)
 
 
 @pytest.mark.slow

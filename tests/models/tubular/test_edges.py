@@ -55,9 +55,9 @@ def test_bfloat16_values_are_sampled_at_float32_positions() -> None:
     offsets = torch.full((1, 4, 2, 2, 1000), 0.3)
     want = gather(ramp.float(), offsets, 0)
     for given_ in (offsets, offsets.bfloat16()):
-        found = gather(ramp, given_, 0)
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.float(), want, atol=0.03, rtol=0)
+        values = gather(ramp, given_, 0)
+        assert values.dtype == torch.bfloat16
+        torch.testing.assert_close(values.float(), want, atol=0.03, rtol=0)
     wave = (torch.arange(1000.0).remainder(8) - 4).abs().expand(1, 1, 1, 1, 1000).bfloat16()
     steps, middle = torch.full((1, 508, 1, 1, 1), 0.3), torch.tensor([0, 0, 500]).view(3, 1, 1, 1)  # 38.1 voxels in all
     torch.testing.assert_close(
@@ -88,9 +88,9 @@ def test_more_voxels_than_float32_can_count() -> None:
     positions = torch.tensor([0, 0, n - 9]).view(3, 1, 1, 1)
     offsets = torch.zeros(1, 8, 1, 1, 1)
     offsets[0, 4:] = 0.25
-    found = gather(x, offsets, 0, positions).flatten()
+    values = gather(x, offsets, 0, positions).flatten()
     at = n - 9 + torch.tensor([0.5, 0.25, 0, 0.25, 0.5], dtype=torch.float64)
-    assert found.tolist() == pytest.approx((at % 1009).tolist())
+    assert values.tolist() == pytest.approx((at % 1009).tolist())
     assert gather(x, torch.zeros(1, 4, 1, 1, 1), 2, positions).flatten().tolist() == [
         (n - 9 + i) % 1009 for i in (-1, 0, 1)
     ]
@@ -124,10 +124,10 @@ def test_results_do_not_depend_on_the_size_of_a_chunk(monkeypatch: pytest.Monkey
     window = torch.rand(9, dtype=torch.float64, requires_grad=True)
 
     def results() -> list[Tensor]:
-        found = []
+        tensors = []
         for out, mix in ((tube_conv(x, offsets, weight, None, 1), weight), (tube_sum(x, offsets, window, 2), window)):
-            found += [out, *torch.autograd.grad(out.square().sum(), [x, offsets, mix])]
-        return found
+            tensors += [out, *torch.autograd.grad(out.square().sum(), [x, offsets, mix])]
+        return tensors
 
     whole = results()
     for tubes in (16, 17, 210, 500):  # pieces of a volume, one volume, two volumes and a rest
@@ -183,9 +183,9 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
 def test_a_nan_offset_is_seen_not_hidden() -> None:
     x, offsets = example()
     offsets[0, :, 2, 2, 2] = float("nan")
-    found = gather(x, offsets, 0)
-    assert found[0, :, 0, 2, 2, 2].isnan().all()
-    assert found[1].isfinite().all()
+    values = gather(x, offsets, 0)
+    assert values[0, :, 0, 2, 2, 2].isnan().all()
+    assert values[1].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,6 @@ def test_half_precision_on_a_gpu_is_near_float32(dtype: torch.dtype) -> None:
     x, offsets = torch.randn(2, 32, 17, 18, 19, device="cuda"), torch.rand(2, 16, 17, 18, 19, device="cuda")
     weight = torch.randn(32, 32, 9, device="cuda") / 17
     want = tube_conv(x, offsets, weight, None, 1)
-    found = tube_conv(x.to(dtype), offsets, weight.to(dtype), None, 1)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), want, atol=0.1, rtol=0.05)
+    values = tube_conv(x.to(dtype), offsets, weight.to(dtype), None, 1)
+    assert values.dtype == dtype
+    torch.testing.assert_close(values.float(), want, atol=0.1, rtol=0.05)

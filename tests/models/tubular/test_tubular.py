@@ -83,15 +83,15 @@ def test_taps_are_scipys_values_at_the_positions_of_the_formula(
     shape: tuple[int, int, int], taps: int, batch: int, channels: int, axis: int, seed: int
 ) -> None:
     x, offsets = example(shape, taps, batch, channels, seed)
-    found = gather(x, offsets, axis)
-    assert found.shape == (batch, channels, taps, *shape)
+    values = gather(x, offsets, axis)
+    assert values.shape == (batch, channels, taps, *shape)
     rng = np.random.default_rng(seed)
     for _ in range(8):
         b, ch, k = rng.integers(batch), rng.integers(channels), rng.integers(taps)
         p = tuple(int(rng.integers(n)) for n in shape)
         at = positions_by_the_book(offsets, axis, b, p, k - taps // 2)
         want = map_coordinates(x[b, ch].numpy(), at[:, None], order=1, mode="nearest")[0]
-        assert float(found[(b, ch, k, *p)]) == pytest.approx(want, abs=1e-10)
+        assert float(values[(b, ch, k, *p)]) == pytest.approx(want, abs=1e-10)
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -106,13 +106,13 @@ def test_values_and_gradients_equal_grid_sample(axis: int, taps: int) -> None:
         (tube_conv(x, offsets, weight, None, axis), torch.einsum("ock,bckzyx->bozyx", weight, taken), weight),
         (tube_sum(x, offsets, window, axis), torch.einsum("k,bckzyx->bczyx", window, taken), window),
     ]
-    for found, want, mix in pairs:
-        torch.testing.assert_close(found, want)
+    for values, want, mix in pairs:
+        torch.testing.assert_close(values, want)
         wanted = [x, *([offsets] if taps > 1 else []), *([mix] if mix is not None else [])]
-        up = torch.randn_like(found)
-        ours = torch.autograd.grad(found, wanted, up)
-        theirs = torch.autograd.grad(want, wanted, up, retain_graph=True)
-        for a, b in zip(ours, theirs, strict=True):
+        up = torch.randn_like(values)
+        gradients = torch.autograd.grad(values, wanted, up)
+        expected_gradients = torch.autograd.grad(want, wanted, up, retain_graph=True)
+        for a, b in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(a, b)
 
 
