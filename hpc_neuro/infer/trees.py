@@ -4,6 +4,8 @@ Each step leaves a file in OUT/strands, with which the next start resumes:
 
     skeletonize (per block) -> Z_Y_X.npz    trace (per volume) -> forest.npz    flip_tta.py (per block) -> view_*.npz
                                                                      finish (per volume) -> swc, proofread, entry
+
+A volume of more than one super-block is traced in parts (see super_blocks.py).
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import contextlib
 import hashlib
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -33,12 +34,14 @@ from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.tracing import (
     BlockSkeleton,
     Contact,
+    TracedVolume,
     add_halo,
     list_trace_blocks,
     measure_confidence,
     skeletonize_block,
     trace_volume,
 )
+from hpc_neuro.tracing.super_blocks import PieceGroups, SuperBlockLines
 
 log = logging.getLogger(__name__)
 PredictionEntry = dict[str, Any]
@@ -109,7 +112,7 @@ class VolumeTrees:
 
     def trace(self) -> None:
         """Find the trees of the volume and keep them until they are written. InputError for a root off the trees."""
-        source, started_at = self.volume.source, time.monotonic()
+        source = self.volume.source
         traced = trace_volume(
             self._load_skeletons(),
             open_probability(self.volume.folder),
@@ -120,14 +123,18 @@ class VolumeTrees:
             # Besides the probability, tracing may read the image for long.
             image=stop_signals.stop_on_request(source.read),
         )
+        self.keep_forest(traced)
+
+    def keep_forest(self, traced: TracedVolume) -> None:
+        """Keep the trees of the volume until they are written."""
+        source = self.volume.source
 
         # Kept for the later steps: a kill in one of them does not cost the tracing. With the forest, which comes last,
         # the volume counts as traced.
         files.write_json(self._contacts_path, [asdict(contact) for contact in traced.contacts])
         save_arrays(self._forest_path, morphology.concatenate_trees(traced.trees))
 
-        seconds, nodes = time.monotonic() - started_at, sum(map(len, traced.trees))
-        log.info("%s: %d trees, %d nodes, traced in %.1f s", source.id, len(traced.trees), nodes, seconds)
+        log.info("%s: %d trees, %d nodes", source.id, len(traced.trees), sum(map(len, traced.trees)))
         if traced.contacts:
             cable = sum(contact.cable_um for contact in traced.contacts)
             log.info(
@@ -141,11 +148,6 @@ class VolumeTrees:
         """What `trace` found, in voxels."""
         with np.load(self._forest_path) as arrays:
             return Tree(**arrays)
-
-    def _load_contacts(self) -> list[Contact]:
-        """Where `trace` cut neighbors off."""
-        records = files.read_json(self._contacts_path, f"remove {self.scratch}")
-        return [Contact(tuple(record["position"]), record["certainty"], record["cable_um"]) for record in records]
 
     def finish(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
         """Write the trees; the volume's entry in predictions.json, whose paths are relative to `out`.
@@ -208,7 +210,7 @@ class VolumeTrees:
             source.shape,
             source.voxel_size,
             self.volume.tiling.write,
-            self._load_contacts(),
+            read_contacts(self._contacts_path),
         )
 
         # SWC files are passed on without their folder, so each says where it comes from.
@@ -230,17 +232,17 @@ class VolumeTrees:
 
     def _load_skeletons(self) -> list[BlockSkeleton]:
         """The skeletons of all blocks of the volume, in the blocks' order."""
-        skeletons = []
-
         # In the order of blocks, not of ending, so that the trees are the same in every run.
-        for box in list_trace_blocks(self.volume.source.shape, self.cfg.trace):
-            path = self._skeleton_path(box)
+        boxes = list_trace_blocks(self.volume.source.shape, self.cfg.trace)
+        return [skeleton for box in boxes if (skeleton := self.load_skeleton(box)) is not None]
 
-            # A block without neurite leaves no file.
-            if path.exists():
-                with np.load(path) as arrays:
-                    skeletons.append(BlockSkeleton(**arrays))
-        return skeletons
+    def load_skeleton(self, box: Box) -> BlockSkeleton | None:
+        """The skeleton of a block; None for a block without neurite, which leaves no file."""
+        path = self._skeleton_path(box)
+        if not path.exists():
+            return None
+        with np.load(path) as arrays:
+            return BlockSkeleton(**arrays)
 
     def _skeleton_path(self, box: Box) -> Path:
         return self.scratch / f"{'_'.join(map(str, box.start))}.npz"
@@ -290,10 +292,17 @@ def list_tree_files(out: Path, name: str) -> list[Path]:
     return [path for path in paths if path.exists()] + sorted((out / "swc" / name).glob("*"))
 
 
-def save_arrays(path: Path, value: BlockSkeleton | Tree) -> None:
-    """The arrays of a dataclass in one npz file, whole or not at all."""
+def save_arrays(path: Path, value: BlockSkeleton | Tree | SuperBlockLines | PieceGroups | None) -> None:
+    """The arrays of a dataclass in one npz file, whole or not at all; None becomes a file without arrays."""
+    arrays = {} if value is None else {field.name: getattr(value, field.name) for field in fields(value)}
     with files.atomic(path) as part, part.open("wb") as handle:
-        np.savez(handle, **{field.name: getattr(value, field.name) for field in fields(value)})
+        np.savez(handle, **arrays)
+
+
+def read_contacts(path: Path) -> list[Contact]:
+    """Where tracing cut neighbors off."""
+    records = files.read_json(path, f"remove {path.parent}")
+    return [Contact(tuple(record["position"]), record["certainty"], record["cable_um"]) for record in records]
 
 
 def open_probability(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:

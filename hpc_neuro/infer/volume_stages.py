@@ -12,7 +12,7 @@ from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.geometry import Block, Box
 from hpc_neuro.core.task_queue import Task, TaskFailure, TaskReport, do_each, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.infer import flip_tta
+from hpc_neuro.infer import flip_tta, super_blocks
 from hpc_neuro.infer.block_pipeline import VolumeRun
 from hpc_neuro.infer.done_markers import name_block
 from hpc_neuro.infer.model import Predictor
@@ -76,7 +76,7 @@ def trace_volumes(
     report = TaskReport[tuple[str, PredictionEntry]]()
 
     with WindowProgress("mirrored views", 0, show=ranks.is_main) as progress:
-        steps = [SKELETONIZE_BLOCKS, TRACE_FOREST]
+        steps = [SKELETONIZE_BLOCKS, TRACE_SUPER_BLOCKS, GROUP_PIECES, FINISH_PIECES, TRACE_FOREST]
         if predictor.cfg.flips:
             steps.append(_predict_views_step(predictor, progress, ranks))
 
@@ -148,6 +148,35 @@ def _list_skeleton_tasks(trees: VolumeTrees) -> list[Task[Box]]:
     ]
 
 
+def _list_super_block_tasks(trees: VolumeTrees) -> list[Task[Box]]:
+    name = trees.volume.source.id
+    return [
+        _make_task(f"lines_{'_'.join(map(str, core.start))}", f"super-block of tracing at {core.start}", core, name)
+        for core in super_blocks.list_super_blocks_to_trace(trees)
+    ]
+
+
+def _list_group_task(trees: VolumeTrees) -> list[Task[None]]:
+    name = trees.volume.source.id
+    return [_make_task("groups", "its pieces", None, name)] if super_blocks.needs_groups(trees) else []
+
+
+def _list_batch_tasks(trees: VolumeTrees) -> list[Task[int]]:
+    name = trees.volume.source.id
+    return [
+        _make_task(f"trees_{batch}", f"batch {batch} of its trees", batch, name)
+        for batch in super_blocks.list_batches_to_finish(trees)
+    ]
+
+
+def _trace_forest(trees: VolumeTrees) -> None:
+    """The trees of a volume; those of a large one are made already, in batches."""
+    if super_blocks.is_large(trees):
+        trees.keep_forest(super_blocks.collect(trees))
+    else:
+        trees.trace()
+
+
 def _list_forest_task(trees: VolumeTrees) -> list[Task[None]]:
     return [_make_task("trees", "its trees", None, trees.volume.source.id)] if trees.needs_tracing() else []
 
@@ -165,7 +194,12 @@ def _write_files(trees: VolumeTrees, task: Task[None]) -> tuple[str, PredictionE
 
 
 SKELETONIZE_BLOCKS = VolumeStep(_list_skeleton_tasks, lambda trees, task: trees.skeletonize(task.payload))
-TRACE_FOREST = VolumeStep(_list_forest_task, lambda trees, task: trees.trace())
+TRACE_SUPER_BLOCKS = VolumeStep(
+    _list_super_block_tasks, lambda trees, task: super_blocks.trace_lines(trees, task.payload)
+)
+GROUP_PIECES = VolumeStep(_list_group_task, lambda trees, task: super_blocks.group(trees))
+FINISH_PIECES = VolumeStep(_list_batch_tasks, lambda trees, task: super_blocks.finish(trees, task.payload))
+TRACE_FOREST = VolumeStep(_list_forest_task, lambda trees, task: _trace_forest(trees))
 WRITE_FILES = VolumeStep(_list_files_task, _write_files)
 
 

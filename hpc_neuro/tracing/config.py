@@ -26,6 +26,9 @@ class TraceConfig:
     block: Shape = (128, 256, 256)
     """[voxel] What is skeletonized at once, besides a halo of 32 voxels; memory follows it, and the trees hardly depend
     on it (see tracing/block_skeleton.py)."""
+    super_block: Shape = (8, 8, 8)
+    """[block] `infer` traces a volume larger than this many blocks in super-blocks, side by side on all ranks; memory
+    follows it, and the trees hardly depend on it (see tracing/super_blocks.py)."""
     min_voxels: int = 12
     """[voxel] Connected components of fewer voxels are noise."""
     min_branch: float = 5.0
@@ -57,6 +60,9 @@ class TraceConfig:
 
         if min(self.block) < 8:
             raise ValueError(f"block {list(self.block)} must be at least 8 voxels along each axis")
+
+        if min(self.super_block) < 1:
+            raise ValueError(f"super_block {list(self.super_block)} must be at least 1 block along each axis")
 
         for name in ("min_branch", "gap", "signal_gap", "root_snap", "min_cable", "smooth"):
             if getattr(self, name) < 0:

@@ -320,7 +320,9 @@ class ImagePathFinder:
             voxel = int(voxels[self._graph.probability[voxels].argmax()])
 
             scene = self._read_scene(voxel, voxel)
-            brightness = _median(scene.signal.take(scene.foreground[scene.component == component]))
+            places = scene.foreground[scene.component == component]
+            # Where a super-block is cut, two components may share a patch of foreground, and one of them has none.
+            brightness = _median(scene.signal.take(places)) if len(places) else -np.inf
             self._is_visible[component] = brightness > _NOISE_LEVEL * scene.noise
         return self._is_visible[component]
 

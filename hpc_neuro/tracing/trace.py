@@ -7,6 +7,7 @@ gaps             pieces are joined along what the image shows (image_links), the
 split_neurons    what holds several roots is cut between them
 contacts         what hangs on a root and is a neighbor's is cut off
 finish_tree      trees are rooted, pruned and smoothed
+super_blocks     a volume too large for one process is traced in parts
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hpc_neuro.core.geometry import Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, length, select_nodes
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_block
-from hpc_neuro.tracing.centerlines import find_centerlines, find_far_ends
+from hpc_neuro.tracing.centerlines import Centerlines, find_centerlines, find_far_ends
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.contacts import Contact, cut_contacts
 from hpc_neuro.tracing.finish_tree import (
@@ -33,7 +34,7 @@ from hpc_neuro.tracing.finish_tree import (
     smooth_tree,
 )
 from hpc_neuro.tracing.gaps import join_gaps
-from hpc_neuro.tracing.graph import CenterlineGraph, build_centerline_graph
+from hpc_neuro.tracing.graph import Bridges, CenterlineGraph, build_centerline_graph
 from hpc_neuro.tracing.probability import Floats, Ints, ReadBox
 from hpc_neuro.tracing.split_neurons import split_neurons
 from hpc_neuro.tracing.voxel_graph import BlockSkeleton, VoxelGraph, merge_block_skeletons
@@ -146,7 +147,7 @@ def trace_volume(
 ) -> TracedVolume:
     """As `trace_block_skeletons`, with the contacts at which neighbors were cut off the trees of given roots."""
     cfg = cfg or TraceConfig()
-    _check_inside(roots, shape)
+    check_inside(roots, shape)
     graph = merge_block_skeletons(skeletons, read, shape, cfg.spacing(voxel_size), cfg.floor, cfg.min_voxels)
 
     # Without roots no tree is a valid result. A root without any foreground is a mistake.
@@ -158,19 +159,51 @@ def trace_volume(
             "traced from the root; lower threshold (trace.threshold) or look at the probability"
         )
 
-    sources, extent = find_far_ends(graph)
+    lines = find_lines(graph, roots, cfg, image)
+    return finish_lines(graph, lines, roots, voxel_size, cfg, image, keep_rest)
 
+
+@dataclass(frozen=True)
+class VolumeLines:
+    """The centerlines of a voxel graph, what bridges their gaps, and the voxel at which each root has its tree."""
+
+    centerlines: Centerlines
+    bridges: Bridges
+    root_voxels: list[int]
+
+
+def find_lines(graph: VoxelGraph, roots: Sequence[Point], cfg: TraceConfig, image: ReadBox | None) -> VolumeLines:
+    """Find the centerlines and bridges of a graph. InputError for a root that is too far from any foreground."""
+    sources, extent = find_far_ends(graph)
     root_voxels = _snap_roots(graph, extent, roots, cfg)
+
+    centerlines = find_lines_through(graph, sources, root_voxels, cfg)
+    return VolumeLines(centerlines, join_gaps(graph, centerlines, cfg, image, root_voxels), root_voxels)
+
+
+def find_lines_through(graph: VoxelGraph, sources: Ints, root_voxels: Sequence[int], cfg: TraceConfig) -> Centerlines:
+    """Find centerlines from `sources` [C], one voxel of each component; a component with roots begins at its first."""
+    sources = sources.copy()
     # Of several roots in one component the first one is its source.
     for voxel in reversed(root_voxels):
         sources[graph.component[voxel]] = voxel
 
     # A tree must pass through its root, so paths to the roots are required.
-    centerlines = find_centerlines(graph, sources, cfg, root_voxels)
+    return find_centerlines(graph, sources, cfg, root_voxels)
 
-    bridges = join_gaps(graph, centerlines, cfg, image, root_voxels)
 
-    lines = build_centerline_graph(graph, centerlines, bridges)
+def finish_lines(
+    graph: VoxelGraph,
+    volume_lines: VolumeLines,
+    roots: Sequence[Point],
+    voxel_size: VoxelSize,
+    cfg: TraceConfig,
+    image: ReadBox | None = None,
+    keep_rest: bool = False,
+) -> TracedVolume:
+    """Make trees of centerlines and bridges: split between roots, cut at contacts, rooted, pruned and smoothed."""
+    root_voxels = volume_lines.root_voxels
+    lines = build_centerline_graph(graph, volume_lines.centerlines, volume_lines.bridges)
     rest = _select_rest(lines, _find_nodes(lines, root_voxels)) if roots and keep_rest else None
     if len(roots) > 1:
         lines = split_neurons(lines, graph, _find_nodes(lines, root_voxels), cfg.floor, cfg.threshold)
@@ -227,7 +260,8 @@ def _finish_trees(
     return trees if roots else sorted(trees, key=length, reverse=True)
 
 
-def _check_inside(roots: Sequence[Point], shape: Shape) -> None:
+def check_inside(roots: Sequence[Point], shape: Shape) -> None:
+    """Raise InputError for a root outside the volume."""
     for root in roots:
         if not all(-0.5 <= r <= n - 0.5 for r, n in zip(root, shape, strict=True)):
             raise InputError(

@@ -209,7 +209,7 @@ def merge_block_skeletons(
 
     # Neighboring blocks share a plane of voxels, so a voxel may occur several times.
     all_voxels = np.concatenate([block.voxels for block in blocks])
-    _, once, copy_of = np.unique(_raster_keys(all_voxels, shape), return_index=True, return_inverse=True)
+    _, once, copy_of = np.unique(raster_keys(all_voxels, shape), return_index=True, return_inverse=True)
     voxels = all_voxels[once]
 
     # Blocks do not carry their pairs, and neighbors may lie in different blocks.
@@ -279,7 +279,7 @@ def _merge_components(block_component: Ints, once: Ints, copy_of: Ints, pairs: I
 
 def find_neighbor_pairs(voxels: NDArray[np.int32], shape: Shape, spacing: Floats) -> tuple[Indices, Floats]:
     """[M, 2] all pairs of 26-neighbors among [N, 3] voxels in raster order, each once, and [M] their distances."""
-    keys = _raster_keys(voxels, shape)
+    keys = raster_keys(voxels, shape)
     dtype = np.int32 if len(keys) <= np.iinfo(np.int32).max else np.int64
 
     row, plane = shape[2] + 2, (shape[1] + 2) * (shape[2] + 2)
@@ -307,7 +307,7 @@ def find_neighbor_pairs(voxels: NDArray[np.int32], shape: Shape, spacing: Floats
     return np.stack([np.concatenate(firsts), np.concatenate(seconds)], axis=1), np.concatenate(steps)
 
 
-def _raster_keys(voxels: NDArray[np.integer], shape: Shape) -> Ints:
+def raster_keys(voxels: NDArray[np.integer[Any]], shape: Shape) -> Ints:
     """[N] one integer per voxel, in raster order; a border of one voxel keeps the neighbors of a line's end apart."""
     z, y, x = voxels.astype(np.int64).T
     keys: Ints = ((z + 1) * (shape[1] + 2) + (y + 1)) * (shape[2] + 2) + (x + 1)
