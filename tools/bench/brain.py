@@ -1,0 +1,452 @@
+"""Simulate `infer` on a whole brain: hours, core-hours, files, metadata operations, and what keeps all ranks waiting.
+
+    python -m tools.bench.brain --voxels 1e12 --ranks 512 --limit 120m --latency 1ms
+
+Every block, shard, super-block and batch of pieces is drawn by the rank that is free first, as the task queue does. A
+start ends at the time limit, or when a node fails: what is in hand then is given back or lost, and the next start waits
+in the queue, lists all blocks and reads all markers on one rank before it goes on. A metadata operation takes the
+latency of the file system, and no more than --metadata-rate are served per second.
+
+The unit costs are printed; class UnitCosts names their sources. Those of listing blocks, of reading a marker, of
+joining pieces and of writing SWC are measured at the start, on this machine (--costs stated: none is). Test-time
+augmentation and the tables for proofreading are left out. Last line: JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import math
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
+from hpc_neuro.core.morphology import build_tree
+from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.infer.done_markers import BlockMarker, DoneMarkers
+from hpc_neuro.infer.tiling import MASK, Tiling
+from hpc_neuro.tracing import TraceConfig
+from hpc_neuro.tracing.super_blocks import SuperBlockLines, group_pieces
+
+_VOXEL: VoxelSize = (1.0, 0.25, 0.25)  # [um]
+_TILING = Tiling((32, 128, 128), 0.25, (4, 16, 16), (128, 512, 512), (32, 64, 64))
+_MARGIN = 96  # [voxel] around a super-block, see hpc_neuro/tracing/super_blocks.py
+_KEPT = 0.6  # of the strand voxels of a super-block is left for its groups
+_NODES = 0.5  # nodes of a tree per strand voxel
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """What each piece of work costs; seconds of one rank unless it says otherwise."""
+
+    student: float = 1 / 1.28e6
+    """[s/voxel] docs/infer.md, student of the demo on one CPU thread; on a GPU give --student."""
+    empty: float = 1 / 23e6
+    """[s/voxel] docs/infer.md, reading and skipping a volume of which 99 % is empty."""
+    pyramid: float = 1 / 400e6
+    """[s/voxel of the finer level] the bound of issue 19, which `tools.bench.pyramid` measures."""
+    skeleton: float = 8.7 / 512**3
+    """[s/voxel] docs/infer.md, a block of 512^3 voxels with 100 neurites."""
+    lines: float = 156e-6
+    """[s/strand voxel] docs/infer.md, trees with links along the image."""
+    groups: float = 1.0e-6
+    """[s/strand voxel that is kept] measured at the start."""
+    trees: float = 30e-6
+    """[s/strand voxel that is kept] docs/infer.md, trees without links: gaps are bridged already."""
+    collect: float = 1.0e-6
+    """[s/node] reading the trees of all batches and writing them as one file."""
+    files: float = 20e-6
+    """[s/node] SWC in micrometers and voxels, of all trees and of each; measured at the start."""
+    list_block: float = 30e-6
+    """[s/block] listing and counting blocks in Python; measured at the start."""
+    read_marker: float = 60e-6
+    """[s/marker] reading and checking one done marker, without the latency; measured at the start."""
+    draw: float = 100e-6
+    """[s] of the store of rank 0 for each task that is drawn and reported."""
+    block_operations: int = 35
+    """Path operations to begin, write, read back and mark a block (review of 2026-11-30, counted with strace)."""
+    task_operations: int = 14
+    """The same of another task with one result file: begun, written whole, renamed, ended."""
+    marker_passes: int = 3
+    """How often a start reads all markers on its first rank: what is missing, damaged, and failed."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The machine."""
+
+    ranks: int
+    limit: float = math.inf
+    """[s] Time limit of a start."""
+    latency: float = 0.0
+    """[s] Of a metadata operation."""
+    metadata_rate: float = 50e3
+    """[1/s] Metadata operations that the file system serves."""
+    ranks_per_node: int = 8
+    node_hours: float = math.inf
+    """[h] Mean time between failures of a node."""
+    queue: float = 300.0
+    """[s] Wait from the end of a start to the next one."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that ranks share, or one task of one rank."""
+
+    name: str
+    seconds: np.ndarray
+    """[n] of each task, without metadata."""
+    operations: int
+    """Metadata operations of each task."""
+    files: int = 0
+    """Files that the stage leaves."""
+    is_serial: bool = False
+    """Whether one rank does all of it while the others wait."""
+
+
+@dataclass
+class Outcome:
+    """What a simulation counts."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+    """[s] Wall time of each stage."""
+    starts: int = 1
+    failures: int = 0
+    wall: float = 0.0
+    """[s] From the first start to the end, waits in the queue included."""
+    held: float = 0.0
+    """[s] Of it, with the ranks held."""
+    serial: float = 0.0
+    """[s] Of it, with one rank at work and all others waiting."""
+    longest_serial: float = 0.0
+    longest_serial_name: str = ""
+    operations: float = 0.0
+    files: int = 0
+    too_long: list[str] = field(default_factory=list)
+    """Stages with a task that is longer than the time limit: it would never end."""
+
+
+def simulate(stages: list[Stage], site: Site, startup: tuple[float, float], seed: int = 0) -> Outcome:
+    """Run stages one after the other. startup: seconds and metadata operations of one rank at each start."""
+    return _Simulation(site, startup, seed).run(stages)
+
+
+class _Simulation:
+    def __init__(self, site: Site, startup: tuple[float, float], seed: int) -> None:
+        self._site, self._startup, self._random = site, startup, random.Random(seed)
+        self._out = Outcome()
+        self._now = self._start_ends = 0.0
+        self._fails = False
+
+    def run(self, stages: list[Stage]) -> Outcome:
+        out = self._out
+        self._begin_start()
+        for stage in stages:
+            begun = self._now
+            self._run_stage(stage)
+            out.stages[stage.name] = self._now - begun
+            out.operations += stage.operations * len(stage.seconds)
+            out.files += stage.files
+        out.wall = self._now
+        out.held = self._now - (out.starts - 1) * self._site.queue
+        return out
+
+    def _begin_start(self) -> None:
+        site, (seconds, operations) = self._site, self._startup
+        nodes = max(site.ranks // site.ranks_per_node, 1)
+        failure = math.inf
+        if math.isfinite(site.node_hours):
+            failure = self._random.expovariate(nodes / (site.node_hours * 3600))
+
+        self._fails = failure < site.limit
+        self._start_ends = self._now + min(site.limit, failure)
+        cost = seconds + operations * site.latency
+        if cost >= site.limit and "start" not in self._out.too_long:
+            self._out.too_long.append("start")
+        self._now += cost
+        # A start that takes all of its time would never do any work: it is shown, and counted as if it had time left.
+        self._start_ends = max(self._start_ends, self._now + 1.0 if cost >= site.limit else self._start_ends)
+        self._out.operations += operations
+        self._add_serial("start", cost)
+
+    def _restart(self) -> None:
+        self._out.failures += self._fails
+        self._now = self._start_ends + self._site.queue
+        self._out.starts += 1
+        self._begin_start()
+
+    def _add_serial(self, name: str, seconds: float) -> None:
+        out = self._out
+        out.serial += seconds
+        if seconds > out.longest_serial:
+            out.longest_serial, out.longest_serial_name = seconds, name
+
+    def _run_stage(self, stage: Stage) -> None:
+        site = self._site
+        # The file system serves all ranks; where it is slower than they ask, all wait.
+        ranks = 1 if stage.is_serial else site.ranks
+        durations = stage.seconds + stage.operations * max(
+            site.latency, ranks / site.metadata_rate if stage.operations else 0
+        )
+        longest = float(durations.max(initial=0.0))
+        budget = site.limit - self._startup[0] - self._startup[1] * site.latency
+        if longest > budget:
+            self._out.too_long.append(stage.name)
+
+        pending = list(durations.tolist())
+        while pending:
+            pending = self._run_until_end_of_start(pending, ranks, unlimited=longest > budget)
+            if pending:
+                self._restart()
+        if stage.is_serial:
+            self._add_serial(stage.name, float(durations.sum()))
+
+    def _run_until_end_of_start(self, durations: list[float], ranks: int, unlimited: bool) -> list[float]:
+        """Work until the start ends; the tasks that are left."""
+        free = [self._now] * min(ranks, len(durations))
+        left, last = [], self._now
+        stop = math.inf if unlimited else self._start_ends
+
+        for number, seconds in enumerate(durations):
+            # Every rank has a task that the start is too short for.
+            if not free:
+                left += durations[number:]
+                break
+            begin = free[0]
+            if begin + seconds > stop:
+                heapq.heappop(free)
+                left.append(seconds)
+                continue
+            heapq.heapreplace(free, begin + seconds)
+            last = max(last, begin + seconds)
+
+        self._now = last
+        if unlimited:
+            self._start_ends = max(self._start_ends, last)
+        return left
+
+
+def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tuple[list[Stage], tuple[float, float]]:
+    """The stages of `infer` on a volume, and the seconds and operations of a start.
+
+    dense: share of blocks that are not empty.
+    """
+    cfg, shape = TraceConfig(), make_shape(voxels)
+    rng = np.random.default_rng(0)
+    blocks, trace_blocks = count_tiles(shape, _TILING.write), count_tiles(shape, cfg.block)
+    super_edges = tuple(a * b for a, b in zip(cfg.block, cfg.super_block, strict=True))
+    supers = count_tiles(shape, super_edges)
+    strands = 4e8 * voxels / 1e12
+
+    def spread(count: int, mean: float) -> np.ndarray:
+        # Blocks differ: a third of a mean either way, most of it from what they hold.
+        return mean * np.clip(rng.normal(1.0, 0.3, count), 0.2, 2.5)
+
+    block_voxels = math.prod(_TILING.write)
+    full = round(blocks * dense)
+    # The dearest first, as they are listed.
+    predict = np.concatenate(
+        [np.sort(spread(full, block_voxels * costs.student))[::-1], np.full(blocks - full, block_voxels * costs.empty)]
+    )
+    stages = [Stage("blocks", predict, costs.block_operations, blocks + 2 * full)]
+
+    levels = ome_zarr.plan_shards(shape, _VOXEL, _TILING.write, MASK) if blocks < 2e6 else []
+    for number, shards in enumerate(levels, start=1):
+        stages.append(
+            Stage(
+                f"pyramid {number}",
+                spread(len(shards), 8 * block_voxels * costs.pyramid * dense),
+                costs.task_operations,
+                round(len(shards) * dense) + 1,
+            )
+        )
+
+    grown = math.prod((edge + 2 * _MARGIN) / edge for edge in super_edges)
+    in_trees = round(trace_blocks * dense)
+    kept = strands * _KEPT
+    stages += [
+        Stage("skeletons", spread(in_trees, math.prod(cfg.block) * costs.skeleton), costs.task_operations),
+        Stage("super-blocks", spread(supers, strands / supers * grown * costs.lines), costs.task_operations),
+        Stage("groups", np.array([kept * costs.groups]), 2 * supers + costs.task_operations, is_serial=True),
+        Stage("batches", spread(supers, kept / supers * costs.trees), costs.task_operations + 8),
+        Stage("collect", np.array([strands * _NODES * costs.collect]), supers, is_serial=True),
+        Stage("files", np.array([strands * _NODES * costs.files]), blocks + 20, is_serial=True),
+    ]
+    startup = (
+        blocks * (costs.list_block + costs.marker_passes * costs.read_marker),
+        blocks * (costs.marker_passes + 2.0),
+    )
+
+    # The store of rank 0 serves one request at a time.
+    draws = [replace(s, seconds=np.maximum(s.seconds, costs.draw * min(site.ranks, len(s.seconds)))) for s in stages]
+    return draws, startup
+
+
+def make_shape(voxels: float) -> Shape:
+    """A volume of about so many voxels with the proportions of a mouse brain at 1 x 0.25 x 0.25 um."""
+    edge = (voxels / (0.8 * 2.2 * 3.2)) ** (1 / 3)
+    return round(0.8 * edge), round(2.2 * edge), round(3.2 * edge)
+
+
+def count_tiles(shape: Shape, tile: tuple[int, ...]) -> int:
+    """Tiles of a volume."""
+    return math.prod(math.ceil(n / t) for n, t in zip(shape, tile, strict=True))
+
+
+def measure_costs(stated: UnitCosts) -> UnitCosts:
+    """The unit costs that a second of this machine can tell, in place of the stated ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        return replace(
+            stated,
+            groups=_measure_groups(),
+            files=_measure_files(Path(folder)),
+            list_block=_measure_listing(),
+            read_marker=_measure_marker(Path(folder)),
+        )
+
+
+def _measure_groups(voxels: int = 40_000) -> float:
+    """Joining two super-blocks of straight lines, without reading them."""
+    cfg, shape = TraceConfig(), (64, 2048, voxels // 256 * 2)
+    half = shape[2] // 2
+    cores = [Box((0, 0, 0), (64, 2048, half)), Box((0, 0, half), shape)]
+
+    def build(core: Box) -> SuperBlockLines:
+        rows = np.stack(np.meshgrid([20], np.arange(0, 2048, 8), np.arange(core.start[2], core.stop[2]), indexing="ij"))
+        points = rows.reshape(3, -1).T.astype(np.int32)
+        ones = np.ones(len(points), dtype=np.float32)
+        empty = np.zeros((0, 3), dtype=np.int32)
+        none = np.zeros(0, dtype=np.int64)
+        piece = (points[:, 1] // 8).astype(np.int32)
+        pieces = int(piece.max()) + 1
+        return SuperBlockLines(
+            points, ones, ones, ones, piece, np.full(pieces, half), np.ones(pieces, dtype=bool),
+            empty, empty, none, np.zeros((0, 3)), none, empty,
+        )  # fmt: skip
+
+    lines = [build(core) for core in cores]
+    seconds = _time(lambda: group_pieces(lines.__getitem__, cores, shape, cfg=cfg))
+    return seconds / sum(len(part.voxels) for part in lines)
+
+
+def _measure_files(folder: Path, nodes: int = 5_000) -> float:
+    """Both SWC files of a tree, for the file of all trees and for its own."""
+    tree = build_tree(np.arange(nodes)[:, None] * np.array([0.1, 0.7, 0.7]), np.arange(nodes) - 1)
+    return 4 * _time(lambda: swc.write(folder / "a.swc", tree, unit="voxel", voxel_size=_VOXEL, comments=[])) / nodes
+
+
+def _measure_listing(blocks: int = 2_000) -> float:
+    """Listing blocks and counting their windows."""
+    z, y, x = _TILING.write
+    shape = (z, y, x * blocks)
+    return _time(lambda: _TILING.count_all_windows(shape)) / len(list(tile_volume(shape, _TILING.write)))
+
+
+def _measure_marker(folder: Path, count: int = 200) -> float:
+    """Reading a done marker that the page cache holds."""
+    markers = DoneMarkers(folder, "a", "key")
+    shards = {f"0/c/{n}/0/0": "0" * 64 for n in range(2)}
+    markers.write(BlockMarker("key", (0, 0, 0), (0, 0, 0), shards, "0" * 64, sizes=dict.fromkeys(shards, 1000)))
+    return _time(lambda: [markers.read((0, 0, 0)) for _ in range(count)]) / count
+
+
+def _time(part: Callable[[], object]) -> float:
+    begin = time.process_time()
+    part()
+    return time.process_time() - begin
+
+
+def parse_time(text: str) -> float:
+    """Seconds of "120m", "1ms", "2h", "30s" or a number of seconds."""
+    match = re.fullmatch(r"([0-9.]+)(ms|s|m|h|)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write it as 120m, 2h, 30s or 1ms")
+    return float(match[1]) * {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+def main() -> None:
+    """Print what a run would take."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--voxels", type=float, default=1e12)
+    parser.add_argument("--ranks", type=int, default=512)
+    parser.add_argument("--limit", type=parse_time, default=math.inf, help="time limit of a start, such as 120m")
+    parser.add_argument("--latency", type=parse_time, default=1e-3, help="of a metadata operation, such as 1ms")
+    parser.add_argument("--metadata-rate", type=float, default=50e3, help="operations per second")
+    parser.add_argument("--node-hours", type=float, default=20e3, help="mean time between failures of a node")
+    parser.add_argument("--ranks-per-node", type=int, default=8)
+    parser.add_argument("--queue", type=parse_time, default=300.0, help="wait before each further start")
+    parser.add_argument("--dense", type=float, default=0.3, help="share of blocks that are not empty")
+    parser.add_argument("--student", type=float, help="[voxel/s] of one rank; none: a CPU thread")
+    parser.add_argument("--costs", choices=("measured", "stated"), default="measured")
+    args = parser.parse_args()
+
+    costs = UnitCosts() if args.costs == "stated" else measure_costs(UnitCosts())
+    if args.student:
+        costs = replace(costs, student=1 / args.student)
+    site = Site(
+        args.ranks, args.limit, args.latency, args.metadata_rate, args.ranks_per_node, args.node_hours, args.queue
+    )
+    stages, startup = plan_brain(args.voxels, args.dense, costs, site)
+    outcome = simulate(stages, site, startup)
+    print("\n".join(describe(outcome, stages, costs, site)))
+    print(json.dumps(summarize(outcome, stages, costs, site)))
+
+
+def summarize(outcome: Outcome, stages: list[Stage], costs: UnitCosts, site: Site) -> dict[str, Any]:
+    """The figures of a run as plain data."""
+    blocks = len(stages[0].seconds)
+    return {
+        "hours": outcome.wall / 3600,
+        "core_hours": outcome.held * site.ranks / 3600,
+        "busy_core_hours": sum(float(stage.seconds.sum()) for stage in stages) / 3600,
+        "starts": outcome.starts,
+        "node_failures": outcome.failures,
+        "files": outcome.files,
+        "metadata_operations_per_second": outcome.operations / max(outcome.held, 1e-9),
+        "metadata_operations_per_block": outcome.operations / blocks,
+        "serial_share": outcome.serial / max(outcome.held, 1e-9),
+        "longest_serial_hours": outcome.longest_serial / 3600,
+        "longest_serial": outcome.longest_serial_name,
+        "never_end": outcome.too_long,
+        "stage_hours": {name: seconds / 3600 for name, seconds in outcome.stages.items()},
+        "costs": asdict(costs),
+    }
+
+
+def describe(outcome: Outcome, stages: list[Stage], costs: UnitCosts, site: Site) -> Iterator[str]:
+    """Lines for people."""
+    facts = summarize(outcome, stages, costs, site)
+    for name, value in asdict(costs).items():
+        yield f"{name:>18} {value:10.3g}"
+
+    yield ""
+    for stage in stages:
+        kind = "one rank" if stage.is_serial else f"{site.ranks} ranks"
+        hours = outcome.stages[stage.name] / 3600
+        yield f"{stage.name:>18} {len(stage.seconds):9,} tasks on {kind:>10} {hours:9.3f} h"
+
+    yield ""
+    yield f"{facts['hours']:.2f} hours in {outcome.starts} starts ({outcome.failures} ended by a node)"
+    yield f"{facts['core_hours']:,.0f} core-hours, {facts['busy_core_hours']:,.0f} of them at work"
+    yield f"{outcome.files:,} files at the end"
+    rate, per_block = facts["metadata_operations_per_second"], facts["metadata_operations_per_block"]
+    yield f"{rate:,.0f} metadata operations per second, {per_block:.0f} per block"
+    yield (
+        f"one rank works and the others wait for {100 * facts['serial_share']:.1f} % of the time; "
+        f"longest: {outcome.longest_serial_name}, {outcome.longest_serial / 3600:.2f} h"
+    )
+    for name in outcome.too_long:
+        yield f"{name}: a task is longer than the time limit and would never end; counted as if it had no limit"
+
+
+if __name__ == "__main__":
+    main()
