@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tools.teacher.photos import Batch
+
 ARCH = "vit_tiny_patch16_224"
 GRID = 14  # tokens per side of ARCH's own position embedding
 _schemas: list[torch.library.Library] = []  # a fragment's schemas vanish with the object
@@ -164,12 +166,12 @@ class MaskedAutoencoder(nn.Module):
         encoded: Tensor = vit.norm(vit.blocks(tokens))  # type: ignore[operator]
         return encoded
 
-    def forward(self, image: Tensor, target: Tensor, order: Tensor, keep: int, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, batch: Batch, keep: int) -> Tensor:
         """Squared error on the hidden patches, as a share of what predicting every patch's mean makes; a scalar.
 
-        image, target [B, 3, S, S]: what the encoder sees and what it must predict; order [B, N] a permutation of the
-        tokens whose first `keep` are visible; y, x [B, N] token coordinates.
+        The first `keep` tokens of each order are visible.
         """
+        image, target, order, y, x = batch.image, batch.target, batch.order, batch.y, batch.x
         seen, unseen = order[:, :keep], order[:, keep:]
         tokens = self.encode(pick(patchify(image, self.patch), seen), y.gather(1, seen), x.gather(1, seen))
         tokens = self.embed(tokens[:, 1:])  # [B, K, W]

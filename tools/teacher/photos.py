@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from hpc_neuro.core import files
 from hpc_neuro.core.image_names import is_system_file
-from tools.teacher.recipe import BadInput
+from tools.teacher.recipe import BadInput, Recipe
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,11 @@ class Photos:
 
 def load(folder: Path, cache: Path, side: int, held: int) -> Photos:
     """Open the decoded photographs of `folder`, decoding them on first use into `cache` (196 kB a tile at side 256)."""
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not is_system_file(p))
+    names = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not is_system_file(path)
+    )
     if len(names) <= held:
         raise BadInput(f"{folder} holds {len(names)} photographs, fewer than the {held} to hold out and one more")
     array, manifest = cache / f"tiles{side}.npy", cache / f"tiles{side}.json"
@@ -105,24 +109,31 @@ def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def batch(photos: Photos, step: int, seed: int, size: int, crop: int, patch: int, device: torch.device) -> Batch:
-    """Batch number `step`: `size` augmented crops of `crop` pixels; depends on nothing but the arguments."""
-    draws = torch.Generator().manual_seed((seed << 32) + step)
+def batch(photos: Photos, step: int, recipe: Recipe, device: torch.device) -> Batch:
+    """Batch number `step`: augmented crops; depends on nothing but the arguments."""
+    size, crop, is_structure = recipe.batch, recipe.crop, recipe.objective == "structure"
+    draws = torch.Generator().manual_seed((recipe.seed << 32) + step)
     count = len(photos.train)
     sides = torch.randint(2, (size,), generator=draws).tolist()
     places = (divmod(position, count) for position in range(step * size, (step + 1) * size))
     picks = [
-        2 * photos.train[_shuffled(count, seed, epoch)[at]] + side
+        2 * photos.train[_shuffled(count, recipe.seed, epoch)[at]] + side
         for (epoch, at), side in zip(places, sides, strict=True)
     ]
     target = augment(photos.take(picks, device), crop, draws)
+    if is_structure:
+        target = darken_field(target, draws)
+
     noisy = uniform(draws, size, 0.0, 0.3).sub(0.1).clamp_min(0).view(-1, 1, 1, 1).to(device)  # a third stays clean
-    grains = draws if device.type == "cpu" else torch.Generator(device).manual_seed((seed << 32) + step)
+    grains = draws if device.type == "cpu" else torch.Generator(device).manual_seed((recipe.seed << 32) + step)
     grain = torch.randn(size, 1, crop, crop, generator=grains, device=device)
     image = target + noisy * grain
-    n = crop // patch
+    if is_structure:
+        image = image.clamp(-1, 1)  # slices of a store end at their black and white levels
+
+    n = crop // recipe.patch
     order = torch.rand(size, n * n, generator=draws).argsort(1).to(device)
-    y, x = coordinates(draws, size, n, 224 // patch)
+    y, x = rotary_coordinates(draws, size, n) if is_structure else coordinates(draws, size, n, 224 // recipe.patch)
     return Batch(image, target, order, y.to(device), x.to(device))
 
 
@@ -145,6 +156,14 @@ def coordinates(draws: torch.Generator, count: int, n: int, grid: int) -> tuple[
     columns = (uniform(draws, count, 0, 1) * room)[:, None] + spacing[:, None] * axis
     y = rows[:, :, None].expand(-1, -1, n).flatten(1)
     return y, columns[:, None, :].expand(-1, n, -1).flatten(1)
+
+
+def rotary_coordinates(draws: torch.Generator, count: int, n: int) -> tuple[Tensor, Tensor]:
+    """Coordinates y, x [count, n * n] of n x n tokens, in half sides of an image that is one to eight crops wide."""
+    tokens = n * uniform(draws, count, 0.0, math.log(8)).exp()  # along the side of that image
+    axis = 2 * (torch.arange(n) + 0.5 - n / 2) / tokens[:, None]  # [count, n]
+    y = axis[:, :, None].expand(-1, -1, n).flatten(1)
+    return y, axis[:, None, :].expand(-1, n, -1).flatten(1)
 
 
 def augment(tiles: Tensor, crop: int, draws: torch.Generator) -> Tensor:
@@ -173,3 +192,23 @@ def augment(tiles: Tensor, crop: int, draws: torch.Generator) -> Tensor:
     image = image.clamp(1e-3, 1) ** draw(math.log(0.5), math.log(2.5)).exp()  # dark fields are common in microscopy
     image = (image - 0.5) * draw(0.4, 1.4) + 0.5 + draw(-0.15, 0.15)
     return image.clamp(0, 1) * 2 - 1
+
+
+def darken_field(images: Tensor, draws: torch.Generator) -> Tensor:
+    """Make images [B, 3, S, S] in -1..1 gray, and half of them bright structures on black, as fluorescence is.
+
+    The black level is a quantile of the image, up to nine tenths; the white level lies among its brightest pixels.
+    """
+    count, device = len(images), images.device
+    gray = (images.mean(1, keepdim=True) + 1) / 2
+    is_dark = (uniform(draws, count, 0, 1) < 0.5).view(-1, 1, 1, 1).to(device)
+    low, high = uniform(draws, count, 0.3, 0.9), uniform(draws, count, 0.97, 1.0)
+
+    levels = gray.flatten(1).sort(1).values
+    last = levels.shape[1] - 1
+    black, white = (
+        levels.gather(1, (share * last).long()[:, None].to(device)).view(-1, 1, 1, 1) for share in (low, high)
+    )
+    # The floor keeps the grain of a flat crop from becoming structure.
+    dark = ((gray - black) / (white - black).clamp_min(0.1)).clamp(0, 1)
+    return (torch.where(is_dark, dark, gray) * 2 - 1).expand(-1, 3, -1, -1)

@@ -1,12 +1,17 @@
 """Pre-train a small natural-image ViT teacher from a folder of photographs by masked image modeling.
 
-For machines and institutes that reach no model hub. The result is timm's `vit_tiny_patch16_224` without a head:
+For machines and institutes that reach no model hub. The result is a timm ViT-Tiny without a head, which predicts the
+pixels of hidden patches (`vit_tiny_patch16_224`), or the ridges, gradients and brightness of hidden and visible ones
+(`--objective structure`, `vit_tiny_patch16_dinov3_qkvb`: rotary positions, for slices of thin bright structures):
 
     python -m tools.teacher.pretrain PHOTOS OUT --minutes 70
     python -m tools.teacher.pretrain PHOTOS OUT --steps 20000 --patch 8 --crop 96
+    python -m tools.teacher.pretrain PHOTOS OUT --minutes 60 --objective structure --patch 8 --crop 64 --side 128 \
+        --depth 6 --mask 0.4 --batch 32
 
-A killed run goes on with the same command. In OUT: teacher.safetensors (float16, timm's names), teacher.json (model
-card with probes), metrics.jsonl, checkpoint.pt, cache/. With --steps a resumed run ends with the same bits as an
+A killed run goes on with the same command. In OUT: teacher.safetensors (float16, timm's names) and teacher.json (its
+card), written with every checkpoint, so that a teacher can be judged while it trains, and with probes at the end;
+metrics.jsonl, checkpoint.pt, cache/. With --steps a resumed run ends with the same bits as an
 uninterrupted one on the same CPU; with --minutes the learning rate follows the minutes trained, so it cannot.
 Then, for precompute and train:  teacher.model=trained teacher.weights=OUT
 """
@@ -21,7 +26,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +35,35 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hpc_neuro.core import files
-from tools.teacher import masked_autoencoder, photos, probe
-from tools.teacher.recipe import DATA, METHOD, BadInput, Progress, Recipe
+from tools.teacher import masked_autoencoder, masked_structure, photos, probe
+from tools.teacher.recipe import DATA, METHOD, STRUCTURE_METHOD, BadInput, Progress, Recipe
+
+Network = masked_autoencoder.MaskedAutoencoder | masked_structure.MaskedStructure
+"""The encoder, `vit`, and what predicts from it."""
+
+OBJECTIVES = ("pixels", "structure")
 
 
-def build(recipe: Recipe, pictures: photos.Photos, device: torch.device) -> masked_autoencoder.MaskedAutoencoder:
+def make_encoder(recipe: Recipe) -> nn.Module:
+    """The recipe's ViT as timm starts it."""
+    if recipe.objective == "structure":
+        return masked_structure.make_encoder(recipe.patch, depth=recipe.depth)
+    return masked_autoencoder.encoder(recipe.patch, depth=recipe.depth)
+
+
+def build(recipe: Recipe, pictures: photos.Photos, device: torch.device) -> Network:
     """The network with the recipe's initial weights."""
     torch.manual_seed(recipe.seed)
-    vit = masked_autoencoder.encoder(recipe.patch, depth=recipe.depth)
-    network = masked_autoencoder.MaskedAutoencoder(vit, recipe.patch, recipe.width, recipe.decoder)
-    sample = photos.batch(pictures, 0, recipe.seed, 256, recipe.crop, recipe.patch, torch.device("cpu"))
-    masked_autoencoder.whiten(vit, masked_autoencoder.patchify(sample.target, recipe.patch).flatten(0, 1))
+    vit = make_encoder(recipe)
+    sample = photos.batch(pictures, 0, replace(recipe, batch=256), torch.device("cpu")).target
+
+    network: Network
+    if recipe.objective == "structure":
+        network = masked_structure.MaskedStructure(vit, recipe.patch, recipe.visible_weight, sample)
+    else:
+        network = masked_autoencoder.MaskedAutoencoder(vit, recipe.patch, recipe.width, recipe.decoder)
+
+    masked_autoencoder.whiten(vit, masked_autoencoder.patchify(sample, recipe.patch).flatten(0, 1))
     return network.to(device)
 
 
@@ -60,7 +83,7 @@ def gradients(network: nn.Module, batch: photos.Batch, keep: int, share: float) 
     """
     kind = batch.image.device.type
     with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-        loss = share * network(batch.image, batch.target, batch.order, keep, batch.y, batch.x)
+        loss = share * network(batch, keep)
     return loss.item(), torch.autograd.grad(loss, trained(network))
 
 
@@ -94,8 +117,12 @@ def train(
     every: float,
     log: int,
     pool: ThreadPoolExecutor,
+    what: str,
 ) -> Progress:
-    """Train to the end of the budget, with a line each `log` steps and a checkpoint each `every` seconds."""
+    """Train to the end of the budget, with a line each `log` steps and a checkpoint each `every` seconds.
+
+    what: what the photographs are, for the card.
+    """
     network = build(recipe, pictures, device)
     optimizer = optimizer_of(network, recipe)
     at = restore(recipe, pictures.digest, network, optimizer, out, device)
@@ -105,7 +132,7 @@ def train(
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
 
         def batch(step: int) -> photos.Batch:
-            return photos.batch(pictures, step, recipe.seed, recipe.batch, recipe.crop, recipe.patch, device)
+            return photos.batch(pictures, step, recipe, device)
 
         following = pool.submit(batch, at.step)
         while (progress := recipe.progress(at.step, at.seconds)) < 1:
@@ -141,6 +168,7 @@ def train(
                 # only here, where the running mean is empty, so that a resumed curve equals an uninterrupted one
                 if now - saved > every:
                     save(recipe, network, optimizer, at, out)
+                    write_teacher(recipe, network, pictures, at, out, what)
                     saved = time.monotonic()
     save(recipe, network, optimizer, at, out)
     return at
@@ -196,29 +224,43 @@ def restore(
 def export(
     recipe: Recipe, pictures: photos.Photos, at: Progress, out: Path, device: torch.device, what: str
 ) -> dict[str, Any]:
-    """Write teacher.safetensors and its model card; returns the card."""
+    """Write teacher.safetensors and its model card with probes; returns the card."""
     network = build(recipe, pictures, device)
     untrained = build(recipe, pictures, device)
     network.load_state_dict(torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)["network"])
-    weights = {k: v.to("cpu", torch.float16).contiguous() for k, v in network.vit.state_dict().items()}
-    with files.atomic(out / "teacher.safetensors") as part:
-        save_file(
-            weights,
-            part,
-            metadata={"arch": masked_autoencoder.ARCH, "patch": str(recipe.patch), "license": "Apache-2.0"},
-        )
-    network.vit.load_state_dict({k: v.float() for k, v in weights.items()})  # probe what is shipped, rounded
+    # Probe what is shipped, rounded.
+    network.vit.load_state_dict({k: v.half().float() for k, v in network.vit.state_dict().items()})
     encoders = {
         "trained": network.vit,
         "random_weights": untrained.vit,  # as training began
-        "random_weights_timm": masked_autoencoder.encoder(recipe.patch, depth=recipe.depth).to(
-            device
-        ),  # smaller: nearly linear
+        "random_weights_timm": make_encoder(recipe).to(device),  # smaller: nearly linear
     }
+    probes: dict[str, Any] = {"frozen_features": probe.frozen_features(encoders, pictures, recipe.patch)}
+    mae = masked_autoencoder.MaskedAutoencoder
+    if isinstance(network, mae) and isinstance(untrained, mae):
+        probes["reconstruction"] = probe.reconstruction(network, untrained, pictures, recipe.visible, recipe.crop)
+    return write_teacher(recipe, network, pictures, at, out, what, probes)
+
+
+def write_teacher(
+    recipe: Recipe,
+    network: Network,
+    pictures: photos.Photos,
+    at: Progress,
+    out: Path,
+    what: str,
+    probes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write teacher.safetensors (float16) and teacher.json, its card; returns the card."""
+    arch = masked_structure.ARCH if recipe.objective == "structure" else masked_autoencoder.ARCH
+    weights = {k: v.to("cpu", torch.float16).contiguous() for k, v in network.vit.state_dict().items()}
+    with files.atomic(out / "teacher.safetensors") as part:
+        save_file(weights, part, metadata={"arch": arch, "patch": str(recipe.patch), "license": "Apache-2.0"})
+
     kept = at.curve[:: -max(1, len(at.curve) // 50)][::-1]  # ends with the last
     card = {
         "name": "trained",
-        "arch": masked_autoencoder.ARCH,
+        "arch": arch,
         "patch": recipe.patch,
         "file": "teacher.safetensors",
         "sha256": files.sha256(out / "teacher.safetensors"),
@@ -230,16 +272,13 @@ def export(
             "held_out": len(pictures.held),
             "what": what,
         },
-        "method": METHOD,
+        "method": STRUCTURE_METHOD if recipe.objective == "structure" else METHOD,
         "recipe": asdict(recipe),
         "steps": at.step,
         "images_seen": at.step * recipe.batch,
         "training_seconds": round(at.seconds, 1),
         "loss_curve": [[step, round(loss, 4)] for step, loss in kept],
-        "probes": {
-            "reconstruction": probe.reconstruction(network, untrained, pictures, recipe.visible, recipe.crop),
-            "frozen_features": probe.frozen_features(encoders, pictures, recipe.patch),
-        },
+        "probes": probes,
     }
     files.write_json(out / "teacher.json", card)
     return card
@@ -267,6 +306,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
         )
     if recipe.patch < 8 or recipe.patch % 4 or not 0 < recipe.mask < 1 or recipe.held < 4 or recipe.width % 32:
         parser.error("wanted: --patch 8, 16, 28 or 32, 0 < --mask < 1, --held 4 or more, --width a multiple of 32")
+    if recipe.objective not in OBJECTIVES or recipe.visible_weight < 0:
+        parser.error(f"wanted: --objective {' or '.join(OBJECTIVES)}, --visible_weight 0 or more")
     if not found.photos.is_dir():
         parser.error(f"{found.photos} is not a folder; give the folder of photographs")
     return found, recipe
@@ -283,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         pictures = photos.load(found.photos, found.out / "cache", recipe.side, recipe.held)
         with workers(device, found.threads) as pool:
-            at = train(recipe, pictures.on(device), found.out, device, found.every, found.log, pool)
+            at = train(recipe, pictures.on(device), found.out, device, found.every, found.log, pool, found.data)
     except BadInput as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -34,9 +34,10 @@ def reconstruction(
     order = torch.rand(count, n * n, generator=torch.Generator().manual_seed(1)).argsort(1).to(device)
     axis = torch.arange(n, dtype=torch.float32, device=device) + (SIZE // network.patch - n) / 2
     y, x = (c.flatten().expand(count, -1) for c in torch.meshgrid(axis, axis, indexing="ij"))
+    batch = photos.Batch(image, image, order, y, x)
     return {
-        "trained": float(network(image, image, order, keep, y, x)),
-        "random_weights": float(untrained(image, image, order, keep, y, x)),
+        "trained": float(network(batch, keep)),
+        "random_weights": float(untrained(batch, keep)),
         "patch_mean": 1.0,
     }
 

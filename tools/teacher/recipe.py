@@ -15,6 +15,16 @@ METHOD = (
 )
 
 
+STRUCTURE_METHOD = (
+    "masked prediction of structure (after MaskFeat, Wei et al., CVPR 2022): brightness, bright ridges at three "
+    "scales, histograms of gradients and directions in parts of each patch, at hidden patches and, with a smaller "
+    "weight, at visible ones; rotary positions whose spacing is that of images one to eight times as wide; patch "
+    "embedding started from whitened principal components; gray crops of 1/4 to 1 of the tile's side, quarter turns, "
+    "mirroring, inversion, gamma, contrast, a dark field in half of them, noise on the input and not on the targets; "
+    "losses are shares of the targets' variance"
+)
+
+
 class BadInput(Exception):
     """Options or files that cannot be used; the message says what to do."""
 
@@ -23,6 +33,8 @@ class BadInput(Exception):
 class Recipe:
     """Everything that decides the weights, apart from the photographs."""
 
+    objective: str = "pixels"
+    """`pixels`: masked autoencoder; `structure`: ridges, gradients and brightness of hidden and visible patches."""
     patch: int = 16
     crop: int = 128
     """Side of a training crop, pixels; at most 224."""
@@ -33,6 +45,8 @@ class Recipe:
     """Images that one CPU worker takes at a time."""
     mask: float = 0.75
     """Share of hidden patches."""
+    visible_weight: float = 0.5
+    """Weight of a visible patch's error beside a hidden one's; objective `structure`."""
     width: int = 128
     """Decoder width, a multiple of 32."""
     decoder: int = 2

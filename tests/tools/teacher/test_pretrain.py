@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from hpc_neuro.core import files
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher
-from tools.teacher import masked_autoencoder, photos, pretrain, probe
+from tools.teacher import masked_autoencoder, masked_structure, photos, pretrain, probe, structure
 from tools.teacher.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -171,12 +171,13 @@ def test_batches_depend_on_the_step_alone_and_never_on_held_out_photographs(fold
     pictures = photos.load(folder, finished / "cache", 64, 4)
     assert not set(pictures.held) & set(pictures.train)
     cpu = torch.device("cpu")
-    first = photos.batch(pictures, 3, 0, 4, 32, 16, cpu)
-    photos.batch(pictures, 7, 0, 4, 32, 16, cpu)
-    again = photos.batch(pictures, 3, 0, 4, 32, 16, cpu)
+    recipe = Recipe(batch=4, crop=32, patch=16)
+    first = photos.batch(pictures, 3, recipe, cpu)
+    photos.batch(pictures, 7, recipe, cpu)
+    again = photos.batch(pictures, 3, recipe, cpu)
     assert torch.equal(first.image, again.image)
     assert torch.equal(first.order, again.order)
-    assert not torch.equal(first.target, photos.batch(pictures, 4, 0, 4, 32, 16, cpu).target)
+    assert not torch.equal(first.target, photos.batch(pictures, 4, recipe, cpu).target)
     assert first.target.min() >= -1
     assert first.target.max() <= 1
 
@@ -229,3 +230,73 @@ def test_orientation_of_stripes() -> None:
     vertical = (x / 3).sin().expand(1, 3, 224, 224)
     torch.testing.assert_close(probe.orientation(vertical, 16)[0, 20], torch.tensor([1.0, 0.0]), atol=1e-2, rtol=0)
     torch.testing.assert_close(probe.orientation(vertical.mT, 16)[0, 20], torch.tensor([-1.0, 0.0]), atol=1e-2, rtol=0)
+
+
+STRUCTURE = ["--objective", "structure", "--steps", "6", "--depth", "2", "--batch", "4", "--side", "64", "--part", "3"]
+STRUCTURE += ["--patch", "8", "--crop", "32", "--held", "4", "--log", "2", "--every", "0", "--threads", "1"]
+
+
+def test_a_teacher_of_structure_is_taken_by_the_package(folder: Path, tmp_path: Path) -> None:
+    pretrain.main([str(folder), str(tmp_path), *STRUCTURE])
+
+    teacher = load_teacher(TeacherConfig(model="trained", weights=tmp_path))
+    assert (teacher.patch, teacher.depth, teacher.dim) == (8, 2, 192)
+    assert teacher.features(torch.rand(1, 48, 64), [-1 % 2]).shape == (1, 1, 6, 8, 192)
+
+    card = json.loads((tmp_path / "teacher.json").read_text())
+    assert card["arch"] == masked_structure.ARCH
+    assert "structure" in card["method"]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+
+
+def test_a_teacher_of_structure_trains_as_timm_runs_it() -> None:
+    """All patches visible at the coordinates of a whole image: the training path is timm's forward pass."""
+    torch.manual_seed(0)
+    vit = masked_structure.make_encoder(8, depth=2).eval()
+    network = masked_structure.MaskedStructure(vit, 8, 0.5, torch.rand(2, 3, 64, 64)).eval()
+    image = torch.randn(2, 3, 64, 64)
+    axis = 2 * (torch.arange(8) + 0.5 - 4) / 8
+    y, x = (c.flatten().expand(2, -1) for c in torch.meshgrid(axis, axis, indexing="ij"))
+    batch = photos.Batch(image, image, torch.arange(64).expand(2, -1), y, x)
+
+    with torch.no_grad():
+        expected = vit.forward_features(image)[:, -64:]
+        torch.testing.assert_close(network.encode(batch, 64), expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(network.encode(batch, 40), expected)
+
+
+def test_ridges_are_bright_lines_of_their_scale() -> None:
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    line = (-((x - 32) ** 2) / (2 * 2.0**2)).exp()[None, None]
+
+    bright, dark = structure.measure_ridges(line, 2.0), structure.measure_ridges(1 - line, 2.0)
+    assert bright[0, 0, 32, 32] > 0.8
+    assert bright[0, 0, 32, 10] < 0.01
+    assert dark[0, 0, 32, 32] < 0.01
+    assert structure.measure_ridges((y + x)[None, None] / 128, 1.0).max() < 0.01
+
+
+def test_the_directions_of_a_token_are_those_of_its_pixels() -> None:
+    """Vertical stripes left, horizontal ones right: the groups differ there, and in nothing else."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    image = torch.where(x < 32, (x * 1.5).sin(), (y * 1.5).sin())[None, None] / 2 + 0.5
+    groups = structure.describe_structure(image, 8)
+    assert [group.shape for group in groups] == [(1, 64, n) for n in (16, 16, 16, 4, 32, 8)]
+
+    histograms = groups[4].view(8, 8, structure.HISTOGRAM_BINS, 4).mean(-1)
+    assert histograms[4, 1].argmax() == 0
+    assert histograms[4, 6].argmax() == structure.HISTOGRAM_BINS // 2
+    directions = groups[5].view(8, 8, 2, 4).mean(-1)
+    assert directions[4, 1, 0] < -0.8
+    assert directions[4, 6, 0] > 0.8
+
+
+def test_a_dark_field_is_black_but_for_its_brightest_part() -> None:
+    draws = torch.Generator().manual_seed(0)
+    images = torch.rand(64, 3, 32, 32, generator=draws) * 2 - 1
+    darkened = photos.darken_field(images, draws)
+    black = (darkened == -1).float().mean((1, 2, 3))
+    assert 16 < int((black > 0.25).sum()) < 48
+    assert float(black.max()) < 0.95
+    assert torch.equal(darkened[:, 0], darkened[:, 1])
