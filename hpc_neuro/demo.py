@@ -149,7 +149,8 @@ def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str]
         if cfg.init is not None:
             values["contrast"] = read_contrast(_read_student(cfg.init).extra)
     elif name == "precompute":
-        values |= {"teacher": cfg.teacher}
+        # The demo shows the pipeline, also where a teacher is of no use to the user's neurons.
+        values |= {"teacher": cfg.teacher, "gate": "report"}
     elif name == "train":
         steps, batch = (SYNTHETIC_STEPS, SYNTHETIC_BATCH) if cfg.data is None else (REAL_STEPS, REAL_BATCH)
         values |= {"teacher": cfg.teacher, "crop.size": CROP}

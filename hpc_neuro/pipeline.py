@@ -229,7 +229,11 @@ _ROWS = (
         module="hpc_neuro.precompute.cache_tool",
         summary="verify and repair a feature cache, or say what it holds",
     ),
-    Verb(name="doctor", module="hpc_neuro.doctor", summary="what this machine has, what is missing and how to get it"),
+    Verb(
+        name="doctor",
+        module="hpc_neuro.doctor",
+        summary="what this machine has and lacks; with teacher= and store=: is a teacher worth anything",
+    ),
     Verb(name="info", module="hpc_neuro.info", summary="what a volume file holds"),
     Verb(name="swc", module="hpc_neuro.swc_tool", summary="check, fix, convert or transform SWC files"),
     Verb(

@@ -1,4 +1,4 @@
-"""The root config of `precompute`."""
+"""The root config of `precompute`, and that of the gate."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from hpc_neuro.models.config import TeacherConfig
 SliceView = Literal["z", "y", "x"]
 """The axis that slices are orthogonal to."""
 
+SAMPLES = 4
+"""Samples of tiles, and untrained copies, that the gate measures."""
+
 
 @config
 class PrecomputeConfig:
@@ -25,6 +28,9 @@ class PrecomputeConfig:
     """Folder of the feature cache."""
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     """The frozen 2D network."""
+    gate: Literal["require", "report", "skip"] = "require"
+    """What becomes of a teacher that knows no more about neurites than its untrained copies: `require` refuses it,
+    `report` prints the figures and goes on, `skip` measures nothing. `teacher.model=random` is never measured."""
     splits: tuple[Literal["train", "val", "test"], ...] = ("train",)
     """Splits whose volumes get features; training reads those of `train`."""
     views: tuple[SliceView, ...] = Field(default=("z", "y", "x"), min_length=1)
@@ -71,3 +77,21 @@ class PrecomputeConfig:
     def is_compressed(self) -> bool:
         """Whether features are stored in another form than float16 of every channel."""
         return self.pca is not None or self.dtype == "int8"
+
+
+@config
+class GateConfig:
+    """Which teacher to judge on which volumes: the arguments of `hpc-neuro doctor teacher=... store=...`."""
+
+    store: Path
+    """The folder that `prepare` wrote."""
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    """The frozen 2D network; `teacher=NAME` is short for `teacher.model=NAME`."""
+    volumes: tuple[str, ...] = ()
+    """Ids of the volumes; empty: two of those that can be judged."""
+    layer: int = -1
+    """The teacher's block; negative ones count from the end."""
+    seed: int = 0
+    """Seed of the first sample of tiles and of the first untrained copy."""
+    samples: int = Field(default=SAMPLES, ge=1)
+    """Samples of tiles, each beside an untrained copy of its own."""

@@ -6,11 +6,14 @@ Tiles of z slices around neurites give three figures of a network, and the same 
               fitted on one part of the volume and scored on another, both ways.
     shift     Cosine of position-free features, f(slice) - f(black), of the same pixels in two tiles, on neurite tokens.
     position  Share of the features' variance that the place of the token in the tile explains alone.
+
+They are measured on several samples of tiles, each beside an untrained copy of its own. The means decide; the spread of
+the samples says how far to trust them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +28,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import StoredVolume
 from hpc_neuro.models.linear_probe import score_penalties
 from hpc_neuro.models.teacher import Teacher, make_untrained_copy
+from hpc_neuro.precompute.config import SAMPLES
 
 MIN_GAIN = 0.03
 """Least R^2 of the probe above that of the untrained copy."""
@@ -32,8 +36,8 @@ MIN_GAIN = 0.03
 MIN_SHIFT = 0.8
 """Least cosine of the same pixels in shifted tiles."""
 
-TOKENS = 9408
-"""Tokens of each part of a volume: 48 tiles of 14 x 14, or 12 of 28 x 28."""
+TOKENS = 4704
+"""Tokens of each part of a volume in a sample: 24 tiles of 14 x 14, or 6 of 28 x 28."""
 
 SHIFT_EVERY = 4
 """One tile out of this many is compared with itself shifted."""
@@ -65,8 +69,18 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What one network shows on one sample of tiles."""
+
+    probes: tuple[float, ...]
+    """R^2 of the probe by penalty, in the order of PENALTIES."""
+    shift: float
+    position: float
+
+
+@dataclass(frozen=True)
 class Figures:
-    """What the gate measures of one network on one volume."""
+    """What the gate says of one network on one sample of tiles, or in the mean over the samples."""
 
     probe: float
     shift: float
@@ -75,36 +89,91 @@ class Figures:
 
 @dataclass(frozen=True)
 class Judgment:
-    """A teacher on one volume beside its untrained copy, and the probe from pooled pixels."""
+    """A teacher on one volume beside its untrained copies, and the probe from pooled pixels; one entry a sample."""
 
     volume: str
-    teacher: Figures
-    untrained: Figures
-    pixels: float
+    teachers: tuple[Figures, ...]
+    copies: tuple[Figures, ...]
+    pixel_probes: tuple[float, ...]
+
+    @property
+    def teacher(self) -> Figures:
+        """Means of the teacher."""
+        return _average(self.teachers)
+
+    @property
+    def untrained(self) -> Figures:
+        """Means of the untrained copies."""
+        return _average(self.copies)
+
+    @property
+    def pixels(self) -> float:
+        """Mean R^2 of the probe from pooled pixels."""
+        return float(np.mean(self.pixel_probes))
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """R^2 of the probe above the untrained copy's, by sample."""
+        return tuple(own.probe - copy.probe for own, copy in zip(self.teachers, self.copies, strict=True))
 
     @property
     def gain(self) -> float:
-        """R^2 of the probe above the untrained copy's."""
-        return self.teacher.probe - self.untrained.probe
+        """Mean of the gains."""
+        return float(np.mean(self.gains))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the gains over the samples; 0 for one sample."""
+        return float(np.std(self.gains, ddof=1)) if len(self.gains) > 1 else 0.0
 
     @property
     def passes(self) -> bool:
-        """Whether the teacher knows more about neurites than its untrained copy, wherever a tile begins."""
+        """Whether the teacher knows more about neurites than its untrained copies, wherever a tile begins."""
         return self.gain >= MIN_GAIN and self.teacher.shift >= MIN_SHIFT
 
 
-def judge_teacher(teacher: Teacher, volume: StoredVolume, layer: int = -1, seed: int = 0) -> Judgment:
-    """Measure a teacher and its untrained copy on one volume. layer: the block; negative ones count from the end.
+def _average(samples: Sequence[Figures]) -> Figures:
+    columns = zip(*((one.probe, one.shift, one.position) for one in samples), strict=True)
+    return Figures(*(float(np.mean(column)) for column in columns))
 
-    InputError for a volume that is too small, or has no neurite in one of the two parts.
+
+def judge_teacher(
+    teacher: Teacher, volume: StoredVolume, layer: int = -1, seed: int = 0, samples: int = SAMPLES
+) -> Judgment:
+    """Measure a teacher and its untrained copies on one volume. layer: the block; negative ones count from the end.
+
+    Sample i has the tiles and the untrained copy of seed `seed + i`. InputError for a volume that is too small, or has
+    no neurite in one of the two parts.
     """
-    tiles = sample_tiles(volume, teacher.patch, seed)
-    networks = (teacher, make_untrained_copy(teacher, seed))
-    trained, untrained = (measure(_make_encoder(net, layer), teacher.patch, tiles) for net in networks)
+    trained, untrained, pixels = [], [], []
+    for number in range(seed, seed + samples):
+        tiles = sample_tiles(volume, teacher.patch, number)
+        copy = make_untrained_copy(teacher, number)
+        trained.append(measure(_make_encoder(teacher, layer), teacher.patch, tiles))
+        untrained.append(measure(_make_encoder(copy, layer), teacher.patch, tiles))
 
-    pooled = _pool(tiles.pixels, teacher.patch // _count_parts(teacher.patch))
-    pixels = _probe_neurites(_split_tokens(pooled, _count_parts(teacher.patch)), teacher.patch, tiles.mask)
-    return Judgment(volume.id, trained, untrained, pixels)
+        pooled = _pool(tiles.pixels, teacher.patch // _count_parts(teacher.patch))
+        values = _split_tokens(pooled, _count_parts(teacher.patch))
+        pixels.append(_probe_neurites(values, teacher.patch, tiles.mask))
+
+    pixel_probes = choose_penalties(pixels)
+    return Judgment(volume.id, settle(trained), settle(untrained), pixel_probes)
+
+
+def settle(measurements: Sequence[Measurement]) -> tuple[Figures, ...]:
+    """The figures of one network, sample by sample, once the penalty of every probe is chosen."""
+    probes = choose_penalties([one.probes for one in measurements])
+    return tuple(Figures(probe, one.shift, one.position) for probe, one in zip(probes, measurements, strict=True))
+
+
+def choose_penalties(curves: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """R^2 of each sample at the penalty that is best for the other samples, or for itself where there are no others.
+
+    curves: R^2 by penalty of each sample. A penalty that a sample chose for itself would flatter it.
+    """
+    scores = np.array(curves)  # [samples, penalties]
+    others = scores.sum(0) - scores if len(scores) > 1 else scores
+    return tuple(scores[np.arange(len(scores)), others.argmax(1)].tolist())
 
 
 def sample_tiles(volume: StoredVolume, patch: int, seed: int = 0) -> Tiles:
@@ -115,14 +184,14 @@ def sample_tiles(volume: StoredVolume, patch: int, seed: int = 0) -> Tiles:
     """
     points = volume.points("skeleton")
     if not len(points):
-        raise InputError(f"volume {volume.id} has no neurite; name other volumes with --volumes")
+        raise InputError(f"volume {volume.id} has no neurite; name other volumes with volumes=[...]")
 
     axis = 1 + int(np.argmax(np.ptp(points[:, 1:], axis=0)))
     side = min(SIDE, volume.shape[axis] // 2, *volume.shape[1:]) // patch * patch
     if side < MIN_TOKENS * patch:
         raise InputError(
             f"volume {volume.id} is {volume.shape} voxels, but half of a slice has to hold {MIN_TOKENS} x {MIN_TOKENS} "
-            f"tokens of {patch} pixels; name larger volumes with --volumes"
+            f"tokens of {patch} pixels; name larger volumes with volumes=[...]"
         )
 
     # Both sides of the cut have room for a tile and, where they can, equal shares of the neuron.
@@ -131,7 +200,7 @@ def sample_tiles(volume: StoredVolume, patch: int, seed: int = 0) -> Tiles:
     if is_second.all() or not is_second.any():
         raise InputError(
             f"volume {volume.id} has neurites in one part of its slices only, so that a probe cannot be fitted on one "
-            "part and scored on another; name other volumes with --volumes"
+            "part and scored on another; name other volumes with volumes=[...]"
         )
 
     # The last corner of a tile before the cut, and the first one behind it.
@@ -165,11 +234,11 @@ def _draw_corners(
     return corners
 
 
-def measure(encode: Encode, patch: int, tiles: Tiles) -> Figures:
-    """The three figures of a network whose tokens are `patch` pixels wide."""
+def measure(encode: Encode, patch: int, tiles: Tiles) -> Measurement:
+    """What a network whose tokens are `patch` pixels wide shows on a sample of tiles."""
     features = _encode_all(encode, tiles.pixels)
-    return Figures(
-        probe=_probe_neurites(features, patch, tiles.mask),
+    return Measurement(
+        probes=_probe_neurites(features, patch, tiles.mask),
         shift=_compare_shifted(encode, patch, tiles),
         position=_explain_by_position(features),
     )
@@ -185,8 +254,11 @@ def _encode_all(encode: Encode, pixels: Tensor) -> Tensor:
     return torch.cat([encode(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)])
 
 
-def _probe_neurites(features: Tensor, patch: int, mask: Tensor) -> float:
-    """R^2 of the share of neurite in the parts of each token, from features [2n, h, w, D]; mean of both ways."""
+def _probe_neurites(features: Tensor, patch: int, mask: Tensor) -> tuple[float, ...]:
+    """R^2 by penalty of the share of neurite in the parts of each token, from features [2n, h, w, D].
+
+    Means of both ways: fitted on the tiles of the first part and scored on those of the second, and the reverse.
+    """
     parts = _count_parts(patch)
     share = _split_tokens(_pool((mask == 1).float(), patch // parts), parts)  # [2n, h, w, T]
     is_labeled = _pool((mask == UNLABELED).float(), patch) == 0  # [2n, h, w]
@@ -197,14 +269,12 @@ def _probe_neurites(features: Tensor, patch: int, mask: Tensor) -> float:
         kept = is_labeled[side]
         sides.append((features[side][kept][:, None], share[side][kept][:, None]))
 
-    # Few tokens hold neurite, so that a penalty tuned on a part of a part would be chosen by chance. The best one over
-    # both ways favors no network.
     both_ways = [
         score_penalties(seen, {"share": wanted}, unseen, {"share": truth}, PENALTIES, weigh_by_variance=True)["share"]
         for (seen, wanted), (unseen, truth) in (sides, sides[::-1])
     ]
     forward, backward = both_ways
-    return max((first + second) / 2 for first, second in zip(forward, backward, strict=True))
+    return tuple((first + second) / 2 for first, second in zip(forward, backward, strict=True))
 
 
 def _compare_shifted(encode: Encode, patch: int, tiles: Tiles) -> float:

@@ -21,12 +21,13 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.precompute import compress, estimate
 from hpc_neuro.precompute.build import build_shards
-from hpc_neuro.precompute.config import PrecomputeConfig
+from hpc_neuro.precompute.config import SAMPLES, PrecomputeConfig
+from hpc_neuro.precompute.gate_table import HEADER, Verdict, explain_failure, judge_some
 
 log = logging.getLogger(__name__)
 
 # Where things lie, and how fast; the digests in the record check the contents.
-_MAY_CHANGE = ("store", "batch", "silence", "teacher.weights")
+_MAY_CHANGE = ("store", "batch", "silence", "teacher.weights", "gate")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class _Todo:
     plan: CachePlan
     shards: list[ShardSpec]
     space: str  # for people: what is free
+    verdict: Verdict | None  # None: not judged
 
 
 def forecast(cfg: PrecomputeConfig) -> list[str]:
@@ -131,7 +133,7 @@ def run(cfg: PrecomputeConfig, again: Collection[str] = ()) -> int:
         ranks.run(lambda: _build_share(cfg, todo, ranks, queue_store, coding_digest, codings))
 
         # The manifest comes last: a cache without it is not complete.
-        ranks.run_on_main(lambda: _write_manifest(cfg, plan))
+        ranks.run_on_main(lambda: _write_manifest(cfg, plan, todo.verdict))
 
         if ranks.is_main:
             summary = {"shards": len(plan.shards), "seconds": round(time.monotonic() - begin, 3)}
@@ -196,7 +198,35 @@ def _plan(cfg: PrecomputeConfig, ranks: Ranks, again: Collection[str] = ()) -> _
     # All ranks get the first rank's list: a rank that starts late would miss what the early ones have already built.
     missing = ranks.run_on_main(lambda: plan.list_missing(cfg, again))
     space = ranks.run_on_main(lambda: estimate.check_space(cfg, plan.store, plan.teacher, missing))
-    return _Todo(plan, missing, space)
+    verdict = ranks.run_on_main(lambda: _judge_teacher(cfg, plan) if missing else None)
+    return _Todo(plan, missing, space, verdict)
+
+
+def _judge_teacher(cfg: PrecomputeConfig, plan: CachePlan) -> Verdict | None:
+    """Log what the gate says of the teacher on some of the volumes. InputError where it fails and has to pass.
+
+    A random teacher is a control, and known to know nothing.
+    """
+    if cfg.gate == "skip" or plan.teacher.random:
+        return None
+
+    name = cfg.teacher.model
+    log.info("is the teacher worth anything on these volumes? (docs/method.md; gate=skip leaves this out)")
+    log.info(HEADER)
+    verdict = judge_some(
+        plan.teacher, name, plan.store, list(plan.digests), cfg.layers[-1], seed=0, samples=SAMPLES, write=log.info
+    )
+
+    if not verdict.judgments:
+        log.info("not judged: %s", "; ".join(verdict.unjudged))
+    elif verdict.fails and cfg.gate == "require":
+        raise InputError(
+            f"{explain_failure(verdict)}: its features know hardly more about neurites than those of random weights; "
+            "choose another teacher.model, or set gate=report to use it all the same"
+        )
+    elif verdict.fails:
+        log.warning("%s, and is used all the same (gate=report)", explain_failure(verdict))
+    return verdict
 
 
 def _measure_speed(cfg: PrecomputeConfig, todo: _Todo, ranks: Ranks) -> list[float]:
@@ -249,7 +279,7 @@ def _build_share(
         )
 
 
-def _write_manifest(cfg: PrecomputeConfig, plan: CachePlan) -> None:
+def _write_manifest(cfg: PrecomputeConfig, plan: CachePlan, verdict: Verdict | None) -> None:
     teacher = plan.teacher
 
     # Sorted, so that the manifest does not depend on the order of building.
@@ -259,6 +289,7 @@ def _write_manifest(cfg: PrecomputeConfig, plan: CachePlan) -> None:
     facts = {
         "teacher": teacher.identity,
         "random_teacher": teacher.random,
+        "gate": verdict.to_json() if verdict else None,
         "dim": teacher.dim,
         "patch": teacher.patch,
         "layers": [n % teacher.depth for n in cfg.layers],

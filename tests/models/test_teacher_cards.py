@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import teacher as module
 from hpc_neuro.models.config import TeacherConfig
-from hpc_neuro.models.teacher import Teacher, load_teacher, timm
+from hpc_neuro.models.teacher import Teacher, load_teacher
+from tests.helpers.tiny_teachers import write_trained
 
 ARCH = "vit_tiny_patch16_224"
 
@@ -70,26 +71,8 @@ def test_the_shipped_teachers_load(model: str, patch: int) -> None:
     assert (module.ASSETS / card["file"]).stat().st_size < 12e6
 
 
-def _pretrained(folder: Path, **changes: object) -> Path:
-    """What tools.teacher.pretrain leaves: a ViT that timm has no name for, two blocks deep, with patches of 8."""
-    folder.mkdir()
-    shape = {"num_classes": 0, "patch_size": 8, "img_size": 224, "depth": 2}
-    save_file(timm().create_model(ARCH, **shape).state_dict(), folder / "teacher.safetensors")
-    card = {
-        "name": "trained",
-        "arch": ARCH,
-        "patch": 8,
-        "file": "teacher.safetensors",
-        "recipe": {"depth": 2},
-        "sha256": hashlib.sha256((folder / "teacher.safetensors").read_bytes()).hexdigest(),
-        "input": {"mean": [0.5] * 3, "std": [0.25] * 3, "size": 224},
-    }
-    (folder / "teacher.json").write_text(json.dumps({k: v for k, v in {**card, **changes}.items() if v is not None}))
-    return folder
-
-
 def test_a_teacher_of_ones_own_is_its_cards(tmp_path: Path) -> None:
-    found = load_teacher(TeacherConfig(model="trained", weights=_pretrained(tmp_path / "t")))
+    found = load_teacher(TeacherConfig(model="trained", weights=write_trained(tmp_path / "t")))
     assert (found.identity["name"], found.patch, found.depth, found.dim) == ("trained", 8, 2, 192)
     assert (found.mean, found.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     assert found.features(torch.rand(1, 24, 16), [1]).shape == (1, 1, 3, 2, 192)
@@ -107,17 +90,17 @@ def test_a_teacher_of_ones_own_is_its_cards(tmp_path: Path) -> None:
 )
 def test_a_wrong_card_is_refused(tmp_path: Path, change: dict[str, object], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        load_teacher(TeacherConfig(model="trained", weights=_pretrained(tmp_path / "t", **change)))
+        load_teacher(TeacherConfig(model="trained", weights=write_trained(tmp_path / "t", **change)))
 
 
 def test_a_folder_without_a_card_and_a_file_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, _pretrained(tmp_path / "t") / "teacher.safetensors"):
+    for path in (tmp_path, write_trained(tmp_path / "t") / "teacher.safetensors"):
         with pytest.raises(InputError, match=r"give the folder that tools\.teacher\.pretrain wrote"):
             load_teacher(TeacherConfig(model="trained", weights=path))
 
 
 def test_weights_of_another_patch_size_are_refused_not_resampled(tmp_path: Path) -> None:
-    folder = _pretrained(tmp_path / "t")
+    folder = write_trained(tmp_path / "t")
     with pytest.raises(InputError, match=r"patches of 8 x 8 pixels, but vit_tiny_patch16_224 has 16 x 16; .*trained"):
         load_teacher(TeacherConfig(model=ARCH, weights=folder / "teacher.safetensors"))
     with pytest.raises(InputError, match="holds the teacher trained"):

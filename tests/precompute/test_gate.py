@@ -15,7 +15,7 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute import gate
-from hpc_neuro.precompute.gate import Figures, Judgment, Tiles
+from hpc_neuro.precompute.gate import Encode, Figures, Judgment, Tiles
 from tests.helpers.tiny_store import write_store
 
 PATCH = 8
@@ -66,13 +66,20 @@ def split(values: Tensor) -> Tensor:
     return grid.reshape(n, height // 4, width // 4, 16)
 
 
-def judge(teacher: Figures, untrained: Figures) -> Judgment:
-    return Judgment("a", teacher, untrained, 0.0)
+def judge(teacher: Figures, *untrained: Figures) -> Judgment:
+    """The teacher beside its copies, one a sample."""
+    return Judgment("a", (teacher,) * len(untrained), untrained, (0.0,) * len(untrained))
+
+
+def measure(encode: Encode, tiles: Tiles) -> Figures:
+    """The figures of one sample."""
+    (figures,) = gate.settle([gate.measure(encode, PATCH, tiles)])
+    return figures
 
 
 def test_a_teacher_that_knows_neurites_passes(tiles: Tiles) -> None:
-    knowing = gate.measure(make_knowing, PATCH, tiles)
-    blind = gate.measure(lambda p: F.avg_pool2d(p[:, None], PATCH).movedim(1, -1), PATCH, tiles)
+    knowing = measure(make_knowing, tiles)
+    blind = measure(lambda p: F.avg_pool2d(p[:, None], PATCH).movedim(1, -1), tiles)
 
     assert knowing.probe > 0.99
     assert knowing.shift == pytest.approx(1, abs=1e-4)
@@ -81,7 +88,7 @@ def test_a_teacher_that_knows_neurites_passes(tiles: Tiles) -> None:
 
 
 def test_a_constant_teacher_fails(tiles: Tiles) -> None:
-    constant = gate.measure(make_constant, PATCH, tiles)
+    constant = measure(make_constant, tiles)
 
     # The mean of one part is no better a guess for the other than its own mean.
     assert constant.probe <= 0
@@ -91,7 +98,7 @@ def test_a_constant_teacher_fails(tiles: Tiles) -> None:
 
 
 def test_features_of_position_alone_are_recognized(tiles: Tiles) -> None:
-    place = gate.measure(make_position, PATCH, tiles)
+    place = measure(make_position, tiles)
 
     assert place.position == pytest.approx(1)
     assert place.probe < 0.05
@@ -100,14 +107,14 @@ def test_features_of_position_alone_are_recognized(tiles: Tiles) -> None:
 
 
 def test_features_that_depend_on_the_place_of_their_pixels_do_not_agree(tiles: Tiles) -> None:
-    placed = gate.measure(make_placed, PATCH, tiles)
+    placed = measure(make_placed, tiles)
 
     assert placed.shift < gate.MIN_SHIFT
-    assert not judge(placed, gate.measure(make_constant, PATCH, tiles)).passes
+    assert not judge(placed, measure(make_constant, tiles)).passes
 
 
 def test_position_added_to_content_does_not_change_the_agreement(tiles: Tiles) -> None:
-    both = gate.measure(lambda p: torch.cat([make_knowing(p), 50 * make_position(p)], -1), PATCH, tiles)
+    both = measure(lambda p: torch.cat([make_knowing(p), 50 * make_position(p)], -1), tiles)
 
     assert both.shift == pytest.approx(1, abs=1e-3)
     assert both.position > 0.95
@@ -120,8 +127,8 @@ def test_tokens_without_labels_are_left_out(tiles: Tiles) -> None:
     wrong = tiles.pixels.clone()
     wrong[:, :PATCH] = 1
 
-    assert gate.measure(make_knowing, PATCH, Tiles(wrong, mask)).probe > 0.99
-    assert gate.measure(make_knowing, PATCH, Tiles(wrong, tiles.mask)).probe < 0.95
+    assert measure(make_knowing, Tiles(wrong, mask)).probe > 0.99
+    assert measure(make_knowing, Tiles(wrong, tiles.mask)).probe < 0.95
 
 
 @pytest.mark.parametrize(("probe", "shift", "passes"), [(0.53, 0.8, True), (0.52, 0.9, False), (0.9, 0.79, False)])
@@ -133,13 +140,13 @@ def test_tiles_of_both_parts_share_no_pixel_and_follow_the_seed(tmp_path: Path) 
     volume = Store(write_store(tmp_path / "store", {"a": "train"}, (20, 96, 160)))["a"]
     tiles = gate.sample_tiles(volume, PATCH)
 
-    assert tiles.pixels.shape == tiles.mask.shape == (188, 80, 80)
+    assert tiles.pixels.shape == tiles.mask.shape == (94, 80, 80)
     assert (tiles.mask == 1).flatten(1).any(1).float().mean() > 0.5
     torch.testing.assert_close(gate.sample_tiles(volume, PATCH).pixels, tiles.pixels, rtol=0, atol=0)
     assert not torch.equal(gate.sample_tiles(volume, PATCH, seed=1).pixels, tiles.pixels)
 
     # The voxels are noise, so that each row of a tile has one place in the volume.
-    rows = [{tuple(row.tolist()) for tile in part for row in tile[:, :8]} for part in tiles.pixels.split(94)]
+    rows = [{tuple(row.tolist()) for tile in part for row in tile[:, :8]} for part in tiles.pixels.split(47)]
     assert not rows[0] & rows[1]
 
 
@@ -149,11 +156,32 @@ def test_a_volume_without_room_is_named(tmp_path: Path) -> None:
         gate.sample_tiles(volume, 16)
 
 
-def test_an_untrained_teacher_does_not_beat_its_copy(tmp_path: Path) -> None:
+def test_an_untrained_teacher_does_not_beat_its_copies(tmp_path: Path) -> None:
     volume = Store(write_store(tmp_path / "store", {"a": "train"}, (12, 64, 160)))["a"]
-    judgment = gate.judge_teacher(load_teacher(TeacherConfig(model="random")), volume)
+    judgment = gate.judge_teacher(load_teacher(TeacherConfig(model="random")), volume, samples=2)
 
-    assert judgment.teacher == judgment.untrained
-    assert judgment.gain == 0
+    # The first copy has the seed of the teacher, the second one has another.
+    assert judgment.teachers[0].shift == judgment.copies[0].shift
+    assert judgment.teachers[1].shift != judgment.copies[1].shift
+    assert judgment.spread > 0
     assert not judgment.passes
     assert judgment.pixels > 0.5
+
+
+def test_the_mean_over_samples_decides_and_the_spread_is_theirs() -> None:
+    low, high = Figures(0.4, 0.5, 0.5), Figures(0.6, 0.5, 0.5)
+
+    judgment = judge(Figures(0.535, 0.9, 0.1), low, high)
+    assert judgment.gains == pytest.approx((0.135, -0.065))
+    assert judgment.gain == pytest.approx(0.035)
+    assert judgment.spread == pytest.approx(0.1414, abs=1e-3)
+    assert judgment.passes
+    assert not judge(Figures(0.525, 0.9, 0.1), low, high).passes
+    assert judge(Figures(0.7, 0.9, 0.1), low).spread == 0
+
+
+def test_a_sample_does_not_choose_its_own_penalty() -> None:
+    # The second penalty is best for two of the three samples; the third one would have chosen the first.
+    curves = [(0.1, 0.5), (0.2, 0.4), (0.9, 0.3)]
+    assert gate.choose_penalties(curves) == (0.1, 0.2, 0.3)
+    assert gate.choose_penalties(curves[2:]) == (0.9,)
