@@ -27,7 +27,8 @@ hpc-neuro doctor
 
 hpc-neuro doctor teacher=NAME store=STORE
     Whether a teacher is worth anything on the volumes of a store: its features against those of random weights.
-    More keys: teacher.weights=FOLDER volumes=ID,ID layer=N seed=N samples=N. Exit code: 0 it passes, 3 it fails.
+    More keys: teacher.weights=FOLDER volumes=[ID,ID] layer=N seed=N samples=N copies=N.
+    Exit code: 0 it passes, 3 it fails.
 """
 _REQUIRED = (
     "torch", "deepspeed", "timm", "h5py", "mpi4py", "numpy", "wandb", "submitit", "pydantic", "tensorstore",

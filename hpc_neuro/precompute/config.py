@@ -15,7 +15,10 @@ SliceView = Literal["z", "y", "x"]
 """The axis that slices are orthogonal to."""
 
 SAMPLES = 4
-"""Samples of tiles, and untrained copies, that the gate measures."""
+"""Samples of tiles that the gate measures."""
+
+COPIES = 2
+"""Untrained copies that the gate compares a teacher with."""
 
 
 @config
@@ -94,4 +97,6 @@ class GateConfig:
     seed: int = 0
     """Seed of the first sample of tiles and of the first untrained copy."""
     samples: int = Field(default=SAMPLES, ge=1)
-    """Samples of tiles, each beside an untrained copy of its own."""
+    """Samples of tiles."""
+    copies: int = Field(default=COPIES, ge=1)
+    """Untrained copies."""

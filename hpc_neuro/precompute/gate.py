@@ -7,8 +7,8 @@ Tiles of z slices around neurites give three figures of a network, and the same 
     shift     Cosine of position-free features, f(slice) - f(black), of the same pixels in two tiles, on neurite tokens.
     position  Share of the features' variance that the place of the token in the tile explains alone.
 
-They are measured on several samples of tiles, each beside an untrained copy of its own. The means decide; the spread of
-the samples says how far to trust them.
+They are measured on several samples of tiles, of the teacher and of several untrained copies. The means decide; the
+spread over samples and copies says how far to trust them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import StoredVolume
 from hpc_neuro.models.linear_probe import score_penalties
 from hpc_neuro.models.teacher import Teacher, make_untrained_copy
-from hpc_neuro.precompute.config import SAMPLES
+from hpc_neuro.precompute.config import COPIES, SAMPLES
 
 MIN_GAIN = 0.03
 """Least R^2 of the probe above that of the untrained copy."""
@@ -36,13 +36,13 @@ MIN_GAIN = 0.03
 MIN_SHIFT = 0.8
 """Least cosine of the same pixels in shifted tiles."""
 
-TOKENS = 4704
-"""Tokens of each part of a volume in a sample: 24 tiles of 14 x 14, or 6 of 28 x 28."""
+TOKENS = 3136
+"""Tokens of each part of a volume in a sample: 16 tiles of 14 x 14, or 4 of 28 x 28."""
 
 SHIFT_EVERY = 4
 """One tile out of this many is compared with itself shifted."""
 
-PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+PENALTIES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Ridge penalties that are tried, as shares of the features' variance."""
 
 SIDE = 224
@@ -69,16 +69,6 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What one network shows on one sample of tiles."""
-
-    probes: tuple[float, ...]
-    """R^2 of the probe by penalty, in the order of PENALTIES."""
-    shift: float
-    position: float
-
-
-@dataclass(frozen=True)
 class Figures:
     """What the gate says of one network on one sample of tiles, or in the mean over the samples."""
 
@@ -89,12 +79,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Judgment:
-    """A teacher on one volume beside its untrained copies, and the probe from pooled pixels; one entry a sample."""
+    """A teacher on one volume beside its untrained copies, and the probe from pooled pixels."""
 
     volume: str
     teachers: tuple[Figures, ...]
-    copies: tuple[Figures, ...]
+    """Of the teacher, by sample."""
+    copies: tuple[tuple[Figures, ...], ...]
+    """Of each untrained copy, by sample."""
     pixel_probes: tuple[float, ...]
+    """R^2 of the probe from pooled pixels, by sample."""
 
     @property
     def teacher(self) -> Figures:
@@ -104,7 +97,7 @@ class Judgment:
     @property
     def untrained(self) -> Figures:
         """Means of the untrained copies."""
-        return _average(self.copies)
+        return _average([figures for copy in self.copies for figures in copy])
 
     @property
     def pixels(self) -> float:
@@ -113,8 +106,10 @@ class Judgment:
 
     @property
     def gains(self) -> tuple[float, ...]:
-        """R^2 of the probe above the untrained copy's, by sample."""
-        return tuple(own.probe - copy.probe for own, copy in zip(self.teachers, self.copies, strict=True))
+        """R^2 of the probe above that of an untrained copy, for every copy and sample."""
+        return tuple(
+            own.probe - other.probe for copy in self.copies for own, other in zip(self.teachers, copy, strict=True)
+        )
 
     @property
     def gain(self) -> float:
@@ -123,7 +118,7 @@ class Judgment:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the gains over the samples; 0 for one sample."""
+        """Standard deviation of the gains; 0 for one gain."""
         return float(np.std(self.gains, ddof=1)) if len(self.gains) > 1 else 0.0
 
     @property
@@ -132,48 +127,35 @@ class Judgment:
         return self.gain >= MIN_GAIN and self.teacher.shift >= MIN_SHIFT
 
 
-def _average(samples: Sequence[Figures]) -> Figures:
-    columns = zip(*((one.probe, one.shift, one.position) for one in samples), strict=True)
+def _average(several: Sequence[Figures]) -> Figures:
+    columns = zip(*((one.probe, one.shift, one.position) for one in several), strict=True)
     return Figures(*(float(np.mean(column)) for column in columns))
 
 
 def judge_teacher(
-    teacher: Teacher, volume: StoredVolume, layer: int = -1, seed: int = 0, samples: int = SAMPLES
+    teacher: Teacher,
+    volume: StoredVolume,
+    layer: int = -1,
+    seed: int = 0,
+    samples: int = SAMPLES,
+    copies: int = COPIES,
 ) -> Judgment:
     """Measure a teacher and its untrained copies on one volume. layer: the block; negative ones count from the end.
 
-    Sample i has the tiles and the untrained copy of seed `seed + i`. InputError for a volume that is too small, or has
+    Samples of tiles and copies have the seeds `seed`, `seed + 1` ... InputError for a volume that is too small, or has
     no neurite in one of the two parts.
     """
-    trained, untrained, pixels = [], [], []
-    for number in range(seed, seed + samples):
-        tiles = sample_tiles(volume, teacher.patch, number)
-        copy = make_untrained_copy(teacher, number)
-        trained.append(measure(_make_encoder(teacher, layer), teacher.patch, tiles))
-        untrained.append(measure(_make_encoder(copy, layer), teacher.patch, tiles))
+    patch = teacher.patch
+    tiles = [sample_tiles(volume, patch, seed + number) for number in range(samples)]
+    trained = measure(_make_encoder(teacher, layer), patch, tiles)
+    untrained = [
+        measure(_make_encoder(make_untrained_copy(teacher, seed + number), layer), patch, tiles)
+        for number in range(copies)
+    ]
 
-        pooled = _pool(tiles.pixels, teacher.patch // _count_parts(teacher.patch))
-        values = _split_tokens(pooled, _count_parts(teacher.patch))
-        pixels.append(_probe_neurites(values, teacher.patch, tiles.mask))
-
-    pixel_probes = choose_penalties(pixels)
-    return Judgment(volume.id, settle(trained), settle(untrained), pixel_probes)
-
-
-def settle(measurements: Sequence[Measurement]) -> tuple[Figures, ...]:
-    """The figures of one network, sample by sample, once the penalty of every probe is chosen."""
-    probes = choose_penalties([one.probes for one in measurements])
-    return tuple(Figures(probe, one.shift, one.position) for probe, one in zip(probes, measurements, strict=True))
-
-
-def choose_penalties(curves: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
-    """R^2 of each sample at the penalty that is best for the other samples, or for itself where there are no others.
-
-    curves: R^2 by penalty of each sample. A penalty that a sample chose for itself would flatter it.
-    """
-    scores = np.array(curves)  # [samples, penalties]
-    others = scores.sum(0) - scores if len(scores) > 1 else scores
-    return tuple(scores[np.arange(len(scores)), others.argmax(1)].tolist())
+    parts = _count_parts(patch)
+    pooled = [_split_tokens(_pool(sample.pixels, patch // parts), parts) for sample in tiles]
+    return Judgment(volume.id, trained, tuple(untrained), _probe_neurites(pooled, patch, tiles))
 
 
 def sample_tiles(volume: StoredVolume, patch: int, seed: int = 0) -> Tiles:
@@ -234,13 +216,13 @@ def _draw_corners(
     return corners
 
 
-def measure(encode: Encode, patch: int, tiles: Tiles) -> Measurement:
-    """What a network whose tokens are `patch` pixels wide shows on a sample of tiles."""
-    features = _encode_all(encode, tiles.pixels)
-    return Measurement(
-        probes=_probe_neurites(features, patch, tiles.mask),
-        shift=_compare_shifted(encode, patch, tiles),
-        position=_explain_by_position(features),
+def measure(encode: Encode, patch: int, tiles: Sequence[Tiles]) -> tuple[Figures, ...]:
+    """The figures of a network whose tokens are `patch` pixels wide, by sample of tiles."""
+    features = [_encode_all(encode, sample.pixels) for sample in tiles]
+    probes = _probe_neurites(features, patch, tiles)
+    return tuple(
+        Figures(probe, _compare_shifted(encode, patch, sample), _explain_by_position(maps))
+        for probe, sample, maps in zip(probes, tiles, features, strict=True)
     )
 
 
@@ -254,27 +236,48 @@ def _encode_all(encode: Encode, pixels: Tensor) -> Tensor:
     return torch.cat([encode(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)])
 
 
-def _probe_neurites(features: Tensor, patch: int, mask: Tensor) -> tuple[float, ...]:
-    """R^2 by penalty of the share of neurite in the parts of each token, from features [2n, h, w, D].
+def _probe_neurites(features: Sequence[Tensor], patch: int, tiles: Sequence[Tiles]) -> tuple[float, ...]:
+    """R^2 of the share of neurite in the parts of each token, by sample, from features [2n, h, w, D] of each sample.
 
-    Means of both ways: fitted on the tiles of the first part and scored on those of the second, and the reverse.
+    Fitted on the first part of all samples and scored on the second part of each, and the reverse; means of both ways.
     """
-    parts = _count_parts(patch)
-    share = _split_tokens(_pool((mask == 1).float(), patch // parts), parts)  # [2n, h, w, T]
-    is_labeled = _pool((mask == UNLABELED).float(), patch) == 0  # [2n, h, w]
+    sides = [_list_labeled(features, patch, tiles, part) for part in (0, 1)]
+    curves = []
+    for number in range(len(tiles)):
+        both_ways = []
+        for fitted, scored in (sides, sides[::-1]):
+            seen, wanted = (torch.cat(column)[:, None] for column in zip(*fitted, strict=True))
+            unseen, truth = (column[:, None] for column in scored[number])
+            scores = score_penalties(
+                seen, {"share": wanted}, unseen, {"share": truth}, PENALTIES, weigh_by_variance=True
+            )
+            both_ways.append(scores["share"])
+        curves.append(np.mean(both_ways, axis=0))
+    return choose_penalties(np.stack(curves))
 
-    half = len(features) // 2
-    sides = []
-    for side in (slice(0, half), slice(half, None)):
-        kept = is_labeled[side]
-        sides.append((features[side][kept][:, None], share[side][kept][:, None]))
 
-    both_ways = [
-        score_penalties(seen, {"share": wanted}, unseen, {"share": truth}, PENALTIES, weigh_by_variance=True)["share"]
-        for (seen, wanted), (unseen, truth) in (sides, sides[::-1])
-    ]
-    forward, backward = both_ways
-    return tuple((first + second) / 2 for first, second in zip(forward, backward, strict=True))
+def _list_labeled(
+    features: Sequence[Tensor], patch: int, tiles: Sequence[Tiles], part: int
+) -> list[tuple[Tensor, Tensor]]:
+    """For each sample, features [N, D] and shares of neurite [N, T] of the labeled tokens of one part of the volume."""
+    count = _count_parts(patch)
+    listed = []
+    for values, sample in zip(features, tiles, strict=True):
+        half = len(values) // 2
+        side = slice(part * half, (part + 1) * half)
+        share = _split_tokens(_pool((sample.mask[side] == 1).float(), patch // count), count)
+        is_labeled = _pool((sample.mask[side] == UNLABELED).float(), patch) == 0
+        listed.append((values[side][is_labeled], share[is_labeled]))
+    return listed
+
+
+def choose_penalties(curves: NDArray[np.float64]) -> tuple[float, ...]:
+    """R^2 of each sample at the penalty that is best for the other samples, or for itself where there are no others.
+
+    curves: R^2 [samples, penalties]. A penalty that a sample chose for itself would flatter it.
+    """
+    others = curves.sum(0) - curves if len(curves) > 1 else curves
+    return tuple(curves[np.arange(len(curves)), others.argmax(1)].tolist())
 
 
 def _compare_shifted(encode: Encode, patch: int, tiles: Tiles) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hpc_neuro.core.files import format_count
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher, load_teacher
@@ -70,8 +69,8 @@ def run_gate(cfg: GateConfig, write: Callable[[str], object]) -> Verdict:
 
     write(HEADER)
     if cfg.volumes:
-        return judge_volumes(teacher, name, store, cfg.volumes, cfg.layer, cfg.seed, cfg.samples, write)
-    return judge_some(teacher, name, store, store.ids, cfg.layer, cfg.seed, cfg.samples, write)
+        return judge_volumes(teacher, name, store, cfg.volumes, cfg.layer, cfg.seed, (cfg.samples, cfg.copies), write)
+    return judge_some(teacher, name, store, store.ids, cfg.layer, cfg.seed, (cfg.samples, cfg.copies), write)
 
 
 def judge_volumes(
@@ -81,19 +80,19 @@ def judge_volumes(
     volumes: Sequence[str],
     layer: int,
     seed: int,
-    samples: int,
+    counts: tuple[int, int],
     write: Callable[[str], object],
 ) -> Verdict:
     """Judge a teacher, `name` to people, on every one of `volumes`, with lines of the table as they are known.
 
-    InputError for an unknown volume and for one that cannot be judged.
+    counts: samples of tiles and untrained copies. InputError for an unknown volume and for one that cannot be judged.
     """
     if unknown := [volume for volume in volumes if volume not in store.ids]:
         raise InputError(f"{store.path} has no volume {', '.join(unknown)}; name some of {', '.join(store.ids)}")
 
     judgments = []
     for volume in volumes:
-        judgments.append(judge_teacher(teacher, store[volume], layer, seed, samples))
+        judgments.append(judge_teacher(teacher, store[volume], layer, seed, *counts))
         write("\n".join(describe_judgment(name, judgments[-1])))
     return Verdict(name, tuple(judgments))
 
@@ -105,7 +104,7 @@ def judge_some(
     volumes: Sequence[str],
     layer: int,
     seed: int,
-    samples: int,
+    counts: tuple[int, int],
     write: Callable[[str], object],
 ) -> Verdict:
     """Judge a teacher on up to MAX_VOLUMES of `volumes` that can be judged, as `judge_volumes` does."""
@@ -113,7 +112,7 @@ def judge_some(
     unjudged: list[str] = []
     for volume in _list_candidates(volumes):
         try:
-            verdict = judge_volumes(teacher, name, store, [volume], layer, seed, samples, write)
+            verdict = judge_volumes(teacher, name, store, [volume], layer, seed, counts, write)
         except InputError as error:
             # A volume without traces, or a small one, says nothing about the teacher.
             unjudged.append(str(error).partition(";")[0])
@@ -133,7 +132,7 @@ def _list_candidates(volumes: Sequence[str]) -> list[str]:
 def describe_judgment(teacher: str, judgment: Judgment) -> list[str]:
     """The rows of the table: the teacher with its verdict, its untrained copies, the pixels; means over samples."""
     start = f"{teacher:12} {judgment.volume:12}"
-    count = format_count(len(judgment.gains), "sample")
+    count = f"{len(judgment.teachers)} samples x {len(judgment.copies)} copies"
     gain = f"gain {judgment.gain:+.3f}, spread {judgment.spread:.3f} over {count}"
     return [
         f"{start} {'trained':9} {_format(judgment.teacher)}   {'passes' if judgment.passes else 'fails'}, {gain}",

@@ -21,7 +21,7 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.precompute import compress, estimate
 from hpc_neuro.precompute.build import build_shards
-from hpc_neuro.precompute.config import SAMPLES, PrecomputeConfig
+from hpc_neuro.precompute.config import COPIES, SAMPLES, PrecomputeConfig
 from hpc_neuro.precompute.gate_table import HEADER, Verdict, explain_failure, judge_some
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def _judge_teacher(cfg: PrecomputeConfig, plan: CachePlan) -> Verdict | None:
     log.info("is the teacher worth anything on these volumes? (docs/method.md; gate=skip leaves this out)")
     log.info(HEADER)
     verdict = judge_some(
-        plan.teacher, name, plan.store, list(plan.digests), cfg.layers[-1], seed=0, samples=SAMPLES, write=log.info
+        plan.teacher, name, plan.store, list(plan.digests), cfg.layers[-1], 0, (SAMPLES, COPIES), log.info
     )
 
     if not verdict.judgments:

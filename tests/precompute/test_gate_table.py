@@ -37,12 +37,12 @@ def set_gain(monkeypatch: pytest.MonkeyPatch, gain: float, small: str = "") -> l
     """The gate finds `gain` on every volume but `small`, which it calls too small; returns the volumes it is asked."""
     asked = []
 
-    def judge(teacher: Teacher, volume: StoredVolume, layer: int, seed: int, samples: int) -> Judgment:
+    def judge(teacher: Teacher, volume: StoredVolume, layer: int, seed: int, samples: int, copies: int) -> Judgment:
         asked.append(volume.id)
         if volume.id == small:
             raise InputError(f"volume {volume.id} is small; name larger volumes")
         figures = Figures(0.4 + gain, 0.9, 0.1)
-        return Judgment(volume.id, (figures,), (Figures(0.4, 0.9, 0.1),), (0.2,))
+        return Judgment(volume.id, (figures,), ((Figures(0.4, 0.9, 0.1),),), (0.2,))
 
     monkeypatch.setattr(gate_table, "judge_teacher", judge)
     return asked

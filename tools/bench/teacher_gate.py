@@ -3,7 +3,7 @@
     python -m tools.bench.teacher_gate --store STORE [--volumes ID ...] [--teacher bundled bundled8 random ...]
 
 For every teacher and volume, and for the teacher's untrained copies (random weights, the same positions), in the mean
-over some samples of tiles, each of which has an untrained copy of its own:
+over some samples of tiles:
 
 probe     R^2 of a ridge regression from one token's features to the share of neurite in its 4 x 4 parts, fitted on one
           part of the volume and scored on another, both ways. `pixels` regresses from the 4 x 4 means of the pixels.
@@ -11,9 +11,9 @@ shift     cosine of position-free features, f(slice) - f(black), of the same pix
 position  share of the features' variance that the place of a token in the tile explains alone
 
 A teacher passes on a volume when its probe is at least 0.03 above that of its untrained copies and its shift is at
-least 0.8, both in the mean; the spread is the standard deviation of the gain over the samples. A teacher is a name of
-`teacher.model`, or NAME=WEIGHTS with a file or folder of weights. `hpc-neuro doctor teacher=NAME store=STORE` judges
-one teacher in the same way.
+least 0.8, both in the mean; the spread is the standard deviation of the gain over samples and copies. A teacher is a
+name of `teacher.model`, or NAME=WEIGHTS with a file or folder of weights. `hpc-neuro doctor teacher=NAME store=STORE`
+judges one teacher in the same way.
 Exit code: 0 at least one teacher passes on every volume, 3 none does, 2 bad input. The last line is one JSON object.
 """
 
@@ -34,7 +34,7 @@ from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher
-from hpc_neuro.precompute.config import SAMPLES
+from hpc_neuro.precompute.config import COPIES, SAMPLES
 from hpc_neuro.precompute.gate_table import HEADER, judge_volumes
 
 
@@ -47,12 +47,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layer", type=int, default=-1, help="the teacher's block; negative ones count from the end")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample of tiles and the first untrained copy")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="samples of tiles (default %(default)s)")
+    parser.add_argument("--copies", type=int, default=COPIES, help="untrained copies (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
 
     try:
-        result = judge_all(args.store, args.volumes, args.teacher, args.layer, args.seed, args.samples)
+        result = judge_all(args.store, args.volumes, args.teacher, args.layer, args.seed, (args.samples, args.copies))
     except (InputError, ConfigError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_BAD_INPUT
@@ -67,17 +68,20 @@ def judge_all(
     teachers: Sequence[str],
     layer: int = -1,
     seed: int = 0,
-    samples: int = SAMPLES,
+    counts: tuple[int, int] = (SAMPLES, COPIES),
 ) -> dict[str, Any]:
-    """Judge every teacher on every volume, with printed rows each. Raises InputError and ConfigError."""
+    """Judge every teacher on every volume, with printed rows each. Raises InputError and ConfigError.
+
+    counts: samples of tiles and untrained copies.
+    """
     store = Store(folder)
     names = list(volumes or store.ids)
     _write(HEADER)
-    result: dict[str, Any] = {"layer": layer, "seed": seed, "samples": samples, "volumes": names, "teachers": {}}
+    result: dict[str, Any] = {"layer": layer, "seed": seed, "counts": counts, "volumes": names, "teachers": {}}
     for text in teachers:
         start = time.monotonic()
         teacher = load_teacher(_parse_teacher(text))
-        verdict = judge_volumes(teacher, text, store, names, layer, seed, samples, _write)
+        verdict = judge_volumes(teacher, text, store, names, layer, seed, counts, _write)
         result["teachers"][text] = {"seconds": round(time.monotonic() - start, 1), **verdict.to_json()}
     return result
 

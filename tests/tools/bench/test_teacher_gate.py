@@ -27,14 +27,14 @@ def test_an_untrained_teacher_fails(store: Path, capsys: pytest.CaptureFixture[s
     assert [line.split()[2] for line in lines[1:4]] == ["trained", "untrained", "pixels"]
     result = json.loads(lines[-1])["teachers"]["random"]
     assert not result["passes"]
-    assert len(result["volumes"]["a"]["gains"]) == 2
+    assert len(result["volumes"]["a"]["gains"]) == 4
     assert abs(result["volumes"]["a"]["gain"]) < 0.1
 
 
-def judge_by_name(teacher: Teacher, volume: StoredVolume, layer: int, seed: int, samples: int) -> Judgment:
+def judge_by_name(teacher: Teacher, volume: StoredVolume, layer: int, seed: int, samples: int, copies: int) -> Judgment:
     """Gains of 0.1, but for the random teacher on volume b."""
     probe = 0.2 if teacher.random and volume.id == "b" else 0.3
-    return Judgment(volume.id, (Figures(probe, 0.9, 0.1),), (Figures(0.2, 0.9, 0.1),), (0.2,))
+    return Judgment(volume.id, (Figures(probe, 0.9, 0.1),), ((Figures(0.2, 0.9, 0.1),),), (0.2,))
 
 
 @pytest.mark.parametrize(
