@@ -74,7 +74,8 @@ setup(
         "docs": DOCS,
         "dev": TEST + LINT + DOCS,
         "napari": ["napari[pyqt6]>=0.9"],
-        "compare": ["kimimaro>=5.8", "navis>=1.10"],  # GPL-3 comparisons, never imported by the core
+        # Peers that benchmarks compare with, some of them GPL-3; never imported by the core.
+        "compare": ["kimimaro>=5.8", "navis>=1.10", "dynamic-network-architectures>=0.4"],
     },
     entry_points={
         "console_scripts": ["hpc-neuro=hpc_neuro.cli:run_process"],

@@ -1,0 +1,431 @@
+"""Quality per compute: our student, nnU-Net's residual U-Net and MONAI's UNETR, on neurons held out.
+
+    python -m tools.bench.quality --store STORE --out OUT [--seconds 600] [--seeds 0 1] [--only ID ...]
+                                  [--networks student residual_unet unetr] [--crop 16 96 96] [--batch 2]
+
+Every neuron of the store (or those of --only) is held out in turn, and for every seed. All networks get the same crops
+in the same order, the same augmentation and the same losses (Dice and cross entropy), for the same CPU seconds of
+training steps (reading is not counted; on a GPU: seconds of the clock). Each has the optimizer of its own recipe:
+
+    student         AdamW at the rate of `hpc-neuro train`, warm-up and cosine; from random weights
+    residual_unet   dynamic_network_architectures' ResidualEncoderUNet as nnU-Net plans it for the crop; AdamW or, with
+                    --unet-optimizer sgd, nnU-Net's SGD with Nesterov momentum and polynomial decay
+    unetr           MONAI's UNETR of the student's width; AdamW at 1e-4 x --unetr-rate
+
+One more neuron, the next in the store, is left out of training: its best Dice chooses the threshold. Probabilities are
+those of MONAI's sliding_window_inference. Printed per network: Dice, clDice, average precision, and F1 of the cable at
+4 voxels with and without links along the image, with 95 % intervals over neurons, and the differences to the student
+neuron by neuron. OUT keeps a file for each training; the same command goes on where it was. OUT/quality.json and
+OUT/quality.svg hold all of it. Last line: JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from monai.networks.nets import UNETR
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hpc_neuro.core import files, morphology
+from hpc_neuro.core.constants import TOLERANCE_VOX, UNLABELED
+from hpc_neuro.core.geometry import Shape
+from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.schema import InputError
+from hpc_neuro.core.types import Batch, StudentOutput
+from hpc_neuro.data.augment import augment
+from hpc_neuro.data.config import AugmentConfig, CropConfig
+from hpc_neuro.data.crops import CropSampler
+from hpc_neuro.data.dataset import CropDataset, read_volume_points
+from hpc_neuro.data.store import Store
+from hpc_neuro.losses import sum_losses
+from hpc_neuro.losses.segmentation import CrossEntropy, Dice
+from hpc_neuro.metrics.bootstrap import Interval, mean_interval, paired_difference
+from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.metrics.centerline import cldice
+from hpc_neuro.models.config import SIZES, StudentConfig
+from hpc_neuro.models.student import build_student
+from hpc_neuro.report.charts import draw_pairs
+from hpc_neuro.tracing import TraceConfig, trace
+from hpc_neuro.train.config import OptimConfig
+from hpc_neuro.train.optim import lr_at
+from tools.bench.ablate_parts import THRESHOLDS, average_precision, dice_at, read_box
+
+METRICS = ("dice", "cldice", "average_precision", "f1", "f1_without_links")
+_MARGIN = 16  # [voxel] around a held-out neuron
+_MOST_STEPS = 10**7
+_UNET_RATE, _UNETR_RATE = 1e-3, 1e-4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all trainings share."""
+
+    crop: Shape
+    batch: int
+    seconds: float
+    size: Any
+    """Of the student (see SIZES)."""
+    unet_optimizer: str
+    unetr_rate: float
+    device: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network and how it is trained."""
+
+    network: nn.Module
+    """[B, 1, Z, Y, X] -> logits of the same shape."""
+    optimizer: torch.optim.Optimizer
+    rate_at: Callable[[float], float]
+    """Share of the budget that is used -> factor on the rate."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the trainings that are missing, and print the table of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, required=True, help="folder that `prepare` wrote")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--only", nargs="+", default=[], help="hold out these only (the others are still trained on)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seconds", type=float, default=600.0, help="CPU seconds of training per network")
+    parser.add_argument("--crop", type=int, nargs=3, default=(16, 96, 96), help="[voxel] multiples of 16")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--size", default="tiny", choices=list(SIZES), help="of the student, and UNETR's width")
+    parser.add_argument("--unet-optimizer", choices=("adamw", "sgd"), default="adamw")
+    parser.add_argument("--unetr-rate", type=float, default=1.0, help="factor on UNETR's rate of 1e-4")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(compare(args)))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Train and score what is missing; the figures of all trainings, printed and drawn."""
+    store, ids = Store(args.store), check_neurons(Store(args.store), args.only)
+    z, y, x = args.crop
+    settings = Settings(
+        (z, y, x), args.batch, args.seconds, args.size, args.unet_optimizer, args.unetr_rate, args.device
+    )
+
+    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for held_out in ids:
+        for seed in args.seeds:
+            for network in args.networks:
+                result = train_and_score(store, held_out, seed, network, settings, args.out)
+                for metric in METRICS:
+                    neurons = scores.setdefault(network, {}).setdefault(metric, {})
+                    neurons.setdefault(held_out, []).append(result[metric])
+
+    facts = summarize(scores)
+    print("\n".join(describe(facts)))
+    facts["settings"] = asdict(settings)
+    files.write_json(args.out / "quality.json", facts)
+    files.write_text(args.out / "quality.svg", draw(scores))
+    return facts
+
+
+def check_neurons(store: Store, only: Sequence[str]) -> list[str]:
+    """The neurons to hold out. Raises InputError for a name that is not there, and for a store that is too small."""
+    if unknown := sorted(set(only) - set(store.ids)):
+        raise InputError(f"--only: {store.path} has no {', '.join(unknown)}; it has {', '.join(store.ids)}")
+    if len(store.ids) < 3:
+        raise InputError(
+            f"{store.path} has {len(store.ids)} volumes; one is held out and one chooses the threshold, so at least 3 "
+            "are needed; prepare a store with more"
+        )
+    return list(only or store.ids)
+
+
+def train_and_score(
+    store: Store, held_out: str, seed: int, network: str, settings: Settings, out: Path
+) -> dict[str, Any]:
+    """The scores of one training, from its file where it has been done."""
+    path = out / "trainings" / f"{held_out}_{seed}_{network}.json"
+    facts = {**asdict(settings), "crop": list(settings.crop), "store": str(store.path.resolve())}
+    if path.exists():
+        result: dict[str, Any] = files.read_json(path, f"remove {path}")
+        if result["settings"] != facts:
+            raise InputError(f"{path} was made with other settings; choose another --out, or remove {out}")
+        return result
+
+    ids = list(store.ids)
+    validated = ids[(ids.index(held_out) + 1) % len(ids)]
+    trained = [name for name in ids if name not in (held_out, validated)]
+
+    torch.manual_seed(seed)
+    recipe = NETWORKS[network](settings)
+    steps = train(recipe, store, trained, seed, settings)
+    threshold = choose_threshold(*predict(recipe.network, store, validated, settings))
+
+    probability, mask = predict(recipe.network, store, held_out, settings)
+    result = {
+        "settings": facts,
+        "steps": steps,
+        "parameters": sum(p.numel() for p in recipe.network.parameters()),
+        "threshold": threshold,
+        **score_mask(probability, mask, threshold),
+        **score_trees(store, held_out, probability, threshold),
+    }
+    files.write_json(path, result)
+    figures = "  ".join(f"{metric} {result[metric]:.3f}" for metric in METRICS)
+    print(f"{held_out:<16} seed {seed} {network:<14} {steps:6d} steps  {figures}", flush=True)
+    return result
+
+
+def train(recipe: Recipe, store: Store, ids: Sequence[str], seed: int, settings: Settings) -> int:
+    """Train for the seconds of the settings; the number of steps."""
+    network, optimizer = recipe.network.train(), recipe.optimizer
+    rates = [group["lr"] for group in optimizer.param_groups]
+    used, steps = 0.0, 0
+
+    for batch in iterate_batches(store, ids, seed, settings):
+        if used >= settings.seconds:
+            break
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * recipe.rate_at(used / settings.seconds)
+
+        begin = _read_clock(settings.device)
+        logits = network(batch.image)
+        loss, _ = sum_losses((Dice(), CrossEntropy()), StudentOutput(logits, {}), batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        used += _read_clock(settings.device) - begin
+        steps += 1
+    return steps
+
+
+def iterate_batches(store: Store, ids: Sequence[str], seed: int, settings: Settings) -> Iterator[Batch]:
+    """The augmented batches of a seed; they do not depend on the network."""
+    crops = CropConfig(size=settings.crop)
+    # The grid matters to distilled crops alone, and there are none.
+    sampler = CropSampler(crops, read_volume_points(store, ids), seed, (1, 1, 1))
+    dataset = CropDataset(store, sampler, (1, 1, 1))
+    for step in range(_MOST_STEPS):
+        numbers = range(step * settings.batch, (step + 1) * settings.batch)
+        batch = dataset.collate([dataset[number] for number in numbers]).to(torch.device(settings.device))
+        yield augment(batch, AugmentConfig(), seed)
+
+
+def _read_clock(device: str) -> float:
+    """Seconds of CPU, or of the clock where a GPU does the work."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def predict(
+    network: nn.Module, store: Store, volume: str, settings: Settings
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Probability and mask [Z, Y, X] of the box around a neuron."""
+    image, mask = read_box(store, volume, _MARGIN)
+    network.eval()
+    with torch.inference_mode():
+        logits = sliding_window_inference(
+            torch.from_numpy(image)[None, None], settings.crop, 4, network, 0.25, "gaussian", sw_device=settings.device,
+            device="cpu",
+        )  # fmt: skip
+    assert isinstance(logits, Tensor)
+    return logits[0, 0].float().sigmoid().numpy(), mask
+
+
+def choose_threshold(probability: NDArray[np.float32], mask: NDArray[np.uint8]) -> float:
+    """The threshold of the best Dice on a neuron that was not trained on."""
+    values, truth = probability[mask != UNLABELED], mask[mask != UNLABELED] == 1
+    return float(max(THRESHOLDS, key=lambda level: dice_at(values, truth, float(level))))
+
+
+def score_mask(probability: NDArray[np.float32], mask: NDArray[np.uint8], threshold: float) -> dict[str, float]:
+    """Dice, clDice and average precision over the labelled voxels."""
+    labelled = mask != UNLABELED
+    predicted = np.where(labelled, probability >= threshold, False)
+    return {
+        "dice": dice_at(probability[labelled], mask[labelled] == 1, threshold),
+        "cldice": float(cldice(predicted, np.where(labelled, mask, 0))),
+        "average_precision": average_precision(probability[labelled], mask[labelled] == 1),
+    }
+
+
+def score_trees(store: Store, volume: str, probability: NDArray[np.float32], threshold: float) -> dict[str, float]:
+    """F1 of the cable, from the root of the gold tree, with and without links along the image."""
+    stored = store[volume]
+    points = stored.points("skeleton")
+    start = np.maximum(points.min(axis=0) - _MARGIN, 0)
+    image, _ = read_box(store, volume, _MARGIN)
+    gold = stored.tree()
+    gold = Tree(gold.points - start, gold.radii, gold.parents, gold.types)
+    z, y, x = (float(v) for v in (np.array(stored.root) - start if stored.root is not None else gold.points[0]))
+
+    cfg = TraceConfig(threshold=float(np.clip(threshold, 0.02, 1.0)))
+    f1 = {}
+    for name, shown in (("f1", image), ("f1_without_links", None)):
+        try:
+            trees = trace(probability, stored.voxel_size, roots=[(z, y, x)], cfg=cfg, image=shown)
+        # A root far from all that was found: the neuron is missed.
+        except InputError:
+            trees = [morphology.empty_tree()]
+        f1[name] = match_cable(morphology.concatenate_trees(trees), gold, TOLERANCE_VOX).f1
+    return f1
+
+
+class _Logits(nn.Module):
+    """A student as a network that gives logits alone."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, 1, Z, Y, X] -> logits of the same shape."""
+        logits: Tensor = self.student(image).logits
+        return logits
+
+
+def build_student_recipe(settings: Settings) -> Recipe:
+    """The student from random weights."""
+    network = _Logits(build_student(StudentConfig(size=settings.size))).to(settings.device)
+    optim = OptimConfig(steps=1000)
+    # The first layers of a transformer without a teacher's weights learn at the rate of transferred ones.
+    transformer = [p for name, p in network.named_parameters() if ".vit." in name]
+    others = [p for name, p in network.named_parameters() if ".vit." not in name]
+    groups = [{"params": others, "lr": optim.lr}, {"params": transformer, "lr": optim.lr * optim.vit_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
+    return Recipe(network, optimizer, lambda share: lr_at(min(int(share * optim.steps), optim.steps - 1), optim))
+
+
+def build_residual_unet_recipe(settings: Settings) -> Recipe:
+    """nnU-Net's residual encoder U-Net as its planner lays it out for the crop."""
+    try:
+        from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+    except ImportError:
+        raise InputError(
+            "residual_unet needs nnU-Net's networks; pip install --no-deps dynamic-network-architectures einops"
+        ) from None
+
+    strides, kernels = plan_stages(settings.crop)
+    stages = len(strides)
+    network = ResidualEncoderUNet(
+        1, stages, [min(32 * 2**n, 320) for n in range(stages)], nn.Conv3d, kernels, strides,
+        [(1, 3, 4, 6, 6, 6, 6, 6)[n] for n in range(stages)], 1, [1] * (stages - 1), conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    ).to(settings.device)  # fmt: skip
+
+    if settings.unet_optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            network.parameters(), 1e-2, momentum=0.99, nesterov=True, weight_decay=3e-5
+        )
+    else:
+        optimizer = torch.optim.AdamW(network.parameters(), _UNET_RATE, weight_decay=3e-5)
+    return Recipe(network, optimizer, decay_polynomially)
+
+
+def plan_stages(crop: Shape) -> tuple[list[list[int]], list[list[int]]]:
+    """Strides and kernels of each stage: axes are halved while they keep 4 voxels; a coarse axis begins later."""
+    size, strides, kernels = list(crop), [[1, 1, 1]], list[list[int]]()
+    spacing = [max(crop) / n for n in crop]
+    while True:
+        # As nnU-Net's planner: only axes within twice the finest spacing are convolved and halved.
+        kernels.append([3 if value <= 2 * min(spacing) else 1 for value in spacing])
+        axes = list(zip(size, spacing, strict=True))
+        can_halve = [n // 2 >= 4 and n % 2 == 0 and value < 2 * min(spacing) for n, value in axes]
+        if not any(can_halve) or len(strides) == 6:
+            return strides, kernels
+        strides.append([2 if halve else 1 for halve in can_halve])
+        size = [n // 2 if halve else n for n, halve in zip(size, can_halve, strict=True)]
+        spacing = [2 * value if halve else value for value, halve in zip(spacing, can_halve, strict=True)]
+
+
+def build_unetr_recipe(settings: Settings) -> Recipe:
+    """MONAI's UNETR with the width of the student."""
+    dim, _, heads = SIZES[settings.size]
+    network = UNETR(
+        1, 1, settings.crop, feature_size=16, hidden_size=dim, mlp_dim=4 * dim, num_heads=heads, qkv_bias=True
+    ).to(settings.device)
+    rate = _UNETR_RATE * settings.unetr_rate
+    return Recipe(network, torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-5), warm_up_and_cosine)
+
+
+def decay_polynomially(share: float) -> float:
+    """nnU-Net's schedule."""
+    return float((1 - min(share, 1.0)) ** 0.9)
+
+
+def warm_up_and_cosine(share: float) -> float:
+    """Linear over the first tenth, then a cosine to zero."""
+    if share < 0.1:
+        return 0.01 + share / 0.1 * 0.99
+    return 0.5 * (1 + math.cos(math.pi * min((share - 0.1) / 0.9, 1.0)))
+
+
+NETWORKS: dict[str, Callable[[Settings], Recipe]] = {
+    "student": build_student_recipe,
+    "residual_unet": build_residual_unet_recipe,
+    "unetr": build_unetr_recipe,
+}
+
+
+def summarize(scores: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
+    """Means over seeds per neuron, with intervals over neurons, and differences to the first network."""
+    first = next(iter(scores))
+    facts: dict[str, Any] = {"scores": scores, "mean": {}, "difference": {}}
+    for network, metrics in scores.items():
+        means = {metric: mean_over_seeds(values) for metric, values in metrics.items()}
+        facts["mean"][network] = {metric: asdict(mean_interval(values)) for metric, values in means.items()}
+        if network != first:
+            facts["difference"][f"{first} - {network}"] = {
+                metric: asdict(paired_difference(mean_over_seeds(scores[first][metric]), values))
+                for metric, values in means.items()
+            }
+    return facts
+
+
+def mean_over_seeds(values: dict[str, list[float]]) -> list[float]:
+    """One value per neuron."""
+    return [float(np.mean(one)) for one in values.values()]
+
+
+def describe(facts: dict[str, Any]) -> Iterator[str]:
+    """The tables for people."""
+    yield f"{'':<26}" + "".join(f"{metric:>26}" for metric in METRICS)
+    for kind in ("mean", "difference"):
+        for name, metrics in facts[kind].items():
+            yield f"{name:<26}" + "".join(f"{format_interval(Interval(**metrics[m])):>26}" for m in METRICS)
+
+
+def format_interval(interval: Interval) -> str:
+    """A mean with its interval, where there is one."""
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:.3f}"
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def draw(scores: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+    """Dice per network, a line per neuron, as SVG."""
+    by_network = [mean_over_seeds(metrics["dice"]) for metrics in scores.values()]
+    by_neuron = [list(values) for values in zip(*by_network, strict=True)]
+    return draw_pairs("Held-out neurons, equal seconds of training", list(scores), by_neuron, "Dice")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
