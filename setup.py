@@ -45,6 +45,9 @@ TEST = [
     "swcgeom>=0.19",
     "ome-zarr-models>=1.0",
     "zarr>=3.0",
+    "moto>=5",  # with flask, an S3 server for the tests of remote stores
+    "flask>=3",
+    "flask-cors>=5",
     "nbclient>=0.10",  # runs docs/notebooks
     "ipykernel>=6.29",
     "triton>=3.0; platform_machine == 'x86_64' and sys_platform == 'linux'",  # its interpreter runs on a CPU

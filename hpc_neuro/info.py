@@ -20,10 +20,11 @@ from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, open_volume
 from hpc_neuro.data.formats.volume import Array
+from hpc_neuro.data.remote_path import parse_path
 
 HELP = """usage: hpc-neuro info PATH [key=value ...]
 
-Prints what PATH (an image file or folder, or an SWC) is read as: shape, type, axes, voxel size, intensities.
+Prints what PATH (an image file, folder or address, or an SWC) is read as: shape, type, axes, voxel size, intensities.
   picture=FILE.png  draw the maximum projections along z, y and x (of a tree: its branches)
   channel=N         of an image with several channels
   axes=LETTERS      what the stored axes are (Z Y X C T), where the file does not say
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         fault = f"unknown {', '.join(unknown)}" if unknown else f"{len(paths)} paths, expected one"
         raise ConfigError(f"info cannot run: {fault}\n{HELP}")
 
-    path = Path(paths[0])
+    path = parse_path(paths[0])
     picture = Path(options["picture"]) if "picture" in options else None
     # Given twice, the image itself would be replaced by its picture.
     if picture is not None and picture.suffix.lower() != ".png":

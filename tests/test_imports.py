@@ -25,7 +25,7 @@ HOMES = {
     "timm": {"models/teacher.py"},
     "mpi4py": {"core/distributed.py"},
     "h5py": {"data/store", "data/feature_cache", "data/formats", "doctor.py"},
-    "tensorstore": {"data/formats", "data/ome_zarr.py"},
+    "tensorstore": {"data/formats", "data/ome_zarr.py", "data/remote_path.py"},
     "optuna": {"search/study.py"},
     "napari": {"napari_plugin"},
     "qtpy": {"napari_plugin/places_table.py"},

@@ -24,6 +24,8 @@ _NULLS = ("null", "~", "")
 """Texts that YAML reads as null."""
 _MAX_YAML_BYTES = 16 << 20
 """[bytes] Size of a YAML file that is read."""
+_COLLAPSED_ADDRESS = re.compile(r"(s3|gs|https?):/(?!/)")
+"""How an address begins that was taken for a local path, which has no double slash."""
 _SHORT_VALUE = 200
 """Characters of a value in a fault."""
 
@@ -69,12 +71,31 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     except ValidationError as error:
         faults += [_describe_fault(cls, item) for item in error.errors()]
 
+    else:
+        faults += [
+            f"{key}: {path} lies in a remote store, from which only image volumes are read; give a local path"
+            for key, path in _list_paths(value)
+            if _COLLAPSED_ADDRESS.match(path)
+        ]
+
     # A list that is too short has one fault for each entry that it lacks.
     messages = list(dict.fromkeys(fault for fault in faults if fault is not None))
     if messages:
         lines = "\n".join(f"  {message}" for message in messages)
         raise ConfigError(f"{source} is not a usable {cls.__name__}:\n{lines}")
     return value
+
+
+def _list_paths(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted key and the text of each path in a config."""
+    if isinstance(value, Path):
+        yield prefix, str(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _list_paths(getattr(value, field.name), f"{prefix}.{field.name}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _list_paths(item, f"{prefix}.{number}")
 
 
 def to_plain(value: Any) -> Any:

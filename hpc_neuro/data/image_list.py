@@ -7,6 +7,7 @@ from pathlib import Path
 from hpc_neuro.core import run_folder
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import image_stem, open_volume
+from hpc_neuro.data.remote_path import RemotePath
 
 
 def expand_images(named: Path) -> list[Path]:
@@ -14,6 +15,9 @@ def expand_images(named: Path) -> list[Path]:
 
     Raises InputError for a pattern without a match and for a folder without images.
     """
+    if isinstance(named, RemotePath):
+        return [named]
+
     # A pattern reaches the program where the shell does not expand it.
     if not named.exists() and any(character in str(named) for character in "*?["):
         anchor = Path(named.anchor)

@@ -13,6 +13,7 @@ from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.image_names import strip_ending
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.orientation import parse_orientation
+from hpc_neuro.data.remote_path import ImagePath
 from hpc_neuro.tracing import TraceConfig
 
 
@@ -20,8 +21,8 @@ from hpc_neuro.tracing import TraceConfig
 class VolumeConfig:
     """One volume that is not in a store."""
 
-    image: Path
-    """File or folder that `hpc-neuro info` can open."""
+    image: ImagePath
+    """File, folder or address that `hpc-neuro info` can open."""
     id: str | None = None
     """Name of its results; none: the file's name without its ending."""
     voxel_size: VoxelSize | None = None
@@ -68,9 +69,9 @@ class InferConfig:
     """Take the volumes of this store's `split` ..."""
     split: Literal["train", "val", "test"] = "test"
     """... this one."""
-    images: tuple[Path, ...] = ()
-    """Volumes that are in no store: image files, folders of images, OME-Zarr folders, or patterns such as `*.tif`;
-    plain paths after the verb. They are kept as `inputs`."""
+    images: tuple[ImagePath, ...] = ()
+    """Volumes that are in no store: image files, folders of images, OME-Zarr folders or their s3://, gs:// or https://
+    addresses, or patterns such as `*.tif`; plain paths after the verb. They are kept as `inputs`."""
     inputs: tuple[VolumeConfig, ...] = ()
     """The same with settings of their own; `inputs=[{image: brain.tif, root: [3, 40, 20]}]`."""
     voxel_size: VoxelSize | None = None

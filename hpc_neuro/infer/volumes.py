@@ -11,13 +11,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core import files, run_folder
+from hpc_neuro.core import run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.foreground import measure_foreground
-from hpc_neuro.data.formats import Volume, describe_image_folder, open_volume
+from hpc_neuro.data.formats import Volume, describe_content, open_volume
 from hpc_neuro.data.intensity import compute_intensity_range, normalize
+from hpc_neuro.data.remote_path import parse_path
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
 
@@ -57,8 +58,8 @@ class InputVolume:
     def find_change(self) -> str:
         """A sentence when the image is not the one that was hashed before it was read; "" when it is."""
         # A store's volume has its own digest, which is compared when it is opened.
-        path = Path(self.image)
-        if not self.content or _describe_content(path) == self.content:
+        path = parse_path(self.image)
+        if not self.content or describe_content(path) == self.content:
             return ""
         return (
             f"{self.id}: {path} was changed while it was read, so that the result is of a mixture; wait until nothing "
@@ -243,7 +244,7 @@ def _check_roots(item: VolumeConfig, roots: tuple[tuple[float, float, float], ..
 
 def _measure(item: VolumeConfig, volume: Volume) -> Measurement | UnusableVolume:
     # Hashed before it is read: what changes later is noticed at the end.
-    content = _describe_content(item.image)
+    content = describe_content(item.image)
     try:
         intensity_range = item.range or compute_intensity_range(lambda box: volume[box], volume.shape)
     except InputError as error:
@@ -252,11 +253,6 @@ def _measure(item: VolumeConfig, volume: Volume) -> Measurement | UnusableVolume
         return UnusableVolume(item.name, f"{prefix}{error}")
 
     return Measurement(intensity_range, content)
-
-
-def _describe_content(image: Path) -> str:
-    # A folder may hold millions of chunks, so their bytes are not read.
-    return files.sha256(image) if image.is_file() else describe_image_folder(image)
 
 
 def _open_overview(item: VolumeConfig, fine: Volume, low: float, high: float) -> Callable[[Box], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from hpc_neuro.core.types import Contrast
 from hpc_neuro.data import swc
 from hpc_neuro.data.alignment import Fit, compare_orientations, list_changes_inside, outside_fraction
 from hpc_neuro.data.formats import Volume as ImageVolume
-from hpc_neuro.data.formats import open_volume
+from hpc_neuro.data.formats import describe_content, open_volume
 from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range
+from hpc_neuro.data.remote_path import RemotePath
 from hpc_neuro.data.store import FORMAT, VolumeRecord, forecast_bytes
 from hpc_neuro.prepare.config import DISTANCE_CAP, PrepareConfig
 from hpc_neuro.prepare.pairs import ImagePair
@@ -57,7 +59,7 @@ class OpenedPair:
     def require_unchanged(self) -> None:
         """Raise InputError when a file does not have the hash of the volume: it was written to while it was read."""
         for kind, path in (("image", self.pair.image), ("swc", self.pair.swc)):
-            if files.sha256(path) != self.sources[kind]:
+            if _hash_source(path) != self.sources[kind]:
                 raise InputError(
                     f"{path} was changed while it was read, and {self.id} would hold a mixture; wait until nothing "
                     "writes to it, then prepare it into another `out`"
@@ -106,9 +108,14 @@ def open_pair(pair: ImagePair, cfg: PrepareConfig) -> OpenedPair:
     _require_root_inside(pair, image.shape)
 
     # Hashing reads both files once, before anything is written.
-    sources = {"image": files.sha256(pair.image), "swc": files.sha256(pair.swc)}
+    sources = {"image": _hash_source(pair.image), "swc": _hash_source(pair.swc)}
     digest = _compute_digest(pair, unit, size, sources, cfg)
     return OpenedPair(pair, image, size, unit, tree, sources, digest, remarks)
+
+
+def _hash_source(path: Path) -> str:
+    """SHA-256 of a file or folder; of an image in a remote store, what its descriptions say."""
+    return describe_content(path) if isinstance(path, RemotePath) else files.sha256(path)
 
 
 def convert_to_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:

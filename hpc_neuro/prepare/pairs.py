@@ -18,6 +18,7 @@ from hpc_neuro.core.image_names import is_system_file
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.yaml_text import YamlError
 from hpc_neuro.data.formats import image_stem
+from hpc_neuro.data.remote_path import RemotePath, parse_path
 from hpc_neuro.data.store import SPLITS
 from hpc_neuro.prepare.config import PrepareConfig, SplitConfig
 
@@ -223,8 +224,10 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
     if missing:
         raise InputError(f"{source}: {row.get('id', 'a row')} has no {' and no '.join(missing)}")
 
-    # An absolute path stays as it is.
-    image, swc = (folder / _read_text(row, column, source) for column in ("image", "swc"))
+    # An absolute path stays as it is, and so does the address of an image.
+    named = parse_path(_read_text(row, "image", source))
+    image = named if isinstance(named, RemotePath) else folder / named
+    swc = folder / _read_text(row, "swc", source)
 
     # A name that looks like a number stays as it is written: 010 is not 8.
     id_ = _read_text(row, "id", source) if "id" in row else image_stem(image) or image.stem

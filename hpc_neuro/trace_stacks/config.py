@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hpc_neuro.core.geometry import Point, VoxelSize
 from hpc_neuro.core.schema import config
+from hpc_neuro.data.remote_path import ImagePath
 from hpc_neuro.tracing import TraceConfig
 
 INDEX = "trace.json"
@@ -19,8 +20,9 @@ NO_MODEL = "none"
 class TraceStacksConfig:
     """Which stacks are traced, and how."""
 
-    stacks: tuple[Path, ...] = ()
-    """Image files, folders of images, OME-Zarr folders, or patterns such as `*.tif`; plain paths after the verb."""
+    stacks: tuple[ImagePath, ...] = ()
+    """Image files, folders of images, OME-Zarr folders or their s3://, gs:// or https:// addresses, or patterns such as
+    `*.tif`; plain paths after the verb."""
     out: Path = Path("trace")
     """Folder of the results."""
     model: Path = Path("none")

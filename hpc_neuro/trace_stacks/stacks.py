@@ -12,6 +12,7 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import seeds
 from hpc_neuro.data.formats import Volume, image_stem, open_volume
 from hpc_neuro.data.image_list import expand_images
+from hpc_neuro.data.remote_path import RemotePath
 from hpc_neuro.trace_stacks.config import TraceStacksConfig
 
 
@@ -31,6 +32,9 @@ class Stack:
         """The seed file that holds for the stack; None without one."""
         if cfg.root is not None:
             return None
+        # Nothing is looked for beside an image in a remote store.
+        if isinstance(self.path, RemotePath):
+            return cfg.seeds
         return cfg.seeds or seeds.find_seed_file(self.path, image_stem(self.path) or self.path.name)
 
     def read_roots(self, cfg: TraceStacksConfig, shape: Shape) -> tuple[Point, ...]:

@@ -17,7 +17,7 @@ from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
-from hpc_neuro.data.formats import Volume, describe_image_folder
+from hpc_neuro.data.formats import Volume, describe_content
 from hpc_neuro.models.student_folder import STUDENT_FILES, find_student
 from hpc_neuro.trace_stacks import page
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
@@ -293,7 +293,7 @@ def _read_entry(out: Path, name: str) -> _Entry | None:
 
 def _make_key(cfg: TraceStacksConfig, stack: Stack, weights: str) -> str:
     """All that the trees of a stack depend on, hashed."""
-    content = files.sha256(stack.path) if stack.path.is_file() else describe_image_folder(stack.path)
+    content = describe_content(stack.path)
     seed_file = stack.find_seed_file(cfg)
     settings = {k: v for k, v in schema.to_plain(cfg).items() if k not in ("stacks", "out", "seeds")}
     seeds = files.sha256(seed_file) if seed_file is not None and seed_file.is_file() else ""

@@ -6,6 +6,7 @@ To add a format, write one file with `matches` and `open_source` and add one row
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import amira, chunked, hdf5, nifti, nrrd, slice_folder, terafly, tiff, vaa3d
 from hpc_neuro.data.formats.axes import resolve_axes
 from hpc_neuro.data.formats.volume import StoredArray, Volume, translate_errors
+from hpc_neuro.data.remote_path import METADATA_FILES, RemotePath, parse_path
 
-__all__ = ["READERS", "Volume", "describe_image_folder", "image_stem", "is_image_folder", "open_volume"]
+__all__ = ["READERS", "Volume", "describe_content", "image_stem", "is_image_folder", "open_volume"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Reader:
     """Opens the path; the second argument names one of several arrays."""
     suffixes: tuple[str, ...] = ()
     """File name endings of the format; empty for a format that is a folder."""
+    is_remote: bool = False
+    """Whether an image of the format may lie in a remote store (see `data/remote_path.py`)."""
 
     @property
     def is_folder(self) -> bool:
@@ -49,15 +53,13 @@ READERS = (
     Reader("NRRD", nrrd.matches, nrrd.open_source, nrrd.SUFFIXES),
     Reader("NIfTI", nifti.matches, nifti.open_source, nifti.SUFFIXES),
     Reader("Amira", amira.matches, amira.open_source, amira.SUFFIXES),
-    Reader("OME-Zarr or zarr folder", chunked.matches_zarr, chunked.open_zarr),
-    Reader("N5 folder", chunked.matches_n5, chunked.open_n5),
-    Reader("Neuroglancer precomputed folder", chunked.matches_precomputed, chunked.open_precomputed),
+    Reader("OME-Zarr or zarr folder", chunked.matches_zarr, chunked.open_zarr, is_remote=True),
+    Reader("N5 folder", chunked.matches_n5, chunked.open_n5, is_remote=True),
+    Reader("Neuroglancer precomputed folder", chunked.matches_precomputed, chunked.open_precomputed, is_remote=True),
     Reader("TeraFly folder", terafly.matches, terafly.open_source),
     Reader("folder of TIFF slices", slice_folder.matches, slice_folder.open_source),
 )
 
-_METADATA_FILES = ("zarr.json", ".zarray", ".zattrs", ".zgroup", "attributes.json")
-"""Files that describe the arrays of an image folder."""
 _ARCHIVES = (
     ("gzip", b"\x1f\x8b"),
     ("zip", b"PK\x03\x04"),
@@ -84,11 +86,12 @@ def open_volume(
 ) -> Volume:
     """Open a 3D image of any known format without reading its voxels.
 
+    `path` is a file, a folder, or the address of an OME-Zarr, zarr, N5 or precomputed image: s3://, gs://, https://.
     `channel` picks one of several. `axes` names the stored axes (letters Z Y X C T in stored order) where the file does
     not, or names them wrongly. `dataset` names the array in a file or folder that holds several.
     Raises InputError for a missing, unknown, truncated or ambiguous file, a 2D image, and several time points.
     """
-    path = Path(path)
+    path = parse_path(path)
     reader = _find_reader(path)
 
     # Opening reads headers only, but a damaged header makes a decoder fail in its own way.
@@ -107,7 +110,7 @@ def open_volume(
 
 def is_image_folder(path: Path) -> bool:
     """Whether the folder is one image of a known format."""
-    return any(reader.is_folder and reader.matches(path, b"") for reader in READERS)
+    return _find_folder_reader(path) is not None
 
 
 def image_stem(path: Path) -> str | None:
@@ -121,13 +124,19 @@ def image_stem(path: Path) -> str | None:
     return strip_ending(path) if is_image and not is_system_file(path) else None
 
 
-def describe_image_folder(image: Path) -> str:
-    """A folder's place, and the names, sizes and times of the files that describe its arrays: they change when the
-    folder is written anew.
+def describe_content(image: Path) -> str:
+    """What changes when an image is written anew: the SHA-256 of a file; of a folder its place, and the names, sizes
+    and times of the files that describe its arrays; of one in a remote store its address and their content.
 
-    Its chunks may be millions, so that one replaced in place is not noticed.
+    The chunks of a folder may be millions, so that one replaced in place is not noticed.
     """
-    metadata = [path for name in _METADATA_FILES for pattern in (name, f"*/{name}") for path in image.glob(pattern)]
+    if isinstance(image, RemotePath):
+        descriptions = [image / name for name in METADATA_FILES if (image / name).is_file()]
+        return f"{image} {hashlib.sha256(b''.join(path.read_bytes() for path in descriptions)).hexdigest()}"
+    if image.is_file():
+        return files.sha256(image)
+
+    metadata = [path for name in METADATA_FILES for pattern in (name, f"*/{name}") for path in image.glob(pattern)]
 
     # Sorted, because file systems list folders in orders of their own.
     facts = [(p.relative_to(image).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(metadata)]
@@ -151,9 +160,15 @@ def _add_z_axis(array: StoredArray) -> StoredArray:
 def _find_reader(path: Path) -> Reader:
     """The reader for `path`, by its content: names are often wrong. InputError when there is none."""
     if path.is_dir():
-        for reader in READERS:
-            if reader.is_folder and reader.matches(path, b""):
-                return reader
+        folder_reader = _find_folder_reader(path)
+        if folder_reader is not None:
+            return folder_reader
+        if isinstance(path, RemotePath):
+            path.require_access()
+            raise InputError(
+                f"{path} holds no OME-Zarr, zarr, N5 or precomputed image; give the address of its folder, and copy "
+                "images of other formats to a local disk first"
+            )
 
         names = [reader.name for reader in READERS if reader.is_folder]
         wanted = ", ".join(f"{'an' if name.startswith(('OME', 'N5')) else 'a'} {name}" for name in names)
@@ -164,6 +179,12 @@ def _find_reader(path: Path) -> Reader:
         if not reader.is_folder and reader.matches(path, head):
             return reader
     raise InputError(_explain_unknown(path, head))
+
+
+def _find_folder_reader(path: Path) -> Reader | None:
+    """The reader of a folder; None when it holds no image."""
+    readers = [reader for reader in READERS if reader.is_remote or not isinstance(path, RemotePath)]
+    return next((reader for reader in readers if reader.is_folder and reader.matches(path, b"")), None)
 
 
 def _read_head(path: Path) -> bytes:

@@ -1,12 +1,14 @@
-"""Chunked folders through tensorstore: OME-Zarr 0.4 and 0.5, plain zarr, N5 and local Neuroglancer precomputed.
+"""Chunked folders through tensorstore: OME-Zarr 0.4 and 0.5, plain zarr, N5 and Neuroglancer precomputed.
 
 In these formats a chunk without a file is the fill value, so a folder whose chunks have other names than its metadata
-says would read as zeros. The files are therefore looked at before the array is opened for reading.
+says would read as zeros. The files are therefore looked at before the array is opened for reading. A remote store is
+not listed, so some of its chunks are looked for.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import tensorstore as ts
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import um_per
+from hpc_neuro.data import remote_path
 from hpc_neuro.data.formats import chunk_decoder
 from hpc_neuro.data.formats.axes import default_axes, letters_of_names
 from hpc_neuro.data.formats.volume import (
@@ -35,6 +38,7 @@ from hpc_neuro.data.formats.volume import (
     note_outside,
     reinterpret_array,
 )
+from hpc_neuro.data.remote_path import RemotePath, make_context
 
 _CACHE_BYTES = 128 << 20
 """Bytes of decoded chunks that are kept: neighboring boxes meet the same chunks."""
@@ -44,6 +48,8 @@ _MAX_JSON = 64 << 20
 """Bytes of the largest description that is read."""
 _MAX_LISTED = 6
 """Arrays named in an error."""
+_MAX_PROBES = 64
+"""Chunks of a remote array that are looked for."""
 
 _CODEC_FAULT = re.compile(r"compress|codec|filter")
 """What tensorstore names in an error about a codec."""
@@ -93,7 +99,9 @@ def matches_zarr(path: Path, head: bytes = b"") -> bool:
 
 def matches_n5(path: Path, head: bytes = b"") -> bool:
     """Whether the folder is an N5 group or array; the root of a group need not have attributes."""
-    return (path / "attributes.json").is_file() or any(path.glob("*/attributes.json"))
+    # A remote store is not listed, so its full resolution is looked for.
+    is_described = any((path / name / "attributes.json").is_file() for name in ("", "s0"))
+    return is_described or any(path.glob("*/attributes.json"))
 
 
 def matches_precomputed(path: Path, head: bytes = b"") -> bool:
@@ -189,25 +197,27 @@ def _open_store(
 
     Raises InputError for metadata and codecs that neither takes.
     """
-    spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path.resolve()}/"}, **options}
-    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    kvstore = path.store_spec() if isinstance(path, RemotePath) else {"driver": "file", "path": f"{path.resolve()}/"}
+    spec = {"driver": driver, "kvstore": kvstore, **options}
 
     try:
-        store: Any = ts.open(spec, open=True, read=True, context=context).result()
-    except ValueError as error:
+        store: Any = ts.open(spec, open=True, read=True, context=make_context(_CACHE_BYTES)).result(remote_path.TIMEOUT)
+    except (ValueError, TimeoutError) as error:
+        if isinstance(path, RemotePath) and (failure := path.explain(error)):
+            raise failure from None
         grid = read_grid(path, meta or {}) if read_grid and _CODEC_FAULT.search(str(error)) else None
         if grid is not None:
             return _Store(grid.shape, grid.dtype, grid.chunk, grid.chunk, grid.make_reader(_CACHE_BYTES))
 
         # The reason, without the specification that tensorstore repeats after it.
-        reason = str(error).partition(" [tensorstore_spec")[0].rpartition(f"{path.resolve()}/")[2].replace('"', "")
+        reason = str(error).partition(" [tensorstore_spec")[0].rpartition(kvstore["path"])[2].replace('"', "")
         raise InputError(
             f"{path} cannot be opened by tensorstore: {reason}. If it names a codec or filter, write the array again "
             "with blosc, zstd or gzip; otherwise its description is damaged, copy it again"
         ) from None
 
     layout, origin = store.chunk_layout, tuple(int(o) for o in store.domain.origin)
-    read = functools.partial(_read_part, store, origin)
+    read = functools.partial(_read_part, path, store, origin)
     dtype = np.dtype(store.dtype.numpy_dtype)
     chunk, file_chunk = (tuple(int(n) for n in part.shape) for part in (layout.read_chunk, layout.write_chunk))
     return _Store(store.shape, dtype, chunk, file_chunk, read, origin)
@@ -217,7 +227,10 @@ def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArr
     """The open store as a StoredArray; `key` is the file name of its first chunk."""
     # `infer` writes no file for a block without signal, so that its results may have none at all.
     is_result = any("hpc_neuro" in _read_attributes(group) for group in list(level.path.parents)[:3])
-    if not is_result:
+    counts = [-(-n // c) for n, c in zip(store.shape, store.file_chunk, strict=True)]
+    if isinstance(level.path, RemotePath):
+        _require_remote_chunks(level.path, key, counts)
+    elif not is_result:
         _require_chunks(level.path, key)
 
     # tensorstore allocates a whole chunk before it decodes it, and the process dies when it cannot.
@@ -229,7 +242,7 @@ def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArr
             f"{level.path} declares chunks of {chunk_bytes} bytes; its description is damaged, copy it again"
         )
 
-    if not is_result:
+    if not is_result and not isinstance(level.path, RemotePath):
         check_density(level.path, shape, dtype, _count_stored_bytes(level.path, math.prod(shape) * dtype.itemsize))
 
     # The matrix is known only where both the step and the position of index 0 are.
@@ -241,16 +254,22 @@ def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArr
             world[row, i], world[row, -1] = level.step[i], level.begin[i]
 
     # A shard holds many chunks, so a missing file says nothing of their number.
-    count = math.prod(-(-n // c) for n, c in zip(shape, store.file_chunk, strict=True))
-    absent = None if "shard" in key else functools.partial(_describe_absent_chunks, level.path, key, count)
+    absent = None if "shard" in key else functools.partial(_describe_absent_chunks, level.path, key, math.prod(counts))
     return StoredArray(kind, shape, axes, dtype, store.read, level.step, world, level.notes, level.names, absent)
 
 
-def _read_part(store: Any, origin: tuple[int, ...], index: Index) -> Array:
+def _read_part(path: Path, store: Any, origin: tuple[int, ...], index: Index) -> Array:
     """Read one part; the index counts from 0, the store's own domain may begin elsewhere."""
     shifted = tuple(slice(s.start + o, s.stop + o) for s, o in zip(index, origin, strict=True))
-    array: Array = store[shifted].read().result()
-    return array
+    reading = store[shifted].read()
+    if not isinstance(path, RemotePath):
+        return np.asarray(reading.result())
+
+    # A request that failed says nothing of the image: it is not damaged.
+    try:
+        return np.asarray(reading.result(timeout=remote_path.TIMEOUT))
+    except (ValueError, TimeoutError) as error:
+        raise path.explain(error) or error from None
 
 
 def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
@@ -450,6 +469,12 @@ def _find_plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) ->
         is_level = path.name in [str(d["path"]) for d in images[0]["datasets"]]
         return _find_level_in_group(group, path) if is_level else _Level(path)
 
+    if isinstance(path, RemotePath):
+        raise InputError(
+            f"{path} is a zarr group without image metadata, and a remote store is not listed; name its array with "
+            "dataset=NAME"
+        )
+
     members = sorted({p.parent for name in ("zarr.json", ".zarray", ".zgroup") for p in path.glob(f"*/{name}")})
     # bioformats2raw keeps its XML in OME.
     members = [p for p in members if p.name != "OME"]
@@ -507,10 +532,12 @@ def _find_n5_array(path: Path) -> Path:
         return path
 
     # Exporters of one image write one array or a pyramid s0, s1, ...
+    if "dimensions" in _read_optional_json(path / "s0" / "attributes.json"):
+        return path / "s0"
+    if isinstance(path, RemotePath):
+        raise InputError(f"{path} has no array s0, and a remote store is not listed; name its array with dataset=NAME")
     described = [p for p in path.rglob("attributes.json") if "dimensions" in _read_json(p)]
     arrays = sorted(p.parent.relative_to(path) for p in described)
-    if Path("s0") in arrays:
-        return path / "s0"
     if len(arrays) == 1:
         return path / arrays[0]
     raise InputError(f"{path} holds the N5 arrays {_list_names(arrays)}; choose one with dataset=NAME")
@@ -565,6 +592,30 @@ def _require_chunks(folder: Path, key: str) -> None:
     raise InputError(f"{folder} holds files such as {other}, but no chunk with a name like {key}; {advice}")
 
 
+def _require_remote_chunks(folder: RemotePath, key: str, counts: Sequence[int]) -> None:
+    """Raise InputError for a remote array of which no chunk can be read, among the first, the last and some between.
+
+    key: the name of the first chunk. counts: chunks along each axis.
+    """
+    # The chunks of precomputed volumes are named by voxels, and shards hold many.
+    words = re.split(r"\d+", key)
+    if len(words) != len(counts) + 1:
+        return
+
+    # A microscope's image is brightest in the middle, so that one request settles most images.
+    places = [[n // 2, 0, n - 1, n // 4, 3 * n // 4] for n in counts]
+    names = dict.fromkeys(
+        words[0] + "".join(f"{i}{word}" for i, word in zip(place, words[1:], strict=True))
+        for place in [*zip(*places, strict=True), *itertools.product(*([*dict.fromkeys(p)] for p in places))]
+    )
+    probes = list(names)[:_MAX_PROBES]
+    if not any((folder / name).has_object() for name in probes):
+        raise InputError(
+            f"{folder}: none of {len(probes)} chunks that were looked for, such as {probes[0]}, is in the store; its "
+            "chunks have other names than its description says, or most of it is empty: copy it and open the copy"
+        )
+
+
 def _count_stored_bytes(folder: Path, declared: int) -> int:
     """Bytes in the files below `folder`, counted until they are plausible for the `declared` ones."""
     total = 0
@@ -578,6 +629,8 @@ def _count_stored_bytes(folder: Path, declared: int) -> int:
 
 def _describe_absent_chunks(folder: Path, key: str, count: int) -> str | None:
     """A sentence on the chunks, of `count` in all, that are not stored; None when all are."""
+    if isinstance(folder, RemotePath):
+        return "chunks that the store does not have read as the fill value; a remote store is not listed to count them"
     absent = count - sum(is_chunk for _, is_chunk in _iter_chunk_files(folder, key))
     return f"{absent} of {count} chunks are not stored and read as the fill value" if absent > 0 else None
 
@@ -603,7 +656,7 @@ def _read_attributes(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_JSON:
+    if not isinstance(path, RemotePath) and path.stat().st_size > _MAX_JSON:
         raise InputError(f"{path} is larger than any description of an array; the folder is damaged, copy it again")
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
