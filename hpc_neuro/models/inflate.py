@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.models.config import Order, TransferConfig, TubularTokens
 from hpc_neuro.models.student import Student
-from hpc_neuro.models.teacher import Teacher
+from hpc_neuro.models.teacher import Teacher, make_untrained_copy
 from hpc_neuro.models.tensor_names import translate
 
 
@@ -188,6 +189,14 @@ RULES: dict[str, tuple[str, Callable[[Tensor, Tensor, Student, TransferConfig], 
 """Rule -> the tokenizer it needs, and the tokenizer's tensors from the gray kernel [C, h, w] and bias [C]."""
 
 
+def find_rule(student: Student) -> Literal["average", "tubular", "deformable_tubular"]:
+    """The rule that fills the student's tokenizer; of the two for blocks, the average."""
+    tokens = student.cfg.tokenizer
+    if not isinstance(tokens, TubularTokens):
+        return "average"
+    return "deformable_tubular" if tokens.deformable else "tubular"
+
+
 def transfer(teacher: Teacher, student: Student, cfg: TransferConfig) -> TransferReport:
     """Write the teacher's weights into `student` in place and say what went where; errors as those of `map_weights`."""
     values, report = map_weights(teacher, student, cfg)
@@ -206,6 +215,11 @@ def map_weights(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
     own = student.state_dict()
 
     # A student from scratch is reported in the same form, so that runs can be compared.
+    if cfg.rule == "untrained":
+        untrained = make_untrained_copy(teacher)
+        values, report = map_weights(untrained, student, dataclasses.replace(cfg, rule=find_rule(student)))
+        return values, dataclasses.replace(report, rule=f"untrained, by {report.rule}")
+
     if cfg.rule == "scratch":
         report.initial = {name: tensor.numel() for name, tensor in own.items()}
         report.unused = dict.fromkeys(teacher.backbone.state_dict(), "rule scratch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -24,6 +25,8 @@ from hpc_neuro.models.config import BUNDLED, TeacherConfig
 
 # A fragment's schemas vanish with the object, so that it lives as long as the process.
 _schemas: list[torch.library.Library] = []
+_MAX_BLACK = 16
+"""Sizes of images whose black features a teacher keeps."""
 ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
 
 
@@ -74,6 +77,8 @@ class Teacher(nn.Module):
         self.depth = len(backbone.blocks)
         self.heads = int(backbone.blocks[0].attn.num_heads)
         self.patch = int(backbone.patch_embed.patch_size[0])
+        # Features of black images by size and layers.
+        self._black: dict[tuple[torch.Size, tuple[int, ...]], Tensor] = {}
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode whatever the caller's mode: a teacher has no dropout."""
@@ -104,6 +109,19 @@ class Teacher(nn.Module):
         maps = self.backbone.forward_intermediates(rgb, order, norm=True, stop_early=True, intermediates_only=True)
 
         return torch.stack([maps[order.index(i)].permute(0, 2, 3, 1) for i in layers])
+
+    def position_free_features(self, gray: Tensor, layers: Sequence[int]) -> Tensor:
+        """`features` without those of a black image of the same size, so that what depends on the place alone is gone.
+
+        A table of positions explains most of the features' variance and says nothing about the pixels.
+        """
+        key = (gray.shape[1:], tuple(layers))
+        if key not in self._black:
+            # Volumes of many sizes have border tiles of many sizes.
+            if len(self._black) >= _MAX_BLACK:
+                self._black.clear()
+            self._black[key] = self.features(torch.zeros_like(gray[:1]), layers)
+        return self.features(gray, layers) - self._black[key]
 
 
 def load_teacher(cfg: TeacherConfig) -> Teacher:
@@ -250,7 +268,9 @@ def _fill(vit: Any, path: Path) -> None:
     state = _read(path)
     # This check comes before timm's filter, which would resample the kernel without a word.
     _same_patch(state, vit, path)
-    state = family.checkpoint_filter_fn(state, vit)
+    # It prints every bias of DINOv3 that it leaves out, all of which are zero.
+    with contextlib.redirect_stdout(None):
+        state = family.checkpoint_filter_fn(state, vit)
 
     # The head and the mask token serve pretraining alone.
     state = {k: v.float() for k, v in state.items() if not k.startswith("head.") and k != "mask_token"}

@@ -66,7 +66,7 @@ def build_shards(
         try:
             for step, pixels in _read_ahead(_iter_steps(cfg, teacher, shards), store, readers):
                 # Returns at once on a GPU: the writer waits for the copy.
-                features = run_teacher(teacher, pixels, layers, step.shard.layout)
+                features = run_teacher(teacher, pixels, layers, cfg.position_free, step.shard.layout)
                 writes.append(writer.submit(output.put, step, features))
                 if len(writes) > WRITE_BEHIND:
                     writes.popleft().result()
@@ -81,11 +81,13 @@ def build_shards(
             raise
 
 
-def run_teacher(teacher: Teacher, pixels: NDArray[np.float32], layers: list[int], layout: str = "") -> Features:
+def run_teacher(
+    teacher: Teacher, pixels: NDArray[np.float32], layers: list[int], position_free: bool, layout: str = ""
+) -> Features:
     """Start the teacher on slices [s, H, W] in [0, 1], laid out as `layout`; the result waits for [s, L, h, w, D].
 
-    The maps lie as in the stored volume. On a GPU the teacher runs under autocast (bf16, or fp16 where it has none),
-    and the copy back runs beside the next forward.
+    position_free: without the features of a black slice. The maps lie as in the stored volume. On a GPU the teacher
+    runs under autocast (bf16, or fp16 where it has none), and the copy back runs beside the next forward.
     """
     device = distributed.device()
     is_cuda = device.type == "cuda"
@@ -96,7 +98,8 @@ def run_teacher(teacher: Teacher, pixels: NDArray[np.float32], layers: list[int]
     if is_cuda:
         images = images.pin_memory().to(device, non_blocking=True)
     with torch.inference_mode(), torch.autocast(device.type, half, enabled=is_cuda):
-        maps = teacher.features(apply_layout(images, layout), layers).movedim(-1, 0)  # [D, L, s, h, w]
+        look = teacher.position_free_features if position_free else teacher.features
+        maps = look(apply_layout(images, layout), layers).movedim(-1, 0)  # [D, L, s, h, w]
         maps = undo_layout(maps, layout).permute(2, 1, 3, 4, 0).half().contiguous()  # [s, L, h, w, D]
 
     if is_cuda:
@@ -137,7 +140,7 @@ def choose_batch_size(cfg: PrecomputeConfig, teacher: Teacher, shard: ShardSpec)
     pixels = np.zeros((2, *(min(side, n * teacher.patch) for n in (shard.rows, shard.columns))), np.float32)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run_teacher(teacher, pixels, [n % teacher.depth for n in cfg.layers])()
+    run_teacher(teacher, pixels, [n % teacher.depth for n in cfg.layers], cfg.position_free)()
     bytes_per_slice = max(1, torch.cuda.max_memory_allocated(device) - before) / len(pixels)
 
     # Half of the free memory leaves room for fragmentation and for the copies.

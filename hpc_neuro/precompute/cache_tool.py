@@ -206,7 +206,7 @@ def _compute_features(cfg: PrecomputeConfig, plan: verb.CachePlan, shard: ShardS
     """[L, h, w, D] float32 of the batch's first slice, from the live teacher."""
     layers = [n % plan.teacher.depth for n in cfg.layers]
     pixels = read_pixels(plan.store[shard.volume], shard, batch)
-    features = run_teacher(plan.teacher, pixels, layers, shard.layout)()[0]
+    features = run_teacher(plan.teacher, pixels, layers, cfg.position_free, shard.layout)()[0]
     return torch.from_numpy(features[:, batch.inner_rows, batch.inner_columns]).float()
 
 

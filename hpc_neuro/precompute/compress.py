@@ -102,7 +102,7 @@ def _sample_tokens(
     for i, (shard, batch) in enumerate(until_stopped(sample)):
         # The same way as in the build, so that the sample has the features that will be stored.
         pixels = read_pixels(store[shard.volume], shard, batch)
-        features = run_teacher(teacher, pixels, layers, shard.layout)()[0]  # [L, h, w, D]
+        features = run_teacher(teacher, pixels, layers, cfg.position_free, shard.layout)()[0]  # [L, h, w, D]
         tokens = torch.from_numpy(features[:, batch.inner_rows, batch.inner_columns]).flatten(1, 2)  # [L, M, D]
         picked = rng.permutation(tokens.shape[1])[:tokens_per_slice]
         (odd if i % 2 else even).append(tokens[:, picked])
@@ -131,7 +131,7 @@ def hash_recipe(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> str:
     # The sample is drawn from all volumes of the splits, so each of them matters.
     volumes = {volume: store[volume].digest for split in cfg.splits for volume in store.split(split)}
     settings = [cfg.pca, cfg.dtype, SAMPLE_SLICES, cfg.layers, cfg.views, cfg.augment_views, cfg.stride_v, cfg.scale]
-    return files.sha256_json([teacher.identity, volumes, settings, cfg.tile, cfg.halo, cfg.slab])
+    return files.sha256_json([teacher.identity, volumes, settings, cfg.tile, cfg.halo, cfg.slab, cfg.position_free])
 
 
 def read_coding_note(cfg: PrecomputeConfig, store: Store, teacher: Teacher) -> tuple[str, Quality]:

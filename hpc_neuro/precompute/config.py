@@ -49,6 +49,8 @@ class PrecomputeConfig:
     """Slices are enlarged by this factor first: tokens then stand for finer cells, at its square of the cost."""
     pca: int | None = Field(default=None, ge=1)
     """Principal components stored of every token, fitted per view and layer; none: all channels."""
+    position_free: bool = True
+    """Store f(slice) - f(black slice): a teacher's features are mostly the place of a token, which is no knowledge."""
     dtype: Literal["float16", "int8"] = "float16"
     """How values are stored; int8 has one step size per view, layer and channel."""
     tile: int = Field(default=512, ge=16)

@@ -122,9 +122,9 @@ def measure_speed(cfg: PrecomputeConfig, store: Store, teacher: Teacher, todo: S
 
         if pixels.shape not in forward_seconds:
             # The first call pays for set-up.
-            run_teacher(teacher, pixels[:1], layers)()
+            run_teacher(teacher, pixels[:1], layers, cfg.position_free)()
             begin = time.monotonic()
-            run_teacher(teacher, pixels, layers)()
+            run_teacher(teacher, pixels, layers, cfg.position_free)()
             forward_seconds[pixels.shape] = time.monotonic() - begin
 
         # Reading and forward overlap.

@@ -42,7 +42,7 @@ class CachePlan:
     def make_key(self, cfg: PrecomputeConfig, shard: ShardSpec, coding_digest: str) -> str:
         """SHA-256 of everything a shard's content depends on. A file with this key need not be built again."""
         # Where the shard lies and who built it has no influence on it.
-        settings = [feature_cache.FORMAT, cfg.layers, cfg.tile, cfg.halo, coding_digest]
+        settings = [feature_cache.FORMAT, cfg.layers, cfg.tile, cfg.halo, cfg.position_free, coding_digest]
         return files.sha256_json([shard.to_json(), self.digests[shard.volume], self.teacher.identity, *settings])
 
     def list_missing(self, cfg: PrecomputeConfig, rebuild: Collection[str] = ()) -> list[ShardSpec]:
@@ -297,6 +297,7 @@ def _write_manifest(cfg: PrecomputeConfig, plan: CachePlan, verdict: Verdict | N
         "stride_v": cfg.stride_v,
         "scale": cfg.scale,
         "isotropic": True,
+        "position_free": cfg.position_free,
         "augment_views": list(cfg.augment_views),
         "dtype": cfg.dtype,
         "pca": cfg.pca,

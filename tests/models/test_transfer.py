@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.models.config import StudentConfig, TransferConfig, TubularTokens
-from hpc_neuro.models.inflate import RULES, transfer
+from hpc_neuro.models.config import BlockTokens, StudentConfig, TransferConfig, TubularTokens
+from hpc_neuro.models.inflate import RULES, find_rule, transfer
 from hpc_neuro.models.student import build_student
-from hpc_neuro.models.teacher import Teacher
+from hpc_neuro.models.teacher import Teacher, make_untrained_copy
 from hpc_neuro.models.tensor_names import fit_config
 from tests.helpers.tiny_teachers import FAMILIES, family, make, student_for
 
@@ -122,3 +122,20 @@ def test_what_does_not_fit_is_named_and_the_student_untouched(
     with pytest.raises(InputError, match=says):
         transfer(guide, student, TransferConfig())
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+@pytest.mark.parametrize("tokens", [BlockTokens(), TubularTokens(taps=9, deformable=False), TubularTokens(taps=9)])
+def test_an_untrained_copy_is_transferred_by_the_rule_that_fits(tokens: BlockTokens | TubularTokens) -> None:
+    guide = family("vit_tiny_patch16_224")
+    student, expected = (student_for(guide, tokenizer=tokens) for _ in range(2))
+
+    report = transfer(guide, student, TransferConfig(rule="untrained"))
+    rule = find_rule(student)
+    transfer(make_untrained_copy(guide), expected, TransferConfig(rule=rule))
+    assert "random copy" in report.teacher["name"]
+    assert f"(rule untrained, by {rule})" in str(report)
+
+    own, other = student.state_dict(), expected.state_dict()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    transfer(guide, expected, TransferConfig(rule=rule))
+    assert not torch.equal(own["vit.blocks.0.attn.qkv.weight"], other["vit.blocks.0.attn.qkv.weight"])

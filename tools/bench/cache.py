@@ -99,8 +99,8 @@ def measure_build(cfg: precompute.PrecomputeConfig) -> dict[str, float]:
             inputs += [read_pixels(store["a"], shard, b) for b in iter_teacher_batches(cfg, shard, teacher.patch, 8)]
 
     # The first call pays for set-up.
-    run_teacher(teacher, inputs[0], last_layer)()
-    bare = measure_seconds(lambda: [run_teacher(teacher, pixels, last_layer)() for pixels in inputs])
+    run_teacher(teacher, inputs[0], last_layer, cfg.position_free)()
+    bare = measure_seconds(lambda: [run_teacher(teacher, pixels, last_layer, cfg.position_free)() for pixels in inputs])
 
     with_start = measure_seconds(lambda: precompute.run(cfg))
     # The record's seconds include the forecast, but not the start.

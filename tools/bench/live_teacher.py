@@ -40,7 +40,7 @@ def compute_as_cached(
         maps = torch.zeros(shard.count, len(layers), shard.rows, shard.columns, teacher.dim, dtype=torch.float16)
         for batch in iter_teacher_batches(cfg, shard, teacher.patch, BATCH):
             if _overlap(batch.rows, cells.rows) and _overlap(batch.columns, cells.columns):
-                values = run_teacher(teacher, read_pixels(volume, shard, batch), layers)()
+                values = run_teacher(teacher, read_pixels(volume, shard, batch), layers, cfg.position_free)()
                 inner = torch.from_numpy(values[:, :, batch.inner_rows, batch.inner_columns])
                 maps[batch.slices, :, batch.rows, batch.columns] = inner
 
@@ -63,7 +63,8 @@ def compute_from_crop(
         padding = [n for size in reversed(slices.shape[1:]) for n in (0, -size % teacher.patch)]
         padded = torch.nn.functional.pad(slices[None], padding, mode="replicate")[0]
 
-        maps = torch.from_numpy(run_teacher(teacher, padded.numpy(), layers)()).float()  # [s, L, h, w, D]
+        values = run_teacher(teacher, padded.numpy(), layers, cfg.position_free)()
+        maps = torch.from_numpy(values).float()  # [s, L, h, w, D]
         maps = maps.permute(1, 4, 0, 2, 3).movedim(2, 2 + slice_axis)  # [L, D, z, y, x]
         features[view] = torch.nn.functional.interpolate(maps, size=grid, mode="trilinear").half()
     return features
