@@ -68,17 +68,24 @@ class Comparison:
 
         What neurons and seeds have in common drops out, so the interval is narrower than that of `compute_interval`.
         """
+        differences = self.list_differences(setting, base, metric)
+        return None if differences is None else crossed_interval(differences, draws)
+
+    def list_differences(
+        self, setting: Setting, base: Setting, metric: str
+    ) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """[seeds, neurons] of what `setting` scores above `base` on the same seed; None without a common seed."""
         scores, base_scores = self.scores[setting], self.scores[base]
         # Trials may have failed under some seeds.
         common_seeds = [seed for seed in scores if seed in base_scores]
         if not common_seeds:
             return None
 
-        differences = [
+        rows = [
             [scores[seed][neuron][metric] - base_scores[seed][neuron][metric] for neuron in self.neurons]
             for seed in common_seeds
         ]
-        return crossed_interval(np.array(differences), draws)
+        return np.array(rows)
 
     def list_parts(self, index: int) -> list[str]:
         """The different values of one part of the settings, in order."""

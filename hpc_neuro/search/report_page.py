@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hpc_neuro.core import files
 from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.metrics.metric import Metric
+from hpc_neuro.metrics.significance import correct_for_many, count_neurons_needed, sign_flip_test
 from hpc_neuro.report import charts, html, sweep_charts
 from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.sweep_charts import ParallelAxis
@@ -24,6 +25,8 @@ _IMPORTANCE_NOTE = (
 _VALUES_NOTE = (
     "One line per trial, the better the stronger and the best in bold; stopped and failed ones are thin, end early."
 )
+_EFFECT = 0.01
+"""Difference whose power is stated."""
 _MAX_SHADE = 0.98
 """Shade of the best lines but one; 1 is the best trial's alone."""
 
@@ -271,23 +274,46 @@ def _render_differences(cfg: SearchConfig, comparison: Comparison) -> str:
     # The first setting of the space is the reference.
     base, *others = comparison.scores
     base_name = ", ".join(part for part in base if part)
+    neurons = len(comparison.neurons)
     note = (
         f"What a setting scores above {base_name} on the same neuron with the same seed, and in small type the 95 % "
         f"bootstrap interval over both ({cfg.draws:,} draws). An interval that holds 0 shows no difference (others are "
-        f"bold); of {len(others)} settings about one in twenty leaves it out by chance."
+        f"bold); of {len(others)} settings about one in twenty leaves it out by chance. p: sign-flip test over the "
+        f"{neurons} neurons, seeds averaged, after Holm's correction for {len(others)} settings; before it, p is at "
+        f"least {2 / 2**neurons:.2g}. n: neurons that a difference of {_EFFECT} would need to be found with a power of "
+        "80 %."
     )
     columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in metrics)]
     rows = []
 
+    chances = {m.key: _describe_chances(comparison, others, base, m) for m in metrics}
     for setting in others:
         intervals = [comparison.compute_difference(setting, base, m.key, cfg.draws) for m in metrics]
-        cells = [_difference_cell(m, interval) for m, interval in zip(metrics, intervals, strict=True)]
+        cells = [
+            _difference_cell(m, interval, chances[m.key].get(setting, ""))
+            for m, interval in zip(metrics, intervals, strict=True)
+        ]
         rows.append([*_setting_cells(comparison, setting), *cells])
 
     return html.paragraph(note, "small") + html.table(columns, rows)
 
 
-def _difference_cell(metric: Metric, interval: Interval | None) -> Cell:
+def _describe_chances(
+    comparison: Comparison, others: Sequence[Setting], base: Setting, metric: Metric
+) -> dict[Setting, str]:
+    """Corrected p and the neurons needed, for every setting that has a seed in common with `base`."""
+    pairs = [(setting, comparison.list_differences(setting, base, metric.key)) for setting in others]
+    differences = {setting: rows for setting, rows in pairs if rows is not None}
+    p_values = correct_for_many([sign_flip_test(rows) for rows in differences.values()])
+
+    texts = {}
+    for (setting, rows), p in zip(differences.items(), p_values, strict=True):
+        needed = count_neurons_needed(rows, _EFFECT)
+        texts[setting] = f"p {p:.2g}" + (f", n {needed:,}" if needed else "")
+    return texts
+
+
+def _difference_cell(metric: Metric, interval: Interval | None, chance: str) -> Cell:
     """A difference, bold where its interval does not hold 0; empty without a common seed."""
     if interval is None:
         return Cell("")
@@ -297,7 +323,7 @@ def _difference_cell(metric: Metric, interval: Interval | None) -> Cell:
     if interval.low is None or interval.high is None:
         return Cell(text, interval.mean)
 
-    note = f"{interval.low:+.{metric.digits}f} … {interval.high:+.{metric.digits}f}"
+    note = f"{interval.low:+.{metric.digits}f} … {interval.high:+.{metric.digits}f}; {chance}"
     return Cell(text, interval.mean, interval.low * interval.high > 0, note)
 
 

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from hpc_neuro import search
 from hpc_neuro.core import run_folder, schema
 from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.metrics.significance import count_neurons_needed
 from hpc_neuro.report import sweep_charts
 from hpc_neuro.search import comparison, trial, verb
 from hpc_neuro.search.config import SearchConfig
@@ -93,7 +94,13 @@ def test_differences_are_paired_by_neuron_and_seed(factorial):
     ]
     shown = settings.compute_difference(last, base, "dice", 1000)
     assert shown.mean == pytest.approx(np.mean(apart))
-    assert f"{shown.mean:+.3f}" in (factorial.out / "report.html").read_text()
+    page = (factorial.out / "report.html").read_text()
+    assert f"{shown.mean:+.3f}" in page
+    # Four neurons cannot show a difference among nineteen settings.
+    rows = settings.list_differences(last, base, "dice")
+    needed = count_neurons_needed(rows, 0.01)
+    assert f"; p 1, n {needed:,}" in page
+    assert "before it, p is at least 0.12" in page
     # what seeds and neurons have in common drops out, however far apart they are
     rng = np.random.default_rng(0)
     far = {str(s): {n: {"dice": float(rng.normal(0, 10))} for n in "abc"} for s in range(3)}
