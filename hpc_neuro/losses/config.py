@@ -38,11 +38,11 @@ class Distill:
     smoothness: float = Field(default=0.01, ge=0)
     """Penalty on the squared change of direction from one step of a tube to the next."""
     floor: float = Field(default=0.02, ge=0, le=1)
-    """Weight of a token without any neurite, beside 1 of a token with some; weights are divided by their mean."""
+    """Weight of a token without any neurite, beside 1 of a token with some."""
     cosine: float = Field(default=0.9, ge=0, le=1)
     """Share of the cosine distance in the loss; the rest is smooth L1."""
-    weight: float = Field(default=0.5, ge=0)
-    """Factor of this loss in the total."""
+    weight: float = Field(default=5.0, ge=0)
+    """Factor of this loss in the total. Most tokens have no neurite and weigh `floor`, hence more than 1."""
 
     def __post_init__(self) -> None:
         if self.taps % 2 == 0:

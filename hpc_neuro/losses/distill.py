@@ -23,9 +23,6 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array, Batch, copy_to_device
 from hpc_neuro.losses.config import Distill
 
-_MIN_MEAN_WEIGHT = 1e-6
-"""Mean weight of the tokens of a batch without neurite, with `floor` 0: its loss is zero, not nan."""
-
 
 class TubeSum(Protocol):
     """`hpc_neuro.models.tubular.tube_sum`; passed in by the caller because losses do not import models."""
@@ -102,8 +99,6 @@ class Distiller(nn.Module):
         # Neurites fill a small part of a crop, and the background would dominate a plain mean.
         share = self._measure_neurite_share(features, batch)[chosen]  # [b, z, y, x]
         weight = torch.where(share > 0, 1.0, self.cfg.floor)
-        # Divided by the mean, the loss is that of a neurite token, however few of them a crop has.
-        weight = weight / weight.mean().clamp_min(_MIN_MEAN_WEIGHT)
 
         terms = []
         for pair, (block, layer) in enumerate(self.pairs):

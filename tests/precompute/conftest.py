@@ -11,7 +11,7 @@ from hpc_neuro import precompute
 from hpc_neuro.core.schema import load
 from tests.helpers.tiny_store import write_store
 
-KEYS = ["teacher.model=random", "stride_v=8", "slab=2", "layers=[3,-1]"]
+KEYS = ["teacher.model=random", "stride_v=8", "slab=2", "layers=[3,-1]", "position_free=false"]
 Configure = Callable[..., precompute.PrecomputeConfig]
 
 

@@ -19,10 +19,11 @@ from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.data.feature_cache import MANIFEST, FeatureCache
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import load_teacher
+from hpc_neuro.precompute import cache_tool
 from hpc_neuro.precompute.slices import plan_shards
 from tests.helpers.tiny_store import write_store
 
-KEYS = ["teacher.model=random", "stride_v=8", "slab=2", "layers=[3,-1]"]
+KEYS = ["teacher.model=random", "stride_v=8", "slab=2", "layers=[3,-1]", "position_free=false"]
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,23 @@ def test_the_cache_holds_what_the_live_teacher_gives(store: Path, cache_folder: 
     teacher = load_teacher(configure(store, cache_folder).teacher)
     plane = volume.normalized_image(Box((4, 0, 0), (5, *volume.shape[1:])))[0]  # the middle slice of the first eight
     padded = np.pad(plane, [(0, -n % 16) for n in plane.shape], mode="edge")
-    images = torch.stack([torch.from_numpy(padded), torch.zeros(padded.shape)])
-    seen, black = teacher.features(images, [3, 11]).permute(1, 0, 4, 2, 3)  # each [L, D, h, w]
-    live = seen - black
+    live = teacher.features(torch.from_numpy(padded)[None], [3, 11])[:, 0].permute(0, 3, 1, 2)  # [L, D, h, w]
     cached = cache.read_crop("a", Box((0, 0, 0), (8, 64, 64)), (8, 16, 16))["z"][:, :, 0].float()
 
     assert torch.cosine_similarity(live, cached, dim=1).min() > 0.9999
     torch.testing.assert_close(cached, live, atol=5e-3, rtol=5e-3)
+
+
+def test_position_free_features_are_those_less_a_black_slices(store: Path, cache_folder: Path, tmp_path: Path) -> None:
+    cfg = configure(store, tmp_path / "cache", "position_free=true", "views=[z]")
+    assert precompute.run(cfg) == 0
+    assert cache_tool.main(["verify", str(cfg.out)]) == 0
+
+    box, patch = Box((0, 0, 0), (8, 48, 48)), (8, 16, 16)
+    free, plain = (FeatureCache(folder).read_crop("a", box, patch)["z"].float() for folder in (cfg.out, cache_folder))
+    # 52 x 56 voxels are 4 x 4 tokens, of which the crop has nine.
+    black = load_teacher(cfg.teacher).features(torch.zeros(1, 64, 64), [3, 11])[:, 0, :3, :3].permute(0, 3, 1, 2)
+    torch.testing.assert_close(free[:, :, 0], plain[:, :, 0] - black, atol=1e-2, rtol=1e-2)
 
 
 def test_only_the_asked_splits_are_held(cache_folder: Path) -> None:
