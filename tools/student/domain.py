@@ -55,6 +55,10 @@ _PHOTONS = (3.0, 300.0)
 """Photons of a neurite of median brightness, log-uniform."""
 _READ_NOISE = (0.003, 0.7)
 """[median brightness of the neurites] Standard deviation of the camera's noise, log-uniform."""
+_NOISY_SHARE = 0.25
+"""Share of scenes whose noise is about as strong as the neurites are bright, and whose background is not black."""
+_STRONG_NOISE = (0.4, 1.3)
+"""[median brightness of the neurites] Standard deviation of the noise of those scenes, log-uniform."""
 _VESSEL_SHARE, _NUCLEI_SHARE, _SPECK_SHARE, _STRIPE_SHARE, _SHIFT_SHARE = 0.15, 0.2, 0.4, 0.15, 0.1
 """Shares of scenes with large vessels or fibers, nuclei, bright specks, scan lines, and slices out of place."""
 _GAP = 6.0
@@ -269,7 +273,9 @@ def _photograph(rng: np.random.Generator, light: Image, size: VoxelSize, facts: 
     if rng.random() < _SHIFT_SHARE:
         image = _shift_slices(rng, image)
 
-    photons, read_noise = _log_uniform(rng, _PHOTONS), _log_uniform(rng, _READ_NOISE)
+    photons = _log_uniform(rng, _PHOTONS)
+    is_noisy = not is_black and bool(rng.random() < _NOISY_SHARE / (1 - _BLACK_SHARE))
+    read_noise = _log_uniform(rng, _STRONG_NOISE if is_noisy else _READ_NOISE)
     shot = rng.poisson(np.maximum(image, 0) * photons) / photons
     noisy: Image = (shot + read_noise * rng.normal(size=shape)).astype(np.float32)
     if rng.random() < 0.25:
@@ -277,12 +283,13 @@ def _photograph(rng: np.random.Generator, light: Image, size: VoxelSize, facts: 
         noisy = ndimage.gaussian_filter(noisy, rng.uniform(0.3, 0.9))
     noise = math.sqrt(read_noise**2 + (0.0 if is_black else tissue) / photons)
     # The eye and the student average over some voxels.
-    visible = 0.5 * noise + 0.02
+    visible = 0.4 * noise + 0.02
     if is_black:
         visible = 3 * read_noise + rng.uniform(0.05, 0.2)
         noisy = np.where(find_bright_objects(noisy, visible), noisy, np.float32(0))
 
     facts |= {"black": is_black, "tissue": 0.0 if is_black else round(tissue, 3), "photons": round(photons, 1)}
+    facts["noise"] = round(read_noise, 3)
     return _digitize(rng, noisy), visible
 
 
