@@ -31,6 +31,10 @@ _ROOT_BALL_MARGIN = 2.0
 """[voxel] See `_ROOT_BALL_RATIO`."""
 _BORDER_MARGIN = 3.0
 """[voxel] Surface of a tip that is this near to the border of the volume: the neurite comes from outside."""
+_STUB_SHARE = 0.1
+"""[cable that it leaves] Length of a side path that is no branch."""
+_BESIDE_RATIO, _BESIDE_MARGIN = 4.0, 4.0
+"""[median radius of the cable], [voxel] What strays less than both together from a cable runs beside it."""
 _STEP = 1.5
 """[voxel] Nodes closer than this to their parent are merged into the path; branch points and tips stay."""
 _THINNEST = 0.5
@@ -236,8 +240,9 @@ def find_main_side(tree: Tree) -> Bools:
 def is_cable_end(tree: Tree, extent: Floats) -> bool:
     """Whether the root is where the neuron begins, and not a soma or a place on its way.
 
-    So it is where the far side (see `find_main_side`) is one unbranched cable from the border of the volume, of
-    `extent` [3], to the root, and the near side branches. Lengths are in the tree's unit.
+    So it is where the far side (see `find_main_side`) is one cable from the border of the volume, of `extent` [3], to
+    the root, and the near side branches. Short stubs of that cable, and what runs beside it, do not count as branches:
+    wide or unevenly bright cables are traced twice in places. Lengths are in the tree's unit.
     """
     keep = find_main_side(tree)
     if keep.all() or is_soma(tree.radii[0], tree.radii):
@@ -245,13 +250,29 @@ def is_cable_end(tree: Tree, extent: Floats) -> bool:
 
     counts = child_counts(tree)
     counts[0] = 1
-    far_tips = np.flatnonzero(~keep & (counts == 0))
-    branches = counts >= 2
-    if len(far_tips) != 1 or not (branches & keep).any():
+    if not ((counts >= 2) & keep).any():
         return False
 
-    to_border = np.minimum(tree.points[far_tips[0]], extent - tree.points[far_tips[0]]).min()
-    return bool(to_border <= tree.radii[far_tips[0]] + _BORDER_MARGIN)
+    far_paths = [path for path in list_long_paths(tree) if not keep[path[-1]]]
+    cable = max(far_paths, key=lambda path: _measure_path(tree, path))
+    if not all(_is_side_stub(tree, path, cable) for path in far_paths if path is not cable):
+        return False
+
+    tip = cable[-1]
+    to_border = np.minimum(tree.points[tip], extent - tree.points[tip]).min()
+    return bool(to_border <= tree.radii[tip] + _BORDER_MARGIN)
+
+
+def _is_side_stub(tree: Tree, path: Ints, cable: Ints) -> bool:
+    """Whether a side path is short beside the cable that it leaves, or runs along it."""
+    if _measure_path(tree, path) <= _STUB_SHARE * _measure_path(tree, cable):
+        return True
+    stray = np.asarray(cKDTree(tree.points[cable]).query(tree.points[path])[0])
+    return bool(stray.max() <= _BESIDE_RATIO * float(np.median(tree.radii[cable])) + _BESIDE_MARGIN)
+
+
+def _measure_path(tree: Tree, path: Ints) -> float:
+    return float(np.linalg.norm(np.diff(tree.points[path], axis=0), axis=1).sum())
 
 
 def is_soma(radius: float, radii: Floats) -> bool:

@@ -35,8 +35,9 @@ from hpc_neuro.tracing.finish_tree import (
 )
 from hpc_neuro.tracing.gaps import join_gaps
 from hpc_neuro.tracing.graph import Bridges, CenterlineGraph, build_centerline_graph
-from hpc_neuro.tracing.probability import Floats, Ints, ReadBox
+from hpc_neuro.tracing.probability import Floats, Ints, ReadBox, measure_confidence
 from hpc_neuro.tracing.split_neurons import split_neurons
+from hpc_neuro.tracing.support import find_supported_nodes
 from hpc_neuro.tracing.voxel_graph import BlockSkeleton, VoxelGraph, merge_block_skeletons
 
 _SPECK_PENALTY = 5.0
@@ -123,14 +124,16 @@ def trace_block_skeletons(
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
     image: ReadBox | None = None,
+    shown: ReadBox | None = None,
     keep_rest: bool = False,
 ) -> list[Tree]:
     """As `trace_reader`, from the skeletons of all blocks (`list_trace_blocks`, `skeletonize_block`).
 
     keep_rest: with roots, the pieces that hang on none of them become trees as without roots, after the others.
+    shown: what the image says by itself, a probability. Ends of trees that it does not show are dropped (see support).
     """
     return trace_volume(
-        skeletons, read, shape, voxel_size, roots=roots, cfg=cfg, image=image, keep_rest=keep_rest
+        skeletons, read, shape, voxel_size, roots=roots, cfg=cfg, image=image, shown=shown, keep_rest=keep_rest
     ).trees
 
 
@@ -143,6 +146,7 @@ def trace_volume(
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
     image: ReadBox | None = None,
+    shown: ReadBox | None = None,
     keep_rest: bool = False,
 ) -> TracedVolume:
     """As `trace_block_skeletons`, with the contacts at which neighbors were cut off the trees of given roots."""
@@ -213,9 +217,9 @@ def finish_lines(
     if roots and cfg.contacts:
         nodes = _find_nodes(lines, root_voxels)
         lines, contacts = cut_contacts(lines, graph, nodes, voxel_size, cfg.floor, cfg.threshold, image)
-    trees = _finish_trees(lines, root_voxels, roots, graph, cfg)
+    trees = _finish_trees(lines, root_voxels, roots, graph, cfg, shown)
     if rest is not None:
-        trees += _finish_trees(rest, [], (), graph, cfg)
+        trees += _finish_trees(rest, [], (), graph, cfg, shown)
     return TracedVolume(trees, contacts)
 
 
@@ -228,7 +232,12 @@ def _select_rest(lines: CenterlineGraph, root_nodes: Sequence[int]) -> Centerlin
 
 
 def _finish_trees(
-    lines: CenterlineGraph, root_voxels: Sequence[int], roots: Sequence[Point], graph: VoxelGraph, cfg: TraceConfig
+    lines: CenterlineGraph,
+    root_voxels: Sequence[int],
+    roots: Sequence[Point],
+    graph: VoxelGraph,
+    cfg: TraceConfig,
+    shown: ReadBox | None,
 ) -> list[Tree]:
     """The trees of all roots in their order, or without roots the trees with enough cable, longest first."""
     trees: list[Tree] = []
@@ -236,6 +245,13 @@ def _finish_trees(
     extent = (np.array(graph.shape) - 1) * graph.spacing
 
     for tree, nodes in root_trees(lines, _find_nodes(lines, root_voxels), cfg.min_branch, cfg.min_cable):
+        # A side of the root that only the probability sees must not count as a branch of the neuron below.
+        if shown is not None:
+            in_voxels = replace(tree, points=tree.points / graph.spacing)
+            keep = find_supported_nodes(in_voxels, measure_confidence(in_voxels, shown, graph.shape))
+            tree, nodes = select_nodes(tree, keep), nodes[keep]
+
+        # What is left of a branch may be a stub.
         keep = prune_tree(tree, cfg.min_branch)
         tree, nodes = select_nodes(tree, keep), nodes[keep]
 

@@ -256,6 +256,55 @@ def test_an_unbranched_cable_from_the_border_to_the_root_is_left_out() -> None:
     assert len(tips(tree)) == 2
 
 
+def test_stubs_and_doubles_of_the_cable_behind_a_root_are_no_branches() -> None:
+    mask = np.zeros((32, 96, 220), dtype=np.float32)
+    paint_points(mask, sample_line((16, 48, 0), (16, 48, 215)), 2.0)
+    paint_points(mask, sample_line((16, 48, 160), (16, 80, 180)), 2.0)
+
+    # A short stub, and a stretch that leaves the cable and runs beside it.
+    paint_points(mask, sample_line((16, 48, 60), (16, 55, 60)), 1.0)
+    paint_points(mask, sample_line((16, 48, 50), (23, 48, 40)), 1.0)
+    paint_points(mask, sample_line((23, 48, 40), (23, 48, 15)), 1.0)
+    (ahead,) = trace(mask, ISO, roots=[(16, 48, 80)])
+    assert ahead.points[:, 2].min() > 79
+
+    # A branch that leads away is one.
+    paint_points(mask, sample_line((16, 48, 55), (16, 66, 40)), 1.0)
+    (both,) = trace(mask, ISO, roots=[(16, 48, 80)])
+    assert both.points[:, 2].min() < 4
+
+
+def test_ends_that_the_image_does_not_show_are_left_out() -> None:
+    cfg, shape = TraceConfig(), (32, 64, 160)
+    mask, image = paint_neuron(20), paint_neuron(20)
+    # The image shows neither a gap in the axon nor the branch.
+    image[:, :, 60:75] = 0
+    image[:, 34:, :] = 0
+    skeletons = [
+        skeleton
+        for box in list_trace_blocks(shape, cfg)
+        if (skeleton := skeletonize_block(lambda b: mask[b.slices], shape, box, ISO, cfg)) is not None
+    ]
+
+    def run(shown: NDArray[np.float32] | None) -> Tree:
+        (tree,) = trace_block_skeletons(
+            skeletons,
+            lambda b: mask[b.slices],
+            shape,
+            ISO,
+            roots=[(16.0, 32.0, 20.0)],
+            cfg=cfg,
+            shown=None if shown is None else lambda b: shown[b.slices],
+        )
+        return tree
+
+    assert len(tips(run(None))) == 2
+    tree = run(image)
+    assert len(tips(tree)) == 1
+    assert tree.points[:, 2].max() > 146
+    assert tree.points[:, 1].max() < 34
+
+
 def test_a_root_at_an_end_keeps_the_whole_neuron() -> None:
     (tree,) = trace(paint_neuron(0), ISO, roots=[(16, 32, 0)])
     assert tree.points[:, 2].max() > 148
