@@ -164,7 +164,7 @@ def trace_volume(
         )
 
     lines = find_lines(graph, roots, cfg, image)
-    return finish_lines(graph, lines, roots, voxel_size, cfg, image, keep_rest)
+    return finish_lines(graph, lines, roots, voxel_size, cfg, image, shown, keep_rest)
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,7 @@ def finish_lines(
     voxel_size: VoxelSize,
     cfg: TraceConfig,
     image: ReadBox | None = None,
+    shown: ReadBox | None = None,
     keep_rest: bool = False,
 ) -> TracedVolume:
     """Make trees of centerlines and bridges: split between roots, cut at contacts, rooted, pruned and smoothed."""
