@@ -13,6 +13,7 @@ from pydantic import Field
 
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
+from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.image_names import is_system_file
 from hpc_neuro.core.schema import ConfigError, InputError, config, load
 from hpc_neuro.core.stop_signals import until_stopped
@@ -46,6 +47,10 @@ class DemoConfig:
     """Folder for everything; each stage has a folder of its own inside."""
     data: Path | None = None
     """Folder of image + SWC pairs of the same stem, and an optional meta.json; none: synthetic neurons are made."""
+    voxel_size: VoxelSize | None = None
+    """[um] z,y,x of all images in `data`; none: as meta.json or the files say."""
+    channel: int | None = None
+    """Channel of the images in `data` that have several, from 0."""
     test: list[str] = Field(default_factory=list)
     """Neurons held out of training; empty: every fifth in order, the fourth first (of three or fewer, the last)."""
     init: Path | None = None
@@ -71,6 +76,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.data is None and self.test:
             raise ValueError("test: synthetic neurons are held out by themselves; give `data` to choose")
+        if self.data is None and (self.voxel_size is not None or self.channel is not None):
+            raise ValueError("voxel_size and channel are of your own images; give their folder with data=FOLDER")
 
 
 def forecast(cfg: DemoConfig) -> list[str]:
@@ -145,6 +152,8 @@ def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str]
 
     if name == "prepare":
         values |= {"images": data, "split.test": held_out}
+        stated = {"voxel_size": cfg.voxel_size, "channel": cfg.channel}
+        values |= {key: value for key, value in stated.items() if value is not None}
         # A student that was trained before must see what it saw then.
         if cfg.init is not None:
             values["contrast"] = read_contrast(_read_student(cfg.init).extra)

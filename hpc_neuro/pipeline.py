@@ -211,8 +211,8 @@ _ROWS = (
         config="DemoConfig",
         summary="all of the above on a small data set",
         main_keys=(
-            "out data test init steps teacher.model teacher.weights synthetic.volumes synthetic.shape "
-            "prepare precompute train infer evaluate"
+            "out data voxel_size channel test init steps teacher.model teacher.weights synthetic.volumes "
+            "synthetic.shape prepare precompute train infer evaluate"
         ),
         artifacts=("metrics.json", "metrics.csv", "report.html"),
         history_check="check_demo",

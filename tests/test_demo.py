@@ -269,6 +269,19 @@ def test_faulty_keys_of_every_stage_come_at_once_before_the_first(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_voxel_size_and_channel_hold_for_the_images_of_data(tmp_path: Path) -> None:
+    cfg = load(demo.DemoConfig, None, [f"data={tmp_path}", "voxel_size=1,0.3,0.2", "channel=1"])
+    prepare = demo.stage_config(cfg, "prepare", tmp_path)
+    assert (prepare.voxel_size, prepare.channel) == ((1.0, 0.3, 0.2), 1)
+
+    # What is written in the stage's own list is more special.
+    cfg = load(demo.DemoConfig, None, [f"data={tmp_path}", "channel=1", "prepare=[channel=0]"])
+    assert demo.stage_config(cfg, "prepare", tmp_path).channel == 0
+
+    with pytest.raises(ConfigError, match="give their folder with data=FOLDER"):
+        load(demo.DemoConfig, None, ["voxel_size=1,1,1"])
+
+
 def test_a_folder_that_has_changed_is_no_longer_the_same_demo(pairs: Path, tmp_path: Path) -> None:
     pairs = shutil.copytree(pairs, tmp_path / "pairs")
     before = demo.digest_pairs(pairs)

@@ -77,6 +77,10 @@ CASES: dict[str, Case] = {
         *("a.swc", b"1 3 0 0 0 1 -1\n2 3 1e41 0 0 1 1\n", ["score", "FILE", "FILE"], 2),
         *("more than any neuron has",),
     ),
+    "beyond any neuron": (
+        *("a.swc", b"1 3 0 0 0 1 -1\n2 3 1e308 0 0 1 1\n3 3 -1e308 0 0 1 2\n"),
+        *(["swc", "check", "FILE"], 3, "farther than a neuron reaches"),
+    ),
     "three-point soma": ("a.swc", THREE_POINTS.encode(), ["swc", "check", "FILE"], 0, "clean"),
     # Reported: YAML 1.1, bombs.
     "minutes by clock": ("c.yaml", b"out: o\nstore: s\noptim: {steps: 12:00:00}\n", ["train", "FILE"], 2, "12:00:00"),

@@ -304,6 +304,8 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
         *(UM_SIZE, IMAGE),
     ),
     "NRRD with a foreign head": (nhdr(b"12345678" + IMAGE.tobytes()), 2, "holds 8 bytes more", None),
+    "NRRD sizes with fractions": (nrrd("sizes: 9.5 7 5"), 2, "whole numbers are wanted", None),
+    "NRRD of another dimension": (nrrd("dimension: 4"), 2, "dimension '4' and 3 sizes", None),
     "NRRD with a tail": (nrrd(body=IMAGE.tobytes() + b"1"), 2, "holds 1 byte more", None),
     "NRRD whose data are packed": (nhdr(gzip.compress(IMAGE.tobytes())), 2, "write `encoding: gzip`", None),
     "NRRD text beyond its type": (

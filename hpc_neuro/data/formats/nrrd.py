@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,25 @@ def _read_header(path: Path) -> _Header:
                 raise InputError(f"{path} has a NRRD header without an end; it is damaged")
         end = handle.tell()
 
+    _check_sizes(path, lines)
     return _Header(path, nrrd.read_header([f"{line}\n" for line in lines]), listed, end)
+
+
+def _check_sizes(path: Path, lines: Sequence[str]) -> None:
+    """Raise InputError unless `sizes` lists as many whole numbers as `dimension` says."""
+    # pynrrd cuts fractions off, and does not compare the two.
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    texts = {key.strip().lower(): value.strip() for key, value in pairs}
+    sizes = texts.get("sizes", "").split()
+    if any(not size.lstrip("+-").isdigit() for size in sizes):
+        raise InputError(f"{path} has the sizes {' '.join(sizes)!r}; whole numbers are wanted: correct its header")
+
+    dimension = texts.get("dimension", "")
+    if sizes and dimension != str(len(sizes)):
+        raise InputError(
+            f"{path} has the dimension {dimension!r} and {len(sizes)} sizes; as many sizes are wanted: correct its "
+            "header"
+        )
 
 
 def _decode_line(raw: bytes) -> str:

@@ -16,6 +16,8 @@ from hpc_neuro.data.swc.table import SwcFinding, SwcTable
 ROOT, MISSING = -1, -2
 """Parent rows of a root, and of a node whose parent is not in the file."""
 
+_FARTHEST = 1e9
+"""Largest coordinate of a neuron in any unit; a meter in nanometers."""
 LARGEST_INT, _LARGEST_UINT = (1 << 31) - 1, (1 << 32) - 1
 """Largest ids of programs that keep them in 32 bits."""
 _MAX_LISTED = 5
@@ -198,11 +200,15 @@ def _check_values(table: SwcTable) -> Iterator[SwcFinding]:
     # Only a place is needed to read the tree: radii are filled in, types and ids are just numbers.
     radius = table.radius
     bad_place = np.flatnonzero(~np.isfinite(table.xyz).all(axis=1))
+    is_far = np.isfinite(table.xyz).all(axis=1) & (np.abs(table.xyz) > _FARTHEST).any(axis=1)
     bad_radius = np.flatnonzero(~np.isfinite(radius) | (radius <= 0))
     bad_type = np.flatnonzero((table.type < 0) | (table.type > 7))
 
     def describe_place(i: int) -> str:
         return f"node {table.id[i]} has a coordinate that is no number"
+
+    def describe_far(i: int) -> str:
+        return f"node {table.id[i]} lies at {np.abs(table.xyz[i]).max():g}, farther than a neuron reaches in any unit"
 
     def describe_radius(i: int) -> str:
         return f"node {table.id[i]} has radius {radius[i]:g}; wanted above 0"
@@ -211,6 +217,7 @@ def _check_values(table: SwcTable) -> Iterator[SwcFinding]:
         return f"node {table.id[i]} has type {table.type[i]}; wanted 0 to 7"
 
     yield from _report(table, bad_place, "coordinate", describe_place, fatal=True)
+    yield from _report(table, np.flatnonzero(is_far), "far", describe_far)
     yield from _report(table, bad_radius, "radius", describe_radius)
     yield from _report(table, bad_type, "type", describe_type)
     negative = np.flatnonzero(table.id < 0)
