@@ -127,6 +127,13 @@ class TrackerConfig:
     """Fixed validation crops shown in Weights & Biases: image, truth and probability."""
     patience: float = Field(default=30.0, ge=0)
     """[s] Longest wait at the end of a run for Weights & Biases to take the last rows."""
+    profile: tuple[int, int] | None = None
+    """[step] First and last step of which every rank writes a trace of torch's profiler, and on a GPU a snapshot of its
+    memory, to OUT/profile; none: no trace."""
+
+    def __post_init__(self) -> None:
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile {list(self.profile)} must be a first and a last step, such as [20, 24]")
 
 
 @config

@@ -25,6 +25,7 @@ from hpc_neuro.train.checkpoint.folder import is_milestone
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.deepspeed.engine import join_group
 from hpc_neuro.train.optim import decay_at, lr_at
+from hpc_neuro.train.profiler import StepProfiler
 from hpc_neuro.train.run_state import TrainingRun
 from hpc_neuro.train.setup import build_parts, describe_memory, describe_run
 
@@ -109,7 +110,8 @@ def train(run: TrainingRun, stop_signals: StopSignals, watch: TorchRankWatch) ->
         return run.step < last_step
 
     batches = read_batches(cfg, run.parts.crops, run.parts.workload.micro, run.step, run.device)
-    with contextlib.closing(batches):
+    profiler = StepProfiler(cfg.tracker.profile, cfg.out / "profile", run.device)
+    with contextlib.closing(batches), contextlib.closing(profiler):
         prefetcher = DevicePrefetcher(batches, run.device)
 
         # Validate the start of the run, or what the last stop left undone.
@@ -120,7 +122,9 @@ def train(run: TrainingRun, stop_signals: StopSignals, watch: TorchRankWatch) ->
         agreement = distributed.PacedAgreement(_AGREEMENT_SECONDS)
         while run.step < last_step:
             watch.activity = f"step {run.step + 1}"
+            profiler.begin_step(run.step + 1)
             train_step(run, prefetcher)
+            profiler.end_step(run.step)
             is_last = run.step == last_step
 
             # Signals and clocks differ between ranks, so all ranks agree on them, about once per second.
