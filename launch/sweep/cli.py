@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +23,7 @@ from hpc_neuro.search.trial import RECORD_FILE
 from launch import preflight, slurm
 from launch.executors import Executor
 from launch.executors.local import LocalExecutor
+from launch.executors.queue import LsfExecutor, PbsExecutor
 from launch.executors.slurm import SlurmExecutor
 from launch.job_files import snapshot_code
 from launch.site import Site, load_site
@@ -30,6 +31,12 @@ from launch.sweep.driver import SweepDriver
 from launch.sweep.recipe import TrialRecipe
 
 log = logging.getLogger("hpc_neuro.sweep")
+_EXECUTORS: dict[str, Callable[[Site, Path], Executor]] = {
+    "slurm": SlurmExecutor,
+    "pbs": PbsExecutor,
+    "lsf": LsfExecutor,
+}
+"""`--on` -> where trials run as jobs of a cluster."""
 _SITE_PREFIX = "cluster."
 
 
@@ -38,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch sweep", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("keys", nargs="*", metavar="key=value")
-    parser.add_argument("--on", choices=("local", "slurm"), default="local")
+    parser.add_argument("--on", choices=("local", *_EXECUTORS), default="local")
     parser.add_argument("--cluster", metavar="SITE", help="a name in configs/cluster, or the path of a YAML file")
     parser.add_argument(
         "--dry-run", action="store_true", help="check every value and what a trial needs; start nothing"
@@ -119,7 +126,7 @@ def _check_trials(recipe: TrialRecipe, args: argparse.Namespace) -> list[str]:
     """
     # Every value is assembled once before the first trial starts.
     configs = recipe.load_train_configs()
-    if args.on == "local":
+    if args.on != "slurm":
         forecasts = [train.forecast(cfg) for cfg in configs]
     else:
         slurm.require_controller()
@@ -137,7 +144,7 @@ def _make_executor(cfg: SearchConfig, args: argparse.Namespace) -> Executor:
     code = snapshot_code(cfg.out / "code", keep=True)
     if args.on == "local":
         return LocalExecutor(code=code)
-    return SlurmExecutor(_load_site(args), code)
+    return _EXECUTORS[args.on](_load_site(args), code)
 
 
 def _load_site(args: argparse.Namespace) -> Site:

@@ -1,0 +1,268 @@
+"""Jobs of a sweep on PBS and LSF: the same files and rules as on Slurm, in the words of another scheduler.
+
+Both run a trial on one node, where torchrun starts its ranks. The scheduler's own warning differs between sites, so the
+script asks the trial to save and stop by itself, `signal_seconds` before the time limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import re
+import shlex
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hpc_neuro.core.schema import ConfigError, InputError
+from launch import job_files, slurm
+from launch.executors import JobState, job_file, read_exit_code
+from launch.site import Resources, Site, require_plain_path
+
+_SETTLE_SECONDS = 15.0
+"""[s] A shared file system may show a job's exit code this much later than the queue forgets the job."""
+_KILL_SECONDS = 30
+"""[s] Before the time limit, a trial that has not stopped by then is killed, so that its exit code is written."""
+_ENDED = re.compile(r"finished|unknown job|not found|no matching job|no unfinished job", re.IGNORECASE)
+"""What a scheduler says of a job that has ended."""
+
+
+class QueueExecutor(ABC):
+    """Runs each trial as a job of its own; the driver, not the scheduler, submits one that died again."""
+
+    def __init__(self, site: Site, code: Path) -> None:
+        """code: the snapshot that goes first on PYTHONPATH. Raises ConfigError for what the scheduler does not have."""
+        self.site, self.code = site, code
+        self._gone_since: dict[str, float] = {}
+
+        faults = [name for name in ("qos", "gres", "constraint") if getattr(site, name)]
+        if faults:
+            raise ConfigError(f"{', '.join(faults)}: {self.scheduler} has no such option; remove it from the site")
+        if site.resources("train").nodes > 1:
+            raise ConfigError(f"train.nodes: on {self.scheduler} a trial runs on one node; set train.nodes=1")
+
+    @property
+    @abstractmethod
+    def scheduler(self) -> str:
+        """Its name for people."""
+
+    @abstractmethod
+    def _list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
+        """The command that submits a script."""
+
+    @abstractmethod
+    def _parse_id(self, answer: str) -> str:
+        """The id of a job in the answer of that command."""
+
+    @abstractmethod
+    def _find_by_name(self, name: str) -> str | None:
+        """The id of the job of this name that waits or runs."""
+
+    @abstractmethod
+    def _read_states(self) -> dict[str, JobState]:
+        """The jobs of this user that wait or run."""
+
+    @abstractmethod
+    def _list_cancel_words(self, job: str) -> list[str]:
+        """The command that ends a job: SIGTERM, and SIGKILL later."""
+
+    def submit(self, command: Sequence[str], folder: Path, name: str) -> str:
+        """Write FOLDER/NAME.sh and submit it. Raises ConfigError for a folder that cannot stand in a script."""
+        base = folder / name
+        require_plain_path("out", base)
+        script = job_file(base, "sh")
+        # The script holds the site's environment, and with it secrets.
+        job_files.write_private_text(script, self.make_script(command, base))
+
+        with slurm.hide_own_job():
+            words = self._list_submit_words(name_job(base), script, self.site.resources("train"))
+            return self._parse_id(slurm.run_command(*words))
+
+    def find(self, folder: Path, name: str) -> str | None:
+        """Find a job by the id that it wrote when it began, or by its name in the queue."""
+        path = job_file(folder / name, "job")
+        if path.exists():
+            return path.read_text(encoding="utf-8").strip()
+        # A job that still waits has written nothing.
+        return self._find_by_name(name_job(folder / name))
+
+    def poll(self, jobs: Mapping[str, Path]) -> dict[str, JobState]:
+        """Ask the queue once; of a job that it does not know, the folder says how it ended."""
+        states = self._read_states() if jobs else {}
+        return {job: self._judge_state(job, states.get(job), base) for job, base in jobs.items()}
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs; those that have ended are passed over."""
+        for job in jobs:
+            try:
+                slurm.run_command(*self._list_cancel_words(job))
+            except InputError as error:
+                if not _ENDED.search(str(error)):
+                    raise
+
+    def _judge_state(self, job: str, state: JobState | None, base: Path) -> JobState:
+        if state is not None:
+            self._gone_since.pop(job, None)
+            return state
+
+        # The queue forgets a job at once, while its last file may still be on its way.
+        code = read_exit_code(base)
+        since = self._gone_since.setdefault(job, time.monotonic())
+        if code is None and time.monotonic() - since < _SETTLE_SECONDS:
+            return JobState("running")
+        return JobState("ended", code)
+
+    def make_script(self, command: Sequence[str], base: Path) -> str:
+        """The script of a trial."""
+        resources = self.site.resources("train")
+        # PYTHONPATH comes last, so that a site cannot hide the snapshot of the code.
+        *setup, path = self.site.setup_lines(self.code)
+        variables = self.site.environment_for(resources)
+        quoted = shlex.quote(str(base))
+
+        lines = [
+            "#!/bin/bash",
+            # The scheduler would show its own copy of the output only at the end.
+            f"exec >> {quoted}.log 2>&1 < /dev/null",
+            # The trial saves and ends by itself; this shell lives on to write how.
+            "trap : TERM INT USR1 USR2",
+            f'echo "${{PBS_JOBID:-$LSB_JOBID}}" > {quoted}.job',
+            *setup,
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            path,
+            f"cd {shlex.quote(str(base.parent))}",
+            f"{self._make_timeout(resources)} {self._make_command(command, resources)} &",
+            # `wait` returns when a signal arrives, and is asked again until the trial has ended.
+            "trial=$!; trap 'kill -TERM $trial' TERM INT USR1 USR2",
+            "while :; do wait $trial; kill -0 $trial 2> /dev/null || break; done",
+            # The shell remembers how the trial ended; the last answer may have been that of the signal.
+            f"wait $trial; code=$?; echo $code > {quoted}.exit.part && mv {quoted}.exit.part {quoted}.exit",
+            "",
+        ]
+        return "\n".join(lines)
+
+    def _make_timeout(self, resources: Resources) -> str:
+        """The command that asks a trial to save and stop before the time limit, and kills it later."""
+        last = max(60 * resources.minutes - self.site.signal_seconds, 1)
+        kill_after = max(self.site.signal_seconds - _KILL_SECONDS, 1)
+        return f"timeout --preserve-status --signal=TERM --kill-after={kill_after} {last}"
+
+    def _make_command(self, command: Sequence[str], resources: Resources) -> str:
+        words = [*shlex.split(self.site.container)]
+        if resources.tasks > 1:
+            words += ["torchrun", "--standalone", f"--nproc-per-node={resources.tasks}", "--no-python"]
+        return shlex.join([*words, *command])
+
+
+class PbsExecutor(QueueExecutor):
+    """PBS Professional and OpenPBS: qsub, qselect, qdel."""
+
+    scheduler = "PBS"
+
+    def _list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
+        chunk = f"1:ncpus={resources.tasks_per_node * resources.cpus_per_task}"
+        if resources.gpus_per_node:
+            chunk += f":ngpus={resources.gpus_per_node}"
+        if resources.memory_gb:
+            chunk += f":mem={int(resources.memory_gb * 1024)}mb"
+
+        words = ["qsub", "-N", name, "-l", f"select={chunk}", "-l", f"walltime={_format_clock(resources.minutes)}:00"]
+        if self.site.exclusive:
+            words += ["-l", "place=excl"]
+        # -r n: the driver submits a trial again, not the scheduler.
+        words += ["-r", "n", "-j", "oe", "-o", "/dev/null"]
+        words += ["-q", resources.partition] if resources.partition else []
+        words += ["-A", self.site.account] if self.site.account else []
+        return [*words, str(script)]
+
+    def _parse_id(self, answer: str) -> str:
+        return answer.strip()
+
+    def _find_by_name(self, name: str) -> str | None:
+        return next(iter(self._select("-N", name)), None)
+
+    def _read_states(self) -> dict[str, JobState]:
+        waiting = set(self._select("-s", "HQTW"))
+        return {job: JobState("queued" if job in waiting else "running") for job in self._select()}
+
+    def _select(self, *options: str) -> list[str]:
+        return slurm.run_command("qselect", "-u", getpass.getuser(), *options).split()
+
+    def _list_cancel_words(self, job: str) -> list[str]:
+        return ["qdel", job]
+
+
+class LsfExecutor(QueueExecutor):
+    """IBM Spectrum LSF: bsub, bjobs, bkill."""
+
+    scheduler = "LSF"
+
+    def _list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
+        cores = resources.tasks_per_node * resources.cpus_per_task
+        words = ["bsub", "-J", name, "-n", str(cores), "-R", "span[hosts=1]", "-W", _format_clock(resources.minutes)]
+        if resources.memory_gb:
+            words += ["-R", f"rusage[mem={int(resources.memory_gb * 1024)}MB/host]"]
+        if resources.gpus_per_node:
+            words += ["-gpu", f"num={resources.gpus_per_node}"]
+        if self.site.exclusive:
+            words.append("-x")
+        # -rn: the driver submits a trial again, not the scheduler.
+        words += ["-rn", "-o", "/dev/null"]
+        words += ["-q", resources.partition] if resources.partition else []
+        words += ["-P", self.site.account] if self.site.account else []
+        return [*words, "/bin/bash", str(script)]
+
+    def _parse_id(self, answer: str) -> str:
+        match = re.search(r"Job <(\d+)>", answer)
+        if match is None:
+            raise InputError(
+                f"bsub answered {answer.strip()!r}, expected `Job <ID> is submitted`; submit from a login node"
+            )
+        return match[1]
+
+    def _find_by_name(self, name: str) -> str | None:
+        return next((words[0] for words in self._list_jobs("-J", name)), None)
+
+    def _read_states(self) -> dict[str, JobState]:
+        return {
+            job: JobState("queued" if state in ("PEND", "PSUSP", "WAIT") else "running")
+            for job, state in self._list_jobs()
+            if state not in ("DONE", "EXIT")
+        }
+
+    def _list_jobs(self, *options: str) -> list[list[str]]:
+        # Without any job bjobs fails, or prints a sentence, depending on its version.
+        with contextlib.suppress(_NoJobsError):
+            return [line.split() for line in _run_bjobs(*options).splitlines() if line.strip()]
+        return []
+
+    def _list_cancel_words(self, job: str) -> list[str]:
+        return ["bkill", job]
+
+
+class _NoJobsError(Exception):
+    """There is no job."""
+
+
+def _run_bjobs(*options: str) -> str:
+    try:
+        answer = slurm.run_command("bjobs", "-u", getpass.getuser(), "-noheader", "-o", "jobid stat", *options)
+    except InputError as error:
+        if _ENDED.search(str(error)):
+            raise _NoJobsError from error
+        raise
+    if _ENDED.search(answer):
+        raise _NoJobsError
+    return answer
+
+
+def name_job(base: Path) -> str:
+    """The name of the job of FOLDER/NAME: PBS takes 15 characters, and it must be of no other job."""
+    return f"t{hashlib.sha256(str(base.absolute()).encode()).hexdigest()[:14]}"
+
+
+def _format_clock(minutes: int) -> str:
+    """Minutes as HH:MM."""
+    return f"{minutes // 60:02d}:{minutes % 60:02d}"
