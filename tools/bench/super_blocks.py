@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -250,9 +249,15 @@ def measure_memory(shape: Shape, neurons: int, times: int, cfg: TraceConfig) -> 
 
 def measure_step(volume: CopiedVolume, step: str) -> float:
     """Take a step; by how much the peak memory of this process has grown [MiB]."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _read_peak()
     _STEPS[step](volume)
-    return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
+    return round((_read_peak() - before) / 1024, 1)
+
+
+def _read_peak() -> int:
+    """KiB: the most memory this program has held. getrusage would count its parent's, from before it was started."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":
