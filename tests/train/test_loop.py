@@ -254,6 +254,11 @@ def test_validation_on_training_volumes_is_said(tiny, tmp_path, caplog):
     assert {r["split"] for r in rows(tmp_path / "run", "val")} == {"train"}
 
 
+def test_steps_are_profiled(tiny, tmp_path):
+    assert train.run(tiny(tmp_path / "run", "optim.steps=2", "tracker.profile=[2,2]")) == 0
+    assert [path.name for path in (tmp_path / "run/profile").iterdir()] == ["steps_2_2_rank_0.json.gz"]
+
+
 def test_a_collapsed_model_raises_an_alarm(tiny, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train.run(tiny(tmp_path / "run", "optim.steps=4", "optim.lr=1e-9"))
