@@ -76,6 +76,7 @@ setup(
         "search": SEARCH,
         "docs": DOCS,
         "dev": TEST + LINT + DOCS,
+        "viewer": ["neuroglancer>=2.40"],  # its page, for `infer serve OUT viewer=local`
         "napari": ["napari[pyqt6]>=0.9"],
         # Peers that benchmarks compare with, some of them GPL-3; never imported by the core.
         "compare": ["kimimaro>=5.8", "navis>=1.10", "dynamic-network-architectures>=0.4"],

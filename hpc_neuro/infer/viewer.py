@@ -5,7 +5,7 @@ Nothing is copied or written. Only this machine can connect, and in a browser on
 cluster: `ssh -L 8000:127.0.0.1:8000 HOST` on your own computer, and open the link there.
 
 port    where the browser finds it; 0: any that is free
-viewer  the Neuroglancer to link to
+viewer  the Neuroglancer to link to; local: the one of the Python package neuroglancer, which needs no internet
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ from pydantic import Field
 
 from hpc_neuro.core import schema
 from hpc_neuro.core.schema import ConfigError, InputError, config
+from hpc_neuro.infer.local_client import (
+    LOCAL,
+    MAX_STATE_BYTES,
+    answer_state,
+    find_client,
+    make_events,
+    read_client_file,
+)
 from hpc_neuro.infer.viewer_layers import ViewerLayers
 
 log = logging.getLogger(__name__)
@@ -38,6 +46,8 @@ _MAX_CONNECTIONS = 64
 """Connections at once, each with a thread; a browser opens six."""
 _IDLE_SECONDS = 60.0
 """[s] A connection on which nothing moves for so long is closed."""
+_EVENT_SECONDS = 15.0
+"""[s] Time between signs of life in a stream of events."""
 _PIECE_BYTES = 1 << 20
 """[byte] Files are sent in pieces of this size."""
 
@@ -51,15 +61,22 @@ class ServeConfig:
     port: int = Field(default=8000, ge=0, le=65535)
     """TCP port; 0: any that is free."""
     viewer: str = "https://neuroglancer-demo.appspot.com"
-    """The Neuroglancer that links lead to."""
+    """The Neuroglancer that links lead to; `local`: the page of the Python package, served from here."""
 
     def __post_init__(self) -> None:
+        if self.is_local:
+            return
         try:
             scheme, host = urllib.parse.urlsplit(self.viewer)[:2]
         except ValueError as error:
             raise ValueError(f"viewer: {self.viewer} is no address ({error}); give one such as https://HOST") from None
         if scheme not in ("http", "https") or not host:
             raise ValueError(f"viewer: {self.viewer} is no address; give one such as https://HOST")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the viewer's page is served from here."""
+        return self.viewer == LOCAL
 
 
 def main(args: Sequence[str]) -> int:
@@ -97,8 +114,8 @@ class ViewerServer(ThreadingHTTPServer):
         """Raises ConfigError when the port is taken, InputError for a folder that `infer` did not finish."""
         self.cfg, self.layers, self.root = cfg, ViewerLayers(cfg.out), cfg.out.resolve()
 
-        # Browsers compare origins, which have no path.
-        self.viewer_origin = "://".join(urllib.parse.urlsplit(cfg.viewer)[:2])
+        self.client = find_client() if cfg.is_local else None
+        self.is_closed = threading.Event()
         self._free_connections = threading.BoundedSemaphore(_MAX_CONNECTIONS)
 
         try:
@@ -108,6 +125,15 @@ class ViewerServer(ThreadingHTTPServer):
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
             raise ConfigError(f"port {cfg.port} cannot be had ({error.strerror}); give another, or port=0") from None
+
+        # Browsers compare origins, which have no path.
+        viewer = f"http://{_ADDRESS}:{self.server_port}" if cfg.is_local else cfg.viewer
+        self.viewer_origin = "://".join(urllib.parse.urlsplit(viewer)[:2])
+
+    def server_close(self) -> None:
+        """Close the port and end the streams of events."""
+        self.is_closed.set()
+        super().server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own, or refuse it when there are too many."""
@@ -140,6 +166,10 @@ class ViewerServer(ThreadingHTTPServer):
 
     def list_links(self) -> list[str]:
         """One line per volume: its name and the link that shows it."""
+        if self.client is not None:
+            page = f"http://{_ADDRESS}:{self.server_port}/v"
+            return [f"{name}: {page}/{urllib.parse.quote(name)}/" for name in self.layers.names]
+
         base = f"{self.cfg.viewer.rstrip('/')}/#!http://{_ADDRESS}:{self.server_port}"
         return [f"{name}: {base}/{urllib.parse.quote(name)}.json" for name in self.layers.names]
 
@@ -157,6 +187,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer(has_body=False)
+
+    def do_POST(self) -> None:
+        """A page of the local viewer tells its state, which is not kept."""
+        length = self.headers.get("Content-Length", "")
+        is_known = self.server.client is not None and self.path.startswith("/state/") and length.isdecimal()
+        size = _parse_size(length) if is_known else 0
+        answer = answer_state(self.rfile.read(size)) if 0 < size <= MAX_STATE_BYTES else None
+        if answer is None or not _is_loopback(self.headers.get("Host", "")):
+            # What was not read would be taken for the next request.
+            self.close_connection = True
+            return self._send_head(HTTPStatus.NOT_FOUND, 0, {"Connection": "close"})
+
+        self._send_head(HTTPStatus.OK, len(answer), {"Content-Type": "application/json"})
+        self.wfile.write(answer)
+        return None
 
     def do_OPTIONS(self) -> None:
         """The question of a browser whether a page from elsewhere may send a Range header."""
@@ -179,6 +224,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path is None:
             return self._send_head(HTTPStatus.NOT_FOUND, 0, {})
 
+        if self.server.client is not None and path.startswith("v/"):
+            return self._send_client_file(self.server.client, path, has_body)
+        if self.server.client is not None and path.startswith("events/"):
+            return self._send_events(path.removeprefix("events/"), f"http://{host}")
+
         try:
             layer = self.server.layers.get(path, f"http://{host}")
         except (InputError, OSError, ValueError) as error:
@@ -192,6 +242,44 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_head(HTTPStatus.OK, len(layer), {})
         if has_body:
             self.wfile.write(layer)
+        return None
+
+    def _send_client_file(self, client: Path, path: str, has_body: bool) -> None:
+        """A file of the viewer's page: v/NAME/FILE."""
+        _, name, *rest = path.split("/", 2)
+        content = read_client_file(client, rest[0]) if rest and name in self.server.layers.names else None
+        if content is None:
+            return self._send_head(HTTPStatus.NOT_FOUND, 0, {})
+
+        data, media_type = content
+        self._send_head(HTTPStatus.OK, len(data), {"Content-Type": media_type})
+        if has_body:
+            self.wfile.write(data)
+        return None
+
+    def _send_events(self, name: str, base: str) -> None:
+        """The state of a volume, for a page that has none; the stream stays open, or the page would ask again."""
+        state = self.server.layers.get(f"{name}.json", base)
+        if state is None:
+            return self._send_head(HTTPStatus.NOT_FOUND, 0, {})
+
+        self.close_connection = True
+        self.send_response(HTTPStatus.OK)
+        for key, value in (
+            ("Content-Type", "text/event-stream"),
+            ("Cache-Control", "no-cache"),
+            ("Connection", "close"),
+        ):
+            self.send_header(key, value)
+        self.end_headers()
+
+        # A page that was cut off keeps its own state, whose generation it tells.
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        if not query.get("gs"):
+            self.wfile.write(make_events(state))
+        while not self.server.is_closed.wait(_EVENT_SECONDS):
+            # A comment, by which a connection that is gone is noticed.
+            self.wfile.write(b":\n\n")
         return None
 
     def _send_file(self, path: str, has_body: bool) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
+import shutil
 import socket
 import struct
+import subprocess
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +29,7 @@ from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.data.store import Store
-from hpc_neuro.infer import proofread
+from hpc_neuro.infer import proofread, viewer
 from hpc_neuro.infer.viewer import ServeConfig, ViewerServer
 from tests.helpers.small_volumes import probability
 
@@ -198,9 +204,95 @@ def test_what_it_cannot_serve(tmp_path: Path, landmark: Path, capsys: pytest.Cap
             server.layers.get("brain.image/zarr.json", "")
 
 
-@pytest.mark.parametrize("viewer", ["http://[bad/x", "viewer.example", "ftp://viewer.example"])
-def test_a_viewer_that_is_no_address(viewer: str, landmark: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["infer", "serve", str(landmark), f"viewer={viewer}"]) == 2
+# --- The page of the Python package ---
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of two files in the place of Neuroglancer's."""
+    folder = tmp_path / "package" / "static" / "client"
+    folder.mkdir(parents=True)
+    (folder / "index.html").write_text("<html>")
+    (folder / "main.a1.js").write_text("start()")
+    (folder.parent / "secret.js").write_text("")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "package")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+
+@pytest.mark.usefixtures("client")
+def test_the_page_of_the_package_is_served_with_the_state_of_each_volume(landmark: Path) -> None:
+    with serving(landmark, viewer="local") as port:
+        assert ask(port, "/v/brain/")[:2] == (200, b"<html>")
+        status, body, headers = ask(port, "/v/brain/main.a1.js")
+        assert (status, body, headers["Content-Type"]) == (200, b"start()", "text/javascript")
+        for path in ("/v/other/", "/v/brain/../secret.js", "/v/brain/no.js", "/v/brain", "/events/other"):
+            assert ask(port, path)[0] == 404
+
+        # The stream stays open, so its lines are read one by one.
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", "/events/brain?c=1&gc=&gs=")
+        answer = connection.getresponse()
+        lines = [answer.readline() for _ in range(4)]
+        connection.close()
+        config, state = (json.loads(line.removeprefix(b"data: ")) for line in lines[::2])
+        assert config == {"k": "c", "s": {}, "g": "server/1"}
+        assert (state["k"], state["s"]) == ("s", json.loads(ask(port, "/brain.json")[1]))
+
+
+@pytest.mark.usefixtures("client")
+def test_what_the_page_tells_is_answered_and_not_kept(landmark: Path) -> None:
+    with serving(landmark, viewer="local") as port:
+        for body, code in ((b'{"c": "a", "g": "7", "s": {}}', 200), (b"[]", 404), (b"{", 404), (b"", 404)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("POST", "/state/brain", body=body)
+            answer = connection.getresponse()
+            assert answer.status == code
+            assert answer.read() == (b'{"g": "a/7"}' if code == 200 else b"")
+            connection.close()
+
+
+def test_a_package_that_is_missing_is_named(landmark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'hpc_neuro\[viewer\]'"):
+        ViewerServer(ServeConfig(out=landmark, port=0, viewer="local"))
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser_shows_the_volume(landmark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None or importlib.util.find_spec("neuroglancer") is None:
+        pytest.skip("needs Chromium and the package neuroglancer (pip install '.[viewer]')")
+
+    # The page tells the layers that it shows, and asks for the chunks in view.
+    states: list[Any] = []
+    paths: list[str] = []
+    answer_state, answer = viewer.answer_state, viewer._Handler._answer
+    monkeypatch.setattr(viewer, "answer_state", lambda body: states.append(json.loads(body)) or answer_state(body))
+    monkeypatch.setattr(viewer._Handler, "_answer", lambda self, **k: paths.append(self.path) or answer(self, **k))
+    flags = ["--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    flags += ["--disable-background-networking", "--remote-debugging-port=0"]
+    parts = ("/brain.image/0/c/", "/brain.ome.zarr/0/c/", "/brain.trees/1")
+    with serving(landmark, viewer="local") as port, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        command = [browser, *flags, f"--user-data-dir={profile}", f"http://127.0.0.1:{port}/v/brain/"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            for _ in range(600):
+                if states and all(any(path.startswith(part) for path in paths) for part in parts):
+                    break
+                time.sleep(0.2)
+        finally:
+            process.terminate()
+            process.wait()
+
+    names = [layer["name"] for layer in states[-1]["s"]["layers"]]
+    assert names == ["image", "probability", "mask", "trees", "doubtful places"]
+    for part in parts:
+        assert any(path.startswith(part) for path in paths), part
+
+
+@pytest.mark.parametrize("address", ["http://[bad/x", "viewer.example", "ftp://viewer.example"])
+def test_a_viewer_that_is_no_address(address: str, landmark: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["infer", "serve", str(landmark), f"viewer={address}"]) == 2
     assert "is no address" in capsys.readouterr().err
 
 
