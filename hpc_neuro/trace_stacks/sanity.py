@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_neuro.trace_stacks.tracer import TraceFigures
+from hpc_neuro.trace_stacks.tracer import LEAST_SEEN, TraceFigures
 
 _MOST_MASK = 0.06
 """Share of the volume that neurites fill at most."""
@@ -53,12 +53,24 @@ def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = 
             f"there are {figures.tips} tips on {figures.cable:.0f} voxels of cable: the trees fill tissue rather than "
             "follow neurites"
         )
-    if figures.agreement is not None and figures.agreement < _LEAST_AGREEMENT:
-        measured = f"(agreement {figures.agreement:.2f}, expected {_LEAST_AGREEMENT:g})"
-        warnings.append(
+    warnings += _list_disagreements(figures, has_student)
+    return warnings
+
+
+def _list_disagreements(figures: TraceFigures, has_student: bool) -> list[str]:
+    """What a second opinion says against the trees."""
+    if figures.seen_share is not None and figures.seen_share < LEAST_SEEN:
+        return [
+            f"the student takes {figures.seen_share:.0%} of what is bright in the image for neurites, and is followed "
+            "alone: the rest may be tissue, or the student may not know such images; compare with model=none"
+        ]
+    if figures.agreement is None or figures.agreement >= _LEAST_AGREEMENT:
+        return []
+
+    measured = f"(agreement {figures.agreement:.2f}, expected {_LEAST_AGREEMENT:g})"
+    if has_student:
+        return [
             f"the image itself gives another tree than the student {measured}: the student may not know such images; "
             "compare with model=none"
-            if has_student
-            else f"a higher level gives another tree {measured}: the result depends on the brightness chosen"
-        )
-    return warnings
+        ]
+    return [f"a higher level gives another tree {measured}: the result depends on the brightness chosen"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter
 
 from hpc_neuro.core import morphology, stop_signals
 from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
@@ -43,8 +44,14 @@ _LEAST_SHARE = 0.05
 """[longest tree] Without a given root, shorter trees are left out."""
 _STRICT_RATIO = 1.6
 """[level] The level of the second opinion."""
+LEAST_SEEN = 0.1
+"""Share of the image's own foreground that a student must see for that foreground to be used."""
+_SEEN_VOXELS = 2
+"""[voxel] A student sees foreground that is so near to its own."""
 _AGREEMENT_VOXELS = 4.0
 """[voxel] Tolerance of the agreement with the second opinion."""
+_HALF = 128
+"""The least byte of foreground in a probability."""
 KEPT_VOXELS = 1 << 28
 """[voxel] The probability of a volume up to this size is kept in memory, one byte a voxel."""
 
@@ -70,6 +77,8 @@ class TraceFigures:
     """With a student: the harmonic mean of the share of the image's own trees that the student sees, and of the share
     of the trees that the image shows. Else the F1 of the cable, at 4 voxels, against a level 1.6 times as high. None
     without a tree."""
+    seen_share: float | None = None
+    """Share of the image's own foreground that lies within 2 voxels of the student's; None without a student."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,8 @@ def trace_image(
 ) -> ImageTrace:
     """Trace an image that is read by box: its own foreground, or with `predictor` what a student finds in it.
 
-    What a student adds to the image's own foreground joins pieces; ends that only the student sees are left out.
+    What a student adds to the image's own foreground joins pieces; ends that only the student sees are left out. Where
+    a student sees hardly anything of that foreground, the student alone is followed.
     With `roots` (z y x voxels): one tree for each. Without: one tree for each soma, which has type 1 there, and for
     each other piece that is long enough, from its thickest end. `voxel_size` (um, z y x) None: voxels are taken for
     cubes. Raises InputError for an image without contrast, and for a root off the foreground.
@@ -111,9 +121,15 @@ def trace_image(
 
     own = probability = _keep_in_memory(foreground, shape)
     prediction = None if predictor is None else predictor.predict(foreground, label)
+    shown, seen_share = None, None
     if prediction is not None:
         mask_share, speck_share = measure_mask(prediction)
-        probability = _unite(_read_from(prediction), own)
+        probability = _read_from(prediction)
+        seen_share = round(_measure_seen_share(own, probability, shape), 3)
+
+        # An image whose foreground is something else than neurites, tissue for example, has no say.
+        if seen_share >= LEAST_SEEN:
+            probability, shown = _unite(probability, own), own
 
     skeletons = _skeletonize(probability, shape, size, cfg)
     somas = list[Soma]()
@@ -129,7 +145,7 @@ def trace_image(
         roots=starts,
         cfg=cfg,
         image=foreground.read_image,
-        shown=None if prediction is None else own,
+        shown=shown,
         keep_rest=not roots,
     )
     trees, left_out = _select_trees(trees, len(starts), bool(roots))
@@ -157,14 +173,15 @@ def trace_image(
         left_out_trees=len(left_out),
         left_out_cable=round(sum(map(morphology.length, left_out)), 1),
         agreement=agreement,
+        seen_share=seen_share,
     )
     places = list[DoubtfulPlace]()
     if len(forest):
         plain = measure_confidence(forest, probability, shape)
         confidence = NodeConfidence(plain, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
         places = find_places(forest, confidence, shape, size)
-    shown = None if prediction is None else _read_from(prediction)
-    return ImageTrace(trees, somas, foreground, shown, figures, places)
+    student = None if prediction is None else _read_from(prediction)
+    return ImageTrace(trees, somas, foreground, student, figures, places)
 
 
 def _keep_in_memory(foreground: Foreground, shape: Shape) -> ReadBox:
@@ -217,6 +234,22 @@ def _mark_soma(tree: Tree) -> Tree:
     types = tree.types.copy()
     types[0] = _SOMA_TYPE
     return replace(tree, types=types)
+
+
+def _measure_seen_share(image: ReadBox, prediction: ReadBox, shape: Shape) -> float:
+    """The share of the image's foreground within 2 voxels of the student's; 0 without foreground."""
+    total = seen = 0
+    for z in range(0, shape[0], 16):
+        box = Box((z, 0, 0), (min(z + 16, shape[0]), shape[1], shape[2]))
+        mask = np.asarray(image(box), dtype=np.uint8) >= _HALF
+        if not mask.any():
+            continue
+        around = box.grow((_SEEN_VOXELS, 0, 0)).clip(Box.whole(shape))
+        bright = np.asarray(prediction(around), dtype=np.uint8) >= _HALF
+        near = maximum_filter(bright, 2 * _SEEN_VOXELS + 1)[box.relative_to(around.start).slices]
+        total += int(np.count_nonzero(mask))
+        seen += int(np.count_nonzero(mask & near))
+    return seen / max(total, 1)
 
 
 def _measure_mutual_support(trees: Tree, image: ReadBox, others: Tree, prediction: ReadBox, shape: Shape) -> float:

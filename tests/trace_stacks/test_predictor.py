@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from numpy.typing import NDArray
 
 from hpc_neuro import cli
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.morphology import Tree, concatenate_trees
 from hpc_neuro.data import swc
-from hpc_neuro.data.foreground import measure_foreground
+from hpc_neuro.data.foreground import Foreground, measure_foreground
 from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.models import sliding_window
@@ -22,7 +24,10 @@ from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import build_student, save_student
 from hpc_neuro.trace_stacks import predictor as module
 from hpc_neuro.trace_stacks.predictor import StackPredictor
-from tests.helpers.stacks import make_neuron, take_picture
+from hpc_neuro.trace_stacks.sanity import list_warnings
+from hpc_neuro.trace_stacks.tracer import LEAST_SEEN, trace_image
+from tests.helpers.shapes import paint_tree
+from tests.helpers.stacks import SHAPE, make_neuron, take_picture
 
 WINDOW = (16, 32, 32)
 
@@ -131,8 +136,6 @@ def test_weights_that_are_not_there_are_one_sentence(tmp_path: Path, capsys: pyt
 def test_a_stack_that_is_dark_on_bright_is_inverted_for_the_student(weights: Path) -> None:
     image = take_picture(make_neuron(3))
     z, y, x = image.shape
-    from hpc_neuro.trace_stacks.tracer import trace_image
-
     dark = 255 - image
     student = StackPredictor(weights)
     trace = trace_image(lambda box: dark[box.slices], (z, y, x), (1, 1, 1), predictor=student)
@@ -140,3 +143,53 @@ def test_a_stack_that_is_dark_on_bright_is_inverted_for_the_student(weights: Pat
     assert trace.probability is not None
     mask = np.asarray(trace.probability(Box.whole((z, y, x))), dtype=np.uint8) >= 128
     assert mask.mean() < 0.05
+
+
+class Oracle(StackPredictor):
+    """A fake that predicts what it is told: no real student errs on request."""
+
+    def __init__(self, prediction: NDArray[np.uint8]) -> None:
+        self.prediction = prediction
+
+    def predict(self, foreground: Foreground, label: str) -> NDArray[np.uint8]:
+        return self.prediction
+
+
+def paint_prediction(tree: Tree) -> NDArray[np.uint8]:
+    return np.asarray(255 * (paint_tree(tree, SHAPE, 1.8) > 0.5), dtype=np.uint8)
+
+
+def test_a_student_joins_what_the_image_breaks_and_ends_nowhere_that_it_is_dark() -> None:
+    gold = make_neuron(3)
+    image = take_picture(gold)
+    prediction = paint_prediction(gold)
+
+    # The student misses a stretch that the image shows, and sees a cable in the dark that leaves the neuron.
+    middle = int(gold.points[len(gold) // 4, 2])
+    prediction[:, :, middle : middle + 8] = 0
+    tip = gold.points[int(np.argmax(gold.points[:, 2]))].astype(int)
+    prediction[tip[0] - 1 : tip[0] + 2, 2 : tip[1], tip[2] - 1 : tip[2] + 2] = 255
+
+    z, y, x = gold.points[0].tolist()
+    trace = trace_image(lambda box: image[box.slices], SHAPE, None, roots=[(z, y, x)], predictor=Oracle(prediction))
+    score = match_cable(concatenate_trees(trace.trees), gold, 4.0)
+    assert score.precision > 0.9
+    assert score.recall > 0.95
+    assert trace.figures.seen_share is not None
+    assert trace.figures.seen_share > 0.5
+
+
+def test_a_student_is_followed_alone_where_the_image_is_bright_elsewhere() -> None:
+    gold = make_neuron(3)
+    image = take_picture(gold)
+    # Bright stripes of tissue are more foreground than the neuron.
+    stripes = (np.arange(SHAPE[1]) % 12 < 4)[:, None] & np.ones(SHAPE[2], dtype=bool)
+    image[:4, stripes] = 200
+    image[-4:, stripes] = 200
+
+    trace = trace_image(lambda box: image[box.slices], SHAPE, None, predictor=Oracle(paint_prediction(gold)))
+    assert trace.figures.seen_share is not None
+    assert trace.figures.seen_share < LEAST_SEEN
+    assert match_cable(concatenate_trees(trace.trees), gold, 4.0).f1 > 0.9
+    (warning,) = [text for text in list_warnings(trace.figures, False, True) if "followed alone" in text]
+    assert "model=none" in warning
