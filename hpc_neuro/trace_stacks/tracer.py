@@ -117,19 +117,11 @@ def trace_image(
     """
     cfg, size = cfg or TraceConfig(), voxel_size or (1.0, 1.0, 1.0)
     foreground = measure_foreground(stop_signals.stop_on_request(read), shape)
-    mask_share, speck_share = foreground.mask_share, foreground.speck_share
-
-    own = probability = _keep_in_memory(foreground, shape)
+    own = _keep_in_memory(foreground, shape)
     prediction = None if predictor is None else predictor.predict(foreground, label)
-    shown, seen_share = None, None
-    if prediction is not None:
-        mask_share, speck_share = measure_mask(prediction)
-        probability = _read_from(prediction)
-        seen_share = round(_measure_seen_share(own, probability, shape), 3)
-
-        # An image whose foreground is something else than neurites, tissue for example, has no say.
-        if seen_share >= LEAST_SEEN:
-            probability, shown = _unite(probability, own), own
+    student = None if prediction is None else _read_from(prediction)
+    evidence = _weigh_evidence(foreground, own, prediction)
+    probability = evidence.probability
 
     skeletons = _skeletonize(probability, shape, size, cfg)
     somas = list[Soma]()
@@ -145,7 +137,7 @@ def trace_image(
         roots=starts,
         cfg=cfg,
         image=foreground.read_image,
-        shown=shown,
+        shown=evidence.shown,
         keep_rest=not roots,
     )
     trees, left_out = _select_trees(trees, len(starts), bool(roots))
@@ -153,9 +145,9 @@ def trace_image(
 
     forest = morphology.concatenate_trees(trees)
     agreement = None
-    if trees and prediction is not None:
+    if trees and student is not None:
         others = _trace_again(own, foreground, shape, size, cfg, roots)
-        agreement = _measure_mutual_support(forest, own, others, _read_from(prediction), shape)
+        agreement = _measure_mutual_support(forest, own, others, student, shape)
     elif trees:
         strict = replace(cfg, threshold=min(_STRICT_RATIO * cfg.threshold, 1.0), low=None)
         others = _trace_again(own, foreground, shape, size, strict, roots)
@@ -163,8 +155,8 @@ def trace_image(
 
     noise = foreground.noise_level
     figures = TraceFigures(
-        mask_share=round(mask_share, 5),
-        speck_share=round(speck_share, 4),
+        mask_share=round(evidence.mask_share, 5),
+        speck_share=round(evidence.speck_share, 4),
         contrast_to_noise=round(foreground.brightness / noise, 1) if noise > 1e-3 * foreground.brightness else None,
         trees=len(trees),
         somas=len(somas),
@@ -173,14 +165,13 @@ def trace_image(
         left_out_trees=len(left_out),
         left_out_cable=round(sum(map(morphology.length, left_out)), 1),
         agreement=agreement,
-        seen_share=seen_share,
+        seen_share=evidence.seen_share,
     )
     places = list[DoubtfulPlace]()
     if len(forest):
         plain = measure_confidence(forest, probability, shape)
         confidence = NodeConfidence(plain, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
         places = find_places(forest, confidence, shape, size)
-    student = None if prediction is None else _read_from(prediction)
     return ImageTrace(trees, somas, foreground, student, figures, places)
 
 
@@ -234,6 +225,32 @@ def _mark_soma(tree: Tree) -> Tree:
     types = tree.types.copy()
     types[0] = _SOMA_TYPE
     return replace(tree, types=types)
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What the trees follow."""
+
+    probability: ReadBox
+    shown: ReadBox | None
+    """What the image shows by itself, where ends that only the student sees are to be left out."""
+    mask_share: float
+    speck_share: float
+    seen_share: float | None
+
+
+def _weigh_evidence(foreground: Foreground, image: ReadBox, prediction: NDArray[np.uint8] | None) -> _Evidence:
+    """The image's own foreground, the student's, or both together."""
+    if prediction is None:
+        return _Evidence(image, None, foreground.mask_share, foreground.speck_share, None)
+
+    student = _read_from(prediction)
+    mask_share, speck_share = measure_mask(prediction)
+    seen_share = round(_measure_seen_share(image, student, foreground.shape), 3)
+    # An image whose foreground is something else than neurites, tissue for example, has no say.
+    if seen_share < LEAST_SEEN:
+        return _Evidence(student, None, mask_share, speck_share, seen_share)
+    return _Evidence(_unite(student, image), image, mask_share, speck_share, seen_share)
 
 
 def _measure_seen_share(image: ReadBox, prediction: ReadBox, shape: Shape) -> float:
