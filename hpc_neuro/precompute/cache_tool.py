@@ -34,6 +34,8 @@ from hpc_neuro.precompute.build import run_teacher
 from hpc_neuro.precompute.config import PrecomputeConfig
 from hpc_neuro.precompute.slices import TeacherBatch, read_pixels
 
+_NOTHING = 1e-2
+"""Norm below which features have no direction that could be compared."""
 MIN_COSINE = 0.999
 """Lowest cosine of a sound token to the live teacher's."""
 
@@ -211,7 +213,10 @@ def _compute_features(cfg: PrecomputeConfig, plan: verb.CachePlan, shard: ShardS
 
 
 def _lowest_cosine(a: Tensor, b: Tensor) -> float:
-    return float(torch.cosine_similarity(a, b, dim=-1).min())
+    """The lowest cosine of two features of one token; 1 where both are nothing, as position-free ones of black are."""
+    is_nothing = (a.float().norm(dim=-1) < _NOTHING) & (b.float().norm(dim=-1) < _NOTHING)
+    cosine = torch.cosine_similarity(a, b, dim=-1)
+    return float(torch.where(is_nothing, torch.ones_like(cosine), cosine).min())
 
 
 @with_config(ConfigDict(extra="allow"))
