@@ -29,6 +29,13 @@ from hpc_neuro.data.intensity import iter_slabs
 ReadBox = Callable[[Box], Array]
 Floats = NDArray[np.float32]
 
+HALF = 128
+"""Byte of a probability from which a voxel is foreground."""
+KEPT_VOXELS = 1 << 28
+"""[voxel] The probability of a volume up to this size is kept in memory, one byte a voxel."""
+SLAB_ITEMSIZE = 8
+"""[bytes] What a voxel of a slab takes while it is smoothed; slabs are planned with it."""
+
 _BLUR = (0.5, 0.7, 0.7)
 """[voxel] Standard deviations of the Gaussian against noise; less along z, where optics blur already."""
 _BLUR_HALO: Shape = (2, 3, 3)
@@ -65,8 +72,6 @@ _MEASURED_VOXELS = 1 << 26
 """[voxel] Of larger volumes a sample of about this size is measured."""
 _MASK_SLAB = 64
 """[slice] Of a mask, what is measured at once."""
-_SLAB_ITEMSIZE = 8
-"""[bytes] What a voxel of a slab takes while it is smoothed; slabs are planned with it."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,8 @@ class Foreground:
 
     whole_signal: Floats | None = None
     """The signal of the whole volume where it is small enough to be kept."""
+    whole_probability: NDArray[np.uint8] | None = None
+    """`probability` of the whole volume, see `keep_probability`."""
 
     @property
     def is_inverted(self) -> bool:
@@ -120,7 +127,10 @@ class Foreground:
         return smooth
 
     def probability(self, box: Box) -> NDArray[np.uint8]:
-        """[Z, Y, X] 128 at the level, in proportion to the signal, at most 255."""
+        """[Z, Y, X] `HALF` at the level, in proportion to the signal, at most 255."""
+        if self.whole_probability is not None:
+            return self.whole_probability[box.slices]
+
         # Tiles are counted from the volume's origin, so that the result does not depend on the box.
         around = _align(box.grow((2 * _PEAK_TILE[0], 2 * _PEAK_TILE[1], 2 * _PEAK_TILE[2])), _PEAK_TILE, self.shape)
         signal = self.signal(around)
@@ -134,6 +144,16 @@ class Foreground:
             level = np.maximum(level, _NOISE_RATIO * _interpolate(self.noise, _TILE, box))
         scaled = signal[own.slices] * (127.5 / level) + 0.5
         return np.asarray(np.clip(scaled, 0, 255), dtype=np.uint8)
+
+    def keep_probability(self) -> Foreground:
+        """The same foreground; its `probability` is computed once, now, where a volume is of at most `KEPT_VOXELS`."""
+        if math.prod(self.shape) > KEPT_VOXELS:
+            return self
+
+        whole: NDArray[np.uint8] = np.empty(self.shape, dtype=np.uint8)
+        for box in iter_slabs(self.shape, SLAB_ITEMSIZE):
+            whole[box.slices] = self.probability(box)
+        return replace(self, whole_probability=whole)
 
     def local_contrast(self, box: Box) -> Floats:
         """[Z, Y, X] `probability` in [0, 1]: what a student of local contrast sees."""
@@ -157,7 +177,7 @@ def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
     background, noise = _measure_background(smooth, read_bright, shape)
 
     if smooth is not None:
-        for box in iter_slabs(shape, _SLAB_ITEMSIZE):
+        for box in iter_slabs(shape, SLAB_ITEMSIZE):
             smooth[box.slices] -= _interpolate(background, _TILE, box)
     draft = Foreground(read, shape, top, background, noise, whole_signal=smooth)
     sample = _sample_signal(draft)
@@ -218,7 +238,7 @@ def _find_top(read: ReadBox, shape: Shape) -> float | None:
 
 def _choose_slabs(shape: Shape) -> list[Box]:
     """Slabs over the whole volume, or evenly spaced ones of a large volume."""
-    slabs = list(iter_slabs(shape, _SLAB_ITEMSIZE, depth=_TILE[0]))
+    slabs = list(iter_slabs(shape, SLAB_ITEMSIZE, depth=_TILE[0]))
     every = max(1, math.ceil(math.prod(shape) / _MEASURED_VOXELS))
     return slabs[every // 2 :: every] if every < len(slabs) else slabs[len(slabs) // 2 :][:1] if every > 1 else slabs
 
@@ -230,7 +250,7 @@ def _measure_background(
     z, y, x = (-(-n // t) for n, t in zip(shape, _TILE, strict=True))
     background, noise = np.zeros((z, y, x), dtype=np.float32), np.zeros((z, y, x), dtype=np.float32)
 
-    for box in iter_slabs(shape, _SLAB_ITEMSIZE, depth=_TILE[0]):
+    for box in iter_slabs(shape, SLAB_ITEMSIZE, depth=_TILE[0]):
         smooth = _smooth(read, box, shape) if smooth_image is None else smooth_image[box.slices]
         first = [a // t for a, t in zip(box.start, _TILE, strict=True)]
         for index in np.ndindex(*(-(-n // t) for n, t in zip(smooth.shape, _TILE, strict=True))):
@@ -330,10 +350,10 @@ def _count_specks(mask: NDArray[np.bool_]) -> int:
 
 
 def measure_mask(probability: NDArray[np.uint8]) -> tuple[float, float]:
-    """Share of a volume that is at least 128, and the share of that mask in specks."""
+    """Share of a volume that is at least `HALF`, and the share of that mask in specks."""
     voxels = specks = 0
     for z in range(0, len(probability), _MASK_SLAB):
-        mask = probability[z : z + _MASK_SLAB] >= 128
+        mask = probability[z : z + _MASK_SLAB] >= HALF
         voxels += int(np.count_nonzero(mask))
         specks += _count_specks(mask)
     return voxels / probability.size, specks / max(voxels, 1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core import distributed, stop_signals
 from hpc_neuro.core.geometry import Box, Shape
-from hpc_neuro.data.foreground import Foreground
+from hpc_neuro.data.foreground import HALF, KEPT_VOXELS, Foreground
 from hpc_neuro.data.intensity import compute_intensity_range, normalize
 from hpc_neuro.infer.model import choose_window, predict_black
 from hpc_neuro.infer.progress import WindowProgress
@@ -21,7 +21,6 @@ from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
 from hpc_neuro.models.student_folder import find_student, read_contrast
-from hpc_neuro.trace_stacks.tracer import KEPT_VOXELS
 
 _OVERLAP = 0.25
 """Share of a window that the next one covers again, as in `infer`."""
@@ -107,8 +106,8 @@ def _advance(progress: WindowProgress, count: int) -> None:
 
 
 def _make_scale(threshold: float) -> NDArray[np.uint8]:
-    """[256] probability as one byte -> the same with the threshold moved to 128, linear on both sides of it."""
+    """[256] probability as one byte -> the same with the threshold moved to `HALF`, linear on both sides of it."""
     levels = np.linspace(0, 1, 256)
-    below = levels / threshold * 128
-    above = 128 + (levels - threshold) / (1 - threshold) * 127
-    return np.where(levels < threshold, np.minimum(below, 127), above).astype(np.uint8)
+    below = levels / threshold * HALF
+    above = HALF + (levels - threshold) / (1 - threshold) * (255 - HALF)
+    return np.where(levels < threshold, np.minimum(below, HALF - 1), above).astype(np.uint8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,9 +16,11 @@ from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.foreground import Foreground, measure_foreground, measure_mask
+from hpc_neuro.data.foreground import HALF, SLAB_ITEMSIZE, Foreground, measure_foreground, measure_mask
+from hpc_neuro.data.intensity import iter_slabs
 from hpc_neuro.infer.proofread import DoubtfulPlace, NodeConfidence, find_places
 from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.metrics.metric import divide, harmonic_mean
 from hpc_neuro.tracing import (
     BlockSkeleton,
     Soma,
@@ -50,10 +51,6 @@ _SEEN_VOXELS = 2
 """[voxel] A student sees foreground that is so near to its own."""
 _AGREEMENT_VOXELS = 4.0
 """[voxel] Tolerance of the agreement with the second opinion."""
-_HALF = 128
-"""The least byte of foreground in a probability."""
-KEPT_VOXELS = 1 << 28
-"""[voxel] The probability of a volume up to this size is kept in memory, one byte a voxel."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +113,10 @@ def trace_image(
     cubes. Raises InputError for an image without contrast, and for a root off the foreground.
     """
     cfg, size = cfg or TraceConfig(), voxel_size or (1.0, 1.0, 1.0)
-    foreground = measure_foreground(stop_signals.stop_on_request(read), shape)
-    own = _keep_in_memory(foreground, shape)
+    foreground = measure_foreground(stop_signals.stop_on_request(read), shape).keep_probability()
     prediction = None if predictor is None else predictor.predict(foreground, label)
     student = None if prediction is None else _read_from(prediction)
-    evidence = _weigh_evidence(foreground, own, prediction)
+    evidence = _weigh_evidence(foreground, prediction)
     probability = evidence.probability
 
     skeletons = _skeletonize(probability, shape, size, cfg)
@@ -146,11 +142,11 @@ def trace_image(
     forest = morphology.concatenate_trees(trees)
     agreement = None
     if trees and student is not None:
-        others = _trace_again(own, foreground, shape, size, cfg, roots)
-        agreement = _measure_mutual_support(forest, own, others, student, shape)
+        others = _trace_again(foreground, size, cfg, roots)
+        agreement = _measure_mutual_support(forest, others, foreground, student)
     elif trees:
         strict = replace(cfg, threshold=min(_STRICT_RATIO * cfg.threshold, 1.0), low=None)
-        others = _trace_again(own, foreground, shape, size, strict, roots)
+        others = _trace_again(foreground, size, strict, roots)
         agreement = round(match_cable(forest, others, _AGREEMENT_VOXELS).f1, 3)
 
     noise = foreground.noise_level
@@ -173,18 +169,6 @@ def trace_image(
         confidence = NodeConfidence(plain, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
         places = find_places(forest, confidence, shape, size)
     return ImageTrace(trees, somas, foreground, student, figures, places)
-
-
-def _keep_in_memory(foreground: Foreground, shape: Shape) -> ReadBox:
-    """Reads the probability by box; that of a small volume is computed once."""
-    if math.prod(shape) > KEPT_VOXELS:
-        return foreground.probability
-
-    whole: NDArray[np.uint8] = np.empty(shape, dtype=np.uint8)
-    for z in range(0, shape[0], 16):
-        box = Box((z, 0, 0), (min(z + 16, shape[0]), shape[1], shape[2]))
-        whole[box.slices] = foreground.probability(box)
-    return _read_from(whole)
 
 
 def _unite(one: ReadBox, other: ReadBox) -> ReadBox:
@@ -239,62 +223,65 @@ class _Evidence:
     seen_share: float | None
 
 
-def _weigh_evidence(foreground: Foreground, image: ReadBox, prediction: NDArray[np.uint8] | None) -> _Evidence:
+def _weigh_evidence(foreground: Foreground, prediction: NDArray[np.uint8] | None) -> _Evidence:
     """The image's own foreground, the student's, or both together."""
     if prediction is None:
-        return _Evidence(image, None, foreground.mask_share, foreground.speck_share, None)
+        return _Evidence(foreground.probability, None, foreground.mask_share, foreground.speck_share, None)
 
     student = _read_from(prediction)
     mask_share, speck_share = measure_mask(prediction)
-    seen_share = round(_measure_seen_share(image, student, foreground.shape), 3)
+    seen_share = round(_measure_seen_share(foreground, student), 3)
     # An image whose foreground is something else than neurites, tissue for example, has no say.
     if seen_share < LEAST_SEEN:
         return _Evidence(student, None, mask_share, speck_share, seen_share)
-    return _Evidence(_unite(student, image), image, mask_share, speck_share, seen_share)
+    return _Evidence(
+        _unite(student, foreground.probability), foreground.probability, mask_share, speck_share, seen_share
+    )
 
 
-def _measure_seen_share(image: ReadBox, prediction: ReadBox, shape: Shape) -> float:
+def _measure_seen_share(foreground: Foreground, student: ReadBox) -> float:
     """The share of the image's foreground within 2 voxels of the student's; 0 without foreground."""
     total = seen = 0
-    for z in range(0, shape[0], 16):
-        box = Box((z, 0, 0), (min(z + 16, shape[0]), shape[1], shape[2]))
-        mask = np.asarray(image(box), dtype=np.uint8) >= _HALF
+    for box in iter_slabs(foreground.shape, SLAB_ITEMSIZE):
+        mask = foreground.probability(box) >= HALF
         if not mask.any():
             continue
-        around = box.grow((_SEEN_VOXELS, 0, 0)).clip(Box.whole(shape))
-        bright = np.asarray(prediction(around), dtype=np.uint8) >= _HALF
-        near = maximum_filter(bright, 2 * _SEEN_VOXELS + 1)[box.relative_to(around.start).slices]
+
+        # Voxels of the student may lie beyond the slab.
+        around = box.grow((_SEEN_VOXELS,) * 3).clip(Box.whole(foreground.shape))
+        near = maximum_filter(np.asarray(student(around), dtype=np.uint8) >= HALF, 2 * _SEEN_VOXELS + 1)
         total += int(np.count_nonzero(mask))
-        seen += int(np.count_nonzero(mask & near))
+        seen += int(np.count_nonzero(mask & near[box.relative_to(around.start).slices]))
     return seen / max(total, 1)
 
 
-def _measure_mutual_support(trees: Tree, image: ReadBox, others: Tree, prediction: ReadBox, shape: Shape) -> float:
-    shares = [_measure_support(trees, image, shape), _measure_support(others, prediction, shape)]
-    return round(2 * math.prod(shares) / max(sum(shares), 1e-9), 3)
+def _measure_mutual_support(trees: Tree, others: Tree, foreground: Foreground, student: ReadBox) -> float:
+    """Harmonic mean of the share of the trees that the image shows and of the others that the student sees."""
+    support = _measure_support(trees, foreground.probability, foreground.shape)
+    return round(harmonic_mean(support, _measure_support(others, student, foreground.shape)), 3)
 
 
 def _measure_support(tree: Tree, probability: ReadBox, shape: Shape) -> float:
     """The share of the cable on which a probability is at least half; 0 without cable."""
     lengths = morphology.edge_lengths(tree)
-    if not lengths.sum():
-        return 0.0
-    return float(lengths[measure_confidence(tree, probability, shape) >= 0.5].sum() / lengths.sum())
+    is_supported = measure_confidence(tree, probability, shape) >= 0.5
+    return divide(lengths[is_supported].sum(), lengths.sum(), empty=0.0)
 
 
-def _trace_again(
-    probability: ReadBox,
-    foreground: Foreground,
-    shape: Shape,
-    size: VoxelSize,
-    cfg: TraceConfig,
-    roots: Sequence[Point],
-) -> Tree:
-    """All trees that a second opinion gives, from the given roots if there are any; an empty tree where it fails."""
-    skeletons = _skeletonize(probability, shape, size, cfg)
+def _trace_again(foreground: Foreground, size: VoxelSize, cfg: TraceConfig, roots: Sequence[Point]) -> Tree:
+    """All trees of the image's own foreground, from the given roots if there are any; an empty tree where it fails."""
+    shape = foreground.shape
+    skeletons = _skeletonize(foreground.probability, shape, size, cfg)
     try:
         trees = trace_block_skeletons(
-            skeletons, probability, shape, size, roots=roots, cfg=cfg, image=foreground.read_image, keep_rest=not roots
+            skeletons,
+            foreground.probability,
+            shape,
+            size,
+            roots=roots,
+            cfg=cfg,
+            image=foreground.read_image,
+            keep_rest=not roots,
         )
     except InputError:
         return morphology.empty_tree()
