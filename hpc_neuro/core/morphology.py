@@ -166,6 +166,17 @@ def select_nodes(tree: Tree, keep: NDArray[np.bool_]) -> Tree:
     return Tree(tree.points[keep], tree.radii[keep], parents.astype(np.int64), tree.types[keep])
 
 
+def mark_above(tree: Tree, is_marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[N] whether a node is marked, or leads from its root to one that is (`is_marked` [N])."""
+    leads = is_marked.copy()
+
+    # Children come after their parents, so one backward pass marks all that leads to a node.
+    for node in range(len(tree) - 1, 0, -1):
+        if leads[node] and tree.parents[node] >= 0:
+            leads[tree.parents[node]] = True
+    return leads
+
+
 def label_components(tree: Tree) -> NDArray[np.int64]:
     """[N] number of the root above each node, in the order of the roots."""
     # Pointer doubling, as in `order_parents_first`: log2(N) passes instead of one per generation.

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order
 from scipy.spatial import cKDTree
 
-from hpc_neuro.core.morphology import Tree, child_counts, edge_lengths, select_nodes, tips
+from hpc_neuro.core.morphology import Tree, child_counts, edge_lengths, mark_above, select_nodes, tips
 from hpc_neuro.tracing.graph import CenterlineGraph
 from hpc_neuro.tracing.probability import Bools, Floats, Ints
 from hpc_neuro.tracing.voxel_graph import follow_to_end, sum_to_root
@@ -232,9 +232,7 @@ def find_main_side(tree: Tree) -> Bools:
     keep[stays] = True
     for node in range(1, len(tree)):
         keep[node] |= keep[tree.parents[node]]
-    for node in range(len(tree) - 1, 0, -1):
-        keep[tree.parents[node]] |= keep[node]
-    return keep
+    return mark_above(tree, keep)
 
 
 def is_cable_end(tree: Tree, extent: Floats) -> bool:

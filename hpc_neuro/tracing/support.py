@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpc_neuro.core.morphology import Tree, edge_lengths
+from hpc_neuro.core.morphology import Tree, edge_lengths, mark_above
 from hpc_neuro.tracing.probability import Bools, Floats
 
 _REACH = 8.0
@@ -37,9 +37,4 @@ def find_supported_nodes(tree: Tree, support: Floats) -> Bools:
         place[nodes] = tree.parents[place[nodes]]
         is_walking = (place >= 0) & (total < _REACH)
 
-    keep: Bools = (part >= _LEAST_SHARE * total) | (tree.parents < 0)
-    # Children come after their parents, so one backward pass marks all that leads to a node.
-    for node in range(len(tree) - 1, 0, -1):
-        if keep[node] and tree.parents[node] >= 0:
-            keep[tree.parents[node]] = True
-    return keep
+    return mark_above(tree, (part >= _LEAST_SHARE * total) | (tree.parents < 0))

@@ -126,3 +126,14 @@ def test_scaling_is_undone_by_its_inverse_and_knows_no_axis(factor: tuple[float,
 def test_radii_follow_the_two_axes_sampled_alike() -> None:
     for size in ((1.0, 0.33, 0.33), (0.33, 1.0, 0.33), (0.33, 0.33, 1.0)):
         assert fine_voxel(size) == 0.33
+
+
+@given(trees(), st.integers(0, 2**32 - 1))
+def test_all_ancestors_of_marked_nodes_are_marked(tree: Tree, seed: int) -> None:
+    is_marked = np.random.default_rng(seed).random(len(tree)) < 0.2
+    expected = is_marked.copy()
+    for node in np.flatnonzero(is_marked).tolist():
+        while tree.parents[node] >= 0:
+            node = int(tree.parents[node])
+            expected[node] = True
+    np.testing.assert_array_equal(morphology.mark_above(tree, is_marked), expected)
