@@ -67,7 +67,7 @@ def group(trees: VolumeTrees) -> None:
 
     def load(number: int) -> SuperBlockLines | None:
         stop_signals.check()
-        return _load_lines(trees, cores[number])
+        return read_lines(_lines_path(trees, cores[number]))
 
     groups = group_pieces(load, cores, source.shape, roots=source.roots, cfg=trees.cfg.trace)
     save_arrays(_groups_path(trees), groups)
@@ -85,7 +85,7 @@ def finish(trees: VolumeTrees, batch: int) -> None:
     """Make the trees of a batch of pieces and keep them."""
     source, cores = trees.volume.source, _list_cores(trees)
     traced = finish_batch(
-        lambda number: _load_lines(trees, cores[number]),
+        lambda number: read_lines(_lines_path(trees, cores[number])),
         _load_groups(trees),
         batch,
         open_probability(trees.volume.folder),
@@ -120,8 +120,9 @@ def _list_cores(trees: VolumeTrees) -> list[Box]:
     return list_super_blocks(trees.volume.source.shape, trees.cfg.trace)
 
 
-def _load_lines(trees: VolumeTrees, core: Box) -> SuperBlockLines | None:
-    with np.load(_lines_path(trees, core)) as arrays:
+def read_lines(path: Path) -> SuperBlockLines | None:
+    """The lines that `save_arrays` wrote; None where a super-block has none."""
+    with np.load(path) as arrays:
         return SuperBlockLines(**arrays) if arrays.files else None
 
 

@@ -1,6 +1,6 @@
 """Trace a volume too large for one process in super-blocks, so that memory follows a super-block and not the volume.
 
-A super-block is a box of whole trace blocks. It is traced with a margin of `_MARGIN` voxels, side by side with the
+A super-block is a box of whole trace blocks. It is traced with a margin of `MARGIN` voxels, side by side with the
 others, by the same functions as a whole volume, and what is left of its skeleton is kept:
 
     lines   its centerlines and bridges
@@ -20,7 +20,7 @@ they can be finished side by side; memory follows the largest one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,11 @@ from hpc_neuro.tracing.trace import (
     TracedVolume,
     VolumeLines,
     check_inside,
+    explain_shared_place,
     find_lines,
     find_lines_through,
     finish_lines,
+    format_point,
 )
 from hpc_neuro.tracing.voxel_graph import (
     BlockSkeleton,
@@ -52,7 +54,7 @@ from hpc_neuro.tracing.voxel_graph import (
     sum_to_root,
 )
 
-_MARGIN = 96
+MARGIN = 96
 """[voxel] What is traced around a super-block: lines and bridges within `_SEAM` of it need their surroundings."""
 _SEAM = 48
 """[voxel] Distance to a neighbor up to which the whole skeleton is kept; no bridge reaches farther."""
@@ -63,23 +65,13 @@ _RING_RATIO = 4.0
 
 
 @dataclass(frozen=True)
-class SuperBlockLines:
-    """What is left of the skeleton of a super-block: N voxels in raster order, in C pieces, and B bridges."""
+class SuperBlockLines(BlockSkeleton):
+    """What is left of the skeleton of a super-block: N voxels in raster order, in C pieces, and B bridges.
 
-    voxels: NDArray[np.int32]
-    """[N, 3] z y x in the volume."""
-    probability: NDArray[np.float32]
-    """[N]"""
-    distance: NDArray[np.float32]
-    """[N] see BlockSkeleton."""
-    physical_distance: NDArray[np.float32]
-    """[N] see BlockSkeleton."""
-    piece: NDArray[np.int32]
-    """[N] number of the piece, from 0: voxels that hang together in the super-block and its margin."""
-    count: Ints
-    """[C] voxels of the foreground of each piece inside the super-block."""
-    strong: Bools
-    """[C] whether any of them reaches the threshold."""
+    A piece is a component of the voxels that hang together in the super-block and its margin. Its `count` is that of
+    its foreground inside the super-block.
+    """
+
     bridge_ends: NDArray[np.int32]
     """[B, 3] voxel at which each bridge begins; one end lies in this super-block."""
     bridge_targets: NDArray[np.int32]
@@ -163,10 +155,9 @@ def trace_super_block(
     graph = merge_block_skeletons(parts, read, shape, spacing, cfg.floor, cfg.min_voxels)
     if graph is None:
         if numbers:
-            root = " ".join(f"{value:g}" for value in roots[numbers[0]])
             raise InputError(
-                f"the root {root} (z y x voxels) lies more than root_snap = {cfg.root_snap:g} voxels off any "
-                "foreground; move the root, or lower the threshold (trace.threshold)"
+                f"the root {format_point(roots[numbers[0]])} (z y x voxels) lies more than root_snap = "
+                f"{cfg.root_snap:g} voxels off any foreground; move the root, or lower the threshold (trace.threshold)"
             )
         return None
 
@@ -208,7 +199,7 @@ def _pack_lines(
 
 
 def _add_margin(core: Box, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> Box:
-    z, y, x = (int(np.ceil(_MARGIN / s)) for s in cfg.spacing(voxel_size))
+    z, y, x = (int(np.ceil(MARGIN / s)) for s in cfg.spacing(voxel_size))
     return core.grow((z, y, x)).clip(Box.whole(shape))
 
 
@@ -232,30 +223,37 @@ def _is_inside(voxels: NDArray[np.signedinteger], box: Box) -> Bools:
 
 def _crop_skeleton(skeleton: BlockSkeleton, box: Box, shape: Shape, min_voxels: int) -> BlockSkeleton:
     """The part of a skeleton inside a box. A component that goes on beyond the box counts as large and strong."""
-    inside = _is_inside(skeleton.voxels, box)
-    voxels = skeleton.voxels[inside]
+    part = _select_voxels(skeleton, _is_inside(skeleton.voxels, box), shape)
 
-    # A component may fall apart when it is cut, and what is one component must hang together.
-    component, whole = _relabel(voxels, skeleton.component[inside], shape)
-    count, strong = skeleton.count[whole].copy(), skeleton.strong[whole].copy()
+    goes_on = np.unique(part.component[_mark_border(part.voxels, box, shape)])
+    part.strong[goes_on] = True
+    part.count[goes_on] = np.maximum(part.count[goes_on], min_voxels)
+    return part
 
-    goes_on = np.zeros(len(voxels), dtype=bool)
-    for axis in range(3):
-        goes_on |= (voxels[:, axis] == box.start[axis]) & (box.start[axis] > 0)
-        goes_on |= (voxels[:, axis] == box.stop[axis] - 1) & (box.stop[axis] < shape[axis])
-    open_components = np.unique(component[goes_on])
-    strong[open_components] = True
-    count[open_components] = np.maximum(count[open_components], min_voxels)
 
+def _select_voxels(skeleton: BlockSkeleton, keep: Bools, shape: Shape) -> BlockSkeleton:
+    """The voxels to `keep` [N]. A component may fall apart, and what is one component must hang together."""
+    voxels = skeleton.voxels[keep]
+    component, whole = _relabel(voxels, skeleton.component[keep], shape)
     return BlockSkeleton(
         voxels,
-        skeleton.probability[inside],
-        skeleton.distance[inside],
-        skeleton.physical_distance[inside],
+        skeleton.probability[keep],
+        skeleton.distance[keep],
+        skeleton.physical_distance[keep],
         component,
-        count,
-        strong,
+        skeleton.count[whole],
+        skeleton.strong[whole],
     )
+
+
+def _mark_border(voxels: NDArray[np.int32], box: Box, shape: Shape, width: Shape = (1, 1, 1)) -> Bools:
+    """[N] whether voxels of a box lie within `width` of a border of it that is none of the volume."""
+    is_near = np.zeros(len(voxels), dtype=bool)
+    for axis in range(3):
+        place = voxels[:, axis]
+        is_near |= (place < box.start[axis] + width[axis]) & (box.start[axis] > 0)
+        is_near |= (place >= box.stop[axis] - width[axis]) & (box.stop[axis] < shape[axis])
+    return is_near
 
 
 def _relabel(voxels: NDArray[np.int32], label: NDArray[np.int32], shape: Shape) -> tuple[NDArray[np.int32], Ints]:
@@ -299,14 +297,9 @@ def _mark_kept(graph: VoxelGraph, lines: VolumeLines, core: Box, seam: Shape) ->
     kept = np.zeros(len(graph.voxels), dtype=bool)
     kept[drawn.voxels[drawn.voxels >= 0]] = True
 
-    in_seam = np.zeros(len(graph.voxels), dtype=bool)
-    for axis in range(3):
-        place = graph.voxels[:, axis]
-        in_seam |= (place < core.start[axis] + seam[axis]) & (core.start[axis] > 0)
-        in_seam |= (place >= core.stop[axis] - seam[axis]) & (core.stop[axis] < graph.shape[axis])
-
+    in_seam = _mark_border(graph.voxels, core, graph.shape, seam) & _is_inside(graph.voxels, core)
     # With the path home, what hangs together in the volume hangs together in what is kept.
-    here = np.concatenate([np.flatnonzero(in_seam & _is_inside(graph.voxels, core)), _find_rings(graph, following)])
+    here = np.concatenate([np.flatnonzero(in_seam), _find_rings(graph, following)])
     while len(here := here[~kept[here]]):
         kept[here] = True
         here = following[here]
@@ -419,11 +412,11 @@ class _Overview:
         for number, core in enumerate(cores):
             lines = load(number)
             if lines is not None:
-                rim = _mark_rim(lines.voxels, core, shape)
+                rim = _mark_border(lines.voxels, core, shape)
                 rims.append(lines.voxels[rim])
-                rim_pieces.append(lines.piece[rim].astype(np.int64) + first[-1])
+                rim_pieces.append(lines.component[rim].astype(np.int64) + first[-1])
 
-                sizes.append(np.bincount(lines.piece, minlength=len(lines.count)))
+                sizes.append(np.bincount(lines.component, minlength=len(lines.count)))
                 counts.append(lines.count)
                 strong.append(lines.strong)
                 ends = (raster_keys(lines.bridge_ends, shape), raster_keys(lines.bridge_targets, shape))
@@ -447,15 +440,6 @@ class _Overview:
         )
 
 
-def _mark_rim(voxels: NDArray[np.int32], core: Box, shape: Shape) -> Bools:
-    """[N] whether voxels of a super-block may be neighbors of those of another one."""
-    rim = np.zeros(len(voxels), dtype=bool)
-    for axis in range(3):
-        rim |= (voxels[:, axis] == core.start[axis]) & (core.start[axis] > 0)
-        rim |= (voxels[:, axis] == core.stop[axis] - 1) & (core.stop[axis] < shape[axis])
-    return rim
-
-
 def _label_pieces(count: int, links: Ints) -> Ints:
     """[count] number of the group of each piece; `links` [L, 2] join two pieces."""
     graph = csr_array((np.ones(len(links), dtype=np.int8), (links[:, 0], links[:, 1])), shape=(count, count))
@@ -473,7 +457,7 @@ def _look_up_pieces(
         lines = load(number)
         if lines is not None:
             place, is_present = _find_keys(raster_keys(lines.voxels, shape), wanted)
-            pieces[is_present] = lines.piece[place[is_present]] + overview.first[number]
+            pieces[is_present] = lines.component[place[is_present]] + overview.first[number]
 
     ends = overview.bridge_keys.size
     return pieces[:ends].reshape(-1, 2), pieces[ends:]
@@ -485,18 +469,13 @@ def _check_roots(
     """Raise InputError for two roots at one place, and for a root at what is noise in the whole volume."""
     first_at: dict[bytes, Point] = {}
     for root, voxel, piece in zip(roots, voxels, pieces.tolist(), strict=True):
-        text = " ".join(f"{value:g}" for value in root)
         if not kept[piece]:
             raise InputError(
-                f"what lies at the root {text} (z y x voxels) has fewer than {cfg.min_voxels} voxels or never reaches "
-                f"the probability {cfg.threshold}; move the root, or lower trace.threshold"
+                f"what lies at the root {format_point(root)} (z y x voxels) has fewer than {cfg.min_voxels} "
+                f"voxels or never reaches the probability {cfg.threshold}; move the root, or lower trace.threshold"
             )
         if voxel.tobytes() in first_at:
-            other = " ".join(f"{value:g}" for value in first_at[voxel.tobytes()])
-            raise InputError(
-                f"the roots {other} and {text} (z y x voxels) lie at one place of one neurite, and a neuron has one "
-                "root; remove one, or lower trace.root_snap"
-            )
+            raise InputError(explain_shared_place(first_at[voxel.tobytes()], root))
         first_at[voxel.tobytes()] = root
 
 
@@ -554,19 +533,8 @@ def finish_batch(
 
 def _select_pieces(lines: SuperBlockLines, is_own: Bools, shape: Shape, min_voxels: int) -> BlockSkeleton:
     """The voxels of some pieces [C]; hysteresis and size are decided already."""
-    kept = is_own[lines.piece]
-    voxels = lines.voxels[kept]
-    component, whole = _relabel(voxels, lines.piece[kept], shape)
-
-    return BlockSkeleton(
-        voxels,
-        lines.probability[kept],
-        lines.distance[kept],
-        lines.physical_distance[kept],
-        component,
-        np.full(len(whole), min_voxels),
-        np.ones(len(whole), dtype=bool),
-    )
+    part = _select_voxels(lines, is_own[lines.component], shape)
+    return replace(part, count=np.full_like(part.count, min_voxels), strong=np.ones_like(part.strong))
 
 
 def _join_bridges(graph: VoxelGraph, centerlines: Centerlines, keys: Ints, parts: Sequence[SuperBlockLines]) -> Bridges:

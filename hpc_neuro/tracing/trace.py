@@ -282,7 +282,7 @@ def check_inside(roots: Sequence[Point], shape: Shape) -> None:
     for root in roots:
         if not all(-0.5 <= r <= n - 0.5 for r, n in zip(root, shape, strict=True)):
             raise InputError(
-                f"the root {_format_point(root)} (z y x voxels) lies outside the volume of {shape} voxels; move it"
+                f"the root {format_point(root)} (z y x voxels) lies outside the volume of {shape} voxels; move it"
             )
 
 
@@ -292,12 +292,7 @@ def _snap_roots(graph: VoxelGraph, extent: Floats, roots: Sequence[Point], cfg: 
     for root in roots:
         voxel = _snap_root(graph, extent, root, cfg)
         if voxel in voxels:
-            other = _format_point(roots[voxels.index(voxel)])
-            raise InputError(
-                f"the roots {other} and {_format_point(root)} (z y x voxels) lie at one place of one neurite, and a "
-                "neuron has one root; remove one, or lower trace.root_snap"
-            )
-
+            raise InputError(explain_shared_place(roots[voxels.index(voxel)], root))
         voxels.append(voxel)
     return voxels
 
@@ -322,7 +317,7 @@ def _snap_root(graph: VoxelGraph, extent: Floats, root: Point, cfg: TraceConfig)
     if not len(voxels):
         away, nearest = graph.kdtree.query(position)
         raise InputError(
-            f"the root {_format_point(root)} (z y x voxels) lies {away - graph.thickness[nearest]:.1f} voxels off the "
+            f"the root {format_point(root)} (z y x voxels) lies {away - graph.thickness[nearest]:.1f} voxels off the "
             f"nearest foreground, expected at most root_snap = {cfg.root_snap:g}; move the root, lower the threshold, "
             "or raise trace.root_snap"
         )
@@ -331,7 +326,16 @@ def _snap_root(graph: VoxelGraph, extent: Floats, root: Point, cfg: TraceConfig)
     return int(voxels[np.lexsort((to_middle, to_surface + _SPECK_PENALTY * shortness))[0]])
 
 
-def _format_point(point: Point) -> str:
+def explain_shared_place(root: Point, other: Point) -> str:
+    """Why two roots cannot grow from one voxel, and what to do."""
+    return (
+        f"the roots {format_point(root)} and {format_point(other)} (z y x voxels) lie at one place of one neurite, "
+        "and a neuron has one root; remove one, or lower trace.root_snap"
+    )
+
+
+def format_point(point: Point) -> str:
+    """A point as messages write it: z y x."""
     return " ".join(f"{v:g}" for v in point)
 
 

@@ -35,11 +35,10 @@ from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.infer.done_markers import BlockMarker, DoneMarkers
 from hpc_neuro.infer.tiling import MASK, Tiling
 from hpc_neuro.tracing import TraceConfig
-from hpc_neuro.tracing.super_blocks import SuperBlockLines, group_pieces
+from hpc_neuro.tracing.super_blocks import MARGIN, SuperBlockLines, group_pieces
 
 _VOXEL: VoxelSize = (1.0, 0.25, 0.25)  # [um]
 _TILING = Tiling((32, 128, 128), 0.25, (4, 16, 16), (128, 512, 512), (32, 64, 64))
-_MARGIN = 96  # [voxel] around a super-block, see hpc_neuro/tracing/super_blocks.py
 _KEPT = 0.6  # of the strand voxels of a super-block is left for its groups
 _NODES = 0.5  # nodes of a tree per strand voxel
 
@@ -53,7 +52,7 @@ class UnitCosts:
     empty: float = 1 / 23e6
     """[s/voxel] docs/infer.md, reading and skipping a volume of which 99 % is empty."""
     pyramid: float = 1 / 400e6
-    """[s/voxel of the finer level] the bound of issue 19, which `tools.bench.pyramid` measures."""
+    """[s/voxel of the finer level] `tools.bench.pyramid`, its upper bound."""
     skeleton: float = 8.7 / 512**3
     """[s/voxel] docs/infer.md, a block of 512^3 voxels with 100 neurites."""
     lines: float = 156e-6
@@ -73,7 +72,7 @@ class UnitCosts:
     draw: float = 100e-6
     """[s] of the store of rank 0 for each task that is drawn and reported."""
     block_operations: int = 35
-    """Path operations to begin, write, read back and mark a block (review of 2026-11-30, counted with strace)."""
+    """Path operations to begin, write, read back and mark a block."""
     task_operations: int = 14
     """The same of another task with one result file: begun, written whole, renamed, ended."""
     marker_passes: int = 3
@@ -270,7 +269,7 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
             )
         )
 
-    grown = math.prod((edge + 2 * _MARGIN) / edge for edge in super_edges)
+    grown = math.prod((edge + 2 * MARGIN) / edge for edge in super_edges)
     in_trees = round(trace_blocks * dense)
     kept = strands * _KEPT
     stages += [

@@ -32,6 +32,7 @@ from skimage.filters import threshold_otsu
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, concatenate_trees, length, resample_tree
 from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.infer.super_blocks import read_lines
 from hpc_neuro.infer.trees import save_arrays
 from hpc_neuro.tracing import BlockSkeleton, TraceConfig, list_trace_blocks, skeletonize_block, trace_block_skeletons
 from hpc_neuro.tracing.super_blocks import (
@@ -215,8 +216,7 @@ class CopiedVolume:
 
     def _load_lines(self, number: int) -> SuperBlockLines | None:
         core = list_super_blocks(self.shape, self.cfg)[number]
-        with np.load(self._path("lines", core)) as arrays:
-            return SuperBlockLines(**arrays) if arrays.files else None
+        return read_lines(self._path("lines", core))
 
     def _path(self, kind: str, box: Box) -> Path:
         return self.folder / f"{kind}_{'_'.join(map(str, box.start))}.npz"
