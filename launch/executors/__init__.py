@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: one small interface, one file per kind of place.
+"""Where the jobs of a sweep run: one small interface, with this machine (`local`) and the schedulers (`cluster`).
 
 Each job is a command in a folder, wrapped by a few lines of shell that leave the command's exit code beside its log:
 
@@ -41,6 +41,11 @@ class Executor(Protocol):
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """Ask jobs to end; those that have ended are passed over."""
+
+
+def make_exit_line(base: str) -> str:
+    """The shell line that leaves the last exit code for `read_exit_code`; `base` is FOLDER/NAME, quoted for a shell."""
+    return f"code=$?; echo $code > {base}.exit.part && mv {base}.exit.part {base}.exit"
 
 
 def read_exit_code(base: Path) -> int | None:

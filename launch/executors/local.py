@@ -14,7 +14,7 @@ from pathlib import Path
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from launch import slurm
-from launch.executors import KILLED, JobState, job_file, read_exit_code
+from launch.executors import KILLED, JobState, job_file, make_exit_line, read_exit_code
 
 _JOB_PART = b".job.part"
 """Part of the name of the file that the shell renames before it begins the command."""
@@ -22,7 +22,7 @@ _JOB_PART = b".job.part"
 # The shell stays to the end of the command, and ignores the signals that are sent to the whole group.
 _SHELL = (
     'trap : TERM INT USR1 USR2; echo $$ > "$0.job.part" && mv "$0.job.part" "$0.job"; '
-    '"$@" >> "$0.log" 2>&1; code=$?; echo $code > "$0.exit.part" && mv "$0.exit.part" "$0.exit"'
+    '"$@" >> "$0.log" 2>&1; ' + make_exit_line('"$0"')
 )
 _BEGIN_SECONDS = 10.0
 """[s] How long cancelling waits for a shell to begin its command."""

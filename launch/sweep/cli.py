@@ -22,9 +22,8 @@ from hpc_neuro.search.study import count_trials, lock_study
 from hpc_neuro.search.trial import RECORD_FILE
 from launch import preflight, slurm
 from launch.executors import Executor
+from launch.executors.cluster import LsfExecutor, PbsExecutor, SlurmExecutor
 from launch.executors.local import LocalExecutor
-from launch.executors.queue import LsfExecutor, PbsExecutor
-from launch.executors.slurm import SlurmExecutor
 from launch.job_files import snapshot_code
 from launch.site import Site, load_site
 from launch.sweep.driver import SweepDriver

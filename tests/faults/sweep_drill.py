@@ -34,8 +34,8 @@ from hpc_neuro.search.study import Study, lock_study
 from hpc_neuro.search.trial import ENDED_STATES, Trial
 from launch import slurm
 from launch.executors import Executor
+from launch.executors.cluster import SlurmExecutor
 from launch.executors.local import LocalExecutor
-from launch.executors.slurm import SlurmExecutor
 from launch.job_files import ROOT
 from launch.site import load_site
 from launch.sweep.driver import SweepDriver

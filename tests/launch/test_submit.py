@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.schema import ConfigError, InputError
 from launch import chain, job_end, job_files, slurm, status, submit
-from launch.executors.slurm import SlurmExecutor
+from launch.executors.cluster import SlurmExecutor
 from launch.site import Site, load_site
 from tests.launch.test_slurm_answers import write_command
 

@@ -13,7 +13,7 @@ from hpc_neuro.core import files, schema
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.train import TrainConfig
 from launch import slurm, status, submit
-from launch.executors.slurm import SlurmExecutor
+from launch.executors.cluster import SlurmExecutor
 from launch.job_files import ROOT
 from launch.site import Site, load_site
 from launch.sweep import driver

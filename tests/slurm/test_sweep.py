@@ -11,7 +11,7 @@ import yaml
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.search import trial
 from launch import slurm
-from launch.executors.slurm import SlurmExecutor
+from launch.executors.cluster import SlurmExecutor
 from launch.job_files import ROOT
 from launch.site import Site, load_site
 from launch.sweep.driver import SweepDriver

@@ -12,7 +12,7 @@ import pytest
 
 from hpc_neuro.core.schema import ConfigError, InputError
 from launch.executors import JobState
-from launch.executors.queue import LsfExecutor, PbsExecutor, QueueExecutor, name_job
+from launch.executors.cluster import LsfExecutor, PbsExecutor, QueueExecutor, name_job
 from launch.site import load_site
 from tests.helpers import fake_queue
 

@@ -1,12 +1,14 @@
-"""Jobs of a sweep on PBS and LSF: the same files and rules as on Slurm, in the words of another scheduler.
+"""Jobs of a sweep on a cluster: one batch job a trial, on Slurm, PBS or LSF.
 
-Both run a trial on one node, where torchrun starts its ranks. The scheduler's own warning differs between sites, so the
-script asks the trial to save and stop by itself, `signal_seconds` before the time limit.
+The queue tells which jobs wait and run; how a job ended is read from the file that it left, so no accounting is needed.
+
+    Slurm        srun starts the ranks of a trial, on one or more nodes; Slurm warns a trial before its time limit
+    PBS, LSF     torchrun starts the ranks on one node; the warning differs between sites, so the script asks the trial
+                 to save and stop by itself, `signal_seconds` before the time limit
 """
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import hashlib
 import re
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from hpc_neuro.core.schema import ConfigError, InputError
 from launch import job_files, slurm
-from launch.executors import JobState, job_file, read_exit_code
+from launch.executors import JobState, job_file, make_exit_line, read_exit_code
 from launch.site import Resources, Site, require_plain_path
 
 _SETTLE_SECONDS = 15.0
@@ -26,17 +28,151 @@ _SETTLE_SECONDS = 15.0
 _KILL_SECONDS = 30
 """[s] Before the time limit, a trial that has not stopped by then is killed, so that its exit code is written."""
 _ENDED = re.compile(r"finished|unknown job|not found|no matching job|no unfinished job", re.IGNORECASE)
-"""What a scheduler says of a job that has ended."""
+"""What PBS and LSF say of a job that has ended, and where there is no job."""
 
 
-class QueueExecutor(ABC):
+class ClusterExecutor(ABC):
     """Runs each trial as a job of its own; the driver, not the scheduler, submits one that died again."""
 
     def __init__(self, site: Site, code: Path) -> None:
-        """code: the snapshot that goes first on PYTHONPATH. Raises ConfigError for what the scheduler does not have."""
+        """code: the snapshot that goes first on PYTHONPATH."""
         self.site, self.code = site, code
         self._gone_since: dict[str, float] = {}
 
+    @abstractmethod
+    def make_script(self, command: Sequence[str], base: Path) -> str:
+        """The batch script of a trial."""
+
+    @abstractmethod
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs: SIGTERM, and SIGKILL later; those that have ended are passed over."""
+
+    @abstractmethod
+    def _submit_script(self, script: Path, base: Path) -> str:
+        """Hand a script to the scheduler; the id of its job."""
+
+    @abstractmethod
+    def _find_in_queue(self, base: Path) -> str | None:
+        """The id of the job of FOLDER/NAME that waits or runs."""
+
+    @abstractmethod
+    def _read_states(self) -> dict[str, JobState]:
+        """The jobs of this user that wait or run."""
+
+    def submit(self, command: Sequence[str], folder: Path, name: str) -> str:
+        """Write FOLDER/NAME.sh and submit it. Raises ConfigError for a folder that cannot stand in a script."""
+        base = folder / name
+        require_plain_path("out", base)
+        script = job_file(base, "sh")
+        # The script holds the site's environment, and with it secrets.
+        job_files.write_private_text(script, self.make_script(command, base))
+        with slurm.hide_own_job():
+            return self._submit_script(script, base)
+
+    def find(self, folder: Path, name: str) -> str | None:
+        """Find a job by the id that it wrote when it began, or in the queue."""
+        path = job_file(folder / name, "job")
+        if path.exists():
+            return path.read_text(encoding="utf-8").strip()
+        # A job that still waits has written nothing.
+        return self._find_in_queue(folder / name)
+
+    def poll(self, jobs: Mapping[str, Path]) -> dict[str, JobState]:
+        """Ask the queue once; of a job that it does not know, the folder says how it ended."""
+        states = self._read_states() if jobs else {}
+        return {job: self._judge_state(job, states.get(job), base) for job, base in jobs.items()}
+
+    def _judge_state(self, job: str, state: JobState | None, base: Path) -> JobState:
+        if state is not None:
+            self._gone_since.pop(job, None)
+            return state
+
+        # The queue forgets a job at once, while its last file may still be on its way.
+        code = read_exit_code(base)
+        since = self._gone_since.setdefault(job, time.monotonic())
+        if code is None and time.monotonic() - since < _SETTLE_SECONDS:
+            return JobState("running")
+        return JobState("ended", code)
+
+    def _make_setup(self) -> list[str]:
+        """Shell lines of the site, and the environment of every rank."""
+        # PYTHONPATH comes last, so that a site cannot hide the snapshot of the code.
+        *setup, path = self.site.setup_lines(self.code)
+        variables = self.site.environment_for(self.site.resources("train"))
+        return [*setup, *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()), path]
+
+
+class SlurmExecutor(ClusterExecutor):
+    """Slurm: plain sbatch, one squeue for all jobs."""
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """Run scancel: SIGTERM to every process, SIGKILL after the cluster's KillWait."""
+        if jobs:
+            slurm.run_command("scancel", "--quiet", *jobs)
+
+    def _submit_script(self, script: Path, base: Path) -> str:
+        return slurm.run_command("sbatch", "--parsable", str(script)).strip().partition(";")[0]
+
+    def _find_in_queue(self, base: Path) -> str | None:
+        # A job carries its base as its comment.
+        queue = slurm.run_command("squeue", "--noheader", "--user", getpass.getuser(), "--format", "%i|%k")
+        pairs = (line.strip().partition("|") for line in queue.splitlines())
+        return next((job for job, _, comment in pairs if comment == str(base)), None)
+
+    def _read_states(self) -> dict[str, JobState]:
+        return {
+            job: JobState("queued" if state in ("PENDING", "CONFIGURING") else "running")
+            for job, state in slurm.read_job_states().items()
+            if slurm.is_active(state)
+        }
+
+    def make_script(self, command: Sequence[str], base: Path) -> str:
+        """The batch script of a trial."""
+        # BASE is STUDY/trials/NUMBER/attempt_N.
+        trial, study = base.parent, base.parent.parent.parent
+        options = {
+            "job_name": f"{study.name}-{trial.name}",
+            "comment": base,
+            "output": job_file(base, "log"),
+            "open_mode": "append",
+            **self.site.sbatch_options(self.site.resources("train")),
+            "signal": f"TERM@{self.site.signal_seconds}",
+            "no_requeue": True,
+        }
+        quoted_base = shlex.quote(str(base))
+        return "\n".join(
+            [
+                "#!/bin/bash",
+                *(_format_option(name, value) for name, value in options.items()),
+                # The trial saves and ends by itself; this shell lives on to write how.
+                "trap : TERM USR1 USR2",
+                f"echo $SLURM_JOB_ID > {quoted_base}.job",
+                *self._make_setup(),
+                f"cd {shlex.quote(str(trial))}",
+                self._make_srun_line(command),
+                make_exit_line(quoted_base),
+                "",
+            ]
+        )
+
+    def _make_srun_line(self, command: Sequence[str]) -> str:
+        resources = self.site.resources("train")
+        words = shlex.join([*shlex.split(self.site.container), *command])
+        line = f"srun {shlex.join(self.site.srun_options(resources))} {words}"
+        if resources.tasks == 1:
+            return line
+
+        # All ranks train; the verbs that follow, if any, run in one process.
+        one_task = f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task={resources.cpus_per_task}"
+        return f"{line} && if [ -e infer.yaml ]; then {one_task} {words}; fi"
+
+
+class QueueExecutor(ClusterExecutor):
+    """What PBS and LSF share: commands that take options in place of a header, and scripts that run torchrun."""
+
+    def __init__(self, site: Site, code: Path) -> None:
+        """As of ClusterExecutor. Raises ConfigError for what the scheduler does not have."""
+        super().__init__(site, code)
         faults = [name for name in ("qos", "gres", "constraint") if getattr(site, name)]
         if faults:
             raise ConfigError(f"{', '.join(faults)}: {self.scheduler} has no such option; remove it from the site")
@@ -57,41 +193,8 @@ class QueueExecutor(ABC):
         """The id of a job in the answer of that command."""
 
     @abstractmethod
-    def _find_by_name(self, name: str) -> str | None:
-        """The id of the job of this name that waits or runs."""
-
-    @abstractmethod
-    def _read_states(self) -> dict[str, JobState]:
-        """The jobs of this user that wait or run."""
-
-    @abstractmethod
     def _list_cancel_words(self, job: str) -> list[str]:
         """The command that ends a job: SIGTERM, and SIGKILL later."""
-
-    def submit(self, command: Sequence[str], folder: Path, name: str) -> str:
-        """Write FOLDER/NAME.sh and submit it. Raises ConfigError for a folder that cannot stand in a script."""
-        base = folder / name
-        require_plain_path("out", base)
-        script = job_file(base, "sh")
-        # The script holds the site's environment, and with it secrets.
-        job_files.write_private_text(script, self.make_script(command, base))
-
-        with slurm.hide_own_job():
-            words = self._list_submit_words(name_job(base), script, self.site.resources("train"))
-            return self._parse_id(slurm.run_command(*words))
-
-    def find(self, folder: Path, name: str) -> str | None:
-        """Find a job by the id that it wrote when it began, or by its name in the queue."""
-        path = job_file(folder / name, "job")
-        if path.exists():
-            return path.read_text(encoding="utf-8").strip()
-        # A job that still waits has written nothing.
-        return self._find_by_name(name_job(folder / name))
-
-    def poll(self, jobs: Mapping[str, Path]) -> dict[str, JobState]:
-        """Ask the queue once; of a job that it does not know, the folder says how it ended."""
-        states = self._read_states() if jobs else {}
-        return {job: self._judge_state(job, states.get(job), base) for job, base in jobs.items()}
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """End jobs; those that have ended are passed over."""
@@ -102,26 +205,14 @@ class QueueExecutor(ABC):
                 if not _ENDED.search(str(error)):
                     raise
 
-    def _judge_state(self, job: str, state: JobState | None, base: Path) -> JobState:
-        if state is not None:
-            self._gone_since.pop(job, None)
-            return state
-
-        # The queue forgets a job at once, while its last file may still be on its way.
-        code = read_exit_code(base)
-        since = self._gone_since.setdefault(job, time.monotonic())
-        if code is None and time.monotonic() - since < _SETTLE_SECONDS:
-            return JobState("running")
-        return JobState("ended", code)
+    def _submit_script(self, script: Path, base: Path) -> str:
+        words = self._list_submit_words(name_job(base), script, self.site.resources("train"))
+        return self._parse_id(slurm.run_command(*words))
 
     def make_script(self, command: Sequence[str], base: Path) -> str:
         """The script of a trial."""
         resources = self.site.resources("train")
-        # PYTHONPATH comes last, so that a site cannot hide the snapshot of the code.
-        *setup, path = self.site.setup_lines(self.code)
-        variables = self.site.environment_for(resources)
         quoted = shlex.quote(str(base))
-
         lines = [
             "#!/bin/bash",
             # The scheduler would show its own copy of the output only at the end.
@@ -129,16 +220,14 @@ class QueueExecutor(ABC):
             # The trial saves and ends by itself; this shell lives on to write how.
             "trap : TERM INT USR1 USR2",
             f'echo "${{PBS_JOBID:-$LSB_JOBID}}" > {quoted}.job',
-            *setup,
-            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
-            path,
+            *self._make_setup(),
             f"cd {shlex.quote(str(base.parent))}",
             f"{self._make_timeout(resources)} {self._make_command(command, resources)} &",
             # `wait` returns when a signal arrives, and is asked again until the trial has ended.
             "trial=$!; trap 'kill -TERM $trial' TERM INT USR1 USR2",
             "while :; do wait $trial; kill -0 $trial 2> /dev/null || break; done",
             # The shell remembers how the trial ended; the last answer may have been that of the signal.
-            f"wait $trial; code=$?; echo $code > {quoted}.exit.part && mv {quoted}.exit.part {quoted}.exit",
+            f"wait $trial; {make_exit_line(quoted)}",
             "",
         ]
         return "\n".join(lines)
@@ -180,8 +269,8 @@ class PbsExecutor(QueueExecutor):
     def _parse_id(self, answer: str) -> str:
         return answer.strip()
 
-    def _find_by_name(self, name: str) -> str | None:
-        return next(iter(self._select("-N", name)), None)
+    def _find_in_queue(self, base: Path) -> str | None:
+        return next(iter(self._select("-N", name_job(base))), None)
 
     def _read_states(self) -> dict[str, JobState]:
         waiting = set(self._select("-s", "HQTW"))
@@ -222,8 +311,8 @@ class LsfExecutor(QueueExecutor):
             )
         return match[1]
 
-    def _find_by_name(self, name: str) -> str | None:
-        return next((words[0] for words in self._list_jobs("-J", name)), None)
+    def _find_in_queue(self, base: Path) -> str | None:
+        return next((words[0] for words in self._list_jobs("-J", name_job(base))), None)
 
     def _read_states(self) -> dict[str, JobState]:
         return {
@@ -233,29 +322,19 @@ class LsfExecutor(QueueExecutor):
         }
 
     def _list_jobs(self, *options: str) -> list[list[str]]:
+        """[job, state] of the jobs of this user."""
+        words = ["bjobs", "-u", getpass.getuser(), "-noheader", "-o", "jobid stat", *options]
         # Without any job bjobs fails, or prints a sentence, depending on its version.
-        with contextlib.suppress(_NoJobsError):
-            return [line.split() for line in _run_bjobs(*options).splitlines() if line.strip()]
-        return []
+        try:
+            answer = slurm.run_command(*words)
+        except InputError as error:
+            answer = str(error)
+            if not _ENDED.search(answer):
+                raise
+        return [] if _ENDED.search(answer) else [line.split() for line in answer.splitlines() if line.strip()]
 
     def _list_cancel_words(self, job: str) -> list[str]:
         return ["bkill", job]
-
-
-class _NoJobsError(Exception):
-    """There is no job."""
-
-
-def _run_bjobs(*options: str) -> str:
-    try:
-        answer = slurm.run_command("bjobs", "-u", getpass.getuser(), "-noheader", "-o", "jobid stat", *options)
-    except InputError as error:
-        if _ENDED.search(str(error)):
-            raise _NoJobsError from error
-        raise
-    if _ENDED.search(answer):
-        raise _NoJobsError
-    return answer
 
 
 def name_job(base: Path) -> str:
@@ -266,3 +345,8 @@ def name_job(base: Path) -> str:
 def _format_clock(minutes: int) -> str:
     """Minutes as HH:MM."""
     return f"{minutes // 60:02d}:{minutes % 60:02d}"
+
+
+def _format_option(name: str, value: object) -> str:
+    option = f"#SBATCH --{name.replace('_', '-')}"
+    return option if value is True else f"{option}={shlex.quote(str(value))}"
