@@ -95,7 +95,7 @@ class Judgment:
         return _average(self.teachers)
 
     @property
-    def untrained(self) -> Figures:
+    def control(self) -> Figures:
         """Means of the untrained copies."""
         return _average([figures for copy in self.copies for figures in copy])
 
@@ -117,7 +117,7 @@ class Judgment:
         return float(np.mean(self.gains))
 
     @property
-    def spread(self) -> float:
+    def gain_spread(self) -> float:
         """Standard deviation of the gains; 0 for one gain."""
         return float(np.std(self.gains, ddof=1)) if len(self.gains) > 1 else 0.0
 

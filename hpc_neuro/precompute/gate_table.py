@@ -9,7 +9,7 @@ from typing import Any
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher, load_teacher
-from hpc_neuro.precompute.config import GateConfig
+from hpc_neuro.precompute.config import COPIES, SAMPLES, GateConfig
 from hpc_neuro.precompute.gate import MIN_GAIN, MIN_SHIFT, Figures, Judgment, judge_teacher
 
 HEADER = f"{'teacher':12} {'volume':12} {'':9} {'probe':>7} {'shift':>7} {'position':>9}"
@@ -49,10 +49,10 @@ class Verdict:
             "volumes": {
                 judgment.volume: {
                     "trained": asdict(judgment.teacher),
-                    "untrained": asdict(judgment.untrained),
+                    "untrained": asdict(judgment.control),
                     "pixels": judgment.pixels,
                     "gain": judgment.gain,
-                    "spread": judgment.spread,
+                    "spread": judgment.gain_spread,
                     "gains": list(judgment.gains),
                     "passes": judgment.passes,
                 }
@@ -61,67 +61,64 @@ class Verdict:
         }
 
 
+@dataclass(frozen=True)
+class TeacherGate:
+    """A teacher, and how it is judged on volumes of a store."""
+
+    teacher: Teacher
+    name: str
+    """Its name to people."""
+    store: Store
+    write: Callable[[str], object]
+    """Takes lines of the table as soon as they are known."""
+    layer: int = -1
+    """The teacher's block; negative ones count from the end."""
+    seed: int = 0
+    """Of the first sample of tiles and of the first untrained copy."""
+    samples: int = SAMPLES
+    copies: int = COPIES
+
+    def judge(self, volumes: Sequence[str]) -> Verdict:
+        """Judge the teacher on every one of `volumes`.
+
+        InputError for an unknown volume and for one that cannot be judged.
+        """
+        if unknown := [volume for volume in volumes if volume not in self.store.ids]:
+            raise InputError(
+                f"{self.store.path} has no volume {', '.join(unknown)}; name some of {', '.join(self.store.ids)}"
+            )
+        return Verdict(self.name, tuple(self._judge_volume(volume) for volume in volumes))
+
+    def judge_some(self, volumes: Sequence[str]) -> Verdict:
+        """Judge the teacher on up to MAX_VOLUMES of `volumes` that can be judged."""
+        judgments: list[Judgment] = []
+        unjudged: list[str] = []
+        for volume in _list_candidates(volumes):
+            try:
+                judgments.append(self._judge_volume(volume))
+            except InputError as error:
+                # A volume without traces, or a small one, says nothing about the teacher.
+                unjudged.append(str(error).partition(";")[0])
+
+            if len(judgments) == MAX_VOLUMES:
+                break
+        return Verdict(self.name, tuple(judgments), tuple(unjudged))
+
+    def _judge_volume(self, volume: str) -> Judgment:
+        judgment = judge_teacher(self.teacher, self.store[volume], self.layer, self.seed, self.samples, self.copies)
+        self.write("\n".join(describe_judgment(self.name, judgment)))
+        return judgment
+
+
 def run_gate(cfg: GateConfig, write: Callable[[str], object]) -> Verdict:
     """Judge the teacher that `cfg` names, with a printed table. Raises InputError and ConfigError."""
     store = Store(cfg.store)
-    teacher = load_teacher(cfg.teacher)
-    name = cfg.teacher.model
+    gate = TeacherGate(
+        load_teacher(cfg.teacher), cfg.teacher.model, store, write, cfg.layer, cfg.seed, cfg.samples, cfg.copies
+    )
 
     write(HEADER)
-    if cfg.volumes:
-        return judge_volumes(teacher, name, store, cfg.volumes, cfg.layer, cfg.seed, (cfg.samples, cfg.copies), write)
-    return judge_some(teacher, name, store, store.ids, cfg.layer, cfg.seed, (cfg.samples, cfg.copies), write)
-
-
-def judge_volumes(
-    teacher: Teacher,
-    name: str,
-    store: Store,
-    volumes: Sequence[str],
-    layer: int,
-    seed: int,
-    counts: tuple[int, int],
-    write: Callable[[str], object],
-) -> Verdict:
-    """Judge a teacher, `name` to people, on every one of `volumes`, with lines of the table as they are known.
-
-    counts: samples of tiles and untrained copies. InputError for an unknown volume and for one that cannot be judged.
-    """
-    if unknown := [volume for volume in volumes if volume not in store.ids]:
-        raise InputError(f"{store.path} has no volume {', '.join(unknown)}; name some of {', '.join(store.ids)}")
-
-    judgments = []
-    for volume in volumes:
-        judgments.append(judge_teacher(teacher, store[volume], layer, seed, *counts))
-        write("\n".join(describe_judgment(name, judgments[-1])))
-    return Verdict(name, tuple(judgments))
-
-
-def judge_some(
-    teacher: Teacher,
-    name: str,
-    store: Store,
-    volumes: Sequence[str],
-    layer: int,
-    seed: int,
-    counts: tuple[int, int],
-    write: Callable[[str], object],
-) -> Verdict:
-    """Judge a teacher on up to MAX_VOLUMES of `volumes` that can be judged, as `judge_volumes` does."""
-    judgments: list[Judgment] = []
-    unjudged: list[str] = []
-    for volume in _list_candidates(volumes):
-        try:
-            verdict = judge_volumes(teacher, name, store, [volume], layer, seed, counts, write)
-        except InputError as error:
-            # A volume without traces, or a small one, says nothing about the teacher.
-            unjudged.append(str(error).partition(";")[0])
-            continue
-
-        judgments += verdict.judgments
-        if len(judgments) == MAX_VOLUMES:
-            break
-    return Verdict(name, tuple(judgments), tuple(unjudged))
+    return gate.judge(cfg.volumes) if cfg.volumes else gate.judge_some(store.ids)
 
 
 def _list_candidates(volumes: Sequence[str]) -> list[str]:
@@ -133,10 +130,10 @@ def describe_judgment(teacher: str, judgment: Judgment) -> list[str]:
     """The rows of the table: the teacher with its verdict, its untrained copies, the pixels; means over samples."""
     start = f"{teacher:12} {judgment.volume:12}"
     count = f"{len(judgment.teachers)} samples x {len(judgment.copies)} copies"
-    gain = f"gain {judgment.gain:+.3f}, spread {judgment.spread:.3f} over {count}"
+    gain = f"gain {judgment.gain:+.3f}, spread {judgment.gain_spread:.3f} over {count}"
     return [
         f"{start} {'trained':9} {_format(judgment.teacher)}   {'passes' if judgment.passes else 'fails'}, {gain}",
-        f"{start} {'untrained':9} {_format(judgment.untrained)}",
+        f"{start} {'untrained':9} {_format(judgment.control)}",
         f"{start} {'pixels':9} {judgment.pixels:7.3f}",
     ]
 

@@ -21,8 +21,8 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher, load_teacher
 from hpc_neuro.precompute import compress, estimate
 from hpc_neuro.precompute.build import build_shards
-from hpc_neuro.precompute.config import COPIES, SAMPLES, PrecomputeConfig
-from hpc_neuro.precompute.gate_table import HEADER, Verdict, explain_failure, judge_some
+from hpc_neuro.precompute.config import PrecomputeConfig
+from hpc_neuro.precompute.gate_table import HEADER, TeacherGate, Verdict, explain_failure
 
 log = logging.getLogger(__name__)
 
@@ -210,12 +210,10 @@ def _judge_teacher(cfg: PrecomputeConfig, plan: CachePlan) -> Verdict | None:
     if cfg.gate == "skip" or plan.teacher.random:
         return None
 
-    name = cfg.teacher.model
     log.info("is the teacher worth anything on these volumes? (docs/method.md; gate=skip leaves this out)")
     log.info(HEADER)
-    verdict = judge_some(
-        plan.teacher, name, plan.store, list(plan.digests), cfg.layers[-1], 0, (SAMPLES, COPIES), log.info
-    )
+    gate = TeacherGate(plan.teacher, cfg.teacher.model, plan.store, log.info, layer=cfg.layers[-1])
+    verdict = gate.judge_some(list(plan.digests))
 
     if not verdict.judgments:
         log.info("not judged: %s", "; ".join(verdict.unjudged))

@@ -166,7 +166,7 @@ def test_an_untrained_teacher_does_not_beat_its_copies(tmp_path: Path, monkeypat
     assert judgment.teachers == judgment.copies[0]
     assert judgment.teachers != judgment.copies[1]
     assert judgment.gains[:2] == (0, 0)
-    assert judgment.spread > 0
+    assert judgment.gain_spread > 0
     assert not judgment.passes
     assert judgment.pixels > 0.5
 
@@ -177,10 +177,10 @@ def test_the_mean_decides_and_the_spread_is_that_of_samples_and_copies() -> None
     judgment = judge(Figures(0.535, 0.9, 0.1), low, high)
     assert judgment.gains == pytest.approx((0.135, -0.065))
     assert judgment.gain == pytest.approx(0.035)
-    assert judgment.spread == pytest.approx(0.1414, abs=1e-3)
+    assert judgment.gain_spread == pytest.approx(0.1414, abs=1e-3)
     assert judgment.passes
     assert not judge(Figures(0.525, 0.9, 0.1), low, high).passes
-    assert judge(Figures(0.7, 0.9, 0.1), low).spread == 0
+    assert judge(Figures(0.7, 0.9, 0.1), low).gain_spread == 0
 
 
 def test_all_samples_are_fitted_and_each_is_scored(tiles: Tiles) -> None:

@@ -35,7 +35,7 @@ from hpc_neuro.data.store import Store
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute.config import COPIES, SAMPLES
-from hpc_neuro.precompute.gate_table import HEADER, judge_volumes
+from hpc_neuro.precompute.gate_table import HEADER, TeacherGate
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,7 +81,7 @@ def judge_all(
     for text in teachers:
         start = time.monotonic()
         teacher = load_teacher(_parse_teacher(text))
-        verdict = judge_volumes(teacher, text, store, names, layer, seed, counts, _write)
+        verdict = TeacherGate(teacher, text, store, _write, layer, seed, *counts).judge(names)
         result["teachers"][text] = {"seconds": round(time.monotonic() - start, 1), **verdict.to_json()}
     return result
 
