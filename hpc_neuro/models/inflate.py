@@ -211,15 +211,16 @@ def map_weights(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
     tensor is left over on either side (naming it). The stem, the decoder, tube offsets, a zero block kernel and the
     depth positions have nothing to come from and keep their start.
     """
+    # A control: random weights take the same way as a teacher's would, by the rule that fits the student.
+    if cfg.rule == "untrained":
+        fitting = dataclasses.replace(cfg, rule=find_rule(student))
+        values, report = map_weights(make_untrained_copy(teacher), student, fitting)
+        return values, dataclasses.replace(report, rule=f"untrained, by {report.rule}")
+
     report = TransferReport(cfg.rule, teacher.identity)
     own = student.state_dict()
 
     # A student from scratch is reported in the same form, so that runs can be compared.
-    if cfg.rule == "untrained":
-        untrained = make_untrained_copy(teacher)
-        values, report = map_weights(untrained, student, dataclasses.replace(cfg, rule=find_rule(student)))
-        return values, dataclasses.replace(report, rule=f"untrained, by {report.rule}")
-
     if cfg.rule == "scratch":
         report.initial = {name: tensor.numel() for name, tensor in own.items()}
         report.unused = dict.fromkeys(teacher.backbone.state_dict(), "rule scratch")

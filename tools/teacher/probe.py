@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from hpc_neuro.models import linear_probe
 from tools.teacher import masked_autoencoder, photos
+from tools.teacher.structure import difference
 
 SIZE = 224
 BINS = 8  # orientations of the gradient histograms
@@ -98,30 +99,24 @@ def _gray(pictures: photos.Photos, chosen: list[int]) -> Tensor:
     return image.expand(-1, 3, -1, -1) * 2 - 1  # [n, 3, 224, 224]
 
 
-def _gradient(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Central differences of the first channel, [B, 3, H, W] -> two [B, 1, H, W]."""
-    gray = F.pad(image[:, :1], (1, 1, 1, 1), mode="replicate")
-    return gray[:, :, 2:, 1:-1] - gray[:, :, :-2, 1:-1], gray[:, :, 1:-1, 2:] - gray[:, :, 1:-1, :-2]
-
-
 def orientation(image: Tensor, patch: int) -> Tensor:
     """Coherence times (cos, sin) of twice the dominant angle of every patch, [B, N, 2]; structure tensor."""
-    gy, gx = _gradient(image)
-    xx, yy, xy = (F.avg_pool2d(t, patch).flatten(1) for t in (gx * gx, gy * gy, gx * gy))  # [B, N]
+    dy, dx = difference(image[:, :1])
+    xx, yy, xy = (F.avg_pool2d(t, patch).flatten(1) for t in (dx * dx, dy * dy, dx * dy))  # [B, N]
     return torch.stack([(xx - yy), 2 * xy], -1) / (xx + yy + 1e-4)[..., None]
 
 
 def edges(image: Tensor, patch: int) -> Tensor:
     """Gradient magnitude in 4 x 4 parts of every patch, [B, N, 16]."""
-    gy, gx = _gradient(image)
-    return masked_autoencoder.patchify(F.avg_pool2d((gx * gx + gy * gy).sqrt(), patch // 4), 4)
+    dy, dx = difference(image[:, :1])
+    return masked_autoencoder.patchify(F.avg_pool2d((dx * dx + dy * dy).sqrt(), patch // 4), 4)
 
 
 def neighbors(image: Tensor, patch: int) -> Tensor:
     """Normalized orientation histograms of the patches above, below, left and right, [B, N, 4 * BINS]."""
-    gy, gx = _gradient(image)
-    strength = (gx * gx + gy * gy).sqrt()
-    bin_of = ((torch.atan2(gy, gx) % math.pi) / math.pi * BINS).long().clamp(0, BINS - 1)
+    dy, dx = difference(image[:, :1])
+    strength = (dx * dx + dy * dy).sqrt()
+    bin_of = ((torch.atan2(dy, dx) % math.pi) / math.pi * BINS).long().clamp(0, BINS - 1)
     bins = torch.zeros(len(image), BINS, *image.shape[2:]).scatter_(1, bin_of, strength)
     hog = F.avg_pool2d(bins, patch)  # [B, BINS, g, g]
     hog = hog / (hog.square().sum(1, keepdim=True) + 1e-4).sqrt()

@@ -94,10 +94,16 @@ def _measure_directions(image: Tensor, cell: int) -> Tensor:
 
 
 def _differentiate(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Central differences along y and x of [B, 1, S, S], edges repeated."""
+    """Slopes along y and x of [B, 1, S, S] per pixel."""
+    dy, dx = difference(image)
+    return dy / 2, dx / 2
+
+
+def difference(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences between both neighbors of each pixel, along y and x of [B, 1, H, W], edges repeated."""
     padded = F.pad(image, (1, 1, 1, 1), mode="replicate")
-    dy = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
-    return dy, (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
+    dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    return dy, padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
 
 
 def _group_by_token(cells: Tensor, parts: int) -> Tensor:
