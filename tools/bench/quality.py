@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpc_neuro.core import files, morphology
-from hpc_neuro.core.constants import TOLERANCE_VOX, UNLABELED
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, TOLERANCE_VOX, UNLABELED
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
@@ -113,13 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(compare(args)))
     except InputError as error:
         print(error, file=sys.stderr)
-        return 2
-    return 0
+        return EXIT_BAD_INPUT
+    return EXIT_DONE
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Train and score what is missing; the figures of all trainings, printed and drawn."""
-    store, ids = Store(args.store), check_neurons(Store(args.store), args.only)
+    store = Store(args.store)
+    ids = check_neurons(store, args.only)
     z, y, x = args.crop
     settings = Settings(
         (z, y, x), args.batch, args.seconds, args.size, args.unet_optimizer, args.unetr_rate, args.device
@@ -256,13 +257,13 @@ def choose_threshold(probability: NDArray[np.float32], mask: NDArray[np.uint8]) 
 
 
 def score_mask(probability: NDArray[np.float32], mask: NDArray[np.uint8], threshold: float) -> dict[str, float]:
-    """Dice, clDice and average precision over the labelled voxels."""
-    labelled = mask != UNLABELED
-    predicted = np.where(labelled, probability >= threshold, False)
+    """Dice, clDice and average precision over the labeled voxels."""
+    labeled = mask != UNLABELED
+    predicted = np.where(labeled, probability >= threshold, False)
     return {
-        "dice": dice_at(probability[labelled], mask[labelled] == 1, threshold),
-        "cldice": float(cldice(predicted, np.where(labelled, mask, 0))),
-        "average_precision": average_precision(probability[labelled], mask[labelled] == 1),
+        "dice": dice_at(probability[labeled], mask[labeled] == 1, threshold),
+        "cldice": float(cldice(predicted, np.where(labeled, mask, 0))),
+        "average_precision": average_precision(probability[labeled], mask[labeled] == 1),
     }
 
 

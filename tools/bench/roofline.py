@@ -55,33 +55,12 @@ _SMALL: Shape = (16, 64, 64)  # [voxel] Crop that is compiled and augmented to c
 _ATTENTION = "_scaled_dot_product"
 _MATRIX = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _VIEWS = (
-    *(
-        "view",
-        "_unsafe_view",
-        "permute",
-        "t",
-        "transpose",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "slice",
-        "select",
-        "alias",
-    ),
-    *("detach", "unbind", "split", "split_with_sizes", "as_strided", "getitem", "reshape", "lift_fresh"),
-)
+    "view", "_unsafe_view", "permute", "t", "transpose", "expand", "unsqueeze", "squeeze", "slice", "select", "alias",
+    "detach", "unbind", "split", "split_with_sizes", "as_strided", "getitem", "reshape", "lift_fresh",
+)  # fmt: skip
 _CONSTANTS = (
-    "full",
-    "iota",
-    "arange",
-    "scalar_tensor",
-    "zeros",
-    "ones",
-    "new_zeros",
-    "ones_like",
-    "zeros_like",
-    "empty",
-)
+    "full", "iota", "arange", "scalar_tensor", "zeros", "ones", "new_zeros", "ones_like", "zeros_like", "empty",
+)  # fmt: skip
 _REDUCTIONS = ("sum", "mean", "amax", "amin", "var_mean", "var", "any", "argmax")
 _OPAQUE = ("upsample", "_upsample", "index_put", "sort", "topk", "cumsum", "grid_sampler", "scatter", "nonzero")
 
@@ -129,21 +108,21 @@ class Prediction:
     """Model operations over what the card could do meanwhile, 0 to 1."""
 
 
-def predict(kernels: list[Kernel], way: str, card: Card, model_operations: float) -> Prediction:
+def predict(kernels: list[Kernel], mode: str, card: Card, model_operations: float) -> Prediction:
     """Time and utilization of a step."""
     device = sum(kernel.seconds(card) for kernel in kernels)
-    host = _HOST[way] * len(kernels)
+    host = _HOST[mode] * len(kernels)
     return Prediction(
         1e3 * max(device, host), 1e3 * device, 1e3 * host, model_operations / max(device, host) / card.peak
     )
 
 
-def list_kernels(cfg: StudentConfig, crop: Shape, batch: int, way: str) -> list[Kernel]:
+def list_kernels(cfg: StudentConfig, crop: Shape, batch: int, mode: str) -> list[Kernel]:
     """The kernels of a step: augmentation, forward, losses and backward, optimizer."""
     student = blank_student(cfg).train()
     parameters = sum(p.numel() for p in student.parameters())
-    graph = trace_step(student, crop, batch, select_decomp_table() if way == "compiled" else None)
-    step = list_eager_kernels(graph) if way == "eager" else list_fused_kernels(graph)
+    graph = trace_step(student, crop, batch, select_decomp_table() if mode == "compiled" else None)
+    step = list_eager_kernels(graph) if mode == "eager" else list_fused_kernels(graph)
     return [*list_augment_kernels(crop, batch), *step, Kernel("AdamW", 16.0 * parameters, _ADAM_BYTES * parameters)]
 
 
@@ -431,10 +410,10 @@ def main() -> None:
         facts["inductor_kernels"] = count_inductor_kernels(cfg)
         print(f"inductor generates {facts['inductor_kernels']} kernels on this CPU, products aside")
     if torch.cuda.is_available():
-        for way in _HOST:
-            taken = measure_step(cfg, (z, y, x), args.batch, "cuda", way == "compiled", args.repeats)
-            facts[way]["measured_milliseconds"] = taken
-            print(f"{torch.cuda.get_device_name()}, {way}, without augmentation: {taken:.1f} ms")
+        for mode in _HOST:
+            milliseconds = measure_step(cfg, (z, y, x), args.batch, "cuda", mode == "compiled", args.repeats)
+            facts[mode]["measured_milliseconds"] = milliseconds
+            print(f"{torch.cuda.get_device_name()}, {mode}, without augmentation: {milliseconds:.1f} ms")
     print(json.dumps(facts))
 
 
@@ -447,15 +426,15 @@ def describe_step(cfg: StudentConfig, crop: Shape, batch: int) -> dict[str, Any]
     for card in CARDS:
         print(f"{card.name:>6}: {card.peak / 1e12:.0f} TFLOP/s, {card.bandwidth / 1e12:.2f} TB/s ({card.source})")
 
-    for way in _HOST:
-        kernels = list_kernels(cfg, crop, batch, way)
+    for mode in _HOST:
+        kernels = list_kernels(cfg, crop, batch, mode)
         operations, size = sum(k.operations for k in kernels), sum(k.bytes for k in kernels)
         per_voxel = f"{size / 1e9:.1f} GB, {size / voxels:.0f} B/voxel"
-        print(f"{way}: {len(kernels)} launches, {operations / 1e12:.2f} TFLOP, {per_voxel}")
-        facts[way] = {"launches": len(kernels), "operations": operations, "bytes": size, "cards": {}}
+        print(f"{mode}: {len(kernels)} launches, {operations / 1e12:.2f} TFLOP, {per_voxel}")
+        facts[mode] = {"launches": len(kernels), "operations": operations, "bytes": size, "cards": {}}
         for card in CARDS:
-            prediction = predict(kernels, way, card, model)
-            facts[way]["cards"][card.name] = asdict(prediction)
+            prediction = predict(kernels, mode, card, model)
+            facts[mode]["cards"][card.name] = asdict(prediction)
             device, host = prediction.device_milliseconds, prediction.host_milliseconds
             both = f"(device {device:.1f}, host {host:.1f})"
             print(
