@@ -66,6 +66,11 @@ class Conv3d(nn.Conv3d):
             )
             return y
 
+        if _needs_float32(x, self.kernel_size[0]):
+            with torch.autocast(x.device.type, enabled=False):
+                bias = None if self.bias is None else self.bias.float()
+                exact: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)
+                return exact.bfloat16()
         return super().forward(x)
 
 
@@ -182,6 +187,18 @@ def init_zero(layer: nn.Module) -> None:
     """Set all parameters of `layer` to zero; for `Module.apply`."""
     for parameter in layer.parameters(recurse=False):
         nn.init.zeros_(parameter)
+
+
+def _needs_float32(x: Tensor, depth: int) -> bool:
+    """Whether a kernel of `depth` slices must not be trained in bfloat16.
+
+    On CPUs with AVX-512, oneDNN (as of torch 2.13) reads memory that was never written when it computes the gradient of
+    a bfloat16 kernel deeper than one slice, for an input two slices deep: the gradient may be infinite.
+    """
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or x.shape[2] != 2 or depth == 1:
+        return False
+    is_cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return is_cast or x.dtype == torch.bfloat16
 
 
 def _wants_onednn(x: Tensor) -> bool:

@@ -52,6 +52,24 @@ def test_the_cpu_path_without_gradients_is_the_same_convolution(kernel: tuple[in
     torch.testing.assert_close(fast, F.conv3d(x, conv.weight, conv.bias, padding=conv.padding))
 
 
+@pytest.mark.parametrize("is_cast", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_gradients_in_bfloat16_are_those_of_float32(depth: int, is_cast: bool) -> None:
+    torch.manual_seed(0)
+    conv = Conv3d(16, 16, (3, 3, 3))
+    x, slope = torch.rand(2, 16, depth, 8, 16), torch.randn(2, 16, depth, 8, 16)
+    exact = torch.autograd.grad(conv(x), conv.weight, slope)[0]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+        y = conv(x) if is_cast else conv.bfloat16()(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    # Memory that a kernel reads without having written it holds these infinities.
+    litter = [torch.full((2**n,), float("inf")) for n in range(6, 19) for _ in range(8)]
+    del litter
+    rounded = torch.autograd.grad(y, conv.weight, slope.bfloat16())[0]
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+
+
 def test_a_residual_block_adds_its_chain() -> None:
     block, x = layers.ResidualBlock(3, 2), torch.randn(2, 3, 4, 5, 6)
     expected = x
