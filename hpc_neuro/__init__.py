@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from hpc_neuro.score_tool import score
     from hpc_neuro.search import SearchConfig
     from hpc_neuro.search import run as run_search
+    from hpc_neuro.teacher.adapt import TeacherContinueConfig
+    from hpc_neuro.teacher.adapt import run as run_teacher_continue
+    from hpc_neuro.teacher.train import TeacherTrainConfig
+    from hpc_neuro.teacher.train import run as run_teacher_train
     from hpc_neuro.trace_stacks import TraceStacksConfig
     from hpc_neuro.trace_stacks import run as run_trace
     from hpc_neuro.tracing import TraceConfig
@@ -75,7 +79,7 @@ _HOMES = {
 """Public name -> module and name in it."""
 # Each verb with a config adds its config class and its function.
 _HOMES |= {verb.config: (verb.module, verb.config) for verb in VERBS.values() if verb.config}
-_HOMES |= {f"run_{verb.name}": (verb.module, "run") for verb in VERBS.values() if verb.config}
+_HOMES |= {verb.function: (verb.module, "run") for verb in VERBS.values() if verb.config}
 
 __all__ = [
     "Box",
@@ -87,6 +91,8 @@ __all__ = [
     "PrecomputeConfig",
     "PrepareConfig",
     "SearchConfig",
+    "TeacherContinueConfig",
+    "TeacherTrainConfig",
     "TraceConfig",
     "TraceStacksConfig",
     "TrainConfig",
@@ -101,6 +107,8 @@ __all__ = [
     "run_precompute",
     "run_prepare",
     "run_search",
+    "run_teacher_continue",
+    "run_teacher_train",
     "run_trace",
     "run_train",
     "score",

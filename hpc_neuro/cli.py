@@ -16,7 +16,7 @@ from hpc_neuro.core import files, schema, stop_signals
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.core.distributed import is_main
 from hpc_neuro.core.hardware_faults import find_hardware_fault
-from hpc_neuro.pipeline import VERBS, Verb
+from hpc_neuro.pipeline import VERBS, Verb, find_verb
 
 log = logging.getLogger("hpc_neuro")
 _HELP_FLAGS = ("-h", "--help")
@@ -31,21 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(format_usage())
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
 
-    name, *rest = arguments
-    if name == "--version":
+    if arguments[0] == "--version":
         # Asking git takes longer than any other answer here; the module is imported only for it.
         from hpc_neuro.core.run_folder import code_version
 
         sys.stdout.write(code_version() + "\n")
         return EXIT_DONE
-    if name not in VERBS:
-        sys.stderr.write(f"hpc-neuro: {name!r} is not one of the verbs {', '.join(VERBS)}\n")
-        return EXIT_BAD_INPUT
+
+    verb, rest = find_verb(arguments)
+    if verb is None:
+        return _refuse_verb(arguments)
+    name = verb.name
 
     # Verbs report through logging; only results that programs read go to standard output.
     _log_to_console()
     try:
-        return _run_verb(VERBS[name], rest)
+        return _run_verb(verb, rest)
     except (schema.ConfigError, schema.InputError) as error:
         sys.stderr.write(f"hpc-neuro {name}: {error}\n")
         return EXIT_BAD_INPUT
@@ -63,6 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"hpc-neuro {name}: stopped; the same command resumes\n")
         return EXIT_STOPPED
+
+
+def _refuse_verb(arguments: Sequence[str]) -> int:
+    """Name the verbs that may be meant; the exit code. The help of the first word of some verbs lists them."""
+    family = {name: verb.summary for name, verb in VERBS.items() if name.startswith(f"{arguments[0]} ")}
+    if family and arguments[1:2] and arguments[1] in _HELP_FLAGS:
+        sys.stdout.write("".join(f"  hpc-neuro {name}: {summary}\n" for name, summary in family.items()))
+        return EXIT_DONE
+
+    text = " ".join(arguments[:2]) if family else arguments[0]
+    sys.stderr.write(f"hpc-neuro: {text!r} is not one of the verbs {', '.join(family or VERBS)}\n")
+    return EXIT_BAD_INPUT
 
 
 def run_process() -> int:

@@ -18,16 +18,15 @@ import torch
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.files import format_bytes
 from hpc_neuro.core.run_folder import code_version
-from hpc_neuro.core.schema import ConfigError, InputError, load
-from hpc_neuro.precompute.config import GateConfig
+from hpc_neuro.teacher import probe
 
 HELP = """\
 hpc-neuro doctor
     What this machine has, what is missing, and how to get it.
 
 hpc-neuro doctor teacher=NAME store=STORE
-    Whether a teacher is worth anything on the volumes of a store: its features against those of random weights.
-    More keys: teacher.weights=FOLDER volumes=[ID,ID] layer=N seed=N samples=N copies=N.
+    Whether a teacher is worth anything on the volumes of a store, as `hpc-neuro teacher probe` says, with its keys:
+    teacher.weights=FOLDER volumes=[ID,ID] layer=N seed=N samples=N copies=N.
     Exit code: 0 it passes, 3 it fails.
 """
 _REQUIRED = (
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(HELP)
         return EXIT_DONE
     if argv:
-        return judge_teacher(argv)
+        return probe.main(argv)
 
     lines = [diagnosis for check in CHECKS for diagnosis in check()]
     # Of one width, so that subjects start in one column.
@@ -70,28 +69,6 @@ def main(argv: Sequence[str]) -> int:
     for line in lines:
         sys.stdout.write(f"{marks[line.ok]} {line.subject:<{width}}  {line.text}\n")
     return EXIT_FAILURES if any(line.ok is False for line in lines) else EXIT_DONE
-
-
-def judge_teacher(arguments: Sequence[str]) -> int:
-    """Print the gate's table for one teacher and its verdict; returns the exit code. ConfigError and InputError."""
-    keys = [f"teacher.model={text.partition('=')[2]}" if text.startswith("teacher=") else text for text in arguments]
-    if not any(text.startswith("store=") for text in keys) or any("=" not in text for text in keys):
-        raise ConfigError(f"{' '.join(arguments)} is not understood; usage:\n{HELP}")
-
-    # The machine's report does without the networks.
-    from hpc_neuro.precompute import gate_table
-
-    verdict = gate_table.run_gate(load(GateConfig, None, keys), _write_line)
-    if not verdict.judgments:
-        raise InputError(f"{verdict.teacher} cannot be judged: {'; '.join(verdict.unjudged)}")
-
-    _write_line(f"{verdict.teacher} passes" if verdict.passes else gate_table.explain_failure(verdict))
-    return EXIT_DONE if verdict.passes else EXIT_FAILURES
-
-
-def _write_line(text: str) -> None:
-    # A volume takes up to half a minute: its rows are not held back.
-    print(text, flush=True)
 
 
 def check_packages() -> Iterator[Diagnosis]:

@@ -8,7 +8,7 @@ when a verb is used, so that importing the table imports no verb.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ class Verb:
     """One command of `hpc-neuro`."""
 
     name: str
+    """One word, or two: several verbs may begin with the same word."""
     module: str
     """Has `run(cfg)` and `forecast(cfg)`; `main(arguments)` where `config` is None."""
     summary: str
@@ -56,6 +57,11 @@ class Verb:
     """Whether a job array may divide its volumes among tasks (the config has the key `share`)."""
     ranks: Literal["torch", "mpi"] | None = None
     """How several processes find each other; None: the verb runs in one process."""
+
+    @property
+    def function(self) -> str:
+        """Name of its function in the Python API."""
+        return f"run_{self.name.replace(' ', '_')}"
 
     @property
     def index(self) -> str:
@@ -218,7 +224,36 @@ _ROWS = (
         history_check="check_demo",
         launchable=True,
     ),
+    # --- Teachers of one's own ---
+    Verb(
+        name="teacher train",
+        module="hpc_neuro.teacher.train",
+        config="TeacherTrainConfig",
+        summary="photographs -> a 2D teacher, where no hub can be reached",
+        main_keys=(
+            "photos out objective patch depth side held about license task.crop task.mask optim.minutes optim.steps "
+            "optim.batch judge.store judge.volumes"
+        ),
+        artifacts=("teacher.json", "teacher.safetensors"),
+    ),
+    Verb(
+        name="teacher continue",
+        module="hpc_neuro.teacher.adapt",
+        config="TeacherContinueConfig",
+        positional="volumes",
+        summary="a 2D teacher goes on learning on volumes without labels",
+        main_keys=(
+            "volumes teacher.model teacher.weights out splits channel contrast windows photos photo_share about "
+            "optim.minutes optim.steps optim.lr judge.store judge.volumes"
+        ),
+        artifacts=("teacher.json", "teacher.safetensors"),
+    ),
     # --- Tools, which read their arguments themselves ---
+    Verb(
+        name="teacher probe",
+        module="hpc_neuro.teacher.probe",
+        summary="is a teacher worth anything on the volumes of a store",
+    ),
     Verb(
         name="fetch-teacher",
         module="hpc_neuro.fetch_teacher",
@@ -232,7 +267,7 @@ _ROWS = (
     Verb(
         name="doctor",
         module="hpc_neuro.doctor",
-        summary="what this machine has and lacks; with teacher= and store=: is a teacher worth anything",
+        summary="what this machine has and lacks; with teacher= and store=: as `teacher probe`",
     ),
     Verb(name="info", module="hpc_neuro.info", summary="what a volume file holds"),
     Verb(name="swc", module="hpc_neuro.swc_tool", summary="check, fix, convert or transform SWC files"),
@@ -251,6 +286,15 @@ STAGES = {verb.name: verb for verb in _ROWS if verb.folder is not None}
 """The verbs that a whole pipeline consists of, by name, in the order in which they run."""
 LAUNCHABLE = {verb.name: verb for verb in _ROWS if verb.launchable}
 """The verbs that `python -m launch` submits."""
+
+
+def find_verb(words: Sequence[str]) -> tuple[Verb | None, list[str]]:
+    """The verb that a command begins with, and the words after it; None where there is no such verb."""
+    for length in (2, 1):
+        verb = VERBS.get(" ".join(words[:length]))
+        if verb is not None:
+            return verb, list(words[length:])
+    return None, list(words)
 
 
 def stages_from(first: str) -> tuple[str, ...]:

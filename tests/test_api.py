@@ -40,7 +40,7 @@ def test_each_verb_with_a_config_has_its_class_and_its_function() -> None:
     for verb in VERBS.values():
         if verb.config:
             assert getattr(hpc_neuro, verb.config) is verb.load_config_class()
-            assert getattr(hpc_neuro, f"run_{verb.name}") is verb.load_module().run
+            assert getattr(hpc_neuro, verb.function) is verb.load_module().run
 
 
 def test_subpackages_are_not_shadowed() -> None:

@@ -21,7 +21,7 @@ from hpc_neuro.core import schema
 from hpc_neuro.core.morphology import build_tree
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.infer.viewer import ServeConfig
-from hpc_neuro.pipeline import VERBS, Verb
+from hpc_neuro.pipeline import VERBS, Verb, find_verb
 from launch import chain, submit
 from launch.site import Site
 
@@ -34,6 +34,7 @@ QUESTIONS = (
     "sparse-labels",
     "train-on-five-neurons",
     "own-dino-weights",
+    "adapt-a-teacher-to-my-microscope",
     "four-gpus",
     "stop-and-resume",
     "a-whole-brain-in-a-night",
@@ -140,10 +141,10 @@ def check_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[
     name, *rest = words
     if name.startswith("-"):
         return [] if name in ("--help", "--version") else [name]
-    if name not in VERBS:
+    verb, rest = find_verb(words)
+    if verb is None:
         return [f"{name} is no verb"]
 
-    verb = VERBS[name]
     if verb.config is None or (rest and rest[0] == "verify"):
         return check_tool(verb, rest)
     if rest and rest[0] == "serve":
@@ -151,7 +152,7 @@ def check_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> list[
         return []
 
     capsys.readouterr()
-    code = cli.main([name, *drop_missing_configs(rest)])
+    code = cli.main([verb.name, *drop_missing_configs(rest)])
     faults = list_faults(capsys.readouterr().err)
     assert code in (0, 2)
     return faults

@@ -11,8 +11,8 @@ import pytest
 from hpc_neuro.pipeline import VERBS
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hpc_neuro"
-# The demo, `trace` and the doctor use the other verbs, so they are above them.
-TOP = {"demo", "doctor", "trace_stacks", "api", "napari_plugin", "cli", "__main__"}
+# The demo, `trace`, `teacher` and the doctor use the other verbs, so they are above them.
+TOP = {"demo", "doctor", "teacher", "trace_stacks", "api", "napari_plugin", "cli", "__main__"}
 LAYERS = (
     {"core", "pipeline"},
     {"data", "models", "losses", "tracing", "metrics", "report"},

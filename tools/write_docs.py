@@ -101,7 +101,12 @@ def format_classes() -> str:
 def format_verb_functions() -> str:
     """The verbs as functions, with their config classes."""
     rows = [
-        (f"`run_{verb.name}(cfg)`", f"`{verb.config}`", verb.summary, f"[keys](settings.md#{verb.name})")
+        (
+            f"`{verb.function}(cfg)`",
+            f"`{verb.config}`",
+            verb.summary,
+            f"[keys](settings.md#{verb.name.replace(' ', '-')})",
+        )
         for verb in VERBS.values()
         if verb.config
     ]

@@ -477,7 +477,7 @@ def _check_teacher(check: RunCheck, identity: Mapping[str, str]) -> None:
     if teacher.get("weights"):
         # The config belongs to the run's start folder, not to a folder of the chain.
         weights = RunRecord("", Path(), check.record).locate(teacher["weights"])
-        # fetch-teacher and tools.teacher.pretrain leave a folder, whose note names the file.
+        # fetch-teacher and `hpc-neuro teacher` leave a folder, whose note names the file.
         if weights.is_dir():
             weights = weights / str((check.read_json(weights / NOTE) or {}).get("file", "weights"))
         check.compare_file(weights, identity["sha256"], "teacher weights")

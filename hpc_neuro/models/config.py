@@ -147,7 +147,7 @@ class TeacherConfig:
     """The frozen 2D vision transformer that gives weights and features (models/teacher.py)."""
 
     model: str = "bundled"
-    """`bundled` (in the package; `bundled8`: one with patches of 8 pixels), `trained` (by tools.teacher.pretrain, which
+    """`bundled` (in the package; `bundled8`: one with patches of 8 pixels), `trained` (by `hpc-neuro teacher`, which
     wrote the folder `weights`), `random` (untrained `arch`), or any timm ViT, e.g. vit_small_patch16_224.dino."""
     weights: Path | None = None
     """Weights of `model`: a file (.safetensors, .pth, .bin) or the folder fetch-teacher wrote; none: timm's hub."""
@@ -164,7 +164,7 @@ class TeacherConfig:
             raise ValueError(f"`weights` needs `model` to name the timm architecture in the file, not `{self.model}`")
 
         if self.model == "trained" and not self.weights:
-            raise ValueError("`model: trained` needs `weights`, the folder that tools.teacher.pretrain wrote")
+            raise ValueError("`model: trained` needs `weights`, the folder that `hpc-neuro teacher` wrote")
 
         if self.model != "random" and (self.arch, self.seed) != (TeacherConfig.arch, TeacherConfig.seed):
             raise ValueError(f"`arch` and `seed` are those of `model: random`, a `{self.model}` teacher has its own")

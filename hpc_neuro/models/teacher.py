@@ -27,6 +27,7 @@ from hpc_neuro.models.config import BUNDLED, TeacherConfig
 _schemas: list[torch.library.Library] = []
 _MAX_BLACK = 16
 """Sizes of images whose black features a teacher keeps."""
+_WANT_FOLDER = "give the folder that `hpc-neuro teacher train` or `teacher continue` wrote as teacher.weights"
 ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
 
 
@@ -134,7 +135,7 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
         # The caller's random numbers must not depend on the teacher that it loads.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            vit = _create(cfg.arch)
+            vit = create_vit(cfg.arch)
 
         mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
         # There is no file, so that the tensors themselves identify the teacher to a feature cache.
@@ -144,10 +145,9 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
     if cfg.model in BUNDLED:
         return _load_bundled(cfg)
     if cfg.model == "trained" and cfg.weights:
-        hint = "give the folder that tools.teacher.pretrain wrote as teacher.weights"
-        return _load_by_card(cfg, cfg.weights / teacher_folder.NOTE, hint)
+        return _load_by_card(cfg, cfg.weights / teacher_folder.NOTE, _WANT_FOLDER)
 
-    vit = _create(cfg.model)
+    vit = create_vit(cfg.model)
     path, pinned = teacher_folder.weights_of(
         cfg.weights or huggingface.weights(cfg.model, vit.pretrained_cfg), cfg.model
     )
@@ -158,6 +158,15 @@ def load_teacher(cfg: TeacherConfig) -> Teacher:
 
     _fill(vit, path)
     return Teacher(vit, {"name": cfg.model, "sha256": digest}, vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"])
+
+
+def read_card(cfg: TeacherConfig) -> dict[str, Any]:
+    """How the teacher that `cfg` names was made; {} for one without a card of ours. Raises InputError."""
+    if cfg.model in BUNDLED:
+        return dict(files.read_json(ASSETS / f"{BUNDLED[cfg.model]}.json", "reinstall the package"))
+    if cfg.model == "trained" and cfg.weights:
+        return dict(files.read_json(cfg.weights / teacher_folder.NOTE, _WANT_FOLDER))
+    return {}
 
 
 def make_untrained_copy(teacher: Teacher, seed: int = 0) -> Teacher:
@@ -175,7 +184,7 @@ def make_untrained_copy(teacher: Teacher, seed: int = 0) -> Teacher:
     # The caller's random numbers must not depend on the gate.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = _create(str(trained.pretrained_cfg["architecture"]), **shape)
+        vit = create_vit(str(trained.pretrained_cfg["architecture"]), **shape)
 
     if getattr(trained, "pos_embed", None) is not None:
         vit.pos_embed.data.copy_(trained.pos_embed)
@@ -189,7 +198,7 @@ def fetch(name: str, out: Path) -> list[str]:
 
     Where they are already there, the hub is not asked.
     """
-    vit = _create(name)
+    vit = create_vit(name)
 
     if already := teacher_folder.find_weights(out, name):
         return already
@@ -225,19 +234,19 @@ def _load_by_card(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
         mean, std = ([float(v) for v in card["input"][key]] for key in ("mean", "std"))
     except (KeyError, TypeError, ValueError):
         raise InputError(
-            f"{path} is no card of tools.teacher.pretrain; for a teacher that was fetched set teacher.model to its name"
+            f"{path} is no card of `hpc-neuro teacher`; for a teacher that was fetched set teacher.model to its name"
         ) from None
 
     # The card's digest finds a damaged file, the config's digest finds another teacher.
     digest = _checked_digest(weights, card_digest)
     _checked_digest(weights, cfg.sha256, digest)
 
-    vit = _create(arch, **shape)
+    vit = create_vit(arch, **shape)
     _fill(vit, weights)
     return Teacher(vit, {"name": cfg.model, "sha256": digest}, mean, std)
 
 
-def _create(name: str, **overrides: int) -> Any:
+def create_vit(name: str, **overrides: int) -> Any:
     """An untrained timm ViT without a head that takes any image size in multiples of its patch."""
     # To timm a colon or a slash belongs to a place to load from, not to the name of an architecture.
     if "/" in name or ":" in name or not timm().is_model(name.partition(".")[0]):
@@ -300,7 +309,7 @@ def _same_patch(state: Mapping[str, Tensor], vit: Any, path: Path) -> None:
             raise InputError(
                 f"{path} holds a teacher with patches of {kernel.shape[2]} x {kernel.shape[3]} pixels, but "
                 f"{vit.pretrained_cfg['architecture']} has {height} x {width}; set teacher.model to what the file "
-                "holds, or, if tools.teacher.pretrain made it, teacher.model=trained teacher.weights=FOLDER"
+                "holds, or, if `hpc-neuro teacher` made it, teacher.model=trained teacher.weights=FOLDER"
             )
 
 

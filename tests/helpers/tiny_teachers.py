@@ -31,7 +31,7 @@ FAMILIES = {
 def make(arch: str = "vit_tiny_patch16_224", **overrides: object) -> Teacher:
     """A shallow teacher whose every parameter is away from its start (layer scale 1e-5 would hide the blocks)."""
     torch.manual_seed(0)
-    vit = teacher._create(arch, **{"depth": 2, **overrides})
+    vit = teacher.create_vit(arch, **{"depth": 2, **overrides})
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -54,7 +54,7 @@ def embedding(guide: Teacher, gray: Tensor) -> Tensor:
 
 
 def write_trained(folder: Path, **changes: object) -> Path:
-    """What tools.teacher.pretrain leaves: a ViT that timm has no name for, two blocks deep, with patches of 8."""
+    """What `hpc-neuro teacher train` leaves: a ViT that timm has no name for, two blocks deep, with patches of 8."""
     arch = "vit_tiny_patch16_224"
     folder.mkdir()
     shape = {"num_classes": 0, "patch_size": 8, "img_size": 224, "depth": 2}

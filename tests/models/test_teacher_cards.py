@@ -1,4 +1,4 @@
-"""Teachers that a card describes: those in the package, and one's own from tools.teacher.pretrain."""
+"""Teachers that a card describes: those in the package, and one's own from `hpc-neuro teacher`."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_a_teacher_of_ones_own_is_its_cards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"recipe": None}, "no card of tools.teacher.pretrain"),
-        ({"patch": "eight"}, "no card of tools.teacher.pretrain"),
+        ({"recipe": None}, "no card of `hpc-neuro teacher`"),
+        ({"patch": "eight"}, "no card of `hpc-neuro teacher`"),
         ({"sha256": "ab" * 32}, "has sha256"),
         ({"file": "gone"}, "does not exist"),
         ({"recipe": {"depth": 3}}, "missing blocks.2"),
@@ -95,7 +95,9 @@ def test_a_wrong_card_is_refused(tmp_path: Path, change: dict[str, object], says
 
 def test_a_folder_without_a_card_and_a_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, write_trained(tmp_path / "t") / "teacher.safetensors"):
-        with pytest.raises(InputError, match=r"give the folder that tools\.teacher\.pretrain wrote"):
+        with pytest.raises(
+            InputError, match=r"give the folder that `hpc-neuro teacher train` or `teacher continue` wrote"
+        ):
             load_teacher(TeacherConfig(model="trained", weights=path))
 
 

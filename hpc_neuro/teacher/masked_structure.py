@@ -1,6 +1,6 @@
-"""The `structure` objective: a ViT of the DINOv3 kind predicts the structure of hidden and visible patches.
+"""The objective `structure`: a ViT with rotary positions predicts the structure of hidden and visible patches.
 
-Positions are rotary, hence relative: the features of a patch do not say where in the image it lies. timm scales the
+Rotary positions are relative: the features of a patch do not say where in the image it lies. timm scales the
 coordinates to the image, so that training draws the spacing that images of one to eight times the crop's side have.
 """
 
@@ -11,30 +11,69 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tools.teacher.masked_autoencoder import import_timm, pick
-from tools.teacher.photos import Batch
-from tools.teacher.structure import describe_structure
-
-ARCH = "vit_tiny_patch16_dinov3_qkvb"
+from hpc_neuro.models.teacher import Teacher, create_vit
+from hpc_neuro.teacher.augment import darken_field
+from hpc_neuro.teacher.config import TRAINED_SIZE, TaskConfig
+from hpc_neuro.teacher.objective import Batch, Network, Objective, pick, uniform
+from hpc_neuro.teacher.structure_targets import describe_structure
 
 LAYER_SCALE = 0.5
 """Start of the layer scale. DINOv3's own start, 1e-5, takes more steps to leave than a short training has."""
 
-
-def make_encoder(patch: int, **overrides: int) -> nn.Module:
-    """timm's DINOv3 ViT-Tiny without a head; `overrides`: depth."""
-    import_timm()
-    import timm
-
-    vit: nn.Module = timm.create_model(ARCH, patch_size=patch, img_size=224, num_classes=0, **overrides)
-    with torch.no_grad():
-        for name, parameter in vit.named_parameters():
-            if name.endswith(("gamma_1", "gamma_2")):
-                parameter.fill_(LAYER_SCALE)
-    return vit
+WIDEST = 8
+"""Side of the widest image whose spacing of tokens is trained, in crops."""
 
 
-class MaskedStructure(nn.Module):
+class StructureObjective(Objective):
+    """Ridges, gradients, directions and brightness of hidden and visible patches."""
+
+    name = "structure"
+    arch = "vit_tiny_patch16_dinov3_qkvb"
+    method = (
+        "masked prediction of structure (after MaskFeat, Wei et al., CVPR 2022): brightness, bright ridges at three "
+        "scales, histograms of gradients and directions in parts of each patch, at hidden patches and, with a smaller "
+        "weight, at visible ones; rotary positions whose spacing is that of images one to eight times as wide; patch "
+        "embedding started from whitened principal components; gray crops of 1/4 to 1 of the tile's side, quarter "
+        "turns, mirroring, inversion, gamma, contrast, a dark field in half of them, noise on the input and not on the "
+        "targets; losses are shares of the targets' variance"
+    )
+
+    def make_encoder(self, patch: int, depth: int) -> nn.Module:
+        """timm's DINOv3 ViT-Tiny without a head."""
+        vit: nn.Module = create_vit(self.arch, patch_size=patch, img_size=TRAINED_SIZE, depth=depth)
+        with torch.no_grad():
+            for name, parameter in vit.named_parameters():
+                if name.endswith(("gamma_1", "gamma_2")):
+                    parameter.fill_(LAYER_SCALE)
+        return vit
+
+    def find_obstacle(self, teacher: Teacher) -> str | None:
+        """Its positions have to be those of DINOv3."""
+        if getattr(getattr(teacher.backbone, "rope", None), "periods", None) is None:
+            return "`structure` needs the rotary positions of DINOv3"
+        return None
+
+    def make_network(self, vit: nn.Module, patch: int, task: TaskConfig, sample: Tensor) -> Network:
+        """The ViT with a linear head, whose first guess is the mean of every target in the sample."""
+        return MaskedStructure(vit, patch, task.visible_weight, sample)
+
+    def tone_photographs(self, images: Tensor, draws: torch.Generator) -> Tensor:
+        """Gray, and half of them bright structures on black."""
+        return darken_field(images, draws)
+
+    def limit_noise(self, images: Tensor) -> Tensor:
+        """Slices of a store end at their black and white levels."""
+        return images.clamp(-1, 1)
+
+    def draw_coordinates(self, draws: torch.Generator, count: int, n: int, patch: int) -> tuple[Tensor, Tensor]:
+        """Coordinates in half sides of an image that is one to eight crops wide."""
+        tokens = n * uniform(draws, count, 0.0, math.log(WIDEST)).exp()  # along the side of that image
+        axis = 2 * (torch.arange(n) + 0.5 - n / 2) / tokens[:, None]  # [count, n]
+        y = axis[:, :, None].expand(-1, -1, n).flatten(1)
+        return y, axis[:, None, :].expand(-1, n, -1).flatten(1)
+
+
+class MaskedStructure(Network):
     """A timm ViT, the token of hidden patches, and the linear head that is thrown away after training."""
 
     target_mean: Tensor
@@ -67,7 +106,8 @@ class MaskedStructure(nn.Module):
         is_hidden = torch.zeros_like(batch.order, dtype=torch.bool).scatter(1, batch.order[:, keep:], True)
         tokens = torch.where(is_hidden[..., None], self.hidden.to(tokens.dtype), tokens)
 
-        prefix: list[Tensor] = [vit.cls_token, vit.reg_token]  # type: ignore[list-item]
+        # DINOv3 has a class token and registers; a ViT may lack either.
+        prefix: list[Tensor] = [token for token in (vit.cls_token, vit.reg_token) if token is not None]  # type: ignore[misc]
         tokens = torch.cat([*(token.expand(len(tokens), -1, -1) for token in prefix), tokens], 1)
         rotation = rotate_by(batch.y, batch.x, vit.rope.periods)  # type: ignore[union-attr,arg-type]
         for block in vit.blocks:  # type: ignore[union-attr]

@@ -1,59 +1,45 @@
-"""What a frozen encoder knows: masked reconstruction, and ridge regression from its tokens, against random weights."""
+"""What a frozen teacher knows: ridge regressions from its tokens, beside those from the tokens of other networks."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hpc_neuro.models import linear_probe
-from tools.teacher import masked_autoencoder, photos
-from tools.teacher.structure import difference
+from hpc_neuro.models.teacher import Teacher
+from hpc_neuro.teacher.objective import patchify
+from hpc_neuro.teacher.structure_targets import difference
+from hpc_neuro.teacher.tiles import Tiles
+from hpc_neuro.teacher.trainer import normalize_input
 
 SIZE = 224
-BINS = 8  # orientations of the gradient histograms
-FIT = 120  # photographs (or synthetic slices) to fit the regressions on
+"""[pixel] Side of the images."""
+BINS = 8
+"""Directions of the gradient histograms."""
+FIT = 120
+"""Images that the regressions are fitted on."""
+HELD = 100
+"""Held-out images that they are scored on, at most."""
 
 
-@torch.no_grad()
-def reconstruction(
-    network: masked_autoencoder.MaskedAutoencoder,
-    untrained: masked_autoencoder.MaskedAutoencoder,
-    pictures: photos.Photos,
-    keep: int,
-    crop: int,
-) -> dict[str, float]:
-    """Loss on held-out photographs (gray, center crops, fixed masks); predicting each patch's mean scores 1."""
-    device = next(network.parameters()).device
-    image = F.interpolate(_gray(pictures, pictures.held), (crop, crop), mode="area").to(device)  # [B, 3, S, S]
-    count, n = len(image), crop // network.patch
-    order = torch.rand(count, n * n, generator=torch.Generator().manual_seed(1)).argsort(1).to(device)
-    axis = torch.arange(n, dtype=torch.float32, device=device) + (SIZE // network.patch - n) / 2
-    y, x = (c.flatten().expand(count, -1) for c in torch.meshgrid(axis, axis, indexing="ij"))
-    batch = photos.Batch(image, image, order, y, x)
-    return {
-        "trained": float(network(batch, keep)),
-        "random_weights": float(untrained(batch, keep)),
-        "patch_mean": 1.0,
-    }
+def probe_features(teachers: Mapping[str, Teacher], tiles: Tiles) -> dict[str, Any]:
+    """R^2 of ridge regressions from single frozen patch tokens, per task, teacher and block.
 
-
-def frozen_features(vits: dict[str, nn.Module], pictures: photos.Photos, patch: int) -> dict[str, Any]:
-    """R^2 of ridge regressions from single frozen patch tokens, per task, encoder and depth.
-
-    Photographs: fitted on training ones, scored on held-out ones. `pixels` regresses from the patch's own gray values.
+    Fitted on images that were trained on, scored on held-out ones. `pixels` regresses from the patch's own gray values.
     Tasks: `orientation`, the dominant direction of the token's own patch, a quadratic function of its pixels;
     `edges`, the gradient magnitude of its own patch, 4 x 4; `neighbors`, the gradient histograms of its four
     neighbors, which the token can know through attention only; `curves`, the share of curve in each 4 x 4 part of the
-    patch on synthetic noisy slices of thin bright curves, which no encoder was trained on.
+    patch on synthetic noisy slices of thin bright curves, which no teacher was trained on.
     """
-    fit = _gray(pictures, pictures.train[:: max(1, len(pictures.train) // FIT)][:FIT])
-    held = _gray(pictures, pictures.held)
+    patch = next(iter(teachers.values())).patch
+    fit = tiles.show(_spread(tiles.train, FIT), SIZE)
+    held = tiles.show(_spread(tiles.held, HELD), SIZE)
     slices, truth = curves(len(fit) + len(held))
     share = F.unfold(F.avg_pool2d(truth, patch // 4), 4, stride=4).transpose(1, 2)  # [n, N, 16]
     own = {"orientation": orientation, "edges": edges, "neighbors": neighbors}
@@ -63,10 +49,10 @@ def frozen_features(vits: dict[str, nn.Module], pictures: photos.Photos, patch: 
     ]
 
     def pixels(image: Tensor) -> dict[str, Tensor]:
-        return {"0": masked_autoencoder.patchify(image[:, :1], patch)}
+        return {"0": patchify(image[:, :1], patch)}
 
     readers: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {"pixels": pixels}
-    readers |= {name: functools.partial(tokens, vit) for name, vit in vits.items()}
+    readers |= {name: functools.partial(read_tokens, teacher) for name, teacher in teachers.items()}
     table: dict[str, Any] = {task: {name: {} for name in readers} for task in (*own, "curves")}
     for name, read in readers.items():
         for images, wanted, others, right in sets:
@@ -77,26 +63,30 @@ def frozen_features(vits: dict[str, nn.Module], pictures: photos.Photos, patch: 
     return {"score": "R^2 on held-out images, by encoder and block", **table}
 
 
+def _spread(items: list[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly spread."""
+    return items[:: max(1, len(items) // count)][:count]
+
+
 @torch.no_grad()
-def tokens(vit: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Gray image [B, 3, 224, 224] in -1..1 -> {block number: patch tokens [B, N, D]} at four depths, on the CPU."""
+def read_tokens(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
+    """Gray images [B, 3, S, S] in -1..1 -> {block number: patch tokens [B, N, D]} at four depths, on the CPU."""
+    vit = teacher.backbone
     device = next(vit.parameters()).device
-    depth = len(vit.blocks)  # type: ignore[arg-type]
-    chosen = sorted({math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
-    parts = []
-    vit.eval()
-    for some in image.split(20):  # type: ignore[no-untyped-call]
-        parts.append(
-            vit.forward_intermediates(  # type: ignore[operator]
-                some.to(device), indices=chosen, norm=False, output_fmt="NLC", intermediates_only=True
-            )
+    chosen = sorted({math.ceil(teacher.depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
+    parts = [
+        vit.forward_intermediates(
+            normalize_input(part.to(device), teacher.mean, teacher.std),
+            indices=chosen,
+            norm=False,
+            output_fmt="NLC",
+            intermediates_only=True,
         )
-    return {str(block + 1): torch.cat([p[i] for p in parts]).float().cpu() for i, block in enumerate(chosen)}
-
-
-def _gray(pictures: photos.Photos, chosen: list[int]) -> Tensor:
-    image = F.interpolate(pictures.square(chosen), (SIZE, SIZE), mode="area").mean(1, keepdim=True)
-    return image.expand(-1, 3, -1, -1) * 2 - 1  # [n, 3, 224, 224]
+        for part in torch.split(images, 20)
+    ]
+    return {
+        str(block + 1): torch.cat([part[place] for part in parts]).float().cpu() for place, block in enumerate(chosen)
+    }
 
 
 def orientation(image: Tensor, patch: int) -> Tensor:
@@ -109,7 +99,7 @@ def orientation(image: Tensor, patch: int) -> Tensor:
 def edges(image: Tensor, patch: int) -> Tensor:
     """Gradient magnitude in 4 x 4 parts of every patch, [B, N, 16]."""
     dy, dx = difference(image[:, :1])
-    return masked_autoencoder.patchify(F.avg_pool2d((dx * dx + dy * dy).sqrt(), patch // 4), 4)
+    return patchify(F.avg_pool2d((dx * dx + dy * dy).sqrt(), patch // 4), 4)
 
 
 def neighbors(image: Tensor, patch: int) -> Tensor:
@@ -131,9 +121,9 @@ def curves(count: int, number: int = 8, points: int = 600) -> tuple[Tensor, Tens
     heading = torch.rand(count, number, 1, generator=draws) * 2 * math.pi
     angle = heading + (torch.randn(count, number, points, generator=draws) * 0.06).cumsum(-1)  # winding, not curling
     start = torch.rand(2, count, number, 1, generator=draws) * SIZE
-    way = start + 0.5 * torch.stack([angle.sin(), angle.cos()]).cumsum(-1)  # [2, count, number, points], pixels
-    y, x = way.long().clamp(0, SIZE - 1)
-    inside = ((way >= 0) & (way < SIZE)).all(0)
+    path = start + 0.5 * torch.stack([angle.sin(), angle.cos()]).cumsum(-1)  # [2, count, number, points], pixels
+    y, x = path.long().clamp(0, SIZE - 1)
+    inside = ((path >= 0) & (path < SIZE)).all(0)
     bright = (torch.rand(count, number, 1, generator=draws) * 0.7 + 0.3).expand(-1, -1, points) * inside
     line = torch.zeros(count, SIZE * SIZE)
     line.scatter_reduce_(1, (y * SIZE + x).flatten(1), bright.flatten(1), "amax")

@@ -1,1 +1,0 @@
-"""Parts of `tools.teacher.pretrain`: the masked autoencoder, its photographs, its probes."""
