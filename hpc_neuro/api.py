@@ -15,7 +15,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.intensity import compute_intensity_range, normalize
+from hpc_neuro.data.intensity import ReadBox, compute_intensity_range, limit_brightness, normalize
 from hpc_neuro.trace_stacks.tracer import trace_image
 from hpc_neuro.tracing import TraceConfig
 
@@ -27,24 +27,26 @@ def trace(
     root: Point | None = None,
     roots: Sequence[Point] = (),
     channel: int | None = None,
+    intensity_range: tuple[float, float] | None = None,
     cfg: TraceConfig | None = None,
 ) -> list[Tree]:
     """Trace an image without labels and without a network, as `hpc-neuro trace` does; trees in voxels, z y x.
 
     `image` is an array [Z, Y, X] or the path of any format that `open_volume` reads. `voxel_size` (um, z y x) None: as
-    the file says, else voxels are taken for cubes. With `root` or `roots` (z y x voxels): one tree for each. Without:
-    one for each soma, which has type 1, and for each other long piece from its thickest end.
+    the file says, else voxels are taken for cubes. `intensity_range`: darker and brighter voxels count as its ends;
+    None: all brightness counts. With `root` or `roots` (z y x voxels): one tree for each. Without: one for each soma,
+    which has type 1, and for each other long piece from its thickest end.
     Raises InputError for an image that cannot be traced, and for a root outside it or off its foreground.
     """
     starts = [root] if root is not None else list(roots)
     if isinstance(image, np.ndarray):
-        array = _require_volume(image)
-        result = trace_image(lambda box: array[box.slices], _shape_of(array), voxel_size, roots=starts, cfg=cfg)
+        shape, size = _shape_of(_require_volume(image)), voxel_size
+        read = _read_boxes_of(image)
     else:
         volume = open_volume(image, channel=channel)
-        size = voxel_size or volume.voxel_size
-        result = trace_image(volume.__getitem__, volume.shape, size, roots=starts, cfg=cfg)
-    return result.trees
+        shape, size = volume.shape, voxel_size or volume.voxel_size
+        read = volume.__getitem__
+    return trace_image(limit_brightness(read, intensity_range), shape, size, roots=starts, cfg=cfg).trees
 
 
 def predict(
@@ -86,6 +88,10 @@ def predict(
     student.to(device)
     skip_black = predict_black(student, window, device) < float(meta.get("threshold", 0.5))
     return sliding_window.predict(student, normalized, window, overlap, batch, device, skip_black=skip_black)
+
+
+def _read_boxes_of(array: NDArray[Any]) -> ReadBox:
+    return lambda box: array[box.slices]
 
 
 def _normalize(

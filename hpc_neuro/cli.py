@@ -9,7 +9,6 @@ import platform
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import files, schema, stop_signals
@@ -140,7 +139,7 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
             f"{unknown[0]} is not a flag; keys are given as key=value, flags are --dry-run and --help"
         )
 
-    path, words, values = _sort_words(verb, words)
+    path, words, values = verb.sort_words(words)
     # The verb itself is imported only after its config is known to be good: a config error answers at once.
     cfg: Any = schema.load(verb.load_config_class(), path, words, values)
 
@@ -172,23 +171,6 @@ def _report_fault(name: str, error: Exception) -> int | None:
         "same command again, on another node if it fails again\n"
     )
     return fault.exit_code
-
-
-def _sort_words(verb: Verb, words: list[str]) -> tuple[Path | None, list[str], dict[str, Any]]:
-    """The config file, the `key=value` words, and the values that plain words stand for."""
-    if verb.positional is None:
-        # A config file comes first; it is told from a key by the missing `=`.
-        path = Path(words.pop(0)) if words and "=" not in words[0] else None
-        return path, words, {}
-
-    # A file may have `=` in its name.
-    plain = [word for word in words if "=" not in word or Path(word).exists()]
-    keys = [word for word in words if word not in plain]
-    configs = [word for word in plain if word.lower().endswith((".yaml", ".yml"))]
-    if len(configs) > 1:
-        raise schema.ConfigError(f"{' and '.join(configs)} are two configs; give one")
-    plain = [word for word in plain if word not in configs]
-    return Path(configs[0]) if configs else None, keys, {verb.positional: plain} if plain else {}
 
 
 def _log_to_console() -> None:

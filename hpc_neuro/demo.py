@@ -13,8 +13,8 @@ from pydantic import Field
 
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
-from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.image_names import is_system_file
+from hpc_neuro.core.image_settings import GivenChannel, GivenRange, GivenVoxelSize
 from hpc_neuro.core.schema import ConfigError, InputError, config, load
 from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.synthetic import SyntheticConfig
@@ -47,10 +47,12 @@ class DemoConfig:
     """Folder for everything; each stage has a folder of its own inside."""
     data: Path | None = None
     """Folder of image + SWC pairs of the same stem, and an optional meta.json; none: synthetic neurons are made."""
-    voxel_size: VoxelSize | None = None
+    voxel_size: GivenVoxelSize | None = None
     """[um] z,y,x of all images in `data`; none: as meta.json or the files say."""
-    channel: int | None = None
+    channel: GivenChannel | None = None
     """Channel of the images in `data` that have several, from 0."""
+    range: GivenRange | None = None
+    """Brightness that becomes 0 and 1 in all images in `data`; none: measured in each."""
     test: list[str] = Field(default_factory=list)
     """Neurons held out of training; empty: every fifth in order, the fourth first (of three or fewer, the last)."""
     init: Path | None = None
@@ -76,8 +78,9 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.data is None and self.test:
             raise ValueError("test: synthetic neurons are held out by themselves; give `data` to choose")
-        if self.data is None and (self.voxel_size is not None or self.channel is not None):
-            raise ValueError("voxel_size and channel are of your own images; give their folder with data=FOLDER")
+        given = [key for key in ("voxel_size", "channel", "range") if getattr(self, key) is not None]
+        if self.data is None and given:
+            raise ValueError(f"{', '.join(given)}: only your own images need it; give their folder with data=FOLDER")
 
 
 def forecast(cfg: DemoConfig) -> list[str]:
@@ -152,7 +155,7 @@ def stage_config(cfg: DemoConfig, name: str, data: Path, held_out: Sequence[str]
 
     if name == "prepare":
         values |= {"images": data, "split.test": held_out}
-        stated = {"voxel_size": cfg.voxel_size, "channel": cfg.channel}
+        stated = {"voxel_size": cfg.voxel_size, "channel": cfg.channel, "range": cfg.range}
         values |= {key: value for key, value in stated.items() if value is not None}
         # A student that was trained before must see what it saw then.
         if cfg.init is not None:

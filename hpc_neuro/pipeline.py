@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from hpc_neuro.core.schema import ConfigError
+
 
 @dataclass(frozen=True)
 class Input:
@@ -77,6 +79,22 @@ class Verb:
         assert self.config is not None, f"{self.name} has no config class"
         return getattr(self.load_module(), self.config)
 
+    def sort_words(self, words: Sequence[str]) -> tuple[Path | None, list[str], dict[str, Any]]:
+        """The config file, the `key=value` words, and the values that plain words stand for. Raises ConfigError."""
+        if self.positional is None:
+            # A config file comes first; it is told from a key by the missing `=`.
+            has_config = bool(words) and "=" not in words[0]
+            return Path(words[0]) if has_config else None, list(words[1:] if has_config else words), {}
+
+        # A file may have `=` in its name.
+        plain = [word for word in words if "=" not in word or Path(word).exists()]
+        keys = [word for word in words if word not in plain]
+        configs = [word for word in plain if word.lower().endswith((".yaml", ".yml"))]
+        if len(configs) > 1:
+            raise ConfigError(f"{' and '.join(configs)} are two configs; give one")
+        plain = [word for word in plain if word not in configs]
+        return Path(configs[0]) if configs else None, keys, {self.positional: plain} if plain else {}
+
     def folders_under(self, root: Path, present: Iterable[str] = ()) -> dict[str, Path]:
         """Folders of a stage under the root of a whole pipeline, by config key: `out` and the inputs.
 
@@ -106,8 +124,8 @@ _ROWS = (
         config="PrepareConfig",
         summary="images + SWC trees -> training store",
         main_keys=(
-            "images manifest out voxel_size swc_unit channel axes radius tube beyond_root split.test "
-            "split.val split.test_fraction split.val_fraction misaligned"
+            "images manifest out voxel_size swc_unit channel range axes radius tube beyond_root "
+            "split.test split.val split.test_fraction split.val_fraction misaligned"
         ),
         folder="store",
         artifacts=("dataset.json",),
@@ -155,7 +173,7 @@ _ROWS = (
         positional="images",
         summary="student + volumes -> probabilities and SWC trees; verify OUT, serve OUT",
         main_keys=(
-            "model images store split out voxel_size channel range inputs block batch "
+            "model images store split out voxel_size channel range root inputs block batch "
             "threshold trees trace.root_snap trace.min_cable flips"
         ),
         commands=(("verify", "hpc_neuro.infer.verify"), ("serve", "hpc_neuro.infer.viewer")),
@@ -195,7 +213,7 @@ _ROWS = (
         positional="stacks",
         summary="image stacks -> trees (SWC), without labels",
         main_keys=(
-            "out model voxel_size channel root seeds axes dataset somas trace.metric trace.min_branch trace.gap "
+            "out model voxel_size channel range root seeds axes dataset somas trace.metric trace.min_branch trace.gap "
             "trace.root_is_end"
         ),
         artifacts=("trace.json", "trace.html"),
@@ -217,7 +235,7 @@ _ROWS = (
         config="DemoConfig",
         summary="all of the above on a small data set",
         main_keys=(
-            "out data voxel_size channel test init steps teacher.model teacher.weights synthetic.volumes "
+            "out data voxel_size channel range test init steps teacher.model teacher.weights synthetic.volumes "
             "synthetic.shape prepare precompute train infer evaluate"
         ),
         artifacts=("metrics.json", "metrics.csv", "report.html"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from launch.status import LaunchedJob
 
 USAGE = """python -m launch VERB [CONFIG.yaml] [key=value ...] [options]      one verb as a job in its run folder
+python -m launch infer IMAGE... model=M out=OUT [options]           paths as in hpc-neuro infer
 python -m launch --chain VERB,VERB,... [FOLDER] out=ROOT [VERB.key=value ...] [options]
                                                                     several, each waits for the one before
 python -m launch sweep CONFIG.yaml [key=value ...] [options]        many trainings of one study
@@ -97,12 +98,13 @@ def _plan_stages(verbs: str | None, words: list[str]) -> list[tuple[str, Any]]:
     """The verbs to submit with their configs: those of a chain, else the first of `words`."""
     from launch import chain, submit
 
-    verb = None if verbs else words.pop(0)
-    config = Path(words.pop(0)) if words and "=" not in words[0] else None
-    if verb is None:
-        return chain.plan_chain(str(verbs).split(","), config, words)
+    if verbs:
+        config = Path(words.pop(0)) if words and "=" not in words[0] else None
+        return chain.plan_chain(verbs.split(","), config, words)
 
-    return [(verb, submit.load_config(verb, config, words))]
+    verb, *words = words
+    config, keys, values = submit.require_launchable(verb).sort_words(words)
+    return [(verb, submit.load_config(verb, config, keys, values))]
 
 
 def _submit_stages(stages: Sequence[tuple[str, Any]], site: Site, args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ import submitit
 
 from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.pipeline import LAUNCHABLE
+from hpc_neuro.pipeline import LAUNCHABLE, Verb
 from launch import job_files, slurm
 from launch.job_end import JobRecord
 from launch.site import Resources, Site, require_plain_path, split_secrets
@@ -40,9 +40,14 @@ SECRETS_FILE = "secrets.json"
 
 def load_config(verb: str, config: Path | None, keys: Sequence[str], values: Mapping[str, Any] | None = None) -> Any:
     """Load the config of a verb; `values` are as in `schema.load`. Raises ConfigError."""
+    return schema.load(require_launchable(verb).load_config_class(), config, keys, values)
+
+
+def require_launchable(verb: str) -> Verb:
+    """The row of a verb that can be launched. Raises ConfigError for any other name."""
     if verb not in LAUNCHABLE:
         raise ConfigError(f"{verb!r} is not one of the verbs that can be launched: {', '.join(LAUNCHABLE)}")
-    return schema.load(LAUNCHABLE[verb].load_config_class(), config, keys, values)
+    return LAUNCHABLE[verb]
 
 
 def submit_verb(

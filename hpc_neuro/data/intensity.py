@@ -132,6 +132,14 @@ def require_finite(voxels: Array, box: Box, prefix: str = "") -> None:
     )
 
 
+def limit_brightness(read: ReadBox, limits: tuple[float, float] | None) -> ReadBox:
+    """Reads what `read` reads, as float32 between `limits`; None: as it is."""
+    if limits is None:
+        return read
+    low, high = limits
+    return lambda box: np.clip(np.asarray(read(box), dtype=np.float32), low, high)
+
+
 def normalize(array: Array, low: float, high: float) -> NDArray[np.float32]:
     """clip((array - low) / (high - low), 0, 1) as float32, any shape.
 

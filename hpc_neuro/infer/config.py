@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import Field
 
 from hpc_neuro.core import files
-from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.geometry import Point, Shape
 from hpc_neuro.core.image_names import strip_ending
+from hpc_neuro.core.image_settings import GivenChannel, GivenRange, GivenVoxelSize
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.data.remote_path import ImagePath
@@ -25,19 +26,19 @@ class VolumeConfig:
     """File, folder or address that `hpc-neuro info` can open."""
     id: str | None = None
     """Name of its results; none: the file's name without its ending."""
-    voxel_size: VoxelSize | None = None
+    voxel_size: GivenVoxelSize | None = None
     """[um] z, y, x; none: as the file says."""
-    root: tuple[float, float, float] | None = None
+    root: Point | None = None
     """[voxel] z, y, x where the neuron begins; none: every piece that is long enough becomes a tree."""
-    roots: tuple[tuple[float, float, float], ...] = ()
+    roots: tuple[Point, ...] = ()
     """[voxel] Where several neurons begin: each becomes one tree, and pieces that connect them are cut between them."""
-    channel: int | None = None
+    channel: GivenChannel | None = None
     """Channel of an image that has several."""
     axes: str | None = None
     """Order of the stored axes, such as ZCYX, where the file does not say."""
     dataset: str | None = None
     """Array inside the file, where there are several."""
-    range: tuple[float, float] | None = None
+    range: GivenRange | None = None
     """Brightness that becomes 0 and 1; none: measured, which reads all voxels once. Give it for a whole brain in an
     array job, where every task would measure."""
     overview: str | None = None
@@ -74,12 +75,16 @@ class InferConfig:
     addresses, or patterns such as `*.tif`; plain paths after the verb. They are kept as `inputs`."""
     inputs: tuple[VolumeConfig, ...] = ()
     """The same with settings of their own; `inputs=[{image: brain.tif, root: [3, 40, 20]}]`."""
-    voxel_size: VoxelSize | None = None
+    voxel_size: GivenVoxelSize | None = None
     """[um] z, y, x of all `inputs` that have none of their own; none: as the files say."""
-    channel: int | None = None
+    channel: GivenChannel | None = None
     """Channel of all `inputs` that have none of their own."""
-    range: tuple[float, float] | None = None
-    """Brightness that becomes 0 and 1 in all `inputs` that have none of their own; none: measured."""
+    range: GivenRange | None = None
+    """Brightness that becomes 0 and 1 in all `inputs` that have none of their own; none: measured. A student of local
+    contrast sees the brightness between the two."""
+    root: Point | None = None
+    """[voxel] z,y,x where the neuron begins, for a single image; none: every piece that is long enough becomes a
+    tree."""
     weights: Literal["best", "last"] = "best"
     """Which of a train folder's weights."""
     block: Shape = (128, 512, 512)
@@ -127,6 +132,11 @@ class InferConfig:
         if (self.store is None) == (not self.inputs):
             raise ValueError("give either images, as in  hpc-neuro infer model=M IMAGE..., or store=FOLDER")
 
+        # What a store says of its volumes would otherwise be taken in silence.
+        given = [key for key in ("voxel_size", "channel", "range", "root") if getattr(self, key) is not None]
+        if self.store is not None and given:
+            raise ValueError(f"{', '.join(given)}: {self.store} has its own for each volume; leave it out")
+
         # A block or chunk without voxels cannot tile a volume.
         if min(*self.block, *self.chunk) < 1:
             raise ValueError(f"block {list(self.block)} and chunk {list(self.chunk)} must be at least 1 voxel")
@@ -156,9 +166,16 @@ class InferConfig:
 
             items += [VolumeConfig(image=path) for named in self.images for path in expand_images(named)]
 
+        if self.root is not None and len(items) > 1:
+            raise ValueError(
+                f"root holds for one image, and there are {len(items)}; give each its own, as in "
+                f"inputs=[{{image: {items[0].image}, root: [z, y, x]}}, ...]"
+            )
+
         return tuple(
             dataclasses.replace(
                 item,
+                root=item.root if item.root is not None or item.roots else self.root,
                 voxel_size=item.voxel_size or self.voxel_size,
                 channel=self.channel if item.channel is None else item.channel,
                 range=item.range or self.range,

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core import run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.image_settings import require_inside
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.formats import Volume, describe_content, open_volume
-from hpc_neuro.data.intensity import compute_intensity_range, normalize
+from hpc_neuro.data.intensity import compute_intensity_range, limit_brightness, normalize
 from hpc_neuro.data.remote_path import parse_path
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
@@ -196,10 +197,8 @@ def _open_file(
         )
 
     roots = item.roots if item.root is None else (item.root,)
-    _check_roots(item, roots, volume.shape)
-
-    if item.range is not None and not item.range[0] < item.range[1]:
-        raise InputError(f"{item.image}: range {list(item.range)} must rise; give [darkest, brightest]")
+    for root in roots:
+        require_inside(root, volume.shape, item.image)
 
     # Measuring reads every voxel, so no second rank does it.
     measurement = measurement or _measure(item, volume)
@@ -210,7 +209,7 @@ def _open_file(
     # All that changes a normalized voxel belongs here.
     facts = f"{measurement.content} {item.channel} {item.axes} {item.dataset} {low} {high}"
     if contrast == "local":
-        facts += f" {contrast}"
+        facts += f" {contrast}" if item.range is None else f" {contrast} limited"
 
     return InputVolume(
         id=item.name,
@@ -219,7 +218,7 @@ def _open_file(
         voxel_size=voxel_size,
         roots=roots,
         digest=hashlib.sha256(facts.encode()).hexdigest(),
-        read=_make_reader(volume, low, high, contrast),
+        read=_make_reader(item, volume, (low, high), contrast),
         file=item.image if item.image.is_file() else None,
         content=measurement.content,
         share=share,
@@ -228,18 +227,13 @@ def _open_file(
     )
 
 
-def _make_reader(volume: Volume, low: float, high: float, contrast: Contrast) -> Callable[[Box], NDArray[np.float32]]:
+def _make_reader(
+    item: VolumeConfig, volume: Volume, limits: tuple[float, float], contrast: Contrast
+) -> Callable[[Box], NDArray[np.float32]]:
     """Reads what the student sees of a box."""
     if contrast == "range":
-        return lambda box: normalize(volume[box], low, high)
-    return measure_foreground(volume.__getitem__, volume.shape).local_contrast
-
-
-def _check_roots(item: VolumeConfig, roots: tuple[tuple[float, float, float], ...], shape: Shape) -> None:
-    """InputError for a root outside the image. A voxel reaches half a voxel around its center."""
-    for root in roots:
-        if any(not -0.5 <= coordinate < size for coordinate, size in zip(root, shape, strict=True)):
-            raise InputError(f"the root {root} lies outside {item.image}, whose shape is {shape} (z y x)")
+        return lambda box: normalize(volume[box], *limits)
+    return measure_foreground(limit_brightness(volume.__getitem__, item.range), volume.shape).local_contrast
 
 
 def _measure(item: VolumeConfig, volume: Volume) -> Measurement | UnusableVolume:

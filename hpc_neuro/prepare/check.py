@@ -127,9 +127,10 @@ def convert_to_voxels(tree: Tree, unit: str, size: VoxelSize) -> Tree:
     return replace(tree, points=to_voxels(tree.points, size), radii=tree.radii / fine_voxel(size))
 
 
-def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
+def measure_pair(opened: OpenedPair, misaligned: str, limits: tuple[float, float] | None = None) -> PairMeasurement:
     """Measure range and contrast in one or two passes over the voxels, and check that the tree lies on the neuron.
 
+    limits: the intensity range where it is given.
     misaligned: "error" raises InputError for a tree that fits better in another orientation, "warn" makes a remark.
     Raises UnusableImageError for an image without contrast and for voxels that cannot be read.
     """
@@ -138,7 +139,7 @@ def measure_pair(opened: OpenedPair, misaligned: str) -> PairMeasurement:
     try:
         # The histogram serves the intensity range and the percentiles along the tree.
         histogram = compute_histogram(read, image.shape)
-        low, high = compute_intensity_range(read, image.shape, histogram)
+        low, high = limits or compute_intensity_range(read, image.shape, histogram)
     except InputError as error:
         # What a reader refuses names the file already.
         prefix = "" if str(image.path) in str(error) else f"{pair.image}: "
@@ -230,4 +231,6 @@ def _compute_digest(pair: ImagePair, unit: str, size: VoxelSize, sources: dict[s
     }
     if cfg.contrast != "range":
         facts["contrast"] = cfg.contrast
+    if cfg.range is not None:
+        facts["range"] = cfg.range
     return files.sha256_json(facts)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.core.image_settings import GivenChannel, GivenRange, GivenVoxelSize
 from hpc_neuro.core.schema import config
 from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.radius import ImageRadius, RadiusConfig
@@ -52,13 +52,15 @@ class PrepareConfig:
     manifest: Path | None = None
     """Instead of `images`: a CSV or YAML list with id, image, swc and, where wanted, voxel_size (z y x um), root (z y x
     voxel), split, neuron, swc_unit, channel, axes; relative paths start at the manifest's folder."""
-    voxel_size: VoxelSize | None = None
+    voxel_size: GivenVoxelSize | None = None
     """[um] z, y, x of all volumes; overrules meta.json, manifest and files."""
     swc_unit: Literal["voxel", "um"] | None = None
     """Unit of the SWC coordinates where meta.json or the manifest does not give it; none: the unit in the file's
     header, else voxel."""
-    channel: int | None = None
+    channel: GivenChannel | None = None
     """Channel of images with several, where the manifest does not give it."""
+    range: GivenRange | None = None
+    """Brightness that becomes 0 and 1 in all volumes; none: measured in each."""
     axes: str | None = None
     """Order of the stored axes, such as ZCYX, where neither the file nor the manifest gives it."""
     contrast: Contrast = "range"
@@ -86,9 +88,6 @@ class PrepareConfig:
         # Contradictions within the config are found before any file is opened.
         if (self.images is None) == (self.manifest is None):
             raise ValueError("give either images=FOLDER or manifest=FILE")
-
-        if self.voxel_size is not None and min(self.voxel_size) <= 0:
-            raise ValueError(f"voxel_size {self.voxel_size} must be above 0 um")
 
         if self.tube > DISTANCE_CAP:
             raise ValueError(f"tube {self.tube} is above {DISTANCE_CAP:g}, the largest distance that is stored")

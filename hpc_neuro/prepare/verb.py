@@ -163,7 +163,7 @@ def _measure_or_read(opened: OpenedPair, cfg: PrepareConfig) -> PairMeasurement:
         saved = files.read_json(_measurement_path(cfg.out, opened.id), "", _SavedMeasurement)
         if saved.digest == opened.digest and not (saved.fit.is_misaligned and cfg.misaligned == "error"):
             return PairMeasurement(saved.low, saved.high, saved.fit, saved.remarks)
-    return measure_pair(opened, cfg.misaligned)
+    return measure_pair(opened, cfg.misaligned, cfg.range)
 
 
 def _write_volumes(
@@ -207,7 +207,17 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
 
     settings = DrawSettings(cfg.tube, DISTANCE_CAP, cfg.ignore_margin, fitted.stretch)
     mask = axon.mask_in if axon else None
-    write_volume(path, volume, read, opened.tree, fitted.tree, settings, mask, confirm=opened.require_unchanged)
+    write_volume(
+        path,
+        volume,
+        read,
+        opened.tree,
+        fitted.tree,
+        settings,
+        mask,
+        limits=cfg.range,
+        confirm=opened.require_unchanged,
+    )
 
     if axon:
         log.info("%s: a neurite before the root, %d voxels, is marked unlabelled", volume.id, int(axon.inside.sum()))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-from hpc_neuro.core.geometry import Point, VoxelSize
+from hpc_neuro.core.geometry import Point
+from hpc_neuro.core.image_settings import GivenChannel, GivenRange, GivenVoxelSize
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.remote_path import ImagePath
 from hpc_neuro.tracing import TraceConfig
@@ -28,10 +28,13 @@ class TraceStacksConfig:
     model: Path = Path("none")
     """What finds the neurites: `none`, the brightness of the image itself; `bundled`, the student in the package; or a
     student that you trained, as the folder of its run."""
-    voxel_size: VoxelSize | None = None
+    voxel_size: GivenVoxelSize | None = None
     """[um] z,y,x; none: as each file says. A stack without one is traced in voxels, and no micrometers are written."""
-    channel: int | None = None
+    channel: GivenChannel | None = None
     """Channel of images that have several, from 0."""
+    range: GivenRange | None = None
+    """Brightness that becomes 0 and 1: darker voxels count as the first, brighter ones as the second; none: all
+    brightness counts as it is."""
     root: Point | None = None
     """[voxel] z,y,x where the neuron begins, for a single stack; none: its seed file, else its somas, else the thickest
     end of every piece."""
@@ -50,8 +53,6 @@ class TraceStacksConfig:
     def __post_init__(self) -> None:
         if not self.stacks:
             raise ValueError("no stack is given:  hpc-neuro trace STACK... [key=value ...]")
-        if self.voxel_size is not None and not all(0 < size < math.inf for size in self.voxel_size):
-            raise ValueError(f"voxel_size {list(self.voxel_size)} must be three numbers above 0, in um")
         if self.root is not None and self.seeds is not None:
             raise ValueError("give either root=z,y,x or seeds=FILE, not both")
 

@@ -35,9 +35,13 @@ _WHOLE_VOXELS = 1 << 25
 class StackPredictor:
     """A student, ready to predict stacks."""
 
-    def __init__(self, model: Path) -> None:
-        """`model` as of `find_student`. Raises InputError and ConfigError for weights that cannot be used."""
+    def __init__(self, model: Path, limits: tuple[float, float] | None = None) -> None:
+        """`model` as of `find_student`; `limits` is the brightness that becomes 0 and 1, None: measured.
+
+        Raises InputError and ConfigError for weights that cannot be used.
+        """
         folder = find_student(model)
+        self._limits = limits
         self.student, meta = load_student(folder)
         self.device = distributed.device()
         self.student.to(self.device)
@@ -80,8 +84,16 @@ class StackPredictor:
         """Reads what the student sees of a box, as in its training."""
         if self.contrast == "local":
             return foreground.local_contrast
-        low, high = compute_intensity_range(foreground.read_image, foreground.shape)
+        low, high = self._find_limits(foreground)
         return lambda box: normalize(foreground.read_image(box), low, high)
+
+    def _find_limits(self, foreground: Foreground) -> tuple[float, float]:
+        """The brightness of the image, bright on dark, that becomes 0 and 1."""
+        if self._limits is None:
+            return compute_intensity_range(foreground.read_image, foreground.shape)
+        low, high = self._limits
+        # An image that is dark on bright is read from its brightest value downwards.
+        return (low, high) if foreground.top is None else (foreground.top - high, foreground.top - low)
 
     @functools.cached_property
     def skips_black(self) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Point, Shape, VoxelSize
-from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.image_settings import require_inside
+from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import seeds
 from hpc_neuro.data.formats import Volume, image_stem, open_volume
 from hpc_neuro.data.image_list import expand_images
@@ -42,10 +43,7 @@ class Stack:
         seed_file = self.find_seed_file(cfg)
         roots = seeds.read_seeds(seed_file) if seed_file else () if cfg.root is None else (cfg.root,)
         for root in roots:
-            if any(not -0.5 <= coordinate < size for coordinate, size in zip(root, shape, strict=True)):
-                place = ", ".join(f"{coordinate:g}" for coordinate in root)
-                source = f" of {seed_file}" if seed_file else ""
-                raise InputError(f"the root {place}{source} lies outside {self.path}, whose shape is {shape} (z, y, x)")
+            require_inside(root, shape, self.path, f" of {seed_file}" if seed_file else "")
         return roots
 
 

@@ -18,6 +18,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, describe_content
+from hpc_neuro.data.intensity import limit_brightness
 from hpc_neuro.models.student_folder import STUDENT_FILES, find_student
 from hpc_neuro.trace_stacks import page
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
@@ -116,7 +117,7 @@ def _trace_stack(
         )
 
     trace = trace_image(
-        volume.__getitem__,
+        limit_brightness(volume.__getitem__, cfg.range),
         volume.shape,
         size,
         roots=roots,
@@ -218,7 +219,7 @@ def _load_predictor(cfg: TraceStacksConfig) -> StackPredictor | None:
     # Torch takes seconds to import, and a stack that is traced without a student does not need it.
     from hpc_neuro.trace_stacks.predictor import StackPredictor
 
-    return StackPredictor(cfg.model)
+    return StackPredictor(cfg.model, cfg.range)
 
 
 # --- Files of a stack ---

@@ -18,7 +18,7 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, tile_volu
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.foreground import measure_foreground
-from hpc_neuro.data.intensity import ReadBox, iter_slabs
+from hpc_neuro.data.intensity import ReadBox, iter_slabs, limit_brightness
 from hpc_neuro.data.rasterize import (
     DrawSettings,
     Targets,
@@ -52,10 +52,12 @@ def write_volume(
     fitted: Tree,
     drawing: DrawSettings,
     unlabelled: MaskBox | None = None,
+    limits: tuple[float, float] | None = None,
     confirm: Callable[[], None] = lambda: None,
 ) -> None:
     """Write one volume's file, whole or not at all; the same input gives the same bytes. Streams the image.
 
+    limits: brightness between which local contrast is measured; None: all.
     confirm: called when all is read, before the file appears; raises for an input that changed meanwhile.
 
     `tree` is stored as given and `fitted` is drawn; both are in voxels. Voxels of `unlabelled` outside the neurite
@@ -70,7 +72,7 @@ def write_volume(
             _write_points(file, volume, fitted)
             _write_image(file, "image", volume.shape, volume.dtype, read)
             if volume.contrast == "local":
-                local = measure_foreground(read, volume.shape).probability
+                local = measure_foreground(limit_brightness(read, limits), volume.shape).probability
                 _write_image(file, "local", volume.shape, np.dtype("u1"), local)
             _write_targets(file, volume, fitted, drawing, unlabelled)
         confirm()
