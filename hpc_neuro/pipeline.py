@@ -173,7 +173,7 @@ _ROWS = (
         positional="images",
         summary="student + volumes -> probabilities and SWC trees; verify OUT, serve OUT",
         main_keys=(
-            "model images store split out voxel_size channel range root inputs block batch "
+            "model images store split out voxel_size channel range root inputs block "
             "threshold trees trace.root_snap trace.min_cable flips"
         ),
         commands=(("verify", "hpc_neuro.infer.verify"), ("serve", "hpc_neuro.infer.viewer")),
@@ -236,7 +236,7 @@ _ROWS = (
         summary="all of the above on a small data set",
         main_keys=(
             "out data voxel_size channel range test init steps teacher.model teacher.weights synthetic.volumes "
-            "synthetic.shape prepare precompute train infer evaluate"
+            "prepare precompute train infer evaluate"
         ),
         artifacts=("metrics.json", "metrics.csv", "report.html"),
         history_check="check_demo",

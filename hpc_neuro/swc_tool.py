@@ -99,8 +99,7 @@ def _check(path: Path, options: Options) -> int:
 
 
 def _explain_fatal(findings: Sequence[swc.SwcFinding]) -> str:
-    is_empty = any(finding.kind == "empty" for finding in findings)
-    return "not readable; export the tree again" if is_empty else "not readable before `swc fix`"
+    return "not readable before `swc fix`" if swc.is_repairable(findings) else "not readable; export the tree again"
 
 
 def _fix(path: Path, options: Options) -> int:

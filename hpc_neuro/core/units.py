@@ -15,6 +15,7 @@ _UM_PER_UNIT = {
     "å": 1e-4,
     "pm": 1e-6,
     "inch": 25400.0,
+    "inches": 25400.0,
     "in": 25400.0,
     "micron": 1.0,
     "micrometer": 1.0,
@@ -37,6 +38,10 @@ def um_per(unit: object) -> float | None:
     # ImageJ writes characters beyond ASCII as escapes, such as \u00B5 for the micro sign.
     text = unit.strip().strip('"')
     text = re.sub(r"\\u([0-9A-Fa-f]{4})", lambda match: chr(int(match[1], 16)), text)
+
+    # Mega and peta differ from milli and pico by nothing but their case.
+    if text in ("Mm", "Pm"):
+        return None
 
     # Lower case maps the angstrom sign to the letter å; Unicode has two characters that look like the micro sign.
     text = text.lower().replace("\u00b5", "u").replace("\u03bc", "u").replace("metre", "meter")

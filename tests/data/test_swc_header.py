@@ -48,9 +48,28 @@ UNITS = {
         "id type x(µm) y(µm) z(µm) r(µm) parent",
         "SCALE 1.0 1.0 1.0",
         "Original file n400.swc edited using StdSwc version 1.21 on 6/18/15.",
+        "LengthUnit=um",
+        'spatialUnits="micrometer"',
+        "unit_of_measure: micrometer",
+        "units: x=um y=um z=um",
+        "units (x,y,z): um, um, um",
+        "Einheit: µm",
+        "Unité: µm",
+        "units -> um",
+        "x/um y/um z/um",
+        "r in um",
     ],
-    "nm": ["units nm", "unit: nanometre", "All positions and radii in nm", "x_nm y_nm z_nm", "coordinates (nm)"],
+    "nm": [
+        '{"units": {"x": "nm", "y": "nm", "z": "nm"}}',
+        "id type x/nm y/nm z/nm r/nm parent",
+        "units nm",
+        "unit: nanometre",
+        "All positions and radii in nm",
+        "x_nm y_nm z_nm",
+        "coordinates (nm)",
+    ],
     "8 nm": ['Meta: {"id": 1, "units": "8 nanometer"}'],
+    "inch": ["unit: inches", "All positions and radii in inches", "Units = inch"],
     "mm": ["units: mm", "All positions and radii in millimeters"],
     "voxel": ["unit: voxel", "All positions and radii in pixels", "coordinates in voxel space", "units px"],
 }
@@ -66,7 +85,35 @@ NO_UNITS = [
     "WARNING: Usage of pixel coordinates does not respect the SWC specification",
     "SHRINKAGE_CORRECTION 1.0 1.0 1.0",
     "source: All positions and radii in pixels",
+    "Voxel size units: um",
+    "time unit: s",
+    "units: um/voxel",
+    "units: µm³",
+    "unit: arbitrary",
+    "unit: n/a",
+    "Coordinates in RAS",
 ]
+OPEN_UNITS = [
+    "units: furlongs",
+    "unit: ft",
+    "All positions and radii in feet",
+    "coordinates are in mils",
+    "units: µ",
+    "units: 1/100 mm",
+    "units in um*10",
+    "unit: um x 10",
+    "units: 4 4 40 nm",
+    "units: um, um, mm",
+    "units: um um voxel",
+    "positions in um, radii in nm",
+    "x y z in voxels, r in um",
+    "x, y in px; z in um",
+    "original units: nm",
+    "coordinates originally in nm, now in um",
+    "input units: nm; output units: um",
+    "units: 单",
+]
+"""Lines that state a unit which no program may guess."""
 OTHER_COLUMNS = {
     "id type z y x radius parent": [0, 1, 4, 3, 2],
     "n,type,z,y,x,r,parent": [0, 1, 4, 3, 2],
@@ -97,6 +144,26 @@ def test_units_in_the_words_of_other_programs(unit: str, line: str) -> None:
 @pytest.mark.parametrize("line", NO_UNITS)
 def test_lines_about_something_else_state_no_unit(line: str) -> None:
     assert parse_lines(line).unit is None
+
+
+@pytest.mark.parametrize("line", OPEN_UNITS)
+def test_units_that_are_open_are_refused_until_they_are_stated(
+    line: str, file: Put, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = file(f"# {line}\n{ROWS}")
+    assert main(["check", str(path)]) == 3
+    assert main(["convert", str(path), "voxel_size=1,1,1"]) == 2
+    assert main(["fix", str(path)]) == 2
+
+    # The advice, obeyed: the unit is stated once, and the line that is wrong is no statement any more.
+    advice = f"hpc-neuro swc fix {path} unit=um"
+    assert advice in capsys.readouterr().err
+    assert main(["fix", str(path), "unit=um"]) == 0
+    assert swc.require_header(path.with_suffix(".fixed.swc")).unit == "um"
+
+
+def test_an_earlier_unit_beside_the_present_one_is_no_statement() -> None:
+    assert parse_lines("original units: nm", "unit: um").unit == "um"
 
 
 def test_latin_1_bytes(file: Put) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hpc_neuro.core.files import quote_path
@@ -12,7 +12,7 @@ from hpc_neuro.data.swc.convert import Transform, convert, transform
 from hpc_neuro.data.swc.header import SwcHeader, find_offset, parse_header, unit_in_um
 from hpc_neuro.data.swc.repair import RepairResult, fix, split_by_length
 from hpc_neuro.data.swc.structure import build_tree, link
-from hpc_neuro.data.swc.table import SwcFinding, SwcTable, parse
+from hpc_neuro.data.swc.table import UNREADABLE, SwcFinding, SwcTable, parse
 from hpc_neuro.data.swc.writer import drop_added_nodes, node_ids, write
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "check",
     "convert",
     "fix",
+    "is_repairable",
     "node_ids",
     "read",
     "read_comments",
@@ -54,12 +55,18 @@ def read(path: Path | str) -> Tree:
         lines = [f"  {finding}" for finding in linked.fatal[:_MAX_SHOWN]]
         if len(linked.fatal) > _MAX_SHOWN:
             lines.append(f"  and {len(linked.fatal) - _MAX_SHOWN} more")
-        # Without a node there is nothing that `fix` could repair.
-        advice = f"Repair it with:  hpc-neuro swc fix {quote_path(path)}" if len(linked.table) else "Export it again."
+        advice = f"Repair it with:  hpc-neuro swc fix {quote_path(path)}"
+        if not is_repairable(linked.fatal):
+            advice = "Export it again."
         raise InputError("\n".join([f"{path} is not a usable SWC file:", *lines, advice]))
 
     # What `write` added is no part of the tree.
     return drop_added_nodes(build_tree(linked), linked.table.comments)
+
+
+def is_repairable(findings: Iterable[SwcFinding]) -> bool:
+    """Whether `fix` can settle fatal findings: not without a node, and not where no rule tells the columns apart."""
+    return not {finding.kind for finding in findings} & {"empty", *UNREADABLE}
 
 
 def check(path: Path | str) -> list[SwcFinding]:

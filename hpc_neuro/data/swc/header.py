@@ -42,30 +42,63 @@ _WORD = (
     r"(?P<word>u\s?m|microns?|micro-?\s?met(?:er|re)s?|nm|nano-?met(?:er|re)s?|mm|milli-?met(?:er|re)s?|cm|"
     r"centi-?met(?:er|re)s?|met(?:er|re)s?|pm|pico-?met(?:er|re)s?|[åa]ngstr[oö]ms?|å|inch(?:es)?|voxels?|vox|vx|"
     r"pixels?|pix|px)"
-    # Not `um/pixel`, `um per voxel`, `um^2`, `um3` or the beginning of another word.
-    r"(?![\w/^\u00b2\u00b3]|\s*/|\s+per\b|\s+(?:size|sep|spacing|dim|res|scal|width|height|pitch))"
+    # Not `um/pixel`, `um per voxel`, `um^2`, `um3`, `um * 10` or the beginning of another word.
+    r"(?![\w/^\u00b2\u00b3]|\s*/|\s*[*x\u00d7\u00b7]\s*\d|\s+per\b|"
+    r"\s+(?:size|sep|spacing|dim|res|scal|width|height|pitch))"
 )
 _FACTOR = r"(?P<factor>\d+(?:\.\d+)?(?:e[-+]?\d+)?)?\s*"
-_OPEN = r"[\s:=\"'(\[{]*"
+_OPEN = r"[\s:=\"'(\[{<`,;|>-]*"
 _SUBJECT = (
     r"(?:positions?|coordinates?|coords?|locations?|points?|nodes?|samples?|vertices|radii|radius|diameters?|values?|"
     r"numbers|lengths?|distances?|measures|measurements?|dimensions?|data|all|everything|swc|tree|x\W{0,3}y\W{0,3}z)"
 )
+_NOUN = (
+    r"(?<![^\W_])(?:(?:length|spatial|space|distance|position|coordinate|world|physical)[\s_]?)?"
+    r"(?:units?|einheit(?:en)?|unit[ée]s?|unidad(?:es)?|unit[àa]|单位|単位)(?![^\W_])"
+)
+"""`unit` in the languages of microscopy programs, also as a part of a key such as `lengthUnit`."""
+_AXIS = r"(?:[\"']?[xyzr][\"']?\s*[:=]\s*[\"']?)?"
+"""The axis that a unit is of, as in `x=um`."""
 _UNIT_PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
         # unit: um, units of length are nm, "units": "8 nanometer"
-        rf"\bunits?\b(?:\s+of\s+(?:\w+\s+){{0,3}}?(?:\w+))?{_OPEN}(?:(?:is|are|in|as)\b{_OPEN})?{_FACTOR}{_WORD}",
+        rf"{_NOUN}(?:[\s_]+of[\s_]+(?:\w+\s+){{0,3}}?(?:\w+))?{_OPEN}(?:(?:is|are|in|as)\b{_OPEN})?"
+        rf"{_AXIS}{_FACTOR}{_WORD}",
         # in micron units, in pixel coordinates
         rf"\b(?:in|uses?|using)\s+{_WORD}\s+(?:units?|coordinates?|space|index|indices)\b",
         # all positions and radii in um, coordinates (nm), radius at the point [um]
         rf"\b{_SUBJECT}\b[^;.]{{0,80}}?(?:\b(?:in|are|is|as|(?:converted|scaled) to)\s+|[:=(\[]\s*){_WORD}",
-        # x_um, y [nm], radius(um)
-        rf"\b(?:x|y|z|r|rad|radius|diam|diameter)\s?[(\[_]\s*{_WORD}",
+        # x_um, y [nm], radius(um), z/um
+        rf"\b(?:x|y|z|r|rad|radius|diam|diameter)\s?[(\[_/]\s*{_WORD}",
+        # r in um
+        rf"\b[xyzr]\s+(?:(?:is|are)\s+)?in\s+{_WORD}",
         # a line of nothing else
         rf"^(?:in\s+)?[(\[]?{_WORD}[)\]]?\.?$",
     )
 )
+_FURTHER_UNIT = re.compile(rf"[\s,;\"')\]]+(?:and\s+)?{_AXIS}{_FACTOR}{_WORD}")
+"""A unit behind another one, as in `um, um, nm`."""
+_OTHER_QUANTITY = re.compile(
+    r"(?:\b(?:time|temporal|intensity|angle|angular|voltage|current)|(?:size|spacing|resolution|separation)s?)[\s_-]*$"
+)
+"""What stands before `unit` where it is that of something else than the coordinates."""
+_STATED_UNIT = re.compile(
+    rf"^\W*(?P<before>(?:\w+\s+){{0,3}}?)(?:{_NOUN}[^:=\w]*(?:[:=]|\b(?:is|are|in)\b)|{_NOUN}(?=\s+\S+$))\s*(?P<unit>\S.*)$"
+)
+"""A line that states a unit, known or not."""
+_STATED_IN = re.compile(
+    rf"^\W*(?P<before>)(?:all\s+)?{_SUBJECT}(?:\s+and\s+{_SUBJECT})?\s+(?:are\s+)?in\s+"
+    r"(?!(?:ras|lps|lpi|ccf\w*|xyz|zyx|order|this|file|image|space|brackets|parentheses)\b)(?P<unit>[^\W\d]+)\W*$"
+)
+"""A line such as `All positions and radii in UNIT`, with a unit that is known or not."""
+_NO_UNIT = re.compile(
+    r"^\W*(?:none|null|nan|n/?a|n\.a\.?|a\.?u\.?|arbitrary|unitless|dimensionless|unspecified|undefined|missing)?\W*$|"
+    r"[^\W\d]\s*(?:/\s*(?!\d)|per\b|\^|[\u00b2\u00b3]|[23]\b)"
+)
+"""What stands for no unit, and units of other quantities such as um/voxel."""
+_EARLIER = re.compile(r"\b(?:original(?:ly)?|formerly|previous(?:ly)?|input|old)\b")
+"""Words of lines on an earlier state of the coordinates."""
 _SIZE_WORDS = re.compile(
     r"\b(?:voxel|pixel)s?[\s_-]*(?:size|sep|spacing|dim|res|scal|width|height|depth)|\bresolutions?\b|\bspacings?\b|"
     r"\bseparations?\b|\bcalibrations?\b|\bvoxel_?size|\bpixel_?size"
@@ -156,7 +189,9 @@ def parse_header(comments: Sequence[SwcComment]) -> SwcHeader:
     lines = [SwcComment(c.line, _normalize(c.text)) for c in comments if c.is_whole_line]
     lines = [line for line in lines if not _NO_STATEMENT.search(line.text)]
 
-    units = [statement for line in lines for statement in _find_units(line)]
+    if conflict := _describe_open_unit(lines):
+        return SwcHeader(None, None, 0, conflict)
+    units = [statement for line in lines if not _EARLIER.search(line.text) for statement in _find_units(line)]
     scales = [] if any(_UNSCALED_SOURCES.search(line.text) for line in lines) else list(_find_scales(lines))
     if not units:
         # NeuroMorpho's headers state no unit in words: its files are in um, scaled as SCALE says.
@@ -209,8 +244,34 @@ def _find_units(line: SwcComment) -> Iterator[_Statement]:
         if number and _SIZE_WORDS.search(line.text):
             return
         for match in pattern.finditer(line.text):
-            if name := _name_unit(match):
-                yield _Statement(line.line, name, line.text)
+            if number == 0 and _OTHER_QUANTITY.search(line.text[: match.start()]):
+                continue
+            # Each axis may have a unit of its own.
+            further: re.Match[str] | None = match
+            while further:
+                if name := _name_unit(further):
+                    yield _Statement(line.line, name, line.text)
+                further = _FURTHER_UNIT.match(line.text, further.end())
+
+
+def _describe_open_unit(lines: Sequence[SwcComment]) -> str:
+    """A sentence on a line whose unit is not known, or may be that of an earlier state; "" where there is none."""
+    has_unit = False
+    for line in lines:
+        names = list(_find_units(line))
+        stated = _STATED_UNIT.match(line.text) or _STATED_IN.match(line.text)
+        has_unit = has_unit or bool(names and not _EARLIER.search(line.text))
+        if names or stated is None or _OTHER_QUANTITY.search(stated["before"]) or _NO_UNIT.search(stated["unit"]):
+            continue
+        return f"line {line.line} ({line.text[:60]!r}) states a unit that is none of um, nm, mm, voxel and the like"
+
+    earlier = [line for line in lines if _EARLIER.search(line.text) and any(_find_units(line))]
+    if has_unit or not earlier:
+        return ""
+    return (
+        f"line {earlier[0].line} ({earlier[0].text[:60]!r}) speaks of an earlier state, and leaves open which unit the "
+        "coordinates have now"
+    )
 
 
 def _find_scales(lines: Sequence[SwcComment]) -> Iterator[_Statement]:
@@ -277,7 +338,7 @@ _COLUMN_NAMES = {
     "parent": "p pid par parent parentid parentno idpar pn parentnode parentidentifier parentsample parentpoint "
     "parentcompartment parentnumber parentnodeid parentsampleid link",
 }
-_COLUMN_UNIT = re.compile(rf"[\s_]?[(\[_]\s*{_WORD}(?:\s*[)\]])?")
+_COLUMN_UNIT = re.compile(rf"[\s_]?[(\[_/]\s*{_WORD}(?:\s*[)\]])?")
 _COLUMN_OF = {name: column for column, names in _COLUMN_NAMES.items() for name in names.split()}
 _LEAST_NAMES = 5
 """Names of columns in a line that is taken for the header of the table."""

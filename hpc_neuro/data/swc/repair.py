@@ -18,7 +18,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.standardize import standardize
 from hpc_neuro.data.swc.structure import LARGEST_INT, ROOT, drop_repeated_rows, fill_bad_radii, find_cycles
-from hpc_neuro.data.swc.table import SwcTable, parse
+from hpc_neuro.data.swc.table import UNREADABLE, SwcTable, parse
 
 Roots = Literal["join", "keep", "largest"]
 
@@ -31,6 +31,7 @@ _REWRITTEN = {
     "encoding": "written as ASCII",
     "line ends": "line ends made plain",
     "commas": "commas between columns made blanks",
+    "blanks": "other blanks made plain",
     "float ids": "ids written as whole numbers",
     "extra columns": "columns after the seventh dropped",
     "decimal comma": "decimal commas made points",
@@ -64,7 +65,7 @@ def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
     """
     # Rows: which lines are nodes, and which of them have a place.
     table = parse(Path(path), by_header=True)
-    if fault := next((f for f in table.findings if f.kind == "commas or decimals"), None):
+    if fault := next((f for f in table.findings if f.kind in UNREADABLE), None):
         raise InputError(f"{path} cannot be repaired, as no rule tells the columns apart: {fault}")
     changes = _list_rewritten(table)
     table, more = _drop_unplaced(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,10 @@ _MAX_ID = (1 << 63) - 1
 _MAX_FLOAT_ID = 1 << 53
 """Largest id written as a decimal number: beyond it a float no longer tells two apart."""
 _ROW_DTYPE = np.dtype([(n, "f8" if n in ("x", "y", "z", "radius") else "i8") for n in COLUMNS])
+_LINE_ENDS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]")
+"""Characters that end a line in Unicode, and that Python takes for blanks between columns."""
+UNREADABLE = ("commas or decimals", "columns differ", "lines joined", "no parents")
+"""Kinds of findings on the whole table that no rule can repair."""
 _Row = tuple[int, float, float, float, float, float, int]
 """Id, type, x, y, z, radius and parent."""
 _NUMBER = re.compile(r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?|nan|inf(?:inity)?)", re.IGNORECASE)
@@ -32,6 +37,7 @@ _ODDITIES = {
     "semicolon decimals": "semicolons between the columns, and decimal commas",
     "extra columns": "more than seven columns (ESWC or the like); those after the seventh are not read",
     "float ids": "ids, types or parents written as decimal numbers",
+    "blanks": "blanks between the columns that are none of ASCII",
 }
 """Harmless deviations, each reported once per file."""
 
@@ -148,6 +154,7 @@ def _parse_lines(text: str, findings: list[SwcFinding], order: Sequence[int] = (
     lines: list[int] = []
     first_line: dict[str, int] = {}
     comma_lines: list[tuple[int, int]] = []
+    counts: list[tuple[int, int]] = []
 
     for number, raw in enumerate(text.split("\n"), start=1):
         body, hash_, comment = raw.partition("#")
@@ -175,10 +182,13 @@ def _parse_lines(text: str, findings: list[SwcFinding], order: Sequence[int] = (
         else:
             rows.append(_parse_row(parts))
             lines.append(number)
-            for kind in _list_oddities(parts, separator):
+            counts.append((number, _count_numbers(parts)))
+            findings += _check_joined_lines(number, parts)
+            for kind in _list_oddities(body, parts, separator):
                 first_line.setdefault(kind, number)
 
     findings += _check_comma_lines(comma_lines, has_points="." in text)
+    findings += _check_columns(counts, [row[6] for row in rows])
     findings += [SwcFinding(line, kind, _ODDITIES[kind]) for kind, line in first_line.items()]
     return _build_table(rows, lines, comments, findings)
 
@@ -220,6 +230,40 @@ def _check_comma_lines(lines: Sequence[tuple[int, int]], has_points: bool) -> It
         )
 
 
+def _count_numbers(parts: list[str]) -> int:
+    """How many columns of a node hold numbers, before the first that does not."""
+    return next((place for place, part in enumerate(parts) if not _NUMBER.fullmatch(part)), len(parts))
+
+
+def _check_joined_lines(line: int, parts: list[str]) -> Iterable[SwcFinding]:
+    """A fatal finding where a line holds the numbers of several nodes, one behind the other."""
+    width = len(COLUMNS)
+    if len(parts) < 2 * width or len(parts) % width or _count_numbers(parts) < len(parts):
+        return
+    ids = [_parse_whole(part) for part in parts[::width]]
+    if all(a is not None and b == a + 1 for a, b in itertools.pairwise(ids)):
+        text = f"{len(parts)} numbers, as of several nodes: an end of line was lost; export the tree again"
+        yield SwcFinding(line, "lines joined", text, fatal=True)
+
+
+def _check_columns(counts: Sequence[tuple[int, int]], parents: Sequence[int]) -> Iterable[SwcFinding]:
+    """Fatal findings where further columns leave open which column is which.
+
+    counts: line and numbers of each node. parents: of each node.
+    """
+    width = len(COLUMNS)
+    longer = [(line, count) for line, count in counts if count > width]
+    if longer and len(longer) < len(counts):
+        line, count = longer[0]
+        text = (
+            f"{count} numbers, in other lines {width}: a number may hold a blank; correct it, or export the tree again"
+        )
+        yield SwcFinding(line, "columns differ", text, fatal=True)
+    elif len(longer) > 1 and all(parent <= 0 for parent in parents) and len(set(parents)) == 1:
+        text = f"{longer[0][1]} columns, and by the seventh no node has a parent; put the parents into the seventh"
+        yield SwcFinding(longer[0][0], "no parents", text, fatal=True)
+
+
 def _find_fault(parts: list[str]) -> tuple[str, str] | None:
     """Kind and text of what keeps a line from being a node; None for a node."""
     shown = repr(" ".join(parts)[:60])
@@ -251,14 +295,16 @@ def _parse_row(parts: list[str]) -> _Row:
     return _parse_whole(parts[0]) or 0, kind, x, y, z, radius, _parse_whole(parts[6]) or 0
 
 
-def _list_oddities(parts: list[str], separator: str) -> Iterable[str]:
+def _list_oddities(body: str, parts: list[str], separator: str) -> Iterable[str]:
     """Kinds of harmless deviations of a line that is a node."""
     if separator in _ODDITIES:
         yield separator
     if len(parts) > len(COLUMNS):
         yield "extra columns"
-    if any("." in parts[i] for i in (0, 1, 6)):
+    if any(not re.fullmatch(r"[-+]?[0-9]+", parts[i]) for i in (0, 1, 6)):
         yield "float ids"
+    if not body.isascii() and any(character.isspace() and not character.isascii() for character in body):
+        yield "blanks"
 
 
 def _describe_columns(names: Sequence[str]) -> str:
@@ -305,11 +351,20 @@ def _read_text(path: Path) -> tuple[str, list[SwcFinding]]:
     if "\r" in text:
         findings.append(SwcFinding(1, "line ends", "lines end with a carriage return (Windows or old Mac)"))
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if _LINE_ENDS.search(text):
+        findings.append(SwcFinding(1, "line ends", "lines end with characters that are no line ends in other programs"))
+        text = _LINE_ENDS.sub("\n", text)
     return text, findings
 
 
 def _decode(path: Path, data: bytes) -> tuple[str, list[SwcFinding]]:
-    """The text of a file in UTF-16, UTF-8 or latin-1, without a byte-order mark. Raises InputError for binary data."""
+    """The text of a file in UTF-32, UTF-16, UTF-8 or latin-1, without a byte-order mark.
+
+    Raises InputError for binary data.
+    """
+    if data[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        finding = SwcFinding(1, "encoding", "the file is UTF-32; SWC is plain ASCII")
+        return data.decode("utf-32", errors="replace"), [finding]
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         finding = SwcFinding(1, "encoding", "the file is UTF-16; SWC is plain ASCII")
         return data.decode("utf-16", errors="replace"), [finding]
@@ -325,4 +380,5 @@ def _decode(path: Path, data: bytes) -> tuple[str, list[SwcFinding]]:
     try:
         return data.decode("utf-8"), findings
     except UnicodeDecodeError:
-        return data.decode("latin-1"), findings
+        # Byte 0x85 of Windows is an ellipsis, and no end of a line.
+        return data.decode("latin-1").replace("\x85", "..."), findings
