@@ -50,6 +50,9 @@ BEYOND_REPAIR = {
     "id of 64 bits",
     "commas for both",
     "commas for both in all lines",
+    "a blank for thousands",
+    "lost line ends",
+    "parents in another column",
 }
 """Files of which no line is a node, or whose columns no rule tells apart."""
 

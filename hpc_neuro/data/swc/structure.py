@@ -55,6 +55,8 @@ def link(table: SwcTable) -> LinkedTable:
         *_check_cycles(table, parent_rows),
         *_check_values(table),
     ]
+    if not np.isfinite(table.xyz).all(axis=1).any():
+        findings.append(SwcFinding(0, "empty", "no node: no line has a place of finite numbers", fatal=True))
 
     # What other readers dislike matters only in a tree whose meaning is settled.
     if not any(f.fatal for f in findings):
