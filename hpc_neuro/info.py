@@ -98,7 +98,8 @@ def _describe_volume(path: Path, picture: Path | None, options: dict[str, str]) 
     yield f"intensity: {statistics.low:.6g} to {statistics.high:.6g}, {100 * statistics.zero_share:.1f} % zero"
     yield f"percentiles: {percentiles}"
     if statistics.nans:
-        yield f"note: {statistics.nans} voxels are not finite numbers; such an image cannot be used for training"
+        count = format_count(statistics.nans, "voxel")
+        yield f"note: {count} of no finite number; such an image cannot be used for training"
     if statistics.low == statistics.high:
         yield "note: every voxel has the same value; such an image shows nothing"
 
@@ -123,7 +124,8 @@ def measure_volume(volume: Volume) -> tuple[Statistics, tuple[Array, Array, Arra
             finite = values[np.isfinite(values)]
             nans += values.size - finite.size
             values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-            low, high = min(low, finite.min(initial=math.inf)), max(high, finite.max(initial=-math.inf))
+            low = min(low, float(finite.min(initial=math.inf)))
+            high = max(high, float(finite.max(initial=-math.inf)))
         else:
             low, high = min(low, float(values.min())), max(high, float(values.max()))
 
@@ -136,7 +138,9 @@ def measure_volume(volume: Volume) -> tuple[Statistics, tuple[Array, Array, Arra
         low, high = float(filled[0]), float(filled[-1])
         edges = np.arange(_BINS, dtype=np.float64)
     elif high > low:
-        edges = np.linspace(low, high, _BINS)
+        # A difference of both ends may be beyond the largest number.
+        shares = np.linspace(0, 1, _BINS)
+        edges = low * (1 - shares) + high * shares
         counts += _count_values(volume, low, high)
     else:
         edges = np.full(_BINS, low)
@@ -192,7 +196,10 @@ def _count_values(volume: Volume, low: float, high: float) -> NDArray[np.int64]:
     """[BINS] histogram of the finite values between `low` and `high`."""
     counts = np.zeros(_BINS, np.int64)
     for _, values in _iter_blocks(volume):
-        counts += np.histogram(values[np.isfinite(values)], bins=_BINS, range=(low, high))[0]
+        # Halved, so that no difference is beyond the largest number.
+        finite = values[np.isfinite(values)].astype(np.float64) / 2
+        places = (finite - low / 2) / (high / 2 - low / 2) * (_BINS - 1)
+        counts += np.bincount(np.rint(places).astype(np.int64).clip(0, _BINS - 1), minlength=_BINS)
     return counts
 
 

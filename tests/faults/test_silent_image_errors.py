@@ -80,17 +80,55 @@ def orientation(folder: Path) -> Path:
     return folder / "a.tif"
 
 
+def pages(*images: Any, tags: Sequence[Any] = ()) -> Make:
+    """A TIFF of pages without a description."""
+
+    def make(folder: Path) -> Path:
+        with tifffile.TiffWriter(folder / "a.tif") as writer:
+            for image in images:
+                writer.write(image, photometric="minisblack", metadata=None, contiguous=False, extratags=tags)
+        return folder / "a.tif"
+
+    return make
+
+
+def white_page(folder: Path) -> Path:
+    """A stack one page of which displays zero as white."""
+    path = pages(*IMAGE)(folder)
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        tif.pages[3].tags["PhotometricInterpretation"].overwrite(0)
+    return path
+
+
+def gdal(items: str) -> Make:
+    return pages(*IMAGE, tags=[(42112, 2, 0, f"<GDALMetadata>{items}</GDALMetadata>", True)])
+
+
+def named_axes(axes: str) -> Make:
+    def make(folder: Path) -> Path:
+        tifffile.imwrite(folder / "a.tif", IMAGE, photometric="minisblack", metadata={"axes": axes})
+        return folder / "a.tif"
+
+    return make
+
+
 # --- NRRD and NIfTI ---
 
 
 def nrrd(
-    *lines: str, body: bytes | None = None, kind: str = "ushort", encoding: str = "raw", code: str = "utf-8"
+    *lines: str,
+    body: bytes | None = None,
+    kind: str = "ushort",
+    encoding: str = "raw",
+    code: str = "utf-8",
+    without: str = "none",
 ) -> Make:
-    """An attached header with further lines, and the voxels as they are or `body`."""
+    """An attached header with further lines and without a field, and the voxels as they are or `body`."""
 
     def make(folder: Path) -> Path:
-        fields = [f"type: {kind}", "dimension: 3", "sizes: 9 7 5", "endian: little", f"encoding: {encoding}", *lines]
-        header = "\n".join(["NRRD0005", *fields]) + "\n\n"
+        fields = [f"type: {kind}", "dimension: 3", "sizes: 9 7 5", "endian: little", f"encoding: {encoding}"]
+        fields = [field for field in fields if not field.startswith(f"{without}:")]
+        header = "\n".join(["NRRD0005", *fields, *lines]) + "\n\n"
         (folder / "a.nrrd").write_bytes(header.encode(code) + (IMAGE.tobytes() if body is None else body))
         return folder / "a.nrrd"
 
@@ -179,6 +217,36 @@ def attributed(data: Any, **attributes: Any) -> Make:
         return path
 
     return make
+
+
+def described(data: Any, **changes: Any) -> Make:
+    """A zarr 2 array whose description was changed after it was written."""
+
+    def make(folder: Path) -> Path:
+        path = write_zarr(folder / "a.zarr", data)
+        meta = json.loads((path / ".zarray").read_text())
+        (path / ".zarray").write_text(json.dumps({**meta, **changes}))
+        return path
+
+    return make
+
+
+def partly_filled(fill: Any) -> Make:
+    """A zarr 2 array of which some chunks were not written."""
+
+    def make(folder: Path) -> Path:
+        array = zarr.create_array(
+            folder / "a.zarr", shape=(5, 7, 9), dtype="u2", chunks=(3, 7, 9), zarr_format=2, fill_value=fill
+        )
+        array[:3] = IMAGE[:3]
+        return folder / "a.zarr"
+
+    return make
+
+
+def level_elsewhere(folder: Path) -> Path:
+    write_zarr(folder / "b", IMAGE)
+    return write_multiscales(folder, lambda a: a["multiscales"][0]["datasets"][0].update(path="../b"))
 
 
 def damaged_checksum(folder: Path) -> Path:
@@ -296,6 +364,42 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
     ),
     "broken OME": (ome("</Pixels>", ""), 0, "is not used", IMAGE),
     "OME in pixels": (ome('SizeX="0.25"', 'SizeX="0.25" PhysicalSizeXUnit="pixel"'), 0, UNKNOWN, IMAGE),
+    "unit twice": (imagej(("unit=um", "unit=um\nunit=nm")), 2, "states unit twice, as um and nm", None),
+    "spacing twice": (imagej(("spacing=2.0", "spacing=2.0\nspacing=3.0")), 2, "states spacing twice", None),
+    "the same twice": (imagej(("unit=um", "unit=um\nunit=um")), 0, UM_SIZE, IMAGE),
+    "a page of another type": (pages(*IMAGE[:4], IMAGE[4].astype("u1")), 2, "page 4 (7 x 9 uint8", None),
+    "a page of another sign": (pages(IMAGE[0], IMAGE[1].astype("i2"), *IMAGE[2:]), 2, "differs from those", None),
+    "a page of another size within": (
+        *(pages(IMAGE[0], IMAGE[1], IMAGE[2, :5], IMAGE[3], IMAGE[4]), 2),
+        *("page 2 (5 x 9 uint16", None),
+    ),
+    "a white page": (white_page, 2, "page 3 (7 x 9 uint16, MINISWHITE)", None),
+    "a thumbnail": (pages(IMAGE[0, :3, :3], *IMAGE), 0, "1 further image of the file (3 x 3) not read", IMAGE),
+    "angles": (named_axes("AYX"), 2, "angle 5", None),
+    "a sequence": (named_axes("IYX"), 0, "taken as slices", IMAGE),
+    "GDAL's scale": (
+        *(gdal('<Item sample="0" role="scale">0.5</Item><Item sample="0" role="offset">10</Item>'), 0),
+        *("times 0.5 plus 10", IMAGE / 2 + 10),
+    ),
+    "GDAL's two scales": (
+        *(gdal('<Item sample="0" role="scale">0.5</Item><Item sample="1" role="scale">2</Item>'), 2),
+        *("no single number", None),
+    ),
+    "GDAL's notes": (gdal('<Item name="author">me</Item>'), 0, "uint16", IMAGE),
+    "GDAL's missing voxels": (
+        *(pages(*IMAGE, tags=[(42113, 2, 6, "65535", True)]), 0),
+        *("the value 65535 stands for missing voxels", IMAGE),
+    ),
+    "half precision": (pages(*REAL.astype("f2")), 0, "float16", REAL.astype("f2")),
+    "beyond any difference": (pages(*np.where(IMAGE > 9999, 1.7e308, -1.7e308)), 0, "float64", None),
+    "meters for micrometers": (
+        imagej(("unit=um", "unit=m")),
+        0,
+        "a voxel of 2e+06 x 250000 x 250000 um is unlikely",
+        IMAGE,
+    ),
+    "inches": (imagej(("unit=um", "unit=inches")), 0, "voxel size: 50800 x 6350 x 6350 um", IMAGE),
+    "megameters": (imagej(("unit=um", "unit=Mm")), 0, UNKNOWN, IMAGE),
     "orientation": (orientation, 0, "asks to turn or mirror", IMAGE),
     # NRRD.
     "NRRD in µm": (nrrd("spacings: 0.25 0.25 2", 'units: "µm" "µm" "µm"'), 0, UM_SIZE, IMAGE),
@@ -304,8 +408,8 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
         *(UM_SIZE, IMAGE),
     ),
     "NRRD with a foreign head": (nhdr(b"12345678" + IMAGE.tobytes()), 2, "holds 8 bytes more", None),
-    "NRRD sizes with fractions": (nrrd("sizes: 9.5 7 5"), 2, "whole numbers are wanted", None),
-    "NRRD of another dimension": (nrrd("dimension: 4"), 2, "dimension '4' and 3 sizes", None),
+    "NRRD sizes with fractions": (nrrd("sizes: 9.5 7 5", without="sizes"), 2, "whole numbers are wanted", None),
+    "NRRD of another dimension": (nrrd("dimension: 4", without="dimension"), 2, "dimension '4' and 3 sizes", None),
     "NRRD with a tail": (nrrd(body=IMAGE.tobytes() + b"1"), 2, "holds 1 byte more", None),
     "NRRD whose data are packed": (nhdr(gzip.compress(IMAGE.tobytes())), 2, "write `encoding: gzip`", None),
     "NRRD text beyond its type": (
@@ -314,6 +418,18 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
     ),
     "NRRD text with fractions": (nrrd(body=b"1.5 " * 315, encoding="ascii"), 2, "value 1.5, which", None),
     "NRRD type in capitals": (nrrd(kind="UINT16"), 0, "uint16", IMAGE),
+    "NRRD labels twice": (nrrd('labels: "x" "y" "z"', 'labels: "z" "y" "x"'), 2, "the field 'labels' twice", None),
+    "NRRD sizes twice in capitals": (nrrd("SIZES: 7 9 5"), 2, "the field 'SIZES' twice", None),
+    "NRRD fields of two spellings": (nrrd("line skip: 0", "lineskip: 1"), 2, "the field 'lineskip' twice", None),
+    "NRRD repeated label": (nrrd('labels: "x" "x" "z"'), 2, "names the axis x 2 times", None),
+    "NRRD label against custom": (nrrd('labels: "z" "y" "foo"'), 2, "foo 5", None),
+    "NRRD labels of two axes": (nrrd('labels: "x" "y"'), 2, "2 labels for 3 axes", None),
+    "NRRD depth first": (nrrd('labels: "depth" "height" "width"'), 0, "X 5, Y 7, Z 9", IMAGE.transpose(2, 1, 0)),
+    "NRRD spacings against directions": (
+        *(nrrd("spacings: 1 1 1", "space dimension: 3", "space directions: (2,0,0) (0,2,0) (0,0,2)"), 0),
+        *("state different sizes", IMAGE),
+    ),
+    "NRRD quantized": (nrrd("old min: 0.5", "old max: 77"), 0, "quantized (old min 0.5", IMAGE),
     # NIfTI.
     "voxels inside the header": (nifti("f", 108, 0.0), 2, "vox_offset, which is mostly 352", None),
     "unit of no meaning": (nifti("b", 123, 7), 0, UNKNOWN, IMAGE),
@@ -341,6 +457,17 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
         "inverted",
         IMAGE,
     ),
+    "level elsewhere": (level_elsewhere, 0, "outside the folder of the image", IMAGE),
+    "chunks not written": (
+        *(partly_filled(65535), 0, "1 of 2 chunks are not stored and read as 65535"),
+        np.where(np.arange(5)[:, None, None] < 3, IMAGE, 65535),
+    ),
+    "chunks without a fill value": (
+        *(partly_filled(None), 0, "read as 0, as no fill value is stated"),
+        np.where(np.arange(5)[:, None, None] < 3, IMAGE, 0),
+    ),
+    "chunks beyond the shape": (described(IMAGE, shape=[2, 2, 2]), 0, "7 chunks beyond the shape", IMAGE[:2, :2, :2]),
+    "valid range": (attributed(IMAGE, valid_max=100), 0, "values outside valid_max 100 stand for missing", IMAGE),
     "no levels": (multiscales(lambda a: a["multiscales"][0].update(datasets=[])), 2, "without a list of levels", None),
     "levels without path": (
         multiscales(lambda a: a["multiscales"][0].update(datasets=["0"])),
@@ -385,6 +512,13 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
         *(n5(pixelResolution={"unit": 3, "dimensions": [0.25, 0.25, 2]}), 0),
         *("without a unit of length", IMAGE),
     ),
+    "two N5 sizes": (
+        *(
+            n5(pixelResolution={"unit": "um", "dimensions": [1, 1, 1]}, resolution=[2, 2, 2], units=["um"] * 3),
+            0,
+        ),
+        *("state different sizes", IMAGE),
+    ),
     "scales in another order": (
         *(
             precomputed(
@@ -403,6 +537,8 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
     "factor 0": (hdf5(IMAGE, scale_factor=0.0), 2, "makes all values equal", None),
     "factor nan": (hdf5(IMAGE, add_offset=np.nan), 2, "one finite number is wanted", None),
     "white as text": (hdf5(IMAGE, IMAGE_WHITE_IS_ZERO="TRUE"), 0, "displayed as white", 65535 - IMAGE),
+    "indexed colors": (hdf5(IMAGE, IMAGE_SUBCLASS=b"IMAGE_INDEXED"), 2, "holds colors", None),
+    "gray values": (hdf5(IMAGE, IMAGE_SUBCLASS=b"IMAGE_GRAYSCALE"), 0, "uint16", IMAGE),
     "unknown filter": (unknown_filter, 2, "HDF5 filter 32001", None),
     "user block": (hdf5(block=512), 0, "uint16", IMAGE),
     "MATLAB": (

@@ -12,8 +12,15 @@ from hpc_neuro.core.schema import InputError
 _NAMES = {"Z": "z", "Y": "y", "X": "x", "C": "channel", "T": "time", "S": "color sample", "Q": "unnamed"}
 _LETTERS = {
     "z": "Z",
+    "depth": "Z",
+    "plane": "Z",
+    "slice": "Z",
     "y": "Y",
+    "height": "Y",
+    "row": "Y",
     "x": "X",
+    "width": "X",
+    "column": "X",
     "c": "C",
     "channel": "C",
     "channels": "C",

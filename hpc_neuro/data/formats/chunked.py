@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import um_per
 from hpc_neuro.data import remote_path
@@ -127,7 +128,9 @@ def open_zarr(path: Path, dataset: str | None) -> StoredArray:
     axes, axis_names = (level.axes, level.names) if level.axes else _name_axes(names, store.shape)
     key = _first_zarr_chunk(meta, is_v3, len(store.shape))
     level = replace(level, axes=axes, names=axis_names)
-    return reinterpret_array(path, _build_array(kind, level, store, key), _read_attributes(level.path))
+    fill = meta.get("fill_value")
+    array = _build_array(kind, level, store, key, "0, as no fill value is stated" if fill is None else str(fill))
+    return reinterpret_array(path, array, _read_attributes(level.path))
 
 
 def open_n5(path: Path, dataset: str | None) -> StoredArray:
@@ -223,8 +226,8 @@ def _open_store(
     return _Store(store.shape, dtype, chunk, file_chunk, read, origin)
 
 
-def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArray:
-    """The open store as a StoredArray; `key` is the file name of its first chunk."""
+def _build_array(kind: str, level: _Level, store: _Store, key: str, fill: str = "0") -> StoredArray:
+    """The open store as a StoredArray; `key` is the file name of its first chunk, `fill` what absent ones read as."""
     # `infer` writes no file for a block without signal, so that its results may have none at all.
     is_result = any("hpc_neuro" in _read_attributes(group) for group in list(level.path.parents)[:3])
     counts = [-(-n // c) for n, c in zip(store.shape, store.file_chunk, strict=True)]
@@ -254,7 +257,7 @@ def _build_array(kind: str, level: _Level, store: _Store, key: str) -> StoredArr
             world[row, i], world[row, -1] = level.step[i], level.begin[i]
 
     # A shard holds many chunks, so a missing file says nothing of their number.
-    absent = None if "shard" in key else functools.partial(_describe_absent_chunks, level.path, key, math.prod(counts))
+    absent = None if "shard" in key else functools.partial(_describe_absent_chunks, level.path, key, counts, fill)
     return StoredArray(kind, shape, axes, dtype, store.read, level.step, world, level.notes, level.names, absent)
 
 
@@ -309,7 +312,7 @@ def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
     notes = (
         f"level {name} of {len(levels)}",
         *_note_image_metadata(ome, multiscales),
-        *note_outside(path, [path / name]),
+        *note_outside(path / ".zgroup", [path / name]),
     )
     scale, shift = _combine_transforms(path / name, levels[name], image, names)
     if scale is None:
@@ -549,7 +552,10 @@ def _parse_n5_steps(meta: Mapping[str, Any], count: int) -> tuple[Any, tuple[str
     # Two conventions: `resolution` and `units` per axis, or `pixelResolution` with one unit.
     steps, units = meta.get("resolution"), meta.get("units")
     if isinstance(pixel, Mapping):
+        own = (steps, units)
         steps, units = pixel.get("dimensions"), [pixel.get("unit")] * count
+        if own[0] is not None and (list(own[0]), own[1]) != (steps, units):
+            return None, ("resolution and pixelResolution state different sizes; give the voxel size in um",)
 
     elif isinstance(pixel, Sequence) and len(pixel) == count and steps is None:
         return None, (f"steps {list(pixel)} without a unit of length; give the voxel size in um",)
@@ -627,12 +633,28 @@ def _count_stored_bytes(folder: Path, declared: int) -> int:
     return total
 
 
-def _describe_absent_chunks(folder: Path, key: str, count: int) -> str | None:
-    """A sentence on the chunks, of `count` in all, that are not stored; None when all are."""
+def _describe_absent_chunks(folder: Path, key: str, counts: Sequence[int], fill: str) -> str | None:
+    """A sentence on chunks that are not stored, or lie beyond the array; None when all are as they should be.
+
+    counts: chunks along each axis. fill: what absent ones read as.
+    """
     if isinstance(folder, RemotePath):
-        return "chunks that the store does not have read as the fill value; a remote store is not listed to count them"
-    absent = count - sum(is_chunk for _, is_chunk in _iter_chunk_files(folder, key))
-    return f"{absent} of {count} chunks are not stored and read as the fill value" if absent > 0 else None
+        return f"chunks that the store does not have read as {fill}; a remote store is not listed to count them"
+
+    # The chunks of precomputed volumes are named by voxels.
+    is_numbered = len(re.findall(r"\d+", key)) == len(counts)
+    inside = beyond = 0
+    for name, is_chunk in _iter_chunk_files(folder, key):
+        if is_chunk:
+            places = re.findall(r"\d+", name) if is_numbered else []
+            is_beyond = any(int(place) >= count for place, count in zip(places, counts, strict=False))
+            inside, beyond = inside + (not is_beyond), beyond + is_beyond
+
+    total = math.prod(counts)
+    sentences = [f"{total - inside} of {total} chunks are not stored and read as {fill}"] if inside < total else []
+    if beyond:
+        sentences.append(f"{files.format_count(beyond, 'chunk')} beyond the shape that the description states")
+    return "; ".join(sentences) or None
 
 
 def _iter_chunk_files(folder: Path, key: str) -> Iterator[tuple[str, bool]]:

@@ -109,8 +109,9 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
         each = math.prod(shape) * dtype.itemsize // len(sources)
         read = UnpackedArray(path, dtype, shape, functools.partial(_stream_files, header, sources, dtype, each))
 
-    axes = _parse_axes(header.fields, len(shape))
+    axes = _parse_axes(path, header.fields, len(shape))
     spacing, world, notes = _parse_placement(header.fields, len(shape))
+    notes += _note_quantization(header)
     notes += note_outside(path, [file for file, _ in sources])
     names = tuple(_parse_labels(header.fields)[::-1])
     return StoredArray("NRRD", shape, axes, dtype, read, spacing, world, notes, axis_names=names)
@@ -139,8 +140,27 @@ def _read_header(path: Path) -> _Header:
                 raise InputError(f"{path} has a NRRD header without an end; it is damaged")
         end = handle.tell()
 
+    lines = _check_fields(path, lines)
     _check_sizes(path, lines)
     return _Header(path, nrrd.read_header([f"{line}\n" for line in lines]), listed, end)
+
+
+def _check_fields(path: Path, lines: Sequence[str]) -> list[str]:
+    """The lines with names of fields in lower case, as NRRD compares them. Raises InputError for a repeated field."""
+    checked, names = [], set[str]()
+    for line in lines:
+        name, colon, rest = line.partition(":")
+        # `key:=value` is a note of the writer, and # begins a comment.
+        if not colon or rest.startswith("=") or line.startswith("#") or line.startswith("NRRD"):
+            checked.append(line)
+            continue
+        # `data file` and `datafile` are one field.
+        plain = name.strip().lower().replace(" ", "")
+        if plain in names:
+            raise InputError(f"{path} states the field {name.strip()!r} twice; correct its NRRD header")
+        names.add(plain)
+        checked.append(f"{name.strip().lower()}:{rest}")
+    return checked
 
 
 def _check_sizes(path: Path, lines: Sequence[str]) -> None:
@@ -296,16 +316,32 @@ def _stream_file(header: _Header, file: Path, begin: int, dtype: np.dtype[Any], 
         raise InputError(f"{header.path} has the encoding {encoding!r}; wanted raw, gzip, bzip2 or ascii: convert it")
 
 
-def _parse_axes(fields: Mapping[str, Any], count: int) -> str:
-    """Letters in stored (slowest first) order, from labels, else from kinds and space directions."""
+def _note_quantization(header: _Header) -> tuple[str, ...]:
+    """A note on values that stand for those of a range."""
+    low, high = header.get("old min", "oldmin"), header.get("old max", "oldmax")
+    if low is None and high is None:
+        return ()
+    return (f"its values were quantized (old min {low}, old max {high}); they are read as stored",)
+
+
+def _parse_axes(path: Path, fields: Mapping[str, Any], count: int) -> str:
+    """Letters in stored (slowest first) order, from labels, else from kinds and space directions.
+
+    Raises InputError for labels of another number.
+    """
     # Labels are the writer's own words for the axes. Words that begin like other axes than custom has it are no help,
     # and custom none against them.
     labels = _parse_labels(fields)
+    if labels and len(labels) != count:
+        raise InputError(f"{path} has {len(labels)} labels for {count} axes; correct its NRRD header")
     letters = letters_of_names(labels)
     if len(letters) == count and "Q" not in letters and len(set(letters)) == count:
         return letters[::-1]
-    initials = "".join(label[:1].upper() for label in labels)
     by_custom = _axes_by_kind(fields, count)
+    named = [(letter, custom) for letter, custom in zip(letters, by_custom[::-1], strict=False) if letter != "Q"]
+    if len(letters) == count and any(letter != custom for letter, custom in named):
+        return letters[::-1]
+    initials = "".join(label[:1].upper() for label in labels)
     if sorted(initials) == sorted(by_custom) and initials[::-1] != by_custom:
         return "Q" * count
     return by_custom
@@ -346,6 +382,9 @@ def _parse_placement(fields: Mapping[str, Any], count: int) -> Placement:
     # [stored axis fastest first, world x y z]
     matrix = np.asarray(directions, dtype=np.float64)
     steps = np.sqrt((matrix**2).sum(axis=1))
+    spacings = fields.get("spacings")
+    if spacings is not None and not np.allclose(steps, spacings, rtol=0.01, equal_nan=True):
+        return None, None, ("spacings and space directions state different sizes; give the voxel size in um",)
     per = [um_per(str(u)) for u in fields.get("space units") or []]
     if len(per) != matrix.shape[1] or any(p is None for p in per):
         return None, None, (note_missing_unit(steps[::-1], "slowest axis first"),)

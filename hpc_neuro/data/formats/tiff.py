@@ -9,8 +9,10 @@ import math
 import struct
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -74,12 +76,16 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
     pages = _check_page_chain(path)
 
     tif, series = _choose_series(path, dataset)
+    if tif.is_imagej:
+        tiff_voxel_size.require_single_values(path, str(getattr(tif.pages[0], "description", "")))
     _check_page_count(path, tif, series, pages)
     shape = check_shape(path, series.shape)
     dtype = check_dtype(path, np.dtype(series.dtype))
 
     # What the file says of axes, voxel size and the meaning of its samples.
     axes, notes = _name_axes(series.axes, shape)
+    names = tuple(tifffile.TIFF.AXES_NAMES.get(a, a) for a in series.axes) if "Q" in axes else ()
+    notes += _note_further_series(tif, series)
     spacing, size_notes = tiff_voxel_size.read_spacing(tif, series, axes)
     palette, photometric_notes = _interpret_samples(path, tif, series.keyframe)
     notes += size_notes + photometric_notes + _note_orientation(series.keyframe)
@@ -92,9 +98,10 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
         read = _Pages(path, tif, series, shape, palette, cache or DecodedCache(CACHE_BYTES))
         dtype = dtype if palette is None else palette.dtype
 
-    array = StoredArray("TIFF", shape, axes, dtype, read, spacing, notes=notes)
+    array = StoredArray("TIFF", shape, axes, dtype, read, spacing, notes=notes, axis_names=names)
     if tif.is_imagej:
         array = _calibrate_values(path, array, tif.imagej_metadata or {})
+    array = _apply_gdal_tags(path, array, series.keyframe)
     if series.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         return invert_array(path, array, series.keyframe.bitspersample)
     return array
@@ -248,7 +255,9 @@ def _choose_series(path: Path, dataset: str | None) -> tuple[tifffile.TiffFile, 
     # Thumbnails and labels are planes; the only stack among them is the image.
     stacks = [s for s in series if len(s.shape) > 2]
     if len(series) == 1 or len(stacks) == 1:
-        return tif, (stacks or series)[0]
+        chosen = (stacks or series)[0]
+        _require_alike_pages(path, series, chosen)
+        return tif, chosen
 
     # `tifffile.imwrite(append=True)` in a loop describes each slice as an array of its own.
     if not stacks and tif.is_shaped:
@@ -262,6 +271,62 @@ def _choose_series(path: Path, dataset: str | None) -> tuple[tifffile.TiffFile, 
     kinds = collections.Counter(f"{s.shape} {s.dtype}" for s in series)
     shown = ", ".join(f"{count} of shape {kind}" for kind, count in kinds.most_common(4))
     raise InputError(f"{path} holds {len(series)} images ({shown}); choose one with dataset=0 to {len(series) - 1}")
+
+
+def _require_alike_pages(path: Path, series: list[Any], chosen: Any) -> None:
+    """Raise InputError where pages that belong to the stack would be left out: they differ in type or in their size."""
+    others = [other for other in series if other is not chosen]
+    # Thumbnails stand before or behind a stack, and are smaller; microscopes interleave them in LSM files.
+    is_plain = bool(others) and chosen.kind in ("generic", "uniform")
+    numbers = [page.index for page in chosen.pages if page is not None] if is_plain else [0]
+    size = chosen.keyframe.shape[:2]
+    for other in others:
+        is_between = min(numbers) < other.keyframe.index < max(numbers)
+        if other.keyframe.shape[:2] == size or is_between:
+            raise InputError(
+                f"{path}: page {other.keyframe.index} ({_describe_pages(other)}) differs from those of the stack "
+                f"({_describe_pages(chosen)}); save all pages alike, or choose one image with dataset=0 to "
+                f"{len(series) - 1}"
+            )
+
+
+def _describe_pages(series: Any) -> str:
+    frame = series.keyframe
+    return f"{' x '.join(map(str, frame.shape))} {frame.dtype}, {tifffile.PHOTOMETRIC(frame.photometric).name}"
+
+
+def _note_further_series(tif: tifffile.TiffFile, chosen: Any) -> tuple[str, ...]:
+    """A note on images of the file that are not read."""
+    others = [series for series in tif.series if series is not chosen]
+    if not others:
+        return ()
+    shapes = ", ".join(dict.fromkeys(" x ".join(map(str, series.shape)) for series in others[:4]))
+    return (f"{files.format_count(len(others), 'further image')} of the file ({shapes}) not read; dataset= chooses",)
+
+
+def _apply_gdal_tags(path: Path, array: StoredArray, frame: Any) -> StoredArray:
+    """An array with the scale and offset that GDAL noted, and a note on the value of missing voxels.
+
+    Raises InputError where they differ between samples, or are no numbers.
+    """
+    tags = frame.tags
+    nodata = tags.get("GDAL_NODATA")
+    if nodata is not None:
+        note = f"the value {str(nodata.value).strip()} stands for missing voxels by its tags; it is read as it is"
+        array = replace(array, notes=(*array.notes, note))
+
+    metadata = tags.get("GDAL_METADATA")
+    if metadata is None:
+        return array
+    values: dict[str, set[float]] = {"scale": set(), "offset": set()}
+    for item in ElementTree.fromstring(str(metadata.value).rstrip("\0")).iter("Item"):
+        if (role := item.get("role", "")) in values:
+            number = tiff_voxel_size.parse_number((item.text or "").strip())
+            values[role].add(math.nan if number is None else number)
+    slope, offset = (sum(values[role]) if values[role] else default for role, default in (("scale", 1), ("offset", 0)))
+    if max(map(len, values.values())) > 1 or not (math.isfinite(slope) and math.isfinite(offset) and slope):
+        raise InputError(f"{path}: GDAL's scale or offset is no single number; save the image without them")
+    return array if (slope, offset) == (1, 0) else scale_array(array, slope, offset)
 
 
 def _check_page_count(path: Path, tif: tifffile.TiffFile, series: Any, pages: int) -> None:
@@ -312,7 +377,7 @@ def _note_orientation(frame: Any) -> tuple[str, ...]:
 def _name_axes(stored: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
     """tifffile's axes in our letters, and notes. Pages without a name are slices: stacks are kept as separate pages."""
     letters = "".join(a if a in "ZYXCTS" else "Q" for a in stored)
-    if letters in ("QYX", "QYXS", "QSYX"):
+    if letters in ("QYX", "QYXS", "QSYX") and stored[0] in "IQ":
         return "Z" + letters[1:], (f"{shape[0]} pages without axis names, taken as slices",)
     return letters, ()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import tifffile
 
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import um_per
 
 Scale = dict[str, float]
@@ -17,6 +19,10 @@ _UM_PER_RESOLUTION_UNIT = {2: 25400.0, 3: 10000.0}
 """Micrometers in the unit of the tag ResolutionUnit: 2 inch, 3 centimeter."""
 _MAX_PIXEL_UM = 100
 """Largest pixel from resolution tags alone: writers fill in 72, 96 or 300 dots per inch, for paper."""
+
+
+_SINGLE_KEYS = ("unit", "yunit", "zunit", "spacing", "images", "slices", "channels", "frames", "cf", "c0", "c1")
+"""Keys of ImageJ's description on which a reading depends."""
 
 
 def read_spacing(tif: tifffile.TiffFile, series: Any, axes: str) -> tuple[tuple[float, ...] | None, tuple[str, ...]]:
@@ -80,6 +86,18 @@ def _parse_imagej(meta: dict[str, Any], plane: Scale) -> tuple[Scale, tuple[str,
     texts = ", ".join(repr(unit) for unit in dict.fromkeys(units[a] for a in steps if a not in scale))
     sizes = ", ".join(f"{a} {steps[a]:.6g}" for a in "ZYX" if a in steps and a not in scale)
     return scale, (f"steps {sizes} in the unit {texts}, which is no length; give the voxel size in um",)
+
+
+def require_single_values(path: Path, description: str) -> None:
+    """Raise InputError for an ImageJ description that states one key twice, with different values."""
+    values: dict[str, str] = {}
+    for line in description.splitlines():
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if equals and key in _SINGLE_KEYS and values.setdefault(key, value) != value:
+            raise InputError(
+                f"{path}: its ImageJ description states {key} twice, as {values[key]} and {value}; open the image in "
+                "ImageJ, set Image > Properties, and save it again"
+            )
 
 
 def parse_number(value: object) -> float | None:

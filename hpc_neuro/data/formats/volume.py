@@ -33,6 +33,12 @@ _MAX_VOXELS = 1 << 56
 """Most voxels of an array; a header that declares more is damaged, since no disk holds as much."""
 
 
+_VALID_KEYS = ("valid_min", "valid_max", "valid_range")
+"""Attributes of netCDF that mark all other values as missing."""
+_LIKELY_UM = (5e-4, 200.0)
+"""[um] Sides of voxels from those of electron microscopes to those of whole-body scanners."""
+
+
 @dataclass(frozen=True)
 class StoredArray:
     """One array of a file, with the axes that the file stores, read by parts."""
@@ -80,6 +86,7 @@ class Volume:
         self.affine: NDArray[np.float64] | None = _build_affine(array, order.zyx, self.voxel_size)
         """[4, 4] voxel (z, y, x, 1) -> micrometers (z, y, x, 1); None where the voxel size is unknown."""
         self.notes = (*array.notes, *order.notes, *_note_permuted_world(self.axes, self.affine))
+        self.notes += _note_unlikely_size(self.voxel_size)
 
         self._array, self._order, self._reopen = array, order, reopen
 
@@ -272,7 +279,18 @@ def reinterpret_array(path: Path, array: StoredArray, attributes: Mapping[str, A
     note = (
         f"the value {missing[0]} stands for missing voxels by its attributes; it is read as it is" if is_marked else ""
     )
-    return replace(array, notes=(*array.notes, note)) if note else array
+    array = replace(array, notes=(*array.notes, note)) if note else array
+
+    subclass = str(_scalar(attributes.get("IMAGE_SUBCLASS", "")))
+    if subclass.rstrip("\0") in ("IMAGE_TRUECOLOR", "IMAGE_INDEXED"):
+        raise InputError(f"{path} holds colors by its attribute IMAGE_SUBCLASS {subclass}; save it as gray values")
+    limits = [f"{key} {_scalar(attributes[key])}" for key in _VALID_KEYS if key in attributes]
+    if limits:
+        note = (
+            f"values outside {', '.join(limits)} stand for missing voxels by its attributes; they are read as they are"
+        )
+        array = replace(array, notes=(*array.notes, note))
+    return array
 
 
 def _parse_flag(path: Path, key: str, value: Any) -> bool:
@@ -334,6 +352,14 @@ def _get_voxel_size(array: StoredArray, zyx: tuple[int, int, int]) -> VoxelSize 
         return None
     z, y, x = (abs(float(array.spacing[i])) for i in zyx)
     return (z, y, x) if all(math.isfinite(v) and v > 0 for v in (z, y, x)) else None
+
+
+def _note_unlikely_size(voxel_size: VoxelSize | None) -> tuple[str, ...]:
+    """A note on a voxel that no microscope has: its unit may be wrong."""
+    if voxel_size is None or all(_LIKELY_UM[0] <= side <= _LIKELY_UM[1] for side in voxel_size):
+        return ()
+    size = " x ".join(f"{side:.6g}" for side in voxel_size)
+    return (f"a voxel of {size} um is unlikely; if its unit is wrong, give voxel_size=z,y,x",)
 
 
 def _build_affine(

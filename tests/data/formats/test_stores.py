@@ -148,7 +148,7 @@ def test_absent_chunks_are_noted(tmp_path: Path) -> None:
     write_store(tmp_path / "a.zarr", "zarr3", make_image(), metadata={"chunk_grid": chunk_grid([2, 7, 9])})
     assert "not stored" not in open_volume(tmp_path / "a.zarr").describe()
     (tmp_path / "a.zarr" / "c" / "1" / "0" / "0").unlink()
-    assert "1 of 3 chunks are not stored and read as the fill value" in open_volume(tmp_path / "a.zarr").describe()
+    assert "1 of 3 chunks are not stored and read as 0" in open_volume(tmp_path / "a.zarr").describe()
 
 
 def chunk_grid(chunks: list[int]) -> dict[str, object]:
