@@ -174,8 +174,8 @@ def check_launch(words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]
             chain.plan_chain(args.chain.split(","), None, keys)
         else:
             verb, *keys = keys
-            config = REPO / keys.pop(0) if keys and "=" not in keys[0] else None
-            submit.load_config(verb, config, keys)
+            config, keys, values = submit.require_launchable(verb).sort_words(keys)
+            submit.load_config(verb, REPO / config if config else None, keys, values)
     except ConfigError as error:
         faults = list_faults(str(error))
     return faults
