@@ -1,9 +1,9 @@
 """The foreground of an image without a network: bright against its surroundings, its noise, and its neighbors.
 
-The image is smoothed, and the local background is subtracted. What is left, the signal, is foreground where it exceeds
-the largest of three levels:
+The image is smoothed, and the local background is subtracted. Padding, with which programs fill what they cut away or
+never imaged, is no background. What is left, the signal, is foreground where it exceeds the largest of three levels:
 
-    floor   one value for the volume: a share of Otsu's threshold, raised until little of the mask lies in specks
+    floor   one value for the volume: a share of Otsu's threshold (without somas), raised until few specks are left
     noise   a multiple of the local noise
     peak    a share of the brightest signal nearby, so that the blurred halo of a bright neurite is no neurite
 
@@ -19,7 +19,14 @@ from dataclasses import dataclass, replace
 import cc3d
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
+from scipy.ndimage import (
+    binary_dilation,
+    binary_opening,
+    distance_transform_edt,
+    gaussian_filter,
+    maximum_filter,
+    minimum_filter,
+)
 
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
@@ -42,6 +49,8 @@ _BLUR_HALO: Shape = (2, 3, 3)
 """[voxel] Reach of the truncated Gaussian."""
 _TILE: Shape = (8, 32, 32)
 """[voxel] Tiles whose median is the background, and whose spread is the noise."""
+_LEAST_IMAGED = 0.05
+"""Share of a tile beside padding from which its background is measured."""
 _OPENING = 3
 """[tile] Bright regions narrower than this, such as somas, are no background."""
 _PEAK_TILE: Shape = (3, 4, 4)
@@ -50,8 +59,22 @@ _PEAK_SHARE = 0.45
 """[signal] Share of the brightest signal nearby that a voxel must reach."""
 _NOISE_RATIO = 4.0
 """[standard deviation] Signal of a voxel above the noise, at least."""
-_FLOOR_STEPS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+_FLOOR_STEPS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.2, 6.0, 8.4)
 """[Otsu's threshold] Candidates for the floor. The least one whose mask is clean is taken."""
+_MOST_STEP, _MOST_THICK_SHARE = 3.0, 0.5
+"""Candidates above this step are below this share of Otsu's threshold with somas. They are for noise around somas."""
+_SAME_SHARE = 1.05
+"""[fewest specks] A floor with so many is as clean as the one with the fewest."""
+_THICK_TILE: Shape = (1, 4, 4)
+"""[voxel] Tiles of which thick regions are made, slice by slice."""
+_THICK_TILES = 4
+"""[tile] A region into which a square of so many tiles fits is thick: a soma, and no neurite."""
+_THICK_RIM = (6, 1, 1)
+"""[slice, tile, tile] What lies so near to a thick region belongs to it."""
+_THICK_SHARE = 0.25
+"""[Otsu's threshold] Signal of a thick region, at least."""
+_SCALE_ROUNDS, _SAME_SCALE = 4, 0.8
+"""Thick regions are left out anew until Otsu's threshold stays above this share of the one before."""
 _SPECK_VOXELS = 12
 """[voxel] Smaller connected components of a mask are specks, as in `TraceConfig.min_voxels`."""
 _SPECK_SHARE = 0.02
@@ -64,6 +87,18 @@ _DARK_RATIO = 2.0
 """An image is dark on bright where its dark tail is this much longer than its bright one."""
 _TAIL = 0.001
 """Share of the voxels beyond which the tails of an image are measured."""
+_PADDING_PLANES = 24
+"""[slice] Padding is searched for in so many slices."""
+_PADDING_REACH = 2
+"""[voxel] Padding is solid: all voxels so near to one inside it are padding."""
+_PADDING_DEPTH = 6
+"""[voxel] Most of the padding, and most of the image beside it, lies so deep inside."""
+_LEAST_PADDING = 0.01
+"""Share of the volume that padding fills, at least."""
+_LEAST_DEEP_PADDING, _LEAST_DEEP_IMAGE = 0.5, 0.6
+"""Shares of padding and of image that lie deep inside, at least. Neurites on a black background are thin."""
+_MOST_PADDING_INSIDE = 0.1
+"""Share of the image beside the padding that has its value, at most. A black background with noise has more."""
 _BINS = 4096
 """Bins of the histogram of the signal."""
 _SPREAD_TO_DEVIATION = 1.4826
@@ -83,12 +118,14 @@ class Foreground:
     shape: Shape
     top: float | None
     """Brightness that becomes 0 where the image is dark on bright; None: bright on dark."""
+    padding: float | None
+    """Value of the voxels that were never imaged; None without such voxels."""
     background: Floats
     """[tiles along z, y, x] brightness of the background."""
     noise: Floats
     """[tiles along z, y, x] standard deviation of the background."""
     otsu: float = 0.0
-    """Otsu's threshold of the signal."""
+    """Otsu's threshold of the signal beside somas and other thick regions."""
     floor: float = 0.0
     """[signal] Least level of the volume."""
     speck_share: float = 0.0
@@ -115,7 +152,7 @@ class Foreground:
 
     def read_image(self, box: Box) -> Floats:
         """[Z, Y, X] the image as it is, bright on dark."""
-        return _brighten(self.read(box), self.top)
+        return _brighten(self.read(box), self.top, self.padding)
 
     def signal(self, box: Box) -> Floats:
         """[Z, Y, X] the smoothed image above the local background; negative below it."""
@@ -166,25 +203,26 @@ def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
     Of an image of more than `_MEASURED_VOXELS` voxels, evenly spaced slabs give the level. Raises InputError for an
     image that is constant.
     """
-    top = _find_top(read, shape)
+    padding = _find_padding(read, shape)
+    top = _find_top(read, shape, padding)
 
     def read_bright(box: Box) -> Floats:
-        return _brighten(read(box), top)
+        return _brighten(read(box), top, padding)
 
     # A small volume is smoothed once.
     is_small = math.prod(shape) <= _MEASURED_VOXELS
     smooth = _smooth(read_bright, Box.whole(shape), shape) if is_small else None
-    background, noise = _measure_background(smooth, read_bright, shape)
+    darkest = 0.0 if padding is not None and top is not None else padding
+    background, noise = _measure_background(smooth, read_bright, shape, darkest)
 
     if smooth is not None:
         for box in iter_slabs(shape, SLAB_ITEMSIZE):
             smooth[box.slices] -= _interpolate(background, _TILE, box)
-    draft = Foreground(read, shape, top, background, noise, whole_signal=smooth)
+    draft = Foreground(read, shape, top, padding, background, noise, whole_signal=smooth)
     sample = _sample_signal(draft)
 
-    counts, width = _count_signal(sample)
-    otsu = _compute_otsu(counts, width)
-    floor, speck_share = _choose_floor(sample, otsu)
+    whole_otsu, (sample, otsu) = _compute_otsu(sample), _leave_thick_out(sample)
+    floor, speck_share = _choose_floor(sample, otsu, _MOST_THICK_SHARE * whole_otsu)
 
     above = np.concatenate([part.signal[part.mask(floor)] for part in sample])
     voxels = sum(part.signal.size for part in sample)
@@ -198,10 +236,13 @@ def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
     )
 
 
-def _brighten(voxels: Array, top: float | None) -> Floats:
-    """Voxels bright on dark: those of a dark image are taken from its brightest value."""
+def _brighten(voxels: Array, top: float | None, padding: float | None) -> Floats:
+    """Voxels bright on dark: those of a dark image are taken from its brightest value, and padding is dark."""
     values = np.asarray(voxels, dtype=np.float32)
-    return values if top is None else np.float32(top) - values
+    if top is None:
+        return values
+    bright = np.float32(top) - values
+    return bright if padding is None else np.where(values == padding, np.float32(0), bright)
 
 
 # --- Measurements ---
@@ -213,16 +254,84 @@ class _Part:
 
     signal: Floats
     noise_level: Floats | float
+    thin: NDArray[np.bool_] | None = None
+    """[Z, Y, X] where the slab is not thick; None where it has no thick regions."""
+
+    def thin_signal(self) -> Floats:
+        """[N] the signal beside thick regions."""
+        return self.signal.ravel() if self.thin is None else self.signal[self.thin]
+
+    def thin_mask(self, floor: float) -> NDArray[np.bool_]:
+        """[Z, Y, X] `mask` beside thick regions."""
+        return self.mask(floor) if self.thin is None else self.mask(floor) & self.thin
 
     def mask(self, floor: float) -> NDArray[np.bool_]:
         """[Z, Y, X] where the signal exceeds floor and noise."""
         return np.asarray(self.signal >= np.maximum(self.noise_level, np.float32(floor)))
 
 
-def _find_top(read: ReadBox, shape: Shape) -> float | None:
+def _find_padding(read: ReadBox, shape: Shape) -> float | None:
+    """The value of voxels that were never imaged, such as the corners of a rotated volume; None without such voxels.
+
+    Padding has the lowest value of the image, is solid, and reaches the border of the slices. A background of zeros
+    differs: neurites on it are thin, or noise breaks it up.
+    """
+    planes = [_read_plane(read, shape, z) for z in _choose_planes(shape[0])]
+    lowest = min(float(plane.min()) for plane in planes)
+    solid = deep_padding = image = deep_image = inside = border = 0
+    values = []
+    for plane in planes:
+        is_low = plane == lowest
+        is_solid = _open(is_low, _PADDING_REACH)
+        is_image = ~is_solid
+        solid += int(is_solid.sum())
+        image += int(is_image.sum())
+        inside += int((is_low & is_image).sum())
+        deep_padding += int(_erode(is_solid, _PADDING_DEPTH).sum())
+        deep_image += int(_erode(is_image, _PADDING_DEPTH).sum())
+        border += int(is_solid[[0, -1]].sum() + is_solid[:, [0, -1]].sum())
+        values.append(plane[is_image][::7])
+
+    # Without noise, what is beside it is a mask and no image.
+    beside = np.concatenate(values)
+    is_padding = (
+        border > 0
+        and solid >= _LEAST_PADDING * (solid + image)
+        and deep_padding >= _LEAST_DEEP_PADDING * solid
+        and deep_image >= _LEAST_DEEP_IMAGE * image > 0
+        and inside <= _MOST_PADDING_INSIDE * image
+        and len(beside) > 0
+        and bool(np.quantile(beside, 0.25) < np.quantile(beside, 0.75))
+    )
+    return lowest if is_padding else None
+
+
+def _choose_planes(depth: int) -> list[int]:
+    """Slices from the first to the last, evenly spaced."""
+    return sorted({round(z) for z in np.linspace(0, depth - 1, min(depth, _PADDING_PLANES)).tolist()})
+
+
+def _read_plane(read: ReadBox, shape: Shape, z: int) -> Floats:
+    """[Y, X] one slice."""
+    return np.asarray(read(Box((z, 0, 0), (z + 1, shape[1], shape[2])))[0], dtype=np.float32)
+
+
+def _erode(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
+    """[Y, X] where all voxels within a square of 2 * reach + 1 are set; beyond the border counts as set."""
+    return np.asarray(minimum_filter(mask, 2 * reach + 1, mode="nearest"))
+
+
+def _open(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
+    """[Y, X] the squares of 2 * reach + 1 that fit into a mask."""
+    return np.asarray(maximum_filter(_erode(mask, reach), 2 * reach + 1, mode="nearest"))
+
+
+def _find_top(read: ReadBox, shape: Shape, padding: float | None) -> float | None:
     """The brightest value of an image that is dark on bright; None for one that is bright on dark."""
     slabs = _choose_slabs(shape)
     values = np.concatenate([np.asarray(read(box))[:, ::4, ::4].astype(np.float32).ravel() for box in slabs])
+    if padding is not None:
+        values = values[values != padding]
     lowest, low, middle, high, highest = np.quantile(values, [0.0, _TAIL, 0.5, 1 - _TAIL, 1.0]).tolist()
 
     # A single bright voxel may lie between the sampled ones.
@@ -244,31 +353,46 @@ def _choose_slabs(shape: Shape) -> list[Box]:
 
 
 def _measure_background(
-    smooth_image: Floats | None, read: Callable[[Box], Floats], shape: Shape
+    smooth_image: Floats | None, read: Callable[[Box], Floats], shape: Shape, padding: float | None
 ) -> tuple[Floats, Floats]:
-    """Brightness and noise of the background in every tile, of the smoothed image where it is at hand."""
+    """Brightness and noise of the background in every tile, of the smoothed image where it is at hand.
+
+    Voxels of the value `padding` are left out; tiles with hardly any others are as the nearest tile that has.
+    """
     z, y, x = (-(-n // t) for n, t in zip(shape, _TILE, strict=True))
     background, noise = np.zeros((z, y, x), dtype=np.float32), np.zeros((z, y, x), dtype=np.float32)
 
     for box in iter_slabs(shape, SLAB_ITEMSIZE, depth=_TILE[0]):
         smooth = _smooth(read, box, shape) if smooth_image is None else smooth_image[box.slices]
+        is_image = None if padding is None else read(box) != padding
         first = [a // t for a, t in zip(box.start, _TILE, strict=True)]
         for index in np.ndindex(*(-(-n // t) for n, t in zip(smooth.shape, _TILE, strict=True))):
-            part = smooth[tuple(slice(i * t, (i + 1) * t) for i, t in zip(index, _TILE, strict=True))]
             # Every other row and column are enough for a median.
-            values = part[:, ::2, ::2].ravel()
+            part = tuple(slice(i * t, (i + 1) * t, step) for i, t, step in zip(index, _TILE, (1, 2, 2), strict=True))
+            values = smooth[part].ravel()
+            place = tuple(a + i for a, i in zip(first, index, strict=True))
+            if is_image is not None:
+                least = _LEAST_IMAGED * values.size
+                values = values[is_image[part].ravel()]
+                if values.size < least:
+                    background[place] = noise[place] = np.nan
+                    continue
             middle = np.partition(values, len(values) // 2)[len(values) // 2]
             spread = np.partition(np.abs(values - middle), len(values) // 2)[len(values) // 2]
-            place = tuple(a + i for a, i in zip(first, index, strict=True))
             background[place], noise[place] = middle, _SPREAD_TO_DEVIATION * spread
 
+    return _smooth_tiles(background), _smooth_tiles(noise)
+
+
+def _smooth_tiles(tiles: Floats) -> Floats:
+    """Tiles without narrow bright regions, smoothed; NaN becomes the value of the nearest tile."""
+    if np.isnan(tiles).any():
+        nearest = distance_transform_edt(np.isnan(tiles), return_distances=False, return_indices=True)
+        tiles = tiles[tuple(nearest)]
+
     # A soma may fill a tile, and would be its own background.
-    background = maximum_filter(minimum_filter(background, _OPENING, mode="nearest"), _OPENING, mode="nearest")
-    noise = maximum_filter(minimum_filter(noise, _OPENING, mode="nearest"), _OPENING, mode="nearest")
-    return (
-        np.asarray(gaussian_filter(background, 1.0, mode="nearest"), dtype=np.float32),
-        np.asarray(gaussian_filter(noise, 1.0, mode="nearest"), dtype=np.float32),
-    )
+    tiles = maximum_filter(minimum_filter(tiles, _OPENING, mode="nearest"), _OPENING, mode="nearest")
+    return np.asarray(gaussian_filter(tiles, 1.0, mode="nearest"), dtype=np.float32)
 
 
 def _sample_signal(draft: Foreground) -> list[_Part]:
@@ -281,19 +405,48 @@ def _sample_signal(draft: Foreground) -> list[_Part]:
     return parts
 
 
-def _count_signal(sample: list[_Part]) -> tuple[NDArray[np.int64], float]:
-    """Histogram of the signal, [_BINS] voxels, and the width of a bin; what is below the background is in the first."""
-    width = max(max(float(part.signal.max()) for part in sample), 1e-6) / _BINS
+def _leave_thick_out(sample: list[_Part]) -> tuple[list[_Part], float]:
+    """The sample with its thick regions marked, and Otsu's threshold of the rest.
+
+    A bright soma has most of the bright voxels, and would put the threshold above the dendrites.
+    """
+    otsu = _compute_otsu(sample)
+    for _ in range(_SCALE_ROUNDS):
+        parts = [replace(part, thin=_find_thin(part.signal, _THICK_SHARE * otsu)) for part in sample]
+        if all(part.thin is None for part in parts):
+            break
+        before, otsu, sample = otsu, _compute_otsu(parts), parts
+        if otsu > _SAME_SCALE * before:
+            break
+    return sample, otsu
+
+
+def _find_thin(signal: Floats, level: float) -> NDArray[np.bool_] | None:
+    """[Z, Y, X] what is beside the thick regions above a level; None without such regions."""
+    is_full = -_tile_maxima(-signal, _THICK_TILE) >= level
+    is_thick = binary_opening(is_full, np.ones((1, _THICK_TILES, _THICK_TILES), dtype=bool))
+    if not is_thick.any():
+        return None
+
+    # The blurred rim of a soma belongs to it, and so do its small sections above and below.
+    is_thick = binary_dilation(is_thick, np.ones(tuple(2 * reach + 1 for reach in _THICK_RIM), dtype=bool))
+    voxels = np.repeat(np.repeat(is_thick, _THICK_TILE[1], axis=1), _THICK_TILE[2], axis=2)
+    return np.asarray(~voxels[:, : signal.shape[1], : signal.shape[2]])
+
+
+def _compute_otsu(sample: list[_Part]) -> float:
+    """Otsu's threshold of the thin signal: the greatest variance between the classes on both sides (Otsu 1979).
+
+    What is below the background counts as background.
+    """
+    signals = [part.thin_signal() for part in sample]
+    width = max(max(float(signal.max(initial=0)) for signal in signals), 1e-6) / _BINS
     counts = np.zeros(_BINS, dtype=np.int64)
-    for part in sample:
-        bins = np.clip(part.signal / np.float32(width), 0, _BINS - 1).astype(np.int32)
-        counts += np.bincount(bins.ravel(), minlength=_BINS)
-    return counts, width
+    for signal in signals:
+        bins = np.clip(signal / np.float32(width), 0, _BINS - 1).astype(np.int32)
+        counts += np.bincount(bins, minlength=_BINS)
 
-
-def _compute_otsu(counts: NDArray[np.int64], width: float) -> float:
-    """Otsu's threshold of a histogram: the greatest variance between the classes on both sides (Otsu 1979)."""
-    centers = (np.arange(len(counts)) + 0.5) * width
+    centers = (np.arange(_BINS) + 0.5) * width
     below = np.cumsum(counts).astype(np.float64)
     sums = np.cumsum(counts * centers)
     above = below[-1] - below
@@ -304,35 +457,44 @@ def _compute_otsu(counts: NDArray[np.int64], width: float) -> float:
     return float(centers[int(np.argmax(np.nan_to_num(variance)))])
 
 
-def _choose_floor(sample: list[_Part], otsu: float) -> tuple[float, float]:
-    """The least floor whose mask is clean, else the one with the fewest specks; and the share of its mask in specks.
+def _choose_floor(sample: list[_Part], otsu: float, most: float) -> tuple[float, float]:
+    """The least floor whose mask is clean, else the least of those with the fewest specks; and its share of specks.
 
     Noise has more specks at a lower level, and a broken neurite fewer. Otsu's threshold itself may lie within the noise
-    where neurites are few.
+    where neurites are few. `most` is the highest candidate beyond `_MOST_STEP`.
     """
     candidates = []
     for step in _FLOOR_STEPS:
-        share, fill = _measure_specks(sample, step * otsu)
+        floor = step * otsu
+        if step > _MOST_STEP and floor > most:
+            break
+        share, fill = _measure_specks(sample, floor)
         if fill == 0:
             break
         if fill > _MASK_SHARE:
             continue
         if share <= _SPECK_SHARE:
-            return step * otsu, share
-        candidates.append((share, step * otsu))
+            return floor, share
+        candidates.append((share, floor))
 
     # A mask that fills the volume at every level has no specks to compare.
-    share, floor = min(candidates, default=(0.0, otsu))
+    if not candidates:
+        return otsu, 0.0
 
     # So many specks are noise at every level, and a low one would make a forest of it.
-    return (floor, share) if share <= _NOISE_SHARE else max((level, specks) for specks, level in candidates)
+    fewest = min(share for share, _ in candidates)
+    if fewest > _NOISE_SHARE:
+        share, floor = candidates[-1]
+    else:
+        share, floor = next(c for c in candidates if c[0] <= _SAME_SHARE * fewest)
+    return floor, share
 
 
 def _measure_specks(sample: list[_Part], floor: float) -> tuple[float, float]:
     """Share of the mask at a floor that lies in specks, and the share of the sample that the mask fills."""
     specks = voxels = size = 0
     for part in sample:
-        mask = part.mask(floor)
+        mask = part.thin_mask(floor)
         size += mask.size
         count = int(np.count_nonzero(mask))
         voxels += count

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _MAY_CHANGE = tuple(name for name in TraceStacksConfig.__dataclass_fields__ if name != "out")
 """Settings that may differ from an earlier run in the folder: each stack records those that its trees depend on."""
-_METHOD = 1
+_METHOD = 2
 """Version of the method. Results of another version are traced again."""
 
 Result = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,66 @@ def test_pure_noise_gives_no_forest(mean: float) -> None:
     assert trace.figures.cable < 60 or list_warnings(trace.figures, trace.foreground.is_inverted)
 
 
+def pad_image(image: NDArray[np.uint8], value: int) -> NDArray[np.uint8]:
+    """A stack that was rotated in the plane: the corners are `value`."""
+    y, x = np.indices(image.shape[1:])
+    height, width = image.shape[1:]
+    is_corner = (y + x < 0.4 * width) | (height - y + width - x < 0.4 * width)
+    return np.where(is_corner, np.uint8(value), image)
+
+
+def test_padding_is_neither_background_nor_neurite(gold: Tree) -> None:
+    # The background is as bright as the corners are dark, and their edge is as sharp as that of a neurite.
+    image = np.clip(take_picture(gold).astype(np.int64) // 2 + 100, 0, 255).astype(np.uint8)
+    whole, padded = trace_array(image), trace_array(pad_image(image, 0))
+    assert padded.foreground.padding == 0
+    assert whole.foreground.padding is None
+    assert not padded.foreground.is_inverted
+    in_both = match_cable(concatenate_trees(padded.trees), concatenate_trees(whole.trees), 3.0)
+    assert in_both.precision > 0.97
+    assert measure_f1(padded, gold) > 0.9
+
+
+def test_padding_beside_a_dark_neuron_is_no_neurite_either(gold: Tree) -> None:
+    image = np.clip(255 - take_picture(gold).astype(np.int64) // 2 - 60, 1, 254).astype(np.uint8)
+    trace = trace_array(pad_image(image, 0))
+    assert trace.foreground.is_inverted
+    assert trace.foreground.padding == 0
+    assert measure_f1(trace, gold) > 0.9
+
+
+def test_an_image_that_surrounds_the_neuron_only_is_measured_there(gold: Tree) -> None:
+    image = np.clip(take_picture(gold).astype(np.int64) // 2 + 60, 0, 255).astype(np.uint8)
+    near = np.zeros(SHAPE, dtype=bool)
+    for point in np.rint(gold.points).astype(int):
+        near[:, max(point[1] - 20, 0) : point[1] + 20, max(point[2] - 20, 0) : point[2] + 20] = True
+    wide = np.zeros((SHAPE[0], 3 * SHAPE[1], 3 * SHAPE[2]), dtype=np.uint8)
+    wide[:, : SHAPE[1], : SHAPE[2]] = np.where(near, image, 0)
+    trace = trace_array(wide)
+    assert trace.foreground.padding == 0
+    assert measure_f1(trace, gold) > 0.9
+
+
+def test_a_black_background_is_no_padding(gold: Tree) -> None:
+    image = np.clip(take_picture(gold).astype(np.int64) - 60, 0, 255).astype(np.uint8)
+    assert (image == 0).mean() > 0.5
+    assert trace_array(image).foreground.padding is None
+
+
+def test_a_bright_soma_does_not_hide_dim_dendrites() -> None:
+    body = np.zeros((30, 200, 200), dtype=np.float32)
+    paint_points(body, np.array([[15.0, 100, 100]]), 14.0)
+    arms = [sample_line((15, 100, 100), end) for end in ((15, 10, 60), (15, 180, 30), (15, 90, 190), (15, 190, 170))]
+    for arm in arms:
+        paint_points(body, arm, 1.5, 0.05)
+    image = 20 + 2000 * body + np.random.default_rng(0).normal(0, 4, body.shape)
+
+    trace = trace_array(np.clip(image, 0, 65535).astype(np.uint16))
+    lengths = sum(float(np.linalg.norm(arm[-1] - arm[0])) for arm in arms)
+    assert trace.figures.cable > 0.9 * (lengths - 4 * 14)
+    assert trace.figures.cable < 1.3 * lengths
+
+
 def test_an_image_without_contrast_is_refused() -> None:
     with pytest.raises(InputError, match="every voxel is 7"):
         trace_array(np.full((8, 16, 16), 7, dtype=np.uint8))
@@ -149,6 +210,23 @@ def test_the_python_function_takes_arrays_and_paths(gold: Tree, tmp_path: Path) 
         assert length(tree) > 100
     with pytest.raises(InputError, match="three axes"):
         hpc_neuro.trace(image[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("bn031_fruitfly_janelia_flylight", 0.97),  # only surroundings of the neuron are imaged
+        ("bn091_fruitfly_janelia_flylight", 0.95),
+        ("bn277_zebrafish_uw", 0.75),  # a soma many times as bright as the dendrites
+        ("bn279_zebrafish_uw", 0.7),
+        ("bn108_human_cultured_ucambridge", 0.75),
+    ],
+)
+def test_a_projection_gives_its_neuron(real_data: Path, name: str, least: float) -> None:
+    image = tifffile.imread(real_data / "bigneuron_mip2d" / f"{name}.tif")[None]
+    gold = hpc_neuro.read_swc(real_data / "bigneuron_mip2d" / f"{name}.swc")
+    flat = replace(gold, points=gold.points * [0, 1, 1])
+    assert match_cable(concatenate_trees(trace_array(image).trees), flat, 4.0).f1 > least
 
 
 @pytest.mark.parametrize(("name", "least"), [("OP_1", 0.97), ("OP_3", 0.96), ("OP_7", 0.97)])
