@@ -231,6 +231,8 @@ def _compute_digest(pair: ImagePair, unit: str, size: VoxelSize, sources: dict[s
     }
     if cfg.contrast != "range":
         facts["contrast"] = cfg.contrast
+    if cfg.off_tree != "background":
+        facts["off_tree"] = cfg.off_tree
     if cfg.range is not None:
         facts["range"] = cfg.range
     return files.sha256_json(facts)

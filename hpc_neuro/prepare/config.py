@@ -76,6 +76,9 @@ class PrepareConfig:
     beyond_root: Literal["unlabelled", "background"] = "unlabelled"
     """Label of a bright neurite that meets the root from outside the tree: annotators often start at the arbor and
     leave out the axon that leads to it. Unlabelled (255) it counts neither in training nor in a score."""
+    off_tree: Literal["background", "unlabelled"] = "background"
+    """Label of what is as bright as a neurite and lies off the tree. Give `unlabelled` where the SWC holds one neuron
+    of several: the neurites that nobody traced then count neither in training nor in a score."""
     split: SplitConfig = SplitConfig()
     """Which neurons are held out."""
     share: tuple[int, int] | None = None

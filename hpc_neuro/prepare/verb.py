@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.stop_signals import stop_on_request, until_stopped
 from hpc_neuro.data.alignment import Fit
-from hpc_neuro.data.proximal_axon import find_proximal_axon
+from hpc_neuro.data.proximal_axon import VoxelRegion, find_proximal_axon
 from hpc_neuro.data.radius import fit_radii
 from hpc_neuro.data.rasterize import DrawSettings
 from hpc_neuro.data.store import INDEX, SPLITS, Store, VolumeRecord, is_written, write_index, write_volume
+from hpc_neuro.data.untraced import UntracedNeurites
 from hpc_neuro.prepare.check import (
     OpenedPair,
     PairMeasurement,
@@ -205,8 +209,11 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
     if cfg.beyond_root == "unlabelled":
         axon = find_proximal_axon(fitted.tree, fitted.stretch, read, volume.shape, volume.voxel_size)
 
+    regions: list[VoxelRegion | UntracedNeurites] = [axon] if axon else []
+    if cfg.off_tree == "unlabelled":
+        regions.append(UntracedNeurites(fitted.tree, fitted.stretch, read, volume.shape, volume.voxel_size))
+
     settings = DrawSettings(cfg.tube, DISTANCE_CAP, cfg.ignore_margin, fitted.stretch)
-    mask = axon.mask_in if axon else None
     write_volume(
         path,
         volume,
@@ -214,7 +221,7 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
         opened.tree,
         fitted.tree,
         settings,
-        mask,
+        functools.partial(_mask_regions, regions) if regions else None,
         limits=cfg.range,
         confirm=opened.require_unchanged,
     )
@@ -228,6 +235,14 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
         *np.percentile(fitted.tree.radii, [50, 5, 95]),
         fitted.stretch,
     )
+
+
+def _mask_regions(regions: list[VoxelRegion | UntracedNeurites], box: Box) -> NDArray[np.bool_]:
+    """[Z, Y, X] which voxels of a box lie in any of the regions."""
+    mask = np.zeros(box.shape, dtype=bool)
+    for region in regions:
+        mask |= region.mask_in(box)
+    return mask
 
 
 def _draw_pictures(out: Path, volumes: list[tuple[VolumeRecord, PairMeasurement]]) -> None:

@@ -225,6 +225,28 @@ def test_an_ignored_margin_and_a_stub_before_the_root_are_255(tmp_path: Path) ->
     np.testing.assert_array_equal(masks["margin"] == 1, masks["none"] == 1)
 
 
+def test_a_neuron_that_nobody_traced_is_255_and_the_traced_one_is_not(tmp_path: Path) -> None:
+    x = np.arange(0, 78, 1.0)
+    traced, other = (
+        morphology.build_tree(np.stack([10 + 0 * x, y + 4 * np.sin(x / 12), x], axis=1), np.arange(-1, 77), 1.5)
+        for y in (15.0, 45.0)
+    )
+    image = render_stack(morphology.concatenate_trees([traced, other]), SHAPE, SIZE, EASY, 1)
+    write_pair(tmp_path / "in", "a", 1, image, traced)
+    masks = {}
+    for label in ("background", "unlabelled"):
+        run(make_config(f"off_tree={label}", images=tmp_path / "in", out=tmp_path / label))
+        masks[label] = Store(tmp_path / label)["a"].mask(Box.whole(SHAPE))
+
+    assert set(np.unique(masks["background"])) == {0, 1}
+    unlabelled = masks["unlabelled"] == 255
+    center = tuple(np.rint(other.points[5:-5]).astype(int).T)
+    assert unlabelled[center].mean() > 0.95
+    assert not unlabelled[:, :30].any()
+    assert unlabelled.mean() < 0.05
+    np.testing.assert_array_equal(masks["unlabelled"] == 1, masks["background"] == 1)
+
+
 @pytest.mark.slow
 def test_real_neurons_become_masks_that_lie_on_them(real_data: Path, tmp_path: Path) -> None:
     for name in ("OP_6.tif", "OP_6.swc", "meta.json"):
