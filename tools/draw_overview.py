@@ -24,7 +24,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.types import Array
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.data.synthetic import Microscope, TreeForm, grow_random_tree, render_stack
 from hpc_neuro.trace_stacks.tracer import trace_image
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "overview.png"
@@ -60,8 +60,8 @@ def main() -> int:
 
 def draw_overview(seed: int) -> bytes:
     """A PNG with three panels, each a maximum projection along z: image, foreground, and the tree over the image."""
-    neuron = grow_random_tree(seed, SHAPE, VOXEL_SIZE, TreeConfig(soma=1.0, cable=900.0))
-    microscope = MicroscopeConfig(brightness=0.45, background=0.012, specks=12.0, fragments=0)
+    neuron = grow_random_tree(seed, SHAPE, VOXEL_SIZE, TreeForm(soma=1.0, cable=900.0))
+    microscope = Microscope(brightness=0.45, background=0.012, specks=12.0, fragments=0)
     image = render_stack(neuron, SHAPE, VOXEL_SIZE, microscope, seed)
     result = trace_image(lambda box: image[box.slices], SHAPE, VOXEL_SIZE)
     foreground = result.foreground.probability(Box.whole(SHAPE)) >= FOREGROUND

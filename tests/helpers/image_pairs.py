@@ -14,16 +14,16 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.data.synthetic import Microscope, TreeForm, grow_random_tree, render_stack
 from hpc_neuro.prepare import PrepareConfig, forecast, run
 
 SHAPE = (20, 72, 80)
 SIZE = (1.0, 0.4, 0.4)
-EASY = MicroscopeConfig(fragments=0, specks=0, gap_length=0.0)
+EASY = Microscope(fragments=0, specks=0, gap_length=0.0)
 
 
 def make_pair(seed: int) -> tuple[Tree, Array]:
-    tree = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=0))
+    tree = grow_random_tree(seed, SHAPE, SIZE, TreeForm(soma=0))
     return tree, render_stack(tree, SHAPE, SIZE, EASY, seed)
 
 

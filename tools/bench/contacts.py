@@ -23,7 +23,7 @@ from skimage.filters import threshold_otsu
 
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, concatenate_trees, length, select_nodes, tips
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.data.synthetic import Microscope, TreeForm, grow_random_tree, render_stack
 from hpc_neuro.metrics.cable import CableMatch, match_cable
 from hpc_neuro.tracing import TraceConfig, trace
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 def grow_crowd(seed: int, neurons: int) -> list[Tree]:
     """The rooted neuron and its neighbors, in voxels; a function of its arguments."""
-    form = TreeConfig(cable=120.0)
+    form = TreeForm(cable=120.0)
     crowd = [grow_random_tree(1000 * seed, SHAPE, VOXEL, replace(form, soma=0.0))]
     rng = np.random.default_rng([seed, neurons])
 
@@ -132,7 +132,7 @@ def _scale(tree: Tree, scale: NDArray[np.float64]) -> Tree:
 def render_crowd(crowd: Sequence[Tree], ratio: float, seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The image of a crowd whose neighbors have `ratio` of the brightness, and the mask of it."""
     # Breaks and fragments are what `tools.bench.links` measures.
-    light = MicroscopeConfig(gap_every=1e9, fragments=0)
+    light = Microscope(gap_every=1e9, fragments=0)
     labeling = [1.0] + [ratio] * (len(crowd) - 1)
     image = render_stack(concatenate_trees(crowd), SHAPE, VOXEL, light, seed, labeling=labeling).astype(np.float32)
 

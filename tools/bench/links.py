@@ -21,7 +21,7 @@ from skimage.filters import threshold_otsu
 
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, concatenate_trees
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.data.synthetic import Microscope, TreeForm, grow_random_tree, render_stack
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.metrics.topology import compare_topology
 from hpc_neuro.tracing import trace
@@ -56,9 +56,9 @@ def main() -> None:
 def compared(seed: int, neurons: int, level: float, shape: Shape) -> dict[str, dict[str, float]]:
     """Scores of one volume's mask traced without ("no") and with ("yes") its image."""
     gold = concatenate_trees(
-        [grow_random_tree(1000 * seed + n, shape, _VOXEL, TreeConfig(cable=150.0)) for n in range(neurons)]
+        [grow_random_tree(1000 * seed + n, shape, _VOXEL, TreeForm(cable=150.0)) for n in range(neurons)]
     )
-    light = MicroscopeConfig(gap_every=30.0, fragments=3)
+    light = Microscope(gap_every=30.0, fragments=3)
     image = render_stack(gold, shape, _VOXEL, light, seed).astype(np.float32)
     smooth = gaussian_filter(image, 0.7)
     mask = smooth > level * threshold_otsu(smooth)

@@ -31,7 +31,7 @@ from skimage.filters import threshold_otsu
 
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, concatenate_trees, length, resample_tree
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.data.synthetic import Microscope, TreeForm, grow_random_tree, render_stack
 from hpc_neuro.infer.super_blocks import read_lines
 from hpc_neuro.infer.trees import save_arrays
 from hpc_neuro.tracing import BlockSkeleton, TraceConfig, list_trace_blocks, skeletonize_block, trace_block_skeletons
@@ -78,8 +78,8 @@ def main() -> None:
 
 def render_crowd(shape: Shape, neurons: int) -> Image:
     """A crowded stack with breaks in its light."""
-    gold = concatenate_trees([grow_random_tree(n, shape, _VOXEL, TreeConfig(cable=150.0)) for n in range(neurons)])
-    image = render_stack(gold, shape, _VOXEL, MicroscopeConfig(gap_every=30.0, fragments=3), 0)
+    gold = concatenate_trees([grow_random_tree(n, shape, _VOXEL, TreeForm(cable=150.0)) for n in range(neurons)])
+    image = render_stack(gold, shape, _VOXEL, Microscope(gap_every=30.0, fragments=3), 0)
     return np.asarray(gaussian_filter(image.astype(np.float32), 0.7))
 
 

@@ -30,7 +30,7 @@ from scipy.spatial import cKDTree
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.data.rasterize import paint_tree
-from hpc_neuro.data.synthetic import TreeConfig, grow_random_tree
+from hpc_neuro.data.synthetic import TreeForm, grow_random_tree
 from hpc_neuro.tracing import trace_reader
 
 _VOXEL: VoxelSize = (0.33, 0.33, 0.33)  # [um]; a trunk is then 2 to 3 voxels thick
@@ -93,7 +93,7 @@ def compared(file: Path, size: int, neurites: int, repeat: int) -> dict[str, Any
 def write_volume(file: Path, size: int, neurites: int) -> Points:
     """Write the probability [size, size, size] as uint8; samples of the true center lines, a voxel apart."""
     shape: Shape = (size, size, size)
-    cfg = TreeConfig(orders=0, soma=0.0)
+    cfg = TreeForm(orders=0, soma=0.0)
     trees = [grow_random_tree(seed, shape, _VOXEL, cfg) for seed in range(neurites)]
     volume = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
     for block in tile_volume(shape, (min(size, 128),) * 3):

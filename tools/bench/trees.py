@@ -22,7 +22,7 @@ from skimage.filters import threshold_otsu
 
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import concatenate_trees
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.data.synthetic import Microscope, TreeForm, grow_random_tree, render_stack
 from hpc_neuro.tracing import BlockSkeleton, TraceConfig, list_trace_blocks, skeletonize_block, trace_block_skeletons
 from hpc_neuro.tracing.centerlines import Centerlines, find_far_ends, find_paths_home
 from hpc_neuro.tracing.gaps import join_gaps
@@ -49,8 +49,8 @@ def main() -> None:
 def time_crowd(shape: Shape, neurons: int, repeat: int) -> dict[str, Any]:
     """Skeleton voxels of a crowded mask, and the microseconds that each costs, printed."""
     cfg = TraceConfig()
-    gold = concatenate_trees([grow_random_tree(n, shape, _VOXEL, TreeConfig(cable=150.0)) for n in range(neurons)])
-    image = render_stack(gold, shape, _VOXEL, MicroscopeConfig(gap_every=30.0, fragments=3), 0).astype(np.float32)
+    gold = concatenate_trees([grow_random_tree(n, shape, _VOXEL, TreeForm(cable=150.0)) for n in range(neurons)])
+    image = render_stack(gold, shape, _VOXEL, Microscope(gap_every=30.0, fragments=3), 0).astype(np.float32)
     smooth = gaussian_filter(image, 0.7)
     mask = smooth > threshold_otsu(smooth)
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.data import swc
-from hpc_neuro.data.synthetic.microscope import MicroscopeConfig, render_stack
-from hpc_neuro.data.synthetic.trees import TreeConfig, grow_random_tree
+from hpc_neuro.data.synthetic.microscope import Microscope, render_stack
+from hpc_neuro.data.synthetic.trees import TreeForm, grow_random_tree
 
 VOXEL_SIZE = (0.38, 0.38, 0.38)
 """[um] That of BigNeuron's fly light stacks."""
@@ -33,8 +33,8 @@ def write_pairs(folder: Path, count: int, shape: Shape) -> None:
 
 
 def _write_neuron(image_path: Path, tree_path: Path, seed: int, shape: Shape) -> None:
-    tree = grow_random_tree(seed, shape, VOXEL_SIZE, TreeConfig())
-    image = render_stack(tree, shape, VOXEL_SIZE, MicroscopeConfig(), seed)
+    tree = grow_random_tree(seed, shape, VOXEL_SIZE, TreeForm())
+    image = render_stack(tree, shape, VOXEL_SIZE, Microscope(), seed)
     image_path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic(image_path) as part:
         part.write_bytes(encode_v3draw(image))

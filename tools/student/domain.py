@@ -24,7 +24,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
 from hpc_neuro.data.rasterize import paint_tree
-from hpc_neuro.data.synthetic import MicroscopeConfig, TreeConfig, grow_random_tree, render_stack
+from hpc_neuro.data.synthetic import Microscope, TreeForm, grow_random_tree, render_stack
 from hpc_neuro.data.synthetic.microscope import find_bright_objects
 
 Image = NDArray[np.float32]
@@ -126,7 +126,7 @@ def _draw_trees(
     trees = []
     for _ in range(max(count, _TREES[0])):
         trunk = radius * fine * rng.uniform(0.7, 1.3)
-        form = TreeConfig(
+        form = TreeForm(
             trunk_radius=trunk,
             tip_radius=trunk * rng.uniform(0.25, 0.7),
             winding=_log_uniform(rng, (0.05, 0.5)),
@@ -180,7 +180,7 @@ def _render_neurites(
     shares: NDArray[np.float64],
 ) -> Image:
     """The light of the neurites, without noise: 1 is the median of a neuron of share 1."""
-    microscope = MicroscopeConfig(
+    microscope = Microscope(
         psf=(blur[1] * size[0], blur[0] * fine_voxel(size)),
         halo=rng.uniform(0, 0.4),
         brightness=0.15,
@@ -310,7 +310,7 @@ def _draw_vessels(rng: np.random.Generator, shape: Shape, size: VoxelSize, tissu
     image = np.zeros(shape, dtype=np.float32)
     for _ in range(int(rng.integers(1, 4))):
         radius = rng.uniform(6, 14) * fine
-        form = TreeConfig(trunk_radius=radius, tip_radius=0.7 * radius, winding=0.05, orders=1, soma=0.0)
+        form = TreeForm(trunk_radius=radius, tip_radius=0.7 * radius, winding=0.05, orders=1, soma=0.0)
         tree = grow_random_tree(int(rng.integers(1 << 31)), shape, size, form)
         tube = paint_tree(tree, np.ones(len(tree)), Box.whole(shape), size)
         np.maximum(image, rng.uniform(0.5, 2.0) * max(tissue, 0.1) * tube, out=image)

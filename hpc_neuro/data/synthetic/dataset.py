@@ -16,8 +16,8 @@ from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError, config
 from hpc_neuro.data import swc
-from hpc_neuro.data.synthetic.microscope import MicroscopeConfig, render_stack
-from hpc_neuro.data.synthetic.trees import TreeConfig, grow_random_tree
+from hpc_neuro.data.synthetic.microscope import Microscope, render_stack
+from hpc_neuro.data.synthetic.trees import TreeForm, grow_random_tree
 
 CLEAN_SHARE = 0.4
 """Share of the volumes whose background is set to zero, as in many published stacks; the others stay noisy."""
@@ -52,7 +52,7 @@ class SyntheticConfig:
 def write_dataset(folder: Path, cfg: SyntheticConfig) -> None:
     """Write pairs and meta.json (roots and voxel sizes, x y z) into `folder`; the same config gives the same files."""
     folder.mkdir(parents=True, exist_ok=True)
-    stack_bytes = math.prod(cfg.shape) * MicroscopeConfig().bits // 8
+    stack_bytes = math.prod(cfg.shape) * Microscope().bits // 8
     files.require_space(folder, cfg.volumes * stack_bytes, "the synthetic stacks")
 
     meta: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def _write_volume(folder: Path, id_: str, cfg: SyntheticConfig, number: int) -> 
 
 class _SyntheticVolume(NamedTuple):
     tree: Tree  # voxels
-    microscope: MicroscopeConfig
+    microscope: Microscope
     is_clean: bool  # whether the background is zero
 
 
@@ -97,7 +97,7 @@ def _choose_volume(cfg: SyntheticConfig, number: int) -> _SyntheticVolume:
     rng = np.random.default_rng([cfg.seed, number])
     thickness, brightness, blur, light, tissue = (float(np.exp(VARIETY * rng.normal())) for _ in range(5))
 
-    microscope = MicroscopeConfig()
+    microscope = Microscope()
     # A blur far from the default would no longer be that of a microscope.
     blur = float(np.clip(blur, 0.7, 1.3))
     microscope = replace(
@@ -117,7 +117,7 @@ def _choose_volume(cfg: SyntheticConfig, number: int) -> _SyntheticVolume:
         tree = _read_in_voxels(path, cfg.voxel_size)
         return _SyntheticVolume(_move_into_volume(tree, cfg.shape, path), microscope, is_clean)
 
-    form = TreeConfig()
+    form = TreeForm()
     form = replace(form, trunk_radius=form.trunk_radius * thickness, tip_radius=form.tip_radius * thickness)
     tree = grow_random_tree(_derive_seed(cfg.seed, number, 1), cfg.shape, cfg.voxel_size, form)
     return _SyntheticVolume(tree, microscope, is_clean)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from scipy import ndimage
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, fine_voxel, to_um
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.core.schema import config
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.rasterize import paint_tree
-from hpc_neuro.data.synthetic.trees import TreeConfig, grow_random_tree
+from hpc_neuro.data.synthetic.trees import TreeForm, grow_random_tree
 
 Image = NDArray[np.float32]
 
@@ -29,35 +27,35 @@ MIN_OBJECT = 30
 """[voxel] Smaller bright objects are removed with a clean background."""
 
 
-@config
-class MicroscopeConfig:
+@dataclass(frozen=True, kw_only=True)
+class Microscope:
     """What turns a tree into a stack. Intensities are shares of the full scale unless a unit is given."""
 
     psf: tuple[float, float] = (1.25, 0.19)
     """[um] Standard deviation of the blur along z, and in the plane."""
-    halo: float = Field(default=0.12, ge=0, lt=1)
+    halo: float = 0.12
     """Share of the light that the blur spreads three times as far."""
-    brightness: float = Field(default=0.6, gt=0)
+    brightness: float = 0.6
     """Median brightness of the centerline; values above 1 saturate."""
-    unevenness: float = Field(default=0.45, ge=0)
+    unevenness: float = 0.45
     """Standard deviation of the logarithm of the brightness along the tree."""
-    bouton_every: float = Field(default=12.0, gt=0)
+    bouton_every: float = 12.0
     """[um] Mean distance between swellings; branch tips swell more often."""
-    bouton_swelling: float = Field(default=2.2, ge=1)
+    bouton_swelling: float = 2.2
     """Largest radius of a swelling over that of its neurite."""
-    gap_every: float = Field(default=60.0, gt=0)
+    gap_every: float = 60.0
     """[um] Mean distance between breaks of the signal."""
-    gap_length: float = Field(default=2.5, ge=0)
+    gap_length: float = 2.5
     """[um] Length of a break."""
-    photons: float = Field(default=70.0, gt=0)
+    photons: float = 70.0
     """Photons in a voxel at full scale; fewer make more Poisson noise."""
-    read_noise: float = Field(default=0.004, ge=0)
+    read_noise: float = 0.004
     """Standard deviation of the noise without light."""
-    background: float = Field(default=0.008, ge=0)
+    background: float = 0.008
     """Mean brightness of tissue between the neurites; uneven by about as much, and fainter with depth."""
-    specks: float = Field(default=4.0, ge=0)
+    specks: float = 4.0
     """Bright specks per million voxels, as dust and debris leave them."""
-    fragments: int = Field(default=1, ge=0)
+    fragments: int = 1
     """Dim stretches of other neurites that are not in the tree."""
     bits: Literal[8, 16] = 8
     """Bits per voxel; 16 fills 12 of them, as most cameras do."""
@@ -67,7 +65,7 @@ def render_stack(
     tree: Tree,
     shape: Shape,
     voxel_size: VoxelSize,
-    cfg: MicroscopeConfig | None = None,
+    cfg: Microscope | None = None,
     seed: int = 0,
     *,
     clean_background: bool = False,
@@ -79,7 +77,7 @@ def render_stack(
     share of the brightness that each neuron of a forest has, in the order of the roots; by default 1. A function of its
     arguments. Memory: about 40 bytes per voxel, times the anisotropy.
     """
-    cfg = cfg or MicroscopeConfig()
+    cfg = cfg or Microscope()
     rng = np.random.default_rng(seed)
     shares = np.ones(len(tree.roots)) if labeling is None else np.asarray(labeling, dtype=np.float64)
 
@@ -107,7 +105,7 @@ def _render_light(
     tree: Tree,
     shape: Shape,
     size: VoxelSize,
-    cfg: MicroscopeConfig,
+    cfg: Microscope,
     rng: np.random.Generator,
     fragments: int,
     shares: NDArray[np.float64],
@@ -147,7 +145,7 @@ def _paint_living_tree(
     shape: Shape,
     size: VoxelSize,
     factor: int,
-    cfg: MicroscopeConfig,
+    cfg: Microscope,
     rng: np.random.Generator,
     shares: NDArray[np.float64],
 ) -> Image:
@@ -174,7 +172,7 @@ def _merge_slices(fine: Image, factor: int) -> Image:
 
 
 def _vary_along_branches(
-    um: Tree, cfg: MicroscopeConfig, rng: np.random.Generator
+    um: Tree, cfg: Microscope, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Per node, the swelling of the radius and the brightness: both vary along the branches, not from node to node."""
     steps = morphology.edge_lengths(um)
@@ -198,9 +196,7 @@ def _vary_along_branches(
     return swelling, glow
 
 
-def _draw_glow(
-    um: Tree, steps: NDArray[np.float64], cfg: MicroscopeConfig, rng: np.random.Generator
-) -> NDArray[np.float64]:
+def _draw_glow(um: Tree, steps: NDArray[np.float64], cfg: Microscope, rng: np.random.Generator) -> NDArray[np.float64]:
     """[N] log-normal brightness: an Ornstein-Uhlenbeck walk from the root to the tips, plus grain."""
     walk = np.zeros(len(um))
     for i, parent in enumerate(um.parents.tolist()):
@@ -223,13 +219,13 @@ def _make_bump(um: Tree, node: int, sigma: float) -> NDArray[np.float64]:
 
 def _grow_fragment(shape: Shape, size: VoxelSize, rng: np.random.Generator) -> Tree:
     """A stretch of a thin neurite that passes through."""
-    thin = TreeConfig(trunk_radius=0.35, tip_radius=0.25, orders=0, soma=0.0)
+    thin = TreeForm(trunk_radius=0.35, tip_radius=0.25, orders=0, soma=0.0)
     tree = grow_random_tree(int(rng.integers(1 << 31)), shape, size, thin)
     count = max(8, int(rng.integers(len(tree) + 1)))
     return Tree(tree.points[:count], tree.radii[:count], tree.parents[:count], tree.types[:count])
 
 
-def _render_specks(shape: Shape, cfg: MicroscopeConfig, rng: np.random.Generator) -> Image:
+def _render_specks(shape: Shape, cfg: Microscope, rng: np.random.Generator) -> Image:
     """Dust and debris: points somewhat larger than a voxel, half of them alone, half in two clusters."""
     count = int(rng.poisson(cfg.specks * math.prod(shape) / 1e6))
     points = rng.uniform(0, 1, (count, 3)) * np.asarray(shape)
@@ -246,7 +242,7 @@ def _render_specks(shape: Shape, cfg: MicroscopeConfig, rng: np.random.Generator
     return blurred * np.float32(2.0)
 
 
-def _render_background(shape: Shape, cfg: MicroscopeConfig, rng: np.random.Generator) -> Image:
+def _render_background(shape: Shape, cfg: Microscope, rng: np.random.Generator) -> Image:
     """Tissue: smooth clouds, in half of the stacks fainter with depth (z)."""
     # Noise on a coarse grid, enlarged, has structures of about 24 voxels.
     coarse = rng.normal(size=tuple(max(2, n // 24) for n in shape))

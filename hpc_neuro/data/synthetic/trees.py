@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Shape, VoxelSize, fine_voxel, to_voxels
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.core.schema import config
 
 Vector = NDArray[np.float64]
 """[3] z y x."""
@@ -33,33 +31,33 @@ BRANCH_SPACING = 2.5
 """[um] Smallest distance of two branch points along a branch."""
 
 
-@config
-class TreeConfig:
+@dataclass(frozen=True, kw_only=True)
+class TreeForm:
     """Shape of random neurons; the defaults resemble Drosophila projection neurons."""
 
-    trunk_radius: float = Field(default=0.75, gt=0)
+    trunk_radius: float = 0.75
     """[um] Radius where the trunk enters."""
-    tip_radius: float = Field(default=0.25, gt=0)
+    tip_radius: float = 0.25
     """[um] Radius that every branch tapers to."""
-    winding: float = Field(default=0.14, ge=0)
+    winding: float = 0.14
     """[rad per sqrt(um)] How fast the direction of the trunk wanders; branches wander more with every order."""
-    branch_every: float = Field(default=11.0, gt=0)
+    branch_every: float = 11.0
     """[um] Mean distance between branch points along a branch."""
-    branch_length: float = Field(default=18.0, gt=0)
+    branch_length: float = 18.0
     """[um] Mean length of side branches; it falls with every order."""
-    orders: int = Field(default=3, ge=0, le=8)
+    orders: int = 3
     """Highest order of side branches; 0: only the trunk."""
-    cable: float = Field(default=600.0, gt=0)
+    cable: float = 600.0
     """[um] No new branch starts once the tree is this long."""
-    soma: float = Field(default=0.2, ge=0, le=1)
+    soma: float = 0.2
     """Probability that the neuron starts at a soma inside the volume instead of at its border."""
-    soma_radius: float = Field(default=3.0, gt=0)
+    soma_radius: float = 3.0
     """[um] Radius of the soma."""
-    flatness: float = Field(default=0.5, gt=0, le=1)
+    flatness: float = 0.5
     """Wandering along z relative to the plane; stacks are cut along the plane in which neurons spread."""
 
 
-def grow_random_tree(seed: int, shape: Shape, voxel_size: VoxelSize, cfg: TreeConfig | None = None) -> Tree:
+def grow_random_tree(seed: int, shape: Shape, voxel_size: VoxelSize, cfg: TreeForm | None = None) -> Tree:
     """A neuron inside a volume of `shape` voxels, in voxels with radii in fine voxels; a function of its arguments.
 
     The trunk enters through a face of the volume (or starts at a soma of type 1) and heads for the far side. Branches
@@ -67,7 +65,7 @@ def grow_random_tree(seed: int, shape: Shape, voxel_size: VoxelSize, cfg: TreeCo
     another.
     """
     extent = (np.asarray(shape) - 1) * np.asarray(voxel_size)  # [3] um
-    neuron = _GrowingNeuron(np.random.default_rng(seed), extent, cfg or TreeConfig())
+    neuron = _GrowingNeuron(np.random.default_rng(seed), extent, cfg or TreeForm())
     has_soma = neuron.grow()
 
     types = np.full(len(neuron.points), 3)
@@ -93,7 +91,7 @@ class _Shoot:
 class _GrowingNeuron:
     """A tree in micrometers that grows branch by branch."""
 
-    def __init__(self, rng: np.random.Generator, extent: Vector, cfg: TreeConfig) -> None:
+    def __init__(self, rng: np.random.Generator, extent: Vector, cfg: TreeForm) -> None:
         self.points: list[Vector] = []
         self.radii: list[float] = []
         self.parents: list[int] = []

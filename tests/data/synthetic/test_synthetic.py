@@ -18,9 +18,9 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.rasterize import rasterize
 from hpc_neuro.data.synthetic import (
-    MicroscopeConfig,
+    Microscope,
     SyntheticConfig,
-    TreeConfig,
+    TreeForm,
     grow_random_tree,
     render_stack,
     write_dataset,
@@ -28,14 +28,14 @@ from hpc_neuro.data.synthetic import (
 
 SHAPE = (24, 96, 96)
 SIZE = (1.0, 0.33, 0.33)
-QUIET = MicroscopeConfig(photons=1e6, read_noise=0, background=0, specks=0, fragments=0, gap_length=0.0, unevenness=0)
+QUIET = Microscope(photons=1e6, read_noise=0, background=0, specks=0, fragments=0, gap_length=0.0, unevenness=0)
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 1.0]))
 def test_a_tree_is_seeded_single_inside_and_positive(seed: int, soma: float) -> None:
-    tree = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=soma))
-    again = grow_random_tree(seed, SHAPE, SIZE, TreeConfig(soma=soma))
+    tree = grow_random_tree(seed, SHAPE, SIZE, TreeForm(soma=soma))
+    again = grow_random_tree(seed, SHAPE, SIZE, TreeForm(soma=soma))
 
     np.testing.assert_array_equal(tree.points, again.points)
     assert len(tree.roots) == 1
@@ -60,7 +60,7 @@ def test_seeds_differ_and_trees_branch_wind_and_taper() -> None:
 
 
 def test_winding_and_branching_do_what_they_say() -> None:
-    straight = grow_random_tree(3, SHAPE, SIZE, TreeConfig(winding=0.0, orders=0, soma=0))
+    straight = grow_random_tree(3, SHAPE, SIZE, TreeForm(winding=0.0, orders=0, soma=0))
     assert len(morphology.branch_points(straight)) == 0
 
     ends = np.linalg.norm(np.diff(to_um(straight.points[[0, len(straight) // 2]], SIZE), axis=0))
@@ -69,8 +69,8 @@ def test_winding_and_branching_do_what_they_say() -> None:
     ]
 
     assert half.sum() < 1.1 * ends
-    few = grow_random_tree(3, (48, 192, 192), SIZE, TreeConfig(branch_every=60, soma=0))
-    many = grow_random_tree(3, (48, 192, 192), SIZE, TreeConfig(branch_every=6, soma=0))
+    few = grow_random_tree(3, (48, 192, 192), SIZE, TreeForm(branch_every=60, soma=0))
+    many = grow_random_tree(3, (48, 192, 192), SIZE, TreeForm(branch_every=6, soma=0))
     assert len(morphology.branch_points(many)) > len(morphology.branch_points(few))
 
 
@@ -87,13 +87,13 @@ def test_an_image_is_seeded_of_the_shape_and_dtype_asked_for() -> None:
     np.testing.assert_array_equal(a, b)
     assert (a != c).any()
 
-    deep = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(bits=16))
+    deep = render_stack(tree, SHAPE, SIZE, Microscope(bits=16))
     assert deep.dtype == np.uint16
     assert 255 < deep.max() <= 4095
 
 
 def test_the_signal_lies_on_the_tree() -> None:
-    tree = grow_random_tree(2, SHAPE, SIZE, TreeConfig(soma=0))
+    tree = grow_random_tree(2, SHAPE, SIZE, TreeForm(soma=0))
     image = render_stack(tree, SHAPE, SIZE)
     drawn = rasterize(tree, Box.whole(SHAPE), SIZE)
     assert image[drawn.mask == 1].mean() > 8 * image[drawn.distance >= 8].mean()
@@ -102,7 +102,7 @@ def test_the_signal_lies_on_the_tree() -> None:
 def test_blur_is_longer_along_z_by_what_the_psf_says() -> None:
     line = morphology.build_tree(np.array([[12, 48, 5], [12, 48, 90.0]]), np.array([-1, 0]), 0.6)
     image = render_stack(
-        line, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "psf": (1.5, 0.3), "halo": 0.0, "bouton_every": 1e9})
+        line, SHAPE, SIZE, Microscope(**{**vars(QUIET), "psf": (1.5, 0.3), "halo": 0.0, "bouton_every": 1e9})
     )
     mean = image[:, :, 20:76].astype(float).mean(axis=2)
     z, y = mean.sum(axis=1), mean.sum(axis=0)
@@ -114,8 +114,8 @@ def test_blur_is_longer_along_z_by_what_the_psf_says() -> None:
 def test_noise_is_poisson_and_read_noise() -> None:
     empty = morphology.build_tree(np.array([[2, 2, 2], [2, 2, 4.0]]), np.array([-1, 0]), 0.5)
     settings_ = {**vars(QUIET), "bits": 16, "read_noise": 0.01, "background": 0.2}
-    noisy = render_stack(empty, SHAPE, SIZE, MicroscopeConfig(**{**settings_, "photons": 50.0}), 3)
-    calm = render_stack(empty, SHAPE, SIZE, MicroscopeConfig(**{**settings_, "photons": 5000.0}), 3)
+    noisy = render_stack(empty, SHAPE, SIZE, Microscope(**{**settings_, "photons": 50.0}), 3)
+    calm = render_stack(empty, SHAPE, SIZE, Microscope(**{**settings_, "photons": 5000.0}), 3)
     local = [
         float(np.std(i[8:, 20:, 20:] - ndimage.gaussian_filter(i.astype(float), 4)[8:, 20:, 20:]))
         for i in (noisy, calm)
@@ -127,8 +127,8 @@ def test_noise_is_poisson_and_read_noise() -> None:
 
 def test_background_is_uneven_and_clean_stacks_have_none() -> None:
     tree = grow_random_tree(2, SHAPE, SIZE)
-    dirty = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05))
-    clean = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(background=0.05), clean_background=True)
+    dirty = render_stack(tree, SHAPE, SIZE, Microscope(background=0.05))
+    clean = render_stack(tree, SHAPE, SIZE, Microscope(background=0.05), clean_background=True)
     far = rasterize(tree, Box.whole(SHAPE), SIZE).distance >= 8
 
     assert ndimage.gaussian_filter(dirty.astype(float), 6)[far].std() > 1
@@ -141,25 +141,25 @@ def test_background_is_uneven_and_clean_stacks_have_none() -> None:
 def test_gaps_break_the_signal_and_boutons_swell_it() -> None:
     line = morphology.build_tree(np.array([[12, 48, 0], [12, 48, 95.0]]), np.array([-1, 0]), 1.5)
     base = {**vars(QUIET), "bouton_every": 1e9}
-    whole = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**base), 1)[12, 48].astype(float)
-    broken = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "gap_every": 8.0, "gap_length": 2.5}), 1)[
+    whole = render_stack(line, SHAPE, SIZE, Microscope(**base), 1)[12, 48].astype(float)
+    broken = render_stack(line, SHAPE, SIZE, Microscope(**{**base, "gap_every": 8.0, "gap_length": 2.5}), 1)[
         12, 48
     ].astype(float)
 
     assert whole[10:85].min() > 0.5 * whole[10:85].max()
     assert broken[10:85].min() < 0.5 * broken[10:85].max()
 
-    swollen = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**{**base, "bouton_every": 4.0}), 1)
-    plain = render_stack(line, SHAPE, SIZE, MicroscopeConfig(**base), 1)
+    swollen = render_stack(line, SHAPE, SIZE, Microscope(**{**base, "bouton_every": 4.0}), 1)
+    plain = render_stack(line, SHAPE, SIZE, Microscope(**base), 1)
     assert (swollen > 60).sum() > 1.2 * (plain > 60).sum()
 
 
 def test_distractors_are_there_and_not_in_the_truth() -> None:
-    tree = grow_random_tree(2, SHAPE, SIZE, TreeConfig(soma=0))
+    tree = grow_random_tree(2, SHAPE, SIZE, TreeForm(soma=0))
     far = rasterize(tree, Box.whole(SHAPE), SIZE).distance >= 8
-    bare = render_stack(tree, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "halo": 0.0}), 4)
+    bare = render_stack(tree, SHAPE, SIZE, Microscope(**{**vars(QUIET), "halo": 0.0}), 4)
     busy = render_stack(
-        tree, SHAPE, SIZE, MicroscopeConfig(**{**vars(QUIET), "halo": 0.0, "specks": 100.0, "fragments": 2}), 4
+        tree, SHAPE, SIZE, Microscope(**{**vars(QUIET), "halo": 0.0, "specks": 100.0, "fragments": 2}), 4
     )
     assert (busy[far] > 30).sum() > (bare[far] > 30).sum() + 20
 
@@ -194,7 +194,7 @@ def test_both_kinds_of_background_appear_and_volumes_differ(tmp_path: Path) -> N
 
 
 def test_a_given_tree_is_imaged_and_moved_into_the_volume(tmp_path: Path) -> None:
-    tree = grow_random_tree(4, (24, 300, 300), SIZE, TreeConfig(soma=0))
+    tree = grow_random_tree(4, (24, 300, 300), SIZE, TreeForm(soma=0))
     far = morphology.Tree(tree.points + np.array([100, 500, 900]), tree.radii, tree.parents, tree.types)
     swc.write(tmp_path / "mine.swc", far, unit="voxel")
     cfg = SyntheticConfig(volumes=1, shape=SHAPE, trees=(tmp_path / "mine.swc",))
@@ -228,7 +228,7 @@ def test_labeling_dims_one_neuron_of_a_forest_and_leaves_the_other() -> None:
     lines = [
         morphology.build_tree(np.array([[8.0, y, 10.0], [8.0, y, 86.0]]), np.array([-1, 0]), 2.0) for y in (12.0, 36.0)
     ]
-    light = MicroscopeConfig(unevenness=0, gap_every=1e9, fragments=0, specks=0, photons=1e6, bouton_every=1e9)
+    light = Microscope(unevenness=0, gap_every=1e9, fragments=0, specks=0, photons=1e6, bouton_every=1e9)
     forest = morphology.concatenate_trees(lines)
     even = render_stack(forest, shape, size, light, 0).astype(float)
     dimmed = render_stack(forest, shape, size, light, 0, labeling=[1.0, 0.4]).astype(float)
