@@ -26,7 +26,7 @@ hpc-neuro doctor
 
 hpc-neuro doctor teacher=NAME store=STORE
     Whether a teacher is worth anything on the volumes of a store, as `hpc-neuro teacher probe` says, with its keys:
-    teacher.weights=FOLDER volumes=[ID,ID] layer=N seed=N samples=N copies=N.
+    teacher.weights=FOLDER volumes=[ID,ID] layer=N samples=N copies=N.
     Exit code: 0 it passes, 3 it fails.
 """
 _REQUIRED = (

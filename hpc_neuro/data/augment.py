@@ -106,7 +106,7 @@ def _flip_and_turn(
     for i, draws in enumerate(streams):
         # Distilled samples keep their geometry: their features were computed for it.
         flips = [axis for axis in (1, 2, 3) if cfg.flip and draws.chance("flip", 0.5)] if i in free else []
-        turns = int(draws.stream("turn").integers(4)) if cfg.rotate90 and i in free else 0
+        turns = int(draws.stream("turn").integers(4)) if cfg.flip and i in free else 0
 
         # A quarter turn of an oblong crop would have another shape than the rest of the batch.
         turns = turns if is_square else turns // 2 * 2

@@ -41,9 +41,8 @@ class AugmentConfig:
     """How far training crops may differ from the stacks. Shares are probabilities per crop; 0 switches a change off."""
 
     flip: bool = True
-    """Mirror along each axis with probability 1/2."""
-    rotate90: bool = True
-    """Quarter turns in the slice plane; crops whose y and x differ get half turns only."""
+    """Mirror along each axis with probability 1/2, and turn by quarters in the slice plane; crops whose y and x differ
+    get half turns only."""
     distilled: tuple[str, ...] | None = None
     """Mirrors and turns of distilled crops, such as [flip_y, rot90], out of those that the cache holds (its
     augment_views); none: all that it holds."""

@@ -96,8 +96,6 @@ class GateConfig:
     """Ids of the volumes; empty: two of those that can be judged."""
     layer: int = -1
     """The teacher's block; negative ones count from the end."""
-    seed: int = 0
-    """Seed of the first sample of tiles and of the first untrained copy."""
     samples: int = Field(default=SAMPLES, ge=1)
     """Samples of tiles."""
     copies: int = Field(default=COPIES, ge=1)

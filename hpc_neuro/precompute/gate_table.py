@@ -114,7 +114,7 @@ def run_gate(cfg: GateConfig, write: Callable[[str], object]) -> Verdict:
     """Judge the teacher that `cfg` names, with a printed table. Raises InputError and ConfigError."""
     store = Store(cfg.store)
     gate = TeacherGate(
-        load_teacher(cfg.teacher), cfg.teacher.model, store, write, cfg.layer, cfg.seed, cfg.samples, cfg.copies
+        load_teacher(cfg.teacher), cfg.teacher.model, store, write, cfg.layer, samples=cfg.samples, copies=cfg.copies
     )
 
     write(HEADER)

@@ -13,7 +13,7 @@ HELP = """\
 hpc-neuro teacher probe teacher.model=NAME store=STORE
     Whether a teacher is worth anything on the volumes of a store: its features against those of random weights.
     teacher=NAME is short for teacher.model=NAME. `hpc-neuro doctor` with the same keys does the same.
-    More keys: teacher.weights=FOLDER volumes=[ID,ID] layer=N seed=N samples=N copies=N.
+    More keys: teacher.weights=FOLDER volumes=[ID,ID] layer=N samples=N copies=N.
     Exit code: 0 it passes, 3 it fails.
 """
 

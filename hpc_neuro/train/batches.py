@@ -27,6 +27,9 @@ _MOST_DEATHS = 5
 _GPU_WORKERS = 4
 """Default number of reading processes beside a GPU."""
 
+AHEAD = 4
+"""[batch] Batches that each reader reads ahead."""
+
 
 def read_batches(
     cfg: TrainConfig, crops: CropDataset, micro: int, first_step: int, device: torch.device
@@ -45,7 +48,7 @@ def read_batches(
         # A new set of readers begins at the batch that the old one owed.
         indices = itertools.islice(iterate_indices(first_step, cfg.optim.steps, cfg.optim.batch, micro), count, None)
         try:
-            with load_batches(crops, indices, workers, cfg.ahead, pin=is_gpu) as batches:
+            with load_batches(crops, indices, workers, AHEAD, pin=is_gpu) as batches:
                 _remove_child_handler()
                 for batch in batches:
                     count += 1

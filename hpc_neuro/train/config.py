@@ -29,9 +29,7 @@ class OptimConfig:
     layer_decay: float = Field(default=0.9, gt=0, le=1)
     """Learning rate of each transferred block relative to the next one; 1: all blocks alike."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises from zero."""
-    final: float = Field(default=0.01, ge=0, le=1)
-    """Learning rate at the last step, relative to `lr`; a cosine leads there."""
+    """Share of the steps over which the learning rate rises from zero; then a cosine leads to 1 % of `lr`."""
     init_lr: float = Field(default=0.25, gt=0, le=1)
     """Learning rate of the parameters that `init` gave, relative to `lr`."""
     weight_decay: float = Field(default=0.05, ge=0)
@@ -204,8 +202,6 @@ class TrainConfig:
     """The machine that --dry-run plans for."""
     workers: int | None = Field(default=None, ge=0)
     """Processes per rank that read crops; 0: a thread; none: a thread on a CPU, 4 processes beside a GPU."""
-    ahead: int = Field(default=4, ge=1)
-    """[batch] Batches that each reader reads ahead."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of samples, augmentation, initial weights and drop path."""
 

@@ -32,7 +32,7 @@ from hpc_neuro.train.setup import build_parts, describe_memory, describe_run
 log = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
-    *("optim.steps", "store", "cache", "workers", "ahead", "tracker", "plan"),
+    *("optim.steps", "store", "cache", "workers", "tracker", "plan"),
     *(f"checkpoint.{key}" for key in ("every", "minutes", "keep", "milestone", "margin", "background", "walltime")),
     # How the work is spread does not decide the result.
     "engine",

@@ -19,6 +19,9 @@ from hpc_neuro.train.config import OptimConfig
 BETAS = (0.9, 0.98)
 """Decay rates of Adam's running mean and variance."""
 
+FINAL_RATE = 0.01
+"""Learning rate at the last step, relative to the highest one."""
+
 _BLOCK = re.compile(r"\.vit\.blocks\.(\d+)\.")
 _EMBEDDINGS = ("pos_embed", "depth_embed", "cls_token", "reg_token")
 
@@ -26,7 +29,7 @@ _EMBEDDINGS = ("pos_embed", "depth_embed", "cls_token", "reg_token")
 # --- Learning rates ---
 
 
-def lr_at(step: int, cfg: OptimConfig) -> float:
+def lr_at(step: int, cfg: OptimConfig, final: float = FINAL_RATE) -> float:
     """Learning rate of step 0, 1, ... relative to `lr`: a linear rise, then a cosine down to `final`."""
     rise = cfg.warmup * cfg.steps
 
@@ -36,7 +39,7 @@ def lr_at(step: int, cfg: OptimConfig) -> float:
 
     # The last step, and not the one after it, is at `final`.
     progress = min(1.0, (step - rise) / max(1.0, cfg.steps - 1 - rise))
-    return cfg.final + (1 - cfg.final) * 0.5 * (1 + math.cos(math.pi * progress))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass

@@ -135,8 +135,9 @@ def test_reading_processes_that_get_signals_or_are_killed_cost_nothing(whole, ti
             os.kill(child.pid, {1: signal.SIGTERM, 2: signal.SIGUSR1, 3: signal.SIGKILL}.get(state.step, 0))
 
     monkeypatch.setattr(loop, "train_step", harm)
+    monkeypatch.setattr(batches, "AHEAD", 1)
     with caplog.at_level(logging.WARNING):
-        assert train.run(tiny(out, "workers=1", "ahead=1")) == 0
+        assert train.run(tiny(out, "workers=1")) == 0
     assert caplog.text.count("a process that reads crops was killed") == 1
     assert same_weights(whole, out)
     assert same_rows(whole, out)

@@ -46,6 +46,7 @@ from hpc_neuro.losses import sum_losses
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute.build import run_teacher
 from hpc_neuro.precompute.slices import iter_teacher_batches, plan_shards, read_pixels
+from hpc_neuro.train.batches import AHEAD
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.setup import build_parts
 from tools.bench import live_teacher
@@ -198,7 +199,7 @@ class _StepBench:
         """Seconds of each step with the cache, and of its wait for the batch."""
         seconds, waits = [], []
         indices = ([i] for i in range(count))
-        with load_batches(self.crops, indices, 0, self.train.ahead, pin=False) as batches:
+        with load_batches(self.crops, indices, 0, AHEAD, pin=False) as batches:
             for _ in range(count):
                 begin = time.monotonic()
                 batch = next(batches)
