@@ -111,6 +111,16 @@ def order_parents_first(parents: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.argsort(depth, kind="stable")
 
 
+def reroot(parents: NDArray[np.int64], node: int, new_parent: int = -1) -> NDArray[np.int64]:
+    """Parents with the edges above `node` turned, so that it is the root of its tree, and `new_parent` its parent."""
+    parents = parents.copy()
+    while node >= 0:
+        old_parent = int(parents[node])
+        parents[node] = new_parent
+        new_parent, node = node, old_parent
+    return parents
+
+
 # --- Measuring ---
 
 

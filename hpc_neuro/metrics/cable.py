@@ -116,13 +116,7 @@ def _reroot_near(tree: Tree, center: NDArray[np.float64], tolerance: float) -> T
     if distance[nearest] > tolerance:
         return None
 
-    # Reverse the path from the node up to its root.
-    parents = tree.parents.copy()
-    above, node = -1, nearest
-    while node >= 0:
-        parents[node], above, node = above, node, int(tree.parents[node])
-
-    return morphology.build_tree(tree.points, parents, tree.radii, tree.types)
+    return morphology.build_tree(tree.points, morphology.reroot(tree.parents, nearest), tree.radii, tree.types)
 
 
 def _number_arms(tree: Tree, seed: int, is_near: NDArray[np.bool_]) -> NDArray[np.int64]:

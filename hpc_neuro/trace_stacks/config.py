@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from hpc_neuro.core.geometry import Point
 from hpc_neuro.core.image_settings import GivenChannel, GivenRange, GivenVoxelSize
@@ -47,6 +48,10 @@ class TraceStacksConfig:
     """Array inside a file that holds several."""
     somas: bool = True
     """Whether somas are searched for where no root is given."""
+    edits: Literal["keep", "set_aside"] = "set_aside"
+    """What becomes of a tree in OUT/swc that you have corrected, when its stack is traced again. `keep`: it is the
+    result, with what else the tracer finds, and what you deleted stays deleted. `set_aside`: it moves to
+    OUT/set_aside."""
     trace: TraceConfig = TraceConfig()
     """How the foreground becomes trees."""
 

@@ -21,6 +21,7 @@ from hpc_neuro.data.intensity import iter_slabs
 from hpc_neuro.infer.proofread import DoubtfulPlace, NodeConfidence, find_places
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.metrics.metric import divide, harmonic_mean
+from hpc_neuro.trace_stacks.edits import Edits, continue_from
 from hpc_neuro.tracing import (
     BlockSkeleton,
     Soma,
@@ -102,6 +103,7 @@ def trace_image(
     cfg: TraceConfig | None = None,
     search_somas: bool = True,
     predictor: StackPredictor | None = None,
+    edits: Edits | None = None,
     label: str = "trace",
 ) -> ImageTrace:
     """Trace an image that is read by box: its own foreground, or with `predictor` what a student finds in it.
@@ -110,7 +112,8 @@ def trace_image(
     a student sees hardly anything of that foreground, the student alone is followed.
     With `roots` (z y x voxels): one tree for each. Without: one tree for each soma, which has type 1 there, and for
     each other piece that is long enough, from its thickest end. `voxel_size` (um, z y x) None: voxels are taken for
-    cubes. Raises InputError for an image without contrast, and for a root off the foreground.
+    cubes. With `edits` the trees go on from those that a person corrected. Raises InputError for an image without
+    contrast, and for a root off the foreground.
     """
     cfg, size = cfg or TraceConfig(), voxel_size or (1.0, 1.0, 1.0)
     foreground = measure_foreground(stop_signals.stop_on_request(read), shape).keep_probability()
@@ -134,10 +137,11 @@ def trace_image(
         cfg=cfg,
         image=foreground.read_image,
         shown=evidence.shown,
-        keep_rest=not roots,
+        keep_rest=not roots or edits is not None,
     )
     trees, left_out = _select_trees(trees, len(starts), bool(roots))
     trees = [_mark_soma(tree) if number < len(somas) else tree for number, tree in enumerate(trees)]
+    trees = trees if edits is None else continue_from(edits, trees, left_out)
 
     forest = morphology.concatenate_trees(trees)
     agreement = None
@@ -194,7 +198,7 @@ def _skeletonize(probability: ReadBox, shape: Shape, voxel_size: VoxelSize, cfg:
 def _select_trees(trees: list[Tree], rooted: int, is_given: bool) -> tuple[list[Tree], list[Tree]]:
     """The trees that stay, and those that are left out because they are short beside the longest one."""
     if is_given or not trees:
-        return trees, []
+        return trees[:rooted], trees[rooted:]
     least = _LEAST_SHARE * max(map(morphology.length, trees))
 
     # Many small pieces are specks and fragments of other neurons; a soma counts however short its tree is.
@@ -285,4 +289,4 @@ def _trace_again(foreground: Foreground, size: VoxelSize, cfg: TraceConfig, root
         )
     except InputError:
         return morphology.empty_tree()
-    return morphology.concatenate_trees(_select_trees(trees, 0, bool(roots))[0])
+    return morphology.concatenate_trees(_select_trees(trees, len(roots), bool(roots))[0])

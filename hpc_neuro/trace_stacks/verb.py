@@ -22,6 +22,7 @@ from hpc_neuro.data.intensity import limit_brightness
 from hpc_neuro.models.student_folder import STUDENT_FILES, find_student
 from hpc_neuro.trace_stacks import page
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
+from hpc_neuro.trace_stacks.edits import Edits, collect_edits, list_changed_trees, list_edit_files
 from hpc_neuro.trace_stacks.sanity import list_warnings
 from hpc_neuro.trace_stacks.stacks import Stack, choose_voxel_size, list_stacks
 from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
@@ -107,6 +108,7 @@ def _trace_stack(
     volume = stack.open(cfg)
     size = choose_voxel_size(cfg, volume)
     roots = stack.read_roots(cfg, volume.shape)
+    edits = _collect_edits(cfg, stack.id, size)
     key = _make_key(cfg, stack, weights)
     log.info("%s: %s voxels ...", label, " x ".join(map(str, volume.shape)))
     if size is None:
@@ -124,6 +126,7 @@ def _trace_stack(
         cfg=cfg.trace,
         search_somas=cfg.somas,
         predictor=predictor,
+        edits=edits,
         label=label,
     )
     warnings = list_warnings(trace.figures, trace.foreground.is_inverted, predictor is not None)
@@ -145,6 +148,10 @@ def _trace_stack(
     result = _describe(cfg, stack, volume, trace, size, roots, warnings)
     result["seconds"] = round(time.monotonic() - started_at, 1)
     checksums = {path.relative_to(cfg.out).as_posix(): files.sha256(path) for path in [*paths, overlay]}
+    # A later run compares with what was written here.
+    if trace.trees:
+        forest = morphology.concatenate_trees(trace.trees)
+        swc.write(_traced_path(cfg.out, stack.id), forest, unit="voxel", voxel_size=size)
     # The entry comes last: with it the stack counts as done.
     files.write_json(_entry_path(cfg.out, stack.id), {"key": key, "files": checksums, "result": result})
     log.info(
@@ -274,6 +281,19 @@ def _entry_path(out: Path, name: str) -> Path:
     return out / "entries" / f"{name}.json"
 
 
+def _traced_path(out: Path, name: str) -> Path:
+    """The tree of the last run, in voxels, which nobody edits."""
+    return out / "entries" / f"{name}.swc"
+
+
+def _collect_edits(cfg: TraceStacksConfig, name: str, size: VoxelSize | None) -> Edits | None:
+    """The corrected tree that the tracer goes on from; None without one."""
+    if cfg.edits != "keep":
+        return None
+    entry = _read_entry(cfg.out, name)
+    return collect_edits(cfg.out, name, size, entry.files if entry else {}, _traced_path(cfg.out, name))
+
+
 @dataclass(frozen=True)
 class _Entry:
     """What entries/ID.json holds."""
@@ -296,9 +316,11 @@ def _make_key(cfg: TraceStacksConfig, stack: Stack, weights: str) -> str:
     """All that the trees of a stack depend on, hashed."""
     content = describe_content(stack.path)
     seed_file = stack.find_seed_file(cfg)
-    settings = {k: v for k, v in schema.to_plain(cfg).items() if k not in ("stacks", "out", "seeds")}
+    settings = {k: v for k, v in schema.to_plain(cfg).items() if k not in ("stacks", "out", "seeds", "edits")}
     seeds = files.sha256(seed_file) if seed_file is not None and seed_file.is_file() else ""
-    facts = json.dumps([_METHOD, content, seeds, weights, str(stack.path.resolve()), settings], sort_keys=True)
+    edits = [files.sha256(path) for path in list_edit_files(cfg.out, stack.id) if path.exists()]
+    own = edits if cfg.edits == "keep" else []
+    facts = json.dumps([_METHOD, content, seeds, weights, own, str(stack.path.resolve()), settings], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -309,6 +331,8 @@ def _read_result(cfg: TraceStacksConfig, stack: Stack, weights: str) -> Result |
     if entry is None or not stack.path.exists():
         return None
     is_whole = all((cfg.out / file).exists() for file in entry.files)
+    if cfg.edits == "keep" and list_changed_trees(cfg.out, stack.id, entry.files):
+        return None
     return entry.result if is_whole and entry.key == _make_key(cfg, stack, weights) else None
 
 

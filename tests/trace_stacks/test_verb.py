@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from numpy.typing import NDArray
 
 from hpc_neuro import cli
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
+from hpc_neuro.core.morphology import (
+    Tree,
+    build_tree,
+    child_counts,
+    concatenate_trees,
+    edge_lengths,
+    length,
+    select_nodes,
+    tips,
+)
 from hpc_neuro.data import swc
 from hpc_neuro.metrics.cable import match_cable
 from tests.helpers.stacks import make_neuron, take_picture
@@ -71,6 +83,90 @@ def test_a_folder_is_resumed_where_it_was_interrupted(stacks: Path, tmp_path: Pa
     # Other settings, or another image, are another result.
     assert cli.main([*command, "trace.min_branch=9"]) == EXIT_DONE
     assert all(path.stat().st_mtime_ns > after[path] for path in before)
+
+
+def select_longest_branch(tree: Tree) -> NDArray[np.bool_]:
+    """[N] the cable from the tip that is farthest from its branch point, without that point."""
+    counts, lengths = child_counts(tree), edge_lengths(tree)
+    best, most = np.zeros(len(tree), dtype=bool), 0.0
+    for tip in tips(tree):
+        branch, node = np.zeros(len(tree), dtype=bool), int(tip)
+        while tree.parents[node] >= 0 and counts[node] <= 1:
+            branch[node], node = True, int(tree.parents[node])
+        if lengths[branch].sum() > most:
+            best, most = branch, float(lengths[branch].sum())
+    return best
+
+
+def measure_share_near(tree: Tree, other: Tree) -> float:
+    """The share of the cable of `tree` within 5 voxels of `other`."""
+    return match_cable(tree, other, 5.0).precision
+
+
+@pytest.mark.parametrize("kind", ["swc", "voxel.swc"])
+def test_the_tracer_goes_on_from_a_corrected_tree(stacks: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}", "edits=keep"]
+    assert cli.main(command) == EXIT_DONE
+    first = swc.read(out / "swc" / "n2.voxel.swc")
+
+    # A person deletes one branch, and draws another where the image shows nothing.
+    is_deleted = select_longest_branch(first)
+    deleted = select_nodes(first, is_deleted)
+    assert length(deleted) > 15
+    rest = select_nodes(first, ~is_deleted)
+    corner = np.array([38.0, 94.0, 126.0])
+    drawn = build_tree(np.linspace(rest.points[0], corner, 40), np.arange(-1, 39), 1.0, 2)
+    corrected = concatenate_trees([rest, drawn])
+    scale = np.array([1.0, 0.5, 0.5]) if kind == "swc" else np.ones(3)
+    swc.write(out / "swc" / f"n2.{kind}", replace(corrected, points=corrected.points * scale))
+
+    assert cli.main(command) == EXIT_DONE
+    merged = swc.read(out / "swc" / "n2.voxel.swc")
+    assert measure_share_near(corrected, merged) == 1.0
+    assert measure_share_near(deleted, merged) < 0.5
+    assert measure_share_near(merged, corrected) > 0.98
+    assert (merged.types == 2).sum() == len(drawn)
+
+    # The edits outlast other settings, and the same command is complete.
+    before = (out / "swc" / "n2.swc").stat().st_mtime_ns
+    assert cli.main(command) == EXIT_DONE
+    assert (out / "swc" / "n2.swc").stat().st_mtime_ns == before
+    assert cli.main([*command, "trace.min_branch=9"]) == EXIT_DONE
+    again = swc.read(out / "swc" / "n2.voxel.swc")
+    assert measure_share_near(corrected, again) == 1.0
+    assert measure_share_near(deleted, again) < 0.5
+
+
+def test_what_the_tracer_finds_beside_a_corrected_tree_is_joined(stacks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}"]
+    assert cli.main([*command, "trace.min_branch=60"]) == EXIT_DONE
+    short = swc.read(out / "swc" / "n2.voxel.swc")
+    swc.write(out / "swc" / "n2.voxel.swc", replace(short, types=np.full(len(short), 2)), unit="voxel")
+
+    # Shorter branches are now allowed: they hang on the corrected tree.
+    assert cli.main([*command, "edits=keep"]) == EXIT_DONE
+    merged, gold = swc.read(out / "swc" / "n2.voxel.swc"), make_neuron(3)
+    assert length(merged) > length(short) + 10
+    assert len(merged.roots) == 1
+    assert (merged.types == 2).sum() == len(short)
+    assert match_cable(merged, gold, 3.0).f1 > 0.95
+
+
+def test_two_corrected_files_of_one_tree_are_refused(
+    stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}", "edits=keep"]
+    assert cli.main(command) == EXIT_DONE
+    for kind in ("swc", "voxel.swc"):
+        with (out / "swc" / f"n2.{kind}").open("a") as file:
+            file.write("# mine\n")
+    assert cli.main(command) == EXIT_BAD_INPUT
+    assert "delete the one that is not yours" in capsys.readouterr().err
+    (out / "swc" / "n2.swc").unlink()
+    assert cli.main(command) == EXIT_DONE
 
 
 def test_a_tree_that_a_person_changed_is_set_aside(stacks: Path, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def _root_at_soma(tree: Tree) -> tuple[Tree, list[str]]:
         return tree, []
 
     # Types and places stay; only the direction of the edges on the way changes.
-    parents = _reroot(tree.parents, int(somas[0]), ROOT)
+    parents = morphology.reroot(tree.parents, int(somas[0]), ROOT)
     tree = morphology.build_tree(tree.points, parents, tree.radii, tree.types)
     return tree, ["the tree turned so that its soma is the root"]
 
@@ -209,7 +209,7 @@ def _join_trees(tree: Tree) -> tuple[Tree, list[str]]:
         waiting = np.flatnonzero(is_waiting)
         node = int(waiting[np.argmin(distance[waiting])])
         members = np.flatnonzero(component == component[node])
-        parents = _reroot(parents, node, int(nearest[node]))
+        parents = morphology.reroot(parents, node, int(nearest[node]))
         changes.append(f"a tree of {len(members)} nodes joined by an edge of length {distance[node]:.4g}")
         is_waiting[members] = False
 
@@ -231,16 +231,6 @@ def _find_nearest(
     """Distance to, and index of, the target nearest to each point."""
     distance, index = cKDTree(targets).query(points)
     return np.asarray(distance), np.asarray(index, dtype=np.int64)
-
-
-def _reroot(parents: NDArray[np.int64], node: int, new_parent: int) -> NDArray[np.int64]:
-    """Parents with the edges above `node` turned, so that it is the root of its tree, and `new_parent` its parent."""
-    parents = parents.copy()
-    while node >= 0:
-        old_parent = int(parents[node])
-        parents[node] = new_parent
-        new_parent, node = node, old_parent
-    return parents
 
 
 def _shorten(changes: Sequence[str], kind: str) -> list[str]:
