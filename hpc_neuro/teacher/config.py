@@ -80,6 +80,16 @@ class TeacherOptimConfig:
 
 
 @config
+class ContinueOptimConfig(TeacherOptimConfig):
+    """How a teacher goes on learning: shorter, and at a lower rate."""
+
+    minutes: float = Field(default=30.0, gt=0)
+    """[min] Budget of training; the learning rate follows the minutes trained, so that a resumed run has other bits."""
+    lr: float = Field(default=3e-4, gt=0)
+    """Highest learning rate of AdamW."""
+
+
+@config
 class JudgeConfig:
     """Volumes with trees on which the gate judges the finished teacher; the figures go into its card."""
 
@@ -166,7 +176,7 @@ class TeacherContinueConfig:
     """License of the weights, for the card; none: that of the teacher to start from."""
     task: TaskConfig = Field(default_factory=TaskConfig)
     """Crops and masks."""
-    optim: TeacherOptimConfig = Field(default_factory=lambda: TeacherOptimConfig(minutes=30.0, lr=3e-4))
+    optim: ContinueOptimConfig = Field(default_factory=ContinueOptimConfig)
     """Budget and rates."""
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
     """The gate at the end."""

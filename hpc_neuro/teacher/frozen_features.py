@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpc_neuro.core import stop_signals
 from hpc_neuro.models import linear_probe
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.teacher.objective import patchify
@@ -38,13 +39,13 @@ def probe_features(teachers: Mapping[str, Teacher], tiles: Tiles) -> dict[str, A
     patch on synthetic noisy slices of thin bright curves, which no teacher was trained on.
     """
     patch = next(iter(teachers.values())).patch
-    fit = tiles.show(_spread(tiles.train, FIT), SIZE)
-    held = tiles.show(_spread(tiles.held, HELD), SIZE)
-    slices, truth = curves(len(fit) + len(held))
+    fit = tiles.show(_take_evenly(tiles.train, FIT), SIZE)
+    held_out = tiles.show(_take_evenly(tiles.held, HELD), SIZE)
+    slices, truth = curves(len(fit) + len(held_out))
     share = F.unfold(F.avg_pool2d(truth, patch // 4), 4, stride=4).transpose(1, 2)  # [n, N, 16]
     own = {"orientation": orientation, "edges": edges, "neighbors": neighbors}
     sets = [
-        (fit, {k: f(fit, patch) for k, f in own.items()}, held, {k: f(held, patch) for k, f in own.items()}),
+        (fit, {k: f(fit, patch) for k, f in own.items()}, held_out, {k: f(held_out, patch) for k, f in own.items()}),
         (slices[: len(fit)], {"curves": share[: len(fit)]}, slices[len(fit) :], {"curves": share[len(fit) :]}),
     ]
 
@@ -55,6 +56,7 @@ def probe_features(teachers: Mapping[str, Teacher], tiles: Tiles) -> dict[str, A
     readers |= {name: functools.partial(read_tokens, teacher) for name, teacher in teachers.items()}
     table: dict[str, Any] = {task: {name: {} for name in readers} for task in (*own, "curves")}
     for name, read in readers.items():
+        stop_signals.check()
         for images, wanted, others, right in sets:
             seen, unseen = read(images), read(others)
             for block in seen:
@@ -63,7 +65,7 @@ def probe_features(teachers: Mapping[str, Teacher], tiles: Tiles) -> dict[str, A
     return {"score": "R^2 on held-out images, by encoder and block", **table}
 
 
-def _spread(items: list[int], count: int) -> list[int]:
+def _take_evenly(items: list[int], count: int) -> list[int]:
     """At most `count` of the items, evenly spread."""
     return items[:: max(1, len(items) // count)][:count]
 

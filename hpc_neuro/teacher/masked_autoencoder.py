@@ -117,7 +117,7 @@ def sincos(y: Tensor, x: Tensor, width: int) -> Tensor:
     return torch.cat([phase_x.sin(), phase_x.cos(), phase_y.sin(), phase_y.cos()], -1)
 
 
-def normalized(patches: Tensor) -> Tensor:
+def normalize_patches(patches: Tensor) -> Tensor:
     """Per-patch zero mean and unit variance, [B, N, P] -> [B, N, P]; the floor keeps JPEG noise of flat sky small."""
     mean = patches.mean(-1, keepdim=True)
     return (patches - mean) / (patches.var(-1, keepdim=True) + 1e-4).sqrt()
@@ -199,6 +199,6 @@ class MaskedAutoencoder(Network):
         grid = grid.scatter(1, seen[..., None].expand(-1, -1, width), tokens)  # [B, N, W]
         decoded = self.blocks(grid.mT.reshape(-1, width, n, n)).flatten(2).mT  # [B, N, W]
         decoded = pick(decoded, unseen)
-        wanted = normalized(pick(patchify(target, self.patch), unseen))
+        wanted = normalize_patches(pick(patchify(target, self.patch), unseen))
         guess: Tensor = self.predict(self.norm(decoded)).float()
         return (guess - wanted).square().sum() / wanted.square().sum().clamp_min(1)

@@ -128,7 +128,7 @@ def cut_windows(
     usable: list[int] = []
     failures: list[str] = []
 
-    def cut(part: Path) -> None:
+    def write_windows(part: Path) -> None:
         windows = []
         for number, volume in enumerate(
             until_stopped(run_folder.track_progress(volumes, "cut windows", unit="volume"))
@@ -144,17 +144,17 @@ def cut_windows(
             np.save(handle, np.concatenate(windows))
         files.write_json(cache / "left_out.json", {"usable": usable, "failures": failures})
 
-    array = open_or_make(cache / f"windows{side}.npy", content, cut)
+    array = open_or_make(cache / f"windows{side}.npy", content, write_windows)
     outcome = files.read_json(cache / "left_out.json", f"remove {cache} and give the same command again")
 
     # The held-out windows of a volume come last.
-    held: list[int] = []
+    held_out: list[int] = []
     for place, number in enumerate(outcome["usable"]):
         first = place * share
-        held += range(first + share - count_held(volumes[number].shape, share), first + share)
-    train = sorted(set(range(len(array))) - set(held))
+        held_out += range(first + share - count_held(volumes[number].shape, share), first + share)
+    train = sorted(set(range(len(array))) - set(held_out))
     names = tuple(volumes[number].name for number in outcome["usable"])
-    return CutWindows(Tiles(array, 1, held, train), names, tuple(outcome["failures"]))
+    return CutWindows(Tiles(array, 1, held_out, train), names, tuple(outcome["failures"]))
 
 
 def count_held(shape: Shape, windows: int) -> int:
@@ -174,11 +174,11 @@ def _cut_volume(
         )
     read_slice = _open_slices(volume)
 
-    held = count_held(volume.shape, count)
-    first_held = depth - depth // HELD_SLICES if held else depth
-    slices = [*rng.integers(0, first_held, count - held)]
-    if held:
-        slices += [*rng.integers(first_held, depth, held)]
+    last = count_held(volume.shape, count)
+    first_held = depth - depth // HELD_SLICES if last else depth
+    slices = [*rng.integers(0, first_held, count - last)]
+    if last:
+        slices += [*rng.integers(first_held, depth, last)]
     windows = [_cut_window(read_slice, int(z), (height, width), side, rng) for z in until_stopped(slices)]
     return np.stack(windows)[:, None]
 

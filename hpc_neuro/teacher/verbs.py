@@ -211,17 +211,17 @@ def _run(
                 lambda: write_teacher(cfg.out, plan.recipe, vit, training.progress, plan.origin),
             )
 
-        card = _finish(cfg, plan, training, judged)
-        summary = {"steps": training.progress.step, "sha256": card["sha256"]}
-        record.finish(summary, plan.failures, [card_path], [weights])
+        failures = [*plan.failures, *_finish(cfg, plan, training, judged)]
+        summary = {"steps": training.progress.step, "sha256": files.sha256(weights)}
+        record.finish(summary, failures, [card_path], [weights])
     log.info("use it with  teacher.model=trained teacher.weights=%s", cfg.out)
-    return EXIT_FAILURES if plan.failures else EXIT_DONE
+    return EXIT_FAILURES if failures else EXIT_DONE
 
 
 def _finish(
     cfg: TeacherTrainConfig | TeacherContinueConfig, plan: Plan, training: Training, judged: Sequence[str]
-) -> dict[str, Any]:
-    """Write the weights, measure what they know, and write the card with the figures."""
+) -> list[str]:
+    """Write the weights, measure what they know, and write the card with the figures; sentences on what failed."""
     recipe, vit, progress = plan.recipe, training.network.vit, training.progress
     write_teacher(cfg.out, recipe, vit, progress, plan.origin)
 
@@ -229,10 +229,16 @@ def _finish(
     finished = load_teacher(TeacherConfig(model="trained", weights=cfg.out))
     finished.to(training.device)
     probes = _probe(plan, training, finished)
-    gate = None
+    gate, failures = None, []
     if cfg.judge.store is not None:
-        gate = _judge(finished, cfg.judge.store, judged, bool(cfg.judge.volumes))
-    return write_teacher(cfg.out, recipe, vit, progress, plan.origin, probes, gate)
+        # A volume that cannot be judged must not cost the training.
+        try:
+            gate = _judge(finished, cfg.judge.store, judged, bool(cfg.judge.volumes))
+        except InputError as error:
+            failures.append(f"not judged: {error}")
+            log.error("%s", failures[-1])
+    write_teacher(cfg.out, recipe, vit, progress, plan.origin, probes, gate)
+    return failures
 
 
 def _probe(plan: Plan, training: Training, finished: Teacher) -> dict[str, Any] | None:
@@ -253,8 +259,8 @@ def _probe(plan: Plan, training: Training, finished: Teacher) -> dict[str, Any] 
     teachers["random_weights"] = Teacher(
         network.vit, {"name": "random weights", "sha256": ""}, finished.mean, finished.std
     )
-    held = plan.shown.show(plan.shown.held, frozen_features.SIZE)
-    extra = plan.recipe.objective.measure_extra(training.network, network, held, plan.recipe.task)
+    images = plan.shown.show(plan.shown.held, frozen_features.SIZE)
+    extra = plan.recipe.objective.measure_extra(training.network, network, images, plan.recipe.task)
     return {"frozen_features": frozen_features.probe_features(teachers, plan.shown), **extra}
 
 

@@ -232,7 +232,9 @@ def test_the_rate_follows_progress() -> None:
     assert optim.rate_after_head(1) == pytest.approx(1e-6)
 
 
-def test_the_defaults_are_usable() -> None:
+def test_the_defaults_are_usable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["teacher", "continue", "--help"]) == 0
+    assert "optim.minutes   float = 30.0" in capsys.readouterr().out
     cfg = load(TeacherTrainConfig, None, ["photos=p", "out=o"])
     assert (cfg.objective, cfg.patch, cfg.depth, cfg.task.count_visible(cfg.patch)) == ("structure", 8, 6, 38)
 
@@ -247,3 +249,13 @@ def test_the_judge_writes_its_figures_into_the_card(photos: Path, tmp_path: Path
 
     with pytest.raises(InputError, match=r"has no volume c; name some of a, b"):
         train.forecast(configure(photos, tmp_path / "other", f"judge.store={store}", "judge.volumes=[c]"))
+
+
+def test_a_volume_that_cannot_be_judged_does_not_cost_the_training(photos: Path, tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", {"a": "train"}, (12, 24, 24))
+    keys = ("optim.steps=1", "optim.warmup=0", f"judge.store={store}", "judge.volumes=[a]")
+    out = tmp_path / "out"
+    assert train.run(configure(photos, out, *keys)) == 3
+    assert json.loads((out / "run.json").read_text())["failures"][0].startswith("not judged: volume a is (12, 24, 24)")
+    # What judges may change.
+    assert train.run(configure(photos, out, *keys[:2])) == 0
