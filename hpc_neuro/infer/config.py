@@ -113,6 +113,9 @@ class InferConfig:
     silence: float = Field(default=300.0, gt=0)
     """[s] An MPI rank that gives no sign of life for so long is lost: the others report it and stop. One step of
     tracing lets none through for about 0.3 s per million voxels of centerlines."""
+    any_voxel_size: bool = False
+    """Whether a student may predict images whose voxels are more than twice as small or large as those of its
+    training."""
     trees: bool = True
     """Whether to trace."""
     page: bool = True

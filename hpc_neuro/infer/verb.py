@@ -27,7 +27,7 @@ from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.trees import PredictionEntry, entry_path
 from hpc_neuro.infer.volume_stages import build_pyramid, trace_volumes
 from hpc_neuro.infer.volumes import InputVolume, UnusableVolume, list_measurements, open_inputs, split_usable
-from hpc_neuro.models.student_folder import find_student
+from hpc_neuro.models.student_folder import find_student, require_voxel_size
 
 log = logging.getLogger(__name__)
 _RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "swc")
@@ -40,6 +40,7 @@ def forecast(cfg: InferConfig) -> list[str]:
     """Check the weights, the volumes and the space; how much there is to do, timed by one window."""
     predictor = Predictor(cfg)
     sources, failures = _require_usable(cfg, open_inputs(cfg, contrast=predictor.contrast))
+    _require_voxel_sizes(cfg, predictor, sources)
     return [*describe_run(cfg, predictor, sources), *(f"left out: {line}" for line in failures)]
 
 
@@ -60,6 +61,7 @@ def run(cfg: InferConfig) -> int:
     # Where a step fails on one rank all must end, or the others would wait for it for ever.
     predictor = ranks.run(lambda: Predictor(cfg))
     sources, unusable = _require_usable(cfg, _open_on_all_ranks(cfg, predictor.contrast, ranks))
+    _require_voxel_sizes(cfg, predictor, sources)
     folder = run_folder.share_folder(cfg.out, cfg.share)
 
     with contextlib.ExitStack() as stack:
@@ -154,6 +156,12 @@ def _require_usable(
     if unusable and not sources and cfg.share is None:
         raise InputError("\n".join(unusable))
     return sources, unusable
+
+
+def _require_voxel_sizes(cfg: InferConfig, predictor: Predictor, sources: list[InputVolume]) -> None:
+    """InputError where a volume has other voxels than the student's training had."""
+    for source in sources if not cfg.any_voxel_size else ():
+        require_voxel_size(predictor.meta, cfg.model, source.voxel_size, source.image)
 
 
 def _open_on_all_ranks(cfg: InferConfig, contrast: Contrast, ranks: Ranks) -> list[InputVolume | UnusableVolume]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc_neuro.core import run_folder
+from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.types import Contrast
 
@@ -14,6 +15,8 @@ BUNDLED = "bundled"
 """Name of the student that ships in the package."""
 STUDENT_FILES = ("student.yaml", "model.safetensors")
 """Files of a folder of weights."""
+_MOST_ZOOM = 2.0
+"""An image may have voxels so many times as small or as large as those of a student's training."""
 _ASSET = Path(__file__).parent.parent / "assets" / "student"
 
 
@@ -47,3 +50,24 @@ def read_contrast(extra: Mapping[str, Any]) -> Contrast:
     # Students that were saved before there was a choice saw the range of the whole volume.
     contrast: Contrast = extra.get("contrast", "range")
     return contrast
+
+
+def require_voxel_size(extra: Mapping[str, Any], model: Path, size: VoxelSize | None, image: str) -> None:
+    """Raise InputError where the voxels of an image differ much from those of a student's training.
+
+    extra: of its student.yaml; the bundled student, which was trained on neurites of many widths, has no voxel size.
+    size: [um] z y x; None where it is unknown, which is accepted.
+    """
+    sizes = extra.get("voxel_sizes")
+    if sizes is None or size is None:
+        return
+    least, most = sizes
+    fits = all(a / _MOST_ZOOM <= side <= b * _MOST_ZOOM for side, a, b in zip(size, least, most, strict=True))
+    if not fits:
+        trained = " to ".join(" x ".join(f"{side:.4g}" for side in sides) for sides in dict.fromkeys(map(tuple, sizes)))
+        raise InputError(
+            f"{image} has voxels of {' x '.join(f'{side:.4g}' for side in size)} um (z y x), and {model} was trained "
+            f"on voxels of {trained} um, at most {_MOST_ZOOM:g} times as small or large are expected: neurites would "
+            "be too wide or too thin for it. Resample the image, correct a wrong voxel_size=z,y,x, or give "
+            "any_voxel_size=true"
+        )

@@ -31,6 +31,9 @@ class TraceStacksConfig:
     student that you trained, as the folder of its run."""
     voxel_size: GivenVoxelSize | None = None
     """[um] z,y,x; none: as each file says. A stack without one is traced in voxels, and no micrometers are written."""
+    any_voxel_size: bool = False
+    """Whether a student may predict images whose voxels are more than twice as small or large as those of its
+    training."""
     channel: GivenChannel | None = None
     """Channel of images that have several, from 0."""
     range: GivenRange | None = None

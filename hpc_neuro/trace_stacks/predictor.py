@@ -42,13 +42,13 @@ class StackPredictor:
         """
         folder = find_student(model)
         self._limits = limits
-        self.student, meta = load_student(folder)
+        self.student, self.meta = load_student(folder)
         self.device = distributed.device()
         self.student.to(self.device)
 
-        self.threshold = float(meta.get("threshold", 0.5))
-        self.window = choose_window(folder, meta, self.student.patch, None)
-        self.contrast = read_contrast(meta)
+        self.threshold = float(self.meta.get("threshold", 0.5))
+        self.window = choose_window(folder, self.meta, self.student.patch, None)
+        self.contrast = read_contrast(self.meta)
         self._batch = sliding_window.BatchSize(_BATCH)
 
     def predict(self, foreground: Foreground, label: str) -> NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, describe_content
 from hpc_neuro.data.intensity import limit_brightness
-from hpc_neuro.models.student_folder import STUDENT_FILES, find_student
+from hpc_neuro.models.student_folder import STUDENT_FILES, find_student, require_voxel_size
 from hpc_neuro.trace_stacks import page
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
 from hpc_neuro.trace_stacks.edits import Edits, collect_edits, list_changed_trees, list_edit_files
@@ -109,6 +109,8 @@ def _trace_stack(
     size = choose_voxel_size(cfg, volume)
     roots = stack.read_roots(cfg, volume.shape)
     edits = _collect_edits(cfg, stack.id, size)
+    if predictor is not None and not cfg.any_voxel_size:
+        require_voxel_size(predictor.meta, cfg.model, size, str(stack.path))
     key = _make_key(cfg, stack, weights)
     log.info("%s: %s voxels ...", label, " x ".join(map(str, volume.shape)))
     if size is None:

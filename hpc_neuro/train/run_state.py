@@ -284,6 +284,7 @@ class TrainingRun:
             student=schema.to_plain(self.cfg.student),
             window=self.cfg.crop.size,
             contrast=self.parts.contrast,
+            voxel_sizes=self.parts.voxel_sizes,
             mirrored=self._has_mirrored_crops(),
             shapes=self.engine.shapes,
             engine=engine,
@@ -305,6 +306,7 @@ class TrainingRun:
         extra = {
             "window": list(self.cfg.crop.size),
             "contrast": self.parts.contrast,
+            "voxel_sizes": [list(size) for size in self.parts.voxel_sizes],
             "mirrored": self._has_mirrored_crops(),
             "threshold": score.threshold,
             "step": self.step,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hpc_neuro.core import distributed, files
 from hpc_neuro.core.files import format_count
-from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.geometry import Box, VoxelSize
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Batch, Contrast
 from hpc_neuro.data.crops import CropSampler, draw_validation_boxes
@@ -98,6 +98,8 @@ class RunParts:
     """Of validation."""
     contrast: Contrast
     """How the volumes' brightness becomes [0, 1]."""
+    voxel_sizes: tuple[VoxelSize, VoxelSize]
+    """[um] Smallest and largest sides of the voxels, z y x."""
     validates_on: str
     """Split of the boxes: val, or train if val is empty."""
     workload: Workload
@@ -118,6 +120,7 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
         raise InputError(f"{cfg.store} has no volume in its `train` split; prepare it again with some")
 
     contrast = _find_contrast(store, train_ids)
+    voxel_sizes = _find_voxel_sizes(store, train_ids)
 
     # The cache is opened before the teacher is loaded, which takes seconds: a missing cache is reported at once.
     cache = FeatureCache(cfg.cache) if cfg.distill is not None and cfg.cache is not None else None
@@ -155,6 +158,7 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
         store=store,
         boxes=boxes,
         contrast=contrast,
+        voxel_sizes=voxel_sizes,
         validates_on=validates_on,
         workload=workload,
         inputs=_hash_inputs(store, start, teacher, cache),
@@ -168,6 +172,13 @@ def _find_contrast(store: Store, ids: Sequence[str]) -> Contrast:
         examples = " and ".join(f"{name} ({id_})" for name, id_ in sorted(contrasts.items()))
         raise InputError(f"{store.path} has volumes of the contrasts {examples}; prepare all of them with one")
     return next(iter(contrasts))
+
+
+def _find_voxel_sizes(store: Store, ids: Sequence[str]) -> tuple[VoxelSize, VoxelSize]:
+    """[um] The smallest and the largest sides of all voxels, z y x."""
+    sides = list(zip(*(store[id_].voxel_size for id_ in ids), strict=True))
+    (z, y, x), (top_z, top_y, top_x) = map(min, sides), map(max, sides)
+    return (z, y, x), (top_z, top_y, top_x)
 
 
 def build_train_module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:

@@ -32,7 +32,7 @@ from tests.helpers.stacks import SHAPE, make_neuron, take_picture
 WINDOW = (16, 32, 32)
 
 
-def save_brightness_student(folder: Path, threshold: float = 0.3, contrast: str = "range") -> Path:
+def save_brightness_student(folder: Path, threshold: float = 0.3, contrast: str = "range", **more: object) -> Path:
     """A student whose probability rises with the brightness of a voxel: the head sees what the first layer saw."""
     cfg = StudentConfig(transformer=False, patch=(4, 8, 8), channels=(8, 4, 4))
     student = build_student(cfg)
@@ -44,7 +44,7 @@ def save_brightness_student(folder: Path, threshold: float = 0.3, contrast: str 
         weight[voxel, voxel, 1, 1, 1] = 1.0
         state["decoder.head.weight"][voxel, voxel] = 20.0
     state["decoder.head.bias"] -= 6.0
-    extra = {"window": list(WINDOW), "mirrored": True, "threshold": threshold, "contrast": contrast}
+    extra = {"window": list(WINDOW), "mirrored": True, "threshold": threshold, "contrast": contrast, **more}
     save_student(folder, cfg, state, extra)
     return folder
 
@@ -86,6 +86,30 @@ def test_a_student_of_local_contrast_sees_the_foreground(tmp_path: Path) -> None
     seen = foreground.probability(Box.whole((z, y, x))).astype(np.float32) / np.float32(255)
     exact = sliding_window.predict(student.student, seen, WINDOW, 0.25)
     np.testing.assert_array_equal(student.predict(foreground, "n") >= 128, np.rint(exact * 255) / 255 >= 0.3)
+
+
+def test_an_image_of_other_voxels_than_those_of_the_training_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [[1.0, 0.3, 0.3], [2.0, 0.4, 0.4]]
+    weights = save_brightness_student(tmp_path / "weights", voxel_sizes=sizes)
+    stack = tmp_path / "n.tif"
+    tifffile.imwrite(stack, take_picture(make_neuron(3)))
+    for verb, *keys in (["trace"], ["infer", "page=false", "trees=false", "block=[16,64,64]"]):
+        command = [verb, str(stack), f"model={weights}", *keys]
+        for number, size in enumerate(("1,0.3,0.3", "4,0.8,0.8")):
+            assert cli.main([*command, f"voxel_size={size}", f"out={tmp_path / verb / str(number)}"]) == EXIT_DONE
+        capsys.readouterr()
+        for number, size in enumerate(("1,1.5,1.5", "1,0.3,0.1")):
+            far = [*command, f"voxel_size={size}", f"out={tmp_path / verb / 'far' / str(number)}"]
+            assert cli.main(far) == EXIT_BAD_INPUT
+            message = capsys.readouterr().err
+            assert "1 x 0.3 x 0.3 to 2 x 0.4 x 0.4 um" in message
+            assert not (tmp_path / verb / "far" / str(number) / "swc").exists()
+
+            # The advice is followed.
+            assert "any_voxel_size=true" in message
+            assert cli.main([*far, "any_voxel_size=true"]) == EXIT_DONE
 
 
 def test_the_student_finds_the_neurites_and_the_page_shows_them(weights: Path, tmp_path: Path) -> None:

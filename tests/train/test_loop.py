@@ -81,6 +81,7 @@ def test_a_run_leaves_what_machines_read(whole):
 def test_exported_weights_load_in_plain_torch_and_score_as_logged(whole, store, name):
     student, meta = load_student(whole / "weights" / name)
     assert (meta["window"], meta["mirrored"]) == ([16, 32, 32], True)
+    assert meta["voxel_sizes"] == [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     logged = {r["step"]: r for r in rows(whole, "val")}[meta["step"]]
     assert (meta["threshold"], meta["val_dice"]) == (logged["threshold"], logged["dice_best"])
     with torch.no_grad():

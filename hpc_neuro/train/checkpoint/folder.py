@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from hpc_neuro.core import files, run_folder
+from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.train.checkpoint.tensor_files import DIGEST_SUFFIX
 from hpc_neuro.train.config import CheckpointConfig
@@ -92,6 +93,8 @@ class TrainingState:
     engine: OptimizerState
     contrast: str
     """How brightness became [0, 1]: range or local."""
+    voxel_sizes: tuple[VoxelSize, VoxelSize]
+    """[um] Smallest and largest sides of the training voxels, z y x."""
 
 
 # --- Finding and reading ---

@@ -48,6 +48,7 @@ class SavedWeights:
         return {
             "window": list(state.window),
             "contrast": state.contrast,
+            "voxel_sizes": [list(size) for size in state.voxel_sizes],
             "mirrored": state.mirrored,
             "threshold": 0.5 if state.score is None else state.score.threshold,
             "step": state.step,
