@@ -20,7 +20,10 @@ from hpc_neuro.core.schema import InputError
 
 _ACTIVE_STATES = frozenset({"PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "REQUEUED", "PREEMPTED"})
 _ARRAY_ID = re.compile(r"(\d+)_\[([^\]%]*)")
+_JOB_LINE = re.compile(r"(?P<job>\d[^|\s]*)\|(?P<state>[A-Z_]+)")
 _INDEX_RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
+_MAX_INDEX = 1 << 22
+"""Largest index of an array; Slurm's own limit (MaxArraySize) is 4,000,001."""
 _UNLISTED = "*"
 """Stands for the array indices that squeue left out of a shortened list."""
 _MAX_FAILURES = 5
@@ -127,6 +130,17 @@ def parse_fields(line: str) -> dict[str, str]:
     return fields
 
 
+@contextlib.contextmanager
+def explain_answer(command: str, line: str) -> Iterator[None]:
+    """Turn a line of an answer that cannot be parsed into an InputError that shows it."""
+    try:
+        yield
+    except ValueError:
+        raise InputError(
+            f"{command} answered {line[:200]!r}, which is of another form than Slurm's; ask the administrators"
+        ) from None
+
+
 def read_job_states() -> dict[str, str]:
     """Read the state of every job of this user that Slurm still knows, array tasks one by one (ARRAY_INDEX)."""
     # --array: one line per task; without it squeue shortens long lists of indices, `12_[1-3,5,...]`.
@@ -134,10 +148,13 @@ def read_job_states() -> dict[str, str]:
     states: dict[str, str] = {}
 
     for line in run_command("squeue", *options).splitlines():
+        # What is no answer must not count as a job that Slurm does not know.
+        answer = _JOB_LINE.fullmatch(line.strip())
+        if answer is None:
+            raise InputError(f"squeue answered {line[:200]!r}, where JOB|STATE is expected; ask the administrators")
         # One line may stand for several tasks of an array that wait.
-        job, _, state = line.strip().partition("|")
-        for task in expand_array_id(job):
-            states[task] = state
+        for task in expand_array_id(answer["job"]):
+            states[task] = answer["state"]
 
     return states
 
@@ -158,8 +175,8 @@ def expand_array_id(job: str) -> list[str]:
 
     for part in ranges.split(","):
         bounds = _INDEX_RANGE.fullmatch(part)
-        # `...`, or a number that was cut.
-        if bounds is None:
+        # `...`, a number that was cut, or one that no array has.
+        if bounds is None or int(bounds[2] or bounds[1]) > _MAX_INDEX or bounds[3] == "0":
             is_complete = False
             continue
         low, high, step = bounds.groups()
@@ -170,9 +187,10 @@ def expand_array_id(job: str) -> list[str]:
 
 def find_state(states: Mapping[str, str], job: str) -> str | None:
     """State of a job among those of `read_job_states`; None when Slurm does not know it (any more)."""
-    # Tasks that have ended are listed one by one, so this concerns tasks that wait.
-    unlisted = f"{job.partition('_')[0]}_{_UNLISTED}"
-    return states.get(job, states.get(unlisted) if "_" in job else None)
+    # Tasks that have ended are listed one by one, so this concerns tasks that wait; an array of which none has begun
+    # may be listed by its own number.
+    array = job.partition("_")[0]
+    return states.get(job, states.get(f"{array}_{_UNLISTED}", states.get(array)) if "_" in job else None)
 
 
 def is_active(state: str) -> bool:
@@ -194,27 +212,28 @@ class Poller:
         self.first, self.longest, self.pause = first, longest, 0.0
         self.sleep, self._read = sleep, read
         self._last: dict[str, str] = {}
-        self.failures = 0
+        self.failures, self._has_answer = 0, False
 
     def poll(self, jobs: Sequence[str]) -> dict[str, str]:
         """State of these jobs, after the pause; one that Slurm does not know (any more) is missing.
 
-        Raises InputError after six calls in a row that Slurm did not answer.
+        Raises InputError when Slurm does not answer the first call, and after six calls in a row without an answer.
         """
         if self.pause:
             self.sleep(self.pause)
 
-        # A controller that restarts is silent for a while: the last known states serve meanwhile.
+        # A controller that restarts is silent for a while: the last known states serve meanwhile. Without any, jobs
+        # that run would count as lost.
         try:
             all_states = self._read()
         except InputError:
             self.failures += 1
-            if self.failures > _MAX_FAILURES:
+            if self.failures > _MAX_FAILURES or not self._has_answer:
                 raise
             self.pause = min(self.longest, 2 * max(self.pause, self.first))
             return {job: state for job, state in self._last.items() if job in set(jobs)}
 
-        self.failures = 0
+        self.failures, self._has_answer = 0, True
         states = {job: state for job in jobs if (state := find_state(all_states, job)) is not None}
         # Ask often while things happen, ever more rarely while nothing does.
         has_changed = states != self._last or not self.pause
@@ -256,9 +275,11 @@ def read_node_kinds(partition: str) -> list[NodeKind]:
     kinds = []
 
     for line in lines:
-        cores, memory, gres, features = line.split("|")
-        # `4+`: at least so many, where sinfo puts unlike nodes on one line.
-        kinds.append(NodeKind(int(cores.rstrip("+")), int(memory.rstrip("+")), gres, frozenset(features.split(","))))
+        with explain_answer("sinfo", line):
+            cores, memory, gres, features = line.split("|")
+            # `4+`: at least so many, where sinfo puts unlike nodes on one line.
+            size = int(cores.rstrip("+")), int(memory.rstrip("+"))
+        kinds.append(NodeKind(*size, gres, frozenset(features.split(","))))
 
     return kinds
 
@@ -266,7 +287,12 @@ def read_node_kinds(partition: str) -> list[NodeKind]:
 def read_node_states(partition: str) -> dict[str, str]:
     """Read the state of every node of a partition."""
     lines = run_command("sinfo", "-h", "-N", "-p", partition, "-o", "%N %T").splitlines()
-    return dict(line.split(maxsplit=1) for line in lines)
+    states = {}
+    for line in lines:
+        with explain_answer("sinfo", line):
+            node, state = line.split(maxsplit=1)
+        states[node] = state
+    return states
 
 
 def parse_gres(gres: str) -> tuple[str, int]:
@@ -305,8 +331,9 @@ class Association:
     @classmethod
     def parse(cls, line: str) -> Association:
         """Parse `account|qos,qos|limit` of sacctmgr."""
-        account, qos, limit = line.split("|")
-        return cls(account, tuple(filter(None, qos.split(","))), int(limit) if limit else None)
+        with explain_answer("sacctmgr", line):
+            account, qos, limit = line.split("|")
+            return cls(account, tuple(filter(None, qos.split(","))), int(limit) if limit else None)
 
 
 def read_associations() -> tuple[Association, ...] | None:

@@ -9,7 +9,7 @@ import pytest
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
-from launch import slurm
+from launch import slurm, status
 from launch.__main__ import main
 
 
@@ -30,6 +30,9 @@ def write_command(folder: Path, name: str, script: str) -> None:
         ("12_7", ["12_7"]),
         ("12", ["12"]),
         ("12_[1,3,5,...%4]", ["12_1", "12_3", "12_5", "12_*"]),
+        ("12_[0-999999999999]", ["12_*"]),
+        ("12_[1-5:0]", ["12_*"]),
+        ("12_[a-b]", ["12_*"]),
         ("12_[1-3,5-...]", ["12_1", "12_2", "12_3", "12_*"]),
         ("12_[1,3,", ["12_1", "12_3", "12_*"]),
         ("12_[...]", ["12_*"]),
@@ -78,10 +81,46 @@ def test_the_poller_backs_off_while_nothing_changes_and_outlives_a_silent_contro
     assert pauses == [1.0, 1.5, 2.25, 3.0, 3.0]
     assert poller.pause == 1.0
 
-    silent = slurm.Poller(1.0, 3.0, lambda: slurm.run_command("false"), pauses.append)
+    answers = [{"1": "PENDING"}, *[None] * 9]
+    silent = slurm.Poller(1.0, 3.0, read, pauses.append)
     with pytest.raises(InputError):
         [silent.poll(["1"]) for _ in range(9)]
     assert silent.failures == 6
+
+
+def test_jobs_are_not_lost_because_slurm_never_answered(tmp_path: Path, monkeypatch, capsys):
+    write_command(tmp_path / "bin", "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    files.write_json(
+        tmp_path / "out" / "launch" / "jobs.json", [{"id": "7", "on": "slurm", "verb": "train", "share": ""}]
+    )
+
+    assert main(["status", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert "Unable to contact slurm controller" in captured.err
+    assert "lost" not in captured.out
+    # A second job must not be submitted meanwhile.
+    with pytest.raises(InputError, match="Unable to contact"):
+        status.require_idle(tmp_path / "out")
+
+
+@pytest.mark.parametrize("answer", ["garbage", "7|RUNNING|more", "slurm_load_jobs error: x", "7|running", "7"])
+def test_an_answer_of_another_form_is_shown(answer: str, tmp_path: Path, monkeypatch):
+    write_command(tmp_path / "bin", "squeue", f"echo '{answer}'")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(InputError, match="where JOB.STATE is expected"):
+        slurm.read_job_states()
+
+
+@pytest.mark.parametrize(("command", "answer"), [("sinfo", "many|GB|gpu"), ("sinfo", "8|lots||"), ("sinfo", "one")])
+def test_answers_about_nodes_of_another_form_are_shown(command: str, answer: str, tmp_path: Path, monkeypatch):
+    write_command(tmp_path / "bin", command, f"echo '{answer}'")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    read = slurm.read_node_states if "|" not in answer else slurm.read_node_kinds
+    with pytest.raises(InputError, match=f"{command} answered '"):
+        read("gpu")
+    with pytest.raises(InputError, match="sacctmgr answered"):
+        slurm.Association.parse(answer)
 
 
 @pytest.mark.parametrize(("limit", "minutes"), [("01:00:00", 60), ("1-02:30:00", 1590), ("UNLIMITED", None)])
