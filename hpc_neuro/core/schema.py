@@ -7,6 +7,7 @@ import difflib
 import re
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, dataclass_transform
@@ -77,6 +78,10 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
             for key, path in _list_paths(value)
             if _COLLAPSED_ADDRESS.match(path)
         ]
+        # Names of results stand in files of text.
+        out = str(getattr(value, "out", ""))
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in out):
+            faults.append(f"out: {ascii(out)} holds characters that no text can hold; give another folder")
 
     # A list that is too short has one fault for each entry that it lacks.
     messages = list(dict.fromkeys(fault for fault in faults if fault is not None))

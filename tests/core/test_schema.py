@@ -202,3 +202,10 @@ def test_commas_elsewhere_are_text() -> None:
         schema.load(Root, None, ["out=o", "section.box=4,x,6"])
     with pytest.raises(ConfigError, match=r"section\.steps: .*found '1,2'"):
         schema.load(Root, None, ["out=o", "section.steps=1,2"])
+
+
+@pytest.mark.parametrize("name", ["o\udcff", "o\tx", "o\x1b[31m", "o\x7f"])
+def test_a_folder_of_results_has_a_name_that_texts_can_hold(name: str) -> None:
+    with pytest.raises(ConfigError, match="out: .* holds characters that no text can hold"):
+        schema.load(Root, None, [], {"out": name})
+    assert schema.load(Root, None, ["out=ö x\u00a0y%j"]).out == Path("ö x\u00a0y%j")
