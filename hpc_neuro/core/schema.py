@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -78,10 +79,11 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
             for key, path in _list_paths(value)
             if _COLLAPSED_ADDRESS.match(path)
         ]
+        faults += [f"{key}: {number} is no finite number, which is wanted" for key, number in _list_non_finite(value)]
         # Names of results stand in files of text.
         out = str(getattr(value, "out", ""))
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in out):
-            faults.append(f"out: {ascii(out)} holds characters that no text can hold; give another folder")
+            faults.append(f"out: {out!a} holds characters that no text can hold; give another folder")
 
     # A list that is too short has one fault for each entry that it lacks.
     messages = list(dict.fromkeys(fault for fault in faults if fault is not None))
@@ -91,16 +93,26 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     return value
 
 
-def _list_paths(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _list_paths(value: Any) -> Iterator[tuple[str, str]]:
     """The dotted key and the text of each path in a config."""
-    if isinstance(value, Path):
-        yield prefix, str(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return ((key, str(leaf)) for key, leaf in _list_leaves(value) if isinstance(leaf, Path))
+
+
+def _list_non_finite(value: Any) -> Iterator[tuple[str, float]]:
+    """The dotted key of each number in a config that is NaN or infinite."""
+    return ((key, leaf) for key, leaf in _list_leaves(value) if isinstance(leaf, float) and not math.isfinite(leaf))
+
+
+def _list_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of each entry of a config, also within lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _list_paths(getattr(value, field.name), f"{prefix}.{field.name}".lstrip("."))
+            yield from _list_leaves(getattr(value, field.name), f"{prefix}.{field.name}".lstrip("."))
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
-            yield from _list_paths(item, f"{prefix}.{number}")
+            yield from _list_leaves(item, f"{prefix}.{number}")
+    else:
+        yield prefix, value
 
 
 def to_plain(value: Any) -> Any:
@@ -156,6 +168,10 @@ def _settle_numbers(hint: Any, value: Any) -> Any:
 
     if isinstance(value, str) and "," in value and _is_list_of_numbers(hint):
         return value.split(",")
+
+    # A yes or no is no number, though Python counts with it.
+    if isinstance(value, bool) and leaves and all(leaf in (int, float, type(None)) for leaf in leaves):
+        return str(value).lower()
 
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_text = any(leaf in (str, Path) for leaf in leaves) and not any(leaf in (int, float, Any) for leaf in leaves)

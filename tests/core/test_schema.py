@@ -209,3 +209,15 @@ def test_a_folder_of_results_has_a_name_that_texts_can_hold(name: str) -> None:
     with pytest.raises(ConfigError, match="out: .* holds characters that no text can hold"):
         schema.load(Root, None, [], {"out": name})
     assert schema.load(Root, None, ["out=ö x\u00a0y%j"]).out == Path("ö x\u00a0y%j")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-.inf", "1e400"])
+def test_numbers_are_finite(number: str) -> None:
+    with pytest.raises(ConfigError, match=r"one\.radius: -?(nan|inf) is no finite number"):
+        schema.load(Root, None, ["out=o", f"one.radius={number}"])
+
+
+@pytest.mark.parametrize("key", ["maybe", "section.steps", "section.box.1"])
+def test_a_yes_is_no_number(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: .* found 'true'"):
+        schema.load(Root, None, ["out=o", f"{key}=true"])
