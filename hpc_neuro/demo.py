@@ -205,8 +205,8 @@ def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:
     held_out = cfg.test or (names[3::5] if len(names) > 3 else names[-1:])
     if len(names) - len(held_out) < 1:
         raise InputError(
-            f"{data} has {len(names)} SWC trees, and {len(held_out)} of them are held out; "
-            "at least one more image + SWC pair of the same stem is wanted to train on"
+            f"{data} has {files.format_count(len(names), 'SWC tree')}, and {len(held_out)} would be held out; at least "
+            "one more image + SWC pair of the same stem is wanted to train on"
         )
     return held_out
 

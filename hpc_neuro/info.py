@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
 def _describe_volume(path: Path, picture: Path | None, options: dict[str, str]) -> Iterator[str]:
     """Lines about a volume; draws its projections into `picture`."""
     channel = options.get("channel")
-    if channel is not None and not channel.isdigit():
+    if channel is not None and not channel.isdecimal():
         raise ConfigError(f"channel={channel} is not a whole number of at least 0")
     number = None if channel is None else int(channel)
 

@@ -193,7 +193,7 @@ def find_partition_faults(resources: Resources, site: Site) -> list[str]:
     # MaxNodes limits one job, TotalNodes the partition.
     max_nodes = partition.get("MaxNodes", "UNLIMITED")
     nodes = int(partition.get("TotalNodes", "0"))
-    nodes = min(nodes, int(max_nodes)) if max_nodes.isdigit() else nodes
+    nodes = min(nodes, int(max_nodes)) if max_nodes.isdecimal() else nodes
     if resources.nodes > nodes:
         faults.append(f"nodes: {resources.nodes} asked for, {name} gives at most {nodes}")
 

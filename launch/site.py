@@ -134,7 +134,7 @@ class ClusterFacts:
             return {"gpus_per_node": count}
 
         # `gpu:a100` lacks the number, `gpu:a100:4` has it.
-        has_number = self.gres.rpartition(":")[2].isdigit()
+        has_number = self.gres.rpartition(":")[2].isdecimal()
         return {"gres": self.gres if has_number else f"{self.gres}:{count}"}
 
     def sbatch_options(self, resources: Resources) -> dict[str, str | int]:

@@ -299,7 +299,7 @@ def parse_gres(gres: str) -> tuple[str, int]:
     """Parse `gpu:a100:4`, `gpu:4` or `gpu:a100` into (type, number); "" stands for any type."""
     _, *words = gres.split(":")
     # The type may be absent, and so may the number.
-    number = int(words.pop()) if words and words[-1].isdigit() else 1
+    number = int(words.pop()) if words and words[-1].isdecimal() else 1
     return (words[0] if words else "", number)
 
 
@@ -311,7 +311,7 @@ def count_gpus(gres: str, gpu_type: str = "") -> int:
 
 def parse_minutes(limit: str) -> int | None:
     """Parse Slurm's `1-02:30:00` into minutes; None for UNLIMITED."""
-    if not limit[0].isdigit():
+    if not limit[0].isdecimal():
         return None
     # Days are optional, hours are not.
     days, _, clock = limit.rpartition("-")

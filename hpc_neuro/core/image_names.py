@@ -26,6 +26,10 @@ _SECOND_ENDINGS = (".ome",)
 """Endings before the last one: neuron.ome.tif is an image of `neuron`."""
 
 
+_SYSTEM_BEGINNINGS = (".", "~$", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "__MACOSX")
+"""Begins of names: hidden files, those that are open in an office program, thumbnails of network drives, and bins."""
+
+
 def strip_ending(path: Path) -> str:
     """The name of an image without its endings; other dots stay: brain.1.tif and brain.2.tif are two volumes."""
     name = path.name
@@ -39,5 +43,5 @@ def strip_ending(path: Path) -> str:
 
 
 def is_system_file(path: Path) -> bool:
-    """Whether a file is hidden: macOS writes `._NAME` beside every file on other disks, and it is no image or tree."""
-    return path.name.startswith(".")
+    """Whether a file or folder is a system's or a program's own, such as `._NAME` of macOS on other disks."""
+    return path.name.startswith(_SYSTEM_BEGINNINGS)

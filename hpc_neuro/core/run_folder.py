@@ -422,7 +422,7 @@ def _log_progress(items: Iterable[T], label: str, total: int | None, unit: str) 
 
 def natural_key(text: str) -> list[tuple[int, str]]:
     """Sort key under which OP_2 comes before OP_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 # --- Versions and places ---

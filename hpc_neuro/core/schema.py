@@ -260,7 +260,7 @@ def _begin_entry(node: Any, key: str) -> None:
 
 
 def _is_index(key: str, items: Sequence[Any]) -> bool:
-    return key.isdigit() and int(key) < len(items)
+    return key.isdecimal() and int(key) < len(items)
 
 
 def _index_fault(dotted: str, items: Sequence[Any]) -> str:
@@ -334,13 +334,13 @@ def _describe_fault(cls: Any, item: Any) -> str:
 def _describe_tuple_fault(cls: Any, item: Any) -> str | None:
     """The fault of a list with too few or too many entries, or of no list, with the key's help; None for another."""
     place = [str(part) for part in item["loc"]]
-    if item["type"] == "missing" and place[-1].isdigit():
+    if item["type"] == "missing" and place[-1].isdecimal():
         place.pop()
     elif item["type"] not in ("tuple_type", "too_long"):
         return None
 
     path = ".".join(place)
-    name = ".".join("N" if part.isdigit() else part for part in place)
+    name = ".".join("N" if part.isdecimal() else part for part in place)
     field = next((field for field in describe(cls) if re.sub(r"\[[^]]*\]", "", field.key) == name), None)
     wanted = re.match(r"\[((?:int|float|str)(?:, (?:int|float|str))*)\]", field.type) if field else None
     if field is None or wanted is None:

@@ -182,7 +182,7 @@ def ignore_signals() -> None:
 def _job_end(walltime: float) -> float:
     """Unix time at which the Slurm job, or `walltime` minutes from now, ends; infinity when neither is known."""
     slurm = os.environ.get("SLURM_JOB_END_TIME", "")
-    ends = [float(slurm)] if slurm.isdigit() else []
+    ends = [float(slurm)] if slurm.isdecimal() else []
     if walltime:
         ends.append(time.time() + 60 * walltime)
     return min(ends, default=float("inf"))

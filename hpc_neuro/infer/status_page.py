@@ -222,7 +222,7 @@ def _show_tables(places: list[dict[str, str]], neurons: list[dict[str, str]]) ->
 def _show_table(rows: list[dict[str, str]], kind: Any) -> str:
     columns = [html.Column(_TITLES[name]) for name in kind.__dataclass_fields__]
     cells = [
-        [html.Cell(text, float(text) if text[:1].isdigit() else None) for text in row.values()]
+        [html.Cell(text, float(text) if text[:1].isdecimal() else None) for text in row.values()]
         for row in rows[:_TABLE_ROWS]
     ]
     return html.table(columns, cells)

@@ -250,7 +250,7 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
     if size and min(size) <= 0:
         raise InputError(f"{source}: voxel_size of {id_} is {size}; sizes above 0 um are wanted")
     channel = row.get("channel", cfg.channel)
-    if channel is not None and not str(channel).isdigit():
+    if channel is not None and not str(channel).isdecimal():
         raise InputError(f"{source}: channel of {id_} is {channel!r}; a number from 0 is wanted")
 
     return ImagePair(

@@ -297,7 +297,10 @@ def _describe(pairs: list[OpenedPair], measurements: dict[str, PairMeasurement],
         )
         lines += [*opened.remarks, *measurement.remarks]
 
-    lines.append(f"radius: {schema.to_plain(cfg.radius)}")
+    settings = schema.to_plain(cfg.radius)
+    lines.append(
+        "radius: " + ", ".join([settings.pop("kind"), *(f"{key} {value:g}" for key, value in settings.items())])
+    )
     return lines
 
 

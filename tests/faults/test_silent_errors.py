@@ -237,11 +237,12 @@ def test_semicolons_have_the_right_length(tmp_path: Path) -> None:
     assert morphology.length(swc.read(tmp_path / "a.swc")) == morphology.length(swc.read(tmp_path / "b.swc"))
 
 
-def test_files_of_macos_are_skipped(tmp_path: Path) -> None:
+def test_files_of_systems_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "n1.swc").write_text("1 3 8 8 4 1 -1\n2 3 16 8 4 1 1\n")
     image = np.random.default_rng(0).integers(0, 255, (8, 16, 24), dtype=np.uint8)
     tifffile.imwrite(tmp_path / "n1.ome.tif", image, metadata={"axes": "ZYX"})
-    for name in ("._n1.ome.tif", "._n1.swc", ".DS_Store"):
+    (tmp_path / "@eaDir").mkdir()
+    for name in ("._n1.ome.tif", "._n1.swc", ".DS_Store", "~$n1.swc", "@eaDir/n1.tif"):
         (tmp_path / name).write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X")
     arguments = [f"images={tmp_path}", f"out={tmp_path / 'store'}", "voxel_size=[1,1,1]", "misaligned=warn"]
     assert main(["prepare", *arguments]) == 0

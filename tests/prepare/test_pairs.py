@@ -97,6 +97,7 @@ ROW = {"id": "a", "image": "a.tif", "swc": "a.swc"}
         ({"split": "holdout"}, "split of a is 'holdout'; train, val or test is wanted"),
         ({"swc_unit": "mm"}, "swc_unit of a is 'mm'; voxel or um is wanted"),
         ({"channel": "red"}, "channel of a is 'red'; a number from 0 is wanted"),
+        ({"channel": "²"}, "channel of a is '²'; a number from 0 is wanted"),
         ({"id": "../a"}, "cannot be a file name"),
         ({"color": "red"}, "unknown columns color; known are id, image, swc"),
     ],

@@ -169,7 +169,7 @@ def _check_sizes(path: Path, lines: Sequence[str]) -> None:
     pairs = [line.split(":", 1) for line in lines if ":" in line]
     texts = {key.strip().lower(): value.strip() for key, value in pairs}
     sizes = texts.get("sizes", "").split()
-    if any(not size.lstrip("+-").isdigit() for size in sizes):
+    if any(not size.lstrip("+-").isdecimal() for size in sizes):
         raise InputError(f"{path} has the sizes {' '.join(sizes)!r}; whole numbers are wanted: correct its header")
 
     dimension = texts.get("dimension", "")

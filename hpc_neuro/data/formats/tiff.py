@@ -248,7 +248,7 @@ def _choose_series(path: Path, dataset: str | None) -> tuple[tifffile.TiffFile, 
     if not series:
         raise InputError(f"{path} is a TIFF without images; export it again")
     if dataset is not None:
-        if not dataset.isdigit() or int(dataset) >= len(series):
+        if not dataset.isdecimal() or int(dataset) >= len(series):
             raise InputError(f"{path} has {len(series)} TIFF series; dataset={dataset} must be 0 to {len(series) - 1}")
         return tif, series[int(dataset)]
 
