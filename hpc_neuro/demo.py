@@ -195,7 +195,9 @@ def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:
     """The neurons to test on, by the rule of the key `test`. Raises InputError when none is left to train on."""
     # Natural order, as people number their neurons: OP_2 before OP_10.
     # As `prepare` lists them: hidden files are no trees, and .SWC is as good as .swc.
-    trees = [path for path in data.iterdir() if path.suffix.lower() == ".swc"] if data.is_dir() else []
+    if not data.is_dir():
+        raise InputError(f"{data} is no folder; give data=FOLDER with pairs of an image and an SWC of the same stem")
+    trees = [path for path in data.iterdir() if path.suffix.lower() == ".swc"]
     names = sorted((path.stem for path in trees if not is_system_file(path)), key=run_folder.natural_key)
     if unknown := [name for name in cfg.test if name not in names]:
         raise ConfigError(

@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     if options.get("json", "yes") not in ("yes", "no"):
         raise ConfigError(f"json={options['json']} is not yes or no")
 
+    _note_unknown_units(paths)
     # Programs call this verb: one line of JSON by default, and nothing else on standard output.
     scores = score(paths[0], paths[1], _parse_tolerance(options.get("tolerance", str(TOLERANCE_VOX))))
     if options.get("json", "yes") == "yes":
@@ -89,6 +90,17 @@ def main(argv: Sequence[str]) -> int:
     else:
         sys.stdout.writelines(f"{name:<10} {value:.4f}\n" for name, value in scores.items())
     return EXIT_DONE
+
+
+def _note_unknown_units(paths: Sequence[str]) -> None:
+    """Say on standard error that a file without a unit is compared with one that states it."""
+    units = {path: swc.require_header(path).unit for path in paths}
+    stated = [f"{path} is in {unit}" for path, unit in units.items() if unit]
+    silent = [path for path, unit in units.items() if unit is None]
+    if stated and silent:
+        sys.stderr.write(
+            f"score: {stated[0]}, and {silent[0]} does not state its unit; they are compared as they are\n"
+        )
 
 
 def _parse_tolerance(text: str) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 from hpc_neuro.core import morphology, yaml_text
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.files import format_count
+from hpc_neuro.core.geometry import Shape
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.yaml_text import YamlError
@@ -41,6 +42,8 @@ C = TypeVar("C", bound=str)
 _UNITS: tuple[Unit, ...] = ("um", "voxel")
 _MILD = {"unsorted", "line ends", "BOM", "type", "type change", "several roots", "repeated line", "extra columns"}
 """Kinds of findings that strict=false leaves out."""
+_LARGEST = 1e9
+"""Largest number that is taken for a size, a scale or a shift."""
 _TEXT_KEYS = ("flip", "out")
 """Keys whose values are text, even where YAML would read a number."""
 
@@ -83,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(path: Path, options: Options) -> int:
     findings = swc.check(path)
-    if options.get("strict", True) is False:
+    if _choose("strict", str(options.get("strict", True)).lower(), ("true", "false")) == "false":
         findings = [finding for finding in findings if finding.fatal or finding.kind not in _MILD]
 
     for finding in findings:
@@ -140,7 +143,7 @@ def _transform(path: Path, options: Options) -> int:
     shape = _parse_triple(options, "shape", None)
     transform = swc.Transform(
         flip=str(options.get("flip", "")),
-        shape=None if shape is None else (int(shape[0]), int(shape[1]), int(shape[2])),
+        shape=None if shape is None else _require_whole(shape),
         scale=_parse_triple(options, "scale", None) or (1.0, 1.0, 1.0),
         shift=_parse_triple(options, "shift", None) or (0.0, 0.0, 0.0),
     )
@@ -263,4 +266,15 @@ def _parse_triple(
         z, y, x = (float(str(part)) for part in parts)
     except ValueError:
         raise ConfigError(f"{key}={value} is not three numbers Z,Y,X") from None
+    # No tree is as large; squares of larger numbers would overflow.
+    if not all(abs(number) <= _LARGEST for number in (z, y, x)):
+        raise ConfigError(f"{key}={value} is not three numbers Z,Y,X of at most {_LARGEST:g}")
+    return z, y, x
+
+
+def _require_whole(shape: tuple[float, float, float]) -> Shape:
+    """A shape in whole voxels. Raises ConfigError."""
+    z, y, x = (int(size) for size in shape)
+    if (z, y, x) != shape or min(z, y, x) < 1:
+        raise ConfigError(f"shape={shape} is not three whole numbers Z,Y,X of at least 1")
     return z, y, x

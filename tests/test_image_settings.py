@@ -29,8 +29,9 @@ CONFIGS: dict[str, tuple[Any, list[str]]] = {
 }
 WRONG = {
     "voxel_size=1,0.5": "voxel_size: 3 numbers are expected",
-    "voxel_size=1,0.5,0": "must be three finite numbers above 0, in um",
-    "voxel_size=1,1,inf": "must be three finite numbers above 0, in um",
+    "voxel_size=1,0.5,0": "must be three numbers above 0 in um",
+    "voxel_size=1,1,inf": "must be three numbers above 0 in um",
+    "voxel_size=1,1,1e-300": "must be three numbers above 0 in um",
     "channel=-1": "channel: .* greater than or equal to 0",
     "range=5,5": r"range \[5.0, 5.0\] must rise",
     "range=nan,5": "must rise; give darkest,brightest as two finite numbers",

@@ -76,3 +76,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "--help"]) == 0
     assert "usage: hpc-neuro score PRED.swc GOLD.swc" in capsys.readouterr().out
     assert main(["score"]) == 2
+
+
+def test_a_file_without_a_unit_beside_one_in_um_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "1 3 8 8 4 1 -1\n2 3 16 8 4 1 1\n"
+    (tmp_path / "plain.swc").write_text(rows)
+    (tmp_path / "um.swc").write_text(f"# unit: um\n{rows}")
+    for pair, is_said in ((("plain", "um"), True), (("um", "plain"), True), (("um", "um"), False)):
+        assert main(["score", *(str(tmp_path / f"{name}.swc") for name in pair)]) == 0
+        captured = capsys.readouterr()
+        assert ("plain.swc does not state its unit" in captured.err) == is_said
+        assert captured.out.startswith('{"f1": 1.0')

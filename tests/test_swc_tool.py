@@ -158,3 +158,24 @@ def _written(path: Path, unit: Unit) -> Path:
     (path.parent / "raw.swc").write_text(GOOD)
     swc.write(path, swc.read(path.parent / "raw.swc"), unit=unit, voxel_size=(2.0, 0.5, 0.5))
     return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["check", "strict=maybe"], "strict=maybe is not one of true, false"),
+        (["transform", "flip=z", "shape=1.5,2,3"], "not three whole numbers"),
+        (["transform", "flip=z", "shape=0,2,3"], "not three whole numbers"),
+        (["transform", "flip=zz", "shape=9,9,9"], "names an axis twice"),
+        (["transform", "scale=1e300,1,1"], "of at most 1e"),
+        (["transform", "shift=nan,0,0"], "of at most 1e"),
+        (["convert", "voxel_size=inf,1,1"], "of at most 1e"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *keys = words
+    assert command_line(["swc", command, str(folder / "good.swc"), *keys]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["cycle.swc", "empty.swc", "good.swc", "mild.swc"]

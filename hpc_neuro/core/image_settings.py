@@ -10,10 +10,13 @@ from pydantic import AfterValidator, Field
 from hpc_neuro.core.geometry import Point, Shape, VoxelSize
 from hpc_neuro.core.schema import InputError
 
+_UM_RANGE = (1e-6, 1e6)
+"""[um] Sides of voxels that are taken: from below an atom to a meter."""
+
 
 def _check_size(size: VoxelSize) -> VoxelSize:
-    if not all(0 < length < math.inf for length in size):
-        raise ValueError(f"{list(size)} must be three finite numbers above 0, in um")
+    if not all(_UM_RANGE[0] <= length <= _UM_RANGE[1] for length in size):
+        raise ValueError(f"{list(size)} must be three numbers above 0 in um, from {_UM_RANGE[0]:g} to {_UM_RANGE[1]:g}")
     return size
 
 

@@ -337,7 +337,8 @@ def _find_top(read: ReadBox, shape: Shape, padding: float | None) -> float | Non
     # A single bright voxel may lie between the sampled ones.
     if not highest > lowest and all(np.ptp(np.asarray(read(box))) == 0 for box in slabs):
         raise InputError(
-            f"every voxel is {lowest:g}, an image with contrast is expected; check the file and its channel"
+            f"every voxel is {lowest:g}, an image with contrast is expected; check the file, its channel and the "
+            "`range`, where one is given"
         )
     # Neurites that fill less than the tails lie beyond both.
     if low == high:

@@ -182,6 +182,7 @@ def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     origin = store.origin[:3]
     begin = (*(o * s for o, s in zip(origin, step[:3], strict=True)), 0.0)
     notes: tuple[str, ...] = (f"scale {key}, {scale.get('encoding')}, voxel offset {origin} (x y z)",)
+    notes += note_outside(path / "info", [path / key])
     if info.get("type") == "segmentation":
         notes += ("a segmentation: its values are labels, not intensities",)
     chunk = "0.shard" if "sharding" in scale else "0-64_0-64_0-64"

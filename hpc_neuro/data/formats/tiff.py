@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import itertools
 import math
@@ -29,6 +30,7 @@ from hpc_neuro.data.formats.volume import (
     check_shape,
     invert_array,
     map_array,
+    note_outside,
     require_bytes,
     scale_array,
 )
@@ -85,7 +87,7 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
     # What the file says of axes, voxel size and the meaning of its samples.
     axes, notes = _name_axes(series.axes, shape)
     names = tuple(tifffile.TIFF.AXES_NAMES.get(a, a) for a in series.axes) if "Q" in axes else ()
-    notes += _note_further_series(tif, series)
+    notes += _note_further_series(tif, series) + note_outside(path, _list_other_files(series))
     spacing, size_notes = tiff_voxel_size.read_spacing(tif, series, axes)
     palette, photometric_notes = _interpret_samples(path, tif, series.keyframe)
     notes += size_notes + photometric_notes + _note_orientation(series.keyframe)
@@ -244,6 +246,8 @@ class _Pages:
 def _choose_series(path: Path, dataset: str | None) -> tuple[tifffile.TiffFile, Any]:
     """The open file, and the series in it that `dataset` numbers or the only one that is a stack."""
     tif = tifffile.TiffFile(path)
+    if tif.is_ome:
+        _check_other_files(path, str(tif.ome_metadata))
     series = list(tif.series)
     if not series:
         raise InputError(f"{path} is a TIFF without images; export it again")
@@ -271,6 +275,21 @@ def _choose_series(path: Path, dataset: str | None) -> tuple[tifffile.TiffFile, 
     kinds = collections.Counter(f"{s.shape} {s.dtype}" for s in series)
     shown = ", ".join(f"{count} of shape {kind}" for kind, count in kinds.most_common(4))
     raise InputError(f"{path} holds {len(series)} images ({shown}); choose one with dataset=0 to {len(series) - 1}")
+
+
+def _check_other_files(path: Path, description: str) -> None:
+    """Raise InputError for pages in what is no regular file, such as a FIFO, which a program waits for in vain."""
+    with contextlib.suppress(ElementTree.ParseError):
+        for element in ElementTree.fromstring(description).iter():
+            name = element.get("FileName", "") if element.tag.rpartition("}")[2] == "UUID" else ""
+            if name and (path.parent / name).exists():
+                files.require_regular_file(path.parent / name, "a file of an OME-TIFF")
+
+
+def _list_other_files(series: Any) -> list[Path]:
+    """The files beside its own that a series has pages in."""
+    parents = {page.parent for page in series.pages if page is not None} if series.kind == "ome" else set()
+    return [Path(parent.filehandle.path) for parent in parents]
 
 
 def _require_alike_pages(path: Path, series: list[Any], chosen: Any) -> None:

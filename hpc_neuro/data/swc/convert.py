@@ -45,6 +45,10 @@ def transform(tree: Tree, by: Transform) -> Tree:
 
     A flip maps voxel centers onto voxel centers: v becomes n - 1 - v. Raises InputError for a flip without a shape.
     """
+    # Twice along one axis would be no flip at all.
+    if len(set(by.flip)) < len(by.flip):
+        raise InputError(f"flip={by.flip} names an axis twice; name each axis once")
+
     # Flips come first: `shape` is that of the image before it is scaled.
     points = tree.points.copy()
     for letter in by.flip:

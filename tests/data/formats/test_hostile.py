@@ -176,6 +176,41 @@ def test_voxels_from_elsewhere_are_noted(tmp_path: Path) -> None:
     assert_reads(tmp_path / "own" / "a.h5", make_image("uint8"))
 
 
+def write_ome_in_two_files(folder: Path, other: str) -> Path:
+    """The first two slices of an OME-TIFF whose other slices lie in another file; its path."""
+    planes = "".join(
+        f'<TiffData FirstZ="{z}" IFD="{z if z < 2 else z - 2}" PlaneCount="1">'
+        f'<UUID FileName="{name}">{name}</UUID></TiffData>'
+        for z, name in enumerate(["a.ome.tif"] * 2 + [other] * 3)
+    )
+    pixels = 'DimensionOrder="XYZCT" Type="uint16" SizeX="9" SizeY="7" SizeZ="5" SizeC="1" SizeT="1"'
+    image = make_image()
+    for path, slices, uuid in ((folder / "a.ome.tif", image[:2], "a.ome.tif"), (folder / other, image[2:], other)):
+        text = (
+            f'<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{uuid}">'
+            f'<Image ID="Image:0"><Pixels ID="Pixels:0" {pixels}>{planes}</Pixels></Image></OME>'
+        )
+        with tifffile.TiffWriter(path) as writer:
+            for number, plane in enumerate(slices):
+                description = None if number else text
+                writer.write(plane, photometric="minisblack", metadata=None, contiguous=False, description=description)
+    return folder / "a.ome.tif"
+
+
+def test_pages_in_another_file_are_noted_and_checked(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    path = write_ome_in_two_files(tmp_path / "own", "../b.ome.tif")
+    assert_reads(path, make_image())
+    assert f"voxels are read from {tmp_path / 'b.ome.tif'}, outside" in open_volume(path).describe()
+
+    path = write_ome_in_two_files(tmp_path / "own", "b.ome.tif")
+    assert "outside" not in open_volume(path).describe()
+    (tmp_path / "own" / "b.ome.tif").unlink()
+    os.mkfifo(tmp_path / "own" / "b.ome.tif")
+    with pytest.raises(InputError, match=r"b.ome.tif is no regular file"):
+        open_volume(path)
+
+
 def test_apple_doubles_among_tiles_are_ignored(tmp_path: Path) -> None:
     leaf = tmp_path / "RES(7x9x5)" / "000000" / "000000_000000"
     leaf.mkdir(parents=True)
