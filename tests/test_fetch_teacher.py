@@ -142,8 +142,8 @@ def test_many_processes_download_once_and_offline_is_honored(hub: str, tmp_path:
         f"    if os.fork() == 0: os.write(1, (l(C(model='{NAME}')).identity['sha256'] + '\\n').encode()); os._exit(0)\n"
         "for _ in range(3): os.wait()"
     )
-    said = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True, timeout=200).split()
-    assert said == 3 * [hashlib.sha256(Hub.content).hexdigest()]
+    answers = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True, timeout=200).split()
+    assert answers == 3 * [hashlib.sha256(Hub.content).hexdigest()]
     assert len([path for path in Hub.gets if path.endswith(".safetensors")]) == 1
     script = (
         "from hpc_neuro.cli import main\n"
@@ -162,5 +162,5 @@ def test_many_processes_download_once_and_offline_is_honored(hub: str, tmp_path:
 def test_the_model_is_the_weights(weights: Path, cached: None, tmp_path: Path) -> None:
     fetch(NAME, tmp_path / "t")
     ours = load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t")).backbone.state_dict()
-    theirs = load_teacher(TeacherConfig(model=NAME, weights=weights)).backbone.state_dict()
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    timm_state = load_teacher(TeacherConfig(model=NAME, weights=weights)).backbone.state_dict()
+    assert all(torch.equal(ours[k], timm_state[k]) for k in timm_state)

@@ -90,12 +90,12 @@ def main() -> int:
 
 def gathered(folders: list[Path], meta: Path | None, into: Path) -> list[str]:
     """One folder of links to all pairs, with one meta.json; the pairs' names. Raises InputError for two of one name."""
-    told: dict[str, Any] = files.read_json(meta, "give a file of the form of a meta.json") if meta else {}
+    meta_of: dict[str, Any] = files.read_json(meta, "give a file of the form of a meta.json") if meta else {}
     into.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
     for folder in folders:
         if (folder / "meta.json").exists():
-            told = {**files.read_json(folder / "meta.json", "mend it or remove it"), **told}
+            meta_of = {**files.read_json(folder / "meta.json", "mend it or remove it"), **meta_of}
         paths = [path for path in sorted(folder.iterdir()) if not is_system_file(path)]
         for tree in (path for path in paths if path.suffix == ".swc"):
             images = [
@@ -114,7 +114,7 @@ def gathered(folders: list[Path], meta: Path | None, into: Path) -> list[str]:
                     raise InputError(f"{into} was made of {link.resolve()}, not of {path}; give another --out")
     if len(names) < 2:
         raise InputError(f"{', '.join(map(str, folders))} hold {len(names)} pairs; at least two are wanted")
-    files.write_json(into / "meta.json", {name: told[name] for name in names if name in told})
+    files.write_json(into / "meta.json", {name: meta_of[name] for name in names if name in meta_of})
     return names
 
 
@@ -135,12 +135,12 @@ def baselines(fold: Path, name: str) -> None:
     mask, image = otsu.mask(whole), volume.normalized_image(whole)
     # the image as a probability; Otsu's threshold parts it as it does the raw one
     level = float(np.clip(image[mask].min() if mask.any() else 1.0, 1e-3, _FULL))
-    found = {
+    trees = {
         "raw": _traced(image, image, volume, load(TraceConfig, None, [*keys, f"threshold={level}"])),
         "otsu": _traced(mask, image, volume, load(TraceConfig, None, keys)),
         "thin": thinned(mask, volume.root),
     }
-    scores = {who: score_volume(volume, otsu.mask, tree, cfg) for who, tree in found.items()}
+    scores = {who: score_volume(volume, otsu.mask, tree, cfg) for who, tree in trees.items()}
     kept = {who: {key: one[key] for key in KEYS} for who, one in scores.items()}
     files.write_json(path, {"trace": settings, **kept})
 

@@ -99,7 +99,7 @@ def test_a_volume_without_points_is_sampled_anywhere():
 
 
 @pytest.mark.parametrize(
-    ("free", "share", "turns", "found"),
+    ("free", "share", "turns", "is_mirrored"),
     [
         (True, 0.0, (IDENTITY,), True),
         (True, 0.5, (IDENTITY,), True),
@@ -111,9 +111,9 @@ def test_a_volume_without_points_is_sampled_anywhere():
         (False, 0.0, (IDENTITY, parse_orientation("flip_z")), False),
     ],
 )
-def test_whether_anything_is_ever_mirrored(free, share, turns, found):
+def test_whether_anything_is_ever_mirrored(free, share, turns, is_mirrored):
     sampler = CropSampler(CropConfig(size=(8, 16, 16)), [place("a", (40, 200, 200))], 0, GRID, share, turns)
-    assert sampler.has_mirrored_crops(free) is found
+    assert sampler.has_mirrored_crops(free) is is_mirrored
 
 
 def test_no_volume_is_an_error():

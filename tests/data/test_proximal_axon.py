@@ -44,13 +44,13 @@ def test_a_stub_is_found_whole_and_the_tree_is_left_alone() -> None:
     region = find(cut(60), picture(full()))
     assert region is not None
 
-    found = region.mask_in(Box.whole(SHAPE))
+    mask = region.mask_in(Box.whole(SHAPE))
     stub = rasterize(full(), Box.whole(SHAPE), SIZE).mask.astype(bool)
     stub[:, :, 52:] = False
 
-    assert found[stub].mean() > 0.95
-    assert not found[:, :, 70:].any()
-    assert found.sum() < 9 * stub.sum()
+    assert mask[stub].mean() > 0.95
+    assert not mask[:, :, 70:].any()
+    assert mask.sum() < 9 * stub.sum()
 
 
 def test_a_tree_that_starts_where_the_neurite_does_has_none() -> None:

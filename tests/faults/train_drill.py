@@ -143,15 +143,15 @@ def identity(out: Path) -> int:
 
 def read_newest_step(out: Path) -> int:
     """Step of the newest checkpoint, after all of them were read to the last number; 0 without one."""
-    finished = [p for p in (out / "checkpoints").glob("step_*") if (p / folder.MARKER).exists()]
-    for path in finished:
+    marked = [p for p in (out / "checkpoints").glob("step_*") if (p / folder.MARKER).exists()]
+    for path in marked:
         shapes = folder.read_training_state(path).shapes
         for kind in list_kinds(path):
             prefix = "student." if kind == "average" else ""  # all of which an average is kept
             wanted = {name: shape for name, shape in shapes.items() if name.startswith(prefix)}
             if not all(bool(torch.isfinite(tensor).all()) for tensor in stream_tensors(path, kind, wanted)):
                 raise SystemExit(f"{path} is broken")
-    return max((folder.read_marker(p).step for p in finished), default=0)
+    return max((folder.read_marker(p).step for p in marked), default=0)
 
 
 def until(ranks: list[Rank], seconds: float, reached: Callable[[], bool]) -> bool:

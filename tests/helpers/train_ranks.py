@@ -112,8 +112,8 @@ for (name, plain), part in zip(engine.build_module(make, values).named_parameter
     with deepspeed.zero.GatheredParameters([part]):
         alike.append(torch.equal(part, plain.bfloat16()))
     first, numbers = exact[name]
-    mine = plain.reshape(-1)[first : first + len(numbers)]
-    alike.append(torch.equal(numbers[: len(mine)], mine))
+    own_share = plain.reshape(-1)[first : first + len(numbers)]
+    alike.append(torch.equal(numbers[: len(own_share)], own_share))
 whole = sum(4 * math.prod(p.ds_shape) for p in sharded.parameters())
 facts = {"most": most, "whole": whole, "alike": all(alike), "counted": len(alike)}
 (FOLDER / f"sharded{distributed.rank()}.json").write_text(json.dumps(facts))

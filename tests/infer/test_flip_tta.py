@@ -99,11 +99,11 @@ def test_what_a_mirror_shows_otherwise_is_told_as_computed_by_hand(
     assert [r["confidence"] for r in rows] == [r["confidence"] for r in before]
     left, right = rows[1:4], rows[-4:]  # with the edge to their parent in one half
     high, low = 204 / 255, round(0.8 * 0.7 * 255) / 255
-    for some, mine, other in ((left, high, low), (right, low, high)):
-        for row in some:
-            assert float(row["confidence"]) == pytest.approx(mine, abs=1e-4)
+    for selected, own, other in ((left, high, low), (right, low, high)):
+        for row in selected:
+            assert float(row["confidence"]) == pytest.approx(own, abs=1e-4)
             assert float(row["disagreement"]) == pytest.approx((high - low) / 2, abs=1e-4)
-            assert float(row["mean"]) == pytest.approx((2 * mine + other) / 3, abs=1e-4)
+            assert float(row["mean"]) == pytest.approx((2 * own + other) / 3, abs=1e-4)
     unsteady = [p for p in _table(out / "proofread/line.csv") if p["kind"] == "unsteady"]
     assert len(unsteady) == 1  # sure on the left, but faint in a mirror
     assert float(unsteady[0]["x"]) < 16
@@ -211,11 +211,11 @@ def test_a_kill_in_the_second_look_changes_nothing(
 
 
 def test_the_forecast_says_what_mirrors_cost(model: Path, line: str, tmp_path: Path) -> None:
-    def said(*keys: str) -> str:
+    def forecast(*keys: str) -> str:
         return "\n".join(infer.forecast(configure(model, tmp_path / "o", line, "trees=true", *keys)))
 
-    assert "mirrored" not in said()
-    assert "once more in 2 mirrored views: at most 2 windows" in said("flips=[flip_x, flip_y]")  # one block
+    assert "mirrored" not in forecast()
+    assert "once more in 2 mirrored views: at most 2 windows" in forecast("flips=[flip_x, flip_y]")  # one block
 
 
 @pytest.mark.parametrize(

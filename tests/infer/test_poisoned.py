@@ -58,11 +58,11 @@ def test_so_is_any_other_part_and_the_other_volume_is_finished(
     poisoned: tuple[Path, list[dict[str, Any]]], poison: str
 ) -> None:
     out, starts = poisoned
-    mine = [s for s in starts if s["poison"] == poison]
-    (line,) = mine[-1]["failures"]
+    same_poison = [s for s in starts if s["poison"] == poison]
+    (line,) = same_poison[-1]["failures"]
     assert line.startswith(f"a, {TASKS[poison]}: 2 times the process that was at it was killed")
     assert "a higher `deaths` tries it again" in line
-    assert mine[-1]["done"] == ["b"]
+    assert same_poison[-1]["done"] == ["b"]
     assert (out / poison / "swc/b.swc").exists()
     assert [p.name for p in out.glob(f"{poison}/begun/a/*")] == [poison]
     assert not list(out.glob(f"{poison}/begun/b/*"))

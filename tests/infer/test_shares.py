@@ -96,10 +96,10 @@ class Cfg:
 def test_shares_and_what_gathers_them_are_of_one_run(
     tmp_path: Path, keys: list[str], inputs: dict[str, str], says: str
 ) -> None:
-    def start(told: dict[str, str], *more: str) -> None:
+    def start(inputs_of: dict[str, str], *more: str) -> None:
         cfg = load(Cfg, None, [f"out={tmp_path}", *more])
         with run_folder.start(
-            "test", cfg, run_folder.share_folder(cfg.out, cfg.share), told, may_change=("page",)
+            "test", cfg, run_folder.share_folder(cfg.out, cfg.share), inputs_of, may_change=("page",)
         ) as run:
             run.finish({})
 

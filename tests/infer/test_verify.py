@@ -46,7 +46,7 @@ def stray(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "harm", "said"),
+    ("file", "harm", "message"),
     [
         (f"a.ome.zarr/{SHARD}", delete, "a block (1, 0, 1): the shard 0/c/1/0/1 is missing"),
         (f"a.ome.zarr/{SHARD}", flip, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
@@ -60,12 +60,12 @@ def stray(path: Path) -> None:
         ("predictions.json", cut, "predictions.json is not readable JSON"),
     ],
 )
-def test_each_harm_is_named_and_repaired(copy: Path, file: str, harm: Callable[[Path], None], said: str) -> None:
+def test_each_harm_is_named_and_repaired(copy: Path, file: str, harm: Callable[[Path], None], message: str) -> None:
     before = contents(copy)
     assert verify.check(copy) == []
     harm(next(iter(copy.glob(file)), copy / file))
     marks = {p: p.stat().st_mtime_ns for p in copy.glob("blocks/*/*.json")}
-    assert [p.text for p in verify.check(copy) if said in p.text]
+    assert [p.text for p in verify.check(copy) if message in p.text]
     assert cli.main(["infer", "verify", str(copy), "--check"]) == 3
     assert contents(copy) != before or "blocks" in file
     assert cli.main(["infer", "verify", str(copy)]) == 0
@@ -89,7 +89,7 @@ def with_trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "harm", "said"),
+    ("file", "harm", "message"),
     [
         ("swc/cells.swc", delete, "cells: swc/cells.swc is missing"),
         ("swc/cells/0002.swc", delete, "cells: swc/cells/0002.swc is missing"),
@@ -102,19 +102,19 @@ def with_trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_trees_are_named_and_made_again_and_nobodys_work_is_lost(
-    with_trees: Path, tmp_path: Path, file: str, harm: Callable[[Path], None], said: str
+    with_trees: Path, tmp_path: Path, file: str, harm: Callable[[Path], None], message: str
 ) -> None:
     out = Path(shutil.copytree(with_trees, tmp_path / "out"))
 
     def trees() -> dict[str, bytes]:
-        found = [p for kind in ("swc", "proofread", "entries") for p in out.glob(f"{kind}/**/*") if p.is_file()]
-        return {p.relative_to(out).as_posix(): p.read_bytes() for p in found}
+        outputs = [p for kind in ("swc", "proofread", "entries") for p in out.glob(f"{kind}/**/*") if p.is_file()]
+        return {p.relative_to(out).as_posix(): p.read_bytes() for p in outputs}
 
     before = trees()
     assert verify.check(out) == []
     harm(out / file)
     left = (out / file).read_bytes() if (out / file).exists() and "entries" not in file else None
-    assert [p.text for p in verify.check(out)] == [next(p.text for p in verify.check(out) if said in p.text)]
+    assert [p.text for p in verify.check(out)] == [next(p.text for p in verify.check(out) if message in p.text)]
     assert cli.main(["infer", "verify", str(out)]) == 0
     assert trees() == before
     aside = out / "set_aside" / file

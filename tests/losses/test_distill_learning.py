@@ -58,12 +58,12 @@ def test_tubes_learn_to_follow_a_bent_neurite() -> None:
         turn = 2 * math.pi * torch.rand(())
         code = torch.stack([turn.cos(), turn.sin()])
         slope = torch.stack(torch.gradient(wide, dim=(1, 2)))
-        known = torch.cat([code.view(2, 1, 1, 1) * profile, wide[None], 4 * slope])  # [5, z, y, x]
+        channels = torch.cat([code.view(2, 1, 1, 1) * profile, wide[None], 4 * slope])  # [5, z, y, x]
         rough = torch.randn(8 + dim, *shape)
         for _ in range(2):  # smooth, as features are
             rough = F.avg_pool3d(F.pad(rough, [1] * 6, mode="replicate"), 3, 1)
         noise = (1 - profile) * rough / rough.std()
-        student = torch.einsum("izyx,ij->jzyx", known, mixing) + 3 * noise[:8]
+        student = torch.einsum("izyx,ij->jzyx", channels, mixing) + 3 * noise[:8]
         teacher = (code @ says).view(-1, 1, 1, 1) * profile + 0.3 * noise[8:]
         return student, teacher, line, distance
 
@@ -107,13 +107,13 @@ CROP, TOKENS = (16, 64, 64), (2, 4, 4)
 def made_crops(count: int) -> Tensor:
     """Bright bent lines in smooth noise, [N, 1, Z, Y, X] in [0, 1]."""
     g = torch.Generator().manual_seed(5)
-    found = []
+    cosines = []
     for _ in range(count):
         _, distance = bent_neurite(
             CROP, float(6 * torch.rand((), generator=g)), float(20 * torch.rand((), generator=g))
         )
-        found.append(torch.exp(-(distance**2) / 8) + 0.2 * torch.rand(CROP, generator=g))
-    return torch.stack(found)[:, None].clamp(0, 1)
+        cosines.append(torch.exp(-(distance**2) / 8) + 0.2 * torch.rand(CROP, generator=g))
+    return torch.stack(cosines)[:, None].clamp(0, 1)
 
 
 def real_crops(folder: Path, count: int) -> Tensor:

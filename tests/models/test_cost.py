@@ -49,19 +49,19 @@ def test_tubes_on_features_are_counted() -> None:
 def kept_bytes(student: nn.Module, image: Tensor) -> int:
     """Bytes of the distinct storages autograd holds after a forward, parameters not counted."""
     own = {p.untyped_storage().data_ptr() for p in student.parameters()}
-    found: dict[int, int] = {}
-    held = []
+    sizes: dict[int, int] = {}
+    references = []
 
     def keep(tensor: Tensor) -> Tensor:
-        held.append(tensor)
+        references.append(tensor)
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         student(image)
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("cfg", CASES[:3], ids=IDS[:3])

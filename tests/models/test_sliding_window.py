@@ -61,9 +61,9 @@ overlaps = st.sampled_from([0.0, 0.25, 0.5, 0.75])
 @given(sizes, overlaps)
 def test_blending_leaves_a_pointwise_prediction_alone(shape: tuple[int, int, int], overlap: float) -> None:
     image = _image(shape)
-    found = sliding_window.predict(Fake(), image, WINDOW, overlap)
-    assert (found.dtype, found.shape) == (np.float32, shape)
-    np.testing.assert_allclose(found, np.clip(image, 1e-6, 1 - 1e-6), atol=2e-6)
+    probability = sliding_window.predict(Fake(), image, WINDOW, overlap)
+    assert (probability.dtype, probability.shape) == (np.float32, shape)
+    np.testing.assert_allclose(probability, np.clip(image, 1e-6, 1 - 1e-6), atol=2e-6)
 
 
 @settings(deadline=None, max_examples=40)
@@ -113,10 +113,10 @@ def test_blending_is_the_weighted_mean_of_the_windows() -> None:
 @pytest.mark.parametrize("words", ["", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"])
 def test_batches_are_halved_until_they_fit(words: str) -> None:
     image, student = _image((4, 8, 100)), Fake(limit=3, words=words)
-    found = sliding_window.predict(student, image, WINDOW, 0.5, batch=16)
+    probability = sliding_window.predict(student, image, WINDOW, 0.5, batch=16)
     assert student.batches[:3] == [16, 8, 4]
     assert set(student.batches[3:]) == {2}
-    np.testing.assert_allclose(found, np.clip(image, 1e-6, 1 - 1e-6), atol=2e-6)
+    np.testing.assert_allclose(probability, np.clip(image, 1e-6, 1 - 1e-6), atol=2e-6)
 
 
 def test_a_window_that_never_fits_and_other_errors_are_told() -> None:
@@ -178,8 +178,8 @@ def test_only_windows_that_hold_a_wanted_voxel_are_looked_at() -> None:
     where = np.zeros(image.shape, dtype=bool)
     where[5, 7, 3:9] = where[8, 19, 26] = True
     student.batches.clear()
-    found = sliding_window.predict(student, image, WINDOW, 0.5, where=where)
-    np.testing.assert_array_equal(found[where], whole[where])
+    probability = sliding_window.predict(student, image, WINDOW, 0.5, where=where)
+    np.testing.assert_array_equal(probability[where], whole[where])
     assert 0 < len(student.batches) < everything / 3
     none = sliding_window.predict(student, image, WINDOW, 0.5, where=np.zeros(image.shape, dtype=bool))
     assert not none.any()

@@ -27,8 +27,8 @@ def test_sizes_are_timms(size: str) -> None:
         vit = timm().create_model(f"vit_{size}_patch16_224", num_classes=0)
         ours = build_student(StudentConfig(size=size)).vit
     assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (dim, depth, heads)
-    theirs = {k: v.shape for k, v in vit.blocks.state_dict().items()}
-    assert {k: v.shape for k, v in ours.blocks.state_dict().items()} == theirs
+    timm_shapes = {k: v.shape for k, v in vit.blocks.state_dict().items()}
+    assert {k: v.shape for k, v in ours.blocks.state_dict().items()} == timm_shapes
 
 
 @settings(deadline=None, max_examples=15)
@@ -144,13 +144,13 @@ def test_a_student_learns_a_thin_line() -> None:
 def test_saved_students_come_back_exactly(tmp_path: Path) -> None:
     student = build_student(SMALL)
     save_student(tmp_path / "best", SMALL, student.to(torch.bfloat16).state_dict(), {"window": [8, 16, 16], "step": 7})
-    found, meta = load_student(tmp_path / "best")
+    loaded, meta = load_student(tmp_path / "best")
     assert (meta["window"], meta["step"]) == ([8, 16, 16], 7)
     assert meta["code"]
-    assert not found.training
-    assert found.cfg == SMALL
+    assert not loaded.training
+    assert loaded.cfg == SMALL
     for name, tensor in student.state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name], tensor.float(), rtol=0, atol=0)
+        torch.testing.assert_close(loaded.state_dict()[name], tensor.float(), rtol=0, atol=0)
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["model.safetensors", "student.yaml"]
     assert {t.dtype for t in load_file(tmp_path / "best" / "model.safetensors").values()} == {torch.float32}
 

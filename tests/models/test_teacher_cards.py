@@ -42,10 +42,10 @@ def _assets(folder: Path, untrained: Teacher, **changes: object) -> None:
 def test_the_bundled_teacher_is_its_cards(untrained: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ASSETS", tmp_path)
     _assets(tmp_path, untrained)
-    found = load_teacher(TeacherConfig())
-    assert (found.identity["name"], found.random) == ("bundled", False)
-    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert next(found.parameters()).dtype == torch.float32
+    teacher = load_teacher(TeacherConfig())
+    assert (teacher.identity["name"], teacher.random) == ("bundled", False)
+    assert (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert next(teacher.parameters()).dtype == torch.float32
     with pytest.raises(InputError, match="cd" * 32):
         load_teacher(TeacherConfig(sha256="cd" * 32))
     _assets(tmp_path, untrained, sha256="ef" * 32)
@@ -72,10 +72,10 @@ def test_the_shipped_teachers_load(model: str, patch: int) -> None:
 
 
 def test_a_teacher_of_ones_own_is_its_cards(tmp_path: Path) -> None:
-    found = load_teacher(TeacherConfig(model="trained", weights=write_trained(tmp_path / "t")))
-    assert (found.identity["name"], found.patch, found.depth, found.dim) == ("trained", 8, 2, 192)
-    assert (found.mean, found.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    assert found.features(torch.rand(1, 24, 16), [1]).shape == (1, 1, 3, 2, 192)
+    teacher = load_teacher(TeacherConfig(model="trained", weights=write_trained(tmp_path / "t")))
+    assert (teacher.identity["name"], teacher.patch, teacher.depth, teacher.dim) == ("trained", 8, 2, 192)
+    assert (teacher.mean, teacher.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert teacher.features(torch.rand(1, 24, 16), [1]).shape == (1, 1, 3, 2, 192)
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ def image(batch: int = 2) -> torch.Tensor:
 
 def test_a_block_token_is_a_linear_map_of_its_block() -> None:
     tokens = BlockTokenizer(PATCH, 7)
-    found = tokens(image())
-    assert found.shape == (2, 7, 2, 3, 2)
+    output = tokens(image())
+    assert output.shape == (2, 7, 2, 3, 2)
     block = image()[1, 0, 2:4, 8:12, 6:12].flatten()
     want = tokens.proj.weight.flatten(1) @ block + tokens.proj.bias
-    torch.testing.assert_close(found[1, :, 1, 2, 1], want)
+    torch.testing.assert_close(output[1, :, 1, 2, 1], want)
 
 
 @pytest.mark.parametrize("taps", [1, 5, 31, 256])
@@ -48,7 +48,7 @@ def test_a_straight_tubular_token_reads_three_crossing_lines(taps: int) -> None:
     tokens = tubular(taps=taps, deformable=False)
     half = taps // 2
     padded = F.pad(image(), [half, taps] * 3, mode="replicate")[0, 0]
-    found = tokens(image())
+    output = tokens(image())
     z, y, x = 2 + 1 + half, 4 + 2 + half, 0 + 3 + half  # middle voxel of block 1, 1, 0
     lines = (
         padded[z - half : z - half + taps, y, x],
@@ -56,15 +56,15 @@ def test_a_straight_tubular_token_reads_three_crossing_lines(taps: int) -> None:
         padded[z, y, x - half : x - half + taps],
     )
     want = tokens.bias + sum(w @ line for w, line in zip(tokens.line_weight, lines, strict=True))
-    torch.testing.assert_close(found[0, :, 1, 1, 0], want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output[0, :, 1, 1, 0], want, atol=1e-5, rtol=1e-5)
 
 
 def test_fusing_by_mean_is_a_third_of_the_sum_and_concat_starts_as_the_sum() -> None:
-    found = {}
+    outputs = {}
     for how in ("sum", "mean", "concat"):
-        found[how] = tubular(fuse=how)(image())
-    torch.testing.assert_close(found["mean"] * 3, found["sum"])
-    torch.testing.assert_close(found["concat"], found["sum"])
+        outputs[how] = tubular(fuse=how)(image())
+    torch.testing.assert_close(outputs["mean"] * 3, outputs["sum"])
+    torch.testing.assert_close(outputs["concat"], outputs["sum"])
 
 
 @pytest.mark.parametrize("keep_block", [False, True])
@@ -112,9 +112,9 @@ def test_bends_are_bounded_by_the_extent() -> None:
 def test_half_precision_tokens_keep_float32_bends() -> None:
     tokens = tubular(keep_block=True).bfloat16()
     assert tokens._steps(image().bfloat16())[0].dtype == torch.float32
-    found = tokens(image().bfloat16())
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), tubular(keep_block=True)(image()), atol=0.03, rtol=0.05)
+    output = tokens(image().bfloat16())
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), tubular(keep_block=True)(image()), atol=0.03, rtol=0.05)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4, 12, 11), (2, 2, 4, 12, 12), (1, 4, 12, 12), (2, 1, 0, 12, 12)])

@@ -31,9 +31,9 @@ def test_a_volume_one_token_deep_gives_the_teachers_own_features(arch: str) -> N
     report = transfer(guide, student, TransferConfig(rule="center"))
     p = guide.patch
     volume = torch.rand(2, 1, 4, 2 * p, 3 * p)
-    found = student(volume, (0, 1)).features
+    features = student(volume, (0, 1)).features
     for layer, expected in enumerate(guide.features(volume[:, 0, 2], (0, 1))):
-        torch.testing.assert_close(found[layer][:, :, 0].permute(0, 2, 3, 1), expected, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(features[layer][:, :, 0].permute(0, 2, 3, 1), expected, atol=2e-4, rtol=2e-4)
     own = student.state_dict()
     assert set(own) == {*report.copied, *report.resampled, *report.initial}
     assert {n.partition(".")[0] for n in report.initial} == {

@@ -91,12 +91,12 @@ def test_checkpointing_changes_memory_not_numbers(positions: str) -> None:
     saving = ViT3D(32, 3, 2, registers=2, positions=positions, layer_scale=True, checkpointing=True)
     saving.load_state_dict(plain.state_dict())
     tokens = torch.randn(2, 32, 2, 3, 4)
-    found = []
+    outputs = []
     for vit in (plain, saving):
         last, maps = vit(tokens, (1,))
         (last.square().sum() + maps[1].sum()).backward()
-        found.append([last, maps[1], *[p.grad for p in vit.parameters()]])
-    for a, b in zip(*found, strict=True):
+        outputs.append([last, maps[1], *[p.grad for p in vit.parameters()]])
+    for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b)
 
 

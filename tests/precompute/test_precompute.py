@@ -206,11 +206,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_part_file(store: Path, tmp_pa
         assert ended.stderr.count("is full") == 1
         assert "give the same command again" in ended.stderr
         assert not [p.name for p in out.iterdir() if p.name.endswith(".part")]
-        finished = contents(out)
-        assert finished
+        progress = contents(out)
+        assert progress
         (out / "other").unlink()
         assert precompute.run(configure(store, out, "scale=2")) == 0
-        assert finished.items() < contents(out).items()
+        assert progress.items() < contents(out).items()
         assert (out / MANIFEST).exists()
     finally:
         subprocess.run(["umount", str(out)], check=True)

@@ -44,9 +44,9 @@ def test_a_panel_shows_its_lines_where_they_are() -> None:
         return picture[..., 0] - picture[..., 1:].max(axis=-1) > 60
 
     assert not red(Panel("none", gray=dark)).any()
-    found = red(Panel("one", gray=dark, lines=[line]))
-    height, width = found.shape
-    rows = np.flatnonzero(found[:, : int(0.7 * width)].sum(axis=1) > 0.4 * width)  # the long stretches, along x
+    marks = red(Panel("one", gray=dark, lines=[line]))
+    height, width = marks.shape
+    rows = np.flatnonzero(marks[:, : int(0.7 * width)].sum(axis=1) > 0.4 * width)  # the long stretches, along x
     assert len(rows) >= 2
     assert rows.min() < 0.5 * height < rows.max()  # once seen along z, once along y
 

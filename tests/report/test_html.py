@@ -89,8 +89,8 @@ def test_many_methods_with_long_names_stay_apart() -> None:
         charts.draw_pairs("t", names, [list(range(12)), list(range(12))], ""),
         charts.draw_differences("t", [(n, 1.0, 0.5, 2.0) for n in names], ""),
     ):
-        found = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>(m\d+_[^<]+)', svg)
-        places = [(float(x), float(y), t) for x, y, t in found]
+        labels = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>(m\d+_[^<]+)', svg)
+        places = [(float(x), float(y), t) for x, y, t in labels]
         assert [t[:3] for _, _, t in places] == [n[:3] for n in names]
         assert all(len(t) <= 34 and t.endswith(n[-4:]) for (_, _, t), n in zip(places, names, strict=True))
         assert all(b[1] - a[1] >= 20 for a, b in itertools.pairwise(places))

@@ -72,12 +72,12 @@ def count_steps(out: Path) -> int:
     return 0
 
 
-def wait(what: str, holds: Callable[[], bool], seconds: float = 300.0) -> None:
+def wait(subject: str, holds: Callable[[], bool], seconds: float = 300.0) -> None:
     """Wait until `holds` returns True; fail the test when that takes too long."""
     until = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > until:
-            pytest.fail(f"waited {seconds:.0f} s for {what}; squeue says:\n{subprocess.getoutput('squeue')}")
+            pytest.fail(f"waited {seconds:.0f} s for {subject}; squeue says:\n{subprocess.getoutput('squeue')}")
         time.sleep(0.2)
 
 

@@ -65,7 +65,7 @@ def configure_continuation(volumes: object, teacher: Path, out: Path, *keys: str
 
 
 @pytest.fixture(scope="session")
-def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("teachers") / "whole"
     assert train.run(configure(photos, out)) == 0
@@ -73,8 +73,8 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def continued(finished: Path, stack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def continued(teacher_run: Path, stack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished teacher, continued on a stack without interruption."""
     out = tmp_path_factory.mktemp("teachers") / "continued"
-    assert adapt.run(configure_continuation(stack, finished, out)) == 0
+    assert adapt.run(configure_continuation(stack, teacher_run, out)) == 0
     return out

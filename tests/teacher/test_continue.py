@@ -24,16 +24,16 @@ from tests.helpers.tiny_store import write_store
 from tests.teacher.conftest import configure_continuation, write_stack
 
 
-def test_the_weights_change_and_the_card_names_every_stage(finished: Path, continued: Path, stack: Path) -> None:
-    before, after = (load_file(out / "teacher.safetensors") for out in (finished, continued))
+def test_the_weights_change_and_the_card_names_every_stage(teacher_run: Path, continued: Path, stack: Path) -> None:
+    before, after = (load_file(out / "teacher.safetensors") for out in (teacher_run, continued))
     assert before.keys() == after.keys()
     assert not torch.equal(before["blocks.0.attn.qkv.weight"], after["blocks.0.attn.qkv.weight"])
 
     card = json.loads((continued / "teacher.json").read_text())
     first, second = card["stages"]
-    assert first == json.loads((finished / "teacher.json").read_text())["stages"][0]
+    assert first == json.loads((teacher_run / "teacher.json").read_text())["stages"][0]
     assert (second["verb"], second["objective"], second["steps"]) == ("continue", "structure", 12)
-    assert second["teacher"] == {"name": "trained", "sha256": files.sha256(finished / "teacher.safetensors")}
+    assert second["teacher"] == {"name": "trained", "sha256": files.sha256(teacher_run / "teacher.safetensors")}
     assert second["data"] == {
         "volumes": [str(stack)],
         "left_out": [],
@@ -45,8 +45,8 @@ def test_the_weights_change_and_the_card_names_every_stage(finished: Path, conti
     assert load_teacher(TeacherConfig(model="trained", weights=continued)).depth == 2
 
 
-def test_only_what_predicts_learns_at_first(finished: Path, stack: Path, tmp_path: Path) -> None:
-    cfg = configure_continuation(stack, finished, tmp_path / "out", "optim.steps=4", "optim.warmup=0.49")
+def test_only_what_predicts_learns_at_first(teacher_run: Path, stack: Path, tmp_path: Path) -> None:
+    cfg = configure_continuation(stack, teacher_run, tmp_path / "out", "optim.steps=4", "optim.warmup=0.49")
     seen = []
     step = Training._step
 
@@ -59,16 +59,16 @@ def test_only_what_predicts_learns_at_first(finished: Path, stack: Path, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "_step", look)
         assert adapt.run(cfg) == 0
-    start = load_file(finished / "teacher.safetensors")["blocks.0.attn.qkv.weight"].float()
+    start = load_file(teacher_run / "teacher.safetensors")["blocks.0.attn.qkv.weight"].float()
     assert torch.equal(seen[1][0], start)
     assert not torch.equal(seen[1][1], seen[0][1])
     assert not torch.equal(seen[3][0], start)
 
 
-def test_photographs_may_stand_beside_the_slices(finished: Path, stack: Path, photos: Path, tmp_path: Path) -> None:
+def test_photographs_may_stand_beside_the_slices(teacher_run: Path, stack: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     keys = (f"photos={photos}", "photo_share=0.5", "optim.steps=3", "windows=20", "license=CC0", "about=a fiber")
-    assert adapt.run(configure_continuation(stack, finished, out, *keys)) == 0
+    assert adapt.run(configure_continuation(stack, teacher_run, out, *keys)) == 0
     card = json.loads((out / "teacher.json").read_text())
     assert card["license"] == "CC0"
     assert card["stages"][1]["data"]["photographs"] == {"count": 10, "held_out": 4, "share": 0.5}
@@ -77,32 +77,34 @@ def test_photographs_may_stand_beside_the_slices(finished: Path, stack: Path, ph
     assert card["probes"] is None
 
 
-def test_a_store_gives_its_own_brightness_and_is_not_judged_by_what_it_taught(finished: Path, tmp_path: Path) -> None:
+def test_a_store_gives_its_own_brightness_and_is_not_judged_by_what_it_taught(
+    teacher_run: Path, tmp_path: Path
+) -> None:
     store = write_store(tmp_path / "store", {"a": "train", "b": "test"}, (12, 64, 160))
     keys = (f"judge.store={store}", "optim.steps=2", "windows=8")
     out = tmp_path / "out"
-    assert adapt.run(configure_continuation(store, finished, out, *keys)) == 0
+    assert adapt.run(configure_continuation(store, teacher_run, out, *keys)) == 0
     card = json.loads((out / "teacher.json").read_text())
     assert card["stages"][1]["data"]["volumes"] == [f"{store}/a"]
     assert list(card["gate"]["volumes"]) == ["b"]
 
     with pytest.raises(ConfigError, match=r"would be judged on a, which it learns from; name others"):
-        adapt.forecast(configure_continuation(store, finished, tmp_path / "c", *keys, "judge.volumes=[a]"))
+        adapt.forecast(configure_continuation(store, teacher_run, tmp_path / "c", *keys, "judge.volumes=[a]"))
     with pytest.raises(ConfigError, match=r"none is left to judge it; give another judge\.store"):
-        adapt.forecast(configure_continuation(store, finished, tmp_path / "c", *keys, "splits=[train,test]"))
+        adapt.forecast(configure_continuation(store, teacher_run, tmp_path / "c", *keys, "splits=[train,test]"))
     with pytest.raises(InputError, match=r"holds no volume of the splits val; give others with splits="):
-        adapt.forecast(configure_continuation(store, finished, tmp_path / "c", "splits=[val]"))
+        adapt.forecast(configure_continuation(store, teacher_run, tmp_path / "c", "splits=[val]"))
 
 
 def test_unusable_volumes_are_left_out_and_listed(
-    finished: Path, stack: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    teacher_run: Path, stack: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An image without bright voxels, and one whose slices are too small."""
     dark, small = tmp_path / "dark.tif", write_stack(tmp_path / "small.tif", (12, 28, 80))
     tifffile.imwrite(dark, np.full((12, 64, 64), 7, np.uint8), photometric="minisblack", metadata={"axes": "ZYX"})
     out = tmp_path / "out"
     volumes = [dark, stack, small]
-    assert adapt.run(configure_continuation(volumes, finished, out, "optim.steps=2", "windows=12")) == 3
+    assert adapt.run(configure_continuation(volumes, teacher_run, out, "optim.steps=2", "windows=12")) == 3
     assert f"left out: {dark}: every voxel is 7" in caplog.text
     assert (
         "its slices are 28 x 80 pixels, want at least 32 x 32; leave it out, or give a smaller task.crop" in caplog.text
@@ -112,15 +114,15 @@ def test_unusable_volumes_are_left_out_and_listed(
     assert len(data["left_out"]) == 2
 
     with pytest.raises(InputError, match=r"no volume can be used:\n.*dark\.tif: every voxel is 7"):
-        adapt.run(configure_continuation(dark, finished, tmp_path / "none"))
+        adapt.run(configure_continuation(dark, teacher_run, tmp_path / "none"))
     # What the message advises.
     keys = ("optim.steps=2", "windows=12", "task.crop=24")
-    assert adapt.run(configure_continuation([stack, small], finished, tmp_path / "smaller", *keys)) == 0
+    assert adapt.run(configure_continuation([stack, small], teacher_run, tmp_path / "smaller", *keys)) == 0
 
 
-def test_a_crop_that_does_not_fit_the_teacher_is_refused(finished: Path, stack: Path, tmp_path: Path) -> None:
+def test_a_crop_that_does_not_fit_the_teacher_is_refused(teacher_run: Path, stack: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"task\.crop is 36, want a multiple of the patch of 8 pixels"):
-        adapt.forecast(configure_continuation(stack, finished, tmp_path / "out", "task.crop=36"))
+        adapt.forecast(configure_continuation(stack, teacher_run, tmp_path / "out", "task.crop=36"))
 
 
 def test_a_teacher_that_cannot_be_continued_is_refused(
@@ -143,21 +145,23 @@ def test_a_teacher_in_the_package_is_continued_by_its_own_objective(stack: Path,
     assert card["arch"] == OBJECTIVES["pixels"].arch
 
 
-def test_another_teacher_does_not_continue_a_run(finished: Path, continued: Path, stack: Path, tmp_path: Path) -> None:
+def test_another_teacher_does_not_continue_a_run(
+    teacher_run: Path, continued: Path, stack: Path, tmp_path: Path
+) -> None:
     out = shutil.copytree(continued, tmp_path / "out")
-    other = shutil.copytree(finished, tmp_path / "other")
+    other = shutil.copytree(teacher_run, tmp_path / "other")
     with pytest.raises(ConfigError, match=r"teacher\.weights: "):
         adapt.run(configure_continuation(stack, other, out))
 
 
-def test_a_finished_run_does_nothing(finished: Path, continued: Path, stack: Path) -> None:
+def test_a_finished_run_does_nothing(teacher_run: Path, continued: Path, stack: Path) -> None:
     before = (continued / "teacher.json").read_bytes()
-    assert adapt.run(configure_continuation(stack, finished, continued)) == 0
+    assert adapt.run(configure_continuation(stack, teacher_run, continued)) == 0
     assert (continued / "teacher.json").read_bytes() == before
 
 
-def test_the_forecast_writes_nothing(finished: Path, stack: Path, tmp_path: Path) -> None:
-    lines = adapt.forecast(configure_continuation(stack, finished, tmp_path / "out"))
+def test_the_forecast_writes_nothing(teacher_run: Path, stack: Path, tmp_path: Path) -> None:
+    lines = adapt.forecast(configure_continuation(stack, teacher_run, tmp_path / "out"))
     assert lines[0] == "trained: 2 blocks of 192 channels, patch 8, objective structure"
     assert lines[1] == "1 volume, 40 windows of 64 x 64 pixels from each"
     assert not (tmp_path / "out").exists()

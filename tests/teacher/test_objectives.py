@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def source(photos: Path, finished: Path) -> Source:
-    tiles = open_tiles(list_photographs(photos, 4), finished / "cache", 64, 4)
+def source(photos: Path, teacher_run: Path) -> Source:
+    tiles = open_tiles(list_photographs(photos, 4), teacher_run / "cache", 64, 4)
     assert not set(tiles.held) & set(tiles.train)
     return Source(tiles, 4, is_photographs=True)
 

@@ -15,8 +15,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_store(tmp_path_factory.mktemp("gate") / "store", {"a": "train", "b": "test"}, (12, 64, 160))
 
 
-def test_the_table_is_that_of_the_doctor(store: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = ["teacher=trained", f"teacher.weights={finished}", f"store={store}", "volumes=[b]", "samples=2", "copies=1"]
+def test_the_table_is_that_of_the_doctor(store: Path, teacher_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [
+        "teacher=trained",
+        f"teacher.weights={teacher_run}",
+        f"store={store}",
+        "volumes=[b]",
+        "samples=2",
+        "copies=1",
+    ]
     assert cli.main(["teacher", "probe", *keys]) == 3
     table = capsys.readouterr().out
     assert [line.split()[1:3] for line in table.splitlines()[1:4]] == [

@@ -41,23 +41,23 @@ def have_same_weights(one: Path, two: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_timm_loads_the_weights_strictly(finished: Path) -> None:
-    weights = load_file(finished / "teacher.safetensors")
+def test_timm_loads_the_weights_strictly(teacher_run: Path) -> None:
+    weights = load_file(teacher_run / "teacher.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float16}
     vit = timm().create_model("vit_tiny_patch16_dinov3_qkvb", num_classes=0, depth=2, patch_size=8)
     vit.load_state_dict(weights, strict=True)
 
 
-def test_the_package_takes_the_folder_as_a_teacher(finished: Path) -> None:
-    teacher = load_teacher(TeacherConfig(model="trained", weights=finished))
+def test_the_package_takes_the_folder_as_a_teacher(teacher_run: Path) -> None:
+    teacher = load_teacher(TeacherConfig(model="trained", weights=teacher_run))
     assert (teacher.patch, teacher.depth, teacher.dim) == (8, 2, 192)
-    assert teacher.identity["sha256"] == files.sha256(finished / "teacher.safetensors")
+    assert teacher.identity["sha256"] == files.sha256(teacher_run / "teacher.safetensors")
     assert teacher.features(torch.rand(1, 48, 64), [-1 % 2]).shape == (1, 1, 6, 8, 192)
 
 
-def test_the_card_tells_what_was_done(finished: Path) -> None:
-    card = json.loads((finished / "teacher.json").read_text())
-    assert card["sha256"] == files.sha256(finished / "teacher.safetensors")
+def test_the_card_tells_what_was_done(teacher_run: Path) -> None:
+    card = json.loads((teacher_run / "teacher.json").read_text())
+    assert card["sha256"] == files.sha256(teacher_run / "teacher.safetensors")
     assert card["license"] == "not stated"
     assert card["gate"] is None
     (stage,) = card["stages"]
@@ -68,14 +68,14 @@ def test_the_card_tells_what_was_done(finished: Path) -> None:
     scores = card["probes"]["frozen_features"]
     for task in ("orientation", "edges", "neighbors", "curves"):
         assert set(scores[task]) == {"pixels", "trained", "random_weights", "random_weights_timm"}
-    assert [step for step, _ in read_losses(finished)] == [2, 4, 6, 8, 10, 12]
-    assert not list(finished.rglob(".*.part"))
+    assert [step for step, _ in read_losses(teacher_run)] == [2, 4, 6, 8, 10, 12]
+    assert not list(teacher_run.rglob(".*.part"))
 
 
 def test_a_finished_run_does_nothing_and_goes_on_with_more_steps(
-    photos: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = shutil.copytree(finished, tmp_path / "run")
+    out = shutil.copytree(teacher_run, tmp_path / "run")
     before = (out / "teacher.json").read_bytes()
     assert train.run(configure(photos, out)) == 0
     assert (out / "teacher.json").read_bytes() == before
@@ -85,7 +85,7 @@ def test_a_finished_run_does_nothing_and_goes_on_with_more_steps(
 
 
 def test_a_stopped_run_ends_with_the_same_bits(
-    photos: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between two lines of progress, where losses wait for their mean."""
     out, step = tmp_path / "stopped", Training._step
@@ -102,12 +102,12 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["step"] == 5
 
     assert train.run(configure(photos, out)) == 0
-    assert have_same_weights(finished, out)
-    assert read_losses(finished) == read_losses(out)
+    assert have_same_weights(teacher_run, out)
+    assert read_losses(teacher_run) == read_losses(out)
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits(photos: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_bits(photos: Path, teacher_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     keys = [f"photos={photos}", f"out={out}", "depth=2", *SMALL]
     command = [sys.executable, "-m", "hpc_neuro", "teacher", "train", *keys, "threads=2"]
@@ -124,8 +124,8 @@ def test_a_killed_run_ends_with_the_same_bits(photos: Path, finished: Path, tmp_
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 99, "loss"')
     assert train.run(configure(photos, out)) == 0
-    assert have_same_weights(finished, out)
-    assert read_losses(finished) == read_losses(out)
+    assert have_same_weights(teacher_run, out)
+    assert read_losses(teacher_run) == read_losses(out)
     assert not list(out.rglob(".*.part"))
 
 
@@ -139,13 +139,13 @@ def test_a_masked_autoencoder_is_taken_by_the_package(photos: Path, tmp_path: Pa
 
 
 def test_other_settings_and_other_photographs_do_not_continue_a_run(
-    photos: Path, finished: Path, tmp_path: Path
+    photos: Path, teacher_run: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"optim\.lr: 0\.001 -> 0\.01"):
-        train.run(configure(photos, finished, "optim.lr=0.01"))
+        train.run(configure(photos, teacher_run, "optim.lr=0.01"))
 
     changed = shutil.copytree(photos, tmp_path / "photos")
-    out = shutil.copytree(finished, tmp_path / "run")
+    out = shutil.copytree(teacher_run, tmp_path / "run")
     Image.new("RGB", (70, 70)).save(changed / "new.jpg")
     record = json.loads((out / "run.json").read_text())
     record["config"]["photos"] = str(changed)
@@ -154,8 +154,8 @@ def test_other_settings_and_other_photographs_do_not_continue_a_run(
         train.run(configure(changed, out))
 
 
-def test_a_damaged_checkpoint_is_named_and_its_advice_helps(photos: Path, finished: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(finished, tmp_path / "run")
+def test_a_damaged_checkpoint_is_named_and_its_advice_helps(photos: Path, teacher_run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(teacher_run, tmp_path / "run")
     (out / "checkpoint.pt").write_bytes(b"half")
     with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read .*; remove it to train from the start"):
         train.run(configure(photos, out, "optim.steps=13"))

@@ -45,24 +45,24 @@ def test_the_newest_checkpoint_gives_what_train_exported(run, tmp_path):
 
 
 def test_ranges_of_several_ranks_are_put_together_and_what_is_missing_is_said(run, tmp_path):
-    held = folder.find_newest(run / "checkpoints")
+    newest = folder.find_newest(run / "checkpoints")
     cut = tmp_path / "step_00000003"
     cut.mkdir()
     for name in (folder.MARKER, folder.TRAINING):
-        (cut / name).write_bytes((held / name).read_bytes())
+        (cut / name).write_bytes((newest / name).read_bytes())
     # Its files are none of those that the marker has the checksums of.
     marker = json.loads((cut / folder.MARKER).read_text())
     (cut / folder.MARKER).write_text(json.dumps({**marker, "files": {}}))
     ranges: tuple[list[TensorRange], list[TensorRange]] = ([], [])
-    for key, values in load_file(rank_file(held, 0)).items():
+    for key, values in load_file(rank_file(newest, 0)).items():
         kind, start, name = key.split("/", 2)
         at = values.numel() // 3
         ranges[0].append(TensorRange(kind, name, int(start), values[:at]))
         ranges[1].append(TensorRange(kind, name, int(start) + at, values[at:]))
-    for rank, mine in enumerate(ranges):
-        write_ranges(rank_file(cut, rank), mine)
+    for rank, rank_ranges in enumerate(ranges):
+        write_ranges(rank_file(cut, rank), rank_ranges)
     for plain in (False, True):
-        export(held, tmp_path / "whole", plain)
+        export(newest, tmp_path / "whole", plain)
         export(cut, tmp_path / "cut", plain)
         first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "cut"))
         assert all(torch.equal(first[k], second[k]) for k in first)

@@ -74,10 +74,10 @@ def test_baselines_and_table(
     trace = {"threshold": 0.9, "gap": 5.0, "min_voxels": 4, "root_snap": 30.0}
     files.write_json(fold / "infer/run.json", {"verb": "infer", "config": {"trace": trace}})
     baselines(fold, "a")
-    found = json.loads((fold / "baselines.json").read_text())
-    assert found.pop("trace") == trace
-    assert set(found) == {"raw", "otsu", "thin"}
-    for scores in found.values():
+    baseline_scores = json.loads((fold / "baselines.json").read_text())
+    assert baseline_scores.pop("trace") == trace
+    assert set(baseline_scores) == {"raw", "otsu", "thin"}
+    for scores in baseline_scores.values():
         assert set(scores) == set(KEYS)
         assert 0 < scores["recall_4vox"] <= 1
     stamp = (fold / "baselines.json").stat().st_mtime_ns
@@ -93,7 +93,7 @@ def test_baselines_and_table(
     facts = table(tmp_path, ["a", "not_done"])
     assert set(facts["folds"]) == {"a"}
     assert set(facts["mean"]) == set(METHODS)
-    assert facts["mean"]["thin"]["esa"] == pytest.approx(found["thin"]["esa"], abs=1e-4)
+    assert facts["mean"]["thin"]["esa"] == pytest.approx(baseline_scores["thin"]["esa"], abs=1e-4)
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 + 2 * len(METHODS)
     assert "/4" in printed

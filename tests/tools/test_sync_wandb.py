@@ -62,9 +62,9 @@ def test_a_run_that_cannot_be_sent_is_named_and_the_others_go(tmp_path, calls, c
     make(tmp_path / "a", "offline-run-20260101_000000-bad")
     make(tmp_path / "b", "offline-run-20260101_000000-good")
     assert sync_wandb.main([str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    assert "bad: not sent: no network" in said
-    assert "good: sent, 1 file" in said
+    output = capsys.readouterr().out
+    assert "bad: not sent: no network" in output
+    assert "good: sent, 1 file" in output
 
 
 def test_a_dry_run_sends_nothing_and_an_empty_folder_is_named(tmp_path, calls, capsys):

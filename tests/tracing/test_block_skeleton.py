@@ -32,11 +32,11 @@ def ends(tree: Tree) -> NDArray[np.float64]:
 def apart(a: Tree, b: Tree) -> float:
     """Largest distance of cable of either from the other; of what is no end's cap."""
     one, other = (morphology.resample_tree(t, 0.5).points for t in (a, b))
-    found = []
-    for mine, theirs, tree in ((one, other, a), (other, one, b)):
-        inner = cKDTree(ends(tree)).query(mine)[0] > CAP
-        found.append(np.max(cKDTree(theirs).query(mine[inner])[0]))
-    return float(max(found))
+    distances = []
+    for source, target, tree in ((one, other, a), (other, one, b)):
+        inner = cKDTree(ends(tree)).query(source)[0] > CAP
+        distances.append(np.max(cKDTree(target).query(source[inner])[0]))
+    return float(max(distances))
 
 
 def check_same(whole: list[Tree], parts: list[Tree]) -> None:

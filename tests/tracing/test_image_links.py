@@ -173,13 +173,13 @@ def test_a_link_is_as_long_as_its_way_and_not_as_the_gap() -> None:
     paint_points(
         image, np.stack([0 * angle + 12, 20 + 11 * np.sin(angle), 54 - 14 * np.cos(np.pi - angle)], axis=1), 1.0, 0.6
     )
-    found = {}
+    points_at = {}
     for most in (30.0, 70.0):
         cfg = TraceConfig(gap=0, signal_gap=most)
-        found[most] = trace(mask, ISO, roots=[(12, 20, 8)], image=image, cfg=cfg)[0].points
-    assert found[30.0][:, 2].max() < 45
-    assert found[70.0][:, 2].max() > 105
-    assert found[70.0][:, 1].max() > 28
+        points_at[most] = trace(mask, ISO, roots=[(12, 20, 8)], image=image, cfg=cfg)[0].points
+    assert points_at[30.0][:, 2].max() < 45
+    assert points_at[70.0][:, 2].max() > 105
+    assert points_at[70.0][:, 1].max() > 28
 
 
 def test_the_way_is_measured_in_the_metric() -> None:

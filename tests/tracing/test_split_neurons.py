@@ -18,8 +18,8 @@ SHAPE = (40, 90, 140)
 
 def on(tree: Tree, course: Floats) -> float:
     """Share of a tree within 3.5 voxels of a course."""
-    found = cKDTree(course).query(morphology.resample_tree(tree, 1.0).points)[0]
-    return float(np.mean(np.asarray(found) <= 3.5))
+    distances = cKDTree(course).query(morphology.resample_tree(tree, 1.0).points)[0]
+    return float(np.mean(np.asarray(distances) <= 3.5))
 
 
 def check(mask: np.ndarray, courses: list[Floats], ends: list[int], cfg: TraceConfig | None = None) -> None:

@@ -26,8 +26,8 @@ from tests.helpers.shapes import grow_crooked_tree, paint_points, paint_tree, sa
 ISO = (1.0, 1.0, 1.0)
 
 
-def measure_f1(found: Tree, gold: Tree, tolerance: float = 2.0) -> float:
-    a, b = (morphology.resample_tree(t, 1.0).points for t in (found, gold))
+def measure_f1(tree: Tree, gold: Tree, tolerance: float = 2.0) -> float:
+    a, b = (morphology.resample_tree(t, 1.0).points for t in (tree, gold))
     precision = float((cKDTree(b).query(a)[0] <= tolerance).mean())
     recall = float((cKDTree(a).query(b)[0] <= tolerance).mean())
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -338,11 +338,11 @@ def test_pieces_without_a_root_are_kept_on_request() -> None:
     skeletons = [
         skeletonize_block(lambda b: mask[b.slices], shape, box, ISO, cfg) for box in list_trace_blocks(shape, cfg)
     ]
-    found = [skeleton for skeleton in skeletons if skeleton is not None]
+    present = [skeleton for skeleton in skeletons if skeleton is not None]
     roots = [(16.0, 32.0, 0.0), (16.0, 32.0, 149.0)]
     for starts in (roots[:1], roots):
         trees = trace_block_skeletons(
-            found, lambda b: mask[b.slices], shape, ISO, roots=starts, cfg=cfg, keep_rest=True
+            present, lambda b: mask[b.slices], shape, ISO, roots=starts, cfg=cfg, keep_rest=True
         )
         assert len(trees) == len(starts) + 1
         assert np.allclose(trees[-1].points[:, 1], 5, atol=1)

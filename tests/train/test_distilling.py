@@ -36,15 +36,15 @@ def test_transfer_and_distillation(tiny, cache, tmp_path, caplog):
 def test_a_sharded_distiller_with_nothing_to_distil_in_a_pass(tiny, cache, tmp_path):
     """With one crop per pass some passes hold none to distil; stage 3 must go the same way and weigh it nothing."""
     distil = [f"cache={cache}", "distill={axes: deformable}", "teacher.model=random", "optim.steps=3", "ema.window=0"]
-    found = []
+    runs = []
     for stage in (2, 3):
         out = tmp_path / str(stage)
         assert (
             train.run(tiny(out, *distil, "engine.micro_batch=1", f"engine.stage={stage}", "distill_fraction=0.2")) == 0
         )
-        found.append(rows(out))
-    assert any(r["distill"] is None for r in found[0])
-    for two, three in zip(*found, strict=True):
+        runs.append(rows(out))
+    assert any(r["distill"] is None for r in runs[0])
+    for two, three in zip(*runs, strict=True):
         assert three["distill"] == pytest.approx(two["distill"], abs=1e-5)
         assert three["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert three["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
@@ -59,12 +59,12 @@ def test_distillation_weighs_each_sample_alike_however_it_is_cut(tiny, cache, tm
         "optim.batch=4",
         "optim.steps=2",
     ]
-    found = []
+    runs = []
     for micro in (4, 1):
         out = tmp_path / str(micro)
         assert train.run(tiny(out, *distil, f"engine.micro_batch={micro}")) == 0
-        found.append(rows(out))
-    for one, four in zip(*found, strict=True):
+        runs.append(rows(out))
+    for one, four in zip(*runs, strict=True):
         assert one["distill"] == pytest.approx(four["distill"], abs=1e-4)
         assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-3)
 

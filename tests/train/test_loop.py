@@ -198,9 +198,9 @@ def test_a_run_that_is_beyond_the_steps_asked_for_is_not_cut_short(tiny, tmp_pat
 def test_stages_give_the_losses_of_stage_2(whole, tiny, tmp_path, stage):
     out = tmp_path / "run"
     assert train.run(tiny(out, f"engine.stage={stage}", "optim.steps=6", "ema.window=0")) == 0
-    for mine, other in zip(rows(out), rows(whole), strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    for row, other in zip(rows(out), rows(whole), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     exported = load_file(out / "weights/last/model.safetensors")
     assert all(torch.isfinite(v).all() and v.numel() for v in exported.values())
 
@@ -233,8 +233,8 @@ def test_the_forecast_knows_the_parameters_and_the_size_of_a_checkpoint(whole, t
     assert f"student: {parameters / 1e6:.2f} M parameters" in lines
     assert "6 steps of 2 crops of [16, 32, 32] voxels ([2, 2, 2] tokens)" in lines
     size = sum(p.stat().st_size for p in (whole / "checkpoints/step_00000006").rglob("*") if p.is_file())
-    told = float(re.search(r"([\d.]+) MB per checkpoint", lines)[1]) * 1e6
-    assert told == pytest.approx(size, rel=0.05)
+    expected_bytes = float(re.search(r"([\d.]+) MB per checkpoint", lines)[1]) * 1e6
+    assert expected_bytes == pytest.approx(size, rel=0.05)
 
 
 def test_a_planned_machine_gets_its_own_table(tiny, tmp_path):

@@ -24,8 +24,8 @@ REPO = Path(__file__).resolve().parents[2]
 
 def test_each_stage_shares_out_one_kind_more():
     """The known figures of mixed precision Adam: 16 bytes per parameter, of which 12 + 2 + 2 are shared in turn."""
-    held = [memory_plan.even_share(1000, 10, stage, 2) for stage in range(4)]
-    assert [h.total for h in held] == [16000, 4000 + 1200, 2000 + 1400, 1600]
+    shares = [memory_plan.even_share(1000, 10, stage, 2) for stage in range(4)]
+    assert [h.total for h in shares] == [16000, 4000 + 1200, 2000 + 1400, 1600]
 
 
 def test_float32_sums_of_bf16_take_four_bytes_from_stage_1_on():
@@ -80,10 +80,10 @@ def test_two_ranks_hold_their_even_share_and_what_was_planned():
     command += ["--checkpointing", "yes"]
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["worst"] < 0.05
-    assert found["plan_off_by"] < 0.1
-    assert [row["stage"] for row in found["stages"]] == [0, 1, 2, 3]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["worst"] < 0.05
+    assert report["plan_off_by"] < 0.1
+    assert [row["stage"] for row in report["stages"]] == [0, 1, 2, 3]
 
 
 def test_a_pass_holds_what_its_moments_say():

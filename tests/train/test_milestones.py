@@ -18,13 +18,13 @@ def test_whole_volumes_are_scored_and_kept_at_milestones(tiny, tmp_path, caplog)
     keys = ["optim.steps=4", "checkpoint.every=0", "checkpoint.milestone=2", "checkpoint.keep=1", "validate.every=9"]
     with caplog.at_level(logging.INFO):
         assert train.run(tiny(tmp_path / "run", *keys)) == 0
-    found = rows(tmp_path / "run", "volumes")
-    assert [row["step"] for row in found] == [2, 4]
-    assert all(row["volumes"] == 1 and 0 <= row["dice"] <= row["dice_best"] <= 1 for row in found)
-    assert all(row["by_volume"].keys() == {"c"} and row["by_volume"]["c"]["dice"] == row["dice"] for row in found)
+    scores = rows(tmp_path / "run", "volumes")
+    assert [row["step"] for row in scores] == [2, 4]
+    assert all(row["volumes"] == 1 and 0 <= row["dice"] <= row["dice_best"] <= 1 for row in scores)
+    assert all(row["by_volume"].keys() == {"c"} and row["by_volume"]["c"]["dice"] == row["dice"] for row in scores)
     assert "step 2: 1 whole volume in" in caplog.text
-    held = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
-    assert held == ["step_00000002", "step_00000004"]
+    kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000004"]
 
 
 def test_what_a_stop_left_unscored_is_scored_by_the_next_start(tiny, tmp_path, monkeypatch):
@@ -50,11 +50,11 @@ def test_what_a_stop_left_unscored_is_scored_by_the_next_start(tiny, tmp_path, m
     monkeypatch.setattr(loop, "train_step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         train.run(tiny(out, *keys))
-    found = [rows(out, kind)[-1] for kind in ("val", "volumes")]
-    assert [row["step"] for row in found] == [2, 2]
-    assert marked() == found[0]["dice_best"]
+    scores = [rows(out, kind)[-1] for kind in ("val", "volumes")]
+    assert [row["step"] for row in scores] == [2, 2]
+    assert marked() == scores[0]["dice_best"]
     monkeypatch.setattr(loop, "train_step", step)
     assert train.run(tiny(out, *keys)) == 0
     assert [row["step"] for row in rows(out, "val")] == [0, 2, 3]
     assert [row["step"] for row in rows(out, "volumes")] == [2]
-    assert rows(out, "val")[1] == found[0]
+    assert rows(out, "val")[1] == scores[0]

@@ -78,8 +78,8 @@ def test_a_step_never_waits_for_the_device(tokens, axes, distilled, monkeypatch)
     (loss + distillation).backward()
     meter = Meter(DEVICE)
     meter.new_step()
-    found = {"loss": loss, **terms, **extra}
-    meter.add(found, dict.fromkeys(found, 2.0) | dict.fromkeys(extra, 2.0 * distilled))
+    output = {"loss": loss, **terms, **extra}
+    meter.add(output, dict.fromkeys(output, 2.0) | dict.fromkeys(extra, 2.0 * distilled))
     meter.end_step(loss.detach(), {"step": 1})
     assert not [name for name, value in net.named_parameters() if value.grad is None]
     assert all(value.device == DEVICE for value in (*terms.values(), *extra.values()))

@@ -46,17 +46,17 @@ def test_transferred_blocks_learn_slower_the_deeper_they_lie():
     fresh = ["student.encoder.first.weight", "student.tokenizer.offsets.0.weight", "distiller.heads.z_0.weight"]
     named = [(n, nn.Parameter(torch.zeros(1))) for n in (*names, *fresh)]
     scales = {n: lr_scale(n, cfg, 12) for n in names}
-    found = {n: g.lr_scale for g in group_parameters(named, cfg.weight_decay, scales) for n in g.names}
-    assert found == pytest.approx({**names, **dict.fromkeys(fresh, 1.0)})
+    scale_of = {n: g.lr_scale for g in group_parameters(named, cfg.weight_decay, scales) for n in g.names}
+    assert scale_of == pytest.approx({**names, **dict.fromkeys(fresh, 1.0)})
 
 
 def test_every_trainable_parameter_is_in_one_group_and_vectors_do_not_decay():
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
     module[2].bias.requires_grad_(False)
-    found = group_parameters(module.named_parameters(), 0.1, {})
-    assert sorted(n for g in found for n in g.names) == ["0.bias", "0.weight", "1.bias", "1.weight", "2.weight"]
-    assert {n: g.weight_decay for g in found for n in g.names} == {
+    groups = group_parameters(module.named_parameters(), 0.1, {})
+    assert sorted(n for g in groups for n in g.names) == ["0.bias", "0.weight", "1.bias", "1.weight", "2.weight"]
+    assert {n: g.weight_decay for g in groups for n in g.names} == {
         **dict.fromkeys(["0.weight", "2.weight"], 0.1),
         **dict.fromkeys(["0.bias", "1.weight", "1.bias"], 0.0),
     }
-    assert {g.lr_scale for g in found} == {1.0}
+    assert {g.lr_scale for g in groups} == {1.0}

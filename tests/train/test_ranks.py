@@ -46,10 +46,10 @@ def weights(run):
 
 
 def check_alike(run, other, loss=1e-5):
-    for mine, reference in zip(rows(run), rows(other), strict=True):
-        assert mine["step"] == reference["step"]
-        assert mine["loss"] == pytest.approx(reference["loss"], abs=loss), run
-        assert mine["grad_norm"] == pytest.approx(reference["grad_norm"], rel=100 * loss), run
+    for row, reference in zip(rows(run), rows(other), strict=True):
+        assert row["step"] == reference["step"]
+        assert row["loss"] == pytest.approx(reference["loss"], abs=loss), run
+        assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=100 * loss), run
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_all_ranks_stop_when_one_is_asked_to(ranks):
 def test_two_ranks_and_every_stage_have_the_losses_of_one_process(ranks, alone):
     for name in ("whole", "stage0", "stage3"):
         check_alike(ranks / name, alone)
-        for mine, other in zip(rows(ranks / name, "val"), rows(alone, "val"), strict=True):
-            assert mine["dice_best"] == pytest.approx(other["dice_best"], abs=1e-3)
+        for row, other in zip(rows(ranks / name, "val"), rows(alone, "val"), strict=True):
+            assert row["dice_best"] == pytest.approx(other["dice_best"], abs=1e-3)
 
 
 def test_two_ranks_at_stage_1_then_one_at_stage_3_end_as_one_did(ranks, alone, tiny, caplog):
@@ -100,8 +100,8 @@ def test_one_rank_at_stage_3_then_two_at_stage_2_share_three_crops_and_end_as_on
 def test_every_sample_is_learnt_from_once(ranks):
     for name, batch, first in (("whole", 4, 0), ("stage3", 4, 0), ("up", 3, 3)):
         counted = [json.loads((ranks / f"counted{rank}.json").read_text())[name] for rank in (0, 1)]
-        found = sorted(map(tuple, itertools.chain(*counted)))
-        assert found == [(step, step * batch + i) for step in range(first, 6) for i in range(batch)], name
+        indices = sorted(map(tuple, itertools.chain(*counted)))
+        assert indices == [(step, step * batch + i) for step in range(first, 6) for i in range(batch)], name
 
 
 def test_stages_precisions_and_passes_agree_with_one_process(ranks, tiny, tmp_path):

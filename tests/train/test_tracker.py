@@ -199,14 +199,14 @@ def test_a_picture_shows_image_truth_and_probability_along_two_axes():
     image[0, 0, 1, 2, 3], mask[0, 0, 1, 2, 4], mask[0, 0, 3, 5, 7] = 1.0, 1, 255
     logits = torch.full((1, 1, 4, 6, 8), -100.0)
     logits[0, 0, 1, 2, 5] = 100.0
-    found = draw_panels(image, mask, logits)
-    assert found.shape == (6 + 2 + 4, 3 * 8 + 2 * 2)
-    bright = {tuple(map(int, p)) for p in np.argwhere(found == 255)}
+    panels = draw_panels(image, mask, logits)
+    assert panels.shape == (6 + 2 + 4, 3 * 8 + 2 * 2)
+    bright = {tuple(map(int, p)) for p in np.argwhere(panels == 255)}
     columns = [0, 10, 20]
     for column, x in zip(columns, (3, 4, 5), strict=True):
         assert {(2, column + x), (6 + 2 + 1, column + x)} <= bright
-    assert found[5, 10 + 7] == round(0.3 * 255)  # unlabelled
-    assert (found == 255).sum() == 6 + 2 * 24 + 2 * 2 * 12  # six points and the white gaps
+    assert panels[5, 10 + 7] == round(0.3 * 255)  # unlabelled
+    assert (panels == 255).sum() == 6 + 2 * 24 + 2 * 2 * 12  # six points and the white gaps
 
 
 def test_a_slow_backend_slows_nothing(tmp_path, monkeypatch, caplog):
@@ -264,9 +264,9 @@ def test_requeues_of_an_offline_run_are_one_run_in_several_files(tmp_path):
         tracker.show(step, [np.full((9, 12), 40 * step, np.uint8)])
         tracker.close()
         time.sleep(1.1)  # folders are named by the second
-    found = sorted(tmp_path.glob(f"wandb/offline-run-*-{get_wandb_id(tmp_path)}"))
-    assert len(found) == 2
-    for folder in found:
+    folders = sorted(tmp_path.glob(f"wandb/offline-run-*-{get_wandb_id(tmp_path)}"))
+    assert len(folders) == 2
+    for folder in folders:
         assert list(folder.glob("*.wandb"))
         assert list(folder.glob("files/media/images/val/crop_0_*.png"))
 
@@ -275,7 +275,7 @@ def test_requeues_of_an_offline_run_are_one_run_in_several_files(tmp_path):
 def test_a_training_shows_its_validation_crops(tiny, tmp_path):
     cfg = tiny(tmp_path / "run", "tracker.wandb=offline", "tracker.pictures=2", "tracker.patience=60")
     assert train.run(cfg) == 0
-    found = sorted((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/val/crop_*.png"))
-    assert len(found) == 2 * 3  # two crops at steps 0, 3 and 6
-    with Image.open(found[0]) as picture:
+    pictures = sorted((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/val/crop_*.png"))
+    assert len(pictures) == 2 * 3  # two crops at steps 0, 3 and 6
+    with Image.open(pictures[0]) as picture:
         assert picture.size == (3 * 32 + 2 * 2, 32 + 2 + 16)

@@ -32,21 +32,21 @@ def test_scores_equal_a_direct_count(seed, share):
     draw = np.random.default_rng(seed)
     truth = (draw.random(500) < share).astype(np.uint8)
     probability = np.clip(0.4 * truth + draw.normal(0.3, 0.2, 500), 0, 1).astype(np.float32)
-    found = compute_score(histogram(probability, truth))
+    score = compute_score(histogram(probability, truth))
 
     def dice(threshold: float) -> float:
         seen = (torch.from_numpy(probability) * 1000).long().numpy() >= round(threshold * 1000)
         total = seen.sum() + truth.sum()
         return 2 * (seen & (truth == 1)).sum() / total if total else 1.0
 
-    assert found.dice == pytest.approx(dice(0.5))
+    assert score.dice == pytest.approx(dice(0.5))
     grid = [i / 1000 for i in range(100, 901, 25)]
-    assert found.dice_best == pytest.approx(max(dice(t) for t in grid))
-    assert found.dice_best == pytest.approx(dice(found.threshold))
+    assert score.dice_best == pytest.approx(max(dice(t) for t in grid))
+    assert score.dice_best == pytest.approx(dice(score.threshold))
     seen = probability >= 0.5
     if seen.any() and truth.any():
-        assert found.precision == pytest.approx(truth[seen].mean(), abs=0.02)
-        assert found.recall == pytest.approx(seen[truth == 1].mean(), abs=0.02)
+        assert score.precision == pytest.approx(truth[seen].mean(), abs=0.02)
+        assert score.recall == pytest.approx(seen[truth == 1].mean(), abs=0.02)
 
 
 def test_nothing_predicted_where_there_is_something_is_a_collapse():
@@ -68,11 +68,11 @@ def boxes(store: Store, count: int) -> list:
 
 
 def test_a_perfect_guess_scores_one_and_unlabelled_voxels_do_not_count(store):
-    found = CropValidator(store, boxes(store, 4))(lambda b: torch.where(b.mask == 1, 20.0, -20.0), CPU)
-    assert (found.dice, found.precision, found.recall) == (1.0, 1.0, 1.0)
+    score = CropValidator(store, boxes(store, 4))(lambda b: torch.where(b.mask == 1, 20.0, -20.0), CPU)
+    assert (score.dice, score.precision, score.recall) == (1.0, 1.0, 1.0)
     padded = [("a", b.shift((10, 30, 30))) for _, b in boxes(store, 4)]
-    found = CropValidator(store, padded)(lambda b: torch.where(b.mask == 0, -20.0, 20.0), CPU)
-    assert found.dice == 1.0
+    score = CropValidator(store, padded)(lambda b: torch.where(b.mask == 0, -20.0, 20.0), CPU)
+    assert score.dice == 1.0
 
 
 def test_ranks_share_the_crops_and_find_the_same(store, monkeypatch):

@@ -122,7 +122,7 @@ class Outcome:
     failures: int = 0
     wall: float = 0.0
     """[s] From the first start to the end, waits in the queue included."""
-    held: float = 0.0
+    allocated: float = 0.0
     """[s] Of it, with the ranks held."""
     serial: float = 0.0
     """[s] Of it, with one rank at work and all others waiting."""
@@ -156,7 +156,7 @@ class _Simulation:
             out.operations += stage.operations * len(stage.seconds)
             out.files += stage.files
         out.wall = self._now
-        out.held = self._now - (out.starts - 1) * self._site.queue
+        out.allocated = self._now - (out.starts - 1) * self._site.queue
         return out
 
     def _begin_start(self) -> None:
@@ -405,14 +405,14 @@ def summarize(outcome: Outcome, stages: list[Stage], costs: UnitCosts, site: Sit
     blocks = len(stages[0].seconds)
     return {
         "hours": outcome.wall / 3600,
-        "core_hours": outcome.held * site.ranks / 3600,
+        "core_hours": outcome.allocated * site.ranks / 3600,
         "busy_core_hours": sum(float(stage.seconds.sum()) for stage in stages) / 3600,
         "starts": outcome.starts,
         "node_failures": outcome.failures,
         "files": outcome.files,
-        "metadata_operations_per_second": outcome.operations / max(outcome.held, 1e-9),
+        "metadata_operations_per_second": outcome.operations / max(outcome.allocated, 1e-9),
         "metadata_operations_per_block": outcome.operations / blocks,
-        "serial_share": outcome.serial / max(outcome.held, 1e-9),
+        "serial_share": outcome.serial / max(outcome.allocated, 1e-9),
         "longest_serial_hours": outcome.longest_serial / 3600,
         "longest_serial": outcome.longest_serial_name,
         "never_end": outcome.too_long,

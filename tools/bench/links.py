@@ -62,12 +62,12 @@ def compared(seed: int, neurons: int, level: float, shape: Shape) -> dict[str, d
     image = render_stack(gold, shape, _VOXEL, light, seed).astype(np.float32)
     smooth = gaussian_filter(image, 0.7)
     mask = smooth > level * threshold_otsu(smooth)
-    found = {}
+    scores = {}
     for name, seen in (("no", None), ("yes", image)):
         begun = time.perf_counter()
         trees = trace(mask, _VOXEL, image=seen)
-        found[name] = {"seconds": time.perf_counter() - begun, **_scores(concatenate_trees(trees), gold)}
-    return found
+        scores[name] = {"seconds": time.perf_counter() - begun, **_scores(concatenate_trees(trees), gold)}
+    return scores
 
 
 def _scores(tree: Tree, gold: Tree) -> dict[str, Any]:

@@ -32,31 +32,31 @@ from hpc_neuro.models.cost import estimate_costs
 from hpc_neuro.models.student import build_student
 
 PATCH = (16, 16, 16)
-WAYS = ("student", "monai_unetr")
+NETWORKS = ("student", "monai_unetr")
 """The student, and MONAI's UNETR of the same tokens."""
 
 
-def config(way: str, size: Any) -> StudentConfig:
+def config(network: str, size: Any) -> StudentConfig:
     """The student of a way."""
     return StudentConfig(size=size, patch=PATCH)
 
 
-def build(way: str, args: argparse.Namespace) -> nn.Module:
+def build(network: str, args: argparse.Namespace) -> nn.Module:
     """A network image [B, 1, Z, Y, X] -> logits of the same shape, or for the student a Prediction."""
     torch.manual_seed(0)
     dim, depth, heads = SIZES[args.size]
-    if way != "monai_unetr":
-        return build_student(config(way, args.size)).to(args.device).train()
+    if network != "monai_unetr":
+        return build_student(config(network, args.size)).to(args.device).train()
     if depth != 12:
         raise SystemExit(f"MONAI's UNETR has 12 blocks, size {args.size} has {depth}; choose tiny, small or base")
     net = UNETR(1, 1, args.crop, hidden_size=dim, mlp_dim=4 * dim, num_heads=heads, proj_type="conv", qkv_bias=True)
-    found: nn.Module = net.to(args.device).train()
-    return found
+    trainable: nn.Module = net.to(args.device).train()
+    return trainable
 
 
-def stepper(way: str, args: argparse.Namespace) -> Callable[[], None]:
+def stepper(network: str, args: argparse.Namespace) -> Callable[[], None]:
     """One training step of a fresh network on a fixed batch."""
-    net = build(way, args)
+    net = build(network, args)
     loss = DiceCELoss(sigmoid=True)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
@@ -65,8 +65,8 @@ def stepper(way: str, args: argparse.Namespace) -> Callable[[], None]:
 
     def step() -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
-            found = net(image)
-        logits: Tensor = found if isinstance(found, Tensor) else found.logits
+            output = net(image)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
         optimiser.zero_grad()
         loss(logits.float(), target).backward()
         optimiser.step()
@@ -83,25 +83,26 @@ def timed(step: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - start_cpu
 
 
-def peak(way: str, args: argparse.Namespace) -> int:
+def peak(network: str, args: argparse.Namespace) -> int:
     """Most bytes held while a network is built and trained two steps, above those held before. For a fresh process."""
     torch.set_num_threads(args.threads)
-    run_twice(way, argparse.Namespace(**{**vars(args), "crop": list(PATCH)}))  # loads libraries, kernels, thread pools
+    # A first run loads libraries, kernels and thread pools.
+    run_twice(network, argparse.Namespace(**{**vars(args), "crop": list(PATCH)}))
     gc.collect()
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        run_twice(way, args)
-        return torch.cuda.max_memory_allocated() - held
+        before = torch.cuda.memory_allocated()
+        run_twice(network, args)
+        return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    held = _high_water()
-    run_twice(way, args)
-    return _high_water() - held
+    before = _high_water()
+    run_twice(network, args)
+    return _high_water() - before
 
 
-def run_twice(way: str, args: argparse.Namespace) -> None:
+def run_twice(network: str, args: argparse.Namespace) -> None:
     """Two steps: the optimizer's state is there in the second."""
-    step = stepper(way, args)
+    step = stepper(network, args)
     step()
     step()
 
@@ -130,54 +131,54 @@ def matrix_speed(device: str) -> float:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
     torch.set_num_threads(args.threads)
-    steps = {way: stepper(way, args) for way in WAYS}
+    steps = {network: stepper(network, args) for network in NETWORKS}
     for step in steps.values():
         step()  # kernels are chosen and the optimizer's state is made
-    runs = [{way: timed(step) for way, step in steps.items()} for _ in range(args.repeats)]
-    best = {way: min(run[way][0] for run in runs) for way in WAYS}
-    cpu = {way: min(run[way][1] for run in runs) for way in WAYS}
-    found: dict[str, Any] = {"device": args.device, "threads": args.threads, "size": args.size, "crop": args.crop}
-    found |= {"batch": args.batch, "seconds": best, "cpu_seconds": cpu}
-    found["parameters"] = {way: sum(p.numel() for p in build(way, args).parameters()) for way in WAYS}
+    runs = [{network: timed(step) for network, step in steps.items()} for _ in range(args.repeats)]
+    best = {network: min(run[network][0] for run in runs) for network in NETWORKS}
+    cpu = {network: min(run[network][1] for run in runs) for network in NETWORKS}
+    figures: dict[str, Any] = {"device": args.device, "threads": args.threads, "size": args.size, "crop": args.crop}
+    figures |= {"batch": args.batch, "seconds": best, "cpu_seconds": cpu}
+    figures["parameters"] = {network: sum(p.numel() for p in build(network, args).parameters()) for network in NETWORKS}
     if args.device != "cpu":
         speed = matrix_speed(args.device)
         crop = (args.crop[0], args.crop[1], args.crop[2])
-        for way in WAYS[:1]:
-            work = estimate_costs(config(way, args.size), crop, args.batch).step
-            found.setdefault("matrix_speed_share", {})[way] = work / best[way] / speed
+        for network in NETWORKS[:1]:
+            work = estimate_costs(config(network, args.size), crop, args.batch).step
+            figures.setdefault("matrix_speed_share", {})[network] = work / best[network] / speed
     del steps
-    found["peak_bytes"] = {}
-    for way in WAYS:
+    figures["peak_bytes"] = {}
+    for network in NETWORKS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found["peak_bytes"][way] = pool.apply(peak, (way, args))
-    for name, values in (("time_ratio", best), ("cpu_time_ratio", cpu), ("memory_ratio", found["peak_bytes"])):
-        found[name] = {way: values[way] / values["monai_unetr"] for way in WAYS[:1]}
-    return found
+            figures["peak_bytes"][network] = pool.apply(peak, (network, args))
+    for name, values in (("time_ratio", best), ("cpu_time_ratio", cpu), ("memory_ratio", figures["peak_bytes"])):
+        figures[name] = {network: values[network] / values["monai_unetr"] for network in NETWORKS[:1]}
+    return figures
 
 
-def table(found: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    crop = " x ".join(str(n) for n in found["crop"])
-    size = f"size {found['size']}, crop {crop}, batch {found['batch']}"
+    crop = " x ".join(str(n) for n in figures["crop"])
+    size = f"size {figures['size']}, crop {crop}, batch {figures['batch']}"
     rows = [("network", "parameters", "seconds", "ratio", "CPU s", "ratio", "memory", "ratio")]
-    for way in WAYS:
-        time, cpu, held = (found[key].get(way, 1.0) for key in ("time_ratio", "cpu_time_ratio", "memory_ratio"))
+    for network in NETWORKS:
+        time, cpu, memory = (figures[key].get(network, 1.0) for key in ("time_ratio", "cpu_time_ratio", "memory_ratio"))
         rows.append(
             (
-                way,
-                f"{found['parameters'][way] / 1e6:.2f} M",
-                f"{found['seconds'][way]:.3f}",
+                network,
+                f"{figures['parameters'][network] / 1e6:.2f} M",
+                f"{figures['seconds'][network]:.3f}",
                 f"{time:.3f}",
-                f"{found['cpu_seconds'][way]:.3f}",
+                f"{figures['cpu_seconds'][network]:.3f}",
                 f"{cpu:.3f}",
-                f"{found['peak_bytes'][way] / 2**20:.0f} MiB",
-                f"{held:.3f}",
+                f"{figures['peak_bytes'][network] / 2**20:.0f} MiB",
+                f"{memory:.3f}",
             )
         )
-    lines = [f"{size}, {found['device']}, {found['threads']} thread(s)"]
+    lines = [f"{size}, {figures['device']}, {figures['threads']} thread(s)"]
     lines += [f"{first:<12}" + "".join(f"{cell:>11}" for cell in rest) for first, *rest in rows]
-    for way, share in found.get("matrix_speed_share", {}).items():
-        lines.append(f"{way}: {share:.1%} of the device's matrix speed")
+    for network, share in figures.get("matrix_speed_share", {}).items():
+        lines.append(f"{network}: {share:.1%} of the device's matrix speed")
     return "\n".join(lines)
 
 
@@ -193,9 +194,9 @@ def main() -> None:
     args = parser.parse_args()
     if any(n < 16 or n % 16 for n in args.crop):
         parser.error(f"--crop {args.crop}: want multiples of 16")
-    found = measure(args)
-    print(table(found))
-    print(json.dumps(found))
+    figures = measure(args)
+    print(table(figures))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

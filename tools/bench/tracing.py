@@ -72,9 +72,9 @@ def compared(file: Path, size: int, neurites: int, repeat: int) -> dict[str, Any
     )
     for name in names:
         best = min(runs[name], key=lambda run: float(run["cpu_seconds"]))
-        found = np.load(file.with_name(f"{name}.npy"))
-        recall = float(np.mean(np.asarray(cKDTree(found).query(truth)[0]) <= _NEAR)) if len(found) else 0.0
-        precision = float(np.mean(np.asarray(cKDTree(truth).query(found)[0]) <= _NEAR)) if len(found) else 0.0
+        skeleton = np.load(file.with_name(f"{name}.npy"))
+        recall = float(np.mean(np.asarray(cKDTree(skeleton).query(truth)[0]) <= _NEAR)) if len(skeleton) else 0.0
+        precision = float(np.mean(np.asarray(cKDTree(truth).query(skeleton)[0]) <= _NEAR)) if len(skeleton) else 0.0
         facts[name] = {**best, "recall": round(recall, 4), "precision": round(precision, 4)}
         print(
             f"{name:>12}: {best['cpu_seconds']:6.1f} s of CPU, {best['seconds']:6.1f} s, "
@@ -151,8 +151,8 @@ def _thinning(file: Path) -> Run:
     from skimage.morphology import skeletonize
 
     def run() -> tuple[Points, int]:
-        found = skeletonize(np.load(file) >= 128)
-        return np.argwhere(found).astype(np.float64), int(cc3d.connected_components(found).max())
+        skeleton = skeletonize(np.load(file) >= 128)
+        return np.argwhere(skeleton).astype(np.float64), int(cc3d.connected_components(skeleton).max())
 
     return run
 
@@ -162,8 +162,8 @@ def _kimimaro(file: Path) -> Run:
 
     def run() -> tuple[Points, int]:
         labels = cc3d.connected_components(np.load(file) >= 128)
-        found = kimimaro.skeletonize(labels, anisotropy=(1, 1, 1), dust_threshold=12, progress=False, parallel=1)
-        return np.concatenate([s.vertices for s in found.values()]).astype(np.float64), len(found)
+        skeletons = kimimaro.skeletonize(labels, anisotropy=(1, 1, 1), dust_threshold=12, progress=False, parallel=1)
+        return np.concatenate([s.vertices for s in skeletons.values()]).astype(np.float64), len(skeletons)
 
     return run
 

@@ -43,8 +43,8 @@ def all_taps(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     where = torch.stack([last, middle, (z + along).expand_as(last)], -1)  # [B, K, Z, Y, X, 3]
     scale = torch.tensor([2 / max(n - 1, 1) for n in reversed(size)], dtype=x.dtype, device=x.device)
     grid = (where * scale - 1).transpose(1, 2).reshape(batch, -1, *size[1:], 3)  # taps of a voxel follow one another
-    found = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return F.conv3d(found, weight[..., None, None], stride=(taps, 1, 1))
+    samples = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return F.conv3d(samples, weight[..., None, None], stride=(taps, 1, 1))
 
 
 def tubes(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def tubes(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     return tube_conv(x, offsets, weight, None, 0)
 
 
-WAYS = {"all_taps": all_taps, "tubes": tubes}
+METHODS = {"all_taps": all_taps, "tubes": tubes}
 
 
 def inputs(shape: Shape, channels: int, taps: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,13 +68,13 @@ def inputs(shape: Shape, channels: int, taps: int, device: str) -> tuple[Tensor,
     )
 
 
-def step(way: str, given: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+def step(method: str, given: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
     """Seconds by the clock and of CPU of one forward and backward; the gradients are thrown away."""
     for tensor in given:
         tensor.grad = None
     wait(given[0])
     start, start_cpu = time.perf_counter(), time.process_time()
-    out = WAYS[way](*given)
+    out = METHODS[method](*given)
     torch.autograd.backward(out, torch.ones_like(out))
     wait(given[0])
     return time.perf_counter() - start, time.process_time() - start_cpu
@@ -86,20 +86,20 @@ def wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def peak(way: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
+def peak(method: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
     """Bytes above the inputs that one forward and backward needs, and its seconds. For a fresh process."""
     torch.set_num_threads(args.threads)
-    step(way, inputs((4, 4, 4), args.channels, args.taps, args.device))  # loads kernels and thread pools
+    step(method, inputs((4, 4, 4), args.channels, args.taps, args.device))  # loads kernels and thread pools
     given = inputs(shape, args.channels, args.taps, args.device)
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        seconds, _ = step(way, given)
-        return torch.cuda.max_memory_allocated() - held, seconds
+        before = torch.cuda.memory_allocated()
+        seconds, _ = step(method, given)
+        return torch.cuda.max_memory_allocated() - before, seconds
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    held = _high_water()
-    seconds, _ = step(way, given)
-    return _high_water() - held, seconds
+    before = _high_water()
+    seconds, _ = step(method, given)
+    return _high_water() - before, seconds
 
 
 def _high_water() -> int:
@@ -110,10 +110,10 @@ def _high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def alone(way: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
+def alone(method: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
     """`peak` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak, (way, shape, args))
+        return pool.apply(peak, (method, shape, args))
 
 
 def bandwidth(device: str) -> float:
@@ -143,10 +143,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     given = inputs(SMALL, args.channels, args.taps, args.device)
     with torch.no_grad():
         difference = float((all_taps(*given) - tubes(*given)).abs().max())
-    runs = [{way: step(way, given) for way in WAYS} for _ in range(args.repeats)]
-    best = {way: min(run[way][0] for run in runs) for way in WAYS}
-    cpu = {way: min(run[way][1] for run in runs) for way in WAYS}
-    found: dict[str, Any] = {
+    runs = [{method: step(method, given) for method in METHODS} for _ in range(args.repeats)]
+    best = {method: min(run[method][0] for run in runs) for method in METHODS}
+    cpu = {method: min(run[method][1] for run in runs) for method in METHODS}
+    figures: dict[str, Any] = {
         "device": args.device,
         "threads": args.threads,
         "shape": SMALL,
@@ -159,30 +159,32 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "cpu_time_ratio": cpu["tubes"] / cpu["all_taps"],
     }
     if args.device != "cpu":
-        found["bandwidth_share"] = least_bytes(given) / bandwidth(args.device) / best["tubes"]
+        figures["bandwidth_share"] = least_bytes(given) / bandwidth(args.device) / best["tubes"]
     del given
-    found["peak_bytes"] = {way: alone(way, SMALL, args)[0] for way in WAYS}
-    found["memory_ratio"] = found["peak_bytes"]["tubes"] / found["peak_bytes"]["all_taps"]
+    figures["peak_bytes"] = {method: alone(method, SMALL, args)[0] for method in METHODS}
+    figures["memory_ratio"] = figures["peak_bytes"]["tubes"] / figures["peak_bytes"]["all_taps"]
     size, seconds = alone("tubes", LARGE, args)
-    found["large"] = {"shape": LARGE, "peak_bytes": size, "seconds": seconds}
-    return found
+    figures["large"] = {"shape": LARGE, "peak_bytes": size, "seconds": seconds}
+    return figures
 
 
-def table(found: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """The figures for people."""
-    small, large = ("x".join(str(n) for n in shape) for shape in (found["shape"], found["large"]["shape"]))
+    small, large = ("x".join(str(n) for n in shape) for shape in (figures["shape"], figures["large"]["shape"]))
     rows = [("volume", "way", "seconds", "CPU seconds", "peak above inputs")]
-    for way in WAYS:
-        held = f"{found['peak_bytes'][way] / 2**20:.0f} MiB"
-        rows.append((small, way, f"{found['seconds'][way]:.3f}", f"{found['cpu_seconds'][way]:.3f}", held))
-    time_ratio, cpu_ratio, memory = (f"{found[k]:.3f}" for k in ("time_ratio", "cpu_time_ratio", "memory_ratio"))
+    for method in METHODS:
+        peak_memory = f"{figures['peak_bytes'][method] / 2**20:.0f} MiB"
+        seconds, cpu_seconds = f"{figures['seconds'][method]:.3f}", f"{figures['cpu_seconds'][method]:.3f}"
+        rows.append((small, method, seconds, cpu_seconds, peak_memory))
+    time_ratio, cpu_ratio, memory = (f"{figures[k]:.3f}" for k in ("time_ratio", "cpu_time_ratio", "memory_ratio"))
     rows.append(("ratio", "tubes / all_taps", time_ratio, cpu_ratio, memory))
-    held = f"{found['large']['peak_bytes'] / 2**20:.0f} MiB"
-    rows.append((large, "tubes", f"{found['large']['seconds']:.3f}", "", held))
-    lines = [f"{found['channels']} channels, {found['taps']} taps, {found['device']}, {found['threads']} thread(s)"]
+    peak_memory = f"{figures['large']['peak_bytes'] / 2**20:.0f} MiB"
+    rows.append((large, "tubes", f"{figures['large']['seconds']:.3f}", "", peak_memory))
+    threads = f"{figures['threads']} thread(s)"
+    lines = [f"{figures['channels']} channels, {figures['taps']} taps, {figures['device']}, {threads}"]
     lines += [f"{a:<12} {b:<17} {c:>9} {d:>12} {e:>18}" for a, b, c, d, e in rows]
-    if "bandwidth_share" in found:
-        lines.append(f"share of the memory-bandwidth bound: {found['bandwidth_share']:.1%}")
+    if "bandwidth_share" in figures:
+        lines.append(f"share of the memory-bandwidth bound: {figures['bandwidth_share']:.1%}")
     return "\n".join(lines)
 
 
@@ -194,9 +196,9 @@ def main() -> None:
     parser.add_argument("--taps", type=int, default=9, help="taps of a tube, odd")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way; the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    found = measure(parser.parse_args())
-    print(table(found))
-    print(json.dumps(found))
+    figures = measure(parser.parse_args())
+    print(table(figures))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -92,12 +92,12 @@ def main() -> int:
         row = {}
         for kernel, used in now.items():
             before = seconds(kernel, used, given, tubes, args.repeats)
-            found = {tile: seconds(kernel, tile, given, tubes, args.repeats) for tile in candidates()}
-            row[kernel] = min(found, key=lambda tile: found[tile])
-            best, fit = found[row[kernel]], sum(map(math.isfinite, found.values()))
+            timings = {tile: seconds(kernel, tile, given, tubes, args.repeats) for tile in candidates()}
+            row[kernel] = min(timings, key=lambda tile: timings[tile])
+            best, fit = timings[row[kernel]], sum(map(math.isfinite, timings.values()))
             name = f"{str(dtype).removeprefix('torch.'):<9} {kernel:<9}"
             print(f"{name} {used} {before * 1e6:.0f} us -> {row[kernel]} {best * 1e6:.0f} us", end=" ")
-            print(f"({best / before:.2f}; {fit} of {len(found)} choices fit)", flush=True)
+            print(f"({best / before:.2f}; {fit} of {len(timings)} choices fit)", flush=True)
         choice = ", ".join(f'"{kernel}": {tile}' for kernel, tile in row.items())
         table.append(f"    {dtype}: {{{choice}}},")
     print("TILES = {", *table, "}", sep="\n")

@@ -25,7 +25,7 @@ def test_more_ranks_are_not_slower_and_the_serial_share_grows(limit: float) -> N
     outcomes = [simulate(make_stages(), Site(ranks, limit, queue=30.0), STARTUP) for ranks in (1, 2, 8, 64, 512)]
     walls = [outcome.wall for outcome in outcomes]
     assert walls == sorted(walls, reverse=True)
-    shares = [outcome.serial / outcome.held for outcome in outcomes if outcome.starts == 1]
+    shares = [outcome.serial / outcome.allocated for outcome in outcomes if outcome.starts == 1]
     assert shares == sorted(shares)
     assert walls[-1] >= 10 + 50 + 60, "no number of ranks shortens one task, nor what one rank does"
 

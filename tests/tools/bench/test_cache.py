@@ -15,10 +15,10 @@ def test_the_last_line_is_json_and_the_live_teacher_gives_what_the_cache_holds(
 ) -> None:
     sizes = ["--shape", "16", "48", "64", "--step-shape", "16", "48", "64", "--crop", "8", "32", "32"]
     assert cache.main([*sizes, "--teachers", "bundled", "--steps", "1"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    step = found["steps bundled"]
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    step = report["steps bundled"]
     assert step["cosine_of_same"] > 0.9999 > step["cosine_of_crop"]
     assert step["ratio"] == pytest.approx(step["cache_s"] / step["same_s"], rel=0.05)
     assert 0 <= step["wait"] < 1
-    assert found["build"]["ratio"] == pytest.approx(found["build"]["bare_s"] / found["build"]["build_s"], rel=0.05)
-    assert set(found["reads_mb_per_s"]) == {"crops", "sequential", "raw_windows", "gzip1_windows", "zarr_windows"}
+    assert report["build"]["ratio"] == pytest.approx(report["build"]["bare_s"] / report["build"]["build_s"], rel=0.05)
+    assert set(report["reads_mb_per_s"]) == {"crops", "sequential", "raw_windows", "gzip1_windows", "zarr_windows"}

@@ -8,7 +8,7 @@ from tools.bench import links
 
 
 def test_the_same_mask_is_traced_without_and_with_its_image() -> None:
-    found = links.compared(0, 2, 1.0, (24, 96, 128))
-    assert set(found) == {"no", "yes"}
-    assert found["no"]["precision"] == pytest.approx(1, abs=0.3)
-    assert found["yes"]["recall"] > found["no"]["recall"] + 0.1
+    report = links.compared(0, 2, 1.0, (24, 96, 128))
+    assert set(report) == {"no", "yes"}
+    assert report["no"]["precision"] == pytest.approx(1, abs=0.3)
+    assert report["yes"]["recall"] > report["no"]["recall"] + 0.1

@@ -19,8 +19,8 @@ def test_small_sizes_run_and_end_in_json() -> None:
         [sys.executable, "-m", "tools.bench.metrics", *sizes], cwd=REPO, capture_output=True, text=True, timeout=200
     )
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert set(found) == {"hd95_blobs", "hd95_neuron", "hd95_spheres", "esa", "rasterize"}
-    for row in found.values():
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert set(report) == {"hd95_blobs", "hd95_neuron", "hd95_spheres", "esa", "rasterize"}
+    for row in report.values():
         assert {"ratio", "cpu_ratio", "ours_peak_bytes", "plain_peak_bytes"} <= set(row)
         assert row["ratio"] > 0

@@ -72,7 +72,7 @@ def test_the_slower_of_device_and_host_decides() -> None:
 @pytest.mark.slow
 def test_a_step_has_the_operations_of_the_model_and_fewer_kernels_when_compiled() -> None:
     crop = (32, 64, 64)
-    eager, fused = (list_kernels(SMALL, crop, 2, way) for way in ("eager", "compiled"))
+    eager, fused = (list_kernels(SMALL, crop, 2, mode) for mode in ("eager", "compiled"))
     model = 3 * estimate_costs(SMALL, crop, 2).total.forward
     for kernels in (eager, fused):
         products = sum(k.operations for k in kernels if k.name in ("mm", "addmm", "bmm") or "conv" in k.name)

@@ -19,8 +19,8 @@ ARGS = argparse.Namespace(device="cpu", size="tiny", crop=[16, 16, 32], batch=1,
 def test_the_networks_have_the_same_transformer() -> None:
     dim, depth, _ = SIZES["tiny"]
     block = 12 * dim * dim  # weights of attention and MLP
-    for way in bench.WAYS:
-        net = bench.build(way, ARGS)
+    for network in bench.NETWORKS:
+        net = bench.build(network, ARGS)
         names = {n: p.numel() for n, p in net.named_parameters() if "vit" in n and re.search(r"blocks\.\d+\.", n)}
         assert sum(n for name, n in names.items() if "weight" in name and "norm" not in name) == depth * block
 
@@ -34,11 +34,11 @@ def test_steps_change_weights_and_take_time() -> None:
 
 def test_the_table_gives_ratios() -> None:
     values = {"student": 1.0, "monai_unetr": 4.0}
-    found = {"device": "cpu", "threads": 1, "size": "tiny", "crop": [16, 16, 16], "batch": 1, "seconds": values}
-    found |= {"cpu_seconds": values, "parameters": dict.fromkeys(values, 1_500_000)}
-    found |= {"peak_bytes": {way: int(v * 2**20) for way, v in values.items()}}
+    figures = {"device": "cpu", "threads": 1, "size": "tiny", "crop": [16, 16, 16], "batch": 1, "seconds": values}
+    figures |= {"cpu_seconds": values, "parameters": dict.fromkeys(values, 1_500_000)}
+    figures |= {"peak_bytes": {network: int(v * 2**20) for network, v in values.items()}}
     for key in ("time_ratio", "cpu_time_ratio", "memory_ratio"):
-        found[key] = {"student": 0.25}
-    lines = bench.table(found).splitlines()
+        figures[key] = {"student": 0.25}
+    lines = bench.table(figures).splitlines()
     assert lines[2].split() == ["student", "1.50", "M", "1.000", "0.250", "1.000", "0.250", "1", "MiB", "0.250"]
     assert lines[3].split()[3:5] == ["4.000", "1.000"]

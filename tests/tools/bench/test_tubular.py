@@ -14,13 +14,13 @@ from tools.bench import tubular
 
 @pytest.mark.parametrize("taps", [3, 5])
 def test_both_ways_give_the_same_values_and_gradients(taps: int) -> None:
-    found = {}
-    for way in tubular.WAYS:
+    results = {}
+    for method in tubular.METHODS:
         given = [t.detach().double().requires_grad_() for t in tubular.inputs((4, 5, 6), 3, taps, "cpu")]
-        out = tubular.WAYS[way](*given)
+        out = tubular.METHODS[method](*given)
         out.square().sum().backward()
-        found[way] = [out, *(t.grad for t in given)]
-    for a, b in zip(found["tubes"], found["all_taps"], strict=True):
+        results[method] = [out, *(t.grad for t in given)]
+    for a, b in zip(results["tubes"], results["all_taps"], strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -29,18 +29,18 @@ def test_the_last_line_is_json_with_ratios_and_peaks(
 ) -> None:
     monkeypatch.setattr(tubular, "SMALL", (6, 7, 8))
     monkeypatch.setattr(tubular, "LARGE", (8, 8, 8))
-    held = {"tubes": 1 << 20, "all_taps": 1 << 22}  # measured in processes of their own, see the test below
-    monkeypatch.setattr(tubular, "alone", lambda way, shape, args: (held[way], 0.5))
+    peaks = {"tubes": 1 << 20, "all_taps": 1 << 22}  # measured in processes of their own, see the test below
+    monkeypatch.setattr(tubular, "alone", lambda method, shape, args: (peaks[method], 0.5))
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--channels", "4", "--taps", "3", "--repeats", "1"])
     tubular.main()
     lines = capsys.readouterr().out.splitlines()
-    found = json.loads(lines[-1])
-    assert found["largest_difference"] < 1e-4
-    assert found["time_ratio"] == pytest.approx(found["seconds"]["tubes"] / found["seconds"]["all_taps"])
-    assert found["peak_bytes"] == held
-    assert found["memory_ratio"] == 0.25
-    assert found["large"] == {"shape": [8, 8, 8], "peak_bytes": 1 << 20, "seconds": 0.5}
-    assert any(line.startswith("6x7x8") and f"{found['seconds']['tubes']:.3f}" in line for line in lines)
+    report = json.loads(lines[-1])
+    assert report["largest_difference"] < 1e-4
+    assert report["time_ratio"] == pytest.approx(report["seconds"]["tubes"] / report["seconds"]["all_taps"])
+    assert report["peak_bytes"] == peaks
+    assert report["memory_ratio"] == 0.25
+    assert report["large"] == {"shape": [8, 8, 8], "peak_bytes": 1 << 20, "seconds": 0.5}
+    assert any(line.startswith("6x7x8") and f"{report['seconds']['tubes']:.3f}" in line for line in lines)
 
 
 @pytest.mark.slow

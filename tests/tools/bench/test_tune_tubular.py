@@ -39,9 +39,9 @@ def test_each_kernel_gets_the_fastest_of_its_choices_and_the_table_can_be_pasted
     assert done.returncode == 0, done.stderr[-3000:]
     lines, table = done.stdout.split("TILES = ")
     assert lines.count("2 of 2 choices fit") == 6
-    found: dict[object, dict[str, tuple[int, int, int]]] = eval(table, {"torch": __import__("torch")})
-    assert [list(row) for row in found.values()] == [["conv", "gradient", "weight"]] * 2
-    assert {tile for row in found.values() for tile in row.values()} <= {(16, 2, 1), (32, 2, 1)}
+    tiles: dict[object, dict[str, tuple[int, int, int]]] = eval(table, {"torch": __import__("torch")})
+    assert [list(row) for row in tiles.values()] == [["conv", "gradient", "weight"]] * 2
+    assert {tile for row in tiles.values() for tile in row.values()} <= {(16, 2, 1), (32, 2, 1)}
 
 
 def test_without_a_gpu_it_says_so() -> None:

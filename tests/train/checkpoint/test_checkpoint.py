@@ -110,16 +110,16 @@ def test_what_a_run_does_meanwhile_is_not_in_the_checkpoint(tiny, tmp_path, monk
         late.append(stepped.wait(60))
         write_ranges(path, ranges)
 
-    held = []
+    snapshots = []
     for name, keys in (("front", ["checkpoint.background=false"]), ("back", [])):
         if name == "back":
             monkeypatch.setattr(loop, "train_step", step)
             monkeypatch.setattr(saver, "write_ranges", wait_for_step_3)
         assert train.run(tiny(tmp_path / name, *keys, "optim.steps=4", "checkpoint.keep=3")) == 0
-        held.append(load_file(tmp_path / name / "checkpoints/step_00000002/rank_00000.safetensors"))
+        snapshots.append(load_file(tmp_path / name / "checkpoints/step_00000002/rank_00000.safetensors"))
     assert late == [True, True]  # of steps 2 and 4
-    assert held[0].keys() == held[1].keys()
-    assert all(torch.equal(held[0][k], held[1][k]) for k in held[0])
+    assert snapshots[0].keys() == snapshots[1].keys()
+    assert all(torch.equal(snapshots[0][k], snapshots[1][k]) for k in snapshots[0])
 
 
 def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path):

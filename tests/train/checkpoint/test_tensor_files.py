@@ -44,9 +44,9 @@ def test_any_cut_is_read_through_any_other(tmp_path_factory, numel, data):
     ]
     read_ranges(folder, wanted, first=data.draw(st.integers(0, 5)))
     assert torch.equal(torch.cat([r.values for r in wanted]), whole["a"])
-    found = list(stream_tensors(folder, "weight", {"b.weight": (7, 1), "a": (numel,)}))
-    assert torch.equal(found[0], whole["b.weight"][:, None])
-    assert torch.equal(found[1], whole["a"])
+    tensors = list(stream_tensors(folder, "weight", {"b.weight": (7, 1), "a": (numel,)}))
+    assert torch.equal(tensors[0], whole["b.weight"][:, None])
+    assert torch.equal(tensors[1], whole["a"])
 
 
 def test_what_is_missing_or_broken_is_said(tmp_path):
@@ -66,8 +66,8 @@ def test_other_programs_read_what_is_written(tmp_path):
     tensors = {"x": torch.randn(2, 3).bfloat16(), "y": torch.randn(4, 3).T, "scalar": torch.tensor(2.5)}
     shapes = {k: v.shape for k, v in tensors.items()}
     write_tensors(tmp_path / "file", shapes, tensors.values(), {"code": "1"})
-    found = load_file(tmp_path / "file")
-    assert all(torch.equal(found[k], v.float()) for k, v in tensors.items())
+    loaded = load_file(tmp_path / "file")
+    assert all(torch.equal(loaded[k], v.float()) for k, v in tensors.items())
     with safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata() == {"code": "1"}
     with pytest.raises(ValueError, match="has 2 elements"):
@@ -76,18 +76,18 @@ def test_other_programs_read_what_is_written(tmp_path):
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12))
 def test_ranks_and_passes_share_a_step_and_meet_in_every_pass(batch, ranks, micro):
-    found: list[int] = []
+    numbers: list[int] = []
     passes = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "world_size", lambda: ranks)
         for rank in range(ranks):
             patch.setattr(distributed, "rank", lambda rank=rank: rank)
-            mine = batches.share_step(batch, micro)
-            passes.add(len(mine))
-            assert all(0 <= stop - first <= micro for first, stop in mine)
-            found += [i for first, stop in mine for i in range(first, stop)]
+            passes_of_rank = batches.share_step(batch, micro)
+            passes.add(len(passes_of_rank))
+            assert all(0 <= stop - first <= micro for first, stop in passes_of_rank)
+            numbers += [i for first, stop in passes_of_rank for i in range(first, stop)]
             chunks = list(batches.iterate_indices(1, 3, batch, micro))
-            assert [len(c) for c in chunks] == [max(1, b - a) for a, b in mine * 2]
+            assert [len(c) for c in chunks] == [max(1, b - a) for a, b in passes_of_rank * 2]
             assert all(batch <= i < 3 * batch for c in chunks for i in c)
-    assert sorted(found) == list(range(batch))
+    assert sorted(numbers) == list(range(batch))
     assert passes == {-(-batch // (micro * ranks))}

@@ -65,19 +65,19 @@ def module_of(stage):
     return TrainModule(build_student(STUDENT), None, sharded=stage == 3)
 
 
-def steps(held, count):
+def steps(network, count):
     """(loss, gradient's norm) of so many steps of two passes."""
     image = torch.rand(1, 1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
     none, flag = torch.zeros_like(image, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool)
     batch = {"image": image, "mask": none, "skeleton": none, "features": {}, "distilled": flag, "index": flag.long()}
-    found = []
+    rows = []
     for _ in range(count):
         for _ in range(2):
-            loss = (held(batch)[0].float() - 1).square().mean()
-            held.backward(loss)
-            norm = held.step()
-        found.append((loss.item(), float(norm)))
-    return found
+            loss = (network(batch)[0].float() - 1).square().mean()
+            network.backward(loss)
+            norm = network.step()
+        rows.append((loss.item(), float(norm)))
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -97,31 +97,31 @@ def test_offload_trains_alike_and_its_checkpoints_fit_others(make, keys, tmp_pat
     snapshot = saver.take_snapshot(spared.state, None, copy=True)
     snapshot.write(tmp_path)
     saver.restore_snapshot(tmp_path, plain.state, snapshot.engine, None)
-    mine, others = plain.gather_weights(""), spared.gather_weights("")
-    assert all(torch.equal(mine[name], others[name]) for name in others)
+    restored, others = plain.gather_weights(""), spared.gather_weights("")
+    assert all(torch.equal(restored[name], others[name]) for name in others)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_skips_a_step_that_overflows_and_goes_on(make, half, stage, tmp_path):
     """The scale of 2^20 is too large, and halved; each stage then trains, and what is saved holds the scale."""
-    held, plain = make(torch.float16, stage=stage, scale=20), make(FP32, stage=2)
-    before = held.gather_weights("")
-    found = steps(held, 12)
-    skipped = sum(norm in (-1.0, float("inf")) or norm != norm for _, norm in found)
+    half_precision, plain = make(torch.float16, stage=stage, scale=20), make(FP32, stage=2)
+    before = half_precision.gather_weights("")
+    results = steps(half_precision, 12)
+    skipped = sum(norm in (-1.0, float("inf")) or norm != norm for _, norm in results)
     assert 0 < skipped < 12
-    assert held.state.count_updates() == 12 - skipped
-    state = held.state.read_loss_scale()
+    assert half_precision.state.count_updates() == 12 - skipped
+    state = half_precision.state.read_loss_scale()
     assert state["cur_scale"] == 2 ** (20 - skipped)
     reference = steps(plain, 12 - skipped)
-    assert found[0][0] == found[skipped][0]  # nothing was learnt from what overflowed
-    assert [loss for loss, _ in found[skipped:]] == pytest.approx([loss for loss, _ in reference], rel=1e-2)
-    assert any(not torch.equal(held.gather_weights("")[name], before[name]) for name in before)
-    snapshot = saver.take_snapshot(held.state, None, copy=False)
+    assert results[0][0] == results[skipped][0]  # nothing was learnt from what overflowed
+    assert [loss for loss, _ in results[skipped:]] == pytest.approx([loss for loss, _ in reference], rel=1e-2)
+    assert any(not torch.equal(half_precision.gather_weights("")[name], before[name]) for name in before)
+    snapshot = saver.take_snapshot(half_precision.state, None, copy=False)
     snapshot.write(tmp_path)
     other = make(torch.float16, stage=stage)
     saver.restore_snapshot(tmp_path, other.state, snapshot.engine, None)
     assert other.state.read_loss_scale() == state
-    assert steps(other, 2) == steps(held, 2)
+    assert steps(other, 2) == steps(half_precision, 2)
 
 
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=str)

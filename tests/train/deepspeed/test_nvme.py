@@ -59,14 +59,14 @@ def crop() -> dict[str, Any]:
     return {"image": image, "mask": none, "skeleton": none, "features": {}, "distilled": flag, "index": flag.long()}
 
 
-def losses(held: engine.Engine, count: int) -> list[float]:
-    found = []
+def losses(network: engine.Engine, count: int) -> list[float]:
+    values = []
     for _ in range(count):
-        loss = (held(crop())[0] - 1).square().mean()
-        held.backward(loss)
-        held.step()
-        found.append(loss.item())
-    return found
+        loss = (network(crop())[0] - 1).square().mean()
+        network.backward(loss)
+        network.step()
+        values.append(loss.item())
+    return values
 
 
 def test_parameters_in_files_train_to_the_same_bits(tmp_path):
@@ -87,13 +87,13 @@ def test_parameters_in_files_train_to_the_same_bits(tmp_path):
         snapshot = saver.take_snapshot(plain.state, None, copy=True)
         snapshot.write(tmp_path)
         assert losses(plain, 1) == losses(filed, 1)
-        for held in (plain, filed):
+        for network in (plain, filed):
             with torch.no_grad():
-                held(crop())
-            saver.restore_snapshot(tmp_path, held.state, snapshot.engine, None)
+                network(crop())
+            saver.restore_snapshot(tmp_path, network.state, snapshot.engine, None)
         assert losses(plain, 2) == losses(filed, 2)
-        mine, others = plain.gather_weights(""), filed.gather_weights("")
-        assert all(torch.equal(mine[name], others[name]) for name in mine)
+        in_memory, others = plain.gather_weights(""), filed.gather_weights("")
+        assert all(torch.equal(in_memory[name], others[name]) for name in in_memory)
     finally:
         plain.close()
         filed.close()
@@ -113,14 +113,14 @@ def test_buffers_hold_the_largest_part_and_what_is_live():
 
 
 def test_a_disk_or_a_limit_that_is_too_small_is_said(tmp_path, monkeypatch):
-    held = nvme.plan_buffers([1 << 18, 10], 4, 1 << 18)
+    buffers = nvme.plan_buffers([1 << 18, 10], 4, 1 << 18)
     path = tmp_path / "run"
-    assert nvme.require_room(path, [1 << 18, 10], 4, held).startswith("1 of 2 parameters wait in")
+    assert nvme.require_room(path, [1 << 18, 10], 4, buffers).startswith("1 of 2 parameters wait in")
     with pytest.raises(ConfigError, match=r"parameters take .* of this node's disk"):
-        nvme.require_room(path, [1 << 60], 4, held)
+        nvme.require_room(path, [1 << 60], 4, buffers)
     monkeypatch.setattr(nvme, "_can_lock", lambda size: size < 1 << 21)
     with pytest.raises(ConfigError, match=r"DeepSpeed's buffers are 10\.5 MB .*ulimit -l"):
-        nvme.require_room(path, [1 << 18], 4, held)
+        nvme.require_room(path, [1 << 18], 4, buffers)
 
 
 @pytest.mark.parametrize(
