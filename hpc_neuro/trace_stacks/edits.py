@@ -114,7 +114,7 @@ def continue_from(edits: Edits, traced: list[Tree], left_out: list[Tree]) -> lis
     is_new = ~is_kept & ~is_deleted
 
     # Without the edges to cable that is known, what is new falls into branches.
-    fresh = morphology.select_nodes(_cut(forest, is_new), is_new)
+    fresh = morphology.select_nodes(_drop_edges_outside(forest, is_new), is_new)
     touches_kept, touches_deleted = (_find_touching(forest, is_new, other)[is_new] for other in (is_kept, is_deleted))
     nearest = np.asarray(cKDTree(edits.tree.points).query(fresh.points)[1])
 
@@ -132,7 +132,7 @@ def continue_from(edits: Edits, traced: list[Tree], left_out: list[Tree]) -> lis
     return [*_join(joined, hooks), *alone]
 
 
-def _cut(tree: Tree, is_inside: NDArray[np.bool_]) -> Tree:
+def _drop_edges_outside(tree: Tree, is_inside: NDArray[np.bool_]) -> Tree:
     """The tree without the edges that do not lie inside a set of nodes."""
     is_edge = (tree.parents >= 0) & is_inside & is_inside[tree.parents]
     return replace(tree, parents=np.where(is_edge, tree.parents, -1))
@@ -173,6 +173,6 @@ def _is_near(tree: Tree, other: Tree) -> NDArray[np.bool_]:
 def _select_far(tree: Tree, other: Tree) -> Tree:
     """The cable of a tree that is not near another one; nodes are not joined across what is left out."""
     is_far = ~_is_near(tree, other)
-    cut = _cut(tree, is_far)
+    cut = _drop_edges_outside(tree, is_far)
     has_cable = (cut.parents >= 0) | (morphology.child_counts(cut) > 0)
     return morphology.select_nodes(cut, is_far & has_cable)
