@@ -23,6 +23,7 @@ from scipy.ndimage import (
     binary_dilation,
     binary_opening,
     distance_transform_edt,
+    find_objects,
     gaussian_filter,
     maximum_filter,
     minimum_filter,
@@ -69,12 +70,16 @@ _THICK_TILE: Shape = (1, 4, 4)
 """[voxel] Tiles of which thick regions are made, slice by slice."""
 _THICK_TILES = 4
 """[tile] A region into which a square of so many tiles fits is thick: a soma, and no neurite."""
+_LEAST_COMPACTNESS = 0.25
+"""Share of the square around a thick region that its largest section fills, at least, if it is a soma."""
 _THICK_RIM = (6, 1, 1)
 """[slice, tile, tile] What lies so near to a thick region belongs to it."""
 _THICK_SHARE = 0.25
 """[Otsu's threshold] Signal of a thick region, at least."""
 _SCALE_ROUNDS, _SAME_SCALE = 4, 0.8
 """Thick regions are left out anew until Otsu's threshold stays above this share of the one before."""
+_LEAST_SCALE = 0.05
+"""[Otsu's threshold with somas] Neurites are so bright beside their somas, at least."""
 _SPECK_VOXELS = 12
 """[voxel] Smaller connected components of a mask are specks, as in `TraceConfig.min_voxels`."""
 _SPECK_SHARE = 0.02
@@ -411,12 +416,16 @@ def _leave_thick_out(sample: list[_Part]) -> tuple[list[_Part], float]:
 
     A bright soma has most of the bright voxels, and would put the threshold above the dendrites.
     """
-    otsu = _compute_otsu(sample)
+    whole_otsu = otsu = _compute_otsu(sample)
     for _ in range(_SCALE_ROUNDS):
         parts = [replace(part, thin=_find_thin(part.signal, _THICK_SHARE * otsu)) for part in sample]
         if all(part.thin is None for part in parts):
             break
-        before, otsu, sample = otsu, _compute_otsu(parts), parts
+        thin_otsu = _compute_otsu(parts)
+        # What is left is background then: all neurites are wide, and none of them is a soma.
+        if thin_otsu < _LEAST_SCALE * whole_otsu:
+            return sample, otsu
+        before, otsu, sample = otsu, thin_otsu, parts
         if otsu > _SAME_SCALE * before:
             break
     return sample, otsu
@@ -426,6 +435,7 @@ def _find_thin(signal: Floats, level: float) -> NDArray[np.bool_] | None:
     """[Z, Y, X] what is beside the thick regions above a level; None without such regions."""
     is_full = -_tile_maxima(-signal, _THICK_TILE) >= level
     is_thick = binary_opening(is_full, np.ones((1, _THICK_TILES, _THICK_TILES), dtype=bool))
+    is_thick = _select_compact(is_thick)
     if not is_thick.any():
         return None
 
@@ -433,6 +443,18 @@ def _find_thin(signal: Floats, level: float) -> NDArray[np.bool_] | None:
     is_thick = binary_dilation(is_thick, np.ones(tuple(2 * reach + 1 for reach in _THICK_RIM), dtype=bool))
     voxels = np.repeat(np.repeat(is_thick, _THICK_TILE[1], axis=1), _THICK_TILE[2], axis=2)
     return np.asarray(~voxels[:, : signal.shape[1], : signal.shape[2]])
+
+
+def _select_compact(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[Z, Y, X] the components whose largest section fills much of the square around them; a wide neurite is long."""
+    labels = cc3d.connected_components(mask, connectivity=26)
+    is_compact = np.zeros(int(labels.max()) + 1, dtype=bool)
+    for number, place in enumerate(find_objects(labels), start=1):
+        sections = np.count_nonzero(labels[place] == number, axis=(1, 2))
+        is_compact[number] = (
+            sections.max() >= _LEAST_COMPACTNESS * max(side.stop - side.start for side in place[1:]) ** 2
+        )
+    return np.asarray(is_compact[labels])
 
 
 def _compute_otsu(sample: list[_Part]) -> float:

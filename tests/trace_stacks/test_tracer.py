@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
 import hpc_neuro
 from hpc_neuro.core.geometry import Box
@@ -147,7 +148,7 @@ def test_a_bright_soma_does_not_hide_dim_dendrites() -> None:
     paint_points(body, np.array([[15.0, 100, 100]]), 14.0)
     arms = [sample_line((15, 100, 100), end) for end in ((15, 10, 60), (15, 180, 30), (15, 90, 190), (15, 190, 170))]
     for arm in arms:
-        paint_points(body, arm, 1.5, 0.05)
+        paint_points(body, arm, 1.5, 0.1)
     image = 20 + 2000 * body + np.random.default_rng(0).normal(0, 4, body.shape)
 
     trace = trace_array(np.clip(image, 0, 65535).astype(np.uint16))
@@ -210,6 +211,14 @@ def test_the_python_function_takes_arrays_and_paths(gold: Tree, tmp_path: Path) 
         assert length(tree) > 100
     with pytest.raises(InputError, match="three axes"):
         hpc_neuro.trace(image[0])
+
+
+def test_wide_neurites_are_no_somas(real_data: Path) -> None:
+    # Blurred until every neurite is as wide as a soma.
+    image = gaussian_filter(tifffile.imread(real_data / "diadem_op" / "OP_1.tif").astype(np.float32), (2, 5, 5))
+    gold = hpc_neuro.read_swc(real_data / "diadem_op" / "OP_1.swc")
+    z, y, x = gold.points[0].tolist()
+    assert match_cable(concatenate_trees(trace_array(image, ((z, y, x),)).trees), gold, 4.0).f1 > 0.85
 
 
 @pytest.mark.parametrize(
