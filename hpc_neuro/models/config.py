@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from hpc_neuro.core.schema import config
+from hpc_neuro.core.types import Contrast
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -128,6 +130,19 @@ class StudentConfig:
         return self.channels or CHANNELS[self.size]
 
 
+_Sides = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _ExtraForm(TypedDict, total=False):
+    """What is read of `SavedStudent.extra`."""
+
+    window: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    threshold: Annotated[float, Field(ge=0, le=1)]
+    contrast: Contrast
+    voxel_sizes: tuple[_Sides, _Sides]
+
+
 @config
 class SavedStudent:
     """Content of student.yaml."""
@@ -140,6 +155,17 @@ class SavedStudent:
     """What the trainer adds: `window` (training crop), normalization, threshold, step ..."""
     sha256: str = ""
     """Of model.safetensors; "": saved by a version that did not note it."""
+
+    def __post_init__(self) -> None:
+        try:
+            TypeAdapter(_ExtraForm).validate_python(self.extra)
+        except ValidationError as error:
+            # The first one tells enough of a file that a program wrote.
+            fault = error.errors()[0]
+            key = ".".join(map(str, ("extra", *fault["loc"])))
+            raise ValueError(
+                f"{key}: {fault['msg']}, found {str(fault['input'])[:60]}; train the student again"
+            ) from None
 
 
 @config

@@ -206,3 +206,29 @@ def test_configs_come_back_from_yaml(tmp_path: Path) -> None:
     assert schema.load(StudentConfig, None, ["tokenizer.kind=block"]).tokenizer == BlockTokens()
     with pytest.raises(ConfigError, match="drop_path"):
         schema.load(StudentConfig, None, ["drop_path=1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("window", [24, None, 96]),
+        ("window", [24, 96]),
+        ("window", "24"),
+        ("window", [0, 96, 96]),
+        ("threshold", "high"),
+        ("threshold", None),
+        ("contrast", "loud"),
+        ("voxel_sizes", [[1, 1, 1]]),
+        ("voxel_sizes", [[1, 1, 1], [1, 1, 0]]),
+    ],
+)
+def test_notes_of_a_training_that_have_another_form_are_refused(key: str, value: object, tmp_path: Path) -> None:
+    notes = {"window": [24, 96, 96], "threshold": 0.4, "contrast": "local", "voxel_sizes": [[1, 1, 1], [2, 2, 2]]}
+    cfg = StudentConfig(transformer=False, patch=(4, 8, 8), channels=(8, 4, 4))
+    save_student(tmp_path, cfg, build_student(cfg).state_dict(), {**notes, "step": 3})
+    assert load_student(tmp_path)[1]["window"] == [24, 96, 96]
+    saved = yaml.safe_load((tmp_path / "student.yaml").read_text())
+    saved["extra"][key] = value
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match=rf"extra\.{key}.*train the student again"):
+        load_student(tmp_path)
