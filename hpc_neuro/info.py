@@ -16,9 +16,9 @@ from hpc_neuro.core import files, morphology
 from hpc_neuro.core.constants import EXIT_DONE
 from hpc_neuro.core.files import format_count, quote_path
 from hpc_neuro.core.geometry import Box, Shape, tile_volume
-from hpc_neuro.core.schema import ConfigError
+from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import swc
-from hpc_neuro.data.formats import Volume, open_volume
+from hpc_neuro.data.formats import ImageSummary, Volume, open_volume, summarize_axes
 from hpc_neuro.data.formats.volume import Array
 from hpc_neuro.data.remote_path import parse_path
 
@@ -90,7 +90,15 @@ def _describe_volume(path: Path, picture: Path | None, options: dict[str, str]) 
         raise ConfigError(f"channel={channel} is not a whole number of at least 0")
     number = None if channel is None else int(channel)
 
-    volume = open_volume(path, channel=number, axes=options.get("axes"), dataset=options.get("dataset"))
+    axes, dataset = options.get("axes"), options.get("dataset")
+    try:
+        volume = open_volume(path, channel=number, axes=axes, dataset=dataset)
+    except InputError as error:
+        summary = summarize_axes(path, axes=axes, dataset=dataset) if number is None and picture is None else None
+        if summary is None:
+            raise
+        yield from _describe_several(path, summary, str(error), axes, dataset)
+        return
     yield volume.describe()
 
     statistics, projections = measure_volume(volume)
@@ -106,6 +114,25 @@ def _describe_volume(path: Path, picture: Path | None, options: dict[str, str]) 
     if picture is not None:
         _draw_projections(picture, volume, statistics, projections)
         yield f"picture: {picture}"
+
+
+def _describe_several(
+    path: Path, summary: ImageSummary, refusal: str, axes: str | None, dataset: str | None
+) -> Iterator[str]:
+    """Lines about an image of several channels, colors or time points: each channel, else what other verbs say."""
+    if not summary.channels:
+        stored = ", ".join(f"{name} {count}" for name, count in zip(summary.axes, summary.shape, strict=True))
+        yield f"{path}: {summary.format}, {summary.dtype}\nstored axes: {stored}\nnote: {refusal}"
+        return
+
+    for number in range(summary.channels):
+        volume = open_volume(path, channel=number, axes=axes, dataset=dataset)
+        if number == 0:
+            yield volume.describe().replace("; channel 0\n", "\n", 1)
+        statistics = measure_volume(volume)[0]
+        percentiles = ", ".join(f"{percent:g} % {value:.6g}" for percent, value in statistics.percentiles.items())
+        yield f"channel {number}: {statistics.low:.6g} to {statistics.high:.6g}; {percentiles}"
+    yield f"note: other verbs read one channel; choose it with channel=0 to {summary.channels - 1}"
 
 
 def measure_volume(volume: Volume) -> tuple[Statistics, tuple[Array, Array, Array]]:

@@ -33,7 +33,7 @@ transform  write FILE.moved.swc: flip, then scale, then shift
              scale=1,1,1    factors along z,y,x
              shift=0,0,0    added along z,y,x, in the tree's unit
 All that write: out=FOLDER puts the results there instead of beside FILE; unit=um|voxel states the unit of a file
-whose header does not state it (fix and transform; voxel if left out). FILE itself is never changed.
+whose header does not state it (voxel if left out; of convert to=voxel, um). FILE itself is never changed.
 Exit code: 0 done (check: clean), 2 a file that cannot be read, 3 check found something."""
 
 Options = dict[str, Any]
@@ -126,16 +126,27 @@ def _fix(path: Path, options: Options) -> int:
 
 def _convert(path: Path, options: Options) -> int:
     to = _choose("to", options.get("to", "um"), _UNITS)
-    header = swc.require_header(path)
+    header = swc.read_header(path) if "unit" in options else swc.require_header(path)
+    unit = _choose_unit(path, header, options, "um" if to == "voxel" else "voxel")
     voxel_size = _parse_triple(options, "voxel_size", header.voxel_size)
-    needs_size = to == "voxel" or header.unit in (None, "voxel")
+    # Whoever states the unit that is wanted wants it written, and nothing scaled.
+    is_labelled = header.unit is None and unit == to
+    needs_size = (to == "voxel" or unit == "voxel") and not is_labelled
     if needs_size and (voxel_size is None or min(voxel_size) <= 0):
         raise InputError(f"{path} does not state its voxel size; give it in um as voxel_size=Z,Y,X, each above 0")
 
     target = _target_path(path, to, options)
     tree, comments = swc.read(path), [f"converted from {path.name}", *swc.read_comments(path)]
-    tree = swc.convert(tree, target, to=to, voxel_size=voxel_size, stated=header.unit, comments=comments)
+    if is_labelled:
+        swc.write(target, tree, unit=unit, voxel_size=voxel_size, comments=comments)
+    else:
+        tree = swc.convert(tree, target, to=to, voxel_size=voxel_size, stated=unit, comments=comments)
     _print(f"{target}: {format_count(len(tree), 'node')} in {to}, length {morphology.length(tree):.6g}")
+    if header.unit is None and "unit" not in options:
+        assumed = "voxels" if unit == "voxel" else unit
+        _print(
+            f"{target}: {path.name} does not state its unit, and is taken to be in {assumed}; unit={to} if it is not"
+        )
     return EXIT_DONE
 
 
@@ -158,7 +169,7 @@ def _transform(path: Path, options: Options) -> int:
 _COMMANDS: dict[str, tuple[Callable[[Path, Options], int], set[str]]] = {
     "check": (_check, {"strict"}),
     "fix": (_fix, {"roots", "out", "unit"}),
-    "convert": (_convert, {"to", "voxel_size", "out"}),
+    "convert": (_convert, {"to", "voxel_size", "out", "unit"}),
     "transform": (_transform, {"flip", "shape", "scale", "shift", "out", "unit"}),
 }
 """Command -> what it does with one file, and the keys that it takes."""
@@ -182,12 +193,7 @@ def _write(
     """
     # A unit is converted, never relabelled: coordinates would be wrong by the voxel size.
     header = swc.read_header(path) if "unit" in options else swc.require_header(path)
-    choices = _UNITS if header.unit in (None, *_UNITS) else (*_UNITS, str(header.unit))
-    unit = _choose("unit", options.get("unit", header.unit or "voxel"), choices)
-    if header.unit and unit != header.unit:
-        raise ConfigError(
-            f"unit={unit}, but the header of {path} says {header.unit}; `hpc-neuro swc convert` converts units"
-        )
+    unit = _choose_unit(path, header, options, "voxel")
 
     voxel_size = header.voxel_size
     if voxel_size and scale != (1.0, 1.0, 1.0):
@@ -200,6 +206,17 @@ def _write(
     _print(f"{target}: {counts}, length {morphology.length(tree):.6g}")
     if not header.unit and "unit" not in options:
         _print(f"{target}: written as voxels, since {path.name} does not state its unit; unit=um states another")
+
+
+def _choose_unit(path: Path, header: swc.SwcHeader, options: Options, default: Unit) -> Unit:
+    """The unit of a file: what its header states, else what the user states, else `default`. Raises ConfigError."""
+    choices = _UNITS if header.unit in (None, *_UNITS) else (*_UNITS, str(header.unit))
+    unit = _choose("unit", options.get("unit", header.unit or default), choices)
+    if header.unit and unit != header.unit:
+        raise ConfigError(
+            f"unit={unit}, but the header of {path} says {header.unit}; `hpc-neuro swc convert` converts units"
+        )
+    return unit
 
 
 def _target_path(path: Path, mark: str, options: Options) -> Path:

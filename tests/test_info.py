@@ -74,6 +74,42 @@ def test_a_channel_and_axes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         info.main([str(tmp_path / "a.tif")])
 
 
+@pytest.mark.parametrize(
+    ("axes", "lines"),
+    [
+        ("ZCYX", ["30 x 40 x 50 voxels (z y x)", "channel 0: 0 to 200", "channel 1: 0 to 100", "channel=0 to 1"]),
+        ("TZYX", ["stored axes: T 2, Z 30, Y 40, X 50", "2 time points; one is wanted"]),
+        ("TYX", ["stored axes: T 30, Y 40, X 50", "if the time axis is slices, say axes=ZYX"]),
+    ],
+)
+def test_channels_and_times_are_summarized(
+    axes: str, lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    along = axes.replace("Y", "").replace("X", "").find("C" if "C" in axes else "T")
+    one = line_image()
+    data = one if axes == "TYX" else np.stack([one, one // 2], axis=along)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, data, imagej=True, metadata={"axes": axes})
+    assert command_line(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in lines if line not in out] == []
+
+    # A single one is described as before, and a picture is of one channel.
+    assert command_line(["info", str(path), "channel=1"]) == (0 if "C" in axes else 2)
+    assert command_line(["info", str(path), f"picture={tmp_path / 'p.png'}"]) == 2
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_colors_are_summarized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    colors = np.stack([line_image(), line_image() // 2, line_image() // 4], axis=-1)
+    tifffile.imwrite(tmp_path / "a.tif", colors, photometric="rgb")
+    assert command_line(["info", str(tmp_path / "a.tif")]) == 0
+    assert "channel 2: 0 to 50" in capsys.readouterr().out
+    tifffile.imwrite(tmp_path / "b.tif", colors[0], photometric="rgb")
+    assert command_line(["info", str(tmp_path / "b.tif")]) == 0
+    assert "a 2D color image" in capsys.readouterr().out
+
+
 def test_constant_and_nan_images_are_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.full((4, 5, 6), 7, "uint8"), photometric="minisblack")
     assert info.main([str(tmp_path / "a.tif"), f"picture={tmp_path / 'a.png'}"]) == 0

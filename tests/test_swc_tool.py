@@ -179,3 +179,24 @@ def test_values_that_mean_nothing_are_refused(
     assert command_line(["swc", command, str(folder / "good.swc"), *keys]) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == ["cycle.swc", "empty.swc", "good.swc", "mild.swc"]
+
+
+def test_convert_says_which_unit_it_assumes_and_takes_the_other(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(folder / "good.swc")
+    assert main(["convert", path, "voxel_size=1,0.5,0.5"]) == 0
+    assert "taken to be in voxels; unit=um if it is not" in capsys.readouterr().out
+    assert morphology.length(swc.read(folder / "good.um.swc")) == pytest.approx(7)
+
+    # The advice, obeyed: nothing is scaled, and the unit is written.
+    assert main(["convert", path, "unit=um"]) == 0
+    assert "taken to be" not in capsys.readouterr().out
+    assert swc.read_header(folder / "good.um.swc").unit == "um"
+    assert morphology.length(swc.read(folder / "good.um.swc")) == pytest.approx(14)
+    assert main(["convert", path, "to=voxel", "unit=voxel"]) == 0
+    assert swc.read_header(folder / "good.voxel.swc").unit == "voxel"
+
+    _written(folder / "u.swc", "um")
+    with pytest.raises(ConfigError, match="says um"):
+        main(["convert", str(folder / "u.swc"), "unit=voxel"])

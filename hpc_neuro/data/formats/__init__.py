@@ -21,7 +21,7 @@ from hpc_neuro.data.formats.axes import resolve_axes
 from hpc_neuro.data.formats.volume import StoredArray, Volume, translate_errors
 from hpc_neuro.data.remote_path import METADATA_FILES, RemotePath, parse_path
 
-__all__ = ["READERS", "Volume", "describe_content", "image_stem", "is_image_folder", "open_volume"]
+__all__ = ["READERS", "Volume", "describe_content", "image_stem", "is_image_folder", "open_volume", "summarize_axes"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,19 @@ class Reader:
     def is_folder(self) -> bool:
         """Whether the format is a folder."""
         return not self.suffixes
+
+
+@dataclass(frozen=True)
+class ImageSummary:
+    """What an image of several channels, colors or time points stores."""
+
+    format: str
+    axes: str
+    """One letter per axis, in the order of `shape`."""
+    shape: tuple[int, ...]
+    dtype: str
+    channels: int
+    """Channels or color samples from which one can be chosen; 0 where that is not enough to read a stack."""
 
 
 # The first row that matches opens the path. A zarr folder comes before a folder of slices, which may lie inside it.
@@ -92,11 +105,7 @@ def open_volume(
     Raises InputError for a missing, unknown, truncated or ambiguous file, a 2D image, and several time points.
     """
     path = parse_path(path)
-    reader = _find_reader(path)
-
-    # Opening reads headers only, but a damaged header makes a decoder fail in its own way.
-    with translate_errors(path, reader.name):
-        array = reader.open(path, dataset)
+    array = _open_array(path, dataset)
 
     # A plane is no stack, unless `axes` asks for it as a stack of one slice.
     if axes is not None and len(axes) == len(array.shape) + 1 and axes[:1].upper() == "Z":
@@ -106,6 +115,32 @@ def open_volume(
     order = resolve_axes(path, array.axes, array.shape, axes=axes, channel=channel, names=array.axis_names)
     reopen = functools.partial(open_volume, path.resolve(), channel=channel, axes=axes, dataset=dataset)
     return Volume(path, array, order, reopen)
+
+
+def summarize_axes(path: Path, *, axes: str | None = None, dataset: str | None = None) -> ImageSummary | None:
+    """The stored array of an image that `open_volume` refuses for its channels, colors or time points.
+
+    None where it is refused for anything else, such as an axis without a name. Raises InputError as `open_volume`.
+    """
+    array = _open_array(path, dataset)
+    letters = (axes or array.axes).upper()
+    is_open = len(letters) != len(array.shape) or len(set(letters)) < len(letters) or not set(letters) <= set("ZYXCTS")
+    counts = {letter: array.shape[letters.index(letter)] for letter in "CTS" if letter in letters and not is_open}
+    if not any(count > 1 for count in counts.values()):
+        return None
+    has_stack = set("ZYX") <= set(letters) and counts.get("T", 1) == 1
+    channels = [count for letter, count in counts.items() if letter in "CS" and count > 1]
+    return ImageSummary(
+        array.format, letters, array.shape, str(array.dtype), channels[0] if has_stack and channels else 0
+    )
+
+
+def _open_array(path: Path, dataset: str | None) -> StoredArray:
+    """The array of a path by the reader of its format. Opening reads headers only."""
+    reader = _find_reader(path)
+    # A damaged header makes a decoder fail in its own way.
+    with translate_errors(path, reader.name):
+        return reader.open(path, dataset)
 
 
 def is_image_folder(path: Path) -> bool:
