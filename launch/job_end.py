@@ -111,7 +111,7 @@ class JobRecord:
     def read_ends(self) -> list[dict[str, Any]]:
         """Read the ends that are recorded so far."""
         path = self.ends_file
-        # A list that cannot be read is begun anew: a job must not fail at the record of the jobs before it.
+        # A list that cannot be read is replaced: a job must not fail because of the record of earlier jobs.
         with contextlib.suppress(InputError):
             return list(map(dict, files.read_json(path, "", list[_EndForm])))
         return []
@@ -258,7 +258,7 @@ def explain_signal(job: Mapping[str, str]) -> str | None:
 
 
 def _is_leaving(job: Mapping[str, str]) -> bool:
-    """Whether a job is back in the queue, or on its way there: its times are then those of its next start."""
+    """Whether a job is in the queue again, or about to be: its times are then those of its next start."""
     state = job.get("JobState", "")
     return state in ("PENDING", "REQUEUED", "REQUEUE_HOLD") or "COMPLETING" in state
 
@@ -296,7 +296,7 @@ def settle_start(record: JobRecord, start: str, ranks: int, code: int, max_reque
     is_on_slurm = not job.startswith("local-")
     folder = record.start_folder(start)
 
-    # Without Slurm, rank 0 is here as soon as its own process has ended, with nothing that waits for the others.
+    # Without Slurm nothing waits for the other ranks, so rank 0 gets here as soon as its own process has ended.
     _await_notes(folder, ranks, 3.0 if is_on_slurm else 60.0)
     notes = _read_notes(folder, ranks)
     facts = {**slurm.read_job(job), "signal_seconds": str(signal_seconds)} if is_on_slurm else {}
@@ -361,8 +361,8 @@ def close_earlier_starts(record: JobRecord, start: str) -> bool:
 
 
 def _explain_unfinished_start(start: Path) -> str:
-    """Why a start ended whose batch script did not live to settle it, from the notes of its ranks."""
-    # How many ranks there were, nothing tells but the files that each of them left.
+    """Why a start ended whose batch script died before it could record that, from the notes of its ranks."""
+    # Only the files that the ranks left tell how many there were.
     traces = [*start.glob("alive_*"), *start.glob("rank_*.json")]
     ranks = 1 + max((int(path.stem.split("_")[1]) for path in traces), default=0)
     notes = _read_notes(start, ranks)

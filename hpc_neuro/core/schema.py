@@ -27,7 +27,7 @@ _NULLS = ("null", "~", "")
 _MAX_YAML_BYTES = 16 << 20
 """[bytes] Size of a YAML file that is read."""
 _COLLAPSED_ADDRESS = re.compile(r"(s3|gs|https?):/(?!/)")
-"""How an address begins that was taken for a local path, which has no double slash."""
+"""Beginning of an address whose double slash was lost because it was taken for a local path."""
 _SHORT_VALUE = 200
 """Characters of a value in a fault."""
 
@@ -67,7 +67,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
     faults += [_apply_override(cls, tree, text) for text in overrides]
     faults += _find_conflicts(overrides)
 
-    # Even after a faulty override the rest is validated, for the same reason.
+    # The rest is validated even after a faulty override, for the same reason.
     try:
         value = TypeAdapter(cls).validate_python(_settle_numbers(cls, tree))
     except ValidationError as error:
@@ -80,7 +80,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
             if _COLLAPSED_ADDRESS.match(path)
         ]
         faults += [f"{key}: {number} is no finite number, which is wanted" for key, number in _list_non_finite(value)]
-        # Names of results stand in files of text.
+        # Names of results are written into text files.
         out = str(getattr(value, "out", ""))
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in out):
             faults.append(f"out: {out!a} holds characters that no text can hold; give another folder")
@@ -169,7 +169,7 @@ def _settle_numbers(hint: Any, value: Any) -> Any:
     if isinstance(value, str) and "," in value and _is_list_of_numbers(hint):
         return value.split(",")
 
-    # A yes or no is no number, though Python counts with it.
+    # bool is a number in Python, but not in a config.
     if isinstance(value, bool) and leaves and all(leaf in (int, float, type(None)) for leaf in leaves):
         return str(value).lower()
 
@@ -189,7 +189,7 @@ def _is_list_of_numbers(hint: Any) -> bool:
 
 
 def _section_hints(leaves: Sequence[Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the config that a mapping stands for; {} where that is not decided."""
+    """Field types of the config that a mapping describes; {} where several configs are possible."""
     sections = [leaf for leaf in leaves if dataclasses.is_dataclass(leaf)]
     if len(sections) > 1:
         sections = [section for section in sections if _kind_of(section) == value.get("kind")]

@@ -6,7 +6,7 @@ holds to the others, and a worker that joins late draws from what is left.
 
 A task that raises is tried again, then left out and listed with its traceback. A task that kills its process cannot
 report that afterwards, so its journal counts it as begun beforehand. The next start does all other tasks first, then
-those at which a process died, and alone those for which one more death would be the last.
+those at which a process died. Where one more death would be the last, one rank works at a time.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class TaskQueue:
             for index in tuple(self._held):
                 self.give_back(index)
             self._store.add(f"beat/{self._worker}", _HAS_LEFT)
-            # An interrupt may have struck between a draw and its claim: the others shall look for it.
+            # An interrupt between a draw and its claim leaves a task unclaimed; the others look for it.
             self._store.add("returned", 1)
 
     def wait_for_tasks(self) -> bool:
@@ -117,13 +117,13 @@ class TaskQueue:
             yield index
 
     def mark_done(self, index: int) -> None:
-        """This worker has done a task; no effect when the task was taken from it meanwhile."""
+        """Mark a task as done by this worker; without effect if the task was taken from it meanwhile."""
         self._held.discard(index)
         if self._swap(index, self._own_state, self._done_state):
             self._store.add("done", 1)
 
     def give_back(self, index: int) -> None:
-        """Another worker may draw this task."""
+        """Return a task, so that another worker may draw it."""
         self._held.discard(index)
         if self._swap(index, self._own_state, _FREE):
             self._store.add("returned", 1)
@@ -146,7 +146,7 @@ class TaskQueue:
         return self._is_free(state) and self._swap(index, state, self._own_state)
 
     def _is_free(self, state: str) -> bool:
-        """Whether no living worker holds a task in this state, and none has done it."""
+        """Whether a task in this state is neither done nor held by a living worker."""
         if state.startswith(_DONE):
             return False
         return state == _FREE or int(state.split()[1]) in self._others.dead
@@ -186,7 +186,7 @@ class TaskQueue:
 
 @contextlib.contextmanager
 def draw_indices(store: Any, count: int) -> Iterator[Iterator[int]]:
-    """The numbers below `count` that this worker draws, each drawn once: for runs which the death of a worker ends.
+    """The numbers below `count` that this worker draws, each drawn once. For runs that end when a worker dies.
 
     After an error, or a request to stop, no worker draws any more.
     """
@@ -215,7 +215,7 @@ class _WorkerWatch:
             return bool(self.dead)
 
         self._looked_at = now
-        # After a long pause this process itself was suspended, or busy, and has not seen the others' beats.
+        # After a long pause, in which this process was suspended or busy, it has not seen the beats of the others.
         was_away = pause > self._lease / 2
         for worker in range(1, int(self._store.add("workers", 0)) + 1):
             beat = int(self._store.add(f"beat/{worker}", 0))
@@ -241,7 +241,7 @@ class Task(Generic[T]):
     group: str = ""
     """Which of several journals it belongs to."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the record of its failure says besides the error."""
+    """What the record of its failure contains besides the error."""
 
 
 class Journal(Protocol):
@@ -254,13 +254,13 @@ class Journal(Protocol):
         """Count a task as begun, until `end`."""
 
     def end(self, name: str) -> None:
-        """The process has outlived a task."""
+        """Note that the process survived a task."""
 
     def record_failure(self, name: str, facts: Mapping[str, Any], error: str, trace: str, tries: int) -> None:
-        """Keep what made a task be left out."""
+        """Record why a task is left out."""
 
     def forget_failure(self, name: str) -> None:
-        """A task has not failed after all."""
+        """Remove the failure of a task that succeeded later."""
 
 
 @dataclass(frozen=True)
@@ -285,14 +285,14 @@ class TaskFailure:
 
 @dataclass(frozen=True)
 class TaskPlan(Generic[T]):
-    """Tasks in the order in which they are dared."""
+    """Tasks in the order in which they are tried, the safest first."""
 
     fresh: Sequence[Task[T]]
-    """At which no process died: a worker may have several in hand."""
+    """Tasks at which no process died. A worker may hold several."""
     suspects: Sequence[Task[T]] = ()
-    """At which a process died: a worker has one in hand, so that the next death names its task."""
+    """Tasks at which a process died. A worker holds one, so that the next death names its task."""
     last_chances: Sequence[Task[T]] = ()
-    """For which one more death would be the last: only the first rank works, and has one in hand."""
+    """Tasks for which one more death would be the last. Only the first rank works, and holds one."""
     failures: Sequence[TaskFailure] = ()
     """Tasks left out after too many deaths."""
 
@@ -304,7 +304,7 @@ class TaskPlan(Generic[T]):
 
 @dataclass
 class TaskReport(Generic[R]):
-    """What came of tasks."""
+    """Results and failures of tasks."""
 
     results: list[R] = field(default_factory=list)
     failures: list[TaskFailure] = field(default_factory=list)
@@ -316,10 +316,10 @@ class TaskReport(Generic[R]):
 
 
 class TaskLedger(Generic[T, R]):
-    """The tasks that one worker has in hand, and what came of the others.
+    """The tasks that one worker holds, and the results and failures of the others.
 
     A Worker calls `begin` before each task, and `finish` or `fail` after it. Leaving the ledger, or a request to stop,
-    gives back what is in hand: a process that stops in good order has not died at it.
+    returns what it holds: a process that stops in good order did not die at a task.
     """
 
     def __init__(
@@ -384,7 +384,7 @@ class TaskLedger(Generic[T, R]):
         self._release(task)
 
     def next_attempt(self) -> list[Task[T]]:
-        """The tasks that are to be tried once more; the next attempt begins."""
+        """Begin the next attempt; return the tasks to try again."""
         failed, self._failed = self._failed, []
         self.attempt = self.attempt + 1 if failed else 1
         return failed
@@ -450,7 +450,7 @@ def group_by_deaths(
 def run_tasks(
     plan: TaskPlan[T], work: Worker[T, R], journals: Mapping[str, Journal], limits: RetryLimits, ranks: Ranks
 ) -> TaskReport[R]:
-    """Do the tasks of a plan on all ranks; the report of all ranks, in the order of the plan. Collective.
+    """Do the tasks of a plan on all ranks; return the report of all ranks, in the order of the plan. Collective.
 
     Raises the error of a full disk, and Stopped on a request to stop.
     """
@@ -480,7 +480,7 @@ def _share_tasks(
     ranks: Ranks,
     one_at_a_time: bool,
 ) -> TaskReport[R]:
-    """Do tasks on all ranks, each drawn by one; what this rank has to report. Collective."""
+    """Do tasks on all ranks, each on one; return the report of this rank. Collective."""
     store = ranks.open_store()
     index_of = {(task.group, task.name): index for index, task in enumerate(tasks)}
 

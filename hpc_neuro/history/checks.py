@@ -143,7 +143,7 @@ def check_raw_files(run: RunRecord, quick: bool) -> RunCheck | None:
     if run.verb not in ("prepare", "infer"):
         return None
     record = run.record or {}
-    # As the two verbs name their inputs: `image ID`, `ID.image`, `ID.swc`.
+    # The two verbs name their inputs `image ID`, `ID.image` and `ID.swc`.
     raw = {
         name: digest
         for name, digest in record.get("inputs", {}).items()
@@ -171,10 +171,10 @@ def check_raw_files(run: RunRecord, quick: bool) -> RunCheck | None:
 
 
 def check_record(check: RunCheck) -> None:
-    """Code, config, jobs, end, and the outputs by their hashes."""
+    """Check code, config, jobs and end of a run, and the hashes of its outputs."""
     record = check.record
     jobs = record.get("jobs") or [record.get("host", "an unknown host")]
-    # Everything is read with get: an old record may lack what later versions write.
+    # An old record may lack what later versions write, so everything is read with get.
     check.note(f"code {record.get('code')}, config {shorten(files.sha256_json(record.get('config')))}")
     check.note(
         f"started {', '.join(record.get('starts', []))}, ended {record.get('end')}, "
@@ -244,7 +244,7 @@ def recorded_hashes(run: RunRecord) -> dict[str, str]:
 
 
 def check_prepare(check: RunCheck) -> None:
-    """The store's index, its volumes, and the hashes of the raw files."""
+    """Check the store's index, its volumes, and the hashes of the raw files."""
     index = check.read_json(check.run.folder / _STORE)
     if index is None:
         return
@@ -264,7 +264,7 @@ def check_prepare(check: RunCheck) -> None:
 
 
 def check_precompute(check: RunCheck) -> None:
-    """The volumes, the teacher and the checksum of every shard."""
+    """Check the volumes, the teacher and the checksum of every shard."""
     _check_volumes(check, "volume ")
     manifest = check.read_json(check.run.folder / _CACHE)
     if manifest is None:
@@ -287,7 +287,7 @@ def check_precompute(check: RunCheck) -> None:
 
 
 def check_train(check: RunCheck) -> None:
-    """The volumes, the cache, the teacher, the newest checkpoint and the weights."""
+    """Check the volumes, the cache, the teacher, the newest checkpoint and the weights."""
     _check_volumes(check, "", skip=("teacher", "cache", "split"))
 
     if "cache" in check.inputs and check.config.get("cache"):
@@ -319,7 +319,7 @@ def check_train(check: RunCheck) -> None:
 
 
 def check_infer(check: RunCheck) -> None:
-    """The weights, the volumes, every block of every probability, and the trees."""
+    """Check the weights, the volumes, every block of every probability, and the trees."""
     _check_weights(check)
     if check.config.get("store"):
         _check_volumes(check, "volume ")
@@ -345,7 +345,7 @@ def _read_predictions(folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(check: RunCheck) -> None:
-    """The student's weights: `model` names their folder, or the folder of the training."""
+    """Check the student's weights: `model` names their folder, or the folder of the training."""
     model = check.run.locate(check.config.get("model", ""))
     # A weights folder holds the file itself, the folder of a training holds it under best or last.
     weights = model / "model.safetensors"

@@ -104,7 +104,7 @@ def main(args: Sequence[str]) -> int:
         log.info("%s: what was written is whole; %s failed, which the same command tries again", out, len(failures))
         return EXIT_FAILURES
 
-    # The only flag is --check, which asks for no repair.
+    # --check is the only flag; without it, faults are repaired.
     if not problems or flags:
         log.info("%s: %s", out, format_count(len(problems), "problem") if problems else "whole")
         return EXIT_FAILURES if problems else EXIT_DONE
@@ -150,7 +150,7 @@ def _repair(out: Path, problems: list[Problem]) -> int:
         (out / INDEX).unlink(missing_ok=True)
         exit_code = run(cfg)
 
-    # What was repaired is read once more: the disk may be the cause.
+    # Repaired files are read once more: a faulty disk may be the cause.
     remaining = check(out)
     for problem in remaining:
         log.error("not repaired: %s", problem.text)
@@ -276,7 +276,7 @@ def _find_shard_fault(image: _ProbabilityImage, shard: str, checksum: str) -> st
 
 
 def _check_unknown_files(image: _ProbabilityImage) -> Iterator[Problem]:
-    """Files that no marker names: where a block is empty, they would show."""
+    """Report files that no marker names: a viewer would show them where a block is empty."""
     expected = set[str]()
     for block in image.blocks:
         marker = image.markers.read(block.index)

@@ -38,7 +38,7 @@ from hpc_neuro.infer.viewer_layers import ViewerLayers
 
 log = logging.getLogger(__name__)
 _ADDRESS = "127.0.0.1"
-"""Tunnels end here too; a page that came by https may read from no other plain http."""
+"""Tunnels end here, too. A page that was loaded by https may read plain http from this address only."""
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 """Host names under which a browser reaches this machine, or the end of a tunnel to it."""
 _USAGE = "hpc-neuro infer serve OUT [port=8000]"
@@ -141,7 +141,7 @@ class ViewerServer(ThreadingHTTPServer):
             super().process_request(request, client_address)
             return
 
-        # Waiting for a free thread here would keep the server from all other connections.
+        # Waiting for a free thread here would block all other connections.
         refusal = (
             f"HTTP/1.1 {HTTPStatus.SERVICE_UNAVAILABLE.value} busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         )
@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         size = _parse_size(length) if is_known else 0
         answer = answer_state(self.rfile.read(size)) if 0 < size <= MAX_STATE_BYTES else None
         if answer is None or not _is_loopback(self.headers.get("Host", "")):
-            # What was not read would be taken for the next request.
+            # A body that is not read would be taken for the next request.
             self.close_connection = True
             return self._send_head(HTTPStatus.NOT_FOUND, 0, {"Connection": "close"})
 
@@ -204,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def do_OPTIONS(self) -> None:
-        """The question of a browser whether a page from elsewhere may send a Range header."""
+        """Answer a browser that asks whether a page of another origin may send a Range header."""
         self._send_head(
             HTTPStatus.NO_CONTENT,
             0,
@@ -212,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a view makes thousands of requests."""
+        """Log nothing: a view makes thousands of requests."""
 
     def _answer(self, has_body: bool) -> None:
         # Another name that resolves to this machine would let any page read what is served (DNS rebinding).
@@ -298,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_head(HTTPStatus.NOT_FOUND, 0, {})
 
         with handle:
-            # Taken from the open file, since the name may lead to another by now.
+            # The size is that of the open file: its name may lead to another one by now.
             size = os.fstat(handle.fileno()).st_size
 
             byte_range = _parse_range(self.headers.get("Range"), size)

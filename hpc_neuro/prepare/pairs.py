@@ -76,7 +76,7 @@ def _read_folder(folder: Path, cfg: PrepareConfig) -> list[ImagePair]:
     meta = _read_meta(meta_path, images)
     pairs = []
     for stem, image in images.items():
-        # Absolute paths: a row's relative paths would start at the folder.
+        # Relative paths of a row start at the folder, so these are absolute.
         row = {"id": stem, "image": str(image.absolute()), "swc": str(swcs[stem].absolute()), **meta.get(stem, {})}
         pairs.append(_make_pair(row, meta_path, folder, cfg))
     return pairs
@@ -239,7 +239,7 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
         if not path.exists():
             raise InputError(f"{path} of volume {id_} does not exist; correct {source} or add the file")
 
-    # Each fault is reported under the volume's id, since a table may have hundreds of rows.
+    # A table may have hundreds of rows, so each fault names the volume.
     unit = row.get("swc_unit", cfg.swc_unit)
     if unit not in ("voxel", "um", None):
         raise InputError(f"{source}: swc_unit of {id_} is {unit!r}; voxel or um is wanted")
@@ -295,7 +295,7 @@ def _assign_splits(pairs: list[ImagePair], cfg: SplitConfig) -> list[ImagePair]:
     """Set the split of each neuron: the config's lists, else the manifest's, else drawn, else train."""
     splits = _named_splits(pairs, cfg)
 
-    # The order of the volumes, not of a set, so that the draw is reproducible.
+    # Keep the order of the volumes: the draw depends on it, and that of a set differs between runs.
     neurons = list(dict.fromkeys(pair.neuron for pair in pairs))
     ids = [pair.id for pair in pairs]
     if unknown := [name for name in (*cfg.val, *cfg.test) if name not in {*neurons, *ids}]:

@@ -136,7 +136,7 @@ def cut_contacts(
     threshold: float,
     image: ReadBox | None = None,
 ) -> tuple[CenterlineGraph, list[Contact]]:
-    """The graph without the edges at which neighbors hang on the pieces of `roots` (nodes), and the contacts.
+    """Remove the edges at which neighbors are attached to the pieces of `roots` (nodes); return graph and contacts.
 
     No two roots lie in one piece. Without an image, brightness is no evidence.
     """
@@ -148,7 +148,7 @@ def cut_contacts(
     if not cuts:
         return lines, []
 
-    # The graph is a forest: an edge less, and all that lies beyond is no longer connected to the root.
+    # The graph is a forest, so removing an edge disconnects all that lies beyond it from the root.
     is_cut = _mark_edges(lines, [arm for group, _ in cuts for arm in group.arms])
     lines = replace(lines, edges=lines.edges[~is_cut])
     return lines, _describe_cuts(lines, graph, cuts, voxel_size)
@@ -254,7 +254,7 @@ def _measure_arm(parts: Dissection, light: _Light, hub_node: int, first: int) ->
     radius = float(lines.thickness[hub_node])
     nodes, away = _follow_arm(parts, hub_node, first, radius + _REACH)
 
-    # The first radius lies inside the hub, and says nothing of the arm unless there is nothing else.
+    # The first radius lies inside the hub; it is used only where the arm has hardly any other node.
     is_outside = away >= radius
     outer = nodes[is_outside] if is_outside.sum() >= 3 else nodes
     outer_away = away[is_outside] if is_outside.sum() >= 3 else away
@@ -307,7 +307,7 @@ def _follow_arm(parts: Dissection, hub_node: int, first: int, reach: float) -> t
 
 
 def _choose_straight(parts: Dissection, fork: int, onward: Sequence[int], heading: Floats) -> list[int]:
-    """The branch that goes on most nearly along a heading, none where all turn away."""
+    """The branch that is closest to a heading; none where all turn away."""
     points, best = parts.graph.points, (_STRAIGHT_ON, -1)
     for first in onward:
         before, here = fork, first
@@ -343,7 +343,7 @@ def _measure_straightness(a: _Arm, b: _Arm) -> float:
     step = b.foot - a.foot
     apart = float(np.linalg.norm(step))
 
-    # Of two parallel lines, one arm each would point in opposite directions, too.
+    # One arm from each of two parallel lines would point in opposite directions, too.
     if apart > _APART:
         along = min(float(step @ b.direction), -float(step @ a.direction)) / apart
         straightness = min(straightness, along + _APART_SLACK)
@@ -356,7 +356,7 @@ def _measure_straightness(a: _Arm, b: _Arm) -> float:
 def _compare_groups(groups: Sequence[_Group], entry: int) -> _Hub:
     own = [group for group in groups if any(arm.section == entry for arm in group.arms)]
 
-    # At the root everything is its own.
+    # At the root, every arm belongs to the neuron.
     if not own:
         return _Hub(entry, tuple(arm.section for group in groups for arm in group.arms), ())
 

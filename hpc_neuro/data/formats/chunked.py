@@ -1,8 +1,8 @@
 """Chunked folders through tensorstore: OME-Zarr 0.4 and 0.5, plain zarr, N5 and Neuroglancer precomputed.
 
 In these formats a chunk without a file is the fill value, so a folder whose chunks have other names than its metadata
-says would read as zeros. The files are therefore looked at before the array is opened for reading. A remote store is
-not listed, so some of its chunks are looked for.
+says would read as zeros. The files are therefore checked before the array is opened for reading. A remote store
+cannot be listed, so some of its chunks are requested instead.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _METADATA_FILES = {*_ZARR_FILES, ".zmetadata", "attributes.json", "info", "prove
 
 @dataclass(frozen=True)
 class _Level:
-    """Where an array lies, and what the metadata around it say of it."""
+    """Where an array lies, and how the metadata around it describe it."""
 
     path: Path
     axes: str = ""
@@ -257,7 +257,7 @@ def _build_array(kind: str, level: _Level, store: _Store, key: str, fill: str = 
             i = axes.index(letter)
             world[row, i], world[row, -1] = level.step[i], level.begin[i]
 
-    # A shard holds many chunks, so a missing file says nothing of their number.
+    # A shard holds many chunks, so the number of files does not tell how many are missing.
     absent = None if "shard" in key else functools.partial(_describe_absent_chunks, level.path, key, counts, fill)
     return StoredArray(kind, shape, axes, dtype, store.read, level.step, world, level.notes, level.names, absent)
 
@@ -269,7 +269,7 @@ def _read_part(path: Path, store: Any, origin: tuple[int, ...], index: Index) ->
     if not isinstance(path, RemotePath):
         return np.asarray(reading.result())
 
-    # A request that failed says nothing of the image: it is not damaged.
+    # A request that failed does not mean that the image is damaged.
     try:
         return np.asarray(reading.result(timeout=remote_path.TIMEOUT))
     except (ValueError, TimeoutError) as error:
@@ -423,7 +423,7 @@ def _combine_transforms(
         elif kind != "identity":
             return None, None
 
-    # A scale of the whole image is no size of a level that has none, unless it is the only level.
+    # The scale of the whole image is the voxel size of a level without a scale only if it is the only level.
     stated = [*own, *(shared if len(image["datasets"]) == 1 else [])]
     is_stated = any(transform.get("type") == "scale" for transform in stated)
     return (scale, shift) if is_stated else (None, None)

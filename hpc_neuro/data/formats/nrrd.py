@@ -50,7 +50,7 @@ Placement = tuple[tuple[float, ...] | None, NDArray[np.float64] | None, tuple[st
 
 @dataclass(frozen=True)
 class _Header:
-    """The header of one NRRD, as far as it says where and how the voxels are stored."""
+    """The part of a NRRD header that tells where and how the voxels are stored."""
 
     path: Path
     fields: Mapping[str, Any]
@@ -407,7 +407,7 @@ def _parse_spacings(fields: Mapping[str, Any], count: int) -> Placement:
     if steps is None:
         return None, None, ()
 
-    # nan stands for the spacing of a channel or time axis, which needs no unit.
+    # The spacing of a channel or time axis is nan; such an axis needs no unit.
     units = [um_per(str(u)) for u in fields.get("units") or [""] * count]
     if len(units) != count or len(steps) != count:
         note = f"{len(steps)} spacings and {len(units)} units for {count} axes; give the voxel size in um"

@@ -51,7 +51,7 @@ class SwcFinding:
     kind: str
     text: str
     fatal: bool = False
-    """Whether `read` refuses the file for it: its meaning is open, and only `fix` may decide."""
+    """Whether `read` refuses the file for it: the meaning is ambiguous, and only `fix` may decide."""
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.text}" if self.line else self.text
@@ -194,7 +194,7 @@ def _parse_lines(text: str, findings: list[SwcFinding], order: Sequence[int] = (
 
 
 def _split_columns(body: str) -> tuple[list[str], str]:
-    """The columns of a line as plain numbers, and the finding that their separator is ("" for blanks)."""
+    """The columns of a line as plain numbers, and the finding on their separator ("" for blanks)."""
     if ";" in body:
         # Whoever separates by semicolons keeps the comma for decimals.
         parts = [p.strip() for p in body.removesuffix(";").split(";")]
