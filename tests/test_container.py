@@ -1,9 +1,11 @@
-"""The recipes of containers name files that exist, and install the same; they are not built here."""
+"""The recipes of containers, and the conda environment, name files that exist, and install the same; they are not built here."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = (ROOT / "slurm/container/Dockerfile").read_text()
@@ -38,3 +40,16 @@ def test_all_files_exist() -> None:
     assert {"requirements.lock", "hpc_neuro", "launch"} <= set(names)
     names += re.findall(r"^COPY (?!\. )(\S+) (\S+)", DOCKER, re.M)[0]
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_conda_environment_installs_the_locked_packages() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(item for item in environment["dependencies"] if str(item).startswith("python="))
+    assert f'python_requires=">={python.partition("=")[2]}' in (ROOT / "setup.py").read_text()
+    (packages,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
+    assert packages[-1] == "-e ."
+    locks = [line.split()[1] for line in packages[:-1]]
+    assert all(line.startswith("-c ") for line in packages[:-1])
+    assert all((ROOT / name).is_file() for name in locks)
+    # The same files as `make env`.
+    assert f"LOCKS  := {' '.join(locks)}" in (ROOT / "Makefile").read_text()
