@@ -1,4 +1,4 @@
-"""The recipes of containers, and the conda environment, name files that exist, and install the same; they are not built here."""
+"""The recipes of containers and the conda environment name files that exist; they are not built here."""
 
 from __future__ import annotations
 
