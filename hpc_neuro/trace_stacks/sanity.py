@@ -59,6 +59,11 @@ def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = 
 
 def _list_disagreements(figures: TraceFigures, has_student: bool) -> list[str]:
     """What a second opinion says against the trees."""
+    if has_student and figures.followed == "image":
+        return [
+            "the student finds no neurite, so the trees follow the image's own foreground: the student does not know "
+            "such images"
+        ]
     if figures.seen_share is not None and figures.seen_share < LEAST_SEEN:
         return [
             f"the student takes {figures.seen_share:.0%} of what is bright in the image for neurites, and is followed "

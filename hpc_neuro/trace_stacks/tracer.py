@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ReadBox = Callable[[Box], Array]
+Followed = Literal["image", "student", "both"]
 
 _SOMA_TYPE = 1
 """SWC type of a soma."""
@@ -50,6 +52,10 @@ LEAST_SEEN = 0.1
 """Share of the image's own foreground that a student must see for that foreground to be used."""
 _SEEN_VOXELS = 2
 """[voxel] A student sees foreground that is so near to its own."""
+_MOST_SPECKS = 0.25
+"""Share of specks in a foreground from which it is noise."""
+_WEAK_CONFIDENCE = 0.6
+"""Confidence below which cable is weak."""
 _AGREEMENT_VOXELS = 4.0
 """[voxel] Tolerance of the agreement with the second opinion."""
 
@@ -75,8 +81,12 @@ class TraceFigures:
     """With a student: the harmonic mean of the share of the image's own trees that the student sees, and of the share
     of the trees that the image shows. Else the F1 of the cable, at 4 voxels, against a level 1.6 times as high. None
     without a tree."""
+    weak_share: float = 0.0
+    """Share of the cable on which the foreground hardly reaches its level: confidence below 0.6."""
     seen_share: float | None = None
     """Share of the image's own foreground that lies within 2 voxels of the student's; None without a student."""
+    followed: Followed = "image"
+    """What the trees follow: the image's own foreground, the student's, or both."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def trace_image(
     """Trace an image that is read by box: its own foreground, or with `predictor` what a student finds in it.
 
     What a student adds to the image's own foreground joins pieces; ends that only the student sees are left out. Where
-    a student sees hardly anything of that foreground, the student alone is followed.
+    a student sees hardly anything of that foreground, the student alone is followed, unless that gives no tree.
     With `roots` (z y x voxels): one tree for each. Without: one tree for each soma, which has type 1 there, and for
     each other piece that is long enough, from its thickest end. `voxel_size` (um, z y x) None: voxels are taken for
     cubes. With `edits` the trees go on from those that a person corrected. Raises InputError for an image without
@@ -120,30 +130,16 @@ def trace_image(
     prediction = None if predictor is None else predictor.predict(foreground, label)
     student = None if prediction is None else _read_from(prediction)
     evidence = _weigh_evidence(foreground, prediction)
-    probability = evidence.probability
-
-    skeletons = _skeletonize(probability, shape, size, cfg)
-    somas = list[Soma]()
-    if search_somas and not roots:
-        somas = find_somas(skeletons, probability, foreground.read_image, shape, size, cfg)
-    starts = list(roots) or [soma.point for soma in somas]
-
-    trees = trace_block_skeletons(
-        skeletons,
-        probability,
-        shape,
-        size,
-        roots=starts,
-        cfg=cfg,
-        image=foreground.read_image,
-        shown=evidence.shown,
-        keep_rest=not roots or edits is not None,
-    )
-    trees, left_out = _select_trees(trees, len(starts), bool(roots))
-    trees = [_mark_soma(tree) if number < len(somas) else tree for number, tree in enumerate(trees)]
+    follow = functools.partial(_follow, foreground, size, cfg, roots, search_somas, edits is not None)
+    somas, trees, left_out = follow(evidence)
+    # A student that knows no such images finds nothing in them; in noise there is nothing to find.
+    if not trees and evidence.followed == "student" and foreground.speck_share <= _MOST_SPECKS:
+        evidence = replace(_weigh_evidence(foreground, None), seen_share=evidence.seen_share)
+        somas, trees, left_out = follow(evidence)
     trees = trees if edits is None else continue_from(edits, trees, left_out)
 
     forest = morphology.concatenate_trees(trees)
+    confidence = measure_confidence(forest, evidence.probability, shape)
     agreement = None
     if trees and student is not None:
         others = _trace_again(foreground, size, cfg, roots)
@@ -165,14 +161,52 @@ def trace_image(
         left_out_trees=len(left_out),
         left_out_cable=round(sum(map(morphology.length, left_out)), 1),
         agreement=agreement,
+        weak_share=_measure_weak_share(forest, confidence),
         seen_share=evidence.seen_share,
+        followed=evidence.followed,
     )
     places = list[DoubtfulPlace]()
     if len(forest):
-        plain = measure_confidence(forest, probability, shape)
-        confidence = NodeConfidence(plain, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
-        places = find_places(forest, confidence, shape, size)
+        single = NodeConfidence(confidence, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
+        places = find_places(forest, single, shape, size)
     return ImageTrace(trees, somas, foreground, student, figures, places)
+
+
+def _follow(
+    foreground: Foreground,
+    size: VoxelSize,
+    cfg: TraceConfig,
+    roots: Sequence[Point],
+    search_somas: bool,
+    keep_rest: bool,
+    evidence: _Evidence,
+) -> tuple[list[Soma], list[Tree], list[Tree]]:
+    """Somas, trees, and the pieces that are left out; with `keep_rest` also what belongs to no given root."""
+    shape, probability = foreground.shape, evidence.probability
+    skeletons = _skeletonize(probability, shape, size, cfg)
+    somas = list[Soma]()
+    if search_somas and not roots:
+        somas = find_somas(skeletons, probability, foreground.read_image, shape, size, cfg)
+    starts = list(roots) or [soma.point for soma in somas]
+
+    trees = trace_block_skeletons(
+        skeletons,
+        probability,
+        shape,
+        size,
+        roots=starts,
+        cfg=cfg,
+        image=foreground.read_image,
+        shown=evidence.shown,
+        keep_rest=not roots or keep_rest,
+    )
+    trees, left_out = _select_trees(trees, len(starts), bool(roots))
+    return somas, [_mark_soma(tree) if number < len(somas) else tree for number, tree in enumerate(trees)], left_out
+
+
+def _measure_weak_share(forest: Tree, confidence: NDArray[np.float64]) -> float:
+    lengths = morphology.edge_lengths(forest)
+    return round(divide(lengths[confidence < _WEAK_CONFIDENCE].sum(), lengths.sum(), empty=0.0), 3)
 
 
 def _unite(one: ReadBox, other: ReadBox) -> ReadBox:
@@ -225,22 +259,22 @@ class _Evidence:
     mask_share: float
     speck_share: float
     seen_share: float | None
+    followed: Followed
 
 
 def _weigh_evidence(foreground: Foreground, prediction: NDArray[np.uint8] | None) -> _Evidence:
     """The image's own foreground, the student's, or both together."""
     if prediction is None:
-        return _Evidence(foreground.probability, None, foreground.mask_share, foreground.speck_share, None)
+        return _Evidence(foreground.probability, None, foreground.mask_share, foreground.speck_share, None, "image")
 
     student = _read_from(prediction)
     mask_share, speck_share = measure_mask(prediction)
     seen_share = round(_measure_seen_share(foreground, student), 3)
     # An image whose foreground is something else than neurites, tissue for example, has no say.
     if seen_share < LEAST_SEEN:
-        return _Evidence(student, None, mask_share, speck_share, seen_share)
-    return _Evidence(
-        _unite(student, foreground.probability), foreground.probability, mask_share, speck_share, seen_share
-    )
+        return _Evidence(student, None, mask_share, speck_share, seen_share, "student")
+    both = _unite(student, foreground.probability)
+    return _Evidence(both, foreground.probability, mask_share, speck_share, seen_share, "both")
 
 
 def _measure_seen_share(foreground: Foreground, student: ReadBox) -> float:

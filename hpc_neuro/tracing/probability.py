@@ -185,6 +185,8 @@ def measure_confidence(tree: Tree, read: ReadBox, shape: Shape) -> Floats:
     Each sample takes the highest of the 27 voxels around it: a centerline half a voxel off is no reason for doubt, a
     break is.
     """
+    if not len(tree):
+        return np.zeros(0)
     nodes, voxels = sample_edges(tree, shape)
 
     # Several samples belong to one node, and plain indexing would keep only the last of them.

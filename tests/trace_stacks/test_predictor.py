@@ -217,3 +217,18 @@ def test_a_student_is_followed_alone_where_the_image_is_bright_elsewhere() -> No
     assert match_cable(concatenate_trees(trace.trees), gold, 4.0).f1 > 0.9
     (warning,) = [text for text in list_warnings(trace.figures, False, True) if "followed alone" in text]
     assert "model=none" in warning
+
+
+def test_a_student_that_finds_nothing_leaves_the_image_to_itself() -> None:
+    gold = make_neuron(3)
+    image = take_picture(gold)
+    blind = Oracle(np.zeros(SHAPE, dtype=np.uint8))
+    trace = trace_image(lambda box: image[box.slices], SHAPE, None, predictor=blind)
+    plain = trace_image(lambda box: image[box.slices], SHAPE, None)
+    assert trace.figures.followed == "image"
+    assert match_cable(concatenate_trees(trace.trees), concatenate_trees(plain.trees), 1.0).f1 == 1.0
+    assert any("the student finds no neurite" in text for text in list_warnings(trace.figures, False, True))
+
+    # In noise the student is believed.
+    noise = np.clip(np.random.default_rng(0).normal(-10, 20, SHAPE), 0, 255).astype(np.uint8)
+    assert not trace_image(lambda box: noise[box.slices], SHAPE, None, predictor=blind).trees
