@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hpc_neuro import cli
 from hpc_neuro.core import files
@@ -21,6 +21,7 @@ from hpc_neuro.teacher import adapt
 from hpc_neuro.teacher.objectives import OBJECTIVES
 from hpc_neuro.teacher.trainer import Training
 from tests.helpers.tiny_store import write_store
+from tests.helpers.tiny_teachers import make
 from tests.teacher.conftest import configure_continuation, write_stack
 
 
@@ -165,3 +166,28 @@ def test_the_forecast_writes_nothing(teacher_run: Path, stack: Path, tmp_path: P
     assert lines[0] == "trained: 2 blocks of 192 channels, patch 8, objective structure"
     assert lines[1] == "1 volume, 40 windows of 64 x 64 pixels from each"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_published_teacher_keeps_its_normalization(stack: Path, tmp_path: Path) -> None:
+    """A DINOv3 of random values: timm's architecture, its own mean and deviation, and a card of ours afterwards."""
+    arch = "vit_tiny_patch16_dinov3_qkvb"
+    published = make(arch, depth=12)
+    save_file(published.backbone.state_dict(), tmp_path / "dinov3.safetensors")
+    out = tmp_path / "out"
+    command = ["teacher", "continue", str(stack), f"teacher.model={arch}", f"out={out}", "side=64", "windows=8"]
+    keys = [f"teacher.weights={tmp_path / 'dinov3.safetensors'}", "task.crop=32", "optim.steps=1", "optim.batch=2"]
+    assert cli.main([*command, *keys, "optim.warmup=0", "threads=1"]) == 0
+
+    teacher = load_teacher(TeacherConfig(model="trained", weights=out))
+    assert (teacher.patch, teacher.depth) == (16, 12)
+    assert (teacher.mean, teacher.std) == (published.mean, published.std) != ((0.5,) * 3, (0.5,) * 3)
+    card = json.loads((out / "teacher.json").read_text())
+    assert card["stages"][0] == {"verb": "published weights", "teacher": card["stages"][1]["teacher"]}
+    assert card["license"] == f"that of {arch}"
+
+    # One step at a rate that has hardly begun changes little.
+    image = torch.rand(1, 32, 48, generator=torch.Generator().manual_seed(0))
+    cosine = torch.nn.functional.cosine_similarity(
+        teacher.features(image, [11]), published.features(image, [11]), dim=-1
+    )
+    assert cosine.min() > 0.9
