@@ -286,16 +286,30 @@ def _compare_shifted(encode: Encode, patch: int, tiles: Tiles) -> float:
     shift = max(1, side // patch // 4)
     inner = side - shift * patch
 
+    # Token (i + shift) of the first part and token i of the second one see the same pixels.
+    shared = tiles.mask[:, shift * patch : inner, shift * patch : inner]
+    has_neurite = _pool((shared == 1).float(), patch) > 0
+    chosen = _choose_compared(has_neurite.flatten(1).any(1))
+    if not len(chosen):
+        return 0.0
+
     black = encode(torch.zeros(1, inner, inner))
-    pixels = tiles.pixels[::SHIFT_EVERY]
+    pixels = tiles.pixels[chosen]
     first = _encode_all(encode, pixels[:, :inner, :inner]) - black
     second = _encode_all(encode, pixels[:, -inner:, -inner:]) - black
-
-    # Token (i + shift) of the first part and token i of the second one see the same pixels.
     cosines = F.cosine_similarity(first[:, shift:, shift:], second[:, :-shift, :-shift], dim=-1)
-    shared = tiles.mask[::SHIFT_EVERY, shift * patch : inner, shift * patch : inner]
-    has_neurite = _pool((shared == 1).float(), patch) > 0
-    return float(cosines[has_neurite].mean()) if has_neurite.any() else 0.0
+    return float(cosines[has_neurite[chosen]].mean())
+
+
+def _choose_compared(has_neurite: Tensor) -> Tensor:
+    """Numbers of the tiles to compare with themselves shifted, from [tiles] whether their shared part has a neurite."""
+    numbers = torch.arange(len(has_neurite))
+    chosen = numbers[::SHIFT_EVERY]
+    if has_neurite[chosen].any():
+        return chosen
+
+    # A sample whose chosen tiles show no neurite says nothing of the teacher; others of its tiles do.
+    return numbers[has_neurite][: len(chosen)]
 
 
 def _explain_by_position(features: Tensor) -> float:

@@ -88,6 +88,15 @@ def test_a_teacher_that_knows_neurites_passes(tiles: Tiles) -> None:
     assert judge(knowing, blind).passes
 
 
+def test_tiles_without_neurite_do_not_lower_the_agreement(tiles: Tiles) -> None:
+    """Every fourth tile is compared; where none of those shows a neurite, others are."""
+    mask = tiles.mask.clone()
+    mask[:: gate.SHIFT_EVERY] = 0
+    pixels = torch.where(mask.bool() | (tiles.mask == 0), tiles.pixels, torch.zeros(()))
+    assert measure(make_knowing, Tiles(pixels, mask)).shift == pytest.approx(1, abs=1e-4)
+    assert measure(make_knowing, Tiles(pixels, torch.zeros_like(mask))).shift == 0
+
+
 def test_a_constant_teacher_fails(tiles: Tiles) -> None:
     constant = measure(make_constant, tiles)
 
