@@ -6,13 +6,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_neuro.core.geometry import Box, tile_volume, to_um, to_voxels, zyx_from_xyz
+from hpc_neuro.core.geometry import Box, Shape, tile_volume, to_um, to_voxels, zyx_from_xyz
 
 triples = st.tuples(*[st.integers(1, 12)] * 3)
 
 
 @given(triples, triples, triples)
-def test_blocks_tile_the_volume_exactly_once(shape, write, halo) -> None:  # type: ignore[no-untyped-def]
+def test_blocks_tile_the_volume_exactly_once(shape: Shape, write: Shape, halo: Shape) -> None:
     seen = np.zeros(shape, int)
     for block in tile_volume(shape, write, halo):
         seen[block.write.slices] += 1
@@ -24,7 +24,7 @@ def test_blocks_tile_the_volume_exactly_once(shape, write, halo) -> None:  # typ
 
 
 @given(triples, triples, triples, triples)
-def test_clipping_is_what_indexing_does(a, b, c, d) -> None:  # type: ignore[no-untyped-def]
+def test_clipping_is_what_indexing_does(a: Shape, b: Shape, c: Shape, d: Shape) -> None:
     one, two = Box.at(a, b), Box.at(c, d)
     canvas = np.zeros((30, 30, 30), int)
     canvas[one.slices] += 1
@@ -33,7 +33,7 @@ def test_clipping_is_what_indexing_does(a, b, c, d) -> None:  # type: ignore[no-
 
 
 @given(triples, triples, triples)
-def test_shift_there_and_back(start, shape, by) -> None:  # type: ignore[no-untyped-def]
+def test_shift_there_and_back(start: Shape, shape: Shape, by: Shape) -> None:
     box = Box.at(start, shape)
     assert box.shift(by).relative_to(by) == box
     assert box.grow((1, 2, 3)).shape == tuple(n + 2 * h for n, h in zip(shape, (1, 2, 3), strict=True))

@@ -92,7 +92,10 @@ def test_a_rank_is_lost_that_gives_neither_a_sign_nor_a_word(tmp_path: Path, mon
     (tmp_path / "rank_0.json").touch()
     for rank in (1, 2):
         (tmp_path / f"alive_{rank}").touch()
-    beat = lambda rank: os.utime(tmp_path / f"alive_{rank}", (1, 1))  # noqa: E731
+
+    def beat(rank: int) -> None:
+        os.utime(tmp_path / f"alive_{rank}", (1, 1))
+
     assert meanwhile(lambda: beat(1))
     assert not meanwhile(lambda: (os.utime(tmp_path / "alive_1", (2, 2)), beat(2)))
     assert not meanwhile(lambda: (os.utime(tmp_path / "alive_1", (3, 3)), (tmp_path / "rank_2.json").touch()))

@@ -7,7 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import empty_tree
 from hpc_neuro.metrics import list_metrics
 from hpc_neuro.metrics.metric import Comparison, Metric, Tolerance, tolerance_key
@@ -41,7 +43,9 @@ def test_a_shared_step_runs_once() -> None:
         calls.append(comparison)
         return len(calls)
 
-    nothing = lambda box: np.zeros(box.shape, bool)  # noqa: E731
+    def nothing(box: Box) -> NDArray[np.bool_]:
+        return np.zeros(box.shape, bool)
+
     comparison = Comparison(nothing, nothing, empty_tree(), empty_tree(), (2, 2, 2), (1.0, 1.0, 1.0))
     metric = Metric("k", "K", "", "higher", 0, "A number.", compute=lambda c: c.once(step))
     assert [metric.compute(comparison), metric.compute(comparison)] == [1, 1]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.geometry import Box, VoxelSize
 from hpc_neuro.metrics import centerline, surface, voxel
 from hpc_neuro.metrics.centerline import skeletonize_mask
 from hpc_neuro.metrics.metric import measure_diagonal
@@ -73,7 +73,9 @@ def test_equal_to_monai() -> None:
     st.floats(0.01, 0.9),
     st.sampled_from(SPACINGS),
 )
-def test_any_small_masks_equal_the_definition(shape: tuple[int, int, int], seed: int, share: float, spacing) -> None:  # type: ignore[no-untyped-def]
+def test_any_small_masks_equal_the_definition(
+    shape: tuple[int, int, int], seed: int, share: float, spacing: VoxelSize
+) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.random(shape) < share, rng.random(shape) < share
     if a.any() and b.any():

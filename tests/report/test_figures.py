@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from hpc_neuro.core.geometry import Box
@@ -12,7 +13,7 @@ from hpc_neuro.report import figures
 from hpc_neuro.report.figures import Panel, TreeLines, draw_panels, project_maxima
 
 
-def test_projections_are_maxima_whatever_the_slabs(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_projections_are_maxima_whatever_the_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     volume = np.random.default_rng(0).random((7, 9, 11)).astype(np.float32)
     monkeypatch.setattr(figures, "_SLAB", 200)
     views = project_maxima(lambda box: volume[box.slices], volume.shape)

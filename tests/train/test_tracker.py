@@ -81,8 +81,9 @@ def test_the_run_id_is_kept(tmp_path):
 
 def fake(monkeypatch: pytest.MonkeyPatch, init) -> None:
     """A wandb whose `init` is ours."""
-    image = lambda pixels, caption: (pixels.shape, caption)  # noqa: E731
-    module = types.SimpleNamespace(init=init, Settings=lambda **kw: kw, Image=image)
+    module = types.SimpleNamespace(
+        init=init, Settings=lambda **kw: kw, Image=lambda pixels, caption: (pixels.shape, caption)
+    )
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hpc_neuro.core import distributed
 from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.types import Batch
 from hpc_neuro.data.crops import CropConfig, draw_validation_boxes
 from hpc_neuro.data.dataset import read_volume_points
 from hpc_neuro.data.store import Store
@@ -77,7 +78,10 @@ def test_a_perfect_guess_scores_one_and_unlabelled_voxels_do_not_count(store):
 
 def test_ranks_share_the_crops_and_find_the_same(store, monkeypatch):
     all_boxes = boxes(store, 5)
-    guess = lambda b: 8 * b.image - 3  # noqa: E731
+
+    def guess(b: Batch) -> torch.Tensor:
+        return 8 * b.image - 3
+
     whole = CropValidator(store, all_boxes)(guess, CPU)
     counts, passes = [], []
     for rank in range(3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def test_pieces_beyond_the_limit_are_decoded_twice_at_most() -> None:
     cache = DecodedCache(3 * make_piece(0).nbytes)
     for _ in range(5):
         for number in range(10):
-            np.testing.assert_array_equal(cache.get(number, lambda: decode(number)), make_piece(number))  # noqa: B023
+            np.testing.assert_array_equal(cache.get(number, partial(decode, number)), make_piece(number))
     assert set(counts.values()) == {2}
     # Memory holds what it may.
     assert len(cache.pieces) == 3
@@ -41,7 +42,7 @@ def test_pieces_beyond_the_limit_are_decoded_twice_at_most() -> None:
 def test_one_pass_takes_no_disk() -> None:
     cache = DecodedCache(1)
     for number in range(10):
-        cache.get(number, lambda: make_piece(number))  # noqa: B023
+        cache.get(number, partial(make_piece, number))
     assert cache.scratch.file is None
 
 
@@ -70,14 +71,14 @@ def test_a_forked_process_has_a_file_of_its_own() -> None:
     cache = DecodedCache(1)
     for _ in range(2):
         for number in range(3):
-            cache.get(number, lambda: make_piece(number))  # noqa: B023
+            cache.get(number, partial(make_piece, number))
 
     child = os.fork()
     if child == 0:
         # What the child writes must not reach the parent's file.
         for _ in range(3):
             for number in range(10, 13):
-                cache.get(number, lambda: make_piece(number))  # noqa: B023
+                cache.get(number, partial(make_piece, number))
         os._exit(0 if (cache.get(11, lambda: make_piece(0)) == 11).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
     for number in range(3):
@@ -89,5 +90,5 @@ def test_a_full_disk_only_costs_time(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = DecodedCache(1)
     for _ in range(3):
         for number in range(3):
-            assert (cache.get(number, lambda: make_piece(number)) == number).all()  # noqa: B023
+            assert (cache.get(number, partial(make_piece, number)) == number).all()
     assert cache.scratch.file is None

@@ -53,7 +53,10 @@ def encode_pbd(data: np.ndarray, order: str = "L") -> bytes:
     low, high, most_diff = (-3, 4, 48) if wide else (-1, 2, 95)
     repeat, most_repeat, literal = (222, 33, 32) if wide else (127, 128, 33)
     signed = flat.astype(np.int64)
-    word = lambda v: int(v).to_bytes(data.dtype.itemsize, "little" if order == "L" else "big")  # noqa: E731
+
+    def word(value: np.integer) -> bytes:
+        return int(value).to_bytes(data.dtype.itemsize, "little" if order == "L" else "big")
+
     while i < len(flat):
         run = 1
         while i + run < len(flat) and run < most_repeat and flat[i + run] == flat[i]:

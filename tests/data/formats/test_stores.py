@@ -66,7 +66,10 @@ def test_hdf5_axis_labels(tmp_path: Path) -> None:
 
 def write_imaris(path: Path, data: np.ndarray) -> None:
     """`data` is c z y x; chunks are padded as Imaris does."""
-    text = lambda value: np.array(list(str(value)), dtype="S1")  # noqa: E731
+
+    def text(value: object) -> np.ndarray:
+        return np.array(list(str(value)), dtype="S1")
+
     with h5py.File(path, "w") as file:
         info = file.create_group("DataSetInfo/Image")
         for a, n, um, i in zip("ZYX", data.shape[1:], UM, (2, 1, 0), strict=True):
