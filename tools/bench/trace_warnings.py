@@ -74,7 +74,8 @@ def main() -> int:
     bad = np.asarray([row["bad"] for row in rows])
     area = measure_area(scores, bad)
     print(f"{bad.sum()} of {len(bad)} trees are bad; area under the curve {area:.3f}")
-    print(json.dumps({"area": area, "rows": rows}))
+    # JSON has no NaN, which the area is where all trees are good, or all bad.
+    print(json.dumps({"area": area if np.isfinite(area) else None, "rows": rows}))
     return 0
 
 
