@@ -71,8 +71,8 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     read = functools.partial(_read_part, data)
     notes += (f"dataset {data.name}", *note_outside(path, outside))
     array = StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=notes, axis_names=names)
-    if _is_legacy_bigdataviewer(data):
-        return read_as_integer(array, "u", "as BigDataViewer writes it")
+    if _is_legacy_bigdataviewer(path, data):
+        array = read_as_integer(array, "u", "as BigDataViewer writes it")
     return reinterpret_array(path, array, data.attrs)
 
 
@@ -94,11 +94,14 @@ def _read_part(data: Any, index: Index) -> Array:
     return array
 
 
-def _is_legacy_bigdataviewer(data: Any) -> bool:
+def _is_legacy_bigdataviewer(path: Path, data: Any) -> bool:
     """Whether a dataset is uint16 that BigDataViewer stored as int16: its HDF5 library knew no unsigned numbers.
 
-    Later versions state the type in an attribute `dataType`.
+    Later versions state the type in an attribute `dataType`. Raises InputError for a type that int16 cannot stand for.
     """
+    # The file's own word on the sign comes before what a program usually does.
+    if "_Unsigned" in data.attrs:
+        return False
     if data.dtype.kind != "i" or data.dtype.itemsize != 2 or not _BIGDATAVIEWER.fullmatch(data.name):
         return False
 
@@ -106,7 +109,13 @@ def _is_legacy_bigdataviewer(data: Any) -> bool:
     names = data.name.strip("/").split("/")
     holders = ["/".join(names[:n]) or "/" for n in range(len(names) + 1)] + [names[1]]
     stated = [data.file[name].attrs["dataType"] for name in holders if "dataType" in _attributes(data.file, name)]
-    return not stated or _decode_text(stated[0]) == "uint16"
+    kind = _decode_text(stated[0]).strip().lower() if stated else "uint16"
+    if kind not in ("uint16", "int16"):
+        raise InputError(
+            f"{path} states the dataType {kind[:40]!r} for {data.name}, which is stored as {data.dtype}; correct the "
+            "attribute, or remove it"
+        )
+    return kind == "uint16"
 
 
 def _attributes(file: Any, name: str) -> Any:

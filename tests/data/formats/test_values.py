@@ -121,6 +121,29 @@ def test_bigdataviewer_that_states_its_type(tmp_path: Path, place: str, stated: 
     np.testing.assert_array_equal(read_whole(tmp_path / "a.h5"), data.astype(stated))
 
 
+@pytest.mark.parametrize("stated", ["uint8", "color", 7])
+def test_bigdataviewer_that_states_another_type_is_refused(tmp_path: Path, stated: object) -> None:
+    write_bigdataviewer(tmp_path / "a.h5", np.full((4, 5, 6), 40000, "u2").view("i2"))
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["t00000/s00/0/cells"].attrs["dataType"] = stated
+    with pytest.raises(InputError, match="states the dataType .* which is stored as int16"):
+        open_volume(tmp_path / "a.h5")
+
+
+def test_bigdataviewer_with_attributes_of_netcdf(tmp_path: Path) -> None:
+    values = np.full((4, 5, 6), 40000, "u2")
+    for attributes, expected in (
+        ({"dataType": "UINT16"}, values),
+        ({"scale_factor": 0.5}, values * 0.5),
+        ({"_Unsigned": "false"}, values.view("i2")),
+        ({"_Unsigned": "true"}, values),
+    ):
+        write_bigdataviewer(tmp_path / "a.h5", values.view("i2"))
+        with h5py.File(tmp_path / "a.h5", "r+") as file:
+            file["t00000/s00/0/cells"].attrs.update(attributes)
+        np.testing.assert_array_equal(read_whole(tmp_path / "a.h5"), expected)
+
+
 def test_int16_of_other_names_stays_signed(tmp_path: Path) -> None:
     data = make_image("int16") - 100
     write_hdf5(tmp_path / "a.h5", data)
