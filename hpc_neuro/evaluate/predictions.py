@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from skimage.filters import threshold_otsu
+from typing_extensions import TypedDict
 
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape, tile_volume
@@ -30,6 +31,15 @@ from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.tracing import TraceConfig, trace_reader
 
 log = logging.getLogger(__name__)
+
+
+@with_config(ConfigDict(extra="allow"))
+class _MarkerForm(TypedDict, total=False):
+    """What is read of a done marker of `infer`."""
+
+    files: dict[str, Any]
+    """Shard, relative to the probability -> its digest."""
+
 
 _REMAKE = "make the predictions with `hpc-neuro infer`"
 _BLOCK: Shape = (64, 512, 512)
@@ -109,8 +119,9 @@ class PredictionFolder:
         """
         image = self.path / self._entries[volume_id]["probability"]
         for marker in sorted((self.path / "blocks" / volume_id).glob("[0-9]*.json")):
-            record = files.read_json(marker, f"run `hpc-neuro infer verify {files.quote_path(self.path)}`")
-            shards = record.get("files", {}) if isinstance(record, dict) else {}
+            advice = f"run `hpc-neuro infer verify {files.quote_path(self.path)}`"
+            record = files.read_json(marker, advice, _MarkerForm)
+            shards = record.get("files", {})
             if missing := [image / shard for shard in shards if not (image / shard).is_file()]:
                 raise InputError(
                     f"{missing[0]} does not exist, although `infer` wrote it ({marker}); its voxels would be scored as "

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import itertools
 import math
-import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ import tifffile
 
 from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.formats import tiff_voxel_size
+from hpc_neuro.data.formats import tiff_pages, tiff_voxel_size
 from hpc_neuro.data.formats.decompress import DecodedCache
 from hpc_neuro.data.formats.volume import (
     Array,
@@ -31,7 +30,6 @@ from hpc_neuro.data.formats.volume import (
     invert_array,
     map_array,
     note_outside,
-    require_bytes,
     scale_array,
 )
 
@@ -75,12 +73,13 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
     """
     files.require_regular_file(path, "an image")
     # tifffile stops silently at a broken chain, and would return the pages before it.
-    pages = _check_page_chain(path)
+    forms = tiff_pages.read_page_forms(path)
 
     tif, series = _choose_series(path, dataset)
     if tif.is_imagej:
         tiff_voxel_size.require_single_values(path, str(getattr(tif.pages[0], "description", "")))
-    _check_page_count(path, tif, series, pages)
+    _check_page_count(path, tif, series, len(forms))
+    tiff_pages.require_one_form(path, forms, _list_page_numbers(tif, series, len(forms)))
     shape = check_shape(path, series.shape)
     dtype = check_dtype(path, np.dtype(series.dtype))
 
@@ -292,6 +291,22 @@ def _list_other_files(series: Any) -> list[Path]:
     return [Path(parent.filehandle.path) for parent in parents]
 
 
+def _list_page_numbers(tif: tifffile.TiffFile, series: Any, count: int) -> list[int]:
+    """Numbers of the pages of a series in the chain of `count` pages; the one that stands for all of them comes first.
+
+    tifffile compares only some pages of a long stack with the first, and reads all of them as that one.
+    """
+    first = series.keyframe.index
+    if not isinstance(first, int) or first >= count:
+        return []
+    if series.kind == "ome":
+        pages = [page for page in series.pages if page is not None and page.parent is tif]
+        return [first, *(page.index for page in pages if isinstance(page.index, int) and page.index < count)]
+    if series.kind in ("uniform", "shaped", "imagej"):
+        return list(range(first, min(count, first + len(series.pages))))
+    return []
+
+
 def _require_alike_pages(path: Path, series: list[Any], chosen: Any) -> None:
     """Raise InputError where pages that belong to the stack would be left out: they differ in type or in their size."""
     others = [other for other in series if other is not chosen]
@@ -430,43 +445,3 @@ def _choose_palette(path: Path, tif: tifffile.TiffFile, frame: Any) -> tuple[Arr
         has_16_bits = (colors[0] % 257).any()
         return colors[0] if has_16_bits else (colors[0] // 257).astype(np.uint8), ("gray palette, applied",)
     raise InputError(f"{path} stores colors by a palette, which have no order as intensities; save it as gray values")
-
-
-def _check_page_chain(path: Path) -> int:
-    """Number of pages in the chain; InputError where it leaves the file or turns back (truncated or damaged)."""
-    # BigTIFF (version 43) has the same layout with wider numbers.
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        order = "<" if handle.read(2) == b"II" else ">"
-        is_big = _read_number(path, handle, order + "H") == 43
-        count_form, entry_bytes, offset_form = ("Q", 20, "Q") if is_big else ("H", 12, "I")
-
-        handle.seek(8 if is_big else 4)
-        offset = _read_number(path, handle, order + offset_form)
-        seen: set[int] = set()
-        while offset:
-            if offset in seen or offset + struct.calcsize(count_form) > size:
-                fault = "turns back on itself" if offset in seen else f"leaves the file ({size} bytes)"
-                raise InputError(
-                    f"{path} is damaged or incomplete: after {len(seen)} pages its chain of pages {fault}; "
-                    "copy or export it again"
-                )
-            seen.add(offset)
-
-            # A page is a count, that many entries, and the offset of the next page.
-            handle.seek(offset)
-            entries = _read_number(path, handle, order + count_form)
-            end = offset + struct.calcsize(count_form) + entries * entry_bytes
-            require_bytes(path, end, struct.calcsize(offset_form), f"page {len(seen)}")
-            handle.seek(end)
-            offset = _read_number(path, handle, order + offset_form)
-    return len(seen)
-
-
-def _read_number(path: Path, handle: Any, form: str) -> int:
-    """The next number of a TIFF header, by its `struct` format."""
-    count = struct.calcsize(form)
-    data: bytes = handle.read(count)
-    if len(data) != count:
-        raise InputError(f"{path} is incomplete: it ends inside its TIFF header; copy or export it again")
-    return int(struct.unpack(form, data)[0])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError
@@ -189,3 +191,49 @@ def test_box_outside_is_refused(tmp_path: Path) -> None:
 def test_every_reader_is_in_the_table() -> None:
     files = {reader.name for reader in READERS if not reader.is_folder}
     assert files == {"TIFF", "HDF5", "v3draw", "v3dpbd", "NRRD", "NIfTI", "Amira"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("bits per sample", {"dtype": "u1"}),
+        ("sample format", {"dtype": "i2"}),
+        ("length", {"rows": 5}),
+        ("photometric interpretation", {"photometric": "miniswhite"}),
+        ("compression", {"compression": "lzw"}),
+        ("predictor", {"predictor": True}),
+    ],
+)
+def test_a_page_deep_in_a_stack_that_is_stored_otherwise(tmp_path: Path, name: str, change: dict[str, Any]) -> None:
+    """tifffile compares few pages of a long stack with the first, and would decode this one as that."""
+    image = (np.arange(60 * 7 * 9) % 60000).astype("u2").reshape(60, 7, 9)
+
+    def write(path: Path, change: dict[str, Any]) -> None:
+        change = dict(change)
+        dtype, rows = change.pop("dtype", "u2"), change.pop("rows", 7)
+        common = {"photometric": "minisblack", "compression": "zlib", "metadata": None, "contiguous": False}
+        with tifffile.TiffWriter(path) as writer:
+            for number, plane in enumerate(image):
+                is_odd = number == 30
+                writer.write(plane[:rows].astype(dtype) if is_odd else plane, **common | (change if is_odd else {}))
+
+    write(tmp_path / "a.tif", change)
+    with pytest.raises(InputError, match=f"page 30 has another {name} .* than page 0 .*save all pages alike"):
+        open_volume(tmp_path / "a.tif")
+    # The advice, obeyed.
+    write(tmp_path / "b.tif", {})
+    np.testing.assert_array_equal(open_volume(tmp_path / "b.tif")[Box.whole((60, 7, 9))], image)
+
+
+@pytest.mark.parametrize("kind", ["imagej", "shaped", "bigtiff"])
+def test_a_described_stack_whose_page_says_otherwise(tmp_path: Path, kind: str) -> None:
+    image = np.zeros((60, 7, 9), "u2")
+    options = {"imagej": kind == "imagej", "bigtiff": kind == "bigtiff"}
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, image, photometric="minisblack", metadata={"axes": "ZYX"}, compression="zlib", **options)
+    assert open_volume(path).shape == (60, 7, 9)
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        tif.pages.cache, tif.pages.useframes = False, False
+        tif.pages.get(30, aspage=True).tags["PhotometricInterpretation"].overwrite(0)
+    with pytest.raises(InputError, match=r"page 30 has another photometric interpretation \(0\) than page 0 \(1\)"):
+        open_volume(path)
