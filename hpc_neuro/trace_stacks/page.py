@@ -87,6 +87,7 @@ def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> 
             "agreement",
             "agreement with a second opinion: the image itself beside a student, else a higher level; 1 is the best",
         ),
+        html.Column("doubt", "how doubtful the trees are, 0 is the best; it ranks stacks and is no probability"),
         html.Column("contrast", "median brightness of the foreground over the noise of the background"),
         html.Column("seconds"),
         html.Column("warnings"),
@@ -94,7 +95,7 @@ def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> 
     rows = []
     for name, result in results.items():
         measured = result["figures"]
-        numbers = (measured["agreement"], measured["contrast_to_noise"], result["seconds"])
+        numbers = (measured["agreement"], result["doubt"], measured["contrast_to_noise"], result["seconds"])
         rows.append(
             [
                 html.Cell(name),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hpc_neuro.trace_stacks.tracer import LEAST_SEEN, TraceFigures
 
 _MOST_MASK = 0.06
@@ -16,6 +18,28 @@ _LEAST_AGREEMENT = 0.6
 """F1 against the tree of a higher level, at least."""
 _MOST_TIPS = 12.0
 """[per 100 voxels of cable] Ends of branches, at most."""
+
+
+_USUAL_MASK = 0.01
+"""Share of the volume that neurites usually fill."""
+_MASK_WEIGHT = 0.3
+"""Doubt for each factor of ten above the usual share."""
+NO_TREE_DOUBT = 4.0
+"""Doubt of a trace without a tree, above all others."""
+
+
+def measure_doubt(figures: TraceFigures) -> float:
+    """How doubtful the trees are, from about 0 to 4: traces with more doubt are more often bad.
+
+    The sum of what a second opinion does not share, of the cable that hardly reaches its level, of a foreground that
+    fills more than neurites do, and with a student of the foreground that it does not see. It ranks traces and is no
+    probability (`python -m tools.bench.trace_warnings`).
+    """
+    if not figures.trees or figures.agreement is None:
+        return NO_TREE_DOUBT
+    unseen = 0.0 if figures.seen_share is None else 1 - figures.seen_share
+    excess = _MASK_WEIGHT * math.log10(max(figures.mask_share, 1e-4) / _USUAL_MASK)
+    return round(max(1 - figures.agreement + figures.weak_share + unseen + excess, 0.0), 3)
 
 
 def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = False) -> list[str]:

@@ -23,7 +23,7 @@ from hpc_neuro.models.student_folder import STUDENT_FILES, find_student, require
 from hpc_neuro.trace_stacks import page
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
 from hpc_neuro.trace_stacks.edits import Edits, collect_edits, list_changed_trees, list_edit_files
-from hpc_neuro.trace_stacks.sanity import list_warnings
+from hpc_neuro.trace_stacks.sanity import list_warnings, measure_doubt
 from hpc_neuro.trace_stacks.stacks import Stack, choose_voxel_size, list_stacks
 from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
 
@@ -197,6 +197,7 @@ def _describe(
             "floor": round(trace.foreground.floor, 4),
             "noise": round(trace.foreground.noise_level, 4),
         },
+        "doubt": measure_doubt(trace.figures),
         "warnings": warnings,
         # The cable behind a place is in the unit of the trees.
         "places": [

@@ -122,6 +122,7 @@ def test_the_student_finds_the_neurites_and_the_page_shows_them(weights: Path, t
     result = json.loads((out / "trace.json").read_text())["stacks"]["n"]
     assert result["model"] == str(weights)
     assert result["figures"]["agreement"] > 0.9
+    assert result["doubt"] < 0.5
     assert "with the student" in (out / "swc" / "n.swc").read_text()
 
     # Other weights are another result, and the same ones are none.

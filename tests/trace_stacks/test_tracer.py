@@ -17,7 +17,7 @@ from hpc_neuro.core.morphology import Tree, concatenate_trees, length
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.metrics.cable import match_cable
-from hpc_neuro.trace_stacks.sanity import list_warnings
+from hpc_neuro.trace_stacks.sanity import list_warnings, measure_doubt
 from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
 from tests.helpers.shapes import paint_points, sample_line
 from tests.helpers.stacks import SHAPE, make_neuron, take_picture
@@ -44,6 +44,7 @@ def test_a_plain_stack_gives_its_neuron_without_warnings(gold: Tree) -> None:
     assert measure_f1(trace, gold) > 0.95
     assert len(trace.trees) == 1
     assert not trace.somas
+    assert measure_doubt(trace.figures) < 0.3
     assert list_warnings(trace.figures, trace.foreground.is_inverted) == []
 
 
@@ -95,6 +96,7 @@ def test_pure_noise_gives_no_forest(mean: float) -> None:
     noise = np.clip(np.random.default_rng(0).normal(mean, 20, SHAPE), 0, 255).astype(np.uint8)
     trace = trace_array(noise)
     assert trace.figures.cable < 60 or list_warnings(trace.figures, trace.foreground.is_inverted)
+    assert measure_doubt(trace.figures) > 1.0
 
 
 def pad_image(image: NDArray[np.uint8], value: int) -> NDArray[np.uint8]:

@@ -1,10 +1,11 @@
 """Do the warnings of `trace` tell bad trees from good ones?
 
-    python -m tools.bench.trace_warnings STORE... [--model none] [--only ID ...] [--copies NAME ...]
+    python -m tools.bench.trace_warnings STORE... [--model none] [--only ID ...] [--copies NAME ...] [--every N]
 
-Every neuron is traced as it is and from degraded copies: noise, blur, inverted, and voxels four times as large. A tree
-counts as bad where its F1 at 4 voxels (of the copy) is below that of Otsu's mask of the same copy, or below 0.5. The
-area under the ROC curve is that of the number of warnings, 0.5 for warnings that say nothing. The last line is JSON.
+A folder of projections, ID.tif with the tree ID.swc of the stack, stands for a store. Every neuron is traced as it is
+and from degraded copies: noise, blur, inverted, and voxels four times as large. A tree counts as bad where its F1 at 4
+voxels (of the copy) is more than 0.05 below that of Otsu's mask of the same copy, or below 0.5. The area under the ROC
+curve is that of the doubt, and of the number of warnings, 0.5 for figures that say nothing. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import argparse
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.stats import mannwhitneyu
@@ -28,11 +30,12 @@ from hpc_neuro.core.constants import TOLERANCE_VOX
 from hpc_neuro.core.geometry import Box, Point, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data.store import Store, StoredVolume
+from hpc_neuro.data import swc
+from hpc_neuro.data.store import INDEX, Store, StoredVolume
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.trace_stacks.config import NO_MODEL
 from hpc_neuro.trace_stacks.predictor import StackPredictor
-from hpc_neuro.trace_stacks.sanity import list_warnings
+from hpc_neuro.trace_stacks.sanity import NO_TREE_DOUBT, list_warnings, measure_doubt
 from hpc_neuro.trace_stacks.tracer import trace_image
 from hpc_neuro.tracing import trace
 
@@ -51,35 +54,79 @@ def main() -> int:
     ask.add_argument("stores", type=Path, nargs="+")
     ask.add_argument("--model", default=NO_MODEL)
     ask.add_argument("--only", nargs="+", default=[])
+    ask.add_argument("--every", type=int, default=1, help="only every N-th neuron")
     ask.add_argument("--copies", nargs="+", default=list(COPIES), choices=list(COPIES))
     args = ask.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     predictor = None if args.model == NO_MODEL else StackPredictor(Path(args.model))
     rows: list[dict[str, Any]] = []
-    for volume in (volume for path in args.stores for volume in Store(path)):
-        if args.only and volume.id not in args.only:
-            continue
+    neurons = [neuron for path in args.stores for neuron in _list_neurons(path)]
+    for neuron in [n for n in neurons if not args.only or n.id in args.only][:: args.every]:
         for name in args.copies:
             degrade = COPIES[name]
-            row = {"neuron": volume.id, "copy": name, **_judge(volume, degrade, predictor)}
+            row = {"neuron": neuron.id, "copy": name, **_judge(neuron, degrade, predictor)}
             rows.append(row)
             print(
-                f"{volume.id:>16} {name:>8} F1 {row['f1']:.3f} Otsu {row['otsu']:.3f} {'bad' if row['bad'] else ''} "
+                f"{neuron.id:>16.16} {name:>8} F1 {row['f1']:.3f} Otsu {row['otsu']:.3f} {'bad' if row['bad'] else ''} "
+                f"doubt {row['doubt']:.2f} "
                 f"{len(row['warnings'])} warnings: {'; '.join(w[:60] for w in row['warnings'])}",
                 flush=True,
             )
 
-    scores = np.asarray([len(row["warnings"]) for row in rows])
     bad = np.asarray([row["bad"] for row in rows])
+<<<<<<< HEAD
     area = measure_area(scores, bad)
     print(f"{bad.sum()} of {len(bad)} trees are bad; area under the curve {area:.3f}")
     # JSON has no NaN, which the area is where all trees are good, or all bad.
     print(json.dumps({"area": area if np.isfinite(area) else None, "rows": rows}))
+=======
+    doubt = measure_area(np.asarray([row["doubt"] for row in rows]), bad)
+    count = measure_area(np.asarray([len(row["warnings"]) for row in rows]), bad)
+    print(f"{bad.sum()} of {len(bad)} trees are bad; area under the curve {doubt:.3f}, of the warnings {count:.3f}")
+    print(json.dumps({"area": doubt, "area_of_warnings": count, "rows": rows}))
+>>>>>>> 9cad12f (trace: a doubt that ranks the stacks of a batch)
     return 0
 
 
-def measure_area(scores: NDArray[np.integer[Any]], positive: NDArray[np.bool_]) -> float:
+@dataclass(frozen=True)
+class Neuron:
+    """An image with its gold tree in voxels."""
+
+    id: str
+    read: Callable[[], Image]
+    tree: Tree
+    size: VoxelSize
+    has_root: bool
+    """Whether the tracer is given the root."""
+
+
+def _list_neurons(path: Path) -> list[Neuron]:
+    """The neurons of a store, or of a folder of projections."""
+    if (path / INDEX).exists():
+        return [_open_stored(volume) for volume in Store(path)]
+    return [_open_projection(image) for image in sorted(path.glob("*.tif")) if image.with_suffix(".swc").exists()]
+
+
+def _open_stored(volume: StoredVolume) -> Neuron:
+    def read() -> Image:
+        return volume.image(Box.whole(volume.shape)).astype(np.float32)
+
+    return Neuron(volume.id, read, volume.tree(), volume.voxel_size, volume.root is not None)
+
+
+def _open_projection(image: Path) -> Neuron:
+    """Voxels count as cubes; the tree is projected as its image was."""
+
+    def read() -> Image:
+        return np.asarray(tifffile.imread(image), dtype=np.float32)[None]
+
+    tree = swc.read(image.with_suffix(".swc"))
+    flat = replace(tree, points=tree.points * [0, 1, 1])
+    return Neuron(image.stem, read, flat, (1.0, 1.0, 1.0), has_root=False)
+
+
+def measure_area(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float:
     """Area under the ROC curve, as Mann and Whitney's U; NaN where all are positive or none is."""
     if positive.all() or not positive.any():
         return float("nan")
@@ -102,7 +149,11 @@ def _add_noise(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, 
 
 
 def _blur(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
-    return np.asarray(ndimage.gaussian_filter(image, [2.0, 5.0, 5.0]), dtype=np.float32), tree, size
+    return (
+        np.asarray(ndimage.gaussian_filter(image, [2.0 if len(image) > 1 else 0.0, 5.0, 5.0]), dtype=np.float32),
+        tree,
+        size,
+    )
 
 
 def _invert(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
@@ -133,26 +184,25 @@ def _measure_brightness(image: Image, tree: Tree) -> float:
     return float(np.median(image[tuple(places.T)]))
 
 
-def _judge(volume: StoredVolume, degrade: Degrade, predictor: StackPredictor | None) -> dict[str, Any]:
-    whole = volume.image(Box.whole(volume.shape)).astype(np.float32)
-    gold = volume.tree()
-    image, tree, size = degrade(whole, gold, volume.voxel_size)
+def _judge(neuron: Neuron, degrade: Degrade, predictor: StackPredictor | None) -> dict[str, Any]:
+    image, tree, size = degrade(neuron.read(), neuron.tree, neuron.size)
     z, y, x = image.shape
 
     roots: list[Point] = []
-    if volume.root is not None:
+    if neuron.has_root:
         first = np.clip(tree.points[0], 0, np.asarray(image.shape) - 1)
         roots = [(float(first[0]), float(first[1]), float(first[2]))]
 
     try:
         result = trace_image(lambda box: image[box.slices], (z, y, x), size, roots=roots, predictor=predictor)
-        traced = morphology.concatenate_trees(result.trees)
+        traced, doubt = morphology.concatenate_trees(result.trees), measure_doubt(result.figures)
         warnings = list_warnings(result.figures, result.foreground.is_inverted, predictor is not None)
     except InputError as error:
-        traced, warnings = morphology.empty_tree(), [str(error)]
+        traced, doubt, warnings = morphology.empty_tree(), NO_TREE_DOUBT, [str(error)]
     own = match_cable(traced, tree, TOLERANCE_VOX).f1 if len(traced) else 0.0
     other = _trace_otsu(image, size, roots, tree)
-    return {"f1": own, "otsu": other, "bad": bool(own < min(other, 1.0) - 0.05 or own < _BAD), "warnings": warnings}
+    is_bad = bool(own < min(other, 1.0) - 0.05 or own < _BAD)
+    return {"f1": own, "otsu": other, "bad": is_bad, "doubt": doubt, "warnings": warnings}
 
 
 def _trace_otsu(image: Image, size: VoxelSize, roots: list[Point], gold: Tree) -> float:
