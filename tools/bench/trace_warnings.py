@@ -75,17 +75,12 @@ def main() -> int:
             )
 
     bad = np.asarray([row["bad"] for row in rows])
-<<<<<<< HEAD
-    area = measure_area(scores, bad)
-    print(f"{bad.sum()} of {len(bad)} trees are bad; area under the curve {area:.3f}")
-    # JSON has no NaN, which the area is where all trees are good, or all bad.
-    print(json.dumps({"area": area if np.isfinite(area) else None, "rows": rows}))
-=======
     doubt = measure_area(np.asarray([row["doubt"] for row in rows]), bad)
     count = measure_area(np.asarray([len(row["warnings"]) for row in rows]), bad)
     print(f"{bad.sum()} of {len(bad)} trees are bad; area under the curve {doubt:.3f}, of the warnings {count:.3f}")
-    print(json.dumps({"area": doubt, "area_of_warnings": count, "rows": rows}))
->>>>>>> 9cad12f (trace: a doubt that ranks the stacks of a batch)
+    # JSON has no NaN, which the areas are where all trees are good, or all bad.
+    areas = {"area": doubt, "area_of_warnings": count}
+    print(json.dumps({**{key: area if np.isfinite(area) else None for key, area in areas.items()}, "rows": rows}))
     return 0
 
 
