@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -191,5 +192,19 @@ def test_evaluate_refuses_a_lost_shard_until_verify_has_computed_it_again(
         evaluate.run(cfg)
     assert not cfg.out.exists()
 
+    assert cli.main(["infer", "verify", str(copy)]) == 0
+    assert evaluate.run(cfg) == 0
+
+
+@pytest.mark.parametrize("files", [3, [1], "x", None])
+def test_evaluate_refuses_a_done_marker_of_another_form(files: object, copy: Path, store: Path, tmp_path: Path) -> None:
+    marker = copy / "blocks" / "a" / "0_0_0.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "files": files}))
+    cfg = evaluate.EvaluateConfig(store=store, predictions=copy, out=tmp_path / "scores", draws=100, pictures=0)
+    with pytest.raises(InputError, match=r"0_0_0.json is not of the form .*run `hpc-neuro infer verify"):
+        evaluate.run(cfg)
+    assert not cfg.out.exists()
+
+    # The advice, obeyed.
     assert cli.main(["infer", "verify", str(copy)]) == 0
     assert evaluate.run(cfg) == 0
