@@ -136,16 +136,18 @@ def baselines(fold: Path, name: str) -> None:
     # the image as a probability; Otsu's threshold parts it as it does the raw one
     level = float(np.clip(image[mask].min() if mask.any() else 1.0, 1e-3, _FULL))
     trees = {
-        "raw": _traced(image, image, volume, load(TraceConfig, None, [*keys, f"threshold={level}"])),
-        "otsu": _traced(mask, image, volume, load(TraceConfig, None, keys)),
-        "thin": thinned(mask, volume.root),
+        "raw": _trace_from_root(image, image, volume, load(TraceConfig, None, [*keys, f"threshold={level}"])),
+        "otsu": _trace_from_root(mask, image, volume, load(TraceConfig, None, keys)),
+        "thin": thin_mask(mask, volume.root),
     }
     scores = {who: score_volume(volume, otsu.mask, tree, cfg) for who, tree in trees.items()}
     kept = {who: {key: one[key] for key in KEYS} for who, one in scores.items()}
     files.write_json(path, {"trace": settings, **kept})
 
 
-def _traced(probability: NDArray[Any], image: NDArray[np.float32], volume: StoredVolume, cfg: TraceConfig) -> Tree:
+def _trace_from_root(
+    probability: NDArray[Any], image: NDArray[np.float32], volume: StoredVolume, cfg: TraceConfig
+) -> Tree:
     """The tree from the neuron's root, an empty one where nothing can be traced from it."""
     if volume.root is None:
         raise InputError(f"{volume.id} has no root, and all methods begin there; give root_xyz in the meta file")
@@ -156,7 +158,7 @@ def _traced(probability: NDArray[Any], image: NDArray[np.float32], volume: Store
         return morphology.empty_tree()
 
 
-def thinned(mask: NDArray[np.bool_], root: tuple[float, float, float] | None) -> Tree:
+def thin_mask(mask: NDArray[np.bool_], root: tuple[float, float, float] | None) -> Tree:
     """The skeleton of a mask [Z, Y, X] as a tree in voxels: what hangs on the voxel nearest to `root`."""
     voxels = np.argwhere(skeletonize(mask)).astype(np.int32)
     if not len(voxels) or root is None:

@@ -143,7 +143,7 @@ def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, bloc
     save_arrays(trees.scratch / "forest.npz", tree)
     samples, windows, expected_windows = flip_tta.sample_forest(trees), 0, 0
 
-    def seen(count: int) -> None:
+    def count_window(count: int) -> None:
         nonlocal windows
         windows += count
 
@@ -152,7 +152,7 @@ def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, bloc
         assert bool(todo) == (number == 0)  # what was looked at is not looked at again
         for one in todo:
             expected_windows += 2 * flip_tta.count_windows(samples, tiling, one)
-            flip_tta.predict_views(trees, predictor, samples, one, seen)
+            flip_tta.predict_views(trees, predictor, samples, one, count_window)
     values = flip_tta.load_views(trees, tree)
     student, _ = load_student(model / "weights" / "best")
     for row, flip in zip(values, [(2,), (0, 1)], strict=True):

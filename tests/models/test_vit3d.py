@@ -53,11 +53,11 @@ def test_rotated_products_depend_on_the_displacement_alone(shape: tuple[int, int
     query, key = torch.randn(2, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     rotation = rotary(shape, 32)
 
-    def turned(vector: Tensor) -> Tensor:
+    def turn(vector: Tensor) -> Tensor:
         n = rotation.shape[1]
         return rotate(vector.expand(1, 1, n, 32), rotation)[0, 0].double().view(*shape, 32)
 
-    q, k = turned(query), turned(key)
+    q, k = turn(query), turn(key)
     by = [data.draw(st.integers(0, n - 1)) for n in shape]
     start = tuple(slice(0, n - d) for n, d in zip(shape, by, strict=True))
     stop = tuple(slice(d, n) for n, d in zip(shape, by, strict=True))

@@ -16,7 +16,7 @@ from hpc_neuro.data import swc
 from hpc_neuro.data.store import Store
 from tests.helpers.tiny_store import write_store
 from tools import leave_one_out
-from tools.leave_one_out import KEYS, METHODS, baselines, gathered, table, thinned
+from tools.leave_one_out import KEYS, METHODS, baselines, gathered, table, thin_mask
 
 
 def test_pairs_of_several_folders_become_one(tmp_path: Path) -> None:
@@ -55,13 +55,13 @@ def test_a_thinned_mask_is_a_tree_from_the_root() -> None:
     mask[3:6, 10:13, 5:55] = True
     mask[3:6, 13:33, 30:33] = True
     mask[3:6, 36:38, 5:20] = True  # not connected
-    tree = thinned(mask, (4, 11, 5))
+    tree = thin_mask(mask, (4, 11, 5))
     assert len(tree.roots) == 1
     assert len(morphology.tips(tree)) >= 2
     assert np.linalg.norm(tree.points[0] - [4, 11, 5]) < 4
     assert tree.points[:, 1].max() < 34
     assert morphology.length(tree) == pytest.approx(48 + 20, rel=0.2)
-    assert len(thinned(np.zeros((4, 4, 4), dtype=bool), (1, 1, 1))) == 0
+    assert len(thin_mask(np.zeros((4, 4, 4), dtype=bool), (1, 1, 1))) == 0
 
 
 def test_baselines_and_table(

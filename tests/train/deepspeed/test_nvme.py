@@ -43,7 +43,7 @@ def module() -> TrainModule:
     return TrainModule(build_student(STUDENT), None, sharded=True)
 
 
-def made(cfg: EngineConfig) -> engine.Engine:
+def make_engine(cfg: EngineConfig) -> engine.Engine:
     engine.join_group(EngineConfig())
     named = dict(module().named_parameters())
     settings = build_deepspeed_settings(
@@ -77,8 +77,8 @@ def test_parameters_in_files_train_to_the_same_bits(tmp_path):
     if not compiled():
         pytest.skip("DeepSpeed's async_io is not compiled here, which takes minutes; one run with engine.nvme does it")
     disk = nvme.folder_of_run(tmp_path, tmp_path / "run")
-    plain = made(EngineConfig(stage=3))
-    filed = made(EngineConfig(stage=3, offload_parameters="nvme", nvme=disk))
+    plain = make_engine(EngineConfig(stage=3))
+    filed = make_engine(EngineConfig(stage=3, offload_parameters="nvme", nvme=disk))
     try:
         sizes = [p.stat().st_size for p in disk.rglob("*.swp")]
         assert len(sizes) > 3
