@@ -98,6 +98,8 @@ _PADDING_REACH = 2
 """[voxel] Padding is solid: all voxels so near to one inside it are padding."""
 _PADDING_DEPTH = 6
 """[voxel] Most of the padding, and most of the image beside it, lies so deep inside."""
+_PADDING_STEP = 7
+"""[voxel] Of the image beside the padding, every so many voxels are looked at for noise."""
 _LEAST_PADDING = 0.01
 """Share of the volume that padding fills, at least."""
 _LEAST_DEEP_PADDING, _LEAST_DEEP_IMAGE = 0.5, 0.6
@@ -149,6 +151,11 @@ class Foreground:
     def is_inverted(self) -> bool:
         """Whether the image is dark on bright."""
         return self.top is not None
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether so much of the mask lies in specks that it is noise at every level."""
+        return self.speck_share > _NOISE_SHARE
 
     @property
     def noise_level(self) -> float:
@@ -226,7 +233,8 @@ def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
     draft = Foreground(read, shape, top, padding, background, noise, whole_signal=smooth)
     sample = _sample_signal(draft)
 
-    whole_otsu, (sample, otsu) = _compute_otsu(sample), _leave_thick_out(sample)
+    whole_otsu = _compute_otsu(sample)
+    sample, otsu = _leave_thick_out(sample, whole_otsu)
     floor, speck_share = _choose_floor(sample, otsu, _MOST_THICK_SHARE * whole_otsu)
 
     above = np.concatenate([part.signal[part.mask(floor)] for part in sample])
@@ -275,30 +283,45 @@ class _Part:
         return np.asarray(self.signal >= np.maximum(self.noise_level, np.float32(floor)))
 
 
+@dataclass(frozen=True)
+class _PaddingCounts:
+    """Voxels of a part of a slice, if its lowest value is padding."""
+
+    lowest: float
+    solid: int
+    image: int
+    """Voxels beside the solid ones."""
+    inside: int
+    """Of these, those of the lowest value."""
+    deep_padding: int
+    deep_image: int
+    border: int
+    """Solid voxels at the border."""
+    beside: Floats
+    """Values of a sample of the image."""
+
+    def without_padding(self) -> _PaddingCounts:
+        """The counts if the lowest value is part of the image."""
+        size = self.solid + self.image
+        return replace(self, solid=0, image=size, inside=0, deep_padding=0, deep_image=size, border=0)
+
+
 def _find_padding(read: ReadBox, shape: Shape) -> float | None:
     """The value of voxels that were never imaged, such as the corners of a rotated volume; None without such voxels.
 
     Padding has the lowest value of the image, is solid, and reaches the border of the slices. A background of zeros
     differs: neurites on it are thin, or noise breaks it up.
     """
-    planes = [_read_plane(read, shape, z) for z in _choose_planes(shape[0])]
-    lowest = min(float(plane.min()) for plane in planes)
-    solid = deep_padding = image = deep_image = inside = border = 0
-    values = []
-    for plane in planes:
-        is_low = plane == lowest
-        is_solid = _open(is_low, _PADDING_REACH)
-        is_image = ~is_solid
-        solid += int(is_solid.sum())
-        image += int(is_image.sum())
-        inside += int((is_low & is_image).sum())
-        deep_padding += int(_erode(is_solid, _PADDING_DEPTH).sum())
-        deep_image += int(_erode(is_image, _PADDING_DEPTH).sum())
-        border += int(is_solid[[0, -1]].sum() + is_solid[:, [0, -1]].sum())
-        values.append(plane[is_image][::7])
+    counts = [_count_padding(np.asarray(read(box)[0], dtype=np.float32)) for box in _choose_slice_parts(shape)]
+    lowest = min(part.lowest for part in counts)
+    counts = [part if part.lowest == lowest else part.without_padding() for part in counts]
+    solid, image, inside, deep_padding, deep_image, border = (
+        sum(getattr(part, name) for part in counts)
+        for name in ("solid", "image", "inside", "deep_padding", "deep_image", "border")
+    )
 
     # Without noise, what is beside it is a mask and no image.
-    beside = np.concatenate(values)
+    beside = np.concatenate([part.beside for part in counts])
     is_padding = (
         border > 0
         and solid >= _LEAST_PADDING * (solid + image)
@@ -311,14 +334,30 @@ def _find_padding(read: ReadBox, shape: Shape) -> float | None:
     return lowest if is_padding else None
 
 
-def _choose_planes(depth: int) -> list[int]:
-    """Slices from the first to the last, evenly spaced."""
-    return sorted({round(z) for z in np.linspace(0, depth - 1, min(depth, _PADDING_PLANES)).tolist()})
+def _count_padding(plane: Floats) -> _PaddingCounts:
+    """[Y, X] a part of a slice."""
+    lowest = float(plane.min())
+    is_low = plane == lowest
+    is_solid = _open(is_low, _PADDING_REACH)
+    is_image = ~is_solid
+    return _PaddingCounts(
+        lowest=lowest,
+        solid=int(is_solid.sum()),
+        image=int(is_image.sum()),
+        inside=int((is_low & is_image).sum()),
+        deep_padding=int(_erode(is_solid, _PADDING_DEPTH).sum()),
+        deep_image=int(_erode(is_image, _PADDING_DEPTH).sum()),
+        border=int(is_solid[[0, -1]].sum() + is_solid[:, [0, -1]].sum()),
+        beside=plane[is_image][::_PADDING_STEP],
+    )
 
 
-def _read_plane(read: ReadBox, shape: Shape, z: int) -> Floats:
-    """[Y, X] one slice."""
-    return np.asarray(read(Box((z, 0, 0), (z + 1, shape[1], shape[2])))[0], dtype=np.float32)
+def _choose_slice_parts(shape: Shape) -> list[Box]:
+    """Slices from the first to the last, evenly spaced; large ones in parts, of which a sample is taken."""
+    depth, y, x = shape
+    planes = sorted({round(z) for z in np.linspace(0, depth - 1, min(depth, _PADDING_PLANES)).tolist()})
+    parts = [box.shift((z, 0, 0)) for z in planes for box in iter_slabs((1, y, x), SLAB_ITEMSIZE)]
+    return parts[:: max(1, math.ceil(len(planes) * y * x / _MEASURED_VOXELS))]
 
 
 def _erode(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
@@ -411,14 +450,19 @@ def _sample_signal(draft: Foreground) -> list[_Part]:
     return parts
 
 
-def _leave_thick_out(sample: list[_Part]) -> tuple[list[_Part], float]:
+def _leave_thick_out(sample: list[_Part], whole_otsu: float) -> tuple[list[_Part], float]:
     """The sample with its thick regions marked, and Otsu's threshold of the rest.
 
     A bright soma has most of the bright voxels, and would put the threshold above the dendrites.
     """
-    whole_otsu = otsu = _compute_otsu(sample)
+    otsu = whole_otsu
+    minima = [-_tile_maxima(-part.signal, _THICK_TILE) for part in sample]
     for _ in range(_SCALE_ROUNDS):
-        parts = [replace(part, thin=_find_thin(part.signal, _THICK_SHARE * otsu)) for part in sample]
+        level = _THICK_SHARE * otsu
+        parts = [
+            replace(part, thin=_find_thin(tiles >= level, part.signal.shape))
+            for part, tiles in zip(sample, minima, strict=True)
+        ]
         if all(part.thin is None for part in parts):
             break
         thin_otsu = _compute_otsu(parts)
@@ -431,9 +475,8 @@ def _leave_thick_out(sample: list[_Part]) -> tuple[list[_Part], float]:
     return sample, otsu
 
 
-def _find_thin(signal: Floats, level: float) -> NDArray[np.bool_] | None:
-    """[Z, Y, X] what is beside the thick regions above a level; None without such regions."""
-    is_full = -_tile_maxima(-signal, _THICK_TILE) >= level
+def _find_thin(is_full: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
+    """[Z, Y, X] what is beside the thick regions of full tiles, in a slab of `shape`; None without such regions."""
     is_thick = binary_opening(is_full, np.ones((1, _THICK_TILES, _THICK_TILES), dtype=bool))
     is_thick = _select_compact(is_thick)
     if not is_thick.any():
@@ -442,7 +485,7 @@ def _find_thin(signal: Floats, level: float) -> NDArray[np.bool_] | None:
     # The blurred rim of a soma belongs to it, and so do its small sections above and below.
     is_thick = binary_dilation(is_thick, np.ones(tuple(2 * reach + 1 for reach in _THICK_RIM), dtype=bool))
     voxels = np.repeat(np.repeat(is_thick, _THICK_TILE[1], axis=1), _THICK_TILE[2], axis=2)
-    return np.asarray(~voxels[:, : signal.shape[1], : signal.shape[2]])
+    return np.asarray(~voxels[:, : shape[1], : shape[2]])
 
 
 def _select_compact(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -16,10 +16,8 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.foreground import HALF, measure_foreground
 from hpc_neuro.data.intensity import ReadBox
+from hpc_neuro.data.proximal_axon import TREE_HALO
 from hpc_neuro.data.rasterize import DrawSettings, draw_body, prepare_tree
-
-TREE_HALO = 3.0
-"""[fine voxel] What is bright so near to the drawn tree is its blurred surface, which stays background."""
 
 _RIM: Shape = (1, 1, 1)
 """[voxel] The dim surface of an untraced neurite around what is bright of it."""

@@ -52,8 +52,6 @@ LEAST_SEEN = 0.1
 """Share of the image's own foreground that a student must see for that foreground to be used."""
 _SEEN_VOXELS = 2
 """[voxel] A student sees foreground that is so near to its own."""
-_MOST_SPECKS = 0.25
-"""Share of specks in a foreground from which it is noise."""
 _WEAK_CONFIDENCE = 0.6
 """Confidence below which cable is weak."""
 _AGREEMENT_VOXELS = 4.0
@@ -133,7 +131,7 @@ def trace_image(
     follow = functools.partial(_follow, foreground, size, cfg, roots, search_somas, edits is not None)
     somas, trees, left_out = follow(evidence)
     # A student that knows no such images finds nothing in them; in noise there is nothing to find.
-    if not trees and evidence.followed == "student" and foreground.speck_share <= _MOST_SPECKS:
+    if not trees and evidence.followed == "student" and not foreground.is_noise:
         evidence = replace(_weigh_evidence(foreground, None), seen_share=evidence.seen_share)
         somas, trees, left_out = follow(evidence)
     trees = trees if edits is None else continue_from(edits, trees, left_out)

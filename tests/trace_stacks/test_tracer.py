@@ -15,6 +15,7 @@ import hpc_neuro
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree, concatenate_trees, length
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data import foreground, intensity
 from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.trace_stacks.sanity import list_warnings, measure_doubt
@@ -139,6 +140,22 @@ def test_an_image_that_surrounds_the_neuron_only_is_measured_there(gold: Tree) -
     assert measure_f1(trace, gold) > 0.9
 
 
+def test_padding_of_slices_that_are_read_in_parts_is_found_too(gold: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = pad_image(np.clip(take_picture(gold).astype(np.int64) // 2 + 100, 0, 255).astype(np.uint8), 0)
+    monkeypatch.setattr(intensity, "_PASS_BYTES", 64 * 64 * 8)
+    sizes = []
+
+    def read(box: Box) -> NDArray[np.uint8]:
+        sizes.append(box.size)
+        return image[box.slices]
+
+    assert foreground._find_padding(read, SHAPE) == 0
+    assert max(sizes) <= 64 * 64
+    # Of slices that are larger than the sample, only parts are looked at.
+    parts = foreground._choose_slice_parts((1000, 40_000, 40_000))
+    assert sum(box.size for box in parts) <= 1.1 * foreground._MEASURED_VOXELS
+
+
 def test_a_black_background_is_no_padding(gold: Tree) -> None:
     image = np.clip(take_picture(gold).astype(np.int64) - 60, 0, 255).astype(np.uint8)
     assert (image == 0).mean() > 0.5
@@ -166,10 +183,10 @@ def test_an_image_without_contrast_is_refused() -> None:
 
 def test_boxes_fit_together(gold: Tree) -> None:
     image = take_picture(gold)
-    foreground = measure_foreground(lambda box: image[box.slices], SHAPE)
-    whole = foreground.probability(Box.whole(SHAPE))
+    measured = measure_foreground(lambda box: image[box.slices], SHAPE)
+    whole = measured.probability(Box.whole(SHAPE))
     box = Box((5, 17, 33), (29, 70, 101))
-    np.testing.assert_array_equal(foreground.probability(box), whole[box.slices])
+    np.testing.assert_array_equal(measured.probability(box), whole[box.slices])
 
 
 def test_each_soma_becomes_one_tree_of_type_1_and_a_given_root_wins() -> None:
