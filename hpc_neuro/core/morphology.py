@@ -111,14 +111,22 @@ def order_parents_first(parents: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.argsort(depth, kind="stable")
 
 
-def reroot(parents: NDArray[np.int64], node: int, new_parent: int = -1) -> NDArray[np.int64]:
-    """Parents with the edges above `node` turned, so that it is the root of its tree, and `new_parent` its parent."""
-    parents = parents.copy()
+def turn_path(parents: NDArray[np.int64], node: int, new_parent: int = -1) -> None:
+    """Turn the edges above `node` in place, so that it is the root of its tree, and `new_parent` its parent.
+
+    In place, because a forest has one such path for each of its trees.
+    """
     while node >= 0:
         old_parent = int(parents[node])
         parents[node] = new_parent
         new_parent, node = node, old_parent
-    return parents
+
+
+def reroot(tree: Tree, node: int) -> Tree:
+    """The tree with `node` as the root of its component."""
+    parents = tree.parents.copy()
+    turn_path(parents, node)
+    return build_tree(tree.points, parents, tree.radii, tree.types)
 
 
 # --- Measuring ---
@@ -196,19 +204,22 @@ def label_components(tree: Tree) -> NDArray[np.int64]:
     return np.searchsorted(tree.roots, ancestor).astype(np.int64)
 
 
-def split_components(tree: Tree) -> list[Tree]:
-    """The separate trees of a forest, in the order of their roots; nodes keep their order."""
+def group_components(tree: Tree) -> list[NDArray[np.int64]]:
+    """The nodes of each separate tree of a forest, in the order of the roots."""
     if not len(tree):
         return []
     # One sort for all components: a mask for each would take as many passes as there are trees.
     labels = label_components(tree)
     order = np.argsort(labels, kind="stable")
-    firsts = np.searchsorted(labels[order], np.arange(1, len(tree.roots)))
+    return np.split(order, np.searchsorted(labels[order], np.arange(1, len(tree.roots))))
 
+
+def split_components(tree: Tree) -> list[Tree]:
+    """The separate trees of a forest, in the order of their roots; nodes keep their order."""
     components = []
     # Index of a node within its component.
     local = np.empty(len(tree), dtype=np.int64)
-    for nodes in np.split(order, firsts):
+    for nodes in group_components(tree):
         local[nodes] = np.arange(len(nodes))
         parents = np.where(tree.parents[nodes] < 0, -1, local[tree.parents[nodes]])
         components.append(Tree(tree.points[nodes], tree.radii[nodes], parents, tree.types[nodes]))

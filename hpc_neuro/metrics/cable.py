@@ -116,7 +116,7 @@ def _reroot_near(tree: Tree, center: NDArray[np.float64], tolerance: float) -> T
     if distance[nearest] > tolerance:
         return None
 
-    return morphology.build_tree(tree.points, morphology.reroot(tree.parents, nearest), tree.radii, tree.types)
+    return morphology.reroot(tree, nearest)
 
 
 def _number_arms(tree: Tree, seed: int, is_near: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -123,11 +123,11 @@ def _overlay(tree: Tree, other: Tree, tolerance: float) -> _Overlap:
 
 def _reroot_at_found(tree: Tree, is_found: NDArray[np.bool_]) -> tuple[Tree, NDArray[np.bool_]]:
     """Root each component at a found node, where it has one, so that every other found node has one above it."""
-    parents = tree.parents
+    parents = tree.parents.copy()
     component = morphology.label_components(tree)
     _, first = np.unique(component[is_found], return_index=True)
     for start in np.flatnonzero(is_found)[first]:
-        parents = morphology.reroot(parents, int(start))
+        morphology.turn_path(parents, int(start))
 
     # `build_tree` sorts the nodes, and the flags must follow.
     order = morphology.order_parents_first(parents)

@@ -119,15 +119,14 @@ def continue_from(edits: Edits, traced: list[Tree], left_out: list[Tree]) -> lis
     nearest = np.asarray(cKDTree(edits.tree.points).query(fresh.points)[1])
 
     joined, hooks, alone = [edits.tree], [-1], list[Tree]()
-    for branch, nodes in zip(morphology.split_components(fresh), _group_components(fresh), strict=True):
+    for branch, nodes in zip(morphology.split_components(fresh), morphology.group_components(fresh), strict=True):
         contacts = np.flatnonzero(touches_kept[nodes])
         if morphology.length(branch) < _LEAST_CABLE or (not len(contacts) and touches_deleted[nodes].any()):
             continue
         if not len(contacts):
             alone += [branch] if is_traced[is_new][nodes[0]] else []
             continue
-        parents = morphology.reroot(branch.parents, int(contacts[0]))
-        joined.append(morphology.build_tree(branch.points, parents, branch.radii, branch.types))
+        joined.append(morphology.reroot(branch, int(contacts[0])))
         hooks.append(int(nearest[nodes[contacts[0]]]))
     return [*_join(joined, hooks), *alone]
 
@@ -145,13 +144,6 @@ def _find_touching(tree: Tree, is_inside: NDArray[np.bool_], is_other: NDArray[n
         ends = tree.edges[is_inside[tree.edges[:, one]] & is_other[tree.edges[:, other]]]
         touches[ends[:, one]] = True
     return touches
-
-
-def _group_components(tree: Tree) -> list[NDArray[np.int64]]:
-    """The nodes of each tree of a forest, in the order of `split_components`."""
-    labels = morphology.label_components(tree)
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.searchsorted(labels[order], np.arange(1, len(tree.roots)))) if len(tree) else []
 
 
 def _join(trees: list[Tree], hooks: list[int]) -> list[Tree]:

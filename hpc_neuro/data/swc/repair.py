@@ -191,15 +191,13 @@ def _root_at_soma(tree: Tree) -> tuple[Tree, list[str]]:
         return tree, []
 
     # Types and places stay; only the direction of the edges on the way changes.
-    parents = morphology.reroot(tree.parents, int(somas[0]), ROOT)
-    tree = morphology.build_tree(tree.points, parents, tree.radii, tree.types)
-    return tree, ["the tree turned so that its soma is the root"]
+    return morphology.reroot(tree, int(somas[0])), ["the tree turned so that its soma is the root"]
 
 
 def _join_trees(tree: Tree) -> tuple[Tree, list[str]]:
     """Connect every further tree to the nearest joined node, nearest tree first (Prim's rule over whole trees)."""
     # The first tree is joined; for every other node, the nearest joined node is kept up to date.
-    component, parents = morphology.label_components(tree), tree.parents
+    component, parents = morphology.label_components(tree), tree.parents.copy()
     is_waiting = component != 0
     distance, nearest = _find_nearest(tree.points[~is_waiting], tree.points)
     nearest = np.flatnonzero(~is_waiting)[nearest]
@@ -209,7 +207,7 @@ def _join_trees(tree: Tree) -> tuple[Tree, list[str]]:
         waiting = np.flatnonzero(is_waiting)
         node = int(waiting[np.argmin(distance[waiting])])
         members = np.flatnonzero(component == component[node])
-        parents = morphology.reroot(parents, node, int(nearest[node]))
+        morphology.turn_path(parents, node, int(nearest[node]))
         changes.append(f"a tree of {len(members)} nodes joined by an edge of length {distance[node]:.4g}")
         is_waiting[members] = False
 
