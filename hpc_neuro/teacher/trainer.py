@@ -295,6 +295,7 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
         except Exception as error:
+            # A damaged file raises whatever the unpickler, the shapes or the fields do.
             line = " ".join(str(error).split())[:200]
             raise InputError(f"{path} cannot be read ({line}); remove it to train from the start") from error
 
