@@ -142,15 +142,17 @@ def test_an_image_that_surrounds_the_neuron_only_is_measured_there(gold: Tree) -
 
 def test_padding_of_slices_that_are_read_in_parts_is_found_too(gold: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pad_image(np.clip(take_picture(gold).astype(np.int64) // 2 + 100, 0, 255).astype(np.uint8), 0)
-    monkeypatch.setattr(intensity, "_PASS_BYTES", 64 * 64 * 8)
     sizes = []
 
     def read(box: Box) -> NDArray[np.uint8]:
         sizes.append(box.size)
         return image[box.slices]
 
-    assert foreground._find_padding(read, SHAPE) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(intensity, "_PASS_BYTES", 64 * 64 * 8)
+        assert foreground._find_padding(read, SHAPE) == 0
     assert max(sizes) <= 64 * 64
+
     # Of slices that are larger than the sample, only parts are looked at.
     parts = foreground._choose_slice_parts((1000, 40_000, 40_000))
     assert sum(box.size for box in parts) <= 1.1 * foreground._MEASURED_VOXELS
