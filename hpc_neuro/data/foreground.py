@@ -33,6 +33,7 @@ from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.intensity import iter_slabs
+from hpc_neuro.data.padding import leave_padding_out
 
 ReadBox = Callable[[Box], Array]
 Floats = NDArray[np.float32]
@@ -92,20 +93,6 @@ _DARK_RATIO = 2.0
 """An image is dark on bright where its dark tail is this much longer than its bright one."""
 _TAIL = 0.001
 """Share of the voxels beyond which the tails of an image are measured."""
-_PADDING_PLANES = 24
-"""[slice] Padding is searched for in so many slices."""
-_PADDING_REACH = 2
-"""[voxel] Padding is solid: all voxels so near to one inside it are padding."""
-_PADDING_DEPTH = 6
-"""[voxel] Most of the padding, and most of the image beside it, lies so deep inside."""
-_PADDING_STEP = 7
-"""[voxel] Of the image beside the padding, every so many voxels are looked at for noise."""
-_LEAST_PADDING = 0.01
-"""Share of the volume that padding fills, at least."""
-_LEAST_DEEP_PADDING, _LEAST_DEEP_IMAGE = 0.5, 0.6
-"""Shares of padding and of image that lie deep inside, at least. Neurites on a black background are thin."""
-_MOST_PADDING_INSIDE = 0.1
-"""Share of the image beside the padding that has its value, at most. A black background with noise has more."""
 _BINS = 4096
 """Bins of the histogram of the signal."""
 _SPREAD_TO_DEVIATION = 1.4826
@@ -126,7 +113,7 @@ class Foreground:
     top: float | None
     """Brightness that becomes 0 where the image is dark on bright; None: bright on dark."""
     padding: float | None
-    """Value of the voxels that were never imaged; None without such voxels."""
+    """What `read` gives for voxels that were never imaged; None without such voxels."""
     background: Floats
     """[tiles along z, y, x] brightness of the background."""
     noise: Floats
@@ -215,7 +202,7 @@ def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
     Of an image of more than `_MEASURED_VOXELS` voxels, evenly spaced slabs give the level. Raises InputError for an
     image that is constant.
     """
-    padding = _find_padding(read, shape)
+    read, padding = leave_padding_out(read, shape, _MEASURED_VOXELS)
     top = _find_top(read, shape, padding)
 
     def read_bright(box: Box) -> Floats:
@@ -281,93 +268,6 @@ class _Part:
     def mask(self, floor: float) -> NDArray[np.bool_]:
         """[Z, Y, X] where the signal exceeds floor and noise."""
         return np.asarray(self.signal >= np.maximum(self.noise_level, np.float32(floor)))
-
-
-@dataclass(frozen=True)
-class _PaddingCounts:
-    """Voxels of a part of a slice, if its lowest value is padding."""
-
-    lowest: float
-    solid: int
-    image: int
-    """Voxels beside the solid ones."""
-    inside: int
-    """Of these, those of the lowest value."""
-    deep_padding: int
-    deep_image: int
-    border: int
-    """Solid voxels at the border."""
-    beside: Floats
-    """Values of a sample of the image."""
-
-    def without_padding(self) -> _PaddingCounts:
-        """The counts if the lowest value is part of the image."""
-        size = self.solid + self.image
-        return replace(self, solid=0, image=size, inside=0, deep_padding=0, deep_image=size, border=0)
-
-
-def _find_padding(read: ReadBox, shape: Shape) -> float | None:
-    """The value of voxels that were never imaged, such as the corners of a rotated volume; None without such voxels.
-
-    Padding has the lowest value of the image, is solid, and reaches the border of the slices. A background of zeros
-    differs: neurites on it are thin, or noise breaks it up.
-    """
-    counts = [_count_padding(np.asarray(read(box)[0], dtype=np.float32)) for box in _choose_slice_parts(shape)]
-    lowest = min(part.lowest for part in counts)
-    counts = [part if part.lowest == lowest else part.without_padding() for part in counts]
-    solid, image, inside, deep_padding, deep_image, border = (
-        sum(getattr(part, name) for part in counts)
-        for name in ("solid", "image", "inside", "deep_padding", "deep_image", "border")
-    )
-
-    # Without noise, what is beside it is a mask and no image.
-    beside = np.concatenate([part.beside for part in counts])
-    is_padding = (
-        border > 0
-        and solid >= _LEAST_PADDING * (solid + image)
-        and deep_padding >= _LEAST_DEEP_PADDING * solid
-        and deep_image >= _LEAST_DEEP_IMAGE * image > 0
-        and inside <= _MOST_PADDING_INSIDE * image
-        and len(beside) > 0
-        and bool(np.quantile(beside, 0.25) < np.quantile(beside, 0.75))
-    )
-    return lowest if is_padding else None
-
-
-def _count_padding(plane: Floats) -> _PaddingCounts:
-    """[Y, X] a part of a slice."""
-    lowest = float(plane.min())
-    is_low = plane == lowest
-    is_solid = _open(is_low, _PADDING_REACH)
-    is_image = ~is_solid
-    return _PaddingCounts(
-        lowest=lowest,
-        solid=int(is_solid.sum()),
-        image=int(is_image.sum()),
-        inside=int((is_low & is_image).sum()),
-        deep_padding=int(_erode(is_solid, _PADDING_DEPTH).sum()),
-        deep_image=int(_erode(is_image, _PADDING_DEPTH).sum()),
-        border=int(is_solid[[0, -1]].sum() + is_solid[:, [0, -1]].sum()),
-        beside=plane[is_image][::_PADDING_STEP],
-    )
-
-
-def _choose_slice_parts(shape: Shape) -> list[Box]:
-    """Slices from the first to the last, evenly spaced; large ones in parts, of which a sample is taken."""
-    depth, y, x = shape
-    planes = sorted({round(z) for z in np.linspace(0, depth - 1, min(depth, _PADDING_PLANES)).tolist()})
-    parts = [box.shift((z, 0, 0)) for z in planes for box in iter_slabs((1, y, x), SLAB_ITEMSIZE)]
-    return parts[:: max(1, math.ceil(len(planes) * y * x / _MEASURED_VOXELS))]
-
-
-def _erode(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
-    """[Y, X] where all voxels within a square of 2 * reach + 1 are set; beyond the border counts as set."""
-    return np.asarray(minimum_filter(mask, 2 * reach + 1, mode="nearest"))
-
-
-def _open(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
-    """[Y, X] the squares of 2 * reach + 1 that fit into a mask."""
-    return np.asarray(maximum_filter(_erode(mask, reach), 2 * reach + 1, mode="nearest"))
 
 
 def _find_top(read: ReadBox, shape: Shape, padding: float | None) -> float | None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import tifffile
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, rotate
 
 import hpc_neuro
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree, concatenate_trees, length
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data import foreground, intensity
+from hpc_neuro.data import intensity, padding
 from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.trace_stacks.sanity import list_warnings, measure_doubt
@@ -120,6 +120,59 @@ def test_padding_is_neither_background_nor_neurite(gold: Tree) -> None:
     assert measure_f1(padded, gold) > 0.9
 
 
+@pytest.mark.parametrize("value", [1, 40, 100, 128, 200, 255])
+@pytest.mark.parametrize("ground", [0, 100], ids=["dark", "hazy"])
+def test_padding_of_any_value_is_neither_background_nor_neurite(gold: Tree, value: int, ground: int) -> None:
+    image = np.clip(take_picture(gold).astype(np.int64) // 2 + ground, 0, 255).astype(np.uint8)
+    whole, padded = trace_array(image), trace_array(pad_image(image, value))
+    assert padded.foreground.padding is not None
+    assert not padded.foreground.is_inverted
+    in_both = match_cable(concatenate_trees(padded.trees), concatenate_trees(whole.trees), 3.0)
+    assert in_both.precision > 0.97
+    assert measure_f1(padded, gold) > 0.9
+
+
+@pytest.mark.parametrize("order", [0, 1], ids=["nearest", "linear"])
+@pytest.mark.parametrize("value", [40, 255])
+def test_a_rotated_stack_has_the_tree_of_the_stack(gold: Tree, value: int, order: int) -> None:
+    image = np.clip(take_picture(gold).astype(np.int64) // 2 + 60, 0, 255).astype(np.uint8)
+    turned = rotate(image, 20, axes=(1, 2), order=order, cval=value)
+    trace = trace_array(turned)
+    assert trace.foreground.padding is not None
+    assert trace.figures.cable == pytest.approx(trace_array(image).figures.cable, rel=0.03)
+
+
+def test_white_surroundings_of_a_neuron_are_padding(gold: Tree) -> None:
+    image = np.clip(take_picture(gold).astype(np.int64) // 2 + 60, 0, 255).astype(np.uint8)
+    near = np.zeros(SHAPE, dtype=bool)
+    for point in np.rint(gold.points).astype(int):
+        near[:, max(point[1] - 20, 0) : point[1] + 20, max(point[2] - 20, 0) : point[2] + 20] = True
+    trace = trace_array(np.where(near, image, np.uint8(255)))
+    assert trace.foreground.padding is not None
+    assert not trace.foreground.is_inverted
+    assert measure_f1(trace, gold) > 0.9
+
+
+@pytest.mark.parametrize("value", [100, 255])
+def test_bright_padding_beside_a_dark_neuron_is_no_neurite(gold: Tree, value: int) -> None:
+    image = np.clip(255 - take_picture(gold).astype(np.int64) // 2 - 60, 1, 254).astype(np.uint8)
+    trace = trace_array(pad_image(image, value))
+    assert trace.foreground.is_inverted
+    assert measure_f1(trace, gold) > 0.9
+
+
+def test_a_saturated_soma_at_the_border_is_no_padding() -> None:
+    body = np.zeros((20, 160, 160), dtype=np.float32)
+    paint_points(body, np.array([[10.0, 4, 80]]), 14.0)
+    paint_points(body, sample_line((10, 4, 80), (10, 150, 90)), 2.0)
+    image = 20 + 900 * gaussian_filter(body, 1.5) + np.random.default_rng(0).normal(0, 3, body.shape)
+    image = np.clip(image, 0, 255).astype(np.uint8)
+    assert (image[:, 0] == 255).any()
+    trace = trace_array(image)
+    assert trace.foreground.padding is None
+    assert trace.figures.somas == 1
+
+
 def test_padding_beside_a_dark_neuron_is_no_neurite_either(gold: Tree) -> None:
     image = np.clip(255 - take_picture(gold).astype(np.int64) // 2 - 60, 1, 254).astype(np.uint8)
     trace = trace_array(pad_image(image, 0))
@@ -140,22 +193,33 @@ def test_an_image_that_surrounds_the_neuron_only_is_measured_there(gold: Tree) -
     assert measure_f1(trace, gold) > 0.9
 
 
-def test_padding_of_slices_that_are_read_in_parts_is_found_too(gold: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = pad_image(np.clip(take_picture(gold).astype(np.int64) // 2 + 100, 0, 255).astype(np.uint8), 0)
+@pytest.mark.parametrize("value", [0, 255])
+def test_padding_of_slices_that_are_read_in_parts_is_found_too(
+    gold: Tree, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pad_image(np.clip(take_picture(gold).astype(np.int64) // 2 + 100, 0, 255).astype(np.uint8), value)
     sizes = []
 
     def read(box: Box) -> NDArray[np.uint8]:
         sizes.append(box.size)
         return image[box.slices]
 
+    box = Box((3, 20, 40), (9, 90, 150))
     with monkeypatch.context() as patch:
         patch.setattr(intensity, "_PASS_BYTES", 64 * 64 * 8)
-        assert foreground._find_padding(read, SHAPE) == 0
-    assert max(sizes) <= 64 * 64
+        read_image, dark = padding.leave_padding_out(read, SHAPE, 1 << 26)
+        assert max(sizes) <= 64 * 64
+        in_parts = read_image(box)
+    assert dark is not None
+    assert (dark == 0) == (value == 0)
+
+    # A box of the image is the same, however its padding was searched for.
+    read_image, _ = padding.leave_padding_out(read, SHAPE, 1 << 26)
+    np.testing.assert_array_equal(in_parts, read_image(Box.whole(SHAPE))[box.slices])
 
     # Of slices that are larger than the sample, only parts are looked at.
-    parts = foreground._choose_slice_parts((1000, 40_000, 40_000))
-    assert sum(box.size for box in parts) <= 1.1 * foreground._MEASURED_VOXELS
+    parts = padding._choose_parts((1000, 40_000, 40_000), 1 << 26)
+    assert sum(box.size for box in parts) <= 1.1 * (1 << 26)
 
 
 def test_a_black_background_is_no_padding(gold: Tree) -> None:
