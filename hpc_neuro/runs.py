@@ -310,16 +310,16 @@ def sort_rows(rows: Iterable[RunRow], key: str) -> list[RunRow]:
 
 _COLUMNS = (
     # The first column of a page stays in view.
-    Column("path", numeric=False),
+    Column("path", numeric=False, wrap=True),
     Column("verb", numeric=False),
     Column("state", numeric=False),
-    Column("result", "sorted by the Dice of the model"),
+    Column("result", "sorted by the Dice of the model", wrap=True),
     Column("hours", "wall time of all starts; + after a start that was killed, whose time no record has"),
     Column("GPU hours", "the same times the GPUs of each start; empty for runs of versions that did not record them"),
     Column("starts"),
     Column("date (UTC)", "of the last start", numeric=False),
-    Column("code", "version of the package and its commit", numeric=False),
-    Column("note", "why the run is not complete", numeric=False),
+    Column("code", "version of the package and its commit", numeric=False, wrap=True),
+    Column("note", "why the run is not complete", numeric=False, wrap=True),
 )
 
 
@@ -341,19 +341,33 @@ def format_table(rows: Sequence[RunRow]) -> list[str]:
 
 
 def render_page(rows: Sequence[RunRow]) -> str:
-    """One HTML page, which loads nothing from elsewhere."""
+    """One HTML page, which loads nothing from elsewhere. Absolute paths begin at their common folder."""
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in _STATES if state in states)
     subtitle = f"{files.format_count(len(rows), 'run')}{': ' if counts else ''}{counts}"
-    return html.render_page(
-        "Run folders", subtitle, [("Runs", html.table(_COLUMNS, [_list_cells(row) for row in rows]))]
-    )
+
+    # The common part of long paths would take half of the page.
+    cells = [_list_cells(row) for row in rows]
+    paths = [Path(row.path) for row in rows]
+    if len(rows) > 1 and all(path.is_absolute() for path in paths):
+        top = os.path.commonpath(paths)
+        subtitle += f" \N{MIDDLE DOT} paths from {top}"
+        for row_cells, path in zip(cells, paths, strict=True):
+            row_cells[0] = Cell(str(path.relative_to(top)))
+
+    # A machine without a GPU has no GPU hours.
+    has_gpu_hours = any(row.gpu_hours for row in rows)
+    shown = [column for column in _COLUMNS if has_gpu_hours or column.title != "GPU hours"]
+    if not has_gpu_hours:
+        cells = [[cell for cell, column in zip(c, _COLUMNS, strict=True) if column in shown] for c in cells]
+    table = html.table(*html.drop_empty_columns(shown, cells)) if rows else html.paragraph("No runs to list.")
+    return html.render_page("Run folders", subtitle, [("Runs", table)])
 
 
 def _list_cells(row: RunRow) -> list[Cell]:
     """The cells of a row, in the order of `_COLUMNS`."""
     metrics = [
-        f"{_LABELS.get(name, name)} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+        f"{_LABELS.get(name, name)} {value:.4f}" if isinstance(value, float) else f"{name} {value:,}"
         for name, value in row.metrics.items()
     ]
     hours = "" if row.hours is None else f"{row.hours:.2f}{'' if row.has_all_hours else '+'}"

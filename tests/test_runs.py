@@ -295,6 +295,17 @@ def test_a_page_with_a_table_that_can_be_sorted(runs: Path, capsys: pytest.Captu
     assert not [word for word in ("http:", "https:", "src=") if word in page.partition("<script>")[0]]
 
 
+def test_the_page_shows_paths_from_the_common_folder_and_no_empty_column() -> None:
+    rows = [RunRow(f"/data/runs/{name}/train", "train", "complete", {"val_dice": 0.5}, 1.0) for name in ("a", "b")]
+    page = render_page(rows)
+    assert "paths from /data/runs" in page
+    assert ">a/train<" in page
+    # A machine without GPUs has no hours of them, and runs that ended well have no notes.
+    assert "GPU hours" not in page
+    assert ">note<" not in page
+    assert "GPU hours" in render_page([RunRow("a", "train", "complete", hours=1.0, gpu_hours=2.0)])
+
+
 def test_text_in_a_page_is_escaped() -> None:
     assert "<b>" not in render_page([RunRow("<b>", "<b>", "failed", code="<b>", note="<b>")])
 

@@ -22,11 +22,14 @@ _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 _MAX_COLUMNS = 5
 """Names beside one another in a table; more stand below one another."""
 
-_METHODS_NOTE = "For the methods section of a paper, from the records of the runs. Add what the records do not know."
+_METHODS_NOTE = (
+    "For the methods section of a paper, written from the records of the runs. Add what they do not record, such as "
+    "the microscope."
+)
 _ADVICE_MASK = (
-    "What to do next: see under Learning curves whether the validation Dice still rises, and train longer "
-    "(`optim.steps` of `train`) if it does; else add labelled neurons to the store that look like the worst ones under "
-    "Pictures."
+    "What to do next: for results now, use `hpc-neuro trace`, which needs no model. For a better model, look at the "
+    "validation Dice under Learning curves. If it still rises at the last step, train longer: raise `optim.steps` of "
+    "`train`. If it does not, label more neurons that look like the worst ones under Pictures."
 )
 _ADVICE_FALSE_CABLE = (
     "What to do next: the model's mask is the better one, so change the tracing. It finds false cable: run `infer` "
@@ -79,7 +82,7 @@ def render_report(
 
 
 def _render_result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]) -> str:
-    """The main table with gold, below it what to do when the baseline is better."""
+    """Notices, what to do when the baseline is better, and the main table with gold."""
     # A table of all metrics would hide the ten that people compare.
     metrics = [m for m in cfg.list_metrics() if m.main]
     grid = [_list_result_cells(results, metric, cfg) for metric in metrics]
@@ -95,11 +98,8 @@ def _render_result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]
 
     # Warnings stand above the numbers, because they decide what the numbers mean.
     names = [*map(_name_method, results.methods), "Gold"]
-    parts = [*(html.paragraph(notice, "notice") for notice in notices), html.paragraph(text, "small")]
-    parts += [_render_grid(metrics, "Method", names, grid)]
-    parts += [html.paragraph(sentence, "notice") for sentence in advise(results, cfg)]
-
-    return "".join(parts)
+    warnings = [html.paragraph(sentence, "notice") for sentence in (*notices, *advise(results, cfg))]
+    return "".join([*warnings, html.paragraph(text, "small"), _render_grid(metrics, "Method", names, grid)])
 
 
 def _list_result_cells(results: Results, metric: Metric, cfg: EvaluateConfig) -> list[Cell]:
@@ -151,7 +151,9 @@ def advise(results: Results, cfg: EvaluateConfig) -> list[str]:
 
     # A worse mask is the likelier cause of a worse tree, so it comes first.
     model_dice, otsu_dice = means["dice"]
-    evidence = "" if len(results.ids) > 1 else " One neuron is little evidence: score more of them (`split`)."
+    evidence = (
+        "" if len(results.ids) > 1 else " One neuron is little evidence: hold out more (`split.test` of `prepare`)."
+    )
     advice = _ADVICE_MASK if otsu_dice > model_dice else _advise_on_tracing(results, cfg)
 
     return [f"Otsu's threshold is better than the model: {' and '.join(better)}.{evidence} {advice}"]
@@ -172,7 +174,9 @@ def _render_differences(results: Results, cfg: EvaluateConfig) -> str:
         return ""
 
     # The table first, then the neurons behind its means, then the means with their intervals.
-    note = "In the first charts, one thin line per neuron; the bar is the mean. Arrows say which way is better."
+    note = (
+        "In the first charts a thin line is a neuron, and the bar is the mean. Arrows show which direction is better."
+    )
     figures = [*_draw_pairs(results, cfg), *_draw_differences(results, cfg)]
 
     return _render_difference_table(results, cfg) + html.paragraph(note, "small") + html.row(figures)
@@ -222,7 +226,7 @@ def _render_difference_table(results: Results, cfg: EvaluateConfig) -> str:
         grid.append([_interval_cell(d, metric.digits, signed=True) for d in differences])
 
     note = (
-        "Means of the differences neuron by neuron, with their 95 % interval: an interval that holds zero shows no "
+        "Means of the differences, neuron by neuron, with their 95 % interval. An interval that contains zero shows no "
         "difference."
     )
     names = [f"Model \N{MINUS SIGN} {_name_method(method)}" for method in others]
@@ -247,7 +251,7 @@ def _render_neurons(results: Results, cfg: EvaluateConfig) -> str:
             html.details(f"{volume}: all metrics", _render_grid(metrics, "Method", names, [*cells.values()]))
         )
 
-    note = "A click on a heading sorts; at first the worst neurons, by the model's F1, stand at the top."
+    note = "Click a heading to sort. The neurons with the lowest F1 of the model come first."
     volumes = html.details("The volumes", _render_volumes(results))
 
     return html.paragraph(note, "small") + html.table(columns, rows) + volumes + "".join(details)
@@ -272,7 +276,11 @@ def _render_volumes(results: Results) -> str:
 def _render_pictures(results: Results, pictures: Sequence[tuple[str, Path]]) -> str:
     if not pictures:
         return ""
-    order = html.paragraph("The worst neurons first, by the model's F1.") if len(results.ids) > 1 else ""
+    order = (
+        html.paragraph("The neurons with the lowest F1 of the model come first.", "small")
+        if len(results.ids) > 1
+        else ""
+    )
     images = "".join(html.picture(path.read_bytes(), f"{name}. {CAPTION}") for name, path in pictures)
     return _note_first_seed(results) + order + images
 
@@ -312,10 +320,7 @@ def _list_columns(first: str, metrics: Sequence[Metric]) -> list[Column]:
 
 
 def _interval_cell(interval: Interval, digits: int, best: bool = False, signed: bool = False) -> Cell:
-    # What rounds to zero has no sign.
-    text = html.format_number(interval.mean, digits)
-    if signed and round(interval.mean, digits) > 0:
-        text = "+" + text
+    text = html.format_number(interval.mean, digits, signed)
 
     # One neuron has no interval.
     note = ""

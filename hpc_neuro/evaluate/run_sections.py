@@ -24,9 +24,9 @@ _VALIDATION = ("dice", "dice_best", "precision", "recall")
 _NAMES = {"lr": "learning rate", "dice_best": "dice at the best threshold"}
 """Names in legends of what metrics.jsonl names shortly."""
 _TRACE_PHRASES = {
-    "min_branch": "side branches of at least {:g} voxels",
-    "min_cable": "trees of at least {:g} voxels of cable where no root was given",
-    "gap": "gaps of up to {:g} voxels bridged",
+    "min_branch": "side branches shorter than {:g} voxels were left out",
+    "min_cable": "trees without a given root need at least {:g} voxels of cable",
+    "gap": "gaps of up to {:g} voxels were bridged",
 }
 """How the methods name the tracer's main settings."""
 
@@ -125,16 +125,17 @@ def _describe_training(record: Mapping[str, Any] | None, volumes: int) -> str:
     patch, crop = _look_up(config, "student.patch"), _look_up(config, "crop.size")
     text = f"A 3D vision transformer (size {_look_up(config, 'student.size')}, patches of {_join(patch)} voxels)"
     if (teacher := _look_up(config, "teacher.model")) is not None:
-        text += f", initialized from the 2D teacher {teacher} (rule {_look_up(config, 'transfer.rule')}),"
+        text += f", initialized from the 2D teacher {teacher} by the transfer rule {_look_up(config, 'transfer.rule')},"
 
     # How it was trained.
+    batch = files.format_count(_look_up(config, "optim.batch") or 0, "crop")
     text += (
-        f" was trained for {_look_up(config, 'optim.steps')} steps of {_look_up(config, 'optim.batch')} crops of "
-        f"{_join(crop)} voxels (AdamW, peak learning rate {_look_up(config, 'optim.lr')}, seed {config.get('seed')})"
+        f" was trained for {_look_up(config, 'optim.steps')} steps of {batch} of {_join(crop)} voxels (AdamW, peak "
+        f"learning rate {_look_up(config, 'optim.lr')}, seed {config.get('seed')})"
     )
 
     if volumes:
-        text += f" on {files.format_count(volumes, 'neuron')}, those of the validation included,"
+        text += f" on {files.format_count(volumes, 'neuron')} (validation included)"
 
     # What it was trained for.
     losses = [str(loss.get("kind")).replace("_", " ") for loss in config.get("losses") or []]
@@ -153,25 +154,26 @@ def _describe_prediction(record: Mapping[str, Any] | None, thresholds: Sequence[
         text.append(f"predicted in windows that overlap by {overlap:.0%}")
     if flips := config.get("flips"):
         text.append(f"averaged over {len(flips) + 1} orientations")
+    sentences = [f"Volumes were {_join_words(text)}."] if text else []
+
     if thresholds:
         # Every volume may have a threshold of its own.
         values = " to ".join(f"{value:g}" for value in dict.fromkeys((min(thresholds), max(thresholds))))
-        text.append(f"cut at a probability of {values}")
-
-    return f"Volumes were {_join_words(text)}." if text else ""
+        sentences.append(f"Voxels with a probability of at least {values} are foreground.")
+    return " ".join(sentences)
 
 
 def _describe_tracing(record: Mapping[str, Any] | None) -> str:
     # The settings that people ask for; all others are under Provenance.
     trace = _look_up((record or {}).get("config", {}), "trace") or {}
     phrases = [text.format(trace[key]) for key, text in _TRACE_PHRASES.items() if _is_number(trace.get(key))]
-    return f"Trees were traced from the probability with {_join_words(phrases)}." if phrases else ""
+    return f"Trees were traced from the probability: {_join_words(phrases)}." if phrases else ""
 
 
 def _describe_scores(results: Results, cfg: EvaluateConfig) -> str:
     text = (
-        f"Cable agrees within {cfg.tolerance_vox:g} voxels of the other tree; ESA follows Vaa3D's neuron_distance, "
-        "HD95 MONAI, clDice Shit et al. (2021)."
+        f"Cable counts as correct within {cfg.tolerance_vox:g} voxels of the other tree. ESA is computed as in Vaa3D's "
+        "neuron_distance, HD95 as in MONAI, and clDice as in Shit et al. (2021)."
     )
 
     # What was averaged, and over what.

@@ -34,21 +34,27 @@ _VOLUME_VOXELS, _SHEET_VOXELS = 1 << 26, 1 << 24
 """Voxels that a picture of a volume, and of a neuron, is made of at most; larger ones are shown coarser."""
 _TITLES = {
     "rank": "Rank",
-    "kind": "What",
+    "kind": "Kind",
     "z": "z [voxel]",
     "y": "y [voxel]",
     "x": "x [voxel]",
     "doubt": "Doubt",
     "disagreement": "Disagreement",
-    "cable_um": "Cable [µm]",
+    "cable_um": "Cable behind [µm]",
     "neuron": "Neuron",
     "node": "SWC id",
-    "score": "Share sure",
+    "score": "Sure share of the cable",
     "mean": "Mean confidence",
     "gaps": "Gaps",
     "gap_um": "Length of gaps [µm]",
 }
 """Headings of the columns of proofread/*.csv."""
+_DIGITS = {"score": 2, "mean": 2, "doubt": 2, "disagreement": 2}
+"""Decimals of numbers in the tables; others have none. The files have all digits."""
+_ADVICE = (
+    "Trees: swc/ID.swc in micrometers, swc/ID.voxel.swc in voxels. Images: ID.ome.zarr. `hpc-neuro infer serve {out}` "
+    "opens images, trees and the places to look at in Neuroglancer."
+)
 _MARGIN = 12
 """[voxel] Around a neuron in its picture."""
 
@@ -56,7 +62,8 @@ _MARGIN = 12
 def write_page(out: Path, volumes: Sequence[VolumeRun]) -> None:
     """Write the page of a run."""
     sections = [(volume.source.id, _volume_section(out, volume)) for volume in volumes]
-    files.write_text(out / PAGE, html.render_page("Inference", str(out), sections))
+    sections.append(("Open the results", html.paragraph(_ADVICE.format(out=files.quote_path(out)))))
+    files.write_text(out / PAGE, html.render_page("Inference", str(out.absolute()), sections))
 
 
 def read_block_states(volume: VolumeRun) -> dict[Shape, str]:
@@ -212,20 +219,30 @@ def _draw_crosses(points: NDArray[np.float64], arm_length: float) -> NDArray[np.
 def _show_tables(places: list[dict[str, str]], neurons: list[dict[str, str]]) -> list[str]:
     """The heads of the two tables that proofreading begins with."""
     return [
-        html.paragraph(f"{files.format_count(len(neurons), 'tree')}, the least sure first"),
-        _show_table(neurons, proofread.NeuronScore),
-        html.paragraph(f"{files.format_count(len(places), 'place')} to look at, the worst first (all in proofread/)"),
-        _show_table(places, proofread.DoubtfulPlace),
+        html.paragraph(f"{files.format_count(len(neurons), 'tree')}, the least sure first{_describe_rest(neurons)}"),
+        _show_table(neurons, proofread.NeuronScore, {"cable_um": "Cable [µm]"}),
+        html.paragraph(f"{files.format_count(len(places), 'place')} to look at, ranked{_describe_rest(places)}"),
+        _show_table(places, proofread.DoubtfulPlace, {}),
     ]
 
 
-def _show_table(rows: list[dict[str, str]], kind: Any) -> str:
-    columns = [html.Column(_TITLES[name]) for name in kind.__dataclass_fields__]
-    cells = [
-        [html.Cell(text, float(text) if text[:1].isdecimal() else None) for text in row.values()]
-        for row in rows[:_TABLE_ROWS]
-    ]
-    return html.table(columns, cells)
+def _describe_rest(rows: list[dict[str, str]]) -> str:
+    """Where the rows are that the table leaves out."""
+    return f"; {_TABLE_ROWS} are shown, all are in proofread/" if len(rows) > _TABLE_ROWS else ""
+
+
+def _show_table(rows: list[dict[str, str]], kind: Any, titles: dict[str, str]) -> str:
+    """A table of the first rows of a CSV file. titles: headings other than `_TITLES`."""
+    names = list(kind.__dataclass_fields__)
+    columns = [html.Column((_TITLES | titles)[name], numeric=name != "kind") for name in names]
+    cells = [[_make_cell(name, row[name]) for name in names] for row in rows[:_TABLE_ROWS]]
+    return html.table(*html.drop_empty_columns(columns, cells))
+
+
+def _make_cell(name: str, text: str) -> html.Cell:
+    if name == "kind" or not text:
+        return html.Cell(text)
+    return html.Cell(html.format_number(float(text), _DIGITS.get(name, 0)), float(text))
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:

@@ -60,7 +60,10 @@ def draw_lines(title: str, series: Sequence[Series], x_label: str, y_label: str,
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         body.append(f'<polyline class="line {color}" points="{path}"/>')
 
-    return _frame(title, "".join(body), x_label, y_label, "") + _draw_legend([s.name for s in usable])
+    # A line that the axis names already needs no legend.
+    names = [s.name for s in usable]
+    legend = "" if names == [y_label] else _draw_legend(names)
+    return _frame(title, "".join(body), x_label, y_label, "") + legend
 
 
 def draw_differences(title: str, rows: Sequence[tuple[str, float, float | None, float | None]], x_label: str) -> str:

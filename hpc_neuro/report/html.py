@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
+from itertools import compress
+
+_NO_NUMBER = "\N{EN DASH}"
+"""What stands in place of a number that a row lacks."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ def render_page(title: str, subtitle: str, sections: Sequence[tuple[str, str]]) 
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text; kind `notice` frames it, `small` makes it quiet."""
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+    """A paragraph of text with `code` in backticks; kind `notice` frames it, `small` makes it quiet."""
+    return f'<p class="{kind}">{_mark_code(text)}</p>' if kind else f"<p>{_mark_code(text)}</p>"
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], sortable: bool = True) -> str:
@@ -71,9 +76,17 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], sortable: b
     return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def drop_empty_columns(
+    columns: Sequence[Column], rows: Sequence[Sequence[Cell]]
+) -> tuple[list[Column], list[list[Cell]]]:
+    """The columns in which a row has text or a number, and the rows with these cells alone."""
+    filled = [any(row[i].text not in ("", _NO_NUMBER) for row in rows) for i in range(len(columns))]
+    return list(compress(columns, filled)), [list(compress(row, filled)) for row in rows]
+
+
 def definitions(terms: Sequence[tuple[str, str]]) -> str:
     """A list of terms and what they mean."""
-    return "<dl>" + "".join(f"<dt>{escape(t)}</dt><dd>{escape(d)}</dd>" for t, d in terms) + "</dl>"
+    return "<dl>" + "".join(f"<dt>{escape(t)}</dt><dd>{_mark_code(d)}</dd>" for t, d in terms) + "</dl>"
 
 
 def picture(image: bytes, caption: str, kind: str = "jpeg") -> str:
@@ -99,36 +112,49 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def format_number(value: float | None, digits: int) -> str:
-    """A number for people: fixed digits, a dash for none, an infinity sign; thin spaces group thousands."""
+def format_number(value: float | None, digits: int, signed: bool = False) -> str:
+    """A number for people: fixed digits, a dash for none, an infinity sign; thin spaces group thousands.
+
+    signed: a number above zero begins with a plus.
+    """
     if value is None:
-        return "\N{EN DASH}"
+        return _NO_NUMBER
     if math.isinf(value):
         return "\N{INFINITY}"
 
     # `or 0.0`: a negative number that rounds to zero loses its sign.
     value = round(value, digits) or 0.0
 
-    return f"{value:,.{digits}f}".replace(",", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
+    plus = "+" if signed and value > 0 else ""
+    return plus + f"{value:,.{digits}f}".replace(",", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
 
 
 def _heading_cell(column: Column, sortable: bool) -> str:
     # A button can be reached by keyboard, a bare heading cannot.
-    title = escape(column.title)
+    title = re.sub(" (?=[↑↓])", "\N{NO-BREAK SPACE}", escape(column.title))
     content = f'<button type="button">{title}</button>' if sortable else title
-    kind = "number" if column.numeric else "text"
+    kind = _name_kind(column)
     return f'<th class="{kind}" title="{escape(column.hint)}" scope="col">{content}</th>'
 
 
 def _cell(cell: Cell, column: Column) -> str:
     # The script sorts by `data-value`; what has none stays last.
     value = "" if cell.value is None or not math.isfinite(cell.value) else f' data-value="{cell.value!r}"'
-    kinds = ["number" if column.numeric else "text"]
-    kinds += [kind for kind, applies in (("best", cell.best), ("wrap", column.wrap)) if applies]
+    kind = _name_kind(column) + (" best" if cell.best else "")
     note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
     hint = f' title="{escape(cell.hint)}"' if cell.hint else ""
 
-    return f'<td class="{" ".join(kinds)}"{value}{hint}>{escape(cell.text)}{note}</td>'
+    return f'<td class="{kind}"{value}{hint}>{escape(cell.text)}{note}</td>'
+
+
+def _name_kind(column: Column) -> str:
+    """Classes of a column's cells: how they are sorted and aligned, and whether they wrap."""
+    return ("number" if column.numeric else "text") + (" wrap" if column.wrap else "")
+
+
+def _mark_code(text: str) -> str:
+    """Escaped text, with what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _anchor(heading: str) -> str:

@@ -21,6 +21,8 @@ _FACTORIAL_LEFT, _FACTORIAL_RIGHT, _FACTORIAL_BOTTOM = 64, 20, 40
 _SHARES_LEFT, _SHARES_RIGHT = 260, 80
 _SHARE_HEIGHT = 26
 _DOT_SPACING = 34.0
+_NARROW_GROUPS, _NARROW_DOTS = 3, 12
+"""Most groups, and dots of all groups together, of a factorial chart of half the width."""
 
 Point = tuple[float, float]
 """[pixel] (x, y) from the upper left corner."""
@@ -122,7 +124,8 @@ def draw_factorial(
 
     level: name and value of a line to compare with.
     """
-    left, right = _FACTORIAL_LEFT, _WIDTH - _FACTORIAL_RIGHT
+    width = _WIDTH if is_wide_factorial(groups, colors) else _WIDTH // 2
+    left, right = _FACTORIAL_LEFT, width - _FACTORIAL_RIGHT
     bottom = _FACTORIAL_HEIGHT - _FACTORIAL_BOTTOM
     values = [value for bar in bars.values() for value in bar if value is not None]
     scale = _make_number_scale([*values, level[1]] if level else values, False, bottom, _TOP)
@@ -155,7 +158,13 @@ def draw_factorial(
         for index, name in enumerate(colors)
         if name
     )
-    return _frame(title, "".join(body), _FACTORIAL_HEIGHT) + f'<div class="legend">{items}</div>'
+    legend = f'<div class="legend">{items}</div>' if items else ""
+    return _frame(title, "".join(body), _FACTORIAL_HEIGHT, width) + legend
+
+
+def is_wide_factorial(groups: Sequence[str], colors: Sequence[str]) -> bool:
+    """Whether a factorial chart takes the whole width of the page; two narrow ones fit side by side."""
+    return len(groups) > _NARROW_GROUPS or len(groups) * len(colors) > _NARROW_DOTS
 
 
 def _draw_bar(x: float, bar: MeanBar, scale: _Scale, color: str) -> str:
@@ -264,9 +273,9 @@ def _split_at_gaps(points: Sequence[tuple[float, float | None]]) -> list[list[Po
     return [part for part in parts if len(part) > 1]
 
 
-def _frame(title: str, body: str, height: int) -> str:
+def _frame(title: str, body: str, height: int, width: int = _WIDTH) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
         f"{_text('title', 10, 16, title, 'start')}{body}</svg>"
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from hpc_neuro.core import files
 from hpc_neuro.metrics.bootstrap import Interval
@@ -23,7 +23,12 @@ _IMPORTANCE_NOTE = (
     "(PED-ANOVA, Watanabe et al. 2023). Stopped trials do not count."
 )
 _VALUES_NOTE = (
-    "One line per trial, the better the stronger and the best in bold; stopped and failed ones are thin, end early."
+    "One line per trial: the better its result, the stronger the line. The best one is bold. Lines of stopped and "
+    "failed trials are thin and end early."
+)
+_OTSU_WARNING = (
+    "Otsu's threshold is better than every setting by {}. What to do next: train longer (`optim.steps`), or on more "
+    "neurons; for results now, use `hpc-neuro trace`, which needs no model."
 )
 _EFFECT = 0.01
 """Difference whose power is stated."""
@@ -98,7 +103,7 @@ def _render_result(cfg: SearchConfig, trials: Sequence[Trial], best: Trial | Non
     lines = [
         summary,
         f"Best: trial {best.number}, {cfg.objective.key} {best.value:.4g}, with {values}.",
-        "best.yaml, beside this page, trains it again: hpc-neuro train best.yaml",
+        "To train it again, use best.yaml beside this page: `hpc-neuro train best.yaml`",
     ]
     curve = charts.draw_lines(
         "Best value after each finished trial", [_best_so_far(cfg, trials)], "finished trials", cfg.objective.key
@@ -214,21 +219,30 @@ def _render_comparison(cfg: SearchConfig, comparison: Comparison) -> str:
     metrics = comparison.list_columns()
     columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in metrics), Column("Seeds")]
     means = {m.key: {s: comparison.compute_interval(s, m.key, cfg.draws) for s in comparison.scores} for m in metrics}
+    otsu = {m.key: _baseline_mean(comparison, m) for m in metrics} if comparison.baseline else {}
+
+    # Otsu's threshold competes: a study whose settings all lose to it must show that.
+    best = {
+        m.key: m.find_best([*(i.mean for i in means[m.key].values()), *(v for k, v in otsu.items() if k == m.key)])
+        for m in metrics
+    }
 
     rows = []
-
     for setting, seeds in comparison.scores.items():
-        cells = [_mean_cell(m, means[m.key][setting], _best_mean(m, means[m.key].values())) for m in metrics]
+        cells = [_mean_cell(m, means[m.key][setting], best[m.key]) for m in metrics]
         rows.append([*_setting_cells(comparison, setting), *cells, Cell(str(len(seeds)), len(seeds))])
 
-    if comparison.baseline:
+    if otsu:
         blanks = [Cell("") for _ in _setting_columns(comparison)[1:]]
-        cells = [_number_cell(_baseline_mean(comparison, m), m) for m in metrics]
+        cells = [_number_cell(otsu[m.key], m, best=otsu[m.key] == best[m.key]) for m in metrics]
         rows.append([Cell("Otsu"), *blanks, *cells, Cell("")])
 
+    losses = [m.heading for m in metrics if otsu and otsu[m.key] == best[m.key]]
+    warning = html.paragraph(_OTSU_WARNING.format(" and ".join(losses)), "notice") if losses else ""
     note = html.paragraph(_describe_means(cfg, comparison), "small")
-    figures = "".join(_draw_metric(comparison, m, means[m.key]) for m in metrics)
-    return note + html.table(columns, rows) + figures
+    figures = [_draw_metric(comparison, m, means[m.key]) for m in metrics]
+    is_wide = sweep_charts.is_wide_factorial(comparison.list_parts(0), comparison.list_parts(1))
+    return warning + note + html.table(columns, rows) + ("".join(figures) if is_wide else html.row(figures))
 
 
 def _describe_means(cfg: SearchConfig, comparison: Comparison) -> str:
@@ -240,16 +254,11 @@ def _describe_means(cfg: SearchConfig, comparison: Comparison) -> str:
     note = f"Means over {files.format_count(neurons, 'held-out neuron')} and "
     note += f"{fewest}{files.format_count(counts[-1], 'seed')}; "
     if neurons > 1:
-        note += f"in small type the 95 % bootstrap interval over both ({cfg.draws:,} draws). "
+        note += f"in small type the 95 % bootstrap interval over neurons and seeds ({cfg.draws:,} draws). "
     else:
-        note += "of one neuron no interval can be given. "
+        note += "one neuron gives no interval. "
 
     return note + "The best mean of a column is bold."
-
-
-def _best_mean(metric: Metric, intervals: Iterable[Interval]) -> float | None:
-    """The best mean of a column; None where all are equal."""
-    return metric.find_best([interval.mean for interval in intervals])
 
 
 def _mean_cell(metric: Metric, interval: Interval, best: float | None) -> Cell:
@@ -260,8 +269,8 @@ def _mean_cell(metric: Metric, interval: Interval, best: float | None) -> Cell:
     return Cell(text, interval.mean, interval.mean == best, note)
 
 
-def _number_cell(value: float, metric: Metric, note: str = "") -> Cell:
-    return Cell(html.format_number(value, metric.digits), value, note=note)
+def _number_cell(value: float, metric: Metric, note: str = "", best: bool = False) -> Cell:
+    return Cell(html.format_number(value, metric.digits), value, best, note)
 
 
 def _format_range(low: float | None, high: float | None, metric: Metric) -> str:
@@ -276,12 +285,12 @@ def _render_differences(cfg: SearchConfig, comparison: Comparison) -> str:
     base_name = ", ".join(part for part in base if part)
     neurons = len(comparison.neurons)
     note = (
-        f"What a setting scores above {base_name} on the same neuron with the same seed, and in small type the 95 % "
-        f"bootstrap interval over both ({cfg.draws:,} draws). An interval that holds 0 shows no difference (others are "
-        f"bold); of {len(others)} settings about one in twenty leaves it out by chance. p: sign-flip test over the "
-        f"{neurons} neurons, seeds averaged, after Holm's correction for {len(others)} settings; before it, p is at "
-        f"least {2 / 2**neurons:.2g}. n: neurons that a difference of {_EFFECT} would need to be found with a power of "
-        "80 %."
+        f"Score of a setting minus that of {base_name}, on the same neuron with the same seed; in small type the 95 % "
+        f"bootstrap interval over neurons and seeds ({cfg.draws:,} draws). An interval that contains 0 shows no "
+        f"difference; the others are bold. By chance alone about one setting in twenty is bold. p: sign-flip test "
+        f"over the {neurons} neurons, seeds averaged, after Holm's correction for {len(others)} settings; before it, p "
+        f"is at least {2 / 2**neurons:.2g}. n: neurons needed to detect a difference of {_EFFECT} with a "
+        "power of 80 %."
     )
     columns = [*_setting_columns(comparison), *(Column(_metric_title(m)) for m in metrics)]
     rows = []
@@ -318,12 +327,13 @@ def _difference_cell(metric: Metric, interval: Interval | None, chance: str) -> 
     if interval is None:
         return Cell("")
 
-    text = f"{interval.mean:+.{metric.digits}f}"
+    text = html.format_number(interval.mean, metric.digits, signed=True)
     # One neuron with one seed has no interval.
     if interval.low is None or interval.high is None:
         return Cell(text, interval.mean)
 
-    note = f"{interval.low:+.{metric.digits}f} … {interval.high:+.{metric.digits}f}; {chance}"
+    low, high = (html.format_number(end, metric.digits, signed=True) for end in (interval.low, interval.high))
+    note = f"{low} … {high}; {chance}"
     return Cell(text, interval.mean, interval.low * interval.high > 0, note)
 
 

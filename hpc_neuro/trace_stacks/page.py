@@ -19,6 +19,12 @@ from hpc_neuro.report import figures, html
 
 PAGE = "trace.html"
 """File of OUT."""
+_AGREEMENT_HINT = (
+    "Agreement of the trees with a second tracing: of the image alone where a student traced, else at a higher level "
+    "of brightness. 1 is the best."
+)
+_DOUBT_HINT = "How doubtful the trees are; 0 is the best. It ranks stacks and is no probability."
+_CONTRAST_HINT = "Median brightness of the foreground over the noise of the background."
 _TABLE_ROWS = 20
 """Places of a stack that the page shows."""
 _BRIGHTEST = 0.997
@@ -72,25 +78,22 @@ def write_page(out: Path, results: dict[str, dict[str, Any]], failures: Sequence
     sections = [("Stacks", _show_table(results, failures))]
     sections += [(name, _show_stack(out, name, result)) for name, result in results.items()]
     sections.append(("Open the results", _show_advice(results, out)))
-    files.write_text(out / PAGE, html.render_page("Traced stacks", str(out), sections))
+    files.write_text(out / PAGE, html.render_page("Traced stacks", str(out.absolute()), sections))
 
 
 def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> str:
     columns = [
-        html.Column("stack", numeric=False),
-        html.Column("trees"),
-        html.Column("somas"),
-        html.Column("cable", "length of all trees, in the unit of the next column"),
-        html.Column("unit", numeric=False),
-        html.Column("tips", "ends of branches"),
-        html.Column(
-            "agreement",
-            "agreement with a second opinion: the image itself beside a student, else a higher level; 1 is the best",
-        ),
-        html.Column("doubt", "how doubtful the trees are, 0 is the best; it ranks stacks and is no probability"),
-        html.Column("contrast", "median brightness of the foreground over the noise of the background"),
-        html.Column("seconds"),
-        html.Column("warnings"),
+        html.Column("Stack", numeric=False),
+        html.Column("Trees"),
+        html.Column("Somas"),
+        html.Column("Cable", "length of all trees, in the unit of the next column"),
+        html.Column("Unit", numeric=False),
+        html.Column("Tips", "ends of branches"),
+        html.Column("Agreement", _AGREEMENT_HINT),
+        html.Column("Doubt", _DOUBT_HINT),
+        html.Column("Contrast", _CONTRAST_HINT),
+        html.Column("Time [s]"),
+        html.Column("Warnings"),
     ]
     rows = []
     for name, result in results.items():
@@ -107,24 +110,30 @@ def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> 
                 html.Cell(str(len(result["warnings"])), len(result["warnings"])),
             ]
         )
-    faults = "".join(html.paragraph(f"failed: {failure}", "notice") for failure in failures)
-    return faults + html.table(columns, rows)
+    faults = "".join(html.paragraph(f"Failed: {failure}", "notice") for failure in failures)
+    terms = [("Agreement", _AGREEMENT_HINT), ("Doubt", _DOUBT_HINT), ("Contrast", _CONTRAST_HINT)]
+    shown, cells = html.drop_empty_columns(columns, rows)
+    titles = {column.title for column in shown}
+    meanings = html.definitions([(term, text) for term, text in terms if term in titles])
+    return faults + html.table(shown, cells) + html.details("What the columns mean", meanings)
 
 
 def _show_stack(out: Path, name: str, result: dict[str, Any]) -> str:
-    parts = [html.paragraph(warning, "notice") for warning in result["warnings"]]
+    parts = [html.paragraph(warning[:1].upper() + warning[1:], "notice") for warning in result["warnings"]]
     parts.append(html.paragraph(_describe(result)))
     parts.append(html.picture((out / result["overlay"]).read_bytes(), _caption(result), kind="png"))
 
     places = result["places"]
     if places:
-        shown = min(len(places), _TABLE_ROWS)
         count = files.format_count(len(places), "place")
-        parts.append(html.paragraph(f"{count} to look at, the worst first; z, y, x in voxels ({shown} shown)"))
-        columns = [html.Column("kind", numeric=False), *(html.Column(key) for key in ("z", "y", "x", "doubt", "cable"))]
+        rest = f"; the first {_TABLE_ROWS} are shown" if len(places) > _TABLE_ROWS else ""
+        parts.append(html.paragraph(f"{count} to look at, ranked by doubt and by the cable behind it{rest}"))
+        columns = [html.Column("Kind", numeric=False), *(html.Column(f"{axis} [voxel]") for axis in "zyx")]
+        columns += [html.Column("Doubt"), html.Column(f"Cable behind [{result['unit']}]")]
+        digits = {"z": 0, "y": 0, "x": 0, "doubt": 2, "cable": 0}
         rows = [
             [html.Cell(place["kind"])]
-            + [html.Cell(f"{place[key]:g}", place[key]) for key in ("z", "y", "x", "doubt", "cable")]
+            + [html.Cell(html.format_number(place[key], digits[key]), place[key]) for key in digits]
             for place in places[:_TABLE_ROWS]
         ]
         parts.append(html.table(columns, rows))
@@ -140,15 +149,15 @@ def _describe(result: dict[str, Any]) -> str:
     left_out = files.format_count(measured["left_out_trees"], "shorter piece")
     rest = f", {left_out} left out" if measured["left_out_trees"] else ""
     return (
-        f"{result['image']}: {shape} voxels (z, y, x), {scale}. {trees} {result['start']}, "
+        f"{result['image']}: {shape} voxels (z, y, x), {scale}. {trees} traced {result['start']}, "
         f"{html.format_number(result['cable'], 0)} {result['unit']} of cable{rest}."
     )
 
 
 def _caption(result: dict[str, Any]) -> str:
     return (
-        "Maximum projections along z (large), x (right) and y (below): the image, and the same with the trees. "
-        f"The ring marks where the first tree begins. File: {result['overlay']}"
+        "Maximum projections along z (large), x (right) and y (below). On the right the trees lie over the image, "
+        f"each in its own color; the ring marks where the first tree begins. File: {result['overlay']}"
     )
 
 

@@ -102,4 +102,7 @@ def _list_disagreements(figures: TraceFigures, has_student: bool) -> list[str]:
             f"the image itself gives another tree than the student {measured}: the student may not know such images; "
             "compare with model=none"
         ]
-    return [f"a higher level gives another tree {measured}: the result depends on the brightness chosen"]
+    return [
+        f"a higher level of brightness gives another tree {measured}: background may be traced as neurites; compare "
+        "with model=bundled, or give range=DARK,BRIGHT, which sets darker voxels to 0"
+    ]

@@ -178,7 +178,9 @@ def _describe(
     """What trace.json says of a stack; paths are relative to OUT."""
     unit = "voxels" if size is None else "um"
     scaled = [tree if size is None else morphology.scale_tree(tree, size) for tree in trace.trees]
-    start = "from the given roots" if roots else "from somas" if trace.somas else "from the thickest ends"
+    is_one = len(trace.trees) == 1
+    thickest = "from its thickest end" if is_one else "from their thickest ends"
+    start = f"from the given {'root' if is_one else 'roots'}" if roots else "from somas" if trace.somas else thickest
     has_trees = bool(trace.trees)
     return {
         "image": str(stack.path),

@@ -87,7 +87,7 @@ def test_metrics_run_down_the_page_unless_there_are_many_methods() -> None:
     few = render(make_results(model={}, otsu={}))
     assert re.search(r"<th[^>]*>Metric</th><th[^>]*>Model</th><th[^>]*>Otsu</th><th[^>]*>Gold</th>", few)
     many = render(make_results(model={}, **{f"other {i}": {} for i in range(6)}))
-    assert '<button type="button">F1 @ 4 voxels ↑</button>' in many
+    assert '<button type="button">F1 @ 4 voxels\N{NO-BREAK SPACE}↑</button>' in many
     assert "<th" in many
 
 

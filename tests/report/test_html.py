@@ -49,6 +49,28 @@ def test_numbers_for_people(value: float | None, digits: int, text: str) -> None
     assert html.format_number(value, digits) == text
 
 
+def test_a_number_with_a_sign() -> None:
+    assert html.format_number(0.5, 1, signed=True) == "+0.5"
+    assert html.format_number(0.04, 1, signed=True) == "0.0"
+    assert html.format_number(-0.5, 1, signed=True) == "\N{MINUS SIGN}0.5"
+
+
+def test_backticks_are_code() -> None:
+    assert html.paragraph("run `a <b>`, then `c`") == "<p>run <code>a &lt;b&gt;</code>, then <code>c</code></p>"
+    assert html.paragraph("one ` alone") == "<p>one ` alone</p>"
+
+
+def test_columns_without_content_are_left_out() -> None:
+    columns = [Column("a"), Column("empty"), Column("none"), Column("zero")]
+    rows = [
+        [Cell("1"), Cell(""), Cell(html.format_number(None, 1)), Cell("0", 0)],
+        [Cell(""), Cell(""), Cell(""), Cell("")],
+    ]
+    shown, cells = html.drop_empty_columns(columns, rows)
+    assert [column.title for column in shown] == ["a", "zero"]
+    assert [[cell.text for cell in row] for row in cells] == [["1", "0"], ["", ""]]
+
+
 def points(svg: str) -> list[tuple[float, float]]:
     path = re.search(r'<polyline[^>]*points="([^"]+)"', svg)
     assert path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,7 +18,7 @@ from hpc_neuro.core import run_folder, schema
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.metrics.significance import count_neurons_needed
 from hpc_neuro.report import sweep_charts
-from hpc_neuro.search import comparison, trial, verb
+from hpc_neuro.search import comparison, report_page, trial, verb
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import list_grid_points
 from hpc_neuro.search.study import Study
@@ -113,6 +114,18 @@ def test_differences_are_paired_by_neuron_and_seed(factorial):
         comparison.Comparison(("a", ""), ("a", "b", "c"), other, {}).compute_difference(("y", ""), ("x", ""), "dice", 9)
         is None
     )
+
+
+def test_the_page_warns_where_otsu_beats_every_setting(factorial):
+    settings = comparison.read_comparison(factorial, trial.load_trials(factorial.out))
+    assert "better than every setting" not in report_page._render_comparison(factorial, settings)
+
+    perfect = {neuron: {"dice": 1.0, "hd95_um": 9.0, "esa": 9.0, "f1_4vox": 1.0} for neuron in settings.neurons}
+    page = report_page._render_comparison(factorial, replace(settings, baseline=perfect))
+    assert "Otsu&#x27;s threshold is better than every setting by Dice and F1 @ 4 voxels." in page
+    # Its values are the best of their columns.
+    assert page.count('<td class="number best"') == 4
+    assert page.count("1.000</td>") == 2
 
 
 def test_the_page_needs_nothing_else_and_its_charts_are_sound(factorial):
