@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if picture is not None and picture.suffix.lower() != ".png":
         raise ConfigError(f"picture={picture} is not named as a picture; give a name that ends in .png")
 
-    is_tree = path.suffix.lower() == ".swc"
+    is_tree = path.suffix.lower() in (".swc", ".eswc")
     lines = _describe_tree(path, picture) if is_tree else _describe_volume(path, picture, options)
     for line in lines:
         sys.stdout.write(line + "\n")

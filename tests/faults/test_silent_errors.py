@@ -52,6 +52,9 @@ CASES: dict[str, Case] = {
     "navis units": ("a.swc", f'# Meta: {{"units": "8 nanometer"}}\n{ROWS}'.encode(), ["info", "FILE"], 0, "8 nm"),
     "two units": ("a.swc", f"# unit: um\n# in pixels\n{ROWS}".encode(), ["swc", "fix", "FILE"], 2, "two units"),
     "a scale to apply": ("a.swc", f"# SCALE 2 2 1\n{ROWS}".encode(), ["swc", "fix", "FILE"], 2, "leaves open"),
+    "z in slices": ("a.swc", f"# x, y in um, z in slices\n{ROWS}".encode(), ["swc", "fix", "FILE"], 2, "z in slices"),
+    "z (slice)": ("a.swc", f"# x (um) y (um) z (slice)\n{ROWS}".encode(), ["info", "FILE"], 0, "does not say"),
+    "ESWC": ("a.eswc", f"#n type x y z r pid seg\n{ROWS}".encode(), ["info", "FILE"], 0, "3 nodes"),
     "diameters": ("a.swc", f"# id type x y z diameter p\n{ROWS}".encode(), ["info", "FILE"], 2, "diameter"),
     # Reported: tables.
     "semicolons": ("a.swc", SEMICOLONS.encode(), ["info", "FILE"], 0, "1 tip, 0 branch points"),

@@ -15,7 +15,7 @@ import numpy as np
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.decompress import BYTE_RLE, UnpackedArray, decode_runs, raw_chunks, text_values, zlib_stream
-from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array
+from hpc_neuro.data.formats.volume import NOTE_LABELS, StoredArray, check_shape, map_array
 
 SUFFIXES = (".am", ".amira")
 
@@ -77,6 +77,9 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     shape = check_shape(path, [*(int(sizes[i]) for i in (3, 2, 1)), *channels])
     read = _make_reader(path, field, dtype, shape, is_text="ASCII" in first_line)
     spacing, world, notes = _parse_placement(text, shape)
+    # Amira lists the materials of a label field among its parameters.
+    if re.search(r"^\s*Materials\s*\{", text, re.MULTILINE) and field.kind == "byte":
+        notes = (*notes, NOTE_LABELS)
     axes = "ZYXC"[: len(shape)]
     return StoredArray("Amira", shape, axes, dtype, read, spacing, world, (*notes, f"field {field.name}"))
 

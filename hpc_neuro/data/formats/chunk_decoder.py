@@ -308,6 +308,8 @@ def _decode_n5(decode: Decode, dtype: np.dtype[Any], chunk: tuple[int, ...], dat
         raise ValueError(f"a chunk of {size} voxels is larger than the {chunk} of the array")
 
     # Mode 1 states the number of values as well.
+    if mode and struct.unpack_from(">I", data, 4 + 4 * count)[0] != math.prod(size):
+        raise ValueError(f"a chunk of {size} voxels states another number of values")
     expected = math.prod(size) * dtype.itemsize
     values = np.frombuffer(decode(data[4 + 4 * count + 4 * mode :], expected)[:expected], dtype)
     return values.reshape(size, order="F")

@@ -29,6 +29,7 @@ from hpc_neuro.data.formats import chunk_decoder
 from hpc_neuro.data.formats.axes import default_axes, letters_of_names
 from hpc_neuro.data.formats.volume import (
     MAX_SPARSITY,
+    NOTE_LABELS,
     Array,
     Index,
     StoredArray,
@@ -139,7 +140,11 @@ def open_n5(path: Path, dataset: str | None) -> StoredArray:
     if not (folder / "attributes.json").is_file():
         raise InputError(f"{path} has no N5 array {dataset!r}; give one that has an attributes.json")
 
-    store = _open_store(folder, "n5", chunk_decoder.read_n5, _read_json(folder / "attributes.json"))
+    described = _read_json(folder / "attributes.json")
+    store = _open_store(folder, "n5", chunk_decoder.read_n5, described)
+    # tensorstore refuses blocks that state their number of values, which N5 allows.
+    if not isinstance(path, RemotePath) and (grid := chunk_decoder.read_n5(folder, described)):
+        store = replace(store, read=functools.partial(_read_n5_part, store.read, grid.make_reader(_CACHE_BYTES)))
     count = len(store.shape)
     # Viewers note axes and resolution at the array or at the group above it.
     above = _read_optional_json(folder.parent / "attributes.json")
@@ -184,7 +189,7 @@ def open_precomputed(path: Path, dataset: str | None) -> StoredArray:
     notes: tuple[str, ...] = (f"scale {key}, {scale.get('encoding')}, voxel offset {origin} (x y z)",)
     notes += note_outside(path / "info", [path / key])
     if info.get("type") == "segmentation":
-        notes += ("a segmentation: its values are labels, not intensities",)
+        notes += (NOTE_LABELS,)
     chunk = "0.shard" if "sharding" in scale else "0-64_0-64_0-64"
     level = _Level(path / key, "XYZC", (), step, begin, notes)
     return _build_array("Neuroglancer precomputed", level, store, chunk)
@@ -274,6 +279,15 @@ def _read_part(path: Path, store: Any, origin: tuple[int, ...], index: Index) ->
         return np.asarray(reading.result(timeout=remote_path.TIMEOUT))
     except (ValueError, TimeoutError) as error:
         raise path.explain(error) or error from None
+
+
+def _read_n5_part(read: Callable[[Index], Array], read_varlength: Callable[[Index], Array], index: Index) -> Array:
+    try:
+        return read(index)
+    except ValueError as error:
+        if "varlength" not in str(error):
+            raise
+    return read_varlength(index)
 
 
 def _find_zarr_level(path: Path, dataset: str | None) -> _Level:
@@ -372,6 +386,8 @@ def _note_image_metadata(ome: Mapping[str, Any], multiscales: Sequence[Any]) -> 
     if len(multiscales) > 1:
         names = [str(image.get("name", "without a name")) for image in multiscales if isinstance(image, Mapping)]
         notes += (f"the first of {len(multiscales)} images ({_list_names(names)})",)
+    if "image-label" in ome:
+        notes += (NOTE_LABELS,)
     omero = ome.get("omero")
     channels = omero.get("channels") if isinstance(omero, Mapping) else None
     if any(isinstance(channel, Mapping) and channel.get("inverted") for channel in channels or []):
@@ -443,16 +459,24 @@ def _list_transforms(array: Path, value: Any) -> list[Mapping[str, Any]]:
 def _parse_vector(array: Path, kind: str, values: Any, names: Sequence[str]) -> Any:
     """One finite number per axis. Raises InputError for anything else."""
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
-    if is_list and len(values) == len(names):
-        vector = np.array(values, dtype=np.float64)
-        if np.isfinite(vector).all():
-            return vector
+    numbers = [_parse_finite(value) for value in values] if is_list else []
+    if len(numbers) == len(names) and None not in numbers:
+        return np.array(numbers, dtype=np.float64)
 
-    content = f"{len(values)} numbers" if is_list else repr(values)
+    content = f"{len(values)} numbers" if is_list and len(values) != len(names) else repr(values)[:80]
     raise InputError(
         f"{array} states a {kind} of {content} for {len(names)} axes ({', '.join(names)}); correct its metadata, or "
         f"{_AS_ARRAY.format(array)}"
     )
+
+
+def _parse_finite(value: Any) -> float | None:
+    """A finite number, also as text; None for anything else, such as true."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _find_plain_zarr(path: Path, dataset: str | None, ome: Mapping[str, Any]) -> _Level:
@@ -561,14 +585,19 @@ def _parse_n5_steps(meta: Mapping[str, Any], count: int) -> tuple[Any, tuple[str
     elif isinstance(pixel, Sequence) and len(pixel) == count and steps is None:
         return None, (f"steps {list(pixel)} without a unit of length; give the voxel size in um",)
 
-    if not isinstance(steps, Sequence) or len(steps) != count:
+    if steps is None:
         return None, ()
+    factors = meta.get("downsamplingFactors", [1] * count)
+    if not all(isinstance(v, Sequence) and len(v) == count for v in (steps, factors)) or any(
+        _parse_finite(v) is None for v in (*steps, *factors)
+    ):
+        return None, (f"steps {steps} and downsampling factors {factors} are not {count} numbers each",)
     if not isinstance(units, Sequence) or len(units) != count or any(um_per(u) is None for u in units[:3]):
         return None, (f"steps {list(steps)} without a unit of length; give the voxel size in um",)
 
     # pixelResolution and resolution speak of s0.
-    factors = meta.get("downsamplingFactors", [1] * count)
-    return tuple(float(s) * (um_per(u) or math.nan) * f for s, u, f in zip(steps, units, factors, strict=True)), ()
+    sizes = zip(steps, units, factors, strict=True)
+    return tuple(float(s) * (um_per(u) or math.nan) * float(f) for s, u, f in sizes), ()
 
 
 def _name_axes(names: Any, shape: Sequence[int]) -> tuple[str, tuple[str, ...]]:
@@ -593,7 +622,7 @@ def _require_chunks(folder: Path, key: str) -> None:
     advice = "copy or export it again"
     if other.endswith(".gz"):
         advice = f"CloudVolume writes them packed; unpack with:  gunzip -r {folder}"
-    elif (folder / ".zarray").is_file():
+    elif (folder / ".zarray").is_file() and not (folder / "zarr.json").is_file():
         separator = "/" if "/" in other else "."
         advice = f'write "dimension_separator": "{separator}" into its .zarray'
     raise InputError(f"{folder} holds files such as {other}, but no chunk with a name like {key}; {advice}")

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     dtype = check_dtype(path, data.dtype)
     read = functools.partial(_read_part, data)
     notes += (f"dataset {data.name}", *note_outside(path, outside))
-    array = StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=notes, axis_names=names)
+    absent = None if data.is_virtual else functools.partial(_describe_absent_chunks, [data])
+    array = StoredArray("HDF5", shape, axes, dtype, read, spacing, notes=notes, axis_names=names, absent=absent)
     if _is_legacy_bigdataviewer(path, data):
         array = read_as_integer(array, "u", "as BigDataViewer writes it")
     return reinterpret_array(path, array, data.attrs)
@@ -87,6 +89,16 @@ def _check_filters(path: Path, data: Any) -> None:
                 f"{path} packs {data.name} by the HDF5 filter {code} ({shown}), which is not part of HDF5; write it "
                 "again with gzip, such as by:  h5repack -f GZIP=4 OLD NEW"
             )
+
+
+def _describe_absent_chunks(datasets: Sequence[Any]) -> str | None:
+    """A sentence on chunks that were never written, which HDF5 reads as the fill value; None where there are none."""
+    chunked = [data for data in datasets if data.chunks]
+    grids = [[-(-n // c) for n, c in zip(data.shape, data.chunks, strict=True)] for data in chunked]
+    total, stored = sum(map(math.prod, grids)), sum(data.id.get_num_chunks() for data in chunked)
+    if stored >= total:
+        return None
+    return f"{total - stored} of {total} chunks are not stored and read as {chunked[0].fillvalue}"
 
 
 def _read_part(data: Any, index: Index) -> Array:
@@ -239,7 +251,8 @@ def _open_imaris(path: Path, file: Any) -> StoredArray:
     check_density(path, shape, dtype, min(stored_bytes, allocated_bytes(path)))
     read = functools.partial(_read_imaris_part, stored)
     notes = () if spacing is not None else ("an extent without a unit of length; give the voxel size in um",)
-    return StoredArray("Imaris", shape, "TCZYX", dtype, read, spacing, world, notes)
+    absent = functools.partial(_describe_absent_chunks, [data for row in stored for data in row])
+    return StoredArray("Imaris", shape, "TCZYX", dtype, read, spacing, world, notes, absent=absent)
 
 
 def _check_imaris_data(path: Path, data: Any, sizes: list[int], dtype: np.dtype[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.decompress import UnpackedArray, gzip_stream
 from hpc_neuro.data.formats.volume import (
+    NOTE_LABELS,
     StoredArray,
     check_dtype,
     check_shape,
@@ -25,6 +27,9 @@ from hpc_neuro.data.formats.volume import (
 )
 
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
+
+# nibabel prints what it mends in a header; what that means for the voxel size is a note of the volume.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 _UNITS = {"meter": "m", "mm": "mm", "micron": "um"}
 _MAGIC1_AT, _MAGIC1 = 344, (b"n+1\0", b"ni1\0")
@@ -67,6 +72,8 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     axes = {2: "XY", 3: "XYZ", 4: "XYZT", 5: "XYZTC"}.get(len(shape), "Q" * len(shape))[::-1]
     spacing, world, notes = _parse_placement(image, len(shape))
     notes += _note_further_bytes(path, image, math.prod(stored) * dtype.itemsize)
+    if image.header.get_intent()[0] == "label":
+        notes += (NOTE_LABELS,)
     array = StoredArray("NIfTI", stored, axes, dtype, read, spacing, world, notes)
 
     # nibabel blanks the header's own slope, so it is taken from the array proxy.
@@ -139,6 +146,14 @@ def _check_packed_size(path: Path, size: int) -> None:
         )
 
 
+def _read_pixdim(image: Any) -> list[float]:
+    """The step along each axis as it stands in the file: nibabel takes 1 for 0."""
+    holder = image.file_map["header" if "header" in image.file_map else "image"]
+    with holder.get_prepare_fileobj("rb") as handle:
+        header = type(image.header).from_fileobj(handle, check=False)
+    return [float(step) for step in header["pixdim"][1:]]
+
+
 def _parse_placement(image: Any, count: int) -> tuple[tuple[float, ...] | None, Any, tuple[str, ...]]:
     """Micrometers along each stored axis, the world matrix, and notes where the header leaves the size open."""
     try:
@@ -148,6 +163,9 @@ def _parse_placement(image: Any, count: int) -> tuple[tuple[float, ...] | None, 
         unit = ""
     per = um_per(_UNITS.get(unit))
     zooms = [float(z) for z in image.header.get_zooms()]
+    if 0 in (stated := _read_pixdim(image)[: min(3, count)]):
+        numbers = " x ".join(f"{step:.6g}" for step in stated[::-1])
+        return None, None, (f"pixdim is {numbers} (z y x), and a size of 0 is none; give the voxel size in um",)
     if per is None:
         return None, None, (note_missing_unit(zooms[:3][::-1], "z y x"),)
 

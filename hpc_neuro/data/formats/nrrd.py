@@ -1,7 +1,8 @@
-"""NRRD, with its header attached (.nrrd) or beside its data (.nhdr): raw, gzip, bzip2 or text."""
+"""NRRD, with its header attached (.nrrd) or beside its data (.nhdr): raw, gzip, bzip2, text or hexadecimal."""
 
 from __future__ import annotations
 
+import binascii
 import functools
 import itertools
 import math
@@ -20,7 +21,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.units import note_missing_unit, um_per
 from hpc_neuro.data.formats.axes import letters_of_names
 from hpc_neuro.data.formats.decompress import UnpackedArray, bzip2_stream, gzip_stream, raw_chunks, text_values
-from hpc_neuro.data.formats.volume import StoredArray, check_shape, map_array, note_outside
+from hpc_neuro.data.formats.volume import NOTE_LABELS, StoredArray, check_shape, map_array, note_outside
 
 SUFFIXES = (".nrrd", ".nhdr")
 
@@ -59,6 +60,8 @@ class _Header:
     """The file names below `data file: LIST`."""
     end: int
     """The first byte behind the header, where attached data begins."""
+    is_segmentation: bool = False
+    """Whether 3D Slicer noted segments."""
 
     @property
     def encoding(self) -> str:
@@ -112,6 +115,8 @@ def open_source(path: Path, dataset: str | None) -> StoredArray:
     axes = _parse_axes(path, header.fields, len(shape))
     spacing, world, notes = _parse_placement(header.fields, len(shape))
     notes += _note_quantization(header)
+    if header.is_segmentation:
+        notes += (NOTE_LABELS,)
     notes += note_outside(path, [file for file, _ in sources])
     names = tuple(_parse_labels(header.fields)[::-1])
     return StoredArray("NRRD", shape, axes, dtype, read, spacing, world, notes, axis_names=names)
@@ -140,9 +145,12 @@ def _read_header(path: Path) -> _Header:
                 raise InputError(f"{path} has a NRRD header without an end; it is damaged")
         end = handle.tell()
 
-    lines = _check_fields(path, lines)
-    _check_sizes(path, lines)
-    return _Header(path, nrrd.read_header([f"{line}\n" for line in lines]), listed, end)
+    # `key:=value` is a note of the writer, whose key may be named like a field.
+    fields = [line for line in lines if not line.partition(":")[2].startswith("=")]
+    fields = _check_fields(path, fields)
+    _check_sizes(path, fields)
+    is_segmentation = any(line.startswith("Segment0_") for line in lines)
+    return _Header(path, nrrd.read_header([f"{line}\n" for line in fields]), listed, end, is_segmentation)
 
 
 def _check_fields(path: Path, lines: Sequence[str]) -> list[str]:
@@ -150,8 +158,8 @@ def _check_fields(path: Path, lines: Sequence[str]) -> list[str]:
     checked, names = [], set[str]()
     for line in lines:
         name, colon, rest = line.partition(":")
-        # `key:=value` is a note of the writer, and # begins a comment.
-        if not colon or rest.startswith("=") or line.startswith("#") or line.startswith("NRRD"):
+        # A line with # is a comment.
+        if not colon or line.startswith("#") or line.startswith("NRRD"):
             checked.append(line)
             continue
         # `data file` and `datafile` are one field.
@@ -311,9 +319,23 @@ def _stream_file(header: _Header, file: Path, begin: int, dtype: np.dtype[Any], 
     elif encoding in ("bzip2", "bz2"):
         yield from bzip2_stream(file, begin, skip)
     elif encoding in _TEXT:
-        yield text_values(file, file.read_bytes()[begin + skip :].split(), dtype)
+        # Teem takes commas between the values as blanks.
+        words = file.read_bytes()[begin + skip :].split()
+        yield text_values(file, [word.strip(b",") for word in words if word != b","], dtype)
+    elif encoding == "hex":
+        yield _decode_hex(file, file.read_bytes()[begin + skip :])
     else:
-        raise InputError(f"{header.path} has the encoding {encoding!r}; wanted raw, gzip, bzip2 or ascii: convert it")
+        raise InputError(
+            f"{header.path} has the encoding {encoding!r}; wanted raw, gzip, bzip2, hex or ascii: convert it"
+        )
+
+
+def _decode_hex(file: Path, text: bytes) -> bytes:
+    """The bytes that pairs of hexadecimal digits stand for. Raises InputError for anything else."""
+    try:
+        return binascii.unhexlify(b"".join(text.split()))
+    except binascii.Error:
+        raise InputError(f"{file} holds text that is no hexadecimal digits in pairs; copy or export it again") from None
 
 
 def _note_quantization(header: _Header) -> tuple[str, ...]:

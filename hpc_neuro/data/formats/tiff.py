@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
         tiff_voxel_size.require_single_values(path, str(getattr(tif.pages[0], "description", "")))
     _check_page_count(path, tif, series, len(forms))
     tiff_pages.require_one_form(path, forms, _list_page_numbers(tif, series, len(forms)))
+    if series.kind == "ome":
+        _check_ome_pages(path, tif, series, forms)
     shape = check_shape(path, series.shape)
     dtype = check_dtype(path, np.dtype(series.dtype))
 
@@ -90,6 +92,7 @@ def open_source(path: Path, dataset: str | None, cache: DecodedCache | None = No
     spacing, size_notes = tiff_voxel_size.read_spacing(tif, series, axes)
     palette, photometric_notes = _interpret_samples(path, tif, series.keyframe)
     notes += size_notes + photometric_notes + _note_orientation(series.keyframe)
+    notes += _note_ome_type(tif, dtype) if series.kind == "ome" else ()
 
     # Uncompressed pages that follow one another are one plain array.
     if series.dataoffset is not None and palette is None:
@@ -291,6 +294,74 @@ def _list_other_files(series: Any) -> list[Path]:
     return [Path(parent.filehandle.path) for parent in parents]
 
 
+def _check_ome_pages(path: Path, tif: tifffile.TiffFile, series: Any, forms: Sequence[tiff_pages.PageForm]) -> None:
+    """Raise InputError for a page that stands for two planes, and for files of a set that do not belong together.
+
+    Such a set is read page by page: a file of another size or type would be decoded as if it were like the first one.
+    """
+    pages = [page for page in series.pages if page is not None]
+    counts = collections.Counter((page.parent, page.index) for page in pages)
+    repeated = next((page for page, count in counts.items() if count > 1), None)
+    if repeated is not None:
+        raise InputError(
+            f"{path}: its OME description takes page {repeated[1]} for {counts[repeated]} planes; correct its TiffData "
+            "elements, or export the image again"
+        )
+
+    expected = _read_ome_uuids(str(tif.ome_metadata))
+    if len(pages) < len(series.pages) and (absent := [n for n in expected if not (path.parent / n).is_file()]):
+        raise InputError(
+            f"{path} is one file of an image, and {_list_few(absent)} of it not beside it; copy the whole image, with "
+            "the names of its files"
+        )
+
+    # The first page that is here stands for all others.
+    wanted, wanted_page = None, ""
+    for parent in {page.parent: None for page in sorted(pages, key=lambda page: page.parent is not tif)}:
+        file = Path(parent.filehandle.path)
+        own = forms if parent is tif else tiff_pages.read_page_forms(file)
+        numbers = [page.index for page in pages if page.parent is parent and isinstance(page.index, int)]
+        if wanted is None:
+            wanted, wanted_page = own[numbers[0]], f"page {numbers[0]} of {file}"
+        _check_ome_uuid(file, parent, expected)
+        tiff_pages.require_form(file, own, numbers, wanted, wanted_page)
+
+
+def _list_few(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more files are"
+
+
+def _read_ome_uuids(description: str) -> dict[str, str]:
+    """The identifier of each file of a set, by its name."""
+    elements = [e for e in ElementTree.fromstring(description).iter() if e.tag.rpartition("}")[2] == "UUID"]
+    return {str(e.get("FileName")): (e.text or "").strip() for e in elements if e.get("FileName")}
+
+
+def _check_ome_uuid(file: Path, parent: tifffile.TiffFile, expected: Mapping[str, str]) -> None:
+    """Raise InputError for a file that is, by the identifier in it, another file of its set."""
+    try:
+        stated = ElementTree.fromstring(str(getattr(parent.pages[0], "description", ""))).get("UUID", "")
+    except ElementTree.ParseError:
+        # Only the first file of a set needs a description.
+        return
+    owner = next((name for name, uuid in expected.items() if stated and uuid == stated), None)
+    if owner is not None and Path(owner).name != file.name:
+        raise InputError(
+            f"{file} is {owner} by the identifier in it; the files of this image were renamed, give them their own "
+            "names again"
+        )
+
+
+def _note_ome_type(tif: tifffile.TiffFile, dtype: np.dtype[Any]) -> tuple[str, ...]:
+    """A note where an OME description states another type than that of the pages."""
+    pixels = [e for e in ElementTree.fromstring(str(tif.ome_metadata)).iter() if e.tag.rpartition("}")[2] == "Pixels"]
+    names = {"float": "float32", "double": "float64", "bit": "bool"}
+    stated = {names.get(text, text) for e in pixels if (text := e.get("Type", e.get("PixelType", "")).lower())}
+    if not stated or dtype.name in stated:
+        return ()
+    return (f"its OME description says {', '.join(sorted(stated))}, its pages are {dtype}; they are read as stored",)
+
+
 def _list_page_numbers(tif: tifffile.TiffFile, series: Any, count: int) -> list[int]:
     """Numbers of the pages of a series in the chain of `count` pages; the one that stands for all of them comes first.
 
@@ -368,6 +439,12 @@ def _check_page_count(path: Path, tif: tifffile.TiffFile, series: Any, pages: in
 
     A single page may stand for a whole stack, whose slices follow it without pages of their own.
     """
+    count = tiff_voxel_size.parse_number((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
+    if series.kind != "imagej" and count is not None and count > pages:
+        raise InputError(
+            f"{path} is incomplete: its ImageJ description speaks of {count:g} images, and it holds {pages}; copy or "
+            "export it again"
+        )
     if series.kind not in _COUNTED_KINDS or pages == 1:
         return
 

@@ -71,13 +71,21 @@ def read_page_forms(path: Path) -> list[PageForm]:
 
 def require_one_form(path: Path, forms: Sequence[PageForm], pages: Sequence[int]) -> None:
     """Raise InputError unless all of `pages` are stored as the first of them."""
-    for number in pages[1:]:
-        if forms[number] != forms[pages[0]]:
-            place = next(i for i, (a, b) in enumerate(zip(forms[number], forms[pages[0]], strict=True)) if a != b)
+    if pages:
+        require_form(path, forms, pages[1:], forms[pages[0]], f"page {pages[0]}")
+
+
+def require_form(
+    path: Path, forms: Sequence[PageForm], pages: Sequence[int], wanted: PageForm, wanted_page: str
+) -> None:
+    """Raise InputError unless all of `pages` have the form `wanted`, which is that of `wanted_page`."""
+    for number in pages:
+        if forms[number] != wanted:
+            place = next(i for i, (a, b) in enumerate(zip(forms[number], wanted, strict=True)) if a != b)
             name = list(_FIELDS.values())[place][0]
             raise InputError(
-                f"{path}: page {number} has another {name} ({forms[number][place]}) than page {pages[0]} "
-                f"({forms[pages[0]][place]}); save all pages alike"
+                f"{path}: page {number} has another {name} ({forms[number][place]}) than {wanted_page} "
+                f"({wanted[place]}); save all pages alike"
             )
 
 

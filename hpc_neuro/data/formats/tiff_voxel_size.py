@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -44,8 +46,8 @@ def read_spacing(tif: tifffile.TiffFile, series: Any, axes: str) -> tuple[tuple[
 def _read_scale(tif: tifffile.TiffFile, series: Any) -> tuple[Scale, tuple[str, ...]]:
     """The voxel size from the most specific metadata that the file has."""
     if series.kind == "ome" and tif.ome_metadata:
-        number = next((i for i, s in enumerate(tif.series) if s is series), 0)
-        return _parse_ome(tif.ome_metadata, number)
+        images = [s for s in tif.series if s.kind == "ome"]
+        return _parse_ome(tif.ome_metadata, next(i for i, s in enumerate(images) if s is series), len(images))
     if tif.is_lsm and tif.lsm_metadata:
         # LSM states meters.
         meta = tif.lsm_metadata
@@ -54,7 +56,7 @@ def _read_scale(tif: tifffile.TiffFile, series: Any) -> tuple[Scale, tuple[str, 
     plane = _read_resolution(series.keyframe)
     if tif.is_imagej:
         return _parse_imagej(tif.imagej_metadata or {}, plane)
-    notes = ("its OME description does not fit its pages and is not used",) if tif.is_ome else ()
+    notes = _note_unused_ome(str(tif.ome_metadata)) if tif.is_ome else ()
 
     # Plain TIFF: the tags alone, if they can be those of a microscope.
     unit = series.keyframe.tags.get("ResolutionUnit")
@@ -126,15 +128,33 @@ def _read_resolution(page: Any) -> Scale:
     return steps
 
 
-def _parse_ome(text: str, number: int) -> tuple[Scale, tuple[str, ...]]:
-    """The physical sizes of image `number` in an OME-XML description."""
+def _note_unused_ome(text: str) -> tuple[str, ...]:
+    """A note on an OME description that says nothing of the pages: it is damaged, or stands in another file."""
+    with contextlib.suppress(ElementTree.ParseError):
+        for element in ElementTree.fromstring(text).iter():
+            if element.tag.rpartition("}")[2] == "BinaryOnly":
+                return (f"its OME description is in {element.get('MetadataFile')}, which is not read",)
+    return ("its OME description does not fit its pages and is not used",)
+
+
+def _parse_ome(text: str, number: int, count: int) -> tuple[Scale, tuple[str, ...]]:
+    """The physical sizes of image `number` of the `count` that the file holds, from its OME description."""
     root = ElementTree.fromstring(text)
     # Namespaces differ between versions of the schema, and some writers leave them out.
     pixels = [e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"]
     if not pixels:
         return {}, ()
 
-    attributes = pixels[min(number, len(pixels) - 1)].attrib
+    # Images whose pages lie in files that are missing leave open which of them the others are.
+    sizes = [_parse_ome_pixels(element.attrib) for element in pixels]
+    if len(pixels) != count and any(size != sizes[0] for size in sizes):
+        note = f"its OME description is of {len(pixels)} images of several voxel sizes, and {count} of them are here"
+        return {}, (f"{note}; give the voxel size in um",)
+    return sizes[min(number, len(sizes) - 1)]
+
+
+def _parse_ome_pixels(attributes: Mapping[str, str]) -> tuple[Scale, tuple[str, ...]]:
+    """The physical sizes that one `Pixels` element states."""
     scale: Scale = {}
     notes: tuple[str, ...] = ()
     for letter in "ZYX":

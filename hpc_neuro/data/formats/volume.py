@@ -33,6 +33,8 @@ _MAX_VOXELS = 1 << 56
 """Most voxels of an array; a header that declares more is damaged, since no disk holds as much."""
 
 
+NOTE_LABELS = "a segmentation: its values are labels, not intensities"
+"""Note on an image that its file calls a segmentation."""
 _VALID_KEYS = ("valid_min", "valid_max", "valid_range")
 """Attributes of netCDF that mark all other values as missing."""
 _LIKELY_UM = (5e-4, 200.0)

@@ -92,6 +92,11 @@ _STATED_IN = re.compile(
     r"(?!(?:ras|lps|lpi|ccf\w*|xyz|zyx|order|this|file|image|space|brackets|parentheses)\b)(?P<unit>[^\W\d]+)\W*$"
 )
 """A line such as `All positions and radii in UNIT`, with a unit that is known or not."""
+_Z_IN_SLICES = re.compile(
+    r"\bz\b[\s\"'\]]{0,3}(?:coordinates?\s+)?(?:(?:is|are)\s+)?(?:in|[:=(\[])\s*[\"']?(?:optical\s+)?"
+    r"(?:slices?|sections?|planes?|frames?|layers?)\b"
+)
+"""Words that count z in slices, while the other axes have a unit."""
 _NO_UNIT = re.compile(
     r"^\W*(?:none|null|nan|n/?a|n\.a\.?|a\.?u\.?|arbitrary|unitless|dimensionless|unspecified|undefined|missing)?\W*$|"
     r"[^\W\d]\s*(?:/\s*(?!\d)|per\b|\^|[\u00b2\u00b3]|[23]\b)"
@@ -259,6 +264,8 @@ def _describe_open_unit(lines: Sequence[SwcComment]) -> str:
     has_unit = False
     for line in lines:
         names = list(_find_units(line))
+        if _Z_IN_SLICES.search(line.text):
+            return f"line {line.line} ({line.text[:60]!r}) counts z in slices, so that the axes have different units"
         stated = _STATED_UNIT.match(line.text) or _STATED_IN.match(line.text)
         has_unit = has_unit or bool(names and not _EARLIER.search(line.text))
         if names or stated is None or _OTHER_QUANTITY.search(stated["before"]) or _NO_UNIT.search(stated["unit"]):
