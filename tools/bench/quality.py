@@ -289,7 +289,7 @@ def score_trees(store: Store, volume: str, probability: NDArray[np.float32], thr
     return f1
 
 
-class _Logits(nn.Module):
+class StudentLogits(nn.Module):
     """A student as a network that gives logits alone."""
 
     def __init__(self, student: nn.Module) -> None:
@@ -304,7 +304,7 @@ class _Logits(nn.Module):
 
 def build_student_recipe(settings: Settings) -> Recipe:
     """The student from random weights."""
-    network = _Logits(build_student(StudentConfig(size=settings.size))).to(settings.device)
+    network = StudentLogits(build_student(StudentConfig(size=settings.size))).to(settings.device)
     optim = OptimConfig(steps=1000)
     # The first layers of a transformer without a teacher's weights learn at the rate of transferred ones.
     transformer = [p for name, p in network.named_parameters() if ".vit." in name]
