@@ -37,3 +37,9 @@ def start(script: str, ranks: int, *arguments: object) -> list[subprocess.Popen[
         )
         for own in rank_environments(ranks)
     ]
+
+
+def quote_end(done: subprocess.CompletedProcess[str], size: int = 6000) -> str:
+    """What a failed process printed from its first traceback on, or its last characters: an abort has no traceback."""
+    begin = done.stderr.find("Traceback")
+    return done.stderr[begin:][:size] if begin >= 0 else done.stderr[-size:]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from hpc_neuro import train
 from hpc_neuro.core.schema import load
 from hpc_neuro.train import loop
-from tests.helpers.torchrun import launch
+from tests.helpers.torchrun import launch, quote_end
 from tests.train.conftest import TINY, rows
 
 KEYS = ["optim.batch=4"]
@@ -37,7 +37,7 @@ def ranks(store, tmp_path_factory):
         patch.setattr(loop, "train_step", stopped)
         assert train.run(load(train.TrainConfig, None, keys)) == 75
     done = launch("train_ranks.py", 2, store, folder)
-    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:6000]
+    assert done.returncode == 0, quote_end(done)
     return folder
 
 
