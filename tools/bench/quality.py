@@ -1,13 +1,14 @@
 """Quality per compute: our student, nnU-Net's residual U-Net and MONAI's UNETR, on neurons held out.
 
     python -m tools.bench.quality --store STORE --out OUT [--seconds 600] [--seeds 0 1] [--only ID ...]
-                                  [--networks student residual_unet unetr] [--crop 16 96 96] [--batch 2]
+                                  [--networks student convolutions residual_unet unetr] [--crop 16 96 96] [--batch 2]
 
 Every neuron of the store (or those of --only) is held out in turn, and for every seed. All networks get the same crops
 in the same order, the same augmentation and the same losses (Dice and cross entropy), for the same CPU seconds of
 training steps (reading is not counted; on a GPU: seconds of the clock). Each has the optimizer of its own recipe:
 
     student         AdamW at the rate of `hpc-neuro train`, warm-up and cosine; from random weights
+    convolutions    the student without its transformer: what the transformer earns for its share of the seconds
     residual_unet   dynamic_network_architectures' ResidualEncoderUNet as nnU-Net plans it for the crop; AdamW or, with
                     --unet-optimizer sgd, nnU-Net's SGD with Nesterov momentum and polynomial decay
     unetr           MONAI's UNETR of the student's width; AdamW at 1e-4 x --unetr-rate
@@ -22,6 +23,7 @@ OUT/quality.svg hold all of it. Last line: JSON.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -302,15 +304,16 @@ class StudentLogits(nn.Module):
         return logits
 
 
-def build_student_recipe(settings: Settings) -> Recipe:
+def build_student_recipe(settings: Settings, transformer: bool = True) -> Recipe:
     """The student from random weights."""
-    network = StudentLogits(build_student(StudentConfig(size=settings.size))).to(settings.device)
+    cfg = StudentConfig(size=settings.size, transformer=transformer)
+    network = StudentLogits(build_student(cfg)).to(settings.device)
     optim = OptimConfig(steps=1000)
     # The first layers of a transformer without a teacher's weights learn at the rate of transferred ones.
-    transformer = [p for name, p in network.named_parameters() if ".vit." in name]
+    in_transformer = [p for name, p in network.named_parameters() if ".vit." in name]
     others = [p for name, p in network.named_parameters() if ".vit." not in name]
-    groups = [{"params": others, "lr": optim.lr}, {"params": transformer, "lr": optim.lr * optim.vit_lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=optim.weight_decay)
+    groups = [{"params": others, "lr": optim.lr}, {"params": in_transformer, "lr": optim.lr * optim.vit_lr}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=optim.weight_decay)
     return Recipe(network, optimizer, lambda share: lr_at(min(int(share * optim.steps), optim.steps - 1), optim))
 
 
@@ -381,6 +384,7 @@ def warm_up_and_cosine(share: float) -> float:
 
 NETWORKS: dict[str, Callable[[Settings], Recipe]] = {
     "student": build_student_recipe,
+    "convolutions": functools.partial(build_student_recipe, transformer=False),
     "residual_unet": build_residual_unet_recipe,
     "unetr": build_unetr_recipe,
 }

@@ -34,8 +34,8 @@ def test_all_networks_are_scored_and_nothing_is_done_twice(
     pytest.importorskip("dynamic_network_architectures")
     assert run(store, tmp_path) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(facts["mean"]) == {"student", "residual_unet", "unetr"}
-    assert set(facts["difference"]) == {"student - residual_unet", "student - unetr"}
+    assert set(facts["mean"]) == {"student", "convolutions", "residual_unet", "unetr"}
+    assert set(facts["difference"]) == {"student - convolutions", "student - residual_unet", "student - unetr"}
     for metrics in facts["mean"].values():
         assert set(metrics) == set(quality.METRICS)
         assert all(0 <= interval["mean"] <= 1 for interval in metrics.values())
