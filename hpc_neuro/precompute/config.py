@@ -14,7 +14,7 @@ from hpc_neuro.models.config import TeacherConfig
 SliceView = Literal["z", "y", "x"]
 """The axis that slices are orthogonal to."""
 
-SAMPLES = 4
+SAMPLES = 8
 """Samples of tiles that the gate measures."""
 
 COPIES = 2

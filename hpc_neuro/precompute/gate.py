@@ -8,7 +8,7 @@ Tiles of z slices around neurites give three figures of a network, and the same 
     position  Share of the features' variance that the place of the token in the tile explains alone.
 
 They are measured on several samples of tiles, of the teacher and of several untrained copies. The means decide; the
-spread over samples and copies says how far to trust them.
+standard error of the gain says how far to trust them.
 """
 
 from __future__ import annotations
@@ -117,9 +117,15 @@ class Judgment:
         return float(np.mean(self.gains))
 
     @property
-    def gain_spread(self) -> float:
-        """Standard deviation of the gains; 0 for one gain."""
-        return float(np.std(self.gains, ddof=1)) if len(self.gains) > 1 else 0.0
+    def gain_error(self) -> float:
+        """Standard error of the gain, a mean over random samples and random copies; 0 for one of each."""
+        gains = np.array(self.gains).reshape(len(self.copies), len(self.teachers))
+        return float(np.hypot(_estimate_error(gains.mean(0)), _estimate_error(gains.mean(1))))
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the gain is within twice its error of the least one, so that other samples may decide otherwise."""
+        return abs(self.gain - MIN_GAIN) < 2 * self.gain_error
 
     @property
     def passes(self) -> bool:
@@ -130,6 +136,11 @@ class Judgment:
 def _average(several: Sequence[Figures]) -> Figures:
     columns = zip(*((one.probe, one.shift, one.position) for one in several), strict=True)
     return Figures(*(float(np.mean(column)) for column in columns))
+
+
+def _estimate_error(values: NDArray[np.float64]) -> float:
+    """Standard error of the mean of some values; 0 for one."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
 def judge_teacher(

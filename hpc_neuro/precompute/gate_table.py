@@ -16,7 +16,7 @@ HEADER = f"{'teacher':12} {'volume':12} {'':9} {'probe':>7} {'shift':>7} {'posit
 """Head of the table; `describe_judgment` writes the rows."""
 
 MAX_VOLUMES = 2
-"""Volumes that are judged where nobody names any: each takes some seconds of a core, up to half a minute."""
+"""Volumes that are judged where nobody names any: each takes up to a minute of a core."""
 
 MAX_TRIES = 8
 """Volumes that are opened in search of some that can be judged."""
@@ -52,7 +52,7 @@ class Verdict:
                     "untrained": asdict(judgment.control),
                     "pixels": judgment.pixels,
                     "gain": judgment.gain,
-                    "spread": judgment.gain_spread,
+                    "error": judgment.gain_error,
                     "gains": list(judgment.gains),
                     "passes": judgment.passes,
                 }
@@ -130,7 +130,10 @@ def describe_judgment(teacher: str, judgment: Judgment) -> list[str]:
     """The rows of the table: the teacher with its verdict, its untrained copies, the pixels; means over samples."""
     start = f"{teacher:12} {judgment.volume:12}"
     count = f"{len(judgment.teachers)} samples x {len(judgment.copies)} copies"
-    gain = f"gain {judgment.gain:+.3f}, spread {judgment.gain_spread:.3f} over {count}"
+    gain = f"gain {judgment.gain:+.3f} +- {judgment.gain_error:.3f} over {count}"
+    # More samples make the error smaller, and then the verdict is one of the teacher and not of the tiles.
+    if judgment.is_close:
+        gain += f"; too close to {MIN_GAIN} to be sure, samples={4 * len(judgment.teachers)} says more"
     return [
         f"{start} {'trained':9} {_format(judgment.teacher)}   {'passes' if judgment.passes else 'fails'}, {gain}",
         f"{start} {'untrained':9} {_format(judgment.control)}",

@@ -17,6 +17,7 @@ from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.precompute import gate
 from hpc_neuro.precompute.gate import Encode, Figures, Judgment, Tiles
+from hpc_neuro.precompute.gate_table import describe_judgment
 from tests.helpers.tiny_store import write_store
 
 PATCH = 8
@@ -175,21 +176,26 @@ def test_an_untrained_teacher_does_not_beat_its_copies(tmp_path: Path, monkeypat
     assert judgment.teachers == judgment.copies[0]
     assert judgment.teachers != judgment.copies[1]
     assert judgment.gains[:2] == (0, 0)
-    assert judgment.gain_spread > 0
+    assert judgment.gain_error > 0
     assert not judgment.passes
     assert judgment.pixels > 0.5
 
 
-def test_the_mean_decides_and_the_spread_is_that_of_samples_and_copies() -> None:
+def test_the_mean_decides_and_its_error_is_that_of_samples_and_copies() -> None:
     low, high = Figures(0.4, 0.5, 0.5), Figures(0.6, 0.5, 0.5)
 
     judgment = judge(Figures(0.535, 0.9, 0.1), low, high)
     assert judgment.gains == pytest.approx((0.135, -0.065))
     assert judgment.gain == pytest.approx(0.035)
-    assert judgment.gain_spread == pytest.approx(0.1414, abs=1e-3)
+    # Two copies: half of their difference.
+    assert judgment.gain_error == pytest.approx(0.1)
+    assert judgment.is_close
     assert judgment.passes
     assert not judge(Figures(0.525, 0.9, 0.1), low, high).passes
-    assert judge(Figures(0.7, 0.9, 0.1), low).gain_spread == 0
+    assert judge(Figures(0.7, 0.9, 0.1), low).gain_error == 0
+    assert not judge(Figures(0.7, 0.9, 0.1), low).is_close
+    assert "too close" in describe_judgment("teacher", judgment)[0]
+    assert "too close" not in describe_judgment("teacher", judge(Figures(0.7, 0.9, 0.1), low))[0]
 
 
 def test_all_samples_are_fitted_and_each_is_scored(tiles: Tiles) -> None:

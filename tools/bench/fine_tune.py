@@ -1,9 +1,9 @@
 """Fine-tuning on few neurons: from a trained student, from random weights, and the student as it is.
 
-    python -m tools.bench.fine_tune --store STORE --init FOLDER --out OUT [--own ID ...] [--neurons 1 2 5]
-                                    [--seeds 0 1 2] [--seconds 60] [--crop 16 96 96] [--batch 2]
+    python -m tools.bench.fine_tune --store STORE --init FOLDER --out OUT [--own ID ...] [--only ID ...]
+                                    [--neurons 1 2 5] [--seeds 0 1 2] [--seconds 60] [--crop 16 96 96] [--batch 2]
 
-The neurons of --own are those of one microscope (all of STORE by default), and each is held out in turn. For each seed,
+The neurons of --own are those of one microscope (all of STORE by default). Each, or each of --only, is held out in turn. For each seed,
 N neurons are drawn to train on: from --own first, then from the others of STORE. Both starts get the same network,
 crops, augmentation, losses (Dice and cross entropy) and CPU seconds of training steps. The rates are those of
 `hpc-neuro train`; weights that --init gave learn at its optim.init_lr. One more neuron of --own, the next one, is never
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--init", type=Path, required=True, help="folder of a student")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--own", nargs="+", default=[], help="neurons of one microscope; default: all")
+    parser.add_argument("--only", nargs="+", default=[], help="of --own, those to hold out; default: all")
     parser.add_argument("--neurons", type=int, nargs="+", default=[1, 2, 5], help="how many are trained on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of a training")
@@ -107,7 +108,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     settings = Settings((z, y, x), args.batch, args.seconds, "", "", 1.0, "cpu")
 
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for fold in choose_folds(list(store.ids), args.own, args.neurons, args.seeds):
+    for fold in choose_folds(list(store.ids), args.own, args.only, args.neurons, args.seeds):
         result = train_and_score(store, fold, start, settings, args.out)
         label = AS_IS if fold.start == AS_IS else f"{fold.start}, {len(fold.trained)}"
         for metric in METRICS:
@@ -120,11 +121,15 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
-def choose_folds(ids: Sequence[str], own: Sequence[str], numbers: Sequence[int], seeds: Sequence[int]) -> list[Fold]:
+def choose_folds(
+    ids: Sequence[str], own: Sequence[str], only: Sequence[str], numbers: Sequence[int], seeds: Sequence[int]
+) -> list[Fold]:
     """All trainings. Raises InputError for a name that is not there, and for a store that is too small."""
     if unknown := sorted(set(own) - set(ids)):
         raise InputError(f"--own: the store has no {', '.join(unknown)}; it has {', '.join(ids)}")
     own = own or ids
+    if unknown := sorted(set(only) - set(own)):
+        raise InputError(f"--only: {', '.join(unknown)} is not one of --own, which are {', '.join(own)}")
     if len(own) < 2 or min(numbers) < 1 or max(numbers) > len(ids) - 2:
         raise InputError(
             f"--own names {len(own)} of {len(ids)} neurons, and --neurons asks for {', '.join(map(str, numbers))} to "
@@ -133,7 +138,7 @@ def choose_folds(ids: Sequence[str], own: Sequence[str], numbers: Sequence[int],
         )
 
     folds = []
-    for held_out in own:
+    for held_out in only or own:
         validated = own[(own.index(held_out) + 1) % len(own)]
         folds.append(Fold(held_out, validated, (), 0, AS_IS))
         for seed in seeds:

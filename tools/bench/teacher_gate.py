@@ -11,7 +11,7 @@ shift     cosine of position-free features, f(slice) - f(black), of the same pix
 position  share of the features' variance that the place of a token in the tile explains alone
 
 A teacher passes on a volume when its probe is at least 0.03 above that of its untrained copies and its shift is at
-least 0.8, both in the mean; the spread is the standard deviation of the gain over samples and copies. A teacher is a
+least 0.8, both in the mean; behind +- stands the standard error of the gain over samples and copies. A teacher is a
 name of `teacher.model`, or NAME=WEIGHTS with a file or folder of weights. `hpc-neuro doctor teacher=NAME store=STORE`
 judges one teacher in the same way.
 Exit code: 0 at least one teacher passes on every volume, 3 none does, 2 bad input. The last line is one JSON object.

@@ -56,12 +56,13 @@ def test_every_start_is_scored_and_nothing_is_done_twice(
 
 
 def test_neurons_of_the_same_microscope_come_first() -> None:
-    folds = fine_tune.choose_folds(["a", "b", "c", "d", "e"], ["b", "c", "d"], [1, 3], [0, 1])
+    folds = fine_tune.choose_folds(["a", "b", "c", "d", "e"], ["b", "c", "d"], [], [1, 3], [0, 1])
     assert len(folds) == 3 * (1 + 2 * 2 * 2)
     for fold in folds:
         assert fold.validated != fold.held_out
         assert not {fold.held_out, fold.validated} & set(fold.trained)
         assert not fold.trained or fold.trained[0] in {"b", "c", "d"}
+    assert {fold.held_out for fold in fine_tune.choose_folds(["a", "b", "c"], [], ["b"], [1], [0])} == {"b"}
     # More neurons are those of fewer, and others.
     assert {one.trained[0] for one in folds if one.seed == 0 and one.held_out == "b" and one.trained} == {"d"}
 
@@ -80,6 +81,8 @@ def test_the_student_as_it_is_predicts_what_it_predicted(store: Path, init: Path
 def test_faults_are_one_sentence(store: Path, init: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(store, init, tmp_path, "--own", "nobody") == 2
     assert "has no nobody" in capsys.readouterr().err
+    assert run(store, init, tmp_path, "--own", "a", "b", "--only", "c") == 2
+    assert "not one of --own" in capsys.readouterr().err
     assert run(store, init, tmp_path, "--neurons", "3") == 2
     assert "at most 2" in capsys.readouterr().err
     assert run(store, tmp_path / "none", tmp_path) == 2
