@@ -3,11 +3,11 @@
     python -m tools.bench.fine_tune --store STORE --init FOLDER --out OUT [--own ID ...] [--only ID ...]
                                     [--neurons 1 2 5] [--seeds 0 1 2] [--seconds 60] [--crop 16 96 96] [--batch 2]
 
-The neurons of --own are those of one microscope (all of STORE by default). Each, or each of --only, is held out in turn. For each seed,
-N neurons are drawn to train on: from --own first, then from the others of STORE. Both starts get the same network,
-crops, augmentation, losses (Dice and cross entropy) and CPU seconds of training steps. The rates are those of
-`hpc-neuro train`; weights that --init gave learn at its optim.init_lr. One more neuron of --own, the next one, is never
-trained on: its best Dice chooses the threshold, also that of the student as it is.
+The neurons of --own are those of one microscope (all of STORE by default). Each, or each of --only, is held out in
+turn. For each seed, N neurons are drawn to train on: from --own first, then from the others of STORE. Both starts get
+the same network, crops, augmentation, losses (Dice and cross entropy) and CPU seconds of training steps. The rates are
+those of `hpc-neuro train`; weights that --init gave learn at its optim.init_lr. One more neuron of --own, the next one,
+is never trained on: its best Dice chooses the threshold, also that of the student as it is.
 
 The student of --init must have seen no neuron of STORE. The bundled one has seen all nine of docs/trace.md. STORE has
 the contrast of its training (`prepare contrast=local` for the bundled one and those before it).
