@@ -26,6 +26,10 @@ T = TypeVar("T")
 
 _READ_BYTES = 1 << 22
 """[bytes] Size of the pieces in which a file is read for its checksum."""
+CHUNK_BYTES = 1 << 26
+"""[bytes] Size of the pieces of a large file that are hashed by themselves."""
+_OF_CHUNKS = "chunks-"
+"""Begin of the checksum of a file of several chunks."""
 _MAX_JSON_BYTES = 1 << 28
 """[bytes] Size of a JSON file that is read."""
 _MAX_NAME_BYTES = 200
@@ -275,6 +279,42 @@ def sha256(path: Path) -> str:
         while block := handle.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """The checksum of a file of any size, which several processes may compute: SHA-256 of its bytes up to 64 MiB.
+
+    Of a larger file, `chunks-` and the SHA-256 of the hex digests of its chunks of 64 MiB, one after the other.
+    """
+    return combine_chunks(sha256_of_chunks(path, 0, -(-path.stat().st_size // CHUNK_BYTES)))
+
+
+def checksum_like(path: Path, recorded: str) -> str:
+    """What to compare with a recorded checksum of a file or folder: its SHA-256, or that of its chunks."""
+    return checksum(path) if recorded.startswith(_OF_CHUNKS) else sha256(path)
+
+
+def has_checksum(path: Path, recorded: str) -> bool:
+    """Whether a file or folder has the checksum that was recorded."""
+    return checksum_like(path, recorded) == recorded
+
+
+def sha256_of_chunks(path: Path, first: int, count: int) -> list[str]:
+    """The hex SHA-256 of up to `count` chunks of a file from number `first` on; fewer where the file ends."""
+    digests = list[str]()
+    with path.open("rb") as handle:
+        handle.seek(first * CHUNK_BYTES)
+        while len(digests) < count and (chunk := handle.read(CHUNK_BYTES)):
+            digests.append(hashlib.sha256(chunk).hexdigest())
+    return digests
+
+
+def combine_chunks(digests: Sequence[str]) -> str:
+    """The checksum of a file whose chunks have these digests."""
+    if len(digests) == 1:
+        return digests[0]
+    combined = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return f"{_OF_CHUNKS}{combined}" if digests else combined
 
 
 def sha256_json(value: Any) -> str:

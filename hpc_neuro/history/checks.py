@@ -96,7 +96,7 @@ class RunCheck:
             self.fail(f"{name} is missing: {path} does not exist")
             return
 
-        now = files.sha256(path)
+        now = files.checksum_like(path, recorded)
         if now != recorded:
             self.fail(f"{name} was changed: {path} has SHA-256 {shorten(now)}, but {shorten(recorded)} was recorded")
             return

@@ -118,6 +118,8 @@ class InferConfig:
     training."""
     trees: bool = True
     """Whether to trace."""
+    tree_files: int = Field(default=10_000, ge=0)
+    """Of a volume with so many trees at most, each tree also gets files of its own, swc/ID/0001.swc and so on."""
     page: bool = True
     """Whether to write infer.html: the block map, the volumes with their trees, what to proofread first."""
     trace: TraceConfig = TraceConfig()

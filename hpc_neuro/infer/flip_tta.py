@@ -117,21 +117,28 @@ def predict_views(
         np.savez(handle, nodes=nodes, values=values)
 
 
-def load_views(trees: VolumeTrees, forest: Tree) -> Floats:
-    """[K, N] confidence of each node in each mirrored view, as tracing.measure_confidence has it in the plain one."""
+def load_views(trees: VolumeTrees, forest: Tree, first: int = 0) -> Floats:
+    """[K, N] confidence of each node in each mirrored view, as tracing.measure_confidence has it in the plain one.
+
+    `forest` is a stretch of what `sample_forest` sampled, which begins with its node `first`.
+    """
     views = np.ones((len(trees.cfg.flips), len(forest)))
     if not trees.cfg.flips:
         return views
 
-    # A node whose edge crosses blocks has its lowest confidence in one of them.
-    for block in trees.volume.tiling.list_flip_blocks(trees.volume.source.shape):
-        path = _view_path(trees, block)
+    shape, tiling = trees.volume.source.shape, trees.volume.tiling
+    own_blocks = set(
+        map(tuple, np.unique(tracing.sample_edges(forest, shape)[1] // np.array(tiling.write), axis=0).tolist())
+    )
 
-        # A block through which no tree runs has no file.
-        if path.exists():
-            with np.load(path) as arrays:
-                nodes = arrays["nodes"]
-                views[:, nodes] = np.minimum(views[:, nodes], arrays["values"])
+    # A node whose edge crosses blocks has its lowest confidence in one of them.
+    for block in tiling.list_flip_blocks(shape):
+        if block.index in own_blocks:
+            with np.load(_view_path(trees, block)) as arrays:
+                nodes = arrays["nodes"] - first
+                is_own = (nodes >= 0) & (nodes < len(forest))
+                own = nodes[is_own]
+                views[:, own] = np.minimum(views[:, own], arrays["values"][:, is_own])
     return views
 
 

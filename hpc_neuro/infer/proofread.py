@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,8 @@ FILE_KINDS = ("csv", "neurons.csv", "blocks.csv", "swc", "confidence.csv", "neur
 """Endings of the files of a volume."""
 DOUBTFUL_TYPE = 7
 """SWC type of a doubtful node: the last of those left to the user."""
+SHOWN_PLACES = 10_000
+"""Places in the state for Neuroglancer, the worst first: a browser draws no more."""
 _BORDER = 3.0
 """[voxel] An end this near to the border of the volume leaves it, and is not doubtful."""
 _TURN_DEGREES = 75.0
@@ -113,6 +116,8 @@ class NeuronScore:
     gap_um: float
     disagreement: float | None
     """By cable."""
+    node: int
+    """SWC id of its root in swc/ID.swc, in which the rows of a tree follow one another."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +134,28 @@ class BlockScore:
 
 
 @dataclass(frozen=True)
+class ForestLabels:
+    """How the files of a volume name the trees and nodes of a forest."""
+
+    neurons: Ints
+    """[T] number of each tree, from 1."""
+    nodes: Ints
+    """[N] SWC id of each node in swc/ID.swc."""
+
+    @classmethod
+    def of_volume(cls, tree: Tree) -> ForestLabels:
+        """Those of all trees of a volume."""
+        return cls(np.arange(len(tree.roots)) + 1, np.asarray(swc.node_ids(tree)))
+
+
+@dataclass(frozen=True)
 class _ScoredForest:
     """Trees in voxels with their confidence, and what is measured of them once."""
 
     tree: Tree
     confidence: NodeConfidence
     voxel_size: VoxelSize
+    labels: ForestLabels
 
     @cached_property
     def edge_um(self) -> Floats:
@@ -153,14 +174,9 @@ class _ScoredForest:
         return cable
 
     @cached_property
-    def neuron_of(self) -> Ints:
-        """[N] number of each node's tree, from 0."""
+    def tree_of(self) -> Ints:
+        """[N] which of the forest's trees each node belongs to, from 0."""
         return morphology.label_components(self.tree)
-
-    @cached_property
-    def swc_ids(self) -> Ints:
-        """[N] id of each node in swc/ID.swc."""
-        return np.asarray(swc.node_ids(self.tree))
 
     def make_place(self, kind: str, node: int, doubt: float) -> DoubtfulPlace:
         """A place, not ranked yet."""
@@ -179,8 +195,8 @@ class _ScoredForest:
             doubt=round(max(doubt, own_disagreement or 0.0), 4),
             disagreement=own_disagreement,
             cable_um=round(float(self.cable_behind_um[node]), 2),
-            neuron=int(self.neuron_of[node]) + 1,
-            node=int(self.swc_ids[node]),
+            neuron=int(self.labels.neurons[self.tree_of[node]]),
+            node=int(self.labels.nodes[node]),
         )
 
 
@@ -190,14 +206,17 @@ def find_places(
     shape: Shape,
     voxel_size: VoxelSize,
     contacts: Sequence[Contact] = (),
+    labels: ForestLabels | None = None,
 ) -> list[DoubtfulPlace]:
     """The doubtful places of trees in voxels, worst first: by doubt times the square root of the cable behind.
+
+    `labels`: names of the trees and nodes; none: the trees are all of a volume.
 
     A gap is a run of edges below `low` (it was bridged), a faint stretch one below `threshold`, an unsteady one is
     below that in a mirrored view only, a turn is a bend of more than 75 degrees; an end counts where the neurite is
     still bright; a contact is where the tracer cut a neighbor off, whose cable it states.
     """
-    forest = _ScoredForest(tree, confidence, voxel_size)
+    forest = _ScoredForest(tree, confidence, voxel_size, labels or ForestLabels.of_volume(tree))
     places = [
         *_find_weak_stretches(forest),
         *_find_turns(forest),
@@ -205,45 +224,85 @@ def find_places(
         *_list_contacts(forest, contacts),
     ]
 
-    # The square root keeps long cable from hiding doubt. The node breaks ties, so that runs agree.
-    places.sort(key=lambda place: (-place.doubt * (1 + place.cable_um) ** 0.5, place.node))
+    # The node breaks ties, so that runs agree.
+    places.sort(key=lambda place: (-weigh_place(place), place.node))
     return [replace(place, rank=rank) for rank, place in enumerate(places, start=1)]
 
 
-def score_neurons(tree: Tree, confidence: NodeConfidence, voxel_size: VoxelSize) -> list[NeuronScore]:
-    """A score for each tree of a forest in voxels, least sure first."""
-    forest = _ScoredForest(tree, confidence, voxel_size)
-    neuron_of = forest.neuron_of
+def weigh_place(place: DoubtfulPlace) -> float:
+    """How much a place matters: the square root keeps long cable from hiding doubt."""
+    return place.doubt * math.sqrt(1 + place.cable_um)
+
+
+def score_neurons(
+    tree: Tree, confidence: NodeConfidence, voxel_size: VoxelSize, labels: ForestLabels | None = None
+) -> list[NeuronScore]:
+    """A score for each tree of a forest in voxels, least sure first. `labels`: as in `find_places`."""
+    forest = _ScoredForest(tree, confidence, voxel_size, labels or ForestLabels.of_volume(tree))
+    tree_of = forest.tree_of
 
     # A gap is a run of bridged edges.
     is_bridged = (tree.parents >= 0) & (confidence.plain < confidence.low)
     runs = _find_runs(tree, is_bridged.astype(np.int64))
-    gaps = np.bincount([neuron_of[run[0]] for run in runs], minlength=len(tree.roots))
-    gap_um = np.bincount(neuron_of, weights=forest.edge_um * is_bridged)
+    gaps = np.bincount([tree_of[run[0]] for run in runs], minlength=len(tree.roots)).tolist()
+    gap_um = np.bincount(tree_of, weights=forest.edge_um * is_bridged).tolist()
+    neurons, roots = forest.labels.neurons.tolist(), forest.labels.nodes[tree.roots].tolist()
 
     scores = [
-        NeuronScore(number + 1, score, mean, cable, int(gaps[number]), round(float(gap_um[number]), 2), disagreement)
-        for number, (score, mean, cable, disagreement) in enumerate(_score_groups(forest, neuron_of))
+        NeuronScore(neuron, score, mean, cable, gap_count, round(bridged, 2), disagreement, root)
+        for neuron, root, gap_count, bridged, (score, mean, cable, disagreement) in zip(
+            neurons, roots, gaps, gap_um, _score_groups(_measure_groups(forest, tree_of)), strict=True
+        )
     ]
     return sorted(scores, key=lambda neuron: (neuron.score, neuron.neuron))
 
 
-def score_blocks(tree: Tree, confidence: NodeConfidence, block: Shape, voxel_size: VoxelSize) -> list[BlockScore]:
-    """A score for each block of `block` voxels that holds cable, least sure first."""
-    forest = _ScoredForest(tree, confidence, voxel_size)
+class BlockSums(NamedTuple):
+    """What the scores of B blocks are made of; those of several forests add up."""
+
+    indices: Ints
+    """[B, 3]"""
+    sums: Floats
+    """[B, 4] see `_measure_groups`."""
+
+
+def measure_blocks(tree: Tree, confidence: NodeConfidence, block: Shape, voxel_size: VoxelSize) -> BlockSums:
+    """The sums of each block of `block` voxels that holds a node."""
+    # The names of trees and nodes play no part.
+    labels = ForestLabels(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    forest = _ScoredForest(tree, confidence, voxel_size, labels)
 
     # A point may lie a little before the center of the first voxel.
     block_of_node = np.rint(tree.points).astype(np.int64).clip(0) // np.array(block)
     indices, group_of = np.unique(block_of_node, axis=0, return_inverse=True)
+    return BlockSums(indices, _measure_groups(forest, group_of.ravel()))
 
+
+def add_blocks(parts: Sequence[BlockSums]) -> BlockSums:
+    """The sums of several forests in one."""
+    rows, sums = np.concatenate([part.indices for part in parts]), np.concatenate([part.sums for part in parts])
+    indices, group_of = np.unique(rows, axis=0, return_inverse=True)
+    columns = [np.bincount(group_of.ravel(), weights=column) for column in sums.T]
+    return BlockSums(indices, np.stack(columns, axis=1))
+
+
+def score_blocks(blocks: BlockSums) -> list[BlockScore]:
+    """A score for each block that holds cable, least sure first."""
     scores = list[BlockScore]()
-    for index, values in zip(indices.tolist(), _score_groups(forest, group_of.ravel()), strict=True):
+    for index, values in zip(blocks.indices.tolist(), _score_groups(blocks.sums), strict=True):
         score = BlockScore("_".join(map(str, index)), *values)
 
         # A block that holds no more than a root has no cable to be sure of.
         if score.cable_um > 0:
             scores.append(score)
     return sorted(scores, key=lambda score: (score.score, score.block))
+
+
+def average_score(scores: Sequence[float], cables: Sequence[float]) -> float:
+    """Share of the cable of all neurons that is as sure as the threshold."""
+    # A sum without rounding does not depend on the order of the neurons.
+    sure = math.fsum(score * cable for score, cable in zip(scores, cables, strict=True))
+    return round(sure / max(math.fsum(cables), 1e-9), 4)
 
 
 def write_tables(
@@ -258,25 +317,40 @@ def write_tables(
 ) -> tuple[list[DoubtfulPlace], list[NeuronScore]]:
     """Write all six files of a volume; what is in the first two tables."""
     folder = out / "proofread"
-    places = find_places(tree, confidence, shape, voxel_size, contacts)
-    neurons = score_neurons(tree, confidence, voxel_size)
-    blocks = score_blocks(tree, confidence, block, voxel_size)
+    labels = ForestLabels.of_volume(tree)
+    places = find_places(tree, confidence, shape, voxel_size, contacts, labels)
+    neurons = score_neurons(tree, confidence, voxel_size, labels)
+    blocks = score_blocks(measure_blocks(tree, confidence, block, voxel_size))
 
-    _write_rows(folder / f"{name}.csv", DoubtfulPlace, places)
-    _write_rows(folder / f"{name}.neurons.csv", NeuronScore, neurons)
-    _write_rows(folder / f"{name}.blocks.csv", BlockScore, blocks)
-    files.write_text(folder / f"{name}.confidence.csv", _confidence_table(tree, confidence))
+    for path, kind, rows in (
+        (folder / f"{name}.csv", DoubtfulPlace, places),
+        (folder / f"{name}.neurons.csv", NeuronScore, neurons),
+        (folder / f"{name}.blocks.csv", BlockScore, blocks),
+    ):
+        files.write_text(path, format_head(kind) + "".join(format_rows(rows)))
 
-    # An SWC section has one type, so a doubtful node marks all of its section.
-    types = np.where(_spread_over_sections(tree, confidence.lowest < confidence.threshold), DOUBTFUL_TYPE, tree.types)
-    marked = morphology.scale_tree(replace(tree, types=types), voxel_size)
+    table = format_confidence_head(confidence) + "".join(format_confidence(confidence, labels))
+    files.write_text(folder / f"{name}.confidence.csv", table)
 
-    comments = [f"type {DOUBTFUL_TYPE}: somewhere less sure than {confidence.threshold:g}"]
+    marked = morphology.scale_tree(mark_doubtful(tree, confidence), voxel_size)
+    comments = [describe_marks(confidence)]
     swc.write(folder / f"{name}.swc", marked, unit="um", voxel_size=voxel_size, comments=comments)
 
-    state = build_neuroglancer_state(name, places, shape, voxel_size)
+    state = build_neuroglancer_state(name, places[:SHOWN_PLACES], shape, voxel_size)
     files.write_json(folder / f"{name}.neuroglancer.json", state)
     return places, neurons
+
+
+def mark_doubtful(tree: Tree, confidence: NodeConfidence) -> Tree:
+    """The trees with type 7 wherever a section holds a doubtful node."""
+    # An SWC section has one type, so a doubtful node marks all of its section.
+    is_doubtful = _spread_over_sections(tree, confidence.lowest < confidence.threshold)
+    return replace(tree, types=np.where(is_doubtful, DOUBTFUL_TYPE, tree.types))
+
+
+def describe_marks(confidence: NodeConfidence) -> str:
+    """What the type of doubtful nodes means, for the header of their file."""
+    return f"type {DOUBTFUL_TYPE}: somewhere less sure than {confidence.threshold:g}"
 
 
 def table_paths(out: Path, name: str) -> tuple[Path, Path]:
@@ -375,13 +449,14 @@ def _list_contacts(forest: _ScoredForest, contacts: Sequence[Contact]) -> Iterat
 
 
 def _find_turns(forest: _ScoredForest) -> Iterator[DoubtfulPlace]:
-    """A place for each sharp bend of an unbranched path; of bends that lie close together the first."""
+    """A place for each sharp bend of an unbranched path; of bends of a tree that lie close together the first."""
     tree = forest.tree
     last_turn = None
 
     # One bend is sharp at several neighboring nodes, and one look suffices.
     for node in _list_sharp_nodes(tree):
-        if last_turn is None or np.linalg.norm(tree.points[last_turn] - tree.points[node]) >= 2 * _TURN_ARM:
+        is_other = last_turn is None or forest.tree_of[last_turn] != forest.tree_of[node]
+        if is_other or np.linalg.norm(tree.points[last_turn] - tree.points[node]) >= 2 * _TURN_ARM:
             last_turn = node
             yield forest.make_place("turn", node, _TURN_DOUBT)
 
@@ -420,41 +495,52 @@ def _list_sharp_nodes(tree: Tree) -> list[int]:
     return sharp
 
 
-def _score_groups(forest: _ScoredForest, group_of: Ints) -> list[tuple[float, float, float, float | None]]:
-    """For each group of nodes (`group_of` [N]): share of the cable that is as sure as the threshold, mean confidence,
-    cable in um, mean disagreement."""
+def _measure_groups(forest: _ScoredForest, group_of: Ints) -> Floats:
+    """[G, 4] for each group of nodes (`group_of` [N]): cable in um, and the sums by cable of what is as sure as the
+    threshold, of the confidence and of the disagreement (NaN without mirrored views)."""
     confidence, edge_um = forest.confidence, forest.edge_um
-    cable = np.bincount(group_of, weights=edge_um)
+    disagreement = confidence.disagreement
 
     # Weighted by cable, so that a densely sampled stretch counts no more than another.
-    def average(values: Floats) -> list[float]:
-        means = np.bincount(group_of, weights=edge_um * values) / np.maximum(cable, 1e-9)
-        return [round(value, 4) for value in means.tolist()]
+    columns = [
+        np.bincount(group_of, weights=weights)
+        for weights in (
+            edge_um,
+            edge_um * (confidence.plain >= confidence.threshold),
+            edge_um * confidence.plain,
+            np.full(len(edge_um), np.nan) if disagreement is None else edge_um * disagreement,
+        )
+    ]
+    return np.stack(columns, axis=1)
 
-    score = average((confidence.plain >= confidence.threshold).astype(np.float64))
-    mean = average(confidence.plain)
 
-    disagreement: list[float | None] = [None] * len(cable)
+def _score_groups(sums: Floats) -> list[tuple[float, float, float, float | None]]:
+    """For each group of [G, 4] sums: share of the cable that is as sure as the threshold, mean confidence, cable in
+    um, mean disagreement."""
+    cable = sums[:, 0]
+    score, mean, disagreement = (
+        [round(value, 4) for value in (column / np.maximum(cable, 1e-9)).tolist()] for column in sums[:, 1:].T
+    )
+    views = [None if math.isnan(value) else value for value in disagreement]
+    return list(zip(score, mean, np.round(cable, 2).tolist(), views, strict=True))
+
+
+def format_confidence_head(confidence: NodeConfidence) -> str:
+    """The first line of ID.confidence.csv."""
+    # Without mirrored views the further columns would repeat the first one or say nothing.
+    columns = ["node", "confidence", *(("disagreement", "mean") if len(confidence.views) else ())]
+    return ",".join(columns) + "\n"
+
+
+def format_confidence(confidence: NodeConfidence, labels: ForestLabels) -> list[str]:
+    """A line of ID.confidence.csv for each node."""
+    columns = [confidence.plain]
     if confidence.disagreement is not None:
-        disagreement = [*average(confidence.disagreement)]
-    return list(zip(score, mean, np.round(cable, 2).tolist(), disagreement, strict=True))
-
-
-def _confidence_table(tree: Tree, confidence: NodeConfidence) -> str:
-    columns = {"confidence": confidence.plain}
-    if confidence.disagreement is not None:
-        # Without mirrored views these would repeat the first column or say nothing.
-        columns |= {"disagreement": confidence.disagreement, "mean": confidence.mean}
+        columns += [confidence.disagreement, confidence.mean]
 
     # Four digits tell stored levels apart, of which there are 256.
-    rounded = [np.round(column, 4).tolist() for column in columns.values()]
-
-    header = ("node", *columns)
-    rows = [
-        dict(zip(header, (node, *values), strict=True))
-        for node, *values in zip(swc.node_ids(tree).tolist(), *rounded, strict=True)
-    ]
-    return _format_csv(rows, list(header))
+    rounded = [np.round(column, 4).tolist() for column in columns]
+    return [",".join(map(repr, row)) + "\n" for row in zip(labels.nodes.tolist(), *rounded, strict=True)]
 
 
 def _spread_over_sections(tree: Tree, marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -483,15 +569,14 @@ def _find_runs(tree: Tree, kinds: NDArray[np.integer[Any]]) -> list[Ints]:
     return np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else []
 
 
-def _write_rows(path: Path, kind: type[Any], rows: Sequence[Any]) -> None:
-    files.write_text(path, _format_csv([asdict(row) for row in rows], list(kind.__dataclass_fields__)))
+def format_head(kind: type[Any]) -> str:
+    """The first line of a table of DoubtfulPlace, NeuronScore or BlockScore."""
+    return ",".join(kind.__dataclass_fields__) + "\n"
 
 
-def _format_csv(rows: Sequence[dict[str, Any]], columns: list[str]) -> str:
+def format_rows(rows: Sequence[Any]) -> list[str]:
+    """A line of a table for each of its rows."""
     text = io.StringIO()
-
     # The csv module would end lines with CR LF.
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\n").writerows(asdict(row).values() for row in rows)
+    return text.getvalue().splitlines(keepends=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from hpc_neuro.core.types import Array
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.infer import proofread
 from hpc_neuro.infer.block_pipeline import VolumeRun
+from hpc_neuro.infer.trees import PredictionEntry, read_entry_record
 from hpc_neuro.report import figures, html
 
 PAGE = "infer.html"
@@ -32,6 +34,10 @@ _SHEETS = 6
 """Neurons with a picture of their own, the least sure first."""
 _VOLUME_VOXELS, _SHEET_VOXELS = 1 << 26, 1 << 24
 """Voxels that a picture of a volume, and of a neuron, is made of at most; larger ones are shown coarser."""
+_READ_ROWS = 100_000
+"""Rows of a table that are read at most: those of a brain would fill the memory of one process."""
+_MOST_TREE_BYTES = 1 << 28
+"""[bytes] Size of the file of all trees up to which the picture of a volume shows them."""
 _TITLES = {
     "rank": "Rank",
     "kind": "Kind",
@@ -112,10 +118,12 @@ def _volume_section(out: Path, volume: VolumeRun) -> str:
     parts = [draw_block_map(read_block_states(volume)), _draw_volume(out, volume)]
 
     # A volume that was not traced has no tables.
-    if all(path.exists() for path in proofread.table_paths(out, volume.source.id)):
+    record = read_entry_record(out, volume.source.id)
+    if record is not None and all(path.exists() for path in proofread.table_paths(out, volume.source.id)):
         places_path, neurons_path = proofread.table_paths(out, volume.source.id)
         places, neurons = _read_table(places_path), _read_table(neurons_path)
-        parts += [*_show_tables(places, neurons), *_draw_sheets(out, volume, places, neurons)]
+        parts += _show_tables(record.entry, places, neurons)
+        parts += _draw_sheets(out, volume, places, neurons)
     return "".join(parts)
 
 
@@ -123,8 +131,9 @@ def _draw_volume(out: Path, volume: VolumeRun) -> str:
     """The probability from three sides, with the trees; from the finest level of the pyramid that is small enough."""
     source, path = volume.source, out / "swc" / f"{volume.source.id}.swc"
 
-    # A volume without trees is shown all the same.
-    lines = [_tree_lines(swc.read(path), np.zeros(3))] if path.exists() else []
+    # A volume without trees is shown all the same, and one with those of a brain without them.
+    has_lines = path.exists() and path.stat().st_size <= _MOST_TREE_BYTES
+    lines = [_tree_lines(swc.read(path), np.zeros(3))] if has_lines else []
     image = _draw_probability(volume, Box.whole(source.shape), lines, _VOLUME_VOXELS)
     return html.picture(image, f"{source.id}: largest probability along z, x (right) and y (below)")
 
@@ -173,8 +182,8 @@ def _draw_sheets(
     out: Path, volume: VolumeRun, places: list[dict[str, str]], neurons: list[dict[str, str]]
 ) -> list[str]:
     """A picture of each of the least sure neurons with its doubtful places, where a volume holds several."""
-    # The picture of the volume shows an only neuron already.
-    if len(neurons) < 2:
+    # The picture of the volume shows an only neuron already. Too many trees have no files of their own.
+    if len(neurons) < 2 or not (out / "swc" / volume.source.id).is_dir():
         return []
 
     sheets = []
@@ -216,19 +225,22 @@ def _draw_crosses(points: NDArray[np.float64], arm_length: float) -> NDArray[np.
     return np.stack([points[:, None] - arms, points[:, None] + arms], axis=2).reshape(-1, 2, 3)
 
 
-def _show_tables(places: list[dict[str, str]], neurons: list[dict[str, str]]) -> list[str]:
+def _show_tables(entry: PredictionEntry, places: list[dict[str, str]], neurons: list[dict[str, str]]) -> list[str]:
     """The heads of the two tables that proofreading begins with."""
+    place_count = entry["proofread"]["places"]
     return [
-        html.paragraph(f"{files.format_count(len(neurons), 'tree')}, the least sure first{_describe_rest(neurons)}"),
+        html.paragraph(
+            f"{files.format_count(entry['trees'], 'tree')}, the least sure first{_describe_rest(entry['trees'])}"
+        ),
         _show_table(neurons, proofread.NeuronScore, {"cable_um": "Cable [µm]"}),
-        html.paragraph(f"{files.format_count(len(places), 'place')} to look at, ranked{_describe_rest(places)}"),
+        html.paragraph(f"{files.format_count(place_count, 'place')} to look at, ranked{_describe_rest(place_count)}"),
         _show_table(places, proofread.DoubtfulPlace, {}),
     ]
 
 
-def _describe_rest(rows: list[dict[str, str]]) -> str:
-    """Where the rows are that the table leaves out."""
-    return f"; {_TABLE_ROWS} are shown, all are in proofread/" if len(rows) > _TABLE_ROWS else ""
+def _describe_rest(count: int) -> str:
+    """Where the rows of so many are that the table leaves out."""
+    return f"; {_TABLE_ROWS} are shown, all are in proofread/" if count > _TABLE_ROWS else ""
 
 
 def _show_table(rows: list[dict[str, str]], kind: Any, titles: dict[str, str]) -> str:
@@ -247,4 +259,4 @@ def _make_cell(name: str, text: str) -> html.Cell:
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list(itertools.islice(csv.DictReader(file), _READ_ROWS))

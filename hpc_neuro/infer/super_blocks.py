@@ -3,31 +3,33 @@
 Each step leaves a file in the volume's folder of OUT/strands, with which the next start resumes:
 
     trace (per super-block) -> lines_Z_Y_X.npz    group (per volume) -> groups.npz
-    finish (per batch of pieces) -> trees_N.npz, contacts_N.json            collect (per volume) -> forest.npz
+    finish (per batch of pieces) -> trees_N.npz, contacts_N.json            then forest_files.py
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology, stop_signals
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.infer.trees import VolumeTrees, open_probability, read_contacts, save_arrays
-from hpc_neuro.tracing import TracedVolume
+from hpc_neuro.infer.trees import Floats, VolumeTrees, log_contacts, open_probability, save_arrays
 from hpc_neuro.tracing.super_blocks import (
     PieceGroups,
     SuperBlockLines,
-    collect_trees,
     finish_batch,
     group_pieces,
     list_blocks_of,
     list_super_blocks,
     trace_super_block,
 )
+
+Ints = NDArray[np.int64]
 
 
 def list_super_blocks_to_trace(trees: VolumeTrees) -> list[Box]:
@@ -78,15 +80,15 @@ def list_batches_to_finish(trees: VolumeTrees) -> list[int]:
     if not _is_in_parts(trees):
         return []
     batches = range(_load_groups(trees).batches)
-    return [batch for batch in batches if not _trees_path(trees, batch).exists()]
+    return [batch for batch in batches if not trees.batch_path(batch).exists()]
 
 
 def finish(trees: VolumeTrees, batch: int) -> None:
     """Make the trees of a batch of pieces and keep them."""
-    source, cores = trees.volume.source, _list_cores(trees)
+    source, cores, groups = trees.volume.source, _list_cores(trees), _load_groups(trees)
     traced = finish_batch(
         lambda number: read_lines(_lines_path(trees, cores[number])),
-        _load_groups(trees),
+        groups,
         batch,
         open_probability(trees.volume.folder),
         source.shape,
@@ -97,14 +99,47 @@ def finish(trees: VolumeTrees, batch: int) -> None:
     )
 
     # The trees come last: with them the batch counts as finished.
-    files.write_json(_contacts_path(trees, batch), [asdict(contact) for contact in traced.contacts])
-    save_arrays(_trees_path(trees, batch), morphology.concatenate_trees(traced.trees))
+    log_contacts(source.id, traced.contacts)
+    files.write_json(contacts_path(trees, batch), [asdict(contact) for contact in traced.contacts])
+    numbers = np.flatnonzero(groups.root_batch == batch)
+    save_arrays(trees.batch_path(batch), BatchTrees.pack(traced.trees, numbers if source.roots else None))
 
 
-def collect(trees: VolumeTrees) -> TracedVolume:
-    """The trees of all batches."""
-    groups = _load_groups(trees)
-    return collect_trees([_load_batch(trees, batch) for batch in range(groups.batches)], groups)
+@dataclass(frozen=True)
+class BatchTrees(Tree):
+    """The T trees of a batch, and where they stand among all trees of the volume."""
+
+    sizes: Ints
+    """[T] nodes."""
+    places: Floats
+    """[T] what trees are ordered by: the number of the root, or without roots minus the cable."""
+
+    @classmethod
+    def pack(cls, trees: Sequence[Tree], roots: Ints | None) -> BatchTrees:
+        """Trees in the order of their `roots` [T], or longest first."""
+        forest = morphology.concatenate_trees(trees)
+        places = [-morphology.length(tree) for tree in trees] if roots is None else roots.tolist()
+        sizes = np.array([len(tree) for tree in trees], dtype=np.int64)
+        return cls(forest.points, forest.radii, forest.parents, forest.types, sizes, np.array(places, dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """What the order of the trees needs to know of a batch; see BatchTrees."""
+
+    sizes: Ints
+    places: Floats
+
+
+def read_summary(trees: VolumeTrees, batch: int) -> BatchSummary:
+    """The summary of a finished batch; its nodes are not read."""
+    with np.load(trees.batch_path(batch)) as arrays:
+        return BatchSummary(arrays["sizes"], arrays["places"])
+
+
+def count_batches(trees: VolumeTrees) -> int:
+    """The number of batches of a volume whose pieces are joined."""
+    return _load_groups(trees).batches
 
 
 def is_large(trees: VolumeTrees) -> bool:
@@ -131,12 +166,6 @@ def _load_groups(trees: VolumeTrees) -> PieceGroups:
         return PieceGroups(**arrays)
 
 
-def _load_batch(trees: VolumeTrees, batch: int) -> TracedVolume:
-    with np.load(_trees_path(trees, batch)) as arrays:
-        forest = Tree(**arrays)
-    return TracedVolume(morphology.split_components(forest), read_contacts(_contacts_path(trees, batch)))
-
-
 def _lines_path(trees: VolumeTrees, core: Box) -> Path:
     return trees.scratch / f"lines_{'_'.join(map(str, core.start))}.npz"
 
@@ -145,9 +174,6 @@ def _groups_path(trees: VolumeTrees) -> Path:
     return trees.scratch / "groups.npz"
 
 
-def _trees_path(trees: VolumeTrees, batch: int) -> Path:
-    return trees.scratch / f"trees_{batch}.npz"
-
-
-def _contacts_path(trees: VolumeTrees, batch: int) -> Path:
+def contacts_path(trees: VolumeTrees, batch: int) -> Path:
+    """Where the contacts of a batch are."""
     return trees.scratch / f"contacts_{batch}.json"

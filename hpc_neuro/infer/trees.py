@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ from hpc_neuro.tracing import (
     skeletonize_block,
     trace_volume,
 )
-from hpc_neuro.tracing.super_blocks import PieceGroups, SuperBlockLines
 
 log = logging.getLogger(__name__)
 PredictionEntry = dict[str, Any]
@@ -78,8 +78,7 @@ class VolumeTrees:
             return None
 
         # A file that is missing is written again, with all others.
-        is_whole = all((self.cfg.out / file).exists() for file in record.files)
-        return record.entry if record.key == self.key and is_whole else None
+        return record.entry if record.key == self.key and _has_all(self.cfg.out, record.files) else None
 
     def list_blocks_to_skeletonize(self) -> list[Box]:
         """The blocks whose skeleton is missing before the volume can be traced; a block without a shard has none."""
@@ -108,7 +107,8 @@ class VolumeTrees:
 
     def has_forest(self) -> bool:
         """Whether the trees of the volume are found and wait to be written."""
-        return self._forest_path.exists()
+        # A kill may leave part of what is removed at the end.
+        return (self._forest_path.exists() or self.order_path.exists()) and self.read_entry() is None
 
     def trace(self) -> None:
         """Find the trees of the volume and keep them until they are written. InputError for a root off the trees."""
@@ -135,29 +135,40 @@ class VolumeTrees:
         save_arrays(self._forest_path, morphology.concatenate_trees(traced.trees))
 
         log.info("%s: %d trees, %d nodes", source.id, len(traced.trees), sum(map(len, traced.trees)))
-        if traced.contacts:
-            cable = sum(contact.cable_um for contact in traced.contacts)
-            log.info(
-                "%s: %.0f um of neighbors cut off at %d contacts (trace.contacts=no keeps them)",
-                source.id,
-                cable,
-                len(traced.contacts),
-            )
+        log_contacts(source.id, traced.contacts)
 
     def load_forest(self) -> Tree:
-        """What `trace` found, in voxels."""
-        with np.load(self._forest_path) as arrays:
-            return Tree(**arrays)
+        """All trees of the volume, in voxels; those of a large one batch by batch."""
+        if not self.order_path.exists():
+            return load_tree(self._forest_path)
+        batches = itertools.takewhile(Path.exists, map(self.batch_path, itertools.count()))
+        return morphology.concatenate_trees([load_tree(path) for path in batches])
 
-    def finish(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
+    def load_batch(self, batch: int) -> Tree:
+        """The trees of a batch of a large volume."""
+        return load_tree(self.batch_path(batch))
+
+    def batch_path(self, batch: int) -> Path:
+        """Where the trees of a batch are kept; with them it counts as finished."""
+        return self.scratch / f"trees_{batch}.npz"
+
+    def finish(self, write: Callable[[], tuple[PredictionEntry, dict[str, str]]]) -> PredictionEntry:
         """Write the trees; the volume's entry in predictions.json, whose paths are relative to `out`.
 
-        `load_views` gives the confidence in mirrored views. Nothing is written again that was before.
+        `write` writes them, and gives what the entry says of them and their checksums. Nothing is written again that
+        was before.
         """
         entry = self.read_entry()
         # A run that was killed late may have written all files already.
         if entry is None:
-            entry = self._write_files(load_views)
+            facts, checksums = write()
+            entry = describe_volume(self.volume) | facts
+            if entry["swc"]:
+                entry["sha256"] = {kind: checksums[entry[kind]] for kind in ("swc", "swc_voxel")}
+
+            # The record comes last: with it the volume counts as done.
+            record = {"key": self.key, "entry": entry, "files": dict(sorted(checksums.items()))}
+            files.write_json(entry_path(self.cfg.out, self.volume.source.id), record)
 
         # The scratch of earlier settings goes too.
         shutil.rmtree(self.scratch.parent, ignore_errors=True)
@@ -167,28 +178,27 @@ class VolumeTrees:
             (self.cfg.out / "strands").rmdir()
         return entry
 
-    def _write_files(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
-        out, name = self.cfg.out, self.volume.source.id
-        entry = describe_volume(self.volume)
-
+    def begin_files(self) -> None:
+        """Remove the files of earlier settings, and note that files of the volume are being written."""
         # Trees are numbered, so fewer new ones would leave the last old ones behind.
-        _remove_old_trees(out, name)
+        _remove_old_trees(self.cfg.out, self.volume.source.id)
 
-        # From here to the record below, what lies at these paths is ours and half written.
-        files.write_json(entry_path(out, name), {"key": "", "entry": {}, "files": {}, "writing": True})
+        # From here to the record at the end, what lies at these paths is ours and half written.
+        record = {"key": "", "entry": {}, "files": {}, "writing": True}
+        files.write_json(entry_path(self.cfg.out, self.volume.source.id), record)
 
-        if self.cfg.trees:
-            entry |= self._write_trees(load_views)
+    def write_files(self, load_views: Callable[[Tree], Floats]) -> tuple[PredictionEntry, dict[str, str]]:
+        """Write all files of the trees; what the entry says of them, and the checksum of each file.
+
+        `load_views` gives the confidence in mirrored views.
+        """
+        out, name = self.cfg.out, self.volume.source.id
+        self.begin_files()
+        facts = self._write_trees(load_views) if self.cfg.trees else {}
 
         # Taken from the disk, so that any later change of a file is noticed.
-        checksums = {path.relative_to(out).as_posix(): files.sha256(path) for path in list_tree_files(out, name)}
-
-        if entry["swc"]:
-            entry["sha256"] = {kind: checksums[entry[kind]] for kind in ("swc", "swc_voxel")}
-
-        # The record comes last: with it the volume counts as done.
-        files.write_json(entry_path(out, name), {"key": self.key, "entry": entry, "files": checksums})
-        return entry
+        paths = list_tree_files(out, name)
+        return facts, {path.relative_to(out).as_posix(): files.checksum(path) for path in paths}
 
     def _write_trees(self, load_views: Callable[[Tree], Floats]) -> PredictionEntry:
         """Write SWC files and what to proofread; what the entry says of them."""
@@ -213,21 +223,25 @@ class VolumeTrees:
             read_contacts(self._contacts_path),
         )
 
-        # SWC files are passed on without their folder, so each says where it comes from.
-        comments = [f"traced by hpc_neuro {run_folder.code_version()} from {source.image}"]
-        _write_swc(out / "swc", source.id, forest, source, comments)
+        _write_swc(out / "swc", source.id, forest, source)
 
         # A single tree would only repeat the file of all.
-        if len(forest.roots) > 1:
+        if 1 < len(forest.roots) <= self.cfg.tree_files:
             for number, tree in enumerate(morphology.split_components(forest), start=1):
-                _write_swc(out / "swc" / source.id, f"{number:04d}", tree, source, comments)
+                write_single_tree(out, number, tree, source)
 
+        score = proofread.average_score([n.score for n in scores], [n.cable_um for n in scores])
+        return self.describe_trees(len(forest.roots), len(places), score)
+
+    def describe_trees(self, trees: int, places: int, score: float) -> PredictionEntry:
+        """What the entry says of trees: their number, that of doubtful places, and the share of cable that is sure."""
+        name = self.volume.source.id
         return {
-            "trees": len(forest.roots),
-            "proofread": {"places": len(places), "sure_share": _mean_score(scores)},
-            "confidence": f"proofread/{source.id}.confidence.csv",
-            "swc": f"swc/{source.id}.swc",
-            "swc_voxel": f"swc/{source.id}.voxel.swc",
+            "trees": trees,
+            "proofread": {"places": places, "sure_share": score},
+            "confidence": f"proofread/{name}.confidence.csv",
+            "swc": f"swc/{name}.swc",
+            "swc_voxel": f"swc/{name}.voxel.swc",
         }
 
     def _load_skeletons(self) -> list[BlockSkeleton]:
@@ -250,6 +264,11 @@ class VolumeTrees:
     @property
     def _forest_path(self) -> Path:
         return self.scratch / "forest.npz"
+
+    @property
+    def order_path(self) -> Path:
+        """Where the order of the trees of a large volume is kept; with it they count as found."""
+        return self.scratch / "order.npz"
 
     @property
     def _contacts_path(self) -> Path:
@@ -292,11 +311,25 @@ def list_tree_files(out: Path, name: str) -> list[Path]:
     return [path for path in paths if path.exists()] + sorted((out / "swc" / name).glob("*"))
 
 
-def save_arrays(path: Path, value: BlockSkeleton | Tree | SuperBlockLines | PieceGroups | None) -> None:
+def log_contacts(name: str, contacts: Sequence[Contact]) -> None:
+    """State how much of a volume's neighbors was cut off."""
+    if contacts:
+        cable = sum(contact.cable_um for contact in contacts)
+        text = "%s: %.0f um of neighbors cut off at %d contacts (trace.contacts=no keeps them)"
+        log.info(text, name, cable, len(contacts))
+
+
+def save_arrays(path: Path, value: Any) -> None:
     """The arrays of a dataclass in one npz file, whole or not at all; None becomes a file without arrays."""
     arrays = {} if value is None else {field.name: getattr(value, field.name) for field in fields(value)}
     with files.atomic(path) as part, part.open("wb") as handle:
         np.savez(handle, **arrays)
+
+
+def load_tree(path: Path) -> Tree:
+    """The tree that `save_arrays` wrote, whatever else the file holds."""
+    with np.load(path) as arrays:
+        return Tree(**{field.name: arrays[field.name] for field in fields(Tree)})
 
 
 def read_contacts(path: Path) -> list[Contact]:
@@ -355,7 +388,7 @@ def _remove_old_trees(out: Path, name: str) -> None:
         checksum = record.files.get(file.relative_to(out).as_posix())
 
         # A file with the recorded bytes is ours; another may be the work of a person.
-        if record.writing or checksum == files.sha256(file):
+        if record.writing or (checksum is not None and files.has_checksum(file, checksum)):
             file.unlink()
         else:
             set_aside(out, file)
@@ -365,14 +398,32 @@ def _remove_old_trees(out: Path, name: str) -> None:
         (out / "swc" / name).rmdir()
 
 
-def _mean_score(scores: list[proofread.NeuronScore]) -> float:
-    """Share of all cable that is as sure as the threshold."""
-    cable = sum(neuron.cable_um for neuron in scores)
-    return round(sum(neuron.score * neuron.cable_um for neuron in scores) / max(cable, 1e-9), 4)
+def _has_all(out: Path, names: Iterable[str]) -> bool:
+    """Whether files below `out` exist. One listing for each folder: a look at each file takes long on a busy disk."""
+    folders = dict[Path, set[str]]()
+    for name in names:
+        path = out / name
+        if path.parent not in folders:
+            folders[path.parent] = {file.name for file in path.parent.iterdir()} if path.parent.is_dir() else set()
+        if path.name not in folders[path.parent]:
+            return False
+    return True
 
 
-def _write_swc(folder: Path, name: str, tree: Tree, source: InputVolume, comments: list[str]) -> None:
+def list_comments(source: InputVolume) -> list[str]:
+    """Comments of an SWC file: these are passed on without their folder, so each says where it comes from."""
+    return [f"traced by hpc_neuro {run_folder.code_version()} from {source.image}"]
+
+
+def write_single_tree(out: Path, number: int, tree: Tree, source: InputVolume) -> list[Path]:
+    """Write one of several trees of a volume to files of its own; their paths."""
+    return _write_swc(out / "swc" / source.id, f"{number:04d}", tree, source)
+
+
+def _write_swc(folder: Path, name: str, tree: Tree, source: InputVolume) -> list[Path]:
     """NAME.swc in micrometers and NAME.voxel.swc in voxels."""
-    um = morphology.scale_tree(tree, source.voxel_size)
-    swc.write(folder / f"{name}.swc", um, unit="um", voxel_size=source.voxel_size, comments=comments)
-    swc.write(folder / f"{name}.voxel.swc", tree, unit="voxel", voxel_size=source.voxel_size, comments=comments)
+    um, comments = morphology.scale_tree(tree, source.voxel_size), list_comments(source)
+    paths = [folder / f"{name}.swc", folder / f"{name}.voxel.swc"]
+    swc.write(paths[0], um, unit="um", voxel_size=source.voxel_size, comments=comments)
+    swc.write(paths[1], tree, unit="voxel", voxel_size=source.voxel_size, comments=comments)
+    return paths

@@ -335,7 +335,7 @@ def _check_entry(out: Path, name: str, record: EntryRecord, indexed: Any) -> Ite
 
     for file, checksum in record.files.items():
         path = out / file
-        if not path.exists() or files.sha256(path) != checksum:
+        if not path.exists() or not files.has_checksum(path, checksum):
             state = "has other bytes than were written" if path.exists() else "is missing"
 
             # The file may be the corrected work of a person, so it is moved and not removed.

@@ -12,7 +12,7 @@ from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.geometry import Block, Box
 from hpc_neuro.core.task_queue import Task, TaskFailure, TaskReport, do_each, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.infer import flip_tta, super_blocks
+from hpc_neuro.infer import flip_tta, forest_files, super_blocks
 from hpc_neuro.infer.block_pipeline import VolumeRun
 from hpc_neuro.infer.done_markers import name_block
 from hpc_neuro.infer.model import Predictor
@@ -81,7 +81,7 @@ def trace_volumes(
             steps.append(_predict_views_step(predictor, progress, ranks))
 
         # Each step is taken by all volumes before the next, so that ranks share all of its tasks.
-        for step in [*steps, WRITE_FILES]:
+        for step in [*steps, WRITE_BATCHES, PLAN_FILES, WRITE_RANGES, HASH_RANGES, WRITE_FILES]:
             # A step needs what the one before it wrote.
             failed_ids = {failure.group for failure in failures}
             remaining = {name: trees for name, trees in all_trees.items() if name not in failed_ids}
@@ -172,9 +172,31 @@ def _list_batch_tasks(trees: VolumeTrees) -> list[Task[int]]:
 def _trace_forest(trees: VolumeTrees) -> None:
     """The trees of a volume; those of a large one are made already, in batches."""
     if super_blocks.is_large(trees):
-        trees.keep_forest(super_blocks.collect(trees))
+        forest_files.order(trees)
     else:
         trees.trace()
+
+
+def _list_batch_file_tasks(trees: VolumeTrees) -> list[Task[int]]:
+    name = trees.volume.source.id
+    return [
+        _make_task(f"files_{batch}", f"files of batch {batch} of its trees", batch, name)
+        for batch in forest_files.list_batches_to_write(trees)
+    ]
+
+
+def _list_plan_tasks(trees: VolumeTrees) -> list[Task[str]]:
+    names = forest_files.list_streams_to_plan(trees)
+    return [_make_task(f"plan_{name}", f"order of its {name}", name, trees.volume.source.id) for name in names]
+
+
+def _list_range_tasks(
+    kind: str, list_ranges: Callable[[VolumeTrees], list[tuple[str, int]]], trees: VolumeTrees
+) -> list[Task[tuple[str, int]]]:
+    return [
+        _make_task(f"{kind}_{name}_{number}", f"{kind} {number} of its {name}", (name, number), trees.volume.source.id)
+        for name, number in list_ranges(trees)
+    ]
 
 
 def _list_forest_task(trees: VolumeTrees) -> list[Task[None]]:
@@ -186,7 +208,10 @@ def _list_files_task(trees: VolumeTrees) -> list[Task[None]]:
 
 
 def _write_files(trees: VolumeTrees, task: Task[None]) -> tuple[str, PredictionEntry]:
-    entry = trees.finish(functools.partial(flip_tta.load_views, trees))
+    write = functools.partial(trees.write_files, functools.partial(flip_tta.load_views, trees))
+    if trees.cfg.trees and super_blocks.is_large(trees):
+        write = functools.partial(forest_files.finish, trees)
+    entry = trees.finish(write)
 
     # The last task of a volume ends here, so no count of deaths is needed any more.
     trees.volume.markers.end_all()
@@ -200,6 +225,19 @@ TRACE_SUPER_BLOCKS = VolumeStep(
 GROUP_PIECES = VolumeStep(_list_group_task, lambda trees, task: super_blocks.group(trees))
 FINISH_PIECES = VolumeStep(_list_batch_tasks, lambda trees, task: super_blocks.finish(trees, task.payload))
 TRACE_FOREST = VolumeStep(_list_forest_task, lambda trees, task: _trace_forest(trees))
+WRITE_BATCHES = VolumeStep(
+    _list_batch_file_tasks,
+    lambda trees, task: forest_files.write_batch(trees, task.payload, functools.partial(flip_tta.load_views, trees)),
+)
+PLAN_FILES = VolumeStep(_list_plan_tasks, lambda trees, task: forest_files.plan(trees, task.payload))
+WRITE_RANGES = VolumeStep(
+    functools.partial(_list_range_tasks, "range", forest_files.list_ranges_to_write),
+    lambda trees, task: forest_files.write_range(trees, *task.payload),
+)
+HASH_RANGES = VolumeStep(
+    functools.partial(_list_range_tasks, "hash", forest_files.list_ranges_to_hash),
+    lambda trees, task: forest_files.hash_range(trees, *task.payload),
+)
 WRITE_FILES = VolumeStep(_list_files_task, _write_files)
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import tifffile
 
 from hpc_neuro import infer
+from hpc_neuro.core import morphology, sorted_parts
+from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
-from hpc_neuro.infer import super_blocks
+from hpc_neuro.infer import forest_files, super_blocks
 from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.trees import VolumeTrees
+from hpc_neuro.tracing import TracedVolume
 from tests.helpers.small_volumes import KEYS, configure
 
 WHOLE = ["trees=true", "trace.signal_gap=0", "trace.gap=0"]
@@ -32,11 +39,13 @@ def inputs(tmp_path: Path) -> str:
 
 @pytest.fixture
 def right_student(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Predictor, "predict", lambda self, image, seen=None: image)
+    monkeypatch.setattr(Predictor, "predict", lambda self, image, *others: image)
 
 
-def read_trees(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("swc/**/*.swc")}
+def read_files(out: Path) -> dict[str, bytes]:
+    """The files of all trees, and what the entries say of them."""
+    paths = [path for kind in ("swc", "proofread", "entries") for path in sorted((out / kind).rglob("*"))]
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 @pytest.mark.usefixtures("right_student")
@@ -50,13 +59,26 @@ def test_the_trees_are_those_of_one_process(model: Path, inputs: str, tmp_path: 
 
 
 @pytest.mark.usefixtures("right_student")
-@pytest.mark.parametrize(("step", "calls"), [("trace_lines", 2), ("group", 0), ("finish", 0), ("collect", 0)])
+@pytest.mark.parametrize(
+    ("module", "step", "calls"),
+    [
+        (super_blocks, "trace_lines", 2),
+        (super_blocks, "group", 0),
+        (super_blocks, "finish", 0),
+        (forest_files, "order", 0),
+        (forest_files, "write_batch", 0),
+        (forest_files, "plan", 3),
+        (forest_files, "write_range", 4),
+        (forest_files, "hash_range", 2),
+        (forest_files, "finish", 0),
+    ],
+)
 def test_a_step_that_is_done_is_not_done_again(
-    model: Path, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, calls: int
+    model: Path, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str, calls: int
 ) -> None:
     assert infer.run(configure(model, tmp_path / "quiet", inputs, *IN_PARTS)) == 0
     cfg = configure(model, tmp_path / "o", inputs, *IN_PARTS)
-    take, taken = getattr(super_blocks, step), []
+    take, taken = getattr(module, step), []
 
     def take_or_stop(*args: object) -> object:
         if len(taken) == calls:
@@ -65,30 +87,96 @@ def test_a_step_that_is_done_is_not_done_again(
         return take(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(super_blocks, step, take_or_stop)
+        patch.setattr(module, step, take_or_stop)
         infer.run(cfg)
 
     # What comes before the step that was interrupted is on the disk.
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "o/strands").glob("**/*.npz")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "o/strands").glob("**/*.np[zy]")}
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *args, **more: None)
         assert infer.run(cfg) == 0
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
-    assert read_trees(tmp_path / "o") == read_trees(tmp_path / "quiet")
+    assert read_files(tmp_path / "o") == read_files(tmp_path / "quiet")
+
+
+@pytest.mark.usefixtures("right_student")
+@pytest.mark.parametrize("flips", ["flips=[]", "flips=[flip_x]"])
+def test_the_files_are_those_of_one_process_for_the_same_trees(
+    model: Path, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flips: str
+) -> None:
+    out, cfg = tmp_path / "o", configure(model, tmp_path / "o", inputs, *IN_PARTS, flips)
+    monkeypatch.setattr(sorted_parts, "RANGE_BYTES", 256)
+    forests = list[Tree]()
+
+    def keep(trees: VolumeTrees) -> None:
+        # The trees in the order of one process.
+        batches = [trees.load_batch(batch) for batch in range(super_blocks.count_batches(trees))]
+        single = [tree for batch in batches for tree in morphology.split_components(batch)]
+        forests.append(morphology.concatenate_trees(sorted(single, key=morphology.length, reverse=True)))
+        order(trees)
+
+    order = forest_files.order
+    with monkeypatch.context() as patch:
+        patch.setattr(forest_files, "order", keep)
+        assert infer.run(cfg) == 0
+    in_parts = read_files(out)
+    assert len(in_parts) == 13, "two trees in two units, six tables, the files of all and the entry"
+
+    # One process gets the same trees, and the views that belong to them.
+    for folder in ("swc", "proofread", "entries"):
+        shutil.rmtree(out / folder)
+    (out / "predictions.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(super_blocks, "is_large", lambda trees: False)
+        patch.setattr(VolumeTrees, "trace", lambda trees: trees.keep_forest(TracedVolume([*forests], [])))
+        assert infer.run(cfg) == 0
+    assert read_files(out) == in_parts
+
+
+@pytest.mark.usefixtures("right_student")
+def test_more_trees_than_tree_files_share_one_file(model: Path, inputs: str, tmp_path: Path) -> None:
+    for name, keys in {"whole": WHOLE, "parts": IN_PARTS}.items():
+        assert infer.run(configure(model, tmp_path / name, inputs, *keys, "tree_files=1", "page=true")) == 0
+        assert not (tmp_path / name / "swc/cells").exists()
+        forest = swc.read(tmp_path / name / "swc/cells.swc")
+        rows = list(csv.DictReader((tmp_path / name / "proofread/cells.neurons.csv").open()))
+        lines = (tmp_path / name / "swc/cells.swc").read_text().splitlines()
+        ids = {line.split()[0] for line in lines if not line.startswith("#") and line.split()[-1] in ("-1", "1")}
+        assert {row["node"] for row in rows} <= ids, "each tree begins at its root"
+        assert len(rows) == len(forest.roots) == 2
+
+
+@pytest.mark.usefixtures("right_student")
+def test_a_volume_without_neurite_has_no_trees(model: Path, tmp_path: Path) -> None:
+    image = np.zeros((16, 32, 192), dtype=np.uint8)
+    image[8, 8, 8] = 255
+    tifffile.imwrite(tmp_path / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    given = f"inputs=[{{image: {tmp_path / 'cells.tif'}, voxel_size: [1, 1, 1]}}]"
+    assert infer.run(configure(model, tmp_path / "o", given, *IN_PARTS)) == 0
+    assert [*read_files(tmp_path / "o")] == ["entries/cells.json"]
 
 
 @pytest.mark.mpi
-def test_two_ranks_make_the_trees_of_one(model: Path, inputs: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_make_the_files_of_one(model: Path, inputs: str, tmp_path: Path, ranks: int) -> None:
     keys = [inputs, *IN_PARTS, "trace.threshold=0.3"]
     assert infer.run(configure(model, tmp_path / "one", *keys)) == 0
-    start = [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable, "-m", "hpc_neuro", "infer"]
+    start = [
+        str(Path(sys.executable).with_name("mpiexec")),
+        "-n",
+        str(ranks),
+        sys.executable,
+        "-m",
+        "hpc_neuro",
+        "infer",
+    ]
     ended = subprocess.run(
-        [*start, f"model={model}", f"out={tmp_path / 'two'}", *KEYS, *keys],
+        [*start, f"model={model}", f"out={tmp_path / 'many'}", *KEYS, *keys],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert read_trees(tmp_path / "one")
-    assert read_trees(tmp_path / "two") == read_trees(tmp_path / "one")
+    assert read_files(tmp_path / "one")
+    assert read_files(tmp_path / "many") == read_files(tmp_path / "one")

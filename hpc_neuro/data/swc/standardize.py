@@ -36,6 +36,11 @@ def standardize(tree: Tree) -> tuple[Tree, list[str]]:
     return tree, [*changes, *soma_changes, *run_changes]
 
 
+def describe_other_somas(count: int) -> str:
+    """The sentence on soma points that do not belong to the first root's soma."""
+    return f"{count} soma points away from the root's soma, now of their neurite's type"
+
+
 def _reduce_soma(tree: Tree) -> tuple[Tree, list[str]]:
     """The soma as the first root alone.
 
@@ -62,7 +67,7 @@ def _reduce_soma(tree: Tree) -> tuple[Tree, list[str]]:
         parent = tree.parents[i]
         types[i] = UNDEFINED if parent < 0 or types[parent] == SOMA else types[parent]
     if count := int((is_soma & ~in_root_soma).sum()):
-        changes.append(f"{count} soma points away from the root's soma, now of their neurite's type")
+        changes.append(describe_other_somas(count))
     tree = replace(tree, types=types)
 
     # The first point stays; the others of the root's soma go.

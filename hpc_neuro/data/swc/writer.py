@@ -64,10 +64,9 @@ def write(
 
     # The header speaks of the tree itself; the added nodes come only into the rows.
     standard, changes = standardize(tree)
-    full, added = _add_nodes(standard)
-    header = _build_header(standard, unit, voxel_size, changes, added)
-    header += [*_settle_comments(comments, unit, voxel_size), " ".join(COLUMNS)]
-    files.write_text(path, "".join(f"# {line}\n" for line in header) + _format_rows(full))
+    full, added = add_nodes(standard)
+    header = format_header(len(standard.roots), unit, voxel_size, changes, added, comments)
+    files.write_text(path, header + format_rows(full))
 
 
 def node_ids(tree: Tree) -> NDArray[np.int64]:
@@ -82,7 +81,7 @@ def node_ids(tree: Tree) -> NDArray[np.int64]:
             f"{len(tree) - len(standard)} points of the tree's soma have no id of their own; make it one point"
         )
 
-    full, added = _add_nodes(standard)
+    full, added = add_nodes(standard)
     return np.setdiff1d(np.arange(len(full)), added) + 1
 
 
@@ -127,7 +126,7 @@ def _drop_nodes(tree: Tree, drop: NDArray[np.bool_]) -> Tree:
     return Tree(tree.points[keep], tree.radii[keep], np.where(parents >= 0, index[parents], -1), tree.types[keep])
 
 
-def _add_nodes(tree: Tree) -> tuple[Tree, NDArray[np.int64]]:
+def add_nodes(tree: Tree) -> tuple[Tree, NDArray[np.int64]]:
     """The tree with the nodes that other readers want, and their indices in it."""
     if tree.types[0] != SOMA:
         return _add_soma(tree), np.array([0])
@@ -170,8 +169,22 @@ def _add_stems(tree: Tree) -> tuple[Tree, NDArray[np.int64]]:
     return full, index[stems] - 1
 
 
+def format_header(
+    trees: int,
+    unit: Unit,
+    voxel_size: VoxelSize | None,
+    changes: Sequence[str],
+    added: NDArray[np.int64],
+    comments: Sequence[str],
+) -> str:
+    """The header of a file: what `write` states of it, the comments, and the names of the columns."""
+    lines = _build_header(trees, unit, voxel_size, changes, added)
+    lines += [*_settle_comments(comments, unit, voxel_size), " ".join(COLUMNS)]
+    return "".join(f"# {line}\n" for line in lines)
+
+
 def _build_header(
-    tree: Tree, unit: Unit, voxel_size: VoxelSize | None, changes: Sequence[str], added: NDArray[np.int64]
+    trees: int, unit: Unit, voxel_size: VoxelSize | None, changes: Sequence[str], added: NDArray[np.int64]
 ) -> list[str]:
     """Header lines, without their #."""
     lines = [f"{WRITTEN_BY} {importlib.metadata.version('hpc_neuro')}"]
@@ -187,8 +200,7 @@ def _build_header(
         lines.append("voxel size um z y x: " + " ".join(repr(float(v)) for v in voxel_size))
 
     # Several trees in one file are unusual, so their number is stated.
-    count = len(tree.roots)
-    lines.append("roots: 1" if count == 1 else f"roots: {count}, separate trees, each begins with parent -1")
+    lines.append("roots: 1" if trees == 1 else f"roots: {trees}, separate trees, each begins with parent -1")
     lines += [f"changed: {change}" for change in changes]
     if len(added):
         lines.append(f"{_ADDED} " + " ".join(str(int(i) + 1) for i in added))
@@ -196,17 +208,17 @@ def _build_header(
     return lines
 
 
-def _format_rows(tree: Tree) -> str:
-    """One text line per node."""
+def format_rows(tree: Tree, first_id: int = 1) -> str:
+    """One text line per node, with ids from `first_id` on."""
     # Adding 0 turns -0 into 0; the smallest radius that survives rounding stays above 0.
     values = np.round(np.concatenate([tree.points[:, ::-1], tree.radii[:, None]], axis=1), _DECIMALS) + 0.0
     values[:, 3] = np.maximum(values[:, 3], 10.0**-_DECIMALS)
 
     table = np.empty((len(tree), 7), dtype=object)
-    table[:, 0] = np.arange(1, len(tree) + 1)
+    table[:, 0] = np.arange(first_id, first_id + len(tree))
     table[:, 1] = tree.types
     table[:, 2:6] = values
-    table[:, 6] = np.where(tree.parents >= 0, tree.parents + 1, -1)
+    table[:, 6] = np.where(tree.parents >= 0, tree.parents + first_id, -1)
 
     # One format string for the whole table: formatting row by row is much slower.
     line = "%d %d %.12g %.12g %.12g %.12g %d\n"
