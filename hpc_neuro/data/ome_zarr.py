@@ -191,6 +191,17 @@ def has_shards(folder: Path, box: Box, number: int = 0, label: str | None = None
     return any((folder / shard_path((z, y, x), number, label)).exists() for z, y, x in indices)
 
 
+def list_shards(folder: Path, number: int = 0) -> list[Shape]:
+    """The indices of all shards of a level that have a file; the others are zeros."""
+    top = folder / shard_path((0, 0, 0), number).partition("/0/0/0")[0]
+    indices = list[Shape]()
+    # One listing for each row of shards along x.
+    for row in top.glob("*/*"):
+        z, y = int(row.parent.name), int(row.name)
+        indices += [(z, y, int(path.name)) for path in row.iterdir() if path.name.isdecimal()]
+    return indices
+
+
 def build_multiscales(name: str, pyramid: list[PyramidLevel], voxel_size: VoxelSize) -> dict[str, Any]:
     """OME-NGFF 0.5 `multiscales` metadata: a coarse voxel's center is the center of the voxels it stands for."""
     datasets = []

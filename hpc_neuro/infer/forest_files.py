@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology, sorted_parts
+from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.sorted_parts import Items, Stream
 from hpc_neuro.data import swc
@@ -40,7 +41,7 @@ from hpc_neuro.infer.trees import (
     save_arrays,
     write_single_tree,
 )
-from hpc_neuro.tracing import measure_confidence
+from hpc_neuro.tracing import Contact, measure_confidence
 
 log = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
@@ -131,35 +132,62 @@ def write_batch(trees: VolumeTrees, batch: int, load_views: LoadViews) -> None:
     views = load_views(forest, int(volume_order.first_nodes[batch]))
     confidence = NodeConfidence(plain, views, cfg.floor, cfg.threshold)
     contacts = read_contacts(super_blocks.contacts_path(trees, batch))
-    places = proofread.find_places(forest, confidence, source.shape, source.voxel_size, contacts, labels)
-    neurons = proofread.score_neurons(forest, confidence, source.voxel_size, labels)
-    blocks = proofread.measure_blocks(forest, confidence, trees.volume.tiling.write, source.voxel_size)
-
     single_trees = morphology.split_components(forest)
+    facts = _write_single_trees(trees, single_trees, numbers) if _has_own_files(trees, volume_order) else {}
+    block = trees.volume.tiling.write
+    write_texts(
+        trees.scratch,
+        batch,
+        forest,
+        numbers,
+        labels,
+        confidence,
+        source.shape,
+        source.voxel_size,
+        block,
+        contacts,
+        facts,
+    )
+
+
+def write_texts(
+    folder: Path,
+    batch: int,
+    forest: Tree,
+    numbers: Ints,
+    labels: ForestLabels,
+    confidence: NodeConfidence,
+    shape: Shape,
+    voxel_size: VoxelSize,
+    block: Shape,
+    contacts: Sequence[Contact] = (),
+    facts: Mapping[str, NDArray[Any]] | None = None,
+) -> None:
+    """Write what the trees of a batch, of `numbers` [T], add to the files of all trees. `facts` are kept with it."""
+    places = proofread.find_places(forest, confidence, shape, voxel_size, contacts, labels)
+    neurons = proofread.score_neurons(forest, confidence, voxel_size, labels)
+    blocks = proofread.measure_blocks(forest, confidence, block, voxel_size)
+
+    trees = morphology.split_components(forest)
     marked = morphology.split_components(proofread.mark_doubtful(forest, confidence))
     streams = {
-        "swc": _format_trees(
-            [morphology.scale_tree(tree, source.voxel_size) for tree in single_trees], numbers, labels
-        ),
-        "voxel": _format_trees(single_trees, numbers, labels),
-        "marked": _format_trees([morphology.scale_tree(tree, source.voxel_size) for tree in marked], numbers, labels),
-        "confidence": _group_lines(proofread.format_confidence(confidence, labels), single_trees, numbers),
+        "swc": _format_trees([morphology.scale_tree(tree, voxel_size) for tree in trees], numbers, labels),
+        "voxel": _format_trees(trees, numbers, labels),
+        "marked": _format_trees([morphology.scale_tree(tree, voxel_size) for tree in marked], numbers, labels),
+        "confidence": _group_lines(proofread.format_confidence(confidence, labels), trees, numbers),
         "places": _make_place_items(places),
         "neurons": _make_neuron_items(neurons),
     }
-
-    facts: dict[str, NDArray[Any]] = {
+    own_facts: dict[str, NDArray[Any]] = {
         "cable": np.array([neuron.cable_um for neuron in neurons]),
         "score": np.array([neuron.score for neuron in neurons]),
         "blocks": blocks.indices,
         "sums": blocks.sums,
         "places": np.array(len(places)),
-        "somas": np.array([_count_other_somas(forests, numbers) for forests in (single_trees, marked)]),
+        "somas": np.array([_count_other_somas(part, numbers) for part in (trees, marked)]),
         "first marked": marked[0].types,
     }
-    if _has_own_files(trees, volume_order):
-        facts |= _write_single_trees(trees, single_trees, numbers)
-    sorted_parts.write_part(trees.scratch, batch, streams, facts)
+    sorted_parts.write_part(folder, batch, streams, own_facts | dict(facts or {}))
 
 
 def list_streams_to_plan(trees: VolumeTrees) -> list[str]:

@@ -2,13 +2,14 @@
 
 Each step leaves a file in the volume's folder of OUT/strands, with which the next start resumes:
 
-    trace (per super-block) -> lines_Z_Y_X.npz    group (per volume) -> groups.npz
+    trace_lines (per super-block) -> lines_Z_Y_X.npz    link (per super-block) -> links_Z_Y_X.npz
+    group (per volume) -> groups.npz
     finish (per batch of pieces) -> trees_N.npz, contacts_N.json            then forest_files.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from hpc_neuro.infer.trees import Floats, VolumeTrees, log_contacts, open_probab
 from hpc_neuro.tracing.super_blocks import (
     PieceGroups,
     SuperBlockLines,
+    SuperBlockLinks,
     finish_batch,
     group_pieces,
+    link_super_block,
     list_blocks_of,
     list_super_blocks,
     trace_super_block,
@@ -63,15 +66,30 @@ def needs_groups(trees: VolumeTrees) -> bool:
     return _is_in_parts(trees) and not _groups_path(trees).exists()
 
 
-def group(trees: VolumeTrees) -> None:
-    """Join the pieces of all super-blocks. InputError for two roots at one place."""
+def list_super_blocks_to_link(trees: VolumeTrees) -> list[int]:
+    """The super-blocks, by their place in the list of all, whose links are missing."""
+    if not needs_groups(trees):
+        return []
+    return [number for number, core in enumerate(_list_cores(trees)) if not _links_path(trees, core).exists()]
+
+
+def link(trees: VolumeTrees, number: int) -> None:
+    """Find what joins the pieces of one super-block to those of its neighbors, and keep it."""
     source, cores = trees.volume.source, _list_cores(trees)
 
     def load(number: int) -> SuperBlockLines | None:
         stop_signals.check()
         return read_lines(_lines_path(trees, cores[number]))
 
-    groups = group_pieces(load, cores, source.shape, roots=source.roots, cfg=trees.cfg.trace)
+    roots, cfg = source.roots, trees.cfg.trace
+    links = link_super_block(load, number, cores, source.shape, source.voxel_size, roots=roots, cfg=cfg)
+    save_arrays(_links_path(trees, cores[number]), links)
+
+
+def group(trees: VolumeTrees) -> None:
+    """Join the pieces of all super-blocks. InputError for two roots at one place."""
+    load, count = _make_links_reader(trees), len(_list_cores(trees))
+    groups = group_pieces(load, count, roots=trees.volume.source.roots, cfg=trees.cfg.trace)
     save_arrays(_groups_path(trees), groups)
 
 
@@ -88,6 +106,7 @@ def finish(trees: VolumeTrees, batch: int) -> None:
     source, cores, groups = trees.volume.source, _list_cores(trees), _load_groups(trees)
     traced = finish_batch(
         lambda number: read_lines(_lines_path(trees, cores[number])),
+        groups.list_members(batch, _make_links_reader(trees)),
         groups,
         batch,
         open_probability(trees.volume.folder),
@@ -161,6 +180,18 @@ def read_lines(path: Path) -> SuperBlockLines | None:
         return SuperBlockLines(**arrays) if arrays.files else None
 
 
+def _make_links_reader(trees: VolumeTrees) -> Callable[[int], SuperBlockLinks | None]:
+    """Reads the links of a super-block by its place in the list of all; None where it has no lines."""
+    cores = _list_cores(trees)
+
+    def read(number: int) -> SuperBlockLinks | None:
+        stop_signals.check()
+        with np.load(_links_path(trees, cores[number])) as arrays:
+            return SuperBlockLinks(**arrays) if arrays.files else None
+
+    return read
+
+
 def _load_groups(trees: VolumeTrees) -> PieceGroups:
     with np.load(_groups_path(trees)) as arrays:
         return PieceGroups(**arrays)
@@ -168,6 +199,10 @@ def _load_groups(trees: VolumeTrees) -> PieceGroups:
 
 def _lines_path(trees: VolumeTrees, core: Box) -> Path:
     return trees.scratch / f"lines_{'_'.join(map(str, core.start))}.npz"
+
+
+def _links_path(trees: VolumeTrees, core: Box) -> Path:
+    return trees.scratch / f"links_{'_'.join(map(str, core.start))}.npz"
 
 
 def _groups_path(trees: VolumeTrees) -> Path:

@@ -84,14 +84,41 @@ class VolumeTrees:
         """The blocks whose skeleton is missing before the volume can be traced; a block without a shard has none."""
         if not self.needs_tracing():
             return []
-        source, cfg = self.volume.source, self.cfg.trace
+        boxes = list_trace_blocks(self.volume.source.shape, self.cfg.trace)
 
+        # One listing of each folder: a look at each file of a brain takes an hour.
+        names = {path.name for path in self.scratch.iterdir()} if self.scratch.is_dir() else set()
+        has_shards = self._mark_blocks_with_shards(boxes).tolist()
         return [
             box
-            for box in list_trace_blocks(source.shape, cfg)
-            if not self._skeleton_path(box).exists()
-            and ome_zarr.has_shards(self.volume.folder, add_halo(box, source.shape, source.voxel_size, cfg))
+            for box, is_needed in zip(boxes, has_shards, strict=True)
+            if is_needed and self._skeleton_path(box).name not in names
         ]
+
+    def _mark_blocks_with_shards(self, boxes: Sequence[Box]) -> NDArray[np.bool_]:
+        """[n] whether any shard has a file in what is read for each of the trace blocks of the volume."""
+        source, cfg = self.volume.source, self.cfg.trace
+        written = ome_zarr.list_shards(self.volume.folder)
+        shard = np.array(self.volume.tiling.write)
+
+        # The halo of a block along one axis does not depend on the others.
+        ranges = []
+        for axis in range(3):
+            own = {box.start[axis]: box for box in boxes}
+            halos = [add_halo(own[start], source.shape, source.voxel_size, cfg) for start in sorted(own)]
+            firsts = [halo.start[axis] // int(shard[axis]) for halo in halos]
+            stops = [-(-halo.stop[axis] // int(shard[axis])) for halo in halos]
+            ranges.append(np.array([firsts, stops]))
+
+        # Sums over all shards before a corner: eight of them give the number in a box.
+        counts = np.zeros([int(stops.max()) + 1 for _, stops in ranges], dtype=np.int64)
+        if len(written):
+            counts[tuple(np.array(written).T + 1)] = 1
+        for axis in range(3):
+            counts = counts.cumsum(axis=axis)
+        for axis, (firsts, stops) in enumerate(ranges):
+            counts = counts.take(stops, axis=axis) - counts.take(firsts, axis=axis)
+        return counts.ravel() > 0
 
     def skeletonize(self, box: Box) -> None:
         """Skeletonize one block and keep the result until the volume is traced."""
@@ -170,13 +197,19 @@ class VolumeTrees:
             record = {"key": self.key, "entry": entry, "files": dict(sorted(checksums.items()))}
             files.write_json(entry_path(self.cfg.out, self.volume.source.id), record)
 
-        # The scratch of earlier settings goes too.
+        return entry
+
+    def list_scratch(self) -> list[Path]:
+        """The files that a finished volume needs no more; those of earlier settings, too."""
+        return sorted(path for path in self.scratch.parent.rglob("*") if path.is_file())
+
+    def remove_scratch(self) -> None:
+        """Remove the folder of the volume's scratch and what is left in it."""
         shutil.rmtree(self.scratch.parent, ignore_errors=True)
 
         # Scratch of other volumes may still be there.
         with contextlib.suppress(OSError):
             (self.cfg.out / "strands").rmdir()
-        return entry
 
     def begin_files(self) -> None:
         """Remove the files of earlier settings, and note that files of the volume are being written."""

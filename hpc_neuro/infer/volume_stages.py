@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hpc_neuro.core import files, stop_signals
@@ -20,6 +21,8 @@ from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import MASK
 from hpc_neuro.infer.trees import PredictionEntry, VolumeTrees, describe_volume
 
+_REMOVED_AT_ONCE = 512
+"""Files that one task removes."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -72,29 +75,28 @@ def trace_volumes(
     A volume with a failed task takes no further step, and its entry names no trees.
     """
     all_trees = {volume.source.id: VolumeTrees(predictor.cfg, volume) for volume in volumes}
-    failures = list[TaskFailure]()
-    report = TaskReport[tuple[str, PredictionEntry]]()
+    failures, entries = list[TaskFailure](), dict[str, PredictionEntry]()
 
     with WindowProgress("mirrored views", 0, show=ranks.is_main) as progress:
-        steps = [SKELETONIZE_BLOCKS, TRACE_SUPER_BLOCKS, GROUP_PIECES, FINISH_PIECES, TRACE_FOREST]
+        steps = [SKELETONIZE_BLOCKS, TRACE_SUPER_BLOCKS, LINK_SUPER_BLOCKS, GROUP_PIECES, FINISH_PIECES, TRACE_FOREST]
         if predictor.cfg.flips:
             steps.append(_predict_views_step(predictor, progress, ranks))
 
         # Each step is taken by all volumes before the next, so that ranks share all of its tasks.
-        for step in [*steps, WRITE_BATCHES, PLAN_FILES, WRITE_RANGES, HASH_RANGES, WRITE_FILES]:
+        for step in [*steps, WRITE_BATCHES, PLAN_FILES, WRITE_RANGES, HASH_RANGES, WRITE_FILES, REMOVE_SCRATCH]:
             # A step needs what the one before it wrote.
             failed_ids = {failure.group for failure in failures}
             remaining = {name: trees for name, trees in all_trees.items() if name not in failed_ids}
 
             report = _take_step(step, remaining, ranks)
             failures += report.failures
+            # Only the step that writes the files returns entries.
+            entries |= dict(report.results)
 
-    # Only the last step, which writes the files, returns entries.
-    entries = dict(report.results)
-
+    failed_ids = {failure.group for failure in failures}
     if ranks.is_main:
-        failed_ids = {failure.group for failure in failures}
         entries |= {name: describe_volume(all_trees[name].volume) for name in failed_ids}
+    ranks.run_on_main(lambda: _clean_up([trees for name, trees in all_trees.items() if name not in failed_ids]))
 
     # In the order of the volumes, whichever ended first.
     return {name: entries[name] for name in all_trees if name in entries}, failures
@@ -156,6 +158,14 @@ def _list_super_block_tasks(trees: VolumeTrees) -> list[Task[Box]]:
     ]
 
 
+def _list_link_tasks(trees: VolumeTrees) -> list[Task[int]]:
+    name = trees.volume.source.id
+    return [
+        _make_task(f"links_{number}", f"borders of super-block {number} of tracing", number, name)
+        for number in super_blocks.list_super_blocks_to_link(trees)
+    ]
+
+
 def _list_group_task(trees: VolumeTrees) -> list[Task[None]]:
     name = trees.volume.source.id
     return [_make_task("groups", "its pieces", None, name)] if super_blocks.needs_groups(trees) else []
@@ -211,17 +221,35 @@ def _write_files(trees: VolumeTrees, task: Task[None]) -> tuple[str, PredictionE
     write = functools.partial(trees.write_files, functools.partial(flip_tta.load_views, trees))
     if trees.cfg.trees and super_blocks.is_large(trees):
         write = functools.partial(forest_files.finish, trees)
-    entry = trees.finish(write)
+    return task.group, trees.finish(write)
 
-    # The last task of a volume ends here, so no count of deaths is needed any more.
-    trees.volume.markers.end_all()
-    return task.group, entry
+
+def _list_removal_tasks(trees: VolumeTrees) -> list[Task[list[Path]]]:
+    """A brain leaves millions of files, which one rank would need an hour to remove."""
+    paths, name = trees.list_scratch() if trees.read_entry() is not None else [], trees.volume.source.id
+    parts = [paths[begin : begin + _REMOVED_AT_ONCE] for begin in range(0, len(paths), _REMOVED_AT_ONCE)]
+    return [
+        _make_task(f"remove_{number}", "files that it needs no more", part, name) for number, part in enumerate(parts)
+    ]
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _clean_up(finished: Sequence[VolumeTrees]) -> None:
+    """Remove the scratch of volumes, and the counts of deaths, which mean nothing once the last task has ended."""
+    for trees in finished:
+        trees.remove_scratch()
+        trees.volume.markers.end_all()
 
 
 SKELETONIZE_BLOCKS = VolumeStep(_list_skeleton_tasks, lambda trees, task: trees.skeletonize(task.payload))
 TRACE_SUPER_BLOCKS = VolumeStep(
     _list_super_block_tasks, lambda trees, task: super_blocks.trace_lines(trees, task.payload)
 )
+LINK_SUPER_BLOCKS = VolumeStep(_list_link_tasks, lambda trees, task: super_blocks.link(trees, task.payload))
 GROUP_PIECES = VolumeStep(_list_group_task, lambda trees, task: super_blocks.group(trees))
 FINISH_PIECES = VolumeStep(_list_batch_tasks, lambda trees, task: super_blocks.finish(trees, task.payload))
 TRACE_FOREST = VolumeStep(_list_forest_task, lambda trees, task: _trace_forest(trees))
@@ -239,6 +267,7 @@ HASH_RANGES = VolumeStep(
     lambda trees, task: forest_files.hash_range(trees, *task.payload),
 )
 WRITE_FILES = VolumeStep(_list_files_task, _write_files)
+REMOVE_SCRATCH = VolumeStep(_list_removal_tasks, lambda trees, task: _remove(task.payload))
 
 
 def _predict_views_step(predictor: Predictor, progress: WindowProgress, ranks: Ranks) -> VolumeStep:

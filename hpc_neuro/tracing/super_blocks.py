@@ -12,13 +12,15 @@ others, by the same functions as a whole volume, and what is left of its skeleto
               |~~ seam ~~|~~ seam ~~|
     |-------- core and margin ------|
 
-Components of neighbors are joined by union-find over the voxels at the borders and over the bridges. Each group of
-joined pieces is then traced once more, from the little that is left of it, and becomes trees. Groups share nothing, so
-they can be finished side by side; memory follows the largest one.
+What hangs together over the borders is found super-block by super-block, each beside its neighbors. Union-find then
+joins only the pieces that reach a border, or are bridged to one that does; what ends inside its super-block is known
+there. Each group of joined pieces is then traced once more, from the little that is left of it, and becomes trees.
+Groups share nothing, so they can be finished side by side; memory follows the largest one.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,7 +32,6 @@ from scipy.sparse.csgraph import connected_components
 from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.morphology import length
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.tracing.block_skeleton import list_trace_blocks
 from hpc_neuro.tracing.centerlines import Centerlines, find_far_ends
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.graph import Bridges, DisjointSets, build_centerline_graph
@@ -87,13 +88,48 @@ class SuperBlockLines(BlockSkeleton):
 
 
 @dataclass(frozen=True)
-class PieceGroups:
-    """Which pieces are finished together. Pieces are numbered through all super-blocks with lines, in their order."""
+class SuperBlockLinks:
+    """What joins the pieces of a super-block to those of its neighbors. T of its pieces may go on there.
 
-    first: Ints
-    """[S + 1] number of the first piece of each super-block."""
-    batch: Ints
-    """[P] batch of each piece; pieces that belong together are in one; -1: noise, or no root hangs on it."""
+    A piece of another super-block is given by the place of that one in the list of all, and its number in it.
+    """
+
+    voxels: Ints
+    """[1] voxels that are left of the super-block."""
+    pieces: Ints
+    """[T] the pieces that touch a neighbor's, hold a root, or are bridged to such ones; ascending."""
+    size: Ints
+    """[T] voxels that are left of each."""
+    count: Ints
+    """[T] voxels of its foreground."""
+    strong: Bools
+    """[T]"""
+    bridged: Ints
+    """[B, 2] two of these pieces that are bridged."""
+    touching: Ints
+    """[L, 3] one of these pieces, and the super-block and number of a piece that touches it; each pair once."""
+    crossing: Ints
+    """[X, 3] the same for bridges."""
+    roots: Ints
+    """[Q, 3] number of a root in this super-block, and the super-block and number of the piece that it lies on."""
+    root_voxels: NDArray[np.int32]
+    """[Q, 3]"""
+    inner: Ints
+    """[I] the pieces that are kept and go on nowhere; they are finished by themselves."""
+
+
+@dataclass(frozen=True)
+class PieceGroups:
+    """Which pieces are finished together: M pieces that go on beyond their super-block in batches, then the others."""
+
+    starts: Ints
+    """[J + 1] the pieces before each of the first J batches; pieces that belong together are in one."""
+    owners: Ints
+    """[M] super-block of each piece."""
+    pieces: Ints
+    """[M] its number there."""
+    inner: Ints
+    """[I] super-blocks whose inner pieces are one more batch each."""
     root_batch: Ints
     """[R] batch of each root."""
     root_voxels: NDArray[np.int32]
@@ -102,7 +138,20 @@ class PieceGroups:
     @property
     def batches(self) -> int:
         """Number of batches."""
-        return int(self.batch.max(initial=-1)) + 1
+        return len(self.starts) - 1 + len(self.inner)
+
+    def list_members(self, batch: int, load: Callable[[int], SuperBlockLinks | None]) -> dict[int, Ints]:
+        """The pieces of a batch by super-block; `load` gives the links of a super-block."""
+        joined = len(self.starts) - 1
+        if batch >= joined:
+            owner = int(self.inner[batch - joined])
+            links = load(owner)
+            assert links is not None, f"super-block {owner} has no pieces"
+            return {owner: links.inner}
+
+        own = slice(*self.starts[batch : batch + 2].tolist())
+        owners, pieces = self.owners[own], self.pieces[own]
+        return {owner: pieces[owners == owner] for owner in np.unique(owners).tolist()}
 
 
 def list_super_blocks(shape: Shape, cfg: TraceConfig) -> list[Box]:
@@ -115,12 +164,10 @@ def list_blocks_of(core: Box, shape: Shape, voxel_size: VoxelSize, cfg: TraceCon
     """The trace blocks whose skeletons a super-block is traced from."""
     box = _add_margin(core, shape, voxel_size, cfg)
 
-    # Two boxes overlap where each starts before the other stops.
-    return [
-        block
-        for block in list_trace_blocks(shape, cfg)
-        if all(a < d and c < b for a, b, c, d in zip(block.start, block.stop, box.start, box.stop, strict=True))
-    ]
+    ranges = [range(a // edge, -(-b // edge)) for a, b, edge in zip(box.start, box.stop, cfg.block, strict=True)]
+    starts = itertools.product(*ranges)
+    z, y, x = cfg.block
+    return [Box.at((i * z, j * y, k * x), cfg.block).clip(Box.whole(shape)) for i, j, k in starts]
 
 
 def trace_super_block(
@@ -196,6 +243,11 @@ def _pack_lines(
         np.array(numbers, dtype=np.int64),
         graph.voxels[lines.root_voxels].reshape(-1, 3),
     )
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    """Whether each of two boxes starts before the other stops."""
+    return all(a < d and c < b for a, b, c, d in zip(one.start, one.stop, other.start, other.stop, strict=True))
 
 
 def _add_margin(core: Box, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> Box:
@@ -329,138 +381,234 @@ def _find_rings(graph: VoxelGraph, following: Ints) -> Ints:
     return np.unique(np.concatenate(rings))
 
 
-def group_pieces(
+def link_super_block(
     load: Callable[[int], SuperBlockLines | None],
+    number: int,
     cores: Sequence[Box],
     shape: Shape,
+    voxel_size: VoxelSize,
+    *,
+    roots: Sequence[Point] = (),
+    cfg: TraceConfig | None = None,
+) -> SuperBlockLinks | None:
+    """Find what joins the pieces of one super-block to those of others; None where it has no lines.
+
+    `load` gives the lines of a super-block by its place in `cores`; besides its own, those of one neighbor at a time
+    are in memory. With roots, only what may hang on a root is kept.
+    """
+    cfg = cfg or TraceConfig()
+    lines = load(number)
+    if lines is None:
+        return None
+
+    finder = _LinkFinder(lines, number, cores[number], shape)
+    reach = _add_margin(cores[number], shape, voxel_size, cfg)
+    for other, core in enumerate(cores):
+        if other != number and _overlap(core, reach) and (neighbor := load(other)) is not None:
+            finder.add_neighbor(other, neighbor)
+    return finder.finish(roots, cfg)
+
+
+class _LinkFinder:
+    """The links of one super-block, found neighbor by neighbor."""
+
+    def __init__(self, lines: SuperBlockLines, number: int, core: Box, shape: Shape) -> None:
+        self._lines, self._number, self._core, self._shape = lines, number, core, shape
+        self._keys = raster_keys(lines.voxels, shape)
+        self._goes_on = np.zeros(len(lines.count), dtype=bool)
+
+        # The piece at each end of a bridge and at each root, as super-block and number; -1 where the voxel is not kept.
+        wanted = (lines.bridge_ends, lines.bridge_targets, lines.root_voxels)
+        self._wanted = raster_keys(np.concatenate(wanted).reshape(-1, 3), shape)
+        self._at = np.full((len(self._wanted), 2), -1, dtype=np.int64)
+        self._look_up(number, self._keys, lines.component)
+
+        rim = _mark_border(lines.voxels, core, shape)
+        self._rims = [(lines.voxels[rim], lines.component[rim], np.full(int(rim.sum()), number))]
+
+    def add_neighbor(self, number: int, lines: SuperBlockLines) -> None:
+        """Look at what a neighbor has in common with the super-block."""
+        self._look_up(number, raster_keys(lines.voxels, self._shape), lines.component)
+
+        # A bridge or root of the neighbor may lie on a piece of this one.
+        ends = np.concatenate([lines.bridge_ends, lines.bridge_targets, lines.root_voxels]).reshape(-1, 3)
+        place, is_present = _find_keys(self._keys, raster_keys(ends, self._shape))
+        self._goes_on[self._lines.component[place[is_present]]] = True
+
+        beside = _is_inside(lines.voxels, self._core.grow((1, 1, 1)))
+        self._rims.append((lines.voxels[beside], lines.component[beside], np.full(int(beside.sum()), number)))
+
+    def finish(self, roots: Sequence[Point], cfg: TraceConfig) -> SuperBlockLinks:
+        """The links, once all neighbors are added."""
+        lines, number = self._lines, self._number
+        touching = self._find_touching()
+        at_root = self._at[2 * len(lines.bridge_ends) :]
+        at_bridge = self._at[: 2 * len(lines.bridge_ends)].reshape(2, -1, 2).swapaxes(0, 1)
+
+        is_whole = (at_bridge[:, :, 0] >= 0).all(axis=1)
+        is_inner = (at_bridge[:, :, 0] == number).all(axis=1)
+        crossing = self._orient(at_bridge[is_whole & ~is_inner])
+        self._goes_on[crossing[:, 0]] = self._goes_on[touching[:, 0]] = True
+        self._goes_on[at_root[at_root[:, 0] == number, 1]] = True
+
+        # What goes on nowhere is known whole: noise, or kept.
+        is_kept = lines.strong & (lines.count >= cfg.min_voxels)
+        bridged = at_bridge[is_inner][:, :, 1]
+        bridged = bridged[(self._goes_on | is_kept)[bridged].all(axis=1)]
+
+        # A group with one piece that goes on is decided with the neighbors.
+        group = _label_pieces(len(lines.count), bridged)
+        group_goes_on = np.zeros(len(lines.count), dtype=bool)
+        group_goes_on[group[self._goes_on]] = True
+        travels = group_goes_on[group]
+
+        # With roots, what hangs on none is no neuron, and what hangs on one goes on to it.
+        inner = np.flatnonzero(is_kept & ~travels) if not roots else np.zeros(0, dtype=np.int64)
+        pieces = np.flatnonzero(travels)
+        return SuperBlockLinks(
+            np.array([len(lines.voxels)]),
+            pieces,
+            np.bincount(lines.component, minlength=len(lines.count))[pieces],
+            lines.count[pieces],
+            lines.strong[pieces],
+            np.unique(bridged[travels[bridged[:, 0]]], axis=0),
+            touching[touching[:, 1] > number],
+            np.unique(crossing, axis=0),
+            np.column_stack([lines.root_numbers, at_root]),
+            lines.root_voxels,
+            inner,
+        )
+
+    def _look_up(self, number: int, keys: Ints, pieces: NDArray[np.int32]) -> None:
+        """Note which of the wanted voxels a super-block holds."""
+        place, is_present = _find_keys(keys, self._wanted)
+        self._at[is_present, 0] = number
+        self._at[is_present, 1] = pieces[place[is_present]]
+
+    def _find_touching(self) -> Ints:
+        """[L, 3] the own piece, super-block and piece of all neighbors across a border."""
+        voxels, pieces, owners = (np.concatenate(columns) for columns in zip(*self._rims, strict=True))
+        order = np.argsort(raster_keys(voxels, self._shape), kind="stable")
+        pairs, _ = find_neighbor_pairs(voxels[order], self._shape, np.ones(3))
+        ends = np.stack([owners[order][pairs], pieces[order][pairs]], axis=2)
+        return np.unique(self._orient(ends[(ends[:, :, 0] == self._number).sum(axis=1) == 1]), axis=0)
+
+    def _orient(self, ends: Ints) -> Ints:
+        """[n, 3] own piece, other super-block and its piece, of [n, 2, 2] pairs of super-block and piece."""
+        is_own_first = ends[:, 0, 0] == self._number
+        own = np.where(is_own_first, ends[:, 0, 1], ends[:, 1, 1])
+        other = np.where(is_own_first[:, None], ends[:, 1], ends[:, 0])
+        return np.column_stack([own, other])
+
+
+def group_pieces(
+    load: Callable[[int], SuperBlockLinks | None],
+    count: int,
     *,
     roots: Sequence[Point] = (),
     cfg: TraceConfig | None = None,
 ) -> PieceGroups:
-    """Join the pieces of all super-blocks that hang together or are bridged, and put them into batches.
+    """Join the pieces of `count` super-blocks that hang together or are bridged, and put them into batches.
 
-    `load` gives the lines of a super-block by its place in `cores`; one at a time is in memory, and of all of them only
-    the voxels at the borders and the ends of bridges. With roots, only what hangs on a root is kept. Raises InputError
-    for two roots at one place.
+    `load` gives the links of a super-block. With roots, only what hangs on a root is kept. Raises InputError for two
+    roots at one place.
     """
     cfg = cfg or TraceConfig()
-    overview = _Overview.read(load, cores, shape)
-    pieces = int(overview.first[-1])
-
-    # Voxels at both sides of a border that are neighbors join their pieces.
-    order = np.argsort(overview.rim_keys, kind="stable")
-    pairs, _ = find_neighbor_pairs(overview.rim_voxels[order], shape, np.ones(3))
-    links = overview.rim_pieces[order][pairs]
-    component = _label_pieces(pieces, links)
+    overview = _Overview.read(load, count)
+    pieces = len(overview.keys)
+    component = _label_pieces(pieces, overview.touching)
 
     # Hysteresis and size are those of the whole component, over all super-blocks.
-    count = np.bincount(component, weights=overview.count, minlength=pieces)
+    voxels = np.bincount(component, weights=overview.count, minlength=pieces)
     strong = np.bincount(component[overview.strong], minlength=pieces) > 0
-    kept = (strong & (count >= cfg.min_voxels))[component]
+    kept = (strong & (voxels >= cfg.min_voxels))[component]
 
-    # The second pass: which piece is at each end of a bridge, and at each root.
-    at_bridge, at_root = _look_up_pieces(load, overview, cores, shape)
-    is_whole = (at_bridge >= 0).all(axis=1)
-    is_whole &= kept[np.maximum(at_bridge, 0)].all(axis=1)
-    group = _label_pieces(pieces, np.concatenate([links, at_bridge[is_whole]]))
+    bridged = overview.bridged[kept[overview.bridged].all(axis=1)]
+    group = _label_pieces(pieces, np.concatenate([overview.touching, bridged]))
 
-    _check_roots(overview.root_voxels, at_root, roots, kept, cfg)
+    _check_roots(overview.root_voxels, overview.at_root, roots, kept, cfg)
     if roots:
         has_root = np.zeros(pieces, dtype=bool)
-        has_root[group[at_root]] = True
+        has_root[group[overview.at_root]] = True
         kept &= has_root[group]
 
-    batch = _pack_batches(group, kept, overview.size, int(np.diff(overview.extent).max(initial=1)))
-    return PieceGroups(
-        overview.first, batch, batch[at_root] if roots else np.zeros(0, dtype=np.int64), overview.root_voxels
-    )
+    batch = _pack_batches(group, kept, overview.size, max(overview.most, 1))
+    order = np.argsort(batch, kind="stable")
+    order = order[batch[order] >= 0]
+    starts = np.searchsorted(batch[order], np.arange(int(batch.max(initial=-1)) + 2))
+    owners, numbers = np.divmod(overview.keys[order], _OWNER)
+    return PieceGroups(starts, owners, numbers, overview.inner, batch[overview.at_root], overview.root_voxels)
+
+
+_OWNER = 1 << 32
+"""Factor of the super-block in the key of a piece, to which its number there is added."""
 
 
 @dataclass(frozen=True)
 class _Overview:
-    """What of all super-blocks is in memory at once; P pieces in S super-blocks."""
+    """The P pieces of all super-blocks that go on beyond them."""
 
-    first: Ints
-    """[S + 1] number of the first piece of each super-block."""
-    extent: Ints
-    """[S + 1] number of voxels of all super-blocks before each."""
+    keys: Ints
+    """[P] super-block and number of each, ascending."""
     size: Ints
-    """[P] voxels that are left of each piece."""
+    """[P] voxels that are left of each."""
     count: Ints
     """[P] voxels of its foreground."""
     strong: Bools
     """[P]"""
-    rim_voxels: NDArray[np.int32]
-    """[M, 3] the voxels at borders between super-blocks."""
-    rim_keys: Ints
-    """[M] their raster keys."""
-    rim_pieces: Ints
-    """[M] their pieces."""
-    bridge_keys: Ints
-    """[B, 2] the raster keys of both ends of all bridges."""
+    touching: Ints
+    """[L, 2]"""
+    bridged: Ints
+    """[B, 2]"""
+    at_root: Ints
+    """[R] the piece at each root."""
     root_voxels: NDArray[np.int32]
     """[R, 3]"""
+    inner: Ints
+    """[I] the super-blocks with inner pieces."""
+    most: int
+    """Most voxels of a super-block."""
 
     @classmethod
-    def read(cls, load: Callable[[int], SuperBlockLines | None], cores: Sequence[Box], shape: Shape) -> _Overview:
-        """Read all super-blocks, one after the other."""
-        first, extent = [0], [0]
-        sizes, counts, strong = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, bool)]
-        rims, rim_pieces = [np.zeros((0, 3), np.int32)], [np.zeros(0, np.int64)]
-        bridges, roots = [np.zeros((0, 2), np.int64)], dict[int, NDArray[np.int32]]()
+    def read(cls, load: Callable[[int], SuperBlockLinks | None], count: int) -> _Overview:
+        """Read the links of all super-blocks."""
+        parts = [(number, links) for number in range(count) if (links := load(number)) is not None]
+        keys = _concatenate([number * _OWNER + links.pieces for number, links in parts])
 
-        for number, core in enumerate(cores):
-            lines = load(number)
-            if lines is not None:
-                rim = _mark_border(lines.voxels, core, shape)
-                rims.append(lines.voxels[rim])
-                rim_pieces.append(lines.component[rim].astype(np.int64) + first[-1])
+        def find(owners: Ints | int, numbers: Ints) -> Ints:
+            return np.searchsorted(keys, owners * _OWNER + numbers)
 
-                sizes.append(np.bincount(lines.component, minlength=len(lines.count)))
-                counts.append(lines.count)
-                strong.append(lines.strong)
-                ends = (raster_keys(lines.bridge_ends, shape), raster_keys(lines.bridge_targets, shape))
-                bridges.append(np.stack(ends, axis=1))
-                roots |= dict(zip(lines.root_numbers.tolist(), lines.root_voxels, strict=True))
-            first.append(first[-1] + (0 if lines is None else len(lines.count)))
-            extent.append(extent[-1] + (0 if lines is None else len(lines.voxels)))
+        touching, bridged = [np.zeros((0, 2), np.int64)], [np.zeros((0, 2), np.int64)]
+        for number, links in parts:
+            bridged.append(find(number, links.bridged))
+            for pairs, rows in ((touching, links.touching), (bridged, links.crossing)):
+                pairs.append(np.stack([find(number, rows[:, 0]), find(rows[:, 1], rows[:, 2])], axis=1))
 
-        voxels = np.concatenate(rims)
+        roots = np.concatenate([np.zeros((0, 3), np.int64), *(links.roots for _, links in parts)])
+        root_voxels = np.concatenate([np.zeros((0, 3), np.int32), *(links.root_voxels for _, links in parts)])
+        by_number = np.argsort(roots[:, 0])
         return cls(
-            np.array(first),
-            np.array(extent),
-            np.concatenate(sizes),
-            np.concatenate(counts),
-            np.concatenate(strong),
-            voxels,
-            raster_keys(voxels, shape),
-            np.concatenate(rim_pieces),
-            np.concatenate(bridges),
-            np.array([roots[number] for number in sorted(roots)], dtype=np.int32).reshape(-1, 3),
+            keys,
+            _concatenate([links.size for _, links in parts]),
+            _concatenate([links.count for _, links in parts]),
+            np.concatenate([np.zeros(0, bool), *(links.strong for _, links in parts)]),
+            np.concatenate(touching),
+            np.concatenate(bridged),
+            find(roots[by_number, 1], roots[by_number, 2]),
+            root_voxels[by_number],
+            np.array([number for number, links in parts if len(links.inner)], dtype=np.int64),
+            max((int(links.voxels[0]) for _, links in parts), default=0),
         )
+
+
+def _concatenate(parts: Sequence[Ints]) -> Ints:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
 def _label_pieces(count: int, links: Ints) -> Ints:
     """[count] number of the group of each piece; `links` [L, 2] join two pieces."""
     graph = csr_array((np.ones(len(links), dtype=np.int8), (links[:, 0], links[:, 1])), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
-
-
-def _look_up_pieces(
-    load: Callable[[int], SuperBlockLines | None], overview: _Overview, cores: Sequence[Box], shape: Shape
-) -> tuple[Ints, Ints]:
-    """[B, 2] the piece at each end of all bridges, and [R] at each root; -1 where the voxel is not kept."""
-    wanted = np.concatenate([overview.bridge_keys.ravel(), raster_keys(overview.root_voxels, shape)])
-    pieces = np.full(len(wanted), -1, dtype=np.int64)
-
-    for number in range(len(cores) if len(wanted) else 0):
-        lines = load(number)
-        if lines is not None:
-            place, is_present = _find_keys(raster_keys(lines.voxels, shape), wanted)
-            pieces[is_present] = lines.component[place[is_present]] + overview.first[number]
-
-    ends = overview.bridge_keys.size
-    return pieces[:ends].reshape(-1, 2), pieces[ends:]
 
 
 def _check_roots(
@@ -498,6 +646,7 @@ def _pack_batches(group: Ints, kept: Bools, size: Ints, most: int) -> Ints:
 
 def finish_batch(
     load: Callable[[int], SuperBlockLines | None],
+    members: Mapping[int, Ints],
     groups: PieceGroups,
     batch: int,
     read: ReadBox,
@@ -508,16 +657,21 @@ def finish_batch(
     cfg: TraceConfig | None = None,
     image: ReadBox | None = None,
 ) -> TracedVolume:
-    """Make the trees of one batch of pieces, as `trace_volume` makes those of a volume."""
+    """Make the trees of one batch of pieces, as `trace_volume` makes those of a volume.
+
+    `members`: its pieces by super-block (see PieceGroups).
+    """
     cfg = cfg or TraceConfig()
     numbers = [int(number) for number in np.flatnonzero(groups.root_batch == batch)]
 
     parts, bridges = list[BlockSkeleton](), list[SuperBlockLines]()
-    for place in np.flatnonzero(np.diff(groups.first)).tolist():
-        is_own = groups.batch[groups.first[place] : groups.first[place + 1]] == batch
-        if is_own.any() and (lines := load(place)) is not None:
-            parts.append(_select_pieces(lines, is_own, shape, cfg.min_voxels))
-            bridges.append(lines)
+    for owner, pieces in members.items():
+        lines = load(owner)
+        assert lines is not None, f"super-block {owner} has no lines"
+        is_own = np.zeros(len(lines.count), dtype=bool)
+        is_own[pieces] = True
+        parts.append(_select_pieces(lines, is_own, shape, cfg.min_voxels))
+        bridges.append(lines)
 
     graph = merge_block_skeletons(parts, read, shape, cfg.spacing(voxel_size), cfg.floor, cfg.min_voxels)
     assert graph is not None, f"batch {batch} has no voxels"

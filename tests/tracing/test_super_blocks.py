@@ -24,6 +24,7 @@ from hpc_neuro.tracing.super_blocks import (
     collect_trees,
     finish_batch,
     group_pieces,
+    link_super_block,
     list_blocks_of,
     list_super_blocks,
     trace_super_block,
@@ -65,11 +66,16 @@ def trace_in_parts(mask: NDArray[np.float32], cfg: TraceConfig, roots: Sequence[
         if part is not None:
             assert ((part.voxels >= core.start) & (part.voxels < core.stop)).all(), "each voxel has one owner"
 
-    groups = group_pieces(lines.__getitem__, cores, shape, roots=roots, cfg=cfg)
+    links = [
+        link_super_block(lines.__getitem__, number, cores, shape, ISO, roots=roots, cfg=cfg)
+        for number in range(len(cores))
+    ]
+    groups = group_pieces(links.__getitem__, len(cores), roots=roots, cfg=cfg)
+    members = [groups.list_members(batch, links.__getitem__) for batch in range(groups.batches)]
     return collect_trees(
         [
-            finish_batch(lines.__getitem__, groups, batch, read, shape, ISO, roots=roots, cfg=cfg)
-            for batch in range(groups.batches)
+            finish_batch(lines.__getitem__, own, groups, batch, read, shape, ISO, roots=roots, cfg=cfg)
+            for batch, own in enumerate(members)
         ],
         groups,
     ).trees

@@ -7,9 +7,9 @@ start ends at the time limit, or when a node fails: what is in hand then is give
 in the queue, lists all blocks and reads all markers on one rank before it goes on. A metadata operation takes the
 latency of the file system, and no more than --metadata-rate are served per second.
 
-The unit costs are printed; class UnitCosts names their sources. Those of listing blocks, of reading a marker, of
-joining pieces and of writing SWC are measured at the start, on this machine (--costs stated: none is). Test-time
-augmentation and the tables for proofreading are left out. Last line: JSON.
+The unit costs are printed; class UnitCosts names their sources. Those of listing blocks, of reading a marker, and of
+all that follows the super-blocks but the trees themselves are measured at the start, on this machine (--costs stated:
+none is). Test-time augmentation is left out. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -29,18 +29,35 @@ from typing import Any
 
 import numpy as np
 
+from hpc_neuro.core import files, sorted_parts
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
-from hpc_neuro.core.morphology import build_tree
+from hpc_neuro.core.morphology import build_tree, concatenate_trees
+from hpc_neuro.core.sorted_parts import Items, Stream
 from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.infer import forest_files
 from hpc_neuro.infer.done_markers import BlockMarker, DoneMarkers
+from hpc_neuro.infer.proofread import ForestLabels, NodeConfidence
 from hpc_neuro.infer.tiling import MASK, Tiling
-from hpc_neuro.tracing import TraceConfig
-from hpc_neuro.tracing.super_blocks import MARGIN, SuperBlockLines, group_pieces
+from hpc_neuro.infer.trees import save_arrays
+from hpc_neuro.tracing import TraceConfig, list_trace_blocks
+from hpc_neuro.tracing.super_blocks import (
+    MARGIN,
+    SuperBlockLines,
+    SuperBlockLinks,
+    group_pieces,
+    link_super_block,
+)
 
 _VOXEL: VoxelSize = (1.0, 0.25, 0.25)  # [um]
 _TILING = Tiling((32, 128, 128), 0.25, (4, 16, 16), (128, 512, 512), (32, 64, 64))
 _KEPT = 0.6  # of the strand voxels of a super-block is left for its groups
 _NODES = 0.5  # nodes of a tree per strand voxel
+_STREAMS, _TREE_FILES = forest_files.STREAMS, 10_000  # files of all trees; trees with files of their own
+_TREE_NODES = 500  # nodes of a tree: about 1 mm of cable at 1 um
+_PLACE_NODES = 100  # nodes for each doubtful place
+_TREE_BYTES = 3 * 48 + 16  # of a node in the three SWC files of all trees and in the table of confidence
+_PLACE_BYTES, _NEURON_BYTES = 75, 50  # of a row
+_SLANT = 0.5  # crossings of a unit of area per unit of length in a unit of volume, in all directions alike
 
 
 @dataclass(frozen=True)
@@ -57,14 +74,26 @@ class UnitCosts:
     """[s/voxel] docs/infer.md, a block of 512^3 voxels with 100 neurites."""
     lines: float = 156e-6
     """[s/strand voxel] docs/infer.md, trees with links along the image."""
-    groups: float = 1.0e-6
-    """[s/strand voxel that is kept] measured at the start."""
+    links: float = 0.3e-6
+    """[s/strand voxel that is kept] of one super-block and all its neighbors; measured at the start."""
+    groups: float = 3e-6
+    """[s/piece that goes on in another super-block] measured at the start."""
     trees: float = 30e-6
     """[s/strand voxel that is kept] docs/infer.md, trees without links: gaps are bridged already."""
-    collect: float = 1.0e-6
-    """[s/node] reading the trees of all batches and writing them as one file."""
-    files: float = 20e-6
-    """[s/node] SWC in micrometers and voxels, of all trees and of each; measured at the start."""
+    texts: float = 40e-6
+    """[s/node] rows of three SWC files and of the tables of a batch; measured at the start."""
+    single_tree: float = 4e-6
+    """[s/node] both SWC files of one tree by itself; measured at the start."""
+    sort: float = 1e-6
+    """[s/item] of one rank that puts trees, or places, in the order of the file; measured at the start."""
+    gather: float = 4e-9
+    """[s/byte] of a stretch of a file, from the texts of the batches; measured at the start."""
+    checksum: float = 2e-9
+    """[s/byte] reading a file back and hashing it; measured at the start."""
+    read_part: float = 1e-3
+    """[s/file] reading one file of arrays, without the latency; measured at the start."""
+    list_trace_block: float = 12e-6
+    """[s/block] listing the blocks of tracing; measured at the start."""
     list_block: float = 30e-6
     """[s/block] listing and counting blocks in Python; measured at the start."""
     read_marker: float = 60e-6
@@ -126,6 +155,8 @@ class Outcome:
     """[s] Of it, with the ranks held."""
     serial: float = 0.0
     """[s] Of it, with one rank at work and all others waiting."""
+    serial_stages: dict[str, float] = field(default_factory=dict)
+    """[s] Of it, by stage."""
     longest_serial: float = 0.0
     longest_serial_name: str = ""
     operations: float = 0.0
@@ -186,6 +217,7 @@ class _Simulation:
     def _add_serial(self, name: str, seconds: float) -> None:
         out = self._out
         out.serial += seconds
+        out.serial_stages[name] = out.serial_stages.get(name, 0.0) + seconds
         if seconds > out.longest_serial:
             out.longest_serial, out.longest_serial_name = seconds, name
 
@@ -239,11 +271,9 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
 
     dense: share of blocks that are not empty.
     """
-    cfg, shape = TraceConfig(), make_shape(voxels)
+    shape = make_shape(voxels)
     rng = np.random.default_rng(0)
-    blocks, trace_blocks = count_tiles(shape, _TILING.write), count_tiles(shape, cfg.block)
-    super_edges = tuple(a * b for a, b in zip(cfg.block, cfg.super_block, strict=True))
-    supers = count_tiles(shape, super_edges)
+    blocks = count_tiles(shape, _TILING.write)
     strands = 4e8 * voxels / 1e12
 
     def spread(count: int, mean: float) -> np.ndarray:
@@ -269,17 +299,7 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
             )
         )
 
-    grown = math.prod((edge + 2 * MARGIN) / edge for edge in super_edges)
-    in_trees = round(trace_blocks * dense)
-    kept = strands * _KEPT
-    stages += [
-        Stage("skeletons", spread(in_trees, math.prod(cfg.block) * costs.skeleton), costs.task_operations),
-        Stage("super-blocks", spread(supers, strands / supers * grown * costs.lines), costs.task_operations),
-        Stage("groups", np.array([kept * costs.groups]), 2 * supers + costs.task_operations, is_serial=True),
-        Stage("batches", spread(supers, kept / supers * costs.trees), costs.task_operations + 8),
-        Stage("collect", np.array([strands * _NODES * costs.collect]), supers, is_serial=True),
-        Stage("files", np.array([strands * _NODES * costs.files]), blocks + 20, is_serial=True),
-    ]
+    stages += plan_trees(shape, strands, dense, costs, spread)
     startup = (
         blocks * (costs.list_block + costs.marker_passes * costs.read_marker),
         blocks * (costs.marker_passes + 2.0),
@@ -288,6 +308,54 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
     # The store of rank 0 serves one request at a time.
     draws = [replace(s, seconds=np.maximum(s.seconds, costs.draw * min(site.ranks, len(s.seconds)))) for s in stages]
     return draws, startup
+
+
+def plan_trees(
+    shape: Shape, strands: float, dense: float, costs: UnitCosts, spread: Callable[[int, float], np.ndarray]
+) -> list[Stage]:
+    """The stages from the blocks to the files of the trees. strands: voxels of centerlines."""
+    cfg = TraceConfig()
+    trace_blocks = count_tiles(shape, cfg.block)
+    super_edges = tuple(a * b for a, b in zip(cfg.block, cfg.super_block, strict=True))
+    supers = count_tiles(shape, super_edges)
+    grown = math.prod((edge + 2 * MARGIN) / edge for edge in super_edges)
+    in_trees, kept, nodes = round(trace_blocks * dense), strands * _KEPT, strands * _NODES
+
+    # Each super-block has three faces of its own, and two pieces meet at each crossing.
+    area = supers * sum(math.prod(super_edges) / edge for edge in super_edges)
+    going_on = 2 * _SLANT * area * strands / math.prod(shape)
+    # Pieces that go on, and those that do not, are batches of their own.
+    batches = 2 * supers
+    trees, places = nodes / _TREE_NODES, nodes / _PLACE_NODES
+    has_own_files = trees <= _TREE_FILES
+    texts = costs.texts + (costs.single_tree if has_own_files else 0.0)
+    total_bytes = nodes * _TREE_BYTES + places * _PLACE_BYTES + trees * _NEURON_BYTES
+    ranges = math.ceil(total_bytes / sorted_parts.RANGE_BYTES)
+    sums = math.ceil(total_bytes / (16 * files.CHUNK_BYTES))
+    single_files = round(2 * trees) if has_own_files else 0
+    scratch = in_trees + 2 * supers + 4 * batches + ranges + sums
+
+    def one_rank(name: str, seconds: float, operations: int) -> Stage:
+        return Stage(name, np.array([seconds]), operations, is_serial=True)
+
+    task = costs.task_operations
+    return [
+        # A listing of a folder of a thousand files is one operation.
+        one_rank("list of skeletons", trace_blocks * costs.list_trace_block, in_trees // 1000 + shape[0] // 128),
+        Stage("skeletons", spread(in_trees, math.prod(cfg.block) * costs.skeleton), task),
+        Stage("super-blocks", spread(supers, strands / supers * grown * costs.lines), task),
+        Stage("links", spread(supers, kept / supers * costs.links), task + 27),
+        one_rank("groups", going_on * costs.groups + supers * costs.read_part, supers + task),
+        Stage("batches", spread(batches, kept / batches * costs.trees), task + 8),
+        one_rank("order of trees", trees * costs.sort + batches * costs.read_part, batches + task),
+        Stage("texts", spread(batches, nodes / batches * texts), task + 6 * single_files // batches, single_files),
+        # The files are put in order side by side; the one with most items takes longest.
+        one_rank("order of rows", max(trees, places) * costs.sort + batches * costs.read_part, batches + task),
+        Stage("files", spread(ranges, total_bytes / ranges * costs.gather), task + min(batches, 100), len(_STREAMS)),
+        Stage("checksums", spread(sums, total_bytes / sums * costs.checksum), task),
+        one_rank("record", batches * costs.read_part + trees * costs.sort, batches + task),
+        Stage("removal", np.zeros(scratch // 512 + 1), 512 + task),
+    ]
 
 
 def make_shape(voxels: float) -> Shape:
@@ -304,17 +372,27 @@ def count_tiles(shape: Shape, tile: tuple[int, ...]) -> int:
 def measure_costs(stated: UnitCosts) -> UnitCosts:
     """The unit costs that a second of this machine can tell, in place of the stated ones."""
     with tempfile.TemporaryDirectory() as folder:
+        links, groups, read_part = _measure_joins(Path(folder))
+        texts, single_tree = _measure_texts(Path(folder))
+        sort, gather, checksum = _measure_merge(Path(folder))
         return replace(
             stated,
-            groups=_measure_groups(),
-            files=_measure_files(Path(folder)),
+            links=links,
+            groups=groups,
+            read_part=read_part,
+            texts=texts,
+            single_tree=single_tree,
+            sort=sort,
+            gather=gather,
+            checksum=checksum,
             list_block=_measure_listing(),
+            list_trace_block=_measure_trace_listing(),
             read_marker=_measure_marker(Path(folder)),
         )
 
 
-def _measure_groups(voxels: int = 40_000) -> float:
-    """Joining two super-blocks of straight lines, without reading them."""
+def _measure_joins(folder: Path, voxels: int = 40_000) -> tuple[float, float, float]:
+    """Linking and joining two super-blocks of straight lines that all go on, and reading the links of one."""
     cfg, shape = TraceConfig(), (64, 2048, voxels // 256 * 2)
     half = shape[2] // 2
     cores = [Box((0, 0, 0), (64, 2048, half)), Box((0, 0, half), shape)]
@@ -333,14 +411,69 @@ def _measure_groups(voxels: int = 40_000) -> float:
         )  # fmt: skip
 
     lines = [build(core) for core in cores]
-    seconds = _time(lambda: group_pieces(lines.__getitem__, cores, shape, cfg=cfg))
-    return seconds / sum(len(part.voxels) for part in lines)
+    links = list[SuperBlockLinks | None]()
+
+    def link() -> None:
+        links[:] = [link_super_block(lines.__getitem__, n, cores, shape, (1.0, 1.0, 1.0), cfg=cfg) for n in range(2)]
+
+    # Each of the two looks at both; a super-block inside a brain looks at itself and 26 others.
+    per_voxel = _time(link) / (2 * sum(len(part.voxels) for part in lines))
+    pieces = sum(len(part.pieces) for part in links if part is not None)
+    per_piece = _time(lambda: group_pieces(links.__getitem__, len(cores), cfg=cfg)) / pieces
+
+    save_arrays(folder / "links.npz", links[0])
+
+    def read() -> None:
+        for _ in range(20):
+            with np.load(folder / "links.npz") as arrays:
+                SuperBlockLinks(**arrays)
+
+    return 27 * per_voxel, per_piece, _time(read) / 20
 
 
-def _measure_files(folder: Path, nodes: int = 5_000) -> float:
-    """Both SWC files of a tree, for the file of all trees and for its own."""
-    tree = build_tree(np.arange(nodes)[:, None] * np.array([0.1, 0.7, 0.7]), np.arange(nodes) - 1)
-    return 4 * _time(lambda: swc.write(folder / "a.swc", tree, unit="voxel", voxel_size=_VOXEL, comments=[])) / nodes
+def _measure_texts(folder: Path, trees: int = 20) -> tuple[float, float]:
+    """The texts of a batch, and the files of single trees; seconds per node."""
+    count = _TREE_NODES * trees
+    line = np.arange(_TREE_NODES)[:, None] * np.array([0.1, 0.7, 0.7])
+    single = [build_tree(line + 10 * number, np.arange(_TREE_NODES) - 1) for number in range(trees)]
+    forest, numbers = concatenate_trees(single), np.arange(2, trees + 2)
+    labels = ForestLabels(numbers, np.arange(count) + 500)
+    # A run of doubtful nodes for each place.
+    sure = np.where(np.arange(count) % _PLACE_NODES < 5, 0.4, 0.9)
+    confidence = NodeConfidence(sure, np.zeros((0, count)), 0.3, 0.5)
+
+    seconds = _time(
+        lambda: forest_files.write_texts(
+            folder, 0, forest, numbers, labels, confidence, (10**6,) * 3, _VOXEL, _TILING.write
+        )
+    )
+
+    def write_alone() -> None:
+        for tree in single:
+            swc.write(folder / "a.swc", tree, unit="voxel", voxel_size=_VOXEL, comments=[])
+
+    return seconds / count, 2 * _time(write_alone) / count
+
+
+def _measure_merge(folder: Path, items: int = 200_000) -> tuple[float, float, float]:
+    """Ordering items [s/item], gathering them [s/byte], and hashing the file [s/byte]."""
+    rng = np.random.default_rng(0)
+    row = b"x" * _PLACE_BYTES
+    for part in range(4):
+        keys = [rng.random(items // 4), np.arange(items // 4)]
+        sorted_parts.write_part(folder, part, {"rows": Items(keys, [row] * (items // 4))}, {})
+
+    stream, size = Stream("rows", folder / "rows.csv"), items * len(row)
+    order = _time(lambda: sorted_parts.plan_stream(folder, 4, stream))
+    gather = _time(lambda: sorted_parts.write_range(folder, stream, 0))
+    checksum = _time(lambda: sorted_parts.hash_range(folder, stream, 0))
+    return order / items, gather / size, checksum / size
+
+
+def _measure_trace_listing(blocks: int = 5_000) -> float:
+    """Listing the blocks of tracing."""
+    cfg = TraceConfig()
+    return _time(lambda: list_trace_blocks((cfg.block[0], cfg.block[1], cfg.block[2] * blocks), cfg)) / blocks
 
 
 def _measure_listing(blocks: int = 2_000) -> float:
@@ -413,6 +546,7 @@ def summarize(outcome: Outcome, stages: list[Stage], costs: UnitCosts, site: Sit
         "metadata_operations_per_second": outcome.operations / max(outcome.allocated, 1e-9),
         "metadata_operations_per_block": outcome.operations / blocks,
         "serial_share": outcome.serial / max(outcome.allocated, 1e-9),
+        "serial_shares": {name: s / max(outcome.allocated, 1e-9) for name, s in outcome.serial_stages.items()},
         "longest_serial_hours": outcome.longest_serial / 3600,
         "longest_serial": outcome.longest_serial_name,
         "never_end": outcome.too_long,
@@ -430,8 +564,9 @@ def describe(outcome: Outcome, stages: list[Stage], costs: UnitCosts, site: Site
     yield ""
     for stage in stages:
         kind = "one rank" if stage.is_serial else f"{site.ranks} ranks"
-        hours = outcome.stages[stage.name] / 3600
-        yield f"{stage.name:>18} {len(stage.seconds):9,} tasks on {kind:>10} {hours:9.3f} h"
+        hours, share = outcome.stages[stage.name] / 3600, facts["serial_shares"].get(stage.name)
+        serial = "" if share is None else f"{100 * share:7.2f} % of the time"
+        yield f"{stage.name:>18} {len(stage.seconds):9,} tasks on {kind:>10} {hours:9.3f} h{serial}"
 
     yield ""
     yield f"{facts['hours']:.2f} hours in {outcome.starts} starts ({outcome.failures} ended by a node)"

@@ -38,9 +38,11 @@ from hpc_neuro.tracing import BlockSkeleton, TraceConfig, list_trace_blocks, ske
 from hpc_neuro.tracing.super_blocks import (
     PieceGroups,
     SuperBlockLines,
+    SuperBlockLinks,
     collect_trees,
     finish_batch,
     group_pieces,
+    link_super_block,
     list_blocks_of,
     list_super_blocks,
     trace_super_block,
@@ -140,10 +142,12 @@ def trace_in_super_blocks(
         return trace_super_block(own, read, shape, core, _VOXEL, cfg=cfg, image=image)
 
     lines = [trace(core) for core in cores]
-    groups = group_pieces(lines.__getitem__, cores, shape, cfg=cfg)
+    links = [link_super_block(lines.__getitem__, n, cores, shape, _VOXEL, cfg=cfg) for n in range(len(cores))]
+    groups = group_pieces(links.__getitem__, len(cores), cfg=cfg)
+    members = [groups.list_members(batch, links.__getitem__) for batch in range(groups.batches)]
     batches = [
-        finish_batch(lines.__getitem__, groups, batch, read, shape, _VOXEL, cfg=cfg, image=image)
-        for batch in range(groups.batches)
+        finish_batch(lines.__getitem__, own, groups, batch, read, shape, _VOXEL, cfg=cfg, image=image)
+        for batch, own in enumerate(members)
     ]
     return collect_trees(batches, groups).trees
 
@@ -198,16 +202,24 @@ class CopiedVolume:
             lines = trace_super_block(skeletons, self.read, self.shape, core, _VOXEL, cfg=self.cfg)
             save_arrays(self._path("lines", core), lines)
 
+    def link_super_blocks(self) -> None:
+        """Find what joins each super-block to its neighbors, one after the other."""
+        cores = list_super_blocks(self.shape, self.cfg)
+        for number, core in enumerate(cores):
+            links = link_super_block(self._load_lines, number, cores, self.shape, _VOXEL, cfg=self.cfg)
+            save_arrays(self._path("links", core), links)
+
     def group_pieces(self) -> None:
         """Join the pieces of all super-blocks."""
-        cores = list_super_blocks(self.shape, self.cfg)
-        save_arrays(self.folder / "groups.npz", group_pieces(self._load_lines, cores, self.shape, cfg=self.cfg))
+        count = len(list_super_blocks(self.shape, self.cfg))
+        save_arrays(self.folder / "groups.npz", group_pieces(self._load_links, count, cfg=self.cfg))
 
     def finish_batches(self) -> None:
         """Make the trees of all batches, one after the other."""
         groups = PieceGroups(**np.load(self.folder / "groups.npz"))
         for batch in range(groups.batches):
-            finish_batch(self._load_lines, groups, batch, self.read, self.shape, _VOXEL, cfg=self.cfg)
+            members = groups.list_members(batch, self._load_links)
+            finish_batch(self._load_lines, members, groups, batch, self.read, self.shape, _VOXEL, cfg=self.cfg)
 
     def trace_whole(self) -> None:
         """Make the trees in one process."""
@@ -218,6 +230,11 @@ class CopiedVolume:
         core = list_super_blocks(self.shape, self.cfg)[number]
         return read_lines(self._path("lines", core))
 
+    def _load_links(self, number: int) -> SuperBlockLinks | None:
+        core = list_super_blocks(self.shape, self.cfg)[number]
+        with np.load(self._path("links", core)) as arrays:
+            return SuperBlockLinks(**arrays) if arrays.files else None
+
     def _path(self, kind: str, box: Box) -> Path:
         return self.folder / f"{kind}_{'_'.join(map(str, box.start))}.npz"
 
@@ -225,6 +242,7 @@ class CopiedVolume:
 _STEPS: dict[str, Callable[[CopiedVolume], None]] = {
     "skeletons": CopiedVolume.make_skeletons,
     "lines": CopiedVolume.trace_super_blocks,
+    "links": CopiedVolume.link_super_blocks,
     "groups": CopiedVolume.group_pieces,
     "trees": CopiedVolume.finish_batches,
     "one process": CopiedVolume.trace_whole,
