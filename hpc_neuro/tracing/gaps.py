@@ -5,10 +5,13 @@ A straight bridge is blind: an end that points at another piece is joined to it,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from hpc_neuro.tracing.centerlines import Centerlines
 from hpc_neuro.tracing.config import TraceConfig
@@ -36,6 +39,10 @@ _HINTED = 0.5
 """Factor on the cost of a bridge where the probability between is almost the lower threshold."""
 _FLANK = 1.0
 """[voxel] How far outside the radius of a centerline a voxel still lies on its flank."""
+_ANGLES = 7
+"""Angles at which the longest bridge is looked at, for the ball that holds all."""
+_ROUNDING = 1e-6
+"""[voxel], [degree] Margin for what rounding may leave out."""
 _ENDS_AT_ONCE = 4096
 """Ends whose surroundings are held in memory together."""
 _ROUNDS = 20
@@ -225,8 +232,44 @@ class _BridgeSearch:
         # The ends of a large volume may have more neighbors than memory holds.
         for begin in range(0, len(ends), _ENDS_AT_ONCE):
             part = slice(begin, begin + _ENDS_AT_ONCE)
-            place, target = surfaces.find_within(self.graph.points[self.ends.voxels[ends[part]]], reach[part])
+            place, target = self._find_targets(ends[part], reach[part], surfaces)
             yield self._select(ends[part][place], target)
+
+    def _find_targets(self, ends: Ints, reach: Floats, surfaces: SurfaceIndex) -> tuple[Ints, Ints]:
+        """[m] places in `ends` [n], and [m] the voxels within their `reach` [n] to which a bridge may be cheap enough.
+
+        A bridge that bends must be shorter, so all of them lie in a ball ahead of the end, which is a fraction of the
+        ball around it.
+        """
+        anchors = self.ends.voxels[ends]
+        points, directions, has_direction = (
+            self.graph.points[anchors], self.ends.directions[ends], self.has_direction[ends]
+        )  # fmt: skip
+        depth = self.graph.thickness[anchors] + 0.5
+        budget = np.minimum(self.cfg.gap, _WORTH * self.pieces.cable[self.end_piece[ends]]) / _HINTED
+
+        def choose_balls(thickest: float) -> tuple[Floats, Floats]:
+            def measure_limit(cosine: float) -> Floats:
+                # The gap is measured between surfaces.
+                return np.minimum(reach + thickest, budget / (3 - 2 * cosine) + depth + thickest)
+
+            # Between two angles a bridge is no longer than at the first, and no farther from the axis than at the
+            # second.
+            cosines = np.cos(np.radians(np.linspace(0, _WIDEST_ANGLE + _ROUNDING, _ANGLES))).tolist()
+            ahead = measure_limit(1.0) / 2
+            squared = ahead**2
+            for wide, narrow in itertools.pairwise(cosines):
+                limit = measure_limit(wide)
+                squared = np.maximum(squared, limit**2 + ahead**2 - 2 * limit * ahead * narrow)
+
+            centers = points + np.where(has_direction, ahead, 0.0)[:, None] * directions
+            # Without a direction a bridge costs as much as one at a right angle.
+            return centers, np.where(has_direction, np.sqrt(squared), measure_limit(0.0)) + _ROUNDING
+
+        place, target, thickest = surfaces.find_in_balls(choose_balls)
+        out = self.graph.points[target] - points[place]
+        is_within = np.vecdot(out, out) <= (reach[place] + thickest) ** 2
+        return place[is_within], target[is_within]
 
     def _select(self, end: Ints, target: Ints) -> _Candidates:
         """The cheapest of the bridges from `end` [n] to `target` [n] for each end and piece, where it is allowed."""
@@ -297,16 +340,47 @@ def _choose_bridges(graph: VoxelGraph, pieces: _Pieces, candidates: _Candidates,
     order = np.lexsort((candidates.targets, candidates.ends, candidates.cost))
     order = order[~is_used[candidates.ends[order]]]
 
-    # Plain lists: single values of numpy's arrays are slow in a loop.
-    ends = candidates.ends[order].tolist()
-    own_piece = pieces.of_component[graph.component[candidates.ends[order]]].tolist()
-    other_piece = pieces.of_component[graph.component[candidates.targets[order]]].tolist()
+    own = pieces.of_component[graph.component[candidates.ends[order]]]
+    other = pieces.of_component[graph.component[candidates.targets[order]]]
 
-    joined = DisjointSets(len(pieces))
-    used: set[int] = set()
-    chosen = []
-    for number, end, own, other in zip(order.tolist(), ends, own_piece, other_piece, strict=True):
-        if end not in used and joined.merge(own, other):
+    # Where no end is used twice, the cheapest candidates without a cycle are a minimum spanning tree of all pieces.
+    spans = _mark_spanning(own, other, len(pieces))
+    is_used_twice = np.bincount(candidates.ends[order[spans]], minlength=len(graph.voxels)) > 1
+    if not is_used_twice.any():
+        return order[spans]
+
+    # Candidates of pieces that are not joined by any have no influence on one another.
+    links = csr_array((np.ones(len(own), dtype=np.int8), (own, other)), shape=(len(pieces),) * 2)
+    group = connected_components(links, directed=False)[1][own]
+    is_slow = np.isin(group, group[is_used_twice[candidates.ends[order]]])
+
+    slow = np.flatnonzero(is_slow)
+    spans[slow] = _mark_chosen(candidates.ends[order[slow]], own[slow], other[slow], len(pieces))
+    return order[spans]
+
+
+def _mark_spanning(own: Ints, other: Ints, pieces: int) -> Bools:
+    """[n] whether each link of two pieces, cheapest first, joins what those before it do not."""
+    # Of several links of the same two pieces only the first can.
+    low, high = np.minimum(own, other), np.maximum(own, other)
+    rank = np.arange(len(own))
+    by_pair = np.lexsort((rank, high, low))
+    first = np.sort(by_pair[mark_first(low[by_pair], high[by_pair])])
+
+    # Scipy takes a weight of 0 for no link, so ranks begin at 1.
+    links = csr_array((first + 1.0, (low[first], high[first])), shape=(pieces, pieces))
+    spans = np.zeros(len(own), dtype=bool)
+    spans[minimum_spanning_tree(links).data.astype(np.int64) - 1] = True
+    return spans
+
+
+def _mark_chosen(ends: Ints, own: Ints, other: Ints, pieces: int) -> Bools:
+    """[n] whether each candidate, cheapest first, joins two pieces without a cycle from an end that is not used."""
+    joined, used = DisjointSets(pieces), set[int]()
+    chosen = np.zeros(len(ends), dtype=bool)
+    # Plain lists: single values of numpy's arrays are slow in a loop.
+    for number, (end, piece, target) in enumerate(zip(ends.tolist(), own.tolist(), other.tolist(), strict=True)):
+        if end not in used and joined.merge(piece, target):
             used.add(end)
-            chosen.append(number)
-    return np.array(chosen, dtype=np.int64)
+            chosen[number] = True
+    return chosen

@@ -143,6 +143,10 @@ class CenterlineGraph:
 
     def label_pieces(self) -> tuple[int, NDArray[np.int32]]:
         """The number of connected pieces, and [K] the piece of each node."""
+        return self._pieces
+
+    @functools.cached_property
+    def _pieces(self) -> tuple[int, NDArray[np.int32]]:
         graph = csr_array((np.ones(len(self.edges)), (self.edges[:, 0], self.edges[:, 1])), shape=(len(self),) * 2)
         count, label = connected_components(graph, directed=False)
         return int(count), label
@@ -172,7 +176,8 @@ class CenterlineIndex:
 
     def __init__(self, graph: VoxelGraph, centerlines: Centerlines) -> None:
         self._graph, self._voxels = graph, np.flatnonzero(centerlines.on_path)
-        self._kdtree = cKDTree(graph.points[self._voxels])
+        is_whole = len(self._voxels) == len(graph.voxels)
+        self._kdtree = graph.kdtree if is_whole else cKDTree(graph.points[self._voxels])
 
     def find_beside(self, positions: Floats, components: Ints, flank: float) -> Ints:
         """[n] the centerline voxel nearest to each of `positions` [n, 3]; -1 where it is too far.

@@ -117,8 +117,10 @@ class CellCache:
             self._cells.move_to_end(index)
             return self._cells[index]
 
-        start = (index[0] * self._cell[0], index[1] * self._cell[1], index[2] * self._cell[2])
-        box = Box.at(start, self._cell).clip(Box.whole(self._shape))
+        (z, y, x), (depth, height, width), (planes, rows, columns) = index, self._cell, self._shape
+        z, y, x = z * depth, y * height, x * width
+        # Built at once: a brain has millions of cells.
+        box = Box((z, y, x), (min(z + depth, planes), min(y + height, rows), min(x + width, columns)))
         # A copy: a view would keep alive all that the reader has read.
         values = self._cells[index] = np.array(self._read(box))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,14 +186,26 @@ class SurfaceIndex:
 
         [m] places in `positions` [n, 3], and [m] voxels; in no order. All pairs that are within reach are among them.
         """
+        places, voxels, _ = self.find_in_balls(lambda thickest: (positions, reach + thickest))
+        return places, voxels
+
+    def find_in_balls(self, choose_balls: Callable[[float], tuple[Floats, Floats]]) -> tuple[Ints, Ints, Floats]:
+        """The pairs of a ball and a voxel in it, in no order.
+
+        `choose_balls` gives the centers [n, 3] and radii [n] in which voxels of a certain thickness, or less, are
+        wanted. Returned are [m] balls, [m] voxels, and [m] the thickness for which each ball was chosen.
+        """
         places, voxels = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        limits = [np.zeros(0)]
         for kdtree, members, thickest in self._classes:
-            balls = kdtree.query_ball_point(positions, reach + thickest, return_sorted=False)
+            centers, radii = choose_balls(thickest)
+            balls = kdtree.query_ball_point(centers, radii, return_sorted=False)
             counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
             index = np.fromiter(itertools.chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
             places.append(np.repeat(np.arange(len(balls)), counts))
             voxels.append(members[index])
-        return np.concatenate(places), np.concatenate(voxels)
+            limits.append(np.full(len(index), thickest))
+        return np.concatenate(places), np.concatenate(voxels), np.concatenate(limits)
 
 
 def merge_block_skeletons(
