@@ -1,9 +1,9 @@
 """Random SIGKILLs of the ranks and the launcher of an inference, until it ends; is the output that of a quiet run?
 
-    python -m tests.faults.kill_infer [--kills 100] [--ranks 4] [--seed 0] [--folder FOLDER]
+    python -m tests.faults.kill_infer [--kills 100] [--ranks 4] [--seed 0] [--folder FOLDER] [--parts]
 
 A tiny student with random weights over two random volumes of 54 blocks in all, which are traced and looked at again in
-a mirror. Each start is killed after a random time (one rank, or mpiexec with all of them), in any stage, until the
+a mirror; with --parts in super-blocks of one block. Each start is killed after a random time (one rank, or mpiexec with all of them), in any stage, until the
 wanted number of kills has struck; then it is left alone. Last line: JSON with the number of kills, of starts, of blocks
 and of parts of the tracing that were done when each struck, whether all files are equal byte for byte (`differs` names
 some that are not), and whether `infer verify` finds nothing.
@@ -45,9 +45,10 @@ def main() -> int:
     ask.add_argument("--seconds", type=float, default=1e9, help="stop killing after this long")
     ask.add_argument("--seed", type=int, default=0, help="of what is killed, and when")
     ask.add_argument("--folder", type=Path, help="for both runs; none: a temporary one, removed when all is well")
+    ask.add_argument("--parts", action="store_true", help="trace in super-blocks of one block")
     args = ask.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="kill_infer_"))
-    facts = drill(folder, args.kills, args.ranks, args.seconds, seed=args.seed)
+    facts = drill(folder, args.kills, args.ranks, args.seconds, seed=args.seed, in_parts=args.parts)
     print(json.dumps(facts))
     if not facts["equal"] or not facts["verified"]:
         print(f"both runs are kept in {folder}", file=sys.stderr)
@@ -64,10 +65,11 @@ def drill(
     seconds: float = 1e9,
     shape: tuple[int, int, int] = _SHAPE,
     seed: int = 0,
+    in_parts: bool = False,
 ) -> dict[str, object]:
     """Kill until `kills` have struck, then finish; compare with one undisturbed run."""
     folder = folder.resolve()
-    keys = _inputs(folder, shape)
+    keys = [*_inputs(folder, shape), *(["trace.super_block=[1,1,1]"] if in_parts else [])]
     quiet, killed, code = folder / "quiet", folder / "killed", snapshot_code(folder / "code")
     subprocess.run(command(quiet, keys, 1), check=True, capture_output=True, cwd=code)
     draw, struck, starts, begun = random.Random(seed), 0, 0, time.monotonic()

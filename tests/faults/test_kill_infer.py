@@ -11,9 +11,10 @@ from tests.faults.kill_infer import drill
 
 @pytest.mark.slow
 @pytest.mark.mpi
-def test_killed_ranks_leave_the_bytes_of_a_quiet_run(tmp_path: Path) -> None:
-    facts = drill(tmp_path, kills=1, ranks=2, shape=(16, 100, 100))
-    assert facts["kills"] == 1
+@pytest.mark.parametrize(("in_parts", "kills"), [(False, 1), (True, 3)])
+def test_killed_ranks_leave_the_bytes_of_a_quiet_run(tmp_path: Path, in_parts: bool, kills: int) -> None:
+    facts = drill(tmp_path, kills, ranks=2, shape=(16, 100, 100), in_parts=in_parts)
+    assert facts["kills"] == kills
     assert facts["equal"]
     assert facts["verified"]
     assert len(list(tmp_path.glob("killed/*.ome.zarr"))) == 2

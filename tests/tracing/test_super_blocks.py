@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from hpc_neuro.core.geometry import Box, Point, Shape
 from hpc_neuro.core.morphology import Tree, concatenate_trees, length, resample_tree
@@ -79,6 +81,90 @@ def trace_in_parts(mask: NDArray[np.float32], cfg: TraceConfig, roots: Sequence[
         ],
         groups,
     ).trees
+
+
+def label_all(lines: Sequence[SuperBlockLines | None], shape: Shape, cfg: TraceConfig) -> dict[tuple[int, int], int]:
+    """Group of each kept piece, from all voxels and bridges at once."""
+    owner, keys = {}, {}
+    for number, part in enumerate(lines):
+        for voxel, piece in zip(part.voxels.tolist(), part.component.tolist(), strict=True) if part else ():
+            keys[tuple(voxel)] = (number, piece)
+    for key in sorted(set(keys.values())):
+        owner[key] = len(owner)
+
+    def connect(pairs: list[tuple[tuple[int, int], tuple[int, int]]]) -> list[int]:
+        rows = np.array([[owner[a], owner[b]] for a, b in pairs], dtype=np.int64).reshape(-1, 2)
+        graph = csr_array((np.ones(len(rows)), (rows[:, 0], rows[:, 1])), shape=(len(owner),) * 2)
+        labels: list[int] = connected_components(graph, directed=False)[1].tolist()
+        return labels
+
+    steps = [step for step in np.ndindex(3, 3, 3) if step > (1, 1, 1)]
+    beside = [
+        (key, keys[other])
+        for (z, y, x), key in keys.items()
+        for dz, dy, dx in steps
+        if (other := (z + dz - 1, y + dy - 1, x + dx - 1)) in keys
+    ]
+    component = connect(beside)
+    count, strong = dict[int, int](), set[int]()
+    for (number, piece), place in owner.items():
+        part = lines[number]
+        assert part is not None
+        count[component[place]] = count.get(component[place], 0) + int(part.count[piece])
+        strong |= {component[place]} if part.strong[piece] else set()
+    kept = {
+        key for key, place in owner.items() if component[place] in strong and count[component[place]] >= cfg.min_voxels
+    }
+
+    bridges = [
+        (keys[tuple(a)], keys[tuple(b)])
+        for part in lines
+        if part is not None
+        for a, b in zip(part.bridge_ends.tolist(), part.bridge_targets.tolist(), strict=True)
+        if tuple(a) in keys and tuple(b) in keys
+    ]
+    group = connect(beside + [(a, b) for a, b in bridges if a in kept and b in kept])
+    return {key: group[owner[key]] for key in kept}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pieces_are_joined_as_from_all_voxels_at_once(seed: int) -> None:
+    """Only the pieces that go on beyond their super-block reach the one rank that joins."""
+    rng, shape, cfg = np.random.default_rng(seed), (32, 64, 256), TraceConfig(block=(32, 32, 32), super_block=(1, 1, 2))
+    mask = np.zeros(shape, dtype=np.float32)
+    for _ in range(14):
+        start = rng.uniform((4, 4, 4), (28, 60, 250))
+        stop = np.clip(start + rng.uniform(-1, 1, 3) * (12, 25, 60), 3, np.array(shape) - 4)
+        paint_points(mask, sample_line(tuple(start), tuple(stop)), 1.5)
+    mask *= rng.choice([0.4, 1.0], p=[0.3, 0.7], size=shape[2] // 16).repeat(16).astype(np.float32)
+
+    skeletons, cores = skeletonize(mask, cfg), list_super_blocks(shape, cfg)
+    lines = [
+        trace_super_block(
+            {box: skeletons[box] for box in list_blocks_of(core, shape, ISO, cfg) if box in skeletons},
+            lambda box: mask[box.slices],
+            shape,
+            core,
+            ISO,
+            cfg=cfg,
+        )
+        for core in cores
+    ]
+    links = [link_super_block(lines.__getitem__, number, cores, shape, ISO, cfg=cfg) for number in range(len(cores))]
+    groups = group_pieces(links.__getitem__, len(cores), cfg=cfg)
+    batch_of = {
+        (owner, piece): batch
+        for batch in range(groups.batches)
+        for owner, pieces in groups.list_members(batch, links.__getitem__).items()
+        for piece in pieces.tolist()
+    }
+
+    expected = label_all(lines, shape, cfg)
+    assert batch_of.keys() == expected.keys()
+    for group in set(expected.values()):
+        assert len({batch_of[key] for key, own in expected.items() if own == group}) == 1
+    inner = sum(len(part.inner) for part in links if part is not None)
+    assert 0 < inner < len(expected)
 
 
 def trace_whole(mask: NDArray[np.float32], cfg: TraceConfig, roots: Sequence[Point] = ()) -> list[Tree]:
