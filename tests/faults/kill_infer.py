@@ -2,11 +2,11 @@
 
     python -m tests.faults.kill_infer [--kills 100] [--ranks 4] [--seed 0] [--folder FOLDER] [--parts]
 
-A tiny student with random weights over two random volumes of 54 blocks in all, which are traced and looked at again in
-a mirror; with --parts in super-blocks of one block. Each start is killed after a random time (one rank, or mpiexec with all of them), in any stage, until the
-wanted number of kills has struck; then it is left alone. Last line: JSON with the number of kills, of starts, of blocks
-and of parts of the tracing that were done when each struck, whether all files are equal byte for byte (`differs` names
-some that are not), and whether `infer verify` finds nothing.
+A tiny student with random weights over two random volumes of 54 blocks in all, which are traced (--parts: in
+super-blocks of one block) and looked at again in a mirror. Each start is killed after a random time (one rank, or
+mpiexec with all of them), in any stage, until the wanted number of kills has struck; then it is left alone. Last line:
+JSON with the number of kills, of starts, of blocks and of parts of the tracing that were done when each struck, whether
+all files are equal byte for byte (`differs` names some that are not), and whether `infer verify` finds nothing.
 """
 
 from __future__ import annotations
