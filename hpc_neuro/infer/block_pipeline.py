@@ -206,9 +206,7 @@ class BlockPipeline:
             self._progress.skip(self._volume.tiling.count_windows(block))
             return None
 
-        # The context belongs to other blocks, which write it.
-        inner = block.write.relative_to(block.read.start).slices
-        return quantize(self._volume.predict(image, self._count_windows)[inner])
+        return quantize(self._volume.tiling.select_own(block, self._volume.predict(image, self._count_windows)))
 
     def _count_windows(self, windows: int) -> None:
         self._progress.advance(windows)
@@ -226,20 +224,20 @@ def read_block(volume: VolumeRun, block: Block) -> tuple[Image | None, EmptyEvid
     """The voxels that the student must see, None where it need not; and why the block is empty, None for others."""
     level, source = volume.empty.level, volume.source
     if level is None:
-        return source.read(block.read), None
+        return source.show(block.read), None
 
     # Most empty blocks are found in the overview without being read.
     if source.overview is not None:
         brightness = source.overview(block.read)
         if brightness > level:
-            return source.read(block.read), None
+            return source.show(block.read), None
 
         # The voxels are needed only where the student is to prove the rule.
         is_proof = is_drawn_as_proof(volume, block)
-        return source.read(block.read) if is_proof else None, EmptyEvidence(brightness, level)
+        return source.show(block.read) if is_proof else None, EmptyEvidence(brightness, level)
 
     # Without an overview a block must be read to see whether it is empty.
-    image = source.read(block.read)
+    image = source.show(block.read)
     brightness = brightest_cell(image, _CELL)
     if brightness > level:
         return image, None

@@ -114,8 +114,8 @@ class InferConfig:
     """[s] An MPI rank that gives no sign of life for so long is lost: the others report it and stop. One step of
     tracing lets none through for about 0.3 s per million voxels of centerlines."""
     any_voxel_size: bool = False
-    """Whether a student may predict images whose voxels are more than twice as small or large as those of its
-    training."""
+    """Whether a student sees every image as it is. Else an image whose voxels are more than 1.5 times as small or large
+    as those of its training is resampled, and one beyond 8 times is refused."""
     trees: bool = True
     """Whether to trace."""
     tree_files: int = Field(default=10_000, ge=0)

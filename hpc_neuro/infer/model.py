@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hpc_neuro.core import distributed, files
-from hpc_neuro.core.geometry import Shape
+from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.task_queue import RetryLimits
 from hpc_neuro.data import ome_zarr
+from hpc_neuro.data.resample import Resampling
 from hpc_neuro.infer.block_pipeline import EmptyRule, VolumeRun
 from hpc_neuro.infer.config import InferConfig
+from hpc_neuro.infer.grid import choose_grid
 from hpc_neuro.infer.tiling import MASK, Tiling
 from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.models import sliding_window
@@ -86,7 +90,7 @@ class Predictor:
         """What the blocks of one volume are made with."""
         return VolumeRun.open(
             source,
-            self.tiling,
+            self.tile(source),
             self.predict,
             self.threshold,
             self.hash_settings(source),
@@ -95,13 +99,23 @@ class Predictor:
             RetryLimits(deaths=self.cfg.deaths),
         )
 
+    def choose_grid(self, shape: Shape, size: VoxelSize, image: str) -> Resampling | None:
+        """The grid that the student sees of an image; None: that of the image. Raises InputError; see `choose_grid`."""
+        return None if self.cfg.any_voxel_size else choose_grid(self.meta, self.cfg.model, shape, size, image)
+
+    def tile(self, source: InputVolume) -> Tiling:
+        """How a volume is cut."""
+        return self.tiling if source.resampling is None else replace(self.tiling, resampling=source.resampling)
+
     def hash_settings(self, source: InputVolume) -> str:
         """Everything that the probability of a volume depends on, hashed."""
-        tiling, cfg = self.tiling, self.cfg
+        tiling, cfg = self.tile(source), self.cfg
         facts = [self.digest, source.digest, tiling.window, tiling.overlap, tiling.write, tiling.chunk, self.threshold]
 
         # Which blocks are skipped depends on these.
         facts += [cfg.empty_level, [item.overview for item in cfg.inputs]]
+        if source.resampling is not None:
+            facts.append(source.resampling.factor)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @functools.cached_property
@@ -148,27 +162,30 @@ def predict_black(student: nn.Module, window: Shape, device: torch.device) -> fl
 
 def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[InputVolume], ranks: int = 1) -> list[str]:
     """What there is to do, timed by one window. Raises InputError when the disk is too small."""
-    tiling = predictor.tiling
+    tilings = [predictor.tile(volume) for volume in volumes]
     voxels = sum(int(np.prod(volume.shape, dtype=np.int64)) for volume in volumes)
 
     # A disk that is too small is reported before hours of computing.
     files.require_space(cfg.out, 2 * voxels, "the probability and the mask (uncompressed)")
 
-    blocks = [tiling.take_share(tiling.list_blocks(volume.shape), volume.share) for volume in volumes]
+    pairs = list(zip(volumes, tilings, strict=True))
+    blocks = [tiling.take_share(tiling.list_blocks(volume.shape), volume.share) for volume, tiling in pairs]
     block_count = sum(map(len, blocks))
-    windows = sum(tiling.count_windows(block) for own in blocks for block in own)
+    windows = sum(predictor.tiling.count_windows(block) for own in blocks for block in own)
 
-    levels = [level for v in volumes for level in ome_zarr.plan_shards(v.shape, v.voxel_size, tiling.write, MASK)]
+    levels = [level for v, tiling in pairs for level in ome_zarr.plan_shards(v.shape, v.voxel_size, tiling.write, MASK)]
     pyramid_shards = sum(map(len, levels))
 
     # The first blocks of a volume include one of the largest.
-    flip_blocks = [b for v in volumes if cfg.flips and v.share is None for b in tiling.list_flip_blocks(v.shape)]
+    flip_blocks = [b for v, tiling in pairs if cfg.flips and v.share is None for b in tiling.list_flip_blocks(v.shape)]
     voxels_in_memory = max((block.read.size for own in [*blocks, flip_blocks] for block in own[:8]), default=0)
 
     # One window is timed, because its cost differs widely between devices and students.
     seconds = predictor.time_window()
     count, ranks_text = files.format_count, files.format_count(ranks, "rank")
 
+    # The blocks of a resampled volume may be smaller.
+    tiling = max(tilings, key=lambda t: math.prod(t.write), default=predictor.tiling)
     lines = [
         f"student of {sum(p.numel() for p in predictor.student.parameters()) / 1e6:.1f} M parameters on "
         f"{predictor.device}, threshold {predictor.threshold:.2f}",

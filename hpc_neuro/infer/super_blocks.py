@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hpc_neuro.core import files, morphology, stop_signals
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.infer.trees import Floats, VolumeTrees, log_contacts, open_probability, save_arrays
+from hpc_neuro.infer.trees import Floats, VolumeTrees, log_contacts, save_arrays
 from hpc_neuro.tracing.super_blocks import (
     PieceGroups,
     SuperBlockLines,
@@ -44,19 +44,19 @@ def list_super_blocks_to_trace(trees: VolumeTrees) -> list[Box]:
 
 def trace_lines(trees: VolumeTrees, core: Box) -> None:
     """Trace one super-block and keep its lines. InputError for a root off all foreground."""
-    source, cfg = trees.volume.source, trees.cfg.trace
-    blocks = list_blocks_of(core, source.shape, source.voxel_size, cfg)
+    grid, cfg = trees.open_grid(), trees.cfg.trace
+    blocks = list_blocks_of(core, grid.shape, grid.voxel_size, cfg)
     skeletons = {box: skeleton for box in blocks if (skeleton := trees.load_skeleton(box)) is not None}
 
     lines = trace_super_block(
         skeletons,
-        open_probability(trees.volume.folder),
-        source.shape,
+        grid.read_probability,
+        grid.shape,
         core,
-        source.voxel_size,
-        roots=source.roots,
+        grid.voxel_size,
+        roots=grid.roots,
         cfg=cfg,
-        image=stop_signals.stop_on_request(source.read),
+        image=grid.read_image,
     )
     save_arrays(_lines_path(trees, core), lines)
 
@@ -75,21 +75,21 @@ def list_super_blocks_to_link(trees: VolumeTrees) -> list[int]:
 
 def link(trees: VolumeTrees, number: int) -> None:
     """Find what joins the pieces of one super-block to those of its neighbors, and keep it."""
-    source, cores = trees.volume.source, _list_cores(trees)
+    grid, cores = trees.open_grid(), _list_cores(trees)
 
     def load(number: int) -> SuperBlockLines | None:
         stop_signals.check()
         return read_lines(_lines_path(trees, cores[number]))
 
-    roots, cfg = source.roots, trees.cfg.trace
-    links = link_super_block(load, number, cores, source.shape, source.voxel_size, roots=roots, cfg=cfg)
+    roots, cfg = grid.roots, trees.cfg.trace
+    links = link_super_block(load, number, cores, grid.shape, grid.voxel_size, roots=roots, cfg=cfg)
     save_arrays(_links_path(trees, cores[number]), links)
 
 
 def group(trees: VolumeTrees) -> None:
     """Join the pieces of all super-blocks. InputError for two roots at one place."""
     load, count = _make_links_reader(trees), len(_list_cores(trees))
-    groups = group_pieces(load, count, roots=trees.volume.source.roots, cfg=trees.cfg.trace)
+    groups = group_pieces(load, count, roots=trees.open_grid().roots, cfg=trees.cfg.trace)
     save_arrays(_groups_path(trees), groups)
 
 
@@ -103,19 +103,20 @@ def list_batches_to_finish(trees: VolumeTrees) -> list[int]:
 
 def finish(trees: VolumeTrees, batch: int) -> None:
     """Make the trees of a batch of pieces and keep them."""
-    source, cores, groups = trees.volume.source, _list_cores(trees), _load_groups(trees)
+    source, grid, cores, groups = trees.volume.source, trees.open_grid(), _list_cores(trees), _load_groups(trees)
     traced = finish_batch(
         lambda number: read_lines(_lines_path(trees, cores[number])),
         groups.list_members(batch, _make_links_reader(trees)),
         groups,
         batch,
-        open_probability(trees.volume.folder),
-        source.shape,
-        source.voxel_size,
-        roots=source.roots,
+        grid.read_probability,
+        grid.shape,
+        grid.voxel_size,
+        roots=grid.roots,
         cfg=trees.cfg.trace,
-        image=stop_signals.stop_on_request(source.read),
+        image=grid.read_image,
     )
+    traced = trees.move_back(traced)
 
     # The trees come last: with them the batch counts as finished.
     log_contacts(source.id, traced.contacts)
@@ -171,7 +172,7 @@ def _is_in_parts(trees: VolumeTrees) -> bool:
 
 
 def _list_cores(trees: VolumeTrees) -> list[Box]:
-    return list_super_blocks(trees.volume.source.shape, trees.cfg.trace)
+    return list_super_blocks(trees.traced_shape, trees.cfg.trace)
 
 
 def read_lines(path: Path) -> SuperBlockLines | None:

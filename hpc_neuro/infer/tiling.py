@@ -2,6 +2,9 @@
 
 The windows lie on one lattice over the whole volume (see models.sliding_window), and a block is read with the context
 of every window that touches it, so the blocks' borders do not show: the result is that of the whole volume at once.
+
+A student that needs other voxels than those of the image sees another grid (see data.resample). Blocks are then written
+on the grid of the image and read on that of the student, where the lattice of windows lies.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core.geometry import Block, Shape, tile_volume
+from hpc_neuro.core.geometry import Block, Box, Shape, tile_volume
+from hpc_neuro.data.resample import Resampling
 from hpc_neuro.models import sliding_window
 
 MASK = "mask"
@@ -33,6 +37,8 @@ class Tiling:
     block: Shape
     """As configured; `write` is what is used."""
     chunk: Shape
+    resampling: Resampling | None = None
+    """The grid that the student sees; None: that of the image."""
 
     @property
     def step(self) -> Shape:
@@ -41,7 +47,14 @@ class Tiling:
 
     @property
     def write(self) -> Shape:
-        """The block rounded up to whole window steps and whole chunks."""
+        """The block rounded up to whole window steps and whole chunks; on a resampled image to whole chunks."""
+        if self.resampling is not None:
+            # Where the student sees more voxels than the image has, smaller blocks keep the memory bounded.
+            shares = [min(factor, 1.0) for factor in self.resampling.factor]
+            sizes = zip(self.block, shares, self.chunk, strict=True)
+            z, y, x = (math.ceil(size * share / chunk) * chunk for size, share, chunk in sizes)
+            return z, y, x
+
         # Blocks of whole steps share one lattice of windows, and a shard holds whole chunks.
         units = [math.lcm(step, chunk) for step, chunk in zip(self.step, self.chunk, strict=True)]
         z, y, x = (math.ceil(size / unit) * unit for size, unit in zip(self.block, units, strict=True))
@@ -53,8 +66,32 @@ class Tiling:
         return sliding_window.halo(self.window, self.overlap, self.patch)
 
     def list_blocks(self, shape: Shape) -> list[Block]:
-        """The blocks of a volume."""
-        return list(tile_volume(shape, self.write, self.halo))
+        """The blocks of a volume; `read` of a block of a resampled image is on the student's grid."""
+        if self.resampling is None:
+            return list(tile_volume(shape, self.write, self.halo))
+        blocks = tile_volume(shape, self.write)
+        return [Block(block.index, block.write, self._find_read_box(block.write, self.resampling)) for block in blocks]
+
+    def _find_read_box(self, write: Box, resampling: Resampling) -> Box:
+        """All that the windows see which touch a box of the image, on the student's grid."""
+        box, step = resampling.find_new_box(write), self.step
+
+        # A box of whole steps lies on the lattice of windows.
+        start = tuple(a // s * s for a, s in zip(box.start, step, strict=True))
+        stop = tuple(-(-b // s) * s for b, s in zip(box.stop, step, strict=True))
+        around = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2])).grow(self.halo)
+        return around.clip(Box.whole(resampling.new_shape))
+
+    def select_own(self, block: Block, probability: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The probability of what a block writes, from that of what it reads."""
+        if self.resampling is None:
+            # The context belongs to other blocks, which write it.
+            return probability[block.write.relative_to(block.read.start).slices]
+
+        def read(box: Box) -> NDArray[np.float32]:
+            return probability[box.relative_to(block.read.start).slices]
+
+        return self.resampling.read_back(read)(block.write)
 
     def list_flip_blocks(self, shape: Shape) -> list[Block]:
         """The blocks for flipped views (flip_tta.py), read a step farther: there a place also depends on the voxels

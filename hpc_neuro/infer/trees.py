@@ -16,7 +16,7 @@ import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core import files, morphology, run_folder, schema, stop_signals
-from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import ome_zarr, swc
@@ -47,6 +47,20 @@ log = logging.getLogger(__name__)
 PredictionEntry = dict[str, Any]
 """What predictions.json says of one volume."""
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TraceGrid:
+    """What is traced: the probability of a volume on the grid that the student sees."""
+
+    shape: Shape
+    voxel_size: VoxelSize
+    roots: tuple[Point, ...]
+    """[voxel of the grid] z y x."""
+    read_image: Callable[[Box], NDArray[np.float32]]
+    """Normalized voxels of a box of the grid. Raises Stopped on a request to stop, as the next one does."""
+    read_probability: Callable[[Box], NDArray[np.uint8]]
+    """Probability in a box of the grid, 255 is 1."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +94,45 @@ class VolumeTrees:
         # A file that is missing is written again, with all others.
         return record.entry if record.key == self.key and _has_all(self.cfg.out, record.files) else None
 
+    @property
+    def traced_shape(self) -> Shape:
+        """[voxel] Of the grid that is traced."""
+        source = self.volume.source
+        return source.shape if source.resampling is None else source.resampling.new_shape
+
+    def open_grid(self) -> TraceGrid:
+        """What is traced. Where neurites have the width that the student knows, the tracer finds them best, too."""
+        source, probability = self.volume.source, open_probability(self.volume.folder)
+        # Besides the probability, tracing may read the image for long.
+        image, grid = stop_signals.stop_on_request(source.show), source.resampling
+        if grid is None:
+            return TraceGrid(source.shape, source.voxel_size, source.roots, image, probability)
+
+        read = grid.read_new(probability)
+        return TraceGrid(
+            grid.new_shape,
+            grid.new_voxel_size,
+            tuple(grid.move_root(root) for root in source.roots),
+            image,
+            lambda box: np.rint(read(box)).astype(np.uint8),
+        )
+
+    def move_back(self, traced: TracedVolume) -> TracedVolume:
+        """Trees and contacts in voxels of the grid that is traced -> the same in voxels of the volume."""
+        grid = self.volume.source.resampling
+        if grid is None:
+            return traced
+        contacts = []
+        for contact in traced.contacts:
+            z, y, x = grid.move_back(np.asarray([contact.position]))[0].tolist()
+            contacts.append(replace(contact, position=(z, y, x)))
+        return TracedVolume([grid.move_tree_back(tree) for tree in traced.trees], contacts)
+
     def list_blocks_to_skeletonize(self) -> list[Box]:
         """The blocks whose skeleton is missing before the volume can be traced; a block without a shard has none."""
         if not self.needs_tracing():
             return []
-        boxes = list_trace_blocks(self.volume.source.shape, self.cfg.trace)
+        boxes = list_trace_blocks(self.traced_shape, self.cfg.trace)
 
         # One listing of each folder: a look at each file of a brain takes an hour.
         names = {path.name for path in self.scratch.iterdir()} if self.scratch.is_dir() else set()
@@ -97,7 +145,7 @@ class VolumeTrees:
 
     def _mark_blocks_with_shards(self, boxes: Sequence[Box]) -> NDArray[np.bool_]:
         """[n] whether any shard has a file in what is read for each of the trace blocks of the volume."""
-        source, cfg = self.volume.source, self.cfg.trace
+        grid, source = self.open_grid(), self.volume.source
         written = ome_zarr.list_shards(self.volume.folder)
         shard = np.array(self.volume.tiling.write)
 
@@ -105,7 +153,10 @@ class VolumeTrees:
         ranges = []
         for axis in range(3):
             own = {box.start[axis]: box for box in boxes}
-            halos = [add_halo(own[start], source.shape, source.voxel_size, cfg) for start in sorted(own)]
+            halos = [add_halo(own[start], grid.shape, grid.voxel_size, self.cfg.trace) for start in sorted(own)]
+            # Shards lie on the grid of the volume.
+            if source.resampling is not None:
+                halos = [source.resampling.find_image_box(halo) for halo in halos]
             firsts = [halo.start[axis] // int(shard[axis]) for halo in halos]
             stops = [-(-halo.stop[axis] // int(shard[axis])) for halo in halos]
             ranges.append(np.array([firsts, stops]))
@@ -122,9 +173,8 @@ class VolumeTrees:
 
     def skeletonize(self, box: Box) -> None:
         """Skeletonize one block and keep the result until the volume is traced."""
-        source = self.volume.source
-        read = open_probability(self.volume.folder)
-        skeleton = skeletonize_block(read, source.shape, box, source.voxel_size, self.cfg.trace)
+        grid = self.open_grid()
+        skeleton = skeletonize_block(grid.read_probability, grid.shape, box, grid.voxel_size, self.cfg.trace)
         if skeleton is not None:
             save_arrays(self._skeleton_path(box), skeleton)
 
@@ -139,18 +189,17 @@ class VolumeTrees:
 
     def trace(self) -> None:
         """Find the trees of the volume and keep them until they are written. InputError for a root off the trees."""
-        source = self.volume.source
+        grid = self.open_grid()
         traced = trace_volume(
             self._load_skeletons(),
-            open_probability(self.volume.folder),
-            source.shape,
-            source.voxel_size,
-            roots=source.roots,
+            grid.read_probability,
+            grid.shape,
+            grid.voxel_size,
+            roots=grid.roots,
             cfg=self.cfg.trace,
-            # Besides the probability, tracing may read the image for long.
-            image=stop_signals.stop_on_request(source.read),
+            image=grid.read_image,
         )
-        self.keep_forest(traced)
+        self.keep_forest(self.move_back(traced))
 
     def keep_forest(self, traced: TracedVolume) -> None:
         """Keep the trees of the volume until they are written."""
@@ -280,7 +329,7 @@ class VolumeTrees:
     def _load_skeletons(self) -> list[BlockSkeleton]:
         """The skeletons of all blocks of the volume, in the blocks' order."""
         # In the order of blocks, not of ending, so that the trees are the same in every run.
-        boxes = list_trace_blocks(self.volume.source.shape, self.cfg.trace)
+        boxes = list_trace_blocks(self.traced_shape, self.cfg.trace)
         return [skeleton for box in boxes if (skeleton := self.load_skeleton(box)) is not None]
 
     def load_skeleton(self, box: Box) -> BlockSkeleton | None:

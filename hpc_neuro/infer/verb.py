@@ -15,19 +15,19 @@ from hpc_neuro.core.geometry import Block
 from hpc_neuro.core.liveness import MpiRankWatch
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.task_queue import Task, plan_tasks, run_tasks
-from hpc_neuro.core.types import Contrast
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.data.predictions import INDEX
 from hpc_neuro.infer import status_page
 from hpc_neuro.infer.block_pipeline import BlockPipeline, VolumeRun
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.done_markers import list_damaged_shards, make_block_task, name_block
+from hpc_neuro.infer.grid import describe_grid
 from hpc_neuro.infer.model import Predictor, describe_run, predict_black
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.trees import PredictionEntry, entry_path
 from hpc_neuro.infer.volume_stages import build_pyramid, trace_volumes
 from hpc_neuro.infer.volumes import InputVolume, UnusableVolume, list_measurements, open_inputs, split_usable
-from hpc_neuro.models.student_folder import find_student, require_voxel_size
+from hpc_neuro.models.student_folder import find_student
 
 log = logging.getLogger(__name__)
 _RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "swc")
@@ -39,9 +39,11 @@ _MAY_CHANGE = ("page", "deaths", "batch", "silence", "flips", "trees", "trace")
 def forecast(cfg: InferConfig) -> list[str]:
     """Check the weights, the volumes and the space; how much there is to do, timed by one window."""
     predictor = Predictor(cfg)
-    sources, failures = _require_usable(cfg, open_inputs(cfg, contrast=predictor.contrast))
-    _require_voxel_sizes(cfg, predictor, sources)
-    return [*describe_run(cfg, predictor, sources), *(f"left out: {line}" for line in failures)]
+    volumes = open_inputs(cfg, contrast=predictor.contrast, choose_grid=predictor.choose_grid)
+    sources, failures = _require_usable(cfg, volumes)
+    _require_no_flips(cfg, sources)
+    resampled = [line for source in sources if (line := _describe_resampling(source))]
+    return [*resampled, *describe_run(cfg, predictor, sources), *(f"left out: {line}" for line in failures)]
 
 
 def run(cfg: InferConfig) -> int:
@@ -60,8 +62,8 @@ def run(cfg: InferConfig) -> int:
 
     # Where a step fails on one rank all must end, or the others would wait for it for ever.
     predictor = ranks.run(lambda: Predictor(cfg))
-    sources, unusable = _require_usable(cfg, _open_on_all_ranks(cfg, predictor.contrast, ranks))
-    _require_voxel_sizes(cfg, predictor, sources)
+    sources, unusable = _require_usable(cfg, _open_on_all_ranks(cfg, predictor, ranks))
+    _require_no_flips(cfg, sources)
     folder = run_folder.share_folder(cfg.out, cfg.share)
 
     with contextlib.ExitStack() as stack:
@@ -87,7 +89,9 @@ def _predict_and_trace(
 
     # A share may be empty.
     if sources:
-        ranks.run_on_main(lambda: log.info("\n".join(describe_run(cfg, predictor, sources, ranks.size))))
+        resampled = [line for source in sources if (line := _describe_resampling(source))]
+        lines = ranks.run_on_main(lambda: [*resampled, *describe_run(cfg, predictor, sources, ranks.size)])
+        log.info("%s", "\n".join(lines))
 
     # Other shares may be writing, so what killed writers left of them is removed when they are gathered.
     if cfg.share is None:
@@ -158,17 +162,27 @@ def _require_usable(
     return sources, unusable
 
 
-def _require_voxel_sizes(cfg: InferConfig, predictor: Predictor, sources: list[InputVolume]) -> None:
-    """InputError where a volume has other voxels than the student's training had."""
-    for source in sources if not cfg.any_voxel_size else ():
-        require_voxel_size(predictor.meta, cfg.model, source.voxel_size, source.image)
+def _require_no_flips(cfg: InferConfig, sources: list[InputVolume]) -> None:
+    """ConfigError where mirrored views are asked for of a volume that is resampled."""
+    for source in sources if cfg.flips else ():
+        if source.resampling is not None:
+            raise ConfigError(
+                f"flips: mirrored views are predicted on the grid of the image, and {source.image} is resampled for "
+                f"{cfg.model}; leave flips out, or give any_voxel_size=true"
+            )
 
 
-def _open_on_all_ranks(cfg: InferConfig, contrast: Contrast, ranks: Ranks) -> list[InputVolume | UnusableVolume]:
+def _describe_resampling(source: InputVolume) -> str:
+    """A line on a volume that is resampled; "" for others."""
+    return "" if source.resampling is None else f"{source.id}: {describe_grid(source.resampling)}"
+
+
+def _open_on_all_ranks(cfg: InferConfig, predictor: Predictor, ranks: Ranks) -> list[InputVolume | UnusableVolume]:
     """The volumes; only the first rank reads whole files to measure them."""
-    volumes = ranks.run(lambda: list(open_inputs(cfg, contrast=contrast)) if ranks.is_main else [])
+    contrast, grid = predictor.contrast, predictor.choose_grid
+    volumes = ranks.run(lambda: list(open_inputs(cfg, None, contrast, grid)) if ranks.is_main else [])
     measurements = ranks.run_on_main(lambda: list_measurements(volumes))
-    return ranks.run(lambda: volumes if ranks.is_main else list(open_inputs(cfg, measurements, contrast)))
+    return ranks.run(lambda: volumes if ranks.is_main else list(open_inputs(cfg, measurements, contrast, grid)))
 
 
 def _start_record(
@@ -198,7 +212,7 @@ def _has_all_shards(out: Path, predictor: Predictor, sources: list[InputVolume])
     for source in sources:
         markers = out / "blocks" / source.id
         names = {path.name for path in markers.glob("*.json")}
-        blocks = predictor.tiling.list_blocks(source.shape)
+        blocks = predictor.tile(source).list_blocks(source.shape)
         if not names.issuperset(f"{name_block(block.index)}.json" for block in blocks):
             return False
         if list_damaged_shards(markers, out / f"{source.id}.ome.zarr"):

@@ -20,10 +20,13 @@ from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.formats import Volume, describe_content, open_volume
 from hpc_neuro.data.intensity import compute_intensity_range, limit_brightness, normalize
 from hpc_neuro.data.remote_path import parse_path
+from hpc_neuro.data.resample import Resampling
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
 
 T = TypeVar("T")
+ChooseGrid = Callable[[Shape, VoxelSize, str], Resampling | None]
+"""Shape, voxel size (um) and name of an image -> the grid that the student sees; None: that of the image."""
 ShareOf = tuple[int, int]
 """(i, n): the i-th of n shares."""
 _RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "shares", "strands", "swc")
@@ -45,6 +48,10 @@ class InputVolume:
     """Hash of what the result depends on."""
     read: Callable[[Box], NDArray[np.float32]]
     """Normalized voxels of a box inside the volume, float32 [Z, Y, X]."""
+    resampling: Resampling | None = None
+    """The grid that the student sees; None: that of the volume."""
+    read_resampled: Callable[[Box], NDArray[np.float32]] | None = None
+    """Normalized voxels of a box of that grid."""
     file: Path | None = None
     """The image file, when it is a file that is in no store."""
     content: str = ""
@@ -55,6 +62,10 @@ class InputVolume:
     """Brightest normalized voxel of a coarser level inside a box (of this level's voxels)."""
     range: tuple[float, float] = (0.0, 1.0)
     """The brightness that becomes 0 and 1."""
+
+    def show(self, box: Box) -> NDArray[np.float32]:
+        """Normalized voxels of a box of the student's grid, float32 [Z, Y, X]."""
+        return self.read(box) if self.read_resampled is None else self.read_resampled(box)
 
     def find_change(self) -> str:
         """A sentence when the image is not the one that was hashed before it was read; "" when it is."""
@@ -89,18 +100,21 @@ def open_inputs(
     cfg: InferConfig,
     measurements: Mapping[str, Measurement | UnusableVolume] | None = None,
     contrast: Contrast = "range",
+    choose_grid: ChooseGrid | None = None,
 ) -> Iterator[InputVolume | UnusableVolume]:
     """All volumes of this share, opened lazily. Raises InputError for what cannot be opened or has no voxel size.
 
-    `measurements` by id spare the reading of whole files. `contrast`: that of the student's training.
+    `measurements` by id spare the reading of whole files. `contrast`: that of the student's training. `choose_grid`:
+    the grid that the student sees of a volume; None: always that of the volume.
     """
+    choose_grid = choose_grid or _keep_grid
     if cfg.store is not None:
-        yield from _open_store(cfg.store, cfg, contrast)
+        yield from _open_store(cfg.store, cfg, contrast, choose_grid)
 
     # A mistake is reported before whole images are read.
     _require_separate_results(cfg)
     for item, share in _divide(cfg.inputs, cfg.share):
-        yield _open_file(item, share, (measurements or {}).get(item.name), contrast)
+        yield _open_file(item, share, (measurements or {}).get(item.name), contrast, choose_grid)
 
 
 def split_usable(volumes: Iterable[InputVolume | UnusableVolume]) -> tuple[list[InputVolume], list[str]]:
@@ -126,7 +140,11 @@ def open_image(item: VolumeConfig, dataset: str | None) -> Volume:
     return open_volume(item.image, channel=item.channel, axes=item.axes, dataset=dataset)
 
 
-def _open_store(path: Path, cfg: InferConfig, contrast: Contrast) -> Iterator[InputVolume]:
+def _keep_grid(shape: Shape, voxel_size: VoxelSize, image: str) -> None:
+    """The student sees every volume on its own grid."""
+
+
+def _open_store(path: Path, cfg: InferConfig, contrast: Contrast, choose_grid: ChooseGrid) -> Iterator[InputVolume]:
     store = Store(path)
     names = store.split(cfg.split)
     if not names:
@@ -140,6 +158,7 @@ def _open_store(path: Path, cfg: InferConfig, contrast: Contrast) -> Iterator[In
                 f"{path}: {name} was prepared with contrast={volume.contrast}, and the student was trained with "
                 f"{contrast}; prepare the store again in another folder, with contrast={contrast}"
             )
+        grid = choose_grid(volume.shape, volume.voxel_size, f"{path}:{name}")
         yield InputVolume(
             id=name,
             image=f"{path}:{name}",
@@ -148,6 +167,9 @@ def _open_store(path: Path, cfg: InferConfig, contrast: Contrast) -> Iterator[In
             roots=() if volume.root is None else (volume.root,),
             digest=volume.digest,
             read=volume.normalized_image,
+            resampling=grid,
+            # The store holds the contrast that was chosen for it, so that is what is resampled.
+            read_resampled=None if grid is None else grid.read_new(volume.normalized_image),
             share=share,
         )
 
@@ -185,7 +207,11 @@ def _divide(items: tuple[T, ...], share: ShareOf | None) -> Iterator[tuple[T, Sh
 
 
 def _open_file(
-    item: VolumeConfig, share: ShareOf | None, measurement: Measurement | UnusableVolume | None, contrast: Contrast
+    item: VolumeConfig,
+    share: ShareOf | None,
+    measurement: Measurement | UnusableVolume | None,
+    contrast: Contrast,
+    choose_grid: ChooseGrid,
 ) -> InputVolume | UnusableVolume:
     volume = open_image(item, item.dataset)
     voxel_size = item.voxel_size or volume.voxel_size
@@ -199,6 +225,8 @@ def _open_file(
     roots = item.roots if item.root is None else (item.root,)
     for root in roots:
         require_inside(root, volume.shape, item.image)
+
+    grid = choose_grid(volume.shape, voxel_size, str(item.image))
 
     # Measuring reads every voxel, so no second rank does it.
     measurement = measurement or _measure(item, volume)
@@ -219,21 +247,31 @@ def _open_file(
         roots=roots,
         digest=hashlib.sha256(facts.encode()).hexdigest(),
         read=_make_reader(item, volume, (low, high), contrast),
+        resampling=grid,
+        read_resampled=None if grid is None else _make_reader(item, volume, (low, high), contrast, grid),
         file=item.image if item.image.is_file() else None,
         content=measurement.content,
         share=share,
-        overview=None if item.overview is None else _open_overview(item, volume, low, high),
+        # A coarser level is compared on the grid of the image.
+        overview=None if item.overview is None or grid is not None else _open_overview(item, volume, low, high),
         range=(low, high),
     )
 
 
 def _make_reader(
-    item: VolumeConfig, volume: Volume, limits: tuple[float, float], contrast: Contrast
+    item: VolumeConfig,
+    volume: Volume,
+    limits: tuple[float, float],
+    contrast: Contrast,
+    grid: Resampling | None = None,
 ) -> Callable[[Box], NDArray[np.float32]]:
-    """Reads what the student sees of a box."""
+    """Reads what the student sees of a box of the image, or of another grid."""
+    read, shape = volume.__getitem__, volume.shape
+    if grid is not None:
+        read, shape = grid.read_new(read), grid.new_shape
     if contrast == "range":
-        return lambda box: normalize(volume[box], *limits)
-    return measure_foreground(limit_brightness(volume.__getitem__, item.range), volume.shape).local_contrast
+        return lambda box: normalize(read(box), *limits)
+    return measure_foreground(limit_brightness(read, item.range), shape).local_contrast
 
 
 def _measure(item: VolumeConfig, volume: Volume) -> Measurement | UnusableVolume:

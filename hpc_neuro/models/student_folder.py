@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from hpc_neuro.core import run_folder
-from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.core.geometry import Point, VoxelSize
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.types import Contrast
 
@@ -15,8 +15,10 @@ BUNDLED = "bundled"
 """Name of the student that ships in the package."""
 STUDENT_FILES = ("student.yaml", "model.safetensors")
 """Files of a folder of weights."""
-_MOST_ZOOM = 2.0
-"""An image may have voxels so many times as small or as large as those of a student's training."""
+_SAME_ZOOM = 1.5
+"""Voxels up to so many times as small or large as those of a student's training are taken as they are."""
+_MOST_ZOOM = 8.0
+"""Voxels up to so many times as small or large as those of a student's training are resampled."""
 _ASSET = Path(__file__).parent.parent / "assets" / "student"
 
 
@@ -52,22 +54,44 @@ def read_contrast(extra: Mapping[str, Any]) -> Contrast:
     return contrast
 
 
-def require_voxel_size(extra: Mapping[str, Any], model: Path, size: VoxelSize | None, image: str) -> None:
-    """Raise InputError where the voxels of an image differ much from those of a student's training.
+def fit_voxel_size(extra: Mapping[str, Any], model: Path, size: VoxelSize | None, image: str) -> Point | None:
+    """Sides, in voxels of an image, of voxels like those of a student's training, z y x; None where the image fits.
 
-    extra: of its student.yaml; the bundled student, which was trained on neurites of many widths, has no voxel size.
-    size: [um] z y x; None where it is unknown, which is accepted.
+    extra: of the student's student.yaml; without the voxel sizes of a training (the bundled student learned neurites of
+    many widths) there is nothing to fit. size: [um] z y x; None where it is unknown, and nothing is resampled.
+    Raises InputError for voxels more than `_MOST_ZOOM` times as small or large as those of the training.
     """
     sizes = extra.get("voxel_sizes")
     if sizes is None or size is None:
-        return
-    least, most = sizes
-    fits = all(a / _MOST_ZOOM <= side <= b * _MOST_ZOOM for side, a, b in zip(size, least, most, strict=True))
-    if not fits:
-        trained = " to ".join(" x ".join(f"{side:.4g}" for side in sides) for sides in dict.fromkeys(map(tuple, sizes)))
-        raise InputError(
-            f"{image} has voxels of {' x '.join(f'{side:.4g}' for side in size)} um (z y x), and {model} was trained "
-            f"on voxels of {trained} um, at most {_MOST_ZOOM:g} times as small or large are expected: neurites would "
-            "be too wide or too thin for it. Resample the image, correct a wrong voxel_size=z,y,x, or give "
-            "any_voxel_size=true"
-        )
+        return None
+
+    factor = [_choose_factor(side, least, most) for side, least, most in zip(size, *sizes, strict=True)]
+    if all(1 / _MOST_ZOOM <= f <= _MOST_ZOOM for f in factor):
+        z, y, x = factor
+        return None if z == y == x == 1 else (z, y, x)
+
+    raise InputError(
+        f"{image} has voxels of {format_sides(size)} um (z y x), and {model} was trained on voxels of "
+        f"{format_trained(extra)} um. Voxels up to {_MOST_ZOOM:g} times as small or large are resampled. "
+        f"Beyond that an image shows other things: larger voxels hold whole neurites, and in smaller ones a "
+        "neurite is wider than all that the student sees at once. Correct a wrong voxel_size=z,y,x, give a student "
+        "that was trained on such voxels, or have the image predicted as it is with any_voxel_size=true"
+    )
+
+
+def _choose_factor(side: float, least: float, most: float) -> float:
+    """Sides of a voxel that fits a training with voxels from `least` to `most`, along one axis, in voxels of the image;
+    1 where the image fits."""
+    if least / _SAME_ZOOM <= side <= most * _SAME_ZOOM:
+        return 1.0
+    return min(max(side, least), most) / side
+
+
+def format_sides(sides: Sequence[float]) -> str:
+    """Three lengths, such as 1 x 0.33 x 0.33."""
+    return " x ".join(f"{side:.4g}" for side in sides)
+
+
+def format_trained(extra: Mapping[str, Any]) -> str:
+    """The voxel sizes of a student's training, in words without the unit; "" where they are not recorded."""
+    return " to ".join(format_sides(sides) for sides in dict.fromkeys(map(tuple, extra.get("voxel_sizes", ()))))

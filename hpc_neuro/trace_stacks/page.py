@@ -13,7 +13,6 @@ from hpc_neuro.core.constants import TREE_COLORS
 from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.foreground import Foreground
-from hpc_neuro.data.formats import Volume
 from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.report import figures, html
 
@@ -34,15 +33,17 @@ _DIM = 0.55
 
 
 def draw_overlay(
-    volume: Volume,
     foreground: Foreground,
     probability: ReadBox | None,
     trees: Sequence[Tree],
     voxel_size: VoxelSize | None,
 ) -> bytes:
-    """A PNG: the maximum projections of a stack, what the student found if there is one, and the trees."""
-    size = voxel_size or (1.0, 1.0, 1.0)
-    projections = _normalize(figures.project_maxima(foreground.read_image, volume.shape))
+    """A PNG: the maximum projections of a stack, what the student found if there is one, and the trees.
+
+    All on the grid of `foreground`, whose voxels are of `voxel_size` (um, z y x; None where it is unknown).
+    """
+    size, shape = voxel_size or (1.0, 1.0, 1.0), foreground.shape
+    projections = _normalize(figures.project_maxima(foreground.read_image, shape))
 
     lines = [
         figures.TreeLines(
@@ -56,13 +57,13 @@ def draw_overlay(
     root = tuple(geometry.to_um(trees[0].points[:1], size)[0].tolist()) if trees else None
     panels = [figures.Panel("image", projections)]
     if probability is not None:
-        levels = figures.project_maxima(probability, volume.shape)
+        levels = figures.project_maxima(probability, shape)
         full = np.float32(255)
         shares = figures.Projections(levels.z / full, levels.y / full, levels.x / full)
         panels.append(figures.Panel("probability", shares))
     panels.append(figures.Panel("traced", projections, lines=lines, brightness=_DIM, root=root))
     unit = "voxels" if voxel_size is None else "\N{MICRO SIGN}m"
-    return figures.draw_panels(panels, volume.shape, size, kind="png", unit=unit)
+    return figures.draw_panels(panels, shape, size, kind="png", unit=unit)
 
 
 def _normalize(projections: figures.Projections) -> figures.Projections:
@@ -146,6 +147,8 @@ def _describe(result: dict[str, Any]) -> str:
     size = result["voxel_size"]
     scale = "unknown voxel size" if size is None else " x ".join(f"{s:.4g}" for s in size) + " \N{MICRO SIGN}m a voxel"
     trees = files.format_count(measured["trees"], "tree")
+    if resampled := result.get("resampled_voxel_size"):
+        scale += f", traced in voxels of {' x '.join(f'{s:.4g}' for s in resampled)} \N{MICRO SIGN}m"
     left_out = files.format_count(measured["left_out_trees"], "shorter piece")
     rest = f", {left_out} left out" if measured["left_out_trees"] else ""
     return (

@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_neuro.core import files, morphology, run_folder, schema, stop_signals
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_FAILURES
-from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, describe_content
 from hpc_neuro.data.intensity import limit_brightness
-from hpc_neuro.models.student_folder import STUDENT_FILES, find_student, require_voxel_size
+from hpc_neuro.data.resample import Resampling
+from hpc_neuro.infer.grid import choose_grid, describe_grid
+from hpc_neuro.models.student_folder import STUDENT_FILES, find_student, format_trained
 from hpc_neuro.trace_stacks import page
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
 from hpc_neuro.trace_stacks.edits import Edits, collect_edits, list_changed_trees, list_edit_files
+from hpc_neuro.trace_stacks.resampled import trace_on_grid
 from hpc_neuro.trace_stacks.sanity import list_warnings, measure_doubt
 from hpc_neuro.trace_stacks.stacks import Stack, choose_voxel_size, list_stacks
-from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
+from hpc_neuro.trace_stacks.tracer import ImageTrace
 
 if TYPE_CHECKING:
     from hpc_neuro.trace_stacks.predictor import StackPredictor
@@ -109,8 +112,7 @@ def _trace_stack(
     size = choose_voxel_size(cfg, volume)
     roots = stack.read_roots(cfg, volume.shape)
     edits = _collect_edits(cfg, stack.id, size)
-    if predictor is not None and not cfg.any_voxel_size:
-        require_voxel_size(predictor.meta, cfg.model, size, str(stack.path))
+    grid = None if predictor is None else _choose_grid(cfg, stack, predictor, volume.shape, size)
     key = _make_key(cfg, stack, weights)
     log.info("%s: %s voxels ...", label, " x ".join(map(str, volume.shape)))
     if size is None:
@@ -120,10 +122,11 @@ def _trace_stack(
             stack.id,
         )
 
-    trace = trace_image(
+    traced = trace_on_grid(
         limit_brightness(volume.__getitem__, cfg.range),
         volume.shape,
         size,
+        grid,
         roots=roots,
         cfg=cfg.trace,
         search_somas=cfg.somas,
@@ -131,6 +134,7 @@ def _trace_stack(
         edits=edits,
         label=label,
     )
+    trace = traced.trace
     warnings = list_warnings(trace.figures, trace.foreground.is_inverted, predictor is not None)
     for warning in warnings:
         log.warning("%s: %s", stack.id, warning)
@@ -145,9 +149,12 @@ def _trace_stack(
     )
     overlay = cfg.out / "overlay" / f"{stack.id}.png"
     with files.atomic(overlay) as part:
-        part.write_bytes(page.draw_overlay(volume, trace.foreground, trace.probability, trace.trees, size))
+        picture = page.draw_overlay(trace.foreground, trace.probability, traced.grid_trees, traced.grid_size)
+        part.write_bytes(picture)
 
     result = _describe(cfg, stack, volume, trace, size, roots, warnings)
+    if grid is not None:
+        result["resampled_voxel_size"] = grid.new_voxel_size
     result["seconds"] = round(time.monotonic() - started_at, 1)
     checksums = {path.relative_to(cfg.out).as_posix(): files.sha256(path) for path in [*paths, overlay]}
     # A later run compares with what was written here.
@@ -164,6 +171,25 @@ def _trace_stack(
         result["seconds"],
     )
     return result
+
+
+def _choose_grid(
+    cfg: TraceStacksConfig, stack: Stack, predictor: StackPredictor, shape: Shape, size: VoxelSize | None
+) -> Resampling | None:
+    """The grid that the student sees of a stack; None: that of the stack. Raises InputError; see `choose_grid`."""
+    if cfg.any_voxel_size:
+        return None
+    if size is None and (trained := format_trained(predictor.meta)):
+        log.warning(
+            "%s: without a voxel size the stack cannot be resampled for the student, which was trained on voxels of %s "
+            "um; it is predicted as it is",
+            stack.id,
+            trained,
+        )
+    grid = choose_grid(predictor.meta, cfg.model, shape, size, str(stack.path))
+    if grid is not None:
+        log.info("%s: %s", stack.id, describe_grid(grid))
+    return grid
 
 
 def _describe(

@@ -37,7 +37,7 @@ def build_bright_student(gain: float = 8.0, level: float = 0.3) -> Student:
     return student
 
 
-def save_bright_student(folder: Path) -> None:
-    """Write its weights with the window and the threshold that the tests of inference use."""
-    extra = {"window": list(WINDOW), "threshold": 0.45}
+def save_bright_student(folder: Path, **more: object) -> None:
+    """Write its weights with the window and the threshold that the tests of inference use; `more`: further notes."""
+    extra = {"window": list(WINDOW), "threshold": 0.45, **more}
     save_student(folder, CONFIG, build_bright_student().state_dict(), extra)

@@ -18,6 +18,7 @@ from hpc_neuro.core.morphology import Tree, concatenate_trees
 from hpc_neuro.data import swc
 from hpc_neuro.data.foreground import Foreground, measure_foreground
 from hpc_neuro.data.intensity import compute_intensity_range, normalize
+from hpc_neuro.data.resample import Resampling
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.config import StudentConfig
@@ -88,8 +89,8 @@ def test_a_student_of_local_contrast_sees_the_foreground(tmp_path: Path) -> None
     np.testing.assert_array_equal(student.predict(foreground, "n") >= 128, np.rint(exact * 255) / 255 >= 0.3)
 
 
-def test_an_image_of_other_voxels_than_those_of_the_training_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_image_of_other_voxels_than_those_of_the_training_is_resampled_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes = [[1.0, 0.3, 0.3], [2.0, 0.4, 0.4]]
     weights = save_brightness_student(tmp_path / "weights", voxel_sizes=sizes)
@@ -97,10 +98,16 @@ def test_an_image_of_other_voxels_than_those_of_the_training_is_refused(
     tifffile.imwrite(stack, take_picture(make_neuron(3)))
     for verb, *keys in (["trace"], ["infer", "page=false", "trees=false", "block=[16,64,64]"]):
         command = [verb, str(stack), f"model={weights}", *keys]
-        for number, size in enumerate(("1,0.3,0.3", "4,0.8,0.8")):
+        for number, size in enumerate(("1,0.3,0.3", "3,0.6,0.6")):
             assert cli.main([*command, f"voxel_size={size}", f"out={tmp_path / verb / str(number)}"]) == EXIT_DONE
+        assert "are resampled" not in caplog.text
+        near = [*command, "voxel_size=1,0.3,0.1", f"out={tmp_path / verb / 'near'}"]
+        assert cli.main(near) == EXIT_DONE
+        assert "voxels of 1 x 0.3 x 0.1 um are resampled to 1 x 0.3 x 0.3 um" in caplog.text
+        caplog.clear()
         capsys.readouterr()
-        for number, size in enumerate(("1,1.5,1.5", "1,0.3,0.1")):
+
+        for number, size in enumerate(("1,4.5,4.5", "1,0.3,0.03")):
             far = [*command, f"voxel_size={size}", f"out={tmp_path / verb / 'far' / str(number)}"]
             assert cli.main(far) == EXIT_BAD_INPUT
             message = capsys.readouterr().err
@@ -110,6 +117,52 @@ def test_an_image_of_other_voxels_than_those_of_the_training_is_refused(
             # The advice is followed.
             assert "any_voxel_size=true" in message
             assert cli.main([*far, "any_voxel_size=true"]) == EXIT_DONE
+
+
+def test_a_resampled_stack_gives_the_tree_of_the_image(tmp_path: Path) -> None:
+    """Voxels half as wide as the student knows: the tree, its root and its radii are those of the image."""
+    picture = take_picture(make_neuron(3))
+    fine = Resampling(picture.shape, (1.0, 1.0, 1.0), (1.0, 0.25, 0.25))
+    image = fine.read_new(lambda box: picture[box.slices])(Box.whole(fine.new_shape))
+    tifffile.imwrite(tmp_path / "n.tif", image)
+    weights = save_brightness_student(tmp_path / "weights", voxel_sizes=[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    gold = make_neuron(3)
+    root = fine.move_to_new(gold.points[:1])[0].clip(0)
+    words = ["trace", str(tmp_path / "n.tif"), f"model={weights}", f"root={','.join(map(str, root.round(1)))}"]
+    out = tmp_path / "out"
+    assert cli.main([*words, "voxel_size=1,0.25,0.25", f"out={out}"]) == EXIT_DONE
+
+    # Both files hold the same tree, one in voxels of the image and one in micrometers.
+    voxels, um = swc.read(out / "swc" / "n.voxel.swc"), swc.read(out / "swc" / "n.swc")
+    np.testing.assert_allclose(voxels.points * [1, 0.25, 0.25], um.points, atol=1e-3)
+    assert match_cable(fine.move_tree_back(voxels), gold, 3.0).f1 > 0.9
+    assert np.linalg.norm(voxels.points[0] - root) < 12
+
+    tifffile.imwrite(tmp_path / "plain.tif", picture)
+    words = ["trace", str(tmp_path / "plain.tif"), f"model={weights}", "voxel_size=1,1,1", f"out={tmp_path / 'plain'}"]
+    assert cli.main(words) == EXIT_DONE
+    plain = swc.read(tmp_path / "plain" / "swc" / "plain.swc")
+    assert np.median(um.radii) == pytest.approx(np.median(plain.radii), rel=0.15)
+
+    result = json.loads((out / "trace.json").read_text())["stacks"]["n"]
+    assert result["resampled_voxel_size"] == [1.0, 1.0, 1.0]
+    assert result["voxel_size"] == [1.0, 0.25, 0.25]
+    assert "traced in voxels of 1 x 1 x 1" in (out / "trace.html").read_text()
+
+
+def test_without_a_voxel_size_nothing_is_resampled_and_it_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = save_brightness_student(tmp_path / "weights", voxel_sizes=[[1.0, 0.3, 0.3], [2.0, 0.4, 0.4]])
+    tifffile.imwrite(tmp_path / "n.tif", take_picture(make_neuron(3)))
+    words = ["trace", str(tmp_path / "n.tif"), f"model={weights}", f"out={tmp_path / 'out'}"]
+    assert cli.main(words) == EXIT_DONE
+    assert "cannot be resampled" in caplog.text
+    assert "1 x 0.3 x 0.3 to 2 x 0.4 x 0.4 um" in caplog.text
+
+    # The advice is followed.
+    assert cli.main([*words, "voxel_size=1,0.3,0.1"]) == EXIT_DONE
+    assert "are resampled to 1 x 0.3 x 0.3 um" in caplog.text
 
 
 def test_the_student_finds_the_neurites_and_the_page_shows_them(weights: Path, tmp_path: Path) -> None:
