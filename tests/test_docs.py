@@ -53,6 +53,9 @@ COMMON_QUESTIONS = ("how-many-labels-do-i-need", "how-much-gpu-memory-do-i-need"
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 PROGRAM = re.compile(r"^.*?(?P<program>hpc-neuro|-m hpc_neuro|-m launch|slurm/\w+\.sbatch) (?P<rest>.*)$")
+SPAN = re.compile(r"(?<!`)`((?:hpc-neuro|python -m|make) [^`]+)`(?!`)")
+PATTERN = re.compile(r"VERB|\[key=value|\||NAME.*\.\.\.$")
+"""What stands for several commands."""
 NOT_GIVEN = ("Field required", "Missing")
 """Faults of examples that leave out what does not matter to them."""
 
@@ -106,7 +109,32 @@ def list_commands(page: Path) -> list[tuple[str, list[str]]]:
     return commands
 
 
+def list_spans(page: Path) -> list[str]:
+    """Commands in the running text and the tables of a page; patterns such as `VERB --help` are none."""
+    spans = [" ".join(match[1].split()) for match in SPAN.finditer(FENCE.sub("", page.read_text(encoding="utf-8")))]
+    return [span for span in spans if not PATTERN.search(span)]
+
+
+def list_modules(page: Path) -> list[str]:
+    """Commands `python -m tools.NAME` and `python -m tests.NAME` of a page, in code blocks and in the text."""
+    lines = [*list_code_lines(page.read_text(encoding="utf-8")), *list_spans(page)]
+    return [match[0] for line in lines if (match := re.search(r"python -m (tools|tests)\..*", line))]
+
+
+def check_module(command: str) -> list[str]:
+    """The module of a command where it does not exist, and options that its source does not name."""
+    _, _, name, *words = shlex.split(command, comments=True)
+    path = REPO / name.replace(".", "/")
+    files = [path.with_suffix(".py")] if path.with_suffix(".py").exists() else sorted(path.glob("*.py"))
+    if not files:
+        return [name]
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    return [word for word in words if word.startswith("--") and f'"{word.partition("=")[0]}"' not in source]
+
+
 COMMANDS = [(page.name, program, words) for page in PAGES for program, words in list_commands(page)]
+SPANS = [(page.name, span) for page in PAGES for span in list_spans(page)]
+MODULES = [(page.name, command) for page in PAGES for command in list_modules(page)]
 
 
 def accept(*_: Any) -> int:
@@ -212,6 +240,34 @@ def test_every_command_is_accepted(
         assert words[1] == "CONFIG" or Path(words[1]).exists()
     elif words[0] not in ("status", "cancel", "logs"):
         assert check_launch(words, monkeypatch) == []
+
+
+@pytest.mark.parametrize(("name", "span"), SPANS, ids=[f"{name}-{span}"[:90] for name, span in SPANS])
+def test_every_command_in_the_text_is_accepted(
+    name: str, span: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, *words = [word for word in shlex.split(span) if word != "..."]
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert words[0] in targets
+    elif program == "hpc-neuro" and len(words) == 1:
+        # The name of a verb, or of a group of verbs.
+        assert words[0].startswith("-") or [verb for verb in VERBS if verb.split()[0] == words[0]]
+    elif program == "hpc-neuro":
+        assert check_command(words, capsys) == []
+    elif words[1] == "launch" and len(words) > 2 and words[2] not in ("status", "cancel", "logs", "sweep"):
+        assert check_launch(words[2:], monkeypatch) == []
+
+
+@pytest.mark.parametrize(("name", "command"), MODULES, ids=[f"{name}-{text}"[:90] for name, text in MODULES])
+def test_every_tool_and_option_exists(name: str, command: str) -> None:
+    assert check_module(command) == []
+
+
+def test_the_check_of_tools_finds_wrong_ones() -> None:
+    assert check_module("python -m tools.bench.student --device cuda") == []
+    assert check_module("python -m tools.bench.student --devices cuda") == ["--devices"]
+    assert check_module("python -m tools.bench.pupil") == ["tools.bench.pupil"]
 
 
 def test_the_check_of_commands_finds_wrong_ones(
