@@ -40,7 +40,7 @@ from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.losses.distill import Distiller
 from hpc_neuro.models.student import Student
 from hpc_neuro.models.tubular import gather
-from hpc_neuro.train import setup
+from hpc_neuro.train import train_module
 from hpc_neuro.train.checkpoint import folder as checkpoints
 from hpc_neuro.train.checkpoint.tensor_files import stream_tensors
 from hpc_neuro.train.config import TrainConfig
@@ -112,7 +112,7 @@ def _load_trained(run: Path, cfg: TrainConfig, cache: FeatureCache) -> tuple[Stu
         raise InputError(f"{run} has no complete checkpoint; give a run whose checkpoints are still there")
 
     shapes = checkpoints.read_training_state(checkpoint).shapes
-    module = setup.build_train_module(cfg, cache).eval()
+    module = train_module.build_train_module(cfg, cache).eval()
     module.load_state_dict(dict(zip(shapes, stream_tensors(checkpoint, "weight", shapes), strict=True)))
     # The config has a cache and `distill`.
     assert module.distiller is not None

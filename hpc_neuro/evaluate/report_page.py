@@ -12,8 +12,8 @@ from hpc_neuro.evaluate.confidence import ConfidenceBin
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.pictures import CAPTION
 from hpc_neuro.evaluate.summary import Results, compute_difference, compute_mean
-from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.metrics.metric import Metric, tolerance_key
+from hpc_neuro.metrics.statistics import Interval
 from hpc_neuro.report import charts, html
 from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.provenance import RunRecord

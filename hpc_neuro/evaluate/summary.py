@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from hpc_neuro.core.files import format_count
 from hpc_neuro.evaluate.config import EvaluateConfig
-from hpc_neuro.metrics.bootstrap import Interval, mean_interval, paired_difference
 from hpc_neuro.metrics.metric import Metric
+from hpc_neuro.metrics.statistics import Interval, mean_interval, paired_difference
 
 Scores = dict[str, float]
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.metrics import list_metrics
-from hpc_neuro.metrics.bootstrap import Interval, crossed_interval
 from hpc_neuro.metrics.metric import Metric, read_tolerance, tolerance_key
 from hpc_neuro.metrics.score_file import SCORE_FILE, read_scores
+from hpc_neuro.metrics.statistics import Interval, crossed_interval
 from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import SEED, format_value
 from hpc_neuro.search.trial import Trial

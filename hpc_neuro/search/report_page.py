@@ -7,9 +7,8 @@ import io
 from collections.abc import Mapping, Sequence
 
 from hpc_neuro.core import files
-from hpc_neuro.metrics.bootstrap import Interval
 from hpc_neuro.metrics.metric import Metric
-from hpc_neuro.metrics.significance import correct_for_many, count_neurons_needed, sign_flip_test
+from hpc_neuro.metrics.statistics import Interval, correct_for_many, count_neurons_needed, sign_flip_test
 from hpc_neuro.report import charts, html, sweep_charts
 from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.sweep_charts import ParallelAxis

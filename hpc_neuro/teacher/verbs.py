@@ -22,7 +22,9 @@ from hpc_neuro.precompute.gate_table import HEADER, TeacherGate
 from hpc_neuro.teacher import frozen_features
 from hpc_neuro.teacher.card import WEIGHTS, Origin, list_stages, write_teacher
 from hpc_neuro.teacher.config import MIN_HELD, TeacherContinueConfig, TeacherTrainConfig
-from hpc_neuro.teacher.objectives import OBJECTIVES, choose_objective
+from hpc_neuro.teacher.masked_autoencoder import PixelObjective
+from hpc_neuro.teacher.masked_structure import StructureObjective
+from hpc_neuro.teacher.objective import Objective
 from hpc_neuro.teacher.photographs import PhotographFolder, list_photographs, open_tiles
 from hpc_neuro.teacher.slices import UnlabeledVolume, cut_windows, list_volumes
 from hpc_neuro.teacher.tiles import Source, Tiles
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _MAY_CHANGE = ("optim.minutes", "optim.steps", "judge", "every", "log", "threads", "about", "license")
 """Keys that may differ when a run is resumed."""
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (StructureObjective(), PixelObjective())}
+"""Every objective by its name."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,20 @@ def _make_new(cfg: TeacherTrainConfig) -> nn.Module:
 
 
 # --- teacher continue ---
+
+
+def choose_objective(teacher: Teacher) -> Objective:
+    """The objective by which a teacher can go on learning. Raises InputError where there is none."""
+    obstacles = []
+    for objective in OBJECTIVES.values():
+        obstacle = objective.find_obstacle(teacher)
+        if obstacle is None:
+            return objective
+        obstacles.append(obstacle)
+    raise InputError(
+        f"the teacher {teacher.identity['name']} cannot be continued: {'; '.join(obstacles)}; give one that "
+        "`hpc-neuro teacher train` made, or a DINOv3"
+    )
 
 
 def forecast_continuation(cfg: TeacherContinueConfig) -> list[str]:

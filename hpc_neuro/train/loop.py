@@ -26,8 +26,8 @@ from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.deepspeed.engine import join_group
 from hpc_neuro.train.optim import decay_at, lr_at
 from hpc_neuro.train.profiler import StepProfiler
-from hpc_neuro.train.run_state import TrainingRun
 from hpc_neuro.train.setup import build_parts, describe_memory, describe_run
+from hpc_neuro.train.training_run import TrainingRun
 
 log = logging.getLogger(__name__)
 

@@ -6,16 +6,15 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpc_neuro.core import distributed, files
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.geometry import Box, VoxelSize
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.core.types import Batch, Contrast
+from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.crops import CropSampler, draw_validation_boxes
 from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.feature_cache import FeatureCache, hash_manifest
@@ -23,9 +22,8 @@ from hpc_neuro.data.orientation import IDENTITY
 from hpc_neuro.data.store import Store
 from hpc_neuro.losses.distill import Distiller
 from hpc_neuro.models import cost, inflate
-from hpc_neuro.models.student import Student, blank_student, build_student
+from hpc_neuro.models.student import Student, blank_student
 from hpc_neuro.models.teacher import Teacher, load_teacher
-from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import activation_memory, memory_plan
 from hpc_neuro.train.config import TrainConfig
 from hpc_neuro.train.deepspeed import nvme
@@ -39,43 +37,7 @@ from hpc_neuro.train.start_weights import (
     freeze_parts,
     open_initial_student,
 )
-
-STUDENT = "student."
-"""Prefix of the names of the student's parameters in a TrainModule."""
-
-
-class TrainModule(nn.Module):
-    """Student and distiller as one module, so that all their parameters are sharded alike.
-
-    Its inputs and outputs are plain tensors and dicts, and the two are entered by `forward` rather than called: ZeRO-3
-    finds the tensors that it watches in nothing else.
-    """
-
-    def __init__(self, student: Student, distiller: Distiller | None, sharded: bool) -> None:
-        """sharded: all ranks gather parameters together (ZeRO-3), so all must pass the same layers."""
-        super().__init__()
-        self.student = student
-        self.distiller = distiller
-        self.sharded = sharded
-
-    def forward(self, fields: dict[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Fields of a Batch -> logits, distillation loss (mean over the distilled samples; None without), its terms.
-
-        The loss of a batch without distilled samples must get no weight.
-        """
-        batch = Batch(**fields)
-        layers = () if self.distiller is None else self.distiller.student_layers
-        prediction = self.student.forward(batch.image, layers)
-        if self.distiller is None:
-            return prediction.logits, None, {}
-
-        # A rank with nothing to distil passes the distiller all the same: the other ranks gather its parameters.
-        if self.sharded and not bool(batch.distilled.any()):
-            first_only = torch.zeros_like(batch.distilled).index_fill(0, torch.tensor([0]), True)
-            batch = dataclasses.replace(batch, distilled=first_only)
-
-        loss, terms = self.distiller.forward(prediction.features, batch)
-        return prediction.logits, loss, terms
+from hpc_neuro.train.train_module import STUDENT, TrainModule, build_distiller, build_train_module
 
 
 @dataclass(frozen=True)
@@ -136,7 +98,7 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
     if start is not None:
         start.require_contrast(contrast)
     weights = _collect_weights(cfg, start, teacher, blank)
-    distiller = _build_distiller(cfg, blank, cache)
+    distiller = build_distiller(cfg, blank, cache)
 
     crops = _build_crops(cfg, store, cache, distiller)
 
@@ -181,14 +143,6 @@ def _find_voxel_sizes(store: Store, ids: Sequence[str]) -> tuple[VoxelSize, Voxe
     return (z, y, x), (top_z, top_y, top_x)
 
 
-def build_train_module(cfg: TrainConfig, cache: FeatureCache | None) -> TrainModule:
-    """Student and distiller (none without `cache` or `distill`) at their start, in float32 on the CPU."""
-    torch.manual_seed(cfg.seed)
-
-    student = build_student(cfg.student)
-    return TrainModule(student, _build_distiller(cfg, student, cache), sharded=cfg.engine.stage == 3)
-
-
 def _needs_transfer(cfg: TrainConfig, start: InitialStudent | None) -> bool:
     """Whether the student has a transformer that `init` does not give: a trained one is not replaced."""
     return start is None or (cfg.student.transformer and not start.has_transformer)
@@ -219,22 +173,6 @@ def _transfer_weights(
     names = report.teacher_tensors if cfg.transfer.blocks else frozenset[str]()
     scales = {name: lr_scale(name, cfg.optim, blank.depth) for name in names}
     return StartWeights(values, scales, tuple(str(report).splitlines()))
-
-
-def _build_distiller(cfg: TrainConfig, student: Student, cache: FeatureCache | None) -> Distiller | None:
-    if cfg.distill is None or cache is None:
-        return None
-
-    # Seeded anew, so that heads start alike whatever student was drawn before them.
-    torch.manual_seed(cfg.seed + 1)
-    return cfg.distill.build(
-        student_dim=student.dim,
-        student_depth=student.depth,
-        teacher_layers=cache.layers,
-        mean=cache.mean,
-        std=cache.std,
-        tube_sum=tube_sum,
-    )
 
 
 def _build_crops(

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from hpc_neuro import search
 from hpc_neuro.core import run_folder, schema
 from hpc_neuro.core.schema import ConfigError, InputError
-from hpc_neuro.metrics.significance import count_neurons_needed
+from hpc_neuro.metrics.statistics import count_neurons_needed
 from hpc_neuro.report import sweep_charts
 from hpc_neuro.search import comparison, report_page, trial, verb
 from hpc_neuro.search.config import SearchConfig

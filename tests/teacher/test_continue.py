@@ -18,8 +18,8 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher
 from hpc_neuro.teacher import adapt
-from hpc_neuro.teacher.objectives import OBJECTIVES
 from hpc_neuro.teacher.trainer import Training
+from hpc_neuro.teacher.verbs import OBJECTIVES
 from tests.helpers.tiny_store import write_store
 from tests.helpers.tiny_teachers import make
 from tests.teacher.conftest import configure_continuation, write_stack

@@ -15,10 +15,10 @@ from hpc_neuro.teacher.config import TaskConfig, TeacherOptimConfig
 from hpc_neuro.teacher.masked_autoencoder import MaskedAutoencoder
 from hpc_neuro.teacher.masked_structure import MaskedStructure
 from hpc_neuro.teacher.objective import Batch, patchify
-from hpc_neuro.teacher.objectives import OBJECTIVES, choose_objective
 from hpc_neuro.teacher.photographs import list_photographs, open_tiles
 from hpc_neuro.teacher.tiles import Source
 from hpc_neuro.teacher.trainer import Recipe, build_network, draw_batch, normalize_input
+from hpc_neuro.teacher.verbs import OBJECTIVES, choose_objective
 from tests.helpers.tiny_teachers import make
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from hpc_neuro.models.config import StudentConfig
 from hpc_neuro.models.student import blank_student, build_student
 from hpc_neuro.models.tubular import tube_sum
 from hpc_neuro.train import activation_memory, memory_plan
-from hpc_neuro.train.setup import TrainModule
+from hpc_neuro.train.train_module import TrainModule
 
 REPO = Path(__file__).resolve().parents[2]
 

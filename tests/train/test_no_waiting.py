@@ -21,8 +21,8 @@ from hpc_neuro.models import tubular
 from hpc_neuro.models.config import BlockTokens, StudentConfig, TubularTokens
 from hpc_neuro.models.student import build_student
 from hpc_neuro.models.tubular import torch_impl
-from hpc_neuro.train.setup import TrainModule
 from hpc_neuro.train.step_metrics import Meter
+from hpc_neuro.train.train_module import TrainModule
 
 DEVICE = torch.device("meta")
 SHARES = ("warp", "uneven", "specks", "blur", "coarse", "background", "noise", "stripes", "missing")

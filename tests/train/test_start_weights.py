@@ -14,7 +14,8 @@ from hpc_neuro import train
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.models.student import build_student, load_student
 from hpc_neuro.train import TrainConfig
-from hpc_neuro.train.setup import STUDENT, build_parts
+from hpc_neuro.train.setup import build_parts
+from hpc_neuro.train.train_module import STUDENT
 from tests.train.conftest import rows
 
 Tiny = Callable[..., TrainConfig]

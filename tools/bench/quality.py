@@ -53,9 +53,9 @@ from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.store import Store
 from hpc_neuro.losses import sum_losses
 from hpc_neuro.losses.segmentation import CrossEntropy, Dice
-from hpc_neuro.metrics.bootstrap import Interval, mean_interval, paired_difference
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.metrics.centerline import cldice
+from hpc_neuro.metrics.statistics import Interval, mean_interval, paired_difference
 from hpc_neuro.models.config import SIZES, StudentConfig
 from hpc_neuro.models.student import build_student
 from hpc_neuro.report.charts import draw_pairs

@@ -38,7 +38,7 @@ from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed.engine import Engine, join_group
 from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from hpc_neuro.train.optim import BETAS, group_parameters
-from hpc_neuro.train.setup import TrainModule
+from hpc_neuro.train.train_module import TrainModule
 from tools.ranks import launch_ranks
 
 VARIANTS = ("ddp", "fsdp2", "stage 0", "stage 1", "stage 2", "stage 3")

@@ -47,7 +47,7 @@ from hpc_neuro.train.deepspeed.engine import Engine, join_group
 from hpc_neuro.train.deepspeed.internals import measure_tensor_bytes
 from hpc_neuro.train.deepspeed.settings import bucket_size, build_deepspeed_settings
 from hpc_neuro.train.optim import group_parameters
-from hpc_neuro.train.setup import TrainModule
+from hpc_neuro.train.train_module import TrainModule
 from tools.ranks import launch_ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

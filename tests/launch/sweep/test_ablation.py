@@ -258,7 +258,7 @@ def test_a_second_process_in_a_trials_folder_is_turned_away(tmp_path):
 
 
 def test_intervals_are_crossed_over_seeds_and_neurons():
-    from hpc_neuro.metrics.bootstrap import crossed_interval, mean_interval
+    from hpc_neuro.metrics.statistics import crossed_interval, mean_interval
 
     values = np.random.default_rng(0).normal(size=(1, 12))
     one, plain = crossed_interval(values), mean_interval(values[0])

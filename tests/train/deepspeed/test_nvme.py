@@ -21,7 +21,7 @@ from hpc_neuro.train.config import EngineConfig, OptimConfig
 from hpc_neuro.train.deepspeed import engine, nvme
 from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from hpc_neuro.train.optim import group_parameters
-from hpc_neuro.train.setup import TrainModule
+from hpc_neuro.train.train_module import TrainModule
 
 STUDENT = StudentConfig(size="small", depth=1, channels=(4, 4, 8))  # whose matrices have more than 1 MiB
 

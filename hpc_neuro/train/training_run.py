@@ -29,9 +29,10 @@ from hpc_neuro.train.deepspeed import nvme
 from hpc_neuro.train.deepspeed.engine import Engine
 from hpc_neuro.train.deepspeed.settings import build_deepspeed_settings
 from hpc_neuro.train.optim import Ema, group_parameters
-from hpc_neuro.train.setup import STUDENT, RunParts
+from hpc_neuro.train.setup import RunParts
 from hpc_neuro.train.step_metrics import DivergedError, Meter
 from hpc_neuro.train.tracker import METRICS, MetricsFile, WandbLogger
+from hpc_neuro.train.train_module import STUDENT
 from hpc_neuro.train.validate import CropValidator, PictureRecorder, ValidationScore, VolumeValidator
 
 log = logging.getLogger(__name__)
