@@ -24,6 +24,8 @@ class PlacesTable(QTableWidget):  # type: ignore[misc]  # Qt is not installed wh
         self._viewer = napari_viewer
         self._places = list[tuple[Any, int]]()
         self.setHorizontalHeaderLabels(list(_COLUMNS))
+        # The rank numbers the rows already.
+        self.verticalHeader().hide()
         self.setEditTriggers(QAbstractItemView.EditTrigger.NoEditTriggers)
         self.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
 
@@ -45,6 +47,9 @@ class PlacesTable(QTableWidget):  # type: ignore[misc]  # Qt is not installed wh
             texts += [f"{value:.0f}" for value in layer.data[index]]
             for column, text in enumerate(texts):
                 self.setItem(row, column, QTableWidgetItem(text))
+
+        # All columns fit the narrow dock.
+        self.resizeColumnsToContents()
 
     def _show_row(self, row: int, *_: int) -> None:
         # Qt tells -1 when the table becomes empty.

@@ -35,7 +35,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.store import Store
-from hpc_neuro.metrics.bootstrap import Interval, mean_interval, paired_difference
+from hpc_neuro.metrics.statistics import Interval, mean_interval, paired_difference
 from hpc_neuro.models.student import build_student
 from hpc_neuro.train.config import OptimConfig
 from hpc_neuro.train.optim import lr_at
