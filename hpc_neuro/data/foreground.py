@@ -55,6 +55,10 @@ _LEAST_IMAGED = 0.05
 """Share of a tile beside padding from which its background is measured."""
 _OPENING = 3
 """[tile] Bright regions narrower than this, such as somas, are no background."""
+_HAZE_SHARE = 0.5
+"""[Otsu's threshold] Narrow bright regions that exceed their surroundings by less are patchy tissue: background."""
+_TILE_BLUR, _HAZE_BLUR = 1.0, 0.6
+"""[tile] Standard deviations of the Gaussian that smooths tiles: without patches, and with them."""
 _PEAK_TILE: Shape = (3, 4, 4)
 """[voxel] The brightest signal nearby is taken among 3 x 3 x 3 tiles of this size."""
 _PEAK_SHARE = 0.45
@@ -212,7 +216,9 @@ def measure_foreground(read: ReadBox, shape: Shape) -> Foreground:
     is_small = math.prod(shape) <= _MEASURED_VOXELS
     smooth = _smooth(read_bright, Box.whole(shape), shape) if is_small else None
     darkest = 0.0 if padding is not None and top is not None else padding
-    background, noise = _measure_background(smooth, read_bright, shape, darkest)
+    tiles, noise_tiles = _measure_background(smooth, read_bright, shape, darkest)
+    is_haze = _find_haze(tiles, smooth, read_bright, shape)
+    background, noise = _smooth_tiles(tiles, is_haze), _smooth_tiles(noise_tiles, is_haze)
 
     if smooth is not None:
         for box in iter_slabs(shape, SLAB_ITEMSIZE):
@@ -326,18 +332,46 @@ def _measure_background(
             spread = np.partition(np.abs(values - middle), len(values) // 2)[len(values) // 2]
             background[place], noise[place] = middle, _SPREAD_TO_DEVIATION * spread
 
-    return _smooth_tiles(background), _smooth_tiles(noise)
+    return _fill_tiles(background), _fill_tiles(noise)
 
 
-def _smooth_tiles(tiles: Floats) -> Floats:
-    """Tiles without narrow bright regions, smoothed; NaN becomes the value of the nearest tile."""
-    if np.isnan(tiles).any():
-        nearest = distance_transform_edt(np.isnan(tiles), return_distances=False, return_indices=True)
-        tiles = tiles[tuple(nearest)]
+def _fill_tiles(tiles: Floats) -> Floats:
+    """Tiles of which NaN has the value of the nearest tile."""
+    if not np.isnan(tiles).any():
+        return tiles
+    nearest = distance_transform_edt(np.isnan(tiles), return_distances=False, return_indices=True)
+    return np.asarray(tiles[tuple(nearest)])
 
-    # A soma may fill a tile, and would be its own background.
-    tiles = maximum_filter(minimum_filter(tiles, _OPENING, mode="nearest"), _OPENING, mode="nearest")
-    return np.asarray(gaussian_filter(tiles, 1.0, mode="nearest"), dtype=np.float32)
+
+def _find_haze(
+    tiles: Floats, smooth_image: Floats | None, read: Callable[[Box], Floats], shape: Shape
+) -> NDArray[np.bool_]:
+    """[tiles along z, y, x] where no bright region is narrow, or it is far dimmer than neurites: patchy tissue.
+
+    What is as bright as neurites is a soma. Neurites stand out from the median of their tile, so Otsu's threshold above
+    these medians tells how bright they are; somas have no part in it. In a projection dim neurites may fill a tile,
+    and nothing is patchy.
+    """
+    if shape[0] < _TILE[0]:
+        return np.zeros(tiles.shape, dtype=bool)
+
+    parts = []
+    for box in _choose_slabs(shape):
+        smooth = _smooth(read, box, shape) if smooth_image is None else smooth_image[box.slices]
+        parts.append(_Part(smooth - _interpolate(tiles, _TILE, box), 0.0))
+    return np.asarray(tiles - _open_tiles(tiles) < _HAZE_SHARE * _compute_otsu(parts))
+
+
+def _open_tiles(tiles: Floats) -> Floats:
+    """Tiles without narrow bright regions. A soma may fill a tile, and would be its own background."""
+    return np.asarray(maximum_filter(minimum_filter(tiles, _OPENING, mode="nearest"), _OPENING, mode="nearest"))
+
+
+def _smooth_tiles(tiles: Floats, is_haze: NDArray[np.bool_]) -> Floats:
+    """Tiles smoothed, without narrow bright regions but those of haze."""
+    tiles = np.where(is_haze, tiles, _open_tiles(tiles))
+    blur = _HAZE_BLUR if is_haze.any() else _TILE_BLUR
+    return np.asarray(gaussian_filter(tiles, blur, mode="nearest"), dtype=np.float32)
 
 
 def _sample_signal(draft: Foreground) -> list[_Part]:

@@ -13,10 +13,11 @@ from scipy.ndimage import gaussian_filter, rotate
 
 import hpc_neuro
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.core.morphology import Tree, concatenate_trees, length
+from hpc_neuro.core.morphology import Tree, concatenate_trees, length, tips
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import intensity, padding
 from hpc_neuro.data.foreground import measure_foreground
+from hpc_neuro.data.synthetic import Microscope, grow_random_tree, render_stack
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.trace_stacks.sanity import list_warnings, measure_doubt
 from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
@@ -82,6 +83,20 @@ def test_a_dark_neuron_that_fills_less_than_a_thousandth_is_found_too(gold: Tree
     assert trace.foreground.is_inverted
     assert measure_f1(trace, gold) > 0.9
     assert not trace_array(wide).foreground.is_inverted
+
+
+@pytest.mark.parametrize("seed", [1, 5, 7, 8, 9])
+def test_patchy_tissue_in_a_dim_stack_is_no_forest(seed: int) -> None:
+    """Clouds of tissue, narrower than three tiles and a third as bright as the neurites, are background."""
+    shape, voxel_size = (48, 192, 192), (1.0, 0.33, 0.33)
+    tree = grow_random_tree(seed, shape, voxel_size)
+    light = Microscope(brightness=0.3, photons=30, background=0.03, specks=20, fragments=0)
+    image = render_stack(tree, shape, voxel_size, light, seed)
+    trace = trace_image(lambda box: image[box.slices], shape, voxel_size)
+    assert trace.figures.tips < 2 * len(tips(tree))
+    match = match_cable(concatenate_trees(trace.trees), tree, 4.0)
+    assert match.precision > 0.9
+    assert match.recall > 0.5
 
 
 def test_hot_pixels_are_no_neurites(gold: Tree) -> None:
