@@ -256,11 +256,11 @@ class Journal(Protocol):
     def end(self, name: str) -> None:
         """Note that the process survived a task."""
 
+    def succeed(self, name: str) -> None:
+        """Note that the process survived a task, which is done: it has not failed after all."""
+
     def record_failure(self, name: str, facts: Mapping[str, Any], error: str, trace: str, tries: int) -> None:
         """Record why a task is left out."""
-
-    def forget_failure(self, name: str) -> None:
-        """Remove the failure of a task that succeeded later."""
 
 
 @dataclass(frozen=True)
@@ -357,10 +357,11 @@ class TaskLedger(Generic[T, R]):
 
     def finish(self, task: Task[T], result: R | None = None) -> None:
         """A task is done; a result other than None goes into the report."""
-        self._journals[task.group].forget_failure(task.name)
+        with self._lock:
+            self._journals[task.group].succeed(task.name)
+            self._in_hand.pop((task.group, task.name), None)
         if result is not None:
             self.report.results.append(result)
-        self._release(task)
         self._settle(task)
 
     def fail(self, task: Task[T], error: BaseException) -> None:

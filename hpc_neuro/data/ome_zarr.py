@@ -9,10 +9,13 @@ by shard.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import math
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +33,8 @@ from hpc_neuro.data.pooling import halve
 
 _COARSEST = 256
 """Voxels along the longest axis of the coarsest level, at most."""
+_PART_ENDING = ".__lock"
+"""Ending of the files that tensorstore writes and renames to shards."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,26 @@ def open_level(folder: Path, number: int = 0, label: str | None = None) -> Any:
     return ts.open(_build_spec(base / str(number)), open=True).result()
 
 
+def remove_shard(folder: Path, shard: str) -> None:
+    """Remove the file of a shard, and what a killed writer of it left beside it."""
+    path = folder / shard
+    try:
+        files_beside = list(path.parent.iterdir())
+    except FileNotFoundError:
+        return
+    # tensorstore writes NAME_ID.__lock, which it renames.
+    for file in files_beside:
+        if file.name == path.name or (file.name.startswith(f"{path.name}_") and file.name.endswith(_PART_ENDING)):
+            file.unlink(missing_ok=True)
+
+
+def measure_shard(path: Path) -> tuple[str, int]:
+    """SHA-256 and size [bytes] of the file of a shard, which is opened once."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest, file.tell()
+
+
 def read_box(array: Any, box: Box) -> Array:
     """The voxels of a box of an open level."""
     values: Array = array[box.slices].read().result()
@@ -163,32 +188,50 @@ def build_shard(folder: Path, shape: Shape, voxel_size: VoxelSize, shard: LevelS
 
     Memory: one block of the finer level (up to eight shards).
     """
-    pyramid = plan_levels(shape, voxel_size)
-    fine, coarse = pyramid[shard.level - 1], pyramid[shard.level]
-    step_z, step_y, step_x = (c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
-    step = (step_z, step_y, step_x)
-    box = shard.block.write
-    fine_box = Box(_multiply(box.start, step), _multiply(box.stop, step)).clip(Box.whole(fine.shape))
+    remove_shard(folder, shard.path)
+    PyramidBuilder(folder, shape, voxel_size).build(shard)
 
-    # A file that a killed writer left torn would be read when the shard is written again.
-    source = open_level(folder, shard.level - 1, shard.label)
-    target = open_level(folder, shard.level, shard.label)
-    (folder / shard.path).unlink(missing_ok=True)
 
-    # Where nothing is stored, all is zero.
-    if has_shards(folder, fine_box, shard.level - 1, shard.label):
+class PyramidBuilder:
+    """Computes shards of the levels above 0 of one image. Opens each level once."""
+
+    def __init__(self, folder: Path, shape: Shape, voxel_size: VoxelSize) -> None:
+        self._folder, self._levels = folder, plan_levels(shape, voxel_size)
+        self._open = functools.cache(functools.partial(open_level, folder))
+
+    def build(self, shard: LevelShard) -> tuple[str, int]:
+        """Write a shard that has no file yet; its SHA-256 and size [bytes], or "" and 0 where all is zero."""
+        step, fine_box = locate_fine_box(self._levels, shard)
+        source = self._open(shard.level - 1, shard.label)
         method: Literal["mean", "max"] = "max" if shard.label else "mean"
-        write_box(target, box, halve(read_box(source, fine_box).astype(np.uint8, copy=False), step, method))
+        values = halve(read_box(source, fine_box).astype(np.uint8, copy=False), step, method)
+
+        # Where no file is, readers see zeros.
+        if not values.any():
+            return "", 0
+        write_box(self._open(shard.level, shard.label), shard.block.write, values)
+        return measure_shard(self._folder / shard.path)
+
+
+def locate_fine_box(levels: Sequence[PyramidLevel], shard: LevelShard) -> tuple[Shape, Box]:
+    """How many voxels of the level below make one, along z, y, x; and the box there that a shard is computed from."""
+    fine, coarse = levels[shard.level - 1], levels[shard.level]
+    z, y, x = (c // f for c, f in zip(coarse.factor, fine.factor, strict=True))
+    box = shard.block.write
+    return (z, y, x), Box(_multiply(box.start, (z, y, x)), _multiply(box.stop, (z, y, x))).clip(Box.whole(fine.shape))
+
+
+def list_shards_in(box: Box, shard: Shape, level: int = 0, label: str | None = None) -> Iterator[str]:
+    """The paths of the shards of a level that a box touches. shard: [voxel] their shape."""
+    ranges = [range(a // n, -(-b // n)) for a, b, n in zip(box.start, box.stop, shard, strict=True)]
+    for z, y, x in itertools.product(*ranges):
+        yield shard_path((z, y, x), level, label)
 
 
 def has_shards(folder: Path, box: Box, number: int = 0, label: str | None = None) -> bool:
     """Whether any shard of a level has a file in `box`; where none has, all is zero."""
-    shard = open_level(folder, number, label).chunk_layout.write_chunk.shape
-    firsts = [start // size for start, size in zip(box.start, shard, strict=True)]
-    lasts = [-(-stop // size) for stop, size in zip(box.stop, shard, strict=True)]
-
-    indices = itertools.product(*(range(a, b) for a, b in zip(firsts, lasts, strict=True)))
-    return any((folder / shard_path((z, y, x), number, label)).exists() for z, y, x in indices)
+    z, y, x = open_level(folder, number, label).chunk_layout.write_chunk.shape
+    return any((folder / path).exists() for path in list_shards_in(box, (z, y, x), number, label))
 
 
 def list_shards(folder: Path, number: int = 0) -> list[Shape]:
@@ -251,4 +294,6 @@ def _create_array(folder: Path, shape: Shape, shard: Shape, chunk: Shape) -> Non
 
 
 def _build_spec(folder: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder.resolve()) + "/"}}
+    # No file locks: NFS and Lustre may refuse them, and of two writers of a shard the later one wins whole.
+    kvstore = {"driver": "file", "path": f"{folder.resolve()}/", "file_io_locking": {"mode": "none"}}
+    return {"driver": "zarr3", "kvstore": kvstore}

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import TypeAdapter, ValidationError
 from skimage.filters import threshold_otsu
-from typing_extensions import TypedDict
 
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box, Shape, tile_volume
@@ -26,19 +25,12 @@ from hpc_neuro.core.types import Array
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, open_volume
 from hpc_neuro.data.predictions import INDEX, read_predictions
+from hpc_neuro.data.run_journal import JOURNAL, read_journal, read_markers
 from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.tracing import TraceConfig, trace_reader
 
 log = logging.getLogger(__name__)
-
-
-@with_config(ConfigDict(extra="allow"))
-class _MarkerForm(TypedDict, total=False):
-    """What is read of a done marker of `infer`."""
-
-    files: dict[str, Any]
-    """Shard, relative to the probability -> its digest."""
 
 
 _REMAKE = "make the predictions with `hpc-neuro infer`"
@@ -92,6 +84,8 @@ class PredictionFolder:
         if (path / RECORD).exists():
             self.config = run_folder.read_record(path, _REMAKE)["config"]
 
+        verify = f"hpc-neuro infer verify {files.quote_path(path)}"
+        self._journal = read_journal(path, f"run `{verify}`")
         for volume_id in ids:
             self._check_files(volume_id)
             self._check_shards(volume_id)
@@ -113,19 +107,27 @@ class PredictionFolder:
             )
 
     def _check_shards(self, volume_id: str) -> None:
-        """Raise InputError when a shard that a done marker of `infer` records does not exist.
+        """Raise InputError when a shard that a done marker of `infer` records does not exist, or a marker is lost.
 
         A zarr array reads a shard without a file as zeros, so a lost shard would be scored as background.
         """
-        image = self.path / self._entries[volume_id]["probability"]
-        for marker in sorted((self.path / "blocks" / volume_id).glob("[0-9]*.json")):
-            advice = f"run `hpc-neuro infer verify {files.quote_path(self.path)}`"
-            record = files.read_json(marker, advice, _MarkerForm)
-            shards = record.get("files", {})
-            if missing := [image / shard for shard in shards if not (image / shard).is_file()]:
+        entry = self._entries[volume_id]
+        image = self.path / entry["probability"]
+        verify = f"hpc-neuro infer verify {files.quote_path(self.path)}"
+        markers = read_markers(self._journal, volume_id, f"run `{verify}`")
+
+        # Predictions of other programs have neither a record nor markers.
+        blocks = entry.get("blocks", {}).get("all", 0) if self.config else 0
+        if len(markers) < blocks:
+            raise InputError(
+                f"{self.path / JOURNAL} has done markers of {len(markers)} of the {blocks} blocks of {volume_id}, so "
+                f"that it is unknown what its probability should hold; `{verify}` makes the others again"
+            )
+        for marker in markers:
+            if missing := [image / shard for shard in marker.files if not (image / shard).is_file()]:
                 raise InputError(
-                    f"{missing[0]} does not exist, although `infer` wrote it ({marker}); its voxels would be scored as "
-                    f"background. `hpc-neuro infer verify {files.quote_path(self.path)}` computes it again"
+                    f"{missing[0]} does not exist, although `infer` wrote it (block {marker.index}); its voxels would "
+                    f"be scored as background. `{verify}` computes it again"
                 )
 
     def _list_files(self, volume_id: str) -> list[Path]:

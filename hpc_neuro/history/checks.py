@@ -16,6 +16,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import feature_cache, ome_zarr
 from hpc_neuro.data.predictions import read_predictions
+from hpc_neuro.data.run_journal import JOURNAL, BlockMarker, RunJournal, read_journal, read_markers
 from hpc_neuro.data.store import Store
 from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.models.teacher_folder import NOTE
@@ -326,8 +327,10 @@ def check_infer(check: RunCheck) -> None:
 
     check.last_file = check.run.folder / _PREDICTIONS
     predictions = check.attempt(functools.partial(_read_predictions, check.run.folder)) or {}
+    hint = "make it again with `hpc-neuro infer verify`"
+    journal = check.attempt(functools.partial(read_journal, check.run.folder, hint)) if predictions else None
     for name, entry in predictions.items():
-        count = _check_blocks(check, name, entry["probability"])
+        count = _check_blocks(check, name, entry["probability"], journal)
         check.note(f"{name}: {count} blocks, {entry.get('foreground_voxels')} voxels of foreground")
         for kind in ("swc", "swc_voxel"):
             _check_tree(check, entry.get(kind), entry.get("sha256", {}).get(kind))
@@ -367,16 +370,14 @@ def _check_tree(check: RunCheck, name: str | None, digest: str | None) -> None:
         check.skip(f"{name}  (no hash was recorded, so it is not compared)", "SWC files")
 
 
-def _check_blocks(check: RunCheck, name: str, folder: str) -> int:
+def _check_blocks(check: RunCheck, name: str, folder: str, journal: RunJournal | None) -> int:
     """Check that every block of a probability has its marker and the checksum in it; returns how many do."""
     out = check.run.folder
     # Each block has a marker with the checksum of what was read back after writing; "": it was skipped.
-    digests: dict[Shape, str] = {}
-    for path in sorted((out / "blocks" / name).glob("[0-9]*.json")):
-        marker = check.read_json(path)
-        if marker is not None:
-            z, y, x = marker["start"]
-            digests[z, y, x] = str(marker["sha256"]) if marker.get("skipped") is None else ""
+    markers: list[BlockMarker] = []
+    if journal is not None:
+        markers = check.attempt(functools.partial(read_markers, journal, name, "make it again")) or []
+    digests: dict[Shape, str] = {marker.start: "" if marker.skipped else marker.sha256 for marker in markers}
 
     array = check.attempt(lambda: ome_zarr.open_level(out / folder), f"{out / folder} cannot be read")
     if array is None:
@@ -390,7 +391,7 @@ def _check_blocks(check: RunCheck, name: str, folder: str) -> int:
     for block in run_folder.track_progress(blocks, f"{name}: blocks", unit="block"):
         box = block.write
         if box.start not in digests:
-            check.fail(f"the block of {folder} at {box.start} was never finished: it has no mark in {out / 'blocks'}")
+            check.fail(f"the block of {folder} at {box.start} was never finished: it has no record in {out / JOURNAL}")
             continue
 
         values = None if check.quick else check.attempt(functools.partial(ome_zarr.read_box, array, box))

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_neuro.core import files, stop_signals
+from hpc_neuro.core import stop_signals
 from hpc_neuro.core.geometry import Block, Shape
 from hpc_neuro.core.task_queue import RETRYABLE, RetryLimits, Task, TaskFailure, TaskLedger, try_all
 from hpc_neuro.core.types import Array
 from hpc_neuro.data import ome_zarr
-from hpc_neuro.infer.done_markers import BlockMarker, DoneMarkers, EmptyEvidence, make_block_task
+from hpc_neuro.data.run_journal import BlockMarker, EmptyEvidence, RunJournal
+from hpc_neuro.infer.done_markers import DoneMarkers, make_block_task
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import MASK, Tiling, quantize, quantize_threshold
 from hpc_neuro.infer.volumes import InputVolume
@@ -74,8 +75,9 @@ class VolumeRun:
         out: Path,
         empty: EmptyRule | None = None,
         limits: RetryLimits | None = None,
+        journal: RunJournal | None = None,
     ) -> VolumeRun:
-        """A run that writes OUT/ID.ome.zarr, and under OUT/blocks/ID the markers that belong to `key`."""
+        """A run that writes OUT/ID.ome.zarr, and in the journal of OUT the markers that belong to `key`."""
         return cls(
             source=source,
             tiling=tiling,
@@ -84,7 +86,7 @@ class VolumeRun:
             empty=empty or EmptyRule(),
             limits=limits or RetryLimits(),
             folder=out / f"{source.id}.ome.zarr",
-            markers=DoneMarkers(out, source.id, key),
+            markers=DoneMarkers(out, source.id, key, journal),
         )
 
     @property
@@ -131,8 +133,9 @@ def predict_blocks(volume: VolumeRun, blocks: Iterable[Block], progress: WindowP
 class BlockPipeline:
     """Reads, predicts and writes blocks of one volume at the same time; `run` is a Worker of core.task_queue."""
 
-    def __init__(self, volume: VolumeRun, progress: WindowProgress) -> None:
-        self._volume, self._progress = volume, progress
+    def __init__(self, volume: VolumeRun, progress: WindowProgress, is_fresh: bool = False) -> None:
+        """is_fresh: no process has begun any block before, so no shard is there."""
+        self._volume, self._progress, self._is_fresh = volume, progress, is_fresh
 
         # Opened once, so that no block reads the metadata again.
         self._arrays = ome_zarr.open_level(volume.folder), ome_zarr.open_level(volume.folder, label=MASK)
@@ -159,7 +162,7 @@ class BlockPipeline:
                     predicted_at = time.monotonic()
                     seconds = predicted_at - started_at
                     writing = writer.submit(
-                        write_block, self._volume, task.payload, levels, evidence, self._arrays, seconds
+                        write_block, self._volume, task.payload, levels, evidence, self._arrays, seconds, self._is_fresh
                     )
 
                     # A slow disk must not let predicted blocks pile up in memory.
@@ -253,42 +256,44 @@ def write_block(
     evidence: EmptyEvidence | None,
     arrays: tuple[Any, Any],
     seconds: float,
+    is_fresh: bool = False,
 ) -> None:
     """Write both shards of a block, read them back, and mark the block done. levels None: the block is skipped.
 
-    Raises OSError when the read-back differs.
+    is_fresh: no shard is there yet. Raises OSError when the read-back differs.
     """
     index, start = block.index, block.write.start
     shards = [ome_zarr.shard_path(index), ome_zarr.shard_path(index, label=MASK)]
 
-    # A shard that a kill has torn cannot be updated.
-    for shard in shards:
-        (volume.folder / shard).unlink(missing_ok=True)
+    # What an earlier run left here may be of other values.
+    for shard in shards if not is_fresh else ():
+        ome_zarr.remove_shard(volume.folder, shard)
 
     # An empty block needs no shards: where no file is, viewers read zeros.
     if levels is None:
-        volume.markers.write(BlockMarker(volume.markers.key, index, start, {}, "", skipped=evidence))
+        volume.markers.write(BlockMarker(index, start, {}, "", skipped=evidence))
         return
 
     # The threshold is applied to the stored levels, so that mask and probability agree exactly.
     mask = (levels >= quantize_threshold(volume.threshold)).astype(np.uint8)
-    for array, content in zip(arrays, (levels, mask), strict=True):
+    checksums, sizes = dict[str, str](), dict[str, int]()
+    for shard, array, content in zip(shards, arrays, (levels, mask), strict=True):
+        # A shard of zeros has no file, and so no checksum.
+        if not content.any():
+            continue
         ome_zarr.write_box(array, block.write, content)
         # A disk that fails is noticed while the block can still be computed again.
         if hash_array(np.asarray(ome_zarr.read_box(array, block.write))) != hash_array(content):
             raise OSError(f"the block at {start} reads back other than it was written; is the disk sound?")
-
-    # A shard of zeros has no file, and so no checksum.
-    checksums = {shard: files.sha256(volume.folder / shard) for shard in shards if (volume.folder / shard).exists()}
+        checksums[shard], sizes[shard] = ome_zarr.measure_shard(volume.folder / shard)
 
     # The marker comes last: a block whose process dies before it is written again.
     volume.markers.write(
         BlockMarker(
-            key=volume.markers.key,
             index=index,
             start=start,
             files=checksums,
-            sizes={shard: (volume.folder / shard).stat().st_size for shard in checksums},
+            sizes=sizes,
             sha256=hash_array(levels),
             foreground=int(mask.sum()),
             seconds=round(seconds, 3),

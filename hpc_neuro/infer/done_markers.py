@@ -1,66 +1,27 @@
-"""Done markers: which block was written where, with the checksums of its read-back. A block without one is not done.
+"""Done markers of one volume: which block was written where, with the checksums of its read-back.
 
-OUT/blocks/ID/0_1_2.json     a block: written, or skipped with the evidence
-OUT/blocks/ID/level_1.json   a pyramid level: the checksum of each shard
-OUT/failed/ID/0_1_2.json     a block that failed at every try: the error and its traceback
-OUT/begun/ID/0_1_2           how often a block was begun and its process was killed before it ended
-OUT/failed/ID/trees.json, OUT/begun/ID/trees, ...     the same for the other tasks of a volume (see volume_stages.py)
+They are records of the run folder's journal (data/run_journal.py). A block without one is not done. OUT/journal also
+counts how often a task was begun and its process was killed before it ended, and keeps what failed at every try.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Block, Shape
+from hpc_neuro.core.record_log import Record
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.task_queue import Task
-
-
-@dataclass(frozen=True)
-class EmptyEvidence:
-    """Why a block was, or would have been, skipped: its brightest cell is not above the level."""
-
-    brightest: float
-    """Normalized brightness."""
-    level: float
-    """The setting `empty_level`."""
-
-
-@dataclass(frozen=True)
-class BlockMarker:
-    """One finished block."""
-
-    key: str
-    """Hash of all that the probability depends on."""
-    index: Shape
-    start: Shape
-    """[voxel] First voxel of the block."""
-    files: dict[str, str]
-    """Shard below ID.ome.zarr -> SHA-256 of its bytes; a shard of zeros has no file."""
-    sha256: str
-    """Of the probability, 0 to 255; "" for a skipped block."""
-    foreground: int = 0
-    """[voxel] Above the threshold."""
-    seconds: float = 0.0
-    """[s] From the wait for its voxels to its probability."""
-    skipped: EmptyEvidence | None = None
-    sizes: dict[str, int] = field(default_factory=dict)
-    """[bytes] Of the same shards as `files`: compared at every start, where reading all of them would take long."""
-    proof: EmptyEvidence | None = None
-    """Set where the block was predicted to prove the rule, although it could have been skipped."""
-
-    @property
-    def contradicts_rule(self) -> bool:
-        """Whether skipping this block would have lost foreground."""
-        return self.proof is not None and self.foreground > 0
+from hpc_neuro.data.run_journal import BlockMarker, RunJournal, VolumeRecords, name_block, parse_marker
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -72,177 +33,166 @@ class _FailureForm(TypedDict):
     error: str
 
 
-# Building an adapter takes far longer than validating with it.
-_MARKER = TypeAdapter(BlockMarker)
-_LEVEL = TypeAdapter(dict[str, str])
-
-
 class DoneMarkers:
     """The markers of one volume of a run folder, and the journal of its tasks (core.task_queue.Journal)."""
 
-    def __init__(self, out: Path, name: str, key: str) -> None:
-        """key: hash of all that the probability depends on; markers with another key do not count."""
-        self.folder, self.failed, self.key = out / "blocks" / name, out / "failed" / name, key
-        self._begun = out / "begun" / name
+    def __init__(self, out: Path, name: str, key: str, journal: RunJournal | None = None) -> None:
+        """key: hash of all that the probability depends on; markers with another key do not count.
 
-    def path(self, index: Shape) -> Path:
-        """Where a block's marker is."""
-        return self.folder / f"{name_block(index)}.json"
+        journal: that of all volumes of a run; None: one of its own.
+        """
+        self.out, self.name, self.key = out, name, key
+        self.journal = journal or RunJournal(out)
+        self._sound: dict[str, Record] = {}
+
+    @property
+    def _records(self) -> VolumeRecords:
+        return self.journal.find(self.name)
 
     def read(self, index: Shape) -> BlockMarker | None:
-        """A block's marker; None when it is missing, torn, or has another key."""
-        try:
-            marker: BlockMarker = _MARKER.validate_json(self.path(index).read_bytes())
-        except (OSError, ValidationError):
+        """A block's marker; None when it is missing or has another key. `refresh` first for those of other ranks."""
+        record = self._records.blocks.get(name_block(index))
+        if record is None or record.key != self.key:
             return None
+        # A record of another form is of no block.
+        return self._parse(record)
 
-        # Other settings leave another key; a file that was renamed or copied has another index.
-        return marker if marker.key == self.key and marker.index == index else None
+    def has_record(self, index: Shape) -> bool:
+        """Whether the journal holds a marker of a block, of whatever key or form."""
+        return name_block(index) in self._records.blocks
+
+    def refresh(self) -> None:
+        """Read what other processes have appended."""
+        self.journal.refresh()
 
     def write(self, marker: BlockMarker) -> None:
         """Mark a block done."""
-        files.write_json(self.path(marker.index), asdict(marker))
+        self.journal.append("block", self.name, name_block(marker.index), self.key, asdict(marker))
 
     def read_all(self, blocks: Iterable[Block]) -> Iterator[BlockMarker]:
-        """The markers of those blocks that are done."""
+        """The markers of those blocks that are done, by any rank."""
+        self.refresh()
         for block in blocks:
             if (marker := self.read(block.index)) is not None:
                 yield marker
 
     def list_missing(self, blocks: Iterable[Block]) -> list[Block]:
-        """The blocks that are not done."""
-        return [block for block in blocks if self.read(block.index) is None]
+        """The blocks that are not done, by any rank."""
+        self.refresh()
+        return [block for block in blocks if not self._is_done(name_block(block.index))]
 
-    def forget_damaged(self, image: Path) -> list[str]:
-        """Forget the blocks and levels whose shards are missing below `image` or have other sizes; those shards."""
-        damaged = list_damaged_shards(self.folder, image)
-        for path in damaged:
-            path.unlink(missing_ok=True)
+    def is_untouched(self) -> bool:
+        """Whether no process that this one knows of has begun anything of the volume."""
+        records = self._records
+        return not (records.blocks or records.shards or records.begun or records.failures)
 
-        # What is built from a block may belong to other values than it will have.
-        if damaged:
-            self.remove_levels()
-        return sorted(shard for shards in damaged.values() for shard in shards)
+    def forget_block(self, index: Shape) -> None:
+        """Let a block be written again."""
+        self.journal.append("forget_block", self.name, name_block(index), is_urgent=True)
+
+    def forget_faulty(self, shards: Iterable[str]) -> None:
+        """Forget the blocks of damaged shards, and all levels: they may be made from other values."""
+        faulty = set(shards)
+        for record in list(self._records.blocks.values()):
+            marker = self._parse(record)
+            if marker is None or faulty.intersection(marker.files):
+                self.journal.append("forget_block", self.name, record.name)
+        self.forget_levels()
+
+    def has_unreadable(self) -> bool:
+        """Whether the record of a block or of a shard is of another form; it then is of no block."""
+        records = self._records
+        return any(self._parse(record) is None for record in records.blocks.values()) or any(
+            not isinstance(json.loads(record.body), str) for record in records.shards.values()
+        )
+
+    def list_shards(self) -> dict[str, int | None]:
+        """Shard of a block or level -> its size in bytes; None where that was not recorded. Shards of zeros have no
+        file, and are left out."""
+        shards = dict[str, int | None]()
+        for record in self._records.blocks.values():
+            if (marker := self._parse(record)) is not None:
+                shards |= {shard: marker.sizes.get(shard) for shard in marker.files}
+        return shards | {shard: None for shard, digest in self.read_levels().items() if digest}
 
     def clear(self) -> None:
-        """Remove all markers, failures and counts."""
+        """Forget all that was done, failed or counted."""
         # What was done, or failed, with other settings says nothing about these.
-        for path in [*self.folder.glob("*.json"), *self.failed.glob("*.json")]:
-            path.unlink()
-        self.end_all()
+        if not self.is_untouched():
+            self.journal.append("forget_volume", self.name, is_urgent=True)
 
     def count_deaths(self, name: str) -> int:
         """How often a process was killed while it was at a task."""
-        try:
-            return int((self._begun / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return 0
-        # A kill while the file was written leaves it empty or torn: the task was begun at least once.
-        except ValueError:
-            return 1
+        return len(self._records.begun.get(name, ()))
 
     def begin(self, name: str) -> None:
-        """Count a task as begun, until `end`. Not flushed to the disk: it is processes that die here, not machines."""
+        """Count a task as begun, until `end` or `succeed`."""
         # Counted beforehand, because a task that kills its process cannot report it.
-        count = self.count_deaths(name) + 1
-        self._begun.mkdir(parents=True, exist_ok=True)
-        (self._begun / name).write_text(str(count), encoding="utf-8")
+        self.journal.append("begin", self.name, name)
 
     def end(self, name: str) -> None:
         """The process has outlived a task."""
-        (self._begun / name).unlink(missing_ok=True)
+        self.journal.give_back(self.name, name)
+
+    def succeed(self, name: str) -> None:
+        """The process has outlived a task, which is done, and has not failed after all."""
+        self.journal.append("done", self.name, name)
 
     def end_all(self) -> None:
         """All of the volume is done: counts that a kill left between that and `end` mean nothing any more."""
-        for path in self._begun.glob("*"):
-            path.unlink()
-
-    def remove_empty_folders(self) -> None:
-        """Remove the folder of counts when it holds none."""
-        for folder in (self._begun, self._begun.parent):
-            # Counts of other volumes may still be there.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        self.journal.append("forget_begun", self.name)
 
     def record_failure(self, name: str, facts: Mapping[str, Any], error: str, trace: str, tries: int) -> None:
         """Keep what made a task be left out; `facts` say where it is."""
         # A list of lines keeps the traceback readable in JSON.
         record = {**facts, "tries": tries, "error": error, "traceback": trace.splitlines()}
-        files.write_json(self._failure_path(name), record)
+        self.journal.append("fail", self.name, name, body=record)
 
-    def forget_failure(self, name: str) -> None:
-        """A task has not failed after all."""
-        self._failure_path(name).unlink(missing_ok=True)
+    def read_failures(self) -> dict[str, dict[str, Any]]:
+        """The records of all tasks that failed at every try, by name."""
+        return {name: json.loads(record.body) for name, record in sorted(self._records.failures.items())}
 
     def read_failed_blocks(self) -> list[dict[str, Any]]:
         """The records of blocks that failed at every try."""
         # The names of blocks begin with a digit, those of other tasks with a letter.
         records = []
-        for path in sorted(self.failed.glob("[0-9]*.json")):
-            # A record that cannot be read is not written; its block is missing, and done again by the next start.
+        for name, record in self.read_failures().items():
+            # A record of another form is left out; its block is missing, and done again by the next start.
             with contextlib.suppress(InputError):
-                records.append(dict(files.read_json(path, "", _FailureForm)))
+                if name[:1].isdecimal():
+                    records.append(dict(files.check_form(record, _FailureForm, name, "")))
         return records
 
-    def read_level(self, number: int) -> dict[str, str] | None:
-        """Checksums of a finished pyramid level, by shard; None when it is not done or its marker is torn."""
-        try:
-            return _LEVEL.validate_json(self._level_path(number).read_bytes())
-        except (OSError, ValidationError):
-            return None
+    def read_levels(self) -> dict[str, str]:
+        """Checksums of the finished shards of the pyramid; "" for one of zeros, which has no file."""
+        checksums = {path: json.loads(record.body) for path, record in self._records.shards.items()}
+        return {path: checksum for path, checksum in checksums.items() if isinstance(checksum, str)}
 
-    def write_level(self, number: int, checksums: Mapping[str, str]) -> None:
-        """Mark a pyramid level done."""
-        # Sorted, so that the file does not depend on which rank ended first.
-        files.write_json(self._level_path(number), dict(sorted(checksums.items())))
+    def write_shard(self, path: str, checksum: str) -> None:
+        """Mark a shard of the pyramid done."""
+        self.journal.append("shard", self.name, path, self.key, checksum)
 
-    def remove_levels(self) -> None:
+    def forget_shard(self, path: str) -> None:
+        """Let a shard of the pyramid be built again."""
+        self.journal.append("forget_shard", self.name, path, is_urgent=True)
+
+    def forget_levels(self) -> None:
         """Let the pyramid be built again."""
-        for path in self.folder.glob("level_*.json"):
-            path.unlink()
+        self.journal.append("forget_levels", self.name, is_urgent=True)
 
-    def _level_path(self, number: int) -> Path:
-        return self.folder / f"level_{number}.json"
+    def _is_done(self, name: str) -> bool:
+        record = self._records.blocks.get(name)
+        if record is None or record.key != self.key:
+            return False
+        # Parsing takes as long as reading, and is done once for each record.
+        if self._sound.get(name) is not record and self._parse(record) is not None:
+            self._sound[name] = record
+        return self._sound.get(name) is record
 
-    def _failure_path(self, name: str) -> Path:
-        return self.failed / f"{name}.json"
-
-
-def list_damaged_shards(markers: Path, image: Path) -> dict[Path, list[str]]:
-    """Marker in the folder `markers` -> its shards that are missing below `image` or have other sizes.
-
-    A marker that cannot be read counts as damaged; it is of no block.
-    """
-    damaged = dict[Path, list[str]]()
-    for path in sorted(markers.glob("*.json")):
-        try:
-            if path.name.startswith("level_"):
-                # A shard of zeros has no file, and no checksum.
-                shards = {shard for shard, digest in _LEVEL.validate_json(path.read_bytes()).items() if digest}
-                sizes = dict[str, int]()
-            else:
-                marker: BlockMarker = _MARKER.validate_json(path.read_bytes())
-                shards, sizes = set(marker.files), marker.sizes
-        except (OSError, ValidationError):
-            damaged[path] = []
-            continue
-
-        if faulty := [shard for shard in sorted(shards) if not _is_whole(image / shard, sizes.get(shard))]:
-            damaged[path] = faulty
-    return damaged
-
-
-def _is_whole(shard: Path, size: int | None) -> bool:
-    try:
-        actual = shard.stat().st_size
-    except OSError:
-        return False
-    return actual > 0 if size is None else actual == size
-
-
-def name_block(index: Shape) -> str:
-    """A block's name in the run folder."""
-    return "_".join(map(str, index))
+    def _parse(self, record: Record) -> BlockMarker | None:
+        with contextlib.suppress(ValueError):
+            return parse_marker(record)
+        return None
 
 
 def make_block_task(block: Block, volume: str) -> Task[Block]:

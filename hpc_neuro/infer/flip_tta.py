@@ -20,7 +20,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Block, Box, Shape
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.orientation import parse_orientation
-from hpc_neuro.infer.done_markers import name_block
+from hpc_neuro.data.run_journal import name_block
 from hpc_neuro.infer.model import Predictor
 from hpc_neuro.infer.tiling import Tiling, quantize
 from hpc_neuro.infer.trees import Floats, VolumeTrees

@@ -23,6 +23,7 @@ from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.task_queue import RetryLimits
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.data.resample import Resampling
+from hpc_neuro.data.run_journal import RunJournal
 from hpc_neuro.infer.block_pipeline import EmptyRule, VolumeRun
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.grid import choose_grid
@@ -86,7 +87,9 @@ class Predictor:
             skip_black=self.skips_black,
         )
 
-    def open_volume(self, source: InputVolume, empty_level: float | None) -> VolumeRun:
+    def open_volume(
+        self, source: InputVolume, empty_level: float | None, journal: RunJournal | None = None
+    ) -> VolumeRun:
         """What the blocks of one volume are made with."""
         return VolumeRun.open(
             source,
@@ -97,6 +100,7 @@ class Predictor:
             self.cfg.out,
             EmptyRule(empty_level),
             RetryLimits(deaths=self.cfg.deaths),
+            journal,
         )
 
     def choose_grid(self, shape: Shape, size: VoxelSize, image: str) -> Resampling | None:
@@ -186,15 +190,24 @@ def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[Input
 
     # The blocks of a resampled volume may be smaller.
     tiling = max(tilings, key=lambda t: math.prod(t.write), default=predictor.tiling)
+    # Intermediate files of tracing are removed at the end.
+    trace_blocks = sum(
+        math.prod(math.ceil(n / b) for n, b in zip(volume.shape, cfg.trace.block, strict=True))
+        for volume in volumes
+        if cfg.trees and volume.share is None
+    )
+    file_count = 2 * block_count + pyramid_shards + ranks
+
     lines = [
         f"student of {sum(p.numel() for p in predictor.student.parameters()) / 1e6:.1f} M parameters on "
         f"{predictor.device}, threshold {predictor.threshold:.2f}",
         f"{count(len(volumes), 'volume')}, {voxels / 1e6:.0f} M voxels: {count(block_count, 'block')} of up to "
         f"{tiling.write} with {tiling.halo} voxels around, at most {count(windows, 'window')} of {tiling.window}",
-        f"at most {files.format_bytes(2 * voxels)} on disk in {2 * block_count} shards, "
-        f"{count(pyramid_shards, 'shard')} of the pyramids and {count(block_count, 'marker')}; about "
-        f"{files.format_bytes(voxels_in_memory * _BYTES_PER_VOXEL)} of memory per rank besides the network, at most "
-        f"{seconds * windows / ranks:.0f} s on {ranks_text} and the time to trace",
+        f"at most {files.format_bytes(2 * voxels)} in {count(file_count, 'file')}: {2 * block_count} shards, "
+        f"{count(pyramid_shards, 'shard')} of the pyramids and {count(ranks, 'log')} of the journal; at most "
+        f"{count(trace_blocks, 'file')} more while trees are traced",
+        f"about {files.format_bytes(voxels_in_memory * _BYTES_PER_VOXEL)} of memory per rank besides the network, at "
+        f"most {seconds * windows / ranks:.0f} s on {ranks_text} and the time to trace",
     ]
 
     # Which windows trees touch is not known before tracing, so this is an upper bound.

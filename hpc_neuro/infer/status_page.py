@@ -78,6 +78,7 @@ def read_block_states(volume: VolumeRun) -> dict[Shape, str]:
     states = dict[Shape, str]()
 
     # A marker outranks a recorded failure: the block may have been done since.
+    volume.markers.refresh()
     for block in volume.tiling.list_blocks(volume.source.shape):
         marker = volume.markers.read(block.index)
         if marker is None:

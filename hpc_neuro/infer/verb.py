@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hpc_neuro.core import files, run_folder
@@ -17,10 +17,11 @@ from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.core.task_queue import Task, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.data.predictions import INDEX
+from hpc_neuro.data.run_journal import RunJournal, describe_damage, require_current_form
 from hpc_neuro.infer import status_page
 from hpc_neuro.infer.block_pipeline import BlockPipeline, VolumeRun
 from hpc_neuro.infer.config import InferConfig
-from hpc_neuro.infer.done_markers import list_damaged_shards, make_block_task, name_block
+from hpc_neuro.infer.done_markers import DoneMarkers, make_block_task
 from hpc_neuro.infer.grid import describe_grid
 from hpc_neuro.infer.model import Predictor, describe_run, predict_black
 from hpc_neuro.infer.progress import WindowProgress
@@ -30,7 +31,7 @@ from hpc_neuro.infer.volumes import InputVolume, UnusableVolume, list_measuremen
 from hpc_neuro.models.student_folder import find_student
 
 log = logging.getLogger(__name__)
-_RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "swc")
+_RESULT_FOLDERS = ("entries", "journal", "proofread", "swc")
 """Folders of OUT whose files are written one by one."""
 _MAY_CHANGE = ("page", "deaths", "batch", "silence", "flips", "trees", "trace")
 """Settings that no probability depends on. Trees record the settings that they depend on."""
@@ -65,15 +66,18 @@ def run(cfg: InferConfig) -> int:
     sources, unusable = _require_usable(cfg, _open_on_all_ranks(cfg, predictor, ranks))
     _require_no_flips(cfg, sources)
     folder = run_folder.share_folder(cfg.out, cfg.share)
+    ranks.run_on_main(lambda: require_current_form(cfg.out))
+    is_whole = _is_whole(cfg, predictor, sources, ranks)
 
     with contextlib.ExitStack() as stack:
-        record = ranks.run(lambda: stack.enter_context(_start_record(cfg, folder, predictor, sources, ranks)))
+        record = ranks.run(lambda: stack.enter_context(_start_record(cfg, folder, predictor, sources, ranks, is_whole)))
         if record.complete:
             return EXIT_DONE
 
         # A rank that hangs raises nothing, so silence is watched for.
         stack.enter_context(MpiRankWatch(files.part_path_of_all(folder / "ranks"), ranks, cfg.silence))
-        return _predict_and_trace(cfg, predictor, sources, unusable, record, ranks)
+        journal = stack.enter_context(contextlib.closing(_open_journal(cfg, ranks)))
+        return _predict_and_trace(cfg, predictor, sources, unusable, record, journal, ranks)
 
 
 def _predict_and_trace(
@@ -82,6 +86,7 @@ def _predict_and_trace(
     sources: list[InputVolume],
     unusable: list[str],
     record: run_folder.Run,
+    journal: RunJournal,
     ranks: Ranks,
 ) -> int:
     """Do what is missing of all volumes. `unusable`: sentences on volumes that cannot be predicted."""
@@ -98,7 +103,7 @@ def _predict_and_trace(
         ranks.run_on_main(lambda: _remove_parts(cfg.out))
 
     empty_level = ranks.run(lambda: _check_empty_level(predictor) if sources else None)
-    volumes = [predictor.open_volume(source, empty_level) for source in sources]
+    volumes = [predictor.open_volume(source, empty_level, journal) for source in sources]
 
     failures = list(unusable)
     whole_volumes = list[VolumeRun]()
@@ -118,8 +123,10 @@ def _predict_and_trace(
     changes = ranks.run_on_main(lambda: [change for source in sources if (change := source.find_change())])
     failures += changes
 
+    # The first rank writes all logs as one, so no other may append any more.
+    ranks.run(journal.close)
     seconds = round(time.monotonic() - started_at, 1)
-    ranks.run_on_main(lambda: _finish(cfg, record, volumes, entries, failures, seconds))
+    ranks.run_on_main(lambda: _finish(cfg, record, volumes, journal, entries, failures, seconds))
     return EXIT_FAILURES if failures else EXIT_DONE
 
 
@@ -128,8 +135,10 @@ def predict_volume(volume: VolumeRun, ranks: Ranks) -> list[str]:
     name, blocks = volume.source.id, volume.list_blocks()
     journals = {name: volume.markers}
 
-    # One rank decides what is missing: a file system may show the others older markers.
-    ranks.run_on_main(lambda: _prepare_folder(volume))
+    # One rank decides what is missing: the others have not read the journal.
+    is_fresh = ranks.run_on_main(lambda: _prepare_folder(volume))
+    if not is_fresh:
+        _forget_damaged(volume, ranks)
     plan = ranks.run_on_main(lambda: plan_tasks(_list_block_tasks(volume, blocks), journals, volume.limits))
 
     # Only the first rank shows progress, and it does about its share.
@@ -137,7 +146,7 @@ def predict_volume(volume: VolumeRun, ranks: Ranks) -> list[str]:
     label = name if ranks.size == 1 else f"{name}, rank 0 of {ranks.size}"
 
     with WindowProgress(label, windows, show=ranks.is_main) as progress:
-        pipeline = BlockPipeline(volume, progress)
+        pipeline = BlockPipeline(volume, progress, is_fresh)
         run_tasks(plan, pipeline.run, journals, volume.limits, ranks)
 
         if plan.tasks and ranks.is_main:
@@ -148,7 +157,7 @@ def predict_volume(volume: VolumeRun, ranks: Ranks) -> list[str]:
     # A pyramid needs all blocks, which neither a failure nor a share leaves.
     if failures or volume.source.share is not None:
         return failures
-    return [failure.line for failure in build_pyramid(volume, ranks)]
+    return [failure.line for failure in build_pyramid(volume, ranks, is_fresh)]
 
 
 def _require_usable(
@@ -186,9 +195,14 @@ def _open_on_all_ranks(cfg: InferConfig, predictor: Predictor, ranks: Ranks) -> 
 
 
 def _start_record(
-    cfg: InferConfig, folder: Path, predictor: Predictor, sources: list[InputVolume], ranks: Ranks
+    cfg: InferConfig,
+    folder: Path,
+    predictor: Predictor,
+    sources: list[InputVolume],
+    ranks: Ranks,
+    is_whole: bool,
 ) -> contextlib.AbstractContextManager[run_folder.Run]:
-    """The record of this run, with its inputs and the files behind them."""
+    """The record of this run, with its inputs and their files. is_whole: nothing of its results is missing."""
     inputs = {"weights": predictor.digest}
     inputs |= {f"volume {source.id}": source.digest for source in sources}
 
@@ -199,25 +213,79 @@ def _start_record(
     input_files = {"weights": find_student(cfg.model, cfg.weights) / "model.safetensors"}
     input_files |= {f"image {source.id}": source.file for source in sources if source.file}
 
-    # Without its index, or a shard, a run must go on, however complete its record is.
-    is_whole = cfg.share is not None or ((cfg.out / INDEX).exists() and _has_all_shards(cfg.out, predictor, sources))
-
     return run_folder.start(
         "infer", cfg, folder, inputs, _MAY_CHANGE, main=ranks.is_main, whole=is_whole, sources=input_files
     )
 
 
-def _has_all_shards(out: Path, predictor: Predictor, sources: list[InputVolume]) -> bool:
-    """Whether all blocks are marked, and all shards that the markers name are there."""
-    for source in sources:
-        markers = out / "blocks" / source.id
-        names = {path.name for path in markers.glob("*.json")}
-        blocks = predictor.tile(source).list_blocks(source.shape)
-        if not names.issuperset(f"{name_block(block.index)}.json" for block in blocks):
-            return False
-        if list_damaged_shards(markers, out / f"{source.id}.ome.zarr"):
-            return False
-    return True
+def _is_whole(cfg: InferConfig, predictor: Predictor, sources: list[InputVolume], ranks: Ranks) -> bool:
+    """Whether all results are there: without its index, or a shard, a run goes on, however complete its record is.
+
+    Collective.
+    """
+    if cfg.share is not None:
+        return True
+
+    def read() -> tuple[bool, list[tuple[Path, dict[str, int | None]]]]:
+        if not (cfg.out / INDEX).exists():
+            return False, []
+        journal = RunJournal(cfg.out)
+        journal.refresh()
+        shards = []
+        for source in sources:
+            markers = DoneMarkers(cfg.out, source.id, predictor.hash_settings(source), journal)
+            if markers.journal.damaged or markers.list_missing(predictor.tile(source).list_blocks(source.shape)):
+                return False, []
+            shards.append((cfg.out / f"{source.id}.ome.zarr", markers.list_shards()))
+        return True, shards
+
+    is_whole, shards = ranks.run_on_main(read)
+    return is_whole and not any(_list_damaged_shards(image, sizes, ranks) for image, sizes in shards)
+
+
+def _list_damaged_shards(image: Path, sizes: Mapping[str, int | None], ranks: Ranks) -> list[str]:
+    """The shards that are missing below `image` or have other sizes [bytes] than these. Collective.
+
+    Each rank looks at its part: one rank would ask the file system for minutes.
+    """
+    own = sorted(sizes)[ranks.rank :: ranks.size]
+    damaged = ranks.run(lambda: [shard for shard in own if not _is_intact(image / shard, sizes[shard])])
+    return sorted(shard for shards in ranks.gather(damaged) for shard in shards)
+
+
+def _is_intact(shard: Path, size: int | None) -> bool:
+    try:
+        actual = shard.stat().st_size
+    except OSError:
+        return False
+    return actual > 0 if size is None else actual == size
+
+
+def _open_journal(cfg: InferConfig, ranks: Ranks) -> RunJournal:
+    """The journal of this start, read by the first rank alone. Collective."""
+
+    def read() -> RunJournal:
+        journal = RunJournal(cfg.out, cfg.share)
+        journal.refresh()
+        # Shares may be appending, so their logs are written as one by the run that gathers them.
+        if cfg.share is None:
+            _forget_damaged_records(cfg.out, journal)
+            journal.compact()
+        return journal
+
+    journal = ranks.run(lambda: read() if ranks.is_main else None)
+    generation = ranks.gather(journal.log.generation if journal else 0)[0]
+    return journal or RunJournal(cfg.out, cfg.share, generation)
+
+
+def _forget_damaged_records(out: Path, journal: RunJournal) -> None:
+    """Let all that may belong to a record that cannot be read be made again."""
+    for line in journal.damaged:
+        log.warning("%s: %s; what it recorded is done again", journal.log.folder / line.log, describe_damage(line))
+    if journal.damaged:
+        for name in journal.list_volumes():
+            entry_path(out, name).unlink(missing_ok=True)
+        journal.forget_damage()
 
 
 def _remove_parts(out: Path) -> None:
@@ -240,11 +308,14 @@ def _check_empty_level(predictor: Predictor) -> float | None:
     return None
 
 
-def _prepare_folder(volume: VolumeRun) -> None:
-    """Make the folder of a volume's image, unless it is there and of this run. Raises ConfigError for another's."""
+def _prepare_folder(volume: VolumeRun) -> bool:
+    """Make the folder of a volume's image, unless it is there and of this run; whether no shard can be in it.
+
+    Raises ConfigError for a folder of something else.
+    """
     if volume.has_folder():
-        _forget_damaged(volume)
-        return
+        # Another share may have made it a moment ago.
+        return volume.source.share is not None and volume.markers.is_untouched()
 
     if volume.folder.exists():
         # What is not ours may be somebody's data, and is never removed.
@@ -262,17 +333,29 @@ def _prepare_folder(volume: VolumeRun) -> None:
     if volume.source.share is None:
         volume.markers.clear()
     volume.create_folder()
+    return volume.markers.is_untouched()
 
 
-def _forget_damaged(volume: VolumeRun) -> None:
-    """Let the blocks be predicted again whose shards are gone or were cut short, and with them what they lead to."""
+def _forget_damaged(volume: VolumeRun, ranks: Ranks) -> None:
+    """Let the blocks be predicted again whose shards are gone or were cut short, and with them what they lead to.
+
+    Collective.
+    """
     # Shares may be at work on other blocks; the run that gathers them looks at all.
     if volume.source.share is not None:
         return
-    damaged = volume.markers.forget_damaged(volume.folder)
-    if damaged:
-        log.warning("%s: %s missing or cut short, made again", volume.source.id, ", ".join(damaged[:3]))
-        entry_path(volume.folder.parent, volume.source.id).unlink(missing_ok=True)
+
+    sizes = ranks.run_on_main(volume.markers.list_shards)
+    damaged = _list_damaged_shards(volume.folder, sizes, ranks)
+
+    def forget() -> None:
+        if damaged:
+            log.warning("%s: %s missing or cut short, made again", volume.source.id, ", ".join(damaged[:3]))
+        if damaged or volume.markers.has_unreadable():
+            entry_path(volume.folder.parent, volume.source.id).unlink(missing_ok=True)
+            volume.markers.forget_faulty(damaged)
+
+    ranks.run_on_main(forget)
 
 
 def _list_block_tasks(volume: VolumeRun, blocks: list[Block]) -> list[Task[Block]]:
@@ -309,13 +392,14 @@ def _finish(
     cfg: InferConfig,
     record: run_folder.Run,
     volumes: list[VolumeRun],
+    journal: RunJournal,
     entries: dict[str, PredictionEntry],
     failures: list[str],
     seconds: float,
 ) -> None:
     """Write what is written once. Only the first rank does."""
-    for volume in volumes:
-        volume.markers.remove_empty_folders()
+    if cfg.share is None:
+        journal.finish()
 
     # The index and the page show all volumes, which a share does not know.
     if cfg.share is None:

@@ -2,8 +2,9 @@
 
     --check   only report what is wrong
 
-Reported are shards that are missing, have other bytes, or that no marker names; done markers that are missing or torn;
-levels of the pyramid; the images' metadata; trees and the tables beside them. A repair forgets what is broken and runs
+Reported are shards that are missing, have other bytes, or that no marker names; done markers that are missing or of
+another form; damaged lines of the journal; levels of the pyramid; the images' metadata; trees and the tables beside
+them. A repair forgets what is broken and runs
 `infer` with the config in OUT, which writes just that again. Trees and tables that differ from what was written, or
 that `infer` did not write, may be the work of people: they are moved to OUT/set_aside. Exit code 0: all is whole
 (again); 3: something is not.
@@ -29,6 +30,7 @@ from hpc_neuro.core.geometry import Block, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.data.predictions import INDEX, read_predictions
+from hpc_neuro.data.run_journal import JOURNAL, RunJournal, describe_damage, require_current_form
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.done_markers import DoneMarkers
 from hpc_neuro.infer.tiling import MASK
@@ -117,13 +119,19 @@ def check(out: Path) -> list[Problem]:
     if record["verb"] != "infer":
         raise InputError(f"{out} was not written by `infer`; give a folder that was")
 
-    # A volume whose image is gone still has its markers.
-    names = {path.name.removesuffix(".ome.zarr") for path in out.glob("*.ome.zarr")}
-    names |= {path.name for path in (out / "blocks").glob("*")}
+    require_current_form(out)
+    journal = RunJournal(out)
+    journal.refresh()
+    problems = [
+        Problem(f"{JOURNAL}/{line.log}: {describe_damage(line)}", functools.partial(_forget_damage, out, journal))
+        for line in journal.damaged
+    ]
 
-    problems = list[Problem]()
+    # A volume whose image is gone still has its markers.
+    names = {path.name.removesuffix(".ome.zarr") for path in out.glob("*.ome.zarr")} | set(journal.list_volumes())
+
     for name in sorted(names, key=run_folder.natural_key):
-        image = _open_image(out, name)
+        image = _open_image(out, name, journal)
 
         # Without its record nothing else of an image can be checked.
         if isinstance(image, Problem):
@@ -161,7 +169,14 @@ def _repair(out: Path, problems: list[Problem]) -> int:
     return EXIT_DONE if is_repaired else EXIT_FAILURES
 
 
-def _open_image(out: Path, name: str) -> _ProbabilityImage | Problem:
+def _forget_damage(out: Path, journal: RunJournal) -> None:
+    """Without a record it is unknown to what values pyramids and trees belong, so they go with the damaged lines."""
+    for name in journal.list_volumes():
+        entry_path(out, name).unlink(missing_ok=True)
+    journal.forget_damage()
+
+
+def _open_image(out: Path, name: str, journal: RunJournal) -> _ProbabilityImage | Problem:
     folder = out / f"{name}.ome.zarr"
 
     def forget() -> None:
@@ -179,7 +194,7 @@ def _open_image(out: Path, name: str) -> _ProbabilityImage | Problem:
     return _ProbabilityImage(
         name=name,
         folder=folder,
-        markers=DoneMarkers(out, name, record.key),
+        markers=DoneMarkers(out, name, record.key, journal),
         shape=record.shape,
         voxel_size=record.voxel_size,
         shard=record.shard,
@@ -213,39 +228,34 @@ def _check_metadata(image: _ProbabilityImage) -> Iterator[Problem]:
 def _check_blocks(image: _ProbabilityImage) -> Iterator[Problem]:
     """Compare the shards of level 0 with the checksums in their markers."""
     for block in image.blocks:
-        marker, path = image.markers.read(block.index), image.markers.path(block.index)
+        marker, is_recorded = image.markers.read(block.index), image.markers.has_record(block.index)
         label = f"{image.name} block {block.index}"
 
         if marker is None:
-            state = "cannot be read or is of another run" if path.exists() else "is missing"
-            text = f"{label}: its done marker {path.name} {state}"
+            state = "cannot be read or is of another run" if is_recorded else "is missing"
+            text = f"{label}: its done marker in {JOURNAL} {state}"
 
-            yield Problem(text, functools.partial(_forget_block, image, path))
+            yield Problem(text, functools.partial(_forget_block, image, block.index))
             continue
 
         # Without its marker a block is written again, both shards of it.
         for shard in (ome_zarr.shard_path(block.index), ome_zarr.shard_path(block.index, label=MASK)):
             if fault := _find_shard_fault(image, shard, marker.files.get(shard, "")):
-                yield Problem(f"{label}: {fault}", functools.partial(path.unlink, missing_ok=True))
+                yield Problem(f"{label}: {fault}", functools.partial(image.markers.forget_block, block.index))
 
 
-def _forget_block(image: _ProbabilityImage, marker_path: Path) -> None:
+def _forget_block(image: _ProbabilityImage, index: Shape) -> None:
     """Without its marker it is unknown whether the pyramid and the trees belong to a block, so they go too."""
-    marker_path.unlink(missing_ok=True)
-    image.markers.remove_levels()
-    entry_path(marker_path.parents[2], image.name).unlink(missing_ok=True)
+    image.markers.forget_block(index)
+    image.markers.forget_levels()
+    entry_path(image.markers.out, image.name).unlink(missing_ok=True)
 
 
 def _check_levels(image: _ProbabilityImage) -> Iterator[Problem]:
-    """Compare the shards of the pyramid with the checksums in their level's marker."""
+    """Compare the shards of the pyramid with the checksums in their markers."""
+    checksums = image.markers.read_levels()
     levels = ome_zarr.plan_shards(image.shape, image.voxel_size, image.shard, MASK)
     for number, shards in enumerate(levels, start=1):
-        checksums = image.markers.read_level(number)
-        if checksums is None:
-            text = f"{image.name} level {number}: its done marker is missing or torn"
-            yield Problem(text, image.markers.remove_levels)
-            continue
-
         # Shards of a level are built one by one, so only the faulty ones are forgotten.
         for shard in shards:
             if shard.path in checksums:
@@ -254,13 +264,8 @@ def _check_levels(image: _ProbabilityImage) -> Iterator[Problem]:
                 fault = f"the shard {shard.path} is in no marker"
 
             if fault:
-                forget = functools.partial(_forget_level_shard, image, number, shard.path)
+                forget = functools.partial(image.markers.forget_shard, shard.path)
                 yield Problem(f"{image.name} level {number}: {fault}", forget)
-
-
-def _forget_level_shard(image: _ProbabilityImage, number: int, shard: str) -> None:
-    checksums = image.markers.read_level(number) or {}
-    image.markers.write_level(number, {path: digest for path, digest in checksums.items() if path != shard})
 
 
 def _find_shard_fault(image: _ProbabilityImage, shard: str, checksum: str) -> str:
@@ -284,10 +289,7 @@ def _check_unknown_files(image: _ProbabilityImage) -> Iterator[Problem]:
         # The shards of a block without a marker are written again, whatever they hold.
         expected |= set(shards if marker is None else marker.files)
 
-    # Level 0 has no marker of its own, and adds nothing here.
-    for number, _ in enumerate(ome_zarr.plan_levels(image.shape, image.voxel_size)):
-        checksums = image.markers.read_level(number) or {}
-        expected |= {shard for shard, checksum in checksums.items() if checksum}
+    expected |= {shard for shard, checksum in image.markers.read_levels().items() if checksum}
 
     for path in sorted(image.folder.rglob("*")):
         shard = path.relative_to(image.folder).as_posix()

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpc_neuro.core import files, stop_signals
+from hpc_neuro.core import stop_signals
 from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.geometry import Block, Box
 from hpc_neuro.core.task_queue import Task, TaskFailure, TaskReport, do_each, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
+from hpc_neuro.data.run_journal import name_block
 from hpc_neuro.infer import flip_tta, forest_files, super_blocks
 from hpc_neuro.infer.block_pipeline import VolumeRun
-from hpc_neuro.infer.done_markers import name_block
 from hpc_neuro.infer.model import Predictor
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import MASK
@@ -37,34 +37,61 @@ class VolumeStep:
     """Does one task; a result other than None goes into the report."""
 
 
-def build_pyramid(volume: VolumeRun, ranks: Ranks) -> list[TaskFailure]:
-    """Build the levels above 0 that are not marked done, one after the other, each on all ranks. Collective."""
+@dataclass(frozen=True)
+class _ShardWork:
+    """One shard of the pyramid that is to be made."""
+
+    shard: ome_zarr.LevelShard
+    is_zero: bool
+    """Whether all that it is computed from is zero."""
+
+
+def build_pyramid(volume: VolumeRun, ranks: Ranks, is_fresh: bool = False) -> list[TaskFailure]:
+    """Build the shards above level 0 that are not marked done, level by level, each level on all ranks. Collective.
+
+    is_fresh: no shard of the pyramid is there yet.
+    """
     source = volume.source
     levels = ome_zarr.plan_shards(source.shape, source.voxel_size, volume.tiling.write, MASK)
+    builder = ome_zarr.PyramidBuilder(volume.folder, source.shape, source.voxel_size)
+    # Only the first rank lists what is missing.
+    checksums = ranks.run(lambda: volume.markers.read_levels() if ranks.is_main and levels else {})
+    written = ranks.run(lambda: set(volume.markers.list_shards()) if ranks.is_main and levels else set())
 
-    for number, shards in enumerate(levels, start=1):
-        # All ranks get what the first one reads: a file system may show the others an older marker.
-        checksums = ranks.run_on_main(functools.partial(volume.markers.read_level, number)) or {}
-
-        # A failure or a repair may have left part of a level.
-        tasks = [_make_shard_task(shard, source.id) for shard in shards if shard.path not in checksums]
-        if not tasks:
-            continue
-
-        report = _run_on_volumes(
-            functools.partial(list, tasks), functools.partial(_build_shard, volume), [volume], ranks
-        )
-
-        # What was built stays on record, also where other shards failed.
-        checksums |= dict(report.results)
-
-        if ranks.is_main:
-            volume.markers.write_level(number, checksums)
+    for shards in levels:
+        list_tasks = functools.partial(_list_shard_tasks, volume, shards, checksums, written, is_fresh)
+        make = functools.partial(_build_shard, volume, builder, is_fresh)
+        report = _run_on_volumes(list_tasks, make, [volume], ranks)
 
         # A level is built from the one below, which must be whole.
         if report.failures:
             return report.failures
+        written |= {path for path, checksum in report.results if checksum}
     return []
+
+
+def _list_shard_tasks(
+    volume: VolumeRun,
+    shards: Sequence[ome_zarr.LevelShard],
+    checksums: Mapping[str, str],
+    written: set[str],
+    is_fresh: bool,
+) -> list[Task[_ShardWork]]:
+    """The missing shards of a level; those of zeros are marked here where nothing can lie in their places."""
+    source = volume.source
+    levels = ome_zarr.plan_levels(source.shape, source.voxel_size)
+    tasks = []
+    for shard in shards:
+        if shard.path in checksums:
+            continue
+        _, box = ome_zarr.locate_fine_box(levels, shard)
+        below = ome_zarr.list_shards_in(box, volume.tiling.write, shard.level - 1, shard.label)
+        is_zero = written.isdisjoint(below)
+        if is_zero and is_fresh:
+            volume.markers.write_shard(shard.path, "")
+        else:
+            tasks.append(_make_shard_task(_ShardWork(shard, is_zero), source.id))
+    return tasks
 
 
 def trace_volumes(
@@ -129,17 +156,23 @@ def _run_on_volumes(
     return run_tasks(plan, do_each(make), journals, limits, ranks)
 
 
-def _make_shard_task(shard: ome_zarr.LevelShard, volume: str) -> Task[ome_zarr.LevelShard]:
-    name = f"pyramid_{shard.path.replace('/', '_')}"
-    return _make_task(name, f"shard {shard.path} of the pyramid", shard, volume)
+def _make_shard_task(work: _ShardWork, volume: str) -> Task[_ShardWork]:
+    path = work.shard.path
+    return _make_task(f"pyramid_{path.replace('/', '_')}", f"shard {path} of the pyramid", work, volume)
 
 
-def _build_shard(volume: VolumeRun, task: Task[ome_zarr.LevelShard]) -> tuple[str, str]:
-    """Build one shard of a level; its path and the checksum of its bytes, "" for a shard of zeros."""
-    source, shard = volume.source, task.payload
-    ome_zarr.build_shard(volume.folder, source.shape, source.voxel_size, shard)
-    path = volume.folder / shard.path
-    return shard.path, files.sha256(path) if path.exists() else ""
+def _build_shard(
+    volume: VolumeRun, builder: ome_zarr.PyramidBuilder, is_fresh: bool, task: Task[_ShardWork]
+) -> tuple[str, str]:
+    """Build one shard of a level and mark it done; its path and the checksum of its bytes, "" for zeros."""
+    shard = task.payload.shard
+    # What an earlier run left here may be torn, or of other values.
+    if not is_fresh:
+        ome_zarr.remove_shard(volume.folder, shard.path)
+
+    checksum = "" if task.payload.is_zero else builder.build(shard)[0]
+    volume.markers.write_shard(shard.path, checksum)
+    return shard.path, checksum
 
 
 def _list_skeleton_tasks(trees: VolumeTrees) -> list[Task[Box]]:

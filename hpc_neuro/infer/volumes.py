@@ -29,7 +29,7 @@ ChooseGrid = Callable[[Shape, VoxelSize, str], Resampling | None]
 """Shape, voxel size (um) and name of an image -> the grid that the student sees; None: that of the image."""
 ShareOf = tuple[int, int]
 """(i, n): the i-th of n shares."""
-_RESULT_FOLDERS = ("blocks", "entries", "failed", "proofread", "shares", "strands", "swc")
+_RESULT_FOLDERS = ("entries", "journal", "proofread", "shares", "strands", "swc")
 """Folders of results in `out`."""
 
 

@@ -32,6 +32,7 @@ from hpc_neuro.core import run_folder
 from hpc_neuro.infer import verify
 from hpc_neuro.models.student import save_student
 from tests.helpers.bright_student import CONFIG, build_bright_student
+from tests.helpers.journal import change_lines, list_times
 
 _SHAPE = (24, 160, 170)
 _WINDOW = (8, 32, 32)
@@ -162,7 +163,7 @@ def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
 
 def _done(out: Path) -> tuple[int, int]:
     """How many blocks are predicted; how many parts of the tracing are done."""
-    return sum(1 for _ in out.glob("blocks/*/[0-9]*.json")), sum(1 for _ in out.glob("strands/**/[!.]*.npz"))
+    return len(list_times(out)), sum(1 for _ in out.glob("strands/**/[!.]*.npz"))
 
 
 def _ranks(launcher: int) -> list[int]:
@@ -185,11 +186,11 @@ def _ranks(launcher: int) -> list[int]:
 
 def _forget_some(out: Path, draw: random.Random) -> None:
     """Undo a finished run in part, so that there is something to be killed in again."""
-    marks = sorted(out.glob("blocks/*/[0-9]*.json"))
-    for mark in draw.sample(marks, len(marks) * 3 // 4):
-        mark.unlink()
-    for level in out.glob("blocks/*/level_*.json"):
-        level.unlink()
+    blocks = sorted(list_times(out))
+    lost = set(draw.sample(blocks, len(blocks) * 3 // 4))
+    change_lines(
+        out, lambda r: r.kind == "shard" or (r.kind == "block" and (r.group, r.name) in lost), lambda line, record: b""
+    )
     (out / "predictions.json").unlink(missing_ok=True)
     shutil.rmtree(out / "entries", ignore_errors=True)
 

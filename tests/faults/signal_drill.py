@@ -29,6 +29,7 @@ from typing import Any
 from hpc_neuro.core.constants import EXIT_DONE, EXIT_STOPPED
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from tests.faults.kill_infer import snapshot_code, write_bright_student
+from tests.helpers.journal import list_all_begun
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _RESULTS = {
@@ -150,7 +151,7 @@ def _warn(process: subprocess.Popen[bytes], verb: str, draw: random.Random, tall
 def _inspect(code: int, out: Path, tally: Tally) -> None:
     """Count what a warned start must not leave."""
     tally.deaths += code not in (EXIT_DONE, EXIT_STOPPED)
-    tally.deaths += sum(1 for path in out.glob("begun/*/*") if path.is_file())
+    tally.deaths += len(list_all_begun(out))
     tally.parts += sum(1 for _ in out.rglob(".*.part"))
 
 

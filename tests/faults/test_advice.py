@@ -81,7 +81,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], list[str], Callable[[Path, s
     "predictions cut": ("infer/predictions.json", cut, ["evaluate", "out={new}"], give_again("infer")),
     "predictions flipped": ("infer/predictions.json", flip, ["evaluate", "out={new}"], give_again("infer")),
     "predictions gone": ("infer/predictions.json", Path.unlink, ["evaluate", "out={new}"], give_again("infer")),
-    "marker torn": ("infer/blocks/*/0_0_0.json", tear, ["evaluate", "out={new}"], give_command),
+    "journal damaged": ("infer/journal/*.log", spoil_line, ["evaluate", "out={new}"], give_command),
     "shard of a result gone": ("infer/*.ome.zarr/0/c/0/0/0", Path.unlink, ["evaluate", "out={new}"], give_command),
     "tree edited": ("infer/swc/*.voxel.swc", cut, ["evaluate", "out={new}"], give_command),
     "group torn": ("infer/*.ome.zarr/zarr.json", tear, ["infer", "batch=2"], remove_path),

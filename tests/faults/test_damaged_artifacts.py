@@ -17,6 +17,7 @@ import h5py
 import pytest
 
 from hpc_neuro.cli import main
+from hpc_neuro.core.record_log import decode
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.infer.viewer_layers import ViewerLayers
 
@@ -67,7 +68,7 @@ OUTPUTS: list[tuple[str, str, tuple[Callable[[Path], None], ...]]] = [
     ("train", "train/weights/best/student.yaml", SMALL),
     ("train", "train/weights/last/model.safetensors", SMALL),
     ("infer", "infer/predictions.json", SMALL),
-    ("infer", "infer/blocks/*/0_0_0.json", LARGE),
+    ("infer", "infer/journal/*.log", LARGE),
     ("infer", "infer/*.ome.zarr/0/c/0/0/0", LARGE),
     ("evaluate", "evaluate/metrics.json", SMALL),
     ("evaluate", "evaluate/metrics.csv", SMALL),
@@ -90,9 +91,10 @@ def test_the_same_command_repairs_an_output(
     try:
         assert run(damaged_demo, verb) == 0
         # Reports and markers hold times.
-        if path.suffix != ".html" and "blocks" not in path.parts:
+        if path.suffix not in (".html", ".log"):
             assert path.read_bytes() == before
-        assert path.stat().st_size > len(before) // 2
+        # A repaired journal is written under another name.
+        assert first(damaged_demo, pattern).stat().st_size > len(before) // 2
         assert main(["history", str(damaged_demo / pattern.partition("/")[0])]) == 0
     except BaseException:
         path.write_bytes(before)
@@ -204,7 +206,7 @@ JSON_FILES: list[tuple[str, list[list[str]]]] = [
     ("cache/manifest.json", [["train", "--dry-run"], ["cache", "info", "{demo}/cache"], ["history", "{demo}/cache"]]),
     ("infer/predictions.json", [["evaluate", "--dry-run"], ["history", "{demo}/infer"], ["serve"]]),
     ("infer/entries/*.json", [["infer", "verify", "{demo}/infer", "--check"]]),
-    ("infer/blocks/*/0_0_0.json", [["evaluate", "--dry-run"], ["history", "{demo}/infer"]]),
+    ("infer/journal/*.log", [["evaluate", "--dry-run"], ["history", "{demo}/infer"]]),
     ("infer/*.ome.zarr/zarr.json", [["infer", "verify", "{demo}/infer", "--check"], ["history", "{demo}/infer"]]),
     ("infer/proofread/*.neuroglancer.json", [["serve"]]),
     ("train/checkpoints/step_*/checkpoint.json", [["train", "optim.steps=10"], ["history", "{demo}/train"]]),
@@ -232,11 +234,17 @@ def mutate(draw: random.Random, value: Any) -> Any:
 def list_contents(path: Path) -> list[bytes]:
     draw = random.Random(path.name)
     content = path.read_bytes()
+    torn = [content[: draw.randrange(len(content))] for _ in range(max(1, MUTATIONS // 4))]
+    if path.suffix == ".log":
+        # Records with the checksum of what they hold, which is of another form.
+        records = [record for line in content.splitlines(keepends=True) if (record := decode(line, path.name))]
+        block = next(record for record in records if record.kind == "block")
+        mutated = (json.dumps(mutate(draw, json.loads(block.body))).encode() for _ in range(MUTATIONS))
+        return [*WHOLE_FILES, *(block._replace(body=body).encode() for body in mutated), *torn]
     mutations = [
         json.dumps(mutate(draw, json.loads(content.splitlines()[0] if path.suffix == ".jsonl" else content)))
         for _ in range(MUTATIONS)
     ]
-    torn = [content[: draw.randrange(len(content))] for _ in range(max(1, MUTATIONS // 4))]
     return [*WHOLE_FILES, *(text.encode() for text in mutations), *torn]
 
 

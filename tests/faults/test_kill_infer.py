@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.kill_infer import drill
+from tests.helpers.journal import list_all_begun
 
 
 @pytest.mark.slow
@@ -19,4 +20,4 @@ def test_killed_ranks_leave_the_bytes_of_a_quiet_run(tmp_path: Path, in_parts: b
     assert facts["verified"]
     assert len(list(tmp_path.glob("killed/*.ome.zarr"))) == 2
     assert len(list(tmp_path.glob("killed/swc/*.swc"))) == 4  # there were trees to be killed at
-    assert not list(tmp_path.glob("killed/begun")) + list(tmp_path.glob("killed/strands"))
+    assert not list_all_begun(tmp_path / "killed") + list(tmp_path.glob("killed/strands"))

@@ -29,6 +29,7 @@ from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.done_markers import DoneMarkers
 from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.infer.volumes import InputVolume
+from tests.helpers.journal import list_blocks
 
 SHAPE = (8, 64, 96)
 LONG_SHAPE = (8, 64, 300)
@@ -90,7 +91,7 @@ def infer_poisoned_task(out: Path, deaths: int, poison: str) -> list[str]:
 
     def begin_or_die(markers: DoneMarkers, name: str) -> None:
         begin(markers, name)
-        if (markers.failed.name, name) == ("a", poison):
+        if (markers.name, name) == ("a", poison):
             os.kill(os.getpid(), signal.SIGKILL)
 
     DoneMarkers.begin = begin_or_die
@@ -144,7 +145,7 @@ def main() -> None:
     start_until_it_ends(
         "block",
         lambda: infer_poisoned_block(out, BLOCK_DEATHS),
-        lambda: sorted(path.stem for path in (out / "blocks" / "v").glob("[0-9]*.json")),
+        lambda: list_blocks(out, "v"),
     )
     for poison in TASKS:
         folder = out / poison

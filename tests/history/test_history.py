@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.cli import main
+from tests.helpers.journal import drop_block, edit_block, open_journal
 from tests.test_demo import command, environment
 
 pytestmark = pytest.mark.slow
@@ -100,8 +101,8 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         "dataset.json is not of the form it was written in",
     ),
     "block mark of another form": (
-        lambda c: edit(first(c / "infer", "blocks/*/0_0_0.json"), '"sha256"', '"sha"'),
-        "0_0_0.json is not of the form it was written in",
+        lambda c: edit_block(c / "infer", open_journal(c / "infer").list_volumes()[0], "0_0_0", sha256=0),
+        "is not of the form it was written in",
     ),
     "store gone": (lambda c: shutil.rmtree(c / "store"), "store does not exist"),
     "store written again": (
@@ -120,7 +121,10 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "training stopped": (lambda c: edit(c / "train" / "run.json", '"exit": 0', '"exit": 75'), "is not complete"),
     "record gone": (lambda c: (c / "train" / "run.json").unlink(), "train"),
     "block missing": (lambda c: shutil.rmtree(first(c / "infer", "*.ome.zarr/0/c")), "does not have the checksum"),
-    "block unmarked": (lambda c: first(c / "infer", "blocks/*/0_0_0.json").unlink(), "was never finished"),
+    "block unmarked": (
+        lambda c: drop_block(c / "infer", open_journal(c / "infer").list_volumes()[0]),
+        "was never finished",
+    ),
     "tree changed": (lambda c: append(first(c / "infer", "swc/*[0-9].swc")), "was changed"),
     "predictions changed": (lambda c: append(c / "infer" / "predictions.json"), "predictions was changed"),
     "metrics edited": (lambda c: edit(c / "evaluate/metrics.json", '"dice": 0.', '"dice": 1.'), "metrics.json"),

@@ -10,13 +10,14 @@ import pytest
 
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.task_queue import group_by_deaths
+from hpc_neuro.data.run_journal import name_block
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer import progress as progress_module
 from hpc_neuro.infer.block_pipeline import EmptyRule, brightest_cell
-from hpc_neuro.infer.done_markers import name_block
 from hpc_neuro.infer.tiling import Tiling, quantize
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
+from tests.helpers.journal import list_all_begun
 from tests.helpers.small_volumes import WINDOW, ArrayVolume, open_run, predict_missing, probability
 
 
@@ -154,7 +155,7 @@ def test_who_is_tried_when_by_deaths_and_a_stop_in_good_order_is_none(model: Pat
     run = open_run(model, ArrayVolume(image), tmp_path, read)
     with pytest.raises(Stop):
         predict_missing(run)
-    assert not list(tmp_path.glob("begun/*/*"))
+    assert not list_all_begun(tmp_path)
     blocks = run.tiling.list_blocks(image.shape)
     for deaths, block in enumerate(blocks):
         for _ in range(deaths):

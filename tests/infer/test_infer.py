@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,12 @@ from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.predictions import read_predictions
 from hpc_neuro.data.store import Store
+from hpc_neuro.infer import verify
 from hpc_neuro.infer.model import Predictor
 from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
+from tests.helpers.journal import drop_block, list_logs, list_times
 from tests.helpers.small_volumes import KEYS, WINDOW, configure, probability, write_crossing
 
 
@@ -94,19 +98,19 @@ def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Pa
     infer.run(cfg)
     image = ome_zarr.open_level(cfg.out / "a.ome.zarr")
     ome_zarr.write_box(image, Box((0, 0, 0), (8, 32, 32)), np.full((8, 32, 32), 9, np.uint8))
-    (cfg.out / "blocks" / "a" / "0_0_0.json").unlink()
+    drop_block(cfg.out)
     (cfg.out / "predictions.json").unlink()
     torn = [
         cfg.out / p
         for p in (
-            "blocks/a/.0_0_1.json.00000001.part",
+            "journal/.000009_all_00000000.log.00000001.part",
             "entries/.a.json.00000001.part",
             "swc/a/.0001.swc.00000001.part",
         )
     ]
     torn += [
         cfg.out / p
-        for p in ("failed/a/.0_0_0.json.00000001.part", "proofread/.a.csv.00000001.part", "swc/.a.swc.00000001.part")
+        for p in ("entries/.b.json.00000001.part", "proofread/.a.csv.00000001.part", "swc/.a.swc.00000001.part")
     ]
     for part in torn:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +226,8 @@ def test_a_finished_run_is_traced_anew_by_other_settings(
 
     both = trace_again(out, "trace.min_cable=10")
     assert {"swc/cells/0001.swc", "swc/cells/0002.swc"} < set(both)
-    marks = {p: p.stat().st_mtime_ns for p in (out / "blocks").rglob("*.json")}
+    marks = list_times(out)
+    assert marks
     one = trace_again(out, "trace.min_cable=40")
     assert one == trace_again(fresh, "trace.min_cable=40")
     assert "swc/cells.swc" in one
@@ -230,7 +235,7 @@ def test_a_finished_run_is_traced_anew_by_other_settings(
     assert trace_again(out, "trace.min_cable=400") == {}
     assert json.loads((out / "predictions.json").read_text())["cells"]["trees"] == 0
     assert trace_again(out, "trees=false") == {}
-    assert marks == {p: p.stat().st_mtime_ns for p in (out / "blocks").rglob("*.json")}
+    assert marks == list_times(out)
 
 
 @pytest.mark.parametrize(
@@ -262,10 +267,37 @@ def test_config_faults_are_said(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_forecast_counts_blocks_and_windows(model: Path, store: Path, tmp_path: Path) -> None:
-    text = "\n".join(infer.forecast(configure(model, tmp_path / "o", f"store={store}")))
+    text = "\n".join(infer.forecast(configure(model, tmp_path / "o", f"store={store}", "trees=true")))
     assert "2 volumes" in text
     plan = Tiling(WINDOW, 0.5, (4, 16, 16), (8, 32, 32), (4, 16, 16))
-    assert f"{2 * len(plan.list_blocks(Store(store)['a'].shape))} blocks" in text
+    blocks = 2 * len(plan.list_blocks(Store(store)["a"].shape))
+    assert f"{blocks} blocks" in text
+    assert f"in {2 * blocks + 1} files: {2 * blocks} shards, 0 shards of the pyramids and 1 log of the journal" in text
+    assert "at most 2 files more while trees are traced" in text
+
+
+def test_a_run_writes_no_file_per_block(done: Path) -> None:
+    """The files of a finished run are its shards, their metadata, and some that do not grow with the blocks."""
+    others = [path for path in done.rglob("*") if path.is_file() and "c" not in path.relative_to(done).parts]
+    assert len(list_logs(done)) == 1
+    assert len(others) < 20 < len(list_times(done))
+
+
+def test_a_folder_of_an_older_form_is_refused_and_the_advice_works(model: Path, store: Path, tmp_path: Path) -> None:
+    cfg = configure(model, tmp_path / "o", f"store={store}")
+    assert infer.run(cfg) == 0
+    shutil.rmtree(cfg.out / "journal")
+    marker = cfg.out / "blocks" / "a" / "0_0_0.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text("{}")
+    before = {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()}
+    for refuse in (lambda: infer.run(cfg), lambda: verify.check(cfg.out)):
+        with pytest.raises(InputError, match="done marker of an older version") as caught:
+            refuse()
+    assert {path: path.read_bytes() for path in cfg.out.rglob("*") if path.is_file()} == before
+    (folder,) = re.findall(r"remove (\S+) and run", str(caught.value))
+    shutil.rmtree(folder)
+    assert infer.run(cfg) == 0
 
 
 def test_plain_paths_and_folders_are_predicted(model: Path, tmp_path: Path) -> None:

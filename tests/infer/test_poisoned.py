@@ -17,6 +17,7 @@ from hpc_neuro.core.distributed import Ranks
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.task_queue import Task, TaskFailure, do_each, plan_tasks, run_tasks
 from hpc_neuro.infer.block_pipeline import VolumeRun
+from tests.helpers.journal import list_begun, read_failures
 from tests.helpers.poisoned_infer import BLOCK_DEATHS, TASK_DEATHS, TASKS
 from tests.helpers.small_volumes import ArrayVolume, open_run, probability
 
@@ -45,8 +46,8 @@ def test_a_block_that_kills_its_process_is_left_out_after_so_many_deaths(
     (line,) = last["failures"]
     assert line.startswith("v block (0, 1, 1) at (0, 32, 32): 3 times the process that was at it was killed")
     assert last["done"] == ["0_0_0", "0_0_1", "0_0_2", "0_1_0", "0_1_2"]
-    assert [p.name for p in out.glob("begun/v/*")] == ["0_1_1"]
-    parked = json.loads((out / "failed/v/0_1_1.json").read_text())
+    assert list_begun(out, "v") == ["0_1_1"]
+    parked = read_failures(out, "v")["0_1_1"]
     assert (parked["index"], parked["tries"]) == ([0, 1, 1], 3)
     wanted = np.rint(np.arange(8 * 64 * 96).reshape(8, 64, 96) / 49152 * 255)  # the student gives the image back
     wanted[:, 32:, 32:64] = 0
@@ -64,9 +65,9 @@ def test_so_is_any_other_part_and_the_other_volume_is_finished(
     assert "a higher `deaths` tries it again" in line
     assert same_poison[-1]["done"] == ["b"]
     assert (out / poison / "swc/b.swc").exists()
-    assert [p.name for p in out.glob(f"{poison}/begun/a/*")] == [poison]
-    assert not list(out.glob(f"{poison}/begun/b/*"))
-    assert json.loads((out / poison / f"failed/a/{poison}.json").read_text())["part"] == TASKS[poison]
+    assert list_begun(out / poison, "a") == [poison]
+    assert not list_begun(out / poison, "b")
+    assert read_failures(out / poison, "a")[poison]["part"] == TASKS[poison]
 
 
 def _open_run(model: Path, tmp_path: Path) -> VolumeRun:
@@ -97,15 +98,15 @@ def test_a_task_that_raises_is_tried_again_and_then_listed_with_its_traceback(mo
         "a, part bad input: the root lies outside",
     ]
     assert [tried.count(task.name) for task in tasks] == [1, 2, 2, 1]
-    assert not list(tmp_path.glob("begun/a/*"))
-    record = json.loads((tmp_path / "failed/a/part_ill.json").read_text())
+    assert not list_begun(tmp_path, "a")
+    record = read_failures(tmp_path, "a")["part_ill"]
     assert (record["part"], record["tries"]) == ("part ill", 2)
     assert any("in make" in line for line in record["traceback"])
     # Only blocks count as failed blocks.
     assert not run.markers.read_failed_blocks()
     is_sick = False
     assert not _run(run, tasks[1:2], make)
-    assert not (tmp_path / "failed/a/part_ill.json").exists()
+    assert "part_ill" not in read_failures(tmp_path, "a")
 
 
 def test_a_full_disk_ends_the_run(model: Path, tmp_path: Path) -> None:
@@ -115,4 +116,4 @@ def test_a_full_disk_ends_the_run(model: Path, tmp_path: Path) -> None:
     run = _open_run(model, tmp_path)
     with pytest.raises(OSError, match="No space left"):
         _run(run, [Task("one", "one", "", "a"), Task("two", "two", "", "a")], make)
-    assert not list(tmp_path.glob("begun/a/*"))
+    assert not list_begun(tmp_path, "a")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from hpc_neuro import cli, evaluate, infer
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.infer import verify
+from tests.helpers.journal import drop_block, edit_block, list_logs, list_times, spoil_block
 from tests.helpers.small_volumes import configure, probability, write_crossing
 
 SHARD = "0/c/1/0/1"
@@ -53,8 +53,20 @@ def stray(path: Path) -> None:
         (f"a.ome.zarr/{SHARD}", flip, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
         (f"a.ome.zarr/{SHARD}", cut, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
         ("*.ome.zarr/labels/mask/0/c/*/*/*", flip, "the shard labels/mask/0/c/"),
-        ("blocks/a/1_0_1.json", cut, "a block (1, 0, 1): its done marker 1_0_1.json cannot be read"),
-        ("blocks/a/1_0_1.json", delete, "a block (1, 0, 1): its done marker 1_0_1.json is missing"),
+        (
+            "journal",
+            lambda p: edit_block(p.parent, "a", "1_0_1", index="x"),
+            "its done marker in journal cannot be read",
+        ),
+        (
+            "journal",
+            lambda p: spoil_block(p.parent, "a", "1_0_1"),
+            "does not have the checksum that it was written with",
+        ),
+        ("journal", lambda p: spoil_block(p.parent, "a", "1_0_1"), "a block (1, 0, 1): its done marker in journal is"),
+        ("journal", lambda p: drop_block(p.parent, "a", "1_0_1"), "a block (1, 0, 1): its done marker in journal is"),
+        ("journal/*.log", cut, "a block (0, 0, 0): its done marker in journal is missing"),
+        ("journal", shutil.rmtree, "b block (0, 0, 0): its done marker in journal is missing"),
         ("a.ome.zarr/0/zarr.json", cut, "a: the metadata 0/zarr.json is other than written"),
         ("a.ome.zarr/zarr.json", delete, "a: "),
         ("a.ome.zarr/0/c/9", stray, "a: `infer` did not write 0/c/9"),
@@ -65,13 +77,13 @@ def test_each_harm_is_named_and_repaired(copy: Path, file: str, harm: Callable[[
     before = contents(copy)
     assert verify.check(copy) == []
     harm(next(iter(copy.glob(file)), copy / file))
-    marks = {p: p.stat().st_mtime_ns for p in copy.glob("blocks/*/*.json")}
+    marks = list_times(copy)
     assert [p.text for p in verify.check(copy) if message in p.text]
     assert cli.main(["infer", "verify", str(copy), "--check"]) == 3
-    assert contents(copy) != before or "blocks" in file
+    assert contents(copy) != before or "journal" in file
     assert cli.main(["infer", "verify", str(copy)]) == 0
     assert contents(copy) == before
-    again = [p for p, at in marks.items() if p.stat().st_mtime_ns != at]
+    again = [block for block, at in marks.items() if list_times(copy)[block] != at]
     whole_volume = file == "a.ome.zarr/zarr.json"
     assert whole_volume or len(again) <= 1  # only what was broken is made again
     assert cli.main(["infer", "verify", str(copy)]) == 0
@@ -142,7 +154,7 @@ def test_several_harms_at_once(copy: Path) -> None:
     before = contents(copy)
     delete(copy / "a.ome.zarr/0/c/0/0/0")
     flip(copy / f"a.ome.zarr/{SHARD}")
-    cut(copy / "blocks/b/0_0_0.json")
+    drop_block(copy, "b")
     assert len(verify.check(copy)) == 3
     assert verify.main([str(copy)]) == 0
     assert contents(copy) == before
@@ -162,16 +174,17 @@ def test_what_cannot_be_repaired_is_told(copy: Path, tmp_path: Path, capsys: pyt
 
 
 def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:
-    """Level by level: the engine's markers hold a checksum of each shard above level 0."""
+    """Level by level: the journal holds a checksum of each shard above level 0."""
     from hpc_neuro.core.geometry import Box
     from hpc_neuro.data import ome_zarr
     from hpc_neuro.infer.done_markers import DoneMarkers
 
     marks = DoneMarkers(tmp_path, "a", "k")
-    marks.write_level(1, {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""})
-    assert marks.read_level(1) == {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""}
-    flip(tmp_path / "blocks/a/level_1.json")
-    assert marks.read_level(2) is None
+    for path, checksum in (("1/c/0/0/0", "x"), ("labels/mask/1/c/0/0/0", "")):
+        marks.write_shard(path, checksum)
+    assert DoneMarkers(tmp_path, "a", "k").read_levels() == {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""}
+    flip(list_logs(tmp_path)[0])
+    assert len(DoneMarkers(tmp_path, "a", "k").read_levels()) == 1
     shape, shard = (8, 600, 64), (8, 64, 64)
     ome_zarr.create(tmp_path / "v", "p", shape, (1.0, 1.0, 1.0), shard, (8, 32, 32), "mask", {})
     spot = Box((0, 64, 0), (8, 128, 64))
@@ -198,10 +211,9 @@ def test_evaluate_refuses_a_lost_shard_until_verify_has_computed_it_again(
 
 @pytest.mark.parametrize("files", [3, [1], "x", None])
 def test_evaluate_refuses_a_done_marker_of_another_form(files: object, copy: Path, store: Path, tmp_path: Path) -> None:
-    marker = copy / "blocks" / "a" / "0_0_0.json"
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), "files": files}))
+    edit_block(copy, "a", "0_0_0", files=files)
     cfg = evaluate.EvaluateConfig(store=store, predictions=copy, out=tmp_path / "scores", draws=100, pictures=0)
-    with pytest.raises(InputError, match=r"0_0_0.json is not of the form .*run `hpc-neuro infer verify"):
+    with pytest.raises(InputError, match=r"block 0_0_0 of a is not of the form .*run `hpc-neuro infer verify"):
         evaluate.run(cfg)
     assert not cfg.out.exists()
 

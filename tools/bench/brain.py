@@ -34,8 +34,9 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.morphology import build_tree, concatenate_trees
 from hpc_neuro.core.sorted_parts import Items, Stream
 from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.data.run_journal import BlockMarker, name_block
 from hpc_neuro.infer import forest_files
-from hpc_neuro.infer.done_markers import BlockMarker, DoneMarkers
+from hpc_neuro.infer.done_markers import DoneMarkers
 from hpc_neuro.infer.proofread import ForestLabels, NodeConfidence
 from hpc_neuro.infer.tiling import MASK, Tiling
 from hpc_neuro.infer.trees import save_arrays
@@ -483,12 +484,17 @@ def _measure_listing(blocks: int = 2_000) -> float:
     return _time(lambda: _TILING.count_all_windows(shape)) / len(list(tile_volume(shape, _TILING.write)))
 
 
-def _measure_marker(folder: Path, count: int = 200) -> float:
-    """Reading a done marker that the page cache holds."""
-    markers = DoneMarkers(folder, "a", "key")
+def _measure_marker(folder: Path, count: int = 2_000) -> float:
+    """Reading the journal, and the markers in it, of which the page cache holds the bytes."""
+    writer = DoneMarkers(folder, "a", "key")
     shards = {f"0/c/{n}/0/0": "0" * 64 for n in range(2)}
-    markers.write(BlockMarker("key", (0, 0, 0), (0, 0, 0), shards, "0" * 64, sizes=dict.fromkeys(shards, 1000)))
-    return _time(lambda: [markers.read((0, 0, 0)) for _ in range(count)]) / count
+    blocks = list(tile_volume((1, 1, count), (1, 1, 1)))
+    for block in blocks:
+        writer.begin(name_block(block.index))
+        writer.write(BlockMarker(block.index, block.write.start, shards, "0" * 64, sizes=dict.fromkeys(shards, 1000)))
+        writer.succeed(name_block(block.index))
+    reader = DoneMarkers(folder, "a", "key")
+    return _time(lambda: reader.list_missing(blocks)) / count
 
 
 def _time(part: Callable[[], object]) -> float:
