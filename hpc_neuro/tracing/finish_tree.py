@@ -22,6 +22,8 @@ _SOMA_RATIO = 3.0
 """[median radius] Radius of a node from which it is a soma, and at least `_SOMA_RADIUS`."""
 _SOMA_RADIUS = 4.0
 """[voxel] Smallest radius of a soma."""
+_LEAST_CERTAINTY = 0.6
+"""[median of the piece] Certainty of a soma, at least."""
 _END_REACH = 10.0
 """[voxel] Reach of the mean of radii that tells how thick an end is."""
 _ROOT_BALL_RATIO = 3.0
@@ -51,17 +53,23 @@ class _Root:
 
 
 def root_trees(
-    lines: CenterlineGraph, given: Sequence[int], min_branch: float, min_cable: float
+    lines: CenterlineGraph,
+    given: Sequence[int],
+    min_branch: float,
+    min_cable: float,
+    certainty: Floats | None = None,
 ) -> Iterator[tuple[Tree, Ints]]:
     """The trees of the pieces of the `given` roots in their order, each with the node of `lines` of each of its nodes.
 
-    Without given roots: the trees of all pieces with at least `min_cable` of cable. No two roots lie in one piece. The
-    radii of the trees are their thickness in the metric's unit.
+    Without given roots: the trees of all pieces with at least `min_cable` of cable, from a soma or a thick end that is
+    as certain as the rest (`certainty` [K]; None: all nodes are). No two roots lie in one piece. The radii of the trees
+    are their thickness in the metric's unit.
     """
     count, label = lines.label_pieces()
     roots = [_Root(node, _UNDEFINED) for node in given]
     if not roots:
-        roots = _choose_roots(lines, min_branch, min_cable, count, label)
+        certainty = np.ones(len(lines)) if certainty is None else certainty
+        roots = _choose_roots(lines, min_branch, min_cable, count, label, certainty)
     if not roots:
         return
 
@@ -91,9 +99,14 @@ def root_trees(
 
 
 def _choose_roots(
-    lines: CenterlineGraph, min_branch: float, min_cable: float, count: int, label: NDArray[np.int32]
+    lines: CenterlineGraph,
+    min_branch: float,
+    min_cable: float,
+    count: int,
+    label: NDArray[np.int32],
+    certainty: Floats,
 ) -> list[_Root]:
-    """The root of each piece: its soma, if one place is far thicker than the rest, else its thickest end.
+    """The root of each piece: its soma, if one place is far thicker than the rest, else its thickest certain end.
 
     What is left of an end at which a bridge begins is no end (see prune_tree).
     """
@@ -108,13 +121,18 @@ def _choose_roots(
     order = order[is_long[label[order]]]
     pieces = np.split(order, np.flatnonzero(np.diff(label[order])) + 1) if len(order) else []
 
-    return [_choose_root(lines, neighbors, piece, min_branch) for piece in pieces]
+    return [_choose_root(lines, neighbors, piece, min_branch, certainty[piece]) for piece in pieces]
 
 
-def _choose_root(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], piece: Ints, min_branch: float) -> _Root:
+def _choose_root(
+    lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], piece: Ints, min_branch: float, certainty: Floats
+) -> _Root:
     radii = lines.thickness[piece]
-    if is_soma(radii.max(), radii):
-        return _Root(int(piece[radii.argmax()]), _SOMA)
+    # A soma is not dimmer than its neurites.
+    is_certain = certainty >= _LEAST_CERTAINTY * np.median(certainty)
+    thickest = int(np.where(is_certain, radii, 0).argmax())
+    if is_soma(radii[thickest], radii):
+        return _Root(int(piece[thickest]), _SOMA)
 
     ends = piece[lines.degree[piece] <= 1]
     is_stub = np.array([_is_stub(lines, neighbors, end, min_branch) for end in ends.tolist()])
@@ -122,10 +140,11 @@ def _choose_root(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], pie
     # A piece has to have a root, even if all its ends are stubs.
     ends = ends if is_stub.all() else ends[~is_stub]
 
-    # The radius of a single node is noisy at an end, so a mean decides.
+    # The radius of a single node is noisy at an end, so a mean decides. Haze, vessels and what only a network sees may
+    # be thicker than the neuron, but not as bright.
     balls = cKDTree(lines.points[piece]).query_ball_point(lines.points[ends], _END_REACH, return_sorted=True)
-    thickness = [float(radii[ball].mean()) for ball in balls]
-    return _Root(int(ends[int(np.argmax(thickness))]), _UNDEFINED)
+    worth = [float(radii[ball].mean() * certainty[ball].mean() ** 2) for ball in balls]
+    return _Root(int(ends[int(np.argmax(worth))]), _UNDEFINED)
 
 
 def _is_stub(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]], end: int, min_branch: float) -> bool:

@@ -35,7 +35,7 @@ from hpc_neuro.tracing.finish_tree import (
 )
 from hpc_neuro.tracing.gaps import join_gaps
 from hpc_neuro.tracing.graph import Bridges, CenterlineGraph, build_centerline_graph
-from hpc_neuro.tracing.probability import Floats, Ints, ReadBox, measure_confidence
+from hpc_neuro.tracing.probability import Floats, Ints, ReadBox, measure_confidence, read_neighborhood_max
 from hpc_neuro.tracing.split_neurons import split_neurons
 from hpc_neuro.tracing.support import find_supported_nodes
 from hpc_neuro.tracing.voxel_graph import BlockSkeleton, VoxelGraph, merge_block_skeletons
@@ -66,7 +66,7 @@ def trace(
     `cfg.root_snap` off the foreground. What several roots are connected to is cut between them (see split_neurons), and
     with `cfg.contacts` what seems to be a neighbor's is cut off (see contacts).
     Without roots: a tree for each piece with at least `cfg.min_cable` of cable, longest first, rooted in its soma
-    (where it is far thicker than elsewhere), else at its thickest end.
+    (where it is far thicker than elsewhere), else at its thickest end; dim ends count as thinner.
 
     With `image` [Z, Y, X] (any intensity scale, bright on dark), gaps are also bridged along neurites that it shows.
     Types are 0 (undefined), and 1 at a root that is a soma. Radii are physical distances to the
@@ -245,7 +245,8 @@ def _finish_trees(
     # Voxel centers lie at whole numbers, so the last one is at the far border.
     extent = (np.array(graph.shape) - 1) * graph.spacing
 
-    for tree, nodes in root_trees(lines, _find_nodes(lines, root_voxels), cfg.min_branch, cfg.min_cable):
+    certainty = None if roots else _measure_certainty(lines, graph, shown)
+    for tree, nodes in root_trees(lines, _find_nodes(lines, root_voxels), cfg.min_branch, cfg.min_cable, certainty):
         # A side of the root that only the probability sees must not count as a branch of the neuron below.
         if shown is not None:
             in_voxels = replace(tree, points=tree.points / graph.spacing)
@@ -275,6 +276,14 @@ def _finish_trees(
 
         trees.append(replace(tree, points=points))
     return trees if roots else sorted(trees, key=length, reverse=True)
+
+
+def _measure_certainty(lines: CenterlineGraph, graph: VoxelGraph, shown: ReadBox | None) -> Floats:
+    """[K] the probability at each node, or what the image shows by itself there; 0 on bridges."""
+    if shown is None or not len(lines):
+        return np.where(lines.voxels >= 0, graph.probability[lines.voxels], np.float32(0)).astype(np.float64)
+    voxels = np.clip(np.rint(lines.points / graph.spacing).astype(np.int64), 0, np.array(graph.shape) - 1)
+    return read_neighborhood_max(voxels, shown, graph.shape)
 
 
 def check_inside(roots: Sequence[Point], shape: Shape) -> None:

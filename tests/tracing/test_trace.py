@@ -11,6 +11,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree, branch_points, length, tips
 from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.tracing import (
@@ -229,6 +230,47 @@ def test_without_a_root_each_neuron_is_a_tree_from_its_soma_or_thick_end() -> No
     assert soma.radii[0] == pytest.approx(9, abs=1)
     np.testing.assert_allclose(thick.points[0], (36, 70, 102), atol=2.5)
     assert trace(np.zeros((8, 8, 8), dtype=np.float32), ISO) == []
+
+
+def paint_neuron_with_a_false_end(brightness: float) -> NDArray[np.float32]:
+    """A neuron that tapers along x and branches, and at its thin end a thick cable of another brightness."""
+    volume = np.zeros((32, 64, 160), dtype=np.float32)
+    paint_points(volume, sample_line((16, 20, 100), (16, 20, 150)), 4.0, brightness)
+    paint_points(volume, sample_line((16, 20, 8), (16, 20, 50)), 2.5)
+    paint_points(volume, sample_line((16, 20, 50), (16, 20, 100)), 1.6)
+    paint_points(volume, sample_line((16, 20, 40), (16, 55, 60)), 1.6)
+    return volume
+
+
+@pytest.mark.parametrize("brightness", [0.52, 0.65])
+def test_a_tree_does_not_begin_at_the_thick_end_of_a_dim_cable(brightness: float) -> None:
+    (tree,) = trace(paint_neuron_with_a_false_end(brightness), ISO)
+    np.testing.assert_allclose(tree.points[0], (16, 20, 7), atol=3)
+    assert length(tree) > 170
+
+
+def test_a_tree_does_not_begin_at_a_dim_blob() -> None:
+    volume = paint_neuron_with_a_false_end(0.52)
+    paint_points(volume, np.array([[16.0, 20.0, 140.0]]), 9.0, 0.52)
+    (tree,) = trace(volume, ISO)
+    np.testing.assert_allclose(tree.points[0], (16, 20, 7), atol=3)
+    assert not tree.types.any()
+
+
+def test_a_false_cable_with_the_thickest_end_is_left_out_and_the_neuron_is_kept() -> None:
+    """What only a network sees is no root, so it is an end like others, and is dropped."""
+    probability, shown = paint_neuron_with_a_false_end(1.0), paint_neuron_with_a_false_end(0.1)
+    shape, cfg = (32, 64, 160), TraceConfig()
+
+    def read(box: Box) -> NDArray[np.float32]:
+        return probability[box.slices]
+
+    blocks = [skeletonize_block(read, shape, box, ISO, cfg) for box in list_trace_blocks(shape, cfg)]
+    skeletons = [block for block in blocks if block is not None]
+    (tree,) = trace_block_skeletons(skeletons, read, shape, ISO, cfg=cfg, shown=lambda box: shown[box.slices])
+    np.testing.assert_allclose(tree.points[0], (16, 20, 7), atol=3)
+    assert tree.points[:, 2].max() < 110
+    assert length(tree) > 120
 
 
 def test_a_root_can_be_where_the_neuron_begins() -> None:
