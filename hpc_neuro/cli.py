@@ -154,9 +154,7 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
 
 def _report_fault(name: str, error: Exception) -> int | None:
     """Say what the user can do about a place, a name or failing hardware; the exit code, None for any other error."""
-    sentence = files.explain_os_error(error) if isinstance(error, OSError) else None
-    if isinstance(error, UnicodeEncodeError):
-        sentence = f"{ascii(error.object)[:200]} is not UTF-8; rename the file, or give another id"
+    sentence = files.explain_error(error)
     if sentence is not None:
         sys.stderr.write(f"hpc-neuro {name}: {sentence}; no half-written file was kept\n")
         return EXIT_BAD_INPUT

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc_neuro.core import files
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.schema import ConfigError, InputError
 
@@ -46,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_folder_command(words) if command in _FOLDER_COMMANDS else _run_submit_command(words)
     except (ConfigError, InputError) as error:
         sys.stderr.write(f"launch: {error}\n")
+        return EXIT_BAD_INPUT
+    except Exception as error:
+        # A place that cannot be used; anything else is a bug, and keeps its traceback.
+        sentence = files.explain_error(error)
+        if sentence is None:
+            raise
+        sys.stderr.write(f"launch: {sentence}\n")
         return EXIT_BAD_INPUT
 
 

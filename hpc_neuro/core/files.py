@@ -74,6 +74,11 @@ def atomic(path: Path) -> Iterator[Path]:
         # The rename is what makes the file appear whole or not at all.
         part.replace(path)
         _fsync(path.parent)
+    except OSError as error:
+        # The error of a write names no file.
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         _remove(part)
 
@@ -384,6 +389,18 @@ def explain_os_error(error: OSError) -> str | None:
         return None
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return f"{' -> '.join(names) or error}: {_UNUSABLE_PLACE[number]}, then give the same command again"
+
+
+def explain_error(error: Exception) -> str | None:
+    """What is wrong with the place or the name of a file, and what to do; None for an error that is a bug."""
+    if isinstance(error, OSError):
+        return explain_os_error(error)
+    if isinstance(error, UnicodeEncodeError):
+        return f"{ascii(error.object)[:200]} is not UTF-8; rename the file, or give another id"
+    # Before version 3.13, `Path.resolve` raises no OSError for links that lead round in circles.
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return f"{error}; mend the links of the path, then give the same command again"
+    return None
 
 
 @contextlib.contextmanager

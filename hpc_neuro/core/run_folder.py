@@ -441,7 +441,8 @@ def code_version() -> str:
         return version
 
     # git refuses a checkout of another owner (in a container) unless it is called safe.
-    git = ["git", "-c", f"safe.directory={root}", "-C", str(root)]
+    # Without its optional locks, git changes nothing: one that is killed would leave a lock that blocks the checkout.
+    git = ["git", "--no-optional-locks", "-c", f"safe.directory={root}", "-C", str(root)]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)

@@ -80,6 +80,7 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
             if _COLLAPSED_ADDRESS.match(path)
         ]
         faults += [f"{key}: {number} is no finite number, which is wanted" for key, number in _list_non_finite(value)]
+        faults += [fault for key, path in _list_paths(value) if (fault := _find_path_fault(tree, key, path))]
         # Names of results are written into text files.
         out = str(getattr(value, "out", ""))
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in out):
@@ -96,6 +97,16 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = (), values:
 def _list_paths(value: Any) -> Iterator[tuple[str, str]]:
     """The dotted key and the text of each path in a config."""
     return ((key, str(leaf)) for key, leaf in _list_leaves(value) if isinstance(leaf, Path))
+
+
+def _find_path_fault(tree: Any, key: str, path: str) -> str | None:
+    """What is wrong with the text of a path: an empty one would be the folder in which the program was started."""
+    for part in key.split("."):
+        is_list = isinstance(tree, list) and part.isdecimal() and int(part) < len(tree)
+        tree = tree[int(part)] if is_list else tree.get(part) if isinstance(tree, dict) else None
+    if isinstance(tree, str) and not tree.strip():
+        return f"{key} is empty; give a path, or leave the key out"
+    return f"{key}: {path!a} holds a character that no path can hold" if "\0" in path else None
 
 
 def _list_non_finite(value: Any) -> Iterator[tuple[str, float]]:
@@ -139,6 +150,10 @@ def read_yaml(path: Path, keep_text: bool = False) -> Any:
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; give the path of a YAML file, or leave it out to use the defaults"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} cannot be read as YAML: byte {error.start} is not UTF-8; save the file as UTF-8"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None

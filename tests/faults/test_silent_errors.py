@@ -99,6 +99,12 @@ CASES: dict[str, Case] = {
     "four numbers for three": ("c.yaml", b"root: 1,2,3,4\n", ["trace", "x.tif", "FILE"], 2, "z,y,x where the neuron"),
     "deep YAML": ("c.yaml", b"images: " + b"[" * 5000, ["prepare", "FILE"], 2, "nested too deeply"),
     "YAML that holds itself": ("c.yaml", b"images: &a [*a]\n", ["prepare", "FILE"], 2, "nested"),
+    "empty out": ("c.yaml", b"images: x\nout: ''\n", ["prepare", "FILE"], 2, "out is empty"),
+    "blank out": ("c.yaml", b"images: x\nout: ' '\n", ["prepare", "FILE"], 2, "out is empty"),
+    "empty images": ("c.yaml", b"images: ''\nout: o\n", ["prepare", "FILE"], 2, "images is empty"),
+    "NUL in a path": ("c.yaml", b'store: "a\\0b"\nout: o\n', ["precompute", "FILE"], 2, "no path can hold"),
+    "latin-1 YAML": ("c.yaml", b"images: caf\xe9\nout: o\n", ["prepare", "FILE"], 2, "save the file as UTF-8"),
+    "UTF-16 YAML": ("c.yaml", "images: a\nout: o\n".encode("utf-16"), ["prepare", "FILE"], 2, "as UTF-8"),
     "YAML tags": ("c.yaml", b"images: !!python/name:os.system\n", ["prepare", "FILE"], 2, "constructor"),
     # Reported: an index with an id of elsewhere.
     "id of elsewhere": (
