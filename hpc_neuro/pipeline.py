@@ -217,6 +217,7 @@ _ROWS = (
             "trace.root_is_end"
         ),
         artifacts=("trace.json", "trace.html"),
+        history_check="check_trace",
     ),
     # --- Verbs that run other verbs ---
     Verb(

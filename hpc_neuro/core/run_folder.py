@@ -154,7 +154,7 @@ def start(
     # Only the run that is to write keeps others out.
     damaged = list_damaged(out, previous)
     if whole and not damaged and _is_complete(previous, resolved):
-        log.info("%s: %s is already complete (%s)", verb, out, previous["end"])
+        log.info("%s: %s is already complete (%s)", verb, out, previous.get("end") or "its record has no time")
         yield Run(out, previous, complete=True)
         return
 

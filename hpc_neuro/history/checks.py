@@ -14,13 +14,13 @@ from hpc_neuro.core.geometry import Shape, tile_volume
 from hpc_neuro.core.run_folder import CONFIG, RECORD
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Array
-from hpc_neuro.data import feature_cache, ome_zarr
+from hpc_neuro.data import feature_cache, ome_zarr, swc
 from hpc_neuro.data.predictions import read_predictions
 from hpc_neuro.data.run_journal import JOURNAL, BlockMarker, RunJournal, read_journal, read_markers
 from hpc_neuro.data.store import Store
 from hpc_neuro.metrics.metric import tolerance_key
 from hpc_neuro.models.teacher_folder import NOTE
-from hpc_neuro.pipeline import STAGES
+from hpc_neuro.pipeline import STAGES, VERBS
 from hpc_neuro.report.provenance import RunRecord
 
 _STORE, _CACHE = STAGES["prepare"].index, STAGES["precompute"].index
@@ -410,6 +410,21 @@ def _find_block_fault(values: Array, digest: str) -> str:
         return "was skipped as empty, but holds values" if values.any() else ""
     is_sound = hashlib.sha256(values.tobytes()).hexdigest() == digest
     return "" if is_sound else "does not have the checksum it was written with"
+
+
+def check_trace(check: RunCheck) -> None:
+    """The files of every stack: trees may have been corrected by a person, everything else is as it was written."""
+    folder = check.run.folder
+    index = check.read_json(folder / VERBS["trace"].artifacts[0]) or {}
+    for name in index.get("stacks") or {}:
+        source = folder / "entries" / f"{name}.json"
+        entry = check.read_json(source) or {}
+        for file, digest in (entry.get("files") or {}).items():
+            path = files.resolve_inside(folder, file, source, "trace the stack again")
+            if not path.is_file() or not file.startswith("swc/") or files.sha256(path) == digest:
+                check.compare_file(path, digest, file, "files of stacks")
+            elif check.attempt(functools.partial(swc.read, path), f"{path} is damaged") is not None:
+                check.skip(f"{file} was changed since it was traced, and is not compared", "corrected trees")
 
 
 def check_evaluate(check: RunCheck) -> None:

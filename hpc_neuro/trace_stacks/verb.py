@@ -143,10 +143,8 @@ def _trace_stack(
     _set_changed_files_aside(cfg.out, stack.id)
     files.write_json(_entry_path(cfg.out, stack.id), {"key": "", "files": {}, "result": {}})
     paths = _write_trees(cfg, stack, trace.trees, size)
-    files.write_json(
-        cfg.out / "neuroglancer" / f"{stack.id}.json",
-        page.build_neuroglancer_state(trace.trees, volume.shape, size),
-    )
+    state = cfg.out / "neuroglancer" / f"{stack.id}.json"
+    files.write_json(state, page.build_neuroglancer_state(trace.trees, volume.shape, size))
     overlay = cfg.out / "overlay" / f"{stack.id}.png"
     with files.atomic(overlay) as part:
         picture = page.draw_overlay(trace.foreground, trace.probability, traced.grid_trees, traced.grid_size)
@@ -156,11 +154,12 @@ def _trace_stack(
     if grid is not None:
         result["resampled_voxel_size"] = grid.new_voxel_size
     result["seconds"] = round(time.monotonic() - started_at, 1)
-    checksums = {path.relative_to(cfg.out).as_posix(): files.sha256(path) for path in [*paths, overlay]}
     # A later run compares with what was written here.
     if trace.trees:
         forest = morphology.concatenate_trees(trace.trees)
         swc.write(_traced_path(cfg.out, stack.id), forest, unit="voxel", voxel_size=size)
+        paths.append(_traced_path(cfg.out, stack.id))
+    checksums = {path.relative_to(cfg.out).as_posix(): files.sha256(path) for path in [*paths, overlay, state]}
     # The entry comes last: with it the stack counts as done.
     files.write_json(_entry_path(cfg.out, stack.id), {"key": key, "files": checksums, "result": result})
     log.info(
@@ -356,15 +355,32 @@ def _make_key(cfg: TraceStacksConfig, stack: Stack, weights: str) -> str:
 
 
 def _read_result(cfg: TraceStacksConfig, stack: Stack, weights: str) -> Result | None:
-    """The result that an earlier run left of the same image and settings, whose files all exist; None without."""
+    """The result that an earlier run left of the same image and settings, whose files are all whole; None without."""
     entry = _read_entry(cfg.out, stack.id)
     # What cannot be opened fails where it is traced.
     if entry is None or not stack.path.exists():
         return None
-    is_whole = all((cfg.out / file).exists() for file in entry.files)
+    is_whole = all(_is_intact(cfg.out, file, checksum) for file, checksum in entry.files.items())
     if cfg.edits == "keep" and list_changed_trees(cfg.out, stack.id, entry.files):
         return None
     return entry.result if is_whole and entry.key == _make_key(cfg, stack, weights) else None
+
+
+def _is_intact(out: Path, file: str, checksum: str) -> bool:
+    """Whether a file is as it was written, or is a tree that a person may have corrected: one that can be read."""
+    path = out / file
+    if not path.is_file():
+        return False
+    if files.sha256(path) == checksum:
+        return True
+    if not file.startswith("swc/"):
+        return False
+
+    try:
+        swc.read(path)
+    except InputError:
+        return False
+    return True
 
 
 def _write_index(cfg: TraceStacksConfig, results: dict[str, Result], failures: list[str]) -> None:
@@ -378,6 +394,9 @@ def _log_results(cfg: TraceStacksConfig, results: dict[str, Result], failures: l
     """Say where the results are, and how to open them."""
     lines = []
     for name, result in results.items():
+        entry = _read_entry(cfg.out, name)
+        for path in list_changed_trees(cfg.out, name, entry.files if entry else {}):
+            log.warning("%s: %s was changed since it was traced; edits=keep goes on from it", name, path)
         trees = [str(cfg.out / result[key]) for key in ("swc", "swc_voxel") if result[key]]
         lines.append(f"{name}: {', '.join([*trees, str(cfg.out / result['overlay'])])}")
     lines += [f"failed: {failure}" for failure in failures]

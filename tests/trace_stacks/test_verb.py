@@ -180,6 +180,59 @@ def test_a_tree_that_a_person_changed_is_set_aside(stacks: Path, tmp_path: Path)
     assert "# mine" not in tree.read_text()
 
 
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 - 3])
+
+
+def empty_file(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x84
+    path.write_bytes(data)
+
+
+def test_the_same_command_repairs_what_is_damaged(stacks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}"]
+    assert cli.main(command) == EXIT_DONE
+    names = ["swc/n2.swc", "swc/n2.voxel.swc", "entries/n2.swc", "overlay/n2.png", "neuroglancer/n2.json"]
+    for number, name in enumerate([*names, "entries/n2.json", "trace.json", "trace.html"]):
+        damage = (cut_file, empty_file, flip_byte, Path.unlink)[number % 4]
+        path = out / name
+        before = path.read_bytes()
+        damage(path)
+        if name in names:
+            assert cli.main(["history", str(out)]) == EXIT_FAILURES, name
+        assert cli.main(command) == EXIT_DONE
+        assert cli.main(["history", str(out)]) == EXIT_DONE, name
+        # Pages and entries hold times.
+        if name in names:
+            assert path.read_bytes() == before, name
+
+
+def test_a_corrected_tree_is_kept_and_said(
+    stacks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}"]
+    assert cli.main(command) == EXIT_DONE
+    path = out / "swc" / "n2.swc"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    cli.log.propagate = True
+    try:
+        assert cli.main(command) == EXIT_DONE
+    finally:
+        cli.log.propagate = False
+    assert f"{path} was changed since it was traced; edits=keep" in caplog.text
+    assert path.read_text() == "".join(lines[:-1])
+    assert cli.main(["history", str(out)]) == EXIT_DONE
+    assert "swc/n2.swc was changed since it was traced" in capsys.readouterr().out
+
+
 def test_without_a_voxel_size_no_micrometers_are_written(stacks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli.main(["trace", str(stacks / "n2.tif"), f"out={out}"]) == EXIT_DONE
