@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import SupportsInt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,8 @@ class Box:
         object.__setattr__(self, "start", _triple(self.start))
         object.__setattr__(self, "stop", _triple(self.stop))
 
-        if any(b < a for a, b in zip(self.start, self.stop, strict=True)):
+        (z, y, x), (z_stop, y_stop, x_stop) = self.start, self.stop
+        if z_stop < z or y_stop < y or x_stop < x:
             raise ValueError(f"a box stops before it starts: {self.start} to {self.stop}")
 
     @classmethod
@@ -146,7 +148,7 @@ def to_voxels(um: NDArray[np.floating], voxel_size: VoxelSize) -> NDArray[np.flo
     return voxels
 
 
-def _triple(values: object) -> Shape:
+def _triple(values: Iterable[SupportsInt]) -> Shape:
     """Three Python integers; other sequences and numpy integers would not compare or serialize the same."""
-    z, y, x = (int(v) for v in values)  # type: ignore[attr-defined]
-    return z, y, x
+    z, y, x = values
+    return int(z), int(y), int(x)

@@ -264,7 +264,7 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
     away, arrived_by = np.zeros(len(ends)), np.full(len(ends), -1)
 
     # The way with most cable behind is most likely the neurite, and not a side branch near its end.
-    cable_behind = _measure_cable_behind(graph)
+    cable_behind = _measure_cable_at_forks(graph)
 
     moving = np.arange(len(ends))
     while len(moving):
@@ -301,14 +301,32 @@ def _choose_onward(adjacency: Adjacency, cable_behind: Floats, nodes: Ints, arri
     is_onward = edges != back[place]
 
     edges, place = edges[is_onward], place[is_onward]
-
-    # The first of equals wins.
-    order = np.lexsort((np.arange(len(edges)), -cable_behind[edges], place))
-    first = order[np.diff(place[order], prepend=-1) > 0]
-
     chosen = np.full(len(nodes), -1, dtype=np.int64)
+
+    # Most nodes lie on an unbranched path, and leave no choice.
+    first = np.arange(len(edges))
+    if not (np.diff(place) > 0).all():
+        # The first of equals wins.
+        order = np.lexsort((first, -cable_behind[edges], place))
+        first = order[np.diff(place[order], prepend=-1) > 0]
     chosen[place[first]] = edges[first]
     return chosen
+
+
+def _measure_cable_at_forks(graph: CenterlineGraph) -> Floats:
+    """As `_measure_cable_behind`, and 0 in pieces that do not branch."""
+    count, label = graph.label_pieces()
+    branches = np.zeros(count, dtype=bool)
+    branches[label[graph.degree > 2]] = True
+    if branches.all():
+        return _measure_cable_behind(graph)
+
+    # Both directions of an edge stand in the order of the nodes, which a selection keeps.
+    behind = np.zeros(len(graph.adjacency.neighbors))
+    keep = branches[label]
+    if keep.any():
+        behind[np.repeat(keep, graph.degree)] = _measure_cable_behind(graph.select(keep))
+    return behind
 
 
 def _measure_cable_behind(graph: CenterlineGraph) -> Floats:
