@@ -354,6 +354,8 @@ def plan_trees(
         one_rank("order of rows", max(trees, places) * costs.sort + batches * costs.read_part, batches + task),
         Stage("files", spread(ranges, total_bytes / ranges * costs.gather), task + min(batches, 100), len(_STREAMS)),
         Stage("checksums", spread(sums, total_bytes / sums * costs.checksum), task),
+        # One rank asks for each result of the stages before whether it is there.
+        one_rank("list of results", 0.0, 2 * supers + 2 * batches + ranges + sums),
         one_rank("record", batches * costs.read_part + trees * costs.sort, batches + task),
         Stage("removal", np.zeros(scratch // 512 + 1), 512 + task),
     ]

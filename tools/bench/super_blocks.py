@@ -6,8 +6,9 @@
 Otsu's masks of stacks (TIFF of one channel, bright on dark) and of a crowded synthetic volume are traced by
 `trace_block_skeletons` and in super-blocks, without roots, with gaps bridged along the image. Printed are the number of
 trees, their cable, the F1 of the cable of the one in that of the other within 1 and 2 voxels, and CPU seconds. With
---grow, volumes of so many copies of the crowded one, dark between them, are traced in super-blocks of one size; printed
-is the peak memory of the process that takes a step, above that of an idle one. Last line: JSON.
+--grow, volumes of so many copies of the crowded one side by side along x, dark between them, are traced in super-blocks
+of one size; printed is the peak memory of the process that takes a step, above that of an idle one. The crowded volume
+must be wider than a super-block with its margins, or the first super-block lacks surroundings. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -164,19 +165,18 @@ def measure_f1(trees: Sequence[Tree], gold: Sequence[Tree], tolerance: float) ->
 
 @dataclass(frozen=True)
 class CopiedVolume:
-    """Copies of a mask side by side along z, y, x, dark between them; kept in a folder with what the steps make."""
+    """Copies of a mask side by side along x, dark between them; kept in a folder with what the steps make."""
 
     mask: Image
     copies: int
-    """Along each axis."""
     cfg: TraceConfig
     folder: Path
 
     @property
     def shape(self) -> Shape:
         """Voxels along z, y, x."""
-        z, y, x = (self.copies * n for n in self.mask.shape)
-        return z, y, x
+        z, y, x = self.mask.shape
+        return z, y, self.copies * x
 
     def read(self, box: Box) -> Image:
         """A box of the volume."""
@@ -256,7 +256,7 @@ def measure_memory(shape: Shape, neurons: int, times: int, cfg: TraceConfig) -> 
 
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
-        volume = CopiedVolume(mask, round(times ** (1 / 3)), cfg, Path(folder))
+        volume = CopiedVolume(mask, times, cfg, Path(folder))
         for step in _STEPS:
             # A fresh process: the peak of a process never falls.
             with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -28,4 +28,4 @@ def test_every_part_has_a_figure(capsys: pytest.CaptureFixture[str], monkeypatch
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["alike"]["crowd"]["super_blocks"] == 2
     assert facts["alike"]["crowd"]["f1"][1] > 0.9
-    assert set(facts["memory"]["1"]) == {"skeletons", "lines", "groups", "trees", "one process"}
+    assert set(facts["memory"]["1"]) == {"skeletons", "lines", "links", "groups", "trees", "one process"}
