@@ -136,6 +136,14 @@ class CenterlineGraph:
         # Neighbors in `edges` stand at places that differ in the last bit.
         return Adjacency(starts, self.edges[:, ::-1].ravel()[order], place[order ^ 1])
 
+    @functools.cached_property
+    def cable_behind(self) -> Floats:
+        """[2 E] the cable beyond each directed edge of a piece that branches; 0 in others, where there is no choice.
+
+        Most ways from an end meet no fork, so it is measured when the first one does.
+        """
+        return _measure_cable_at_forks(self)
+
     def list_neighbors(self) -> list[list[int]]:
         """The neighbors of each node, as lists."""
         neighbors, starts = self.adjacency.neighbors.tolist(), self.adjacency.starts.tolist()
@@ -263,9 +271,6 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
     here, anchors, thick = ends.copy(), ends.copy(), graph.thickness[ends]
     away, arrived_by = np.zeros(len(ends)), np.full(len(ends), -1)
 
-    # The way with most cable behind is most likely the neurite, and not a side branch near its end.
-    cable_behind = _measure_cable_at_forks(graph)
-
     moving = np.arange(len(ends))
     while len(moving):
         node = here[moving]
@@ -280,7 +285,7 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
 
         # A thick line needs a longer stretch, since its path may wander within its radius.
         moving = moving[away[moving] < np.maximum(_BASE_LENGTH, _SLENDERNESS * thick[moving])]
-        edge = _choose_onward(graph.adjacency, cable_behind, here[moving], arrived_by[moving])
+        edge = _choose_onward(graph, here[moving], arrived_by[moving])
         moving, edge = moving[edge >= 0], edge[edge >= 0]
         arrived_by[moving] = edge
         here[moving] = graph.adjacency.neighbors[edge]
@@ -294,8 +299,12 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
     return LineEnds(anchors, directions)
 
 
-def _choose_onward(adjacency: Adjacency, cable_behind: Floats, nodes: Ints, arrived_by: Ints) -> Ints:
-    """[n] of the edges that leave each node, the one with most cable behind; never back; -1 where there is none."""
+def _choose_onward(graph: CenterlineGraph, nodes: Ints, arrived_by: Ints) -> Ints:
+    """[n] of the edges that leave each node, the one with most cable behind; never back; -1 where there is none.
+
+    The way with most cable behind is most likely the neurite, and not a side branch near its end.
+    """
+    adjacency = graph.adjacency
     edges, place = adjacency.list_edges(nodes)
     back = np.where(arrived_by >= 0, adjacency.reverse[arrived_by], -1)
     is_onward = edges != back[place]
@@ -307,7 +316,7 @@ def _choose_onward(adjacency: Adjacency, cable_behind: Floats, nodes: Ints, arri
     first = np.arange(len(edges))
     if not (np.diff(place) > 0).all():
         # The first of equals wins.
-        order = np.lexsort((first, -cable_behind[edges], place))
+        order = np.lexsort((first, -graph.cable_behind[edges], place))
         first = order[np.diff(place[order], prepend=-1) > 0]
     chosen[place[first]] = edges[first]
     return chosen
@@ -321,11 +330,10 @@ def _measure_cable_at_forks(graph: CenterlineGraph) -> Floats:
     if branches.all():
         return _measure_cable_behind(graph)
 
-    # Both directions of an edge stand in the order of the nodes, which a selection keeps.
+    # The directed edges stand in the order of the nodes, which a selection keeps.
     behind = np.zeros(len(graph.adjacency.neighbors))
     keep = branches[label]
-    if keep.any():
-        behind[np.repeat(keep, graph.degree)] = _measure_cable_behind(graph.select(keep))
+    behind[np.repeat(keep, graph.degree)] = _measure_cable_behind(graph.select(keep))
     return behind
 
 

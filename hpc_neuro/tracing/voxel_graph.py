@@ -29,6 +29,10 @@ _SEARCH_TILE = 32
 """[voxel] Edge of the tiles in which the voxels of a box are looked up."""
 _THIN = 2.0
 """[voxel] Radius up to which neurites are searched together; each further class is twice as thick."""
+_BALL_RATIO = 1.25
+"""Ratio of the largest and the smallest radius of balls that are searched together."""
+_BALL_MARGIN = 1e-9
+"""Share of a radius that rounding may take from a distance."""
 _DIJKSTRA_VOXELS = 1 << 28
 """Voxels searched at once: the indices of scipy's graphs have 32 bits."""
 
@@ -199,13 +203,27 @@ class SurfaceIndex:
         limits = [np.zeros(0)]
         for kdtree, members, thickest in self._classes:
             centers, radii = choose_balls(thickest)
-            balls = kdtree.query_ball_point(centers, radii, return_sorted=False)
-            counts = np.fromiter(map(len, balls), dtype=np.int64, count=len(balls))
-            index = np.fromiter(itertools.chain.from_iterable(balls), dtype=np.int64, count=int(counts.sum()))
-            places.append(np.repeat(np.arange(len(balls)), counts))
+            place, index = _find_in_balls(kdtree, centers, radii)
+            places.append(place)
             voxels.append(members[index])
             limits.append(np.full(len(index), thickest))
         return np.concatenate(places), np.concatenate(voxels), np.concatenate(limits)
+
+
+def _find_in_balls(kdtree: cKDTree, centers: Floats, radii: Floats) -> tuple[Ints, Ints]:
+    """The pairs of a ball, of `centers` [n, 3] and `radii` [n], and a point of the tree in it."""
+    places, points = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+
+    # One search takes one radius, so balls of about the same size are searched together.
+    sizes = np.ceil(np.log(np.maximum(radii, 1e-3)) / np.log(_BALL_RATIO)).astype(np.int64)
+    for size in np.unique(sizes).tolist():
+        own = np.flatnonzero(sizes == size)
+        pairs = cKDTree(centers[own]).sparse_distance_matrix(kdtree, float(radii[own].max()), output_type="ndarray")
+        place = own[pairs["i"]]
+        is_inside = pairs["v"] <= radii[place] * (1 + _BALL_MARGIN)
+        places.append(place[is_inside])
+        points.append(pairs["j"][is_inside])
+    return np.concatenate(places), np.concatenate(points)
 
 
 def merge_block_skeletons(
