@@ -56,6 +56,21 @@ _FILES = {
     "neurons": "proofread/{}.neurons.csv",
 }
 """Name of a stream -> its file, relative to `out`."""
+_NO_INTS = np.zeros(0, dtype=np.int64)
+_EMPTY_STREAMS = {
+    **dict.fromkeys(("swc", "voxel", "marked", "confidence"), Items([_NO_INTS], [])),
+    "places": Items([np.zeros(0), _NO_INTS, _NO_INTS], []),
+    "neurons": Items([np.zeros(0), _NO_INTS], []),
+}
+_EMPTY_FACTS: dict[str, NDArray[Any]] = {
+    "cable": np.zeros(0),
+    "score": np.zeros(0),
+    "blocks": np.zeros((0, 3), dtype=np.int64),
+    "sums": np.zeros((0, 4)),
+    "places": np.array(0),
+    "somas": np.array([0, 0]),
+}
+"""What a batch without trees adds to the files."""
 STREAMS = tuple(_FILES)
 """Names of the files that ranks write together."""
 
@@ -126,9 +141,13 @@ def write_batch(trees: VolumeTrees, batch: int, load_views: LoadViews) -> None:
     """Write the files of the single trees of a batch, and keep what it adds to the files of all trees."""
     source, cfg = trees.volume.source, trees.cfg.trace
     forest, volume_order = trees.load_batch(batch), read_order(trees)
-    numbers, labels = _label_batch(trees, volume_order, batch, forest)
+    # All pieces of a batch may be too short to be trees.
+    if not len(forest):
+        sorted_parts.write_part(trees.scratch, batch, _EMPTY_STREAMS, _EMPTY_FACTS)
+        return
 
     plain = measure_confidence(forest, open_probability(trees.volume.folder), source.shape)
+    numbers, labels = _label_batch(trees, volume_order, batch, forest)
     views = load_views(forest, int(volume_order.first_nodes[batch]))
     confidence = NodeConfidence(plain, views, cfg.floor, cfg.threshold)
     contacts = read_contacts(super_blocks.contacts_path(trees, batch))

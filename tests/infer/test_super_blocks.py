@@ -136,6 +136,30 @@ def test_the_files_are_those_of_one_process_for_the_same_trees(
 
 
 @pytest.mark.usefixtures("right_student")
+def test_a_batch_of_pieces_that_are_too_short_adds_nothing(model: Path, inputs: str, tmp_path: Path) -> None:
+    assert infer.run(configure(model, tmp_path / "without", inputs, *IN_PARTS)) == 0
+    image = tifffile.imread(tmp_path / "cells.tif")
+    image[13:16, 14:18, 100:112] = 255
+    tifffile.imwrite(tmp_path / "cells.tif", image, photometric="minisblack", metadata={"axes": "ZYX"})
+    assert infer.run(configure(model, tmp_path / "with", inputs, *IN_PARTS)) == 0
+    without, with_speck = (read_files(tmp_path / name) for name in ("without", "with"))
+    assert with_speck.keys() == without.keys()
+    assert {name for name in without if with_speck[name] != without[name]} == {"entries/cells.json"}
+
+
+@pytest.mark.usefixtures("right_student")
+def test_trees_of_given_roots_stand_in_their_order(model: Path, inputs: str, tmp_path: Path) -> None:
+    roots = [(8.0, 24.0, 186.0), (8.0, 8.0, 6.0)]
+    given = inputs.replace("}]", f", roots: {[list(root) for root in roots]}}}]")
+    assert infer.run(configure(model, tmp_path / "o", given, *IN_PARTS)) == 0
+    first, second = (swc.read(tmp_path / f"o/swc/cells/000{number}.voxel.swc") for number in (1, 2))
+    assert [tuple(tree.points[0]) for tree in (first, second)] == roots
+    forest = swc.read(tmp_path / "o/swc/cells.voxel.swc")
+    assert [tuple(point) for point in forest.points[forest.roots]] == roots
+    np.testing.assert_array_equal(forest.points, np.concatenate([first.points, second.points]))
+
+
+@pytest.mark.usefixtures("right_student")
 def test_more_trees_than_tree_files_share_one_file(model: Path, inputs: str, tmp_path: Path) -> None:
     for name, keys in {"whole": WHOLE, "parts": IN_PARTS}.items():
         assert infer.run(configure(model, tmp_path / name, inputs, *keys, "tree_files=1", "page=true")) == 0
