@@ -84,6 +84,15 @@ def test_a_brain_of_ten_times_the_voxels_is_ten_times_the_work() -> None:
     assert work[1] / work[0] == pytest.approx(10, rel=0.25)
 
 
+def test_no_stage_after_the_blocks_keeps_the_other_ranks_waiting() -> None:
+    site = Site(512, 7200.0, latency=1e-3)
+    stages, startup = plan_brain(1e12, 0.3, UnitCosts(), site)
+    outcome = simulate(stages, site, startup)
+    shares = {name: seconds / outcome.allocated for name, seconds in outcome.serial_stages.items() if name != "start"}
+    assert {"groups", "order of trees", "order of rows", "record"} <= shares.keys()
+    assert max(shares.values()) < 0.02
+
+
 def test_times_are_read() -> None:
     assert [parse_time(text) for text in ("120m", "1ms", "2h", "30s", "5")] == [7200, 0.001, 7200, 30, 5]
     with pytest.raises(Exception, match="120m"):
