@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 ENDINGS = (
@@ -30,6 +32,10 @@ _SYSTEM_BEGINNINGS = (".", "~$", "@eaDir", "$RECYCLE.BIN", "System Volume Inform
 """Begins of names: hidden files, those that are open in an office program, thumbnails of network drives, and bins."""
 
 
+_RESULT_ENDINGS = (".voxel", ".deleted")
+"""What stands between the name of a volume and .swc in some of its results."""
+
+
 def strip_ending(path: Path) -> str:
     """The name of an image without its endings; other dots stay: brain.1.tif and brain.2.tif are two volumes."""
     name = path.name
@@ -45,3 +51,18 @@ def strip_ending(path: Path) -> str:
 def is_system_file(path: Path) -> bool:
     """Whether a file or folder is a system's or a program's own, such as `._NAME` of macOS on other disks."""
     return path.name.startswith(_SYSTEM_BEGINNINGS)
+
+
+def find_clash(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two different names whose results would be the same files, or that look the same; None where all are distinct.
+
+    The trees of NAME are NAME.swc and NAME.voxel.swc, what was deleted from it is NAME.deleted.swc.
+    """
+    owners: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        # macOS writes an accented letter as two characters, and takes both forms for one name.
+        look = unicodedata.normalize("NFC", name)
+        for form in (look, *(f"{look}{ending}" for ending in _RESULT_ENDINGS)):
+            if owners.setdefault(form, name) != name:
+                return owners[form], name
+    return None

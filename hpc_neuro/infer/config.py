@@ -10,7 +10,7 @@ from pydantic import Field
 
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Point, Shape
-from hpc_neuro.core.image_names import strip_ending
+from hpc_neuro.core.image_names import find_clash, strip_ending
 from hpc_neuro.core.image_settings import GivenChannel, GivenRange, GivenVoxelSize
 from hpc_neuro.core.schema import config
 from hpc_neuro.data.orientation import parse_orientation
@@ -161,6 +161,10 @@ class InferConfig:
         names = [item.name for item in self.inputs]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"inputs: {', '.join(repeated)} would be written twice; give each volume its own `id`")
+        if clash := find_clash(names):
+            raise ValueError(
+                f"inputs: {clash[0]!a} and {clash[1]!a} would share files, or look the same; give each its own `id`"
+            )
 
     def _list_inputs(self) -> tuple[VolumeConfig, ...]:
         """`inputs` and `images`, with the settings that hold for all of them."""

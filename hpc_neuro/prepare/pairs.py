@@ -6,7 +6,8 @@ import csv
 import difflib
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hpc_neuro.core import files, yaml_text
-from hpc_neuro.core.image_names import is_system_file
+from hpc_neuro.core.image_names import find_clash, is_system_file
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.yaml_text import YamlError
 from hpc_neuro.data.formats import image_stem
@@ -78,7 +79,8 @@ def _read_folder(folder: Path, cfg: PrepareConfig) -> list[ImagePair]:
     for stem, image in images.items():
         # Relative paths of a row start at the folder, so these are absolute.
         row = {"id": stem, "image": str(image.absolute()), "swc": str(swcs[stem].absolute()), **meta.get(stem, {})}
-        pairs.append(_make_pair(row, meta_path, folder, cfg))
+        # A fault of a file is not one of a description that is not there.
+        pairs.append(_make_pair(row, meta_path if stem in meta else image, folder, cfg))
     return pairs
 
 
@@ -101,7 +103,18 @@ def _list_by_stem(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
             raise InputError(f"{folder} holds two images of {stem}: {images[stem].name} and {path.name}; keep one")
         images[stem] = path
 
-    return images, swcs
+    # macOS writes é as two characters, and people see no difference.
+    _require_distinct(images)
+    by_look = {unicodedata.normalize("NFC", stem): stem for stem in images}
+    return images, {by_look.get(unicodedata.normalize("NFC", stem), stem): path for stem, path in swcs.items()}
+
+
+def _require_distinct(names: Iterable[str]) -> None:
+    """Raise InputError for two names whose results would be the same files, or that look the same."""
+    if clash := find_clash(names):
+        raise InputError(
+            f"the volumes {clash[0]!a} and {clash[1]!a} would share files, or look the same; give one another name"
+        )
 
 
 def _require_partner(paths: Mapping[str, Path], partners: Mapping[str, Path], kind: str) -> None:
@@ -114,12 +127,15 @@ def _require_partner(paths: Mapping[str, Path], partners: Mapping[str, Path], ki
         )
 
 
-def _read_meta(path: Path, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _read_meta(path: Path, ids: Collection[str]) -> dict[str, dict[str, Any]]:
     """The entries of meta.json for `ids`, under the manifest's column names and in z y x order."""
     if not path.exists():
         return {}
     body = files.read_json(path, "write {ID: {root_xyz: [...], voxel_size_um_xyz: [...]}}, or remove it")
 
+    if isinstance(body, dict):
+        by_look = {unicodedata.normalize("NFC", id_): id_ for id_ in ids}
+        body = {by_look.get(unicodedata.normalize("NFC", name), name): entry for name, entry in body.items()}
     rows: dict[str, dict[str, Any]] = {}
     for id_ in ids:
         # Volumes without an entry use the defaults.
@@ -171,6 +187,7 @@ def _read_manifest(path: Path, cfg: PrepareConfig) -> list[ImagePair]:
     repeated = sorted({pair.id for pair in pairs if sum(other.id == pair.id for other in pairs) > 1})
     if repeated:
         raise InputError(f"{path} lists {', '.join(repeated)} more than once; ids must differ")
+    _require_distinct(pair.id for pair in pairs)
     return pairs
 
 
@@ -237,7 +254,9 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
         raise InputError(f"{source}: id {id_!r} cannot be a file name; use letters, digits, - and _")
     for path in (image, swc):
         if not path.exists():
-            raise InputError(f"{path} of volume {id_} does not exist; correct {source} or add the file")
+            fault = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
+            advice = "put the file there" if source == image else f"correct {source} or add the file"
+            raise InputError(f"{path} of volume {id_} {fault}; {advice}")
 
     # A table may have hundreds of rows, so each fault names the volume.
     unit = row.get("swc_unit", cfg.swc_unit)

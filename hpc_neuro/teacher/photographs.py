@@ -45,11 +45,16 @@ def list_photographs(folder: Path, held: int) -> PhotographFolder:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of photographs as photos=FOLDER")
 
-    names = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not is_system_file(path)
-    )
+    try:
+        names = sorted(
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and not is_system_file(path)
+        )
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be listed ({error}); give a folder of photographs as photos=FOLDER"
+        ) from None
     endings = ", ".join(sorted(SUFFIXES))
     if not names:
         raise InputError(f"{folder} holds no photographs, which end in {endings}; give another photos=FOLDER")

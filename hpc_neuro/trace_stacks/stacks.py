@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Point, Shape, VoxelSize
+from hpc_neuro.core.image_names import find_clash
 from hpc_neuro.core.image_settings import require_inside
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import seeds
@@ -68,7 +69,7 @@ def _name_stacks(paths: list[Path]) -> list[str]:
     """An id for each path: its stem, and more of its path where two stems are equal. Raises ConfigError."""
     for make_name in (_stem, _full_name, _long_name):
         names = [make_name(path) for path in paths]
-        repeated = [name for name, count in Counter(names).items() if count > 1]
+        repeated = [name for name, count in Counter(names).items() if count > 1] or list(find_clash(names) or ())[1:]
         if not repeated:
             break
     else:
@@ -80,12 +81,20 @@ def _name_stacks(paths: list[Path]) -> list[str]:
 
 
 def _stem(path: Path) -> str:
-    return image_stem(path) or path.resolve().name
+    return image_stem(path) or _resolve(path).name
 
 
 def _full_name(path: Path) -> str:
-    return path.resolve().name.replace(".", "_")
+    return _resolve(path).name.replace(".", "_")
 
 
 def _long_name(path: Path) -> str:
-    return f"{path.resolve().parent.name}_{_full_name(path)}"
+    return f"{_resolve(path).parent.name}_{_full_name(path)}"
+
+
+def _resolve(path: Path) -> Path:
+    """The path without links; a link that leads round in circles keeps its name, and fails where it is opened."""
+    try:
+        return path.resolve()
+    except RuntimeError:
+        return path.absolute()

@@ -97,7 +97,8 @@ def run(cfg: TraceStacksConfig) -> int:
 def _require_separate_results(cfg: TraceStacksConfig, stacks: list[Stack]) -> None:
     """InputError where results would lie inside an image folder, or would replace an image."""
     out = cfg.out.resolve()
-    for stack in stacks:
+    # What is not there fails where it is traced.
+    for stack in (stack for stack in stacks if stack.path.exists()):
         image = stack.path.resolve()
         if image == out or image in out.parents:
             raise InputError(f"{cfg.out} lies in the image {stack.path}; give another place:  out=FOLDER")

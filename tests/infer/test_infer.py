@@ -264,6 +264,8 @@ def test_config_faults_are_said(model: Path, tmp_path: Path) -> None:
         configure(model, tmp_path, "inputs=[{image: x.tif, root: [1, 2, 3], roots: [[1, 2, 3]]}]")
     with pytest.raises(ConfigError, match="would be written twice"):
         configure(model, tmp_path, "inputs=[{image: a/x.tif}, {image: b/x.tif}]")
+    with pytest.raises(ConfigError, match="'x' and 'x.voxel' would share files"):
+        configure(model, tmp_path, "inputs=[{image: x.tif}, {image: x.voxel.tif}]")
 
 
 def test_the_forecast_counts_blocks_and_windows(model: Path, store: Path, tmp_path: Path) -> None:

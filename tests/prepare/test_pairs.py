@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,49 @@ def test_two_images_of_one_stem_are_refused(tmp_path: Path) -> None:
     (made / "a.tiff").write_bytes(b"II*\0")
     with pytest.raises(InputError, match=r"two images of a: a\.tif and a\.tiff"):
         find(f"images={made}")
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+"""One name in the two forms of Unicode; macOS writes the second."""
+
+
+def test_names_that_look_the_same_are_a_pair(tmp_path: Path) -> None:
+    folder(tmp_path, DECOMPOSED)
+    (tmp_path / f"{DECOMPOSED}.swc").rename(tmp_path / f"{COMPOSED}.swc")
+    (tmp_path / "meta.json").write_text(json.dumps({COMPOSED: {"voxel_size_um_xyz": [1, 2, 3]}}))
+    (pair,) = find(f"images={tmp_path}")
+    assert (pair.id, pair.swc.name, pair.voxel_size) == (DECOMPOSED, f"{COMPOSED}.swc", (3.0, 2.0, 1.0))
+
+
+def test_two_names_that_look_the_same_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path, COMPOSED, DECOMPOSED)
+    with pytest.raises(InputError, match="look the same"):
+        find(f"images={tmp_path}")
+    rows = [{"id": id_, "image": f"{id_}.tif", "swc": f"{id_}.swc"} for id_ in (COMPOSED, DECOMPOSED)]
+    with pytest.raises(InputError, match="look the same"):
+        find(f"manifest={manifest(tmp_path / 'm.yaml', rows)}")
+
+
+def test_two_names_whose_trees_would_share_a_file_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path, "a", "a.voxel")
+    with pytest.raises(InputError, match="'a' and 'a.voxel' would share files"):
+        find(f"images={tmp_path}")
+
+
+def test_a_fault_names_the_file_that_has_it(tmp_path: Path) -> None:
+    """There is no meta.json to be corrected."""
+    folder(tmp_path, "n1")
+    (tmp_path / "n1.swc").unlink()
+    (tmp_path / "n1.swc").symlink_to("far/n1.swc")
+    with pytest.raises(InputError, match=r"n1.swc of volume n1 is a link that leads nowhere; put the file there$"):
+        find(f"images={tmp_path}")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "n1.swc").write_text("1 1 0 0 0 1 -1\n")
+    assert [pair.id for pair in find(f"images={tmp_path}")] == ["n1"]
+
+    folder(tmp_path, "x" * 240)
+    with pytest.raises(InputError, match=r"x.tif: id 'x+' cannot be a file name"):
+        find(f"images={tmp_path}")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "yaml"])

@@ -293,6 +293,26 @@ def test_a_seed_file_beside_the_stack_gives_the_roots(stacks: Path, tmp_path: Pa
     np.testing.assert_allclose(swc.read(out / "swc" / "n2.voxel.swc").points[0], (z, y, x), atol=1e-3)
 
 
+def test_stacks_whose_trees_would_share_a_file_get_names_of_their_own(tmp_path: Path) -> None:
+    """The tree of `a` in voxels is a.voxel.swc, which is that of `a.voxel` in micrometers."""
+    (tmp_path / "data").mkdir()
+    for seed, name in ((3, "a"), (4, "a.voxel")):
+        tifffile.imwrite(tmp_path / "data" / f"{name}.tif", take_picture(make_neuron(seed)))
+    assert cli.main(["trace", str(tmp_path / "data"), SIZE, f"out={tmp_path / 'out'}"]) == EXIT_DONE
+    assert list(read_index(tmp_path / "out")["stacks"]) == ["a_tif", "a_voxel_tif"]
+    assert len(list((tmp_path / "out" / "swc").glob("*.swc"))) == 4
+
+
+def test_a_link_in_circles_is_listed_and_the_others_are_done(stacks: Path, tmp_path: Path) -> None:
+    (stacks / "n3.tif").symlink_to("n3.tif")
+    (stacks / "n4.tif").symlink_to("nowhere.tif")
+    (stacks / "n10.tif").unlink()
+    assert cli.main(["trace", str(stacks), SIZE, f"out={tmp_path / 'out'}"]) == EXIT_FAILURES
+    index = read_index(tmp_path / "out")
+    assert list(index["stacks"]) == ["n2"]
+    assert len(index["failures"]) == 2
+
+
 def test_stacks_of_one_stem_get_names_of_their_own(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
