@@ -91,7 +91,7 @@ _SPECK_SHARE = 0.02
 """Share of the mask in specks up to which it is clean."""
 _NOISE_SHARE = 0.25
 """Share of the mask in specks from which they are noise, and not a broken neurite."""
-_MASK_SHARE = 0.15
+_MASK_SHARE = 0.055
 """Share of the volume that a clean mask fills at most."""
 _DARK_RATIO = 2.0
 """An image is dark on bright where its dark tail is this much longer than its bright one."""

@@ -99,6 +99,22 @@ def test_patchy_tissue_in_a_dim_stack_is_no_forest(seed: int) -> None:
     assert match.recall > 0.5
 
 
+def test_a_carpet_of_dim_neurites_is_not_traced_with_the_bright_one() -> None:
+    """Neurites seldom fill 5 % of an image: a level at which they do is too low."""
+    rng = np.random.default_rng(2)
+    image = np.zeros((1, 400, 400), dtype=np.float32)
+    for y in range(12, 400, 24):
+        course = np.column_stack([np.zeros(800), y + 4 * np.sin(np.arange(800) / 60 + y), np.linspace(0, 399, 800)])
+        paint_points(image, course, 1.2, 60.0)
+    bright = sample_line((0, 20, 30), (0, 200, 210), (0, 380, 190))
+    paint_points(image, bright, 2.0, 220.0)
+    image = gaussian_filter(image, (0, 0.8, 0.8)) + rng.normal(10, 2, image.shape)
+
+    trace = trace_array(image.astype(np.float32))
+    cable = float(np.linalg.norm(np.diff(bright, axis=0), axis=1).sum())
+    assert trace.figures.cable == pytest.approx(cable, rel=0.1)
+
+
 def test_hot_pixels_are_no_neurites(gold: Tree) -> None:
     image = take_picture(gold)
     places = np.random.default_rng(1).integers(0, image.size, 200)
