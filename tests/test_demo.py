@@ -293,6 +293,15 @@ def test_a_folder_that_has_changed_is_no_longer_the_same_demo(pairs: Path, tmp_p
     assert len({before, changed, demo.digest_pairs(pairs)}) == 3
 
 
+def test_the_forecast_names_the_stages_and_the_steps_of_training(pairs: Path, tmp_path: Path) -> None:
+    keys = [f"data={pairs}", f"out={tmp_path / 'out'}", "steps=7"]
+    last = demo.forecast(load(demo.DemoConfig, None, keys))[-1]
+    assert last.startswith(
+        "then precompute, train, infer, evaluate; train does 7 steps of 4 crops of 16 x 96 x 96 voxels"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_held_out_neurons_are_chosen_as_documented(tmp_path: Path) -> None:
     for number in (1, 2, 3, 6, 7, 9, 10):
         (tmp_path / f"OP_{number}.swc").touch()

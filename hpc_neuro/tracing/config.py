@@ -25,28 +25,28 @@ class TraceConfig:
     `um`: lengths are physical, in fine voxels, which suits labels without optical blur."""
     block: Shape = (128, 256, 256)
     """[voxel] What is skeletonized at once, besides a halo of 32 voxels; memory follows it, and the trees hardly depend
-    on it (see tracing/block_skeleton.py)."""
+    on it (docs/infer.md, Skeletons of blocks)."""
     super_block: Shape = (8, 8, 8)
     """[block] `infer` traces a volume larger than this many blocks in super-blocks, side by side on all ranks; memory
-    follows it, and the trees hardly depend on it (see tracing/super_blocks.py)."""
+    follows it, and the trees hardly depend on it (docs/infer.md, Large volumes)."""
     min_voxels: int = 12
     """[voxel] Connected components of fewer voxels are noise."""
     min_branch: float = 5.0
     """[voxel] A side branch must reach this far out of the surface of the branch it leaves."""
     gap: float = 20.0
     """[voxel] Longest gap that is bridged straight ahead; 0 bridges none. Bends, and pieces shorter than the gap, lower
-    it (see tracing/gaps.py)."""
+    it (docs/infer.md, Gaps)."""
     signal_gap: float = 35.0
     """[voxel] Longest gap that is bridged along a neurite that the image still shows; 0 bridges none."""
     root_snap: float = 10.0
     """[voxel] A given root may lie this far off the foreground."""
     root_is_end: bool | None = None
-    """Whether a given root is where the neuron begins: what continues on its far side is left out. none: decided for
-    each root; it is where an unbranched cable comes from the border of the volume to the root and all branches lie on
-    the other side, and never at a soma."""
+    """Whether a given root is the end of the neuron; cable on its far side is then left out. none: decided for each
+    root. It is the end where an unbranched cable leads to it from the border of the volume and all branches lie on the
+    other side. A soma is never an end."""
     contacts: bool = False
-    """Cut off what a given root is joined to and that is a neighbor's, at crossings and where neurites touch (see
-    tracing/contacts.py). For crowded stacks: a break in a faint neurite may be taken for a contact."""
+    """Cut neighbors off the tree of a given root, at crossings and where neurites touch (docs/infer.md, Neighbors). For
+    crowded stacks: a break in a faint neurite may be taken for a contact."""
     min_cable: float = 30.0
     """[voxel] Without a given root, trees of less cable are dropped."""
     smooth: float = 1.0
