@@ -19,6 +19,8 @@ from hpc_neuro.report.html import Cell, Column
 from hpc_neuro.report.provenance import RunRecord
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+_FEW_NEURONS = 6
+"""Neurons from which a difference between two methods can reach p = 0.05 (metrics.statistics.sign_flip_test)."""
 _MAX_COLUMNS = 5
 """Names beside one another in a table; more stand below one another."""
 
@@ -95,6 +97,8 @@ def _render_result(results: Results, cfg: EvaluateConfig, notices: Sequence[str]
             f"Means over {n} neurons; in small type the 95 % bootstrap interval over neurons ({cfg.draws:,} draws). "
             "The best mean of each metric is bold."
         )
+    if 1 < n < _FEW_NEURONS:
+        text += f" Intervals over fewer than {_FEW_NEURONS} neurons are too narrow."
 
     # Warnings stand above the numbers, because they decide what the numbers mean.
     names = [*map(_name_method, results.methods), "Gold"]
@@ -106,8 +110,8 @@ def _list_result_cells(results: Results, metric: Metric, cfg: EvaluateConfig) ->
     """One metric: its mean under each method, and of gold."""
     # Gold is no competitor: the best is the best of the methods.
     means = [compute_mean(results, method, metric.key, cfg) for method in results.methods]
-    best = metric.find_best([interval.mean for interval in means])
-    cells = [_interval_cell(interval, metric.digits, best=interval.mean == best) for interval in means]
+    marks = metric.mark_best([interval.mean for interval in means])
+    cells = [_interval_cell(interval, metric.digits, best) for interval, best in zip(means, marks, strict=True)]
 
     gold = None
     if metric.describes_tree:
@@ -261,8 +265,8 @@ def _list_neuron_cells(results: Results, volume: str, metric: Metric) -> list[Ce
     """One metric of one neuron: under each method, and of gold."""
     # Seeds are averaged first, as in the means.
     values = [results.average_seeds(method, volume)[metric.key] for method in results.methods]
-    best = metric.find_best(values)
-    cells = [Cell(html.format_number(value, metric.digits), value, best=value == best) for value in values]
+    pairs = zip(values, metric.mark_best(values), strict=True)
+    cells = [Cell(html.format_number(value, metric.digits), value, best) for value, best in pairs]
     return [*cells, _gold_cell(results.gold[volume].get(metric.key), metric.digits)]
 
 

@@ -117,9 +117,9 @@ def format_latex(results: Results, cfg: EvaluateConfig) -> str:
     cells = {method: [f"{{{_escape_latex(method)}}}"] for method in results.methods}
     for metric in metrics:
         means = {method: compute_mean(results, method, metric.key, cfg) for method in results.methods}
-        best = metric.find_best([i.mean for i in means.values()])
-        for method, interval in means.items():
-            cells[method].append(_format_latex_cell(interval, metric.digits, is_best=interval.mean == best))
+        marks = metric.mark_best([interval.mean for interval in means.values()])
+        for (method, interval), is_best in zip(means.items(), marks, strict=True):
+            cells[method].append(_format_latex_cell(interval, metric.digits, is_best))
 
     # The comment travels with the table into the paper's source.
     n = len(results.ids)

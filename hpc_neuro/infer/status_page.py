@@ -91,7 +91,11 @@ def read_block_states(volume: VolumeRun) -> dict[Shape, str]:
 
 
 def draw_block_map(states: dict[Shape, str]) -> str:
-    """An SVG with a square per block, a panel per layer of blocks along z."""
+    """An SVG with a square per block, a panel per layer of blocks along z; the state in words of a single block."""
+    # One square would tell nothing that the text does not.
+    if len(states) == 1:
+        return html.paragraph(f"1 block: {next(iter(states.values()))}", "small")
+
     layers, rows, columns = (max(index[axis] for index in states) + 1 for axis in range(3))
 
     # One column stays free between two panels.

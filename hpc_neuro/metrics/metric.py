@@ -61,6 +61,12 @@ class Metric:
             return None
         return max(values) if self.direction == "higher" else min(values)
 
+    def mark_best(self, values: Sequence[float]) -> list[bool]:
+        """Whether each of several values is the best one. Values that are printed alike count as equal."""
+        printed = [round(value, self.digits) for value in values]
+        best = self.find_best(printed)
+        return [value == best for value in printed]
+
 
 @dataclass(frozen=True)
 class Tolerance:

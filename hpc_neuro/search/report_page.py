@@ -221,22 +221,24 @@ def _render_comparison(cfg: SearchConfig, comparison: Comparison) -> str:
     otsu = {m.key: _baseline_mean(comparison, m) for m in metrics} if comparison.baseline else {}
 
     # Otsu's threshold competes: a study whose settings all lose to it must show that.
+    settings = list(comparison.scores)
     best = {
-        m.key: m.find_best([*(i.mean for i in means[m.key].values()), *(v for k, v in otsu.items() if k == m.key)])
+        m.key: m.mark_best([*(means[m.key][setting].mean for setting in settings), *([otsu[m.key]] if otsu else [])])
         for m in metrics
     }
 
     rows = []
-    for setting, seeds in comparison.scores.items():
-        cells = [_mean_cell(m, means[m.key][setting], best[m.key]) for m in metrics]
-        rows.append([*_setting_cells(comparison, setting), *cells, Cell(str(len(seeds)), len(seeds))])
+    for number, setting in enumerate(settings):
+        cells = [_mean_cell(m, means[m.key][setting], best[m.key][number]) for m in metrics]
+        seeds = len(comparison.scores[setting])
+        rows.append([*_setting_cells(comparison, setting), *cells, Cell(str(seeds), seeds)])
 
     if otsu:
         blanks = [Cell("") for _ in _setting_columns(comparison)[1:]]
-        cells = [_number_cell(otsu[m.key], m, best=otsu[m.key] == best[m.key]) for m in metrics]
+        cells = [_number_cell(otsu[m.key], m, best=best[m.key][-1]) for m in metrics]
         rows.append([Cell("Otsu"), *blanks, *cells, Cell("")])
 
-    losses = [m.heading for m in metrics if otsu and otsu[m.key] == best[m.key]]
+    losses = [m.heading for m in metrics if otsu and best[m.key][-1] and not any(best[m.key][:-1])]
     warning = html.paragraph(_OTSU_WARNING.format(" and ".join(losses)), "notice") if losses else ""
     note = html.paragraph(_describe_means(cfg, comparison), "small")
     figures = [_draw_metric(comparison, m, means[m.key]) for m in metrics]
@@ -260,12 +262,11 @@ def _describe_means(cfg: SearchConfig, comparison: Comparison) -> str:
     return note + "The best mean of a column is bold."
 
 
-def _mean_cell(metric: Metric, interval: Interval, best: float | None) -> Cell:
+def _mean_cell(metric: Metric, interval: Interval, best: bool) -> Cell:
     """A mean, and below it its interval."""
     # Digits as the metric has them.
     note = "" if interval.low is None else _format_range(interval.low, interval.high, metric)
-    text = html.format_number(interval.mean, metric.digits)
-    return Cell(text, interval.mean, interval.mean == best, note)
+    return Cell(html.format_number(interval.mean, metric.digits), interval.mean, best, note)
 
 
 def _number_cell(value: float, metric: Metric, note: str = "", best: bool = False) -> Cell:

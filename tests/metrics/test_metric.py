@@ -36,6 +36,13 @@ def test_the_best_value_follows_the_direction() -> None:
     assert metrics["dice"].find_best([0.5, 0.5]) is None
 
 
+def test_values_that_are_printed_alike_are_equally_good() -> None:
+    dice = {metric.key: metric for metric in list_metrics()}["dice"]
+    assert dice.mark_best([0.9861, 0.9859, 0.5]) == [True, True, False]
+    assert dice.mark_best([0.9861, 0.9859]) == [False, False]
+    assert dice.mark_best([0.9861, 0.9]) == [True, False]
+
+
 def test_a_shared_step_runs_once() -> None:
     calls = []
 
