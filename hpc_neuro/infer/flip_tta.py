@@ -7,10 +7,11 @@ the same, and with it the result, whatever the blocks are.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,51 +24,113 @@ from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.data.run_journal import name_block
 from hpc_neuro.infer.model import Predictor
 from hpc_neuro.infer.tiling import Tiling, quantize
-from hpc_neuro.infer.trees import Floats, VolumeTrees
+from hpc_neuro.infer.trees import Floats, VolumeTrees, save_arrays
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ConfidenceSamples:
-    """Where the confidence of a volume's trees is measured, sorted by block."""
+    """Where the confidence of the trees of a batch is measured, sorted by block."""
 
     nodes: Ints
-    """[M]"""
+    """[M] of the batch."""
     voxels: Ints
     """[M, 3]"""
-    blocks: dict[Shape, slice]
-    """Index of a block -> its samples."""
+    indices: Ints
+    """[B, 3] of the blocks that hold a sample."""
+    ends: Ints
+    """[B] the samples up to the end of each."""
+    windows: Ints
+    """[B] windows of each that are predicted in each view, if it holds no other samples."""
+
+    def find(self, block: Block) -> slice:
+        """The samples of a block; none where it has none."""
+        number = np.flatnonzero((self.indices == block.index).all(axis=1))
+        if not len(number):
+            return slice(0, 0)
+        return slice(int(self.ends[number[0] - 1]) if number[0] else 0, int(self.ends[number[0]]))
 
 
-def sample_forest(trees: VolumeTrees) -> ConfidenceSamples:
-    """The samples of trees that were found and wait to be written."""
+def sample_trees(trees: VolumeTrees, batch: int) -> ConfidenceSamples:
+    """The samples of a batch of trees that were found and wait to be written."""
     volume = trees.volume
-    nodes, voxels = tracing.sample_edges(trees.load_forest(), volume.source.shape)
+    shape, tiling = volume.source.shape, volume.tiling
+    nodes, voxels = tracing.sample_edges(trees.load_batch(batch), shape)
 
-    # Blocks are predicted one at a time, so the samples of each must lie together.
-    indices, block_of = np.unique(voxels // np.array(volume.tiling.write), axis=0, return_inverse=True)
+    # Blocks are predicted one at a time, so the samples of each must lie together. A stable sort keeps the order of the
+    # tree within a block, and makes runs repeatable.
+    grid = [-(-n // edge) for n, edge in zip(shape, tiling.write, strict=True)]
+    keys = np.ravel_multi_index(tuple((voxels // np.array(tiling.write)).T), grid)
+    order = np.argsort(keys, kind="stable")
+    nodes, voxels = nodes[order], voxels[order]
+    own, counts = np.unique(keys, return_counts=True)
+    indices, ends = np.stack(np.unravel_index(own, grid), axis=1), np.cumsum(counts)
 
-    # A stable sort keeps the order of the tree within a block, and makes runs repeatable.
-    order = np.argsort(block_of.ravel(), kind="stable")
-    ends = np.cumsum(np.bincount(block_of.ravel()))
-    slices = [slice(int(start), int(stop)) for start, stop in pairwise([0, *ends])]
+    # Only few of the blocks of a brain hold a sample of one batch.
+    blocks = {block.index: block for block in tiling.list_flip_blocks(shape)}
+    parts = np.split(voxels, ends[:-1])
+    windows = [
+        count_windows(part, tiling, blocks[z, y, x]) for part, (z, y, x) in zip(parts, indices.tolist(), strict=False)
+    ]
+    return ConfidenceSamples(nodes, voxels, indices, ends, np.array(windows, dtype=np.int64))
 
-    blocks = dict(zip(map(tuple, indices.tolist()), slices, strict=True))
-    return ConfidenceSamples(nodes[order], voxels[order], blocks)
+
+def list_batches_to_sample(trees: VolumeTrees) -> list[int]:
+    """The batches whose samples are missing."""
+    if not trees.has_forest():
+        return []
+    return [batch for batch in range(trees.count_batches()) if not _samples_path(trees, batch).exists()]
 
 
-def list_missing_blocks(trees: VolumeTrees, samples: ConfidenceSamples) -> list[Block]:
+def keep_samples(trees: VolumeTrees, batch: int) -> None:
+    """Sample a batch of trees, and keep it until the views are predicted."""
+    save_arrays(_samples_path(trees, batch), sample_trees(trees, batch))
+
+
+def read_samples(trees: VolumeTrees, batch: int) -> ConfidenceSamples:
+    """The samples that were kept of a batch."""
+    with np.load(_samples_path(trees, batch)) as arrays:
+        return ConfidenceSamples(**arrays)
+
+
+@dataclass(frozen=True)
+class SampledBlock:
+    """A block through which trees run."""
+
+    block: Block
+    batches: tuple[int, ...]
+    """Their batches."""
+    windows: int
+    """Windows of each view; those that hold samples of several batches count several times."""
+
+
+def list_missing_blocks(trees: VolumeTrees) -> list[SampledBlock]:
     """The blocks through which a tree runs and whose views are missing."""
-    blocks = trees.volume.tiling.list_flip_blocks(trees.volume.source.shape)
+    batches, windows = defaultdict[Shape, list[int]](list), Counter[Shape]()
+    for batch in range(trees.count_batches()):
+        # The samples themselves are not read.
+        with np.load(_samples_path(trees, batch)) as arrays:
+            for (z, y, x), count in zip(arrays["indices"].tolist(), arrays["windows"].tolist(), strict=True):
+                batches[z, y, x].append(batch)
+                windows[z, y, x] += count
+
     # A block without samples cannot change any confidence.
-    return [block for block in blocks if block.index in samples.blocks and not _view_path(trees, block).exists()]
+    blocks = trees.volume.tiling.list_flip_blocks(trees.volume.source.shape)
+    return [
+        SampledBlock(block, tuple(batches[block.index]), windows[block.index])
+        for block in blocks
+        if block.index in batches and not _view_path(trees, block).exists()
+    ]
 
 
-def count_windows(samples: ConfidenceSamples, tiling: Tiling, block: Block) -> int:
-    """How many windows of a block are predicted in each view: those that hold a sample or a voxel next to one."""
+def count_windows(voxels: Ints, tiling: Tiling, block: Block) -> int:
+    """How many windows of a block are predicted in each view: those that hold a sample or a voxel next to one.
+
+    voxels: [M, 3] its samples.
+    """
     # The lattice of windows starts at the first voxel that is read.
-    voxels = samples.voxels[samples.blocks[block.index]] - np.array(block.read.start)
+    voxels = voxels - np.array(block.read.start)
     window, step = np.array(tiling.window), np.array(tiling.step)
 
     # The first and the last window, along each axis, that hold a sample grown by one voxel.
@@ -83,23 +146,22 @@ def count_windows(samples: ConfidenceSamples, tiling: Tiling, block: Block) -> i
 
 
 def predict_views(
-    trees: VolumeTrees,
-    predictor: Predictor,
-    samples: ConfidenceSamples,
-    block: Block,
-    count_windows: Callable[[int], None],
+    trees: VolumeTrees, predictor: Predictor, sampled: SampledBlock, count_windows: Callable[[int], None]
 ) -> None:
-    """Keep the confidence at the samples of one block in every mirrored view: nodes [n], values [K, n]."""
-    source, flips = trees.volume.source, trees.cfg.flips
-    own = samples.blocks[block.index]
-    voxels = samples.voxels[own]
-    nodes, node_of_sample = np.unique(samples.nodes[own], return_inverse=True)
+    """Keep the confidence at the samples of one block in every mirrored view: nodes [n], values [K, n] by batch."""
+    source, flips, block = trees.volume.source, trees.cfg.flips, sampled.block
+    samples = [read_samples(trees, batch) for batch in sampled.batches]
+    own = [part.find(block) for part in samples]
+    voxels = np.concatenate([part.voxels[place] for part, place in zip(samples, own, strict=True)])
+    pairs = [np.unique(part.nodes[place], return_inverse=True) for part, place in zip(samples, own, strict=True)]
+    firsts = np.cumsum([0, *(len(nodes) for nodes, _ in pairs)])
+    value_of_sample = np.concatenate([inverse + first for (_, inverse), first in zip(pairs, firsts, strict=False)])
 
     # All views share one reading of the image.
     image, where = source.read(block.read), _mark_neighborhoods(voxels, block.read)
 
     # Ones are neutral, since a node keeps the lowest of its samples.
-    values = np.ones((len(flips), len(nodes)))
+    values = np.ones((len(flips), int(firsts[-1])))
     for row, name in zip(values, flips, strict=True):
         axes = [axis for axis, is_flipped in enumerate(parse_orientation(name).flips) if is_flipped]
 
@@ -110,35 +172,29 @@ def predict_views(
         def read(box: Box, probability: NDArray[np.uint8] = probability) -> NDArray[np.uint8]:
             return probability[box.relative_to(block.read.start).slices]
 
-        np.minimum.at(row, node_of_sample, tracing.read_neighborhood_max(voxels, read, source.shape))
+        np.minimum.at(row, value_of_sample, tracing.read_neighborhood_max(voxels, read, source.shape))
 
     # A file that is there counts as done, so it must be whole.
-    with files.atomic(_view_path(trees, block)) as part, part.open("wb") as handle:
-        np.savez(handle, nodes=nodes, values=values)
+    arrays = dict[str, NDArray[Any]]()
+    for batch, (nodes, _), part in zip(sampled.batches, pairs, np.split(values, firsts[1:-1], axis=1), strict=True):
+        arrays |= {f"nodes {batch}": nodes, f"values {batch}": part}
+    with files.atomic(_view_path(trees, block)) as path, path.open("wb") as handle:
+        np.savez(handle, **arrays)  # type: ignore[arg-type]
 
 
-def load_views(trees: VolumeTrees, forest: Tree, first: int = 0) -> Floats:
-    """[K, N] confidence of each node in each mirrored view, as tracing.measure_confidence has it in the plain one.
-
-    `forest` is a stretch of what `sample_forest` sampled, which begins with its node `first`.
-    """
+def load_views(trees: VolumeTrees, forest: Tree, batch: int = 0) -> Floats:
+    """[K, N] confidence of each node of a batch in each mirrored view, as tracing.measure_confidence has the plain."""
     views = np.ones((len(trees.cfg.flips), len(forest)))
     if not trees.cfg.flips:
         return views
 
-    shape, tiling = trees.volume.source.shape, trees.volume.tiling
-    own_blocks = set(
-        map(tuple, np.unique(tracing.sample_edges(forest, shape)[1] // np.array(tiling.write), axis=0).tolist())
-    )
-
+    own = set(map(tuple, read_samples(trees, batch).indices.tolist()))
     # A node whose edge crosses blocks has its lowest confidence in one of them.
-    for block in tiling.list_flip_blocks(shape):
-        if block.index in own_blocks:
+    for block in trees.volume.tiling.list_flip_blocks(trees.volume.source.shape):
+        if block.index in own:
             with np.load(_view_path(trees, block)) as arrays:
-                nodes = arrays["nodes"] - first
-                is_own = (nodes >= 0) & (nodes < len(forest))
-                own = nodes[is_own]
-                views[:, own] = np.minimum(views[:, own], arrays["values"][:, is_own])
+                nodes = arrays[f"nodes {batch}"]
+                views[:, nodes] = np.minimum(views[:, nodes], arrays[f"values {batch}"])
     return views
 
 
@@ -156,3 +212,7 @@ def _mark_neighborhoods(voxels: Ints, box: Box) -> NDArray[np.bool_]:
 
 def _view_path(trees: VolumeTrees, block: Block) -> Path:
     return trees.scratch / f"view_{name_block(block.index)}.npz"
+
+
+def _samples_path(trees: VolumeTrees, batch: int) -> Path:
+    return trees.scratch / f"samples_{batch}.npz"

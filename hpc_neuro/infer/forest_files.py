@@ -46,7 +46,7 @@ from hpc_neuro.tracing import Contact, measure_confidence
 log = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
 LoadViews = Callable[[Tree, int], Floats]
-"""[K, N] confidence in mirrored views of the trees of a batch, before which so many nodes stand."""
+"""[K, N] confidence in mirrored views of the trees of a batch, of that number."""
 _FILES = {
     "swc": "swc/{}.swc",
     "voxel": "swc/{}.voxel.swc",
@@ -81,8 +81,6 @@ class Order:
 
     starts: Ints
     """[B + 1] the trees before each batch."""
-    first_nodes: Ints
-    """[B + 1] the nodes before each batch, where they stand batch by batch."""
     first_batch: Ints
     """[1] the batch whose first tree is tree 1; -1 without trees."""
 
@@ -119,9 +117,8 @@ def order(trees: VolumeTrees) -> None:
     trees.begin_files()
     sorted_parts.save_array(trees.scratch / "order_numbers.npy", numbers)
     sorted_parts.save_array(trees.scratch / "order_ids.npy", first_ids)
-    first_nodes = np.cumsum([0, *(int(summary.sizes.sum()) for summary in summaries)])
-    save_arrays(trees.order_path, Order(starts, first_nodes, np.array([first_batch])))
-    log.info("%s: %d trees, %d nodes", trees.volume.source.id, len(nodes), first_nodes[-1])
+    save_arrays(trees.order_path, Order(starts, np.array([first_batch])))
+    log.info("%s: %d trees, %d nodes", trees.volume.source.id, len(nodes), nodes.sum())
 
 
 def read_order(trees: VolumeTrees) -> Order:
@@ -148,7 +145,7 @@ def write_batch(trees: VolumeTrees, batch: int, load_views: LoadViews) -> None:
 
     plain = measure_confidence(forest, open_probability(trees.volume.folder), source.shape)
     numbers, labels = _label_batch(trees, volume_order, batch, forest)
-    views = load_views(forest, int(volume_order.first_nodes[batch]))
+    views = load_views(forest, batch)
     confidence = NodeConfidence(plain, views, cfg.floor, cfg.threshold)
     contacts = read_contacts(super_blocks.contacts_path(trees, batch))
     single_trees = morphology.split_components(forest)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -214,15 +213,20 @@ class VolumeTrees:
         log_contacts(source.id, traced.contacts)
 
     def load_forest(self) -> Tree:
-        """All trees of the volume, in voxels; those of a large one batch by batch."""
+        """What `trace` found, in voxels."""
+        return load_tree(self._forest_path)
+
+    def count_batches(self) -> int:
+        """Batches of trees of a volume that is traced; 1 for one that is not large."""
         if not self.order_path.exists():
-            return load_tree(self._forest_path)
-        batches = itertools.takewhile(Path.exists, map(self.batch_path, itertools.count()))
-        return morphology.concatenate_trees([load_tree(path) for path in batches])
+            return 1
+        with np.load(self.order_path) as arrays:
+            return len(arrays["starts"]) - 1
 
     def load_batch(self, batch: int) -> Tree:
-        """The trees of a batch of a large volume."""
-        return load_tree(self.batch_path(batch))
+        """The trees of a batch; all of a volume that is not large."""
+        path = self.batch_path(batch)
+        return load_tree(path) if path.exists() else self.load_forest()
 
     def batch_path(self, batch: int) -> Path:
         """Where the trees of a batch are kept; with them it counts as finished."""

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from hpc_neuro.core import stop_signals
 from hpc_neuro.core.distributed import Ranks
-from hpc_neuro.core.geometry import Block, Box
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.task_queue import Task, TaskFailure, TaskReport, do_each, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.data.run_journal import name_block
 from hpc_neuro.infer import flip_tta, forest_files, super_blocks
 from hpc_neuro.infer.block_pipeline import VolumeRun
+from hpc_neuro.infer.flip_tta import SampledBlock
 from hpc_neuro.infer.model import Predictor
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import MASK
@@ -107,7 +108,7 @@ def trace_volumes(
     with WindowProgress("mirrored views", 0, show=ranks.is_main) as progress:
         steps = [SKELETONIZE_BLOCKS, TRACE_SUPER_BLOCKS, LINK_SUPER_BLOCKS, GROUP_PIECES, FINISH_PIECES, TRACE_FOREST]
         if predictor.cfg.flips:
-            steps.append(_predict_views_step(predictor, progress, ranks))
+            steps += [SAMPLE_TREES, _predict_views_step(predictor, progress, ranks)]
 
         # Each step is taken by all volumes before the next, so that ranks share all of its tasks.
         for step in [*steps, WRITE_BATCHES, PLAN_FILES, WRITE_RANGES, HASH_RANGES, WRITE_FILES, REMOVE_SCRATCH]:
@@ -303,26 +304,35 @@ WRITE_FILES = VolumeStep(_list_files_task, _write_files)
 REMOVE_SCRATCH = VolumeStep(_list_removal_tasks, lambda trees, task: _remove(task.payload))
 
 
+def _list_sample_tasks(trees: VolumeTrees) -> list[Task[int]]:
+    name = trees.volume.source.id
+    return [
+        _make_task(f"samples_{batch}", f"samples of batch {batch} of its trees", batch, name)
+        for batch in flip_tta.list_batches_to_sample(trees)
+    ]
+
+
+SAMPLE_TREES = VolumeStep(_list_sample_tasks, lambda trees, task: flip_tta.keep_samples(trees, task.payload))
+
+
 def _predict_views_step(predictor: Predictor, progress: WindowProgress, ranks: Ranks) -> VolumeStep:
     """Predict the blocks through which a tree runs once more, in mirrored views."""
-    # The samples of one volume at a time, of which tasks come in a row.
-    sample_forest = functools.lru_cache(maxsize=1)(flip_tta.sample_forest)
 
-    def list_tasks(trees: VolumeTrees) -> list[Task[Block]]:
+    def list_tasks(trees: VolumeTrees) -> list[Task[SampledBlock]]:
         if not trees.has_forest():
             return []
-
-        samples, tiling = sample_forest(trees), trees.volume.tiling
-        blocks = flip_tta.list_missing_blocks(trees, samples)
-        windows = sum(flip_tta.count_windows(samples, tiling, block) for block in blocks)
+        blocks = flip_tta.list_missing_blocks(trees)
+        windows = sum(sampled.windows for sampled in blocks)
 
         # Only the first rank shows progress, and it does about its share.
         progress.expect(len(predictor.cfg.flips) * windows // ranks.size)
 
         name = trees.volume.source.id
         return [
-            _make_task(f"view_{name_block(block.index)}", f"second look at block {block.index}", block, name)
-            for block in blocks
+            _make_task(
+                f"view_{name_block(sampled.block.index)}", f"second look at block {sampled.block.index}", sampled, name
+            )
+            for sampled in blocks
         ]
 
     def count_windows(windows: int) -> None:
@@ -331,8 +341,8 @@ def _predict_views_step(predictor: Predictor, progress: WindowProgress, ranks: R
         # A block takes long, so a request to stop is obeyed between two forwards.
         stop_signals.check()
 
-    def predict_views(trees: VolumeTrees, task: Task[Block]) -> None:
-        flip_tta.predict_views(trees, predictor, sample_forest(trees), task.payload, count_windows)
+    def predict_views(trees: VolumeTrees, task: Task[SampledBlock]) -> None:
+        flip_tta.predict_views(trees, predictor, task.payload, count_windows)
 
     return VolumeStep(list_tasks, predict_views)
 

@@ -143,18 +143,19 @@ def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, bloc
     trees = VolumeTrees(cfg, predictor.open_volume(source, 0.0))
     tiling = trees.volume.tiling
     save_arrays(trees.scratch / "forest.npz", tree)
-    samples, windows, expected_windows = flip_tta.sample_forest(trees), 0, 0
+    flip_tta.keep_samples(trees, 0)
+    windows, expected_windows = 0, 0
 
     def count_window(count: int) -> None:
         nonlocal windows
         windows += count
 
     for number in range(2):
-        todo = flip_tta.list_missing_blocks(trees, samples)
+        todo = flip_tta.list_missing_blocks(trees)
         assert bool(todo) == (number == 0)  # what was looked at is not looked at again
         for one in todo:
-            expected_windows += 2 * flip_tta.count_windows(samples, tiling, one)
-            flip_tta.predict_views(trees, predictor, samples, one, count_window)
+            expected_windows += 2 * one.windows
+            flip_tta.predict_views(trees, predictor, one, count_window)
     values = flip_tta.load_views(trees, tree)
     student, _ = load_student(model / "weights" / "best")
     for row, flip in zip(values, [(2,), (0, 1)], strict=True):
