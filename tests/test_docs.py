@@ -32,6 +32,7 @@ QUESTIONS = (
     "my-voxel-size-is-missing-or-wrong",
     "several-neurons-and-somas",
     "sparse-labels",
+    "label-volumes-without-a-tree",
     "train-on-five-neurons",
     "own-dino-weights",
     "adapt-a-teacher-to-my-microscope",

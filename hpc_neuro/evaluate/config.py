@@ -9,7 +9,7 @@ from pydantic import Field
 
 from hpc_neuro.core.constants import TOLERANCE_VOX
 from hpc_neuro.core.schema import config
-from hpc_neuro.metrics import list_metrics
+from hpc_neuro.metrics import list_metrics, list_voxel_metrics
 from hpc_neuro.metrics.metric import Metric, tolerance_key
 
 
@@ -31,6 +31,9 @@ class EvaluateConfig:
     otsu: bool = True
     """Score Otsu's threshold of the raw image too, its mask traced from the same root with the settings that `infer`
     recorded, so that both are traced alike."""
+    trees: bool = True
+    """Score the trees as well as the voxels. Volumes that were prepared from labels have no tree: where the split holds
+    one, only voxels are scored, and the report says so."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
     """Probability from which a voxel is foreground; none: the one that `infer` recorded."""
     tolerance_vox: float = Field(default=TOLERANCE_VOX, gt=0)
@@ -59,9 +62,21 @@ class EvaluateConfig:
 
     def list_metrics(self) -> list[Metric]:
         """All metrics of a run, with its tolerances in keys and texts."""
+        if not self.trees:
+            return list_voxel_metrics()
         return list_metrics(self.tolerance_vox, self.tolerance_um)
 
     @property
     def f1_key(self) -> str:
-        """Key of the F1 at the tolerance in voxels, by which neurons are ranked."""
+        """Key of the F1 at the tolerance in voxels."""
         return tolerance_key("f1", self.tolerance_vox)
+
+    @property
+    def rank_key(self) -> str:
+        """Key of the metric by which neurons are ranked: F1, or Dice where no tree is scored."""
+        return self.f1_key if self.trees else "dice"
+
+    @property
+    def rank_name(self) -> str:
+        """That metric, in words."""
+        return "F1" if self.trees else "Dice"

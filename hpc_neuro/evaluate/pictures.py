@@ -55,8 +55,10 @@ def draw_picture(
         Panel(title, gray=image),
         Panel("probability", gray=probability, gamma=1.0),
         Panel("mask against gold", rgb=_project_errors(volume, prediction.mask)),
-        Panel("gold tree", gray=image, brightness=_DIM, lines=[gold_lines], root=root),
     ]
+    # A volume of labels has none.
+    if volume.has_tree:
+        panels.append(Panel("gold tree", gray=image, brightness=_DIM, lines=[gold_lines], root=root))
 
     # Compare every traced tree with gold in its own panel.
     for name, tree in trees.items():

@@ -66,7 +66,7 @@ def render_report(
         ("Result", _render_result(results, cfg, notices)),
         ("Differences", _render_differences(results, cfg)),
         ("Neurons", _render_neurons(results, cfg)),
-        ("Pictures", _render_pictures(results, pictures)),
+        ("Pictures", _render_pictures(results, cfg, pictures)),
         ("Confidence", _note_first_seed(results) + confidence.render_section(reliability, cfg) if reliability else ""),
         ("Learning curves", html.row(run_sections.draw_curves(training)) if training else ""),
         ("Methods", html.paragraph(_METHODS_NOTE, "small") + html.paragraph(methods)),
@@ -145,7 +145,7 @@ def advise(results: Results, cfg: EvaluateConfig) -> list[str]:
     metrics = {m.key: m for m in cfg.list_metrics()}
     means = {
         key: [sum(results.list_values(m, key)) / len(results.ids) for m in ("model", "otsu")]
-        for key in (cfg.f1_key, "dice")
+        for key in dict.fromkeys((cfg.rank_key, "dice"))
     }
     better = [
         f"{metrics[key].heading} {otsu:.3f} against {model:.3f}" for key, (model, otsu) in means.items() if otsu > model
@@ -191,7 +191,7 @@ def _draw_pairs(results: Results, cfg: EvaluateConfig) -> list[str]:
     metrics = {m.key: m for m in cfg.list_metrics()}
     names = [_name_method(method) for method in results.methods]
     figures = []
-    for key in ("dice", cfg.f1_key, "hd95_um", "esa"):
+    for key in (key for key in ("dice", cfg.f1_key, "hd95_um", "esa") if key in metrics):
         values = zip(*(results.list_values(method, key) for method in results.methods), strict=True)
         figures.append(charts.draw_pairs(_title_with_arrow(metrics[key]), names, list(values), ""))
 
@@ -255,7 +255,7 @@ def _render_neurons(results: Results, cfg: EvaluateConfig) -> str:
             html.details(f"{volume}: all metrics", _render_grid(metrics, "Method", names, [*cells.values()]))
         )
 
-    note = "Click a heading to sort. The neurons with the lowest F1 of the model come first."
+    note = f"Click a heading to sort. The neurons with the lowest {cfg.rank_name} of the model come first."
     volumes = html.details("The volumes", _render_volumes(results))
 
     return html.paragraph(note, "small") + html.table(columns, rows) + volumes + "".join(details)
@@ -277,11 +277,11 @@ def _render_volumes(results: Results) -> str:
     return html.table(columns, rows)
 
 
-def _render_pictures(results: Results, pictures: Sequence[tuple[str, Path]]) -> str:
+def _render_pictures(results: Results, cfg: EvaluateConfig, pictures: Sequence[tuple[str, Path]]) -> str:
     if not pictures:
         return ""
     order = (
-        html.paragraph("The neurons with the lowest F1 of the model come first.", "small")
+        html.paragraph(f"The neurons with the lowest {cfg.rank_name} of the model come first.", "small")
         if len(results.ids) > 1
         else ""
     )

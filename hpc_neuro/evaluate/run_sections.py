@@ -171,10 +171,12 @@ def _describe_tracing(record: Mapping[str, Any] | None) -> str:
 
 
 def _describe_scores(results: Results, cfg: EvaluateConfig) -> str:
-    text = (
-        f"Cable counts as correct within {cfg.tolerance_vox:g} voxels of the other tree. ESA is computed as in Vaa3D's "
-        "neuron_distance, HD95 as in MONAI, and clDice as in Shit et al. (2021)."
-    )
+    text = "Dice, precision and recall are of labelled voxels."
+    if cfg.trees:
+        text = (
+            f"Cable counts as correct within {cfg.tolerance_vox:g} voxels of the other tree. ESA is computed as in "
+            "Vaa3D's neuron_distance, HD95 as in MONAI, and clDice as in Shit et al. (2021)."
+        )
 
     # What was averaged, and over what.
     seeds = len(results.seeds["model"])
@@ -183,7 +185,7 @@ def _describe_scores(results: Results, cfg: EvaluateConfig) -> str:
     if len(results.ids) > 1:
         text += f" Intervals are 95 % percentile bootstrap intervals over neurons ({cfg.draws:,} draws)."
     if "otsu" in results.methods:
-        text += " The baseline is Otsu's threshold of the raw image, traced by the same tracer."
+        text += f" The baseline is Otsu's threshold of the raw image{', traced by the same tracer' * cfg.trees}."
 
     return text
 

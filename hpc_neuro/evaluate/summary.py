@@ -39,10 +39,10 @@ class Results:
         return [self.average_seeds(method, i)[key] for i in self.ids]
 
     def rank_worst_first(self, cfg: EvaluateConfig) -> list[str]:
-        """Volumes by the model's F1, lowest first."""
+        """Volumes by the model's F1, or Dice where no tree is scored, lowest first."""
         # `sorted` is stable: equal neurons keep the order of the store.
-        f1 = dict(zip(self.ids, self.list_values("model", cfg.f1_key), strict=True))
-        return sorted(self.ids, key=lambda i: f1[i])
+        scores = dict(zip(self.ids, self.list_values("model", cfg.rank_key), strict=True))
+        return sorted(self.ids, key=lambda i: scores[i])
 
 
 def compute_mean(results: Results, method: str, key: str, cfg: EvaluateConfig) -> Interval:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.core.morphology import Tree
+from hpc_neuro.core.morphology import Tree, empty_tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.stop_signals import stop_on_request, until_stopped
 from hpc_neuro.core.types import Array
@@ -44,14 +45,17 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     # Read whatever the run will read, so that bad input ends it before anything is written.
     store = Store(cfg.store)
     ids = list_volumes(cfg, store)
+    cfg = choose_scores(cfg, store)
     methods = list_methods(cfg, ids)
     if cfg.train is not None:
         run_sections.read_metrics(cfg.train)
-    if cfg.otsu:
+    if cfg.otsu and cfg.trees:
         choose_trace_config(methods)
 
     # Name every folder: a comparison with the wrong one looks like any other.
     lines = [f"{files.format_count(len(ids), 'neuron')} of the {cfg.split} split of {cfg.store}: {', '.join(ids)}"]
+    if sentence := _describe_missing_trees(cfg, store):
+        lines.append(sentence)
     for method in methods:
         folders = ", ".join(str(seed.path) for seed in method.seeds)
         lines.append(f"{method.name}: {folders or 'threshold of the raw image, traced from the same root'}")
@@ -62,6 +66,23 @@ def forecast(cfg: EvaluateConfig) -> list[str]:
     lines.append(f"largest volume {largest:,} voxels, about {memory} of memory")
 
     return lines
+
+
+def choose_scores(cfg: EvaluateConfig, store: Store) -> EvaluateConfig:
+    """The config without trees where a volume of the split has none."""
+    has_trees = all(store[i].has_tree for i in list_volumes(cfg, store))
+    return cfg if has_trees else replace(cfg, trees=False)
+
+
+def _describe_missing_trees(cfg: EvaluateConfig, store: Store) -> str:
+    """A sentence on volumes without a tree; "" where all have one."""
+    absent = [i for i in list_volumes(cfg, store) if not store[i].has_tree]
+    if not absent:
+        return ""
+    return (
+        f"{', '.join(absent)}: prepared from labels, without a tree, so that only labelled voxels are scored (Dice, "
+        "precision, recall)"
+    )
 
 
 def run(cfg: EvaluateConfig) -> int:
@@ -83,6 +104,7 @@ def run(cfg: EvaluateConfig) -> int:
             log.info("%s", line)
         # Scores take nearly all the time, and may come from several jobs.
         store = Store(cfg.store)
+        cfg = choose_scores(cfg, store)
         methods = list_methods(cfg, list_volumes(cfg, store))
         results = _score_all(cfg, store, methods)
 
@@ -124,7 +146,8 @@ def _score_all(cfg: EvaluateConfig, store: Store, methods: Sequence[Method]) -> 
         scores = _read_scores(path, cfg)
         assert scores is not None, f"{path} was written with all scores"
         seeds[method.name][number][volume_id] = scores
-        log.info("%s, %s: Dice %.3f, F1 %.3f", volume_id, method.name, scores["dice"], scores[cfg.f1_key])
+        cable = f", F1 {scores[cfg.f1_key]:.3f}" if cfg.trees else ""
+        log.info("%s, %s: Dice %.3f%s", volume_id, method.name, scores["dice"], cable)
 
     return Results(
         ids=ids,
@@ -156,7 +179,8 @@ def _predict(
         prediction = method.seeds[number].read(volume.id, volume.shape)
         return stop_on_request(prediction.mask), prediction.tree
     baseline = OtsuMask(volume)
-    return stop_on_request(baseline.mask), trace_otsu_mask(volume, baseline, choose_trace_config(methods))
+    tree = trace_otsu_mask(volume, baseline, choose_trace_config(methods)) if cfg.trees else empty_tree()
+    return stop_on_request(baseline.mask), tree
 
 
 def score_volume(volume: StoredVolume, mask: Callable[[Box], Array], tree: Tree, cfg: EvaluateConfig) -> Scores:
@@ -205,13 +229,16 @@ def _write_products(
         {"infer": cfg.predictions, "prepare": cfg.store, **({"train": cfg.train} if cfg.train else {})}
     )
     notices = provenance.list_notices(runs, {i: store[i].digest for i in results.ids})
-    if cfg.otsu:
+    if sentence := _describe_missing_trees(cfg, store):
+        notices.append(f"{sentence}.")
+    if cfg.otsu and cfg.trees:
         notices += _list_otsu_differences(store, results, methods)
     for notice in notices:
         log.warning("%s", notice)
 
     # The page is built before anything is written, so that an error leaves no half of the tables.
-    reliability = confidence.measure_reliability(cfg, store, results.ids, methods[0].seeds[0])
+    model = methods[0].seeds[0]
+    reliability = confidence.measure_reliability(cfg, store, results.ids, model) if cfg.trees else {}
     runs.append(RunRecord("evaluate", cfg.out, {**record, "end": "this report"}))
     thresholds = [methods[0].seeds[0].read_threshold(i) for i in results.ids]
     page = report_page.render_report(
@@ -287,7 +314,7 @@ def _draw_pictures(
 
 def _draw_volume(cfg: EvaluateConfig, volume: StoredVolume, methods: Sequence[Method]) -> bytes:
     prediction = methods[0].seeds[0].read(volume.id, volume.shape)
-    trees = {"model": prediction.tree}
-    if cfg.otsu:
+    trees = {"model": prediction.tree} if cfg.trees else {}
+    if cfg.otsu and cfg.trees:
         trees["Otsu"] = trace_otsu_mask(volume, OtsuMask(volume), choose_trace_config(methods))
     return draw_picture(volume, prediction, trees, cfg.tolerance_vox, f"{volume.id}: image")

@@ -32,3 +32,10 @@ def list_metrics(tolerance_vox: float = TOLERANCE_VOX, tolerance_um: float | Non
         metrics += cable.list_metrics_at(Tolerance(tolerance_um, "um"))
 
     return metrics
+
+
+def list_voxel_metrics() -> list[Metric]:
+    """List the metrics that compare labelled voxels one by one, which labels of a few slices allow."""
+    from hpc_neuro.metrics import voxel
+
+    return [voxel.DICE, *voxel.OVERLAP_METRICS]

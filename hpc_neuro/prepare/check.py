@@ -20,6 +20,7 @@ from hpc_neuro.data.intensity import compute_histogram, compute_intensity_range
 from hpc_neuro.data.remote_path import RemotePath
 from hpc_neuro.data.store import FORMAT, VolumeRecord, forecast_bytes
 from hpc_neuro.prepare.config import DISTANCE_CAP, PrepareConfig
+from hpc_neuro.prepare.labels import LabelVolume, count_labels, open_labels
 from hpc_neuro.prepare.pairs import ImagePair
 
 MAX_OUTSIDE = 0.10
@@ -38,8 +39,9 @@ class OpenedPair:
     image: ImageVolume
     size: VoxelSize  # um, z y x
     unit: str  # of the SWC file: "voxel" or "um"
-    tree: Tree  # voxels; radii in fine voxels
-    sources: dict[str, str]  # SHA-256 of image and SWC
+    tree: Tree  # voxels; radii in fine voxels; empty where there are labels
+    labels: LabelVolume | None  # in the place of a tree
+    sources: dict[str, str]  # SHA-256 of the image, and of the SWC or the labels
     digest: str
     remarks: tuple[str, ...]  # what the user should know, though it stops nothing
 
@@ -58,7 +60,7 @@ class OpenedPair:
 
     def require_unchanged(self) -> None:
         """Raise InputError when a file does not have the hash of the volume: it was written to while it was read."""
-        for kind, path in (("image", self.pair.image), ("swc", self.pair.swc)):
+        for kind, path in (("image", self.pair.image), self.pair.truth):
             if _hash_source(path) != self.sources[kind]:
                 raise InputError(
                     f"{path} was changed while it was read, and {self.id} would hold a mixture; wait until nothing "
@@ -67,7 +69,8 @@ class OpenedPair:
 
     def forecast_bytes(self) -> int:
         """About the most bytes of the volume's file."""
-        return forecast_bytes(self.tree, self.image.shape, self.image.dtype.itemsize, self.size, DISTANCE_CAP)
+        cap = None if self.labels is not None else DISTANCE_CAP
+        return forecast_bytes(self.tree, self.image.shape, self.image.dtype.itemsize, self.size, cap)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class PairMeasurement:
 
     low: float
     high: float
-    fit: Fit
+    fit: Fit | None  # of the tree; None where there are labels
     remarks: tuple[str, ...]
 
 
@@ -93,7 +96,9 @@ def open_pair(pair: ImagePair, cfg: PrepareConfig) -> OpenedPair:
     if size is None:
         raise InputError(f"{pair.image} does not say its voxel size; give voxel_size=z,y,x in um")
 
-    unit = _find_unit(pair, size)
+    if pair.swc is None:
+        return _open_labelled(pair, image, size, cfg)
+    unit = _find_unit(pair.swc, pair, size)
 
     # From here on everything is in voxels, whatever the unit of the file.
     tree = swc.read(pair.swc)
@@ -110,7 +115,18 @@ def open_pair(pair: ImagePair, cfg: PrepareConfig) -> OpenedPair:
     # Hashing reads both files once, before anything is written.
     sources = {"image": _hash_source(pair.image), "swc": _hash_source(pair.swc)}
     digest = _compute_digest(pair, unit, size, sources, cfg)
-    return OpenedPair(pair, image, size, unit, tree, sources, digest, remarks)
+    return OpenedPair(pair, image, size, unit, tree, None, sources, digest, remarks)
+
+
+def _open_labelled(pair: ImagePair, image: ImageVolume, size: VoxelSize, cfg: PrepareConfig) -> OpenedPair:
+    """A pair of an image and a label volume."""
+    path = pair.truth[1]
+    labels = open_labels(path, image, cfg.labels)
+    _require_root_inside(pair, image.shape)
+    sources = {"image": _hash_source(pair.image), "labels": _hash_source(path)}
+    digest = _compute_digest(pair, "voxel", size, sources, cfg)
+    remark = f"{pair.id}: labels in the place of a tree; `evaluate` scores its voxels only"
+    return OpenedPair(pair, image, size, "voxel", morphology.empty_tree(), labels, sources, digest, (remark,))
 
 
 def _hash_source(path: Path) -> str:
@@ -145,19 +161,43 @@ def measure_pair(opened: OpenedPair, misaligned: str, limits: tuple[float, float
         prefix = "" if str(image.path) in str(error) else f"{pair.image}: "
         raise UnusableImageError(f"{prefix}{error}") from None
 
+    if opened.labels is not None:
+        return PairMeasurement(low, high, None, _compare_with_labels(opened, opened.labels, misaligned))
+
     # A flipped or swapped tree lies on background, where percentiles are low.
     fit = compare_orientations(opened.tree, read, image.shape, histogram, opened.size, opened.unit)
     if not fit.is_misaligned:
         return PairMeasurement(low, high, fit, ())
 
     sentence = (
-        f"{pair.swc} fits {pair.image.name} better with {fit.best_change}: mean intensity percentile along "
+        f"{pair.truth[1]} fits {pair.image.name} better with {fit.best_change}: mean intensity percentile along "
         f"the tree {100 * fit.best_score:.1f} against {100 * fit.score:.1f} as given; correct the SWC "
         "(`hpc-neuro swc transform`) or set swc_unit, or take it as it is with misaligned=warn"
     )
     if misaligned == "error":
         raise InputError(sentence)
     return PairMeasurement(low, high, fit, (sentence,))
+
+
+def _compare_with_labels(opened: OpenedPair, labels: LabelVolume, misaligned: str) -> tuple[str, ...]:
+    """Remarks on a label volume; see measure_pair. Raises InputError where neurites are no brighter than background."""
+    counts = count_labels(labels, stop_signals.stop_on_request(opened.image.__getitem__))
+    total = counts.background + counts.neurite + counts.unlabelled
+    remark = (
+        f"{opened.id}: {counts.neurite:,} voxels of neurite and {counts.background:,} of background are labelled, "
+        f"{counts.unlabelled / total:.1%} of the volume is not"
+    )
+    if counts.neurite_brightness > counts.background_brightness:
+        return (remark,)
+
+    sentence = (
+        f"{labels.path} labels voxels as neurite that are no brighter than its background (means "
+        f"{counts.neurite_brightness:.4g} and {counts.background_brightness:.4g}); correct `labels`, or the file if it "
+        "is flipped or of another image, or take it as it is with misaligned=warn"
+    )
+    if misaligned == "error":
+        raise InputError(sentence)
+    return remark, sentence
 
 
 def make_record(opened: OpenedPair, measurement: PairMeasurement, contrast: Contrast) -> VolumeRecord:
@@ -177,16 +217,16 @@ def make_record(opened: OpenedPair, measurement: PairMeasurement, contrast: Cont
     )
 
 
-def _find_unit(pair: ImagePair, size: VoxelSize) -> str:
+def _find_unit(path: Path, pair: ImagePair, size: VoxelSize) -> str:
     """The unit of an SWC file: "voxel", "um", "nm" ...; InputError when its header contradicts the voxel size."""
     # The pair's unit overrules the header; files without either are in voxels.
-    header = swc.read_header(pair.swc) if pair.swc_unit else swc.require_header(pair.swc)
+    header = swc.read_header(path) if pair.swc_unit else swc.require_header(path)
     unit = pair.swc_unit or header.unit or "voxel"
 
     # A tree in um that was made for other voxels would be scaled wrongly.
     if unit == "um" and header.voxel_size and not np.allclose(header.voxel_size, size, rtol=0.01):
         raise InputError(
-            f"the header of {pair.swc} says um, of voxels of {header.voxel_size} um (z y x), but {pair.id} has {size}; "
+            f"the header of {path} says um, of voxels of {header.voxel_size} um (z y x), but {pair.id} has {size}; "
             "correct voxel_size, or the header if it is wrong"
         )
     return unit
@@ -229,6 +269,8 @@ def _compute_digest(pair: ImagePair, unit: str, size: VoxelSize, sources: dict[s
         "pair": [pair.id, unit, pair.root, pair.channel, pair.axes, size],
         "targets": schema.to_plain([cfg.radius, cfg.tube, DISTANCE_CAP, cfg.ignore_margin, cfg.beyond_root]),
     }
+    if pair.labels is not None:
+        facts["labels"] = {str(value): kind for value, kind in sorted(cfg.labels.items())}
     if cfg.contrast != "range":
         facts["contrast"] = cfg.contrast
     if cfg.off_tree != "background":

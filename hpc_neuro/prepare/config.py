@@ -15,6 +15,14 @@ from hpc_neuro.data.radius import ImageRadius, RadiusConfig
 DISTANCE_CAP = 8.0
 """[fine voxel] Largest stored distance to the centerline; the stored tangent is zero beyond it."""
 
+LabelKind = Literal["background", "neurite", "unlabelled"]
+"""What a value of a label volume stands for."""
+
+
+def _make_mask_key() -> dict[int, LabelKind]:
+    """The values of a plain mask."""
+    return {0: "background", 1: "neurite"}
+
 
 @config
 class SplitConfig:
@@ -51,7 +59,11 @@ class PrepareConfig:
     voxel_size_um_xyz: [um], swc_unit: voxel or um}} beside them is used."""
     manifest: Path | None = None
     """Instead of `images`: a CSV or YAML list with id, image, swc and, where wanted, voxel_size (z y x um), root (z y x
-    voxel), split, neuron, swc_unit, channel, axes; relative paths start at the manifest's folder."""
+    voxel), split, neuron, swc_unit, channel, axes; relative paths start at the manifest's folder. In the place of `swc`
+    a row may name `labels`, an image of the same shape whose values say what each voxel is."""
+    labels: dict[int, LabelKind] = Field(default_factory=_make_mask_key)
+    """What the values of label volumes stand for, such as {0: unlabelled, 1: background, 2: neurite, 3: background}.
+    Unlabelled voxels count neither in training nor in a score."""
     voxel_size: GivenVoxelSize | None = None
     """[um] z, y, x of all volumes; overrules meta.json, manifest and files."""
     swc_unit: Literal["voxel", "um"] | None = None

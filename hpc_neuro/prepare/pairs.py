@@ -31,7 +31,7 @@ _MAX_MANIFEST_BYTES = 64 << 20
 Triple = tuple[float, float, float]
 """Three numbers in z y x order."""
 
-_COLUMNS = ("id", "image", "swc", "voxel_size", "root", "split", "neuron", "swc_unit", "channel", "axes")
+_COLUMNS = ("id", "image", "swc", "labels", "voxel_size", "root", "split", "neuron", "swc_unit", "channel", "axes")
 
 _META_COLUMNS = {"root_xyz": "root", "voxel_size_um_xyz": "voxel_size", "swc_unit": "swc_unit"}
 """Key in meta.json -> column of a manifest."""
@@ -43,7 +43,8 @@ class ImagePair:
 
     id: str
     image: Path
-    swc: Path
+    swc: Path | None  # the tree, or ...
+    labels: Path | None  # ... the label volume
     swc_unit: str | None
     voxel_size: Triple | None  # um, z y x
     root: Triple | None  # voxel, z y x
@@ -51,6 +52,12 @@ class ImagePair:
     neuron: str  # volumes of one neuron share a split
     channel: int | None
     axes: str | None
+
+    @property
+    def truth(self) -> tuple[str, Path]:
+        """What the neurites are known from: "swc" or "labels", and its file."""
+        # One of the two is given, or the pair could not have been made.
+        return ("swc", self.swc) if self.swc is not None else ("labels", self.labels or Path())
 
 
 def find_pairs(cfg: PrepareConfig) -> list[ImagePair]:
@@ -237,14 +244,17 @@ def _parse_csv(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareConfig) -> ImagePair:
     """Check one row and fill in the defaults. source: the file that the row is from, for messages."""
-    missing = [column for column in ("image", "swc") if column not in row]
-    if missing:
-        raise InputError(f"{source}: {row.get('id', 'a row')} has no {' and no '.join(missing)}")
+    name = row.get("id", "a row")
+    if "image" not in row:
+        raise InputError(f"{source}: {name} has no image")
+    if ("swc" in row) == ("labels" in row):
+        found = "both swc and labels" if "swc" in row else "no swc and no labels"
+        raise InputError(f"{source}: {name} has {found}; name the tree as swc, or the label volume as labels")
 
     # An absolute path stays as it is, and so does the address of an image.
     named = parse_path(_read_text(row, "image", source))
     image = named if isinstance(named, RemotePath) else folder / named
-    swc = folder / _read_text(row, "swc", source)
+    swc, labels = (folder / _read_text(row, kind, source) if kind in row else None for kind in ("swc", "labels"))
 
     # A name that looks like a number stays as it is written: 010 is not 8.
     id_ = _read_text(row, "id", source) if "id" in row else image_stem(image) or image.stem
@@ -252,8 +262,8 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
     # The id becomes a file name in the store.
     if not files.is_plain_name(id_):
         raise InputError(f"{source}: id {id_!r} cannot be a file name; use letters, digits, - and _")
-    for path in (image, swc):
-        if not path.exists():
+    for path in (image, swc, labels):
+        if path is not None and not path.exists():
             fault = "is a link that leads nowhere" if path.is_symlink() else "does not exist"
             advice = "put the file there" if source == image else f"correct {source} or add the file"
             raise InputError(f"{path} of volume {id_} {fault}; {advice}")
@@ -276,6 +286,7 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
         id=id_,
         image=image,
         swc=swc,
+        labels=labels,
         swc_unit=unit,
         voxel_size=size,
         root=_parse_triple(row.get("root"), f"{source}: root of {id_}"),

@@ -20,7 +20,17 @@ from hpc_neuro.data.alignment import Fit
 from hpc_neuro.data.proximal_axon import VoxelRegion, find_proximal_axon
 from hpc_neuro.data.radius import fit_radii
 from hpc_neuro.data.rasterize import DrawSettings
-from hpc_neuro.data.store import INDEX, SPLITS, Store, VolumeRecord, is_written, write_index, write_volume
+from hpc_neuro.data.store import (
+    INDEX,
+    SPLITS,
+    Store,
+    StoredLabels,
+    VolumeRecord,
+    is_written,
+    write_index,
+    write_labelled_volume,
+    write_volume,
+)
 from hpc_neuro.data.untraced import UntracedNeurites
 from hpc_neuro.prepare.check import (
     OpenedPair,
@@ -44,7 +54,7 @@ class _SavedMeasurement:
     digest: str
     low: float
     high: float
-    fit: Fit
+    fit: Fit | None
     remarks: tuple[str, ...]
 
 
@@ -72,7 +82,7 @@ def run(cfg: PrepareConfig) -> int:
     # A share writes no index and no pictures, so its record alone says that it is done.
     paths = _output_paths(cfg.out, [opened.id for opened in pairs])
     is_whole = cfg.share is not None or all(path.exists() for path in paths)
-    sources = {f"{p.id}.{kind}": path for p in pairs for kind, path in (("image", p.pair.image), ("swc", p.pair.swc))}
+    sources = {f"{p.id}.{kind}": path for p in pairs for kind, path in (("image", p.pair.image), p.pair.truth)}
     inputs = _list_inputs(pairs, cfg)
     with run_folder.start("prepare", cfg, folder, inputs=inputs, whole=is_whole, sources=sources) as record:
         if record.complete:
@@ -127,7 +137,7 @@ def _require_separate_output(out: Path, pairs: list[ImagePair]) -> None:
     # An image in HDF5 may have the very name of the volume's file.
     outputs = {_volume_path(out, pair.id).resolve() for pair in pairs} | {(out / INDEX).resolve()}
     for pair in pairs:
-        for path in (pair.image, pair.swc):
+        for path in (pair.image, pair.truth[1]):
             if path.resolve() in outputs:
                 raise InputError(f"{path} would be replaced by the store's file of that name; choose another `out`")
 
@@ -165,7 +175,8 @@ def _measure_or_read(opened: OpenedPair, cfg: PrepareConfig) -> PairMeasurement:
     # A measurement that cannot be read, of another image, or of other settings, is not used.
     with contextlib.suppress(InputError):
         saved = files.read_json(_measurement_path(cfg.out, opened.id), "", _SavedMeasurement)
-        if saved.digest == opened.digest and not (saved.fit.is_misaligned and cfg.misaligned == "error"):
+        is_misaligned = saved.fit is not None and saved.fit.is_misaligned
+        if saved.digest == opened.digest and not (is_misaligned and cfg.misaligned == "error"):
             return PairMeasurement(saved.low, saved.high, saved.fit, saved.remarks)
     return measure_pair(opened, cfg.misaligned, cfg.range)
 
@@ -202,6 +213,11 @@ def _write_volume(path: Path, opened: OpenedPair, volume: VolumeRecord, cfg: Pre
 
     # A large volume takes long; its file appears whole or not at all.
     read = stop_on_request(opened.image.__getitem__)
+    if opened.labels is not None:
+        labels = StoredLabels(stop_on_request(opened.labels.read_mask), stop_on_request(opened.labels.read_skeleton))
+        write_labelled_volume(path, volume, read, labels, limits=cfg.range, confirm=opened.require_unchanged)
+        log.info("%s: written, %s", volume.id, files.format_bytes(path.stat().st_size))
+        return
     fitted = fit_radii(opened.tree, cfg.radius, read, volume.shape, volume.voxel_size)
 
     # The fitted tree has the radii that tell the axon from the tree's own halo.
@@ -253,10 +269,15 @@ def _draw_pictures(out: Path, volumes: list[tuple[VolumeRecord, PairMeasurement]
         if path.exists():
             continue
         shape = " x ".join(map(str, volume.shape))
+        legend = "cyan: neurite, yellow: unlabelled"
+        if measurement.fit is not None:
+            legend = (
+                "red: the tree, circle: its root, cyan: the mask, yellow: unlabelled; "
+                f"mean intensity percentile along the tree {100 * measurement.fit.score:.1f}"
+            )
         title = (
             f"{volume.id} ({volume.split}): {shape} voxels of {_format_size(volume.voxel_size)} um (z y x), "
-            f"{volume.dtype}\nred: the tree, circle: its root, cyan: the mask, yellow: unlabelled; "
-            f"mean intensity percentile along the tree {100 * measurement.fit.score:.1f}"
+            f"{volume.dtype}\n{legend}"
         )
         draw_picture(store[volume.id], path, title)
     store.close()
@@ -290,11 +311,16 @@ def _describe(pairs: list[OpenedPair], measurements: dict[str, PairMeasurement],
         measurement = measurements[opened.id]
         z, y, x = opened.image.shape
         fit = measurement.fit
-        lines.append(
+        line = (
             f"{opened.id}: {z} x {y} x {x} of {_format_size(opened.size)} um, {opened.image.dtype}, range "
-            f"{measurement.low:g} to {measurement.high:g}, {len(opened.tree)} nodes, percentile along the tree "
-            f"{100 * fit.score:.1f} (best other {100 * fit.best_score:.1f}: {fit.best_change})"
+            f"{measurement.low:g} to {measurement.high:g}"
         )
+        if fit is not None:
+            line += (
+                f", {len(opened.tree)} nodes, percentile along the tree {100 * fit.score:.1f} (best other "
+                f"{100 * fit.best_score:.1f}: {fit.best_change})"
+            )
+        lines.append(line)
         lines += [*opened.remarks, *measurement.remarks]
 
     settings = schema.to_plain(cfg.radius)

@@ -10,12 +10,21 @@
                 tree/     the annotator's tree, in voxels
                 fitted/   the tree that was drawn (local radii, moved onto the ridge), in voxels
 
+A volume of labels has empty trees, an unknown distance (infinite), and in `skeleton` the centerlines of its neurites.
+
 Empty chunks are never allocated, so a masked stack of many gigabytes stays small. Readers open files without locks,
 with one handle per process and file. A store can be pickled and used after fork, spawn and forkserver.
 """
 
 from hpc_neuro.data.store.reader import FORMAT, INDEX, SPLITS, PointKind, Store, StoredVolume, VolumeRecord
-from hpc_neuro.data.store.writer import forecast_bytes, is_written, write_index, write_volume
+from hpc_neuro.data.store.writer import (
+    StoredLabels,
+    forecast_bytes,
+    is_written,
+    write_index,
+    write_labelled_volume,
+    write_volume,
+)
 
 __all__ = [
     "FORMAT",
@@ -23,10 +32,12 @@ __all__ = [
     "SPLITS",
     "PointKind",
     "Store",
+    "StoredLabels",
     "StoredVolume",
     "VolumeRecord",
     "forecast_bytes",
     "is_written",
     "write_index",
+    "write_labelled_volume",
     "write_volume",
 ]

@@ -66,8 +66,13 @@ class VolumeRecord:
     root: tuple[float, float, float] | None  # z y x voxel
     split: str
     digest: str  # of the image's content, the tree and the settings of the targets
-    sources: Mapping[str, str]  # "image", "swc": SHA-256
+    sources: Mapping[str, str]  # "image" and "swc" or "labels": SHA-256
     contrast: Contrast = "range"  # how `normalized_image` is made
+
+    @property
+    def has_tree(self) -> bool:
+        """Whether the neurites are known from a tree; else from labels."""
+        return "labels" not in self.sources
 
 
 @with_config(ConfigDict(extra="allow"))

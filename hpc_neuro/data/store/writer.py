@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ DRAW_BOX: Shape = (64, 256, 256)
 
 TARGET_BYTES = 1 + 1 + 2 + 3
 """[bytes] One voxel of mask, skeleton, distance and tangent."""
+
+_NO_DISTANCE = np.inf
+"""Distance to the centerline in a volume of labels, where it is unknown."""
 
 SPARE_BYTES = 8 << 20
 """[bytes] What HDF5 may hold in its caches until it closes the file."""
@@ -70,12 +73,65 @@ def write_volume(
             _write_attributes(file, volume, drawing)
             _write_trees(file, tree, fitted)
             _write_points(file, volume, fitted)
-            _write_image(file, "image", volume.shape, volume.dtype, read)
-            if volume.contrast == "local":
-                local = measure_foreground(limit_brightness(read, limits), volume.shape).probability
-                _write_image(file, "local", volume.shape, np.dtype("u1"), local)
+            _write_images(file, volume, read, limits)
             _write_targets(file, volume, fitted, drawing, unlabelled)
         confirm()
+
+
+@dataclass(frozen=True)
+class StoredLabels:
+    """What is known of a volume without a tree, read by box."""
+
+    mask: Callable[[Box], NDArray[np.uint8]]
+    """[Z, Y, X] 1 on neurite, 255 where unlabelled, 0 elsewhere."""
+    skeleton: Callable[[Box], NDArray[np.uint8]]
+    """[Z, Y, X] 1 on centerlines, 0 elsewhere."""
+
+
+def write_labelled_volume(
+    path: Path,
+    volume: VolumeRecord,
+    read: ReadBox,
+    labels: StoredLabels,
+    limits: tuple[float, float] | None = None,
+    confirm: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the file of a volume whose neurites are known from labels; its trees are empty. As `write_volume`.
+
+    Crops are centered on the centerlines of the labelled neurites. Distance and tangent stay unknown.
+    """
+    tree = morphology.empty_tree()
+    with files.explain_full_disk(path.parent, path.name), files.atomic(path) as part:
+        with h5py.File(part, "w", libver="v110", locking=False) as file:
+            _reserve(file, 0)
+            _write_attributes(file, volume, None)
+            _write_trees(file, tree, tree)
+            _write_images(file, volume, read, limits)
+            points = _write_labels(file, volume.shape, labels)
+            group = file.create_group("points")
+            for name, values in (("skeleton", points), ("branch", points[:0]), ("tip", points[:0])):
+                _create_list(group, name, values)
+        confirm()
+
+
+def _write_labels(file: Any, shape: Shape, labels: StoredLabels) -> NDArray[np.int32]:
+    """Write mask and skeleton; [N, 3] the voxels of the centerlines."""
+    _create_targets(file, shape, _NO_DISTANCE)
+    points = []
+    for block in tile_volume(shape, DRAW_BOX):
+        box = block.write
+        mask = labels.mask(box)
+        if not mask.any():
+            continue
+        skeleton = labels.skeleton(box)
+        points.append(np.argwhere(skeleton).astype(np.int32) + np.asarray(box.start, dtype=np.int32))
+        _reserve(file, _count_chunk_voxels(box.shape) * TARGET_BYTES)
+        for chunk in tile_volume(box.shape, CHUNK):
+            source, destination = chunk.write.slices, chunk.write.shift(box.start).slices
+            if mask[source].any():
+                file["mask"][destination] = mask[source]
+                file["skeleton"][destination] = skeleton[source]
+    return np.concatenate([np.zeros((0, 3), dtype=np.int32), *points])
 
 
 def is_written(path: Path, digest: str) -> bool:
@@ -92,9 +148,14 @@ def is_written(path: Path, digest: str) -> bool:
         return False
 
 
-def forecast_bytes(tree: Tree, shape: Shape, itemsize: int, voxel_size: VoxelSize, cap: float) -> int:
-    """About the most bytes of a volume's file: every chunk of the image, and the targets' chunks near the tree."""
+def forecast_bytes(tree: Tree, shape: Shape, itemsize: int, voxel_size: VoxelSize, cap: float | None) -> int:
+    """About the most bytes of a volume's file: every chunk of the image, and the targets' chunks near the tree.
+
+    cap: [fine voxel] distance to the tree up to which there are targets; None: the targets are labels, everywhere.
+    """
     image_bytes = _count_chunk_voxels(shape) * itemsize
+    if cap is None:
+        return image_bytes + 2 * _count_chunk_voxels(shape) + (1 << 20)
 
     # Targets are written in the chunks within `cap` of the tree: count the chunks of points around its cable.
     reach = cap * fine_voxel(voxel_size) / np.asarray(voxel_size)  # [3] voxels
@@ -141,7 +202,7 @@ def _index_entry(volume: VolumeRecord) -> dict[str, Any]:
     }
 
 
-def _write_attributes(file: Any, volume: VolumeRecord, drawing: DrawSettings) -> None:
+def _write_attributes(file: Any, volume: VolumeRecord, drawing: DrawSettings | None) -> None:
     attributes = {
         "format": FORMAT,
         "id": volume.id,
@@ -154,7 +215,7 @@ def _write_attributes(file: Any, volume: VolumeRecord, drawing: DrawSettings) ->
         "high": volume.high,
         **({} if volume.root is None else {"root_voxel": volume.root}),
         **{f"sha256_{name}": digest for name, digest in volume.sources.items()},
-        **{f"drawing_{name}": value for name, value in asdict(drawing).items()},
+        **({} if drawing is None else {f"drawing_{name}": value for name, value in asdict(drawing).items()}),
     }
 
     for name, value in attributes.items():
@@ -183,6 +244,14 @@ def _write_points(file: Any, volume: VolumeRecord, fitted: Tree) -> None:
         _create_list(group, name, np.unique(voxels[inside], axis=0).reshape(-1, 3))
 
 
+def _write_images(file: Any, volume: VolumeRecord, read: ReadBox, limits: tuple[float, float] | None) -> None:
+    """Write the image, and its local contrast where that is what networks see."""
+    _write_image(file, "image", volume.shape, volume.dtype, read)
+    if volume.contrast == "local":
+        local = measure_foreground(limit_brightness(read, limits), volume.shape).probability
+        _write_image(file, "local", volume.shape, np.dtype("u1"), local)
+
+
 def _write_image(file: Any, name: str, shape: Shape, dtype: np.dtype[Any], read: ReadBox) -> None:
     """Write an image slab by slab; chunks of zeros stay unallocated."""
     image = _create_dataset(file, name, shape, dtype, fill=0)
@@ -203,11 +272,7 @@ def _write_targets(
 ) -> None:
     """Write mask, skeleton, distance and tangent near the tree. Elsewhere the fill values mean "no neurite near"."""
     shape = volume.shape
-    _create_dataset(file, "mask", shape, np.dtype("u1"), fill=0)
-    _create_dataset(file, "skeleton", shape, np.dtype("u1"), fill=0)
-    _create_dataset(file, "distance", shape, np.dtype("f2"), fill=drawing.cap)
-    _create_dataset(file, "tangent", shape, np.dtype("i1"), fill=0, channels=(3,))
-
+    _create_targets(file, shape, drawing.cap)
     prepared = prepare_tree(fitted, volume.voxel_size, drawing)
 
     for block in tile_volume(shape, DRAW_BOX):
@@ -222,6 +287,14 @@ def _write_targets(
             targets.mask[without_label & (targets.mask == 0)] = UNLABELED
         _reserve(file, _count_chunk_voxels(box.shape) * TARGET_BYTES)
         _write_target_chunks(file, targets, box, drawing.cap)
+
+
+def _create_targets(file: Any, shape: Shape, cap: float) -> None:
+    """Create the datasets of the targets. `cap`: distance where no neurite is near."""
+    _create_dataset(file, "mask", shape, np.dtype("u1"), fill=0)
+    _create_dataset(file, "skeleton", shape, np.dtype("u1"), fill=0)
+    _create_dataset(file, "distance", shape, np.dtype("f2"), fill=cap)
+    _create_dataset(file, "tangent", shape, np.dtype("i1"), fill=0, channels=(3,))
 
 
 def _write_target_chunks(file: Any, targets: Targets, box: Box, cap: float) -> None:
