@@ -194,6 +194,23 @@ class PredictionFolder:
 
         return {"mean": values[:, 0], "agreement": values[:, 1]}
 
+    def read_places(self, volume_id: str) -> dict[str, NDArray[np.float64]]:
+        """[N, 3] z y x voxels of the places to proofread, by kind; {} where `infer` listed none.
+
+        Raises InputError for a table that cannot be read.
+        """
+        path = self.path / "proofread" / f"{volume_id}.csv"
+        if not path.exists():
+            return {}
+        places: dict[str, list[list[float]]] = {}
+        try:
+            with path.open(encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    places.setdefault(row["kind"], []).append([float(row[axis]) for axis in "zyx"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as places ({error!r}); {_REMAKE} again") from None
+        return {kind: np.array(points) for kind, points in places.items()}
+
     def read_roots(self, volume_id: str) -> list[list[float]] | None:
         """[voxel] z y x from which a volume was traced, rounded; None where that is not recorded."""
         roots = self._entries[volume_id].get("roots")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import files
-from hpc_neuro.evaluate import confidence, run_sections
+from hpc_neuro.evaluate import confidence, places, run_sections
 from hpc_neuro.evaluate.confidence import ConfidenceBin
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.pictures import CAPTION
+from hpc_neuro.evaluate.places import HitCount
 from hpc_neuro.evaluate.summary import Results, compute_difference, compute_mean
 from hpc_neuro.metrics.metric import Metric, tolerance_key
 from hpc_neuro.metrics.statistics import Interval
@@ -52,13 +53,14 @@ def render_report(
     runs: Sequence[RunRecord],
     notices: Sequence[str],
     reliability: Mapping[str, Sequence[ConfidenceBin]],
+    hits: Mapping[str, HitCount],
     methods: str,
 ) -> str:
     """The page as text.
 
     pictures: (volume, JPEG) in the order shown. training: the rows of a training run. runs: those behind the result,
-    this one last. notices: sentences above all numbers. reliability: of the model's confidence. methods: a paragraph
-    for a paper.
+    this one last. notices: sentences above all numbers. reliability: of the model's confidence. hits: of the places to
+    proofread. methods: a paragraph for a paper.
     """
     neurons = files.format_count(len(results.ids), "neuron")
     # The order is that of a reader's questions; a section without content is left out.
@@ -68,6 +70,10 @@ def render_report(
         ("Neurons", _render_neurons(results, cfg)),
         ("Pictures", _render_pictures(results, cfg, pictures)),
         ("Confidence", _note_first_seed(results) + confidence.render_section(reliability, cfg) if reliability else ""),
+        (
+            "Places to proofread",
+            _note_first_seed(results) + places.render_section(hits, cfg.tolerance_vox) if hits else "",
+        ),
         ("Learning curves", html.row(run_sections.draw_curves(training)) if training else ""),
         ("Methods", html.paragraph(_METHODS_NOTE, "small") + html.paragraph(methods)),
         ("Definitions", _render_definitions(results, cfg)),

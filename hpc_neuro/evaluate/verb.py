@@ -17,7 +17,7 @@ from hpc_neuro.core.stop_signals import stop_on_request, until_stopped
 from hpc_neuro.core.types import Array
 from hpc_neuro.data.predictions import INDEX
 from hpc_neuro.data.store import Store, StoredVolume
-from hpc_neuro.evaluate import confidence, report_page, run_sections
+from hpc_neuro.evaluate import confidence, places, report_page, run_sections
 from hpc_neuro.evaluate.config import EvaluateConfig
 from hpc_neuro.evaluate.pictures import draw_picture
 from hpc_neuro.evaluate.predictions import (
@@ -238,6 +238,7 @@ def _write_products(
 
     # The page is built before anything is written, so that an error leaves no half of the tables.
     model = methods[0].seeds[0]
+    hits = places.measure_hits(store, results.ids, methods[0].seeds[0], cfg.tolerance_vox) if cfg.trees else {}
     reliability = confidence.measure_reliability(cfg, store, results.ids, model) if cfg.trees else {}
     runs.append(RunRecord("evaluate", cfg.out, {**record, "end": "this report"}))
     thresholds = [methods[0].seeds[0].read_threshold(i) for i in results.ids]
@@ -249,11 +250,14 @@ def _write_products(
         runs=runs,
         notices=notices,
         reliability=reliability,
+        hits=hits,
         methods=run_sections.describe_methods(results, cfg, runs, thresholds, _count_training_volumes(store, runs)),
     )
 
     # metrics.json first: it is what other programs wait for.
     metrics = {**build_json(results, cfg), "confidence": confidence.build_json(reliability)}
+    if hits:
+        metrics["proofread"] = places.build_json(hits)
     files.write_json(cfg.out / "metrics.json", metrics)
     files.write_text(cfg.out / "metrics.csv", format_csv(results, cfg))
     files.write_text(cfg.out / "metrics.tex", format_latex(results, cfg))

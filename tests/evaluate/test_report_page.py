@@ -38,7 +38,15 @@ def make_results(ids: tuple[str, ...] = ("a", "b"), **methods: dict[str, float])
 def render(results: Results) -> str:
     runs = [RunRecord("evaluate", Path("o"), {"code": "0.1.0"})]
     return render_report(
-        results, configure(), pictures=[], training=None, runs=runs, notices=[], reliability={}, methods="Text."
+        results,
+        configure(),
+        pictures=[],
+        training=None,
+        runs=runs,
+        notices=[],
+        reliability={},
+        hits={},
+        methods="Text.",
     )
 
 
