@@ -15,6 +15,7 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.foreground import Foreground
 from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.report import figures, html
+from hpc_neuro.trace_stacks.config import INDEX
 
 PAGE = "trace.html"
 """File of OUT."""
@@ -173,14 +174,14 @@ def list_advice(result: dict[str, Any] | None, out: Path) -> list[str]:
     """How to open the trees of a stack in `out` in common viewers, in lines."""
     if result is None or not result["swc_voxel"]:
         return []
-    image, voxel = result["image"], str(out / result["swc_voxel"])
+    image, voxel = result["image"], out / result["swc_voxel"]
     um = out / result["swc"] if result["swc"] else None
+    index, state = files.quote_path(out / INDEX), out / result["neuroglancer"]
     # SNT scales by the voxel size of the image, and takes plain voxels where there is none.
     return [
         f"Fiji/SNT      open {image}, then Plugins > Neuroanatomy > SNT, File > Load Tracings > SWC: {um or voxel}",
-        f"napari        napari {image}, and in its console:  import hpc_neuro; "
-        f"t = hpc_neuro.read_swc({voxel!r}); viewer.add_shapes(t.points[t.edges], shape_type='line', edge_width=1)",
-        f"Neuroglancer  paste {out / result['neuroglancer']} into the JSON editor ({{}}) of a viewer and add the image",
+        f"napari        napari --plugin hpc_neuro {index}    (once before: pip install '.[napari]')",
+        f"Neuroglancer  paste the text of {state} into the JSON editor ({{}}) of a viewer, and add the image",
     ]
 
 
