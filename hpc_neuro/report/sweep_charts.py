@@ -274,10 +274,12 @@ def _split_at_gaps(points: Sequence[tuple[float, float | None]]) -> list[list[Po
 
 
 def _frame(title: str, body: str, height: int, width: int = _WIDTH) -> str:
-    return (
+    svg = (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
         f"{_text('title', 10, 16, title, 'start')}{body}</svg>"
     )
+    # A chart of the whole width shrinks on a small screen, so the style enlarges its letters there.
+    return f'<div class="wide">{svg}</div>' if width == _WIDTH else svg
 
 
 def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle") -> str:
