@@ -19,6 +19,10 @@ from hpc_neuro.trace_stacks.config import INDEX
 
 PAGE = "trace.html"
 """File of OUT."""
+_RIGHT_HINT = (
+    "share of the cable that is expected within 4 voxels of a neurite of the true tree, from the brightness along it; "
+    "right on average over the kinds of images it was calibrated on, and no judgement of a single stack"
+)
 _AGREEMENT_HINT = (
     "Agreement of the trees with a second tracing: of the image alone where a student traced, else at a higher level "
     "of brightness. 1 is the best."
@@ -91,6 +95,7 @@ def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> 
         html.Column("Cable", "length of all trees, in the unit of the next column"),
         html.Column("Unit", numeric=False),
         html.Column("Tips", "ends of branches"),
+        html.Column("Expected right", _RIGHT_HINT),
         html.Column("Agreement", _AGREEMENT_HINT),
         html.Column("Doubt", _DOUBT_HINT),
         html.Column("Contrast", _CONTRAST_HINT),
@@ -100,7 +105,9 @@ def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> 
     rows = []
     for name, result in results.items():
         measured = result["figures"]
-        numbers = (measured["agreement"], result["doubt"], measured["contrast_to_noise"], result["seconds"])
+        # Results of an earlier version lack it.
+        right = result.get("expected_right")
+        numbers = (right, measured["agreement"], result["doubt"], measured["contrast_to_noise"], result["seconds"])
         rows.append(
             [
                 html.Cell(name),
@@ -113,7 +120,12 @@ def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> 
             ]
         )
     faults = "".join(html.paragraph(f"Failed: {failure}", "notice") for failure in failures)
-    terms = [("Agreement", _AGREEMENT_HINT), ("Doubt", _DOUBT_HINT), ("Contrast", _CONTRAST_HINT)]
+    terms = [
+        ("Expected right", _RIGHT_HINT),
+        ("Agreement", _AGREEMENT_HINT),
+        ("Doubt", _DOUBT_HINT),
+        ("Contrast", _CONTRAST_HINT),
+    ]
     shown, cells = html.drop_empty_columns(columns, rows)
     titles = {column.title for column in shown}
     meanings = html.definitions([(term, text) for term, text in terms if term in titles])

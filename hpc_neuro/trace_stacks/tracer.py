@@ -100,6 +100,8 @@ class ImageTrace:
     figures: TraceFigures
     places: list[DoubtfulPlace]
     """Places to look at, worst first."""
+    confidence: NDArray[np.float64]
+    """[N] of the nodes of all trees, one after the other: the lowest probability on the edge to the parent."""
 
 
 def trace_image(
@@ -167,7 +169,7 @@ def trace_image(
     if len(forest):
         single = NodeConfidence(confidence, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
         places = find_places(forest, single, shape, size)
-    return ImageTrace(trees, somas, foreground, student, figures, places)
+    return ImageTrace(trees, somas, foreground, student, figures, places, confidence)
 
 
 def _follow(

@@ -23,6 +23,7 @@ from hpc_neuro.data.resample import Resampling
 from hpc_neuro.infer.grid import choose_grid, describe_grid
 from hpc_neuro.models.student_folder import STUDENT_FILES, find_student, format_trained
 from hpc_neuro.trace_stacks import page
+from hpc_neuro.trace_stacks.calibration import estimate_right_share
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
 from hpc_neuro.trace_stacks.edits import Edits, collect_edits, list_changed_trees, list_edit_files
 from hpc_neuro.trace_stacks.resampled import trace_on_grid
@@ -226,6 +227,7 @@ def _describe(
             "noise": round(trace.foreground.noise_level, 4),
         },
         "doubt": measure_doubt(trace.figures),
+        "expected_right": estimate_right_share(morphology.concatenate_trees(trace.trees), trace.confidence),
         "warnings": warnings,
         # The cable behind a place is in the unit of the trees.
         "places": [

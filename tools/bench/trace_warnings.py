@@ -61,7 +61,7 @@ def main() -> int:
 
     predictor = None if args.model == NO_MODEL else StackPredictor(Path(args.model))
     rows: list[dict[str, Any]] = []
-    neurons = [neuron for path in args.stores for neuron in _list_neurons(path)]
+    neurons = [neuron for path in args.stores for neuron in list_neurons(path)]
     for neuron in [n for n in neurons if not args.only or n.id in args.only][:: args.every]:
         for name in args.copies:
             degrade = COPIES[name]
@@ -96,7 +96,7 @@ class Neuron:
     """Whether the tracer is given the root."""
 
 
-def _list_neurons(path: Path) -> list[Neuron]:
+def list_neurons(path: Path) -> list[Neuron]:
     """The neurons of a store, or of a folder of projections."""
     if (path / INDEX).exists():
         return [_open_stored(volume) for volume in Store(path)]
