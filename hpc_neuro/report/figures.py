@@ -221,7 +221,8 @@ def _draw_scale_bar(axes: Any, layout: _Layout, unit_name: str) -> None:
     x, y = layout.width - layout.gap - length, layout.height - layout.gap
     axes.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
     label = f"{length:g} {unit_name}"
-    axes.text(x + length / 2, y - 0.4 * layout.gap, label, color="white", fontsize=10, ha="center", va="bottom")
+    # Flush with the end of the bar: a label may be wider than the bar, and would leave a small picture.
+    axes.text(x + length, y - 0.4 * layout.gap, label, color="white", fontsize=10, ha="right", va="bottom")
 
 
 def _thin_plane(plane: NDArray[np.float32]) -> NDArray[np.float32]:

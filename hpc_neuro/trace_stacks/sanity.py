@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+
+from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.trace_stacks.tracer import LEAST_SEEN, TraceFigures
 
 _MOST_MASK = 0.06
@@ -20,6 +26,8 @@ _MOST_TIPS = 12.0
 """[per 100 voxels of cable] Ends of branches, at most."""
 
 
+_MOST_LABELS = 8
+"""An image of so few values is one of labels."""
 _USUAL_MASK = 0.01
 """Share of the volume that neurites usually fill."""
 _MASK_WEIGHT = 0.3
@@ -54,7 +62,7 @@ def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = 
         warnings.append("the image is dark on bright and was traced inverted; if it is not, give another channel")
     if figures.mask_share > _MOST_MASK:
         warnings.append(
-            f"the foreground fills {figures.mask_share:.0%} of the volume, neurites rarely fill {_MOST_MASK:.0%}: "
+            f"the foreground fills {figures.mask_share:.1%} of the volume, neurites rarely fill {_MOST_MASK:.0%}: "
             "tissue, nuclei or haze may be traced as neurites"
         )
     if figures.contrast_to_noise is not None and figures.contrast_to_noise < _LEAST_CONTRAST:
@@ -79,6 +87,31 @@ def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = 
         )
     warnings += _list_disagreements(figures, has_student)
     return warnings
+
+
+def list_label_values(read: ReadBox, shape: Shape, dtype: np.dtype[Any]) -> list[int]:
+    """The values of an image that holds so few of them that they are labels; [] for other images.
+
+    Reads slice by slice, and no further than to the first slices with many values.
+    """
+    # Only these have few enough values to be counted one by one.
+    if dtype.kind not in "bu" or dtype.itemsize > 2:
+        return []
+    counts = np.zeros(1 << (8 * dtype.itemsize), dtype=np.int64)
+    for z in range(shape[0]):
+        plane = np.asarray(read(Box((z, 0, 0), (z + 1, shape[1], shape[2]))))
+        counts += np.bincount(plane.ravel(), minlength=len(counts))
+        if np.count_nonzero(counts) > _MOST_LABELS:
+            return []
+    return [int(value) for value in np.flatnonzero(counts)]
+
+
+def describe_labels(values: Sequence[int]) -> str:
+    """A warning for an image that holds labels."""
+    return (
+        f"the image holds only the values {', '.join(map(str, values))}: it is a mask or a label volume, and its "
+        "labels are traced as if they were brightness; give the image that was labelled"
+    )
 
 
 def _list_disagreements(figures: TraceFigures, has_student: bool) -> list[str]:

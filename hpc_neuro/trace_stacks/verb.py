@@ -27,7 +27,7 @@ from hpc_neuro.trace_stacks.calibration import estimate_right_share
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
 from hpc_neuro.trace_stacks.edits import Edits, collect_edits, list_changed_trees, list_edit_files
 from hpc_neuro.trace_stacks.resampled import trace_on_grid
-from hpc_neuro.trace_stacks.sanity import list_warnings, measure_doubt
+from hpc_neuro.trace_stacks.sanity import describe_labels, list_label_values, list_warnings, measure_doubt
 from hpc_neuro.trace_stacks.stacks import Stack, choose_voxel_size, list_stacks
 from hpc_neuro.trace_stacks.tracer import ImageTrace
 
@@ -138,6 +138,8 @@ def _trace_stack(
     )
     trace = traced.trace
     warnings = list_warnings(trace.figures, trace.foreground.is_inverted, predictor is not None)
+    if values := list_label_values(volume.__getitem__, volume.shape, volume.dtype):
+        warnings.insert(0, describe_labels(values))
     for warning in warnings:
         log.warning("%s: %s", stack.id, warning)
 

@@ -1,0 +1,57 @@
+"""Warnings that need no tree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import tifffile
+
+from hpc_neuro import cli
+from hpc_neuro.core.constants import EXIT_DONE
+from hpc_neuro.core.geometry import Box
+from hpc_neuro.trace_stacks.sanity import list_label_values
+from tests.helpers.stacks import make_neuron, take_picture
+
+
+def list_values(image: np.ndarray) -> list[int]:
+    z, y, x = image.shape
+    return list_label_values(lambda box: image[box.slices], (z, y, x), image.dtype)
+
+
+def test_labels_are_told_from_images() -> None:
+    labels = np.zeros((6, 8, 9), dtype=np.uint8)
+    labels[4, 2:4], labels[5, 0] = 2, 4
+    assert list_values(labels) == [0, 2, 4]
+    assert list_values(labels > 0) == [0, 1]
+    assert list_values(labels.astype(np.uint16) * 1000) == [0, 2000, 4000]
+    # Brightness has many values, and other types are not counted.
+    image = np.arange(6 * 8 * 9).reshape(6, 8, 9)
+    assert list_values(image.astype(np.uint16)) == []
+    assert list_values(labels.astype(np.float32)) == []
+
+    # No further than to the slices that show many values.
+    planes = []
+
+    def read(box: Box) -> np.ndarray:
+        planes.append(box.start[0])
+        return image.astype(np.uint16)[box.slices]
+
+    assert list_label_values(read, (6, 8, 9), np.dtype(np.uint16)) == []
+    assert planes == [0]
+
+
+def test_trace_warns_of_labels(tmp_path: Path) -> None:
+    picture = take_picture(make_neuron(3))
+    stacks = {"image": picture, "mask": (picture > np.quantile(picture, 0.98)).astype(np.uint8)}
+    for name, stack in stacks.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", stack, photometric="minisblack")
+    assert (
+        cli.main(["trace", str(tmp_path / "image.tif"), str(tmp_path / "mask.tif"), f"out={tmp_path / 'o'}"])
+        == EXIT_DONE
+    )
+    results = json.loads((tmp_path / "o" / "trace.json").read_text())["stacks"]
+    assert not any("label" in text for text in results["image"]["warnings"])
+    assert "holds only the values 0, 1" in results["mask"]["warnings"][0]
+    assert 0.5 < results["image"]["expected_right"] < 1
