@@ -16,6 +16,7 @@ from hpc_neuro.cli import main
 from hpc_neuro.core import run_folder
 from hpc_neuro.core.schema import config
 from hpc_neuro.runs import RunRow, read_row, render_page, sort_rows
+from tests.helpers.browser import measure_excess
 
 
 @config
@@ -304,6 +305,24 @@ def test_the_page_shows_paths_from_the_common_folder_and_no_empty_column() -> No
     assert "GPU hours" not in page
     assert ">note<" not in page
     assert "GPU hours" in render_page([RunRow("a", "train", "complete", hours=1.0, gpu_hours=2.0)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1300, 700])
+def test_the_table_of_the_page_fits_the_screen(tmp_path: Path, width: int) -> None:
+    note = (
+        "1 failure, the first: /data/microscope_3/2026/neuron_1.tif: every voxel is 7; check the file and its channel"
+    )
+    names = ("crossed_neurites", "a_folder_with_a_much_longer_name_than_others")
+    paths = [f"/data/lab/runs_of_2026/{name}/precompute" for name in names]
+    date = "2026-11-30T20:41:25+00:00"
+    rows = [
+        RunRow(path, "precompute", "complete", {"volumes": 40}, 10.25, 41.0, True, 12, date, "0.1.0 0123456789ab", note)
+        for path in paths
+    ]
+    tables, page = measure_excess(render_page(rows), width, tmp_path)
+    assert max(tables) <= 0
+    assert page <= 0
 
 
 def test_text_in_a_page_is_escaped() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from hpc_neuro.evaluate.summary import Results
 from hpc_neuro.infer import InferConfig
 from hpc_neuro.report.provenance import RunRecord
 from hpc_neuro.train import TrainConfig
+from tests.helpers.browser import measure_excess
 
 
 def configure() -> evaluate.EvaluateConfig:
@@ -108,21 +107,6 @@ def test_people_read_titles_and_not_keys(done: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1300, 700])
 def test_tables_fit_the_screen(done: Path, tmp_path: Path, width: int) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here; install it (apt-get install chromium) to run this test")
-    probe = """<script>
-      document.querySelectorAll("details").forEach((d) => { d.open = true; });
-      const over = [...document.querySelectorAll(".scroll")].map((s) => s.scrollWidth - s.clientWidth);
-      document.body.dataset.over = over.join(" ");
-      document.body.dataset.page = document.documentElement.scrollWidth - innerWidth;
-    </script></body>"""
-    page = tmp_path / "page.html"
-    page.write_text((done / "report.html").read_text().replace("</body>", probe))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
-    command = [browser, *flags, f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    over = re.search(r'data-over="([^"]+)"', dom)
-    assert over
-    assert all(int(pixels) <= 0 for pixels in over[1].split()), over[1]
-    assert int(re.search(r'data-page="(-?\d+)"', dom)[1]) <= 0  # type: ignore[index]
+    tables, page = measure_excess((done / "report.html").read_text(), width, tmp_path)
+    assert max(tables) <= 0
+    assert page <= 0

@@ -23,6 +23,7 @@ from hpc_neuro.data.predictions import read_predictions
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer import verify
 from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.status_page import draw_block_map
 from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
@@ -140,6 +141,13 @@ def test_a_plain_file_with_a_given_root(model: Path, tmp_path: Path) -> None:
     assert "Cable [µm]" in page
     assert "cable_um" not in page
     assert (cfg.out / "proofread" / "cell.csv").exists()
+
+
+def test_the_map_of_a_single_block_is_a_word() -> None:
+    assert draw_block_map({(0, 0, 0): "empty"}) == '<p class="small">1 block: empty</p>'
+    two = draw_block_map({(0, 0, 0): "written", (0, 0, 1): "failed"})
+    assert two.count("<rect ") == 2
+    assert "2 blocks (1 written, 1 failed)" in two
 
 
 def test_a_root_far_from_everything_is_listed_and_its_volume_has_no_trees(

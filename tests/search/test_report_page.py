@@ -23,6 +23,7 @@ from hpc_neuro.search.config import SearchConfig
 from hpc_neuro.search.space import list_grid_points
 from hpc_neuro.search.study import Study
 from hpc_neuro.search.trial import Attempt, Trial
+from tests.helpers.browser import measure_excess
 
 RULES = ("scratch", "average", "center", "tubular", "deformable_tubular")
 MODES = ("none", "point", "straight", "deformable")
@@ -136,6 +137,14 @@ def test_the_page_needs_nothing_else_and_its_charts_are_sound(factorial):
         ElementTree.fromstring("<svg" + part.partition("</svg>")[0] + "</svg>")
         assert "nan" not in part.partition("</svg>")[0]
         assert "None" not in part.partition("</svg>")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1300, 700])
+def test_tables_fit_the_screen(factorial, tmp_path, width):
+    tables, page = measure_excess((factorial.out / "report.html").read_text(), width, tmp_path)
+    assert max(tables) <= 0
+    assert page <= 0
 
 
 def test_the_best_is_the_highest_finished_one(factorial):
