@@ -75,25 +75,25 @@ class UnitCosts:
     """[s/voxel] docs/infer.md, a block of 512^3 voxels with 100 neurites."""
     lines: float = 156e-6
     """[s/strand voxel] docs/infer.md, trees with links along the image."""
-    links: float = 0.3e-6
+    links: float = 1.7e-6
     """[s/strand voxel that is kept] of one super-block and all its neighbors; measured at the start."""
-    groups: float = 3e-6
+    groups: float = 0.4e-6
     """[s/piece that goes on in another super-block] measured at the start."""
     trees: float = 30e-6
     """[s/strand voxel that is kept] docs/infer.md, trees without links: gaps are bridged already."""
-    texts: float = 40e-6
+    texts: float = 8e-6
     """[s/node] rows of three SWC files and of the tables of a batch; measured at the start."""
-    single_tree: float = 4e-6
+    single_tree: float = 10e-6
     """[s/node] both SWC files of one tree by itself; measured at the start."""
-    sort: float = 1e-6
+    sort: float = 0.35e-6
     """[s/item] of one rank that puts trees, or places, in the order of the file; measured at the start."""
-    gather: float = 4e-9
+    gather: float = 7e-9
     """[s/byte] of a stretch of a file, from the texts of the batches; measured at the start."""
-    checksum: float = 2e-9
+    checksum: float = 1.3e-9
     """[s/byte] reading a file back and hashing it; measured at the start."""
     read_part: float = 1e-3
     """[s/file] reading one file of arrays, without the latency; measured at the start."""
-    list_trace_block: float = 12e-6
+    list_trace_block: float = 16e-6
     """[s/block] listing the blocks of tracing; measured at the start."""
     list_block: float = 30e-6
     """[s/block] listing and counting blocks in Python; measured at the start."""
@@ -394,19 +394,20 @@ def measure_costs(stated: UnitCosts) -> UnitCosts:
         )
 
 
-def _measure_joins(folder: Path, voxels: int = 40_000) -> tuple[float, float, float]:
+def _measure_joins(folder: Path, length: int = 20) -> tuple[float, float, float]:
     """Linking and joining two super-blocks of straight lines that all go on, and reading the links of one."""
-    cfg, shape = TraceConfig(), (64, 2048, voxels // 256 * 2)
+    cfg, shape = TraceConfig(), (64, 2048, 2 * length)
     half = shape[2] // 2
     cores = [Box((0, 0, 0), (64, 2048, half)), Box((0, 0, half), shape)]
 
     def build(core: Box) -> SuperBlockLines:
-        rows = np.stack(np.meshgrid([20], np.arange(0, 2048, 8), np.arange(core.start[2], core.stop[2]), indexing="ij"))
+        along = np.arange(core.start[2], core.stop[2])
+        rows = np.stack(np.meshgrid(np.arange(0, 64, 8), np.arange(0, 2048, 8), along, indexing="ij"))
         points = rows.reshape(3, -1).T.astype(np.int32)
         ones = np.ones(len(points), dtype=np.float32)
         empty = np.zeros((0, 3), dtype=np.int32)
         none = np.zeros(0, dtype=np.int64)
-        piece = (points[:, 1] // 8).astype(np.int32)
+        piece = (points[:, 0] // 8 * 256 + points[:, 1] // 8).astype(np.int32)
         pieces = int(piece.max()) + 1
         return SuperBlockLines(
             points, ones, ones, ones, piece, np.full(pieces, half), np.ones(pieces, dtype=bool),
