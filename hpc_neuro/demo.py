@@ -216,11 +216,17 @@ def choose_held_out(cfg: DemoConfig, data: Path) -> list[str]:
             f"test: {data} has no {', '.join(unknown)}.swc; it has {', '.join(names) or 'no trees at all'}"
         )
 
+    if not names:
+        raise InputError(
+            f"{data} holds no SWC tree; put each tree beside its image under the same stem (a.tif, a.swc), "
+            f"or trace the images without labels: hpc-neuro trace {files.quote_path(data)}"
+        )
+
     held_out = cfg.test or (names[3::5] if len(names) > 3 else names[-1:])
     if len(names) - len(held_out) < 1:
         raise InputError(
-            f"{data} has {files.format_count(len(names), 'SWC tree')}, and {len(held_out)} would be held out; at least "
-            "one more image + SWC pair of the same stem is wanted to train on"
+            f"{data} has {files.format_count(len(names), 'SWC tree')}, and {len(held_out)} would be held out; add at "
+            "least one more image + SWC pair of the same stem to train on"
         )
     return held_out
 

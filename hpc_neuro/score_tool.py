@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
 def _note_unknown_units(paths: Sequence[str]) -> None:
     """Say on standard error that a file without a unit is compared with one that states it."""
     units = {path: swc.require_header(path).unit for path in paths}
-    stated = [f"{path} is in {unit}" for path, unit in units.items() if unit]
+    stated = [f"{path} is in {'voxels' if unit == 'voxel' else unit}" for path, unit in units.items() if unit]
     silent = [path for path, unit in units.items() if unit is None]
     if stated and silent:
         sys.stderr.write(

@@ -199,6 +199,11 @@ def make_constant(folder: Path) -> None:
     tifffile.imwrite(folder / "syn_1.tif", np.full((16, 48, 48), 7, np.uint8), photometric="minisblack")
 
 
+def drop_trees(folder: Path) -> None:
+    for path in folder.glob("*.swc"):
+        path.unlink()
+
+
 def add_nan(folder: Path) -> None:
     image = np.random.default_rng(0).random((16, 48, 48), dtype=np.float32)
     image[3, 4, 5] = np.nan
@@ -215,6 +220,7 @@ def move_tree_outside(folder: Path) -> None:
         (drop_image, "syn_1"),
         (drop_swc, "syn_1"),
         (drop_all, "raw"),
+        (drop_trees, r"holds no SWC tree; .* hpc-neuro trace \S+raw$"),
         (make_flat, "3D"),
         (move_tree_outside, "outside"),
     ],
