@@ -113,7 +113,7 @@ def _show_table(results: dict[str, dict[str, Any]], failures: Sequence[str]) -> 
                 html.Cell(name),
                 *(html.Cell(str(measured[key]), measured[key]) for key in ("trees", "somas")),
                 html.Cell(html.format_number(result["cable"], 0), result["cable"]),
-                html.Cell(result["unit"]),
+                html.Cell(_name_unit(result)),
                 html.Cell(str(measured["tips"]), measured["tips"]),
                 *(html.Cell(html.format_number(number, 2), number) for number in numbers),
                 html.Cell(str(len(result["warnings"])), len(result["warnings"])),
@@ -143,7 +143,7 @@ def _show_stack(out: Path, name: str, result: dict[str, Any]) -> str:
         rest = f"; the first {_TABLE_ROWS} are shown" if len(places) > _TABLE_ROWS else ""
         parts.append(html.paragraph(f"{count} to look at, ranked by doubt and by the cable behind it{rest}"))
         columns = [html.Column("Kind", numeric=False), *(html.Column(f"{axis} [voxel]") for axis in "zyx")]
-        columns += [html.Column("Doubt"), html.Column(f"Cable behind [{result['unit']}]")]
+        columns += [html.Column("Doubt"), html.Column(f"Cable behind [{_name_unit(result)}]")]
         digits = {"z": 0, "y": 0, "x": 0, "doubt": 2, "cable": 0}
         rows = [
             [html.Cell(place["kind"])]
@@ -158,7 +158,8 @@ def _describe(result: dict[str, Any]) -> str:
     measured = result["figures"]
     shape = " x ".join(map(str, result["shape"]))
     size = result["voxel_size"]
-    scale = "unknown voxel size" if size is None else " x ".join(f"{s:.4g}" for s in size) + " \N{MICRO SIGN}m a voxel"
+    edges = "" if size is None else " x ".join(f"{edge:.4g}" for edge in size)
+    scale = f"{edges} \N{MICRO SIGN}m each" if edges else "unknown voxel size"
     trees = files.format_count(measured["trees"], "tree")
     if resampled := result.get("resampled_voxel_size"):
         scale += f", traced in voxels of {' x '.join(f'{s:.4g}' for s in resampled)} \N{MICRO SIGN}m"
@@ -166,8 +167,13 @@ def _describe(result: dict[str, Any]) -> str:
     rest = f", {left_out} left out" if measured["left_out_trees"] else ""
     return (
         f"{result['image']}: {shape} voxels (z, y, x), {scale}. {trees} traced {result['start']}, "
-        f"{html.format_number(result['cable'], 0)} {result['unit']} of cable{rest}."
+        f"{html.format_number(result['cable'], 0)} {_name_unit(result)} of cable{rest}."
     )
+
+
+def _name_unit(result: dict[str, Any]) -> str:
+    """The unit of a stack's cable, as people write it."""
+    return "\N{MICRO SIGN}m" if result["unit"] == "um" else str(result["unit"])
 
 
 def _caption(result: dict[str, Any]) -> str:
