@@ -339,7 +339,9 @@ def _describe_fault(cls: Any, item: Any) -> str:
         message += _suggest_key(cls, path)
     elif (tuple_fault := _describe_tuple_fault(cls, item)) is not None:
         return tuple_fault
-    elif item["type"] not in ("missing", "value_error"):
+    elif item["type"] == "missing":
+        message += _explain_key(cls, path)
+    elif item["type"] != "value_error":
         shown = repr(item["input"])
         message += f", found {shown if len(shown) <= _SHORT_VALUE else shown[:_SHORT_VALUE] + '...'}"
 
@@ -366,6 +368,14 @@ def _describe_tuple_fault(cls: Any, item: Any) -> str | None:
     noun = "texts" if "str" in wanted[1] else "numbers"
     count, meaning = wanted[1].count(",") + 1, field.text.partition(";")[0]
     return f"{path}: {count} {noun} are expected, found {shown[:_SHORT_VALUE]}; {path} is {meaning}"
+
+
+def _explain_key(cls: Any, path: str) -> str:
+    """` (WHAT THE KEY IS)`, the first sentence of its help; "" for a key without one."""
+    # Kinds in brackets are for `--help` only; N stands for the index of an entry.
+    key = re.sub(r"\.\d+(?=\.|$)", ".N", path)
+    texts = [field.text for field in describe(cls) if re.sub(r"\[[^]]*\]", "", field.key) == key and field.text]
+    return f" ({texts[0].partition('. ')[0].rstrip('.')})" if texts else ""
 
 
 def _suggest_key(cls: Any, path: str) -> str:

@@ -164,6 +164,32 @@ def test_a_missing_file_is_refused() -> None:
         schema.load(Root, Path("/nowhere.yaml"))
 
 
+@config
+class Entry:
+    """An entry."""
+
+    image: Path
+    """The image. It is read once."""
+
+
+@config
+class Owner:
+    """Entries."""
+
+    entries: list[Entry]
+    """All of them."""
+    out: Path
+    """Folder of results."""
+
+
+def test_a_missing_key_is_explained() -> None:
+    with pytest.raises(ConfigError) as caught:
+        schema.load(Owner, None, ["entries=[{}]"])
+    assert "  entries.0.image: Field required (The image)\n  out: Field required (Folder of results)" in str(
+        caught.value
+    )
+
+
 def test_help_lists_every_field_with_default_and_text() -> None:
     fields = {f.key: f for f in schema.describe(Root)}
     assert fields["out"].default == "(required)"
