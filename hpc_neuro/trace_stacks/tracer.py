@@ -25,6 +25,7 @@ from hpc_neuro.metrics.metric import divide, harmonic_mean
 from hpc_neuro.trace_stacks.edits import Edits, continue_from
 from hpc_neuro.tracing import (
     BlockSkeleton,
+    Contact,
     Soma,
     TraceConfig,
     find_somas,
@@ -32,6 +33,7 @@ from hpc_neuro.tracing import (
     measure_confidence,
     skeletonize_block,
     trace_block_skeletons,
+    trace_volume,
 )
 
 # It imports torch, which a stack that is traced without a student does not need.
@@ -131,11 +133,11 @@ def trace_image(
     student = None if prediction is None else _read_from(prediction)
     evidence = _weigh_evidence(foreground, prediction)
     follow = functools.partial(_follow, foreground, size, cfg, roots, search_somas, edits is not None)
-    somas, trees, left_out = follow(evidence)
+    somas, trees, left_out, contacts = follow(evidence)
     # A student that knows no such images finds nothing in them; in noise there is nothing to find.
     if not trees and evidence.followed == "student" and not foreground.is_noise:
         evidence = replace(_weigh_evidence(foreground, None), seen_share=evidence.seen_share)
-        somas, trees, left_out = follow(evidence)
+        somas, trees, left_out, contacts = follow(evidence)
     trees = trees if edits is None else continue_from(edits, trees, left_out)
 
     forest = morphology.concatenate_trees(trees)
@@ -168,7 +170,7 @@ def trace_image(
     places = list[DoubtfulPlace]()
     if len(forest):
         single = NodeConfidence(confidence, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
-        places = find_places(forest, single, shape, size)
+        places = find_places(forest, single, shape, size, contacts)
     return ImageTrace(trees, somas, foreground, student, figures, places, confidence)
 
 
@@ -180,8 +182,11 @@ def _follow(
     search_somas: bool,
     keep_rest: bool,
     evidence: _Evidence,
-) -> tuple[list[Soma], list[Tree], list[Tree]]:
-    """Somas, trees, and the pieces that are left out; with `keep_rest` also what belongs to no given root."""
+) -> tuple[list[Soma], list[Tree], list[Tree], list[Contact]]:
+    """Somas, trees, the pieces that are left out, and where neighbors were cut off.
+
+    With `keep_rest` what belongs to no given root is left out as well.
+    """
     shape, probability = foreground.shape, evidence.probability
     skeletons = _skeletonize(probability, shape, size, cfg)
     somas = list[Soma]()
@@ -189,7 +194,7 @@ def _follow(
         somas = find_somas(skeletons, probability, foreground.read_image, shape, size, cfg)
     starts = list(roots) or [soma.point for soma in somas]
 
-    trees = trace_block_skeletons(
+    traced = trace_volume(
         skeletons,
         probability,
         shape,
@@ -200,8 +205,9 @@ def _follow(
         shown=evidence.shown,
         keep_rest=not roots or keep_rest,
     )
-    trees, left_out = _select_trees(trees, len(starts), bool(roots))
-    return somas, [_mark_soma(tree) if number < len(somas) else tree for number, tree in enumerate(trees)], left_out
+    trees, left_out = _select_trees(traced.trees, len(starts), bool(roots))
+    trees = [_mark_soma(tree) if number < len(somas) else tree for number, tree in enumerate(trees)]
+    return somas, trees, left_out, traced.contacts
 
 
 def _measure_weak_share(forest: Tree, confidence: NDArray[np.float64]) -> float:

@@ -21,6 +21,7 @@ from hpc_neuro.data.synthetic import Microscope, grow_random_tree, render_stack
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.trace_stacks.sanity import list_warnings, measure_doubt
 from hpc_neuro.trace_stacks.tracer import ImageTrace, trace_image
+from hpc_neuro.tracing import TraceConfig
 from tests.helpers.shapes import paint_points, sample_line
 from tests.helpers.stacks import SHAPE, make_neuron, take_picture
 
@@ -97,6 +98,29 @@ def test_patchy_tissue_in_a_dim_stack_is_no_forest(seed: int) -> None:
     match = match_cable(concatenate_trees(trace.trees), tree, 4.0)
     assert match.precision > 0.9
     assert match.recall > 0.5
+
+
+def test_neighbors_that_are_cut_off_are_places_to_look_at() -> None:
+    image = np.zeros((30, 90, 160), dtype=np.float32)
+    own, other = sample_line((15, 45, 4), (15, 45, 150)), sample_line((15, 6, 60), (15, 84, 120))
+    paint_points(image, own, 2.0, 180.0)
+    paint_points(image, other, 2.0, 80.0)
+    image = gaussian_filter(image, 0.8) + np.random.default_rng(0).normal(10, 2, image.shape)
+
+    def read(box: Box) -> NDArray[np.generic]:
+        return np.asarray(image[box.slices])
+
+    def trace_root(contacts: bool) -> ImageTrace:
+        cfg = TraceConfig(contacts=contacts)
+        return trace_image(read, (30, 90, 160), ISO, roots=[(15.0, 45.0, 4.0)], cfg=cfg)
+
+    whole, alone = trace_root(False), trace_root(True)
+    assert whole.figures.cable == pytest.approx(146 + 98, rel=0.05)
+    assert alone.figures.cable == pytest.approx(146, rel=0.05)
+    assert not any(place.kind == "contact" for place in whole.places)
+    (contact,) = (place for place in alone.places if place.kind == "contact")
+    assert np.linalg.norm(np.array([contact.z, contact.y, contact.x]) - (15, 45, 90)) < 8
+    assert contact.cable_um == pytest.approx(98, rel=0.15)
 
 
 def test_a_carpet_of_dim_neurites_is_not_traced_with_the_bright_one() -> None:

@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree, length, tips
+from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.tracing import TraceConfig, list_trace_blocks, skeletonize_block, trace, trace_volume
 from tests.helpers.shapes import Floats, paint_points, sample_line
 
@@ -38,6 +39,30 @@ def test_dimmer_neuron_that_crosses_is_cut_off(ratio: float) -> None:
     assert length(tree) == pytest.approx(122, rel=0.05)
     assert len(tips(tree)) == 1
     assert length(whole) == pytest.approx(122 + 93, rel=0.05)
+
+
+@pytest.mark.parametrize("place", ["end", "soma in the middle", "on a passing cable"])
+def test_one_root_gives_one_neuron_wherever_it_lies(place: str) -> None:
+    image = np.zeros(SHAPE, np.float32)
+    own, other = sample_line((20, 45, 5), (20, 45, 130)), sample_line((20, 8, 70), (20, 82, 126))
+    paint_points(image, own, 2.0)
+    paint_points(image, sample_line((20, 45, 40), (20, 84, 60)), 1.5)
+    if place == "soma in the middle":
+        paint_points(image, np.array([[20.0, 45, 66]]), 8.0)
+    alone = gaussian_filter(image, 0.7)
+    paint_points(image, other, 2.0, 0.4)
+    image = gaussian_filter(image, 0.7)
+
+    root = {
+        "end": (20.0, 45.0, 5.0),
+        "soma in the middle": (20.0, 45.0, 66.0),
+        "on a passing cable": (20.0, 45.0, 56.0),
+    }
+    cfg = TraceConfig(contacts=True, root_is_end=False)
+    (tree,) = trace(image > 0.12, ISO, roots=[root[place]], cfg=cfg, image=image)
+    (gold,) = trace(alone > 0.12, ISO, roots=[root[place]], cfg=cfg, image=alone)
+    assert match_cable(tree, gold, 4.0).precision > 0.95
+    assert match_cable(tree, gold, 4.0).recall > 0.95
 
 
 def test_crossing_line_is_cut_off_without_image_or_difference() -> None:

@@ -6,7 +6,10 @@ A synthetic neuron (hpc_neuro.data.synthetic) shares its volume with neighbors t
 neighbor is moved so that it meets a neuron that is there already: it crosses it, or touches it with a tip. The seed
 chooses one of the numbers of neurons, so all numbers occur at every ratio. A mask at 0.3 of Otsu's threshold is traced
 from the root of the first neuron, without and with the rule (trace.contacts), and compared with that neuron at 4
-voxels. Last line: JSON with the means over seeds.
+voxels. Mean and worst over the crowds of a ratio, then of a number of neurons; the last line is JSON.
+
+With --verb the foreground is that of `trace` (hpc_neuro.data.foreground) in place of the mask. The weights of the rule
+were fitted to the seeds below 20.
 """
 
 from __future__ import annotations
@@ -15,14 +18,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from skimage.filters import threshold_otsu
 
-from hpc_neuro.core.geometry import Shape, VoxelSize
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree, concatenate_trees, length, select_nodes, tips
+from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.synthetic import Microscope, TreeForm, grow_random_tree, render_stack
 from hpc_neuro.metrics.cable import CableMatch, match_cable
 from hpc_neuro.tracing import TraceConfig, trace
@@ -53,22 +58,61 @@ def main() -> None:
     ask.add_argument("--seeds", type=int, nargs=2, default=(20, 40), help="first, and one after the last")
     ask.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.75, 0.9])
     ask.add_argument("--neurons", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12])
+    ask.add_argument("--verb", action="store_true", help="trace as the verb does, rather than a mask at 0.3 of Otsu's")
     args = ask.parse_args()
 
-    rows = []
-    print(f"{'ratio':>6} {'rule':>6} {'precision':>9} {'recall':>9}")
+    outcomes = list[Outcome]()
     for ratio in args.ratios:
-        scores: dict[str, list[CableMatch]] = {"off": [], "on": []}
         for seed in range(*args.seeds):
-            crowd = grow_crowd(seed, args.neurons[seed % len(args.neurons)])
-            for name, match in compare_rule(crowd, ratio, seed).items():
-                scores[name].append(match)
+            neurons = args.neurons[seed % len(args.neurons)]
+            crowd = grow_crowd(seed, neurons)
+            outcomes += [
+                Outcome(ratio, neurons, name, match)
+                for name, match in compare_rule(crowd, ratio, seed, args.verb).items()
+            ]
+        print_rows(summarize([outcome for outcome in outcomes if outcome.ratio == ratio], by_neurons=False))
 
-        for name, matches in scores.items():
-            precision, recall = (float(np.mean([getattr(m, key) for m in matches])) for key in ("precision", "recall"))
-            rows.append({"ratio": ratio, "rule": name, "precision": round(precision, 4), "recall": round(recall, 4)})
-            print(f"{ratio:6} {name:>6} {precision:9.3f} {recall:9.3f}", flush=True)
-    print(json.dumps(rows))
+    print("by the number of neurons")
+    by_neurons = summarize(outcomes, by_neurons=True)
+    print_rows(by_neurons)
+    print(json.dumps({"by_ratio": summarize(outcomes, by_neurons=False), "by_neurons": by_neurons}))
+
+
+class Outcome(NamedTuple):
+    """The rooted neuron of one crowd."""
+
+    ratio: float
+    neurons: int
+    rule: str
+    match: CableMatch
+
+
+def summarize(outcomes: Sequence[Outcome], by_neurons: bool) -> list[dict[str, Any]]:
+    """Mean and worst precision and recall for each ratio, or each number of neurons, and rule."""
+    groups: dict[tuple[float, str], list[CableMatch]] = {}
+    for outcome in outcomes:
+        key = outcome.neurons if by_neurons else outcome.ratio
+        groups.setdefault((key, outcome.rule), []).append(outcome.match)
+
+    rows = []
+    for (key, rule), matches in groups.items():
+        row: dict[str, Any] = {"neurons" if by_neurons else "ratio": key, "rule": rule, "crowds": len(matches)}
+        for name in ("precision", "recall"):
+            values = [float(getattr(match, name)) for match in matches]
+            row[name], row[f"worst_{name}"] = round(float(np.mean(values)), 4), round(min(values), 4)
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row.get("ratio", row.get("neurons")), row["rule"]))
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a line for each row, mean and worst."""
+    for row in rows:
+        key = f"ratio {row['ratio']:<5}" if "ratio" in row else f"{row['neurons']:>3} neurons"
+        print(
+            f"{key:>11} rule {row['rule']:>3}  precision {row['precision']:.3f} (worst {row['worst_precision']:.3f})  "
+            f"recall {row['recall']:.3f} (worst {row['worst_recall']:.3f})  {row['crowds']} crowds",
+            flush=True,
+        )
 
 
 def grow_crowd(seed: int, neurons: int) -> list[Tree]:
@@ -129,26 +173,29 @@ def _scale(tree: Tree, scale: NDArray[np.float64]) -> Tree:
     return replace(tree, points=tree.points * scale)
 
 
-def render_crowd(crowd: Sequence[Tree], ratio: float, seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The image of a crowd whose neighbors have `ratio` of the brightness, and the mask of it."""
+def render_crowd(crowd: Sequence[Tree], ratio: float, seed: int) -> NDArray[np.float32]:
+    """The image of a crowd whose neighbors have `ratio` of the brightness."""
     # Breaks and fragments are what `tools.bench.links` measures.
     light = Microscope(gap_every=1e9, fragments=0)
     labeling = [1.0] + [ratio] * (len(crowd) - 1)
-    image = render_stack(concatenate_trees(crowd), SHAPE, VOXEL, light, seed, labeling=labeling).astype(np.float32)
-
-    smooth = gaussian_filter(image, 0.7)
-    return image, smooth > _LEVEL * threshold_otsu(smooth)
+    return render_stack(concatenate_trees(crowd), SHAPE, VOXEL, light, seed, labeling=labeling).astype(np.float32)
 
 
-def compare_rule(crowd: Sequence[Tree], ratio: float, seed: int) -> dict[str, CableMatch]:
+def compare_rule(crowd: Sequence[Tree], ratio: float, seed: int, is_verb: bool = False) -> dict[str, CableMatch]:
     """The rooted neuron traced from a crowd without the rule and with it."""
     gold = crowd[0]
     z, y, x = gold.points[0].tolist()
-    image, mask = render_crowd(crowd, ratio, seed)
+    image = render_crowd(crowd, ratio, seed)
+    if is_verb:
+        foreground = measure_foreground(lambda box: image[box.slices], SHAPE)
+        probability = foreground.probability(Box.whole(SHAPE))
+    else:
+        smooth = gaussian_filter(image, 0.7)
+        probability = smooth > _LEVEL * threshold_otsu(smooth)
 
     matches = {}
     for name, rule in (("off", False), ("on", True)):
-        (tree,) = trace(mask, VOXEL, roots=[(z, y, x)], cfg=TraceConfig(contacts=rule), image=image)
+        (tree,) = trace(probability, VOXEL, roots=[(z, y, x)], cfg=TraceConfig(contacts=rule), image=image)
         matches[name] = match_cable(tree, gold, _TOLERANCE)
     return matches
 
