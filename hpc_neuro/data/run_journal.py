@@ -103,7 +103,7 @@ class RunJournal:
         self._is_read = False
 
     @property
-    def damaged(self) -> list[DamagedLine]:
+    def damaged_lines(self) -> list[DamagedLine]:
         """The lines that were damaged after they were written; what they recorded is unknown."""
         return self.log.damaged
 
@@ -148,19 +148,19 @@ class RunJournal:
         for records in self._volumes.values():
             records.shards.clear()
         self._write_anew(self.log.generation)
-        self.damaged.clear()
+        self.damaged_lines.clear()
 
     def compact(self) -> None:
         """Write all logs of earlier generations as one, if it pays. No other process may append."""
         self.refresh()
-        if len(self.log.list_logs()) > MAX_LOGS and not self.damaged:
+        if len(self.log.list_logs()) > MAX_LOGS and not self.damaged_lines:
             self._write_anew(self.log.generation)
 
     def finish(self) -> None:
         """Write all logs, that of this process included, as one. No process may append any more."""
         self.refresh()
         self.close()
-        if len(self.log.list_logs()) > 1 and not self.damaged:
+        if len(self.log.list_logs()) > 1 and not self.damaged_lines:
             self._write_anew(self.log.generation + 1)
 
     def _write_anew(self, generation: int) -> None:
@@ -279,8 +279,8 @@ def read_journal(out: Path, hint: str) -> RunJournal:
     require_current_form(out)
     journal = RunJournal(out)
     journal.refresh()
-    if journal.damaged:
-        line = journal.damaged[0]
+    if journal.damaged_lines:
+        line = journal.damaged_lines[0]
         raise InputError(f"{out / JOURNAL / line.log}: {describe_damage(line)}; {hint}")
     return journal
 

@@ -234,7 +234,7 @@ def _is_whole(cfg: InferConfig, predictor: Predictor, sources: list[InputVolume]
         shards = []
         for source in sources:
             markers = DoneMarkers(cfg.out, source.id, predictor.hash_settings(source), journal)
-            if markers.journal.damaged or markers.list_missing(predictor.tile(source).list_blocks(source.shape)):
+            if markers.journal.damaged_lines or markers.list_missing(predictor.tile(source).list_blocks(source.shape)):
                 return False, []
             shards.append((cfg.out / f"{source.id}.ome.zarr", markers.list_shards()))
         return True, shards
@@ -280,9 +280,9 @@ def _open_journal(cfg: InferConfig, ranks: Ranks) -> RunJournal:
 
 def _forget_damaged_records(out: Path, journal: RunJournal) -> None:
     """Let all that may belong to a record that cannot be read be made again."""
-    for line in journal.damaged:
+    for line in journal.damaged_lines:
         log.warning("%s: %s; what it recorded is done again", journal.log.folder / line.log, describe_damage(line))
-    if journal.damaged:
+    if journal.damaged_lines:
         for name in journal.list_volumes():
             entry_path(out, name).unlink(missing_ok=True)
         journal.forget_damage()

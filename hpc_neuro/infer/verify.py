@@ -124,7 +124,7 @@ def check(out: Path) -> list[Problem]:
     journal.refresh()
     problems = [
         Problem(f"{JOURNAL}/{line.log}: {describe_damage(line)}", functools.partial(_forget_damage, out, journal))
-        for line in journal.damaged
+        for line in journal.damaged_lines
     ]
 
     # A volume whose image is gone still has its markers.

@@ -248,8 +248,8 @@ def _make_pair(row: Mapping[str, Any], source: Path, folder: Path, cfg: PrepareC
     if "image" not in row:
         raise InputError(f"{source}: {name} has no image")
     if ("swc" in row) == ("labels" in row):
-        found = "both swc and labels" if "swc" in row else "no swc and no labels"
-        raise InputError(f"{source}: {name} has {found}; name the tree as swc, or the label volume as labels")
+        content = "both swc and labels" if "swc" in row else "no swc and no labels"
+        raise InputError(f"{source}: {name} has {content}; name the tree as swc, or the label volume as labels")
 
     # An absolute path stays as it is, and so does the address of an image.
     named = parse_path(_read_text(row, "image", source))
