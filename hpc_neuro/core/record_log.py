@@ -163,6 +163,8 @@ class RecordLog:
                 (self.folder / name).unlink(missing_ok=True)
 
     def _read(self, path: Path, name: str) -> Iterator[Record]:
+        # Another program may have put a FIFO there, which would be waited for.
+        files.require_regular_file(path, "a log of the journal")
         offset = self._offsets.get(name, 0)
         is_first, number = offset == 0, 0
         try:

@@ -175,6 +175,11 @@ class RunJournal:
         if record.kind == GAVE_BACK:
             self._end_all_of(record.log)
             return
+        if record.kind not in _RULES:
+            raise InputError(
+                f"{self.log.folder / record.log} holds a record of the kind {record.kind[:40]!r}, which this version "
+                f"does not know; go on with the version that wrote it, or remove {self.log.folder.parent}"
+            )
         volume = self._volumes.setdefault(record.group, VolumeRecords())
         _RULES[record.kind](volume, record)
 

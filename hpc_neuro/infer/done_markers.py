@@ -103,7 +103,7 @@ class DoneMarkers:
         """Whether the record of a block or of a shard is of another form; it then is of no block."""
         records = self._records
         return any(self._parse(record) is None for record in records.blocks.values()) or any(
-            not isinstance(json.loads(record.body), str) for record in records.shards.values()
+            not isinstance(_parse_body(record), str) for record in records.shards.values()
         )
 
     def list_shards(self) -> dict[str, int | None]:
@@ -150,7 +150,9 @@ class DoneMarkers:
 
     def read_failures(self) -> dict[str, dict[str, Any]]:
         """The records of all tasks that failed at every try, by name."""
-        return {name: json.loads(record.body) for name, record in sorted(self._records.failures.items())}
+        failures = {name: _parse_body(record) for name, record in sorted(self._records.failures.items())}
+        # A record of another form says that the task failed, and nothing else.
+        return {name: facts if isinstance(facts, dict) else {} for name, facts in failures.items()}
 
     def read_failed_blocks(self) -> list[dict[str, Any]]:
         """The records of blocks that failed at every try."""
@@ -165,7 +167,7 @@ class DoneMarkers:
 
     def read_levels(self) -> dict[str, str]:
         """Checksums of the finished shards of the pyramid; "" for one of zeros, which has no file."""
-        checksums = {path: json.loads(record.body) for path, record in self._records.shards.items()}
+        checksums = {path: _parse_body(record) for path, record in self._records.shards.items()}
         return {path: checksum for path, checksum in checksums.items() if isinstance(checksum, str)}
 
     def write_shard(self, path: str, checksum: str) -> None:
@@ -204,3 +206,11 @@ def make_block_task(block: Block, volume: str) -> Task[Block]:
         group=volume,
         facts={"index": block.index, "start": block.write.start, "stop": block.write.stop},
     )
+
+
+def _parse_body(record: Record) -> Any:
+    """The facts of a record; None for what is no JSON."""
+    try:
+        return json.loads(record.body)
+    except ValueError:
+        return None

@@ -10,6 +10,7 @@ import pytest
 
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.run_journal import JOURNAL, RunJournal, read_journal, require_current_form
+from hpc_neuro.infer.done_markers import DoneMarkers
 
 
 def reopen(out: Path) -> RunJournal:
@@ -110,3 +111,38 @@ def test_a_folder_of_an_older_form_is_refused(tmp_path: Path) -> None:
     marker.write_text("{}")
     with pytest.raises(InputError, match=r"older version, .* run `hpc-neuro infer` again, or give another `out`"):
         require_current_form(tmp_path)
+
+
+def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    journal = RunJournal(tmp_path)
+    journal.log.append("renew", "a", "0_0_0")
+    with pytest.raises(InputError, match=r"a record of the kind 'renew', which this version does not know"):
+        reopen(tmp_path)
+
+
+def test_a_log_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A FIFO would be waited for."""
+    RunJournal(tmp_path).append("begin", "a", "x")
+    os.mkfifo(tmp_path / JOURNAL / "000001_0123abcd.log")
+    with pytest.raises(InputError, match="is no regular file"):
+        reopen(tmp_path)
+    (tmp_path / JOURNAL / "000001_0123abcd.log").unlink()
+    assert reopen(tmp_path).find("a").begun
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b"5"])
+def test_facts_of_another_form_are_of_nothing(tmp_path: Path, body: bytes) -> None:
+    """The checksum of such a line is right: another program wrote it."""
+    journal = RunJournal(tmp_path)
+    for kind in ("shard", "fail"):
+        record = journal.log.append(kind, "a", "x")
+        log = tmp_path / JOURNAL / record.log
+        *lines, last = log.read_bytes().splitlines(keepends=True)
+        assert last == record.encode()
+        log.write_bytes(b"".join([*lines, record._replace(body=body).encode()]))
+
+    markers = DoneMarkers(tmp_path, "a", "key")
+    assert markers.has_unreadable()
+    assert markers.read_levels() == {}
+    assert markers.read_failures() == {"x": {}}
+    assert markers.read_failed_blocks() == []
