@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import uuid
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -50,29 +51,30 @@ def atomic(path: Path) -> Iterator[Path]:
     Works for one file or one folder. A folder replaces a folder; a file never does. A killed process leaves only the
     hidden `.NAME.*.part` behind, which the next run removes. Raises InputError if `path` cannot be written.
     """
+    # A file takes five operations on the metadata server: a stat, a creation, two opens and a rename.
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{path} cannot be written: {path.parent} is not a folder and cannot become one") from error
     # Beside the target, because a rename is atomic only within one file system.
     part = _part_path(path.parent, path.name)
+    is_in_place = False
 
     try:
         yield part
 
         # Everything must be on the disk before the name: after a power cut the name would stand for less.
-        written = [part, *part.rglob("*")] if part.is_dir() else [part]
-        _apply_umask(written)
-        for file in written:
-            _fsync(file)
-
-        if path.is_dir() and not part.is_dir():
-            raise InputError(f"{path} is a folder; give the name of a file")
+        is_folder = _flush(part)
         # A rename cannot replace a folder that is not empty.
-        if path.is_dir():
+        if is_folder and path.is_dir():
             shutil.rmtree(path)
         # The rename is what makes the file appear whole or not at all.
-        part.replace(path)
+        try:
+            part.replace(path)
+        except IsADirectoryError:
+            raise InputError(f"{path} is a folder; give the name of a file") from None
+        is_in_place = True
         _fsync(path.parent)
     except OSError as error:
         # The error of a write names no file.
@@ -80,7 +82,8 @@ def atomic(path: Path) -> Iterator[Path]:
             error.filename = str(path)
         raise
     finally:
-        _remove(part)
+        if not is_in_place:
+            _remove(part)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -256,6 +259,23 @@ def _apply_umask(written: Sequence[Path]) -> None:
 
     for file in private:
         file.chmod(file.stat().st_mode | mode)
+
+
+def _flush(part: Path) -> bool:
+    """Bring a file, or a folder with all in it, to the disk; whether it is a folder."""
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        mode = os.fstat(handle).st_mode
+        is_folder = stat.S_ISDIR(mode)
+        if is_folder or not mode & 0o077:
+            _apply_umask([part, *part.rglob("*")] if is_folder else [part])
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+    for file in part.rglob("*") if is_folder else ():
+        _fsync(file)
+    return is_folder
 
 
 def _fsync(path: Path) -> None:

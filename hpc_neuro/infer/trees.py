@@ -2,7 +2,7 @@
 
 Each step leaves a file in OUT/strands, with which the next start resumes:
 
-    skeletonize (per block) -> Z_Y_X.npz    trace (per volume) -> forest.npz    flip_tta.py (per block) -> view_*.npz
+    skeletonize (per group) -> Z_Y_X.npz    trace (per volume) -> forest.npz    flip_tta.py (per block) -> view_*.npz
                                                                      finish (per volume) -> swc, proofread, entry
 
 A volume of more than one super-block is traced in parts (see super_blocks.py).
@@ -11,8 +11,10 @@ A volume of more than one super-block is traced in parts (see super_blocks.py).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,7 +29,7 @@ from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import ome_zarr, swc
-from hpc_neuro.infer import proofread
+from hpc_neuro.infer import proofread, skeleton_groups
 from hpc_neuro.infer.block_pipeline import VolumeRun
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.volumes import InputVolume
@@ -46,6 +48,8 @@ log = logging.getLogger(__name__)
 PredictionEntry = dict[str, Any]
 """What predictions.json says of one volume."""
 Floats = NDArray[np.float64]
+_GROUPS_IN_MEMORY = 32
+"""Groups of skeletons that are kept after they were read; a few MB each."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class VolumeTrees:
 
     def open_grid(self) -> TraceGrid:
         """What is traced. Where neurites have the width that the student knows, the tracer finds them best, too."""
+        return self._grid
+
+    @functools.cached_property
+    def _grid(self) -> TraceGrid:
+        # Opened once: each opening reads metadata, and a brain has millions of tasks.
         source, probability = self.volume.source, open_probability(self.volume.folder)
         # Besides the probability, tracing may read the image for long.
         image, grid = stop_signals.stop_on_request(source.show), source.resampling
@@ -127,8 +136,11 @@ class VolumeTrees:
             contacts.append(replace(contact, position=(z, y, x)))
         return TracedVolume([grid.move_tree_back(tree) for tree in traced.trees], contacts)
 
-    def list_blocks_to_skeletonize(self) -> list[Box]:
-        """The blocks whose skeleton is missing before the volume can be traced; a block without a shard has none."""
+    def list_groups_to_skeletonize(self) -> list[list[Box]]:
+        """The blocks, by groups, whose skeletons are missing before the volume can be traced.
+
+        A block without a shard has no skeleton.
+        """
         if not self.needs_tracing():
             return []
         boxes = list_trace_blocks(self.traced_shape, self.cfg.trace)
@@ -136,11 +148,14 @@ class VolumeTrees:
         # One listing of each folder: a look at each file of a brain takes an hour.
         names = {path.name for path in self.scratch.iterdir()} if self.scratch.is_dir() else set()
         has_shards = self._mark_blocks_with_shards(boxes).tolist()
-        return [
-            box
-            for box, is_needed in zip(boxes, has_shards, strict=True)
-            if is_needed and self._skeleton_path(box).name not in names
-        ]
+        return skeleton_groups.group_boxes(
+            (
+                box
+                for box, is_needed in zip(boxes, has_shards, strict=True)
+                if is_needed and self._skeleton_path(box).name not in names
+            ),
+            self._skeleton_group,
+        )
 
     def _mark_blocks_with_shards(self, boxes: Sequence[Box]) -> NDArray[np.bool_]:
         """[n] whether any shard has a file in what is read for each of the trace blocks of the volume."""
@@ -170,12 +185,21 @@ class VolumeTrees:
             counts = counts.take(stops, axis=axis) - counts.take(firsts, axis=axis)
         return counts.ravel() > 0
 
-    def skeletonize(self, box: Box) -> None:
-        """Skeletonize one block and keep the result until the volume is traced."""
-        grid = self.open_grid()
-        skeleton = skeletonize_block(grid.read_probability, grid.shape, box, grid.voxel_size, self.cfg.trace)
-        if skeleton is not None:
-            save_arrays(self._skeleton_path(box), skeleton)
+    def skeletonize(self, boxes: Sequence[Box]) -> None:
+        """Skeletonize the blocks of one group and keep the result until the volume is traced."""
+        grid, cfg, read = self.open_grid(), self.cfg.trace, self.open_grid().read_probability
+        # Resampling takes more memory than the voxels that it gives.
+        if len(boxes) > 1 and self.volume.source.resampling is None:
+            halos = [add_halo(box, grid.shape, grid.voxel_size, cfg) for box in boxes]
+            read = skeleton_groups.read_at_once(read, halos)
+
+        skeletons = skeleton_groups.Skeletons()
+        for box in boxes:
+            stop_signals.check()
+            skeleton = skeletonize_block(read, grid.shape, box, grid.voxel_size, cfg)
+            if skeleton is not None:
+                skeletons[skeleton_groups.name_box(box)] = skeleton
+        skeleton_groups.save_skeletons(self._skeleton_path(boxes[0]), skeletons)
 
     def needs_tracing(self) -> bool:
         """Whether the trees of the volume are still to be found."""
@@ -254,7 +278,8 @@ class VolumeTrees:
 
     def list_scratch(self) -> list[Path]:
         """The files that a finished volume needs no more; those of earlier settings, too."""
-        return sorted(path for path in self.scratch.parent.rglob("*") if path.is_file())
+        # A walk tells files from folders without a look at each.
+        return sorted(Path(folder, name) for folder, _, names in os.walk(self.scratch.parent) for name in names)
 
     def remove_scratch(self) -> None:
         """Remove the folder of the volume's scratch and what is left in it."""
@@ -337,15 +362,21 @@ class VolumeTrees:
         return [skeleton for box in boxes if (skeleton := self.load_skeleton(box)) is not None]
 
     def load_skeleton(self, box: Box) -> BlockSkeleton | None:
-        """The skeleton of a block; None for a block without neurite, which leaves no file."""
-        path = self._skeleton_path(box)
-        if not path.exists():
-            return None
-        with np.load(path) as arrays:
-            return BlockSkeleton(**arrays)
+        """The skeleton of a block; None for a block without neurite."""
+        return self._load_skeletons_of_group(self._skeleton_path(box)).get(skeleton_groups.name_box(box))
+
+    @functools.cached_property
+    def _load_skeletons_of_group(self) -> Callable[[Path], skeleton_groups.Skeletons]:
+        # The blocks of a super-block are taken row by row, and their rows cross the same groups.
+        return functools.lru_cache(maxsize=_GROUPS_IN_MEMORY)(skeleton_groups.load_skeletons)
+
+    @functools.cached_property
+    def _skeleton_group(self) -> Shape:
+        return skeleton_groups.choose_group(self.traced_shape, self.cfg.trace.block)
 
     def _skeleton_path(self, box: Box) -> Path:
-        return self.scratch / f"{'_'.join(map(str, box.start))}.npz"
+        """Where the skeletons of a block's group are kept."""
+        return self.scratch / f"{'_'.join(map(str, skeleton_groups.find_corner(box, self._skeleton_group)))}.npz"
 
     @property
     def _forest_path(self) -> Path:

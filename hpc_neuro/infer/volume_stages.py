@@ -176,12 +176,14 @@ def _build_shard(
     return shard.path, checksum
 
 
-def _list_skeleton_tasks(trees: VolumeTrees) -> list[Task[Box]]:
+def _list_skeleton_tasks(trees: VolumeTrees) -> list[Task[list[Box]]]:
     name = trees.volume.source.id
-    return [
-        _make_task(f"strands_{'_'.join(map(str, box.start))}", f"block of tracing at {box.start}", box, name)
-        for box in trees.list_blocks_to_skeletonize()
-    ]
+    tasks = []
+    for boxes in trees.list_groups_to_skeletonize():
+        start = boxes[0].start
+        label = f"block of tracing at {start}" if len(boxes) == 1 else f"{len(boxes)} blocks of tracing from {start}"
+        tasks.append(_make_task(f"strands_{'_'.join(map(str, start))}", label, boxes, name))
+    return tasks
 
 
 def _list_super_block_tasks(trees: VolumeTrees) -> list[Task[Box]]:

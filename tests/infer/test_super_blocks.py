@@ -17,12 +17,13 @@ from hpc_neuro import infer
 from hpc_neuro.core import morphology, sorted_parts
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
-from hpc_neuro.infer import forest_files, super_blocks
+from hpc_neuro.infer import forest_files, skeleton_groups, super_blocks
 from hpc_neuro.infer.model import Predictor
 from hpc_neuro.infer.trees import VolumeTrees
 from hpc_neuro.tracing import TracedVolume
 from tests.helpers.small_volumes import KEYS, configure
 
+SAVE_SKELETONS = skeleton_groups.save_skeletons
 WHOLE = ["trees=true", "trace.signal_gap=0", "trace.gap=0"]
 IN_PARTS = [*WHOLE, "trace.block=[16,16,32]", "trace.super_block=[1,1,2]"]
 
@@ -46,6 +47,28 @@ def read_files(out: Path) -> dict[str, bytes]:
     """The files of all trees, and what the entries say of them."""
     paths = [path for kind in ("swc", "proofread", "entries") for path in sorted((out / kind).rglob("*"))]
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+
+
+@pytest.mark.usefixtures("right_student")
+def test_blocks_of_tracing_that_are_read_in_groups_give_the_same_files(
+    model: Path, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for name, grouped_from in (("one by one", 50_000), ("groups", 0)):
+        monkeypatch.setattr(skeleton_groups, "GROUPED_FROM", grouped_from)
+        monkeypatch.setattr(skeleton_groups, "GROUP", (1, 2, 4))
+        saved = list[Path]()
+        monkeypatch.setattr(
+            skeleton_groups,
+            "save_skeletons",
+            lambda path, skeletons, save=SAVE_SKELETONS, saved=saved: (saved.append(path), save(path, skeletons)),
+        )
+        out = tmp_path / name
+        assert infer.run(configure(model, out, inputs, *IN_PARTS)) == 0
+        results.append((len(saved), read_files(out)))
+    (single, files), (grouped, files_of_groups) = results
+    assert files == files_of_groups
+    assert single > grouped > 1
 
 
 @pytest.mark.usefixtures("right_student")
