@@ -116,10 +116,18 @@ def read_record(folder: Path) -> Any:
     return group["attributes"].get("hpc_neuro")
 
 
-def open_level(folder: Path, number: int = 0, label: str | None = None) -> Any:
-    """A level for reading and writing by index, `array[slices].read().result()`, `array[slices].write(x).result()`."""
+def open_level(folder: Path, number: int = 0, label: str | None = None, cache_bytes: int = 0) -> Any:
+    """A level for reading and writing by index, `array[slices].read().result()`, `array[slices].write(x).result()`.
+
+    cache_bytes: of chunks and of the indices of shards that are kept once they were read. Only for a level that is
+    finished: what others write later is not seen.
+    """
     base = folder / "labels" / label if label else folder
-    return ts.open(_build_spec(base / str(number)), open=True).result()
+    spec = _build_spec(base / str(number))
+    if cache_bytes:
+        # Every look at a file is an operation on the metadata server, and small reads of one place are many.
+        spec |= {"context": {"cache_pool": {"total_bytes_limit": cache_bytes}}, "recheck_cached_data": False}
+    return ts.open(spec, open=True).result()
 
 
 def remove_shard(folder: Path, shard: str) -> None:

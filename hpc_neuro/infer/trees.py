@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 PredictionEntry = dict[str, Any]
 """What predictions.json says of one volume."""
 Floats = NDArray[np.float64]
+_CACHE_BYTES = 1 << 28
+"""[bytes] Of the probability that a process keeps while it traces."""
 _GROUPS_IN_MEMORY = 32
 """Groups of skeletons that are kept after they were read; a few MB each."""
 
@@ -457,7 +459,7 @@ def read_contacts(path: Path) -> list[Contact]:
 
 def open_probability(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:
     """Reads boxes of a finished probability, 255 is 1. Raises Stopped on a request to stop."""
-    array = ome_zarr.open_level(folder)
+    array = ome_zarr.open_level(folder, cache_bytes=_CACHE_BYTES)
     return stop_signals.stop_on_request(lambda box: np.asarray(ome_zarr.read_box(array, box), dtype=np.uint8))
 
 
