@@ -14,8 +14,10 @@ import hashlib
 import itertools
 import math
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,18 +118,66 @@ def read_record(folder: Path) -> Any:
     return group["attributes"].get("hpc_neuro")
 
 
-def open_level(folder: Path, number: int = 0, label: str | None = None, cache_bytes: int = 0) -> Any:
-    """A level for reading and writing by index, `array[slices].read().result()`, `array[slices].write(x).result()`.
-
-    cache_bytes: of chunks and of the indices of shards that are kept once they were read. Only for a level that is
-    finished: what others write later is not seen.
-    """
+def open_level(folder: Path, number: int = 0, label: str | None = None) -> Any:
+    """A level for reading and writing by index, `array[slices].read().result()`, `array[slices].write(x).result()`."""
     base = folder / "labels" / label if label else folder
-    spec = _build_spec(base / str(number))
-    if cache_bytes:
-        # Every look at a file is an operation on the metadata server, and small reads of one place are many.
-        spec |= {"context": {"cache_pool": {"total_bytes_limit": cache_bytes}}, "recheck_cached_data": False}
-    return ts.open(spec, open=True).result()
+    return ts.open(_build_spec(base / str(number)), open=True).result()
+
+
+class ShardReader:
+    """Reads boxes of level 0 of a finished image. The files of shards are read whole and kept as they are, compressed.
+
+    Small reads of one place are many, and each would open its shard again: an operation on the metadata server.
+    """
+
+    def __init__(self, folder: Path, keep_bytes: int, written: Collection[str] | None = None) -> None:
+        """keep_bytes: of the files that stay in memory. written: the shards that have a file; None: not known."""
+        self._folder, self._keep_bytes, self._written = folder, keep_bytes, written
+        context = ts.Context()
+        self._memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
+        self._memory.write("zarr.json", (folder / "0" / "zarr.json").read_bytes()).result()
+        spec = {"driver": "zarr3", "kvstore": {"driver": "memory"}}
+        self._array = ts.open(spec, context=context, open=True).result()
+        self._shard = _read_shard_shape(self._array)
+        self._sizes, self._total = OrderedDict[str, int](), 0
+        self._lock = threading.Lock()
+
+    def __call__(self, box: Box) -> Array:
+        """The voxels of a box."""
+        with self._lock:
+            for path in list_shards_in(box, self._shard):
+                if self._written is not None and path not in self._written:
+                    continue
+                if path not in self._sizes:
+                    self._sizes[path] = self._load(path)
+                    self._total += self._sizes[path]
+                self._sizes.move_to_end(path)
+            values = read_box(self._array, box)
+
+            # Those that were used last stay; a box may touch more than is kept.
+            while self._total > self._keep_bytes:
+                path, size = self._sizes.popitem(last=False)
+                self._memory.write(_strip_level(path), None).result()
+                self._total -= size
+            return values
+
+    def _load(self, path: str) -> int:
+        """Read the file of a shard; its size, 0 where none is."""
+        try:
+            content = (self._folder / path).read_bytes()
+        except FileNotFoundError:
+            return 0
+        self._memory.write(_strip_level(path), content).result()
+        return len(content)
+
+
+def _read_shard_shape(array: Any) -> Shape:
+    z, y, x = array.chunk_layout.write_chunk.shape
+    return z, y, x
+
+
+def _strip_level(path: str) -> str:
+    return path.partition("/")[2]
 
 
 def remove_shard(folder: Path, shard: str) -> None:
@@ -238,8 +288,8 @@ def list_shards_in(box: Box, shard: Shape, level: int = 0, label: str | None = N
 
 def has_shards(folder: Path, box: Box, number: int = 0, label: str | None = None) -> bool:
     """Whether any shard of a level has a file in `box`; where none has, all is zero."""
-    z, y, x = open_level(folder, number, label).chunk_layout.write_chunk.shape
-    return any((folder / path).exists() for path in list_shards_in(box, (z, y, x), number, label))
+    shard = _read_shard_shape(open_level(folder, number, label))
+    return any((folder / path).exists() for path in list_shards_in(box, shard, number, label))
 
 
 def list_shards(folder: Path, number: int = 0) -> list[Shape]:

@@ -115,6 +115,15 @@ class DoneMarkers:
                 shards |= {shard: marker.sizes.get(shard) for shard in marker.files}
         return shards | {shard: None for shard, digest in self.read_levels().items() if digest}
 
+    def list_written(self, blocks: Iterable[Block]) -> frozenset[str] | None:
+        """The shards of the probability that have a file; None where a block has no marker."""
+        markers = [self.read(block.index) for block in blocks]
+        if None in markers:
+            return None
+        return frozenset(
+            shard for marker in markers if marker is not None for shard in marker.files if shard.startswith("0/")
+        )
+
     def clear(self) -> None:
         """Forget all that was done, failed or counted."""
         # What was done, or failed, with other settings says nothing about these.

@@ -36,7 +36,6 @@ from hpc_neuro.infer.trees import (
     PredictionEntry,
     VolumeTrees,
     list_comments,
-    open_probability,
     read_contacts,
     save_arrays,
     write_single_tree,
@@ -143,7 +142,7 @@ def write_batch(trees: VolumeTrees, batch: int, load_views: LoadViews) -> None:
         sorted_parts.write_part(trees.scratch, batch, _EMPTY_STREAMS, _EMPTY_FACTS)
         return
 
-    plain = measure_confidence(forest, open_probability(trees.volume.folder), source.shape)
+    plain = measure_confidence(forest, trees.read_probability, source.shape)
     numbers, labels = _label_batch(trees, volume_order, batch, forest)
     views = load_views(forest, batch)
     confidence = NodeConfidence(plain, views, cfg.floor, cfg.threshold)

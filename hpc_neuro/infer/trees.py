@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 PredictionEntry = dict[str, Any]
 """What predictions.json says of one volume."""
 Floats = NDArray[np.float64]
-_CACHE_BYTES = 1 << 28
-"""[bytes] Of the probability that a process keeps while it traces."""
+_KEPT_BYTES = 1 << 28
+"""[bytes] Of shards of the probability, compressed, that a process keeps while it traces."""
 _GROUPS_IN_MEMORY = 32
 """Groups of skeletons that are kept after they were read; a few MB each."""
 
@@ -74,6 +74,8 @@ class VolumeTrees:
 
     cfg: InferConfig
     volume: VolumeRun
+    shards: frozenset[str] | None = None
+    """Shards of the probability that have a file; None: looked for one by one."""
 
     @property
     def key(self) -> str:
@@ -112,7 +114,7 @@ class VolumeTrees:
     @functools.cached_property
     def _grid(self) -> TraceGrid:
         # Opened once: each opening reads metadata, and a brain has millions of tasks.
-        source, probability = self.volume.source, open_probability(self.volume.folder)
+        source, probability = self.volume.source, self.read_probability
         # Besides the probability, tracing may read the image for long.
         image, grid = stop_signals.stop_on_request(source.show), source.resampling
         if grid is None:
@@ -126,6 +128,12 @@ class VolumeTrees:
             image,
             lambda box: np.rint(read(box)).astype(np.uint8),
         )
+
+    @functools.cached_property
+    def read_probability(self) -> Callable[[Box], NDArray[np.uint8]]:
+        """Reads boxes of the finished probability, 255 is 1. Raises Stopped on a request to stop."""
+        read = ome_zarr.ShardReader(self.volume.folder, _KEPT_BYTES, self.shards)
+        return stop_signals.stop_on_request(lambda box: np.asarray(read(box), dtype=np.uint8))
 
     def move_back(self, traced: TracedVolume) -> TracedVolume:
         """Trees and contacts in voxels of the grid that is traced -> the same in voxels of the volume."""
@@ -322,7 +330,7 @@ class VolumeTrees:
         if not len(forest):
             return {"trees": 0}
 
-        plain = measure_confidence(forest, open_probability(self.volume.folder), source.shape)
+        plain = measure_confidence(forest, self.read_probability, source.shape)
         confidence = proofread.NodeConfidence(plain, load_views(forest), cfg.floor, cfg.threshold)
 
         places, scores = proofread.write_tables(
@@ -455,12 +463,6 @@ def read_contacts(path: Path) -> list[Contact]:
     """Where tracing cut neighbors off."""
     records = files.read_json(path, f"remove {path.parent}")
     return [Contact(tuple(record["position"]), record["certainty"], record["cable_um"]) for record in records]
-
-
-def open_probability(folder: Path) -> Callable[[Box], NDArray[np.uint8]]:
-    """Reads boxes of a finished probability, 255 is 1. Raises Stopped on a request to stop."""
-    array = ome_zarr.open_level(folder, cache_bytes=_CACHE_BYTES)
-    return stop_signals.stop_on_request(lambda box: np.asarray(ome_zarr.read_box(array, box), dtype=np.uint8))
 
 
 def describe_volume(volume: VolumeRun) -> PredictionEntry:

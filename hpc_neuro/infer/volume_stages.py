@@ -102,7 +102,11 @@ def trace_volumes(
 
     A volume with a failed task takes no further step, and its entry names no trees.
     """
-    all_trees = {volume.source.id: VolumeTrees(predictor.cfg, volume) for volume in volumes}
+    # What the first rank has read in the journal spares the others a look for each shard.
+    shards = ranks.run_on_main(
+        lambda: {volume.source.id: volume.markers.list_written(volume.list_blocks()) for volume in volumes}
+    )
+    all_trees = {volume.source.id: VolumeTrees(predictor.cfg, volume, shards[volume.source.id]) for volume in volumes}
     failures, entries = list[TaskFailure](), dict[str, PredictionEntry]()
 
     with WindowProgress("mirrored views", 0, show=ranks.is_main) as progress:
