@@ -26,5 +26,6 @@ def describe_grid(grid: Resampling) -> str:
     """In words, what happens to the voxels of an image."""
     return (
         f"voxels of {format_sides(grid.voxel_size)} um are resampled to {format_sides(grid.new_voxel_size)} um for "
-        "this student (any_voxel_size=true takes them as they are)"
+        f"this student, {' x '.join(map(str, grid.shape))} voxels to {' x '.join(map(str, grid.new_shape))} "
+        "(any_voxel_size=true takes them as they are)"
     )

@@ -243,7 +243,8 @@ class VolumeTrees:
         files.write_json(self._contacts_path, [asdict(contact) for contact in traced.contacts])
         save_arrays(self._forest_path, morphology.concatenate_trees(traced.trees))
 
-        log.info("%s: %d trees, %d nodes", source.id, len(traced.trees), sum(map(len, traced.trees)))
+        trees = files.format_count(len(traced.trees), "tree")
+        log.info("%s: %s, %d nodes", source.id, trees, sum(map(len, traced.trees)))
         log_contacts(source.id, traced.contacts)
 
     def load_forest(self) -> Tree:
