@@ -11,7 +11,7 @@ import pytest
 import tifffile
 
 from hpc_neuro import cli, infer
-from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
+from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.geometry import Box, Point, Shape
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
@@ -137,3 +137,25 @@ def test_voxels_beyond_eight_times_are_refused(
     assert "up to 8 times" in message
     assert not (tmp_path / "out").exists()
     assert cli.main([*words, "voxel_size=1,9,9", "any_voxel_size=true"]) == EXIT_DONE
+
+
+def test_shares_and_repairs_are_those_of_one_run(trained: Path, tmp_path: Path) -> None:
+    inputs = write_bar(tmp_path / "fine.tif", 4)
+    keys = [f"model={trained}", inputs, "block=[8,64,64]", "chunk=[4,32,32]", "page=false"]
+    one, shared = tmp_path / "one", tmp_path / "shared"
+    assert cli.main(["infer", *keys, f"out={one}"]) == EXIT_DONE
+    for number in (0, 1):
+        assert cli.main(["infer", *keys, f"out={shared}", f"share=[{number},2]"]) == EXIT_DONE
+    assert cli.main(["infer", *keys, f"out={shared}"]) == EXIT_DONE
+    np.testing.assert_array_equal(probability(shared, "fine"), probability(one, "fine"))
+
+    # A shard that is lost is found missing, and predicted again.
+    shard = max(
+        (shared / "fine.ome.zarr" / "0" / "c").rglob("*"), key=lambda path: path.stat().st_size * path.is_file()
+    )
+    shard.unlink()
+    assert cli.main(["infer", "verify", str(shared), "--check"]) == EXIT_FAILURES
+    assert cli.main(["infer", "verify", str(shared)]) == EXIT_DONE
+    np.testing.assert_array_equal(probability(shared, "fine"), probability(one, "fine"))
+    trees = [(folder / "swc" / "fine.swc").read_text().split("\n", 1)[1] for folder in (one, shared)]
+    assert trees[0] == trees[1]
