@@ -26,6 +26,7 @@ from pathlib import Path
 
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.schema import load
+from hpc_neuro.data.run_journal import JOURNAL, RunJournal
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.pipeline import STAGES
 
@@ -151,7 +152,23 @@ def compare(quiet: Path, killed: Path) -> list[str]:
     names = {
         path.relative_to(root).as_posix() for root in (quiet, killed) for path in root.rglob("*") if path.is_file()
     }
-    return [name for name in sorted(names) if not _TIMES.search(name) and _read(quiet, name) != _read(killed, name)]
+    # The logs of a journal have names of their own; what they say together is compared.
+    journals = sorted({Path(name).parent.as_posix() for name in names if f"/{JOURNAL}/" in name})
+    names = {name for name in names if f"/{JOURNAL}/" not in name}
+    differs = [name for name in sorted(names) if not _TIMES.search(name) and _read(quiet, name) != _read(killed, name)]
+    return differs + [name for name in journals if _read_journal(quiet / name) != _read_journal(killed / name)]
+
+
+def _read_journal(folder: Path) -> dict[str, object]:
+    """What is done of each volume, and what failed or was begun and not ended."""
+    journal = RunJournal(folder.parent)
+    volumes: dict[str, object] = {}
+    for name in journal.list_volumes():
+        records = journal.find(name)
+        blocks = {block: {**json.loads(record.body), "seconds": 0} for block, record in records.blocks.items()}
+        shards = {path: json.loads(record.body) for path, record in records.shards.items()}
+        volumes[name] = (blocks, shards, sorted(records.failures), sorted(records.begun))
+    return volumes
 
 
 def _read(root: Path, name: str) -> object:
