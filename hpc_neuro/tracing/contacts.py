@@ -65,6 +65,12 @@ _ENTRY_BIAS = -1.2
 """Log-odds of a line that is entered from the side, without further evidence."""
 _ENTRY_THICKER = 2.7
 """[1 / nat] Weight of its radius over that of the branch by which it is entered."""
+_SHORT = 1.0
+"""Log-odds by which a line that is entered from the side, and ends at once, is less likely a trunk."""
+_BRIDGED = 1.0
+"""Log-odds by which a crossing over a bridge is less likely a neighbor's."""
+_LEAST_CERTAINTY = 1.0
+"""[lower threshold] Lowest probability at a hub, below which it holds a bridge."""
 _CERTAIN = 6.0
 """Largest log-odds of one contact."""
 
@@ -143,7 +149,7 @@ def cut_contacts(
     parts = dissect(lines, graph, roots, floor, threshold)
     light = _measure_light(lines, graph, image)
 
-    hubs = _order_hubs(_measure_hubs(parts, _find_parents(parts, roots), light))
+    hubs = _order_hubs(_measure_hubs(parts, _find_parents(parts, roots), light, floor))
     cuts = _choose_cuts(hubs, parts.sections)
     if not cuts:
         return lines, []
@@ -231,7 +237,7 @@ def _measure_light(lines: CenterlineGraph, graph: VoxelGraph, image: ReadBox | N
 # --- Arms ---
 
 
-def _measure_hubs(parts: Dissection, parents: Sequence[int], light: _Light) -> list[_Hub]:
+def _measure_hubs(parts: Dissection, parents: Sequence[int], light: _Light, floor: float) -> list[_Hub]:
     """The hubs of the pieces with a root."""
     hubs = []
     for nodes in list_hubs(parts):
@@ -245,7 +251,8 @@ def _measure_hubs(parts: Dissection, parents: Sequence[int], light: _Light) -> l
             if not parts.is_hub[other]
         ]
         entry = next((arm.section for arm in arms if parents[arm.hub_node] == arm.node), _NO_SECTION)
-        hubs.append(_compare_groups(_group_arms(arms), entry))
+        is_bridged = bool(parts.certainty[nodes].min() < _LEAST_CERTAINTY * floor)
+        hubs.append(_compare_groups(_group_arms(arms), entry, is_bridged))
     return hubs
 
 
@@ -353,7 +360,7 @@ def _measure_straightness(a: _Arm, b: _Arm) -> float:
 # --- Evidence ---
 
 
-def _compare_groups(groups: Sequence[_Group], entry: int) -> _Hub:
+def _compare_groups(groups: Sequence[_Group], entry: int, is_bridged: bool) -> _Hub:
     own = [group for group in groups if any(arm.section == entry for arm in group.arms)]
 
     # At the root, every arm belongs to the neuron.
@@ -361,11 +368,11 @@ def _compare_groups(groups: Sequence[_Group], entry: int) -> _Hub:
         return _Hub(entry, tuple(arm.section for group in groups for arm in group.arms), ())
 
     continuing = tuple(arm.section for arm in own[0].arms if arm.section != entry)
-    branches = tuple((group, _measure_odds(own[0], group)) for group in groups if group is not own[0])
+    branches = tuple((group, _measure_odds(own[0], group, is_bridged)) for group in groups if group is not own[0])
     return _Hub(entry, continuing, branches)
 
 
-def _measure_odds(own: _Group, other: _Group) -> float:
+def _measure_odds(own: _Group, other: _Group, is_bridged: bool) -> float:
     """Log-odds that a group is a neighbor's, given that the group with the entry is the neuron's own.
 
     The weights were fitted to synthetic crowds (tools.bench.contacts, seeds 0 to 19) with the condition that no real
@@ -377,9 +384,12 @@ def _measure_odds(own: _Group, other: _Group) -> float:
 
     if len(own.arms) < 2:
         thicker = other.mean("thickness") - own.mean("thickness")
-        odds = _ENTRY_BIAS + _ENTRY_THICKER * float(np.clip(thicker, -0.3, 1))
+        # The two halves of a swelling are thick, and short.
+        shortness = float(np.clip((16 - min(arm.length for arm in other.arms)) / 6, 0, 1))
+        odds = _ENTRY_BIAS + _ENTRY_THICKER * float(np.clip(thicker, -0.3, 1)) - _SHORT * shortness
     else:
-        odds = _measure_crossing(own, other)
+        # Lines that a bridge joins do not touch, and what the tracer bridges is more often a break in a faint neurite.
+        odds = _measure_crossing(own, other) - _BRIDGED * is_bridged
     return float(np.clip(odds, -_CERTAIN, _CERTAIN))
 
 

@@ -78,6 +78,13 @@ def test_trunk_that_is_entered_from_the_side_is_cut_off() -> None:
     assert length(trace_root(image, contacts=False)) > 120
 
 
+def test_a_swelling_at_the_end_of_a_branch_is_no_trunk() -> None:
+    swelling = sample_line((20, 37, 70), (20, 53, 70))
+    image = paint_stack((sample_line(ROOT, (20, 45, 66)), 1.5, 1.0), (swelling, 2.6, 1.0))
+    tree, whole = trace_root(image), trace_root(image, contacts=False)
+    np.testing.assert_array_equal(tree.points, whole.points)
+
+
 def test_own_branches_stay() -> None:
     """Side branches are thinner and dimmer, leave opposite each other, and fade little by little."""
     side = sample_line((20, 45, 50), (20, 80, 70))

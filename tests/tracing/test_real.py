@@ -11,8 +11,10 @@ import tifffile
 from skimage.filters import threshold_otsu
 
 from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
+from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.metrics.cable import match_cable, remove_stub
 from hpc_neuro.metrics.tree import distances
 from hpc_neuro.tracing import TraceConfig, trace
@@ -69,3 +71,18 @@ def test_unrelated_neurites_are_not_followed_from_the_root(real_data: Path) -> N
     away = np.linalg.norm(tree.points - gold.points.mean(axis=0), axis=1).max()
     assert away < np.linalg.norm(gold.points - gold.points.mean(axis=0), axis=1).max() + 25
     assert match_cable(tree, gold, 4.0).precision > 0.85
+
+
+@pytest.mark.parametrize("name", ["OP_1", "OP_3"])
+def test_cutting_contacts_takes_nothing_from_a_neuron_without_neighbors(real_data: Path, name: str) -> None:
+    """OP_1 ends in short swellings, and two faint lines of OP_3 meet over a bridge: neither is a contact."""
+    _, root = gold_of(real_data / "diadem_op", name)
+    image = tifffile.imread(real_data / "diadem_op" / f"{name}.tif")
+    shape = (len(image), 512, 512)
+    probability = measure_foreground(lambda box: image[box.slices], shape).probability(Box.whole(shape))
+
+    trees = [
+        trace(probability, VOXEL, roots=[root], cfg=TraceConfig(contacts=contacts), image=image)[0]
+        for contacts in (False, True)
+    ]
+    assert morphology.length(trees[1]) == pytest.approx(morphology.length(trees[0]), rel=0.003)
