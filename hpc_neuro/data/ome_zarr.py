@@ -56,6 +56,9 @@ def plan_levels(shape: Shape, voxel_size: VoxelSize) -> list[PyramidLevel]:
         spacing = [v * f for v, f in zip(voxel_size, last.factor, strict=True)]
         # Halving only fine axes brings anisotropic voxels closer to cubes.
         steps = [2 if s < 2 * min(spacing) and n > 1 else 1 for s, n in zip(spacing, last.shape, strict=True)]
+        # In a very long volume the fine axes may be down to one voxel before the long one is short enough.
+        if max(steps) == 1:
+            steps = [2 if n == max(last.shape) else 1 for n in last.shape]
 
         z, y, x = (f * step for f, step in zip(last.factor, steps, strict=True))
         dz, dy, dx = (math.ceil(n / step) for n, step in zip(last.shape, steps, strict=True))

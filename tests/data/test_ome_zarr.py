@@ -11,6 +11,11 @@ from hpc_neuro.core.geometry import Box, tile_volume
 from hpc_neuro.data import ome_zarr
 
 
+def test_a_very_long_volume_has_a_pyramid() -> None:
+    levels = ome_zarr.plan_levels((2, 4, 100_000), (1.0, 0.25, 0.25))
+    assert levels[-1].shape == (1, 1, 196)
+
+
 @pytest.mark.parametrize("is_listed", [False, True])
 @pytest.mark.parametrize("keep_bytes", [1 << 20, 1])
 def test_a_reader_of_shards_gives_what_the_array_gives_and_opens_each_once(

@@ -35,12 +35,12 @@ from hpc_neuro.core.morphology import build_tree, concatenate_trees
 from hpc_neuro.core.sorted_parts import Items, Stream
 from hpc_neuro.data import ome_zarr, swc
 from hpc_neuro.data.run_journal import BlockMarker, name_block
-from hpc_neuro.infer import forest_files
+from hpc_neuro.infer import forest_files, skeleton_groups
 from hpc_neuro.infer.done_markers import DoneMarkers
 from hpc_neuro.infer.proofread import ForestLabels, NodeConfidence
 from hpc_neuro.infer.tiling import MASK, Tiling
 from hpc_neuro.infer.trees import save_arrays
-from hpc_neuro.tracing import TraceConfig, list_trace_blocks
+from hpc_neuro.tracing import TraceConfig, add_halo, list_trace_blocks
 from hpc_neuro.tracing.super_blocks import (
     MARGIN,
     SuperBlockLines,
@@ -58,6 +58,7 @@ _TREE_NODES = 500  # nodes of a tree: about 1 mm of cable at 1 um
 _PLACE_NODES = 100  # nodes for each doubtful place
 _TREE_BYTES = 3 * 48 + 16  # of a node in the three SWC files of all trees and in the table of confidence
 _PLACE_BYTES, _NEURON_BYTES = 75, 50  # of a row
+_TOGETHER = 1.5  # groups of blocks of tracing that hold something, per block that does
 _SLANT = 0.5  # crossings of a unit of area per unit of length in a unit of volume, in all directions alike
 
 
@@ -101,12 +102,17 @@ class UnitCosts:
     """[s/marker] reading and checking one done marker, without the latency; measured at the start."""
     draw: float = 100e-6
     """[s] of the store of rank 0 for each task that is drawn and reported."""
-    block_operations: int = 35
-    """Path operations to begin, write, read back and mark a block."""
-    task_operations: int = 14
-    """The same of another task with one result file: begun, written whole, renamed, ended."""
-    marker_passes: int = 3
-    """How often a start reads all markers on its first rank: what is missing, damaged, and failed."""
+    list_shard: float = 20e-6
+    """[s/shard] listing a shard of the pyramid and what it is computed from; measured at the start."""
+    block_operations: int = 10
+    """Path operations of a block that is not empty: two shards are written, read back and hashed; its records go to
+    an open log. An empty block takes none. These counts are those of tests/tools/bench/test_brain_operations.py."""
+    shard_operations: int = 4
+    """The same of a shard of the pyramid, besides one for each shard that it is computed from."""
+    task_operations: int = 5
+    """The same of another task with one result file, which is written whole."""
+    log_operations: int = 2
+    """Of each log that the next start reads and writes as one with others."""
 
 
 @dataclass(frozen=True)
@@ -134,10 +140,12 @@ class Stage:
     name: str
     seconds: np.ndarray
     """[n] of each task, without metadata."""
-    operations: int
-    """Metadata operations of each task."""
+    operations: int | np.ndarray
+    """Metadata operations of each task, or [n] of all tasks."""
     files: int = 0
     """Files that the stage leaves."""
+    reads: float = 0.0
+    """Of the operations of each task, on average: those that open data to read it."""
     is_serial: bool = False
     """Whether one rank does all of it while the others wait."""
 
@@ -161,19 +169,27 @@ class Outcome:
     longest_serial: float = 0.0
     longest_serial_name: str = ""
     operations: float = 0.0
+    reads: float = 0.0
+    """Of them, those that open data to read it."""
     files: int = 0
     too_long: list[str] = field(default_factory=list)
     """Stages with a task that is longer than the time limit: it would never end."""
 
 
-def simulate(stages: list[Stage], site: Site, startup: tuple[float, float], seed: int = 0) -> Outcome:
-    """Run stages one after the other. startup: seconds and metadata operations of one rank at each start."""
-    return _Simulation(site, startup, seed).run(stages)
+def simulate(
+    stages: list[Stage], site: Site, startup: tuple[float, float], seed: int = 0, again: float = 0.0
+) -> Outcome:
+    """Run stages one after the other.
+
+    startup: seconds and metadata operations of one rank at each start. again: metadata operations of all ranks
+    together at each start but the first.
+    """
+    return _Simulation(site, startup, seed, again).run(stages)
 
 
 class _Simulation:
-    def __init__(self, site: Site, startup: tuple[float, float], seed: int) -> None:
-        self._site, self._startup, self._random = site, startup, random.Random(seed)
+    def __init__(self, site: Site, startup: tuple[float, float], seed: int, again: float) -> None:
+        self._site, self._startup, self._random, self._again = site, startup, random.Random(seed), again
         self._out = Outcome()
         self._now = self._start_ends = 0.0
         self._fails = False
@@ -185,7 +201,8 @@ class _Simulation:
             begun = self._now
             self._run_stage(stage)
             out.stages[stage.name] = self._now - begun
-            out.operations += stage.operations * len(stage.seconds)
+            out.operations += float(np.broadcast_to(stage.operations, stage.seconds.shape).sum())
+            out.reads += stage.reads * len(stage.seconds)
             out.files += stage.files
         out.wall = self._now
         out.allocated = self._now - (out.starts - 1) * self._site.queue
@@ -214,6 +231,8 @@ class _Simulation:
         self._now = self._start_ends + self._site.queue
         self._out.starts += 1
         self._begin_start()
+        self._now += self._again * max(self._site.latency / self._site.ranks, 1 / self._site.metadata_rate)
+        self._out.operations += self._again
 
     def _add_serial(self, name: str, seconds: float) -> None:
         out = self._out
@@ -227,7 +246,7 @@ class _Simulation:
         # The file system serves all ranks; where it is slower than they ask, all wait.
         ranks = 1 if stage.is_serial else site.ranks
         durations = stage.seconds + stage.operations * max(
-            site.latency, ranks / site.metadata_rate if stage.operations else 0
+            site.latency, ranks / site.metadata_rate if np.any(stage.operations) else 0
         )
         longest = float(durations.max(initial=0.0))
         budget = site.limit - self._startup[0] - self._startup[1] * site.latency
@@ -268,7 +287,7 @@ class _Simulation:
 
 
 def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tuple[list[Stage], tuple[float, float]]:
-    """The stages of `infer` on a volume, and the seconds and operations of a start.
+    """The stages of `infer` on a volume, and the seconds and operations of one rank at a start.
 
     dense: share of blocks that are not empty.
     """
@@ -287,24 +306,32 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
     predict = np.concatenate(
         [np.sort(spread(full, block_voxels * costs.student))[::-1], np.full(blocks - full, block_voxels * costs.empty)]
     )
-    stages = [Stage("blocks", predict, costs.block_operations, blocks + 2 * full)]
+    # Each row of shards along x has a folder, in both images, which takes five operations; each rank has a log.
+    rows = 2 * _count_rows(shape)
+    operations = np.where(np.arange(blocks) < full, costs.block_operations + 5 * rows / full, 0)
+    # Both shards are opened to be read back and to be hashed.
+    stages = [Stage("blocks", predict, operations, 2 * full + site.ranks, 4 * full / blocks)]
 
     levels = ome_zarr.plan_shards(shape, _VOXEL, _TILING.write, MASK) if blocks < 2e6 else []
+    finer = 2 * blocks
     for number, shards in enumerate(levels, start=1):
-        stages.append(
+        # Those of zeros are only listed.
+        written = round(len(shards) * dense)
+        below = math.ceil(finer / len(shards))
+        stages += [
+            Stage(f"list {number}", np.array([len(shards) * costs.list_shard]), 0, is_serial=True),
             Stage(
                 f"pyramid {number}",
-                spread(len(shards), 8 * block_voxels * costs.pyramid * dense),
-                costs.task_operations,
-                round(len(shards) * dense) + 1,
-            )
-        )
+                spread(written, 8 * block_voxels * costs.pyramid),
+                costs.shard_operations + below,
+                written,
+                below + 1,
+            ),
+        ]
+        finer = len(shards)
 
-    stages += plan_trees(shape, strands, dense, costs, spread)
-    startup = (
-        blocks * (costs.list_block + costs.marker_passes * costs.read_marker),
-        blocks * (costs.marker_passes + 2.0),
-    )
+    stages += plan_trees(shape, strands, dense, costs, spread, site.ranks)
+    startup = blocks * (costs.list_block + costs.read_marker), 30.0
 
     # The store of rank 0 serves one request at a time.
     draws = [replace(s, seconds=np.maximum(s.seconds, costs.draw * min(site.ranks, len(s.seconds)))) for s in stages]
@@ -312,7 +339,12 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
 
 
 def plan_trees(
-    shape: Shape, strands: float, dense: float, costs: UnitCosts, spread: Callable[[int, float], np.ndarray]
+    shape: Shape,
+    strands: float,
+    dense: float,
+    costs: UnitCosts,
+    spread: Callable[[int, float], np.ndarray],
+    ranks: int,
 ) -> list[Stage]:
     """The stages from the blocks to the files of the trees. strands: voxels of centerlines."""
     cfg = TraceConfig()
@@ -321,6 +353,17 @@ def plan_trees(
     supers = count_tiles(shape, super_edges)
     grown = math.prod((edge + 2 * MARGIN) / edge for edge in super_edges)
     in_trees, kept, nodes = round(trace_blocks * dense), strands * _KEPT, strands * _NODES
+
+    # What is not empty lies together, so that more groups of blocks hold something than blocks do.
+    group = skeleton_groups.choose_group(shape, cfg.block)
+    groups = count_tiles(shape, group)
+    occupied = min(1.0, _TOGETHER * dense)
+    in_groups = round(groups * occupied)
+    halo = add_halo(Box.at((10**6,) * 3, group), (10**7,) * 3, _VOXEL, cfg).shape
+    # A process opens each shard once, and none that has no file.
+    group_shards = round(_count_touched(halo) * dense / occupied)
+    shards = round(_count_touched(tuple(edge + 2 * MARGIN for edge in super_edges)) * dense)
+    group_files = math.ceil(math.prod(edge / g + 1 for edge, g in zip(super_edges, group, strict=True)))
 
     # Each super-block has three faces of its own, and two pieces meet at each crossing.
     area = supers * sum(math.prod(super_edges) / edge for edge in super_edges)
@@ -334,7 +377,7 @@ def plan_trees(
     ranges = math.ceil(total_bytes / sorted_parts.RANGE_BYTES)
     sums = math.ceil(total_bytes / (16 * files.CHUNK_BYTES))
     single_files = round(2 * trees) if has_own_files else 0
-    scratch = in_trees + 2 * supers + 4 * batches + ranges + sums
+    scratch = in_groups + 2 * supers + 4 * batches + ranges + sums
 
     def one_rank(name: str, seconds: float, operations: int) -> Stage:
         return Stage(name, np.array([seconds]), operations, is_serial=True)
@@ -342,23 +385,61 @@ def plan_trees(
     task = costs.task_operations
     return [
         # A listing of a folder of a thousand files is one operation.
-        one_rank("list of skeletons", trace_blocks * costs.list_trace_block, in_trees // 1000 + shape[0] // 128),
-        Stage("skeletons", spread(in_trees, math.prod(cfg.block) * costs.skeleton), task),
-        Stage("super-blocks", spread(supers, strands / supers * grown * costs.lines), task),
-        Stage("links", spread(supers, kept / supers * costs.links), task + 27),
+        one_rank("list of skeletons", trace_blocks * costs.list_trace_block, 2 * _count_rows(shape)),
+        Stage(
+            "skeletons",
+            spread(in_groups, in_trees / in_groups * math.prod(cfg.block) * costs.skeleton),
+            task + group_shards,
+            reads=group_shards,
+        ),
+        Stage(
+            "super-blocks",
+            spread(supers, strands / supers * grown * costs.lines),
+            task + group_files + shards,
+            reads=group_files + shards,
+        ),
+        Stage("links", spread(supers, kept / supers * costs.links), task + 27, reads=27),
         one_rank("groups", going_on * costs.groups + supers * costs.read_part, supers + task),
-        Stage("batches", spread(batches, kept / batches * costs.trees), task + 8),
+        Stage("batches", spread(batches, kept / batches * costs.trees), 2 * task + 8 + shards, reads=8 + shards),
         one_rank("order of trees", trees * costs.sort + batches * costs.read_part, batches + task),
-        Stage("texts", spread(batches, nodes / batches * texts), task + 6 * single_files // batches, single_files),
+        Stage(
+            "texts",
+            spread(batches, nodes / batches * texts),
+            2 * task + 3 + shards + task * single_files // batches,
+            single_files,
+            reads=3 + shards,
+        ),
         # The files are put in order side by side; the one with most items takes longest.
         one_rank("order of rows", max(trees, places) * costs.sort + batches * costs.read_part, batches + task),
-        Stage("files", spread(ranges, total_bytes / ranges * costs.gather), task + min(batches, 100), len(_STREAMS)),
+        Stage(
+            "files",
+            spread(ranges, total_bytes / ranges * costs.gather),
+            task + min(batches, 100),
+            len(_STREAMS),
+            reads=min(batches, 100),
+        ),
         Stage("checksums", spread(sums, total_bytes / sums * costs.checksum), task),
         # One rank asks for each result of the stages before whether it is there.
         one_rank("list of results", 0.0, 2 * supers + 2 * batches + ranges + sums),
-        one_rank("record", batches * costs.read_part + trees * costs.sort, batches + task),
-        Stage("removal", np.zeros(scratch // 512 + 1), 512 + task),
+        # The rank that writes the record has not read the journal before.
+        one_rank("record", batches * costs.read_part + trees * costs.sort, batches + task + ranks),
+        Stage("removal", np.zeros(scratch // 512 + 1), 512),
     ]
+
+
+def _count_rows(shape: Shape) -> int:
+    """Rows of shards along x of one image."""
+    return count_tiles(shape[:2], _TILING.write[:2])
+
+
+def _count_touched(edges: tuple[int, ...]) -> float:
+    """[shard] Touched by a box of these edges [voxel], on average."""
+    return math.prod(edge / size + 1 for edge, size in zip(edges, _TILING.write, strict=True))
+
+
+def count_again(stages: list[Stage], costs: UnitCosts, site: Site) -> float:
+    """Metadata operations of all ranks at a start that goes on: the logs of the last one, and a look at each shard."""
+    return site.ranks * costs.log_operations + 2 * int(np.count_nonzero(stages[0].operations))
 
 
 def make_shape(voxels: float) -> Shape:
@@ -367,7 +448,7 @@ def make_shape(voxels: float) -> Shape:
     return round(0.8 * edge), round(2.2 * edge), round(3.2 * edge)
 
 
-def count_tiles(shape: Shape, tile: tuple[int, ...]) -> int:
+def count_tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
     """Tiles of a volume."""
     return math.prod(math.ceil(n / t) for n, t in zip(shape, tile, strict=True))
 
@@ -390,6 +471,7 @@ def measure_costs(stated: UnitCosts) -> UnitCosts:
             checksum=checksum,
             list_block=_measure_listing(),
             list_trace_block=_measure_trace_listing(),
+            list_shard=_measure_shard_listing(),
             read_marker=_measure_marker(Path(folder)),
         )
 
@@ -480,6 +562,21 @@ def _measure_trace_listing(blocks: int = 5_000) -> float:
     return _time(lambda: list_trace_blocks((cfg.block[0], cfg.block[1], cfg.block[2] * blocks), cfg)) / blocks
 
 
+def _measure_shard_listing(shards: int = 2_000) -> float:
+    """Listing shards of a level of which all is zero below."""
+    z, y, x = _TILING.write
+    shape = (z * 4, y * 16, x * shards // 64)
+    (level, *_) = ome_zarr.plan_shards(shape, _VOXEL, _TILING.write, MASK)
+    levels = ome_zarr.plan_levels(shape, _VOXEL)
+
+    def look() -> None:
+        for shard in level:
+            _, box = ome_zarr.locate_fine_box(levels, shard)
+            set[str]().isdisjoint(ome_zarr.list_shards_in(box, _TILING.write, shard.level - 1, shard.label))
+
+    return _time(look) / len(level)
+
+
 def _measure_listing(blocks: int = 2_000) -> float:
     """Listing blocks and counting their windows."""
     z, y, x = _TILING.write
@@ -537,7 +634,7 @@ def main() -> None:
         args.ranks, args.limit, args.latency, args.metadata_rate, args.ranks_per_node, args.node_hours, args.queue
     )
     stages, startup = plan_brain(args.voxels, args.dense, costs, site)
-    outcome = simulate(stages, site, startup)
+    outcome = simulate(stages, site, startup, again=count_again(stages, costs, site))
     print("\n".join(describe(outcome, stages, costs, site)))
     print(json.dumps(summarize(outcome, stages, costs, site)))
 
@@ -554,6 +651,7 @@ def summarize(outcome: Outcome, stages: list[Stage], costs: UnitCosts, site: Sit
         "files": outcome.files,
         "metadata_operations_per_second": outcome.operations / max(outcome.allocated, 1e-9),
         "metadata_operations_per_block": outcome.operations / blocks,
+        "reads_per_block": outcome.reads / blocks,
         "serial_share": outcome.serial / max(outcome.allocated, 1e-9),
         "serial_shares": {name: s / max(outcome.allocated, 1e-9) for name, s in outcome.serial_stages.items()},
         "longest_serial_hours": outcome.longest_serial / 3600,
@@ -582,7 +680,8 @@ def describe(outcome: Outcome, stages: list[Stage], costs: UnitCosts, site: Site
     yield f"{facts['core_hours']:,.0f} core-hours, {facts['busy_core_hours']:,.0f} of them at work"
     yield f"{outcome.files:,} files at the end"
     rate, per_block = facts["metadata_operations_per_second"], facts["metadata_operations_per_block"]
-    yield f"{rate:,.0f} metadata operations per second, {per_block:.0f} per block"
+    reads = facts["reads_per_block"]
+    yield f"{rate:,.0f} metadata operations per second, {per_block:.1f} per block, {reads:.1f} of them to read data"
     yield (
         f"one rank works and the others wait for {100 * facts['serial_share']:.1f} % of the time; "
         f"longest: {outcome.longest_serial_name}, {outcome.longest_serial / 3600:.2f} h"
