@@ -24,7 +24,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.tracing.config import TraceConfig, measure_physical_spacing
 from hpc_neuro.tracing.probability import Bools, Floats, Ints, ReadBox, as_probability
 from hpc_neuro.tracing.voxel_graph import (
@@ -60,7 +60,14 @@ _BRANCH_MARGIN = 0.5
 
 def list_trace_blocks(shape: Shape, cfg: TraceConfig) -> list[Box]:
     """The blocks of a volume, to be skeletonized one by one."""
-    return [block.write for block in tile_volume(shape, cfg.block)]
+    spans = [
+        [(start, min(start + edge, size)) for start in range(0, size, edge)]
+        for size, edge in zip(shape, cfg.block, strict=True)
+    ]
+    # Built at once: a brain has millions of blocks.
+    return [
+        Box((z, y, x), (z_stop, y_stop, x_stop)) for (z, z_stop), (y, y_stop), (x, x_stop) in itertools.product(*spans)
+    ]
 
 
 def add_halo(box: Box, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> Box:

@@ -94,7 +94,7 @@ class UnitCosts:
     """[s/byte] reading a file back and hashing it; measured at the start."""
     read_part: float = 1e-3
     """[s/file] reading one file of arrays, without the latency; measured at the start."""
-    list_trace_block: float = 16e-6
+    list_trace_block: float = 2.5e-6
     """[s/block] listing the blocks of tracing; measured at the start."""
     list_block: float = 30e-6
     """[s/block] listing and counting blocks in Python; measured at the start."""
