@@ -72,7 +72,7 @@ def predict(
     """
     # Imported late, because it imports torch, which takes seconds.
     from hpc_neuro.core import distributed
-    from hpc_neuro.infer.model import choose_window, predict_black
+    from hpc_neuro.infer.predictor import choose_window, predict_black
     from hpc_neuro.models import sliding_window
     from hpc_neuro.models.student import load_student
     from hpc_neuro.models.student_folder import find_student, read_contrast

@@ -22,7 +22,7 @@ from hpc_neuro.core.geometry import Block, Box, Shape
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data.orientation import parse_orientation
 from hpc_neuro.data.run_journal import name_block
-from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.predictor import Predictor
 from hpc_neuro.infer.tiling import Tiling, quantize
 from hpc_neuro.infer.trees import Floats, VolumeTrees, save_arrays
 

@@ -23,7 +23,7 @@ from hpc_neuro.infer.block_pipeline import BlockPipeline, VolumeRun
 from hpc_neuro.infer.config import InferConfig
 from hpc_neuro.infer.done_markers import DoneMarkers, make_block_task
 from hpc_neuro.infer.grid import describe_grid
-from hpc_neuro.infer.model import Predictor, describe_run, predict_black
+from hpc_neuro.infer.predictor import Predictor, describe_run, predict_black
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.trees import PredictionEntry, entry_path
 from hpc_neuro.infer.volume_stages import build_pyramid, trace_volumes

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from hpc_neuro.core import schema
 from hpc_neuro.core.schema import ConfigError, InputError, config
-from hpc_neuro.infer.local_client import (
+from hpc_neuro.infer.neuroglancer_page import (
     LOCAL,
     MAX_STATE_BYTES,
     answer_state,

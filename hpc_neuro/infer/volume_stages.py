@@ -17,7 +17,7 @@ from hpc_neuro.data.run_journal import name_block
 from hpc_neuro.infer import flip_tta, forest_files, super_blocks
 from hpc_neuro.infer.block_pipeline import VolumeRun
 from hpc_neuro.infer.flip_tta import SampledBlock
-from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.predictor import Predictor
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import MASK
 from hpc_neuro.infer.trees import PredictionEntry, VolumeTrees, describe_volume

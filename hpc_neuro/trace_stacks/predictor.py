@@ -15,7 +15,7 @@ from hpc_neuro.core import distributed, stop_signals
 from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.data.foreground import HALF, KEPT_VOXELS, Foreground
 from hpc_neuro.data.intensity import compute_intensity_range, normalize
-from hpc_neuro.infer.model import choose_window, predict_black
+from hpc_neuro.infer.predictor import choose_window, predict_black
 from hpc_neuro.infer.progress import WindowProgress
 from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window

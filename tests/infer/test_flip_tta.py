@@ -21,9 +21,8 @@ from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.morphology import Tree, build_tree
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.types import StudentOutput
-from hpc_neuro.infer import flip_tta
-from hpc_neuro.infer import model as models
-from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer import flip_tta, predictor
+from hpc_neuro.infer.predictor import Predictor
 from hpc_neuro.infer.proofread import NodeConfidence
 from hpc_neuro.infer.tiling import Tiling, quantize
 from hpc_neuro.infer.trees import VolumeTrees, save_arrays
@@ -64,7 +63,7 @@ def _table(path: Path) -> list[dict[str, str]]:
 
 
 def _seen_by(monkeypatch: pytest.MonkeyPatch, student: nn.Module) -> None:
-    monkeypatch.setattr(models, "load_student", lambda folder: (student, {"window": list(WINDOW)}))
+    monkeypatch.setattr(predictor, "load_student", lambda folder: (student, {"window": list(WINDOW)}))
 
 
 def test_a_student_that_sees_the_same_in_mirrors_disagrees_nowhere(

@@ -22,7 +22,7 @@ from hpc_neuro.data.formats import open_volume
 from hpc_neuro.data.predictions import read_predictions
 from hpc_neuro.data.store import Store
 from hpc_neuro.infer import verify
-from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.predictor import Predictor
 from hpc_neuro.infer.status_page import draw_block_map
 from hpc_neuro.infer.tiling import Tiling
 from hpc_neuro.models import sliding_window

@@ -18,7 +18,7 @@ from hpc_neuro.core import morphology, sorted_parts
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.data import swc
 from hpc_neuro.infer import forest_files, skeleton_groups, super_blocks
-from hpc_neuro.infer.model import Predictor
+from hpc_neuro.infer.predictor import Predictor
 from hpc_neuro.infer.trees import VolumeTrees
 from hpc_neuro.tracing import TracedVolume
 from tests.helpers.small_volumes import KEYS, configure
