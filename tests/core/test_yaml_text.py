@@ -150,7 +150,7 @@ def test_files_that_never_end_are_refused(tmp_path: Path) -> None:
         (fifo, "no regular file"),
         (device, "no regular file"),
         (sparse, "has more than 16 MiB"),
-        (text, "utf-8"),
+        (text, "is not UTF-8"),
         (tmp_path, "Is a directory"),
     ):
         with pytest.raises(ConfigError, match=message):

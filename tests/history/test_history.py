@@ -104,7 +104,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda c: edit_block(c / "infer", open_journal(c / "infer").list_volumes()[0], "0_0_0", sha256=0),
         "is not of the form it was written in",
     ),
-    "store gone": (lambda c: shutil.rmtree(c / "store"), "store does not exist"),
+    "store gone": (lambda c: shutil.rmtree(c / "store"), "store is missing"),
     "store written again": (
         lambda c: edit(c / "store" / "dataset.json", '"digest": "', '"digest": "0'),
         "volume syn_1 of",

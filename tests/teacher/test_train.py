@@ -23,6 +23,7 @@ from hpc_neuro.core.schema import ConfigError, InputError, load
 from hpc_neuro.core.stop_signals import Stopped
 from hpc_neuro.models.config import TeacherConfig
 from hpc_neuro.models.teacher import load_teacher, timm
+from hpc_neuro.precompute.config import COPIES, SAMPLES
 from hpc_neuro.teacher import train
 from hpc_neuro.teacher.config import TeacherOptimConfig, TeacherTrainConfig
 from hpc_neuro.teacher.trainer import Training
@@ -244,7 +245,7 @@ def test_the_judge_writes_its_figures_into_the_card(photos: Path, tmp_path: Path
     out = tmp_path / "out"
     assert train.run(configure(photos, out, "optim.steps=2", f"judge.store={store}", "judge.volumes=[b]")) == 0
     gate = json.loads((out / "teacher.json").read_text())["gate"]
-    assert (gate["samples"], gate["copies"], list(gate["volumes"])) == (4, 2, ["b"])
+    assert (gate["samples"], gate["copies"], list(gate["volumes"])) == (SAMPLES, COPIES, ["b"])
     assert len(gate["volumes"]["b"]["gains"]) == 8
 
     with pytest.raises(InputError, match=r"has no volume c; name some of a, b"):
