@@ -34,6 +34,12 @@ Forecast = tuple[list[str], list[str]]
 def forecast_verb(verb: str, cfg: Any, resources: Resources, site: Site, written: Iterable[Path] = ()) -> Forecast:
     """Forecast a verb. written: folders that jobs before it will write, which are not opened as inputs."""
     faults, lines = forecast_training(cfg, resources, site) if verb == "train" else ([], [])
+    if verb == "train" and resources.tasks > cfg.optim.batch:
+        # Nothing more can be forecast of a run that has more ranks than crops.
+        return [
+            *faults,
+            f"optim.batch: {cfg.optim.batch} crops leave some of the {resources.tasks} ranks without any",
+        ], lines
 
     # Inputs that do not exist yet cannot be opened.
     keys = [item.key for item in VERBS[verb].inputs if item.in_chain != "never"]
@@ -41,8 +47,6 @@ def forecast_verb(verb: str, cfg: Any, resources: Resources, site: Site, written
     later = [key for key in keys if (path := getattr(cfg, key)) and Path(path).resolve() in folders]
     if later:
         # The verb's own forecast would open them.
-        if verb == "train" and resources.tasks > cfg.optim.batch:
-            faults.append(f"optim.batch: {cfg.optim.batch} crops leave some of the {resources.tasks} ranks without any")
         return faults, [*lines, f"{', '.join(later)} will be there when it starts"]
 
     own_faults, own_lines = run_limited(PATIENCE, lambda: _run_own_forecast(verb, cfg, resources), resources.tasks)
