@@ -14,14 +14,18 @@ import shlex
 import shutil
 import stat
 import uuid
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from pydantic import TypeAdapter, ValidationError
 
 from hpc_neuro.core.bounded_read import UnboundedFileError, read_bounded, require_regular
 from hpc_neuro.core.schema import InputError
+
+if TYPE_CHECKING:
+    # Commands without arrays start without numpy.
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -95,6 +99,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented, with keys in their order."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_npy(path: Path, array: NDArray[Any]) -> None:
+    """Write one array atomically, as a file of which a part can be read."""
+    import numpy as np
+
+    with atomic(path) as part, part.open("wb") as handle:
+        np.save(handle, array)
+
+
+def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays atomically, by name, as one file."""
+    import numpy as np
+
+    # A path would get the ending .npz, and a part file has another.
+    with atomic(path) as part, part.open("wb") as handle:
+        np.savez(handle, allow_pickle=False, **arrays)
 
 
 @overload

@@ -78,7 +78,7 @@ def write_part(
             offset += int(sizes.sum())
 
     # The index comes last: with it the part counts as written.
-    _save(_items_path(folder, number), arrays)
+    files.write_npz(_items_path(folder, number), arrays)
 
 
 def read_facts(folder: Path, number: int) -> dict[str, NDArray[np.generic]]:
@@ -104,8 +104,8 @@ def plan_stream(folder: Path, parts: int, stream: Stream) -> None:
     # A range begins with the first item that begins in its stretch of the file.
     begins = ends - sizes
     firsts = np.flatnonzero(np.diff(begins // RANGE_BYTES, prepend=-1))
-    save_array(folder / f"{stream.name}.items.npy", items)
-    save_array(_ranges_path(folder, stream), np.stack([firsts, begins[firsts]], axis=1))
+    files.write_npy(folder / f"{stream.name}.items.npy", items)
+    files.write_npy(_ranges_path(folder, stream), np.stack([firsts, begins[firsts]], axis=1))
 
 
 def is_planned(folder: Path, stream: Stream) -> bool:
@@ -215,17 +215,6 @@ def _write_all(handle: int, text: bytes, target: int) -> None:
 def _count_digits(numbers: Ints) -> Ints:
     """[n] decimal digits of whole numbers from 1 on."""
     return np.searchsorted(10 ** np.arange(1, 19), numbers, side="right") + 1
-
-
-def _save(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    with files.atomic(path) as part, part.open("wb") as handle:
-        np.savez(handle, **dict(arrays))  # type: ignore[arg-type]
-
-
-def save_array(path: Path, array: NDArray[np.generic]) -> None:
-    """One array as a npy file, of which a part can be read; whole or not at all."""
-    with files.atomic(path) as part, part.open("wb") as handle:
-        np.save(handle, array)
 
 
 def _items_path(folder: Path, number: int) -> Path:

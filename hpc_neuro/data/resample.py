@@ -83,6 +83,11 @@ class Resampling:
         places: NDArray[np.float64] = (np.asarray(points, dtype=np.float64) + 0.5) * np.asarray(self.factor) - 0.5
         return places
 
+    def move_point_back(self, point: Point) -> Point:
+        """One place in voxels of the other grid -> the same in voxels of the image."""
+        z, y, x = self.move_back(np.asarray([point]))[0].tolist()
+        return z, y, x
+
     def move_root(self, root: Point) -> Point:
         """A root on the other grid; one at the border of the image may lie before or behind the grid's centers."""
         place = self.move_to_new(np.asarray([root]))[0]

@@ -178,8 +178,7 @@ def predict_views(
     arrays = dict[str, NDArray[Any]]()
     for batch, (nodes, _), part in zip(sampled.batches, pairs, np.split(values, firsts[1:-1], axis=1), strict=True):
         arrays |= {f"nodes {batch}": nodes, f"values {batch}": part}
-    with files.atomic(_view_path(trees, block)) as path, path.open("wb") as handle:
-        np.savez(handle, **arrays)  # type: ignore[arg-type]
+    files.write_npz(_view_path(trees, block), arrays)
 
 
 def load_views(trees: VolumeTrees, forest: Tree, batch: int = 0) -> Floats:

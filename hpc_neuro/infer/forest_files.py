@@ -114,8 +114,8 @@ def order(trees: VolumeTrees) -> None:
         first_ids[sequence] = np.cumsum(rows) - rows + 1
 
     trees.begin_files()
-    sorted_parts.save_array(trees.scratch / "order_numbers.npy", numbers)
-    sorted_parts.save_array(trees.scratch / "order_ids.npy", first_ids)
+    files.write_npy(trees.scratch / "order_numbers.npy", numbers)
+    files.write_npy(trees.scratch / "order_ids.npy", first_ids)
     save_arrays(trees.order_path, Order(starts, np.array([first_batch])))
     log.info("%s: %d trees, %d nodes", trees.volume.source.id, len(nodes), nodes.sum())
 

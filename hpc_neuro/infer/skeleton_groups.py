@@ -63,8 +63,7 @@ def save_skeletons(path: Path, skeletons: Skeletons) -> None:
         for name, skeleton in skeletons.items()
         for field in fields(skeleton)
     }
-    with files.atomic(path) as part, part.open("wb") as handle:
-        np.savez(handle, **arrays)
+    files.write_npz(path, arrays)
 
 
 def load_skeletons(path: Path) -> Skeletons:

@@ -142,8 +142,7 @@ class VolumeTrees:
             return traced
         contacts = []
         for contact in traced.contacts:
-            z, y, x = grid.move_back(np.asarray([contact.position]))[0].tolist()
-            contacts.append(replace(contact, position=(z, y, x)))
+            contacts.append(replace(contact, position=grid.move_point_back(contact.position)))
         return TracedVolume([grid.move_tree_back(tree) for tree in traced.trees], contacts)
 
     def list_groups_to_skeletonize(self) -> list[list[Box]]:
@@ -450,8 +449,7 @@ def log_contacts(name: str, contacts: Sequence[Contact]) -> None:
 def save_arrays(path: Path, value: Any) -> None:
     """The arrays of a dataclass in one npz file, whole or not at all; None becomes a file without arrays."""
     arrays = {} if value is None else {field.name: getattr(value, field.name) for field in fields(value)}
-    with files.atomic(path) as part, part.open("wb") as handle:
-        np.savez(handle, **arrays)
+    files.write_npz(path, arrays)
 
 
 def load_tree(path: Path) -> Tree:

@@ -67,10 +67,9 @@ def _move_edits(edits: Edits, grid: Resampling) -> Edits:
 
 
 def _move_soma(soma: Soma, grid: Resampling) -> Soma:
-    z, y, x = grid.move_back(np.asarray([soma.point]))[0].tolist()
-    return Soma((z, y, x), soma.radius * grid.radius_scale)
+    return Soma(grid.move_point_back(soma.point), soma.radius * grid.radius_scale)
 
 
 def _move_place(place: DoubtfulPlace, grid: Resampling) -> DoubtfulPlace:
-    z, y, x = grid.move_back(np.asarray([[place.z, place.y, place.x]]))[0].round(2).tolist()
+    z, y, x = np.round(grid.move_point_back((place.z, place.y, place.x)), 2).tolist()
     return replace(place, z=z, y=y, x=x)
