@@ -370,22 +370,13 @@ def plan_trees(
     going_on = 2 * _SLANT * area * strands / math.prod(shape)
     # Pieces that go on, and those that do not, are batches of their own.
     batches = 2 * supers
-    trees, places = nodes / _TREE_NODES, nodes / _PLACE_NODES
-    has_own_files = trees <= _TREE_FILES
-    texts = costs.texts + (costs.single_tree if has_own_files else 0.0)
-    total_bytes = nodes * _TREE_BYTES + places * _PLACE_BYTES + trees * _NEURON_BYTES
-    ranges = math.ceil(total_bytes / sorted_parts.RANGE_BYTES)
-    sums = math.ceil(total_bytes / (16 * files.CHUNK_BYTES))
-    single_files = round(2 * trees) if has_own_files else 0
+    _, ranges, sums = _count_file_parts(nodes)
     scratch = in_groups + 2 * supers + 4 * batches + ranges + sums
-
-    def one_rank(name: str, seconds: float, operations: int) -> Stage:
-        return Stage(name, np.array([seconds]), operations, is_serial=True)
 
     task = costs.task_operations
     return [
         # A listing of a folder of a thousand files is one operation.
-        one_rank("list of skeletons", trace_blocks * costs.list_trace_block, 2 * _count_rows(shape)),
+        _plan_one_rank("list of skeletons", trace_blocks * costs.list_trace_block, 2 * _count_rows(shape)),
         Stage(
             "skeletons",
             spread(in_groups, in_trees / in_groups * math.prod(cfg.block) * costs.skeleton),
@@ -399,9 +390,30 @@ def plan_trees(
             reads=group_files + shards,
         ),
         Stage("links", spread(supers, kept / supers * costs.links), task + 27, reads=27),
-        one_rank("groups", going_on * costs.groups + supers * costs.read_part, supers + task),
+        _plan_one_rank("groups", going_on * costs.groups + supers * costs.read_part, supers + task),
         Stage("batches", spread(batches, kept / batches * costs.trees), 2 * task + 8 + shards, reads=8 + shards),
-        one_rank("order of trees", trees * costs.sort + batches * costs.read_part, batches + task),
+        *plan_tree_files(nodes, supers, batches, shards, costs, spread, ranks),
+        Stage("removal", np.zeros(scratch // 512 + 1), 512),
+    ]
+
+
+def plan_tree_files(
+    nodes: float,
+    supers: int,
+    batches: int,
+    shards: int,
+    costs: UnitCosts,
+    spread: Callable[[int, float], np.ndarray],
+    ranks: int,
+) -> list[Stage]:
+    """The stages from the finished batches to the files. shards: that a batch reads."""
+    task, trees, places = costs.task_operations, nodes / _TREE_NODES, nodes / _PLACE_NODES
+    has_own_files = trees <= _TREE_FILES
+    texts = costs.texts + (costs.single_tree if has_own_files else 0.0)
+    single_files = round(2 * trees) if has_own_files else 0
+    total_bytes, ranges, sums = _count_file_parts(nodes)
+    return [
+        _plan_one_rank("order of trees", trees * costs.sort + batches * costs.read_part, batches + task),
         Stage(
             "texts",
             spread(batches, nodes / batches * texts),
@@ -410,7 +422,7 @@ def plan_trees(
             reads=3 + shards,
         ),
         # The files are put in order side by side; the one with most items takes longest.
-        one_rank("order of rows", max(trees, places) * costs.sort + batches * costs.read_part, batches + task),
+        _plan_one_rank("order of rows", max(trees, places) * costs.sort + batches * costs.read_part, batches + task),
         Stage(
             "files",
             spread(ranges, total_bytes / ranges * costs.gather),
@@ -420,11 +432,26 @@ def plan_trees(
         ),
         Stage("checksums", spread(sums, total_bytes / sums * costs.checksum), task),
         # One rank asks for each result of the stages before whether it is there.
-        one_rank("list of results", 0.0, 2 * supers + 2 * batches + ranges + sums),
+        _plan_one_rank("list of results", 0.0, 2 * supers + 2 * batches + ranges + sums),
         # The rank that writes the record has not read the journal before.
-        one_rank("record", batches * costs.read_part + trees * costs.sort, batches + task + ranks),
-        Stage("removal", np.zeros(scratch // 512 + 1), 512),
+        _plan_one_rank("record", batches * costs.read_part + trees * costs.sort, batches + task + ranks),
     ]
+
+
+def _count_file_parts(nodes: float) -> tuple[float, int, int]:
+    """[byte] Of all files of the trees, and the stretches in which they are written and in which they are hashed."""
+    trees, places = nodes / _TREE_NODES, nodes / _PLACE_NODES
+    total_bytes = nodes * _TREE_BYTES + places * _PLACE_BYTES + trees * _NEURON_BYTES
+    return (
+        total_bytes,
+        math.ceil(total_bytes / sorted_parts.RANGE_BYTES),
+        math.ceil(total_bytes / (16 * files.CHUNK_BYTES)),
+    )
+
+
+def _plan_one_rank(name: str, seconds: float, operations: int) -> Stage:
+    """A stage of one task, for which all other ranks wait."""
+    return Stage(name, np.array([seconds]), operations, is_serial=True)
 
 
 def _count_rows(shape: Shape) -> int:

@@ -38,8 +38,8 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     stage, counted = "start", dict[str, int]()
     for line in trace.read_text(errors="replace").splitlines():
         call = re.match(r"\d+ +(\w+)\((.*)", line)
-        if found := re.search(r'"/MARK/(\w+)"', line):
-            stage = found[1]
+        if mark := re.search(r'"/MARK/(\w+)"', line):
+            stage = mark[1]
         # A look at an open file is none at its path.
         elif call and re.search(rf"{out}/(a.ome.zarr/.*/c/|whole|journal)", call[2]) and not re.match(r"\d+<", call[2]):
             is_new_folder = call[1] == "mkdir" or ("O_DIRECTORY" in call[2] and not re.search(r"/c/\d+/\d+\"", call[2]))
