@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.data.store import Store
-from hpc_neuro.metrics.statistics import Interval, mean_interval, paired_difference
+from hpc_neuro.metrics.statistics import mean_interval, paired_difference
 from hpc_neuro.models.student import build_student
 from hpc_neuro.train.config import OptimConfig
 from hpc_neuro.train.optim import lr_at
@@ -46,9 +46,10 @@ from tools.bench.quality import (
     Settings,
     StudentLogits,
     choose_threshold,
-    format_interval,
+    describe,
     mean_over_seeds,
     predict,
+    read_training,
     score_mask,
     score_trees,
     train,
@@ -161,11 +162,8 @@ def train_and_score(store: Store, fold: Fold, start: InitialStudent, settings: S
         "batch": settings.batch,
         "seconds": settings.seconds,
     }
-    if path.exists():
-        result: dict[str, Any] = files.read_json(path, f"remove {path}")
-        if result["settings"] != facts:
-            raise InputError(f"{path} was made with other settings; choose another --out, or remove {out}")
-        return result
+    if (earlier := read_training(path, facts)) is not None:
+        return earlier
 
     torch.manual_seed(fold.seed)
     recipe = build_recipe(start, fold.start)
@@ -215,14 +213,6 @@ def summarize(scores: dict[str, dict[str, dict[str, list[float]]]], numbers: Seq
                 for metric in METRICS
             }
     return {"scores": scores, "mean": mean, "difference": difference}
-
-
-def describe(facts: dict[str, Any]) -> Iterator[str]:
-    """The tables for people."""
-    yield f"{'':<26}" + "".join(f"{metric:>26}" for metric in METRICS)
-    for kind in ("mean", "difference"):
-        for name, metrics in facts[kind].items():
-            yield f"{name:<26}" + "".join(f"{format_interval(Interval(**metrics[m])):>26}" for m in METRICS)
 
 
 if __name__ == "__main__":

@@ -163,11 +163,8 @@ def train_and_score(
     """The scores of one training, from its file where it has been done."""
     path = out / "trainings" / f"{held_out}_{seed}_{network}.json"
     facts = {**asdict(settings), "crop": list(settings.crop), "store": str(store.path.resolve())}
-    if path.exists():
-        result: dict[str, Any] = files.read_json(path, f"remove {path}")
-        if result["settings"] != facts:
-            raise InputError(f"{path} was made with other settings; choose another --out, or remove {out}")
-        return result
+    if (earlier := read_training(path, facts)) is not None:
+        return earlier
 
     ids = list(store.ids)
     validated = ids[(ids.index(held_out) + 1) % len(ids)]
@@ -190,6 +187,16 @@ def train_and_score(
     files.write_json(path, result)
     figures = "  ".join(f"{metric} {result[metric]:.3f}" for metric in METRICS)
     print(f"{held_out:<16} seed {seed} {network:<14} {steps:6d} steps  {figures}", flush=True)
+    return result
+
+
+def read_training(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The scores of a training that was done; None for one that was not. Raises InputError for other settings."""
+    if not path.exists():
+        return None
+    result: dict[str, Any] = files.read_json(path, f"remove {path}")
+    if result["settings"] != settings:
+        raise InputError(f"{path} was made with other settings; choose another --out, or remove {path.parent.parent}")
     return result
 
 

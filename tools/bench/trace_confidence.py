@@ -24,7 +24,6 @@ from scipy.optimize import minimize
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.constants import TOLERANCE_VOX
-from hpc_neuro.core.geometry import Point
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.evaluate.confidence import judge_cable
 from hpc_neuro.trace_stacks.calibration import calibrate, compute_log_odds
@@ -95,10 +94,7 @@ def judge_stack(neuron: Neuron, name: str, degrade: Degrade, predictor: StackPre
     """Trace a copy of a neuron and compare its cable with gold; None without a tree."""
     image, gold, size = degrade(neuron.read(), neuron.tree, neuron.size)
     z, y, x = image.shape
-    roots: list[Point] = []
-    if neuron.has_root:
-        first = np.clip(gold.points[0], 0, np.asarray(image.shape) - 1)
-        roots = [(float(first[0]), float(first[1]), float(first[2]))]
+    roots = neuron.list_roots(gold, (z, y, x))
     try:
         trace = trace_image(lambda box: image[box.slices], (z, y, x), size, roots=roots, predictor=predictor)
     except InputError as error:

@@ -27,7 +27,7 @@ from skimage.filters import threshold_otsu
 
 from hpc_neuro.core import morphology
 from hpc_neuro.core.constants import TOLERANCE_VOX
-from hpc_neuro.core.geometry import Box, Point, VoxelSize
+from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
@@ -94,6 +94,13 @@ class Neuron:
     size: VoxelSize
     has_root: bool
     """Whether the tracer is given the root."""
+
+    def list_roots(self, tree: Tree, shape: Shape) -> list[Point]:
+        """The root that the tracer is given, inside a copy of this shape; `tree`: of the copy."""
+        if not self.has_root:
+            return []
+        z, y, x = np.clip(tree.points[0], 0, np.asarray(shape) - 1).tolist()
+        return [(z, y, x)]
 
 
 def list_neurons(path: Path) -> list[Neuron]:
@@ -183,11 +190,7 @@ def _judge(neuron: Neuron, degrade: Degrade, predictor: StackPredictor | None) -
     image, tree, size = degrade(neuron.read(), neuron.tree, neuron.size)
     z, y, x = image.shape
 
-    roots: list[Point] = []
-    if neuron.has_root:
-        first = np.clip(tree.points[0], 0, np.asarray(image.shape) - 1)
-        roots = [(float(first[0]), float(first[1]), float(first[2]))]
-
+    roots = neuron.list_roots(tree, (z, y, x))
     try:
         result = trace_image(lambda box: image[box.slices], (z, y, x), size, roots=roots, predictor=predictor)
         traced, doubt = morphology.concatenate_trees(result.trees), measure_doubt(result.figures)
