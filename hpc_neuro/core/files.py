@@ -118,6 +118,33 @@ def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         np.savez(handle, allow_pickle=False, **arrays)
 
 
+def create_once(path: Path, text: str) -> bool:
+    """Write a small file of UTF-8 text that is not there yet; False when there is one. One of several writers wins."""
+    # Linked to its name when it is whole, so that no other process reads half a file.
+    part = _part_path(path.parent, path.name)
+    write_text(part, text)
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # File systems without hard links create a file for one process only, too.
+        return _create_exclusively(path, part.read_bytes())
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def _create_exclusively(path: Path, content: bytes) -> bool:
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    return True
+
+
 @overload
 def read_json(path: Path, hint: str) -> Any: ...
 @overload

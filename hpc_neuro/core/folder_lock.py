@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import json
 import logging
 import os
 import platform
@@ -144,7 +145,7 @@ def describe_holder(folder: Path) -> str | None:
 
 def _acquire(folder: Path, owner: Owner) -> None:
     path = folder / LOCK
-    while not _create(path, owner):
+    while not files.create_once(path, json.dumps(asdict(owner))):
         previous = _read_owner(path)
         if not _is_stale(path):
             raise InputError(_describe_conflict(folder, previous))
@@ -152,33 +153,6 @@ def _acquire(folder: Path, owner: Owner) -> None:
         if _take_away(path, previous):
             name = previous.describe() if previous else "a process that left no name"
             log.warning("%s: taken over from %s, which is gone", folder, name)
-
-
-def _create(path: Path, owner: Owner) -> bool:
-    """Write the lock; False when there is one."""
-    # Linked to its name when it is whole, so that no other process reads half a lock.
-    part = path.with_name(f".{path.name}.{owner.token[:8]}.part")
-    files.write_json(part, asdict(owner))
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        # File systems without hard links create a file for one process only, too.
-        return _create_exclusively(path, part.read_bytes())
-    finally:
-        part.unlink(missing_ok=True)
-    return True
-
-
-def _create_exclusively(path: Path, content: bytes) -> bool:
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-        return False
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    return True
 
 
 def _read_owner(path: Path) -> Owner | None:

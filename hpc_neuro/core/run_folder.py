@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import functools
+import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -43,6 +45,10 @@ CONFIG = "config.yaml"
 """Name of the resolved config in a run folder."""
 SHARES = "shares"
 """Folder in a run folder with the records of the tasks of a job array."""
+_AGREED = ".agreed"
+"""Folder beside the shares of a run with what they have in common."""
+_AGREED_CONFIG = "config.json"
+"""File in that folder with the settings."""
 REMAKE = f"remove it and the {CONFIG} beside it, and run that stage again"
 """What to do about a record that cannot be read."""
 VERSION_FILE = "CODE_VERSION"
@@ -324,10 +330,33 @@ def _read_previous(
 
 def _check_shares(out: Path, resolved: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]) -> None:
     """Raise ConfigError if shares of the run in `out`, or the other shares beside this one, are of another run."""
-    # The folder of one share lies in OUT/shares/NAME.
-    root = out.parent.parent if out.parent.name == SHARES else out
     own = {key: value for key, value in resolved.items() if key != "share"}
+    if out.parent.name != SHARES:
+        _compare_with_shares(out, out, own, hashes, may_change)
+        return
 
+    # A share reads what all agreed on: if each read the records of all others, an array would read n * n of them.
+    agreed = _AgreedFacts(out.parent / _AGREED)
+    if agreed.contain(own, hashes, may_change):
+        return
+
+    # What was agreed on may be of shares that have been removed since.
+    recorded = _compare_with_shares(out.parent.parent, out, own, hashes, may_change)
+    if not agreed.add(own, {**recorded, **hashes}, may_change):
+        raise ConfigError(
+            f"another share of {out.parent.parent} started at the same time with other settings or inputs; give all "
+            "shares the same ones, or another `out`"
+        )
+
+
+def _compare_with_shares(
+    root: Path, out: Path, own: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]
+) -> dict[str, str]:
+    """The inputs that the shares of the run in `root` recorded, but that in `out`.
+
+    Raises ConfigError if any of them is of another run.
+    """
+    inputs = dict[str, str]()
     for path in sorted((root / SHARES).glob(f"*/{RECORD}")):
         if path.parent == out:
             continue
@@ -341,6 +370,64 @@ def _check_shares(out: Path, resolved: dict[str, Any], hashes: Mapping[str, str]
                 f"the share in {path.parent} was made with other settings or inputs; give all shares, and the run that "
                 "gathers them, the same ones, or another `out`. Different:\n  " + "\n  ".join(different)
             )
+        inputs |= record.get("inputs", {})
+    return inputs
+
+
+class _AgreedFacts:
+    """The settings and inputs that the shares of a run have in common: a file for the settings and one for each input.
+
+    The share that comes first to a fact writes it, and the others read it. Shares have different inputs, so there is no
+    one file of all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def contain(self, config: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]) -> bool:
+        """Whether the settings are agreed on, and no input is agreed on with another digest; new inputs are added."""
+        agreed = self._read(_AGREED_CONFIG)
+        if agreed is None or differences(config, agreed, may_change):
+            return False
+
+        # A share that is refused leaves nothing behind.
+        missing = dict[str, str]()
+        for name, digest in hashes.items():
+            fact = self._read(_name_fact(name))
+            if fact is None:
+                missing[_name_fact(name)] = digest
+            elif fact != digest:
+                return False
+        return all(self._write_first(name, digest) == digest for name, digest in missing.items())
+
+    def add(self, config: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]) -> bool:
+        """Write what no share disagrees with; False when another share wrote something else in between."""
+        facts = {_name_fact(name): digest for name, digest in hashes.items()}
+        stale = [name for name, digest in facts.items() if self._read(name) != digest]
+        agreed = self._read(_AGREED_CONFIG)
+        if agreed is None or differences(config, agreed, may_change):
+            stale.append(_AGREED_CONFIG)
+
+        for name in stale:
+            (self._folder / name).unlink(missing_ok=True)
+            self._write_first(name, facts.get(name, config))
+        return self.contain(config, hashes, may_change)
+
+    def _read(self, name: str) -> Any:
+        """A fact; None where no share has written it, or it was damaged since."""
+        with contextlib.suppress(InputError):
+            return files.read_json(self._folder / name, "")
+        return None
+
+    def _write_first(self, name: str, value: Any) -> Any:
+        """Write a fact that no share has written; the fact that holds."""
+        is_first = files.create_once(self._folder / name, json.dumps(value))
+        return value if is_first else self._read(name)
+
+
+def _name_fact(name: str) -> str:
+    """The file of an input, whose own name may hold any character."""
+    return f"{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
 
 
 def differences(new: Any, old: Any, may_change: Sequence[str] = ()) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from hpc_neuro import evaluate, infer, prepare
-from hpc_neuro.core import run_folder
+from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.schema import ConfigError, config, load
 from hpc_neuro.data.synthetic import SyntheticConfig, write_dataset
 from hpc_neuro.models.config import StudentConfig
@@ -112,3 +113,58 @@ def test_shares_and_what_gathers_them_are_of_one_run(
         assert says in str(caught.value)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     start({"a": "1", "b": "2"})
+
+
+def test_an_array_of_twice_as_many_tasks_reads_twice_as_many_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = list[Path]()
+    read_json = files.read_json
+
+    def count(path: Path, hint: str, *form: object) -> object:
+        paths.append(path)
+        return read_json(path, hint, *form)
+
+    monkeypatch.setattr(files, "read_json", count)
+    reads = []
+    for tasks in (20, 40):
+        paths.clear()
+        for task in range(tasks):
+            start_share(tmp_path / str(tasks), (task, tasks), {"weights": "1", f"volume {task}": "2"})
+        reads.append(len(paths))
+    assert 0 < reads[1] <= 2 * reads[0]
+
+
+def test_shares_that_took_the_place_of_others_agree_anew(tmp_path: Path) -> None:
+    start_share(tmp_path, (0, 2), {"weights": "1"})
+    with pytest.raises(ConfigError, match="0000_of_0002 was made with other settings"):
+        start_share(tmp_path, (1, 2), {"weights": "2"})
+
+    # The advice: remove what does not belong together.
+    shutil.rmtree(run_folder.share_folder(tmp_path, (0, 2)))
+    start_share(tmp_path, (1, 2), {"weights": "2"})
+    with pytest.raises(ConfigError, match="0001_of_0002 was made with other settings"):
+        start_share(tmp_path, (0, 2), {"weights": "1"})
+
+
+def test_inputs_that_only_some_shares_have_are_compared(tmp_path: Path) -> None:
+    for task, volume in enumerate(("a", "b", "a")):
+        start_share(tmp_path, (task, 4), {"weights": "1", f"volume {volume}": "1"})
+    with pytest.raises(ConfigError, match="the input volume b"):
+        start_share(tmp_path, (3, 4), {"weights": "1", "volume b": "2"})
+
+
+def test_shares_of_an_earlier_version_are_compared(tmp_path: Path) -> None:
+    start_share(tmp_path, (0, 4), {"weights": "1", "volume a": "1"})
+    shutil.rmtree(tmp_path / "shares" / ".agreed")
+    with pytest.raises(ConfigError, match="0000_of_0004 was made with other settings"):
+        start_share(tmp_path, (1, 4), {"weights": "2"})
+    start_share(tmp_path, (2, 4), {"weights": "1"})
+    with pytest.raises(ConfigError, match="the input volume a"):
+        start_share(tmp_path, (3, 4), {"weights": "1", "volume a": "2"})
+
+
+def start_share(out: Path, share: tuple[int, int], inputs: dict[str, str]) -> None:
+    cfg = load(Cfg, None, [f"out={out}", f"share=[{share[0]},{share[1]}]"])
+    with run_folder.start("test", cfg, run_folder.share_folder(out, share), inputs) as run:
+        run.finish({})
