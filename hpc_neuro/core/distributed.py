@@ -8,13 +8,16 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.stop_signals import Stopped
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 _LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
@@ -130,6 +133,16 @@ class PacedAgreement:
         return [bool(answer) for answer in answers]
 
 
+@dataclass(frozen=True)
+class NodeMemory:
+    """Memory that the ranks of a node share."""
+
+    members: list[int]
+    """[n] The ranks of the node, in their order."""
+    slots: NDArray[np.uint8]
+    """[n + 1, byte]"""
+
+
 class Ranks:
     """The processes that run one verb together: this process alone, or all ranks of an MPI job.
 
@@ -235,6 +248,30 @@ class Ranks:
         server = self.run(lambda: tcp_store(host, 0, is_master=True, wait_for_workers=False) if self.is_main else None)
         main_host, port = self.gather((host, server.port if server else 0))[0]
         return self.run(lambda: server or tcp_store(main_host, port, is_master=False, wait_for_workers=False))
+
+    def share_node_memory(self, slot_bytes: int) -> NodeMemory:
+        """Memory that the ranks of each node share, with a slot for each of them and one more; zeros at first.
+
+        It is given back when the process ends.
+        """
+        import numpy as np
+
+        if self.comm is None:
+            return NodeMemory([self.rank], np.zeros((2, slot_bytes), dtype=np.uint8))
+
+        from mpi4py import MPI
+
+        node = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        members = node.allgather(self.rank)
+        size = (len(members) + 1) * slot_bytes
+        window = MPI.Win.Allocate_shared(size if node.Get_rank() == 0 else 0, comm=node)
+        memory: Any = window.Shared_query(0)[0]
+        slots = np.frombuffer(memory, dtype=np.uint8, count=size).reshape(-1, slot_bytes)
+        if node.Get_rank() == 0:
+            slots[:] = 0
+        node.Barrier()
+        node.Free()
+        return NodeMemory(members, slots)
 
     def share_threads(self) -> None:
         """Divide the cores of each node among its ranks, unless the launcher did so already.
