@@ -203,9 +203,10 @@ class TeacherConfig:
 class TransferConfig:
     """How the teacher's weights become the student's (models/inflate.py)."""
 
-    rule: Literal["scratch", "untrained", "average", "center", "tubular", "deformable_tubular"] = "average"
-    """3D form of the patch kernel. Two controls: `scratch` leaves the whole student at its random start; `untrained`
-    transfers random weights in the teacher's form, by the rule that fits the tokenizer."""
+    rule: Literal["scratch", "untrained", "shuffled", "average", "center", "tubular", "deformable_tubular"] = "average"
+    """3D form of the patch kernel. Three controls: `scratch` leaves the whole student at its random start; `untrained`
+    and `shuffled` transfer random weights in the teacher's form, and the teacher's own weights in random order within
+    each tensor, by the rule that fits the tokenizer."""
     flatten: Order = "boustrophedon"
     """Order in which the tubular rules flatten the patch; boustrophedon keeps neighboring taps neighbors."""
     block: Literal["zero", "average", "center"] = "zero"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.models.config import Order, TransferConfig, TubularTokens
 from hpc_neuro.models.student import Student
-from hpc_neuro.models.teacher import Teacher, make_untrained_copy
+from hpc_neuro.models.teacher import Teacher, make_shuffled_copy, make_untrained_copy
 from hpc_neuro.models.tensor_names import translate
 
 
@@ -188,6 +188,9 @@ RULES: dict[str, tuple[str, Callable[[Tensor, Tensor, Student, TransferConfig], 
 }
 """Rule -> the tokenizer it needs, and the tokenizer's tensors from the gray kernel [C, h, w] and bias [C]."""
 
+CONTROLS: dict[str, Callable[[Teacher], Teacher]] = {"untrained": make_untrained_copy, "shuffled": make_shuffled_copy}
+"""Rule -> what it transfers in place of the teacher."""
+
 
 def find_rule(student: Student) -> Literal["average", "tubular", "deformable_tubular"]:
     """The rule that fills the student's tokenizer; of the two for blocks, the average."""
@@ -211,11 +214,11 @@ def map_weights(teacher: Teacher, student: Student, cfg: TransferConfig) -> tupl
     tensor is left over on either side (naming it). The stem, the decoder, tube offsets, a zero block kernel and the
     depth positions have nothing to come from and keep their start.
     """
-    # A control: random weights take the same way as a teacher's would, by the rule that fits the student.
-    if cfg.rule == "untrained":
+    # The controls take the same way as a teacher, by the rule that fits the student.
+    if cfg.rule in CONTROLS:
         fitting = dataclasses.replace(cfg, rule=find_rule(student))
-        values, report = map_weights(make_untrained_copy(teacher), student, fitting)
-        return values, dataclasses.replace(report, rule=f"untrained, by {report.rule}")
+        values, report = map_weights(CONTROLS[cfg.rule](teacher), student, fitting)
+        return values, dataclasses.replace(report, rule=f"{cfg.rule}, by {report.rule}")
 
     report = TransferReport(cfg.rule, teacher.identity)
     own = student.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -191,6 +192,22 @@ def make_untrained_copy(teacher: Teacher, seed: int = 0) -> Teacher:
     device, dtype = trained.patch_embed.proj.weight.device, trained.patch_embed.proj.weight.dtype
     identity = {"name": f"random copy of {teacher.identity['name']}", "sha256": _tensor_digest(vit.state_dict())}
     return Teacher(vit.to(device, dtype), identity, teacher.mean, teacher.std)
+
+
+def make_shuffled_copy(teacher: Teacher, seed: int = 0) -> Teacher:
+    """The teacher with the numbers of every tensor in random order: the scale of its weights without what they say.
+
+    A table of positions stays as it is. Source: Raghu et al., Transfusion, NeurIPS 2019, who draw from the moments.
+    """
+    vit = copy.deepcopy(teacher.backbone)
+    draws = torch.Generator().manual_seed(seed)
+    for name, tensor in vit.named_parameters():
+        if name != "pos_embed":
+            order = torch.randperm(tensor.numel(), generator=draws).to(tensor.device)
+            tensor.data.copy_(tensor.data.flatten()[order].view_as(tensor))
+
+    identity = {"name": f"shuffled copy of {teacher.identity['name']}", "sha256": _tensor_digest(vit.state_dict())}
+    return Teacher(vit, identity, teacher.mean, teacher.std)
 
 
 def fetch(name: str, out: Path) -> list[str]:

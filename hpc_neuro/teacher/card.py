@@ -61,26 +61,8 @@ def write_teacher(
 
     probes, gate: figures of the finished teacher; None while it trains, or where nothing was measured.
     """
-    arch = str(vit.pretrained_cfg["architecture"])  # type: ignore[index]
-    weights = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in vit.state_dict().items()}
-    facts = {"arch": arch, "patch": str(recipe.patch), "license": origin.license}
-    with files.atomic(out / WEIGHTS) as part:
-        save_file(weights, part, metadata=facts)
-
     card = {
-        "name": "trained",
-        "arch": arch,
-        "patch": recipe.patch,
-        "file": WEIGHTS,
-        "sha256": files.sha256(out / WEIGHTS),
-        "dtype": "float16",
-        "license": origin.license,
-        "input": {
-            "mean": list(recipe.mean),
-            "std": list(recipe.std),
-            "range": "0..1 before normalization",
-            "size": int(vit.patch_embed.img_size[0]),  # type: ignore[union-attr,index]
-        },
+        **_write_weights(out, vit, recipe.patch, (recipe.mean, recipe.std), origin.license),
         "recipe": {"objective": recipe.objective.name, "depth": len(vit.blocks)},  # type: ignore[arg-type]
         "stages": [*origin.stages, _describe_stage(recipe, progress, origin)],
         "probes": probes,
@@ -88,6 +70,41 @@ def write_teacher(
     }
     files.write_json(out / NOTE, card)
     return card
+
+
+def write_copy(out: Path, teacher: Teacher) -> None:
+    """Write a teacher that was not trained here, such as the untrained copy of one, as `trained` reads it."""
+    out.mkdir(parents=True, exist_ok=True)
+    head = _write_weights(out, teacher.backbone, teacher.patch, (teacher.mean, teacher.std), "not stated")
+    stages = list_stages({}, teacher)
+    files.write_json(out / NOTE, {**head, "recipe": {"objective": "none", "depth": teacher.depth}, "stages": stages})
+
+
+def _write_weights(
+    out: Path, vit: nn.Module, patch: int, input_moments: tuple[Sequence[float], Sequence[float]], license_: str
+) -> dict[str, Any]:
+    """Write the weights (float16); the part of the card that says how they are loaded."""
+    arch = str(vit.pretrained_cfg["architecture"])  # type: ignore[index]
+    weights = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in vit.state_dict().items()}
+    with files.atomic(out / WEIGHTS) as part:
+        save_file(weights, part, metadata={"arch": arch, "patch": str(patch), "license": license_})
+
+    mean, std = input_moments
+    return {
+        "name": "trained",
+        "arch": arch,
+        "patch": patch,
+        "file": WEIGHTS,
+        "sha256": files.sha256(out / WEIGHTS),
+        "dtype": "float16",
+        "license": license_,
+        "input": {
+            "mean": list(mean),
+            "std": list(std),
+            "range": "0..1 before normalization",
+            "size": int(vit.patch_embed.img_size[0]),  # type: ignore[union-attr,index]
+        },
+    }
 
 
 def _describe_stage(recipe: Recipe, progress: Progress, origin: Origin) -> dict[str, Any]:

@@ -139,3 +139,19 @@ def test_an_untrained_copy_is_transferred_by_the_rule_that_fits(tokens: BlockTok
     assert all(torch.equal(own[name], other[name]) for name in own)
     transfer(guide, expected, TransferConfig(rule=rule))
     assert not torch.equal(own["vit.blocks.0.attn.qkv.weight"], other["vit.blocks.0.attn.qkv.weight"])
+
+
+def test_a_shuffled_teacher_keeps_the_numbers_of_every_tensor_and_nothing_else() -> None:
+    guide = family("vit_tiny_patch16_224")
+    student, expected = (student_for(guide) for _ in range(2))
+    report = transfer(guide, student, TransferConfig(rule="shuffled"))
+    transfer(guide, expected, TransferConfig())
+    assert "(rule shuffled, by average)" in str(report)
+
+    own, other = student.state_dict(), expected.state_dict()
+    kept = [name for name in own if name.startswith("vit.blocks.") and torch.unique(other[name]).numel() > 1]
+    assert kept
+    for name in kept:
+        assert not torch.equal(own[name], other[name])
+        assert torch.equal(own[name].flatten().sort().values, other[name].flatten().sort().values)
+    assert torch.equal(own["vit.pos_embed"], other["vit.pos_embed"])
