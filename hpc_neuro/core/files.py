@@ -90,6 +90,16 @@ def atomic(path: Path) -> Iterator[Path]:
             _remove(part)
 
 
+def write_all(handle: int, content: bytes, at: int | None = None) -> None:
+    """Write bytes to an open file, at its position, or `at` a byte of it."""
+    left = memoryview(content)
+    # One call of the kernel may write less than it is given.
+    while len(left):
+        written = os.write(handle, left) if at is None else os.pwrite(handle, left, at)
+        left = left[written:]
+        at = None if at is None else at + written
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic(path) as part:

@@ -134,7 +134,7 @@ def write_range(folder: Path, stream: Stream, number: int) -> None:
     # Only written to, never read: a client of NFS that reads a page may write all of it, with what others wrote.
     handle = os.open(_unfinished_path(folder, stream), os.O_WRONLY)
     try:
-        _write_all(handle, b"".join(texts), target)
+        files.write_all(handle, b"".join(texts), target)
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -202,14 +202,6 @@ def _read_texts(folder: Path, items: NDArray[np.void]) -> list[bytes]:
         ):
             texts[place] = block[begin:end]
     return texts
-
-
-def _write_all(handle: int, text: bytes, target: int) -> None:
-    """Write at a place of a file; one call may write less than it is given."""
-    left = memoryview(text)
-    while len(left):
-        written = os.pwrite(handle, left, target)
-        left, target = left[written:], target + written
 
 
 def _count_digits(numbers: Ints) -> Ints:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import math
+import os
 import shutil
 import threading
 import uuid
@@ -136,11 +137,7 @@ class ShardReader:
     def __init__(self, folder: Path, keep_bytes: int, written: Collection[str] | None = None) -> None:
         """keep_bytes: of the files that stay in memory. written: the shards that have a file; None: not known."""
         self._folder, self._keep_bytes, self._written = folder, keep_bytes, written
-        context = ts.Context()
-        self._memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
-        self._memory.write("zarr.json", (folder / "0" / "zarr.json").read_bytes()).result()
-        spec = {"driver": "zarr3", "kvstore": {"driver": "memory"}}
-        self._array = ts.open(spec, context=context, open=True).result()
+        self._memory, self._array = _open_in_memory(folder / "0")
         self._shard = _read_shard_shape(self._array)
         self._sizes, self._total = OrderedDict[str, int](), 0
         self._lock = threading.Lock()
@@ -174,6 +171,81 @@ class ShardReader:
         return len(content)
 
 
+class ShardWriter:
+    """Writes shards of one level of an image, with three operations on the metadata server for each.
+
+    They are a new file, its name, and one opening to read it back. tensorstore encodes the shard in memory; by itself
+    it would also open the folder, to flush the new name, and the file once more for its checksum. A name that a power
+    cut takes back is missed by the next start, which compares the sizes of all shards.
+    """
+
+    def __init__(self, folder: Path, number: int = 0, label: str | None = None) -> None:
+        self._base = folder / (f"labels/{label}/{number}" if label else str(number))
+        self._memory, self._array = _open_in_memory(self._base)
+        self._shard = _read_shard_shape(self._array)
+
+    def write(self, box: Box, values: Array) -> tuple[str, int]:
+        """Write a box that is one whole shard (or what the volume's end leaves of it) and is not all zero.
+
+        SHA-256 and size [bytes] of its file. Raises OSError when it reads back other than it was written.
+        """
+        key = _strip_level(shard_path(_divide(box.start, self._shard)))
+        self._array[box.slices].write(np.ascontiguousarray(values)).result()
+        content = self._memory.read(key).result().value
+        try:
+            # A disk that fails is noticed while the values can still be computed again, and so is a codec.
+            is_sound = np.array_equal(read_box(self._array, box), values)
+        finally:
+            self._memory.write(key, None).result()
+
+        path = self._base / key
+        _put_file(path, content)
+        if not is_sound or path.read_bytes() != content:
+            raise OSError(f"the shard at {box.start} reads back other than it was written; is the disk sound? ({path})")
+        return hashlib.sha256(content).hexdigest(), len(content)
+
+
+def _put_file(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    part = path.with_name(f"{path.name}_{uuid.uuid4().hex[:16]}{_PART_ENDING}")
+    try:
+        handle = _create_file(part)
+        try:
+            files.write_all(handle, content)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _create_file(path: Path) -> int:
+    """An open new file; its folder is made where it is missing."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o666)
+
+
+def _open_in_memory(level: Path) -> tuple[Any, Any]:
+    """A store in memory without shards, and the array in it that has the metadata of a level."""
+    context = ts.Context()
+    memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
+    memory.write("zarr.json", (level / "zarr.json").read_bytes()).result()
+    spec = {"driver": "zarr3", "kvstore": {"driver": "memory"}}
+    return memory, ts.open(spec, context=context, open=True).result()
+
+
+def _divide(corner: Shape, size: Shape) -> Shape:
+    z, y, x = (c // s for c, s in zip(corner, size, strict=True))
+    return z, y, x
+
+
 def _read_shard_shape(array: Any) -> Shape:
     z, y, x = array.chunk_layout.write_chunk.shape
     return z, y, x
@@ -196,22 +268,10 @@ def remove_shard(folder: Path, shard: str) -> None:
             file.unlink(missing_ok=True)
 
 
-def measure_shard(path: Path) -> tuple[str, int]:
-    """SHA-256 and size [bytes] of the file of a shard, which is opened once."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return digest, file.tell()
-
-
 def read_box(array: Any, box: Box) -> Array:
     """The voxels of a box of an open level."""
     values: Array = array[box.slices].read().result()
     return values
-
-
-def write_box(array: Any, box: Box, values: Array) -> None:
-    """Write a box that is one whole shard (or what the volume's end leaves of it)."""
-    array[box.slices].write(np.ascontiguousarray(values)).result()
 
 
 @dataclass(frozen=True)
@@ -259,6 +319,7 @@ class PyramidBuilder:
     def __init__(self, folder: Path, shape: Shape, voxel_size: VoxelSize) -> None:
         self._folder, self._levels = folder, plan_levels(shape, voxel_size)
         self._open = functools.cache(functools.partial(open_level, folder))
+        self._open_writer = functools.cache(functools.partial(ShardWriter, folder))
 
     def build(self, shard: LevelShard) -> tuple[str, int]:
         """Write a shard that has no file yet; its SHA-256 and size [bytes], or "" and 0 where all is zero."""
@@ -270,8 +331,7 @@ class PyramidBuilder:
         # Where no file is, readers see zeros.
         if not values.any():
             return "", 0
-        write_box(self._open(shard.level, shard.label), shard.block.write, values)
-        return measure_shard(self._folder / shard.path)
+        return self._open_writer(shard.level, shard.label).write(shard.block.write, values)
 
 
 def locate_fine_box(levels: Sequence[PyramidLevel], shard: LevelShard) -> tuple[Shape, Box]:

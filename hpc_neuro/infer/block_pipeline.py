@@ -138,7 +138,7 @@ class BlockPipeline:
         self._volume, self._progress, self._is_fresh = volume, progress, is_fresh
 
         # Opened once, so that no block reads the metadata again.
-        self._arrays = ome_zarr.open_level(volume.folder), ome_zarr.open_level(volume.folder, label=MASK)
+        self._writers = ome_zarr.ShardWriter(volume.folder), ome_zarr.ShardWriter(volume.folder, label=MASK)
 
     def run(self, tasks: Iterable[Task[Block]], ledger: TaskLedger[Block, None]) -> None:
         """Work through tasks and report each to the ledger."""
@@ -162,7 +162,14 @@ class BlockPipeline:
                     predicted_at = time.monotonic()
                     seconds = predicted_at - started_at
                     writing = writer.submit(
-                        write_block, self._volume, task.payload, levels, evidence, self._arrays, seconds, self._is_fresh
+                        write_block,
+                        self._volume,
+                        task.payload,
+                        levels,
+                        evidence,
+                        self._writers,
+                        seconds,
+                        self._is_fresh,
                     )
 
                     # A slow disk must not let predicted blocks pile up in memory.
@@ -254,7 +261,7 @@ def write_block(
     block: Block,
     levels: NDArray[np.uint8] | None,
     evidence: EmptyEvidence | None,
-    arrays: tuple[Any, Any],
+    writers: tuple[ome_zarr.ShardWriter, ome_zarr.ShardWriter],
     seconds: float,
     is_fresh: bool = False,
 ) -> None:
@@ -277,15 +284,10 @@ def write_block(
     # The threshold is applied to the stored levels, so that mask and probability agree exactly.
     mask = (levels >= quantize_threshold(volume.threshold)).astype(np.uint8)
     checksums, sizes = dict[str, str](), dict[str, int]()
-    for shard, array, content in zip(shards, arrays, (levels, mask), strict=True):
+    for shard, writer, content in zip(shards, writers, (levels, mask), strict=True):
         # A shard of zeros has no file, and so no checksum.
-        if not content.any():
-            continue
-        ome_zarr.write_box(array, block.write, content)
-        # A disk that fails is noticed while the block can still be computed again.
-        if hash_array(np.asarray(ome_zarr.read_box(array, block.write))) != hash_array(content):
-            raise OSError(f"the block at {start} reads back other than it was written; is the disk sound?")
-        checksums[shard], sizes[shard] = ome_zarr.measure_shard(volume.folder / shard)
+        if content.any():
+            checksums[shard], sizes[shard] = writer.write(block.write, content)
 
     # The marker comes last: a block whose process dies before it is written again.
     volume.markers.write(

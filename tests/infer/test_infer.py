@@ -76,7 +76,7 @@ def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
     ome_zarr.create(tmp_path / "v", "p", shape, size, (32, 64, 256), (32, 64, 64), "mask", {})
     blob = np.zeros(shape, np.uint8)
     blob[10:18, 20:36, 320:344] = 200
-    ome_zarr.write_box(ome_zarr.open_level(tmp_path / "v"), Box.whole(shape), blob)
+    ome_zarr.open_level(tmp_path / "v")[...].write(blob).result()
     for level in ome_zarr.plan_shards(shape, size, (32, 64, 256), "mask"):
         for piece in level:
             ome_zarr.build_shard(tmp_path / "v", shape, size, piece)
@@ -98,7 +98,7 @@ def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Pa
     cfg = configure(model, tmp_path / "o", f"store={store}")
     infer.run(cfg)
     image = ome_zarr.open_level(cfg.out / "a.ome.zarr")
-    ome_zarr.write_box(image, Box((0, 0, 0), (8, 32, 32)), np.full((8, 32, 32), 9, np.uint8))
+    image[:8, :32, :32].write(np.full((8, 32, 32), 9, np.uint8)).result()
     drop_block(cfg.out)
     (cfg.out / "predictions.json").unlink()
     torn = [

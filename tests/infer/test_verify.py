@@ -188,7 +188,7 @@ def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:
     shape, shard = (8, 600, 64), (8, 64, 64)
     ome_zarr.create(tmp_path / "v", "p", shape, (1.0, 1.0, 1.0), shard, (8, 32, 32), "mask", {})
     spot = Box((0, 64, 0), (8, 128, 64))
-    ome_zarr.write_box(ome_zarr.open_level(tmp_path / "v"), spot, np.full((8, 64, 64), 7, np.uint8))
+    ome_zarr.open_level(tmp_path / "v")[spot.slices].write(np.full((8, 64, 64), 7, np.uint8)).result()
     for level in ome_zarr.plan_shards(shape, (1.0, 1.0, 1.0), shard, "mask"):
         for piece in level:
             ome_zarr.build_shard(tmp_path / "v", shape, (1.0, 1.0, 1.0), piece)

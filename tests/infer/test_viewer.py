@@ -74,7 +74,7 @@ def landmark(tmp_path: Path) -> Path:
     folder = out / "brain.ome.zarr"
     ome_zarr.create(folder, "probability", SHAPE, SIZE, (32, 64, 64), (16, 32, 32), "mask", {})
     box = Box((0, 0, 0), (32, 64, 64))
-    ome_zarr.write_box(ome_zarr.open_level(folder), box, (image[box.slices] > 0).astype(np.uint8) * 255)
+    ome_zarr.open_level(folder)[box.slices].write((image[box.slices] > 0).astype(np.uint8) * 255).result()
     points = np.array([[11, 21, 31], [30, 3, 3], [11, 21, 39], [11, 30, 39]], float)
     tree = morphology.build_tree(points * SIZE, np.array([-1, -1, 0, 2]))
     (out / "swc").mkdir()

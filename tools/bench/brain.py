@@ -104,10 +104,10 @@ class UnitCosts:
     """[s] of the store of rank 0 for each task that is drawn and reported."""
     list_shard: float = 20e-6
     """[s/shard] listing a shard of the pyramid and what it is computed from; measured at the start."""
-    block_operations: int = 10
-    """Path operations of a block that is not empty: two shards are written, read back and hashed; its records go to
+    block_operations: int = 6
+    """Path operations of a block that is not empty: two shards are written and read back; its records go to
     an open log. An empty block takes none. These counts are those of tests/tools/bench/test_brain_operations.py."""
-    shard_operations: int = 4
+    shard_operations: int = 3
     """The same of a shard of the pyramid, besides one for each shard that it is computed from."""
     task_operations: int = 5
     """The same of another task with one result file, which is written whole."""
@@ -306,11 +306,11 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
     predict = np.concatenate(
         [np.sort(spread(full, block_voxels * costs.student))[::-1], np.full(blocks - full, block_voxels * costs.empty)]
     )
-    # Each row of shards along x has a folder, in both images, which takes five operations; each rank has a log.
+    # Each row of shards along x has a folder, in both images, which takes three operations; each rank has a log.
     rows = 2 * _count_rows(shape)
-    operations = np.where(np.arange(blocks) < full, costs.block_operations + 5 * rows / full, 0)
-    # Both shards are opened to be read back and to be hashed.
-    stages = [Stage("blocks", predict, operations, 2 * full + site.ranks, 4 * full / blocks)]
+    operations = np.where(np.arange(blocks) < full, costs.block_operations + 3 * rows / full, 0)
+    # Both shards are opened to be read back.
+    stages = [Stage("blocks", predict, operations, 2 * full + site.ranks, 2 * full / blocks)]
 
     levels = ome_zarr.plan_shards(shape, _VOXEL, _TILING.write, MASK) if blocks < 2e6 else []
     finer = 2 * blocks
