@@ -73,6 +73,16 @@ class Resampling:
         z, y, x = self.factor
         return _find_source(self.new_shape, box, (1 / z, 1 / y, 1 / x))
 
+    def find_new_voxels(self, voxels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[N, 3] the first and the last voxels of the other grid of which `read_back` makes voxels [N, 3] of the
+        image."""
+        spans = [
+            _find_taps(voxels[:, axis], size, 1 / f)
+            for axis, (size, f) in enumerate(zip(self.new_shape, self.factor, strict=True))
+        ]
+        first, last = (np.stack(ends, axis=1) for ends in zip(*spans, strict=True))
+        return first, last
+
     def move_to_new(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """[N, 3] places of the image, z y x voxels -> the same in voxels of the other grid."""
         places: NDArray[np.float64] = (np.asarray(points, dtype=np.float64) + 0.5) / np.asarray(self.factor) - 0.5
@@ -138,19 +148,23 @@ def _find_source(shape: Shape, box: Box, factor: Point) -> Box:
     """The voxels of the old grid that a box of the new one depends on."""
     starts, stops = [], []
     for axis in range(3):
-        if factor[axis] == 1:
-            first, last = box.start[axis], box.stop[axis] - 1
-        else:
-            taps, _ = _weigh_taps((box.start[axis], box.stop[axis]), shape[axis], factor[axis])
-            first, last = int(taps.min()), int(taps.max())
-        starts.append(first)
-        stops.append(last + 1)
+        first, last = _find_taps(np.array([box.start[axis], box.stop[axis] - 1]), shape[axis], factor[axis])
+        starts.append(int(first[0]))
+        stops.append(int(last[1]) + 1)
     return Box((starts[0], starts[1], starts[2]), (stops[0], stops[1], stops[2]))
+
+
+def _find_taps(numbers: NDArray[np.int64], size: int, factor: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[n] the first and the last old voxels along one axis of which new voxels are made."""
+    if factor == 1:
+        return numbers, numbers
+    taps, _ = _weigh_taps(numbers, size, factor)
+    return taps.min(axis=1), taps.max(axis=1)
 
 
 def _resample_axis(values: Floats, axis: int, start: int, span: tuple[int, int], size: int, factor: float) -> Floats:
     """Resample one axis of [Z, Y, X], whose first voxel is number `start` of `size`; `span`: of new voxels."""
-    taps, weights = _weigh_taps(span, size, factor)
+    taps, weights = _weigh_taps(np.arange(*span), size, factor)
     form = [-1 if a == axis else 1 for a in range(3)]
     total = np.take(values, taps[:, 0] - start, axis) * weights[:, 0].reshape(form)
     for number in range(1, taps.shape[1]):
@@ -158,9 +172,9 @@ def _resample_axis(values: Floats, axis: int, start: int, span: tuple[int, int],
     return total
 
 
-def _weigh_taps(span: tuple[int, int], size: int, factor: float) -> tuple[NDArray[np.int64], Floats]:
+def _weigh_taps(new: NDArray[np.int64], size: int, factor: float) -> tuple[NDArray[np.int64], Floats]:
     """[n, K] the old voxels of which each new voxel of one axis is made, and their weights, which add up to 1."""
-    numbers = np.arange(*span, dtype=np.float64)
+    numbers = new.astype(np.float64)
     if factor < 1:
         # Beyond the first and the last center the value stays.
         places = np.clip((numbers + 0.5) * factor - 0.5, 0, size - 1)

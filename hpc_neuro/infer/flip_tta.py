@@ -71,7 +71,8 @@ def sample_trees(trees: VolumeTrees, batch: int) -> ConfidenceSamples:
     blocks = {block.index: block for block in tiling.list_flip_blocks(shape)}
     parts = np.split(voxels, ends[:-1])
     windows = [
-        count_windows(part, tiling, blocks[z, y, x]) for part, (z, y, x) in zip(parts, indices.tolist(), strict=False)
+        count_windows(*tiling.find_neighborhoods(part, shape), tiling, blocks[z, y, x])
+        for part, (z, y, x) in zip(parts, indices.tolist(), strict=False)
     ]
     return ConfidenceSamples(nodes, voxels, indices, ends, np.array(windows, dtype=np.int64))
 
@@ -124,24 +125,23 @@ def list_missing_blocks(trees: VolumeTrees) -> list[SampledBlock]:
     ]
 
 
-def count_windows(voxels: Ints, tiling: Tiling, block: Block) -> int:
-    """How many windows of a block are predicted in each view: those that hold a sample or a voxel next to one.
+def count_windows(first: Ints, last: Ints, tiling: Tiling, block: Block) -> int:
+    """How many windows of a block are predicted in each view: those that hold a voxel of a neighborhood.
 
-    voxels: [M, 3] its samples.
+    first, last: [M, 3] of the neighborhoods, on the student's grid.
     """
     # The lattice of windows starts at the first voxel that is read.
-    voxels = voxels - np.array(block.read.start)
+    start = np.array(block.read.start)
     window, step = np.array(tiling.window), np.array(tiling.step)
 
-    # The first and the last window, along each axis, that hold a sample grown by one voxel.
-    last = np.maximum(-((window - np.array(block.read.shape)) // step), 0)
-    low = np.clip(-((window - voxels) // step), 0, last)
-    high = np.clip((voxels + 1) // step, 0, last)
+    # The first and the last window, along each axis, that hold a voxel of a neighborhood.
+    end = np.maximum(-((window - np.array(block.read.shape)) // step), 0)
+    low = np.clip(-((window - 1 - (first - start)) // step), 0, end)
+    high = np.clip((last - start) // step, 0, end)
 
     # A window may hold many samples, and runs once.
-    is_needed = np.zeros(last + 1, dtype=bool)
-    for offset in np.ndindex(*(np.max(high - low, axis=0) + 1)):
-        is_needed[tuple(np.minimum(low + np.array(offset), high).T)] = True
+    is_needed = np.zeros(end + 1, dtype=bool)
+    _mark_between(is_needed, low, high)
     return int(np.count_nonzero(is_needed))
 
 
@@ -158,19 +158,23 @@ def predict_views(
     value_of_sample = np.concatenate([inverse + first for (_, inverse), first in zip(pairs, firsts, strict=False)])
 
     # All views share one reading of the image.
-    image, where = source.read(block.read), _mark_neighborhoods(voxels, block.read)
+    tiling = trees.volume.tiling
+    image = source.show(block.read)
+    where = np.zeros(block.read.shape, dtype=bool)
+    first, last = tiling.find_neighborhoods(voxels, source.shape)
+    _mark_between(where, first - np.array(block.read.start), last - np.array(block.read.start))
 
     # Ones are neutral, since a node keeps the lowest of its samples.
     values = np.ones((len(flips), int(firsts[-1])))
     for row, name in zip(values, flips, strict=True):
         axes = [axis for axis, is_flipped in enumerate(parse_orientation(name).flips) if is_flipped]
 
-        # Rounded as the stored probability is, so that rounding alone shows no disagreement.
-        probability = quantize(predictor.predict(image, count_windows, axes, where))
+        probability = tiling.make_reader(block, predictor.predict(image, count_windows, axes, where))
 
-        # The default binds the array of this view, not the variable of the loop.
-        def read(box: Box, probability: NDArray[np.uint8] = probability) -> NDArray[np.uint8]:
-            return probability[box.relative_to(block.read.start).slices]
+        # Rounded as the stored probability is, so that rounding alone shows no disagreement. The default binds the
+        # reader of this view, not the variable of the loop.
+        def read(box: Box, probability: Callable[[Box], NDArray[np.float32]] = probability) -> NDArray[np.uint8]:
+            return quantize(probability(box))
 
         np.minimum.at(row, value_of_sample, tracing.read_neighborhood_max(voxels, read, source.shape))
 
@@ -197,16 +201,10 @@ def load_views(trees: VolumeTrees, forest: Tree, batch: int = 0) -> Floats:
     return views
 
 
-def _mark_neighborhoods(voxels: Ints, box: Box) -> NDArray[np.bool_]:
-    """[Z, Y, X] of a box: whether a voxel is one of `voxels` [M, 3] or next to one."""
-    marked = np.zeros(box.shape, dtype=bool)
-
-    # The confidence at a sample is the highest of its neighborhood, which therefore must be predicted too.
-    for offset in np.ndindex(3, 3, 3):
-        # At a border the clipped neighbor is another voxel of the same neighborhood.
-        neighbors = np.clip(voxels - np.array(box.start) + np.array(offset) - 1, 0, np.array(box.shape) - 1)
-        marked[tuple(neighbors.T)] = True
-    return marked
+def _mark_between(marked: NDArray[np.bool_], first: Ints, last: Ints) -> None:
+    """Mark all cells of [Z, Y, X] between the corners `first` and `last`, both [M, 3] and included."""
+    for offset in np.ndindex(*(np.max(last - first, axis=0) + 1)):
+        marked[tuple(np.minimum(first + np.array(offset), last).T)] = True
 
 
 def _view_path(trees: VolumeTrees, block: Block) -> Path:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,18 +84,33 @@ class Tiling:
 
     def select_own(self, block: Block, probability: NDArray[np.float32]) -> NDArray[np.float32]:
         """The probability of what a block writes, from that of what it reads."""
-        if self.resampling is None:
-            # The context belongs to other blocks, which write it.
-            return probability[block.write.relative_to(block.read.start).slices]
+        # The context belongs to other blocks, which write it.
+        return self.make_reader(block, probability)(block.write)
+
+    def make_reader(self, block: Block, probability: NDArray[np.float32]) -> Callable[[Box], NDArray[np.float32]]:
+        """Reads boxes on the grid of the image, from the probability of what a block reads."""
 
         def read(box: Box) -> NDArray[np.float32]:
             return probability[box.relative_to(block.read.start).slices]
 
-        return self.resampling.read_back(read)(block.write)
+        return read if self.resampling is None else self.resampling.read_back(read)
+
+    def find_neighborhoods(
+        self, voxels: NDArray[np.int64], shape: Shape
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[M, 3] the first and the last voxels of the student's grid on which the neighborhoods of voxels [M, 3] of an
+        image of `shape` depend: a voxel and those next to it."""
+        low, high = np.maximum(voxels - 1, 0), np.minimum(voxels + 1, np.array(shape) - 1)
+        if self.resampling is None:
+            return low, high
+        return self.resampling.find_new_voxels(low)[0], self.resampling.find_new_voxels(high)[1]
 
     def list_flip_blocks(self, shape: Shape) -> list[Block]:
         """The blocks for flipped views (flip_tta.py), read a step farther: there a place also depends on the voxels
-        next to it."""
+        next to it. `read` of a block of a resampled image is on the student's grid."""
+        if self.resampling is not None:
+            blocks = tile_volume(shape, self.write, (1, 1, 1))
+            return [Block(b.index, b.write, self._find_read_box(b.read, self.resampling)) for b in blocks]
         z, y, x = (halo + step for halo, step in zip(self.halo, self.step, strict=True))
         return list(tile_volume(shape, self.write, (z, y, x)))
 

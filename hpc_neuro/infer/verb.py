@@ -42,7 +42,6 @@ def forecast(cfg: InferConfig) -> list[str]:
     predictor = Predictor(cfg)
     volumes = open_inputs(cfg, contrast=predictor.contrast, choose_grid=predictor.choose_grid)
     sources, failures = _require_usable(cfg, volumes)
-    _require_no_flips(cfg, sources)
     resampled = [line for source in sources if (line := _describe_resampling(source))]
     return [*resampled, *describe_run(cfg, predictor, sources), *(f"left out: {line}" for line in failures)]
 
@@ -64,7 +63,6 @@ def run(cfg: InferConfig) -> int:
     # Where a step fails on one rank all must end, or the others would wait for it for ever.
     predictor = ranks.run(lambda: Predictor(cfg))
     sources, unusable = _require_usable(cfg, _open_on_all_ranks(cfg, predictor, ranks))
-    _require_no_flips(cfg, sources)
     folder = run_folder.share_folder(cfg.out, cfg.share)
     ranks.run_on_main(lambda: require_current_form(cfg.out))
     is_whole = _is_whole(cfg, predictor, sources, ranks)
@@ -169,16 +167,6 @@ def _require_usable(
     if unusable and not sources and cfg.share is None:
         raise InputError("\n".join(unusable))
     return sources, unusable
-
-
-def _require_no_flips(cfg: InferConfig, sources: list[InputVolume]) -> None:
-    """ConfigError where mirrored views are asked for of a volume that is resampled."""
-    for source in sources if cfg.flips else ():
-        if source.resampling is not None:
-            raise ConfigError(
-                f"flips: mirrored views are predicted on the grid of the image, and {source.image} is resampled for "
-                f"{cfg.model}; leave flips out, or give any_voxel_size=true"
-            )
 
 
 def _describe_resampling(source: InputVolume) -> str:

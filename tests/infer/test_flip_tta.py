@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import yaml
 from torch import Tensor, nn
 
 from hpc_neuro import infer
-from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.geometry import Box, Point, Shape
 from hpc_neuro.core.morphology import Tree, build_tree
 from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.core.types import StudentOutput
+from hpc_neuro.data.resample import Resampling
 from hpc_neuro.infer import flip_tta, predictor
 from hpc_neuro.infer.predictor import Predictor
 from hpc_neuro.infer.proofread import NodeConfidence
@@ -123,9 +125,19 @@ def _zigzag(shape: Shape) -> Tree:
     return build_tree(np.array(ways), np.arange(-1, len(ways) - 1))
 
 
-@pytest.mark.parametrize(("block", "overlap"), [([8, 32, 32], 0.5), ([16, 64, 64], 0.25)])
-def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, block: list[int], overlap: float) -> None:
-    """It is what the mirrored windows of the whole volume give at once."""
+@pytest.mark.parametrize(
+    ("block", "overlap", "factor"),
+    [
+        ([8, 32, 32], 0.5, None),
+        ([16, 64, 64], 0.25, None),
+        ([8, 32, 32], 0.5, (1.0, 0.6, 0.6)),
+        ([16, 64, 64], 0.25, (0.5, 1.7, 1.7)),
+    ],
+)
+def test_blocks_do_not_show_in_the_second_look(
+    model: Path, tmp_path: Path, block: list[int], overlap: float, factor: Point | None
+) -> None:
+    """It is what the mirrored windows of the whole volume give at once, on the grid that the student sees."""
     image = np.random.default_rng(1).random((16, 48, 70)).astype(np.float32)
     shape, tree = image.shape, _zigzag(image.shape)
     cfg = configure(
@@ -139,6 +151,9 @@ def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, bloc
     )
     predictor = Predictor(cfg)
     source = InputVolume("v", "v", shape, (1.0, 1.0, 1.0), (), "d", lambda box: image[box.slices])
+    grid = None if factor is None else Resampling(shape, (1.0, 1.0, 1.0), factor)
+    if grid is not None:
+        source = replace(source, resampling=grid, read_resampled=grid.read_new(source.read))
     trees = VolumeTrees(cfg, predictor.open_volume(source, 0.0))
     tiling = trees.volume.tiling
     save_arrays(trees.scratch / "forest.npz", tree)
@@ -158,7 +173,11 @@ def test_blocks_do_not_show_in_the_second_look(model: Path, tmp_path: Path, bloc
     values = flip_tta.load_views(trees, tree)
     student, _ = load_student(model / "weights" / "best")
     for row, flip in zip(values, [(2,), (0, 1)], strict=True):
-        whole = quantize(sliding_window.predict(student, image, WINDOW, overlap, flip=flip))
+        shown = image if grid is None else source.show(Box.whole(grid.new_shape))
+        seen = sliding_window.predict(student, shown, WINDOW, overlap, flip=flip)
+        whole = quantize(
+            seen if grid is None else grid.read_back(lambda box, seen=seen: seen[box.slices])(Box.whole(shape))
+        )
         off = np.abs(row - measure_confidence(tree, lambda box, whole=whole: whole[box.slices], shape))
         assert off.max() <= 1 / 255 + 1e-9  # 1e-4 may tip a rounding
         assert np.mean(off > 0) < 0.02

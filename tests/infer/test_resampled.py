@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,6 @@ import tifffile
 from hpc_neuro import cli, infer
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURES
 from hpc_neuro.core.geometry import Box, Point, Shape
-from hpc_neuro.core.schema import ConfigError
 from hpc_neuro.data import swc
 from hpc_neuro.data.resample import Resampling
 from hpc_neuro.data.store import Store
@@ -120,13 +120,18 @@ def test_what_fits_or_shall_stay_is_not_resampled(trained: Path, tmp_path: Path)
         np.testing.assert_array_equal(one, other)
 
 
-def test_flips_are_refused_where_the_image_is_resampled(trained: Path, tmp_path: Path) -> None:
-    inputs = write_bar(tmp_path / "fine.tif", 4)
-    keys = [inputs, "trees=true", "flips=[flip_x]"]
-    with pytest.raises(ConfigError, match="any_voxel_size=true"):
-        infer.run(configure(trained, tmp_path / "out", *keys))
-    assert infer.run(configure(trained, tmp_path / "out", *keys, "any_voxel_size=true")) == EXIT_DONE
-    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["fine"]["trees"] >= 1
+def test_mirrored_views_of_a_resampled_image(trained: Path, tmp_path: Path) -> None:
+    """A student that sees the same in mirrors is as sure as without; see also test_flip_tta."""
+    confidence = {}
+    for name, key in (("views", "flips=[flip_x]"), ("plain", "flips=[]")):
+        out = tmp_path / name
+        inputs = write_bar(tmp_path / "fine.tif", 4)
+        assert infer.run(configure(trained, out, inputs, "trees=true", key)) == EXIT_DONE
+        assert json.loads((out / "predictions.json").read_text())["fine"]["trees"] >= 1
+        confidence[name] = list(csv.DictReader((out / "proofread" / "fine.confidence.csv").open()))
+    views, plain = confidence["views"], confidence["plain"]
+    assert [row["confidence"] for row in views] == [row["confidence"] for row in plain]
+    assert max(float(row["disagreement"]) for row in views) < 0.2
 
 
 def test_voxels_beyond_eight_times_are_refused(
