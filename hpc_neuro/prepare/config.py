@@ -55,8 +55,9 @@ class PrepareConfig:
     out: Path
     """Folder of the store."""
     images: Path | None = None
-    """Folder of pairs with the same stem, ID.tif and ID.swc; an optional meta.json {ID: {root_xyz: [voxel],
-    voxel_size_um_xyz: [um], swc_unit: voxel or um}} beside them is used."""
+    """Folder of pairs with the same stem, ID.tif and ID.swc; in the place of a tree, ID_labels.tif may hold labels (key
+    `labels`). An optional meta.json {ID: {root_xyz: [voxel], voxel_size_um_xyz: [um], swc_unit: voxel or um}} beside
+    them is used."""
     manifest: Path | None = None
     """Instead of `images`: a CSV or YAML list with id, image, swc and, where wanted, voxel_size (z y x um), root (z y x
     voxel), split, neuron, swc_unit, channel, axes; relative paths start at the manifest's folder. In the place of `swc`

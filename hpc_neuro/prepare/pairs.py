@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 _MAX_MANIFEST_BYTES = 64 << 20
 """[bytes] Size of a manifest that is read."""
 
+LABELS_ENDING = "_labels"
+"""End of the stem of a label volume in a folder of pairs."""
+
 Triple = tuple[float, float, float]
 """Three numbers in z y x order."""
 
@@ -76,8 +79,13 @@ def _read_folder(folder: Path, cfg: PrepareConfig) -> list[ImagePair]:
     # A forgotten file is an error: half of a data set would go unnoticed.
     images, swcs = _list_by_stem(folder)
     if not images and not swcs:
-        raise InputError(f"{folder} holds no image and no SWC; pairs with the same stem, ID.tif and ID.swc, are wanted")
-    _require_partner(images, swcs, "SWC")
+        raise InputError(
+            f"{folder} holds no image and no SWC; pairs of an image and a tree, ID.tif and ID.swc, or of an image and "
+            f"its labels, ID.tif and ID{LABELS_ENDING}.tif, are wanted"
+        )
+    images, labels = _take_labels_out(images)
+    _require_one_truth(swcs, labels)
+    _require_partner(images, {**swcs, **labels}, "SWC", f", or labels as ID{LABELS_ENDING}.tif")
     _require_partner(swcs, images, "image")
 
     meta_path = folder / "meta.json"
@@ -85,7 +93,8 @@ def _read_folder(folder: Path, cfg: PrepareConfig) -> list[ImagePair]:
     pairs = []
     for stem, image in images.items():
         # Relative paths of a row start at the folder, so these are absolute.
-        row = {"id": stem, "image": str(image.absolute()), "swc": str(swcs[stem].absolute()), **meta.get(stem, {})}
+        truth = {"swc": str(swcs[stem].absolute())} if stem in swcs else {"labels": str(labels[stem].absolute())}
+        row = {"id": stem, "image": str(image.absolute()), **truth, **meta.get(stem, {})}
         # A fault of a file is not one of a description that is not there.
         pairs.append(_make_pair(row, meta_path if stem in meta else image, folder, cfg))
     return pairs
@@ -116,6 +125,26 @@ def _list_by_stem(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     return images, {by_look.get(unicodedata.normalize("NFC", stem), stem): path for stem, path in swcs.items()}
 
 
+def _take_labels_out(images: Mapping[str, Path]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The images, and by the stem of its image each label volume: ID_labels is that of ID, where there is an ID."""
+    labels = {}
+    for stem, path in images.items():
+        base = stem.removesuffix(LABELS_ENDING)
+        if base != stem and base in images:
+            labels[base] = path
+    taken = set(labels.values())
+    return {stem: path for stem, path in images.items() if path not in taken}, labels
+
+
+def _require_one_truth(swcs: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
+    """Raise InputError for an image with both a tree and a label volume."""
+    if both := sorted(swcs.keys() & labels.keys()):
+        raise InputError(
+            f"{both[0]} has a tree, {swcs[both[0]].name}, and a label volume, {labels[both[0]].name}; move one of them "
+            "away, or name the pairs in a manifest"
+        )
+
+
 def _require_distinct(names: Iterable[str]) -> None:
     """Raise InputError for two names whose results would be the same files, or that look the same."""
     if clash := find_clash(names):
@@ -124,13 +153,13 @@ def _require_distinct(names: Iterable[str]) -> None:
         )
 
 
-def _require_partner(paths: Mapping[str, Path], partners: Mapping[str, Path], kind: str) -> None:
-    """Raise InputError when a file has no partner of the same stem. kind: of the partners."""
+def _require_partner(paths: Mapping[str, Path], partners: Mapping[str, Path], kind: str, other: str = "") -> None:
+    """Raise InputError when a file has no partner of the same stem. kind: of the partners; other: what may do, too."""
     alone = sorted(set(paths) - set(partners))
     if alone:
         raise InputError(
             f"{paths[alone[0]]} has no {kind} of the same stem beside it ({len(alone)} such); "
-            f"put the {kind} there, move the file away, or name the pairs in a manifest"
+            f"put the {kind} there{other}, move the file away, or name the pairs in a manifest"
         )
 
 

@@ -75,6 +75,37 @@ def test_a_plain_mask_needs_no_key(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mask, labels == 2)
 
 
+def test_labels_are_paired_in_a_folder_as_trees_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path)
+    folder, keys = tmp_path / "pairs", ["voxel_size=1,1,1", KEY]
+    folder.mkdir()
+    for number, name in enumerate(("a", "b")):
+        (tmp_path / f"image_{number}.tif").rename(folder / f"{name}.tif")
+        (tmp_path / f"labels_{number}.tif").rename(folder / f"{name}_labels.tif")
+    assert cli.main(["prepare", f"images={folder}", f"out={tmp_path / 'store'}", *keys]) == EXIT_DONE
+    store = Store(tmp_path / "store")
+    assert store.ids == ("a", "b")
+    volume = store["a"]
+    assert not volume.has_tree
+    labels = tifffile.imread(folder / "a_labels.tif")
+    np.testing.assert_array_equal(volume.mask(Box.whole(volume.shape)), np.array([UNLABELED, 0, 1, 0])[labels])
+
+    # A volume needs one truth, and no more.
+    tree = folder / "a.swc"
+    tree.write_text("1 0 1 1 1 1 -1\n2 0 9 9 9 1 1\n")
+    command = ["prepare", f"images={folder}", f"out={tmp_path / 'other'}", *keys]
+    assert cli.main(command) == EXIT_BAD_INPUT
+    assert "a has a tree, a.swc, and a label volume, a_labels.tif; move one of them away" in capsys.readouterr().err
+    tree.unlink()
+    (folder / "b_labels.tif").rename(folder / "b2_labels.tif")
+    assert cli.main(command) == EXIT_BAD_INPUT
+    assert "or labels as ID_labels.tif" in capsys.readouterr().err
+
+    # The advice is followed.
+    (folder / "b2_labels.tif").rename(folder / "b_labels.tif")
+    assert cli.main(command) == EXIT_DONE
+
+
 def test_what_is_wrong_with_labels_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = write_pairs(tmp_path, 1)
     words = ["prepare", f"manifest={manifest}", f"out={tmp_path / 'store'}"]
