@@ -130,6 +130,7 @@ class StudentConfig:
         return self.channels or CHANNELS[self.size]
 
 
+_Widths = tuple[Annotated[float, Field(gt=0)] | None, Annotated[float, Field(gt=0)]]
 _Sides = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
@@ -141,6 +142,7 @@ class _ExtraForm(TypedDict, total=False):
     threshold: Annotated[float, Field(ge=0, le=1)]
     contrast: Contrast
     voxel_sizes: tuple[_Sides, _Sides]
+    neurite_widths: tuple[_Widths, _Widths, _Widths] | None
 
 
 @config

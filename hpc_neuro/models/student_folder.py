@@ -19,6 +19,10 @@ _SAME_ZOOM = 1.5
 """Voxels up to so many times as small or large as those of a student's training are taken as they are."""
 _MOST_ZOOM = 8.0
 """Voxels up to so many times as small or large as those of a student's training are resampled."""
+_THINNER, _WIDER = 1.0, 2.0
+"""Neurites up to so many times as thin or wide as the middle half of a student's training are taken as they are."""
+Widths = tuple[float | None, float | None]
+"""[voxel] Widths of neurites along z and in the plane; None: unknown."""
 _ASSET = Path(__file__).parent.parent / "assets" / "student"
 
 
@@ -57,8 +61,8 @@ def read_contrast(extra: Mapping[str, Any]) -> Contrast:
 def fit_voxel_size(extra: Mapping[str, Any], model: Path, size: VoxelSize | None, image: str) -> Point | None:
     """Sides, in voxels of an image, of voxels like those of a student's training, z y x; None where the image fits.
 
-    extra: of the student's student.yaml; without the voxel sizes of a training (the bundled student learned neurites of
-    many widths) there is nothing to fit. size: [um] z y x; None where it is unknown, and nothing is resampled.
+    extra: of the student's student.yaml; without the voxel sizes of a training there is nothing to fit. size: [um];
+    None where it is unknown, and nothing is resampled.
     Raises InputError for voxels more than `_MOST_ZOOM` times as small or large as those of the training.
     """
     sizes = extra.get("voxel_sizes")
@@ -85,6 +89,53 @@ def _choose_factor(side: float, least: float, most: float) -> float:
     if least / _SAME_ZOOM <= side <= most * _SAME_ZOOM:
         return 1.0
     return min(max(side, least), most) / side
+
+
+def fit_widths(extra: Mapping[str, Any], model: Path, widths: Widths, image: str) -> Point | None:
+    """Sides, in voxels of an image, of voxels on which its neurites are as wide as in a student's training, z y x.
+
+    extra: of the student's student.yaml; widths: [voxel] medians in the image. 1 along an axis that fits. None where
+    nothing can be compared: the training recorded no widths, or none of the image is known.
+    Raises InputError for neurites more than `_MOST_ZOOM` times as wide as in the training.
+    """
+    trained = read_widths(extra)
+    if trained is None or widths == (None, None):
+        return None
+
+    low, middle, high = trained
+    depth, plane = map(_choose_zoom, widths, low, middle, high)
+    if max(depth, plane) <= _MOST_ZOOM:
+        return depth, plane, plane
+
+    raise InputError(
+        f"the neurites in {image} are {format_widths(widths)} voxels wide, and those of the training of {model} "
+        f"{format_widths(middle)}. Up to {_MOST_ZOOM:g} times as wide they are resampled; beyond that an image shows "
+        "other things. Give a coarser level of the image, or have it taken as it is with any_voxel_size=true"
+    )
+
+
+def _choose_zoom(width: float | None, low: float | None, middle: float | None, high: float | None) -> float:
+    """Side of a voxel that fits a training with widths around `middle`, along one axis, in voxels of the image; 1 where
+    the image fits, or nothing is known."""
+    if width is None or low is None or middle is None or high is None:
+        return 1.0
+    return 1.0 if low / _THINNER <= width <= high * _WIDER else width / middle
+
+
+def read_widths(extra: Mapping[str, Any]) -> tuple[Widths, Widths, Widths] | None:
+    """[voxel] The lower quartile, the median and the upper quartile of the widths of the neurites in a student's
+    training; None where they are not recorded."""
+    rows = extra.get("neurite_widths")
+    if rows is None:
+        return None
+    low, middle, high = ((depth, plane) for depth, plane in rows)
+    return low, middle, high
+
+
+def format_widths(widths: Widths) -> str:
+    """Widths in words without the unit, such as 3.1 (along z 2.2)."""
+    depth, plane = ("?" if width is None else f"{width:.2g}" for width in widths)
+    return plane if widths[0] is None else f"{plane} (along z {depth})"
 
 
 def format_sides(sides: Sequence[float]) -> str:

@@ -32,8 +32,8 @@ class TraceStacksConfig:
     voxel_size: GivenVoxelSize | None = None
     """[um] z,y,x; none: as each file says. A stack without one is traced in voxels, and no micrometers are written."""
     any_voxel_size: bool = False
-    """Whether a student sees every image as it is. Else an image whose voxels are more than 1.5 times as small or large
-    as those of its training is resampled, and one beyond 8 times is refused."""
+    """Whether a student sees every image as it is. Else an image whose neurites are too thin or too wide for it, in
+    voxels, is resampled (docs/trace.md), and one with neurites more than 8 times as wide is refused."""
     channel: GivenChannel | None = None
     """Channel of images that have several, from 0."""
     range: GivenRange | None = None

@@ -163,6 +163,8 @@ def _describe(result: dict[str, Any]) -> str:
     trees = files.format_count(measured["trees"], "tree")
     if resampled := result.get("resampled_voxel_size"):
         scale += f", traced in voxels of {' x '.join(f'{s:.4g}' for s in resampled)} \N{MICRO SIGN}m"
+    elif resampled := result.get("resampled_shape"):
+        scale += f", traced in {' x '.join(map(str, resampled))} voxels"
     left_out = files.format_count(measured["left_out_trees"], "shorter piece")
     rest = f", {left_out} left out" if measured["left_out_trees"] else ""
     return (

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from hpc_neuro.core import morphology
 from hpc_neuro.core.geometry import Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
+from hpc_neuro.data.foreground import Foreground
 from hpc_neuro.data.intensity import ReadBox
+from hpc_neuro.data.neurite_width import measure_widths
 from hpc_neuro.data.resample import Resampling
 from hpc_neuro.infer.proofread import DoubtfulPlace
 from hpc_neuro.trace_stacks.edits import Edits
@@ -27,7 +30,16 @@ class GridTrace:
     grid_trees: list[Tree]
     """The trees in voxels of the grid."""
     grid_size: VoxelSize | None
-    """[um] Voxels of the grid."""
+    """[um] Voxels of the grid; on another grid of an image without a voxel size, in voxels of the image."""
+    grid: Resampling | None = None
+    """None: the grid of the image."""
+
+    def measure_width(self) -> float | None:
+        """[voxel of the image] Median width in the plane of what was traced; None where it is unknown."""
+        foreground = self.trace.foreground
+        forest = morphology.concatenate_trees(self.grid_trees)
+        _, width = measure_widths(forest, foreground.read_image, foreground.shape).median
+        return width if width is None or self.grid is None else width * self.grid.factor[2]
 
 
 def trace_on_grid(
@@ -38,11 +50,13 @@ def trace_on_grid(
     *,
     roots: Sequence[Point] = (),
     edits: Edits | None = None,
+    foreground: Foreground | None = None,
     **settings: Any,
 ) -> GridTrace:
-    """Trace an image on `grid`, None: its own. `settings`, and errors, as of `trace_image`."""
+    """Trace an image on `grid`, None: its own. `foreground`: of its own grid. `settings`, and errors, as of
+    `trace_image`."""
     if grid is None:
-        trace = trace_image(read, shape, voxel_size, roots=roots, edits=edits, **settings)
+        trace = trace_image(read, shape, voxel_size, roots=roots, edits=edits, foreground=foreground, **settings)
         return GridTrace(trace, trace.trees, voxel_size)
 
     trace = trace_image(
@@ -59,7 +73,7 @@ def trace_on_grid(
         somas=[_move_soma(soma, grid) for soma in trace.somas],
         places=[_move_place(place, grid) for place in trace.places],
     )
-    return GridTrace(moved, trace.trees, grid.new_voxel_size)
+    return GridTrace(moved, trace.trees, grid.new_voxel_size, grid)
 
 
 def _move_edits(edits: Edits, grid: Resampling) -> Edits:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_neuro.core.geometry import Box, Shape
+from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.trace_stacks.tracer import LEAST_SEEN, TraceFigures
 
@@ -26,6 +26,8 @@ _MOST_TIPS = 12.0
 """[per 100 voxels of cable] Ends of branches, at most."""
 
 
+_WIDTHS_UM = (0.05, 30.0)
+"""[um] Neurites are so wide under a light microscope, with its blur."""
 _MOST_LABELS = 8
 """An image of so few values is one of labels."""
 _USUAL_MASK = 0.01
@@ -111,6 +113,22 @@ def describe_labels(values: Sequence[int]) -> str:
     return (
         f"the image holds only the values {', '.join(map(str, values))}: it is a mask or a label volume, and its "
         "labels are traced as if they were brightness; give the image that was labelled"
+    )
+
+
+def describe_odd_width(width: float | None, size: VoxelSize | None) -> str:
+    """A warning for neurites of `width` voxels in the plane that a voxel size (um, z y x) makes absurd, else ""."""
+    if width is None or size is None:
+        return ""
+    least, most = _WIDTHS_UM
+    um = width * math.sqrt(size[1] * size[2])
+    if least <= um <= most:
+        return ""
+    limit = f"thinner than {least:g} um" if um < least else f"wider than {most:g} um"
+    return (
+        f"WRONG VOXEL SIZE? With voxels of {' x '.join(f'{side:.4g}' for side in size)} um the neurites are {um:.3g} "
+        f"um wide, and neurites are hardly ever {limit}. All micrometers in the results are wrong with it, the tree in "
+        "voxels is not; give the right one:  voxel_size=z,y,x"
     )
 
 

@@ -116,6 +116,7 @@ def trace_image(
     search_somas: bool = True,
     predictor: StackPredictor | None = None,
     edits: Edits | None = None,
+    foreground: Foreground | None = None,
     label: str = "trace",
 ) -> ImageTrace:
     """Trace an image that is read by box: its own foreground, or with `predictor` what a student finds in it.
@@ -124,11 +125,12 @@ def trace_image(
     a student sees hardly anything of that foreground, the student alone is followed, unless that gives no tree.
     With `roots` (z y x voxels): one tree for each. Without: one tree for each soma, which has type 1 there, and for
     each other piece that is long enough, from its thickest end. `voxel_size` (um, z y x) None: voxels are taken for
-    cubes. With `edits` the trees go on from those that a person corrected. Raises InputError for an image without
-    contrast, and for a root off the foreground.
+    cubes. With `edits` the trees go on from those that a person corrected. `foreground` spares measuring that of the
+    image again. Raises InputError for an image without contrast, and for a root off the foreground.
     """
     cfg, size = cfg or TraceConfig(), voxel_size or (1.0, 1.0, 1.0)
-    foreground = measure_foreground(stop_signals.stop_on_request(read), shape).keep_probability()
+    if foreground is None:
+        foreground = measure_foreground(stop_signals.stop_on_request(read), shape).keep_probability()
     prediction = None if predictor is None else predictor.predict(foreground, label)
     student = None if prediction is None else _read_from(prediction)
     evidence = _weigh_evidence(foreground, prediction)

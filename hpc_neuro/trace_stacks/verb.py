@@ -18,16 +18,21 @@ from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
 from hpc_neuro.data.formats import Volume, describe_content
-from hpc_neuro.data.intensity import limit_brightness
-from hpc_neuro.data.resample import Resampling
-from hpc_neuro.infer.grid import choose_grid, describe_grid
+from hpc_neuro.data.intensity import ReadBox, limit_brightness
 from hpc_neuro.models.student_folder import STUDENT_FILES, find_student, format_trained
 from hpc_neuro.trace_stacks import page
 from hpc_neuro.trace_stacks.calibration import estimate_right_share
 from hpc_neuro.trace_stacks.config import INDEX, TraceStacksConfig
 from hpc_neuro.trace_stacks.edits import Edits, collect_edits, list_changed_trees, list_edit_files
+from hpc_neuro.trace_stacks.fit import StackFit, fit_stack
 from hpc_neuro.trace_stacks.resampled import trace_on_grid
-from hpc_neuro.trace_stacks.sanity import describe_labels, list_label_values, list_warnings, measure_doubt
+from hpc_neuro.trace_stacks.sanity import (
+    describe_labels,
+    describe_odd_width,
+    list_label_values,
+    list_warnings,
+    measure_doubt,
+)
 from hpc_neuro.trace_stacks.stacks import Stack, choose_voxel_size, list_stacks
 from hpc_neuro.trace_stacks.tracer import ImageTrace
 
@@ -37,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _MAY_CHANGE = tuple(name for name in TraceStacksConfig.__dataclass_fields__ if name != "out")
 """Settings that may differ from an earlier run in the folder: each stack records those that its trees depend on."""
-_METHOD = 2
+_METHOD = 3
 """Version of the method. Results of another version are traced again."""
 
 Result = dict[str, Any]
@@ -114,7 +119,9 @@ def _trace_stack(
     size = choose_voxel_size(cfg, volume)
     roots = stack.read_roots(cfg, volume.shape)
     edits = _collect_edits(cfg, stack.id, size)
-    grid = None if predictor is None else _choose_grid(cfg, stack, predictor, volume.shape, size)
+    read = limit_brightness(volume.__getitem__, cfg.range)
+    fit = _fit_stack(cfg, stack, predictor, read, volume.shape, size)
+    grid = fit.grid
     key = _make_key(cfg, stack, weights)
     log.info("%s: %s voxels ...", label, " x ".join(map(str, volume.shape)))
     if size is None:
@@ -125,10 +132,11 @@ def _trace_stack(
         )
 
     traced = trace_on_grid(
-        limit_brightness(volume.__getitem__, cfg.range),
+        read,
         volume.shape,
         size,
         grid,
+        foreground=fit.foreground,
         roots=roots,
         cfg=cfg.trace,
         search_somas=cfg.somas,
@@ -140,6 +148,9 @@ def _trace_stack(
     warnings = list_warnings(trace.figures, trace.foreground.is_inverted, predictor is not None)
     if values := list_label_values(volume.__getitem__, volume.shape, volume.dtype):
         warnings.insert(0, describe_labels(values))
+    width = traced.measure_width()
+    if odd := describe_odd_width(width, size):
+        warnings.insert(0, odd)
     for warning in warnings:
         log.warning("%s: %s", stack.id, warning)
 
@@ -155,8 +166,10 @@ def _trace_stack(
         part.write_bytes(picture)
 
     result = _describe(cfg, stack, volume, trace, size, roots, warnings)
+    result["neurite_width_voxels"] = None if width is None else round(width, 2)
     if grid is not None:
-        result["resampled_voxel_size"] = grid.new_voxel_size
+        result["resampled_voxel_size"] = None if size is None else grid.new_voxel_size
+        result["resampled_shape"] = grid.new_shape
     result["seconds"] = round(time.monotonic() - started_at, 1)
     # A later run compares with what was written here.
     if trace.trees:
@@ -176,23 +189,29 @@ def _trace_stack(
     return result
 
 
-def _choose_grid(
-    cfg: TraceStacksConfig, stack: Stack, predictor: StackPredictor, shape: Shape, size: VoxelSize | None
-) -> Resampling | None:
-    """The grid that the student sees of a stack; None: that of the stack. Raises InputError; see `choose_grid`."""
-    if cfg.any_voxel_size:
-        return None
-    if size is None and (trained := format_trained(predictor.meta)):
+def _fit_stack(
+    cfg: TraceStacksConfig,
+    stack: Stack,
+    predictor: StackPredictor | None,
+    read: ReadBox,
+    shape: Shape,
+    size: VoxelSize | None,
+) -> StackFit:
+    """How the student sees a stack, and a line on it where that is not as it is. Raises InputError; see `fit_stack`."""
+    if predictor is None or cfg.any_voxel_size:
+        return StackFit()
+    fit = fit_stack(read, shape, size, predictor, cfg.model, str(stack.path))
+    trained = format_trained(predictor.meta)
+    if fit.line:
+        log.info("%s: %s", stack.id, fit.line)
+    elif size is None and trained and not fit.is_by_width:
         log.warning(
             "%s: without a voxel size the stack cannot be resampled for the student, which was trained on voxels of %s "
             "um; it is predicted as it is",
             stack.id,
             trained,
         )
-    grid = choose_grid(predictor.meta, cfg.model, shape, size, str(stack.path))
-    if grid is not None:
-        log.info("%s: %s", stack.id, describe_grid(grid))
-    return grid
+    return fit
 
 
 def _describe(

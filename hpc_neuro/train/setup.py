@@ -18,6 +18,7 @@ from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.crops import CropSampler, draw_validation_boxes
 from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.feature_cache import FeatureCache, hash_manifest
+from hpc_neuro.data.neurite_width import WidthQuartiles, has_square_voxels, measure_widths, summarize_widths
 from hpc_neuro.data.orientation import IDENTITY
 from hpc_neuro.data.store import Store
 from hpc_neuro.losses.distill import Distiller
@@ -38,6 +39,9 @@ from hpc_neuro.train.start_weights import (
     open_initial_student,
 )
 from hpc_neuro.train.train_module import STUDENT, TrainModule, build_distiller, build_train_module
+
+_MOST_WIDTH_VOLUMES = 64
+"""Training volumes in which widths of neurites are measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class RunParts:
     """How the volumes' brightness becomes [0, 1]."""
     voxel_sizes: tuple[VoxelSize, VoxelSize]
     """[um] Smallest and largest sides of the voxels, z y x."""
+    neurite_widths: WidthQuartiles | None
+    """[voxel] Of the neurites in the training volumes; None where they cannot be measured."""
     validates_on: str
     """Split of the boxes: val, or train if val is empty."""
     workload: Workload
@@ -107,6 +113,8 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
     points = read_volume_points(store, store.split(validates_on))
     boxes = draw_validation_boxes(points, cfg.crop, cfg.student.patch, cfg.validate.crops, cfg.seed)
 
+    neurite_widths = measure_store_widths(store, train_ids)
+
     # Each process opens handles of its own when it reads, so none is kept open here.
     store.close()
 
@@ -121,6 +129,7 @@ def build_parts(cfg: TrainConfig, ranks: int | None = None) -> RunParts:
         boxes=boxes,
         contrast=contrast,
         voxel_sizes=voxel_sizes,
+        neurite_widths=neurite_widths,
         validates_on=validates_on,
         workload=workload,
         inputs=_hash_inputs(store, start, teacher, cache),
@@ -141,6 +150,17 @@ def _find_voxel_sizes(store: Store, ids: Sequence[str]) -> tuple[VoxelSize, Voxe
     sides = list(zip(*(store[id_].voxel_size for id_ in ids), strict=True))
     (z, y, x), (top_z, top_y, top_x) = map(min, sides), map(max, sides)
     return (z, y, x), (top_z, top_y, top_x)
+
+
+def measure_store_widths(store: Store, ids: Sequence[str]) -> WidthQuartiles | None:
+    """[voxel] Widths of the neurites along the trees of volumes, evenly spread over `ids`; None without any.
+
+    Volumes of labels have no tree, and voxels that are no squares in the plane no width; they do not count.
+    """
+    fitting = [id_ for id_ in ids if store[id_].has_tree and has_square_voxels(store[id_].voxel_size)]
+    every = max(1, -(-len(fitting) // _MOST_WIDTH_VOLUMES))
+    volumes = [store[id_] for id_ in fitting[::every]]
+    return summarize_widths([measure_widths(v.fitted_tree(), v.image, v.shape) for v in volumes])
 
 
 def _needs_transfer(cfg: TrainConfig, start: InitialStudent | None) -> bool:

@@ -19,6 +19,7 @@ from hpc_neuro.core import distributed, files, schema
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Batch
+from hpc_neuro.data.neurite_width import list_widths
 from hpc_neuro.models.student import save_student
 from hpc_neuro.train import memory_plan
 from hpc_neuro.train.checkpoint import folder, saver
@@ -286,6 +287,7 @@ class TrainingRun:
             window=self.cfg.crop.size,
             contrast=self.parts.contrast,
             voxel_sizes=self.parts.voxel_sizes,
+            neurite_widths=self.parts.neurite_widths,
             mirrored=self._has_mirrored_crops(),
             shapes=self.engine.shapes,
             engine=engine,
@@ -308,6 +310,7 @@ class TrainingRun:
             "window": list(self.cfg.crop.size),
             "contrast": self.parts.contrast,
             "voxel_sizes": [list(size) for size in self.parts.voxel_sizes],
+            "neurite_widths": list_widths(self.parts.neurite_widths),
             "mirrored": self._has_mirrored_crops(),
             "threshold": score.threshold,
             "step": self.step,

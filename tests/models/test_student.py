@@ -220,10 +220,14 @@ def test_configs_come_back_from_yaml(tmp_path: Path) -> None:
         ("contrast", "loud"),
         ("voxel_sizes", [[1, 1, 1]]),
         ("voxel_sizes", [[1, 1, 1], [1, 1, 0]]),
+        ("neurite_widths", [[1, 1], [2, 2]]),
+        ("neurite_widths", [[1, None], [2, 2], [3, 3]]),
+        ("neurite_widths", [[0, 1], [2, 2], [3, 3]]),
     ],
 )
 def test_notes_of_a_training_that_have_another_form_are_refused(key: str, value: object, tmp_path: Path) -> None:
     notes = {"window": [24, 96, 96], "threshold": 0.4, "contrast": "local", "voxel_sizes": [[1, 1, 1], [2, 2, 2]]}
+    notes["neurite_widths"] = [[None, 1.0], [2, 2], [3, 3]]
     cfg = StudentConfig(transformer=False, patch=(4, 8, 8), channels=(8, 4, 4))
     save_student(tmp_path, cfg, build_student(cfg).state_dict(), {**notes, "step": 3})
     assert load_student(tmp_path)[1]["window"] == [24, 96, 96]

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tifffile
 
 from hpc_neuro import cli
 from hpc_neuro.core.constants import EXIT_DONE
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.trace_stacks.sanity import list_label_values
+from hpc_neuro.trace_stacks.sanity import describe_odd_width, list_label_values
 from tests.helpers.stacks import make_neuron, take_picture
 
 
@@ -55,3 +56,21 @@ def test_trace_warns_of_labels(tmp_path: Path) -> None:
     assert not any("label" in text for text in results["image"]["warnings"])
     assert "holds only the values 0, 1" in results["mask"]["warnings"][0]
     assert 0.5 < results["image"]["expected_right"] < 1
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "word"),
+    [
+        (3.0, (50.0, 20.0, 20.0), "60 um wide"),
+        (3.0, (1e-3, 3e-4, 3e-4), "0.0009 um wide"),
+        (3.0, (1.0, 0.33, 0.33), ""),
+        (3.0, (5.0, 5.0, 5.0), ""),
+        (None, (50.0, 20.0, 20.0), ""),
+        (3.0, None, ""),
+    ],
+)
+def test_a_voxel_size_that_makes_neurites_absurd_gets_a_word(
+    width: float | None, size: tuple[float, float, float] | None, word: str
+) -> None:
+    warning = describe_odd_width(width, size)
+    assert (word in warning) if word else warning == ""

@@ -82,6 +82,8 @@ def test_exported_weights_load_in_plain_torch_and_score_as_logged(whole, store, 
     student, meta = load_student(whole / "weights" / name)
     assert (meta["window"], meta["mirrored"]) == ([16, 32, 32], True)
     assert meta["voxel_sizes"] == [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    # The quartiles of a width in voxels, along z and in the plane.
+    assert all(1 < low <= middle <= high < 10 for low, middle, high in zip(*meta["neurite_widths"], strict=True))
     logged = {r["step"]: r for r in rows(whole, "val")}[meta["step"]]
     assert (meta["threshold"], meta["val_dice"]) == (logged["threshold"], logged["dice_best"])
     with torch.no_grad():

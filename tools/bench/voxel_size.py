@@ -1,11 +1,17 @@
 """Does a student trace an image of other voxels better where the image is resampled for it?
 
-    python -m tools.bench.voxel_size STORE... [--model bundled] [--only ID ...] [--factors 1,2,2 2,2,2 0.5,0.5,0.5]
+    python -m tools.bench.voxel_size STORE... [--model bundled] [--only ID ...] [--every N] [--factors 1,2,2 2,2,2]
+                                     [--ways as_it_is by_width by_size grid_of_the_copy]
 
-Every neuron is traced as it is, and copies of it with voxels of other sizes (factors z,y,x; coarser voxels are means):
-as they are; resampled to the voxels of the neuron, with the probability back on the grid of the copy, where the trees
-are found; and wholly on the resampled grid, as `trace` does. F1 of the cable at 4 voxels of the neuron. The last line
-is JSON.
+A folder of projections, ID.tif with the tree ID.swc of the stack, stands for a store. Every neuron, and copies of it
+with voxels of other sizes (factors z,y,x; coarser voxels are means; the neuron itself is 1,1,1), are traced
+
+    as_it_is          on their own grid
+    by_width          on the grid on which their neurites are as wide as in the training, as `trace` does
+    by_size           on the grid of the neuron, as `trace` does where the voxel sizes decide
+    grid_of_the_copy  on their own grid, with the probability from that of the neuron
+
+F1 of the cable at 4 voxels of the neuron; widths in voxels along z and in the plane. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +19,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +32,18 @@ from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.foreground import Foreground, measure_foreground
-from hpc_neuro.data.intensity import ReadBox
 from hpc_neuro.data.resample import Resampling
-from hpc_neuro.data.store import Store, StoredVolume
 from hpc_neuro.metrics.cable import match_cable
+from hpc_neuro.models.student_folder import format_widths
 from hpc_neuro.trace_stacks.config import NO_MODEL
+from hpc_neuro.trace_stacks.fit import fit_stack
 from hpc_neuro.trace_stacks.predictor import StackPredictor
 from hpc_neuro.trace_stacks.resampled import trace_on_grid
+from tools.bench.trace_warnings import Image, Neuron, list_neurons
 
-Row = dict[str, float]
+WAYS = ("as_it_is", "by_width", "by_size", "grid_of_the_copy")
+"""How a copy is traced; the last three need a student."""
+Row = dict[str, Any]
 
 
 def main() -> int:
@@ -41,22 +52,23 @@ def main() -> int:
     ask.add_argument("stores", type=Path, nargs="+")
     ask.add_argument("--model", default=NO_MODEL)
     ask.add_argument("--only", nargs="+", default=[])
-    ask.add_argument("--factors", nargs="+", default=["2,2,2"], type=_parse_factor)
+    ask.add_argument("--every", type=int, default=1, help="only every N-th neuron")
+    ask.add_argument("--factors", nargs="+", default=["1,1,1", "2,2,2"], type=_parse_factor)
+    ask.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     args = ask.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     predictor = None if args.model == NO_MODEL else StackPredictor(Path(args.model))
     table: dict[str, dict[str, Row]] = {}
-    for volume in (volume for path in args.stores for volume in Store(path)):
-        if args.only and volume.id not in args.only:
-            continue
-        plain = _trace(volume.image, volume.shape, volume.voxel_size, None, volume.root, predictor)
-        table[volume.id] = {"itself": {"f1": _score(plain, volume.tree())}}
-        print(f"{volume.id:>10} itself {table[volume.id]['itself']['f1']:.3f}", flush=True)
+    neurons = [neuron for path in args.stores for neuron in list_neurons(path)]
+    for neuron in [n for n in neurons if not args.only or n.id in args.only][:: args.every]:
         for factor in args.factors:
             name = ",".join(f"{f:g}" for f in factor)
-            row = table[volume.id][name] = compare(volume, factor, predictor)
-            print(f"{volume.id:>10} {name} {' '.join(f'{key} {f1:.3f}' for key, f1 in row.items())}", flush=True)
+            row = table.setdefault(neuron.id, {})[name] = compare(_copy(neuron, factor), args.ways, predictor)
+            cells = [
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            ]
+            print(f"{neuron.id:>16.16} {name} {' '.join(cells)}", flush=True)
     print(json.dumps(table))
     return 0
 
@@ -66,25 +78,67 @@ def _parse_factor(text: str) -> Point:
     return z, y, x
 
 
-def compare(volume: StoredVolume, factor: Point, predictor: StackPredictor | None) -> Row:
-    """F1 of a copy whose voxels are `factor` times as large: as it is, and resampled in both ways."""
-    grid = Resampling(volume.shape, volume.voxel_size, factor)
-    copy = grid.read_new(volume.image)(Box.whole(grid.new_shape))
-    root = None if volume.root is None else grid.move_root(volume.root)
-    z, y, x = factor
-    back = Resampling(grid.new_shape, grid.new_voxel_size, (1 / z, 1 / y, 1 / x))
+@dataclass(frozen=True)
+class _Copy:
+    """A copy of a neuron on another grid."""
 
-    def read(box: Box) -> NDArray[np.float32]:
-        return copy[box.slices]
+    image: Image
+    size: VoxelSize
+    roots: list[Point]
+    grid: Resampling
+    """From the neuron to the copy."""
+    gold: Tree
+    """In voxels of the neuron."""
 
-    def trace_copy(to: Resampling | None, student: StackPredictor | None) -> float:
-        tree = _trace(read, grid.new_shape, grid.new_voxel_size, to, root, student)
-        return _score(grid.move_tree_back(tree), volume.tree())
+    @property
+    def shape(self) -> Shape:
+        return self.grid.new_shape
 
-    row = {"as_it_is": trace_copy(None, predictor), "resampled": trace_copy(back, predictor)}
-    if predictor is not None:
-        row["grid_of_the_copy"] = trace_copy(None, _ResampledPredictor(predictor, back))
+    def read(self, box: Box) -> Image:
+        return self.image[box.slices]
+
+
+def _copy(neuron: Neuron, factor: Point) -> _Copy:
+    image = neuron.read()
+    z, y, x = image.shape
+    # A projection has no voxels along z to join.
+    grid = Resampling((z, y, x), neuron.size, factor if z > 1 else (1.0, *factor[1:]))
+    copy = grid.read_new(lambda box: image[box.slices])(Box.whole(grid.new_shape))
+    roots = [grid.move_root(root) for root in neuron.list_roots(neuron.tree, (z, y, x))]
+    return _Copy(copy, grid.new_voxel_size, roots, grid, neuron.tree)
+
+
+def compare(copy: _Copy, ways: tuple[str, ...], predictor: StackPredictor | None) -> Row:
+    """F1 of a copy traced in several ways, its widths, and how it was resampled by them."""
+    row: Row = {}
+    if "as_it_is" in ways:
+        row["as_it_is"] = _trace(copy, None, predictor)
+    if predictor is None:
+        return row
+
+    z, y, x = copy.grid.factor
+    back = Resampling(copy.shape, copy.size, (1 / z, 1 / y, 1 / x))
+    if "by_width" in ways:
+        row |= _trace_by_width(copy, predictor, row.get("as_it_is"))
+    if (z, y, x) != (1, 1, 1):
+        if "by_size" in ways:
+            row["by_size"] = _trace(copy, back, predictor)
+        if "grid_of_the_copy" in ways:
+            row["grid_of_the_copy"] = _trace(copy, None, _ResampledPredictor(predictor, back))
     return row
+
+
+def _trace_by_width(copy: _Copy, predictor: StackPredictor, as_it_is: float | None) -> Row:
+    """F1, the widths and the zoom. A copy that stays on its grid has the F1 of the copy as it is, if that is known."""
+    try:
+        fit = fit_stack(copy.read, copy.shape, None, predictor, Path("bundled"), "the copy")
+    except InputError as error:
+        logging.warning("%s; counts as a miss", error)
+        return {"by_width": 0.0}
+    is_same = fit.grid is None and as_it_is is not None
+    f1 = as_it_is if is_same and as_it_is is not None else _trace(copy, fit.grid, predictor)
+    zoom = (1.0, 1.0, 1.0) if fit.grid is None else fit.grid.factor
+    return {"by_width": f1, "widths": format_widths(fit.widths), "zoom": ",".join(f"{f:.2g}" for f in zoom)}
 
 
 class _ResampledPredictor(StackPredictor):
@@ -100,26 +154,16 @@ class _ResampledPredictor(StackPredictor):
         return np.rint(grid.read_back(lambda box: seen[box.slices])(Box.whole(grid.shape))).astype(np.uint8)
 
 
-def _trace(
-    read: ReadBox,
-    shape: Shape,
-    size: VoxelSize,
-    grid: Resampling | None,
-    root: Point | None,
-    predictor: StackPredictor | None,
-) -> Tree:
-    """The trees in voxels of the image that is read; an empty tree where tracing fails."""
-    roots = [] if root is None else [root]
+def _trace(copy: _Copy, grid: Resampling | None, predictor: StackPredictor | None) -> float:
+    """F1 of the trees against those of the neuron; 0 where tracing fails."""
     try:
-        traced = trace_on_grid(read, shape, size, grid, roots=roots, predictor=predictor)
+        traced = trace_on_grid(copy.read, copy.shape, copy.size, grid, roots=copy.roots, predictor=predictor)
     except InputError as error:
         logging.warning("%s; counts as a miss", error)
-        return morphology.empty_tree()
-    return morphology.concatenate_trees(traced.trace.trees)
-
-
-def _score(tree: Tree, gold: Tree) -> float:
-    return match_cable(tree, gold, TOLERANCE_VOX).f1 if len(tree) else 0.0
+        return 0.0
+    forest = morphology.concatenate_trees(traced.trace.trees)
+    tree = copy.grid.move_tree_back(forest)
+    return float(match_cable(tree, copy.gold, TOLERANCE_VOX).f1) if len(tree) else 0.0
 
 
 if __name__ == "__main__":

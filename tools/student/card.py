@@ -45,6 +45,7 @@ def export_weights(runs: list[Path], store: Path, folder: Path, shapes: int) -> 
             "parameters": sum(value.numel() for value in half.values()),
             "threshold": round(float(extra["threshold"]), 4),
             "data": {**_describe_data(Store(store)), "reconstructions_that_lent_shapes": shapes},
+            "neurite_widths_voxels": extra.get("neurite_widths"),
             "trainings": [_describe_run(run) for run in runs],
             "code": run_folder.code_version(),
         }

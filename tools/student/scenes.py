@@ -68,17 +68,23 @@ def _run(write: Any, numbers: list[int], workers: int) -> Iterator[None]:
 
 def _write_scene(folder: Path, seed: int, gold: tuple[Path, ...], number: int) -> None:
     name = f"scene_{number:05d}"
-    scene = _draw_visible(seed, number, gold)
+    scene = draw_visible(seed, number, gold)
     with files.atomic(folder / f"{name}.tif") as part:
         tifffile.imwrite(part, scene.image, compression="zlib", metadata={"axes": "ZYX"}, photometric="minisblack")
     swc.write(folder / f"{name}.swc", scene.tree, unit="voxel", voxel_size=scene.voxel_size)
 
-    # Every fortieth scene is held out for validation. The record comes last: with it the scene counts as written.
-    record = {"voxel_size": scene.voxel_size, "split": "val" if number % 40 == 39 else "train", **scene.facts}
+    # The record comes last: with it the scene counts as written.
+    split = "val" if is_validation(number) else "train"
+    record = {"voxel_size": scene.voxel_size, "split": split, **scene.facts}
     files.write_json(folder / f"{name}.json", record)
 
 
-def _draw_visible(seed: int, number: int, gold: tuple[Path, ...]) -> Scene:
+def is_validation(number: int) -> bool:
+    """Whether a scene is held out of training: every fortieth is."""
+    return number % 40 == 39
+
+
+def draw_visible(seed: int, number: int, gold: tuple[Path, ...]) -> Scene:
     """The scene of a number; one that shows too little is drawn anew from another seed."""
     for attempt in range(100):
         scene = draw_scene(seed + 1_000_003 * attempt, number, _SHAPE, gold)

@@ -20,6 +20,7 @@ from pydantic import Field
 from hpc_neuro.core import files, run_folder
 from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.neurite_width import WidthQuartiles
 from hpc_neuro.train.checkpoint.tensor_files import DIGEST_SUFFIX
 from hpc_neuro.train.config import CheckpointConfig
 from hpc_neuro.train.validate import ValidationScore
@@ -95,6 +96,8 @@ class TrainingState:
     """How brightness became [0, 1]: range or local."""
     voxel_sizes: tuple[VoxelSize, VoxelSize]
     """[um] Smallest and largest sides of the training voxels, z y x."""
+    neurite_widths: WidthQuartiles | None = None
+    """[voxel] Of the neurites in the training volumes; None where they were not measured."""
 
 
 # --- Finding and reading ---

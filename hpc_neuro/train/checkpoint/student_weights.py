@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hpc_neuro.data.neurite_width import list_widths
 from hpc_neuro.train.checkpoint import folder
 from hpc_neuro.train.checkpoint.folder import TrainingState
 from hpc_neuro.train.checkpoint.tensor_files import list_kinds, stream_tensors
@@ -49,6 +50,7 @@ class SavedWeights:
             "window": list(state.window),
             "contrast": state.contrast,
             "voxel_sizes": [list(size) for size in state.voxel_sizes],
+            "neurite_widths": list_widths(state.neurite_widths),
             "mirrored": state.mirrored,
             "threshold": 0.5 if state.score is None else state.score.threshold,
             "step": state.step,
