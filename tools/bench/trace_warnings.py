@@ -14,7 +14,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from hpc_neuro.data import swc
 from hpc_neuro.data.store import INDEX, Store, StoredVolume
 from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.trace_stacks.config import NO_MODEL
+from hpc_neuro.trace_stacks.fit import StackFit, fit_stack
 from hpc_neuro.trace_stacks.predictor import StackPredictor
+from hpc_neuro.trace_stacks.resampled import trace_on_grid
 from hpc_neuro.trace_stacks.sanity import NO_TREE_DOUBT, list_warnings, measure_doubt
-from hpc_neuro.trace_stacks.tracer import trace_image
+from hpc_neuro.trace_stacks.tracer import ImageTrace
 from hpc_neuro.tracing import trace
 
 _BAD = 0.5
@@ -191,8 +193,10 @@ def _judge(neuron: Neuron, degrade: Degrade, predictor: StackPredictor | None) -
     z, y, x = image.shape
 
     roots = neuron.list_roots(tree, (z, y, x))
+    figures: dict[str, Any] = {}
     try:
-        result = trace_image(lambda box: image[box.slices], (z, y, x), size, roots=roots, predictor=predictor)
+        result = _trace_as_the_verb(image, size, roots, predictor)
+        figures = asdict(result.figures)
         traced, doubt = morphology.concatenate_trees(result.trees), measure_doubt(result.figures)
         warnings = list_warnings(result.figures, result.foreground.is_inverted, predictor is not None)
     except InputError as error:
@@ -200,7 +204,22 @@ def _judge(neuron: Neuron, degrade: Degrade, predictor: StackPredictor | None) -
     own = match_cable(traced, tree, TOLERANCE_VOX).f1 if len(traced) else 0.0
     other = _trace_otsu(image, size, roots, tree)
     is_bad = bool(own < min(other, 1.0) - 0.05 or own < _BAD)
-    return {"f1": own, "otsu": other, "bad": is_bad, "doubt": doubt, "warnings": warnings}
+    return {"f1": own, "otsu": other, "bad": is_bad, "doubt": doubt, "warnings": warnings, "figures": figures}
+
+
+def _trace_as_the_verb(
+    image: Image, size: VoxelSize, roots: list[Point], predictor: StackPredictor | None
+) -> ImageTrace:
+    """Trace an image, resampled for the student where its neurites are too thin or too wide. Raises InputError."""
+    z, y, x = image.shape
+
+    def read(box: Box) -> Image:
+        return image[box.slices]
+
+    fit = StackFit() if predictor is None else fit_stack(read, (z, y, x), size, predictor, Path("model"), "the copy")
+    return trace_on_grid(
+        read, (z, y, x), size, fit.grid, foreground=fit.foreground, roots=roots, predictor=predictor
+    ).trace
 
 
 def _trace_otsu(image: Image, size: VoxelSize, roots: list[Point], gold: Tree) -> float:
