@@ -1,24 +1,38 @@
 """Text files that many workers make and put in order together, each holding one piece at a time.
 
 A part holds items of several streams, such as the trees of one batch and their rows in a table. Each stream becomes one
-file, in which the items of all parts stand in the order of their keys. Four steps make it, and workers share
+file, in which the items of all parts stand in the order of their keys. Five steps make it, and workers share
 all of them but the second:
 
     write_part       FOLDER/text_N.bin, items_N.npz      the texts and keys of part N
-    plan_stream      FOLDER/NAME.file in its whole size, NAME.items.npy, NAME.ranges.npy
+    plan_stream      FOLDER/NAME.file in its whole size, NAME.items.npy, NAME.runs.npz, NAME.ranges.npy
+    write_run        NAME.run_K
     write_range      one range of that file from all parts that have items of it; NAME.range_K
     hash_range       NAME.sum_K
 
-Each step is done with the last of its files. `finish_stream` moves the file to its place. Memory follows a range, and
-in `plan_stream` the number of items.
+Each step is done with the last of its files. `finish_stream` moves the file to its place. Memory follows a range, in
+`write_run` what one part has of a run, and in `plan_stream` the number of items.
+
+The items of a part lie scattered over the file, so that each range needs some of each part: thousands of ranges would
+open thousands of parts each. Where that is more than copying once, a run holds what some parts have of some ranges that
+follow one another, and a range opens runs:
+
+              range 0   range 1 | range 2   range 3
+    part 0                      |
+    part 1        run 0         |      run 2
+    ----------------------------+-----------------------
+    part 2        run 1         |      run 3
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +42,12 @@ from hpc_neuro.core import files
 Ints = NDArray[np.int64]
 RANGE_BYTES = 1 << 27
 """[bytes] About what one worker writes at a time."""
+RUN_BYTES = 1 << 31
+"""[bytes] About what one worker copies at a time."""
+_RUN_OPERATIONS = 5
+"""Operations on the file system's metadata that a run takes besides the opening of its parts."""
+_RUNS_FROM = 10_000
+"""Openings of parts by ranges from which on a file is copied to save some."""
 _CHUNKS_AT_ONCE = 16
 """Chunks of a file that one worker hashes at a time."""
 _ITEM = np.dtype([("part", np.int32), ("size", np.int32), ("offset", np.int64)])
@@ -55,9 +75,48 @@ class Stream:
     """Whether each item begins with its place in the file, from 1, and a comma."""
 
 
-def has_part(folder: Path, number: int) -> bool:
-    """Whether a part is written."""
-    return _items_path(folder, number).exists()
+@dataclass(frozen=True)
+class Runs:
+    """S x G runs of a stream of B parts and R ranges."""
+
+    parts_at_once: Ints
+    """[1] Parts in each of the G groups but the last, which may have fewer."""
+    first_ranges: Ints
+    """[S + 1] The ranges before each stripe of ranges."""
+    chunks: Ints
+    """[S, B, 3] What each part has of each stripe: its first byte and the byte after its last one among the texts of
+    the part, and its first byte in the run."""
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        parts: int = self.chunks.shape[1]
+        return math.ceil(parts / int(self.parts_at_once[0]))
+
+    @property
+    def count(self) -> int:
+        """S x G; 0 where ranges read the parts themselves."""
+        return len(self.chunks) * self.groups
+
+    def list_parts(self, number: int) -> range:
+        """The parts in a run."""
+        first = number % self.groups * int(self.parts_at_once[0])
+        return range(first, min(first + int(self.parts_at_once[0]), self.chunks.shape[1]))
+
+
+def choose_runs(parts: int, ranges: int, size: int) -> tuple[int, int]:
+    """Stripes of ranges, and groups of parts, of the runs of a file of `size` bytes; (0, 0) where runs do not pay."""
+    count = max(1, -(-size // RUN_BYTES))
+    # A stripe opens all parts once, and a range all groups.
+    stripes = min(max(1, round((ranges * count / max(parts, 1)) ** 0.5)), count, max(ranges, 1))
+    groups = min(-(-count // stripes), max(parts, 1))
+    operations = stripes * parts + ranges * groups + _RUN_OPERATIONS * stripes * groups
+    return (stripes, groups) if max(operations, _RUNS_FROM) < parts * ranges else (0, 0)
+
+
+def name_part(number: int) -> str:
+    """The file with which a part counts as written."""
+    return _items_path(Path(), number).name
 
 
 def write_part(
@@ -65,7 +124,7 @@ def write_part(
 ) -> None:
     """Write one part. `facts` are kept with it (see `read_facts`)."""
     arrays, offset = {f"fact {name}": values for name, values in facts.items()}, 0
-    with files.atomic(folder / f"text_{number}.bin") as part, part.open("wb") as handle:
+    with files.atomic(_text_path(folder, number)) as part, part.open("wb") as handle:
         for name, items in streams.items():
             # Of one part, the items of a range stand next to one another.
             order = np.lexsort(tuple(reversed(items.keys))).tolist()
@@ -105,7 +164,69 @@ def plan_stream(folder: Path, parts: int, stream: Stream) -> None:
     begins = ends - sizes
     firsts = np.flatnonzero(np.diff(begins // RANGE_BYTES, prepend=-1))
     files.write_npy(folder / f"{stream.name}.items.npy", items)
+    runs = _plan_runs(items, firsts, parts, int(items["size"].sum(dtype=np.int64)))
+    files.write_npz(_runs_path(folder, stream), vars(runs))
     files.write_npy(_ranges_path(folder, stream), np.stack([firsts, begins[firsts]], axis=1))
+
+
+def _plan_runs(items: NDArray[np.void], firsts: Ints, parts: int, size: int) -> Runs:
+    """The runs of `items` in their order, of which ranges begin with the `firsts` [R]."""
+    stripes, groups = choose_runs(parts, len(firsts), size)
+    parts_at_once = -(-parts // groups) if groups else 1
+    first_ranges = np.arange(stripes + 1) * len(firsts) // max(stripes, 1)
+    bounds = np.append(firsts, len(items))[first_ranges]
+
+    chunks = np.zeros((stripes, parts, 3), dtype=np.int64)
+    for stripe, (begin, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        own = items[begin:stop]
+        own = own[np.argsort(own["part"], kind="stable")]
+        present, begins = np.unique(own["part"], return_index=True)
+        # The items of one part stand next to one another there, too.
+        chunks[stripe, present, 0] = np.minimum.reduceat(own["offset"], begins)
+        chunks[stripe, present, 1] = np.maximum.reduceat(own["offset"] + own["size"], begins)
+
+        sizes = chunks[stripe, :, 1] - chunks[stripe, :, 0]
+        for first in range(0, parts, parts_at_once):
+            group = slice(first, first + parts_at_once)
+            chunks[stripe, group, 2] = np.cumsum(sizes[group]) - sizes[group]
+    return Runs(np.array([parts_at_once]), first_ranges, chunks)
+
+
+def list_missing_runs(folder: Path, stream: Stream) -> list[int]:
+    """The runs of a planned stream that are not written."""
+    count, kept = _read_runs(folder, stream).count, _list_names(folder)
+    return [number for number in range(count) if _run_path(folder, stream, number).name not in kept]
+
+
+def write_run(folder: Path, stream: Stream, number: int) -> None:
+    """Copy what some parts have of some ranges into one file."""
+    runs = _read_runs(folder, stream)
+    chunks = runs.chunks[number // runs.groups]
+    with files.atomic(_run_path(folder, stream, number)) as part, part.open("wb") as target:
+        for own in runs.list_parts(number):
+            begin, stop, _ = chunks[own].tolist()
+            if begin < stop:
+                with _text_path(folder, own).open("rb") as source:
+                    source.seek(begin)
+                    target.write(_read_exactly(source, stop - begin))
+
+
+def _read_exactly(handle: BinaryIO, size: int) -> bytes:
+    content = handle.read(size)
+    if len(content) < size:
+        folder = Path(handle.name).parent
+        raise OSError(f"{handle.name} ends {size - len(content)} bytes too early; remove {folder} and start again")
+    return content
+
+
+def _read_runs(folder: Path, stream: Stream) -> Runs:
+    with np.load(_runs_path(folder, stream)) as arrays:
+        return Runs(**arrays)
+
+
+def _list_names(folder: Path) -> set[str]:
+    """All files of a folder: one listing, where a look at each takes an hour."""
+    return {path.name for path in folder.iterdir()}
 
 
 def is_planned(folder: Path, stream: Stream) -> bool:
@@ -115,19 +236,19 @@ def is_planned(folder: Path, stream: Stream) -> bool:
 
 def list_missing_ranges(folder: Path, stream: Stream) -> list[int]:
     """The ranges of a planned stream that are not written."""
-    count = len(np.load(_ranges_path(folder, stream)))
-    return [number for number in range(count) if not _done_path(folder, stream, number).exists()]
+    count, kept = len(np.load(_ranges_path(folder, stream))), _list_names(folder)
+    return [number for number in range(count) if _done_path(folder, stream, number).name not in kept]
 
 
 def write_range(folder: Path, stream: Stream, number: int) -> None:
     """Write the items of one range to their place in the file."""
     ranges = np.load(_ranges_path(folder, stream))
     first, target = ranges[number].tolist()
-    stored = np.load(folder / f"{stream.name}.items.npy", mmap_mode="r")
-    stop = int(ranges[number + 1, 0]) if number + 1 < len(ranges) else len(stored)
-    items = np.array(stored[first:stop])
+    # The last range ends with the stream.
+    stop = int(ranges[number + 1, 0]) if number + 1 < len(ranges) else None
+    items = files.read_npy_rows(folder / f"{stream.name}.items.npy", first, stop)
 
-    texts = _read_texts(folder, items)
+    texts = _read_texts(_list_sources(folder, stream, number), items)
     if stream.is_ranked:
         texts = [b"%d,%b" % (rank, text) for rank, text in enumerate(texts, start=first + 1)]
 
@@ -138,13 +259,14 @@ def write_range(folder: Path, stream: Stream, number: int) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-    _done_path(folder, stream, number).touch()
+    _done_path(folder, stream, number).write_bytes(b"")
 
 
 def list_missing_sums(folder: Path, stream: Stream) -> list[int]:
     """The stretches of a written file that are not hashed."""
     stretches = -(-_locate(folder, stream).stat().st_size // (files.CHUNK_BYTES * _CHUNKS_AT_ONCE))
-    return [number for number in range(stretches) if not _sum_path(folder, stream, number).exists()]
+    kept = _list_names(folder)
+    return [number for number in range(stretches) if _sum_path(folder, stream, number).name not in kept]
 
 
 def hash_range(folder: Path, stream: Stream, number: int) -> None:
@@ -185,23 +307,60 @@ def _read_items(folder: Path, parts: int, name: str) -> tuple[NDArray[np.void], 
     return np.concatenate(items), [np.concatenate(level) for level in zip(*keys, strict=True)]
 
 
-def _read_texts(folder: Path, items: NDArray[np.void]) -> list[bytes]:
+@dataclass(frozen=True)
+class _Source:
+    """A file with the texts of some parts."""
+
+    path: Path
+    parts: range
+    shifts: Ints
+    """What is added to the offset of an item of each of these parts."""
+
+
+def _list_sources(folder: Path, stream: Stream, number: int) -> Iterator[_Source]:
+    """The files that hold the items of a range."""
+    runs = _read_runs(folder, stream)
+    if not runs.count:
+        for part in range(runs.chunks.shape[1]):
+            yield _Source(_text_path(folder, part), range(part, part + 1), np.zeros(1, dtype=np.int64))
+        return
+
+    stripe = int(np.searchsorted(runs.first_ranges, number, side="right")) - 1
+    for run in range(stripe * runs.groups, (stripe + 1) * runs.groups):
+        chunks = runs.chunks[stripe][runs.list_parts(run)]
+        yield _Source(_run_path(folder, stream, run), runs.list_parts(run), chunks[:, 2] - chunks[:, 0])
+
+
+def _read_texts(sources: Iterable[_Source], items: NDArray[np.void]) -> list[bytes]:
     """The texts of the items of one range, in their order."""
     texts = [b""] * len(items)
     order = np.argsort(items["part"], kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(items["part"][order])) + 1) if len(order) else []
+    sorted_parts = items["part"][order]
 
-    for places in groups:
-        # One reading for all of a part: they stand next to one another.
-        begins, ends = items["offset"][places], items["offset"][places] + items["size"][places]
-        with (folder / f"text_{items['part'][places[0]]}.bin").open("rb") as handle:
-            handle.seek(int(begins[0]))
-            block = handle.read(int(ends[-1] - begins[0]))
-        for place, begin, end in zip(
-            places.tolist(), (begins - begins[0]).tolist(), (ends - begins[0]).tolist(), strict=True
-        ):
-            texts[place] = block[begin:end]
+    for source in sources:
+        bounds = np.searchsorted(sorted_parts, [*source.parts, source.parts.stop]).tolist()
+        if bounds[0] == bounds[-1]:
+            continue
+        with source.path.open("rb") as handle:
+            for (first, stop), shift in zip(itertools.pairwise(bounds), source.shifts.tolist(), strict=True):
+                _read_texts_of_part(handle, shift, items, order[first:stop], texts)
     return texts
+
+
+def _read_texts_of_part(
+    handle: BinaryIO, shift: int, items: NDArray[np.void], places: Ints, texts: list[bytes]
+) -> None:
+    """Read the texts of the items at some `places` of a range, all of one part, into `texts`."""
+    if not len(places):
+        return
+    # One reading for all of a part: they stand next to one another.
+    begins, ends = items["offset"][places], items["offset"][places] + items["size"][places]
+    handle.seek(int(begins[0]) + shift)
+    block = _read_exactly(handle, int(ends[-1] - begins[0]))
+    for place, begin, end in zip(
+        places.tolist(), (begins - begins[0]).tolist(), (ends - begins[0]).tolist(), strict=True
+    ):
+        texts[place] = block[begin:end]
 
 
 def _count_digits(numbers: Ints) -> Ints:
@@ -211,6 +370,18 @@ def _count_digits(numbers: Ints) -> Ints:
 
 def _items_path(folder: Path, number: int) -> Path:
     return folder / f"items_{number}.npz"
+
+
+def _text_path(folder: Path, number: int) -> Path:
+    return folder / f"text_{number}.bin"
+
+
+def _runs_path(folder: Path, stream: Stream) -> Path:
+    return folder / f"{stream.name}.runs.npz"
+
+
+def _run_path(folder: Path, stream: Stream, number: int) -> Path:
+    return folder / f"{stream.name}.run_{number}"
 
 
 def _unfinished_path(folder: Path, stream: Stream) -> Path:

@@ -18,7 +18,7 @@ import shutil
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,41 +134,57 @@ class ShardReader:
     Small reads of one place are many, and each would open its shard again: an operation on the metadata server.
     """
 
-    def __init__(self, folder: Path, keep_bytes: int, written: Collection[str] | None = None) -> None:
-        """keep_bytes: of the files that stay in memory. written: the shards that have a file; None: not known."""
-        self._folder, self._keep_bytes, self._written = folder, keep_bytes, written
+    def __init__(
+        self,
+        folder: Path,
+        keep_bytes: int,
+        written: Collection[str] | None = None,
+        read_shard: Callable[[Shape], bytes | None] | None = None,
+    ) -> None:
+        """keep_bytes: of the files that stay in memory. written: the shards that have a file; None: not known.
+
+        read_shard: gives the file of the shard with an index, None where it has none; None: read from the image.
+        """
+        self._keep_bytes, self._written = keep_bytes, written
+        self._read_shard = read_shard or functools.partial(_read_shard_file, folder)
         self._memory, self._array = _open_in_memory(folder / "0")
         self._shard = _read_shard_shape(self._array)
-        self._sizes, self._total = OrderedDict[str, int](), 0
+        self._sizes, self._total = OrderedDict[Shape, int](), 0
         self._lock = threading.Lock()
 
     def __call__(self, box: Box) -> Array:
         """The voxels of a box."""
         with self._lock:
-            for path in list_shards_in(box, self._shard):
-                if self._written is not None and path not in self._written:
+            for index in _list_indices(box, self._shard):
+                if self._written is not None and shard_path(index) not in self._written:
                     continue
-                if path not in self._sizes:
-                    self._sizes[path] = self._load(path)
-                    self._total += self._sizes[path]
-                self._sizes.move_to_end(path)
+                if index not in self._sizes:
+                    self._sizes[index] = self._load(index)
+                    self._total += self._sizes[index]
+                self._sizes.move_to_end(index)
             values = read_box(self._array, box)
 
             # Those that were used last stay; a box may touch more than is kept.
             while self._total > self._keep_bytes:
-                path, size = self._sizes.popitem(last=False)
-                self._memory.write(_strip_level(path), None).result()
+                index, size = self._sizes.popitem(last=False)
+                self._memory.write(_strip_level(shard_path(index)), None).result()
                 self._total -= size
             return values
 
-    def _load(self, path: str) -> int:
+    def _load(self, index: Shape) -> int:
         """Read the file of a shard; its size, 0 where none is."""
-        try:
-            content = (self._folder / path).read_bytes()
-        except FileNotFoundError:
+        content = self._read_shard(index)
+        if content is None:
             return 0
-        self._memory.write(_strip_level(path), content).result()
+        self._memory.write(_strip_level(shard_path(index)), content).result()
         return len(content)
+
+
+def _read_shard_file(folder: Path, index: Shape) -> bytes | None:
+    try:
+        return (folder / shard_path(index)).read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 class ShardWriter:
@@ -344,9 +360,13 @@ def locate_fine_box(levels: Sequence[PyramidLevel], shard: LevelShard) -> tuple[
 
 def list_shards_in(box: Box, shard: Shape, level: int = 0, label: str | None = None) -> Iterator[str]:
     """The paths of the shards of a level that a box touches. shard: [voxel] their shape."""
+    for index in _list_indices(box, shard):
+        yield shard_path(index, level, label)
+
+
+def _list_indices(box: Box, shard: Shape) -> Iterator[Shape]:
     ranges = [range(a // n, -(-b // n)) for a, b, n in zip(box.start, box.stop, shard, strict=True)]
-    for z, y, x in itertools.product(*ranges):
-        yield shard_path((z, y, x), level, label)
+    yield from itertools.product(*ranges)
 
 
 def has_shards(folder: Path, box: Box, number: int = 0, label: str | None = None) -> bool:

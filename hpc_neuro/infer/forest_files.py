@@ -3,7 +3,8 @@
 Each step leaves a file in the volume's folder of OUT/strands, with which the next start resumes:
 
     order (per volume) -> order.npz         write_batch (per batch) -> items_N.npz, and files of single trees
-    plan (per file) -> NAME.ranges.npy      write_range, hash_range (per stretch of a file) -> NAME.range_K, NAME.sum_K
+    plan (per file) -> NAME.ranges.npy      write_run (per stretches and batches of a file) -> NAME.run_K
+    write_range, hash_range (per stretch of a file) -> NAME.range_K, NAME.sum_K
     finish (per volume) -> the files in their places
 
 Trees are numbered as in one process, so the trees of a batch lie scattered over the files of all trees. Ranks therefore
@@ -40,7 +41,7 @@ from hpc_neuro.infer.trees import (
     save_arrays,
     write_single_tree,
 )
-from hpc_neuro.tracing import Contact, measure_confidence
+from hpc_neuro.tracing import Contact
 
 log = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
@@ -130,7 +131,8 @@ def list_batches_to_write(trees: VolumeTrees) -> list[int]:
     """The batches whose texts are missing."""
     if not _is_ordered(trees):
         return []
-    return [n for n in range(read_order(trees).batches) if not sorted_parts.has_part(trees.scratch, n)]
+    kept = trees.list_kept()
+    return [n for n in range(read_order(trees).batches) if sorted_parts.name_part(n) not in kept]
 
 
 def write_batch(trees: VolumeTrees, batch: int, load_views: LoadViews) -> None:
@@ -142,7 +144,7 @@ def write_batch(trees: VolumeTrees, batch: int, load_views: LoadViews) -> None:
         sorted_parts.write_part(trees.scratch, batch, _EMPTY_STREAMS, _EMPTY_FACTS)
         return
 
-    plain = measure_confidence(forest, trees.read_probability, source.shape)
+    plain = super_blocks.read_confidence(trees, batch)
     numbers, labels = _label_batch(trees, volume_order, batch, forest)
     views = load_views(forest, batch)
     confidence = NodeConfidence(plain, views, cfg.floor, cfg.threshold)
@@ -217,6 +219,16 @@ def plan(trees: VolumeTrees, name: str) -> None:
     volume_order = read_order(trees)
     stream = replace(_make_stream(trees, name), header=_format_header(trees, volume_order, name).encode())
     sorted_parts.plan_stream(trees.scratch, volume_order.batches, stream)
+
+
+def list_runs_to_write(trees: VolumeTrees) -> list[tuple[str, int]]:
+    """The runs that are missing: copies of what many batches have of many stretches of a file."""
+    return _list_missing(trees, sorted_parts.list_missing_runs)
+
+
+def write_run(trees: VolumeTrees, name: str, number: int) -> None:
+    """Write one run."""
+    sorted_parts.write_run(trees.scratch, _make_stream(trees, name), number)
 
 
 def list_ranges_to_write(trees: VolumeTrees) -> list[tuple[str, int]]:
@@ -297,9 +309,9 @@ def _parse_place(row: Mapping[str, str]) -> DoubtfulPlace:
 
 def _label_batch(trees: VolumeTrees, volume_order: Order, batch: int, forest: Tree) -> tuple[Ints, ForestLabels]:
     """[T] the numbers of the trees of a batch, and their labels."""
-    own = slice(*volume_order.starts[batch : batch + 2].tolist())
+    first, stop = volume_order.starts[batch : batch + 2].tolist()
     numbers, first_ids = (
-        np.array(np.load(trees.scratch / f"order_{name}.npy", mmap_mode="r")[own]) for name in ("numbers", "ids")
+        files.read_npy_rows(trees.scratch / f"order_{name}.npy", first, stop) for name in ("numbers", "ids")
     )
 
     tree_of = morphology.label_components(forest)

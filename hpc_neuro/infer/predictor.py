@@ -32,6 +32,7 @@ from hpc_neuro.infer.volumes import InputVolume
 from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import load_student
 from hpc_neuro.models.student_folder import find_student, read_contrast
+from hpc_neuro.tracing.super_blocks import has_super_blocks
 
 _BYTES_PER_VOXEL = 20
 """Memory that a block takes for each voxel it reads, besides the network: the image, its padded copy, the sums."""
@@ -170,7 +171,10 @@ def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[Input
     voxels = sum(int(np.prod(volume.shape, dtype=np.int64)) for volume in volumes)
 
     # A disk that is too small is reported before hours of computing.
-    files.require_space(cfg.out, 2 * voxels, "the probability and the mask (uncompressed)")
+    # The shards of a volume that is traced in super-blocks are copied into packs.
+    packed = sum(math.prod(volume.shape) for volume in volumes if _is_large(cfg, volume))
+    contents = "the probability and the mask" + (", and packs of the probability" if packed else "")
+    files.require_space(cfg.out, 2 * voxels + packed, f"{contents} (uncompressed)")
 
     pairs = list(zip(volumes, tilings, strict=True))
     blocks = [tiling.take_share(tiling.list_blocks(volume.shape), volume.share) for volume, tiling in pairs]
@@ -205,7 +209,8 @@ def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[Input
         f"{tiling.write} with {tiling.halo} voxels around, at most {count(windows, 'window')} of {tiling.window}",
         f"at most {files.format_bytes(2 * voxels)} in {count(file_count, 'file')}: {2 * block_count} shards, "
         f"{count(pyramid_shards, 'shard')} of the pyramids and {count(ranks, 'log')} of the journal; at most "
-        f"{count(trace_blocks, 'file')} more while trees are traced",
+        f"{count(trace_blocks, 'file')} more while trees are traced"
+        + (f", with at most {files.format_bytes(packed)} of copies of the probability" if packed else ""),
         f"about {files.format_bytes(voxels_in_memory * _BYTES_PER_VOXEL)} of memory per rank besides the network, at "
         f"most {seconds * windows / ranks:.0f} s on {ranks_text} and the time to trace",
     ]
@@ -218,6 +223,12 @@ def describe_run(cfg: InferConfig, predictor: Predictor, volumes: Sequence[Input
             f"{count(flip_windows, 'window')}, {seconds * flip_windows / ranks:.0f} s on {ranks_text}"
         )
     return lines
+
+
+def _is_large(cfg: InferConfig, volume: InputVolume) -> bool:
+    """Whether a volume is traced in super-blocks by this run."""
+    shape = volume.shape if volume.resampling is None else volume.resampling.new_shape
+    return cfg.trees and volume.share is None and has_super_blocks(shape, cfg.trace)
 
 
 def _check_flips(cfg: InferConfig, weights: Path, is_mirrored: bool) -> None:

@@ -20,6 +20,7 @@ from hpc_neuro.core import files, morphology, stop_signals
 from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.infer.trees import Floats, VolumeTrees, log_contacts, save_arrays
+from hpc_neuro.tracing import measure_confidence
 from hpc_neuro.tracing.super_blocks import (
     PieceGroups,
     SuperBlockLines,
@@ -37,9 +38,10 @@ Ints = NDArray[np.int64]
 
 def list_super_blocks_to_trace(trees: VolumeTrees) -> list[Box]:
     """The super-blocks of a large volume whose lines are missing."""
-    if not _is_in_parts(trees) or _groups_path(trees).exists():
+    if not needs_groups(trees):
         return []
-    return [core for core in _list_cores(trees) if not _lines_path(trees, core).exists()]
+    kept = trees.list_kept()
+    return [core for core in _list_cores(trees) if _lines_path(trees, core).name not in kept]
 
 
 def trace_lines(trees: VolumeTrees, core: Box) -> None:
@@ -70,7 +72,8 @@ def list_super_blocks_to_link(trees: VolumeTrees) -> list[int]:
     """The super-blocks, by their place in the list of all, whose links are missing."""
     if not needs_groups(trees):
         return []
-    return [number for number, core in enumerate(_list_cores(trees)) if not _links_path(trees, core).exists()]
+    kept = trees.list_kept()
+    return [number for number, core in enumerate(_list_cores(trees)) if _links_path(trees, core).name not in kept]
 
 
 def link(trees: VolumeTrees, number: int) -> None:
@@ -97,8 +100,8 @@ def list_batches_to_finish(trees: VolumeTrees) -> list[int]:
     """The batches of pieces whose trees are missing."""
     if not _is_in_parts(trees):
         return []
-    batches = range(_load_groups(trees).batches)
-    return [batch for batch in batches if not trees.batch_path(batch).exists()]
+    kept, batches = trees.list_kept(), range(_load_groups(trees).batches)
+    return [batch for batch in batches if trees.batch_path(batch).name not in kept]
 
 
 def finish(trees: VolumeTrees, batch: int) -> None:
@@ -122,25 +125,31 @@ def finish(trees: VolumeTrees, batch: int) -> None:
     log_contacts(source.id, traced.contacts)
     files.write_json(contacts_path(trees, batch), [asdict(contact) for contact in traced.contacts])
     numbers = np.flatnonzero(groups.root_batch == batch)
-    save_arrays(trees.batch_path(batch), BatchTrees.pack(traced.trees, numbers if source.roots else None))
+    forest = morphology.concatenate_trees(traced.trees)
+    # Measured now, while this process has the shards around: who writes the trees reads none.
+    confidence = measure_confidence(forest, trees.read_probability, source.shape) if len(forest) else np.zeros(0)
+    packed = BatchTrees.pack(forest, traced.trees, confidence, numbers if source.roots else None)
+    save_arrays(trees.batch_path(batch), packed)
 
 
 @dataclass(frozen=True)
 class BatchTrees(Tree):
-    """The T trees of a batch, and where they stand among all trees of the volume."""
+    """The T trees of a batch, how sure they are, and where they stand among all trees of the volume."""
 
+    confidence: Floats
+    """[N] of each node."""
     sizes: Ints
     """[T] nodes."""
     places: Floats
     """[T] what trees are ordered by: the number of the root, or without roots minus the cable."""
 
     @classmethod
-    def pack(cls, trees: Sequence[Tree], roots: Ints | None) -> BatchTrees:
-        """Trees in the order of their `roots` [T], or longest first."""
-        forest = morphology.concatenate_trees(trees)
+    def pack(cls, forest: Tree, trees: Sequence[Tree], confidence: Floats, roots: Ints | None) -> BatchTrees:
+        """Trees, and the `forest` of them, in the order of their `roots` [T], or longest first."""
         places = [-morphology.length(tree) for tree in trees] if roots is None else roots.tolist()
         sizes = np.array([len(tree) for tree in trees], dtype=np.int64)
-        return cls(forest.points, forest.radii, forest.parents, forest.types, sizes, np.array(places, dtype=np.float64))
+        order = np.array(places, dtype=np.float64)
+        return cls(forest.points, forest.radii, forest.parents, forest.types, confidence, sizes, order)
 
 
 @dataclass(frozen=True)
@@ -157,18 +166,19 @@ def read_summary(trees: VolumeTrees, batch: int) -> BatchSummary:
         return BatchSummary(arrays["sizes"], arrays["places"])
 
 
+def read_confidence(trees: VolumeTrees, batch: int) -> Floats:
+    """[N] the confidence of the nodes of a finished batch."""
+    with np.load(trees.batch_path(batch)) as arrays:
+        return np.asarray(arrays["confidence"])
+
+
 def count_batches(trees: VolumeTrees) -> int:
     """The number of batches of a volume whose pieces are joined."""
     return _load_groups(trees).batches
 
 
-def is_large(trees: VolumeTrees) -> bool:
-    """Whether a volume has more than one super-block."""
-    return len(_list_cores(trees)) > 1
-
-
 def _is_in_parts(trees: VolumeTrees) -> bool:
-    return trees.needs_tracing() and is_large(trees)
+    return trees.is_large and trees.needs_tracing()
 
 
 def _list_cores(trees: VolumeTrees) -> list[Box]:

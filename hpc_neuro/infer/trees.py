@@ -16,7 +16,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from hpc_neuro.core import files, morphology, run_folder, schema, stop_signals
 from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
-from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.data import ome_zarr, shard_packs, swc
 from hpc_neuro.infer import proofread, skeleton_groups
 from hpc_neuro.infer.block_pipeline import VolumeRun
 from hpc_neuro.infer.config import InferConfig
@@ -43,6 +43,7 @@ from hpc_neuro.tracing import (
     skeletonize_block,
     trace_volume,
 )
+from hpc_neuro.tracing.super_blocks import has_super_blocks
 
 log = logging.getLogger(__name__)
 PredictionEntry = dict[str, Any]
@@ -50,6 +51,8 @@ PredictionEntry = dict[str, Any]
 Floats = NDArray[np.float64]
 _KEPT_BYTES = 1 << 28
 """[bytes] Of shards of the probability, compressed, that a process keeps while it traces."""
+_SCRATCH_FORM = 2
+"""Form of the files that wait for the next step; those of another form are not read."""
 _GROUPS_IN_MEMORY = 32
 """Groups of skeletons that are kept after they were read; a few MB each."""
 
@@ -90,7 +93,7 @@ class VolumeTrees:
     @property
     def scratch(self) -> Path:
         """Folder of the files that wait for the next step; they belong to the same probability and settings."""
-        return self.cfg.out / "strands" / self.volume.source.id / self.key[:16]
+        return self.cfg.out / "strands" / self.volume.source.id / f"{self.key[:16]}_{_SCRATCH_FORM}"
 
     def read_entry(self) -> PredictionEntry | None:
         """The entry that an earlier run, or a share of this one, left of the same probability and settings."""
@@ -132,7 +135,9 @@ class VolumeTrees:
     @functools.cached_property
     def read_probability(self) -> Callable[[Box], NDArray[np.uint8]]:
         """Reads boxes of the finished probability, 255 is 1. Raises Stopped on a request to stop."""
-        read = ome_zarr.ShardReader(self.volume.folder, _KEPT_BYTES, self.shards)
+        # Who traces a large volume reads its packs (see `pack_shards`), which are whole before anything is traced.
+        packs = shard_packs.PackReader(self.scratch) if self.is_large else None
+        read = ome_zarr.ShardReader(self.volume.folder, _KEPT_BYTES, self.shards, packs.read if packs else None)
         return stop_signals.stop_on_request(lambda box: np.asarray(read(box), dtype=np.uint8))
 
     def move_back(self, traced: TracedVolume) -> TracedVolume:
@@ -145,6 +150,27 @@ class VolumeTrees:
             contacts.append(replace(contact, position=grid.move_point_back(contact.position)))
         return TracedVolume([grid.move_tree_back(tree) for tree in traced.trees], contacts)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the volume has more than one super-block."""
+        return has_super_blocks(self.traced_shape, self.cfg.trace)
+
+    def list_kept(self) -> set[str]:
+        """The names of all files that wait for the next step: one listing, where a look at each takes an hour."""
+        return {path.name for path in self.scratch.iterdir()} if self.scratch.is_dir() else set()
+
+    def list_shards_to_pack(self) -> list[list[Shape]]:
+        """The shards of a large volume, by the pack that is missing."""
+        if not self.is_large or not self.needs_tracing():
+            return []
+        kept, packs = self.list_kept(), shard_packs.group_shards(ome_zarr.list_shards(self.volume.folder))
+        return [shards for pack, shards in packs.items() if shard_packs.name_pack(pack) not in kept]
+
+    def pack_shards(self, shards: Sequence[Shape]) -> None:
+        """Copy the shards of one pack into one file."""
+        path = self.scratch / shard_packs.name_pack(shard_packs.find_pack(shards[0]))
+        shard_packs.write_pack(path, self.volume.folder, shards)
+
     def list_groups_to_skeletonize(self) -> list[list[Box]]:
         """The blocks, by groups, whose skeletons are missing before the volume can be traced.
 
@@ -154,14 +180,13 @@ class VolumeTrees:
             return []
         boxes = list_trace_blocks(self.traced_shape, self.cfg.trace)
 
-        # One listing of each folder: a look at each file of a brain takes an hour.
-        names = {path.name for path in self.scratch.iterdir()} if self.scratch.is_dir() else set()
+        names = self.list_kept()
         has_shards = self._mark_blocks_with_shards(boxes).tolist()
         return skeleton_groups.group_boxes(
             (
                 box
                 for box, is_needed in zip(boxes, has_shards, strict=True)
-                if is_needed and self._skeleton_path(box).name not in names
+                if is_needed and self._find_skeleton_path(box).name not in names
             ),
             self._skeleton_group,
         )
@@ -208,7 +233,7 @@ class VolumeTrees:
             skeleton = skeletonize_block(read, grid.shape, box, grid.voxel_size, cfg)
             if skeleton is not None:
                 skeletons[skeleton_groups.name_box(box)] = skeleton
-        skeleton_groups.save_skeletons(self._skeleton_path(boxes[0]), skeletons)
+        skeleton_groups.save_skeletons(self._find_skeleton_path(boxes[0]), skeletons)
 
     def needs_tracing(self) -> bool:
         """Whether the trees of the volume are still to be found."""
@@ -373,20 +398,40 @@ class VolumeTrees:
 
     def load_skeleton(self, box: Box) -> BlockSkeleton | None:
         """The skeleton of a block; None for a block without neurite."""
-        return self._load_skeletons_of_group(self._skeleton_path(box)).get(skeleton_groups.name_box(box))
+        corner = skeleton_groups.find_corner(box, self._skeleton_group)
+        return self._load_skeletons_of_group(corner).get(skeleton_groups.name_box(box))
 
     @functools.cached_property
-    def _load_skeletons_of_group(self) -> Callable[[Path], skeleton_groups.Skeletons]:
+    def _load_skeletons_of_group(self) -> Callable[[Shape], skeleton_groups.Skeletons]:
         # The blocks of a super-block are taken row by row, and their rows cross the same groups.
-        return functools.lru_cache(maxsize=_GROUPS_IN_MEMORY)(skeleton_groups.load_skeletons)
+        return functools.lru_cache(maxsize=_GROUPS_IN_MEMORY)(self._read_skeletons_of_group)
+
+    def _read_skeletons_of_group(self, corner: Shape) -> skeleton_groups.Skeletons:
+        # Most of a brain is empty, and asking for a file that is not there costs as much as opening one.
+        if self.shards is not None and self.shards.isdisjoint(self._list_shards_around(corner)):
+            return {}
+        return skeleton_groups.load_skeletons(self._skeleton_path(corner))
+
+    def _list_shards_around(self, corner: Shape) -> Iterator[str]:
+        """The shards that are read for a group of blocks of tracing, whether they have a file or not."""
+        grid, source = self.open_grid(), self.volume.source
+        group = Box.at(corner, self._skeleton_group).clip(Box.whole(grid.shape))
+        halo = add_halo(group, grid.shape, grid.voxel_size, self.cfg.trace)
+        if source.resampling is not None:
+            halo = source.resampling.find_image_box(halo)
+        return ome_zarr.list_shards_in(halo, self.volume.tiling.write)
 
     @functools.cached_property
     def _skeleton_group(self) -> Shape:
         return skeleton_groups.choose_group(self.traced_shape, self.cfg.trace.block)
 
-    def _skeleton_path(self, box: Box) -> Path:
+    def _skeleton_path(self, corner: Shape) -> Path:
+        """Where the skeletons of a group are kept, by its first voxel."""
+        return self.scratch / f"{'_'.join(map(str, corner))}.npz"
+
+    def _find_skeleton_path(self, box: Box) -> Path:
         """Where the skeletons of a block's group are kept."""
-        return self.scratch / f"{'_'.join(map(str, skeleton_groups.find_corner(box, self._skeleton_group)))}.npz"
+        return self._skeleton_path(skeleton_groups.find_corner(box, self._skeleton_group))
 
     @property
     def _forest_path(self) -> Path:

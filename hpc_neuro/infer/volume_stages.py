@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from hpc_neuro.core import stop_signals
 from hpc_neuro.core.distributed import Ranks
-from hpc_neuro.core.geometry import Box
+from hpc_neuro.core.geometry import Box, Shape
 from hpc_neuro.core.task_queue import Task, TaskFailure, TaskReport, do_each, plan_tasks, run_tasks
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.data.run_journal import name_block
@@ -110,12 +110,29 @@ def trace_volumes(
     failures, entries = list[TaskFailure](), dict[str, PredictionEntry]()
 
     with WindowProgress("mirrored views", 0, show=ranks.is_main) as progress:
-        steps = [SKELETONIZE_BLOCKS, TRACE_SUPER_BLOCKS, LINK_SUPER_BLOCKS, GROUP_PIECES, FINISH_PIECES, TRACE_FOREST]
+        steps = [
+            PACK_SHARDS,
+            SKELETONIZE_BLOCKS,
+            TRACE_SUPER_BLOCKS,
+            LINK_SUPER_BLOCKS,
+            GROUP_PIECES,
+            FINISH_PIECES,
+            TRACE_FOREST,
+        ]
         if predictor.cfg.flips:
             steps += [SAMPLE_TREES, _predict_views_step(predictor, progress, ranks)]
 
         # Each step is taken by all volumes before the next, so that ranks share all of its tasks.
-        for step in [*steps, WRITE_BATCHES, PLAN_FILES, WRITE_RANGES, HASH_RANGES, WRITE_FILES, REMOVE_SCRATCH]:
+        for step in [
+            *steps,
+            WRITE_BATCHES,
+            PLAN_FILES,
+            WRITE_RUNS,
+            WRITE_RANGES,
+            HASH_RANGES,
+            WRITE_FILES,
+            REMOVE_SCRATCH,
+        ]:
             # A step needs what the one before it wrote.
             failed_ids = {failure.group for failure in failures}
             remaining = {name: trees for name, trees in all_trees.items() if name not in failed_ids}
@@ -180,6 +197,14 @@ def _build_shard(
     return shard.path, checksum
 
 
+def _list_pack_tasks(trees: VolumeTrees) -> list[Task[list[Shape]]]:
+    name = trees.volume.source.id
+    return [
+        _make_task(f"pack_{'_'.join(map(str, shards[0]))}", f"pack of shards from {shards[0]}", shards, name)
+        for shards in trees.list_shards_to_pack()
+    ]
+
+
 def _list_skeleton_tasks(trees: VolumeTrees) -> list[Task[list[Box]]]:
     name = trees.volume.source.id
     tasks = []
@@ -221,7 +246,7 @@ def _list_batch_tasks(trees: VolumeTrees) -> list[Task[int]]:
 
 def _trace_forest(trees: VolumeTrees) -> None:
     """The trees of a volume; those of a large one are made already, in batches."""
-    if super_blocks.is_large(trees):
+    if trees.is_large:
         forest_files.order(trees)
     else:
         trees.trace()
@@ -259,7 +284,7 @@ def _list_files_task(trees: VolumeTrees) -> list[Task[None]]:
 
 def _write_files(trees: VolumeTrees, task: Task[None]) -> tuple[str, PredictionEntry]:
     write = functools.partial(trees.write_files, functools.partial(flip_tta.load_views, trees))
-    if trees.cfg.trees and super_blocks.is_large(trees):
+    if trees.cfg.trees and trees.is_large:
         write = functools.partial(forest_files.finish, trees)
     return task.group, trees.finish(write)
 
@@ -285,6 +310,7 @@ def _clean_up(finished: Sequence[VolumeTrees]) -> None:
         trees.volume.markers.end_all()
 
 
+PACK_SHARDS = VolumeStep(_list_pack_tasks, lambda trees, task: trees.pack_shards(task.payload))
 SKELETONIZE_BLOCKS = VolumeStep(_list_skeleton_tasks, lambda trees, task: trees.skeletonize(task.payload))
 TRACE_SUPER_BLOCKS = VolumeStep(
     _list_super_block_tasks, lambda trees, task: super_blocks.trace_lines(trees, task.payload)
@@ -298,6 +324,10 @@ WRITE_BATCHES = VolumeStep(
     lambda trees, task: forest_files.write_batch(trees, task.payload, functools.partial(flip_tta.load_views, trees)),
 )
 PLAN_FILES = VolumeStep(_list_plan_tasks, lambda trees, task: forest_files.plan(trees, task.payload))
+WRITE_RUNS = VolumeStep(
+    functools.partial(_list_range_tasks, "run", forest_files.list_runs_to_write),
+    lambda trees, task: forest_files.write_run(trees, *task.payload),
+)
 WRITE_RANGES = VolumeStep(
     functools.partial(_list_range_tasks, "range", forest_files.list_ranges_to_write),
     lambda trees, task: forest_files.write_range(trees, *task.payload),

@@ -156,8 +156,17 @@ class PieceGroups:
 
 def list_super_blocks(shape: Shape, cfg: TraceConfig) -> list[Box]:
     """The super-blocks of a volume: boxes of whole trace blocks."""
+    return [block.write for block in tile_volume(shape, _measure_super_block(cfg))]
+
+
+def has_super_blocks(shape: Shape, cfg: TraceConfig) -> bool:
+    """Whether a volume has more than one super-block."""
+    return any(n > edge for n, edge in zip(shape, _measure_super_block(cfg), strict=True))
+
+
+def _measure_super_block(cfg: TraceConfig) -> Shape:
     z, y, x = (edge * blocks for edge, blocks in zip(cfg.block, cfg.super_block, strict=True))
-    return [block.write for block in tile_volume(shape, (z, y, x))]
+    return z, y, x
 
 
 def list_blocks_of(core: Box, shape: Shape, voxel_size: VoxelSize, cfg: TraceConfig) -> list[Box]:

@@ -24,18 +24,29 @@ def write_parts(folder: Path, items: list[tuple[float, int, bytes]], parts: int)
         keys = [np.array([item[0] for item in own]), np.array([item[1] for item in own], dtype=np.int64)]
         streams = {"other": Items([np.zeros(1)], [b"x"]), "table": Items(keys, [item[2] for item in own])}
         sorted_parts.write_part(folder, part, streams, {"count": np.array(len(own))})
-        assert sorted_parts.has_part(folder, part)
+        assert (folder / sorted_parts.name_part(part)).exists()
 
 
 @pytest.mark.parametrize("parts", [1, 3, 8])
-@pytest.mark.parametrize("is_ranked", [False, True])
-def test_all_items_stand_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, is_ranked: bool) -> None:
+@pytest.mark.parametrize(("is_ranked", "run_bytes"), [(False, 1 << 31), (False, 2000), (True, 900)])
+def test_all_items_stand_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, is_ranked: bool, run_bytes: int
+) -> None:
     monkeypatch.setattr(sorted_parts, "RANGE_BYTES", 64)
+    monkeypatch.setattr(sorted_parts, "RUN_BYTES", run_bytes)
+    monkeypatch.setattr(sorted_parts, "_RUN_OPERATIONS", 0)
+    monkeypatch.setattr(sorted_parts, "_RUNS_FROM", 0)
     monkeypatch.setattr(files, "CHUNK_BYTES", 32)
     items = make_items(0, 250)
     write_parts(tmp_path / "parts", items, parts)
     stream = Stream("table", tmp_path / "deep" / "table.csv", b"head\n", is_ranked)
     sorted_parts.plan_stream(tmp_path / "parts", parts, stream)
+
+    runs = sorted_parts.list_missing_runs(tmp_path / "parts", stream)
+    assert (len(runs) > 1) == (parts > 1 and run_bytes < 10_000)
+    for number in [*runs[::-1], *runs[:1]]:
+        sorted_parts.write_run(tmp_path / "parts", stream, number)
+    assert sorted_parts.list_missing_runs(tmp_path / "parts", stream) == []
 
     # Ranges are written in any order, and some twice: a worker may have been killed before its range counted.
     ranges = sorted_parts.list_missing_ranges(tmp_path / "parts", stream)
@@ -81,3 +92,37 @@ def test_a_small_file_has_its_sha256_as_checksum_and_a_change_of_a_large_one_is_
     assert files.has_checksum(path, recorded)
     path.write_bytes(bytes(range(99)) + b"x")
     assert not files.has_checksum(path, recorded)
+
+
+def test_runs_pay_where_many_ranges_need_many_parts() -> None:
+    gib = 1 << 30
+    assert sorted_parts.choose_runs(20, 10, gib) == (0, 0)
+    for parts, ranges in ((630, 40), (14_896, 1200)):
+        stripes, groups = sorted_parts.choose_runs(parts, ranges, ranges * sorted_parts.RANGE_BYTES)
+        assert ranges * sorted_parts.RANGE_BYTES / (stripes * groups) <= 1.01 * sorted_parts.RUN_BYTES
+        assert stripes * parts + ranges * groups < parts * ranges / 20
+
+
+def test_a_range_opens_runs_and_no_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sorted_parts, "RANGE_BYTES", 64)
+    monkeypatch.setattr(sorted_parts, "RUN_BYTES", 5000)
+    monkeypatch.setattr(sorted_parts, "_RUNS_FROM", 0)
+    write_parts(tmp_path / "parts", make_items(0, 500), 12)
+    stream = Stream("table", tmp_path / "table.csv")
+    sorted_parts.plan_stream(tmp_path / "parts", 12, stream)
+    for number in sorted_parts.list_missing_runs(tmp_path / "parts", stream):
+        sorted_parts.write_run(tmp_path / "parts", stream, number)
+    for part in range(12):
+        (tmp_path / "parts" / f"text_{part}.bin").unlink()
+    for number in sorted_parts.list_missing_ranges(tmp_path / "parts", stream):
+        sorted_parts.write_range(tmp_path / "parts", stream, number)
+
+
+def test_a_part_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    write_parts(tmp_path, make_items(0, 50), 1)
+    stream = Stream("table", tmp_path / "table.csv")
+    sorted_parts.plan_stream(tmp_path, 1, stream)
+    text = tmp_path / "text_0.bin"
+    text.write_bytes(text.read_bytes()[:-1])
+    with pytest.raises(OSError, match="too early"):
+        sorted_parts.write_range(tmp_path, stream, 0)

@@ -16,7 +16,7 @@ import tifffile
 from hpc_neuro import infer
 from hpc_neuro.core import morphology, sorted_parts
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.data import swc
+from hpc_neuro.data import shard_packs, swc
 from hpc_neuro.infer import forest_files, skeleton_groups, super_blocks
 from hpc_neuro.infer.predictor import Predictor
 from hpc_neuro.infer.trees import VolumeTrees
@@ -85,6 +85,7 @@ def test_the_trees_are_those_of_one_process(model: Path, inputs: str, tmp_path: 
 @pytest.mark.parametrize(
     ("module", "step", "calls"),
     [
+        (shard_packs, "write_pack", 1),
         (super_blocks, "trace_lines", 2),
         (super_blocks, "link", 1),
         (super_blocks, "group", 0),
@@ -100,6 +101,7 @@ def test_the_trees_are_those_of_one_process(model: Path, inputs: str, tmp_path: 
 def test_a_step_that_is_done_is_not_done_again(
     model: Path, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str, calls: int
 ) -> None:
+    monkeypatch.setattr(shard_packs, "PACK", (1, 1, 2))
     assert infer.run(configure(model, tmp_path / "quiet", inputs, *IN_PARTS)) == 0
     cfg = configure(model, tmp_path / "o", inputs, *IN_PARTS)
     take, taken = getattr(module, step), []
@@ -115,7 +117,8 @@ def test_a_step_that_is_done_is_not_done_again(
         infer.run(cfg)
 
     # What comes before the step that was interrupted is on the disk.
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "o/strands").glob("**/*.np[zy]")}
+    paths = [path for kind in ("*.np[zy]", "pack_*") for path in (tmp_path / "o/strands").rglob(kind)]
+    kept = {path: path.stat().st_mtime_ns for path in paths}
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *args, **more: None)
         patch.setattr(VolumeTrees, "list_scratch", lambda trees: [])
@@ -131,6 +134,8 @@ def test_the_files_are_those_of_one_process_for_the_same_trees(
 ) -> None:
     out, cfg = tmp_path / "o", configure(model, tmp_path / "o", inputs, *IN_PARTS, flips)
     monkeypatch.setattr(sorted_parts, "RANGE_BYTES", 256)
+    monkeypatch.setattr(sorted_parts, "RUN_BYTES", 1024)
+    monkeypatch.setattr(sorted_parts, "_RUNS_FROM", 0)
     forests = list[Tree]()
 
     def keep(trees: VolumeTrees) -> None:
@@ -152,7 +157,7 @@ def test_the_files_are_those_of_one_process_for_the_same_trees(
         shutil.rmtree(out / folder)
     (out / "predictions.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(super_blocks, "is_large", lambda trees: False)
+        patch.setattr(VolumeTrees, "is_large", False)
         patch.setattr(VolumeTrees, "trace", lambda trees: trees.keep_forest(TracedVolume([*forests], [])))
         assert infer.run(cfg) == 0
     assert read_files(out) == in_parts

@@ -33,7 +33,7 @@ from hpc_neuro.core import files, sorted_parts
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.core.morphology import build_tree, concatenate_trees
 from hpc_neuro.core.sorted_parts import Items, Stream
-from hpc_neuro.data import ome_zarr, swc
+from hpc_neuro.data import ome_zarr, shard_packs, swc
 from hpc_neuro.data.run_journal import BlockMarker, name_block
 from hpc_neuro.infer import forest_files, skeleton_groups
 from hpc_neuro.infer.done_markers import DoneMarkers
@@ -59,6 +59,8 @@ _PLACE_NODES = 100  # nodes for each doubtful place
 _TREE_BYTES = 3 * 48 + 16  # of a node in the three SWC files of all trees and in the table of confidence
 _PLACE_BYTES, _NEURON_BYTES = 75, 50  # of a row
 _TOGETHER = 1.5  # groups of blocks of tracing that hold something, per block that does
+_PACKED = 0.05  # [byte] of a voxel of a shard that is not empty
+_LISTINGS = 10  # of the folder of intermediate files, by the steps of tracing
 _SLANT = 0.5  # crossings of a unit of area per unit of length in a unit of volume, in all directions alike
 
 
@@ -354,16 +356,21 @@ def plan_trees(
     grown = math.prod((edge + 2 * MARGIN) / edge for edge in super_edges)
     in_trees, kept, nodes = round(trace_blocks * dense), strands * _KEPT, strands * _NODES
 
+    full = round(count_tiles(shape, _TILING.write) * dense)
+    pack = tuple(edge * shards for edge, shards in zip(_TILING.write, shard_packs.PACK, strict=True))
+    packs = count_tiles(shape, pack)
+
     # What is not empty lies together, so that more groups of blocks hold something than blocks do.
     group = skeleton_groups.choose_group(shape, cfg.block)
     groups = count_tiles(shape, group)
     occupied = min(1.0, _TOGETHER * dense)
     in_groups = round(groups * occupied)
     halo = add_halo(Box.at((10**6,) * 3, group), (10**7,) * 3, _VOXEL, cfg).shape
-    # A process opens each shard once, and none that has no file.
-    group_shards = round(_count_touched(halo) * dense / occupied)
-    shards = round(_count_touched(tuple(edge + 2 * MARGIN for edge in super_edges)) * dense)
-    group_files = math.ceil(math.prod(edge / g + 1 for edge, g in zip(super_edges, group, strict=True)))
+    # A process opens each pack once, and no group of blocks that has no file.
+    group_packs = round(_count_touched(halo, pack))
+    super_packs = round(_count_touched(tuple(edge + 2 * MARGIN for edge in super_edges), pack))
+    # A super-block begins with a group, and a margin of one block is read around it.
+    group_files = round(math.prod(edge / g + 2 for edge, g in zip(super_edges, group, strict=True)) * occupied)
 
     # Each super-block has three faces of its own, and two pieces meet at each crossing.
     area = supers * sum(math.prod(super_edges) / edge for edge in super_edges)
@@ -371,68 +378,86 @@ def plan_trees(
     # Pieces that go on, and those that do not, are batches of their own.
     batches = 2 * supers
     _, ranges, sums = _count_file_parts(nodes)
-    scratch = in_groups + 2 * supers + 4 * batches + ranges + sums
+    runs = len(_STREAMS) * math.prod(_choose_runs(nodes, batches))
+    scratch = packs + in_groups + 2 * supers + 4 * batches + runs + ranges + sums
 
     task = costs.task_operations
     return [
         # A listing of a folder of a thousand files is one operation.
-        _plan_one_rank("list of skeletons", trace_blocks * costs.list_trace_block, 2 * _count_rows(shape)),
+        Stage(
+            "packs",
+            spread(packs, full / packs * math.prod(_TILING.write) * _PACKED * costs.gather),
+            task + math.ceil(full / packs),
+            reads=full / packs,
+        ),
+        _plan_one_rank("list of skeletons", trace_blocks * costs.list_trace_block, 4 * _count_rows(shape)),
         Stage(
             "skeletons",
             spread(in_groups, in_trees / in_groups * math.prod(cfg.block) * costs.skeleton),
-            task + group_shards,
-            reads=group_shards,
+            task + group_packs,
+            reads=group_packs,
         ),
         Stage(
             "super-blocks",
             spread(supers, strands / supers * grown * costs.lines),
-            task + group_files + shards,
-            reads=group_files + shards,
+            task + group_files + super_packs,
+            reads=group_files + super_packs,
         ),
         Stage("links", spread(supers, kept / supers * costs.links), task + 27, reads=27),
         _plan_one_rank("groups", going_on * costs.groups + supers * costs.read_part, supers + task),
-        Stage("batches", spread(batches, kept / batches * costs.trees), 2 * task + 8 + shards, reads=8 + shards),
-        *plan_tree_files(nodes, supers, batches, shards, costs, spread, ranks),
+        Stage(
+            "batches", spread(batches, kept / batches * costs.trees), 2 * task + 8 + super_packs, reads=8 + super_packs
+        ),
+        *plan_tree_files(nodes, batches, scratch, costs, spread, ranks),
         Stage("removal", np.zeros(scratch // 512 + 1), 512),
     ]
 
 
 def plan_tree_files(
     nodes: float,
-    supers: int,
     batches: int,
-    shards: int,
+    scratch: int,
     costs: UnitCosts,
     spread: Callable[[int, float], np.ndarray],
     ranks: int,
 ) -> list[Stage]:
-    """The stages from the finished batches to the files. shards: that a batch reads."""
+    """The stages from the finished batches to the files. scratch: files that wait for a later step."""
     task, trees, places = costs.task_operations, nodes / _TREE_NODES, nodes / _PLACE_NODES
     has_own_files = trees <= _TREE_FILES
     texts = costs.texts + (costs.single_tree if has_own_files else 0.0)
     single_files = round(2 * trees) if has_own_files else 0
     total_bytes, ranges, sums = _count_file_parts(nodes)
+
+    # A range has items of nearly all batches, and opens each, or runs that were copied from many.
+    stripes, run_groups = _choose_runs(nodes, batches)
+    runs, opened = len(_STREAMS) * stripes * run_groups, run_groups if stripes else batches
+    copies = []
+    if runs:
+        parts = math.ceil(batches / run_groups)
+        seconds = spread(runs, total_bytes / runs * (costs.gather + costs.checksum))
+        copies.append(Stage("runs", seconds, task + 1 + parts, reads=1 + parts))
     return [
         _plan_one_rank("order of trees", trees * costs.sort + batches * costs.read_part, batches + task),
         Stage(
             "texts",
             spread(batches, nodes / batches * texts),
-            2 * task + 3 + shards + task * single_files // batches,
+            2 * task + 7 + task * single_files // batches,
             single_files,
-            reads=3 + shards,
+            reads=7,
         ),
         # The files are put in order side by side; the one with most items takes longest.
         _plan_one_rank("order of rows", max(trees, places) * costs.sort + batches * costs.read_part, batches + task),
+        *copies,
         Stage(
             "files",
             spread(ranges, total_bytes / ranges * costs.gather),
-            task + min(batches, 100),
+            task + opened,
             len(_STREAMS),
-            reads=min(batches, 100),
+            reads=3 + opened,
         ),
         Stage("checksums", spread(sums, total_bytes / sums * costs.checksum), task),
-        # One rank asks for each result of the stages before whether it is there.
-        _plan_one_rank("list of results", 0.0, 2 * supers + 2 * batches + ranges + sums),
+        # One rank lists the folder of all results before each stage.
+        _plan_one_rank("list of results", 0.0, _LISTINGS * math.ceil(scratch / 1000)),
         # The rank that writes the record has not read the journal before.
         _plan_one_rank("record", batches * costs.read_part + trees * costs.sort, batches + task + ranks),
     ]
@@ -449,6 +474,12 @@ def _count_file_parts(nodes: float) -> tuple[float, int, int]:
     )
 
 
+def _choose_runs(nodes: float, batches: int) -> tuple[int, int]:
+    """Stripes and groups of the runs of one of the files, as if all were of one size."""
+    total_bytes, ranges, _ = _count_file_parts(nodes)
+    return sorted_parts.choose_runs(batches, ranges // len(_STREAMS), round(total_bytes / len(_STREAMS)))
+
+
 def _plan_one_rank(name: str, seconds: float, operations: int) -> Stage:
     """A stage of one task, for which all other ranks wait."""
     return Stage(name, np.array([seconds]), operations, is_serial=True)
@@ -459,9 +490,9 @@ def _count_rows(shape: Shape) -> int:
     return count_tiles(shape[:2], _TILING.write[:2])
 
 
-def _count_touched(edges: tuple[int, ...]) -> float:
-    """[shard] Touched by a box of these edges [voxel], on average."""
-    return math.prod(edge / size + 1 for edge, size in zip(edges, _TILING.write, strict=True))
+def _count_touched(edges: tuple[int, ...], tile: tuple[int, ...]) -> float:
+    """Tiles [voxel] that a box of these edges [voxel] touches, on average."""
+    return math.prod(edge / size + 1 for edge, size in zip(edges, tile, strict=True))
 
 
 def count_again(stages: list[Stage], costs: UnitCosts, site: Site) -> float:

@@ -11,7 +11,7 @@ import pytest
 
 from hpc_neuro.data import ome_zarr
 from hpc_neuro.infer.tiling import MASK
-from tests.helpers.count_operations import BLOCKS, FILES, FULL_BLOCKS, SHAPE
+from tests.helpers.count_operations import BLOCKS, FILES, FULL_BLOCKS, PARTS, SHAPE
 from tools.bench.brain import UnitCosts
 
 SHARD = (8, 32, 32)
@@ -35,13 +35,18 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         pytest.skip(f"strace may not trace here: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr[-2000:]
 
-    stage, counted = "start", dict[str, int]()
+    runs, ranges, groups = map(int, done.stdout.split()[-3:])
+    stage, counted = "start", {"number of runs": runs, "number of ranges": ranges, "groups": groups}
     for line in trace.read_text(errors="replace").splitlines():
         call = re.match(r"\d+ +(\w+)\((.*)", line)
         if mark := re.search(r'"/MARK/(\w+)"', line):
             stage = mark[1]
         # A look at an open file is none at its path.
-        elif call and re.search(rf"{out}/(a.ome.zarr/.*/c/|whole|journal)", call[2]) and not re.match(r"\d+<", call[2]):
+        elif (
+            call
+            and re.search(rf"{out}/(a.ome.zarr/.*/c/|whole|journal|scratch)", call[2])
+            and not re.match(r"\d+<", call[2])
+        ):
             is_new_folder = call[1] == "mkdir" or ("O_DIRECTORY" in call[2] and not re.search(r"/c/\d+/\d+\"", call[2]))
             is_missing_folder = "O_DIRECTORY" in call[2] and "ENOENT" in call[2]
             if not is_new_folder and not is_missing_folder:
@@ -66,6 +71,20 @@ def test_so_does_a_shard_of_the_pyramid(counts: dict[str, int]) -> None:
         expected += (UnitCosts().shard_operations + len(below)) * is_full
     assert expected
     assert 0 <= counts["pyramid"] - expected <= 2 * levels[1].shape[1] // SHARD[1] + 2
+
+
+def test_so_do_packs_and_what_is_read_from_them(counts: dict[str, int]) -> None:
+    packs = (2 * 4 * 8) // (2 * 4 * 4)
+    assert counts["packs"] == packs * UnitCosts().task_operations + FULL_BLOCKS
+    assert counts["boxes"] == packs, "of 2048 boxes"
+
+
+def test_so_do_runs_and_ranges(counts: dict[str, int]) -> None:
+    runs, ranges, groups = (counts[name] for name in ("number of runs", "number of ranges", "groups"))
+    assert runs > groups > 1
+    task = UnitCosts().task_operations
+    assert counts["runs"] == runs * (task + 1) + runs // groups * PARTS
+    assert counts["ranges"] == ranges * (task + groups)
 
 
 def test_so_does_a_file_that_is_written_whole(counts: dict[str, int]) -> None:
