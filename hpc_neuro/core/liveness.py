@@ -261,6 +261,10 @@ class RankWatch:
             self._barrier()
         self._is_left.set()
 
+        # MPI unmaps the memory of a board when the process ends. A thread may hang in a file system.
+        for thread in self._threads:
+            thread.join(self._period)
+
     def _follow(self, ring: Ring) -> None:
         """Beat in a ring and look at the next rank there until the watch is left, or a rank is declared lost."""
         while not self._is_left.is_set():
