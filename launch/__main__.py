@@ -1,4 +1,4 @@
-"""The command line: `python -m launch VERB [CONFIG] [key=value ...] --on local|slurm --cluster SITE`."""
+"""The command line: `python -m launch VERB [CONFIG] [key=value ...] --on local|slurm|pbs|lsf --cluster SITE`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_submit_command(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("launch", usage=USAGE)
     parser.add_argument("words", nargs="*", metavar="VERB, CONFIG, key=value")
-    parser.add_argument("--on", choices=("local", "slurm"), default="slurm", help="this machine, or the cluster")
+    parser.add_argument(
+        "--on", choices=("local", "slurm", "pbs", "lsf"), default="slurm", help="this machine, or the cluster"
+    )
     parser.add_argument(
         "--cluster", metavar="SITE", help="YAML file with the site's facts, or a name in configs/cluster"
     )
@@ -68,7 +70,11 @@ def _run_submit_command(words: Sequence[str]) -> int:
     parser.add_argument("--after", action="append", default=[], metavar="JOB", help="wait until this job ended well")
     parser.add_argument("--array", type=int, default=1, metavar="N", help="share the volumes among N tasks of an array")
     parser.add_argument("--watch", action="store_true", help="follow logs and progress of all tasks until they end")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, submit nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the scripts, submit nothing; also without a cluster",
+    )
     args = parser.parse_intermixed_args(words)
 
     has_verb = any(not word.startswith(_SITE_PREFIX) for word in args.words)
@@ -83,12 +89,15 @@ def _run_submit_command(words: Sequence[str]) -> int:
 
 
 def _check_and_submit(args: argparse.Namespace) -> int:
-    from launch import preflight, slurm
+    from launch import preflight, slurm, submit
     from launch.site import load_site
 
     # Fail within seconds where there is no cluster, before anything else is checked.
-    if args.on == "slurm":
+    is_here = _is_on_cluster(args.on) if args.dry_run else True
+    if args.on == "slurm" and is_here:
         slurm.require_controller()
+    if is_here:
+        submit.require_program(args.on)
 
     # Keys of the site may stand anywhere among the others.
     words = [word for word in args.words if not word.startswith(_SITE_PREFIX)]
@@ -96,10 +105,36 @@ def _check_and_submit(args: argparse.Namespace) -> int:
     site = load_site(args.cluster, site_keys)
     stages = _plan_stages(args.chain, words)
 
-    for line in preflight.check(stages, site, args.on, args.array, args.after):
+    for line in preflight.check(stages, site, args.on, args.array, args.after, is_here):
         sys.stdout.write(line + "\n")
 
-    return EXIT_DONE if args.dry_run else _submit_stages(stages, site, args)
+    return _print_scripts(stages, site, args) if args.dry_run else _submit_stages(stages, site, args)
+
+
+def _is_on_cluster(on: str) -> bool:
+    """Whether the scheduler can be asked from this machine."""
+    from launch import slurm, submit
+
+    try:
+        submit.require_program(on)
+        if on == "slurm":
+            slurm.require_controller()
+    except InputError:
+        return False
+    return True
+
+
+def _print_scripts(stages: Sequence[tuple[str, Any]], site: Site, args: argparse.Namespace) -> int:
+    """Print the batch script of each verb, without the values of secrets."""
+    from launch import submit
+    from launch.site import hide_secrets
+
+    for verb, cfg in stages if args.on != "local" else ():
+        submission = submit.Submission(
+            verb, cfg, hide_secrets(site), args.on, cfg.out.resolve() / "launch" / "code", ()
+        )
+        sys.stdout.write(f"\nscript of {verb}:\n{submission.write_script().rstrip()}\n")
+    return EXIT_DONE
 
 
 def _plan_stages(verbs: str | None, words: list[str]) -> list[tuple[str, Any]]:
@@ -135,7 +170,7 @@ def _submit_stages(stages: Sequence[tuple[str, Any]], site: Site, args: argparse
         if args.on == "local" and status.follow_jobs(new_jobs, slurm.Poller(0.2, 2.0)):
             return _EXIT_JOB_FAILED
 
-    if args.on == "slurm" and args.watch:
+    if args.on != "local" and args.watch:
         return status.follow_jobs(jobs, slurm.Poller())
 
     return EXIT_DONE

@@ -9,13 +9,15 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import VERBS
 from launch import forecast, slurm, status, submit
+from launch.executors.cluster import QUEUES
 from launch.site import Resources, Site, require_plain_path
+from launch.status import Place
 
 Stage = tuple[str, Any]
 """(verb, its config)."""
@@ -29,14 +31,15 @@ _START_SECONDS = 60
 def check(
     stages: Sequence[Stage],
     site: Site,
-    on: Literal["slurm", "local"],
+    on: Place,
     count: int = 1,
     after: Sequence[str] = (),
+    is_here: bool = True,
 ) -> list[str]:
     """Check a submission and return lines for people about what will run. Raises ConfigError with every fault.
 
     stages: of which later ones may read what earlier ones will write. count: shares of an array. after: ids of jobs to
-    wait for.
+    wait for. is_here: whether this is a machine of the cluster; elsewhere nothing is asked of it, and a line says so.
     """
     faults: list[str] = []
     lines: list[str] = []
@@ -45,10 +48,10 @@ def check(
     for verb, cfg in stages:
         resources = site.resources(verb)
         # Collect everything: a user should not have to submit once per fault.
-        faults += _find_folder_faults(verb, cfg, on, submit.count_shares(verb, count, len(stages) == 1))
+        faults += _find_folder_faults(verb, cfg, on, is_here, submit.count_shares(verb, count, len(stages) == 1))
         verb_faults, verb_lines = forecast.forecast_verb(verb, cfg, resources, site, written)
         verb_faults += find_task_faults(verb, resources)
-        if on == "slurm":
+        if on != "local":
             verb_faults += find_time_faults(cfg, resources, site)
 
         faults += [f"{verb}: {fault}" for fault in verb_faults]
@@ -57,7 +60,7 @@ def check(
         written.add(cfg.out.resolve())
 
     # The cluster is asked last: it takes longest.
-    if on == "slurm":
+    if on == "slurm" and is_here:
         try:
             faults += _find_cluster_faults(stages, site, count, after)
             if not faults:
@@ -65,7 +68,12 @@ def check(
         except InputError as error:
             faults.append(str(error))
 
-    faults += find_container_faults(site) + _find_interface_faults(site)
+    if is_here:
+        faults += find_container_faults(site) + _find_interface_faults(site)
+    if on in QUEUES:
+        faults += [fault for verb, _ in stages for fault in _find_queue_options_faults(on, verb, site)]
+    if on != "local":
+        lines += _describe_unchecked(on, is_here)
 
     if faults:
         raise ConfigError("not submitted:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
@@ -76,13 +84,38 @@ def check(
 # ----------------------------------------------------------------------------------------- without asking the cluster
 
 
-def _find_folder_faults(verb: str, cfg: Any, on: str, shares: int) -> list[str]:
+def _find_queue_options_faults(on: str, verb: str, site: Site) -> list[str]:
+    """What PBS or LSF cannot give a verb."""
+    try:
+        QUEUES[on](site, Path(), verb)
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _describe_unchecked(on: str, is_here: bool) -> Iterator[str]:
+    """A sentence on what only the cluster could say."""
+    if not is_here:
+        yield (
+            f"{on} does not answer on this machine, so these are not checked: the queue or partition, the account, "
+            "limits of time and jobs, cores, memory and GPUs of the nodes, the network interface, the container, and "
+            "whether a job is in the run folder already"
+        )
+    elif on in QUEUES:
+        yield (
+            f"{on} is not asked beforehand: it checks the queue, the account, limits, cores, memory and GPUs of the "
+            "nodes when the job is submitted"
+        )
+
+
+def _find_folder_faults(verb: str, cfg: Any, on: str, is_here: bool, shares: int) -> list[str]:
     """Faults of the run folder, and of dividing the verb into shares."""
     faults = []
 
     try:
         require_plain_path("out", cfg.out)
-        status.require_idle(cfg.out)
+        if is_here:
+            status.require_idle(cfg.out)
         if shares > 1:
             submit.require_divisible(verb, on)
     except (ConfigError, InputError) as error:

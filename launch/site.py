@@ -229,6 +229,12 @@ def is_secret(name: str) -> bool:
     return _SECRET_NAME.search(name) is not None
 
 
+def hide_secrets(site: Site) -> Site:
+    """The site with `...` in place of the values of secret variables."""
+    shown = {name: "..." if is_secret(name) else value for name, value in site.environment.items()}
+    return dataclasses.replace(site, environment=shown)
+
+
 def split_secrets(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """(variables that anybody may read, secret ones)."""
     secrets = {name: value for name, value in variables.items() if is_secret(name)}

@@ -6,6 +6,8 @@ OUT/launch/jobs.json lists the jobs of a run folder, the oldest first.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import functools
 import os
 import signal
 import sys
@@ -13,16 +15,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from hpc_neuro.core import files, metric_rows
+from hpc_neuro.core.constants import EXIT_STOPPED
 from hpc_neuro.core.schema import InputError
 from launch import slurm
+from launch.executors import KILLED, JobState, job_file, read_exit_code
+from launch.executors.cluster import QUEUES, QueueExecutor
 from launch.job_end import JobRecord
+from launch.site import Site
 
+Place = Literal["slurm", "pbs", "lsf", "local"]
+"""Where jobs run: `--on`."""
 JobStatus = Literal["queued", "running", "done", "failed", "cancelled", "lost"]
 ENDED: tuple[JobStatus, ...] = ("done", "failed", "cancelled", "lost")
 """States of jobs that are over."""
@@ -35,13 +43,15 @@ class LaunchedJob:
     """One submitted verb."""
 
     id: str
-    """Slurm's; the process id without Slurm."""
-    on: Literal["slurm", "local"]
+    """That of the scheduler; the process id without one."""
+    on: Place
     verb: str
     out: Path
     """Run folder."""
     share: str = ""
     """Which share of an array, `0003_of_0010`."""
+    files: str = ""
+    """On PBS and LSF: the name of its script, log and exit code in OUT/launch/logs, without their endings."""
 
     @property
     def folder(self) -> Path:
@@ -53,8 +63,16 @@ class LaunchedJob:
         """The verb and, in an array, the share."""
         return f"{self.verb} {self.share}" if self.share else self.verb
 
+    @property
+    def base(self) -> Path:
+        """The files of a job on PBS or LSF, without their endings."""
+        return self.out / "launch" / "logs" / self.files
+
     def read_end(self) -> dict[str, Any] | None:
         """Read the last recorded end (reason, exit, put_back, at); None before there is one."""
+        if self.on in QUEUES:
+            return self._read_exit()
+
         # A start is named JOB.RESTARTS, and JOB is `local-PID` without Slurm.
         ends = [
             end
@@ -63,15 +81,26 @@ class LaunchedJob:
         ]
         return ends[-1] if ends else None
 
+    def _read_exit(self) -> dict[str, Any] | None:
+        """The end of a job on PBS or LSF, from the exit code that its script left."""
+        code = read_exit_code(self.base)
+        if code is None:
+            return None
+        at = dt.datetime.fromtimestamp(job_file(self.base, "exit").stat().st_mtime, dt.UTC)
+        stopped = "stopped before its time limit or on a signal; the same command goes on"
+        reason = {0: "finished", EXIT_STOPPED: stopped}.get(code, f"exit code {code}")
+        return {"reason": reason, "exit": code, "put_back": False, "at": at.isoformat(timespec="seconds")}
+
 
 @with_config(ConfigDict(extra="allow"))
 class _JobRow(TypedDict):
     """What jobs.json holds of one job at least."""
 
     id: str
-    on: Literal["slurm", "local"]
+    on: Place
     verb: str
     share: str
+    files: NotRequired[str]
 
 
 def read_jobs(out: Path) -> list[LaunchedJob]:
@@ -79,7 +108,8 @@ def read_jobs(out: Path) -> list[LaunchedJob]:
     path = out / "launch" / JOBS_FILE
     hint = f"nothing was launched into {out}; give the run folder of a launched verb"
     rows = files.read_json(path, hint if not path.exists() else f"remove {path} to launch again", list[_JobRow])
-    return [LaunchedJob(row["id"], row["on"], row["verb"], out.resolve(), row["share"]) for row in rows]
+    folder = out.resolve()
+    return [LaunchedJob(row["id"], row["on"], row["verb"], folder, row["share"], row.get("files", "")) for row in rows]
 
 
 def require_idle(out: Path) -> None:
@@ -102,7 +132,38 @@ def poll_jobs(jobs: Sequence[LaunchedJob], poller: slurm.Poller) -> dict[str, Jo
     # Without jobs on Slurm, Slurm need not be there.
     on_slurm = [job.id for job in jobs if job.on == "slurm"]
     slurm_states = poller.poll(on_slurm) if on_slurm else {}
-    return {job.id: _judge_state(job, slurm_states.get(job.id)) for job in jobs}
+    queue_states = {job: state for name in QUEUES for job, state in _poll_queue(name, jobs).items()}
+
+    # Only Slurm's poller has a pause of its own.
+    if queue_states and not on_slurm and poller.pause:
+        poller.sleep(poller.pause)
+    poller.pause = max(poller.pause, poller.first) if queue_states else poller.pause
+    return {job.id: queue_states.get(job.id) or _judge_state(job, slurm_states.get(job.id)) for job in jobs}
+
+
+def _poll_queue(name: str, jobs: Sequence[LaunchedJob]) -> dict[str, JobStatus]:
+    """State of the jobs on PBS, or on LSF, by id, with one call."""
+    bases = {job.id: job.base for job in jobs if job.on == name}
+    states = _open_queue(name).poll(bases) if bases else {}
+    return {job: _judge_exit(state, bases[job]) for job, state in states.items()}
+
+
+@functools.cache
+def _open_queue(name: str) -> QueueExecutor:
+    """Asks for jobs, whatever site they were submitted with."""
+    queue = QUEUES[name](Site(), Path())
+    # What a job that was killed left is on the disk by the time a person asks.
+    queue.settle_seconds = 0.0
+    return queue
+
+
+def _judge_exit(state: JobState, base: Path) -> JobStatus:
+    if state.kind != "ended":
+        return state.kind
+    if state.code is KILLED:
+        # A job that has begun has written its id.
+        return "lost" if job_file(base, "job").exists() else "cancelled"
+    return "done" if state.code == 0 else "failed"
 
 
 def _judge_state(job: LaunchedJob, slurm_state: str | None) -> JobStatus:
@@ -131,6 +192,10 @@ def cancel_jobs(jobs: Sequence[LaunchedJob]) -> None:
     on_slurm = [job.id for job in jobs if job.on == "slurm"]
     if on_slurm:
         slurm.run_command("scancel", "--quiet", *on_slurm)
+
+    for name in QUEUES:
+        if on_queue := [job.id for job in jobs if job.on == name]:
+            _open_queue(name).cancel(on_queue)
 
     for job in jobs:
         if job.on == "local":
@@ -213,6 +278,9 @@ class LogReader:
 
     def list_logs(self) -> list[Path]:
         """The logs of all ranks, by rank."""
+        if self.job.on in QUEUES:
+            return [path for path in [job_file(self.job.base, "log")] if path.exists()]
+
         # submitit names logs JOB_RANK_log.out, and JOB_RANK_log.err without Slurm.
         folder = self.job.out / "launch" / "logs"
         paths = [path for kind in ("out", "err") for path in folder.glob(f"{self.job.id}_*_log.{kind}")]
@@ -240,5 +308,5 @@ class LogReader:
 
 
 def _rank_of(log: Path) -> int:
-    """The rank in the name of a log, JOB_RANK_log.out."""
-    return int(log.name.split("_")[-2])
+    """The rank in the name of a log, JOB_RANK_log.out; 0 for the one log of a job on PBS or LSF."""
+    return 0 if log.suffix == ".log" else int(log.name.split("_")[-2])

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import submitit
 
@@ -27,13 +27,17 @@ from hpc_neuro.core import files, run_folder, schema
 from hpc_neuro.core.schema import ConfigError, InputError
 from hpc_neuro.pipeline import LAUNCHABLE, Verb
 from launch import job_files, slurm
+from launch.executors import job_file
+from launch.executors.cluster import QUEUES, QueueExecutor, find_mpiexec, name_job
 from launch.job_end import JobRecord
 from launch.site import Resources, Site, require_plain_path, split_secrets
-from launch.status import JOBS_FILE, LaunchedJob, require_idle
+from launch.status import JOBS_FILE, LaunchedJob, Place, require_idle
 from launch.supervise import RankTask
 
 Share = tuple[int, int]
 """(index, count): every count-th volume from the index-th on."""
+SUBMIT_PROGRAMS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub"}
+"""`--on` -> the program that submits a job."""
 SECRETS_FILE = "secrets.json"
 """Secret variables of a site, in OUT/launch, with mode 0600."""
 
@@ -54,7 +58,7 @@ def submit_verb(
     verb: str,
     cfg: Any,
     site: Site,
-    on: Literal["slurm", "local"] = "slurm",
+    on: Place = "slurm",
     after: Sequence[str] = (),
     code: Path | None = None,
     count: int = 1,
@@ -68,8 +72,7 @@ def submit_verb(
     gathers. Checks nothing but that the folder has no job already; see `preflight.check`. Raises ConfigError for a verb
     that cannot be divided.
     """
-    if on == "slurm" and shutil.which("sbatch") is None:
-        raise InputError("sbatch is not on this machine; submit from a login node of the cluster, or use --on local")
+    require_program(on)
 
     if count > 1:
         require_divisible(verb, on)
@@ -96,6 +99,16 @@ def submit_verb(
     return jobs + submission.submit([*after, *list_arrays(jobs)])
 
 
+def require_program(on: str) -> None:
+    """Raise InputError where the program that submits jobs is not on this machine."""
+    program = SUBMIT_PROGRAMS.get(on)
+    if program and shutil.which(program) is None:
+        raise InputError(
+            f"{program} is not on this machine; submit from a login node of the cluster, use --on local, or add "
+            "--dry-run to see the script and the forecast"
+        )
+
+
 # --------------------------------------------------------------------------------------------------------- shares
 
 
@@ -110,7 +123,7 @@ def require_divisible(verb: str, on: str) -> None:
         divisible = ", ".join(name for name, row in LAUNCHABLE.items() if row.divisible)
         raise ConfigError(f"--array: {verb} is one piece of work and cannot be shared out; only {divisible} can")
     if on != "slurm":
-        raise ConfigError("--array: only Slurm has arrays; leave it out, or use --on slurm")
+        raise ConfigError("--array: arrays are made on Slurm only; leave it out, or use --on slurm")
 
 
 def share_name(index: int, count: int) -> str:
@@ -163,7 +176,7 @@ class Submission:
     verb: str
     cfg: Any
     site: Site
-    on: Literal["slurm", "local"]
+    on: Place
     code: Path
     command: tuple[str, ...]
 
@@ -194,6 +207,8 @@ class Submission:
         files.write_text(self.launch_folder / "config.yaml", schema.dump(self.cfg))
 
         tasks = [self.make_task(code, share) for share in shares] or [self.make_task(code, None)]
+        if self.on in QUEUES:
+            return self._submit_to_queue(code, tasks[0], after)
         if self.on == "local":
             executor = self._make_local_executor(logs, code)
         else:
@@ -215,8 +230,37 @@ class Submission:
         self._record_jobs(jobs, code, after)
         return jobs
 
-    def make_task(self, code: Path, share: Share | None) -> RankTask:
-        """What each rank of a job runs."""
+    def write_script(self) -> str:
+        """The script that a scheduler would get, and above it the command that would submit it; writes no file."""
+        logs, code = self.launch_folder / "logs", self.code
+        task = self.make_task(code, None, is_written=False)
+        if self.on in QUEUES:
+            queue, base = self._make_queue(code, ()), logs / "job_1"
+            words = queue.list_submit_words(name_job(base), job_file(base, "sh"), self.resources)
+            return f"# {shlex.join(words)}\n{queue.make_script(task.command, base)}"
+
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
+        return str(_make_sbatch_string(command, logs, **self._list_slurm_options(logs, code, [task], ())))
+
+    def _submit_to_queue(self, code: Path, task: RankTask, after: Sequence[str]) -> list[LaunchedJob]:
+        """Submit one job to PBS or LSF. How it ended is in its files: no rank is watched, and nothing is requeued."""
+        logs = self.launch_folder / "logs"
+        # Files of earlier jobs stay.
+        number = next(n for n in itertools.count(1) if not job_file(logs / f"job_{n}", "sh").exists())
+        name = f"job_{number}"
+        with job_files.protect_new_files():
+            job = self._make_queue(code, after).submit(task.command, logs, name)
+        jobs = [LaunchedJob(job, self.on, self.verb, self.out, files=name)]
+        self._record_jobs(jobs, code, after)
+        return jobs
+
+    def _make_queue(self, code: Path, after: Sequence[str]) -> QueueExecutor:
+        return QUEUES[self.on](self.site, code, self.verb, Path.cwd(), after)
+
+    def make_task(self, code: Path, share: Share | None, is_written: bool = True) -> RankTask:
+        """What each rank of a job runs. is_written: whether the secrets are written where it finds them."""
         config = str(self.launch_folder / "config.yaml")
         words = [*self.command] or [sys.executable, "-m", "hpc_neuro", self.verb, config]
         if share:
@@ -224,12 +268,13 @@ class Submission:
 
         # On Slurm, srun starts the ranks.
         if self.on == "local" and self.resources.mpi != "none" and self.resources.tasks > 1:
-            words = [_find_mpiexec(), "-n", str(self.resources.tasks), *words]
+            words = [find_mpiexec(), "-n", str(self.resources.tasks), *words]
 
         # The environment of every rank, without what others must not read.
         public, secrets = split_secrets(self.site.environment_for(self.resources))
         secrets_file = self.launch_folder / SECRETS_FILE if secrets else None
-        if secrets_file:
+        # On PBS and LSF they stand in the script, which only its owner can read.
+        if secrets_file and is_written and self.on not in QUEUES:
             # The pickle of this task can be read by others, and is copied when people ask for help.
             job_files.write_private_text(secrets_file, json.dumps(secrets))
 
@@ -262,6 +307,15 @@ class Submission:
 
     def _make_slurm_executor(self, logs: Path, code: Path, tasks: Sequence[RankTask], after: Sequence[str]) -> Any:
         """submitit's executor of Slurm jobs."""
+        # submitit writes the batch script, and the tasks as pickles, into the folder of logs.
+        executor = submitit.SlurmExecutor(logs)
+        executor.update_parameters(**self._list_slurm_options(logs, code, tasks, after))
+        return executor
+
+    def _list_slurm_options(
+        self, logs: Path, code: Path, tasks: Sequence[RankTask], after: Sequence[str]
+    ) -> dict[str, Any]:
+        """The options of a batch job on Slurm, by submitit's names."""
         resources, site = self.resources, self.site
         options: dict[str, Any] = {
             **site.sbatch_options(resources),
@@ -279,11 +333,7 @@ class Submission:
         if after:
             options["dependency"] = f"afterok:{':'.join(after)}"
             options["additional_parameters"] = {"requeue": True, "kill-on-invalid-dep": "yes"}
-
-        # submitit writes the batch script, and the tasks as pickles, into the folder of logs.
-        executor = submitit.SlurmExecutor(logs)
-        executor.update_parameters(**options)
-        return executor
+        return options
 
     def _make_script_head(self, logs: Path, code: Path, tasks: Sequence[RankTask]) -> list[str]:
         """Lines of the batch script before srun."""
@@ -318,11 +368,8 @@ class Submission:
             "code": str(code),
             "resources": dataclasses.asdict(self.resources),
         }
-        rows += [{"id": job.id, "on": job.on, "verb": job.verb, "share": job.share, **facts} for job in jobs]
+        rows += [
+            {"id": job.id, "on": job.on, "verb": job.verb, "share": job.share, "files": job.files, **facts}
+            for job in jobs
+        ]
         files.write_json(path, rows)
-
-
-def _find_mpiexec() -> str:
-    """The mpiexec of the installed MPICH; a site's own is found by its name."""
-    installed = Path(sys.executable).with_name("mpiexec")
-    return str(installed) if installed.exists() else "mpiexec"

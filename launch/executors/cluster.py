@@ -1,10 +1,10 @@
-"""Jobs of a sweep on a cluster: one batch job a trial, on Slurm, PBS or LSF.
+"""Jobs on a cluster: one batch job for each trial of a sweep, on Slurm, PBS or LSF, and for a verb on PBS or LSF.
 
 The queue tells which jobs wait and run; how a job ended is read from the file that it left, so no accounting is needed.
 
     Slurm        srun starts the ranks of a trial, on one or more nodes; Slurm warns a trial before its time limit
-    PBS, LSF     torchrun starts the ranks on one node; the warning differs between sites, so the script asks the trial
-                 to save and stop by itself, `signal_seconds` before the time limit
+    PBS, LSF     torchrun or mpiexec starts the ranks on one node; the warning differs between sites, so the script asks
+                 the command to save and stop by itself, `signal_seconds` before the time limit
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import getpass
 import hashlib
 import re
 import shlex
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.pipeline import VERBS
 from launch import job_files, slurm
 from launch.executors import JobState, job_file, make_exit_line, read_exit_code
 from launch.site import Resources, Site, require_plain_path
@@ -34,9 +36,12 @@ _ENDED = re.compile(r"finished|unknown job|not found|no matching job|no unfinish
 class ClusterExecutor(ABC):
     """Runs each trial as a job of its own; the driver, not the scheduler, submits one that died again."""
 
-    def __init__(self, site: Site, code: Path) -> None:
-        """code: the snapshot that goes first on PYTHONPATH."""
-        self.site, self.code = site, code
+    settle_seconds = _SETTLE_SECONDS
+    """[s] How long the exit code of a job that the queue has forgotten is waited for."""
+
+    def __init__(self, site: Site, code: Path, verb: str = "train") -> None:
+        """code: the snapshot that goes first on PYTHONPATH. verb: the one whose resources of the site are asked for."""
+        self.site, self.code, self.verb = site, code, verb
         self._gone_since: dict[str, float] = {}
 
     @abstractmethod
@@ -58,6 +63,11 @@ class ClusterExecutor(ABC):
     @abstractmethod
     def _read_states(self) -> dict[str, JobState]:
         """The jobs of this user that wait or run."""
+
+    @property
+    def resources(self) -> Resources:
+        """What a job asks for."""
+        return self.site.resources(self.verb)
 
     def submit(self, command: Sequence[str], folder: Path, name: str) -> str:
         """Write FOLDER/NAME.sh and submit it. Raises ConfigError for a folder that cannot stand in a script."""
@@ -90,7 +100,7 @@ class ClusterExecutor(ABC):
         # The queue forgets a job at once, while its last file may still be on its way.
         code = read_exit_code(base)
         since = self._gone_since.setdefault(job, time.monotonic())
-        if code is None and time.monotonic() - since < _SETTLE_SECONDS:
+        if code is None and time.monotonic() - since < self.settle_seconds:
             return JobState("running")
         return JobState("ended", code)
 
@@ -98,7 +108,7 @@ class ClusterExecutor(ABC):
         """Shell lines of the site, and the environment of every rank."""
         # PYTHONPATH comes last, so that a site cannot hide the snapshot of the code.
         *setup, path = self.site.setup_lines(self.code)
-        variables = self.site.environment_for(self.site.resources("train"))
+        variables = self.site.environment_for(self.resources)
         return [*setup, *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()), path]
 
 
@@ -135,7 +145,7 @@ class SlurmExecutor(ClusterExecutor):
             "comment": base,
             "output": job_file(base, "log"),
             "open_mode": "append",
-            **self.site.sbatch_options(self.site.resources("train")),
+            **self.site.sbatch_options(self.resources),
             "signal": f"TERM@{self.site.signal_seconds}",
             "no_requeue": True,
         }
@@ -156,7 +166,7 @@ class SlurmExecutor(ClusterExecutor):
         )
 
     def _make_srun_line(self, command: Sequence[str]) -> str:
-        resources = self.site.resources("train")
+        resources = self.resources
         words = shlex.join([*shlex.split(self.site.container), *command])
         line = f"srun {shlex.join(self.site.srun_options(resources))} {words}"
         if resources.tasks == 1:
@@ -170,14 +180,21 @@ class SlurmExecutor(ClusterExecutor):
 class QueueExecutor(ClusterExecutor):
     """What PBS and LSF share: commands that take options in place of a header, and scripts that run torchrun."""
 
-    def __init__(self, site: Site, code: Path) -> None:
-        """As of ClusterExecutor. Raises ConfigError for what the scheduler does not have."""
-        super().__init__(site, code)
+    def __init__(
+        self, site: Site, code: Path, verb: str = "train", cwd: Path | None = None, after: Sequence[str] = ()
+    ) -> None:
+        """As of ClusterExecutor. cwd: where the command runs; None: the folder of the job's files. after: jobs that
+        must end well first.
+
+        Raises ConfigError for what the scheduler does not have.
+        """
+        super().__init__(site, code, verb)
+        self.cwd, self.after = cwd, tuple(after)
         faults = [name for name in ("qos", "gres", "constraint") if getattr(site, name)]
         if faults:
             raise ConfigError(f"{', '.join(faults)}: {self.scheduler} has no such option; remove it from the site")
-        if site.resources("train").nodes > 1:
-            raise ConfigError(f"train.nodes: on {self.scheduler} a trial runs on one node; set train.nodes=1")
+        if self.resources.nodes > 1:
+            raise ConfigError(f"{verb}.nodes: on {self.scheduler} a job runs on one node; set {verb}.nodes=1")
 
     @property
     @abstractmethod
@@ -185,7 +202,7 @@ class QueueExecutor(ClusterExecutor):
         """Its name for people."""
 
     @abstractmethod
-    def _list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
+    def list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
         """The command that submits a script."""
 
     @abstractmethod
@@ -206,12 +223,12 @@ class QueueExecutor(ClusterExecutor):
                     raise
 
     def _submit_script(self, script: Path, base: Path) -> str:
-        words = self._list_submit_words(name_job(base), script, self.site.resources("train"))
+        words = self.list_submit_words(name_job(base), script, self.resources)
         return self._parse_id(slurm.run_command(*words))
 
     def make_script(self, command: Sequence[str], base: Path) -> str:
         """The script of a trial."""
-        resources = self.site.resources("train")
+        resources = self.resources
         quoted = shlex.quote(str(base))
         lines = [
             "#!/bin/bash",
@@ -221,7 +238,7 @@ class QueueExecutor(ClusterExecutor):
             "trap : TERM INT USR1 USR2",
             f'echo "${{PBS_JOBID:-$LSB_JOBID}}" > {quoted}.job',
             *self._make_setup(),
-            f"cd {shlex.quote(str(base.parent))}",
+            f"cd {shlex.quote(str(self.cwd or base.parent))}",
             f"{self._make_timeout(resources)} {self._make_command(command, resources)} &",
             # `wait` returns when a signal arrives, and is asked again until the trial has ended.
             "trial=$!; trap 'kill -TERM $trial' TERM INT USR1 USR2",
@@ -240,7 +257,9 @@ class QueueExecutor(ClusterExecutor):
 
     def _make_command(self, command: Sequence[str], resources: Resources) -> str:
         words = [*shlex.split(self.site.container)]
-        if resources.tasks > 1:
+        if resources.tasks > 1 and VERBS[self.verb].ranks == "mpi":
+            words = [find_mpiexec(), "-n", str(resources.tasks), *words]
+        elif resources.tasks > 1:
             words += ["torchrun", "--standalone", f"--nproc-per-node={resources.tasks}", "--no-python"]
         return shlex.join([*words, *command])
 
@@ -250,7 +269,7 @@ class PbsExecutor(QueueExecutor):
 
     scheduler = "PBS"
 
-    def _list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
+    def list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
         chunk = f"1:ncpus={resources.tasks_per_node * resources.cpus_per_task}"
         if resources.gpus_per_node:
             chunk += f":ngpus={resources.gpus_per_node}"
@@ -264,6 +283,7 @@ class PbsExecutor(QueueExecutor):
         words += ["-r", "n", "-j", "oe", "-o", "/dev/null"]
         words += ["-q", resources.partition] if resources.partition else []
         words += ["-A", self.site.account] if self.site.account else []
+        words += ["-W", f"depend=afterok:{':'.join(self.after)}"] if self.after else []
         return [*words, str(script)]
 
     def _parse_id(self, answer: str) -> str:
@@ -288,7 +308,7 @@ class LsfExecutor(QueueExecutor):
 
     scheduler = "LSF"
 
-    def _list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
+    def list_submit_words(self, name: str, script: Path, resources: Resources) -> list[str]:
         cores = resources.tasks_per_node * resources.cpus_per_task
         words = ["bsub", "-J", name, "-n", str(cores), "-R", "span[hosts=1]", "-W", _format_clock(resources.minutes)]
         if resources.memory_gb:
@@ -301,6 +321,8 @@ class LsfExecutor(QueueExecutor):
         words += ["-rn", "-o", "/dev/null"]
         words += ["-q", resources.partition] if resources.partition else []
         words += ["-P", self.site.account] if self.site.account else []
+        # -ti: a job whose dependency failed would otherwise stay in the queue for ever.
+        words += ["-w", " && ".join(f"done({job})" for job in self.after), "-ti"] if self.after else []
         return [*words, "/bin/bash", str(script)]
 
     def _parse_id(self, answer: str) -> str:
@@ -335,6 +357,16 @@ class LsfExecutor(QueueExecutor):
 
     def _list_cancel_words(self, job: str) -> list[str]:
         return ["bkill", job]
+
+
+QUEUES: dict[str, type[QueueExecutor]] = {"pbs": PbsExecutor, "lsf": LsfExecutor}
+"""`--on` -> its executor."""
+
+
+def find_mpiexec() -> str:
+    """The mpiexec of the installed MPICH; a site's own is found by its name."""
+    installed = Path(sys.executable).with_name("mpiexec")
+    return str(installed) if installed.exists() else "mpiexec"
 
 
 def name_job(base: Path) -> str:

@@ -22,7 +22,7 @@ from hpc_neuro.search.study import count_trials, lock_study
 from hpc_neuro.search.trial import RECORD_FILE
 from launch import preflight, slurm
 from launch.executors import Executor
-from launch.executors.cluster import LsfExecutor, PbsExecutor, SlurmExecutor
+from launch.executors.cluster import QUEUES, SlurmExecutor
 from launch.executors.local import LocalExecutor
 from launch.job_files import snapshot_code
 from launch.site import Site, load_site
@@ -32,8 +32,7 @@ from launch.sweep.recipe import TrialRecipe
 log = logging.getLogger("hpc_neuro.sweep")
 _EXECUTORS: dict[str, Callable[[Site, Path], Executor]] = {
     "slurm": SlurmExecutor,
-    "pbs": PbsExecutor,
-    "lsf": LsfExecutor,
+    **QUEUES,
 }
 """`--on` -> where trials run as jobs of a cluster."""
 _SITE_PREFIX = "cluster."
