@@ -32,11 +32,13 @@ def score_penalties(
     truth: dict[str, Tensor],
     penalties: Sequence[float] = PENALTIES,
     weigh_by_variance: bool = False,
+    bounds: tuple[float, float] | None = None,
 ) -> dict[str, list[float]]:
     """R^2 by task and penalty; arguments as of `ridge`.
 
     A task's R^2 is the mean over its T targets; with `weigh_by_variance` in proportion to their variance, so that a
-    target that is almost constant in the truth does not decide.
+    target that is almost constant in the truth does not decide. bounds: least and greatest value of the targets, where
+    they have them; a guess beyond them is moved to them, so that a few bright tokens do not decide either.
     """
     fit, scored = seen.flatten(0, 1).double(), unseen.flatten(0, 1).double()
     mean, deviation = fit.mean(0), fit.std(0) + 1e-6
@@ -54,5 +56,7 @@ def score_penalties(
         weight = variance / variance.sum() if weigh_by_variance else torch.full_like(variance, 1 / len(variance))
 
         guesses = (scored @ (slopes / (values + penalty)[:, None]) + target.mean(0) for penalty in penalties)
+        if bounds is not None:
+            guesses = (guess.clamp(*bounds) for guess in guesses)
         scores[task] = [float((weight * (1 - (g - right).square().mean(0) / variance)).sum()) for g in guesses]
     return scores

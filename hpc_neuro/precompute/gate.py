@@ -42,7 +42,7 @@ TOKENS = 3136
 SHIFT_EVERY = 4
 """One tile out of this many is compared with itself shifted."""
 
-PENALTIES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+PENALTIES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Ridge penalties that are tried, as shares of the features' variance."""
 
 SIDE = 224
@@ -260,7 +260,7 @@ def _probe_neurites(features: Sequence[Tensor], patch: int, tiles: Sequence[Tile
             seen, wanted = (torch.cat(column)[:, None] for column in zip(*fitted, strict=True))
             unseen, truth = (column[:, None] for column in scored[number])
             scores = score_penalties(
-                seen, {"share": wanted}, unseen, {"share": truth}, PENALTIES, weigh_by_variance=True
+                seen, {"share": wanted}, unseen, {"share": truth}, PENALTIES, weigh_by_variance=True, bounds=(0.0, 1.0)
             )
             both_ways.append(scores["share"])
         curves.append(np.mean(both_ways, axis=0))

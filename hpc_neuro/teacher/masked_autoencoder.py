@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from hpc_neuro.models.teacher import Teacher, create_vit
 from hpc_neuro.teacher.config import TRAINED_SIZE, TaskConfig
 from hpc_neuro.teacher.objective import Batch, Network, Objective, patchify, pick, uniform
+from hpc_neuro.teacher.patch_embedding import whiten_embedding
 
 DECODER_WIDTH = 128
 """Channels of the decoder."""
@@ -46,6 +47,10 @@ class PixelObjective(Objective):
         table.requires_grad_(False)
         attend_near(vit.blocks)  # type: ignore[arg-type]
         return vit
+
+    def start_patches(self, vit: nn.Module, patches: Tensor) -> None:
+        """Whitened principal components."""
+        whiten_embedding(vit, patches)
 
     def find_obstacle(self, teacher: Teacher) -> str | None:
         """Its table of positions has to be that of `make_encoder`: training evaluates the code between tokens, too."""

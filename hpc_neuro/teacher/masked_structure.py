@@ -15,6 +15,7 @@ from hpc_neuro.models.teacher import Teacher, create_vit
 from hpc_neuro.teacher.augment import darken_field
 from hpc_neuro.teacher.config import TRAINED_SIZE, TaskConfig
 from hpc_neuro.teacher.objective import Batch, Network, Objective, pick, uniform
+from hpc_neuro.teacher.patch_embedding import scale_embedding
 from hpc_neuro.teacher.structure_targets import describe_structure
 
 LAYER_SCALE = 0.5
@@ -33,7 +34,7 @@ class StructureObjective(Objective):
         "masked prediction of structure (after MaskFeat, Wei et al., CVPR 2022): brightness, bright ridges at three "
         "scales, histograms of gradients and directions in parts of each patch, at hidden patches and, with a smaller "
         "weight, at visible ones; rotary positions whose spacing is that of images one to eight times as wide; patch "
-        "embedding started from whitened principal components; gray crops of 1/4 to 1 of the tile's side, quarter "
+        "embedding started from random directions; gray crops of 1/4 to 1 of the tile's side, quarter "
         "turns, mirroring, inversion, gamma, contrast, a dark field in half of them, noise on the input and not on the "
         "targets; losses are shares of the targets' variance"
     )
@@ -46,6 +47,10 @@ class StructureObjective(Objective):
                 if name.endswith(("gamma_1", "gamma_2")):
                     parameter.fill_(LAYER_SCALE)
         return vit
+
+    def start_patches(self, vit: nn.Module, patches: Tensor) -> None:
+        """Random directions."""
+        scale_embedding(vit, patches)
 
     def find_obstacle(self, teacher: Teacher) -> str | None:
         """Its positions have to be those of DINOv3."""

@@ -61,6 +61,10 @@ class Objective(ABC):
         """A new ViT as it starts."""
 
     @abstractmethod
+    def start_patches(self, vit: nn.Module, patches: Tensor) -> None:
+        """Set the patch embedding of a new ViT, from patches [n, P] of its images in -1..1."""
+
+    @abstractmethod
     def find_obstacle(self, teacher: Teacher) -> str | None:
         """Why a teacher cannot go on learning by this objective; None where it can."""
 

@@ -30,10 +30,6 @@ METRICS = "metrics.jsonl"
 """Name of the file with the loss by step."""
 SAMPLE = 256
 """Crops from which targets are normalized and a patch embedding is started."""
-PATCH_RMS = 0.7
-"""Root mean square of the tokens that a new patch embedding gives: that of the positions that some ViTs add."""
-PIXEL_NOISE = 0.01
-"""Variance of the noise put on training images, in -1..1: the floor of what a patch embedding amplifies."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def normalize_input(image: Tensor, mean: Sequence[float], std: Sequence[float]) 
 
 
 def build_network(recipe: Recipe, vit: nn.Module, sources: Sequence[Source], device: torch.device) -> Network:
-    """The network as training begins around `vit`; the patch embedding of a new teacher starts whitened."""
+    """The network as training begins around `vit`; a new teacher starts from the patches of a sample."""
     cpu = torch.device("cpu")
     total = sum(source.count for source in sources)
     wide = [replace(source, count=max(1, SAMPLE * source.count // total)) for source in sources]
@@ -102,25 +98,8 @@ def build_network(recipe: Recipe, vit: nn.Module, sources: Sequence[Source], dev
         torch.manual_seed(recipe.optim.seed)
         network = recipe.objective.make_network(vit, recipe.patch, recipe.task, sample)
     if not recipe.is_continued:
-        whiten(vit, patchify(sample, recipe.patch).flatten(0, 1))
+        recipe.objective.start_patches(vit, patchify(sample, recipe.patch).flatten(0, 1))
     return network.to(device)
-
-
-def whiten(vit: nn.Module, patches: Tensor) -> None:
-    """Start the patch embedding as the whitened principal components of `patches` [n, P], in -1..1.
-
-    A short training has no steps to spare on finding what a second of linear algebra knows.
-    """
-    patches = patches.double()
-    mean = patches.mean(0)  # [P]
-    variance, basis = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))  # ascending
-    weight = PATCH_RMS * basis / (variance.clamp_min(0) + PIXEL_NOISE).sqrt()  # [P, P], components are columns
-    proj: nn.Conv2d = vit.patch_embed.proj  # type: ignore[union-attr,assignment]
-    chosen = weight.flip(1)[:, : proj.out_channels].T  # [D, P], strongest first
-    with torch.no_grad():
-        proj.weight.copy_(chosen.reshape(proj.weight.shape))
-        if proj.bias is not None:
-            proj.bias.copy_(-(chosen @ mean))
 
 
 def make_optimizer(network: Network, optim: TeacherOptimConfig) -> torch.optim.AdamW:

@@ -272,7 +272,7 @@ def _probe(plan: Plan, training: Training, finished: Teacher) -> dict[str, Any] 
         teachers["before"] = plan.start.to(device)
         return {"frozen_features": frozen_features.probe_features(teachers, plan.shown)}
 
-    # A new teacher begins with more than timm's random weights: a whitened patch embedding, and its own start.
+    # A new teacher begins with more than timm's random weights: a start of the patch embedding and of the blocks.
     network = build_network(plan.recipe, plan.make_start(), plan.sources, device)
     teachers["random_weights"] = Teacher(
         network.vit, {"name": "random weights", "sha256": ""}, finished.mean, finished.std

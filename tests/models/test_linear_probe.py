@@ -30,3 +30,16 @@ def test_a_target_that_is_almost_constant_decides_only_where_all_weigh_the_same(
 
     assert max(linear_probe.score_penalties(*parts)["law"]) < -1e6
     assert max(linear_probe.score_penalties(*parts, weigh_by_variance=True)["law"]) > 0.98
+
+
+def test_guesses_are_kept_within_the_bounds_of_the_targets() -> None:
+    draws = torch.Generator().manual_seed(0)
+    features = torch.rand(20, 50, 1, generator=draws)
+    share = (3 * features).clamp(max=1)
+
+    # One token ten times as bright as the others: its guess is far above a share of 1.
+    unseen, truth = features[10:].clone(), share[10:].clone()
+    unseen[0, 0], truth[0, 0] = 30, 1
+    parts = features[:10], {"share": share[:10]}, unseen, {"share": truth}
+    assert max(linear_probe.score_penalties(*parts)["share"]) < 0
+    assert max(linear_probe.score_penalties(*parts, bounds=(0, 1))["share"]) > 0.6
