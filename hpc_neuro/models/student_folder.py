@@ -19,8 +19,9 @@ _SAME_ZOOM = 1.5
 """Voxels up to so many times as small or large as those of a student's training are taken as they are."""
 _MOST_ZOOM = 8.0
 """Voxels up to so many times as small or large as those of a student's training are resampled."""
-_THINNER, _WIDER = 1.0, 2.0
-"""Neurites up to so many times as thin or wide as the middle half of a student's training are taken as they are."""
+_THINNER, _WIDER = 1.1, 4.0
+"""Neurites down to the lower quartile of the widths in a student's training, divided by the first, and up to the upper
+one, multiplied by the second, are taken as they are: thin ones are lost, wide ones cost time."""
 Widths = tuple[float | None, float | None]
 """[voxel] Widths of neurites along z and in the plane; None: unknown."""
 _ASSET = Path(__file__).parent.parent / "assets" / "student"

@@ -88,23 +88,24 @@ def fit_stack(
 
 def measure_image_widths(foreground: Foreground) -> NeuriteWidths:
     """Widths along the cable that a foreground shows, in its voxels; unknown in noise and where too little shows."""
-    unknown = measure_widths(morphology.empty_tree(), foreground.read_image, foreground.shape)
+    widths = measure_widths(morphology.empty_tree(), foreground.read_image, foreground.shape)
     if foreground.is_noise:
-        return unknown
+        return widths
 
+    z, y, x = foreground.shape
     for side in _LOOKS:
-        if side == 1:
-            widths = _measure_widths(foreground)
-        else:
-            factor = (side if foreground.shape[0] > 1 else 1.0, side, side)
-            grid = Resampling(foreground.shape, _CUBES, factor)
-            if math.prod(grid.new_shape) > _LOOKED_VOXELS:
-                break
-            closer = _measure_widths(measure_foreground(grid.read_new(foreground.read_image), grid.new_shape))
-            widths = NeuriteWidths(closer.depth * factor[0], closer.plane * side)
-        if len(widths.plane):
-            return widths
-    return unknown
+        grid = Resampling((z, y, x), _CUBES, (side if z > 1 else 1.0, side, side))
+        if side != 1 and math.prod(grid.new_shape) > _LOOKED_VOXELS:
+            break
+        shown = foreground
+        if side != 1:
+            shown = measure_foreground(grid.read_new(foreground.read_image), grid.new_shape)
+        closer = _measure_widths(shown)
+        if len(closer.plane):
+            widths = NeuriteWidths(closer.depth * grid.factor[0], closer.plane * side)
+        if len(widths.plane) and (len(widths.depth) or z == 1):
+            break
+    return widths
 
 
 def _measure_widths(foreground: Foreground) -> NeuriteWidths:

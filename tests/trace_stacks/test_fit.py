@@ -40,16 +40,16 @@ def measure(image: NDArray[np.generic]) -> tuple[float | None, float | None]:
     return measure_image_widths(measure_foreground(lambda box: image[box.slices], (z, y, x)).keep_probability()).median
 
 
-def test_what_the_middle_half_of_the_training_has_is_taken_as_it_is() -> None:
+def test_only_what_is_thinner_or_far_wider_than_the_training_is_resampled() -> None:
     def fit(depth: float | None, plane: float | None) -> Point | None:
         return fit_widths({"neurite_widths": TRAINED}, Path("m"), (depth, plane), "n.tif")
 
-    for widths in ((2.0, 2.5), (3.0, 3.5), (8.0, 10.0), (None, 4.0), (4.0, None)):
+    for widths in ((2.0, 2.5), (3.0, 3.5), (16.0, 20.0), (None, 4.0), (4.0, None)):
         assert fit(*widths) == (1, 1, 1)
     assert fit(1.5, 3.5) == pytest.approx((0.5, 1, 1))
     assert fit(3.0, 1.75) == pytest.approx((1, 0.5, 0.5))
-    assert fit(12.0, 14.0) == pytest.approx((4, 4, 4))
-    assert fit(None, 14.0) == pytest.approx((1, 4, 4))
+    assert fit(18.0, 21.0) == pytest.approx((6, 6, 6))
+    assert fit(None, 21.0) == pytest.approx((1, 6, 6))
     with pytest.raises(InputError, match=r"n.tif are 30 \(along z 3\) voxels wide.* 3.5 \(along z 3\)"):
         fit(3.0, 30.0)
 
@@ -110,37 +110,38 @@ def trace(
 
 
 def test_a_stack_without_a_voxel_size_is_resampled_by_its_widths(
-    wide: NDArray[np.float32], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    coarse = (1.0, 2.0, 2.0)
+    thin = zoom(take_picture(make_neuron(3)), coarse)
+    tifffile.imwrite(tmp_path / "n.tif", thin)
     weights = save_brightness_student(tmp_path / "weights", neurite_widths=TRAINED)
     code, log = trace(tmp_path, "out", capsys, caplog, f"model={weights}")
     assert code == EXIT_DONE
     assert "resampled to" in log
     result = json.loads((tmp_path / "out" / "trace.json").read_text())["stacks"]["n"]
     z, y, x = result["resampled_shape"]
-    assert z == len(wide)
-    assert y < wide.shape[1] / 2
-    assert x < wide.shape[2] / 2
+    assert y > 1.4 * thin.shape[1]
+    assert x > 1.4 * thin.shape[2]
     assert result["resampled_voxel_size"] is None
     assert f"traced in {z} x {y} x {x} voxels" in (tmp_path / "out" / "trace.html").read_text()
 
-    # The tree is in voxels of the stack.
+    # The tree and the width are in voxels of the stack.
     tree = swc.read(tmp_path / "out" / "swc" / "n.voxel.swc")
-    back = Resampling((40, 96, 128), (1.0, 1.0, 1.0), (1.0, 0.3, 0.3)).move_tree_back(tree)
+    back = Resampling((40, 96, 128), (1.0, 1.0, 1.0), coarse).move_tree_back(tree)
     assert match_cable(back, make_neuron(3), 3.0).f1 > 0.9
+    assert 1 < result["neurite_width_voxels"] < 2.6
 
     # Nothing is resampled on demand, and where the widths fit.
     code, log = trace(tmp_path, "plain", capsys, caplog, f"model={weights}", "any_voxel_size=true")
     assert code == EXIT_DONE
     assert "resampled to" not in log
-    fitting = save_brightness_student(tmp_path / "fitting", neurite_widths=[[2, 8], [4, 12], [6, 14]])
-    code, log = trace(tmp_path, "fitting_out", capsys, caplog, f"model={fitting}")
+    fitting = save_brightness_student(tmp_path / "fitting", neurite_widths=[[1, 1], [2, 2], [4, 4]])
+    code, log = trace(tmp_path, "fits", capsys, caplog, f"model={fitting}")
     assert code == EXIT_DONE
     assert "resampled to" not in log
-    one, other = (
-        (tmp_path / out / "swc" / "n.voxel.swc").read_text().split("\n", 1) for out in ("plain", "fitting_out")
-    )
-    assert one[1].splitlines()[-50:] == other[1].splitlines()[-50:]
+    one, other = (swc.read(tmp_path / out / "swc" / "n.voxel.swc") for out in ("plain", "fits"))
+    np.testing.assert_array_equal(one.points, other.points)
 
 
 def test_widths_overrule_voxel_sizes_where_both_are_known(
