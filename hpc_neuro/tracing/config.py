@@ -44,9 +44,9 @@ class TraceConfig:
     """Whether a given root is the end of the neuron; cable on its far side is then left out. none: decided for each
     root. It is the end where an unbranched cable leads to it from the border of the volume and all branches lie on the
     other side. A soma is never an end."""
-    contacts: bool = False
-    """Cut neighbors off the tree of a given root, at crossings and where neurites touch (docs/infer.md, Neighbors). For
-    crowded stacks: a break in a faint neurite may be taken for a contact."""
+    contacts: bool = True
+    """Cut neighbors off the tree of a given root, where neurites cross and touch (docs/infer.md, Neighbors); each cut
+    is listed for proofreading."""
     min_cable: float = 30.0
     """[voxel] Without a given root, trees of less cable are dropped."""
     smooth: float = 1.0

@@ -1,78 +1,60 @@
-"""Cut contacts: cable that a mask joins to a rooted neuron though it belongs to a neighbor.
+"""Tell the cable of a rooted neuron from that of its neighbors, which a mask joins to it where they touch or cross.
 
-The centerlines are taken apart into sections and hubs (see split_neurons). At a hub, the two arms
-that lie in one line are one neurite. Against the line or branch by which the hub is reached from the root, every other
-line gets the log-odds that it is a neighbor's:
+Each section of the centerlines gets a label, own or not, so that the sum of three kinds of evidence is largest:
 
-    crossing   a line meets a line: the arms are long and straight, the brightness differs, the neck between is dark
-    entry      a line is met by a branch from the side, and is thicker than that branch: it is a trunk
+    hub         log-odds that cable beyond a hub is that of the neuron by which the hub is reached (contact_evidence);
+                a line that crosses, or a trunk, has log-odds of its own, and the stronger ones count
+    brightness  a section is as bright for its thickness as the own cable, or as the other cable
+    re-entry    own cable is seldom reached by way of a neighbor
 
-A branch that leaves a line stays: near a contact, the tip of a dim neighbor and a thin side branch look alike.
-All comparisons are made within `_REACH` of the hub, between medians on either side, so that a neurite that gets dimmer
-or thinner little by little is never cut. What lies beyond a cut is a neighbor's altogether. The cuts with the largest
-sum of log-odds are found from the tips to the root, in time linear in the nodes.
+A hub whose evidence speaks for one neuron is never a contact, however dim the cable beyond it is. Brightness is divided
+by the radius, since blur takes light from thin neurites. That of one neuron varies along its cable, over about
+`_CORRELATION` voxels, so a long piece says more than a short one. Both levels are estimated from the sections that
+carry the label, in turn with the labels. On a forest the best labels are found from the tips to the root, in time
+linear in the nodes.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.tracing.contact_evidence import Group, Hub, RootedSections
 from hpc_neuro.tracing.graph import CenterlineGraph
-from hpc_neuro.tracing.probability import Bools, CellCache, Floats, Ints, ReadBox
-from hpc_neuro.tracing.split_neurons import Dissection, dissect, list_hubs
+from hpc_neuro.tracing.probability import Bools, Floats, ReadBox
 from hpc_neuro.tracing.voxel_graph import VoxelGraph
 
-_REACH = 24.0
-"""[voxel] Length over which arms are compared, beyond the radius of the hub."""
-_DIRECTION_LENGTH = 14.0
-"""[voxel] Stretch of an arm that gives its direction."""
-_NECK_LENGTH = 7.0
-"""[voxel] Beyond the radius of the hub, how far a dark neck may lie."""
-_STRAIGHT_ON = 0.6
-"""[cosine] An arm goes on through a fork along a branch at most this far off its direction."""
-_LOOK_AHEAD = 6
-"""[nodes] Stretch of a branch that tells its direction at a fork on the way."""
-_LOOK_BACK = 8
-"""[nodes] The same of the arm that reaches the fork."""
-_IN_LINE = 0.5
-"""[cosine] Two arms are in line when their directions are opposite to within this."""
-_APART = 7.0
-"""[voxel] Two arms that begin farther apart must also lie in line with the step between them."""
-_APART_SLACK = 0.2
-"""[cosine] The step is short, so its direction is uncertain by this."""
-_KEPT_CELLS = 256
-"""Cells of the image that stay in memory."""
-_DARKEST = 0.01
-"""[bright node] Smallest brightness, so that its logarithm is finite."""
-_NO_SECTION = -1
-"""Stands for the section that leads to a root."""
-_CROSSING_BIAS = -1.5
-"""Log-odds of a crossing without further evidence."""
-_CLEAN = 1.5
-"""Weight of a crossing of long and straight arms, 0 to 1."""
-_ONWARD = 0.7
-"""[1 / 10 voxel] Weight of the length of the arms beyond the crossing."""
-_STEP = 2.0
-"""[1 / nat] Weight of a step of the brightness."""
-_NECK = 2.4
-"""[1 / nat] Weight of a dark neck."""
-_ENTRY_BIAS = -1.2
-"""Log-odds of a line that is entered from the side, without further evidence."""
-_ENTRY_THICKER = 2.7
-"""[1 / nat] Weight of its radius over that of the branch by which it is entered."""
-_SHORT = 1.0
-"""Log-odds by which a line that is entered from the side, and ends at once, is less likely a trunk."""
-_BRIDGED = 1.0
-"""Log-odds by which a crossing over a bridge is less likely a neighbor's."""
-_LEAST_CERTAINTY = 1.0
-"""[lower threshold] Lowest probability at a hub, below which it holds a bridge."""
-_CERTAIN = 6.0
-"""Largest log-odds of one contact."""
+_PRIOR = 1.5
+"""Log-odds that cable beyond a hub is own, added to those of the evidence: most neurons have few neighbors."""
+_RE_ENTRY = 0.3
+"""Probability that cable of another neuron, reached by way of a neighbor, is own."""
+_CORRELATION = 30.0
+"""[voxel] Length over which the brightness of a neurite is correlated."""
+_OWN_SPREAD = 0.5
+"""[nat] Standard deviation of the brightness of sections of the own neuron, for their thickness."""
+_OTHER_SPREAD = 0.4
+"""[nat] Standard deviation of the levels of several neighbors, in addition."""
+_STEP = 0.7
+"""[nat] How much dimmer neighbors are expected to be before there is evidence of them."""
+_LEAST_STEP = 0.15
+"""[nat] Neighbors that are less dimmer than this are not told by their brightness."""
+_TRUST = 60.0
+"""[voxel] Cable that the expected levels count for, beside the sections that carry a label."""
+_FIRST = 60.0
+"""[voxel] Cable next to the root that gives the first level of the own neuron."""
+_MOST_AGAINST, _MOST_FOR = 8.0, 1.5
+"""Largest evidence of a correlation length of a section, against and for own cable."""
+_ROUNDS = 6
+"""Rounds of labels and levels."""
+_LARGEST_ODDS = 12.0
+"""Largest log-odds of one hub."""
+_FORBIDDEN = -1e6
+"""Log-probability of a change of the neuron where the hub itself speaks against it."""
 
 
 @dataclass(frozen=True)
@@ -88,367 +70,227 @@ class Contact:
 
 
 @dataclass(frozen=True)
-class _Arm:
-    """The first stretch of a section, seen from a hub."""
+class _Cut:
+    """A group of arms whose cable is not own, at a hub that is reached by own cable."""
 
-    hub_node: int
-    node: int
-    """First node beyond the hub."""
-    section: int
-    foot: Floats
-    """[3] where it leaves the hub."""
-    direction: Floats
-    """[3] unit vector away from the hub."""
-    length: float
-    brightness: float
-    """Median logarithm of the brightness."""
-    thickness: float
-    """Mean logarithm of the radius."""
-    neck: float
-    """Logarithm of the brightness at its darkest place near the hub."""
+    hub: Hub
+    group: Group
+    gain: float
+    """By how much the evidence would be less if the group were own."""
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Two arms in one line, or one arm without a partner."""
-
-    arms: tuple[_Arm, ...]
-    straightness: float
-    """0 for one arm, to 1 for two arms in one line."""
-
-    def mean(self, name: str) -> float:
-        """The mean of a property over the arms."""
-        return sum(float(getattr(arm, name)) for arm in self.arms) / len(self.arms)
-
-
-@dataclass(frozen=True)
-class _Hub:
-    """A hub as it is reached from the root."""
-
-    entry: int
-    """Section by which it is reached; `_NO_SECTION` at the root."""
-    continuing: tuple[int, ...]
-    """Sections that go on with the entry whatever else is cut."""
-    branches: tuple[tuple[_Group, float], ...]
-    """The other groups, with the log-odds that they are a neighbor's."""
-
-
-def cut_contacts(
+def find_neighbors(
     lines: CenterlineGraph,
     graph: VoxelGraph,
     roots: Sequence[int],
     voxel_size: VoxelSize,
-    floor: float,
-    threshold: float,
     image: ReadBox | None = None,
-) -> tuple[CenterlineGraph, list[Contact]]:
-    """Remove the edges at which neighbors are attached to the pieces of `roots` (nodes); return graph and contacts.
+) -> tuple[Bools, list[Contact]]:
+    """[N] which voxels of the graph to keep for the trees of `roots` (nodes), and where neighbors were cut off.
 
-    No two roots lie in one piece. Without an image, brightness is no evidence.
+    No two roots lie in one piece. Without an image, brightness is no evidence. Pieces without a root are kept.
     """
-    parts = dissect(lines, graph, roots, floor, threshold)
-    light = _measure_light(lines, graph, image)
-
-    hubs = _order_hubs(_measure_hubs(parts, _find_parents(parts, roots), light, floor))
-    cuts = _choose_cuts(hubs, parts.sections)
+    parts = RootedSections(lines, graph, roots, image)
+    is_own, cuts = _label_sections(parts, _measure_sections(parts))
     if not cuts:
-        return lines, []
+        return np.ones(len(graph.voxels), dtype=bool), []
 
-    # The graph is a forest, so removing an edge disconnects all that lies beyond it from the root.
-    is_cut = _mark_edges(lines, [arm for group, _ in cuts for arm in group.arms])
-    lines = replace(lines, edges=lines.edges[~is_cut])
-    return lines, _describe_cuts(lines, graph, cuts, voxel_size)
+    keep = _keep_voxels(lines, graph, _keep_nodes(parts, is_own), roots)
+    return keep, _describe_cuts(parts, is_own, cuts, np.asarray(voxel_size) / graph.spacing, graph.spacing)
 
 
-def _describe_cuts(
-    lines: CenterlineGraph, graph: VoxelGraph, cuts: Sequence[tuple[_Group, float]], voxel_size: VoxelSize
-) -> list[Contact]:
-    points = lines.points * (np.asarray(voxel_size) / graph.spacing)
-    a, b = lines.edges.T
-    _, label = lines.label_pieces()
-    cable = np.bincount(label[a], weights=np.linalg.norm(points[a] - points[b], axis=1), minlength=len(lines))
-
-    contacts = []
-    for group, odds in cuts:
-        z, y, x = (float(v) for v in np.mean([arm.foot for arm in group.arms], axis=0) / graph.spacing)
-        pieces = np.unique([label[arm.node] for arm in group.arms])
-        contacts.append(Contact((z, y, x), float(1 / (1 + np.exp(-odds))), float(cable[pieces].sum())))
-    return contacts
-
-
-def _find_parents(parts: Dissection, roots: Sequence[int]) -> list[int]:
-    """The node by which each node is reached from its root; -1 at a root, -2 in a piece without one."""
-    parents = [-2] * len(parts.graph)
-    stack = list(roots)
-    for root in roots:
-        parents[root] = -1
-
-    while stack:
-        node = stack.pop()
-        for other in parts.neighbors[node]:
-            if parents[other] == -2:
-                parents[other] = node
-                stack.append(other)
-    return parents
-
-
-def _mark_edges(lines: CenterlineGraph, arms: Sequence[_Arm]) -> Bools:
-    """[E] whether an edge joins an arm to its hub."""
-    ends = np.sort(np.array([(arm.hub_node, arm.node) for arm in arms]), axis=1)
-    keys, edges = ends @ [len(lines), 1], np.sort(lines.edges, axis=1) @ [len(lines), 1]
-    return np.isin(edges, keys)
-
-
-# --- Light ---
+# --- Brightness ---
 
 
 @dataclass(frozen=True)
-class _Light:
-    """Logarithm of the brightness above the local background at each node; 0 everywhere without an image."""
+class _Brightness:
+    """Length and brightness of the S sections; all of length 0 without an image."""
 
-    smooth: Floats
-    """[K] mean over the 27 voxels around a node."""
-    fine: Floats
-    """[K] mean over a node's voxel and its six neighbors."""
+    length: Floats
+    """[S] nodes that are reached from a root."""
+    level: Floats
+    """[S] mean logarithm of the brightness for the thickness."""
+    first: float
+    """The same of the cable next to the roots."""
 
+    def weigh(self, is_own: Bools | None) -> Floats:
+        """[S] log-odds that a section is own by its brightness, after the labels `is_own`; None: without labels."""
+        own, other = self.first, self.first - _STEP
+        if is_own is not None:
+            own = self._mean(is_own, self.first)
+            other = self._mean(~is_own, own - _STEP)
 
-def _measure_light(lines: CenterlineGraph, graph: VoxelGraph, image: ReadBox | None) -> _Light:
-    if image is None or not len(lines):
-        return _Light(np.zeros(len(lines)), np.zeros(len(lines)))
+        # Two levels that hardly differ would tell apart by chance.
+        if own - other < _LEAST_STEP:
+            return np.zeros(len(self.level))
 
-    cells = CellCache(image, graph.shape, _KEPT_CELLS)
-    last = np.array(graph.shape) - 1
-    voxels = np.clip(np.rint(lines.points / graph.spacing).astype(np.int64), 0, last)
+        spread = float(np.hypot(_OWN_SPREAD, _OTHER_SPREAD))
+        odds = _log_density(self.level - own, _OWN_SPREAD) - _log_density(self.level - other, spread)
+        return np.clip(odds, -_MOST_AGAINST, _MOST_FOR) * (self.length / _CORRELATION)
 
-    smooth, fine = np.zeros(len(lines)), np.zeros(len(lines))
-    for step in itertools.product((-1, 0, 1), repeat=3):
-        values = cells.sample(np.clip(voxels + np.array(step), 0, last)).astype(np.float64)
-        smooth += values / 27
-        if np.abs(step).sum() <= 1:
-            fine += values / 7
-
-    # Neurites fill little of a cell, so its median is background.
-    background = cells.sample_medians(voxels)
-    smooth, fine = smooth - background, fine - background
-    darkest = max(_DARKEST * float(np.percentile(smooth, 90)), 1e-12)
-    return _Light(np.log(np.maximum(smooth, darkest)), np.log(np.maximum(fine, darkest)))
-
-
-# --- Arms ---
+    def _mean(self, is_inside: Bools, expected: float) -> float:
+        length = self.length * is_inside
+        return float((length @ self.level + _TRUST * expected) / (length.sum() + _TRUST))
 
 
-def _measure_hubs(parts: Dissection, parents: Sequence[int], light: _Light, floor: float) -> list[_Hub]:
-    """The hubs of the pieces with a root."""
-    hubs = []
-    for nodes in list_hubs(parts):
-        if parents[nodes[0]] == -2:
-            continue
-
-        arms = [
-            _measure_arm(parts, light, node, other)
-            for node in nodes
-            for other in parts.neighbors[node]
-            if not parts.is_hub[other]
-        ]
-        entry = next((arm.section for arm in arms if parents[arm.hub_node] == arm.node), _NO_SECTION)
-        is_bridged = bool(parts.certainty[nodes].min() < _LEAST_CERTAINTY * floor)
-        hubs.append(_compare_groups(_group_arms(arms), entry, is_bridged))
-    return hubs
+def _log_density(deviation: Floats, spread: float) -> Floats:
+    """Logarithm of a Gaussian, without its constant."""
+    return -0.5 * (deviation / spread) ** 2 - float(np.log(spread))
 
 
-def _measure_arm(parts: Dissection, light: _Light, hub_node: int, first: int) -> _Arm:
-    lines = parts.graph
-    radius = float(lines.thickness[hub_node])
-    nodes, away = _follow_arm(parts, hub_node, first, radius + _REACH)
+def _measure_sections(parts: RootedSections) -> _Brightness:
+    is_measured = parts.is_reached & (parts.lines.voxels >= 0)
+    if not parts.light.is_measured or not is_measured.any():
+        return _Brightness(np.zeros(parts.sections), np.zeros(parts.sections), 0.0)
 
-    # The first radius lies inside the hub; it is used only where the arm has hardly any other node.
-    is_outside = away >= radius
-    outer = nodes[is_outside] if is_outside.sum() >= 3 else nodes
-    outer_away = away[is_outside] if is_outside.sum() >= 3 else away
+    inside = np.flatnonzero(is_measured & (parts.section >= 0))
+    section = parts.section[inside]
+    length = np.bincount(section, minlength=parts.sections)
+    total = np.bincount(section, weights=parts.density[inside], minlength=parts.sections)
 
-    points = lines.points[outer]
-    stop = int(np.clip(np.searchsorted(outer_away, outer_away[0] + _DIRECTION_LENGTH), 2, len(outer)))
-    out = points[min(stop, len(outer) - 1)] - points[0]
-    if len(outer) == 1:
-        out = lines.points[first] - lines.points[hub_node]
-
-    brightness = float(np.median(light.smooth[outer]))
-
-    # Single nodes are noisy, so two in a row make a neck.
-    values = light.fine[nodes[away <= radius + _NECK_LENGTH]]
-    if len(values) > 1:
-        values = (values[1:] + values[:-1]) / 2
-    neck = float(values.min()) if len(values) else brightness
-
-    return _Arm(
-        hub_node,
-        first,
-        int(parts.section[first]),
-        lines.points[hub_node],
-        out / max(float(np.linalg.norm(out)), 1e-9),
-        float(away[-1]),
-        brightness,
-        float(np.log(lines.thickness[outer]).mean()),
-        neck,
-    )
+    nearest = inside[parts.path_length[inside] < _FIRST]
+    first = float(np.median(parts.density[nearest if len(nearest) else inside])) if len(inside) else 0.0
+    return _Brightness(length.astype(np.float64), total / np.maximum(length, 1), first)
 
 
-def _follow_arm(parts: Dissection, hub_node: int, first: int, reach: float) -> tuple[Ints, Floats]:
-    """The nodes of an arm up to a length of `reach`, and how far along each lies; straight on through forks."""
-    points, neighbors = parts.graph.points, parts.neighbors
-    before, here = hub_node, first
-    nodes, away = [first], [float(np.linalg.norm(points[first] - points[hub_node]))]
+# --- Labels ---
 
-    while away[-1] < reach:
-        onward = [node for node in neighbors[here] if node != before]
-        if len(onward) > 1:
-            back = points[nodes[max(0, len(nodes) - _LOOK_BACK)] if len(nodes) > 1 else hub_node]
-            onward = _choose_straight(parts, here, onward, points[here] - back)
-        if not onward:
+
+def _label_sections(parts: RootedSections, brightness: _Brightness) -> tuple[Bools, list[_Cut]]:
+    """[S] whether a section is own, and the cuts; levels and labels are found in turn."""
+    hubs = _order_hubs(parts)
+    odds = {id(group): _measure_odds(group) for hub in hubs for group in hub.groups}
+
+    is_own, cuts = _choose_labels(parts, hubs, odds, brightness.weigh(None))
+    for _ in range(_ROUNDS):
+        before = is_own
+        is_own, cuts = _choose_labels(parts, hubs, odds, brightness.weigh(is_own))
+        if np.array_equal(before, is_own):
             break
-
-        before, here = here, onward[0]
-        nodes.append(here)
-        away.append(away[-1] + float(np.linalg.norm(points[here] - points[before])))
-    return np.array(nodes), np.array(away)
+    return is_own, cuts
 
 
-def _choose_straight(parts: Dissection, fork: int, onward: Sequence[int], heading: Floats) -> list[int]:
-    """The branch that is closest to a heading; none where all turn away."""
-    points, best = parts.graph.points, (_STRAIGHT_ON, -1)
-    for first in onward:
-        before, here = fork, first
-        for _ in range(_LOOK_AHEAD):
-            ahead = [node for node in parts.neighbors[here] if node != before]
-            if len(ahead) != 1:
-                break
-            before, here = here, ahead[0]
+def _measure_odds(group: Group) -> float:
+    """Log-odds that a group belongs to the neuron of the entry; infinite where nothing speaks against it.
 
-        out = points[here] - points[fork]
-        cosine = float(out @ heading / max(np.linalg.norm(out) * np.linalg.norm(heading), 1e-9))
-        if cosine > best[0]:
-            best = (cosine, first)
-    return [best[1]] if best[1] >= 0 else []
-
-
-def _group_arms(arms: Sequence[_Arm]) -> list[_Group]:
-    """Pairs of arms in one line, the straightest first, then the arms without a partner."""
-    pairs = [(_measure_straightness(arms[i], arms[j]), i, j) for i, j in itertools.combinations(range(len(arms)), 2)]
-    groups, used = [], set[int]()
-
-    # Equal pairs are ordered by arm, so that the result does not depend on rounding elsewhere.
-    for straightness, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2])):
-        if straightness > _IN_LINE and not used & {i, j}:
-            used |= {i, j}
-            groups.append(_Group((arms[i], arms[j]), straightness))
-    return groups + [_Group((arm,), 0.0) for i, arm in enumerate(arms) if i not in used]
-
-
-def _measure_straightness(a: _Arm, b: _Arm) -> float:
-    """1 for two arms in one line, -1 where both leave in one direction."""
-    straightness = -float(a.direction @ b.direction)
-    step = b.foot - a.foot
-    apart = float(np.linalg.norm(step))
-
-    # One arm from each of two parallel lines would point in opposite directions, too.
-    if apart > _APART:
-        along = min(float(step @ b.direction), -float(step @ a.direction)) / apart
-        straightness = min(straightness, along + _APART_SLACK)
-    return straightness
-
-
-# --- Evidence ---
-
-
-def _compare_groups(groups: Sequence[_Group], entry: int, is_bridged: bool) -> _Hub:
-    own = [group for group in groups if any(arm.section == entry for arm in group.arms)]
-
-    # At the root, every arm belongs to the neuron.
-    if not own:
-        return _Hub(entry, tuple(arm.section for group in groups for arm in group.arms), ())
-
-    continuing = tuple(arm.section for arm in own[0].arms if arm.section != entry)
-    branches = tuple((group, _measure_odds(own[0], group, is_bridged)) for group in groups if group is not own[0])
-    return _Hub(entry, continuing, branches)
-
-
-def _measure_odds(own: _Group, other: _Group, is_bridged: bool) -> float:
-    """Log-odds that a group is a neighbor's, given that the group with the entry is the neuron's own.
-
-    The weights were fitted to synthetic crowds (tools.bench.contacts, seeds 0 to 19) with the condition that no real
-    neuron loses cable.
+    The dim branch of a neuron is as dim as a neighbor, so brightness alone cuts nothing: where an arm looks like a
+    branch, there is no contact.
     """
-    # A branch that leaves a line, or another branch, gives no evidence: side branches are thinner and dimmer, too.
-    if len(other.arms) < 2:
-        return -_CERTAIN
-
-    if len(own.arms) < 2:
-        thicker = other.mean("thickness") - own.mean("thickness")
-        # The two halves of a swelling are thick, and short.
-        shortness = float(np.clip((16 - min(arm.length for arm in other.arms)) / 6, 0, 1))
-        odds = _ENTRY_BIAS + _ENTRY_THICKER * float(np.clip(thicker, -0.3, 1)) - _SHORT * shortness
-    else:
-        # Lines that a bridge joins do not touch, and what the tracer bridges is more often a break in a faint neurite.
-        odds = _measure_crossing(own, other) - _BRIDGED * is_bridged
-    return float(np.clip(odds, -_CERTAIN, _CERTAIN))
+    odds = group.measure_odds()
+    by_features = odds + _PRIOR if odds <= 0 else np.inf
+    by_line = -group.line_odds if group.line_odds > 0 else np.inf
+    return float(max(min(by_features, by_line), -_LARGEST_ODDS))
 
 
-def _measure_crossing(own: _Group, other: _Group) -> float:
-    """Log-odds that a line which meets the own line is a neighbor's."""
-    onward = min(arm.length for arm in other.arms)
-    shortest = min(onward, min(arm.length for arm in own.arms))
-    straightness = min(own.straightness, other.straightness)
-
-    # Two branches that leave a line at one place may face each other by chance, but seldom over a long way.
-    clean = np.clip((straightness - 0.7) / 0.15, 0, 1) * np.clip((shortest - 16) / 6, 0, 1)
-    reach = (min(onward, _REACH + 4) - 18) / 10
-
-    # Thin branches are dimmer within one neuron as well, so only a large step counts.
-    step = float(np.clip(abs(other.mean("brightness") - own.mean("brightness")) - 0.5, 0, 2))
-
-    dimmer = min(own.mean("brightness"), other.mean("brightness"))
-    dip = float(np.clip(dimmer - max(arm.neck for arm in other.arms) - 0.3, 0, 1.5))
-    return float(_CROSSING_BIAS + _CLEAN * clean + _ONWARD * reach + _STEP * step + _NECK * dip)
-
-
-# --- Choice ---
-
-
-def _order_hubs(hubs: Sequence[_Hub]) -> list[_Hub]:
+def _order_hubs(parts: RootedSections) -> list[Hub]:
     """The hubs from the roots outwards."""
-    by_entry: dict[int, list[_Hub]] = {}
-    for hub in hubs:
-        by_entry.setdefault(hub.entry, []).append(hub)
+    by_entry = defaultdict[int, list[Hub]](list)
+    for hub in parts.hubs:
+        by_entry[hub.entry.section].append(hub)
 
-    order: list[_Hub] = []
-    pending = [_NO_SECTION]
+    order, pending = list[Hub](), list(parts.first)
     while pending:
-        for hub in by_entry.get(pending.pop(), []):
+        for hub in by_entry.pop(pending.pop(), []):
             order.append(hub)
-            pending += hub.continuing
-            pending += [arm.section for group, _ in hub.branches for arm in group.arms]
+            pending += [section for group in hub.groups for section in group.sections]
     return order
 
 
-def _choose_cuts(hubs: Sequence[_Hub], sections: int) -> list[tuple[_Group, float]]:
-    """The groups to cut off, with their log-odds: those of the largest sum, none beyond another."""
-    # What the cuts beyond a section are worth; once it is cut off, they are not made.
-    worth = [0.0] * sections
+def _choose_labels(
+    parts: RootedSections, hubs: Sequence[Hub], odds: dict[int, float], own_odds: Floats
+) -> tuple[Bools, list[_Cut]]:
+    """The labels with the largest sum of evidence, and the cuts: from the tips to the roots, and back."""
+    # The best sum beyond a section, if it is another neuron's (column 0) or own (column 1).
+    best = np.stack([np.zeros(parts.sections), own_odds], axis=1)
+    choice: dict[tuple[int, int], tuple[bool, float]] = {}
     for hub in reversed(hubs):
-        total = sum(worth[section] for section in hub.continuing)
-        total += sum(max(odds, sum(worth[arm.section] for arm in group.arms)) for group, odds in hub.branches)
-        if hub.entry >= 0:
-            worth[hub.entry] = total
+        for group in hub.groups:
+            beyond = best[group.sections].sum(axis=0)
+            for entry, evidence in enumerate(_weigh_labels(odds[id(group)])):
+                as_other, as_own = (float(v) for v in evidence + beyond)
+                choice[id(group), entry] = as_own > as_other, abs(as_own - as_other)
+                best[hub.entry.section, entry] += max(as_own, as_other)
 
-    cuts, is_beyond = [], [False] * sections
+    is_own, cuts = np.zeros(parts.sections, dtype=bool), list[_Cut]()
+    is_own[parts.first] = True
     for hub in hubs:
-        beyond = hub.entry >= 0 and is_beyond[hub.entry]
-        for section in hub.continuing:
-            is_beyond[section] = beyond
-        for group, odds in hub.branches:
-            is_cut = not beyond and odds > sum(worth[arm.section] for arm in group.arms)
-            if is_cut:
-                cuts.append((group, odds))
-            for arm in group.arms:
-                is_beyond[arm.section] = beyond or is_cut
-    return cuts
+        entry = int(is_own[hub.entry.section])
+        for group in hub.groups:
+            label, gain = choice[id(group), entry]
+            is_own[group.sections] = label
+            if entry and not label:
+                cuts.append(_Cut(hub, group, gain))
+    return is_own, cuts
+
+
+def _weigh_labels(odds: float) -> tuple[Floats, Floats]:
+    """[2] log-probability that a group is another neuron's or own: if its entry is another's, and if it is own.
+
+    `odds` are those of `_measure_odds`.
+    """
+    if np.isinf(odds):
+        return np.array([0.0, _FORBIDDEN]), np.array([_FORBIDDEN, 0.0])
+    same = 1 / (1 + np.exp(-odds))
+    other = 1 - same
+    after_other = np.log([same + other * (1 - _RE_ENTRY), other * _RE_ENTRY])
+    return after_other, np.log([other, same])
+
+
+# --- What stays, and what is reported ---
+
+
+def _keep_nodes(parts: RootedSections, is_own: Bools) -> Bools:
+    """[K] the nodes of own sections, those that join them in hubs, and pieces without a root."""
+    keep = ~parts.is_reached
+    is_section = parts.section >= 0
+    keep[is_section] |= is_own[parts.section[is_section]]
+
+    for hub in parts.hubs:
+        arms = [hub.entry, *(arm for group in hub.groups for arm in group.arms)]
+        own = [arm.hub_node for arm in arms if is_own[arm.section]]
+        for node in own:
+            keep[parts.find_path_inside(own[0], node)] = True
+    keep[parts.root_nodes] = True
+    return keep
+
+
+def _keep_voxels(lines: CenterlineGraph, graph: VoxelGraph, keep_node: Bools, roots: Sequence[int]) -> Bools:
+    """[N] the voxels that are nearest to nodes to be kept."""
+    on_voxel = np.flatnonzero(lines.voxels >= 0)
+    _, nearest = cKDTree(lines.points[on_voxel]).query(graph.points)
+    keep = keep_node[on_voxel[nearest]]
+
+    # A voxel may have several nodes, one for each neuron of a crossing.
+    keep[lines.voxels[on_voxel[keep_node[on_voxel]]]] = True
+    keep[lines.voxels[list(roots)]] = True
+    return np.asarray(keep)
+
+
+def _describe_cuts(
+    parts: RootedSections, is_own: Bools, cuts: Sequence[_Cut], unit: Floats, spacing: Floats
+) -> list[Contact]:
+    """The contacts; `unit` [3] is the metric's unit in um, `spacing` [3] a voxel in that unit, along z, y, x."""
+    lines, section = parts.lines, parts.section
+    a, b = lines.edges.T
+    length = np.linalg.norm((lines.points[a] - lines.points[b]) * unit, axis=1)
+    place = np.where(section[a] >= 0, section[a], section[b])
+    cable = np.bincount(place[place >= 0], weights=length[place >= 0], minlength=parts.sections)
+
+    # A hub is reached once, so the sections beyond a cut are those of its hubs, and so on.
+    beyond = defaultdict[int, list[int]](list)
+    for hub in parts.hubs:
+        beyond[hub.entry.section] += [section for group in hub.groups for section in group.sections]
+
+    contacts = []
+    for cut in cuts:
+        pending, total = list(cut.group.sections), 0.0
+        while pending:
+            number = pending.pop()
+            if not is_own[number]:
+                total += float(cable[number])
+                pending += beyond[number]
+
+        feet = np.mean([arm.foot for arm in cut.group.arms], axis=0) / spacing
+        z, y, x = (float(v) for v in feet)
+        contacts.append(Contact((z, y, x), float(1 / (1 + np.exp(-min(cut.gain, _LARGEST_ODDS)))), total))
+    return contacts

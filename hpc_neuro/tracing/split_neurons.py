@@ -95,17 +95,17 @@ def dissect(
 
     # Neurons may touch where the probability is low, so a cut has to be possible there.
     is_hub = (lines.degree >= 3) | (certainty < threshold)
-    is_hub[_find_crossings(lines, neighbors)] = True
+    is_hub[find_crossings(lines, neighbors)] = True
     is_hub[list(roots)] = True
 
     # Two roots on one section would leave no place for a cut.
     is_hub[_find_weakest_between_roots(lines, neighbors, is_hub, roots, certainty)] = True
 
-    section = _label_groups(lines, ~is_hub)
+    section = label_groups(lines, ~is_hub)
     return Dissection(lines, neighbors, certainty, is_hub, section, {node: i for i, node in enumerate(roots)})
 
 
-def _find_crossings(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]]) -> list[int]:
+def find_crossings(lines: CenterlineGraph, neighbors: Sequence[Sequence[int]]) -> list[int]:
     """The nodes between two branch points that are so near to each other that they are one crossing."""
     crossings = []
     for fork in np.flatnonzero(lines.degree >= 3).tolist():
@@ -164,7 +164,7 @@ def _step_on(neighbors: Sequence[Sequence[int]], before: int, here: int) -> int:
     return next(node for node in neighbors[here] if node != before)
 
 
-def _label_groups(lines: CenterlineGraph, is_inside: Bools) -> Ints:
+def label_groups(lines: CenterlineGraph, is_inside: Bools) -> Ints:
     """[K] number of the connected group of each node that `is_inside` [K], -1 for the others."""
     edges = lines.edges[is_inside[lines.edges].all(axis=1)]
 
@@ -207,7 +207,7 @@ def _find_top(joined: Ints, item: int) -> int:
 
 def list_hubs(parts: Dissection) -> list[list[int]]:
     """The nodes of each hub."""
-    label = _label_groups(parts.graph, parts.is_hub)
+    label = label_groups(parts.graph, parts.is_hub)
     order = np.argsort(label, kind="stable")
     order = order[label[order] >= 0]
     return [hub.tolist() for hub in np.split(order, np.flatnonzero(np.diff(label[order])) + 1)]

@@ -5,6 +5,7 @@ voxel_graph      the skeletons of all blocks as one sparse graph; hysteresis cho
 centerlines      centered paths, longest first; each is kept only if it is a branch of its own (branch_test)
 gaps             pieces are joined along what the image shows (image_links), then by straight bridges
 split_neurons    what holds several roots is cut between them
+contact_evidence what speaks for one neuron on both sides of a branch point or crossing
 contacts         what hangs on a root and is a neighbor's is cut off
 finish_tree      trees are rooted, pruned and smoothed
 super_blocks     a volume too large for one process is traced in parts
@@ -24,7 +25,7 @@ from hpc_neuro.core.schema import InputError
 from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_block
 from hpc_neuro.tracing.centerlines import Centerlines, find_centerlines, find_far_ends
 from hpc_neuro.tracing.config import TraceConfig
-from hpc_neuro.tracing.contacts import Contact, cut_contacts
+from hpc_neuro.tracing.contacts import Contact, find_neighbors
 from hpc_neuro.tracing.finish_tree import (
     decimate_tree,
     find_main_side,
@@ -35,7 +36,7 @@ from hpc_neuro.tracing.finish_tree import (
 )
 from hpc_neuro.tracing.gaps import join_gaps
 from hpc_neuro.tracing.graph import Bridges, CenterlineGraph, build_centerline_graph
-from hpc_neuro.tracing.probability import Floats, Ints, ReadBox, measure_confidence, read_neighborhood_max
+from hpc_neuro.tracing.probability import Bools, Floats, Ints, ReadBox, measure_confidence, read_neighborhood_max
 from hpc_neuro.tracing.split_neurons import split_neurons
 from hpc_neuro.tracing.support import find_supported_nodes
 from hpc_neuro.tracing.voxel_graph import BlockSkeleton, VoxelGraph, merge_block_skeletons
@@ -207,21 +208,47 @@ def finish_lines(
     keep_rest: bool = False,
 ) -> TracedVolume:
     """Make trees of centerlines and bridges: split between roots, cut at contacts, rooted, pruned and smoothed."""
-    root_voxels = volume_lines.root_voxels
     lines = build_centerline_graph(graph, volume_lines.centerlines, volume_lines.bridges)
-    rest = _select_rest(lines, _find_nodes(lines, root_voxels)) if roots and keep_rest else None
-    if len(roots) > 1:
-        lines = split_neurons(lines, graph, _find_nodes(lines, root_voxels), cfg.floor, cfg.threshold)
+    rest = _select_rest(lines, _find_nodes(lines, volume_lines.root_voxels)) if roots and keep_rest else None
+    lines = _split_roots(lines, graph, volume_lines.root_voxels, cfg)
 
     # Without a root nothing tells the neuron from its neighbors.
     contacts: list[Contact] = []
     if roots and cfg.contacts:
-        nodes = _find_nodes(lines, root_voxels)
-        lines, contacts = cut_contacts(lines, graph, nodes, voxel_size, cfg.floor, cfg.threshold, image)
+        nodes = _find_nodes(lines, volume_lines.root_voxels)
+        keep, contacts = find_neighbors(lines, graph, nodes, voxel_size, image)
+    if contacts:
+        graph, volume_lines = _trace_again(graph, keep, volume_lines.root_voxels, cfg, image)
+        lines = build_centerline_graph(graph, volume_lines.centerlines, volume_lines.bridges)
+        lines = _split_roots(lines, graph, volume_lines.root_voxels, cfg)
+
+    root_voxels = volume_lines.root_voxels
     trees = _finish_trees(lines, root_voxels, roots, graph, cfg, shown)
     if rest is not None:
         trees += _finish_trees(rest, [], (), graph, cfg, shown)
     return TracedVolume(trees, contacts)
+
+
+def _split_roots(
+    lines: CenterlineGraph, graph: VoxelGraph, root_voxels: Sequence[int], cfg: TraceConfig
+) -> CenterlineGraph:
+    """The graph without what joins several roots."""
+    if len(root_voxels) < 2:
+        return lines
+    return split_neurons(lines, graph, _find_nodes(lines, root_voxels), cfg.floor, cfg.threshold)
+
+
+def _trace_again(
+    graph: VoxelGraph, keep: Bools, root_voxels: Sequence[int], cfg: TraceConfig, image: ReadBox | None
+) -> tuple[VoxelGraph, VolumeLines]:
+    """The voxels to keep, and their centerlines: what was reached by way of a neighbor is joined over the gap."""
+    index = np.cumsum(keep) - 1
+    root_voxels = [int(index[voxel]) for voxel in root_voxels]
+    graph = graph.select(keep)
+    sources, _ = find_far_ends(graph)
+
+    centerlines = find_lines_through(graph, sources, root_voxels, cfg)
+    return graph, VolumeLines(centerlines, join_gaps(graph, centerlines, cfg, image, root_voxels), list(root_voxels))
 
 
 def _select_rest(lines: CenterlineGraph, root_nodes: Sequence[int]) -> CenterlineGraph:

@@ -109,6 +109,30 @@ class VoxelGraph:
         """[N] radius of the neurite in fine voxels, as trees carry it whatever the metric."""
         return np.maximum(self.physical_distance - _BORDER, _THINNEST)
 
+    def select(self, keep: Bools) -> VoxelGraph:
+        """The voxels to `keep` [N] with the pairs among them; components that fall apart are numbered anew."""
+        index = np.cumsum(keep) - 1
+        is_kept = keep[self.pairs].all(axis=1)
+        pairs = index[self.pairs[is_kept]].astype(self.pairs.dtype)
+        count = int(keep.sum())
+        links = csr_array((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+
+        # Scipy numbers components by their first node, which is the raster order.
+        components, component = connected_components(links, directed=False)
+        return VoxelGraph(
+            self.shape,
+            self.spacing,
+            self.sampler,
+            self.voxels[keep],
+            self.probability[keep],
+            self.distance[keep],
+            self.physical_distance[keep],
+            pairs,
+            self.step[is_kept],
+            component.astype(np.int64),
+            int(components),
+        )
+
     def voxels_of_component(self, component: int) -> Ints:
         """Indices of the voxels of one component, ascending."""
         order, starts = self._component_order

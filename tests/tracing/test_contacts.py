@@ -119,3 +119,50 @@ def test_cuts_are_reported() -> None:
     assert 0.5 < contact.certainty <= 1
     assert contact.cable_um == pytest.approx(93 * 0.5, rel=0.2)
     assert len(traced.trees) == 1
+
+
+@pytest.mark.parametrize("axes", [(0, 2, 1), (2, 1, 0)])
+@pytest.mark.parametrize("flips", [(), (1,), (0, 2)])
+def test_turned_and_mirrored_stacks_give_the_turned_neuron(axes: tuple[int, ...], flips: tuple[int, ...]) -> None:
+    image = paint_stack((OWN, 2.0, 1.0), (CROSSING, 2.0, 0.4))
+    turned = np.flip(image, flips).transpose(axes)
+
+    def turn(points: Floats) -> Floats:
+        points = np.array(points, dtype=float)
+        for axis in flips:
+            points[..., axis] = SHAPE[axis] - 1 - points[..., axis]
+        return points[..., list(axes)]
+
+    z, y, x = turn(np.array(ROOT)).tolist()
+    (tree,) = trace(turned > 0.12, ISO, roots=[(z, y, x)], cfg=TraceConfig(contacts=True), image=turned)
+    assert length(tree) == pytest.approx(122, rel=0.05)
+    along = turn(OWN)
+    away = np.linalg.norm(tree.points[:, None] - along[None], axis=2).min(axis=1)
+    assert away.max() < 4
+
+
+def test_brightness_alone_cuts_no_branch() -> None:
+    """A side branch may be dim from its first voxel: it is listed by its doubt, and not cut off."""
+    side = sample_line((20, 45, 60), (20, 84, 90))
+    image = paint_stack((OWN, 2.5, 1.0), (side, 1.5, 0.3))
+    tree, whole = trace_root(image), trace_root(image, contacts=False)
+    np.testing.assert_array_equal(tree.points, whole.points)
+
+
+def test_own_cable_behind_a_cut_is_joined_over_the_gap() -> None:
+    """The mask breaks where a thick and dim neighbor crosses, so the far side hangs on the neighbor alone."""
+    neighbor = sample_line((20, 6, 60), (20, 84, 78))
+    image = paint_stack((OWN, 2.0, 1.0), (neighbor, 2.5, 0.35))
+    probability = image > 0.12
+    probability[:, :, 58:63] &= np.abs(np.arange(SHAPE[1]) - 45)[:, None] > 4
+    (tree,) = trace(probability, ISO, roots=[ROOT], cfg=TraceConfig(contacts=True), image=image)
+    assert tree.points[:, 2].max() > 120
+
+
+def test_several_roots_lose_their_neighbors_as_well() -> None:
+    parallel = OWN + np.array([0.0, 30, 0])
+    crossing = sample_line((20, 8, 40), (20, 88, 96))
+    image = paint_stack((OWN, 2.0, 1.0), (parallel, 2.0, 1.0), (crossing, 2.0, 0.35))
+    roots = [ROOT, (20.0, 75.0, 8.0)]
+    trees = trace(image > 0.12, ISO, roots=roots, cfg=TraceConfig(contacts=True), image=image)
+    assert [length(tree) for tree in trees] == [pytest.approx(122, rel=0.06)] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -240,3 +241,16 @@ def test_faults_of_roots_are_said() -> None:
         trace_in_parts(mask, CFG, [(16.0, 16.0, 60.0), (16.0, 16.2, 60.0)])
     with pytest.raises(ConfigError, match="super_block"):
         load(TraceConfig, None, ["super_block=[0,1,1]"])
+
+
+def test_neighbors_are_cut_off_as_in_one_process() -> None:
+    """A line crosses the rooted one far from any border of a super-block, and goes on beyond one."""
+    mask = np.zeros((32, 96, 160), dtype=np.float32)
+    paint_points(mask, sample_line((16, 48, 6), (16, 48, 150)), 2.5)
+    paint_points(mask, sample_line((16, 6, 80), (16, 90, 100)), 2.5)
+    roots: list[Point] = [(16.0, 48.0, 6.0)]
+
+    (whole,) = trace_in_parts(mask, replace(CFG, contacts=False), roots)
+    (tree,) = trace_in_parts(mask, replace(CFG, contacts=True), roots)
+    assert length(whole) > 220
+    assert length(tree) == pytest.approx(144, rel=0.06)
