@@ -26,6 +26,8 @@ _MOST_TIPS = 12.0
 """[per 100 voxels of cable] Ends of branches, at most."""
 
 
+_LEAST_CABLE = 30.0
+"""[voxel] Cable of trees, at least; without a root shorter pieces are dropped as specks."""
 _WIDTHS_UM = (0.05, 30.0)
 """[um] Neurites are so wide under a light microscope, with its blur."""
 _MOST_LABELS = 8
@@ -45,7 +47,7 @@ def measure_doubt(figures: TraceFigures) -> float:
     fills more than neurites do, and with a student of the foreground that it does not see. It ranks traces and is no
     probability (`python -m tools.bench.trace_warnings`).
     """
-    if not figures.trees or figures.agreement is None:
+    if not figures.trees or figures.agreement is None or figures.cable < _LEAST_CABLE:
         return NO_TREE_DOUBT
     unseen = 0.0 if figures.seen_share is None else 1 - figures.seen_share
     excess = _MASK_WEIGHT * math.log10(max(figures.mask_share, 1e-4) / _USUAL_MASK)
@@ -60,6 +62,11 @@ def list_warnings(figures: TraceFigures, is_inverted: bool, has_student: bool = 
     # A student that knows noise may see through it.
     advice = "" if has_student else "; compare with model=bundled"
     warnings = []
+    if figures.cable < _LEAST_CABLE:
+        warnings.append(
+            f"the trees hold only {figures.cable:.0f} voxels of cable: the root may lie on a speck, or beside a break; "
+            "give another root, or trace without one"
+        )
     if is_inverted:
         warnings.append("the image is dark on bright and was traced inverted; if it is not, give another channel")
     if figures.mask_share > _MOST_MASK:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,14 @@ import tifffile
 from hpc_neuro import cli
 from hpc_neuro.core.constants import EXIT_DONE
 from hpc_neuro.core.geometry import Box
-from hpc_neuro.trace_stacks.sanity import describe_odd_width, list_label_values
+from hpc_neuro.trace_stacks.sanity import (
+    NO_TREE_DOUBT,
+    describe_odd_width,
+    list_label_values,
+    list_warnings,
+    measure_doubt,
+)
+from hpc_neuro.trace_stacks.tracer import TraceFigures
 from tests.helpers.stacks import make_neuron, take_picture
 
 
@@ -74,3 +82,24 @@ def test_a_voxel_size_that_makes_neurites_absurd_gets_a_word(
 ) -> None:
     warning = describe_odd_width(width, size)
     assert (word in warning) if word else warning == ""
+
+
+def test_a_stub_at_the_root_is_as_doubtful_as_no_tree() -> None:
+    """Both tracings of a stub agree, which says nothing."""
+    figures = TraceFigures(
+        mask_share=0.001,
+        speck_share=0.03,
+        contrast_to_noise=6.5,
+        trees=1,
+        somas=0,
+        cable=6.0,
+        tips=1,
+        left_out_trees=0,
+        left_out_cable=0.0,
+        agreement=1.0,
+    )
+    assert measure_doubt(figures) == NO_TREE_DOUBT
+    assert "only 6 voxels of cable" in list_warnings(figures, False)[0]
+    whole = replace(figures, cable=200.0)
+    assert measure_doubt(whole) < 0.1
+    assert list_warnings(whole, False) == []
