@@ -9,6 +9,8 @@ Each step leaves a file in the volume's folder of OUT/strands, with which the ne
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +35,10 @@ from hpc_neuro.tracing.super_blocks import (
     trace_super_block,
 )
 
+log = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
+_BATCH_BYTES, _VOXEL_BYTES = 50 << 20, 500
+"""[bytes] Memory that finishing a batch takes, and for each voxel of its pieces besides; measured on straight lines."""
 
 
 def list_super_blocks_to_trace(trees: VolumeTrees) -> list[Box]:
@@ -93,7 +98,27 @@ def group(trees: VolumeTrees) -> None:
     """Join the pieces of all super-blocks. InputError for two roots at one place."""
     load, count = _make_links_reader(trees), len(_list_cores(trees))
     groups = group_pieces(load, count, roots=trees.open_grid().roots, cfg=trees.cfg.trace)
+    log_memory(trees.volume.source.id, int(groups.largest[0]), _read_memory())
     save_arrays(_groups_path(trees), groups)
+
+
+def log_memory(name: str, voxels: int, available: int) -> None:
+    """State the memory that the largest batch of a volume will take on one rank. available: [bytes] of a node."""
+    needed = _BATCH_BYTES + _VOXEL_BYTES * voxels
+    facts = name, voxels, files.format_bytes(needed)
+    log.info("%s: the largest group of pieces has %d voxels of centerlines, about %s of memory on one rank", *facts)
+    if needed > available:
+        log.warning(
+            "%s: this is more than the %s of this node; if a rank is killed there, give `roots` or a higher "
+            "`trace.threshold`, which keep groups small, or run the same command on nodes with more memory",
+            name,
+            files.format_bytes(available),
+        )
+
+
+def _read_memory() -> int:
+    """[bytes] Memory of this node."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def list_batches_to_finish(trees: VolumeTrees) -> list[int]:

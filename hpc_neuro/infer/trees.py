@@ -51,7 +51,7 @@ PredictionEntry = dict[str, Any]
 Floats = NDArray[np.float64]
 _KEPT_BYTES = 1 << 28
 """[bytes] Of shards of the probability, compressed, that a process keeps while it traces."""
-_SCRATCH_FORM = 2
+_SCRATCH_FORM = 3
 """Form of the files that wait for the next step; those of another form are not read."""
 _GROUPS_IN_MEMORY = 32
 """Groups of skeletons that are kept after they were read; a few MB each."""

@@ -130,6 +130,8 @@ class PieceGroups:
     """[M] its number there."""
     inner: Ints
     """[I] super-blocks whose inner pieces are one more batch each."""
+    largest: Ints
+    """[1] voxels that are left of the largest batch, which one process finishes in its memory."""
     root_batch: Ints
     """[R] batch of each root."""
     root_voxels: NDArray[np.int32]
@@ -546,7 +548,11 @@ def group_pieces(
     order = order[batch[order] >= 0]
     starts = np.searchsorted(batch[order], np.arange(int(batch.max(initial=-1)) + 2))
     owners, numbers = np.divmod(overview.keys[order], _OWNER)
-    return PieceGroups(starts, owners, numbers, overview.inner, batch[overview.at_root], overview.root_voxels)
+    # Inner pieces are a part of their super-block.
+    sizes = np.bincount(batch[order], weights=overview.size[order])
+    largest = np.array([max(int(sizes.max(initial=0)), overview.most if len(overview.inner) else 0)])
+    root_batch = batch[overview.at_root]
+    return PieceGroups(starts, owners, numbers, overview.inner, largest, root_batch, overview.root_voxels)
 
 
 _OWNER = 1 << 32

@@ -234,3 +234,12 @@ def test_ranks_make_the_files_of_one(model: Path, inputs: str, tmp_path: Path, r
     assert ended.returncode == 0, ended.stderr
     assert read_files(tmp_path / "one")
     assert read_files(tmp_path / "many") == read_files(tmp_path / "one")
+
+
+def test_the_memory_of_the_largest_group_is_stated(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hpc_neuro")
+    super_blocks.log_memory("cells", 2_000_000, 64 << 30)
+    assert "2000000 voxels of centerlines, about 1.1 GB of memory on one rank" in caplog.text
+    assert "more than" not in caplog.text
+    super_blocks.log_memory("cells", 400_000_000, 64 << 30)
+    assert "GB of this node; if a rank is killed there, give `roots`" in caplog.text
