@@ -207,7 +207,9 @@ def _open_store(
     Raises InputError for metadata and codecs that neither takes.
     """
     kvstore = path.store_spec() if isinstance(path, RemotePath) else {"driver": "file", "path": f"{path.resolve()}/"}
-    spec = {"driver": driver, "kvstore": kvstore, **options}
+    # A chunk in memory is not compared with its file at each reading, which would open that again. An image does not
+    # change while it is read; `infer` compares its content at the end.
+    spec = {"driver": driver, "kvstore": kvstore, "recheck_cached_data": "open", **options}
 
     try:
         store: Any = ts.open(spec, open=True, read=True, context=make_context(_CACHE_BYTES)).result(remote_path.TIMEOUT)

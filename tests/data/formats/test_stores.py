@@ -267,3 +267,19 @@ def test_terafly_by_metadata(tmp_path: Path) -> None:
     (root / "mdata.bin").write_bytes(head + blocks)
     assert_reads(tmp_path, data, UM)
     np.testing.assert_allclose(open_volume(root).affine[:3, 3], [3, 1, 2], rtol=1e-6)
+
+
+def test_a_chunk_in_memory_is_not_opened_again(tmp_path: Path) -> None:
+    """Neighboring blocks meet the same chunks, each of which would be one more question to the file system."""
+    shape = (8, 16, 16)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path / 'a.zarr'}/"}, "create": True}
+    metadata = {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [8, 8, 8]}}}
+    values = np.arange(np.prod(shape), dtype=np.uint16).reshape(shape)
+    ts.open({**spec, "metadata": metadata}, dtype=ts.uint16, shape=shape).result()[...].write(values).result()
+
+    volume = open_volume(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(volume[Box((0, 0, 0), (4, 12, 12))], values[:4, :12, :12])
+    for chunk in (tmp_path / "a.zarr" / "c").rglob("*"):
+        if chunk.is_file():
+            chunk.unlink()
+    np.testing.assert_array_equal(volume[Box((2, 2, 2), (8, 16, 16))], values[2:, 2:, 2:])
