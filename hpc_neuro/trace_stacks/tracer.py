@@ -195,6 +195,8 @@ def _follow(
     if search_somas and not roots:
         somas = find_somas(skeletons, probability, foreground.read_image, shape, size, cfg)
     starts = list(roots) or [soma.point for soma in somas]
+    # Whose neurites surround a soma is not asked: only a given root says that one neuron is wanted.
+    cfg = cfg if roots else replace(cfg, contacts=False)
 
     traced = trace_volume(
         skeletons,

@@ -212,9 +212,9 @@ def finish_lines(
     rest = _select_rest(lines, _find_nodes(lines, volume_lines.root_voxels)) if roots and keep_rest else None
     lines = _split_roots(lines, graph, volume_lines.root_voxels, cfg)
 
-    # Without a root nothing tells the neuron from its neighbors.
+    # Without a root nothing tells the neuron from its neighbors, and in a projection its own branches cross.
     contacts: list[Contact] = []
-    if roots and cfg.contacts:
+    if roots and cfg.contacts and min(graph.shape) > 1:
         nodes = _find_nodes(lines, volume_lines.root_voxels)
         keep, contacts = find_neighbors(lines, graph, nodes, voxel_size, image)
     if contacts:

@@ -166,3 +166,13 @@ def test_several_roots_lose_their_neighbors_as_well() -> None:
     roots = [ROOT, (20.0, 75.0, 8.0)]
     trees = trace(image > 0.12, ISO, roots=roots, cfg=TraceConfig(contacts=True), image=image)
     assert [length(tree) for tree in trees] == [pytest.approx(122, rel=0.06)] * 2
+
+
+def test_a_projection_is_left_as_it_is() -> None:
+    image = paint_stack((OWN, 2.0, 1.0), (CROSSING, 2.0, 0.4)).max(axis=0, keepdims=True)
+    root = (0.0, *ROOT[1:])
+    trees = [
+        trace(image > 0.12, ISO, roots=[root], cfg=TraceConfig(contacts=contacts), image=image)[0]
+        for contacts in (False, True)
+    ]
+    np.testing.assert_array_equal(trees[0].points, trees[1].points)
