@@ -59,15 +59,16 @@ def test_a_missing_bundled_teacher_says_what_to_use(tmp_path: Path, monkeypatch:
         load_teacher(TeacherConfig())
 
 
-@pytest.mark.parametrize(("model", "patch"), [("bundled", 16), ("bundled8", 8)])
-def test_the_shipped_teachers_load(model: str, patch: int) -> None:
+@pytest.mark.parametrize(("model", "patch", "depth"), [("bundled", 16, 12), ("bundled8", 8, 6)])
+def test_the_shipped_teachers_load(model: str, patch: int, depth: int) -> None:
     teacher = load_teacher(TeacherConfig(model=model))
-    assert (teacher.identity["name"], teacher.patch, teacher.dim, teacher.depth) == (model, patch, 192, 12)
+    assert (teacher.identity["name"], teacher.patch, teacher.dim, teacher.depth) == (model, patch, 192, depth)
     maps = teacher.features(torch.rand(1, 64, 48), [teacher.depth - 1])
     assert maps.shape == (1, 1, 64 // teacher.patch, 48 // teacher.patch, teacher.dim)
     assert torch.isfinite(maps).all()
     card = json.loads((module.ASSETS / f"{module.BUNDLED[model]}.json").read_text())
-    assert card["probes"]["reconstruction"]["trained"] < 0.9 < card["probes"]["reconstruction"]["random_weights"]
+    curves = card["probes"]["frozen_features"]["curves"]
+    assert max(curves["trained"].values()) > max(curves["random_weights"].values()) + 0.1
     assert (module.ASSETS / card["file"]).stat().st_size < 12e6
 
 

@@ -141,9 +141,9 @@ def test_a_teacher_in_the_package_is_continued_by_its_own_objective(stack: Path,
     assert cli.main([*command, *keys]) == 0
     card = json.loads((tmp_path / "out" / "teacher.json").read_text())
     assert [stage["verb"] for stage in card["stages"]] == ["train", "continue"]
-    assert card["stages"][0]["steps"] == 5334
+    assert card["stages"][0]["steps"] == 2600
     assert card["license"] == "Apache-2.0"
-    assert card["arch"] == OBJECTIVES["pixels"].arch
+    assert card["arch"] == OBJECTIVES["structure"].arch
 
 
 def test_another_teacher_does_not_continue_a_run(

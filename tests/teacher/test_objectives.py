@@ -67,7 +67,7 @@ def test_one_batch_is_learned(name: str, source: Source) -> None:
 
 def test_new_teachers_can_be_continued_by_their_own_objective_and_others_by_their_positions() -> None:
     assert choose_objective(make("vit_tiny_patch16_dinov3_qkvb")).name == "structure"
-    assert choose_objective(load_teacher(TeacherConfig(model="bundled8"))).name == "pixels"
+    assert choose_objective(load_teacher(TeacherConfig(model="bundled"))).name == "pixels"
     with pytest.raises(
         InputError, match=r"vit_tiny_patch16_224 cannot be continued: .*rotary.*fixed positions.*DINOv3"
     ):
