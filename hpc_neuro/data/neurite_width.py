@@ -76,8 +76,8 @@ def summarize_widths(volumes: Sequence[NeuriteWidths]) -> WidthQuartiles | None:
     in the plane. All volumes weigh the same. None along z where no volume has such a width; None where none has any."""
     quartiles = []
     for lists in ([v.depth for v in volumes], [v.plane for v in volumes]):
-        known = [np.quantile(widths, np.linspace(0, 1, _LEVELS)) for widths in lists if len(widths)]
-        rows = np.quantile(np.concatenate(known), (0.25, 0.5, 0.75)).round(3).tolist() if known else None
+        levels = [np.quantile(widths, np.linspace(0, 1, _LEVELS)) for widths in lists if len(widths)]
+        rows = np.quantile(np.concatenate(levels), (0.25, 0.5, 0.75)).round(3).tolist() if levels else None
         quartiles.append(rows)
 
     depth, plane = quartiles
@@ -175,8 +175,8 @@ def _measure_half_width(profiles: Floats) -> Floats:
     near = np.nan_to_num(profiles[:, middle - reach : middle + reach + 1], nan=-np.inf)
     peak = near.argmax(axis=1) + middle - reach
     height = near.max(axis=1)
-    known = np.where(np.isnan(profiles).all(axis=1, keepdims=True), 0.0, profiles)
-    level = (height + np.nanquantile(known, _BACKGROUND, axis=1)) / 2
+    filled = np.where(np.isnan(profiles).all(axis=1, keepdims=True), 0.0, profiles)
+    level = (height + np.nanquantile(filled, _BACKGROUND, axis=1)) / 2
 
     # The nearest samples on both sides that are below the level; NaN is not.
     numbers = np.arange(count)
