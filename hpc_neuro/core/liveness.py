@@ -20,6 +20,7 @@ import platform
 import shutil
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +220,7 @@ class Ring:
         return ""
 
 
-class RankWatch:
+class RankWatch(ABC):
     """Beats and watches the next rank of each ring while it is entered. All ranks enter and leave it together."""
 
     def __init__(self, rings: Sequence[Ring], rank: int, ranks: int, limit: float, barrier: Callable[[], None]) -> None:
@@ -305,9 +306,9 @@ class RankWatch:
         if self._has_verdict.is_set() and not self._is_left.is_set():
             self._report_and_exit()
 
+    @abstractmethod
     def _report_and_exit(self) -> None:
         """Log the verdict and end this process with EXIT_CODE."""
-        raise NotImplementedError
 
 
 class MpiRankWatch(RankWatch):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from hpc_neuro.models.teacher import Teacher, create_vit
 from hpc_neuro.teacher.config import TRAINED_SIZE, TaskConfig
 from hpc_neuro.teacher.objective import Batch, Network, Objective, patchify, pick, uniform
-from hpc_neuro.teacher.patch_embedding import whiten_embedding
+from hpc_neuro.teacher.patch_embedding import get_projection, whiten_embedding
 
 DECODER_WIDTH = 128
 """Channels of the decoder."""
@@ -182,7 +182,7 @@ class MaskedAutoencoder(Network):
     def encode(self, patches: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """patches [B, K, P] at token coordinates y, x [B, K] -> class token and tokens [B, 1 + K, D]."""
         vit = self.vit
-        proj: nn.Conv2d = vit.patch_embed.proj  # type: ignore[union-attr,assignment]
+        proj = get_projection(vit)
         tokens = F.linear(patches, proj.weight.flatten(1), proj.bias)  # the convolution, on visible patches only
         tokens = tokens + sincos(y, x, tokens.shape[-1])
         cls: Tensor = vit.cls_token  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from hpc_neuro.models.teacher import Teacher, create_vit
 from hpc_neuro.teacher.augment import darken_field
 from hpc_neuro.teacher.config import TRAINED_SIZE, TaskConfig
 from hpc_neuro.teacher.objective import Batch, Network, Objective, pick, uniform
-from hpc_neuro.teacher.patch_embedding import scale_embedding
+from hpc_neuro.teacher.patch_embedding import get_projection, scale_embedding
 from hpc_neuro.teacher.structure_targets import describe_structure
 
 LAYER_SCALE = 0.5
@@ -105,7 +105,7 @@ class MaskedStructure(Network):
     def encode(self, batch: Batch, keep: int) -> Tensor:
         """Patch tokens after the final norm, [B, N, D]; all but the first `keep` of each order are hidden."""
         vit = self.vit
-        proj: nn.Conv2d = vit.patch_embed.proj  # type: ignore[union-attr,assignment]
+        proj = get_projection(vit)
         tokens = proj(batch.image).flatten(2).mT  # [B, N, D]
 
         is_hidden = torch.zeros_like(batch.order, dtype=torch.bool).scatter(1, batch.order[:, keep:], True)

@@ -16,7 +16,7 @@ def scale_embedding(vit: nn.Module, patches: Tensor) -> None:
 
     Its directions stay random. Pixels keep their weight, so that a token tells how bright its parts are.
     """
-    proj = _get_projection(vit)
+    proj = get_projection(vit)
     mean = patches.mean(0)  # [P]
     with torch.no_grad():
         weight = proj.weight.flatten(1)  # [D, P]
@@ -34,12 +34,13 @@ def whiten_embedding(vit: nn.Module, patches: Tensor) -> None:
     mean = patches.mean(0)  # [P]
     variance, basis = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))  # ascending
     weight = PATCH_RMS * basis / (variance.clamp_min(0) + PIXEL_NOISE).sqrt()  # [P, P], components are columns
-    proj = _get_projection(vit)
+    proj = get_projection(vit)
     with torch.no_grad():
         _set_projection(proj, weight.flip(1)[:, : proj.out_channels].T, mean)  # [D, P], strongest first
 
 
-def _get_projection(vit: nn.Module) -> nn.Conv2d:
+def get_projection(vit: nn.Module) -> nn.Conv2d:
+    """The convolution that makes a token of each patch; timm's modules have no types of their parts."""
     proj: nn.Conv2d = vit.patch_embed.proj  # type: ignore[union-attr,assignment]
     return proj
 
