@@ -83,6 +83,17 @@ class RemotePath(PosixPath):
             raise FileNotFoundError(str(self))
         return data
 
+    def read_head(self, count: int) -> bytes:
+        """The first bytes of an object. Raises as `read_bytes`."""
+        try:
+            data = self._fetch(slice(0, count))
+        except _RangeError:
+            # A server without ranges sends the whole object.
+            data = self._fetch()
+        if data is None:
+            raise FileNotFoundError(str(self))
+        return data[:count]
+
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
         """The content of an object as text."""
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")

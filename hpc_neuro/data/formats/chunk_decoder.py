@@ -300,19 +300,42 @@ def _decode_zarr(
 
 def _decode_n5(decode: Decode, dtype: np.dtype[Any], chunk: tuple[int, ...], data: bytes) -> Array:
     """The values of one N5 chunk, dimensions as stored (fastest first); chunks at the end of the array are shorter."""
-    mode, count = struct.unpack_from(">HH", data)
-    if mode > 1 or count != len(chunk):
-        raise ValueError(f"a chunk of mode {mode} and {count} dimensions does not fit the array")
-    size = struct.unpack_from(f">{count}I", data, 4)
-    if any(n > limit for n, limit in zip(size, chunk, strict=True)):
-        raise ValueError(f"a chunk of {size} voxels is larger than the {chunk} of the array")
-
+    mode, size = parse_n5_header(data, chunk)
+    count = len(size)
     # Mode 1 states the number of values as well.
     if mode and struct.unpack_from(">I", data, 4 + 4 * count)[0] != math.prod(size):
         raise ValueError(f"a chunk of {size} voxels states another number of values")
     expected = math.prod(size) * dtype.itemsize
     values = np.frombuffer(decode(data[4 + 4 * count + 4 * mode :], expected)[:expected], dtype)
     return values.reshape(size, order="F")
+
+
+def parse_n5_header(data: bytes, chunk: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Mode and size of an N5 chunk, dimensions as stored. Raises ValueError for one that no array of `chunk` has."""
+    mode, count = struct.unpack_from(">HH", data)
+    if mode > 1 or count != len(chunk):
+        raise ValueError(f"a chunk of mode {mode} and {count} dimensions does not fit the array")
+    size = struct.unpack_from(f">{count}I", data, 4)
+    if any(n > limit for n, limit in zip(size, chunk, strict=True)):
+        raise ValueError(f"a chunk of {size} voxels is larger than the {tuple(chunk)} of the array")
+    if 0 in size:
+        raise ValueError(f"a chunk of {size} voxels holds no values")
+    return mode, size
+
+
+def require_whole_place(
+    path: Path, size: Sequence[int], place: Sequence[int], chunk: Sequence[int], shape: Sequence[int]
+) -> None:
+    """Raise InputError when a chunk of `size` leaves a part of its place in an array of `shape` without values.
+
+    Chunks at the end of an N5 array hold what lies inside it, or are as large as the others.
+    """
+    expected = tuple(min(n, total - i * n) for i, n, total in zip(place, chunk, shape, strict=True))
+    if any(n < wanted for n, wanted in zip(size, expected, strict=True)):
+        raise InputError(
+            f"{path} holds a block of {tuple(size)} voxels where the array has {expected}, and the others are unknown; "
+            "copy or export the image again"
+        )
 
 
 def _read_part(grid: ChunkGrid, cache: DecodedCache, index: Index) -> Array:
@@ -325,12 +348,11 @@ def _read_part(grid: ChunkGrid, cache: DecodedCache, index: Index) -> Array:
         if not chunk.size:
             continue
 
+        require_whole_place(grid.folder / grid.key(place), chunk.shape, place, grid.chunk, grid.shape)
         # The overlap, once in the chunk and once in the part.
         begins = [i * n for i, n in zip(place, grid.chunk, strict=True)]
         starts = [max(s.start, b) for s, b in zip(index, begins, strict=True)]
         stops = [min(s.stop, b + n) for s, b, n in zip(index, begins, chunk.shape, strict=True)]
-        if any(a >= b for a, b in zip(starts, stops, strict=True)):
-            raise InputError(f"{grid.folder / grid.key(place)} is shorter than its place in the array; copy it again")
         source = tuple(slice(a - b, c - b) for a, b, c in zip(starts, begins, stops, strict=True))
         target = tuple(slice(a - s.start, c - s.start) for a, s, c in zip(starts, index, stops, strict=True))
         out[target] = chunk[source]

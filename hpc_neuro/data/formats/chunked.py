@@ -53,6 +53,9 @@ _MAX_LISTED = 6
 _MAX_PROBES = 64
 """Chunks of a remote array that are looked for."""
 
+_MAX_HEADERS = 1 << 16
+"""Headers of blocks that are remembered to be right."""
+
 _CODEC_FAULT = re.compile(r"compress|codec|filter")
 """What tensorstore names in an error about a codec."""
 _AS_ARRAY = "open the array {} itself, without the image metadata, and give the voxel size in um"
@@ -142,6 +145,7 @@ def open_n5(path: Path, dataset: str | None) -> StoredArray:
 
     described = _read_json(folder / "attributes.json")
     store = _open_store(folder, "n5", chunk_decoder.read_n5, described)
+    store = replace(store, read=functools.partial(_read_n5_blocks, store.read, _BlockSizes(folder, store)))
     # tensorstore refuses blocks that state their number of values, which N5 allows.
     if not isinstance(path, RemotePath) and (grid := chunk_decoder.read_n5(folder, described)):
         store = replace(store, read=functools.partial(_read_n5_part, store.read, grid.make_reader(_CACHE_BYTES)))
@@ -281,6 +285,43 @@ def _read_part(path: Path, store: Any, origin: tuple[int, ...], index: Index) ->
         return np.asarray(reading.result(timeout=remote_path.TIMEOUT))
     except (ValueError, TimeoutError) as error:
         raise path.explain(error) or error from None
+
+
+class _BlockSizes:
+    """The sizes that the blocks of an N5 array state in their headers, compared with their places."""
+
+    def __init__(self, folder: Path, store: _Store) -> None:
+        self.folder, self.shape, self.chunk = folder, store.shape, store.chunk
+        self.require_whole = functools.lru_cache(_MAX_HEADERS)(self._require_whole)
+
+    def _require_whole(self, place: tuple[int, ...]) -> None:
+        path = self.folder.joinpath(*map(str, place))
+        count = 4 + 4 * len(place)
+        try:
+            if isinstance(path, RemotePath):
+                head = path.read_head(count)
+            else:
+                with path.open("rb") as file:
+                    head = file.read(count)
+        except FileNotFoundError:
+            # A block without a file is empty.
+            return
+        _, size = chunk_decoder.parse_n5_header(head, self.chunk)
+        chunk_decoder.require_whole_place(path, size, place, self.chunk, self.shape)
+
+
+def _read_n5_blocks(read: Callable[[Index], Array], sizes: _BlockSizes, index: Index) -> Array:
+    """Read one part. tensorstore fills a block that is shorter than its place with zeros, and so cannot be trusted."""
+    values = read(index)
+
+    ranges = [range(s.start // n, -(-s.stop // n)) for s, n in zip(index, sizes.chunk, strict=True)]
+    for place in itertools.product(*ranges):
+        # A block that is short along any axis lacks the last voxel of its overlap with the part. Headers are read
+        # only where this voxel is zero.
+        last = tuple(min(s.stop, (i + 1) * n) - 1 - s.start for s, i, n in zip(index, place, sizes.chunk, strict=True))
+        if not values[last]:
+            sizes.require_whole(place)
+    return values
 
 
 def _read_n5_part(read: Callable[[Index], Array], read_varlength: Callable[[Index], Array], index: Index) -> Array:
