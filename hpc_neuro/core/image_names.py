@@ -53,16 +53,31 @@ def is_system_file(path: Path) -> bool:
     return path.name.startswith(_SYSTEM_BEGINNINGS)
 
 
-def find_clash(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two different names whose results would be the same files, or that look the same; None where all are distinct.
+def find_clash(names: Iterable[str]) -> tuple[str, str, str] | None:
+    """Two different names whose results would be the same files, and why; None where all are distinct.
 
-    The trees of NAME are NAME.swc and NAME.voxel.swc, what was deleted from it is NAME.deleted.swc.
+    The trees of NAME are NAME.swc and NAME.voxel.swc, what was deleted from it is NAME.deleted.swc. The reason follows
+    the two names in a sentence. Names that differ in case only are two on some file systems and one on others.
     """
     owners: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        # macOS writes an accented letter as two characters, and takes both forms for one name.
-        look = unicodedata.normalize("NFC", name)
+        look = _fold(name)
         for form in (look, *(f"{look}{ending}" for ending in _RESULT_ENDINGS)):
-            if owners.setdefault(form, name) != name:
-                return owners[form], name
+            owner = owners.setdefault(form, name)
+            if owner != name:
+                return owner, name, _explain_clash(owner, name)
     return None
+
+
+def _fold(name: str) -> str:
+    """One text for all names that a file system may take for the same."""
+    # macOS writes an accented letter as two characters, and takes both forms for one name.
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _explain_clash(first: str, second: str) -> str:
+    if unicodedata.normalize("NFC", first) == unicodedata.normalize("NFC", second):
+        return "look the same, and would share files"
+    if _fold(first) == _fold(second):
+        return "differ in capitals only, and would share files on a file system that ignores case"
+    return "would share files"

@@ -162,9 +162,7 @@ class InferConfig:
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"inputs: {', '.join(repeated)} would be written twice; give each volume its own `id`")
         if clash := find_clash(names):
-            raise ValueError(
-                f"inputs: {clash[0]!a} and {clash[1]!a} would share files, or look the same; give each its own `id`"
-            )
+            raise ValueError(f"inputs: {clash[0]!a} and {clash[1]!a} {clash[2]}; give each its own `id`")
 
     def _list_inputs(self) -> tuple[VolumeConfig, ...]:
         """`inputs` and `images`, with the settings that hold for all of them."""

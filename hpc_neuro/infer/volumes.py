@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hpc_neuro.core import run_folder
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
+from hpc_neuro.core.image_names import find_clash
 from hpc_neuro.core.image_settings import require_inside
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Contrast
@@ -149,6 +150,12 @@ def _open_store(path: Path, cfg: InferConfig, contrast: Contrast, choose_grid: C
     names = store.split(cfg.split)
     if not names:
         raise InputError(f"{path} has no volume in the split {cfg.split}; choose another with split=NAME")
+
+    if clash := find_clash(names):
+        raise InputError(
+            f"{path}: the volumes {clash[0]!a} and {clash[1]!a} {clash[2]}; rename one, and prepare them again in "
+            "another folder"
+        )
 
     # A store knows the brightness range of its volumes, so nothing is measured.
     for name, share in _divide(names, cfg.share):

@@ -148,9 +148,7 @@ def _require_one_truth(swcs: Mapping[str, Path], labels: Mapping[str, Path]) -> 
 def _require_distinct(names: Iterable[str]) -> None:
     """Raise InputError for two names whose results would be the same files, or that look the same."""
     if clash := find_clash(names):
-        raise InputError(
-            f"the volumes {clash[0]!a} and {clash[1]!a} would share files, or look the same; give one another name"
-        )
+        raise InputError(f"the volumes {clash[0]!a} and {clash[1]!a} {clash[2]}; give one another name")
 
 
 def _require_partner(paths: Mapping[str, Path], partners: Mapping[str, Path], kind: str, other: str = "") -> None:

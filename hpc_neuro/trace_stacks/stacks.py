@@ -69,11 +69,17 @@ def _name_stacks(paths: list[Path]) -> list[str]:
     """An id for each path: its stem, and more of its path where two stems are equal. Raises ConfigError."""
     for make_name in (_stem, _full_name, _long_name):
         names = [make_name(path) for path in paths]
-        repeated = [name for name, count in Counter(names).items() if count > 1] or list(find_clash(names) or ())[1:]
-        if not repeated:
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        clash = find_clash(names)
+        if not repeated and not clash:
             break
-    else:
+
+    if repeated:
         raise ConfigError(f"several stacks would be written as {repeated[0]}; trace them into different `out`")
+    if clash:
+        raise ConfigError(
+            f"the stacks {clash[0]!a} and {clash[1]!a} {clash[2]}; rename one, or trace them into different `out`"
+        )
 
     if unusable := [name for name in names if not files.is_plain_name(name)]:
         raise ConfigError(f"{unusable[0]!r} cannot be the name of a result; rename the stack")

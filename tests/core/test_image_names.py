@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from hpc_neuro.core import files
-from hpc_neuro.core.image_names import ENDINGS, is_system_file, strip_ending
+from hpc_neuro.core.image_names import ENDINGS, find_clash, is_system_file, strip_ending
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.formats import READERS
 from hpc_neuro.infer.config import InferConfig, VolumeConfig
@@ -47,6 +48,31 @@ def test_files_of_macos_are_hidden() -> None:
     assert is_system_file(Path("data/._neuron.tif"))
     assert is_system_file(Path("data/.DS_Store"))
     assert not is_system_file(Path(".data/neuron.tif"))
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("neuron", "neuron_2", "other"), None),
+        (("a", "a.voxels", "a.vox"), None),
+        (("Neuron", "neuron"), "differ in capitals only, and would share files on a file system that ignores case"),
+        (("x", "STRASSE", "straße"), "differ in capitals only"),
+        ((COMPOSED, DECOMPOSED), "look the same"),
+        ((COMPOSED, DECOMPOSED.upper()), "differ in capitals only"),
+        (("a", "a.voxel"), "would share files"),
+        (("a.DELETED", "A"), "would share files"),
+    ],
+)
+def test_names_whose_results_are_the_same_files(names: tuple[str, ...], reason: str | None) -> None:
+    for order in itertools.permutations(names):
+        clash = find_clash(order)
+        assert (clash is None) == (reason is None)
+        if clash is not None and reason is not None:
+            assert {*clash[:2]} == {*names[-2:]}
+            assert clash[2].startswith(reason)
 
 
 BAD_NAMES = ["../../victim", "/tmp/victim", "a/b", "", ".hidden", "a\nb", "a\0b", "x" * 240, "\udcff", ".."]

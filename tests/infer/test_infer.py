@@ -274,6 +274,9 @@ def test_config_faults_are_said(model: Path, tmp_path: Path) -> None:
         configure(model, tmp_path, "inputs=[{image: a/x.tif}, {image: b/x.tif}]")
     with pytest.raises(ConfigError, match="'x' and 'x.voxel' would share files"):
         configure(model, tmp_path, "inputs=[{image: x.tif}, {image: x.voxel.tif}]")
+    with pytest.raises(ConfigError, match="'x' and 'X' differ in capitals only.*give each its own `id`"):
+        configure(model, tmp_path, "inputs=[{image: a/x.tif}, {image: b/X.tif}]")
+    configure(model, tmp_path, "inputs=[{image: a/x.tif}, {image: b/X.tif, id: x2}]")
 
 
 def test_the_forecast_counts_blocks_and_windows(model: Path, store: Path, tmp_path: Path) -> None:

@@ -86,6 +86,20 @@ def test_two_names_whose_trees_would_share_a_file_are_refused(tmp_path: Path) ->
         find(f"images={tmp_path}")
 
 
+def test_two_names_that_differ_in_capitals_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path, "Neuron", "neuron")
+    with pytest.raises(InputError, match="'Neuron' and 'neuron' differ in capitals only.*give one another name"):
+        find(f"images={tmp_path}")
+    rows = [{"id": id_, "image": "neuron.tif", "swc": "neuron.swc"} for id_ in ("a", "A")]
+    with pytest.raises(InputError, match="'a' and 'A' differ in capitals only"):
+        find(f"manifest={manifest(tmp_path / 'm.yaml', rows)}")
+
+    # The advice: another name for one of them.
+    for ending in (".tif", ".swc"):
+        (tmp_path / f"Neuron{ending}").rename(tmp_path / f"first{ending}")
+    assert {pair.id for pair in find(f"images={tmp_path}")} == {"first", "neuron"}
+
+
 def test_a_fault_names_the_file_that_has_it(tmp_path: Path) -> None:
     """There is no meta.json to be corrected."""
     folder(tmp_path, "n1")

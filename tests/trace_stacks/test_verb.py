@@ -303,6 +303,20 @@ def test_stacks_whose_trees_would_share_a_file_get_names_of_their_own(tmp_path: 
     assert len(list((tmp_path / "out" / "swc").glob("*.swc"))) == 4
 
 
+def test_stacks_that_differ_in_capitals_are_not_written_into_one_folder(
+    stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stacks / "n10.tif").rename(stacks / "N2.tif")
+    assert cli.main(["trace", str(stacks), SIZE, f"out={tmp_path / 'out'}"]) == EXIT_BAD_INPUT
+    assert "differ in capitals only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+    # The advice: another name for one of them.
+    (stacks / "N2.tif").rename(stacks / "n3.tif")
+    assert cli.main(["trace", str(stacks), SIZE, f"out={tmp_path / 'out'}"]) == EXIT_DONE
+    assert list(read_index(tmp_path / "out")["stacks"]) == ["n2", "n3"]  # type: ignore[call-overload]
+
+
 def test_a_link_in_circles_is_listed_and_the_others_are_done(stacks: Path, tmp_path: Path) -> None:
     (stacks / "n3.tif").symlink_to("n3.tif")
     (stacks / "n4.tif").symlink_to("nowhere.tif")
