@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_neuro.core import morphology
+from hpc_neuro.core import morphology, yaml_text
 from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, TOLERANCE_VOX
 from hpc_neuro.core.files import format_count
 from hpc_neuro.core.morphology import Tree
@@ -105,9 +104,9 @@ def _note_unknown_units(paths: Sequence[str]) -> None:
 
 def _parse_tolerance(text: str) -> float:
     try:
-        tolerance = float(text)
+        tolerance = yaml_text.parse_decimal(text)
     except ValueError:
-        tolerance = math.nan
-    if not 0 < tolerance < math.inf:
+        tolerance = 0.0
+    if tolerance <= 0:
         raise ConfigError(f"tolerance={text} is not a number above 0")
     return tolerance

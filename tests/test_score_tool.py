@@ -58,6 +58,7 @@ def test_lines_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["cycle.swc", "b.swc"], "cycle.swc is not a usable SWC file"),
         (["a.swc", "b.swc", "tolerance=0"], "tolerance=0 is not a number above 0"),
         (["a.swc", "b.swc", "tolerance=nan"], "tolerance=nan is not a number above 0"),
+        (["a.swc", "b.swc", "tolerance=1_0"], "tolerance=1_0 is not a number above 0"),
         (["a.swc", "b.swc", "tolerance=four"], "tolerance=four is not a number above 0"),
         (["a.swc", "b.swc", "json=maybe"], "json=maybe is not yes or no"),
         (["a.swc", "b.swc", "tol=4"], "score does not know tol=; its keys are tolerance= and json="),

@@ -182,15 +182,28 @@ def _settle_numbers(hint: Any, value: Any) -> Any:
         return [_settle_numbers(hint, item) for item in value]
 
     if isinstance(value, str) and "," in value and _is_list_of_numbers(hint):
-        return value.split(",")
+        return [_settle_numbers(hint, item) for item in value.split(",")]
 
-    # bool is a number in Python, but not in a config.
-    if isinstance(value, bool) and leaves and all(leaf in (int, float, type(None)) for leaf in leaves):
-        return str(value).lower()
+    # bool is a number in Python, and `1_0` is text that Python reads as 10; in a config neither is a number.
+    if leaves and all(leaf in (int, float, type(None)) for leaf in leaves):
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, str) and "_" in value:
+            return _NoNumber(value)
 
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     is_text = any(leaf in (str, Path) for leaf in leaves) and not any(leaf in (int, float, Any) for leaf in leaves)
     return yaml_text.as_written(value) if is_number and is_text else yaml_text.strip_text(value)
+
+
+class _NoNumber:
+    """A text where a number is wanted; pydantic refuses it, and shows it as it was given."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return repr(self.text)
 
 
 def _is_list_of_numbers(hint: Any) -> bool:

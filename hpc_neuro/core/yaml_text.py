@@ -6,6 +6,7 @@ booleans and nulls are those of the core schema of YAML 1.2; `010` is 10 as a nu
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, ClassVar, cast
 
@@ -22,6 +23,7 @@ _INT = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+_DECIMAL = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _TAG = "tag:yaml.org,2002:"
 _RULES = (
     ("null", _NULL, "~nN"),
@@ -66,6 +68,17 @@ def parse(text: str, keep_text: bool = False) -> Any:
 def as_written(value: object) -> str:
     """The text of a scalar as it stands in the file, for names that look like numbers."""
     return value.text if isinstance(value, (WrittenInt, WrittenFloat)) else str(value)
+
+
+def parse_decimal(text: str) -> float:
+    """The finite decimal number that a table or an option states. Raises ValueError for anything else.
+
+    `float` would also take `1_0` for 10, and `nan`.
+    """
+    value = float(text) if len(text) <= _MAX_DIGITS and _DECIMAL.fullmatch(text.strip()) else math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]!r} is no number")
+    return value
 
 
 def strip_text(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import difflib
 import logging
-import math
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -340,11 +339,9 @@ def _parse_triple(value: Any, name: str, order: str = "z y x") -> Triple | None:
 
     parts = value.replace(";", " ").replace(",", " ").strip("[] ").split() if isinstance(value, str) else value
     try:
-        first, second, third = (math.nan if isinstance(part, bool) else float(part) for part in parts)
+        first, second, third = (yaml_text.parse_decimal(str(part)) for part in parts)
     except (TypeError, ValueError):
-        raise InputError(f"{name} is {value!r}; three numbers {order} are wanted") from None
-    if not np.isfinite([first, second, third]).all():
-        raise InputError(f"{name} is {value!r}; three finite numbers {order} are wanted")
+        raise InputError(f"{name} is {value!r}; three finite numbers {order} are wanted") from None
     return first, second, third
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,21 @@ SCALARS = {
     "0o10": 8,
     "0x10": 16,
     "+5": 5,
+    "0o17": 15,
+    "0o18": "0o18",
+    "0O17": "0O17",
+    "-0o17": "-0o17",
+    "017": 17,
+    "0x1F": 31,
+    "0xfg": "0xfg",
+    "0X1F": "0X1F",
+    "+0x1F": "+0x1F",
+    "0b11": "0b11",
+    "-0": 0,
+    "1_0": "1_0",
     "1_000": "1_000",
+    "1_0.5": "1_0.5",
+    "0x1_F": "0x1_F",
     "12:00:00": "12:00:00",
     "190:20:30.15": "190:20:30.15",
     "1e4": 1e4,
@@ -41,7 +56,29 @@ SCALARS = {
     "2026-11-30": "2026-11-30",
     "=": "=",
     "-": [None],
+    ".inf": float("inf"),
+    "+.INF": float("inf"),
     "-.inf": float("-inf"),
+    ".iNF": ".iNF",
+    "inf": "inf",
+    "nan": "nan",
+    "NaN": "NaN",
+    "+.nan": "+.nan",
+    ".": ".",
+    "1e": "1e",
+    "e5": "e5",
+    "1.e5": 1e5,
+    "+.5e+1": 5.0,
+    "1,5": "1,5",
+    "1 0": "1 0",
+    "Null": None,
+    "NULL": None,
+    "nULL": "nULL",
+    "none": "none",
+    "True": True,
+    "tRUE": "tRUE",
+    "N": "N",
+    "YES": "YES",
     "'010'": "010",
     '"1e4"': "1e4",
 }
@@ -57,6 +94,7 @@ class Names:
     count: int = 0
     rate: float = 0.0
     either: int | str = 0
+    pair: tuple[float, float] = (0.0, 0.0)
     by_id: dict[str, float] | None = None
 
 
@@ -90,6 +128,77 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
         schema.load(Names, None, ["count=12:00:00"])
     with pytest.raises(ConfigError, match="id: .*found True"):
         schema.load(Names, None, ["id=true"])
+
+
+def test_nan_is_a_number() -> None:
+    for text in (".nan", ".NaN", ".NAN"):
+        assert math.isnan(yaml_text.parse(text))
+
+
+NUMBERS: dict[str, tuple[int | None, float | None]] = {
+    "10": (10, 10.0),
+    "010": (10, 10.0),
+    "0o10": (8, 8.0),
+    "0x1F": (31, 31.0),
+    "+5": (5, 5.0),
+    "1e1": (10, 10.0),
+    "'10'": (10, 10.0),
+    "1.5": (None, 1.5),
+    "1_0": (None, None),
+    "'1_0'": (None, None),
+    "1_0.5": (None, None),
+    "0b11": (None, None),
+    "-0o10": (None, None),
+    "12:30": (None, None),
+    ".inf": (None, None),
+    "-.inf": (None, None),
+    ".nan": (None, None),
+    "inf": (None, None),
+    "'nan'": (None, None),
+    "~": (None, None),
+    "yes": (None, None),
+    "true": (None, None),
+    "1e400": (None, None),
+}
+"""Text -> what a whole number and a number of a config become; None where they are refused."""
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+@pytest.mark.parametrize("key", ["count", "rate", "pair"])
+def test_numbers_of_configs(tmp_path: Path, text: str, key: str) -> None:
+    path = tmp_path / "c.yaml"
+    shown = f"[{text}, 2]" if key == "pair" else text
+    path.write_text(f"{key}: {shown}\n")
+    expected = NUMBERS[text][key != "count"]
+    for source, keys in ((path, []), (None, [f"{key}={shown}"])):
+        if expected is None:
+            with pytest.raises(ConfigError, match=key):
+                schema.load(Names, source, keys)
+        else:
+            value = getattr(schema.load(Names, source, keys), key)
+            assert value == ((expected, 2) if key == "pair" else expected)
+
+
+def test_numbers_without_brackets() -> None:
+    assert schema.load(Names, None, ["pair=010,1e1"]).pair == (10, 10)
+    with pytest.raises(ConfigError, match="pair.*found '1_0'"):
+        schema.load(Names, None, ["pair=1_0,2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(" 10 ", 10), ("1.5e1", 15), ("-.5", -0.5), ("010", 10), ("5.", 5)],
+)
+def test_decimal_numbers_of_tables(text: str, value: float) -> None:
+    assert yaml_text.parse_decimal(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["1_0", "0x1F", "0o10", "nan", "inf", ".inf", "1e400", "", "1,5", "\u0661", "9" * 400, "True"]
+)
+def test_what_is_no_decimal_number(text: str) -> None:
+    with pytest.raises(ValueError, match="is no number"):
+        yaml_text.parse_decimal(text)
 
 
 @pytest.mark.parametrize(

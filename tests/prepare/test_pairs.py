@@ -148,7 +148,7 @@ ROW = {"id": "a", "image": "a.tif", "swc": "a.swc"}
     [
         ({"image": "none.tif"}, r"none\.tif of volume a does not exist"),
         ({"swc": "none.swc"}, r"none\.swc of volume a does not exist"),
-        ({"voxel_size": "1 2"}, "voxel_size of a is '1 2'; three numbers z y x are wanted"),
+        ({"voxel_size": "1 2"}, "voxel_size of a is '1 2'; three finite numbers z y x are wanted"),
         ({"voxel_size": "1 0 1"}, "sizes above 0 um are wanted"),
         ({"root": "a b c"}, "root of a is 'a b c'"),
         ({"root": "nan 1 1"}, "three finite numbers"),
@@ -201,7 +201,7 @@ def test_bad_meta_json_is_named(tmp_path: Path) -> None:
         find(f"images={tmp_path}")
 
     (tmp_path / "meta.json").write_text('{"a": {"root_xyz": [1, 2]}}')
-    with pytest.raises(InputError, match="root_xyz of a is .*three numbers x y z are wanted"):
+    with pytest.raises(InputError, match="root_xyz of a is .*three finite numbers x y z are wanted"):
         find(f"images={tmp_path}")
 
 
