@@ -25,7 +25,9 @@ logging.basicConfig(format="%(message)s")
 ranks, lost_rank = Ranks.join(), int(sys.argv[2])
 with MpiRankWatch(pathlib.Path(sys.argv[1]), ranks, 2.0):
     time.sleep(0.5)
-    print(len(list(pathlib.Path(sys.argv[1]).glob("*"))), flush=True)
+    counts = ranks.gather(len(list(pathlib.Path(sys.argv[1]).glob("*"))))
+    if ranks.is_main:  # alone, because a launcher may mix the lines of several ranks
+        print(*counts, flush=True)
     if ranks.rank == lost_rank:
         os.kill(os.getpid(), signal.SIGSTOP)
     if ranks.rank == 1:
