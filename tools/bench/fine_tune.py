@@ -21,8 +21,6 @@ OUT/fine_tune.json.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,28 +30,26 @@ import numpy as np
 import torch
 
 from hpc_neuro.core import files
-from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
-from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import Store
 from hpc_neuro.metrics.statistics import mean_interval, paired_difference
 from hpc_neuro.models.student import build_student
 from hpc_neuro.train.config import OptimConfig
 from hpc_neuro.train.optim import lr_at
 from hpc_neuro.train.start_weights import InitialStudent, open_initial_student
-from tools.bench.quality import (
+from tools.bench.held_out import (
     METRICS,
-    Recipe,
-    Settings,
+    Scores,
     StudentLogits,
-    choose_threshold,
     describe,
+    format_scores,
     mean_over_seeds,
-    predict,
     read_training,
-    score_mask,
-    score_trees,
-    train,
+    require_names,
+    run_bench,
+    score_held_out,
 )
+from tools.bench.quality import Budget, Recipe, train
 
 INIT, SCRATCH, AS_IS = "init", "scratch", "as_is"
 STARTS = (INIT, SCRATCH)
@@ -90,13 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of a training")
     parser.add_argument("--crop", type=int, nargs=3, default=(16, 96, 96), help="[voxel] multiples of 16")
     parser.add_argument("--batch", type=int, default=2)
-    args = parser.parse_args(argv)
-    try:
-        print(json.dumps(compare(args)))
-    except (ConfigError, InputError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return EXIT_DONE
+    return run_bench(parser, argv, compare)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -106,11 +96,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     for name in store.ids:
         start.require_contrast(store[name].contrast)
     z, y, x = args.crop
-    settings = Settings((z, y, x), args.batch, args.seconds, "", "", 1.0, "cpu")
+    budget = Budget(crop=(z, y, x), batch=args.batch, seconds=args.seconds)
 
-    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
+    scores: Scores = {}
     for fold in choose_folds(list(store.ids), args.own, args.only, args.neurons, args.seeds):
-        result = train_and_score(store, fold, start, settings, args.out)
+        result = train_and_score(store, fold, start, budget, args.out)
         label = AS_IS if fold.start == AS_IS else f"{fold.start}, {len(fold.trained)}"
         for metric in METRICS:
             scores.setdefault(label, {}).setdefault(metric, {}).setdefault(fold.held_out, []).append(result[metric])
@@ -126,8 +116,7 @@ def choose_folds(
     ids: Sequence[str], own: Sequence[str], only: Sequence[str], numbers: Sequence[int], seeds: Sequence[int]
 ) -> list[Fold]:
     """All trainings. Raises InputError for a name that is not there, and for a store that is too small."""
-    if unknown := sorted(set(own) - set(ids)):
-        raise InputError(f"--own: the store has no {', '.join(unknown)}; it has {', '.join(ids)}")
+    require_names("--own", own, ids)
     own = own or ids
     if unknown := sorted(set(only) - set(own)):
         raise InputError(f"--only: {', '.join(unknown)} is not one of --own, which are {', '.join(own)}")
@@ -151,16 +140,16 @@ def choose_folds(
     return folds
 
 
-def train_and_score(store: Store, fold: Fold, start: InitialStudent, settings: Settings, out: Path) -> dict[str, Any]:
+def train_and_score(store: Store, fold: Fold, start: InitialStudent, budget: Budget, out: Path) -> dict[str, Any]:
     """The scores of one training, from its file where it has been done."""
     path = out / "trainings" / f"{fold.name}.json"
     facts = {
         "store": str(store.path.resolve()),
         "trained": list(fold.trained),
         "init": start.digest,
-        "crop": list(settings.crop),
-        "batch": settings.batch,
-        "seconds": settings.seconds,
+        "crop": list(budget.crop),
+        "batch": budget.batch,
+        "seconds": budget.seconds,
     }
     if (earlier := read_training(path, facts)) is not None:
         return earlier
@@ -169,20 +158,12 @@ def train_and_score(store: Store, fold: Fold, start: InitialStudent, settings: S
     recipe = build_recipe(start, fold.start)
     steps = 0
     if fold.trained:
-        steps = train(recipe, store, fold.trained, fold.seed, settings)
-    threshold = choose_threshold(*predict(recipe.network, store, fold.validated, settings))
+        steps = train(recipe, store, fold.trained, fold.seed, budget)
 
-    probability, mask = predict(recipe.network, store, fold.held_out, settings)
-    result = {
-        "settings": facts,
-        "steps": steps,
-        "threshold": threshold,
-        **score_mask(probability, mask, threshold),
-        **score_trees(store, fold.held_out, probability, threshold),
-    }
+    scores = score_held_out(recipe.network, store, fold.held_out, fold.validated, budget)
+    result = {"settings": facts, "steps": steps, **scores}
     files.write_json(path, result)
-    figures = "  ".join(f"{metric} {result[metric]:.3f}" for metric in METRICS)
-    print(f"{fold.name:<24} {steps:6d} steps  threshold {threshold:.2f}  {figures}", flush=True)
+    print(f"{fold.name:<24} {steps:6d} steps  threshold {scores['threshold']:.2f}  {format_scores(scores)}", flush=True)
     return result
 
 
@@ -198,7 +179,7 @@ def build_recipe(start: InitialStudent, kind: str) -> Recipe:
     return Recipe(network, optimizer, lambda share: lr_at(min(int(share * optim.steps), optim.steps - 1), optim))
 
 
-def summarize(scores: dict[str, dict[str, dict[str, list[float]]]], numbers: Sequence[int]) -> dict[str, Any]:
+def summarize(scores: Scores, numbers: Sequence[int]) -> dict[str, Any]:
     """Means over seeds per neuron, with intervals over neurons, and the differences that matter."""
     mean = {
         label: {metric: asdict(mean_interval(mean_over_seeds(values))) for metric, values in metrics.items()}

@@ -14,37 +14,29 @@ training steps (reading is not counted; on a GPU: seconds of the clock). Each ha
                     AdamW or, with --unet-optimizer sgd, nnU-Net's SGD with Nesterov momentum and polynomial decay
     unetr           MONAI's UNETR of the student's width; AdamW at 1e-4 x --unetr-rate
 
-One more neuron, the next in the store, is left out of training: its best Dice chooses the threshold. Probabilities are
-those of MONAI's sliding_window_inference. Printed per network: Dice, clDice, average precision, and F1 of the cable at
-4 voxels with and without links along the image, with 95 % intervals over neurons, and the differences to the student
-neuron by neuron. OUT keeps a file for each training; the same command goes on where it was. OUT/quality.json and
-OUT/quality.svg hold all of it. Last line: JSON.
+One more neuron, the next in the store, is left out of training: its best Dice chooses the threshold. Printed per
+network: Dice, clDice, average precision, and F1 of the cable at 4 voxels with and without links along the image, with
+95 % intervals over neurons, and the differences to the student neuron by neuron. OUT keeps a file for each training;
+the same command goes on where it was. OUT/quality.json and OUT/quality.svg hold all of it. Last line: JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNETR
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from hpc_neuro.core import files, morphology
-from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE, TOLERANCE_VOX, UNLABELED
+from hpc_neuro.core import files
 from hpc_neuro.core.geometry import Shape
-from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Batch, StudentOutput
 from hpc_neuro.data.augment import augment
@@ -54,36 +46,49 @@ from hpc_neuro.data.dataset import CropDataset, read_volume_points
 from hpc_neuro.data.store import Store
 from hpc_neuro.losses import sum_losses
 from hpc_neuro.losses.segmentation import CrossEntropy, Dice
-from hpc_neuro.metrics.cable import match_cable
-from hpc_neuro.metrics.centerline import cldice
-from hpc_neuro.metrics.statistics import Interval, mean_interval, paired_difference
+from hpc_neuro.metrics.statistics import mean_interval, paired_difference
 from hpc_neuro.models.config import SIZES, StudentConfig
 from hpc_neuro.models.student import build_student
 from hpc_neuro.report.charts import draw_pairs
-from hpc_neuro.tracing import TraceConfig, trace
 from hpc_neuro.train.config import OptimConfig
 from hpc_neuro.train.optim import lr_at
-from tools.bench.ablate_parts import THRESHOLDS, average_precision, dice_at, read_box
+from tools.bench.held_out import (
+    METRICS,
+    Scores,
+    StudentLogits,
+    Windows,
+    describe,
+    format_scores,
+    mean_over_seeds,
+    read_training,
+    require_names,
+    run_bench,
+    score_held_out,
+)
 
-METRICS = ("dice", "cldice", "average_precision", "f1", "f1_without_links")
-_MARGIN = 16  # [voxel] around a held-out neuron
 _MOST_STEPS = 10**7
 _UNET_RATE, _UNETR_RATE = 1e-3, 1e-4
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Budget(Windows):
+    """What a training may use."""
+
+    batch: int
+    """Crops of a step."""
+    seconds: float
+    """Of training steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Budget):
     """What all trainings share."""
 
-    crop: Shape
-    batch: int
-    seconds: float
     size: Any
     """Of the student (see SIZES)."""
     unet_optimizer: str
     unetr_rate: float
-    device: str
-    unet_width: int = 32
+    unet_width: int
     """Channels at full resolution."""
 
 
@@ -114,27 +119,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--unet-width", type=int, default=32, help="channels of residual_unet at full resolution")
     parser.add_argument("--unetr-rate", type=float, default=1.0, help="factor on UNETR's rate of 1e-4")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    try:
-        print(json.dumps(compare(args)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return EXIT_DONE
+    return run_bench(parser, argv, compare)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Train and score what is missing; the figures of all trainings, printed and drawn."""
     store = Store(args.store)
-    ids = check_neurons(store, args.only)
+    require_names("--only", args.only, store.ids)
+    if len(store.ids) < 3:
+        raise InputError(
+            f"{store.path} has {len(store.ids)} volumes; one is held out and one chooses the threshold, so at least 3 "
+            "are needed; prepare a store with more"
+        )
     z, y, x = args.crop
     settings = Settings(
-        (z, y, x), args.batch, args.seconds, args.size, args.unet_optimizer, args.unetr_rate, args.device,
-        args.unet_width,
+        crop=(z, y, x), device=args.device, batch=args.batch, seconds=args.seconds, size=args.size,
+        unet_optimizer=args.unet_optimizer, unetr_rate=args.unetr_rate, unet_width=args.unet_width,
     )  # fmt: skip
 
-    scores: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for held_out in ids:
+    scores: Scores = {}
+    for held_out in args.only or store.ids:
         for seed in args.seeds:
             for network in args.networks:
                 result = train_and_score(store, held_out, seed, network, settings, args.out)
@@ -148,18 +152,6 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     files.write_json(args.out / "quality.json", facts)
     files.write_text(args.out / "quality.svg", draw(scores))
     return facts
-
-
-def check_neurons(store: Store, only: Sequence[str]) -> list[str]:
-    """The neurons to hold out. Raises InputError for a name that is not there, and for a store that is too small."""
-    if unknown := sorted(set(only) - set(store.ids)):
-        raise InputError(f"--only: {store.path} has no {', '.join(unknown)}; it has {', '.join(store.ids)}")
-    if len(store.ids) < 3:
-        raise InputError(
-            f"{store.path} has {len(store.ids)} volumes; one is held out and one chooses the threshold, so at least 3 "
-            "are needed; prepare a store with more"
-        )
-    return list(only or store.ids)
 
 
 def train_and_score(
@@ -178,66 +170,47 @@ def train_and_score(
     torch.manual_seed(seed)
     recipe = NETWORKS[network](settings)
     steps = train(recipe, store, trained, seed, settings)
-    threshold = choose_threshold(*predict(recipe.network, store, validated, settings))
-
-    probability, mask = predict(recipe.network, store, held_out, settings)
-    result = {
-        "settings": facts,
-        "steps": steps,
-        "parameters": sum(p.numel() for p in recipe.network.parameters()),
-        "threshold": threshold,
-        **score_mask(probability, mask, threshold),
-        **score_trees(store, held_out, probability, threshold),
-    }
+    parameters = sum(p.numel() for p in recipe.network.parameters())
+    scores = score_held_out(recipe.network, store, held_out, validated, settings)
+    result = {"settings": facts, "steps": steps, "parameters": parameters, **scores}
     files.write_json(path, result)
-    figures = "  ".join(f"{metric} {result[metric]:.3f}" for metric in METRICS)
-    print(f"{held_out:<16} seed {seed} {network:<14} {steps:6d} steps  {figures}", flush=True)
+    print(f"{held_out:<16} seed {seed} {network:<14} {steps:6d} steps  {format_scores(scores)}", flush=True)
     return result
 
 
-def read_training(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The scores of a training that was done; None for one that was not. Raises InputError for other settings."""
-    if not path.exists():
-        return None
-    result: dict[str, Any] = files.read_json(path, f"remove {path}")
-    if result["settings"] != settings:
-        raise InputError(f"{path} was made with other settings; choose another --out, or remove {path.parent.parent}")
-    return result
-
-
-def train(recipe: Recipe, store: Store, ids: Sequence[str], seed: int, settings: Settings) -> int:
-    """Train for the seconds of the settings; the number of steps."""
+def train(recipe: Recipe, store: Store, ids: Sequence[str], seed: int, budget: Budget) -> int:
+    """Train for the seconds of the budget; the number of steps."""
     network, optimizer = recipe.network.train(), recipe.optimizer
     rates = [group["lr"] for group in optimizer.param_groups]
     used, steps = 0.0, 0
 
-    for batch in iterate_batches(store, ids, seed, settings):
-        if used >= settings.seconds:
+    for batch in iterate_batches(store, ids, seed, budget):
+        if used >= budget.seconds:
             break
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * recipe.rate_at(used / settings.seconds)
+            group["lr"] = rate * recipe.rate_at(used / budget.seconds)
 
-        begin = _read_clock(settings.device)
+        begin = _read_clock(budget.device)
         logits = network(batch.image)
         loss, _ = sum_losses((Dice(), CrossEntropy()), StudentOutput(logits, {}), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        used += _read_clock(settings.device) - begin
+        used += _read_clock(budget.device) - begin
         steps += 1
     return steps
 
 
-def iterate_batches(store: Store, ids: Sequence[str], seed: int, settings: Settings) -> Iterator[Batch]:
+def iterate_batches(store: Store, ids: Sequence[str], seed: int, budget: Budget) -> Iterator[Batch]:
     """The augmented batches of a seed; they do not depend on the network."""
-    crops = CropConfig(size=settings.crop)
+    crops = CropConfig(size=budget.crop)
     # The grid matters to distilled crops alone, and there are none.
     sampler = CropSampler(crops, read_volume_points(store, ids), seed, (1, 1, 1))
     dataset = CropDataset(store, sampler, (1, 1, 1))
     for step in range(_MOST_STEPS):
-        numbers = range(step * settings.batch, (step + 1) * settings.batch)
-        batch = dataset.collate([dataset[number] for number in numbers]).to(torch.device(settings.device))
+        numbers = range(step * budget.batch, (step + 1) * budget.batch)
+        batch = dataset.collate([dataset[number] for number in numbers]).to(torch.device(budget.device))
         yield augment(batch, AugmentConfig(), seed)
 
 
@@ -247,73 +220,6 @@ def _read_clock(device: str) -> float:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def predict(
-    network: nn.Module, store: Store, volume: str, settings: Settings
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Probability and mask [Z, Y, X] of the box around a neuron."""
-    image, mask = read_box(store, volume, _MARGIN)
-    network.eval()
-    with torch.inference_mode():
-        logits = sliding_window_inference(
-            torch.from_numpy(image)[None, None], settings.crop, 4, network, 0.25, "gaussian", sw_device=settings.device,
-            device="cpu",
-        )  # fmt: skip
-    assert isinstance(logits, Tensor)
-    return logits[0, 0].float().sigmoid().numpy(), mask
-
-
-def choose_threshold(probability: NDArray[np.float32], mask: NDArray[np.uint8]) -> float:
-    """The threshold of the best Dice on a neuron that was not trained on."""
-    values, truth = probability[mask != UNLABELED], mask[mask != UNLABELED] == 1
-    return float(max(THRESHOLDS, key=lambda level: dice_at(values, truth, float(level))))
-
-
-def score_mask(probability: NDArray[np.float32], mask: NDArray[np.uint8], threshold: float) -> dict[str, float]:
-    """Dice, clDice and average precision over the labeled voxels."""
-    labeled = mask != UNLABELED
-    predicted = np.where(labeled, probability >= threshold, False)
-    return {
-        "dice": dice_at(probability[labeled], mask[labeled] == 1, threshold),
-        "cldice": float(cldice(predicted, np.where(labeled, mask, 0))),
-        "average_precision": average_precision(probability[labeled], mask[labeled] == 1),
-    }
-
-
-def score_trees(store: Store, volume: str, probability: NDArray[np.float32], threshold: float) -> dict[str, float]:
-    """F1 of the cable, from the root of the gold tree, with and without links along the image."""
-    stored = store[volume]
-    points = stored.points("skeleton")
-    start = np.maximum(points.min(axis=0) - _MARGIN, 0)
-    image, _ = read_box(store, volume, _MARGIN)
-    gold = stored.tree()
-    gold = Tree(gold.points - start, gold.radii, gold.parents, gold.types)
-    z, y, x = (float(v) for v in (np.array(stored.root) - start if stored.root is not None else gold.points[0]))
-
-    cfg = TraceConfig(threshold=float(np.clip(threshold, 0.02, 1.0)))
-    f1 = {}
-    for name, shown in (("f1", image), ("f1_without_links", None)):
-        try:
-            trees = trace(probability, stored.voxel_size, roots=[(z, y, x)], cfg=cfg, image=shown)
-        # A root far from all that was found: the neuron is missed.
-        except InputError:
-            trees = [morphology.empty_tree()]
-        f1[name] = match_cable(morphology.concatenate_trees(trees), gold, TOLERANCE_VOX).f1
-    return f1
-
-
-class StudentLogits(nn.Module):
-    """A student as a network that gives logits alone."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, image: Tensor) -> Tensor:
-        """[B, 1, Z, Y, X] -> logits of the same shape."""
-        logits: Tensor = self.student(image).logits
-        return logits
 
 
 def build_student_recipe(settings: Settings, transformer: bool = True) -> Recipe:
@@ -402,7 +308,7 @@ NETWORKS: dict[str, Callable[[Settings], Recipe]] = {
 }
 
 
-def summarize(scores: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
+def summarize(scores: Scores) -> dict[str, Any]:
     """Means over seeds per neuron, with intervals over neurons, and differences to the first network."""
     first = next(iter(scores))
     facts: dict[str, Any] = {"scores": scores, "mean": {}, "difference": {}}
@@ -417,27 +323,7 @@ def summarize(scores: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str,
     return facts
 
 
-def mean_over_seeds(values: dict[str, list[float]]) -> list[float]:
-    """One value per neuron."""
-    return [float(np.mean(one)) for one in values.values()]
-
-
-def describe(facts: dict[str, Any]) -> Iterator[str]:
-    """The tables for people."""
-    yield f"{'':<26}" + "".join(f"{metric:>26}" for metric in METRICS)
-    for kind in ("mean", "difference"):
-        for name, metrics in facts[kind].items():
-            yield f"{name:<26}" + "".join(f"{format_interval(Interval(**metrics[m])):>26}" for m in METRICS)
-
-
-def format_interval(interval: Interval) -> str:
-    """A mean with its interval, where there is one."""
-    if interval.low is None or interval.high is None:
-        return f"{interval.mean:.3f}"
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def draw(scores: dict[str, dict[str, dict[str, list[float]]]]) -> str:
+def draw(scores: Scores) -> str:
     """Dice per network, a line per neuron, as SVG."""
     by_network = [mean_over_seeds(metrics["dice"]) for metrics in scores.values()]
     by_neuron = [list(values) for values in zip(*by_network, strict=True)]

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import io
 import json
 import os
@@ -44,8 +43,7 @@ from typing import Any
 import numpy as np
 
 from hpc_neuro.core import files, schema
-from hpc_neuro.core.constants import EXIT_BAD_INPUT, EXIT_DONE
-from hpc_neuro.core.schema import ConfigError, InputError
+from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.store import INDEX, Store
 from hpc_neuro.metrics.statistics import (
     Interval,
@@ -60,17 +58,17 @@ from hpc_neuro.models.student import load_student
 from hpc_neuro.models.teacher import Teacher, load_teacher, make_untrained_copy
 from hpc_neuro.models.tensor_names import fit_config
 from hpc_neuro.teacher.card import write_copy
-from tools.bench.quality import (
+from tools.bench.held_out import (
     METRICS,
-    Settings,
     StudentLogits,
-    choose_threshold,
+    Windows,
     format_interval,
+    format_scores,
     mean_over_seeds,
-    predict,
     read_training,
-    score_mask,
-    score_trees,
+    require_names,
+    run_bench,
+    score_held_out,
 )
 
 EFFECT = 0.01
@@ -143,12 +141,11 @@ class Bench:
     teacher_keys: tuple[str, ...]
     """Of TeacherConfig, with the prefix `teacher.`."""
     teacher: Teacher
-    settings: Settings
+    windows: Windows
+    batch: int
     steps: int
     student_keys: tuple[str, ...]
     """Of StudentConfig, with the prefix `student.`: the form that the teacher fits."""
-    distilled: Mapping[str, tuple[str, ...]]
-    """Source of features -> keys of the teacher and of its cache."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -165,13 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--crop", type=int, nargs=3, default=(16, 96, 96), help="[voxel] multiples of the patch")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--patch", type=int, nargs=3, default=(4, 8, 8), help="[voxel] block of one token")
-    args = parser.parse_args(argv)
-    try:
-        print(json.dumps(compare(args)))
-    except (ConfigError, InputError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return EXIT_DONE
+    return run_bench(parser, argv, compare)
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,14 +171,16 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     numbers = args.neurons or ([1, 2, 4] if args.study == "labels" else [1])
     trials = plan_trials(store.ids, args.only, STUDIES[args.study], numbers, args.seeds)
     bench = open_bench(store, args)
+    # Source of features -> keys of the teacher and of its cache.
+    sources = sorted({ARMS[arm].distilled for arm in STUDIES[args.study]} - {""})
+    distilled = {source: cache_features(bench, source) for source in sources}
 
     rows = []
     for number, trial in enumerate(trials, 1):
-        result = train_and_score(bench, trial)
+        result = train_and_score(bench, trial, distilled)
         rows.append({"arm": trial.arm, "neurons": len(trial.trained), "neuron": trial.held_out, "seed": trial.seed})
         rows[-1] |= {"threshold": result["threshold"]} | {metric: result[metric] for metric in METRICS}
-        figures = "  ".join(f"{metric} {result[metric]:.3f}" for metric in METRICS)
-        print(f"{number}/{len(trials)}  {trial.name:<32} {figures}", flush=True)
+        print(f"{number}/{len(trials)}  {trial.name:<32} {format_scores(result)}", flush=True)
 
     facts = summarize(trials, rows)
     print("\n".join(describe(facts)))
@@ -210,18 +203,15 @@ def open_bench(store: Store, args: argparse.Namespace) -> Bench:
     student_keys = [f"student.{key}={json.dumps(value)}" for key, value in form.items() if value != plain[key]]
 
     z, y, x = args.crop
-    settings = Settings((z, y, x), args.batch, 0.0, "", "", 1.0, "cpu")
-    bench = Bench(store, args.out, tuple(args.teacher), teacher, settings, args.steps, tuple(student_keys), {})
-    sources = sorted({ARMS[arm].distilled for arm in STUDIES[args.study]} - {""})
-    return dataclasses.replace(bench, distilled={source: cache_features(bench, source) for source in sources})
+    windows = Windows(crop=(z, y, x))
+    return Bench(store, args.out, tuple(args.teacher), teacher, windows, args.batch, args.steps, tuple(student_keys))
 
 
 def plan_trials(
     ids: Sequence[str], only: Sequence[str], arms: Sequence[str], numbers: Sequence[int], seeds: Sequence[int]
 ) -> list[Trial]:
     """All trainings, so that a part of the list is balanced over arms. Raises InputError for what the store lacks."""
-    if unknown := sorted(set(only) - set(ids)):
-        raise InputError(f"--only: the store has no {', '.join(unknown)}; it has {', '.join(ids)}")
+    require_names("--only", only, ids)
     if min(numbers) < 1 or max(numbers) > len(ids) - 2:
         raise InputError(
             f"--neurons asks for {', '.join(map(str, numbers))} of {len(ids)} neurons to train on; one is held out "
@@ -240,15 +230,15 @@ def plan_trials(
     return trials
 
 
-def train_and_score(bench: Bench, trial: Trial) -> dict[str, Any]:
+def train_and_score(bench: Bench, trial: Trial, distilled: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The scores of one training, from its file where it has been done."""
     path = bench.out / "trainings" / f"{trial.name}.json"
     facts = {
         "store": str(bench.store.path.resolve()),
         "trained": list(trial.trained),
         "teacher": bench.teacher.identity["sha256"],
-        "crop": list(bench.settings.crop),
-        "batch": bench.settings.batch,
+        "crop": list(bench.windows.crop),
+        "batch": bench.batch,
         "steps": bench.steps,
         "student": list(bench.student_keys),
         "arm": list(ARMS[trial.arm].keys),
@@ -257,34 +247,30 @@ def train_and_score(bench: Bench, trial: Trial) -> dict[str, Any]:
         return earlier
 
     folder = bench.out / "runs" / trial.name
-    train(bench, trial, folder)
+    train(bench, trial, distilled.get(ARMS[trial.arm].distilled, ()), folder)
     student, _ = load_student(folder / "weights" / "last")
-    network = StudentLogits(student)
-    threshold = choose_threshold(*predict(network, bench.store, trial.validated, bench.settings))
-    probability, mask = predict(network, bench.store, trial.held_out, bench.settings)
-    result = {
-        "settings": facts,
-        "threshold": threshold,
-        **score_mask(probability, mask, threshold),
-        **score_trees(bench.store, trial.held_out, probability, threshold),
-    }
+    scores = score_held_out(StudentLogits(student), bench.store, trial.held_out, trial.validated, bench.windows)
+    result = {"settings": facts, **scores}
     files.write_json(path, result)
     # The scores are what is wanted of it; checkpoints of all trainings would fill the disk.
     shutil.rmtree(folder)
     return result
 
 
-def train(bench: Bench, trial: Trial, folder: Path) -> None:
-    """One `hpc-neuro train`. Raises InputError with the end of its output where it fails."""
+def train(bench: Bench, trial: Trial, distilled: Sequence[str], folder: Path) -> None:
+    """One `hpc-neuro train`, with the teacher and the cache of the keys `distilled` if there are any.
+
+    Raises InputError with the end of its output where it fails.
+    """
     arm = ARMS[trial.arm]
     keys = [
         f"store={link_store(bench, trial)}",
         f"out={folder}",
-        *(bench.distilled[arm.distilled] if arm.distilled else (*bench.teacher_keys, "distill=null")),
+        *(distilled or (*bench.teacher_keys, "distill=null")),
         *bench.student_keys,
         *arm.keys,
-        f"crop.size={list(bench.settings.crop)}",
-        f"optim.batch={bench.settings.batch}",
+        f"crop.size={list(bench.windows.crop)}",
+        f"optim.batch={bench.batch}",
         f"optim.steps={bench.steps}",
         f"validate.every={bench.steps}",
         "validate.crops=4",

@@ -14,7 +14,7 @@ from hpc_neuro.models.student import build_student, save_student
 from hpc_neuro.train.start_weights import open_initial_student
 from tests.helpers.tiny_store import write_store
 from tools.bench import fine_tune
-from tools.bench.quality import Settings, predict
+from tools.bench.held_out import Windows, predict
 
 SMALL = ("--crop", "16", "32", "32", "--seconds", "0.2", "--seeds", "0", "--neurons", "1", "2")
 
@@ -68,13 +68,13 @@ def test_neurons_of_the_same_microscope_come_first() -> None:
 
 
 def test_the_student_as_it_is_predicts_what_it_predicted(store: Path, init: Path) -> None:
-    settings = Settings((16, 32, 32), 2, 0.2, "", "", 1.0, "cpu")
+    windows = Windows(crop=(16, 32, 32))
     start = open_initial_student(init)
     kept = fine_tune.build_recipe(start, fine_tune.AS_IS).network
     for name, value in kept.student.state_dict().items():  # type: ignore[union-attr]
         torch.testing.assert_close(value, start.values[name])
     random = fine_tune.build_recipe(start, fine_tune.SCRATCH).network
-    first, other = (predict(network, Store(store), "a", settings)[0] for network in (kept, random))
+    first, other = (predict(network, Store(store), "a", windows)[0] for network in (kept, random))
     assert abs(first - other).max() > 1e-3
 
 

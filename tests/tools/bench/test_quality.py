@@ -11,10 +11,10 @@ import torch
 
 from hpc_neuro.data.store import Store
 from tests.helpers.tiny_store import write_store
-from tools.bench import quality
-from tools.bench.quality import Settings
+from tools.bench import held_out, quality
+from tools.bench.quality import Budget
 
-SETTINGS = Settings((16, 32, 32), 2, 0.5, "tiny", "adamw", 1.0, "cpu")
+BUDGET = Budget(crop=(16, 32, 32), batch=2, seconds=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_all_networks_are_scored_and_nothing_is_done_twice(
     assert set(facts["mean"]) == {"student", "convolutions", "residual_unet", "unetr"}
     assert set(facts["difference"]) == {"student - convolutions", "student - residual_unet", "student - unetr"}
     for metrics in facts["mean"].values():
-        assert set(metrics) == set(quality.METRICS)
+        assert set(metrics) == set(held_out.METRICS)
         assert all(0 <= interval["mean"] <= 1 for interval in metrics.values())
     assert (tmp_path / "quality.svg").read_text().startswith("<svg")
 
@@ -49,8 +49,8 @@ def test_all_networks_are_scored_and_nothing_is_done_twice(
 
 
 def test_all_networks_see_the_same_crops(store: Path) -> None:
-    first, again = (quality.iterate_batches(Store(store), ["a", "b"], 0, SETTINGS) for _ in range(2))
-    other = quality.iterate_batches(Store(store), ["a", "b"], 1, SETTINGS)
+    first, again = (quality.iterate_batches(Store(store), ["a", "b"], 0, BUDGET) for _ in range(2))
+    other = quality.iterate_batches(Store(store), ["a", "b"], 1, BUDGET)
     for _ in range(2):
         image = next(first).image
         torch.testing.assert_close(image, next(again).image)
@@ -71,8 +71,8 @@ def test_stages_halve_fine_axes_first() -> None:
 def test_the_threshold_is_that_of_the_best_dice() -> None:
     probability = np.array([[[0.1, 0.31, 0.38, 0.9]]], dtype=np.float32)
     mask = np.array([[[0, 0, 1, 255]]], dtype=np.uint8)
-    assert quality.choose_threshold(probability, mask) == pytest.approx(0.35)
-    perfect = quality.score_mask(np.where(mask == 1, 0.9, 0.1).astype(np.float32), mask, 0.5)
+    assert held_out.choose_threshold(probability, mask) == pytest.approx(0.35)
+    perfect = held_out.score_mask(np.where(mask == 1, 0.9, 0.1).astype(np.float32), mask, 0.5)
     assert perfect["dice"] == perfect["average_precision"] == 1.0
 
 
@@ -84,7 +84,7 @@ def test_schedules_begin_high_and_end_low() -> None:
 
 def test_faults_are_one_sentence(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(store, tmp_path, "--only", "nobody") == 2
-    assert "has no nobody" in capsys.readouterr().err
+    assert "the store has no nobody" in capsys.readouterr().err
     small = write_store(tmp_path / "small", {"a": "train", "b": "test"})
     assert run(small, tmp_path, "--only", "a") == 2
     assert "at least 3" in capsys.readouterr().err
