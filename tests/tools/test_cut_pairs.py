@@ -51,6 +51,21 @@ def test_image_tree_and_root_move_together(pairs: Path, tmp_path: Path) -> None:
     assert lines == [f"a: {' x '.join(map(str, after.shape))} of {SHAPE}, {after.size / before.size:.0%} of the voxels"]
 
 
+def test_noise_has_the_strength_that_was_asked_for(pairs: Path, tmp_path: Path) -> None:
+    """Around the same image, with a spread of half the neurite's brightness, and the same again in a second run."""
+    images = {}
+    for name, noise in (("clean", 0.0), ("noisy", 0.5), ("again", 0.5)):
+        cut_pairs.cut_pairs(pairs, tmp_path / name, 5, noise)
+        images[name] = tifffile.imread(tmp_path / name / "a.tif").astype(np.float64)
+    np.testing.assert_array_equal(images["noisy"], images["again"])
+
+    places = np.rint(swc.read(tmp_path / "clean" / "a.swc").points).astype(int)
+    brightness = np.median(images["clean"][tuple(places.T)]) - np.median(images["clean"])
+    added = images["noisy"] - images["clean"]
+    assert added.std() == pytest.approx(0.5 * brightness, rel=0.02)
+    assert abs(added.mean()) < 0.02 * brightness
+
+
 def test_what_cannot_be_cut_is_said_and_nothing_written(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
