@@ -12,6 +12,7 @@ A block or shard without a record was never written. See core/record_log.py for 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,7 @@ class RunJournal:
     def list_volumes(self) -> list[str]:
         """The volumes of which there are records."""
         self._require_read()
-        return sorted(self._volumes)
+        return sorted(name for name, records in self._volumes.items() if any(records.list_all()))
 
     def find(self, volume: str) -> VolumeRecords:
         """The records of a volume."""
@@ -179,6 +180,12 @@ class RunJournal:
             raise InputError(
                 f"{self.log.folder / record.log} holds a record of the kind {record.kind[:40]!r}, which this version "
                 f"does not know; go on with the version that wrote it, or remove {self.log.folder.parent}"
+            )
+        # The name becomes that of files, also of such that are removed.
+        if not files.is_plain_name(record.group):
+            raise InputError(
+                f"{self.log.folder / record.log} holds a record of the volume {record.group[:40]!a}, which `infer` "
+                f"cannot have written; remove {files.quote_path(self.log.folder.parent)}, or give another `out`"
             )
         volume = self._volumes.setdefault(record.group, VolumeRecords())
         _RULES[record.kind](volume, record)
@@ -276,6 +283,13 @@ def parse_marker(record: Record) -> BlockMarker:
     marker: BlockMarker = _MARKER.validate_json(record.body)
     if name_block(marker.index) != record.name:
         raise ValueError(f"the record of block {record.name} is of block {name_block(marker.index)}")
+    place = "/".join(("c", *map(str, marker.index)))
+    labels = [name for name in marker.files if re.fullmatch(rf"labels/[a-z]+/0/{place}", name)]
+    if marker.files.keys() - labels - {f"0/{place}"}:
+        raise ValueError(f"the record of block {record.name} names files of other blocks")
+    # A shard of zeros has no file, and any other has one.
+    if bool(labels) != (marker.foreground > 0):
+        raise ValueError(f"the record of block {record.name} names another number of files than it wrote")
     return marker
 
 

@@ -180,6 +180,8 @@ def _open_image(out: Path, name: str, journal: RunJournal) -> _ProbabilityImage 
     folder = out / f"{name}.ome.zarr"
 
     def forget() -> None:
+        # Records of a volume that the run does not have stay otherwise, and are found again.
+        DoneMarkers(out, name, "", journal).clear()
         if folder.exists():
             ome_zarr.remove(folder)
 
