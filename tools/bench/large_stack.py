@@ -46,13 +46,13 @@ Image = NDArray[np.uint8]
 
 def main() -> int:
     """Print a row for each stack."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--folder", type=Path, required=True)
-    ask.add_argument("--edges", type=int, nargs="+", default=[250, 500])
-    ask.add_argument("--occupied", type=float, default=0.01)
-    ask.add_argument("--model", default="none")
-    ask.add_argument("--seed", type=int, default=0)
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--edges", type=int, nargs="+", default=[250, 500])
+    parser.add_argument("--occupied", type=float, default=0.01)
+    parser.add_argument("--model", default="none")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
 
     rows = []
     scenes = None

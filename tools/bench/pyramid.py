@@ -22,10 +22,10 @@ STEP = (2, 2, 2)
 
 def main() -> None:
     """Measure."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--shape", type=int, nargs=3, default=(128, 512, 512), help="[voxel] even along each axis")
-    ask.add_argument("--repeats", type=int, default=5)
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=3, default=(128, 512, 512), help="[voxel] even along each axis")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
     values = np.random.default_rng(0).integers(0, 256, args.shape, dtype=np.uint8)
 
     z, y, x = (n // s for n, s in zip(args.shape, STEP, strict=True))

@@ -16,10 +16,8 @@ import gc
 import json
 import math
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,23 +28,25 @@ from torch import Tensor, nn
 from hpc_neuro.models.config import SIZES, StudentConfig
 from hpc_neuro.models.cost import estimate_costs
 from hpc_neuro.models.student import build_student
+from tools.bench.process_memory import read_peak_memory, reset_peak_memory
 
 PATCH = (16, 16, 16)
 NETWORKS = ("student", "monai_unetr")
 """The student, and MONAI's UNETR of the same tokens."""
 
 
-def config(network: str, size: Any) -> StudentConfig:
-    """The student of a way."""
+def configure_student(size: Any) -> StudentConfig:
+    """The student of a size, with patches as UNETR has them."""
     return StudentConfig(size=size, patch=PATCH)
 
 
-def build(network: str, args: argparse.Namespace) -> nn.Module:
+def build_network(network: str, args: argparse.Namespace) -> nn.Module:
     """A network image [B, 1, Z, Y, X] -> logits of the same shape, or for the student a Prediction."""
     torch.manual_seed(0)
     dim, depth, heads = SIZES[args.size]
     if network != "monai_unetr":
-        return build_student(config(network, args.size)).to(args.device).train()
+        return build_student(configure_student(args.size)).to(args.device).train()
+
     if depth != 12:
         raise SystemExit(f"MONAI's UNETR has 12 blocks, size {args.size} has {depth}; choose tiny, small or base")
     net = UNETR(1, 1, args.crop, hidden_size=dim, mlp_dim=4 * dim, num_heads=heads, proj_type="conv", qkv_bias=True)
@@ -54,11 +54,12 @@ def build(network: str, args: argparse.Namespace) -> nn.Module:
     return trainable
 
 
-def stepper(network: str, args: argparse.Namespace) -> Callable[[], None]:
+def make_step(network: str, args: argparse.Namespace) -> Callable[[], None]:
     """One training step of a fresh network on a fixed batch."""
-    net = build(network, args)
+    net = build_network(network, args)
     loss = DiceCELoss(sigmoid=True)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(args.batch, 1, *args.crop, generator=generator).to(args.device)
     target = (image > 0.99).float()
@@ -67,57 +68,52 @@ def stepper(network: str, args: argparse.Namespace) -> Callable[[], None]:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
             output = net(image)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(logits.float(), target).backward()
-        optimiser.step()
+        optimizer.step()
         if args.device != "cpu":
             torch.cuda.synchronize()
 
     return step
 
 
-def timed(step: Callable[[], None]) -> tuple[float, float]:
+def time_step(step: Callable[[], None]) -> tuple[float, float]:
     """Seconds by the clock and of CPU."""
     start, start_cpu = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - start, time.process_time() - start_cpu
 
 
-def peak(network: str, args: argparse.Namespace) -> int:
+def measure_peak(network: str, args: argparse.Namespace) -> int:
     """Most bytes held while a network is built and trained two steps, above those held before. For a fresh process."""
     torch.set_num_threads(args.threads)
     # A first run loads libraries, kernels and thread pools.
-    run_twice(network, argparse.Namespace(**{**vars(args), "crop": list(PATCH)}))
+    run_two_steps(network, argparse.Namespace(**{**vars(args), "crop": list(PATCH)}))
     gc.collect()
+
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run_twice(network, args)
+        run_two_steps(network, args)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _high_water()
-    run_twice(network, args)
-    return _high_water() - before
+
+    reset_peak_memory()
+    before = read_peak_memory()
+    run_two_steps(network, args)
+    return read_peak_memory() - before
 
 
-def run_twice(network: str, args: argparse.Namespace) -> None:
+def run_two_steps(network: str, args: argparse.Namespace) -> None:
     """Two steps: the optimizer's state is there in the second."""
-    step = stepper(network, args)
+    step = make_step(network, args)
     step()
     step()
 
 
-def _high_water() -> int:
-    """Bytes: the most memory this process has held since the mark was last cleared."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def matrix_speed(device: str) -> float:
+def measure_matrix_speed(device: str) -> float:
     """Operations per second of a large bf16 matrix product on the device."""
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+
     best = math.inf
     for _ in range(10):
         torch.cuda.synchronize()
@@ -131,32 +127,36 @@ def matrix_speed(device: str) -> float:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
     torch.set_num_threads(args.threads)
-    steps = {network: stepper(network, args) for network in NETWORKS}
+    steps = {network: make_step(network, args) for network in NETWORKS}
+    # In a first step kernels are chosen and the optimizer's state is made.
     for step in steps.values():
-        step()  # kernels are chosen and the optimizer's state is made
-    runs = [{network: timed(step) for network, step in steps.items()} for _ in range(args.repeats)]
+        step()
+
+    runs = [{network: time_step(step) for network, step in steps.items()} for _ in range(args.repeats)]
     best = {network: min(run[network][0] for run in runs) for network in NETWORKS}
     cpu = {network: min(run[network][1] for run in runs) for network in NETWORKS}
     figures: dict[str, Any] = {"device": args.device, "threads": args.threads, "size": args.size, "crop": args.crop}
     figures |= {"batch": args.batch, "seconds": best, "cpu_seconds": cpu}
-    figures["parameters"] = {network: sum(p.numel() for p in build(network, args).parameters()) for network in NETWORKS}
+    figures["parameters"] = {
+        network: sum(p.numel() for p in build_network(network, args).parameters()) for network in NETWORKS
+    }
     if args.device != "cpu":
-        speed = matrix_speed(args.device)
-        crop = (args.crop[0], args.crop[1], args.crop[2])
-        for network in NETWORKS[:1]:
-            work = estimate_costs(config(network, args.size), crop, args.batch).step
-            figures.setdefault("matrix_speed_share", {})[network] = work / best[network] / speed
+        operations = estimate_costs(configure_student(args.size), tuple(args.crop), args.batch).step
+        speed = measure_matrix_speed(args.device)
+        figures["matrix_speed_share"] = {"student": operations / best["student"] / speed}
+
+    # On a GPU the networks would take memory from the processes that measure it.
     del steps
     figures["peak_bytes"] = {}
     for network in NETWORKS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            figures["peak_bytes"][network] = pool.apply(peak, (network, args))
+            figures["peak_bytes"][network] = pool.apply(measure_peak, (network, args))
     for name, values in (("time_ratio", best), ("cpu_time_ratio", cpu), ("memory_ratio", figures["peak_bytes"])):
-        figures[name] = {network: values[network] / values["monai_unetr"] for network in NETWORKS[:1]}
+        figures[name] = {"student": values["student"] / values["monai_unetr"]}
     return figures
 
 
-def table(figures: dict[str, Any]) -> str:
+def format_table(figures: dict[str, Any]) -> str:
     """The figures for people."""
     crop = " x ".join(str(n) for n in figures["crop"])
     size = f"size {figures['size']}, crop {crop}, batch {figures['batch']}"
@@ -175,6 +175,7 @@ def table(figures: dict[str, Any]) -> str:
                 f"{memory:.3f}",
             )
         )
+
     lines = [f"{size}, {figures['device']}, {figures['threads']} thread(s)"]
     lines += [f"{first:<12}" + "".join(f"{cell:>11}" for cell in rest) for first, *rest in rows]
     for network, share in figures.get("matrix_speed_share", {}).items():
@@ -192,10 +193,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each network; the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args()
+
     if any(n < 16 or n % 16 for n in args.crop):
         parser.error(f"--crop {args.crop}: want multiples of 16")
+
     figures = measure(args)
-    print(table(figures))
+    print(format_table(figures))
     print(json.dumps(figures))
 
 

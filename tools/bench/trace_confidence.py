@@ -63,12 +63,12 @@ class JudgedStack:
 
 def main() -> int:
     """Print the table."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("stores", type=Path, nargs="+")
-    ask.add_argument("--model", default=NO_MODEL)
-    ask.add_argument("--only", nargs="+", default=[])
-    ask.add_argument("--copies", nargs="+", default=["as it is", "noise", "blur"], choices=list(COPIES))
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stores", type=Path, nargs="+")
+    parser.add_argument("--model", default=NO_MODEL)
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--copies", nargs="+", default=["as it is", "noise", "blur"], choices=list(COPIES))
+    args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     predictor = None if args.model == NO_MODEL else StackPredictor(Path(args.model))

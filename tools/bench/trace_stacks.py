@@ -53,12 +53,12 @@ class Outcome(NamedTuple):
 
 def main() -> int:
     """Print the table."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("stores", type=Path, nargs="+")
-    ask.add_argument("--models", nargs="+", default=[NO_MODEL])
-    ask.add_argument("--only", nargs="+", default=[])
-    ask.add_argument("--without-links", action="store_true", help="bridge no gaps along the image")
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stores", type=Path, nargs="+")
+    parser.add_argument("--models", nargs="+", default=[NO_MODEL])
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--without-links", action="store_true", help="bridge no gaps along the image")
+    args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     cfg = TraceConfig(signal_gap=0.0) if args.without_links else TraceConfig()

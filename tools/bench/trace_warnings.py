@@ -52,13 +52,13 @@ Image = NDArray[np.float32]
 
 def main() -> int:
     """Print a row for each copy, and the area under the curve."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("stores", type=Path, nargs="+")
-    ask.add_argument("--model", default=NO_MODEL)
-    ask.add_argument("--only", nargs="+", default=[])
-    ask.add_argument("--every", type=int, default=1, help="only every N-th neuron")
-    ask.add_argument("--copies", nargs="+", default=list(COPIES), choices=list(COPIES))
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stores", type=Path, nargs="+")
+    parser.add_argument("--model", default=NO_MODEL)
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--every", type=int, default=1, help="only every N-th neuron")
+    parser.add_argument("--copies", nargs="+", default=list(COPIES), choices=list(COPIES))
+    args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     predictor = None if args.model == NO_MODEL else StackPredictor(Path(args.model))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,57 +32,57 @@ from hpc_neuro.core.geometry import Box, Shape, VoxelSize, tile_volume
 from hpc_neuro.data.rasterize import paint_tree
 from hpc_neuro.data.synthetic import TreeForm, grow_random_tree
 from hpc_neuro.tracing import trace_reader
+from tools.bench.process_memory import read_memory, read_peak_memory, reset_peak_memory
 
-_VOXEL: VoxelSize = (0.33, 0.33, 0.33)  # [um]; a trunk is then 2 to 3 voxels thick
-_NEAR = 4.0  # [voxel] of found cable
+_VOXEL: VoxelSize = (0.33, 0.33, 0.33)
+"""[um] A trunk is then 2 to 3 voxels thick."""
+_TOLERANCE = 4.0
+"""[voxel] Of matched cable."""
 Points = NDArray[np.float64]
+Run = Callable[[], tuple[Points, int]]
+"""A method that has read what it needs: points [N, 3] of the cable in voxels, and the number of pieces."""
 
 
 def main() -> None:
     """Run all methods."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--size", type=int, default=512, help="[voxel] edge of the volume")
-    ask.add_argument("--neurites", type=int, default=100)
-    ask.add_argument("--repeat", type=int, default=2, help="runs of each method, in turns; the fastest counts")
-    ask.add_argument("--one", choices=tuple(METHODS), help=argparse.SUPPRESS)
-    ask.add_argument("--file", type=Path, help=argparse.SUPPRESS)
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=512, help="[voxel] edge of the volume")
+    parser.add_argument("--neurites", type=int, default=100)
+    parser.add_argument("--repeat", type=int, default=2, help="runs of each method, in turns; the fastest counts")
+    parser.add_argument("--one", choices=tuple(METHODS), help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+
     if args.one:
-        print(json.dumps(one(args.one, args.file)))
+        print(json.dumps(measure_method(args.one, args.file)))
         return
+
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "probability.npy"
-        print(json.dumps(compared(file, args.size, args.neurites, args.repeat)))
+        facts = compare_methods(Path(folder) / "probability.npy", args.size, args.neurites, args.repeat)
+    print("\n".join(describe(facts)))
+    print(json.dumps(facts))
 
 
-def compared(file: Path, size: int, neurites: int, repeat: int) -> dict[str, Any]:
-    """The table of all methods, printed, and its figures."""
+def compare_methods(file: Path, size: int, neurites: int, repeat: int) -> dict[str, Any]:
+    """The figures of all methods on one volume, which is written to `file`."""
     truth = write_volume(file, size, neurites)
     names = [name for name in METHODS if name != "kimimaro" or importlib.util.find_spec("kimimaro")]
+
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(repeat):
         for name in names:
             command = [sys.executable, "-m", "tools.bench.tracing", "--one", name, "--file", str(file)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
-    lit = int((np.load(file, mmap_mode="r") >= 128).sum())
-    facts: dict[str, Any] = {"shape": [size] * 3, "neurites": neurites, "foreground": lit, "cable": round(len(truth))}
-    print(
-        f"{size}^3 voxels, {neurites} neurites of {len(truth):.0f} voxels of cable, {lit / 1e6:.2f} M foreground voxels"
-    )
+            process = subprocess.run(command, check=True, capture_output=True, text=True)
+            runs[name].append(json.loads(process.stdout.splitlines()[-1]))
+
+    foreground = int((np.load(file, mmap_mode="r") >= 128).sum())
+    facts: dict[str, Any] = {"shape": [size] * 3, "neurites": neurites}
+    facts |= {"foreground": foreground, "cable": round(len(truth))}
     for name in names:
         best = min(runs[name], key=lambda run: float(run["cpu_seconds"]))
-        skeleton = np.load(file.with_name(f"{name}.npy"))
-        recall = float(np.mean(np.asarray(cKDTree(skeleton).query(truth)[0]) <= _NEAR)) if len(skeleton) else 0.0
-        precision = float(np.mean(np.asarray(cKDTree(truth).query(skeleton)[0]) <= _NEAR)) if len(skeleton) else 0.0
-        facts[name] = {**best, "recall": round(recall, 4), "precision": round(precision, 4)}
-        print(
-            f"{name:>12}: {best['cpu_seconds']:6.1f} s of CPU, {best['seconds']:6.1f} s, "
-            f"{best['peak_bytes'] / 1e6:7.0f} MB, {best['pieces']} pieces, recall {recall:.3f}, "
-            f"precision {precision:.3f}"
-        )
-    if "kimimaro" not in names:
-        print("    kimimaro: not installed; `pip install hpc_neuro[compare]` adds it")
+        points = np.load(file.with_name(f"{name}.npy"))
+        facts[name] = {**best, "recall": share_near(truth, points), "precision": share_near(points, truth)}
+
     ours = facts["hpc_neuro"]
     for name in names[1:]:
         for key in ("cpu_seconds", "peak_bytes"):
@@ -90,11 +90,39 @@ def compared(file: Path, size: int, neurites: int, repeat: int) -> dict[str, Any
     return facts
 
 
+def share_near(points: Points, others: Points) -> float:
+    """The share of points within the tolerance of others; 0 where either is empty."""
+    if not len(points) or not len(others):
+        return 0.0
+    distances = np.asarray(cKDTree(others).query(points)[0])
+    return round(float(np.mean(distances <= _TOLERANCE)), 4)
+
+
+def describe(facts: dict[str, Any]) -> Iterator[str]:
+    """The table for people."""
+    size, cable, foreground = facts["shape"][0], facts["cable"], facts["foreground"] / 1e6
+    yield (
+        f"{size}^3 voxels, {facts['neurites']} neurites of {cable} voxels of cable, "
+        f"{foreground:.2f} M foreground voxels"
+    )
+    for name in METHODS:
+        if name in facts:
+            row = facts[name]
+            yield (
+                f"{name:>12}: {row['cpu_seconds']:6.1f} s of CPU, {row['seconds']:6.1f} s, "
+                f"{row['peak_bytes'] / 1e6:7.0f} MB, {row['pieces']} pieces, recall {row['recall']:.3f}, "
+                f"precision {row['precision']:.3f}"
+            )
+    if "kimimaro" not in facts:
+        yield "    kimimaro: not installed; `pip install hpc_neuro[compare]` adds it"
+
+
 def write_volume(file: Path, size: int, neurites: int) -> Points:
-    """Write the probability [size, size, size] as uint8; samples of the true center lines, a voxel apart."""
+    """Write the probability [size, size, size] as uint8; samples of the true centerlines, a voxel apart."""
     shape: Shape = (size, size, size)
     cfg = TreeForm(orders=0, soma=0.0)
     trees = [grow_random_tree(seed, shape, _VOXEL, cfg) for seed in range(neurites)]
+
     volume = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
     for block in tile_volume(shape, (min(size, 128),) * 3):
         around = block.write.grow((4, 4, 4))
@@ -103,42 +131,39 @@ def write_volume(file: Path, size: int, neurites: int) -> Points:
             if np.all((tree.points >= around.start) & (tree.points < around.stop), axis=1).any():
                 values = np.maximum(values, paint_tree(tree, np.full(len(tree), 0.9), block.write, _VOXEL))
         volume[block.write.slices] = np.rint(values * 255)
+
     volume.flush()
     return np.concatenate([morphology.resample_tree(tree, 1.0).points for tree in trees])
 
 
-def one(name: str, file: Path) -> dict[str, Any]:
-    """Time and peak memory of one method; writes what it found beside the file."""
-    run = METHODS[name](file)  # imports what it needs
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    before = _memory("VmRSS")
-    begun, busy = time.perf_counter(), time.process_time()
+def measure_method(name: str, file: Path) -> dict[str, Any]:
+    """Time and peak memory of one method; writes its points beside the file."""
+    # Imports, which memory does not count.
+    run = METHODS[name](file)
+    reset_peak_memory()
+    before = read_memory()
+
+    start, start_cpu = time.perf_counter(), time.process_time()
     points, pieces = run()
     facts = {
-        "seconds": round(time.perf_counter() - begun, 2),
-        "cpu_seconds": round(time.process_time() - busy, 2),
-        "peak_bytes": _memory("VmHWM") - before,
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - start_cpu, 2),
+        "peak_bytes": read_peak_memory() - before,
         "pieces": pieces,
     }
     np.save(file.with_name(f"{name}.npy"), points)
     return facts
 
 
-def _memory(which: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
-
-
-Run = Callable[[], tuple[Points, int]]
-
-
-def _ours(file: Path) -> Run:
+def prepare_trace(file: Path) -> Run:
+    """Our tracer, which reads the file in blocks."""
     whole = np.load(file, mmap_mode="r")
     (z, y, x), offset = whole.shape, whole.offset
 
     def read(box: Box) -> NDArray[np.uint8]:
-        again = np.memmap(file, np.uint8, "r", offset, (z, y, x))  # mapped anew each time, so that no pages stay
-        return np.array(again[box.slices])
+        # Mapped anew each time, so that no pages stay.
+        volume = np.memmap(file, np.uint8, "r", offset, (z, y, x))
+        return np.array(volume[box.slices])
 
     def run() -> tuple[Points, int]:
         trees = trace_reader(read, (z, y, x), _VOXEL)
@@ -147,7 +172,8 @@ def _ours(file: Path) -> Run:
     return run
 
 
-def _thinning(file: Path) -> Run:
+def prepare_thinning(file: Path) -> Run:
+    """Thinning by scikit-image."""
     from skimage.morphology import skeletonize
 
     def run() -> tuple[Points, int]:
@@ -157,7 +183,8 @@ def _thinning(file: Path) -> Run:
     return run
 
 
-def _kimimaro(file: Path) -> Run:
+def prepare_kimimaro(file: Path) -> Run:
+    """TEASAR by kimimaro."""
     import kimimaro
 
     def run() -> tuple[Points, int]:
@@ -169,9 +196,9 @@ def _kimimaro(file: Path) -> Run:
 
 
 METHODS: dict[str, Callable[[Path], Run]] = {
-    "hpc_neuro": _ours,
-    "scikit-image": _thinning,
-    "kimimaro": _kimimaro,
+    "hpc_neuro": prepare_trace,
+    "scikit-image": prepare_thinning,
+    "kimimaro": prepare_kimimaro,
 }
 
 if __name__ == "__main__":

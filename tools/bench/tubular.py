@@ -13,9 +13,7 @@ import argparse
 import json
 import math
 import multiprocessing
-import resource
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,43 +22,51 @@ from torch import Tensor
 
 from hpc_neuro.core.geometry import Shape
 from hpc_neuro.models.tubular import tube_conv
+from tools.bench.process_memory import read_peak_memory, reset_peak_memory
 
 SMALL: Shape = (48, 64, 56)
 LARGE: Shape = (128, 96, 96)
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Values [B, C, Z, Y, X], offsets [B, 2(K-1), Z, Y, X] and weight [O, C, K]."""
 
 
-def all_taps(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+def convolve_all_taps(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """Tubes along z by `grid_sample` of all K taps at once, interleaved along z, then a strided convolution."""
     batch, size = len(x), x.shape[2:]
     taps, half = weight.shape[2], weight.shape[2] // 2
+
     steps = offsets.view(batch, 2, taps - 1, *size)
     zero = torch.zeros_like(steps[:, :, :1])
     before = steps[:, :, :half].flip(2).cumsum(2).flip(2)
     move = torch.cat([before, zero, steps[:, :, half:].cumsum(2)], 2)  # [B, 2, K, Z, Y, X]
+
     z, y, x_ = torch.meshgrid(*(torch.arange(n, dtype=x.dtype, device=x.device) for n in size), indexing="ij")
     along = torch.arange(-half, taps - half, dtype=x.dtype, device=x.device).view(-1, 1, 1, 1)
     last, middle = x_ + move[:, 1], y + move[:, 0]
-    where = torch.stack([last, middle, (z + along).expand_as(last)], -1)  # [B, K, Z, Y, X, 3]
+    points = torch.stack([last, middle, (z + along).expand_as(last)], -1)  # [B, K, Z, Y, X, 3]
     scale = torch.tensor([2 / max(n - 1, 1) for n in reversed(size)], dtype=x.dtype, device=x.device)
-    grid = (where * scale - 1).transpose(1, 2).reshape(batch, -1, *size[1:], 3)  # taps of a voxel follow one another
+
+    # The taps of a voxel follow one another along z, so that a convolution of stride K takes them together.
+    grid = (points * scale - 1).transpose(1, 2).reshape(batch, -1, *size[1:], 3)
     samples = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return F.conv3d(samples, weight[..., None, None], stride=(taps, 1, 1))
 
 
-def tubes(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+def convolve_tubes(x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
     """The same by `tube_conv`."""
     return tube_conv(x, offsets, weight, None, 0)
 
 
-METHODS = {"all_taps": all_taps, "tubes": tubes}
+METHODS = {"all_taps": convolve_all_taps, "tubes": convolve_tubes}
 
 
-def inputs(shape: Shape, channels: int, taps: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def make_inputs(shape: Shape, channels: int, taps: int, device: str) -> Inputs:
     """Seeded values [1, C, *shape], offsets within one voxel per step, weight [C, C, K]; all want gradients."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, *shape, generator=generator)
     offsets = torch.tanh(torch.randn(1, 2 * (taps - 1), *shape, generator=generator))
     weight = torch.randn(channels, channels, taps, generator=generator) / math.sqrt(channels * taps)
+
     return (
         x.to(device).requires_grad_(),
         offsets.to(device).requires_grad_(),
@@ -68,71 +74,68 @@ def inputs(shape: Shape, channels: int, taps: int, device: str) -> tuple[Tensor,
     )
 
 
-def step(method: str, given: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+def time_step(method: str, inputs: Inputs) -> tuple[float, float]:
     """Seconds by the clock and of CPU of one forward and backward; the gradients are thrown away."""
-    for tensor in given:
+    for tensor in inputs:
         tensor.grad = None
-    wait(given[0])
+    wait_for_device(inputs[0])
+
     start, start_cpu = time.perf_counter(), time.process_time()
-    out = METHODS[method](*given)
+    out = METHODS[method](*inputs)
     torch.autograd.backward(out, torch.ones_like(out))
-    wait(given[0])
+    wait_for_device(inputs[0])
     return time.perf_counter() - start, time.process_time() - start_cpu
 
 
-def wait(tensor: Tensor) -> None:
-    """Until the device is done."""
+def wait_for_device(tensor: Tensor) -> None:
+    """Return when the device of a tensor has nothing left to do."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
 
 
-def peak(method: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
+def measure_peak(method: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
     """Bytes above the inputs that one forward and backward needs, and its seconds. For a fresh process."""
     torch.set_num_threads(args.threads)
-    step(method, inputs((4, 4, 4), args.channels, args.taps, args.device))  # loads kernels and thread pools
-    given = inputs(shape, args.channels, args.taps, args.device)
+    # A first run loads kernels and thread pools.
+    time_step(method, make_inputs((4, 4, 4), args.channels, args.taps, args.device))
+
+    inputs = make_inputs(shape, args.channels, args.taps, args.device)
     if args.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        seconds, _ = step(method, given)
+        seconds, _ = time_step(method, inputs)
         return torch.cuda.max_memory_allocated() - before, seconds
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _high_water()
-    seconds, _ = step(method, given)
-    return _high_water() - before, seconds
+
+    reset_peak_memory()
+    before = read_peak_memory()
+    seconds, _ = time_step(method, inputs)
+    return read_peak_memory() - before, seconds
 
 
-def _high_water() -> int:
-    """Bytes: the most memory this process has held since the mark was last cleared."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def alone(method: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
-    """`peak` in a process of its own."""
+def measure_peak_alone(method: str, shape: Shape, args: argparse.Namespace) -> tuple[int, float]:
+    """`measure_peak` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak, (method, shape, args))
+        return pool.apply(measure_peak, (method, shape, args))
 
 
-def bandwidth(device: str) -> float:
+def measure_bandwidth(device: str) -> float:
     """Bytes per second of a large copy on the device: one read and one write each."""
     source = torch.empty(1 << 28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
+
     best = math.inf
     for _ in range(5):
-        wait(source)
+        wait_for_device(source)
         start = time.perf_counter()
         target.copy_(source)
-        wait(source)
+        wait_for_device(source)
         best = min(best, time.perf_counter() - start)
     return 2 * source.numel() * source.element_size() / best
 
 
-def least_bytes(given: tuple[Tensor, Tensor, Tensor]) -> int:
+def count_least_bytes(inputs: Inputs) -> int:
     """What any implementation must move: values and offsets twice, result, its gradient and both gradients once."""
-    x, offsets, weight = given
+    x, offsets, weight = inputs
     result = x[:, :1].numel() * len(weight)
     return x.element_size() * (3 * x.numel() + 3 * offsets.numel() + 2 * result)
 
@@ -140,10 +143,11 @@ def least_bytes(given: tuple[Tensor, Tensor, Tensor]) -> int:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
     torch.set_num_threads(args.threads)
-    given = inputs(SMALL, args.channels, args.taps, args.device)
+    inputs = make_inputs(SMALL, args.channels, args.taps, args.device)
     with torch.no_grad():
-        difference = float((all_taps(*given) - tubes(*given)).abs().max())
-    runs = [{method: step(method, given) for method in METHODS} for _ in range(args.repeats)]
+        difference = float((convolve_all_taps(*inputs) - convolve_tubes(*inputs)).abs().max())
+
+    runs = [{method: time_step(method, inputs) for method in METHODS} for _ in range(args.repeats)]
     best = {method: min(run[method][0] for run in runs) for method in METHODS}
     cpu = {method: min(run[method][1] for run in runs) for method in METHODS}
     figures: dict[str, Any] = {
@@ -159,16 +163,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "cpu_time_ratio": cpu["tubes"] / cpu["all_taps"],
     }
     if args.device != "cpu":
-        figures["bandwidth_share"] = least_bytes(given) / bandwidth(args.device) / best["tubes"]
-    del given
-    figures["peak_bytes"] = {method: alone(method, SMALL, args)[0] for method in METHODS}
+        figures["bandwidth_share"] = count_least_bytes(inputs) / measure_bandwidth(args.device) / best["tubes"]
+
+    # On a GPU the inputs would take memory from the processes that measure it.
+    del inputs
+    figures["peak_bytes"] = {method: measure_peak_alone(method, SMALL, args)[0] for method in METHODS}
     figures["memory_ratio"] = figures["peak_bytes"]["tubes"] / figures["peak_bytes"]["all_taps"]
-    size, seconds = alone("tubes", LARGE, args)
+    size, seconds = measure_peak_alone("tubes", LARGE, args)
     figures["large"] = {"shape": LARGE, "peak_bytes": size, "seconds": seconds}
     return figures
 
 
-def table(figures: dict[str, Any]) -> str:
+def format_table(figures: dict[str, Any]) -> str:
     """The figures for people."""
     small, large = ("x".join(str(n) for n in shape) for shape in (figures["shape"], figures["large"]["shape"]))
     rows = [("volume", "way", "seconds", "CPU seconds", "peak above inputs")]
@@ -176,10 +182,12 @@ def table(figures: dict[str, Any]) -> str:
         peak_memory = f"{figures['peak_bytes'][method] / 2**20:.0f} MiB"
         seconds, cpu_seconds = f"{figures['seconds'][method]:.3f}", f"{figures['cpu_seconds'][method]:.3f}"
         rows.append((small, method, seconds, cpu_seconds, peak_memory))
+
     time_ratio, cpu_ratio, memory = (f"{figures[k]:.3f}" for k in ("time_ratio", "cpu_time_ratio", "memory_ratio"))
     rows.append(("ratio", "tubes / all_taps", time_ratio, cpu_ratio, memory))
     peak_memory = f"{figures['large']['peak_bytes'] / 2**20:.0f} MiB"
     rows.append((large, "tubes", f"{figures['large']['seconds']:.3f}", "", peak_memory))
+
     threads = f"{figures['threads']} thread(s)"
     lines = [f"{figures['channels']} channels, {figures['taps']} taps, {figures['device']}, {threads}"]
     lines += [f"{a:<12} {b:<17} {c:>9} {d:>12} {e:>18}" for a, b, c, d, e in rows]
@@ -196,8 +204,9 @@ def main() -> None:
     parser.add_argument("--taps", type=int, default=9, help="taps of a tube, odd")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way; the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+
     figures = measure(parser.parse_args())
-    print(table(figures))
+    print(format_table(figures))
     print(json.dumps(figures))
 
 

@@ -48,14 +48,14 @@ Row = dict[str, Any]
 
 def main() -> int:
     """Print a row for each neuron and copy."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("stores", type=Path, nargs="+")
-    ask.add_argument("--model", default=NO_MODEL)
-    ask.add_argument("--only", nargs="+", default=[])
-    ask.add_argument("--every", type=int, default=1, help="only every N-th neuron")
-    ask.add_argument("--factors", nargs="+", default=["1,1,1", "2,2,2"], type=_parse_factor)
-    ask.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stores", type=Path, nargs="+")
+    parser.add_argument("--model", default=NO_MODEL)
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--every", type=int, default=1, help="only every N-th neuron")
+    parser.add_argument("--factors", nargs="+", default=["1,1,1", "2,2,2"], type=_parse_factor)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     predictor = None if args.model == NO_MODEL else StackPredictor(Path(args.model))

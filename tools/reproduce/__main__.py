@@ -105,26 +105,28 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    ask = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m tools.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ask.add_argument("paper", choices=list(PAPERS))
-    ask.add_argument("data", type=Path, help="folder of the unpacked data")
-    ask.add_argument("out", type=Path)
-    ask.add_argument("--part", help="text in the path of the neurons to use (default: that of the paper's data set)")
-    ask.add_argument("--tree", default="*sorted.swc", help="gold tree, where a folder has several (%(default)s)")
-    ask.add_argument("--voxel-size", metavar="'Z Y X'", help="[um] where the files do not say")
-    ask.add_argument("--folds", type=int, default=5)
-    ask.add_argument("--fold", type=int, default=0, help="the fold that is the test split (default 0)")
-    ask.add_argument("--splits", type=Path, metavar="CSV", help="columns id, split; instead of folds")
-    ask.add_argument("--teacher", type=Path, metavar="FOLDER", help="weights that fetch-teacher wrote; none: the hub")
-    ask.add_argument("--cluster", metavar="SITE", help="submit to Slurm; a name in configs/cluster, or a YAML file")
-    ask.add_argument("--stand-in", type=int, metavar="N", help="write N synthetic neurons into DATA first")
-    ask.add_argument("--shape", type=int, nargs=3, default=SHAPE, metavar=("Z", "Y", "X"), help="of a stand-in")
-    ask.add_argument("--quick", action="store_true", help="trainings of seconds with one seed: shows that the kit runs")
-    args = ask.parse_args(argv)
+    parser.add_argument("paper", choices=list(PAPERS))
+    parser.add_argument("data", type=Path, help="folder of the unpacked data")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--part", help="text in the path of the neurons to use (default: that of the paper's data set)")
+    parser.add_argument("--tree", default="*sorted.swc", help="gold tree, where a folder has several (%(default)s)")
+    parser.add_argument("--voxel-size", metavar="'Z Y X'", help="[um] where the files do not say")
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--fold", type=int, default=0, help="the fold that is the test split (default 0)")
+    parser.add_argument("--splits", type=Path, metavar="CSV", help="columns id, split; instead of folds")
+    parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="weights of fetch-teacher; none: the hub")
+    parser.add_argument("--cluster", metavar="SITE", help="submit to Slurm; a name in configs/cluster, or a YAML file")
+    parser.add_argument("--stand-in", type=int, metavar="N", help="write N synthetic neurons into DATA first")
+    parser.add_argument("--shape", type=int, nargs=3, default=SHAPE, metavar=("Z", "Y", "X"), help="of a stand-in")
+    parser.add_argument(
+        "--quick", action="store_true", help="trainings of seconds with one seed: shows that the kit runs"
+    )
+    args = parser.parse_args(argv)
     if args.folds < 3 or not 0 <= args.fold < args.folds:
-        ask.error(
+        parser.error(
             f"--folds {args.folds} --fold {args.fold}: want at least 3 folds, and a fold from 0 to their number - 1"
         )
     return args

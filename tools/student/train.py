@@ -53,16 +53,16 @@ _SECOND = ("optim.init_lr=0.5", "seed=1")
 
 def main() -> int:
     """Do the steps that are missing; the exit code of the first verb that fails or is stopped, else 0."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--out", type=Path, required=True)
-    ask.add_argument("--gold", type=Path)
-    ask.add_argument("--pairs", type=Path, nargs="*", default=[])
-    ask.add_argument("--store", type=Path, nargs="*", default=[])
-    ask.add_argument("--scenes", type=int, default=480)
-    ask.add_argument("--steps", type=int, nargs=2, default=[6000, 3000], metavar=("FIRST", "SECOND"))
-    ask.add_argument("--workers", type=int, default=1)
-    ask.add_argument("--export", type=Path)
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gold", type=Path)
+    parser.add_argument("--pairs", type=Path, nargs="*", default=[])
+    parser.add_argument("--store", type=Path, nargs="*", default=[])
+    parser.add_argument("--scenes", type=int, default=480)
+    parser.add_argument("--steps", type=int, nargs=2, default=[6000, 3000], metavar=("FIRST", "SECOND"))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--export", type=Path)
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     try:

@@ -37,14 +37,14 @@ from tools.student.scenes import draw_visible, is_validation
 
 def main() -> int:
     """Measure and write."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--folder", type=Path, required=True)
-    ask.add_argument("--gold", type=Path)
-    ask.add_argument("--scenes", type=int, default=64)
-    ask.add_argument("--of", type=int, default=400)
-    ask.add_argument("--store", type=Path, nargs="*", default=[])
-    ask.add_argument("--only", nargs="*", default=[])
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--gold", type=Path)
+    parser.add_argument("--scenes", type=int, default=64)
+    parser.add_argument("--of", type=int, default=400)
+    parser.add_argument("--store", type=Path, nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", default=[])
+    args = parser.parse_args()
 
     gold = sorted(args.gold.glob("*.swc")) if args.gold else []
     numbers = [number for number in range(args.of) if not is_validation(number)]

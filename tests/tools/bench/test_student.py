@@ -20,14 +20,14 @@ def test_the_networks_have_the_same_transformer() -> None:
     dim, depth, _ = SIZES["tiny"]
     block = 12 * dim * dim  # weights of attention and MLP
     for network in bench.NETWORKS:
-        net = bench.build(network, ARGS)
+        net = bench.build_network(network, ARGS)
         names = {n: p.numel() for n, p in net.named_parameters() if "vit" in n and re.search(r"blocks\.\d+\.", n)}
         assert sum(n for name, n in names.items() if "weight" in name and "norm" not in name) == depth * block
 
 
 @pytest.mark.slow
 def test_steps_change_weights_and_take_time() -> None:
-    seconds, cpu = bench.timed(bench.stepper("student", ARGS))
+    seconds, cpu = bench.time_step(bench.make_step("student", ARGS))
     assert seconds > 0
     assert cpu > 0
 
@@ -39,6 +39,6 @@ def test_the_table_gives_ratios() -> None:
     figures |= {"peak_bytes": {network: int(v * 2**20) for network, v in values.items()}}
     for key in ("time_ratio", "cpu_time_ratio", "memory_ratio"):
         figures[key] = {"student": 0.25}
-    lines = bench.table(figures).splitlines()
+    lines = bench.format_table(figures).splitlines()
     assert lines[2].split() == ["student", "1.50", "M", "1.000", "0.250", "1.000", "0.250", "1", "MiB", "0.250"]
     assert lines[3].split()[3:5] == ["4.000", "1.000"]

@@ -15,7 +15,7 @@ from tools.bench import tracing
 def test_methods_side_by_side(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: object) -> SimpleNamespace:  # a process of its own costs seconds of imports
         name, file = command[command.index("--one") + 1], Path(command[command.index("--file") + 1])
-        facts = tracing.one(name, file)
+        facts = tracing.measure_method(name, file)
         return SimpleNamespace(stdout=json.dumps({**facts, "peak_bytes": facts["peak_bytes"] + 1}))
 
     monkeypatch.setattr(tracing, "subprocess", SimpleNamespace(run=run))
