@@ -146,7 +146,8 @@ def _walk_runs(root: Path) -> Iterator[RunRow]:
     errors: list[OSError] = []
 
     for folder, names, file_names in os.walk(root, onerror=errors.append):
-        row = read_row(Path(folder)) if RECORD in file_names else None
+        # A folder in the place of a record is a fault that is listed.
+        row = read_row(Path(folder)) if RECORD in (*file_names, *names) else None
         if row is not None:
             yield row
 

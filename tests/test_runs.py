@@ -241,6 +241,13 @@ def test_a_broken_record_is_a_row(runs: Path, capsys: pytest.CaptureFixture[str]
     assert [row["path"] for row in list_json(capsys, "--state", "broken")] == ["runs/a"]
 
 
+def test_a_folder_in_the_place_of_a_record_is_a_row(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "a" / "run.json").unlink()
+    (runs / "a" / "run.json").mkdir()
+    assert main(["runs", "--state", "broken"]) == 3
+    assert "runs/a/run.json cannot be read (Is a directory)" in capsys.readouterr().out
+
+
 def test_a_folder_that_cannot_be_read_is_a_row(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from hpc_neuro.core import files, morphology
-from hpc_neuro.core.geometry import VoxelSize
+from hpc_neuro.core.files import format_count
+from hpc_neuro.core.geometry import Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data import swc
@@ -27,6 +28,8 @@ FOLDER = "edits"
 
 _TOLERANCE = 4.0
 """[voxel] Cable so near to other cable is the same cable, as in the scores."""
+_LEAST_INSIDE = 0.5
+"""Share of the nodes of an edited tree that lie in the image."""
 _LEAST_CABLE = 10.0
 """[voxel] Shorter cable is not added."""
 
@@ -55,12 +58,13 @@ def list_edit_files(out: Path, name: str) -> tuple[Path, Path]:
 
 
 def collect_edits(
-    out: Path, name: str, size: VoxelSize | None, checksums: dict[str, str], traced: Path
+    out: Path, name: str, shape: Shape, size: VoxelSize | None, checksums: dict[str, str], traced: Path
 ) -> Edits | None:
     """The edits of a stack, with what changed since the last run; None where nothing was ever changed.
 
-    checksums: of the files that the last run wrote, relative to `out`. traced: the tree that it wrote, in voxels.
-    Raises InputError where both files of the tree were changed, or one cannot be read.
+    shape: of the image. checksums: of the files that the last run wrote, relative to `out`. traced: the tree that it
+    wrote, in voxels. Raises InputError where both files of the tree were changed, or one cannot be read, or lies
+    outside the image.
     """
     earlier = read_edits(out, name)
     changed = list_changed_trees(out, name, checksums)
@@ -72,9 +76,8 @@ def collect_edits(
             "not yours"
         )
 
-    tree = swc.read(changed[0])
-    if size is not None and not changed[0].name.endswith(".voxel.swc"):
-        tree = morphology.scale_tree(tree, (1 / size[0], 1 / size[1], 1 / size[2]))
+    tree = _read_in_voxels(changed[0], traced, size)
+    _require_inside(tree, changed[0], shape)
 
     # What was deleted earlier may have been drawn again.
     removed = swc.read(traced) if earlier is None else morphology.concatenate_trees([earlier.deleted, swc.read(traced)])
@@ -92,6 +95,31 @@ def collect_edits(
         morphology.length(edits.deleted),
     )
     return edits
+
+
+def _read_in_voxels(path: Path, traced: Path, size: VoxelSize | None) -> Tree:
+    """A tree that a person changed, by the unit that its header states, else by that which its name stands for."""
+    tree, header = swc.read(path), swc.require_header(path)
+    unit = header.unit or ("voxel" if path.name.endswith(".voxel.swc") else "um")
+    um = swc.unit_in_um(unit)
+    if um is None:
+        return tree
+
+    # The voxel size of the command may have changed since the file was written.
+    written = header.voxel_size or swc.read_header(traced).voxel_size or size
+    if written is None:
+        raise InputError(f"{path} is in {unit}, and no voxel size is known; give voxel_size=z,y,x in um")
+    return morphology.scale_tree(tree, (um / written[0], um / written[1], um / written[2]))
+
+
+def _require_inside(tree: Tree, path: Path, shape: Shape) -> None:
+    """Raise InputError when most nodes lie outside the image, as those of a tree in another unit do."""
+    is_inside = ((tree.points > -_TOLERANCE) & (tree.points < np.array(shape) + _TOLERANCE)).all(axis=1)
+    if is_inside.mean() < _LEAST_INSIDE:
+        raise InputError(
+            f"{path}: {int((~is_inside).sum())} of {format_count(len(tree), 'node')} lie outside the image; state its "
+            "unit in its first line, as `# unit: voxel` or `# unit: um`, or move the file away"
+        )
 
 
 def list_changed_trees(out: Path, name: str, checksums: dict[str, str]) -> list[Path]:

@@ -118,7 +118,7 @@ def _trace_stack(
     volume = stack.open(cfg)
     size = choose_voxel_size(cfg, volume)
     roots = stack.read_roots(cfg, volume.shape)
-    edits = _collect_edits(cfg, stack.id, size)
+    edits = _collect_edits(cfg, stack.id, volume.shape, size)
     read = limit_brightness(volume.__getitem__, cfg.range)
     fit = _fit_stack(cfg, stack, predictor, read, volume.shape, size)
     grid = fit.grid
@@ -340,12 +340,12 @@ def _traced_path(out: Path, name: str) -> Path:
     return out / "entries" / f"{name}.swc"
 
 
-def _collect_edits(cfg: TraceStacksConfig, name: str, size: VoxelSize | None) -> Edits | None:
+def _collect_edits(cfg: TraceStacksConfig, name: str, shape: Shape, size: VoxelSize | None) -> Edits | None:
     """The corrected tree that the tracer goes on from; None without one."""
     if cfg.edits != "keep":
         return None
     entry = _read_entry(cfg.out, name)
-    return collect_edits(cfg.out, name, size, entry.files if entry else {}, _traced_path(cfg.out, name))
+    return collect_edits(cfg.out, name, shape, size, entry.files if entry else {}, _traced_path(cfg.out, name))
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def test_the_tracer_goes_on_from_a_corrected_tree(stacks: Path, tmp_path: Path, 
     drawn = build_tree(np.linspace(rest.points[0], corner, 40), np.arange(-1, 39), 1.0, 2)
     corrected = concatenate_trees([rest, drawn])
     scale = np.array([1.0, 0.5, 0.5]) if kind == "swc" else np.ones(3)
-    swc.write(out / "swc" / f"n2.{kind}", replace(corrected, points=corrected.points * scale))
+    unit = "um" if kind == "swc" else "voxel"
+    swc.write(out / "swc" / f"n2.{kind}", replace(corrected, points=corrected.points * scale), unit=unit)
 
     assert cli.main(command) == EXIT_DONE
     merged = swc.read(out / "swc" / "n2.voxel.swc")
@@ -152,6 +153,69 @@ def test_what_the_tracer_finds_beside_a_corrected_tree_is_joined(stacks: Path, t
     assert len(merged.roots) == 1
     assert (merged.types == 2).sum() == len(short)
     assert match_cable(merged, gold, 3.0).f1 > 0.95
+
+
+def read_edit(out: Path) -> Tree:
+    """The tree that the tracer goes on from, in voxels."""
+    return swc.read(out / "edits" / "n2.swc")
+
+
+def assert_same_cable(tree: Tree, other: Tree) -> None:
+    """Without its header a file keeps the node of length 0 that was added for other readers."""
+    assert length(tree) == pytest.approx(length(other), rel=1e-4)
+    np.testing.assert_allclose(tree.points[-1], other.points[-1], atol=1e-3)
+
+
+def replace_header(path: Path, header: str) -> str:
+    """Put other comment lines into a tree; its new text."""
+    nodes = [line for line in path.read_text().splitlines(keepends=True) if not line.startswith("#")]
+    path.write_text("".join([header, *nodes]))
+    return path.read_text()
+
+
+@pytest.mark.parametrize("unit", ["um", "nm", "voxel"])
+def test_a_corrected_tree_in_another_unit_is_read_in_its_own(stacks: Path, tmp_path: Path, unit: str) -> None:
+    """A program may save what it opened in micrometers in its own unit, under the same name."""
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}", "edits=keep"]
+    assert cli.main(command) == EXIT_DONE
+    tree = swc.read(out / "swc" / "n2.voxel.swc")
+    scale = {"um": [1.0, 0.5, 0.5], "nm": [1000.0, 500.0, 500.0], "voxel": [1.0, 1.0, 1.0]}[unit]
+    other = replace(tree, points=tree.points * scale, types=np.full(len(tree), 2))
+    swc.write(out / "swc" / "n2.swc", other)
+    replace_header(out / "swc" / "n2.swc", f"# unit: {unit}\n")
+    assert cli.main(command) == EXIT_DONE
+    assert_same_cable(read_edit(out), tree)
+
+
+def test_a_corrected_tree_keeps_its_place_when_the_voxel_size_changes(stacks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), f"out={out}", "edits=keep"]
+    assert cli.main([*command, SIZE]) == EXIT_DONE
+    tree, path = swc.read(out / "swc" / "n2.voxel.swc"), out / "swc" / "n2.swc"
+    # Other programs drop the header.
+    replace_header(path, "")
+    assert cli.main([*command, "voxel_size=2,1,1"]) == EXIT_DONE
+    assert_same_cable(read_edit(out), tree)
+
+
+def test_a_corrected_tree_outside_the_image_is_refused(
+    stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}", "edits=keep"]
+    assert cli.main(command) == EXIT_DONE
+    tree, path = swc.read(out / "swc" / "n2.voxel.swc"), out / "swc" / "n2.voxel.swc"
+    swc.write(path, replace(tree, points=tree.points * [1000, 500, 500]))
+    content = replace_header(path, "")
+    assert cli.main(command) == EXIT_BAD_INPUT
+    assert "lie outside the image; state its unit in its first line" in capsys.readouterr().err
+    assert path.read_text() == content
+
+    # The advice.
+    replace_header(path, "# unit: nm\n")
+    assert cli.main(command) == EXIT_DONE
+    assert_same_cable(read_edit(out), tree)
 
 
 def test_two_corrected_files_of_one_tree_are_refused(
