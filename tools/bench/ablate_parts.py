@@ -36,6 +36,7 @@ from hpc_neuro.models import sliding_window
 from hpc_neuro.models.student import Student, load_student
 
 THRESHOLDS = np.arange(0.05, 1.0, 0.05)
+Scores = dict[str, float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder that `hpc-neuro train` wrote")
     parser.add_argument("--store", type=Path, help="folder that `prepare` wrote; default: the one beside RUN")
-    parser.add_argument("--volumes", nargs="*", help="volumes to score; default: the test split")
+    parser.add_argument("--volumes", nargs="*", help="volumes to score_mask; default: the test split")
     parser.add_argument("--margin", type=int, default=16, help="[voxel] around the box of the tree")
     parser.add_argument("--weights", choices=("best", "last"), default="best")
     args = parser.parse_args(argv)
@@ -54,64 +55,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not volumes:
         raise InputError(f"{store.path} has no test split; name volumes with --volumes, of {', '.join(store.ids)}")
 
-    result: dict[str, dict[str, dict[str, float]]] = {}
+    result: dict[str, dict[str, Scores]] = {}
     for volume in volumes:
         image, mask = read_box(store, volume, args.margin)
         result[volume] = {}
         for name, ablate in ABLATIONS.items():
             with ablate(student):
                 probability = sliding_window.predict(student, image, tuple(saved["window"]), 0.25, batch=4)
-            scores = score(probability, mask, float(saved.get("threshold", 0.5)))
+            scores = score_mask(probability, mask, float(saved.get("threshold", 0.5)))
             result[volume][name] = scores
-            numbers = "  ".join(f"{key} {value:.3f}" for key, value in scores.items())
-            print(f"{volume:<16} {name:<16} {numbers}", flush=True)
+            print(format_row(volume, name, scores), flush=True)
 
     means = {
         name: {key: float(np.mean([result[v][name][key] for v in volumes])) for key in result[volumes[0]][name]}
         for name in result[volumes[0]]
     }
     for name, scores in means.items():
-        print(f"{'mean':<16} {name:<16} " + "  ".join(f"{key} {value:.3f}" for key, value in scores.items()))
+        print(format_row("mean", name, scores))
     print(json.dumps({"volumes": result, "mean": means}))
     return 0
+
+
+def format_row(volume: str, ablation: str, scores: Scores) -> str:
+    """A line of the table."""
+    return f"{volume:<16} {ablation:<16} " + "  ".join(f"{key} {value:.3f}" for key, value in scores.items())
 
 
 def read_box(store: Store, volume: str, margin: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """The normalized image and the mask around a volume's tree, each [Z, Y, X]."""
     entry = store[volume]
     points = entry.points("skeleton")
+
     start = np.maximum(points.min(axis=0) - margin, 0)
     stop = np.minimum(points.max(axis=0) + 1 + margin, entry.shape)
     (z0, y0, x0), (z1, y1, x1) = start.tolist(), stop.tolist()
+
     box = Box((z0, y0, x0), (z1, y1, x1))
     return entry.normalized_image(box), entry.mask(box)
 
 
-def score(probability: NDArray[np.float32], mask: NDArray[np.uint8], threshold: float) -> dict[str, float]:
-    """Scores over the labelled voxels of one volume."""
-    labelled = mask != UNLABELED
-    values, truth = probability[labelled], mask[labelled] == 1
-    dice = {float(level): dice_at(values, truth, level) for level in THRESHOLDS}
+def score_mask(probability: NDArray[np.float32], mask: NDArray[np.uint8], threshold: float) -> Scores:
+    """Scores over the labeled voxels of one volume."""
+    labeled = mask != UNLABELED
+    values, truth = probability[labeled], mask[labeled] == 1
+    dice = {float(level): measure_dice(values, truth, level) for level in THRESHOLDS}
     best = max(dice, key=lambda level: dice[level])
+
     return {
-        "dice": dice_at(values, truth, threshold),
+        "dice": measure_dice(values, truth, threshold),
         "oracle_dice": dice[best],
         "oracle_threshold": best,
-        "average_precision": average_precision(values, truth),
+        "average_precision": measure_average_precision(values, truth),
         "volume_ratio": float((values >= threshold).sum() / truth.sum()),
     }
 
 
-def dice_at(values: NDArray[np.float32], truth: NDArray[np.bool_], threshold: float) -> float:
+def measure_dice(values: NDArray[np.float32], truth: NDArray[np.bool_], threshold: float) -> float:
     """Dice of `values >= threshold` against the truth."""
+
     predicted = values >= threshold
     return float(2 * (predicted & truth).sum() / max(predicted.sum() + truth.sum(), 1))
 
 
-def average_precision(values: NDArray[np.float32], truth: NDArray[np.bool_]) -> float:
+def measure_average_precision(values: NDArray[np.float32], truth: NDArray[np.bool_]) -> float:
     """Area under the precision-recall curve, as the mean precision at the rank of each true voxel."""
     order = np.argsort(-values, kind="stable")
     hits = truth[order]
+
     precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
     return float(precision[hits].mean())
 
@@ -140,6 +150,7 @@ def zero_convolutions(student: Student) -> Iterator[None]:
 def flip_z(student: Student) -> Iterator[None]:
     """The transformer sees its tokens in reversed order along z."""
     assert student.vit is not None
+
     before = student.vit.register_forward_pre_hook(lambda module, inputs: (inputs[0].flip(2), *inputs[1:]))
     with _hook(student.vit, lambda module, inputs, output: _flip_maps(output)):
         yield

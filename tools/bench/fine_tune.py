@@ -41,9 +41,9 @@ from tools.bench.held_out import (
     METRICS,
     Scores,
     StudentLogits,
+    average_over_seeds,
     describe,
     format_scores,
-    mean_over_seeds,
     read_training,
     require_names,
     run_bench,
@@ -95,6 +95,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     start = open_initial_student(args.init)
     for name in store.ids:
         start.require_contrast(store[name].contrast)
+
     z, y, x = args.crop
     budget = Budget(crop=(z, y, x), batch=args.batch, seconds=args.seconds)
 
@@ -118,6 +119,7 @@ def choose_folds(
     """All trainings. Raises InputError for a name that is not there, and for a store that is too small."""
     require_names("--own", own, ids)
     own = own or ids
+
     if unknown := sorted(set(only) - set(own)):
         raise InputError(f"--only: {', '.join(unknown)} is not one of --own, which are {', '.join(own)}")
     if len(own) < 2 or min(numbers) < 1 or max(numbers) > len(ids) - 2:
@@ -133,9 +135,10 @@ def choose_folds(
         folds.append(Fold(held_out, validated, (), 0, AS_IS))
         for seed in seeds:
             generator = np.random.default_rng(seed)
-            near = generator.permutation([name for name in own if name not in (held_out, validated)])
-            far = generator.permutation([name for name in ids if name not in own])
-            drawn = tuple(str(name) for name in (*near, *far))
+            # Neurons of the own microscope come first.
+            own_order = generator.permutation([name for name in own if name not in (held_out, validated)])
+            other_order = generator.permutation([name for name in ids if name not in own])
+            drawn = tuple(str(name) for name in (*own_order, *other_order))
             folds += [Fold(held_out, validated, drawn[:number], seed, start) for number in numbers for start in STARTS]
     return folds
 
@@ -171,10 +174,12 @@ def build_recipe(start: InitialStudent, kind: str) -> Recipe:
     """The student of `start`, with its weights or with random ones, at the rates of `hpc-neuro train`."""
     network = StudentLogits(build_student(start.cfg))
     optim = OptimConfig(steps=1000)
+
     rate = optim.lr
     if kind != SCRATCH:
         network.student.load_state_dict(start.values)
         rate *= optim.init_lr
+
     optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=optim.weight_decay)
     return Recipe(network, optimizer, lambda share: lr_at(min(int(share * optim.steps), optim.steps - 1), optim))
 
@@ -182,15 +187,16 @@ def build_recipe(start: InitialStudent, kind: str) -> Recipe:
 def summarize(scores: Scores, numbers: Sequence[int]) -> dict[str, Any]:
     """Means over seeds per neuron, with intervals over neurons, and the differences that matter."""
     mean = {
-        label: {metric: asdict(mean_interval(mean_over_seeds(values))) for metric, values in metrics.items()}
+        label: {metric: asdict(mean_interval(average_over_seeds(values))) for metric, values in metrics.items()}
         for label, metrics in scores.items()
     }
+
     difference = {}
     for number in numbers:
         for other in (f"{SCRATCH}, {number}", AS_IS):
             first, second = scores[f"{INIT}, {number}"], scores[other]
             difference[f"{INIT}, {number} - {other}"] = {
-                metric: asdict(paired_difference(mean_over_seeds(first[metric]), mean_over_seeds(second[metric])))
+                metric: asdict(paired_difference(average_over_seeds(first[metric]), average_over_seeds(second[metric])))
                 for metric in METRICS
             }
     return {"scores": scores, "mean": mean, "difference": difference}

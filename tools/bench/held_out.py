@@ -30,12 +30,13 @@ from hpc_neuro.metrics.cable import match_cable
 from hpc_neuro.metrics.centerline import cldice
 from hpc_neuro.metrics.statistics import Interval
 from hpc_neuro.tracing import TraceConfig, trace
-from tools.bench.ablate_parts import THRESHOLDS, average_precision, dice_at, read_box
+from tools.bench.ablate_parts import THRESHOLDS, measure_average_precision, measure_dice, read_box
 
 METRICS = ("dice", "cldice", "average_precision", "f1", "f1_without_links")
 Scores = dict[str, dict[str, dict[str, list[float]]]]
 """Row of the table -> metric -> neuron -> a value for each seed."""
-_MARGIN = 16  # [voxel] around a held-out neuron
+_MARGIN = 16
+"""[voxel] Around a held-out neuron."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,13 @@ def predict(
     """Probability and mask [Z, Y, X] of the box around a neuron."""
     image, mask = read_box(store, volume, _MARGIN)
     network.eval()
+
     with torch.inference_mode():
         logits = sliding_window_inference(
             torch.from_numpy(image)[None, None], windows.crop, 4, network, 0.25, "gaussian", sw_device=windows.device,
             device="cpu",
         )  # fmt: skip
+
     assert isinstance(logits, Tensor)
     return logits[0, 0].float().sigmoid().numpy(), mask
 
@@ -119,17 +122,18 @@ def predict(
 def choose_threshold(probability: NDArray[np.float32], mask: NDArray[np.uint8]) -> float:
     """The threshold of the best Dice on a neuron that was not trained on."""
     values, truth = probability[mask != UNLABELED], mask[mask != UNLABELED] == 1
-    return float(max(THRESHOLDS, key=lambda level: dice_at(values, truth, float(level))))
+    return float(max(THRESHOLDS, key=lambda level: measure_dice(values, truth, float(level))))
 
 
 def score_mask(probability: NDArray[np.float32], mask: NDArray[np.uint8], threshold: float) -> dict[str, float]:
     """Dice, clDice and average precision over the labeled voxels."""
     labeled = mask != UNLABELED
     predicted = np.where(labeled, probability >= threshold, False)
+
     return {
-        "dice": dice_at(probability[labeled], mask[labeled] == 1, threshold),
+        "dice": measure_dice(probability[labeled], mask[labeled] == 1, threshold),
         "cldice": float(cldice(predicted, np.where(labeled, mask, 0))),
-        "average_precision": average_precision(probability[labeled], mask[labeled] == 1),
+        "average_precision": measure_average_precision(probability[labeled], mask[labeled] == 1),
     }
 
 
@@ -139,15 +143,16 @@ def score_trees(store: Store, volume: str, probability: NDArray[np.float32], thr
     points = stored.points("skeleton")
     start = np.maximum(points.min(axis=0) - _MARGIN, 0)
     image, _ = read_box(store, volume, _MARGIN)
+
     gold = stored.tree()
     gold = Tree(gold.points - start, gold.radii, gold.parents, gold.types)
     z, y, x = (float(v) for v in (np.array(stored.root) - start if stored.root is not None else gold.points[0]))
 
     cfg = TraceConfig(threshold=float(np.clip(threshold, 0.02, 1.0)))
     f1 = {}
-    for name, shown in (("f1", image), ("f1_without_links", None)):
+    for name, visible in (("f1", image), ("f1_without_links", None)):
         try:
-            trees = trace(probability, stored.voxel_size, roots=[(z, y, x)], cfg=cfg, image=shown)
+            trees = trace(probability, stored.voxel_size, roots=[(z, y, x)], cfg=cfg, image=visible)
         # A root far from all that was found: the neuron is missed.
         except InputError:
             trees = [morphology.empty_tree()]
@@ -155,9 +160,9 @@ def score_trees(store: Store, volume: str, probability: NDArray[np.float32], thr
     return f1
 
 
-def mean_over_seeds(values: dict[str, list[float]]) -> list[float]:
+def average_over_seeds(values: dict[str, list[float]]) -> list[float]:
     """One value per neuron."""
-    return [float(np.mean(one)) for one in values.values()]
+    return [float(np.mean(seeds)) for seeds in values.values()]
 
 
 def format_scores(scores: Mapping[str, float]) -> str:

@@ -51,7 +51,7 @@ _BATCHES = (1, 2, 4)
 def main() -> None:
     """Run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="monai", choices=tuple(BENCHMARKS))
+    parser.add_argument("benchmark", nargs="?", default="monai", choices=tuple(BENCHMARKS))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--shape", type=int, nargs=3, default=(32, 192, 192))
     parser.add_argument("--overlap", type=float, default=0.25)
@@ -63,7 +63,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
-    print(json.dumps(BENCHMARKS[args.what](args)))
+    print(json.dumps(BENCHMARKS[args.benchmark](args)))
 
 
 def compare_with_monai(args: argparse.Namespace) -> dict[str, Any]:
@@ -91,17 +91,17 @@ def compare_with_monai(args: argparse.Namespace) -> dict[str, Any]:
 
     # A peer runs at its best setting, or the ratio would praise the wrong program.
     programs = {"ours": predict, "monai": predict_with_monai}
-    timed = _time_in_turns(
+    cpu_seconds = _time_in_turns(
         {f"{name} {batch}": functools.partial(run, batch) for name, run in programs.items() for batch in _BATCHES}
     )
-    for name, best in timed.items():
+    for name, best in cpu_seconds.items():
         print(f"{name:>8}: {best:.2f} s of CPU, {image.size / best / 1e6:.2f} M voxels/s")
 
-    fastest = {name: min(timed[f"{name} {batch}"] for batch in _BATCHES) for name in programs}
+    fastest = {name: min(cpu_seconds[f"{name} {batch}"] for batch in _BATCHES) for name in programs}
     return {
         "throughput_to_monai": round(fastest["monai"] / fastest["ours"], 3),
         "mean_difference": difference,
-        "cpu_seconds": timed,
+        "cpu_seconds": cpu_seconds,
     }
 
 
@@ -113,8 +113,8 @@ def compare_memory(args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "tools.bench.infer", "one", "--shape", *map(str, shape)]
         if args.model:
             command += ["--model", str(args.model)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks[times] = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+        process = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[times] = json.loads(process.stdout.splitlines()[-1])["peak_bytes"]
         print(f"{times:3} x {shape}: peak {peaks[times] / 1e6:.0f} MB")
     return {"peak_8_to_1": round(peaks[8] / peaks[1], 3), "peak_64_to_1": round(peaks[64] / peaks[1], 3)}
 
@@ -131,18 +131,18 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     def read(box: Box) -> Image:
         return np.random.default_rng(box.start).random(box.shape, dtype=np.float32)
 
-    predict = _student_predict(student, tiling)
+    predict = _make_predict(student, tiling)
     with tempfile.TemporaryDirectory() as folder:
         run = _open_run(shape, read, predict, tiling, Path(folder), lambda block: block.index in predicted)
         predict_blocks(run, blocks, WindowProgress("one", 1, show=False))
-    return {"peak_bytes": _peak_bytes()}
+    return {"peak_bytes": _read_peak()}
 
 
 def time_sparse_brain(args: argparse.Namespace) -> dict[str, Any]:
     """A brain of 2048 x 4096 x 4096 voxels, made up as it is read, of whose blocks few hold a neurite."""
     name, predict, tiling = _choose_predictor(args)
     blocks = tiling.list_blocks(_BRAIN)
-    read, is_occupied = _make_up_brain(blocks, args.occupied)
+    read, is_occupied = _invent_brain(blocks, args.occupied)
 
     started_at = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -169,14 +169,14 @@ def time_sparse_brain(args: argparse.Namespace) -> dict[str, Any]:
         "voxels_per_s": round(voxels_per_s),
         "foreground": sum(marker.foreground for marker in markers),
         "bytes_on_disk": bytes_on_disk,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": _read_peak(),
     }
 
 
 def compare_overlaps(args: argparse.Namespace) -> dict[str, Any]:
     """Dice and time by overlap and window, on the part of a labeled volume with most neurite."""
     student, window = _open_student(args.model)
-    _, meta = load_student(_weights_folder(args.model))
+    _, meta = load_student(_find_weights(args.model))
     volume = Store(args.store)[args.volume]
     box = _find_densest_box(volume.mask, volume.shape, tuple(args.shape))
     image, gold = volume.normalized_image(box), volume.mask(box)
@@ -228,18 +228,16 @@ def _choose_predictor(args: argparse.Namespace) -> tuple[str, PredictImage, Tili
     student, window = _open_student(args.model)
     tiling = Tiling(window, 0.25, student.patch, (128, 512, 512), (32, 64, 64))
     name = f"the student of {args.model}" if args.model else "a small untrained student"
-    return name, _student_predict(student, tiling), tiling
+    return name, _make_predict(student, tiling), tiling
 
 
-def _make_up_brain(
-    blocks: list[Block], occupied_share: float
-) -> tuple[Callable[[Box], Image], Callable[[Block], bool]]:
+def _invent_brain(blocks: list[Block], occupied_share: float) -> tuple[Callable[[Box], Image], Callable[[Block], bool]]:
     """A function that reads boxes of a brain with bundles of thin neurites along x in few blocks, and one that tells
-    the blocks which see any."""
+    which blocks see any."""
     draw = np.random.default_rng(0)
     occupied = draw.choice(len(blocks), max(round(occupied_share * len(blocks)), 1), replace=False)
-    bundles = [Box(_corner_at(blocks[i], 0.25), _corner_at(blocks[i], 0.75)) for i in sorted(occupied)]
-    seeing = {block.index for block in blocks if any(bundle.clip(block.read).size for bundle in bundles)}
+    bundles = [Box(_find_corner(blocks[i], 0.25), _find_corner(blocks[i], 0.75)) for i in sorted(occupied)]
+    visible = {block.index for block in blocks if any(bundle.clip(block.read).size for bundle in bundles)}
 
     def read(box: Box) -> Image:
         image = np.zeros(box.shape, np.float32)
@@ -249,24 +247,24 @@ def _make_up_brain(
                 image[part.relative_to(box.start).slices][::9, ::9] = 0.9
         return image
 
-    return read, lambda block: block.index in seeing
+    return read, lambda block: block.index in visible
 
 
 def _open_student(model: Path | None) -> tuple[Student, Shape]:
     """A student and its window."""
     if model is None:
         return build_student(_SMALL_STUDENT).eval(), _SMALL_WINDOW
-    student, meta = load_student(_weights_folder(model))
+    student, meta = load_student(_find_weights(model))
     z, y, x = meta["window"]
     return student.eval(), (z, y, x)
 
 
-def _weights_folder(model: Path) -> Path:
+def _find_weights(model: Path) -> Path:
     best = model / "weights" / "best"
     return best if best.exists() else model
 
 
-def _student_predict(student: Student, tiling: Tiling) -> PredictImage:
+def _make_predict(student: Student, tiling: Tiling) -> PredictImage:
     return lambda image, count_windows: sliding_window.predict(
         student, image, tiling.window, tiling.overlap, seen=count_windows
     )
@@ -293,7 +291,7 @@ def _open_run(
     return run
 
 
-def _corner_at(block: Block, share: float) -> Shape:
+def _find_corner(block: Block, share: float) -> Shape:
     """The voxel at a share of the way from a block's first to its last corner."""
     z, y, x = (a + round(share * n) for a, n in zip(block.write.start, block.write.shape, strict=True))
     return z, y, x
@@ -302,16 +300,18 @@ def _corner_at(block: Block, share: float) -> Shape:
 def _find_densest_box(mask: Callable[[Box], Any], shape: Shape, size: Shape) -> Box:
     """The box of `size` with most foreground, from a summed-volume table."""
     size_z, size_y, size_x = (min(a, b) for a, b in zip(size, shape, strict=True))
+
     is_foreground = mask(Box.whole(shape)) == 1
     table: NDArray[Any] = np.pad(is_foreground.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)
     for axis, n in enumerate((size_z, size_y, size_x)):
         count = table.shape[axis] - n
         table = np.take(table, range(n, n + count), axis) - np.take(table, range(count), axis)
+
     z, y, x = np.unravel_index(table.argmax(), table.shape)
     return Box.at((int(z), int(y), int(x)), (size_z, size_y, size_x))
 
 
-def _peak_bytes() -> int:
+def _read_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -39,8 +39,8 @@ _FORM = TreeForm(cable=300.0, soma=0.0)
 """Shape of the neurons."""
 _BACKGROUND, _BRIGHTNESS, _NOISE, _BLUR = 20.0, 120.0, 4.0, 0.8
 """Brightness of background, neurites and noise; [voxel] standard deviation of the blur."""
-_LIT = 0.5
-"""[brightness of a neurite] Voxels that are brighter are occupied."""
+_OCCUPIED = 0.5
+"""[brightness of a neurite] Brighter voxels are occupied."""
 Image = NDArray[np.uint8]
 
 
@@ -61,6 +61,7 @@ def main() -> int:
         if not path.exists():
             scenes = scenes or [draw_scene(args.seed + number, args.occupied) for number in range(_SCENES)]
             write_stack(path, edge, scenes, args.seed)
+
         row = {"edge": edge, "voxels": edge**3, **trace_stack(path, args.folder / f"traced_{edge}", args.model)}
         rows.append(row)
         print(
@@ -76,7 +77,7 @@ def draw_scene(seed: int, occupied: float) -> Image:
     """A cube with neurons that fill about a share `occupied` of its voxels."""
     light = np.zeros(_CUBE, dtype=np.float32)
     trees = list[Tree]()
-    while np.count_nonzero(light > _LIT) < occupied * light.size:
+    while np.count_nonzero(light > _OCCUPIED) < occupied * light.size:
         trees.append(grow_random_tree(1000 * seed + len(trees), _CUBE, _SIZE, _FORM))
         forest = concatenate_trees(trees)
         light = paint_tree(forest, np.ones(len(forest)), Box.whole(_CUBE), _SIZE)
@@ -104,6 +105,7 @@ def trace_stack(path: Path, out: Path, model: str) -> dict[str, Any]:
     words = ["trace", str(path), f"model={model}", f"voxel_size={voxel_size}", f"out={out}"]
     (out / "trace.json").unlink(missing_ok=True)
     (out / "entries" / f"{path.stem}.json").unlink(missing_ok=True)
+
     started_at = time.monotonic()
     process = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-m", "hpc_neuro", *words])
     _, status, usage = os.wait4(process, 0)

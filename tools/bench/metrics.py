@@ -71,21 +71,25 @@ def main() -> None:
     print(f"{'':34}{'ours s':>9}{'cpu s':>8}{'plain s':>10}{'cpu s':>9}{'ratio':>9}{'ours peak':>11}{'plain peak':>12}")
     rows: dict[str, dict[str, float]] = {}
     for name, make_masks in {"blobs": make_blobs, "neuron": make_neurons, "spheres": make_spheres}.items():
-        rows[f"hd95_{name}"] = compare(f"hd95_{name}", our_hd95, monai_hd95, make_masks(args.side), 1e-5)
+        rows[f"hd95_{name}"] = compare_implementations(
+            f"hd95_{name}", measure_hd95, measure_hd95_by_monai, make_masks(args.side), 1e-5
+        )
 
     # The double loop sees only part of the large trees, so the results are compared on small ones.
     small = grow_tree(80, 3), grow_tree(80, 4)
-    if not math.isclose(our_esa(*small, 0), plain_esa(*small, math.inf)[0], rel_tol=1e-9):
+    if not math.isclose(measure_esa(*small, 0), measure_esa_by_loop(*small, math.inf)[0], rel_tol=1e-9):
         raise SystemExit("esa: ours differs from the double loop on small trees")
     trees = grow_tree(args.nodes, 0), grow_tree(args.nodes, 1)
-    rows["esa"] = compare("esa", our_esa, plain_esa, (*trees, args.seconds), None)
+    rows["esa"] = compare_implementations("esa", measure_esa, measure_esa_by_loop, (*trees, args.seconds), None)
 
     tree = fit_tree(args.nodes // 2, args.volume)
-    rows["rasterize"] = compare("rasterize", our_rasterizer, plain_rasterizer, (tree, args.volume, args.seconds), None)
+    rows["rasterize"] = compare_implementations(
+        "rasterize", rasterize_tree, rasterize_by_edge, (tree, args.volume, args.seconds), None
+    )
     print(json.dumps(rows))
 
 
-def compare(
+def compare_implementations(
     name: str,
     ours: Callable[..., Any],
     plain: Callable[..., Any],
@@ -142,12 +146,12 @@ def _measure(function: Callable[..., Any], inputs: tuple[Any, ...], pipe: Any) -
     walls: list[float] = []
     cpus: list[float] = []
     while not walls or (len(walls) < _MAX_RUNS and time.perf_counter() - begin < _MAX_SECONDS):
-        wall, cpu = time.perf_counter(), time.process_time()
-        returned = function(*inputs)
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
+        start, start_cpu = time.perf_counter(), time.process_time()
+        output = function(*inputs)
+        walls.append(time.perf_counter() - start)
+        cpus.append(time.process_time() - start_cpu)
 
-    result, scale = returned if isinstance(returned, tuple) else (returned, 1.0)
+    result, scale = output if isinstance(output, tuple) else (output, 1.0)
     pipe.send(Measurement(result, min(walls) * scale, min(cpus) * scale, _read_peak() - peak_before, scale))
 
 
@@ -155,12 +159,12 @@ def _read_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def our_hd95(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+def measure_hd95(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     """HD95 in voxels."""
     return voxel.hd95(a, b)
 
 
-def monai_hd95(a: NDArray[np.bool_], b: NDArray[np.bool_], modules: Any) -> float:
+def measure_hd95_by_monai(a: NDArray[np.bool_], b: NDArray[np.bool_], modules: Any) -> float:
     """HD95 in voxels by MONAI."""
     torch, hausdorff = modules
     masks = [torch.from_numpy(m)[None, None] for m in (a, b)]
@@ -175,15 +179,15 @@ def _import_monai() -> Any:
     return torch, compute_hausdorff_distance
 
 
-monai_hd95.prepare = _import_monai  # type: ignore[attr-defined]
+measure_hd95_by_monai.prepare = _import_monai  # type: ignore[attr-defined]
 
 
-def our_esa(a: Tree, b: Tree, seconds: float) -> float:
+def measure_esa(a: Tree, b: Tree, seconds: float) -> float:
     """ESA; `seconds` is not used."""
     return tree_metrics.distances(a, b)["esa"]
 
 
-def plain_esa(a: Tree, b: Tree, seconds: float) -> tuple[float, float]:
+def measure_esa_by_loop(a: Tree, b: Tree, seconds: float) -> tuple[float, float]:
     """ESA by the double loop on random samples of both directions until the time is over, and the scale."""
     means, scales = [], []
     for tree, other in ((a, b), (b, a)):
@@ -192,11 +196,11 @@ def plain_esa(a: Tree, b: Tree, seconds: float) -> tuple[float, float]:
         segments = list(zip(child, parent, strict=True))
 
         distances = []
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for index in np.random.default_rng(0).permutation(len(samples)):
             point = samples[index].tolist()
             distances.append(min(_measure_to_segment(point, p, q) for p, q in segments))
-            if time.perf_counter() - begin > seconds / 2:
+            if time.perf_counter() - start > seconds / 2:
                 break
         means.append(sum(distances) / len(distances))
         scales.append(len(samples) / len(distances))
@@ -214,25 +218,25 @@ def _measure_to_segment(p: list[float], a: list[float], b: list[float]) -> float
     return math.sqrt(sum((p[k] - a[k] - t * d[k]) ** 2 for k in range(3)))
 
 
-def our_rasterizer(tree: Tree, side: int, seconds: float) -> float:
+def rasterize_tree(tree: Tree, side: int, seconds: float) -> float:
     """Foreground voxels of a tree in a cube; `seconds` is not used."""
     return float((rasterize(tree, Box.whole((side, side, side)), (1.0, 1.0, 1.0)).mask == 1).sum())
 
 
-def plain_rasterizer(tree: Tree, side: int, seconds: float) -> tuple[float, float]:
+def rasterize_by_edge(tree: Tree, side: int, seconds: float) -> tuple[float, float]:
     """Mask, distance and tangent edge by edge in random order, until the time is over; foreground and the scale."""
     mask = np.zeros((side, side, side), dtype=bool)
     distance = np.full(mask.shape, _REACH, dtype=np.float32)
     tangent = np.zeros((3, *mask.shape), dtype=np.float32)
 
-    begin, done = time.perf_counter(), 0
+    start, drawn_edges = time.perf_counter(), 0
     for child, parent in np.random.default_rng(0).permutation(tree.edges):
         _draw_edge(tree, child, parent, mask, distance, tangent)
-        done += 1
-        if time.perf_counter() - begin > seconds:
+        drawn_edges += 1
+        if time.perf_counter() - start > seconds:
             break
 
-    return float(mask.sum()), len(tree.edges) / done
+    return float(mask.sum()), len(tree.edges) / drawn_edges
 
 
 def _draw_edge(
@@ -247,6 +251,7 @@ def _draw_edge(
     a, b, radius_a, radius_b = tree.points[child], tree.points[parent], tree.radii[child], tree.radii[parent]
     along = b - a
     norm = math.sqrt(float(along @ along))
+
     low = np.maximum(np.floor(np.minimum(a, b) - _REACH), 0).astype(int)
     high = np.minimum(np.ceil(np.maximum(a, b) + _REACH) + 1, len(mask)).astype(int)
     for z in range(low[0], high[0]):
@@ -266,11 +271,13 @@ def grow_tree(nodes: int, seed: int, step: float = 2.5) -> Tree:
     """A branching random walk."""
     rng = np.random.default_rng(seed)
     parents, points = np.full(nodes, -1), np.zeros((nodes, 3))
+
     heading = rng.normal(size=3)
     for i in range(1, nodes):
         parents[i] = i - 1 if rng.random() > 0.02 else rng.integers(0, i)
         if parents[i] != i - 1:
             heading = rng.normal(size=3)
+
         heading = heading + rng.normal(size=3) * 0.3
         heading /= np.linalg.norm(heading)
         points[i] = points[parents[i]] + heading * step

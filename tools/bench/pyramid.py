@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=(128, 512, 512), help="[voxel] even along each axis")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    values = np.random.default_rng(0).integers(0, 256, args.shape, dtype=np.uint8)
 
+    values = np.random.default_rng(0).integers(0, 256, args.shape, dtype=np.uint8)
     z, y, x = (n // s for n, s in zip(args.shape, STEP, strict=True))
     cells = values.reshape(z, STEP[0], y, STEP[1], x, STEP[2])
     steps: dict[str, Callable[[], Bytes]] = {
@@ -36,18 +36,19 @@ def main() -> None:
         "mean_by_definition": lambda: np.rint(cells.mean((1, 3, 5))).astype(np.uint8),
         "max_by_definition": lambda: np.asarray(cells.max((1, 3, 5))),
     }
+
     rates = {}
     for name, step in steps.items():
-        rates[name] = round(values.size / 1e6 / min(_measure(step) for _ in range(args.repeats)), 1)
+        rates[name] = round(values.size / 1e6 / min(_time_step(step) for _ in range(args.repeats)), 1)
         print(f"{name:20} {rates[name]:8.1f} million voxels/s")
     print(json.dumps({"shape": list(args.shape), "mvoxel_per_s": rates}))
 
 
-def _measure(step: Callable[[], Bytes]) -> float:
+def _time_step(step: Callable[[], Bytes]) -> float:
     """[s] of CPU, which other processes of the machine do not lengthen."""
-    begin = time.process_time()
+    start = time.process_time()
     step()
-    return time.process_time() - begin
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

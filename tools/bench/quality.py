@@ -57,9 +57,9 @@ from tools.bench.held_out import (
     Scores,
     StudentLogits,
     Windows,
+    average_over_seeds,
     describe,
     format_scores,
-    mean_over_seeds,
     read_training,
     require_names,
     run_bench,
@@ -131,6 +131,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             f"{store.path} has {len(store.ids)} volumes; one is held out and one chooses the threshold, so at least 3 "
             "are needed; prepare a store with more"
         )
+
     z, y, x = args.crop
     settings = Settings(
         crop=(z, y, x), device=args.device, batch=args.batch, seconds=args.seconds, size=args.size,
@@ -150,7 +151,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     print("\n".join(describe(facts)))
     facts["settings"] = asdict(settings)
     files.write_json(args.out / "quality.json", facts)
-    files.write_text(args.out / "quality.svg", draw(scores))
+    files.write_text(args.out / "quality.svg", draw_dice(scores))
     return facts
 
 
@@ -171,6 +172,7 @@ def train_and_score(
     recipe = NETWORKS[network](settings)
     steps = train(recipe, store, trained, seed, settings)
     parameters = sum(p.numel() for p in recipe.network.parameters())
+
     scores = score_held_out(recipe.network, store, held_out, validated, settings)
     result = {"settings": facts, "steps": steps, "parameters": parameters, **scores}
     files.write_json(path, result)
@@ -182,22 +184,22 @@ def train(recipe: Recipe, store: Store, ids: Sequence[str], seed: int, budget: B
     """Train for the seconds of the budget; the number of steps."""
     network, optimizer = recipe.network.train(), recipe.optimizer
     rates = [group["lr"] for group in optimizer.param_groups]
-    used, steps = 0.0, 0
 
+    seconds, steps = 0.0, 0
     for batch in iterate_batches(store, ids, seed, budget):
-        if used >= budget.seconds:
+        if seconds >= budget.seconds:
             break
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * recipe.rate_at(used / budget.seconds)
+            group["lr"] = rate * recipe.rate_at(seconds / budget.seconds)
 
-        begin = _read_clock(budget.device)
+        start = _read_clock(budget.device)
         logits = network(batch.image)
         loss, _ = sum_losses((Dice(), CrossEntropy()), StudentOutput(logits, {}), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        used += _read_clock(budget.device) - begin
+        seconds += _read_clock(budget.device) - start
         steps += 1
     return steps
 
@@ -205,9 +207,11 @@ def train(recipe: Recipe, store: Store, ids: Sequence[str], seed: int, budget: B
 def iterate_batches(store: Store, ids: Sequence[str], seed: int, budget: Budget) -> Iterator[Batch]:
     """The augmented batches of a seed; they do not depend on the network."""
     crops = CropConfig(size=budget.crop)
+
     # The grid matters to distilled crops alone, and there are none.
     sampler = CropSampler(crops, read_volume_points(store, ids), seed, (1, 1, 1))
     dataset = CropDataset(store, sampler, (1, 1, 1))
+
     for step in range(_MOST_STEPS):
         numbers = range(step * budget.batch, (step + 1) * budget.batch)
         batch = dataset.collate([dataset[number] for number in numbers]).to(torch.device(budget.device))
@@ -226,11 +230,13 @@ def build_student_recipe(settings: Settings, transformer: bool = True) -> Recipe
     """The student from random weights."""
     cfg = StudentConfig(size=settings.size, transformer=transformer)
     network = StudentLogits(build_student(cfg)).to(settings.device)
+
     optim = OptimConfig(steps=1000)
     # The first layers of a transformer without a teacher's weights learn at the rate of transferred ones.
     in_transformer = [p for name, p in network.named_parameters() if ".vit." in name]
     others = [p for name, p in network.named_parameters() if ".vit." not in name]
     groups = [{"params": others, "lr": optim.lr}, {"params": in_transformer, "lr": optim.lr * optim.vit_lr}]
+
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=optim.weight_decay)
     return Recipe(network, optimizer, lambda share: lr_at(min(int(share * optim.steps), optim.steps - 1), optim))
 
@@ -259,13 +265,14 @@ def build_residual_unet_recipe(settings: Settings) -> Recipe:
         )
     else:
         optimizer = torch.optim.AdamW(network.parameters(), _UNET_RATE, weight_decay=3e-5)
-    return Recipe(network, optimizer, decay_polynomially)
+    return Recipe(network, optimizer, compute_polynomial_rate)
 
 
 def plan_stages(crop: Shape) -> tuple[list[list[int]], list[list[int]]]:
     """Strides and kernels of each stage: axes are halved while they keep 4 voxels; a coarse axis begins later."""
     size, strides, kernels = list(crop), [[1, 1, 1]], list[list[int]]()
     spacing = [max(crop) / n for n in crop]
+
     while True:
         # As nnU-Net's planner: only axes within twice the finest spacing are convolved and halved.
         kernels.append([3 if value <= 2 * min(spacing) else 1 for value in spacing])
@@ -273,6 +280,7 @@ def plan_stages(crop: Shape) -> tuple[list[list[int]], list[list[int]]]:
         can_halve = [n // 2 >= 4 and n % 2 == 0 and value < 2 * min(spacing) for n, value in axes]
         if not any(can_halve) or len(strides) == 6:
             return strides, kernels
+
         strides.append([2 if halve else 1 for halve in can_halve])
         size = [n // 2 if halve else n for n, halve in zip(size, can_halve, strict=True)]
         spacing = [2 * value if halve else value for value, halve in zip(spacing, can_halve, strict=True)]
@@ -284,16 +292,17 @@ def build_unetr_recipe(settings: Settings) -> Recipe:
     network = UNETR(
         1, 1, settings.crop, feature_size=16, hidden_size=dim, mlp_dim=4 * dim, num_heads=heads, qkv_bias=True
     ).to(settings.device)
+
     rate = _UNETR_RATE * settings.unetr_rate
-    return Recipe(network, torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-5), warm_up_and_cosine)
+    return Recipe(network, torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-5), compute_cosine_rate)
 
 
-def decay_polynomially(share: float) -> float:
+def compute_polynomial_rate(share: float) -> float:
     """nnU-Net's schedule."""
     return float((1 - min(share, 1.0)) ** 0.9)
 
 
-def warm_up_and_cosine(share: float) -> float:
+def compute_cosine_rate(share: float) -> float:
     """Linear over the first tenth, then a cosine to zero."""
     if share < 0.1:
         return 0.01 + share / 0.1 * 0.99
@@ -313,19 +322,19 @@ def summarize(scores: Scores) -> dict[str, Any]:
     first = next(iter(scores))
     facts: dict[str, Any] = {"scores": scores, "mean": {}, "difference": {}}
     for network, metrics in scores.items():
-        means = {metric: mean_over_seeds(values) for metric, values in metrics.items()}
+        means = {metric: average_over_seeds(values) for metric, values in metrics.items()}
         facts["mean"][network] = {metric: asdict(mean_interval(values)) for metric, values in means.items()}
         if network != first:
             facts["difference"][f"{first} - {network}"] = {
-                metric: asdict(paired_difference(mean_over_seeds(scores[first][metric]), values))
+                metric: asdict(paired_difference(average_over_seeds(scores[first][metric]), values))
                 for metric, values in means.items()
             }
     return facts
 
 
-def draw(scores: Scores) -> str:
+def draw_dice(scores: Scores) -> str:
     """Dice per network, a line per neuron, as SVG."""
-    by_network = [mean_over_seeds(metrics["dice"]) for metrics in scores.values()]
+    by_network = [average_over_seeds(metrics["dice"]) for metrics in scores.values()]
     by_neuron = [list(values) for values in zip(*by_network, strict=True)]
     return draw_pairs("Held-out neurons, equal seconds of training", list(scores), by_neuron, "Dice")
 

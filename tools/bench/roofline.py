@@ -46,11 +46,16 @@ from hpc_neuro.models.config import SIZES, StudentConfig
 from hpc_neuro.models.cost import estimate_costs
 from hpc_neuro.models.student import Student, blank_student, build_student
 
-_LAUNCH = 2e-6  # [s] of an empty kernel on the device
-_HOST = {"eager": 8e-6, "compiled": 3e-6}  # [s] of the host per launch: dispatcher and autograd; a compiled call
-_ADAM_BYTES = 28  # per parameter: reads weight, gradient and two moments, writes weight and moments, in float32
-_ROW = 8192  # [element] Longest reduction whose result the same kernel can use
-_SMALL: Shape = (16, 64, 64)  # [voxel] Crop that is compiled and augmented to count kernels, which no size changes
+_LAUNCH = 2e-6
+"""[s] Of an empty kernel on the device."""
+_HOST = {"eager": 8e-6, "compiled": 3e-6}
+"""[s] Of the host per launch: dispatcher and autograd, or a compiled call."""
+_ADAM_BYTES = 28
+"""Per parameter: AdamW reads weight, gradient and two moments, and writes weight and moments, in float32."""
+_ROW = 8192
+"""[element] Longest reduction whose result the same kernel can use."""
+_SMALL: Shape = (16, 64, 64)
+"""[voxel] Crop that is compiled and augmented to count kernels, whose number no size changes."""
 
 _ATTENTION = "_scaled_dot_product"
 _MATRIX = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
@@ -108,7 +113,7 @@ class Prediction:
     """Model operations over what the card could do meanwhile, 0 to 1."""
 
 
-def predict(kernels: list[Kernel], mode: str, card: Card, model_operations: float) -> Prediction:
+def predict_time(kernels: list[Kernel], mode: str, card: Card, model_operations: float) -> Prediction:
     """Time and utilization of a step."""
     device = sum(kernel.seconds(card) for kernel in kernels)
     host = _HOST[mode] * len(kernels)
@@ -121,6 +126,7 @@ def list_kernels(cfg: StudentConfig, crop: Shape, batch: int, mode: str) -> list
     """The kernels of a step: augmentation, forward, losses and backward, optimizer."""
     student = blank_student(cfg).train()
     parameters = sum(p.numel() for p in student.parameters())
+
     graph = trace_step(student, crop, batch, select_decomp_table() if mode == "compiled" else None)
     step = list_eager_kernels(graph) if mode == "eager" else list_fused_kernels(graph)
     return [*list_augment_kernels(crop, batch), *step, Kernel("AdamW", 16.0 * parameters, _ADAM_BYTES * parameters)]
@@ -134,6 +140,7 @@ def trace_step(student: Student, crop: Shape, batch: int, decompositions: Mappin
         mask = torch.empty(image.shape, dtype=torch.uint8)
         step = make_step(student, batch)
         module = make_fx(step, decomposition_table=dict(decompositions or {}))(weights, image, mask)
+
     # What nothing uses is never computed by a compiled program.
     if decompositions:
         module.graph.eliminate_dead_code()
@@ -147,10 +154,9 @@ def make_step(student: Student, batch: int) -> Callable[[dict[str, Tensor], Tens
     def step(weights: dict[str, Tensor], image: Tensor, mask: Tensor) -> list[Tensor]:
         with torch.autocast(image.device.type, torch.bfloat16):
             output = functional_call(student, weights, (image,))
-        none = torch.zeros(batch, dtype=torch.int64)
-        loss, _ = sum_losses(
-            (Dice(), CrossEntropy()), StudentOutput(output.logits, {}), Batch(image, mask, mask, {}, none.bool(), none)
-        )
+        no_distillation = torch.zeros(batch, dtype=torch.int64)
+        data = Batch(image, mask, mask, {}, no_distillation.bool(), no_distillation)
+        loss, _ = sum_losses((Dice(), CrossEntropy()), StudentOutput(output.logits, {}), data)
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         return [gradient for gradient in gradients if gradient is not None]
 
@@ -161,7 +167,7 @@ def list_eager_kernels(graph: fx.Graph) -> list[Kernel]:
     """A kernel for each operation that makes a new tensor."""
     kernels = []
     for node in graph.nodes:
-        if node.op == "call_function" and _kind(node) != "view":
+        if node.op == "call_function" and _classify(node) != "view":
             read = sum(map(_count_bytes, node.all_input_nodes))
             kernels += _split_matrix_kernel(node, read + _count_bytes(node))
     return kernels
@@ -172,16 +178,17 @@ def list_fused_kernels(graph: fx.Graph) -> list[Kernel]:
     groups, kernels = _Groups(graph), list[Kernel]()
     for members in groups.list_groups():
         inside = set(members)
-        read = {groups.base(source) for node in members for source in node.all_input_nodes}
-        read = {node for node in read if node not in inside and _kind(node) != "constant"}
+
+        read = {groups.find_base(source) for node in members for source in node.all_input_nodes}
+        read = {node for node in read if node not in inside and _classify(node) != "constant"}
         written = [node for node in members if any(user not in inside for user in groups.list_users(node))]
         size = sum(map(_count_bytes, read)) + sum(map(_count_bytes, written))
 
         # A matrix product is alone in its group.
-        if _kind(members[0]) == "matrix":
+        if _classify(members[0]) == "matrix":
             kernels += _split_matrix_kernel(members[0], size)
         else:
-            names = sorted({_name(node) for node in members})
+            names = sorted({_read_name(node) for node in members})
             kernels.append(Kernel("+".join(names[:4]), sum(_count_elements(node) for node in members), size))
     return kernels
 
@@ -196,16 +203,16 @@ class _Groups:
         for node in graph.nodes:
             self._place(node)
 
-    def base(self, node: fx.Node) -> fx.Node:
+    def find_base(self, node: fx.Node) -> fx.Node:
         """The operation whose values a view shows."""
-        while node.op == "call_function" and _kind(node) == "view":
+        while node.op == "call_function" and _classify(node) == "view":
             node = node.all_input_nodes[0]
         return node
 
     def list_users(self, node: fx.Node) -> Iterator[fx.Node]:
         """The operations and outputs that use a node, also by way of views."""
         for user in node.users:
-            if user.op == "call_function" and _kind(user) == "view":
+            if user.op == "call_function" and _classify(user) == "view":
                 yield from self.list_users(user)
             else:
                 yield user
@@ -214,41 +221,40 @@ class _Groups:
         """The members of each kernel, in the order of the graph."""
         groups: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in self._nodes:
-            if _kind(node) not in ("view", "constant"):
-                groups[self._top(node)].append(node)
+            if _classify(node) not in ("view", "constant"):
+                groups[self._find_top(node)].append(node)
         return list(groups.values())
 
     def _place(self, node: fx.Node) -> None:
         """Give a node its depth: how many kernels must end before it. Neighbors of one depth and domain are fused."""
-        sources = [self.base(source) for source in node.all_input_nodes]
-        self._depth[node] = max((self._depth[source] + self._ends_kernel(source) for source in sources), default=0)
-        if node.op != "call_function" or _kind(node) != "fusable":
+        sources = [self.find_base(source) for source in node.all_input_nodes]
+        self._depth[node] = max((self._depth[source] + self._is_kernel_end(source) for source in sources), default=0)
+        if node.op != "call_function" or _classify(node) != "fusable":
             return
 
         for source in sources:
-            is_fusable = source.op == "call_function" and _kind(source) == "fusable"
+            is_fusable = source.op == "call_function" and _classify(source) == "fusable"
             is_level = is_fusable and self._depth[source] == self._depth[node]
             if is_level and _count_domain(source) == _count_domain(node):
-                self._parent[self._top(source)] = self._top(node)
+                self._parent[self._find_top(source)] = self._find_top(node)
 
-    def _ends_kernel(self, node: fx.Node) -> int:
-        """1 where what uses a node must be another kernel: a matrix product, or a reduction over more than a row."""
-        if node.op != "call_function" or _kind(node) in ("view", "constant"):
-            return 0
-        if _kind(node) != "fusable":
-            return 1
-        is_long = _name(node) in _REDUCTIONS and _count_domain(node) > _ROW * max(_count_elements(node), 1)
-        return int(is_long)
+    def _is_kernel_end(self, node: fx.Node) -> bool:
+        """Whether what uses a node must be another kernel: a matrix product, or a reduction over more than a row."""
+        if node.op != "call_function" or _classify(node) in ("view", "constant"):
+            return False
+        if _classify(node) != "fusable":
+            return True
+        return _read_name(node) in _REDUCTIONS and _count_domain(node) > _ROW * max(_count_elements(node), 1)
 
-    def _top(self, node: fx.Node) -> fx.Node:
+    def _find_top(self, node: fx.Node) -> fx.Node:
         while (parent := self._parent.get(node, node)) is not node:
             node = parent
         return node
 
 
-def _kind(node: fx.Node) -> str:
+def _classify(node: fx.Node) -> str:
     """`view`, `constant`, `matrix` (a library's kernel of its own), `opaque` or `fusable`."""
-    name = _name(node)
+    name = _read_name(node)
     if name in _VIEWS:
         return "view"
     if name in _CONSTANTS:
@@ -258,7 +264,7 @@ def _kind(node: fx.Node) -> str:
     return "opaque" if name.startswith(_OPAQUE) else "fusable"
 
 
-def _name(node: fx.Node) -> str:
+def _read_name(node: fx.Node) -> str:
     target: Any = node.target
     return str(getattr(target, "__name__", target)).split(".")[0]
 
@@ -277,23 +283,25 @@ def _count_elements(node: fx.Node) -> int:
 
 def _count_domain(node: fx.Node) -> int:
     """The elements over which a kernel of a node runs."""
-    if _name(node) not in _REDUCTIONS:
+    if _read_name(node) not in _REDUCTIONS:
         return _count_elements(node)
     return max(_count_elements(source) for source in node.all_input_nodes)
 
 
 def _split_matrix_kernel(node: fx.Node, size: float) -> list[Kernel]:
     """The kernels of one operation: backward passes have one for the input's gradient and one for the weight's."""
-    name, count = _name(node), 1
+    name, count = _read_name(node), 1
     if name == "convolution_backward" or (name.startswith(_ATTENTION) and name.endswith("backward")):
         count = 2
+
     operations = _count_operations(node)
     return [Kernel(name, operations / count, size / count) for _ in range(count)]
 
 
 def _count_operations(node: fx.Node) -> float:
     """Operations of a node, two per product."""
-    name, target = _name(node), node.target
+    name, target = _read_name(node), node.target
+
     arguments = [[getattr(a, "meta", {}).get("val", a) for a in group] for group in (node.args, node.kwargs.values())]
     if name.startswith(_ATTENTION):
         # The counter knows the kernels of GPUs, and not this one of CPUs.
@@ -320,6 +328,7 @@ class _EagerKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and record it."""
         output = func(*args, **(kwargs or {}))
+
         name = func.__name__.split(".")[0]
         if name not in _VIEWS:
             tensors = [t for t in tree_flatten((args, kwargs, output))[0] if isinstance(t, Tensor)]
@@ -334,8 +343,10 @@ def list_augment_kernels(crop: Shape, batch: int) -> list[Kernel]:
     image = torch.rand(few, 1, *_SMALL)
     mask = (image > 0.9).to(torch.uint8)
     index = torch.arange(few)
+
     with _EagerKernels() as counter:
         augment(Batch(image, mask, mask.clone(), {}, torch.zeros(few, dtype=torch.bool), index), AugmentConfig(), 0)
+
     scale = batch * math.prod(crop) / (few * math.prod(_SMALL))
     return [Kernel(f"augment {k.name}", k.operations * scale, k.bytes * scale) for k in counter.kernels]
 
@@ -345,38 +356,41 @@ def count_inductor_kernels(cfg: StudentConfig) -> int:
     from torch._inductor import metrics
 
     metrics.reset()
-    _run_step(cfg, _SMALL, 1, "cpu", is_compiled=True)()
+    _make_training_step(cfg, _SMALL, 1, "cpu", is_compiled=True)()
     return int(metrics.generated_kernel_count)
 
 
 def measure_step(cfg: StudentConfig, crop: Shape, batch: int, device: str, is_compiled: bool, repeats: int) -> float:
     """Milliseconds of forward, losses, backward and AdamW on a device, the least of the repeats."""
-    step = _run_step(cfg, crop, batch, device, is_compiled)
+    step = _make_training_step(cfg, crop, batch, device, is_compiled)
     step()
     step()
 
     best = math.inf
     for _ in range(repeats):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         step()
         if device != "cpu":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, time.perf_counter() - start)
     return 1e3 * best
 
 
-def _run_step(cfg: StudentConfig, crop: Shape, batch: int, device: str, is_compiled: bool) -> Callable[[], None]:
+def _make_training_step(
+    cfg: StudentConfig, crop: Shape, batch: int, device: str, is_compiled: bool
+) -> Callable[[], None]:
     torch.manual_seed(0)
     student = build_student(cfg).to(device).train()
+
     image = torch.rand(batch, 1, *crop, device=device)
     mask = (image > 0.99).to(torch.uint8)
-    none = torch.zeros(batch, dtype=torch.int64)
+    no_distillation = torch.zeros(batch, dtype=torch.int64)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
 
     def compute_loss(image: Tensor) -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             logits = student(image).logits
-        data = Batch(image, mask, mask, {}, none.bool(), none)
+        data = Batch(image, mask, mask, {}, no_distillation.bool(), no_distillation)
         return sum_losses((Dice(), CrossEntropy()), StudentOutput(logits, {}), data)[0]
 
     compute = torch.compile(compute_loss) if is_compiled else compute_loss
@@ -399,13 +413,14 @@ def main() -> None:
     parser.add_argument("--inductor", action="store_true", help="compile on this CPU and count kernels; minutes")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps where there is a GPU")
     args = parser.parse_args()
+
     z, y, x = args.crop
     cfg = StudentConfig(size=args.size)
     if args.patch:
         pz, py, px = args.patch
         cfg = replace(cfg, patch=(pz, py, px))
-    facts = describe_step(cfg, (z, y, x), args.batch)
 
+    facts = describe_step(cfg, (z, y, x), args.batch)
     if args.inductor:
         facts["inductor_kernels"] = count_inductor_kernels(cfg)
         print(f"inductor generates {facts['inductor_kernels']} kernels on this CPU, products aside")
@@ -431,15 +446,17 @@ def describe_step(cfg: StudentConfig, crop: Shape, batch: int) -> dict[str, Any]
         operations, size = sum(k.operations for k in kernels), sum(k.bytes for k in kernels)
         per_voxel = f"{size / 1e9:.1f} GB, {size / voxels:.0f} B/voxel"
         print(f"{mode}: {len(kernels)} launches, {operations / 1e12:.2f} TFLOP, {per_voxel}")
+
         facts[mode] = {"launches": len(kernels), "operations": operations, "bytes": size, "cards": {}}
         for card in CARDS:
-            prediction = predict(kernels, mode, card, model)
+            prediction = predict_time(kernels, mode, card, model)
             facts[mode]["cards"][card.name] = asdict(prediction)
             device, host = prediction.device_milliseconds, prediction.host_milliseconds
             both = f"(device {device:.1f}, host {host:.1f})"
             print(
                 f"{card.name:>6}: {prediction.milliseconds:6.1f} ms at least {both}, MFU {prediction.mfu:.1%} at most"
             )
+
         for name, share in list_largest(kernels, CARDS[0]):
             print(f"        {share:5.1%} of the device's time: {name}")
     return facts
@@ -450,6 +467,7 @@ def list_largest(kernels: list[Kernel], card: Card, count: int = 6) -> list[tupl
     seconds: defaultdict[str, float] = defaultdict(float)
     for kernel in kernels:
         seconds[kernel.name] += kernel.seconds(card)
+
     total = sum(seconds.values())
     largest = sorted(seconds.items(), key=lambda item: -item[1])[:count]
     return [(name, value / total) for name, value in largest]

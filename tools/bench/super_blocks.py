@@ -48,11 +48,13 @@ from hpc_neuro.tracing.super_blocks import (
     list_super_blocks,
     trace_super_block,
 )
+from tools.bench.process_memory import read_peak_memory
 
 Image = NDArray[np.generic]
 
 _VOXEL: VoxelSize = (1.0, 0.33, 0.33)  # [um]
-_DARK = 24  # [voxel] between two copies
+_DARK = 24
+"""[voxel] Between two copies."""
 
 
 def main() -> None:
@@ -68,11 +70,13 @@ def main() -> None:
 
     cfg = TraceConfig(block=(args.block,) * 3, super_block=(args.super_block,) * 3)
     z, y, x = args.size
-    print(compare_header())
-    facts: dict[str, Any] = {"alike": {"crowd": compare(render_crowd((z, y, x), args.neurons), cfg, "crowd")}}
+
+    print(format_header())
+    facts: dict[str, Any] = {"alike": {"crowd": compare_trees(render_crowd((z, y, x), args.neurons), cfg, "crowd")}}
     stacks = [path for folder in args.data for path in (sorted(folder.glob("*.tif")) if folder.is_dir() else [folder])]
     for path in stacks:
-        facts["alike"][path.stem] = compare(tifffile.imread(path), cfg, path.stem)
+        facts["alike"][path.stem] = compare_trees(tifffile.imread(path), cfg, path.stem)
+
     if args.grow:
         print(f"{'copies':>10} " + " ".join(f"{step:>12}" for step in _STEPS) + "   [MiB]")
         facts["memory"] = {str(times): measure_memory((z, y, x), args.neurons, times, cfg) for times in args.grow}
@@ -86,20 +90,21 @@ def render_crowd(shape: Shape, neurons: int) -> Image:
     return np.asarray(gaussian_filter(image.astype(np.float32), 0.7))
 
 
-def compare_header() -> str:
-    """The columns of `compare`."""
+def format_header() -> str:
+    """The columns of `compare_trees`."""
     f1 = f"{'F1 at 1':>8} {'F1 at 2':>8}"
     return f"{'volume':>10} {'super-blocks':>12} {'trees':>13} {'cable':>17} {f1} {'seconds':>15}"
 
 
-def compare(image: Image, cfg: TraceConfig, name: str) -> dict[str, Any]:
+def compare_trees(image: Image, cfg: TraceConfig, name: str) -> dict[str, Any]:
     """Trees of one process and of super-blocks, printed."""
     z, y, x = image.shape
     shape, mask = (z, y, x), image > threshold_otsu(np.asarray(image))
+
     skeletons = skeletonize(mask, shape, cfg)
     read, read_image = (lambda box: mask[box.slices]), (lambda box: image[box.slices])
 
-    begin = time.process_time()
+    start = time.process_time()
     whole = trace_block_skeletons(list(skeletons.values()), read, shape, _VOXEL, cfg=cfg, image=read_image)
     middle = time.process_time()
     parts = trace_in_super_blocks(skeletons, read, shape, cfg, read_image)
@@ -110,15 +115,19 @@ def compare(image: Image, cfg: TraceConfig, name: str) -> dict[str, Any]:
         "trees": [len(whole), len(parts)],
         "cable": [round(sum(map(length, trees))) for trees in (whole, parts)],
         "f1": [round(measure_f1(parts, whole, tolerance), 4) for tolerance in (1.0, 2.0)],
-        "seconds": [round(middle - begin, 1), round(end - middle, 1)],
+        "seconds": [round(middle - start, 1), round(end - middle, 1)],
     }
-    trees, cable, f1, seconds = facts["trees"], facts["cable"], facts["f1"], facts["seconds"]
-    print(
-        f"{name:>10} {facts['super_blocks']:12d} {trees[0]:6d} {trees[1]:6d} {cable[0]:8d} {cable[1]:8d} "
-        f"{f1[0]:8.4f} {f1[1]:8.4f} {seconds[0]:7.1f} {seconds[1]:7.1f}",
-        flush=True,
-    )
+    print(format_row(name, facts), flush=True)
     return facts
+
+
+def format_row(name: str, facts: dict[str, Any]) -> str:
+    """The figures of a volume in the columns of `format_header`."""
+    trees, cable, f1, seconds = facts["trees"], facts["cable"], facts["f1"], facts["seconds"]
+    return (
+        f"{name:>10} {facts['super_blocks']:12d} {trees[0]:6d} {trees[1]:6d} {cable[0]:8d} {cable[1]:8d} "
+        f"{f1[0]:8.4f} {f1[1]:8.4f} {seconds[0]:7.1f} {seconds[1]:7.1f}"
+    )
 
 
 def skeletonize(mask: Image, shape: Shape, cfg: TraceConfig) -> dict[Box, BlockSkeleton]:
@@ -143,6 +152,7 @@ def trace_in_super_blocks(
         return trace_super_block(own, read, shape, core, _VOXEL, cfg=cfg, image=image)
 
     lines = [trace(core) for core in cores]
+
     links = [link_super_block(lines.__getitem__, n, cores, shape, _VOXEL, cfg=cfg) for n in range(len(cores))]
     groups = group_pieces(links.__getitem__, len(cores), cfg=cfg)
     members = [groups.list_members(batch, links.__getitem__) for batch in range(groups.batches)]
@@ -158,6 +168,7 @@ def measure_f1(trees: Sequence[Tree], gold: Sequence[Tree], tolerance: float) ->
     a, b = (resample_tree(concatenate_trees(forest), 1.0).points for forest in (trees, gold))
     if not (len(a) and len(b)):
         return float(len(a) == len(b))
+
     precision = float(np.mean(cKDTree(b).query(a)[0] <= tolerance))
     recall = float(np.mean(cKDTree(a).query(b)[0] <= tolerance))
     return 2 * precision * recall / max(precision + recall, 1e-9)
@@ -261,21 +272,17 @@ def measure_memory(shape: Shape, neurons: int, times: int, cfg: TraceConfig) -> 
             # A fresh process: the peak of a process never falls.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 peaks[step] = pool.apply(measure_step, (volume, step))
+
     print(f"{times:10d} " + " ".join(f"{peak:12.1f}" for peak in peaks.values()), flush=True)
     return peaks
 
 
 def measure_step(volume: CopiedVolume, step: str) -> float:
     """Take a step; by how much the peak memory of this process has grown [MiB]."""
-    before = _read_peak()
+    # getrusage would count the memory of the parent, from before this process was started.
+    before = read_peak_memory()
     _STEPS[step](volume)
-    return round((_read_peak() - before) / 1024, 1)
-
-
-def _read_peak() -> int:
-    """KiB: the most memory this program has held. getrusage would count its parent's, from before it was started."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return round((read_peak_memory() - before) / 2**20, 1)
 
 
 if __name__ == "__main__":

@@ -82,9 +82,11 @@ def main() -> int:
 
     for low in range(_TENTHS):
         print(_format_tenth(stacks, low))
+
     errors = compare_scales(stacks)
     for name, error in errors.items():
         print(f"{name:>10}: calibration error {error:.3f}")
+
     intercept, slope = fit_scale(stacks)
     print(json.dumps({"errors": errors, "intercept": intercept, "slope": slope}))
     return 0
@@ -95,6 +97,7 @@ def judge_stack(neuron: Neuron, name: str, degrade: Degrade, predictor: StackPre
     image, gold, size = degrade(neuron.read(), neuron.tree, neuron.size)
     z, y, x = image.shape
     roots = neuron.list_roots(gold, (z, y, x))
+
     try:
         trace = trace_image(lambda box: image[box.slices], (z, y, x), size, roots=roots, predictor=predictor)
     except InputError as error:
@@ -104,6 +107,7 @@ def judge_stack(neuron: Neuron, name: str, degrade: Degrade, predictor: StackPre
     cable = judge_cable(morphology.concatenate_trees(trace.trees), trace.confidence, gold, TOLERANCE_VOX)
     if not cable.lengths.sum() > 0:
         return None
+
     weights = cable.lengths / cable.lengths.sum()
     cells = np.minimum((cable.confidence * _CELLS).astype(np.int64), _CELLS - 1)
     share, sums, right = (
@@ -137,6 +141,7 @@ def compare_scales(stacks: Sequence[JudgedStack]) -> dict[str, float]:
             raise SystemExit("a scale is judged on a domain that it has not seen; give neurons of several domains")
         scaled.append(calibrate(stack.confidence, *fit_scale(others)))
         constant.append(np.full(_CELLS, float(np.mean([other.right.sum() for other in others]))))
+
     plain = [stack.confidence for stack in stacks]
     scales = {"plain": plain, "calibrated": scaled, "constant": constant}
     return {name: round(measure_error(stacks, chances), 4) for name, chances in scales.items()}
@@ -157,6 +162,7 @@ def _format_tenth(stacks: Sequence[JudgedStack], low: int) -> str:
     share = sum(float(stack.share[cells].sum()) for stack in stacks)
     if not share:
         return f"{low / _TENTHS:.1f} no cable"
+
     right = sum(float(stack.right[cells].sum()) for stack in stacks) / share
     mean = sum(float((stack.share * stack.confidence)[cells].sum()) for stack in stacks) / share
     part = share / len(stacks)

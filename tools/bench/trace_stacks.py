@@ -64,18 +64,19 @@ def main() -> int:
     cfg = TraceConfig(signal_gap=0.0) if args.without_links else TraceConfig()
     methods: dict[str, Callable[[StoredVolume], Outcome]] = {OTSU: lambda volume: _trace_otsu(volume, cfg)}
     for model in args.models:
-        methods[model] = _make_method(model, cfg)
+        methods[model] = _prepare_trace(model, cfg)
 
     table: dict[str, dict[str, Row]] = {name: {} for name in methods}
     for path in args.stores:
         for volume in Store(path):
             if args.only and volume.id not in args.only:
                 continue
+
             gold = volume.tree()
             tips = len(morphology.tips(gold))
             for name, method in methods.items():
                 outcome = method(volume)
-                row = _score(volume, outcome)
+                row = _score_outcome(volume, outcome)
                 table[name][volume.id] = row
                 print(_format_row(volume.id, name, row, tips), flush=True)
 
@@ -89,7 +90,7 @@ def main() -> int:
     return 0
 
 
-def _make_method(model: str, cfg: TraceConfig) -> Callable[[StoredVolume], Outcome]:
+def _prepare_trace(model: str, cfg: TraceConfig) -> Callable[[StoredVolume], Outcome]:
     predictor = None if model == NO_MODEL else StackPredictor(Path(model))
 
     def run(volume: StoredVolume) -> Outcome:
@@ -104,6 +105,7 @@ def _make_method(model: str, cfg: TraceConfig) -> Callable[[StoredVolume], Outco
             label=volume.id,
         )
         seconds = time.process_time() - started_at
+
         probability = result.probability or measure_foreground(volume.image, volume.shape).probability
         mask = np.asarray(probability(Box.whole(volume.shape)), dtype=np.uint8) >= 128
         warnings = list_warnings(result.figures, result.foreground.is_inverted, predictor is not None)
@@ -120,25 +122,26 @@ def _trace_otsu(volume: StoredVolume, cfg: TraceConfig) -> Outcome:
     started_at = time.process_time()
     whole = Box.whole(volume.shape)
     mask = OtsuMask(volume).mask(whole)
+
     try:
         trees = trace(mask, volume.voxel_size, roots=_list_roots(volume), cfg=cfg, image=volume.normalized_image(whole))
     except InputError as error:
         logging.warning("%s: %s: %s; counts as a miss", volume.id, OTSU, error)
         trees = []
-    return Outcome(
-        morphology.concatenate_trees(trees), _measure_dice(volume, mask), time.process_time() - started_at, 0
-    )
+    seconds = time.process_time() - started_at
+    return Outcome(morphology.concatenate_trees(trees), _measure_dice(volume, mask), seconds, 0)
 
 
 def _measure_dice(volume: StoredVolume, mask: NDArray[np.bool_]) -> float:
     gold = volume.mask(Box.whole(volume.shape))
     is_labeled = gold != UNLABELED
+
     truth = (gold == 1) & is_labeled
     predicted = mask & is_labeled
     return float(2 * np.count_nonzero(truth & predicted) / max(truth.sum() + predicted.sum(), 1))
 
 
-def _score(volume: StoredVolume, outcome: Outcome) -> Row:
+def _score_outcome(volume: StoredVolume, outcome: Outcome) -> Row:
     comparison = Comparison(
         predicted_mask=volume.mask,
         gold_mask=volume.mask,
@@ -150,6 +153,7 @@ def _score(volume: StoredVolume, outcome: Outcome) -> Row:
         tolerance_vox=TOLERANCE_VOX,
         tolerance_um=None,
     )
+
     row = {metric.key: float(metric.compute(comparison)) for metric in list_metrics() if metric.key in KEYS}
     return {"dice": outcome.dice, **row, "seconds": outcome.seconds, "warnings": outcome.warnings}
 

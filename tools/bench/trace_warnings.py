@@ -67,23 +67,27 @@ def main() -> int:
     for neuron in [n for n in neurons if not args.only or n.id in args.only][:: args.every]:
         for name in args.copies:
             degrade = COPIES[name]
-            row = {"neuron": neuron.id, "copy": name, **_judge(neuron, degrade, predictor)}
+            row = {"neuron": neuron.id, "copy": name, **_judge_copy(neuron, degrade, predictor)}
             rows.append(row)
-            print(
-                f"{neuron.id:>16.16} {name:>8} F1 {row['f1']:.3f} Otsu {row['otsu']:.3f} {'bad' if row['bad'] else ''} "
-                f"doubt {row['doubt']:.2f} "
-                f"{len(row['warnings'])} warnings: {'; '.join(w[:60] for w in row['warnings'])}",
-                flush=True,
-            )
+            print(_format_row(row), flush=True)
 
     bad = np.asarray([row["bad"] for row in rows])
     doubt = measure_area(np.asarray([row["doubt"] for row in rows]), bad)
     count = measure_area(np.asarray([len(row["warnings"]) for row in rows]), bad)
     print(f"{bad.sum()} of {len(bad)} trees are bad; area under the curve {doubt:.3f}, of the warnings {count:.3f}")
+
     # JSON has no NaN, which the areas are where all trees are good, or all bad.
     areas = {"area": doubt, "area_of_warnings": count}
     print(json.dumps({**{key: area if np.isfinite(area) else None for key, area in areas.items()}, "rows": rows}))
     return 0
+
+
+def _format_row(row: dict[str, Any]) -> str:
+    return (
+        f"{row['neuron']:>16.16} {row['copy']:>8} F1 {row['f1']:.3f} Otsu {row['otsu']:.3f} "
+        f"{'bad' if row['bad'] else ''} doubt {row['doubt']:.2f} "
+        f"{len(row['warnings'])} warnings: {'; '.join(warning[:60] for warning in row['warnings'])}"
+    )
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ Degrade = Callable[[Image, Tree, VoxelSize], tuple[Image, Tree, VoxelSize]]
 """Image, gold tree and voxel size -> those of the copy."""
 
 
-def _keep(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+def _keep_image(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
     return image, tree, size
 
 
@@ -152,21 +156,19 @@ def _add_noise(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, 
     return image + np.float32(_measure_brightness(image, tree)) * noise, tree, size
 
 
-def _blur(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
-    return (
-        np.asarray(ndimage.gaussian_filter(image, [2.0 if len(image) > 1 else 0.0, 5.0, 5.0]), dtype=np.float32),
-        tree,
-        size,
-    )
+def _blur_image(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+    sigma = [2.0 if len(image) > 1 else 0.0, 5.0, 5.0]
+    return np.asarray(ndimage.gaussian_filter(image, sigma), dtype=np.float32), tree, size
 
 
-def _invert(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+def _invert_image(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
     return image.max() - image, tree, size
 
 
-def _coarsen(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
+def _coarsen_image(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, VoxelSize]:
     z, y, x = (n // _COARSE * _COARSE if axis else n for axis, n in enumerate(image.shape))
     cells = image[:z, :y, :x].reshape(z, y // _COARSE, _COARSE, x // _COARSE, _COARSE).mean(axis=(2, 4))
+
     # The first coarse voxel is centered on the middle of its fine ones.
     shift = (_COARSE - 1) / 2
     points = (tree.points - [0, shift, shift]) / [1, _COARSE, _COARSE]
@@ -175,11 +177,11 @@ def _coarsen(image: Image, tree: Tree, size: VoxelSize) -> tuple[Image, Tree, Vo
 
 
 COPIES: dict[str, Degrade] = {
-    "as it is": _keep,
+    "as it is": _keep_image,
     "noise": _add_noise,
-    "blur": _blur,
-    "inverted": _invert,
-    "coarse": _coarsen,
+    "blur": _blur_image,
+    "inverted": _invert_image,
+    "coarse": _coarsen_image,
 }
 
 
@@ -188,26 +190,27 @@ def _measure_brightness(image: Image, tree: Tree) -> float:
     return float(np.median(image[tuple(places.T)]))
 
 
-def _judge(neuron: Neuron, degrade: Degrade, predictor: StackPredictor | None) -> dict[str, Any]:
+def _judge_copy(neuron: Neuron, degrade: Degrade, predictor: StackPredictor | None) -> dict[str, Any]:
     image, tree, size = degrade(neuron.read(), neuron.tree, neuron.size)
     z, y, x = image.shape
 
     roots = neuron.list_roots(tree, (z, y, x))
     figures: dict[str, Any] = {}
     try:
-        result = _trace_as_the_verb(image, size, roots, predictor)
+        result = _trace_like_the_verb(image, size, roots, predictor)
         figures = asdict(result.figures)
-        traced, doubt = morphology.concatenate_trees(result.trees), measure_doubt(result.figures)
+        predicted, doubt = morphology.concatenate_trees(result.trees), measure_doubt(result.figures)
         warnings = list_warnings(result.figures, result.foreground.is_inverted, predictor is not None)
     except InputError as error:
-        traced, doubt, warnings = morphology.empty_tree(), NO_TREE_DOUBT, [str(error)]
-    own = match_cable(traced, tree, TOLERANCE_VOX).f1 if len(traced) else 0.0
-    other = _trace_otsu(image, size, roots, tree)
-    is_bad = bool(own < min(other, 1.0) - 0.05 or own < _BAD)
-    return {"f1": own, "otsu": other, "bad": is_bad, "doubt": doubt, "warnings": warnings, "figures": figures}
+        predicted, doubt, warnings = morphology.empty_tree(), NO_TREE_DOUBT, [str(error)]
+
+    f1 = match_cable(predicted, tree, TOLERANCE_VOX).f1 if len(predicted) else 0.0
+    otsu_f1 = _score_otsu(image, size, roots, tree)
+    is_bad = bool(f1 < min(otsu_f1, 1.0) - 0.05 or f1 < _BAD)
+    return {"f1": f1, "otsu": otsu_f1, "bad": is_bad, "doubt": doubt, "warnings": warnings, "figures": figures}
 
 
-def _trace_as_the_verb(
+def _trace_like_the_verb(
     image: Image, size: VoxelSize, roots: list[Point], predictor: StackPredictor | None
 ) -> ImageTrace:
     """Trace an image, resampled for the student where its neurites are too thin or too wide. Raises InputError."""
@@ -222,15 +225,17 @@ def _trace_as_the_verb(
     ).trace
 
 
-def _trace_otsu(image: Image, size: VoxelSize, roots: list[Point], gold: Tree) -> float:
+def _score_otsu(image: Image, size: VoxelSize, roots: list[Point], gold: Tree) -> float:
     mask = image > threshold_otsu(image)
     # Such a mask is noise, and its forest takes hours.
     if mask.mean() > _MOST_MASK:
         return 0.0
+
     try:
         trees = trace(mask, size, roots=roots, image=image)
     except InputError:
         return 0.0
+
     forest = morphology.concatenate_trees(trees)
     return match_cable(forest, gold, TOLERANCE_VOX).f1 if len(forest) else 0.0
 

@@ -62,9 +62,9 @@ from tools.bench.held_out import (
     METRICS,
     StudentLogits,
     Windows,
+    average_over_seeds,
     format_interval,
     format_scores,
-    mean_over_seeds,
     read_training,
     require_names,
     run_bench,
@@ -334,7 +334,7 @@ def summarize(trials: Sequence[Trial], rows: Sequence[Mapping[str, Any]]) -> dic
             neurons.setdefault(trial.held_out, []).append(float(row[metric]))
 
     mean = {
-        label: {metric: asdict(mean_interval(mean_over_seeds(values))) for metric, values in metrics.items()}
+        label: {metric: asdict(mean_interval(average_over_seeds(values))) for metric, values in metrics.items()}
         for label, metrics in scores.items()
     }
     first = trials[0].arm

@@ -28,8 +28,10 @@ from hpc_neuro.tracing.centerlines import Centerlines, find_far_ends, find_paths
 from hpc_neuro.tracing.gaps import join_gaps
 from hpc_neuro.tracing.voxel_graph import VoxelGraph, merge_block_skeletons
 
-_VOXEL: VoxelSize = (1.0, 0.33, 0.33)  # [um]
-_DASH, _GAP, _PITCH, _ROW = 12, 8, 24, 100  # voxels of a dash, between dashes and between rows; dashes of a row
+_VOXEL: VoxelSize = (1.0, 0.33, 0.33)
+"""[um] z y x."""
+_DASH, _GAP, _PITCH, _ROW = 12, 8, 24, 100
+"""[voxel] Of a dash, between dashes and between rows; dashes of a row."""
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2)
     args = parser.parse_args()
     z, y, x = args.size
+
     facts = time_crowd((z, y, x), args.neurons, args.repeat)
     facts["bridging"] = {str(pieces): time_bridging(pieces, args.repeat) for pieces in args.pieces}
     print(json.dumps(facts))
@@ -50,6 +53,7 @@ def time_crowd(shape: Shape, neurons: int, repeat: int) -> dict[str, Any]:
     """Skeleton voxels of a crowded mask, and the microseconds that each costs, printed."""
     cfg = TraceConfig()
     gold = concatenate_trees([grow_random_tree(n, shape, _VOXEL, TreeForm(cable=150.0)) for n in range(neurons)])
+
     image = render_stack(gold, shape, _VOXEL, Microscope(gap_every=30.0, fragments=3), 0).astype(np.float32)
     smooth = gaussian_filter(image, 0.7)
     mask = smooth > threshold_otsu(smooth)
@@ -72,7 +76,7 @@ def time_crowd(shape: Shape, neurons: int, repeat: int) -> dict[str, Any]:
         ("trees", lambda: make_trees(False)),
         ("trees_with_image", lambda: make_trees(True)),
     ):
-        facts[f"{name}_us_per_voxel"] = round(1e6 * _time(part, repeat) / voxels, 1)
+        facts[f"{name}_us_per_voxel"] = round(1e6 * _measure_time(part, repeat) / voxels, 1)
         print(f"{name:>17}: {facts[f'{name}_us_per_voxel']:7.1f} us per skeleton voxel of {voxels}", flush=True)
     return facts
 
@@ -85,7 +89,8 @@ def time_bridging(pieces: int, repeat: int) -> float:
 
     # The search tree is shared with the other parts of tracing.
     assert graph.kdtree.n == len(graph.voxels)
-    seconds = round(_time(lambda: join_gaps(graph, centerlines, TraceConfig()), repeat), 2)
+
+    seconds = round(_measure_time(lambda: join_gaps(graph, centerlines, TraceConfig()), repeat), 2)
     print(f"{pieces:>9} pieces: {seconds:7.2f} s", flush=True)
     return seconds
 
@@ -95,6 +100,7 @@ def build_dashes(pieces: int) -> VoxelGraph:
     number = np.arange(pieces)
     row, place = number // _ROW, number % _ROW
     side = int(np.ceil(np.sqrt(row.max() + 1)))
+
     start = np.stack([row // side * _PITCH + 4, row % side * _PITCH + 4, place * (_DASH + _GAP) + 4], axis=1)
     voxels = (start[:, None] + np.arange(_DASH)[:, None] * np.array([0, 0, 1])).reshape(-1, 3).astype(np.int32)
     z, y, x = (voxels.max(axis=0) + 5).tolist()
@@ -119,13 +125,13 @@ def _read_darkness(box: Box) -> Any:
     return np.zeros(box.shape, dtype=np.uint8)
 
 
-def _time(part: Callable[[], object], repeat: int) -> float:
+def _measure_time(part: Callable[[], object], repeat: int) -> float:
     """The least CPU seconds of some repetitions."""
     seconds = []
     for _ in range(repeat):
-        begin = time.process_time()
+        start = time.process_time()
         part()
-        seconds.append(time.process_time() - begin)
+        seconds.append(time.process_time() - start)
     return min(seconds)
 
 

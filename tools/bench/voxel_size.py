@@ -60,11 +60,12 @@ def main() -> int:
 
     predictor = None if args.model == NO_MODEL else StackPredictor(Path(args.model))
     table: dict[str, dict[str, Row]] = {}
+
     neurons = [neuron for path in args.stores for neuron in list_neurons(path)]
     for neuron in [n for n in neurons if not args.only or n.id in args.only][:: args.every]:
         for factor in args.factors:
             name = ",".join(f"{f:g}" for f in factor)
-            row = table.setdefault(neuron.id, {})[name] = compare(_copy(neuron, factor), args.ways, predictor)
+            row = table.setdefault(neuron.id, {})[name] = compare(_copy_neuron(neuron, factor), args.ways, predictor)
             cells = [
                 f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             ]
@@ -98,7 +99,8 @@ class _Copy:
         return self.image[box.slices]
 
 
-def _copy(neuron: Neuron, factor: Point) -> _Copy:
+def _copy_neuron(neuron: Neuron, factor: Point) -> _Copy:
+
     image = neuron.read()
     z, y, x = image.shape
     # A projection has no voxels along z to join.
@@ -135,6 +137,7 @@ def _trace_by_width(copy: _Copy, predictor: StackPredictor, as_it_is: float | No
     except InputError as error:
         logging.warning("%s; counts as a miss", error)
         return {"by_width": 0.0}
+
     is_same = fit.grid is None and as_it_is is not None
     f1 = as_it_is if is_same and as_it_is is not None else _trace(copy, fit.grid, predictor)
     zoom = (1.0, 1.0, 1.0) if fit.grid is None else fit.grid.factor
@@ -150,8 +153,9 @@ class _ResampledPredictor(StackPredictor):
     def predict(self, foreground: Foreground, label: str) -> NDArray[np.uint8]:
         """As of StackPredictor."""
         grid = self._grid
-        seen = self._predictor.predict(measure_foreground(grid.read_new(foreground.read), grid.new_shape), label)
-        return np.rint(grid.read_back(lambda box: seen[box.slices])(Box.whole(grid.shape))).astype(np.uint8)
+        resampled = measure_foreground(grid.read_new(foreground.read), grid.new_shape)
+        probability = self._predictor.predict(resampled, label)
+        return np.rint(grid.read_back(lambda box: probability[box.slices])(Box.whole(grid.shape))).astype(np.uint8)
 
 
 def _trace(copy: _Copy, grid: Resampling | None, predictor: StackPredictor | None) -> float:
@@ -161,6 +165,7 @@ def _trace(copy: _Copy, grid: Resampling | None, predictor: StackPredictor | Non
     except InputError as error:
         logging.warning("%s; counts as a miss", error)
         return 0.0
+
     forest = morphology.concatenate_trees(traced.trace.trees)
     tree = copy.grid.move_tree_back(forest)
     return float(match_cable(tree, copy.gold, TOLERANCE_VOX).f1) if len(tree) else 0.0

@@ -19,7 +19,7 @@ from tools.bench.roofline import (
     list_fused_kernels,
     list_kernels,
     measure_step,
-    predict,
+    predict_time,
 )
 
 H200 = CARDS[0]
@@ -62,10 +62,10 @@ def test_views_cost_nothing_and_their_values_are_read() -> None:
 def test_the_slower_of_device_and_host_decides() -> None:
     product = Kernel("mm", H200.peak * 1e-3, 1.0)
     copy = Kernel("copy", 1.0, H200.bandwidth * 2e-3)
-    prediction = predict([product, copy], "compiled", H200, H200.peak * 1e-3)
+    prediction = predict_time([product, copy], "compiled", H200, H200.peak * 1e-3)
     assert prediction.device_milliseconds == pytest.approx(3.0)
     assert prediction.mfu == pytest.approx(1 / 3)
-    tiny = predict([Kernel("add", 1.0, 1.0)] * 1000, "eager", H200, 1.0)
+    tiny = predict_time([Kernel("add", 1.0, 1.0)] * 1000, "eager", H200, 1.0)
     assert tiny.milliseconds == tiny.host_milliseconds > tiny.device_milliseconds
 
 
