@@ -49,6 +49,7 @@ def cut_pairs(folder: Path, out: Path, margin: int, noise: float = 0.0) -> list[
     """Write OUT, whole or not at all; a line per pair. Raises InputError for an OUT that exists and for bad pairs."""
     if out.exists():
         raise InputError(f"{out} exists; give a folder that does not, or remove it")
+
     cfg = PrepareConfig(out=out, images=folder)
     pairs = [open_pair(pair, cfg) for pair in find_pairs(cfg)]
 
@@ -69,6 +70,7 @@ def add_noise(image: NDArray[Any], points: NDArray[Any], noise: float, name: str
     """The image [Z, Y, X] with noise that depends on `name`; see the top of this file. points: [N, 3] of the tree."""
     places = np.clip(np.rint(points).astype(int), 0, np.asarray(image.shape) - 1)
     brightness = np.median(image[tuple(places.T)]) - np.median(image)
+
     grain = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(image.shape, dtype=np.float32)
     return image.astype(np.float32) + np.float32(noise * brightness) * grain
 
@@ -101,6 +103,7 @@ def main() -> int:
     parser.add_argument("--margin", type=int, default=16, help="voxels around the tree, at least 0 (default 16)")
     parser.add_argument("--noise", type=float, default=0.0, help="of the neurite's brightness (default 0: none)")
     args = parser.parse_args()
+
     if args.margin < 0 or args.noise < 0:
         parser.error(f"--margin {args.margin} --noise {args.noise}: want 0 or more of each")
 

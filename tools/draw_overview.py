@@ -63,12 +63,14 @@ def draw_overview(seed: int) -> bytes:
     neuron = grow_random_tree(seed, SHAPE, VOXEL_SIZE, TreeForm(soma=1.0, cable=900.0))
     microscope = Microscope(brightness=0.45, background=0.012, specks=12.0, fragments=0)
     image = render_stack(neuron, SHAPE, VOXEL_SIZE, microscope, seed)
+
     result = trace_image(lambda box: image[box.slices], SHAPE, VOXEL_SIZE)
     foreground = result.foreground.probability(Box.whole(SHAPE)) >= FOREGROUND
 
     figure = Figure(figsize=(3 * _PANEL_INCHES, _PANEL_INCHES + _TITLE_INCHES), facecolor=_PAPER)
     FigureCanvasAgg(figure)
-    plane = _stretch(image.max(axis=0))
+
+    plane = _stretch_brightness(image.max(axis=0))
     _draw_plane(figure, 0, "image", plane, _GRAY)
     _draw_plane(figure, 1, "foreground", np.asarray(foreground.max(axis=0), dtype=np.float64), _AMBER)
     axes = _draw_plane(figure, 2, "tree (SWC)", _DIM * plane, _GRAY)
@@ -81,7 +83,7 @@ def draw_overview(seed: int) -> bytes:
         return _reduce_colors(target.getvalue())
 
 
-def _stretch(plane: Array) -> NDArray[np.float64]:
+def _stretch_brightness(plane: Array) -> NDArray[np.float64]:
     """Brightness from the darkest voxel to the brightest neurites as 0 to 1, with faint ones raised."""
     low, high = np.quantile(np.asarray(plane, dtype=np.float64), [0.02, 0.995])
     return np.asarray(np.clip((plane - low) / (high - low), 0, 1) ** 0.8)

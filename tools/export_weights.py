@@ -25,7 +25,7 @@ from hpc_neuro.train.checkpoint.student_weights import open_weights
 from hpc_neuro.train.checkpoint.tensor_files import write_tensors
 
 
-def export(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
+def export_student(source: Path, out: Path, plain: bool = False) -> dict[str, Any]:
     """Write the student of a checkpoint, or of a run's newest one. Returns `extra` of student.yaml.
 
     Raises InputError when there is no complete checkpoint, or its files lack something.
@@ -67,7 +67,7 @@ def main() -> int:
     args = parser.parse_args()
 
     try:
-        extra = export(args.source, args.out, args.plain)
+        extra = export_student(args.source, args.out, args.plain)
     except (InputError, ConfigError) as error:
         sys.stderr.write(f"export_weights: {error}\n")
         return EXIT_BAD_INPUT

@@ -60,7 +60,7 @@ def main() -> int:
     rows = []
     try:
         for run in args.runs:
-            rows.append({"run": str(run), **probe(run, args.split, args.batch)})
+            rows.append({"run": str(run), **probe_run(run, args.split, args.batch)})
             print(
                 "{run}: {tubes} tubes; outer taps straight {straight_um:.2f} um, bent {bent_um:.2f}, dealt "
                 "{dealt_um:.2f}; mean bend {bend:.2f} token per step".format(**rows[-1]),
@@ -74,11 +74,12 @@ def main() -> int:
 
 
 @torch.no_grad()
-def probe(run: Path, split: str, batch: int) -> dict[str, Any]:
+def probe_run(run: Path, split: str, batch: int) -> dict[str, Any]:
     """The row of a run. Raises InputError or ConfigError when it has no deformable tubes, or the split no tokens."""
     cfg = schema.load(TrainConfig, run / "config.yaml")
     if cfg.distill is None or cfg.distill.axes != "deformable" or cfg.cache is None:
         raise InputError(f"{run} was trained without tubes that bend; give a run with distill.axes=deformable")
+
     student, distiller = _load_trained(run, cfg, FeatureCache(cfg.cache))
 
     store = Store(cfg.store)
@@ -101,6 +102,7 @@ def probe(run: Path, split: str, batch: int) -> dict[str, Any]:
             f"{cfg.store}: no token of the split {split!r} holds centerline along an axis on which a crop of "
             f"{list(cfg.crop.size)} has room for {cfg.distill.taps} taps; give another --split or a run of larger crops"
         )
+
     straight, bent, dealt = (float(total) / tubes for total in distances)
     return {"tubes": tubes, "straight_um": straight, "bent_um": bent, "dealt_um": dealt, "bend": bend / tubes}
 
@@ -140,6 +142,7 @@ def find_tokens(
     """
     indices = np.floor((line / voxel_size + 0.5) / cfg.student.patch).astype(np.int64)
     tokens, token_of_point = np.unique(indices, axis=0, return_inverse=True)
+
     along = np.zeros((len(tokens), 3))
     np.add.at(along, token_of_point.reshape(-1), np.abs(directions))
     axes = along.argmax(1)

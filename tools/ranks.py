@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 
-def rank_environments(ranks: int) -> list[dict[str, str]]:
+def list_rank_environments(ranks: int) -> list[dict[str, str]]:
     """Environment variables of each rank; they meet at a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -22,5 +22,7 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
 def launch_ranks(module: str, ranks: int, words: Sequence[str]) -> int:
     """Run `python -m module words` as `ranks` ranks. 0 when all end with 0; a signal's number counts as a failure."""
     command = [sys.executable, "-m", module, *words]
-    processes = [subprocess.Popen(command, env=os.environ | environment) for environment in rank_environments(ranks)]
+    processes = [
+        subprocess.Popen(command, env=os.environ | environment) for environment in list_rank_environments(ranks)
+    ]
     return max(abs(process.wait()) for process in processes)

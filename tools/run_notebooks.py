@@ -37,6 +37,7 @@ def main() -> int:
 def run_notebook(path: Path, folder: Path) -> Any:
     """The notebook with the outputs of its cells, run in `folder`. Raises CellExecutionError for a cell that fails."""
     notebook = nbformat.read(path, as_version=4)
+
     client = NotebookClient(
         notebook,
         timeout=_CELL_SECONDS,
@@ -50,6 +51,7 @@ def run_notebook(path: Path, folder: Path) -> Any:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     return notebook
 

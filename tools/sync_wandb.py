@@ -67,16 +67,17 @@ def send_runs(args: argparse.Namespace) -> tuple[int, int]:
             sys.stdout.write(f"{run}: {count}, {folders[0].parent.parent}\n")
             continue
 
-        done = subprocess.run(
+        process = subprocess.run(
             build_command(folders, args), capture_output=True, text=True, timeout=args.patience, check=False
         )
-        if done.returncode:
+        if process.returncode:
             failed += 1
-            reason = done.stderr.strip() or done.stdout.strip()
+            reason = process.stderr.strip() or process.stdout.strip()
             sys.stdout.write(f"{run}: not sent: {reason[-300:]}\n")
         else:
             sent += 1
             sys.stdout.write(f"{run}: sent, {count}\n")
+
         # A log shows each run when it is sent.
         sys.stdout.flush()
     return sent, failed

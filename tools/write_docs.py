@@ -32,14 +32,14 @@ _CODE_WIDTH = 100
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Write the pages that differ, or list them."""
     outdated = [path for path in sorted(DOCS.glob("*.md")) if path.read_text(encoding="utf-8") != render_page(path)]
     for path in outdated:
         sys.stdout.write(f"{path}\n")
-        if "--check" not in arguments:
+        if "--check" not in argv:
             path.write_text(render_page(path), encoding="utf-8")
-    return 1 if outdated and "--check" in arguments else 0
+    return 1 if outdated and "--check" in argv else 0
 
 
 def render_page(path: Path) -> str:
@@ -50,6 +50,7 @@ def render_page(path: Path) -> str:
 def format_metrics() -> str:
     """Every metric of a report, by its key."""
     arrows = {"higher": "↑", "lower": "↓", "": ""}
+
     rows = [
         (f"`{metric.key}`", f"{metric.heading} {arrows[metric.direction]}".strip(), metric.definition)
         for metric in list_metrics()
@@ -135,6 +136,7 @@ def _describe_function(name: str) -> str:
 def _format_signature(name: str, function: Callable[..., Any]) -> str:
     """The signature on one line, or with a line for each parameter."""
     signature = inspect.signature(function)
+
     parts = list[str]()
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
@@ -154,6 +156,7 @@ def _describe_class(name: str) -> str:
     cls = getattr(hpc_neuro, name)
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
+
     rows = [(f"`{member}`", text) for member, text in _list_members(definition) if not member.startswith("_")]
     table = f"\n{_format_table(('member', 'meaning'), rows)}" if rows else ""
     return f"### {name}\n\n{inspect.getdoc(cls)}\n{table}"
@@ -168,6 +171,7 @@ def _list_members(definition: ast.ClassDef) -> Iterator[tuple[str, str]]:
         elif isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             # The docstring of a field is the expression below it.
             name, text = ast.unparse(statement.target), str(ast.literal_eval(following.value))
+
         if text:
             yield name, " ".join(text.split("\n\n")[0].split())
 

@@ -43,7 +43,7 @@ from safetensors.torch import load_file
 from hpc_neuro import cli as command
 from hpc_neuro.train.checkpoint import folder
 from hpc_neuro.train.checkpoint.tensor_files import list_kinds, stream_tensors
-from tools.ranks import rank_environments
+from tools.ranks import list_rank_environments
 
 KEYS = ("tracker.every=1", "tracker.wandb=disabled", "engine.silence=5")
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -101,7 +101,7 @@ def _forked(words: list[str], env: dict[str, str], log: Path) -> None:
 
 def start(words: list[str], ranks: int, log: Path, fresh: bool = False) -> list[Rank]:
     """The ranks of one start of the run, as srun would start them; what they say is appended to `log`."""
-    return [Rank([*words, *KEYS], own | {"OMP_NUM_THREADS": "1"}, log, fresh) for own in rank_environments(ranks)]
+    return [Rank([*words, *KEYS], own | {"OMP_NUM_THREADS": "1"}, log, fresh) for own in list_rank_environments(ranks)]
 
 
 def wait(ranks: list[Rank], limit: float = 600) -> tuple[list[int], bool]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.ranks import rank_environments
+from tools.ranks import list_rank_environments
 
 HERE = Path(__file__).resolve().parent
 
@@ -35,7 +35,7 @@ def start(script: str, ranks: int, *arguments: object) -> list[subprocess.Popen[
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for own in rank_environments(ranks)
+        for own in list_rank_environments(ranks)
     ]
 
 

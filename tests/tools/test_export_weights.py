@@ -17,7 +17,7 @@ from hpc_neuro.train.checkpoint import folder
 from hpc_neuro.train.checkpoint.tensor_files import TensorRange, rank_file, write_ranges
 from tests.helpers.tiny_store import write_store
 from tests.train.conftest import TINY
-from tools.export_weights import export
+from tools.export_weights import export_student
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 
 def test_the_newest_checkpoint_gives_what_train_exported(run, tmp_path):
-    export(run, tmp_path / "out")
+    export_student(run, tmp_path / "out")
     first, second = (load_file(d / "model.safetensors") for d in (run / "weights/last", tmp_path / "out"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
@@ -40,8 +40,8 @@ def test_the_newest_checkpoint_gives_what_train_exported(run, tmp_path):
     assert student(torch.rand(1, 1, 16, 32, 32)).logits.shape == (1, 1, 16, 32, 32)
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="mine exists and holds no exported student"):
-        export(run, tmp_path / "mine")
-    export(run, tmp_path / "out")
+        export_student(run, tmp_path / "mine")
+    export_student(run, tmp_path / "out")
 
 
 def test_ranges_of_several_ranks_are_put_together_and_what_is_missing_is_said(run, tmp_path):
@@ -62,13 +62,13 @@ def test_ranges_of_several_ranks_are_put_together_and_what_is_missing_is_said(ru
     for rank, rank_ranges in enumerate(ranges):
         write_ranges(rank_file(cut, rank), rank_ranges)
     for plain in (False, True):
-        export(newest, tmp_path / "whole", plain)
-        export(cut, tmp_path / "cut", plain)
+        export_student(newest, tmp_path / "whole", plain)
+        export_student(cut, tmp_path / "cut", plain)
         first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "cut"))
         assert all(torch.equal(first[k], second[k]) for k in first)
     rank_file(cut, 1).unlink()
     with pytest.raises(InputError, match="lacks"):
-        export(cut, tmp_path / "broken")
+        export_student(cut, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
 
 

@@ -49,19 +49,33 @@ from hpc_neuro.tracing.super_blocks import (
     link_super_block,
 )
 
-_VOXEL: VoxelSize = (1.0, 0.25, 0.25)  # [um]
+_VOXEL: VoxelSize = (1.0, 0.25, 0.25)
+"""[um] z y x."""
 _TILING = Tiling((32, 128, 128), 0.25, (4, 16, 16), (128, 512, 512), (32, 64, 64))
-_KEPT = 0.6  # of the strand voxels of a super-block is left for its groups
-_NODES = 0.5  # nodes of a tree per strand voxel
-_STREAMS, _TREE_FILES = forest_files.STREAMS, 10_000  # files of all trees; trees with files of their own
-_TREE_NODES = 500  # nodes of a tree: about 1 mm of cable at 1 um
-_PLACE_NODES = 100  # nodes for each doubtful place
-_TREE_BYTES = 3 * 48 + 16  # of a node in the three SWC files of all trees and in the table of confidence
-_PLACE_BYTES, _NEURON_BYTES = 75, 50  # of a row
-_TOGETHER = 1.5  # groups of blocks of tracing that hold something, per block that does
-_PACKED = 0.05  # [byte] of a voxel of a shard that is not empty
-_LISTINGS = 10  # of the folder of intermediate files, by the steps of tracing
-_SLANT = 0.5  # crossings of a unit of area per unit of length in a unit of volume, in all directions alike
+_KEPT = 0.6
+"""Share of the strand voxels of a super-block that is left for its groups."""
+_NODES = 0.5
+"""Nodes of a tree per strand voxel."""
+_STREAMS = forest_files.STREAMS
+"""Files of all trees."""
+_TREE_FILES = 10_000
+"""Trees, at most, that have files of their own."""
+_TREE_NODES = 500
+"""Nodes of a tree: about 1 mm of cable at 1 um."""
+_PLACE_NODES = 100
+"""Nodes for each doubtful place."""
+_TREE_BYTES = 3 * 48 + 16
+"""[byte] Of a node in the three SWC files of all trees and in the table of confidence."""
+_PLACE_BYTES, _NEURON_BYTES = 75, 50
+"""[byte] Of a row."""
+_TOGETHER = 1.5
+"""Groups of blocks of tracing that hold something, per block that does."""
+_PACKED = 0.05
+"""[byte] Of a voxel of a shard that is not empty."""
+_LISTINGS = 10
+"""Listings of the folder of intermediate files, by the steps of tracing."""
+_SLANT = 0.5
+"""Crossings of a unit of area per unit of length in a unit of volume, in all directions alike."""
 
 
 @dataclass(frozen=True)
@@ -193,21 +207,22 @@ class _Simulation:
     def __init__(self, site: Site, startup: tuple[float, float], seed: int, again: float) -> None:
         self._site, self._startup, self._random, self._again = site, startup, random.Random(seed), again
         self._out = Outcome()
-        self._now = self._start_ends = 0.0
+        self._clock = self._start_ends = 0.0
         self._fails = False
 
     def run(self, stages: list[Stage]) -> Outcome:
         out = self._out
         self._begin_start()
         for stage in stages:
-            begun = self._now
+            start = self._clock
             self._run_stage(stage)
-            out.stages[stage.name] = self._now - begun
+            out.stages[stage.name] = self._clock - start
             out.operations += float(np.broadcast_to(stage.operations, stage.seconds.shape).sum())
             out.reads += stage.reads * len(stage.seconds)
             out.files += stage.files
-        out.wall = self._now
-        out.allocated = self._now - (out.starts - 1) * self._site.queue
+
+        out.wall = self._clock
+        out.allocated = self._clock - (out.starts - 1) * self._site.queue
         return out
 
     def _begin_start(self) -> None:
@@ -218,22 +233,24 @@ class _Simulation:
             failure = self._random.expovariate(nodes / (site.node_hours * 3600))
 
         self._fails = failure < site.limit
-        self._start_ends = self._now + min(site.limit, failure)
+        self._start_ends = self._clock + min(site.limit, failure)
+
         cost = seconds + operations * site.latency
         if cost >= site.limit and "start" not in self._out.too_long:
             self._out.too_long.append("start")
-        self._now += cost
+
+        self._clock += cost
         # A start that takes all of its time would never do any work: it is shown, and counted as if it had time left.
-        self._start_ends = max(self._start_ends, self._now + 1.0 if cost >= site.limit else self._start_ends)
+        self._start_ends = max(self._start_ends, self._clock + 1.0 if cost >= site.limit else self._start_ends)
         self._out.operations += operations
         self._add_serial("start", cost)
 
     def _restart(self) -> None:
         self._out.failures += self._fails
-        self._now = self._start_ends + self._site.queue
+        self._clock = self._start_ends + self._site.queue
         self._out.starts += 1
         self._begin_start()
-        self._now += self._again * max(self._site.latency / self._site.ranks, 1 / self._site.metadata_rate)
+        self._clock += self._again * max(self._site.latency / self._site.ranks, 1 / self._site.metadata_rate)
         self._out.operations += self._again
 
     def _add_serial(self, name: str, seconds: float) -> None:
@@ -250,6 +267,7 @@ class _Simulation:
         durations = stage.seconds + stage.operations * max(
             site.latency, ranks / site.metadata_rate if np.any(stage.operations) else 0
         )
+
         longest = float(durations.max(initial=0.0))
         budget = site.limit - self._startup[0] - self._startup[1] * site.latency
         if longest > budget:
@@ -260,32 +278,33 @@ class _Simulation:
             pending = self._run_until_end_of_start(pending, ranks, unlimited=longest > budget)
             if pending:
                 self._restart()
+
         if stage.is_serial:
             self._add_serial(stage.name, float(durations.sum()))
 
     def _run_until_end_of_start(self, durations: list[float], ranks: int, unlimited: bool) -> list[float]:
-        """Work until the start ends; the tasks that are left."""
-        free = [self._now] * min(ranks, len(durations))
-        left, last = [], self._now
+        """Work until the start ends; the tasks that remain."""
+        free = [self._clock] * min(ranks, len(durations))
+        remaining, last = [], self._clock
         stop = math.inf if unlimited else self._start_ends
 
         for number, seconds in enumerate(durations):
             # Every rank has a task that the start is too short for.
             if not free:
-                left += durations[number:]
+                remaining += durations[number:]
                 break
-            begin = free[0]
-            if begin + seconds > stop:
+            end = free[0] + seconds
+            if end > stop:
                 heapq.heappop(free)
-                left.append(seconds)
+                remaining.append(seconds)
                 continue
-            heapq.heapreplace(free, begin + seconds)
-            last = max(last, begin + seconds)
+            heapq.heapreplace(free, end)
+            last = max(last, end)
 
-        self._now = last
+        self._clock = last
         if unlimited:
             self._start_ends = max(self._start_ends, last)
-        return left
+        return remaining
 
 
 def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tuple[list[Stage], tuple[float, float]]:
@@ -298,7 +317,7 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
     blocks = count_tiles(shape, _TILING.write)
     strands = 4e8 * voxels / 1e12
 
-    def spread(count: int, mean: float) -> np.ndarray:
+    def vary(count: int, mean: float) -> np.ndarray:
         # Blocks differ: a third of a mean either way, most of it from what they hold.
         return mean * np.clip(rng.normal(1.0, 0.3, count), 0.2, 2.5)
 
@@ -306,8 +325,9 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
     full = round(blocks * dense)
     # The dearest first, as they are listed.
     predict = np.concatenate(
-        [np.sort(spread(full, block_voxels * costs.student))[::-1], np.full(blocks - full, block_voxels * costs.empty)]
+        [np.sort(vary(full, block_voxels * costs.student))[::-1], np.full(blocks - full, block_voxels * costs.empty)]
     )
+
     # Each row of shards along x has a folder, in both images, which takes three operations; each rank has a log.
     rows = 2 * _count_rows(shape)
     operations = np.where(np.arange(blocks) < full, costs.block_operations + 3 * rows / full, 0)
@@ -324,7 +344,7 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
             Stage(f"list {number}", np.array([len(shards) * costs.list_shard]), 0, is_serial=True),
             Stage(
                 f"pyramid {number}",
-                spread(written, 8 * block_voxels * costs.pyramid),
+                vary(written, 8 * block_voxels * costs.pyramid),
                 costs.shard_operations + below,
                 written,
                 below + 1,
@@ -332,7 +352,7 @@ def plan_brain(voxels: float, dense: float, costs: UnitCosts, site: Site) -> tup
         ]
         finer = len(shards)
 
-    stages += plan_trees(shape, strands, dense, costs, spread, site.ranks)
+    stages += plan_trees(shape, strands, dense, costs, vary, site.ranks)
     startup = blocks * (costs.list_block + costs.read_marker), 30.0
 
     # The store of rank 0 serves one request at a time.
@@ -345,7 +365,7 @@ def plan_trees(
     strands: float,
     dense: float,
     costs: UnitCosts,
-    spread: Callable[[int, float], np.ndarray],
+    vary: Callable[[int, float], np.ndarray],
     ranks: int,
 ) -> list[Stage]:
     """The stages from the blocks to the files of the trees. strands: voxels of centerlines."""
@@ -375,10 +395,12 @@ def plan_trees(
     # Each super-block has three faces of its own, and two pieces meet at each crossing.
     area = supers * sum(math.prod(super_edges) / edge for edge in super_edges)
     going_on = 2 * _SLANT * area * strands / math.prod(shape)
+
     # Pieces that go on, and those that do not, are batches of their own.
     batches = 2 * supers
     _, ranges, sums = _count_file_parts(nodes)
     runs = len(_STREAMS) * math.prod(_choose_runs(nodes, batches))
+
     scratch = packs + in_groups + 2 * supers + 4 * batches + runs + ranges + sums
 
     task = costs.task_operations
@@ -386,29 +408,29 @@ def plan_trees(
         # A listing of a folder of a thousand files is one operation.
         Stage(
             "packs",
-            spread(packs, full / packs * math.prod(_TILING.write) * _PACKED * costs.gather),
+            vary(packs, full / packs * math.prod(_TILING.write) * _PACKED * costs.gather),
             task + math.ceil(full / packs),
             reads=full / packs,
         ),
         _plan_one_rank("list of skeletons", trace_blocks * costs.list_trace_block, 4 * _count_rows(shape)),
         Stage(
             "skeletons",
-            spread(in_groups, in_trees / in_groups * math.prod(cfg.block) * costs.skeleton),
+            vary(in_groups, in_trees / in_groups * math.prod(cfg.block) * costs.skeleton),
             task + group_packs,
             reads=group_packs,
         ),
         Stage(
             "super-blocks",
-            spread(supers, strands / supers * grown * costs.lines),
+            vary(supers, strands / supers * grown * costs.lines),
             task + group_files + super_packs,
             reads=group_files + super_packs,
         ),
-        Stage("links", spread(supers, kept / supers * costs.links), task + 27, reads=27),
+        Stage("links", vary(supers, kept / supers * costs.links), task + 27, reads=27),
         _plan_one_rank("groups", going_on * costs.groups + supers * costs.read_part, supers + task),
         Stage(
-            "batches", spread(batches, kept / batches * costs.trees), 2 * task + 8 + super_packs, reads=8 + super_packs
+            "batches", vary(batches, kept / batches * costs.trees), 2 * task + 8 + super_packs, reads=8 + super_packs
         ),
-        *plan_tree_files(nodes, batches, scratch, costs, spread, ranks),
+        *plan_tree_files(nodes, batches, scratch, costs, vary, ranks),
         Stage("removal", np.zeros(scratch // 512 + 1), 512),
     ]
 
@@ -418,7 +440,7 @@ def plan_tree_files(
     batches: int,
     scratch: int,
     costs: UnitCosts,
-    spread: Callable[[int, float], np.ndarray],
+    vary: Callable[[int, float], np.ndarray],
     ranks: int,
 ) -> list[Stage]:
     """The stages from the finished batches to the files. scratch: files that wait for a later step."""
@@ -434,13 +456,14 @@ def plan_tree_files(
     copies = []
     if runs:
         parts = math.ceil(batches / run_groups)
-        seconds = spread(runs, total_bytes / runs * (costs.gather + costs.checksum))
+        seconds = vary(runs, total_bytes / runs * (costs.gather + costs.checksum))
         copies.append(Stage("runs", seconds, task + 1 + parts, reads=1 + parts))
+
     return [
         _plan_one_rank("order of trees", trees * costs.sort + batches * costs.read_part, batches + task),
         Stage(
             "texts",
-            spread(batches, nodes / batches * texts),
+            vary(batches, nodes / batches * texts),
             2 * task + 7 + task * single_files // batches,
             single_files,
             reads=7,
@@ -450,12 +473,12 @@ def plan_tree_files(
         *copies,
         Stage(
             "files",
-            spread(ranges, total_bytes / ranges * costs.gather),
+            vary(ranges, total_bytes / ranges * costs.gather),
             task + opened,
             len(_STREAMS),
             reads=3 + opened,
         ),
-        Stage("checksums", spread(sums, total_bytes / sums * costs.checksum), task),
+        Stage("checksums", vary(sums, total_bytes / sums * costs.checksum), task),
         # One rank lists the folder of all results before each stage.
         _plan_one_rank("list of results", 0.0, _LISTINGS * math.ceil(scratch / 1000)),
         # The rank that writes the record has not read the journal before.
@@ -545,6 +568,7 @@ def _measure_joins(folder: Path, length: int = 20) -> tuple[float, float, float]
         rows = np.stack(np.meshgrid(np.arange(0, 64, 8), np.arange(0, 2048, 8), along, indexing="ij"))
         points = rows.reshape(3, -1).T.astype(np.int32)
         ones = np.ones(len(points), dtype=np.float32)
+
         empty = np.zeros((0, 3), dtype=np.int32)
         none = np.zeros(0, dtype=np.int64)
         piece = (points[:, 0] // 8 * 256 + points[:, 1] // 8).astype(np.int32)
@@ -561,9 +585,9 @@ def _measure_joins(folder: Path, length: int = 20) -> tuple[float, float, float]
         links[:] = [link_super_block(lines.__getitem__, n, cores, shape, (1.0, 1.0, 1.0), cfg=cfg) for n in range(2)]
 
     # Each of the two looks at both; a super-block inside a brain looks at itself and 26 others.
-    per_voxel = _time(link) / (2 * sum(len(part.voxels) for part in lines))
+    per_voxel = _measure_time(link) / (2 * sum(len(part.voxels) for part in lines))
     pieces = sum(len(part.pieces) for part in links if part is not None)
-    per_piece = _time(lambda: group_pieces(links.__getitem__, len(cores), cfg=cfg)) / pieces
+    per_piece = _measure_time(lambda: group_pieces(links.__getitem__, len(cores), cfg=cfg)) / pieces
 
     save_arrays(folder / "links.npz", links[0])
 
@@ -572,7 +596,7 @@ def _measure_joins(folder: Path, length: int = 20) -> tuple[float, float, float]
             with np.load(folder / "links.npz") as arrays:
                 SuperBlockLinks(**arrays)
 
-    return 27 * per_voxel, per_piece, _time(read) / 20
+    return 27 * per_voxel, per_piece, _measure_time(read) / 20
 
 
 def _measure_texts(folder: Path, trees: int = 20) -> tuple[float, float]:
@@ -582,11 +606,12 @@ def _measure_texts(folder: Path, trees: int = 20) -> tuple[float, float]:
     single = [build_tree(line + 10 * number, np.arange(_TREE_NODES) - 1) for number in range(trees)]
     forest, numbers = concatenate_trees(single), np.arange(2, trees + 2)
     labels = ForestLabels(numbers, np.arange(count) + 500)
+
     # A run of doubtful nodes for each place.
     sure = np.where(np.arange(count) % _PLACE_NODES < 5, 0.4, 0.9)
     confidence = NodeConfidence(sure, np.zeros((0, count)), 0.3, 0.5)
 
-    seconds = _time(
+    seconds = _measure_time(
         lambda: forest_files.write_texts(
             folder, 0, forest, numbers, labels, confidence, (10**6,) * 3, _VOXEL, _TILING.write
         )
@@ -596,7 +621,7 @@ def _measure_texts(folder: Path, trees: int = 20) -> tuple[float, float]:
         for tree in single:
             swc.write(folder / "a.swc", tree, unit="voxel", voxel_size=_VOXEL, comments=[])
 
-    return seconds / count, 2 * _time(write_alone) / count
+    return seconds / count, 2 * _measure_time(write_alone) / count
 
 
 def _measure_merge(folder: Path, items: int = 200_000) -> tuple[float, float, float]:
@@ -608,16 +633,16 @@ def _measure_merge(folder: Path, items: int = 200_000) -> tuple[float, float, fl
         sorted_parts.write_part(folder, part, {"rows": Items(keys, [row] * (items // 4))}, {})
 
     stream, size = Stream("rows", folder / "rows.csv"), items * len(row)
-    order = _time(lambda: sorted_parts.plan_stream(folder, 4, stream))
-    gather = _time(lambda: sorted_parts.write_range(folder, stream, 0))
-    checksum = _time(lambda: sorted_parts.hash_range(folder, stream, 0))
+    order = _measure_time(lambda: sorted_parts.plan_stream(folder, 4, stream))
+    gather = _measure_time(lambda: sorted_parts.write_range(folder, stream, 0))
+    checksum = _measure_time(lambda: sorted_parts.hash_range(folder, stream, 0))
     return order / items, gather / size, checksum / size
 
 
 def _measure_trace_listing(blocks: int = 5_000) -> float:
     """Listing the blocks of tracing."""
     cfg = TraceConfig()
-    return _time(lambda: list_trace_blocks((cfg.block[0], cfg.block[1], cfg.block[2] * blocks), cfg)) / blocks
+    return _measure_time(lambda: list_trace_blocks((cfg.block[0], cfg.block[1], cfg.block[2] * blocks), cfg)) / blocks
 
 
 def _measure_shard_listing(shards: int = 2_000) -> float:
@@ -632,14 +657,14 @@ def _measure_shard_listing(shards: int = 2_000) -> float:
             _, box = ome_zarr.locate_fine_box(levels, shard)
             set[str]().isdisjoint(ome_zarr.list_shards_in(box, _TILING.write, shard.level - 1, shard.label))
 
-    return _time(look) / len(level)
+    return _measure_time(look) / len(level)
 
 
 def _measure_listing(blocks: int = 2_000) -> float:
     """Listing blocks and counting their windows."""
     z, y, x = _TILING.write
     shape = (z, y, x * blocks)
-    return _time(lambda: _TILING.count_all_windows(shape)) / len(list(tile_volume(shape, _TILING.write)))
+    return _measure_time(lambda: _TILING.count_all_windows(shape)) / len(list(tile_volume(shape, _TILING.write)))
 
 
 def _measure_marker(folder: Path, count: int = 2_000) -> float:
@@ -651,14 +676,15 @@ def _measure_marker(folder: Path, count: int = 2_000) -> float:
         writer.begin(name_block(block.index))
         writer.write(BlockMarker(block.index, block.write.start, shards, "0" * 64, sizes=dict.fromkeys(shards, 1000)))
         writer.succeed(name_block(block.index))
+
     reader = DoneMarkers(folder, "a", "key")
-    return _time(lambda: reader.list_missing(blocks)) / count
+    return _measure_time(lambda: reader.list_missing(blocks)) / count
 
 
-def _time(part: Callable[[], object]) -> float:
-    begin = time.process_time()
+def _measure_time(part: Callable[[], object]) -> float:
+    start = time.process_time()
     part()
-    return time.process_time() - begin
+    return time.process_time() - start
 
 
 def parse_time(text: str) -> float:
@@ -688,9 +714,11 @@ def main() -> None:
     costs = UnitCosts() if args.costs == "stated" else measure_costs(UnitCosts())
     if args.student:
         costs = replace(costs, student=1 / args.student)
+
     site = Site(
         args.ranks, args.limit, args.latency, args.metadata_rate, args.ranks_per_node, args.node_hours, args.queue
     )
+
     stages, startup = plan_brain(args.voxels, args.dense, costs, site)
     outcome = simulate(stages, site, startup, again=count_again(stages, costs, site))
     print("\n".join(describe(outcome, stages, costs, site)))
@@ -737,6 +765,7 @@ def describe(outcome: Outcome, stages: list[Stage], costs: UnitCosts, site: Site
     yield f"{facts['hours']:.2f} hours in {outcome.starts} starts ({outcome.failures} ended by a node)"
     yield f"{facts['core_hours']:,.0f} core-hours, {facts['busy_core_hours']:,.0f} of them at work"
     yield f"{outcome.files:,} files at the end"
+
     rate, per_block = facts["metadata_operations_per_second"], facts["metadata_operations_per_block"]
     reads = facts["reads_per_block"]
     yield f"{rate:,.0f} metadata operations per second, {per_block:.1f} per block, {reads:.1f} of them to read data"

@@ -94,6 +94,7 @@ def measure_build(cfg: precompute.PrecomputeConfig) -> dict[str, float]:
     """Seconds of the bare forward and of the whole build, and their ratio."""
     store, teacher = Store(cfg.store), load_teacher(cfg.teacher)
     last_layer = [teacher.depth - 1]
+
     inputs = []
     for view in cfg.views:
         for shard in plan_shards(cfg, store["a"], view, teacher.patch):
@@ -104,6 +105,7 @@ def measure_build(cfg: precompute.PrecomputeConfig) -> dict[str, float]:
     bare = measure_seconds(lambda: [run_teacher(teacher, pixels, last_layer, cfg.position_free)() for pixels in inputs])
 
     with_start = measure_seconds(lambda: precompute.run(cfg))
+
     # The record's seconds include the forecast, but not the start.
     build = json.loads((cfg.out / "run.json").read_text())["summary"]["seconds"]
     return {
@@ -119,6 +121,7 @@ def measure_reads(cfg: precompute.PrecomputeConfig, crop: Sequence[int]) -> dict
     cache, rng = FeatureCache(cfg.out), np.random.default_rng(0)
     shape = Store(cfg.store)["a"].shape
     boxes = [_draw_box(rng, shape, crop) for _ in range(READS)]
+
     crop_bytes = sum(values.nbytes for values in cache.read_crop("a", boxes[0], PATCH).values()) * len(boxes)
     crop_seconds = measure_seconds(lambda: [cache.read_crop("a", box, PATCH) for box in boxes])
     speeds = {"crops": crop_bytes / crop_seconds / 1e6}
@@ -201,14 +204,14 @@ class _StepBench:
         indices = ([i] for i in range(count))
         with load_batches(self.crops, indices, 0, AHEAD, pin=False) as batches:
             for _ in range(count):
-                begin = time.monotonic()
+                start = time.monotonic()
                 batch = next(batches)
-                waits.append(time.monotonic() - begin)
+                waits.append(time.monotonic() - start)
                 self.step(batch)
-                seconds.append(time.monotonic() - begin)
+                seconds.append(time.monotonic() - start)
         return seconds, waits
 
-    def lowest_cosine(self, compute: LiveTeacher) -> float:
+    def measure_lowest_cosine(self, compute: LiveTeacher) -> float:
         """Mean cosine of a live teacher's features to the cached ones, of the view that is least alike."""
         crop = self.crops.sampler(0)
         cached = self.crops.cache.read_crop(crop.volume, crop.box, PATCH) if self.crops.cache else {}
@@ -236,8 +239,8 @@ def measure_steps(cfg: precompute.PrecomputeConfig, crop: Sequence[int], count: 
         "ratio": round(cached_s / same_s, 3),
         "crop_s": round(alone_s, 3),
         "crop_ratio": round(cached_s / alone_s, 3),
-        "cosine_of_same": round(bench.lowest_cosine(same), 5),
-        "cosine_of_crop": round(bench.lowest_cosine(alone), 5),
+        "cosine_of_same": round(bench.measure_lowest_cosine(same), 5),
+        "cosine_of_crop": round(bench.measure_lowest_cosine(alone), 5),
         "wait": round(sum(waits[1:]) / sum(cached_times[1:]), 4),
         "steps": count,
     }
@@ -245,9 +248,9 @@ def measure_steps(cfg: precompute.PrecomputeConfig, crop: Sequence[int], count: 
 
 def measure_seconds(work: Callable[[], object]) -> float:
     """Seconds that a call takes."""
-    begin = time.monotonic()
+    start = time.monotonic()
     work()
-    return time.monotonic() - begin
+    return time.monotonic() - start
 
 
 def _make_config(folder: Path, shape: tuple[int, int, int], teacher: str) -> precompute.PrecomputeConfig:

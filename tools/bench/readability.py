@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"vague names  {facts.path}:{facts.line} {facts.name}: {', '.join(sorted(facts.vague))}")
         if facts.is_participle:
             print(f"participle   {facts.path}:{facts.line} {facts.name}")
-    for cycle in import_cycles(paths):
+    for cycle in find_import_cycles(paths):
         print(f"cycle        {' -> '.join(cycle)}")
     print(json.dumps(figures))
     return 0
@@ -137,10 +137,10 @@ def measure(paths: Sequence[Path], functions: Sequence[FunctionFacts]) -> dict[s
         "function_lines_p90": lengths[int(0.9 * (len(lengths) - 1))],
         "function_lines_max": lengths[-1],
         "blank_share": round(sum(facts.blank for facts in functions) / max(body_lines, 1), 4),
-        "own_line_comment_share": round(sum(map(own_line_comments, paths)) / max(code_lines, 1), 4),
+        "own_line_comment_share": round(sum(map(count_own_line_comments, paths)) / max(code_lines, 1), 4),
         "functions_with_vague_names": sum(bool(facts.vague) for facts in functions),
         "participle_functions": sum(facts.is_participle for facts in functions),
-        "import_cycles": len(import_cycles(paths)),
+        "import_cycles": len(find_import_cycles(paths)),
     }
 
 
@@ -148,43 +148,45 @@ def read_functions(path: Path) -> Iterator[FunctionFacts]:
     """Every function of a file, nested ones too."""
     source = path.read_text(encoding="utf-8")
     lines = source.splitlines()
+
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, Function):
             end = node.end_lineno or node.lineno
-            inside = lines[node.body[0].lineno - 1 : end]
+            body = lines[node.body[0].lineno - 1 : end]
             names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
             yield FunctionFacts(
                 path=path.relative_to(ROOT) if path.is_relative_to(ROOT) else path,
                 name=node.name,
                 line=node.lineno,
                 lines=end - node.lineno + 1,
-                blank=sum(not line.strip() for line in inside),
+                blank=sum(not line.strip() for line in body),
                 vague=frozenset(names & VAGUE),
             )
 
 
-def own_line_comments(path: Path) -> int:
+def count_own_line_comments(path: Path) -> int:
     """Comment lines that share their line with no code."""
     source = path.read_text(encoding="utf-8")
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return sum(token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip() for token in tokens)
 
 
-def import_cycles(paths: Sequence[Path]) -> list[list[str]]:
+def find_import_cycles(paths: Sequence[Path]) -> list[list[str]]:
     """Modules that import one another at module level, as strongly connected components of more than one module."""
-    modules = {_module_name(path): path for path in paths}
-    graph = {name: set(_module_level_imports(name, path, modules)) for name, path in modules.items()}
-    return [sorted(component) for component in _strong_components(graph) if len(component) > 1]
+    modules = {_name_module(path): path for path in paths}
+    graph = {name: set(_list_imports(name, path, modules)) for name, path in modules.items()}
+    return [sorted(component) for component in _find_strong_components(graph) if len(component) > 1]
 
 
-def _module_name(path: Path) -> str:
+def _name_module(path: Path) -> str:
     parts = (
         path.resolve().relative_to(ROOT).with_suffix("").parts if path.resolve().is_relative_to(ROOT) else path.parts
     )
     return ".".join(parts).removesuffix(".__init__")
 
 
-def _module_level_imports(name: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
+def _list_imports(name: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
     """Modules of the set that are imported when this one is; imports inside functions and for types do not count."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
@@ -193,12 +195,12 @@ def _module_level_imports(name: str, path: Path, modules: dict[str, Path]) -> It
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 target = full if full in modules else node.module
-                # a package's own __init__ gathers its modules; a module that imports its package's sibling is no cycle
+                # A package's __init__ gathers its modules; a module that imports its package's sibling is no cycle.
                 if target in modules and not name.startswith(f"{target}."):
                     yield target
 
 
-def _strong_components(graph: dict[str, set[str]]) -> list[list[str]]:
+def _find_strong_components(graph: dict[str, set[str]]) -> list[list[str]]:
     """Tarjan's algorithm, without recursion."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -208,6 +210,7 @@ def _strong_components(graph: dict[str, set[str]]) -> list[list[str]]:
     for start in graph:
         if start in index:
             continue
+
         work = [(start, iter(graph[start]))]
         index[start] = low[start] = len(index)
         stack.append(start)
@@ -225,6 +228,8 @@ def _strong_components(graph: dict[str, set[str]]) -> list[list[str]]:
                 work.pop()
                 if work:
                     low[work[-1][0]] = min(low[work[-1][0]], low[node])
+
+                # The node is the first of its component that was visited; the others lie above it on the stack.
                 if low[node] == index[node]:
                     cut = stack.index(node)
                     components.append(stack[cut:])

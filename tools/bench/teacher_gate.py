@@ -77,6 +77,7 @@ def judge_all(
     store = Store(folder)
     names = list(volumes or store.ids)
     _write(HEADER)
+
     result: dict[str, Any] = {"layer": layer, "seed": seed, "counts": counts, "volumes": names, "teachers": {}}
     for text in teachers:
         start = time.monotonic()

@@ -95,10 +95,10 @@ def _build_plain(variant: str, size: Any, dtype: torch.dtype) -> Trainer:
         fully_shard(net)
 
     # DDP puts a prefix before the names.
-    named = {name.removeprefix("module."): p for name, p in net.named_parameters()}
+    parameters = {name.removeprefix("module."): p for name, p in net.named_parameters()}
     groups = [
-        {"params": [named[name] for name in group.names], "weight_decay": group.weight_decay}
-        for group in group_parameters(named.items(), OPTIM.weight_decay, {})
+        {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay}
+        for group in group_parameters(parameters.items(), OPTIM.weight_decay, {})
     ]
     optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, betas=BETAS)
 
@@ -126,9 +126,9 @@ def measure_variant(variant: str, args: argparse.Namespace, dtype: torch.dtype) 
 
     steps, peak_bytes = [], 0
     for _ in range(args.repeats + 1):
-        seconds, held_bytes = _time_step(trainer, batch)
+        seconds, tensor_bytes = _time_step(trainer, batch)
         steps.append(seconds)
-        peak_bytes = held_bytes - bytes_before
+        peak_bytes = tensor_bytes - bytes_before
     trainer.close()
     del trainer
     gc.collect()
@@ -159,18 +159,18 @@ def _time_step(trainer: Trainer, batch: dict[str, Any]) -> tuple[list[float], in
     device = distributed.device()
     dist.barrier()
 
-    begin = _read_clock(device)
+    start = _read_clock(device)
     loss = trainer.forward(batch).float().square().mean()
     forward_end = _read_clock(device)
     trainer.backward(loss)
     backward_end = _read_clock(device)
 
-    held_bytes = _count_tensor_bytes()
+    tensor_bytes = _count_tensor_bytes()
 
-    step_begin = _read_clock(device)
+    step_start = _read_clock(device)
     trainer.step()
     step_end = _read_clock(device)
-    return [forward_end - begin, backward_end - forward_end, step_end - step_begin], held_bytes
+    return [forward_end - start, backward_end - forward_end, step_end - step_start], tensor_bytes
 
 
 def time_all_reduce(numel: int, repeats: int) -> float:
@@ -179,9 +179,9 @@ def time_all_reduce(numel: int, repeats: int) -> float:
     fastest = float("inf")
     for _ in range(repeats):
         dist.barrier()
-        begin = _read_clock(values.device)
+        start = _read_clock(values.device)
         dist.all_reduce(values)
-        fastest = min(fastest, _read_clock(values.device) - begin)
+        fastest = min(fastest, _read_clock(values.device) - start)
     return fastest
 
 
@@ -218,10 +218,10 @@ def run_rank(args: argparse.Namespace) -> int:
     dtype = torch.bfloat16 if distributed.device().type == "cuda" else torch.float32
 
     times: dict[str, list[float]] = {}
-    held_bytes: dict[str, int] = {}
+    tensor_bytes: dict[str, int] = {}
     for _ in range(args.rounds):
         for variant in VARIANTS:
-            parts, held_bytes[variant] = measure_variant(variant, args, dtype)
+            parts, tensor_bytes[variant] = measure_variant(variant, args, dtype)
             times[variant] = min(times.get(variant, parts), parts, key=sum)
 
     numel = sum(p.numel() for p in build_student(StudentConfig(size=args.size)).parameters())
@@ -230,7 +230,7 @@ def run_rank(args: argparse.Namespace) -> int:
         ranks = format_count(args.ranks, "rank")
         print(f"{numel / 1e6:.1f} M parameters, {ranks} x {args.batch} crops of {args.crop}, {dtype}")
         print(f"an all-reduce of all gradients by itself: {1000 * all_reduce_seconds:.0f} ms")
-        print_results(args, times, held_bytes, all_reduce_seconds)
+        print_results(args, times, tensor_bytes, all_reduce_seconds)
 
     # The store of rank 0 stays until no rank needs it.
     dist.barrier()
@@ -238,7 +238,7 @@ def run_rank(args: argparse.Namespace) -> int:
 
 
 def print_results(
-    args: argparse.Namespace, times: dict[str, list[float]], held_bytes: dict[str, int], all_reduce_seconds: float
+    args: argparse.Namespace, times: dict[str, list[float]], tensor_bytes: dict[str, int], all_reduce_seconds: float
 ) -> None:
     """A table for people, and one JSON object."""
     totals = {variant: sum(parts) for variant, parts in times.items()}
@@ -247,7 +247,7 @@ def print_results(
     print(f"{'variant':<10}" + "".join(f"{p + ' ms':>13}" for p in (*PARTS, "total")) + f"{'ratio':>8}{'MiB':>8}")
     for variant, parts in times.items():
         cells = "".join(f"{1000 * v:>13.1f}" for v in (*parts, totals[variant]))
-        print(f"{variant:<10}{cells}{totals[variant] / best:>8.2f}{held_bytes[variant] / 2**20:>8.0f}")
+        print(f"{variant:<10}{cells}{totals[variant] / best:>8.2f}{tensor_bytes[variant] / 2**20:>8.0f}")
 
     utilization = _compute_utilization(args, totals)
     for variant, share in utilization.items():
@@ -257,7 +257,7 @@ def print_results(
         "ratio": {variant: round(total / best, 3) for variant, total in totals.items()},
         "seconds": {variant: dict(zip(PARTS, parts, strict=True)) for variant, parts in times.items()},
         "all_reduce_s": all_reduce_seconds,
-        "held_bytes": held_bytes,
+        "held_bytes": tensor_bytes,
         "ranks": args.ranks,
         "mfu": utilization,
     }

@@ -171,6 +171,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     numbers = args.neurons or ([1, 2, 4] if args.study == "labels" else [1])
     trials = plan_trials(store.ids, args.only, STUDIES[args.study], numbers, args.seeds)
     bench = open_bench(store, args)
+
     # Source of features -> keys of the teacher and of its cache.
     sources = sorted({ARMS[arm].distilled for arm in STUDIES[args.study]} - {""})
     distilled = {source: cache_features(bench, source) for source in sources}
@@ -248,6 +249,7 @@ def train_and_score(bench: Bench, trial: Trial, distilled: Mapping[str, Sequence
 
     folder = bench.out / "runs" / trial.name
     train(bench, trial, distilled.get(ARMS[trial.arm].distilled, ()), folder)
+
     student, _ = load_student(folder / "weights" / "last")
     scores = score_held_out(StudentLogits(student), bench.store, trial.held_out, trial.validated, bench.windows)
     result = {"settings": facts, **scores}
@@ -279,7 +281,7 @@ def train(bench: Bench, trial: Trial, distilled: Sequence[str], folder: Path) ->
         "tracker.wandb=disabled",
         f"seed={trial.seed}",
     ]
-    _call("train", keys)
+    _run_verb("train", keys)
 
 
 def link_store(bench: Bench, trial: Trial) -> Path:
@@ -313,16 +315,16 @@ def cache_features(bench: Bench, source: str) -> tuple[str, ...]:
 
     folder = bench.out / f"cache_{source}"
     everything = Trial("", bench.store.ids[0], bench.store.ids[0], tuple(bench.store.ids), 0)
-    _call("precompute", [f"store={link_store(bench, everything)}", f"out={folder}", *keys, "gate=skip"])
+    _run_verb("precompute", [f"store={link_store(bench, everything)}", f"out={folder}", *keys, "gate=skip"])
     return (*keys, f"cache={folder}")
 
 
-def _call(verb: str, keys: Sequence[str]) -> None:
+def _run_verb(verb: str, keys: Sequence[str]) -> None:
     command = [sys.executable, "-m", "hpc_neuro", verb, *keys]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    if done.returncode:
-        end = " ".join((done.stderr or done.stdout).split())[-600:]
-        raise InputError(f"`hpc-neuro {verb} {' '.join(keys)}` ended with exit code {done.returncode}: {end}")
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    if process.returncode:
+        end = " ".join((process.stderr or process.stdout).split())[-600:]
+        raise InputError(f"`hpc-neuro {verb} {' '.join(keys)}` ended with exit code {process.returncode}: {end}")
 
 
 def summarize(trials: Sequence[Trial], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -360,6 +362,7 @@ def compare_arms(
             "p": sign_flip_test(values),
             "neurons_needed": count_neurons_needed(values, EFFECT),
         }
+
     corrected = correct_for_many([row["p"] for row in differences.values()])
     for row, p in zip(differences.values(), corrected, strict=True):
         row["p_holm"] = p

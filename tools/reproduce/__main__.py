@@ -92,8 +92,9 @@ PAPERS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Do the steps that are missing; the exit code of the first one that does not end with 0."""
-    args = parse(argv)
+    args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+
     try:
         return reproduce(args)
     except (InputError, ConfigError) as error:
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(error.returncode)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,6 +126,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="trainings of seconds with one seed: shows that the kit runs"
     )
     args = parser.parse_args(argv)
+
     if args.folds < 3 or not 0 <= args.fold < args.folds:
         parser.error(
             f"--folds {args.folds} --fold {args.fold}: want at least 3 folds, and a fold from 0 to their number - 1"
@@ -138,10 +140,12 @@ def reproduce(args: argparse.Namespace) -> int:
     if args.stand_in:
         write = stand_in.write_bigneuron if args.paper == "dineuro" else stand_in.write_pairs
         write(args.data, args.stand_in, tuple(args.shape))
+
     make_manifest(args, paper, out)
 
     if not run_verb("prepare", out / "store", [f"manifest={out / 'manifest.csv'}"], args.cluster):
         return EXIT_STOPPED
+
     teacher = list_teacher_keys(args)
     if paper.distils:
         keys = [f"store={out / 'store'}", "gate=report", *teacher]
@@ -164,6 +168,7 @@ def make_manifest(args: argparse.Namespace, paper: Paper, out: Path) -> None:
 
     size = args.voxel_size or paper.voxel_size or (" ".join(map(str, stand_in.VOXEL_SIZE)) if args.stand_in else "")
     write_manifest(out / "manifest.csv", neurons, splits, size)
+
     counts = {split: list(splits.values()).count(split) for split in ("train", "val", "test")}
     log.info("manifest: %s: %s", files.format_count(len(names), "neuron"), counts)
 
@@ -172,6 +177,7 @@ def list_teacher_keys(args: argparse.Namespace) -> list[str]:
     """Keys of the teacher for precompute."""
     if args.quick:
         return ["teacher.model=random"]
+
     cfg = load(VERBS["train"].load_config_class(), CONFIGS / "train" / f"reproduce_{args.paper}.yaml")
     weights = [f"teacher.weights={args.teacher.absolute()}"] if args.teacher else []
     return [f"teacher.model={cfg.teacher.model}", *weights]
@@ -180,12 +186,12 @@ def list_teacher_keys(args: argparse.Namespace) -> list[str]:
 def run_verb(verb: str, out: Path, keys: list[str], cluster: str | None) -> bool:
     """Run a verb here, or submit it; whether its result is there. Raises CalledProcessError."""
     if cluster is None:
-        _run(["hpc_neuro", verb, f"out={out}", *keys])
+        _run_module(["hpc_neuro", verb, f"out={out}", *keys])
         return True
 
     if (out / run_folder.RECORD).exists() and run_folder.read_record(out, "remove it").get("exit") == EXIT_DONE:
         return True
-    _run(["launch", verb, f"out={out}", *keys, "--cluster", cluster])
+    _run_module(["launch", verb, f"out={out}", *keys, "--cluster", cluster])
     log.info("%s is submitted; `python -m launch status %s` follows it. Then give the same command again", verb, out)
     return False
 
@@ -201,17 +207,20 @@ def run_study(args: argparse.Namespace, paper: Paper, out: Path, teacher: list[s
     words.append("train.keys=[" + ",".join(f'"{key}"' for key in [*cfg.train.keys, *keys]) + "]")
     if args.quick:
         words += QUICK_STUDY
+
     on = ["--on", "slurm", "--cluster", args.cluster] if args.cluster else []
-    return _run(["launch", "sweep", str(path), *words, *on])
+    return _run_module(["launch", "sweep", str(path), *words, *on])
 
 
 def format_table(path: Path) -> list[str]:
     """Means of the scores over seeds and neurons, a line for each setting."""
     with path.open(encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
+
     # The settings stand before the seed.
     names = list(rows[0])
     dimensions = names[: names.index("seed")]
+
     settings: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         settings.setdefault(", ".join(row[name] for name in dimensions), []).append(row)
@@ -224,7 +233,7 @@ def format_table(path: Path) -> list[str]:
     return lines
 
 
-def _run(words: list[str]) -> int:
+def _run_module(words: list[str]) -> int:
     """Run a module of the project in a process of its own. Raises CalledProcessError where it does not end with 0."""
     log.info("python -m %s", " ".join(words))
     return subprocess.run([sys.executable, "-m", *words], check=True).returncode

@@ -45,10 +45,11 @@ def find_neurons(data: Path, part: str, tree: str) -> list[Neuron]:
             if neuron.id in neurons:
                 raise InputError(f"{neuron.image} and {neurons[neuron.id].image} would both be {neuron.id}; rename one")
             neurons[neuron.id] = neuron
+
     if not neurons:
-        named = f" with {part!r} in their path" if part else ""
+        condition = f" with {part!r} in their path" if part else ""
         raise InputError(
-            f"{data} holds no folders{named} with an image and an SWC file; unpack the archives, or --part"
+            f"{data} holds no folders{condition} with an image and an SWC file; unpack the archives, or --part"
         )
     return [neurons[name] for name in sorted(neurons)]
 
@@ -72,6 +73,7 @@ def _find_in_folder(data: Path, folder: Path, tree: str) -> list[Neuron]:
             f"that match {tree!r}, want one of each (SWC files: {', '.join(path.name for path in trees)}); name the "
             "trees of the gold standard with --tree 'PATTERN'"
         )
+
     (image,) = images.values()
     name = folder.relative_to(data).as_posix().replace("/", "_") if folder != data else folder.resolve().name
     return [Neuron(name, image, chosen[0])]
@@ -87,6 +89,7 @@ def assign_splits(names: Sequence[str], folds: int, fold: int) -> dict[str, str]
         raise InputError(
             f"{files.format_count(len(names), 'neuron')} cannot be divided into {folds} folds; give --folds"
         )
+
     order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     kinds = {fold: "test", (fold + 1) % folds: "val"}
     return {name: kinds.get(place % folds, "train") for place, name in enumerate(order)}
@@ -99,6 +102,7 @@ def read_splits(path: Path, names: Sequence[str]) -> dict[str, str]:
     splits = dict(rows)
     if wrong := sorted({split for split in splits.values() if split not in ("train", "val", "test")}):
         raise InputError(f"{path} names the split {wrong[0]!r}; want lines of id,split with train, val or test")
+
     missing = [name for name in names if name not in splits]
     extra = [name for name in splits if name not in set(names)]
     if missing or extra:

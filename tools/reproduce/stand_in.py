@@ -21,9 +21,9 @@ VOXEL_SIZE = (0.38, 0.38, 0.38)
 def write_bigneuron(folder: Path, count: int, shape: Shape) -> None:
     """A release of BigNeuron: a folder for each neuron with its v3draw, its gold tree, and an earlier tree."""
     for number in range(1, count + 1):
-        place = folder / "gold166_wids" / "checked7_janelia_flylight_part1" / f"{number}"
-        _write_neuron(place / f"{number}.v3draw", place / f"{number}.v3draw.ano.swc_sorted.swc", number, shape)
-        (place / f"{number}.v3draw_raw.swc").write_text("# an earlier stage\n1 2 1 1 1 1 -1\n", encoding="utf-8")
+        neuron = folder / "gold166_wids" / "checked7_janelia_flylight_part1" / f"{number}"
+        _write_neuron(neuron / f"{number}.v3draw", neuron / f"{number}.v3draw.ano.swc_sorted.swc", number, shape)
+        (neuron / f"{number}.v3draw_raw.swc").write_text("# an earlier stage\n1 2 1 1 1 1 -1\n", encoding="utf-8")
 
 
 def write_pairs(folder: Path, count: int, shape: Shape) -> None:
@@ -35,6 +35,7 @@ def write_pairs(folder: Path, count: int, shape: Shape) -> None:
 def _write_neuron(image_path: Path, tree_path: Path, seed: int, shape: Shape) -> None:
     tree = grow_random_tree(seed, shape, VOXEL_SIZE, TreeForm())
     image = render_stack(tree, shape, VOXEL_SIZE, Microscope(), seed)
+
     image_path.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic(image_path) as part:
         part.write_bytes(encode_v3draw(image))
@@ -44,5 +45,6 @@ def _write_neuron(image_path: Path, tree_path: Path, seed: int, shape: Shape) ->
 def encode_v3draw(image: NDArray[np.generic]) -> bytes:
     """A v3draw of one channel: name, byte order, bytes of a voxel, sizes x y z c, voxels."""
     z, y, x = image.shape
-    little = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("<"))
-    return b"raw_image_stack_by_hpeng" + b"L" + struct.pack("<h4i", image.dtype.itemsize, x, y, z, 1) + little.tobytes()
+    header = b"raw_image_stack_by_hpeng" + b"L" + struct.pack("<h4i", image.dtype.itemsize, x, y, z, 1)
+    voxels = np.ascontiguousarray(image, dtype=image.dtype.newbyteorder("<"))
+    return header + voxels.tobytes()

@@ -37,6 +37,7 @@ def export_weights(runs: list[Path], store: Path, folder: Path, shapes: int) -> 
         digest = files.sha256(part / "model.safetensors")
         saved = SavedStudent(student=student.cfg, code=code, extra=extra, sha256=digest)
         (part / "student.yaml").write_text(schema.dump(saved), encoding="utf-8")
+
         card = {
             "name": "bundled",
             "license": "Apache-2.0",

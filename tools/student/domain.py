@@ -82,9 +82,9 @@ class Scene:
 def draw_scene(seed: int, number: int, shape: Shape, gold: Sequence[Path] = ()) -> Scene:
     """Scene `number` of a domain; a function of its arguments. `gold`: SWC files in voxels, for real shapes."""
     rng = np.random.default_rng([seed, number])
-    anisotropy = _log_uniform(rng, _ANISOTROPY)
+    anisotropy = _draw_log_uniform(rng, _ANISOTROPY)
     size: VoxelSize = (0.33 * anisotropy, 0.33, 0.33)
-    radius = _log_uniform(rng, _RADIUS)
+    radius = _draw_log_uniform(rng, _RADIUS)
 
     # Neurites, their light, and the width that they seem to have.
     trees = _draw_trees(rng, shape, size, radius, gold)
@@ -104,8 +104,8 @@ def draw_scene(seed: int, number: int, shape: Shape, gold: Sequence[Path] = ()) 
         "somas": soma_count,
     }
     image, visible = _photograph(rng, light, size, facts)
-    looks = replace(tree, radii=np.sqrt(tree.radii**2 + (0.8 * blur[0]) ** 2))
-    return Scene(image, _drop_invisible(looks, light, visible), size, facts)
+    apparent = replace(tree, radii=np.sqrt(tree.radii**2 + (0.8 * blur[0]) ** 2))
+    return Scene(image, _drop_invisible(apparent, light, visible), size, facts)
 
 
 # --- Neurites ---
@@ -129,14 +129,15 @@ def _draw_trees(
         form = TreeForm(
             trunk_radius=trunk,
             tip_radius=trunk * rng.uniform(0.25, 0.7),
-            winding=_log_uniform(rng, (0.05, 0.5)),
-            branch_every=_log_uniform(rng, (5.0, 40.0)),
-            branch_length=_log_uniform(rng, (8.0, 40.0)),
+            winding=_draw_log_uniform(rng, (0.05, 0.5)),
+            branch_every=_draw_log_uniform(rng, (5.0, 40.0)),
+            branch_length=_draw_log_uniform(rng, (8.0, 40.0)),
             orders=int(rng.integers(0, 4)),
             soma=0.0,
             flatness=rng.uniform(0.3, 1.0),
         )
         trees.append(grow_random_tree(int(rng.integers(1 << 31)), shape, size, form))
+
     trees = [tree for tree in trees if len(tree) >= _LEAST_NODES]
     return trees or _draw_trees(rng, shape, size, radius, ())
 
@@ -184,10 +185,10 @@ def _render_neurites(
         psf=(blur[1] * size[0], blur[0] * fine_voxel(size)),
         halo=rng.uniform(0, 0.4),
         brightness=0.15,
-        unevenness=_log_uniform(rng, (0.15, 0.8)),
-        bouton_every=_log_uniform(rng, (6.0, 60.0)),
+        unevenness=_draw_log_uniform(rng, (0.15, 0.8)),
+        bouton_every=_draw_log_uniform(rng, (6.0, 60.0)),
         bouton_swelling=rng.uniform(1.2, 2.6),
-        gap_every=_log_uniform(rng, (20.0, 300.0)),
+        gap_every=_draw_log_uniform(rng, (20.0, 300.0)),
         gap_length=rng.uniform(0.5, 3.0),
         photons=1e7,
         read_noise=0.0,
@@ -196,6 +197,7 @@ def _render_neurites(
         fragments=0,
         bits=16,
     )
+
     # A forest has a share for each component; cuts at the border make more of them than there are neurons.
     components = morphology.label_components(tree)
     first = [int(np.flatnonzero(components == c)[0]) for c in range(int(components.max()) + 1)]
@@ -210,13 +212,14 @@ def _add_somas(rng: np.random.Generator, light: Image, tree: Tree, size: VoxelSi
     radii = tree.radii.copy()
     glow = np.zeros(len(tree))
     for node in rng.choice(len(tree), count).tolist():
-        radius = _log_uniform(rng, _SOMA_RADIUS)
+        radius = _draw_log_uniform(rng, _SOMA_RADIUS)
         # The radius shrinks within a soma's own length, so that processes leave it like funnels.
         distance = np.linalg.norm((tree.points - tree.points[node]) * np.asarray(size), axis=1) / fine_voxel(size)
         bulge = radius * np.sqrt(np.clip(1 - (distance / (0.6 * radius)) ** 2, 0, 1))
+
         is_nearer = bulge > radii
         radii[is_nearer] = bulge[is_nearer]
-        glow[is_nearer] = _log_uniform(rng, _SOMA_BRIGHTNESS)
+        glow[is_nearer] = _draw_log_uniform(rng, _SOMA_BRIGHTNESS)
 
     swollen = replace(tree, radii=radii)
     painted = paint_tree(swollen, glow, Box.whole((light.shape[0], light.shape[1], light.shape[2])), size)
@@ -228,6 +231,7 @@ def _drop_invisible(tree: Tree, light: Image, visible: float) -> Tree:
     """The tree without stretches that nobody can see: farther than a gap from any node of enough light."""
     tree = morphology.resample_tree(tree, 2.0)
     around = ndimage.maximum_filter(light, 3)
+
     places = np.clip(np.rint(tree.points), 0, np.asarray(light.shape) - 1).astype(np.int64)
     is_bright = around[tuple(places.T)] >= visible
     if not is_bright.any():
@@ -248,7 +252,7 @@ def _photograph(rng: np.random.Generator, light: Image, size: VoxelSize, facts: 
     """
     shape: Shape = (light.shape[0], light.shape[1], light.shape[2])
     is_black = bool(rng.random() < _BLACK_SHARE)
-    tissue = _log_uniform(rng, _TISSUE)
+    tissue = _draw_log_uniform(rng, _TISSUE)
 
     # Objects that are no neurites.
     image = light
@@ -273,14 +277,15 @@ def _photograph(rng: np.random.Generator, light: Image, size: VoxelSize, facts: 
     if rng.random() < _SHIFT_SHARE:
         image = _shift_slices(rng, image)
 
-    photons = _log_uniform(rng, _PHOTONS)
+    photons = _draw_log_uniform(rng, _PHOTONS)
     is_noisy = not is_black and bool(rng.random() < _NOISY_SHARE / (1 - _BLACK_SHARE))
-    read_noise = _log_uniform(rng, _STRONG_NOISE if is_noisy else _READ_NOISE)
+    read_noise = _draw_log_uniform(rng, _STRONG_NOISE if is_noisy else _READ_NOISE)
     shot = rng.poisson(np.maximum(image, 0) * photons) / photons
     noisy: Image = (shot + read_noise * rng.normal(size=shape)).astype(np.float32)
     if rng.random() < 0.25:
         # Denoised or resampled stacks have smooth noise.
         noisy = ndimage.gaussian_filter(noisy, rng.uniform(0.3, 0.9))
+
     noise = math.sqrt(read_noise**2 + (0.0 if is_black else tissue) / photons)
     # The eye and the student average over some voxels.
     visible = 0.4 * noise + 0.02
@@ -297,8 +302,9 @@ def _digitize(rng: np.random.Generator, image: Image) -> Array:
     """Gain, offset and saturation of a camera of 8 or 16 bits."""
     bits = 8 if rng.random() < 0.7 else 16
     full_scale = 255 if bits == 8 else 4095
+
     # Full scale lies between 1.2 and 6 times the brightness of a neurite: what is brighter saturates.
-    gain = full_scale / _log_uniform(rng, (1.2, 6.0))
+    gain = full_scale / _draw_log_uniform(rng, (1.2, 6.0))
     offset = 0.0 if rng.random() < 0.6 else rng.uniform(0, 0.1) * full_scale
     counts = np.clip(np.rint(image * gain + offset * (image != 0)), 0, full_scale)
     return np.asarray(counts, dtype=np.uint8 if bits == 8 else np.uint16)
@@ -308,6 +314,7 @@ def _draw_vessels(rng: np.random.Generator, shape: Shape, size: VoxelSize, tissu
     """Wide, soft tubes that are no neurites, as vessels and fibers in the background are."""
     fine = fine_voxel(size)
     image = np.zeros(shape, dtype=np.float32)
+
     for _ in range(int(rng.integers(1, 4))):
         radius = rng.uniform(6, 14) * fine
         form = TreeForm(trunk_radius=radius, tip_radius=0.7 * radius, winding=0.05, orders=1, soma=0.0)
@@ -322,10 +329,11 @@ def _draw_nuclei(rng: np.random.Generator, shape: Shape, size: VoxelSize) -> Ima
     image = np.zeros(shape, dtype=np.float32)
     grid = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij", sparse=True)
     stretch = np.asarray(size) / fine_voxel(size)
+
     is_hollow = rng.random() < 0.3
-    brightness = _log_uniform(rng, (0.1, 1.5))
+    brightness = _draw_log_uniform(rng, (0.1, 1.5))
     for _ in range(int(rng.integers(3, 40))):
-        radius = _log_uniform(rng, (2.0, 9.0))
+        radius = _draw_log_uniform(rng, (2.0, 9.0))
         center = rng.uniform(0, 1, 3) * shape
         axes = np.maximum(radius * rng.uniform(0.7, 1.3, 3) / stretch, 0.7)
         window = tuple(slice(max(int(c - a - 2), 0), max(int(c + a + 3), 0)) for c, a in zip(center, axes, strict=True))
@@ -333,6 +341,7 @@ def _draw_nuclei(rng: np.random.Generator, shape: Shape, size: VoxelSize) -> Ima
             ((axis_grid[tuple(w if k == i else slice(None) for k, w in enumerate(window))] - c) / a) ** 2
             for i, (axis_grid, c, a) in enumerate(zip(grid, center, axes, strict=True))
         ]
+
         distance = np.sqrt(parts[0] + parts[1] + parts[2])
         body = np.clip((1.1 - distance) * 4, 0, 1)
         if is_hollow:
@@ -344,7 +353,7 @@ def _draw_nuclei(rng: np.random.Generator, shape: Shape, size: VoxelSize) -> Ima
 def _draw_specks(rng: np.random.Generator, shape: Shape) -> Image:
     """Dust and debris of one to three voxels."""
     specks = np.zeros(shape, dtype=np.float32)
-    count = int(rng.poisson(_log_uniform(rng, (2, 150)) * math.prod(shape) / 1e6))
+    count = int(rng.poisson(_draw_log_uniform(rng, (2, 150)) * math.prod(shape) / 1e6))
     places = tuple(rng.integers(0, n, count) for n in shape)
     np.add.at(specks, places, rng.lognormal(1.5, 0.8, count).astype(np.float32))
     return np.asarray(ndimage.gaussian_filter(specks, rng.uniform(0.5, 1.2, 3)), dtype=np.float32)
@@ -355,6 +364,7 @@ def _draw_clouds(rng: np.random.Generator, shape: Shape) -> Image:
     clouds = np.ones(shape, dtype=np.float32)
     for knots in (3, 8, 24):
         clouds += rng.uniform(0, 0.6) * _draw_field(rng, shape, knots)
+
     grain = ndimage.gaussian_filter(rng.normal(size=shape).astype(np.float32), rng.uniform(0.6, 2.0, 3))
     clouds += rng.uniform(0, 0.5) * grain / max(float(grain.std()), 1e-6)
     return np.maximum(clouds, 0)
@@ -375,5 +385,5 @@ def _shift_slices(rng: np.random.Generator, image: Image) -> Image:
     return moved
 
 
-def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
+def _draw_log_uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
     return float(np.exp(rng.uniform(math.log(bounds[0]), math.log(bounds[1]))))

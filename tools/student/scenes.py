@@ -36,9 +36,9 @@ def write_scenes(folder: Path, seed: int, count: int, gold: Sequence[Path], work
     log.info("scenes: %d of %d are there", count - len(missing), count)
 
     write = functools.partial(_write_scene, folder, seed, tuple(gold))
-    for done, _ in enumerate(_run(write, missing, workers), start=1):
-        if done % 50 == 0:
-            log.info("scenes: %d of %d", count - len(missing) + done, count)
+    for written, _ in enumerate(_map_numbers(write, missing, workers), start=1):
+        if written % 50 == 0:
+            log.info("scenes: %d of %d", count - len(missing) + written, count)
 
     rows = [json.loads((folder / f"{name}.json").read_text()) for name in names]
     with files.atomic(folder / MANIFEST) as part, part.open("w", newline="") as file:
@@ -58,10 +58,11 @@ def write_scenes(folder: Path, seed: int, count: int, gold: Sequence[Path], work
             )
 
 
-def _run(write: Any, numbers: list[int], workers: int) -> Iterator[None]:
+def _map_numbers(write: Any, numbers: list[int], workers: int) -> Iterator[None]:
     if workers == 1:
         yield from map(write, numbers)
         return
+
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield from pool.imap_unordered(write, numbers, chunksize=4)
 
@@ -69,6 +70,7 @@ def _run(write: Any, numbers: list[int], workers: int) -> Iterator[None]:
 def _write_scene(folder: Path, seed: int, gold: tuple[Path, ...], number: int) -> None:
     name = f"scene_{number:05d}"
     scene = draw_visible(seed, number, gold)
+
     with files.atomic(folder / f"{name}.tif") as part:
         tifffile.imwrite(part, scene.image, compression="zlib", metadata={"axes": "ZYX"}, photometric="minisblack")
     swc.write(folder / f"{name}.swc", scene.tree, unit="voxel", voxel_size=scene.voxel_size)
@@ -96,14 +98,17 @@ def draw_visible(seed: int, number: int, gold: tuple[Path, ...]) -> Scene:
 def join_stores(out: Path, stores: Sequence[Path]) -> None:
     """Write a store of links to all volumes of `stores`, which keep their splits. Ids must differ."""
     out.mkdir(parents=True, exist_ok=True)
+
     joint: dict[str, Any] = {}
     for store in stores:
         index = files.read_json(store / INDEX, "prepare it again", dict)
         for name, record in index["volumes"].items():
             if name in joint.get("volumes", {}):
                 raise ValueError(f"{name} is in two stores")
+
             link = out / record["file"]
             link.unlink(missing_ok=True)
             link.symlink_to((store / record["file"]).resolve())
+
         joint = {**index, "volumes": {**joint.get("volumes", {}), **index["volumes"]}}
     files.write_json(out / INDEX, joint)

@@ -66,39 +66,40 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     try:
-        _build(args)
+        _build_student(args)
     except subprocess.CalledProcessError as error:
         return int(error.returncode)
     return 0
 
 
-def _build(args: argparse.Namespace) -> None:
+def _build_student(args: argparse.Namespace) -> None:
     out: Path = args.out
     gold = sorted(args.gold.glob("*.swc")) if args.gold else []
     scenes, own_store = out / "scenes", out / "store_scenes"
     write_scenes(scenes, seed=0, count=args.scenes, gold=gold, workers=args.workers)
 
     # The trees of scenes have the widths that the neurites were painted with.
-    _run("prepare", f"manifest={scenes / MANIFEST}", f"out={own_store}", "radius.kind=swc", *_PREPARE)
+    _run_verb("prepare", f"manifest={scenes / MANIFEST}", f"out={own_store}", "radius.kind=swc", *_PREPARE)
     stores = [own_store, *args.store]
     for number, manifest in enumerate(args.pairs, start=1):
         store = out / f"store_pairs_{number}"
-        _run("prepare", f"manifest={manifest}", f"out={store}", *_PREPARE)
+        _run_verb("prepare", f"manifest={manifest}", f"out={store}", *_PREPARE)
         stores.append(store)
 
     first, second = args.steps
-    _run("train", f"store={own_store}", f"out={out / 'first'}", f"optim.steps={first}", *RECIPE)
+    _run_verb("train", f"store={own_store}", f"out={out / 'first'}", f"optim.steps={first}", *RECIPE)
+
     joint = out / "store_all"
     join_stores(joint, stores)
     more = (f"optim.steps={second}", f"init={out / 'first'}", *RECIPE, *_SECOND)
-    _run("train", f"store={joint}", f"out={out / 'second'}", *more)
+    _run_verb("train", f"store={joint}", f"out={out / 'second'}", *more)
 
     if args.export:
         export_weights([out / "first", out / "second"], joint, args.export, len(gold))
         log.info("wrote %s", args.export)
 
 
-def _run(verb: str, *settings: str) -> None:
+def _run_verb(verb: str, *settings: str) -> None:
     """Run a verb of hpc-neuro in a process of its own. Raises CalledProcessError where it does not end with 0."""
     command = [sys.executable, "-m", "hpc_neuro", verb, *settings]
     log.info("hpc-neuro %s", " ".join([verb, *settings]))

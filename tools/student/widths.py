@@ -49,6 +49,7 @@ def main() -> int:
     gold = sorted(args.gold.glob("*.swc")) if args.gold else []
     numbers = [number for number in range(args.of) if not is_validation(number)]
     chosen = [numbers[i] for i in np.linspace(0, len(numbers) - 1, args.scenes).astype(int)]
+
     scenes = list(_measure_scenes(chosen, gold))
     real = list(_measure_stores(args.store, args.only))
     quartiles = summarize_widths([*scenes, *real])

@@ -31,7 +31,7 @@ def test_the_whole_kit_on_stand_in_data(
 
 def test_a_cluster_gets_one_step_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
-    monkeypatch.setattr(kit, "_run", lambda words: commands.append(words) or 0)
+    monkeypatch.setattr(kit, "_run_module", lambda words: commands.append(words) or 0)
     data, out = tmp_path / "data", tmp_path / "out"
     write_pairs(data, 3, (12, 32, 32))
     arguments = ["dineuro", str(data), str(out), "--part", "", "--folds", "3", "--cluster", "gpu"]
@@ -62,7 +62,7 @@ def test_the_keys_of_a_study_are_usable(
 ) -> None:
     """The sweep's own check of keys accepts what the kit gives it, and so does the training's config."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(kit, "_run", lambda words: commands.append(words) or 0)
+    monkeypatch.setattr(kit, "_run_module", lambda words: commands.append(words) or 0)
     monkeypatch.setattr(kit, "format_table", lambda path: [])
     write_pairs(tmp_path / "data", 3, (12, 32, 32))
     extra = ["--quick"] if quick else []
