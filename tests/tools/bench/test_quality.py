@@ -77,9 +77,9 @@ def test_the_threshold_is_that_of_the_best_dice() -> None:
 
 
 def test_schedules_begin_high_and_end_low() -> None:
-    assert quality.decay_polynomially(0.0) == 1.0
-    assert quality.decay_polynomially(1.0) == quality.warm_up_and_cosine(1.0) == 0.0
-    assert quality.warm_up_and_cosine(0.1) == pytest.approx(1.0)
+    assert quality.compute_polynomial_rate(0.0) == 1.0
+    assert quality.compute_polynomial_rate(1.0) == quality.compute_cosine_rate(1.0) == 0.0
+    assert quality.compute_cosine_rate(0.1) == pytest.approx(1.0)
 
 
 def test_faults_are_one_sentence(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
