@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_neuro.core.geometry import Box, Point, Shape, VoxelSize
+from hpc_neuro.core.image_settings import require_voxel_size
 from hpc_neuro.core.morphology import Tree
-from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.types import Contrast
 from hpc_neuro.data.foreground import measure_foreground
 from hpc_neuro.data.formats import open_volume
-from hpc_neuro.data.intensity import ReadBox, compute_intensity_range, limit_brightness, normalize
+from hpc_neuro.data.intensity import compute_intensity_range, limit_brightness, normalize, open_array
 from hpc_neuro.trace_stacks.tracer import trace_image
 from hpc_neuro.tracing import TraceConfig
 
@@ -40,12 +40,14 @@ def trace(
     """
     starts = [root] if root is not None else list(roots)
     if isinstance(image, np.ndarray):
-        shape, size = _shape_of(_require_volume(image)), voxel_size
-        read = _read_boxes_of(image)
+        read = open_array(image)
+        shape, size = _shape_of(image), voxel_size
     else:
         volume = open_volume(image, channel=channel)
         shape, size = volume.shape, voxel_size or volume.voxel_size
         read = volume.__getitem__
+    if size is not None:
+        require_voxel_size(size)
     return trace_image(limit_brightness(read, intensity_range), shape, size, roots=starts, cfg=cfg).trees
 
 
@@ -90,10 +92,6 @@ def predict(
     return sliding_window.predict(student, normalized, window, overlap, batch, device, skip_black=skip_black)
 
 
-def _read_boxes_of(array: NDArray[Any]) -> ReadBox:
-    return lambda box: array[box.slices]
-
-
 def _normalize(
     image: NDArray[Any], contrast: Contrast, intensity_range: tuple[float, float] | None
 ) -> NDArray[np.float32]:
@@ -107,15 +105,10 @@ def _normalize(
 def _read_image(image: NDArray[Any] | Path | str, channel: int | None) -> NDArray[Any]:
     """[Z, Y, X] voxels of an array, or of a file."""
     if isinstance(image, np.ndarray):
-        return _require_volume(image)
+        open_array(image)(Box.whole(_shape_of(image)))
+        return image
     volume = open_volume(image, channel=channel)
     return volume[Box.whole(volume.shape)]
-
-
-def _require_volume(image: NDArray[Any]) -> NDArray[Any]:
-    if image.ndim != 3:
-        raise InputError(f"an image has three axes z, y, x, found shape {image.shape}; drop the others")
-    return image
 
 
 def _shape_of(image: NDArray[Any]) -> Shape:

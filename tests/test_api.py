@@ -72,6 +72,24 @@ def test_volumes_and_trees(tmp_path: Path) -> None:
     assert np.array_equal(hpc_neuro.read_swc(tmp_path / "b.swc").points, tree.points)
 
 
+@pytest.mark.parametrize(
+    ("image", "size", "message"),
+    [
+        (np.zeros((4, 4)), None, "a stack of three axes z, y, x is expected"),
+        (np.zeros((0, 4, 4)), None, "each with at least one voxel"),
+        (np.zeros((4, 4, 4), "complex64"), None, "holds complex64 values"),
+        (np.full((8, 8, 8), np.nan), None, "voxel z=0 y=0 x=0 is NaN or infinite"),
+        (np.eye(27).reshape(9, 9, 9), (1.0, 0.0, 1.0), "voxel_size .* must be three numbers above 0"),
+    ],
+)
+def test_arrays_that_cannot_be_traced(image: np.ndarray, size: tuple[float, float, float] | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        hpc_neuro.trace(image, size)
+    if size is None:
+        with pytest.raises(InputError, match=message):
+            hpc_neuro.predict(image, "bundled")
+
+
 def test_scores_take_paths_and_trees(tmp_path: Path) -> None:
     (tmp_path / "a.swc").write_text("1 1 0 0 0 5 -1\n2 3 60 0 0 1 1\n")
     (tmp_path / "b.swc").write_text("1 1 0 1 0 5 -1\n2 3 60 1 0 1 1\n3 3 90 1 0 1 2\n")

@@ -26,6 +26,14 @@ def _check_range(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
+def require_voxel_size(size: VoxelSize, name: str = "voxel_size") -> None:
+    """Raise InputError for sides that no voxel has. name: what states them, for the message."""
+    try:
+        _check_size(size)
+    except ValueError as error:
+        raise InputError(f"{name} {error}") from None
+
+
 GivenVoxelSize = Annotated[VoxelSize, AfterValidator(_check_size)]
 """[um] z, y, x; finite and above 0."""
 GivenChannel = Annotated[int, Field(ge=0)]

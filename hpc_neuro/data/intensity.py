@@ -119,6 +119,27 @@ def compute_intensity_range(read: ReadBox, shape: Shape, counts: Histogram | Non
     return low, high
 
 
+def open_array(image: Array, name: str = "the image") -> ReadBox:
+    """A function that reads boxes of an array [Z, Y, X]. It raises InputError for voxels that are NaN or infinite.
+
+    name: of the image, for messages. Raises InputError for an array that is no volume of numbers.
+    """
+    if image.ndim != 3 or not all(image.shape):
+        raise InputError(
+            f"{name} has the shape {image.shape}; a stack of three axes z, y, x is expected, each with at least one "
+            "voxel: drop other axes"
+        )
+    if image.dtype.kind not in "uifb":
+        raise InputError(f"{name} holds {image.dtype} values; integers or real numbers are expected, one per voxel")
+
+    def read(box: Box) -> Array:
+        voxels: Array = image[box.slices]
+        require_finite(voxels, box, f"{name}: ")
+        return voxels
+
+    return read
+
+
 def require_finite(voxels: Array, box: Box, prefix: str = "") -> None:
     """Raise InputError that names the first NaN or infinite voxel of an array read from `box`."""
     if voxels.dtype.kind != "f" or np.isfinite(voxels).all():

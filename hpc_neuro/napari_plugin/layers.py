@@ -11,12 +11,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, FiniteFloat, with_config
+from typing_extensions import TypedDict
 
-from hpc_neuro.core import files, morphology, schema
+from hpc_neuro.core import files, morphology, schema, yaml_text
 from hpc_neuro.core.constants import TREE_COLORS
 from hpc_neuro.core.geometry import Box, Shape, VoxelSize
 from hpc_neuro.core.morphology import Tree
@@ -40,6 +42,37 @@ _CONTRAST = (0.01, 0.999)
 """Quantiles of the brightness that are shown as black and as white."""
 _PLACE_SIZE = 12.0
 """[voxel] Diameter of the circle around a place."""
+
+
+@with_config(ConfigDict(extra="allow"))
+class _PlaceForm(TypedDict):
+    """A place to proofread; coordinates in voxels."""
+
+    kind: str
+    z: FiniteFloat
+    y: FiniteFloat
+    x: FiniteFloat
+    doubt: FiniteFloat
+
+
+_Side = Annotated[FiniteFloat, Field(gt=0)]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _StackForm(TypedDict):
+    """What trace.json says of a stack."""
+
+    image: str
+    voxel_size: Annotated[list[_Side], Field(min_length=3, max_length=3)] | None
+    swc_voxel: str | None
+    places: list[_PlaceForm]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _TraceForm(TypedDict):
+    """What is read from trace.json."""
+
+    stacks: dict[str, _StackForm]
 
 
 def get_reader(path: str | Sequence[str]) -> Callable[[str | Sequence[str]], list[LayerData]] | None:
@@ -79,8 +112,10 @@ def _read_swc(path: Path) -> list[LayerData]:
     """The trees of a file; one in micrometers is brought to voxels where its header states their size."""
     header, tree = swc.require_header(path), swc.read(path)
     size = header.voxel_size
-    if header.unit == "um" and size is not None:
-        z, y, x = (1 / edge for edge in size)
+    um = None if header.unit is None else swc.unit_in_um(header.unit)
+    if um is not None:
+        # Without a voxel size the layers have micrometers as coordinates, and a scale of 1.
+        z, y, x = (um / edge for edge in size or (1.0, 1.0, 1.0))
         tree = morphology.scale_tree(tree, (z, y, x))
     return [build_trees_layer(path.stem, morphology.split_components(tree), size)]
 
@@ -89,12 +124,15 @@ def _read_traces(path: Path) -> list[LayerData]:
     """Every stack of a result of `trace`: image, trees, places."""
     out = path.parent
     hint = "give the same `hpc-neuro trace` again"
-    record = files.read_json(path, hint, dict[str, Any])
+    record = files.read_json(path, hint, _TraceForm)
     cfg = schema.load(TraceStacksConfig, out / "config.yaml")
 
     layers = list[LayerData]()
     for name, stack in record["stacks"].items():
-        size = None if stack["voxel_size"] is None else tuple(stack["voxel_size"])
+        size: VoxelSize | None = None
+        if stack["voxel_size"] is not None:
+            z, y, x = stack["voxel_size"]
+            size = (z, y, x)
         image = Path(stack["image"])
         if image.exists():
             volume = open_volume(image, channel=cfg.channel, axes=cfg.axes, dataset=cfg.dataset)
@@ -102,8 +140,8 @@ def _read_traces(path: Path) -> list[LayerData]:
         else:
             log.warning("%s is not there, so that only its trees are shown", image)
         if stack["swc_voxel"]:
-            trees = morphology.split_components(swc.read(out / stack["swc_voxel"]))
-            layers.append(build_trees_layer(f"{name} trees", trees, size))
+            file = files.resolve_inside(out, stack["swc_voxel"], path, hint)
+            layers.append(build_trees_layer(f"{name} trees", morphology.split_components(swc.read(file)), size))
         layers += _build_places(name, stack["places"], size)
     return layers
 
@@ -146,9 +184,27 @@ def _read_volume(out: Path, name: str, entry: Mapping[str, Any]) -> list[LayerDa
 
     table = out / "proofread" / f"{name}.csv"
     if table.is_file():
-        with table.open(encoding="utf-8", newline="") as handle:
-            layers += _build_places(name, list(csv.DictReader(handle)), size)
+        layers += _build_places(name, _read_places(table), size)
     return layers
+
+
+def _read_places(table: Path) -> list[_PlaceForm]:
+    """The rows of a table of places. Raises InputError for one that is damaged."""
+    hint = "move it away, and give the same `hpc-neuro infer` again"
+    try:
+        with table.open(encoding="utf-8", newline="") as handle:
+            rows = list(csv.DictReader(handle))
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{table} is no table of places ({error}); {hint}") from None
+
+    places = []
+    for number, row in enumerate(rows, start=2):
+        try:
+            z, y, x, doubt = (yaml_text.parse_decimal(row[column] or "") for column in ("z", "y", "x", "doubt"))
+        except (KeyError, ValueError):
+            raise InputError(f"{table}: line {number} is no place; {hint}") from None
+        places.append(_PlaceForm(kind=row.get("kind") or "", z=z, y=y, x=x, doubt=doubt))
+    return places
 
 
 # --- Layers ---
@@ -254,15 +310,15 @@ def list_sections(tree: Tree) -> list[NDArray[np.float64]]:
     return sections
 
 
-def _build_places(name: str, rows: Sequence[Mapping[str, Any]], size: VoxelSize | None) -> list[LayerData]:
+def _build_places(name: str, rows: Sequence[_PlaceForm], size: VoxelSize | None) -> list[LayerData]:
     """The places to proofread as Points; [] without any."""
     if not rows:
         return []
-    points = np.array([[float(row[axis]) for axis in "zyx"] for row in rows])
+    points = np.array([[row["z"], row["y"], row["x"]] for row in rows], np.float64)
     features = {
         "rank": list(range(1, len(rows) + 1)),
-        "kind": [str(row["kind"]) for row in rows],
-        "doubt": [float(row["doubt"]) for row in rows],
+        "kind": [row["kind"] for row in rows],
+        "doubt": [row["doubt"] for row in rows],
     }
     arguments = {
         "name": f"{name} places",

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpc_neuro.core.geometry import Point, VoxelSize
+from hpc_neuro.core.image_settings import require_voxel_size
 from hpc_neuro.core.schema import InputError
+from hpc_neuro.data.intensity import open_array
 from hpc_neuro.napari_plugin.layers import LayerData, build_trees_layer
 from hpc_neuro.trace_stacks.tracer import trace_image
 
@@ -32,11 +34,13 @@ def trace_layer(
         )
 
     voxels = np.asarray(data)
+    read = open_array(voxels, f"the layer {image.name}")
     z, y, x = voxels.shape
     dz, dy, dx = (float(edge) for edge in image.scale)
     size: VoxelSize = (dz, dy, dx)
+    require_voxel_size(size, f"the scale of the layer {image.name}:")
     result = trace_image(
-        lambda box: voxels[box.slices],
+        read,
         (z, y, x),
         size,
         roots=() if roots is None else _list_roots(roots, image),
@@ -55,6 +59,8 @@ def _list_roots(points: napari.layers.Points, image: napari.layers.Image) -> lis
     """[voxel] z y x of the points, which may have another scale than the image."""
     roots = []
     for point in points.data:
+        if len(point) != 3:
+            raise InputError(f"the layer {points.name} has points of {len(point)} axes; three, z y x, are expected")
         z, y, x = (float(value) for value in image.world_to_data(points.data_to_world(point)))
         roots.append((z, y, x))
     return roots

@@ -6,6 +6,7 @@ import ast
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from hpc_neuro.core.morphology import build_tree
 from hpc_neuro.core.schema import InputError, load
 from hpc_neuro.data import swc
 from hpc_neuro.napari_plugin import layers
+from hpc_neuro.napari_plugin.trace_layer import trace_layer
 from tests.helpers.bright_student import save_bright_student
 from tests.helpers.small_volumes import write_crossing
 from tests.helpers.stacks import make_neuron, take_picture
@@ -104,7 +106,7 @@ def test_a_result_of_infer_is_image_probability_trees_and_places(infer_index: Pa
 
 def test_places_keep_their_order_and_their_doubt() -> None:
     rows: list[dict[str, Any]] = [
-        {"kind": "gap", "z": "3", "y": "4.5", "x": "5", "doubt": "0.9"},
+        {"kind": "gap", "z": 3, "y": 4.5, "x": 5, "doubt": 0.9},
         {"kind": "end", "z": 1, "y": 2, "x": 3, "doubt": 0.5},
     ]
     ((points, arguments, kind),) = layers._build_places("n", rows, None)
@@ -124,6 +126,75 @@ def test_a_tree_lies_on_the_voxels_of_its_image(tmp_path: Path, unit: Any) -> No
     ((paths, arguments, _),) = layers.read_paths([str(tmp_path / "n.swc")])
     assert np.allclose(paths[0], [[2, 4, 6], [2, 4, 20]], atol=1e-5)
     assert arguments["scale"] == SIZE
+
+
+def test_a_tree_in_nanometers_lies_on_its_image(tmp_path: Path) -> None:
+    for unit, size, expected in (("nm", "", [[0.002, 0.004, 0.006]]), ("um", "", [[2, 4, 6]])):
+        (tmp_path / "n.swc").write_text(f"# unit: {unit}\n{size}1 1 6 4 2 1 -1\n2 1 6 4 9 1 1\n")
+        ((paths, arguments, _),) = layers.read_paths([str(tmp_path / "n.swc")])
+        assert np.allclose(paths[0][:1], expected)
+        assert arguments["scale"] == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"voxel_size": [1, 0, 1]}, "stacks.n.voxel_size"),
+        ({"voxel_size": [1, 1]}, "stacks.n.voxel_size"),
+        ({"swc_voxel": "../../other.swc"}, "is not inside"),
+        ({"places": [{"z": 1}]}, "stacks.n.places.0"),
+        ({"places": None}, "stacks.n.places"),
+        ({"image": 3}, "stacks.n.image"),
+        (None, "stacks.n"),
+    ],
+)
+def test_an_index_of_another_form_is_refused(
+    trace_index: Path, tmp_path: Path, change: dict[str, Any] | None, message: str
+) -> None:
+    record = json.loads(trace_index.read_text())
+    record["stacks"]["n"] = None if change is None else {**record["stacks"]["n"], **change}
+    (tmp_path / "trace.json").write_text(json.dumps(record))
+    (tmp_path / "config.yaml").write_text((trace_index.parent / "config.yaml").read_text())
+    with pytest.raises(InputError, match=f"{message}.*give the same `hpc-neuro trace` again"):
+        layers.read_paths(str(tmp_path / "trace.json"))
+
+
+@pytest.mark.parametrize("line", ["1,gap,x,2,3,0.5", "1,gap,1,2", "1,gap,nan,2,3,0.5", "1,gap,1_0,2,3,0.5"])
+def test_a_damaged_table_of_places_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "n.csv").write_text(f"rank,kind,z,y,x,doubt\n1,gap,1,2,3,0.5\n{line}\n")
+    with pytest.raises(InputError, match="line 3 is no place; move it away"):
+        layers._read_places(tmp_path / "n.csv")
+    (tmp_path / "n.csv").write_bytes(b"rank,kind\n\xff\n")
+    with pytest.raises(InputError, match="no table of places"):
+        layers._read_places(tmp_path / "n.csv")
+
+
+LAYERS: dict[str, tuple[dict[str, Any], list[list[float]] | None, str]] = {
+    "NaN": ({"value": np.nan}, None, "the layer n: voxel z=5 y=5 x=5 is NaN or infinite"),
+    "infinite": ({"value": np.inf}, None, "voxel z=5 y=5 x=5 is NaN or infinite"),
+    "complex": ({"dtype": "complex64"}, None, "holds complex64 values"),
+    "objects": ({"dtype": object}, None, "holds object values"),
+    "no slice": ({"shape": (0, 8, 8)}, None, r"has the shape \(0, 8, 8\)"),
+    "flat voxels": ({"scale": (0.0, 1.0, 1.0)}, None, "the scale of the layer n: .* must be three numbers above 0"),
+    "turned": ({"scale": (-1.0, 1.0, 1.0)}, None, "the scale of the layer n: .* must be three numbers above 0"),
+    "unknown scale": ({"scale": (np.nan, 1.0, 1.0)}, None, "the scale of the layer n: .* must be three numbers"),
+    "root outside": ({}, [[500, 5, 5]], "the root 500 5 5 .* lies outside"),
+    "roots in time": ({}, [[0, 5, 5, 5]], "has points of 4 axes; three"),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_that_cannot_be_traced_is_refused(case: str) -> None:
+    facts, roots, message = LAYERS[case]
+    data = take_picture(make_neuron(3)).astype(facts.get("dtype", "float32"))
+    data = data[: facts["shape"][0], :8, :8] if "shape" in facts else data
+    if "value" in facts:
+        data[5, 5, 5] = facts["value"]
+    image = SimpleNamespace(name="n", data=data, multiscale=False, scale=facts.get("scale", SIZE), translate=(0, 0, 0))
+    image.world_to_data = lambda point: point
+    points = SimpleNamespace(name="p", data=roots, data_to_world=lambda point: point)
+    with pytest.raises(InputError, match=message):
+        trace_layer(image, points if roots else None)
 
 
 def test_sections_end_at_branch_points_and_tips() -> None:
