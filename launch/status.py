@@ -9,6 +9,7 @@ import contextlib
 import datetime as dt
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -92,6 +93,10 @@ class LaunchedJob:
         return {"reason": reason, "exit": code, "put_back": False, "at": at.isoformat(timespec="seconds")}
 
 
+_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@\[\]-]{0,99}")
+"""Ids of Slurm (7_3), PBS (7[].host), LSF (7) and of processes."""
+
+
 @with_config(ConfigDict(extra="allow"))
 class _JobRow(TypedDict):
     """What jobs.json holds of one job at least."""
@@ -107,7 +112,14 @@ def read_jobs(out: Path) -> list[LaunchedJob]:
     """Read the jobs that were submitted into a run folder, the oldest first. Raises InputError when there are none."""
     path = out / "launch" / JOBS_FILE
     hint = f"nothing was launched into {out}; give the run folder of a launched verb"
-    rows = files.read_json(path, hint if not path.exists() else f"remove {path} to launch again", list[_JobRow])
+    again = f"remove {files.quote_path(path)} to launch again"
+    rows = files.read_json(path, hint if not path.exists() else again, list[_JobRow])
+    for row in rows:
+        # Both reach commands and paths.
+        if not _JOB_ID.fullmatch(row["id"]):
+            raise InputError(f"{path} names the job {row['id'][:40]!a}, which is no id of a job; {again}")
+        if name := row.get("files"):
+            files.require_plain_names({name: None}, path, again)
     folder = out.resolve()
     return [LaunchedJob(row["id"], row["on"], row["verb"], folder, row["share"], row.get("files", "")) for row in rows]
 

@@ -49,10 +49,13 @@ def make_exit_line(base: str) -> str:
 
 
 def read_exit_code(base: Path) -> int | None:
-    """Read FOLDER/NAME.exit; None while it does not exist."""
-    # The shell renames it into place, so it is whole.
-    path = job_file(base, "exit")
-    return int(path.read_text(encoding="utf-8")) if path.exists() else None
+    """Read FOLDER/NAME.exit; None while it does not exist, and for one that holds no exit code."""
+    # The shell renames it into place, so it is whole, unless the disk was full.
+    try:
+        text = job_file(base, "exit").read_bytes()[:8].strip()
+    except FileNotFoundError:
+        return KILLED
+    return int(text) if text.isdigit() else KILLED
 
 
 def job_file(base: Path, suffix: str) -> Path:

@@ -82,9 +82,9 @@ class ClusterExecutor(ABC):
     def find(self, folder: Path, name: str) -> str | None:
         """Find a job by the id that it wrote when it began, or in the queue."""
         path = job_file(folder / name, "job")
-        if path.exists():
-            return path.read_text(encoding="utf-8").strip()
-        # A job that still waits has written nothing.
+        if path.exists() and (job := path.read_text(encoding="utf-8", errors="replace").strip()):
+            return job
+        # A job that still waits has written nothing, and one on a full disk an empty file.
         return self._find_in_queue(folder / name)
 
     def poll(self, jobs: Mapping[str, Path]) -> dict[str, JobState]:

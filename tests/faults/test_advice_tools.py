@@ -225,8 +225,24 @@ def test_a_folder_that_others_can_write_into_is_closed(tmp_path: Path) -> None:
     job_files.make_protected_folder(folder / "code")
 
 
-def test_a_damaged_list_of_jobs_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files.write_text(tmp_path / "out" / "launch" / "jobs.json", "{")
+JOB = {"id": "7", "on": "slurm", "verb": "infer", "share": ""}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        json.dumps([{**JOB, "id": "--user=root"}]),
+        json.dumps([{**JOB, "id": "7 8"}]),
+        json.dumps([{**JOB, "id": ""}]),
+        json.dumps([{**JOB, "on": "pbs", "files": "../../victim"}]),
+        json.dumps([{**JOB, "id": 7}]),
+    ],
+)
+def test_a_damaged_list_of_jobs_is_removed(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write_text(tmp_path / "out" / "launch" / "jobs.json", text)
+    assert launch(["cancel", str(tmp_path / "out")]) == 2
+    capsys.readouterr()
     assert launch(["status", str(tmp_path / "out")]) == 2
     (path,) = re.findall(r"remove (\S+) to launch again", capsys.readouterr().err)
     Path(path).unlink()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.core.schema import InputError
-from launch.executors import JobState
+from launch.executors import JobState, read_exit_code
 from launch.executors.local import LocalExecutor
 
 
@@ -33,6 +33,14 @@ def test_the_exit_code_arrives_also_at_a_later_driver(tmp_path, code):
     assert wait(first, job, tmp_path / "attempt_1") == JobState("ended", code)
     assert LocalExecutor().poll({job: tmp_path / "attempt_1"})[job] == JobState("ended", code)
     assert (tmp_path / "attempt_1.log").read_text() == "hello\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"x\n", b"\xff", b"-1\n", b"3.0\n"])
+def test_what_is_no_exit_code_is_none(tmp_path, content):
+    (tmp_path / "a.exit").write_bytes(content)
+    assert read_exit_code(tmp_path / "a") is None
+    (tmp_path / "a.exit").write_bytes(b"75\n")
+    assert read_exit_code(tmp_path / "a") == 75
 
 
 def test_a_job_outlives_its_submitter_and_is_found(tmp_path):
