@@ -85,7 +85,7 @@ class DoubtfulPlace:
 
     rank: int
     kind: str
-    """gap, faint, unsteady, turn or end."""
+    """gap, faint, unsteady, turn, end, contact or touch."""
     z: float
     """[voxel]"""
     y: float
@@ -214,7 +214,8 @@ def find_places(
 
     A gap is a run of edges below `low` (it was bridged), a faint stretch one below `threshold`, an unsteady one is
     below that in a mirrored view only, a turn is a bend of more than 75 degrees; an end counts where the neurite is
-    still bright; a contact is where the tracer cut a neighbor off, whose cable it states.
+    still bright; a contact is where the tracer cut a neighbor off, whose cable it states; a touch is
+    where it kept cable that may be a neighbor's.
     """
     forest = _ScoredForest(tree, confidence, voxel_size, labels or ForestLabels.of_volume(tree))
     places = [
@@ -444,7 +445,7 @@ def _list_contacts(forest: _ScoredForest, contacts: Sequence[Contact]) -> Iterat
 
     for contact, node in zip(contacts, nodes, strict=True):
         # What was cut off is no longer part of the tree, but it is what a wrong cut costs.
-        place = forest.make_place("contact", node, 2 * (1 - contact.certainty))
+        place = forest.make_place("contact" if contact.is_cut else "touch", node, 2 * (1 - contact.certainty))
         yield replace(place, cable_um=round(contact.cable_um, 2))
 
 

@@ -147,7 +147,7 @@ def finish(trees: VolumeTrees, batch: int) -> None:
     traced = trees.move_back(traced)
 
     # The trees come last: with them the batch counts as finished.
-    log_contacts(source.id, traced.contacts)
+    log_contacts(source.id, traced)
     files.write_json(contacts_path(trees, batch), [asdict(contact) for contact in traced.contacts])
     numbers = np.flatnonzero(groups.root_batch == batch)
     forest = morphology.concatenate_trees(traced.trees)

@@ -148,7 +148,7 @@ class VolumeTrees:
         contacts = []
         for contact in traced.contacts:
             contacts.append(replace(contact, position=grid.move_point_back(contact.position)))
-        return TracedVolume([grid.move_tree_back(tree) for tree in traced.trees], contacts)
+        return replace(traced, trees=[grid.move_tree_back(tree) for tree in traced.trees], contacts=contacts)
 
     @property
     def is_large(self) -> bool:
@@ -269,7 +269,7 @@ class VolumeTrees:
 
         trees = files.format_count(len(traced.trees), "tree")
         log.info("%s: %s, %d nodes", source.id, trees, sum(map(len, traced.trees)))
-        log_contacts(source.id, traced.contacts)
+        log_contacts(source.id, traced)
 
     def load_forest(self) -> Tree:
         """What `trace` found, in voxels."""
@@ -483,12 +483,15 @@ def list_tree_files(out: Path, name: str) -> list[Path]:
     return [path for path in paths if path.exists()] + sorted((out / "swc" / name).glob("*"))
 
 
-def log_contacts(name: str, contacts: Sequence[Contact]) -> None:
-    """State how much of a volume's neighbors was cut off."""
-    if contacts:
-        cable = sum(contact.cable_um for contact in contacts)
+def log_contacts(name: str, traced: TracedVolume) -> None:
+    """State how much of a volume's neighbors was cut off, and by which rule."""
+    if traced.crowd is not None:
+        log.info("%s: %s", name, traced.crowd.describe())
+    cuts = [contact for contact in traced.contacts if contact.is_cut]
+    if cuts:
+        cable = sum(contact.cable_um for contact in cuts)
         text = "%s: %.0f um of neighbors cut off at %d contacts (trace.contacts=no keeps them)"
-        log.info(text, name, cable, len(contacts))
+        log.info(text, name, cable, len(cuts))
 
 
 def save_arrays(path: Path, value: Any) -> None:
@@ -504,9 +507,9 @@ def load_tree(path: Path) -> Tree:
 
 
 def read_contacts(path: Path) -> list[Contact]:
-    """Where tracing cut neighbors off."""
+    """Where tracing cut neighbors off, or may have left them."""
     records = files.read_json(path, f"remove {path.parent}")
-    return [Contact(tuple(record["position"]), record["certainty"], record["cable_um"]) for record in records]
+    return [Contact(**{**record, "position": tuple(record["position"])}) for record in records]
 
 
 def describe_volume(volume: VolumeRun) -> PredictionEntry:

@@ -25,9 +25,10 @@ from hpc_neuro.metrics.metric import divide, harmonic_mean
 from hpc_neuro.trace_stacks.edits import Edits, continue_from
 from hpc_neuro.tracing import (
     BlockSkeleton,
-    Contact,
+    CrowdDecision,
     Soma,
     TraceConfig,
+    TracedVolume,
     find_somas,
     list_trace_blocks,
     measure_confidence,
@@ -104,6 +105,8 @@ class ImageTrace:
     """Places to look at, worst first."""
     confidence: NDArray[np.float64]
     """[N] of the nodes of all trees, one after the other: the lowest probability on the edge to the parent."""
+    crowd: CrowdDecision | None = None
+    """Whether the image was taken for a crowd; None where neighbors are not cut off, or several roots are given."""
 
 
 def trace_image(
@@ -135,11 +138,11 @@ def trace_image(
     student = None if prediction is None else _read_from(prediction)
     evidence = _weigh_evidence(foreground, prediction)
     follow = functools.partial(_follow, foreground, size, cfg, roots, search_somas, edits is not None)
-    somas, trees, left_out, contacts = follow(evidence)
+    somas, trees, left_out, traced = follow(evidence)
     # A student that knows no such images finds nothing in them; in noise there is nothing to find.
     if not trees and evidence.followed == "student" and not foreground.is_noise:
         evidence = replace(_weigh_evidence(foreground, None), seen_share=evidence.seen_share)
-        somas, trees, left_out, contacts = follow(evidence)
+        somas, trees, left_out, traced = follow(evidence)
     trees = trees if edits is None else continue_from(edits, trees, left_out)
 
     forest = morphology.concatenate_trees(trees)
@@ -172,8 +175,8 @@ def trace_image(
     places = list[DoubtfulPlace]()
     if len(forest):
         single = NodeConfidence(confidence, np.zeros((0, len(forest))), cfg.floor, cfg.threshold)
-        places = find_places(forest, single, shape, size, contacts)
-    return ImageTrace(trees, somas, foreground, student, figures, places, confidence)
+        places = find_places(forest, single, shape, size, traced.contacts)
+    return ImageTrace(trees, somas, foreground, student, figures, places, confidence, traced.crowd)
 
 
 def _follow(
@@ -184,8 +187,8 @@ def _follow(
     search_somas: bool,
     keep_rest: bool,
     evidence: _Evidence,
-) -> tuple[list[Soma], list[Tree], list[Tree], list[Contact]]:
-    """Somas, trees, the pieces that are left out, and where neighbors were cut off.
+) -> tuple[list[Soma], list[Tree], list[Tree], TracedVolume]:
+    """Somas, trees, the pieces that are left out, and all that was traced, with the neighbors that were cut off.
 
     With `keep_rest` what belongs to no given root is left out as well.
     """
@@ -211,7 +214,7 @@ def _follow(
     )
     trees, left_out = _select_trees(traced.trees, len(starts), bool(roots))
     trees = [_mark_soma(tree) if number < len(somas) else tree for number, tree in enumerate(trees)]
-    return somas, trees, left_out, traced.contacts
+    return somas, trees, left_out, traced
 
 
 def _measure_weak_share(forest: Tree, confidence: NDArray[np.float64]) -> float:

@@ -153,6 +153,8 @@ def _trace_stack(
         warnings.insert(0, odd)
     for warning in warnings:
         log.warning("%s: %s", stack.id, warning)
+    if trace.crowd is not None:
+        log.info("%s: %s", stack.id, trace.crowd.describe())
 
     # From here to the entry below the files are half written, and the entry of earlier ones is stale.
     _set_changed_files_aside(cfg.out, stack.id)
@@ -250,6 +252,7 @@ def _describe(
         "doubt": measure_doubt(trace.figures),
         "expected_right": estimate_right_share(morphology.concatenate_trees(trace.trees), trace.confidence),
         "warnings": warnings,
+        "crowd": None if trace.crowd is None else asdict(trace.crowd),
         # The cable behind a place is in the unit of the trees.
         "places": [
             {"kind": p.kind, "z": p.z, "y": p.y, "x": p.x, "doubt": p.doubt, "cable": p.cable_um, "tree": p.neuron}

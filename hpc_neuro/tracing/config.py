@@ -47,6 +47,9 @@ class TraceConfig:
     contacts: bool = True
     """Cut neighbors off the tree of a given root, where neurites cross and touch (docs/infer.md, Neighbors); each cut
     is listed for proofreading."""
+    crowd: bool | None = None
+    """Whether the volume shows several neurons, so that most of what touches the one with the root is a neighbor's
+    (docs/infer.md, Neighbors). none: decided from the volume, where one root is given."""
     min_cable: float = 30.0
     """[voxel] Without a given root, trees of less cable are dropped."""
     smooth: float = 1.0

@@ -17,6 +17,7 @@ follows its thickness. A neighbor that is entered at a tip, or from the side, ge
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -212,7 +213,8 @@ class RootedSections:
     """The sections of a graph and the hubs between them, from the roots outwards.
 
     `section` [K] is the number of each node's section, -1 at a hub; `density` [K] the logarithm of the brightness over
-    the radius, 0 without an image; `path_length` [K] the length of the path from the root. `first` are the sections
+    the radius, 0 without an image; `path_length` [K] the length of the path from the root; `is_outgoing` [K]
+    whether a neurite leaves the volume there; `probability` [K], a low one on bridges. `first` are the sections
     that begin at a root, `root_nodes` the nodes of the roots and of their hubs.
     """
 
@@ -224,11 +226,13 @@ class RootedSections:
         self._points, self._thickness = lines.points, np.log(lines.thickness)
 
         is_voxel = lines.voxels >= 0
-        self._probability = np.where(is_voxel, graph.probability[lines.voxels], np.float32(_BRIDGE_PROBABILITY))
+        self.probability = np.where(is_voxel, graph.probability[lines.voxels], np.float32(_BRIDGE_PROBABILITY))
         self.density = self.light.smooth - self._thickness if self.light.is_measured else self.light.smooth
-        self._parents, order = _find_parents(self.neighbors, roots)
-        self._measure_paths(order)
-        self._measure_beyond(order, (np.array(graph.shape) - 1) * graph.spacing)
+        self._parents, self._order = _find_parents(self.neighbors, roots)
+        to_border = np.minimum(self._points, (np.array(graph.shape) - 1) * graph.spacing - self._points).min(axis=1)
+        self.is_outgoing = (lines.degree <= 1) & (to_border <= lines.thickness + _BORDER)
+        self._path_thickness, self._least_thickness = self.measure_paths(self._thickness)
+        self._largest_beyond, self._border_beyond = self.measure_beyond(self._thickness)
         self._walk_hubs(roots)
 
     @property
@@ -240,6 +244,19 @@ class RootedSections:
     def is_reached(self) -> Bools:
         """[K] whether a node lies in a piece with a root."""
         return np.asarray(self._parents != _UNREACHED)
+
+    def order_hubs(self) -> list[Hub]:
+        """The hubs from the roots outwards."""
+        by_entry = defaultdict[int, list[Hub]](list)
+        for hub in self.hubs:
+            by_entry[hub.entry.section].append(hub)
+
+        order, pending = list[Hub](), list(self.first)
+        while pending:
+            for hub in by_entry.pop(pending.pop(), []):
+                order.append(hub)
+                pending += [section for group in hub.groups for section in group.sections]
+        return order
 
     def _walk_hubs(self, roots: Sequence[int]) -> None:
         """Measure the hubs of the pieces with a root."""
@@ -260,43 +277,45 @@ class RootedSections:
                 onward = [arm for arm in arms if arm is not entry]
                 self.hubs.append(Hub(entry, self._group_arms(entry, onward)))
 
-    def _measure_paths(self, order: Sequence[int]) -> None:
-        """Thickness along the path from the root to each node: averaged, and the least average on the path."""
+    def measure_paths(self, values: Floats) -> tuple[Floats, Floats]:
+        """[K] values averaged along the path from the root to each node, and the least average on that path."""
         path, least, walked = (np.zeros(len(self._points)) for _ in range(3))
         steps = np.linalg.norm(self._points - self._points[np.maximum(self._parents, 0)], axis=1)
         shares = np.exp(-steps / _PATH_LENGTH)
-        for node in order:
+        for node in self._order:
             parent = int(self._parents[node])
             if parent == _ROOT:
-                path[node] = least[node] = self._thickness[node]
+                path[node] = least[node] = values[node]
                 continue
 
             share = shares[node]
             walked[node] = walked[parent] + steps[node]
-            path[node] = share * path[parent] + (1 - share) * self._thickness[node]
+            path[node] = share * path[parent] + (1 - share) * values[node]
             least[node] = min(least[parent], path[node]) if walked[node] > _PATH_START else path[node]
-        self._path_thickness, self._least_thickness, self.path_length = path, least, walked
+        self.path_length = walked
+        return path, least
 
-    def _measure_beyond(self, order: Sequence[int], extent: Floats) -> None:
-        """Largest thickness beyond each node, and that of the neurites beyond it that go on outside the volume."""
-        smooth, (a, b) = self._thickness.copy(), self.lines.edges.T
+    def measure_beyond(self, thickness: Floats) -> tuple[Floats, Floats]:
+        """[K] largest of some logarithms of thickness [K] beyond each node, and that of what goes on outside.
+
+        What goes on outside the volume counts with `_AT_BORDER` added.
+        """
+        smooth, (a, b) = thickness.copy(), self.lines.edges.T
         for _ in range(_ROUNDS):
             total = smooth.copy()
             np.add.at(total, a, smooth[b])
             np.add.at(total, b, smooth[a])
             smooth = total / (1 + self.lines.degree)
 
-        to_border = np.minimum(self._points, extent - self._points).min(axis=1)
-        is_outgoing = (self.lines.degree <= 1) & (to_border <= self.lines.thickness + _BORDER)
-        largest, border = smooth.copy(), np.where(is_outgoing, np.maximum(_AT_BORDER + smooth, 0), 0)
+        largest, border = smooth.copy(), np.where(self.is_outgoing, np.maximum(_AT_BORDER + smooth, 0), 0)
 
         # The order ends at the tips, so all nodes beyond a node come before it here.
-        for node in reversed(order):
+        for node in reversed(self._order):
             parent = self._parents[node]
             if parent >= 0:
                 largest[parent] = max(largest[parent], largest[node])
                 border[parent] = max(border[parent], border[node])
-        self._largest_beyond, self._border_beyond = largest, border
+        return largest, border
 
     def _list_hubs(self) -> list[list[int]]:
         """The nodes of each hub."""
@@ -316,7 +335,7 @@ class RootedSections:
 
     def _measure_arm(self, hub_node: int, first: int) -> Arm:
         radius = float(self.lines.thickness[hub_node])
-        nodes, away = self._follow_arm(hub_node, first, radius + _FAR)
+        nodes, away = self.follow_arm(hub_node, first, radius + _FAR)
 
         # The first radius lies inside the hub; it is used only where the arm has hardly any other node.
         near, far = away <= radius + _NEAR, away >= radius
@@ -345,7 +364,7 @@ class RootedSections:
             float(values.min()) if len(values) else brightness,
         )
 
-    def _follow_arm(self, hub_node: int, first: int, reach: float) -> tuple[Ints, Floats]:
+    def follow_arm(self, hub_node: int, first: int, reach: float) -> tuple[Ints, Floats]:
         """The nodes of an arm up to a length of `reach`, and how far along each lies; straight on through forks."""
         points = self._points
         before, here = hub_node, first
@@ -419,7 +438,7 @@ class RootedSections:
         partner = max(singles, key=lambda i: straight[0, i], default=0)
         own = (entry, everything[partner]) if partner and straight[0, partner] > _A_LINE else (entry,)
         own_straight = float(straight[0, partner]) if len(own) > 1 else 0.0
-        is_bridged = self._is_bridged(entry)
+        is_bridged = self.is_bridged(entry)
         groups = [
             Group(
                 (everything[i], everything[j]),
@@ -451,15 +470,15 @@ class RootedSections:
             largest - entry.thickness,
             largest - self._least_thickness[entry.node],
             self._border_beyond[arm.node],
-            self._probability[path].min(),
+            self.probability[path].min(),
             -float(entry.direction @ arm.direction),
             0.0 if third is None else arms[third].thickness - arm.thickness,
             len(arms) == 3,
             min(entry.neck - entry.brightness, arm.neck - arm.brightness),
-            self._is_bridged(entry),
+            self.is_bridged(entry),
         ], dtype=np.float64)  # fmt: skip
 
-    def _is_bridged(self, entry: Arm) -> bool:
+    def is_bridged(self, entry: Arm) -> bool:
         """Whether the hub of an entry holds a bridge."""
         nodes, stack = {entry.hub_node}, [entry.hub_node]
         while stack:

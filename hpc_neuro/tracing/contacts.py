@@ -25,6 +25,8 @@ from scipy.spatial import cKDTree
 
 from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.tracing.contact_evidence import Group, Hub, RootedSections
+from hpc_neuro.tracing.crowd_evidence import CrowdEvidence
+from hpc_neuro.tracing.crowd_labels import LEAST_OWN, CrowdDecision, CrowdLabels, decide_crowd, label_crowd
 from hpc_neuro.tracing.graph import CenterlineGraph
 from hpc_neuro.tracing.probability import Bools, Floats, ReadBox
 from hpc_neuro.tracing.voxel_graph import VoxelGraph
@@ -53,20 +55,34 @@ _ROUNDS = 6
 """Rounds of labels and levels."""
 _LARGEST_ODDS = 12.0
 """Largest log-odds of one hub."""
+_SURE = 0.9
+"""Probability above which cable that is kept in a crowd needs no look."""
 _FORBIDDEN = -1e6
 """Log-probability of a change of the neuron where the hub itself speaks against it."""
 
 
 @dataclass(frozen=True)
 class Contact:
-    """A place where a neighbor was cut off."""
+    """A place where a neighbor was cut off, or may still hang on."""
 
     position: tuple[float, float, float]
     """z y x in voxels."""
     certainty: float
-    """Probability that the cut is right, from 0.5 to 1."""
+    """Probability that the decision is right, from 0.5 to 1."""
     cable_um: float
-    """Cable that was cut off."""
+    """Cable that was cut off, or kept."""
+    is_cut: bool = True
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """What to keep of a graph, and why."""
+
+    keep: Bools
+    """[N] the voxels of the graph."""
+    contacts: list[Contact]
+    crowd: CrowdDecision | None
+    """Whether the volume is a crowd; None where that was not asked."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +101,48 @@ def find_neighbors(
     roots: Sequence[int],
     voxel_size: VoxelSize,
     image: ReadBox | None = None,
-) -> tuple[Bools, list[Contact]]:
-    """[N] which voxels of the graph to keep for the trees of `roots` (nodes), and where neighbors were cut off.
+    crowd: bool | None = False,
+) -> Neighbors:
+    """Which voxels of the graph to keep for the trees of `roots` (nodes), and where neighbors were cut off.
 
-    No two roots lie in one piece. Without an image, brightness is no evidence. Pieces without a root are kept.
+    No two roots lie in one piece. Without an image, brightness is no evidence. Pieces without a root are kept. In a
+    `crowd` most of what hangs together is other neurons', and the rule is stricter; None: decided from the volume.
     """
     parts = RootedSections(lines, graph, roots, image)
-    is_own, cuts = _label_sections(parts, _measure_sections(parts))
-    if not cuts:
-        return np.ones(len(graph.voxels), dtype=bool), []
+    is_own, cuts, kept, decision = None, list[_Cut](), list[_Cut](), None
+    if crowd is not False:
+        evidence = CrowdEvidence(parts, graph, image)
+        labels = label_crowd(evidence)
+        decision = decide_crowd(evidence, labels, crowd)
+        if decision.is_crowd:
+            is_own, cuts, kept = _choose_crowd_labels(evidence, labels)
+    if is_own is None:
+        is_own, cuts = _label_sections(parts, _measure_sections(parts))
 
-    keep = _keep_voxels(lines, graph, _keep_nodes(parts, is_own), roots)
-    return keep, _describe_cuts(parts, is_own, cuts, np.asarray(voxel_size) / graph.spacing, graph.spacing)
+    unit = np.asarray(voxel_size) / graph.spacing
+    contacts = _describe_cuts(parts, is_own, cuts, unit, graph.spacing)
+    contacts += _describe_cuts(parts, ~is_own, kept, unit, graph.spacing, is_cut=False)
+    if not cuts:
+        return Neighbors(np.ones(len(graph.voxels), dtype=bool), contacts, decision)
+    return Neighbors(_keep_voxels(lines, graph, _keep_nodes(parts, is_own), roots), contacts, decision)
+
+
+def _choose_crowd_labels(evidence: CrowdEvidence, labels: CrowdLabels) -> tuple[Bools, list[_Cut], list[_Cut]]:
+    """[S] whether a section is own, the cuts, and where own cable goes on that may be a neighbor's."""
+    is_own = labels.own >= LEAST_OWN
+    cuts, kept = list[_Cut](), list[_Cut]()
+    for crowd_hub in evidence.hubs:
+        hub = crowd_hub.hub
+        if not is_own[hub.entry.section]:
+            continue
+        for group in hub.groups:
+            own = float(np.clip(labels.own[group.sections[0]], 1e-6, 1 - 1e-6))
+            gain = float(np.log(own / (1 - own)))
+            if not is_own[group.sections[0]]:
+                cuts.append(_Cut(hub, group, max(-gain, 0.0)))
+            elif own < _SURE:
+                kept.append(_Cut(hub, group, max(gain, 0.0)))
+    return is_own, cuts, kept
 
 
 # --- Brightness ---
@@ -158,7 +204,7 @@ def _measure_sections(parts: RootedSections) -> _Brightness:
 
 def _label_sections(parts: RootedSections, brightness: _Brightness) -> tuple[Bools, list[_Cut]]:
     """[S] whether a section is own, and the cuts; levels and labels are found in turn."""
-    hubs = _order_hubs(parts)
+    hubs = parts.order_hubs()
     odds = {id(group): _measure_odds(group) for hub in hubs for group in hub.groups}
 
     is_own, cuts = _choose_labels(parts, hubs, odds, brightness.weigh(None))
@@ -180,20 +226,6 @@ def _measure_odds(group: Group) -> float:
     by_features = odds + _PRIOR if odds <= 0 else np.inf
     by_line = -group.line_odds if group.line_odds > 0 else np.inf
     return float(max(min(by_features, by_line), -_LARGEST_ODDS))
-
-
-def _order_hubs(parts: RootedSections) -> list[Hub]:
-    """The hubs from the roots outwards."""
-    by_entry = defaultdict[int, list[Hub]](list)
-    for hub in parts.hubs:
-        by_entry[hub.entry.section].append(hub)
-
-    order, pending = list[Hub](), list(parts.first)
-    while pending:
-        for hub in by_entry.pop(pending.pop(), []):
-            order.append(hub)
-            pending += [section for group in hub.groups for section in group.sections]
-    return order
 
 
 def _choose_labels(
@@ -267,9 +299,18 @@ def _keep_voxels(lines: CenterlineGraph, graph: VoxelGraph, keep_node: Bools, ro
 
 
 def _describe_cuts(
-    parts: RootedSections, is_own: Bools, cuts: Sequence[_Cut], unit: Floats, spacing: Floats
+    parts: RootedSections,
+    is_own: Bools,
+    cuts: Sequence[_Cut],
+    unit: Floats,
+    spacing: Floats,
+    *,
+    is_cut: bool = True,
 ) -> list[Contact]:
-    """The contacts; `unit` [3] is the metric's unit in um, `spacing` [3] a voxel in that unit, along z, y, x."""
+    """The contacts, with the cable beyond them as far as it is not `is_own`.
+
+    `unit` [3] is the metric's unit in um, `spacing` [3] a voxel in that unit, along z, y, x.
+    """
     lines, section = parts.lines, parts.section
     a, b = lines.edges.T
     length = np.linalg.norm((lines.points[a] - lines.points[b]) * unit, axis=1)
@@ -292,5 +333,6 @@ def _describe_cuts(
 
         feet = np.mean([arm.foot for arm in cut.group.arms], axis=0) / spacing
         z, y, x = (float(v) for v in feet)
-        contacts.append(Contact((z, y, x), float(1 / (1 + np.exp(-min(cut.gain, _LARGEST_ODDS)))), total))
+        certainty = float(1 / (1 + np.exp(-min(cut.gain, _LARGEST_ODDS))))
+        contacts.append(Contact((z, y, x), certainty, total, is_cut))
     return contacts

@@ -23,6 +23,8 @@ _CELL: Shape = (32, 64, 64)
 """[voxel] What is read at once where single voxels are wanted: a usual chunk."""
 _KEPT_CELLS = 256
 """Cells of the probability that stay in memory."""
+_PATCHES_AT_ONCE = 1000
+"""Patches that are read at once, for which memory is bounded."""
 _CONFIDENCE_CELL = 64
 """[voxel] Edge of the boxes in which the confidence of a tree is looked up."""
 
@@ -90,6 +92,24 @@ class CellCache:
         sampled = np.empty_like(values)
         sampled[order] = values
         return sampled
+
+    def sample_means(self, voxels: Ints, offsets: Ints, weights: Floats) -> Floats:
+        """[M, W] weighted means around [M, 3] voxels inside the volume.
+
+        The values at `offsets` [O, 3] from each voxel have `weights` [O, W]; the border voxels stand for those outside.
+        """
+        last = np.array(self._shape) - 1
+        means = np.empty((len(voxels), weights.shape[1]))
+        for _, group in self._group_by_cell(voxels // self._cell)[1]:
+            # A cell of a dense volume holds many voxels, and each has a patch.
+            for part in np.array_split(group, -(-len(group) // _PATCHES_AT_ONCE)):
+                around = np.clip(voxels[part][:, None] + offsets, 0, last)
+                low, high = around.min(axis=(0, 1)), around.max(axis=(0, 1)) + 1
+                (z0, y0, x0), (z1, y1, x1) = low.tolist(), high.tolist()
+                box = self.read_box(Box((z0, y0, x0), (z1, y1, x1)))
+                values = box[tuple(np.moveaxis(around - low, -1, 0))]
+                means[part] = values.astype(np.float64) @ weights
+        return means
 
     def sample_medians(self, voxels: Ints) -> Floats:
         """[M] the median of the cell that holds each of [M, 3] voxels inside the volume."""

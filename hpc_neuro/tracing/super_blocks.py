@@ -697,7 +697,10 @@ def finish_batch(
     centerlines = find_lines_through(graph, sources, root_voxels, cfg)
 
     volume_lines = VolumeLines(centerlines, _join_bridges(graph, centerlines, keys, bridges), root_voxels)
-    return finish_lines(graph, volume_lines, [roots[number] for number in numbers], voxel_size, cfg, image)
+    batch_roots = [roots[number] for number in numbers]
+    return finish_lines(
+        graph, volume_lines, batch_roots, voxel_size, cfg, image, is_only_root=len(groups.root_voxels) == 1
+    )
 
 
 def _select_pieces(lines: SuperBlockLines, is_own: Bools, shape: Shape, min_voxels: int) -> BlockSkeleton:
@@ -733,4 +736,6 @@ def collect_trees(batches: Sequence[TracedVolume], groups: PieceGroups) -> Trace
         trees = [trees[place] for place in order.tolist()]
     else:
         trees = sorted(trees, key=length, reverse=True)
-    return TracedVolume(trees, [contact for batch in batches for contact in batch.contacts])
+    decisions = [batch.crowd for batch in batches if batch.crowd is not None]
+    contacts = [contact for batch in batches for contact in batch.contacts]
+    return TracedVolume(trees, contacts, decisions[0] if decisions else None)

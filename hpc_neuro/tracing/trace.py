@@ -26,6 +26,7 @@ from hpc_neuro.tracing.block_skeleton import list_trace_blocks, skeletonize_bloc
 from hpc_neuro.tracing.centerlines import Centerlines, find_centerlines, find_far_ends
 from hpc_neuro.tracing.config import TraceConfig
 from hpc_neuro.tracing.contacts import Contact, find_neighbors
+from hpc_neuro.tracing.crowd_labels import CrowdDecision
 from hpc_neuro.tracing.finish_tree import (
     decimate_tree,
     find_main_side,
@@ -47,10 +48,11 @@ _SPECK_PENALTY = 5.0
 
 @dataclass(frozen=True)
 class TracedVolume:
-    """The trees of a volume, and where neighbors were cut off them."""
+    """The trees of a volume, where neighbors were cut off them, and whether it was taken for a crowd."""
 
     trees: list[Tree]
     contacts: list[Contact]
+    crowd: CrowdDecision | None = None
 
 
 def trace(
@@ -165,7 +167,7 @@ def trace_volume(
         )
 
     lines = find_lines(graph, roots, cfg, image)
-    return finish_lines(graph, lines, roots, voxel_size, cfg, image, shown, keep_rest)
+    return finish_lines(graph, lines, roots, voxel_size, cfg, image, shown, keep_rest, len(roots) == 1)
 
 
 @dataclass(frozen=True)
@@ -206,19 +208,25 @@ def finish_lines(
     image: ReadBox | None = None,
     shown: ReadBox | None = None,
     keep_rest: bool = False,
+    is_only_root: bool = True,
 ) -> TracedVolume:
-    """Make trees of centerlines and bridges: split between roots, cut at contacts, rooted, pruned and smoothed."""
+    """Make trees of centerlines and bridges: split between roots, cut at contacts, rooted, pruned and smoothed.
+
+    is_only_root: whether the volume has no roots beside these.
+    """
     lines = build_centerline_graph(graph, volume_lines.centerlines, volume_lines.bridges)
     rest = _select_rest(lines, _find_nodes(lines, volume_lines.root_voxels)) if roots and keep_rest else None
     lines = _split_roots(lines, graph, volume_lines.root_voxels, cfg)
 
     # Without a root nothing tells the neuron from its neighbors, and in a projection its own branches cross.
-    contacts: list[Contact] = []
+    neighbors = None
     if roots and cfg.contacts and min(graph.shape) > 1:
         nodes = _find_nodes(lines, volume_lines.root_voxels)
-        keep, contacts = find_neighbors(lines, graph, nodes, voxel_size, image)
-    if contacts:
-        graph, volume_lines = _trace_again(graph, keep, volume_lines.root_voxels, cfg, image)
+        # Of several neurons with roots of their own, what hangs together is cut between them already.
+        crowd = False if cfg.crowd is None and not is_only_root else cfg.crowd
+        neighbors = find_neighbors(lines, graph, nodes, voxel_size, image, crowd)
+    if neighbors is not None and not neighbors.keep.all():
+        graph, volume_lines = _trace_again(graph, neighbors.keep, volume_lines.root_voxels, cfg, image)
         lines = build_centerline_graph(graph, volume_lines.centerlines, volume_lines.bridges)
         lines = _split_roots(lines, graph, volume_lines.root_voxels, cfg)
 
@@ -226,7 +234,9 @@ def finish_lines(
     trees = _finish_trees(lines, root_voxels, roots, graph, cfg, shown)
     if rest is not None:
         trees += _finish_trees(rest, [], (), graph, cfg, shown)
-    return TracedVolume(trees, contacts)
+    if neighbors is None:
+        return TracedVolume(trees, [])
+    return TracedVolume(trees, neighbors.contacts, neighbors.crowd)
 
 
 def _split_roots(

@@ -54,10 +54,13 @@ def test_places_are_found_and_the_gap_with_most_behind_it_comes_first() -> None:
 def test_contacts_are_places_at_the_nearest_node_with_the_cable_that_was_cut_off() -> None:
     tree, sure = _cell()
     contacts = [Contact((21.0, 33.0, 20.0), 0.9, 50.0), Contact((6.0, 6.0, 10.0), 0.5, 8.0)]
+    contacts.append(Contact((6.0, 6.0, 12.0), 0.75, 3.0, is_cut=False))
     places = proofread.find_places(tree, _make_confidence(sure), SHAPE, SIZE, contacts)
     first, second = (place for place in places if place.kind == "contact")
     assert (first.neuron, first.y, first.x, first.doubt, first.cable_um) == (2, 5.0, 10.0, 1.0, 8.0)
     assert (second.neuron, second.y, second.x, second.doubt, second.cable_um) == (1, 30.0, 20.0, 0.2, 50.0)
+    (touch,) = (place for place in places if place.kind == "touch")
+    assert (touch.doubt, touch.cable_um) == (0.5, 3.0)
 
 
 def test_neurons_are_ranked_by_how_much_of_them_is_sure() -> None:
