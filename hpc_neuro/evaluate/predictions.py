@@ -105,6 +105,18 @@ class PredictionFolder:
                 f"`hpc-neuro infer verify {files.quote_path(self.path)}` sets it aside and writes the model's tree "
                 "again"
             )
+        if tree:
+            self._require_voxels(self.path / tree)
+
+    def _require_voxels(self, tree: Path) -> None:
+        """Raise InputError for a tree whose header states another unit."""
+        unit = swc.require_header(tree).unit
+        if unit not in (None, "voxel"):
+            raise InputError(
+                f"{tree} is in {unit} by its header, and trees of predictions are compared in voxels; name in "
+                f"{self.path / INDEX} the file that this writes:  hpc-neuro swc convert {files.quote_path(tree)} "
+                "to=voxel"
+            )
 
     def _check_shards(self, volume_id: str) -> None:
         """Raise InputError when a shard that a done marker of `infer` records does not exist, or a marker is lost.
@@ -151,13 +163,6 @@ class PredictionFolder:
             )
 
         tree = swc.read(trees[0]) if trees else empty_tree()
-        unit = swc.require_header(trees[0]).unit if trees else None
-        if unit not in (None, "voxel"):
-            raise InputError(
-                f"{trees[0]} is in {unit} by its header, and trees of predictions are compared in voxels; convert "
-                f"it with:  hpc-neuro swc convert {trees[0]} to=voxel"
-            )
-
         return VolumePrediction(probability, tree, self.read_threshold(volume_id))
 
     def read_threshold(self, volume_id: str) -> float:

@@ -109,30 +109,31 @@ class FeatureCache:
 
         digests: volume -> content digest as the store gives it. teacher: Teacher.identity.
         """
-        command = f"hpc-neuro precompute store=... out={files.quote_path(self.path)}"
+        command = "hpc-neuro precompute store=... out=ANOTHER_FOLDER"
         cached_teacher = self.manifest["teacher"]
         if dict(cached_teacher) != dict(teacher):
             raise CacheMismatch(
                 f"{self.path} holds features of the teacher {cached_teacher}, but the config asks for {dict(teacher)}; "
-                f"build them in another folder with `{command}` and that teacher, or train with "
+                f"build them with `{command}` and that teacher, or train with "
                 f"teacher.model={cached_teacher.get('name')}"
             )
 
         if missing_views := [view for view in views if view not in self.views]:
+            every = f"views=[{','.join(views)}]"
             raise CacheMismatch(
-                f"{self.path} has no view {', '.join(missing_views)}; rebuild it with views={list(views)}"
+                f"{self.path} has no view {', '.join(missing_views)}; build it with `{command} {every}`"
             )
 
         if missing := [volume for volume in digests if (volume, self.views[0], "") not in self._shards]:
             raise CacheMismatch(
-                f"{self.path} has no features of {', '.join(missing[:5])}; add their split to `splits` of "
-                f"`{command}`, in another folder"
+                f"{self.path} has no features of {', '.join(missing[:5])}; name their split in `splits`, as in "
+                f"`{command} splits=[train,val]`"
             )
 
         if changed := [volume for volume, digest in digests.items() if self.manifest["volumes"][volume] != digest]:
             raise CacheMismatch(
                 f"{self.path} was made from other images of {', '.join(changed[:5])} than the store holds now; "
-                f"build it again in another folder with `{command}`"
+                f"build it again with `{command}`"
             )
 
     def select_orientations(self, names: Sequence[str] | None) -> tuple[Orientation, ...]:
