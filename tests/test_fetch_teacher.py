@@ -36,7 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cached(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def hub_cache(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's client finds the weights in its cache."""
     monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", lambda *a, **k: str(weights))
 
@@ -50,7 +50,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fetched_folder_is_loaded_without_the_hub(
-    weights: Path, cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path, hub_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = fetch(NAME, tmp_path / "t")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -65,7 +65,7 @@ def test_a_fetched_folder_is_loaded_without_the_hub(
 
 
 def test_fetching_again_changes_nothing_and_mends_a_changed_file(
-    cached: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch(NAME, tmp_path / "t")
     file = tmp_path / "t" / "model.safetensors"
@@ -83,7 +83,7 @@ def test_fetching_again_changes_nothing_and_mends_a_changed_file(
     load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
 
 
-def test_wrong_folders_are_named(cached: None, tmp_path: Path) -> None:
+def test_wrong_folders_are_named(hub_cache: None, tmp_path: Path) -> None:
     command = f"hpc-neuro fetch-teacher {NAME} out=FOLDER"
     with pytest.raises(InputError, match=rf"t does not exist; .*{command}"):
         load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
@@ -159,7 +159,7 @@ def test_many_processes_download_once_and_offline_is_honored(hub: str, tmp_path:
     assert not (tmp_path / "u").exists()
 
 
-def test_the_model_is_the_weights(weights: Path, cached: None, tmp_path: Path) -> None:
+def test_the_model_is_the_weights(weights: Path, hub_cache: None, tmp_path: Path) -> None:
     fetch(NAME, tmp_path / "t")
     ours = load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t")).backbone.state_dict()
     timm_state = load_teacher(TeacherConfig(model=NAME, weights=weights)).backbone.state_dict()

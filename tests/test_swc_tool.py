@@ -135,13 +135,13 @@ def test_from_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_scaled_tree_states_no_voxel_size_that_is_not_its_own(tmp_path: Path) -> None:
-    tree = swc.read(_written(tmp_path / "v.swc", "voxel"))
+    tree = swc.read(_write_tree(tmp_path / "v.swc", "voxel"))
     main(["transform", str(tmp_path / "v.swc"), "scale=1,0.5,0.5"])
     assert swc.read_header(tmp_path / "v.moved.swc").voxel_size == (2.0, 1.0, 1.0)
     main(["convert", str(tmp_path / "v.moved.swc"), "to=um"])
     want = morphology.length(morphology.scale_tree(tree, (2.0, 0.5, 0.5)))
     assert morphology.length(swc.read(tmp_path / "v.moved.um.swc")) == pytest.approx(want, rel=1e-4)
-    _written(tmp_path / "u.swc", "um")
+    _write_tree(tmp_path / "u.swc", "um")
     main(["transform", str(tmp_path / "u.swc"), "scale=2,2,2"])
     assert swc.read_header(tmp_path / "u.moved.swc").voxel_size is None
     main(["transform", str(tmp_path / "u.swc"), "shift=1,1,1", "out=" + str(tmp_path / "shifted")])
@@ -149,12 +149,12 @@ def test_a_scaled_tree_states_no_voxel_size_that_is_not_its_own(tmp_path: Path) 
 
 
 def test_a_unit_is_not_relabelled(tmp_path: Path) -> None:
-    _written(tmp_path / "u.swc", "um")
+    _write_tree(tmp_path / "u.swc", "um")
     with pytest.raises(ConfigError, match=r"says um; `hpc-neuro swc convert` converts"):
         main(["fix", str(tmp_path / "u.swc"), "unit=voxel"])
 
 
-def _written(path: Path, unit: Unit) -> Path:
+def _write_tree(path: Path, unit: Unit) -> Path:
     (path.parent / "raw.swc").write_text(GOOD)
     swc.write(path, swc.read(path.parent / "raw.swc"), unit=unit, voxel_size=(2.0, 0.5, 0.5))
     return path
@@ -197,6 +197,6 @@ def test_convert_says_which_unit_it_assumes_and_takes_the_other(
     assert main(["convert", path, "to=voxel", "unit=voxel"]) == 0
     assert swc.read_header(folder / "good.voxel.swc").unit == "voxel"
 
-    _written(folder / "u.swc", "um")
+    _write_tree(folder / "u.swc", "um")
     with pytest.raises(ConfigError, match="says um"):
         main(["convert", str(folder / "u.swc"), "unit=voxel"])

@@ -43,7 +43,7 @@ def write_predictions(folder: Path, store: Path, shift: float = 0.0, nothing: tu
 
 
 @pytest.fixture(scope="module")
-def done(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything: two seeds of the model, another model, a training run, a tolerance in um."""
     folder = tmp_path_factory.mktemp("done")
     exact = write_predictions(folder / "exact", store)

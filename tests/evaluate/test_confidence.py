@@ -62,15 +62,15 @@ def test_a_confidence_that_is_the_chance_of_being_right_is_calibrated() -> None:
     assert compute_calibration_error(too_low) > 0.15
 
 
-def test_the_confidence_is_compared_with_gold(done: Path) -> None:
+def test_the_confidence_is_compared_with_gold(finished_run: Path) -> None:
     """The perfect model is right throughout, and its confidence is lower than that."""
-    table = json.loads((done / "metrics.json").read_text())["confidence"]
+    table = json.loads((finished_run / "metrics.json").read_text())["confidence"]
     assert [(b["low"], b["right"]) for b in table["bins"]] == [(0.7, 1.0)]
     assert table["bins"][0]["cable"] > 10
     assert table["error"] == pytest.approx(1 - table["bins"][0]["confidence"])
 
     # One bin is no curve.
-    page = (done / "report.html").read_text()
+    page = (finished_run / "report.html").read_text()
     assert "0.7 to 0.8" in page
     assert "Confidence and share that is right" not in page
 

@@ -29,8 +29,8 @@ REQUIRED = {
 """What other programs read."""
 
 
-def test_metrics_json_has_what_programs_read(done: Path) -> None:
-    metrics = json.loads((done / "metrics.json").read_text())
+def test_metrics_json_has_what_programs_read(finished_run: Path) -> None:
+    metrics = json.loads((finished_run / "metrics.json").read_text())
     assert set(metrics["volumes"]) == {"a", "b"}
     for scores in (*metrics["volumes"].values(), metrics["mean"]):
         assert set(scores) == {"model", "far", "otsu"}
@@ -49,8 +49,8 @@ def test_metrics_json_has_what_programs_read(done: Path) -> None:
     assert paired["n"] == 2
 
 
-def test_scores_equal_the_metrics_on_the_same_data(done: Path, store: Path) -> None:
-    metrics = json.loads((done / "metrics.json").read_text())
+def test_scores_equal_the_metrics_on_the_same_data(finished_run: Path, store: Path) -> None:
+    metrics = json.loads((finished_run / "metrics.json").read_text())
     volume = Store(store)["a"]
     mask, gold = volume.mask(Box.whole(volume.shape)) == 1, volume.tree()
     exact, near = metrics["seeds"]["model"][0]["a"], metrics["seeds"]["model"][1]["a"]
@@ -67,8 +67,8 @@ def test_scores_equal_the_metrics_on_the_same_data(done: Path, store: Path) -> N
     assert near["f1_2.5um"] == pytest.approx(1.0)
 
 
-def test_a_miss_stays_in_the_mean(done: Path, store: Path) -> None:
-    metrics = json.loads((done / "metrics.json").read_text())
+def test_a_miss_stays_in_the_mean(finished_run: Path, store: Path) -> None:
+    metrics = json.loads((finished_run / "metrics.json").read_text())
     miss = metrics["volumes"]["b"]["far"]
     diagonal = math.dist((0, 0, 0), Store(store)["b"].shape)
     assert (miss["dice"], miss["f1_4vox"], miss["pds"]) == (0, 0, 1)
@@ -77,8 +77,8 @@ def test_a_miss_stays_in_the_mean(done: Path, store: Path) -> None:
     assert metrics["mean"]["far"]["esa"] > diagonal / 2
 
 
-def test_tables(done: Path) -> None:
-    lines = list(csv.DictReader((done / "metrics.csv").open()))
+def test_tables(finished_run: Path) -> None:
+    lines = list(csv.DictReader((finished_run / "metrics.csv").open()))
     assert [(x["volume"], x["method"], x["seed"]) for x in lines[:5]] == [
         ("a", "model", "0"),
         ("a", "model", "1"),
@@ -88,7 +88,7 @@ def test_tables(done: Path) -> None:
     ]
     assert float(lines[0]["dice"]) == 1.0
     assert lines[4]["dice"] == ""
-    latex = (done / "metrics.tex").read_text()
+    latex = (finished_run / "metrics.tex").read_text()
     assert latex.count(r"\\") == 4
     assert r"\textbf{" in latex
     assert _escape_latex(r"a_1 & 50 % [#1] {$x^2$} ~\ µm") == (
@@ -96,36 +96,36 @@ def test_tables(done: Path) -> None:
     )
 
 
-def test_the_report_stands_alone(done: Path) -> None:
-    page = (done / "report.html").read_text()
+def test_the_report_stands_alone(finished_run: Path) -> None:
+    page = (finished_run / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "http" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)
     for heading in ("Result", "Differences", "Neurons", "Pictures", "Learning curves", "Definitions", "Provenance"):
         assert f"<h2>{heading}</h2>" in page
     assert page.count("data:image/jpeg") == 1
-    assert (done / "pictures" / "b.jpg").exists() or (done / "pictures" / "a.jpg").exists()
+    assert (finished_run / "pictures" / "b.jpg").exists() or (finished_run / "pictures" / "a.jpg").exists()
 
 
-def test_every_number_has_a_definition(done: Path, store: Path) -> None:
-    cfg = evaluate.EvaluateConfig(store=store, predictions=store, out=done, tolerance_um=2.5)
-    metrics = json.loads((done / "metrics.json").read_text())
+def test_every_number_has_a_definition(finished_run: Path, store: Path) -> None:
+    cfg = evaluate.EvaluateConfig(store=store, predictions=store, out=finished_run, tolerance_um=2.5)
+    metrics = json.loads((finished_run / "metrics.json").read_text())
     assert {m.key for m in cfg.list_metrics()} == set(metrics["volumes"]["a"]["model"])
     assert all(m.definition and "{" not in m.definition + m.title + m.key for m in cfg.list_metrics())
 
 
 def test_again_is_already_complete_and_killed_goes_on(
-    done: Path, store: Path, caplog: pytest.LogCaptureFixture
+    finished_run: Path, store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
 
-    cfg = load(evaluate.EvaluateConfig, done / "config.yaml")
-    before = (done / "metrics.json").read_bytes()
-    score = done / "scores" / "model.0" / "a.json"
+    cfg = load(evaluate.EvaluateConfig, finished_run / "config.yaml")
+    before = (finished_run / "metrics.json").read_bytes()
+    score = finished_run / "scores" / "model.0" / "a.json"
     stamp = score.stat().st_mtime_ns
-    (done / "report.html").unlink()
+    (finished_run / "report.html").unlink()
     assert evaluate.run(cfg) == 0
     assert score.stat().st_mtime_ns == stamp
-    assert (done / "report.html").exists()
-    assert (done / "metrics.json").read_bytes() == before
+    assert (finished_run / "report.html").exists()
+    assert (finished_run / "metrics.json").read_bytes() == before
     with caplog.at_level("INFO", "hpc_neuro"):
         assert evaluate.run(cfg) == 0
     assert "already complete" in caplog.text

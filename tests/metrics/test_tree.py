@@ -77,13 +77,13 @@ def test_distances_equal_the_double_loop_and_are_symmetric(a: Tree, b: Tree) -> 
 def test_distances_do_not_depend_on_axis_order_or_flips(
     a: Tree, b: Tree, order: list[int], sign: tuple[float, float, float]
 ) -> None:
-    def moved(t: Tree) -> Tree:
+    def reorient_tree(t: Tree) -> Tree:
         return Tree(t.points[:, order] * np.array(sign) + 7.0, t.radii, t.parents, t.types)
 
     before = metric.distances(a, b)
-    after = metric.distances(moved(a), moved(b))
+    after = metric.distances(reorient_tree(a), reorient_tree(b))
     assert after["esa"] == pytest.approx(before["esa"], abs=1e-9)
-    m, m_moved = match_cable(a, b, 3.7), match_cable(moved(a), moved(b), 3.7)
+    m, m_moved = match_cable(a, b, 3.7), match_cable(reorient_tree(a), reorient_tree(b), 3.7)
     assert m_moved.f1 == pytest.approx(m.f1, abs=0.2)  # a piece exactly at the tolerance may fall on either side
 
 

@@ -91,13 +91,13 @@ def test_invariant_under_axis_order_and_flips(seed: int, order: list[int], flipp
     shape, spacing = (8, 11, 13), (1.0, 0.5, 0.25)
     a, b = blob(shape, seed, 0.2), blob(shape, seed ^ 1, 0.2)
 
-    def moved(m: np.ndarray) -> np.ndarray:
+    def reorient_mask(m: np.ndarray) -> np.ndarray:
         return np.flip(m.transpose(order), axis=tuple(flipped))
 
     one = voxel.compute_surface_distances(a, b, spacing)
-    two = voxel.compute_surface_distances(moved(a), moved(b), tuple(spacing[i] for i in order))  # type: ignore[arg-type]
+    two = voxel.compute_surface_distances(reorient_mask(a), reorient_mask(b), tuple(spacing[i] for i in order))  # type: ignore[arg-type]
     assert (two.hd95, two.hd95_pooled, two.assd) == pytest.approx((one.hd95, one.hd95_pooled, one.assd))
-    assert voxel.count_voxels(moved(a), moved(b)) == voxel.count_voxels(a, b)
+    assert voxel.count_voxels(reorient_mask(a), reorient_mask(b)) == voxel.count_voxels(a, b)
     assert voxel.hd95(b, a, spacing) == pytest.approx(voxel.hd95(a, b, spacing))
 
 

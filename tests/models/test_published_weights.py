@@ -81,7 +81,7 @@ def make_state(name: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
-def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def published_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Name of a published teacher, and a file like it."""
     path = tmp_path_factory.mktemp("weights") / "weights.pth"
     torch.save(make_state(request.param), path)
@@ -89,13 +89,13 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def teacher(published: tuple[str, Path]) -> Teacher:
-    name, path = published
+def teacher(published_file: tuple[str, Path]) -> Teacher:
+    name, path = published_file
     return load_teacher(TeacherConfig(model=PUBLISHED[name][0], weights=path))
 
 
-def test_the_file_is_taken_whole(published: tuple[str, Path], teacher: Teacher) -> None:
-    name, _ = published
+def test_the_file_is_taken_whole(published_file: tuple[str, Path], teacher: Teacher) -> None:
+    name, _ = published_file
     state, own = make_state(name), teacher.backbone.state_dict()
     assert (teacher.patch, teacher.dim, teacher.depth, teacher.heads) == (PUBLISHED[name][1], WIDTH, 12, 6)
 

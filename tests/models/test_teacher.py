@@ -20,7 +20,7 @@ ARCH = "vit_tiny_patch16_224"
 
 
 @pytest.fixture(scope="module")
-def untrained() -> Teacher:
+def random_teacher() -> Teacher:
     return load_teacher(TeacherConfig(model="random"))
 
 
@@ -43,49 +43,49 @@ def test_features_are_timms_for_the_normalized_rgb_image(arch: str, patch: int) 
     torch.testing.assert_close(teacher.features(gray, [2])[0], got[1])
 
 
-def test_facts_are_the_backbones(untrained: Teacher) -> None:
-    assert (untrained.dim, untrained.depth, untrained.heads, untrained.patch) == (192, 12, 3, 16)
-    assert untrained.random
-    assert untrained.mean == timm().create_model(ARCH).pretrained_cfg["mean"]
+def test_facts_are_the_backbones(random_teacher: Teacher) -> None:
+    assert (random_teacher.dim, random_teacher.depth, random_teacher.heads, random_teacher.patch) == (192, 12, 3, 16)
+    assert random_teacher.random
+    assert random_teacher.mean == timm().create_model(ARCH).pretrained_cfg["mean"]
 
 
-def test_teacher_stays_frozen_and_in_eval_mode(untrained: Teacher) -> None:
-    torch.nn.Sequential(untrained).train()
-    assert not any(m.training for m in untrained.modules())
-    assert not any(p.requires_grad for p in untrained.parameters())
-    assert not untrained.features(torch.rand(1, 16, 16, requires_grad=True), [0]).requires_grad
+def test_teacher_stays_frozen_and_in_eval_mode(random_teacher: Teacher) -> None:
+    torch.nn.Sequential(random_teacher).train()
+    assert not any(m.training for m in random_teacher.modules())
+    assert not any(p.requires_grad for p in random_teacher.parameters())
+    assert not random_teacher.features(torch.rand(1, 16, 16, requires_grad=True), [0]).requires_grad
 
 
-def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone(untrained: Teacher) -> None:
+def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone(random_teacher: Teacher) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     again = load_teacher(TeacherConfig(model="random"))
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
     other = load_teacher(TeacherConfig(model="random", seed=1))
-    assert again.identity == untrained.identity
-    assert other.identity["sha256"] != untrained.identity["sha256"]
+    assert again.identity == random_teacher.identity
+    assert other.identity["sha256"] != random_teacher.identity["sha256"]
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (1, 16, 17), (1, 0, 16), (1, 1, 16, 16)])
-def test_images_of_another_shape_are_refused(untrained: Teacher, shape: tuple[int, ...]) -> None:
+def test_images_of_another_shape_are_refused(random_teacher: Teacher, shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="multiples of 16; pad"):
-        untrained.features(torch.rand(shape), [0])
+        random_teacher.features(torch.rand(shape), [0])
 
 
 @pytest.mark.parametrize("layers", [[12], [-1], []])
-def test_layers_that_do_not_exist_are_refused(untrained: Teacher, layers: list[int]) -> None:
+def test_layers_that_do_not_exist_are_refused(random_teacher: Teacher, layers: list[int]) -> None:
     with pytest.raises(InputError, match="0 to 11"):
-        untrained.features(torch.rand(1, 16, 16), layers)
+        random_teacher.features(torch.rand(1, 16, 16), layers)
 
 
 def _local(path: Path, **fields: str) -> TeacherConfig:
     return TeacherConfig(model=ARCH, weights=path, **fields)
 
 
-def test_a_local_file_gives_its_weights_and_digest(untrained: Teacher, tmp_path: Path) -> None:
+def test_a_local_file_gives_its_weights_and_digest(random_teacher: Teacher, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    state = untrained.backbone.state_dict()
+    state = random_teacher.backbone.state_dict()
     save_file({**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     teacher = load_teacher(_local(path, sha256=digest.upper()))
@@ -95,19 +95,19 @@ def test_a_local_file_gives_its_weights_and_digest(untrained: Teacher, tmp_path:
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=0)
 
 
-def test_a_training_checkpoint_is_unwrapped(untrained: Teacher, tmp_path: Path) -> None:
+def test_a_training_checkpoint_is_unwrapped(random_teacher: Teacher, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
-    state = {f"module.backbone.{k}": v.half() for k, v in untrained.backbone.state_dict().items()}
+    state = {f"module.backbone.{k}": v.half() for k, v in random_teacher.backbone.state_dict().items()}
     torch.save({"teacher": {**state, "module.head.mlp.0.weight": torch.zeros(3)}}, path)
     state = load_teacher(_local(path)).backbone.state_dict()
-    wanted = untrained.backbone.state_dict()
+    wanted = random_teacher.backbone.state_dict()
     assert all(t.dtype == torch.float32 for t in state.values())
     torch.testing.assert_close(state["norm.weight"], wanted["norm.weight"].half().float())
 
 
-def test_a_wrong_hash_names_both(untrained: Teacher, tmp_path: Path) -> None:
+def test_a_wrong_hash_names_both(random_teacher: Teacher, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
-    save_file(untrained.backbone.state_dict(), path)
+    save_file(random_teacher.backbone.state_dict(), path)
     with pytest.raises(InputError) as caught:
         load_teacher(_local(path, sha256="ab" * 32))
     assert hashlib.sha256(path.read_bytes()).hexdigest() in str(caught.value)
@@ -191,20 +191,20 @@ def test_an_unreachable_hub_does_not_hang(monkeypatch: pytest.MonkeyPatch, hangs
 
 
 def test_cached_hub_weights_need_no_network(
-    untrained: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, asked = tmp_path / "model.safetensors", []
-    save_file(untrained.backbone.state_dict(), path)
+    save_file(random_teacher.backbone.state_dict(), path)
 
-    def cached(repository: str, file: str, revision: str | None) -> str:
+    def find_cached(repository: str, file: str, revision: str | None) -> str:
         asked.append((repository, file))
         return str(path)
 
-    monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(module.huggingface, "try_to_load_from_cache", find_cached)
     monkeypatch.setattr(module.huggingface, "_unreachable", lambda: pytest.fail("the network was tried"))
     teacher = load_teacher(TeacherConfig(model="vit_tiny_patch16_224.augreg_in21k"))
     assert asked == [("timm/vit_tiny_patch16_224.augreg_in21k", "model.safetensors")]
-    torch.testing.assert_close(teacher.backbone.norm.weight, untrained.backbone.norm.weight)
+    torch.testing.assert_close(teacher.backbone.norm.weight, random_teacher.backbone.norm.weight)
 
 
 @pytest.mark.parametrize("fields", [["weights=x.pth"], ["model=random", "sha256=ab"], ["model=trained"]])

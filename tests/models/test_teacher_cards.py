@@ -20,13 +20,13 @@ ARCH = "vit_tiny_patch16_224"
 
 
 @pytest.fixture(scope="module")
-def untrained() -> Teacher:
+def random_teacher() -> Teacher:
     return load_teacher(TeacherConfig(model="random"))
 
 
-def _assets(folder: Path, untrained: Teacher, **changes: object) -> None:
+def _write_assets(folder: Path, random_teacher: Teacher, **changes: object) -> None:
     path = folder / f"{module.BUNDLED['bundled']}.safetensors"
-    save_file({k: v.half() for k, v in untrained.backbone.state_dict().items()}, path)
+    save_file({k: v.half() for k, v in random_teacher.backbone.state_dict().items()}, path)
     card = {
         "arch": ARCH,
         "patch": 16,
@@ -39,16 +39,18 @@ def _assets(folder: Path, untrained: Teacher, **changes: object) -> None:
     path.with_suffix(".json").write_text(json.dumps(card))
 
 
-def test_the_bundled_teacher_is_its_cards(untrained: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundled_teacher_is_its_cards(
+    random_teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "ASSETS", tmp_path)
-    _assets(tmp_path, untrained)
+    _write_assets(tmp_path, random_teacher)
     teacher = load_teacher(TeacherConfig())
     assert (teacher.identity["name"], teacher.random) == ("bundled", False)
     assert (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert next(teacher.parameters()).dtype == torch.float32
     with pytest.raises(InputError, match="cd" * 32):
         load_teacher(TeacherConfig(sha256="cd" * 32))
-    _assets(tmp_path, untrained, sha256="ef" * 32)
+    _write_assets(tmp_path, random_teacher, sha256="ef" * 32)
     with pytest.raises(InputError, match="ef" * 32):
         load_teacher(TeacherConfig())
 

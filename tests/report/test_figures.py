@@ -40,12 +40,12 @@ def test_a_panel_shows_its_lines_where_they_are() -> None:
     dark = project_maxima(lambda box: np.zeros(box.shape, np.float32), shape)
     line = TreeLines(np.array([[[5.0, 30, 10], [5.0, 30, 90]]]), "#ff0000", "one")
 
-    def red(panel: Panel) -> np.ndarray:
+    def find_red(panel: Panel) -> np.ndarray:
         picture = np.asarray(Image.open(io.BytesIO(draw_panels([panel], shape, size)))).astype(int)
         return picture[..., 0] - picture[..., 1:].max(axis=-1) > 60
 
-    assert not red(Panel("none", gray=dark)).any()
-    marks = red(Panel("one", gray=dark, lines=[line]))
+    assert not find_red(Panel("none", gray=dark)).any()
+    marks = find_red(Panel("one", gray=dark, lines=[line]))
     height, width = marks.shape
     rows = np.flatnonzero(marks[:, : int(0.7 * width)].sum(axis=1) > 0.4 * width)  # the long stretches, along x
     assert len(rows) >= 2

@@ -73,7 +73,7 @@ def teacher_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def continued(teacher_run: Path, stack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def continued_run(teacher_run: Path, stack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished teacher, continued on a stack without interruption."""
     out = tmp_path_factory.mktemp("teachers") / "continued"
     assert adapt.run(configure_continuation(stack, teacher_run, out)) == 0

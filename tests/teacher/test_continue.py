@@ -25,12 +25,12 @@ from tests.helpers.tiny_teachers import make
 from tests.teacher.conftest import configure_continuation, write_stack
 
 
-def test_the_weights_change_and_the_card_names_every_stage(teacher_run: Path, continued: Path, stack: Path) -> None:
-    before, after = (load_file(out / "teacher.safetensors") for out in (teacher_run, continued))
+def test_the_weights_change_and_the_card_names_every_stage(teacher_run: Path, continued_run: Path, stack: Path) -> None:
+    before, after = (load_file(out / "teacher.safetensors") for out in (teacher_run, continued_run))
     assert before.keys() == after.keys()
     assert not torch.equal(before["blocks.0.attn.qkv.weight"], after["blocks.0.attn.qkv.weight"])
 
-    card = json.loads((continued / "teacher.json").read_text())
+    card = json.loads((continued_run / "teacher.json").read_text())
     first, second = card["stages"]
     assert first == json.loads((teacher_run / "teacher.json").read_text())["stages"][0]
     assert (second["verb"], second["objective"], second["steps"]) == ("continue", "structure", 12)
@@ -43,7 +43,7 @@ def test_the_weights_change_and_the_card_names_every_stage(teacher_run: Path, co
         "about": "not stated",
     }
     assert set(card["probes"]["frozen_features"]["curves"]) == {"pixels", "trained", "before", "random_weights_timm"}
-    assert load_teacher(TeacherConfig(model="trained", weights=continued)).depth == 2
+    assert load_teacher(TeacherConfig(model="trained", weights=continued_run)).depth == 2
 
 
 def test_only_what_predicts_learns_at_first(teacher_run: Path, stack: Path, tmp_path: Path) -> None:
@@ -147,18 +147,18 @@ def test_a_teacher_in_the_package_is_continued_by_its_own_objective(stack: Path,
 
 
 def test_another_teacher_does_not_continue_a_run(
-    teacher_run: Path, continued: Path, stack: Path, tmp_path: Path
+    teacher_run: Path, continued_run: Path, stack: Path, tmp_path: Path
 ) -> None:
-    out = shutil.copytree(continued, tmp_path / "out")
+    out = shutil.copytree(continued_run, tmp_path / "out")
     other = shutil.copytree(teacher_run, tmp_path / "other")
     with pytest.raises(ConfigError, match=r"teacher\.weights: "):
         adapt.run(configure_continuation(stack, other, out))
 
 
-def test_a_finished_run_does_nothing(teacher_run: Path, continued: Path, stack: Path) -> None:
-    before = (continued / "teacher.json").read_bytes()
-    assert adapt.run(configure_continuation(stack, teacher_run, continued)) == 0
-    assert (continued / "teacher.json").read_bytes() == before
+def test_a_finished_run_does_nothing(teacher_run: Path, continued_run: Path, stack: Path) -> None:
+    before = (continued_run / "teacher.json").read_bytes()
+    assert adapt.run(configure_continuation(stack, teacher_run, continued_run)) == 0
+    assert (continued_run / "teacher.json").read_bytes() == before
 
 
 def test_the_forecast_writes_nothing(teacher_run: Path, stack: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hpc_neuro.train.step_metrics import DivergedError, Meter
 CPU = torch.device("cpu")
 
 
-def filled(*passes: tuple[float, float, float], norm: float = 1.0) -> Meter:
+def fill_meter(*passes: tuple[float, float, float], norm: float = 1.0) -> Meter:
     """One step; each pass is (loss of two samples, distillation, number of distilled samples)."""
     meter = Meter(CPU)
     meter.new_step()
@@ -23,7 +23,7 @@ def filled(*passes: tuple[float, float, float], norm: float = 1.0) -> Meter:
 
 
 def test_terms_are_means_over_their_own_samples():
-    row = filled((1.0, 4.0, 1.0), (3.0, 8.0, 3.0)).collect_rows(4, 0, True)[0]
+    row = fill_meter((1.0, 4.0, 1.0), (3.0, 8.0, 3.0)).collect_rows(4, 0, True)[0]
     assert row["loss"] == 2.0
     assert row["distill"] == 7.0
     assert (row["step"], row["lr"], row["grad_norm"]) == (7, 0.1, 1.0)
@@ -31,8 +31,8 @@ def test_terms_are_means_over_their_own_samples():
 
 def test_a_term_of_no_sample_is_left_out_of_the_mean_and_nan_alone():
     nan = math.nan
-    assert filled((1.0, nan, 0.0), (3.0, 8.0, 1.0)).collect_rows(4, 0, True)[0]["distill"] == 8.0
-    assert math.isnan(filled((1.0, nan, 0.0)).collect_rows(4, 0, True)[0]["distill"])
+    assert fill_meter((1.0, nan, 0.0), (3.0, 8.0, 1.0)).collect_rows(4, 0, True)[0]["distill"] == 8.0
+    assert math.isnan(fill_meter((1.0, nan, 0.0)).collect_rows(4, 0, True)[0]["distill"])
 
 
 def test_speed_waiting_and_time_left(monkeypatch):
@@ -60,8 +60,8 @@ def test_speed_waiting_and_time_left(monkeypatch):
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_what_is_not_finite_ends_the_run_with_advice(loss, norm):
     with pytest.raises(DivergedError, match=r"step 7: .* optim\.lr"):
-        filled((loss, 1.0, 1.0), norm=norm).collect_rows(4, 0, True)
+        fill_meter((loss, 1.0, 1.0), norm=norm).collect_rows(4, 0, True)
 
 
 def test_a_skipped_half_precision_step_is_no_divergence():
-    assert filled((1.0, 1.0, 1.0), norm=math.inf).collect_rows(4, 0, check_norm=False)[0]["grad_norm"] == math.inf
+    assert fill_meter((1.0, 1.0, 1.0), norm=math.inf).collect_rows(4, 0, check_norm=False)[0]["grad_norm"] == math.inf

@@ -79,16 +79,16 @@ def test_a_killed_shell_takes_its_command_along(tmp_path, reaped):
         parent = executor._children.pop(job)  # held, so that nobody reaps the shell before the poll
     assert wait(executor, job, tmp_path / "a") == JobState("ended", None)
     if not reaped:
-        assert gone(shell, "Z"), "the shell was not what this case is about"
+        assert has_ended(shell, "Z"), "the shell was not what this case is about"
         parent.wait()
     for _ in range(500):
-        if gone(child, "Z"):
+        if has_ended(child, "Z"):
             return
         time.sleep(0.02)
     raise AssertionError("the command of a killed job still runs")
 
 
-def gone(pid: int, state: str) -> bool:
+def has_ended(pid: int, state: str) -> bool:
     """No such process, or one in this state of /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == state

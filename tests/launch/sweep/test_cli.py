@@ -17,16 +17,16 @@ from tests.helpers.small_search import write_search
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Path:
+def search_file(tmp_path: Path) -> Path:
     """A search of one trial on a tiny store, as a file."""
     return write_search(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_reports_and_is_complete(written, tmp_path, monkeypatch, capsys):
+def test_a_sweep_trains_reports_and_is_complete(search_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPO))
-    assert cli.main([str(written), "--on", "local"]) == 0
+    assert cli.main([str(search_file), "--on", "local"]) == 0
     study = tmp_path / "study"
     (only,) = trial.load_trials(study)
     assert (only.state, [a.reason for a in only.attempts]) == ("done", ["finished"])
@@ -38,28 +38,28 @@ def test_a_sweep_trains_reports_and_is_complete(written, tmp_path, monkeypatch, 
     assert schema.load(TrainConfig, study / "best.yaml").optim.lr == only.values["optim.lr"]
     assert "1 trial: 1 done" in (study / "report.html").read_text()
     (study / "report.html").unlink()
-    assert cli.main([str(written)]) == 0, "a finished sweep writes its report again"
+    assert cli.main([str(search_file)]) == 0, "a finished sweep writes its report again"
     assert (study / "report.html").exists()
-    assert cli.main([str(written), "optim.lr=1"]) == 2
-    assert cli.main([str(written), "objective.key=val.dice"]) == 2, "another search in the same folder"
+    assert cli.main([str(search_file), "optim.lr=1"]) == 2
+    assert cli.main([str(search_file), "objective.key=val.dice"]) == 2, "another search in the same folder"
     assert "was made with another config" in capsys.readouterr().err
 
 
-def test_a_dry_run_checks_everything_and_writes_nothing(written, tmp_path, capsys):
-    assert cli.main([str(written), "--dry-run"]) == 0
+def test_a_dry_run_checks_everything_and_writes_nothing(search_file, tmp_path, capsys):
+    assert cli.main([str(search_file), "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "1 trial of train by random" in output
     assert "6 steps of 2 crops" in output
     assert not (tmp_path / "study").exists()
 
 
-def test_a_store_that_is_not_there_is_named_before_anything_starts(written, tmp_path, capsys):
-    assert cli.main([str(written), "train.keys=[store=nowhere, distill=null]"]) == 2
+def test_a_store_that_is_not_there_is_named_before_anything_starts(search_file, tmp_path, capsys):
+    assert cli.main([str(search_file), "train.keys=[store=nowhere, distill=null]"]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
 
 
-def test_a_second_driver_is_refused(written, tmp_path, capsys):
+def test_a_second_driver_is_refused(search_file, tmp_path, capsys):
     # within one process a POSIX lock is no obstacle: the other driver is played by another process
     import subprocess
     import sys
@@ -73,7 +73,7 @@ def test_a_second_driver_is_refused(written, tmp_path, capsys):
         assert other.stdout is not None
         other.stdout.readline()
         try:
-            assert cli.main([str(written)]) == 2
+            assert cli.main([str(search_file)]) == 2
         finally:
             other.kill()
     assert "a study has one driver" in capsys.readouterr().err

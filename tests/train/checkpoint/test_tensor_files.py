@@ -24,7 +24,7 @@ from hpc_neuro.train.checkpoint.tensor_files import (
 )
 
 
-def cut(values: torch.Tensor, at: list[int]) -> list[tuple[int, torch.Tensor]]:
+def split_values(values: torch.Tensor, at: list[int]) -> list[tuple[int, torch.Tensor]]:
     edges = [0, *sorted(at), values.numel()]
     return [(a, values[a:b]) for a, b in itertools.pairwise(edges) if b > a]
 
@@ -34,13 +34,14 @@ def test_any_cut_is_read_through_any_other(tmp_path_factory, numel, data):
     folder = tmp_path_factory.mktemp("ranges")
     whole = {"a": torch.randn(numel), "b.weight": torch.randn(7)}
     places = st.lists(st.integers(0, numel), max_size=3)
-    parts = [TensorRange("weight", "a", start, v) for start, v in cut(whole["a"], data.draw(places))]
+    parts = [TensorRange("weight", "a", start, v) for start, v in split_values(whole["a"], data.draw(places))]
     for rank, part in enumerate(parts):
         write_ranges(
             rank_file(folder, rank), [part] + [TensorRange("weight", "b.weight", 0, whole["b.weight"])] * (rank == 0)
         )
     wanted = [
-        TensorRange("weight", "a", start, torch.full_like(v, 9)) for start, v in cut(whole["a"], data.draw(places))
+        TensorRange("weight", "a", start, torch.full_like(v, 9))
+        for start, v in split_values(whole["a"], data.draw(places))
     ]
     read_ranges(folder, wanted, first=data.draw(st.integers(0, 5)))
     assert torch.equal(torch.cat([r.values for r in wanted]), whole["a"])
