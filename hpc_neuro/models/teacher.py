@@ -7,6 +7,7 @@ import copy
 import difflib
 import functools
 import hashlib
+import math
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,10 @@ from hpc_neuro.models.config import BUNDLED, TeacherConfig
 _schemas: list[torch.library.Library] = []
 _MAX_BLACK = 16
 """Sizes of images whose black features a teacher keeps."""
+_MAX_DEPTH = 128
+"""Blocks of the deepest teacher that a card may describe."""
+_MAX_SIDE = 4096
+"""[pixel] Largest image that a card may describe."""
 _WANT_FOLDER = "give the folder that `hpc-neuro teacher train` or `teacher continue` wrote as teacher.weights"
 ASSETS = Path(str(resources.files("hpc_neuro"))) / "assets"
 
@@ -249,7 +254,10 @@ def _load_by_card(cfg: TeacherConfig, path: Path, hint: str) -> Teacher:
         size, depth = int(card["input"]["size"]), int(card["recipe"]["depth"])
         shape = {"patch_size": int(card["patch"]), "img_size": size, "depth": depth}
         mean, std = ([float(v) for v in card["input"][key]] for key in ("mean", "std"))
-    except (KeyError, TypeError, ValueError):
+        is_sound = len(mean) == len(std) == 3 and min(std) > 0 and all(map(math.isfinite, (*mean, *std)))
+        if not is_sound or not 0 < depth <= _MAX_DEPTH or not 0 < shape["patch_size"] <= size <= _MAX_SIDE:
+            raise ValueError("a number of the card is out of range")
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(
             f"{path} is no card of `hpc-neuro teacher`; for a teacher that was fetched set teacher.model to its name"
         ) from None

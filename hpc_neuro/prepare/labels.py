@@ -48,6 +48,11 @@ class LabelVolume:
 
         if not is_known.all():
             unknown = np.unique(values[~is_known])[:_MOST_NAMED].tolist()
+            if fractions := [value for value in unknown if not float(value).is_integer()]:
+                raise InputError(
+                    f"{self.path} holds the value {fractions[0]:g}, and labels are whole numbers; save a mask, such as "
+                    "1 where a probability is above 0.5, and 0 elsewhere"
+                )
             names = ", ".join(f"{value}: {kind}" for value, kind in self.key.items())
             advice = ", ".join(f"{value:g}: unlabelled" for value in unknown)
             raise InputError(

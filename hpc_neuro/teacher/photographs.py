@@ -19,6 +19,8 @@ from hpc_neuro.teacher.tiles import Tiles, open_or_make
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 """Endings of photographs."""
+_MAX_ASPECT = 20
+"""Longest side of a photograph over its shortest; a strip would be made as long as that before it is cut."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def list_photographs(folder: Path, held: int) -> PhotographFolder:
         names = sorted(
             str(path.relative_to(folder))
             for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not is_system_file(path)
+            if path.suffix.lower() in SUFFIXES and not is_system_file(path) and not path.is_dir()
         )
     except OSError as error:
         raise InputError(
@@ -63,7 +65,16 @@ def list_photographs(folder: Path, held: int) -> PhotographFolder:
             f"{folder} holds {files.format_count(len(names), 'photograph')} ({endings}), but {held} are held out and "
             "at least one is trained on; give more, or a smaller held=N"
         )
-    return PhotographFolder(folder, tuple(names), tuple((folder / name).stat().st_size for name in names))
+    return PhotographFolder(folder, tuple(names), tuple(_measure_file(folder / name) for name in names))
+
+
+def _measure_file(path: Path) -> int:
+    """[bytes] Size of a photograph. Raises InputError for a link that leads nowhere, and for a FIFO or a device."""
+    try:
+        files.require_regular_file(path, "a photograph")
+        return path.stat().st_size
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', error)}); remove or replace it") from None
 
 
 def open_tiles(photographs: PhotographFolder, cache: Path, side: int, held: int) -> Tiles:
@@ -104,6 +115,7 @@ def _decode(path: Path, side: int) -> npt.NDArray[np.uint8]:
     """[2, 3, side, side]."""
     try:
         with Image.open(path) as picture:
+            _require_photograph(path, picture)
             rgb = picture.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture ({error}); remove or replace it") from None
@@ -111,3 +123,13 @@ def _decode(path: Path, side: int) -> npt.NDArray[np.uint8]:
     width, height = (max(side, round(n * scale)) for n in rgb.size)
     pixels = np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
     return np.stack([pixels[:, :side, :side], pixels[:, -side:, -side:]])
+
+
+def _require_photograph(path: Path, picture: Image.Image) -> None:
+    """Raise InputError for values beyond 8 bits, which would all become white, and for a strip of pixels."""
+    if picture.mode[:1] in ("I", "F"):
+        raise InputError(
+            f"{path} has more than 8 bits per pixel and color (mode {picture.mode}); save it with 8 bits, or remove it"
+        )
+    if max(picture.size) > _MAX_ASPECT * min(picture.size):
+        raise InputError(f"{path} is {picture.width} x {picture.height} pixels, a strip; cut it, or remove it")

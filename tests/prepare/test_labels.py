@@ -147,6 +147,22 @@ def test_what_is_wrong_with_labels_is_one_sentence(tmp_path: Path, capsys: pytes
         assert "labels" in capsys.readouterr().err
 
 
+def test_labels_are_whole_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_pairs(tmp_path, 1)
+    words = ["prepare", f"manifest={manifest}", f"out={tmp_path / 'store'}"]
+    labels = tifffile.imread(tmp_path / "labels_0.tif")
+    for value in (0.5, np.inf):
+        probability = np.where(labels == 2, value, 0).astype(np.float32)
+        tifffile.imwrite(tmp_path / "labels_0.tif", probability, photometric="minisblack")
+        assert cli.main(words) == EXIT_BAD_INPUT
+        assert "labels_0.tif" in (message := capsys.readouterr().err)
+    assert "NaN or infinite" in message or "labels are whole numbers" in message
+
+    # The advice: a mask.
+    tifffile.imwrite(tmp_path / "labels_0.tif", (labels == 2).astype(np.uint8), photometric="minisblack")
+    assert cli.main(words) == EXIT_DONE
+
+
 def test_train_and_evaluate_run_on_labels(tmp_path: Path) -> None:
     manifest = write_pairs(tmp_path, 4)
     store, out = tmp_path / "store", tmp_path / "train"
