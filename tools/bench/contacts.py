@@ -9,7 +9,7 @@ from the root of the first neuron, without and with the rule (trace.contacts), a
 voxels. Mean and worst over the crowds of a ratio, then of a number of neurons; the last line is JSON.
 
 With --verb the foreground is that of `trace` (hpc_neuro.data.foreground) in place of the mask. The weights of the rule
-were fitted to the seeds below 20.
+were fitted to seeds from 100.
 """
 
 from __future__ import annotations
