@@ -70,7 +70,7 @@ def drill(
 ) -> dict[str, object]:
     """Kill until `kills` have struck, then finish; compare with one undisturbed run."""
     folder = folder.resolve()
-    keys = [*_inputs(folder, shape), *(["trace.super_block=[1,1,1]"] if in_parts else [])]
+    keys = [*_write_inputs(folder, shape), *(["trace.super_block=[1,1,1]"] if in_parts else [])]
     quiet, killed, code = folder / "quiet", folder / "killed", snapshot_code(folder / "code")
     subprocess.run(command(quiet, keys, 1), check=True, capture_output=True, cwd=code)
     draw, struck, starts, begun = random.Random(seed), 0, 0, time.monotonic()
@@ -85,18 +85,18 @@ def drill(
         )
         starts += 1
         # after few or many more blocks or parts, so that every stage is met
-        target = sum(_done(killed)) + draw.choice((0, 1, 2, 8, 30))
-        while process.poll() is None and sum(_done(killed)) < target:
+        target = sum(_count_done(killed)) + draw.choice((0, 1, 2, 8, 30))
+        while process.poll() is None and sum(_count_done(killed)) < target:
             time.sleep(0.01)
         time.sleep(draw.random() * 0.3)
-        victims = _ranks(process.pid)
+        victims = _find_ranks(process.pid)
         if process.poll() is None and victims:
             whole = draw.random() < 0.3
             for pid in [process.pid] if whole else [draw.choice(victims)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     struck += 1
-            when.append(_done(killed))
+            when.append(_count_done(killed))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
         with contextlib.suppress(ProcessLookupError):  # ranks that a killed launcher left behind
@@ -147,7 +147,7 @@ def write_bright_student(folder: Path) -> None:
     save_student(folder, CONFIG, build_bright_student().state_dict(), extra)
 
 
-def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
+def _write_inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
     write_bright_student(folder / "model")
     draw, names = np.random.default_rng(0), ("a", "b")
     for name in names:
@@ -161,12 +161,12 @@ def _inputs(folder: Path, shape: tuple[int, int, int]) -> list[str]:
     return [f"model={folder / 'model'}", f"inputs=[{volumes}]", *blocks, "deaths=1000"]
 
 
-def _done(out: Path) -> tuple[int, int]:
+def _count_done(out: Path) -> tuple[int, int]:
     """How many blocks are predicted; how many parts of the tracing are done."""
     return len(list_times(out)), sum(1 for _ in out.glob("strands/**/[!.]*.npz"))
 
 
-def _ranks(launcher: int) -> list[int]:
+def _find_ranks(launcher: int) -> list[int]:
     """The processes below mpiexec that run Python, found by their parents."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

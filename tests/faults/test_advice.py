@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.cli import main
-from tests.faults.test_damaged_artifacts import cut, first, flip, flip_chunk, run
+from tests.faults.test_damaged_artifacts import cut_file, first, flip, flip_chunk, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -65,25 +65,25 @@ def give_command(demo: Path, text: str) -> None:
 
 CASES: dict[str, tuple[str, Callable[[Path], None], list[str], Callable[[Path, str], None]]] = {
     "volume flipped": ("store/syn_1.h5", lambda p: flip_chunk(p, "image"), ["train", "out={new}"], remove_and_prepare),
-    "volume cut": ("store/syn_1.h5", cut, ["train", "out={new}"], give_again("prepare")),
-    "index cut": ("store/dataset.json", cut, ["train", "out={new}"], give_again("prepare")),
+    "volume cut": ("store/syn_1.h5", cut_file, ["train", "out={new}"], give_again("prepare")),
+    "index cut": ("store/dataset.json", cut_file, ["train", "out={new}"], give_again("prepare")),
     "index flipped": ("store/dataset.json", flip, ["train", "out={new}"], give_again("prepare")),
     "shard flipped": ("cache/*.h5", lambda p: flip_chunk(p, "features"), ["train", "out={new}"], give_command),
-    "shard cut": ("cache/*.h5", cut, ["train", "out={new}"], give_command),
+    "shard cut": ("cache/*.h5", cut_file, ["train", "out={new}"], give_command),
     "shard missing": ("cache/*.h5", Path.unlink, ["train", "out={new}"], give_again("precompute")),
-    "manifest cut": ("cache/manifest.json", cut, ["train", "out={new}"], give_again("precompute")),
+    "manifest cut": ("cache/manifest.json", cut_file, ["train", "out={new}"], give_again("precompute")),
     "manifest flipped": ("cache/manifest.json", flip, ["train", "out={new}"], give_again("precompute")),
     "weights flipped": ("train/weights/best/model.safetensors", flip, ["infer", "out={new}"], give_again("train")),
-    "student cut": ("train/weights/best/student.yaml", cut, ["infer", "out={new}"], give_again("train")),
+    "student cut": ("train/weights/best/student.yaml", cut_file, ["infer", "out={new}"], give_again("train")),
     "best gone": ("train/weights/best/model.safetensors", Path.unlink, ["infer", "out={new}"], give_again("train")),
     "row torn": ("train/metrics.jsonl", spoil_line, ["train", "optim.steps=9"], remove_line),
     "row torn, read": ("train/metrics.jsonl", spoil_line, ["evaluate", "out={new}"], remove_line),
-    "predictions cut": ("infer/predictions.json", cut, ["evaluate", "out={new}"], give_again("infer")),
+    "predictions cut": ("infer/predictions.json", cut_file, ["evaluate", "out={new}"], give_again("infer")),
     "predictions flipped": ("infer/predictions.json", flip, ["evaluate", "out={new}"], give_again("infer")),
     "predictions gone": ("infer/predictions.json", Path.unlink, ["evaluate", "out={new}"], give_again("infer")),
     "journal damaged": ("infer/journal/*.log", spoil_line, ["evaluate", "out={new}"], give_command),
     "shard of a result gone": ("infer/*.ome.zarr/0/c/0/0/0", Path.unlink, ["evaluate", "out={new}"], give_command),
-    "tree edited": ("infer/swc/*.voxel.swc", cut, ["evaluate", "out={new}"], give_command),
+    "tree edited": ("infer/swc/*.voxel.swc", cut_file, ["evaluate", "out={new}"], give_command),
     "group torn": ("infer/*.ome.zarr/zarr.json", tear, ["infer", "batch=2"], remove_path),
     "record torn": ("evaluate/run.json", tear, ["evaluate"], remove_path),
     "record of infer torn": ("infer/run.json", tear, ["evaluate", "out={new}"], remove_record_and_run),

@@ -109,7 +109,7 @@ def test_a_training_without_a_cache(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def store_and_cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A store of a training and a validation volume, and the cache of the first, along z."""
     folder = tmp_path_factory.mktemp("cached")
     store = write_store(folder / "store", {"a": "train", "b": "val"})
@@ -121,8 +121,8 @@ def configure_cache(store: Path, out: Path, *keys: str) -> PrecomputeConfig:
     return load(PrecomputeConfig, None, [f"store={store}", f"out={out}", *CACHE_KEYS, "views=[z]", *keys])
 
 
-def test_a_cache_that_lacks_something_is_built_elsewhere(cached: tuple[Path, Path], tmp_path: Path) -> None:
-    store, folder = cached
+def test_a_cache_that_lacks_something_is_built_elsewhere(store_and_cache: tuple[Path, Path], tmp_path: Path) -> None:
+    store, folder = store_and_cache
     cache = feature_cache.FeatureCache(folder)
     teacher, volumes = cache.manifest["teacher"], cache.manifest["volumes"]
     faults = {
@@ -143,8 +143,8 @@ def test_a_cache_that_lacks_something_is_built_elsewhere(cached: tuple[Path, Pat
             require(new)
 
 
-def test_a_cache_of_another_form_is_built_elsewhere(cached: tuple[Path, Path], tmp_path: Path) -> None:
-    store, folder = cached
+def test_a_cache_of_another_form_is_built_elsewhere(store_and_cache: tuple[Path, Path], tmp_path: Path) -> None:
+    store, folder = store_and_cache
     damaged = Path(shutil.copytree(folder, tmp_path / "cache"))
     (damaged / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="build the cache again in another folder with `hpc-neuro precompute`"):
@@ -214,7 +214,7 @@ def test_results_of_an_older_version_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def predicted(tmp_path: Path) -> tuple[list[str], Path]:
+def infer_run(tmp_path: Path) -> tuple[list[str], Path]:
     """A command of `infer` that has run, and its folder."""
     save_bright_student(tmp_path / "model")
     item = write_crossing(tmp_path / "cross.tif")
@@ -226,8 +226,8 @@ def predicted(tmp_path: Path) -> tuple[list[str], Path]:
     return command, out
 
 
-def test_a_damaged_state_of_the_viewer_is_written_again(predicted: tuple[list[str], Path]) -> None:
-    _, out = predicted
+def test_a_damaged_state_of_the_viewer_is_written_again(infer_run: tuple[list[str], Path]) -> None:
+    _, out = infer_run
     (out / "proofread" / "cross.neuroglancer.json").write_text("{")
     viewer = ViewerLayers(out)
     with pytest.raises(InputError) as caught:
@@ -237,8 +237,8 @@ def test_a_damaged_state_of_the_viewer_is_written_again(predicted: tuple[list[st
     assert viewer.build_state("cross", "http://here")["layers"]
 
 
-def test_a_damaged_table_of_places_is_written_again(predicted: tuple[list[str], Path], tmp_path: Path) -> None:
-    command, out = predicted
+def test_a_damaged_table_of_places_is_written_again(infer_run: tuple[list[str], Path], tmp_path: Path) -> None:
+    command, out = infer_run
     table = out / "proofread" / "cross.csv"
     table.write_text("rank,kind,z,y,x,doubt\n1,gap,1\n")
     with pytest.raises(InputError, match="move it away, and give the same `hpc-neuro infer` again"):

@@ -38,7 +38,7 @@ def run(demo: Path, verb: str, *more: str) -> int:
 # --- Damage to what a complete run has written: the same command repairs it ---
 
 
-def cut(path: Path) -> None:
+def cut_file(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -57,7 +57,7 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-SMALL, LARGE = (cut, empty, remove, flip), (cut, empty, remove)
+SMALL, LARGE = (cut_file, empty, remove, flip), (cut_file, empty, remove)
 OUTPUTS: list[tuple[str, str, tuple[Callable[[Path], None], ...]]] = [
     ("prepare", "store/dataset.json", SMALL),
     ("prepare", "store/*.h5", LARGE),
@@ -103,7 +103,7 @@ def test_the_same_command_repairs_an_output(
 
 def test_the_demo_repairs_its_stages(damaged_demo: Path) -> None:
     for pattern in ("store/*.h5", "evaluate/report.html", "metrics.csv"):
-        cut(first(damaged_demo, pattern))
+        cut_file(first(damaged_demo, pattern))
     assert main(["demo", str(damaged_demo / "config.yaml")]) == 0
     assert main(["history", str(damaged_demo)]) == 0
 
@@ -122,7 +122,7 @@ def flip_chunk(path: Path, name: str) -> None:
 
 
 @pytest.fixture
-def restored(damaged_demo: Path) -> Iterator[Callable[[str], Path]]:
+def demo_file(damaged_demo: Path) -> Iterator[Callable[[str], Path]]:
     """Gives files of the demo, which have their bytes again after the test."""
     saved: dict[Path, bytes] = {}
 
@@ -167,10 +167,10 @@ def test_a_flipped_bit_is_named_by_the_next_reader(
     pattern: str,
     dataset: str,
     words: list[str],
-    restored: Callable[[str], Path],
+    demo_file: Callable[[str], Path],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    path = restored(pattern)
+    path = demo_file(pattern)
     if dataset:
         flip_chunk(path, dataset)
     else:
@@ -288,10 +288,10 @@ def kept_training(damaged_demo: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("kept_training")
 @pytest.mark.parametrize(("pattern", "commands"), JSON_FILES, ids=lambda value: value if isinstance(value, str) else "")
 def test_json_of_another_form_is_a_sentence(
-    damaged_demo: Path, pattern: str, commands: list[list[str]], restored: Callable[[str], Path]
+    damaged_demo: Path, pattern: str, commands: list[list[str]], demo_file: Callable[[str], Path]
 ) -> None:
-    path = restored(pattern)
-    extra = restored("train/run.json"), restored("infer/run.json"), restored("store/run.json")
+    path = demo_file(pattern)
+    extra = demo_file("train/run.json"), demo_file("infer/run.json"), demo_file("store/run.json")
     saved = {file: file.read_bytes() for file in extra if file != path}
     for content in list_contents(path):
         for words in commands:
@@ -303,9 +303,9 @@ def test_json_of_another_form_is_a_sentence(
 
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in JSON_FILES if "run.json" in pattern])
 def test_a_folder_in_the_place_of_a_record(
-    damaged_demo: Path, pattern: str, restored: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    damaged_demo: Path, pattern: str, demo_file: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = restored(pattern)
+    path = demo_file(pattern)
     commands = dict(JSON_FILES)[pattern]
     path.unlink()
     path.mkdir()
@@ -323,15 +323,15 @@ def test_a_folder_in_the_place_of_a_record(
     "words", [["evaluate", "out={new}"], ["history", "{demo}/infer"], ["infer", "verify", "{demo}/infer"]]
 )
 def test_ids_that_lead_elsewhere(
-    damaged_demo: Path, tmp_path: Path, pattern: str, words: list[str], restored: Callable[[str], Path]
+    damaged_demo: Path, tmp_path: Path, pattern: str, words: list[str], demo_file: Callable[[str], Path]
 ) -> None:
     # From a run folder, and from a folder in it.
     victims = [damaged_demo.parent / "victim", damaged_demo / "victim"]
     for victim in victims:
         victim.mkdir(exist_ok=True)
         (victim / "precious").write_text("kept")
-    path = restored(pattern)
-    saved = restored("infer/predictions.json"), restored("infer/run.json")
+    path = demo_file(pattern)
+    saved = demo_file("infer/predictions.json"), demo_file("infer/run.json")
     name = next(iter(json.loads((damaged_demo / "infer" / "predictions.json").read_text())))
     path.write_text(path.read_text().replace(f'"{name}"', '"../../victim"'))
     before = sorted(damaged_demo.parent.rglob("*victim*"))

@@ -80,12 +80,12 @@ def list_neighbors(case: Case) -> list[tuple[Path, bytes]]:
 Harm = Callable[[random.Random, list[bytes], bytes], list[bytes]]
 
 
-def cut(draw: random.Random, lines: list[bytes], other: bytes) -> list[bytes]:
+def cut_lines(draw: random.Random, lines: list[bytes], other: bytes) -> list[bytes]:
     data = b"".join(lines)
     return [data[: draw.randrange(len(data))]]
 
 
-def flip(draw: random.Random, lines: list[bytes], other: bytes) -> list[bytes]:
+def flip_bits(draw: random.Random, lines: list[bytes], other: bytes) -> list[bytes]:
     data = bytearray(b"".join(lines))
     for _ in range(draw.choice([1, 3])):
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
@@ -143,8 +143,8 @@ def edit_facts(**changes: Any) -> Harm:
 BODIES = (b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 9000, b"1" * 6000, b'{"index": [0, 0, 0]}')
 FILES = ({}, None, {VICTIM: "0" * 64}, {"0/c/9/9/9": "0" * 64}, {"/etc/passwd": "0" * 64})
 HARMS: dict[str, Harm] = {
-    "cut": cut,
-    "flipped": flip,
+    "cut": cut_lines,
+    "flipped": flip_bits,
     "line twice": double_line,
     "all twice": double_all,
     "line lost": drop,

@@ -161,10 +161,10 @@ def make_tree(folder: Path) -> Path:
 DESCRIPTIONS: dict[str, tuple[Callable[[Path], Path], str, list[list[str]]]] = {
     # What makes the folder or the image (PATH in the commands), the file in it that is mutated, and the commands.
     "OME-Zarr": (images.multiscales(lambda a: None), ".zattrs", [["info", "PATH"]]),
-    "zarr 2": (images.filtered(images.IMAGE, images.numcodecs.Delta("<u2")), ".zarray", [["info", "PATH"]]),
-    "zarr 3": (images.filtered(images.IMAGE, version=3), "zarr.json", [["info", "PATH"]]),
+    "zarr 2": (images.filter_zarr(images.IMAGE, images.numcodecs.Delta("<u2")), ".zarray", [["info", "PATH"]]),
+    "zarr 3": (images.filter_zarr(images.IMAGE, version=3), "zarr.json", [["info", "PATH"]]),
     "N5": (images.n5(resolution=[1, 1, 1], units=["um"] * 3), "attributes.json", [["info", "PATH"]]),
-    "precomputed": (images.precomputed(lambda i: None), "info", [["info", "PATH"]]),
+    "precomputed": (images.write_precomputed(lambda i: None), "info", [["info", "PATH"]]),
     "NHDR": (images.nhdr(images.IMAGE.tobytes()), "", [["info", "PATH"]]),
     "search": (
         make_search,

@@ -70,7 +70,7 @@ def ome(old: str, new: str) -> Make:
     return describe_tiff("a.ome.tif", edit, ome=True, metadata={"axes": "ZYX", **sizes})
 
 
-def shaped(old: str, new: str) -> Make:
+def edit_shape(old: str, new: str) -> Make:
     return describe_tiff("a.tif", lambda text: text.replace(old, new), metadata={"axes": "ZYX"})
 
 
@@ -204,11 +204,11 @@ def old_axes(attributes: dict[str, Any]) -> None:
     del image["axes"], image["datasets"][0]["coordinateTransformations"]
 
 
-def filtered(data: Any, *filters: Any, version: int = 2, **options: Any) -> Make:
+def filter_zarr(data: Any, *filters: Any, version: int = 2, **options: Any) -> Make:
     return lambda folder: write_zarr(folder / "a.zarr", data, version, filters=list(filters), **options)
 
 
-def attributed(data: Any, **attributes: Any) -> Make:
+def add_attributes(data: Any, **attributes: Any) -> Make:
     """A zarr array with user attributes."""
 
     def make(folder: Path) -> Path:
@@ -219,7 +219,7 @@ def attributed(data: Any, **attributes: Any) -> Make:
     return make
 
 
-def described(data: Any, **changes: Any) -> Make:
+def change_description(data: Any, **changes: Any) -> Make:
     """A zarr 2 array whose description was changed after it was written."""
 
     def make(folder: Path) -> Path:
@@ -250,7 +250,7 @@ def level_elsewhere(folder: Path) -> Path:
 
 
 def damaged_checksum(folder: Path) -> Path:
-    path = filtered(IMAGE, numcodecs.Fletcher32(), compressors=None)(folder)
+    path = filter_zarr(IMAGE, numcodecs.Fletcher32(), compressors=None)(folder)
     chunk = path / "0.0.0"
     data = bytearray(chunk.read_bytes())
     data[5] ^= 1
@@ -273,7 +273,7 @@ def n5(**attributes: Any) -> Make:
     return make
 
 
-def precomputed(edit: Callable[[dict[str, Any]], Any]) -> Make:
+def write_precomputed(edit: Callable[[dict[str, Any]], Any]) -> Make:
     def make(folder: Path) -> Path:
         scale = {"size": IMAGE.shape[::-1], "encoding": "raw", "chunk_size": [4, 4, 3], "resolution": [250, 250, 2000]}
         spec = {
@@ -351,7 +351,7 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
     "ImageJ counts channels": (imagej(("slices=5", "channels=2\nslices=2")), 2, "speaks of 4", None),
     "OME counts fewer pages": (ome('SizeZ="5"', 'SizeZ="4"'), 2, "speaks of 4", None),
     "OME counts one page": (ome('SizeZ="5"', 'SizeZ="1"'), 2, "speaks of 1", None),
-    "tifffile counts more pages": (shaped("[5, 7, 9]", "[6, 7, 9]"), 2, "speaks of 6", None),
+    "tifffile counts more pages": (edit_shape("[5, 7, 9]", "[6, 7, 9]"), 2, "speaks of 6", None),
     "ImageJ's signed 16 bit": (imagej(more=LINE.format(-32768, 1)), 0, "plus -32768", IMAGE.astype("float32") - 32768),
     "ImageJ's inversion": (imagej(more=LINE.format(65535, -1)), 0, "times -1", 65535 - IMAGE.astype("float32")),
     "ImageJ's optical density": (imagej(more="\ncf=21\n"), 2, "calibration function 21", None),
@@ -466,8 +466,13 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
         *(partly_filled(None), 0, "read as 0, as no fill value is stated"),
         np.where(np.arange(5)[:, None, None] < 3, IMAGE, 0),
     ),
-    "chunks beyond the shape": (described(IMAGE, shape=[2, 2, 2]), 0, "7 chunks beyond the shape", IMAGE[:2, :2, :2]),
-    "valid range": (attributed(IMAGE, valid_max=100), 0, "values outside valid_max 100 stand for missing", IMAGE),
+    "chunks beyond the shape": (
+        change_description(IMAGE, shape=[2, 2, 2]),
+        0,
+        "7 chunks beyond the shape",
+        IMAGE[:2, :2, :2],
+    ),
+    "valid range": (add_attributes(IMAGE, valid_max=100), 0, "values outside valid_max 100 stand for missing", IMAGE),
     "no levels": (multiscales(lambda a: a["multiscales"][0].update(datasets=[])), 2, "without a list of levels", None),
     "levels without path": (
         multiscales(lambda a: a["multiscales"][0].update(datasets=["0"])),
@@ -489,23 +494,30 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
         *("no list of mappings", None),
     ),
     "scale and offset": (
-        *(filtered(REAL, numcodecs.FixedScaleOffset(offset=0, scale=10, dtype="<f4", astype="<u2")), 0),
+        *(filter_zarr(REAL, numcodecs.FixedScaleOffset(offset=0, scale=10, dtype="<f4", astype="<u2")), 0),
         *("float32", REAL),
     ),
-    "quantized": (filtered(REAL, numcodecs.Quantize(digits=3, dtype="<f4")), 0, "float32", REAL),
-    "wider type": (filtered(IMAGE, numcodecs.AsType("<u4", "<u2")), 0, "uint16", IMAGE),
-    "wider differences": (filtered(IMAGE, numcodecs.Delta("<u2", "<i4")), 0, "uint16", IMAGE),
-    "packed bits": (filtered(IMAGE > 9999, numcodecs.PackBits()), 0, "bool", IMAGE > 9999),
-    "checksums": (filtered(IMAGE, numcodecs.CRC32(), numcodecs.Adler32(), numcodecs.Fletcher32()), 0, "uint16", IMAGE),
+    "quantized": (filter_zarr(REAL, numcodecs.Quantize(digits=3, dtype="<f4")), 0, "float32", REAL),
+    "wider type": (filter_zarr(IMAGE, numcodecs.AsType("<u4", "<u2")), 0, "uint16", IMAGE),
+    "wider differences": (filter_zarr(IMAGE, numcodecs.Delta("<u2", "<i4")), 0, "uint16", IMAGE),
+    "packed bits": (filter_zarr(IMAGE > 9999, numcodecs.PackBits()), 0, "bool", IMAGE > 9999),
+    "checksums": (
+        filter_zarr(IMAGE, numcodecs.CRC32(), numcodecs.Adler32(), numcodecs.Fletcher32()),
+        0,
+        "uint16",
+        IMAGE,
+    ),
     "damaged checksum": (damaged_checksum, 2, "checksum of a chunk does not fit", None),
     "transposed and lz4": (
         *(
-            filtered(IMAGE, zarr.codecs.TransposeCodec(order=(1, 2, 0)), version=3, compressors=numcodecs.zarr3.LZ4()),
+            filter_zarr(
+                IMAGE, zarr.codecs.TransposeCodec(order=(1, 2, 0)), version=3, compressors=numcodecs.zarr3.LZ4()
+            ),
             0,
         ),
         *("uint16", IMAGE),
     ),
-    "missing voxels": (attributed(IMAGE, _FillValue=65535), 0, "the value 65535 stands for missing voxels", IMAGE),
+    "missing voxels": (add_attributes(IMAGE, _FillValue=65535), 0, "the value 65535 stands for missing voxels", IMAGE),
     # N5 and precomputed.
     "resolution without a unit": (n5(pixelResolution=[0.25, 0.25, 2]), 0, "without a unit of length", IMAGE),
     "N5 unit that is a number": (
@@ -521,14 +533,14 @@ CASES: dict[str, tuple[Make, int, str, Any]] = {
     ),
     "scales in another order": (
         *(
-            precomputed(
+            write_precomputed(
                 lambda i: i["scales"].insert(0, {**i["scales"][0], "key": "x", "resolution": [500, 500, 4000]})
             ),
             2,
         ),
         *("choose one with dataset=250_250_2000", None),
     ),
-    "segmentation": (precomputed(lambda i: i.update(type="segmentation")), 0, "labels, not intensities", IMAGE),
+    "segmentation": (write_precomputed(lambda i: i.update(type="segmentation")), 0, "labels, not intensities", IMAGE),
     # HDF5.
     "_Unsigned 1": (hdf5(IMAGE.view("int16"), _Unsigned=1), 0, "read as uint16", IMAGE),
     "_Unsigned false": (hdf5(IMAGE, _Unsigned="false"), 0, "read as int16", IMAGE.view("int16")),

@@ -27,7 +27,7 @@ from tests.faults.test_silent_image_errors import (
     UNKNOWN,
     Make,
     amira,
-    described,
+    change_description,
     imagej,
     multiscales,
     n5,
@@ -194,7 +194,7 @@ def state_scale(*numbers: Any) -> Make:
 
 def stale_description(folder: Path) -> Path:
     """Chunks of zarr 2 under a description of zarr 3."""
-    path = described(IMAGE)(folder)
+    path = change_description(IMAGE)(folder)
     meta = {
         **{"zarr_format": 3, "node_type": "array", "shape": [5, 7, 9], "data_type": "uint16", "fill_value": 0},
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [3, 4, 5]}},

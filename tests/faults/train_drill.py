@@ -63,7 +63,7 @@ class Rank:
                 self._process = subprocess.Popen(line, env=os.environ | env, stdout=log_file, stderr=log_file)
         else:
             context = multiprocessing.get_context("fork")
-            self._process = context.Process(target=_forked, args=(words, env, log))
+            self._process = context.Process(target=_run_fork, args=(words, env, log))
             self._process.start()
         self.pid = int(self._process.pid)
 
@@ -88,7 +88,7 @@ class Rank:
             return []
 
 
-def _forked(words: list[str], env: dict[str, str], log: Path) -> None:
+def _run_fork(words: list[str], env: dict[str, str], log: Path) -> None:
     os.environ.update(env)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(handle, 1)
