@@ -37,26 +37,26 @@ counted: dict[str, list[tuple[int, int]]] = {}  # run -> (step, sample) that thi
 
 def run(name: str, *overrides: str) -> None:
     cfg = load(train.TrainConfig, None, [f"store={STORE}", f"out={FOLDER / name}", *TINY, *KEYS, *overrides])
-    seen: list[list[int]] = []
+    batches: list[list[int]] = []
 
-    def note(batch, *rest):
-        seen.append(batch.index.tolist())
+    def record_batch(batch, *rest):
+        batches.append(batch.index.tolist())
         return augment(batch, *rest)
 
-    at = loop.train_step
+    train_step = loop.train_step
 
-    def watched(state, ready):
-        seen.clear()
-        begun = state.step
-        at(state, ready)
-        for (first, stop), indices in zip(shares(cfg.optim.batch, state.parts.workload.micro), seen, strict=True):
-            counted.setdefault(name, []).extend((begun, i) for i in indices if stop > first)
+    def record_step(state, ready):
+        batches.clear()
+        number = state.step
+        train_step(state, ready)
+        for (first, stop), indices in zip(shares(cfg.optim.batch, state.parts.workload.micro), batches, strict=True):
+            counted.setdefault(name, []).extend((number, i) for i in indices if stop > first)
 
-    loop.train_step, loop.augment = watched, note
+    loop.train_step, loop.augment = record_step, record_batch
     try:
         codes.setdefault(name, []).append(train.run(cfg))
     finally:
-        loop.train_step, loop.augment = at, augment
+        loop.train_step, loop.augment = train_step, augment
 
 
 def power_cut(state, ready):

@@ -26,11 +26,12 @@ def results(backend: Backend, device: str, case: tuple[int, int, int, int, bool,
     size = (5, 3, 7) if taps == 4 else (3, 2, 7)  # more than one block of tubes, and less than one
     grid = (2, 1, 3) if coarse else size
 
-    def made(*shape: int, scale: float = 1.0) -> Tensor:
+    def draw_leaf(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=g)).to(device).requires_grad_()
 
-    x, offsets = made(2, channels, *size), made(2, 2 * (taps - 1), *grid)
-    weight, bias, window = made(width, channels, taps, scale=(channels * taps) ** -0.5), made(width), made(taps)
+    x, offsets = draw_leaf(2, channels, *size), draw_leaf(2, 2 * (taps - 1), *grid)
+    weight = draw_leaf(width, channels, taps, scale=(channels * taps) ** -0.5)
+    bias, window = draw_leaf(width), draw_leaf(taps)
     positions = torch.randint(0, 2, (3, *grid), generator=g).to(device) if coarse else None
     for name, out, mix in (
         ("conv", tube_conv(x, offsets, weight, bias, axis, positions, backend=backend), [weight, bias]),
@@ -48,13 +49,13 @@ def compare(device: str) -> None:
     """AssertionError where the two implementations differ by more than 1e-5 of the largest value."""
     plain = triton_impl._plan
 
-    def widened(*args: object) -> object:
+    def plan_wide(*args: object) -> object:
         plan = plain(*args)  # type: ignore[arg-type]
         plan.tiles["WIDE"] = True
         return plan
 
     for case in CASES:
-        triton_impl._plan = widened if case[-1] else plain  # type: ignore[assignment]
+        triton_impl._plan = plan_wide if case[-1] else plain  # type: ignore[assignment]
         for (name, a), (_, b) in zip(results("triton", device, case), results("torch", device, case), strict=True):
             scale = max(1.0, float(b.detach().abs().max()) if b.numel() else 1.0)
             torch.testing.assert_close(

@@ -26,7 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def done(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("infer") / "out"
     assert infer.run(configure(model, out, f"store={store}")) == 0
     return out

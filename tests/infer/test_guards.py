@@ -90,8 +90,8 @@ def test_a_name_that_leads_elsewhere_is_refused(model: Path, tmp_path: Path, nam
         configure(model, tmp_path, f"inputs=[{{image: x.tif, id: {name}}}]")
 
 
-def test_another_split_of_the_store_is_another_run(model: Path, done: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(done, tmp_path / "out")
+def test_another_split_of_the_store_is_another_run(model: Path, finished_run: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished_run, tmp_path / "out")
     more = write_store(tmp_path / "more", {"a": "test", "b": "test", "c": "test"})
     fewer = write_store(tmp_path / "fewer", {"a": "test", "b": "train"})
     same = write_store(tmp_path / "same", {"a": "test", "b": "test"})

@@ -50,20 +50,20 @@ def test_blocks_do_not_show(model: Path, store: Path, block: Shape, overlap: flo
     assert whole.std() > 1e-4  # not a constant
 
 
-def test_the_mask_is_the_probability_above_the_threshold(done: Path) -> None:
-    mask = np.asarray(ome_zarr.open_level(done / "a.ome.zarr", label="mask").read().result())
-    assert np.array_equal(mask, probability(done, "a") >= np.ceil(0.45 * 255))
-    index = json.loads((done / "predictions.json").read_text())
+def test_the_mask_is_the_probability_above_the_threshold(finished_run: Path) -> None:
+    mask = np.asarray(ome_zarr.open_level(finished_run / "a.ome.zarr", label="mask").read().result())
+    assert np.array_equal(mask, probability(finished_run, "a") >= np.ceil(0.45 * 255))
+    index = json.loads((finished_run / "predictions.json").read_text())
     assert index["a"]["foreground_voxels"] == int(mask.sum())
     assert index["a"]["threshold"] == 0.45
 
 
-def test_other_libraries_open_it(done: Path, store: Path) -> None:
-    folder = done / "a.ome.zarr"
+def test_other_libraries_open_it(finished_run: Path, store: Path) -> None:
+    folder = finished_run / "a.ome.zarr"
     image = ome_zarr_models.open_ome_zarr(zarr.open_group(folder, mode="r"))
     assert type(image).__name__ == "Image"
     group = zarr.open_group(folder, mode="r")
-    assert np.array_equal(group["0"][:], probability(done, "a"))
+    assert np.array_equal(group["0"][:], probability(finished_run, "a"))
     assert group["0"].shards == (8, 32, 32)
     volume = open_volume(folder)
     assert volume.shape == Store(store)["a"].shape
@@ -92,7 +92,7 @@ def test_a_pyramid_keeps_places(tmp_path: Path) -> None:
         assert np.all(off < 0.5 * np.array(size))  # half a voxel of the finest level
 
 
-def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Path, tmp_path: Path) -> None:
+def test_damage_is_mended_by_the_same_command(model: Path, store: Path, finished_run: Path, tmp_path: Path) -> None:
     """A lost mark means that its block is made again, whatever the shard holds; the rest is left alone. Nothing stays
     of files that were being written when a run was killed."""
     cfg = configure(model, tmp_path / "o", f"store={store}")
@@ -117,7 +117,7 @@ def test_damage_is_mended_by_the_same_command(model: Path, store: Path, done: Pa
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("what a killed writer leaves")
     assert infer.run(cfg) == 0
-    assert np.array_equal(probability(cfg.out, "a"), probability(done, "a"))
+    assert np.array_equal(probability(cfg.out, "a"), probability(finished_run, "a"))
     assert not list(cfg.out.rglob(".*.part"))
 
 
@@ -289,11 +289,13 @@ def test_the_forecast_counts_blocks_and_windows(model: Path, store: Path, tmp_pa
     assert "at most 2 files more while trees are traced" in text
 
 
-def test_a_run_writes_no_file_per_block(done: Path) -> None:
+def test_a_run_writes_no_file_per_block(finished_run: Path) -> None:
     """The files of a finished run are its shards, their metadata, and some that do not grow with the blocks."""
-    others = [path for path in done.rglob("*") if path.is_file() and "c" not in path.relative_to(done).parts]
-    assert len(list_logs(done)) == 1
-    assert len(others) < 20 < len(list_times(done))
+    others = [
+        path for path in finished_run.rglob("*") if path.is_file() and "c" not in path.relative_to(finished_run).parts
+    ]
+    assert len(list_logs(finished_run)) == 1
+    assert len(others) < 20 < len(list_times(finished_run))
 
 
 def test_a_folder_of_an_older_form_is_refused_and_the_advice_works(model: Path, store: Path, tmp_path: Path) -> None:

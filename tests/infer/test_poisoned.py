@@ -23,7 +23,7 @@ from tests.helpers.small_volumes import ArrayVolume, open_run, probability
 
 
 @pytest.fixture(scope="module")
-def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def poisoned_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder and what was told of each start."""
     out = tmp_path_factory.mktemp("poisoned")
     command = [sys.executable, "-m", "tests.helpers.poisoned_infer", str(out)]
@@ -38,10 +38,10 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
 
 
 def test_a_block_that_kills_its_process_is_left_out_after_so_many_deaths(
-    poisoned: tuple[Path, list[dict[str, Any]]],
+    poisoned_run: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     """Each process that dies there is counted; all other blocks are done, and the last run lists it."""
-    out, starts = poisoned
+    out, starts = poisoned_run
     last = [s for s in starts if s["poison"] == "block"][-1]
     (line,) = last["failures"]
     assert line.startswith("v block (0, 1, 1) at (0, 32, 32): 3 times the process that was at it was killed")
@@ -56,9 +56,9 @@ def test_a_block_that_kills_its_process_is_left_out_after_so_many_deaths(
 
 @pytest.mark.parametrize("poison", list(TASKS))
 def test_so_is_any_other_part_and_the_other_volume_is_finished(
-    poisoned: tuple[Path, list[dict[str, Any]]], poison: str
+    poisoned_run: tuple[Path, list[dict[str, Any]]], poison: str
 ) -> None:
-    out, starts = poisoned
+    out, starts = poisoned_run
     same_poison = [s for s in starts if s["poison"] == poison]
     (line,) = same_poison[-1]["failures"]
     assert line.startswith(f"a, {TASKS[poison]}: 2 times the process that was at it was killed")

@@ -57,7 +57,7 @@ def test_blocks_of_a_finer_grid_are_smaller() -> None:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> Path:
+def train_folder(tmp_path: Path) -> Path:
     """A train folder whose student was trained on voxels of 1 um."""
     folder = tmp_path / "train"
     save_bright_student(folder / "weights" / "best", voxel_sizes=[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
@@ -73,13 +73,13 @@ def write_bar(path: Path, zoom: int) -> str:
 
 
 def test_the_probability_and_the_trees_are_on_the_grid_of_the_image(
-    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    train_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, fine = write_bar(tmp_path / "plain.tif", 1), write_bar(tmp_path / "fine.tif", 4)
     trees = {}
     for name, inputs in (("plain", plain), ("fine", fine)):
         out = tmp_path / f"out_{name}"
-        words = ["infer", f"model={trained}", f"out={out}", inputs, *KEYS, "trees=true"]
+        words = ["infer", f"model={train_folder}", f"out={out}", inputs, *KEYS, "trees=true"]
         assert cli.main(words) == EXIT_DONE
         # An earlier test decides whether the log goes to the terminal or to pytest.
         log = caplog.text + capsys.readouterr().err
@@ -108,25 +108,25 @@ def test_the_probability_and_the_trees_are_on_the_grid_of_the_image(
     np.testing.assert_array_equal(probability(tmp_path / "out_fine", "fine"), own)
 
 
-def test_what_fits_or_shall_stay_is_not_resampled(trained: Path, tmp_path: Path) -> None:
+def test_what_fits_or_shall_stay_is_not_resampled(train_folder: Path, tmp_path: Path) -> None:
     """Without a factor, and with any_voxel_size, the same bytes as from a student that knows no voxel size."""
     free = tmp_path / "free"
     save_bright_student(free / "weights" / "best")
     for zoom, key in ((1, "any_voxel_size=false"), (4, "any_voxel_size=true")):
         inputs = write_bar(tmp_path / f"n{zoom}.tif", zoom)
-        for model in (trained, free):
+        for model in (train_folder, free):
             assert infer.run(configure(model, tmp_path / f"{zoom}_{model.name}", inputs, key)) == EXIT_DONE
-        one, other = (probability(tmp_path / f"{zoom}_{model.name}", f"n{zoom}") for model in (trained, free))
+        one, other = (probability(tmp_path / f"{zoom}_{model.name}", f"n{zoom}") for model in (train_folder, free))
         np.testing.assert_array_equal(one, other)
 
 
-def test_mirrored_views_of_a_resampled_image(trained: Path, tmp_path: Path) -> None:
+def test_mirrored_views_of_a_resampled_image(train_folder: Path, tmp_path: Path) -> None:
     """A student that sees the same in mirrors is as sure as without; see also test_flip_tta."""
     confidence = {}
     for name, key in (("views", "flips=[flip_x]"), ("plain", "flips=[]")):
         out = tmp_path / name
         inputs = write_bar(tmp_path / "fine.tif", 4)
-        assert infer.run(configure(trained, out, inputs, "trees=true", key)) == EXIT_DONE
+        assert infer.run(configure(train_folder, out, inputs, "trees=true", key)) == EXIT_DONE
         assert json.loads((out / "predictions.json").read_text())["fine"]["trees"] >= 1
         confidence[name] = list(csv.DictReader((out / "proofread" / "fine.confidence.csv").open()))
     views, plain = confidence["views"], confidence["plain"]
@@ -135,10 +135,10 @@ def test_mirrored_views_of_a_resampled_image(trained: Path, tmp_path: Path) -> N
 
 
 def test_voxels_beyond_eight_times_are_refused(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_bar(tmp_path / "n.tif", 1)
-    words = ["infer", str(tmp_path / "n.tif"), "range=0,200", f"model={trained}", f"out={tmp_path / 'out'}", *KEYS]
+    words = ["infer", str(tmp_path / "n.tif"), "range=0,200", f"model={train_folder}", f"out={tmp_path / 'out'}", *KEYS]
     assert cli.main([*words, "voxel_size=1,9,9"]) == EXIT_BAD_INPUT
     message = capsys.readouterr().err
     assert "up to 8 times" in message
@@ -146,9 +146,9 @@ def test_voxels_beyond_eight_times_are_refused(
     assert cli.main([*words, "voxel_size=1,9,9", "any_voxel_size=true"]) == EXIT_DONE
 
 
-def test_shares_and_repairs_are_those_of_one_run(trained: Path, tmp_path: Path) -> None:
+def test_shares_and_repairs_are_those_of_one_run(train_folder: Path, tmp_path: Path) -> None:
     inputs = write_bar(tmp_path / "fine.tif", 4)
-    keys = [f"model={trained}", inputs, "block=[8,64,64]", "chunk=[4,32,32]", "page=false"]
+    keys = [f"model={train_folder}", inputs, "block=[8,64,64]", "chunk=[4,32,32]", "page=false"]
     one, shared = tmp_path / "one", tmp_path / "shared"
     assert cli.main(["infer", *keys, f"out={one}"]) == EXIT_DONE
     for number in (0, 1):

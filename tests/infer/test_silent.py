@@ -17,7 +17,7 @@ from tests.helpers.small_volumes import KEYS, configure, probability
 
 @pytest.mark.mpi
 def test_a_silent_rank_is_named_and_the_run_goes_on_where_it_was(
-    model: Path, store: Path, done: Path, tmp_path: Path
+    model: Path, store: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     """It is stopped in a block, not killed: MPI would wait for it for ever."""
     keys = [f"model={model}", f"out={tmp_path / 'o'}", f"store={store}", *KEYS]
@@ -43,5 +43,5 @@ def test_a_silent_rank_is_named_and_the_run_goes_on_where_it_was(
     assert sum(threads) <= max(cores, 2) or len(os.sched_getaffinity(0)) < cores  # then the launcher has bound them
     assert list_begun(tmp_path / "o", "a")  # the block it was at
     assert infer.run(configure(model, tmp_path / "o", f"store={store}")) == 0
-    assert (probability(tmp_path / "o", "a") == probability(done, "a")).all()
+    assert (probability(tmp_path / "o", "a") == probability(finished_run, "a")).all()
     assert not list((tmp_path / "o").glob(".*"))

@@ -19,8 +19,8 @@ SHARD = "0/c/1/0/1"
 
 
 @pytest.fixture
-def copy(done: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(done, tmp_path / "out"))
+def copy(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "out"))
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -28,31 +28,31 @@ def contents(out: Path) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for k in kinds for p in out.glob(k) if p.is_file()}
 
 
-def delete(path: Path) -> None:
+def delete_file(path: Path) -> None:
     path.unlink()
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
-def cut(path: Path) -> None:
+def cut_file(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
 
 
-def stray(path: Path) -> None:
+def replace_content(path: Path) -> None:
     path.write_bytes(b"what is this")
 
 
 @pytest.mark.parametrize(
     ("file", "harm", "message"),
     [
-        (f"a.ome.zarr/{SHARD}", delete, "a block (1, 0, 1): the shard 0/c/1/0/1 is missing"),
-        (f"a.ome.zarr/{SHARD}", flip, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
-        (f"a.ome.zarr/{SHARD}", cut, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
-        ("*.ome.zarr/labels/mask/0/c/*/*/*", flip, "the shard labels/mask/0/c/"),
+        (f"a.ome.zarr/{SHARD}", delete_file, "a block (1, 0, 1): the shard 0/c/1/0/1 is missing"),
+        (f"a.ome.zarr/{SHARD}", flip_bit, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
+        (f"a.ome.zarr/{SHARD}", cut_file, "a block (1, 0, 1): the shard 0/c/1/0/1 has other bytes than were written"),
+        ("*.ome.zarr/labels/mask/0/c/*/*/*", flip_bit, "the shard labels/mask/0/c/"),
         (
             "journal",
             lambda p: edit_block(p.parent, "a", "1_0_1", index="x"),
@@ -65,12 +65,12 @@ def stray(path: Path) -> None:
         ),
         ("journal", lambda p: spoil_block(p.parent, "a", "1_0_1"), "a block (1, 0, 1): its done marker in journal is"),
         ("journal", lambda p: drop_block(p.parent, "a", "1_0_1"), "a block (1, 0, 1): its done marker in journal is"),
-        ("journal/*.log", cut, "a block (0, 0, 0): its done marker in journal is missing"),
+        ("journal/*.log", cut_file, "a block (0, 0, 0): its done marker in journal is missing"),
         ("journal", shutil.rmtree, "b block (0, 0, 0): its done marker in journal is missing"),
-        ("a.ome.zarr/0/zarr.json", cut, "a: the metadata 0/zarr.json is other than written"),
-        ("a.ome.zarr/zarr.json", delete, "a: "),
-        ("a.ome.zarr/0/c/9", stray, "a: `infer` did not write 0/c/9"),
-        ("predictions.json", cut, "predictions.json is not readable JSON"),
+        ("a.ome.zarr/0/zarr.json", cut_file, "a: the metadata 0/zarr.json is other than written"),
+        ("a.ome.zarr/zarr.json", delete_file, "a: "),
+        ("a.ome.zarr/0/c/9", replace_content, "a: `infer` did not write 0/c/9"),
+        ("predictions.json", cut_file, "predictions.json is not readable JSON"),
     ],
 )
 def test_each_harm_is_named_and_repaired(copy: Path, file: str, harm: Callable[[Path], None], message: str) -> None:
@@ -104,14 +104,14 @@ def with_trees(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("file", "harm", "message"),
     [
-        ("swc/cells.swc", delete, "cells: swc/cells.swc is missing"),
-        ("swc/cells/0002.swc", delete, "cells: swc/cells/0002.swc is missing"),
-        ("swc/cells/0001.voxel.swc", flip, "cells: swc/cells/0001.voxel.swc has other bytes than were written"),
-        ("proofread/cells.confidence.csv", cut, "cells: proofread/cells.confidence.csv has other bytes"),
-        ("swc/mine.swc", stray, "`infer` did not write swc/mine.swc"),
-        ("swc/cells/0003.swc", stray, "`infer` did not write swc/cells/0003.swc"),
-        ("entries/cells.json", cut, "cells: its entry cells.json is missing or torn"),
-        ("entries/cells.json", delete, "cells: its entry cells.json is missing or torn"),
+        ("swc/cells.swc", delete_file, "cells: swc/cells.swc is missing"),
+        ("swc/cells/0002.swc", delete_file, "cells: swc/cells/0002.swc is missing"),
+        ("swc/cells/0001.voxel.swc", flip_bit, "cells: swc/cells/0001.voxel.swc has other bytes than were written"),
+        ("proofread/cells.confidence.csv", cut_file, "cells: proofread/cells.confidence.csv has other bytes"),
+        ("swc/mine.swc", replace_content, "`infer` did not write swc/mine.swc"),
+        ("swc/cells/0003.swc", replace_content, "`infer` did not write swc/cells/0003.swc"),
+        ("entries/cells.json", cut_file, "cells: its entry cells.json is missing or torn"),
+        ("entries/cells.json", delete_file, "cells: its entry cells.json is missing or torn"),
     ],
 )
 def test_trees_are_named_and_made_again_and_nobodys_work_is_lost(
@@ -152,8 +152,8 @@ def test_an_index_that_says_other_than_its_entries(with_trees: Path, tmp_path: P
 
 def test_several_harms_at_once(copy: Path) -> None:
     before = contents(copy)
-    delete(copy / "a.ome.zarr/0/c/0/0/0")
-    flip(copy / f"a.ome.zarr/{SHARD}")
+    delete_file(copy / "a.ome.zarr/0/c/0/0/0")
+    flip_bit(copy / f"a.ome.zarr/{SHARD}")
     drop_block(copy, "b")
     assert len(verify.check(copy)) == 3
     assert verify.main([str(copy)]) == 0
@@ -165,7 +165,7 @@ def test_what_cannot_be_repaired_is_told(copy: Path, tmp_path: Path, capsys: pyt
     config = (copy / "config.yaml").read_text()
     model = next(line.partition(": ")[2] for line in config.splitlines() if line.startswith("model"))
     (copy / "config.yaml").write_text(config.replace(model, str(tmp_path / "gone")))
-    delete(copy / f"a.ome.zarr/{SHARD}")
+    delete_file(copy / f"a.ome.zarr/{SHARD}")
     assert cli.main(["infer", "verify", str(copy)]) == 2
     assert "holds no weights" in capsys.readouterr().err
     assert cli.main(["infer", "verify", str(tmp_path)]) == 2
@@ -183,7 +183,7 @@ def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:
     for path, checksum in (("1/c/0/0/0", "x"), ("labels/mask/1/c/0/0/0", "")):
         marks.write_shard(path, checksum)
     assert DoneMarkers(tmp_path, "a", "k").read_levels() == {"1/c/0/0/0": "x", "labels/mask/1/c/0/0/0": ""}
-    flip(list_logs(tmp_path)[0])
+    flip_bit(list_logs(tmp_path)[0])
     assert len(DoneMarkers(tmp_path, "a", "k").read_levels()) == 1
     shape, shard = (8, 600, 64), (8, 64, 64)
     ome_zarr.create(tmp_path / "v", "p", shape, (1.0, 1.0, 1.0), shard, (8, 32, 32), "mask", {})

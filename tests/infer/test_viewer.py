@@ -89,10 +89,10 @@ def landmark(tmp_path: Path) -> Path:
     return out
 
 
-def test_another_library_reads_image_and_sharded_probability_through_it(done: Path, store: Path) -> None:
-    with serving(done) as port:
+def test_another_library_reads_image_and_sharded_probability_through_it(finished_run: Path, store: Path) -> None:
+    with serving(finished_run) as port:
         for name in ("a", "b"):
-            np.testing.assert_array_equal(open_array(port, f"{name}.ome.zarr/0"), probability(done, name))
+            np.testing.assert_array_equal(open_array(port, f"{name}.ome.zarr/0"), probability(finished_run, name))
             volume = Store(store)[name]
             whole = tuple(slice(0, n) for n in volume.shape)
             np.testing.assert_array_equal(
@@ -130,8 +130,8 @@ def test_image_probability_trees_and_places_lie_on_one_another(landmark: Path) -
     assert place == state["position"] == list(LANDMARK)
 
 
-def test_the_contrast_is_that_of_the_voxels_in_view(done: Path, store: Path) -> None:
-    with serving(done) as port:
+def test_the_contrast_is_that_of_the_voxels_in_view(finished_run: Path, store: Path) -> None:
+    with serving(finished_run) as port:
         state = json.loads(ask(port, "/a.json")[1])
     low, high = state["layers"][0]["shaderControls"]["normalized"]["range"]
     image = Store(store).open_handle("a")["image"][()]
@@ -139,10 +139,10 @@ def test_the_contrast_is_that_of_the_voxels_in_view(done: Path, store: Path) -> 
     assert "trees" not in [layer["name"] for layer in state["layers"]]  # this run traced none
 
 
-def test_ranges_of_bytes(done: Path) -> None:
-    shard = next(p for p in (done / "a.ome.zarr" / "0" / "c").rglob("*") if p.is_file())
-    whole, path = shard.read_bytes(), f"/{shard.relative_to(done).as_posix()}"
-    with serving(done) as port:
+def test_ranges_of_bytes(finished_run: Path) -> None:
+    shard = next(p for p in (finished_run / "a.ome.zarr" / "0" / "c").rglob("*") if p.is_file())
+    whole, path = shard.read_bytes(), f"/{shard.relative_to(finished_run).as_posix()}"
+    with serving(finished_run) as port:
         assert ask(port, path)[:2] == (200, whole)
         for asked, part in (("5-9", whole[5:10]), ("7-", whole[7:]), ("-20", whole[-20:]), (f"3-{10**9}", whole[3:])):
             status, body, headers = ask(port, path, Range=f"bytes={asked}")
@@ -153,9 +153,9 @@ def test_ranges_of_bytes(done: Path) -> None:
         assert (status, body, headers["Content-Length"]) == (200, b"", str(len(whole)))
 
 
-def test_only_the_viewer_may_read_and_only_below_the_folder(done: Path) -> None:
-    (done.parent / "secret").write_text("not for you")
-    with serving(done, viewer="https://viewer.example/path") as port:
+def test_only_the_viewer_may_read_and_only_below_the_folder(finished_run: Path) -> None:
+    (finished_run.parent / "secret").write_text("not for you")
+    with serving(finished_run, viewer="https://viewer.example/path") as port:
         beyond = ("/../secret", "/%2e%2e/secret", "/a%00b", "/a.ome.zarr/0/c/9/9/9", "/a.trees/0", "/a.ome.zarr")
         made_up = ("/a.image/0/c/99/0/0", "/a.image/0/c/x/0/0", "/a.image/else", "/nobody.json")
         for path in beyond + made_up:
@@ -166,8 +166,8 @@ def test_only_the_viewer_may_read_and_only_below_the_folder(done: Path) -> None:
         assert (status, headers["Access-Control-Allow-Headers"]) == (204, "*")
 
 
-def test_a_browser_that_hangs_up_is_not_told_of(done: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with serving(done) as port:
+def test_a_browser_that_hangs_up_is_not_told_of(finished_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(finished_run) as port:
         for _ in range(3):
             with socket.create_connection(("127.0.0.1", port)) as link:
                 link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
@@ -176,12 +176,12 @@ def test_a_browser_that_hangs_up_is_not_told_of(done: Path, capfd: pytest.Captur
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_links_lead_to_the_state_of_each_volume(done: Path) -> None:
-    with ViewerServer(ServeConfig(out=done, port=0)) as server:
+def test_links_lead_to_the_state_of_each_volume(finished_run: Path) -> None:
+    with ViewerServer(ServeConfig(out=finished_run, port=0)) as server:
         at = f"https://neuroglancer-demo.appspot.com/#!http://127.0.0.1:{server.server_port}"
         assert server.list_links() == [f"a: {at}/a.json", f"b: {at}/b.json"]
         with pytest.raises(ConfigError, match=rf"port {server.server_port} cannot be had .* give another, or port=0"):
-            ViewerServer(ServeConfig(out=done, port=server.server_port))
+            ViewerServer(ServeConfig(out=finished_run, port=server.server_port))
 
 
 def test_what_it_cannot_serve(tmp_path: Path, landmark: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,19 +40,19 @@ def test_what_a_stop_left_unscored_is_scored_by_the_next_start(tiny, tmp_path, m
     def crash(state, ready):
         raise RuntimeError("power cut")
 
-    def marked():
+    def read_score():
         return json.loads((out / "checkpoints/step_00000002/checkpoint.json").read_text())["score"]
 
     monkeypatch.setattr(loop, "train_step", terminate)
     assert train.run(tiny(out, *keys)) == 75
     assert [row["step"] for kind in ("val", "volumes") for row in rows(out, kind)] == [0]
-    assert marked() is None
+    assert read_score() is None
     monkeypatch.setattr(loop, "train_step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
         train.run(tiny(out, *keys))
     scores = [rows(out, kind)[-1] for kind in ("val", "volumes")]
     assert [row["step"] for row in scores] == [2, 2]
-    assert marked() == scores[0]["dice_best"]
+    assert read_score() == scores[0]["dice_best"]
     monkeypatch.setattr(loop, "train_step", step)
     assert train.run(tiny(out, *keys)) == 0
     assert [row["step"] for row in rows(out, "val")] == [0, 2, 3]

@@ -27,14 +27,14 @@ def ranks(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     train_step = loop.train_step
 
-    def stopped(state, ready):
+    def signal_in_third_step(state, ready):
         if state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         train_step(state, ready)
 
     keys = [f"store={store}", f"out={folder / 'up'}", *TINY, *KEYS, "engine.stage=3", "optim.batch=3"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", stopped)
+        patch.setattr(loop, "train_step", signal_in_third_step)
         assert train.run(load(train.TrainConfig, None, keys)) == 75
     done = launch("train_ranks.py", 2, store, folder)
     assert done.returncode == 0, quote_end(done)

@@ -29,7 +29,7 @@ def test_interpreted_kernels_equal_plain_torch() -> None:
     assert run.stdout.strip() == "equal"
 
 
-def compiled(kernel: Any, values: str, constants: dict[str, object]) -> Any:
+def compile_kernel(kernel: Any, values: str, constants: dict[str, object]) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.compiler import compile as build
@@ -62,14 +62,14 @@ def test_kernels_compile_for_a_gpu(values: str, tmp_path: Path, monkeypatch: pyt
         (t.input_grad_kernel, gradient),
         (t.weight_grad_kernel, product),
     ):
-        assert compiled(kernel, values, constants).asm["cubin"]
+        assert compile_kernel(kernel, values, constants).asm["cubin"]
     if values == "fp32":
-        assert compiled(t.path_kernel, values, {"BP": 256}).asm["cubin"]
-        assert compiled(t.step_grad_kernel, values, {"BP": 256}).asm["cubin"]
-        assert compiled(t.sample_kernel, values, {**tile, "WINDOW": False, "WIDE": True}).asm["cubin"]
+        assert compile_kernel(t.path_kernel, values, {"BP": 256}).asm["cubin"]
+        assert compile_kernel(t.step_grad_kernel, values, {"BP": 256}).asm["cubin"]
+        assert compile_kernel(t.sample_kernel, values, {**tile, "WINDOW": False, "WIDE": True}).asm["cubin"]
         sums = {**gradient, "MODE": "window", "WEIGHT": True}
-        assert compiled(t.input_grad_kernel, values, sums).asm["cubin"]
-        assert compiled(t.input_grad_kernel, values, {**gradient, "MODE": "taps"}).asm["cubin"]
+        assert compile_kernel(t.input_grad_kernel, values, sums).asm["cubin"]
+        assert compile_kernel(t.input_grad_kernel, values, {**gradient, "MODE": "taps"}).asm["cubin"]
 
 
 def test_float64_is_refused_by_name() -> None:

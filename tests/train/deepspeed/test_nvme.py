@@ -26,7 +26,7 @@ from hpc_neuro.train.train_module import TrainModule
 STUDENT = StudentConfig(size="small", depth=1, channels=(4, 4, 8))  # whose matrices have more than 1 MiB
 
 
-def compiled() -> bool:
+def is_compiled() -> bool:
     """Whether the operator lies there as this environment's DeepSpeed has it; any other is compiled anew."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     sources = str(Path(deepspeed.__file__).parent)
@@ -74,7 +74,7 @@ def test_parameters_in_files_train_to_the_same_bits(tmp_path):
     lacks = engine.find_missing_for_nvme()
     if lacks is not None:
         pytest.skip(f"DeepSpeed's async_io needs {lacks}")
-    if not compiled():
+    if not is_compiled():
         pytest.skip("DeepSpeed's async_io is not compiled here, which takes minutes; one run with engine.nvme does it")
     disk = nvme.folder_of_run(tmp_path, tmp_path / "run")
     plain = make_engine(EngineConfig(stage=3))
