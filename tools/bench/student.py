@@ -4,8 +4,8 @@
 
 Both get the same image and target and do forward, Dice + cross entropy, backward and AdamW, in float32 on the CPU and
 under bf16 autocast on a GPU. Patches are 16 x 16 x 16, UNETR's only size. Times are taken in turns in one process, the
-fastest of the repeats counts; CPU seconds are what counts on a busy machine. Memory is the most a process of its own
-held above what it held before it built the model: weights, gradients, Adam's moments and activations. On a GPU the
+fastest of the repeats counts; CPU seconds are what counts on a busy machine. Memory is the most that a process of its
+own held above what it held before it built the model: weights, gradients, Adam's moments and activations. On a GPU the
 share of its matrix speed that the student's operations reach is printed too. The last line is one JSON object.
 """
 

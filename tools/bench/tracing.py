@@ -6,7 +6,7 @@ The volume holds synthetic neurites (hpc_neuro.data.synthetic) as a probability 
 runs in a process of its own on the same file; memory is the peak of that process above what it held before it began
 (Linux). Ours ends with rooted trees; thinning ends with voxels that are no tree yet; kimimaro ends with unrooted
 skeletons of the connected pieces. kimimaro is optional (`pip install hpc_neuro[compare]`, GPL-3); without it, a line
-says so. Last line: JSON with seconds, bytes, and the shares of cable within 4 voxels of the true and of the found one.
+says so. Last line: JSON with seconds, bytes, recall (true cable within 4 voxels of the traced one) and precision.
 """
 
 from __future__ import annotations
