@@ -158,7 +158,7 @@ def _trace_stack(
 
     # From here to the entry below the files are half written, and the entry of earlier ones is stale.
     _set_changed_files_aside(cfg.out, stack.id)
-    files.write_json(_entry_path(cfg.out, stack.id), {"key": "", "files": {}, "result": {}})
+    _write_entry(cfg.out, stack.id, "", {}, {})
     paths = _write_trees(cfg, stack, trace.trees, size)
     state = cfg.out / "neuroglancer" / f"{stack.id}.json"
     files.write_json(state, page.build_neuroglancer_state(trace.trees, volume.shape, size))
@@ -180,7 +180,7 @@ def _trace_stack(
         paths.append(_traced_path(cfg.out, stack.id))
     checksums = {path.relative_to(cfg.out).as_posix(): files.sha256(path) for path in [*paths, overlay, state]}
     # The entry comes last: with it the stack counts as done.
-    files.write_json(_entry_path(cfg.out, stack.id), {"key": key, "files": checksums, "result": result})
+    _write_entry(cfg.out, stack.id, key, checksums, result)
     log.info(
         "%s: %s, %s of cable, %.1f s",
         label,
@@ -360,12 +360,22 @@ class _Entry:
     files: dict[str, str]
     """File, relative to `out` -> SHA-256."""
     result: Result
+    digest: str
+    """SHA-256 of all others."""
+
+
+def _write_entry(out: Path, name: str, key: str, checksums: dict[str, str], result: Result) -> None:
+    digest = files.sha256_json([key, checksums, result])
+    entry = {"key": key, "files": checksums, "result": result, "digest": digest}
+    files.write_json(_entry_path(out, name), entry)
 
 
 def _read_entry(out: Path, name: str) -> _Entry | None:
-    """The entry of a stack; None where there is none, or it cannot be read: the stack is then traced again."""
+    """The entry of a stack; None where there is none, or it is not as written: the stack is then traced again."""
     with contextlib.suppress(InputError):
-        return files.read_json(_entry_path(out, name), "", _Entry)
+        entry = files.read_json(_entry_path(out, name), "", _Entry)
+        if entry.digest == files.sha256_json([entry.key, entry.files, entry.result]):
+            return entry
     return None
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,6 +277,32 @@ def test_the_same_command_repairs_what_is_damaged(stacks: Path, tmp_path: Path) 
         # Pages and entries hold times.
         if name in names:
             assert path.read_bytes() == before, name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry["result"].pop("swc"),
+        lambda entry: entry["result"].update(figures=None),
+        lambda entry: entry["result"].update(swc_voxel="../../victim.swc"),
+        lambda entry: entry["files"].pop("swc/n2.swc"),
+        lambda entry: entry.update(digest=""),
+        lambda entry: entry.pop("digest"),
+    ],
+)
+def test_an_entry_that_is_not_as_written_is_made_again(
+    stacks: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={tmp_path / 'out'}"]
+    assert cli.main(command) == EXIT_DONE
+    index = read_index(tmp_path / "out")
+    path = tmp_path / "out" / "entries" / "n2.json"
+    entry = json.loads(path.read_text())
+    change(entry)
+    path.write_text(json.dumps(entry))
+    assert cli.main(command) == EXIT_DONE
+    stack, again = index["stacks"]["n2"], read_index(tmp_path / "out")["stacks"]["n2"]  # type: ignore[index]
+    assert {**stack, "seconds": 0} == {**again, "seconds": 0}
 
 
 def test_a_corrected_tree_is_kept_and_said(
