@@ -79,6 +79,7 @@ def test_volumes_and_trees(tmp_path: Path) -> None:
         (np.zeros((0, 4, 4)), None, "each with at least one voxel"),
         (np.zeros((4, 4, 4), "complex64"), None, "holds complex64 values"),
         (np.full((8, 8, 8), np.nan), None, "voxel z=0 y=0 x=0 is NaN or infinite"),
+        (np.full((8, 8, 8), 1e300), None, "a voxel is 1e\\+300, and intensities up to 1e\\+30 are computed with"),
         (np.eye(27).reshape(9, 9, 9), (1.0, 0.0, 1.0), "voxel_size .* must be three numbers above 0"),
     ],
 )

@@ -140,9 +140,21 @@ def open_array(image: Array, name: str = "the image") -> ReadBox:
     return read
 
 
+_MAX_BRIGHTNESS = 1e30
+"""Largest intensity, of either sign: images are computed with as float32, which ends at 3e38."""
+
+
 def require_finite(voxels: Array, box: Box, prefix: str = "") -> None:
-    """Raise InputError that names the first NaN or infinite voxel of an array read from `box`."""
-    if voxels.dtype.kind != "f" or np.isfinite(voxels).all():
+    """Raise InputError that names the first NaN or infinite voxel of an array read from `box`, and for huge ones."""
+    if voxels.dtype.kind != "f":
+        return
+    if np.isfinite(voxels).all():
+        largest = float(np.abs(voxels).max(initial=0.0))
+        if largest > _MAX_BRIGHTNESS:
+            raise InputError(
+                f"{prefix}a voxel is {largest:g}, and intensities up to {_MAX_BRIGHTNESS:g} are computed with; scale "
+                "the image"
+            )
         return
 
     # Positions are those in the volume, not in the box.

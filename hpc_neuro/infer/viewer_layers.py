@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import ConfigDict, Field, with_config
+from pydantic import ConfigDict, Field, FiniteFloat, with_config
 from typing_extensions import TypedDict
 
 from hpc_neuro.core import files, morphology, schema
@@ -45,7 +45,7 @@ _NM_PER_UM = 1000.0
 class _StateForm(TypedDict):
     """The parts of a state of Neuroglancer that are read here."""
 
-    position: Annotated[list[float], Field(min_length=3, max_length=3)]
+    position: Annotated[list[FiniteFloat], Field(min_length=3, max_length=3)]
     layers: list[dict[str, Any]]
 
 
@@ -141,7 +141,9 @@ class ViewerLayers:
         _, shape, read = self._image(name)
 
         # A part suffices: reading all of a brain would take too long.
-        z, y, x = (round(center) - size // 2 for center, size in zip(position, _CONTRAST_BOX, strict=True))
+        # A position outside the image is one at its border.
+        centers = [min(max(center, 0), n - 1) for center, n in zip(position, shape, strict=True)]
+        z, y, x = (round(center) - size // 2 for center, size in zip(centers, _CONTRAST_BOX, strict=True))
         values = read(Box.at((z, y, x), _CONTRAST_BOX).clip(Box.whole(shape))).astype(np.float32)
         low, high = (float(value) for value in np.percentile(values, _CONTRAST_PERCENTILES))
 

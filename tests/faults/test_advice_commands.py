@@ -237,6 +237,14 @@ def test_a_damaged_state_of_the_viewer_is_written_again(infer_run: tuple[list[st
     assert viewer.build_state("cross", "http://here")["layers"]
 
 
+@pytest.mark.parametrize("position", [[10**30] * 3, [-1e308] * 3, [1e6, 0, 0]])
+def test_a_view_far_from_the_image_is_shown(infer_run: tuple[list[str], Path], position: list[float]) -> None:
+    _, out = infer_run
+    path = out / "proofread" / "cross.neuroglancer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "position": position}))
+    assert ViewerLayers(out).build_state("cross", "http://here")["layers"]
+
+
 def test_a_damaged_table_of_places_is_written_again(infer_run: tuple[list[str], Path], tmp_path: Path) -> None:
     command, out = infer_run
     table = out / "proofread" / "cross.csv"
