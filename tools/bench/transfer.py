@@ -1,7 +1,8 @@
 """What the 2D teacher is worth to a student: trainings that differ in what they take from it, on neurons held out.
 
     python -m tools.bench.transfer STUDY --store STORE --out OUT [--teacher teacher.model=bundled8 ...] [--only ID ...]
-                                   [--neurons N ...] [--seeds 0 1] [--steps 120] [--crop 16 96 96] [--batch 2]
+                                   [--arms ARM ...] [--neurons N ...] [--seeds 0 1] [--steps 120]
+                                   [--crop 16 96 96] [--batch 2]
 
 STUDY is one of
 
@@ -156,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--teacher", nargs="+", default=["teacher.model=bundled8"], help="keys of the teacher")
     parser.add_argument("--only", nargs="+", default=[], help="hold out these only (the others are still trained on)")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these only; others are compared with the first")
     parser.add_argument("--neurons", type=int, nargs="+", help="how many are trained on; 1 2 4 for `labels`, else 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=120)
@@ -169,11 +171,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Train and score what is missing; the figures of all trainings, printed and written."""
     store = Store(args.store)
     numbers = args.neurons or ([1, 2, 4] if args.study == "labels" else [1])
-    trials = plan_trials(store.ids, args.only, STUDIES[args.study], numbers, args.seeds)
+    arms = args.arms or STUDIES[args.study]
+    trials = plan_trials(store.ids, args.only, arms, numbers, args.seeds)
     bench = open_bench(store, args)
 
     # Source of features -> keys of the teacher and of its cache.
-    sources = sorted({ARMS[arm].distilled for arm in STUDIES[args.study]} - {""})
+    sources = sorted({ARMS[arm].distilled for arm in arms} - {""})
     distilled = {source: cache_features(bench, source) for source in sources}
 
     rows = []

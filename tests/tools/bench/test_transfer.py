@@ -32,13 +32,13 @@ def test_every_arm_is_trained_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = write_store(tmp_path / "store", dict.fromkeys(("a", "b", "c"), "train"))
-    monkeypatch.setitem(transfer.STUDIES, "controls", ("average", "shuffled", "convolutions"))
-    assert run("controls", store, tmp_path / "out") == 0
+    arms = ["average", "shuffled", "convolutions"]
+    assert run("controls", store, tmp_path / "out", "--arms", *arms) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(facts["mean"]) == ["average, 1", "shuffled, 1", "convolutions, 1"]
     assert set(facts["difference"]["dice"]) == {"average, 1 - shuffled, 1", "average, 1 - convolutions, 1"}
     rows = list(csv.DictReader((tmp_path / "out" / "controls.csv").open()))
-    assert [(row["arm"], row["neuron"]) for row in rows] == [(arm, "a") for arm in transfer.STUDIES["controls"]]
+    assert [(row["arm"], row["neuron"]) for row in rows] == [(arm, "a") for arm in arms]
     assert not list((tmp_path / "out" / "runs").iterdir())
 
     # The neuron that chooses the threshold and the one that is held out are not trained on.
@@ -47,19 +47,18 @@ def test_every_arm_is_trained_once(
 
     # Done trainings are read; a training of other settings is refused.
     monkeypatch.setattr(transfer, "train", None)
-    assert run("controls", store, tmp_path / "out") == 0
+    assert run("controls", store, tmp_path / "out", "--arms", *arms) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["mean"] == facts["mean"]
-    assert run("controls", store, tmp_path / "out", "--batch", "3") == 2
+    assert run("controls", store, tmp_path / "out", "--arms", *arms, "--batch", "3") == 2
     assert "other settings" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_features_of_the_untrained_copy_are_distilled_as_a_control(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = write_store(tmp_path / "store", dict.fromkeys(("a", "b", "c"), "train"))
-    monkeypatch.setitem(transfer.STUDIES, "distillation", ("distilled", "distilled_untrained"))
-    assert run("distillation", store, tmp_path / "out") == 0
+    assert run("distillation", store, tmp_path / "out", "--arms", "distilled", "distilled_untrained") == 0
     assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["mean"]) == [
         "distilled, 1", "distilled_untrained, 1",
     ]  # fmt: skip
