@@ -76,14 +76,14 @@ class Example(NamedTuple):
 
 def main() -> None:
     """Print the table of weights."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("stores", type=Path, nargs="*")
-    ask.add_argument("--seeds", type=int, nargs=2, default=(100, 148), help="first, and one after the last")
-    ask.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.75, 0.9])
-    ask.add_argument("--neurons", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12])
-    ask.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables to fit")
-    ask.add_argument("--without", nargs="+", default=[], help="lone neurons to leave out")
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stores", type=Path, nargs="*")
+    parser.add_argument("--seeds", type=int, nargs=2, default=(100, 148), help="first, and one after the last")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.75, 0.9])
+    parser.add_argument("--neurons", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12])
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables to fit")
+    parser.add_argument("--without", nargs="+", default=[], help="lone neurons to leave out")
+    args = parser.parse_args()
 
     gather = Gathering(set(args.only))
     for seed in range(*args.seeds):

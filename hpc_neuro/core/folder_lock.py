@@ -90,7 +90,8 @@ class Owner:
 def hold_folder(folder: Path) -> Iterator[None]:
     """Be the one process that writes into `folder`, which is made if it is missing; may be entered again.
 
-    Raises InputError while another process works there. May wait STALE_SECONDS to see whether one elsewhere lives.
+    Raises InputError while another process works there, and where no folder can be made. May wait STALE_SECONDS to see
+    whether a process elsewhere lives.
     """
     key = folder.resolve()
     if _depths.get(key):
@@ -101,7 +102,11 @@ def hold_folder(folder: Path) -> Iterator[None]:
             _depths[key] -= 1
         return
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        # File systems without folders of one's own, such as /proc, say so of a parent that is there.
+        raise InputError(f"no folder can be made at {folder}; give another `out`") from None
     owner = Owner()
     _acquire(folder, owner)
     _depths[key] = 1

@@ -155,6 +155,14 @@ def test_runs_and_their_shares(tmp_path: Path) -> None:
         pass
 
 
+def test_a_place_without_folders_is_refused() -> None:
+    with (
+        pytest.raises(InputError, match="no folder can be made at /proc/x; give another `out`"),
+        hold_folder(Path("/proc/x")),
+    ):
+        pass
+
+
 def test_parts_of_people_stay(tmp_path: Path) -> None:
     for name in (".x.part", ".notes.draft.part", ".report.html.0123abcd.part"):
         (tmp_path / name).mkdir()

@@ -54,12 +54,14 @@ _DRAWS = 200
 
 def main() -> None:
     """Print a row for each ratio, without and with the rule."""
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--seeds", type=int, nargs=2, default=(20, 40), help="first, and one after the last")
-    ask.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.75, 0.9])
-    ask.add_argument("--neurons", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12])
-    ask.add_argument("--verb", action="store_true", help="trace as the verb does, rather than a mask at 0.3 of Otsu's")
-    args = ask.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs=2, default=(20, 40), help="first, and one after the last")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.75, 0.9])
+    parser.add_argument("--neurons", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12])
+    parser.add_argument(
+        "--verb", action="store_true", help="trace as the verb does, rather than a mask at 0.3 of Otsu's"
+    )
+    args = parser.parse_args()
 
     outcomes = list[Outcome]()
     for ratio in args.ratios:
