@@ -70,7 +70,11 @@ def main(argv: Sequence[str]) -> int:
 
     # A file may have `=` in its name.
     paths = [argument for argument in argv if "=" not in argument or Path(argument).exists()]
-    options = dict(argument.split("=", 1) for argument in argv if argument not in paths)
+    pairs = [argument.split("=", 1) for argument in argv if argument not in paths]
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        repeated = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ConfigError(f"score got {repeated}= twice; give it once")
     unknown = sorted(set(options) - {"tolerance", "json"})
     if unknown:
         raise ConfigError(f"score does not know {unknown[0]}=; its keys are tolerance= and json=")
@@ -82,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"json={options['json']} is not yes or no")
 
     _note_unknown_units(paths)
+    if "tolerance" not in options and any(swc.require_header(path).unit == "nm" for path in paths):
+        raise ConfigError("the trees are in nm, and the default tolerance of 4 is meant for voxels; give tolerance= in nm")
     # Programs call this verb: one line of JSON by default, and nothing else on standard output.
     scores = score(paths[0], paths[1], _parse_tolerance(options.get("tolerance", str(TOLERANCE_VOX))))
     if options.get("json", "yes") == "yes":

@@ -61,6 +61,7 @@ def test_lines_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["a.swc", "b.swc", "tolerance=1_0"], "tolerance=1_0 is not a number above 0"),
         (["a.swc", "b.swc", "tolerance=four"], "tolerance=four is not a number above 0"),
         (["a.swc", "b.swc", "json=maybe"], "json=maybe is not yes or no"),
+        (["a.swc", "b.swc", "tolerance=4", "tolerance=2"], "score got tolerance= twice; give it once"),
         (["a.swc", "b.swc", "tol=4"], "score does not know tol=; its keys are tolerance= and json="),
     ],
 )
@@ -88,3 +89,12 @@ def test_a_file_without_a_unit_beside_one_in_um_is_said(tmp_path: Path, capsys: 
         captured = capsys.readouterr()
         assert ("plain.swc does not state its unit" in captured.err) == is_said
         assert captured.out.startswith('{"f1": 1.0')
+
+
+def test_trees_in_nm_need_a_tolerance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.swc"
+    path.write_text("# units nm\n1 0 0 0 0 1 -1\n2 0 9000 0 0 1 1\n")
+    assert main(["score", str(path), str(path)]) == 2
+    assert "give tolerance= in nm" in capsys.readouterr().err
+    assert main(["score", str(path), str(path), "tolerance=4000"]) == 0
+    assert json.loads(capsys.readouterr().out)["f1"] == 1.0
