@@ -98,15 +98,17 @@ def test_metrics_run_down_the_page_unless_there_are_many_methods() -> None:
     assert "<th" in many
 
 
-def test_people_read_titles_and_not_keys(done: Path) -> None:
-    page = re.sub(r"<(script|style|pre)>.*?</\1>|data:image[^\"]*", "", (done / "report.html").read_text(), flags=re.S)
+def test_people_read_titles_and_not_keys(finished_run: Path) -> None:
+    page = re.sub(
+        r"<(script|style|pre)>.*?</\1>|data:image[^\"]*", "", (finished_run / "report.html").read_text(), flags=re.S
+    )
     for key in ("length_um", "cable_um", "f1_4vox", "branch_points", "_no_stub", "{&#x27;", "{'"):
         assert key not in page
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1300, 700])
-def test_tables_fit_the_screen(done: Path, tmp_path: Path, width: int) -> None:
-    tables, page = measure_excess((done / "report.html").read_text(), width, tmp_path)
+def test_tables_fit_the_screen(finished_run: Path, tmp_path: Path, width: int) -> None:
+    tables, page = measure_excess((finished_run / "report.html").read_text(), width, tmp_path)
     assert max(tables) <= 0
     assert page <= 0
