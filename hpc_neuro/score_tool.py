@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
     _note_unknown_units(paths)
     if "tolerance" not in options and any(swc.require_header(path).unit == "nm" for path in paths):
-        raise ConfigError("the trees are in nm, and the default tolerance of 4 is meant for voxels; give tolerance= in nm")
+        raise ConfigError("the trees are in nm, and the default tolerance of 4 is for voxels; give tolerance= in nm")
     # Programs call this verb: one line of JSON by default, and nothing else on standard output.
     scores = score(paths[0], paths[1], _parse_tolerance(options.get("tolerance", str(TOLERANCE_VOX))))
     if options.get("json", "yes") == "yes":
