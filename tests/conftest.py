@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,3 +36,14 @@ def own_linear() -> Iterator[None]:
     """DeepSpeed's stage 3 replaces torch's linear function for the rest of the process; the next test gets torch's."""
     yield
     torch.nn.functional.linear = _LINEAR
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """What a test's command line logs to is closed after the test; the next test gets handlers of its own."""
+    yield
+    for name in (None, "hpc_neuro"):
+        logger = logging.getLogger(name)
+        # Those of pytest are of subclasses.
+        for handler in [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]:
+            logger.removeHandler(handler)
