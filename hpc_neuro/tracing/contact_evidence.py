@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +91,23 @@ _BRIDGED = 1.0
 CLIP = 4.0
 """[standard deviation] Features farther from their mean say no more."""
 
+
+class HubRegression:
+    """A logistic regression on the features of the arms by which a hub is left."""
+
+    def __init__(self, weights: Mapping[str, tuple[float, float, float]], bias: float) -> None:
+        """weights: mean, standard deviation and weight of each feature, in standard deviations. bias: log-odds of an
+        arm whose features have their means."""
+        self.features = tuple(weights)
+        self._center, self._scale, self._weight = np.array(list(weights.values())).T
+        self._bias = bias
+
+    def measure_odds(self, features: Floats) -> float:
+        """Log-odds that arms [arms, features] belong to the neuron of the entry: the mean over the arms."""
+        values = np.clip((features - self._center) / self._scale, -CLIP, CLIP)
+        return float((values @ self._weight).mean() + self._bias)
+
+
 _WEIGHTS: dict[str, tuple[float, float, float]] = {
     "straight": (0.381, 0.597, 0.308),
     "entry_line": (0.423, 0.664, -0.230),
@@ -109,11 +126,10 @@ _WEIGHTS: dict[str, tuple[float, float, float]] = {
     "neck": (-0.200, 0.320, 0.182),
     "is_bridged": (0.561, 0.496, 0.217),
 }
-"""Mean, standard deviation and weight of each feature, in standard deviations."""
 _BIAS = 1.810
-"""Log-odds of an arm whose features have their means."""
+_REGRESSION = HubRegression(_WEIGHTS, _BIAS)
 
-FEATURES = tuple(_WEIGHTS)
+FEATURES = _REGRESSION.features
 """The features of an arm that is left, see `_measure_features`."""
 
 
@@ -169,9 +185,8 @@ class Group:
         return [arm.section for arm in self.arms]
 
     def measure_odds(self) -> float:
-        """Log-odds that the arms belong to the neuron of the entry: the mean over the arms."""
-        center, scale, weight = (np.array(column) for column in zip(*_WEIGHTS.values(), strict=True))
-        return float((np.clip((self.features - center) / scale, -CLIP, CLIP) @ weight).mean() + _BIAS)
+        """Log-odds that the arms belong to the neuron of the entry."""
+        return _REGRESSION.measure_odds(self.features)
 
 
 @dataclass(frozen=True)
@@ -229,6 +244,8 @@ class RootedSections:
         self.probability = np.where(is_voxel, graph.probability[lines.voxels], np.float32(_BRIDGE_PROBABILITY))
         self.density = self.light.smooth - self._thickness if self.light.is_measured else self.light.smooth
         self._parents, self._order = _find_parents(self.neighbors, roots)
+        self._steps = np.linalg.norm(self._points - self._points[np.maximum(self._parents, 0)], axis=1)
+        self.path_length = self._measure_path_lengths()
         to_border = np.minimum(self._points, (np.array(graph.shape) - 1) * graph.spacing - self._points).min(axis=1)
         self.is_outgoing = (lines.degree <= 1) & (to_border <= lines.thickness + _BORDER)
         self._path_thickness, self._least_thickness = self.measure_paths(self._thickness)
@@ -277,11 +294,17 @@ class RootedSections:
                 onward = [arm for arm in arms if arm is not entry]
                 self.hubs.append(Hub(entry, self._group_arms(entry, onward)))
 
+    def _measure_path_lengths(self) -> Floats:
+        length = np.zeros(len(self._points))
+        for node in self._order:
+            if (parent := int(self._parents[node])) != _ROOT:
+                length[node] = length[parent] + self._steps[node]
+        return length
+
     def measure_paths(self, values: Floats) -> tuple[Floats, Floats]:
         """[K] values averaged along the path from the root to each node, and the least average on that path."""
-        path, least, walked = (np.zeros(len(self._points)) for _ in range(3))
-        steps = np.linalg.norm(self._points - self._points[np.maximum(self._parents, 0)], axis=1)
-        shares = np.exp(-steps / _PATH_LENGTH)
+        path, least = (np.zeros(len(self._points)) for _ in range(2))
+        shares = np.exp(-self._steps / _PATH_LENGTH)
         for node in self._order:
             parent = int(self._parents[node])
             if parent == _ROOT:
@@ -289,10 +312,8 @@ class RootedSections:
                 continue
 
             share = shares[node]
-            walked[node] = walked[parent] + steps[node]
             path[node] = share * path[parent] + (1 - share) * values[node]
-            least[node] = min(least[parent], path[node]) if walked[node] > _PATH_START else path[node]
-        self.path_length = walked
+            least[node] = min(least[parent], path[node]) if self.path_length[node] > _PATH_START else path[node]
         return path, least
 
     def measure_beyond(self, thickness: Floats) -> tuple[Floats, Floats]:

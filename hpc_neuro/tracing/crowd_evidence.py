@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpc_neuro.tracing.contact_evidence import CLIP, Arm, Group, Hub, RootedSections, measure_straightness
+from hpc_neuro.tracing.contact_evidence import Arm, Group, Hub, HubRegression, RootedSections, measure_straightness
 from hpc_neuro.tracing.neurite_light import NeuriteLight, measure_neurite_light
 from hpc_neuro.tracing.probability import Floats, Ints, ReadBox
 from hpc_neuro.tracing.voxel_graph import VoxelGraph
@@ -59,16 +59,10 @@ _WEIGHTS: dict[str, tuple[float, float, float]] = {
     "is_line": (0.238, 0.426, -0.103),
     "line": (-4.250, 1.653, -0.145),
 }
-"""Mean, standard deviation and weight of each feature, in standard deviations."""
 _BIAS = 0.691
-"""Log-odds of an arm whose features have their means."""
+_REGRESSION = HubRegression(_WEIGHTS, _BIAS)
 
-CROWD_FEATURES = (
-    "straight", "entry_line", "arm_line", "bend", "entry_bend", "arm_bend", "entry_has_no_better",
-    "arm_has_no_better", "turn", "width", "path_width", "wider_beyond", "wider_than_path", "border_beyond", "widening",
-    "third_wider", "third_wider_than_entry", "probability", "neck", "is_fork", "arms", "is_bridged", "length", "extent",
-    "is_line", "line",
-)  # fmt: skip
+CROWD_FEATURES = _REGRESSION.features
 """The features of an arm that is left, see `_measure_features`."""
 
 
@@ -83,9 +77,8 @@ class CrowdGroup:
     """Logarithm of the brightness of the arms over that of the entry."""
 
     def measure_odds(self) -> float:
-        """Log-odds that the arms belong to the neuron of the entry: the mean over the arms."""
-        center, scale, weight = (np.array(column) for column in zip(*_WEIGHTS.values(), strict=True))
-        return float((np.clip((self.features - center) / scale, -CLIP, CLIP) @ weight).mean() + _BIAS)
+        """Log-odds that the arms belong to the neuron of the entry."""
+        return _REGRESSION.measure_odds(self.features)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def trace_volume(
         )
 
     lines = find_lines(graph, roots, cfg, image)
-    return finish_lines(graph, lines, roots, voxel_size, cfg, image, shown, keep_rest, len(roots) == 1)
+    return finish_lines(graph, lines, roots, voxel_size, cfg, image, shown, keep_rest, is_only_root=len(roots) == 1)
 
 
 @dataclass(frozen=True)
