@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpc_neuro.core import morphology, yaml_text
@@ -71,10 +71,9 @@ def main(argv: Sequence[str]) -> int:
     # A file may have `=` in its name.
     paths = [argument for argument in argv if "=" not in argument or Path(argument).exists()]
     pairs = [argument.split("=", 1) for argument in argv if argument not in paths]
-    options = dict(pairs)
-    if len(options) < len(pairs):
-        repeated = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        raise ConfigError(f"score got {repeated}= twice; give it once")
+    options, keys = dict(pairs), [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"score got {repeated[0]}= twice; give it once")
     unknown = sorted(set(options) - {"tolerance", "json"})
     if unknown:
         raise ConfigError(f"score does not know {unknown[0]}=; its keys are tolerance= and json=")
@@ -85,8 +84,9 @@ def main(argv: Sequence[str]) -> int:
     if options.get("json", "yes") not in ("yes", "no"):
         raise ConfigError(f"json={options['json']} is not yes or no")
 
-    _note_unknown_units(paths)
-    if "tolerance" not in options and any(swc.require_header(path).unit == "nm" for path in paths):
+    units = {path: swc.require_header(path).unit for path in paths}
+    _note_unknown_units(units)
+    if "tolerance" not in options and "nm" in units.values():
         raise ConfigError("the trees are in nm, and the default tolerance of 4 is for voxels; give tolerance= in nm")
     # Programs call this verb: one line of JSON by default, and nothing else on standard output.
     scores = score(paths[0], paths[1], _parse_tolerance(options.get("tolerance", str(TOLERANCE_VOX))))
@@ -97,9 +97,8 @@ def main(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def _note_unknown_units(paths: Sequence[str]) -> None:
+def _note_unknown_units(units: Mapping[str, str | None]) -> None:
     """Say on standard error that a file without a unit is compared with one that states it."""
-    units = {path: swc.require_header(path).unit for path in paths}
     stated = [f"{path} is in {'voxels' if unit == 'voxel' else unit}" for path, unit in units.items() if unit]
     silent = [path for path, unit in units.items() if unit is None]
     if stated and silent:

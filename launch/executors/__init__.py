@@ -54,7 +54,7 @@ def read_exit_code(base: Path) -> int | None:
     try:
         text = job_file(base, "exit").read_bytes()[:8].strip()
     except FileNotFoundError:
-        return KILLED
+        return None
     return int(text) if text.isdigit() else KILLED
 
 
