@@ -156,17 +156,15 @@ def test_a_cache_of_another_form_is_built_elsewhere(store_and_cache: tuple[Path,
 # --- Predictions ---
 
 
+def list_evaluate_words(store: Path, predictions: Path, out: Path) -> list[str]:
+    """The command that scores predictions, with little to draw."""
+    return ["evaluate", f"store={store}", f"predictions={predictions}", f"out={out}", "draws=100", "pictures=0"]
+
+
 def test_predictions_of_another_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = write_store(tmp_path / "store", {"a": "test", "b": "val"})
     predictions = write_predictions(tmp_path / "predictions", store)
-    command = [
-        "evaluate",
-        f"store={store}",
-        f"predictions={predictions}",
-        f"out={tmp_path / 'out'}",
-        "draws=100",
-        "pictures=0",
-    ]
+    command = list_evaluate_words(store, predictions, tmp_path / "out")
     text = read_fault([*command, "split=val"], capsys)
     assert "holds no prediction of b" in text
     assert "or choose another `split`" in text
@@ -184,14 +182,7 @@ def test_a_predicted_tree_in_micrometers_is_converted(tmp_path: Path, capsys: py
     (predictions / "predictions.json").write_text(json.dumps(index))
     (predictions / "swc" / "a.voxel.swc").unlink()
 
-    command = [
-        "evaluate",
-        f"store={store}",
-        f"predictions={predictions}",
-        f"out={tmp_path / 'out'}",
-        "draws=100",
-        "pictures=0",
-    ]
+    command = list_evaluate_words(store, predictions, tmp_path / "out")
     text = read_fault(command, capsys)
     (words,) = re.findall(r"the file that this writes: hpc-neuro (.*)", text)
     assert main(shlex.split(words)) == 0
