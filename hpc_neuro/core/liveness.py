@@ -224,8 +224,7 @@ class RankWatch(ABC):
     """Beats and watches the next rank of each ring while it is entered. All ranks enter and leave it together."""
 
     def __init__(self, rings: Sequence[Ring], rank: int, ranks: int, limit: float, barrier: Callable[[], None]) -> None:
-        """limit: [s] of silence after which a rank is lost; the others have ended 1.6 limits after its last sign,
-        1.7 where a verdict passes through two rings."""
+        """limit: [s] of silence after which a rank is lost; the others have ended 2 limits after its last sign."""
         self.activity = ""
         self.verdict = ""
         self._rings, self._rank, self._ranks, self._barrier = rings, rank, ranks, barrier
@@ -331,13 +330,14 @@ class MpiRankWatch(RankWatch):
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _report_and_exit(self) -> None:
-        lost_rank_zero = self.verdict.startswith("rank 0 ")
-        reporter = self._ranks - 1 if lost_rank_zero else 0
+        # Rank 1 stands in a ring with rank 0 unless each has a node to itself, so it is among the first to know.
+        reporter = 1 if self.verdict.startswith("rank 0 ") else 0
         if self._rank == reporter:
             log.error("%s; the other ranks stop. The same command goes on from what is finished", self.verdict)
         # A launcher may end all ranks with the first that ends: before the reporter has written, or before a rank
-        # that stands in two rings has told the other one.
-        time.sleep(2 * self._period)
+        # that stands in two rings has told the other one. A verdict of one ring may reach the last rank of another
+        # ring two looks later.
+        time.sleep(3 * self._period)
         logging.shutdown()
         os._exit(EXIT_CODE)
 
