@@ -21,7 +21,7 @@ def list_commands(recipe: str) -> list[str]:
 def test_both_recipes_install_the_same() -> None:
     docker = [command.removesuffix(" && hpc-neuro --help > /dev/null") for command in list_commands(DOCKER)]
     assert docker == list_commands(APPTAINER)
-    assert len(docker) == 6
+    assert len(docker) == 5
     bases = re.findall(r"^(?:FROM|From:) (\S+)", DOCKER + APPTAINER, re.M)
     assert len(bases) == 2
     assert len(set(bases)) == 1

@@ -50,7 +50,8 @@ class Problem:
     forget: Callable[[], None]
 
 
-_Size = Annotated[int, Field(ge=1)]
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+"""[voxel] Coordinates of voxels are 32-bit integers."""
 
 
 @dataclass(frozen=True)

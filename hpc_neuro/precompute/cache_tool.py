@@ -233,7 +233,7 @@ class _DescriptionForm(TypedDict):
     augment_views: list[str]
     dtype: str
     pca: int | None
-    coding_quality: dict[str, dict[str, list[float]]]
+    coding_quality: compress.Quality
     volumes: dict[str, str]
     store: str
     code: str

@@ -15,7 +15,7 @@ from hpc_neuro.core import files
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.core.stop_signals import until_stopped
 from hpc_neuro.data.feature_cache import CODING, FeatureCoding, ShardSpec
-from hpc_neuro.data.feature_cache.encoding import fit_coding, save_codings
+from hpc_neuro.data.feature_cache.encoding import LayerQuality, fit_coding, save_codings
 from hpc_neuro.data.store import Store
 from hpc_neuro.models.teacher import Teacher
 from hpc_neuro.precompute.build import run_teacher
@@ -32,8 +32,8 @@ SAMPLE_TOKENS = 16384
 
 _QUALITY = "coding.json"
 
-Quality = dict[str, dict[str, list[float]]]
-"""View -> measure -> one number per layer."""
+Quality = dict[str, LayerQuality]
+"""Of the coding of each view."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def describe_quality(quality: Quality) -> list[str]:
     lines = []
     for view, measures in quality.items():
         variance, cosine, error = (
-            " ".join(f"{value:.4f}" for value in measures[name])
-            for name in ("explained_variance", "cosine", "relative_error")
+            " ".join(f"{value:.4f}" for value in values)
+            for values in (measures["explained_variance"], measures["cosine"], measures["relative_error"])
         )
         lines.append(
             f"view {view}: explained variance {variance}, cosine {cosine}, relative error {error} (per layer, on "

@@ -51,6 +51,10 @@ class TrainingRun:
         self.is_main = distributed.is_main()
         self.checkpoints = cfg.out / "checkpoints"
 
+        # A checkpoint that cannot be used is refused before anything is built.
+        newest = folder.find_newest(self.checkpoints)
+        state = None if newest is None else self._read_state(newest)
+
         self.engine = _build_engine(cfg, parts)
         self.device = self.engine.device
         self.student: Any = self.engine.module.student
@@ -64,9 +68,8 @@ class TrainingRun:
 
         # A resumed run reports the time of all its starts.
         self._earlier_seconds, self._begin = 0.0, time.monotonic()
-        newest = folder.find_newest(self.checkpoints)
-        if newest is not None:
-            self._resume(newest)
+        if newest is not None and state is not None:
+            self._resume(newest, state)
 
         # The clock of the checkpoints starts here, as what was read needs no saving.
         self.saved_time = time.monotonic()
@@ -91,7 +94,8 @@ class TrainingRun:
 
     # --- Resuming ---
 
-    def _resume(self, checkpoint: Path) -> None:
+    def _read_state(self, checkpoint: Path) -> TrainingState:
+        """What is no tensor of a checkpoint. Raises InputError where the run cannot go on from it."""
         self._require_intact(checkpoint)
         state = folder.read_training_state(checkpoint)
         if state.step > self.cfg.optim.steps:
@@ -99,7 +103,9 @@ class TrainingRun:
                 f"{checkpoint} is beyond optim.steps={self.cfg.optim.steps}, and a run cannot be made shorter; give at "
                 f"least optim.steps={state.step}, or another `out`"
             )
+        return state
 
+    def _resume(self, checkpoint: Path, state: TrainingState) -> None:
         saver.restore_snapshot(checkpoint, self.engine.state, state.engine, self._averages())
 
         self.step = state.step

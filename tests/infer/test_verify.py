@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,15 @@ def test_what_cannot_be_repaired_is_told(copy: Path, tmp_path: Path, capsys: pyt
     assert cli.main(["infer", "verify", str(tmp_path)]) == 2
     assert "run.json does not exist" in capsys.readouterr().err
     assert cli.main(["infer", "verify"]) == 2
+
+
+def test_a_volume_beyond_32_bit_coordinates_is_no_volume(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = copy / "a.ome.zarr" / "zarr.json"
+    group = json.loads(path.read_text())
+    group["attributes"]["hpc_neuro"]["shape"][1] = 10**30
+    path.write_text(json.dumps(group))
+    assert cli.main(["infer", "verify", str(copy), "--check"]) == 3
+    assert "shape.1: input should be less than 2147483648" in caplog.text
 
 
 def test_a_pyramids_shard_is_repaired_from_below(tmp_path: Path) -> None:

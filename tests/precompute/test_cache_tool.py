@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -203,3 +204,12 @@ def test_what_is_no_cache_is_named(tmp_path: Path) -> None:
             cache_tool.main([command, str(tmp_path)])
     with pytest.raises(InputError, match="is not of format"):
         FeatureCache(tmp_path)
+
+
+def test_a_quality_without_a_measure_is_refused(cache: Path) -> None:
+    path = cache / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["coding_quality"] = {"z": {"cosine": [1.0], "relative_error": [0.0]}}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"coding_quality\.z\.explained_variance"):
+        cache_tool.main(["info", str(cache)])

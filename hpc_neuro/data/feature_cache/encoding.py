@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -74,12 +75,20 @@ RAW = FeatureCoding()
 """float16 of every channel."""
 
 
+class LayerQuality(TypedDict):
+    """What a coding keeps of features: one number per layer."""
+
+    explained_variance: list[float]
+    cosine: list[float]
+    """Between features before and after."""
+    relative_error: list[float]
+
+
 def fit_coding(
     seen: Tensor, unseen: Tensor, components: int | None, int8: bool
-) -> tuple[FeatureCoding, dict[str, list[float]]]:
+) -> tuple[FeatureCoding, LayerQuality]:
     """Fit the coding that loses least of the tokens `seen` [L, M, D], and judge it on `unseen` [L, N, D].
 
-    -> (coding, {"explained_variance", "cosine", "relative_error"}: one number per layer).
     Raises InputError when the sample has fewer tokens than components are asked for.
     """
     if components is not None and components > min(seen.shape[1:]):
@@ -114,7 +123,7 @@ def _principal_axes(residuals: Tensor, components: int) -> Tensor:
     return torch.from_numpy(np.stack(axes)).float()
 
 
-def _measure_loss(coding: FeatureCoding, values: Tensor) -> dict[str, list[float]]:
+def _measure_loss(coding: FeatureCoding, values: Tensor) -> LayerQuality:
     """What a coding loses of features [L, N, D], per layer."""
     # The loss is measured on tokens that the fit has not seen.
     decoded = coding.decode(coding.encode(values)[0])
