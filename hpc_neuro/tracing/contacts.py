@@ -26,7 +26,14 @@ from scipy.spatial import cKDTree
 from hpc_neuro.core.geometry import VoxelSize
 from hpc_neuro.tracing.contact_evidence import Group, Hub, RootedSections
 from hpc_neuro.tracing.crowd_evidence import CrowdEvidence
-from hpc_neuro.tracing.crowd_labels import LEAST_OWN, CrowdDecision, CrowdLabels, decide_crowd, label_crowd
+from hpc_neuro.tracing.crowd_labels import (
+    LEAST_OWN,
+    CrowdDecision,
+    CrowdLabels,
+    decide_by_exits,
+    decide_crowd,
+    label_crowd,
+)
 from hpc_neuro.tracing.graph import CenterlineGraph
 from hpc_neuro.tracing.probability import Bools, Floats, ReadBox
 from hpc_neuro.tracing.voxel_graph import VoxelGraph
@@ -109,8 +116,9 @@ def find_neighbors(
     `crowd` most of what hangs together is other neurons', and the rule is stricter; None: decided from the volume.
     """
     parts = RootedSections(lines, graph, roots, image)
-    is_own, cuts, kept, decision = None, list[_Cut](), list[_Cut](), None
-    if crowd is not False:
+    is_own, cuts, kept = None, list[_Cut](), list[_Cut]()
+    decision = decide_by_exits(parts) if crowd is None else None
+    if crowd is not False and decision is None:
         evidence = CrowdEvidence(parts, graph, image)
         labels = label_crowd(evidence)
         decision = decide_crowd(evidence, labels, crowd)

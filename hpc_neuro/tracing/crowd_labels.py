@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpc_neuro.core.files import format_count
+from hpc_neuro.tracing.contact_evidence import RootedSections
 from hpc_neuro.tracing.crowd_evidence import CrowdEvidence
-from hpc_neuro.tracing.probability import Floats
+from hpc_neuro.tracing.probability import Bools, Floats
 
 _STEPS = (0.0, 0.25, 0.5, 0.9, 1.3, 1.6)
 """[nat] By how much neighbors may be dimmer; with 0, brightness says nothing."""
@@ -47,6 +49,10 @@ _CROWD_EXITS = 2.5
 """Expected exits of other neurons from which a volume may be a crowd: 1.8 at most in lone synthetic neurons."""
 _CROWD_SHARE = 0.2
 """Share of the cable that must be others' as well: a small crop of a lone neuron has many exits."""
+_CROWD_GAIN = 15.0
+"""[nat] Log-likelihood that a step of the brightness must gain: 13.2 at most in crops of dense, lone real neurons."""
+_MANY_EXITS = 10.0
+"""Expected exits of other neurons from which brightness need not speak for a crowd."""
 _IMPOSSIBLE = -1e9
 """Log-probability that cable at the root is a neighbor's."""
 
@@ -59,6 +65,8 @@ class CrowdLabels:
     """[S] probability that a section belongs to the rooted neuron."""
     step: float
     """[nat] The likeliest of `_STEPS`."""
+    gain: float
+    """[nat] By how much that step explains the sections better than none."""
 
 
 def label_crowd(evidence: CrowdEvidence) -> CrowdLabels:
@@ -68,10 +76,11 @@ def label_crowd(evidence: CrowdEvidence) -> CrowdLabels:
     steps = _STEPS if evidence.light.is_measured else _STEPS[:1]
     trials = [_label_with_step(evidence, sections, odds, step) for step in steps]
 
-    weight = np.array([logarithm for _, logarithm in trials])
-    weight = np.exp(weight - weight.max())
+    likelihood = np.array([logarithm for _, logarithm in trials])
+    weight = np.exp(likelihood - likelihood.max())
     own = np.tensordot(weight / weight.sum(), np.stack([own for own, _ in trials]), axes=1)
-    return CrowdLabels(own, steps[int(weight.argmax())])
+    # The first step is 0.
+    return CrowdLabels(own, steps[int(weight.argmax())], float(likelihood.max() - likelihood[0]))
 
 
 @dataclass(frozen=True)
@@ -172,35 +181,69 @@ class CrowdDecision:
     """Whether a volume is a crowd: several neurons, of which one is wanted."""
 
     is_crowd: bool
+    exits: int
+    """Neurites that leave the volume, away from the root."""
     other_exits: float
-    """Expected number of neurites of other neurons that leave the volume."""
+    """Expected number of those that are other neurons'; all of them where that was not measured."""
     other_share: float
     """Share of the cable that is more likely another neuron's."""
+    gain: float
+    """[nat] See CrowdLabels."""
     is_given: bool
     """Whether the user decided (trace.crowd)."""
 
     def describe(self) -> str:
         """Which rule was applied, and why."""
-        shown = f"{self.other_exits:.1f} neurites of other neurons seem to leave the volume, with "
-        shown += f"{self.other_share:.0%} of the cable"
-        reason = f"trace.crowd={str(self.is_crowd).lower()} was given" if self.is_given else shown
+        reason = f"trace.crowd={str(self.is_crowd).lower()} was given" if self.is_given else self._explain()
         if self.is_crowd:
             advice = "trace.crowd=false keeps more"
             return f"taken for one neuron in a crowd, whose neighbors are cut off: {reason} ({advice})"
         return f"taken for a lone neuron, of which little is cut off: {reason} (trace.crowd=true cuts more)"
+
+    def _explain(self) -> str:
+        if self.exits < _CROWD_EXITS:
+            return f"{format_count(self.exits, 'neurite')} {'leaves' if self.exits == 1 else 'leave'} the volume"
+        tells = "tells" if self.gain >= _CROWD_GAIN else "does not tell"
+        return (
+            f"{self.other_exits:.1f} neurites of other neurons seem to leave the volume, with {self.other_share:.0%} "
+            f"of the cable, and the brightness {tells} them apart"
+        )
+
+
+def decide_by_exits(parts: RootedSections) -> CrowdDecision | None:
+    """The decision where too few neurites leave the volume for a crowd; None where the evidence must be measured."""
+    exits = int(np.count_nonzero(_mark_exits(parts)))
+    return CrowdDecision(False, exits, exits, 0.0, 0.0, is_given=False) if exits < _CROWD_EXITS else None
 
 
 def decide_crowd(evidence: CrowdEvidence, labels: CrowdLabels, crowd: bool | None) -> CrowdDecision:
     """Decide from the volume, unless `crowd` says so already.
 
     Neighbors come in from outside, so a crowd has many neurites that leave the volume and do not look like the
-    neuron's. What is uncertain about single contacts, as dim branches of the neuron, lies inside the volume.
+    neuron's. What is uncertain about single contacts, as dim branches of the neuron, lies inside the volume. A crop of
+    a dense neuron looks like a crowd by the shape of its hubs, and would lose half of its cable. So the brightness must
+    speak for a crowd too, unless the exits are very many.
     """
     parts = evidence.parts
-    is_exit = parts.is_outgoing & parts.is_reached & (parts.section >= 0) & (parts.path_length > _BESIDE_ROOT)
+    is_exit = _mark_exits(parts)
     other_exits = float((1 - labels.own[parts.section[is_exit]]).sum())
 
     inside = parts.section[parts.is_reached & (parts.section >= 0)]
     other_share = float(np.mean(labels.own[inside] < LEAST_OWN)) if len(inside) else 0.0
-    is_crowd = other_exits >= _CROWD_EXITS and other_share >= _CROWD_SHARE
-    return CrowdDecision(is_crowd if crowd is None else crowd, other_exits, other_share, crowd is not None)
+
+    may_be_crowd = other_exits >= _CROWD_EXITS and other_share >= _CROWD_SHARE
+    is_crowd = may_be_crowd and (labels.gain >= _CROWD_GAIN or other_exits >= _MANY_EXITS)
+    return CrowdDecision(
+        is_crowd if crowd is None else crowd,
+        int(np.count_nonzero(is_exit)),
+        other_exits,
+        other_share,
+        labels.gain,
+        crowd is not None,
+    )
+
+
+def _mark_exits(parts: RootedSections) -> Bools:
+    """[K] whether a neurite leaves the volume at a node, away from the root."""
+    is_away = parts.path_length > _BESIDE_ROOT
+    return np.asarray(parts.is_outgoing & parts.is_reached & (parts.section >= 0) & is_away)

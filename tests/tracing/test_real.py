@@ -86,3 +86,23 @@ def test_cutting_contacts_takes_nothing_from_a_neuron_without_neighbors(real_dat
         for contacts in (False, True)
     ]
     assert morphology.length(trees[1]) == pytest.approx(morphology.length(trees[0]), rel=0.003)
+
+
+def test_a_crop_of_a_dense_neuron_is_no_crowd(real_data: Path) -> None:
+    """Many branches of OP_9 leave the crop, and its hubs look like contacts; nothing sets their brightness apart."""
+    gold, _ = gold_of(real_data / "diadem_op", "OP_9")
+    image = tifffile.imread(real_data / "diadem_op" / "OP_9.tif")
+    corner = np.array([0, *(np.rint(gold.points[len(gold) // 2, 1:]).astype(int) - 48)])
+    crop = np.ascontiguousarray(image[:, corner[1] : corner[1] + 96, corner[2] : corner[2] + 96])
+
+    is_inside = np.all((gold.points >= corner) & (gold.points <= corner + np.array(crop.shape) - 1), axis=1)
+    parts = morphology.split_components(morphology.select_nodes(gold, is_inside))
+    part = max(parts, key=morphology.length)
+    z, y, x = (part.points[0] - corner).tolist()
+
+    probability = measure_foreground(lambda box: crop[box.slices], crop.shape).probability(Box.whole(crop.shape))
+    decided, lone = (
+        trace(probability, VOXEL, roots=[(z, y, x)], cfg=TraceConfig(crowd=crowd), image=crop)[0]
+        for crowd in (None, False)
+    )
+    assert morphology.length(decided) == pytest.approx(morphology.length(lone), rel=0.003)

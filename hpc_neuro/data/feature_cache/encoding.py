@@ -84,9 +84,7 @@ class LayerQuality(TypedDict):
     relative_error: list[float]
 
 
-def fit_coding(
-    seen: Tensor, unseen: Tensor, components: int | None, int8: bool
-) -> tuple[FeatureCoding, LayerQuality]:
+def fit_coding(seen: Tensor, unseen: Tensor, components: int | None, int8: bool) -> tuple[FeatureCoding, LayerQuality]:
     """Fit the coding that loses least of the tokens `seen` [L, M, D], and judge it on `unseen` [L, N, D].
 
     Raises InputError when the sample has fewer tokens than components are asked for.
