@@ -51,8 +51,8 @@ _CROWD_SHARE = 0.2
 """Share of the cable that must be others' as well: a small crop of a lone neuron has many exits."""
 _CROWD_GAIN = 15.0
 """[nat] Log-likelihood that a step of the brightness must gain: 13.2 at most in crops of dense, lone real neurons."""
-_MANY_EXITS = 10.0
-"""Expected exits of other neurons from which brightness need not speak for a crowd."""
+_MANY_EXITS, _MOST_EXITS = 10.0, 0.8
+"""Expected exits of other neurons, and their share of all, from which brightness need not speak for a crowd."""
 _IMPOSSIBLE = -1e9
 """Log-probability that cable at the root is a neighbor's."""
 
@@ -222,7 +222,7 @@ def decide_crowd(evidence: CrowdEvidence, labels: CrowdLabels, crowd: bool | Non
     Neighbors come in from outside, so a crowd has many neurites that leave the volume and do not look like the
     neuron's. What is uncertain about single contacts, as dim branches of the neuron, lies inside the volume. A crop of
     a dense neuron looks like a crowd by the shape of its hubs, and would lose half of its cable. So the brightness must
-    speak for a crowd too, unless the exits are very many.
+    speak for a crowd too, unless nearly all of very many exits are others'.
     """
     parts = evidence.parts
     is_exit = _mark_exits(parts)
@@ -232,10 +232,12 @@ def decide_crowd(evidence: CrowdEvidence, labels: CrowdLabels, crowd: bool | Non
     other_share = float(np.mean(labels.own[inside] < LEAST_OWN)) if len(inside) else 0.0
 
     may_be_crowd = other_exits >= _CROWD_EXITS and other_share >= _CROWD_SHARE
-    is_crowd = may_be_crowd and (labels.gain >= _CROWD_GAIN or other_exits >= _MANY_EXITS)
+    exits = int(np.count_nonzero(is_exit))
+    are_most = other_exits >= max(_MANY_EXITS, _MOST_EXITS * exits)
+    is_crowd = may_be_crowd and (labels.gain >= _CROWD_GAIN or are_most)
     return CrowdDecision(
         is_crowd if crowd is None else crowd,
-        int(np.count_nonzero(is_exit)),
+        exits,
         other_exits,
         other_share,
         labels.gain,
