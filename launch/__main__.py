@@ -68,7 +68,13 @@ def _run_submit_command(words: Sequence[str]) -> int:
     )
     parser.add_argument("--chain", metavar="VERB,...", help="several verbs, each waits for the one before")
     parser.add_argument("--after", action="append", default=[], metavar="JOB", help="wait until this job ended well")
-    parser.add_argument("--array", type=int, default=1, metavar="N", help="share the volumes among N tasks of an array")
+    parser.add_argument(
+        "--array",
+        type=int,
+        default=1,
+        metavar="N",
+        help="share the volumes among N tasks of an array (PBS, LSF: N jobs)",
+    )
     parser.add_argument("--watch", action="store_true", help="follow logs and progress of all tasks until they end")
     parser.add_argument(
         "--dry-run",

@@ -48,7 +48,7 @@ def check(
     for verb, cfg in stages:
         resources = site.resources(verb)
         # Collect everything: a user should not have to submit once per fault.
-        faults += _find_folder_faults(verb, cfg, on, is_here, submit.count_shares(verb, count, len(stages) == 1))
+        faults += _find_folder_faults(verb, cfg, site, on, is_here, submit.count_shares(verb, count, len(stages) == 1))
         verb_faults, verb_lines = forecast.forecast_verb(verb, cfg, resources, site, written)
         verb_faults += find_task_faults(verb, resources)
         if on != "local":
@@ -108,7 +108,7 @@ def _describe_unchecked(on: str, is_here: bool) -> Iterator[str]:
         )
 
 
-def _find_folder_faults(verb: str, cfg: Any, on: str, is_here: bool, shares: int) -> list[str]:
+def _find_folder_faults(verb: str, cfg: Any, site: Site, on: Place, is_here: bool, shares: int) -> list[str]:
     """Faults of the run folder, and of dividing the verb into shares."""
     faults = []
 
@@ -117,7 +117,7 @@ def _find_folder_faults(verb: str, cfg: Any, on: str, is_here: bool, shares: int
         if is_here:
             status.require_idle(cfg.out)
         if shares > 1:
-            submit.require_divisible(verb, on)
+            submit.require_divisible(verb, on, site, shares)
     except (ConfigError, InputError) as error:
         faults.append(str(error))
 

@@ -101,7 +101,7 @@ class ClusterFacts:
     max_jobs: int | None = Field(default=None, ge=1)
     """How many jobs one user may have queued, where Slurm's accounting does not say."""
     at_once: int = Field(default=256, ge=1)
-    """How many tasks of an array run at the same time."""
+    """How many tasks of an array run at the same time; on PBS and LSF, how many shares there may be."""
 
     def __post_init__(self) -> None:
         # All faults at once, each by its key.

@@ -1,4 +1,4 @@
-"""Submitting verbs as jobs into run folders, one job or the shares of a job array.
+"""Submitting verbs as jobs into run folders: one job, or shares as the tasks of an array (PBS and LSF: as jobs).
 
     OUT/launch/         code/  config.yaml  secrets.json  jobs.json  ends.json  starts/  logs/
 
@@ -31,7 +31,7 @@ from launch.executors import job_file
 from launch.executors.cluster import QUEUES, QueueExecutor, find_mpiexec, name_job
 from launch.job_end import JobRecord
 from launch.site import Resources, Site, require_plain_path, split_secrets
-from launch.status import JOBS_FILE, LaunchedJob, Place, require_idle
+from launch.status import JOBS_FILE, LaunchedJob, Place, read_jobs, require_idle
 from launch.supervise import RankTask
 
 Share = tuple[int, int]
@@ -67,7 +67,7 @@ def submit_verb(
     """Submit a verb with its config into its run folder.
 
     after: ids of jobs that must end well first. code: a snapshot to share with other jobs; none: one is made in the
-    run folder. count: 1 for one job; else one job per missing share, in arrays as long as the cluster takes, and the
+    run folder. count: 1 for one job; else one job per missing share, on Slurm in arrays as long as it takes, and the
     one that gathers. command: runs instead of the verb, for a share with `share=[i,n]` appended, and then nothing
     gathers. Checks nothing but that the folder has no job already; see `preflight.check`. Raises ConfigError for a verb
     that cannot be divided.
@@ -75,7 +75,7 @@ def submit_verb(
     require_program(on)
 
     if count > 1:
-        require_divisible(verb, on)
+        require_divisible(verb, on, site, count)
 
     # Two jobs must never write into one folder.
     require_idle(cfg.out)
@@ -86,7 +86,7 @@ def submit_verb(
         return submission.submit(after)
 
     # Slurm refuses longer arrays; shares that ended well are not repeated.
-    longest = int(slurm.read_configuration()["MaxArraySize"])
+    longest = int(slurm.read_configuration()["MaxArraySize"]) if on == "slurm" else count
     jobs = [
         job
         for shares in split_into_arrays(find_missing_shares(cfg.out, count), longest)
@@ -117,13 +117,18 @@ def count_shares(verb: str, count: int, is_alone: bool) -> int:
     return count if is_alone or LAUNCHABLE[verb].divisible else 1
 
 
-def require_divisible(verb: str, on: str) -> None:
-    """Raise ConfigError where there can be no array."""
+def require_divisible(verb: str, on: Place, site: Site, count: int) -> None:
+    """Raise ConfigError where a verb cannot be shared out among jobs."""
     if not LAUNCHABLE[verb].divisible:
         divisible = ", ".join(name for name, row in LAUNCHABLE.items() if row.divisible)
         raise ConfigError(f"--array: {verb} is one piece of work and cannot be shared out; only {divisible} can")
-    if on != "slurm":
-        raise ConfigError("--array: arrays are made on Slurm only; leave it out, or use --on slurm")
+    if on == "local":
+        raise ConfigError("--array: one machine has no queue; leave it out, or use --on slurm, pbs or lsf")
+    if on in QUEUES and count > site.at_once:
+        raise ConfigError(
+            f"--array {count}: on PBS and LSF each share is a job of its own, and all may run at once; at_once of the "
+            f"site allows {site.at_once}; give --array {site.at_once}, or raise at_once"
+        )
 
 
 def share_name(index: int, count: int) -> str:
@@ -133,7 +138,16 @@ def share_name(index: int, count: int) -> str:
 
 def find_missing_shares(out: Path, count: int) -> list[Share]:
     """Shares of `count` that have not ended well."""
-    return [(index, count) for index in range(count) if not _is_done(out, share_name(index, count))]
+    finished = _list_finished_on_queue(out)
+    names = [share_name(index, count) for index in range(count)]
+    return [(index, count) for index, name in enumerate(names) if name not in finished and not _is_done(out, name)]
+
+
+def _list_finished_on_queue(out: Path) -> set[str]:
+    """The shares that a job on PBS or LSF ended well."""
+    jobs = read_jobs(out) if (out / "launch" / JOBS_FILE).exists() else []
+    ends = [(job.share, job.read_end()) for job in jobs if job.on in QUEUES and job.share]
+    return {share for share, end in ends if end is not None and end["exit"] == 0}
 
 
 def _is_done(out: Path, share: str) -> bool:
@@ -157,10 +171,14 @@ def list_arrays(jobs: Sequence[LaunchedJob]) -> list[str]:
 
 
 def describe_jobs(jobs: Sequence[LaunchedJob]) -> str:
-    """`job 12`, or `40 tasks in arrays 12, 13, then job 14`."""
+    """`job 12`, `40 tasks in arrays 12, 13, then job 14`, or `3 shares as jobs 12, 13, 14, then job 15`."""
     shares = [job for job in jobs if job.share]
+    parts = list[str]()
     # Shares first, as the single job waits for them.
-    parts = [f"{files.format_count(len(shares), 'task')} in arrays {', '.join(list_arrays(shares))}"] if shares else []
+    if shares:
+        ids, is_queue = list_arrays(shares), shares[0].on in QUEUES
+        noun, form = ("share", "as jobs") if is_queue else ("task", "in arrays")
+        parts.append(f"{files.format_count(len(shares), noun)} {form} {', '.join(ids)}")
     if not jobs[-1].share:
         parts.append(f"job {jobs[-1].id}")
     return ", then ".join(parts)
@@ -207,8 +225,9 @@ class Submission:
         files.write_text(self.launch_folder / "config.yaml", schema.dump(self.cfg))
 
         tasks = [self.make_task(code, share) for share in shares] or [self.make_task(code, None)]
+        names = [share_name(*share) for share in shares] or [""]
         if self.on in QUEUES:
-            return self._submit_to_queue(code, tasks[0], after)
+            return [self._submit_to_queue(code, task, name, after) for task, name in zip(tasks, names, strict=True)]
         if self.on == "local":
             executor = self._make_local_executor(logs, code)
         else:
@@ -222,7 +241,6 @@ class Submission:
                 raise InputError(f"no job was taken: {' '.join(str(error).split())}") from None
 
         # submitit returns the tasks of an array in the order of its shares.
-        names = [share_name(*share) for share in shares] or [""]
         jobs = [
             LaunchedJob(handle.job_id, self.on, self.verb, self.out, name)
             for handle, name in zip(handles, names, strict=True)
@@ -244,17 +262,17 @@ class Submission:
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
         return str(_make_sbatch_string(command, logs, **self._list_slurm_options(logs, code, [task], ())))
 
-    def _submit_to_queue(self, code: Path, task: RankTask, after: Sequence[str]) -> list[LaunchedJob]:
+    def _submit_to_queue(self, code: Path, task: RankTask, share: str, after: Sequence[str]) -> LaunchedJob:
         """Submit one job to PBS or LSF. How it ended is in its files: no rank is watched, and nothing is requeued."""
         logs = self.launch_folder / "logs"
         # Files of earlier jobs stay.
         number = next(n for n in itertools.count(1) if not job_file(logs / f"job_{n}", "sh").exists())
         name = f"job_{number}"
         with job_files.protect_new_files():
-            job = self._make_queue(code, after).submit(task.command, logs, name)
-        jobs = [LaunchedJob(job, self.on, self.verb, self.out, files=name)]
-        self._record_jobs(jobs, code, after)
-        return jobs
+            identity = self._make_queue(code, after).submit(task.command, logs, name)
+        job = LaunchedJob(identity, self.on, self.verb, self.out, share, files=name)
+        self._record_jobs([job], code, after)
+        return job
 
     def _make_queue(self, code: Path, after: Sequence[str]) -> QueueExecutor:
         return QUEUES[self.on](self.site, code, self.verb, Path.cwd(), after)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,15 @@ def submit(folder: Path, program: str, words: list[str]) -> int:
     number = str(len(list((folder / "jobs").glob("*.json"))) + 100)
     job = f"{number}.server" if program == "qsub" else number
     variable = "PBS_JOBID" if program == "qsub" else "LSB_JOBID"
-    wait = f"while [ -e {folder}/hold ]; do sleep 0.05; done; exec /bin/bash {words[-1]}"
+    earlier = [load(folder / "jobs" / f"{earlier}.json") for earlier in list_dependencies(words)]
+    wait = (
+        "".join(
+            f"while [ ! -e {other['exit']} ] && kill -0 {other['pid']}; do sleep 0.05; done; "
+            f"[ $(cat {other['exit']}) = 0 ] || exit 1; "
+            for other in earlier
+        )
+        + f"while [ -e {folder}/hold ]; do sleep 0.05; done; exec /bin/bash {words[-1]}"
+    )
     # As PBS does, and unlike LSF, the job gets none of the submitter's variables but its path.
     child = subprocess.Popen(
         ["/bin/sh", "-c", wait],
@@ -70,9 +79,17 @@ def submit(folder: Path, program: str, words: list[str]) -> int:
         start_new_session=True,
     )
     name = words[words.index("-N" if program == "qsub" else "-J") + 1]
-    (folder / "jobs" / f"{number}.json").write_text(json.dumps({"id": job, "name": name, "pid": child.pid}))
+    # The script leaves its exit code beside it.
+    record = {"id": job, "name": name, "pid": child.pid, "exit": words[-1].removesuffix(".sh") + ".exit"}
+    (folder / "jobs" / f"{number}.json").write_text(json.dumps(record))
     print(job if program == "qsub" else f"Job <{job}> is submitted to default queue <normal>.")
     return 0
+
+
+def list_dependencies(words: list[str]) -> list[str]:
+    """The numbers of the jobs that must end well first: of `-W depend=afterok:12.server`, or of `-w done(12)`."""
+    text = next((word for word in words if word.startswith("depend=afterok:") or "done(" in word), "")
+    return re.findall(r"[:(](\d+)", text)
 
 
 def cancel(folder: Path, program: str, job: str) -> int:

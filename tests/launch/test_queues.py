@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -37,7 +38,8 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def wait(out: Path) -> status.JobStatus:
-    (job,) = status.read_jobs(out)
+    """The state of the last job, when it has ended."""
+    job = status.read_jobs(out)[-1]
     for _ in range(1200):
         state = status.poll_jobs([job], status.slurm.Poller(0.1, 0.1))[job.id]
         if state in status.ENDED:
@@ -100,6 +102,36 @@ def test_a_job_that_stopped_before_its_limit_goes_on_with_the_same_command(
     assert main([*words, "--watch"]) == 0
     assert (tmp_path / "a/dataset.json").exists()
     assert [job.files for job in status.read_jobs(tmp_path / "a")] == ["job_1", "job_2"]
+
+
+@pytest.mark.parametrize("on", QUEUES)
+def test_shares_are_jobs_and_only_those_that_failed_are_submitted_again(
+    on: str, programs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "store"
+    write_dataset(raw, SyntheticConfig(volumes=3, shape=(16, 32, 32)))
+    words = ["prepare", f"images={raw}", f"out={out}", "--on", on, "--array", "3"]
+
+    # The second share fails, so the job that gathers is removed.
+    failing = (
+        'cluster.setup=["timeout() { case \\"$*\\" in *share=?1,3*) return 3;; *) command timeout \\"$@\\";; esac; }"]'
+    )
+    assert main([*words, failing, "--watch"]) == 1
+    assert "prepare: 3 shares as jobs 100" in capsys.readouterr().out
+    assert not (out / "dataset.json").exists()
+    jobs = status.read_jobs(out)
+    assert [job.share for job in jobs] == ["0000_of_0003", "0001_of_0003", "0002_of_0003", ""]
+
+    # The same command submits one share and the job that gathers.
+    assert main([*words, "--watch"]) == 0
+    assert [job.share for job in status.read_jobs(out)[4:]] == ["0001_of_0003", ""]
+    assert len(json.loads((out / "dataset.json").read_text())["volumes"]) == 3
+    assert main(["status", str(out)]) == 0
+    assert "[prepare 0001_of_0003]" in capsys.readouterr().out
+
+    # All shares may run at once, so the site's limit holds for their number.
+    assert main([*words[:-1], "9", "cluster.at_once=4"]) == 2
+    assert "give --array 4, or raise at_once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("on", QUEUES)

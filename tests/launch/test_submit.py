@@ -94,7 +94,7 @@ def test_only_shares_that_did_not_end_well_are_missing(tmp_path: Path):
 
 def test_training_is_no_array():
     with pytest.raises(ConfigError, match="one piece of work"):
-        submit.require_divisible("train", "slurm")
+        submit.require_divisible("train", "slurm", load_site("dev", []), 2)
 
 
 # --------------------------------------------------------------------------------------------------- scripts and tasks
