@@ -121,7 +121,7 @@ class CenterlineGraph:
     def edge_lengths(self) -> Floats:
         """[E]"""
         a, b = self.edges.T
-        return np.asarray(np.linalg.norm(self.points[a] - self.points[b], axis=1))
+        return measure_lengths(self.points[a] - self.points[b])
 
     @functools.cached_property
     def adjacency(self) -> Adjacency:
@@ -271,22 +271,24 @@ def measure_ends(graph: CenterlineGraph) -> LineEnds:
     here, anchors, thick = ends.copy(), ends.copy(), graph.thickness[ends]
     away, arrived_by = np.zeros(len(ends)), np.full(len(ends), -1)
 
-    moving = np.arange(len(ends))
+    moving, tips = np.arange(len(ends)), graph.points[ends]
     while len(moving):
         node = here[moving]
-        is_anchor = (
-            measure_lengths(graph.points[node] - graph.points[ends[moving]]) <= _ANCHOR_RATIO * graph.thickness[node]
-        )
+        points = graph.points[node]
+        is_anchor = measure_lengths(points - tips) <= _ANCHOR_RATIO * graph.thickness[node]
 
         # A bridge starts at a voxel, and points on bridges are none.
         is_anchor &= graph.voxels[node] >= 0
         anchors[moving[is_anchor]] = node[is_anchor]
-        away[moving] = measure_lengths(graph.points[anchors[moving]] - graph.points[node])
+        length = measure_lengths(graph.points[anchors[moving]] - points)
+        away[moving] = length
 
         # A thick line needs a longer stretch, since its path may wander within its radius.
-        moving = moving[away[moving] < np.maximum(_BASE_LENGTH, _SLENDERNESS * thick[moving])]
-        edge = _choose_onward(graph, here[moving], arrived_by[moving])
-        moving, edge = moving[edge >= 0], edge[edge >= 0]
+        is_short = length < np.maximum(_BASE_LENGTH, _SLENDERNESS * thick[moving])
+        edge = _choose_onward(graph, node[is_short], arrived_by[moving[is_short]])
+        is_short[is_short] = edge >= 0
+        moving, tips, edge = moving[is_short], tips[is_short], edge[edge >= 0]
+
         arrived_by[moving] = edge
         here[moving] = graph.adjacency.neighbors[edge]
         thick[moving] = np.maximum(thick[moving], graph.thickness[here[moving]])
@@ -305,21 +307,28 @@ def _choose_onward(graph: CenterlineGraph, nodes: Ints, arrived_by: Ints) -> Int
     The way with most cable behind is most likely the neurite, and not a side branch near its end.
     """
     adjacency = graph.adjacency
-    edges, place = adjacency.list_edges(nodes)
     back = np.where(arrived_by >= 0, adjacency.reverse[arrived_by], -1)
-    is_onward = edges != back[place]
 
-    edges, place = edges[is_onward], place[is_onward]
-    chosen = np.full(len(nodes), -1, dtype=np.int64)
+    # Most nodes lie on an unbranched path, and leave no choice: one of two edges leads back.
+    first, degree = adjacency.starts[nodes], graph.degree[nodes]
+    is_first_back = first == back
+    chosen = np.where(degree > is_first_back, first + is_first_back, -1)
 
-    # Most nodes lie on an unbranched path, and leave no choice.
-    first = np.arange(len(edges))
-    if not (np.diff(place) > 0).all():
-        # The first of equals wins.
-        order = np.lexsort((first, -graph.cable_behind[edges], place))
-        first = order[np.diff(place[order], prepend=-1) > 0]
-    chosen[place[first]] = edges[first]
+    forks = np.flatnonzero(degree - (back >= 0) > 1)
+    if len(forks):
+        chosen[forks] = _choose_at_forks(graph, nodes[forks], back[forks])
     return chosen
+
+
+def _choose_at_forks(graph: CenterlineGraph, nodes: Ints, back: Ints) -> Ints:
+    """[n] the edge with most cable behind, of the two or more that leave each node and are not the one `back`."""
+    edges, place = graph.adjacency.list_edges(nodes)
+    is_onward = edges != back[place]
+    edges, place = edges[is_onward], place[is_onward]
+
+    # The first of equals wins.
+    order = np.lexsort((np.arange(len(edges)), -graph.cable_behind[edges], place))
+    return np.asarray(edges[order[np.diff(place[order], prepend=-1) > 0]])
 
 
 def _measure_cable_at_forks(graph: CenterlineGraph) -> Floats:
