@@ -86,6 +86,8 @@ class Settings(Budget):
 
     size: Any
     """Of the student (see SIZES)."""
+    depth: int | None
+    """Blocks of the student's transformer; None: those of the size."""
     unet_optimizer: str
     unetr_rate: float
     unet_width: int
@@ -115,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--crop", type=int, nargs=3, default=(16, 96, 96), help="[voxel] multiples of 16")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", default="tiny", choices=list(SIZES), help="of the student, and UNETR's width")
+    parser.add_argument("--depth", type=int, help="blocks of the student's transformer, in place of the size's")
     parser.add_argument("--unet-optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--unet-width", type=int, default=32, help="channels of residual_unet at full resolution")
     parser.add_argument("--unetr-rate", type=float, default=1.0, help="factor on UNETR's rate of 1e-4")
@@ -135,7 +138,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     z, y, x = args.crop
     settings = Settings(
         crop=(z, y, x), device=args.device, batch=args.batch, seconds=args.seconds, size=args.size,
-        unet_optimizer=args.unet_optimizer, unetr_rate=args.unetr_rate, unet_width=args.unet_width,
+        depth=args.depth, unet_optimizer=args.unet_optimizer, unetr_rate=args.unetr_rate, unet_width=args.unet_width,
     )  # fmt: skip
 
     scores: Scores = {}
@@ -228,7 +231,7 @@ def _read_clock(device: str) -> float:
 
 def build_student_recipe(settings: Settings, transformer: bool = True) -> Recipe:
     """The student from random weights."""
-    cfg = StudentConfig(size=settings.size, transformer=transformer)
+    cfg = StudentConfig(size=settings.size, depth=settings.depth, transformer=transformer)
     network = StudentLogits(build_student(cfg)).to(settings.device)
 
     optim = OptimConfig(steps=1000)
