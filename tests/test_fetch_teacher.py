@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hpc_neuro.cli import main
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.models import teacher as module
 from hpc_neuro.models.config import TeacherConfig
@@ -62,6 +64,25 @@ def test_a_fetched_folder_is_loaded_without_the_hub(
     monkeypatch.setattr(module.huggingface, "weights", lambda *a: pytest.fail("the hub was asked"))
     teacher = load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t"))
     assert teacher.identity == {"name": NAME, "sha256": digest}
+
+
+def test_where_there_is_no_internet_the_advice_is_obeyed(
+    hub_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError) as caught:
+        load_teacher(TeacherConfig(model=NAME, weights=empty))
+    (words,) = re.findall(r"`hpc-neuro (fetch-teacher [^`]+)` and give teacher.weights=FOLDER", str(caught.value))
+    assert main(words.replace("FOLDER", str(tmp_path / "t")).split()) == 0
+    assert load_teacher(TeacherConfig(model=NAME, weights=tmp_path / "t")).identity["name"] == NAME
+
+    # A fetched teacher has a name of its own.
+    with pytest.raises(InputError, match=r"for a teacher that was fetched set teacher.model to its name"):
+        load_teacher(TeacherConfig(model="trained", weights=tmp_path / "t"))
+
+    assert "or use teacher.model=bundled" in str(caught.value)
+    assert load_teacher(TeacherConfig(model="bundled")).identity["name"] == "bundled"
 
 
 def test_fetching_again_changes_nothing_and_mends_a_changed_file(

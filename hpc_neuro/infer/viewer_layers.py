@@ -227,7 +227,7 @@ def _parse_number(text: str) -> int:
 
 def _voxel_size(entry: dict[str, Any]) -> VoxelSize:
     if "voxel_size" not in entry:
-        raise InputError("predictions.json states no voxel size; run the same `hpc-neuro infer` again")
+        raise InputError("predictions.json states no voxel size; remove it, and run the same `hpc-neuro infer` again")
     z, y, x = (float(size) for size in entry["voxel_size"])
     return z, y, x
 

@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 
 from hpc_neuro import precompute
 from hpc_neuro.cli import main
 from hpc_neuro.core import morphology
+from hpc_neuro.core.geometry import Box
 from hpc_neuro.core.schema import InputError, load
 from hpc_neuro.data import feature_cache, swc
+from hpc_neuro.data.feature_cache.encoding import load_codings
+from hpc_neuro.data.orientation import parse_orientations
 from hpc_neuro.data.run_journal import require_current_form
 from hpc_neuro.infer.viewer_layers import ViewerLayers
 from hpc_neuro.napari_plugin import layers
@@ -32,6 +36,7 @@ from tests.train.conftest import TINY
 
 ROWS = "1 1 3 6 3 0.66 -1\n2 3 6 6 3 0.33 1\n3 3 9 9 4 0.33 2\n"
 SIZE = "voxel_size=1,0.5,0.5"
+CROP, PATCH = Box((0, 0, 0), (8, 16, 16)), (8, 16, 16)
 
 
 def read_fault(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -153,6 +158,44 @@ def test_a_cache_of_another_form_is_built_elsewhere(store_and_cache: tuple[Path,
     assert cache_tool.main(["info", str(tmp_path / "new")]) == 0
 
 
+def test_a_lost_coding_is_made_again_by_the_same_build(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", {"a": "train", "b": "val"})
+    build = configure_cache(store, tmp_path / "cache", "pca=4")
+    assert precompute.run(build) == 0
+    features = feature_cache.FeatureCache(build.out).read_crop("a", CROP, PATCH)
+
+    coding = build.out / feature_cache.CODING
+    for content in (b"", b"not a coding"):
+        coding.write_bytes(content)
+        with pytest.raises(InputError, match="`hpc-neuro precompute` with the same config builds the cache again"):
+            feature_cache.FeatureCache(build.out).read_crop("a", CROP, PATCH)
+        assert precompute.run(build) == 0
+        again = feature_cache.FeatureCache(build.out).read_crop("a", CROP, PATCH)
+        assert torch.equal(again["z"], features["z"])
+
+
+def test_an_unreadable_coding_is_removed_with_its_cache(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", {"a": "train", "b": "val"})
+    build = configure_cache(store, tmp_path / "cache", "pca=4")
+    assert precompute.run(build) == 0
+    coding = build.out / feature_cache.CODING
+    coding.write_bytes(b"PK")
+    with pytest.raises(InputError, match="remove the cache and build it again with `hpc-neuro precompute`"):
+        load_codings(coding)
+    shutil.rmtree(build.out)
+    assert precompute.run(build) == 0
+    assert set(load_codings(coding)) == {"z"}
+
+
+def test_slices_of_an_orientation_are_built(store_and_cache: tuple[Path, Path], tmp_path: Path) -> None:
+    store, folder = store_and_cache
+    flip = parse_orientations(["flip_x"])[-1]
+    with pytest.raises(InputError, match="build them with `hpc-neuro precompute` and augment_views"):
+        feature_cache.FeatureCache(folder).read_crop("a", CROP, PATCH, flip)
+    assert precompute.run(configure_cache(store, tmp_path / "new", "augment_views=[flip_x]")) == 0
+    assert set(feature_cache.FeatureCache(tmp_path / "new").read_crop("a", CROP, PATCH, flip)) == {"z"}
+
+
 # --- Predictions ---
 
 
@@ -226,6 +269,23 @@ def test_a_damaged_state_of_the_viewer_is_written_again(infer_run: tuple[list[st
     (words,) = re.findall(r"`hpc-neuro (infer verify [^`]+)`", str(caught.value))
     assert main(shlex.split(words)) == 0
     assert viewer.build_state("cross", "http://here")["layers"]
+
+
+def test_predictions_without_a_voxel_size_are_written_again(infer_run: tuple[list[str], Path]) -> None:
+    command, out = infer_run
+    index = json.loads((out / "predictions.json").read_text())
+    del index["cross"]["voxel_size"]
+    (out / "predictions.json").write_text(json.dumps(index))
+    record = json.loads((out / "run.json").read_text())
+    # Otherwise its digest tells first that it was edited.
+    del record["outputs"]["predictions.json"]
+    (out / "run.json").write_text(json.dumps(record))
+
+    with pytest.raises(InputError, match="states no voxel size; remove it, and run the same `hpc-neuro infer` again"):
+        ViewerLayers(out).get("cross.image/zarr.json", "http://here")
+    (out / "predictions.json").unlink()
+    assert main(command) == 0
+    assert ViewerLayers(out).get("cross.image/zarr.json", "http://here") is not None
 
 
 @pytest.mark.parametrize("position", [[10**30] * 3, [-1e308] * 3, [1e6, 0, 0]])

@@ -314,3 +314,24 @@ def test_a_study_is_started_and_a_torn_trial_is_made_again(
     shutil.rmtree(folder)
     assert launch(command) == 0
     assert main(["search", str(path)]) == 0
+
+    # The record of the study is lost: the sweep is started again, and makes no trial anew.
+    study, (trial,) = tmp_path / "study", (tmp_path / "study" / "trials").glob("*/trial.json")
+    written_at = trial.stat().st_mtime_ns
+    (study / "run.json").unlink()
+    capsys.readouterr()
+    assert main(["search", str(path)]) == 2
+    assert "start the sweep again with `python -m launch sweep`" in capsys.readouterr().err
+    assert launch(command) == 2
+    (config,) = re.findall(r"(\S+) is of no run and would be overwritten; .* or move it away", capsys.readouterr().err)
+    Path(config).rename(tmp_path / "config.yaml")
+    assert launch(command) == 0
+    assert main(["search", str(path)]) == 0
+    assert trial.stat().st_mtime_ns == written_at
+
+    # The page and the config of the best trial name the same command.
+    (words,) = re.findall(r"# hpc-neuro (train best.yaml)", (study / "best.yaml").read_text())
+    assert f"hpc-neuro {words}" in (study / "report.html").read_text()
+    monkeypatch.chdir(study)
+    assert main(words.split()) == 0
+    assert (study / "best" / "weights" / "best").is_dir()
