@@ -1,12 +1,15 @@
 """What a person changed in a tree that `trace` wrote, kept while the tracer goes on from it.
 
 The person's tree is the result as far as it goes. Cable that the tracer finds beside it is added, and what the person
-deleted is not found again. OUT/edits holds both, in voxels: ID.swc and ID.deleted.swc.
+deleted is not found again. OUT/edits holds both, in voxels: ID.swc and ID.deleted.swc. Each states the SHA-256 of its
+nodes, as nobody could make it anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +35,8 @@ _LEAST_INSIDE = 0.5
 """Share of the nodes of an edited tree that lie in the image."""
 _LEAST_CABLE = 10.0
 """[voxel] Shorter cable is not added."""
+_DIGEST = "sha256 of the nodes:"
+"""What stands before the digest, in a comment."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,39 @@ class Edits:
 
 
 def read_edits(out: Path, name: str) -> Edits | None:
-    """The edits of a stack that an earlier run collected; None without."""
+    """The edits of a stack that an earlier run collected; None without. Raises InputError for a damaged file."""
     tree, deleted = list_edit_files(out, name)
     if not tree.exists():
         return None
-    return Edits(swc.read(tree), swc.read(deleted) if deleted.exists() else morphology.empty_tree())
+    return Edits(_read_part(tree), _read_part(deleted) if deleted.exists() else morphology.empty_tree())
+
+
+def _read_part(path: Path) -> Tree:
+    """A file of OUT/edits. One without a digest is taken as it is."""
+    text = path.read_bytes()
+    stated = re.search(rf"^# {_DIGEST} ([0-9a-f]+)$".encode(), text, re.MULTILINE)
+    if stated is not None and stated[1].decode() != _hash_nodes(text):
+        raise InputError(
+            f"{path} is not as `trace` wrote it: it is damaged, or was edited (the tree to edit is in swc); remove its "
+            f"line `# {_DIGEST}` to go on from it as it is, or remove the file to trace without these edits"
+        )
+    return swc.read(path)
+
+
+def _write_part(path: Path, tree: Tree, size: VoxelSize | None, name: str) -> None:
+    """Write a file of OUT/edits, or remove it where nothing is left to write."""
+    if not len(tree):
+        path.unlink(missing_ok=True)
+        return
+    swc.write(path, tree, unit="voxel", voxel_size=size, comments=[f"edits of {name}"])
+    text = path.read_bytes()
+    files.write_text(path, f"# {_DIGEST} {_hash_nodes(text)}\n{text.decode()}")
+
+
+def _hash_nodes(text: bytes) -> str:
+    """SHA-256 of the lines that are no comments."""
+    lines = [line for line in text.splitlines(keepends=True) if not line.startswith(b"#")]
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def list_edit_files(out: Path, name: str) -> tuple[Path, Path]:
@@ -83,10 +116,7 @@ def collect_edits(
     removed = swc.read(traced) if earlier is None else morphology.concatenate_trees([earlier.deleted, swc.read(traced)])
     edits = Edits(tree, _select_far(removed, tree))
     for path, part in zip(list_edit_files(out, name), (edits.tree, edits.deleted), strict=True):
-        if len(part):
-            swc.write(path, part, unit="voxel", voxel_size=size, comments=[f"edits of {name}"])
-        else:
-            path.unlink(missing_ok=True)
+        _write_part(path, part, size, name)
     log.info(
         "%s: %s was edited: %.0f voxels of cable are kept, %.0f deleted ones are not traced again",
         name,

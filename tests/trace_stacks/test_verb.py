@@ -157,6 +157,34 @@ def test_what_the_tracer_finds_beside_a_corrected_tree_is_joined(stacks: Path, t
     assert match_cable(merged, gold, 3.0).f1 > 0.95
 
 
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+@pytest.mark.parametrize("remedy", ["remove the line", "remove the file"])
+def test_a_damaged_edit_is_named_and_the_advice_helps(
+    harm: str, remedy: str, stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}", "edits=keep"]
+    assert cli.main(command) == EXIT_DONE
+    tree = swc.read(out / "swc" / "n2.voxel.swc")
+    swc.write(out / "swc" / "n2.voxel.swc", replace(tree, types=np.full(len(tree), 2)), unit="voxel")
+    assert cli.main(command) == EXIT_DONE
+
+    path = out / "edits" / "n2.swc"
+    *lines, last = path.read_text().splitlines(keepends=True)
+    damaged = last.replace(" 2 ", " 3 ", 1) if harm == "flip" else ""
+    path.write_text("".join([*lines, damaged]))
+    capsys.readouterr()
+    assert cli.main(command) != EXIT_DONE
+    assert f"{path} is not as `trace` wrote it" in " ".join(capsys.readouterr().err.split())
+
+    if remedy == "remove the file":
+        path.unlink()
+    else:
+        path.write_text("".join(line for line in [*lines, damaged] if not line.startswith("# sha256 of the nodes:")))
+    assert cli.main(command) == EXIT_DONE
+    assert path.exists() == (remedy == "remove the line")
+
+
 def read_edit(out: Path) -> Tree:
     """The tree that the tracer goes on from, in voxels."""
     return swc.read(out / "edits" / "n2.swc")
