@@ -54,6 +54,8 @@ _CALIBRATION_KINDS = (0, 20)
 _COUNTED_KINDS = ("imagej", "ome", "shaped")
 """Kinds of series whose number of pages is that of a description, which may differ from the pages of the file."""
 
+_HEADER_BYTES = 8
+"""Bytes of the shortest header of a TIFF."""
 _MAX_EXPANSION = 100_000
 """Decoded bytes per stored byte; no codec in use packs tighter, so a segment that claims more has a damaged header."""
 
@@ -193,6 +195,12 @@ class _Pages:
                     raise InputError(
                         f"{self.path} is incomplete: page {number} of {len(self.series.pages)} lies beyond the end of "
                         f"the file ({size} bytes); copy or export it again"
+                    )
+                # Every TIFF begins with a header of eight bytes, which would be read as voxels.
+                if offset < _HEADER_BYTES:
+                    raise InputError(
+                        f"{self.path}: page {number} places a strip or tile at byte {offset}, in the header of the "
+                        "file; copy or export it again"
                     )
                 if claimed > _MAX_EXPANSION * count + 65536:
                     raise InputError(

@@ -253,6 +253,16 @@ def test_missing_empty_and_foreign_files(tmp_path: Path) -> None:
         open_volume(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("offset", [0, 4])
+def test_strips_in_the_header_of_the_file_are_refused(tmp_path: Path, offset: int) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, DATA, photometric="minisblack", metadata=None)
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        tif.pages[0].tags["StripOffsets"].overwrite(offset)
+    with pytest.raises(InputError, match=f"page 0 places a strip or tile at byte {offset}, in the header"):
+        open_volume(path)
+
+
 def test_hdf5_dataset_without_voxels_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("image", shape=(1000, 2000, 3000), dtype="uint16", chunks=(10, 10, 10))
