@@ -175,6 +175,28 @@ def test_fix_reports_what_it_does(file: Put) -> None:
     assert morphology.length(comma.tree) == 2
 
 
+@pytest.mark.parametrize(
+    ("rows", "change"),
+    [
+        ("1 3 0 0 0 1 -2\n2 3 9 0 0 1 1\n", "1 mark of a root, now -1"),
+        ("1 3 0 0 0 1 0\n2 3 9 0 0 1 1\n", "1 mark of a root, now -1"),
+        ("1 3 0 0 0 1 -1\n-4 3 9 0 0 1 1\n", "1 negative id replaced"),
+    ],
+)
+def test_fix_says_what_check_names(file: Put, tmp_path: Path, rows: str, change: str) -> None:
+    path = file(rows)
+    assert swc.check(path)
+    repair = swc.fix(path)
+    assert change in repair.changes
+    swc.write(tmp_path / "fixed.swc", repair.tree)
+    assert swc.check(tmp_path / "fixed.swc") == []
+
+
+def test_fix_refuses_a_place_that_no_neuron_reaches(file: Put) -> None:
+    with pytest.raises(InputError, match=r"node 2 lies at 1e\+308, .*; correct it"):
+        swc.fix(file("1 3 0 0 0 1 -1\n2 3 1e308 0 0 1 1\n"))
+
+
 def test_roots_are_joined_kept_or_dropped(file: Put) -> None:
     rows = "1 3 0 0 0 1 -1\n2 3 10 0 0 1 1\n3 3 10 2 0 1 -1\n4 3 10 9 0 1 3\n5 3 10 30 0 1 4\n6 3 50 30 0 1 -1\n"
     path = file(rows)

@@ -17,7 +17,14 @@ from hpc_neuro.core.geometry import zyx_from_xyz
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.standardize import standardize
-from hpc_neuro.data.swc.structure import LARGEST_INT, ROOT, drop_repeated_rows, fill_bad_radii, find_cycles
+from hpc_neuro.data.swc.structure import (
+    LARGEST_INT,
+    ROOT,
+    drop_repeated_rows,
+    fill_bad_radii,
+    find_cycles,
+    find_far_nodes,
+)
 from hpc_neuro.data.swc.table import UNREADABLE, SwcTable, parse
 
 Roots = Literal["join", "keep", "largest"]
@@ -75,10 +82,16 @@ def fix(path: Path | str, roots: Roots = "join") -> RepairResult:
     if not len(table):
         raise InputError(f"{path} holds no node, nothing can be repaired; export the tree again")
 
+    # Such a place is a damaged number; the cable to it would be written as if it were there.
+    if far := next(find_far_nodes(table), None):
+        raise InputError(f"{path} cannot be repaired, as no rule tells the place: {far}; correct it")
+
     if (table.id > LARGEST_INT).any():
         changes.append(f"ids above {LARGEST_INT}, now from 1")
 
     # Edges: one parent row for each node, and no cycle.
+    if count := int((table.id < 0).sum()):
+        changes.append(f"{format_count(count, 'negative id')} replaced")
     parent_rows, more = _resolve_parents(table)
     changes += more
     parent_rows, more = _cut_cycles(table, parent_rows)
@@ -147,6 +160,7 @@ def _resolve_parents(table: SwcTable) -> tuple[NDArray[np.int64], list[str]]:
 
     parent_rows = np.full(len(table), ROOT, dtype=np.int64)
     dangling: list[str] = []
+    marks = 0
     for i, parent in enumerate(table.parent.tolist()):
         rows = rows_of_id.get(parent)
         if rows is not None:
@@ -157,7 +171,11 @@ def _resolve_parents(table: SwcTable) -> tuple[NDArray[np.int64], list[str]]:
             dangling.append(
                 f"line {table.line[i]}: parent {parent} is not in the file, node {table.id[i]} is now a root"
             )
-    return parent_rows, [*_shorten(repeated, "ids"), *_shorten(dangling, "parents missing")]
+        elif parent != ROOT:
+            marks += 1
+
+    rewritten = [f"{format_count(marks, 'mark')} of a root, now {ROOT}"] if marks else []
+    return parent_rows, [*_shorten(repeated, "ids"), *_shorten(dangling, "parents missing"), *rewritten]
 
 
 def _cut_cycles(table: SwcTable, parent_rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], list[str]]:

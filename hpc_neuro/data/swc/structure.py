@@ -197,20 +197,26 @@ def _check_cycles(table: SwcTable, parent_rows: NDArray[np.int64]) -> Iterator[S
     yield from _report(table, firsts, "cycle", describe, fatal=True)
 
 
+def find_far_nodes(table: SwcTable) -> Iterator[SwcFinding]:
+    """Nodes with finite coordinates that no neuron reaches."""
+    is_far = np.isfinite(table.xyz).all(axis=1) & (np.abs(table.xyz) > _FARTHEST).any(axis=1)
+
+    def describe(i: int) -> str:
+        return f"node {table.id[i]} lies at {np.abs(table.xyz[i]).max():g}, farther than a neuron reaches in any unit"
+
+    yield from _report(table, np.flatnonzero(is_far), "far", describe)
+
+
 def _check_values(table: SwcTable) -> Iterator[SwcFinding]:
     """Coordinates, radii, types and ids, node by node."""
     # Only a place is needed to read the tree: radii are filled in, types and ids are just numbers.
     radius = table.radius
     bad_place = np.flatnonzero(~np.isfinite(table.xyz).all(axis=1))
-    is_far = np.isfinite(table.xyz).all(axis=1) & (np.abs(table.xyz) > _FARTHEST).any(axis=1)
     bad_radius = np.flatnonzero(~np.isfinite(radius) | (radius <= 0))
     bad_type = np.flatnonzero((table.type < 0) | (table.type > 7))
 
     def describe_place(i: int) -> str:
         return f"node {table.id[i]} has a coordinate that is no number"
-
-    def describe_far(i: int) -> str:
-        return f"node {table.id[i]} lies at {np.abs(table.xyz[i]).max():g}, farther than a neuron reaches in any unit"
 
     def describe_radius(i: int) -> str:
         return f"node {table.id[i]} has radius {radius[i]:g}; wanted above 0"
@@ -219,7 +225,7 @@ def _check_values(table: SwcTable) -> Iterator[SwcFinding]:
         return f"node {table.id[i]} has type {table.type[i]}; wanted 0 to 7"
 
     yield from _report(table, bad_place, "coordinate", describe_place, fatal=True)
-    yield from _report(table, np.flatnonzero(is_far), "far", describe_far)
+    yield from find_far_nodes(table)
     yield from _report(table, bad_radius, "radius", describe_radius)
     yield from _report(table, bad_type, "type", describe_type)
     negative = np.flatnonzero(table.id < 0)
