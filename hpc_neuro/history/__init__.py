@@ -87,7 +87,14 @@ def _check_run(run: RunRecord, quick: bool) -> RunCheck:
         return check
 
     checks.check_record(check)
-    verb_check = VERBS[run.verb].history_check if run.verb in VERBS else None
+    # What an unknown verb has to leave in its folder is unknown, too.
+    if run.verb not in VERBS:
+        check.fail(
+            f"{run.folder / RECORD} names {run.verb!r}, which is no verb of this version; its files are unchecked"
+        )
+        return check
+
+    verb_check = VERBS[run.verb].history_check
     if verb_check is None:
         return check
 

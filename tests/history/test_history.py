@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpc_neuro.cli import main
+from hpc_neuro.core import run_folder
 from tests.helpers.journal import drop_block, edit_block, open_journal
 from tests.test_demo import command, environment
 
@@ -147,6 +148,13 @@ def test_a_damaged_record_is_refused(copy: Path, capsys: pytest.CaptureFixture[s
         (copy / "infer" / "run.json").write_text(text)
         assert main(["history", str(copy)]) == 2
         assert "infer/run.json" in capsys.readouterr().err
+
+
+def test_a_run_of_an_unknown_verb_is_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with run_folder.start("prepared", {}, tmp_path, {}) as run:
+        run.finish({})
+    assert main(["history", str(tmp_path)]) == 3
+    assert "run.json names 'prepared', which is no verb of this version" in capsys.readouterr().out
 
 
 def test_a_path_outside_of_any_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
