@@ -9,6 +9,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hpc_neuro.core import files, schema, stop_signals
@@ -144,12 +145,24 @@ def _run_verb(verb: Verb, arguments: Sequence[str]) -> int:
     cfg: Any = schema.load(verb.load_config_class(), path, words, values)
 
     if "--dry-run" in flags:
+        _require_place(verb.name, getattr(cfg, "out", None))
         lines = verb.load_module().forecast(cfg)
         if lines and is_main():
             sys.stdout.write("\n".join(lines) + "\n")
         return EXIT_DONE
     run = stop_signals.resumable(verb.name)(verb.load_module().run)
     return int(run(cfg))
+
+
+def _require_place(name: str, out: Any) -> None:
+    """Raise ConfigError where a run could not use `out`: a file has its place, or another verb's run lies in it."""
+    if not isinstance(out, Path):
+        return
+    if out.exists() and not out.is_dir():
+        raise schema.ConfigError(f"{out} is no folder; choose another `out`, or move that file away")
+    from hpc_neuro.core import run_folder
+
+    run_folder.require_verb(name, out)
 
 
 def _report_fault(name: str, error: Exception) -> int | None:

@@ -297,6 +297,16 @@ def _new_record(
 # --- The run that is already in the folder ---
 
 
+def require_verb(verb: str, out: Path) -> dict[str, Any]:
+    """The record in `out`, {} without one. Raises ConfigError if it is of another verb."""
+    if not (out / RECORD).exists():
+        return {}
+    record = read_record(out, f"remove {out} to start again")
+    if record["verb"] != verb:
+        raise ConfigError(f"{out} holds a `{record['verb']}` run; give `{verb}` another `out`")
+    return record
+
+
 def _read_previous(
     verb: str, out: Path, resolved: dict[str, Any], hashes: Mapping[str, str], may_change: Sequence[str]
 ) -> dict[str, Any]:
@@ -310,10 +320,7 @@ def _read_previous(
             )
         return {}
 
-    record = read_record(out, f"remove {out} to start again")
-    if record["verb"] != verb:
-        raise ConfigError(f"{out} holds a `{record['verb']}` run; give `{verb}` another `out`")
-
+    record = require_verb(verb, out)
     different = differences(resolved, record["config"], may_change)
     if different:
         raise ConfigError(

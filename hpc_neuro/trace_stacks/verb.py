@@ -50,9 +50,14 @@ Result = dict[str, Any]
 
 
 def forecast(cfg: TraceStacksConfig) -> list[str]:
-    """Open every stack and describe it in a line. Raises InputError for one that cannot be opened."""
+    """Open every stack and describe it in a line. Raises InputError for one that cannot be opened, as for a model."""
+    stacks = list_stacks(cfg)
+    _require_separate_results(cfg, stacks)
+    if cfg.has_student:
+        find_student(cfg.model)
+
     lines = []
-    for stack in list_stacks(cfg):
+    for stack in stacks:
         volume = stack.open(cfg)
         size = choose_voxel_size(cfg, volume)
         roots = stack.read_roots(cfg, volume.shape)

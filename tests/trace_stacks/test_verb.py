@@ -66,6 +66,22 @@ def test_one_stack_gives_trees_pictures_and_advice(stacks: Path, tmp_path: Path)
         assert word in (out / "log.txt").read_text()
 
 
+def test_a_dry_run_refuses_what_the_run_refuses(
+    stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"verb": "prepare", "config": {}}')
+    for key, message in (
+        (f"model={tmp_path / 'none'}", "holds no weights"),
+        (f"out={tmp_path / 'file'}", "choose another `out`"),
+        (f"out={tmp_path / 'other'}", "holds a `prepare` run; give `trace` another `out`"),
+    ):
+        words = ["trace", str(stacks / "n2.tif"), f"out={tmp_path / 'out'}", key]
+        assert cli.main([*words, "--dry-run"]) == EXIT_BAD_INPUT
+        assert message in capsys.readouterr().err
+
+
 def test_a_folder_is_resumed_where_it_was_interrupted(stacks: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["trace", str(stacks), SIZE, f"out={out}"]
