@@ -162,3 +162,8 @@ def test_wrong_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "does not exist" in capsys.readouterr().err
     assert info.main(["--help"]) == 0
     assert "picture=FILE.png" in capsys.readouterr().out
+
+
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    with pytest.raises(InputError, match="the path is empty"):
+        info.main([""])

@@ -184,11 +184,14 @@ class RemotePath(PosixPath):
 def parse_path(path: Path | str) -> Path:
     """A path as the user gave it: one in a remote store if it is an address, else a local one.
 
-    Raises InputError for an address with a query or a fragment.
+    Raises InputError for no path at all, and for an address with a query or a fragment.
     """
     text = str(path)
     if isinstance(path, RemotePath):
         return path
+    # A variable of the shell that is not set would stand for the current folder.
+    if path == "":
+        raise InputError("the path is empty; give that of an image")
     if not _URL.match(text):
         return Path(path)
     if "?" in text or "#" in text:

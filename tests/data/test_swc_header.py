@@ -190,6 +190,8 @@ def test_voxel_sizes() -> None:
         ("radius in um, positions are in voxels",),
         ("unit: um", "voxel size um z y x: 1 0.3 0.3", "Voxel separation (x,y,z): 0.5, 0.5, 1.0"),
         ("SCALE 0.33 0.33 1.0",),
+        ("scale: 0.5",),
+        ("SCALE nan 1 1",),
     ],
 )
 def test_contradictions_are_refused(file: Put, tmp_path: Path, lines: tuple[str, ...]) -> None:
@@ -205,6 +207,17 @@ def test_contradictions_are_refused(file: Put, tmp_path: Path, lines: tuple[str,
     unit = parse_lines(*lines).unit or "um"
     assert main(["fix", str(path), f"unit={unit}", f"out={tmp_path / 'out'}"]) == 0
     assert swc.require_header(tmp_path / "out" / f"{path.stem}.fixed.swc").unit == unit
+
+
+@pytest.mark.parametrize("line", ["scale: 1", "scale bar 10 um", "scaled by hand", "SCALE 1.0 1.0 1.0"])
+def test_words_on_a_scale_and_a_scale_of_one_change_nothing(line: str) -> None:
+    assert not parse_lines(line).conflict
+
+
+def test_an_offset_that_is_no_number_is_named_without_an_impossible_advice(file: Put) -> None:
+    (finding,) = swc.check(file("# unit: um\n# OFFSET 1e400 0 0\n" + ROWS))
+    assert finding.kind == "offset"
+    assert finding.text == "the header states an offset that is no number: 'OFFSET 1e400 0 0'; correct the line"
 
 
 def test_navis_unit_of_several_nanometers(file: Put) -> None:

@@ -221,11 +221,24 @@ def _parse_attributes(
             notes = ("three axes without names, taken as z y x",)
 
     # Fiji writes the voxel size z y x, whatever the order of the axes.
-    size = data.attrs.get("element_size_um", data.attrs.get("voxel_size_um"))
-    if size is None or np.size(size) != 3:
+    name = next((name for name in ("element_size_um", "voxel_size_um") if name in data.attrs), None)
+    if name is None:
         return axes, None, notes
-    by_letter = dict(zip("ZYX", (float(v) for v in np.ravel(size)), strict=True))
+    sizes = _read_three_sizes(data.attrs[name])
+    if sizes is None:
+        stated = " ".join(str(data.attrs[name])[:60].split())
+        return axes, None, (*notes, f"{name} is {stated}, which is no voxel size; three numbers above 0 are expected")
+    by_letter = dict(zip("ZYX", sizes, strict=True))
     return axes, tuple(by_letter.get(a, math.nan) for a in axes), notes
+
+
+def _read_three_sizes(value: Any) -> list[float] | None:
+    """Three positive numbers; None for anything else."""
+    try:
+        sizes = [float(number) for number in np.ravel(value)]
+    except (TypeError, ValueError):
+        return None
+    return sizes if len(sizes) == 3 and all(math.isfinite(size) and size > 0 for size in sizes) else None
 
 
 def _open_imaris(path: Path, file: Any) -> StoredArray:

@@ -9,7 +9,7 @@ from hpc_neuro.core.files import quote_path
 from hpc_neuro.core.morphology import Tree
 from hpc_neuro.core.schema import InputError
 from hpc_neuro.data.swc.convert import Transform, convert, transform
-from hpc_neuro.data.swc.header import SwcHeader, find_offset, parse_header, unit_in_um
+from hpc_neuro.data.swc.header import SwcHeader, find_offset, is_finite_offset, parse_header, unit_in_um
 from hpc_neuro.data.swc.repair import RepairResult, fix, split_by_length
 from hpc_neuro.data.swc.structure import build_tree, link
 from hpc_neuro.data.swc.table import UNREADABLE, SwcFinding, SwcTable, parse
@@ -85,6 +85,10 @@ def _find_offsets(table: SwcTable) -> Iterator[SwcFinding]:
     for comment in table.comments:
         if comment.is_whole_line and (offset := find_offset(comment.text)):
             z, y, x = offset
+            if not is_finite_offset(offset):
+                text = f"the header states an offset that is no number: {comment.text.strip()[:60]!r}; correct the line"
+                yield SwcFinding(comment.line, "offset", text)
+                continue
             text = (
                 f"the header states an offset of {x:g} {y:g} {z:g} (x y z), which is not applied; where it has to be, "
                 f"use `hpc-neuro swc transform FILE shift={z:g},{y:g},{x:g}`"

@@ -14,6 +14,7 @@ The format has no field for a unit, so every program has words of its own. What 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ _THREE_NUMBERS = re.compile(rf"(?<![\w.])({_NUMBER})[\s,;x*\u00d7]+({_NUMBER})[\
 _SIZE_UNIT = re.compile(_WORD.split("(?!")[0] + r"(?![a-z])")
 _SCALE = re.compile(rf"^scale\s*[:=]?\s*({_NUMBER})[\s,]+({_NUMBER})[\s,]+({_NUMBER})")
 _OFFSET = re.compile(_SCALE.pattern.replace("scale", "offset", 1))
+_ANY_SCALE = re.compile(rf"^scale\s*[:=]?\s*(?P<first>{_NUMBER}|nan|[-+]?inf\w*)(?![\w.])(?P<rest>.*)")
+"""A line that states a scale of any number of values."""
 _UNSCALED_SOURCES = re.compile(r"original_source.*(?:cloudvolume|kimimaro|igneous|osteoid)")
 """Programs whose SCALE is a matrix of theirs, and whose coordinates are in nanometres as a rule."""
 
@@ -203,6 +206,8 @@ def parse_header(comments: Sequence[SwcComment]) -> SwcHeader:
         scaled = next((scale for scale in scales if scale.value != (1.0, 1.0, 1.0)), None)
         if scaled:
             return SwcHeader(None, None, 0, _describe_scale(scaled))
+        if odd := next(_find_odd_scales(lines), None):
+            return SwcHeader(None, None, 0, _describe_scale(odd))
         units = [_Statement(scale.line, "um", scale.text) for scale in scales]
         units += [_Statement(line.line, "um", line.text) for line in lines if "using stdswc" in line.text]
 
@@ -229,6 +234,11 @@ def find_offset(text: str) -> tuple[float, float, float] | None:
         return None
     x, y, z = (float(number) for number in match.groups())
     return (z, y, x) if any((z, y, x)) else None
+
+
+def is_finite_offset(offset: tuple[float, float, float]) -> bool:
+    """Whether all numbers of an offset are finite: `1e400` is read as infinity."""
+    return all(map(math.isfinite, offset))
 
 
 def states_other(text: str, unit: Unit, voxel_size: VoxelSize | None) -> bool:
@@ -287,6 +297,18 @@ def _find_scales(lines: Sequence[SwcComment]) -> Iterator[_Statement]:
         if match := _SCALE.match(line.text):
             x, y, z = (float(number) for number in match.groups())
             yield _Statement(line.line, (z, y, x), line.text)
+
+
+def _find_odd_scales(lines: Sequence[SwcComment]) -> Iterator[_Statement]:
+    """Lines with a scale other than 1 that is not one of three numbers."""
+    for line in lines:
+        match = _ANY_SCALE.match(line.text)
+        if match and not _SCALE.match(line.text) and not _is_one(match["first"]):
+            yield _Statement(line.line, match["first"], line.text)
+
+
+def _is_one(number: str) -> bool:
+    return float(number) == 1
 
 
 def _find_voxel_sizes(line: SwcComment, unit: Unit | None) -> Iterator[_Statement]:

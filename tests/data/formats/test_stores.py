@@ -283,3 +283,12 @@ def test_a_chunk_in_memory_is_not_opened_again(tmp_path: Path) -> None:
         if chunk.is_file():
             chunk.unlink()
     np.testing.assert_array_equal(volume[Box((2, 2, 2), (8, 16, 16))], values[2:, 2:, 2:])
+
+
+@pytest.mark.parametrize("size", [[-1.0, 1.0, 1.0], [0.5, 0.5], [np.nan, 1.0, 1.0], "1 micron", [np.inf, 1.0, 1.0]])
+def test_a_voxel_size_that_is_none_is_said_to_be_none(size: object, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("image", data=np.zeros((4, 5, 6), np.uint8)).attrs["element_size_um"] = size
+    volume = open_volume(tmp_path / "a.h5")
+    assert volume.voxel_size is None
+    assert any("which is no voxel size; three numbers above 0 are expected" in note for note in volume.notes)
