@@ -2,7 +2,7 @@
 
 The person's tree is the result as far as it goes. Cable that the tracer finds beside it is added, and what the person
 deleted is not found again. OUT/edits holds both, in voxels: ID.swc and ID.deleted.swc. Each states the SHA-256 of its
-nodes, as nobody could make it anew.
+other lines, and ID.swc whether the other file exists, as nobody could make them anew.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ _LEAST_INSIDE = 0.5
 """Share of the nodes of an edited tree that lie in the image."""
 _LEAST_CABLE = 10.0
 """[voxel] Shorter cable is not added."""
-_DIGEST = "sha256 of the nodes:"
+_DIGEST = "sha256 of the other lines:"
 """What stands before the digest, in a comment."""
+_WITH_DELETED = "with deleted cable in another file"
+"""The comment of an edited tree beside which the deleted cable is."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,19 @@ def read_edits(out: Path, name: str) -> Edits | None:
     tree, deleted = list_edit_files(out, name)
     if not tree.exists():
         return None
+    if not deleted.exists() and f"# {_WITH_DELETED}\n".encode() in tree.read_bytes():
+        raise InputError(
+            f"{deleted} is missing, so that what was deleted would be traced again; put it back, or remove {tree} to "
+            "trace without these edits"
+        )
     return Edits(_read_part(tree), _read_part(deleted) if deleted.exists() else morphology.empty_tree())
 
 
 def _read_part(path: Path) -> Tree:
     """A file of OUT/edits. One without a digest is taken as it is."""
     text = path.read_bytes()
-    stated = re.search(rf"^# {_DIGEST} ([0-9a-f]+)$".encode(), text, re.MULTILINE)
-    if stated is not None and stated[1].decode() != _hash_nodes(text):
+    stated = re.search(rf"^# {_DIGEST} (.*)\n".encode(), text, re.MULTILINE)
+    if stated is not None and stated[1].decode(errors="replace") != _hash_others(text):
         raise InputError(
             f"{path} is not as `trace` wrote it: it is damaged, or was edited (the tree to edit is in swc); remove its "
             f"line `# {_DIGEST}` to go on from it as it is, or remove the file to trace without these edits"
@@ -69,19 +76,27 @@ def _read_part(path: Path) -> Tree:
     return swc.read(path)
 
 
-def _write_part(path: Path, tree: Tree, size: VoxelSize | None, name: str) -> None:
-    """Write a file of OUT/edits, or remove it where nothing is left to write."""
-    if not len(tree):
-        path.unlink(missing_ok=True)
-        return
-    swc.write(path, tree, unit="voxel", voxel_size=size, comments=[f"edits of {name}"])
+def _write_edits(out: Path, name: str, edits: Edits, size: VoxelSize | None) -> None:
+    """Write both files; a kill between them leaves no tree that asks for a file which does not exist."""
+    tree, deleted = list_edit_files(out, name)
+    has_deleted = len(edits.deleted) > 0
+    if has_deleted:
+        _write_part(deleted, edits.deleted, size, [f"cable deleted from {name}"])
+    _write_part(tree, edits.tree, size, [f"edits of {name}", *([_WITH_DELETED] if has_deleted else [])])
+    if not has_deleted:
+        deleted.unlink(missing_ok=True)
+
+
+def _write_part(path: Path, tree: Tree, size: VoxelSize | None, comments: list[str]) -> None:
+    """Write a file of OUT/edits."""
+    swc.write(path, tree, unit="voxel", voxel_size=size, comments=comments)
     text = path.read_bytes()
-    files.write_text(path, f"# {_DIGEST} {_hash_nodes(text)}\n{text.decode()}")
+    files.write_text(path, f"# {_DIGEST} {_hash_others(text)}\n{text.decode()}")
 
 
-def _hash_nodes(text: bytes) -> str:
-    """SHA-256 of the lines that are no comments."""
-    lines = [line for line in text.splitlines(keepends=True) if not line.startswith(b"#")]
+def _hash_others(text: bytes) -> str:
+    """SHA-256 of all lines but that of the digest."""
+    lines = [line for line in text.splitlines(keepends=True) if not line.startswith(f"# {_DIGEST}".encode())]
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
@@ -115,8 +130,7 @@ def collect_edits(
     # What was deleted earlier may have been drawn again.
     removed = swc.read(traced) if earlier is None else morphology.concatenate_trees([earlier.deleted, swc.read(traced)])
     edits = Edits(tree, _select_far(removed, tree))
-    for path, part in zip(list_edit_files(out, name), (edits.tree, edits.deleted), strict=True):
-        _write_part(path, part, size, name)
+    _write_edits(out, name, edits, size)
     log.info(
         "%s: %s was edited: %.0f voxels of cable are kept, %.0f deleted ones are not traced again",
         name,

@@ -173,32 +173,62 @@ def test_what_the_tracer_finds_beside_a_corrected_tree_is_joined(stacks: Path, t
     assert match_cable(merged, gold, 3.0).f1 > 0.95
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut"])
-@pytest.mark.parametrize("remedy", ["remove the line", "remove the file"])
-def test_a_damaged_edit_is_named_and_the_advice_helps(
-    harm: str, remedy: str, stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
+def make_edits(stacks: Path, out: Path) -> list[str]:
+    """The command that keeps the edits of a person who has deleted a branch."""
     command = ["trace", str(stacks / "n2.tif"), SIZE, f"out={out}", "edits=keep"]
     assert cli.main(command) == EXIT_DONE
     tree = swc.read(out / "swc" / "n2.voxel.swc")
-    swc.write(out / "swc" / "n2.voxel.swc", replace(tree, types=np.full(len(tree), 2)), unit="voxel")
+    swc.write(out / "swc" / "n2.voxel.swc", select_nodes(tree, ~select_longest_branch(tree)), unit="voxel")
     assert cli.main(command) == EXIT_DONE
+    return command
 
-    path = out / "edits" / "n2.swc"
-    *lines, last = path.read_text().splitlines(keepends=True)
-    damaged = last.replace(" 2 ", " 3 ", 1) if harm == "flip" else ""
-    path.write_text("".join([*lines, damaged]))
+
+@pytest.mark.parametrize("harm", ["flip a node", "flip the unit", "cut"])
+@pytest.mark.parametrize("name", ["n2.swc", "n2.deleted.swc"])
+@pytest.mark.parametrize("remedy", ["remove its line", "remove the file"])
+def test_a_damaged_edit_is_named_and_the_advice_helps(
+    harm: str, name: str, remedy: str, stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command, path = make_edits(stacks, out), out / "edits" / name
+    content = path.read_bytes()
+    damage = {
+        "flip a node": content[:-8] + bytes([content[-8] ^ 1]) + content[-7:],
+        "flip the unit": content.replace(b"voxel", b"vexel", 1),
+        "cut": content[:-20],
+    }
+    path.write_bytes(damage[harm])
     capsys.readouterr()
     assert cli.main(command) != EXIT_DONE
-    assert f"{path} is not as `trace` wrote it" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{path} is not as `trace` wrote it" in said
+    assert remedy in said
 
+    # Of a file without its digest, what is left must still be a tree in voxels.
     if remedy == "remove the file":
         path.unlink()
+        (out / "edits" / "n2.swc").unlink(missing_ok=True)
     else:
-        path.write_text("".join(line for line in [*lines, damaged] if not line.startswith("# sha256 of the nodes:")))
+        lines = content.splitlines(keepends=True)
+        path.write_bytes(b"".join(line for line in lines if not line.startswith(b"# sha256 of the other lines:")))
     assert cli.main(command) == EXIT_DONE
-    assert path.exists() == (remedy == "remove the line")
+
+
+@pytest.mark.parametrize("remedy", ["put it back", "remove"])
+def test_deleted_cable_that_is_lost_is_missed(
+    remedy: str, stacks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command, deleted = make_edits(stacks, out), out / "edits" / "n2.deleted.swc"
+    deleted.rename(tmp_path / "away.swc")
+    capsys.readouterr()
+    assert cli.main(command) != EXIT_DONE
+    assert f"{deleted} is missing" in " ".join(capsys.readouterr().err.split())
+    if remedy == "put it back":
+        (tmp_path / "away.swc").rename(deleted)
+    else:
+        (out / "edits" / "n2.swc").unlink()
+    assert cli.main(command) == EXIT_DONE
 
 
 def read_edit(out: Path) -> Tree:
