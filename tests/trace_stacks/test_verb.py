@@ -200,9 +200,9 @@ def test_a_damaged_edit_is_named_and_the_advice_helps(
     path.write_bytes(damage[harm])
     capsys.readouterr()
     assert cli.main(command) != EXIT_DONE
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"{path} is not as `trace` wrote it" in said
-    assert remedy in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{path} is not as `trace` wrote it" in message
+    assert remedy in message
 
     # Of a file without its digest, what is left must still be a tree in voxels.
     if remedy == "remove the file":
